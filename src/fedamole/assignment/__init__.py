@@ -1,0 +1,1 @@
+"""Reverse selection: which client holds which expert. Pure functions on arrays."""

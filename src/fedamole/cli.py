@@ -1,0 +1,274 @@
+"""The command line. Nothing heavy is imported before a command needs it, so `--help` answers at once."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from fedamole.errors import FedamoleError
+
+if TYPE_CHECKING:
+    from fedamole.config import Config
+    from fedamole.federation.loop import Watcher
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Personalised federated fine-tuning of large language models.\n\n"
+    "Every client gets a model of its own, a mixture of LoRA experts; its data decide which experts sit where.\n\n"
+    "[b]Start:[/b]  fedamole demo    (a minute or two, no network, no GPU)\n\n"
+    "[b]Exit codes:[/b]  0 done · 1 other error · 2 config or arguments · 3 data · 4 base model or adapter · "
+    "5 run folder · 130 interrupted (resume continues)",
+)
+
+DEMO = ("local_only", "fedit", "fedamole")
+
+ConfigPath = Annotated[Path | None, typer.Argument(help="A TOML config; left out: the bundled demo with FedAMoLE.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings that differ, e.g. federation.rounds=5 method.assignment=random.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
+
+
+def bundled_config(name: str) -> Path:
+    """Path of a config that comes with the package."""
+    return Path(__file__).parent / "bundled" / f"{name}.toml"
+
+
+def _config(path: Path | None, overrides: list[str] | None) -> "Config":
+    from fedamole.config import load_config
+
+    words = list(overrides or [])
+    if path is not None and "=" in str(path) and not path.exists():  # no config named, settings only
+        words, path = [str(path), *words], None
+    return load_config(path or bundled_config("fedamole"), words)
+
+
+@contextmanager
+def _watching(title: str, as_json: bool) -> "Iterator[Watcher]":
+    """Show progress on the terminal or in plain lines; always on the error stream, results go to the other."""
+    from fedamole.console import BarWatcher, PlainWatcher
+
+    console = Console(stderr=True)
+    if not console.is_terminal or as_json:
+        yield PlainWatcher(console)
+        return
+    watcher = BarWatcher(console, title)
+    with watcher.progress:
+        yield watcher
+
+
+def _show(paths: list[Path], as_json: bool, with_clients: bool = True) -> None:
+    from fedamole.console import show as show_tables
+    from fedamole.reporting.runs import read_runs
+    from fedamole.reporting.table import compare
+
+    comparisons = compare(read_runs(paths))
+    if as_json:
+        typer.echo(json.dumps([comparison.as_json() for comparison in comparisons]))
+    else:
+        show_tables(Console(width=None if sys.stdout.isatty() else 160), comparisons, with_clients)
+
+
+@app.command()
+def run(config: ConfigPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Run one method on one federation: train, evaluate, save.
+
+    Writes a run folder (runs/NAME unless run.folder is set) and prints its table.
+    A run that was interrupted goes on with `fedamole resume FOLDER`.
+    """
+    from fedamole.experiment import free_folder, start
+
+    settings = _config(config, overrides)
+    folder = free_folder(settings)
+    Console(stderr=True).print(f"{settings.method_name} -> {folder}", highlight=False)
+    with _watching(settings.run.name, as_json) as watcher:
+        start(settings, folder, watcher)
+    _show([folder], as_json)
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(help="The folder of a run that was interrupted.")], as_json: AsJson = False
+) -> None:
+    """Continue an interrupted run from its last finished round, to the very same result."""
+    from fedamole.experiment import resume as resume_run
+
+    with _watching(folder.name, as_json) as watcher:
+        resume_run(folder, watcher)
+    _show([folder], as_json)
+
+
+@app.command()
+def show(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or a folder with runs in it.")],
+    as_json: AsJson = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    clients: Annotated[bool, typer.Option(help="A line for each client.")] = True,
+) -> None:
+    """Show finished runs side by side: clients down, methods across; seeds of one method become mean ± deviation."""
+    if not markdown:
+        _show(runs, as_json, clients)
+        return
+    from fedamole.reporting.runs import read_runs
+    from fedamole.reporting.table import compare
+    from fedamole.reporting.table import markdown as as_markdown
+
+    for comparison in compare(read_runs(runs)):
+        typer.echo(as_markdown(comparison) + "\n")
+
+
+@app.command()
+def plan(config: ConfigPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show what a run would do: clients, sizes, feasibility, parameters, traffic, memory. Trains nothing."""
+    from dataclasses import asdict
+
+    from fedamole.console import sizes
+    from fedamole.experiment import plan as plan_run
+
+    settings = _config(config, overrides)
+    planned = plan_run(settings)
+    if as_json:
+        typer.echo(json.dumps(asdict(planned)))
+        return
+    console = Console()
+    sizes(console, planned.clients, f"{len(planned.clients)} clients (examples per split)")
+    mib = planned.bytes_down / 2**20
+    total = 2 * mib * planned.clients_per_round * planned.rounds
+    for name, value in (
+        ("method", settings.method_name),
+        ("base", f"{planned.base}: {planned.base_parameters:,} parameters, {planned.targets} linears adapted"),
+        ("adapter", f"{planned.adapter_parameters:,.0f} trainable parameters per client on average"),
+        ("traffic", f"{mib:.2f} MiB to a client and about as much back per round, {total:,.0f} MiB in all"),
+        ("work", f"{planned.rounds} rounds x {planned.clients_per_round} clients x {planned.steps:.0f} steps"),
+        ("memory", f"about {planned.memory_mib:,.0f} MiB for base, one client's training and one batch"),
+        ("assignment", "feasible"),
+    ):
+        console.print(f"{name:>10}  {value}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def partition(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Write the manifest here; use it by data.manifest.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw (or check) the partition of a config: which client has how much of what."""
+    from fedamole.console import sizes
+    from fedamole.data.manifest import load_federation
+    from fedamole.errors import RunError
+    from fedamole.federation.run_folder import write_atomic
+
+    federation = load_federation(_config(config, overrides).data, Path.cwd())
+    text = federation.manifest.to_json()
+    if out is not None:
+        if out.exists():
+            raise RunError(f"{out} exists already, and nothing is overwritten: remove it or choose another name")
+        write_atomic(out, text)
+    rows = [
+        {
+            "client": shard.client, "task": shard.task,
+            **{split: len(getattr(shard, split)) for split in ("train", "embedding", "validation", "test")},
+            "answers": _mix([example.answer for example in shard.train]),
+        }
+        for shard in federation.shards
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows))
+    else:
+        sizes(Console(width=None if sys.stdout.isatty() else 140), rows, "partition (examples per split)")
+
+
+def _mix(answers: list[str], most: int = 4) -> str:
+    """The most frequent answers with their shares."""
+    from collections import Counter
+
+    counts = Counter(answers)
+    if len(counts) > len(answers) / 2:
+        return "free text"
+    top = [f"{answer[:20]} {count / len(answers):.0%}" for answer, count in counts.most_common(most)]
+    return ", ".join(top) + (f", {len(counts) - most} more" if len(counts) > most else "")
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the methods: paper, what travels, what stays, hyper-parameters."""
+    import dataclasses
+
+    from fedamole.methods import METHODS
+
+    listed: list[dict[str, Any]] = [
+        {
+            "name": name, "paper": method.paper, "travels": method.travels, "stays": method.stays,
+            "scored": method.evaluates,
+            "parameters": {field.name: field.default for field in dataclasses.fields(method)},
+        }
+        for name, method in METHODS.items()
+    ]
+    if as_json:
+        typer.echo(json.dumps(listed))
+        return
+    console = Console()
+    for entry in listed:
+        console.print(f"[bold]{entry['name']}[/bold]  {entry['paper']}", highlight=False)
+        console.print(f"  travels: {entry['travels']}; stays: {entry['stays']}; scored as {entry['scored']}")
+        settings = ", ".join(f"{key} = {value}" for key, value in entry["parameters"].items())
+        console.print(f"  \\[method] {settings}\n", highlight=False)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where the demo's runs are written.")] = Path("runs/demo"),
+    as_json: AsJson = False,
+) -> None:
+    """Compare local training, one shared LoRA and FedAMoLE on the bundled task: one table, a minute or two."""
+    from fedamole.config import load_config
+    from fedamole.errors import RunError
+    from fedamole.experiment import start
+
+    if folder.exists():
+        raise RunError(f"{folder} exists already: `fedamole show {folder}` shows it, or choose --folder OTHER")
+    for name in DEMO:
+        settings = load_config(bundled_config(name))
+        with _watching(name, as_json) as watcher:
+            start(settings, folder / name, watcher)
+    _show([folder], as_json)
+    if not as_json:
+        Console(stderr=True).print(f"Each client's model: {folder}/fedamole/clients/NAME/adapter", highlight=False)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one clear line, never a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    try:
+        app()
+    except FedamoleError as error:
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; `fedamole resume FOLDER` goes on from the last finished round")
+        sys.exit(130)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

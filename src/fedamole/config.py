@@ -1,0 +1,226 @@
+"""A run's config: strict TOML -> frozen settings, and back. It stops at `experiment.py`."""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from fedamole.data.settings import DataSettings
+from fedamole.errors import ConfigError
+from fedamole.evaluation.personal import EvaluationSettings
+from fedamole.federation.method import Method
+from fedamole.federation.settings import FederationSettings, TrainingSettings
+from fedamole.methods import METHODS
+from fedamole.model.base import BaseSettings
+
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """`[run]`: where a run goes and what it runs on."""
+
+    name: str = "run"
+    """Name shown in tables, and the folder's default name."""
+    folder: str = ""
+    """Where the run is written; unset: runs/<name>, or runs/<name>-2 and so on where that exists."""
+    seed: int = 0
+    """Seed of initial adapters, order, dropout, cohorts; the partition has its own, data.partition_seed."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; auto takes the GPU if there is one."""
+    threads: int = 0
+    """Threads of PyTorch on a CPU; 0 = PyTorch's own choice. On a busy or small machine 1 is often fastest."""
+    tensorboard: bool = False
+    """Also write losses and scores for TensorBoard (needs `pip install fedamole[tensorboard]`)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    method: Method[Any, Any, Any, Any]
+    method_name: str
+    data: DataSettings
+    run: RunSettings = field(default_factory=RunSettings)
+    base: BaseSettings = field(default_factory=BaseSettings)
+    federation: FederationSettings = field(default_factory=FederationSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+    def tables(self) -> Table:
+        """The config as TOML tables, every default spelled out."""
+        tables = {name: _plain(getattr(self, name)) for name in SECTIONS if name != "method"}
+        return {"method": {"name": self.method_name, **_plain(self.method)}, **tables}
+
+
+SECTIONS: dict[str, Any] = {
+    "run": RunSettings,
+    "base": BaseSettings,
+    "data": DataSettings,
+    "federation": FederationSettings,
+    "training": TrainingSettings,
+    "evaluation": EvaluationSettings,
+    "method": None,
+}
+
+
+def read_tables(path: Path) -> Table:
+    """Read a TOML file and what it extends: the nearer file's keys win, tables are merged, lists replaced."""
+    try:
+        tables: Table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"config {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path} is not TOML: {error}") from error
+    parent = tables.pop("extends", None)
+    if parent is None:
+        return rebased(tables, path.parent)
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends = {parent!r} must be the path of a config, relative to this one")
+    if (path.parent / parent).resolve() == path.resolve():
+        raise ConfigError(f"{path}: extends = {parent!r} is this file itself")
+    return merged(read_tables(path.parent / parent), rebased(tables, path.parent))
+
+
+def rebased(tables: Table, folder: Path) -> Table:
+    """Make the paths that are relative to their own config file absolute, so that `extends` may cross folders."""
+
+    def absolute(table: Any, key: str) -> None:
+        value = table.get(key) if isinstance(table, dict) else None
+        if isinstance(value, str):
+            table[key] = str((folder / Path(value).expanduser()).resolve())
+
+    base = tables.get("base")
+    model = base.get("model") if isinstance(base, dict) else None
+    if isinstance(model, str) and (model.startswith((".", "/", "~")) or (folder / model).is_dir()):
+        absolute(base, "model")  # anything else is a hub id, or the bundled base
+    data = tables.get("data")
+    absolute(data, "manifest")
+    if isinstance(data, dict) and isinstance(data.get("source"), list):
+        for source in data["source"]:
+            absolute(source, "path")
+            absolute(source, "test")
+    return tables
+
+
+def merged(below: Table, above: Table) -> Table:
+    """Lay one set of tables over another."""
+    result = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def overridden(tables: Table, overrides: Sequence[str]) -> Table:
+    """Apply `table.key=value` words of the command line; values are TOML, bare words count as text."""
+    for word in overrides:
+        name, equals, text = word.partition("=")
+        keys = name.split(".")
+        if not equals or len(keys) < 2 or not all(keys):
+            raise ConfigError(f"override {word!r}: write table.key=value, for example federation.rounds=5")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        for key in reversed(keys):
+            value = {key: value}
+        tables = merged(tables, value)
+    return tables
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read, override and check a config; every error names the file, the key and the remedy."""
+    try:
+        return to_config(overridden(read_tables(path), overrides))
+    except ConfigError as error:
+        text = str(error)
+        raise type(error)(text if str(path) in text else f"{path}: {text}") from error
+
+
+def to_config(tables: Table) -> Config:
+    """Turn tables into a checked config."""
+    _refuse_unknown(tables, [*SECTIONS, "extends"], "")
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{name} = {table!r}: must be a table, write [{name}]")
+    if "data" not in tables:
+        raise ConfigError("[data] is missing: add a [[data.source]] with name and path")
+    chosen = dict(tables.get("method", {}))
+    name = chosen.pop("name", "fedamole")
+    if name not in METHODS:
+        raise ConfigError(f"method.name = {name!r}: there is no such method{_nearest(str(name), METHODS)}")
+    sections = {key: _build(kind, tables.get(key, {}), key) for key, kind in SECTIONS.items() if kind}
+    return Config(method=_build(METHODS[name], chosen, "method"), method_name=name, **sections)
+
+
+def _refuse_unknown(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"unknown key {f'{where}.{key}' if where else key}{_nearest(key, known)}")
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
+
+
+def _build(kind: Any, table: Any, where: str) -> Any:
+    """Build a settings dataclass from a table, refusing unknown keys and wrong types."""
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where} = {table!r}: must be a table")
+    hints = get_type_hints(kind)
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    _refuse_unknown(table, list(fields), where)
+    for name, item in fields.items():
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and name not in table:
+            raise ConfigError(f"{where}.{name} is missing")
+    return kind(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in table.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Check a TOML value against a field's type; whole numbers may stand where a number with a point is meant."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        options = [option for option in arguments if option is not type(None)]
+        for option in options[:-1]:
+            try:
+                return _convert(option, value, where)
+            except ConfigError:
+                continue
+        return _convert(options[-1], value, where)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{where} = {value!r}: must be one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(arguments[0], item, f"{where}[{place}]") for place, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    wanted = {tuple: "a list", dict: "a table"}.get(origin) or {
+        int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false",
+    }.get(hint, str(hint))
+    raise ConfigError(f"{where} = {value!r}: must be {wanted}, not {type(value).__name__}")
+
+
+def _plain(value: Any) -> Any:
+    """Turn settings into what TOML can hold; unset keys are left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+        return {key: _plain(item) for key, item in items.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,111 @@
+"""What a person sees while a run goes on: progress bars on a terminal, plain lines elsewhere; and tables."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedamole.federation.loop import Watcher
+from fedamole.reporting.table import SUMMARY_LINES, Comparison, grid
+
+
+class PlainWatcher(Watcher):
+    """One line per client and round, for logs."""
+
+    def __init__(self, console: Console) -> None:
+        """Write to a console that is not a terminal."""
+        self.console, self.rounds = console, 0
+        self.started = time.perf_counter()
+
+    def round_started(self, round_: int, rounds: int, cohort: Sequence[str]) -> None:
+        """Remember how many rounds there are."""
+        self.rounds = rounds
+
+    def client_done(self, round_: int, name: str, report: Mapping[str, Any]) -> None:
+        """A client's loss and time, or why it failed."""
+        what = f"failed: {report['failed']}" if "failed" in report else f"loss {report['loss']:.4f}"
+        self._say(f"round {round_ + 1}/{self.rounds}  {name}  {what}  {report['seconds']:.1f} s")
+
+    def stage(self, text: str) -> None:
+        """What else takes a while."""
+        self._say(f"scoring {text}")
+
+    def round_done(self, round_: int, validation: Mapping[str, float]) -> None:
+        """Validation of the round, and the time left."""
+        elapsed = time.perf_counter() - self.started
+        scores = "  ".join(f"{row} {value:.4f}" for row, value in validation.items())
+        self._say(f"round {round_ + 1}/{self.rounds} done  validation: {scores}  after {elapsed:.0f} s")
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class BarWatcher(Watcher):
+    """Two bars: the rounds, and the steps of the client at work."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        """Draw on a terminal."""
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"), console=console, transient=True,
+        )
+        self.title = title
+        self.rounds = self.progress.add_task(f"[bold]{title}", total=None, note="")
+        self.steps = self.progress.add_task("", total=None, note="", visible=False)
+
+    def round_started(self, round_: int, rounds: int, cohort: Sequence[str]) -> None:
+        """Move the upper bar."""
+        self.progress.update(self.rounds, total=rounds, completed=round_)
+
+    def client_started(self, round_: int, name: str) -> None:
+        """Start the lower bar anew."""
+        self.progress.reset(self.steps, total=None, description=f"  {name}", visible=True, note="")
+
+    def step(self, done: int, steps: int) -> None:
+        """Move the lower bar."""
+        self.progress.update(self.steps, completed=done, total=steps)
+
+    def client_done(self, round_: int, name: str, report: Mapping[str, Any]) -> None:
+        """Show the client's loss."""
+        note = "failed" if "failed" in report else f"training loss {report['loss']:.3f}"
+        self.progress.update(self.steps, note=note)
+
+    def stage(self, text: str) -> None:
+        """Say what else takes a while."""
+        self.progress.reset(self.steps, total=None, description=f"  scoring {text}", visible=True, note="")
+
+    def round_done(self, round_: int, validation: Mapping[str, float]) -> None:
+        """Show the validation of the round."""
+        note = "validation " + ", ".join(f"{row} {value:.3f}" for row, value in validation.items())
+        self.progress.update(self.rounds, completed=round_ + 1, note=note)
+
+
+def show(console: Console, comparisons: Sequence[Comparison], with_clients: bool) -> None:
+    """Print one table per partition."""
+    for comparison in comparisons:
+        head, *body = grid(comparison, with_clients)
+        seeds = ", ".join(map(str, comparison.seeds))
+        table = Table(
+            title=f"test score of the best validation round (seed {seeds})", title_style="bold",
+            caption="accuracy (answers from options) or ROUGE-L, 0 to 100; * best of the trained methods; "
+            "KiB per client and round", caption_justify="left",
+        )
+        for place, name in enumerate(head):
+            table.add_column(name, justify="left" if place == 0 else "right", no_wrap=place == 0)
+        for place, line in enumerate(body):
+            last_client = place + 1 == len(body) - len(SUMMARY_LINES)
+            table.add_row(*line, end_section=last_client, style="bold" if line[0] == "mean" else None)
+        console.print(table)
+
+
+def sizes(console: Console, clients: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Print who has how many examples of what."""
+    table = Table(title=title, title_style="bold", title_justify="left")
+    for key in clients[0]:
+        table.add_column(key, justify="left" if isinstance(clients[0][key], str) else "right")
+    for client in clients:
+        table.add_row(*(str(value) for value in client.values()))
+    console.print(table)

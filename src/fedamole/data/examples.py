@@ -1,0 +1,56 @@
+"""What all data turn into: an example (prompt, answer, options) and a shard (one client's private splits)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedamole.errors import DataError
+
+Task = Literal["classification", "generation"]
+SPLITS = ("train", "embedding", "validation", "test")
+"""The splits of a shard, in the order in which they are stored and reported."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with its answer; the prompt is `before + context + after`, only `context` may be shortened."""
+
+    before: str
+    context: str
+    after: str
+    answer: str
+    # All answers there are, for an answer chosen by likelihood; empty means free text.
+    options: tuple[str, ...] = ()
+
+    @property
+    def prompt(self) -> str:
+        """The whole prompt, uncut."""
+        return self.before + self.context + self.after
+
+    @property
+    def task(self) -> Task:
+        """Classification where there are options to choose from, else generation."""
+        return "classification" if self.options else "generation"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One client's private data; DataError if a split is empty or its examples are of two kinds of task."""
+
+    client: str
+    train: tuple[Example, ...]
+    embedding: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+
+    def __post_init__(self) -> None:
+        splits = (self.train, self.embedding, self.validation, self.test)
+        if not all(splits):
+            sizes = ", ".join(f"{name} {len(rows)}" for name, rows in zip(SPLITS, splits, strict=True))
+            raise DataError(f"client {self.client!r} has an empty split: {sizes}; give it more rows")
+        if len({example.task for rows in splits for example in rows}) > 1:
+            raise DataError(f"client {self.client!r} mixes examples with and without options; split them in two")
+
+    @property
+    def task(self) -> Task:
+        """The one kind of task that all examples of the shard share."""
+        return self.train[0].task

@@ -1,0 +1,80 @@
+"""Column layouts of instruction data, brought to two: instruction/context/response and prompt/completion."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fedamole.errors import DataError
+
+Row = dict[str, Any]
+
+ROLE_HEADINGS = {"system": "System", "user": "User", "assistant": "Assistant"}
+
+
+def missing_column(column: str, columns: Iterable[str], where: str) -> DataError:
+    """The error for a column that a file does not have: names the file, its columns and the nearest name."""
+    present = sorted(columns)
+    near = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
+    guess = f" (did you mean {near[0]!r}?)" if near else ""
+    return DataError(
+        f"{where}: there is no column {column!r}{guess}; its columns are {', '.join(present)}. "
+        f'Name the right one, or rename with columns = {{{column} = "..."}} in this [[data.source]]'
+    )
+
+
+def arrange(rows: Sequence[Row], columns: Mapping[str, str], where: str) -> tuple[Row, ...]:
+    """Rows with the columns that templates know.
+
+    `columns` says for each new name the file's own one; the file's column stays beside it. Then `messages`
+    become prompt/completion and instruction/input/output become instruction/context/response, unless the
+    columns to be made are already there. Raises DataError for a column to rename that is not there and for
+    unreadable messages.
+    """
+    have = set(rows[0])
+    for old in columns.values():
+        if old not in have:
+            raise missing_column(old, have, where)
+    have |= set(columns)
+    arranged = [{**row, **{new: row[old] for new, old in columns.items()}} for row in rows]
+    if "messages" in have and not {"prompt", "completion"} & have:
+        for number, row in enumerate(arranged, start=1):
+            row["prompt"], row["completion"] = from_messages(row["messages"], f"{where}, row {number}")
+    if "instruction" in have and "output" in have and "response" not in have:
+        for row in arranged:
+            row["response"] = row["output"]
+        have.add("response")
+    if "instruction" in have and "response" in have and "context" not in have:
+        for row in arranged:
+            row["context"] = row.get("input", "")
+    return tuple(arranged)
+
+
+def from_messages(messages: Any, where: str) -> tuple[str, str]:
+    """Prompt and answer of a conversation: the last assistant turn answers, what follows is left out.
+
+    `messages` is a list of {role, content} with roles system, user and assistant. Raises DataError, with
+    `where`, for anything else and for a conversation without an assistant turn after another one.
+    """
+    turns: list[tuple[str, str]] = []
+    for turn in messages if isinstance(messages, list) else [messages]:
+        if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
+            raise DataError(f"{where}: messages holds {turn!r}; each turn must be {{role, content}} with text in both")
+        if turn.get("role") not in ROLE_HEADINGS:
+            raise DataError(
+                f"{where}: messages has the role {turn.get('role')!r}; known are {', '.join(ROLE_HEADINGS)}"
+            )
+        turns.append((turn["role"], turn["content"]))
+    last = max((at for at, (role, _) in enumerate(turns) if role == "assistant"), default=0)
+    if last == 0:
+        raise DataError(f"{where}: messages has no assistant turn that answers another; remove the row")
+    return conversation_prompt(turns[:last]), turns[last][1]
+
+
+def conversation_prompt(turns: Sequence[tuple[str, str]]) -> str:
+    """A conversation in a plain layout, ending where the assistant speaks; `turns` are (role, content).
+
+    The one place that lays out a conversation: a base with a chat template of its own would be served from
+    here.
+    """
+    told = "".join(f"### {ROLE_HEADINGS[role]}:\n{content}\n\n" for role, content in turns)
+    return told + f"### {ROLE_HEADINGS['assistant']}:\n"

@@ -1,0 +1,1 @@
+"""Scores of a personal model: answers by generation, answers by likelihood, summaries over clients."""

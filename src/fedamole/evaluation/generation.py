@@ -1,0 +1,42 @@
+"""Answers by greedy generation."""
+
+from collections.abc import Sequence
+
+import torch
+
+from fedamole.evaluation.likelihood import by_length
+from fedamole.model.bank import Bank
+from fedamole.model.batch import Ids
+
+
+def generate_answers(
+    bank: Bank, prompts: Sequence[Ids], max_new_tokens: int, batch_tokens: int
+) -> list[str]:
+    """Continue each prompt greedily up to the end-of-text token or `max_new_tokens`; return the texts, stripped.
+
+    Prompts of similar length are padded on the left and generated together, at most `batch_tokens` tokens at a time.
+    An answer ends early where the base has no positions left for it.
+    """
+    from transformers import GenerationConfig
+
+    base, answers = bank.base, [""] * len(prompts)
+    stop = base.tokenizer.eos_token_id
+    with torch.no_grad():
+        for indices in by_length([len(prompt) + max_new_tokens for prompt in prompts], batch_tokens):
+            length = max(len(prompts[i]) for i in indices)
+            ids = torch.full((len(indices), length), base.pad_id)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(indices):
+                ids[row, length - len(prompts[i]) :] = torch.tensor(prompts[i])
+                mask[row, length - len(prompts[i]) :] = 1
+            room = max(1, min(max_new_tokens, base.max_positions - length))
+            greedy = GenerationConfig(
+                do_sample=False, max_new_tokens=room, pad_token_id=base.pad_id, eos_token_id=stop
+            )
+            out = base.model.generate(
+                input_ids=ids.to(base.device), attention_mask=mask.to(base.device), generation_config=greedy
+            )
+            texts = base.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+            for i, text in zip(indices, texts, strict=True):
+                answers[i] = text.strip()
+    return answers

@@ -1,0 +1,105 @@
+"""Scores of one client's model on one of its splits, identically for every method."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from fedamole.errors import ConfigError
+from fedamole.evaluation.generation import generate_answers
+from fedamole.evaluation.likelihood import mean_loss, option_losses
+from fedamole.evaluation.scores import GenerationScore, accuracy, generation_scores
+from fedamole.model.bank import Bank
+from fedamole.model.batch import Ids
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """`[evaluation]`: how models are scored and the best round is chosen."""
+
+    select: Literal["loss", "score"] = "loss"
+    """What chooses the best round on validation: the mean loss over the clients, or their mean score."""
+    generation_score: GenerationScore = "rouge_l"
+    """The headline score of clients whose answers are free text; the others are reported beside it."""
+    max_new_tokens: int = 128
+    """Longest generated answer, in tokens."""
+    batch_tokens: int = 8192
+    """Tokens evaluated at once; lower it where evaluation runs out of memory."""
+    before_aggregation: bool = False
+    """Score each client's model also right after local training: one run gives the rows of X and X_ft."""
+
+    def __post_init__(self) -> None:
+        """Refuse limits that leave nothing to evaluate."""
+        for key in ("max_new_tokens", "batch_tokens"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"evaluation.{key} = {getattr(self, key)}: must be at least 1")
+
+
+class TokenRow(Protocol):
+    """What evaluation reads of a tokenised example."""
+
+    @property
+    def prompt(self) -> Ids:
+        """Ids of the prompt."""
+
+    @property
+    def answer(self) -> Ids:
+        """Ids of the answer."""
+
+    @property
+    def options(self) -> Sequence[Ids]:
+        """Ids of each answer option; empty for free text."""
+
+
+class Example(Protocol):
+    """What evaluation reads of an example's text."""
+
+    @property
+    def answer(self) -> str:
+        """The right answer."""
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The answers to choose from; empty for free text."""
+
+
+def score_name(example: Example, settings: EvaluationSettings) -> str:
+    """Name of the headline score for examples of this kind."""
+    return "accuracy" if example.options else settings.generation_score
+
+
+def loss_of(bank: Bank, rows: Sequence[TokenRow], settings: EvaluationSettings) -> float:
+    """Mean loss per answer token of the loaded model."""
+    return mean_loss(bank, [(row.prompt, row.answer) for row in rows], settings.batch_tokens)
+
+
+def scores_of(
+    bank: Bank, rows: Sequence[TokenRow], examples: Sequence[Example], settings: EvaluationSettings
+) -> dict[str, float]:
+    """Scores in 0 .. 100 of the loaded model, the headline also under `score`; rows and examples go in pairs."""
+    prompts, references = [row.prompt for row in rows], [example.answer for example in examples]
+    if examples[0].options:
+        losses = option_losses(bank, prompts, [row.options for row in rows], settings.batch_tokens)
+        chosen = [
+            example.options[values.index(min(values))]
+            for example, values in zip(examples, losses, strict=True)
+        ]
+        scores = {"accuracy": accuracy(chosen, references)}
+    else:
+        answers = generate_answers(bank, prompts, settings.max_new_tokens, settings.batch_tokens)
+        scores = generation_scores(answers, references)
+    return {**scores, "score": scores[score_name(examples[0], settings)]}
+
+
+def majority_scores(
+    train: Sequence[Example], test: Sequence[Example], settings: EvaluationSettings
+) -> dict[str, float]:
+    """Scores of always giving the most frequent training answer (the first in alphabetical order among equals)."""
+    counts = Counter(example.answer for example in train)
+    constant = min(counts, key=lambda answer: (-counts[answer], answer))
+    references, answers = [example.answer for example in test], [constant] * len(test)
+    if test[0].options:
+        scores = {"accuracy": accuracy(answers, references)}
+    else:
+        scores = generation_scores(answers, references)
+    return {**scores, "score": scores[score_name(test[0], settings)]}

@@ -1,0 +1,54 @@
+"""Scores of answers against references: pure functions, each in 0 .. 100."""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+GenerationScore = Literal["rouge_l", "exact_match", "token_f1"]
+
+
+@lru_cache(maxsize=1)
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"])
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """ROUGE-L F1 x 100 by Google's rouge-score, without stemming."""
+    return 100.0 * float(_rouge().score(reference, answer)["rougeL"].fmeasure)
+
+
+def _words(text: str) -> list[str]:
+    """Lower-case words without punctuation and articles, as SQuAD's scorer compares them."""
+    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """100 when both are the same words, else 0."""
+    return 100.0 * (_words(answer) == _words(reference))
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """F1 x 100 of the words that answer and reference share (as in SQuAD)."""
+    given, wanted = _words(answer), _words(reference)
+    if not given or not wanted:
+        return 100.0 * (given == wanted)
+    shared = sum((Counter(given) & Counter(wanted)).values())
+    return 200.0 * shared / (len(given) + len(wanted))
+
+
+def generation_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Means of ROUGE-L, exact match and token F1 over pairs of answer and reference."""
+    scorers = {"rouge_l": rouge_l, "exact_match": exact_match, "token_f1": token_f1}
+    pairs = list(zip(answers, references, strict=True))
+    return {name: sum(score(a, b) for a, b in pairs) / len(pairs) for name, score in scorers.items()}
+
+
+def accuracy(chosen: Sequence[str], references: Sequence[str]) -> float:
+    """Share of right choices x 100."""
+    return 100.0 * sum(a == b for a, b in zip(chosen, references, strict=True)) / len(references)

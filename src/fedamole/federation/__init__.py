@@ -1,0 +1,1 @@
+"""The round: the method interface, records, local training, the loop, checkpoints."""

@@ -1,0 +1,248 @@
+"""The round loop: cohort, round, evaluate, log, checkpoint. It belongs to nobody: all methods run in this one."""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from fedamole.federation import checkpoint
+from fedamole.federation.method import ClientInfo, Evaluates, Method, Server
+from fedamole.federation.randomness import numpy_generator
+from fedamole.federation.record import PayloadError, pack, unpack
+from fedamole.federation.run_folder import ASSIGNMENT, METRICS, RunFolder
+from fedamole.federation.settings import FederationSettings
+from fedamole.federation.summary import summarise
+from fedamole.federation.worker import Answer, Scores
+from fedamole.model.params import Shapes
+
+log = logging.getLogger(__name__)
+
+BASE, MAJORITY = "base", "majority"
+"""Rows that every table has: the untuned base, and a constant answer."""
+
+
+class Engine(Protocol):
+    """Where clients run."""
+
+    @property
+    def clients(self) -> tuple[ClientInfo, ...]:
+        """All clients, in the order of their names."""
+
+    def update(self, round_: int, messages: Mapping[str, bytes]) -> Mapping[str, Answer]:
+        """Train a cohort, each on its own message; whoever does not answer is missing."""
+
+    def evaluate(self, round_: int, row: str, messages: Mapping[str, bytes | None]) -> Mapping[str, Scores]:
+        """Score the present models of some clients on validation."""
+
+    def keep(self, row: str) -> None:
+        """Let every client save its present model as its best so far."""
+
+    def bare(self, split: str) -> Mapping[str, Scores]:
+        """Scores of the untuned base on every client's split."""
+
+    def majority(self) -> Mapping[str, Scores]:
+        """Scores of a constant answer on every client's test split."""
+
+    def test(self, row: str, best: bool) -> Mapping[str, Scores]:
+        """Scores on every client's test split of the best round's models, or of the last round's."""
+
+
+class Watcher:
+    """Told what goes on, to show it; this one shows nothing."""
+
+    def round_started(self, round_: int, rounds: int, cohort: Sequence[str]) -> None:
+        """A round has begun."""
+
+    def client_started(self, round_: int, name: str) -> None:
+        """A client begins its local training."""
+
+    def step(self, done: int, steps: int) -> None:
+        """A client has taken a step."""
+
+    def client_done(self, round_: int, name: str, report: Mapping[str, Any]) -> None:
+        """A client has answered."""
+
+    def stage(self, text: str) -> None:
+        """Something else that takes a while has begun."""
+
+    def round_done(self, round_: int, validation: Mapping[str, float]) -> None:
+        """A round has been committed; what chooses the best round, by row."""
+
+    def records(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Lines were added to metrics.jsonl."""
+
+
+@dataclass
+class _Row:
+    """Progress of one scored model of the run, such as fedit and fedit_ft."""
+
+    latest: dict[str, Scores]
+    """Validation of each client's present model; an absent client's stays."""
+    best_round: int = -1
+    best: float = float("inf")
+    """Lowest value so far of what chooses the best round (a score counts negative)."""
+
+
+class Loop:
+    """One run of a method over an engine, into a folder."""
+
+    def __init__(
+        self,
+        method: Method[Any, Any, Any, Any],
+        rows: Mapping[str, Evaluates],
+        engine: Engine,
+        shapes: Shapes,
+        settings: FederationSettings,
+        folder: RunFolder,
+        *,
+        seed: int,
+        select: Literal["loss", "score"],
+        watcher: Watcher,
+    ) -> None:
+        """Assemble a run; `run` starts or continues it."""
+        self.method, self.engine, self.settings, self.folder = method, engine, settings, folder
+        self.seed, self.select, self.watcher = seed, select, watcher
+        self.server = Server(shapes, engine.clients, seed)
+        self.names = [client.name for client in engine.clients]
+        self.kinds = dict(rows)
+        self.rows: dict[str, _Row] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Run all rounds that are not done yet and the final test; return the summary."""
+        first, state = self._start()
+        for round_ in range(first, self.settings.rounds):
+            state = self._round(round_, state)
+        return self._finish()
+
+    def _start(self) -> tuple[int, Any]:
+        found = checkpoint.load_latest(self.folder)
+        if found is not None:
+            saved, packed = found
+            self.rows = {row: _Row(**progress) for row, progress in saved.progress["rows"].items()}
+            last = saved.round
+            self.folder.cut(METRICS, lambda line: line["round"] <= last and line["split"] != "test")
+            self.folder.cut(ASSIGNMENT, lambda line: line["round"] <= last)
+            return last + 1, unpack(self.method.records.state, packed)
+        for name in (METRICS, ASSIGNMENT):
+            self.folder.cut(name, lambda line: False)
+        self.watcher.stage("the untuned base on validation")
+        bare = dict(self.engine.bare("validation"))
+        self._log([self._line(-1, name, "validation", method=BASE, **scores) for name, scores in bare.items()])
+        self.rows = {row: _Row(dict(bare)) for row in self.kinds}
+        return 0, self.method.init(self.server)
+
+    def _round(self, round_: int, state: Any) -> Any:
+        started = time.perf_counter()
+        server = Server(self.server.shapes, self.server.clients, self.seed, round_)
+        cohort = self._cohort(round_)
+        self.watcher.round_started(round_, self.settings.rounds, [client.name for client in cohort])
+        self.folder.append(ASSIGNMENT, ({"round": round_, **line} for line in self.method.journal(state)))
+        answered: set[str] = set()
+
+        def ask(operation: str, messages: Mapping[str, Any]) -> Mapping[str, Any]:
+            if operation != "update":
+                raise ValueError(f"operation {operation!r} is not one of: update")
+            packed = {name: pack(message) for name, message in messages.items()}
+            answers = self.engine.update(round_, packed)
+            replies = self._replies(round_, packed, answers)
+            answered.update(replies)
+            return replies
+
+        state = self.method.round(server, state, cohort, ask)
+        updated = time.perf_counter()
+        for row in self.kinds:
+            self._evaluate(round_, row, state, answered)
+        evaluated = time.perf_counter()
+        progress = {"rows": {row: vars(progress) for row, progress in self.rows.items()}}
+        checkpoint.save(self.folder, round_, pack(state), self.names, progress)
+        seconds = {
+            "seconds_update": updated - started, "seconds_evaluate": evaluated - updated,
+            "seconds_checkpoint": time.perf_counter() - evaluated,
+        }
+        self._log([self._line(round_, None, "round", cohort=[client.name for client in cohort], **seconds)])
+        self.watcher.round_done(round_, {row: self._value(row) for row in self.kinds})
+        return state
+
+    def _cohort(self, round_: int) -> list[ClientInfo]:
+        count = max(1, round(self.settings.cohort * len(self.names)))
+        rng = numpy_generator(self.seed, "cohort", "server", round_)
+        chosen = set(rng.choice(len(self.names), count, replace=False).tolist())
+        return [client for place, client in enumerate(self.server.clients) if place in chosen]
+
+    def _replies(self, round_: int, sent: Mapping[str, bytes], answers: Mapping[str, Answer]) -> dict[str, Any]:
+        """Unpack whoever answered, and log what everybody did."""
+        replies, lines = {}, []
+        for name in sorted(sent):
+            answer = answers.get(name, Answer(None, {"failed": "no answer in time"}))
+            size = len(answer.payload or b"")
+            if answer.payload is not None:
+                try:
+                    replies[name] = unpack(self.method.records.reply, answer.payload)
+                except PayloadError as error:
+                    log.warning("client %s, round %d: %s; left out of this round", name, round_, error)
+                    answer.report["failed"] = str(error)
+            traffic = {"bytes_down": len(sent[name]), "bytes_up": size}
+            lines.append(self._line(round_, name, "train", **answer.report, **traffic))
+        if not replies:
+            log.warning("round %d: no client answered; the server's state stays as it was", round_)
+        self._log(lines)
+        return replies
+
+    def _evaluate(self, round_: int, row: str, state: Any, answered: set[str]) -> None:
+        """Score the models that this round changed, and keep all of them if the round is the best so far."""
+        progress, kind = self.rows[row], self.kinds[row]
+        self.watcher.stage(f"{row} on validation")
+        messages: dict[str, bytes | None] = {}
+        if kind == "aggregated":
+            infos = self.server.clients
+            messages = {client.name: pack(self.method.message(state, client)) for client in infos}
+        else:
+            messages = dict.fromkeys(sorted(answered))
+        scores = self.engine.evaluate(round_, row, messages)
+        progress.latest.update(scores)
+        self._log([
+            self._line(round_, name, "validation", method=row, bytes_down=len(messages[name] or b""), **values)
+            for name, values in sorted(scores.items())
+        ])
+        value = self._value(row)
+        value = -value if self.select == "score" else value
+        if progress.best_round < 0 or value < progress.best:
+            progress.best_round, progress.best = round_, value
+            self.engine.keep(row)
+
+    def _value(self, row: str) -> float:
+        """Mean over all clients of what chooses the best round."""
+        latest = self.rows[row].latest
+        return sum(latest[name][self.select] for name in self.names) / len(self.names)
+
+    def _finish(self) -> dict[str, Any]:
+        """Read the test split: once for the best round, once for the last."""
+        last = self.settings.rounds - 1
+        results: dict[str, dict[str, Any]] = {}
+        for row, progress in self.rows.items():
+            self.watcher.stage(f"{row} on test")
+            best = dict(self.engine.test(row, best=True))
+            final = best if progress.best_round == last else dict(self.engine.test(row, best=False))
+            results[row] = {"best_round": progress.best_round, "best": best, "last": final}
+            self._log_test(row, progress.best_round, best, "best")
+            self._log_test(row, last, final, "last")
+        for row, scores in ((BASE, self.engine.bare("test")), (MAJORITY, self.engine.majority())):
+            self.watcher.stage(f"{row} on test")
+            results[row] = {"best_round": None, "best": dict(scores), "last": dict(scores)}
+            self._log_test(row, -1, scores, "best")
+        return summarise(self.folder, results, self.settings.rounds)
+
+    def _log_test(self, row: str, round_: int, scores: Mapping[str, Scores], which: str) -> None:
+        self._log([
+            self._line(round_, name, "test", method=row, which=which, **values)
+            for name, values in sorted(scores.items())
+        ])
+
+    def _line(self, round_: int, client: str | None, split: str, **fields: Any) -> dict[str, Any]:
+        who = {} if client is None else {"client": client}
+        return {"round": round_, **who, "split": split, **fields}
+
+    def _log(self, lines: list[dict[str, Any]]) -> None:
+        self.folder.append(METRICS, lines)
+        self.watcher.records(lines)

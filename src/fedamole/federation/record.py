@@ -1,0 +1,114 @@
+"""Typed records <-> bytes: what crosses a wire or a round.
+
+A record is a frozen dataclass of tensors by name (`Mapping[str, Tensor]`), nested records, and JSON values. The
+bytes are one safetensors file whose metadata holds the JSON part: nothing is ever unpickled, bfloat16 survives, and
+its length is what a message costs.
+"""
+
+import dataclasses
+import json
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedamole.errors import FedamoleError
+
+R = TypeVar("R")
+Tensors = Mapping[str, Tensor]
+
+
+class PayloadError(FedamoleError):
+    """Bytes that are not the record that was expected."""
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """The record of a method that keeps, sends or returns nothing."""
+
+
+def pack(record: object) -> bytes:
+    """Turn a record into bytes."""
+    tensors: dict[str, Tensor] = {}
+    fields = _encode(record, "", tensors)
+    return save(tensors, {"record": json.dumps([type(record).__name__, fields], sort_keys=True)})
+
+
+def unpack(kind: type[R], payload: bytes) -> R:
+    """Turn bytes back into a record of the expected kind; anything else is a PayloadError."""
+    try:
+        size = int.from_bytes(payload[:8], "little")
+        header = json.loads(payload[8 : 8 + size])
+        name, fields = json.loads(header["__metadata__"]["record"])
+        tensors = load(payload)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise PayloadError(f"not a {kind.__name__}: damaged or truncated bytes ({type(error).__name__})") from error
+    if name != kind.__name__:
+        raise PayloadError(f"expected a {kind.__name__}, got a {name}")
+    record: R = _decode(kind, fields, "", tensors)
+    return record
+
+
+def non_finite(record: object) -> str | None:
+    """Return the name of the first tensor of a record that holds NaN or infinity, or None."""
+    tensors: dict[str, Tensor] = {}
+    _encode(record, "", tensors)
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+
+
+def _is_tensors(hint: Any) -> bool:
+    return get_origin(hint) in (Mapping, dict) and get_args(hint)[1] is Tensor
+
+
+def _encode(record: Any, path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    hints, fields = get_type_hints(type(record)), {}
+    for field in dataclasses.fields(record):
+        value, name = getattr(record, field.name), f"{path}{field.name}"
+        if _is_tensors(hints[field.name]):
+            tensors.update({f"{name}:{key}": tensor.contiguous() for key, tensor in value.items()})
+        elif dataclasses.is_dataclass(value):
+            fields[field.name] = _encode(value, f"{name}.", tensors)
+        else:
+            fields[field.name] = value
+    return fields
+
+
+def _decode(kind: Any, fields: Any, path: str, tensors: Mapping[str, Tensor]) -> Any:
+    values = {}
+    hints = get_type_hints(kind)
+    expected = {field.name for field in dataclasses.fields(kind) if not _is_tensors(hints[field.name])}
+    if not isinstance(fields, dict) or set(fields) != expected:
+        raise PayloadError(f"{kind.__name__}: expected the fields {sorted(expected)}")
+    for field in dataclasses.fields(kind):
+        hint, name = hints[field.name], f"{path}{field.name}"
+        if _is_tensors(hint):
+            prefix = f"{name}:"
+            values[field.name] = {
+                key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)
+            }
+        else:
+            values[field.name] = _decode_value(hint, fields[field.name], name, tensors)
+    return kind(**values)
+
+
+def _decode_value(hint: Any, value: Any, name: str, tensors: Mapping[str, Tensor]) -> Any:
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for option in options:
+        if option is type(None):
+            if value is None:
+                return None
+        elif dataclasses.is_dataclass(option):
+            if isinstance(value, dict):
+                return _decode(option, value, f"{name}.", tensors)
+        else:
+            origin = get_origin(option)
+            if origin is Mapping:
+                origin = dict
+            plain = origin if isinstance(origin, type) else option if isinstance(option, type) else object
+            if isinstance(value, plain) or (plain is float and isinstance(value, int)):
+                return value
+    raise PayloadError(f"{name}: {type(value).__name__} where {hint} was expected")

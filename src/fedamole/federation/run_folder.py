@@ -1,0 +1,142 @@
+"""A run's folder: what lies where, written atomically and never overwritten.
+
+    run.json            format, version, run id, method, identity of the base
+    config.toml         the resolved config; `fedamole resume` starts from it
+    manifest.json       the partition, with hashes
+    metrics.jsonl       one line per client and split and round        (docs/run-folder.md has the fields)
+    assignment.jsonl    who held which expert, in which module, with what relevance
+    summary.json        the headline numbers; written last, its presence means the run is finished
+    checkpoints/        server state and progress of the last two rounds
+    clients/<name>/     state/ (private, between rounds) and adapter/ (its model of the best validation round)
+"""
+
+import fcntl
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fedamole import __version__
+from fedamole.errors import RunError
+from fedamole.model.base import Identity
+
+FORMAT = 1
+RUN, CONFIG, MANIFEST = "run.json", "config.toml", "manifest.json"
+METRICS, ASSIGNMENT, SUMMARY = "metrics.jsonl", "assignment.jsonl", "summary.json"
+
+Json = dict[str, Any]
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a file so that a reader, or a run after a crash, sees the old content or the new, never a torn one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.writing")
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class RunFolder:
+    """The folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        """Name a folder; `create` or `open` make it usable."""
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, config: str, manifest: str, method: str, identity: Identity) -> "RunFolder":
+        """Start a new run's folder; one that exists is left alone (RunError)."""
+        folder = cls(path)
+        folder.refuse_existing()
+        about = {
+            "format": FORMAT, "fedamole": __version__, "id": uuid.uuid4().hex, "method": method,
+            "base": asdict(identity),
+        }
+        write_atomic(path / CONFIG, config)
+        write_atomic(path / MANIFEST, manifest)
+        write_atomic(path / RUN, json.dumps(about, indent=2) + "\n")
+        return folder
+
+    def refuse_existing(self) -> None:
+        """Raise RunError where there is something already: no run is ever overwritten."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RunError(
+                f"{self.path} exists already, and no run is overwritten: `fedamole resume {self.path}` continues it, "
+                "run.folder=OTHER starts another, or move it away"
+            )
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Open an existing run's folder; anything else is a RunError."""
+        folder = cls(path)
+        for name in (RUN, CONFIG, MANIFEST):
+            if not (path / name).exists():
+                raise RunError(f"{path} is not a run folder: {name} is missing")
+        if (found := folder.about["format"]) != FORMAT:
+            raise RunError(f"{path} has format {found}; this version of fedamole reads format {FORMAT}")
+        return folder
+
+    @property
+    def about(self) -> Json:
+        """Content of run.json."""
+        return self.read_json(RUN)
+
+    def read_json(self, name: str) -> Json:
+        """Read one of the folder's JSON files; a damaged one is a RunError."""
+        try:
+            content: Json = json.loads((self.path / name).read_text())
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.path / name} cannot be read: {error}") from error
+        return content
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return (self.path / SUMMARY).exists()
+
+    def client(self, name: str) -> Path:
+        """Folder of one client."""
+        return self.path / "clients" / name
+
+    def adapter(self, name: str, method: str) -> Path:
+        """A client's saved model; a second row of the same run (fedit_ft beside fedit) has a folder of its own."""
+        own = method == self.about["method"]
+        return self.client(name) / ("adapter" if own else f"adapter-{method}")
+
+    def append(self, name: str, records: Iterable[Json]) -> None:
+        """Append lines to metrics.jsonl or assignment.jsonl."""
+        with (self.path / name).open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+    def lines(self, name: str) -> Iterator[Json]:
+        """Read the whole lines of metrics.jsonl or assignment.jsonl; a torn last line is left out."""
+        path = self.path / name
+        if not path.exists():
+            return
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                return
+            yield record
+
+    def cut(self, name: str, keep: Callable[[Json], bool]) -> None:
+        """Cut a lines file back to the records that `keep` approves of."""
+        kept = [json.dumps(record) + "\n" for record in self.lines(name) if keep(record)]
+        write_atomic(self.path / name, "".join(kept))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for one process; a second one is refused (RunError)."""
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunError(f"{self.path}: another process is running this run; wait for it or stop it") from error
+            yield

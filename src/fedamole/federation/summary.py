@@ -1,0 +1,46 @@
+"""summary.json: the headline numbers of a finished run, computed from its folder."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from fedamole.evaluation.summary import over_clients
+from fedamole.federation.run_folder import METRICS, SUMMARY, RunFolder, write_atomic
+
+FORMAT = 1
+
+
+def summarise(folder: RunFolder, results: Mapping[str, Mapping[str, Any]], rounds: int) -> dict[str, Any]:
+    """Write summary.json from the test scores by row, and return its content.
+
+    `results` maps a row to its best round, and to the scores of every client at the `best` round (by validation)
+    and at the `last` one.
+    """
+    rows = {}
+    for row, found in results.items():
+        headline = {client: scores["score"] for client, scores in found["best"].items()}
+        last = {client: scores["score"] for client, scores in found["last"].items()}
+        rows[row] = {
+            "best_round": found["best_round"],
+            **asdict(over_clients(headline)),
+            "last_mean": over_clients(last).mean,
+            "clients": found["best"],
+        }
+    summary = {"format": FORMAT, "method": folder.about["method"], "rounds": rounds, "rows": rows, **_costs(folder)}
+    write_atomic(folder.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def _costs(folder: RunFolder) -> dict[str, Any]:
+    """Bytes per round and client each way, seconds, and peak memory, from metrics.jsonl."""
+    trained = [line for line in folder.lines(METRICS) if line["split"] == "train"]
+    rounds = [line for line in folder.lines(METRICS) if line["split"] == "round"]
+    return {
+        "bytes_down_per_client_round": sum(line["bytes_down"] for line in trained) / len(trained),
+        "bytes_up_per_client_round": sum(line["bytes_up"] for line in trained) / len(trained),
+        "seconds_update": sum(line["seconds_update"] for line in rounds),
+        "seconds_evaluate": sum(line["seconds_evaluate"] for line in rounds),
+        "peak_memory_mib": max((line.get("peak_memory_mib", 0.0) for line in trained), default=0.0),
+        "left_out": sum("failed" in line for line in trained),
+    }

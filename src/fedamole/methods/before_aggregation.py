@@ -1,0 +1,19 @@
+"""The "-FT" of a method: the very same training, each client's model looked at before the aggregation.
+
+No extra steps are taken: the personal model is what the client has just trained, instead of what the server made of
+all of them. It serves any method that is scored after the aggregation.
+"""
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fedamole.federation.method import Method
+
+M = TypeVar("M", bound=type[Method[Any, Any, Any, Any]])
+
+
+def before_aggregation(method: M) -> M:
+    """Return the method class that trains like `method` and is scored right after local training."""
+    doc = f"{method.__name__}, each client's model scored before the aggregation."
+    variant: M = type(method)(f"{method.__name__}FT", (method,), {"evaluates": "trained", "__doc__": doc})
+    return dataclass(frozen=True)(variant)

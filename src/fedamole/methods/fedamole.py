@@ -1,0 +1,213 @@
+"""FedAMoLE: Zhang, Qin, Wu, Hou, Deng, "Personalized Federated Fine-Tuning for LLMs via Data-Driven Heterogeneous
+Model Architectures", https://arxiv.org/abs/2411.19128 (v4: WWW 2026, where the module is called HMoLE).
+
+One round, module by module:
+    the server sends each client the experts assigned to it, the shared expert and the token projection;
+    the client trains them, then reads its embedding split: its mean token embedding, and each expert's;
+    it returns experts, shared expert, token projection and those embeddings;
+    the server averages every expert over its holders, shared expert and projection over all;
+    experts choose clients anew by relevance (reverse selection): the architectures of the next round.
+A client's model is what it trained with the architecture it was given, never the aggregate.
+
+Deviations: an expert or client never heard of has a uniform row, or its row's mean; with clients gone for good the
+assignment keeps `max_experts` and gives the other bounds (`select_for_remaining`).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedamole.assignment.baselines import homogeneous, random_probabilities
+from fedamole.assignment.relevance import Floats, Mask, Scores, choice_probabilities, relevance
+from fedamole.assignment.reverse_selection import Bounds, check_feasible, select_for_remaining
+from fedamole.errors import ConfigError
+from fedamole.federation.averaging import mean_by_key
+from fedamole.federation.method import Client, ClientInfo, Method, Records, Server, Trained, Weighting
+from fedamole.federation.randomness import numpy_generator, torch_generator
+from fedamole.federation.record import Nothing
+from fedamole.model.amole import AdapterSpec
+from fedamole.model.params import Adapter, expert_keys, new_pool, router_key, shared_keys
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The server's state: all experts, what is known of experts and clients, and who holds what next."""
+
+    tensors: Mapping[str, Tensor]
+    expert_embeddings: Mapping[str, Tensor]
+    """e_i (r) by `<module>/expert-07`, of the experts that have come back at least once."""
+    client_embeddings: Mapping[str, Tensor]
+    """t_c (r) by `<module>/<client>`, of the clients that have answered at least once."""
+    probabilities: Mapping[str, Tensor]
+    """P (E, C) by module, clients in the order of their names: what the assignment was solved for."""
+    held: dict[str, dict[str, list[int]]]
+    """Experts of each client by module: the architectures of the coming round."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Message down: the client's experts, its shared expert and token projection in every module."""
+
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TrainedExperts:
+    """Reply up: the message's tensors trained, and their mean embeddings on the client's embedding split."""
+
+    tensors: Mapping[str, Tensor]
+    token_embedding: Mapping[str, Tensor]
+    """t_c (r) by module."""
+    expert_embeddings: Mapping[str, Tensor]
+    """e_{i,c} (r) by `<module>/expert-07`."""
+
+
+@dataclass(frozen=True)
+class FedAmole(Method[Pool, Experts, Nothing, TrainedExperts]):
+    """A mixture of LoRA experts per client and module; the data decide which experts it holds."""
+
+    experts: int | None = None
+    """Domain experts E in each module's pool; unset: 3 per client (the paper's 30 for 10 clients)."""
+    expert_choices: int | None = None
+    """Clients k_c that each expert chooses; unset: 2, or 1 for a single client."""
+    min_experts: int = 2
+    """Fewest domain experts a client holds per module."""
+    max_experts: int = 8
+    """Most domain experts a client holds per module."""
+    top_k: int = AdapterSpec.top_k
+    """Domain experts k that each token is routed to, the shared expert not counted."""
+    balance_weight: float = AdapterSpec.balance_weight
+    """Weight lambda of the load-balancing loss."""
+    assignment: Literal["reverse", "random", "static", "homogeneous"] = "reverse"
+    """reverse: the paper's; its ablations: random every round, static (round 0 is kept), homogeneous sizes."""
+    weighting: Weighting = "uniform"
+    """Weight of a client in the averages: uniform (the paper), or by its training examples."""
+
+    paper = "Zhang et al., Personalized Federated Fine-Tuning via Data-Driven Heterogeneous Architectures, 2411.19128"
+    travels = "the client's experts both ways, mean router embeddings up"
+    stays = "the data and the personal model"
+    records = Records(Pool, Experts, Nothing, TrainedExperts)
+    evaluates = "trained"
+    embeds = True
+
+    def spec(self) -> AdapterSpec:
+        """What all adapters share, with the router's settings."""
+        base = super().spec()
+        return replace(base, top_k=self.top_k, balance_weight=self.balance_weight)
+
+    def pool_size(self, clients: int) -> int:
+        """Domain experts E per module."""
+        return 3 * clients if self.experts is None else self.experts
+
+    def bounds(self, clients: int) -> Bounds:
+        """The numbers that every assignment keeps."""
+        choices = min(2, clients) if self.expert_choices is None else self.expert_choices
+        return Bounds(choices, self.min_experts, self.max_experts)
+
+    def check(self, clients: int) -> None:
+        """Refuse numbers of experts for which no assignment exists."""
+        if self.top_k > self.min_experts:
+            raise ConfigError(
+                f"method.top_k = {self.top_k} experts asked of each token, but a client may hold only "
+                f"method.min_experts = {self.min_experts}: set top_k to {self.min_experts} or min_experts to {self.top_k}"
+            )
+        check_feasible(
+            experts=self.pool_size(clients), clients=clients, bounds=self.bounds(clients), top_k=self.top_k
+        )
+
+    # server
+    def init(self, server: Server) -> Pool:
+        """Draw the pool and, as no embeddings exist yet, a random assignment (step 7)."""
+        generator = torch_generator(server.seed, "pool")
+        pool = new_pool(server.shapes, self.rank, self.pool_size(len(server.clients)), generator)
+        return self._assign(server, Pool(pool, {}, {}, {}, {}), round_=0)
+
+    def message(self, state: Pool, client: ClientInfo) -> Experts:
+        """Send the experts assigned to this client (step 1)."""
+        keys: list[str] = []
+        for module, holders in state.held.items():
+            keys += [router_key(module), *shared_keys(module)]
+            keys += [key for expert in holders[client.name] for key in expert_keys(module, expert)]
+        return Experts({key: state.tensors[key] for key in keys})
+
+    def aggregate(self, server: Server, state: Pool, replies: Mapping[str, TrainedExperts]) -> Pool:
+        """Average what came back (step 5) and let the experts choose their clients anew (step 6)."""
+        weights = server.weights(self.weighting)
+        tensors = mean_by_key({name: reply.tensors for name, reply in replies.items()}, weights, state.tensors)
+        experts = mean_by_key(
+            {name: reply.expert_embeddings for name, reply in replies.items()}, weights, state.expert_embeddings
+        )
+        heard = {
+            f"{module}/{name}": embedding
+            for name, reply in replies.items()
+            for module, embedding in reply.token_embedding.items()
+        }
+        clients = {**state.client_embeddings, **heard}
+        after = replace(state, tensors=tensors, expert_embeddings=experts, client_embeddings=clients)
+        return after if self.assignment == "static" else self._assign(server, after, server.round + 1)
+
+    def _assign(self, server: Server, state: Pool, round_: int) -> Pool:
+        """Solve the assignment of every module for a round."""
+        names = sorted(client.name for client in server.clients)
+        experts = [f"expert-{expert:02d}" for expert in range(self.pool_size(len(names)))]
+        bounds = self.bounds(len(names))
+        held, probabilities = {}, {}
+        for module in sorted(server.shapes):
+            rng = numpy_generator(server.seed, f"assignment/{module}", "server", round_)
+            if round_ == 0 or self.assignment == "random":
+                P = random_probabilities(expert_ids=experts, client_ids=names, rng=rng)
+            else:
+                P = choice_probabilities(self._relevance(state, module, experts, names))
+            solve = homogeneous if self.assignment == "homogeneous" else select_for_remaining
+            chosen = solve(P, bounds, expert_ids=experts, client_ids=names)
+            held[module] = {name: np.flatnonzero(chosen[:, c]).tolist() for c, name in enumerate(names)}
+            probabilities[module] = torch.from_numpy(P)
+        return replace(state, held=held, probabilities=probabilities)
+
+    def _relevance(self, state: Pool, module: str, experts: list[str], names: list[str]) -> Scores:
+        """Scores (E, C) of one module from the last known embeddings."""
+
+        def rows(known: Mapping[str, Tensor], ids: list[str]) -> tuple[Floats, Mask]:
+            found = [known.get(f"{module}/{name}") for name in ids]
+            stacked = torch.stack([torch.zeros(self.rank) if row is None else row for row in found])
+            return stacked.numpy(), np.array([row is not None for row in found])
+
+        e, experts_known = rows(state.expert_embeddings, experts)
+        t, clients_known = rows(state.client_embeddings, names)
+        return relevance(
+            e, t, rank=self.rank, experts_known=experts_known, clients_known=clients_known,
+            module=module, expert_ids=experts, client_ids=names,
+        )
+
+    def journal(self, state: Pool) -> Iterator[dict[str, Any]]:
+        """Who holds which expert in the coming round, where, and with what relevance P."""
+        for module, holders in state.held.items():
+            P = state.probabilities[module]
+            for column, (name, experts) in enumerate(sorted(holders.items())):
+                scores = [round(float(P[expert, column]), 6) for expert in experts]
+                yield {"module": module, "client": name, "experts": experts, "relevance": scores}
+
+    # client
+    def first_keep(self, client: Client) -> Nothing:
+        """Keep nothing but the personal model, which the worker keeps for every method scored as trained."""
+        return Nothing()
+
+    def adapter(self, client: Client, kept: Nothing, message: Experts) -> Adapter:
+        """Train the mixture that was sent (step 2)."""
+        return Adapter(self.spec(), message.tensors)
+
+    def reply(
+        self, client: Client, kept: Nothing, message: Experts, trained: Trained
+    ) -> tuple[Nothing, TrainedExperts]:
+        """Send back the experts and what the trained model makes of this client's data (steps 3 and 4)."""
+        tokens = {module: means.token for module, means in trained.embeddings.items()}
+        experts = {
+            f"{module}/expert-{expert:02d}": row
+            for module, means in trained.embeddings.items()
+            for expert, row in means.experts.items()
+        }
+        return kept, TrainedExperts(trained.adapter.tensors, tokens, experts)

@@ -1,0 +1,71 @@
+"""FedIT: Zhang, Vahidian, Kuo, Li, Zhang, Yu, Zhou, Chen, "Towards Building the Federated GPT: Federated
+Instruction Tuning", ICASSP 2024, https://arxiv.org/abs/2305.05644.
+
+One round:
+    the server sends the one global LoRA to the cohort;
+    every client trains it on its own data and sends it back;
+    the server averages what came back (FedAvg): the global LoRA of the next round.
+Every client's model is the global one, scored after the aggregation. `fedit_ft` is the same training, scored
+before it: each client's model is then what it trained itself in the last round.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedamole.federation.averaging import mean_by_key
+from fedamole.federation.method import Client, ClientInfo, Method, Records, Server, Trained, Weighting
+from fedamole.federation.randomness import torch_generator
+from fedamole.federation.record import Nothing
+from fedamole.model.params import Adapter, new_shared
+
+
+@dataclass(frozen=True)
+class GlobalLora:
+    """The one LoRA of all: the server's state, and what travels both ways."""
+
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class FedIT(Method[GlobalLora, GlobalLora, Nothing, GlobalLora]):
+    """One LoRA for all clients, averaged every round."""
+
+    weighting: Weighting = "uniform"
+    """Weight of a client in the average: uniform, or by its training examples."""
+
+    paper = "Zhang et al., Towards Building the Federated GPT (FedIT), ICASSP 2024, arXiv 2305.05644"
+    travels = "one LoRA down, one LoRA up"
+    stays = "the data"
+    records = Records(GlobalLora, GlobalLora, Nothing, GlobalLora)
+    evaluates = "aggregated"
+
+    # server
+    def init(self, server: Server) -> GlobalLora:
+        """Draw the first global LoRA."""
+        return GlobalLora(new_shared(server.shapes, self.rank, torch_generator(server.seed, "lora")))
+
+    def message(self, state: GlobalLora, client: ClientInfo) -> GlobalLora:
+        """Send the global LoRA."""
+        return state
+
+    def aggregate(self, server: Server, state: GlobalLora, replies: Mapping[str, GlobalLora]) -> GlobalLora:
+        """Average the LoRAs that came back."""
+        returned = {name: reply.tensors for name, reply in replies.items()}
+        return GlobalLora(mean_by_key(returned, server.weights(self.weighting), state.tensors))
+
+    # client
+    def first_keep(self, client: Client) -> Nothing:
+        """Keep nothing."""
+        return Nothing()
+
+    def adapter(self, client: Client, kept: Nothing, message: GlobalLora) -> Adapter:
+        """Start from the global LoRA."""
+        return Adapter(self.spec(), message.tensors)
+
+    def reply(
+        self, client: Client, kept: Nothing, message: GlobalLora, trained: Trained
+    ) -> tuple[Nothing, GlobalLora]:
+        """Send back the trained LoRA."""
+        return kept, GlobalLora(trained.adapter.tensors)

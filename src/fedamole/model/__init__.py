@@ -1,0 +1,1 @@
+"""The frozen base and the adapters on it: pure PyTorch on Hugging Face models; knows nothing of federation."""

@@ -1,0 +1,248 @@
+"""The frozen base: a causal language model and its tokenizer, from a hub id, a folder, or bundled."""
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fedamole.errors import BaseModelError, ConfigError
+
+log = logging.getLogger(__name__)
+
+BUNDLED = "bundled"
+
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """The `[base]` table: which model is fine-tuned, and how it is held in memory."""
+
+    model: str = BUNDLED
+    """`bundled` (tiny, runs anywhere), a folder in Hugging Face layout, or a hub id such as meta-llama/Llama-3.2-1B."""
+    targets: tuple[str, ...] = ()
+    """Names (or endings of names) of the linears to adapt; empty = the usual ones of the architecture (q and v)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the frozen weights; auto = bfloat16 on a GPU, float32 on a CPU. Adapters are float32 always."""
+    quantization: Literal["none", "4bit"] = "none"
+    """4bit holds the base in 4 bits (needs a GPU and `pip install fedamole[gpu]`)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time, the same result."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes two bases the same: adapters and runs carry it, and every load checks it."""
+
+    weights: str
+    """Hash of all weights as stored."""
+    tokenizer: str
+    """Hash of vocabulary, merges and special tokens."""
+    targets: str
+    """Hash of the adapted modules' names and shapes."""
+
+    def check(self, other: "Identity", what: str) -> None:
+        """Raise BaseModelError naming the part that differs when `what` was made on another base."""
+        for part, theirs in asdict(other).items():
+            mine = getattr(self, part)
+            if mine != theirs:
+                raise BaseModelError(
+                    f"{what} was made on another base: its {part} hash is {theirs}, this base has {mine}. "
+                    "Load it on the base it was trained on (see [base] in its run's config.toml)"
+                )
+
+
+@dataclass
+class Base:
+    """A frozen model, resident once, with what the rest of the program needs to know of it."""
+
+    model: Any
+    """The transformers model; every weight frozen, every dropout of its own off."""
+    tokenizer: Any
+    shapes: dict[str, tuple[int, int]]
+    """(d_in, d_out) of the target linears by module name."""
+    identity: Identity
+    name: str
+    """Hub id or folder as given; written into adapters for `from_pretrained`."""
+    device: torch.device
+    max_positions: int
+    """Longest sequence in tokens."""
+    gradient_checkpointing: bool = False
+
+    def training(self, on: bool) -> None:
+        """Enter or leave local training: transformers checkpoints activations, and then keeps no cache, only there."""
+        self.model.train(on and self.gradient_checkpointing)
+
+    @property
+    def pad_id(self) -> int:
+        """Token used as padding: the tokenizer's own, else its end-of-text token."""
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn `auto`, `cpu`, `cuda` or `cuda:1` into a device; a device that is not there is a ConfigError."""
+    available = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if available else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"run.device = {name!r}: not a device; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not available:
+        raise ConfigError(f"run.device = {name!r}: no GPU is visible here; use run.device = 'cpu' or 'auto'")
+    return device
+
+
+def locate(model: str, folder: Path) -> str:
+    """Turn the `base.model` setting into what `from_pretrained` takes; folders are relative to the config's."""
+    if model == BUNDLED:
+        return str(files("fedamole") / "bundled" / "base")
+    path = folder / Path(model).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise BaseModelError(f"base.model = {model!r}: there is no folder {path.resolve()}")
+    return model
+
+
+def load_base(settings: BaseSettings, device: torch.device, folder: Path) -> Base:
+    """Load, check, hash and freeze a base.
+
+    `folder` is where relative paths start. Only safetensors weights are read and no code of a model is run.
+    Errors: a base that cannot be found or read, whose vocabulary does not fit its tokenizer, or without targets.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = locate(settings.model, folder)
+    options: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
+    if settings.quantization == "4bit":
+        options |= _quantized(device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BaseModelError(f"base.model = {settings.model!r} cannot be loaded: {reason}") from error
+    check_vocabulary(model, tokenizer, settings.model)
+    shapes = target_shapes(model, settings.targets)
+    identity = Identity(_hash_weights(model), _hash_tokenizer(tokenizer), _hash_json(sorted(shapes.items())))
+    if settings.quantization == "none":
+        model = model.to(device=device, dtype=_dtype(settings.dtype, device))
+    _freeze(model, settings.gradient_checkpointing)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+    return Base(
+        model, tokenizer, shapes, identity, name, device, int(positions), settings.gradient_checkpointing
+    )
+
+
+def _quantized(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        raise ConfigError("base.quantization = '4bit' needs a GPU; use 'none' on a CPU")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
+def _freeze(model: Any, gradient_checkpointing: bool) -> None:
+    """Freeze weights and switch the base's own dropout off: only adapters learn, only adapters are regularised.
+
+    Dropout is zeroed rather than left to `eval`, as gradient checkpointing works in train mode alone.
+    """
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    model.eval()
+    if gradient_checkpointing:
+        # Reentrant checkpointing would silently lose the gradient of the balance loss.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
+    """Raise BaseModelError when the tokenizer can produce ids that the model has no embedding for."""
+    rows = model.get_input_embeddings().num_embeddings
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise BaseModelError(
+            f"base {name!r}: its tokenizer produces ids up to {largest}, its embedding has {rows} rows. "
+            "Use the tokenizer that belongs to the model, or resize the model's embeddings and save it again"
+        )
+    if tokenizer.eos_token_id is None:
+        raise BaseModelError(f"base {name!r}: its tokenizer has no end-of-text token; set eos_token in its config")
+
+
+def _linears(model: Any) -> dict[str, tuple[int, int]]:
+    """Shapes (d_in, d_out) of all linears inside the decoder; the output head is not one of them."""
+    head = model.get_output_embeddings()
+    found = {}
+    for name, module in model.named_modules():
+        if module is head:
+            continue
+        if hasattr(module, "in_features") and hasattr(module, "out_features"):
+            found[name] = (int(module.in_features), int(module.out_features))
+        elif type(module).__name__ == "Conv1D":
+            found[name] = (int(module.nx), int(module.nf))
+    return found
+
+
+def target_shapes(model: Any, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    """Shapes of the linears to adapt: those named (whole names or endings), else the architecture's usual ones."""
+    linears = _linears(model)
+    endings = sorted({name.rpartition(".")[2] for name in linears})
+    model_type = model.config.get_text_config().model_type
+    if not targets:
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL
+
+        usual = USUAL.get(model_type, ["q_proj", "v_proj"])
+        targets = tuple(usual) if isinstance(usual, list) else ("q_proj", "v_proj")
+        if not set(targets) & set(endings):
+            raise BaseModelError(
+                f"no usual targets are known for the architecture {model_type!r}; "
+                f"name some in base.targets, of {', '.join(endings)}"
+            )
+    chosen = {
+        name: shape
+        for name, shape in sorted(linears.items())
+        if any(name == target or name.endswith(f".{target}") for target in targets)
+    }
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in chosen):
+            raise BaseModelError(f"base.targets: no linear is called {target!r}; there are {', '.join(endings)}")
+    return chosen
+
+
+def _hash_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _hash_weights(model: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _hash_tokenizer(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words: Any = sorted(tokenizer.get_vocab().items())
+    if backend is not None:
+        words = json.loads(backend.to_str())
+        # These two remember how the tokenizer was last called, not what it is.
+        words.pop("truncation", None)
+        words.pop("padding", None)
+    return _hash_json([words, {key: str(value) for key, value in tokenizer.special_tokens_map.items()}])

@@ -1,0 +1,58 @@
+"""Finished runs as their folders tell them; nothing but run files is read here."""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedamole.errors import RunError
+from fedamole.federation.run_folder import CONFIG, MANIFEST, SUMMARY, RunFolder
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run."""
+
+    path: Path
+    name: str
+    seed: int
+    partition: str
+    """Hash of the manifest: runs with the same hash had the same data in the same splits."""
+    summary: dict[str, Any]
+
+    def label(self, row: str) -> str:
+        """What a row of this run is called in a table: the run's name, where it has one, for its own method."""
+        own = row == self.summary["method"]
+        return self.name if own and self.name != "run" else row
+
+
+def read_run(path: Path) -> Run:
+    """Read a finished run; an unfinished one is a RunError that says how to go on."""
+    folder = RunFolder.open(path)
+    if not folder.finished:
+        raise RunError(f"{path} is not finished: {SUMMARY} is missing; `fedamole resume {path}` continues it")
+    config = tomllib.loads((path / CONFIG).read_text())
+    partition = hashlib.sha256(_splits((path / MANIFEST).read_text())).hexdigest()
+    return Run(path, config["run"]["name"], config["run"]["seed"], partition, folder.read_json(SUMMARY))
+
+
+def _splits(manifest: str) -> bytes:
+    """What of a manifest makes two runs comparable: who has which rows, not where the files lie."""
+    return json.dumps(json.loads(manifest)["clients"], sort_keys=True).encode()
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read runs named themselves or by a folder that holds them."""
+    found: list[Run] = []
+    for path in paths:
+        if (path / "run.json").exists() or not path.is_dir():
+            found.append(read_run(path))
+            continue
+        inside = sorted(child.parent for child in path.glob("*/run.json"))
+        if not inside:
+            raise RunError(f"{path} is neither a run folder nor a folder with runs in it")
+        found += [read_run(child) for child in inside]
+    return found

@@ -1,0 +1,131 @@
+"""The table of `fedamole show`: clients down, methods across, the score of the best validation round on test."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedamole.federation.loop import BASE, MAJORITY
+from fedamole.reporting.runs import Run
+
+SUMMARY_LINES = ("mean", "worst client", "spread", "mean, last round", "best round", "KiB down / up")
+"""Lines under the clients; all but the last two are scores."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One method (or variant) over its seeds."""
+
+    label: str
+    clients: dict[str, list[float]]
+    """Score of each client, one per seed."""
+    lines: dict[str, list[float]]
+    """Values of SUMMARY_LINES, one per seed."""
+    traffic: tuple[float, float]
+    """Bytes down and up per client and round."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs on one partition, side by side."""
+
+    clients: tuple[str, ...]
+    columns: tuple[Column, ...]
+    seeds: tuple[int, ...]
+
+    def as_json(self) -> dict[str, object]:
+        """The table for machines."""
+        return {
+            "seeds": list(self.seeds),
+            "columns": {column.label: {"clients": column.clients, **column.lines} for column in self.columns},
+        }
+
+
+def compare(runs: Sequence[Run]) -> list[Comparison]:
+    """Group runs by partition, then by label; runs that differ in the seed alone become one column."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.partition, []).append(run)
+    return [_comparison(group) for group in groups.values()]
+
+
+def _comparison(runs: Sequence[Run]) -> Comparison:
+    found: dict[str, list[tuple[Run, str]]] = {}
+    for run in runs:
+        for row in run.summary["rows"]:
+            common = row in (BASE, MAJORITY)
+            entries = found.setdefault(row if common else run.label(row), [])
+            if not (common and entries):
+                entries.append((run, row))
+    order = sorted(found, key=lambda label: (label not in (BASE, MAJORITY), label != BASE, label.startswith("fedamole")))
+    clients = tuple(sorted(runs[0].summary["rows"][BASE]["clients"]))
+    columns = tuple(_column(label, found[label], clients) for label in order)
+    return Comparison(clients, columns, tuple(sorted({run.seed for run in runs})))
+
+
+def _column(label: str, entries: Sequence[tuple[Run, str]], clients: Sequence[str]) -> Column:
+    rows = [run.summary["rows"][row] for run, row in entries]
+    trained = label not in (BASE, MAJORITY)
+    first = entries[0][0].summary
+    lines = {
+        "mean": [row["mean"] for row in rows],
+        "worst client": [row["worst"] for row in rows],
+        "spread": [row["spread"] for row in rows],
+    }
+    if trained:
+        lines["mean, last round"] = [row["last_mean"] for row in rows]
+        lines["best round"] = [row["best_round"] for row in rows]
+    traffic = (first["bytes_down_per_client_round"], first["bytes_up_per_client_round"]) if trained else (0.0, 0.0)
+    scores = {client: [row["clients"][client]["score"] for row in rows] for client in clients}
+    return Column(label, scores, lines, traffic)
+
+
+def cell(values: Sequence[float], digits: int = 1) -> str:
+    """Mean over seeds, with its standard deviation where there are several."""
+    if not values:
+        return ""
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def grid(comparison: Comparison, with_clients: bool = True) -> list[list[str]]:
+    """The table as text: a head, a line per client, the summary lines; the best trained score of a line is starred."""
+    head = ["client", *(column.label for column in comparison.columns)]
+    body: list[list[str]] = []
+    if with_clients:
+        body += [
+            [client, *_starred(comparison, [column.clients[client] for column in comparison.columns])]
+            for client in comparison.clients
+        ]
+    for name in SUMMARY_LINES[:4]:
+        values = [column.lines.get(name, []) for column in comparison.columns]
+        body.append([name, *(map(cell, values) if name == "spread" else _starred(comparison, values))])
+    body.append([SUMMARY_LINES[4], *(cell(column.lines.get("best round", []), 0) for column in comparison.columns)])
+    body.append([SUMMARY_LINES[5], *(_traffic(column) for column in comparison.columns)])
+    return [head, *body]
+
+
+def _starred(comparison: Comparison, values: Sequence[Sequence[float]]) -> list[str]:
+    means = [
+        sum(found) / len(found) if found and column.label not in (BASE, MAJORITY) else -math.inf
+        for column, found in zip(comparison.columns, values, strict=True)
+    ]
+    best = max(means)
+    return [
+        cell(found) + ("*" if mean == best and best > -math.inf else "")
+        for found, mean in zip(values, means, strict=True)
+    ]
+
+
+def _traffic(column: Column) -> str:
+    down, up = column.traffic
+    return f"{down / 1024:.0f} / {up / 1024:.0f}" if down or up else ""
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table in Markdown."""
+    head, *body = grid(comparison)
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])

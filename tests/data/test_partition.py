@@ -1,0 +1,128 @@
+import numpy as np
+import pytest
+
+from fedamole.data.partition import Part, allot_test, largest_remainder, partition, slug
+from fedamole.data.settings import PartitionSettings
+from fedamole.errors import ConfigError, DataError
+
+LABELS = ["a"] * 60 + ["b"] * 40 + ["c"] * 20
+
+
+def raw_sizes(parts: list[Part]) -> list[int]:
+    return [len(part.rows) for part in parts]
+
+
+def draw(settings: PartitionSettings, values: list[str] | None = LABELS, seed: int = 0, least: int = 1) -> list[Part]:
+    count = len(LABELS if values is None else values)
+    return partition("s", settings, count, values, seed, least, raw_sizes)
+
+
+def test_whole_is_one_client_named_like_its_source() -> None:
+    assert draw(PartitionSettings(), None) == [Part("s", tuple(range(120)))]
+
+
+def test_iid_parts_are_even_random_and_cover_all() -> None:
+    parts = draw(PartitionSettings("iid", clients=7), None)
+    assert [part.client for part in parts] == [f"s-{index:02d}" for index in range(7)]
+    assert sorted(raw_sizes(parts)) == [17] * 6 + [18]
+    assert sorted(row for part in parts for row in part.rows) == list(range(120))
+    assert parts[0].rows != tuple(range(len(parts[0].rows)))
+
+
+def test_dirichlet_covers_all_and_alpha_sets_the_skew() -> None:
+    def skew(alpha: float) -> float:
+        parts = draw(PartitionSettings("dirichlet", by="l", alpha=alpha, clients=4))
+        assert sorted(row for part in parts for row in part.rows) == list(range(120))
+        shares = [sum(LABELS[row] == "a" for row in part.rows) / 60 for part in parts]
+        return max(shares) - min(shares)
+
+    assert skew(0.1) > 0.5
+    assert skew(1000.0) < 0.15
+
+
+def test_classes_gives_each_client_its_number_of_classes() -> None:
+    parts = draw(PartitionSettings("classes", by="l", clients=4, classes_per_client=2))
+    assert [len({LABELS[row] for row in part.rows}) for part in parts] == [2] * 4
+
+
+def test_value_gives_a_client_per_value() -> None:
+    parts = draw(PartitionSettings("value", by="l"))
+    assert [(part.client, len(part.rows)) for part in parts] == [("s-a", 60), ("s-b", 40), ("s-c", 20)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        PartitionSettings("iid", clients=4),
+        PartitionSettings("dirichlet", by="l", alpha=0.5, clients=4),
+        PartitionSettings("classes", by="l", clients=4, classes_per_client=2),
+    ],
+    ids=lambda settings: settings.kind,
+)
+def test_the_seed_decides(settings: PartitionSettings) -> None:
+    values = None if settings.kind == "iid" else LABELS
+    assert draw(settings, values, 3) == draw(settings, values, 3)
+    assert draw(settings, values, 3) != draw(settings, values, 4)
+
+
+def test_partitioning_shows_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    draw(PartitionSettings("value", by="l"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_dirichlet_is_redrawn_until_all_clients_have_enough() -> None:
+    settings = PartitionSettings("dirichlet", by="l", alpha=0.3, clients=4)
+    assert min(raw_sizes(draw(settings, least=1))) < 18
+    assert min(raw_sizes(draw(settings, least=18))) >= 18
+
+
+def test_dirichlet_gives_up_after_a_hundred_draws_with_the_best_sizes() -> None:
+    drawn: list[list[int]] = []
+
+    def sizes(parts: list[Part]) -> list[int]:
+        drawn.append(raw_sizes(parts))
+        return drawn[-1]
+
+    settings = PartitionSettings("dirichlet", by="l", alpha=0.1, clients=4)
+    with pytest.raises(DataError, match=r"none of 100 Dirichlet\(0.1\) draws gave each of 4 clients 40") as caught:
+        partition("s", settings, 120, LABELS, 0, 40, sizes)
+    assert len(drawn) == 100
+    assert f"the best draw gave {max(drawn, key=min)}" in str(caught.value)
+
+
+def test_more_than_the_rows_can_serve_is_an_error() -> None:
+    with pytest.raises(DataError, match="121 clients cannot share 120 rows"):
+        draw(PartitionSettings("iid", clients=121), None)
+    with pytest.raises(DataError, match=r"source 's': partition 'classes' by 'l'.*`=4 is greater"):
+        draw(PartitionSettings("classes", by="l", clients=2, classes_per_client=4))
+
+
+def test_slugs() -> None:
+    assert slug("NIH / Café 2") == "nih-cafe-2"
+    assert slug("病院") == "x" + "病院".encode().hex()[:16]
+    with pytest.raises(ConfigError, match=r"values 'A b' and 'a-b' of column 'l' would both be client 's-a-b'"):
+        draw(PartitionSettings("value", by="l"), ["a-b", "A b"])
+
+
+def test_largest_remainder() -> None:
+    """10 in 1:1:1 are 3.33 each, the first gets the odd one; 7 in 5:1:0 are 5.83, 1.17 and 0."""
+    assert largest_remainder(10, [1, 1, 1]) == [4, 3, 3]
+    assert largest_remainder(7, [5, 1, 0]) == [6, 1, 0]
+
+
+def test_test_rows_follow_the_training_rows_value_by_value() -> None:
+    """Client 0 trains on 3 a, client 1 on 1 a and 2 b; of 8 test a's they get 6 and 2, of 3 b's 0 and 3."""
+    values = ["a", "a", "a", "a", "b", "b"]
+    parts = [Part("0", (0, 1, 2)), Part("1", (3, 4, 5))]
+    test = ["a"] * 8 + ["b"] * 3 + ["c"]
+    first, second = allot_test(parts, values, 12, test, np.random.default_rng(0))
+    assert [test[row] for row in first] == ["a"] * 6
+    assert [test[row] for row in second] == ["a"] * 2 + ["b"] * 3
+    assert not set(first) & set(second)
+
+
+def test_without_values_the_test_rows_are_shared_out_evenly() -> None:
+    parts = [Part("0", (0,)), Part("1", (1, 2)), Part("2", (3,))]
+    shares = allot_test(parts, None, 8, None, np.random.default_rng(0))
+    assert sorted(map(len, shares)) == [2, 3, 3]
+    assert sorted(row for share in shares for row in share) == list(range(8))

@@ -1,0 +1,65 @@
+from typing import Any
+
+import pytest
+
+from fedamole.data.settings import DataSettings, PartitionSettings, SourceSettings
+from fedamole.data.templates import TemplateSettings
+from fedamole.errors import ConfigError
+
+SOURCE = SourceSettings("s", path="a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"kind": "diriclet"}, r"kind = 'diriclet': must be one of whole, iid, dirichlet, classes, value"),
+        ({"kind": "dirichlet", "by": "label", "clients": 2}, "alpha is not set: kind = 'dirichlet' needs it"),
+        ({"kind": "iid", "clients": 2, "alpha": 0.1}, "alpha = 0.1: kind = 'iid' does not read it; remove it"),
+        ({"kind": "dirichlet", "by": "l", "clients": 2, "alpha": 0.0}, "alpha = 0.0: must be a number above 0"),
+        ({"kind": "iid", "clients": 0}, "clients = 0: must be at least 1"),
+        ({"by": "label"}, "by = 'label': kind = 'whole' does not read it"),
+    ],
+)
+def test_partition_settings_refuse(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PartitionSettings(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "a/b", "path": "x"}, r"data.source.name = 'a/b'"),
+        ({"name": "s"}, "either path"),
+        ({"name": "s", "path": "x", "hub": "y"}, "not both"),
+        ({"name": "s", "hub": "y"}, r"data.source\[s\].split is not set"),
+        ({"name": "s", "hub": "y", "split": "train", "test": "t"}, "test = 't': not read beside hub"),
+        ({"name": "s", "path": "x", "config": "c"}, "config = 'c': not read beside path"),
+        ({"name": "s", "path": "x", "limit": 0}, "limit = 0"),
+    ],
+)
+def test_source_settings_refuse(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SourceSettings(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"source": ()}, r"data.source is empty"),
+        ({"source": (SOURCE, SOURCE)}, "'s' is given 2 times"),
+        ({"source": (SOURCE,), "test_share": 1.0}, "test_share = 1.0: must lie between 0 and 1"),
+        ({"source": (SOURCE,), "test_share": 0.5, "validation_share": 0.5}, "must leave rows to train on"),
+        ({"source": (SOURCE,), "min_examples": 0}, "min_examples = 0"),
+        ({"source": (SOURCE,), "partition_seed": -1}, "partition_seed = -1"),
+        ({"source": (SOURCE,), "templates": {"snli": TemplateSettings("{a}", "{b}")}}, "built in"),
+        ({"source": (SourceSettings("s", path="x", template="snlii"),)}, "did you mean 'snli'"),
+    ],
+)
+def test_data_settings_refuse(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DataSettings(**given)
+
+
+def test_an_own_template_is_known() -> None:
+    own = TemplateSettings("{a}\n", "{b}")
+    DataSettings((SourceSettings("s", path="x", template="mine"),), templates={"mine": own})

@@ -1,0 +1,91 @@
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedamole.data.settings import DataSettings, SourceSettings
+from fedamole.data.splits import ClientRows, split_client
+from fedamole.errors import DataError
+
+SOURCE = (SourceSettings("s", path="x"),)
+DEFAULTS = DataSettings(SOURCE)
+
+
+def sizes(client: ClientRows) -> tuple[int, ...]:
+    return len(client.train), len(client.embedding), len(client.validation), len(client.test)
+
+
+def different(count: int) -> dict[int, int]:
+    return {row: row for row in range(count)}
+
+
+def test_shares_of_a_hundred_rows() -> None:
+    """10 test, 10 validation; of the other 80 5 % are 4; 76 to train on."""
+    client = split_client("c", range(100), different(100), None, "classification", DEFAULTS)
+    assert sizes(client) == (76, 4, 10, 10)
+    assert client.test_table == "train"
+    assert sorted(client.train + client.embedding + client.validation + client.test) == list(range(100))
+
+
+def test_an_official_test_is_the_test_and_none_is_cut() -> None:
+    """No test cut: 10 validation; of the other 90 5 % are 4.5, rounded to even 4."""
+    client = split_client("c", range(100), different(100), [7, 8], "classification", DEFAULTS)
+    assert sizes(client) == (86, 4, 10, 2)
+    assert (client.test, client.test_table) == ((7, 8), "test")
+
+
+def test_what_the_embedding_cap_cuts_off_is_trained_on() -> None:
+    """1,000 rows: 100 + 100, 5 % of 800 are 40, capped at 15; 785 to train on."""
+    capped = DataSettings(SOURCE, embedding_cap=15)
+    assert sizes(split_client("c", range(1000), different(1000), None, "classification", capped))[:2] == (785, 15)
+
+
+@pytest.mark.parametrize(("task", "cap"), [("classification", 200), ("generation", 50)])
+def test_test_and_validation_are_capped_by_task_and_the_surplus_stays_unread(task: str, cap: int) -> None:
+    """3,000 rows: 300 + 300 cut, of which `cap` each are read; 5 % of 2,400 are 120."""
+    client = split_client("c", range(3000), different(3000), None, task, DEFAULTS)  # type: ignore[arg-type]
+    assert sizes(client) == (2280, 120, cap, cap)
+    official = split_client("c", range(3000), different(3000), range(900), task, DEFAULTS)  # type: ignore[arg-type]
+    assert len(official.test) == cap
+    assert official.test != tuple(range(cap))  # drawn, not the first ones
+
+
+def test_seed_and_name_decide_and_nothing_else() -> None:
+    def split(client: str, seed: int) -> ClientRows:
+        chosen = DataSettings(SOURCE, partition_seed=seed)
+        return split_client(client, range(100), different(100), None, "generation", chosen)
+
+    assert split("c", 0) == split("c", 0)
+    assert split("c", 0).test != split("c", 1).test
+    assert split("c", 0).test != split("d", 0).test
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=80), st.integers(0, 5))
+def test_identical_rows_never_straddle_splits(kinds: list[int], seed: int) -> None:
+    chosen = DataSettings(SOURCE, partition_seed=seed)
+    client = split_client("c", range(len(kinds)), dict(enumerate(kinds)), None, "classification", chosen)
+    splits = [client.train, client.embedding, client.validation, client.test]
+    where = [{kinds[row] for row in split} for split in splits]
+    for one in range(4):
+        for other in range(one):
+            assert not where[one] & where[other]
+    assert all(amount == 1 for amount in Counter(row for split in splits for row in split).values())
+
+
+def test_a_group_beyond_the_target_is_passed_over() -> None:
+    """20 rows, 12 of them the same: the 2 test rows come from the 8 others."""
+    identity = {row: min(row, 8) for row in range(20)}
+    client = split_client("c", range(20), identity, None, "classification", DEFAULTS)
+    assert len(client.test) == 2
+    assert set(range(8, 20)) <= set(client.train)
+
+
+def test_a_client_with_an_empty_split_or_too_little_is_refused_with_its_sizes() -> None:
+    small = split_client("c", range(3), different(3), None, "classification", DEFAULTS)
+    assert small.training_size == 0
+    with pytest.raises(DataError, match=r"client 'c' has an empty split: train 0, embedding 1, validation 1, test 1"):
+        small.check(1)
+    with pytest.raises(DataError, match=r"fewer training examples than data.min_examples = 10: train 7"):
+        split_client("c", range(10), different(10), None, "classification", DEFAULTS).check(10)

@@ -1,0 +1,144 @@
+from typing import Any
+
+import pytest
+
+from fedamole.data.templates import BUILT_IN, TemplateSettings, choose, options_of, render
+from fedamole.errors import ConfigError, DataError
+
+
+def example(name: str, row: dict[str, Any], others: tuple[dict[str, Any], ...] = ()) -> Any:
+    template = choose(name, {}, row, "f")
+    return render(template, options_of(template, [row, *others], "f"), row, "f, row 1")
+
+
+def test_alpaca_with_a_context_that_alone_may_be_cut() -> None:
+    found = example("alpaca", {"instruction": "Sum up.", "context": "Long text.", "response": "Short."})
+    assert found.context == "Long text."
+    assert found.before.endswith("### Instruction:\nSum up.\n\n### Input:\n")
+    assert found.after == "\n\n### Response:\n"
+    assert (found.answer, found.options) == ("Short.", ())
+
+
+@pytest.mark.parametrize("empty", ["", " ", None])
+def test_alpaca_without_context_has_no_input_heading(empty: str | None) -> None:
+    found = example("alpaca", {"instruction": "Run.", "context": empty, "response": "Done."})
+    assert "### Input" not in found.prompt
+    assert found.context == ""
+    assert found.prompt.endswith("### Instruction:\nRun.\n\n### Response:\n")
+
+
+@pytest.mark.parametrize(
+    ("label", "answer"), [(0, "Yes"), (1, "Maybe"), (2, "No"), ("2", "No"), ("contradiction", "No")]
+)
+def test_snli(label: int | str, answer: str) -> None:
+    found = example("snli", {"premise": "A man runs.", "hypothesis": "He sleeps.", "label": label})
+    assert (found.answer, found.options) == (answer, ("Yes", "Maybe", "No"))
+    assert found.prompt == "Premise: A man runs.\nHypothesis: He sleeps.\nDoes the premise imply it?\nAnswer:\n"
+
+
+def test_snli_pairs_without_a_gold_label_have_no_example() -> None:
+    assert example("snli", {"premise": "p", "hypothesis": "h", "label": -1}) is None
+
+
+def test_banking77_takes_its_options_from_all_rows() -> None:
+    others = ({"text": "u", "label_text": "b"}, {"text": "v", "label_text": "a"})
+    found = example("banking77", {"text": "t", "label_text": "c"}, others)
+    assert (found.answer, found.options) == ("c", ("a", "b", "c"))
+
+
+def test_pubmedqa_cuts_only_the_abstract() -> None:
+    found = example("pubmedqa", {"question": "Does it?", "context": "We saw.", "label_text": "maybe"})
+    assert (found.before, found.context) == ("Abstract: ", "We saw.")
+    assert found.after == "\n\nQuestion: Does it?\nAnswer with yes, no or maybe.\nAnswer:\n"
+    assert (found.answer, found.options) == ("maybe", ("yes", "no", "maybe"))
+
+
+def test_plain_is_as_it_stands() -> None:
+    found = example("plain", {"prompt": "1 + 1 = ", "completion": "2"})
+    assert (found.prompt, found.answer) == ("1 + 1 = ", "2")
+
+
+def test_classification_falls_back_to_the_bare_label() -> None:
+    found = example("classification", {"text": "t", "label": 3}, ({"text": "u", "label": 1},))
+    assert (found.answer, found.options) == ("3", ("1", "3"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "name"),
+    [
+        (("premise", "hypothesis", "label"), "snli"),
+        (("instruction", "context", "response", "category"), "alpaca"),
+        (("prompt", "completion"), "plain"),
+        (("text", "label", "label_text"), "classification"),
+    ],
+)
+def test_auto_goes_by_the_columns(columns: tuple[str, ...], name: str) -> None:
+    assert choose("auto", {}, columns, "f") == BUILT_IN[name]
+
+
+def test_auto_that_finds_nothing_lists_columns_and_templates() -> None:
+    with pytest.raises(DataError, match=r"f: no template fits the columns a, b; set template = one of alpaca"):
+        choose("auto", {}, ("a", "b"), "f")
+
+
+def test_a_missing_column_is_named_with_the_nearest() -> None:
+    with pytest.raises(DataError, match=r"no column 'premise' \(did you mean 'premises'\?\); its columns are hyp"):
+        choose("snli", {}, ("premises", "hypothesis", "label"), "f")
+
+
+def test_a_label_outside_the_options_names_row_value_and_options() -> None:
+    with pytest.raises(DataError, match=r"f, row 1: the label 'perhaps' is outside .* \['yes', 'no', 'maybe'\]"):
+        example("pubmedqa", {"question": "q", "context": "c", "label_text": "perhaps"})
+    with pytest.raises(DataError, match="f, row 1: the label '7' is outside the template's labels"):
+        example("snli", {"premise": "p", "hypothesis": "h", "label": 7})
+
+
+def test_an_empty_prompt_column_is_an_error_and_an_empty_answer_no_example() -> None:
+    with pytest.raises(DataError, match="f, row 1: column 'prompt' is empty"):
+        example("plain", {"prompt": None, "completion": "x"})
+    assert example("plain", {"prompt": "p", "completion": None}) is None
+    assert example("plain", {"prompt": "p", "completion": " "}) is None
+
+
+def test_a_list_is_no_text() -> None:
+    with pytest.raises(DataError, match=r"column 'prompt' holds \['p'\], a template needs text"):
+        example("plain", {"prompt": ["p"], "completion": "x"})
+
+
+def test_braces_in_the_data_stay_plain_text() -> None:
+    row = {"instruction": "{response} {0} {{", "context": "{instruction}", "response": "}{"}
+    found = example("alpaca", row)
+    assert "### Instruction:\n{response} {0} {{\n\n### Input:\n{instruction}\n" in found.prompt
+    assert found.answer == "}{"
+
+
+def test_an_own_template_with_labels_and_literal_braces() -> None:
+    own = TemplateSettings(prompt="{{Q}} {q}\n", answer="{a}", labels={"1": "Yes", "0": "No"})
+    template = choose("mine", {"mine": own}, ("q", "a"), "f")
+    found = render(template, options_of(template, [], "f"), {"q": "Really?", "a": 1}, "f")
+    assert found is not None
+    assert (found.prompt, found.answer, found.options) == ("{Q} Really?\n", "Yes", ("Yes", "No"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompt": "{q!r}", "answer": "{a}"}, "without format or conversion"),
+        ({"prompt": "{q", "answer": "{a}"}, "literal brace twice"),
+        ({"prompt": "{q}", "answer": "Yes"}, "names no column"),
+        ({"prompt": "{q}", "answer": "{a}", "context": "c"}, "exactly once"),
+        ({"prompt": "{q}", "answer": "{a}", "prompt_without_context": "x"}, "needs context"),
+        ({"prompt": "{c}", "answer": "{a}", "context": "c", "prompt_without_context": "{c}"}, "must not hold"),
+        ({"prompt": "{q}", "answer": "{a}", "options": ("x",)}, "at least two"),
+        ({"prompt": "{q}", "answer": "{a}", "options": ("x", "y"), "options_from": "a"}, "not both"),
+        ({"prompt": "{q}", "answer": "{a}", "options": ("x", "y"), "labels": {"1": "z"}}, r"\['x', 'y'\]"),
+    ],
+)
+def test_templates_refuse(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TemplateSettings(**given)
+
+
+def test_options_need_two_values() -> None:
+    with pytest.raises(DataError, match=r"column 'label_text' has only the values \['a'\]"):
+        options_of(BUILT_IN["banking77"], [{"label_text": "a"}, {"label_text": None}], "f")
