@@ -9,7 +9,7 @@ from typing import Any
 import tomli_w
 import torch
 
-from fedamole.config import Config, load_config, to_config
+from fedamole.config import Config, load_config
 from fedamole.data.manifest import Federation, Manifest, load_federation, read_manifest
 from fedamole.engine.in_process import InProcess
 from fedamole.errors import ConfigError
@@ -191,4 +191,5 @@ def _memory_mib(config: Config, base: Base, adapter_parameters: int) -> float:
     layers = 1 if config.base.gradient_checkpointing else text.num_hidden_layers
     activations = tokens * (24 * layers * text.hidden_size * item + text.vocab_size * (item + 4))
     held = sum(weight.numel() * weight.element_size() for weight in weights)
-    return (held + 16 * adapter_parameters + activations) / 2**20
+    total: float = held + 16 * adapter_parameters + activations
+    return total / 2**20

@@ -98,8 +98,6 @@ def majority_scores(
     counts = Counter(example.answer for example in train)
     constant = min(counts, key=lambda answer: (-counts[answer], answer))
     references, answers = [example.answer for example in test], [constant] * len(test)
-    if test[0].options:
-        scores = {"accuracy": accuracy(answers, references)}
-    else:
-        scores = generation_scores(answers, references)
+    classes = bool(test[0].options)
+    scores = {"accuracy": accuracy(answers, references)} if classes else generation_scores(answers, references)
     return {**scores, "score": scores[score_name(test[0], settings)]}

@@ -87,7 +87,7 @@ def _backward(bank: Bank, batch: Batch, balance_weight: float, accumulation: int
     with bank.recording(counted=batch.counted, balance=[], dropout_seed=dropout_seed) as tape:
         loss = answer_losses(bank.logits(batch.ids), batch).mean()
         total = loss + balance_weight * torch.stack(tape.balance).sum() if tape.balance else loss
-        (total / accumulation).backward()  # type: ignore[no-untyped-call]
+        (total / accumulation).backward()
     return loss.detach()
 
 

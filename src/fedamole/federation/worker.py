@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedamole.data.examples import Example, Shard
 from fedamole.data.tokens import TokenRow, tokenise
+from fedamole.errors import DataError
 from fedamole.evaluation.personal import EvaluationSettings, loss_of, majority_scores, scores_of
 from fedamole.federation.checkpoint import latest_state, state_path
 from fedamole.federation.local import DivergedError, OnStep, Row, embed, fit
@@ -65,10 +66,8 @@ def client_data(shard: Shard, tokenizer: Any, max_length: int) -> ClientData:
         splits[name] = Split(tokens.rows, tuple(examples[place] for place in tokens.places))
         cut, dropped = cut + tokens.cut, dropped + tokens.dropped
         if not tokens.rows:
-            from fedamole.errors import DataError
-
             raise DataError(
-                f"client {shard.client}: no {name} example fits into training.max_length = {max_length} tokens; raise it"
+                f"client {shard.client}: no {name} example fits into training.max_length = {max_length}; raise it"
             )
     if cut or dropped:
         log.warning(

@@ -4,16 +4,17 @@ No extra steps are taken: the personal model is what the client has just trained
 all of them. It serves any method that is scored after the aggregation.
 """
 
+import types
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from fedamole.federation.method import Method
 
-M = TypeVar("M", bound=type[Method[Any, Any, Any, Any]])
 
-
-def before_aggregation(method: M) -> M:
+def before_aggregation(method: type[Method[Any, Any, Any, Any]]) -> type[Method[Any, Any, Any, Any]]:
     """Return the method class that trains like `method` and is scored right after local training."""
     doc = f"{method.__name__}, each client's model scored before the aggregation."
-    variant: M = type(method)(f"{method.__name__}FT", (method,), {"evaluates": "trained", "__doc__": doc})
+    variant = types.new_class(
+        f"{method.__name__}FT", (method,), exec_body=lambda body: body.update(evaluates="trained", __doc__=doc)
+    )
     return dataclass(frozen=True)(variant)

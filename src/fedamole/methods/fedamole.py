@@ -38,14 +38,10 @@ class Pool:
     """The server's state: all experts, what is known of experts and clients, and who holds what next."""
 
     tensors: Mapping[str, Tensor]
-    expert_embeddings: Mapping[str, Tensor]
-    """e_i (r) by `<module>/expert-07`, of the experts that have come back at least once."""
-    client_embeddings: Mapping[str, Tensor]
-    """t_c (r) by `<module>/<client>`, of the clients that have answered at least once."""
-    probabilities: Mapping[str, Tensor]
-    """P (E, C) by module, clients in the order of their names: what the assignment was solved for."""
-    held: dict[str, dict[str, list[int]]]
-    """Experts of each client by module: the architectures of the coming round."""
+    expert_embeddings: Mapping[str, Tensor]  # e_i (r) by <module>/expert-07, of experts that came back once
+    client_embeddings: Mapping[str, Tensor]  # t_c (r) by <module>/<client>, of clients that answered once
+    probabilities: Mapping[str, Tensor]  # P (E, C) by module, clients by name: what the assignment is solved for
+    held: dict[str, dict[str, list[int]]]  # experts of each client by module: the coming round's architectures
 
 
 @dataclass(frozen=True)
@@ -60,10 +56,8 @@ class TrainedExperts:
     """Reply up: the message's tensors trained, and their mean embeddings on the client's embedding split."""
 
     tensors: Mapping[str, Tensor]
-    token_embedding: Mapping[str, Tensor]
-    """t_c (r) by module."""
-    expert_embeddings: Mapping[str, Tensor]
-    """e_{i,c} (r) by `<module>/expert-07`."""
+    token_embedding: Mapping[str, Tensor]  # t_c (r) by module
+    expert_embeddings: Mapping[str, Tensor]  # e_{i,c} (r) by <module>/expert-07
 
 
 @dataclass(frozen=True)
@@ -96,8 +90,7 @@ class FedAmole(Method[Pool, Experts, Nothing, TrainedExperts]):
 
     def spec(self) -> AdapterSpec:
         """What all adapters share, with the router's settings."""
-        base = super().spec()
-        return replace(base, top_k=self.top_k, balance_weight=self.balance_weight)
+        return replace(super().spec(), top_k=self.top_k, balance_weight=self.balance_weight)
 
     def pool_size(self, clients: int) -> int:
         """Domain experts E per module."""
@@ -113,11 +106,10 @@ class FedAmole(Method[Pool, Experts, Nothing, TrainedExperts]):
         if self.top_k > self.min_experts:
             raise ConfigError(
                 f"method.top_k = {self.top_k} experts asked of each token, but a client may hold only "
-                f"method.min_experts = {self.min_experts}: set top_k to {self.min_experts} or min_experts to {self.top_k}"
+                f"{self.min_experts}: set top_k to {self.min_experts} or method.min_experts to {self.top_k}"
             )
-        check_feasible(
-            experts=self.pool_size(clients), clients=clients, bounds=self.bounds(clients), top_k=self.top_k
-        )
+        size, bounds = self.pool_size(clients), self.bounds(clients)
+        check_feasible(experts=size, clients=clients, bounds=bounds, top_k=self.top_k)
 
     # server
     def init(self, server: Server) -> Pool:
@@ -129,25 +121,25 @@ class FedAmole(Method[Pool, Experts, Nothing, TrainedExperts]):
     def message(self, state: Pool, client: ClientInfo) -> Experts:
         """Send the experts assigned to this client (step 1)."""
         keys: list[str] = []
-        for module, holders in state.held.items():
+        for module, held in state.held.items():
             keys += [router_key(module), *shared_keys(module)]
-            keys += [key for expert in holders[client.name] for key in expert_keys(module, expert)]
+            keys += [key for expert in held[client.name] for key in expert_keys(module, expert)]
         return Experts({key: state.tensors[key] for key in keys})
 
     def aggregate(self, server: Server, state: Pool, replies: Mapping[str, TrainedExperts]) -> Pool:
         """Average what came back (step 5) and let the experts choose their clients anew (step 6)."""
         weights = server.weights(self.weighting)
-        tensors = mean_by_key({name: reply.tensors for name, reply in replies.items()}, weights, state.tensors)
-        experts = mean_by_key(
-            {name: reply.expert_embeddings for name, reply in replies.items()}, weights, state.expert_embeddings
+        trained = {name: reply.tensors for name, reply in replies.items()}
+        embedded = {name: reply.expert_embeddings for name, reply in replies.items()}
+        clients = dict(state.client_embeddings)
+        for name, reply in replies.items():
+            clients.update({f"{module}/{name}": row for module, row in reply.token_embedding.items()})
+        after = replace(
+            state,
+            tensors=mean_by_key(trained, weights, state.tensors),
+            expert_embeddings=mean_by_key(embedded, weights, state.expert_embeddings),
+            client_embeddings=clients,
         )
-        heard = {
-            f"{module}/{name}": embedding
-            for name, reply in replies.items()
-            for module, embedding in reply.token_embedding.items()
-        }
-        clients = {**state.client_embeddings, **heard}
-        after = replace(state, tensors=tensors, expert_embeddings=experts, client_embeddings=clients)
         return after if self.assignment == "static" else self._assign(server, after, server.round + 1)
 
     def _assign(self, server: Server, state: Pool, round_: int) -> Pool:
@@ -176,24 +168,23 @@ class FedAmole(Method[Pool, Experts, Nothing, TrainedExperts]):
             stacked = torch.stack([torch.zeros(self.rank) if row is None else row for row in found])
             return stacked.numpy(), np.array([row is not None for row in found])
 
-        e, experts_known = rows(state.expert_embeddings, experts)
-        t, clients_known = rows(state.client_embeddings, names)
+        e, known = rows(state.expert_embeddings, experts)
+        t, heard = rows(state.client_embeddings, names)
         return relevance(
-            e, t, rank=self.rank, experts_known=experts_known, clients_known=clients_known,
+            e, t, rank=self.rank, experts_known=known, clients_known=heard,
             module=module, expert_ids=experts, client_ids=names,
         )
 
     def journal(self, state: Pool) -> Iterator[dict[str, Any]]:
         """Who holds which expert in the coming round, where, and with what relevance P."""
         for module, holders in state.held.items():
-            P = state.probabilities[module]
             for column, (name, experts) in enumerate(sorted(holders.items())):
-                scores = [round(float(P[expert, column]), 6) for expert in experts]
+                scores = [round(float(state.probabilities[module][expert, column]), 6) for expert in experts]
                 yield {"module": module, "client": name, "experts": experts, "relevance": scores}
 
     # client
     def first_keep(self, client: Client) -> Nothing:
-        """Keep nothing but the personal model, which the worker keeps for every method scored as trained."""
+        """Keep nothing: what was trained is kept by the worker, as for every method scored so."""
         return Nothing()
 
     def adapter(self, client: Client, kept: Nothing, message: Experts) -> Adapter:
@@ -204,10 +195,8 @@ class FedAmole(Method[Pool, Experts, Nothing, TrainedExperts]):
         self, client: Client, kept: Nothing, message: Experts, trained: Trained
     ) -> tuple[Nothing, TrainedExperts]:
         """Send back the experts and what the trained model makes of this client's data (steps 3 and 4)."""
-        tokens = {module: means.token for module, means in trained.embeddings.items()}
-        experts = {
-            f"{module}/expert-{expert:02d}": row
-            for module, means in trained.embeddings.items()
-            for expert, row in means.experts.items()
-        }
+        tokens, experts = {}, {}
+        for module, means in trained.embeddings.items():
+            tokens[module] = means.token
+            experts.update({f"{module}/expert-{expert:02d}": row for expert, row in means.experts.items()})
         return kept, TrainedExperts(trained.adapter.tensors, tokens, experts)

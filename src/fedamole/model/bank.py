@@ -56,6 +56,9 @@ class MeanEmbeddings:
 class BankLinear(nn.Module):
     """A frozen linear (nn.Linear, Conv1D or quantised) with room for one adapter."""
 
+    down: nn.Parameter | None
+    up: nn.Parameter | None
+
     def __init__(self, base_layer: nn.Module, name: str, index: int, tape: Tape) -> None:
         """Wrap the module `name`, the `index`-th of its base."""
         super().__init__()
@@ -69,7 +72,7 @@ class BankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the base layer's output, plus the adapter's where one is loaded."""
         base_out: Tensor = self.base_layer(x)
-        if self.spec is None:
+        if self.spec is None or self.down is None or self.up is None:
             return base_out
         y, routing = amole_linear(x, base_out, self.down, self.up, self.spec, self._drop(x.device))
         if routing is not None:
@@ -151,15 +154,15 @@ class Bank:
             raise RuntimeError("the bank is empty")
         tensors: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
-            if layer.spec is not None:
+            if layer.spec is not None and layer.down is not None and layer.up is not None:
                 down, up = layer.down.detach().cpu(), layer.up.detach().cpu()
                 tensors.update(unstack(down, up, name, layer.experts, layer.spec.rank))
         return Adapter(self._spec, tensors)
 
     def parameters(self) -> list[nn.Parameter]:
         """Trainable parameters of the loaded adapter, in the order of the module names."""
-        layers = [layer for layer in self.layers.values() if layer.spec is not None]
-        return [parameter for layer in layers for parameter in (layer.down, layer.up)]
+        both = [parameter for layer in self.layers.values() for parameter in (layer.down, layer.up)]
+        return [parameter for parameter in both if parameter is not None]
 
     @contextmanager
     def recording(self, **fields: object) -> Iterator[Tape]:

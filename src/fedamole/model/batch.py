@@ -41,7 +41,9 @@ def collate(rows: Sequence[tuple[Ids, Ids]], pad_id: int) -> Batch:
     length = max(len(prompt) + len(answer) for prompt, answer in rows)
     ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
     counted = torch.zeros(len(rows), length, dtype=torch.bool)
-    positions, labels, owners = [], [], []
+    positions: list[int] = []
+    labels: list[int] = []
+    owners: list[int] = []
     for row, (prompt, answer) in enumerate(rows):
         end = len(prompt) + len(answer)
         ids[row, :end] = torch.tensor([*prompt, *answer])

@@ -8,7 +8,7 @@ belongs to federated training.
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftConfig
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedamole.model.amole import AdapterSpec, amole_linear
-from fedamole.model.params import new_pool, new_shared, stack
+from fedamole.model.params import new_pool, stack
 
 
 class _PeftType(str):
@@ -70,11 +70,20 @@ class AmoleLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     adapter_layer_names = ("amole_down", "amole_up")
     other_param_names = ("specs", "experts")
 
+    if TYPE_CHECKING:  # what the class has from PEFT, which carries no types
+        active_adapters: Any
+        disable_adapters: Any
+        get_base_layer: Any
+        set_adapter: Any
+        _active_adapter: Any
+        _move_adapter_to_device_of_base_layer: Any
+
     def __init__(self, base_layer: nn.Module) -> None:
         """Wrap a linear; adapters are added by `update_layer`."""
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = int(in_features), int(out_features)
         self.specs: dict[str, AdapterSpec] = {}
         self.experts: dict[str, list[int]] = {}
         self.amole_down = nn.ParameterDict({})
@@ -88,9 +97,8 @@ class AmoleLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         shapes = {module: (self.in_features, self.out_features)}
         generator = torch.Generator().manual_seed(config.init_seed)
         # The pool is drawn as large as the largest id asks for, so that an id always names the same draw.
-        pool = new_pool(shapes, config.r, max(experts) + 1, generator) if experts else new_shared(
-            shapes, config.r, generator
-        )
+        size = max(experts, default=-1) + 1
+        pool = new_pool(shapes, config.r, size, generator)
         down, up = stack(pool, module, experts)
         self.specs[adapter_name], self.experts[adapter_name] = config.spec, experts
         self.amole_down[adapter_name], self.amole_up[adapter_name] = nn.Parameter(down), nn.Parameter(up)

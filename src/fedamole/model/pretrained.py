@@ -39,7 +39,7 @@ def save_adapter(adapter: Adapter, folder: Path, base_name: str, identity: Ident
     }
     tensors: dict[str, Tensor] = {}
     if any(held.values()):
-        config = AmoleConfig(
+        config: Any = AmoleConfig(
             **common, alpha=spec.alpha, dropout=spec.dropout, dropout_kind=spec.dropout_kind, top_k=spec.top_k,
             expert_pattern=held,
         )
@@ -66,7 +66,8 @@ def load_adapter(folder: Path, identity: Identity | None = None) -> Adapter:
         config = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
-        raise RunError(f"{folder}: no personal adapter here ({Path(error.filename or WEIGHTS).name} is missing)") from error
+        missing = Path(error.filename or WEIGHTS).name
+        raise RunError(f"{folder}: no personal adapter here ({missing} is missing)") from error
     except (json.JSONDecodeError, SafetensorError) as error:
         raise RunError(f"{folder}: the adapter is damaged ({error}); copy it again from its run folder") from error
     if identity is not None:

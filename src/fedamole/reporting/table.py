@@ -52,11 +52,12 @@ def _comparison(runs: Sequence[Run]) -> Comparison:
     found: dict[str, list[tuple[Run, str]]] = {}
     for run in runs:
         for row in run.summary["rows"]:
-            common = row in (BASE, MAJORITY)
-            entries = found.setdefault(row if common else run.label(row), [])
-            if not (common and entries):
+            shared = row in (BASE, MAJORITY)
+            entries = found.setdefault(row if shared else run.label(row), [])
+            if not (shared and entries):
                 entries.append((run, row))
-    order = sorted(found, key=lambda label: (label not in (BASE, MAJORITY), label != BASE, label.startswith("fedamole")))
+    common = (BASE, MAJORITY)
+    order = sorted(found, key=lambda label: (label not in common, label != BASE, label.startswith("fedamole")))
     clients = tuple(sorted(runs[0].summary["rows"][BASE]["clients"]))
     columns = tuple(_column(label, found[label], clients) for label in order)
     return Comparison(clients, columns, tuple(sorted({run.seed for run in runs})))

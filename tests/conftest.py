@@ -1,0 +1,193 @@
+"""A tiny real base and a small real federation, made on the spot: nothing is downloaded, everything is run."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)
+
+NAMES = ("Ann", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus")
+THINGS = ("a red cup", "a blue hat", "two pens", "an old map", "the last pie")
+
+CONFIG = """
+[run]
+threads = 1
+device = "cpu"
+
+[base]
+model = "base"
+
+[federation]
+rounds = 3
+
+[training]
+local_steps = 3
+batch_size = 2
+learning_rate = 0.01
+max_length = 96
+
+[evaluation]
+max_new_tokens = 4
+
+[data.templates.entail]
+prompt = "{premise} Then {hypothesis}\\n"
+answer = "{label}"
+labels = {0 = "Yes", 1 = "Maybe", 2 = "No"}
+
+[[data.source]]
+name = "entail"
+path = "entail.jsonl"
+template = "entail"
+
+[[data.source]]
+name = "mood"
+path = "mood.jsonl"
+
+[[data.source]]
+name = "chat"
+path = "chat.jsonl"
+
+[[data.source]]
+name = "plain"
+path = "plain.jsonl"
+"""
+
+
+def _rows() -> dict[str, list[dict[str, Any]]]:
+    """Four clients of different tasks, columns and sizes; every row is another."""
+    pairs = [(name, thing) for thing in THINGS for name in NAMES]
+    rows: dict[str, list[dict[str, Any]]] = {"entail": [], "mood": [], "chat": [], "plain": []}
+    for place, (name, thing) in enumerate(pairs + pairs):
+        day = f"day {place}"
+        if place < 60:
+            label = (place * 7 // 3) % 3
+            then = (f"{name} has {thing}.", f"{name} likes it.", f"{name} has nothing.")[label]
+            rows["entail"].append(
+                {"premise": f"On {day} {name} buys {thing}.", "hypothesis": then, "label": label}
+            )
+        if place < 40:
+            good = place % 3 > 0
+            text = f"{day}: {thing} is {'good' if good else 'bad'}, says {name}"
+            rows["mood"].append({"text": text, "label_text": "glad" if good else "sad"})
+        if place < 50:
+            turns = [{"role": "user", "content": f"{day}: who has {thing}? {name} has."}]
+            turns.append({"role": "assistant", "content": f"{name} has it"})
+            rows["chat"].append({"messages": turns})
+        if place < 45:
+            rows["plain"].append({"prompt": f"{name} has {thing} on {day} ->\n", "completion": f"{thing} of {name}"})
+    return rows
+
+
+def _write_base(folder: Path, texts: list[str]) -> None:
+    """A Llama with random weights and a byte-level BPE tokenizer trained on these texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, special_tokens=["<end>", "<pad>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    raw.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", pad_token="<pad>").save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = LlamaConfig(
+            vocab_size=raw.get_vocab_size(), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2,
+            eos_token_id=0, pad_token_id=1, bos_token_id=None,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with config.toml (4 clients, 3 rounds), its data and its base; read it, do not write to it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    rows = _rows()
+    for name, table in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    _write_base(folder / "base", [str(value) for table in rows.values() for row in table for value in row.values()])
+    (folder / "config.toml").write_text(CONFIG)
+    return folder
+
+
+def small(method: str) -> list[str]:
+    """The overrides that make a method small enough for a test."""
+    words = [f"method.name={method}", f"run.name={method}", "method.rank=2", "method.alpha=4"]
+    return words
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs the tiny federation through the real entry point, in this process."""
+
+    config: Path
+    folder: Path
+    finished: dict[tuple[str, ...], Path]
+
+    def load(self, method: str, *overrides: str) -> Any:
+        from fedamole.config import load_config
+
+        return load_config(self.config, [*small(method), *overrides])
+
+    def fresh(self, method: str, *overrides: str, watcher: Any = None) -> Path:
+        """A new run in a folder of its own."""
+        from fedamole.experiment import start
+        from fedamole.federation.loop import Watcher
+
+        folder = self.free()
+        start(self.load(method, *overrides), folder, watcher or Watcher())
+        return folder
+
+    def free(self) -> Path:
+        """A folder that does not exist yet."""
+        return self.folder / f"run-{len(list(self.folder.iterdir()))}-{os.urandom(4).hex()}"
+
+    def __call__(self, method: str, *overrides: str) -> Path:
+        """A finished run, made once for all tests that ask for it: read it, do not write to it."""
+        key = (method, *overrides)
+        if key not in self.finished:
+            self.finished[key] = self.fresh(*key)
+        return self.finished[key]
+
+
+@pytest.fixture(scope="session")
+def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """Runs of the tiny federation; `runs("fedit", "federation.rounds=1")` is the folder of a finished one."""
+    return Runner(tiny / "config.toml", tmp_path_factory.mktemp("runs"), {})
+
+
+TIMES = ("seconds", "peak_memory")
+
+
+def _facts(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith(TIMES)} for line in lines]
+
+
+@pytest.fixture(scope="session")
+def facts() -> Callable[[Path], list[dict[str, Any]]]:
+    """metrics.jsonl of a run without what the clock and the machine say."""
+    return _facts
+
+
+@pytest.fixture(scope="session")
+def remains() -> Callable[[Path], dict[str, Any]]:
+    """What two equal runs have in common: metrics, and every other file that holds a result, byte by byte."""
+
+    def read(folder: Path) -> dict[str, Any]:
+        kinds = ("checkpoints/*.safetensors", "clients/*/adapter*/*.safetensors", "clients/*/state/*", "assignment.jsonl")
+        files = [path for kind in kinds for path in sorted(folder.glob(kind))]
+        return {"metrics": _facts(folder), **{str(path.relative_to(folder)): path.read_bytes() for path in files}}
+
+    return read
