@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,8 +124,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def small(method: str) -> list[str]:
     """The overrides that make a method small enough for a test."""
-    words = [f"method.name={method}", f"run.name={method}", "method.rank=2", "method.alpha=4"]
-    return words
+    return [f"method.name={method}", f"run.name={method}", "method.rank=2", "method.alpha=4"]
 
 
 @dataclass(frozen=True)
@@ -186,8 +186,127 @@ def remains() -> Callable[[Path], dict[str, Any]]:
     """What two equal runs have in common: metrics, and every other file that holds a result, byte by byte."""
 
     def read(folder: Path) -> dict[str, Any]:
-        kinds = ("checkpoints/*.safetensors", "clients/*/adapter*/*.safetensors", "clients/*/state/*", "assignment.jsonl")
+        kinds = ("checkpoints/*.safetensors", "clients/*/adapter*/*", "clients/*/state/*", "assignment.jsonl")
         files = [path for kind in kinds for path in sorted(folder.glob(kind))]
         return {"metrics": _facts(folder), **{str(path.relative_to(folder)): path.read_bytes() for path in files}}
 
     return read
+
+
+@pytest.fixture(scope="session")
+def crash(runs: Runner) -> Callable[..., Path]:
+    """`crash(point, nth, method, *overrides)`: a run whose process is killed (SIGKILL) at the nth time of a point.
+
+    A point is a method of the run's watcher, or the end of the name of a file that has just been put in place. The
+    run is a forked child: libraries are loaded already, and the kill comes at an exact place.
+    """
+    from fedamole.federation.loop import Watcher
+
+    def crashed(point: str, nth: int, method: str, *overrides: str) -> Path:
+        folder, calls = runs.free(), 0
+
+        def strike(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == nth:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def run() -> None:
+            from fedamole.experiment import start
+
+            watcher = Watcher()
+            if hasattr(watcher, point):
+                setattr(watcher, point, strike)
+            else:
+                replace, rename = os.replace, os.rename
+                os.replace = lambda source, target: (replace(source, target), str(target).endswith(point) and strike())
+                os.rename = lambda source, target: (rename(source, target), str(target).endswith(point) and strike())
+            start(runs.load(method, *overrides), folder, watcher)
+
+        child = os.fork()
+        if child == 0:
+            try:
+                run()
+            finally:
+                os._exit(1)  # it was to be killed before
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status), f"{method}: {point} was not called {nth} times"
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        assert not (folder / "summary.json").exists()
+        return folder
+
+    return crashed
+
+
+ARCHITECTURES = ("llama", "qwen2", "gpt2", "gemma", "gemma3_text")
+
+
+def _random_model(kind: str, vocabulary: int) -> Any:
+    """A model of this architecture with random weights, large enough that every token sways the logits."""
+    import transformers
+
+    common = {
+        "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
+        "initializer_range": 0.15, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1,
+    }  # fmt: skip
+    own: dict[str, dict[str, Any]] = {
+        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+        "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    }
+    if kind == "gpt2":
+        common = {key: common[key] for key in ("vocab_size", "initializer_range", "bos_token_id", "eos_token_id")}
+    config = transformers.AutoConfig.for_model(kind, **common, **own.get(kind, {}))
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.fixture(scope="session")
+def base_folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny random base of an architecture, with the tokenizer of `tiny`; do not write to it."""
+    from transformers import AutoTokenizer
+
+    root = tmp_path_factory.mktemp("bases")
+
+    def write(kind: str) -> Path:
+        if not (root / kind).exists():
+            tokenizer = AutoTokenizer.from_pretrained(tiny / "base")
+            tokenizer.save_pretrained(root / kind)
+            _random_model(kind, len(tokenizer) + 4).save_pretrained(root / kind)
+        return root / kind
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def open_bank(base_folder: Callable[[str], Path]) -> Callable[..., Any]:
+    """`open_bank("gpt2", dtype="bfloat16")`: a bank on a freshly loaded tiny base, by `load_base`."""
+    from fedamole.model.bank import Bank
+    from fedamole.model.base import BaseSettings, load_base
+
+    def opened(kind: str, **settings: Any) -> Bank:
+        return Bank(load_base(BaseSettings(str(base_folder(kind)), **settings), torch.device("cpu"), Path()))
+
+    return opened
+
+
+@pytest.fixture(scope="session")
+def random_adapter() -> Callable[..., Any]:
+    """An adapter with nothing at zero; every module holds other experts than the one before it."""
+    from fedamole.model.amole import AdapterSpec
+    from fedamole.model.params import Adapter, expert_keys, new_pool, router_key, shared_keys
+
+    def drawn(shapes: Any, experts: int = 3, seed: int = 0, dtype: Any = torch.float32, **spec: Any) -> Adapter:
+        generator = torch.Generator().manual_seed(seed)
+        settings = AdapterSpec(**{"rank": 2, "alpha": 4.0, "dropout": 0.0, **spec})
+        pool = new_pool(shapes, settings.rank, experts + 2, generator)
+        names: list[str] = []
+        for place, module in enumerate(sorted(shapes)):
+            ids = sorted((place + step) % (experts + 2) for step in range(experts))
+            names += [router_key(module)] if experts else []
+            names += [key for pair in (shared_keys(module), *(expert_keys(module, i) for i in ids)) for key in pair]
+        tensors = {name: pool[name] + 0.2 * torch.randn(pool[name].shape, generator=generator) for name in names}
+        return Adapter(settings, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+    return drawn

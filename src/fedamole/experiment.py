@@ -21,6 +21,7 @@ from fedamole.federation.worker import ClientData, Worker, client_data
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, Identity, load_base, resolve_device
 from fedamole.model.params import Adapter
+from fedamole.reporting.tensorboard import TensorBoardMirror
 
 
 def rows_of(config: Config) -> dict[str, Evaluates]:
@@ -110,11 +111,12 @@ def _run(prepared: Prepared, folder: RunFolder, watcher: Watcher) -> dict[str, A
     worker = Worker(
         Bank(prepared.base), config.method, rows, config.training, config.evaluation, folder, config.run.seed
     )
+    mirror = TensorBoardMirror(folder.path / "tensorboard") if config.run.tensorboard else None
     with folder.locked():
         loop = Loop(
             config.method, rows, InProcess(worker, prepared.clients, watcher), prepared.base.shapes,
             config.federation, folder,
-            seed=config.run.seed, select=config.evaluation.select, watcher=watcher,
+            seed=config.run.seed, select=config.evaluation.select, watcher=watcher, mirror=mirror,
         )
         return loop.run()
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 BASE, MAJORITY = "base", "majority"
 """Rows that every table has: the untuned base, and a constant answer."""
+Mirror = Callable[[list[dict[str, Any]]], None]
 
 
 class Engine(Protocol):
@@ -69,9 +70,6 @@ class Watcher:
     def round_done(self, round_: int, validation: Mapping[str, float]) -> None:
         """A round has been committed; what chooses the best round, by row."""
 
-    def records(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Lines were added to metrics.jsonl."""
-
 
 @dataclass
 class _Row:
@@ -99,10 +97,11 @@ class Loop:
         seed: int,
         select: Literal["loss", "score"],
         watcher: Watcher,
+        mirror: Mirror | None = None,
     ) -> None:
-        """Assemble a run; `run` starts or continues it."""
+        """Assemble a run; `run` starts or continues it. A `mirror` is given every line of metrics.jsonl too."""
         self.method, self.engine, self.settings, self.folder = method, engine, settings, folder
-        self.seed, self.select, self.watcher = seed, select, watcher
+        self.seed, self.select, self.watcher, self.mirror = seed, select, watcher, mirror
         self.server = Server(shapes, engine.clients, seed)
         self.names = [client.name for client in engine.clients]
         self.kinds = dict(rows)
@@ -154,13 +153,11 @@ class Loop:
         for row in self.kinds:
             self._evaluate(round_, row, state, answered)
         evaluated = time.perf_counter()
-        progress = {"rows": {row: vars(progress) for row, progress in self.rows.items()}}
-        checkpoint.save(self.folder, round_, pack(state), self.names, progress)
-        seconds = {
-            "seconds_update": updated - started, "seconds_evaluate": evaluated - updated,
-            "seconds_checkpoint": time.perf_counter() - evaluated,
-        }
+        seconds = {"seconds_update": updated - started, "seconds_evaluate": evaluated - updated}
         self._log([self._line(round_, None, "round", cohort=[client.name for client in cohort], **seconds)])
+        progress = {"rows": {row: vars(progress) for row, progress in self.rows.items()}}
+        # The commit comes last: a resumed run never writes the lines of a committed round again.
+        checkpoint.save(self.folder, round_, pack(state), self.names, progress)
         self.watcher.round_done(round_, {row: self._value(row) for row in self.kinds})
         return state
 
@@ -245,4 +242,5 @@ class Loop:
 
     def _log(self, lines: list[dict[str, Any]]) -> None:
         self.folder.append(METRICS, lines)
-        self.watcher.records(lines)
+        if self.mirror is not None:
+            self.mirror(lines)

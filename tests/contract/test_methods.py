@@ -1,0 +1,340 @@
+"""Every contract over every method of the registry: a new method is held to all of them by its registry line."""
+
+import dataclasses
+import inspect
+import itertools
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+
+from fedamole.config import load_config
+from fedamole.engine.in_process import InProcess
+from fedamole.errors import ConfigError
+from fedamole.experiment import Prepared, prepare, resume, rows_of
+from fedamole.federation.local import embed, fit
+from fedamole.federation.loop import Loop, Watcher
+from fedamole.federation.method import Client, Method, Server, Trained
+from fedamole.federation.record import pack, unpack
+from fedamole.federation.run_folder import RunFolder
+from fedamole.federation.worker import Answer, Worker
+from fedamole.methods import METHODS
+from fedamole.model.bank import Bank
+
+every_method = pytest.mark.parametrize("name", sorted(METHODS))
+
+
+@dataclass(frozen=True)
+class Shop:
+    """The tiny federation on one resident base, to call a method's two halves by hand with the real training."""
+
+    prepared: Prepared
+    bank: Bank
+    seed: int = 0
+
+    def server(self, round_: int = 0) -> Server:
+        infos = tuple(self.prepared.clients[name].info for name in sorted(self.prepared.clients))
+        return Server(self.prepared.base.shapes, infos, self.seed, round_)
+
+    def client(self, method: Method, name: str, round_: int = 0) -> Client:
+        data, training = self.prepared.clients[name], self.prepared.config.training
+
+        def train(adapter: Any) -> Trained:
+            done = fit(self.bank, adapter, data.train.pairs(), training, seed=self.seed, client=name, round_=round_)
+            means = embed(self.bank, data.embedding.pairs(), 4096) if method.embeds else {}
+            return Trained(done.adapter, done.steps, done.loss, means)
+
+        return Client(data.info, self.prepared.base.shapes, self.seed, round_, train)
+
+    def round(self, method: Method, state: Any, kept: dict[str, Any], round_: int) -> tuple[Any, dict[str, Any]]:
+        """A whole round in memory: the next state, and what everybody replied; `kept` is brought up to date."""
+        server, replies = self.server(round_), {}
+        for info in server.clients:
+            client = self.client(method, info.name, round_)
+            before = kept.get(info.name) or method.first_keep(client)
+            kept[info.name], replies[info.name], _ = method.update(client, before, method.message(state, info))
+        return method.aggregate(server, state, replies), replies
+
+
+@pytest.fixture(scope="module")
+def shop(runs: Any) -> Shop:
+    prepared = prepare(runs.load("local_only", "training.local_steps=2"))
+    return Shop(prepared, Bank(prepared.base))
+
+
+def made(name: str, **parameters: Any) -> Method:
+    return METHODS[name](rank=2, alpha=4.0, **parameters)
+
+
+@pytest.fixture(scope="module")
+def replied(shop: Shop) -> Callable[[str], tuple[Method, Any, dict[str, Any], dict[str, Any]]]:
+    """Method, its state after one round, what clients keep and the replies that led there; made once per method."""
+    known: dict[str, Any] = {}
+
+    def get(name: str) -> Any:
+        if name not in known:
+            method, kept = made(name), {}
+            state, replies = shop.round(method, method.init(shop.server()), kept, 0)
+            known[name] = method, state, kept, replies
+        return known[name]
+
+    return get
+
+
+def test_the_registry_is_found_and_names_each_class_once() -> None:
+    assert len(METHODS) >= 4
+    assert len(set(METHODS.values())) == len(METHODS)
+    for name, method in METHODS.items():
+        assert issubclass(method, Method), name
+        assert dataclasses.is_dataclass(method), name
+        assert method.__dataclass_params__.frozen, name
+
+
+@every_method
+def test_says_what_it_is(name: str) -> None:
+    method = METHODS[name]
+    source = _file_of(method)
+    text = source.__doc__ or ""
+    assert method.travels
+    assert method.stays
+    assert "round" in text.lower(), "the docstring of a method's file tells its round"
+    baseline = method.paper.startswith("baseline")
+    assert baseline or ("http" in text and re.search(r"http|arXiv|\d{4}\.\d{5}", method.paper)), name
+    assert method.evaluates in ("trained", "aggregated")
+    assert len(method.records) == 4
+
+
+def _file_of(method: type) -> Any:
+    """The module of methods/ in which a class, or for a variant its parent, is written down."""
+    for parent in method.__mro__:
+        module = sys.modules[parent.__module__]
+        if module.__name__.startswith("fedamole.methods.") and hasattr(module, parent.__name__):
+            return module
+    raise AssertionError(f"{method} is in no file of methods/")
+
+
+def test_method_files_are_short() -> None:
+    files = sorted(Path(inspect.getfile(sys.modules["fedamole.methods"])).parent.glob("*.py"))
+    assert len(files) >= 4
+    for file in files:
+        assert len(file.read_text().splitlines()) <= 200, file
+
+
+# --- runs -----------------------------------------------------------------------------------------------------
+
+
+@every_method
+def test_same_seed_same_run(name: str, runs: Any, remains: Callable[[Path], Any]) -> None:
+    first, second = remains(runs(name)), remains(runs.fresh(name))
+    assert len(first) > 6  # metrics, assignment, server states, private states, adapters
+    assert first == second
+
+
+@every_method
+def test_another_seed_another_run(name: str, runs: Any, facts: Callable[[Path], Any]) -> None:
+    one, other = runs(name), runs(name, "run.seed=1")
+    assert facts(one) != facts(other)
+    for adapter in sorted(one.glob("clients/*/adapter/adapter_model.safetensors")):
+        assert adapter.read_bytes() != (other / adapter.relative_to(one)).read_bytes()
+    # The partition has a seed of its own.
+    assert (one / "manifest.json").read_bytes() == (other / "manifest.json").read_bytes()
+
+
+@every_method
+def test_resume_equals_no_interruption(name: str, runs: Any, crash: Any, remains: Callable[[Path], Any]) -> None:
+    folder = crash("client_done", 6, name)  # round 1, after the second client's private state was written
+    resume(folder, Watcher())
+    assert remains(folder) == remains(runs(name))
+
+
+@every_method
+def test_bytes_in_the_metrics_are_the_bytes_packed(name: str, runs: Any, tmp_path: Path, facts: Any) -> None:
+    """The engine sees exactly the payloads; the same run is repeated with an engine that weighs them."""
+    weighed: dict[tuple[int, str], tuple[int, int]] = {}
+
+    class Scales(InProcess):
+        def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, Answer]:
+            answers = super().update(round_, messages)
+            for client, message in messages.items():
+                weighed[round_, client] = len(message), len(answers[client].payload or b"")
+            return answers
+
+    config = runs.load(name)
+    prepared = prepare(config)
+    folder = RunFolder.create(tmp_path / "run", "", "", name, prepared.base.identity)
+    rows = rows_of(config)
+    worker = Worker(Bank(prepared.base), config.method, rows, config.training, config.evaluation, folder, 0)
+    Loop(
+        config.method, rows, Scales(worker, prepared.clients, Watcher()), prepared.base.shapes, config.federation,
+        folder, seed=0, select="loss", watcher=Watcher(),
+    ).run()  # fmt: skip
+    logged = facts(tmp_path / "run")
+    assert logged == facts(runs(name))
+    trained = [line for line in logged if line["split"] == "train"]
+    assert len(trained) == 12
+    assert {(t["round"], t["client"]): (t["bytes_down"], t["bytes_up"]) for t in trained} == weighed
+
+
+# --- the interface --------------------------------------------------------------------------------------------
+
+
+@every_method
+def test_a_round_changes_none_of_its_inputs(name: str, shop: Shop, replied: Any) -> None:
+    method, state, kept, replies = replied(name)
+    inputs = [state, *kept.values(), *replies.values()]
+    before = [pack(record) for record in inputs]
+    for info in shop.server().clients:
+        client = shop.client(method, info.name, 1)
+        message = method.message(state, info)
+        sent = pack(message)
+        method.adapter(client, kept[info.name], message)
+        assert pack(message) == sent
+        _, _, trained = method.update(client, kept[info.name], message)
+        assert pack(message) == sent, "local training wrote into the message"
+        adapter = pack(trained.adapter)
+        method.personal(client, kept[info.name], message, trained.adapter)
+        method.reply(client, kept[info.name], message, trained)
+        assert pack(trained.adapter) == adapter
+        assert pack(message) == sent
+    method.aggregate(shop.server(1), state, replies)
+    list(method.journal(state))
+    assert [pack(record) for record in inputs] == before
+
+
+@every_method
+def test_scoring_leaves_private_state_alone(name: str, runs: Any, tmp_path: Path) -> None:
+    config = runs.load(name)
+    prepared = prepare(config)
+    folder, rows = RunFolder.create(tmp_path / "run", "", "", name, prepared.base.identity), rows_of(config)
+    worker = Worker(Bank(prepared.base), config.method, rows, config.training, config.evaluation, folder, 0)
+    engine = InProcess(worker, prepared.clients, Watcher())
+    state = config.method.init(Server(prepared.base.shapes, engine.clients, 0))
+    messages = {info.name: pack(config.method.message(state, info)) for info in engine.clients}
+    engine.update(0, messages)
+    states = {path: path.read_bytes() for path in (tmp_path / "run").glob("clients/*/state/*")}
+    assert len(states) == 4
+    engine.evaluate(0, name, messages if config.method.evaluates == "aggregated" else dict.fromkeys(messages))
+    engine.keep(name)
+    engine.test(name, best=True)
+    engine.test(name, best=False)
+    engine.bare("test")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").glob("clients/*/state/*")} == states
+
+
+@every_method
+def test_replies_in_any_order_give_the_same_state(name: str, shop: Shop, replied: Any) -> None:
+    method, state, _, replies = replied(name)
+    wanted = pack(method.aggregate(shop.server(1), state, replies))
+    for order in itertools.permutations(replies):
+        assert pack(method.aggregate(shop.server(1), state, {client: replies[client] for client in order})) == wanted
+
+
+@every_method
+def test_any_replies_may_be_missing(name: str, shop: Shop, replied: Any) -> None:
+    method, state, kept, replies = replied(name)
+    for count in range(1, len(replies)):
+        for present in itertools.combinations(sorted(replies), count):
+            after = method.aggregate(shop.server(1), state, {client: replies[client] for client in present})
+            for info in shop.server().clients:  # everybody can be served from it, who answered or not
+                message = method.message(after, info)
+                assert method.adapter(shop.client(method, info.name, 2), kept[info.name], message).parameters() > 0
+
+
+@every_method
+def test_a_round_without_any_reply_changes_nothing(name: str, shop: Shop, replied: Any) -> None:
+    method, state, _, _ = replied(name)
+    asked: list[set[str]] = []
+
+    def nobody(operation: str, messages: Mapping[str, Any]) -> Mapping[str, Any]:
+        asked.append(set(messages))
+        return {}
+
+    server = shop.server(1)
+    after = method.round(server, state, server.clients[:3], nobody)
+    assert pack(after) == pack(state)
+    assert asked[0] == {client.name for client in server.clients[:3]}
+
+
+@every_method
+def test_every_record_survives_the_wire(name: str, shop: Shop, replied: Any) -> None:
+    method, state, kept, replies = replied(name)
+    kinds = method.records
+    records = [(kinds.state, state), (kinds.state, method.init(shop.server()))]
+    for info in shop.server().clients:
+        first = method.first_keep(shop.client(method, info.name))
+        records += [(kinds.message, method.message(state, info)), (kinds.keep, kept[info.name]), (kinds.keep, first)]
+        records += [(kinds.reply, replies[info.name])]
+    for kind, record in records:
+        assert type(record) is kind
+        again = unpack(kind, pack(record))
+        assert pack(again) == pack(record)
+        for field in dataclasses.fields(kind):
+            if get_origin(get_type_hints(kind)[field.name]) is not Mapping:
+                assert getattr(again, field.name) == getattr(record, field.name)
+
+
+# --- hyper-parameters -----------------------------------------------------------------------------------------
+
+CHANGED: dict[str, Any] = {
+    "rank": 3, "alpha": 7.0, "dropout": 0.5, "dropout_kind": "rank", "experts": 10, "expert_choices": 1,
+    "min_experts": 6, "max_experts": 6, "top_k": 1, "balance_weight": 5.0, "weighting": "examples",
+    "assignment": ("random", "static", "homogeneous"),
+}  # fmt: skip
+"""Another value for each hyper-parameter of any method; a new one needs an entry here."""
+
+FIELDS = [
+    (name, field.name, value)
+    for name, method in sorted(METHODS.items())
+    for field in dataclasses.fields(method)
+    for value in (CHANGED[field.name] if isinstance(CHANGED[field.name], tuple) else (CHANGED[field.name],))
+]
+
+
+@every_method
+def test_hyper_parameters_come_from_the_method_table(name: str, tiny: Path) -> None:
+    for field in dataclasses.fields(METHODS[name]):
+        value = CHANGED[field.name][0] if isinstance(CHANGED[field.name], tuple) else CHANGED[field.name]
+        assert value != field.default
+        config = load_config(tiny / "config.toml", [f"method.name={name}", f"method.{field.name}={value}"])
+        assert config.method == replace(METHODS[name](), **{field.name: value})
+        assert config.tables()["method"][field.name] == value
+    with pytest.raises(ConfigError, match=r"unknown key method\.ranks; did you mean 'rank'"):
+        load_config(tiny / "config.toml", [f"method.name={name}", "method.ranks=3"])
+
+
+@every_method
+def test_choices_are_checked(name: str, tiny: Path) -> None:
+    hints = get_type_hints(METHODS[name])
+    choices = [field.name for field in dataclasses.fields(METHODS[name]) if get_origin(hints[field.name]) is Literal]
+    assert choices
+    for field in choices:
+        assert len(get_args(hints[field])) > 1
+        with pytest.raises(ConfigError, match=f"method.{field} = 'nonsense': must be one of"):
+            load_config(tiny / "config.toml", [f"method.name={name}", f"method.{field}=nonsense"])
+
+
+@pytest.fixture(scope="module")
+def outcome(shop: Shop) -> Callable[..., list[bytes]]:
+    """Everything that two rounds of a method produce, packed; made once per setting."""
+    known: dict[str, list[bytes]] = {}
+
+    def run(name: str, **parameters: Any) -> list[bytes]:
+        method = METHODS[name](**{"rank": 2, "alpha": 4.0, **parameters})
+        if repr((name, method)) not in known:
+            state, kept = method.init(shop.server()), {}
+            for round_ in range(2):
+                state, replies = shop.round(method, state, kept, round_)
+            records = [state, *kept.values(), *replies.values()]
+            known[repr((name, method))] = [pack(record) for record in records]
+        return known[repr((name, method))]
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "field", "value"), FIELDS)
+def test_every_hyper_parameter_has_an_effect(name: str, field: str, value: Any, outcome: Any) -> None:
+    assert outcome(name, **{field: value}) != outcome(name)

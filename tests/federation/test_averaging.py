@@ -1,0 +1,63 @@
+"""mean_by_key by hand, and what must not depend on order or on who is missing."""
+
+import itertools
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedamole.federation.averaging import mean_by_key
+
+
+def vector(*values: float) -> Tensor:
+    return torch.tensor(values)
+
+
+def test_each_key_is_averaged_over_whoever_returned_it() -> None:
+    """x over a, b, c with weights 1, 2, 1: (0 + 2 * 3 + 6) / 4 = 3; y over b, c: (2 * 3 + 9) / 3 = 5; z nobody."""
+    replies = {
+        "a": {"x": vector(0.0)}, "b": {"x": vector(3.0), "y": vector(3.0)}, "c": {"x": vector(6.0), "y": vector(9.0)},
+    }  # fmt: skip
+    previous = {"x": vector(100.0), "y": vector(100.0), "z": vector(100.0)}
+    after = mean_by_key(replies, {"a": 1.0, "b": 2.0, "c": 1.0, "absent": 50.0}, previous)
+    assert {key: float(value) for key, value in after.items()} == {"x": 3.0, "y": 5.0, "z": 100.0}
+    assert {key: float(value) for key, value in previous.items()} == {"x": 100.0, "y": 100.0, "z": 100.0}
+
+
+def test_nobody_returned_anything() -> None:
+    previous = {"x": vector(1.0)}
+    assert mean_by_key({}, {}, previous) == previous
+
+
+def test_a_key_that_was_not_there_before_is_taken_in() -> None:
+    assert float(mean_by_key({"a": {"new": vector(4.0)}}, {"a": 3.0}, {})["new"]) == 4.0
+
+
+def test_only_the_proportions_of_the_weights_matter() -> None:
+    replies = {"a": {"x": vector(1.0)}, "b": {"x": vector(4.0)}}
+    for scale in (1e-6, 1.0, 1e6):
+        assert float(mean_by_key(replies, {"a": 2 * scale, "b": scale}, {})["x"]) == 2.0
+
+
+def test_the_dtype_is_the_replies_and_the_sum_is_exact_below_it() -> None:
+    """256 + 1 is 256 in bfloat16; in float64 (256 + 1 + 1 + 1 + 1) / 5 = 52."""
+    replies = {
+        name: {"x": torch.tensor([value], dtype=torch.bfloat16)}
+        for name, value in (("a", 256.0), ("b", 1.0), ("c", 1.0), ("d", 1.0), ("e", 1.0))
+    }
+    mean = mean_by_key(replies, dict.fromkeys("abcde", 1.0), {})["x"]
+    assert mean.dtype == torch.bfloat16
+    assert float(mean) == 52.0
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4), st.lists(st.floats(0.1, 10), min_size=4))
+def test_the_order_of_arrival_does_not_matter(values: list[float], weights: list[float]) -> None:
+    replies = {name: {"x": vector(value)} for name, value in zip("abcd", values, strict=True)}
+    scale = dict(zip("abcd", weights, strict=False))
+    results = {
+        mean_by_key({name: replies[name] for name in order}, scale, {})["x"].numpy().tobytes()
+        for order in itertools.permutations("abcd")
+    }
+    assert len(results) == 1

@@ -1,0 +1,353 @@
+"""fit(): against Adam written out by hand, and what becomes of a client whose training diverges."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedamole.experiment import prepare, resume
+from fedamole.federation.local import DivergedError, Row, _backward, _batches, embed, fit
+from fedamole.federation.loop import Watcher
+from fedamole.federation.randomness import torch_generator
+from fedamole.federation.settings import TrainingSettings
+from fedamole.methods.fedamole import FedAmole
+from fedamole.methods.fedit import FedIT
+from fedamole.model.bank import Bank
+from fedamole.model.batch import answer_losses, collate
+from fedamole.model.params import Adapter, new_pool, new_shared
+
+PLAIN = FedIT(rank=2, alpha=4.0, dropout=0.0).spec()
+
+
+@pytest.fixture(scope="module")
+def bank(runs: Any) -> Bank:
+    return Bank(prepare(runs.load("local_only")).base)
+
+
+@pytest.fixture(scope="module")
+def rows(runs: Any) -> list[Row]:
+    return prepare(runs.load("local_only")).clients["mood"].train.pairs()
+
+
+def lora(bank: Bank, spec: Any = PLAIN) -> Adapter:
+    tensors = new_shared(bank.base.shapes, spec.rank, torch.Generator().manual_seed(0))
+    filled = {key: tensor if tensor.any() else torch.full_like(tensor, 0.01) for key, tensor in tensors.items()}
+    return Adapter(spec, filled)
+
+
+def mixture(bank: Bank, **parameters: Any) -> Adapter:
+    tensors = new_pool(bank.base.shapes, 2, 3, torch.Generator().manual_seed(0))
+    return Adapter(FedAmole(rank=2, alpha=4.0, dropout=0.0, **parameters).spec(), tensors)
+
+
+def train(bank: Bank, adapter: Adapter, rows: Sequence[Row], round_: int = 0, **settings: Any) -> Any:
+    chosen = TrainingSettings(**{"local_steps": 3, "learning_rate": 1e-2, **settings})
+    return fit(bank, adapter, rows, chosen, seed=0, client="mood", round_=round_)
+
+
+def gradients(bank: Bank, adapter: Adapter, batch: Sequence[Row]) -> list[Tensor]:
+    bank.load(adapter)
+    parts = collate(batch, bank.base.pad_id)
+    loss = answer_losses(bank.logits(parts.ids), parts).mean()
+    return list(torch.autograd.grad(loss, bank.parameters()))
+
+
+def adam_by_hand(
+    bank: Bank, adapter: Adapter, rows: Sequence[Row], settings: TrainingSettings, round_: int
+) -> dict[str, Tensor]:
+    """Kingma & Ba, algorithm 1, from zero moments: m = .9 m + .1 g, v = .999 v + .001 g^2, both divided by
+    1 - beta^t, step = lr_decay^round * lr * m / (sqrt(v) + 1e-8). The gradient of a step is the mean over the
+    gradients of its `accumulation` batches. The order of the rows is a permutation per pass.
+    """
+    generator = torch_generator(0, "order", "mood", round_)
+    order: list[int] = []
+    need = settings.steps(len(rows)) * settings.accumulation * settings.batch_size
+    while len(order) < need:
+        order += torch.randperm(len(rows), generator=generator).tolist()
+    taken = iter(order)
+    bank.load(adapter)
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in bank.parameters()]
+    for step in range(1, settings.steps(len(rows)) + 1):
+        batches = [[rows[next(taken)] for _ in range(settings.batch_size)] for _ in range(settings.accumulation)]
+        found = [gradients(bank, adapter, batch) for batch in batches]
+        means = [sum(parts) / len(parts) for parts in zip(*found, strict=True)]
+        bank.load(adapter)
+        with torch.no_grad():
+            for place, (parameter, g) in enumerate(zip(bank.parameters(), means, strict=True)):
+                m, v = moments[place]
+                m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+                moments[place] = m, v
+                rate = settings.learning_rate * settings.lr_decay**round_
+                parameter -= rate * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+        adapter = bank.adapter()
+    return dict(adapter.tensors)
+
+
+def close(one: Any, other: Any, tolerance: float = 2e-5) -> bool:
+    return all(torch.allclose(one[key], other[key], atol=tolerance, rtol=1e-3) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("settings", "round_"),
+    [
+        ({"batch_size": 2}, 0),
+        ({"batch_size": 1, "accumulation": 2}, 0),  # the mean of the gradients of two batches
+        ({"batch_size": 2, "lr_decay": 0.5}, 3),  # an eighth of the rate; moments are zero again
+        ({"batch_size": 16, "local_steps": 4}, 0),  # passes joined: 64 rows of 31
+    ],
+)
+def test_fit_is_adam_on_the_mean_gradient(
+    bank: Bank, rows: list[Row], settings: dict[str, Any], round_: int
+) -> None:
+    chosen = TrainingSettings(**{"local_steps": 3, "learning_rate": 1e-2, **settings})
+    start = lora(bank)
+    wanted = adam_by_hand(bank, start, rows, chosen, round_)
+    trained = fit(bank, start, rows, chosen, seed=0, client="mood", round_=round_)
+    assert trained.steps == chosen.local_steps
+    assert close(trained.adapter.tensors, wanted)
+    # The tolerance is far below what training does.
+    assert not close(trained.adapter.tensors, start.tensors, 1e-3)
+
+
+def test_accumulation_is_the_mean_of_gradients(bank: Bank, rows: list[Row]) -> None:
+    bank.load(lora(bank))
+    parts = [rows[:2], rows[2:4]]
+    for part in parts:
+        _backward(bank, collate(part, bank.base.pad_id), 0.0, 2, 0)
+    summed = [parameter.grad.clone() for parameter in bank.parameters() if parameter.grad is not None]
+    apart = [gradients(bank, lora(bank), part) for part in parts]
+    assert len(summed) == len(apart[0]) > 0
+    for total, one, other in zip(summed, *apart, strict=True):
+        torch.testing.assert_close(total, (one + other) / 2)
+
+
+def test_adam_is_new_each_round(bank: Bank, rows: list[Row]) -> None:
+    """A first step of Adam moves every number by the rate (m / sqrt(v) = +-1), whatever was trained before."""
+    for _ in range(2):
+        first = train(bank, lora(bank), rows, local_steps=1)
+        moved = torch.cat([(first.adapter.tensors[k] - t).abs().flatten() for k, t in lora(bank).tensors.items()])
+        assert moved.max() <= 1e-2 * 1.01
+        assert moved.median() == pytest.approx(1e-2, rel=1e-2)
+
+
+def test_the_learning_rate_decays_by_the_round(bank: Bank, rows: list[Row]) -> None:
+    """A first step moves by lr * decay^round: 0.01 * 0.5^2."""
+    done = train(bank, lora(bank), rows, 2, local_steps=1, lr_decay=0.5)
+    moved = torch.cat([(done.adapter.tensors[key] - t).abs().flatten() for key, t in lora(bank).tensors.items()])
+    assert moved.median() == pytest.approx(0.0025, rel=1e-2)
+
+
+def test_clipping(bank: Bank, rows: list[Row]) -> None:
+    """Adam forgets the scale of a gradient, but not beside its epsilon of 1e-8: clipped to a norm of 1e-9, no number
+    moves by more than lr * 1e-9 / (1e-9 + 1e-8) = lr / 11. A bound that is never reached changes nothing.
+    """
+    free = train(bank, lora(bank), rows, local_steps=1).adapter.tensors
+    tight = train(bank, lora(bank), rows, local_steps=1, clip_norm=1e-9).adapter.tensors
+    moved = max(float((tight[key] - tensor).abs().max()) for key, tensor in lora(bank).tensors.items())
+    assert 0 < moved <= 1e-2 / 11 * 1.01
+    wide = train(bank, lora(bank), rows, local_steps=1, clip_norm=1e9).adapter.tensors
+    assert all(torch.equal(free[key], wide[key]) for key in free)
+
+
+@pytest.mark.parametrize(
+    ("settings", "examples", "steps"),
+    [
+        ({"local_steps": 7}, 10, 7),
+        ({"local_epochs": 1}, 10, 10),
+        ({"local_epochs": 2, "batch_size": 3}, 10, 8),  # 2 x ceil(10 / 3)
+        ({"local_epochs": 1, "batch_size": 2, "accumulation": 2}, 10, 3),  # ceil(10 / 4)
+        ({"local_epochs": 3, "batch_size": 64, "local_steps": 9}, 10, 3),  # epochs win
+    ],
+)
+def test_steps_and_epochs(
+    settings: dict[str, int], examples: int, steps: int, bank: Bank, rows: list[Row]
+) -> None:
+    assert TrainingSettings(**settings).steps(examples) == steps
+    assert train(bank, lora(bank), rows[:examples], **{"local_steps": 3, **settings}).steps == steps
+
+
+def test_an_epoch_is_every_row_once(bank: Bank) -> None:
+    rows: list[Row] = [((2, place), (3,)) for place in range(10, 30)]
+    batches = _batches(rows, TrainingSettings(batch_size=5), bank, torch_generator(0, "order"))
+    passes = [[int(row[1]) for _ in range(4) for row in next(batches).ids] for _ in range(2)]
+    assert sorted(passes[0]) == sorted(passes[1]) == list(range(10, 30))
+    assert passes[0] != passes[1]
+    assert passes[0] != list(range(10, 30))
+
+
+def test_the_loss_told_is_the_mean_over_the_steps(bank: Bank, rows: list[Row]) -> None:
+    """With a rate next to nothing the adapter stays, so the mean is that of the batches' losses."""
+    chosen = TrainingSettings(local_steps=3, batch_size=2, learning_rate=1e-12)
+    batches = _batches(rows, chosen, bank, torch_generator(0, "order", "mood", 0))
+    bank.load(lora(bank))
+    with torch.no_grad():
+        losses = [float(answer_losses(bank.logits(b.ids), b).mean()) for b, _ in zip(batches, range(3), strict=False)]
+    told = fit(bank, lora(bank), rows, chosen, seed=0, client="mood", round_=0).loss
+    assert told == pytest.approx(sum(losses) / 3, rel=1e-5)
+
+
+def test_steps_are_told(bank: Bank, rows: list[Row]) -> None:
+    told: list[tuple[int, int]] = []
+    settings = TrainingSettings(local_steps=3)
+    fit(bank, lora(bank), rows, settings, seed=0, client="a", round_=0, on_step=lambda *step: told.append(step))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"client": "other"}, {"round_": 1}])
+def test_order_and_dropout_come_from_seed_client_and_round(
+    bank: Bank, rows: list[Row], change: dict[str, Any]
+) -> None:
+    place = {"seed": 0, "client": "mood", "round_": 0}
+    settings = TrainingSettings(local_steps=2, learning_rate=1e-2, lr_decay=1.0)
+    spec = replace(PLAIN, dropout=0.5)
+
+    def run(rows: list[Row], **where: Any) -> Any:
+        return fit(bank, lora(bank, spec), rows, settings, **where).adapter.tensors
+
+    assert all(torch.equal(a, b) for a, b in zip(run(rows, **place).values(), run(rows, **place).values(), strict=True))
+    assert not close(run(rows, **place), run(rows, **{**place, **change}))
+    # With one row there is no order: what differs is the dropout alone.
+    assert not close(run(rows[:1], **place), run(rows[:1], **{**place, **change}), 1e-6)
+
+
+def test_the_balance_loss_is_trained_too(bank: Bank, rows: list[Row]) -> None:
+    """While B is zero the answers depend on no router: only the balance loss can move W_t in the first step."""
+    key = next(key for key in mixture(bank).tensors if key.endswith("router/W"))
+    for weight, moves in ((0.0, False), (1.0, True)):
+        start = mixture(bank, balance_weight=weight)
+        done = train(bank, start, rows, local_steps=1)
+        assert torch.equal(done.adapter.tensors[key], start.tensors[key]) != moves
+        assert done.loss == pytest.approx(train(bank, mixture(bank), rows, local_steps=1).loss)
+
+
+def test_embeddings_are_means_over_all_tokens_whatever_the_batch(bank: Bank, rows: list[Row]) -> None:
+    bank.load(mixture(bank))
+    alone, together = embed(bank, rows, 1), embed(bank, rows, 16)
+    assert set(alone) == set(bank.base.shapes)
+    for module, means in alone.items():
+        torch.testing.assert_close(means.token, together[module].token)
+        assert sorted(means.experts) == [0, 1, 2]
+        for expert in means.experts:
+            torch.testing.assert_close(means.experts[expert], together[module].experts[expert])
+
+
+def test_local_training_leaves_the_base_and_the_adapter_given_alone(bank: Bank, rows: list[Row]) -> None:
+    start = lora(bank)
+    before = {key: tensor.clone() for key, tensor in start.tensors.items()}
+    bank.load(None)
+    weights = {key: tensor.clone() for key, tensor in bank.base.model.state_dict().items()}
+    train(bank, start, rows)
+    assert all(torch.equal(before[key], tensor) for key, tensor in start.tensors.items())
+    bank.load(None)
+    assert all(torch.equal(weights[key], tensor) for key, tensor in bank.base.model.state_dict().items())
+
+
+# --- divergence -----------------------------------------------------------------------------------------------
+
+
+def test_an_absurd_rate_diverges(bank: Bank, rows: list[Row]) -> None:
+    with pytest.raises(DivergedError, match=r"client mood, round 0: .*loss became .* within steps 1 to 3 .*lower"):
+        train(bank, lora(bank), rows, learning_rate=1e30)
+
+
+def test_a_last_step_that_ends_in_nan_is_seen(bank: Bank, rows: list[Row]) -> None:
+    """The only loss is finite, the adapter after it is not."""
+    with pytest.raises(DivergedError, match="its adapter is no longer finite"):
+        train(bank, lora(bank), rows, learning_rate=3e38 * 10, local_steps=1)
+
+
+def test_an_adapter_with_nan_diverges(bank: Bank, rows: list[Row]) -> None:
+    start = lora(bank)
+    next(iter(start.tensors.values()))[0, 0] = math.nan
+    with pytest.raises(DivergedError, match="client mood, round 4: its loss became nan"):
+        train(bank, start, rows, 4)
+
+
+def test_training_goes_on_after_a_divergence(bank: Bank, rows: list[Row]) -> None:
+    wanted = train(bank, lora(bank), rows).adapter.tensors
+    with pytest.raises(DivergedError):
+        train(bank, lora(bank), rows, learning_rate=1e30)
+    found = train(bank, lora(bank), rows).adapter.tensors
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@pytest.fixture(scope="module")
+def poisoned(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """A run of round 0, interrupted, then "mood" given a state with a NaN, then resumed: its training diverges."""
+
+    def make(method: str, crash: Any) -> Path:
+        from fedamole.federation.record import pack, unpack
+        from fedamole.federation.worker import Private
+        from fedamole.methods.local_only import OwnLora
+
+        folder: Path = crash("client_started", 5, method)
+        path = folder / "clients/mood/state/round-0000.safetensors"
+        private = unpack(Private, path.read_bytes())
+        kept = unpack(OwnLora, private.kept["record"].numpy().tobytes())
+        next(iter(kept.tensors.values()))[0, 0] = math.nan
+        packed = torch.frombuffer(bytearray(pack(kept)), dtype=torch.uint8)
+        path.write_bytes(pack(Private({"record": packed}, private.trained)))
+        commit = folder / "checkpoints/round-0000.json"
+        content = json.loads(commit.read_text())
+        import hashlib
+
+        content["clients"][str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+        commit.write_text(json.dumps(content))
+        return folder
+
+    return make
+
+
+def test_a_diverged_client_is_left_out_and_keeps_its_state(
+    poisoned: Any, crash: Any, caplog: Any, facts: Any
+) -> None:
+    """Local only: from round 1 on "mood" trains from a NaN. It stays where it was; nobody else notices."""
+    folder = poisoned("local_only", crash)
+    summary = resume(folder, Watcher())
+    lines = [line for line in facts(folder) if line["split"] == "train" and line["client"] == "mood"]
+    assert "failed" not in lines[0]
+    for round_ in (1, 2):
+        assert "client mood" in lines[round_]["failed"]
+        assert lines[round_]["bytes_up"] == 0
+        assert "loss" not in lines[round_]
+    assert "client mood, round 1: its loss became nan" in caplog.text
+    assert "left out of this round and keeps its state" in caplog.text
+    assert summary["left_out"] == 2
+    assert [path.name for path in folder.glob("clients/mood/state/*")] == ["round-0000.safetensors"]
+    validated = [line["round"] for line in facts(folder) if line["split"] == "validation" and line["client"] == "mood"]
+    assert validated == [-1, 0]
+    assert set(summary["rows"]["local_only"]["clients"]) == {"chat", "entail", "mood", "plain"}
+
+
+@pytest.mark.parametrize("method", ["fedit", "fedamole"])
+def test_where_all_diverge_the_server_stays_as_it_was(method: str, runs: Any, crash: Any, facts: Any) -> None:
+    """A rate of 1e30 from the first round on: nobody answers, every round; the run ends and stays resumable."""
+    words = ("training.learning_rate=1e30", "federation.rounds=3")
+    whole = runs(method, *words)
+    states = {path.read_bytes() for path in whole.glob("checkpoints/*.safetensors")}
+    assert len(states) == 1
+    train = [line for line in facts(whole) if line["split"] == "train"]
+    assert len(train) == 12
+    assert all("failed" in line for line in train)
+    rows = json.loads((whole / "summary.json").read_text())["rows"]
+    bare = {client: scores["loss"] for client, scores in rows["base"]["clients"].items()}
+    for client, scores in rows[method]["clients"].items():
+        assert scores["loss"] == pytest.approx(bare[client], rel=1e-5), "B is zero still"
+    folder = crash("client_done", 6, method, *words)
+    resume(folder, Watcher())
+    assert facts(folder) == facts(whole)
+
+
+def test_the_aggregate_is_over_those_that_did_not_diverge(runs: Any, facts: Any) -> None:
+    import itertools
+    for rate, st in itertools.product((1000, 1200.,1400.,1700.0, 2000.0, 2300.,2600.),(1,2,3,4,6,8)):
+        folder = runs("fedit_ft", f"training.learning_rate={rate}", "federation.rounds=1", f"training.local_steps={st}")
+        train = [line for line in facts(folder) if line["split"] == "train"]
+        failed = {line["client"] for line in train if "failed" in line}
+        print(rate, st, failed or "{}")

@@ -1,0 +1,156 @@
+"""A run that was killed and resumed is the run that was never interrupted."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedamole.config import load_config
+from fedamole.errors import RunError
+from fedamole.experiment import resume
+from fedamole.federation.loop import Watcher
+
+POINTS = {
+    "before the first client": ("client_started", 1),
+    "in training, round 0": ("step", 5),
+    "in training, round 1": ("step", 17),  # 4 clients x 3 steps a round
+    "a state of round 1 written": ("mood/state/round-0001.safetensors", 1),
+    "all answered, not aggregated": ("client_done", 8),
+    "before evaluation": ("stage", 3),
+    "some best models of round 1 kept": ("mood/adapter", 2),
+    "server state without its commit": ("checkpoints/round-0001.safetensors", 1),
+    "committed, nothing after": ("checkpoints/round-0001.json", 1),
+    "after the last round": ("round_done", 3),
+    "in the final test": ("stage", 6),  # the base, three rounds, the method's test and now the base's
+}
+SOME = {
+    "fedamole": ("in training, round 1", "a state of round 1 written", "committed, nothing after", "in the final test"),
+    "fedit": (
+        "all answered, not aggregated", "before evaluation", "some best models of round 1 kept",
+        "server state without its commit", "after the last round",
+    ),
+    "local_only": tuple(POINTS),
+}  # fmt: skip
+"""The quickest method is killed everywhere, the others where they have something of their own to lose."""
+
+
+@pytest.mark.parametrize(("method", "point"), [(method, point) for method in SOME for point in SOME[method]])
+def test_killed_and_resumed(method: str, point: str, runs: Any, crash: Any, remains: Callable[[Path], Any]) -> None:
+    folder = crash(*POINTS[point], method)
+    resume(folder, Watcher())
+    assert remains(folder) == remains(runs(method))
+    assert same_summary(folder, runs(method))
+
+
+def same_summary(one: Path, other: Path) -> bool:
+    found = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
+    return found[0]["rows"] == found[1]["rows"] and len(found[0]["rows"]) >= 3
+
+
+def test_killed_twice_with_two_rows_and_a_partial_cohort(runs: Any, crash: Any, remains: Any) -> None:
+    words = ("evaluation.before_aggregation=true", "federation.cohort=0.5", "federation.rounds=4")
+    folder = crash("client_done", 5, "fedit", *words)
+    (folder / "metrics.jsonl").open("a").write('{"round": 2, "client": "mo')  # a line torn by the kill
+    resume(folder, Watcher())
+    assert remains(folder) == remains(runs("fedit", *words))
+
+
+def test_a_killed_process(runs: Any, tmp_path: Path, remains: Any) -> None:
+    """The command itself, killed from outside in the midst of round 1 and resumed by the command."""
+    folder = tmp_path / "run"
+    from_conftest = ["method.name=fedit", "run.name=fedit", "method.rank=2", "method.alpha=4"]
+    command = [sys.executable, "-m", "fedamole.cli", "run", str(runs.config), *from_conftest, f"run.folder={folder}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("clients/*/state/round-0001.safetensors")) and time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / "summary.json").exists()
+    done = subprocess.run(
+        [sys.executable, "-m", "fedamole.cli", "resume", str(folder), "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fedit" in json.loads(done.stdout)[0]["columns"]
+    assert remains(folder) == remains(runs("fedit"))
+
+
+@pytest.mark.parametrize("damage", ["server", "client", "json"])
+def test_a_torn_last_checkpoint(damage: str, runs: Any, crash: Any, remains: Any, caplog: Any) -> None:
+    """Killed at the end of round 1 with its checkpoint torn: round 0 is the one to go on from."""
+    folder = crash("client_started", 9, "fedamole")
+    torn = {
+        "server": "checkpoints/round-0001.safetensors",
+        "client": "clients/mood/state/round-0001.safetensors",
+        "json": "checkpoints/round-0001.json",
+    }[damage]
+    os.truncate(folder / torn, (folder / torn).stat().st_size // 2)
+    started: list[int] = []
+
+    class Notes(Watcher):
+        def round_started(self, round_: int, *_: Any) -> None:
+            started.append(round_)
+
+    resume(folder, Notes())
+    assert started == [1, 2]
+    assert "round-0001.json is damaged; going back to the round before it" in caplog.text
+    assert remains(folder) == remains(runs("fedamole"))
+
+
+def test_all_checkpoints_corrupt(crash: Any) -> None:
+    folder = crash("client_started", 9, "fedit")
+    for path in folder.glob("checkpoints/*.safetensors"):
+        os.truncate(path, 10)
+    with pytest.raises(RunError, match="no checkpoint is intact"):
+        resume(folder, Watcher())
+
+
+def test_a_foreign_checkpoint(runs: Any, crash: Any) -> None:
+    folder = crash("client_started", 9, "fedit")
+    other = runs("fedit")
+    shutil.rmtree(folder / "checkpoints")
+    shutil.rmtree(folder / "clients")
+    shutil.copytree(other / "checkpoints", folder / "checkpoints")
+    shutil.copytree(other / "clients", folder / "clients")
+    with pytest.raises(RunError, match="belongs to another run"):
+        resume(folder, Watcher())
+
+
+def test_a_finished_run_is_left_as_it_is(runs: Any) -> None:
+    folder = runs("fedit")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert resume(folder, Watcher())["method"] == "fedit"
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_running_run_is_refused(crash: Any) -> None:
+    from fedamole.federation.run_folder import RunFolder
+
+    folder = crash("client_started", 5, "local_only")
+    with RunFolder.open(folder).locked(), pytest.raises(RunError, match="another process is running this run"):
+        resume(folder, Watcher())
+
+
+def test_disk_stays_bounded(runs: Any) -> None:
+    folder = runs("fedit", "federation.rounds=8", "federation.cohort=0.5", "training.local_steps=1")
+    assert len(list(folder.glob("checkpoints/*"))) == 4  # two, a state and its json
+    for client in folder.glob("clients/*"):
+        assert 1 <= len(list(client.glob("state/*"))) <= 2
+    assert not list(folder.rglob("*.writing"))
+
+
+def test_the_config_of_a_run_is_what_it_is_resumed_from(runs: Any) -> None:
+    """Every default is spelled out, so a later version of the package with other defaults changes nothing."""
+    config = load_config(runs("fedamole") / "config.toml")
+    assert config.method == runs.load("fedamole").method
+    assert config.training == runs.load("fedamole").training
+    assert config.run.folder == str(runs("fedamole"))

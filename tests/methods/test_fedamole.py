@@ -1,0 +1,334 @@
+"""FedAMoLE's server, with every number worked out by hand.
+
+The setting of most tests: one module m (2 -> 2), rank 1, three experts, three clients a, b, c; every expert chooses
+2 clients and every client holds exactly 2 experts. Held before the round:
+
+    expert 0 by a, b      expert 1 by b, c      expert 2 by a, c
+"""
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedamole.assignment.reverse_selection import Bounds
+from fedamole.errors import ConfigError
+from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.record import pack
+from fedamole.methods.fedamole import Experts, FedAmole, Pool, TrainedExperts
+
+INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
+HELD = {"a": [0, 2], "b": [0, 1], "c": [1, 2]}
+METHOD = FedAmole(rank=1, experts=3, expert_choices=2, min_experts=2, max_experts=2, top_k=1)
+
+
+def server(round_: int = 0, modules: tuple[str, ...] = ("m",)) -> Server:
+    return Server(dict.fromkeys(modules, (2, 2)), INFOS, seed=0, round=round_)
+
+
+def pool(**known: Mapping[str, torch.Tensor]) -> Pool:
+    """A pool in which every tensor of expert i holds the number 100 + i, the shared ones 200, W_t 300."""
+    tensors = {"m/router/W": torch.full((1, 2), 300.0)}
+    for owner, value in (("expert-00", 100.0), ("expert-01", 101.0), ("expert-02", 102.0), ("shared", 200.0)):
+        tensors |= {f"m/{owner}/A": torch.full((1, 2), value), f"m/{owner}/B": torch.full((2, 1), value)}
+    embeddings = known.get("expert_embeddings", {}), known.get("client_embeddings", {})
+    return Pool(tensors, *embeddings, {"m": torch.zeros(3, 3)}, {"m": HELD})
+
+
+def reply(value: float, t: float, **e: float) -> TrainedExperts:
+    """All tensors a client holds set to `value`; its mean embeddings t and e_i (rank 1)."""
+    tensors = {"m/router/W": torch.full((1, 2), value)}
+    for owner in (*(name.replace("_", "-") for name in e), "shared"):
+        tensors |= {f"m/{owner}/A": torch.full((1, 2), value), f"m/{owner}/B": torch.full((2, 1), value)}
+    means = {f"m/{name.replace('_', '-')}": torch.tensor([row]) for name, row in e.items()}
+    return TrainedExperts(tensors, {"m": torch.tensor([t])}, means)
+
+
+REPLIES = {
+    "a": reply(1.0, 0.0, expert_00=0.5, expert_02=1.0),
+    "b": reply(2.0, math.log(2), expert_00=1.5, expert_01=-2.0),
+    "c": reply(6.0, math.log(3), expert_01=0.0, expert_02=3.0),
+}
+"""t = (0, ln 2, ln 3), so that softmax over the clients of e * t is (1, 2^e, 3^e), normalised."""
+
+
+def number(tensors: Mapping[str, torch.Tensor], key: str) -> float:
+    values = tensors[key].unique()
+    assert len(values) == 1, key
+    return float(values)
+
+
+def test_a_round_by_hand() -> None:
+    """Means over the holders, uniform:
+
+        expert 0 (a, b): (1 + 2) / 2 = 1.5     expert 1 (b, c): (2 + 6) / 2 = 4     expert 2 (a, c): (1 + 6) / 2 = 3.5
+        shared and W_t (a, b, c): (1 + 2 + 6) / 3 = 3
+        e_0 = (0.5 + 1.5) / 2 = 1              e_1 = (-2 + 0) / 2 = -1              e_2 = (1 + 3) / 2 = 2
+
+    Relevance S = e t / sqrt(1); P = softmax of each row = (1, 2^e, 3^e) / sum:
+
+        e_0: (1, 2, 3) / 6            = (0.167, 0.333, 0.500)
+        e_1: (1, 1/2, 1/3) / (11/6)   = (0.545, 0.273, 0.182)
+        e_2: (1, 4, 9) / 14           = (0.071, 0.286, 0.643)
+
+    Each expert leaves out one client and each client is left out once (2 of 3 everywhere). What is left out should
+    sum to least: 0 leaves b (.333), 1 leaves c (.182), 2 leaves a (.071) = .587; the next best is 0 without a (.167),
+    1 without c (.182), 2 without b (.286) = .634. So 0 goes to a, c; 1 to a, b; 2 to b, c.
+    """
+    after = METHOD.aggregate(server(), pool(), REPLIES)
+    for owner, mean in (("expert-00", 1.5), ("expert-01", 4.0), ("expert-02", 3.5), ("shared", 3.0)):
+        assert number(after.tensors, f"m/{owner}/A") == mean
+        assert number(after.tensors, f"m/{owner}/B") == mean
+    assert number(after.tensors, "m/router/W") == 3.0
+    assert {key: float(row) for key, row in after.expert_embeddings.items()} == {
+        "m/expert-00": 1.0, "m/expert-01": -1.0, "m/expert-02": 2.0,
+    }  # fmt: skip
+    assert {key: float(row) for key, row in after.client_embeddings.items()} == {
+        "m/a": 0.0, "m/b": pytest.approx(math.log(2)), "m/c": pytest.approx(math.log(3)),
+    }  # fmt: skip
+    P = np.array([[1 / 6, 2 / 6, 3 / 6], [6 / 11, 3 / 11, 2 / 11], [1 / 14, 4 / 14, 9 / 14]])
+    np.testing.assert_allclose(after.probabilities["m"].numpy(), P, atol=1e-6)
+    assert after.held == {"m": {"a": [0, 1], "b": [1, 2], "c": [0, 2]}}
+
+
+def test_weighting_by_examples() -> None:
+    """Examples 10, 30, 20: expert 0 = (10 * 1 + 30 * 2) / 40 = 1.75, 1 = (30 * 2 + 20 * 6) / 50 = 3.6,
+    2 = (10 * 1 + 20 * 6) / 30 = 13/3, shared = (10 + 60 + 120) / 60 = 19/6; e_0 = (10 * .5 + 30 * 1.5) / 40 = 1.25.
+    """
+    method = FedAmole(rank=1, experts=3, min_experts=2, max_experts=2, top_k=1, weighting="examples")
+    after = method.aggregate(server(), pool(), REPLIES)
+    assert number(after.tensors, "m/expert-00/A") == 1.75
+    assert number(after.tensors, "m/expert-01/B") == pytest.approx(3.6)
+    assert number(after.tensors, "m/expert-02/A") == pytest.approx(13 / 3)
+    assert number(after.tensors, "m/shared/A") == pytest.approx(19 / 6)
+    assert number(after.tensors, "m/router/W") == pytest.approx(19 / 6)
+    assert float(after.expert_embeddings["m/expert-00"]) == 1.25
+
+
+def test_what_nobody_returned_keeps_weights_and_embedding() -> None:
+    """Only a answers: expert 1, which it does not hold, keeps 101 and its old embedding; t of b and c stay."""
+    known = pool(
+        expert_embeddings={"m/expert-01": torch.tensor([9.0]), "m/expert-00": torch.tensor([8.0])},
+        client_embeddings={"m/b": torch.tensor([7.0]), "m/a": torch.tensor([6.0])},
+    )
+    after = METHOD.aggregate(server(), known, {"a": REPLIES["a"]})
+    assert number(after.tensors, "m/expert-01/A") == number(after.tensors, "m/expert-01/B") == 101.0
+    assert number(after.tensors, "m/expert-00/A") == 1.0
+    assert {key: float(row) for key, row in after.expert_embeddings.items()} == {
+        "m/expert-00": 0.5, "m/expert-01": 9.0, "m/expert-02": 1.0,
+    }  # fmt: skip
+    assert {key: float(row) for key, row in after.client_embeddings.items()} == {"m/a": 0.0, "m/b": 7.0}
+
+
+def test_the_unknown() -> None:
+    """Only a and b answer, and c was never heard of: its score is each row's mean over a and b.
+
+    Expert 0 has e = 1, t = (0, ln 2), so scores (0, ln 2, ln 2 / 2) and P = (1, 2, sqrt 2) / (3 + sqrt 2).
+    Of expert 1, b alone tells e = -2: (1, 1/4, 1/2) / 1.75. With all of c's replies missing nothing is known of an
+    expert that only c holds: its row would be uniform (second half).
+    """
+    after = METHOD.aggregate(server(), pool(), {name: REPLIES[name] for name in ("a", "b")})
+    root = math.sqrt(2)
+    np.testing.assert_allclose(after.probabilities["m"][0], np.array([1, 2, root]) / (3 + root), atol=1e-6)
+    np.testing.assert_allclose(after.probabilities["m"][1], np.array([1, 0.25, 0.5]) / 1.75, atol=1e-6)
+    assert {len(held) for held in after.held["m"].values()} == {2}, "c is served as well"
+    only_a = METHOD.aggregate(server(), pool(), {"a": REPLIES["a"]})
+    np.testing.assert_allclose(only_a.probabilities["m"][1], np.full(3, 1 / 3))
+
+
+def brute_force(P: np.ndarray, bounds: Bounds) -> float:
+    """The best sum of P * X over all X that keep the bounds."""
+    best = -1.0
+    for rows in itertools.product(itertools.combinations(range(P.shape[1]), bounds.expert_choices), repeat=len(P)):
+        held = np.bincount([c for row in rows for c in row], minlength=P.shape[1])
+        if held.min() >= bounds.min_experts and held.max() <= bounds.max_experts:
+            best = max(best, sum(P[i, c] for i, row in enumerate(rows) for c in row))
+    return best
+
+
+def chosen_sum(state: Pool, module: str) -> float:
+    names = sorted(state.held[module])
+    return sum(float(state.probabilities[module][i, names.index(n)]) for n in names for i in state.held[module][n])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_next_assignment_is_the_optimum(seed: int) -> None:
+    """Five experts, random embeddings, bounds 1 .. 4: compared with all 3^5 assignments."""
+    generator = torch.Generator().manual_seed(seed)
+    method = FedAmole(rank=2, experts=5, expert_choices=2, min_experts=1, max_experts=4, top_k=1)
+    state = method.init(server(modules=("m", "n")))
+    replies = {}
+    for info in INFOS:
+        tensors = method.message(state, info).tensors
+        experts = {
+            f"{module}/expert-{i:02d}": 3 * torch.randn(2, generator=generator)
+            for module in ("m", "n") for i in state.held[module][info.name]
+        }  # fmt: skip
+        tokens = {module: torch.randn(2, generator=generator) for module in ("m", "n")}
+        replies[info.name] = TrainedExperts(tensors, tokens, experts)
+    after = method.aggregate(server(modules=("m", "n")), state, replies)
+    for module in ("m", "n"):
+        best = brute_force(after.probabilities[module].numpy(), Bounds(2, 1, 4))
+        assert chosen_sum(after, module) == pytest.approx(best, abs=1e-8)
+
+
+def test_modules_are_assigned_each_on_its_own() -> None:
+    state = FedAmole(rank=1).init(server(modules=("m", "n")))
+    assert state.held["m"] != state.held["n"]
+
+
+def test_the_message_holds_what_is_assigned_and_no_more() -> None:
+    message = METHOD.message(pool(), INFOS[1])
+    assert type(message) is Experts
+    owners = ("router/W", "shared/A", "shared/B", "expert-00/A", "expert-00/B", "expert-01/A", "expert-01/B")
+    assert set(message.tensors) == {f"m/{owner}" for owner in owners}
+
+
+def test_experts_begin_each_with_its_own_draw_the_same_for_all_holders() -> None:
+    state = METHOD.init(server())
+    first = [state.tensors[f"m/expert-0{i}/A"] for i in range(3)]
+    assert not torch.equal(first[0], first[1])
+    assert all(not state.tensors[f"m/expert-0{i}/B"].any() for i in range(3))
+    for info in INFOS:
+        for i in state.held["m"][info.name]:
+            assert torch.equal(METHOD.message(state, info).tensors[f"m/expert-0{i}/A"], first[i])
+
+
+# --- the ablations --------------------------------------------------------------------------------------------
+
+
+def after_round(assignment: str, replies: Mapping[str, TrainedExperts], round_: int = 0) -> Pool:
+    method = FedAmole(rank=1, experts=3, min_experts=1, max_experts=3, top_k=1, assignment=assignment)
+    return method.aggregate(server(round_), pool(), replies)
+
+
+def test_random_draws_anew_each_round_and_reads_no_embedding() -> None:
+    swapped = {"a": REPLIES["a"], "b": reply(2.0, -5.0, expert_00=1.5, expert_01=4.0), "c": REPLIES["c"]}
+    one, other = after_round("random", REPLIES), after_round("random", swapped)
+    assert one.held == other.held
+    assert torch.equal(one.probabilities["m"], other.probabilities["m"])
+    assert not torch.equal(one.probabilities["m"], after_round("random", REPLIES, 1).probabilities["m"])
+    assert after_round("reverse", REPLIES).held != after_round("reverse", swapped).held
+    # Drawn or not, the experts themselves are averaged as ever.
+    assert one.tensors["m/expert-00/A"].equal(after_round("reverse", REPLIES).tensors["m/expert-00/A"])
+
+
+def test_static_keeps_round_0() -> None:
+    assert after_round("static", REPLIES).held == {"m": HELD}
+    assert number(after_round("static", REPLIES).tensors, "m/expert-01/A") == 4.0
+
+
+def test_homogeneous_gives_floor_or_ceil_by_relevance() -> None:
+    """8 experts x 2 choices over 3 clients: 5, 5 and 6 each, though reverse selection may give 2 to 8.
+
+    All experts want b and c (P = (1, 2, 3) / 6): reverse gives c 8 and b 6, a its least, 2.
+    """
+    for assignment, sizes in (("homogeneous", [5, 5, 6]), ("reverse", [2, 6, 8])):
+        method = FedAmole(rank=1, experts=8, assignment=assignment)
+        state = method.init(server())
+        ids = [f"expert-{i:02d}" for i in range(8)]
+        replies = {
+            info.name: TrainedExperts({}, {"m": REPLIES[info.name].token_embedding["m"]}, {
+                f"m/{name}": torch.tensor([1.0]) for name in ids
+            })
+            for info in INFOS
+        }  # fmt: skip
+        held = method.aggregate(server(), state, replies).held["m"]
+        assert sorted(len(experts) for experts in held.values()) == sizes
+        assert len(held["a"]) == min(sizes)
+    assert len(held["c"]) == 8
+
+
+def test_round_0_is_drawn_and_depends_on_the_seed() -> None:
+    """No embeddings exist yet: P is random, and the bounds hold."""
+    draws = []
+    for seed in range(4):
+        state = FedAmole(rank=1, experts=9).init(Server({"m": (2, 2)}, INFOS, seed))
+        counts = [len(experts) for experts in state.held["m"].values()]
+        assert sum(counts) == 18
+        assert min(counts) >= 2
+        assert max(counts) <= 8
+        draws.append(state.held)
+    assert len({str(draw) for draw in draws}) > 1
+
+
+def test_the_journal_tells_who_holds_what_for_which_relevance() -> None:
+    lines = list(METHOD.journal(METHOD.aggregate(server(), pool(), REPLIES)))
+    assert [(line["module"], line["client"], line["experts"]) for line in lines] == [
+        ("m", "a", [0, 1]), ("m", "b", [1, 2]), ("m", "c", [0, 2]),
+    ]  # fmt: skip
+    assert lines[0]["relevance"] == pytest.approx([1 / 6, 6 / 11], abs=1e-6)
+
+
+# --- numbers of experts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("clients", "experts", "choices"), [(1, 3, 1), (2, 6, 2), (10, 30, 2)])
+def test_defaults_follow_the_number_of_clients(clients: int, experts: int, choices: int) -> None:
+    """E = 3 C and k_c = min(2, C): with two clients or more each holds 6 on average, alone 3."""
+    method = FedAmole()
+    assert method.pool_size(clients) == experts
+    assert method.bounds(clients) == Bounds(choices, 2, 8)
+    method.check(clients)
+
+
+CASES: list[tuple[dict[str, Any], int, str, dict[str, Any]]] = [
+    # 4 clients x at least 2 = 8 > 3 x 2 = 6
+    ({"experts": 3}, 4, r"min_experts x clients <= experts x expert_choices fails: 2 x 4 = 8 > 3 x 2 = 6",
+     {"experts": 4}),
+    # 20 x 2 = 40 > 8 x 4 = 32
+    ({"experts": 20}, 4, r"experts x expert_choices <= max_experts x clients fails: 20 x 2 = 40 > 8 x 4 = 32",
+     {"experts": 16}),
+    ({"expert_choices": 5}, 4, r"expert_choices <= clients fails: 5 > 4", {"expert_choices": 2}),
+    ({"min_experts": 5, "max_experts": 4}, 4, r"min_experts <= max_experts fails: 5 > 4", {"max_experts": 6}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("numbers", "clients", "inequality", "remedy"), CASES)
+def test_infeasible_numbers_name_the_inequality_and_a_value_that_works(
+    numbers: dict[str, Any], clients: int, inequality: str, remedy: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=inequality) as caught:
+        FedAmole(**numbers).check(clients)
+    [(name, value)] = remedy.items()
+    assert f"{name} to {value}" in str(caught.value)
+    FedAmole(**{**numbers, **remedy}).check(clients)
+
+
+def test_more_experts_asked_of_a_token_than_a_client_holds() -> None:
+    with pytest.raises(ConfigError, match=r"top_k = 3 .* only .*2: set top_k to 2 or .*min_experts to 3"):
+        FedAmole(top_k=3).check(4)
+    FedAmole(top_k=2).check(4)
+    FedAmole(top_k=3, min_experts=3).check(4)
+
+
+def test_the_spec_carries_the_routers_settings() -> None:
+    spec = FedAmole(rank=3, alpha=5.0, dropout=0.1, top_k=1, balance_weight=0.5).spec()
+    assert (spec.rank, spec.alpha, spec.dropout, spec.top_k, spec.balance_weight) == (3, 5.0, 0.1, 1, 0.5)
+
+
+# --- a partial cohort, through a real run ---------------------------------------------------------------------
+
+
+def test_the_assignment_is_solved_over_all_clients_whoever_trains(runs: Any) -> None:
+    import json
+
+    folder = runs("fedamole", "federation.cohort=0.5", "federation.rounds=4")
+    lines = [json.loads(line) for line in (folder / "assignment.jsonl").read_text().splitlines()]
+    by_round: dict[tuple[int, str], dict[str, list[int]]] = {}
+    for line in lines:
+        by_round.setdefault((line["round"], line["module"]), {})[line["client"]] = line["experts"]
+    assert {round_ for round_, _ in by_round} == {0, 1, 2, 3}
+    for held in by_round.values():
+        assert sorted(held) == ["chat", "entail", "mood", "plain"]
+        assert sum(map(len, held.values())) == 24  # 12 experts x 2 choices
+        assert all(2 <= len(experts) <= 8 for experts in held.values())
+
+
+def test_one_state_for_whatever_order_clients_are_named_in() -> None:
+    turned = Server({"m": (2, 2)}, INFOS[::-1], seed=0)
+    assert pack(METHOD.aggregate(turned, pool(), REPLIES)) == pack(METHOD.aggregate(server(), pool(), REPLIES))

@@ -1,0 +1,64 @@
+"""Local only: nobody learns from anybody."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedamole.config import load_config
+from fedamole.experiment import start
+from fedamole.federation.loop import Watcher
+from fedamole.federation.method import Client, ClientInfo, Server, Trained
+from fedamole.federation.record import Nothing
+from fedamole.methods.fedit import FedIT
+from fedamole.methods.local_only import LocalOnly, OwnLora
+from fedamole.model.params import Adapter
+
+SHAPES = {"m": (2, 2)}
+INFO = ClientInfo("a", 10)
+
+
+def client(trained: float) -> Client:
+    """A client whose training sets every tensor to a number."""
+
+    def fit(adapter: Adapter) -> Trained:
+        tensors = {key: torch.full_like(tensor, trained) for key, tensor in adapter.tensors.items()}
+        return Trained(Adapter(adapter.spec, tensors), 1, 0.0)
+
+    return Client(INFO, SHAPES, 0, 0, fit)
+
+
+def test_a_client_goes_on_from_its_own_lora_and_sends_nothing() -> None:
+    method = LocalOnly(rank=1)
+    kept, reply, _ = method.update(client(5.0), OwnLora({"m/shared/A": torch.ones(1, 2)}), Nothing())
+    assert reply == Nothing()
+    assert torch.equal(kept.tensors["m/shared/A"], torch.full((1, 2), 5.0))
+    adapter = method.adapter(client(0.0), kept, Nothing())
+    assert torch.equal(adapter.tensors["m/shared/A"], torch.full((1, 2), 5.0))
+
+
+def test_the_server_knows_nothing() -> None:
+    method, server = LocalOnly(), Server(SHAPES, (INFO,), 0)
+    assert method.init(server) == method.message(Nothing(), INFO) == Nothing()
+    assert method.aggregate(server, Nothing(), {"a": Nothing()}) == Nothing()
+
+
+def test_starts_where_fedit_starts() -> None:
+    kept = LocalOnly(rank=2).first_keep(client(0.0))
+    first = FedIT(rank=2).init(Server(SHAPES, (INFO,), 0))
+    assert kept.tensors.keys() == first.tensors.keys()
+    assert all(torch.equal(kept.tensors[key], first.tensors[key]) for key in kept.tensors)
+
+
+def test_a_clients_model_does_not_depend_on_who_else_is_there(runs: Any, tiny: Path, tmp_path: Path) -> None:
+    """The run with all four clients, and one of its client "mood" alone."""
+    text = (tiny / "config.toml").read_text()
+    head, sources = text.split("[[data.source]]", 1)[0], text.split("[[data.source]]")[1:]
+    mood = next(source for source in sources if '"mood"' in source)
+    text = head + "[[data.source]]" + mood
+    text = text.replace('"base"', f'"{tiny}/base"').replace("mood.jsonl", f"{tiny}/mood.jsonl")
+    (tmp_path / "mood.toml").write_text(text)
+    words = ["method.name=local_only", "method.rank=2", "method.alpha=4"]
+    start(load_config(tmp_path / "mood.toml", words), tmp_path / "run", Watcher())
+    file = "clients/mood/state/round-0002.safetensors"
+    assert (tmp_path / "run" / file).read_bytes() == (runs("local_only") / file).read_bytes()
