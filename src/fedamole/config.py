@@ -68,7 +68,7 @@ SECTIONS: dict[str, Any] = {
 }
 
 
-def read_tables(path: Path) -> Table:
+def read_tables(path: Path, extended_by: tuple[Path, ...] = ()) -> Table:
     """Read a TOML file and what it extends: the nearer file's keys win, tables are merged, lists replaced."""
     try:
         tables: Table = tomllib.loads(path.read_text())
@@ -81,9 +81,10 @@ def read_tables(path: Path) -> Table:
         return rebased(tables, path.parent)
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends = {parent!r} must be the path of a config, relative to this one")
-    if (path.parent / parent).resolve() == path.resolve():
-        raise ConfigError(f"{path}: extends = {parent!r} is this file itself")
-    return merged(read_tables(path.parent / parent), rebased(tables, path.parent))
+    chain = (*extended_by, path.resolve())
+    if (path.parent / parent).resolve() in chain:
+        raise ConfigError(f"{path}: extends = {parent!r} leads back to a file that extends this one, or to itself")
+    return merged(read_tables(path.parent / parent, chain), rebased(tables, path.parent))
 
 
 def rebased(tables: Table, folder: Path) -> Table:

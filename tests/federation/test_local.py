@@ -1,5 +1,6 @@
 """fit(): against Adam written out by hand, and what becomes of a client whose training diverges."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -15,9 +16,12 @@ from fedamole.experiment import prepare, resume
 from fedamole.federation.local import DivergedError, Row, _backward, _batches, embed, fit
 from fedamole.federation.loop import Watcher
 from fedamole.federation.randomness import torch_generator
+from fedamole.federation.record import pack, unpack
 from fedamole.federation.settings import TrainingSettings
+from fedamole.federation.worker import Private
 from fedamole.methods.fedamole import FedAmole
-from fedamole.methods.fedit import FedIT
+from fedamole.methods.fedit import FedIT, GlobalLora
+from fedamole.methods.local_only import OwnLora
 from fedamole.model.bank import Bank
 from fedamole.model.batch import answer_losses, collate
 from fedamole.model.params import Adapter, new_pool, new_shared
@@ -277,16 +281,12 @@ def test_training_goes_on_after_a_divergence(bank: Bank, rows: list[Row]) -> Non
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-@pytest.fixture(scope="module")
-def poisoned(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """A run of round 0, interrupted, then "mood" given a state with a NaN, then resumed: its training diverges."""
+@pytest.fixture
+def poisoned(crash: Any) -> Callable[[], Path]:
+    """A run of local_only killed after round 0, in whose folder the state of "mood" was given a NaN."""
 
-    def make(method: str, crash: Any) -> Path:
-        from fedamole.federation.record import pack, unpack
-        from fedamole.federation.worker import Private
-        from fedamole.methods.local_only import OwnLora
-
-        folder: Path = crash("client_started", 5, method)
+    def make() -> Path:
+        folder: Path = crash("client_started", 5, "local_only")
         path = folder / "clients/mood/state/round-0000.safetensors"
         private = unpack(Private, path.read_bytes())
         kept = unpack(OwnLora, private.kept["record"].numpy().tobytes())
@@ -295,8 +295,6 @@ def poisoned(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
         path.write_bytes(pack(Private({"record": packed}, private.trained)))
         commit = folder / "checkpoints/round-0000.json"
         content = json.loads(commit.read_text())
-        import hashlib
-
         content["clients"][str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
         commit.write_text(json.dumps(content))
         return folder
@@ -304,11 +302,9 @@ def poisoned(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     return make
 
 
-def test_a_diverged_client_is_left_out_and_keeps_its_state(
-    poisoned: Any, crash: Any, caplog: Any, facts: Any
-) -> None:
+def test_a_diverged_client_is_left_out_and_keeps_its_state(poisoned: Any, caplog: Any, facts: Any) -> None:
     """Local only: from round 1 on "mood" trains from a NaN. It stays where it was; nobody else notices."""
-    folder = poisoned("local_only", crash)
+    folder = poisoned()
     summary = resume(folder, Watcher())
     lines = [line for line in facts(folder) if line["split"] == "train" and line["client"] == "mood"]
     assert "failed" not in lines[0]
@@ -345,9 +341,22 @@ def test_where_all_diverge_the_server_stays_as_it_was(method: str, runs: Any, cr
 
 
 def test_the_aggregate_is_over_those_that_did_not_diverge(runs: Any, facts: Any) -> None:
-    import itertools
-    for rate, st in itertools.product((1000, 1200.,1400.,1700.0, 2000.0, 2300.,2600.),(1,2,3,4,6,8)):
-        folder = runs("fedit_ft", f"training.learning_rate={rate}", "federation.rounds=1", f"training.local_steps={st}")
-        train = [line for line in facts(folder) if line["split"] == "train"]
-        failed = {line["client"] for line in train if "failed" in line}
-        print(rate, st, failed or "{}")
+    """Rates at the edge of what survives three steps; where it lies may differ a little between machines."""
+    for rate in (1400, 1700, 1200, 1000, 1500, 1600, 1300, 1800):
+        folder = runs("fedit_ft", f"training.learning_rate={rate}", "federation.rounds=1")
+        train = {line["client"]: line for line in facts(folder) if line["split"] == "train"}
+        failed = {client for client, line in train.items() if "failed" in line}
+        if 0 < len(failed) < len(train):
+            break
+    else:
+        pytest.fail("no rate made some clients diverge and others not")
+    survivors = sorted(set(train) - failed)
+    assert sorted(path.parent.parent.name for path in folder.glob("clients/*/state/*")) == survivors
+    trained = []
+    for client in survivors:
+        private = unpack(Private, (folder / f"clients/{client}/state/round-0000.safetensors").read_bytes())
+        assert private.trained is not None
+        trained.append(private.trained.tensors)
+    state = unpack(GlobalLora, (folder / "checkpoints/round-0000.safetensors").read_bytes())
+    for key, mean in state.tensors.items():
+        torch.testing.assert_close(mean, sum(tensors[key] for tensors in trained) / len(trained))

@@ -37,9 +37,16 @@ SOME = {
         "all answered, not aggregated", "before evaluation", "some best models of round 1 kept",
         "server state without its commit", "after the last round",
     ),
-    "local_only": tuple(POINTS),
+    "local_only": (
+        "before the first client", "in training, round 0", "a state of round 1 written",
+        "some best models of round 1 kept", "committed, nothing after",
+    ),
 }  # fmt: skip
-"""The quickest method is killed everywhere, the others where they have something of their own to lose."""
+"""Every point once at least, each method where it has something of its own to lose."""
+
+
+def test_every_point_is_used() -> None:
+    assert {point for points in SOME.values() for point in points} == set(POINTS)
 
 
 @pytest.mark.parametrize(("method", "point"), [(method, point) for method in SOME for point in SOME[method]])

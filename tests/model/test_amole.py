@@ -1,207 +1,293 @@
-"""The fused mixture against the loop of the paper, PEFT's LoRA, and numbers worked out by hand."""
+"""The fused layer against the definition in algorithm.md, written out token by token and expert by expert."""
 
+import itertools
 import math
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from fedamole.errors import ConfigError
 from fedamole.model.amole import AdapterSpec, amole_linear, balance_loss, mixture_weights, route
+from fedamole.model.params import expert_keys, router_key, shared_keys, stack
 
-D_IN, D_OUT, RANK, TOKENS = 12, 10, 4, 30
+M = "m"
+SHAPES = ((2, 5, 7), (3, 8, 4), (1, 2, 3), (4, 6, 6))
+"""(rank, d_in, d_out)"""
 
 
-def draw(n: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random float64 weights of a module with n domain experts; the last of A and B is the shared expert."""
-    g = torch.Generator().manual_seed(seed)
-    rand = partial(torch.randn, generator=g, dtype=torch.float64)
+def spec(**fields: Any) -> AdapterSpec:
+    return AdapterSpec(**{"rank": 2, "alpha": 3.0, "dropout": 0.0, "top_k": 2, **fields})
+
+
+def drawn(n: int, rank: int, d_in: int, d_out: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict:
+    """One module's tensors by name, none of them zero."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {router_key(M): (rank, d_in)} if n else {}
+    for a, b in (shared_keys(M), *(expert_keys(M, i) for i in range(n))):
+        sizes |= {a: (rank, d_in), b: (d_out, rank)}
     return {
-        "x": rand(TOKENS, D_IN), "base": rand(TOKENS, D_OUT), "W": rand(RANK, D_IN),
-        "A": rand(n + 1, RANK, D_IN), "B": rand(n + 1, D_OUT, RANK), "out": rand(TOKENS, D_OUT),
+        name: torch.randn(size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for name, size in sizes.items()
     }
 
 
-def stacked(w: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    router = [w["W"]] if len(w["A"]) > 1 else []
-    return torch.cat([*router, *w["A"]]), torch.cat([b.T for b in w["B"]])
+def inputs(d_in: int, d_out: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs (2, 3, d_in), the frozen linear's outputs, and a direction to pull the outputs in."""
+    generator = torch.Generator().manual_seed(seed)
+    x, base_out, pull = (
+        torch.randn(2, 3, d, generator=generator, dtype=torch.float64) for d in (d_in, d_out, d_out)
+    )
+    return x.to(dtype).requires_grad_(), base_out.to(dtype), pull.to(dtype)
 
 
-def expert_loop(w, spec, counted):
-    """The module as the paper writes it: token by token, expert by expert."""
-    n = len(w["A"]) - 1
-    rows, probabilities, routed = [], [], torch.zeros(n, dtype=torch.float64)
-    for j, x in enumerate(w["x"]):
-        t = w["W"] @ x
-        s = torch.stack([(w["A"][i] @ x) @ t for i in range(n)]) / math.sqrt(spec.rank)
-        p = torch.softmax(s, dim=0)
-        top = p.topk(spec.top_k).indices
-        y = w["base"][j] + spec.scaling * w["B"][n] @ (w["A"][n] @ x)
-        for i in top:
-            y = y + spec.scaling * p[i] / p[top].sum() * (w["B"][i] @ (w["A"][i] @ x))
-        rows.append(y)
-        if counted[j]:
-            probabilities.append(p)
-            routed[top] += 1
-    balance = n * ((routed / routed.sum()) * torch.stack(probabilities).mean(0)).sum()
-    return torch.stack(rows), balance
-
-
-@pytest.mark.parametrize(("n", "top_k"), [(2, 1), (2, 2), (5, 2), (8, 3)])
-def test_equals_a_loop_over_experts(n, top_k):
-    spec = AdapterSpec(rank=RANK, alpha=8, dropout=0, top_k=top_k)
-    counted = torch.arange(TOKENS) % 5 != 4
-    w = draw(n)
-    leaves = {name: w[name].clone().requires_grad_() for name in ("x", "W", "A", "B")}
-    y, balance = expert_loop({**w, **leaves}, spec, counted)
-    ((y * w["out"]).sum() + 3 * balance).backward()
-
-    x = w["x"].clone().requires_grad_()
-    down, up = (part.requires_grad_() for part in stacked(w))
-    fused, routing = amole_linear(x, w["base"], down, up, spec)
-    fused_balance = balance_loss(routing, counted)
-    ((fused * w["out"]).sum() + 3 * fused_balance).backward()
-
-    close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
-    close(fused, y)
-    close(fused_balance, balance)
-    close(x.grad, leaves["x"].grad)
-    close(down.grad, torch.cat([leaves["W"].grad, *leaves["A"].grad]))
-    close(up.grad, torch.cat([b.T for b in leaves["B"].grad]))
-
-
-def test_without_domain_experts_it_is_pefts_lora():
-    from peft import LoraConfig, get_peft_model
-
-    w, spec = draw(0), AdapterSpec(rank=RANK, alpha=8, dropout=0)
-    linear = torch.nn.Sequential(torch.nn.Linear(D_IN, D_OUT, dtype=torch.float64))
-    peft = get_peft_model(linear, LoraConfig(r=RANK, lora_alpha=8, target_modules=["0"]))
-    layer = peft.base_model.model[0]
-    layer.lora_A.default.weight.data = w["A"][0].clone()
-    layer.lora_B.default.weight.data = w["B"][0].clone()
-    expected = peft(w["x"])
-    (expected * w["out"]).sum().backward()
-
-    down, up = (part.requires_grad_() for part in stacked(w))
-    y, routing = amole_linear(w["x"], layer.base_layer(w["x"]).detach(), down, up, spec)
-    (y * w["out"]).sum().backward()
-    assert routing is None
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(down.grad, layer.lora_A.default.weight.grad)
-    torch.testing.assert_close(up.grad.T, layer.lora_B.default.weight.grad)
-
-
-def test_routing_by_hand():
-    """r = 1, t = 2, e = (0, ln 2 / 2, ln 4 / 2): scores 0, ln 2, ln 4, so p = (1, 2, 4) / 7.
-
-    The two largest are experts 2 and 1 with weights 4/6 and 2/6; the shared expert has weight 1.
-    """
-    e = torch.tensor([[[0.0], [math.log(2) / 2], [math.log(4) / 2]]])
-    routing = route(torch.tensor([[2.0]]), e, top_k=2)
-    torch.testing.assert_close(routing.probabilities, torch.tensor([[1 / 7, 2 / 7, 4 / 7]]))
-    assert routing.chosen.tolist() == [[2, 1]]
-    torch.testing.assert_close(mixture_weights(routing), torch.tensor([[0.0, 1 / 3, 2 / 3, 1.0]]))
-
-
-def test_balance_loss_by_hand():
-    """p = (1, 2, 4)/7 for one token routed to experts 2 and 1: f = (0, 1/2, 1/2), so 3 (2/7 + 4/7) / 2 = 9/7."""
-    e = torch.tensor([[[0.0], [math.log(2) / 2], [math.log(4) / 2]]])
-    routing = route(torch.tensor([[2.0]]), e, top_k=2)
-    assert balance_loss(routing, torch.tensor([True])).item() == pytest.approx(9 / 7)
-
-
-def test_balance_loss_is_one_when_even():
-    """Two tokens with opposite preferences: f = P = (1/2, 1/2), so 2 (1/4 + 1/4) = 1."""
-    e = torch.tensor([[[1.0], [-1.0]], [[-1.0], [1.0]]])
-    routing = route(torch.ones(2, 1), e, top_k=1)
-    assert balance_loss(routing, torch.tensor([True, True])).item() == pytest.approx(1)
-
-
-def test_padding_does_not_count():
-    w, spec = draw(4), AdapterSpec(rank=RANK, top_k=2, dropout=0)
-    counted = torch.arange(TOKENS) < 20
-    _, routing = amole_linear(w["x"], w["base"], *stacked(w), spec)
-    w["x"][20:] = 100.0
-    _, changed = amole_linear(w["x"], w["base"], *stacked(w), spec)
-    assert balance_loss(routing, counted) == balance_loss(changed, counted)
-    assert balance_loss(changed, torch.ones(TOKENS, dtype=torch.bool)) != balance_loss(changed, counted)
-
-
-def masked(keep: float, seed: int):
-    g = torch.Generator().manual_seed(seed)
-    return lambda v: v * torch.empty_like(v).bernoulli_(keep, generator=g) / keep
-
-
-def test_exact_dropout_leaves_the_router_alone_and_drops_inputs():
-    w = draw(3)
-    spec = AdapterSpec(rank=RANK, alpha=8, dropout=0.5, top_k=2)
-    clean, clean_routing = amole_linear(w["x"], w["base"], *stacked(w), spec)
-    dropped, routing = amole_linear(w["x"], w["base"], *stacked(w), spec, masked(0.5, 0))
-    torch.testing.assert_close(routing.probabilities, clean_routing.probabilities)
-    assert not torch.allclose(dropped, clean)
-    again, _ = amole_linear(w["x"], w["base"], *stacked(w), spec, masked(0.5, 0))
-    assert torch.equal(again, dropped)
-    # One shared mask on x: the same as giving the experts the dropped x, with the clean x's weights.
-    x = masked(0.5, 0)(w["x"])
-    values = torch.einsum("tnr,tn->tnr", torch.einsum("nrd,td->tnr", w["A"], x), mixture_weights(clean_routing))
-    expected = w["base"] + spec.scaling * torch.einsum("tnr,nor->to", values, w["B"])
-    torch.testing.assert_close(dropped, expected)
-
-
-@pytest.mark.parametrize("kind", ["exact", "rank"])
-def test_dropout_keeps_the_expected_value(kind):
-    """The mean over many masks is the output without dropout."""
-    w = draw(3)
-    spec = AdapterSpec(rank=RANK, alpha=RANK, dropout=0.3, dropout_kind=kind, top_k=2)
-    clean, _ = amole_linear(w["x"], w["base"], *stacked(w), spec)
-    runs = [amole_linear(w["x"], w["base"], *stacked(w), spec, masked(0.7, s))[0] for s in range(3000)]
-    error = (torch.stack(runs).mean(0) - clean).abs().max() / clean.abs().max()
-    assert error < 0.05
-
-
-def test_rank_dropout_drops_activations():
-    """With everything but one activation dropped, only that row of A matters."""
-    w = draw(0)
-    spec = AdapterSpec(rank=RANK, alpha=RANK, dropout=0.5, dropout_kind="rank")
-    only_first = lambda v: v * torch.eye(RANK, dtype=v.dtype)[0]  # noqa: E731
-    y, _ = amole_linear(w["x"], w["base"], *stacked(w), spec, only_first)
-    first = F.linear(w["x"], w["A"][0][:1]) @ w["B"][0][:, :1].T
-    torch.testing.assert_close(y, w["base"] + first)
-
-
-def test_bf16_inputs_keep_float32_adapters_and_gradients():
-    w = {name: value.float() for name, value in draw(4).items()}
-    spec = AdapterSpec(rank=RANK, alpha=8, dropout=0, top_k=4)
-    grads = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        down, up = (part.clone().requires_grad_() for part in stacked(w))
-        y, routing = amole_linear(w["x"].to(dtype), w["base"].to(dtype), down, up, spec)
-        assert y.dtype == dtype
-        assert routing.probabilities.dtype == torch.float32
-        (y.float() * w["out"]).sum().backward()
-        assert down.grad.dtype == torch.float32
-        grads[dtype] = torch.cat([down.grad.flatten(), up.grad.flatten()])
-    cosine = F.cosine_similarity(grads[torch.float32], grads[torch.bfloat16], dim=0)
-    assert cosine > 0.99
-
-
-def test_leading_dimensions_are_free():
-    w, spec = draw(3), AdapterSpec(rank=RANK, dropout=0, top_k=2)
-    flat, _ = amole_linear(w["x"], w["base"], *stacked(w), spec)
-    shaped, _ = amole_linear(w["x"].view(5, 6, -1), w["base"].view(5, 6, -1), *stacked(w), spec)
-    assert torch.equal(shaped.view(TOKENS, -1), flat)
-
-
-def test_fewer_experts_than_top_k_is_an_error():
-    w = draw(2)
-    with pytest.raises(ConfigError, match=r"top_k = 3 .* holds 2"):
-        amole_linear(w["x"], w["base"], *stacked(w), AdapterSpec(rank=RANK, top_k=3))
+def by_definition(
+    x: Tensor, base_out: Tensor, tensors: dict[str, Tensor], n: int, s: AdapterSpec, counted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y and the balance loss as algorithm.md has them, one token and one expert at a time."""
+    shared_a, shared_b = (tensors[key] for key in shared_keys(M))
+    experts = [tuple(tensors[key] for key in expert_keys(M, i)) for i in range(n)]
+    ys, total, times = [], [torch.zeros((), dtype=x.dtype)] * n, [0] * n
+    for token, out, counts in zip(x.flatten(0, 1), base_out.flatten(0, 1), counted, strict=True):
+        y = out + s.alpha / s.rank * (shared_b @ (shared_a @ token))
+        if n:
+            t = tensors[router_key(M)] @ token
+            raised = [torch.exp(torch.dot(t, a @ token) / math.sqrt(s.rank)) for a, _ in experts]
+            p = [value / sum(raised) for value in raised]
+            chosen = sorted(range(n), key=lambda i: -p[i].item())[: s.top_k]
+            for i in chosen:
+                a, b = experts[i]
+                y = y + s.alpha / s.rank * (p[i] / sum(p[j] for j in chosen)) * (b @ (a @ token))
+            if counts:
+                total = [so_far + value for so_far, value in zip(total, p, strict=True)]
+                times = [time + (i in chosen) for i, time in enumerate(times)]
+        ys.append(y)
+    tokens = int(counted.sum())
+    balance = sum(n * (times[i] / (tokens * s.top_k)) * (total[i] / tokens) for i in range(n))
+    return torch.stack(ys).view_as(base_out), torch.as_tensor(balance)
 
 
 @pytest.mark.parametrize(
-    "bad", [{"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"dropout": -0.1}, {"top_k": 0}, {"balance_weight": -1.0}]
+    ("n", "top_k", "shape"),
+    [(n, k, SHAPES[(n + k) % 4]) for n in range(1, 9) for k in (1, 2, 3) if k <= n]
+    + [(5, 2, shape) for shape in SHAPES],
 )
-def test_spec_refuses_what_no_layer_can_have(bad):
-    with pytest.raises(ConfigError, match=next(iter(bad))):
-        AdapterSpec(**bad)
+def test_equals_the_definition(n: int, top_k: int, shape: tuple[int, int, int]) -> None:
+    rank, d_in, d_out = shape
+    s, tensors = spec(rank=rank, top_k=top_k), drawn(n, rank, d_in, d_out)
+    x, base_out, pull = inputs(d_in, d_out)
+    counted = torch.tensor([True, True, False, True, True, False])
+    wanted_y, wanted_balance = by_definition(x, base_out, tensors, n, s, counted)
+    y, routing = amole_linear(x, base_out, *stack(tensors, M, list(range(n))), s)
+    balance = balance_loss(routing, counted)
+    torch.testing.assert_close(y, wanted_y, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(balance, wanted_balance, rtol=1e-10, atol=1e-10)
+    leaves = [x, *tensors.values()]
+    # An expert that no token is routed to is no part of the loop's graph: its B has gradient zero.
+    wanted = torch.autograd.grad(
+        (wanted_y * pull).sum() + 0.7 * wanted_balance, leaves, allow_unused=True, materialize_grads=True
+    )
+    gained = torch.autograd.grad((y * pull).sum() + 0.7 * balance, leaves)
+    for name, mine, theirs in zip(["x", *tensors], gained, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_without_domain_experts_it_is_peft_s_lora() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    rank, d_in, d_out = 3, 6, 5
+    tensors, (x, _, pull) = drawn(0, rank, d_in, d_out), inputs(d_in, d_out)
+    model = nn.Sequential()
+    model.add_module("lin", nn.Linear(d_in, d_out, dtype=torch.float64))
+    config = LoraConfig(r=rank, lora_alpha=7, target_modules=["lin"])
+    lora: Any = get_peft_model(model, config, autocast_adapter_dtype=False).base_model.model.lin
+    a, b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
+    a.data, b.data = (tensors[key].detach().clone() for key in shared_keys(M))
+
+    theirs = lora(x)
+    mine, routing = amole_linear(x, lora.base_layer(x), *stack(tensors, M, []), spec(rank=rank, alpha=7.0))
+    assert routing is None
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    wanted = torch.autograd.grad((theirs * pull).sum(), [x, a, b])
+    gained = torch.autograd.grad((mine * pull).sum(), [x, *(tensors[key] for key in shared_keys(M))])
+    torch.testing.assert_close(gained, wanted, rtol=1e-12, atol=1e-12)
+
+
+def worked_example() -> tuple[Tensor, Tensor, Tensor, AdapterSpec]:
+    """x, down and up of the example in `test_a_case_worked_by_hand`."""
+
+    def first_row(*values: float) -> Tensor:
+        return torch.cat([torch.tensor([values], dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)])
+
+    ln = math.log
+    rows = [first_row(2, 2), first_row(ln(4), 0), first_row(ln(2), ln(2)), first_row(0, ln(5)), first_row(1, 0)]
+    up = torch.zeros(16, 1, dtype=torch.float64)
+    up[0::4, 0] = torch.tensor([1.0, 10.0, 100.0, 5.0])
+    return torch.eye(2, dtype=torch.float64), torch.cat(rows), up, AdapterSpec(4, 8.0, 0.0, "exact", 2)
+
+
+def test_a_case_worked_by_hand() -> None:
+    """Rank 4, alpha 8 (scaling 2), 3 experts, top 2, d_out = 1, tokens (1, 0) and (0, 1), frozen outputs 1000.
+
+    W_t has the first row (2, 2) and zeros: t = (2, 0, 0, 0) for both tokens, so s_i = 2 * (first of A_i x) / sqrt(4)
+    is the first of A_i x. With first rows (ln 4, 0), (ln 2, ln 2), (0, ln 5) the experts' exp(s) are
+    4, 2, 1 for the first token:  p = 4/7, 2/7, 1/7;  chosen 1 and 2;  w = 2/3, 1/3, 0
+    1, 2, 5 for the second:       p = 1/8, 2/8, 5/8;  chosen 3 and 2;  w = 0, 2/7, 5/7.
+    B_i x-rows carry 1, 10, 100 and the shared expert gives 5 * (1, 0) x:
+    y1 = 1000 + 2 (2/3 * ln 4 * 1 + 1/3 * ln 2 * 10 + 5) = 1010 + 28/3 ln 2
+    y2 = 1000 + 2 (2/7 * ln 2 * 10 + 5/7 * ln 5 * 100)   = 1000 + 40/7 ln 2 + 1000/7 ln 5.
+    Balance: P = (39, 30, 43) / 112, f = (1, 2, 1) / 4, 3 * sum f P = 3 * (39 + 60 + 43) / 448 = 213/224.
+    """
+    x, down, up, s = worked_example()
+    y, routing = amole_linear(x, torch.full((2, 1), 1000.0, dtype=torch.float64), down, up, s)
+    assert routing is not None
+    exact = {"rtol": 1e-12, "atol": 1e-12}
+    wanted_p = torch.tensor([[4 / 7, 2 / 7, 1 / 7], [1 / 8, 2 / 8, 5 / 8]], dtype=torch.float64)
+    wanted_w = torch.tensor([[2 / 3, 1 / 3, 0, 1], [0, 2 / 7, 5 / 7, 1]], dtype=torch.float64)
+    torch.testing.assert_close(routing.probabilities, wanted_p, **exact)
+    assert routing.chosen.tolist() == [[0, 1], [2, 1]]
+    torch.testing.assert_close(mixture_weights(routing), wanted_w, **exact)
+    ln2, ln5 = math.log(2), math.log(5)
+    assert y.flatten().tolist() == pytest.approx([1010 + 28 / 3 * ln2, 1000 + 40 / 7 * ln2 + 1000 / 7 * ln5], abs=1e-9)
+    both, only_first = torch.tensor([True, True]), torch.tensor([True, False])
+    assert balance_loss(routing, both).item() == pytest.approx(213 / 224, abs=1e-12)
+    # The first token alone: 3 * (1/2 * 4/7 + 1/2 * 2/7) = 9/7.
+    assert balance_loss(routing, only_first).item() == pytest.approx(9 / 7, abs=1e-12)
+
+
+def test_balance_loss_is_1_when_balanced_and_n_when_collapsed() -> None:
+    """Token j scores expert j highest: P and f are both 1/n, n * n * 1/n^2 = 1. All to one expert, p = 1: n."""
+    n = 4
+    fits = 3 * torch.eye(n, dtype=torch.float64)
+    one = torch.ones(n, 1, dtype=torch.float64)
+    counted = torch.ones(n, dtype=torch.bool)
+    assert balance_loss(route(one, fits.unsqueeze(2), 1), counted).item() == pytest.approx(1, abs=1e-12)
+    fits = torch.zeros(n, n, dtype=torch.float64)
+    fits[:, 2] = 800.0
+    assert balance_loss(route(one, fits.unsqueeze(2), 1), counted).item() == pytest.approx(n, abs=1e-12)
+
+
+def test_no_gradient_flows_through_the_share_of_routed_tokens() -> None:
+    """d/dp of n * sum f_i mean(p_i) is n f_i / T where f is a constant: for 2 experts, 1 token, top 1: (2, 0)."""
+    p = torch.tensor([[0.75, 0.25]], requires_grad=True)
+    routing = route(torch.ones(1, 1), torch.tensor([[[1.0], [0.0]]]), 1)._replace(probabilities=p)
+    balance_loss(routing, torch.tensor([True])).backward()
+    assert p.grad is not None
+    assert p.grad.tolist() == [[2.0, 0.0]]
+
+
+def test_padded_tokens_change_nothing() -> None:
+    n, s, tensors = 4, spec(), drawn(4, 2, 5, 7)
+    x, base_out, _ = inputs(5, 7)
+    counted = torch.tensor([True, True, False, True, False, False])
+    other = x.detach().clone()
+    other.view(6, 5)[~counted] = 9.0
+
+    def measured(rows: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        y, routing = amole_linear(rows, base_out, *stack(tensors, M, list(range(n))), s)
+        assert routing is not None
+        balance = balance_loss(routing, counted)
+        routed = [tensors[router_key(M)], *(tensors[expert_keys(M, i)[0]] for i in range(n))]
+        return y.flatten(0, 1)[counted], balance, torch.autograd.grad(balance, routed)
+
+    torch.testing.assert_close(measured(x), measured(other), rtol=0, atol=1e-14)
+    assert measured(x)[2][0].abs().max() > 0
+
+
+def test_balance_loss_without_a_counted_token_is_zero() -> None:
+    routing = route(torch.ones(2, 1), torch.randn(2, 3, 1), 2)
+    assert balance_loss(routing, torch.zeros(2, dtype=torch.bool)).item() == 0
+
+
+def halves(width: int) -> list[Callable[[Tensor], Tensor]]:
+    """Every mask of a row of this width, each as a dropout that keeps a half (all are equally likely)."""
+    masks = itertools.product((0.0, 2.0), repeat=width)
+    return [lambda values, mask=mask: values * torch.tensor(mask, dtype=values.dtype) for mask in masks]
+
+
+@pytest.mark.parametrize("n", [0, 3])
+@pytest.mark.parametrize("kind", ["exact", "rank"])
+def test_dropout_spares_the_router_and_is_right_on_average(n: int, kind: str) -> None:
+    """Routing comes from the clean input, so the output is linear in the dropped values: its mean over all masks
+    (of d_in = 3 inputs, or of (n + 1) * 2 activations) is the output without dropout, exactly."""
+    s, tensors = spec(dropout=0.5, dropout_kind=kind), drawn(n, 2, 3, 4)
+    down, up = stack(tensors, M, list(range(n)))
+    x, base_out, _ = (tensor[:1, :1] for tensor in inputs(3, 4))
+    clean, routing = amole_linear(x, base_out, down, up, s)
+    outputs = []
+    for drop in halves(3 if kind == "exact" else (n + 1) * 2):
+        y, dropped = amole_linear(x, base_out, down, up, s, drop)
+        outputs.append(y)
+        for mine, theirs in zip(dropped or (), routing or (), strict=True):
+            assert torch.equal(mine, theirs)
+    torch.testing.assert_close(torch.stack(outputs).mean(0), clean, rtol=1e-12, atol=1e-12)
+    assert torch.equal(outputs[0], base_out), "everything dropped leaves the frozen output"
+    assert not torch.allclose(outputs[1], clean)
+
+
+def test_where_each_kind_of_dropout_drops() -> None:
+    """`exact` masks the module's input (6, d_in); `rank` the activations (6, (n+1) r) of the experts, shared last."""
+    seen = []
+
+    def drop(values: Tensor) -> Tensor:
+        seen.append(values)
+        return values
+
+    n, rank, d_in, d_out = 3, 2, 5, 4
+    tensors, (x, base_out, _) = drawn(n, rank, d_in, d_out), inputs(d_in, d_out)
+    for kind in ("exact", "rank"):
+        amole_linear(x, base_out, *stack(tensors, M, [0, 1, 2]), spec(dropout=0.5, dropout_kind=kind), drop)
+    flat = x.flatten(0, 1)
+    assert torch.equal(seen[0], flat)
+    activations = [flat @ tensors[a].T for a, _ in (*(expert_keys(M, i) for i in range(n)), shared_keys(M))]
+    torch.testing.assert_close(seen[1], torch.cat(activations, dim=1))
+    assert len(seen) == 2
+
+
+def test_bfloat16_inputs_with_float32_adapters() -> None:
+    """bfloat16 keeps 8 bits: outputs and gradients agree with float32 to a few per cent of their size."""
+    n, rank, d_in, d_out = 4, 4, 32, 16
+    s = spec(rank=rank)
+    tensors = drawn(n, rank, d_in, d_out, dtype=torch.float32)
+    x, base_out, pull = inputs(d_in, d_out, dtype=torch.float32)
+    x, base_out = (x.detach().bfloat16().float() / 8).requires_grad_(), base_out.bfloat16().float()
+
+    def measured(dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y, routing = amole_linear(x.to(dtype), base_out.to(dtype), *stack(tensors, M, list(range(n))), s)
+        assert routing is not None
+        assert y.dtype == dtype
+        assert routing.probabilities.dtype == torch.float32
+        loss = (y.float() * pull).sum() + balance_loss(routing, torch.ones(6, dtype=torch.bool))
+        return y.float(), torch.autograd.grad(loss, list(tensors.values()))
+
+    (wanted_y, wanted), (y, gained) = measured(torch.float32), measured(torch.bfloat16)
+    assert (y - wanted_y).norm() < 0.02 * wanted_y.norm()
+    for mine, theirs in zip(gained, wanted, strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - theirs).norm() <= 0.03 * theirs.norm()
+
+
+def test_too_few_experts_for_top_k() -> None:
+    x, base_out, _ = inputs(5, 7)
+    with pytest.raises(ConfigError, match=r"top_k = 3 .* holds 2; lower top_k to 2 .* at least 3"):
+        amole_linear(x, base_out, *stack(drawn(2, 2, 5, 7), M, [0, 1]), spec(top_k=3))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rank", 0), ("top_k", 0), ("alpha", 0.0), ("alpha", -1.0), ("dropout", 1.0), ("dropout", -0.1),
+        ("balance_weight", -1e-3),
+    ],
+)  # fmt: skip
+def test_spec_refuses(key: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{key} = {value}"):
+        spec(**{key: value})
+
+
+def test_spec_accepts_its_borders() -> None:
+    s = spec(rank=1, top_k=1, dropout=0.0, balance_weight=0.0, alpha=0.5)
+    assert s.scaling == 0.5
+    assert AdapterSpec().scaling == 2.0

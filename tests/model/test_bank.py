@@ -1,199 +1,391 @@
-"""Adapters on one resident base, on every architecture."""
+"""Adapters on a resident base, on every family of architectures that is supported (real tiny models)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
+from torch import Tensor
 
 from fedamole.errors import BaseModelError
 from fedamole.federation.local import embed, fit
 from fedamole.federation.settings import TrainingSettings
-from fedamole.model.amole import AdapterSpec
+from fedamole.model.amole import AdapterSpec, amole_linear, balance_loss
 from fedamole.model.bank import Bank
+from fedamole.model.base import Base
 from fedamole.model.batch import answer_losses, collate
-from fedamole.model.params import Adapter, expert_keys, new_shared, router_key
+from fedamole.model.params import (
+    Adapter,
+    Shapes,
+    expert_ids,
+    expert_keys,
+    new_pool,
+    router_key,
+    shared_keys,
+    stack,
+)
 
-from .conftest import ARCHITECTURES, mixture
+from .conftest import ARCHITECTURES
 
-ROWS = [((5, 6, 7, 8), (9, 10, 0)), ((11, 12), (13, 0)), ((14, 15, 16, 17, 18, 19), (20, 0)), ((3,), (4, 0))]
-USUAL = {"gpt2": {"c_attn"}}
+every_architecture = pytest.mark.parametrize("kind", ARCHITECTURES)
 
-
-def gradients(bank: Bank, rows=ROWS, dropout_seed: int | None = None) -> torch.Tensor:
-    """Gradient of the answer loss plus the balance loss, flat."""
-    bank.base.training(True)
-    batch = collate(rows, bank.base.pad_id)
-    with bank.recording(counted=batch.counted, balance=[], dropout_seed=dropout_seed) as tape:
-        loss = answer_losses(bank.logits(batch.ids), batch).mean() + torch.stack(tape.balance).sum()
-        loss.backward()
-    bank.base.training(False)
-    return torch.cat([parameter.grad.flatten() for parameter in bank.parameters()])
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_usual_targets_are_adapted_and_an_empty_bank_is_the_bare_base(base, architecture):
-    loaded = base(architecture)
-    assert {name.rpartition(".")[2] for name in loaded.shapes} == USUAL.get(architecture, {"q_proj", "v_proj"})
-    ids = torch.tensor([[3, 4, 5, 6]])
-    before = loaded.model(input_ids=ids).logits
-    bank = Bank(loaded)
-    assert torch.equal(bank.logits(ids), before)
-    bank.load(mixture(loaded))
-    assert not torch.allclose(bank.logits(ids), before)
-    bank.load(None)
-    assert torch.equal(bank.logits(ids), before)
+Row = tuple[Sequence[int], Sequence[int]]
+ROWS: list[Row] = [
+    ((5, 9, 40, 33, 60, 12, 77, 8, 101, 14), (200, 31, 0)),
+    ((5, 11), (90, 0)),
+    ((5, 66, 67, 68, 69, 70, 71, 72), (19, 20, 21, 22, 23, 0)),
+]
+"""(prompt, answer), of 13, 4 and 14 tokens: padded together, and longer than Gemma 3's window of 8."""
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_training_lowers_the_loss(base, architecture):
-    bank = Bank(base(architecture))
-    settings = TrainingSettings(local_steps=25, batch_size=4, learning_rate=1e-2)
-    start = mixture(bank.base, dropout=0.05)
-    weights = [weight.clone() for weight in bank.base.model.state_dict().values()]
-    runs = [fit(bank, start, ROWS, settings, seed=0, client="a", round_=0) for _ in range(2)]
-    batch = collate(ROWS, bank.base.pad_id)
-    losses = []
-    for adapter in (start, runs[0].adapter):
-        bank.load(adapter)
-        losses.append(answer_losses(bank.logits(batch.ids), batch).mean().item())
-    assert losses[1] < 0.7 * losses[0]
-    bank.load(None)
-    after = bank.base.model.state_dict().values()
-    assert all(torch.equal(a, b) for a, b in zip(weights, after, strict=True))
-    first, second = (run.adapter.tensors for run in runs)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+@pytest.fixture
+def open_bank(base: Callable[..., Base]) -> Callable[..., Bank]:
+    """`open_bank("gpt2", dtype="bfloat16")`: a bank on a freshly loaded base."""
+    return lambda *args, **settings: Bank(base(*args, **settings))
 
 
-def test_load_and_read_back(base):
-    bank = Bank(base())
-    adapter = mixture(bank.base)
+def random_adapter(
+    shapes: Shapes, experts: int = 3, dtype: torch.dtype = torch.float32, **spec: Any
+) -> Adapter:
+    """An adapter with nothing at zero; every module holds other experts than the one before it."""
+    generator = torch.Generator().manual_seed(0)
+    settings = AdapterSpec(**{"rank": 2, "alpha": 4.0, "dropout": 0.0, **spec})
+    pool = new_pool(shapes, settings.rank, experts + 2, generator)
+    names: list[str] = []
+    for place, module in enumerate(sorted(shapes)):
+        ids = sorted((place + step) % (experts + 2) for step in range(experts))
+        names += [router_key(module)] if experts else []
+        names += [key for pair in (shared_keys(module), *(expert_keys(module, i) for i in ids)) for key in pair]
+    tensors = {name: pool[name] + 0.2 * torch.randn(pool[name].shape, generator=generator) for name in names}
+    return Adapter(settings, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+
+def measure(bank: Bank, rows: Sequence[Row], seed: int | None = None, pad: int = 1) -> dict[str, Any]:
+    """Logits, answer losses, balance losses and the gradients of losses + balance of the loaded adapter."""
+    batch = collate(rows, pad)
+    with bank.recording(counted=batch.counted, balance=[], dropout_seed=seed) as tape:
+        logits = bank.logits(batch.ids)
+        losses, balance = answer_losses(logits, batch), torch.stack(tape.balance or [torch.zeros(())])
+        forwards = len(tape.balance or [])
+        parameters = bank.parameters()
+        gradients = torch.autograd.grad(losses.mean() + balance.sum(), parameters) if parameters else ()
+        repeated = len(tape.balance or []) - forwards
+    return {"logits": logits, "losses": losses, "balance": balance, "gradients": gradients, "repeated": repeated}
+
+
+def close(mine: Any, theirs: Any, tolerance: float) -> None:
+    torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+
+
+@every_architecture
+def test_default_targets_are_q_and_v(open_bank: Callable[..., Bank], kind: str) -> None:
+    """Two layers of q (32 x 4 heads of 8) and v (32 x 2 heads of 8); GPT-2 has q, k and v in one Conv1D."""
+    shapes = open_bank(kind).base.shapes
+    if kind == "gpt2":
+        assert shapes == {f"transformer.h.{layer}.attn.c_attn": (32, 96) for layer in (0, 1)}
+        return
+    q = {f"model.layers.{layer}.self_attn.q_proj": (32, 32) for layer in (0, 1)}
+    assert shapes == q | {f"model.layers.{layer}.self_attn.v_proj": (32, 16) for layer in (0, 1)}
+
+
+def test_named_targets(open_bank: Callable[..., Bank]) -> None:
+    """An ending names it in every layer, a whole name just one; the output head is never one of them."""
+    bank = open_bank("llama", targets=("down_proj", "model.layers.1.self_attn.o_proj"))
+    down = {f"model.layers.{layer}.mlp.down_proj": (48, 32) for layer in (0, 1)}
+    assert bank.base.shapes == down | {"model.layers.1.self_attn.o_proj": (32, 32)}
+    with pytest.raises(BaseModelError, match="no linear is called 'lm_head'"):
+        open_bank("llama", targets=("lm_head",))
+
+
+@every_architecture
+def test_an_empty_bank_is_the_untouched_base(
+    open_bank: Callable[..., Bank], folder: Callable[[str], Path], kind: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    bare = AutoModelForCausalLM.from_pretrained(folder(kind)).eval()
+    bank, ids = open_bank(kind), torch.tensor([[5, 9, 40, 33, 60, 12, 77, 8, 101, 14]])
+    with torch.no_grad():
+        wanted = bare(input_ids=ids).logits
+        assert torch.equal(bank.logits(ids), wanted)
+        bank.load(random_adapter(bank.base.shapes))
+        assert (bank.logits(ids) - wanted).abs().max() > 0.1
+        bank.load(None)
+        assert torch.equal(bank.logits(ids), wanted)
+    assert bank.parameters() == []
+    with pytest.raises(RuntimeError, match="empty"):
+        bank.adapter()
+
+
+@every_architecture
+@pytest.mark.parametrize("experts", [0, 3])
+def test_load_and_adapter_are_a_round_trip_of_copies(
+    open_bank: Callable[..., Bank], kind: str, experts: int
+) -> None:
+    bank = open_bank(kind)
+    adapter = random_adapter(bank.base.shapes, experts)
     bank.load(adapter)
     back = bank.adapter()
-    assert set(back.tensors) == set(adapter.tensors)
-    assert all(torch.equal(back.tensors[name], adapter.tensors[name]) for name in adapter.tensors)
+    assert back.spec == adapter.spec
+    assert back.tensors.keys() == adapter.tensors.keys()
+    assert all(torch.equal(back.tensors[key], adapter.tensors[key]) for key in back.tensors)
+    before = {key: tensor.clone() for key, tensor in adapter.tensors.items()}
     with torch.no_grad():
-        bank.parameters()[0].zero_()
-    assert adapter.tensors[router_key(sorted(bank.base.shapes)[0])].any(), "the bank holds copies"
+        for parameter in bank.parameters():
+            parameter += 1
+    for tensors in (adapter.tensors, back.tensors):
+        assert all(torch.equal(tensors[key], before[key]) for key in before)
+    assert sum(parameter.numel() for parameter in bank.parameters()) == adapter.parameters()
 
 
-def test_every_module_may_hold_other_experts(base):
-    """The adapted linear of each module is the base's plus exactly its own experts, computed one by one."""
-    bank = Bank(base())
-    adapter = mixture(bank.base, top_k=2)
+@every_architecture
+def test_every_module_has_its_own_experts(
+    open_bank: Callable[..., Bank], kind: str
+) -> None:
+    """Each wrapped linear gives the frozen linear's output plus the mixture of its own named tensors."""
+    bank = open_bank(kind)
+    adapter = random_adapter(bank.base.shapes)
+    held = expert_ids(adapter.tensors)
+    assert len({tuple(ids) for ids in held.values()}) == len(held)
     bank.load(adapter)
-    assert len({len(layer.experts) for layer in bank.layers.values()}) > 1
-    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(3))
     for name, layer in bank.layers.items():
-        t = x @ adapter.tensors[router_key(name)].T
-        p = torch.stack([((x @ adapter.tensors[expert_keys(name, i)[0]].T) * t).sum(1) / 2 for i in layer.experts], 1)
-        p = F.softmax(p, 1)
-        y = layer.base_layer(x)
-        for token in range(5):
-            top = p[token].topk(2).indices
-            for place in top:
-                a, b = expert_keys(name, layer.experts[place])
-                weight = p[token, place] / p[token, top].sum()
-                y[token] += 2 * weight * (adapter.tensors[b] @ (adapter.tensors[a] @ x[token]))
-            shared_a, shared_b = adapter.tensors[f"{name}/shared/A"], adapter.tensors[f"{name}/shared/B"]
-            y[token] += 2 * shared_b @ (shared_a @ x[token])
-        torch.testing.assert_close(layer(x), y)
+        x = torch.randn(2, 3, bank.base.shapes[name][0], generator=torch.Generator().manual_seed(1))
+        base_out = layer.base_layer(x)
+        wanted, _ = amole_linear(x, base_out, *stack(adapter.tensors, name, held[name]), adapter.spec)
+        assert torch.equal(layer(x), wanted)
+        assert not torch.allclose(wanted, base_out)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_right_padding_changes_nothing(base, architecture):
-    bank = Bank(base(architecture))
-    bank.load(mixture(bank.base))
-    batch = collate(ROWS, bank.base.pad_id)
-    together = answer_losses(bank.logits(batch.ids), batch)
-    alone = []
-    for row in ROWS:
-        single = collate([row], bank.base.pad_id)
-        alone.append(answer_losses(bank.logits(single.ids), single))
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
+def test_an_adapter_may_leave_modules_out(
+    open_bank: Callable[..., Bank]
+) -> None:
+    bank = open_bank("llama")
+    names = sorted(bank.base.shapes)
+    part = random_adapter({name: bank.base.shapes[name] for name in names[:2]})
+    bank.load(random_adapter(bank.base.shapes))
+    bank.load(part)
+    assert bank.adapter().modules() == names[:2]
+    x = torch.randn(1, 2, 32)
+    layer = bank.layers[names[3]]
+    assert torch.equal(layer(x), layer.base_layer(x))
 
 
-@pytest.mark.parametrize("dropout_seed", [None, 7])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_gradient_checkpointing_changes_nothing(base, architecture, dropout_seed):
-    found = []
+def test_adapters_of_another_base_are_refused(
+    open_bank: Callable[..., Bank]
+) -> None:
+    bank = open_bank("llama")
+    with pytest.raises(BaseModelError, match="'elsewhere', which this base does not adapt"):
+        bank.load(random_adapter({"elsewhere": (32, 32)}))
+    name = next(iter(bank.base.shapes))
+    with pytest.raises(BaseModelError, match=r"linear of 32 x 31, this base has \(32, 32\)"):
+        bank.load(random_adapter({name: (32, 31)}))
+
+
+@every_architecture
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_lowers_the_loss(
+    open_bank: Callable[..., Bank], kind: str, dtype: str
+) -> None:
+    """20 steps on three rows; the frozen weights stay as they are, the adapter is float32 on either base."""
+    bank = open_bank(kind, dtype=dtype)
+    frozen = {key: value.clone() for key, value in bank.base.model.state_dict().items()}
+    adapter = random_adapter(bank.base.shapes, dropout=0.05)
+    settings = TrainingSettings(local_steps=20, batch_size=3, learning_rate=1e-2)
+    bank.load(adapter)
+    before = measure(bank, ROWS)["losses"].mean().item()
+    trained = fit(bank, adapter, ROWS, settings, seed=1, client="c", round_=0)
+    bank.load(trained.adapter)
+    assert measure(bank, ROWS)["losses"].mean().item() < 0.7 * before
+    assert trained.adapter.tensors.keys() == adapter.tensors.keys()
+    for key, tensor in trained.adapter.tensors.items():
+        assert tensor.dtype == torch.float32
+        assert not torch.equal(tensor, adapter.tensors[key]), key
+    bank.load(None)
+    assert all(torch.equal(value, frozen[key]) for key, value in bank.base.model.state_dict().items())
+
+
+@every_architecture
+def test_padding_on_the_right_changes_nothing(
+    open_bank: Callable[..., Bank], kind: str
+) -> None:
+    """In float64: a row's logits and losses alone and in a ragged batch; and whatever the padding token is, losses,
+    balance losses and gradients stay (the router counts real tokens only)."""
+    bank = open_bank(kind)
+    bank.base.model.double()
+    bank.load(random_adapter(bank.base.shapes, dtype=torch.float64))
+    together, start = measure(bank, ROWS), 0
+    for place, row in enumerate(ROWS):
+        alone, length = measure(bank, [row]), len(row[0]) + len(row[1])
+        close(together["logits"][place, :length], alone["logits"][0], 1e-10)
+        close(together["losses"][start : start + len(row[1])], alone["losses"], 1e-10)
+        start += len(row[1])
+    other = measure(bank, ROWS, pad=99)
+    for key in ("losses", "balance", "gradients"):
+        close(other[key], together[key], 1e-10)
+    assert not torch.allclose(other["logits"], together["logits"]), "the padding token does differ"
+
+
+@every_architecture
+@pytest.mark.parametrize("seed", [None, 5])
+def test_gradient_checkpointing_gives_the_same_gradients(
+    open_bank: Callable[..., Bank], kind: str, seed: int | None
+) -> None:
+    """Float64, with the balance loss, without and with dropout; the backward pass does repeat every module."""
+    results = []
     for checkpointing in (False, True):
-        bank = Bank(base(architecture, gradient_checkpointing=checkpointing))
-        bank.load(mixture(bank.base, dropout=0.3))
-        found.append(gradients(bank, dropout_seed=dropout_seed))
-    torch.testing.assert_close(found[0], found[1])
+        bank = open_bank(kind, gradient_checkpointing=checkpointing)
+        bank.base.model.double()
+        bank.load(random_adapter(bank.base.shapes, dropout=0.3, dtype=torch.float64))
+        bank.base.training(True)
+        results.append(measure(bank, ROWS, seed))
+        assert results[-1]["repeated"] == (len(bank.layers) if checkpointing else 0)
+        bank.base.training(False)
+    plain, checkpointed = results
+    for key in ("logits", "losses", "balance", "gradients"):
+        close(checkpointed[key], plain[key], 1e-12)
 
 
-def test_the_balance_loss_has_a_gradient_under_checkpointing(base):
-    bank = Bank(base(gradient_checkpointing=True))
-    bank.load(mixture(bank.base))
-    bank.base.training(True)
-    batch = collate(ROWS, bank.base.pad_id)
+def test_fit_is_the_same_with_gradient_checkpointing(
+    open_bank: Callable[..., Bank]
+) -> None:
+    """Three steps of Adam with dropout and a heavy balance loss, in float64; afterwards the base is in eval mode."""
+    settings = TrainingSettings(local_steps=3, batch_size=2, accumulation=2, learning_rate=1e-2)
+    results = []
+    for checkpointing in (False, True):
+        bank = open_bank("llama", gradient_checkpointing=checkpointing)
+        bank.base.model.double()
+        adapter = random_adapter(bank.base.shapes, dropout=0.2, balance_weight=1.0, dtype=torch.float64)
+        results.append(fit(bank, adapter, ROWS, settings, seed=1, client="c", round_=0).adapter.tensors)
+        assert not bank.base.model.training
+    close(results[1], results[0], 1e-10)
+
+
+def test_the_balance_loss_is_that_of_the_counted_tokens_of_each_module(
+    open_bank: Callable[..., Bank]
+) -> None:
+    """Each module's balance loss from the inputs it gets, in the order of the forward pass (q, v, q, v)."""
+    bank = open_bank("llama")
+    adapter = random_adapter(bank.base.shapes)
+    bank.load(adapter)
+    wanted, batch = [], collate(ROWS, 1)
+
+    def read(layer: Any, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        tensors = stack(adapter.tensors, layer.name, layer.experts)
+        rows = inputs[0].flatten(0, 1)[batch.counted]
+        _, routing = amole_linear(rows, layer.base_layer(rows), *tensors, adapter.spec)
+        wanted.append(balance_loss(routing, torch.ones(len(rows), dtype=torch.bool)))
+
+    hooks = [layer.register_forward_hook(read) for layer in bank.layers.values()]
+    balance = measure(bank, ROWS)["balance"]
+    for hook in hooks:
+        hook.remove()
+    assert len(wanted) == 4
+    close(balance, torch.stack(wanted), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["exact", "rank"])
+def test_dropout_masks_come_from_the_seed_and_the_module_alone(
+    open_bank: Callable[..., Bank], kind: str
+) -> None:
+    bank = open_bank("llama")
+    bank.load(random_adapter(bank.base.shapes, dropout=0.4, dropout_kind=kind))
+    one = measure(bank, ROWS, seed=11)
+    torch.rand(3)  # moves torch's global generator, which must not matter
+    again, other, off = measure(bank, ROWS, seed=11), measure(bank, ROWS, seed=12), measure(bank, ROWS)
+    assert torch.equal(one["logits"], again["logits"])
+    assert not torch.allclose(one["logits"], other["logits"])
+    assert not torch.allclose(one["logits"], off["logits"])
+    bank.load(random_adapter(bank.base.shapes, dropout=0.0))
+    assert torch.equal(measure(bank, ROWS, seed=11)["logits"], measure(bank, ROWS)["logits"])
+
+
+def test_every_module_draws_its_own_dropout_mask(
+    open_bank: Callable[..., Bank]
+) -> None:
+    """Kept values are scaled by 1 / (1 - p); about p of them are dropped, elsewhere in every module."""
+    bank = open_bank("llama")
+    bank.load(random_adapter(bank.base.shapes, dropout=0.25))
+    values = torch.ones(100, 100)
+    with bank.recording(dropout_seed=3):
+        drops = [layer._drop(values.device) for layer in bank.layers.values()]
+    masks = [drop(values) for drop in drops if drop is not None]
+    assert len(masks) == 4
+    for mask in masks:
+        assert set(mask.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+        assert (mask == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    for place, mask in enumerate(masks):
+        for other in masks[place + 1 :]:
+            assert ((mask == 0) == (other == 0)).float().mean() < 0.7  # 0.625 if independent
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_mean_embeddings(
+    open_bank: Callable[..., Bank], kind: str, batch_size: int
+) -> None:
+    """t_c = mean of W_t x and e_i = mean of A_i x over the 13 + 4 + 14 tokens, prompts and answers, no padding: by
+    linearity W_t and A_i of the mean input, read here row by row in front of each module."""
+    bank = open_bank(kind)
+    adapter = random_adapter(bank.base.shapes)
+    bank.load(adapter)
+    inputs: dict[str, list[Tensor]] = {name: [] for name in bank.layers}
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, values: inputs[layer.name].append(values[0][0].double()))
+        for layer in bank.layers.values()
+    ]
+    with torch.no_grad():
+        for prompt, answer in ROWS:
+            bank.logits(torch.tensor([[*prompt, *answer]]))
+    for hook in hooks:
+        hook.remove()
+    means = embed(bank, ROWS, batch_size)
+    held = expert_ids(adapter.tensors)
+    assert means.keys() == held.keys()
+    for name, mean in means.items():
+        x = torch.cat(inputs[name])
+        assert len(x) == 31
+        close(mean.token.double(), adapter.tensors[router_key(name)].double() @ x.mean(0), 1e-5)
+        assert sorted(mean.experts) == held[name]
+        for expert, embedding in mean.experts.items():
+            close(embedding.double(), adapter.tensors[expert_keys(name, expert)[0]].double() @ x.mean(0), 1e-5)
+    assert bank.tape.embeddings is None
+
+
+def test_a_plain_lora_has_no_embeddings_and_no_balance_loss(
+    open_bank: Callable[..., Bank]
+) -> None:
+    bank = open_bank("llama")
+    bank.load(random_adapter(bank.base.shapes, experts=0))
+    assert embed(bank, ROWS, 2) == {}
+    batch = collate(ROWS, 1)
     with bank.recording(counted=batch.counted, balance=[]) as tape:
         bank.logits(batch.ids)
-        assert len(tape.balance) == len(bank.layers)
-        torch.stack(tape.balance).sum().backward()
-    assert all(layer.down.grad.any() for layer in bank.layers.values())
+        assert tape.balance == []
 
 
-def test_dropout_masks_belong_to_step_and_module(base):
-    bank = Bank(base())
-    bank.load(mixture(bank.base, dropout=0.5))
-    same, other = gradients(bank, dropout_seed=1), gradients(bank, dropout_seed=2)
-    bank.load(mixture(bank.base, dropout=0.5))
-    again = gradients(bank, dropout_seed=1)
-    assert torch.equal(same, again)
-    assert not torch.allclose(same, other)
+def test_a_recording_leaves_nothing_on_the_tape(open_bank: Callable[..., Bank]) -> None:
+    bank = open_bank("llama")
+    with pytest.raises(KeyError), bank.recording(dropout_seed=3, balance=[]):
+        raise KeyError
+    assert bank.tape.dropout_seed is None
+    assert bank.tape.balance is None
 
 
-def test_a_bf16_base_trains_float32_adapters(base):
-    bank = Bank(base(dtype="bfloat16"))
-    assert bank.base.model.dtype == torch.bfloat16
-    settings = TrainingSettings(local_steps=20, batch_size=4, learning_rate=1e-2)
-    trained = fit(bank, mixture(bank.base), ROWS, settings, seed=0, client="a", round_=0)
-    assert all(tensor.dtype == torch.float32 for tensor in trained.adapter.tensors.values())
-    batch = collate(ROWS, bank.base.pad_id)
-    assert answer_losses(bank.logits(batch.ids), batch).mean() < 3
-
-
-def test_mean_embeddings_are_means_over_all_real_tokens(base):
-    """The input of the first layer's q is known: hook it and compute W x and A x without padding."""
-    bank = Bank(base())
-    adapter = mixture(bank.base)
-    bank.load(adapter)
-    name = next(name for name in sorted(bank.layers) if name.endswith("q_proj"))
-    seen = []
-    hook = bank.layers[name].base_layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    for row in ROWS:
-        bank.logits(collate([row], bank.base.pad_id).ids)
-    hook.remove()
-    x = torch.cat([inputs[0] for inputs in seen])
-    assert len(x) == sum(len(prompt) + len(answer) for prompt, answer in ROWS)
-    for batch_size in (1, 3):
-        means = embed(bank, ROWS, batch_size)[name]
-        torch.testing.assert_close(means.token, (x @ adapter.tensors[router_key(name)].T).mean(0))
-        for expert in bank.layers[name].experts:
-            expected = (x @ adapter.tensors[expert_keys(name, expert)[0]].T).mean(0)
-            torch.testing.assert_close(means.experts[expert], expected)
-
-
-def test_an_adapter_for_other_shapes_is_refused(base):
-    bank = Bank(base())
-    shapes = {name: (16, 16) for name in bank.base.shapes}
-    wrong = Adapter(AdapterSpec(rank=2), new_shared(shapes, 2, torch.Generator()))
-    with pytest.raises(BaseModelError, match="another base"):
-        bank.load(wrong)
-    stranger = Adapter(AdapterSpec(rank=2), new_shared({"nowhere.q": (32, 32)}, 2, torch.Generator()))
-    with pytest.raises(BaseModelError, match="nowhere"):
-        bank.load(stranger)
-
-
-def test_collate_predicts_answers_only():
-    """Row 0: prompt 5 6, answer 7 0. Row 1: prompt 8, answer 9. Padded to length 4 with 1.
-
-    Logits at position 1 predict 7 and at 2 predict 0; in row 1 (flat offset 4) position 0 predicts 9.
-    """
-    batch = collate([((5, 6), (7, 0)), ((8,), (9,))], pad_id=1)
-    assert batch.ids.tolist() == [[5, 6, 7, 0], [8, 9, 1, 1]]
-    assert batch.counted.tolist() == [True] * 4 + [True, True, False, False]
-    assert batch.positions.tolist() == [1, 2, 4]
-    assert batch.labels.tolist() == [7, 0, 9]
-    assert batch.rows.tolist() == [0, 0, 1]
+def test_without_its_domain_experts_an_adapter_is_its_shared_expert(
+    open_bank: Callable[..., Bank]
+) -> None:
+    """Domain experts whose B is zero add nothing, so the model is the plain LoRA of the shared expert."""
+    bank = open_bank("gpt2")
+    mixture = random_adapter(bank.base.shapes)
+    silent = {
+        key: torch.zeros_like(tensor) if "/expert-" in key and key.endswith("/B") else tensor
+        for key, tensor in mixture.tensors.items()
+    }
+    shared = {key: silent[key] for name in bank.base.shapes for key in shared_keys(name)}
+    logits = []
+    for tensors in (silent, shared):
+        bank.load(replace(mixture, tensors=tensors))
+        logits.append(measure(bank, ROWS)["logits"])
+    close(logits[0], logits[1], 1e-5)

@@ -1,6 +1,7 @@
 """The round loop: cohort, round, evaluate, log, checkpoint. It belongs to nobody: all methods run in this one."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -204,6 +205,7 @@ class Loop:
         ])
         value = self._value(row)
         value = -value if self.select == "score" else value
+        value = math.inf if math.isnan(value) else value  # beaten by any number, as NaN is not
         if progress.best_round < 0 or value < progress.best:
             progress.best_round, progress.best = round_, value
             self.engine.keep(row)

@@ -9,8 +9,7 @@ One round, module by module:
     experts choose clients anew by relevance (reverse selection): the architectures of the next round.
 A client's model is what it trained with the architecture it was given, never the aggregate.
 
-Deviations: an expert or client never heard of has a uniform row, or its row's mean; with clients gone for good the
-assignment keeps `max_experts` and gives the other bounds (`select_for_remaining`).
+Deviations: an expert never heard of has a uniform row, a client its row's mean; see also `select_for_remaining`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -108,14 +107,13 @@ class FedAmole(Method[Pool, Experts, Nothing, TrainedExperts]):
                 f"method.top_k = {self.top_k} experts asked of each token, but a client may hold only "
                 f"{self.min_experts}: set top_k to {self.min_experts} or method.min_experts to {self.top_k}"
             )
-        size, bounds = self.pool_size(clients), self.bounds(clients)
-        check_feasible(experts=size, clients=clients, bounds=bounds, top_k=self.top_k)
+        check_feasible(experts=self.pool_size(clients), clients=clients, bounds=self.bounds(clients), top_k=self.top_k)
 
     # server
     def init(self, server: Server) -> Pool:
         """Draw the pool and, as no embeddings exist yet, a random assignment (step 7)."""
-        generator = torch_generator(server.seed, "pool")
-        pool = new_pool(server.shapes, self.rank, self.pool_size(len(server.clients)), generator)
+        size = self.pool_size(len(server.clients))
+        pool = new_pool(server.shapes, self.rank, size, torch_generator(server.seed, "pool"))
         return self._assign(server, Pool(pool, {}, {}, {}, {}), round_=0)
 
     def message(self, state: Pool, client: ClientInfo) -> Experts:

@@ -1,0 +1,104 @@
+"""Option likelihoods with the prompt's cache against plain full forwards; generation in batches against one by one."""
+
+import pytest
+import torch
+
+from fedamole.evaluation.generation import generate_answers
+from fedamole.evaluation.likelihood import by_length, mean_loss, option_losses
+from fedamole.model.bank import Bank
+
+from ..model.conftest import mixture
+
+ARCHITECTURES = ["llama", "gpt2", "gemma3_text"]
+
+
+def draw(count: int, lengths: tuple[int, int], seed: int) -> list[tuple[int, ...]]:
+    g = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(*lengths, (count,), generator=g).tolist()
+    return [tuple(torch.randint(2, 300, (size,), generator=g).tolist()) for size in sizes]
+
+
+def plain_loss(bank: Bank, prompt, answer) -> float:
+    """Mean loss of an answer by one full forward without padding, cache or mask."""
+    with torch.no_grad():
+        logits = bank.base.model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0]
+    logs = torch.log_softmax(logits.double(), dim=-1)
+    start = len(prompt) - 1
+    return -sum(logs[start + j, token].item() for j, token in enumerate(answer)) / len(answer)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def bank(base, request):
+    bank = Bank(base(request.param))
+    bank.load(mixture(bank.base))
+    return bank
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 100_000])
+def test_77_options_equal_full_forwards(bank, batch_tokens):
+    prompts = draw(3, (1, 25), 0)
+    options = [(*option, 0) for option in draw(77, (0, 6), 1)]
+    several = [options, options[:1], options[3:9]]
+    found = option_losses(bank, prompts, several, batch_tokens)
+    for prompt, choices, losses in zip(prompts, several, found, strict=True):
+        expected = [plain_loss(bank, prompt, option) for option in choices]
+        assert losses == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_prompt_is_encoded_once(bank, monkeypatch):
+    """20 prompt tokens and 30 options of 4 tokens: 20 + 30 * 3 tokens go through the base, not 30 * 24."""
+    seen = []
+    inner = bank.base.model.forward
+
+    def counting(*args, **kwargs):
+        seen.append(kwargs["input_ids"].numel())
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(bank.base.model, "forward", counting)
+    options = [(*option, 0) for option in draw(30, (3, 4), 2)]
+    option_losses(bank, draw(1, (20, 21), 3), [options], 200)
+    assert sum(seen) == 20 + 30 * 3
+    assert max(seen[1:]) <= 200
+
+
+def test_mean_loss_equals_full_forwards(bank):
+    prompts, answers = draw(7, (1, 20), 4), draw(7, (1, 8), 5)
+    rows = list(zip(prompts, answers, strict=True))
+    total = sum(plain_loss(bank, *row) * len(row[1]) for row in rows)
+    for batch_tokens in (1, 64, 10_000):
+        expected = total / sum(map(len, answers))
+        assert mean_loss(bank, rows, batch_tokens) == pytest.approx(expected, abs=1e-5)
+
+
+def test_groups_of_similar_length_stay_within_the_budget():
+    """Sorted 2 3 4 5 9 with 10 tokens: two of 3 is 6, three of 4 is 12 > 10; two of 5 is 10; then 9 alone."""
+    assert list(by_length([9, 4, 2, 5, 3], 10)) == [[2, 4], [1, 3], [0]]
+    assert list(by_length([50], 10)) == [[0]]
+    assert list(by_length([], 10)) == []
+
+
+def test_generation_in_batches_equals_one_by_one(bank):
+    prompts = draw(6, (1, 20), 6)
+    together = generate_answers(bank, prompts, 6, 10_000)
+    alone = [generate_answers(bank, [prompt], 6, 10_000)[0] for prompt in prompts]
+    assert together == alone
+    assert len(set(together)) > 1
+
+
+def test_generation_is_greedy_and_stops(bank):
+    """Each token is the most probable one of a full forward; the text ends before the end-of-text token."""
+    prompt = draw(1, (8, 9), 7)[0]
+    ids, expected = list(prompt), []
+    for _ in range(12):
+        with torch.no_grad():
+            token = int(bank.base.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+        if token == 0:
+            break
+        ids, expected = [*ids, token], [*expected, token]
+    text = bank.base.tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert generate_answers(bank, [prompt], 12, 1000) == [text]
+
+
+def test_generation_ends_where_the_base_has_no_positions_left(bank):
+    prompt = draw(1, (126, 127), 8)[0]
+    assert len(bank.base.tokenizer(generate_answers(bank, [prompt], 50, 1000)[0])["input_ids"]) <= 8

@@ -1,0 +1,203 @@
+"""The loop: cohorts, the best round by validation, and when the test split is read.
+
+Where the numbers matter, a scripted engine answers with losses written down here; the loop and its folder are real.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedamole.federation.loop import Loop, Watcher
+from fedamole.federation.method import ClientInfo
+from fedamole.federation.record import Nothing, pack
+from fedamole.federation.run_folder import RunFolder
+from fedamole.federation.settings import FederationSettings
+from fedamole.federation.worker import Answer
+from fedamole.methods.local_only import LocalOnly
+from fedamole.model.base import Identity
+
+NAMES = ("a", "b")
+
+
+class Script:
+    """Answers with the given losses by round and client; an absent client is one that does not answer."""
+
+    def __init__(self, losses: list[dict[str, float]]) -> None:
+        self.losses, self.calls = losses, []
+
+    @property
+    def clients(self) -> tuple[ClientInfo, ...]:
+        return tuple(ClientInfo(name, 1) for name in NAMES)
+
+    def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, Answer]:
+        self.calls.append(("update", round_, tuple(messages)))
+        there = [name for name in messages if name in self.losses[round_]]
+        return {name: Answer(pack(Nothing()), {"loss": 0.0, "steps": 1, "seconds": 0.0}) for name in there}
+
+    def evaluate(self, round_: int, row: str, messages: Mapping[str, bytes | None]) -> dict[str, Any]:
+        self.calls.append(("evaluate", round_, tuple(messages)))
+        return {name: self.scores(self.losses[round_][name]) for name in messages}
+
+    def scores(self, loss: float) -> dict[str, float]:
+        return {"loss": loss, "score": 100 - loss}
+
+    def keep(self, row: str) -> None:
+        self.calls.append(("keep",))
+
+    def bare(self, split: str) -> dict[str, Any]:
+        self.calls.append(("bare", split))
+        return {name: self.scores(50.0) for name in NAMES}
+
+    def majority(self) -> dict[str, Any]:
+        self.calls.append(("majority",))
+        return {name: {"score": 1.0} for name in NAMES}
+
+    def test(self, row: str, best: bool) -> dict[str, Any]:
+        self.calls.append(("test", best))
+        return {name: self.scores(1.0) for name in NAMES}
+
+
+def play(path: Path, losses: list[dict[str, float]], select: str = "loss") -> tuple[dict[str, Any], list[Any]]:
+    engine = Script(losses)
+    folder = RunFolder.create(path, "", "{}", "local_only", Identity("w", "t", "x"))
+    loop = Loop(
+        LocalOnly(), {"local_only": "trained"}, engine, {}, FederationSettings(rounds=len(losses)), folder,
+        seed=0, select=select, watcher=Watcher(),  # type: ignore[arg-type]
+    )  # fmt: skip
+    return loop.run(), engine.calls
+
+
+def both(*losses: float) -> list[dict[str, float]]:
+    return [{"a": loss, "b": loss} for loss in losses]
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "kept"),
+    [
+        (both(3.0, 1.0, 2.0), 1, 2),
+        (both(3.0, 1.0, 1.0), 1, 2),  # a tie goes to the earlier
+        (both(3.0, 2.0, 1.0), 2, 3),
+        ([{"a": 1.0, "b": 5.0}, {"a": 4.0, "b": 1.0}, {"a": 0.0, "b": 9.0}], 1, 2),  # means 3, 2.5, 4.5
+        # b is absent in round 1: its loss of round 0 counts still. Means 4, (1 + 5) / 2 = 3, 3.5.
+        ([{"a": 3.0, "b": 5.0}, {"a": 1.0}, {"a": 3.0, "b": 4.0}], 1, 2),
+        # b has never answered: the bare base, 50. Means 26, 27, 2.
+        ([{"a": 2.0}, {"a": 4.0}, {"a": 2.0, "b": 2.0}], 2, 2),
+    ],
+)
+@pytest.mark.parametrize("select", ["loss", "score"])
+def test_the_best_round(losses: Any, best: int, kept: int, select: str, tmp_path: Path) -> None:
+    """By the mean over all clients; the score here is 100 - loss, so both agree."""
+    summary, calls = play(tmp_path / "run", losses, select)
+    assert summary["rows"]["local_only"]["best_round"] == best
+    assert calls.count(("keep",)) == kept
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_round_whose_loss_is_no_number_is_never_the_best_of_several(bad: float, tmp_path: Path) -> None:
+    assert play(tmp_path / "first", both(bad, 2.0, 3.0))[0]["rows"]["local_only"]["best_round"] == 1
+    assert play(tmp_path / "later", both(2.0, bad, 3.0))[0]["rows"]["local_only"]["best_round"] == 0
+
+
+def test_the_test_split_is_read_once_at_the_end(tmp_path: Path) -> None:
+    _, calls = play(tmp_path / "run", both(3.0, 1.0, 2.0))
+    end = [("test", True), ("test", False), ("bare", "test"), ("majority",)]
+    assert calls[-4:] == end
+    assert not any(call in end for call in calls[:-4])
+
+
+def test_where_the_last_round_is_the_best_it_is_not_scored_twice(tmp_path: Path) -> None:
+    summary, calls = play(tmp_path / "run", both(3.0, 1.0))
+    assert ("test", False) not in calls
+    assert summary["rows"]["local_only"]["last_mean"] == summary["rows"]["local_only"]["mean"]
+
+
+def test_whoever_does_not_answer_is_named(tmp_path: Path) -> None:
+    play(tmp_path / "run", [{"a": 1.0}, {}])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    failed = [(line["round"], line["client"]) for line in lines if "failed" in line]
+    assert failed == [(0, "b"), (1, "a"), (1, "b")]
+
+
+# --- real runs ------------------------------------------------------------------------------------------------
+
+
+def cohorts(lines: list[dict[str, Any]]) -> list[list[str]]:
+    return [line["cohort"] for line in lines if line["split"] == "round"]
+
+
+@pytest.mark.parametrize(("share", "size"), [(1.0, 4), (0.75, 3), (0.5, 2), (0.01, 1)])
+def test_the_cohort_is_a_share_of_the_clients_drawn_anew(share: float, size: int, tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", "", "{}", "local_only", Identity("w", "t", "x"))
+
+    class Four(Script):
+        @property
+        def clients(self) -> tuple[ClientInfo, ...]:
+            return tuple(ClientInfo(name, 1) for name in "abcd")
+
+    loop = Loop(
+        LocalOnly(), {"local_only": "trained"}, Four([]), {}, FederationSettings(8, share), folder,
+        seed=0, select="loss", watcher=Watcher(),  # type: ignore[arg-type]
+    )  # fmt: skip
+    drawn = [tuple(client.name for client in loop._cohort(round_)) for round_ in range(30)]
+    assert {len(cohort) for cohort in drawn} == {size}
+    assert all(list(cohort) == sorted(set(cohort)) for cohort in drawn)
+    assert drawn == [tuple(client.name for client in loop._cohort(round_)) for round_ in range(30)]
+    if size < 4:
+        assert len(set(drawn)) > 1
+        assert {name for cohort in drawn for name in cohort} == {"a", "b", "c", "d"}
+
+
+@pytest.mark.parametrize("method", ["local_only", "fedamole"])
+def test_an_absent_client_keeps_its_last_model(method: str, runs: Any, facts: Any) -> None:
+    """Adapters in the state of each client after each round: they change in the rounds of its cohort and then only."""
+    seen: list[dict[str, bytes]] = []
+
+    class Look(Watcher):
+        def round_done(self, round_: int, validation: Mapping[str, float]) -> None:
+            folder = next(path for path in runs.folder.iterdir() if path not in known)
+            states = {path: path.read_bytes() for path in sorted(folder.glob("clients/*/state/*"))}
+            seen.append({path.parent.parent.name: content for path, content in states.items()})
+
+    known = set(runs.folder.iterdir())
+    folder = runs.fresh(method, "federation.cohort=0.5", "federation.rounds=4", watcher=Look())
+    present = cohorts(facts(folder))
+    assert len({tuple(cohort) for cohort in present}) > 1
+    before: dict[str, bytes] = {}
+    for cohort, states in zip(present, seen, strict=True):
+        for client in ("chat", "entail", "mood", "plain"):
+            changed = states.get(client) != before.get(client)
+            assert changed == (client in cohort)
+        before = states
+    validated = [(line["round"], line["client"]) for line in facts(folder) if line["split"] == "validation"]
+    assert [place for place in validated if place[0] >= 0] == [
+        (round_, client) for round_, cohort in enumerate(present) for client in cohort
+    ]
+
+
+def test_a_client_never_seen_is_scored_on_the_bare_base(runs: Any, facts: Any) -> None:
+    folder = runs("fedamole", "federation.cohort=0.25", "federation.rounds=1")
+    [[present]] = cohorts(facts(folder))
+    rows = json.loads((folder / "summary.json").read_text())["rows"]
+    for client, scores in rows["fedamole"]["clients"].items():
+        assert (scores == rows["base"]["clients"][client]) == (client != present)
+        assert (folder / "clients" / client / "adapter").exists() == (client == present)
+
+
+def test_the_personal_model_saved_is_the_best_rounds(runs: Any, facts: Any) -> None:
+    """A rate that spoils what round 0 has learnt: the model saved is round 0's, the state is of round 2."""
+    folder = runs("local_only", "training.learning_rate=3.0")
+    summary = json.loads((folder / "summary.json").read_text())["rows"]["local_only"]
+    means = {}
+    for line in facts(folder):
+        if line["split"] == "validation" and line["round"] >= 0:
+            means[line["round"]] = means.get(line["round"], 0.0) + line["loss"]
+    assert summary["best_round"] == min(means, key=lambda round_: means[round_])
+    one_round = runs("local_only", "training.learning_rate=3.0", f"federation.rounds={summary['best_round'] + 1}")
+    for client in ("chat", "mood"):
+        file = f"clients/{client}/adapter/adapter_model.safetensors"
+        assert (folder / file).read_bytes() == (one_round / file).read_bytes()
+    assert summary["best_round"] < 2, "choose another rate: this test wants a best round that is not the last"

@@ -1,0 +1,80 @@
+"""Tables from summaries worked out by hand."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedamole.reporting.runs import Run
+from fedamole.reporting.table import cell, compare, grid, markdown
+
+
+def row(best_round: int | None, last_mean: float, **scores: float) -> dict[str, Any]:
+    values = list(scores.values())
+    mean = sum(values) / len(values)
+    spread = (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
+    return {
+        "best_round": best_round, "mean": mean, "worst": min(values), "worst_client": min(scores, key=scores.__getitem__),
+        "spread": spread, "last_mean": last_mean, "clients": {name: {"score": value} for name, value in scores.items()},
+    }  # fmt: skip
+
+
+def run(method: str, seed: int = 0, name: str = "run", partition: str = "p", **scores: float) -> Run:
+    rows = {method: row(3, 9.0, **scores), "base": row(None, 1.0, a=1.0, b=1.0), "majority": row(None, 2.0, a=2.0, b=2.0)}
+    summary = {"method": method, "rows": rows, "bytes_down_per_client_round": 2048.0, "bytes_up_per_client_round": 1024.0}
+    return Run(Path(f"{method}-{seed}"), name, seed, partition, summary)
+
+
+def test_a_cell_is_mean_and_sample_deviation() -> None:
+    """Mean of 10, 20, 30 is 20; the sample deviation is sqrt((100 + 0 + 100) / 2) = 10."""
+    assert cell([]) == ""
+    assert cell([1.25]) == "1.2"
+    assert cell([10.0, 20.0, 30.0]) == "20.0 ± 10.0"
+    assert cell([3.0, 5.0], 0) == "4 ± 1"
+
+
+def test_seeds_of_one_method_are_one_column() -> None:
+    [found] = compare([run("fedit", 0, a=10.0, b=20.0), run("fedit", 1, a=30.0, b=40.0), run("fedamole", a=5.0, b=5.0)])
+    assert [column.label for column in found.columns] == ["base", "majority", "fedit", "fedamole"]
+    assert found.seeds == (0, 1)
+    fedit = found.columns[2]
+    assert fedit.clients == {"a": [10.0, 30.0], "b": [20.0, 40.0]}
+    assert fedit.lines["mean"] == [15.0, 35.0]
+    assert fedit.lines["worst client"] == [10.0, 30.0]
+    assert found.columns[0].clients == {"a": [1.0], "b": [1.0]}, "the base is the same for all, and there once"
+
+
+def test_named_variants_are_columns_of_their_own() -> None:
+    [found] = compare([run("fedamole", a=1.0, b=1.0), run("fedamole", name="fedamole-static", a=2.0, b=2.0)])
+    assert [column.label for column in found.columns][2:] == ["fedamole", "fedamole-static"]
+
+
+def test_runs_on_different_data_are_never_in_one_table() -> None:
+    assert len(compare([run("fedit", a=1.0, b=1.0), run("local_only", partition="q", a=1.0, b=1.0)])) == 2
+
+
+def test_the_best_trained_score_of_a_line_is_starred() -> None:
+    [found] = compare([run("fedit", a=10.0, b=1.0), run("local_only", a=10.0, b=0.5)])
+    table = {line[0]: line[1:] for line in grid(found)}
+    assert table["a"] == ["1.0", "2.0", "10.0*", "10.0*"]
+    assert table["b"] == ["1.0", "2.0", "1.0*", "0.5"], "the constant answer is best, and is not trained"
+    assert table["mean"] == ["1.0", "2.0", "5.5*", "5.2"]
+    assert table["spread"] == ["0.0", "0.0", "4.5", "4.8"]
+    assert table["best round"] == ["", "", "3", "3"]
+    assert table["KiB down / up"] == ["", "", "2 / 1", "2 / 1"]
+    assert "a" not in [line[0] for line in grid(found, with_clients=False)]
+
+
+def test_markdown_is_a_table() -> None:
+    [found] = compare([run("fedit", a=10.0, b=1.0)])
+    lines = markdown(found).splitlines()
+    assert lines[0] == "| client | base | majority | fedit |"
+    assert {line.count("|") for line in lines} == {5}
+
+
+@pytest.mark.parametrize("name", ["run", "mine"])
+def test_a_run_without_a_name_is_called_by_its_method(name: str) -> None:
+    found = replace(run("fedit", a=1.0, b=1.0), name=name)
+    assert found.label("fedit") == ("fedit" if name == "run" else "mine")
+    assert found.label("fedit_ft") == "fedit_ft"

@@ -1,0 +1,351 @@
+"""The command line: every mistake is one line and an exit code, every table is JSON on request."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedamole import cli
+
+COMMANDS = ("run", "resume", "show", "plan", "partition", "methods", "demo")
+SMALL = ["method.rank=2", "method.alpha=4"]
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def line(self) -> str:
+        """The last thing said: the error."""
+        return self.err.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def fedamole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., Result]:
+    """Call the command in this process, in an empty folder, through the function that the installed script calls."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*words: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["fedamole", *map(str, words)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = exit_.code if isinstance(exit_.code, int) else 1
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return Result(code, out, err)
+
+    return call
+
+
+@pytest.fixture
+def own(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny federation that a test may spoil; its config."""
+    shutil.copytree(tiny, tmp_path / "mine")
+    return tmp_path / "mine" / "config.toml"
+
+
+def refused(result: Result, code: int, *parts: str) -> None:
+    """One line that begins with error: and holds these parts."""
+    assert result.code == code, result.err
+    assert result.line.startswith("error: "), result.err
+    assert result.err.count("error:") == 1
+    for part in parts:
+        assert part in result.line
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_key(fedamole: Any, own: Path) -> None:
+    refused(fedamole("run", own, "training.local_stepz=3"), 2, str(own), "training.local_stepz", "'local_steps'")
+
+
+def test_infeasible_numbers_of_experts(fedamole: Any, own: Path) -> None:
+    told = ("no expert assignment exists", "20 x 2 = 40 > 8 x 4 = 32", "experts to 16")
+    refused(fedamole("run", own, "method.experts=20"), 2, *told)
+    refused(fedamole("plan", own, "method.experts=20"), 2, *told)
+    assert not Path("runs").exists(), "refused before anything is written"
+
+
+def test_more_experts_asked_of_a_token_than_a_client_holds(fedamole: Any, own: Path) -> None:
+    refused(fedamole("run", own, "method.top_k=3"), 2, "top_k = 3", "min_experts to 3")
+
+
+def test_a_missing_column(fedamole: Any, own: Path) -> None:
+    path = own.parent / "plain.jsonl"
+    path.write_text(path.read_text().replace('"completion"', '"complation"'))
+    told = ("plain", "completion", "complation")
+    refused(fedamole("run", own, "data.templates.mine={prompt='{prompt}',answer='{completion}'}"), 3, "plain")
+    text = own.read_text().replace('path = "plain.jsonl"', 'path = "plain.jsonl"\ntemplate = "plain"')
+    own.write_text(text)
+    refused(fedamole("run", own), 3, "there is no column 'completion'", *told)
+
+
+def test_an_empty_client(fedamole: Any, own: Path) -> None:
+    path = own.parent / "mood.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    refused(fedamole("partition", own), 3, "client 'mood' has an empty split", "give it more rows")
+    path.write_text("")
+    refused(fedamole("run", own), 3, "mood", "empty")
+
+
+def test_a_label_outside_the_options(fedamole: Any, own: Path) -> None:
+    path = own.parent / "entail.jsonl"
+    path.write_text(path.read_text().replace('"label": 2', '"label": 7', 1))
+    refused(fedamole("run", own), 3, "entail.jsonl, row", "the label '7' is outside the template's labels")
+
+
+def test_a_run_folder_that_exists(fedamole: Any, own: Path, runs: Any) -> None:
+    folder = runs("fedit")
+    refused(fedamole("run", own, f"run.folder={folder}"), 5, str(folder), "exists already", "fedamole resume")
+
+
+def test_a_base_whose_vocabulary_does_not_fit_its_tokenizer(fedamole: Any, own: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(own.parent / "base")
+    tokenizer.add_tokens([f"<more-{number}>" for number in range(50)])
+    tokenizer.save_pretrained(own.parent / "base")
+    refused(fedamole("run", own), 4, "its tokenizer produces ids up to", "its embedding has 340 rows")
+
+
+def test_no_base(fedamole: Any, own: Path) -> None:
+    refused(fedamole("run", own, "base.model=./nowhere"), 4, "there is no folder", "nowhere")
+
+
+def test_prompts_longer_than_the_base(fedamole: Any, own: Path) -> None:
+    refused(fedamole("plan", own, "training.max_length=4096"), 2, "this base has 128 positions")
+
+
+def test_training_that_diverges_is_named_and_the_run_goes_on(fedamole: Any, own: Path, caplog: Any) -> None:
+    result = fedamole("run", own, *SMALL, "method.name=fedit", "training.learning_rate=1e30", "federation.rounds=1")
+    assert result.code == 0
+    assert "failed: client mood, round 0: its loss became" in result.err
+    assert "lower training.learning_rate" in caplog.text
+    assert "fedit" in result.out
+
+
+def test_a_corrupt_checkpoint(fedamole: Any, crash: Any) -> None:
+    folder = crash("client_started", 9, "fedit")
+    for path in folder.glob("checkpoints/*.safetensors"):
+        os.truncate(path, 10)
+    refused(fedamole("resume", folder), 5, "no checkpoint is intact", "start the run anew")
+
+
+def test_a_foreign_checkpoint(fedamole: Any, crash: Any, runs: Any) -> None:
+    folder = crash("client_started", 9, "fedit")
+    for part in ("checkpoints", "clients"):
+        shutil.rmtree(folder / part)
+        shutil.copytree(runs("fedit") / part, folder / part)
+    refused(fedamole("resume", folder), 5, "belongs to another run")
+
+
+def test_a_base_that_changed_under_a_run(fedamole: Any, own: Path, crash: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = crash("client_started", 5, "fedit", f"base.model={own.parent / 'base'}")
+    model = AutoModelForCausalLM.from_pretrained(own.parent / "base")
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    model.save_pretrained(own.parent / "base")
+    refused(fedamole("resume", folder), 4, "made on another base: its weights hash is")
+
+
+def test_data_that_changed_under_a_run(fedamole: Any, crash: Any, tiny: Path, own: Path) -> None:
+    folder = crash("client_started", 5, "fedit")
+    config = folder / "config.toml"
+    config.write_text(config.read_text().replace(str(tiny / "mood.jsonl"), str(own.parent / "mood.jsonl")))
+    mood = own.parent / "mood.jsonl"
+    mood.write_text(mood.read_text().replace("good", "fine", 1))
+    refused(fedamole("resume", folder), 3, "mood.jsonl is not what the partition was drawn from")
+
+
+@pytest.mark.parametrize("command", ["resume", "show"])
+def test_a_folder_that_is_no_run(command: str, fedamole: Any, tmp_path: Path) -> None:
+    refused(fedamole(command, tmp_path), 5, str(tmp_path))
+    refused(fedamole(command, tmp_path / "nowhere"), 5, "nowhere")
+
+
+def test_an_unfinished_run_is_not_shown(fedamole: Any, crash: Any) -> None:
+    folder = crash("client_started", 5, "fedit")
+    refused(fedamole("show", folder), 5, "is not finished", f"fedamole resume {folder}")
+
+
+def test_no_such_config(fedamole: Any) -> None:
+    refused(fedamole("run", "nowhere.toml"), 2, "nowhere.toml", "cannot be read")
+
+
+def test_brackets_in_an_error_are_not_markup(fedamole: Any, own: Path) -> None:
+    refused(fedamole("run", own, "base.targets=[1]"), 2, "base.targets[0] = 1")
+
+
+def test_wrong_words(fedamole: Any) -> None:
+    assert fedamole("runn").code == 2
+    assert fedamole("run", "--nonsense").code == 2
+    assert fedamole("show").code == 2
+
+
+# --- commands -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str, fedamole: Any) -> None:
+    result = fedamole(command, "--help")
+    assert result.code == 0
+    assert "Usage" in result.out
+    assert f"fedamole {command}" in result.out
+
+
+def test_help_names_every_command_and_exit_code(fedamole: Any) -> None:
+    result = fedamole("--help")
+    assert result.code == 0
+    assert all(command in result.out for command in COMMANDS)
+    assert "130" in result.out
+
+
+def test_run_and_resume_print_their_table_as_json(fedamole: Any, own: Path, tmp_path: Path, crash: Any) -> None:
+    words = [*SMALL, "method.name=fedit", "run.name=mine", "federation.rounds=1"]
+    found = fedamole("run", own, *words, "--json")
+    assert found.code == 0, found.err
+    [comparison] = json.loads(found.out)
+    assert set(comparison["columns"]) == {"base", "majority", "mine"}
+    assert set(comparison["columns"]["mine"]["clients"]) == {"chat", "entail", "mood", "plain"}
+    assert (tmp_path / "runs/mine/summary.json").exists()
+    again = fedamole("run", own, *words, "--json")
+    assert again.code == 0
+    assert (tmp_path / "runs/mine-2/summary.json").exists(), "a new run takes the next free folder"
+    folder = crash("client_started", 5, "fedit")
+    [resumed] = json.loads(fedamole("resume", folder, "--json").out)
+    assert "fedit" in resumed["columns"]
+
+
+def test_plan(fedamole: Any, own: Path) -> None:
+    found = fedamole("plan", own, *SMALL, "--json")
+    planned = json.loads(found.out)
+    assert [row["client"] for row in planned["clients"]] == ["chat", "entail", "mood", "plain"]
+    assert {row["task"] for row in planned["clients"]} == {"classification", "generation"}
+    assert planned["targets"] == 4
+    # 12 experts x 2 choices over 4 clients: 6 on average, the shared one and W_t (r x d_in) beside them; rank 2,
+    # q 32 -> 32 and v 32 -> 16: two layers x ((7 x 2 x (32 + 32) + 64) + (7 x 2 x (32 + 16) + 64)) = 3392.
+    assert planned["adapter_parameters"] == 3392
+    assert planned["steps"] == 3
+    assert not Path("runs").exists()
+    text = fedamole("plan", own, *SMALL).out
+    assert "3,392 trainable parameters" in text
+    assert "feasible" in text
+
+
+def test_the_plans_traffic_is_the_runs(fedamole: Any, own: Path, runs: Any) -> None:
+    planned = json.loads(fedamole("plan", own, *SMALL, "method.name=fedit", "--json").out)
+    assert planned["bytes_down"] == json.loads((runs("fedit") / "summary.json").read_text())[
+        "bytes_down_per_client_round"
+    ]
+
+
+def test_partition(fedamole: Any, own: Path, tmp_path: Path, runs: Any) -> None:
+    rows = json.loads(fedamole("partition", own, "--json").out)
+    assert {row["client"]: row["task"] for row in rows} == {
+        "entail": "classification", "mood": "classification", "chat": "generation", "plain": "generation",
+    }  # fmt: skip
+    assert sum(row[split] for row in rows for split in ("train", "embedding", "validation", "test")) == 195
+    assert fedamole("partition", own, "--out", tmp_path / "m.json").code == 0
+    refused(fedamole("partition", own, "--out", tmp_path / "m.json"), 5, "exists already")
+    drawn, stored = (json.loads(path.read_text()) for path in (tmp_path / "m.json", runs("fedit") / "manifest.json"))
+    assert drawn["clients"] == stored["clients"]
+    assert json.loads(fedamole("partition", own, f"data.manifest={tmp_path / 'm.json'}", "--json").out) == rows
+
+
+def test_methods(fedamole: Any) -> None:
+    from fedamole.methods import METHODS
+
+    listed = json.loads(fedamole("methods", "--json").out)
+    assert [entry["name"] for entry in listed] == list(METHODS)
+    assert all(entry["paper"] and entry["travels"] and entry["stays"] and entry["parameters"] for entry in listed)
+    text = fedamole("methods").out
+    assert all(name in text for name in METHODS)
+    assert "[method] rank = 8" in text
+
+
+def test_show_puts_methods_side_by_side_and_groups_seeds(fedamole: Any, runs: Any) -> None:
+    folders = [runs("fedit"), runs("fedit", "run.seed=1"), runs("local_only")]
+    [table] = json.loads(fedamole("show", *folders, "--json").out)
+    assert table["seeds"] == [0, 1]
+    assert {name: len(column["mean"]) for name, column in table["columns"].items()} == {
+        "base": 1, "majority": 1, "fedit": 2, "local_only": 1,
+    }  # fmt: skip
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    means = [found["rows"]["fedit"]["mean"] for found in summaries[:2]]
+    assert table["columns"]["fedit"]["mean"] == means
+    text = fedamole("show", *folders).out
+    assert "±" in text
+    assert f"{sum(means) / 2:.1f}" in text
+    assert "worst client" in text
+
+
+def test_show_of_a_folder_with_runs(fedamole: Any, runs: Any, tmp_path: Path) -> None:
+    shutil.copytree(runs("fedit"), tmp_path / "all" / "one")
+    shutil.copytree(runs("local_only"), tmp_path / "all" / "two")
+    [table] = json.loads(fedamole("show", tmp_path / "all", "--json").out)
+    assert list(table["columns"]) == ["base", "majority", "fedit", "local_only"]
+
+
+def test_show_markdown(fedamole: Any, runs: Any) -> None:
+    lines = fedamole("show", runs("fedit"), runs("local_only"), "--markdown").out.strip().splitlines()
+    assert lines[0] == "| client | base | majority | fedit | local_only |"
+    assert lines[1] == "| --- | ---: | ---: | ---: | ---: |"
+    assert {line.count("|") for line in lines} == {6}
+    assert [line.split("|")[1].strip() for line in lines[2:6]] == ["chat", "entail", "mood", "plain"]
+
+
+def test_show_without_clients(fedamole: Any, runs: Any) -> None:
+    text = fedamole("show", runs("fedit"), "--no-clients").out
+    assert "entail" not in text
+    assert "mean" in text
+
+
+# --- as a process ---------------------------------------------------------------------------------------------
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path: Path, tiny: Path) -> None:
+    words = ["run", str(tiny / "config.toml"), *SMALL, "federation.rounds=500", f"run.folder={tmp_path / 'run'}"]
+    process = subprocess.Popen([sys.executable, "-m", "fedamole.cli", *words], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("run/checkpoints/*.json")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "fedamole resume" in err.splitlines()[-1]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['fedamole', '--help']\n"
+        "from fedamole.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip().endswith("[]"), done.stdout[-300:]

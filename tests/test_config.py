@@ -1,0 +1,387 @@
+"""Configs: strict to read, the same when read back, and every key does something."""
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedamole.config import RunSettings, load_config, read_tables, to_config
+from fedamole.errors import ConfigError
+from fedamole.evaluation.personal import EvaluationSettings
+from fedamole.experiment import prepare
+from fedamole.federation.settings import FederationSettings, TrainingSettings
+from fedamole.methods import METHODS
+from fedamole.model.bank import Bank
+from fedamole.model.base import BaseSettings
+
+ROOT = Path(__file__).parents[1]
+DATA = '[[data.source]]\nname = "a"\npath = "a.jsonl"\n'
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+# --- what is refused ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[training]\nlocal_stepz = 3\n", "unknown key training.local_stepz; did you mean 'local_steps'"),
+        ("[trainning]\nlocal_steps = 3\n", "unknown key trainning; did you mean 'training'"),
+        ("[run]\nzzzzzz = 3\n", "unknown key run.zzzzzz; known are device, folder, name"),
+        ("[method]\nname = 'fedamol'\n", "method.name = 'fedamol': there is no such method; did you mean 'fedamole'"),
+        ("[method]\nname = 'fedit'\nexperts = 3\n", "unknown key method.experts"),
+        ("[training]\nlocal_steps = 'many'\n", "training.local_steps = 'many': must be a whole number, not str"),
+        ("[training]\nlocal_steps = 2.5\n", "training.local_steps = 2.5: must be a whole number, not float"),
+        ("[training]\nlocal_steps = true\n", "training.local_steps = True: must be a whole number, not bool"),
+        ("[training]\nlearning_rate = '1e-3'\n", "training.learning_rate = '1e-3': must be a number, not str"),
+        ("[base]\ngradient_checkpointing = 1\n", "base.gradient_checkpointing = 1: must be true or false, not int"),
+        ("[base]\ntargets = 'q_proj'\n", "base.targets = 'q_proj': must be a list, not str"),
+        ("[base]\ntargets = [1]\n", "base.targets[0] = 1: must be text in quotes, not int"),
+        ("[base]\ndtype = 'half'\n", "base.dtype = 'half': must be one of 'auto', 'float32', 'bfloat16'"),
+        ("[run]\nname = 3\n", "run.name = 3: must be text in quotes, not int"),
+        ("[method]\nexperts = 'x'\n", "method.experts = 'x': must be a whole number"),
+        ("training = 3\n", "training = 3: must be a table, write [training]"),
+        ("[federation]\nrounds = 0\n", "federation.rounds = 0: must be at least 1"),
+        ("[federation]\ncohort = 1.5\n", "federation.cohort = 1.5: a share of the clients"),
+        ("[training]\nlr_decay = 0.0\n", "training.lr_decay = 0.0 above 0"),
+        ("[training]\nmax_length = 3\n", "training.max_length = 3: must be at least 8 tokens"),
+        ("[training]\nbatch_size = 0\n", "training.batch_size = 0: must be at least 1"),
+        ("[evaluation]\nbatch_tokens = 0\n", "evaluation.batch_tokens = 0: must be at least 1"),
+        ("[method]\nrank = 0\n", "rank = 0: must be at least 1"),
+        ("[method]\ndropout = 1.0\n", "dropout = 1.0: must be at least 0 and below 1"),
+    ],
+)
+def test_a_mistake_names_file_key_and_remedy(text: str, told: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.toml", text + DATA)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert told in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[data\n", "is not TOML"),
+        ("[run]\nname = 'x'\n", "[data] is missing: add a [[data.source]]"),
+        ("[data]\nmin_examples = 3\n", "data.source is missing"),
+        ('[[data.source]]\npath = "a.jsonl"\n', "data.source[0].name is missing"),
+        ("extends = 3\n" + DATA, "extends = 3 must be the path of a config"),
+        ('extends = "mine.toml"\n' + DATA, "extends = 'mine.toml' leads back to"),
+        ('extends = "away.toml"\n' + DATA, "away.toml cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_config(text: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path / "mine.toml", text))
+    assert told in str(caught.value)
+    assert "mine.toml" in str(caught.value)
+
+
+def test_a_circle_of_extends(tmp_path: Path) -> None:
+    write(tmp_path / "a.toml", 'extends = "b.toml"\n' + DATA)
+    write(tmp_path / "b.toml", 'extends = "a.toml"\n')
+    with pytest.raises(ConfigError, match=r"b.toml: extends = .a.toml. leads back to"):
+        load_config(tmp_path / "a.toml")
+
+
+# --- extends, overrides, paths --------------------------------------------------------------------------------
+
+
+def test_extends_across_folders(tmp_path: Path) -> None:
+    """Each path is relative to the file it stands in; nearer keys win, tables are merged, lists replaced."""
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    write(tmp_path / "base.toml", '[base]\nmodel = "models/tiny"\n[training]\nlocal_steps = 5\nbatch_size = 3\n')
+    write(
+        tmp_path / "one" / "base.toml",
+        'extends = "../base.toml"\n[data]\nmanifest = "m.json"\n'
+        '[[data.source]]\nname = "a"\npath = "../data/a.jsonl"\ntest = "b.jsonl"\n',
+    )
+    write(tmp_path / "one" / "deep" / "run.toml", 'extends = "../base.toml"\n[training]\nlocal_steps = 9\n')
+    config = load_config(tmp_path / "one" / "deep" / "run.toml")
+    assert config.base.model == str(tmp_path / "models" / "tiny")
+    assert config.data.manifest == str(tmp_path / "one" / "m.json")
+    assert config.data.source[0].path == str(tmp_path / "data" / "a.jsonl")
+    assert config.data.source[0].test == str(tmp_path / "one" / "b.jsonl")
+    assert (config.training.local_steps, config.training.batch_size) == (9, 3)
+    write(tmp_path / "one" / "other.toml", 'extends = "base.toml"\n' + DATA)
+    assert load_config(tmp_path / "one" / "other.toml").data.source[0].path == str(tmp_path / "one" / "a.jsonl")
+
+
+@pytest.mark.parametrize("model", ["bundled", "meta-llama/Llama-3.2-1B"])
+def test_names_of_bases_are_no_paths(model: str, tmp_path: Path) -> None:
+    assert load_config(write(tmp_path / "c.toml", f'[base]\nmodel = "{model}"\n' + DATA)).base.model == model
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.toml", "[training]\nlocal_steps = 5\n" + DATA)
+    words = ["training.local_steps=7", "method.assignment=random", "base.targets=['q_proj']", "federation.cohort=1"]
+    config = load_config(path, words)
+    assert config.training.local_steps == 7
+    assert config.method.assignment == "random"  # type: ignore[attr-defined]
+    assert config.base.targets == ("q_proj",)
+    assert isinstance(config.federation.cohort, float)
+    for word in ("training", "local_steps=3", "training.=3", "=3"):
+        with pytest.raises(ConfigError, match=r"write table\.key=value"):
+            load_config(path, [word])
+    with pytest.raises(ConfigError, match=r"unknown key training\.local_stepz"):
+        load_config(path, ["training.local_stepz=3"])
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_round_trip(name: str, runs: Any) -> None:
+    """config.toml of a run, with every default spelled out, is the same config again."""
+    folder = runs(name)
+    again = load_config(folder / "config.toml")
+    assert to_config(again.tables()) == again
+    wanted = runs.load(name)
+    assert dataclasses.replace(again, run=wanted.run) == wanted
+    tables = tomllib.loads((folder / "config.toml").read_text())
+    for section in ("run", "base", "federation", "training", "evaluation"):
+        kind = type(getattr(again, section))
+        assert set(tables[section]) == {field.name for field in dataclasses.fields(kind)}
+
+
+# --- what is shipped ------------------------------------------------------------------------------------------
+
+SHIPPED = [
+    path
+    for folder in (ROOT / "experiments", ROOT / "src" / "fedamole" / "bundled")
+    for path in sorted(folder.rglob("*.toml"))
+    if path.name != "base.toml"  # a part that others extend
+]
+
+
+def test_shipped_configs_are_found() -> None:
+    assert len(SHIPPED) > 3
+    assert any(path.parent.name == "bundled" for path in SHIPPED)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_shipped_config_loads(path: Path) -> None:
+    if "data" not in read_tables(path):
+        pytest.skip("a part that others extend")
+    config = load_config(path)
+    assert to_config(config.tables()) == config
+    if path.stem in METHODS:
+        assert config.method_name == path.stem
+
+
+# --- every key has an effect ----------------------------------------------------------------------------------
+
+Runs = Any
+
+
+def files(folder: Path, kind: str) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(folder.glob(kind))]
+
+
+def trains_differently(word: str, method: str = "local_only") -> Callable[[Runs], bool]:
+    """The private states of a one-round run differ."""
+
+    def check(runs: Runs) -> bool:
+        states = [files(runs(method, "federation.rounds=1", *more), "clients/*/state/*") for more in ((), (word,))]
+        return len(states[0]) > 0 and states[0] != states[1]
+
+    return check
+
+
+def scores(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())["rows"]
+    return found
+
+
+def folder_is_named(runs: Runs) -> bool:
+    from fedamole.experiment import free_folder
+
+    return free_folder(runs.load("fedit", "run.name=mine")) == Path("runs/mine")
+
+
+def folder_is_chosen(runs: Runs) -> bool:
+    from fedamole.experiment import free_folder
+
+    return free_folder(runs.load("fedit", "run.folder=/tmp/there")) == Path("/tmp/there")
+
+
+def device_is_used(runs: Runs) -> bool:
+    with pytest.raises(ConfigError, match=r"run.device = 'gpu': not a device"):
+        runs.fresh("fedit", "run.device=gpu")
+    return True
+
+
+def threads_are_set(runs: Runs) -> bool:
+    import torch
+
+    try:
+        prepare(runs.load("fedit", "run.threads=2"))
+        return torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def tensorboard_is_written(runs: Runs) -> bool:
+    words = ("federation.rounds=1", "run.tensorboard=true")
+    return bool(files(runs("local_only", *words), "tensorboard/*")) and not files(runs("local_only"), "tensorboard/*")
+
+
+def model_is_loaded(runs: Runs) -> bool:
+    from fedamole.errors import BaseModelError
+
+    with pytest.raises(BaseModelError, match="there is no folder"):
+        prepare(runs.load("fedit", "base.model=./nowhere"))
+    return True
+
+
+def targets_are_adapted(runs: Runs) -> bool:
+    shapes = prepare(runs.load("fedit", "base.targets=['o_proj']")).base.shapes
+    return len(shapes) == 2 and all(name.endswith("o_proj") for name in shapes)
+
+
+def dtype_is_used(runs: Runs) -> bool:
+    import torch
+
+    weights = prepare(runs.load("fedit", "base.dtype=bfloat16")).base.model.parameters()
+    return {weight.dtype for weight in weights} == {torch.bfloat16}
+
+
+def quantisation_needs_a_gpu(runs: Runs) -> bool:
+    with pytest.raises(ConfigError, match=r"base.quantization = '4bit' needs a GPU"):
+        prepare(runs.load("fedit", "base.quantization=4bit"))
+    return True
+
+
+def checkpointing_is_on(runs: Runs) -> bool:
+    on, off = (prepare(runs.load("fedit", f"base.gradient_checkpointing={word}")).base for word in ("true", "false"))
+    return on.model.is_gradient_checkpointing and not off.model.is_gradient_checkpointing
+
+
+def rounds_are_counted(runs: Runs) -> bool:
+    return all(scores(runs("fedit", f"federation.rounds={n}")) and last_round(runs, n) == n - 1 for n in (1, 3))
+
+
+def last_round(runs: Runs, n: int) -> int:
+    lines = map(json.loads, (runs("fedit", f"federation.rounds={n}") / "metrics.jsonl").open())
+    return max(line["round"] for line in lines)
+
+
+def cohort_is_smaller(runs: Runs) -> bool:
+    folder = runs("fedamole", "federation.cohort=0.25", "federation.rounds=1")
+    lines = map(json.loads, (folder / "metrics.jsonl").open())
+    return [len(line["cohort"]) for line in lines if line["split"] == "round"] == [1]
+
+
+def decay_acts_from_round_1(runs: Runs) -> bool:
+    one, other = (files(runs("local_only", *more), "clients/*/state/*") for more in ((), ("training.lr_decay=0.5",)))
+    return one != other
+
+
+def long_prompts_are_cut(runs: Runs) -> bool:
+    rows = prepare(runs.load("fedit", "training.max_length=20")).clients["entail"].train.rows
+    return max(len(row.prompt) + len(row.answer) for row in rows) <= 20
+
+
+def selects_by_score(runs: Runs) -> bool:
+    by_score, by_loss = runs("local_only", "evaluation.select=score"), runs("local_only")
+    lines = [list(map(json.loads, (folder / "metrics.jsonl").open())) for folder in (by_score, by_loss)]
+    scored = [all("score" in line for line in found if line["split"] == "validation") for found in lines]
+    return scored == [True, False]
+
+
+def headline_is_chosen(runs: Runs) -> bool:
+    chosen = scores(runs("local_only", "evaluation.generation_score=token_f1"))["majority"]["clients"]
+    return all(chosen[c]["score"] == chosen[c]["token_f1"] != chosen[c]["rouge_l"] for c in ("plain",))
+
+
+def answers_are_longer(runs: Runs) -> bool:
+    from fedamole.evaluation.generation import generate_answers
+
+    found = prepare(runs.load("fedit"))
+    prompts = [row.prompt for row in found.clients["plain"].test.rows]
+    lengths = []
+    for limit in (runs.load("fedit", f"evaluation.max_new_tokens={n}").evaluation.max_new_tokens for n in (1, 20)):
+        lengths.append(sum(map(len, generate_answers(Bank(found.base), prompts, limit, 4096))))
+    one, other = scores(runs("local_only")), scores(runs("local_only", "evaluation.max_new_tokens=20"))
+    return lengths[0] < lengths[1] and one["base"]["clients"]["plain"] != other["base"]["clients"]["plain"]
+
+
+def batches_are_smaller(runs: Runs) -> bool:
+    """Counted on the base itself: how many rows a forward pass of the evaluation has at most."""
+    from fedamole.evaluation.personal import loss_of
+
+    found = prepare(runs.load("fedit"))
+    sizes: list[int] = []
+    found.base.model.register_forward_pre_hook(
+        lambda _, __, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    most = []
+    for tokens in (100, 8192):
+        sizes.clear()
+        settings = runs.load("fedit", f"evaluation.batch_tokens={tokens}").evaluation
+        loss_of(Bank(found.base), found.clients["entail"].train.rows, settings)
+        most.append(max(sizes))
+    return most[0] < most[1]
+
+
+def scores_before_aggregation(runs: Runs) -> bool:
+    return "fedit_ft" in scores(runs("fedit", "evaluation.before_aggregation=true")) and "fedit_ft" not in scores(
+        runs("fedit")
+    )
+
+
+EFFECTS: dict[str, Callable[[Runs], bool]] = {
+    "run.name": folder_is_named,
+    "run.folder": folder_is_chosen,
+    "run.seed": trains_differently("run.seed=1"),
+    "run.device": device_is_used,
+    "run.threads": threads_are_set,
+    "run.tensorboard": tensorboard_is_written,
+    "base.model": model_is_loaded,
+    "base.targets": targets_are_adapted,
+    "base.dtype": dtype_is_used,
+    "base.quantization": quantisation_needs_a_gpu,
+    "base.gradient_checkpointing": checkpointing_is_on,
+    "federation.rounds": rounds_are_counted,
+    "federation.cohort": cohort_is_smaller,
+    "training.local_steps": trains_differently("training.local_steps=2"),
+    "training.local_epochs": trains_differently("training.local_epochs=1"),
+    "training.batch_size": trains_differently("training.batch_size=1"),
+    "training.accumulation": trains_differently("training.accumulation=2"),
+    "training.learning_rate": trains_differently("training.learning_rate=0.02"),
+    "training.lr_decay": decay_acts_from_round_1,
+    "training.clip_norm": trains_differently("training.clip_norm=0.001"),
+    "training.max_length": long_prompts_are_cut,
+    "evaluation.select": selects_by_score,
+    "evaluation.generation_score": headline_is_chosen,
+    "evaluation.max_new_tokens": answers_are_longer,
+    "evaluation.batch_tokens": batches_are_smaller,
+    "evaluation.before_aggregation": scores_before_aggregation,
+}
+"""For every key outside [data] (tests/data) and [method] (tests/contract): a check that it changes something."""
+
+FIELDS = [
+    f"{section}.{field.name}"
+    for section, kind in {
+        "run": RunSettings, "base": BaseSettings, "federation": FederationSettings, "training": TrainingSettings,
+        "evaluation": EvaluationSettings,
+    }.items()
+    for field in dataclasses.fields(kind)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_has_an_effect(field: str, runs: Any) -> None:
+    assert field in EFFECTS, "say in EFFECTS what this key changes"
+    assert EFFECTS[field](runs)
+
+
+def test_no_effect_is_of_a_field_that_is_gone() -> None:
+    assert set(EFFECTS) == set(FIELDS)

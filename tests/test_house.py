@@ -1,0 +1,119 @@
+"""The layout of the house, kept by reading its source."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "fedamole"
+FILES = sorted(SOURCE.rglob("*.py"))
+NAMES = {path: str(path.relative_to(SOURCE)) for path in FILES}
+each_file = pytest.mark.parametrize("path", FILES, ids=NAMES.get)
+
+FLOOR = {
+    "errors": 0,
+    "model": 1, "assignment": 1, "data": 1,
+    "evaluation": 2, "federation": 3, "methods": 4, "engine": 5, "config": 5, "experiment": 6, "reporting": 5,
+    "console": 7, "cli": 8, "__main__": 9,
+}  # fmt: skip
+"""A room may import from rooms on lower floors; the first three of floor 1 know nothing of each other."""
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """Modules that a file imports, and whether only for type checking."""
+    found: list[tuple[str, bool]] = []
+
+    def visit(node: ast.AST, typing_only: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            inside = typing_only or (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test))
+            if isinstance(child, ast.Import):
+                found.extend((alias.name, inside) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{path}: relative imports hide where they lead"
+                found.append((child.module or "", inside))
+                found.extend((f"{child.module}.{alias.name}", inside) for alias in child.names)
+            visit(child, inside)
+
+    visit(ast.parse(path.read_text()), False)
+    return found
+
+
+def room(name: str) -> str:
+    return name.split("/")[0].removesuffix(".py")
+
+
+def test_the_source_is_found() -> None:
+    assert len(FILES) > 30
+    assert {room(name) for name in NAMES.values()} - {"__init__"} <= set(FLOOR), "give a new room its floor"
+
+
+@each_file
+def test_imports_point_one_way(path: Path) -> None:
+    own = room(NAMES[path])
+    if own == "__init__":
+        return
+    for module, typing_only in imports(path):
+        parts = module.split(".")
+        if parts[0] != "fedamole" or len(parts) < 2 or typing_only or parts[1] not in FLOOR or parts[1] == own:
+            continue
+        assert FLOOR[parts[1]] < FLOOR[own], f"{NAMES[path]} imports {module}, which stands above or beside it"
+
+
+@each_file
+def test_flower_is_met_in_one_place(path: Path) -> None:
+    """flwr in engine/flower_*; flwr_datasets, the partitioners, is another package and belongs to data."""
+    for module, _ in imports(path):
+        if module.split(".")[0] == "flwr":
+            assert NAMES[path].startswith("engine/flower_"), NAMES[path]
+        if module.split(".")[0] == "flwr_datasets":
+            assert NAMES[path].startswith("data/"), NAMES[path]
+
+
+@each_file
+def test_files_are_short(path: Path) -> None:
+    most = 200 if NAMES[path].startswith("methods/") else 400
+    assert len(path.read_text().splitlines()) <= most
+
+
+@each_file
+def test_no_method_is_known_by_its_name(path: Path) -> None:
+    """What tells methods apart is what they declare: no comparison with a name of one, outside the registry."""
+    names = {"fedamole", "fedit", "fedit_ft", "local_only"}
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            words = {side.value for side in sides if isinstance(side, ast.Constant) and isinstance(side.value, str)}
+            assert not words & names, f"{NAMES[path]}:{node.lineno}: a comparison with {words & names}"
+            told = {ast.unparse(side) for side in sides}
+            assert not (words and told & {"method", "method_name", "self.method_name", "config.method_name"})
+    assert not re.search(r"if method ==|isinstance\(.*(FedAmole|FedIT|LocalOnly)\b", path.read_text())
+
+
+def calls(path: Path) -> set[str]:
+    return {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+
+
+@each_file
+def test_nothing_below_the_command_line_prints(path: Path) -> None:
+    assert NAMES[path] == "cli.py" or "print" not in calls(path)
+
+
+@each_file
+def test_no_global_generator_and_no_pickle(path: Path) -> None:
+    banned = {
+        "torch.manual_seed", "torch.cuda.manual_seed", "torch.cuda.manual_seed_all", "np.random.seed",
+        "numpy.random.seed", "random.seed", "torch.load", "torch.save", "set_seed", "transformers.set_seed",
+    }  # fmt: skip
+    assert not calls(path) & banned
+    assert not {module.split(".")[0] for module, _ in imports(path)} & {"pickle", "cloudpickle", "dill", "random"}
+    assert not re.search(r"trust_remote_code=True|weights_only=False", path.read_text())
+
+
+def test_no_room_for_odds_and_ends() -> None:
+    banned = re.compile(r"(utils?|common|helpers?|misc|manager|handler)s?\.py", re.IGNORECASE)
+    assert not [name for name in NAMES.values() if banned.fullmatch(Path(name).name)]
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                assert not node.name.endswith(("Manager", "Helper", "Utils")), f"{NAMES[path]}: {node.name}"
