@@ -1,9 +1,11 @@
 """The pretraining text of the tiny base: free text of the demo's four domains, from a grammar and a seed.
 
 A document is one of ten kinds: stories and letters of the hospital and the bank, shop and weather prose, records with
-questions, copies. Records and copies are there because heads that look back and copy are what a LoRA on the
-q and v projections can steer; a model without them can hardly be fine-tuned. The text holds none of the federated
-task's instructions and none of its prompts or answers (`tests/scripts/test_bundled.py` checks that).
+questions, copies. Much of it says again what it said before (a letter is signed by the one who wrote it, a form is
+filled in from a record), because heads that look up a word and repeat it are what a LoRA on the q and v projections
+can steer. A record holds one person, one number and so on: looking up by the kind of word forms in a short training,
+looking up by position among equals does not. The text holds none of the federated task's instructions and none of its
+prompts or answers (`tests/scripts/test_bundled.py` checks that).
 """
 
 from __future__ import annotations
@@ -49,6 +51,8 @@ CLERK_AFTER = {
     "slight": ["The clerk can wait.", "The clerk does not hurry.", "The clerk sends a friendly note."],
 }
 TIER_HEAD = {"grave": "It cannot wait:", "some": "It comes this week:", "slight": "It can wait:"}
+ALL_WORDS = FIRST + LAST + GOODS + COLOURS + SKIES + DAYS + NUMBERS
+
 # What stands between two fields of a form.
 JOINTS = (" for ", " to ", " in ", " on ", " x ", " wind ", " (", ") ", ": ", ", ", ". ", " / ", " - ")
 
@@ -107,8 +111,8 @@ def letter(rng: random.Random) -> str:
     rng.shuffle(parts)
     after = [rng.choice(DOCTOR_AFTER[tier_body]), rng.choice(CLERK_AFTER[tier_money])]
     rng.shuffle(after)
-    place = rng.choice(PLACES)
-    return f"A letter from {place}: {' '.join(parts)} Yours, {person(rng)}.\n{' '.join(after)}"
+    who, place = person(rng), rng.choice(PLACES)
+    return f"A letter from {who} in {place}: {' '.join(parts)} Yours, {who} in {place}.\n{' '.join(after)}"
 
 
 def shop_prose(rng: random.Random) -> str:
@@ -125,7 +129,7 @@ def shop_prose(rng: random.Random) -> str:
             f"{rng.choice(FIRST)} wants {rng.choice(NUMBERS)} more and takes a {rng.choice(GOODS)} too.",
         ]
     )
-    return f"{first}. {then}"
+    return f"{first}. {then} So {who} has a {colour} {thing}."
 
 
 def weather_prose(rng: random.Random) -> str:
@@ -141,19 +145,25 @@ def weather_prose(rng: random.Random) -> str:
             f"The {rng.choice(WINDS)} wind is {wind}. {strength}",
         ]
     )
-    return f"On {rng.choice(DAYS)} there is {rng.choice(SKIES)} in the {rng.choice(WINDS)}. {ending}"
+    day, sky, side = rng.choice(DAYS), rng.choice(SKIES), rng.choice(WINDS)
+    return f"On {day} there is {sky} in the {side}. {ending} So {day} has {sky} in the {side}."
 
 
 def field_values(rng: random.Random) -> dict[str, str]:
-    """Field names with a value each, over all domains."""
+    """Field names with a value each, over all domains; no two values are of one kind."""
     return {
-        "name": person(rng), "customer": person(rng), "nurse": person(rng), "clerk": person(rng),
-        "street": rng.choice(STREETS), "station": rng.choice(PLACES), "day": rng.choice(DAYS),
-        "goods": f"{rng.choice(COLOURS)} {rng.choice(GOODS)}", "count": rng.choice(NUMBERS),
-        "sky": rng.choice(SKIES), "from": rng.choice(WINDS), "wind": rng.choice(NUMBERS),
-        "pay": rng.choice(sorted(PAYMENT)), "bed": rng.choice(NUMBERS), "level": rng.choice(["low", "medium", "high"]),
-        "state": rng.choice(sorted(PAYMENT.values())), "seen": rng.choice(["Yes", "No"]),
-    }  # fmt: skip
+        rng.choice(["name", "customer", "nurse", "clerk"]): person(rng),
+        rng.choice(["count", "wind", "bed"]): rng.choice(NUMBERS),
+        rng.choice(["pay", "state"]): rng.choice([*PAYMENT, *PAYMENT.values()]),
+        "street": rng.choice(STREETS),
+        "station": rng.choice(PLACES),
+        "day": rng.choice(DAYS),
+        "goods": f"{rng.choice(COLOURS)} {rng.choice(GOODS)}",
+        "sky": rng.choice(SKIES),
+        "from": rng.choice(WINDS),
+        "level": rng.choice(["low", "medium", "high"]),
+        "seen": rng.choice(["Yes", "No"]),
+    }
 
 
 def record(rng: random.Random) -> str:
@@ -190,8 +200,7 @@ def fill_in(rng: random.Random) -> str:
 
 def copy(rng: random.Random) -> str:
     """Random words and the same words again."""
-    pool = FIRST + LAST + GOODS + COLOURS + SKIES + DAYS + NUMBERS
-    words = " ".join(rng.choice(pool) for _ in range(rng.randint(3, 8)))
+    words = " ".join(rng.choice(ALL_WORDS) for _ in range(rng.randint(3, 8)))
     style = rng.random()
     if style < 0.4:
         return f"{words} / {words}"
@@ -215,9 +224,9 @@ KINDS: tuple[tuple[Callable[[random.Random], str], float], ...] = (
     (letter, 4.0),
     (shop_prose, 1.0),
     (weather_prose, 1.0),
-    (record, 4.0),
-    (fill_in, 4.0),
-    (copy, 2.0),
+    (record, 5.0),
+    (fill_in, 5.0),
+    (copy, 1.0),
     (yes_or_no, 0.5),
 )
 

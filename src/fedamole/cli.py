@@ -261,9 +261,10 @@ def main() -> None:
         text = f"[bold red]error:[/bold red] {escape(str(error))}"
         Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; `fedamole resume FOLDER` goes on from the last finished round")
-        sys.exit(130)
+    except SystemExit as exit_:  # what typer makes of Ctrl-C, among others
+        if exit_.code == 130:
+            Console(stderr=True).print("interrupted; `fedamole resume FOLDER` goes on from the last finished round")
+        raise
 
 
 if __name__ == "__main__":

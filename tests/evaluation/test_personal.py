@@ -63,3 +63,14 @@ def test_over_clients_by_hand():
 def test_limits_must_leave_something(key):
     with pytest.raises(ConfigError, match=key):
         EvaluationSettings(**{key: 0})
+
+
+def test_the_least_likely_option_is_never_the_answer(base):
+    """Right answers made the most, and then the least, likely option of each row: accuracy 100 and 0."""
+    bank = Bank(base())
+    rows = tokenise(CLASSES, bank.base.tokenizer, 64).rows
+    losses = option_losses(bank, [row.prompt for row in rows], [row.options for row in rows], 1000)
+    for pick, accuracy in ((min, 100), (max, 0)):
+        right = [OPTIONS[found.index(pick(found))] for found in losses]
+        examples = [Example("a ", "", f"text {i}\n", answer, OPTIONS) for i, answer in enumerate(right)]
+        assert scores_of(bank, rows, examples, EvaluationSettings())["score"] == accuracy

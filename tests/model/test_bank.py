@@ -247,6 +247,40 @@ def test_gradient_checkpointing_gives_the_same_gradients(
         close(checkpointed[key], plain[key], 1e-12)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("part", ["losses", "balance"])
+def test_gradients_are_the_slopes_of_the_losses(
+    open_bank: Callable[..., Bank], part: str, checkpointing: bool
+) -> None:
+    """In float64, along the direction u of the gradient g of the losses' or the balance losses' sum,
+    (f(w + h u) - f(w - h u)) / 2h is |g|. On GPT-2, whose norms too keep float64."""
+    bank = open_bank("gpt2", gradient_checkpointing=checkpointing)
+    bank.base.model.double()
+    bank.load(random_adapter(bank.base.shapes, dtype=torch.float64))
+    bank.base.training(True)
+    batch = collate(ROWS, 1)
+
+    def value() -> Tensor:
+        with bank.recording(counted=batch.counted, balance=[]) as tape:
+            losses = answer_losses(bank.logits(batch.ids), batch)
+            total = losses.sum() if part == "losses" else torch.stack(tape.balance or []).sum()
+            if torch.is_grad_enabled():
+                total.backward()
+            return total.detach()
+
+    value()
+    gradients = [torch.zeros_like(w) if w.grad is None else w.grad.clone() for w in bank.parameters()]
+    squared = sum(float(g.square().sum()) for g in gradients)
+    assert squared > 1e-6
+    ends = []
+    with torch.no_grad():
+        for step in (1e-5, -2e-5):
+            for weight, gradient in zip(bank.parameters(), gradients, strict=True):
+                weight += step * gradient / squared**0.5
+            ends.append(value())
+    assert float(ends[0] - ends[1]) / 2e-5 == pytest.approx(squared**0.5, rel=1e-5)
+
+
 def test_fit_is_the_same_with_gradient_checkpointing(
     open_bank: Callable[..., Bank]
 ) -> None:

@@ -14,15 +14,15 @@ def row(best_round: int | None, last_mean: float, **scores: float) -> dict[str, 
     values = list(scores.values())
     mean = sum(values) / len(values)
     spread = (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
-    return {
-        "best_round": best_round, "mean": mean, "worst": min(values), "worst_client": min(scores, key=scores.__getitem__),
-        "spread": spread, "last_mean": last_mean, "clients": {name: {"score": value} for name, value in scores.items()},
-    }  # fmt: skip
+    clients = {name: {"score": value} for name, value in scores.items()}
+    found = {"best_round": best_round, "mean": mean, "worst": min(values), "spread": spread}
+    return {**found, "last_mean": last_mean, "clients": clients}
 
 
 def run(method: str, seed: int = 0, name: str = "run", partition: str = "p", **scores: float) -> Run:
-    rows = {method: row(3, 9.0, **scores), "base": row(None, 1.0, a=1.0, b=1.0), "majority": row(None, 2.0, a=2.0, b=2.0)}
-    summary = {"method": method, "rows": rows, "bytes_down_per_client_round": 2048.0, "bytes_up_per_client_round": 1024.0}
+    shared = {"base": row(None, 1.0, a=1.0, b=1.0), "majority": row(None, 2.0, a=2.0, b=2.0)}
+    traffic = {"bytes_down_per_client_round": 2048.0, "bytes_up_per_client_round": 1024.0}
+    summary = {"method": method, "rows": {method: row(3, 9.0, **scores), **shared}, **traffic}
     return Run(Path(f"{method}-{seed}"), name, seed, partition, summary)
 
 

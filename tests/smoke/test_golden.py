@@ -11,7 +11,12 @@ import pytest
 
 from fedamole.methods import METHODS
 
-GOLDEN: dict[str, tuple[list[float], list[float], tuple[int, int]]] = {}
+GOLDEN: dict[str, tuple[list[float], list[float], tuple[int, int]]] = {
+    "fedamole": ([6.47125, 6.35084, 6.05083], [6.10506, 5.80056, 5.57882], (20336, 23729)),
+    "fedit": ([6.52103, 6.58359, 6.46733], [6.46545, 6.40197, 6.30795], (2712, 2712)),
+    "fedit_ft": ([6.52103, 6.58359, 6.46733], [6.31387, 6.21097, 6.09069], (2712, 2712)),
+    "local_only": ([6.52103, 6.38117, 5.9819], [6.31387, 6.01779, 5.73979], (56, 56)),
+}
 """By method: mean training loss of rounds 0, 1, 2; mean validation loss; bytes down and up per client and round."""
 
 

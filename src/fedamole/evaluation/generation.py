@@ -1,6 +1,6 @@
 """Answers by greedy generation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -22,7 +22,7 @@ def generate_answers(
     base, answers = bank.base, [""] * len(prompts)
     stop = base.tokenizer.eos_token_id
     with torch.no_grad():
-        for indices in by_length([len(prompt) + max_new_tokens for prompt in prompts], batch_tokens):
+        for indices in _groups(prompts, max_new_tokens, batch_tokens, base.max_positions):
             length = max(len(prompts[i]) for i in indices)
             ids = torch.full((len(indices), length), base.pad_id)
             mask = torch.zeros_like(ids)
@@ -40,3 +40,12 @@ def generate_answers(
             for i, text in zip(indices, texts, strict=True):
                 answers[i] = text.strip()
     return answers
+
+
+def _groups(prompts: Sequence[Ids], new: int, batch_tokens: int, positions: int) -> Iterator[list[int]]:
+    """Group indices by length; a prompt that leaves less than the whole room goes alone, it would cut others short."""
+    lengths = [len(prompt) + new for prompt in prompts]
+    for group in by_length(lengths, batch_tokens):
+        whole = [i for i in group if lengths[i] <= positions]
+        yield from ([whole] if whole else [])
+        yield from ([i] for i in group if lengths[i] > positions)

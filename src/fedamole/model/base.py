@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -89,12 +90,13 @@ def resolve_device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda" if available else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"run.device = {name!r}: not a device; use auto, cpu, cuda or cuda:N") from error
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"run.device = {name!r}: not a device; use auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and not available:
         raise ConfigError(f"run.device = {name!r}: no GPU is visible here; use run.device = 'cpu' or 'auto'")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"run.device = {name!r}: there are {torch.cuda.device_count()} GPUs, numbered from 0")
     return device
 
 
@@ -116,6 +118,7 @@ def load_base(settings: BaseSettings, device: torch.device, folder: Path) -> Bas
     `folder` is where relative paths start. Only safetensors weights are read and no code of a model is run.
     Errors: a base that cannot be found or read, whose vocabulary does not fit its tokenizer, or without targets.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = locate(settings.model, folder)
@@ -124,10 +127,15 @@ def load_base(settings: BaseSettings, device: torch.device, folder: Path) -> Bas
         options |= _quantized(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(f"base.model = {settings.model!r} cannot be loaded: {reason}") from error
+    if report["missing_keys"]:
+        # They would have been drawn at random, anew at every load.
+        raise BaseModelError(
+            f"base.model = {settings.model!r} has no weights for {min(report['missing_keys'])!r}; download it again"
+        )
     check_vocabulary(model, tokenizer, settings.model)
     shapes = target_shapes(model, settings.targets)
     identity = Identity(_hash_weights(model), _hash_tokenizer(tokenizer), _hash_json(sorted(shapes.items())))
@@ -156,10 +164,16 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _freeze(model: Any, gradient_checkpointing: bool) -> None:
-    """Freeze weights and switch the base's own dropout off: only adapters learn, only adapters are regularised.
+    """Freeze weights and switch the base's own dropout and generation settings off.
+
+    Only adapters learn, only adapters are regularised, and answers are greedy whatever the base recommends.
 
     Dropout is zeroed rather than left to `eval`, as gradient checkpointing works in train mode alone.
     """
+    from transformers import GenerationConfig
+
+    # Settings that come with a base (a repetition penalty, beams) would join those of every call to generate.
+    model.generation_config = GenerationConfig()
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, nn.Dropout):

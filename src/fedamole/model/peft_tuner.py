@@ -6,6 +6,7 @@ that training in a federation uses. Training through this face sees the language
 belongs to federated training.
 """
 
+import zlib
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -95,8 +96,8 @@ class AmoleLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Add fresh experts under `adapter_name`; module names match exactly, not as a pattern."""
         experts = config.expert_pattern.get(module, [])
         shapes = {module: (self.in_features, self.out_features)}
-        generator = torch.Generator().manual_seed(config.init_seed)
-        # The pool is drawn as large as the largest id asks for, so that an id always names the same draw.
+        # A draw of its own for every module, and an id always names the same one: hence the pool up to the largest id.
+        generator = torch.Generator().manual_seed(config.init_seed + zlib.crc32(module.encode()))
         size = max(experts, default=-1) + 1
         pool = new_pool(shapes, config.r, size, generator)
         down, up = stack(pool, module, experts)

@@ -1,0 +1,82 @@
+"""Greedy answers: where they end, and what must not change them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedamole.evaluation.generation import generate_answers
+from fedamole.model.bank import Bank
+from fedamole.model.base import Base, BaseSettings, load_base
+
+from ..model.conftest import mixture, write_model, write_tokenizer
+
+PROMPTS = [(5, 6, 7, 8), (9, 10), tuple(range(20, 35))]
+
+
+def greedy(bank: Bank, prompt: Sequence[int], steps: int) -> list[int]:
+    """The most probable token of a full forward, again and again."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(steps):
+            ids.append(int(bank.base.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def text(bank: Bank, ids: Sequence[int]) -> str:
+    return str(bank.base.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+@pytest.fixture(params=["llama", "gpt2", "gemma3_text"])
+def bank(base: Callable[..., Base], request: pytest.FixtureRequest) -> Bank:
+    bank = Bank(base(request.param))
+    bank.load(mixture(bank.base))
+    return bank
+
+
+def test_an_answer_ends_at_the_end_of_text_token_while_others_go_on(bank: Bank) -> None:
+    """The end-of-text token is made one that the first prompt is answered with, later than at once."""
+    free = [greedy(bank, prompt, 8) for prompt in PROMPTS]
+    prompt, stop = next(
+        (place, token) for place, ids in enumerate(free) for token in ids if ids.index(token) > 0
+    )
+    bank.base.tokenizer.add_special_tokens({"eos_token": bank.base.tokenizer.convert_ids_to_tokens(stop)})
+    assert bank.base.tokenizer.eos_token_id == stop
+    cut = [ids[: ids.index(stop)] if stop in ids else ids for ids in free]
+    assert 0 < len(cut[prompt]) < 8
+    assert generate_answers(bank, PROMPTS, 8, 10_000) == [text(bank, ids) for ids in cut]
+
+
+def test_answers_keep_the_order_of_the_prompts(bank: Bank) -> None:
+    answers = generate_answers(bank, PROMPTS, 4, 10_000)
+    assert generate_answers(bank, PROMPTS[::-1], 4, 10_000) == answers[::-1]
+    assert generate_answers(bank, PROMPTS, 4, 1) == answers
+    assert answers == [text(bank, greedy(bank, prompt, 4)) for prompt in PROMPTS]
+
+
+def test_a_prompt_with_little_room_does_not_cut_others_short(bank: Bank) -> None:
+    """128 positions: 122 tokens leave room for 6 new ones, 115 for all 10; 128 for one, which needs no position."""
+    prompts = [tuple(2 + (7 * i + start) % 300 for i in range(size)) for start, size in ((0, 122), (1, 115), (2, 128))]
+    wanted = [text(bank, greedy(bank, prompt, room)) for prompt, room in zip(prompts, (6, 10, 1), strict=True)]
+    assert generate_answers(bank, prompts, 10, 100_000) == wanted
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{"repetition_penalty": 50.0}, {"num_beams": 3}, {"no_repeat_ngram_size": 1}, {"do_sample": True, "top_k": 5},
+     {"suppress_tokens": list(range(2, 200))}, {"eos_token_id": list(range(2, 300))}],
+    ids=lambda own: next(iter(own)),
+)  # fmt: skip
+def test_generation_settings_that_come_with_a_base_are_not_used(tmp_path: Path, own: dict[str, Any]) -> None:
+    """Chat models on the hub bring a repetition penalty or sampling in their generation_config.json."""
+    from transformers import GenerationConfig
+
+    write_tokenizer(tmp_path)
+    write_model(tmp_path)
+    GenerationConfig(**own).save_pretrained(tmp_path)
+    bank = Bank(load_base(BaseSettings(str(tmp_path)), torch.device("cpu"), Path("/")))
+    answers = [greedy(bank, prompt, 6) for prompt in PROMPTS]
+    wanted = [text(bank, ids[: ids.index(0)] if 0 in ids else ids) for ids in answers]
+    assert generate_answers(bank, PROMPTS, 6, 10_000) == wanted
