@@ -113,6 +113,8 @@ class RunFolder:
         """Append lines to metrics.jsonl or assignment.jsonl."""
         with (self.path / name).open("a") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())
 
     def lines(self, name: str) -> Iterator[Json]:
         """Read the whole lines of metrics.jsonl or assignment.jsonl; a torn last line is left out."""

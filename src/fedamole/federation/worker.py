@@ -71,7 +71,7 @@ def client_data(shard: Shard, tokenizer: Any, max_length: int) -> ClientData:
             )
     if cut or dropped:
         log.warning(
-            "client %s: %d prompts cut to fit training.max_length = %d (from the context, never the answer), "
+            "client %s: %d prompts cut to fit training.max_length = %d (from the context first, never the answer), "
             "%d examples left out because their answer alone is too long",
             shard.client, cut, max_length, dropped,
         )

@@ -80,7 +80,7 @@ class FedAmole(Method[Pool, Experts, Nothing, TrainedExperts]):
     weighting: Weighting = "uniform"
     """Weight of a client in the averages: uniform (the paper), or by its training examples."""
 
-    paper = "Zhang et al., Personalized Federated Fine-Tuning via Data-Driven Heterogeneous Architectures, 2411.19128"
+    paper = "Zhang et al., Personalized Federated Fine-Tuning for LLMs (FedAMoLE), WWW 2026, arXiv 2411.19128"
     travels = "the client's experts both ways, mean router embeddings up"
     stays = "the data and the personal model"
     records = Records(Pool, Experts, Nothing, TrainedExperts)
