@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from fedamole.reporting.runs import Run
+from fedamole.errors import RunError
+from fedamole.reporting.runs import Run, read_runs
 from fedamole.reporting.table import cell, compare, grid, markdown
 
 
@@ -78,3 +79,18 @@ def test_a_run_without_a_name_is_called_by_its_method(name: str) -> None:
     found = replace(run("fedit", a=1.0, b=1.0), name=name)
     assert found.label("fedit") == ("fedit" if name == "run" else "mine")
     assert found.label("fedit_ft") == "fedit_ft"
+
+
+def test_unfinished_runs_in_a_folder_are_left_out(runs, tmp_path, caplog) -> None:
+    import shutil
+
+    shutil.copytree(runs("fedit"), tmp_path / "done")
+    shutil.copytree(runs("fedit"), tmp_path / "torn")
+    (tmp_path / "torn" / "summary.json").unlink()
+    assert [run.path.name for run in read_runs([tmp_path])] == ["done"]
+    assert "torn is not finished" in caplog.text
+    (tmp_path / "done" / "summary.json").unlink()
+    with pytest.raises(RunError, match="no finished run"):
+        read_runs([tmp_path])
+    with pytest.raises(RunError, match="fedamole resume"):
+        read_runs([tmp_path / "torn"])

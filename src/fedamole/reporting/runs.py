@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 
 from fedamole.errors import RunError
 from fedamole.federation.run_folder import CONFIG, MANIFEST, SUMMARY, RunFolder
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Run:
     name: str
     seed: int
     partition: str
-    """Hash of the manifest: runs with the same hash had the same data in the same splits."""
+    """Hash of manifest and base: runs with the same hash had the same data in the same splits on the same base."""
     summary: dict[str, Any]
 
     def label(self, row: str) -> str:
@@ -35,17 +38,17 @@ def read_run(path: Path) -> Run:
     if not folder.finished:
         raise RunError(f"{path} is not finished: {SUMMARY} is missing; `fedamole resume {path}` continues it")
     config = tomllib.loads((path / CONFIG).read_text())
-    partition = hashlib.sha256(_splits((path / MANIFEST).read_text())).hexdigest()
+    partition = hashlib.sha256(_ground(folder)).hexdigest()
     return Run(path, config["run"]["name"], config["run"]["seed"], partition, folder.read_json(SUMMARY))
 
 
-def _splits(manifest: str) -> bytes:
-    """What of a manifest makes two runs comparable: who has which rows, not where the files lie."""
-    return json.dumps(json.loads(manifest)["clients"], sort_keys=True).encode()
+def _ground(folder: RunFolder) -> bytes:
+    """What makes two runs comparable: who has which rows, not where the files lie, and which base."""
+    return json.dumps([folder.read_json(MANIFEST)["clients"], folder.about["base"]], sort_keys=True).encode()
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read runs named themselves or by a folder that holds them."""
+    """Read runs named one by one, or by a folder of them; there unfinished ones are left out, with a warning."""
     found: list[Run] = []
     for path in paths:
         if (path / "run.json").exists() or not path.is_dir():
@@ -54,5 +57,11 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         inside = sorted(child.parent for child in path.glob("*/run.json"))
         if not inside:
             raise RunError(f"{path} is neither a run folder nor a folder with runs in it")
-        found += [read_run(child) for child in inside]
+        finished = [child for child in inside if RunFolder.open(child).finished]
+        for child in inside:
+            if child not in finished:
+                log.warning("%s is not finished and not shown; `fedamole resume %s` continues it", child, child)
+        found += map(read_run, finished)
+    if not found:
+        raise RunError(f"no finished run in {', '.join(map(str, paths))}")
     return found
