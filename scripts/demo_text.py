@@ -3,9 +3,9 @@
 A document is one of ten kinds: stories and letters of the hospital and the bank, shop and weather prose, records with
 questions, copies. Much of it says again what it said before (a letter is signed by the one who wrote it, a form is
 filled in from a record), because heads that look up a word and repeat it are what a LoRA on the q and v projections
-can steer. A record holds one person, one number and so on: looking up by the kind of word forms in a short training,
-looking up by position among equals does not. The text holds none of the federated task's instructions and none of its
-prompts or answers (`tests/scripts/test_bundled.py` checks that).
+can steer. A record holds one person, one number and so on, so that a value can be found by its kind alone.
+The text holds none of the federated task's instructions and none of its prompts or answers
+(`tests/scripts/test_bundled.py` checks that).
 """
 
 from __future__ import annotations

@@ -172,11 +172,15 @@ CLIENTS = (
 )  # fmt: skip
 
 
+TEST_ROWS = 40
+"""Rows of every client's test file; a tenth of a small client's rows would be too few to tell methods apart."""
+
+
 def client_rows(client: DemoClient, seed: int) -> list[dict[str, str]]:
-    """The rows of one client as its columns want them; no context occurs twice."""
+    """The rows of one client as its columns want them, its test rows last; no context occurs twice."""
     rng = random.Random(f"fedamole demo task {seed} {client.name}")
     answers: dict[str, str] = {}
-    while len(answers) < client.rows:
+    while len(answers) < client.rows + TEST_ROWS:
         context, answer = client.make(rng)
         answers[context] = answer
     cells = {
@@ -206,7 +210,9 @@ def readme(seed: int) -> str:
     lines += [
         "",
         f'`bank_city` has no instruction column; its question is the others\': "{ASK_URGENCY}"',
-        "In each domain the client with few rows gains from the other. Hospital and bank ask one question about letters"
+        f"`rows` are a client's own; its official test, `<client>.test.jsonl`, holds {TEST_ROWS} more of the same kind.",
+        "",
+        "In each domain the client with few rows has something to learn from the other. Hospital and bank ask one question about letters"
         " that hold a symptom and a money matter, and label by different parts; shop and weather service ask for one"
         " rewriting and want different lines.",
     ]
@@ -219,7 +225,8 @@ def write_task(out: Path, seed: int) -> int:
     texts = {"README.md": readme(seed)}
     for client in CLIENTS:
         rows = client_rows(client, seed)
-        texts[f"{client.name}.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for name, part in ((client.name, rows[:-TEST_ROWS]), (f"{client.name}.test", rows[-TEST_ROWS:])):
+            texts[f"{name}.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
         answers = Counter(row[client.columns[-1]] for row in rows)
         spread = dict(sorted(answers.items())) if client.options else f"{len(answers)} different answers"
         print(f"{client.name}: {len(rows)} rows, {spread}")

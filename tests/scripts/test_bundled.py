@@ -70,15 +70,16 @@ def test_task_is_what_its_script_writes(tmp_path):
     made = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     shipped = {file.name: file.read_bytes() for file in make_demo_task.TASK.iterdir()}
     assert made == shipped
-    assert len(shipped) == len(make_demo_task.CLIENTS) + 1 == 9
+    assert len(shipped) == 2 * len(make_demo_task.CLIENTS) + 1 == 17
     assert size(make_demo_task.TASK) <= TASK_BYTES
 
 
 @pytest.mark.parametrize("client", make_demo_task.CLIENTS, ids=lambda client: client.name)
 def test_rows_of_a_client(client, tokenizer):
-    lines = (make_demo_task.TASK / f"{client.name}.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    assert len(rows) == client.rows
+    files = [make_demo_task.TASK / f"{client.name}{part}.jsonl" for part in ("", ".test")]
+    own, test = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    assert (len(own), len(test)) == (client.rows, make_demo_task.TEST_ROWS)
+    rows = own + test
     assert all(tuple(row) == client.columns for row in rows)
     answers = [row[client.columns[-1]] for row in rows]
     if client.options:
