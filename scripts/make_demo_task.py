@@ -210,9 +210,10 @@ def readme(seed: int) -> str:
     lines += [
         "",
         f'`bank_city` has no instruction column; its question is the others\': "{ASK_URGENCY}"',
-        f"`rows` are a client's own; its official test, `<client>.test.jsonl`, holds {TEST_ROWS} more of the same kind.",
+        f"`rows` are a client's own; its official test, `<client>.test.jsonl`, holds {TEST_ROWS} more of the kind.",
         "",
-        "In each domain the client with few rows has something to learn from the other. Hospital and bank ask one question about letters"
+        "In each domain the client with few rows has something to learn from the other."
+        " Hospital and bank ask one question about letters"
         " that hold a symptom and a money matter, and label by different parts; shop and weather service ask for one"
         " rewriting and want different lines.",
     ]

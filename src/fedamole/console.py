@@ -91,7 +91,7 @@ def show(console: Console, comparisons: Sequence[Comparison], with_clients: bool
         table = Table(
             title=f"test score of the best validation round (seed {seeds})", title_style="bold",
             caption="accuracy (answers from options) or ROUGE-L, 0 to 100; * best of the trained methods; "
-            "KiB per client and round", caption_justify="left",
+            "loss in nats per answer token; KiB per client and round", caption_justify="left",
         )
         for place, name in enumerate(head):
             table.add_column(name, justify="left" if place == 0 else "right", no_wrap=place == 0)

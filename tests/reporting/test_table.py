@@ -94,3 +94,15 @@ def test_unfinished_runs_in_a_folder_are_left_out(runs, tmp_path, caplog) -> Non
         read_runs([tmp_path])
     with pytest.raises(RunError, match="fedamole resume"):
         read_runs([tmp_path / "torn"])
+
+
+def test_the_lowest_mean_loss_is_starred() -> None:
+    """Losses 1 and 3 make 2, losses 1 and 2 make 1.5; the base's 0.5 takes no part."""
+    runs = [run("fedit", a=1.0, b=1.0), run("local_only", a=1.0, b=1.0)]
+    for found, losses in zip(runs, [(1.0, 3.0), (1.0, 2.0)], strict=True):
+        for name, values in ((found.summary["method"], losses), ("base", (0.5, 0.5))):
+            clients = found.summary["rows"][name]["clients"]
+            clients["a"]["loss"], clients["b"]["loss"] = values
+    [comparison] = compare(runs)
+    table = {line[0]: line[1:] for line in grid(comparison)}
+    assert table["mean loss"] == ["0.500", "", "2.000", "1.500*"]

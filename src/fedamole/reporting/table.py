@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.reporting.runs import Run
 
-SUMMARY_LINES = ("mean", "worst client", "spread", "mean, last round", "best round", "KiB down / up")
-"""Lines under the clients; all but the last two are scores."""
+SCORE_LINES = ("mean", "worst client", "spread", "mean, last round")
+SUMMARY_LINES = (*SCORE_LINES, "mean loss", "best round", "KiB down / up")
+"""Lines under the clients. The loss (nats per answer token, mean over clients) tells models apart before scores do."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ def _column(label: str, entries: Sequence[tuple[Run, str]], clients: Sequence[st
         "worst client": [row["worst"] for row in rows],
         "spread": [row["spread"] for row in rows],
     }
+    losses = [[found["loss"] for found in row["clients"].values() if "loss" in found] for row in rows]
+    if all(losses):
+        lines["mean loss"] = [sum(found) / len(found) for found in losses]
     if trained:
         lines["mean, last round"] = [row["last_mean"] for row in rows]
         lines["best round"] = [row["best_round"] for row in rows]
@@ -100,22 +104,27 @@ def grid(comparison: Comparison, with_clients: bool = True) -> list[list[str]]:
             [client, *_starred(comparison, [column.clients[client] for column in comparison.columns])]
             for client in comparison.clients
         ]
-    for name in SUMMARY_LINES[:4]:
+    for name in SCORE_LINES:
         values = [column.lines.get(name, []) for column in comparison.columns]
         body.append([name, *(map(cell, values) if name == "spread" else _starred(comparison, values))])
-    body.append([SUMMARY_LINES[4], *(cell(column.lines.get("best round", []), 0) for column in comparison.columns)])
-    body.append([SUMMARY_LINES[5], *(_traffic(column) for column in comparison.columns)])
+    losses = [column.lines.get("mean loss", []) for column in comparison.columns]
+    body.append(["mean loss", *_starred(comparison, losses, digits=3, lowest=True)])
+    body.append(["best round", *(cell(column.lines.get("best round", []), 0) for column in comparison.columns)])
+    body.append(["KiB down / up", *(_traffic(column) for column in comparison.columns)])
     return [head, *body]
 
 
-def _starred(comparison: Comparison, values: Sequence[Sequence[float]]) -> list[str]:
+def _starred(
+    comparison: Comparison, values: Sequence[Sequence[float]], digits: int = 1, lowest: bool = False
+) -> list[str]:
+    sign = -1 if lowest else 1
     means = [
-        sum(found) / len(found) if found and column.label not in (BASE, MAJORITY) else -math.inf
+        sign * sum(found) / len(found) if found and column.label not in (BASE, MAJORITY) else -math.inf
         for column, found in zip(comparison.columns, values, strict=True)
     ]
     best = max(means)
     return [
-        cell(found) + ("*" if mean == best and best > -math.inf else "")
+        cell(found, digits) + ("*" if mean == best and best > -math.inf else "")
         for found, mean in zip(values, means, strict=True)
     ]
 
