@@ -6,7 +6,7 @@ import torch
 
 from fedamole.evaluation.likelihood import by_length
 from fedamole.model.bank import Bank
-from fedamole.model.batch import Ids
+from fedamole.model.batch import Ids, pad_left
 
 
 def generate_answers(
@@ -23,19 +23,13 @@ def generate_answers(
     stop = base.tokenizer.eos_token_id
     with torch.no_grad():
         for indices in _groups(prompts, max_new_tokens, batch_tokens, base.max_positions):
-            length = max(len(prompts[i]) for i in indices)
-            ids = torch.full((len(indices), length), base.pad_id)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(indices):
-                ids[row, length - len(prompts[i]) :] = torch.tensor(prompts[i])
-                mask[row, length - len(prompts[i]) :] = 1
+            ids, mask = pad_left([prompts[i] for i in indices], base.pad_id, base.device)
+            length = ids.shape[1]
             room = max(1, min(max_new_tokens, base.max_positions - length))
             greedy = GenerationConfig(
                 do_sample=False, max_new_tokens=room, pad_token_id=base.pad_id, eos_token_id=stop
             )
-            out = base.model.generate(
-                input_ids=ids.to(base.device), attention_mask=mask.to(base.device), generation_config=greedy
-            )
+            out = base.model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
             texts = base.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
             for i, text in zip(indices, texts, strict=True):
                 answers[i] = text.strip()

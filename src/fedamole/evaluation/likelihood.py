@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedamole.model.bank import Bank
-from fedamole.model.batch import Ids, answer_losses, collate
+from fedamole.model.batch import Ids, answer_losses, collate, pad_left
 
 
 def mean_loss(bank: Bank, rows: Sequence[tuple[Ids, Ids]], batch_tokens: int) -> float:
@@ -72,13 +72,7 @@ def option_losses(
 
 
 def _encode(bank: Bank, prompts: Sequence[Ids]) -> _Prompts:
-    length = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), length), bank.base.pad_id)
-    mask = torch.zeros(len(prompts), length, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        mask[row, length - len(prompt) :] = 1
-    ids, mask = ids.to(bank.base.device), mask.to(bank.base.device)
+    ids, mask = pad_left(prompts, bank.base.pad_id, bank.base.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     out = bank.base.model(
         input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1

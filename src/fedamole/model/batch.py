@@ -55,6 +55,17 @@ def collate(rows: Sequence[tuple[Ids, Ids]], pad_id: int) -> Batch:
     return Batch(ids, counted.flatten(), torch.tensor(positions), torch.tensor(labels), torch.tensor(owners))
 
 
+def pad_left(prompts: Sequence[Ids], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pad prompts on the left, so that all end at the same place: ids (B, L), and a mask that is 0 on padding."""
+    length = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), length), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        mask[row, length - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
 def answer_losses(logits: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy in nats of each answer token, (K), from logits (B, L, V), in float32 or better."""
     predicted = logits.flatten(0, 1)[batch.positions]
