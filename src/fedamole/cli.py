@@ -93,8 +93,10 @@ def run(config: ConfigPath = None, overrides: Overrides = None, as_json: AsJson 
     folder = free_folder(settings)
     Console(stderr=True).print(f"{settings.method_name} -> {folder}", highlight=False)
     with _watching(settings.run.name, as_json) as watcher:
-        start(settings, folder, watcher)
+        summary = start(settings, folder, watcher)
     _show([folder], as_json)
+    peak = f"peak memory {summary['peak_memory_mib']:,.0f} MiB with {summary['group']} clients in lock-step"
+    Console(stderr=True).print(peak, highlight=False)
 
 
 @app.command()
@@ -151,7 +153,7 @@ def plan(config: ConfigPath = None, overrides: Overrides = None, as_json: AsJson
         ("adapter", f"{planned.adapter_parameters:,.0f} trainable parameters per client on average"),
         ("traffic", f"{mib:.2f} MiB to a client and about as much back per round, {total:,.0f} MiB in all"),
         ("work", f"{planned.rounds} rounds x {planned.clients_per_round} clients x {planned.steps:.0f} steps"),
-        ("memory", f"about {planned.memory_mib:,.0f} MiB for base, one client's training and one batch"),
+        ("memory", f"about {planned.memory_mib:,.0f} MiB with {planned.group} clients in lock-step (run.group)"),
         ("assignment", "feasible"),
     ):
         console.print(f"{name:>10}  {value}", highlight=False, soft_wrap=True)

@@ -34,8 +34,15 @@ class RunSettings:
     """auto, cpu, cuda or cuda:N; auto takes the GPU if there is one."""
     threads: int = 0
     """Threads of PyTorch on a CPU; 0 = PyTorch's own choice. On a busy or small machine 1 is often fastest."""
+    group: int = 0
+    """Clients trained and evaluated in lock-step on the one base; 0 = as many as fit into the free memory."""
     tensorboard: bool = False
     """Also write losses and scores for TensorBoard (needs `pip install fedamole[tensorboard]`)."""
+
+    def __post_init__(self) -> None:
+        """Refuse a group without clients."""
+        if self.group < 0:
+            raise ConfigError(f"run.group = {self.group}: at least 1, or 0 to fill the free memory")
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class PlainWatcher(Watcher):
 
 
 class BarWatcher(Watcher):
-    """Two bars: the rounds, and the steps of the client at work."""
+    """Two bars: the rounds, and the steps of the clients at work."""
 
     def __init__(self, console: Console, title: str) -> None:
         """Draw on a terminal."""
@@ -60,9 +60,10 @@ class BarWatcher(Watcher):
         """Move the upper bar."""
         self.progress.update(self.rounds, total=rounds, completed=round_)
 
-    def client_started(self, round_: int, name: str) -> None:
+    def group_started(self, round_: int, names: Sequence[str]) -> None:
         """Start the lower bar anew."""
-        self.progress.reset(self.steps, total=None, description=f"  {name}", visible=True, note="")
+        who = names[0] if len(names) == 1 else f"{len(names)} clients"
+        self.progress.reset(self.steps, total=None, description=f"  {who}", visible=True, note="")
 
     def step(self, done: int, steps: int) -> None:
         """Move the lower bar."""

@@ -1,7 +1,6 @@
 """From a config to a run: the only place where everything is put together."""
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ from fedamole.data.manifest import Federation, Manifest, load_federation, read_m
 from fedamole.engine.in_process import InProcess
 from fedamole.errors import ConfigError
 from fedamole.federation.loop import Loop, Watcher
-from fedamole.federation.method import Client, Evaluates, Server, Trained
-from fedamole.federation.record import pack
+from fedamole.federation.method import Evaluates
 from fedamole.federation.run_folder import CONFIG, MANIFEST, RunFolder
 from fedamole.federation.worker import ClientData, Worker, client_data
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, Identity, load_base, resolve_device
-from fedamole.model.params import Adapter
+from fedamole.planning import Plan, chosen_group, planned
 from fedamole.reporting.tensorboard import TensorBoardMirror
 
 
@@ -79,16 +77,18 @@ def prepare(config: Config, manifest: Manifest | None = None) -> Prepared:
             f"training.max_length = {longest}: this base has {base.max_positions} positions; lower it"
         )
     clients = {shard.client: client_data(shard, base.tokenizer, longest) for shard in federation.shards}
+    group = config.run.group or chosen_group(config, base, clients)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, group=group))
     return Prepared(config, base, federation, clients)
 
 
 def start(config: Config, folder: Path, watcher: Watcher) -> dict[str, Any]:
     """Run a config in a new folder; return the summary."""
     RunFolder(folder).refuse_existing()
-    config = resolved(config, folder.resolve())
-    prepared = prepare(config)
+    prepared = prepare(resolved(config, folder.resolve()))
+    config = prepared.config
     run = RunFolder.create(
-        folder, tomli_w.dumps(config.tables()), prepared.federation.manifest.to_json(), config.method_name,
+        folder, tomli_w.dumps(prepared.config.tables()), prepared.federation.manifest.to_json(), config.method_name,
         prepared.base.identity,
     )
     return _run(prepared, run, watcher)
@@ -114,84 +114,14 @@ def _run(prepared: Prepared, folder: RunFolder, watcher: Watcher) -> dict[str, A
     mirror = TensorBoardMirror(folder.path / "tensorboard") if config.run.tensorboard else None
     with folder.locked():
         loop = Loop(
-            config.method, rows, InProcess(worker, prepared.clients, watcher), prepared.base.shapes,
-            config.federation, folder,
+            config.method, rows, InProcess(worker, prepared.clients, watcher, config.run.group),
+            prepared.base.shapes, config.federation, folder,
             seed=config.run.seed, select=config.evaluation.select, watcher=watcher, mirror=mirror,
         )
         return loop.run()
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a run would do, without running it."""
-
-    clients: tuple[dict[str, Any], ...]
-    """Name, task, and size of each split."""
-    base: str
-    base_parameters: int
-    targets: int
-    """Adapted linears."""
-    adapter_parameters: float
-    """Mean over the clients, in round 0."""
-    bytes_down: float
-    """Mean per client and round; what comes back up is about as much."""
-    memory_mib: float
-    """Estimate: base, the largest client's adapter with gradient and Adam state, and one batch's activations."""
-    steps: float
-    """Mean optimiser steps of a client per round."""
-    rounds: int
-    clients_per_round: int
-
-
 def plan(config: Config) -> Plan:
-    """Work out sizes, feasibility, parameters and traffic of a run without running anything."""
-    config = resolved(config, free_folder(config))
-    prepared = prepare(config)
-    base, method = prepared.base, config.method
-    infos = tuple(prepared.clients[name].info for name in sorted(prepared.clients))
-    server = Server(base.shapes, infos, config.run.seed)
-    state = method.init(server)
-    messages = {info.name: method.message(state, info) for info in infos}
-    adapters = []
-    for info in infos:
-        client = Client(info, base.shapes, config.run.seed, 0, _never)
-        adapters.append(method.adapter(client, method.first_keep(client), messages[info.name]).parameters())
-    return Plan(
-        clients=tuple(_client_row(prepared.clients[info.name]) for info in infos),
-        base=base.name,
-        base_parameters=sum(weight.numel() for weight in base.model.parameters()),
-        targets=len(base.shapes),
-        adapter_parameters=_mean(adapters),
-        bytes_down=_mean([len(pack(message)) for message in messages.values()]),
-        memory_mib=_memory_mib(config, base, max(adapters)),
-        steps=_mean([config.training.steps(info.examples) for info in infos]),
-        rounds=config.federation.rounds,
-        clients_per_round=max(1, round(config.federation.cohort * len(infos))),
-    )
-
-
-def _never(_: Adapter) -> Trained:
-    raise RuntimeError("a plan trains nothing")
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _client_row(data: ClientData) -> dict[str, Any]:
-    task = "classification" if data.train.examples[0].options else "generation"
-    sizes = {name: len(getattr(data, name).rows) for name in ("train", "embedding", "validation", "test")}
-    return {"client": data.info.name, "task": task, **sizes}
-
-
-def _memory_mib(config: Config, base: Base, adapter_parameters: int) -> float:
-    """Rough: weights; 16 bytes per adapter number; about 24 values per token and hidden unit of every layer; logits."""
-    weights = list(base.model.parameters())
-    text = base.model.config.get_text_config()
-    tokens = config.training.batch_size * config.training.max_length
-    item = weights[0].element_size()
-    layers = 1 if config.base.gradient_checkpointing else text.num_hidden_layers
-    activations = tokens * (24 * layers * text.hidden_size * item + text.vocab_size * (item + 4))
-    held = sum(weight.numel() * weight.element_size() for weight in weights)
-    total: float = held + 16 * adapter_parameters + activations
-    return total / 2**20
+    """Work out sizes, feasibility, parameters, traffic and memory of a run without running anything."""
+    prepared = prepare(resolved(config, free_folder(config)))
+    return planned(prepared.config, prepared.base, prepared.clients)

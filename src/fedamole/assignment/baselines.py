@@ -30,7 +30,7 @@ def random_probabilities(
 def homogeneous(P: Scores, bounds: Bounds, *, expert_ids: Sequence[str], client_ids: Sequence[str]) -> Chosen:
     """Give every client floor or ceil of E k_c / C experts, chosen by relevance: no client is larger.
 
-    Shapes: P and result (E, C). Errors: as `select_for_remaining`; max_experts stays a hard limit when
+    Shapes: P and result (..., E, C). Errors: as `select_for_remaining`; max_experts stays a hard limit when
     clients have left for good, and min_experts follows from the equal shares.
     Source: arXiv 2411.19128, the homogeneous ablation; floor and ceil serve E k_c that C does not divide.
     """

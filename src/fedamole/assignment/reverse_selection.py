@@ -47,10 +47,10 @@ def check_feasible(*, experts: int, clients: int, bounds: Bounds, top_k: int) ->
 
 
 def select(P: Scores, bounds: Bounds, *, expert_ids: Sequence[str], client_ids: Sequence[str]) -> Chosen:
-    """Solve the assignment of one module to the optimum.
+    """Solve the assignment of one module, or of each of several, to the optimum.
 
-    Shapes: P (E, C) within [0, 1]; result X (E, C), true where the client holds the expert. The sum of P * X
-    is within E k_c 1e-9 of the optimum.
+    Shapes: P (..., E, C) within [0, 1], each of the leading places a module of its own; result X like P, true where
+    the client holds the expert. A module's sum of P * X is within E k_c 1e-9 of the optimum.
     Errors: `InfeasibleError` for bounds that no X keeps, `ScoreError` for a P that is not finite or outside
     [0, 1], `ValueError` for ids that repeat or do not fit P, `RuntimeError` for a fault of the solver.
     Source: arXiv 2411.19128, step 6 of the round.
@@ -58,7 +58,7 @@ def select(P: Scores, bounds: Bounds, *, expert_ids: Sequence[str], client_ids: 
     check_feasible(experts=len(expert_ids), clients=len(client_ids), bounds=bounds, top_k=0)
     place, values, ties = _by_identity(P, expert_ids, client_ids)
     X = np.zeros(P.shape, dtype=bool)
-    X[place] = best_choice(
+    X[..., *place] = best_choice(
         values, ties, picks=bounds.expert_choices, fewest=bounds.min_experts, most=bounds.max_experts
     )
     return X
@@ -67,7 +67,7 @@ def select(P: Scores, bounds: Bounds, *, expert_ids: Sequence[str], client_ids: 
 def select_for_remaining(
     P: Scores, bounds: Bounds, *, expert_ids: Sequence[str], client_ids: Sequence[str]
 ) -> Chosen:
-    """Solve the assignment of one module over the clients that remain after others left for good.
+    """Solve the assignment over the clients that remain after others left for good.
 
     Shapes and errors as `select`, whose answer it is while the bounds can be kept. With few clients left, k_c
     is cut to C; where max_experts (a limit of memory) still cannot take all choices, it is kept and gives
@@ -84,13 +84,14 @@ def select_for_remaining(
     place, values, ties = _by_identity(P, expert_ids, client_ids)
     X = np.zeros(P.shape, dtype=bool)
     # The same problem with the sides exchanged: now it is the clients whose number of choices is fixed.
-    X[place] = best_choice(
-        values.T,
+    transposed = best_choice(
+        values.swapaxes(-1, -2),
         ties.T,
         picks=bounds.max_experts,
         fewest=int(bounds.max_experts * C >= E),
         most=choices,
-    ).T
+    )
+    X[..., *place] = transposed.swapaxes(-1, -2)
     return X
 
 
@@ -98,18 +99,18 @@ def _by_identity(
     P: Scores, expert_ids: Sequence[str], client_ids: Sequence[str]
 ) -> tuple[Place, Scores, Hashes]:
     """Where each (expert, client) stands in P when sorted by id, P in that order, and its tie hashes."""
-    if P.shape != (len(expert_ids), len(client_ids)):
+    if P.shape[-2:] != (len(expert_ids), len(client_ids)):
         raise ValueError(f"P has shape {P.shape} for {len(expert_ids)} experts and {len(client_ids)} clients")
     usable = (P >= 0) & (P <= 1)
     if not usable.all():
-        i, c = np.argwhere(~usable)[0]
+        *module, i, c = np.argwhere(~usable)[0]
         raise ScoreError(
-            f"P of expert {expert_ids[i]} for client {client_ids[c]} is {P[i, c]}, not a probability within "
+            f"P of expert {expert_ids[i]} for client {client_ids[c]} is {P[*module, i, c]}, not a probability within "
             "[0, 1]; give the output of choice_probabilities on finite scores"
         )
     place = sorted_place(expert_ids, client_ids)
     ties = tie_hashes(expert_ids, client_ids)
-    return place, np.asarray(P[place], dtype=np.float64), ties[place]
+    return place, np.asarray(P[..., *place], dtype=np.float64), ties[place]
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,26 @@
-"""The default engine: all clients in this process, one after the other, on one resident base."""
+"""The default engine: all clients in this process, in groups, on one resident base."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
+from fedamole.errors import FedamoleError
 from fedamole.federation.loop import Watcher
 from fedamole.federation.method import ClientInfo
 from fedamole.federation.worker import Answer, ClientData, Scores, Worker
+from fedamole.model.memory import out_of_memory
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 
 class InProcess:
     """Every client's worker is the same object: what tells clients apart is their data and their folder."""
 
-    def __init__(self, worker: Worker, data: Mapping[str, ClientData], watcher: Watcher) -> None:
-        """Serve the clients named in `data`."""
-        self.worker, self.data, self.watcher = worker, data, watcher
+    def __init__(self, worker: Worker, data: Mapping[str, ClientData], watcher: Watcher, group: int) -> None:
+        """Serve the clients named in `data`, `group` of them at once; only their adapters are in memory together."""
+        self.worker, self.data, self.watcher, self.group = worker, data, watcher, group
 
     @property
     def clients(self) -> tuple[ClientInfo, ...]:
@@ -21,18 +29,19 @@ class InProcess:
 
     def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, Answer]:
         """Train a cohort, each on its own message."""
-        answers = {}
-        for name in sorted(messages):
-            self.watcher.client_started(round_, name)
-            answers[name] = self.worker.update(self.data[name], round_, messages[name], self.watcher.step)
-            self.watcher.client_done(round_, name, answers[name].report)
-        return answers
+
+        def work(group: Sequence[ClientData]) -> dict[str, Answer]:
+            self.watcher.group_started(round_, [data.info.name for data in group])
+            answers = self.worker.update(group, round_, messages, self.watcher.step)
+            for name, answer in answers.items():
+                self.watcher.client_done(round_, name, answer.report)
+            return answers
+
+        return self._in_groups(messages, work)
 
     def evaluate(self, round_: int, row: str, messages: Mapping[str, bytes | None]) -> dict[str, Scores]:
         """Score the present models of some clients on validation."""
-        return {
-            name: self.worker.evaluate(self.data[name], round_, row, messages[name]) for name in sorted(messages)
-        }
+        return self._in_groups(messages, lambda group: self.worker.evaluate(group, round_, row, messages))
 
     def keep(self, row: str) -> None:
         """Let every client save its present model as its best so far."""
@@ -41,7 +50,7 @@ class InProcess:
 
     def bare(self, split: str) -> dict[str, Scores]:
         """Scores of the untuned base on every client's split."""
-        return {name: self.worker.bare(self.data[name], split) for name in sorted(self.data)}
+        return self._in_groups(self.data, lambda group: self.worker.bare(group, split))
 
     def majority(self) -> dict[str, Scores]:
         """Scores of a constant answer on every client's test split."""
@@ -50,4 +59,27 @@ class InProcess:
     def test(self, row: str, best: bool) -> dict[str, Scores]:
         """Scores on every client's test split of the best round's models, or of the last round's."""
         score = self.worker.test_best if best else self.worker.test_last
-        return {name: score(self.data[name], row) for name in sorted(self.data)}
+        return self._in_groups(self.data, lambda group: score(group, row))
+
+    def _in_groups(
+        self, names: Mapping[str, object], work: Callable[[Sequence[ClientData]], Mapping[str, R]]
+    ) -> dict[str, R]:
+        """Work on clients a group at a time; where memory runs out, halve the group and do it again."""
+        waiting, results = [self.data[name] for name in sorted(names)], dict[str, R]()
+        while waiting:
+            group = waiting[: self.group]
+            try:
+                results.update(work(group))
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                if len(group) == 1:
+                    raise FedamoleError(
+                        f"out of memory with one client at a time ({group[0].info.name}): lower training.batch_size, "
+                        "training.max_length or evaluation.batch_tokens, or set base.gradient_checkpointing = true"
+                    ) from error
+                self.group = (len(group) + 1) // 2
+                log.warning("out of memory with %d clients at once, going on with %d", len(group), self.group)
+                continue
+            waiting = waiting[len(group) :]
+        return results

@@ -7,32 +7,40 @@ import torch
 from fedamole.evaluation.likelihood import by_length
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, pad_left
+from fedamole.model.segments import Shares
 
 
 def generate_answers(
-    bank: Bank, prompts: Sequence[Ids], max_new_tokens: int, batch_tokens: int
-) -> list[str]:
-    """Continue each prompt greedily up to the end-of-text token or `max_new_tokens`; return the texts, stripped.
+    bank: Bank, clients: Sequence[Sequence[Ids]], max_new_tokens: int, batch_tokens: int
+) -> list[list[str]]:
+    """Continue each client's prompts greedily up to the end-of-text token or `max_new_tokens`; texts are stripped.
 
-    Prompts of similar length are padded on the left and generated together, at most `batch_tokens` tokens at a time.
-    An answer ends early where the base has no positions left for it.
+    Prompts of similar length, of whatever clients, are padded on the left and generated together, at most
+    `batch_tokens` tokens at a time. An answer ends early where the base has no positions left for it.
     """
     from transformers import GenerationConfig
 
-    base, answers = bank.base, [""] * len(prompts)
+    rows = [(client, place) for client, part in enumerate(clients) for place in range(len(part))]
+    prompts = [clients[client][place] for client, place in rows]
+    base, answers = bank.base, [[""] * len(part) for part in clients]
+    bank.window(0, bank.clients)
     stop = base.tokenizer.eos_token_id
     with torch.no_grad():
         for indices in _groups(prompts, max_new_tokens, batch_tokens, base.max_positions):
+            indices.sort()  # one client's rows after the other's
+            amounts = tuple(sum(rows[i][0] == client for i in indices) for client in range(len(clients)))
             ids, mask = pad_left([prompts[i] for i in indices], base.pad_id, base.device)
             length = ids.shape[1]
             room = max(1, min(max_new_tokens, base.max_positions - length))
             greedy = GenerationConfig(
                 do_sample=False, max_new_tokens=room, pad_token_id=base.pad_id, eos_token_id=stop
             )
-            out = base.model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+            with bank.recording(shares=Shares(amounts, base.device)):
+                out = base.model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
             texts = base.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
             for i, text in zip(indices, texts, strict=True):
-                answers[i] = text.strip()
+                client, place = rows[i]
+                answers[client][place] = text.strip()
     return answers
 
 

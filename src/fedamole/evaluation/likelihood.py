@@ -1,25 +1,36 @@
-"""Answers chosen by likelihood: the option with the lowest mean token loss after the prompt."""
+"""Answers chosen by likelihood: the option with the lowest mean token loss after the prompt.
 
-import copy
+The options of a prompt form a tree: options that begin alike share their first tokens. A prompt is encoded once, and
+the tree of its options in one more pass, in which a token sees the prompt's keys and values and its own ancestors. So
+no token of prompt or options is computed twice, and the cache is never copied.
+"""
+
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from fedamole.model.bank import Bank
-from fedamole.model.batch import Ids, answer_losses, collate, pad_left
+from fedamole.model.batch import Ids, Row, batches, collate, pad_left, token_losses
+from fedamole.model.segments import Shares, totals
+
+LOGITS_AT_ONCE = 2**26
+"""Numbers of logits turned into log-probabilities at a time."""
 
 
-def mean_loss(bank: Bank, rows: Sequence[tuple[Ids, Ids]], batch_tokens: int) -> float:
-    """Mean loss per answer token, in nats, over (prompt, answer) rows; at most `batch_tokens` tokens at a time."""
-    total, count = 0.0, 0
+def mean_losses(bank: Bank, clients: Sequence[Sequence[Row]], batch_tokens: int) -> list[float]:
+    """Mean loss per answer token, in nats, of each client's rows under its loaded adapter (or the bare base)."""
+    total = torch.zeros(len(clients), dtype=torch.float64)
+    counts = torch.zeros(len(clients), dtype=torch.float64)
     with torch.no_grad():
-        for indices in by_length([len(prompt) + len(answer) for prompt, answer in rows], batch_tokens):
-            batch = collate([rows[i] for i in indices], bank.base.pad_id).to(bank.base.device)
-            losses = answer_losses(bank.logits(batch.ids), batch)
-            total, count = total + float(losses.double().sum()), count + len(losses)
-    return total / count
+        for batch in batches(clients, bank.base.pad_id, bank.packs, batch_tokens):
+            batch = batch.to(bank.base.device)
+            with bank.reading(batch) as logits:
+                total += totals(token_losses(logits, batch.labels).double(), batch.answers).cpu()
+            counts += torch.tensor(batch.answers.lengths)
+    means: list[float] = (total / counts).tolist()
+    return means
 
 
 def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -34,75 +45,135 @@ def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         yield group
 
 
-@dataclass(frozen=True)
-class _Prompts:
-    """A batch of encoded prompts, padded on the left so that all end at the same place."""
+class Tree:
+    """The options of one prompt as a tree whose nodes are tokens; node 0 is the prompt's end.
 
-    mask: Tensor
-    """(B, L), 1 where a token is not padding."""
-    first: Tensor
-    """Log-probabilities of the token after each prompt, (B, V)."""
-    cache: object
-    """Keys and values of the prompts, as transformers holds them."""
+    After it come the inner nodes, those that something follows, each after its parent; then the leaves.
+    """
+
+    def __init__(self, options: Sequence[Ids]) -> None:
+        """Merge what options have in common at their beginnings."""
+        self.options = options
+        beginnings = {tuple(option[:length]) for option in options for length in range(1, len(option) + 1)}
+        followed = {beginning[:-1] for beginning in beginnings} - {()}
+        nodes = [*sorted(followed, key=lambda b: (len(b), b)), *sorted(beginnings - followed)]
+        place = {beginning: node for node, beginning in enumerate(nodes, start=1)} | {(): 0}
+        self.inner = len(followed)
+        self.tokens = [0, *(beginning[-1] for beginning in nodes)]
+        self.parents = [0, *(place[beginning[:-1]] for beginning in nodes)]
+        self.depths = torch.tensor([0, *map(len, nodes)])
+        self.paths = [[place[tuple(option[: length + 1])] for length in range(len(option))] for option in options]
+        self.sees = torch.eye(self.inner, dtype=torch.bool)
+        """(inner, inner): whether an inner node sees another: itself and its ancestors."""
+        for node in range(1, self.inner + 1):
+            if self.parents[node]:
+                self.sees[node - 1] |= self.sees[self.parents[node] - 1]
 
 
 def option_losses(
-    bank: Bank, prompts: Sequence[Ids], options: Sequence[Sequence[Ids]], batch_tokens: int
-) -> list[list[float]]:
-    """Mean token loss of every option of every prompt.
+    bank: Bank, clients: Sequence[Sequence[tuple[Ids, Sequence[Ids]]]], batch_tokens: int
+) -> list[list[list[float]]]:
+    """Mean token loss of every option of every (prompt, options) row of each client.
 
-    Prompt and options are tokenised apart, as in training, and each option ends with the end-of-text token. A prompt
-    is encoded once; its keys and values are then repeated for a chunk of options at a time, so that memory is
-    bounded by `batch_tokens` however many options there are.
+    Prompt and options are tokenised apart, as in training, and each option ends with the end-of-text token.
     """
-    results: list[list[float]] = [[0.0] * len(choices) for choices in options]
+    rows = [(client, place) for client, part in enumerate(clients) for place in range(len(part))]
+    prompts = [clients[client][place][0] for client, place in rows]
+    grown = {tuple(options): Tree(options) for part in clients for options in {tuple(row[1]) for row in part}}
+    trees = [grown[tuple(clients[client][place][1])] for client, place in rows]
+    results: list[list[list[float]]] = [[[] for _ in part] for part in clients]
+    window = getattr(bank.base.model.config.get_text_config(), "sliding_window", None)
+    bank.window(0, bank.clients)
     with torch.no_grad():
-        for indices in by_length([len(prompt) for prompt in prompts], batch_tokens):
-            encoded = _encode(bank, [prompts[i] for i in indices])
-            pairs = [(row, choice) for row, i in enumerate(indices) for choice in range(len(options[i]))]
-            longest = max(len(options[i][choice]) for i in indices for choice in range(len(options[i])))
-            chunk = max(1, batch_tokens // (encoded.mask.shape[1] + longest))
-            for start in range(0, len(pairs), chunk):
-                part = pairs[start : start + chunk]
-                ids = [options[indices[row]][choice] for row, choice in part]
-                losses = _continue(bank, encoded, [row for row, _ in part], ids)
-                for (row, choice), loss in zip(part, losses, strict=True):
-                    results[indices[row]][choice] = loss
+        sizes = [len(prompt) + tree.inner for prompt, tree in zip(prompts, trees, strict=True)]
+        for group in by_length(sizes, batch_tokens):
+            group.sort()  # one client's rows after the other's
+            amounts = [sum(rows[i][0] == client for i in group) for client in range(len(clients))]
+            chosen = [trees[i] for i in group]
+            longest = max(len(prompts[i]) for i in group) + max(tree.inner for tree in chosen)
+            with_tree = bank.packs and (window is None or longest <= window)
+            score = _tree_losses if with_tree else _plain_losses
+            for i, losses in zip(group, score(bank, amounts, [prompts[i] for i in group], chosen), strict=True):
+                client, place = rows[i]
+                results[client][place] = losses
     return results
 
 
-def _encode(bank: Bank, prompts: Sequence[Ids]) -> _Prompts:
-    ids, mask = pad_left(prompts, bank.base.pad_id, bank.base.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    out = bank.base.model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
-    )
-    return _Prompts(mask, torch.log_softmax(out.logits[:, -1].float(), dim=-1), out.past_key_values)
+def _tree_losses(bank: Bank, amounts: list[int], prompts: Sequence[Ids], trees: Sequence[Tree]) -> list[list[float]]:
+    """One pass over the prompts, padded on the left so that all end at the same place, and one over their trees."""
+    base, shares = bank.base, Shares(tuple(amounts), bank.base.device)
+    ids, mask = pad_left(prompts, base.pad_id, base.device)
+    with bank.recording(shares=shares):
+        out = base.model(
+            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True,
+            logits_to_keep=1,
+        )
+    starts = [0, *accumulate(len(tree.tokens) for tree in trees)]
+    gained = torch.zeros(starts[-1], dtype=torch.float64)  # log-probability of each node's token after its parent
+    sources: list[list[int]] = [[], []]  # where the parent's logits are: of the prompts' ends, of inner nodes
+    nodes: list[list[int]] = [[], []]
+    before = [0, *accumulate(tree.inner for tree in trees)]
+    for row, tree in enumerate(trees):
+        for node, parent in enumerate(tree.parents[1:], start=1):
+            sources[parent > 0].append(before[row] + parent - 1 if parent else row)
+            nodes[parent > 0].append(starts[row] + node)
+    tokens = torch.tensor([token for tree in trees for token in tree.tokens])
+    gained[nodes[0]] = _log_probabilities(out.logits[:, -1], sources[0], tokens[nodes[0]])
+    if nodes[1]:
+        logits = _tree_logits(bank, shares, mask, trees, out.past_key_values)
+        gained[nodes[1]] = _log_probabilities(logits, sources[1], tokens[nodes[1]])
+    return [
+        [-float(gained[start : start + len(tree.tokens)][path].mean()) for path in tree.paths]
+        for start, tree in zip(starts, trees, strict=False)
+    ]
 
 
-def _continue(bank: Bank, encoded: _Prompts, rows: list[int], options: Sequence[Ids]) -> list[float]:
-    """Mean token loss of options[j] after the prompt of rows[j]."""
-    device = bank.base.device
-    lengths = torch.tensor([len(option) for option in options], device=device)
-    ids = torch.zeros(len(options), int(lengths.max()), dtype=torch.long)
-    for row, option in enumerate(options):
-        ids[row, : len(option)] = torch.tensor(option)
-    ids, chosen = ids.to(device), torch.tensor(rows, device=device)
-    inside = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-    gained = [encoded.first[chosen].gather(1, ids[:, :1])]
-    if ids.shape[1] > 1:
-        cache = copy.deepcopy(encoded.cache)
-        cache.batch_select_indices(chosen)  # type: ignore[attr-defined]
-        before = encoded.mask[chosen]
-        positions = before.sum(1, keepdim=True) + torch.arange(ids.shape[1] - 1, device=device)
-        out = bank.base.model(
-            input_ids=ids[:, :-1],
-            attention_mask=torch.cat([before, inside[:, :-1].long()], dim=1),
-            position_ids=positions,
+def _tree_logits(bank: Bank, shares: Shares, mask: Tensor, trees: Sequence[Tree], cache: object) -> Tensor:
+    """Logits (K, V) of all inner nodes of all trees, which go on from the cached prompts; mask (B, L) of prompts."""
+    base, width = bank.base, max(tree.inner for tree in trees)
+    ids, depths = torch.zeros(2, len(trees), width, dtype=torch.long)
+    sees = torch.eye(width, dtype=torch.bool).repeat(len(trees), 1, 1)
+    inside = torch.zeros(len(trees), width, dtype=torch.bool)
+    for row, tree in enumerate(trees):
+        ids[row, : tree.inner] = torch.tensor(tree.tokens[1 : tree.inner + 1])
+        depths[row, : tree.inner] = tree.depths[1 : tree.inner + 1] - 1
+        sees[row, : tree.inner, : tree.inner] = tree.sees
+        inside[row, : tree.inner] = True
+    prompt = mask.bool()[:, None].expand(-1, width, -1)
+    visible = torch.cat([prompt, sees.to(base.device)], dim=2)[:, None]
+    dtype = base.model.dtype
+    additive = torch.zeros(visible.shape, dtype=dtype, device=base.device)
+    additive.masked_fill_(~visible, torch.finfo(dtype).min)
+    wanted = inside.flatten().nonzero().squeeze(1).to(base.device)
+    with bank.recording(shares=shares, predicting=wanted):
+        logits: Tensor = base.model(
+            input_ids=ids.to(base.device),
+            attention_mask=additive,
+            position_ids=mask.sum(1, keepdim=True) + depths.to(base.device),
             past_key_values=cache,
             use_cache=True,
-        )
-        later = torch.log_softmax(out.logits.float(), dim=-1)
-        gained.append(later.gather(2, ids[:, 1:, None]).squeeze(2))
-    losses: list[float] = (-(torch.cat(gained, dim=1) * inside).sum(1) / lengths).tolist()
-    return losses
+        ).logits
+    return logits.squeeze(0)
+
+
+def _log_probabilities(logits: Tensor, sources: list[int], tokens: Tensor) -> Tensor:
+    """Log-probabilities (E) of `tokens` (E) after the rows `sources` of logits (N, V), in float64 on the CPU."""
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    norms = [part.to(precise).logsumexp(1) for part in logits.split(max(1, LOGITS_AT_ONCE // logits.shape[1]))]
+    places = torch.tensor(sources, device=logits.device)
+    chosen = logits[places, tokens.to(logits.device)].to(precise)
+    return (chosen - torch.cat(norms)[places]).double().cpu()
+
+
+def _plain_losses(bank: Bank, amounts: list[int], prompts: Sequence[Ids], trees: Sequence[Tree]) -> list[list[float]]:
+    """Whole forward passes over prompt and option, for bases where more than full attention mixes tokens."""
+    found: list[list[float]] = []
+    owners = [client for client, amount in enumerate(amounts) for _ in range(amount)]
+    for owner, prompt, tree in zip(owners, prompts, trees, strict=True):
+        rows: list[list[Row]] = [[] for _ in amounts]
+        rows[owner] = [(prompt, option) for option in tree.options]
+        batch = collate(rows, bank.base.pad_id, bank.packs).to(bank.base.device)
+        with bank.reading(batch) as logits:
+            losses = token_losses(logits, batch.labels)
+        found.append([float(part.double().mean()) for part in losses.split([len(option) for option in tree.options])])
+    return found

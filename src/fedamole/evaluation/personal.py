@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from fedamole.errors import ConfigError
 from fedamole.evaluation.generation import generate_answers
-from fedamole.evaluation.likelihood import mean_loss, option_losses
+from fedamole.evaluation.likelihood import mean_losses, option_losses
 from fedamole.evaluation.scores import GenerationScore, accuracy, generation_scores
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids
@@ -68,27 +68,44 @@ def score_name(example: Example, settings: EvaluationSettings) -> str:
     return "accuracy" if example.options else settings.generation_score
 
 
-def loss_of(bank: Bank, rows: Sequence[TokenRow], settings: EvaluationSettings) -> float:
-    """Mean loss per answer token of the loaded model."""
-    return mean_loss(bank, [(row.prompt, row.answer) for row in rows], settings.batch_tokens)
+def losses_of(bank: Bank, clients: Sequence[Sequence[TokenRow]], settings: EvaluationSettings) -> list[float]:
+    """Mean loss per answer token of each client's rows under its loaded adapter."""
+    rows = [[(row.prompt, row.answer) for row in part] for part in clients]
+    return mean_losses(bank, rows, settings.batch_tokens)
 
 
 def scores_of(
-    bank: Bank, rows: Sequence[TokenRow], examples: Sequence[Example], settings: EvaluationSettings
-) -> dict[str, float]:
-    """Scores in 0 .. 100 of the loaded model, the headline also under `score`; rows and examples go in pairs."""
-    prompts, references = [row.prompt for row in rows], [example.answer for example in examples]
-    if examples[0].options:
-        losses = option_losses(bank, prompts, [row.options for row in rows], settings.batch_tokens)
-        chosen = [
-            example.options[values.index(min(values))]
-            for example, values in zip(examples, losses, strict=True)
-        ]
-        scores = {"accuracy": accuracy(chosen, references)}
-    else:
-        answers = generate_answers(bank, prompts, settings.max_new_tokens, settings.batch_tokens)
-        scores = generation_scores(answers, references)
-    return {**scores, "score": scores[score_name(examples[0], settings)]}
+    bank: Bank,
+    clients: Sequence[Sequence[TokenRow]],
+    examples: Sequence[Sequence[Example]],
+    settings: EvaluationSettings,
+) -> list[dict[str, float]]:
+    """Scores in 0 .. 100 of each client's model, the headline also under `score`; rows and examples go in pairs."""
+    choosing = [bool(part[0].options) for part in examples]
+    by_option = option_losses(
+        bank,
+        [[(row.prompt, row.options) for row in part] if chooses else []
+         for part, chooses in zip(clients, choosing, strict=True)],
+        settings.batch_tokens,
+    )
+    texts = generate_answers(
+        bank,
+        [[] if chooses else [row.prompt for row in part] for part, chooses in zip(clients, choosing, strict=True)],
+        settings.max_new_tokens,
+        settings.batch_tokens,
+    )
+    found = []
+    for part, chooses, losses, answers in zip(examples, choosing, by_option, texts, strict=True):
+        references = [example.answer for example in part]
+        if chooses:
+            chosen = [
+                example.options[values.index(min(values))] for example, values in zip(part, losses, strict=True)
+            ]
+            scores = {"accuracy": accuracy(chosen, references)}
+        else:
+            scores = generation_scores(answers, references)
+        found.append({**scores, "score": scores[score_name(part[0], settings)]})
+    return found
 
 
 def majority_scores(

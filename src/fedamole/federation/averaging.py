@@ -14,17 +14,15 @@ def mean_by_key(replies: Mapping[str, Tensors], weights: Mapping[str, float], pr
     `weights` (by client, any positive scale) are normalised among the holders of each key. Clients are summed in
     the order of their names and in float64, so the result does not depend on the order of arrival.
     """
-    sums: dict[str, Tensor] = {}
-    totals: dict[str, float] = {}
+    holders: dict[str, list[str]] = {}
     for client in sorted(replies):
-        for key, tensor in replies[client].items():
-            part = tensor.to(torch.float64) * weights[client]
-            sums[key] = sums[key] + part if key in sums else part
-            totals[key] = totals.get(key, 0.0) + weights[client]
-    means = {key: (total / totals[key]).to(_dtype(replies, key)) for key, total in sums.items()}
+        for key in replies[client]:
+            holders.setdefault(key, []).append(client)
+    means = {}
+    for key, clients in holders.items():  # one key after the other, so that float64 takes no second pool of memory
+        first = replies[clients[0]][key]
+        total = torch.zeros_like(first, dtype=torch.float64)
+        for client in clients:
+            total += replies[client][key].to(torch.float64) * weights[client]
+        means[key] = (total / sum(weights[client] for client in clients)).to(first.dtype)
     return {**previous, **means}
-
-
-def _dtype(replies: Mapping[str, Tensors], key: str) -> torch.dtype:
-    """Return the dtype in which a key was returned."""
-    return next(tensors[key].dtype for tensors in replies.values() if key in tensors)

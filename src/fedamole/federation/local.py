@@ -1,7 +1,12 @@
-"""fit(): the only training loop. It belongs to nobody: no method copies or overrides it."""
+"""fit(): the only training loop. It belongs to nobody: no method copies or overrides it.
 
-import math
+It trains a group of clients in lock-step on one resident base: in each step one forward and one backward pass work on
+the batches of all of them, each client's rows under its own adapter. One client is a group of one.
+"""
+
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,90 +15,199 @@ from fedamole.errors import FedamoleError
 from fedamole.federation.method import Trained
 from fedamole.federation.randomness import derived_seed, torch_generator
 from fedamole.federation.settings import TrainingSettings
-from fedamole.model.bank import Bank, MeanEmbeddings
-from fedamole.model.batch import Batch, Ids, answer_losses, collate
+from fedamole.model.bank import Bank, EmbeddingSum, MeanEmbeddings
+from fedamole.model.batch import Row, batches, collate, token_losses
 from fedamole.model.params import Adapter
+from fedamole.model.segments import totals
 
-Row = tuple[Ids, Ids]
-"""Token ids of a prompt and of its answer."""
+log = logging.getLogger(__name__)
+
 OnStep = Callable[[int, int], None]
 """Called with (steps done, steps to do)."""
 
 NAN_EVERY = 16
 """Steps between two looks at the losses; each look waits for the device."""
+TOKENS_AT_ONCE = 2048
+"""Tokens of a forward pass on a CPU beyond which more clients at once no longer gain (docs/performance.md)."""
 
 
 class DivergedError(FedamoleError):
     """The loss became NaN or infinite in local training."""
 
 
+@dataclass(frozen=True)
+class LocalTask:
+    """One client's local training: what it starts from and what it learns from."""
+
+    client: str
+    adapter: Adapter
+    rows: Sequence[Row]
+    learning_rate: float
+    """Adam's learning rate in this round."""
+
+
 def fit(
     bank: Bank,
-    adapter: Adapter,
-    rows: Sequence[Row],
+    tasks: Sequence[LocalTask],
     settings: TrainingSettings,
     *,
     seed: int,
-    client: str,
     round_: int,
     on_step: OnStep | None = None,
-) -> Trained:
-    """Train an adapter on a client's rows for one round and return it (steps 2 of a round).
+) -> list[Trained | DivergedError]:
+    """Train a group of clients for one round (step 2 of a round); return what each became, in the order given.
 
-    Adam starts anew each round at learning_rate * lr_decay^round. The loss is the mean over a batch's answer tokens
-    plus balance_weight times the sum of the modules' balance losses. Order and dropout come from (seed, client,
-    round) alone. Errors: DivergedError naming client, round and step.
+    Adapters must be of one kind. Adam starts anew each round. A client's loss is the mean over its batch's answer
+    tokens plus balance_weight times the sum of the modules' balance losses. Order and dropout come from (seed, client,
+    round) alone, so a group changes no result beyond the order of floating-point sums. A client that has taken all its
+    steps leaves; one whose training diverges changes no bit of the others and ends as a DivergedError that names
+    client, round and step.
     """
-    bank.load(adapter)
+    order = sorted(range(len(tasks)), key=lambda i: -settings.steps(len(tasks[i].rows)))
+    group = _Group(bank, [tasks[i] for i in order], settings, seed, round_)
     bank.base.training(True)
-    parameters = bank.parameters()
-    rate = settings.learning_rate * settings.lr_decay**round_
-    optimiser = torch.optim.Adam(parameters, lr=rate, fused=True)
-    batches = _batches(rows, settings, bank, torch_generator(seed, "order", client, round_))
-    steps, losses = settings.steps(len(rows)), []
-    for step in range(steps):
-        optimiser.zero_grad(set_to_none=True)
-        for part in range(settings.accumulation):
-            masks = derived_seed(seed, f"dropout/{step}/{part}", client, round_)
-            losses.append(_backward(bank, next(batches), adapter.spec.balance_weight, settings.accumulation, masks))
-        if settings.clip_norm:
-            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-        optimiser.step()
-        if (step + 1) % NAN_EVERY == 0 or step + 1 == steps:
-            _check_finite(losses[-NAN_EVERY * settings.accumulation :], parameters, client, round_, step)
-        if on_step is not None:
-            on_step(step + 1, steps)
-    bank.base.training(False)
-    return Trained(bank.adapter(), steps, float(torch.stack(losses).double().mean()))
+    try:
+        for step in range(group.steps[0]):
+            group.step(step)
+            if on_step is not None:
+                on_step(step + 1, group.steps[0])
+            if (step + 1) % NAN_EVERY == 0 and len(group.check(step)) == len(tasks):
+                break
+    finally:
+        bank.base.training(False)
+    results = group.results()
+    return [results[order.index(i)] for i in range(len(tasks))]
 
 
-def embed(bank: Bank, rows: Sequence[Row], batch_size: int) -> dict[str, MeanEmbeddings]:
-    """Mean router embeddings of the loaded adapter over all tokens of the rows (step 3 of a round)."""
-    tokens = sum(len(prompt) + len(answer) for prompt, answer in rows)
-    with torch.no_grad(), bank.recording(embeddings={}) as tape:
-        for start in range(0, len(rows), batch_size):
-            batch = collate(rows[start : start + batch_size], bank.base.pad_id).to(bank.base.device)
-            tape.counted = batch.counted
-            bank.logits(batch.ids)
-        return bank.mean_embeddings(tape, tokens)
+class _Group:
+    """Clients in lock-step, those with the most steps first: the ones still at work are always the first few."""
+
+    def __init__(
+        self, bank: Bank, tasks: Sequence[LocalTask], settings: TrainingSettings, seed: int, round_: int
+    ) -> None:
+        self.bank, self.tasks, self.settings, self.seed, self.round = bank, tasks, settings, seed, round_
+        self.steps = [settings.steps(len(task.rows)) for task in tasks]
+        bank.load([task.adapter for task in tasks])
+        self.flat = bank.trainable()
+        rates = sorted({task.learning_rate for task in tasks})
+        self.optimiser = torch.optim.Adam(
+            [
+                {"params": [row for row, task in zip(self.flat, tasks, strict=True) if task.learning_rate == rate],
+                 "lr": rate}
+                for rate in rates
+            ],
+            fused=True,
+        )
+        self.batches = [
+            _batches(task.rows, settings, torch_generator(seed, "order", task.client, round_)) for task in tasks
+        ]
+        self.loss = torch.zeros(len(tasks), dtype=torch.float64, device=bank.base.device)
+        self.diverged: dict[int, DivergedError] = {}
+
+    def step(self, step: int) -> None:
+        """Take one optimiser step for every client that is still at work."""
+        active = sum(step < steps for steps in self.steps)
+        for row in self.flat[active:]:
+            row.grad = None  # Adam would move even a zero gradient on by its momentum
+        self.bank.gradients.zero_()
+        parts = [[next(self.batches[place]) for place in range(active)] for _ in range(self.settings.accumulation)]
+        self._backward(step, parts, 0, active)
+        if self.settings.clip_norm:
+            norms = torch.linalg.vector_norm(self.bank.gradients, dim=1, keepdim=True)
+            self.bank.gradients.mul_((self.settings.clip_norm / (norms + 1e-6)).clamp(max=1.0))
+        self.optimiser.step()
+
+    def _backward(self, step: int, parts: list[list[list[Row]]], first: int, last: int) -> None:
+        """Add the gradients of the clients `first` .. `last` - 1, in as many passes as device and speed ask for."""
+        for begin, end in self._windows(parts[0], first, last):
+            before = self.loss[begin:end].clone()
+            try:
+                for part, rows in enumerate(parts):
+                    self._pass(step, part, rows, begin, end)
+            except torch.OutOfMemoryError:
+                if end - begin == 1:
+                    raise
+                self.bank.at_once = (end - begin + 1) // 2
+                log.warning(
+                    "out of memory with %d clients at once, going on with %d; run.group sets it from the start",
+                    end - begin, self.bank.at_once,
+                )
+                self.bank.gradients[begin:end].zero_()
+                self.loss[begin:end] = before
+                _release(self.bank.base.device)
+                self._backward(step, parts, begin, end)
+
+    def _windows(self, rows: list[list[Row]], first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Cut the clients at work into runs that are worth one pass together."""
+        most = TOKENS_AT_ONCE if self.bank.base.device.type == "cpu" else None
+        begin, tokens = first, 0
+        for place in range(first, last):
+            more = sum(len(prompt) + len(answer) for prompt, answer in rows[place])
+            full = most is not None and tokens + more > most
+            if place > begin and (full or place - begin >= self.bank.at_once):
+                yield begin, place
+                begin, tokens = place, 0
+            tokens += more
+        yield begin, last
+
+    def _pass(self, step: int, part: int, rows: list[list[Row]], begin: int, end: int) -> None:
+        """One forward and backward pass of some clients."""
+        bank, names = self.bank, [task.client for task in self.tasks[begin:end]]
+        spec, seeds = self.tasks[begin].adapter.spec, None
+        if spec.dropout:
+            seeds = [derived_seed(self.seed, f"dropout/{step}/{part}", name, self.round) for name in names]
+        batch = collate(rows[begin:end], bank.base.pad_id, bank.packs, seeds).to(bank.base.device)
+        balance: list[Tensor] | None = [] if spec.balance_weight else None
+        bank.window(begin, end)
+        with bank.reading(batch, balance=balance) as logits:
+            losses = totals(token_losses(logits, batch.labels), batch.answers) / batch.answers.counts
+            total = losses + spec.balance_weight * torch.stack(balance).sum(0) if balance else losses
+            bank.backward(total.sum() / self.settings.accumulation)
+        self.loss[begin:end] += losses.detach().double()
+
+    def check(self, step: int) -> dict[int, DivergedError]:
+        """Look which clients have diverged; they stay in the group, so that the others' sums keep their order."""
+        bad = (~(self.loss.isfinite() & self.bank.weights.isfinite().all(1))).nonzero().flatten().tolist()
+        for place in bad:
+            if place not in self.diverged:
+                last = min(step + 1, self.steps[place])
+                first = max((last - 1) // NAN_EVERY * NAN_EVERY + 1, 1)
+                self.diverged[place] = DivergedError(
+                    f"client {self.tasks[place].client}, round {self.round}: its loss or its adapter became NaN or "
+                    f"infinite within steps {first} to {last} of local training; lower training.learning_rate or set "
+                    "training.clip_norm"
+                )
+        return self.diverged
+
+    def results(self) -> list[Trained | DivergedError]:
+        """What became of each client."""
+        self.check(self.steps[0] - 1)
+        means = self.loss.tolist()
+        return [
+            self.diverged.get(place)
+            or Trained(self.bank.adapter(place), steps, means[place] / (steps * self.settings.accumulation))
+            for place, steps in enumerate(self.steps)
+        ]
 
 
-def _backward(bank: Bank, batch: Batch, balance_weight: float, accumulation: int, dropout_seed: int) -> Tensor:
-    """Add one batch's share of a step's gradient; return its mean answer loss, detached.
+def embed(bank: Bank, clients: Sequence[Sequence[Row]], most_tokens: int) -> list[dict[str, MeanEmbeddings]]:
+    """Mean router embeddings of the loaded adapters over all tokens of each client's rows (step 3 of a round).
 
-    The backward pass stays inside the recording: gradient checkpointing repeats the forward there and must meet
-    the same dropout masks.
+    At most `most_tokens` tokens are read at a time.
     """
-    with bank.recording(counted=batch.counted, balance=[], dropout_seed=dropout_seed) as tape:
-        loss = answer_losses(bank.logits(batch.ids), batch).mean()
-        total = loss + balance_weight * torch.stack(tape.balance).sum() if tape.balance else loss
-        (total / accumulation).backward()
-    return loss.detach()
+    tokens = [sum(len(prompt) + len(answer) for prompt, answer in rows) for rows in clients]
+    found: dict[str, EmbeddingSum] = {}
+    bank.window(0, bank.clients)
+    with torch.no_grad():
+        for batch in batches(clients, bank.base.pad_id, bank.packs, most_tokens):
+            with bank.reading(batch.to(bank.base.device), embeddings=found):
+                pass
+    return bank.mean_embeddings(found, tokens)
 
 
 def _batches(
-    rows: Sequence[Row], settings: TrainingSettings, bank: Bank, generator: torch.Generator
-) -> Iterator[Batch]:
+    rows: Sequence[Row], settings: TrainingSettings, generator: torch.Generator
+) -> Iterator[list[Row]]:
     """Endless batches: every row once per pass, a new order each pass, passes joined without a short batch."""
 
     def order() -> Iterator[int]:
@@ -102,17 +216,9 @@ def _batches(
 
     indices = order()
     while True:
-        batch = [rows[next(indices)] for _ in range(settings.batch_size)]
-        yield collate(batch, bank.base.pad_id).to(bank.base.device)
+        yield [rows[next(indices)] for _ in range(settings.batch_size)]
 
 
-def _check_finite(losses: list[Tensor], parameters: Sequence[Tensor], client: str, round_: int, step: int) -> None:
-    values = torch.stack(losses).tolist()
-    bad = next((value for value in values if not math.isfinite(value)), None)
-    if bad is None and all(bool(parameter.isfinite().all()) for parameter in parameters):
-        return
-    what = "its adapter is no longer finite" if bad is None else f"its loss became {bad}"
-    raise DivergedError(
-        f"client {client}, round {round_}: {what} within steps {max(step - NAN_EVERY + 2, 1)} to {step + 1} of "
-        "local training; lower training.learning_rate or set training.clip_norm"
-    )
+def _release(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

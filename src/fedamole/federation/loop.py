@@ -10,11 +10,12 @@ from typing import Any, Literal, Protocol
 from fedamole.federation import checkpoint
 from fedamole.federation.method import ClientInfo, Evaluates, Method, Server
 from fedamole.federation.randomness import numpy_generator
-from fedamole.federation.record import PayloadError, pack, unpack
+from fedamole.federation.record import Packed, PayloadError, pack, unpack
 from fedamole.federation.run_folder import ASSIGNMENT, METRICS, RunFolder
 from fedamole.federation.settings import FederationSettings
 from fedamole.federation.summary import summarise
 from fedamole.federation.worker import Answer, Scores
+from fedamole.model.memory import return_freed_memory
 from fedamole.model.params import Shapes
 
 log = logging.getLogger(__name__)
@@ -56,11 +57,11 @@ class Watcher:
     def round_started(self, round_: int, rounds: int, cohort: Sequence[str]) -> None:
         """A round has begun."""
 
-    def client_started(self, round_: int, name: str) -> None:
-        """A client begins its local training."""
+    def group_started(self, round_: int, names: Sequence[str]) -> None:
+        """A group of clients begins its local training."""
 
     def step(self, done: int, steps: int) -> None:
-        """A client has taken a step."""
+        """The group at work has taken a step."""
 
     def client_done(self, round_: int, name: str, report: Mapping[str, Any]) -> None:
         """A client has answered."""
@@ -143,13 +144,13 @@ class Loop:
         def ask(operation: str, messages: Mapping[str, Any]) -> Mapping[str, Any]:
             if operation != "update":
                 raise ValueError(f"operation {operation!r} is not one of: update")
-            packed = {name: pack(message) for name, message in messages.items()}
-            answers = self.engine.update(round_, packed)
-            replies = self._replies(round_, packed, answers)
+            packed = Packed(messages)
+            replies = self._replies(round_, packed, dict(self.engine.update(round_, packed)))
             answered.update(replies)
             return replies
 
         state = self.method.round(server, state, cohort, ask)
+        return_freed_memory()  # the replies of the whole cohort
         updated = time.perf_counter()
         for row in self.kinds:
             self._evaluate(round_, row, state, answered)
@@ -168,11 +169,11 @@ class Loop:
         chosen = set(rng.choice(len(self.names), count, replace=False).tolist())
         return [client for place, client in enumerate(self.server.clients) if place in chosen]
 
-    def _replies(self, round_: int, sent: Mapping[str, bytes], answers: Mapping[str, Answer]) -> dict[str, Any]:
-        """Unpack whoever answered, and log what everybody did."""
+    def _replies(self, round_: int, sent: Packed, answers: dict[str, Answer]) -> dict[str, Any]:
+        """Unpack whoever answered, letting go of the payloads, and log what everybody did."""
         replies, lines = {}, []
         for name in sorted(sent):
-            answer = answers.get(name, Answer(None, {"failed": "no answer in time"}))
+            answer = answers.pop(name, Answer(None, {"failed": "no answer in time"}))
             size = len(answer.payload or b"")
             if answer.payload is not None:
                 try:
@@ -180,7 +181,7 @@ class Loop:
                 except PayloadError as error:
                     log.warning("client %s, round %d: %s; left out of this round", name, round_, error)
                     answer.report["failed"] = str(error)
-            traffic = {"bytes_down": len(sent[name]), "bytes_up": size}
+            traffic = {"bytes_down": sent.sizes[name], "bytes_up": size}
             lines.append(self._line(round_, name, "train", **answer.report, **traffic))
         if not replies:
             log.warning("round %d: no client answered; the server's state stays as it was", round_)
@@ -191,16 +192,15 @@ class Loop:
         """Score the models that this round changed, and keep all of them if the round is the best so far."""
         progress, kind = self.rows[row], self.kinds[row]
         self.watcher.stage(f"{row} on validation")
-        messages: dict[str, bytes | None] = {}
+        messages: Mapping[str, bytes | None] = dict.fromkeys(sorted(answered))
+        sizes = dict.fromkeys(messages, 0)
         if kind == "aggregated":
-            infos = self.server.clients
-            messages = {client.name: pack(self.method.message(state, client)) for client in infos}
-        else:
-            messages = dict.fromkeys(sorted(answered))
+            messages = Packed({client.name: self.method.message(state, client) for client in self.server.clients})
+            sizes = messages.sizes
         scores = self.engine.evaluate(round_, row, messages)
         progress.latest.update(scores)
         self._log([
-            self._line(round_, name, "validation", method=row, bytes_down=len(messages[name] or b""), **values)
+            self._line(round_, name, "validation", method=row, bytes_down=sizes[name], **values)
             for name, values in sorted(scores.items())
         ])
         value = self._value(row)

@@ -8,7 +8,7 @@ its length is what a message costs.
 import dataclasses
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -36,6 +36,30 @@ def pack(record: object) -> bytes:
     tensors: dict[str, Tensor] = {}
     fields = _encode(record, "", tensors)
     return save(tensors, {"record": json.dumps([type(record).__name__, fields], sort_keys=True)})
+
+
+class Packed(Mapping[str, bytes]):
+    """A record for each of many clients, packed when it is read: a cohort's payloads are never in memory together."""
+
+    def __init__(self, records: Mapping[str, object]) -> None:
+        """Hold the records by client."""
+        self.records = records
+        self.sizes = dict.fromkeys(records, 0)
+        """Bytes of each payload that has been read."""
+
+    def __getitem__(self, client: str) -> bytes:
+        """Pack one client's record."""
+        payload = pack(self.records[client])
+        self.sizes[client] = len(payload)
+        return payload
+
+    def __iter__(self) -> Iterator[str]:
+        """The clients."""
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        """How many clients there are."""
+        return len(self.records)
 
 
 def unpack(kind: type[R], payload: bytes) -> R:

@@ -33,7 +33,7 @@ def summarise(folder: RunFolder, results: Mapping[str, Mapping[str, Any]], round
 
 
 def _costs(folder: RunFolder) -> dict[str, Any]:
-    """Bytes per round and client each way, seconds, and peak memory, from metrics.jsonl."""
+    """Bytes per round and client each way, seconds, peak memory and clients at once, from metrics.jsonl."""
     trained = [line for line in folder.lines(METRICS) if line["split"] == "train"]
     rounds = [line for line in folder.lines(METRICS) if line["split"] == "round"]
     return {
@@ -42,5 +42,6 @@ def _costs(folder: RunFolder) -> dict[str, Any]:
         "seconds_update": sum(line["seconds_update"] for line in rounds),
         "seconds_evaluate": sum(line["seconds_evaluate"] for line in rounds),
         "peak_memory_mib": max((line.get("peak_memory_mib", 0.0) for line in trained), default=0.0),
+        "group": max((line.get("group", 0) for line in trained), default=0),
         "left_out": sum("failed" in line for line in trained),
     }

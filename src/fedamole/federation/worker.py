@@ -1,4 +1,4 @@
-"""The client's side of every engine: one client's work on one resident base.
+"""The client's side of every engine: the work of a group of clients on one resident base; one is a group of one.
 
 A worker keeps nothing in memory between two calls: what a client keeps lies on its own disk, so the number of
 clients a machine can serve is not bounded by its memory.
@@ -7,8 +7,8 @@ clients a machine can serve is not bounded by its memory.
 import logging
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from torch import Tensor
 from fedamole.data.examples import Example, Shard
 from fedamole.data.tokens import TokenRow, tokenise
 from fedamole.errors import DataError
-from fedamole.evaluation.personal import EvaluationSettings, loss_of, majority_scores, scores_of
+from fedamole.evaluation.personal import EvaluationSettings, losses_of, majority_scores, scores_of
 from fedamole.federation.checkpoint import latest_state, state_path
-from fedamole.federation.local import DivergedError, OnStep, Row, embed, fit
+from fedamole.federation.local import DivergedError, LocalTask, OnStep, embed, fit
 from fedamole.federation.method import Client, ClientInfo, Evaluates, Method, Trained
 from fedamole.federation.record import non_finite, pack, unpack
 from fedamole.federation.run_folder import RunFolder, write_atomic
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
+from fedamole.model.batch import Row
+from fedamole.model.memory import peak_memory_mib, reset_peak_memory
 from fedamole.model.params import Adapter
 from fedamole.model.pretrained import load_adapter, save_adapter
 
@@ -114,38 +116,102 @@ class Worker:
         self.bank, self.method, self.rows, self.folder, self.seed = bank, method, rows, folder, seed
         self.training, self.evaluation = training, evaluation
 
-    def update(self, data: ClientData, round_: int, payload: bytes, on_step: OnStep | None = None) -> Answer:
-        """Run a round at one client. If its training diverges, the client stays as it was before the round."""
-        started = time.perf_counter()
-        method, client = self.method, self._client(data, round_, on_step)
-        _reset_peak_memory(self.bank.base.device)
-        message = unpack(method.records.message, payload)
-        kept, _ = self._private(client)
+    def update(
+        self, group: Sequence[ClientData], round_: int, payloads: Mapping[str, bytes], on_step: OnStep | None = None
+    ) -> dict[str, Answer]:
+        """Run a round at a group of clients, training them in lock-step.
+
+        A client whose training diverges stays as it was before the round. A method with an `update` of its own works
+        one client at a time.
+        """
+        if type(self.method).update is not Method.update:
+            return {data.info.name: self._update_alone(data, round_, payloads, on_step) for data in group}
+        started, method = time.perf_counter(), self.method
+        reset_peak_memory(self.bank.base.device)
+        clients = [self._client(data, round_) for data in group]
+        messages = [unpack(method.records.message, payloads[client.name]) for client in clients]
+        kept = [self._private(client)[0] for client in clients]
+        triples = list(zip(clients, kept, messages, strict=True))
+        adapters = [method.adapter(*triple) for triple in triples]
+        training = time.perf_counter()
+        outcomes = self._fit(group, adapters, round_, on_step)
+        trained = time.perf_counter() - training
+        results = [
+            outcome if isinstance(outcome, DivergedError) else (*method.reply(*triple, outcome), outcome)
+            for triple, outcome in zip(triples, outcomes, strict=True)
+        ]
+        report = {
+            "seconds": (time.perf_counter() - started) / len(group), "seconds_training": trained / len(group),
+            "group": len(group), "peak_memory_mib": peak_memory_mib(self.bank.base.device),
+        }
+        return {
+            client.name: self._answer(client, result, report) for client, result in zip(clients, results, strict=True)
+        }
+
+    def _update_alone(
+        self, data: ClientData, round_: int, payloads: Mapping[str, bytes], on_step: OnStep | None
+    ) -> Answer:
+        started, client = time.perf_counter(), self._client(data, round_, on_step)
+        reset_peak_memory(self.bank.base.device)
+        message = unpack(self.method.records.message, payloads[client.name])
+        result: tuple[Any, Any, Trained] | DivergedError
         try:
-            kept, reply, trained = method.update(client, kept, message)
-            if (name := non_finite(reply)) is not None:
-                raise DivergedError(f"client {client.name}, round {round_}: {name} of its reply is not finite")
+            result = self.method.update(client, self._private(client)[0], message)
         except DivergedError as error:
-            self.bank.base.training(False)
-            log.warning("%s; it is left out of this round and keeps its state", error)
-            return Answer(None, {"failed": str(error), "seconds": time.perf_counter() - started})
+            result = error
+        seconds, peak = time.perf_counter() - started, peak_memory_mib(self.bank.base.device)
+        return self._answer(client, result, {"seconds": seconds, "group": 1, "peak_memory_mib": peak})
+
+    def _answer(
+        self, client: Client, result: tuple[Any, Any, Trained] | DivergedError, report: dict[str, Any]
+    ) -> Answer:
+        """Keep what the client keeps and pack what it sends, or say why it sends nothing."""
+        if not isinstance(result, DivergedError):
+            name = non_finite(result[1])
+            if name is not None:
+                result = DivergedError(f"client {client.name}, round {client.round}: {name} of its reply is not finite")
+        if isinstance(result, DivergedError):
+            log.warning("%s; it is left out of this round and keeps its state", result)
+            return Answer(None, {**report, "failed": str(result)})
+        kept, reply, trained = result
         keeps_trained = "trained" in self.rows.values()
         packed = torch.frombuffer(bytearray(pack(kept)), dtype=torch.uint8)
         private = Private({"record": packed}, trained.adapter if keeps_trained else None)
-        write_atomic(state_path(self.folder, client.name, round_), pack(private))
-        report = {
-            "loss": trained.loss, "steps": trained.steps, "seconds": time.perf_counter() - started,
-            "peak_memory_mib": _peak_memory_mib(self.bank.base.device),
-        }
-        return Answer(pack(reply), report)
+        write_atomic(state_path(self.folder, client.name, client.round), pack(private))
+        return Answer(pack(reply), {"loss": trained.loss, "steps": trained.steps, **report})
 
-    def evaluate(self, data: ClientData, round_: int, row: str, payload: bytes | None) -> Scores:
-        """Loss (and scores, where they choose the best round) of the client's present model on validation."""
-        adapter = self._present(data, round_, row, payload)
-        if self.rows[row] == "aggregated":
-            write_atomic(self._candidate(data, row), pack(Private({}, adapter)))
-        self.bank.load(adapter)
-        return self._score(data.validation, with_scores=self.evaluation.select == "score")
+    def _fit(
+        self, group: Sequence[ClientData], adapters: Sequence[Adapter], round_: int, on_step: OnStep | None = None
+    ) -> list[Trained | DivergedError]:
+        """Train adapters, those of one kind together, and read the embedding splits where the method wants it."""
+        training, outcomes = self.training, dict[int, Trained | DivergedError]()
+        rate = training.learning_rate * training.lr_decay**round_
+        for places in _by_kind(adapters):
+            part = [group[place] for place in places]
+            tasks = [
+                LocalTask(data.info.name, adapters[place], data.train.pairs(), rate)
+                for data, place in zip(part, places, strict=True)
+            ]
+            found = fit(self.bank, tasks, training, seed=self.seed, round_=round_, on_step=on_step)
+            if self.method.embeds:
+                means = embed(self.bank, [data.embedding.pairs() for data in part], self.evaluation.batch_tokens)
+                found = [
+                    replace(outcome, embeddings=mean) if isinstance(outcome, Trained) else outcome
+                    for outcome, mean in zip(found, means, strict=True)
+                ]
+            outcomes.update(zip(places, found, strict=True))
+        return [outcomes[place] for place in range(len(group))]
+
+    def evaluate(
+        self, group: Sequence[ClientData], round_: int, row: str, payloads: Mapping[str, bytes | None]
+    ) -> dict[str, Scores]:
+        """Loss (and scores, where they choose the best round) of the clients' present models on validation."""
+        adapters = []
+        for data in group:
+            adapters.append(self._present(data, round_, row, payloads[data.info.name]))
+            if self.rows[row] == "aggregated":
+                write_atomic(self._candidate(data, row), pack(Private({}, adapters[-1])))
+        return self._scores(group, adapters, "validation", with_scores=self.evaluation.select == "score")
 
     def keep(self, data: ClientData, row: str) -> None:
         """Save the client's present model as its personal model of the best round so far."""
@@ -158,43 +224,48 @@ class Worker:
         if adapter is not None:
             fresh.rename(target)
 
-    def test_best(self, data: ClientData, row: str) -> Scores:
-        """Scores on the test split of the personal model that was kept; the bare base where there is none."""
-        folder = self.folder.adapter(data.info.name, row)
-        self.bank.load(load_adapter(folder, self.bank.base.identity) if folder.exists() else None)
-        return self._score(data.test, with_scores=True)
+    def test_best(self, group: Sequence[ClientData], row: str) -> dict[str, Scores]:
+        """Scores on the test splits of the personal models that were kept; the bare base where there is none."""
+        folders = [self.folder.adapter(data.info.name, row) for data in group]
+        identity = self.bank.base.identity
+        adapters = [load_adapter(folder, identity) if folder.exists() else None for folder in folders]
+        return self._scores(group, adapters, "test", with_scores=True)
 
-    def test_last(self, data: ClientData, row: str) -> Scores:
-        """Scores on the test split of the client's model after the last round."""
-        self.bank.load(self._last(data, row))
-        return self._score(data.test, with_scores=True)
+    def test_last(self, group: Sequence[ClientData], row: str) -> dict[str, Scores]:
+        """Scores on the test splits of the clients' models after the last round."""
+        return self._scores(group, [self._last(data, row) for data in group], "test", with_scores=True)
 
-    def bare(self, data: ClientData, split: str) -> Scores:
+    def bare(self, group: Sequence[ClientData], split: str) -> dict[str, Scores]:
         """Scores of the untuned base: loss on validation, everything on test."""
-        self.bank.load(None)
         with_scores = split == "test" or self.evaluation.select == "score"
-        return self._score(data.test if split == "test" else data.validation, with_scores)
+        return self._scores(group, [None] * len(group), split, with_scores)
 
     def majority(self, data: ClientData) -> Scores:
         """Scores on the test split of always giving the most frequent training answer."""
         return majority_scores(data.train.examples, data.test.examples, self.evaluation)
 
-    def _score(self, split: Split, with_scores: bool) -> Scores:
-        scores = {"loss": loss_of(self.bank, split.rows, self.evaluation)}
-        if with_scores:
-            scores |= scores_of(self.bank, split.rows, split.examples, self.evaluation)
+    def _scores(
+        self, group: Sequence[ClientData], adapters: Sequence[Adapter | None], split: str, with_scores: bool
+    ) -> dict[str, Scores]:
+        """Score each client's model on its own split, models of one kind together."""
+        scores: dict[str, Scores] = {}
+        for places in _by_kind(adapters):
+            self.bank.load([adapter for place in places if (adapter := adapters[place]) is not None])
+            splits: list[Split] = [getattr(group[place], split) for place in places]
+            rows = [part.rows for part in splits]
+            found = [{"loss": loss} for loss in losses_of(self.bank, rows, self.evaluation)]
+            if with_scores:
+                more = scores_of(self.bank, rows, [part.examples for part in splits], self.evaluation)
+                found = [{**one, **other} for one, other in zip(found, more, strict=True)]
+            scores.update(zip((group[place].info.name for place in places), found, strict=True))
         return scores
 
     def _client(self, data: ClientData, round_: int, on_step: OnStep | None = None) -> Client:
         def train(adapter: Adapter) -> Trained:
-            trained = fit(
-                self.bank, adapter, data.train.pairs(), self.training,
-                seed=self.seed, client=data.info.name, round_=round_, on_step=on_step,
-            )
-            if not self.method.embeds:
-                return trained
-            means = embed(self.bank, data.embedding.pairs(), self.evaluation.batch_tokens)
-            return Trained(trained.adapter, trained.steps, trained.loss, means)
+            (outcome,) = self._fit([data], [adapter], round_, on_step)
+            if isinstance(outcome, DivergedError):
+                raise outcome
+            return outcome
 
         return Client(data.info, self.bank.base.shapes, self.seed, round_, train)
 
@@ -222,15 +293,11 @@ class Worker:
         return self.folder.client(data.info.name) / f"candidate-{row}.safetensors"
 
 
-def _reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def _by_kind(adapters: Sequence[Adapter | None]) -> list[list[int]]:
+    """Places of the adapters that can share a bank, kind by kind; None is the bare base."""
+    kinds: dict[object, list[int]] = {}
+    for place, adapter in enumerate(adapters):
+        kinds.setdefault(None if adapter is None else adapter.kind(), []).append(place)
+    return list(kinds.values())
 
 
-def _peak_memory_mib(device: torch.device) -> float:
-    """Peak memory: of the device in this update, or of the whole process since its start on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -144,19 +144,19 @@ class FedAmole(Method[Pool, Experts, Nothing, TrainedExperts]):
         """Solve the assignment of every module for a round."""
         names = sorted(client.name for client in server.clients)
         experts = [f"expert-{expert:02d}" for expert in range(self.pool_size(len(names)))]
-        bounds = self.bounds(len(names))
-        held, probabilities = {}, {}
-        for module in sorted(server.shapes):
+        def choices(module: str) -> Scores:
+            if round_ > 0 and self.assignment != "random":
+                return choice_probabilities(self._relevance(state, module, experts, names))
             rng = numpy_generator(server.seed, f"assignment/{module}", "server", round_)
-            if round_ == 0 or self.assignment == "random":
-                P = random_probabilities(expert_ids=experts, client_ids=names, rng=rng)
-            else:
-                P = choice_probabilities(self._relevance(state, module, experts, names))
-            solve = homogeneous if self.assignment == "homogeneous" else select_for_remaining
-            chosen = solve(P, bounds, expert_ids=experts, client_ids=names)
-            held[module] = {name: np.flatnonzero(chosen[:, c]).tolist() for c, name in enumerate(names)}
-            probabilities[module] = torch.from_numpy(P)
-        return replace(state, held=held, probabilities=probabilities)
+            return random_probabilities(expert_ids=experts, client_ids=names, rng=rng)
+
+        P = {module: choices(module) for module in sorted(server.shapes)}
+        solve = homogeneous if self.assignment == "homogeneous" else select_for_remaining
+        chosen = solve(np.stack([*P.values()]), self.bounds(len(names)), expert_ids=experts, client_ids=names)
+        held = {}
+        for module, X in zip(P, chosen, strict=True):
+            held[module] = {name: np.flatnonzero(X[:, c]).tolist() for c, name in enumerate(names)}
+        return replace(state, held=held, probabilities={module: torch.from_numpy(p) for module, p in P.items()})
 
     def _relevance(self, state: Pool, module: str, experts: list[str], names: list[str]) -> Scores:
         """Scores (E, C) of one module from the last known embeddings."""

@@ -9,7 +9,8 @@ One module that holds n domain experts of rank r stores them stacked:
 
 (without domain experts there is nothing to route, so down is A_s alone), which makes the module one product
 down, a little work on rank-r activations, and one product up: no loop over experts, no sorting of tokens and no
-wait for the device.
+wait for the device. The modules of C clients are stacked once more, (C, (n+2) r, d_in) and (C, (n+1) r, d_out) with
+n the most experts of any, zeros in the room that a client with fewer leaves before its shared expert.
 """
 
 import math
@@ -22,8 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedamole.errors import ConfigError
+from fedamole.model.segments import Shares, add_product, product, spread, totals
 
 Drop = Callable[[Tensor], Tensor]
+"""Sets some values to zero, without scaling the others."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Routing(NamedTuple):
     """What the router did with T tokens in one module that holds n domain experts."""
 
     probabilities: Tensor
-    """p (T, n): softmax over the experts held here; at least float32."""
+    """p (T, n): softmax over the experts that the token's client holds, 0 for others; at least float32."""
     chosen: Tensor
     """(T, k): indices of the k most probable experts, the lower index first among equals of `topk`'s choosing."""
     token_embedding: Tensor
@@ -74,55 +77,69 @@ class Routing(NamedTuple):
     """e_i = A_i x (T, n, r)."""
 
 
-def expert_count(up: Tensor, rank: int) -> int:
-    """Return the number n of domain experts in a stacked `up` of ((n+1) r, d_out)."""
-    return up.shape[0] // rank - 1
-
-
 def amole_linear(
-    x: Tensor, base_out: Tensor, down: Tensor, up: Tensor, spec: AdapterSpec, drop: Drop | None = None
+    x: Tensor,
+    base_out: Tensor,
+    down: Tensor,
+    up: Tensor,
+    spec: AdapterSpec,
+    drop: Drop | None = None,
+    shares: Shares | None = None,
+    absent: Tensor | None = None,
 ) -> tuple[Tensor, Routing | None]:
     """Add the routed mixture of experts to the output of a frozen linear.
 
-    Shapes: x (..., d_in), base_out (..., d_out), down and up stacked as at the top of this file. The products run
-    in the dtype of x, scores and their softmax in float32 or better. Returns y (..., d_out) and, with at least
-    one domain expert, how the tokens were routed. A module that holds fewer than `top_k` experts is a ConfigError.
+    Shapes: x (..., d_in), base_out (..., d_out), down (C, (n+2) r, d_in) and up (C, (n+1) r, d_out) stacked as at the
+    top of this file. `shares` divides the T rows of x among the C clients (left out: one client, down and up without
+    C), `absent` (C, n) of bool marks the room of experts that a client does not hold. The products run in the dtype of
+    x, scores and their softmax in float32 or better; the values that `drop` leaves are scaled by 1 / (1 - dropout).
+    Returns y (..., d_out) and, with at least one domain expert, how the tokens were routed. With fewer than `top_k`
+    experts it is a ConfigError.
     """
-    tokens = x.reshape(-1, x.shape[-1])
-    down, up, r = down.to(x.dtype), up.to(x.dtype), spec.rank
-    n = expert_count(up, r)
+    tokens, r = x.reshape(-1, x.shape[-1]), spec.rank
+    if shares is None:
+        shares, down, up = Shares((tokens.shape[0],), x.device), down.unsqueeze(0), up.unsqueeze(0)
+    down, up = down.to(x.dtype).transpose(1, 2), up.to(x.dtype)
+    n, routing = up.shape[1] // r - 1, None
     if n == 0:
-        values, routing = _values(tokens, None, down, spec, drop), None
+        values = _values(tokens, None, down, spec, drop, shares)
     else:
         if n < spec.top_k:
             raise ConfigError(
                 f"top_k = {spec.top_k} experts asked of each token, but this module holds {n}; "
                 f"lower top_k to {n} or give every client at least {spec.top_k} experts (min_experts)"
             )
-        clean = F.linear(tokens, down if drop is None or spec.dropout_kind == "rank" else down[:-r])
+        apart = drop is not None and spec.dropout_kind == "exact"
+        clean = product(tokens, down[..., :-r] if apart else down, shares)
         embeddings = clean[:, r : (n + 1) * r].unflatten(1, (n, r))
-        routing = route(clean[:, :r], embeddings, spec.top_k)
-        values = _values(tokens, clean, down[r:], spec, drop)
+        hidden = None if absent is None else spread(absent, shares)
+        routing = route(clean[:, :r], embeddings, spec.top_k, hidden)
+        values = _values(tokens, None if apart else clean[:, r:], down[..., r:], spec, drop, shares)
         values = (values.unflatten(1, (n + 1, r)) * mixture_weights(routing).to(x.dtype).unsqueeze(-1)).flatten(1)
-    y = torch.addmm(base_out.reshape(-1, up.shape[1]), values, up, alpha=spec.scaling)
-    return y.view(*x.shape[:-1], up.shape[1]), routing
+    scaling = spec.scaling if drop is None else spec.scaling / (1 - spec.dropout)
+    y = add_product(base_out.reshape(-1, up.shape[2]), values, up, shares, scaling)
+    return y.view(*x.shape[:-1], up.shape[2]), routing
 
 
-def _values(tokens: Tensor, clean: Tensor | None, value_down: Tensor, spec: AdapterSpec, drop: Drop | None) -> Tensor:
-    """Rank-r activations of the experts, (T, (n+1) r), with dropout; `clean` is reused where it holds them."""
+def _values(
+    tokens: Tensor, clean: Tensor | None, value_down: Tensor, spec: AdapterSpec, drop: Drop | None, shares: Shares
+) -> Tensor:
+    """Rank-r activations of the experts, (T, (n+1) r), with dropout; `clean` is them without it, where known."""
     if drop is not None and spec.dropout_kind == "exact":
-        return F.linear(drop(tokens), value_down)
-    values = F.linear(tokens, value_down) if clean is None else clean[:, spec.rank :]
+        return product(drop(tokens), value_down, shares)
+    values = product(tokens, value_down, shares) if clean is None else clean
     return values if drop is None else drop(values)
 
 
-def route(token_embedding: Tensor, expert_embeddings: Tensor, top_k: int) -> Routing:
+def route(token_embedding: Tensor, expert_embeddings: Tensor, top_k: int, hidden: Tensor | None = None) -> Routing:
     """Score the experts for each token: p = softmax_i(<t, e_i> / sqrt(r)), the `top_k` largest chosen.
 
-    Shapes: token_embedding (T, r), expert_embeddings (T, n, r).
+    Shapes: token_embedding (T, r), expert_embeddings (T, n, r); `hidden` (T, n) of bool marks experts not held.
     """
     precise = torch.promote_types(token_embedding.dtype, torch.float32)
     scores = torch.einsum("tnr,tr->tn", expert_embeddings.to(precise), token_embedding.to(precise))
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -torch.inf)
     probabilities = torch.softmax(scores / math.sqrt(token_embedding.shape[1]), dim=-1)
     return Routing(probabilities, probabilities.topk(top_k, dim=-1).indices, token_embedding, expert_embeddings)
 
@@ -134,15 +151,22 @@ def mixture_weights(routing: Routing) -> Tensor:
     return F.pad(weights, (0, 1), value=1.0)
 
 
-def balance_loss(routing: Routing, counted: Tensor) -> Tensor:
-    """Load-balancing loss n * sum_i f_i P_i of one module over the tokens that count.
+def balance_loss(
+    routing: Routing, counted: Tensor | None = None, shares: Shares | None = None, held: Tensor | None = None
+) -> Tensor:
+    """Load-balancing loss n * sum_i f_i P_i of one module for each client, (C), over its tokens that count.
 
-    `counted` (T) marks the non-padding tokens. P_i is the mean of p_i, f_i the share of the routed (token, slot)
-    pairs that went to expert i; no gradient flows through f. The value is 1 when both are even over the experts.
+    `counted` (T) of bool marks the tokens that are not padding (left out: all), `held` (C) is the number n of domain
+    experts of each client; without `shares` there is one client that holds all. P_i is the mean of p_i, f_i the share
+    of the routed (token, slot) pairs that went to expert i; no gradient flows through f. The value is 1 when both are
+    even over the experts.
     """
-    p, n = routing.probabilities, routing.probabilities.shape[1]
-    weight = counted.to(p.dtype)
-    total = weight.sum().clamp(min=1)
-    routed = torch.zeros_like(p).scatter(1, routing.chosen, 1.0 / routing.chosen.shape[1])
-    share = (weight @ routed.detach()) / total
-    return n * torch.dot(share, (weight @ p) / total)
+    p = routing.probabilities
+    shares = Shares((p.shape[0],), p.device) if shares is None else shares
+    routed = torch.zeros_like(p).scatter(1, routing.chosen, 1.0 / routing.chosen.shape[1]).detach()
+    tokens = shares.counts
+    if counted is not None:
+        weight = counted.to(p.dtype).unsqueeze(1)
+        p, routed, tokens = p * weight, routed * weight, totals(weight, shares).squeeze(1).clamp(min=1)
+    products = (totals(routed, shares) * totals(p, shares)).sum(1)
+    return (p.shape[1] if held is None else held) * products / tokens**2

@@ -33,6 +33,10 @@ class Adapter:
         """Names of the adapted modules, sorted."""
         return sorted({name.rpartition("/")[0].rpartition("/")[0] for name in self.tensors})
 
+    def kind(self) -> tuple[object, ...]:
+        """What adapters must have in common to be in one bank: spec, modules, and which of those have a router."""
+        return self.spec, tuple((module, bool(held)) for module, held in expert_ids(self.tensors).items())
+
     def parameters(self) -> int:
         """Count of trainable numbers."""
         return sum(tensor.numel() for tensor in self.tensors.values())
@@ -64,20 +68,26 @@ def expert_ids(tensors: Iterable[str]) -> dict[str, list[int]]:
     return {module: sorted(ids) for module, ids in sorted(found.items())}
 
 
-def stack(tensors: Tensors, module: str, experts: list[int]) -> tuple[Tensor, Tensor]:
-    """Stack one module's tensors into (down, up) as `amole_linear` reads them."""
-    keys = [*(expert_keys(module, expert) for expert in experts), shared_keys(module)]
+def stack(tensors: Tensors, module: str, experts: list[int], room: int | None = None) -> tuple[Tensor, Tensor]:
+    """Stack one module's tensors into (down, up) as `amole_linear` reads them for one client.
+
+    `room` is the number of domain experts to leave room for (left out: as many as there are); it is filled with zeros.
+    """
+    keys = [expert_keys(module, expert) for expert in experts]
+    a_shared, b_shared = (tensors[key] for key in shared_keys(module))
+    empty = 0 if room is None else (room - len(experts)) * len(a_shared)
     router = [tensors[router_key(module)]] if experts else []
-    down = torch.cat([*router, *(tensors[a] for a, _ in keys)])
-    return down, torch.cat([tensors[b].T for _, b in keys])
+    down = torch.cat([*router, *(tensors[a] for a, _ in keys), a_shared.new_zeros(empty, a_shared.shape[1]), a_shared])
+    up = [*(tensors[b].T for _, b in keys), b_shared.new_zeros(empty, b_shared.shape[0]), b_shared.T]
+    return down, torch.cat(up)
 
 
 def unstack(down: Tensor, up: Tensor, module: str, experts: list[int], rank: int) -> dict[str, Tensor]:
-    """Invert `stack`; every tensor is a copy of its own."""
-    keys = [*(expert_keys(module, expert) for expert in experts), shared_keys(module)]
-    rows = list(down.split(rank))
-    named = {router_key(module): rows.pop(0).clone()} if experts else {}
-    for (a, b), a_rows, b_rows in zip(keys, rows, up.split(rank), strict=True):
+    """Invert `stack`, whatever room it left; every tensor is a copy of its own."""
+    pairs = list(zip(down.split(rank)[1 if experts else 0 :], up.split(rank), strict=True))
+    named = {router_key(module): down[:rank].clone()} if experts else {}
+    owners = [*(expert_keys(module, expert) for expert in experts), shared_keys(module)]
+    for (a, b), (a_rows, b_rows) in zip(owners, [*pairs[: len(experts)], pairs[-1]], strict=True):
         named[a], named[b] = a_rows.clone(), b_rows.T.contiguous().clone()
     return named
 

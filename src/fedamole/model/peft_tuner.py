@@ -20,7 +20,6 @@ from peft.mapping import (
 )
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedamole.model.amole import AdapterSpec, amole_linear
 from fedamole.model.params import new_pool, stack
@@ -114,7 +113,7 @@ class AmoleLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         for name in self.active_adapters:
             if name in self.specs:
                 spec = self.specs[name]
-                drop = partial(F.dropout, p=spec.dropout) if self.training and spec.dropout else None
+                drop = partial(_zeroed, share=spec.dropout) if self.training and spec.dropout else None
                 y, _ = amole_linear(x, y, self.amole_down[name], self.amole_up[name], spec, drop)
         return y
 
@@ -123,6 +122,10 @@ class AmoleLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         raise ValueError(
             "a mixture of experts cannot be merged: which experts act depends on the token. Load it as an adapter"
         )
+
+
+def _zeroed(values: Tensor, share: float) -> Tensor:
+    return values.masked_fill(torch.rand_like(values, dtype=torch.float32) < share, 0)
 
 
 class AmoleModel(BaseTuner):  # type: ignore[misc]

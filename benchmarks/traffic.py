@@ -1,0 +1,144 @@
+"""What a round costs on the wire: bytes of every method, against the numbers that have to travel.
+
+One round of every registered method at the paper's size: Llama-3.2-1B's q and v projections in 16 layers, 10 clients,
+each method's defaults (rank 8, for FedAMoLE a pool of 30 experts a module, each chosen by 2 clients), adapters in fp32.
+The method's own code writes every message and reply; no base is loaded, training hands back what it was given, and
+mean embeddings are drawn at random. `--quick` takes 2 of the 16 layers.
+
+Columns, all means per client and round: the way (down: server to client); MiB as packed; numbers that the tensors of
+the message hold, in millions, and those divided by the numbers of the client's adapter (above 1 by the mean embeddings
+that FedAMoLE sends up); the bytes divided by the minimum, which is 4 bytes for each of those numbers (what is above 1
+is names and headers); and the bytes divided by those of FedIT on the same way.
+
+Target: within 1 % of the minimum.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from statistics import fmean
+from typing import Any
+
+import torch
+from measure import arguments, report
+from safetensors.torch import load
+
+from fedamole.federation.method import Client, ClientInfo, Method, Server, Trained
+from fedamole.federation.record import pack
+from fedamole.methods import METHODS
+from fedamole.model.bank import MeanEmbeddings
+from fedamole.model.params import Adapter, Shapes, expert_ids
+
+LAYERS, QUICK_LAYERS, HIDDEN, VALUES = 16, 2, 2048, 512
+CLIENTS, SEED = 10, 0
+
+
+def llama(layers: int) -> dict[str, tuple[int, int]]:
+    """(d_in, d_out) of the q and v projections of Llama-3.2-1B."""
+    return {
+        f"model.layers.{layer}.self_attn.{name}": (HIDDEN, d_out)
+        for layer in range(layers)
+        for name, d_out in (("q_proj", HIDDEN), ("v_proj", VALUES))
+    }
+
+
+@dataclass
+class Traffic:
+    """What crossed the wire on one way, by client, summed over the exchanges of the round."""
+
+    size: dict[str, int] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    def send(self, client: str, record: object) -> None:
+        """Count a packed record and the numbers in it."""
+        payload = pack(record)
+        numbers = sum(prod(tensor.shape) for tensor in load(payload).values())
+        self.size[client] = self.size.get(client, 0) + len(payload)
+        self.numbers[client] = self.numbers.get(client, 0) + numbers
+
+
+@dataclass
+class Round:
+    """One round of a method, watched: what went down and up, and how large the clients' adapters are."""
+
+    method: Method[Any, Any, Any, Any]
+    shapes: Shapes
+    down: Traffic = field(default_factory=Traffic)
+    up: Traffic = field(default_factory=Traffic)
+    parameters: dict[str, int] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Let the method run its round, whatever it exchanges."""
+        clients = tuple(ClientInfo(f"client-{place:02d}", 1000) for place in range(CLIENTS))
+        server = Server(self.shapes, clients, SEED)
+        self.method.round(server, self.method.init(server), clients, self._ask)
+
+    def _ask(self, operation: str, messages: Mapping[str, Any]) -> dict[str, Any]:
+        """Carry messages down, do the clients' work, carry the replies up."""
+        replies = {}
+        for name, message in messages.items():
+            client = Client(ClientInfo(name, 1000), self.shapes, SEED, 0, self._fit)
+            kept = self.method.first_keep(client)
+            self.down.send(name, message)
+            _, replies[name], trained = getattr(self.method, operation)(client, kept, message)
+            self.up.send(name, replies[name])
+            self.parameters[name] = trained.adapter.parameters()
+        return replies
+
+    def _fit(self, adapter: Adapter) -> Trained:
+        """Stand in for training and for reading the embedding split."""
+        generator, rank = torch.Generator().manual_seed(SEED), self.method.rank
+        means = {}
+        for module, held in expert_ids(adapter.tensors).items() if self.method.embeds else ():
+            token, *experts = torch.randn(1 + len(held), rank, generator=generator)
+            means[module] = MeanEmbeddings(token, dict(zip(held, experts, strict=True)))
+        return Trained(adapter, steps=1, loss=0.0, embeddings=means)
+
+
+def lines_of(name: str, watched: Round, fedit: Round | None, size: str) -> tuple[list[list[object]], dict[str, float]]:
+    """Lines of the table, one per way, and ratios of one method."""
+    lines: list[list[object]] = []
+    ratios: dict[str, float] = {}
+    parameters = fmean(watched.parameters.values())
+    for way in ("down", "up"):
+        traffic: Traffic = getattr(watched, way)
+        sent, numbers = fmean(traffic.size.values()), fmean(traffic.numbers.values())
+        if not numbers:
+            lines.append([name, way, f"{sent:.0f} bytes", "0", "0", "-", "-"])
+            continue
+        minimum = ratios[f"{name}_{way}_vs_minimum_at_{size}"] = sent / (4 * numbers)
+        against = "-"
+        if fedit is not None and fedit is not watched:
+            ratio = ratios[f"{name}_{way}_vs_fedit_at_{size}"] = sent / fmean(getattr(fedit, way).size.values())
+            against = f"{ratio:.4f}"
+        mib, millions, share = sent / 2**20, numbers / 1e6, numbers / parameters
+        lines.append([name, way, f"{mib:.4f}", f"{millions:.4f}", f"{share:.4f}", f"{minimum:.5f}", against])
+    return lines, ratios
+
+
+def main() -> None:
+    """Run a round of every method and report."""
+    options = arguments(__doc__)
+    torch.set_num_threads(1)
+    layers = QUICK_LAYERS if options.quick else LAYERS
+    size = "llama1b" if layers == LAYERS else f"llama1b_{layers}_layers"
+    rounds = {name: Round(method(), llama(layers)) for name, method in METHODS.items()}
+    lines: list[list[object]] = []
+    ratios: dict[str, float] = {}
+    for watched in rounds.values():
+        watched.run()
+    for name, watched in rounds.items():
+        more, found = lines_of(name, watched, rounds.get("fedit"), size)
+        lines += more
+        ratios |= found
+    title = (
+        f"Traffic per client and round, {CLIENTS} clients, fp32:\n"
+        f"Llama-3.2-1B's q and v in {layers} of {LAYERS} layers\n"
+        "target: bytes / minimum at most 1.01"
+    )
+    head = ["method", "way", "MiB", "numbers, M", "/ adapter", "/ minimum", "/ fedit"]
+    report(title, head, lines, ratios, options.json)
+
+
+if __name__ == "__main__":
+    main()
