@@ -139,7 +139,7 @@ def measure(point: Point) -> dict[str, float]:
 
 def main() -> None:
     """Measure every point."""
-    options = arguments(__doc__ or "", work="(used by the script itself)")
+    options = arguments(__doc__ or "", work="config of a point, for the script's own processes")
     if options.work:
         work(Path(options.work))
         return

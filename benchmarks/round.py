@@ -130,6 +130,10 @@ class Case:
     ragged: bool
     kind: str
 
+    def steps(self, most: int) -> int:
+        """Steps of a client: fewer of long sequences."""
+        return max(4, min(most, 1280 // self.length))
+
     @property
     def size(self) -> str:
         """Clients x tokens."""
@@ -147,8 +151,9 @@ def cases(quick: bool) -> list[Case]:
     return found + [Case(10, length, False, "lora") for length in (32, 64, 128, 256)]
 
 
-def measured(case: Case, bank: Bank, peft: PeftLoop, dropout: float, repeats: int, steps: int) -> dict[str, float]:
+def measured(case: Case, bank: Bank, peft: PeftLoop, dropout: float, repeats: int, most: int) -> dict[str, float]:
     """Median seconds of everybody in one case."""
+    steps = case.steps(most)
     rows = texts(bank.base, case.clients, case.length, case.ragged, steps)
     held = adapters(bank.base, case.clients, case.kind, dropout)
     tasks = [
@@ -181,7 +186,7 @@ def measured(case: Case, bank: Bank, peft: PeftLoop, dropout: float, repeats: in
 def main() -> None:
     """Measure every case."""
     options = arguments(__doc__ or "", base="folder of a base, or llama-1b", dropout="0.05 unless given")
-    dropout, (repeats, steps) = float(options.dropout or 0.05), (3, 6) if options.quick else (5, 20)
+    dropout, (repeats, most) = float(options.dropout or 0.05), (3, 6) if options.quick else (5, 20)
     torch.set_num_threads(1)
     base = open_base(options.base)
     if base.device.type == "cpu" and hasattr(os, "sched_setaffinity"):
@@ -190,8 +195,8 @@ def main() -> None:
     lines: list[list[object]] = []
     ratios: dict[str, float] = {}
     for case in cases(options.quick):
-        seconds = measured(case, bank, peft, dropout, repeats, steps)
-        rate = f"{case.clients * steps / seconds['lockstep']:.0f}" if base.device.type == "cuda" else "-"
+        seconds = measured(case, bank, peft, dropout, repeats, most)
+        rate = f"{case.clients * case.steps(most) / seconds['lockstep']:.0f}" if base.device.type == "cuda" else "-"
         for name in list(seconds)[1:]:
             ratio = seconds[name] / seconds["lockstep"]
             ratios[f"{case.kind}_lockstep_vs_{name}_at_{case.size}"] = ratio

@@ -22,6 +22,7 @@ CONFIG = """
 [run]
 threads = 1
 device = "cpu"
+group = 2
 
 [base]
 model = "base"

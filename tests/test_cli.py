@@ -145,14 +145,14 @@ def test_training_that_diverges_is_named_and_the_run_goes_on(fedamole: Any, own:
 
 
 def test_a_corrupt_checkpoint(fedamole: Any, crash: Any) -> None:
-    folder = crash("client_started", 9, "fedit")
+    folder = crash("group_started", 5, "fedit")
     for path in folder.glob("checkpoints/*.safetensors"):
         os.truncate(path, 10)
     refused(fedamole("resume", folder), 5, "no checkpoint is intact", "start the run anew")
 
 
 def test_a_foreign_checkpoint(fedamole: Any, crash: Any, runs: Any) -> None:
-    folder = crash("client_started", 9, "fedit")
+    folder = crash("group_started", 5, "fedit")
     for part in ("checkpoints", "clients"):
         shutil.rmtree(folder / part)
         shutil.copytree(runs("fedit") / part, folder / part)
@@ -162,7 +162,7 @@ def test_a_foreign_checkpoint(fedamole: Any, crash: Any, runs: Any) -> None:
 def test_a_base_that_changed_under_a_run(fedamole: Any, own: Path, crash: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    folder = crash("client_started", 5, "fedit", f"base.model={own.parent / 'base'}")
+    folder = crash("group_started", 3, "fedit", f"base.model={own.parent / 'base'}")
     model = AutoModelForCausalLM.from_pretrained(own.parent / "base")
     with torch.no_grad():
         model.model.norm.weight[0] += 1
@@ -171,7 +171,7 @@ def test_a_base_that_changed_under_a_run(fedamole: Any, own: Path, crash: Any, t
 
 
 def test_data_that_changed_under_a_run(fedamole: Any, crash: Any, tiny: Path, own: Path) -> None:
-    folder = crash("client_started", 5, "fedit")
+    folder = crash("group_started", 3, "fedit")
     config = folder / "config.toml"
     config.write_text(config.read_text().replace(str(tiny / "mood.jsonl"), str(own.parent / "mood.jsonl")))
     mood = own.parent / "mood.jsonl"
@@ -186,7 +186,7 @@ def test_a_folder_that_is_no_run(command: str, fedamole: Any, tmp_path: Path) ->
 
 
 def test_an_unfinished_run_is_not_shown(fedamole: Any, crash: Any) -> None:
-    folder = crash("client_started", 5, "fedit")
+    folder = crash("group_started", 3, "fedit")
     refused(fedamole("show", folder), 5, "is not finished", f"fedamole resume {folder}")
 
 
@@ -233,7 +233,7 @@ def test_run_and_resume_print_their_table_as_json(fedamole: Any, own: Path, tmp_
     again = fedamole("run", own, *words, "--json")
     assert again.code == 0
     assert (tmp_path / "runs/mine-2/summary.json").exists(), "a new run takes the next free folder"
-    folder = crash("client_started", 5, "fedit")
+    folder = crash("group_started", 3, "fedit")
     [resumed] = json.loads(fedamole("resume", folder, "--json").out)
     assert "fedit" in resumed["columns"]
 

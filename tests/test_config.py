@@ -36,7 +36,7 @@ def write(path: Path, text: str) -> Path:
     [
         ("[training]\nlocal_stepz = 3\n", "unknown key training.local_stepz; did you mean 'local_steps'"),
         ("[trainning]\nlocal_steps = 3\n", "unknown key trainning; did you mean 'training'"),
-        ("[run]\nzzzzzz = 3\n", "unknown key run.zzzzzz; known are device, folder, name"),
+        ("[run]\nzzzzzz = 3\n", "unknown key run.zzzzzz; known are device, folder, group, name"),
         ("[method]\nname = 'fedamol'\n", "method.name = 'fedamol': there is no such method; did you mean 'fedamole'"),
         ("[method]\nname = 'fedit'\nexperts = 3\n", "unknown key method.experts"),
         ("[training]\nlocal_steps = 'many'\n", "training.local_steps = 'many': must be a whole number, not str"),
@@ -228,6 +228,14 @@ def threads_are_set(runs: Runs) -> bool:
         torch.set_num_threads(1)
 
 
+def groups_are_formed(runs: Runs) -> bool:
+    def groups(folder: Path) -> set[int]:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+        return {line["group"] for line in lines if line["split"] == "train"}
+
+    return groups(runs("local_only")) == {2} and groups(runs("local_only", "run.group=3")) == {3, 1}
+
+
 def tensorboard_is_written(runs: Runs) -> bool:
     words = ("federation.rounds=1", "run.tensorboard=true")
     return bool(files(runs("local_only", *words), "tensorboard/*")) and not files(runs("local_only"), "tensorboard/*")
@@ -308,27 +316,27 @@ def answers_are_longer(runs: Runs) -> bool:
     prompts = [row.prompt for row in found.clients["plain"].test.rows]
     lengths = []
     for limit in (runs.load("fedit", f"evaluation.max_new_tokens={n}").evaluation.max_new_tokens for n in (1, 20)):
-        lengths.append(sum(map(len, generate_answers(Bank(found.base), prompts, limit, 4096))))
+        lengths.append(sum(map(len, generate_answers(Bank(found.base), [prompts], limit, 4096)[0])))
     one, other = scores(runs("local_only")), scores(runs("local_only", "evaluation.max_new_tokens=20"))
     return lengths[0] < lengths[1] and one["base"]["clients"]["plain"] != other["base"]["clients"]["plain"]
 
 
 def batches_are_smaller(runs: Runs) -> bool:
-    """Counted on the base itself: how many rows a forward pass of the evaluation has at most."""
-    from fedamole.evaluation.personal import loss_of
+    """Counted on the base itself: how many tokens a forward pass of the evaluation has at most."""
+    from fedamole.evaluation.personal import losses_of
 
     found = prepare(runs.load("fedit"))
     sizes: list[int] = []
     found.base.model.register_forward_pre_hook(
-        lambda _, __, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+        lambda _, __, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     most = []
     for tokens in (100, 8192):
         sizes.clear()
         settings = runs.load("fedit", f"evaluation.batch_tokens={tokens}").evaluation
-        loss_of(Bank(found.base), found.clients["entail"].train.rows, settings)
+        losses_of(Bank(found.base), [found.clients["entail"].train.rows], settings)
         most.append(max(sizes))
-    return most[0] < most[1]
+    return most[0] <= 100 < most[1]
 
 
 def scores_before_aggregation(runs: Runs) -> bool:
@@ -343,6 +351,7 @@ EFFECTS: dict[str, Callable[[Runs], bool]] = {
     "run.seed": trains_differently("run.seed=1"),
     "run.device": device_is_used,
     "run.threads": threads_are_set,
+    "run.group": groups_are_formed,
     "run.tensorboard": tensorboard_is_written,
     "base.model": model_is_loaded,
     "base.targets": targets_are_adapted,

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+from tests.training import alone
 
 from fedamole.config import load_config
 from fedamole.engine.in_process import InProcess
 from fedamole.errors import ConfigError
 from fedamole.experiment import Prepared, prepare, resume, rows_of
-from fedamole.federation.local import embed, fit
+from fedamole.federation.local import embed
 from fedamole.federation.loop import Loop, Watcher
 from fedamole.federation.method import Client, Method, Server, Trained
 from fedamole.federation.record import pack, unpack
@@ -44,8 +45,8 @@ class Shop:
         data, training = self.prepared.clients[name], self.prepared.config.training
 
         def train(adapter: Any) -> Trained:
-            done = fit(self.bank, adapter, data.train.pairs(), training, seed=self.seed, client=name, round_=round_)
-            means = embed(self.bank, data.embedding.pairs(), 4096) if method.embeds else {}
+            done = alone(self.bank, adapter, data.train.pairs(), training, seed=self.seed, client=name, round_=round_)
+            means = embed(self.bank, [data.embedding.pairs()], 4096)[0] if method.embeds else {}
             return Trained(done.adapter, done.steps, done.loss, means)
 
         return Client(data.info, self.prepared.base.shapes, self.seed, round_, train)
@@ -169,7 +170,7 @@ def test_bytes_in_the_metrics_are_the_bytes_packed(name: str, runs: Any, tmp_pat
     rows = rows_of(config)
     worker = Worker(Bank(prepared.base), config.method, rows, config.training, config.evaluation, folder, 0)
     Loop(
-        config.method, rows, Scales(worker, prepared.clients, Watcher()), prepared.base.shapes, config.federation,
+        config.method, rows, Scales(worker, prepared.clients, Watcher(), 2), prepared.base.shapes, config.federation,
         folder, seed=0, select="loss", watcher=Watcher(),
     ).run()  # fmt: skip
     logged = facts(tmp_path / "run")
@@ -211,7 +212,7 @@ def test_scoring_leaves_private_state_alone(name: str, runs: Any, tmp_path: Path
     prepared = prepare(config)
     folder, rows = RunFolder.create(tmp_path / "run", "", "", name, prepared.base.identity), rows_of(config)
     worker = Worker(Bank(prepared.base), config.method, rows, config.training, config.evaluation, folder, 0)
-    engine = InProcess(worker, prepared.clients, Watcher())
+    engine = InProcess(worker, prepared.clients, Watcher(), 3)
     state = config.method.init(Server(prepared.base.shapes, engine.clients, 0))
     messages = {info.name: pack(config.method.message(state, info)) for info in engine.clients}
     engine.update(0, messages)

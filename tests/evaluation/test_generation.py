@@ -32,7 +32,7 @@ def text(bank: Bank, ids: Sequence[int]) -> str:
 @pytest.fixture(params=["llama", "gpt2", "gemma3_text"])
 def bank(base: Callable[..., Base], request: pytest.FixtureRequest) -> Bank:
     bank = Bank(base(request.param))
-    bank.load(mixture(bank.base))
+    bank.load([mixture(bank.base)])
     return bank
 
 
@@ -46,13 +46,13 @@ def test_an_answer_ends_at_the_end_of_text_token_while_others_go_on(bank: Bank) 
     assert bank.base.tokenizer.eos_token_id == stop
     cut = [ids[: ids.index(stop)] if stop in ids else ids for ids in free]
     assert 0 < len(cut[prompt]) < 8
-    assert generate_answers(bank, PROMPTS, 8, 10_000) == [text(bank, ids) for ids in cut]
+    assert generate_answers(bank, [PROMPTS], 8, 10_000)[0] == [text(bank, ids) for ids in cut]
 
 
 def test_answers_keep_the_order_of_the_prompts(bank: Bank) -> None:
-    answers = generate_answers(bank, PROMPTS, 4, 10_000)
-    assert generate_answers(bank, PROMPTS[::-1], 4, 10_000) == answers[::-1]
-    assert generate_answers(bank, PROMPTS, 4, 1) == answers
+    answers = generate_answers(bank, [PROMPTS], 4, 10_000)[0]
+    assert generate_answers(bank, [PROMPTS[::-1]], 4, 10_000)[0] == answers[::-1]
+    assert generate_answers(bank, [PROMPTS], 4, 1)[0] == answers
     assert answers == [text(bank, greedy(bank, prompt, 4)) for prompt in PROMPTS]
 
 
@@ -60,7 +60,7 @@ def test_a_prompt_with_little_room_does_not_cut_others_short(bank: Bank) -> None
     """128 positions: 122 tokens leave room for 6 new ones, 115 for all 10; 128 for one, which needs no position."""
     prompts = [tuple(2 + (7 * i + start) % 300 for i in range(size)) for start, size in ((0, 122), (1, 115), (2, 128))]
     wanted = [text(bank, greedy(bank, prompt, room)) for prompt, room in zip(prompts, (6, 10, 1), strict=True)]
-    assert generate_answers(bank, prompts, 10, 100_000) == wanted
+    assert generate_answers(bank, [prompts], 10, 100_000)[0] == wanted
 
 
 @pytest.mark.parametrize(
@@ -79,4 +79,4 @@ def test_generation_settings_that_come_with_a_base_are_not_used(tmp_path: Path, 
     bank = Bank(load_base(BaseSettings(str(tmp_path)), torch.device("cpu"), Path("/")))
     answers = [greedy(bank, prompt, 6) for prompt in PROMPTS]
     wanted = [text(bank, ids[: ids.index(0)] if 0 in ids else ids) for ids in answers]
-    assert generate_answers(bank, PROMPTS, 6, 10_000) == wanted
+    assert generate_answers(bank, [PROMPTS], 6, 10_000)[0] == wanted

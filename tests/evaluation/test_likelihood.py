@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedamole.evaluation.generation import generate_answers
-from fedamole.evaluation.likelihood import by_length, mean_loss, option_losses
+from fedamole.evaluation.likelihood import by_length, mean_losses, option_losses
 from fedamole.model.bank import Bank
 
 from ..model.conftest import mixture
@@ -30,7 +30,7 @@ def plain_loss(bank: Bank, prompt, answer) -> float:
 @pytest.fixture(params=ARCHITECTURES)
 def bank(base, request):
     bank = Bank(base(request.param))
-    bank.load(mixture(bank.base))
+    bank.load([mixture(bank.base)])
     return bank
 
 
@@ -39,14 +39,16 @@ def test_77_options_equal_full_forwards(bank, batch_tokens):
     prompts = draw(3, (1, 25), 0)
     options = [(*option, 0) for option in draw(77, (0, 6), 1)]
     several = [options, options[:1], options[3:9]]
-    found = option_losses(bank, prompts, several, batch_tokens)
+    (found,) = option_losses(bank, [list(zip(prompts, several, strict=True))], batch_tokens)
     for prompt, choices, losses in zip(prompts, several, found, strict=True):
         expected = [plain_loss(bank, prompt, option) for option in choices]
         assert losses == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_prompt_is_encoded_once(bank, monkeypatch):
-    """20 prompt tokens and 30 options of 4 tokens: 20 + 30 * 3 tokens go through the base, not 30 * 24."""
+def test_no_token_is_computed_twice(bank, monkeypatch):
+    """A prompt's 20 tokens, and each beginning of the 30 options of 4 tokens once, not 30 * 24 tokens. Gemma 3's
+    window of 8 is shorter than the prompt: there whole forward passes are made.
+    """
     seen = []
     inner = bank.base.model.forward
 
@@ -56,9 +58,38 @@ def test_a_prompt_is_encoded_once(bank, monkeypatch):
 
     monkeypatch.setattr(bank.base.model, "forward", counting)
     options = [(*option, 0) for option in draw(30, (3, 4), 2)]
-    option_losses(bank, draw(1, (20, 21), 3), [options], 200)
-    assert sum(seen) == 20 + 30 * 3
-    assert max(seen[1:]) <= 200
+    option_losses(bank, [[(prompt, options) for prompt in draw(1, (20, 21), 3)]], 200)
+    beginnings = {option[:length] for option in options for length in (1, 2, 3)}
+    assert len(beginnings) < 90, "some options begin alike"
+    windowed = bank.base.model.config.model_type == "gemma3_text"
+    assert sum(seen) == (30 * 24 if windowed else 20 + len(beginnings))
+
+
+def test_several_clients_at_once_equal_each_alone(bank, base):
+    """Uneven rows, one client without any; every client has its own adapter."""
+    adapters = [mixture(bank.base, seed) for seed in range(3)]
+    several = [(*option, 0) for option in draw(9, (0, 5), 5)]
+    clients = [[(prompt, several[: 3 + place]) for place, prompt in enumerate(draw(n, (1, 7), n))] for n in (4, 0, 3)]
+    answers = [[(prompt, (7, 9, 0)) for prompt, _ in rows] or [((5,), (6, 0))] for rows in clients]
+    bank.load(adapters)
+    found, means = option_losses(bank, clients, 60), mean_losses(bank, answers, 30)
+    texts = generate_answers(bank, [[prompt for prompt, _ in rows] for rows in clients], 5, 60)
+    assert found[1] == texts[1] == []
+    for client, adapter in enumerate(adapters):
+        bank.load([adapter])
+        (alone,) = option_losses(bank, [clients[client]], 10_000)
+        for mine, theirs in zip(found[client], alone, strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-5)
+        assert means[client] == pytest.approx(mean_losses(bank, [answers[client]], 10_000)[0], abs=1e-5)
+        assert texts[client] == generate_answers(bank, [[prompt for prompt, _ in clients[client]]], 5, 10_000)[0]
+
+
+def test_the_bare_base_answers_for_several_clients(bank):
+    bank.load([])
+    rows = [[(prompt, ((3, 0), (4, 5, 0))) for prompt in draw(n, (2, 6), n)] for n in (2, 3)]
+    for part, losses in zip(rows, option_losses(bank, rows, 100), strict=True):
+        for (prompt, options), found in zip(part, losses, strict=True):
+            assert found == pytest.approx([plain_loss(bank, prompt, option) for option in options], abs=1e-5)
 
 
 def test_mean_loss_equals_full_forwards(bank):
@@ -67,7 +98,7 @@ def test_mean_loss_equals_full_forwards(bank):
     total = sum(plain_loss(bank, *row) * len(row[1]) for row in rows)
     for batch_tokens in (1, 64, 10_000):
         expected = total / sum(map(len, answers))
-        assert mean_loss(bank, rows, batch_tokens) == pytest.approx(expected, abs=1e-5)
+        assert mean_losses(bank, [rows], batch_tokens)[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_groups_of_similar_length_stay_within_the_budget():
@@ -79,8 +110,8 @@ def test_groups_of_similar_length_stay_within_the_budget():
 
 def test_generation_in_batches_equals_one_by_one(bank):
     prompts = draw(6, (1, 20), 6)
-    together = generate_answers(bank, prompts, 6, 10_000)
-    alone = [generate_answers(bank, [prompt], 6, 10_000)[0] for prompt in prompts]
+    together = generate_answers(bank, [prompts], 6, 10_000)[0]
+    alone = [generate_answers(bank, [[prompt]], 6, 10_000)[0][0] for prompt in prompts]
     assert together == alone
     assert len(set(together)) > 1
 
@@ -96,9 +127,9 @@ def test_generation_is_greedy_and_stops(bank):
             break
         ids, expected = [*ids, token], [*expected, token]
     text = bank.base.tokenizer.decode(expected, skip_special_tokens=True).strip()
-    assert generate_answers(bank, [prompt], 12, 1000) == [text]
+    assert generate_answers(bank, [[prompt]], 12, 1000)[0] == [text]
 
 
 def test_generation_ends_where_the_base_has_no_positions_left(bank):
     prompt = draw(1, (126, 127), 8)[0]
-    assert len(bank.base.tokenizer(generate_answers(bank, [prompt], 50, 1000)[0])["input_ids"]) <= 8
+    assert len(bank.base.tokenizer(generate_answers(bank, [[prompt]], 50, 1000)[0][0])["input_ids"]) <= 8

@@ -6,7 +6,7 @@ from fedamole.data.examples import Example
 from fedamole.data.tokens import tokenise
 from fedamole.errors import ConfigError
 from fedamole.evaluation.likelihood import option_losses
-from fedamole.evaluation.personal import EvaluationSettings, loss_of, majority_scores, scores_of
+from fedamole.evaluation.personal import EvaluationSettings, losses_of, majority_scores, scores_of
 from fedamole.evaluation.summary import over_clients
 from fedamole.model.bank import Bank
 
@@ -30,24 +30,24 @@ def test_majority_of_texts_and_ties():
 def test_the_option_with_the_lowest_loss_is_the_answer(base):
     bank, settings = Bank(base()), EvaluationSettings()
     rows = tokenise(CLASSES, bank.base.tokenizer, 64).rows
-    losses = option_losses(bank, [row.prompt for row in rows], [row.options for row in rows], 1000)
+    (losses,) = option_losses(bank, [[(row.prompt, row.options) for row in rows]], 1000)
     right = sum(
         example.options[found.index(min(found))] == example.answer
         for example, found in zip(CLASSES, losses, strict=True)
     )
-    scores = scores_of(bank, rows, CLASSES, settings)
+    (scores,) = scores_of(bank, [rows], [CLASSES], settings)
     assert scores["score"] == scores["accuracy"] == pytest.approx(100 * right / 7)
     own = [found[example.options.index(example.answer)] for example, found in zip(CLASSES, losses, strict=True)]
     sizes = [len(row.answer) for row in rows]
     expected = sum(loss * size for loss, size in zip(own, sizes, strict=True)) / sum(sizes)
-    assert loss_of(bank, rows, settings) == pytest.approx(expected, abs=1e-5)
+    assert losses_of(bank, [rows], settings)[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_free_text_reports_all_scores(base):
     bank = Bank(base())
     rows = tokenise(TEXTS, bank.base.tokenizer, 64).rows
     settings = EvaluationSettings(generation_score="token_f1", max_new_tokens=3)
-    scores = scores_of(bank, rows, TEXTS, settings)
+    (scores,) = scores_of(bank, [rows], [TEXTS], settings)
     assert set(scores) == {"rouge_l", "exact_match", "token_f1", "score"}
     assert scores["score"] == scores["token_f1"]
 
@@ -69,8 +69,8 @@ def test_the_least_likely_option_is_never_the_answer(base):
     """Right answers made the most, and then the least, likely option of each row: accuracy 100 and 0."""
     bank = Bank(base())
     rows = tokenise(CLASSES, bank.base.tokenizer, 64).rows
-    losses = option_losses(bank, [row.prompt for row in rows], [row.options for row in rows], 1000)
+    (losses,) = option_losses(bank, [[(row.prompt, row.options) for row in rows]], 1000)
     for pick, accuracy in ((min, 100), (max, 0)):
         right = [OPTIONS[found.index(pick(found))] for found in losses]
         examples = [Example("a ", "", f"text {i}\n", answer, OPTIONS) for i, answer in enumerate(right)]
-        assert scores_of(bank, rows, examples, EvaluationSettings())["score"] == accuracy
+        assert scores_of(bank, [rows], [examples], EvaluationSettings())[0]["score"] == accuracy

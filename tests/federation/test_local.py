@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.training import alone
 from torch import Tensor
 
 from fedamole.experiment import prepare, resume
-from fedamole.federation.local import DivergedError, Row, _backward, _batches, embed, fit
+from fedamole.federation.local import DivergedError, _batches, embed
 from fedamole.federation.loop import Watcher
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import pack, unpack
@@ -23,7 +24,7 @@ from fedamole.methods.fedamole import FedAmole
 from fedamole.methods.fedit import FedIT, GlobalLora
 from fedamole.methods.local_only import OwnLora
 from fedamole.model.bank import Bank
-from fedamole.model.batch import answer_losses, collate
+from fedamole.model.batch import Row, collate, token_losses
 from fedamole.model.params import Adapter, new_pool, new_shared
 
 PLAIN = FedIT(rank=2, alpha=4.0, dropout=0.0).spec()
@@ -52,14 +53,14 @@ def mixture(bank: Bank, **parameters: Any) -> Adapter:
 
 def train(bank: Bank, adapter: Adapter, rows: Sequence[Row], round_: int = 0, **settings: Any) -> Any:
     chosen = TrainingSettings(**{"local_steps": 3, "learning_rate": 1e-2, **settings})
-    return fit(bank, adapter, rows, chosen, seed=0, client="mood", round_=round_)
+    return alone(bank, adapter, rows, chosen, seed=0, client="mood", round_=round_)
 
 
 def gradients(bank: Bank, adapter: Adapter, batch: Sequence[Row]) -> list[Tensor]:
-    bank.load(adapter)
-    parts = collate(batch, bank.base.pad_id)
-    loss = answer_losses(bank.logits(parts.ids), parts).mean()
-    return list(torch.autograd.grad(loss, bank.parameters()))
+    bank.load([adapter])
+    parts = collate([batch], bank.base.pad_id)
+    with bank.reading(parts) as logits:
+        return list(torch.autograd.grad(token_losses(logits, parts.labels).mean(), bank.parameters()))
 
 
 def adam_by_hand(
@@ -75,13 +76,13 @@ def adam_by_hand(
     while len(order) < need:
         order += torch.randperm(len(rows), generator=generator).tolist()
     taken = iter(order)
-    bank.load(adapter)
+    bank.load([adapter])
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in bank.parameters()]
     for step in range(1, settings.steps(len(rows)) + 1):
         batches = [[rows[next(taken)] for _ in range(settings.batch_size)] for _ in range(settings.accumulation)]
         found = [gradients(bank, adapter, batch) for batch in batches]
         means = [sum(parts) / len(parts) for parts in zip(*found, strict=True)]
-        bank.load(adapter)
+        bank.load([adapter])
         with torch.no_grad():
             for place, (parameter, g) in enumerate(zip(bank.parameters(), means, strict=True)):
                 m, v = moments[place]
@@ -112,23 +113,11 @@ def test_fit_is_adam_on_the_mean_gradient(
     chosen = TrainingSettings(**{"local_steps": 3, "learning_rate": 1e-2, **settings})
     start = lora(bank)
     wanted = adam_by_hand(bank, start, rows, chosen, round_)
-    trained = fit(bank, start, rows, chosen, seed=0, client="mood", round_=round_)
+    trained = alone(bank, start, rows, chosen, seed=0, client="mood", round_=round_)
     assert trained.steps == chosen.local_steps
     assert close(trained.adapter.tensors, wanted)
     # The tolerance is far below what training does.
     assert not close(trained.adapter.tensors, start.tensors, 1e-3)
-
-
-def test_accumulation_is_the_mean_of_gradients(bank: Bank, rows: list[Row]) -> None:
-    bank.load(lora(bank))
-    parts = [rows[:2], rows[2:4]]
-    for part in parts:
-        _backward(bank, collate(part, bank.base.pad_id), 0.0, 2, 0)
-    summed = [parameter.grad.clone() for parameter in bank.parameters() if parameter.grad is not None]
-    apart = [gradients(bank, lora(bank), part) for part in parts]
-    assert len(summed) == len(apart[0]) > 0
-    for total, one, other in zip(summed, *apart, strict=True):
-        torch.testing.assert_close(total, (one + other) / 2)
 
 
 def test_adam_is_new_each_round(bank: Bank, rows: list[Row]) -> None:
@@ -178,8 +167,8 @@ def test_steps_and_epochs(
 
 def test_an_epoch_is_every_row_once(bank: Bank) -> None:
     rows: list[Row] = [((2, place), (3,)) for place in range(10, 30)]
-    batches = _batches(rows, TrainingSettings(batch_size=5), bank, torch_generator(0, "order"))
-    passes = [[int(row[1]) for _ in range(4) for row in next(batches).ids] for _ in range(2)]
+    batches = _batches(rows, TrainingSettings(batch_size=5), torch_generator(0, "order"))
+    passes = [[prompt[1] for _ in range(4) for prompt, _ in next(batches)] for _ in range(2)]
     assert sorted(passes[0]) == sorted(passes[1]) == list(range(10, 30))
     assert passes[0] != passes[1]
     assert passes[0] != list(range(10, 30))
@@ -188,18 +177,21 @@ def test_an_epoch_is_every_row_once(bank: Bank) -> None:
 def test_the_loss_told_is_the_mean_over_the_steps(bank: Bank, rows: list[Row]) -> None:
     """With a rate next to nothing the adapter stays, so the mean is that of the batches' losses."""
     chosen = TrainingSettings(local_steps=3, batch_size=2, learning_rate=1e-12)
-    batches = _batches(rows, chosen, bank, torch_generator(0, "order", "mood", 0))
-    bank.load(lora(bank))
-    with torch.no_grad():
-        losses = [float(answer_losses(bank.logits(b.ids), b).mean()) for b, _ in zip(batches, range(3), strict=False)]
-    told = fit(bank, lora(bank), rows, chosen, seed=0, client="mood", round_=0).loss
+    batches = _batches(rows, chosen, torch_generator(0, "order", "mood", 0))
+    bank.load([lora(bank)])
+    losses = []
+    for _ in range(3):
+        batch = collate([next(batches)], bank.base.pad_id)
+        with torch.no_grad(), bank.reading(batch) as logits:
+            losses.append(float(token_losses(logits, batch.labels).mean()))
+    told = alone(bank, lora(bank), rows, chosen, seed=0, client="mood", round_=0).loss
     assert told == pytest.approx(sum(losses) / 3, rel=1e-5)
 
 
 def test_steps_are_told(bank: Bank, rows: list[Row]) -> None:
     told: list[tuple[int, int]] = []
     settings = TrainingSettings(local_steps=3)
-    fit(bank, lora(bank), rows, settings, seed=0, client="a", round_=0, on_step=lambda *step: told.append(step))
+    alone(bank, lora(bank), rows, settings, seed=0, client="a", round_=0, on_step=lambda *step: told.append(step))
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -212,7 +204,7 @@ def test_order_and_dropout_come_from_seed_client_and_round(
     spec = replace(PLAIN, dropout=0.5)
 
     def run(rows: list[Row], **where: Any) -> Any:
-        return fit(bank, lora(bank, spec), rows, settings, **where).adapter.tensors
+        return alone(bank, lora(bank, spec), rows, settings, **where).adapter.tensors
 
     assert all(torch.equal(a, b) for a, b in zip(run(rows, **place).values(), run(rows, **place).values(), strict=True))
     assert not close(run(rows, **place), run(rows, **{**place, **change}))
@@ -231,10 +223,10 @@ def test_the_balance_loss_is_trained_too(bank: Bank, rows: list[Row]) -> None:
 
 
 def test_embeddings_are_means_over_all_tokens_whatever_the_batch(bank: Bank, rows: list[Row]) -> None:
-    bank.load(mixture(bank))
-    alone, together = embed(bank, rows, 1), embed(bank, rows, 16)
-    assert set(alone) == set(bank.base.shapes)
-    for module, means in alone.items():
+    bank.load([mixture(bank)])
+    (single,), (together,) = embed(bank, [rows], 1), embed(bank, [rows], 400)
+    assert set(single) == set(bank.base.shapes)
+    for module, means in single.items():
         torch.testing.assert_close(means.token, together[module].token)
         assert sorted(means.experts) == [0, 1, 2]
         for expert in means.experts:
@@ -244,11 +236,11 @@ def test_embeddings_are_means_over_all_tokens_whatever_the_batch(bank: Bank, row
 def test_local_training_leaves_the_base_and_the_adapter_given_alone(bank: Bank, rows: list[Row]) -> None:
     start = lora(bank)
     before = {key: tensor.clone() for key, tensor in start.tensors.items()}
-    bank.load(None)
+    bank.load([])
     weights = {key: tensor.clone() for key, tensor in bank.base.model.state_dict().items()}
     train(bank, start, rows)
     assert all(torch.equal(before[key], tensor) for key, tensor in start.tensors.items())
-    bank.load(None)
+    bank.load([])
     assert all(torch.equal(weights[key], tensor) for key, tensor in bank.base.model.state_dict().items())
 
 
@@ -286,7 +278,7 @@ def poisoned(crash: Any) -> Callable[[], Path]:
     """A run of local_only killed after round 0, in whose folder the state of "mood" was given a NaN."""
 
     def make() -> Path:
-        folder: Path = crash("client_started", 5, "local_only")
+        folder: Path = crash("group_started", 3, "local_only")
         path = folder / "clients/mood/state/round-0000.safetensors"
         private = unpack(Private, path.read_bytes())
         kept = unpack(OwnLora, private.kept["record"].numpy().tobytes())

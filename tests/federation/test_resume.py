@@ -19,7 +19,7 @@ from fedamole.experiment import resume
 from fedamole.federation.loop import Watcher
 
 POINTS = {
-    "before the first client": ("client_started", 1),
+    "before the first group": ("group_started", 1),
     "in training, round 0": ("step", 5),
     "in training, round 1": ("step", 17),  # 4 clients x 3 steps a round
     "a state of round 1 written": ("mood/state/round-0001.safetensors", 1),
@@ -38,7 +38,7 @@ SOME = {
         "server state without its commit", "after the last round",
     ),
     "local_only": (
-        "before the first client", "in training, round 0", "a state of round 1 written",
+        "before the first group", "in training, round 0", "a state of round 1 written",
         "some best models of round 1 kept", "committed, nothing after",
     ),
 }  # fmt: skip
@@ -94,7 +94,7 @@ def test_a_killed_process(runs: Any, tmp_path: Path, remains: Any) -> None:
 @pytest.mark.parametrize("damage", ["server", "client", "json"])
 def test_a_torn_last_checkpoint(damage: str, runs: Any, crash: Any, remains: Any, caplog: Any) -> None:
     """Killed at the end of round 1 with its checkpoint torn: round 0 is the one to go on from."""
-    folder = crash("client_started", 9, "fedamole")
+    folder = crash("group_started", 5, "fedamole")
     torn = {
         "server": "checkpoints/round-0001.safetensors",
         "client": "clients/mood/state/round-0001.safetensors",
@@ -114,7 +114,7 @@ def test_a_torn_last_checkpoint(damage: str, runs: Any, crash: Any, remains: Any
 
 
 def test_all_checkpoints_corrupt(crash: Any) -> None:
-    folder = crash("client_started", 9, "fedit")
+    folder = crash("group_started", 5, "fedit")
     for path in folder.glob("checkpoints/*.safetensors"):
         os.truncate(path, 10)
     with pytest.raises(RunError, match="no checkpoint is intact"):
@@ -122,7 +122,7 @@ def test_all_checkpoints_corrupt(crash: Any) -> None:
 
 
 def test_a_foreign_checkpoint(runs: Any, crash: Any) -> None:
-    folder = crash("client_started", 9, "fedit")
+    folder = crash("group_started", 5, "fedit")
     other = runs("fedit")
     shutil.rmtree(folder / "checkpoints")
     shutil.rmtree(folder / "clients")
@@ -142,7 +142,7 @@ def test_a_finished_run_is_left_as_it_is(runs: Any) -> None:
 def test_a_running_run_is_refused(crash: Any) -> None:
     from fedamole.federation.run_folder import RunFolder
 
-    folder = crash("client_started", 5, "local_only")
+    folder = crash("group_started", 3, "local_only")
     with RunFolder.open(folder).locked(), pytest.raises(RunError, match="another process is running this run"):
         resume(folder, Watcher())
 

@@ -51,14 +51,14 @@ def test_starts_where_fedit_starts() -> None:
 
 
 def test_a_clients_model_does_not_depend_on_who_else_is_there(runs: Any, tiny: Path, tmp_path: Path) -> None:
-    """The run with all four clients, and one of its client "mood" alone."""
+    """The run with all four clients, and one of its client "mood" alone, to the bit where each trains alone."""
     text = (tiny / "config.toml").read_text()
     head, sources = text.split("[[data.source]]", 1)[0], text.split("[[data.source]]")[1:]
     mood = next(source for source in sources if '"mood"' in source)
     text = head + "[[data.source]]" + mood
     text = text.replace('"base"', f'"{tiny}/base"').replace("mood.jsonl", f"{tiny}/mood.jsonl")
     (tmp_path / "mood.toml").write_text(text)
-    words = ["method.name=local_only", "method.rank=2", "method.alpha=4"]
+    words = ["method.name=local_only", "method.rank=2", "method.alpha=4", "run.group=1"]
     start(load_config(tmp_path / "mood.toml", words), tmp_path / "run", Watcher())
     file = "clients/mood/state/round-0002.safetensors"
-    assert (tmp_path / "run" / file).read_bytes() == (runs("local_only") / file).read_bytes()
+    assert (tmp_path / "run" / file).read_bytes() == (runs("local_only", "run.group=1") / file).read_bytes()

@@ -81,7 +81,7 @@ def test_equals_the_definition(n: int, top_k: int, shape: tuple[int, int, int]) 
     counted = torch.tensor([True, True, False, True, True, False])
     wanted_y, wanted_balance = by_definition(x, base_out, tensors, n, s, counted)
     y, routing = amole_linear(x, base_out, *stack(tensors, M, list(range(n))), s)
-    balance = balance_loss(routing, counted)
+    balance = balance_loss(routing, counted).squeeze(0)
     torch.testing.assert_close(y, wanted_y, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(balance, wanted_balance, rtol=1e-10, atol=1e-10)
     leaves = [x, *tensors.values()]
@@ -202,8 +202,8 @@ def test_balance_loss_without_a_counted_token_is_zero() -> None:
 
 
 def halves(width: int) -> list[Callable[[Tensor], Tensor]]:
-    """Every mask of a row of this width, each as a dropout that keeps a half (all are equally likely)."""
-    masks = itertools.product((0.0, 2.0), repeat=width)
+    """Every mask of a row of this width; the layer scales what is kept (all are equally likely)."""
+    masks = itertools.product((0.0, 1.0), repeat=width)
     return [lambda values, mask=mask: values * torch.tensor(mask, dtype=values.dtype) for mask in masks]
 
 

@@ -5,17 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fedamole.errors import BaseModelError
-from fedamole.federation.local import embed, fit
+from fedamole.federation.local import embed
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.amole import AdapterSpec, amole_linear, balance_loss
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base
-from fedamole.model.batch import answer_losses, collate
+from fedamole.model.batch import collate, token_losses
+from fedamole.model.dropout import row_keys
 from fedamole.model.params import (
     Adapter,
     Shapes,
@@ -26,6 +28,7 @@ from fedamole.model.params import (
     shared_keys,
     stack,
 )
+from tests.training import alone
 
 from .conftest import ARCHITECTURES
 
@@ -64,14 +67,17 @@ def random_adapter(
 
 def measure(bank: Bank, rows: Sequence[Row], seed: int | None = None, pad: int = 1) -> dict[str, Any]:
     """Logits, answer losses, balance losses and the gradients of losses + balance of the loaded adapter."""
-    batch = collate(rows, pad)
-    with bank.recording(counted=batch.counted, balance=[], dropout_seed=seed) as tape:
-        logits = bank.logits(batch.ids)
-        losses, balance = answer_losses(logits, batch), torch.stack(tape.balance or [torch.zeros(())])
-        forwards = len(tape.balance or [])
+    batch = collate([rows], pad, seeds=None if seed is None else [seed])
+    whole = replace(batch, predicting=torch.arange(batch.ids.numel()))
+    found: list[Tensor] = []
+    with bank.reading(whole, balance=found) as flat:
+        logits = flat.unflatten(0, batch.ids.shape)
+        losses = token_losses(flat[batch.predicting], batch.labels)
+        balance = torch.cat(found or [torch.zeros(1)])
+        forwards = len(found)
         parameters = bank.parameters()
         gradients = torch.autograd.grad(losses.mean() + balance.sum(), parameters) if parameters else ()
-        repeated = len(tape.balance or []) - forwards
+        repeated = len(found) - forwards
     return {"logits": logits, "losses": losses, "balance": balance, "gradients": gradients, "repeated": repeated}
 
 
@@ -109,11 +115,11 @@ def test_an_empty_bank_is_the_untouched_base(
     bank, ids = open_bank(kind), torch.tensor([[5, 9, 40, 33, 60, 12, 77, 8, 101, 14]])
     with torch.no_grad():
         wanted = bare(input_ids=ids).logits
-        assert torch.equal(bank.logits(ids), wanted)
-        bank.load(random_adapter(bank.base.shapes))
-        assert (bank.logits(ids) - wanted).abs().max() > 0.1
-        bank.load(None)
-        assert torch.equal(bank.logits(ids), wanted)
+        assert torch.equal(bank.base.model(input_ids=ids).logits, wanted)
+        bank.load([random_adapter(bank.base.shapes)])
+        assert (bank.base.model(input_ids=ids).logits - wanted).abs().max() > 0.1
+        bank.load([])
+        assert torch.equal(bank.base.model(input_ids=ids).logits, wanted)
     assert bank.parameters() == []
     with pytest.raises(RuntimeError, match="empty"):
         bank.adapter()
@@ -126,7 +132,7 @@ def test_load_and_adapter_are_a_round_trip_of_copies(
 ) -> None:
     bank = open_bank(kind)
     adapter = random_adapter(bank.base.shapes, experts)
-    bank.load(adapter)
+    bank.load([adapter])
     back = bank.adapter()
     assert back.spec == adapter.spec
     assert back.tensors.keys() == adapter.tensors.keys()
@@ -149,7 +155,7 @@ def test_every_module_has_its_own_experts(
     adapter = random_adapter(bank.base.shapes)
     held = expert_ids(adapter.tensors)
     assert len({tuple(ids) for ids in held.values()}) == len(held)
-    bank.load(adapter)
+    bank.load([adapter])
     for name, layer in bank.layers.items():
         x = torch.randn(2, 3, bank.base.shapes[name][0], generator=torch.Generator().manual_seed(1))
         base_out = layer.base_layer(x)
@@ -164,8 +170,8 @@ def test_an_adapter_may_leave_modules_out(
     bank = open_bank("llama")
     names = sorted(bank.base.shapes)
     part = random_adapter({name: bank.base.shapes[name] for name in names[:2]})
-    bank.load(random_adapter(bank.base.shapes))
-    bank.load(part)
+    bank.load([random_adapter(bank.base.shapes)])
+    bank.load([part])
     assert bank.adapter().modules() == names[:2]
     x = torch.randn(1, 2, 32)
     layer = bank.layers[names[3]]
@@ -177,10 +183,10 @@ def test_adapters_of_another_base_are_refused(
 ) -> None:
     bank = open_bank("llama")
     with pytest.raises(BaseModelError, match="'elsewhere', which this base does not adapt"):
-        bank.load(random_adapter({"elsewhere": (32, 32)}))
+        bank.load([random_adapter({"elsewhere": (32, 32)})])
     name = next(iter(bank.base.shapes))
     with pytest.raises(BaseModelError, match=r"linear of 32 x 31, this base has \(32, 32\)"):
-        bank.load(random_adapter({name: (32, 31)}))
+        bank.load([random_adapter({name: (32, 31)})])
 
 
 @every_architecture
@@ -193,16 +199,16 @@ def test_training_lowers_the_loss(
     frozen = {key: value.clone() for key, value in bank.base.model.state_dict().items()}
     adapter = random_adapter(bank.base.shapes, dropout=0.05)
     settings = TrainingSettings(local_steps=20, batch_size=3, learning_rate=1e-2)
-    bank.load(adapter)
+    bank.load([adapter])
     before = measure(bank, ROWS)["losses"].mean().item()
-    trained = fit(bank, adapter, ROWS, settings, seed=1, client="c", round_=0)
-    bank.load(trained.adapter)
+    trained = alone(bank, adapter, ROWS, settings, seed=1, client="c", round_=0)
+    bank.load([trained.adapter])
     assert measure(bank, ROWS)["losses"].mean().item() < 0.7 * before
     assert trained.adapter.tensors.keys() == adapter.tensors.keys()
     for key, tensor in trained.adapter.tensors.items():
         assert tensor.dtype == torch.float32
         assert not torch.equal(tensor, adapter.tensors[key]), key
-    bank.load(None)
+    bank.load([])
     assert all(torch.equal(value, frozen[key]) for key, value in bank.base.model.state_dict().items())
 
 
@@ -214,7 +220,7 @@ def test_padding_on_the_right_changes_nothing(
     balance losses and gradients stay (the router counts real tokens only)."""
     bank = open_bank(kind)
     bank.base.model.double()
-    bank.load(random_adapter(bank.base.shapes, dtype=torch.float64))
+    bank.load([random_adapter(bank.base.shapes, dtype=torch.float64)])
     together, start = measure(bank, ROWS), 0
     for place, row in enumerate(ROWS):
         alone, length = measure(bank, [row]), len(row[0]) + len(row[1])
@@ -237,7 +243,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(
     for checkpointing in (False, True):
         bank = open_bank(kind, gradient_checkpointing=checkpointing)
         bank.base.model.double()
-        bank.load(random_adapter(bank.base.shapes, dropout=0.3, dtype=torch.float64))
+        bank.load([random_adapter(bank.base.shapes, dropout=0.3, dtype=torch.float64)])
         bank.base.training(True)
         results.append(measure(bank, ROWS, seed))
         assert results[-1]["repeated"] == (len(bank.layers) if checkpointing else 0)
@@ -256,14 +262,15 @@ def test_gradients_are_the_slopes_of_the_losses(
     (f(w + h u) - f(w - h u)) / 2h is |g|. On GPT-2, whose norms too keep float64."""
     bank = open_bank("gpt2", gradient_checkpointing=checkpointing)
     bank.base.model.double()
-    bank.load(random_adapter(bank.base.shapes, dtype=torch.float64))
+    bank.load([random_adapter(bank.base.shapes, dtype=torch.float64)])
     bank.base.training(True)
-    batch = collate(ROWS, 1)
+    batch = collate([ROWS], 1)
 
     def value() -> Tensor:
-        with bank.recording(counted=batch.counted, balance=[]) as tape:
-            losses = answer_losses(bank.logits(batch.ids), batch)
-            total = losses.sum() if part == "losses" else torch.stack(tape.balance or []).sum()
+        balance: list[Tensor] = []
+        with bank.reading(batch, balance=balance) as logits:
+            losses = token_losses(logits, batch.labels)
+            total = losses.sum() if part == "losses" else torch.cat(balance).sum()
             if torch.is_grad_enabled():
                 total.backward()
             return total.detach()
@@ -291,7 +298,7 @@ def test_fit_is_the_same_with_gradient_checkpointing(
         bank = open_bank("llama", gradient_checkpointing=checkpointing)
         bank.base.model.double()
         adapter = random_adapter(bank.base.shapes, dropout=0.2, balance_weight=1.0, dtype=torch.float64)
-        results.append(fit(bank, adapter, ROWS, settings, seed=1, client="c", round_=0).adapter.tensors)
+        results.append(alone(bank, adapter, ROWS, settings, seed=1, client="c", round_=0).adapter.tensors)
         assert not bank.base.model.training
     close(results[1], results[0], 1e-10)
 
@@ -302,21 +309,21 @@ def test_the_balance_loss_is_that_of_the_counted_tokens_of_each_module(
     """Each module's balance loss from the inputs it gets, in the order of the forward pass (q, v, q, v)."""
     bank = open_bank("llama")
     adapter = random_adapter(bank.base.shapes)
-    bank.load(adapter)
-    wanted, batch = [], collate(ROWS, 1)
+    bank.load([adapter])
+    wanted, batch = [], collate([ROWS], 1)
 
     def read(layer: Any, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-        tensors = stack(adapter.tensors, layer.name, layer.experts)
+        tensors = stack(adapter.tensors, layer.name, layer.loaded.experts[0])
         rows = inputs[0].flatten(0, 1)[batch.counted]
         _, routing = amole_linear(rows, layer.base_layer(rows), *tensors, adapter.spec)
-        wanted.append(balance_loss(routing, torch.ones(len(rows), dtype=torch.bool)))
+        wanted.append(balance_loss(routing))
 
     hooks = [layer.register_forward_hook(read) for layer in bank.layers.values()]
     balance = measure(bank, ROWS)["balance"]
     for hook in hooks:
         hook.remove()
     assert len(wanted) == 4
-    close(balance, torch.stack(wanted), 1e-5)
+    close(balance, torch.cat(wanted), 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["exact", "rank"])
@@ -324,30 +331,30 @@ def test_dropout_masks_come_from_the_seed_and_the_module_alone(
     open_bank: Callable[..., Bank], kind: str
 ) -> None:
     bank = open_bank("llama")
-    bank.load(random_adapter(bank.base.shapes, dropout=0.4, dropout_kind=kind))
+    bank.load([random_adapter(bank.base.shapes, dropout=0.4, dropout_kind=kind)])
     one = measure(bank, ROWS, seed=11)
     torch.rand(3)  # moves torch's global generator, which must not matter
     again, other, off = measure(bank, ROWS, seed=11), measure(bank, ROWS, seed=12), measure(bank, ROWS)
     assert torch.equal(one["logits"], again["logits"])
     assert not torch.allclose(one["logits"], other["logits"])
     assert not torch.allclose(one["logits"], off["logits"])
-    bank.load(random_adapter(bank.base.shapes, dropout=0.0))
+    bank.load([random_adapter(bank.base.shapes, dropout=0.0)])
     assert torch.equal(measure(bank, ROWS, seed=11)["logits"], measure(bank, ROWS)["logits"])
 
 
 def test_every_module_draws_its_own_dropout_mask(
     open_bank: Callable[..., Bank]
 ) -> None:
-    """Kept values are scaled by 1 / (1 - p); about p of them are dropped, elsewhere in every module."""
+    """Kept values stay as they are; about p of them are dropped, elsewhere in every module."""
     bank = open_bank("llama")
-    bank.load(random_adapter(bank.base.shapes, dropout=0.25))
-    values = torch.ones(100, 100)
-    with bank.recording(dropout_seed=3):
-        drops = [layer._drop(values.device) for layer in bank.layers.values()]
-    masks = [drop(values) for drop in drops if drop is not None]
+    bank.load([random_adapter(bank.base.shapes, dropout=0.25)])
+    values = torch.ones(100, 32)
+    places = np.arange(100)
+    with bank.recording(keys=row_keys(np.full(100, 3), places * 0, places)):
+        masks = [layer._drop()(values) for layer in bank.layers.values()]
     assert len(masks) == 4
     for mask in masks:
-        assert set(mask.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+        assert set(mask.unique().tolist()) == {0.0, 1.0}
         assert (mask == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
     for place, mask in enumerate(masks):
         for other in masks[place + 1 :]:
@@ -355,15 +362,15 @@ def test_every_module_draws_its_own_dropout_mask(
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 20])
 def test_mean_embeddings(
-    open_bank: Callable[..., Bank], kind: str, batch_size: int
+    open_bank: Callable[..., Bank], kind: str, tokens: int
 ) -> None:
     """t_c = mean of W_t x and e_i = mean of A_i x over the 13 + 4 + 14 tokens, prompts and answers, no padding: by
     linearity W_t and A_i of the mean input, read here row by row in front of each module."""
     bank = open_bank(kind)
     adapter = random_adapter(bank.base.shapes)
-    bank.load(adapter)
+    bank.load([adapter])
     inputs: dict[str, list[Tensor]] = {name: [] for name in bank.layers}
     hooks = [
         layer.register_forward_pre_hook(lambda layer, values: inputs[layer.name].append(values[0][0].double()))
@@ -371,10 +378,10 @@ def test_mean_embeddings(
     ]
     with torch.no_grad():
         for prompt, answer in ROWS:
-            bank.logits(torch.tensor([[*prompt, *answer]]))
+            bank.base.model(input_ids=torch.tensor([[*prompt, *answer]]))
     for hook in hooks:
         hook.remove()
-    means = embed(bank, ROWS, batch_size)
+    (means,) = embed(bank, [ROWS], tokens)
     held = expert_ids(adapter.tensors)
     assert means.keys() == held.keys()
     for name, mean in means.items():
@@ -391,19 +398,18 @@ def test_a_plain_lora_has_no_embeddings_and_no_balance_loss(
     open_bank: Callable[..., Bank]
 ) -> None:
     bank = open_bank("llama")
-    bank.load(random_adapter(bank.base.shapes, experts=0))
-    assert embed(bank, ROWS, 2) == {}
-    batch = collate(ROWS, 1)
-    with bank.recording(counted=batch.counted, balance=[]) as tape:
-        bank.logits(batch.ids)
-        assert tape.balance == []
+    bank.load([random_adapter(bank.base.shapes, experts=0)])
+    assert embed(bank, [ROWS], 20) == [{}]
+    found: list[Tensor] = []
+    with bank.reading(collate([ROWS], 1), balance=found):
+        assert found == []
 
 
 def test_a_recording_leaves_nothing_on_the_tape(open_bank: Callable[..., Bank]) -> None:
     bank = open_bank("llama")
-    with pytest.raises(KeyError), bank.recording(dropout_seed=3, balance=[]):
+    with pytest.raises(KeyError), bank.recording(keys=torch.zeros(1), balance=[]):
         raise KeyError
-    assert bank.tape.dropout_seed is None
+    assert bank.tape.keys is None
     assert bank.tape.balance is None
 
 
@@ -420,6 +426,6 @@ def test_without_its_domain_experts_an_adapter_is_its_shared_expert(
     shared = {key: silent[key] for name in bank.base.shapes for key in shared_keys(name)}
     logits = []
     for tensors in (silent, shared):
-        bank.load(replace(mixture, tensors=tensors))
+        bank.load([replace(mixture, tensors=tensors)])
         logits.append(measure(bank, ROWS)["logits"])
     close(logits[0], logits[1], 1e-5)

@@ -46,9 +46,9 @@ def lora(base, seed=0) -> Adapter:
 def test_a_fresh_process_gives_the_same_logits(base, tmp_path, kind, architecture, package):
     bank = Bank(base(architecture))
     adapter = kind(bank.base)
-    bank.load(adapter)
+    bank.load([adapter])
     with torch.no_grad():
-        expected = bank.logits(torch.tensor(IDS))
+        expected = bank.base.model(input_ids=torch.tensor(IDS)).logits
     save_adapter(adapter, tmp_path / "a", bank.base.name, bank.base.identity)
     command = [sys.executable, "-c", FRESH, bank.base.name, str(tmp_path / "a"), str(tmp_path / "out"), package]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -73,10 +73,10 @@ def two(base, tmp_path):
     for seed, name in enumerate(("first", "second")):
         adapter = mixture(bank.base, seed)
         save_adapter(adapter, tmp_path / name, bank.base.name, bank.base.identity)
-        bank.load(adapter)
-        logits[name] = bank.logits(torch.tensor(IDS)).detach()
-    bank.load(None)
-    logits["none"] = bank.logits(torch.tensor(IDS)).detach()
+        bank.load([adapter])
+        logits[name] = bank.base.model(input_ids=torch.tensor(IDS)).logits.detach()
+    bank.load([])
+    logits["none"] = bank.base.model(input_ids=torch.tensor(IDS)).logits.detach()
     model = PeftModel.from_pretrained(base().model, tmp_path / "first", adapter_name="first")
     model.load_adapter(tmp_path / "second", adapter_name="second")
     return model, logits

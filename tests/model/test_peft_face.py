@@ -56,8 +56,8 @@ def test_training_on_changes_the_adapter_alone_and_saves_for_the_bank(
     model.save_pretrained(tmp_path / "after")
     bank, adapter = Bank(base("gpt2")), load_adapter(tmp_path / "after")
     assert expert_ids(adapter.tensors) == expert_ids(load_adapter(tmp_path / "before").tensors)
-    bank.load(adapter)
-    torch.testing.assert_close(bank.logits(IDS), model.eval()(input_ids=IDS).logits)
+    bank.load([adapter])
+    torch.testing.assert_close(bank.base.model(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
 
 
 def test_dropout_acts_in_training_alone(base: Callable[..., Base], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from fedamole.errors import FedamoleError
 from fedamole.federation.loop import Watcher
 from fedamole.federation.method import ClientInfo
 from fedamole.federation.worker import Answer, ClientData, Scores, Worker
-from fedamole.model.memory import out_of_memory
+from fedamole.model.memory import out_of_memory, release_memory
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class InProcess:
 
     def evaluate(self, round_: int, row: str, messages: Mapping[str, bytes | None]) -> dict[str, Scores]:
         """Score the present models of some clients on validation."""
+        release_memory(self.worker.bank.base.device)  # what the round's replies, merged by now, leave behind
         return self._in_groups(messages, lambda group: self.worker.evaluate(group, round_, row, messages))
 
     def keep(self, row: str) -> None:
@@ -70,6 +71,8 @@ class InProcess:
             group = waiting[: self.group]
             try:
                 results.update(work(group))
+                waiting = waiting[len(group) :]
+                continue
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -78,8 +81,8 @@ class InProcess:
                         f"out of memory with one client at a time ({group[0].info.name}): lower training.batch_size, "
                         "training.max_length or evaluation.batch_tokens, or set base.gradient_checkpointing = true"
                     ) from error
-                self.group = (len(group) + 1) // 2
-                log.warning("out of memory with %d clients at once, going on with %d", len(group), self.group)
-                continue
-            waiting = waiting[len(group) :]
+            # Outside the handler, where the error no longer holds on to what was in memory.
+            release_memory(self.worker.bank.base.device)
+            self.group = (len(group) + 1) // 2
+            log.warning("out of memory with %d clients at once, going on with %d", len(group), self.group)
         return results

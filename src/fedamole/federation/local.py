@@ -5,6 +5,7 @@ the batches of all of them, each client's rows under its own adapter. One client
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from fedamole.federation.randomness import derived_seed, torch_generator
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank, EmbeddingSum, MeanEmbeddings
 from fedamole.model.batch import Row, batches, collate, token_losses
+from fedamole.model.memory import out_of_memory, release_memory
 from fedamole.model.params import Adapter
 from fedamole.model.segments import totals
 
@@ -124,18 +126,17 @@ class _Group:
             try:
                 for part, rows in enumerate(parts):
                     self._pass(step, part, rows, begin, end)
-            except torch.OutOfMemoryError:
-                if end - begin == 1:
+                continue
+            except RuntimeError as error:
+                if end - begin == 1 or not out_of_memory(error):
                     raise
-                self.bank.at_once = (end - begin + 1) // 2
-                log.warning(
-                    "out of memory with %d clients at once, going on with %d; run.group sets it from the start",
-                    end - begin, self.bank.at_once,
-                )
-                self.bank.gradients[begin:end].zero_()
-                self.loss[begin:end] = before
-                _release(self.bank.base.device)
-                self._backward(step, parts, begin, end)
+            # Outside the handler, where the error no longer holds on to the pass that failed.
+            release_memory(self.bank.base.device)
+            self.bank.at_once = (end - begin + 1) // 2
+            log.warning("out of memory with %d clients in a pass, going on with %d", end - begin, self.bank.at_once)
+            self.bank.gradients[begin:end].zero_()
+            self.loss[begin:end] = before
+            self._backward(step, parts, begin, end)
 
     def _windows(self, rows: list[list[Row]], first: int, last: int) -> Iterator[tuple[int, int]]:
         """Cut the clients at work into runs that are worth one pass together."""
@@ -167,15 +168,15 @@ class _Group:
 
     def check(self, step: int) -> dict[int, DivergedError]:
         """Look which clients have diverged; they stay in the group, so that the others' sums keep their order."""
-        bad = (~(self.loss.isfinite() & self.bank.weights.isfinite().all(1))).nonzero().flatten().tolist()
-        for place in bad:
-            if place not in self.diverged:
+        losses, finite = self.loss.tolist(), self.bank.weights.isfinite().all(1).tolist()
+        for place, (loss, whole) in enumerate(zip(losses, finite, strict=True)):
+            if place not in self.diverged and not (math.isfinite(loss) and whole):
                 last = min(step + 1, self.steps[place])
-                first = max((last - 1) // NAN_EVERY * NAN_EVERY + 1, 1)
+                first = (last - 1) // NAN_EVERY * NAN_EVERY + 1
+                what = "its adapter is no longer finite" if math.isfinite(loss) else f"its loss became {loss}"
                 self.diverged[place] = DivergedError(
-                    f"client {self.tasks[place].client}, round {self.round}: its loss or its adapter became NaN or "
-                    f"infinite within steps {first} to {last} of local training; lower training.learning_rate or set "
-                    "training.clip_norm"
+                    f"client {self.tasks[place].client}, round {self.round}: {what} within steps {first} to {last} of "
+                    "local training; lower training.learning_rate or set training.clip_norm"
                 )
         return self.diverged
 
@@ -217,8 +218,3 @@ def _batches(
     indices = order()
     while True:
         yield [rows[next(indices)] for _ in range(settings.batch_size)]
-
-
-def _release(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

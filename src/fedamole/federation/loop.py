@@ -15,7 +15,6 @@ from fedamole.federation.run_folder import ASSIGNMENT, METRICS, RunFolder
 from fedamole.federation.settings import FederationSettings
 from fedamole.federation.summary import summarise
 from fedamole.federation.worker import Answer, Scores
-from fedamole.model.memory import return_freed_memory
 from fedamole.model.params import Shapes
 
 log = logging.getLogger(__name__)
@@ -150,7 +149,6 @@ class Loop:
             return replies
 
         state = self.method.round(server, state, cohort, ask)
-        return_freed_memory()  # the replies of the whole cohort
         updated = time.perf_counter()
         for row in self.kinds:
             self._evaluate(round_, row, state, answered)

@@ -88,6 +88,7 @@ class BankLinear(nn.Module):
         self.spec: AdapterSpec | None = None
         self.loaded: Loaded | None = None
         self.register_buffer("columns", column_keys(index, width), persistent=False)
+        self._rank_columns: dict[int, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the base layer's output, plus each client's adapter's on its rows where adapters are loaded."""
@@ -109,11 +110,17 @@ class BankLinear(nn.Module):
         def drop(values: Tensor) -> Tensor:
             columns = self.columns
             if spec.dropout_kind == "rank":
-                # The shared expert comes last, after room that depends on the group, and takes the first keys.
-                columns = column_keys(self.index, values.shape[1]).to(values.device).roll(-spec.rank)
+                columns = self._columns_of_ranks(values.shape[1], spec.rank)
             return values.masked_fill(dropped(keys, columns, spec.dropout), 0)
 
         return drop
+
+    def _columns_of_ranks(self, width: int, rank: int) -> Tensor:
+        """Keys of the experts' activations: the shared expert, last after room that varies, takes the first of them."""
+        if width not in self._rank_columns:
+            keys = column_keys(self.index, width).roll(-rank)
+            self._rank_columns[width] = keys.to(self.columns.device)
+        return self._rank_columns[width]
 
     def _collect(self, routing: Routing, shares: Shares, held: Loaded) -> None:
         tape = self.tape
@@ -281,7 +288,7 @@ class Bank:
 
         A backward pass belongs inside the block: gradient checkpointing repeats the forward pass there.
         """
-        config = self.base.model.config
+        config = self.base.model.config.get_text_config()
         attention = config._attn_implementation
         shared = {"shares": batch.shares, "counted": batch.counted, "keys": batch.keys, "predicting": batch.predicting}
         options = {} if batch.sequences is None else {"position_ids": batch.positions, "sequences": batch.sequences}
@@ -301,7 +308,7 @@ class Bank:
 
     def _try_packing(self) -> bool:
         """Find out whether packed sequences give this base's own logits: not where more than attention mixes tokens."""
-        if self.base.model.config._attn_implementation != "sdpa":
+        if self.base.model.config.get_text_config()._attn_implementation != "sdpa":
             return False
         packing.register()
         rows = [((1, 2, 3, 4), (5, 6)), ((7,), (8, 9, 10))]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedamole.model.dropout import row_keys
-from fedamole.model.segments import Shares
+from fedamole.model.segments import Shares, upload
 
 Ids = Sequence[int]
 Row = tuple[Ids, Ids]
@@ -43,14 +43,14 @@ class Batch:
     """(T): keys of the tokens' dropout masks; None without dropout."""
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device; copies from pinned memory run alongside other work."""
+        """Return the batch on a device."""
         if device.type == "cpu":
             return self
         moved: dict[str, Tensor | Shares] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                moved[field.name] = value.pin_memory().to(device, non_blocking=True)
+                moved[field.name] = upload(value, device)
             elif isinstance(value, Shares):
                 moved[field.name] = Shares(value.lengths, device)
         return replace(self, **moved)  # type: ignore[arg-type]

@@ -50,8 +50,10 @@ def peak_memory_mib(device: torch.device) -> float:
     return float(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)
 
 
-def return_freed_memory() -> None:
-    """Hand freed memory back to the system: the C library of Linux keeps what many small tensors leave behind."""
+def release_memory(device: torch.device) -> None:
+    """Hand freed memory back: PyTorch keeps a GPU's, the C library of Linux what many small tensors leave behind."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -15,6 +15,11 @@ from torch import Tensor
 CPU = torch.device("cpu")
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device; from pinned memory, so that the host does not wait for the device."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Shares:
     """How many rows of a tensor belong to each of C clients, in the order of the clients."""
@@ -48,7 +53,7 @@ class Shares:
     @cached_property
     def counts(self) -> Tensor:
         """The lengths as a tensor, (C)."""
-        return torch.tensor(self.lengths).to(self.device)
+        return upload(torch.tensor(self.lengths), self.device)
 
     @cached_property
     def owner(self) -> Tensor:
@@ -80,7 +85,7 @@ class Padding:
         take = (starts[:, None] + torch.minimum(steps, counts[:, None] - 1)).clamp(0, int(counts.sum()) - 1)
         inside = steps < counts[:, None]
         keep = inside.flatten().nonzero().squeeze(1)
-        return Padding(take.flatten().to(device), keep.to(device), longest)
+        return Padding(upload(take.flatten(), device), upload(keep, device), longest)
 
     def pad(self, rows: Tensor) -> Tensor:
         """(T, ...) -> (C, longest, ...). What is computed on padding must be dropped again by `unpad`."""

@@ -1,0 +1,29 @@
+"""Training one client alone, as the tests that came before groups see it."""
+
+from collections.abc import Sequence
+
+from fedamole.federation.local import DivergedError, LocalTask, OnStep, fit
+from fedamole.federation.method import Trained
+from fedamole.federation.settings import TrainingSettings
+from fedamole.model.bank import Bank
+from fedamole.model.batch import Row
+from fedamole.model.params import Adapter
+
+
+def alone(
+    bank: Bank,
+    adapter: Adapter,
+    rows: Sequence[Row],
+    settings: TrainingSettings,
+    *,
+    seed: int = 0,
+    client: str = "mood",
+    round_: int = 0,
+    on_step: OnStep | None = None,
+) -> Trained:
+    """Train one client as a group of one; raise where it diverges."""
+    task = LocalTask(client, adapter, rows, settings.learning_rate * settings.lr_decay**round_)
+    (outcome,) = fit(bank, [task], settings, seed=seed, round_=round_, on_step=on_step)
+    if isinstance(outcome, DivergedError):
+        raise outcome
+    return outcome
