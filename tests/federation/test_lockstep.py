@@ -1,0 +1,232 @@
+"""A group of clients in lock-step against each of them trained alone, in float64 to 1e-9."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedamole.experiment import prepare
+from fedamole.federation import local
+from fedamole.federation.local import DivergedError, LocalTask, embed, fit
+from fedamole.federation.method import Trained
+from fedamole.federation.settings import TrainingSettings
+from fedamole.model.amole import AdapterSpec
+from fedamole.model.bank import Bank
+from fedamole.model.batch import Row
+from fedamole.model.params import Adapter, new_pool, new_shared
+
+Tensors = dict[str, torch.Tensor]
+HARD = TrainingSettings(local_steps=5, batch_size=2, accumulation=2, clip_norm=0.5)
+"""Everything at once: two batches of two rows a step, clipped."""
+
+
+@pytest.fixture(scope="module")
+def bank(runs: Any) -> Bank:
+    base = prepare(runs.load("local_only")).base
+    base.model.double()
+    return Bank(base)
+
+
+def texts(bank: Bank, client: int, rows: int = 7) -> list[Row]:
+    """Rows of 4 to 40 tokens."""
+    rng = np.random.default_rng(client)
+    draw = lambda low, high: rng.integers(2, bank.base.model.config.vocab_size, rng.integers(low, high)).tolist()  # noqa: E731
+    return [(draw(3, 35), draw(1, 6)) for _ in range(rows)]
+
+
+def tasks(bank: Bank, kind: str, clients: int = 5, **fields: Any) -> list[LocalTask]:
+    """Clients with other data and other rates; mixtures hold 2 to 8 experts, others in every module."""
+    spec = AdapterSpec(**{"rank": 2, "alpha": 4.0, "dropout": 0.1, "balance_weight": 0.05, **fields})
+    found = []
+    for client in range(clients):
+        draw = torch.Generator().manual_seed(client)
+        pool = new_shared(bank.base.shapes, 2, draw) if kind == "lora" else new_pool(bank.base.shapes, 2, 9, draw)
+        held = {
+            module: set(torch.randperm(9, generator=draw)[: 2 + (3 * client + place) % 7].tolist())
+            for place, module in enumerate(sorted(bank.base.shapes))
+        }
+        tensors = {
+            name: (0.1 * torch.randn(tensor.shape, generator=draw) if name.endswith("/B") else tensor).double()
+            for name, tensor in pool.items()
+            if "/expert-" not in name or int(name.split("/expert-")[1][:2]) in held[name.split("/")[0]]
+        }
+        found.append(LocalTask(f"client{client}", Adapter(spec, tensors), texts(bank, client), 1e-2 * (1 + client % 2)))
+    return found
+
+
+def trained(bank: Bank, group: Sequence[LocalTask], settings: TrainingSettings = HARD) -> list[Trained]:
+    outcomes = fit(bank, group, settings, seed=3, round_=1)
+    assert all(isinstance(outcome, Trained) for outcome in outcomes)
+    return outcomes  # type: ignore[return-value]
+
+
+def alone(bank: Bank, group: Sequence[LocalTask], settings: TrainingSettings = HARD) -> list[Trained]:
+    return [trained(bank, [task], settings)[0] for task in group]
+
+
+def assert_equal(found: Sequence[Trained], wanted: Sequence[Trained], tolerance: float = 1e-9) -> None:
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.steps == theirs.steps
+        assert mine.loss == pytest.approx(theirs.loss, abs=tolerance)
+        assert mine.adapter.tensors.keys() == theirs.adapter.tensors.keys()
+        for name, tensor in mine.adapter.tensors.items():
+            torch.testing.assert_close(tensor, theirs.adapter.tensors[name], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("dropout_kind", ["exact", "rank"])
+@pytest.mark.parametrize("kind", ["mixture", "lora"])
+def test_a_group_equals_separate_training(
+    bank: Bank, kind: str, dropout_kind: str, packed: bool, monkeypatch: Any
+) -> None:
+    """fedamole's mixtures, and the LoRAs of fedit and local_only; the group packed or padded, one alone packed."""
+    group = tasks(bank, kind, dropout_kind=dropout_kind)
+    wanted = alone(bank, group)
+    monkeypatch.setattr(bank, "packs", packed)
+    found = trained(bank, group)
+    assert_equal(found, wanted)
+    for task, outcome in zip(group, found, strict=True):
+        moved = max(float((outcome.adapter.tensors[k] - t).abs().max()) for k, t in task.adapter.tensors.items())
+        assert moved > 1e-3, "the tolerance is far below what training does"
+
+
+@pytest.mark.parametrize("tokens", [1, 120, 10**9])
+def test_neither_order_nor_windows_matter(bank: Bank, tokens: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(local, "TOKENS_AT_ONCE", tokens)
+    group = tasks(bank, "mixture")
+    shuffled = [group[place] for place in (3, 0, 4, 2, 1)]
+    found = trained(bank, shuffled)
+    assert_equal([found[place] for place in (1, 4, 3, 0, 2)], alone(bank, group))
+
+
+def test_whoever_is_done_leaves_and_is_moved_no_more(bank: Bank) -> None:
+    """Epochs of 2, 5, 9, 3 and 7 rows are as many steps; momentum would go on for those that are done."""
+    group = [
+        replace(task, rows=task.rows * 2 if client == 2 else task.rows[: (2, 5, 14, 3, 7)[client]])
+        for client, task in enumerate(tasks(bank, "mixture"))
+    ]
+    settings = TrainingSettings(local_epochs=1, batch_size=1)
+    found = trained(bank, group, settings)
+    assert [outcome.steps for outcome in found] == [2, 5, 14, 3, 7]
+    assert_equal(found, alone(bank, group, settings))
+
+
+def test_seed_client_and_round_alone_decide(bank: Bank) -> None:
+    """The same client beside others, and the others beside another one."""
+    group = tasks(bank, "mixture")
+    assert_equal(trained(bank, group)[:2], trained(bank, group[:2]))
+    other = fit(bank, group[:2], HARD, seed=3, round_=2)
+    assert isinstance(other[0], Trained)
+    assert abs(other[0].loss - trained(bank, group[:2])[0].loss) > 1e-6
+
+
+def test_embeddings_of_a_group_equal_each_alone(bank: Bank) -> None:
+    group = tasks(bank, "mixture")
+    rows = [texts(bank, 50 + client, 2 + client) for client in range(5)]
+    bank.load([task.adapter for task in group])
+    found = embed(bank, rows, 100)
+    for task, part, means in zip(group, rows, found, strict=True):
+        bank.load([task.adapter])
+        (wanted,) = embed(bank, [part], 10_000)
+        assert means.keys() == wanted.keys() == bank.base.shapes.keys()
+        for module, mean in means.items():
+            torch.testing.assert_close(mean.token, wanted[module].token)
+            assert mean.experts.keys() == wanted[module].experts.keys()
+            for expert, row in mean.experts.items():
+                torch.testing.assert_close(row, wanted[module].experts[expert])
+
+
+# --- one that diverges ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("kind", ["mixture", "lora"])
+def test_one_clients_nan_changes_no_bit_of_the_others(bank: Bank, kind: str, packed: bool, monkeypatch: Any) -> None:
+    """Client 2 starts from a NaN; the others end, bit for bit, where they end beside a healthy client 2."""
+    monkeypatch.setattr(bank, "packs", packed)
+    group = tasks(bank, kind)
+    healthy = trained(bank, group)
+    sick = {name: tensor.clone() for name, tensor in group[2].adapter.tensors.items()}
+    for tensor in sick.values():
+        tensor[0, 0] = math.nan
+    group[2] = replace(group[2], adapter=replace(group[2].adapter, tensors=sick))
+    found = fit(bank, group, HARD, seed=3, round_=1)
+    assert isinstance(found[2], DivergedError)
+    assert "client client2, round 1: its loss became nan within steps 1 to 5" in str(found[2])
+    for client in (0, 1, 3, 4):
+        outcome = found[client]
+        assert isinstance(outcome, Trained)
+        assert outcome.loss == healthy[client].loss
+        for name, tensor in outcome.adapter.tensors.items():
+            assert torch.equal(tensor, healthy[client].adapter.tensors[name])
+
+
+def test_a_group_that_diverges_as_a_whole_stops_early(bank: Bank) -> None:
+    group = [replace(task, learning_rate=1e300) for task in tasks(bank, "lora", 2)]
+    steps: list[int] = []
+    outcomes = fit(
+        bank, group, TrainingSettings(local_steps=100), seed=0, round_=0, on_step=lambda done, _: steps.append(done)
+    )
+    assert all(isinstance(outcome, DivergedError) for outcome in outcomes)
+    assert len(steps) == local.NAN_EVERY
+
+
+# --- out of memory --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_device(bank: Bank, monkeypatch: Any) -> Callable[[int, RuntimeError], list[int]]:
+    """`small_device(2, error)`: a device on which a backward pass of more than 2 clients fails."""
+
+    def limit(most: int, error: RuntimeError) -> list[int]:
+        passes: list[int] = []
+        whole = bank.backward
+
+        def backward(loss: torch.Tensor) -> None:
+            clients = len(bank.parameters()[0])
+            passes.append(clients)
+            whole(loss)
+            if clients > most:
+                raise error  # after gradients were added, the worst moment
+
+        monkeypatch.setattr(bank, "backward", backward)
+        monkeypatch.setattr(bank, "at_once", bank.at_once)
+        return passes
+
+    return limit
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_halves_the_pass_and_loses_nothing(
+    bank: Bank, small_device: Any, error: RuntimeError, caplog: Any
+) -> None:
+    group = tasks(bank, "mixture")
+    wanted = trained(bank, group)
+    passes = small_device(2, error)
+    with caplog.at_level(logging.WARNING):
+        found = trained(bank, group)
+    assert_equal(found, wanted)
+    assert passes[:3] == [5, 3, 2]
+    assert max(passes[3:]) == 2, "the smaller pass is kept"
+    assert bank.at_once == 2
+    assert caplog.text.count("out of memory") == 2
+
+
+def test_out_of_memory_with_one_client_is_an_error(bank: Bank, small_device: Any) -> None:
+    small_device(0, torch.OutOfMemoryError("no"))
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(bank, tasks(bank, "lora", 2), HARD, seed=0, round_=0)
+    bank.base.training(False)
+
+
+def test_other_errors_are_not_taken_for_it(bank: Bank, small_device: Any) -> None:
+    small_device(1, RuntimeError("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        fit(bank, tasks(bank, "lora", 2), HARD, seed=0, round_=0)

@@ -1,0 +1,68 @@
+"""Masks as hashes of their place: against integer arithmetic written out, and as good as coins."""
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from fedamole.model.dropout import column_keys, dropped, row_keys
+
+GOLDEN, MASK = 0x9E3779B97F4A7C15, 2**64 - 1
+
+
+def splitmix(z: int) -> int:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014) on Python's integers; its 31 highest bits."""
+    z &= MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return (z ^ (z >> 31)) >> 33
+
+
+def signed(z: int) -> int:
+    """What 32 bits mean as a signed number."""
+    return (z + 2**31) % 2**32 - 2**31
+
+
+def test_keys_by_integer_arithmetic() -> None:
+    seeds = [5, 2**63 - 1, 12345678901234567]
+    keys = row_keys(np.array(seeds), np.array([0, 3, 7]), np.array([0, 99, 511]))
+    places = [example * 2**20 + position + 1 for example, position in ((0, 0), (3, 99), (7, 511))]
+    assert keys.tolist() == [splitmix(seed + place * GOLDEN) for seed, place in zip(seeds, places, strict=True)]
+    assert column_keys(4, 3).tolist() == [splitmix((feature + 5 * 2**32) * GOLDEN) for feature in range(3)]
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_masks_by_integer_arithmetic(share: float) -> None:
+    rows, columns = row_keys(np.full(6, 9), np.arange(6), np.arange(6)), column_keys(0, 5)
+    for row, found in zip(rows.tolist(), dropped(rows, columns, share).tolist(), strict=True):
+        for column, drop in zip(columns.tolist(), found, strict=True):
+            z = signed((row ^ column) * 0x7FEB352D)
+            z = signed((z ^ (z >> 15)) * 0x846CA68B)
+            assert drop == (z < round(share * 2**32) - 2**31)
+
+
+def deviations(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Correlations of the rows of two masks, in standard deviations of independent coins."""
+    return ((a.double() - share) * (b.double() - share)).mean(1) / (share * (1 - share)) * a.shape[1] ** 0.5
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5])
+def test_masks_are_as_good_as_coins(share: float) -> None:
+    """Shares and correlations between neighbours in every direction are within 5 deviations of coins' (512 draws)."""
+    place = np.arange(512)
+    rows = row_keys(np.full(512, 77), place // 64, place % 64)
+    mask = dropped(rows, column_keys(0, 2048), share)
+    for axis, draws in ((0, 512), (1, 2048)):
+        means = mask.double().mean(axis)
+        assert ((means - share).abs() < 5.5 * (share * (1 - share) / draws) ** 0.5).all()
+    assert mask.double().mean().item() == pytest.approx(share, abs=2e-3)
+    others = {
+        "next position": mask.roll(1, 0),
+        "next feature": mask.roll(1, 1),
+        "next module": dropped(rows, column_keys(1, 2048), share),
+        "next step": dropped(row_keys(np.full(512, 78), place // 64, place % 64), column_keys(0, 2048), share),
+        "next example": dropped(row_keys(np.full(512, 77), place // 64 + 1, place % 64), column_keys(0, 2048), share),
+    }
+    for name, other in others.items():
+        found = deviations(mask, other, share)
+        assert found.abs().max() < 5.5, name
+        assert found.std().item() == pytest.approx(1, abs=0.2), name

@@ -1,0 +1,103 @@
+"""Products and sums by client against a plain loop over clients, in float64, with gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedamole.model.segments import Padding, Shares, add_product, product, spread, totals
+
+LENGTHS = [(4,), (3, 3, 3), (5, 1, 4), (2, 0, 3), (0, 0, 7)]
+every_shape = pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def by_loop(x: Tensor, weights: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    return torch.cat([rows @ weights[client] for client, rows in enumerate(x.split(lengths))])
+
+
+def with_gradients(y: Tensor, *leaves: Tensor) -> list[Tensor]:
+    return [y.detach(), *torch.autograd.grad((y * drawn(*y.shape)).sum(), leaves)]
+
+
+def through_padding(x: Tensor, weights: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """What a GPU does with uneven shares."""
+    padding = Padding.of(lengths)
+    return padding.unpad(torch.bmm(padding.pad(x), weights))
+
+
+@every_shape
+@pytest.mark.parametrize("padded", [False, True])
+def test_product(lengths: tuple[int, ...], padded: bool) -> None:
+    x, weights = drawn(sum(lengths), 5).requires_grad_(), drawn(len(lengths), 5, 6).requires_grad_()
+    y = through_padding(x, weights, lengths) if padded else product(x, weights, Shares(lengths))
+    for mine, theirs in zip(
+        with_gradients(y, x, weights), with_gradients(by_loop(x, weights, lengths), x, weights), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=1e-13)
+
+
+@every_shape
+def test_add_product(lengths: tuple[int, ...]) -> None:
+    rows, clients = sum(lengths), len(lengths)
+    leaves = [drawn(*shape).requires_grad_() for shape in ((rows, 6), (rows, 5), (clients, 5, 6))]
+    base, x, weights = leaves
+    mine = with_gradients(add_product(base, x, weights, Shares(lengths), 2.5), *leaves)
+    theirs = with_gradients(base + 2.5 * by_loop(x, weights, lengths), *leaves)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+
+
+@every_shape
+@pytest.mark.parametrize("more", [(), (3,), (2, 3)])
+def test_totals(lengths: tuple[int, ...], more: tuple[int, ...]) -> None:
+    values = drawn(sum(lengths), *more).requires_grad_()
+    mine = with_gradients(totals(values, Shares(lengths)), values)
+    theirs = with_gradients(torch.stack([part.sum(0) for part in values.split(lengths)]), values)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+
+
+@every_shape
+def test_spread(lengths: tuple[int, ...]) -> None:
+    rows = drawn(len(lengths), 3)
+    assert torch.equal(spread(rows, Shares(lengths)), rows.repeat_interleave(torch.tensor(lengths), 0))
+
+
+def test_padding_by_hand() -> None:
+    """Segments of 2, 3 and 1 rows in places of 3: padding repeats a segment's own last row."""
+    padding = Padding.of((2, 3, 1))
+    assert padding.take.tolist() == [0, 1, 1, 2, 3, 4, 5, 5, 5]
+    assert padding.keep.tolist() == [0, 1, 3, 4, 5, 6]
+    assert padding.pad(torch.arange(6.0).unsqueeze(1)).shape == (3, 3, 1)
+
+
+def test_shares_of_sequences_are_shares_of_their_tokens() -> None:
+    shares = Shares((2, 0, 1))
+    assert shares.of(3) is shares
+    assert shares.of(12).lengths == (8, 0, 4)
+    assert shares.of(12) is shares.of(12)
+    with pytest.raises(ValueError, match="7 rows cannot be divided like 3"):
+        shares.of(7)
+
+
+@pytest.mark.parametrize("lengths", [(3, 3, 3), (5, 1, 4)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_nan_stays_with_its_client(lengths: tuple[int, ...], padded: bool) -> None:
+    """Client 1's rows and weights are NaN: outputs, sums and gradients of the others keep every bit."""
+    shares, rows = Shares(lengths), sum(lengths)
+    found = []
+    for sick in (False, True):
+        x, weights = drawn(rows, 5), drawn(3, 5, 6)
+        if sick:
+            x[lengths[0] : lengths[0] + lengths[1]], weights[1] = torch.nan, torch.nan
+        x.requires_grad_(), weights.requires_grad_()
+        y = through_padding(x, weights, lengths) if padded else product(x, weights, shares)
+        sums = totals(y, shares)
+        gradients = torch.autograd.grad((sums * drawn(3, 6)).sum(), (x, weights))
+        found.append([y.split(lengths), sums.unbind(0), gradients[0].split(lengths), gradients[1].unbind(0)])
+    for healthy, beside in zip(*found, strict=True):
+        assert all(torch.equal(healthy[client], beside[client]) for client in (0, 2))
+        assert beside[1].isnan().any()
