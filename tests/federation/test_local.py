@@ -333,16 +333,13 @@ def test_where_all_diverge_the_server_stays_as_it_was(method: str, runs: Any, cr
 
 
 def test_the_aggregate_is_over_those_that_did_not_diverge(runs: Any, facts: Any) -> None:
-    """Rates at the edge of what survives three steps; where it lies may differ a little between machines."""
-    for rate in (1400, 1700, 1200, 1000, 1500, 1600, 1300, 1800):
-        folder = runs("fedit_ft", f"training.learning_rate={rate}", "federation.rounds=1")
-        train = {line["client"]: line for line in facts(folder) if line["split"] == "train"}
-        failed = {client for client, line in train.items() if "failed" in line}
-        if 0 < len(failed) < len(train):
-            break
-    else:
-        pytest.fail("no rate made some clients diverge and others not")
-    survivors = sorted(set(train) - failed)
+    """A first step of Adam at a rate of 1e25 leaves numbers of 1e25, still finite; the products of a second overflow.
+    An epoch in batches of 36 is one step for mood and plain, and two for chat and entail."""
+    words = ("training.learning_rate=1e25", "training.local_epochs=1", "training.batch_size=36", "federation.rounds=1")
+    folder = runs("fedit_ft", *words)
+    train = {line["client"]: line for line in facts(folder) if line["split"] == "train"}
+    assert {client for client, line in train.items() if "failed" in line} == {"chat", "entail"}
+    survivors = ["mood", "plain"]
     assert sorted(path.parent.parent.name for path in folder.glob("clients/*/state/*")) == survivors
     trained = []
     for client in survivors:

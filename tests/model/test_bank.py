@@ -49,9 +49,7 @@ def open_bank(base: Callable[..., Base]) -> Callable[..., Bank]:
     return lambda *args, **settings: Bank(base(*args, **settings))
 
 
-def random_adapter(
-    shapes: Shapes, experts: int = 3, dtype: torch.dtype = torch.float32, **spec: Any
-) -> Adapter:
+def random_adapter(shapes: Shapes, experts: int = 3, dtype: torch.dtype = torch.float32, **spec: Any) -> Adapter:
     """An adapter with nothing at zero; every module holds other experts than the one before it."""
     generator = torch.Generator().manual_seed(0)
     settings = AdapterSpec(**{"rank": 2, "alpha": 4.0, "dropout": 0.0, **spec})
@@ -127,9 +125,7 @@ def test_an_empty_bank_is_the_untouched_base(
 
 @every_architecture
 @pytest.mark.parametrize("experts", [0, 3])
-def test_load_and_adapter_are_a_round_trip_of_copies(
-    open_bank: Callable[..., Bank], kind: str, experts: int
-) -> None:
+def test_load_and_adapter_are_a_round_trip_of_copies(open_bank: Callable[..., Bank], kind: str, experts: int) -> None:
     bank = open_bank(kind)
     adapter = random_adapter(bank.base.shapes, experts)
     bank.load([adapter])
@@ -147,9 +143,7 @@ def test_load_and_adapter_are_a_round_trip_of_copies(
 
 
 @every_architecture
-def test_every_module_has_its_own_experts(
-    open_bank: Callable[..., Bank], kind: str
-) -> None:
+def test_every_module_has_its_own_experts(open_bank: Callable[..., Bank], kind: str) -> None:
     """Each wrapped linear gives the frozen linear's output plus the mixture of its own named tensors."""
     bank = open_bank(kind)
     adapter = random_adapter(bank.base.shapes)
@@ -164,9 +158,7 @@ def test_every_module_has_its_own_experts(
         assert not torch.allclose(wanted, base_out)
 
 
-def test_an_adapter_may_leave_modules_out(
-    open_bank: Callable[..., Bank]
-) -> None:
+def test_an_adapter_may_leave_modules_out(open_bank: Callable[..., Bank]) -> None:
     bank = open_bank("llama")
     names = sorted(bank.base.shapes)
     part = random_adapter({name: bank.base.shapes[name] for name in names[:2]})
@@ -178,9 +170,7 @@ def test_an_adapter_may_leave_modules_out(
     assert torch.equal(layer(x), layer.base_layer(x))
 
 
-def test_adapters_of_another_base_are_refused(
-    open_bank: Callable[..., Bank]
-) -> None:
+def test_adapters_of_another_base_are_refused(open_bank: Callable[..., Bank]) -> None:
     bank = open_bank("llama")
     with pytest.raises(BaseModelError, match="'elsewhere', which this base does not adapt"):
         bank.load([random_adapter({"elsewhere": (32, 32)})])
@@ -191,9 +181,7 @@ def test_adapters_of_another_base_are_refused(
 
 @every_architecture
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_lowers_the_loss(
-    open_bank: Callable[..., Bank], kind: str, dtype: str
-) -> None:
+def test_training_lowers_the_loss(open_bank: Callable[..., Bank], kind: str, dtype: str) -> None:
     """20 steps on three rows; the frozen weights stay as they are, the adapter is float32 on either base."""
     bank = open_bank(kind, dtype=dtype)
     frozen = {key: value.clone() for key, value in bank.base.model.state_dict().items()}
@@ -213,9 +201,7 @@ def test_training_lowers_the_loss(
 
 
 @every_architecture
-def test_padding_on_the_right_changes_nothing(
-    open_bank: Callable[..., Bank], kind: str
-) -> None:
+def test_padding_on_the_right_changes_nothing(open_bank: Callable[..., Bank], kind: str) -> None:
     """In float64: a row's logits and losses alone and in a ragged batch; and whatever the padding token is, losses,
     balance losses and gradients stay (the router counts real tokens only)."""
     bank = open_bank(kind)
@@ -255,9 +241,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("part", ["losses", "balance"])
-def test_gradients_are_the_slopes_of_the_losses(
-    open_bank: Callable[..., Bank], part: str, checkpointing: bool
-) -> None:
+def test_gradients_are_the_slopes_of_the_losses(open_bank: Callable[..., Bank], part: str, checkpointing: bool) -> None:
     """In float64, along the direction u of the gradient g of the losses' or the balance losses' sum,
     (f(w + h u) - f(w - h u)) / 2h is |g|. On GPT-2, whose norms too keep float64."""
     bank = open_bank("gpt2", gradient_checkpointing=checkpointing)
@@ -288,9 +272,7 @@ def test_gradients_are_the_slopes_of_the_losses(
     assert float(ends[0] - ends[1]) / 2e-5 == pytest.approx(squared**0.5, rel=1e-5)
 
 
-def test_fit_is_the_same_with_gradient_checkpointing(
-    open_bank: Callable[..., Bank]
-) -> None:
+def test_fit_is_the_same_with_gradient_checkpointing(open_bank: Callable[..., Bank]) -> None:
     """Three steps of Adam with dropout and a heavy balance loss, in float64; afterwards the base is in eval mode."""
     settings = TrainingSettings(local_steps=3, batch_size=2, accumulation=2, learning_rate=1e-2)
     results = []
@@ -303,9 +285,7 @@ def test_fit_is_the_same_with_gradient_checkpointing(
     close(results[1], results[0], 1e-10)
 
 
-def test_the_balance_loss_is_that_of_the_counted_tokens_of_each_module(
-    open_bank: Callable[..., Bank]
-) -> None:
+def test_the_balance_loss_is_that_of_the_counted_tokens_of_each_module(open_bank: Callable[..., Bank]) -> None:
     """Each module's balance loss from the inputs it gets, in the order of the forward pass (q, v, q, v)."""
     bank = open_bank("llama")
     adapter = random_adapter(bank.base.shapes)
@@ -327,9 +307,7 @@ def test_the_balance_loss_is_that_of_the_counted_tokens_of_each_module(
 
 
 @pytest.mark.parametrize("kind", ["exact", "rank"])
-def test_dropout_masks_come_from_the_seed_and_the_module_alone(
-    open_bank: Callable[..., Bank], kind: str
-) -> None:
+def test_dropout_masks_come_from_the_seed_and_the_module_alone(open_bank: Callable[..., Bank], kind: str) -> None:
     bank = open_bank("llama")
     bank.load([random_adapter(bank.base.shapes, dropout=0.4, dropout_kind=kind)])
     one = measure(bank, ROWS, seed=11)
@@ -342,9 +320,7 @@ def test_dropout_masks_come_from_the_seed_and_the_module_alone(
     assert torch.equal(measure(bank, ROWS, seed=11)["logits"], measure(bank, ROWS)["logits"])
 
 
-def test_every_module_draws_its_own_dropout_mask(
-    open_bank: Callable[..., Bank]
-) -> None:
+def test_every_module_draws_its_own_dropout_mask(open_bank: Callable[..., Bank]) -> None:
     """Kept values stay as they are; about p of them are dropped, elsewhere in every module."""
     bank = open_bank("llama")
     bank.load([random_adapter(bank.base.shapes, dropout=0.25)])
@@ -363,9 +339,7 @@ def test_every_module_draws_its_own_dropout_mask(
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("tokens", [1, 20])
-def test_mean_embeddings(
-    open_bank: Callable[..., Bank], kind: str, tokens: int
-) -> None:
+def test_mean_embeddings(open_bank: Callable[..., Bank], kind: str, tokens: int) -> None:
     """t_c = mean of W_t x and e_i = mean of A_i x over the 13 + 4 + 14 tokens, prompts and answers, no padding: by
     linearity W_t and A_i of the mean input, read here row by row in front of each module."""
     bank = open_bank(kind)
@@ -394,9 +368,7 @@ def test_mean_embeddings(
     assert bank.tape.embeddings is None
 
 
-def test_a_plain_lora_has_no_embeddings_and_no_balance_loss(
-    open_bank: Callable[..., Bank]
-) -> None:
+def test_a_plain_lora_has_no_embeddings_and_no_balance_loss(open_bank: Callable[..., Bank]) -> None:
     bank = open_bank("llama")
     bank.load([random_adapter(bank.base.shapes, experts=0)])
     assert embed(bank, [ROWS], 20) == [{}]
@@ -413,9 +385,7 @@ def test_a_recording_leaves_nothing_on_the_tape(open_bank: Callable[..., Bank]) 
     assert bank.tape.balance is None
 
 
-def test_without_its_domain_experts_an_adapter_is_its_shared_expert(
-    open_bank: Callable[..., Bank]
-) -> None:
+def test_without_its_domain_experts_an_adapter_is_its_shared_expert(open_bank: Callable[..., Bank]) -> None:
     """Domain experts whose B is zero add nothing, so the model is the plain LoRA of the shared expert."""
     bank = open_bank("gpt2")
     mixture = random_adapter(bank.base.shapes)

@@ -44,6 +44,10 @@ def peak_memory_mib(device: torch.device) -> float:
     """Peak memory: of the device since the last reset, or of the whole process since its start on a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device) / 2**20)
+    with contextlib.suppress(OSError):
+        # Not getrusage: there a process that was forked begins with the peak of its parent.
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) / 2**10
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
