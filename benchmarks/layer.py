@@ -1,7 +1,8 @@
 """One AMoLE linear, forward and backward, against what else a layer could be.
 
 Opponents: PEFT's LoRA of one expert's rank r, PEFT's LoRA of the same total rank (n + 1) r, and the mixture computed
-as the literature does it, expert after expert over the tokens routed to each. Columns: time relative to AMoLE's (above
+as the literature does it, expert after expert over the tokens routed to each. `products` is the floor: the matrix
+products that AMoLE cannot do without, forward and backward, and nothing else. Columns: time relative to AMoLE's (above
 1: the opponent is slower), memory kept for the backward pass beside the input and the weights, and operations launched.
 
 Targets: at most 1.10 x the time of LoRA r = 8 and 1.02 x that of equal total rank (d = 2048, 512 tokens, dropout off);
@@ -88,6 +89,24 @@ def kept(layer: nn.Module, x: Tensor) -> int:
     return sum(sizes.values())
 
 
+def products(base: nn.Linear, down: Tensor, up: Tensor, x: Tensor, pull: Tensor) -> Callable[[], None]:
+    """The matrix products of one forward and backward pass, without anything in between."""
+    tokens, gradient = x.detach().flatten(0, -2), pull.flatten(0, -2)
+    weight, down, up = base.weight, down.to(tokens), up.to(tokens)
+    values = tokens @ down[R:].T
+
+    def run() -> None:
+        with torch.no_grad():
+            torch.mm(tokens, weight.T), torch.mm(gradient, weight)  # the frozen linear, there and back
+            torch.mm(tokens, down.T), torch.mm(values, up)
+            back = torch.mm(gradient, up.T)
+            torch.mm(values.T, gradient), torch.mm(back, down[R:]), torch.mm(back.T, tokens)
+        if tokens.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
 class Counter(TorchDispatchMode):
     """Counts operations that do work (views launch nothing)."""
 
@@ -147,7 +166,10 @@ def main() -> None:
         same = 1e-3 if dtype == torch.float32 else 0.1
         assert torch.allclose(layers["amole"](x), layers["expert_loop"](x), atol=same)
         runs = {name: step(layer, x, pull) for name, layer in layers.items()}
-        seconds = interleaved(runs, 15 if options.quick else 60)
+        floor = {"products": products(base, down, up, x, pull)}
+        seconds = interleaved({**runs, **floor}, 15 if options.quick else 60)
+        ratios[f"amole_vs_products_at_{d}x{TOKENS}"] = seconds["amole"] / seconds["products"]
+        lines.append([f"{d} x {TOKENS}", "products", seconds["products"] / seconds["amole"], "-", 8])
         memory = {name: kept(layer, x) for name, layer in layers.items()}
         for name, run in runs.items():
             relative = seconds[name] / seconds["amole"]

@@ -4,7 +4,9 @@ Lock-step (what a run does) against: the same training one client after the othe
 PyTorch loop (LoRA r = 8, Adam, one client after the other); and one process per client. Everybody has one core (a
 GPU, where there is one): processes are pinned to one, have the base loaded and wait at a barrier before the clock
 starts. `mixture` clients hold 2 to 8 experts of rank 8 in each module, `lora` clients a plain LoRA of rank 8. Ragged
-lengths spread evenly from half to one and a half times the length given. Ratios above 1: lock-step is faster.
+lengths spread evenly from half to one and a half times the length given. Ratios above 1: lock-step is faster. The last
+column compares lock-step with its floor by arithmetic: the base's products, forward and back to the activations (4
+operations per weight and token; no gradient of frozen weights), at the rate of a large matrix product on this machine.
 
 Targets on a CPU, C = 10: at least 1.8 x sequential at 32 tokens, 1.3 x at 64, 1.1 x at 128, never below 0.95 x.
 On a GPU with Llama-3.2-1B's shape: at least 6 x at 128 tokens.
@@ -183,6 +185,28 @@ def measured(case: Case, bank: Bank, peft: PeftLoop, dropout: float, repeats: in
     return seconds
 
 
+def matrix_rate(base: Base) -> float:
+    """Operations a second of a large product in the base's dtype."""
+    size = 8192 if base.device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=base.device, dtype=base.model.dtype) for _ in range(2))
+
+    def run() -> None:
+        torch.mm(a, b)
+        if base.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return 2 * size**3 / interleaved({"mm": run}, 15)["mm"]
+
+
+def operations(base: Base, case: Case, steps: int) -> float:
+    """Operations of a round's products on the frozen base; the head sees the answers' 8 tokens alone."""
+    head = base.model.get_output_embeddings().weight.numel()
+    embedded = base.model.get_input_embeddings().weight.numel()
+    inner = sum(weight.numel() for weight in base.model.parameters() if weight.dim() == 2) - embedded
+    inner -= 0 if base.model.config.tie_word_embeddings else head
+    return 4.0 * case.clients * steps * (inner * case.length + head * 8)
+
+
 def main() -> None:
     """Measure every case."""
     options = arguments(__doc__ or "", base="folder of a base, or llama-1b", dropout="0.05 unless given")
@@ -194,14 +218,16 @@ def main() -> None:
     bank, peft = Bank(base), PeftLoop(open_base(options.base), dropout)
     lines: list[list[object]] = []
     ratios: dict[str, float] = {}
+    highest = matrix_rate(base)
     for case in cases(options.quick):
         seconds = measured(case, bank, peft, dropout, repeats, most)
         rate = f"{case.clients * case.steps(most) / seconds['lockstep']:.0f}" if base.device.type == "cuda" else "-"
+        floor = operations(base, case, case.steps(most)) / highest
         for name in list(seconds)[1:]:
             ratio = seconds[name] / seconds["lockstep"]
             ratios[f"{case.kind}_lockstep_vs_{name}_at_{case.size}"] = ratio
-            lines.append([case.size, case.kind, name, ratio, rate])
-    head = ["clients x tokens", "adapters", "opponent", "opponent's time / lock-step's", "samples/s"]
+            lines.append([case.size, case.kind, name, ratio, rate, seconds["lockstep"] / floor])
+    head = ["clients x tokens", "adapters", "opponent", "its time / lock-step's", "samples/s", "lock-step / floor"]
     title = f"local training on {Path(base.name).name}, {base.device.type}, dropout {dropout}"
     report(title, head, lines, ratios, options.json)
 

@@ -57,9 +57,8 @@ def test_the_plan_foretells_the_peak(runs: Any) -> None:
     config, folder = runs.config, runs.free()
     words = ["method.name=fedamole", "run.group=4", f"run.folder={folder}", "federation.rounds=1"]
     subprocess.run([sys.executable, "-m", "fedamole.cli", "run", str(config), *words], check=True, capture_output=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "fedamole.cli", "plan", str(config), *words[:2], "--json"], check=True, capture_output=True
-    )
+    command = [sys.executable, "-m", "fedamole.cli", "plan", str(config), *words[:2], "--json"]
+    done = subprocess.run(command, check=True, capture_output=True)
     measured = json.loads((folder / "summary.json").read_text())["peak_memory_mib"]
     planned = json.loads(done.stdout)
     assert planned["group"] == 4
