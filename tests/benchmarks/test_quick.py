@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-SCRIPTS = ("assignment", "growth", "layer", "round", "traffic")
+SCRIPTS = ("assignment", "growth", "layer", "round", "scoring", "traffic")
 
 
 def run(name: str, *options: str) -> str:
