@@ -69,3 +69,25 @@ def test_check_uses_the_lower_bound():
 def test_check_finds_broken_sums(columns, bounds):
     with pytest.raises(RuntimeError, match="broke its bounds"):
         check_optimal(as_choice(columns), COSTS, *bounds)
+
+
+def test_check_finds_the_one_problem_of_several_that_could_be_cheaper():
+    """Problems of different loads and costs, one of them short of its optimum, in every place."""
+    best, worse = as_choice([0, 1, 0, 1]), as_choice([0, 0, 1, 1])
+    several = np.stack([COSTS, COSTS[::-1], COSTS * 2])
+    check_optimal(np.stack([best, best[::-1], best]), several, 1, 0, 2)
+    for place, wrong in enumerate((worse, worse[::-1], worse)):
+        chosen = np.stack([best, best[::-1], best])
+        chosen[place] = wrong
+        with pytest.raises(RuntimeError, match="short of the optimum"):
+            check_optimal(chosen, several, 1, 0, 2)
+
+
+def test_each_problem_has_its_own_room_for_hashes():
+    """Values that span all of [0, 1] beside uniform ones: each as alone."""
+    rng = np.random.default_rng(0)
+    ties = rng.integers(0, 2**64, (30, 10), dtype=np.uint64)
+    values = np.stack([rng.random((30, 10)), np.full((30, 10), 0.1), 0.1 + 1e-6 * rng.random((30, 10))])
+    together = integer_costs(values, ties, 2)
+    for found, alone in zip(together, values, strict=True):
+        assert (found == integer_costs(alone, ties, 2)).all()

@@ -184,6 +184,18 @@ def test_permuting_rows_and_columns_permutes_the_answer(size, levels):
         assert (permuted == X[np.ix_(rows, columns)]).all()
 
 
+@pytest.mark.parametrize("bounds", [Bounds(2, 1, 4), Bounds(2, 1, 2)])
+def test_several_modules_at_once_are_solved_as_each_alone(bounds):
+    """Ties included; with hi = 2, too few places are left and the sides are exchanged."""
+    rng = np.random.default_rng(4)
+    P = np.stack([softmax_scores(12, 7, seed) for seed in range(4)] + [np.full((12, 7), 1 / 7), rng.random((12, 7))])
+    names = {"expert_ids": experts(12), "client_ids": clients(7)}
+    together = select_for_remaining(P, bounds, **names)
+    assert together.shape == P.shape
+    for module, found in zip(P, together, strict=True):
+        assert (found == select_for_remaining(module, bounds, **names)).all()
+
+
 def test_differences_below_the_resolution_do_not_decide():
     """Noise of 1e-11, such as another order of summation leaves, does not change the answer."""
     rng = np.random.default_rng(2)
