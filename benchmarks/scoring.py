@@ -1,8 +1,8 @@
 """Evaluation: options by likelihood as a tree over the prompt's cache, and generation for many clients at once.
 
 `options`: 77 options of 3 to 8 tokens, of which eighths begin alike, on prompts of 20 to 40 tokens, against whole
-forward passes over prompt and option (batched). `generation`: greedy answers of 24 tokens for ten clients in one batch, against
-one client after the other (each client's prompts in one batch). Ratios above 1: ours is faster.
+forward passes over prompt and option (batched). `generation`: greedy answers of 24 tokens for ten clients in one
+batch, against one client after the other (each client's prompts in one batch). Ratios above 1: ours is faster.
 
 Target: none is set; ours must not be slower.
 
