@@ -116,16 +116,22 @@ class Worker:
         self.bank, self.method, self.rows, self.folder, self.seed = bank, method, rows, folder, seed
         self.training, self.evaluation = training, evaluation
 
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether a group may hold several clients: a method with an `update` of its own works one at a time."""
+        return type(self.method).update is Method.update
+
     def update(
         self, group: Sequence[ClientData], round_: int, payloads: Mapping[str, bytes], on_step: OnStep | None = None
     ) -> dict[str, Answer]:
         """Run a round at a group of clients, training them in lock-step.
 
-        A client whose training diverges stays as it was before the round. A method with an `update` of its own works
-        one client at a time.
+        A client whose training diverges stays as it was before the round. Nothing is written before all are done, so a
+        group that ran out of memory can be tried again.
         """
-        if type(self.method).update is not Method.update:
-            return {data.info.name: self._update_alone(data, round_, payloads, on_step) for data in group}
+        if not self.in_lockstep:
+            (data,) = group
+            return {data.info.name: self._update_alone(data, round_, payloads, on_step)}
         started, method = time.perf_counter(), self.method
         reset_peak_memory(self.bank.base.device)
         clients = [self._client(data, round_) for data in group]
