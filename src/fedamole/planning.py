@@ -14,7 +14,7 @@ from fedamole.model.memory import HEADROOM, free_bytes, group_bytes, used_bytes
 from fedamole.model.params import Adapter
 
 MOST_ON_CPU = 16
-"""Clients at once on a CPU: more take memory and gain nothing (docs/performance.md)."""
+"""Clients at once on a CPU: more gain little, on short texts alone, and take memory; `run.group` sets more."""
 
 
 @dataclass(frozen=True)
