@@ -11,7 +11,7 @@ operations per weight and token; no gradient of frozen weights), at the rate of 
 Targets on a CPU, C = 10: at least 1.8 x sequential at 32 tokens, 1.3 x at 64, 1.1 x at 128, never below 0.95 x.
 On a GPU with Llama-3.2-1B's shape: at least 6 x at 128 tokens.
 
-    python benchmarks/round.py [--quick] [--json FILE] [--base FOLDER|llama-1b] [--dropout 0]
+    python benchmarks/round.py [--quick] [--json FILE] [--base FOLDER|llama-1b] [--dropout 0] [--only SIZE]
 """
 
 import multiprocessing
@@ -209,7 +209,8 @@ def operations(base: Base, case: Case, steps: int) -> float:
 
 def main() -> None:
     """Measure every case."""
-    options = arguments(__doc__ or "", base="folder of a base, or llama-1b", dropout="0.05 unless given")
+    options = arguments(__doc__ or "", base="folder of a base, or llama-1b", dropout="0.05 unless given",
+                        only="sizes that contain this alone, e.g. 512_ragged, with 15 repeats")
     dropout, (repeats, most) = float(options.dropout or 0.05), (3, 6) if options.quick else (5, 20)
     torch.set_num_threads(1)
     base = open_base(options.base)
@@ -219,8 +220,9 @@ def main() -> None:
     lines: list[list[object]] = []
     ratios: dict[str, float] = {}
     highest = matrix_rate(base)
-    for case in cases(options.quick):
-        seconds = measured(case, bank, peft, dropout, repeats, most)
+    chosen = [case for case in cases(options.quick) if options.only in case.size]
+    for case in chosen:
+        seconds = measured(case, bank, peft, dropout, 15 if options.only else repeats, most)
         rate = f"{case.clients * case.steps(most) / seconds['lockstep']:.0f}" if base.device.type == "cuda" else "-"
         floor = operations(base, case, case.steps(most)) / highest
         for name in list(seconds)[1:]:

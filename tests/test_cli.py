@@ -285,6 +285,19 @@ def test_methods(fedamole: Any) -> None:
     assert "[method] rank = 8" in text
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_run_tells_peak_memory_beside_its_results(as_json: bool, fedamole: Any, own: Path, tmp_path: Path) -> None:
+    words = ["method.name=local_only", *SMALL, "federation.rounds=1", "run.group=3", *(["--json"] if as_json else [])]
+    done = fedamole("run", own, *words)
+    summary = json.loads((tmp_path / "runs/run/summary.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").open()]
+    peaks = [line["peak_memory_mib"] for line in lines if line["split"] == "train"]
+    assert summary["peak_memory_mib"] == max(peaks) > 10
+    assert summary["group"] == 3
+    assert done.line == f"peak memory {max(peaks):,.0f} MiB with 3 clients in lock-step"
+    assert "peak memory" not in done.out
+
+
 def test_show_puts_methods_side_by_side_and_groups_seeds(fedamole: Any, runs: Any) -> None:
     folders = [runs("fedit"), runs("fedit", "run.seed=1"), runs("local_only")]
     [table] = json.loads(fedamole("show", *folders, "--json").out)

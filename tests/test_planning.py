@@ -38,6 +38,21 @@ def test_what_a_group_takes(runs: Any) -> None:
     assert group_bytes(base, 0, 0, 10) == 10 * (24 * 32 * 4 + vocabulary * 4)
 
 
+def test_on_a_cpu_long_passes_are_cut_and_large_groups_gain_nothing(runs: Any, monkeypatch: Any) -> None:
+    """4 clients x 2 rows x 96 tokens: read at once as far as TOKENS_AT_ONCE goes, but a client's own rows together."""
+    config = runs.load("fedamole", "run.group=0")
+    prepared = prepare(config)
+    base, one = prepared.base, 2 * 96
+    for at_once, tokens in ((10**9, [one, 4 * one]), (2 * one, [one, 2 * one]), (1, [one, one])):
+        monkeypatch.setattr(planning, "TOKENS_AT_ONCE", at_once)
+        found = [planning._group_bytes(config, base, clients, 1000) for clients in (1, 4)]
+        assert found == [group_bytes(base, clients, 1000, n) for clients, n in zip((1, 4), tokens, strict=True)]
+    monkeypatch.setattr(planning, "free_bytes", lambda _: 2**50)
+    for most, group in ((16, 4), (3, 3)):
+        monkeypatch.setattr(planning, "MOST_ON_CPU", most)
+        assert planning.chosen_group(config, base, prepared.clients) == group
+
+
 def test_a_set_group_is_kept_and_the_chosen_one_written_down(runs: Any) -> None:
     assert prepare(runs.load("fedit", "run.group=3")).config.run.group == 3
     folder = runs("fedit", "run.group=0")

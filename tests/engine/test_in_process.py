@@ -13,36 +13,68 @@ import torch
 from fedamole.engine.in_process import InProcess
 from fedamole.errors import FedamoleError
 from fedamole.experiment import prepare, rows_of
+from fedamole.federation.local import embed
 from fedamole.federation.loop import Watcher
 from fedamole.federation.method import Client, Server, Trained
+from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing, pack, unpack
 from fedamole.federation.run_folder import RunFolder
-from fedamole.federation.worker import Worker
+from fedamole.federation.worker import Private, Worker
+from fedamole.methods.fedamole import FedAmole, TrainedExperts
 from fedamole.methods.fedit import FedIT, GlobalLora
+from fedamole.methods.local_only import LocalOnly, OwnLora
+from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
-from fedamole.model.params import Adapter
+from fedamole.model.params import Adapter, new_shared
 
 
-@pytest.mark.parametrize("method", ["fedamole", "fedit", "local_only"])
+def assert_same(found: Any, wanted: Any) -> None:
+    """Equal but for the rounding of numbers, and for the group itself."""
+    assert type(found) is type(wanted)
+    if isinstance(found, dict):
+        assert found.keys() == wanted.keys()
+        for key in found.keys() - {"group"}:
+            assert_same(found[key], wanted[key])
+    elif isinstance(found, list):
+        for mine, theirs in zip(found, wanted, strict=True):
+            assert_same(mine, theirs)
+    else:
+        assert found == (pytest.approx(wanted, abs=1e-5) if isinstance(wanted, float) else wanted)
+
+
+def journal(folder: Path) -> list[dict[str, Any]]:
+    """Who held which experts, and how relevant they were to him."""
+    return [json.loads(line) for line in (folder / "assignment.jsonl").open()]
+
+
+@pytest.mark.parametrize("method", ["fedamole", "fedit_ft", "local_only"])
 def test_the_group_changes_no_result(method: str, runs: Any, facts: Any) -> None:
-    """Whole runs of three rounds in float32: metrics agree to rounding, the assignment exactly."""
-    found = [facts(runs(method, f"run.group={group}")) for group in (1, 3, 4)]
-    for other in found[1:]:
-        assert len(other) == len(found[0])
-        for mine, theirs in zip(other, found[0], strict=True):
-            assert mine.keys() == theirs.keys()
-            for key in mine.keys() - {"group"}:
-                if key == "loss":
-                    assert mine[key] == pytest.approx(theirs[key], abs=2e-3)
-                elif key in ("round", "client", "split", "steps", "method"):
-                    assert mine[key] == theirs[key]
-    who_holds_what = [(runs(method, f"run.group={group}") / "assignment.jsonl") for group in (1, 3, 4)]
-    if method == "fedamole":
-        lines = [[json.loads(line) for line in path.open()] for path in who_holds_what]
-        for group in lines:
-            assert [(line["client"], line["experts"]) for line in group] == [
-                (line["client"], line["experts"]) for line in lines[0]
-            ]
+    """Whole runs of three rounds in float32: losses, scores, traffic and the assignment, who has which expert."""
+    whole = runs(method, "run.group=1")
+    assert (len(journal(whole)) > 0) == (method == "fedamole")
+    for group in (3, 4):
+        assert_same(facts(runs(method, f"run.group={group}")), facts(whole))
+        assert_same(journal(runs(method, f"run.group={group}")), journal(whole))
+
+
+def test_memory_that_runs_out_in_a_run_changes_nothing(runs: Any, facts: Any, monkeypatch: Any, caplog: Any) -> None:
+    """A device for two clients, asked for four: found out once, and remembered in all later steps and rounds."""
+    wanted, whole, passes = runs("fedamole", "run.group=4"), Bank.backward, list[int]()
+
+    def backward(bank: Bank, loss: torch.Tensor) -> None:
+        passes.append(len(bank.parameters()[0]))
+        if passes[-1] > 2:
+            raise torch.OutOfMemoryError("no")
+        whole(bank, loss)
+
+    monkeypatch.setattr(Bank, "backward", backward)
+    with caplog.at_level(logging.WARNING):
+        folder = runs.fresh("fedamole", "run.group=4")
+    assert passes == [4] + [2, 2] * 9, "nine steps: three rounds of three"
+    assert caplog.text.count("out of memory") == 1
+    assert "out of memory with 4 clients in a pass, going on with 2" in caplog.text
+    assert_same(facts(folder), facts(wanted))
+    assert_same(journal(folder), journal(wanted))
 
 
 class Diary(Watcher):
@@ -110,6 +142,71 @@ def test_a_method_with_its_own_update_works_one_client_at_a_time(runs: Any, tmp_
         assert all(torch.equal(tensor, wanted[key]) for key, tensor in tensors(found[0][name]).items())
 
 
+def test_everybody_reads_his_own_embeddings_whoever_takes_more_steps(runs: Any, tmp_path: Path) -> None:
+    """Epochs of unequal data: the group trains in the order of steps, the replies are each client's own."""
+    replies = []
+    for group in (1, 4):
+        config = runs.load("fedamole", "training.local_epochs=1", "training.batch_size=4", "method.experts=9")
+        prepared = prepare(config)
+        run = RunFolder.create(tmp_path / f"run{group}", "", "", "fedamole", prepared.base.identity)
+        rows = rows_of(config)
+        worker = Worker(Bank(prepared.base), config.method, rows, config.training, config.evaluation, run, 0)
+        clients = InProcess(worker, prepared.clients, Watcher(), group)
+        state = config.method.init(Server(prepared.base.shapes, clients.clients, 0))
+        messages = {info.name: pack(config.method.message(state, info)) for info in clients.clients}
+        answers = clients.update(0, messages)
+        steps = [answers[name].report["steps"] for name in sorted(answers)]
+        assert steps != sorted(steps, reverse=True), "the order of steps is not that of names"
+        replies.append({name: unpack(TrainedExperts, answer.payload or b"") for name, answer in answers.items()})
+    for name, alone in replies[0].items():
+        for part in ("tensors", "token_embedding", "expert_embeddings"):
+            mine, theirs = getattr(replies[1][name], part), getattr(alone, part)
+            assert mine.keys() == theirs.keys()
+            for key, tensor in mine.items():
+                torch.testing.assert_close(tensor, theirs[key], rtol=0, atol=5e-3)
+
+
+@dataclass(frozen=True)
+class TwoRanks(LocalOnly):
+    """A method whose clients hold LoRAs of two kinds: chat and mood of rank 3, the others of rank 2."""
+
+    def spec_of(self, client: Client) -> AdapterSpec:
+        return replace(self.spec(), rank=3 if client.name in ("chat", "mood") else 2)
+
+    def first_keep(self, client: Client) -> OwnLora:
+        rank = self.spec_of(client).rank
+        return OwnLora(new_shared(client.shapes, rank, torch_generator(client.seed, "lora", client.name)))
+
+    def adapter(self, client: Client, kept: OwnLora, message: Nothing) -> Adapter:
+        return Adapter(self.spec_of(client), kept.tensors)
+
+
+def test_adapters_of_different_kinds_in_one_group(runs: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Those of one kind are trained and scored together, and everybody gets his own result."""
+    found, loaded = [], list[list[int]]()
+    for group in (1, 4):
+        clients, messages, diary = engine(runs, tmp_path / f"run{group}", TwoRanks(rank=2, alpha=4.0), group)
+        bank, load = clients.worker.bank, clients.worker.bank.load
+        loaded.append([])
+        monkeypatch.setattr(
+            bank, "load", lambda adapters, load=load: (loaded[-1].append(len(adapters)), load(adapters))
+        )
+        answers = clients.update(0, messages)
+        assert [len(names) for names in diary.groups] == [group] * (4 // group)
+        reports = {name: {key: answer.report[key] for key in ("loss", "steps")} for name, answer in answers.items()}
+        scores = clients.evaluate(0, "fedit", dict.fromkeys(messages)), clients.test("fedit", best=False)
+        ranks = {}
+        for name in answers:
+            state = unpack(Private, (tmp_path / f"run{group}/clients/{name}/state/round-0000.safetensors").read_bytes())
+            assert state.trained is not None
+            ranks[name] = state.trained.spec.rank
+        found.append([reports, *scores])
+        assert ranks == {"chat": 3, "entail": 2, "mood": 3, "plain": 2}
+    assert_same(found[1], found[0])
+    assert len({report["loss"] for report in found[0][0].values()}) == 4
+    assert (set(loaded[0]), set(loaded[1])) == ({1}, {2})
+
+
 def test_clients_without_an_adapter_are_scored_on_the_bare_base(runs: Any, tmp_path: Path) -> None:
     """Before any round nobody has a model of his own: a group of bare bases, beside the bare row itself."""
     clients, messages, _ = engine(runs, tmp_path / "run", replace(SMALL), 4)
@@ -152,3 +249,46 @@ def test_where_memory_runs_out_groups_are_halved(
     monkeypatch.setattr(clients.worker.bank, "load", none)
     with pytest.raises(FedamoleError, match=r"one client at a time \(chat\): lower training.batch_size"):
         clients.bare("test")
+
+
+def test_memory_that_runs_out_after_training_trains_nobody_twice(runs: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Reading the embedding splits of more than two clients fails, when all four are trained: as groups of two."""
+    method = FedAmole(rank=2, alpha=4.0)
+    wanted, messages, _ = engine(runs, tmp_path / "wanted", method, 2)
+    answers = wanted.update(0, messages)
+    clients, _, diary = engine(runs, tmp_path / "run", method, 4)
+
+    def tight(bank: Bank, *arguments: Any) -> Any:
+        if bank.clients > 2:
+            raise torch.OutOfMemoryError("no")
+        return embed(bank, *arguments)
+
+    monkeypatch.setattr("fedamole.federation.worker.embed", tight)
+    found = clients.update(0, messages)
+    assert [len(names) for names in diary.groups] == [4, 2, 2]
+    assert {name: answer.payload for name, answer in found.items()} == {
+        name: answer.payload for name, answer in answers.items()
+    }
+    states = [sorted((tmp_path / name).glob("clients/*/state/*")) for name in ("run", "wanted")]
+    assert len(states[0]) == 4
+    assert [path.read_bytes() for path in states[0]] == [path.read_bytes() for path in states[1]]
+
+
+@pytest.mark.parametrize("method", [SMALL, Twice(rank=2, alpha=4.0)], ids=["shared training", "an update of its own"])
+def test_where_one_client_alone_is_too_much_the_way_out_is_told(
+    method: FedIT, runs: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """From 4 clients down to 1, in training itself."""
+    clients, messages, diary = engine(runs, tmp_path / "run", method, 4)
+
+    def backward(_: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(clients.worker.bank, "backward", backward)
+    with pytest.raises(FedamoleError) as caught:
+        clients.update(0, messages)
+    for word in ("(chat)", "training.batch_size", "training.max_length", "base.gradient_checkpointing"):
+        assert word in str(caught.value)
+    assert not isinstance(caught.value, RuntimeError)
+    assert diary.groups[-1] == ["chat"]
+    assert not list((tmp_path / "run").glob("clients/*/state/*"))

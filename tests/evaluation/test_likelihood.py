@@ -63,6 +63,7 @@ def test_no_token_is_computed_twice(bank, monkeypatch):
     assert len(beginnings) < 90, "some options begin alike"
     windowed = bank.base.model.config.model_type == "gemma3_text"
     assert sum(seen) == (30 * 24 if windowed else 20 + len(beginnings))
+    assert max(seen) <= 200
 
 
 def test_several_clients_at_once_equal_each_alone(bank, base):

@@ -14,7 +14,7 @@ from tests.training import alone
 from torch import Tensor
 
 from fedamole.experiment import prepare, resume
-from fedamole.federation.local import DivergedError, _batches, embed
+from fedamole.federation.local import DivergedError, LocalTask, _batches, _Group, embed
 from fedamole.federation.loop import Watcher
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import pack, unpack
@@ -118,6 +118,22 @@ def test_fit_is_adam_on_the_mean_gradient(
     assert close(trained.adapter.tensors, wanted)
     # The tolerance is far below what training does.
     assert not close(trained.adapter.tensors, start.tensors, 1e-3)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_steps_gradient_is_the_mean_over_its_batches(bank: Bank, rows: list[Row], accumulation: int) -> None:
+    """Read before Adam forgets its scale; each client of a group has its own, whatever the other learns from."""
+    settings = TrainingSettings(local_steps=1, batch_size=2, accumulation=accumulation)
+    parts = {"mood": rows[:9], "other": rows[9:20]}
+    group = _Group(bank, [LocalTask(name, lora(bank), part, 1e-2) for name, part in parts.items()], settings, 0, 0)
+    group.step(0)
+    found = bank.gradients.clone()
+    for mine, (name, part) in zip(found, parts.items(), strict=True):
+        drawn = _batches(part, settings, torch_generator(0, "order", name, 0))
+        apart = [gradients(bank, lora(bank), next(drawn)) for _ in range(accumulation)]
+        wanted = torch.stack([torch.cat([tensor.flatten() for tensor in one]) for one in apart]).mean(0)
+        assert float(wanted.abs().max()) > 1e-3
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_adam_is_new_each_round(bank: Bank, rows: list[Row]) -> None:
@@ -294,8 +310,12 @@ def poisoned(crash: Any) -> Callable[[], Path]:
     return make
 
 
-def test_a_diverged_client_is_left_out_and_keeps_its_state(poisoned: Any, caplog: Any, facts: Any) -> None:
-    """Local only: from round 1 on "mood" trains from a NaN. It stays where it was; nobody else notices."""
+def test_a_diverged_client_is_left_out_and_keeps_its_state(
+    poisoned: Any, caplog: Any, facts: Any, runs: Any
+) -> None:
+    """Local only: from round 1 on "mood" trains from a NaN. It stays where it was; nobody else notices, not even
+    "plain", which trains in one group with it.
+    """
     folder = poisoned()
     summary = resume(folder, Watcher())
     lines = [line for line in facts(folder) if line["split"] == "train" and line["client"] == "mood"]
@@ -311,6 +331,15 @@ def test_a_diverged_client_is_left_out_and_keeps_its_state(poisoned: Any, caplog
     validated = [line["round"] for line in facts(folder) if line["split"] == "validation" and line["client"] == "mood"]
     assert validated == [-1, 0]
     assert set(summary["rows"]["local_only"]["clients"]) == {"chat", "entail", "mood", "plain"}
+    healthy = runs("local_only")
+    for client in ("chat", "entail", "plain"):
+        state = f"clients/{client}/state/round-0002.safetensors"
+        assert (folder / state).read_bytes() == (healthy / state).read_bytes()
+        losses = [
+            [line["loss"] for line in facts(run) if line.get("client") == client and line["split"] == "validation"]
+            for run in (folder, healthy)
+        ]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 @pytest.mark.parametrize("method", ["fedit", "fedamole"])

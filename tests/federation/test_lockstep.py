@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -69,6 +70,17 @@ def alone(bank: Bank, group: Sequence[LocalTask], settings: TrainingSettings = H
     return [trained(bank, [task], settings)[0] for task in group]
 
 
+STEPS = (2, 5, 14, 3, 7)
+
+
+def of_uneven_steps(bank: Bank) -> list[LocalTask]:
+    """Clients with as many rows as STEPS says."""
+    return [
+        replace(task, rows=(list(task.rows) * 2)[:steps])
+        for task, steps in zip(tasks(bank, "mixture"), STEPS, strict=True)
+    ]
+
+
 def assert_equal(found: Sequence[Trained], wanted: Sequence[Trained], tolerance: float = 1e-9) -> None:
     for mine, theirs in zip(found, wanted, strict=True):
         assert mine.steps == theirs.steps
@@ -105,15 +117,42 @@ def test_neither_order_nor_windows_matter(bank: Bank, tokens: int, monkeypatch: 
 
 
 def test_whoever_is_done_leaves_and_is_moved_no_more(bank: Bank) -> None:
-    """Epochs of 2, 5, 9, 3 and 7 rows are as many steps; momentum would go on for those that are done."""
-    group = [
-        replace(task, rows=task.rows * 2 if client == 2 else task.rows[: (2, 5, 14, 3, 7)[client]])
-        for client, task in enumerate(tasks(bank, "mixture"))
-    ]
-    settings = TrainingSettings(local_epochs=1, batch_size=1)
+    """Epochs of 2, 5, 14, 3 and 7 rows are as many steps; momentum would go on for those that are done."""
+    group, settings = of_uneven_steps(bank), TrainingSettings(local_epochs=1, batch_size=1)
     found = trained(bank, group, settings)
-    assert [outcome.steps for outcome in found] == [2, 5, 14, 3, 7]
+    assert [outcome.steps for outcome in found] == list(STEPS)
     assert_equal(found, alone(bank, group, settings))
+
+
+def test_whoever_is_done_keeps_every_bit(bank: Bank) -> None:
+    """The bank after each step: a client's row changes with each of its own steps, and after the last no more."""
+    seen: dict[int, torch.Tensor] = {}
+    settings = TrainingSettings(local_epochs=1, batch_size=1)
+    outcomes = fit(
+        bank, of_uneven_steps(bank), settings, seed=3, round_=1,
+        on_step=lambda done, _: seen.update({done: bank.weights.clone()}),
+    )  # fmt: skip
+    assert list(seen) == list(range(1, 15))
+    for place, client in enumerate((2, 4, 1, 3, 0)):  # those with the most steps first
+        last = seen[STEPS[client]][place]
+        assert not torch.equal(last, seen[STEPS[client] - 1][place])
+        assert all(torch.equal(seen[step][place], last) for step in range(STEPS[client], 15))
+        outcome, held = outcomes[client], bank.adapter(place).tensors
+        assert isinstance(outcome, Trained)
+        assert all(torch.equal(tensor, held[name]) for name, tensor in outcome.adapter.tensors.items())
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("kind", ["mixture", "lora"])
+def test_rows_of_one_length(bank: Bank, kind: str, packed: bool, monkeypatch: Any) -> None:
+    """Where all clients have as many tokens, products are batched; that must be the same training."""
+    group = [
+        replace(task, rows=[([*prompt, *range(2, 36)][:15], answer[:1] * 3) for prompt, answer in task.rows])
+        for task in tasks(bank, kind)
+    ]
+    wanted = alone(bank, group)
+    monkeypatch.setattr(bank, "packs", packed)
+    assert_equal(trained(bank, group), wanted)
 
 
 def test_seed_client_and_round_alone_decide(bank: Bank) -> None:
@@ -144,21 +183,33 @@ def test_embeddings_of_a_group_equal_each_alone(bank: Bank) -> None:
 # --- one that diverges ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("kind", ["mixture", "lora"])
-def test_one_clients_nan_changes_no_bit_of_the_others(bank: Bank, kind: str, packed: bool, monkeypatch: Any) -> None:
-    """Client 2 starts from a NaN; the others end, bit for bit, where they end beside a healthy client 2."""
+@pytest.mark.parametrize(
+    ("kind", "packed", "sick", "rate"),
+    [
+        ("mixture", True, 2, None), ("mixture", False, 0, None), ("lora", True, 4, None), ("lora", False, 2, None),
+        ("mixture", True, 2, 1e300), ("mixture", False, 2, math.inf), ("lora", True, 0, math.inf),
+    ],
+)  # fmt: skip
+def test_one_clients_nan_changes_no_bit_of_the_others(
+    bank: Bank, kind: str, packed: bool, sick: int, rate: float | None, monkeypatch: Any
+) -> None:
+    """A client starts from a NaN, or an absurd rate brings it there; the others end, bit for bit, where they end
+    beside the same client in good health.
+    """
     monkeypatch.setattr(bank, "packs", packed)
+    monkeypatch.setattr(local, "NAN_EVERY", 2)
     group = tasks(bank, kind)
     healthy = trained(bank, group)
-    sick = {name: tensor.clone() for name, tensor in group[2].adapter.tensors.items()}
-    for tensor in sick.values():
-        tensor[0, 0] = math.nan
-    group[2] = replace(group[2], adapter=replace(group[2].adapter, tensors=sick))
+    tensors = {name: tensor.clone() for name, tensor in group[sick].adapter.tensors.items()}
+    for tensor in tensors.values():
+        tensor[0, 0] = math.nan if rate is None else tensor[0, 0]
+    adapter = replace(group[sick].adapter, tensors=tensors)
+    group[sick] = replace(group[sick], adapter=adapter, learning_rate=rate or group[sick].learning_rate)
     found = fit(bank, group, HARD, seed=3, round_=1)
-    assert isinstance(found[2], DivergedError)
-    assert "client client2, round 1: its loss became nan within steps 1 to 5" in str(found[2])
-    for client in (0, 1, 3, 4):
+    assert isinstance(found[sick], DivergedError)
+    told = rf"client client{sick}, round 1: its loss became (nan|inf) within steps 1 to 2 of local training; lower"
+    assert re.match(told, str(found[sick]))
+    for client in {0, 1, 2, 3, 4} - {sick}:
         outcome = found[client]
         assert isinstance(outcome, Trained)
         assert outcome.loss == healthy[client].loss
@@ -180,41 +231,57 @@ def test_a_group_that_diverges_as_a_whole_stops_early(bank: Bank) -> None:
 
 
 @pytest.fixture
-def small_device(bank: Bank, monkeypatch: Any) -> Callable[[int, RuntimeError], list[int]]:
-    """`small_device(2, error)`: a device on which a backward pass of more than 2 clients fails."""
+def small_device(bank: Bank, monkeypatch: Any) -> Iterator[Callable[..., list[int]]]:
+    """`small_device(2, error)`: a device on which a pass of more than 2 clients fails.
 
-    def limit(most: int, error: RuntimeError) -> list[int]:
+    `where` is "backward" (after its gradients were added), "forward" (in the last module), or "later" (in the
+    backward pass of the second batch of a step, when the first batch has left gradients and a loss).
+    """
+    hooks: list[Any] = []
+
+    def limit(most: int, error: RuntimeError, where: str = "backward") -> list[int]:
         passes: list[int] = []
-        whole = bank.backward
+        whole, last = bank.backward, bank.layers[max(bank.layers)]
 
-        def backward(loss: torch.Tensor) -> None:
+        def begun(*_: Any) -> None:
             clients = len(bank.parameters()[0])
             passes.append(clients)
-            whole(loss)
-            if clients > most:
-                raise error  # after gradients were added, the worst moment
+            if where == "forward" and clients > most:
+                raise error
 
+        def backward(loss: torch.Tensor) -> None:
+            clients = passes[-1]
+            whole(loss)
+            if clients > most and (where == "backward" or passes.count(clients) == 2):
+                raise error
+
+        hooks.append(last.register_forward_pre_hook(begun))
         monkeypatch.setattr(bank, "backward", backward)
         monkeypatch.setattr(bank, "at_once", bank.at_once)
         return passes
 
-    return limit
+    yield limit
+    for hook in hooks:
+        hook.remove()
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
-)
+NO_MEMORY = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+
+@pytest.mark.parametrize("where", ["backward", "forward", "later"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no"), NO_MEMORY], ids=["gpu", "cpu"])
 def test_out_of_memory_halves_the_pass_and_loses_nothing(
-    bank: Bank, small_device: Any, error: RuntimeError, caplog: Any
+    bank: Bank, small_device: Any, error: RuntimeError, where: str, caplog: Any
 ) -> None:
     group = tasks(bank, "mixture")
     wanted = trained(bank, group)
-    passes = small_device(2, error)
+    passes = small_device(2, error, where)
     with caplog.at_level(logging.WARNING):
         found = trained(bank, group)
     assert_equal(found, wanted)
-    assert passes[:3] == [5, 3, 2]
-    assert max(passes[3:]) == 2, "the smaller pass is kept"
+    tried = [5, 5, 3, 3, 2] if where == "later" else [5, 3, 2]
+    assert passes[: len(tried)] == tried
+    assert max(passes[len(tried) :]) == 2, "the smaller pass is kept"
     assert bank.at_once == 2
     assert caplog.text.count("out of memory") == 2
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from fedamole import planning
 from fedamole.config import load_config
 from fedamole.errors import RunError
-from fedamole.experiment import resume
+from fedamole.experiment import prepare, resume
 from fedamole.federation.loop import Watcher
 
 POINTS = {
@@ -60,6 +61,16 @@ def test_killed_and_resumed(method: str, point: str, runs: Any, crash: Any, rema
 def same_summary(one: Path, other: Path) -> bool:
     found = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
     return found[0]["rows"] == found[1]["rows"] and len(found[0]["rows"]) >= 3
+
+
+def test_a_group_that_was_chosen_is_kept(runs: Any, crash: Any, remains: Any, monkeypatch: Any) -> None:
+    """Started where four clients fit, resumed where memory is short: the same groups, and so the same bits."""
+    monkeypatch.setattr(planning, "free_bytes", lambda _: 2**40)
+    folder = crash("client_done", 6, "fedamole", "run.group=0")
+    monkeypatch.setattr(planning, "free_bytes", lambda _: 0)
+    assert prepare(runs.load("fedamole", "run.group=0")).config.run.group == 1
+    resume(folder, Watcher())
+    assert remains(folder) == remains(runs("fedamole", "run.group=4"))
 
 
 def test_killed_twice_with_two_rows_and_a_partial_cohort(runs: Any, crash: Any, remains: Any) -> None:

@@ -269,6 +269,20 @@ def test_bfloat16_inputs_with_float32_adapters() -> None:
         assert (mine - theirs).norm() <= 0.03 * theirs.norm()
 
 
+def test_experts_that_are_not_held_are_never_chosen() -> None:
+    """A score 100 * 2 / sqrt(2) above the other leaves it a probability of exactly 0 in float32, like room for experts
+    that the client does not hold; the held one is chosen all the same, and the balance loss is that without the room.
+    """
+    token = torch.tensor([[100.0, 0.0]])
+    held = torch.tensor([[[2.0, 0.0], [0.0, 0.0]]])
+    room = torch.cat([held, torch.zeros(1, 3, 2)], dim=1)
+    hidden = torch.tensor([[False, False, True, True, True]])
+    alone, beside = route(token, held, 2), route(token, room, 2, hidden)
+    assert alone.probabilities.tolist() == [[1.0, 0.0]]
+    assert beside.chosen.tolist() == alone.chosen.tolist() == [[0, 1]]
+    assert balance_loss(beside, held=torch.tensor([2.0])).item() == balance_loss(alone).item() == 1.0
+
+
 def test_too_few_experts_for_top_k() -> None:
     x, base_out, _ = inputs(5, 7)
     with pytest.raises(ConfigError, match=r"top_k = 3 .* holds 2; lower top_k to 2 .* at least 3"):

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
+from fedamole.model.batch import Row, collate
 from fedamole.model.dropout import column_keys, dropped, row_keys
 
 GOLDEN, MASK = 0x9E3779B97F4A7C15, 2**64 - 1
@@ -66,3 +68,51 @@ def test_masks_are_as_good_as_coins(share: float) -> None:
         found = deviations(mask, other, share)
         assert found.abs().max() < 5.5, name
         assert found.std().item() == pytest.approx(1, abs=0.2), name
+
+
+def test_nothing_and_nearly_everything() -> None:
+    rows, columns = row_keys(np.full(200, 3), np.zeros(200, int), np.arange(200)), column_keys(2, 200)
+    assert not dropped(rows, columns, 0.0).any()
+    assert dropped(rows, columns, 0.999).double().mean().item() == pytest.approx(0.999, abs=1e-3)
+    few, many = dropped(rows, columns, 0.1), dropped(rows, columns, 0.4)
+    assert not (few & ~many).any(), "what is dropped at one share is dropped at every larger one"
+
+
+def test_keys_of_many_places_do_not_meet() -> None:
+    """2000 steps of one token, 2000 tokens of one step, 20 examples of 100 tokens: of n keys of 31 bits about
+    n^2 / 2^32 = 1 in 1000 pairs of such sets would meet once; 32 modules of 64 features are as far apart.
+    """
+    zeros, places = np.zeros(2000, int), np.arange(2000)
+    sets = {
+        "steps": row_keys(places, zeros, zeros),
+        "positions": row_keys(zeros + 5, zeros, places),
+        "examples": row_keys(zeros + 5, places // 100, places % 100),
+        "columns": torch.cat([column_keys(module, 64) for module in range(32)]),
+    }
+    for name, keys in sets.items():
+        assert len(keys.unique()) >= len(keys) - 1, name
+        assert keys.dtype == torch.int32
+        assert bool((keys >= 0).all())
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_token_has_the_same_mask_alone_in_a_group_packed_and_padded(share: float) -> None:
+    one: list[Row] = [((5, 6, 7), (8,)), ((9,), (10, 11))]
+    other: list[Row] = [((1,), (2, 3)), ((4, 5, 6, 7, 8), (9,)), ((2,), (2,))]
+    columns = column_keys(3, 64)
+
+    def masks(clients: list[list[Row]], seeds: list[int], packed: bool, client: int) -> Tensor:
+        batch = collate(clients, 0, packed, seeds)
+        assert batch.keys is not None
+        owner = batch.shares.owner
+        real = owner == owner if batch.counted is None else batch.counted
+        return dropped(batch.keys, columns, share)[real & (owner == client)]
+
+    wanted = masks([one], [11], True, 0)
+    assert wanted.shape == (7, 64)
+    assert len({tuple(row) for row in wanted.tolist()}) == 7, "every token has a mask of its own"
+    for packed in (True, False):
+        assert torch.equal(masks([one], [11], packed, 0), wanted)
+        assert torch.equal(masks([one, other], [11, 12], packed, 0), wanted)
+        assert torch.equal(masks([other, one], [12, 11], packed, 1), wanted)
+        assert not torch.equal(masks([other, one], [12, 13], packed, 1), wanted), "another step, another mask"

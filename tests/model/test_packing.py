@@ -1,17 +1,21 @@
 """Packed rows against the same sequences apart, on every family of architectures, and where packing is impossible."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fedamole.federation.local import LocalTask, fit
+from fedamole.federation.method import Trained
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, BaseSettings, load_base
 from fedamole.model.batch import Row, collate, token_losses
-from fedamole.model.packing import ATTENTION
+from fedamole.model.packing import ATTENTION, packed_attention
+from fedamole.model.segments import Shares
 from tests.training import alone
 
 from .conftest import ARCHITECTURES, mixture, write_model, write_tokenizer
@@ -21,6 +25,25 @@ ROWS: list[Row] = [
 ]
 """13, 4 and 8 tokens; the first is longer than Gemma 3's window of 8."""
 EVEN: list[Row] = [((5, place, 9, 8, 7, 6, 5, 4, 3), (place, 0)) for place in range(10, 14)]
+
+
+@pytest.mark.parametrize("rows", [ROWS, EVEN, ROWS[:1]], ids=["ragged", "even", "single"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_packed_logits_equal_separate_forwards(base: Callable[..., Base], kind: str, rows: list[Row]) -> None:
+    """The base's own attention on each sequence by itself, in float64; all but GPT-2 group their heads."""
+    bank = Bank(base(kind))
+    bank.base.model.double()
+    config = bank.base.model.config
+    assert kind == "gpt2" or config.num_key_value_heads < config.num_attention_heads
+    with torch.no_grad():
+        for adapters in ([], [mixture(bank.base)]):
+            bank.load(adapters)
+            wanted = []
+            for prompt, answer in rows:
+                logits = bank.base.model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0]
+                wanted.append(logits[len(prompt) - 1 : -1])
+            with bank.reading(collate([rows], 1, packed=True)) as found:
+                torch.testing.assert_close(found, torch.cat(wanted), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -61,21 +84,88 @@ def test_a_sequence_longer_than_the_window_sees_the_window_alone(base: Callable[
     assert not torch.allclose(logits[0], logits[1], atol=1e-4)
 
 
-@pytest.fixture(params=["gemma2", "mamba"])
-def unpackable(request: Any, tmp_path: Path) -> Bank:
-    """Gemma 2 caps its attention scores; Mamba mixes tokens without attention."""
-    vocabulary = write_tokenizer(tmp_path)
-    if request.param == "gemma2":
-        write_model(tmp_path, "gemma2", max(vocabulary, 320))
-        return Bank(load_base(BaseSettings(str(tmp_path)), torch.device("cpu"), Path("/")))
-    from transformers import MambaConfig, MambaForCausalLM
+def attend(lengths: tuple[int, ...] | None, **options: Any) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(0)
+    rows = 6 if lengths is None else sum(lengths)
+    q, k, v = (torch.randn(1, heads, rows, 4, dtype=torch.float64, generator=draw) for heads in (4, 2, 2))
+    mask, sequences = options.pop("attention_mask", None), None if lengths is None else Shares(lengths)
+    out, weights = packed_attention(torch.nn.Module(), q, k, v, mask, sequences=sequences, **options)
+    assert weights is None
+    return out
 
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = MambaConfig(vocab_size=320, hidden_size=32, state_size=4, num_hidden_layers=2, eos_token_id=0)
-        MambaForCausalLM(config).save_pretrained(tmp_path)
-    settings = BaseSettings(str(tmp_path), targets=("in_proj",))
-    return Bank(load_base(settings, torch.device("cpu"), Path("/")))
+
+@pytest.mark.parametrize("lengths", [(6,), (3, 3), (4, 1, 2)])
+@pytest.mark.parametrize("window", [None, 2, 3])
+def test_attention_by_the_formula(lengths: tuple[int, ...], window: int | None) -> None:
+    """softmax(0.3 q k) v over the tokens up to one's own, of one's own sequence, at most `window` of them."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, sum(lengths), 4, dtype=torch.float64, generator=draw)[0] for heads in (4, 2, 2))
+    found = attend(lengths, scaling=0.3, sliding_window=window)
+    assert found.shape == (1, sum(lengths), 4, 4)
+    start = 0
+    for length in lengths:
+        for place in range(start, start + length):
+            first = start if window is None else max(start, place - window + 1)
+            for head in range(4):
+                scores = 0.3 * k[head // 2, first : place + 1] @ q[head, place]
+                wanted = scores.softmax(0) @ v[head // 2, first : place + 1]
+                torch.testing.assert_close(found[0, place, head], wanted)
+        start += length
+
+
+def test_what_this_attention_cannot_do_is_refused() -> None:
+    """A cap on the scores, a sink, a mask of the model's own, or no word of where sequences end."""
+    for options in ({"softcap": 50.0}, {"s_aux": torch.zeros(4)}, {"attention_mask": torch.zeros(1, 1, 6, 6)}):
+        with pytest.raises(NotImplementedError, match="Module cannot be packed"):
+            attend((3, 3), **options)
+    with pytest.raises(NotImplementedError, match="cannot be packed"):
+        attend(None)
+    assert attend((3, 3), softcap=None, s_aux=None).isfinite().all()
+
+
+@pytest.fixture(params=["gemma2", "mamba", "lfm2", "eager"])
+def unpackable(request: Any, tmp_path: Path) -> Bank:
+    """Gemma 2 caps its attention scores; Mamba mixes tokens without attention, LFM 2 with attention and convolutions,
+    which the probe notices by its logits; of other attention functions than torch's nothing is known.
+    """
+    write_tokenizer(tmp_path)
+    kind, targets = request.param, {"mamba": ("in_proj",), "lfm2": ("q_proj",)}.get(request.param, ())
+    if kind in ("gemma2", "eager"):
+        write_model(tmp_path, "llama" if kind == "eager" else kind)
+    else:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        shape = {"state_size": 4} if kind == "mamba" else {
+            "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "layer_types": ["conv", "full_attention"], "initializer_range": 0.15,
+        }  # fmt: skip
+        common = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "eos_token_id": 0, "pad_token_id": 1}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **common, **shape)).save_pretrained(tmp_path)
+    base = load_base(BaseSettings(str(tmp_path), targets=targets), torch.device("cpu"), Path("/"))
+    if kind == "eager":
+        base.model.set_attn_implementation("eager")
+    assert kind != "lfm2" or base.model.config._attn_implementation == "sdpa", "not refused by its attention"
+    return Bank(base)
+
+
+def test_where_packing_is_impossible_a_group_still_equals_each_alone(unpackable: Bank) -> None:
+    """Two clients of ragged rows in float64: padded to another length beside the other than alone."""
+    bank = unpackable
+    bank.base.model.double()
+    settings = TrainingSettings(local_steps=3, batch_size=2)
+    drawn = [mixture(bank.base, seed, dropout=0.1) for seed in (0, 1)]
+    doubles = [replace(one, tensors={name: t.double() for name, t in one.tensors.items()}) for one in drawn]
+    parts = ROWS[1:], ROWS[:2]
+    tasks = [LocalTask(name, own, rows, 1e-2) for name, own, rows in zip("ab", doubles, parts, strict=True)]
+    for task, mine in zip(tasks, fit(bank, tasks, settings, seed=0, round_=0), strict=True):
+        (theirs,) = fit(bank, [task], settings, seed=0, round_=0)
+        assert isinstance(mine, Trained)
+        assert isinstance(theirs, Trained)
+        assert mine.loss == pytest.approx(theirs.loss, abs=1e-9)
+        for name, tensor in mine.adapter.tensors.items():
+            torch.testing.assert_close(tensor, theirs.adapter.tensors[name], rtol=0, atol=1e-9)
 
 
 def test_where_packing_is_impossible_rows_are_padded(unpackable: Bank) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fedamole.model.segments import Padding, Shares, add_product, product, spread, totals
 
-LENGTHS = [(4,), (3, 3, 3), (5, 1, 4), (2, 0, 3), (0, 0, 7)]
+LENGTHS = [(4,), (3, 3, 3), (5, 1, 4), (2, 0, 3), (0, 0, 7), (3, 2, 0)]
 every_shape = pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 
 
@@ -62,16 +62,53 @@ def test_totals(lengths: tuple[int, ...], more: tuple[int, ...]) -> None:
 
 @every_shape
 def test_spread(lengths: tuple[int, ...]) -> None:
-    rows = drawn(len(lengths), 3)
-    assert torch.equal(spread(rows, Shares(lengths)), rows.repeat_interleave(torch.tensor(lengths), 0))
+    rows = drawn(len(lengths), 3).requires_grad_()
+    mine = with_gradients(spread(rows, Shares(lengths)), rows)
+    theirs = with_gradients(rows.repeat_interleave(torch.tensor(lengths), 0), rows)
+    assert torch.equal(mine[0], theirs[0])
+    torch.testing.assert_close(mine[1], theirs[1], rtol=1e-13, atol=1e-13)
+
+
+@every_shape
+def test_gradients_are_slopes(lengths: tuple[int, ...]) -> None:
+    """Of the products that have a backward pass of their own, by differences."""
+    x, weights = drawn(sum(lengths), 2).requires_grad_(), drawn(len(lengths), 2, 3).requires_grad_()
+    shares = Shares(lengths)
+    assert torch.autograd.gradcheck(lambda x, weights: product(x, weights, shares), (x, weights))
+    assert torch.autograd.gradcheck(lambda x, weights: through_padding(x, weights, lengths), (x, weights))
+    assert torch.autograd.gradcheck(lambda x: add_product(drawn(sum(lengths), 3), x, weights, shares, -0.5), (x,))
+
+
+def test_only_the_gradients_that_are_wanted_are_computed() -> None:
+    """Inputs of a first layer and weights of a frozen one need none."""
+    shares, x, weights = Shares((2, 1)), drawn(3, 2), drawn(2, 2, 3)
+    product(x, weights.requires_grad_(), shares).sum().backward()
+    assert x.grad is None
+    assert weights.grad is not None
+    wanted = torch.stack([x[:2].sum(0), x[2]])[:, :, None].expand(2, 2, 3)
+    torch.testing.assert_close(weights.grad, wanted)
+    product(x.requires_grad_(), weights.detach(), shares).sum().backward()
+    torch.testing.assert_close(x.grad, weights.detach().sum(2)[[0, 0, 1]])
 
 
 def test_padding_by_hand() -> None:
     """Segments of 2, 3 and 1 rows in places of 3: padding repeats a segment's own last row."""
     padding = Padding.of((2, 3, 1))
+    assert padding.longest == 3
     assert padding.take.tolist() == [0, 1, 1, 2, 3, 4, 5, 5, 5]
     assert padding.keep.tolist() == [0, 1, 3, 4, 5, 6]
-    assert padding.pad(torch.arange(6.0).unsqueeze(1)).shape == (3, 3, 1)
+    rows = torch.arange(6.0).unsqueeze(1)
+    assert padding.pad(rows).squeeze(2).tolist() == [[0, 1, 1], [2, 3, 4], [5, 5, 5]]
+    assert torch.equal(padding.unpad(padding.pad(rows)), rows)
+
+
+def test_copies_that_are_padding_carry_no_gradient() -> None:
+    """Row 5 stands three times in the padded tensor, its gradient is that of its first copy: 7, not 7 + 8 + 9."""
+    rows = torch.arange(6.0).unsqueeze(1).requires_grad_()
+    pull = torch.tensor([[1.0, 2, 9], [4, 5, 6], [7, 8, 9]])
+    (Padding.of((2, 3, 1)).pad(rows).squeeze(2) * pull).sum().backward()
+    assert rows.grad is not None
+    assert rows.grad.flatten().tolist() == [1, 2, 4, 5, 6, 7]
 
 
 def test_shares_of_sequences_are_shares_of_their_tokens() -> None:
@@ -79,6 +116,9 @@ def test_shares_of_sequences_are_shares_of_their_tokens() -> None:
     assert shares.of(3) is shares
     assert shares.of(12).lengths == (8, 0, 4)
     assert shares.of(12) is shares.of(12)
+    assert shares.counts.tolist() == [2, 0, 1]
+    assert shares.owner.tolist() == [0, 0, 2]
+    assert (shares.even, Shares((2, 2)).even, Shares((5,)).even) == (False, True, True)
     with pytest.raises(ValueError, match="7 rows cannot be divided like 3"):
         shares.of(7)
 
@@ -95,9 +135,24 @@ def test_nan_stays_with_its_client(lengths: tuple[int, ...], padded: bool) -> No
             x[lengths[0] : lengths[0] + lengths[1]], weights[1] = torch.nan, torch.nan
         x.requires_grad_(), weights.requires_grad_()
         y = through_padding(x, weights, lengths) if padded else product(x, weights, shares)
-        sums = totals(y, shares)
+        z = add_product(y * 2, x, weights, shares, -1.5) * spread(weights[:, 0], shares)
+        sums = totals(z, shares)
         gradients = torch.autograd.grad((sums * drawn(3, 6)).sum(), (x, weights))
         found.append([y.split(lengths), sums.unbind(0), gradients[0].split(lengths), gradients[1].unbind(0)])
     for healthy, beside in zip(*found, strict=True):
         assert all(torch.equal(healthy[client], beside[client]) for client in (0, 2))
         assert beside[1].isnan().any()
+
+
+def test_a_client_without_rows_is_padded_by_nobody() -> None:
+    """As a GPU does it, with client 0 NaN: nothing reaches the weights of client 1, who has no rows."""
+    shares = Shares((3, 0, 2))
+    x, weights = drawn(5, 4), drawn(3, 4, 6)
+    x[:3] = torch.nan
+    weights.requires_grad_()
+    padding, present = shares.padding, [0, 2]
+    y = padding.unpad(torch.bmm(padding.pad(x), weights[present]))
+    assert torch.equal(y[3:], (x[3:] @ weights[2]))
+    (gradient,) = torch.autograd.grad(y.sum(), weights)
+    assert not gradient[1].any()
+    assert torch.isfinite(gradient[2]).all()

@@ -21,6 +21,7 @@ LOGITS_AT_ONCE = 2**26
 
 def mean_losses(bank: Bank, clients: Sequence[Sequence[Row]], batch_tokens: int) -> list[float]:
     """Mean loss per answer token, in nats, of each client's rows under its loaded adapter (or the bare base)."""
+    bank.window(0, bank.clients)
     total = torch.zeros(len(clients), dtype=torch.float64)
     counts = torch.zeros(len(clients), dtype=torch.float64)
     with torch.no_grad():
@@ -92,8 +93,12 @@ def option_losses(
             chosen = [trees[i] for i in group]
             longest = max(len(prompts[i]) for i in group) + max(tree.inner for tree in chosen)
             with_tree = bank.packs and (window is None or longest <= window)
-            score = _tree_losses if with_tree else _plain_losses
-            for i, losses in zip(group, score(bank, amounts, [prompts[i] for i in group], chosen), strict=True):
+            some = [prompts[i] for i in group]
+            if with_tree:
+                found = _tree_losses(bank, amounts, some, chosen)
+            else:
+                found = _plain_losses(bank, amounts, some, chosen, batch_tokens)
+            for i, losses in zip(group, found, strict=True):
                 client, place = rows[i]
                 results[client][place] = losses
     return results
@@ -165,15 +170,21 @@ def _log_probabilities(logits: Tensor, sources: list[int], tokens: Tensor) -> Te
     return (chosen - torch.cat(norms)[places]).double().cpu()
 
 
-def _plain_losses(bank: Bank, amounts: list[int], prompts: Sequence[Ids], trees: Sequence[Tree]) -> list[list[float]]:
+def _plain_losses(
+    bank: Bank, amounts: list[int], prompts: Sequence[Ids], trees: Sequence[Tree], batch_tokens: int
+) -> list[list[float]]:
     """Whole forward passes over prompt and option, for bases where more than full attention mixes tokens."""
     found: list[list[float]] = []
     owners = [client for client, amount in enumerate(amounts) for _ in range(amount)]
     for owner, prompt, tree in zip(owners, prompts, trees, strict=True):
-        rows: list[list[Row]] = [[] for _ in amounts]
-        rows[owner] = [(prompt, option) for option in tree.options]
-        batch = collate(rows, bank.base.pad_id, bank.packs).to(bank.base.device)
-        with bank.reading(batch) as logits:
-            losses = token_losses(logits, batch.labels)
-        found.append([float(part.double().mean()) for part in losses.split([len(option) for option in tree.options])])
+        found.append([])
+        at_once = max(1, batch_tokens // (len(prompt) + max(map(len, tree.options))))
+        for start in range(0, len(tree.options), at_once):
+            options = tree.options[start : start + at_once]
+            rows: list[list[Row]] = [[] for _ in amounts]
+            rows[owner] = [(prompt, option) for option in options]
+            batch = collate(rows, bank.base.pad_id, bank.packs).to(bank.base.device)
+            with bank.reading(batch) as logits:
+                losses = token_losses(logits, batch.labels)
+            found[-1] += [float(part.double().mean()) for part in losses.split([len(option) for option in options])]
     return found

@@ -199,14 +199,24 @@ class Worker:
                 for data, place in zip(part, places, strict=True)
             ]
             found = fit(self.bank, tasks, training, seed=self.seed, round_=round_, on_step=on_step)
-            if self.method.embeds:
-                means = embed(self.bank, [data.embedding.pairs() for data in part], self.evaluation.batch_tokens)
-                found = [
-                    replace(outcome, embeddings=mean) if isinstance(outcome, Trained) else outcome
-                    for outcome, mean in zip(found, means, strict=True)
-                ]
             outcomes.update(zip(places, found, strict=True))
+            if self.method.embeds:
+                trained = {place: one for place, one in zip(places, found, strict=True) if isinstance(one, Trained)}
+                outcomes.update(self._embedded(group, trained))
         return [outcomes[place] for place in range(len(group))]
+
+    def _embedded(self, group: Sequence[ClientData], outcomes: Mapping[int, Trained]) -> dict[int, Trained]:
+        """The outcomes of some places of a group with what their adapters make of their embedding splits."""
+        if not outcomes:
+            return {}
+        # Loaded anew, as `fit` leaves the adapters in an order of its own.
+        self.bank.load([outcome.adapter for outcome in outcomes.values()])
+        rows = [group[place].embedding.pairs() for place in outcomes]
+        means = embed(self.bank, rows, self.evaluation.batch_tokens)
+        return {
+            place: replace(outcome, embeddings=mean)
+            for (place, outcome), mean in zip(outcomes.items(), means, strict=True)
+        }
 
     def evaluate(
         self, group: Sequence[ClientData], round_: int, row: str, payloads: Mapping[str, bytes | None]

@@ -141,7 +141,8 @@ def route(token_embedding: Tensor, expert_embeddings: Tensor, top_k: int, hidden
     if hidden is not None:
         scores = scores.masked_fill(hidden, -torch.inf)
     probabilities = torch.softmax(scores / math.sqrt(token_embedding.shape[1]), dim=-1)
-    return Routing(probabilities, probabilities.topk(top_k, dim=-1).indices, token_embedding, expert_embeddings)
+    # Of the scores: probabilities may underflow to the 0 of experts that are not held.
+    return Routing(probabilities, scores.topk(top_k, dim=-1).indices, token_embedding, expert_embeddings)
 
 
 def mixture_weights(routing: Routing) -> Tensor:

@@ -308,8 +308,9 @@ class Bank:
 
     def _try_packing(self) -> bool:
         """Find out whether packed sequences give this base's own logits: not where more than attention mixes tokens."""
-        if self.base.model.config.get_text_config()._attn_implementation != "sdpa":
-            return False
+        config = self.base.model.config.get_text_config()
+        if config._attn_implementation != "sdpa" or getattr(config, "attention_chunk_size", None):
+            return False  # sequences as short as those below would not show attention in chunks
         packing.register()
         rows = [((1, 2, 3, 4), (5, 6)), ((7,), (8, 9, 10))]
         found = []

@@ -62,8 +62,8 @@ class Shares:
 
     @cached_property
     def padding(self) -> "Padding":
-        """Where rows go when each client's are padded to the longest share."""
-        return Padding.of(self.lengths, self.device)
+        """Where rows go when those of each client that has any are padded to the longest share."""
+        return Padding.of([length for length in self.lengths if length], self.device)
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,8 @@ def product(x: Tensor, weights: Tensor, shares: Shares) -> Tensor:
     if x.device.type == "cpu":
         looped: Tensor = _Looped.apply(x, weights, shares.lengths)  # type: ignore[no-untyped-call]
         return looped
+    if 0 in shares.lengths:  # nobody's row could pad these without mixing clients
+        weights = weights[[client for client, length in enumerate(shares.lengths) if length]]
     return shares.padding.unpad(torch.bmm(shares.padding.pad(x), weights))
 
 
