@@ -26,7 +26,7 @@ from safetensors.torch import load
 from fedamole.federation.method import Client, ClientInfo, Method, Server, Trained
 from fedamole.federation.record import pack
 from fedamole.methods import METHODS
-from fedamole.model.bank import MeanEmbeddings
+from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.params import Adapter, Shapes, expert_ids
 
 LAYERS, QUICK_LAYERS, HIDDEN, VALUES = 16, 2, 2048, 512

@@ -124,8 +124,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small(method: str) -> list[str]:
-    """The overrides that make a method small enough for a test."""
-    return [f"method.name={method}", f"run.name={method}", "method.rank=2", "method.alpha=4"]
+    """Overrides that name a method and make it small."""
+    from dataclasses import fields
+
+    from fedamole.methods import METHODS
+
+    sizes = {"rank": 2, "alpha": 4, "virtual_tokens": 4, "fusion_trials": 10}
+    known = {field.name for field in fields(METHODS[method])}
+    return [
+        f"method.name={method}", f"run.name={method}",
+        *(f"method.{key}={value}" for key, value in sizes.items() if key in known),
+    ]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from fedamole.federation.local import DivergedError, LocalTask, OnStep, fit
-from fedamole.federation.method import Trained
+from fedamole.federation.method import Fit, Trained
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Row
@@ -22,7 +22,7 @@ def alone(
     on_step: OnStep | None = None,
 ) -> Trained:
     """Train one client as a group of one; raise where it diverges."""
-    task = LocalTask(client, adapter, rows, settings.learning_rate * settings.lr_decay**round_)
+    task = LocalTask(client, Fit(adapter), rows, settings.learning_rate * settings.lr_decay**round_)
     (outcome,) = fit(bank, [task], settings, seed=seed, round_=round_, on_step=on_step)
     if isinstance(outcome, DivergedError):
         raise outcome

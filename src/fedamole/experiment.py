@@ -13,12 +13,13 @@ from fedamole.data.manifest import Federation, Manifest, load_federation, read_m
 from fedamole.engine.in_process import InProcess
 from fedamole.errors import ConfigError
 from fedamole.federation.loop import Loop, Watcher
-from fedamole.federation.method import Evaluates
+from fedamole.federation.method import Evaluates, Server
 from fedamole.federation.run_folder import CONFIG, MANIFEST, RunFolder
 from fedamole.federation.worker import ClientData, Worker, client_data
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, Identity, load_base, resolve_device
-from fedamole.planning import Plan, chosen_group, planned
+from fedamole.model.weightless import weightless_base
+from fedamole.planning import Plan, PlanWithoutData, chosen_group, clients_without_data, planned, planned_without_data
 from fedamole.reporting.tensorboard import TensorBoardMirror
 
 
@@ -71,15 +72,20 @@ def prepare(config: Config, manifest: Manifest | None = None) -> Prepared:
     federation = load_federation(config.data, Path.cwd(), manifest)
     config.method.check(len(federation.shards))
     base = load_base(config.base, torch.device(config.run.device), Path.cwd())
+    _check_length(config, base)
+    longest = config.training.max_length
+    clients = {shard.client: client_data(shard, base.tokenizer, longest) for shard in federation.shards}
+    group = config.run.group or chosen_group(config, base, clients)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, group=group))
+    return Prepared(config, base, federation, clients)
+
+
+def _check_length(config: Config, base: Base) -> None:
     longest = config.training.max_length
     if longest > base.max_positions:
         raise ConfigError(
             f"training.max_length = {longest}: this base has {base.max_positions} positions; lower it"
         )
-    clients = {shard.client: client_data(shard, base.tokenizer, longest) for shard in federation.shards}
-    group = config.run.group or chosen_group(config, base, clients)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, group=group))
-    return Prepared(config, base, federation, clients)
 
 
 def start(config: Config, folder: Path, watcher: Watcher) -> dict[str, Any]:
@@ -113,10 +119,13 @@ def _run(prepared: Prepared, folder: RunFolder, watcher: Watcher) -> dict[str, A
     )
     mirror = TensorBoardMirror(folder.path / "tensorboard") if config.run.tensorboard else None
     with folder.locked():
+        engine, base = InProcess(worker, prepared.clients, watcher, config.run.group), prepared.base
+        server = Server(
+            base.shapes, engine.clients, config.run.seed, width=base.width, embedding_std=base.embedding_std
+        )
         loop = Loop(
-            config.method, rows, InProcess(worker, prepared.clients, watcher, config.run.group),
-            prepared.base.shapes, config.federation, folder,
-            seed=config.run.seed, select=config.evaluation.select, watcher=watcher, mirror=mirror,
+            config.method, rows, engine, server, config.federation, folder,
+            select=config.evaluation.select, watcher=watcher, mirror=mirror,
         )
         return loop.run()
 
@@ -125,3 +134,13 @@ def plan(config: Config) -> Plan:
     """Work out sizes, feasibility, parameters, traffic and memory of a run without running anything."""
     prepared = prepare(resolved(config, free_folder(config)))
     return planned(prepared.config, prepared.base, prepared.clients)
+
+
+def plan_without_data(config: Config) -> PlanWithoutData:
+    """Work out the same for a GPU from the config alone: no data are opened, no base is loaded, nothing is fetched."""
+    rows_of(config)
+    clients, assumed = clients_without_data(config.data, Path.cwd())
+    config.method.check(len(clients))
+    base = weightless_base(config.base, Path.cwd())
+    _check_length(config, base)
+    return planned_without_data(config, base, clients, assumed)

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from fedamole.errors import FedamoleError
 from fedamole.experiment import prepare, rows_of
 from fedamole.federation.local import embed
 from fedamole.federation.loop import Watcher
-from fedamole.federation.method import Client, Server, Trained
+from fedamole.federation.method import Client, Fit, Server, Trained
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing, pack, unpack
 from fedamole.federation.run_folder import RunFolder
@@ -119,27 +119,38 @@ def test_groups_hold_every_client_once(group: int, sizes: list[int], runs: Any, 
 class Twice(FedIT):
     """A method with local work of its own: it trains, and trains again from there."""
 
-    def update(self, client: Client, kept: Nothing, message: GlobalLora) -> tuple[Nothing, GlobalLora, Trained]:
-        first = client.fit(Adapter(self.spec(), message.tensors))
-        second = client.fit(first.adapter)
+    def update(self, client: Client, kept: Nothing, message: GlobalLora) -> Generator[Fit, Trained, Any]:
+        first = yield Fit(Adapter(self.spec(), message.tensors), share=0.5)
+        second = yield Fit(first.adapter, share=0.5)
         return (*self.reply(client, kept, message, second), second)
 
 
-def test_a_method_with_its_own_update_works_one_client_at_a_time(runs: Any, tmp_path: Path) -> None:
-    """In any group the result is the same to the bit, and it is FedIT's from where FedIT got to."""
+def test_a_method_with_its_own_update_trains_in_lockstep_too(runs: Any, tmp_path: Path) -> None:
+    """Every piece of training is done for the whole group, the pieces of a round on batches of their own."""
     found = []
     for group in (1, 4):
         clients, messages, _ = engine(runs, tmp_path / f"run{group}", Twice(rank=2, alpha=4.0), group)
         answers = clients.update(0, messages)
-        assert all(answer.report["group"] == 1 for answer in answers.values())
-        found.append({name: answer.payload for name, answer in answers.items()})
-    assert found[0] == found[1]
-    once, messages, _ = engine(runs, tmp_path / "once", SMALL, 1)
+        assert {answer.report["group"] for answer in answers.values()} == {group}
+        assert {answer.report["steps"] for answer in answers.values()} == {clients.worker.training.local_steps}
+        found.append({name: tensors(answer.payload) for name, answer in answers.items()})
+    for name, mine in found[0].items():
+        torch.testing.assert_close(mine, found[1][name], rtol=0, atol=1e-5)
+    once, messages, _ = engine(runs, tmp_path / "once", Once(rank=2, alpha=4.0), 4)
     first = once.update(0, messages)
     again = once.update(0, {name: pack(GlobalLora(tensors(answer.payload))) for name, answer in first.items()})
     for name, answer in again.items():
-        wanted = tensors(answer.payload)
-        assert all(torch.equal(tensor, wanted[key]) for key, tensor in tensors(found[0][name]).items())
+        same = [torch.equal(tensor, found[1][name][key]) for key, tensor in tensors(answer.payload).items()]
+        assert not all(same), "the second piece saw the batches and masks of the first again"
+
+
+@dataclass(frozen=True)
+class Once(FedIT):
+    """Half a round."""
+
+    def update(self, client: Client, kept: Nothing, message: GlobalLora) -> Generator[Fit, Trained, Any]:
+        only = yield Fit(Adapter(self.spec(), message.tensors), share=0.5)
+        return (*self.reply(client, kept, message, only), only)
 
 
 def test_everybody_reads_his_own_embeddings_whoever_takes_more_steps(runs: Any, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fedamole.experiment import prepare, resume
 from fedamole.federation.local import DivergedError, LocalTask, _batches, _Group, embed
 from fedamole.federation.loop import Watcher
+from fedamole.federation.method import Fit
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import pack, unpack
 from fedamole.federation.settings import TrainingSettings
@@ -125,7 +126,8 @@ def test_a_steps_gradient_is_the_mean_over_its_batches(bank: Bank, rows: list[Ro
     """Read before Adam forgets its scale; each client of a group has its own, whatever the other learns from."""
     settings = TrainingSettings(local_steps=1, batch_size=2, accumulation=accumulation)
     parts = {"mood": rows[:9], "other": rows[9:20]}
-    group = _Group(bank, [LocalTask(name, lora(bank), part, 1e-2) for name, part in parts.items()], settings, 0, 0)
+    tasks = [LocalTask(name, Fit(lora(bank)), part, 1e-2) for name, part in parts.items()]
+    group = _Group(bank, tasks, settings, 0, 0, 0)
     group.step(0)
     found = bank.gradients.clone()
     for mine, (name, part) in zip(found, parts.items(), strict=True):

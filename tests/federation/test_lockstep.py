@@ -14,7 +14,7 @@ import torch
 from fedamole.experiment import prepare
 from fedamole.federation import local
 from fedamole.federation.local import DivergedError, LocalTask, embed, fit
-from fedamole.federation.method import Trained
+from fedamole.federation.method import Fit, Trained
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
@@ -56,7 +56,8 @@ def tasks(bank: Bank, kind: str, clients: int = 5, **fields: Any) -> list[LocalT
             for name, tensor in pool.items()
             if "/expert-" not in name or int(name.split("/expert-")[1][:2]) in held[name.split("/")[0]]
         }
-        found.append(LocalTask(f"client{client}", Adapter(spec, tensors), texts(bank, client), 1e-2 * (1 + client % 2)))
+        fit_ = Fit(Adapter(spec, tensors))
+        found.append(LocalTask(f"client{client}", fit_, texts(bank, client), 1e-2 * (1 + client % 2)))
     return found
 
 
@@ -103,7 +104,7 @@ def test_a_group_equals_separate_training(
     found = trained(bank, group)
     assert_equal(found, wanted)
     for task, outcome in zip(group, found, strict=True):
-        moved = max(float((outcome.adapter.tensors[k] - t).abs().max()) for k, t in task.adapter.tensors.items())
+        moved = max(float((outcome.adapter.tensors[k] - t).abs().max()) for k, t in task.fit.adapter.tensors.items())
         assert moved > 1e-3, "the tolerance is far below what training does"
 
 
@@ -167,10 +168,10 @@ def test_seed_client_and_round_alone_decide(bank: Bank) -> None:
 def test_embeddings_of_a_group_equal_each_alone(bank: Bank) -> None:
     group = tasks(bank, "mixture")
     rows = [texts(bank, 50 + client, 2 + client) for client in range(5)]
-    bank.load([task.adapter for task in group])
+    bank.load([task.fit.adapter for task in group])
     found = embed(bank, rows, 100)
     for task, part, means in zip(group, rows, found, strict=True):
-        bank.load([task.adapter])
+        bank.load([task.fit.adapter])
         (wanted,) = embed(bank, [part], 10_000)
         assert means.keys() == wanted.keys() == bank.base.shapes.keys()
         for module, mean in means.items():
@@ -200,11 +201,11 @@ def test_one_clients_nan_changes_no_bit_of_the_others(
     monkeypatch.setattr(local, "NAN_EVERY", 2)
     group = tasks(bank, kind)
     healthy = trained(bank, group)
-    tensors = {name: tensor.clone() for name, tensor in group[sick].adapter.tensors.items()}
+    tensors = {name: tensor.clone() for name, tensor in group[sick].fit.adapter.tensors.items()}
     for tensor in tensors.values():
         tensor[0, 0] = math.nan if rate is None else tensor[0, 0]
-    adapter = replace(group[sick].adapter, tensors=tensors)
-    group[sick] = replace(group[sick], adapter=adapter, learning_rate=rate or group[sick].learning_rate)
+    adapter = replace(group[sick].fit.adapter, tensors=tensors)
+    group[sick] = replace(group[sick], fit=Fit(adapter), learning_rate=rate or group[sick].learning_rate)
     found = fit(bank, group, HARD, seed=3, round_=1)
     assert isinstance(found[sick], DivergedError)
     told = rf"client client{sick}, round 1: its loss became (nan|inf) within steps 1 to 2 of local training; lower"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedamole.federation.loop import Loop, Watcher
-from fedamole.federation.method import ClientInfo
+from fedamole.federation.method import ClientInfo, Server
 from fedamole.federation.record import Nothing, pack
 from fedamole.federation.run_folder import RunFolder
 from fedamole.federation.settings import FederationSettings
@@ -65,8 +65,8 @@ def play(path: Path, losses: list[dict[str, float]], select: str = "loss") -> tu
     engine = Script(losses)
     folder = RunFolder.create(path, "", "{}", "local_only", Identity("w", "t", "x"))
     loop = Loop(
-        LocalOnly(), {"local_only": "trained"}, engine, {}, FederationSettings(rounds=len(losses)), folder,
-        seed=0, select=select, watcher=Watcher(),  # type: ignore[arg-type]
+        LocalOnly(), {"local_only": "trained"}, engine, Server({}, engine.clients, 0),
+        FederationSettings(rounds=len(losses)), folder, select=select, watcher=Watcher(),  # type: ignore[arg-type]
     )  # fmt: skip
     return loop.run(), engine.calls
 
@@ -138,9 +138,10 @@ def test_the_cohort_is_a_share_of_the_clients_drawn_anew(share: float, size: int
         def clients(self) -> tuple[ClientInfo, ...]:
             return tuple(ClientInfo(name, 1) for name in "abcd")
 
+    four = Four([])
     loop = Loop(
-        LocalOnly(), {"local_only": "trained"}, Four([]), {}, FederationSettings(8, share), folder,
-        seed=0, select="loss", watcher=Watcher(),  # type: ignore[arg-type]
+        LocalOnly(), {"local_only": "trained"}, four, Server({}, four.clients, 0), FederationSettings(8, share),
+        folder, select="loss", watcher=Watcher(),  # type: ignore[arg-type]
     )  # fmt: skip
     drawn = [tuple(client.name for client in loop._cohort(round_)) for round_ in range(30)]
     assert {len(cohort) for cohort in drawn} == {size}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedamole.federation.local import LocalTask, _Group, fit
-from fedamole.federation.method import Trained
+from fedamole.federation.method import Fit, Trained
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
@@ -37,7 +37,7 @@ def tasks(bank: Bank) -> list[LocalTask]:
         pool = new_pool(bank.base.shapes, 4, 2 + client, draw)
         tensors = {name: 0.1 * torch.randn(tensor.shape, generator=draw) for name, tensor in pool.items()}
         spec = AdapterSpec(rank=4, alpha=8.0, dropout=0.1, balance_weight=0.01)
-        found.append(LocalTask(f"client{client}", Adapter(spec, tensors), rows, 1e-3))
+        found.append(LocalTask(f"client{client}", Fit(Adapter(spec, tensors)), rows, 1e-3))
     return found
 
 

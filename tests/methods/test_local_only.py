@@ -4,36 +4,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.methods.by_hand import client, driven
 
 from fedamole.config import load_config
 from fedamole.experiment import start
 from fedamole.federation.loop import Watcher
-from fedamole.federation.method import Client, ClientInfo, Server, Trained
+from fedamole.federation.method import ClientInfo, Server
 from fedamole.federation.record import Nothing
 from fedamole.methods.fedit import FedIT
 from fedamole.methods.local_only import LocalOnly, OwnLora
-from fedamole.model.params import Adapter
 
 SHAPES = {"m": (2, 2)}
 INFO = ClientInfo("a", 10)
 
 
-def client(trained: float) -> Client:
-    """A client whose training sets every tensor to a number."""
-
-    def fit(adapter: Adapter) -> Trained:
-        tensors = {key: torch.full_like(tensor, trained) for key, tensor in adapter.tensors.items()}
-        return Trained(Adapter(adapter.spec, tensors), 1, 0.0)
-
-    return Client(INFO, SHAPES, 0, 0, fit)
-
-
 def test_a_client_goes_on_from_its_own_lora_and_sends_nothing() -> None:
     method = LocalOnly(rank=1)
-    kept, reply, _ = method.update(client(5.0), OwnLora({"m/shared/A": torch.ones(1, 2)}), Nothing())
+    work = method.update(client(SHAPES), OwnLora({"m/shared/A": torch.ones(1, 2)}), Nothing())
+    (asked,), (kept, reply, _) = driven(work, {"m/shared/A": torch.full((1, 2), 5.0)})
+    assert torch.equal(asked.adapter.tensors["m/shared/A"], torch.ones(1, 2))
     assert reply == Nothing()
-    assert torch.equal(kept.tensors["m/shared/A"], torch.full((1, 2), 5.0))
-    adapter = method.adapter(client(0.0), kept, Nothing())
+    adapter = method.adapter(client(SHAPES), kept, Nothing())
     assert torch.equal(adapter.tensors["m/shared/A"], torch.full((1, 2), 5.0))
 
 
@@ -44,7 +35,7 @@ def test_the_server_knows_nothing() -> None:
 
 
 def test_starts_where_fedit_starts() -> None:
-    kept = LocalOnly(rank=2).first_keep(client(0.0))
+    kept = LocalOnly(rank=2).first_keep(client(SHAPES))
     first = FedIT(rank=2).init(Server(SHAPES, (INFO,), 0))
     assert kept.tensors.keys() == first.tensors.keys()
     assert all(torch.equal(kept.tensors[key], first.tensors[key]) for key in kept.tensors)

@@ -193,7 +193,7 @@ def test_what_an_optimiser_does_to_a_row_is_what_the_client_becomes(open_bank: C
         assert all(torch.equal(back[name], tensor + (client == 2)) for name, tensor in adapter.tensors.items())
     layer = next(iter(bank.layers.values()))
     assert layer.loaded is not None
-    assert torch.equal(layer.loaded.down[2, :RANK], group[2].tensors[router_key(layer.name)] + 1)
+    assert torch.equal(layer.loaded.parts[0][2, :RANK], group[2].tensors[router_key(layer.name)] + 1)
 
 
 @pytest.mark.parametrize("kind", ["mixture", "lora"])

@@ -37,7 +37,7 @@ class InProcess:
                 self.watcher.client_done(round_, name, answer.report)
             return answers
 
-        return self._in_groups(messages, work, alone=not self.worker.in_lockstep)
+        return self._in_groups(messages, work)
 
     def evaluate(self, round_: int, row: str, messages: Mapping[str, bytes | None]) -> dict[str, Scores]:
         """Score the present models of some clients on validation."""
@@ -63,15 +63,12 @@ class InProcess:
         return self._in_groups(self.data, lambda group: score(group, row))
 
     def _in_groups(
-        self,
-        names: Mapping[str, object],
-        work: Callable[[Sequence[ClientData]], Mapping[str, R]],
-        alone: bool = False,
+        self, names: Mapping[str, object], work: Callable[[Sequence[ClientData]], Mapping[str, R]]
     ) -> dict[str, R]:
         """Work on clients a group at a time; where memory runs out, halve the group and do it again."""
         waiting, results = [self.data[name] for name in sorted(names)], dict[str, R]()
         while waiting:
-            group = waiting[: 1 if alone else self.group]
+            group = waiting[: self.group]
             try:
                 results.update(work(group))
                 waiting = waiting[len(group) :]

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from fedamole.evaluation.likelihood import by_length
+from fedamole.evaluation.likelihood import by_client, by_length
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, pad_left
 from fedamole.model.segments import Shares
@@ -21,7 +21,7 @@ def generate_answers(
     from transformers import GenerationConfig
 
     rows = [(client, place) for client, part in enumerate(clients) for place in range(len(part))]
-    prompts = [clients[client][place] for client, place in rows]
+    prompts = [bank.prefix(clients[client][place]) for client, place in rows]
     base, answers = bank.base, [[""] * len(part) for part in clients]
     bank.window(0, bank.clients)
     stop = base.tokenizer.eos_token_id
@@ -35,7 +35,8 @@ def generate_answers(
             greedy = GenerationConfig(
                 do_sample=False, max_new_tokens=room, pad_token_id=base.pad_id, eos_token_id=stop
             )
-            with bank.recording(shares=Shares(amounts, base.device)):
+            gates = bank.gates(by_client([prompts[i] for i in indices], amounts))
+            with bank.recording(shares=Shares(amounts, base.device), gates=gates):
                 out = base.model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
             texts = base.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
             for i, text in zip(indices, texts, strict=True):

@@ -25,7 +25,7 @@ def mean_losses(bank: Bank, clients: Sequence[Sequence[Row]], batch_tokens: int)
     total = torch.zeros(len(clients), dtype=torch.float64)
     counts = torch.zeros(len(clients), dtype=torch.float64)
     with torch.no_grad():
-        for batch in batches(clients, bank.base.pad_id, bank.packs, batch_tokens):
+        for batch in batches(bank.prefixed(clients), bank.base.pad_id, bank.packs, batch_tokens):
             batch = batch.to(bank.base.device)
             with bank.reading(batch) as logits:
                 total += totals(token_losses(logits, batch.labels).double(), batch.answers).cpu()
@@ -44,6 +44,12 @@ def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         group.append(index)
     if group:
         yield group
+
+
+def by_client(rows: Sequence[Ids], amounts: Sequence[int]) -> list[Sequence[Ids]]:
+    """Cut rows that stand one client's after the other's."""
+    ends = list(accumulate(amounts))
+    return [rows[end - amount : end] for end, amount in zip(ends, amounts, strict=True)]
 
 
 class Tree:
@@ -79,7 +85,7 @@ def option_losses(
     Prompt and options are tokenised apart, as in training, and each option ends with the end-of-text token.
     """
     rows = [(client, place) for client, part in enumerate(clients) for place in range(len(part))]
-    prompts = [clients[client][place][0] for client, place in rows]
+    prompts = [bank.prefix(clients[client][place][0]) for client, place in rows]
     grown = {tuple(options): Tree(options) for part in clients for options in {tuple(row[1]) for row in part}}
     trees = [grown[tuple(clients[client][place][1])] for client, place in rows]
     results: list[list[list[float]]] = [[[] for _ in part] for part in clients]
@@ -108,7 +114,8 @@ def _tree_losses(bank: Bank, amounts: list[int], prompts: Sequence[Ids], trees: 
     """One pass over the prompts, padded on the left so that all end at the same place, and one over their trees."""
     base, shares = bank.base, Shares(tuple(amounts), bank.base.device)
     ids, mask = pad_left(prompts, base.pad_id, base.device)
-    with bank.recording(shares=shares):
+    gates = bank.gates(by_client(prompts, amounts))
+    with bank.recording(shares=shares, gates=gates):
         out = base.model(
             input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True,
             logits_to_keep=1,
@@ -125,7 +132,7 @@ def _tree_losses(bank: Bank, amounts: list[int], prompts: Sequence[Ids], trees: 
     tokens = torch.tensor([token for tree in trees for token in tree.tokens])
     gained[nodes[0]] = _log_probabilities(out.logits[:, -1], sources[0], tokens[nodes[0]])
     if nodes[1]:
-        logits = _tree_logits(bank, shares, mask, trees, out.past_key_values)
+        logits = _tree_logits(bank, shares, gates, mask, trees, out.past_key_values)
         gained[nodes[1]] = _log_probabilities(logits, sources[1], tokens[nodes[1]])
     return [
         [-float(gained[start : start + len(tree.tokens)][path].mean()) for path in tree.paths]
@@ -133,7 +140,9 @@ def _tree_losses(bank: Bank, amounts: list[int], prompts: Sequence[Ids], trees: 
     ]
 
 
-def _tree_logits(bank: Bank, shares: Shares, mask: Tensor, trees: Sequence[Tree], cache: object) -> Tensor:
+def _tree_logits(
+    bank: Bank, shares: Shares, gates: Tensor | None, mask: Tensor, trees: Sequence[Tree], cache: object
+) -> Tensor:
     """Logits (K, V) of all inner nodes of all trees, which go on from the cached prompts; mask (B, L) of prompts."""
     base, width = bank.base, max(tree.inner for tree in trees)
     ids, depths = torch.zeros(2, len(trees), width, dtype=torch.long)
@@ -150,7 +159,7 @@ def _tree_logits(bank: Bank, shares: Shares, mask: Tensor, trees: Sequence[Tree]
     additive = torch.zeros(visible.shape, dtype=dtype, device=base.device)
     additive.masked_fill_(~visible, torch.finfo(dtype).min)
     wanted = inside.flatten().nonzero().squeeze(1).to(base.device)
-    with bank.recording(shares=shares, predicting=wanted):
+    with bank.recording(shares=shares, gates=gates, predicting=wanted):
         logits: Tensor = base.model(
             input_ids=ids.to(base.device),
             attention_mask=additive,

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from fedamole.errors import FedamoleError
-from fedamole.federation.method import Trained
+from fedamole.federation.method import Fit, Trained
 from fedamole.federation.randomness import derived_seed, torch_generator
 from fedamole.federation.settings import TrainingSettings
-from fedamole.model.bank import Bank, EmbeddingSum, MeanEmbeddings
+from fedamole.model.bank import Bank
 from fedamole.model.batch import Row, batches, collate, token_losses
+from fedamole.model.layers import EmbeddingSum, MeanEmbeddings
 from fedamole.model.memory import out_of_memory, release_memory
-from fedamole.model.params import Adapter
 from fedamole.model.segments import totals
 
 log = logging.getLogger(__name__)
@@ -42,10 +42,17 @@ class LocalTask:
     """One client's local training: what it starts from and what it learns from."""
 
     client: str
-    adapter: Adapter
+    fit: Fit
     rows: Sequence[Row]
     learning_rate: float
     """Adam's learning rate in this round."""
+    done: float = 0.0
+    """Share of the round's steps that earlier pieces of training took."""
+
+    def steps(self, settings: TrainingSettings) -> int:
+        """Optimiser steps of this piece of training: those of a round's pieces add up to the round's."""
+        steps = settings.steps(len(self.rows))
+        return max(1, round((self.done + self.fit.share) * steps) - round(self.done * steps))
 
 
 def fit(
@@ -55,18 +62,20 @@ def fit(
     *,
     seed: int,
     round_: int,
+    turn: int = 0,
     on_step: OnStep | None = None,
 ) -> list[Trained | DivergedError]:
     """Train a group of clients for one round (step 2 of a round); return what each became, in the order given.
 
-    Adapters must be of one kind. Adam starts anew each round. A client's loss is the mean over its batch's answer
-    tokens plus balance_weight times the sum of the modules' balance losses. Order and dropout come from (seed, client,
+    Adapters must be of one kind. Adam starts anew each time. A client's loss is the mean over its batch's answer
+    tokens plus balance_weight times the sum of the modules' balance losses, and what its `Fit` penalises. The `turn`
+    tells several trainings of a round apart. Order and dropout come from (seed, client,
     round) alone, so a group changes no result beyond the order of floating-point sums. A client that has taken all its
     steps leaves; one whose training diverges changes no bit of the others and ends as a DivergedError that names
     client, round and step.
     """
-    order = sorted(range(len(tasks)), key=lambda i: -settings.steps(len(tasks[i].rows)))
-    group = _Group(bank, [tasks[i] for i in order], settings, seed, round_)
+    order = sorted(range(len(tasks)), key=lambda i: -tasks[i].steps(settings))
+    group = _Group(bank, [tasks[i] for i in order], settings, seed, round_, turn)
     bank.base.training(True)
     try:
         for step in range(group.steps[0]):
@@ -85,12 +94,15 @@ class _Group:
     """Clients in lock-step, those with the most steps first: the ones still at work are always the first few."""
 
     def __init__(
-        self, bank: Bank, tasks: Sequence[LocalTask], settings: TrainingSettings, seed: int, round_: int
+        self, bank: Bank, tasks: Sequence[LocalTask], settings: TrainingSettings, seed: int, round_: int, turn: int
     ) -> None:
         self.bank, self.tasks, self.settings, self.seed, self.round = bank, tasks, settings, seed, round_
-        self.steps = [settings.steps(len(task.rows)) for task in tasks]
-        bank.load([task.adapter for task in tasks])
+        self.turn = f"/{turn}" if turn else ""
+        self.steps = [task.steps(settings) for task in tasks]
+        bank.load([task.fit.adapter for task in tasks])
         self.flat = bank.trainable()
+        self.learning = self._learning()
+        self.anchors = self._anchors()
         rates = sorted({task.learning_rate for task in tasks})
         self.optimiser = torch.optim.Adam(
             [
@@ -101,10 +113,31 @@ class _Group:
             fused=True,
         )
         self.batches = [
-            _batches(task.rows, settings, torch_generator(seed, "order", task.client, round_)) for task in tasks
+            _batches(rows, settings, torch_generator(seed, f"order{self.turn}", task.client, round_))
+            for task, rows in zip(tasks, bank.prefixed([task.rows for task in tasks]), strict=True)
         ]
         self.loss = torch.zeros(len(tasks), dtype=torch.float64, device=bank.base.device)
         self.diverged: dict[int, DivergedError] = {}
+
+    def _learning(self) -> Tensor | None:
+        """1 for the numbers of each client's row that train, 0 for those that do not, (C, P); None where all do."""
+        if not any(task.fit.adapter.frozen for task in self.tasks):
+            return None
+        rows = [
+            {name: torch.full_like(tensor, name not in task.fit.adapter.frozen)
+             for name, tensor in task.fit.adapter.tensors.items()}
+            for task in self.tasks
+        ]
+        return torch.stack([self.bank.row(place, row) for place, row in enumerate(rows)]).to(self.bank.weights)
+
+    def _anchors(self) -> tuple[Tensor, Tensor] | None:
+        """Centres (C, P) and weights (C, 1) of the proximal terms; None where there are none."""
+        if not any(task.fit.anchor for task in self.tasks):
+            return None
+        rows = [{**task.fit.adapter.tensors, **task.fit.anchor} for task in self.tasks]
+        centres = torch.stack([self.bank.row(place, row) for place, row in enumerate(rows)])
+        weights = torch.tensor([[task.fit.anchor_weight] for task in self.tasks])
+        return centres.to(self.bank.weights), weights.to(self.bank.weights)
 
     def step(self, step: int) -> None:
         """Take one optimiser step for every client that is still at work."""
@@ -114,6 +147,11 @@ class _Group:
         self.bank.gradients.zero_()
         parts = [[next(self.batches[place]) for place in range(active)] for _ in range(self.settings.accumulation)]
         self._backward(step, parts, 0, active)
+        if self.anchors is not None:
+            centres, weights = self.anchors
+            self.bank.gradients.add_((self.bank.weights - centres) * weights)
+        if self.learning is not None:
+            self.bank.gradients.mul_(self.learning)
         if self.settings.clip_norm:
             norms = torch.linalg.vector_norm(self.bank.gradients, dim=1, keepdim=True)
             self.bank.gradients.mul_((self.settings.clip_norm / (norms + 1e-6)).clamp(max=1.0))
@@ -154,15 +192,18 @@ class _Group:
     def _pass(self, step: int, part: int, rows: list[list[Row]], begin: int, end: int) -> None:
         """One forward and backward pass of some clients."""
         bank, names = self.bank, [task.client for task in self.tasks[begin:end]]
-        spec, seeds = self.tasks[begin].adapter.spec, None
+        first, seeds = self.tasks[begin].fit, None
+        spec = first.adapter.spec
         if spec.dropout:
-            seeds = [derived_seed(self.seed, f"dropout/{step}/{part}", name, self.round) for name in names]
+            seeds = [derived_seed(self.seed, f"dropout{self.turn}/{step}/{part}", name, self.round) for name in names]
         batch = collate(rows[begin:end], bank.base.pad_id, bank.packs, seeds).to(bank.base.device)
         balance: list[Tensor] | None = [] if spec.balance_weight else None
         bank.window(begin, end)
         with bank.reading(batch, balance=balance) as logits:
             losses = totals(token_losses(logits, batch.labels), batch.answers) / batch.answers.counts
             total = losses + spec.balance_weight * torch.stack(balance).sum(0) if balance else losses
+            if first.tail_weight:
+                total = total + first.tail_weight * bank.tail_norms(first.tail)
             bank.backward(total.sum() / self.settings.accumulation)
         self.loss[begin:end] += losses.detach().double()
 

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from fedamole.federation import checkpoint
@@ -15,7 +15,6 @@ from fedamole.federation.run_folder import ASSIGNMENT, METRICS, RunFolder
 from fedamole.federation.settings import FederationSettings
 from fedamole.federation.summary import summarise
 from fedamole.federation.worker import Answer, Scores
-from fedamole.model.params import Shapes
 
 log = logging.getLogger(__name__)
 
@@ -91,19 +90,17 @@ class Loop:
         method: Method[Any, Any, Any, Any],
         rows: Mapping[str, Evaluates],
         engine: Engine,
-        shapes: Shapes,
+        server: Server,
         settings: FederationSettings,
         folder: RunFolder,
         *,
-        seed: int,
         select: Literal["loss", "score"],
         watcher: Watcher,
         mirror: Mirror | None = None,
     ) -> None:
         """Assemble a run; `run` starts or continues it. A `mirror` is given every line of metrics.jsonl too."""
         self.method, self.engine, self.settings, self.folder = method, engine, settings, folder
-        self.seed, self.select, self.watcher, self.mirror = seed, select, watcher, mirror
-        self.server = Server(shapes, engine.clients, seed)
+        self.server, self.select, self.watcher, self.mirror = server, select, watcher, mirror
         self.names = [client.name for client in engine.clients]
         self.kinds = dict(rows)
         self.rows: dict[str, _Row] = {}
@@ -134,7 +131,7 @@ class Loop:
 
     def _round(self, round_: int, state: Any) -> Any:
         started = time.perf_counter()
-        server = Server(self.server.shapes, self.server.clients, self.seed, round_)
+        server = replace(self.server, round=round_)
         cohort = self._cohort(round_)
         self.watcher.round_started(round_, self.settings.rounds, [client.name for client in cohort])
         self.folder.append(ASSIGNMENT, ({"round": round_, **line} for line in self.method.journal(state)))
@@ -163,7 +160,7 @@ class Loop:
 
     def _cohort(self, round_: int) -> list[ClientInfo]:
         count = max(1, round(self.settings.cohort * len(self.names)))
-        rng = numpy_generator(self.seed, "cohort", "server", round_)
+        rng = numpy_generator(self.server.seed, "cohort", "server", round_)
         chosen = set(rng.choice(len(self.names), count, replace=False).tolist())
         return [client for place, client in enumerate(self.server.clients) if place in chosen]
 

@@ -7,21 +7,27 @@ Both halves, server and client, stand in one file in the order in which they run
     each round:
         message = method.message(state, client)                   # server, one per client of the cohort
         adapter = method.adapter(client, kept, message)           # client
-        trained = fit(adapter)                                    # client; belongs to nobody
+        trained = fit(Fit(adapter))                               # client; belongs to nobody
         kept, reply = method.reply(client, kept, message, trained)
         state = method.aggregate(server, state, replies)          # server; replies of whoever answered
+
+The three lines of the client are its `update`. A method whose clients do more overrides it and yields a `Fit` for each
+piece of training; clients of a group are trained in lock-step all the same.
 
 What crosses a wire or a round is a frozen record declared at the top of the method's file and named in `records`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
+from torch import Tensor
+
 from fedamole.model.amole import AdapterSpec
-from fedamole.model.bank import MeanEmbeddings
-from fedamole.model.params import Adapter, Shapes
+from fedamole.model.layers import MeanEmbeddings
+from fedamole.model.params import Adapter, Shapes, Tensors
+from fedamole.model.prompt import PromptSpec
 
 S = TypeVar("S")
 D = TypeVar("D")
@@ -60,6 +66,10 @@ class Server:
     """All known clients, in the order of their names; a cohort is a part of them."""
     seed: int
     round: int = 0
+    width: int = 0
+    """Width d of the base's input embeddings."""
+    embedding_std: float = 0.02
+    """Standard deviation of their numbers."""
 
     def weights(self, weighting: "Weighting") -> dict[str, float]:
         """Weight of each client in an average: all equal, or by the size of the training splits."""
@@ -79,6 +89,23 @@ class Trained:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """A piece of local training that a method asks for."""
+
+    adapter: Adapter
+    """What it starts from, and which of its tensors are left as they are."""
+    share: float = 1.0
+    """Share of the round's steps: the pieces of a round make up 1, so that all methods have the same budget."""
+    anchor: Tensors = field(default_factory=dict)
+    """Centre of a proximal term, by the names of the adapter's tensors; empty for none."""
+    anchor_weight: float = 0.0
+    """Weight mu of the term mu / 2 |w - anchor|^2."""
+    tail: int = 0
+    """First rank of the tail that is penalised by tail_weight * sum over modules |A[tail:]| |B[:, tail:]|."""
+    tail_weight: float = 0.0
+
+
+@dataclass(frozen=True)
 class Client:
     """What the client's half of a method may use."""
 
@@ -87,8 +114,16 @@ class Client:
     """(d_in, d_out) of the adapted modules."""
     seed: int
     round: int
-    fit: Callable[[Adapter], Trained]
-    """The shared local training, on this client's data for this round."""
+    losses: Callable[[Sequence[Adapter], int], list[float]]
+    """losses(adapters, most): mean loss per answer token of each adapter on (at most so many of) the client's examples
+    that are set aside from training for such looks: the embedding split. No step is taken."""
+    last_hidden: Callable[[Adapter, int], Tensor]
+    """last_hidden(adapter, most): last hidden states (S, d) at the ends of as many of these examples' prompts, under
+    the first of the adapter's two experts."""
+    width: int = 0
+    """Width d of the base's input embeddings."""
+    embedding_std: float = 0.02
+    """Standard deviation of their numbers."""
 
     @property
     def name(self) -> str:
@@ -103,15 +138,6 @@ Ask = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
 @dataclass(frozen=True)
 class Method(ABC, Generic[S, D, K, U]):
     """A federated method; see the top of this file for the order of the calls."""
-
-    rank: int = AdapterSpec.rank
-    """Rank r of a LoRA or an expert."""
-    alpha: float = AdapterSpec.alpha
-    """The scaling is alpha / rank."""
-    dropout: float = AdapterSpec.dropout
-    """Dropout on the input of a LoRA or an expert while training."""
-    dropout_kind: Literal["exact", "rank"] = AdapterSpec.dropout_kind
-    """exact: on the module's input, as in the paper; rank: on the rank-r activations, cheaper."""
 
     paper: ClassVar[str] = ""
     """Authors, title, venue, link."""
@@ -129,9 +155,9 @@ class Method(ABC, Generic[S, D, K, U]):
         """Refuse hyper-parameters that no adapter can have."""
         self.spec()
 
-    def spec(self) -> AdapterSpec:
+    @abstractmethod
+    def spec(self) -> AdapterSpec | PromptSpec:
         """What all adapters of this method share."""
-        return AdapterSpec(self.rank, self.alpha, self.dropout, self.dropout_kind)
 
     def check(self, clients: int) -> None:
         """Raise a ConfigError before anything runs when this many clients cannot be served."""
@@ -171,9 +197,9 @@ class Method(ABC, Generic[S, D, K, U]):
     def reply(self, client: Client, kept: K, message: D, trained: Trained) -> tuple[K, U]:
         """Return what the client keeps and what it sends back."""
 
-    def update(self, client: Client, kept: K, message: D) -> tuple[K, U, Trained]:
-        """Do a round's work at the client; override it only for unusual local work."""
-        trained = client.fit(self.adapter(client, kept, message))
+    def update(self, client: Client, kept: K, message: D) -> Generator[Fit, Trained, tuple[K, U, Trained]]:
+        """Do a round's work at the client: ask for training, return what is kept, sent back and (last) was trained."""
+        trained = yield Fit(self.adapter(client, kept, message))
         return (*self.reply(client, kept, message, trained), trained)
 
     def personal(self, client: Client, kept: K, message: D | None, trained: Adapter | None) -> Adapter | None:
@@ -185,3 +211,21 @@ class Method(ABC, Generic[S, D, K, U]):
         if self.evaluates == "trained" or message is None:
             return trained
         return self.adapter(client, kept, message)
+
+
+@dataclass(frozen=True)
+class LoraMethod(Method[S, D, K, U]):
+    """A method whose adapters are LoRAs, or mixtures of them."""
+
+    rank: int = AdapterSpec.rank
+    """Rank r of a LoRA or an expert."""
+    alpha: float = AdapterSpec.alpha
+    """The scaling is alpha / rank."""
+    dropout: float = AdapterSpec.dropout
+    """Dropout on the input of a LoRA or an expert while training."""
+    dropout_kind: Literal["exact", "rank"] = AdapterSpec.dropout_kind
+    """exact: on the module's input, as in the paper; rank: on the rank-r activations, cheaper."""
+
+    def spec(self) -> AdapterSpec:
+        """What all adapters of this method share."""
+        return AdapterSpec(self.rank, self.alpha, self.dropout, self.dropout_kind)

@@ -119,19 +119,28 @@ def _decode(kind: Any, fields: Any, path: str, tensors: Mapping[str, Tensor]) ->
     return kind(**values)
 
 
+def _fits(kind: Any, fields: dict[str, Any]) -> bool:
+    """Whether these are the JSON fields of a record, to tell several kinds apart."""
+    hints = get_type_hints(kind)
+    return set(fields) == {field.name for field in dataclasses.fields(kind) if not _is_tensors(hints[field.name])}
+
+
 def _decode_value(hint: Any, value: Any, name: str, tensors: Mapping[str, Tensor]) -> Any:
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    records = sum(map(dataclasses.is_dataclass, options))
     for option in options:
         if option is type(None):
             if value is None:
                 return None
         elif dataclasses.is_dataclass(option):
-            if isinstance(value, dict):
+            if isinstance(value, dict) and (records == 1 or _fits(option, value)):
                 return _decode(option, value, f"{name}.", tensors)
         else:
             origin = get_origin(option)
             if origin is Mapping:
                 origin = dict
+            if origin is tuple and isinstance(value, list):
+                return tuple(value)
             plain = origin if isinstance(origin, type) else option if isinstance(option, type) else object
             if isinstance(value, plain) or (plain is float and isinstance(value, int)):
                 return value

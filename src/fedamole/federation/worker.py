@@ -7,7 +7,7 @@ clients a machine can serve is not bounded by its memory.
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from torch import Tensor
 from fedamole.data.examples import Example, Shard
 from fedamole.data.tokens import TokenRow, tokenise
 from fedamole.errors import DataError
+from fedamole.evaluation.likelihood import mean_losses
 from fedamole.evaluation.personal import EvaluationSettings, losses_of, majority_scores, scores_of
 from fedamole.federation.checkpoint import latest_state, state_path
 from fedamole.federation.local import DivergedError, LocalTask, OnStep, embed, fit
-from fedamole.federation.method import Client, ClientInfo, Evaluates, Method, Trained
+from fedamole.federation.method import Client, ClientInfo, Evaluates, Fit, Method, Trained
 from fedamole.federation.record import non_finite, pack, unpack
 from fedamole.federation.run_folder import RunFolder, write_atomic
 from fedamole.federation.settings import TrainingSettings
@@ -34,6 +35,8 @@ from fedamole.model.pretrained import load_adapter, save_adapter
 log = logging.getLogger(__name__)
 
 Scores = dict[str, float]
+Work = Generator[Fit, Trained, tuple[Any, Any, Trained]]
+"""A client's `update` under way."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,8 @@ class Worker:
         """Put a worker beside a resident base; `rows` names the models to score and when each comes to be."""
         self.bank, self.method, self.rows, self.folder, self.seed = bank, method, rows, folder, seed
         self.training, self.evaluation = training, evaluation
-
-    @property
-    def in_lockstep(self) -> bool:
-        """Whether a group may hold several clients: a method with an `update` of its own works one at a time."""
-        return type(self.method).update is Method.update
+        self.probed: dict[str, int] = {}
+        """Examples that each client has read for a look (`Client.losses`, `Client.last_hidden`) in this round."""
 
     def update(
         self, group: Sequence[ClientData], round_: int, payloads: Mapping[str, bytes], on_step: OnStep | None = None
@@ -129,44 +129,59 @@ class Worker:
         A client whose training diverges stays as it was before the round. Nothing is written before all are done, so a
         group that ran out of memory can be tried again.
         """
-        if not self.in_lockstep:
-            (data,) = group
-            return {data.info.name: self._update_alone(data, round_, payloads, on_step)}
-        started, method = time.perf_counter(), self.method
+        started = time.perf_counter()
         reset_peak_memory(self.bank.base.device)
+        self.probed = dict.fromkeys((data.info.name for data in group), 0)
         clients = [self._client(data, round_) for data in group]
-        messages = [unpack(method.records.message, payloads[client.name]) for client in clients]
-        kept = [self._private(client)[0] for client in clients]
-        triples = list(zip(clients, kept, messages, strict=True))
-        adapters = [method.adapter(*triple) for triple in triples]
-        training = time.perf_counter()
-        outcomes = self._fit(group, adapters, round_, on_step)
-        trained = time.perf_counter() - training
-        results = [
-            outcome if isinstance(outcome, DivergedError) else (*method.reply(*triple, outcome), outcome)
-            for triple, outcome in zip(triples, outcomes, strict=True)
+        works = [
+            self.method.update(
+                client, self._private(client)[0], unpack(self.method.records.message, payloads[client.name])
+            )
+            for client in clients
         ]
+        results, steps, trained = self._in_turns(group, works, round_, on_step)
         report = {
             "seconds": (time.perf_counter() - started) / len(group), "seconds_training": trained / len(group),
             "group": len(group), "peak_memory_mib": peak_memory_mib(self.bank.base.device),
         }
-        return {
-            client.name: self._answer(client, result, report) for client, result in zip(clients, results, strict=True)
-        }
+        answers = {}
+        for place, client in enumerate(clients):
+            probed = {"probed": self.probed[client.name]} if self.probed[client.name] else {}
+            answers[client.name] = self._answer(client, results[place], {"steps": steps[place], **report, **probed})
+        return answers
 
-    def _update_alone(
-        self, data: ClientData, round_: int, payloads: Mapping[str, bytes], on_step: OnStep | None
-    ) -> Answer:
-        started, client = time.perf_counter(), self._client(data, round_, on_step)
-        reset_peak_memory(self.bank.base.device)
-        message = unpack(self.method.records.message, payloads[client.name])
-        result: tuple[Any, Any, Trained] | DivergedError
-        try:
-            result = self.method.update(client, self._private(client)[0], message)
-        except DivergedError as error:
-            result = error
-        seconds, peak = time.perf_counter() - started, peak_memory_mib(self.bank.base.device)
-        return self._answer(client, result, {"seconds": seconds, "group": 1, "peak_memory_mib": peak})
+    def _in_turns(
+        self, group: Sequence[ClientData], works: Sequence[Work], round_: int, on_step: OnStep | None
+    ) -> tuple[dict[int, tuple[Any, Any, Trained] | DivergedError], list[int], float]:
+        """Let each client's work go on until it asks for training, train those together, and so on to the end.
+
+        Returns what each client's work came to, the steps each took, and the seconds of training.
+        """
+        results, asked = dict[int, tuple[Any, Any, Trained] | DivergedError](), dict[int, Fit]()
+        steps, shares, seconds, turn = [0] * len(group), [0.0] * len(group), 0.0, 0
+
+        def go_on(place: int, outcome: Trained | None) -> None:
+            try:
+                asked[place] = next(works[place]) if outcome is None else works[place].send(outcome)
+            except StopIteration as end:
+                results[place] = end.value
+
+        for place in range(len(group)):
+            go_on(place, None)
+        while asked:
+            begun, fits = time.perf_counter(), dict(asked)
+            outcomes = self._fit(group, fits, shares, round_, turn, on_step)
+            seconds, turn = seconds + time.perf_counter() - begun, turn + 1
+            asked.clear()
+            for place in sorted(fits):
+                outcome = outcomes[place]
+                shares[place] += fits[place].share
+                if isinstance(outcome, DivergedError):
+                    results[place] = outcome
+                else:
+                    steps[place] += outcome.steps
+                    go_on(place, outcome)
+        return results, steps, seconds
 
     def _answer(
         self, client: Client, result: tuple[Any, Any, Trained] | DivergedError, report: dict[str, Any]
@@ -184,26 +199,30 @@ class Worker:
         packed = torch.frombuffer(bytearray(pack(kept)), dtype=torch.uint8)
         private = Private({"record": packed}, trained.adapter if keeps_trained else None)
         write_atomic(state_path(self.folder, client.name, client.round), pack(private))
-        return Answer(pack(reply), {"loss": trained.loss, "steps": trained.steps, **report})
+        return Answer(pack(reply), {"loss": trained.loss, **report})
 
     def _fit(
-        self, group: Sequence[ClientData], adapters: Sequence[Adapter], round_: int, on_step: OnStep | None = None
-    ) -> list[Trained | DivergedError]:
-        """Train adapters, those of one kind together, and read the embedding splits where the method wants it."""
+        self, group: Sequence[ClientData], fits: Mapping[int, Fit], shares: Sequence[float], round_: int, turn: int,
+        on_step: OnStep | None,
+    ) -> dict[int, Trained | DivergedError]:
+        """Train some of a group, those of one kind together; read the embedding splits where the method wants it.
+
+        `shares` are those of the round's steps that each client of the group has taken already.
+        """
         training, outcomes = self.training, dict[int, Trained | DivergedError]()
         rate = training.learning_rate * training.lr_decay**round_
-        for places in _by_kind(adapters):
-            part = [group[place] for place in places]
+        kinds = {place: (*one.adapter.kind(), one.tail, one.tail_weight) for place, one in fits.items()}
+        for places in _by_kind(kinds):
             tasks = [
-                LocalTask(data.info.name, adapters[place], data.train.pairs(), rate)
-                for data, place in zip(part, places, strict=True)
+                LocalTask(group[place].info.name, fits[place], group[place].train.pairs(), rate, shares[place])
+                for place in places
             ]
-            found = fit(self.bank, tasks, training, seed=self.seed, round_=round_, on_step=on_step)
+            found = fit(self.bank, tasks, training, seed=self.seed, round_=round_, turn=turn, on_step=on_step)
             outcomes.update(zip(places, found, strict=True))
             if self.method.embeds:
                 trained = {place: one for place, one in zip(places, found, strict=True) if isinstance(one, Trained)}
                 outcomes.update(self._embedded(group, trained))
-        return [outcomes[place] for place in range(len(group))]
+        return outcomes
 
     def _embedded(self, group: Sequence[ClientData], outcomes: Mapping[int, Trained]) -> dict[int, Trained]:
         """The outcomes of some places of a group with what their adapters make of their embedding splits."""
@@ -265,7 +284,8 @@ class Worker:
     ) -> dict[str, Scores]:
         """Score each client's model on its own split, models of one kind together."""
         scores: dict[str, Scores] = {}
-        for places in _by_kind(adapters):
+        kinds = {place: None if one is None else one.kind() for place, one in enumerate(adapters)}
+        for places in _by_kind(kinds):
             self.bank.load([adapter for place in places if (adapter := adapters[place]) is not None])
             splits: list[Split] = [getattr(group[place], split) for place in places]
             rows = [part.rows for part in splits]
@@ -276,14 +296,30 @@ class Worker:
             scores.update(zip((group[place].info.name for place in places), found, strict=True))
         return scores
 
-    def _client(self, data: ClientData, round_: int, on_step: OnStep | None = None) -> Client:
-        def train(adapter: Adapter) -> Trained:
-            (outcome,) = self._fit([data], [adapter], round_, on_step)
-            if isinstance(outcome, DivergedError):
-                raise outcome
-            return outcome
+    def _client(self, data: ClientData, round_: int) -> Client:
+        bank = self.bank
 
-        return Client(data.info, self.bank.base.shapes, self.seed, round_, train)
+        def losses(adapters: Sequence[Adapter], most: int) -> list[float]:
+            rows = data.embedding.pairs()[:most]
+            self.probed[data.info.name] = self.probed.get(data.info.name, 0) + len(rows) * len(adapters)
+            found = [0.0] * len(adapters)
+            for places in _by_kind({place: adapter.kind() for place, adapter in enumerate(adapters)}):
+                bank.load([adapters[place] for place in places])
+                values = mean_losses(bank, [rows] * len(places), self.evaluation.batch_tokens)
+                for place, value in zip(places, values, strict=True):
+                    found[place] = value
+            return found
+
+        def last_hidden(adapter: Adapter, most: int) -> Tensor:
+            prompts = [prompt for prompt, _ in data.embedding.pairs()[:most]]
+            self.probed[data.info.name] = self.probed.get(data.info.name, 0) + len(prompts)
+            bank.load([adapter])
+            return bank.last_hidden([prompts]).cpu()
+
+        base = bank.base
+        return Client(
+            data.info, base.shapes, self.seed, round_, losses, last_hidden, base.width, base.embedding_std
+        )
 
     def _private(self, client: Client) -> tuple[Any, Adapter | None]:
         path = latest_state(self.folder, client.name)
@@ -309,11 +345,9 @@ class Worker:
         return self.folder.client(data.info.name) / f"candidate-{row}.safetensors"
 
 
-def _by_kind(adapters: Sequence[Adapter | None]) -> list[list[int]]:
-    """Places of the adapters that can share a bank, kind by kind; None is the bare base."""
-    kinds: dict[object, list[int]] = {}
-    for place, adapter in enumerate(adapters):
-        kinds.setdefault(None if adapter is None else adapter.kind(), []).append(place)
-    return list(kinds.values())
-
-
+def _by_kind(kinds: Mapping[int, object]) -> list[list[int]]:
+    """Places of what can share a bank, kind by kind; the kind None is the bare base."""
+    places: dict[object, list[int]] = {}
+    for place, kind in kinds.items():
+        places.setdefault(kind, []).append(place)
+    return list(places.values())

@@ -4,13 +4,52 @@ from typing import Any
 
 from fedamole.federation.method import Method
 from fedamole.methods.before_aggregation import before_aggregation
+from fedamole.methods.ditto import Ditto
+from fedamole.methods.fdlora import FdLora
+from fedamole.methods.fedalt import FedAlt
 from fedamole.methods.fedamole import FedAmole
+from fedamole.methods.feddpa import FedDpa
+from fedamole.methods.fedex_lora import FedExLora
 from fedamole.methods.fedit import FedIT
+from fedamole.methods.fedlease import FedLease
+from fedamole.methods.fedprompt import FedPrompt
+from fedamole.methods.fedprox import FedProx
+from fedamole.methods.fedptuning import FedPTuning
+from fedamole.methods.fedrep import FedRep
+from fedamole.methods.fedsa_lora import FedSaLora
+from fedamole.methods.ffa_lora import FfaLora
+from fedamole.methods.flexlora import FlexLora
+from fedamole.methods.flora import Flora
+from fedamole.methods.hetlora import HetLora
+from fedamole.methods.ifca_lora import IfcaLora
 from fedamole.methods.local_only import LocalOnly
 
 METHODS: dict[str, type[Method[Any, Any, Any, Any]]] = {
     "fedamole": FedAmole,
+    "local_only": LocalOnly,
+    # the paper's baselines
     "fedit": FedIT,
     "fedit_ft": before_aggregation(FedIT),
-    "local_only": LocalOnly,
+    "fedprompt": FedPrompt,
+    "fedprompt_ft": before_aggregation(FedPrompt),
+    "fedptuning": FedPTuning,
+    "fedptuning_ft": before_aggregation(FedPTuning),
+    "fdlora": FdLora,
+    # one part of a LoRA shared, one private
+    "fedsa_lora": FedSaLora,
+    "ffa_lora": FfaLora,
+    "feddpa": FedDpa,
+    "fedalt": FedAlt,
+    # exact aggregation, ranks of their own
+    "flora": Flora,
+    "flexlora": FlexLora,
+    "hetlora": HetLora,
+    "fedex_lora": FedExLora,
+    # clusters and experts
+    "ifca_lora": IfcaLora,
+    "fedlease": FedLease,
+    # classical personalisation
+    "fedprox": FedProx,
+    "ditto": Ditto,
+    "fedrep": FedRep,
 }

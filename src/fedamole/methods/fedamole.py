@@ -25,7 +25,7 @@ from fedamole.assignment.relevance import Floats, Mask, Scores, choice_probabili
 from fedamole.assignment.reverse_selection import Bounds, check_feasible, select_for_remaining
 from fedamole.errors import ConfigError
 from fedamole.federation.averaging import mean_by_key
-from fedamole.federation.method import Client, ClientInfo, Method, Records, Server, Trained, Weighting
+from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, Trained, Weighting
 from fedamole.federation.randomness import numpy_generator, torch_generator
 from fedamole.federation.record import Nothing
 from fedamole.model.amole import AdapterSpec
@@ -60,7 +60,7 @@ class TrainedExperts:
 
 
 @dataclass(frozen=True)
-class FedAmole(Method[Pool, Experts, Nothing, TrainedExperts]):
+class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
     """A mixture of LoRA experts per client and module; the data decide which experts it holds."""
 
     experts: int | None = None

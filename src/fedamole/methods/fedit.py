@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedamole.federation.averaging import mean_by_key
-from fedamole.federation.method import Client, ClientInfo, Method, Records, Server, Trained, Weighting
+from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, Trained, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
 from fedamole.model.params import Adapter, new_shared
@@ -29,7 +29,7 @@ class GlobalLora:
 
 
 @dataclass(frozen=True)
-class FedIT(Method[GlobalLora, GlobalLora, Nothing, GlobalLora]):
+class FedIT(LoraMethod[GlobalLora, GlobalLora, Nothing, GlobalLora]):
     """One LoRA for all clients, averaged every round."""
 
     weighting: Weighting = "uniform"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedamole.federation.method import Client, ClientInfo, Method, Records, Server, Trained
+from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, Trained
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
 from fedamole.model.params import Adapter, new_shared
@@ -23,7 +23,7 @@ class OwnLora:
 
 
 @dataclass(frozen=True)
-class LocalOnly(Method[Nothing, Nothing, OwnLora, Nothing]):
+class LocalOnly(LoraMethod[Nothing, Nothing, OwnLora, Nothing]):
     """A LoRA per client, trained alone."""
 
     paper = "baseline: no federation"

@@ -45,6 +45,10 @@ class AdapterSpec:
     """Domain experts that each token is routed to; the shared expert is not counted."""
     balance_weight: float = 0.001
     """Weight lambda of the load-balancing loss."""
+    router: Literal["embedding", "mixer", "instance"] = "embedding"
+    """What weighs domain experts: embeddings of the token as in AMoLE, a learned mixer, or one weight per instance."""
+    instance_weight: float = 0.5
+    """Largest weight of the first of two experts that are weighted by instance; the other has the rest."""
 
     def __post_init__(self) -> None:
         """Refuse values that no layer can be built with."""

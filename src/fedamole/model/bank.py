@@ -1,140 +1,34 @@
 """A bank of adapters on one resident base: those of several clients at once, each on its own rows of a batch.
 
 Opening a bank replaces each target linear of the base by a `BankLinear` around it. An empty bank is the bare base.
-What the layers of one forward pass share (whose rows are whose, padding, dropout, what to collect) is on a `Tape`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedamole.errors import BaseModelError, ConfigError
 from fedamole.model import packing
-from fedamole.model.amole import AdapterSpec, Drop, Routing, amole_linear, balance_loss
+from fedamole.model.amole import AdapterSpec
 from fedamole.model.base import Base
-from fedamole.model.batch import Batch, collate
-from fedamole.model.dropout import column_keys, dropped
-from fedamole.model.params import Adapter, Tensors, expert_ids, shared_keys, stack, unstack
-from fedamole.model.segments import Shares, totals
-
-
-@dataclass
-class Tape:
-    """What one forward pass tells the layers, and what they write down for it."""
-
-    shares: Shares | None = None
-    """Rows (of tokens, or of whole sequences) of each client; None where one client has all."""
-    counted: Tensor | None = None
-    """(tokens) of bool: the tokens that are not padding; None where all count."""
-    keys: Tensor | None = None
-    """(tokens): keys of this step's dropout masks; None switches dropout off."""
-    predicting: Tensor | None = None
-    """(K): places whose logits are wanted; None = all."""
-    balance: list[Tensor] | None = None
-    """Balance losses (C) of the modules, appended in the forward pass; None when not wanted. Read it before the
-    backward pass: gradient checkpointing appends to it again there."""
-    embeddings: "dict[str, EmbeddingSum] | None" = None
-    """Sums of router embeddings by module; None when not wanted."""
-
-
-@dataclass
-class EmbeddingSum:
-    """Running sums over tokens of one module's router embeddings."""
-
-    token: Tensor
-    """sums of W_t x, (C, r)."""
-    experts: Tensor
-    """sums of A_i x, (C, n, r)."""
-
-
-@dataclass(frozen=True)
-class MeanEmbeddings:
-    """Mean router embeddings of one module over a client's embedding split (step 3 of a round)."""
-
-    token: Tensor
-    """t_c (r), float32."""
-    experts: dict[int, Tensor] = field(default_factory=dict)
-    """e_{i,c} (r), float32, by global expert id."""
-
-
-@dataclass
-class Loaded:
-    """The adapters of C clients in one module, stacked as `amole_linear` reads them."""
-
-    down: Tensor
-    up: Tensor
-    gradients: tuple[Tensor, ...]
-    """Where the gradients of down and up are added up, once they are asked for."""
-    experts: list[list[int]]
-    """Global ids of the domain experts of each client."""
-    held: Tensor
-    """Their numbers, (C)."""
-    absent: Tensor | None
-    """(C, n) of bool: room for experts that a client does not hold; None where all hold n."""
-
-
-class BankLinear(nn.Module):
-    """A frozen linear (nn.Linear, Conv1D or quantised) with room for adapters."""
-
-    columns: Tensor
-
-    def __init__(self, base_layer: nn.Module, name: str, index: int, width: int, tape: Tape) -> None:
-        """Wrap the module `name` of this input width, the `index`-th of its base."""
-        super().__init__()
-        self.base_layer, self.name, self.index, self.tape = base_layer, name, index, tape
-        self.spec: AdapterSpec | None = None
-        self.loaded: Loaded | None = None
-        self.register_buffer("columns", column_keys(index, width), persistent=False)
-        self._rank_columns: dict[int, Tensor] = {}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the base layer's output, plus each client's adapter's on its rows where adapters are loaded."""
-        base_out: Tensor = self.base_layer(x)
-        if self.loaded is None or self.spec is None:
-            return base_out
-        held, tokens = self.loaded, x.numel() // x.shape[-1]
-        shares = Shares((tokens,), x.device) if self.tape.shares is None else self.tape.shares.of(tokens)
-        drop = self._drop() if self.tape.keys is not None and self.spec.dropout else None
-        y, routing = amole_linear(x, base_out, held.down, held.up, self.spec, drop, shares, held.absent)
-        if routing is not None:
-            self._collect(routing, shares, held)
-        return y
-
-    def _drop(self) -> Drop:
-        spec, keys = self.spec, self.tape.keys
-        assert spec is not None and keys is not None  # noqa: PT018 - for the type checker
-
-        def drop(values: Tensor) -> Tensor:
-            columns = self.columns
-            if spec.dropout_kind == "rank":
-                columns = self._columns_of_ranks(values.shape[1], spec.rank)
-            return values.masked_fill(dropped(keys, columns, spec.dropout), 0)
-
-        return drop
-
-    def _columns_of_ranks(self, width: int, rank: int) -> Tensor:
-        """Keys of the experts' activations: the shared expert, last after room that varies, takes the first of them."""
-        if width not in self._rank_columns:
-            keys = column_keys(self.index, width).roll(-rank)
-            self._rank_columns[width] = keys.to(self.columns.device)
-        return self._rank_columns[width]
-
-    def _collect(self, routing: Routing, shares: Shares, held: Loaded) -> None:
-        tape = self.tape
-        if tape.balance is not None:
-            tape.balance.append(balance_loss(routing, tape.counted, shares, held.held))
-        if tape.embeddings is not None:
-            token, experts = routing.token_embedding.float(), routing.expert_embeddings.float()
-            if tape.counted is not None:
-                token, experts = token * tape.counted[:, None], experts * tape.counted[:, None, None]
-            found = EmbeddingSum(totals(token, shares), totals(experts, shares))
-            previous = tape.embeddings.get(self.name)
-            if previous is not None:
-                found = EmbeddingSum(previous.token + found.token, previous.experts + found.experts)
-            tape.embeddings[self.name] = found
+from fedamole.model.batch import Batch, Ids, Row, collate
+from fedamole.model.layers import BankLinear, BankPrompt, EmbeddingSum, Loaded, MeanEmbeddings, Tape
+from fedamole.model.params import (
+    OWN,
+    REFERENCES,
+    Adapter,
+    Tensors,
+    delta_key,
+    expert_ids,
+    expert_keys,
+    shared_keys,
+    stack,
+    unstack,
+)
+from fedamole.model.prompt import PROMPT, PromptSpec
 
 
 class Bank:
@@ -155,9 +49,12 @@ class Bank:
             setattr(owner, child, layer)
             self.layers[name] = layer
         base.model.get_output_embeddings().register_forward_pre_hook(self._only_wanted)
-        self.spec: AdapterSpec | None = None
+        self.prompt = BankPrompt(base.model.get_input_embeddings(), self.tape)
+        self.spec: AdapterSpec | PromptSpec | None = None
         self.weights, self.gradients = torch.empty(0, 0), torch.empty(0, 0)
+        self._adapters: list[Adapter] = []
         self._held: list[dict[str, list[int]]] = []
+        self._sizes: dict[str, list[torch.Size]] = {}
         self._windows: dict[tuple[int, int], dict[str, Loaded]] = {}
         self.at_once = 2**31
         """Most clients in one training pass; halved where memory runs out."""
@@ -175,30 +72,39 @@ class Bank:
         this base does not adapt, or shapes that do not fit, are a BaseModelError, too few experts a ConfigError.
         """
         self._held = [self._checked(adapter) for adapter in adapters]
-        self._windows = {}
+        self._adapters, self._windows, self._sizes = list(adapters), {}, {}
         self.spec, self.weights, self.gradients = None, torch.empty(0, 0), torch.empty(0, 0)
         if adapters:
             if len({adapter.kind() for adapter in adapters}) > 1:
                 raise ValueError("adapters of different kinds cannot share a bank")
             self.spec = adapters[0].spec
             dtype = torch.promote_types(next(iter(adapters[0].tensors.values())).dtype, torch.float32)
-            rows = [self._row(adapter.tensors, held) for adapter, held in zip(adapters, self._held, strict=True)]
-            self.weights = torch.stack(rows).to(self.base.device, dtype)
+            self.weights = torch.stack([self.row(place, one.tensors) for place, one in enumerate(adapters)])
+            self.weights = self.weights.to(self.base.device, dtype)
+            self._sizes = {
+                name: [part.shape for part in parts] for name, parts in self._parts(0, adapters[0].tensors).items()
+            }
         self.window(0, len(adapters))
 
     def _checked(self, adapter: Adapter) -> dict[str, list[int]]:
         """Experts held by module, after making sure that the adapter fits this base."""
+        if isinstance(adapter.spec, PromptSpec):
+            width, wanted = adapter.tensors[PROMPT].shape[1], self.base.width
+            if width != wanted:
+                raise BaseModelError(f"the prompt is for embeddings of width {width}, this base's have {wanted}")
+            return {PROMPT: []}
         held, spec = expert_ids(adapter.tensors), adapter.spec
         if unknown := sorted(set(held) - set(self.layers)):
             raise BaseModelError(f"the adapter has tensors for {unknown[0]!r}, which this base does not adapt")
         for name, experts in held.items():
-            a, b = (adapter.tensors[key] for key in shared_keys(name))
+            keys = expert_keys(name, experts[0]) if experts else shared_keys(name)
+            a, b = (adapter.tensors[key] for key in keys)
             if (a.shape[1], b.shape[0]) != self.base.shapes[name]:
                 raise BaseModelError(
                     f"the adapter's {name} is for a linear of {a.shape[1]} x {b.shape[0]}, "
                     f"this base has {self.base.shapes[name]}: it was made for another base"
                 )
-            if 0 < len(experts) < spec.top_k:
+            if spec.router == "embedding" and 0 < len(experts) < spec.top_k:
                 raise ConfigError(
                     f"{name}: {len(experts)} experts held, top_k = {spec.top_k} asked of each token; raise min_experts"
                 )
@@ -208,37 +114,50 @@ class Bank:
         """Most domain experts of any loaded client in a module."""
         return max(len(held[name]) for held in self._held)
 
-    def _row(self, tensors: Tensors, held: dict[str, list[int]]) -> Tensor:
-        stacked = [stack(tensors, name, held[name], self._room(name)) for name in held]
-        return torch.cat([part.flatten() for pair in stacked for part in pair])
+    def _parts(self, client: int, tensors: Tensors) -> dict[str, list[Tensor]]:
+        """What trains in each layer, of tensors named as those of a client's adapter."""
+        if isinstance(self.spec, PromptSpec):
+            return {PROMPT: [tensors[name] for name in self.spec.names()]}
+        held = self._held[client]
+        return {name: [*stack(tensors, name, held[name], self._room(name))] for name in held}
+
+    def row(self, client: int, tensors: Tensors) -> Tensor:
+        """Tensors named as those of a client's adapter, laid out like its row of `weights`, (P)."""
+        return torch.cat([part.flatten() for parts in self._parts(client, tensors).values() for part in parts])
 
     def window(self, first: int, last: int) -> None:
         """Let the following forward passes work on the clients `first` .. `last` - 1 alone."""
         if (first, last) not in self._windows:
             self._windows[first, last] = dict(self._views(first, last))
         loaded = self._windows[first, last]
+        self.prompt.loaded = loaded.get(PROMPT)
         for name, layer in self.layers.items():
             layer.loaded, layer.spec = loaded.get(name), self.spec
 
     def _views(self, first: int, last: int) -> Iterator[tuple[str, Loaded]]:
-        if self.spec is None:
-            return
-        start, r = 0, self.spec.rank
-        for name in self._held[0]:
-            room, (d_in, d_out) = self._room(name), self.base.shapes[name]
+        start = 0
+        for name, sizes in self._sizes.items():
             experts = [held[name] for held in self._held[first:last]]
             counts = torch.tensor([len(ids) for ids in experts])
-            absent = torch.arange(room) >= counts[:, None]
+            absent = torch.arange(self._room(name)) >= counts[:, None]
             views, gradients = [], []
-            for rows, width in (((room + 2 if room else 1) * r, d_in), ((room + 1) * r, d_out)):
-                place, start = slice(start, start + rows * width), start + rows * width
-                views.append(self.weights[first:last, place].unflatten(1, (rows, width)).detach().requires_grad_())
+            for size in sizes:
+                place, start = slice(start, start + size.numel()), start + size.numel()
+                views.append(self.weights[first:last, place].unflatten(1, size).detach().requires_grad_())
                 if self.gradients.numel():
-                    gradients.append(self.gradients[first:last, place].unflatten(1, (rows, width)))
+                    gradients.append(self.gradients[first:last, place].unflatten(1, size))
             device = self.base.device
             hidden = absent.to(device) if bool(absent.any()) else None
             held = counts.to(device, self.weights.dtype)
-            yield name, Loaded(views[0], views[1], tuple(gradients), experts, held, hidden)
+            delta, own = self._fixed(delta_key(name), first, last), self._fixed(OWN, first, last)
+            delta = None if delta is None else delta.transpose(1, 2)
+            yield name, Loaded(tuple(views), tuple(gradients), experts, held, hidden, delta, own)
+
+    def _fixed(self, name: str, first: int, last: int) -> Tensor | None:
+        """A fixed tensor of some clients, stacked; None where this kind of adapter has none of this name."""
+        if last == first or name not in self._adapters[first].fixed:
+            return None
+        return torch.stack([adapter.fixed[name] for adapter in self._adapters[first:last]]).to(self.base.device)
 
     def trainable(self) -> list[Tensor]:
         """Return one flat tensor (P) per client for an optimiser; `backward` adds to its `.grad`, zero at first."""
@@ -252,7 +171,7 @@ class Bank:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a loss to that of the clients at work."""
-        places = [place for layer in self.layers.values() if layer.loaded for place in layer.loaded.gradients]
+        places = [place for loaded in self._at_work() for place in loaded.gradients]
         for place, gradient in zip(places, torch.autograd.grad(loss, self.parameters()), strict=True):
             place.add_(gradient)
 
@@ -262,14 +181,59 @@ class Bank:
             raise RuntimeError("the bank is empty")
         tensors: dict[str, Tensor] = {}
         for name, loaded in self._views(client, client + 1):
-            down, up = loaded.down.detach()[0].cpu(), loaded.up.detach()[0].cpu()
-            tensors.update(unstack(down, up, name, loaded.experts[0], self.spec.rank))
-        return Adapter(self.spec, tensors)
+            parts = [part.detach()[0].cpu() for part in loaded.parts]
+            if isinstance(self.spec, PromptSpec):
+                tensors.update((key, part.clone()) for key, part in zip(self.spec.names(), parts, strict=True))
+            else:
+                down, up = parts
+                tensors.update(unstack(down, up, name, loaded.experts[0], self.spec.rank, self.spec.router))
+        return Adapter(self.spec, tensors, self._adapters[client].fixed)
 
     def parameters(self) -> list[Tensor]:
         """What the modules read of the clients at work, (C, rows, width) each, in the order of the module names."""
-        found = [layer.loaded for layer in self.layers.values()]
-        return [tensor for loaded in found if loaded is not None for tensor in (loaded.down, loaded.up)]
+        return [part for loaded in self._at_work() for part in loaded.parts]
+
+    def _at_work(self) -> list[Loaded]:
+        layers: list[BankLinear | BankPrompt] = [*self.layers.values(), self.prompt]
+        return [layer.loaded for layer in layers if layer.loaded is not None]
+
+    def tail_norms(self, first: int) -> Tensor:
+        """Sum over the modules of |A[first:]| |B[:, first:]|, Frobenius norms, of each client at work's LoRA, (C)."""
+        sums = [
+            torch.linalg.vector_norm(down[:, first:], dim=(1, 2)) * torch.linalg.vector_norm(up[:, first:], dim=(1, 2))
+            for down, up in (loaded.parts for loaded in self._at_work())
+        ]
+        return torch.stack(sums).sum(0)
+
+    def prefixed(self, clients: Sequence[Sequence[Row]]) -> list[list[Row]]:
+        """(prompt, answer) rows with the loaded prompts' virtual tokens before each."""
+        return [[(self.prefix(prompt), answer) for prompt, answer in rows] for rows in clients]
+
+    def prefix(self, prompt: Ids) -> Ids:
+        """A prompt with the loaded prompts' virtual tokens before it."""
+        return (*self.spec.prefix, *prompt) if isinstance(self.spec, PromptSpec) else prompt
+
+    def last_hidden(self, clients: Sequence[Sequence[Ids]]) -> Tensor:
+        """Last hidden states (rows, d) at the ends of each client's prompts, under the first of its experts alone."""
+        only_first = torch.tensor([[1.0, 0.0]], device=self.base.device)
+        found: list[Tensor] = []
+        batch = collate([[(prompt, (0,)) for prompt in part] for part in clients], self.base.pad_id, self.packs)
+        with torch.no_grad(), self.reading(batch.to(self.base.device), gates=only_first, hidden=found):
+            return found[0].float()
+
+    def gates(self, clients: Sequence[Sequence[Ids]]) -> Tensor | None:
+        """Weights (rows, 2) of the two experts for each client's prompts; None where nothing is weighted by instance.
+
+        The first has `instance_weight` times the mean cosine between the prompt's last hidden state and the client's
+        references, clamped to 0 .. 1; the second has the rest.
+        """
+        references = self._fixed(REFERENCES, 0, self.clients)
+        if references is None or not isinstance(self.spec, AdapterSpec):
+            return None
+        owner = [client for client, part in enumerate(clients) for _ in part]
+        near = F.cosine_similarity(self.last_hidden(clients)[:, None], references[owner].float(), dim=2).mean(1)
+        first = (near * self.spec.instance_weight).clamp(0, 1)
+        return torch.stack([first, 1 - first], dim=1)
 
     @contextmanager
     def recording(self, **fields: object) -> Iterator[Tape]:
@@ -292,6 +256,9 @@ class Bank:
         attention = config._attn_implementation
         shared = {"shares": batch.shares, "counted": batch.counted, "keys": batch.keys, "predicting": batch.predicting}
         options = {} if batch.sequences is None else {"position_ids": batch.positions, "sequences": batch.sequences}
+        gates = None if "gates" in fields else self.gates(batch.prompts)
+        if gates is not None:
+            fields["gates"] = gates if batch.sequences is None else gates.index_select(0, batch.sequences.owner)
         try:
             if options:
                 config._attn_implementation = packing.ATTENTION
@@ -304,7 +271,10 @@ class Bank:
         """Keep the output head from logits that nobody reads, the larger part of a prompt's cost on a small base."""
         if self.tape.predicting is None:
             return None
-        return (inputs[0].flatten(0, 1).index_select(0, self.tape.predicting).unsqueeze(0),)
+        hidden = inputs[0].flatten(0, 1).index_select(0, self.tape.predicting)
+        if self.tape.hidden is not None:
+            self.tape.hidden.append(hidden)
+        return (hidden.unsqueeze(0),)
 
     def _try_packing(self) -> bool:
         """Find out whether packed sequences give this base's own logits: not where more than attention mixes tokens."""

@@ -79,6 +79,16 @@ class Base:
         self.model.train(on and self.gradient_checkpointing)
 
     @property
+    def width(self) -> int:
+        """Width d of the input embeddings."""
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def embedding_std(self) -> float:
+        """Standard deviation of the input embeddings' numbers."""
+        return float(self.model.get_input_embeddings().weight.float().std())
+
+    @property
     def pad_id(self) -> int:
         """Token used as padding: the tokenizer's own, else its end-of-text token."""
         pad = self.tokenizer.pad_token_id

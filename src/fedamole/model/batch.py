@@ -41,6 +41,8 @@ class Batch:
     """Answer tokens of each client."""
     keys: Tensor | None
     """(T): keys of the tokens' dropout masks; None without dropout."""
+    prompts: tuple[tuple[Ids, ...], ...]
+    """The prompts of each client's rows."""
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
@@ -98,6 +100,7 @@ def collate(
         labels=torch.from_numpy(np.concatenate(labels)),
         answers=shares(np.array([len(part) for part in labels])),
         keys=keys,
+        prompts=tuple(tuple(prompt for prompt, _ in client) for client in clients),
     )
 
 

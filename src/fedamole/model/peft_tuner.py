@@ -21,8 +21,10 @@ from peft.mapping import (
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 
-from fedamole.model.amole import AdapterSpec, amole_linear
-from fedamole.model.params import new_pool, stack
+from fedamole.model.amole import AdapterSpec, Drop, amole_linear
+from fedamole.model.mixer import mixer_linear
+from fedamole.model.params import expert_keys, mixer_key, new_pool, stack
+from fedamole.model.segments import Shares
 
 
 class _PeftType(str):
@@ -50,6 +52,13 @@ class AmoleConfig(PeftConfig):  # type: ignore[misc]
     expert_pattern: dict[str, list[int]] = field(
         default_factory=dict, metadata={"help": "Global ids of the domain experts held, by whole module name."}
     )
+    router: Literal["embedding", "mixer", "instance"] = field(
+        default="embedding", metadata={"help": "What weighs the experts."}
+    )
+    instance_weight: float = field(default=0.5, metadata={"help": "Largest weight of the first expert, by instance."})
+    own_expert: int | None = field(
+        default=None, metadata={"help": "The expert that a mixer with 2n - 1 logits can choose again."}
+    )
     init_seed: int = field(default=0, metadata={"help": "Seed of fresh experts; loading overwrites them."})
 
     def __post_init__(self) -> None:
@@ -61,14 +70,17 @@ class AmoleConfig(PeftConfig):  # type: ignore[misc]
     @property
     def spec(self) -> AdapterSpec:
         """What the layers need to know."""
-        return AdapterSpec(self.r, self.alpha, self.dropout, self.dropout_kind, self.top_k)
+        return AdapterSpec(
+            self.r, self.alpha, self.dropout, self.dropout_kind, self.top_k,
+            router=self.router, instance_weight=self.instance_weight,
+        )
 
 
 class AmoleLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A frozen linear with one AMoLE mixture per adapter name."""
 
     adapter_layer_names = ("amole_down", "amole_up")
-    other_param_names = ("specs", "experts")
+    other_param_names = ("specs", "experts", "own")
 
     if TYPE_CHECKING:  # what the class has from PEFT, which carries no types
         active_adapters: Any
@@ -86,6 +98,7 @@ class AmoleLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.in_features, self.out_features = int(in_features), int(out_features)
         self.specs: dict[str, AdapterSpec] = {}
         self.experts: dict[str, list[int]] = {}
+        self.own: dict[str, int | None] = {}
         self.amole_down = nn.ParameterDict({})
         self.amole_up = nn.ParameterDict({})
         self._disable_adapters = False
@@ -93,12 +106,24 @@ class AmoleLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def update_layer(self, adapter_name: str, config: AmoleConfig, module: str) -> None:
         """Add fresh experts under `adapter_name`; module names match exactly, not as a pattern."""
+        if config.router == "instance":
+            raise ValueError(
+                "experts that are weighted by instance need the client's references: score or generate with the run "
+                "folder (`fedamole show`), or train another method for an adapter that PEFT loads"
+            )
         experts = config.expert_pattern.get(module, [])
         shapes = {module: (self.in_features, self.out_features)}
         # A draw of its own for every module, and an id always names the same one: hence the pool up to the largest id.
         generator = torch.Generator().manual_seed(config.init_seed + zlib.crc32(module.encode()))
         size = max(experts, default=-1) + 1
         pool = new_pool(shapes, config.r, size, generator)
+        if config.router == "mixer":
+            n = len(experts)
+            logits = n if config.own_expert is None else 2 * n - 1
+            keys = {key for expert in experts for key in expert_keys(module, expert)}
+            pool = {key: tensor for key, tensor in pool.items() if key in keys}
+            pool[mixer_key(module)] = torch.zeros(logits, self.in_features)
+            self.own[adapter_name] = config.own_expert
         down, up = stack(pool, module, experts)
         self.specs[adapter_name], self.experts[adapter_name] = config.spec, experts
         self.amole_down[adapter_name], self.amole_up[adapter_name] = nn.Parameter(down), nn.Parameter(up)
@@ -114,8 +139,23 @@ class AmoleLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if name in self.specs:
                 spec = self.specs[name]
                 drop = partial(_zeroed, share=spec.dropout) if self.training and spec.dropout else None
-                y, _ = amole_linear(x, y, self.amole_down[name], self.amole_up[name], spec, drop)
+                down, up = self.amole_down[name], self.amole_up[name]
+                if spec.router == "mixer":
+                    y = self._mixed(x, y, down, up, spec, drop, name)
+                else:
+                    y, _ = amole_linear(x, y, down, up, spec, drop)
         return y
+
+    def _mixed(
+        self, x: Tensor, y: Tensor, down: Tensor, up: Tensor, spec: AdapterSpec, drop: Drop | None, name: str
+    ) -> Tensor:
+        """Add the experts of an adapter with a learned mixer."""
+        own = None
+        if self.own[name] is not None:
+            chosen = [float(expert == self.own[name]) for expert in self.experts[name]]
+            own = torch.tensor([chosen], device=x.device)
+        shares = Shares((x.numel() // x.shape[-1],), x.device)
+        return mixer_linear(x, y, down[None], up[None], spec, drop, shares, own)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: experts chosen per token have no fixed weight to merge."""

@@ -1,63 +1,120 @@
 """A personal model as a folder that PEFT loads: adapter_config.json and adapter_model.safetensors.
 
-A mixture is saved as an AMoLE adapter (load it after `import fedamole`), a plain LoRA as PEFT's own LoRA, which
-loads without this package.
+A mixture is saved as an AMoLE adapter (load it after `import fedamole`); a LoRA as PEFT's own LoRA, and virtual tokens
+as PEFT's own prompt tuning, which load without this package. A LoRA on a changed linear (FLoRA, FedEx-LoRA) is saved
+as the one LoRA that does the same, its rank that of the whole change.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from fedamole.errors import BaseModelError, RunError
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.base import Identity
-from fedamole.model.params import Adapter, expert_ids, shared_keys, stack, unstack
+from fedamole.model.params import (
+    OWN,
+    REFERENCES,
+    Adapter,
+    delta_key,
+    expert_ids,
+    shared_keys,
+    stack,
+    unstack,
+)
+from fedamole.model.prompt import PROMPT, PromptSpec, plain_prompt
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-IDENTITY = "base_identity.json"
+IDENTITY, GATE = "base_identity.json", "gate.safetensors"
+VIRTUAL = "prompt_embeddings"
 
 
 def save_adapter(adapter: Adapter, folder: Path, base_name: str, identity: Identity) -> None:
     """Write a personal adapter as a PEFT adapter folder, with the identity of its base."""
-    from peft import LoraConfig
+    folder.mkdir(parents=True, exist_ok=True)
+    common: dict[str, Any] = {
+        "base_model_name_or_path": base_name, "task_type": "CAUSAL_LM", "inference_mode": True,
+    }
+    config, tensors = _to_peft(adapter, common)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    if REFERENCES in adapter.fixed:
+        save_file({REFERENCES: adapter.fixed[REFERENCES].contiguous()}, folder / GATE)
+    config.save_pretrained(str(folder))
+    written = json.loads((folder / CONFIG).read_text())
+    if written.get("target_modules"):
+        written["target_modules"] = sorted(written["target_modules"])  # a set, whose order differs from run to run
+    (folder / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    (folder / IDENTITY).write_text(json.dumps(asdict(identity), indent=2) + "\n")
+
+
+def _to_peft(adapter: Adapter, common: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """Config and weights of a PEFT adapter that does what this one does."""
+    from peft import LoraConfig, PromptTuningConfig
 
     from fedamole.model.peft_tuner import AmoleConfig
 
-    folder.mkdir(parents=True, exist_ok=True)
-    spec, held = adapter.spec, expert_ids(adapter.tensors)
-    common: dict[str, Any] = {
-        "r": spec.rank,
-        "target_modules": list(held),
-        "base_model_name_or_path": base_name,
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
-    }
-    tensors: dict[str, Tensor] = {}
+    spec, tensors = adapter.spec, dict[str, Tensor]()
+    if isinstance(spec, PromptSpec):
+        prompt = plain_prompt(adapter.tensors)
+        config = PromptTuningConfig(
+            **common, num_virtual_tokens=len(prompt), token_dim=prompt.shape[1], num_transformer_submodules=1
+        )
+        return config, {VIRTUAL: prompt}
+    held = expert_ids(adapter.tensors)
     if any(held.values()):
-        config: Any = AmoleConfig(
-            **common, alpha=spec.alpha, dropout=spec.dropout, dropout_kind=spec.dropout_kind, top_k=spec.top_k,
-            expert_pattern=held,
+        own = adapter.fixed.get(OWN)
+        config = AmoleConfig(
+            **common, r=spec.rank, target_modules=list(held), alpha=spec.alpha, dropout=spec.dropout,
+            dropout_kind=spec.dropout_kind, top_k=spec.top_k, expert_pattern=held, router=spec.router,
+            instance_weight=spec.instance_weight,
+            own_expert=None if own is None else next(iter(held.values()))[int(own.argmax())],
         )
         for module, ids in held.items():
             down, up = stack(adapter.tensors, module, ids)
             tensors[f"{PREFIX}{module}.amole_down"], tensors[f"{PREFIX}{module}.amole_up"] = down, up
-    else:
-        config = LoraConfig(**common, lora_alpha=spec.alpha, lora_dropout=spec.dropout)
-        for module in held:
-            a, b = shared_keys(module)
-            tensors[f"{PREFIX}{module}.lora_A.weight"] = adapter.tensors[a]
-            tensors[f"{PREFIX}{module}.lora_B.weight"] = adapter.tensors[b]
-    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
-    config.save_pretrained(str(folder))
-    written = json.loads((folder / CONFIG).read_text())
-    written["target_modules"] = sorted(held)  # LoRA keeps a set, whose order would differ from run to run
-    (folder / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
-    (folder / IDENTITY).write_text(json.dumps(asdict(identity), indent=2) + "\n")
+        return config, tensors
+    lora = without_deltas(adapter)
+    assert isinstance(lora.spec, AdapterSpec)
+    config = LoraConfig(
+        **common, r=lora.spec.rank, target_modules=list(held), lora_alpha=lora.spec.alpha,
+        lora_dropout=lora.spec.dropout,
+    )
+    for module in held:
+        a, b = shared_keys(module)
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = lora.tensors[a]
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = lora.tensors[b]
+    return config, tensors
+
+
+def without_deltas(adapter: Adapter) -> Adapter:
+    """Turn a LoRA on changed linears into the one LoRA on the base that does the same.
+
+    Its rank is the highest that a module needs to represent the change to float32's precision.
+    """
+    spec, changed = adapter.spec, [name for name in expert_ids(adapter.tensors) if delta_key(name) in adapter.fixed]
+    if not changed or not isinstance(spec, AdapterSpec):
+        return adapter
+    factors = {}
+    for module in changed:
+        a, b = (adapter.tensors[key].double() for key in shared_keys(module))
+        whole = adapter.fixed[delta_key(module)].double() + spec.scaling * b @ a
+        u, s, v = torch.linalg.svd(whole, full_matrices=False)
+        factors[module] = u * s.sqrt(), s.sqrt()[:, None] * v, int((s > 1e-7 * s[0]).sum())
+    rank = max(1, *(needed for _, _, needed in factors.values()))
+    tensors = {}
+    for module, (b, a, _) in factors.items():
+        missing = max(0, rank - len(a))  # a module with fewer dimensions than another needs
+        key_a, key_b = shared_keys(module)
+        tensors[key_a] = F.pad(a[:rank], (0, 0, 0, missing)).float()
+        tensors[key_b] = F.pad(b[:, :rank], (0, missing)).float()
+    return Adapter(replace(spec, rank=rank, alpha=float(rank)), tensors)
 
 
 def load_adapter(folder: Path, identity: Identity | None = None) -> Adapter:
@@ -65,6 +122,7 @@ def load_adapter(folder: Path, identity: Identity | None = None) -> Adapter:
     try:
         config = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / WEIGHTS)
+        fixed = load_file(folder / GATE) if (folder / GATE).exists() else {}
     except FileNotFoundError as error:
         missing = Path(error.filename or WEIGHTS).name
         raise RunError(f"{folder}: no personal adapter here ({missing} is missing)") from error
@@ -74,19 +132,24 @@ def load_adapter(folder: Path, identity: Identity | None = None) -> Adapter:
         if not (folder / IDENTITY).exists():
             raise BaseModelError(f"{folder}: {IDENTITY} is missing, so nobody can tell which base this adapter is for")
         identity.check(Identity(**json.loads((folder / IDENTITY).read_text())), f"the adapter in {folder}")
-    return _to_adapter(config, tensors)
+    return _to_adapter(config, tensors, fixed)
 
 
-def _to_adapter(config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
+def _to_adapter(config: dict[str, Any], tensors: dict[str, Tensor], fixed: dict[str, Tensor]) -> Adapter:
     named: dict[str, Tensor] = {}
+    if config["peft_type"] == "PROMPT_TUNING":
+        return Adapter(PromptSpec(config["num_virtual_tokens"]), {PROMPT: tensors[VIRTUAL]})
     if config["peft_type"] == "AMOLE":
         spec = AdapterSpec(
-            config["r"], config["alpha"], config["dropout"], config["dropout_kind"], config["top_k"]
+            config["r"], config["alpha"], config["dropout"], config["dropout_kind"], config["top_k"],
+            router=config.get("router", "embedding"), instance_weight=config.get("instance_weight", 0.5),
         )
         for module, ids in config["expert_pattern"].items():
             down, up = tensors[f"{PREFIX}{module}.amole_down"], tensors[f"{PREFIX}{module}.amole_up"]
-            named.update(unstack(down, up, module, ids, spec.rank))
-        return Adapter(spec, named)
+            named.update(unstack(down, up, module, ids, spec.rank, spec.router))
+            if config.get("own_expert") is not None:
+                fixed[OWN] = torch.tensor([float(expert == config["own_expert"]) for expert in ids])
+        return Adapter(spec, named, fixed)
     spec = AdapterSpec(config["r"], config["lora_alpha"], config["lora_dropout"])
     for module in config["target_modules"]:
         a, b = shared_keys(module)

@@ -1,0 +1,105 @@
+"""Changes of the base that add up exactly: what a server logs, what travels, what a client merges.
+
+A change of a module's frozen linear is a product of stacked factors, B (d_out, R) A (R, d_in). The server keeps every
+change until each client has merged it; a client is sent what it has not merged yet, once, and adds it to a matrix of
+its own. The base itself is never written.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedamole.federation.method import ClientInfo
+from fedamole.model.params import Shapes, delta_key
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Changes `first` .. `count` - 1 of the base, one per round that had replies."""
+
+    factors: Mapping[str, Tensor]
+    """By <number>/<module>/A (R, d_in) and /B (d_out, R)."""
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class Log:
+    """The server's changes, and how many of them each client has merged."""
+
+    changes: Changes
+    merged: dict[str, int] = field(default_factory=dict)
+
+    def pending(self, client: str) -> Changes:
+        """What a client has not merged yet."""
+        done = self.merged.get(client, 0)
+        factors = {name: value for name, value in self.changes.factors.items() if _number(name) >= done}
+        return Changes(factors, self.changes.count)
+
+    def add(
+        self, change: Mapping[str, tuple[Tensor, Tensor]], merged: Mapping[str, int], clients: tuple[ClientInfo, ...]
+    ) -> "Log":
+        """Log a change, (A, B) by module, note what clients have merged and drop what everybody has."""
+        known = {**self.merged, **merged}
+        done, number = min(known.get(client.name, 0) for client in clients), self.changes.count
+        factors = {name: value for name, value in self.changes.factors.items() if _number(name) >= done}
+        for module, (a, b) in change.items():
+            factors[f"{number:05d}/{module}/A"], factors[f"{number:05d}/{module}/B"] = a, b
+        return Log(Changes(factors, number + 1), known)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a client has merged: by <module>/delta, (d_out, d_in), of the first `count` changes."""
+
+    deltas: Mapping[str, Tensor]
+    count: int = 0
+
+    @staticmethod
+    def nothing(shapes: Shapes) -> "Merged":
+        """Before the first change."""
+        return Merged({delta_key(name): torch.zeros(d_out, d_in) for name, (d_in, d_out) in shapes.items()})
+
+    def merge(self, changes: Changes) -> "Merged":
+        """Add the changes that are not merged yet."""
+        deltas = dict(self.deltas)
+        for name in sorted(changes.factors):
+            number, module, factor = name.split("/")
+            if factor == "A" and int(number) >= self.count:
+                a, b = changes.factors[name], changes.factors[f"{number}/{module}/B"]
+                deltas[delta_key(module)] = deltas[delta_key(module)] + b @ a
+        return Merged(deltas, changes.count)
+
+
+def _number(name: str) -> int:
+    return int(name.partition("/")[0])
+
+
+def stacked(
+    replies: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float], keys: tuple[str, str]
+) -> tuple[Tensor, Tensor]:
+    """Stack clients' A and B so that their product is the weighted mean of the clients' products.
+
+    `keys` names A and B. Shapes (R, d_in), (d_out, R), R the sum of the ranks; the order is that of the clients' names.
+    """
+    names = sorted(replies)
+    total = sum(weights[name] for name in names)
+    a = torch.cat([replies[name][keys[0]] for name in names])
+    b = torch.cat([replies[name][keys[1]] * (weights[name] / total) for name in names], dim=1)
+    return a, b
+
+
+def truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best factors of a rank for the product B A (d_out, d_in) of stacked factors: A = V^T, B = U S, in float32.
+
+    Computed on the R x R core of two QR decompositions in float64: the product itself is never formed. Where the
+    product has fewer dimensions than `rank`, the rest is zero.
+    """
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().T)
+    u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    kept, missing = slice(0, rank), max(0, rank - len(s))
+    new_a = torch.nn.functional.pad((q_a @ v.T).T[kept], (0, 0, 0, missing))
+    new_b = torch.nn.functional.pad((q_b @ u * s)[:, kept], (0, missing))
+    return new_a.float(), new_b.float()

@@ -1,0 +1,84 @@
+"""Ditto on LoRAs: Li, Hu, Beirami, Smith, "Ditto: Fair and Robust Federated Learning Through Personalization", ICML
+2021, https://arxiv.org/abs/2012.04221.
+
+One round:
+    the server sends the one global LoRA w to the cohort;
+    every client trains it and sends it back (FedAvg),
+    and trains a LoRA v of its own with lambda / 2 |v - w|^2 added to its loss, which it keeps;
+    the server averages what came back.
+A client's model is its own v. Deviations: the two trainings share the round's steps, half each, so that a round costs
+what it costs every other method.
+"""
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+
+from fedamole.errors import ConfigError
+from fedamole.federation.averaging import mean_by_key
+from fedamole.federation.method import Client, ClientInfo, Fit, LoraMethod, Records, Server, Trained, Weighting
+from fedamole.federation.randomness import torch_generator
+from fedamole.methods.fedit import GlobalLora
+from fedamole.methods.local_only import OwnLora
+from fedamole.model.params import Adapter, new_shared
+
+
+@dataclass(frozen=True)
+class Ditto(LoraMethod[GlobalLora, GlobalLora, OwnLora, GlobalLora]):
+    """A global LoRA, and one per client that is held near it."""
+
+    weighting: Weighting = "uniform"
+    """Weight of a client in the average: uniform, or by its training examples."""
+    proximal: float = 0.1
+    """Weight lambda that holds the client's own LoRA near the global one (the paper tries 0.05, 0.1 and 2)."""
+
+    paper = "Li et al., Ditto: Fair and Robust Federated Learning Through Personalization, ICML 2021, arXiv 2012.04221"
+    travels = "one LoRA down, one LoRA up"
+    stays = "the data and the client's own LoRA"
+    records = Records(GlobalLora, GlobalLora, OwnLora, GlobalLora)
+    evaluates = "trained"
+
+    def __post_init__(self) -> None:
+        """Refuse a negative weight."""
+        super().__post_init__()
+        if self.proximal < 0:
+            raise ConfigError(f"method.proximal = {self.proximal}: must not be negative")
+
+    # server
+    def init(self, server: Server) -> GlobalLora:
+        """Draw the first global LoRA."""
+        return GlobalLora(new_shared(server.shapes, self.rank, torch_generator(server.seed, "lora")))
+
+    def message(self, state: GlobalLora, client: ClientInfo) -> GlobalLora:
+        """Send the global LoRA."""
+        return state
+
+    def aggregate(self, server: Server, state: GlobalLora, replies: Mapping[str, GlobalLora]) -> GlobalLora:
+        """Average the global LoRAs that came back."""
+        returned = {name: reply.tensors for name, reply in replies.items()}
+        return GlobalLora(mean_by_key(returned, server.weights(self.weighting), state.tensors))
+
+    # client
+    def first_keep(self, client: Client) -> OwnLora:
+        """Begin where the global LoRA begins."""
+        return OwnLora(new_shared(client.shapes, self.rank, torch_generator(client.seed, "lora")))
+
+    def adapter(self, client: Client, kept: OwnLora, message: GlobalLora) -> Adapter:
+        """Go on from the client's own LoRA."""
+        return Adapter(self.spec(), kept.tensors)
+
+    def update(
+        self, client: Client, kept: OwnLora, message: GlobalLora
+    ) -> Generator[Fit, Trained, tuple[OwnLora, GlobalLora, Trained]]:
+        """Train the global LoRA, then the client's own near the one that was sent."""
+        shared = yield Fit(Adapter(self.spec(), message.tensors), share=0.5)
+        own = yield Fit(
+            self.adapter(client, kept, message), share=0.5, anchor=message.tensors, anchor_weight=self.proximal
+        )
+        _, reply = self.reply(client, kept, message, shared)
+        return OwnLora(own.adapter.tensors), reply, own
+
+    def reply(
+        self, client: Client, kept: OwnLora, message: GlobalLora, trained: Trained
+    ) -> tuple[OwnLora, GlobalLora]:
+        """Send back the trained global LoRA."""
+        return kept, GlobalLora(trained.adapter.tensors)

@@ -1,0 +1,108 @@
+"""FedDPA: Yang, Long, Shen, Jiang, Blumenstein, "Dual-Personalizing Adapter for Federated Foundation Models", NeurIPS
+2024, https://arxiv.org/abs/2403.19211; its iterative form, FedDPA-T.
+
+One round:
+    the server sends the one global LoRA to the cohort;
+    every client trains it and sends it back (FedAvg),
+    and trains a LoRA of its own beside the frozen global one, both at fixed weights, which it keeps;
+    the server averages what came back.
+A client's model, scored after the aggregation, weighs the two anew for every prompt: the own LoRA has `local_weight`
+times the mean cosine between the prompt's last hidden state, under the own LoRA, and those of a few of the client's
+prompts; the global one has the rest.
+Deviations: those prompts are from the examples set aside, not from the training data; of a client only their hidden
+states are kept. A negative weight counts as 0. The two trainings share the round's steps, half each.
+"""
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from fedamole.errors import ConfigError
+from fedamole.federation.averaging import mean_by_key
+from fedamole.federation.method import Client, ClientInfo, Fit, LoraMethod, Records, Server, Trained, Weighting
+from fedamole.federation.randomness import torch_generator
+from fedamole.methods.fedit import GlobalLora
+from fedamole.model.amole import AdapterSpec
+from fedamole.model.params import REFERENCES, Adapter, as_expert, new_shared
+
+LOCAL, GLOBAL = 0, 1
+
+
+@dataclass(frozen=True)
+class LocalLora:
+    """What a client keeps: a LoRA of its own, and what a few of its prompts look like, (S, d), once it has trained."""
+
+    tensors: Mapping[str, Tensor]
+    references: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class FedDpa(LoraMethod[GlobalLora, GlobalLora, LocalLora, GlobalLora]):
+    """A global and a local LoRA, weighted instance by instance."""
+
+    weighting: Weighting = "uniform"
+    """Weight of a client in the average: uniform, or by its training examples."""
+    local_weight: float = AdapterSpec.instance_weight
+    """Weight of the local LoRA in training, and the most it can have for a prompt."""
+    instances: int = 5
+    """Prompts S that a new one is compared with."""
+
+    paper = "Yang et al., Dual-Personalizing Adapter for Federated Foundation Models (FedDPA), NeurIPS 2024, 2403.19211"
+    travels = "one LoRA down, one LoRA up"
+    stays = "the data, the client's own LoRA and hidden states of a few prompts"
+    records = Records(GlobalLora, GlobalLora, LocalLora, GlobalLora)
+    evaluates = "aggregated"
+
+    def __post_init__(self) -> None:
+        """Refuse weights outside 0 .. 1, and no instances."""
+        super().__post_init__()
+        if not 0 < self.local_weight <= 1 or self.instances < 1:
+            raise ConfigError(
+                f"method.local_weight = {self.local_weight} must be above 0 and at most 1, "
+                f"method.instances = {self.instances} at least 1"
+            )
+
+    # server
+    def init(self, server: Server) -> GlobalLora:
+        """Draw the first global LoRA."""
+        return GlobalLora(new_shared(server.shapes, self.rank, torch_generator(server.seed, "lora")))
+
+    def message(self, state: GlobalLora, client: ClientInfo) -> GlobalLora:
+        """Send the global LoRA."""
+        return state
+
+    def aggregate(self, server: Server, state: GlobalLora, replies: Mapping[str, GlobalLora]) -> GlobalLora:
+        """Average the global LoRAs that came back."""
+        returned = {name: reply.tensors for name, reply in replies.items()}
+        return GlobalLora(mean_by_key(returned, server.weights(self.weighting), state.tensors))
+
+    # client
+    def first_keep(self, client: Client) -> LocalLora:
+        """Begin where the global LoRA begins."""
+        drawn = new_shared(client.shapes, self.rank, torch_generator(client.seed, "lora"))
+        return LocalLora(as_expert(drawn, LOCAL), {})
+
+    def adapter(self, client: Client, kept: LocalLora, message: GlobalLora) -> Adapter:
+        """Put the client's own LoRA beside the frozen global one."""
+        shared = as_expert(message.tensors, GLOBAL)
+        spec = replace(self.spec(), router="instance", instance_weight=self.local_weight)
+        return Adapter(spec, {**kept.tensors, **shared}, kept.references, tuple(sorted(shared)))
+
+    def update(
+        self, client: Client, kept: LocalLora, message: GlobalLora
+    ) -> Generator[Fit, Trained, tuple[LocalLora, GlobalLora, Trained]]:
+        """Train the global LoRA, then the client's own, and look at a few prompts."""
+        shared = yield Fit(Adapter(self.spec(), message.tensors), share=0.5)
+        both = self.adapter(client, LocalLora(kept.tensors, {}), message)
+        own = yield Fit(both, share=0.5)
+        local = {name: own.adapter.tensors[name] for name in kept.tensors}
+        references = client.last_hidden(own.adapter, self.instances)
+        _, reply = self.reply(client, kept, message, shared)
+        return LocalLora(local, {REFERENCES: references}), reply, own
+
+    def reply(
+        self, client: Client, kept: LocalLora, message: GlobalLora, trained: Trained
+    ) -> tuple[LocalLora, GlobalLora]:
+        """Send back the trained global LoRA."""
+        return kept, GlobalLora(trained.adapter.tensors)

@@ -1,0 +1,21 @@
+"""FedPTuning: federated p-tuning, as FedAMoLE's authors compare with it. P-tuning: Liu, Zheng, Du, Ding, Qian, Yang,
+Tang, "GPT Understands, Too", https://arxiv.org/abs/2103.10385.
+
+One round: FedPrompt's, but the virtual tokens come out of a network (an embedding and a three-layer MLP), and it is the
+network that is trained, travels and is averaged. The personal model is saved as the tokens that come out of it.
+Deviations: the MLP re-parameterisation of PEFT's prompt encoder instead of the paper's LSTM, and its inner width is the
+base's embedding width, PEFT's default.
+"""
+
+from dataclasses import dataclass
+
+from fedamole.methods.fedprompt import FedPrompt
+
+
+@dataclass(frozen=True)
+class FedPTuning(FedPrompt):
+    """One prompt encoder for all clients, averaged every round."""
+
+    paper = "Liu et al., GPT Understands, Too (p-tuning), 2021, arXiv 2103.10385; federated as in FedAMoLE's comparison"
+    travels = "embedding and MLP of one prompt encoder down, the same up"
+    mlp = True

@@ -1,0 +1,123 @@
+"""HetLoRA: Cho, Liu, Xu, Fahrezi, Joshi, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models",
+EMNLP 2024, https://arxiv.org/abs/2401.06432.
+
+One round:
+    the server sends each client of the cohort the global LoRA cut to the client's rank r_k;
+    the client trains it with lambda |A[t:]| |B[:, t:]| added to its loss, t = gamma r_k: the norm of the last ranks;
+    where that norm is smaller than before, the client drops those ranks for good (self-pruning), and sends the rest;
+    the server pads with zeros and averages, each client weighted by the Frobenius norm of its product BA.
+Every client's model is the global LoRA at its rank, scored after the aggregation.
+Deviations: ranks begin as half, once and twice `rank`, in turn (the paper: between 5 and 50, by the device).
+"""
+
+import math
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedamole.errors import ConfigError
+from fedamole.federation.method import Client, ClientInfo, Fit, Records, Server, Trained
+from fedamole.federation.randomness import torch_generator
+from fedamole.federation.ranks import RankedMethod
+from fedamole.federation.record import Nothing
+from fedamole.methods.fedit import GlobalLora
+from fedamole.methods.flexlora import RankedLora, cut, rank_of
+from fedamole.model.params import Adapter, new_shared, shared_keys
+
+
+@dataclass(frozen=True)
+class HetLora(RankedMethod[RankedLora, GlobalLora, Nothing, GlobalLora]):
+    """One global LoRA at ranks that clients prune by themselves."""
+
+    ranks: tuple[int, ...] = ()
+    """Ranks that clients begin with in turn, by name; empty: half, once and twice `rank`."""
+    tail_weight: float = 0.001
+    """Weight lambda of the norm of the last ranks."""
+    pruned_to: float = 0.99
+    """Share gamma of its ranks that a client keeps when it prunes; at least one is dropped, and one kept."""
+
+    paper = "Cho et al., Heterogeneous LoRA for Federated Fine-tuning (HetLoRA), EMNLP 2024, arXiv 2401.06432"
+    travels = "a LoRA of the client's rank down, the same or a smaller one up"
+    stays = "the data"
+    records = Records(RankedLora, GlobalLora, Nothing, GlobalLora)
+    evaluates = "aggregated"
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot prune."""
+        super().__post_init__()
+        if self.tail_weight < 0 or not 0 < self.pruned_to < 1:
+            raise ConfigError(
+                f"method.tail_weight = {self.tail_weight} must not be negative, method.pruned_to = {self.pruned_to} "
+                "must be above 0 and below 1"
+            )
+
+    # server
+    def init(self, server: Server) -> RankedLora:
+        """Draw the first LoRA at the highest rank."""
+        ranks = self.in_turn(server.clients, self.ranks or self.half_once_twice())
+        drawn = new_shared(server.shapes, max(ranks.values()), torch_generator(server.seed, "lora"))
+        return RankedLora(drawn, ranks)
+
+    def message(self, state: RankedLora, client: ClientInfo) -> GlobalLora:
+        """Send the global LoRA, cut to the client's rank."""
+        return GlobalLora(cut(state.tensors, state.ranks[client.name]))
+
+    def aggregate(self, server: Server, state: RankedLora, replies: Mapping[str, GlobalLora]) -> RankedLora:
+        """Average with zeros for ranks that a client has not, by the norms of the products."""
+        names = sorted(replies)
+        norms = {name: _product_norm(replies[name].tensors, server.shapes) for name in names}
+        total, tensors = sum(norms.values()), dict[str, Tensor]()
+        for key, tensor in state.tensors.items():
+            mean = torch.zeros_like(tensor, dtype=torch.float64)
+            for name in names:
+                part = replies[name].tensors[key]
+                weight = norms[name] / total if total else 1 / len(names)
+                mean[tuple(slice(size) for size in part.shape)] += weight * part
+            tensors[key] = mean.to(tensor.dtype)
+        return RankedLora(tensors, {**state.ranks, **{name: rank_of(replies[name].tensors) for name in names}})
+
+    # client
+    def first_keep(self, client: Client) -> Nothing:
+        """Keep nothing."""
+        return Nothing()
+
+    def adapter(self, client: Client, kept: Nothing, message: GlobalLora) -> Adapter:
+        """Start from the global LoRA at the client's rank."""
+        return Adapter(self.spec_of(rank_of(message.tensors)), message.tensors)
+
+    def update(
+        self, client: Client, kept: Nothing, message: GlobalLora
+    ) -> Generator[Fit, Trained, tuple[Nothing, GlobalLora, Trained]]:
+        """Train with the last ranks penalised, and drop them where they have become smaller."""
+        rank = rank_of(message.tensors)
+        tail = max(1, math.floor(self.pruned_to * rank))
+        weight = self.tail_weight if tail < rank else 0.0
+        trained = yield Fit(self.adapter(client, kept, message), tail=tail, tail_weight=weight)
+        tensors = trained.adapter.tensors
+        if tail < rank and tail_norm(tensors, client.shapes, tail) < tail_norm(message.tensors, client.shapes, tail):
+            tensors = cut(tensors, tail)
+        pruned = replace(trained, adapter=Adapter(self.spec_of(rank_of(tensors)), tensors))
+        return (*self.reply(client, kept, message, pruned), pruned)
+
+    def reply(
+        self, client: Client, kept: Nothing, message: GlobalLora, trained: Trained
+    ) -> tuple[Nothing, GlobalLora]:
+        """Send back what is left of the trained LoRA."""
+        return kept, GlobalLora(trained.adapter.tensors)
+
+
+def tail_norm(tensors: Mapping[str, Tensor], modules: Mapping[str, object], first: int) -> float:
+    """Sum over the modules of |A[first:]| |B[:, first:]|, Frobenius norms."""
+    pairs = [[tensors[key] for key in shared_keys(module)] for module in modules]
+    return float(sum(a[first:].norm() * b[:, first:].norm() for a, b in pairs))
+
+
+def _product_norm(tensors: Mapping[str, Tensor], modules: Mapping[str, object]) -> float:
+    """Frobenius norm of all modules' products BA together, from the r x r Gram matrices."""
+    squares = 0.0
+    for module in sorted(modules):
+        a, b = (tensors[key].double() for key in shared_keys(module))
+        squares += float(((a @ a.T) * (b.T @ b)).sum())
+    return math.sqrt(max(squares, 0.0))

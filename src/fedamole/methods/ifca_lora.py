@@ -1,0 +1,131 @@
+"""IFCA-style clusters of LoRA: Ghosh, Chung, Yin, Ramchandran, "An Efficient Framework for Clustered Federated
+Learning", NeurIPS 2020, https://arxiv.org/abs/2006.04088.
+
+One round:
+    the server sends the LoRAs of all K clusters to the cohort;
+    every client looks which has the lowest loss on its data, trains that one and sends it back;
+    the server averages within each cluster.
+A client's model is the LoRA of the cluster that fits it best, scored after the aggregation.
+Deviations: the look is at the client's examples that are set aside from training (the paper: at its training data), and
+while all LoRAs are still 0, and their losses equal, a client draws its cluster.
+"""
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedamole.errors import ConfigError
+from fedamole.federation.averaging import mean_by_key
+from fedamole.federation.method import Client, ClientInfo, Fit, LoraMethod, Records, Server, Trained, Weighting
+from fedamole.federation.randomness import torch_generator
+from fedamole.model.params import Adapter, new_shared
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """The LoRAs of all clusters by cluster-0/<name>: the server's state and the message down."""
+
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The cluster that a client trained last; -1 before its first round."""
+
+    cluster: int
+
+
+@dataclass(frozen=True)
+class ClusterLora:
+    """Reply up: the trained LoRA of the chosen cluster."""
+
+    cluster: int
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class IfcaLora(LoraMethod[Clusters, Clusters, Choice, ClusterLora]):
+    """K LoRAs, of which each client trains the one that fits its data."""
+
+    clusters: int = 3
+    """Clusters K."""
+    probe_examples: int = 64
+    """Most examples that a client looks at to choose."""
+    weighting: Weighting = "uniform"
+    """Weight of a client in its cluster's average: uniform, or by its training examples."""
+
+    paper = "Ghosh et al., A Framework for Clustered Federated Learning (IFCA), NeurIPS 2020, arXiv 2006.04088"
+    travels = "all K LoRAs down, one LoRA up"
+    stays = "the data"
+    records = Records(Clusters, Clusters, Choice, ClusterLora)
+    evaluates = "aggregated"
+
+    def __post_init__(self) -> None:
+        """Refuse no clusters, or no look."""
+        super().__post_init__()
+        for key in ("clusters", "probe_examples"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"method.{key} = {getattr(self, key)}: must be at least 1")
+
+    # server
+    def init(self, server: Server) -> Clusters:
+        """Draw the LoRAs of all clusters."""
+        tensors: dict[str, Tensor] = {}
+        for cluster in range(self.clusters):
+            drawn = new_shared(server.shapes, self.rank, torch_generator(server.seed, f"lora/{cluster}"))
+            tensors.update(_named(cluster, drawn))
+        return Clusters(tensors)
+
+    def message(self, state: Clusters, client: ClientInfo) -> Clusters:
+        """Send all LoRAs."""
+        return state
+
+    def aggregate(self, server: Server, state: Clusters, replies: Mapping[str, ClusterLora]) -> Clusters:
+        """Average within each cluster; one that nobody chose keeps its LoRA."""
+        returned = {name: _named(reply.cluster, reply.tensors) for name, reply in replies.items()}
+        return Clusters(mean_by_key(returned, server.weights(self.weighting), state.tensors))
+
+    # client
+    def first_keep(self, client: Client) -> Choice:
+        """Have chosen nothing."""
+        return Choice(-1)
+
+    def adapter(self, client: Client, kept: Choice, message: Clusters) -> Adapter:
+        """Start from the LoRA of the cluster that fits best."""
+        return self._adapters(message)[self.choose(client, message)]
+
+    def choose(self, client: Client, message: Clusters) -> int:
+        """The cluster with the lowest loss on the client's examples set aside."""
+        adapters = self._adapters(message)
+        if not any(tensor.any() for name, tensor in message.tensors.items() if name.endswith("/B")):
+            generator = torch_generator(client.seed, "cluster", client.name)
+            return int(torch.randint(self.clusters, (), generator=generator))
+        losses = client.losses(adapters, self.probe_examples)
+        return min(range(self.clusters), key=losses.__getitem__)
+
+    def update(
+        self, client: Client, kept: Choice, message: Clusters
+    ) -> Generator[Fit, Trained, tuple[Choice, ClusterLora, Trained]]:
+        """Choose a cluster and train its LoRA."""
+        chosen = Choice(self.choose(client, message))
+        trained = yield Fit(self._adapters(message)[chosen.cluster])
+        return (*self.reply(client, chosen, message, trained), trained)
+
+    def reply(
+        self, client: Client, kept: Choice, message: Clusters, trained: Trained
+    ) -> tuple[Choice, ClusterLora]:
+        """Send back the trained LoRA of the cluster that was chosen."""
+        return kept, ClusterLora(kept.cluster, trained.adapter.tensors)
+
+    def _adapters(self, message: Clusters) -> list[Adapter]:
+        parts: list[dict[str, Tensor]] = [{} for _ in range(self.clusters)]
+        for name, tensor in message.tensors.items():
+            cluster, _, rest = name.partition("/")
+            parts[int(cluster.removeprefix("cluster-"))][rest] = tensor
+        return [Adapter(self.spec(), part) for part in parts]
+
+
+def _named(cluster: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"cluster-{cluster}/{name}": tensor for name, tensor in tensors.items()}

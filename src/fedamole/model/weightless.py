@@ -1,0 +1,80 @@
+"""A base without its weights: what a config.json tells of its shapes, on PyTorch's meta device.
+
+Nothing is downloaded and no memory is taken, so a base of any size can be planned for on any machine.
+"""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from fedamole.errors import BaseModelError
+from fedamole.model.base import Base, BaseSettings, Identity, locate, target_shapes
+
+KNOWN = {"meta-llama/Llama-3.2-1B": "llama-3.2-1b", "meta-llama/Llama-3.2-1B-Instruct": "llama-3.2-1b"}
+"""Hub ids whose published shapes come with the package, as bundled/shapes/<value>.json."""
+BYTES_IN_4BIT = 0.5 + 4 / 64
+"""Bytes of a weight held in 4 bits: each block of 64 has a scale of 4 bytes."""
+
+
+class WeightlessBase(Base):
+    """A base that has shapes and nothing else: no weights, no tokenizer, no identity."""
+
+    @property
+    def embedding_std(self) -> float:
+        """What the embeddings were drawn with, as nobody can measure them here."""
+        return float(getattr(self.model.config.get_text_config(), "initializer_range", None) or 0.02)
+
+
+def weightless_base(settings: BaseSettings, folder: Path) -> WeightlessBase:
+    """Build the shapes of a base as a GPU would hold it; `folder` is where relative paths start.
+
+    Errors: BaseModelError for a hub id whose shapes do not come with the package, and for a config.json that is missing
+    or of no causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    name = locate(settings.model, folder)
+    try:
+        facts = json.loads(_config_text(name))
+        config = CONFIG_MAPPING[facts["model_type"]].from_dict(facts)
+        dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BaseModelError(
+            f"base.model = {settings.model!r}: no shapes from its config.json ({type(error).__name__}: {reason}); "
+            "it must be that of a causal language model of transformers"
+        ) from error
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
+    shapes = target_shapes(model, settings.targets)
+    return WeightlessBase(
+        model, None, shapes, Identity("", "", ""), settings.model, torch.device("meta"), int(positions),
+        settings.gradient_checkpointing,
+    )
+
+
+def weight_bytes(base: Base, quantization: str) -> int:
+    """Bytes of the frozen weights: in the base's dtype, or matrices other than embeddings in 4 bits."""
+    tables = (base.model.get_input_embeddings(), base.model.get_output_embeddings())
+    whole = {id(weight) for table in tables if table is not None for weight in table.parameters()}
+
+    def size(weight: torch.nn.Parameter) -> float:
+        small = quantization == "4bit" and weight.ndim == 2 and id(weight) not in whole
+        return weight.numel() * (BYTES_IN_4BIT if small else weight.element_size())
+
+    return round(sum(size(weight) for weight in base.model.parameters()))
+
+
+def _config_text(name: str) -> str:
+    if Path(name).is_dir():
+        return (Path(name) / "config.json").read_text(encoding="utf-8")
+    if name not in KNOWN:
+        raise BaseModelError(
+            f"base.model = {name!r}: its shapes do not come with this package, which has {', '.join(KNOWN)}; "
+            "set base.model to a folder that holds its config.json"
+        )
+    return (files("fedamole") / "bundled" / "shapes" / f"{KNOWN[name]}.json").read_text(encoding="utf-8")
