@@ -17,8 +17,10 @@ from rich.markup import escape
 from fedamole.errors import FedamoleError
 
 if TYPE_CHECKING:
+    from fedamole.comparison import Comparison
     from fedamole.config import Config
     from fedamole.federation.loop import Watcher
+    from fedamole.planning import Plan
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -131,32 +133,50 @@ def show(
 
 
 @app.command()
-def plan(config: ConfigPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    without_data: Annotated[
+        bool, typer.Option("--without-data", help="Open no data and load no base; sizes for a GPU.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show what a run would do: clients, sizes, feasibility, parameters, traffic, memory. Trains nothing."""
     from dataclasses import asdict
 
     from fedamole.console import sizes
     from fedamole.experiment import plan as plan_run
+    from fedamole.experiment import plan_without_data
 
     settings = _config(config, overrides)
-    planned = plan_run(settings)
+    planned = plan_without_data(settings) if without_data else plan_run(settings)
     if as_json:
         typer.echo(json.dumps(asdict(planned)))
         return
     console = Console()
     sizes(console, planned.clients, f"{len(planned.clients)} clients (examples per split)")
+    for name, value in (("method", settings.method_name), *_plan_lines(planned)):
+        console.print(f"{name:>10}  {value}", highlight=False, soft_wrap=True)
+
+
+def _plan_lines(planned: "Plan") -> Iterator[tuple[str, str]]:
+    """Name and value of each line below the clients of a plan."""
+    from fedamole.planning import PlanWithoutData
+
     mib = planned.bytes_down / 2**20
     total = 2 * mib * planned.clients_per_round * planned.rounds
-    for name, value in (
-        ("method", settings.method_name),
-        ("base", f"{planned.base}: {planned.base_parameters:,} parameters, {planned.targets} linears adapted"),
-        ("adapter", f"{planned.adapter_parameters:,.0f} trainable parameters per client on average"),
-        ("traffic", f"{mib:.2f} MiB to a client and about as much back per round, {total:,.0f} MiB in all"),
-        ("work", f"{planned.rounds} rounds x {planned.clients_per_round} clients x {planned.steps:.0f} steps"),
-        ("memory", f"about {planned.memory_mib:,.0f} MiB with {planned.group} clients in lock-step (run.group)"),
-        ("assignment", "feasible"),
-    ):
-        console.print(f"{name:>10}  {value}", highlight=False, soft_wrap=True)
+    yield "base", f"{planned.base}: {planned.base_parameters:,} parameters, {planned.targets} linears adapted"
+    yield "adapter", f"{planned.adapter_parameters:,.0f} trainable parameters per client on average"
+    yield "traffic", f"{mib:.2f} MiB to a client and about as much back per round, {total:,.0f} MiB in all"
+    yield "work", f"{planned.rounds} rounds x {planned.clients_per_round} clients x {planned.steps:.0f} steps"
+    if isinstance(planned, PlanWithoutData):
+        parts = f"base {planned.base_mib:,.0f}, {planned.mib_per_client:,.0f} for each client in lock-step"
+        yield "memory", f"about {planned.memory_mib:,.0f} MiB on a GPU with run.group = {planned.group} ({parts})"
+        yield "not in it", planned.not_included
+        yield "assumed", planned.assumed
+    else:
+        yield "memory", f"about {planned.memory_mib:,.0f} MiB with {planned.group} clients in lock-step (run.group)"
+    yield "assignment", "feasible"
 
 
 @app.command()
@@ -250,6 +270,82 @@ def demo(
         Console(stderr=True).print(f"Each client's model: {folder}/fedamole/clients/NAME/adapter", highlight=False)
 
 
+@app.command()
+def compare(
+    file: Annotated[Path, typer.Argument(help="A TOML file: methods, seeds, scenarios (docs/compare.md).")],
+    show_only: Annotated[bool, typer.Option("--show", help="Run nothing; tables of what is finished.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Run nothing; list the cells and what each would do.")]
+    = False,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables here as Markdown.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write every number of the tables here as CSV, unrounded.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="Write the tables here as LaTeX (booktabs).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the methods into this .svg, .png or .pdf.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods x seeds x scenarios: each cell a run, then tables, gains with tests, and a picture.
+
+    Finished cells are skipped, unfinished ones resumed, failed ones tried again; the same command goes on after Ctrl-C.
+    """
+    from fedamole.comparison import check_shown, failures, load_comparison, preview, run_comparison
+    from fedamole.console import CellLines, show_cells
+    from fedamole.errors import RunError
+    from fedamole.reporting.comparison_plot import check_picture
+
+    if plot is not None:
+        check_picture(plot)
+    comparison = load_comparison(file)
+    if dry_run:
+        cells = preview(comparison)
+        typer.echo(json.dumps(cells)) if as_json else show_cells(_wide(), cells)
+        return
+    if show_only:
+        check_shown(comparison)
+        failed = failures(comparison)
+    else:
+        lines = CellLines(Console(stderr=True))
+        with lines.progress:
+            failed = run_comparison(comparison, lines)
+    _report(comparison, as_json, {"markdown": markdown, "csv": csv, "latex": latex, "plot": plot})
+    for cell in failed:
+        Console(stderr=True).print(f"failed: {cell.name}: {cell.error}", highlight=False, markup=False, soft_wrap=True)
+    if failed and not show_only:
+        raise RunError(f"{len(failed)} cells failed and are in no table; the same command tries them again")
+
+
+def _report(comparison: "Comparison", as_json: bool, files: dict[str, Path | None]) -> None:
+    """Print the tables of what is finished, and write those that were asked for into files."""
+    from fedamole.comparison import progress
+    from fedamole.console import show_sheets
+    from fedamole.errors import RunError
+    from fedamole.federation.run_folder import write_atomic
+    from fedamole.reporting.comparison import read_scenarios
+    from fedamole.reporting.comparison_plot import draw
+    from fedamole.reporting.sheets import as_csv, as_latex, as_markdown, records, sheets
+
+    states, scenarios = progress(comparison), read_scenarios(comparison.entries())
+    if not scenarios:
+        raise RunError(f"{comparison.folder}: no cell is finished, so there is no table yet")
+    made, numbers = sheets(scenarios, comparison.reference), records(scenarios, comparison.reference)
+    for kind, text in (("markdown", as_markdown(made)), ("latex", as_latex(made)), ("csv", as_csv(numbers))):
+        if (path := files[kind]) is not None:
+            write_atomic(path, text)
+    if (path := files["plot"]) is not None:
+        draw(path, scenarios)
+    if as_json:
+        about = {"name": comparison.settings.name, "reference": comparison.reference, "cells": states}
+        typer.echo(json.dumps({**about, "records": numbers}))
+        return
+    show_sheets(_wide(), made)
+    if left := {state: count for state, count in states.items() if count and state != "finished"}:
+        said = ", ".join(f"{count} {state}" for state, count in left.items())
+        Console(stderr=True).print(f"{states['finished']} cells are finished; not in the tables: {said}")
+
+
+def _wide() -> Console:
+    """A console for tables; wide enough where the output goes into a file."""
+    return Console(width=None if sys.stdout.isatty() else 180)
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one clear line, never a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -265,7 +361,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as exit_:  # what typer makes of Ctrl-C, among others
         if exit_.code == 130:
-            Console(stderr=True).print("interrupted; `fedamole resume FOLDER` goes on from the last finished round")
+            again = "the same command" if sys.argv[1:2] == ["compare"] else "`fedamole resume FOLDER`"
+            Console(stderr=True).print(f"interrupted; {again} goes on from the last finished round")
         raise
 
 

@@ -152,7 +152,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def to_config(tables: Table) -> Config:
     """Turn tables into a checked config."""
-    _refuse_unknown(tables, [*SECTIONS, "extends"], "")
+    refuse_unknown(tables, [*SECTIONS, "extends"], "")
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise ConfigError(f"{name} = {table!r}: must be a table, write [{name}]")
@@ -161,34 +161,36 @@ def to_config(tables: Table) -> Config:
     chosen = dict(tables.get("method", {}))
     name = chosen.pop("name", "fedamole")
     if name not in METHODS:
-        raise ConfigError(f"method.name = {name!r}: there is no such method{_nearest(str(name), METHODS)}")
-    sections = {key: _build(kind, tables.get(key, {}), key) for key, kind in SECTIONS.items() if kind}
-    return Config(method=_build(METHODS[name], chosen, "method"), method_name=name, **sections)
+        raise ConfigError(f"method.name = {name!r}: there is no such method{nearest(str(name), METHODS)}")
+    sections = {key: build(kind, tables.get(key, {}), key) for key, kind in SECTIONS.items() if kind}
+    return Config(method=build(METHODS[name], chosen, "method"), method_name=name, **sections)
 
 
-def _refuse_unknown(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+def refuse_unknown(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Raise ConfigError for a key that is not known; `where` is the table's name, empty for a file's top level."""
     for key in table:
         if key not in known:
-            raise ConfigError(f"unknown key {f'{where}.{key}' if where else key}{_nearest(key, known)}")
+            raise ConfigError(f"unknown key {f'{where}.{key}' if where else key}{nearest(key, known)}")
 
 
-def _nearest(word: str, known: Any) -> str:
+def nearest(word: str, known: Any) -> str:
+    """What an error about an unknown word ends with: the known word that was probably meant, or all of them."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
 
 
-def _build(kind: Any, table: Any, where: str) -> Any:
-    """Build a settings dataclass from a table, refusing unknown keys and wrong types."""
+def build(kind: Any, table: Any, where: str) -> Any:
+    """Build a settings dataclass from a table, refusing unknown keys and wrong types; `where` is the table's name."""
     if not isinstance(table, dict):
         raise ConfigError(f"{where} = {table!r}: must be a table")
     hints = get_type_hints(kind)
     fields = {item.name: item for item in dataclasses.fields(kind)}
-    _refuse_unknown(table, list(fields), where)
+    refuse_unknown(table, list(fields), where)
     for name, item in fields.items():
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and name not in table:
-            raise ConfigError(f"{where}.{name} is missing")
-    return kind(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in table.items()})
+            raise ConfigError(f"{where}.{name} is missing".lstrip("."))
+    return kind(**{key: _convert(hints[key], value, f"{where}.{key}".lstrip(".")) for key, value in table.items()})
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -203,7 +205,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
                 continue
         return _convert(options[-1], value, where)
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)
+        return build(hint, value, where)
     if origin is Literal:
         if value not in arguments:
             raise ConfigError(f"{where} = {value!r}: must be one of {', '.join(map(repr, arguments))}")

@@ -2,14 +2,19 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fedamole.cells import Cell, CellWatcher
 from fedamole.federation.loop import Watcher
 from fedamole.reporting.table import SUMMARY_LINES, Comparison, grid
+
+if TYPE_CHECKING:
+    from fedamole.reporting.sheets import Sheet
 
 
 class PlainWatcher(Watcher):
@@ -82,6 +87,62 @@ class BarWatcher(Watcher):
         """Show the validation of the round."""
         note = "validation " + ", ".join(f"{row} {value:.3f}" for row, value in validation.items())
         self.progress.update(self.rounds, completed=round_ + 1, note=note)
+
+
+class CellLines(CellWatcher):
+    """A line per cell that has ended, and below them, on a terminal, one bar of all cells."""
+
+    def __init__(self, console: Console) -> None:
+        """Write to a console; use `progress` as a context."""
+        self.console = console
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task("cells", total=None)
+
+    def cells_started(self, cells: int, finished: int) -> None:
+        """Say how much there is to do."""
+        self.progress.reset(self.task, total=cells)
+        self._say(f"{cells} cells to run" + (f", {finished} finished before" if finished else ""))
+
+    def cell_done(self, cell: Cell, seconds: float, summary: Mapping[str, Any]) -> None:
+        """What the cell's methods reached on test, on average over the clients."""
+        scores = "  ".join(f"{method} {summary['rows'][row]['mean']:.1f}" for method, row in cell.rows.items())
+        self._say(f"{cell.name}  {seconds:.0f} s  score: {scores}")
+        self.progress.advance(self.task)
+
+    def cell_failed(self, cell: Cell, seconds: float, error: str) -> None:
+        """Why a cell failed."""
+        self._say(f"{cell.name}  {seconds:.0f} s  failed: {error}")
+        self.progress.advance(self.task)
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def show_sheets(console: Console, sheets: "Sequence[Sheet]") -> None:
+    """Print the tables of a comparison."""
+    for sheet in sheets:
+        table = Table(
+            title=sheet.title, title_style="bold", title_justify="left", caption=escape(sheet.caption),
+            caption_justify="left",
+        )
+        for place, name in enumerate(sheet.head):
+            words = place < sheet.words
+            table.add_column(name, justify="left" if words else "right", no_wrap=place == 0)
+        for line in sheet.body:
+            table.add_row(*map(escape, line))
+        console.print(table)
+
+
+def show_cells(console: Console, cells: Sequence[Mapping[str, Any]]) -> None:
+    """Print what the next call of a comparison would do."""
+    table = Table("cell", "what", "rounds", "learning rate")
+    for cell in cells:
+        rate = "" if cell["learning_rate"] is None else f"{cell['learning_rate']:g}"
+        table.add_row(*map(escape, (cell["cell"], cell["does"], str(cell["rounds"]), rate)))
+    console.print(table)
 
 
 def show(console: Console, comparisons: Sequence[Comparison], with_clients: bool) -> None:

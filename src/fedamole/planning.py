@@ -2,19 +2,32 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fedamole.config import Config
+from fedamole.data.examples import SPLITS
+from fedamole.data.manifest import read_manifest
+from fedamole.data.partition import numbered
+from fedamole.data.settings import DataSettings, SourceSettings
+from fedamole.errors import ConfigError
 from fedamole.federation.local import TOKENS_AT_ONCE
-from fedamole.federation.method import Client, Server, Trained
+from fedamole.federation.method import Client, ClientInfo, Server
 from fedamole.federation.record import pack
 from fedamole.federation.worker import ClientData
 from fedamole.model.base import Base
 from fedamole.model.memory import HEADROOM, free_bytes, group_bytes, used_bytes
 from fedamole.model.params import Adapter
+from fedamole.model.weightless import WeightlessBase, weight_bytes
 
 MOST_ON_CPU = 16
 """Clients at once on a CPU: more gain little, on short texts alone, and take memory; `run.group` sets more."""
+ASSUMED_EXAMPLES = 1000
+"""Training examples of each client where no data are looked at."""
+NOT_INCLUDED = "the GPU's own context, what PyTorch keeps in reserve, evaluation, and on the server the method's state"
+"""What the memory of a plan without data leaves out."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +54,24 @@ class Plan:
     clients_per_round: int
 
 
+@dataclass(frozen=True)
+class PlanWithoutData(Plan):
+    """What a run on a GPU would do, from its config and the shapes of its base alone."""
+
+    assumed: str
+    """What stands in for the data."""
+    base_mib: float
+    """The frozen weights."""
+    mib_per_client: float
+    """What each client in lock-step takes beside them: `memory_mib` is the sum for `group` clients."""
+    not_included: str
+    """What `memory_mib` leaves out."""
+
+
 def planned(config: Config, base: Base, clients: Mapping[str, ClientData]) -> Plan:
     """Plan a prepared run, whose group has been chosen."""
-    sizes, traffic = _sizes(config, base, clients)
-    infos = [clients[name].info for name in sorted(clients)]
+    infos = _infos(clients)
+    sizes, traffic = _sizes(config, base, infos)
     group = config.run.group
     return Plan(
         clients=tuple(_client_row(clients[info.name]) for info in infos),
@@ -66,18 +93,78 @@ def chosen_group(config: Config, base: Base, clients: Mapping[str, ClientData]) 
     most = _cohort(config, len(clients))
     if base.device.type == "cpu":
         most = min(most, MOST_ON_CPU)
-    largest, room = max(_sizes(config, base, clients)[0]), HEADROOM * free_bytes(base.device)
+    largest, room = max(_sizes(config, base, _infos(clients))[0]), HEADROOM * free_bytes(base.device)
     fitting = [group for group in range(1, most + 1) if _group_bytes(config, base, group, largest) <= room]
     return max(fitting, default=1)
 
 
-def _sizes(config: Config, base: Base, clients: Mapping[str, ClientData]) -> tuple[list[int], list[int]]:
+def planned_without_data(
+    config: Config, base: WeightlessBase, clients: tuple[dict[str, Any], ...], assumed: str
+) -> PlanWithoutData:
+    """Plan from the rows of `clients_without_data`; `run.group` = 0 counts as one client in lock-step."""
+    infos = tuple(sorted((ClientInfo(row["client"], row["train"]) for row in clients), key=lambda info: info.name))
+    sizes, traffic = _sizes(config, base, infos)
+    group, held = config.run.group or 1, weight_bytes(base, config.base.quantization) / 2**20
+    each = _group_bytes(config, base, 1, max(sizes)) / 2**20
+    return PlanWithoutData(
+        clients=clients,
+        base=base.name,
+        base_parameters=sum(weight.numel() for weight in base.model.parameters()),
+        targets=len(base.shapes),
+        adapter_parameters=_mean(sizes),
+        bytes_down=_mean(traffic),
+        group=group,
+        memory_mib=held + group * each,
+        steps=_mean([config.training.steps(info.examples) for info in infos]),
+        rounds=config.federation.rounds,
+        clients_per_round=_cohort(config, len(infos)),
+        assumed=assumed,
+        base_mib=held,
+        mib_per_client=each,
+        not_included=NOT_INCLUDED,
+    )
+
+
+def clients_without_data(data: DataSettings, folder: Path) -> tuple[tuple[dict[str, Any], ...], str]:
+    """Clients and their example counts from the [data] table alone, and in words what was assumed.
+
+    With `data.manifest` (relative to `folder`) clients and counts are those stored there. Errors: ConfigError for a
+    partition by value, whose number of clients only data or manifest know, and for two clients of one name.
+    """
+    if data.manifest is not None:
+        records = read_manifest(folder / data.manifest).clients
+        rows = [{"client": it.client, **{split: len(getattr(it, split).rows) for split in SPLITS}} for it in records]
+        return tuple(rows), "clients and example counts of data.manifest"
+    names = [name for source in data.source for name in _names_without_data(source)]
+    if double := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"client {double[0]!r} comes from two sources; rename one of them")
+    rows = [{"client": name, "train": ASSUMED_EXAMPLES} for name in names]
+    return tuple(rows), f"{ASSUMED_EXAMPLES:,} training examples for each client, as no data were looked at"
+
+
+def _names_without_data(source: SourceSettings) -> list[str]:
+    if source.partition.kind == "whole":
+        return [source.name]
+    if source.partition.clients is None:
+        raise ConfigError(
+            f"source {source.name!r}: a client per value of {source.partition.by!r}, and how many there are only the "
+            "data tell: store the partition once (fedamole partition CONFIG --out M.json) and set data.manifest, or "
+            'plan with partition = { kind = "iid", clients = N } in its place'
+        )
+    return numbered(source.name, source.partition.clients)
+
+
+def _infos(clients: Mapping[str, ClientData]) -> tuple[ClientInfo, ...]:
+    return tuple(clients[name].info for name in sorted(clients))
+
+
+def _sizes(config: Config, base: Base, infos: tuple[ClientInfo, ...]) -> tuple[list[int], list[int]]:
     """Adapter parameters, and bytes of the message, of each client in round 0."""
-    method, infos = config.method, tuple(clients[name].info for name in sorted(clients))
-    state = method.init(Server(base.shapes, infos, config.run.seed))
+    method = config.method
+    state = method.init(Server(base.shapes, infos, config.run.seed, 0, base.width, base.embedding_std))
     sizes, traffic = [], []
     for info in infos:
-        client = Client(info, base.shapes, config.run.seed, 0, _never)
+        client = Client(info, base.shapes, config.run.seed, 0, _no_losses, _no_hidden, base.width, base.embedding_std)
         message = method.message(state, info)
         sizes.append(method.adapter(client, method.first_keep(client), message).parameters())
         traffic.append(len(pack(message)))
@@ -96,8 +183,13 @@ def _cohort(config: Config, clients: int) -> int:
     return max(1, round(config.federation.cohort * clients))
 
 
-def _never(_: Adapter) -> Trained:
-    raise RuntimeError("a plan trains nothing")
+def _no_losses(adapters: Sequence[Adapter], most: int) -> list[float]:
+    """A plan looks at no data, and whatever a client chooses by looking has the same size."""
+    return [0.0] * len(adapters)
+
+
+def _no_hidden(adapter: Adapter, most: int) -> Tensor:
+    raise RuntimeError("a plan runs no model")
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -99,7 +99,7 @@ def _draw(
     names = _names(
         source, settings, [values[piece[0]] for piece in rows] if settings.kind == "value" and values else []
     )
-    names = names or [f"{source}-{index:0{max(2, len(str(len(rows) - 1)))}d}" for index in range(len(rows))]
+    names = names or numbered(source, len(rows))
     return [Part(name, piece) for name, piece in zip(names, rows, strict=True)]
 
 
@@ -136,6 +136,12 @@ def _partitioner(settings: PartitionSettings, seed: int):  # type: ignore[no-unt
         shuffle=False,
         seed=seed,
     )
+
+
+def numbered(source: str, clients: int) -> list[str]:
+    """Names of a source's clients where no value of a column names them: source-00, source-01 and so on."""
+    width = max(2, len(str(clients - 1)))
+    return [f"{source}-{index:0{width}d}" for index in range(clients)]
 
 
 def _names(source: str, settings: PartitionSettings, values: Sequence[str]) -> list[str]:

@@ -240,13 +240,19 @@ class Worker:
     def evaluate(
         self, group: Sequence[ClientData], round_: int, row: str, payloads: Mapping[str, bytes | None]
     ) -> dict[str, Scores]:
-        """Loss (and scores, where they choose the best round) of the clients' present models on validation."""
-        adapters = []
+        """Loss (and scores, where they choose the best round) of the clients' present models on validation.
+
+        `probed` is added for clients that had to look at examples to put their model together.
+        """
+        adapters, self.probed = [], dict[str, int]()
         for data in group:
             adapters.append(self._present(data, round_, row, payloads[data.info.name]))
             if self.rows[row] == "aggregated":
                 write_atomic(self._candidate(data, row), pack(Private({}, adapters[-1])))
-        return self._scores(group, adapters, "validation", with_scores=self.evaluation.select == "score")
+        scores = self._scores(group, adapters, "validation", with_scores=self.evaluation.select == "score")
+        for name, examples in self.probed.items():
+            scores[name]["probed"] = examples
+        return scores
 
     def keep(self, data: ClientData, row: str) -> None:
         """Save the client's present model as its personal model of the best round so far."""

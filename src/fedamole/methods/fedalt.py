@@ -3,8 +3,8 @@ LoRA", AAAI 2026, https://arxiv.org/abs/2503.11880.
 
 One round:
     the server sends each client of the cohort the mean of all other clients' LoRAs, the rest of the world;
-    the client goes on training a LoRA of its own beside it, which is frozen, and in every module a mixer, a softmax over
-    the two for each token;
+    the client goes on training a LoRA of its own beside it, which is frozen, and in every module a mixer, a softmax
+    over the two for each token;
     it keeps both and sends its LoRA back.
 A client's model is its own LoRA, its mixer and the rest of the world, scored after the aggregation.
 Deviations: before anybody has answered the rest of the world is a LoRA that does nothing; absent clients count with the

@@ -1,0 +1,25 @@
+"""Fetch the tasks that natural.toml names from the hub, each into the file that its source reads."""
+
+import tomllib
+from pathlib import Path
+
+from datasets import load_dataset
+
+HUB = "Muennighoff/natural-instructions"
+
+
+def main() -> None:
+    """Download what is not there yet; the data set keeps a file per task."""
+    folder = Path(__file__).parent
+    for source in tomllib.loads((folder / "natural.toml").read_text())["data"]["source"]:
+        path = (folder / source["path"]).resolve()
+        if path.exists():
+            continue
+        rows = load_dataset(HUB, data_files=f"train/{source['name']}*", split="train")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows.to_json(path)
+        print(f"{len(rows):6} rows  {path}")
+
+
+if __name__ == "__main__":
+    main()

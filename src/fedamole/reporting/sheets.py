@@ -1,0 +1,256 @@
+"""Tables of a comparison as text: for a terminal, Markdown, LaTeX; and as records for CSV and JSON."""
+
+import csv
+import dataclasses
+import io
+import math
+import re
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedamole.reporting.comparison import MEASURES, Against, Measure, Result, Scenario, gains
+from fedamole.reporting.table import cell
+
+FIELDS = (
+    "table", "scenario", "method", "client", "measure", "mean", "sd", "n", "low", "high", "p_pairs", "p_clients",
+    "wins", "ties", "losses",
+)
+"""Columns of the CSV: one line per number of the tables, unrounded; what does not apply is empty."""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One table."""
+
+    title: str
+    caption: str
+    head: tuple[str, ...]
+    body: tuple[tuple[str, ...], ...]
+    words: int = 1
+    """Columns on the left that hold words."""
+
+
+def sheets(scenarios: Sequence[Scenario], reference: str) -> list[Sheet]:
+    """All tables: methods and clients of each scenario, methods over scenarios, gains of the reference."""
+    made = [sheet for found in scenarios for sheet in (_methods(found), _clients(found))]
+    if len(scenarios) > 1:
+        made.append(_over_scenarios(scenarios))
+    found = gains(scenarios, reference)
+    return [*made, _gains(found, reference)] if found else made
+
+
+def _methods(scenario: Scenario) -> Sheet:
+    shown = [
+        measure for measure in MEASURES
+        if any(measure.key in result.measures for found in scenario.methods.values() for result in found)
+    ]
+    columns = []
+    for measure in shown:
+        values = {
+            method: [result.measures[measure.key] for result in found if measure.key in result.measures]
+            for method, found in scenario.methods.items()
+        }
+        columns.append(_starred(values, scenario, measure))
+    body = tuple((scenario.label(method), *(column[method] for column in columns)) for method in scenario.methods)
+    caption = (
+        f"Test split at the best validation round; mean ± standard deviation over seeds {_list(scenario.seeds)}. "
+        "Score: accuracy or ROUGE-L, 0 to 100, mean over clients; spread: standard deviation over clients; loss: nats "
+        "per answer token. Steps and MiB are per client and round, seconds and peak memory of the whole run: all "
+        "of them means. Best rounds count from 0. * best of the trained methods."
+    )
+    if any(measure.key == "probed" for measure in shown):
+        caption += " Probed: examples read forward only, per client and round."
+    return Sheet(
+        f"{scenario.name}: methods", f"{caption} {_settings(scenario)}",
+        ("method", *(measure.title for measure in shown)), body,
+    )
+
+
+def _settings(scenario: Scenario) -> str:
+    """How many rounds and which learning rate each method had, named where they differ."""
+    said = []
+    for title, key in (("Rounds", "rounds"), ("Learning rate", "learning_rate")):
+        values = {
+            method: _list(sorted({getattr(result, key) for result in found}))
+            for method, found in scenario.trained.items()
+        }
+        if len(set(values.values())) == 1:
+            said.append(f"{title}: {next(iter(values.values()))} for all.")
+        else:
+            said.append(f"{title}: {', '.join(f'{method} {value}' for method, value in values.items())}.")
+    return " ".join(said)
+
+
+def _list(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _clients(scenario: Scenario) -> Sheet:
+    columns = {method: found for method, found in scenario.methods.items()}
+    measure = Measure("score", "score", 1, max)
+    body = []
+    for client in scenario.clients:
+        values = {method: [result.scores[client] for result in found] for method, found in columns.items()}
+        body.append((client, *_starred(values, scenario, measure).values()))
+    means = {method: [result.measures["score"] for result in found] for method, found in columns.items()}
+    body.append(("mean", *_starred(means, scenario, measure).values()))
+    return Sheet(
+        f"{scenario.name}: clients",
+        f"Test score, 0 to 100; mean ± standard deviation over seeds {_list(scenario.seeds)}; * best of the trained "
+        "methods; base is the untuned model, majority a constant answer.",
+        ("client", *map(scenario.label, columns)), tuple(body),
+    )
+
+
+def _over_scenarios(scenarios: Sequence[Scenario]) -> Sheet:
+    body = []
+    for method in _all_methods(scenarios):
+        found = [scenario.methods.get(method, ()) for scenario in scenarios]
+        cells = [cell([result.measures["score"] for result in results]) for results in found]
+        body.append((method, *cells, cell(_average(found))))
+    return Sheet(
+        "methods over scenarios",
+        "Mean test score over clients; mean ± standard deviation over seeds. Average: over the scenarios, "
+        "of the seeds that a method has finished in all of them.",
+        ("method", *(scenario.name for scenario in scenarios), "average"), tuple(body),
+    )
+
+
+def _all_methods(scenarios: Sequence[Scenario]) -> list[str]:
+    return list(dict.fromkeys(method for scenario in scenarios for method in scenario.methods))
+
+
+def _average(found: Sequence[Sequence[Result]]) -> list[float]:
+    """Mean over the scenarios, for each seed that is there in all of them."""
+    scores = [{result.seed: result.measures["score"] for result in results} for results in found]
+    common = set.intersection(*(set(values) for values in scores))
+    return [statistics.fmean(values[seed] for values in scores) for seed in sorted(common)]
+
+
+def _gains(found: Sequence[Against], reference: str) -> Sheet:
+    body = []
+    for line in found:
+        gain, digits = line.gain, 1 if line.measure == "score" else 3
+        spread = "" if math.isnan(gain.low) else f"{gain.low:+.{digits}f} to {gain.high:+.{digits}f}"
+        counts = f"{gain.wins} / {gain.ties} / {gain.losses}"
+        body.append((
+            line.scenario, line.method, line.measure, str(gain.pairs), f"{gain.mean:+.{digits}f}", spread,
+            _p(gain.p_pairs), _p(gain.p_clients), counts,
+        ))
+    return Sheet(
+        f"{reference} minus each other method",
+        "Differences of test scores in points (positive: better) and of losses in nats per answer token (negative: "
+        "better) over pairs (client, seed), with a 95 % interval. p: two-sided Wilcoxon signed-rank test over the "
+        "pairs, and over the clients, each averaged over its seeds. Clients of one partition are no independent draws, "
+        "so p is optimistic, over the pairs above all.",
+        ("scenario", "against", "measure", "pairs", "difference", "95 % interval", "p (pairs)", "p (clients)",
+         "wins / ties / losses"),
+        tuple(body), words=3,
+    )
+
+
+def _p(value: float) -> str:
+    return "" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _starred(values: dict[str, list[float]], scenario: Scenario, measure: Measure) -> dict[str, str]:
+    """Cells of a row or column by method; the best mean of the trained methods is starred."""
+    trained = {method: found for method, found in values.items() if found and method in scenario.trained}
+    means = {method: statistics.fmean(found) for method, found in trained.items()}
+    best = measure.best(list(means.values())) if measure.best and means else None
+    if not measure.varies:
+        values = {method: [statistics.fmean(found)] if found else [] for method, found in values.items()}
+    return {
+        method: cell(found, measure.digits) + ("*" if best is not None and means.get(method) == best else "")
+        for method, found in values.items()
+    }
+
+
+def as_markdown(made: Sequence[Sheet]) -> str:
+    """The tables in Markdown, each with its title above and its caption below."""
+    blocks = []
+    for sheet in made:
+        rule = ["---"] * sheet.words + ["---:"] * (len(sheet.head) - sheet.words)
+        lines = [_markdown_line(sheet.head), _markdown_line(rule), *map(_markdown_line, sheet.body)]
+        caption = sheet.caption.replace("*", r"\*").replace("_", r"\_")
+        blocks.append(f"### {sheet.title}\n\n" + "\n".join(lines) + f"\n\n{caption}\n")
+    return "\n".join(blocks)
+
+
+def _markdown_line(cells: Sequence[str]) -> str:
+    escaped = (text.replace("|", r"\|").replace("*", r"\*") for text in cells)
+    return "| " + " | ".join(escaped) + " |"
+
+
+def as_latex(made: Sequence[Sheet]) -> str:
+    """The tables in LaTeX; the document needs the package booktabs."""
+    blocks = []
+    for sheet in made:
+        columns = "l" * sheet.words + "r" * (len(sheet.head) - sheet.words)
+        head, *body = [" & ".join(map(latex_text, line)) + r" \\" for line in (sheet.head, *sheet.body)]
+        blocks.append("\n".join([
+            r"\begin{table}", r"\centering", rf"\caption{{\textbf{{{latex_text(sheet.title)}.}} "
+            rf"{latex_text(sheet.caption)}}}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule",
+            *body, r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
+        ]))
+    return "% needs \\usepackage{booktabs}\n" + "\n".join(blocks)
+
+
+def latex_text(text: str) -> str:
+    """Escape what LaTeX reads as a command."""
+    names = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
+             "*": r"$^{*}$", "<": "$<$", ">": "$>$"}
+    return re.sub(r"[\\~^±*<>&%$#_{}]", lambda found: names.get(found[0], "\\" + found[0]), text)
+
+
+def records(scenarios: Sequence[Scenario], reference: str) -> list[dict[str, Any]]:
+    """Every number of the tables, unrounded, with the keys of FIELDS and `values`: one per seed, of [seed, value]."""
+    listed = [record for scenario in scenarios for record in _scenario_records(scenario)]
+    for method in _all_methods(scenarios) if len(scenarios) > 1 else ():
+        values = _average([scenario.methods.get(method, ()) for scenario in scenarios])
+        if values:
+            listed.append({"table": "average", "method": method, "measure": "score", **_over_seeds(values)})
+    for line in gains(scenarios, reference):
+        told = dataclasses.asdict(line.gain)
+        listed.append({
+            "table": "gains", "scenario": line.scenario, "method": line.method, "measure": line.measure,
+            "n": told.pop("pairs"), **told,
+        })
+    return listed
+
+
+def _scenario_records(scenario: Scenario) -> Iterator[dict[str, Any]]:
+    for method, results in scenario.methods.items():
+        where = {"scenario": scenario.name, "method": method}
+
+        def line(table: str, measure: str, found: dict[int, float], client: str = "", *, where: Any = where) -> Any:
+            who = {"client": client} if client else {}
+            values = {"values": [[seed, value] for seed, value in found.items()]}
+            return {"table": table, **where, **who, "measure": measure, **_over_seeds([*found.values()]), **values}
+
+        for measure in (one.key for one in MEASURES):
+            if found := {row.seed: row.measures[measure] for row in results if measure in row.measures}:
+                yield line("methods", measure, found)
+        if method in scenario.trained:
+            yield line("methods", "rounds", {row.seed: row.rounds for row in results})
+            yield line("methods", "learning_rate", {row.seed: row.learning_rate for row in results})
+        for client in scenario.clients:
+            yield line("clients", "score", {row.seed: row.scores[client] for row in results}, client)
+            if losses := {row.seed: row.losses[client] for row in results if client in row.losses}:
+                yield line("clients", "loss", losses, client)
+
+
+def _over_seeds(values: Sequence[float]) -> dict[str, float]:
+    spread = {"sd": statistics.stdev(values)} if len(values) > 1 else {}
+    return {"mean": statistics.fmean(values), **spread, "n": len(values)}
+
+
+def as_csv(listed: Sequence[dict[str, Any]]) -> str:
+    """Records as CSV with the columns FIELDS."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(listed)
+    return file.getvalue()

@@ -1,0 +1,255 @@
+"""Tables of a comparison from made-up run folders; the expected numbers are worked out by hand."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from fedamole.errors import ConfigError, RunError
+from fedamole.reporting.comparison import Entry, Scenario, best_validation_loss, gains, read_scenarios
+from fedamole.reporting.comparison_plot import check_picture, draw
+from fedamole.reporting.gains import gain, signed_rank
+from fedamole.reporting.sheets import FIELDS, Sheet, as_csv, as_latex, as_markdown, latex_text, records, sheets
+
+Make = Callable[..., Entry]
+
+
+def row(scores: dict[str, float], losses: dict[str, float] | None = None, best_round: int | None = 1) -> dict[str, Any]:
+    values = list(scores.values())
+    mean = sum(values) / len(values)
+    spread = (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
+    clients = {name: {"score": value} | ({"loss": losses[name]} if losses else {}) for name, value in scores.items()}
+    return {"best_round": best_round, "mean": mean, "worst": min(values), "spread": spread, "clients": clients}
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Write a finished run's folder: a method with two clients, 2 rounds, 3 and 5 steps a round."""
+
+    def made(
+        method: str, seed: int, scores: dict[str, float], losses: dict[str, float] | None = None, *,
+        scenario: str = "s", probed: int | None = None, weights: str = "w", rounds: int = 2,
+    ) -> Entry:
+        folder = tmp_path / scenario / f"{method}-s{seed}"
+        folder.mkdir(parents=True)
+        losses = losses or dict.fromkeys(scores, 1.0)
+        steps = dict(zip(scores, (3, 5), strict=True))
+        lines = [
+            {"round": round_, "client": client, "split": "train", "steps": steps[client]}
+            | ({} if probed is None else {"probed": probed})
+            for round_ in range(rounds) for client in scores
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "run.json").write_text(json.dumps({"format": 1, "method": method, "base": {"weights": weights}}))
+        (folder / "manifest.json").write_text(json.dumps({"clients": sorted(scores)}))
+        (folder / "config.toml").write_text(
+            f'[run]\nname = "{method}"\nseed = {seed}\n[training]\nlearning_rate = 0.01\n'
+        )
+        ends = {"base": row(dict.fromkeys(scores, 5.0), dict.fromkeys(scores, 4.0), None)}
+        ends["majority"] = row(dict.fromkeys(scores, 6.0), None, None)
+        costs = {"bytes_down_per_client_round": 2**20, "bytes_up_per_client_round": 2**19, "peak_memory_mib": 100.0}
+        summary = {
+            "method": method, "rounds": rounds, "rows": {method: row(scores, losses), **ends},
+            "seconds_update": 7.0, "seconds_evaluate": 3.0, **costs,
+        }
+        (folder / "summary.json").write_text(json.dumps(summary))
+        return Entry(scenario, method, method, seed, folder)
+
+    return made
+
+
+@pytest.fixture
+def two(make: Make) -> list[Scenario]:
+    """Scenario s: ours 50/70 and 60/80 (means 60, 70), theirs 40/70 and 40/60 (means 55, 50)."""
+    return read_scenarios([
+        make("ours", 0, {"a": 50.0, "b": 70.0}, {"a": 1.0, "b": 2.0}),
+        make("ours", 1, {"a": 60.0, "b": 80.0}, {"a": 1.0, "b": 1.0}),
+        make("theirs", 0, {"a": 40.0, "b": 70.0}, {"a": 2.0, "b": 2.5}),
+        make("theirs", 1, {"a": 40.0, "b": 60.0}, {"a": 1.5, "b": 0.5}),
+    ])
+
+
+def table(sheet: Sheet) -> dict[str, dict[str, str]]:
+    return {line[0]: dict(zip(sheet.head[1:], line[1:], strict=True)) for line in sheet.body}
+
+
+def test_methods_of_a_scenario(two: list[Scenario]) -> None:
+    """Ours: 60 and 70, deviation sqrt(2 * 25) = 7.1; losses 1.5 and 1.0; (3 + 5) / 2 clients = 4 steps a round."""
+    found = table(sheets(two, "ours")[0])
+    assert list(found) == ["base", "majority", "ours", "theirs"]
+    assert found["ours"] == {
+        "score": "65.0 ± 7.1*", "worst client": "55.0 ± 7.1*", "spread": "10.0 ± 0.0", "loss": "1.250 ± 0.354*",
+        "best round": "1 ± 0", "steps": "4.0", "MiB down": "1.000", "MiB up": "0.500", "seconds": "10",
+        "memory MiB": "100",
+    }  # fmt: skip
+    assert found["theirs"]["score"] == "52.5 ± 3.5"
+    assert found["base"] == dict.fromkeys(found["ours"], "") | {
+        "score": "5.0", "worst client": "5.0", "spread": "0.0", "loss": "4.000",
+    }  # fmt: skip
+    assert found["majority"]["loss"] == ""
+    assert "seeds 0, 1" in sheets(two, "ours")[0].caption
+
+
+def test_clients_of_a_scenario(two: list[Scenario]) -> None:
+    found = table(sheets(two, "ours")[1])
+    assert found["a"] == {"base": "5.0", "majority": "6.0", "ours": "55.0 ± 7.1*", "theirs": "40.0 ± 0.0"}
+    assert found["b"]["theirs"] == "65.0 ± 7.1"
+    assert found["mean"]["ours"] == "65.0 ± 7.1*"
+
+
+def test_gains_over_pairs_and_clients(two: list[Scenario]) -> None:
+    """Differences a 10, 20 and b 0, 20: mean 12.5, deviation sqrt(275 / 3), t(0.975, 3) = 3.1824."""
+    score, loss = gains(two, "ours")
+    assert (score.scenario, score.method, score.measure) == ("s", "theirs", "score")
+    found = score.gain
+    assert (found.pairs, found.wins, found.ties, found.losses) == (4, 3, 1, 0)
+    assert found.mean == 12.5
+    half = 3.182446305284263 * math.sqrt(275 / 3) / 2
+    assert (found.low, found.high) == pytest.approx((12.5 - half, 12.5 + half))
+    assert found.p_pairs == stats.wilcoxon([10.0, 20.0, 0.0, 20.0]).pvalue
+    assert found.p_clients == stats.wilcoxon([15.0, 10.0]).pvalue
+    # Losses: a 1 - 2, 1 - 1.5; b 2 - 2.5, 1 - 0.5: lower is better, so three wins and a loss.
+    assert (loss.measure, loss.gain.mean, loss.gain.wins, loss.gain.losses) == ("loss", -0.375, 3, 1)
+    assert loss.gain.p_pairs == stats.wilcoxon([-1.0, -0.5, -0.5, 0.5]).pvalue
+    line = sheets(two, "ours")[-1].body[0]
+    assert line[:5] == ("s", "theirs", "score", "4", "+12.5")
+    assert line[5] == "-2.7 to +27.7"
+    assert line[-1] == "3 / 1 / 0"
+
+
+def test_six_pairs_of_one_sign_have_a_known_p() -> None:
+    """All 2^6 signs are as likely: the two extreme ones make 2 / 64."""
+    assert signed_rank([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == pytest.approx(2 / 64)
+    assert signed_rank([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]) == pytest.approx(2 / 64)
+
+
+def test_ties_and_single_pairs() -> None:
+    tied = gain({("a", 0): 0.0, ("b", 0): 0.0}, higher=True)
+    assert (tied.p_pairs, tied.p_clients, tied.ties, tied.low, tied.high) == (1.0, 1.0, 2, 0.0, 0.0)
+    single = gain({("a", 0): 3.0}, higher=True)
+    assert math.isnan(single.low)
+    assert (single.mean, single.p_pairs) == (3.0, 1.0)
+    assert math.isnan(signed_rank([1.0, math.nan]))
+
+
+def test_only_pairs_that_both_have_count_and_missing_seeds_are_named(make: Make) -> None:
+    [found] = read_scenarios([
+        make("ours", 0, {"a": 50.0, "b": 70.0}), make("ours", 1, {"a": 0.0, "b": 0.0}),
+        make("theirs", 0, {"a": 40.0, "b": 50.0}),
+    ])
+    assert gains([found], "ours")[0].gain.pairs == 2
+    assert gains([found], "ours")[0].gain.mean == 15.0
+    assert "theirs (1 of 2 seeds)" in table(sheets([found], "ours")[0])
+
+
+def test_scenarios_side_by_side(make: Make) -> None:
+    """Ours: 60 and 20 make 40 with seed 0, 70 and 40 make 55 with seed 1. Theirs lacks a scenario: no average."""
+    found = read_scenarios([
+        make("ours", 0, {"a": 50.0, "b": 70.0}), make("ours", 1, {"a": 60.0, "b": 80.0}),
+        make("theirs", 0, {"a": 50.0, "b": 60.0}),
+        make("ours", 0, {"x": 10.0, "y": 30.0}, scenario="t"), make("ours", 1, {"x": 40.0, "y": 40.0}, scenario="t"),
+    ])
+    made = {sheet.title: sheet for sheet in sheets(found, "ours")}
+    lines = table(made["methods over scenarios"])
+    assert lines["ours"] == {"s": "65.0 ± 7.1", "t": "30.0 ± 14.1", "average": "47.5 ± 10.6"}
+    assert lines["theirs"] == {"s": "55.0", "t": "", "average": ""}
+    assert lines["base"]["average"] == "5.0"
+    assert {line.scenario for line in gains(found, "ours")} == {"s"}, "one scenario alone is not pooled"
+
+
+def test_pairs_of_all_scenarios_are_pooled(make: Make) -> None:
+    """Differences 10, 20 in s and 30, 40 in t; clients of the same name in two scenarios stay two."""
+    found = read_scenarios([
+        make("ours", 0, {"a": 50.0, "b": 70.0}), make("theirs", 0, {"a": 40.0, "b": 50.0}),
+        make("ours", 0, {"a": 60.0, "b": 70.0}, scenario="t"), make("theirs", 0, {"a": 30.0, "b": 30.0}, scenario="t"),
+    ])
+    pooled = next(line.gain for line in gains(found, "ours") if line.scenario == "all scenarios")
+    assert (pooled.pairs, pooled.mean, pooled.wins) == (4, 25.0, 4)
+    assert pooled.p_clients == stats.wilcoxon([10.0, 20.0, 30.0, 40.0]).pvalue
+
+
+def test_other_data_make_no_table(make: Make) -> None:
+    entries = [make("ours", 0, {"a": 1.0, "b": 1.0}), make("theirs", 0, {"a": 1.0, "b": 1.0}, weights="other")]
+    with pytest.raises(RunError, match=r"theirs-s0 .*had different data, splits or base"):
+        read_scenarios(entries)
+
+
+def test_examples_read_forward_only_are_shown_where_a_method_has_them(make: Make) -> None:
+    [found] = read_scenarios([
+        make("ours", 0, {"a": 1.0, "b": 1.0}, probed=10), make("theirs", 0, {"a": 1.0, "b": 1.0}),
+    ])
+    lines = table(sheets([found], "ours")[0])
+    assert (lines["ours"]["probed"], lines["theirs"]["probed"]) == ("10.0", "")
+
+
+def test_rounds_that_differ_are_named_in_the_caption(make: Make) -> None:
+    [found] = read_scenarios([
+        make("ours", 0, {"a": 1.0, "b": 1.0}, rounds=2), make("theirs", 0, {"a": 1.0, "b": 1.0}, rounds=6),
+    ])
+    caption = sheets([found], "ours")[0].caption
+    assert "Rounds: ours 2, theirs 6." in caption
+    assert "Learning rate: 0.01 for all." in caption
+
+
+def test_the_choice_of_a_rate_reads_validation_at_the_best_round(make: Make) -> None:
+    """Best round 1: a has 2.0 there; b sat out after round 0 (4.0), so (2 + 4) / 2 = 3. Test is unread."""
+    path = make("ours", 0, {"a": 1.0, "b": 1.0}).path
+    told = [(-1, "base", "a", 9.0), (-1, "base", "b", 9.0), (0, "ours", "a", 8.0), (0, "ours", "b", 4.0),
+            (1, "ours", "a", 2.0), (1, "ours_ft", "b", 0.0), (2, "ours", "b", 0.1)]  # fmt: skip
+    with (path / "metrics.jsonl").open("a") as file:
+        for round_, method, client, loss in told:
+            line = {"round": round_, "split": "validation", "method": method, "client": client, "loss": loss}
+            file.write(json.dumps(line) + "\n")
+        file.write(json.dumps({"round": 1, "split": "test", "method": "ours", "client": "a", "loss": 0.0}) + "\n")
+    assert best_validation_loss(path, "ours") == 3.0
+
+
+def test_csv_parses_back(two: list[Scenario]) -> None:
+    lines = list(csv.DictReader(io.StringIO(as_csv(records(two, "ours")))))
+    assert tuple(lines[0]) == FIELDS
+    [score] = [
+        line for line in lines
+        if (line["table"], line["method"], line["measure"]) == ("methods", "ours", "score")
+    ]
+    assert (float(score["mean"]), float(score["sd"]), score["n"]) == (65.0, pytest.approx(math.sqrt(50)), "2")
+    [client] = [
+        line for line in lines
+        if (line["table"], line["method"], line["client"], line["measure"]) == ("clients", "theirs", "b", "score")
+    ]
+    assert float(client["mean"]) == 65.0
+    [difference] = [line for line in lines if line["table"] == "gains" and line["measure"] == "score"]
+    assert (float(difference["mean"]), difference["n"], difference["wins"]) == (12.5, "4", "3")
+    assert json.loads(json.dumps(records(two, "ours")))[0]["table"] == "methods"
+
+
+def test_latex_escapes() -> None:
+    assert latex_text(r"a_b & 5% ± 1* \x {y} <") == (
+        r"a\_b \& 5\% $\pm$ 1$^{*}$ \textbackslash{}x \{y\} $<$"
+    )
+    text = as_latex([Sheet("t_1", "100 %", ("m", "x"), (("a_b", "1.0"),))])
+    assert r"a\_b & 1.0 \\" in text
+    assert r"\begin{tabular}{lr}" in text
+    assert r"100 \%" in text
+
+
+def test_markdown_has_as_many_cells_in_every_line(two: list[Scenario]) -> None:
+    for block in as_markdown(sheets(two, "ours")).split("### ")[1:]:
+        lines = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({line.count("|") for line in lines}) == 1
+    assert as_markdown([Sheet("t", "", ("m",), (("a|b*",),))]).splitlines()[-3] == r"| a\|b\* |"
+
+
+def test_the_picture(two: list[Scenario], tmp_path: Path) -> None:
+    draw(tmp_path / "p.svg", two)
+    draw(tmp_path / "q.svg", two)
+    draw(tmp_path / "p.png", two)
+    assert (tmp_path / "p.svg").read_bytes() == (tmp_path / "q.svg").read_bytes()
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match=r"p\.jpeg: the name must end with"):
+        check_picture(tmp_path / "p.jpeg")
