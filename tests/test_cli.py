@@ -282,7 +282,17 @@ def test_methods(fedamole: Any) -> None:
     assert all(entry["paper"] and entry["travels"] and entry["stays"] and entry["parameters"] for entry in listed)
     text = fedamole("methods").out
     assert all(name in text for name in METHODS)
-    assert "[method] rank = 8" in text
+
+
+def test_methods_explains_one(fedamole: Any) -> None:
+    text = fedamole("methods", "ditto").out
+    assert "half each" in text, "the deviations"
+    assert "[method]\nname = \"ditto\"\nrank = 8\n" in text
+    assert "fedit" in fedamole("methods", "fedit_ft").out.lower()
+    assert [entry["name"] for entry in json.loads(fedamole("methods", "flora", "--json").out)] == ["flora"]
+    failed = fedamole("methods", "ditt0")
+    assert failed.code == 2
+    assert "did you mean 'ditto'?" in failed.line
 
 
 @pytest.mark.parametrize("as_json", [False, True])

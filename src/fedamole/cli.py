@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -224,29 +224,25 @@ def _mix(answers: list[str], most: int = 4) -> str:
 
 
 @app.command()
-def methods(as_json: AsJson = False) -> None:
-    """List the methods: paper, what travels, what stays, hyper-parameters."""
-    import dataclasses
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, to be told its round and its deviations.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the methods: paper, what travels, what stays, hyper-parameters; or explain one of them."""
+    from fedamole.config import nearest
+    from fedamole.console import one_method, several_methods
+    from fedamole.errors import ConfigError
+    from fedamole.methods import METHODS, described
 
-    from fedamole.methods import METHODS
-
-    listed: list[dict[str, Any]] = [
-        {
-            "name": name, "paper": method.paper, "travels": method.travels, "stays": method.stays,
-            "scored": method.evaluates,
-            "parameters": {field.name: field.default for field in dataclasses.fields(method)},
-        }
-        for name, method in METHODS.items()
-    ]
+    if name is not None and name not in METHODS:
+        raise ConfigError(f"there is no method {name!r}{nearest(name, METHODS)}")
+    listed = [described(known) for known in METHODS if name in (None, known)]
     if as_json:
         typer.echo(json.dumps(listed))
-        return
-    console = Console()
-    for entry in listed:
-        console.print(f"[bold]{entry['name']}[/bold]  {entry['paper']}", highlight=False)
-        console.print(f"  travels: {entry['travels']}; stays: {entry['stays']}; scored as {entry['scored']}")
-        settings = ", ".join(f"{key} = {value}" for key, value in entry["parameters"].items())
-        console.print(f"  \\[method] {settings}\n", highlight=False)
+    elif name is not None:
+        one_method(Console(), listed[0])
+    else:
+        several_methods(Console(width=None if sys.stdout.isatty() else 150), listed)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: progress bars on a terminal, plain lines elsewhere; and tables."""
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -171,3 +172,25 @@ def sizes(console: Console, clients: Sequence[Mapping[str, Any]], title: str) ->
     for client in clients:
         table.add_row(*(str(value) for value in client.values()))
     console.print(table)
+
+
+def several_methods(console: Console, listed: Sequence[Mapping[str, Any]]) -> None:
+    """A line for each method."""
+    table = Table("method", "paper", "travels", "stays", "scored", title=f"{len(listed)} methods")
+    for entry in listed:
+        table.add_row(*(entry[key] for key in ("name", "paper", "travels", "stays", "scored")))
+    console.print(table)
+    console.print("`fedamole methods NAME` explains one: its round, its deviations from the paper, its settings")
+
+
+def one_method(console: Console, entry: Mapping[str, Any]) -> None:
+    """What a method's file says of it, and its settings."""
+    console.print(f"[bold]{entry['name']}[/bold]", highlight=False)
+    console.print(escape(entry["about"]), highlight=False, soft_wrap=True)
+    for key in ("travels", "stays"):
+        console.print(f"[bold]{key}[/bold]: {entry[key]}", highlight=False)
+    console.print(f"[bold]scored[/bold]: {entry['scored']}", highlight=False)
+    console.print("\n\\[method]", highlight=False)
+    for key, value in {"name": entry["name"], **entry["parameters"]}.items():
+        text = f"# {key} is worked out" if value is None else f"{key} = {json.dumps(value)}"
+        console.print(escape(text), highlight=False)

@@ -1,5 +1,7 @@
 """One readable file per published method. METHODS is the only registry: a method is added by one line here."""
 
+import dataclasses
+import sys
 from typing import Any
 
 from fedamole.federation.method import Method
@@ -53,3 +55,15 @@ METHODS: dict[str, type[Method[Any, Any, Any, Any]]] = {
     "ditto": Ditto,
     "fedrep": FedRep,
 }
+
+
+def described(name: str) -> dict[str, Any]:
+    """What there is to say of a method: paper, what travels and stays, hyper-parameters, the text of its file."""
+    method = METHODS[name]
+    home = method.__mro__[1] if name.endswith("_ft") else method
+    return {
+        "name": name, "paper": method.paper, "travels": method.travels, "stays": method.stays,
+        "scored": method.evaluates,
+        "parameters": {field.name: field.default for field in dataclasses.fields(method)},
+        "about": (sys.modules[home.__module__].__doc__ or "").strip(),
+    }
