@@ -1,9 +1,9 @@
 """What a round costs on the wire: bytes of every method, against the numbers that have to travel.
 
-One round of every registered method at the paper's size: Llama-3.2-1B's q and v projections in 16 layers, 10 clients,
-each method's defaults (rank 8, for FedAMoLE a pool of 30 experts a module, each chosen by 2 clients), adapters in fp32.
-The method's own code writes every message and reply; no base is loaded, training hands back what it was given, and
-mean embeddings are drawn at random. `--quick` takes 2 of the 16 layers.
+The second round of every registered method (the first is special for some) at the paper's size: Llama-3.2-1B's q and v
+projections in 16 layers, 10 clients, each method's defaults (rank 8, for FedAMoLE a pool of 30 experts a module, each
+chosen by 2 clients), adapters in fp32. The method's own code writes every message and reply; no base is loaded,
+training hands back what it was given, and mean embeddings are drawn at random. `--quick` takes 2 of the 16 layers.
 
 Columns, all means per client and round: the way (down: server to client); MiB as packed; numbers that the tensors of
 the message hold, in millions, and those divided by the numbers of the client's adapter (above 1 by the mean embeddings
@@ -13,8 +13,8 @@ is names and headers); and the bytes divided by those of FedIT on the same way.
 Target: within 1 % of the minimum.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from statistics import fmean
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from measure import arguments, report
 from safetensors.torch import load
+from torch import Tensor
 
 from fedamole.federation.method import Client, ClientInfo, Method, Server, Trained
 from fedamole.federation.record import pack
@@ -59,40 +60,54 @@ class Traffic:
 
 @dataclass
 class Round:
-    """One round of a method, watched: what went down and up, and how large the clients' adapters are."""
+    """Two rounds of a method, the second watched: what went down and up, and how large the clients' adapters are."""
 
     method: Method[Any, Any, Any, Any]
     shapes: Shapes
     down: Traffic = field(default_factory=Traffic)
     up: Traffic = field(default_factory=Traffic)
     parameters: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Let the method run its round, whatever it exchanges."""
+        """Let the method run its rounds, whatever it exchanges."""
         clients = tuple(ClientInfo(f"client-{place:02d}", 1000) for place in range(CLIENTS))
-        server = Server(self.shapes, clients, SEED)
-        self.method.round(server, self.method.init(server), clients, self._ask)
+        server = Server(self.shapes, clients, SEED, width=HIDDEN)
+        state = self.method.round(server, self.method.init(server), clients, self._ask)
+        self.down, self.up = Traffic(), Traffic()
+        self.method.round(replace(server, round=1), state, clients, self._ask)
 
     def _ask(self, operation: str, messages: Mapping[str, Any]) -> dict[str, Any]:
         """Carry messages down, do the clients' work, carry the replies up."""
         replies = {}
         for name, message in messages.items():
-            client = Client(ClientInfo(name, 1000), self.shapes, SEED, 0, self._fit)
-            kept = self.method.first_keep(client)
+            client = Client(ClientInfo(name, 1000), self.shapes, SEED, 0, self._losses, self._hidden, width=HIDDEN)
             self.down.send(name, message)
-            _, replies[name], trained = getattr(self.method, operation)(client, kept, message)
+            kept = self.kept.get(name) or self.method.first_keep(client)
+            work = getattr(self.method, operation)(client, kept, message)
+            try:
+                asked = next(work)
+                while True:
+                    asked = work.send(self._fit(asked.adapter))
+            except StopIteration as end:
+                self.kept[name], replies[name], trained = end.value
             self.up.send(name, replies[name])
             self.parameters[name] = trained.adapter.parameters()
         return replies
 
     def _fit(self, adapter: Adapter) -> Trained:
         """Stand in for training and for reading the embedding split."""
-        generator, rank = torch.Generator().manual_seed(SEED), self.method.rank
-        means = {}
+        generator, means = torch.Generator().manual_seed(SEED), {}
         for module, held in expert_ids(adapter.tensors).items() if self.method.embeds else ():
-            token, *experts = torch.randn(1 + len(held), rank, generator=generator)
+            token, *experts = torch.randn(1 + len(held), self.method.rank, generator=generator)
             means[module] = MeanEmbeddings(token, dict(zip(held, experts, strict=True)))
         return Trained(adapter, steps=1, loss=0.0, embeddings=means)
+
+    def _losses(self, adapters: Sequence[Adapter], most: int) -> list[float]:
+        return [0.0] * len(adapters)
+
+    def _hidden(self, adapter: Adapter, most: int) -> Tensor:
+        return torch.zeros(most, HIDDEN)
 
 
 def lines_of(name: str, watched: Round, fedit: Round | None, size: str) -> tuple[list[list[object]], dict[str, float]]:

@@ -1,6 +1,8 @@
 """How many clients fit, and how well that is foretold."""
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +13,15 @@ from typer.testing import CliRunner
 
 from fedamole import planning
 from fedamole.cli import app
-from fedamole.experiment import plan, prepare
+from fedamole.config import load_config
+from fedamole.data.manifest import load_federation
+from fedamole.data.settings import PartitionSettings, SourceSettings
+from fedamole.errors import BaseModelError, ConfigError
+from fedamole.experiment import plan, plan_without_data, prepare
+from fedamole.methods import METHODS
+from fedamole.model.base import BaseSettings
 from fedamole.model.memory import free_bytes, group_bytes, used_bytes
+from fedamole.model.weightless import BYTES_IN_4BIT, weight_bytes, weightless_base
 
 
 def test_the_group_fills_the_free_memory(runs: Any, monkeypatch: Any) -> None:
@@ -87,3 +96,137 @@ def test_plan_and_run_say_it(runs: Any, tmp_path: Path) -> None:
     words = ["method.name=fedit", f"run.folder={tmp_path / 'run'}", "federation.rounds=1"]
     ran = CliRunner().invoke(app, ["run", str(runs.config), *words])
     assert "MiB with 2 clients in lock-step" in ran.output
+
+
+# --- without data -----------------------------------------------------------------------------------------------
+
+
+def config_without_data(folder: Path, partition: str, *words: str) -> Any:
+    """A config of data that do not exist on a base of which there is nothing but a config.json."""
+    base = folder / "shapes"
+    base.mkdir(exist_ok=True)
+    facts = {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 256,
+    }  # fmt: skip
+    (base / "config.json").write_text(json.dumps(facts))
+    path = folder / "mine.toml"
+    path.write_text(
+        '[base]\nmodel = "./shapes"\n[training]\nmax_length = 64\nlocal_steps = 7\n'
+        f'[[data.source]]\nname = "a"\npath = "nowhere.jsonl"\npartition = {partition}\n'
+    )
+    return load_config(path, words)
+
+
+TEN = '{ kind = "iid", clients = 10 }'
+
+
+@pytest.mark.parametrize("clients", [10, 50])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_is_planned_without_data(name: str, clients: int, tmp_path: Path) -> None:
+    found = plan_without_data(
+        config_without_data(tmp_path, f'{{ kind = "iid", clients = {clients} }}', f"method.name={name}")
+    )
+    assert [row["client"] for row in found.clients] == [f"a-{index:02d}" for index in range(clients)]
+    assert (found.clients_per_round, found.rounds, found.steps) == (clients, 30, 7)
+    assert found.targets == 4
+    assert found.adapter_parameters > 0
+    assert found.bytes_down > 0
+    assert found.memory_mib == pytest.approx(found.base_mib + found.mib_per_client)
+
+
+def test_without_data_is_the_plan_but_for_the_data(runs: Any) -> None:
+    """Sizes of the same run with data and base at hand; only a device is not at hand."""
+    config = runs.load("fedamole", "run.group=3")
+    full, bare = plan(config), plan_without_data(config)
+    assert sorted(row["client"] for row in bare.clients) == [row["client"] for row in full.clients]
+    for part in ("base_parameters", "targets", "adapter_parameters", "bytes_down", "group", "steps", "rounds"):
+        assert getattr(bare, part) == getattr(full, part), part
+    assert bare.memory_mib == pytest.approx(bare.base_mib + 3 * bare.mib_per_client)
+    assert "1,000 training examples for each client" in bare.assumed
+
+
+def test_a_manifest_gives_clients_and_counts(runs: Any, tmp_path: Path) -> None:
+    config = runs.load("fedit")
+    manifest = tmp_path / "m.json"
+    manifest.write_text(load_federation(config.data, Path.cwd()).manifest.to_json())
+    stored = runs.load("fedit", f"data.manifest={manifest}", "training.local_epochs=1")
+    found = plan_without_data(stored)
+    assert {row["client"]: row["train"] for row in found.clients} == {
+        row["client"]: row["train"] for row in plan(config).clients
+    }
+    assert found.steps == plan(stored).steps
+    assert found.assumed == "clients and example counts of data.manifest"
+
+
+def test_names_of_clients_without_data() -> None:
+    def names(**settings: Any) -> list[str]:
+        return planning._names_without_data(SourceSettings("s", path="p", partition=PartitionSettings(**settings)))
+
+    assert names() == ["s"]
+    assert names(kind="iid", clients=2) == ["s-00", "s-01"]
+    assert names(kind="dirichlet", by="x", alpha=0.1, clients=101)[-1] == "s-100"
+    assert len(names(kind="classes", by="x", classes_per_client=1, clients=3)) == 3
+    with pytest.raises(ConfigError, match=r"source 's': a client per value of 'x'.*data.manifest.*iid"):
+        names(kind="value", by="x")
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "told"),
+    [
+        (("method.experts=5",), ConfigError, "expert"),
+        (("training.max_length=999",), ConfigError, "training.max_length = 999: this base has 256 positions"),
+        (("base.model=some/model",), BaseModelError, "its shapes do not come with this package, which has meta-llama"),
+        (("base.targets=['w']",), BaseModelError, "no linear is called 'w'"),
+        (("evaluation.before_aggregation=true",), ConfigError, "scored before the aggregation anyway"),
+    ],
+)
+def test_what_cannot_be_planned(words: tuple[str, ...], kind: type[Exception], told: str, tmp_path: Path) -> None:
+    with pytest.raises(kind, match=re.escape(told)):
+        plan_without_data(config_without_data(tmp_path, TEN, *words))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_type": "nothing"}', '{"model_type": "t5"}'])
+def test_a_folder_without_shapes(text: str, tmp_path: Path) -> None:
+    config = config_without_data(tmp_path, TEN)
+    (tmp_path / "shapes" / "config.json").write_text(text)
+    with pytest.raises(BaseModelError, match=r"no shapes from its config.json"):
+        plan_without_data(config)
+
+
+def test_two_sources_with_a_client_of_one_name(tmp_path: Path) -> None:
+    config = config_without_data(tmp_path, TEN)
+    double = dataclasses.replace(config.data, source=(*config.data.source, SourceSettings("a-00", path="b.jsonl")))
+    with pytest.raises(ConfigError, match="client 'a-00' comes from two sources"):
+        planning.clients_without_data(double, Path.cwd())
+
+
+def test_bytes_of_the_base() -> None:
+    """Llama-3.2-1B: 1,235,814,400 weights, of which 262,668,288 are embeddings and 67,584 no matrix."""
+    base = weightless_base(BaseSettings("meta-llama/Llama-3.2-1B"), Path.cwd())
+    assert {str(weight.device) for weight in base.model.parameters()} == {"meta"}
+    assert base.max_positions == 131_072
+    assert weight_bytes(base, "none") == 2 * 1_235_814_400
+    matrices = 1_235_814_400 - 128_256 * 2048 - 33 * 2048
+    assert weight_bytes(base, "4bit") == 2 * (128_256 * 2048 + 33 * 2048) + BYTES_IN_4BIT * matrices
+
+
+def test_memory_follows_the_settings(tmp_path: Path) -> None:
+    usual, twice = (plan_without_data(config_without_data(tmp_path, TEN, *more)) for more in ((), ("run.group=2",)))
+    assert (usual.group, twice.group) == (1, 2)
+    assert twice.memory_mib - usual.memory_mib == pytest.approx(usual.mib_per_client)
+    whole = plan_without_data(config_without_data(tmp_path, TEN, "base.dtype=float32"))
+    assert whole.base_mib == pytest.approx(2 * usual.base_mib)
+    saved = plan_without_data(config_without_data(tmp_path, TEN, "base.gradient_checkpointing=true"))
+    assert saved.mib_per_client < usual.mib_per_client
+
+
+def test_the_command_says_what_it_assumes(tmp_path: Path) -> None:
+    config_without_data(tmp_path, TEN)
+    command = ["plan", str(tmp_path / "mine.toml"), "--without-data"]
+    shown = CliRunner().invoke(app, command).output
+    for told in ("10 clients", "1,000 training examples for each", "MiB on a GPU with run.group = 1", "feasible"):
+        assert told in shown
+    assert planning.NOT_INCLUDED in shown
+    as_json = json.loads(CliRunner().invoke(app, [*command, "--json"]).output)
+    assert as_json["clients"][0] == {"client": "a-00", "train": planning.ASSUMED_EXAMPLES}
