@@ -18,6 +18,7 @@ from fedamole.federation.run_folder import CONFIG, MANIFEST, RunFolder
 from fedamole.federation.worker import ClientData, Worker, client_data
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, Identity, load_base, resolve_device
+from fedamole.model.prompt import PromptSpec
 from fedamole.model.weightless import weightless_base
 from fedamole.planning import Plan, PlanWithoutData, chosen_group, clients_without_data, planned, planned_without_data
 from fedamole.reporting.tensorboard import TensorBoardMirror
@@ -81,10 +82,14 @@ def prepare(config: Config, manifest: Manifest | None = None) -> Prepared:
 
 
 def _check_length(config: Config, base: Base) -> None:
-    longest = config.training.max_length
-    if longest > base.max_positions:
+    """Refuse texts that, with the method's virtual tokens before them, are longer than the base's positions."""
+    longest, spec = config.training.max_length, config.method.spec()
+    virtual = spec.virtual_tokens if isinstance(spec, PromptSpec) else 0
+    if longest + virtual > base.max_positions:
+        what = f" and method.virtual_tokens = {virtual}" if virtual else ""
         raise ConfigError(
-            f"training.max_length = {longest}: this base has {base.max_positions} positions; lower it"
+            f"training.max_length = {longest}{what}: this base has {base.max_positions} positions; "
+            f"lower {'one of them' if virtual else 'it'}"
         )
 
 

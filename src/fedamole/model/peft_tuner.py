@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fedamole.model.amole import AdapterSpec, Drop, amole_linear
 from fedamole.model.mixer import mixer_linear
 from fedamole.model.params import expert_keys, mixer_key, new_pool, stack
+from fedamole.model.peft_gate import InstanceGate
 from fedamole.model.segments import Shares
 
 
@@ -59,6 +60,9 @@ class AmoleConfig(PeftConfig):  # type: ignore[misc]
     own_expert: int | None = field(
         default=None, metadata={"help": "The expert that a mixer with 2n - 1 logits can choose again."}
     )
+    references: list[list[float]] | None = field(
+        default=None, metadata={"help": "Hidden states that prompts are compared with, for weights by instance."}
+    )
     init_seed: int = field(default=0, metadata={"help": "Seed of fresh experts; loading overwrites them."})
 
     def __post_init__(self) -> None:
@@ -80,7 +84,7 @@ class AmoleLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A frozen linear with one AMoLE mixture per adapter name."""
 
     adapter_layer_names = ("amole_down", "amole_up")
-    other_param_names = ("specs", "experts", "own")
+    other_param_names = ("specs", "experts", "own", "gates")
 
     if TYPE_CHECKING:  # what the class has from PEFT, which carries no types
         active_adapters: Any
@@ -99,6 +103,7 @@ class AmoleLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.specs: dict[str, AdapterSpec] = {}
         self.experts: dict[str, list[int]] = {}
         self.own: dict[str, int | None] = {}
+        self.gates: dict[str, InstanceGate] = {}
         self.amole_down = nn.ParameterDict({})
         self.amole_up = nn.ParameterDict({})
         self._disable_adapters = False
@@ -106,24 +111,19 @@ class AmoleLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def update_layer(self, adapter_name: str, config: AmoleConfig, module: str) -> None:
         """Add fresh experts under `adapter_name`; module names match exactly, not as a pattern."""
-        if config.router == "instance":
-            raise ValueError(
-                "experts that are weighted by instance need the client's references: score or generate with the run "
-                "folder (`fedamole show`), or train another method for an adapter that PEFT loads"
-            )
         experts = config.expert_pattern.get(module, [])
         shapes = {module: (self.in_features, self.out_features)}
         # A draw of its own for every module, and an id always names the same one: hence the pool up to the largest id.
         generator = torch.Generator().manual_seed(config.init_seed + zlib.crc32(module.encode()))
         size = max(experts, default=-1) + 1
         pool = new_pool(shapes, config.r, size, generator)
-        if config.router == "mixer":
-            n = len(experts)
-            logits = n if config.own_expert is None else 2 * n - 1
+        if config.router != "embedding":
             keys = {key for expert in experts for key in expert_keys(module, expert)}
             pool = {key: tensor for key, tensor in pool.items() if key in keys}
-            pool[mixer_key(module)] = torch.zeros(logits, self.in_features)
             self.own[adapter_name] = config.own_expert
+        if config.router == "mixer":
+            logits = len(experts) if config.own_expert is None else 2 * len(experts) - 1
+            pool[mixer_key(module)] = torch.zeros(logits, self.in_features)
         down, up = stack(pool, module, experts)
         self.specs[adapter_name], self.experts[adapter_name] = config.spec, experts
         self.amole_down[adapter_name], self.amole_up[adapter_name] = nn.Parameter(down), nn.Parameter(up)
@@ -140,7 +140,7 @@ class AmoleLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 spec = self.specs[name]
                 drop = partial(_zeroed, share=spec.dropout) if self.training and spec.dropout else None
                 down, up = self.amole_down[name], self.amole_up[name]
-                if spec.router == "mixer":
+                if spec.router != "embedding":
                     y = self._mixed(x, y, down, up, spec, drop, name)
                 else:
                     y, _ = amole_linear(x, y, down, up, spec, drop)
@@ -149,13 +149,14 @@ class AmoleLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _mixed(
         self, x: Tensor, y: Tensor, down: Tensor, up: Tensor, spec: AdapterSpec, drop: Drop | None, name: str
     ) -> Tensor:
-        """Add the experts of an adapter with a learned mixer."""
-        own = None
+        """Add the experts of an adapter with a learned mixer, or with weights by instance."""
+        tokens, own, gates = x.numel() // x.shape[-1], None, None
+        if spec.router == "instance":
+            gates = self.gates[name].of(tokens)
         if self.own[name] is not None:
             chosen = [float(expert == self.own[name]) for expert in self.experts[name]]
             own = torch.tensor([chosen], device=x.device)
-        shares = Shares((x.numel() // x.shape[-1],), x.device)
-        return mixer_linear(x, y, down[None], up[None], spec, drop, shares, own)
+        return mixer_linear(x, y, down[None], up[None], spec, drop, Shares((tokens,), x.device), own, gates)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: experts chosen per token have no fixed weight to merge."""
@@ -181,13 +182,30 @@ class AmoleModel(BaseTuner):  # type: ignore[misc]
     ) -> None:
         if isinstance(target, AmoleLayer):
             target.update_layer(adapter_name, config, current_key)
+            self._gate(target, adapter_name, config)
             return
         layer = AmoleLayer(target)
         layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, config, current_key)
+        self._gate(layer, adapter_name, config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _gate(self, layer: AmoleLayer, adapter_name: str, config: AmoleConfig) -> None:
+        """Give a layer the adapter's one gate, where its experts are weighted by instance."""
+        if config.references is None:
+            return
+        gates: dict[str, InstanceGate] = self.__dict__.setdefault("_gates", {})
+        if adapter_name not in gates:
+            gate = gates[adapter_name] = InstanceGate(config.references, config.instance_weight)
+
+            def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if adapter_name in self.active_adapters:
+                    gate.before(model, args, kwargs)
+
+            self.model.register_forward_pre_hook(before, with_kwargs=True)
+        layer.gates[adapter_name] = gates[adapter_name]
 
 
 def register() -> None:

@@ -32,7 +32,7 @@ from fedamole.model.params import (
 from fedamole.model.prompt import PROMPT, PromptSpec, plain_prompt
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-IDENTITY, GATE = "base_identity.json", "gate.safetensors"
+IDENTITY = "base_identity.json"
 VIRTUAL = "prompt_embeddings"
 
 
@@ -44,8 +44,6 @@ def save_adapter(adapter: Adapter, folder: Path, base_name: str, identity: Ident
     }
     config, tensors = _to_peft(adapter, common)
     save_file({key: value.contiguous() for key, value in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
-    if REFERENCES in adapter.fixed:
-        save_file({REFERENCES: adapter.fixed[REFERENCES].contiguous()}, folder / GATE)
     config.save_pretrained(str(folder))
     written = json.loads((folder / CONFIG).read_text())
     if written.get("target_modules"):
@@ -69,11 +67,11 @@ def _to_peft(adapter: Adapter, common: dict[str, Any]) -> tuple[Any, dict[str, T
         return config, {VIRTUAL: prompt}
     held = expert_ids(adapter.tensors)
     if any(held.values()):
-        own = adapter.fixed.get(OWN)
+        own, seen = adapter.fixed.get(OWN), adapter.fixed.get(REFERENCES)
         config = AmoleConfig(
             **common, r=spec.rank, target_modules=list(held), alpha=spec.alpha, dropout=spec.dropout,
             dropout_kind=spec.dropout_kind, top_k=spec.top_k, expert_pattern=held, router=spec.router,
-            instance_weight=spec.instance_weight,
+            instance_weight=spec.instance_weight, references=None if seen is None else seen.tolist(),
             own_expert=None if own is None else next(iter(held.values()))[int(own.argmax())],
         )
         for module, ids in held.items():
@@ -122,7 +120,6 @@ def load_adapter(folder: Path, identity: Identity | None = None) -> Adapter:
     try:
         config = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / WEIGHTS)
-        fixed = load_file(folder / GATE) if (folder / GATE).exists() else {}
     except FileNotFoundError as error:
         missing = Path(error.filename or WEIGHTS).name
         raise RunError(f"{folder}: no personal adapter here ({missing} is missing)") from error
@@ -132,11 +129,11 @@ def load_adapter(folder: Path, identity: Identity | None = None) -> Adapter:
         if not (folder / IDENTITY).exists():
             raise BaseModelError(f"{folder}: {IDENTITY} is missing, so nobody can tell which base this adapter is for")
         identity.check(Identity(**json.loads((folder / IDENTITY).read_text())), f"the adapter in {folder}")
-    return _to_adapter(config, tensors, fixed)
+    return _to_adapter(config, tensors)
 
 
-def _to_adapter(config: dict[str, Any], tensors: dict[str, Tensor], fixed: dict[str, Tensor]) -> Adapter:
-    named: dict[str, Tensor] = {}
+def _to_adapter(config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
+    named, fixed = dict[str, Tensor](), dict[str, Tensor]()
     if config["peft_type"] == "PROMPT_TUNING":
         return Adapter(PromptSpec(config["num_virtual_tokens"]), {PROMPT: tensors[VIRTUAL]})
     if config["peft_type"] == "AMOLE":
@@ -149,6 +146,8 @@ def _to_adapter(config: dict[str, Any], tensors: dict[str, Tensor], fixed: dict[
             named.update(unstack(down, up, module, ids, spec.rank, spec.router))
             if config.get("own_expert") is not None:
                 fixed[OWN] = torch.tensor([float(expert == config["own_expert"]) for expert in ids])
+        if config.get("references"):
+            fixed[REFERENCES] = torch.tensor(config["references"])
         return Adapter(spec, named, fixed)
     spec = AdapterSpec(config["r"], config["lora_alpha"], config["lora_dropout"])
     for module in config["target_modules"]:
