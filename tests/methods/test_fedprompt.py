@@ -138,5 +138,5 @@ def test_virtual_tokens_and_text_must_fit_into_the_bases_positions(runs: Any, na
             check(longer)
     assert prepare(runs.load(name, "training.max_length=124")).clients
     assert prepare(runs.load("fedit", "training.max_length=128")).clients
-    with pytest.raises(ConfigError, match="training.max_length = 129: this base has 128 positions; lower it"):
+    with pytest.raises(ConfigError, match=r"training.max_length = 129: this base has 128 positions; lower it"):
         prepare(runs.load("fedit", "training.max_length=129"))

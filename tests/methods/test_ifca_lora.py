@@ -70,7 +70,8 @@ def test_another_seed_draws_anew() -> None:
 def test_one_b_that_is_not_0_is_enough_to_look() -> None:
     """The others' losses are those of the bare base, here 0.5: a client for whom cluster 2 is worse takes the first."""
     method = IfcaLora(rank=1)
-    tensors = {name: tensor * 0 if name.endswith("/B") else tensor for name, tensor in clusters(1, 2, 3).tensors.items()}
+    sent = clusters(1, 2, 3).tensors
+    tensors = {name: tensor * 0 if name.endswith("/B") else tensor for name, tensor in sent.items()}
     tensors[f"cluster-2/{B}"] = torch.tensor([[0.0], [1e-6]])
     assert method.choose(client(SHAPES, losses=(0.5, 0.5, 0.4)), Clusters(tensors)) == 2
     assert method.choose(client(SHAPES, losses=(0.5, 0.5, 0.6)), Clusters(tensors)) == 0

@@ -175,19 +175,29 @@ def test_option_likelihoods_equal_plain_forward_passes(base, architecture, mlp):
 @every_base
 @both_kinds
 def test_generation_is_greedy_after_prompt_and_text(base, architecture, mlp):
+    """Token by token the likeliest of a plain forward pass over [prompt embeddings; text so far], to the end token."""
     bank, bare = Bank(base(architecture)), base(architecture)
+    bank.base.tokenizer.batch_decode = lambda rows, **_: [" ".join(map(str, row.tolist())) for row in rows]
     adapters = [prompt(bank.base, mlp, seed) for seed in range(2)]
     bank.load(adapters)
     texts = [[p for p, _ in ROWS], [ROWS[0][0]]]
-    answers = generate_answers(bank, texts, 5, 10_000)
-    for adapter, part, found in zip(adapters, texts, answers, strict=True):
-        for p, text in zip(part, found, strict=True):
-            ids = list(p)
-            while len(ids) < len(p) + 5 and (len(ids) == len(p) or ids[-1] != 0):
-                ids.append(int(plain_logits(bare, plain_prompt(adapter.tensors), ids)[-1].argmax()))
-            assert text == bank.base.tokenizer.decode(ids[len(p) :], skip_special_tokens=True).strip()
-    assert answers[0][0] != answers[1][0], "the same text under two prompts"
-    assert generate_answers(bank, texts, 5, 1) == answers
+    answers, wanted = generate_answers(bank, texts, 5, 10_000), []
+    for adapter, part in zip(adapters, texts, strict=True):
+        wanted.append([])
+        for p in part:
+            new = []
+            while len(new) < 5 and 0 not in new:
+                new.append(int(plain_logits(bare, plain_prompt(adapter.tensors), [*p, *new])[-1].argmax()))
+            wanted[-1].append(" ".join(map(str, new)))
+    assert until_end(answers) == until_end(generate_answers(bank, texts, 5, 1)) == until_end(wanted)
+    if not architecture.startswith("gemma"):  # whose random weights repeat the last token, whatever comes before it
+        assert wanted[0][0] != wanted[1][0], "the same text under two prompts"
+
+
+def until_end(clients) -> list[list[list[int]]]:
+    """Ids up to the end token, 0, without what pads a batch after it."""
+    rows = [[[int(token) for token in text.split()] for text in texts] for texts in clients]
+    return [[row[: row.index(0)] if 0 in row else row for row in part] for part in rows]
 
 
 @both_kinds
@@ -252,9 +262,11 @@ def test_a_fresh_process_without_this_package_gives_the_same_logits(base, tmp_pa
 
 
 def test_the_network_by_hand():
-    """Width 2, one token (1, -2). Layer 1: weight [[1, 0], [0, 1]], bias (0, 1) -> (1, -1), ReLU (1, 0). Layer 2: weight
-    [[2, 5], [-3, 5]], bias (1, 1) -> (3, -2), ReLU (3, 0). Layer 3: weight [[1, 9], [-1, 9]], bias (0, 0) -> (3, -3), no
-    ReLU after it.
+    """Width 2, one token (1, -2), no ReLU before the first layer or after the last.
+
+    Layer 1: weight [[1, 0], [0, 1]], bias (0, 1) -> (1, -1), ReLU (1, 0).
+    Layer 2: weight [[2, 5], [-3, 5]], bias (1, 1) -> (3, -2), ReLU (3, 0).
+    Layer 3: weight [[1, 9], [-1, 9]], bias (0, 0) -> (3, -3).
     """
     layers = [[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0]], [[2.0, 5.0], [-3.0, 5.0]], [[1.0, 1.0]],
               [[1.0, 9.0], [-1.0, 9.0]], [[0.0, 0.0]]]  # fmt: skip
@@ -310,7 +322,7 @@ def test_training_lowers_the_loss_and_moves_nothing_else(base, mlp):
     trained = alone(bank, adapter, ROWS, settings)
     bank.load([trained.adapter])
     (last,) = mean_losses(bank, [ROWS], 1000)
-    assert last < 0.7 * first
+    assert last < first - 0.5
     assert trained.adapter.tensors.keys() == sent.keys()
     for name, tensor in sent.items():
         assert torch.equal(adapter.tensors[name], tensor), "the adapter that was given is left alone"

@@ -29,7 +29,7 @@ class Ditto(LoraMethod[GlobalLora, GlobalLora, OwnLora, GlobalLora]):
     weighting: Weighting = "uniform"
     """Weight of a client in the average: uniform, or by its training examples."""
     proximal: float = 0.1
-    """Weight lambda that holds the client's own LoRA near the global one (the paper tries 0.05, 0.1 and 2)."""
+    """Weight lambda that holds the client's own LoRA near the global one (the paper tries 0.05 to 2)."""
 
     paper = "Li et al., Ditto: Fair and Robust Federated Learning Through Personalization, ICML 2021, arXiv 2012.04221"
     travels = "one LoRA down, one LoRA up"
