@@ -20,6 +20,7 @@ from fedamole.federation.worker import ClientData
 from fedamole.model.base import Base
 from fedamole.model.memory import HEADROOM, free_bytes, group_bytes, used_bytes
 from fedamole.model.params import Adapter
+from fedamole.model.prompt import PromptSpec
 from fedamole.model.weightless import WeightlessBase, weight_bytes
 
 MOST_ON_CPU = 16
@@ -172,7 +173,9 @@ def _sizes(config: Config, base: Base, infos: tuple[ClientInfo, ...]) -> tuple[l
 
 
 def _group_bytes(config: Config, base: Base, group: int, adapter_parameters: int) -> int:
-    one = config.training.batch_size * config.training.max_length
+    spec = config.method.spec()
+    virtual = spec.virtual_tokens if isinstance(spec, PromptSpec) else 0
+    one = config.training.batch_size * (config.training.max_length + virtual)
     tokens = group * one
     if base.device.type == "cpu":
         tokens = min(tokens, max(one, TOKENS_AT_ONCE))

@@ -6,8 +6,9 @@ One round:
     every client trains it and sends it back (FedAvg),
     and trains a LoRA v of its own with lambda / 2 |v - w|^2 added to its loss, which it keeps;
     the server averages what came back.
-A client's model is its own v. Deviations: the two trainings share the round's steps, half each, so that a round costs
-what it costs every other method.
+A client's model is its own v.
+Deviations: the distance is that of the factors A and B; lambda is one for all, where the paper lets clients choose on
+validation data; the two trainings share the round's steps, half each, so that a round costs what every other's does.
 """
 
 from collections.abc import Generator, Mapping

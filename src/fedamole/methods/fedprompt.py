@@ -6,7 +6,8 @@ One round:
     every client trains it on its own data, the base frozen, and sends it back;
     the server averages what came back.
 Every client's model is the global prompt, scored after the aggregation; `fedprompt_ft` is scored before it.
-Deviations: prompts begin with the deviation of the base's own token embeddings. The paper's backdoor study is left out.
+Deviations: prompts are drawn from a Gaussian with the deviation of the base's own token embeddings; clients count alike
+unless `weighting` says otherwise (the paper: by their examples). The paper's backdoor study is left out.
 """
 
 from collections.abc import Mapping

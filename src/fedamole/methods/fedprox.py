@@ -5,7 +5,8 @@ One round:
     the server sends the one global LoRA w to the cohort;
     every client trains it with mu / 2 |w_k - w|^2 added to its loss, and sends it back;
     the server averages what came back.
-Deviations: the paper lets stragglers do less work; here everybody takes its steps.
+Deviations: the distance is that of the factors A and B. The paper lets stragglers do less work and draws clients by
+their amounts of data; here everybody takes its steps and the cohort is drawn evenly.
 """
 
 from collections.abc import Generator

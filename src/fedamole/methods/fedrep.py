@@ -8,7 +8,7 @@ One round:
     the server averages the bodies.
 A client's model is the global body with its own head, scored after the aggregation. Deviations: the paper's head is the
 classifier's last layer; a language model's head is frozen here, so the adapters of the upper decoder layers take its
-place. Head and body share the round's steps, half each.
+place. Head and body share the round's steps, half each (the paper: many steps for the head, few for the body).
 """
 
 import re

@@ -6,6 +6,7 @@ One round:
     the server sends the global B to the cohort;
     every client trains B and sends it back;
     the server averages the B's: with one A this is the average of the products BA, exactly.
+Deviations: the paper's noise for differential privacy is left out.
 """
 
 from collections.abc import Mapping

@@ -7,7 +7,8 @@ One round:
     the server averages within each cluster.
 A client's model is the LoRA of the cluster that fits it best, scored after the aggregation.
 Deviations: the look is at the client's examples that are set aside from training (the paper: at its training data), and
-while all LoRAs are still 0, and their losses equal, a client draws its cluster.
+while all LoRAs are still 0, and their losses equal, a client draws its cluster (the paper begins with distinct models).
+A cluster that nobody has chosen yet competes as the bare base.
 """
 
 from collections.abc import Generator, Mapping
