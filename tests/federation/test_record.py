@@ -15,6 +15,7 @@ from fedamole.federation.record import Nothing, PayloadError, non_finite, pack, 
 from fedamole.federation.worker import Private
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.params import Adapter
+from fedamole.model.prompt import PromptSpec
 
 
 @dataclass(frozen=True)
@@ -186,3 +187,15 @@ def test_a_private_state_with_and_without_an_adapter() -> None:
     assert again.trained.spec == spec
     assert again.kept["record"].numpy().tobytes() == b"bytes"
     assert unpack(Private, pack(Private(kept, None))).trained is None
+
+
+@pytest.mark.parametrize("spec", [AdapterSpec(rank=3, router="mixer"), PromptSpec(5, mlp=True)])
+def test_a_field_of_several_record_kinds_comes_back_as_its_own(spec: AdapterSpec | PromptSpec) -> None:
+    adapter = Adapter(spec, {"m/shared/A": torch.ones(3, 2)}, {"m/delta": torch.zeros(2, 2)}, ("m/shared/A",))
+    again = unpack(Adapter, pack(adapter))
+    assert again.spec == spec
+    assert type(again.spec) is type(spec)
+    assert again.frozen == ("m/shared/A",)
+    assert again.kind() == adapter.kind()
+    assert same(again.tensors, adapter.tensors)
+    assert same(again.fixed, adapter.fixed)

@@ -50,6 +50,30 @@ def test_a_report_has_loss_steps_time_and_memory(runs: Any) -> None:
             assert line["peak_memory_mib"] > 10
 
 
+@pytest.mark.parametrize(
+    ("method", "split", "looks", "most", "first"),
+    [
+        ("ifca_lora", "train", 3, 64, 1),  # each of its LoRAs, from the round on in which they differ
+        ("ifca_lora", "validation", 3, 64, 0),  # once more, to choose the model that is scored
+        ("fdlora", "validation", 10, 16, 0),  # ten pairs of weights
+    ],
+)
+def test_examples_looked_at_are_counted(
+    method: str, split: str, looks: int, most: int, first: int, runs: Any
+) -> None:
+    data = prepare(runs.load("fedit")).clients
+    lines = [json.loads(line) for line in (runs(method) / "metrics.jsonl").open()]
+    lines = [line for line in lines if line["split"] == split and line["round"] >= 0]
+    assert len(lines) == 12
+    for line in lines:
+        examples = min(most, len(data[line["client"]].embedding.rows))
+        assert line.get("probed", 0) == (looks * examples if line["round"] >= first else 0)
+
+
+def test_who_looks_at_nothing_counts_nothing(runs: Any) -> None:
+    assert "probed" not in (runs("fedit") / "metrics.jsonl").read_text()
+
+
 def test_saved_adapters_load_on_their_base_only(runs: Any) -> None:
     base = prepare(runs.load("fedamole")).base
     for method, experts in (("fedamole", True), ("fedit", False)):
