@@ -136,7 +136,7 @@ class _Group:
             return None
         rows = [{**task.fit.adapter.tensors, **task.fit.anchor} for task in self.tasks]
         centres = torch.stack([self.bank.row(place, row) for place, row in enumerate(rows)])
-        weights = torch.tensor([[task.fit.anchor_weight] for task in self.tasks])
+        weights = torch.tensor([[task.fit.anchor_weight] for task in self.tasks], dtype=torch.float64)
         return centres.to(self.bank.weights), weights.to(self.bank.weights)
 
     def step(self, step: int) -> None:

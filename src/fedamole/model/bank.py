@@ -227,11 +227,13 @@ class Bank:
         The first has `instance_weight` times the mean cosine between the prompt's last hidden state and the client's
         references, clamped to 0 .. 1; the second has the rest.
         """
-        references = self._fixed(REFERENCES, 0, self.clients)
-        if references is None or not isinstance(self.spec, AdapterSpec):
+        seen = [one.fixed[REFERENCES].float() for one in self._adapters if REFERENCES in one.fixed]
+        if not seen or not isinstance(self.spec, AdapterSpec):
             return None
+        # The mean of cosines is the product with the mean of unit vectors, however many references a client has.
+        means = torch.stack([F.normalize(rows, dim=1).mean(0) for rows in seen]).to(self.base.device)
         owner = [client for client, part in enumerate(clients) for _ in part]
-        near = F.cosine_similarity(self.last_hidden(clients)[:, None], references[owner].float(), dim=2).mean(1)
+        near = (F.normalize(self.last_hidden(clients), dim=1) * means[owner]).sum(1)
         first = (near * self.spec.instance_weight).clamp(0, 1)
         return torch.stack([first, 1 - first], dim=1)
 

@@ -1,0 +1,139 @@
+"""What a `Fit` can ask for, in float64 against a plain loop with torch's Adam written here."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tests.model.conftest import base, folder  # noqa: F401 - fixtures
+
+from fedamole.federation.local import LocalTask, fit
+from fedamole.federation.method import Fit, Trained
+from fedamole.federation.randomness import torch_generator
+from fedamole.federation.settings import TrainingSettings
+from fedamole.model.amole import AdapterSpec
+from fedamole.model.bank import Bank
+from fedamole.model.base import Base
+from fedamole.model.batch import Row, collate, token_losses
+from fedamole.model.params import Adapter, new_shared, shared_keys
+
+ROWS: dict[str, list[Row]] = {
+    "a": [((5, 9, 30), (7, 0)), ((8, 2), (41, 12, 0)), ((3, 3, 3, 60), (1, 0))],
+    "b": [((50, 19), (17, 22, 0)), ((80, 21, 4, 4), (4, 0))],
+}
+SETTINGS = TrainingSettings(local_steps=5, batch_size=2, learning_rate=1e-2, clip_norm=0.5)
+
+
+@pytest.fixture
+def bank(base: Callable[..., Base]) -> Bank:  # noqa: F811
+    opened = Bank(base())
+    opened.base.model.double()
+    return opened
+
+
+def lora(bank: Bank, seed: int) -> dict[str, torch.Tensor]:
+    """A LoRA of rank 2 whose B is not 0."""
+    draw = torch.Generator().manual_seed(seed)
+    tensors = new_shared(bank.base.shapes, 2, draw)
+    return {
+        name: (tensor if name.endswith("A") else torch.randn(tensor.shape, generator=draw) * 0.1).double()
+        for name, tensor in tensors.items()
+    }
+
+
+def plainly(bank: Bank, client: str, asked: Fit, steps: int, begun: int = 0, turn: int = 0) -> dict[str, torch.Tensor]:
+    """The same training by autograd on named tensors, with torch.optim.Adam over those that are not frozen."""
+    tensors = {name: t.clone().requires_grad_(name not in asked.adapter.frozen)
+               for name, t in asked.adapter.tensors.items()}
+    learning = [tensor for tensor in tensors.values() if tensor.requires_grad]
+    adam = torch.optim.Adam(learning, lr=SETTINGS.learning_rate)
+    rows, purpose = ROWS[client], f"order/{turn}" if turn else "order"
+    generator, queue = torch_generator(3, purpose, client, 1), []
+    for _ in range(steps):
+        while len(queue) < SETTINGS.batch_size:
+            queue += torch.randperm(len(rows), generator=generator).tolist()
+        chosen, queue = queue[: SETTINGS.batch_size], queue[SETTINGS.batch_size :]
+        batch = collate([[rows[place] for place in chosen]], bank.base.pad_id)
+        handles = [
+            bank.layers[module].register_forward_hook(added(asked.adapter.spec.scaling, tensors, module))
+            for module in bank.layers
+        ]
+        bank.load([])
+        with bank.reading(batch) as logits:
+            loss = token_losses(logits, batch.labels).mean()
+        for handle in handles:
+            handle.remove()
+        for name, centre in asked.anchor.items():
+            loss = loss + asked.anchor_weight / 2 * ((tensors[name] - centre) ** 2).sum()
+        if asked.tail_weight:
+            pairs = [[tensors[key] for key in shared_keys(module)] for module in bank.layers]
+            loss = loss + asked.tail_weight * sum(a[asked.tail :].norm() * b[:, asked.tail :].norm() for a, b in pairs)
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learning, SETTINGS.clip_norm)
+        adam.step()
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def added(scaling: float, tensors: dict[str, torch.Tensor], module: str) -> Callable[..., torch.Tensor]:
+    a, b = (tensors[key] for key in shared_keys(module))
+    return lambda _, inputs, y: y + scaling * (inputs[0] @ a.T) @ b.T
+
+
+def asked(bank: Bank, kind: str, seed: int, share: float = 1.0) -> Fit:
+    tensors = lora(bank, seed)
+    spec = AdapterSpec(rank=2, alpha=4.0, dropout=0.0, balance_weight=0.0)
+    frozen = tuple(sorted(name for name in tensors if name.endswith("A"))) if kind == "frozen" else ()
+    anchor = lora(bank, seed + 50) if kind == "anchor" else {}
+    tail = {"tail": 1, "tail_weight": 0.3} if kind == "tail" else {}
+    return Fit(Adapter(spec, tensors, frozen=frozen), share, anchor, 0.7 if anchor else 0.0, **tail)
+
+
+@pytest.mark.parametrize("kind", ["plain", "frozen", "anchor", "tail"])
+def test_equals_a_plain_loop_with_adam(kind: str, bank: Bank) -> None:
+    fits = {name: asked(bank, kind, seed) for seed, name in enumerate(ROWS)}
+    wanted = {name: plainly(bank, name, one, 5) for name, one in fits.items()}
+    tasks = [LocalTask(name, one, ROWS[name], SETTINGS.learning_rate) for name, one in fits.items()]
+    together = fit(bank, tasks, SETTINGS, seed=3, round_=1)
+    for task, found in zip(tasks, together, strict=True):
+        (alone,) = fit(bank, [task], SETTINGS, seed=3, round_=1)
+        for outcome in (found, alone):
+            assert isinstance(outcome, Trained)
+            for name, tensor in wanted[task.client].items():
+                torch.testing.assert_close(outcome.adapter.tensors[name], tensor, rtol=0, atol=1e-9)
+                if name in task.fit.adapter.frozen:
+                    assert torch.equal(outcome.adapter.tensors[name], task.fit.adapter.tensors[name])
+
+
+def test_clients_of_a_group_may_ask_for_different_things(bank: Bank) -> None:
+    """One has frozen tensors, the other an anchor and half the steps."""
+    fits = {"a": asked(bank, "frozen", 0), "b": asked(bank, "anchor", 1, share=0.4)}
+    wanted = {"a": plainly(bank, "a", fits["a"], 5), "b": plainly(bank, "b", fits["b"], 2)}
+    tasks = [LocalTask(name, one, ROWS[name], SETTINGS.learning_rate) for name, one in fits.items()]
+    for task, found in zip(tasks, fit(bank, tasks, SETTINGS, seed=3, round_=1), strict=True):
+        assert isinstance(found, Trained)
+        for name, tensor in wanted[task.client].items():
+            torch.testing.assert_close(found.adapter.tensors[name], tensor, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", range(1, 8))
+def test_shares_of_a_round_add_up(steps: int, bank: Bank) -> None:
+    settings = TrainingSettings(local_steps=steps)
+    for shares in ((0.5, 0.5), (0.25, 0.5, 0.25), (1.0,)):
+        counts, done = [], 0.0
+        for share in shares:
+            task = LocalTask("a", asked(bank, "plain", 0, share), ROWS["a"], 1e-2, done)
+            counts.append(task.steps(settings))
+            done += share
+        assert sum(counts) == steps or steps < 2 * len(shares), "a piece is at least one step"
+
+
+def test_another_turn_sees_other_batches(bank: Bank) -> None:
+    one = LocalTask("a", asked(bank, "plain", 0), ROWS["a"], SETTINGS.learning_rate)
+    (first,) = fit(bank, [one], SETTINGS, seed=3, round_=1)
+    (second,) = fit(bank, [one], SETTINGS, seed=3, round_=1, turn=1)
+    assert isinstance(first, Trained)
+    assert isinstance(second, Trained)
+    wanted = plainly(bank, "a", one.fit, 5, turn=1)
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(second.adapter.tensors[name], tensor, rtol=0, atol=1e-9)
+    assert any(not torch.equal(first.adapter.tensors[name], tensor) for name, tensor in wanted.items())

@@ -1,0 +1,75 @@
+"""Changes of the base that add up exactly, whoever was absent when."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedamole.federation.method import ClientInfo
+from fedamole.federation.stacks import Changes, Log, Merged, stacked, truncated
+
+SHAPES = {"m": (3, 4), "n": (2, 5)}
+CLIENTS = tuple(ClientInfo(name, 1) for name in "abc")
+
+
+def change(round_: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(round_)
+    return {
+        module: (torch.randn(2, d_in, generator=draw), torch.randn(d_out, 2, generator=draw))
+        for module, (d_in, d_out) in SHAPES.items()
+    }
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.sets(st.sampled_from("abc"), min_size=1), max_size=6))
+def test_everybody_ends_with_the_sum_of_all_changes(rounds: list[set[str]]) -> None:
+    """In each round some clients merge what they are sent, answer, and a change is logged; some answers are lost."""
+    log, kept = Log(Changes({})), {name: Merged.nothing(SHAPES) for name in "abc"}
+    for number, present in enumerate(rounds):
+        merged = {}
+        for place, name in enumerate(sorted(present)):
+            kept[name] = kept[name].merge(log.pending(name))
+            if place or len(present) == 1:  # the first of several merges, but its answer never arrives
+                merged[name] = kept[name].count
+        log = log.add(change(number), merged, CLIENTS)
+    for name in "abc":
+        now = kept[name].merge(log.pending(name))
+        assert now.count == len(rounds)
+        for module in SHAPES:
+            pairs = [change(number)[module] for number in range(len(rounds))]
+            wanted = sum((b @ a for a, b in pairs), torch.zeros(SHAPES[module][::-1]))
+            torch.testing.assert_close(now.deltas[f"{module}/delta"], wanted, rtol=0, atol=1e-5)
+
+
+def test_what_everybody_has_is_dropped_and_nothing_else() -> None:
+    log = Log(Changes({})).add(change(0), {}, CLIENTS).add(change(1), {"a": 1, "b": 1}, CLIENTS)
+    assert {name.split("/")[0] for name in log.changes.factors} == {"00000", "00001"}
+    log = log.add(change(2), {"a": 2, "c": 1}, CLIENTS)
+    assert {name.split("/")[0] for name in log.changes.factors} == {"00001", "00002"}
+    assert {name.split("/")[0] for name in log.pending("a").factors} == {"00002"}
+    assert {name.split("/")[0] for name in log.pending("c").factors} == {"00001", "00002"}
+
+
+def test_a_stack_is_the_weighted_mean_of_the_products() -> None:
+    """Weights 1 and 3: a quarter of one client's product, three quarters of the other's, of rank 2 though it has 1."""
+    a = {"a": torch.tensor([[1.0, 2.0]]), "b": torch.tensor([[0.0, 4.0], [2.0, 0.0]])}
+    b = {"a": torch.tensor([[4.0], [0.0]]), "b": torch.tensor([[1.0, 0.0], [0.0, 2.0]])}
+    replies = {name: {"A": a[name], "B": b[name]} for name in ("b", "a")}
+    tall, wide = stacked(replies, {"a": 1.0, "b": 3.0}, ("A", "B"))
+    assert tall.shape == (3, 2)
+    # a: [[4, 8], [0, 0]] / 4 = [[1, 2], [0, 0]];  b: [[0, 4], [4, 0]] * 3 / 4 = [[0, 3], [3, 0]]
+    assert (wide @ tall).tolist() == [[1.0, 5.0], [3.0, 0.0]]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 6), st.integers(1, 7), st.integers(0, 99))
+def test_truncation_is_the_best_of_its_rank(rank: int, stack: int, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(stack, 5, generator=draw), torch.randn(4, stack, generator=draw)
+    new_a, new_b = truncated(a, b, rank)
+    assert new_a.shape == (rank, 5)
+    assert new_b.shape == (4, rank)
+    u, s, v = torch.linalg.svd(b.double() @ a.double(), full_matrices=False)
+    wanted = u[:, :rank] @ torch.diag(s[:rank]) @ v[:rank]
+    torch.testing.assert_close((new_b @ new_a).double(), wanted, rtol=0, atol=1e-4)
+    kept = min(rank, stack, 4)
+    torch.testing.assert_close(new_a[:kept] @ new_a[:kept].T, torch.eye(kept), rtol=0, atol=1e-5)
