@@ -1,0 +1,114 @@
+"""FDLoRA: a mean first, then Nesterov momentum; a fusion that is never worse than where its search begins."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.methods.by_hand import client, driven
+
+from fedamole.errors import ConfigError
+from fedamole.federation.method import Client, ClientInfo, Server
+from fedamole.methods.fdlora import BEGINNINGS, L1, FdLora, Outer, Shared
+from fedamole.methods.fedit import GlobalLora
+from fedamole.methods.local_only import OwnLora
+from fedamole.model.params import Adapter
+
+SHAPES = {"m": (2, 2)}
+INFOS = (ClientInfo("a", 10), ClientInfo("b", 30))
+SERVER = Server(SHAPES, INFOS, seed=0)
+A = "m/shared/A"
+
+
+def one(value: float) -> GlobalLora:
+    return GlobalLora({A: torch.full((1, 2), value)})
+
+
+def value(tensors: object) -> float:
+    return float(tensors[A][0, 0])  # type: ignore[index]
+
+
+def test_a_mean_first_then_the_outer_optimiser() -> None:
+    """Personal LoRAs 1 and 3: the global one is 2. Clients return 4 and 2, a gradient of 2 - 3 = -1: momentum -1, step
+    -1 + 0.5 * -1 = -1.5, so 2 + 1.5 = 3.5. Clients return 3 and 3: gradient 0.5, momentum -0.5 + 0.5 = 0, step 0.5: 3.
+    """
+    method = FdLora(rank=1)
+    state = method.aggregate(SERVER, Outer(one(9.0).tensors, {}, False), {"a": one(1.0), "b": one(3.0)})
+    assert (value(state.tensors), state.begun) == (2.0, True)
+    state = method.aggregate(SERVER, state, {"a": one(4.0), "b": one(2.0)})
+    assert value(state.tensors) == 3.5
+    state = method.aggregate(SERVER, state, {"a": one(3.0), "b": one(3.0)})
+    assert value(state.tensors) == 3.0
+
+
+def test_the_outer_optimiser_is_torchs_sgd() -> None:
+    draw = torch.Generator().manual_seed(0)
+    method = FdLora(rank=1, outer_learning_rate=0.7, outer_momentum=0.9)
+    weight = torch.randn(1, 2, generator=draw)
+    state = Outer({A: weight}, {A: torch.zeros(1, 2)}, True)
+    parameter = torch.nn.Parameter(weight.clone())
+    sgd = torch.optim.SGD([parameter], lr=0.7, momentum=0.9, nesterov=True)
+    for _ in range(4):
+        sent = torch.randn(1, 2, generator=draw)
+        parameter.grad = parameter.detach() - sent
+        sgd.step()
+        state = method.aggregate(SERVER, state, {"a": GlobalLora({A: sent})})
+        torch.testing.assert_close(state.tensors[A], parameter.detach())
+
+
+@pytest.mark.parametrize(("begun", "round_", "personal"), [(False, 0, 7.0), (True, 1, 5.0), (True, 2, 7.0)])
+def test_the_personal_lora_is_kept_until_it_is_synchronised(begun: bool, round_: int, personal: float) -> None:
+    """First the personal LoRA (5) is trained; then the global one (2), which becomes personal every second round."""
+    method = FdLora(rank=1, sync_every=2)
+    work = method.update(client(SHAPES, round_=round_), OwnLora(one(5.0).tensors), Shared(one(2.0).tensors, begun))
+    (asked,), (kept, reply, _) = driven(work, one(7.0).tensors)
+    assert value(asked.adapter.tensors) == (2.0 if begun else 5.0)
+    assert value(kept.tensors) == personal
+    assert value(reply.tensors) == 7.0
+
+
+def searcher(best: tuple[float, float], seen: list[int]) -> Client:
+    """A client whose loss is the squared distance of the fused numbers from those of some weights: A = (w1, w2)."""
+
+    def losses(adapters: list[Adapter], most: int) -> list[float]:
+        seen.append(len(adapters))
+        assert most == 16
+        return [float(((one.tensors[A] - torch.tensor([best])) ** 2).sum()) for one in adapters]
+
+    return replace(client(SHAPES), losses=losses)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("best", [(0.9, -0.4), (-1.2, 1.3), (0.0, 1.0), (0.5, 0.5)])
+def test_the_search_finds_the_weights(best: tuple[float, float]) -> None:
+    kept, message = OwnLora({A: torch.tensor([[1.0, 0.0]])}), Shared({A: torch.tensor([[0.0, 1.0]])}, True)
+    for trials in (5, 20, 400):
+        seen: list[int] = []
+        method = FdLora(rank=1, fusion_trials=trials)
+        me = searcher(best, seen)
+        found = method.search(me, kept, message)
+        assert set(seen) == {5}
+        assert sum(seen) == trials if trials < 400 else sum(seen) <= trials  # it may end where all five agree
+
+        def score(weights: tuple[float, float], me: Client = me, method: FdLora = method) -> float:
+            (loss,) = me.losses([method.fused(kept, message, weights)], 16)
+            return loss + L1 * (abs(weights[0]) + abs(weights[1])) / 2
+
+        assert score(found) <= min(map(score, BEGINNINGS)) + 1e-6
+        if trials == 400:
+            assert score(found) <= score(best) + 0.03
+
+
+def test_the_model_is_the_fused_one_and_changes_nothing() -> None:
+    kept, message = OwnLora({A: torch.tensor([[1.0, 0.0]])}), Shared({A: torch.tensor([[0.0, 1.0]])}, True)
+    method = FdLora(rank=1)
+    model = method.personal(searcher((0.0, 1.0), []), kept, message, None)
+    assert model is not None
+    torch.testing.assert_close(model.tensors[A], torch.tensor([[0.0, 1.0]]), rtol=0, atol=0.1)
+    assert value(kept.tensors) == 1.0
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"sync_every": 0}, {"fusion_trials": 0}, {"outer_momentum": 1.0}, {"outer_learning_rate": 0.0}]
+)
+def test_wrong_values_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=r"method\.(outer_|sync_every = 0|fusion_trials = 0)"):
+        FdLora(**wrong)  # type: ignore[arg-type]

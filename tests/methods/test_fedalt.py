@@ -1,0 +1,68 @@
+"""FedALT: the rest of the world is everybody else; own LoRA and mixer are trained, it is not."""
+
+import torch
+from tests.methods.by_hand import client, driven
+
+from fedamole.federation.method import ClientInfo, Server
+from fedamole.methods.fedalt import FedAlt, RestOfWorld, SentLora
+from fedamole.model.params import expert_keys, mixer_key
+
+SHAPES = {"m": (2, 2)}
+INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
+SERVER = Server(SHAPES, INFOS, seed=0)
+A, B = "m/shared/A", "m/shared/B"
+OWN_A, OWN_B = expert_keys("m", 0)
+REST_A, REST_B = expert_keys("m", 1)
+
+
+def lora(value: float) -> SentLora:
+    return SentLora({A: torch.full((1, 2), value), B: torch.full((2, 1), value)})
+
+
+def rest(method: FedAlt, state: object, name: str) -> float:
+    return float(method.message(state, next(info for info in INFOS if info.name == name)).tensors[B][0, 0])
+
+
+def test_the_rest_of_the_world_by_hand() -> None:
+    """Of 1, 2, 6 the others' means are 4, 3.5 and 1.5; then b sends 8, and absent ones count with their last."""
+    method = FedAlt(rank=1)
+    state = method.init(SERVER)
+    assert [rest(method, state, name) for name in "abc"] == [0.0, 0.0, 0.0], "nobody has answered: it does nothing"
+    state = method.aggregate(SERVER, state, {"a": lora(1.0)})
+    assert [rest(method, state, name) for name in "abc"] == [0.0, 1.0, 1.0]
+    state = method.aggregate(SERVER, state, {"c": lora(6.0), "b": lora(2.0)})
+    assert [rest(method, state, name) for name in "abc"] == [4.0, 3.5, 1.5]
+    state = method.aggregate(SERVER, state, {"b": lora(8.0)})
+    assert [rest(method, state, name) for name in "abc"] == [7.0, 3.5, 4.5]
+
+
+def test_by_examples() -> None:
+    """For a: b (30 examples) with 2, c (20) with 6: (60 + 120) / 50 = 3.6."""
+    method = FedAlt(rank=1, weighting="examples")
+    state = method.aggregate(SERVER, method.init(SERVER), {"b": lora(2.0), "c": lora(6.0), "a": lora(100.0)})
+    assert abs(rest(method, state, "a") - 3.6) < 1e-6
+
+
+def test_own_lora_and_mixer_are_trained_and_kept_the_lora_is_sent() -> None:
+    method = FedAlt(rank=1)
+    first = method.first_keep(client(SHAPES))
+    assert not first.tensors[mixer_key("m")].any(), "both weigh the same"
+    trained = {OWN_A: torch.full((1, 2), 7.0), mixer_key("m"): torch.ones(2, 2)}
+    work = method.update(client(SHAPES), first, RestOfWorld(lora(5.0).tensors))
+    (asked,), (kept, reply, _) = driven(work, trained)
+    assert asked.adapter.spec.router == "mixer"
+    assert asked.adapter.frozen == (REST_A, REST_B)
+    assert float(asked.adapter.tensors[REST_A][0, 0]) == 5.0
+    assert set(kept.tensors) == {OWN_A, OWN_B, mixer_key("m")}
+    assert float(kept.tensors[OWN_A][0, 0]) == 7.0
+    assert reply.tensors.keys() == {A, B}
+    assert float(reply.tensors[A][0, 0]) == 7.0
+
+
+def test_the_model_is_the_own_lora_beside_the_new_rest() -> None:
+    method = FedAlt(rank=1)
+    kept = method.first_keep(client(SHAPES))
+    model = method.personal(client(SHAPES), kept, RestOfWorld(lora(9.0).tensors), None)
+    assert model is not None
+    assert float(model.tensors[REST_B][0, 0]) == 9.0
+    assert torch.equal(model.tensors[OWN_A], kept.tensors[OWN_A])
