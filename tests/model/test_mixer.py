@@ -176,7 +176,7 @@ def test_options_and_losses_agree_with_whole_forward_passes(kind: str, base: Cal
 
 
 def test_weights_by_instance_by_hand(base: Callable[..., Base]) -> None:
-    """0.8 times the mean cosine: with twice the prompt itself, with it and nothing, with its opposite (clamped at 0)."""
+    """0.8 times the mean cosine: with twice the prompt itself, with it and nothing, with its opposite (0)."""
     bank = Bank(base())
     adapter = mixture(bank.base, 1, "instance")
     bank.load([adapter])

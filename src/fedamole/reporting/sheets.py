@@ -88,6 +88,7 @@ def _list(values: Sequence[float]) -> str:
 
 
 def _clients(scenario: Scenario) -> Sheet:
+    """Every client's score: methods across, or down where they are more than the clients."""
     columns = {method: found for method, found in scenario.methods.items()}
     measure = Measure("score", "score", 1, max)
     body = []
@@ -96,11 +97,14 @@ def _clients(scenario: Scenario) -> Sheet:
         body.append((client, *_starred(values, scenario, measure).values()))
     means = {method: [result.measures["score"] for result in found] for method, found in columns.items()}
     body.append(("mean", *_starred(means, scenario, measure).values()))
+    head = ("client", *map(scenario.label, columns))
+    if len(columns) > len(scenario.clients):
+        head, *body = zip(("method", *head[1:]), *body, strict=True)
     return Sheet(
         f"{scenario.name}: clients",
         f"Test score, 0 to 100; mean ± standard deviation over seeds {_list(scenario.seeds)}; * best of the trained "
         "methods; base is the untuned model, majority a constant answer.",
-        ("client", *map(scenario.label, columns)), tuple(body),
+        head, tuple(body),
     )
 
 
