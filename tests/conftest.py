@@ -123,6 +123,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def heeding_interrupts() -> None:
+    """For `preexec_fn`: a test run in the background of a shell hands its children SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def small(method: str) -> list[str]:
     """Overrides that name a method and make it small."""
     from dataclasses import fields

@@ -22,6 +22,7 @@ from fedamole.errors import ConfigError, RunError
 from fedamole.experiment import plan
 from fedamole.reporting.comparison import best_validation_loss, read_scenarios
 from fedamole.reporting.runs import read_run
+from tests.conftest import heeding_interrupts
 
 SMALL = ["method.rank=2", "method.alpha=4", "federation.rounds=2", "training.local_steps=2",
          "evaluation.max_new_tokens=1"]  # fmt: skip
@@ -272,7 +273,7 @@ def test_the_rate_is_chosen_on_validation_and_its_run_used(write: Write, tmp_pat
 def test_an_interrupt_stops_everything_and_says_how_to_go_on(write: Write, tmp_path: Path) -> None:
     path = write(["local_only"], overrides=[*SMALL, "federation.rounds=500"])
     words = [sys.executable, "-m", "fedamole.cli", "compare", str(path)]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=heeding_interrupts)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out/tiny/*/checkpoints/*.json")) and time.monotonic() < deadline:
         assert process.poll() is None
