@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.cluster.hierarchy import fcluster, linkage
 
 from fedamole.federation.clustering import cosine_distances, silhouette_clusters
 
@@ -36,3 +39,42 @@ def around(centres: list[int], seed: int = 0) -> np.ndarray:
 def test_as_many_clusters_as_there_are(centres: list[int], most: int, labels: list[int] | None) -> None:
     found = silhouette_clusters(around(centres), most).tolist()
     assert found == labels if labels is not None else set(found) == {0, 1}
+
+
+def silhouette(distances: np.ndarray, labels: list[int]) -> float:
+    """Mean over the clients of (b - a) / max(a, b), Rousseeuw 1987: a the mean distance to the others of the own
+    cluster, b the least mean distance to another cluster; 0 for a client that is alone.
+    """
+    found = []
+    for i, own in enumerate(labels):
+        members = {k: [j for j, label in enumerate(labels) if label == k and j != i] for k in set(labels)}
+        a = float(np.mean(distances[i, members[own]])) if members[own] else 0.0
+        b = min(float(np.mean(distances[i, rest])) for k, rest in members.items() if k != own)
+        found.append((b - a) / max(a, b) if members[own] else 0.0)
+    return float(np.mean(found))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(3, 9), st.integers(2, 6), st.integers(0, 999))
+def test_the_clusters_are_those_of_average_linkage_with_the_best_silhouette(count: int, most: int, seed: int) -> None:
+    """SciPy's agglomerative clustering cut into 2, 3, .. clusters, scored by the definition."""
+    points = np.random.default_rng(seed).normal(size=(count, 3))
+    distances = np.linalg.norm(points[:, None] - points, axis=2)
+    tree = linkage(distances[np.triu_indices(count, 1)], "average")
+    cuts = [fcluster(tree, clusters, "maxclust").tolist() for clusters in range(2, min(most, count - 1) + 1)]
+    best = max(cuts, key=lambda labels: silhouette(distances, labels))
+    assert silhouette_clusters(distances, most).tolist() == [list(dict.fromkeys(best)).index(label) for label in best]
+
+
+def test_average_linkage_breaks_a_chain() -> None:
+    """0, 2, 4.1, 6.3, 8.6 on a line: by nearest ends the last would stay alone. By mean distances 0 and 2 join, 4.1 and
+    6.3 (2.2 apart), then 8.6 with these (3.4 away, where 0 and 2 are 4.2 away).
+    """
+    places = np.array([0.0, 2.0, 4.1, 6.3, 8.6])
+    assert silhouette_clusters(np.abs(places[:, None] - places), 2).tolist() == [0, 0, 1, 1, 1]
+
+
+def test_nothing_learned_is_no_error() -> None:
+    """All B's 0, as before any step: distances of 1 between all, as torch has it, and still labels from 0."""
+    zeros = [[torch.zeros(2, 1)] for _ in range(4)]
+    assert silhouette_clusters(cosine_distances(zeros, zeros), 4)[0] == 0

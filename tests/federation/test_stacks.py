@@ -58,6 +58,7 @@ def test_a_stack_is_the_weighted_mean_of_the_products() -> None:
     assert tall.shape == (3, 2)
     # a: [[4, 8], [0, 0]] / 4 = [[1, 2], [0, 0]];  b: [[0, 4], [4, 0]] * 3 / 4 = [[0, 3], [3, 0]]
     assert (wide @ tall).tolist() == [[1.0, 5.0], [3.0, 0.0]]
+    assert tall.tolist() == [[1.0, 2.0], [0.0, 4.0], [2.0, 0.0]], "by the clients' names, whoever answered first"
 
 
 @settings(deadline=None, max_examples=30)

@@ -1,5 +1,7 @@
 """FDLoRA: a mean first, then Nesterov momentum; a fusion that is never worse than where its search begins."""
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -112,3 +114,70 @@ def test_the_model_is_the_fused_one_and_changes_nothing() -> None:
 def test_wrong_values_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=r"method\.(outer_|sync_every = 0|fusion_trials = 0)"):
         FdLora(**wrong)  # type: ignore[arg-type]
+
+
+def test_means_by_examples() -> None:
+    """10 and 30 examples, 1 and 5: the first mean is 4. Then 4 and 8, mean 7: a gradient of -3, 4 + 1.5 * 3 = 8.5."""
+    method = FdLora(rank=1, weighting="examples")
+    state = method.aggregate(SERVER, Outer(one(9.0).tensors, {}, False), {"a": one(1.0), "b": one(5.0)})
+    assert value(state.tensors) == 4.0
+    assert value(method.aggregate(SERVER, state, {"a": one(4.0), "b": one(8.0)}).tensors) == 8.5
+    assert value(method.aggregate(SERVER, state, {"b": one(4.0)}).tensors) == 4.0
+
+
+@pytest.mark.parametrize("round_", [0, 3])
+def test_whoever_begins_late_begins_with_a_personal_lora(round_: int) -> None:
+    """Nobody answered before: this is everybody's first round, whatever its number."""
+    message = Shared(one(2.0).tensors, False)
+    work = FdLora(rank=1).update(client(SHAPES, round_=round_), OwnLora(one(5.0).tensors), message)
+    (asked,), (kept, _, _) = driven(work, one(7.0).tensors)
+    assert value(asked.adapter.tensors) == 5.0
+    assert value(kept.tensors) == 7.0
+
+
+def test_the_weights_are_of_the_personal_and_the_global_lora_and_of_both_factors() -> None:
+    """2 * 1 - 0.5 * 4 = 0 in A; 2 * 3 - 0.5 * 2 = 5 in B."""
+    kept = OwnLora({A: torch.full((1, 2), 1.0), "m/shared/B": torch.full((2, 1), 3.0)})
+    message = Shared({A: torch.full((1, 2), 4.0), "m/shared/B": torch.full((2, 1), 2.0)}, True)
+    fused = FdLora(rank=1).fused(kept, message, (2.0, -0.5))
+    assert fused.tensors[A].tolist() == [[0.0, 0.0]]
+    assert fused.tensors["m/shared/B"].flatten().tolist() == [5.0, 5.0]
+
+
+def landscape(loss: Callable[[float, float], float], trials: int, examples: int = 16) -> tuple[float, float]:
+    """What the search finds where the loss is a function of the weights; every point it tries is within the bounds."""
+
+    def losses(adapters: Sequence[Adapter], most: int) -> list[float]:
+        assert most == examples
+        points = [adapter.tensors[A][0].tolist() for adapter in adapters]
+        assert all(max(map(abs, point)) <= 1.5 for point in points)
+        return [loss(*point) for point in points]
+
+    kept, message = OwnLora({A: torch.tensor([[1.0, 0.0]])}), Shared({A: torch.tensor([[0.0, 1.0]])}, True)
+    method = FdLora(rank=1, fusion_trials=trials, fusion_examples=examples)
+    return method.search(replace(client(SHAPES), losses=losses), kept, message)
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+def test_the_search_keeps_a_beginning_that_is_the_best(beginning: tuple[float, float]) -> None:
+    """A hole in a plain, so narrow that only this beginning falls into it."""
+    found = landscape(lambda *point: 0.0 if math.dist(point, beginning) < 1e-6 else 9.0, 20, examples=7)
+    assert found == pytest.approx(beginning, abs=1e-6)
+
+
+def test_of_equal_losses_the_smaller_weights_win() -> None:
+    """The loss is flat, so 0.05 mean |w| decides: nothing at all."""
+    assert landscape(lambda own, shared: 1.0, 20) == (0.0, 0.0)
+
+
+def test_the_regularised_minimum_by_hand() -> None:
+    """(w1 - .8)^2 + (w2 + .4)^2 + .025 (|w1| + |w2|): 2 (w1 - .8) = -.025, 2 (w2 + .4) = .025, so .7875 and -.3875."""
+    found = landscape(lambda own, shared: (own - 0.8) ** 2 + (shared + 0.4) ** 2, 2000)
+    assert found == pytest.approx((0.7875, -0.3875), abs=0.02)
+
+
+def test_the_model_that_is_scored() -> None:
+    """After the aggregation the fused one; without a message what was trained."""
+    method, trained = FdLora(rank=1), Adapter(FdLora(rank=1).spec(), one(3.0).tensors)
+    assert method.evaluates == "aggregated"
+    assert method.personal(client(SHAPES), OwnLora(one(1.0).tensors), None, trained) is trained

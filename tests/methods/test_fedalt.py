@@ -1,10 +1,13 @@
 """FedALT: the rest of the world is everybody else; own LoRA and mixer are trained, it is not."""
 
+import pytest
 import torch
 from tests.methods.by_hand import client, driven
 
-from fedamole.federation.method import ClientInfo, Server
-from fedamole.methods.fedalt import FedAlt, RestOfWorld, SentLora
+from fedamole.errors import ConfigError
+from fedamole.federation.method import ClientInfo, Fit, Server
+from fedamole.methods.fedalt import FedAlt, OwnAndMixer, RestOfWorld, SentLora
+from fedamole.methods.fedit import FedIT
 from fedamole.model.params import expert_keys, mixer_key
 
 SHAPES = {"m": (2, 2)}
@@ -66,3 +69,29 @@ def test_the_model_is_the_own_lora_beside_the_new_rest() -> None:
     assert model is not None
     assert float(model.tensors[REST_B][0, 0]) == 9.0
     assert torch.equal(model.tensors[OWN_A], kept.tensors[OWN_A])
+
+
+def test_a_second_round_goes_on_from_what_was_kept() -> None:
+    """Own LoRA 2 and mixer 3 beside the others' 5; a whole round's steps, and only the rest is frozen."""
+    method, mixer = FedAlt(rank=1), mixer_key("m")
+    kept = OwnAndMixer({OWN_A: torch.full((1, 2), 2.0), OWN_B: torch.full((2, 1), 2.0), mixer: torch.full((2, 2), 3.0)})
+    work = method.update(client(SHAPES), kept, RestOfWorld(lora(5.0).tensors))
+    (asked,), (after, reply, _) = driven(work, {OWN_B: torch.full((2, 1), 4.0)})
+    assert asked == Fit(asked.adapter)
+    found = {name: float(tensor[0, 0]) for name, tensor in asked.adapter.tensors.items()}
+    assert found == {OWN_A: 2.0, OWN_B: 2.0, REST_A: 5.0, REST_B: 5.0, mixer: 3.0}
+    assert {name: float(tensor[0, 0]) for name, tensor in after.tensors.items()} == {OWN_A: 2.0, OWN_B: 4.0, mixer: 3.0}
+    assert {name: float(tensor[0, 0]) for name, tensor in reply.tensors.items()} == {A: 2.0, B: 4.0}
+
+
+def test_all_begin_with_fedits_lora() -> None:
+    first = FedIT(rank=2).init(SERVER).tensors
+    for name in "ab":
+        kept = FedAlt(rank=2).first_keep(client(SHAPES, name))
+        assert torch.equal(kept.tensors[OWN_A], first[A])
+        assert not kept.tensors[OWN_B].any()
+
+
+def test_no_rank_is_refused() -> None:
+    with pytest.raises(ConfigError, match="rank = 0"):
+        FedAlt(rank=0)

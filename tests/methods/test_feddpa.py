@@ -1,14 +1,16 @@
 """FedDPA: two trainings, and a model that is weighted anew for every prompt."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.methods.by_hand import client, driven
 
 from fedamole.errors import ConfigError
 from fedamole.federation.method import ClientInfo, Server
-from fedamole.methods.feddpa import FedDpa
+from fedamole.methods.feddpa import FedDpa, LocalLora
 from fedamole.methods.fedit import GlobalLora
-from fedamole.model.params import REFERENCES, expert_keys
+from fedamole.model.params import REFERENCES, Adapter, expert_keys
 
 SHAPES = {"m": (2, 2)}
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30))
@@ -56,3 +58,40 @@ def test_the_global_lora_is_averaged() -> None:
 def test_wrong_values_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=r"method\.local_weight = "):
         FedDpa(**wrong)  # type: ignore[arg-type]
+
+
+def test_absent_clients_do_not_count() -> None:
+    after = FedDpa(rank=1).aggregate(SERVER, lora(9.0), {"b": lora(4.0)})
+    assert float(after.tensors[A][0, 0]) == 4.0
+
+
+def test_the_local_lora_is_trained_with_fixed_weights_and_what_prompts_look_like_is_found_anew() -> None:
+    """In a second round there are references already: the training knows nothing of them, and new ones are found under
+    the LoRA that has just been trained, on as many prompts as asked.
+    """
+    method, looks = FedDpa(rank=1, instances=3), list[tuple[Adapter, int]]()
+
+    def last_hidden(adapter: Adapter, most: int) -> torch.Tensor:
+        looks.append((adapter, most))
+        return torch.full((most, 4), 2.0)
+
+    me = replace(client(SHAPES), last_hidden=last_hidden)
+    kept = LocalLora({LOCAL_A: torch.full((1, 2), 6.0), LOCAL_B: torch.zeros(2, 1)}, {REFERENCES: torch.ones(3, 4)})
+    work = method.update(me, kept, lora(2.0))
+    (_, second), (after, _, _) = driven(work, lora(3.0).tensors, {LOCAL_A: torch.full((1, 2), 8.0)})
+    assert not second.adapter.fixed
+    assert float(second.adapter.tensors[LOCAL_A][0, 0]) == 6.0
+    ((seen, most),) = looks
+    assert most == 3
+    assert float(seen.tensors[LOCAL_A][0, 0]) == 8.0
+    assert torch.equal(after.references[REFERENCES], torch.full((3, 4), 2.0))
+
+
+def test_before_its_first_training_a_client_weighs_both_alike_for_every_prompt() -> None:
+    """Nothing to compare with: no references, and the local LoRA is still one that does nothing."""
+    method, me = FedDpa(rank=1), client(SHAPES)
+    model = method.personal(me, method.first_keep(me), lora(5.0), None)
+    assert model is not None
+    assert not model.fixed
+    assert not model.tensors[LOCAL_B].any()
+    assert float(model.tensors[GLOBAL_A][0, 0]) == 5.0

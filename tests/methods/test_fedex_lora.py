@@ -106,7 +106,9 @@ COHORT = st.sets(st.sampled_from("abc"), min_size=1)
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.lists(st.tuples(COHORT, st.sets(st.sampled_from("abc"))), max_size=6), st.sampled_from(["uniform", "examples"]))
+@given(
+    st.lists(st.tuples(COHORT, st.sets(st.sampled_from("abc"))), max_size=6), st.sampled_from(["uniform", "examples"])
+)
 def test_every_client_has_the_exact_mean_on_top_of_all_residuals(
     rounds: list[tuple[set[str], set[str]]], weighting: Any
 ) -> None:

@@ -102,3 +102,65 @@ def test_two_clients_are_one_cluster_with_one_logit() -> None:
 def test_wrong_values_are_refused(wrong: str) -> None:
     with pytest.raises(ConfigError, match=f"method.{wrong} = 0: must be at least 1"):
         FedLease(**{wrong: 0})
+
+
+def test_by_examples() -> None:
+    """a, b, e have 10, 20 and 50: A (10 * 2 + 20 * 4 + 50 * 3) / 80 = 3.125. Then a sends 1, e 7: 360 / 60."""
+    method = FedLease(rank=1, weighting="examples")
+    state, own = warmed(method), expert_keys("m", 0)[0]
+    assert state.tensors[own].tolist() == [[3.125, 3.125]]
+    sent = {name: Returned({own: torch.full((1, 2), size), MIXER: torch.full((3, 2), size)}, 0)
+            for name, size in (("e", 7.0), ("a", 1.0))}
+    after = method.aggregate(SERVER, state, sent)
+    assert after.tensors[own].tolist() == [[6.0, 6.0]]
+    assert torch.equal(after.tensors[f"cluster-0/{MIXER}"], torch.full((3, 2), 6.0))
+    assert torch.equal(after.tensors[f"cluster-1/{MIXER}"], state.tensors[f"cluster-1/{MIXER}"])
+
+
+def test_whoever_warmed_up_in_an_earlier_round_is_remembered_and_goes_on_with_its_own_lora() -> None:
+    method = FedLease(rank=1, warmup_rounds=2)
+    first = {"a": warm(2.0, 0.1), "b": warm(4.0, 0.0), "c": warm(0.1, 3.0)}
+    state = method.aggregate(SERVER, method.init(SERVER), first)
+    kept = OwnLora(first["a"].tensors)
+    (asked,), _ = driven(method.update(client(SHAPES), kept, method.message(state, INFOS[0])), {})
+    assert asked.adapter.tensors[A].tolist() == [[2.0, 2.0]], "not the LoRA that everybody begins with"
+    assert asked.adapter.frozen == ()
+    state = method.aggregate(SERVER, state, {"a": warm(5.0, 0.1), "d": warm(0.0, 5.0)})
+    assert state.cluster == {"a": 0, "b": 0, "c": 1, "d": 1}
+    assert state.tensors[expert_keys("m", 0)[0]].tolist() == [[4.5, 4.5]], "of a what it sent last"
+
+
+def test_latecomers_take_nobodys_place() -> None:
+    """e warms up while c goes on; it joins the cluster whose B is nearest, though its A is like the other's."""
+    method = FedLease(rank=1)
+    state = warmed(method, "e")
+    late = Returned({A: torch.full((1, 2), -9.0), B: torch.tensor([[0.2], [7.0]])}, -1)
+    message = method.message(state, INFOS[2])
+    onward = {name: tensor for name, tensor in message.tensors.items() if "expert-00" not in name}
+    after = method.aggregate(SERVER, state, {"e": late, "c": Returned(onward, 1)})
+    assert after.cluster == {"a": 0, "b": 0, "c": 1, "d": 1, "e": 1}
+    assert not after.warm
+    assert all(torch.allclose(after.tensors[name], tensor) for name, tensor in state.tensors.items())
+
+
+@pytest.mark.parametrize(("most", "clusters"), [(1, 1), (2, 2), (4, 3)])
+def test_at_most_as_many_clusters_as_asked(most: int, clusters: int) -> None:
+    """Right, down and left: three clusters where three may be."""
+    sent = {"a": warm(1.0, 0.0), "b": warm(1.0, 0.1), "c": warm(0.0, 1.0), "d": warm(0.1, 1.0), "e": warm(-1.0, -0.1)}
+    method = FedLease(rank=1, most_clusters=most)
+    state = method.aggregate(SERVER, method.init(SERVER), sent)
+    assert state.clusters == clusters
+    message = method.message(state, INFOS[4])
+    assert message.tensors[MIXER].shape == (2 * clusters - 1, 2)
+    assert float(message.tensors[MIXER].abs().max()) <= 2**-0.5, "drawn like a linear of two inputs"
+    adapter = method.adapter(client(SHAPES, "e"), OwnLora({}), message)
+    assert adapter.fixed[OWN].tolist() == [float(k == message.cluster) for k in range(clusters)]
+
+
+def test_the_model_that_is_scored_is_what_is_sent_next() -> None:
+    method = FedLease(rank=1)
+    message = method.message(warmed(method), INFOS[0])
+    model = method.personal(client(SHAPES), OwnLora({}), message, None)
+    assert model is not None
+    assert method.evaluates == "aggregated"
+    assert all(torch.equal(model.tensors[name], tensor) for name, tensor in message.tensors.items())

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.methods.by_hand import client
+from tests.methods.by_hand import client, driven
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.method import ClientInfo, Fit, Server
 from fedamole.federation.record import Nothing
 from fedamole.methods.fedit import GlobalLora
-from fedamole.methods.flexlora import FlexLora, cut
+from fedamole.methods.flexlora import FlexLora, RankedLora, cut
 
 SHAPES = {"m": (2, 2)}
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
@@ -58,3 +58,54 @@ def test_cut_takes_the_first_ranks() -> None:
     part = cut(whole, 2)
     assert part[A].tolist() == [[0.0, 1.0], [2.0, 3.0]]
     assert part[B].tolist() == [[0.0, 1.0], [3.0, 4.0]]
+
+
+def test_the_lora_at_the_clients_rank_is_trained_sent_and_scored() -> None:
+    method, message = FlexLora(rank=1, alpha=3.0), GlobalLora({A: torch.ones(2, 2), B: torch.ones(2, 2)})
+    work = method.update(client(SHAPES), Nothing(), message)
+    (asked,), (kept, reply, _) = driven(work, {A: torch.full((2, 2), 7.0)})
+    assert asked == Fit(asked.adapter)
+    assert asked.adapter.frozen == ()
+    assert torch.equal(asked.adapter.tensors[A], torch.ones(2, 2))
+    assert kept == Nothing()
+    assert torch.equal(reply.tensors[A], torch.full((2, 2), 7.0))
+    assert torch.equal(reply.tensors[B], torch.ones(2, 2))
+    message = GlobalLora({A: torch.zeros(2, 2), B: torch.ones(2, 2)})
+    model = method.personal(client(SHAPES), kept, message, asked.adapter)
+    assert model is not None
+    assert not model.tensors[A].any(), "what was sent after the aggregation"
+    assert (model.spec.rank, model.spec.scaling) == (2, 3.0)
+
+
+@pytest.mark.parametrize("answered", ["abc", "bc", "c"])
+@pytest.mark.parametrize("weighting", ["uniform", "examples"])
+def test_equals_the_decomposition_of_the_dense_mean(answered: str, weighting: str) -> None:
+    """Ranks 1, 2 and 4 of two modules; each client's next LoRA is the best of its rank for the mean."""
+    server = Server({"m": (5, 6), "n": (4, 3)}, INFOS, seed=0)
+    method = FlexLora(rank=2, weighting=weighting)  # type: ignore[arg-type]
+    state, draw, weights = method.init(server), torch.Generator().manual_seed(0), server.weights(method.weighting)
+    replies = {}
+    for info in INFOS:
+        sent = method.message(state, info).tensors
+        trained = {name: torch.randn(tensor.shape, generator=draw) for name, tensor in sent.items()}
+        replies.update({info.name: GlobalLora(trained)} if info.name in answered else {})
+    after = method.aggregate(server, state, dict(reversed(replies.items())))
+    assert after.ranks == state.ranks == {"a": 1, "b": 2, "c": 4}
+    for module, (d_in, d_out) in server.shapes.items():
+        a, b = f"{module}/shared/A", f"{module}/shared/B"
+        assert after.tensors[a].shape == (4, d_in)
+        assert after.tensors[b].shape == (d_out, 4)
+        total = sum(weights[name] for name in answered)
+        parts = [(weights[name] / total, replies[name].tensors) for name in answered]
+        mean = sum(weight * part[b].double() @ part[a].double() for weight, part in parts)
+        u, s, v = torch.linalg.svd(mean, full_matrices=False)
+        for info, rank in zip(INFOS, (1, 2, 4), strict=True):
+            sent = method.message(after, info).tensors
+            found = (sent[b] @ sent[a]).double()
+            torch.testing.assert_close(found, u[:, :rank] * s[:rank] @ v[:rank], rtol=0, atol=1e-5)
+
+
+def test_what_is_sent_is_the_global_lora_cut() -> None:
+    state = RankedLora({A: torch.arange(6.0).view(3, 2), B: torch.arange(6.0).view(2, 3)}, {"a": 1, "b": 3, "c": 2})
+    assert FlexLora().message(state, INFOS[0]).tensors[A].tolist() == [[0.0, 1.0]]
+    assert FlexLora().message(state, INFOS[2]).tensors[B].tolist() == [[0.0, 1.0], [3.0, 4.0]]

@@ -5,7 +5,7 @@ import torch
 from tests.methods.by_hand import client, driven
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.method import ClientInfo, Fit, Server
 from fedamole.federation.record import Nothing
 from fedamole.methods.fedit import GlobalLora
 from fedamole.methods.flexlora import RankedLora
@@ -65,3 +65,62 @@ def test_one_rank_is_never_pruned() -> None:
 def test_values_that_cannot_prune_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=r"method.tail_weight = .* method.pruned_to = "):
         HetLora(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("rank", "pruned_to", "tail"),
+    [(2, 0.99, 1), (4, 0.99, 3), (4, 0.5, 2), (5, 0.5, 2), (8, 0.7, 5), (2, 0.1, 1), (200, 0.99, 198)],
+)
+def test_the_tail_is_that_of_the_clients_own_rank(rank: int, pruned_to: float, tail: int) -> None:
+    """gamma r_k, rounded down, but at least one rank is kept; the method's own rank is 16."""
+    method, message = HetLora(rank=16, pruned_to=pruned_to), lora(*[1.0] * rank)
+    (asked,), (_, reply, _) = driven(method.update(client(SHAPES), Nothing(), message), lora(*[0.5] * rank).tensors)
+    assert asked == Fit(asked.adapter, tail=tail, tail_weight=0.001)
+    assert asked.adapter.frozen == ()
+    assert reply.tensors[A].tolist() == [[0.5, 0.0]] * tail, "the trained ranks before the tail"
+    assert reply.tensors[B].tolist() == [[0.5] * tail, [0.0] * tail]
+
+
+def two(first: float, second: float) -> GlobalLora:
+    """Two modules of rank 2 whose last ranks have these norms: |A[1:]| = 5 times |B[:, 1:]| = a fifth of it."""
+    tensors = {}
+    for module, size in (("m", first), ("n", second)):
+        tensors[f"{module}/shared/A"] = torch.tensor([[9.0, 9.0], [3.0, 4.0]])
+        tensors[f"{module}/shared/B"] = torch.tensor([[9.0, 0.0], [9.0, size / 5]])
+    return GlobalLora(tensors)
+
+
+@pytest.mark.parametrize(("after", "rank"), [((12.0, 2.0), 1), ((2.0, 19.0), 2), ((7.9, 8.0), 1), ((8.1, 8.0), 2)])
+def test_all_modules_are_pruned_together(after: tuple[float, float], rank: int) -> None:
+    """The tail's norms were 10 and 6, 16 together, and it counts what they are together."""
+    shapes, message = {"m": (2, 2), "n": (2, 2)}, two(10.0, 6.0)
+    assert tail_norm(message.tensors, shapes, 1) == pytest.approx(16.0)
+    _, (_, reply, _) = driven(HetLora(rank=2).update(client(shapes), Nothing(), message), two(*after).tensors)
+    assert {len(reply.tensors[f"{module}/shared/A"]) for module in shapes} == {rank}
+
+
+def test_the_weight_is_the_norm_of_all_products_together() -> None:
+    """a: two ranks that cancel in part, [[3, 0], [4, 0]] and 12 in the other module: 13. b: 39, three times that."""
+    server = Server({"m": (2, 2), "n": (1, 1)}, INFOS, seed=0)
+    first = {A: torch.tensor([[1.0, 0.0], [1.0, 0.0]]), B: torch.tensor([[5.0, -2.0], [4.0, 0.0]])}
+    first |= {"n/shared/A": torch.tensor([[12.0], [0.0]]), "n/shared/B": torch.tensor([[1.0, 0.0]])}
+    second = {A: torch.tensor([[5.0, 0.0]]), B: torch.tensor([[0.0], [0.0]])}
+    second |= {"n/shared/A": torch.tensor([[39.0]]), "n/shared/B": torch.tensor([[1.0]])}
+    before = {name: torch.full_like(tensor, 50.0) for name, tensor in first.items()}
+    state = RankedLora(before, {"a": 2, "b": 2, "c": 4})
+    after = HetLora().aggregate(server, state, {"a": GlobalLora(first), "b": GlobalLora(second)})
+    assert after.tensors[A].tolist() == [[4.0, 0.0], [0.25, 0.0]]
+    assert after.tensors[B].tolist() == [[1.25, -0.5], [1.0, 0.0]]
+    assert after.tensors["n/shared/A"].tolist() == [[32.25], [0.0]]
+    assert after.ranks == {"a": 2, "b": 1, "c": 4}, "b has pruned, c is absent"
+
+
+def test_each_client_is_sent_its_ranks_and_scored_on_them() -> None:
+    method, state = HetLora(rank=4, alpha=8.0), RankedLora(lora(3.0, 2.0, 1.0).tensors, {"a": 1, "b": 3})
+    assert HetLora(rank=4).init(SERVER).ranks == {"a": 2, "b": 4}
+    assert HetLora(ranks=(3,)).init(SERVER).ranks == {"a": 3, "b": 3}
+    for info, rank in zip(INFOS, (1, 3), strict=True):
+        model = method.personal(client(SHAPES), Nothing(), method.message(state, info), None)
+        assert model is not None
+        assert model.tensors[A][:, 0].tolist() == [3.0, 2.0, 1.0][:rank]
+        assert (model.spec.rank, model.spec.scaling) == (rank, 2.0)

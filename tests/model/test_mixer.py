@@ -1,18 +1,21 @@
 """LoRA experts weighted by a learned mixer or by given weights, against a loop over experts written here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 
 import fedamole  # noqa: F401 - makes the adapter type known to PEFT
+from fedamole.evaluation.generation import generate_answers
 from fedamole.evaluation.likelihood import mean_losses, option_losses
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base
-from fedamole.model.batch import Row, collate, token_losses
+from fedamole.model.batch import Ids, Row, collate, token_losses
 from fedamole.model.mixer import mixed, mixer_linear
 from fedamole.model.params import OWN, REFERENCES, Adapter, delta_key, expert_keys, mixer_key, new_shared, shared_keys
 from fedamole.model.pretrained import load_adapter, save_adapter
@@ -186,3 +189,194 @@ def test_weights_by_instance_by_hand(base: Callable[..., Base]) -> None:
         found = bank.gates([[(5, 9, 30)]])
         assert found is not None
         assert found[0].tolist() == pytest.approx([weight, 1 - weight], abs=1e-5)
+
+
+# --- several clients, uneven, and given weights ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (2, 7, 3), (5, 0, 1)])
+@pytest.mark.parametrize("kind", ["softmax", "own", "gates"])
+def test_each_client_is_weighted_by_its_own(kind: str, lengths: tuple[int, ...]) -> None:
+    """Three clients' tokens in one tensor, outputs and all gradients, against the loop client by client."""
+    n, logits = 3, {"softmax": 3, "own": 5, "gates": 0}[kind]
+    leaves = [draw(sum(lengths), D_IN, seed=1), draw(3, logits + n * R, D_IN, seed=2), draw(3, n * R, D_OUT, seed=3)]
+    base_out, gates = draw(sum(lengths), D_OUT, seed=4), draw(sum(lengths), n, seed=5).abs()
+    own, results = (2, 0, 1), []
+    for loop in (True, False):
+        x, down, up = (leaf.clone().requires_grad_() for leaf in leaves)
+        if loop:
+            parts = []
+            for c, (tokens, y, g) in enumerate(
+                zip(x.split(lengths), base_out.split(lengths), gates.split(lengths), strict=True)
+            ):
+                a, b = down[c, logits:].split(R), [part.T for part in up[c].split(R)]
+                if not len(tokens):
+                    parts.append(y)
+                elif kind == "gates":
+                    added = [3.0 * g[:, [i]] * (tokens @ a[i].T @ b[i].T) for i in range(n)]
+                    parts.append(y + sum(added))
+                else:
+                    parts.append(by_loop(tokens, y, down[c, :logits], [*a], b, own[c] if kind == "own" else None))
+            y = torch.cat(parts)
+        else:
+            one_hot = torch.eye(n, dtype=torch.float64)[list(own)] if kind == "own" else None
+            given = gates if kind == "gates" else None
+            y = mixer_linear(x, base_out, down, up, SPEC, None, Shares(lengths), one_hot, given)
+        (y**2).sum().backward()
+        results.append([y.detach(), x.grad, down.grad, up.grad])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
+
+
+def test_experts_see_dropped_inputs_the_mixer_all_of_them() -> None:
+    """The first input is dropped, of the mixer's logits nothing is; what is left is scaled by 1 / (1 - 0.5)."""
+    spec = AdapterSpec(rank=1, alpha=1.0, dropout=0.5, router="mixer")
+    x, w = torch.tensor([[1.0, 1.0]]), torch.tensor([[torch.log(torch.tensor(3.0)), 0.0], [0.0, 0.0]])
+    a, b = torch.tensor([[10.0, 1.0], [10.0, 2.0]]), torch.tensor([[1.0], [1.0]])
+
+    def drop(values: torch.Tensor) -> torch.Tensor:
+        return values * torch.tensor([0.0, 1.0])
+
+    y = mixer_linear(x, torch.zeros(1, 1), torch.cat([w, a])[None], b[None], spec, drop, Shares((1,)))
+    assert y.item() == pytest.approx(2 * (0.75 * 1 + 0.25 * 2))  # weights 3 : 1
+
+
+# --- the whole base against hooks written here ----------------------------------------------------------------
+
+
+@contextmanager
+def hooked(base: Base, adapter: Adapter, gates: tuple[float, float] | None = None) -> Iterator[None]:
+    """A plain base whose linears add the experts of an adapter, one after the other."""
+    spec: Any = adapter.spec
+
+    def hook(module: str) -> Callable[..., torch.Tensor]:
+        held = [name for name in adapter.tensors if name.startswith(f"{module}/expert-") and name.endswith("A")]
+
+        def add(_: Any, inputs: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
+            x = inputs[0]
+            for expert in range(len(held)):
+                a, b = (adapter.tensors[key].to(x) for key in expert_keys(module, expert))
+                weight: Any = None if gates is None else gates[expert]
+                if weight is None:
+                    p = torch.softmax(x @ adapter.tensors[mixer_key(module)].to(x).T, -1)
+                    best = p.topk(len(held), -1).indices
+                    p = torch.where((torch.arange(p.shape[-1]) == best[..., None]).any(-2), p, 0.0)
+                    p = p / p.sum(-1, keepdim=True)
+                    weight = p[..., [expert]]
+                    if OWN in adapter.fixed and adapter.fixed[OWN][expert]:
+                        weight = weight + p[..., len(held) :].sum(-1, keepdim=True)
+                y = y + spec.scaling * weight * (x @ a.T @ b.T)
+            return y
+
+        return add
+
+    handles = [base.model.get_submodule(module).register_forward_hook(hook(module)) for module in base.shapes]
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("kind", ["softmax of two", "own expert again"])
+def test_a_bank_equals_hooks_on_a_plain_base(kind: str, base: Callable[..., Base]) -> None:
+    bank, plain = Bank(base()), base()
+    for opened in (bank.base, plain):
+        opened.model.double()
+    adapters = [KINDS[kind](plain, seed) for seed in (1, 2)]
+    found = logits_of(bank, adapters, ROWS, True)
+    wanted = []
+    for adapter, rows in zip(adapters, ROWS, strict=True):
+        with hooked(plain, adapter):
+            for prompt, answer in rows:
+                wanted.append(plain.model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1])
+    torch.testing.assert_close(found, torch.cat(wanted), rtol=0, atol=1e-9)
+
+
+def instances(base: Base, seed: int, references: int) -> Adapter:
+    """Weighted by instance, with as many references, near the prompts so that no weight is 0."""
+    one, bank = mixture(base, seed, "instance"), Bank(base)
+    bank.load([one])
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(3, 200, (4,), generator=generator).tolist() for _ in range(references)]
+    return Adapter(one.spec, one.tensors, {REFERENCES: bank.last_hidden([prompts])})
+
+
+def weighed(plain: Base, adapter: Adapter, prompt: Ids) -> tuple[float, float]:
+    """0.8 times the mean cosine of the prompt's last hidden state, under the first expert alone, and the rest."""
+    with hooked(plain, adapter, (1.0, 0.0)):
+        hidden = plain.model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0, -1]
+    seen = adapter.fixed[REFERENCES]
+    cosines = [float(hidden @ row / hidden.norm() / row.norm()) for row in seen]
+    first = min(max(0.8 * sum(cosines) / len(cosines), 0.0), 1.0)
+    return first, 1 - first
+
+
+PROMPTS: list[list[Ids]] = [[(5, 9, 30), (8, 2, 77, 31, 4)], [(50, 19, 3, 3)]]
+
+
+def with_references(base: Callable[..., Base], *counts: int) -> tuple[Bank, Base, list[Adapter]]:
+    """A bank, a plain base, and clients with these numbers of references."""
+    adapters = [instances(base(), seed, count) for seed, count in enumerate(counts, start=1)]
+    return Bank(base()), base(), adapters
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("counts", [(3, 3), (1, 5)])
+def test_every_prompt_is_weighed_by_its_own_clients_references(
+    counts: tuple[int, int], packed: bool, base: Callable[..., Base], monkeypatch: Any
+) -> None:
+    """Clients may have seen as few prompts as their splits hold."""
+    bank, plain, adapters = with_references(base, *counts)
+    monkeypatch.setattr(bank, "packs", packed)
+    pairs = [(adapter, prompt) for adapter, part in zip(adapters, PROMPTS, strict=True) for prompt in part]
+    wanted = [weighed(plain, adapter, prompt) for adapter, prompt in pairs]
+    assert len({round(first, 3) for first, _ in wanted}) == 3
+    bank.load(adapters)
+    torch.testing.assert_close(bank.gates(PROMPTS), torch.tensor(wanted), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_losses_options_and_answers_are_weighed_by_the_prompt(
+    packed: bool, base: Callable[..., Base], monkeypatch: Any
+) -> None:
+    """Whole forward passes of a plain base with the prompt's weights, also for the tokens of the answer."""
+    bank, plain, adapters = with_references(base, 2, 4)
+    monkeypatch.setattr(bank, "packs", packed)
+    options: list[Ids] = [(7, 0), (7, 8, 0), (41, 12, 0), (99, 98, 97, 0)]
+    wanted_losses, wanted_answers = [], []
+    for adapter, part in zip(adapters, PROMPTS, strict=True):
+        for prompt in part:
+            with hooked(plain, adapter, weighed(plain, adapter, prompt)):
+                found = []
+                for option in options:
+                    logits = plain.model(torch.tensor([[*prompt, *option]])).logits[0, len(prompt) - 1 : -1]
+                    found.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor(option))))
+                wanted_losses.append(found)
+                tokens = list(prompt)
+                while len(tokens) < len(prompt) + 6 and (len(tokens) == len(prompt) or tokens[-1] != 0):
+                    tokens.append(int(plain.model(torch.tensor([tokens])).logits[0, -1].argmax()))
+                wanted_answers.append(plain.tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True).strip())
+    bank.load(adapters)
+    by_option = option_losses(bank, [[(prompt, options) for prompt in part] for part in PROMPTS], 4096)
+    for mine, theirs in zip([row for part in by_option for row in part], wanted_losses, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
+    rows = [[(prompt, options[1]) for prompt in part] for part in PROMPTS]
+    means = [(wanted_losses[0][1] + wanted_losses[1][1]) / 2, wanted_losses[2][1]]
+    assert mean_losses(bank, rows, 4096) == pytest.approx(means, abs=1e-4)
+    answers = generate_answers(bank, PROMPTS, 6, 4096)
+    assert [answer for part in answers for answer in part] == wanted_answers
+
+
+@pytest.mark.parametrize("weight", [0.5, 0.3])
+def test_in_training_the_weights_are_fixed(weight: float, base: Callable[..., Base]) -> None:
+    bank, plain = Bank(base()), base()
+    one = mixture(plain, 1, "instance")
+    adapter = Adapter(AdapterSpec(rank=R, alpha=4.0, router="instance", instance_weight=weight), one.tensors)
+    found = logits_of(bank, [adapter, adapter], ROWS, True)
+    wanted = []
+    with hooked(plain, adapter, (weight, 1 - weight)):
+        for prompt, answer in (row for part in ROWS for row in part):
+            wanted.append(plain.model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1])
+    torch.testing.assert_close(found, torch.cat(wanted), rtol=0, atol=1e-4)
