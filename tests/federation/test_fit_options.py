@@ -83,12 +83,13 @@ def asked(bank: Bank, kind: str, seed: int, share: float = 1.0) -> Fit:
     tensors = lora(bank, seed)
     spec = AdapterSpec(rank=2, alpha=4.0, dropout=0.0, balance_weight=0.0)
     frozen = tuple(sorted(name for name in tensors if name.endswith("A"))) if kind == "frozen" else ()
-    anchor = lora(bank, seed + 50) if kind == "anchor" else {}
+    anchor = lora(bank, seed + 50) if kind in ("anchor", "anchor of B") else {}
+    anchor = {name: t for name, t in anchor.items() if name.endswith("B") or kind == "anchor"}
     tail = {"tail": 1, "tail_weight": 0.3} if kind == "tail" else {}
     return Fit(Adapter(spec, tensors, frozen=frozen), share, anchor, 0.7 if anchor else 0.0, **tail)
 
 
-@pytest.mark.parametrize("kind", ["plain", "frozen", "anchor", "tail"])
+@pytest.mark.parametrize("kind", ["plain", "frozen", "anchor", "anchor of B", "tail"])
 def test_equals_a_plain_loop_with_adam(kind: str, bank: Bank) -> None:
     fits = {name: asked(bank, kind, seed) for seed, name in enumerate(ROWS)}
     wanted = {name: plainly(bank, name, one, 5) for name, one in fits.items()}

@@ -50,7 +50,7 @@ class LocalTask:
     """Share of the round's steps that earlier pieces of training took."""
 
     def steps(self, settings: TrainingSettings) -> int:
-        """Optimiser steps of this piece of training: those of a round's pieces add up to the round's."""
+        """Optimiser steps of this piece of training, at least 1: those of a round's pieces add up to the round's."""
         steps = settings.steps(len(self.rows))
         return max(1, round((self.done + self.fit.share) * steps) - round(self.done * steps))
 
@@ -131,13 +131,19 @@ class _Group:
         return torch.stack([self.bank.row(place, row) for place, row in enumerate(rows)]).to(self.bank.weights)
 
     def _anchors(self) -> tuple[Tensor, Tensor] | None:
-        """Centres (C, P) and weights (C, 1) of the proximal terms; None where there are none."""
+        """Centres and weights of the proximal terms, (C, P) each, 0 for what has none; None where nobody has any."""
         if not any(task.fit.anchor for task in self.tasks):
             return None
-        rows = [{**task.fit.adapter.tensors, **task.fit.anchor} for task in self.tasks]
-        centres = torch.stack([self.bank.row(place, row) for place, row in enumerate(rows)])
-        weights = torch.tensor([[task.fit.anchor_weight] for task in self.tasks], dtype=torch.float64)
-        return centres.to(self.bank.weights), weights.to(self.bank.weights)
+        centres, weights = [], []
+        for place, asked in enumerate(task.fit for task in self.tasks):
+            tensors = asked.adapter.tensors
+            pull = {name: asked.anchor_weight if name in asked.anchor else 0.0 for name in tensors}
+            centres.append(self.bank.row(place, {**tensors, **asked.anchor}))
+            weights.append(
+                self.bank.row(place, {name: torch.full_like(t, pull[name], dtype=torch.float64)
+                                      for name, t in tensors.items()})
+            )
+        return torch.stack(centres).to(self.bank.weights), torch.stack(weights).to(self.bank.weights)
 
     def step(self, step: int) -> None:
         """Take one optimiser step for every client that is still at work."""

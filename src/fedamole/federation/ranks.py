@@ -12,10 +12,17 @@ from fedamole.model.amole import AdapterSpec
 class RankedMethod(LoraMethod[S, D, K, U]):
     """A method whose clients have ranks of their own; the scaling alpha / rank is the same for all."""
 
+    ranks: tuple[int, ...] = ()
+    """Ranks given to the clients in turn, by name; what empty means is the method's."""
+
+    def __post_init__(self) -> None:
+        """Refuse ranks that are none."""
+        super().__post_init__()
+        if self.ranks and min(self.ranks) < 1:
+            raise ConfigError(f"method.ranks = {list(self.ranks)}: ranks must be at least 1")
+
     def in_turn(self, clients: Sequence[ClientInfo], ranks: Sequence[int]) -> dict[str, int]:
         """Give ranks to the clients in turn, in the order of their names."""
-        if min(ranks) < 1:
-            raise ConfigError(f"method.ranks = {list(ranks)}: ranks must be at least 1")
         return {client.name: ranks[place % len(ranks)] for place, client in enumerate(clients)}
 
     def spec_of(self, rank: int) -> AdapterSpec:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fedamole.federation.method import ClientInfo
 from fedamole.model.params import Shapes, delta_key
@@ -69,7 +70,7 @@ class Merged:
             if factor == "A" and int(number) >= self.count:
                 a, b = changes.factors[name], changes.factors[f"{number}/{module}/B"]
                 deltas[delta_key(module)] = deltas[delta_key(module)] + b @ a
-        return Merged(deltas, changes.count)
+        return Merged(deltas, max(self.count, changes.count))
 
 
 def _number(name: str) -> int:
@@ -94,12 +95,14 @@ def truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Best factors of a rank for the product B A (d_out, d_in) of stacked factors: A = V^T, B = U S, in float32.
 
     Computed on the R x R core of two QR decompositions in float64: the product itself is never formed. Where the
-    product has fewer dimensions than `rank`, the rest is zero.
+    product has fewer dimensions than `rank`, B's rest is 0 and A's orthonormal to what is there, so that it can learn.
     """
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().T)
     u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    kept, missing = slice(0, rank), max(0, rank - len(s))
-    new_a = torch.nn.functional.pad((q_a @ v.T).T[kept], (0, 0, 0, missing))
-    new_b = torch.nn.functional.pad((q_b @ u * s)[:, kept], (0, missing))
+    right, missing = q_a @ v.T, max(0, rank - len(s))
+    if missing:
+        right = torch.cat([right, torch.linalg.qr(right, mode="complete").Q[:, right.shape[1] :]], dim=1)
+    new_a = F.pad(right.T[:rank], (0, 0, 0, max(0, rank - right.shape[1])))
+    new_b = F.pad((q_b @ u * s)[:, :rank], (0, missing))
     return new_a.float(), new_b.float()

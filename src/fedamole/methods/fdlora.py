@@ -10,7 +10,8 @@ Every later round:
 A client's model is w1 times its personal plus w2 times the global LoRA (factor by factor, as in LoraHub), with weights
 found without gradients on a few of its examples: the loss plus 0.05 mean |w|, within -1.5 .. 1.5.
 Deviations: the search is SciPy's differential evolution, a whole population in one pass, begun at the personal and the
-global LoRA, their sum, their mean and nothing; its examples are those set aside from training.
+global LoRA, their sum, their mean and nothing; its examples are those set aside from training. Whoever misses round 0
+has a personal LoRA that does nothing until it is synchronised.
 """
 
 from collections.abc import Generator, Mapping

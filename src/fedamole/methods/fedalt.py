@@ -7,8 +7,8 @@ One round:
     over the two for each token;
     it keeps both and sends its LoRA back.
 A client's model is its own LoRA, its mixer and the rest of the world, scored after the aggregation.
-Deviations: before anybody has answered the rest of the world is a LoRA that does nothing; absent clients count with the
-LoRA that they sent last.
+Deviations: mixers begin at 0, both weighed alike (the authors' code draws them). Before anybody has answered the rest
+of the world is a LoRA that does nothing; absent clients count with the LoRA that they sent last.
 """
 
 from collections.abc import Mapping

@@ -10,7 +10,8 @@ A client's model, scored after the aggregation, weighs the two anew for every pr
 times the mean cosine between the prompt's last hidden state, under the own LoRA, and those of a few of the client's
 prompts; the global one has the rest.
 Deviations: those prompts are from the examples set aside, not from the training data; of a client only their hidden
-states are kept. A negative weight counts as 0. The two trainings share the round's steps, half each.
+states are kept. A negative weight counts as 0. The two trainings share the round's steps, half each, the global one
+first, from round 0 on (the authors' code begins the local one in round 1).
 """
 
 from collections.abc import Generator, Mapping

@@ -10,7 +10,8 @@ Every later round:
     2M - 1 logits, of which M - 1 stand for the own expert again, so that it may use one expert or all;
     the server averages experts and mixers within each cluster.
 A client's model is what it is sent next, scored after the aggregation (while warming up, its own LoRA).
-Deviations: a client that first answers later warms up then and joins the cluster whose expert's B is nearest.
+Deviations: a client that first answers later warms up then and joins the cluster whose expert's B is nearest. Three or
+more clients are never one cluster, as the silhouette knows no such case.
 """
 
 from collections.abc import Mapping

@@ -6,8 +6,9 @@ One round:
     every client trains it and sends it back;
     the server averages the products BA, and the singular value decomposition of the average gives the next LoRAs.
 Every client's model is the global LoRA at its rank, scored after the aggregation.
-Deviations: B = U S and A = V^T; the paper's ranks follow the clients' resources, here they are given in turn. The
-decomposition is computed from the factors, without forming the average.
+Deviations: B = U S and A = V^T; the paper's ranks follow the clients' resources, here they are given in turn, and its
+clients count by their examples, here alike unless `weighting` says otherwise. The decomposition is computed from the
+factors, without forming the average.
 """
 
 from collections.abc import Mapping

@@ -6,7 +6,8 @@ One round:
     the client adds their product to its base, draws a fresh LoRA, trains it and sends it back;
     the server stacks what came back: the product of the stacks is the weighted mean of the clients' products, exactly.
 Every client's model is the base with all changes so far, scored after the aggregation. Clients may have other ranks.
-Deviations: the frozen base is not written; a client keeps the sum of the changes beside it.
+Deviations: the frozen base is not written; a client keeps the sum of the changes beside it. Clients count alike unless
+`weighting` says otherwise (the paper: by their examples).
 """
 
 from collections.abc import Mapping

@@ -7,7 +7,8 @@ One round:
     where that norm is smaller than before, the client drops those ranks for good (self-pruning), and sends the rest;
     the server pads with zeros and averages, each client weighted by the Frobenius norm of its product BA.
 Every client's model is the global LoRA at its rank, scored after the aggregation.
-Deviations: ranks begin as half, once and twice `rank`, in turn (the paper: between 5 and 50, by the device).
+Deviations: ranks begin as half, once and twice `rank`, in turn (the paper: between 5 and 50, by the device). One weight
+per client over all modules. Ranks that no answering client has fall to 0 until one that has them brings them back.
 """
 
 import math
