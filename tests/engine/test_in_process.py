@@ -224,7 +224,7 @@ def test_clients_without_an_adapter_are_scored_on_the_bare_base(runs: Any, tmp_p
     clients.worker.rows = {"fedit": "trained"}
     clients.update(0, {name: message for name, message in messages.items() if name in ("chat", "mood")})
     scores = clients.evaluate(0, "fedit", dict.fromkeys(messages))
-    bare = clients.bare("validation")
+    bare = clients.bare("validation", clients.present())
     for name in messages:
         assert (scores[name]["loss"] == pytest.approx(bare[name]["loss"], abs=1e-6)) == (name in ("entail", "plain"))
 
@@ -259,7 +259,7 @@ def test_where_memory_runs_out_groups_are_halved(
 
     monkeypatch.setattr(clients.worker.bank, "load", none)
     with pytest.raises(FedamoleError, match=r"one client at a time \(chat\): lower training.batch_size"):
-        clients.bare("test")
+        clients.bare("test", clients.present())
 
 
 def test_memory_that_runs_out_after_training_trains_nobody_twice(runs: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -5,7 +5,7 @@ Where the numbers matter, a scripted engine answers with losses written down her
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,15 @@ class Script:
     def scores(self, loss: float) -> dict[str, float]:
         return {"loss": loss, "score": 100 - loss}
 
-    def keep(self, row: str) -> None:
-        self.calls.append(("keep",))
+    def present(self) -> tuple[str, ...]:
+        return tuple(client.name for client in self.clients)
 
-    def bare(self, split: str) -> dict[str, Any]:
-        self.calls.append(("bare", split))
-        return {name: self.scores(50.0) for name in NAMES}
+    def keep(self, row: str, round_: int) -> None:
+        self.calls.append(("keep", round_))
+
+    def bare(self, split: str, names: Collection[str]) -> dict[str, Any]:
+        self.calls.append(("bare", split, *names))
+        return {name: self.scores(50.0) for name in names}
 
     def majority(self) -> dict[str, Any]:
         self.calls.append(("majority",))
@@ -61,8 +64,17 @@ class Script:
         return {name: self.scores(1.0) for name in NAMES}
 
 
-def play(path: Path, losses: list[dict[str, float]], select: str = "loss") -> tuple[dict[str, Any], list[Any]]:
-    engine = Script(losses)
+class LateComer(Script):
+    """Client b comes for round 2."""
+
+    def present(self) -> tuple[str, ...]:
+        return NAMES if ("update", 1, ("a",)) in self.calls else ("a",)
+
+
+def play(
+    path: Path, losses: list[dict[str, float]], select: str = "loss", script: type[Script] = Script
+) -> tuple[dict[str, Any], list[Any]]:
+    engine = script(losses)
     folder = RunFolder.create(path, "", "{}", "local_only", Identity("w", "t", "x"))
     loop = Loop(
         LocalOnly(), {"local_only": "trained"}, engine, Server({}, engine.clients, 0),
@@ -93,7 +105,7 @@ def test_the_best_round(losses: Any, best: int, kept: int, select: str, tmp_path
     """By the mean over all clients; the score here is 100 - loss, so both agree."""
     summary, calls = play(tmp_path / "run", losses, select)
     assert summary["rows"]["local_only"]["best_round"] == best
-    assert calls.count(("keep",)) == kept
+    assert sum(call[0] == "keep" for call in calls) == kept
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -104,7 +116,7 @@ def test_a_round_whose_loss_is_no_number_is_never_the_best_of_several(bad: float
 
 def test_the_test_split_is_read_once_at_the_end(tmp_path: Path) -> None:
     _, calls = play(tmp_path / "run", both(3.0, 1.0, 2.0))
-    end = [("test", True), ("test", False), ("bare", "test"), ("majority",)]
+    end = [("test", True), ("test", False), ("bare", "test", *NAMES), ("majority",)]
     assert calls[-4:] == end
     assert not any(call in end for call in calls[:-4])
 
@@ -129,6 +141,17 @@ def cohorts(lines: list[dict[str, Any]]) -> list[list[str]]:
     return [line["cohort"] for line in lines if line["split"] == "round"]
 
 
+def test_whoever_comes_late_counts_with_the_bare_base_until_then(tmp_path: Path) -> None:
+    """a alone: 30, 20, so round 1 is best with 20. With b's base at 50 it stands at 35 when round 2 brings 36 and 33."""
+    losses = [{"a": 30.0}, {"a": 20.0}, {"a": 36.0, "b": 36.0}, {"a": 36.0, "b": 30.0}]
+    summary, calls = play(tmp_path / "run", losses, script=LateComer)
+    assert [call for call in calls if call[0] == "bare"][:2] == [("bare", "validation", "a"), ("bare", "validation", "b")]
+    assert [call[1] for call in calls if call[0] == "keep"] == [0, 1, 3]
+    assert summary["rows"]["local_only"]["best_round"] == 3
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["round"], line["client"]) for line in lines if line.get("method") == "base"][:2] == [(-1, "a"), (2, "b")]
+
+
 @pytest.mark.parametrize(("share", "size"), [(1.0, 4), (0.75, 3), (0.5, 2), (0.01, 1)])
 def test_the_cohort_is_a_share_of_the_clients_drawn_anew(share: float, size: int, tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run", "", "{}", "local_only", Identity("w", "t", "x"))
@@ -143,10 +166,10 @@ def test_the_cohort_is_a_share_of_the_clients_drawn_anew(share: float, size: int
         LocalOnly(), {"local_only": "trained"}, four, Server({}, four.clients, 0), FederationSettings(8, share),
         folder, select="loss", watcher=Watcher(),  # type: ignore[arg-type]
     )  # fmt: skip
-    drawn = [tuple(client.name for client in loop._cohort(round_)) for round_ in range(30)]
+    drawn = [tuple(client.name for client in loop._cohort(round_, "abcd")) for round_ in range(30)]
     assert {len(cohort) for cohort in drawn} == {size}
     assert all(list(cohort) == sorted(set(cohort)) for cohort in drawn)
-    assert drawn == [tuple(client.name for client in loop._cohort(round_)) for round_ in range(30)]
+    assert drawn == [tuple(client.name for client in loop._cohort(round_, "abcd")) for round_ in range(30)]
     if size < 4:
         assert len(set(drawn)) > 1
         assert {name for cohort in drawn for name in cohort} == {"a", "b", "c", "d"}

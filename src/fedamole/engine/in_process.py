@@ -1,7 +1,7 @@
 """The default engine: all clients in this process, in groups, on one resident base."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 from fedamole.errors import FedamoleError
@@ -27,6 +27,10 @@ class InProcess:
         """All clients, in the order of their names."""
         return tuple(self.data[name].info for name in sorted(self.data))
 
+    def present(self) -> Collection[str]:
+        """Everybody."""
+        return self.data.keys()
+
     def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, Answer]:
         """Train a cohort, each on its own message."""
 
@@ -44,14 +48,14 @@ class InProcess:
         release_memory(self.worker.bank.base.device)  # what the round's replies, merged by now, leave behind
         return self._in_groups(messages, lambda group: self.worker.evaluate(group, round_, row, messages))
 
-    def keep(self, row: str) -> None:
-        """Let every client save its present model as its best so far."""
+    def keep(self, row: str, round_: int) -> None:
+        """Let every client save its present model as its best so far, that of a round."""
         for name in sorted(self.data):
             self.worker.keep(self.data[name], row)
 
-    def bare(self, split: str) -> dict[str, Scores]:
-        """Scores of the untuned base on every client's split."""
-        return self._in_groups(self.data, lambda group: self.worker.bare(group, split))
+    def bare(self, split: str, names: Collection[str]) -> dict[str, Scores]:
+        """Scores of the untuned base on these clients' split."""
+        return self._in_groups(names, lambda group: self.worker.bare(group, split))
 
     def majority(self) -> dict[str, Scores]:
         """Scores of a constant answer on every client's test split."""
@@ -63,7 +67,7 @@ class InProcess:
         return self._in_groups(self.data, lambda group: score(group, row))
 
     def _in_groups(
-        self, names: Mapping[str, object], work: Callable[[Sequence[ClientData]], Mapping[str, R]]
+        self, names: Collection[str], work: Callable[[Sequence[ClientData]], Mapping[str, R]]
     ) -> dict[str, R]:
         """Work on clients a group at a time; where memory runs out, halve the group and do it again."""
         waiting, results = [self.data[name] for name in sorted(names)], dict[str, R]()

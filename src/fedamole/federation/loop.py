@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -28,7 +28,10 @@ class Engine(Protocol):
 
     @property
     def clients(self) -> tuple[ClientInfo, ...]:
-        """All clients, in the order of their names."""
+        """All clients that may take part, in the order of their names."""
+
+    def present(self) -> Collection[str]:
+        """Names of the clients that can be asked now; where too few are there, wait for them."""
 
     def update(self, round_: int, messages: Mapping[str, bytes]) -> Mapping[str, Answer]:
         """Train a cohort, each on its own message; whoever does not answer is missing."""
@@ -36,17 +39,17 @@ class Engine(Protocol):
     def evaluate(self, round_: int, row: str, messages: Mapping[str, bytes | None]) -> Mapping[str, Scores]:
         """Score the present models of some clients on validation."""
 
-    def keep(self, row: str) -> None:
-        """Let every client save its present model as its best so far."""
+    def keep(self, row: str, round_: int) -> None:
+        """Let every client save its present model as its best so far, that of a round."""
 
-    def bare(self, split: str) -> Mapping[str, Scores]:
-        """Scores of the untuned base on every client's split."""
+    def bare(self, split: str, names: Collection[str]) -> Mapping[str, Scores]:
+        """Scores of the untuned base on these clients' split."""
 
     def majority(self) -> Mapping[str, Scores]:
-        """Scores of a constant answer on every client's test split."""
+        """Scores of a constant answer on the clients' test splits."""
 
     def test(self, row: str, best: bool) -> Mapping[str, Scores]:
-        """Scores on every client's test split of the best round's models, or of the last round's."""
+        """Scores on the clients' test splits of the best round's models, or of the last round's."""
 
 
 class Watcher:
@@ -76,7 +79,7 @@ class _Row:
     """Progress of one scored model of the run, such as fedit and fedit_ft."""
 
     latest: dict[str, Scores]
-    """Validation of each client's present model; an absent client's stays."""
+    """Validation of each client's present model; an absent client's stays, one that has never come has none."""
     best_round: int = -1
     best: float = float("inf")
     """Lowest value so far of what chooses the best round (a score counts negative)."""
@@ -101,7 +104,6 @@ class Loop:
         """Assemble a run; `run` starts or continues it. A `mirror` is given every line of metrics.jsonl too."""
         self.method, self.engine, self.settings, self.folder = method, engine, settings, folder
         self.server, self.select, self.watcher, self.mirror = server, select, watcher, mirror
-        self.names = [client.name for client in engine.clients]
         self.kinds = dict(rows)
         self.rows: dict[str, _Row] = {}
 
@@ -123,16 +125,35 @@ class Loop:
             return last + 1, unpack(self.method.records.state, packed)
         for name in (METRICS, ASSIGNMENT):
             self.folder.cut(name, lambda line: False)
-        self.watcher.stage("the untuned base on validation")
-        bare = dict(self.engine.bare("validation"))
-        self._log([self._line(-1, name, "validation", method=BASE, **scores) for name, scores in bare.items()])
-        self.rows = {row: _Row(dict(bare)) for row in self.kinds}
+        self.rows = {row: _Row({}) for row in self.kinds}
+        self._welcome(-1)
         return 0, self.method.init(self.server)
 
+    def _welcome(self, round_: int) -> Collection[str]:
+        """Score the bare base at the clients that come for the first time; return the names of all that are present.
+
+        What a row has reached so far counts the bare base for a newcomer, as that was its model then.
+        """
+        present = self.engine.present()
+        self.server = replace(self.server, clients=self.engine.clients)
+        known = next(iter(self.rows.values())).latest
+        newcomers = [name for name in present if name not in known]
+        if not newcomers:
+            return present
+        self.watcher.stage("the untuned base on validation")
+        bare = dict(self.engine.bare("validation", newcomers))
+        self._log([self._line(round_, name, "validation", method=BASE, **scores) for name, scores in bare.items()])
+        values = [self._sign * scores[self.select] for scores in bare.values()]
+        for row in self.rows.values():
+            if row.best_round >= 0:
+                row.best = (row.best * len(row.latest) + sum(values)) / (len(row.latest) + len(values))
+            row.latest.update(bare)
+        return present
+
     def _round(self, round_: int, state: Any) -> Any:
+        cohort = self._cohort(round_, self._welcome(round_))
         started = time.perf_counter()
         server = replace(self.server, round=round_)
-        cohort = self._cohort(round_)
         self.watcher.round_started(round_, self.settings.rounds, [client.name for client in cohort])
         self.folder.append(ASSIGNMENT, ({"round": round_, **line} for line in self.method.journal(state)))
         answered: set[str] = set()
@@ -154,15 +175,17 @@ class Loop:
         self._log([self._line(round_, None, "round", cohort=[client.name for client in cohort], **seconds)])
         progress = {"rows": {row: vars(progress) for row, progress in self.rows.items()}}
         # The commit comes last: a resumed run never writes the lines of a committed round again.
-        checkpoint.save(self.folder, round_, pack(state), self.names, progress)
+        checkpoint.save(self.folder, round_, pack(state), [client.name for client in self.server.clients], progress)
         self.watcher.round_done(round_, {row: self._value(row) for row in self.kinds})
         return state
 
-    def _cohort(self, round_: int) -> list[ClientInfo]:
-        count = max(1, round(self.settings.cohort * len(self.names)))
+    def _cohort(self, round_: int, present: Collection[str]) -> list[ClientInfo]:
+        """Draw the cohort of a round from the clients that are there."""
+        there = [client for client in self.server.clients if client.name in present]
+        count = min(len(there), max(1, round(self.settings.cohort * len(self.server.clients))))
         rng = numpy_generator(self.server.seed, "cohort", "server", round_)
-        chosen = set(rng.choice(len(self.names), count, replace=False).tolist())
-        return [client for place, client in enumerate(self.server.clients) if place in chosen]
+        chosen = set(rng.choice(len(there), count, replace=False).tolist())
+        return [client for place, client in enumerate(there) if place in chosen]
 
     def _replies(self, round_: int, sent: Packed, answers: dict[str, Answer]) -> dict[str, Any]:
         """Unpack whoever answered, letting go of the payloads, and log what everybody did."""
@@ -198,17 +221,21 @@ class Loop:
             self._line(round_, name, "validation", method=row, bytes_down=sizes[name], **values)
             for name, values in sorted(scores.items())
         ])
-        value = self._value(row)
-        value = -value if self.select == "score" else value
+        value = self._sign * self._value(row)
         value = math.inf if math.isnan(value) else value  # beaten by any number, as NaN is not
         if progress.best_round < 0 or value < progress.best:
             progress.best_round, progress.best = round_, value
-            self.engine.keep(row)
+            self.engine.keep(row, round_)
+
+    @property
+    def _sign(self) -> int:
+        """What makes the lower value of what chooses the best round the better one."""
+        return -1 if self.select == "score" else 1
 
     def _value(self, row: str) -> float:
         """Mean over all clients of what chooses the best round."""
         latest = self.rows[row].latest
-        return sum(latest[name][self.select] for name in self.names) / len(self.names)
+        return sum(latest[name][self.select] for name in sorted(latest)) / len(latest)
 
     def _finish(self) -> dict[str, Any]:
         """Read the test split: once for the best round, once for the last."""
@@ -221,7 +248,8 @@ class Loop:
             results[row] = {"best_round": progress.best_round, "best": best, "last": final}
             self._log_test(row, progress.best_round, best, "best")
             self._log_test(row, last, final, "last")
-        for row, scores in ((BASE, self.engine.bare("test")), (MAJORITY, self.engine.majority())):
+        present = self.engine.present()
+        for row, scores in ((BASE, self.engine.bare("test", present)), (MAJORITY, self.engine.majority())):
             self.watcher.stage(f"{row} on test")
             results[row] = {"best_round": None, "best": dict(scores), "last": dict(scores)}
             self._log_test(row, -1, scores, "best")
