@@ -180,6 +180,13 @@ class Method(ABC, Generic[S, D, K, U]):
         replies = ask("update", {client.name: self.message(state, client) for client in cohort})
         return self.aggregate(server, state, replies) if replies else state
 
+    def expected(self, rehearsed: U, reply: U) -> U:
+        """What a client's reply has to look like: names, shapes and fields of a reply that the server has rehearsed.
+
+        Overridden where a client decides some of it; the rest must not be taken from `reply`, which is not trusted.
+        """
+        return rehearsed
+
     def journal(self, state: S) -> Iterator[dict[str, Any]]:
         """Yield lines about the architecture in force for the next round (who holds what)."""
         return iter(())

@@ -1,4 +1,4 @@
-"""The `[training]` and `[federation]` tables of a config."""
+"""The `[training]`, `[federation]` and `[deployment]` tables of a config."""
 
 from dataclasses import dataclass
 
@@ -63,3 +63,35 @@ class FederationSettings:
             raise ConfigError(f"federation.rounds = {self.rounds}: must be at least 1")
         if not 0 < self.cohort <= 1:
             raise ConfigError(f"federation.cohort = {self.cohort}: a share of the clients, above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class DeploymentSettings:
+    """`[deployment]`: a run across organisations (`fedamole server`); in one process nothing here is read."""
+
+    clients: tuple[str, ...] = ()
+    """Names of the organisations that may take part; each has a registered key of this name."""
+    min_clients: int = 2
+    """Fewest clients a round needs; with fewer the run waits."""
+    deadline: float = 3600.0
+    """Seconds a client has to answer; who is later is left out of the round."""
+    patience: float = 3600.0
+    """Seconds the run waits for `min_clients`; then it stops, and `fedamole server --resume` goes on."""
+    gathering: float = 120.0
+    """Seconds the first round waits for those of `clients` beyond `min_clients`; whoever comes later joins later."""
+    max_norm: float = 1e4
+    """Largest norm of all numbers of a reply together; a larger one is refused."""
+
+    def __post_init__(self) -> None:
+        """Refuse names given twice and times that are none."""
+        if len(set(self.clients)) < len(self.clients):
+            raise ConfigError(f"deployment.clients = {list(self.clients)}: each name once")
+        if self.min_clients < 1 or (self.clients and self.min_clients > len(self.clients)):
+            raise ConfigError(
+                f"deployment.min_clients = {self.min_clients}: at least 1, and at most the {len(self.clients)} clients"
+            )
+        for key in ("deadline", "patience", "max_norm"):
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"deployment.{key} = {getattr(self, key)}: must be above 0")
+        if self.gathering < 0:
+            raise ConfigError(f"deployment.gathering = {self.gathering}: must not be negative")

@@ -79,6 +79,10 @@ class HetLora(RankedMethod[RankedLora, GlobalLora, Nothing, GlobalLora]):
             tensors[key] = mean.to(tensor.dtype)
         return RankedLora(tensors, {**state.ranks, **{name: rank_of(replies[name].tensors) for name in names}})
 
+    def expected(self, rehearsed: GlobalLora, reply: GlobalLora) -> GlobalLora:
+        """A client may have dropped ranks."""
+        return GlobalLora(cut(rehearsed.tensors, max(1, rank_of(reply.tensors))))
+
     # client
     def first_keep(self, client: Client) -> Nothing:
         """Keep nothing."""

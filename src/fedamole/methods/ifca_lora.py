@@ -12,7 +12,7 @@ A cluster that nobody has chosen yet competes as the bare base.
 """
 
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,6 +87,10 @@ class IfcaLora(LoraMethod[Clusters, Clusters, Choice, ClusterLora]):
         """Average within each cluster; one that nobody chose keeps its LoRA."""
         returned = {name: _named(reply.cluster, reply.tensors) for name, reply in replies.items()}
         return Clusters(mean_by_key(returned, server.weights(self.weighting), state.tensors))
+
+    def expected(self, rehearsed: ClusterLora, reply: ClusterLora) -> ClusterLora:
+        """A client chooses its cluster."""
+        return replace(rehearsed, cluster=reply.cluster if reply.cluster in range(self.clusters) else 0)
 
     # client
     def first_keep(self, client: Client) -> Choice:

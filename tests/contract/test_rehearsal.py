@@ -1,0 +1,115 @@
+"""Every method's real replies pass the check against the rehearsed ones, and spoiled ones do not."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedamole.engine.in_process import InProcess
+from fedamole.engine.rehearsal import check_reply, rehearse
+from fedamole.experiment import prepare, rows_of
+from fedamole.federation.loop import Loop, Watcher
+from fedamole.federation.method import Server
+from fedamole.federation.record import PayloadError, unpack
+from fedamole.federation.run_folder import RunFolder
+from fedamole.federation.worker import Answer, Worker
+from fedamole.methods import METHODS
+from fedamole.model.bank import Bank
+
+MOST = 1e4
+
+
+class Checked(InProcess):
+    """Checks every reply as the server of a deployment does, and keeps what was compared."""
+
+    def rehearse_with(self, method: Any, server: Server) -> None:
+        self.method, self.server, self.seen = method, server, []
+
+    def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, Answer]:
+        answers = super().update(round_, messages)
+        server = dataclasses.replace(self.server, round=round_)
+        for info in self.clients:
+            wanted = rehearse(
+                self.method, server, info, unpack(self.method.records.message, messages[info.name])
+            )
+            got = unpack(self.method.records.reply, answers[info.name].payload or b"")
+            check_reply(self.method, wanted, got, MOST)
+            self.seen.append((wanted, got))
+        return answers
+
+
+@pytest.fixture(scope="module")
+def compared(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, list[Any]]]:
+    """Three rounds of a method, each reply checked; returns the method and the pairs that were compared."""
+
+    def of(name: str) -> tuple[Any, list[Any]]:
+        config = runs.load(name, "federation.rounds=3")
+        prepared = prepare(config)
+        path = tmp_path_factory.mktemp(name) / "run"
+        folder, rows = RunFolder.create(path, "", "{}", name, prepared.base.identity), rows_of(config)
+        worker = Worker(Bank(prepared.base), config.method, rows, config.training, config.evaluation, folder, 0)
+        engine, base = Checked(worker, prepared.clients, Watcher(), 4), prepared.base
+        server = Server(base.shapes, engine.clients, 0, 0, base.width, base.embedding_std)
+        engine.rehearse_with(config.method, server)
+        Loop(config.method, rows, engine, server, config.federation, folder, select="loss", watcher=Watcher()).run()
+        return config.method, engine.seen
+
+    return of
+
+
+def spoiled(record: Any, change: Callable[[dict[str, Tensor]], None]) -> Any:
+    """A reply whose first field of tensors is changed; None where it has none."""
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, dict) and value and isinstance(next(iter(value.values())), Tensor):
+            tensors = dict(value)
+            change(tensors)
+            return dataclasses.replace(record, **{field.name: tensors})
+    return None
+
+
+def first(tensors: dict[str, Tensor]) -> str:
+    return next(iter(tensors))
+
+
+SPOILED: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "NaN": lambda t: t.update({first(t): torch.full_like(t[first(t)], torch.nan)}),
+    "infinity": lambda t: t.update({first(t): torch.full_like(t[first(t)], torch.inf)}),
+    "shape": lambda t: t.update({first(t): torch.zeros(3, 5, 7)}),
+    "dtype": lambda t: t.update({first(t): t[first(t)].double()}),
+    "foreign": lambda t: t.update({"elsewhere/expert-07/A": torch.zeros(2)}),
+    "missing": lambda t: t.pop(first(t)),
+    "norm": lambda t: t.update({first(t): torch.full_like(t[first(t)], 2 * MOST)}),
+}
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_real_replies_pass_and_spoiled_ones_do_not(name: str, compared: Any) -> None:
+    method, seen = compared(name)
+    assert len(seen) >= 6
+    wanted, got = seen[-1]
+    for kind, change in SPOILED.items():
+        bad = spoiled(got, change)
+        if bad is None:
+            assert name == "local_only"
+            continue
+        with pytest.raises(PayloadError):
+            check_reply(method, wanted, bad, MOST)
+            pytest.fail(f"{kind} went through")
+
+
+def test_fields_must_be_those_that_were_rehearsed(compared: Any) -> None:
+    method, seen = compared("flora")
+    wanted, got = seen[-1]
+    for merged in (99, -1, True):
+        with pytest.raises(PayloadError, match="merged"):
+            check_reply(method, wanted, dataclasses.replace(got, merged=merged), MOST)
+    method, seen = compared("ifca_lora")
+    wanted, got = seen[-1]
+    for cluster in (3, -1):
+        with pytest.raises(PayloadError, match="cluster"):
+            check_reply(method, wanted, dataclasses.replace(got, cluster=cluster), MOST)
