@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-faults lint clean
 
 demo: $(READY)  ## Compare local training, one shared LoRA and FedAMoLE on the bundled task.
 	$(BIN)/fedamole demo
 
 test: $(READY) lint  ## Style, types and all tests.
 	$(BIN)/python -m pytest
+
+test-faults: $(READY)  ## The slow tests: a deployment's faults, with real processes.
+	$(BIN)/python -m pytest -m faults
 
 lint: $(READY)
 	$(BIN)/ruff check .

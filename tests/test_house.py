@@ -16,7 +16,7 @@ FLOOR = {
     "model": 1, "assignment": 1, "data": 1,
     "evaluation": 2, "federation": 3, "methods": 4, "engine": 5, "config": 5, "planning": 6, "reporting": 5,
     "experiment": 7,
-    "cells": 8, "console": 9, "comparison": 9, "cli": 10, "__main__": 11,
+    "cells": 8, "console": 9, "comparison": 9, "deployment": 10, "cli": 11, "__main__": 12,
 }  # fmt: skip
 """A room may import from rooms on lower floors; the first three of floor 1 know nothing of each other."""
 
@@ -62,10 +62,10 @@ def test_imports_point_one_way(path: Path) -> None:
 
 @each_file
 def test_flower_is_met_in_one_place(path: Path) -> None:
-    """flwr in engine/flower_*; flwr_datasets, the partitioners, is another package and belongs to data."""
+    """flwr in deployment/flower_*; flwr_datasets, the partitioners, is another package and belongs to data."""
     for module, _ in imports(path):
         if module.split(".")[0] == "flwr":
-            assert NAMES[path].startswith("engine/flower_"), NAMES[path]
+            assert NAMES[path].startswith("deployment/flower_"), NAMES[path]
         if module.split(".")[0] == "flwr_datasets":
             assert NAMES[path].startswith("data/"), NAMES[path]
 

@@ -13,7 +13,7 @@ from fedamole.data.settings import DataSettings
 from fedamole.errors import ConfigError
 from fedamole.evaluation.personal import EvaluationSettings
 from fedamole.federation.method import Method
-from fedamole.federation.settings import FederationSettings, TrainingSettings
+from fedamole.federation.settings import DeploymentSettings, FederationSettings, TrainingSettings
 from fedamole.methods import METHODS
 from fedamole.model.base import BaseSettings
 
@@ -51,17 +51,23 @@ class Config:
 
     method: Method[Any, Any, Any, Any]
     method_name: str
-    data: DataSettings
+    data: DataSettings = field(default_factory=DataSettings)
     run: RunSettings = field(default_factory=RunSettings)
     base: BaseSettings = field(default_factory=BaseSettings)
     federation: FederationSettings = field(default_factory=FederationSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    deployment: DeploymentSettings = field(default_factory=DeploymentSettings)
+
+    def __post_init__(self) -> None:
+        """Refuse a run that has no data anywhere."""
+        if not self.data.source and not self.deployment.clients:
+            raise ConfigError("data.source is empty: add a [[data.source]] with name and path")
 
     def tables(self) -> Table:
         """The config as TOML tables, every default spelled out."""
-        tables = {name: _plain(getattr(self, name)) for name in SECTIONS if name != "method"}
-        return {"method": {"name": self.method_name, **_plain(self.method)}, **tables}
+        tables = {name: plain(getattr(self, name)) for name in SECTIONS if name != "method"}
+        return {"method": {"name": self.method_name, **plain(self.method)}, **tables}
 
 
 SECTIONS: dict[str, Any] = {
@@ -71,6 +77,7 @@ SECTIONS: dict[str, Any] = {
     "federation": FederationSettings,
     "training": TrainingSettings,
     "evaluation": EvaluationSettings,
+    "deployment": DeploymentSettings,
     "method": None,
 }
 
@@ -156,8 +163,6 @@ def to_config(tables: Table) -> Config:
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise ConfigError(f"{name} = {table!r}: must be a table, write [{name}]")
-    if "data" not in tables:
-        raise ConfigError("[data] is missing: add a [[data.source]] with name and path")
     chosen = dict(tables.get("method", {}))
     name = chosen.pop("name", "fedamole")
     if name not in METHODS:
@@ -224,13 +229,13 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     raise ConfigError(f"{where} = {value!r}: must be {wanted}, not {type(value).__name__}")
 
 
-def _plain(value: Any) -> Any:
-    """Turn settings into what TOML can hold; unset keys are left out."""
+def plain(value: Any) -> Any:
+    """Turn settings into what TOML and JSON can hold; unset keys are left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         items = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
-        return {key: _plain(item) for key, item in items.items() if item is not None}
+        return {key: plain(item) for key, item in items.items() if item is not None}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     return value

@@ -11,7 +11,7 @@ import torch
 from fedamole.config import Config, load_config
 from fedamole.data.manifest import Federation, Manifest, load_federation, read_manifest
 from fedamole.engine.in_process import InProcess
-from fedamole.errors import ConfigError
+from fedamole.errors import ConfigError, RunError
 from fedamole.federation.loop import Loop, Watcher
 from fedamole.federation.method import Evaluates, Server
 from fedamole.federation.run_folder import CONFIG, MANIFEST, RunFolder
@@ -70,10 +70,12 @@ def prepare(config: Config, manifest: Manifest | None = None) -> Prepared:
     """Load base and data and check that the method can serve these clients."""
     torch.set_num_threads(config.run.threads)
     rows_of(config)
+    if not config.data.source:
+        raise ConfigError("data.source is empty: here the data are the organisations', use `fedamole server`")
     federation = load_federation(config.data, Path.cwd(), manifest)
     config.method.check(len(federation.shards))
     base = load_base(config.base, torch.device(config.run.device), Path.cwd())
-    _check_length(config, base)
+    check_length(config, base)
     longest = config.training.max_length
     clients = {shard.client: client_data(shard, base.tokenizer, longest) for shard in federation.shards}
     group = config.run.group or chosen_group(config, base, clients)
@@ -81,7 +83,7 @@ def prepare(config: Config, manifest: Manifest | None = None) -> Prepared:
     return Prepared(config, base, federation, clients)
 
 
-def _check_length(config: Config, base: Base) -> None:
+def check_length(config: Config, base: Base) -> None:
     """Refuse texts that, with the method's virtual tokens before them, are longer than the base's positions."""
     longest, spec = config.training.max_length, config.method.spec()
     virtual = spec.virtual_tokens if isinstance(spec, PromptSpec) else 0
@@ -108,6 +110,11 @@ def start(config: Config, folder: Path, watcher: Watcher) -> dict[str, Any]:
 def resume(path: Path, watcher: Watcher) -> dict[str, Any]:
     """Continue a run from its last intact checkpoint; return the summary."""
     folder = RunFolder.open(path)
+    if folder.kind != "simulation":
+        raise RunError(
+            f"{path} is the {folder.kind}'s part of a deployment: `fedamole server --resume FOLDER` at the "
+            "coordinator goes on with it, and clients follow by themselves"
+        )
     if folder.finished:
         return folder.read_json("summary.json")
     config = load_config(path / CONFIG)
@@ -147,5 +154,5 @@ def plan_without_data(config: Config) -> PlanWithoutData:
     clients, assumed = clients_without_data(config.data, Path.cwd())
     config.method.check(len(clients))
     base = weightless_base(config.base, Path.cwd())
-    _check_length(config, base)
+    check_length(config, base)
     return planned_without_data(config, base, clients, assumed)

@@ -45,7 +45,6 @@ def test_source_settings_refuse(given: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"source": ()}, r"data.source is empty"),
         ({"source": (SOURCE, SOURCE)}, "'s' is given 2 times"),
         ({"source": (SOURCE,), "test_share": 1.0}, "test_share = 1.0: must lie between 0 and 1"),
         ({"source": (SOURCE,), "test_share": 0.5, "validation_share": 0.5}, "must leave rows to train on"),

@@ -102,8 +102,8 @@ class SourceSettings:
 class DataSettings:
     """The `[data]` table."""
 
-    # The data sets, each with a partition of its own.
-    source: tuple[SourceSettings, ...]
+    # The data sets, each with a partition of its own; none where every organisation brings its own.
+    source: tuple[SourceSettings, ...] = ()
     # Seed of everything drawn here; apart from the run's seed, so that runs with several seeds share a
     # partition.
     partition_seed: int = 0
@@ -127,8 +127,6 @@ class DataSettings:
     templates: dict[str, TemplateSettings] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.source:
-            raise ConfigError("data.source is empty: add a [[data.source]] with name and path")
         names = [source.name for source in self.source]
         for name in names:
             if names.count(name) > 1:

@@ -53,6 +53,9 @@ class InProcess:
         for name in sorted(self.data):
             self.worker.keep(self.data[name], row)
 
+    def resumed(self, best: Mapping[str, int], answered: Mapping[str, int]) -> None:
+        """Nothing: models and private states lie in the run's folder."""
+
     def bare(self, split: str, names: Collection[str]) -> dict[str, Scores]:
         """Scores of the untuned base on these clients' split."""
         return self._in_groups(names, lambda group: self.worker.bare(group, split))

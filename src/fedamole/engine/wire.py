@@ -6,7 +6,7 @@ a method sends travels inside as the bytes of one tensor. No text of an error tr
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,8 +35,6 @@ FAILURES = {
 }
 """Why a client could not do what was asked: a closed list, so that no error can carry data."""
 
-Counts = dict[str, int]
-
 
 @dataclass(frozen=True)
 class Request:
@@ -50,6 +48,8 @@ class Request:
     """Which of the run's models: evaluate."""
     best: dict[str, int] = field(default_factory=dict)
     """Best round so far by row: the client keeps the model it had then, if it has not yet."""
+    last: int = -1
+    """Last round whose answer of this client counted; what it did after that is undone."""
     settings: dict[str, Any] | None = None
     """The config's tables that all share: join."""
     message: Mapping[str, Tensor] = field(default_factory=dict)
@@ -103,19 +103,20 @@ def read_request(payload: bytes) -> Request:
     return request
 
 
-def read_reply(payload: bytes, request: Request, client: str) -> Reply:
-    """Unpack a reply and check that it answers this request of this client; else PayloadError."""
+def read_reply(payload: bytes, request: Request, client: str | None) -> Reply:
+    """Unpack a reply and check that it answers this request of this client (None: of any); else PayloadError."""
     reply = unpack(Reply, payload)
     _check_protocol(reply.protocol)
     answered = (reply.run, reply.round, reply.operation, reply.client)
-    if answered != (request.run, request.round, request.operation, client):
+    if answered != (request.run, request.round, request.operation, reply.client if client is None else client):
         raise PayloadError("it answers another request (run, round, operation or client differ)")
     if reply.failed is not None and reply.failed not in FAILURES:
         raise PayloadError("its failure is none of the known ones")
     scores = [scores for scores in reply.scores.values() if isinstance(scores, dict)]
     if len(scores) < len(reply.scores):
         raise PayloadError("its scores are not in the expected form")
-    numbers = [value for part in ([reply.report] if reply.operation == UPDATE else []) + scores for value in part.values()]
+    parts = [*scores, *([reply.report] if reply.operation == UPDATE else [])]
+    numbers = [value for part in parts for value in part.values()]
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers):
         raise PayloadError("its scores or its report hold something else than numbers")
     return reply
@@ -123,10 +124,10 @@ def read_reply(payload: bytes, request: Request, client: str) -> Reply:
 
 def _check_protocol(found: int) -> None:
     if found != PROTOCOL:
-        raise PayloadError(f"protocol {found} where {PROTOCOL} was expected: use the same version of fedamole everywhere")
+        raise PayloadError(f"protocol {found} where {PROTOCOL} was expected: use one version of fedamole everywhere")
 
 
-def failure(request: Request, client: str, code: Literal["not_joined"] | str) -> Reply:
+def failure(request: Request, client: str, code: str) -> Reply:
     """A reply that says why there is none."""
     return Reply(request.run, request.round, request.operation, client, failed=code)
 

@@ -42,6 +42,9 @@ class Engine(Protocol):
     def keep(self, row: str, round_: int) -> None:
         """Let every client save its present model as its best so far, that of a round."""
 
+    def resumed(self, best: Mapping[str, int], answered: Mapping[str, int]) -> None:
+        """Told, when a run goes on, the best round so far by row, and by client the last round that it answered."""
+
     def bare(self, split: str, names: Collection[str]) -> Mapping[str, Scores]:
         """Scores of the untuned base on these clients' split."""
 
@@ -57,6 +60,9 @@ class Watcher:
 
     def round_started(self, round_: int, rounds: int, cohort: Sequence[str]) -> None:
         """A round has begun."""
+
+    def present(self, names: Collection[str], waiting_for: int) -> None:
+        """Who can be asked now; `waiting_for` more are needed before the run goes on."""
 
     def group_started(self, round_: int, names: Sequence[str]) -> None:
         """A group of clients begins its local training."""
@@ -106,6 +112,7 @@ class Loop:
         self.server, self.select, self.watcher, self.mirror = server, select, watcher, mirror
         self.kinds = dict(rows)
         self.rows: dict[str, _Row] = {}
+        self.answered: dict[str, int] = {}
 
     def run(self) -> dict[str, Any]:
         """Run all rounds that are not done yet and the final test; return the summary."""
@@ -119,6 +126,9 @@ class Loop:
         if found is not None:
             saved, packed = found
             self.rows = {row: _Row(**progress) for row, progress in saved.progress["rows"].items()}
+            self.answered = dict(saved.progress.get("answered", {}))
+            best = {row: one.best_round for row, one in self.rows.items() if one.best_round >= 0}
+            self.engine.resumed(best, self.answered)
             last = saved.round
             self.folder.cut(METRICS, lambda line: line["round"] <= last and line["split"] != "test")
             self.folder.cut(ASSIGNMENT, lambda line: line["round"] <= last)
@@ -173,7 +183,8 @@ class Loop:
         evaluated = time.perf_counter()
         seconds = {"seconds_update": updated - started, "seconds_evaluate": evaluated - updated}
         self._log([self._line(round_, None, "round", cohort=[client.name for client in cohort], **seconds)])
-        progress = {"rows": {row: vars(progress) for row, progress in self.rows.items()}}
+        self.answered.update(dict.fromkeys(answered, round_))
+        progress = {"rows": {row: vars(progress) for row, progress in self.rows.items()}, "answered": self.answered}
         # The commit comes last: a resumed run never writes the lines of a committed round again.
         checkpoint.save(self.folder, round_, pack(state), [client.name for client in self.server.clients], progress)
         self.watcher.round_done(round_, {row: self._value(row) for row in self.kinds})

@@ -77,6 +77,13 @@ def unpack(kind: type[R], payload: bytes) -> R:
     return record
 
 
+def size(record: object) -> int:
+    """Bytes of a record's tensors, without its JSON part."""
+    tensors: dict[str, Tensor] = {}
+    _encode(record, "", tensors)
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
 def non_finite(record: object) -> str | None:
     """Return the name of the first tensor of a record that holds NaN or infinity, or None."""
     tensors: dict[str, Tensor] = {}

@@ -1,6 +1,6 @@
 """A run's folder: what lies where, written atomically and never overwritten.
 
-    run.json            format, version, run id, method, identity of the base
+    run.json            format, version, run id, whose it is, method, identity of the base
     config.toml         the resolved config; `fedamole resume` starts from it
     manifest.json       the partition, with hashes
     metrics.jsonl       one line per client and split and round        (docs/run-folder.md has the fields)
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedamole import __version__
 from fedamole.errors import RunError
@@ -28,7 +28,12 @@ FORMAT = 1
 RUN, CONFIG, MANIFEST = "run.json", "config.toml", "manifest.json"
 METRICS, ASSIGNMENT, SUMMARY = "metrics.jsonl", "assignment.jsonl", "summary.json"
 
+SERVER = "server"
+"""Folder inside a run's where a deployment's server keeps its own things: made before the run."""
+
 Json = dict[str, Any]
+Kind = Literal["simulation", "server", "client"]
+"""All clients in one process; the coordinator's part of a deployment; one organisation's part."""
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -50,12 +55,15 @@ class RunFolder:
         self.path = path
 
     @classmethod
-    def create(cls, path: Path, config: str, manifest: str, method: str, identity: Identity) -> "RunFolder":
-        """Start a new run's folder; one that exists is left alone (RunError)."""
+    def create(
+        cls, path: Path, config: str, manifest: str, method: str, identity: Identity,
+        kind: Kind = "simulation", run: str | None = None,
+    ) -> "RunFolder":
+        """Start a new run's folder, with the id `run` or a new one; one that exists is left alone (RunError)."""
         folder = cls(path)
         folder.refuse_existing()
         about = {
-            "format": FORMAT, "fedamole": __version__, "id": uuid.uuid4().hex, "method": method,
+            "format": FORMAT, "fedamole": __version__, "id": run or uuid.uuid4().hex, "kind": kind, "method": method,
             "base": asdict(identity),
         }
         write_atomic(path / CONFIG, config)
@@ -65,7 +73,7 @@ class RunFolder:
 
     def refuse_existing(self) -> None:
         """Raise RunError where there is something already: no run is ever overwritten."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(one.name != SERVER for one in self.path.iterdir())):
             raise RunError(
                 f"{self.path} exists already, and no run is overwritten: `fedamole resume {self.path}` continues it, "
                 "run.folder=OTHER starts another, or move it away"
@@ -94,6 +102,12 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise RunError(f"{self.path / name} cannot be read: {error}") from error
         return content
+
+    @property
+    def kind(self) -> Kind:
+        """Whose run this is."""
+        kind: Kind = self.about.get("kind", "simulation")
+        return kind
 
     @property
     def finished(self) -> bool:

@@ -37,8 +37,8 @@ def _costs(folder: RunFolder) -> dict[str, Any]:
     trained = [line for line in folder.lines(METRICS) if line["split"] == "train"]
     rounds = [line for line in folder.lines(METRICS) if line["split"] == "round"]
     return {
-        "bytes_down_per_client_round": sum(line["bytes_down"] for line in trained) / len(trained),
-        "bytes_up_per_client_round": sum(line["bytes_up"] for line in trained) / len(trained),
+        "bytes_down_per_client_round": sum(line["bytes_down"] for line in trained) / max(1, len(trained)),
+        "bytes_up_per_client_round": sum(line["bytes_up"] for line in trained) / max(1, len(trained)),
         "seconds_update": sum(line["seconds_update"] for line in rounds),
         "seconds_evaluate": sum(line["seconds_evaluate"] for line in rounds),
         "peak_memory_mib": max((line.get("peak_memory_mib", 0.0) for line in trained), default=0.0),

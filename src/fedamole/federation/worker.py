@@ -344,7 +344,8 @@ class Worker:
 
     def _last(self, data: ClientData, row: str) -> Adapter | None:
         if self.rows[row] == "aggregated":
-            return unpack(Private, self._candidate(data, row).read_bytes()).trained
+            path = self._candidate(data, row)
+            return unpack(Private, path.read_bytes()).trained if path.exists() else None
         return self._present(data, 0, row, None)
 
     def _candidate(self, data: ClientData, row: str) -> Path:

@@ -1,0 +1,1 @@
+"""Across organisations: servers, clients, certificates, processes."""

@@ -1,0 +1,333 @@
+"""The engine of a deployment: clients are elsewhere, come and go, and nothing they send is trusted.
+
+It asks over a `Link` (Flower's, or one in a test), waits no longer than the deadline, checks every answer before it is
+used, and asks again when too few answered: requests are idempotent, a client that has done one repeats its answer.
+"""
+
+import logging
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from fedamole.engine.rehearsal import check_reply, rehearse
+from fedamole.engine.wire import (
+    EVALUATE,
+    FAILURES,
+    JOIN,
+    TEST,
+    UPDATE,
+    Reply,
+    Request,
+    boxed,
+    failure,
+    packed,
+    read_reply,
+    unboxed,
+)  # fmt: skip
+from fedamole.errors import RunError
+from fedamole.federation.loop import BASE, MAJORITY, Watcher
+from fedamole.federation.method import ClientInfo, Evaluates, Method, Server
+from fedamole.federation.record import PayloadError, size, unpack
+from fedamole.federation.settings import DeploymentSettings
+from fedamole.federation.worker import Answer, Scores
+
+log = logging.getLogger(__name__)
+
+PAUSE = 0.1
+"""Seconds between two looks for answers."""
+SLACK = 1 << 20
+"""Bytes that an answer may have beyond its tensors."""
+SOON, LATER = 3.0, 60.0
+"""Seconds until a node that could not join is asked again: one that is not ready, and one that was refused."""
+TRY_AGAIN = frozenset({"worker", "lost", "no_answer", "not_joined"})
+"""Failures that may be gone when a client is asked again."""
+
+
+class Link(Protocol):
+    """A way to nodes that are elsewhere."""
+
+    def nodes(self) -> Mapping[int, str]:
+        """Nodes that are online, with the name each is registered by; empty where none is known."""
+
+    def send(self, node: int, payload: bytes, round_: int, seconds: float) -> str:
+        """Send bytes to a node that has so many seconds to answer; return a ticket for the answer."""
+
+    def receive(self, tickets: Collection[str]) -> Mapping[str, bytes | str]:
+        """What has come of these tickets: bytes, or one of FAILURES; each ticket once."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client that has joined."""
+
+    node: int
+    info: ClientInfo
+    about: dict[str, Any]
+    """What it told of itself: examples per split, device, labels where it shares them."""
+    bare: Scores
+    """Scores of the untuned base on its validation split."""
+
+
+class Remote:
+    """Serves the clients of a roster, as far as they are there."""
+
+    def __init__(
+        self,
+        link: Link,
+        method: Method[Any, Any, Any, Any],
+        rows: Mapping[str, Evaluates],
+        server: Server,
+        run: str,
+        tables: Mapping[str, Any],
+        settings: DeploymentSettings,
+        watcher: Watcher,
+    ) -> None:
+        """Put an engine on a link. `tables` is what every client is told of the config, `run` the run's id."""
+        self.link, self.method, self.rows, self.server, self.run = link, method, rows, server, run
+        self.tables, self.settings, self.watcher = dict(tables), settings, watcher
+        self.members: dict[str, Member] = {}
+        self.best: dict[str, int] = {}
+        self.answered: dict[str, int] = {}
+        self._joining: dict[str, int] = {}
+        self._refused: dict[int, float] = {}
+        self._trained: dict[str, dict[str, Scores]] = {}
+        self._tested: dict[str, dict[str, Scores]] = {}
+        self._started = time.monotonic()
+
+    @property
+    def clients(self) -> tuple[ClientInfo, ...]:
+        """The roster, in the order of its names; whoever has not come yet has no examples."""
+        infos = {name: member.info for name, member in self.members.items()}
+        return tuple(infos.get(name, ClientInfo(name, 0)) for name in sorted(self.settings.clients))
+
+    def present(self) -> Collection[str]:
+        """Clients that have joined and are online; waits for `min_clients`, at first for all for a while."""
+        started, told = time.monotonic(), -1
+        while True:
+            names = self._online()
+            gathering = time.monotonic() - self._started < self.settings.gathering and not self._done
+            needed = len(self.settings.clients) if gathering else self.settings.min_clients
+            if len(names) >= needed:
+                self.watcher.present(names, 0)
+                return names
+            if len(names) != told:
+                told = len(names)
+                self.watcher.present(names, needed - told)
+            if time.monotonic() - started > max(self.settings.patience, self.settings.gathering):
+                raise RunError(
+                    f"waited {self.settings.patience:.0f} s (deployment.patience) for "
+                    f"{needed - len(names)} more clients; here are: {', '.join(names) or 'none'}. "
+                    "Nothing is lost: `fedamole server --resume FOLDER` goes on from the last finished round"
+                )
+            time.sleep(PAUSE)
+
+    @property
+    def _done(self) -> bool:
+        """Whether the first round's waiting is over."""
+        return bool(self.answered)
+
+    def _online(self) -> list[str]:
+        """Let nodes that are new join, and return the names of those that have."""
+        nodes, now = dict(self.link.nodes()), time.monotonic()
+        waiting = {node for node, until in self._refused.items() if until > now}
+        waiting |= set(self._joining.values()) | {member.node for member in self.members.values()}
+        request = Request(self.run, -1, JOIN, settings=self.tables)
+        for node in sorted(set(nodes) - waiting):
+            self._joining[self.link.send(node, packed(request), -1, self.settings.deadline)] = node
+        self._joining = {ticket: node for ticket, node in self._joining.items() if node in nodes}
+        for ticket, content in self.link.receive(list(self._joining)).items():
+            node = self._joining.pop(ticket)
+            wait = self._admit(node, nodes, request, content)
+            self._refused[node] = now + wait
+        return sorted(name for name, member in self.members.items() if member.node in nodes)
+
+    def _admit(self, node: int, nodes: Mapping[int, str], request: Request, content: bytes | str) -> float:
+        """Take a node in as a client, or say why not; return the seconds after which to ask it again."""
+        who = nodes[node] or f"node {node}"
+        if isinstance(content, str):
+            log.warning("%s did not join: %s", who, FAILURES[content])
+            return SOON
+        try:
+            reply = read_reply(content, request, nodes[node] or None)
+            if reply.failed is not None:
+                log.warning("%s cannot join: %s", reply.client, FAILURES[reply.failed])
+                return SOON if reply.failed in TRY_AGAIN else LATER
+            if reply.client not in self.settings.clients:
+                raise PayloadError(f"{reply.client!r} is not one of deployment.clients")
+            if reply.client in self.members and self.members[reply.client].node in nodes:
+                raise PayloadError(f"there is another {reply.client!r}, which is online")
+            if reply.report.get("base") != self.tables["identity"]:
+                raise PayloadError("it has another base model")
+            member = Member(node, ClientInfo(reply.client, _amount(reply)), reply.report, reply.scores[BASE])
+        except (PayloadError, KeyError) as error:
+            log.warning("%s is refused: %s", who, error)
+            return LATER
+        self.members[reply.client] = member
+        return 0.0
+
+    def update(self, round_: int, messages: Mapping[str, bytes]) -> Mapping[str, Answer]:
+        """Train a cohort, each on its own message; ask again those who may yet answer while there are too few."""
+        self.server = replace(self.server, round=round_, clients=self.clients)
+        self.watcher.group_started(round_, sorted(messages))
+        answers, failed = dict[str, Answer](), dict.fromkeys(messages, "lost")
+        while True:
+            there = self._online()
+            for name, reply, wanted in self._asked(round_, {name: messages[name] for name in failed if name in there}):
+                answers[name], code = self._answer(round_, name, reply, wanted)
+                failed.pop(name)
+                if code in TRY_AGAIN:
+                    failed[name] = code
+            good = sum(answer.payload is not None for answer in answers.values())
+            if good >= min(self.settings.min_clients, len(messages)):
+                return answers
+            if not failed:
+                raise RunError(
+                    f"round {round_}: {good} clients could train, and deployment.min_clients = "
+                    f"{self.settings.min_clients}; mend the others or lower it, then `fedamole server --resume FOLDER`"
+                )
+            self._wait_for(set(failed), f"round {round_}: {good} of {self.settings.min_clients} answers")
+
+    def _wait_for(self, names: Collection[str], why: str) -> None:
+        """Wait until one of these clients is online."""
+        end = time.monotonic() + self.settings.patience
+        log.warning("%s; waiting for one of: %s", why, ", ".join(sorted(names)))
+        while not set(self._online()) & set(names):
+            if time.monotonic() > end:
+                raise RunError(
+                    f"{why}, and nobody came in {self.settings.patience:.0f} s (deployment.patience). Nothing is "
+                    "lost: `fedamole server --resume FOLDER` goes on from the last finished round"
+                )
+            time.sleep(PAUSE)
+
+    def _asked(self, round_: int, messages: Mapping[str, bytes]) -> list[tuple[str, Reply, Any]]:
+        """Send messages; return each client's reply beside the one that was rehearsed."""
+        requests, wanted = dict[str, Request](), dict[str, Any]()
+        for name in sorted(messages):
+            payload = messages[name]
+            requests[name] = self._request(name, round_, UPDATE, payload=payload)
+            message = unpack(self.method.records.message, payload)
+            wanted[name] = rehearse(self.method, self.server, self.members[name].info, message)
+        replies = self._exchange(requests, {name: size(reply) + SLACK for name, reply in wanted.items()})
+        return [(name, reply, wanted[name]) for name, reply in replies.items()]
+
+    def _request(
+        self, name: str, round_: int, operation: str, row: str | None = None, payload: bytes | None = None
+    ) -> Request:
+        last = self.answered.get(name, -1)
+        return Request(self.run, round_, operation, row, self.best, last, message=boxed(payload))
+
+    def _answer(self, round_: int, name: str, reply: Reply, wanted: Any) -> tuple[Answer, str | None]:
+        """Check what a client's training came to; return it, and the code of its failure."""
+        report, payload, failed = {"seconds": 0.0, **reply.report}, None, reply.failed
+        if failed is None:
+            try:
+                payload = unboxed(reply.reply)
+                if payload is None or set(reply.scores) - set(self.rows):
+                    raise PayloadError("it holds no reply of the method, or scores that were not asked for")
+                check_reply(self.method, wanted, unpack(self.method.records.reply, payload), self.settings.max_norm)
+            except PayloadError as error:
+                log.warning("client %s, round %d, update: refused: %s", name, round_, error)
+                payload, failed = None, "bad_reply"
+        if failed is None:
+            self.answered[name] = round_
+            for row, scores in reply.scores.items():
+                self._trained.setdefault(row, {})[name] = scores
+        else:
+            report["failed"] = FAILURES[failed]
+        self.watcher.client_done(round_, name, report)
+        return Answer(payload, report), failed
+
+    def evaluate(self, round_: int, row: str, messages: Mapping[str, bytes | None]) -> dict[str, Scores]:
+        """Scores of some clients' present models on validation; those right after training came with the update."""
+        if self.rows[row] == "trained":
+            scores = self._trained.pop(row, {})
+            return {name: scores[name] for name in sorted(messages) if name in scores}
+        there = set(self._online())
+        requests = {
+            name: self._request(name, round_, EVALUATE, row, messages[name])
+            for name in sorted(messages) if name in there
+        }
+        replies = self._exchange(requests, dict.fromkeys(requests, SLACK))
+        return {name: reply.scores[row] for name, reply in replies.items() if row in reply.scores}
+
+    def keep(self, row: str, round_: int) -> None:
+        """Have every client save its present model as its best so far: each is told with the next request."""
+        self.best = {**self.best, row: round_}
+
+    def resumed(self, best: Mapping[str, int], answered: Mapping[str, int]) -> None:
+        """Go on from these best rounds and last answers."""
+        self.best, self.answered = dict(best), dict(answered)
+
+    def bare(self, split: str, names: Collection[str]) -> dict[str, Scores]:
+        """Scores of the untuned base, which clients told when they joined, or with the test."""
+        if split == "test":
+            return self._test(BASE)
+        return {name: self.members[name].bare for name in sorted(names)}
+
+    def majority(self) -> dict[str, Scores]:
+        """Scores of a constant answer on the clients' test splits."""
+        return self._test(MAJORITY)
+
+    def test(self, row: str, best: bool) -> dict[str, Scores]:
+        """Scores on the clients' test splits of the best round's models, or of the last round's."""
+        return self._test(f"{row}/{'best' if best else 'last'}")
+
+    def _test(self, what: str) -> dict[str, Scores]:
+        """Scores on the test split, of which all are asked for at once, the first time."""
+        if not self._tested:
+            names: Sequence[str] = sorted(self.present())
+            last = max(self.answered.values(), default=0)
+            requests = {name: self._request(name, last, TEST) for name in names}
+            for name, reply in self._exchange(requests, dict.fromkeys(requests, SLACK)).items():
+                if reply.failed is not None:
+                    log.warning("client %s, test: %s; its scores are missing", name, FAILURES[reply.failed])
+                for key, scores in reply.scores.items():
+                    self._tested.setdefault(key, {})[name] = scores
+            absent = sorted(set(self.settings.clients) - set(names))
+            if absent:
+                log.warning("absent at the test, so that their scores are missing: %s", ", ".join(absent))
+        if what not in self._tested:
+            raise RunError(f"no client could be tested ({what}); `fedamole server --resume FOLDER` tries again")
+        return dict(sorted(self._tested[what].items()))
+
+    def _exchange(self, requests: Mapping[str, Request], limits: Mapping[str, int]) -> dict[str, Reply]:
+        """Ask clients, and wait for all of them or the deadline; a failure is a reply too."""
+        end = time.monotonic() + self.settings.deadline
+        tickets, replies = dict[str, str](), dict[str, Reply]()
+        for name, request in requests.items():
+            payload = packed(request)
+            tickets[self.link.send(self.members[name].node, payload, request.round, self.settings.deadline)] = name
+        while tickets and time.monotonic() < end:
+            for ticket, content in self.link.receive(list(tickets)).items():
+                name = tickets.pop(ticket)
+                replies[name] = self._read(requests[name], name, content, limits[name])
+            time.sleep(PAUSE if tickets else 0)
+        for name in tickets.values():
+            replies[name] = failure(requests[name], name, "no_answer")
+        for name, reply in replies.items():
+            if reply.failed == "not_joined":
+                self.members.pop(name)  # so that it is asked to join again
+        return dict(sorted(replies.items()))
+
+    def _read(self, request: Request, name: str, content: bytes | str, limit: int) -> Reply:
+        if isinstance(content, str):
+            return failure(request, name, content)
+        if len(content) > limit:
+            log.warning("client %s, round %d, %s: %d bytes where at most %d may come",
+                        name, request.round, request.operation, len(content), limit)  # fmt: skip
+            return failure(request, name, "too_large")
+        try:
+            return read_reply(content, request, name)
+        except PayloadError as error:
+            log.warning("client %s, round %d, %s: refused: %s", name, request.round, request.operation, error)
+            return failure(request, name, "bad_reply")
+
+
+def _amount(reply: Reply) -> int:
+    """Training examples that a client says it has."""
+    examples = reply.report.get("examples")
+    train = examples.get("train") if isinstance(examples, dict) else None
+    if not isinstance(train, int) or isinstance(train, bool) or train < 1:
+        raise PayloadError("it does not say how many training examples it has")
+    return train
