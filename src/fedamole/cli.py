@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
+from fedamole.deployment import commands
 from fedamole.errors import FedamoleError
 
 if TYPE_CHECKING:
@@ -340,6 +341,10 @@ def _report(comparison: "Comparison", as_json: bool, files: dict[str, Path | Non
 def _wide() -> Console:
     """A console for tables; wide enough where the output goes into a file."""
     return Console(width=None if sys.stdout.isatty() else 180)
+
+
+for command in (commands.server, commands.client, commands.certs, commands.doctor):
+    app.command()(command)
 
 
 def main() -> None:

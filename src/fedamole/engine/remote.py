@@ -164,6 +164,7 @@ class Remote:
             log.warning("%s is refused: %s", who, error)
             return LATER
         self.members[reply.client] = member
+        self.watcher.joined(reply.client, reply.report)
         return 0.0
 
     def update(self, round_: int, messages: Mapping[str, bytes]) -> Mapping[str, Answer]:

@@ -61,6 +61,9 @@ class Watcher:
     def round_started(self, round_: int, rounds: int, cohort: Sequence[str]) -> None:
         """A round has begun."""
 
+    def joined(self, name: str, about: Mapping[str, Any]) -> None:
+        """A client has come for the first time, and told this of itself."""
+
     def present(self, names: Collection[str], waiting_for: int) -> None:
         """Who can be asked now; `waiting_for` more are needed before the run goes on."""
 

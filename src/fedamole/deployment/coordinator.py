@@ -1,0 +1,108 @@
+"""The coordinator's side of a deployed run: the same loop, over whoever is connected."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from fedamole.config import load_config
+from fedamole.deployment.agreement import shared_tables
+from fedamole.engine.remote import Link, Remote
+from fedamole.experiment import check_length, rows_of
+from fedamole.federation.loop import Loop, Watcher
+from fedamole.federation.method import Server
+from fedamole.federation.run_folder import RUN, SERVER, RunFolder, write_atomic
+from fedamole.model.base import Identity, load_base
+
+log = logging.getLogger(__name__)
+
+SETTINGS, PROGRESS, OUTCOME, CLIENTS = "config.toml", "progress.jsonl", "outcome.json", "clients.json"
+"""Files in the server's own folder; clients.json is the run folder's: what the clients told of themselves."""
+
+
+class ProgressFile(Watcher):
+    """Writes what goes on as lines of JSON, for whoever shows it."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        """Append to progress.jsonl of a server's folder."""
+        self.folder = folder
+        self.path = folder.path / SERVER / PROGRESS
+        self._say("started", pid=os.getpid())
+
+    def _say(self, what: str, **fields: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"what": what, "time": time.time(), **fields}) + "\n")
+
+    def joined(self, name: str, about: Mapping[str, Any]) -> None:
+        """A client has joined; what it told goes into clients.json."""
+        path = self.folder.path / CLIENTS
+        known = self.folder.read_json(CLIENTS) if path.exists() else {}
+        write_atomic(path, json.dumps({**known, name: dict(about)}, indent=1, sort_keys=True) + "\n")
+        self._say("joined", client=name)
+
+    def present(self, names: Collection[str], waiting_for: int) -> None:
+        """Who is there, and how many more are needed."""
+        self._say("present", clients=sorted(names), waiting_for=waiting_for)
+
+    def round_started(self, round_: int, rounds: int, cohort: Sequence[str]) -> None:
+        """A round has begun."""
+        self._say("round", round=round_, rounds=rounds, cohort=list(cohort))
+
+    def group_started(self, round_: int, names: Sequence[str]) -> None:
+        """Clients have been asked to train."""
+        self._say("asked", round=round_, clients=list(names))
+
+    def client_done(self, round_: int, name: str, report: Mapping[str, Any]) -> None:
+        """A client has answered, or failed."""
+        told = {key: report[key] for key in ("loss", "seconds", "failed") if key in report}
+        self._say("answered", round=round_, client=name, **told)
+
+    def stage(self, text: str) -> None:
+        """Something else has begun."""
+        self._say("stage", text=text)
+
+    def round_done(self, round_: int, validation: Mapping[str, float]) -> None:
+        """A round has been committed."""
+        self._say("done", round=round_, validation=dict(validation))
+
+
+def coordinate(link: Link, path: Path) -> dict[str, Any]:
+    """Begin the run that is set up in a folder, or go on with it; return the summary.
+
+    Errors: ConfigError, BaseModelError, RunError; a run that ended with one goes on from its last round when called
+    again.
+    """
+    config = load_config(path / SERVER / SETTINGS)
+    torch.set_num_threads(config.run.threads)
+    names = sorted(config.deployment.clients)
+    config.method.check(len(names))
+    rows = rows_of(config)
+    base = load_base(config.base, torch.device("cpu"), Path.cwd())
+    check_length(config, base)
+    if (path / RUN).exists():
+        folder = RunFolder.open(path)
+        Identity(**folder.about["base"]).check(base.identity, "the base that base.model names now")
+    else:
+        manifest = json.dumps({"clients": names})
+        folder = RunFolder.create(
+            path, tomli_w.dumps(config.tables()), manifest, config.method_name, base.identity, "server"
+        )
+    if folder.finished:
+        return folder.read_json("summary.json")
+    server = Server(base.shapes, (), config.run.seed, 0, base.width, base.embedding_std)
+    tables = shared_tables(config, base.identity)
+    del base
+    with folder.locked():
+        watcher = ProgressFile(folder)
+        engine = Remote(link, config.method, rows, server, folder.about["id"], tables, config.deployment, watcher)
+        loop = Loop(
+            config.method, rows, engine, server, config.federation, folder,
+            select=config.evaluation.select, watcher=watcher,
+        )
+        return loop.run()

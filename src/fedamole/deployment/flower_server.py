@@ -1,0 +1,36 @@
+"""The ServerApp: runs the loop over Flower's grid, in a process that Flower starts and ends."""
+
+import json
+import logging
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedamole.deployment.coordinator import OUTCOME, coordinate
+from fedamole.deployment.flower_link import FlowerLink
+from fedamole.deployment.processes import die_with_parent
+from fedamole.errors import FedamoleError
+from fedamole.federation.run_folder import SERVER, write_atomic
+
+log = logging.getLogger(__name__)
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run what lies ready in the folder that `fedamole server` named, and say there how it ended."""
+    die_with_parent()
+    folder = Path(str(context.run_config["folder"]))
+    outcome = folder / SERVER / OUTCOME
+    try:
+        coordinate(FlowerLink(grid), folder)
+    except FedamoleError as error:
+        write_atomic(outcome, json.dumps({"error": str(error), "exit_code": error.exit_code}))
+        return
+    except Exception:
+        log.exception("the run ended unexpectedly")
+        write_atomic(outcome, json.dumps({"error": "an unexpected error; see server/serverapp.log", "exit_code": 1}))
+        raise
+    write_atomic(outcome, json.dumps({"error": None, "exit_code": 0}))

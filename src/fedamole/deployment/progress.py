@@ -1,0 +1,95 @@
+"""What a coordinator sees: who is connected, and how far each client is."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+Say = Callable[[str], None]
+Show = Callable[[dict[str, Any]], None]
+
+
+class Board:
+    """The state of a run as a table; fed with lines of progress."""
+
+    def __init__(self, title: str) -> None:
+        """Begin with nobody."""
+        self.title, self.round, self.rounds, self.note = title, 0, 0, "starting"
+        self.clients: dict[str, dict[str, Any]] = {}
+        self.here: set[str] = set()
+
+    def feed(self, line: dict[str, Any]) -> str | None:
+        """Take a line in; return what it says in words, where that is news."""
+        kind = line["what"]
+        if kind == "joined":
+            self.clients.setdefault(line["client"], {})
+            return f"{line['client']} has joined"
+        if kind == "present":
+            return self._present(line)
+        if kind == "round":
+            self.round, self.rounds, self.note = line["round"] + 1, line["rounds"], "training"
+            return f"round {self.round}/{self.rounds}: {len(line['cohort'])} clients"
+        if kind == "asked":
+            for name in line["clients"]:
+                self.clients.setdefault(name, {}).update(state="training", since=line["time"])
+        elif kind == "answered":
+            return self._answered(line)
+        elif kind == "stage":
+            self.note = line["text"]
+        elif kind == "done":
+            values = "  ".join(f"{row} {value:.4f}" for row, value in line["validation"].items())
+            self.note = f"validation: {values}"
+            return f"round {line['round'] + 1}/{self.rounds} done  {self.note}"
+        return None
+
+    def _present(self, line: dict[str, Any]) -> str | None:
+        self.here = set(line["clients"])
+        if line["waiting_for"]:
+            self.note = f"waiting for {line['waiting_for']} more clients"
+            return f"connected: {', '.join(line['clients']) or 'nobody'}; {self.note}"
+        return None
+
+    def _answered(self, line: dict[str, Any]) -> str:
+        seen = self.clients.setdefault(line["client"], {})
+        result = f"failed: {line['failed']}" if "failed" in line else f"loss {line['loss']:.4f}"
+        seen.update(state=result, since=None, seconds=line.get("seconds"))
+        return f"round {line['round'] + 1}  {line['client']}  {result}  {line.get('seconds', 0.0):.1f} s of its own"
+
+    def __rich__(self) -> Table:
+        """Draw the table."""
+        caption = f"round {self.round}/{self.rounds}  {self.note}" if self.rounds else self.note
+        table = Table("client", "connected", "state", "seconds", title=self.title, caption=caption)
+        for name in sorted(self.clients):
+            seen = self.clients[name]
+            since, seconds = seen.get("since"), seen.get("seconds")
+            told = time.time() - since if since else seconds
+            table.add_row(
+                name, "yes" if name in self.here else "no", seen.get("state", "has joined"),
+                "" if told is None else f"{told:.0f}",
+            )
+        return table
+
+
+@contextmanager
+def watching(console: Console, folder: Path) -> Iterator[tuple[Say, Show]]:
+    """Show progress on a terminal as a table that changes, elsewhere in lines."""
+    board = Board(str(folder))
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def show(line: dict[str, Any]) -> None:
+        told = board.feed(line)
+        if told is not None and (not console.is_terminal or line["what"] == "done"):
+            say(told)
+
+    if not console.is_terminal:
+        yield say, show
+        return
+    with Live(board, console=console, refresh_per_second=2, transient=True):
+        yield say, show

@@ -1,0 +1,58 @@
+"""The process beside a SuperNode that keeps the base in memory and the client's state on its disk.
+
+`python -m fedamole.deployment.warm_worker SETTINGS.json`, started by `fedamole client`. It answers one request at a
+time over a Unix socket that only its user, with the secret, can use.
+"""
+
+import json
+import logging
+import os
+import sys
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Listener
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from fedamole.config import build
+from fedamole.console import PlainWatcher
+from fedamole.deployment.host import ClientSettings, Host
+from fedamole.errors import FedamoleError
+from fedamole.model.base import resolve_device
+
+log = logging.getLogger(__name__)
+
+
+def serve(host: Host, address: str, secret: bytes) -> None:
+    """Answer requests for ever; a caller without the secret, or one that goes away, is no reason to end."""
+    with Listener(address, family="AF_UNIX", authkey=secret) as listener:
+        while True:
+            try:
+                with listener.accept() as caller:
+                    answer = host.answer(caller.recv_bytes())
+                    caller.send_bytes(answer)
+            except (AuthenticationError, EOFError, OSError) as error:
+                log.warning("a caller went away (%s)", type(error).__name__)
+
+
+def main() -> None:
+    """Read the settings file and serve."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    console = Console(stderr=True)
+    handler = RichHandler(console=console, show_time=False, show_path=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    try:
+        client = build(ClientSettings, settings["client"], "client")
+        resolve_device(client.device)
+    except FedamoleError as error:
+        log.error("%s", error)
+        sys.exit(error.exit_code)
+    serve(Host(client, PlainWatcher(console)), settings["socket"], Path(settings["secret"]).read_bytes())
+
+
+if __name__ == "__main__":
+    main()
