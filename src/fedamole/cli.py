@@ -362,7 +362,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as exit_:  # what typer makes of Ctrl-C, among others
         if exit_.code == 130:
-            again = "the same command" if sys.argv[1:2] == ["compare"] else "`fedamole resume FOLDER`"
+            ways = {"compare": "the same command", "server": "`fedamole server --resume FOLDER`"}
+            again = ways.get(sys.argv[1], "`fedamole resume FOLDER`")
             Console(stderr=True).print(f"interrupted; {again} goes on from the last finished round")
         raise
 

@@ -12,35 +12,93 @@ from fedamole.config import build, load_config
 from fedamole.data.settings import SourceSettings
 from fedamole.deployment.agreement import shared_tables
 from fedamole.deployment.host import ClientSettings, Host
+from fedamole.engine.in_process import InProcess
 from fedamole.engine.remote import Remote
-from fedamole.experiment import rows_of
+from fedamole.engine.wire import Request, read_request
+from fedamole.experiment import prepare, resolved, rows_of
 from fedamole.federation.loop import Loop, Watcher
 from fedamole.federation.method import Server
 from fedamole.federation.run_folder import RunFolder
+from fedamole.federation.worker import Answer, Scores, Worker
+from fedamole.model.bank import Bank
 from fedamole.model.base import load_base
+
+Names = Collection[str]
+
+
+class Killed(BaseException):
+    """The end of a client's worker in the midst of its work: nothing of it goes on, its folder stays."""
+
+
+class Calendar(Watcher):
+    """Counts rounds, says who is away in which, and can stop the run where a test wants it."""
+
+    def __init__(self, away: Mapping[int, Names] | None = None, stop: Callable[[str, int], None] | None = None) -> None:
+        self.plan, self.stop, self.round, self.told = away or {}, stop or (lambda what, nth: None), 0, dict[str, int]()
+        self.waiting: list[int] = []
+
+    @property
+    def away(self) -> Names:
+        return self.plan.get(self.round, ())
+
+    def _note(self, what: str) -> None:
+        self.told[what] = self.told.get(what, 0) + 1
+        self.stop(what, self.told[what])
+
+    def present(self, names: Names, waiting_for: int) -> None:
+        self.waiting.append(waiting_for)
+
+    def client_done(self, round_: int, name: str, report: Mapping[str, Any]) -> None:
+        self._note("client_done")
+
+    def stage(self, text: str) -> None:
+        self._note("stage")
+
+    def round_done(self, round_: int, validation: Mapping[str, float]) -> None:
+        self.round = round_ + 1
+        self._note("round_done")
 
 
 @dataclass
 class Direct:
-    """Nodes are hosts; what a host answers can be changed, delayed for ever or lost on its way."""
+    """Nodes are hosts; what comes before and after their work can be meddled with."""
 
     hosts: dict[int, Host]
     registered: dict[int, str]
-    offline: set[int] = field(default_factory=set)
-    meddle: Callable[[int, bytes, bytes], bytes | str | None] = lambda node, asked, answer: answer
-    """Of node, request and answer: the answer that arrives, a failure, or None for never."""
-    asked: list[tuple[int, bytes]] = field(default_factory=list)
+    calendar: Calendar = field(default_factory=Calendar)
+    before: Callable[[str, Request], None] = lambda name, request: None
+    """Called before a host sees a request; what it raises befalls the worker."""
+    meddle: Callable[[str, Request, bytes], bytes | str | None] = lambda name, request, answer: answer
+    """Of name, request and answer: the answer that arrives, a failure, or None for never."""
+    asked: list[tuple[str, Request]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.waiting: dict[str, bytes | str] = {}
 
+    def node(self, name: str) -> int:
+        return next(node for node, other in self.registered.items() if other == name)
+
     def nodes(self) -> Mapping[int, str]:
-        return {node: self.registered[node] for node in self.hosts if node not in self.offline}
+        return {node: name for node, name in self.registered.items() if name not in self.calendar.away}
+
+    def restart(self, name: str) -> Host:
+        """Another process with the same settings; the operating system has let go of the old one's lock."""
+        node = self.node(name)
+        old = self.hosts[node]
+        if old.seat is not None:
+            old.seat.hold.close()
+        self.hosts[node] = Host(old.settings, old.watcher)
+        return self.hosts[node]
 
     def send(self, node: int, payload: bytes, round_: int, seconds: float) -> str:
-        ticket = f"ticket-{len(self.asked)}"
-        self.asked.append((node, payload))
-        answer = "lost" if node in self.offline else self.meddle(node, payload, self.hosts[node].answer(payload))
+        ticket, name, request = f"ticket-{len(self.asked)}", self.registered[node], read_request(payload)
+        self.asked.append((name, request))
+        try:
+            self.before(name, request)
+            answer = self.meddle(name, request, self.hosts[node].answer(payload))
+        except Killed:
+            self.restart(name)
+            answer = "worker"
         if answer is not None:
             self.waiting[ticket] = answer
         return ticket
@@ -57,25 +115,35 @@ class Town:
     config: Any
     link: Direct
 
-    def run(self, resumed: bool = False) -> dict[str, Any]:
-        config = self.config
-        base = load_base(config.base, torch.device("cpu"), Path.cwd())
-        path = self.folder / "server-run"
+    @property
+    def server_folder(self) -> Path:
+        return self.folder / "server-run"
+
+    def client_folder(self, name: str) -> Path:
+        """What a client has on its disk: its own part of its own run folder, the newest where there are several."""
+        return max((self.folder / name).glob(f"*/clients/{name}"), key=lambda path: (len(str(path)), str(path)))
+
+    def engine(self, run: str, watcher: Watcher) -> Remote:
+        config, base = self.config, load_base(self.config.base, torch.device("cpu"), Path.cwd())
+        self.identity = base.identity
+        self.server = Server(base.shapes, (), config.run.seed, 0, base.width, base.embedding_std)
+        tables = shared_tables(config, base.identity)
+        return Remote(self.link, config.method, rows_of(config), self.server, run, tables, config.deployment, watcher)
+
+    def run(self, resumed: bool = False, calendar: Calendar | None = None) -> dict[str, Any]:
+        config, self.link.calendar = self.config, calendar or Calendar()
+        run = RunFolder.open(self.server_folder).about["id"] if resumed else "a1b2"
+        engine = self.engine(run, self.link.calendar)
         if resumed:
-            folder = RunFolder.open(path)
+            folder = RunFolder.open(self.server_folder)
         else:
-            folder = RunFolder.create(path, "", '{"clients": {}}', config.method_name, base.identity, "server")
-        rows = rows_of(config)
-        server = Server(base.shapes, (), config.run.seed, 0, base.width, base.embedding_std)
-        self.engine = Remote(
-            self.link, config.method, rows, server, folder.about["id"], shared_tables(config, base.identity),
-            config.deployment, Watcher(),
-        )
-        loop = Loop(
-            config.method, rows, self.engine, server, config.federation, folder,
-            select=config.evaluation.select, watcher=Watcher(),
-        )
-        return loop.run()
+            folder = RunFolder.create(
+                self.server_folder, "", '{"clients": {}}', config.method_name, self.identity, "server", run
+            )
+        return Loop(
+            config.method, rows_of(config), engine, self.server, config.federation, folder,
+            select=config.evaluation.select, watcher=self.link.calendar,
+        ).run()
 
 
 def town(config_file: Path, folder: Path, *overrides: str) -> Town:
@@ -86,9 +154,8 @@ def town(config_file: Path, folder: Path, *overrides: str) -> Town:
         for source in tables["data"]["source"]
     ]
     names = [source.name for source in sources]
-    config = load_config(
-        config_file, [f"deployment.clients={names}".replace("'", '"'), "deployment.gathering=0", "deployment.patience=5", *overrides]
-    )
+    roster = f"deployment.clients={names}".replace("'", '"')
+    config = load_config(config_file, [roster, "deployment.gathering=0", "deployment.patience=5", *overrides])
     hosts = {
         10 + place: Host(
             ClientSettings(source, folder=str(folder / source.name), base=config.base.model, device="cpu", threads=1),
@@ -97,3 +164,38 @@ def town(config_file: Path, folder: Path, *overrides: str) -> Town:
         for place, source in enumerate(sources)
     }
     return Town(folder, config, Direct(hosts, {10 + place: name for place, name in enumerate(names)}))
+
+
+class Scripted(InProcess):
+    """All clients in one process, of whom some are away in some rounds, and some give no answer in some."""
+
+    def expect(self, calendar: Calendar, lost: Mapping[int, Names]) -> None:
+        self.calendar, self.lost = calendar, lost
+
+    def present(self) -> list[str]:
+        return [name for name in sorted(self.data) if name not in self.calendar.away]
+
+    def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, Answer]:
+        return super().update(round_, {n: messages[n] for n in messages if n not in self.lost.get(round_, ())})
+
+    def evaluate(self, round_: int, row: str, messages: Mapping[str, bytes | None]) -> dict[str, Scores]:
+        return super().evaluate(round_, row, {n: messages[n] for n in messages if n not in self.calendar.away})
+
+
+def in_one_process(
+    config: Any, path: Path, away: Mapping[int, Names] | None = None, lost: Mapping[int, Names] | None = None
+) -> Path:
+    """The same run without a wire; returns its folder."""
+    config, calendar = resolved(config, path), Calendar(away)
+    prepared = prepare(config)
+    rows, base = rows_of(config), prepared.base
+    folder = RunFolder.create(path, "", prepared.federation.manifest.to_json(), config.method_name, base.identity)
+    worker = Worker(Bank(base), config.method, rows, config.training, config.evaluation, folder, config.run.seed)
+    engine = Scripted(worker, prepared.clients, calendar, 1)
+    engine.expect(calendar, lost or {})
+    server = Server(base.shapes, engine.clients, config.run.seed, 0, base.width, base.embedding_std)
+    Loop(
+        config.method, rows, engine, server, config.federation, folder, select=config.evaluation.select,
+        watcher=calendar,
+    ).run()
+    return path

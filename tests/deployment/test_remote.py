@@ -1,21 +1,47 @@
-"""The engine of a deployment over real clients, without a network: parity, lateness, faults, lies."""
+"""The engine of a deployment over real clients, without a network: parity, lateness, faults."""
 
+import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedamole.engine import remote
+from fedamole.engine.wire import EVALUATE, JOIN, TEST, UPDATE, Request
+from fedamole.federation import worker
+from fedamole.federation.loop import BASE, MAJORITY
 from tests.conftest import small
-from tests.deployment.direct import Town, town
+from tests.deployment.direct import Calendar, Killed, Town, in_one_process, town
 
 TIMES = ("seconds", "peak_memory", "group", "bytes")
+NAMES = ("chat", "entail", "mood", "plain")
+QUICK = ("federation.rounds=3", "training.local_steps=1", "run.group=1")
 
 
 def facts(folder: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl without times, sizes and the lines that a network adds; in one order."""
+    """Lines of metrics.jsonl without times and sizes, and without what went wrong where something did."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith(TIMES)} for line in lines]
+    told = [{**line, "failed": True} if "failed" in line else line for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith(TIMES)} for line in told]
+
+
+def left(client: Path) -> dict[str, bytes]:
+    """What a client has in the end: its last private state, and its personal models of the best round."""
+    state = max(client.glob("state/*.safetensors"), default=None)
+    files = [*client.glob("adapter*/*.safetensors"), *([] if state is None else [state])]
+    return {str(file.relative_to(client)): file.read_bytes() for file in sorted(files)}
+
+
+def assert_same(there: Town, here: Path) -> None:
+    """A deployed run and one in one process came to the same, bit by bit, at the server and at every client."""
+    assert states(there.server_folder) == states(here)
+    assert facts(there.server_folder) == facts(here)
+    for name in NAMES:
+        assert left(there.client_folder(name)) == left(here / "clients" / name), name
+    rows = [json.loads((path / "summary.json").read_text())["rows"] for path in (there.server_folder, here)]
+    assert rows[0] == rows[1]
 
 
 def states(folder: Path) -> dict[str, bytes]:
@@ -23,7 +49,10 @@ def states(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def settle(tiny: Path, tmp_path: Path) -> Any:
+def settle(tiny: Path, tmp_path: Path, monkeypatch: Any) -> Any:
+    monkeypatch.setattr(remote, "SOON", 0.01)
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+
     def make(method: str, *overrides: str) -> Town:
         return town(tiny / "config.toml", tmp_path, *small(method), *overrides)
 
@@ -38,10 +67,144 @@ def settle(tiny: Path, tmp_path: Path) -> Any:
     ],
 )  # fmt: skip
 def test_equals_the_run_in_one_process(method: str, options: list[str], settle: Any, runs: Any) -> None:
-    there = settle(method, *options)
+    there = settle(method, *options, *QUICK)
+    there.run()
+    assert_same(there, runs(method, *options, *QUICK))
+
+
+def asked(there: Town, name: str, operation: str) -> list[int]:
+    """Rounds in which a client was asked for something, in order."""
+    return [request.round for who, request in there.link.asked if (who, request.operation) == (name, operation)]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("fedsa_lora", ["evaluation.before_aggregation=true"]), ("local_only", [])]
+)
+def test_rounds_that_did_not_count_are_undone(
+    method: str, options: list[str], settle: Any, tmp_path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    """In round 1 one answer gets lost, one disk is full, one memory is short: as if three had not been asked."""
+    there = settle(method, *options, *QUICK, "deployment.min_clients=1")
+    failing = {"disk": "plain", "memory": "mood"}
+    write = worker.write_atomic
+
+    def full_once(path: Path, content: Any) -> None:
+        if failing.get("disk", "?") in str(path) and path.name == "round-0001.safetensors":
+            del failing["disk"]
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, content)
+
+    def short_once(done: int, steps: int) -> None:
+        if asked(there, "mood", UPDATE)[-1] == 1 and failing.pop("memory", None):
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(worker, "write_atomic", full_once)
+    there.link.hosts[there.link.node("mood")].watcher.step = short_once  # type: ignore[method-assign]
+    there.link.meddle = lambda name, request, answer: (
+        "no_answer" if (name, request.round, request.operation) == ("chat", 1, UPDATE) else answer
+    )
+    there.run()
+    assert not failing
+    assert_same(there, in_one_process(there.config, tmp_path / "here", lost={1: ("chat", "mood", "plain")}))
+    told = {line["failed"] for line in lines(there.server_folder) if "failed" in line}
+    assert told == {remote.FAILURES[code] for code in ("disk", "out_of_memory", "no_answer")}
+    assert asked(there, "chat", UPDATE) == asked(there, "mood", UPDATE) == [0, 1, 2]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["fedalt", "fedamole"])
+def test_workers_that_end_and_start_again_change_nothing(method: str, settle: Any, tmp_path: Path) -> None:
+    """Killed in training and asked again, or replaced between two requests of any kind: nobody joins anew."""
+    there = settle(method, *QUICK, "deployment.min_clients=4")
+    killed = []
+
+    def die_once(done: int, steps: int) -> None:
+        if asked(there, "mood", UPDATE)[-1] == 1 and not killed:
+            killed.append(True)
+            raise Killed
+
+    points = {("chat", UPDATE, 1), ("plain", EVALUATE, 1), ("entail", TEST, 2)}
+
+    def replaced(name: str, request: Request) -> None:
+        if (name, request.operation, request.round) in points:
+            there.link.restart(name)
+
+    there.link.hosts[there.link.node("mood")].watcher.step = die_once  # type: ignore[method-assign]
+    there.link.before = replaced
+    there.run()
+    assert killed
+    assert asked(there, "mood", UPDATE) == [0, 1, 1, 2]
+    assert all(asked(there, name, JOIN) == [-1] for name in NAMES)
+    assert_same(there, in_one_process(there.config, tmp_path / "here"))
+
+
+def test_whoever_lost_its_folder_joins_again(settle: Any, caplog: Any) -> None:
+    """mood's folder goes while its worker lives, chat's with its worker: a round later both are back."""
+    there = settle("fedit", *QUICK)
+
+    def deleted(name: str, request: Request) -> None:
+        if (request.operation, request.round) == (UPDATE, 1) and name in ("mood", "chat"):
+            shutil.rmtree(there.folder / name)
+            if name == "chat":
+                there.link.restart(name)
+
+    there.link.before = deleted
     summary = there.run()
-    here = runs(method, *options, "run.group=1")
-    assert states(there.folder / "server-run") == states(here)
-    assert facts(there.folder / "server-run") == facts(here)
-    rows = json.loads((here / "summary.json").read_text())["rows"]
-    assert summary["rows"] == rows
+    assert [asked(there, name, JOIN) for name in NAMES] == [[-1, -1], [-1], [-1, -1], [-1]]
+    assert asked(there, "mood", UPDATE) == [0, 1, 2]
+    failed = [(line["client"], line["round"]) for line in lines(there.server_folder) if "failed" in line]
+    assert failed == [("chat", 1), ("mood", 1)]
+    assert "is gone, or a part of it" in caplog.text
+    assert "what was kept from earlier rounds is gone" in caplog.text
+    assert set(summary["rows"]["fedit"]["clients"]) == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("fedit", ["evaluation.before_aggregation=true"]), ("fdlora", [])]
+)
+def test_late_joins_and_absences(method: str, options: list[str], settle: Any, tmp_path: Path) -> None:
+    """An absent client keeps its model of the best round as the server saw it: what it had. Latecomers count then."""
+    away = {0: ("mood", "plain"), 1: ("chat", "mood"), 2: ("chat",)}
+    there = settle(method, *options, *QUICK, "federation.rounds=4")
+    there.run(calendar=Calendar(away))
+    assert [asked(there, name, JOIN) for name in NAMES] == [[-1]] * 4
+    assert [asked(there, name, UPDATE) for name in NAMES] == [[0, 3], [0, 1, 2, 3], [2, 3], [1, 2, 3]]
+    here = in_one_process(there.config, tmp_path / "here", away)
+    assert_same(there, here)
+    best = {row: one["best_round"] for row, one in json.loads((here / "summary.json").read_text())["rows"].items()}
+    assert max(best[row] for row in best if row not in (BASE, MAJORITY)) > 0, "no best round to be kept later"
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "point", "damaged"),
+    [
+        ("fedamole", [], ("client_done", 6), False),
+        ("fedit", ["evaluation.before_aggregation=true"], ("round_done", 2), True),
+        ("fedlease", [], ("stage", 3), False), ("fdlora", [], ("client_done", 9), True),
+    ],
+)  # fmt: skip
+def test_a_server_that_was_killed_goes_on(
+    method: str, options: list[str], point: tuple[str, int], damaged: bool, settle: Any, runs: Any
+) -> None:
+    there = settle(method, *options, *QUICK)
+
+    def strike(what: str, nth: int) -> None:
+        if (what, nth) == point:
+            raise Killed
+
+    with pytest.raises(Killed):
+        there.run(calendar=Calendar(stop=strike))
+    if damaged:
+        path = max((there.server_folder / "checkpoints").glob("*.safetensors"))
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+    before = len(there.link.asked)
+    there.run(resumed=True)
+    again = there.link.asked[before:]
+    assert [request.operation for _, request in again[:4]] == [JOIN] * 4
+    assert min(request.round for _, request in again[4:]) == 1
+    assert_same(there, runs(method, *options, *QUICK))

@@ -1,8 +1,8 @@
 """What all parties of a deployed run agree on: the tables of the server's config that travel, and those that do not."""
 
-from dataclasses import asdict
+import re
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 from fedamole.config import Config, Table
 from fedamole.errors import BaseModelError, ConfigError
@@ -12,6 +12,8 @@ SHARED = ("method", "base", "data", "federation", "training", "evaluation")
 """Tables that a server sends whole, but for where its own files lie."""
 OWN = {"data": ("source", "manifest"), "run": ("folder", "device", "threads", "group", "tensorboard")}
 """Keys that everybody has for itself."""
+FORM = "the server's settings are not in the expected form: use one version of fedamole everywhere"
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 
 def shared_tables(config: Config, identity: Identity) -> Table:
@@ -30,26 +32,28 @@ def own_tables(settings: Table, source: Table, run: Table, base: str | None) -> 
     `base` is the client's own name for the base; without one the server may name the bundled base or a hub id, never
     a path. Raises ConfigError and BaseModelError.
     """
-    told = settings.get("config")
-    if not isinstance(told, dict) or set(told) != {*SHARED, "run"} or not isinstance(settings.get("identity"), dict):
-        raise ConfigError("the server's settings are not in the expected form: use one version of fedamole everywhere")
-    tables = {name: dict(_table(told, name)) for name in told}
+    told, identity = settings.get("config"), settings.get("identity")
+    parts = {field.name for field in fields(Identity)}
+    if not isinstance(told, dict) or not isinstance(identity, dict) or set(identity) != parts:
+        raise ConfigError(FORM)
+    if set(told) != {*SHARED, "run"} or not all(isinstance(table, dict) for table in told.values()):
+        raise ConfigError(FORM)
+    tables: Table = {name: dict(table) for name, table in told.items()}
     for name, keys in OWN.items():
         if foreign := sorted(set(keys) & set(tables[name])):
             raise ConfigError(f"the server sets {name}.{foreign[0]}, which is each client's own")
     named = str(tables["base"].get("model", BUNDLED))
-    if base is None and named != BUNDLED and (named.startswith((".", "/", "~")) or Path(named).is_absolute()):
+    if base is None and named != BUNDLED and (not HUB_ID.fullmatch(named) or Path(named).exists()):
         raise BaseModelError(
             f"the server's base lies in a folder of its own, {named}: name your copy of the same model by --base"
         )
-    tables["base"]["model"] = base or named
+    tables["base"]["model"] = _own_base(base) if base is not None else named
     tables["run"] |= run
     tables["data"]["source"] = [source]
     return tables
 
 
-def _table(tables: Table, name: str) -> dict[str, Any]:
-    found = tables[name]
-    if not isinstance(found, dict):
-        raise ConfigError(f"the server's table {name} is none")
-    return found
+def _own_base(base: str) -> str:
+    """A client's own copy as its config holds it: a folder is absolute, as the config lies elsewhere."""
+    path = Path(base).expanduser()
+    return str(path.resolve()) if path.is_dir() else base

@@ -103,7 +103,7 @@ def admit(folder: Path, name: str, public_key: Path) -> Path:
     for a name that has another key.
     """
     if not folder.is_dir():
-        raise ConfigError(f"there is no folder {folder}; make the certificates first, or correct the folder")
+        raise ConfigError(f"there is no folder {folder}; `fedamole certs` makes it, or correct the folder")
     present = roster(folder)
     _checked_names([name], {other: path for other, path in present.items() if other != name})
     key = load_public(public_key)
@@ -142,7 +142,7 @@ def inspect_server(folder: Path, host: str) -> list[Fault]:
     certificate and is not looked for.
     """
     crt, key_file, ca = folder / "server.crt", folder / "server.key", folder / "ca.crt"
-    faults = _missing((ca, crt, key_file), "make the certificates, or name the folder that has them")
+    faults = _missing((ca, crt, key_file), "`fedamole certs` makes them, or name the folder that has them")
     faults += _open_files(path for path in (key_file, folder / "ca.key") if path.exists())
     if not (ca.exists() and crt.exists()):
         return faults
@@ -152,7 +152,7 @@ def inspect_server(folder: Path, host: str) -> list[Fault]:
         if key_file.exists() and public_half(key_file) != chain[0].public_key():
             faults.append(Fault(f"{key_file} does not belong to server.crt", "put the key back that it was made for"))
     except ConfigError as error:
-        return [*faults, Fault(str(error), "or make the certificates anew in another folder")]
+        return [*faults, Fault(str(error), "or `fedamole certs` in another folder")]
     if not all(_issued(child, parent) for child, parent in pairwise([*chain, authority])):
         faults.append(Fault(
             f"{crt} is not signed by ca.crt beside it, so clients will refuse the server",
@@ -275,7 +275,7 @@ def _make_server(
             if names is not None and set(names) != set(present):
                 raise ConfigError(
                     f"{crt} is for {listed(present)}, asked for is {listed(names)}; give the same hosts, or renew the "
-                    "server's certificate (renew_server): clients keep what they have, the server must be restarted"
+                    "server's certificate (--renew): clients keep what they have, the server must be restarted"
                 )
             kept.extend((crt, key_file))
             return

@@ -22,8 +22,23 @@ from fedamole.model.base import Identity, load_base
 
 log = logging.getLogger(__name__)
 
-SETTINGS, PROGRESS, OUTCOME, CLIENTS = "config.toml", "progress.jsonl", "outcome.json", "clients.json"
-"""Files in the server's own folder; clients.json is the run folder's: what the clients told of themselves."""
+SETTINGS, PROGRESS, OUTCOME, LOG = "config.toml", "progress.jsonl", "outcome.json", "run.log"
+"""Files in the server's own folder."""
+CLIENTS = "clients.json"
+"""What the clients told of themselves: amounts, device, and labels where they share them."""
+
+
+class ProgressLog(logging.Handler):
+    """Warnings among the lines of progress, so that whoever watches the run reads why a client is left out."""
+
+    def __init__(self, progress: "ProgressFile") -> None:
+        """Write to a run's progress."""
+        super().__init__(logging.WARNING)
+        self.progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass a warning on."""
+        self.progress.say("warning", text=record.getMessage())
 
 
 class ProgressFile(Watcher):
@@ -33,9 +48,10 @@ class ProgressFile(Watcher):
         """Append to progress.jsonl of a server's folder."""
         self.folder = folder
         self.path = folder.path / SERVER / PROGRESS
-        self._say("started", pid=os.getpid())
+        self.say("started", pid=os.getpid())
 
-    def _say(self, what: str, **fields: Any) -> None:
+    def say(self, what: str, **fields: Any) -> None:
+        """Add a line."""
         with self.path.open("a") as file:
             file.write(json.dumps({"what": what, "time": time.time(), **fields}) + "\n")
 
@@ -44,32 +60,32 @@ class ProgressFile(Watcher):
         path = self.folder.path / CLIENTS
         known = self.folder.read_json(CLIENTS) if path.exists() else {}
         write_atomic(path, json.dumps({**known, name: dict(about)}, indent=1, sort_keys=True) + "\n")
-        self._say("joined", client=name)
+        self.say("joined", client=name)
 
     def present(self, names: Collection[str], waiting_for: int) -> None:
         """Who is there, and how many more are needed."""
-        self._say("present", clients=sorted(names), waiting_for=waiting_for)
+        self.say("present", clients=sorted(names), waiting_for=waiting_for)
 
     def round_started(self, round_: int, rounds: int, cohort: Sequence[str]) -> None:
         """A round has begun."""
-        self._say("round", round=round_, rounds=rounds, cohort=list(cohort))
+        self.say("round", round=round_, rounds=rounds, cohort=list(cohort))
 
     def group_started(self, round_: int, names: Sequence[str]) -> None:
         """Clients have been asked to train."""
-        self._say("asked", round=round_, clients=list(names))
+        self.say("asked", round=round_, clients=list(names))
 
     def client_done(self, round_: int, name: str, report: Mapping[str, Any]) -> None:
         """A client has answered, or failed."""
         told = {key: report[key] for key in ("loss", "seconds", "failed") if key in report}
-        self._say("answered", round=round_, client=name, **told)
+        self.say("answered", round=round_, client=name, **told)
 
     def stage(self, text: str) -> None:
         """Something else has begun."""
-        self._say("stage", text=text)
+        self.say("stage", text=text)
 
     def round_done(self, round_: int, validation: Mapping[str, float]) -> None:
         """A round has been committed."""
-        self._say("done", round=round_, validation=dict(validation))
+        self.say("done", round=round_, validation=dict(validation))
 
 
 def coordinate(link: Link, path: Path) -> dict[str, Any]:
@@ -100,6 +116,8 @@ def coordinate(link: Link, path: Path) -> dict[str, Any]:
     del base
     with folder.locked():
         watcher = ProgressFile(folder)
+        handler = ProgressLog(watcher)
+        logging.getLogger("fedamole").addHandler(handler)
         engine = Remote(link, config.method, rows, server, folder.about["id"], tables, config.deployment, watcher)
         loop = Loop(
             config.method, rows, engine, server, config.federation, folder,

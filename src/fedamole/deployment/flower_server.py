@@ -7,7 +7,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedamole.deployment.coordinator import OUTCOME, coordinate
+from fedamole.deployment.coordinator import LOG, OUTCOME, coordinate
 from fedamole.deployment.flower_link import FlowerLink
 from fedamole.deployment.processes import die_with_parent
 from fedamole.errors import FedamoleError
@@ -24,6 +24,10 @@ def main(grid: Grid, context: Context) -> None:
     die_with_parent()
     folder = Path(str(context.run_config["folder"]))
     outcome = folder / SERVER / OUTCOME
+    # Flower shows nothing of this process; what it has to say goes into files that `fedamole server` reads.
+    handler = logging.FileHandler(folder / SERVER / LOG)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger("fedamole").addHandler(handler)
     try:
         coordinate(FlowerLink(grid), folder)
     except FedamoleError as error:
@@ -31,6 +35,6 @@ def main(grid: Grid, context: Context) -> None:
         return
     except Exception:
         log.exception("the run ended unexpectedly")
-        write_atomic(outcome, json.dumps({"error": "an unexpected error; see server/serverapp.log", "exit_code": 1}))
+        write_atomic(outcome, json.dumps({"error": f"an unexpected error; see {SERVER}/{LOG}", "exit_code": 1}))
         raise
     write_atomic(outcome, json.dumps({"error": None, "exit_code": 0}))

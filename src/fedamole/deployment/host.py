@@ -7,6 +7,7 @@ was done in a round that did not count is undone; what a round made the best mod
 import hashlib
 import json
 import logging
+import re
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,8 @@ from fedamole.deployment.agreement import own_tables
 from fedamole.engine.wire import (
     EVALUATE,
     JOIN,
+    LONGEST_LABEL,
+    MOST_LABELS,
     TEST,
     UPDATE,
     Reply,
@@ -32,18 +35,19 @@ from fedamole.engine.wire import (
     packed,
     read_request,
     unboxed,
+    unpacked,
 )  # fmt: skip
 from fedamole.errors import BaseModelError, ConfigError, DataError, RunError
 from fedamole.evaluation.personal import score_name
 from fedamole.experiment import check_length, rows_of
-from fedamole.federation.checkpoint import state_path
+from fedamole.federation.checkpoint import latest_state, state_path
 from fedamole.federation.loop import BASE, MAJORITY, Watcher
-from fedamole.federation.record import PayloadError, pack, unpack
+from fedamole.federation.record import PayloadError, pack
 from fedamole.federation.run_folder import CONFIG, MANIFEST, METRICS, RUN, RunFolder, write_atomic
 from fedamole.federation.summary import summarise
 from fedamole.federation.worker import ClientData, Scores, Worker, client_data
 from fedamole.model.bank import Bank
-from fedamole.model.base import Identity, load_base, resolve_device
+from fedamole.model.base import Base, Identity, load_base, resolve_device
 from fedamole.model.memory import out_of_memory, release_memory
 
 log = logging.getLogger(__name__)
@@ -53,7 +57,7 @@ KEPT = 3
 
 CAUSES = (
     (PayloadError, "bad_request"), (ConfigError, "config"), (RunError, "config"), (DataError, "data"),
-    (BaseModelError, "base"), (OSError, "disk"),
+    (BaseModelError, "base"), (OSError, "disk"), (MemoryError, "out_of_memory"),
 )  # fmt: skip
 """What a server is told of an error: its kind and nothing else."""
 
@@ -71,12 +75,12 @@ class ClientSettings:
     device: str = "auto"
     threads: int = 0
     share_labels: bool = False
-    """Tell the server how often each answer occurs, where answers are chosen from options."""
+    """Tell the server how often each answer occurs, where answers are chosen from a limited number of options."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """An answer on disk, and the hash of the message it answers."""
+    """An answer on disk, and the hash of what it answers: the message, and the round that counted before."""
 
     digest: str
     reply: Reply
@@ -135,9 +139,11 @@ class Host:
         seat = self._seat(request.run)
         if seat is None:
             return failure(request, self.name, "not_joined")
+        if request.round >= seat.config.federation.rounds:
+            raise PayloadError(f"the run has only {seat.config.federation.rounds} rounds")
         if request.operation == UPDATE:
             return self._update(seat, request)
-        self._undo(seat, request.last)
+        self._undo(seat, request)
         self._keep(seat, request)
         if request.operation == EVALUATE:
             return self._evaluate(seat, request)
@@ -157,72 +163,106 @@ class Host:
         about = {"examples": splits, "base": seat.folder.about["base"], "device": seat.config.run.device}
         labels = {"labels": seat.labels} if seat.labels else {}
         bare = seat.worker.bare([seat.data], "validation")[seat.name]
-        self._log(seat, [{"round": -1, "split": "validation", "method": BASE, **bare}])
+        if all(line["round"] >= 0 for line in seat.folder.lines(METRICS)):
+            self._log(seat, [{"round": -1, "split": "validation", "method": BASE, **bare}])
         return Reply(request.run, request.round, JOIN, self.name, report={**about, **labels}, scores={BASE: bare})
 
     def _seat(self, run: str) -> Seat | None:
         """The seat in a run: the one taken, or one on disk after a restart; None where there is neither."""
+        if self.seat is not None and not self._there(self.seat.folder):
+            log.warning("%s is gone, or a part of it; the run begins anew here", self.seat.folder.path)
+            self._stand_up()
         if self.seat is not None and self.seat.folder.about["id"] == run:
             return self.seat
         for path in sorted(Path(self.settings.folder).glob(f"*/{RUN}")):
-            folder = RunFolder.open(path.parent)
-            if folder.about["id"] == run and folder.kind == "client" and folder.client(self.name).exists():
+            try:
+                folder = RunFolder.open(path.parent)
+                mine = folder.about["id"] == run and folder.kind == "client" and self._there(folder)
+            except (RunError, KeyError, TypeError) as error:
+                log.warning("%s is left alone, it is no usable run folder: %s", path.parent, error)
+                continue
+            if mine:
                 return self._take(load_config(folder.path / CONFIG), folder)
         return None
+
+    def _there(self, folder: RunFolder) -> bool:
+        return (folder.path / RUN).exists() and folder.client(self.name).exists()
+
+    def _stand_up(self) -> None:
+        """Give the seat up, and its folder to whoever wants it."""
+        if self.seat is not None:
+            self.seat.hold.close()
+            self.seat = None
 
     def _sit_down(self, run: str, settings: Table) -> Seat:
         """Begin a run folder of one's own for a run."""
         config = to_config(own_tables(settings, plain(self.settings.source), self._own_run(), self.settings.base))
-        path, number = Path(self.settings.folder) / f"{config.run.name}-{self.name}", 1
+        # The run's name is the server's: it must not lead out of the client's folder.
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", config.run.name).strip(".-")[:64] or "run"
+        path, number = Path(self.settings.folder) / f"{name}-{self.name}", 1
         while path.exists():
             number += 1
-            path = Path(self.settings.folder) / f"{config.run.name}-{self.name}-{number}"
+            path = Path(self.settings.folder) / f"{name}-{self.name}-{number}"
         federation = load_federation(config.data, Path.cwd())
         config = replace(config, run=replace(config.run, folder=str(path.resolve())))
         identity = Identity(**settings["identity"])
-        base = load_base(config.base, torch.device(config.run.device), Path.cwd())
+        self._stand_up()
+        base = self._base(config)
         identity.check(base.identity, f"the base {config.base.model!r} of this client")
         folder = RunFolder.create(
             path, tomli_w.dumps(config.tables()), federation.manifest.to_json(), config.method_name, identity,
             "client", run,
         )
         folder.client(self.name).mkdir(parents=True)
-        return self._take(config, folder)
+        return self._take(config, folder, base)
+
+    def _base(self, config: Config) -> Base:
+        self.watcher.stage(f"loading {config.base.model}")
+        torch.set_num_threads(config.run.threads)
+        return load_base(config.base, torch.device(config.run.device), Path.cwd())
 
     def _own_run(self) -> Table:
         device = resolve_device(self.settings.device)
         return {"device": str(device), "threads": self.settings.threads or torch.get_num_threads(), "group": 1}
 
-    def _take(self, config: Config, folder: RunFolder) -> Seat:
-        """Load base and data and put a worker on them; another run's seat is given up."""
-        if self.seat is not None:
-            self.seat.hold.close()
-            self.seat = None
-        hold = ExitStack()
-        hold.enter_context(folder.locked())
-        self.watcher.stage(f"loading {config.base.model}")
-        torch.set_num_threads(config.run.threads)
-        shard = load_federation(config.data, Path.cwd(), read_manifest(folder.path / MANIFEST)).shards[0]
-        base = load_base(config.base, torch.device(config.run.device), Path.cwd())
-        check_length(config, base)
-        Identity(**folder.about["base"]).check(base.identity, f"the base {config.base.model!r} of this client")
-        data = client_data(shard, base.tokenizer, config.training.max_length)
-        worker = Worker(
-            Bank(base), config.method, rows_of(config), config.training, config.evaluation, folder, config.run.seed
-        )
-        choosing = self.settings.share_labels and score_name(data.train.examples[0], config.evaluation) == "accuracy"
-        labels = Counter(example.answer for example in data.train.examples) if choosing else {}
-        self.seat = Seat(config, worker, data, dict(labels), hold)
+    def _take(self, config: Config, folder: RunFolder, base: Base | None = None) -> Seat:
+        """Load data, and the base unless it is given, and put a worker on them; another run's seat is given up."""
+        self._stand_up()
+        with ExitStack() as hold:
+            hold.enter_context(folder.locked())
+            shard = load_federation(config.data, Path.cwd(), read_manifest(folder.path / MANIFEST)).shards[0]
+            base = base or self._base(config)
+            check_length(config, base)
+            Identity(**folder.about["base"]).check(base.identity, f"the base {config.base.model!r} of this client")
+            data = client_data(shard, base.tokenizer, config.training.max_length)
+            worker = Worker(
+                Bank(base), config.method, rows_of(config), config.training, config.evaluation, folder, config.run.seed
+            )
+            self.seat = Seat(config, worker, data, self._labels(config, data), hold.pop_all())
         return self.seat
+
+    def _labels(self, config: Config, data: ClientData) -> dict[str, int]:
+        """How often each answer occurs, where that may be told; texts of all kinds are no labels."""
+        examples = data.train.examples
+        if not self.settings.share_labels or score_name(examples[0], config.evaluation) != "accuracy":
+            return {}
+        labels = Counter(example.answer for example in examples)
+        if len(labels) > MOST_LABELS or max(map(len, labels)) > LONGEST_LABEL:
+            log.warning("labels are not shared: there are more than %d, or some are very long", MOST_LABELS)
+            return {}
+        return dict(labels)
 
     def _update(self, seat: Seat, request: Request) -> Reply:
         """Train on the server's message, unless that was done already: then the answer is the one given before."""
         message = unboxed(request.message) or b""
-        digest, path = hashlib.sha256(message).hexdigest(), self._answer_path(seat, request.round)
-        if path.exists() and (found := unpack(Stored, path.read_bytes())).digest == digest:
+        digest = hashlib.sha256(b"%d " % request.last + message).hexdigest()
+        path = self._answer_path(seat, request.round)
+        if (found := self._stored(path)) is not None and found.digest == digest:
             log.info("round %d: asked again, answered as before", request.round)
             return found.reply
-        self._undo(seat, request.last)
+        self._undo(seat, request)
+        if request.last >= 0 and latest_state(seat.folder, self.name) is None:
+            log.warning("round %d: what was kept from earlier rounds is gone; training begins anew", request.round)
         self._keep(seat, request)
         self.watcher.round_started(request.round, seat.config.federation.rounds, [self.name])
         self.watcher.group_started(request.round, [self.name])
@@ -247,6 +287,14 @@ class Host:
         for old in sorted(state_path(seat.folder, self.name, 0).parent.glob("round-*.safetensors"))[:-KEPT]:
             old.unlink()
         return reply
+
+    def _stored(self, path: Path) -> Stored | None:
+        """The answer in a file, if there is one that can be read."""
+        try:
+            return unpacked(Stored, path.read_bytes()) if path.exists() else None
+        except PayloadError as error:
+            log.warning("%s is damaged (%s); that round is done again", path, error)
+            return None
 
     def _evaluate(self, seat: Seat, request: Request) -> Reply:
         """Score a model that the server's message makes."""
@@ -275,14 +323,20 @@ class Host:
         self.watcher.stage(f"done: {seat.folder.adapter(self.name, seat.config.method_name)}")
         return Reply(request.run, request.round, TEST, self.name, scores=scores)
 
-    def _undo(self, seat: Seat, last: int) -> None:
+    def _undo(self, seat: Seat, request: Request) -> None:
         """Forget what was done in rounds after the last one that counted."""
         folders = (state_path(seat.folder, self.name, 0).parent, self._answer_path(seat, 0).parent)
         for path in [path for folder in folders for path in folder.glob("round-*.safetensors")]:
-            if int(path.stem.removeprefix("round-")) > last:
+            if int(path.stem.removeprefix("round-")) > request.last:
                 log.info("%s is undone: that round did not count", path.name)
                 path.unlink()
-        seat.folder.cut(METRICS, lambda line: line["round"] <= last)
+
+        def counts(line: dict[str, Any]) -> bool:
+            if line["split"] == "validation" and seat.worker.rows.get(line["method"]) == "aggregated":
+                return (line["round"], line["method"] == request.row) < (request.round, True)
+            return bool(line["round"] <= request.last)
+
+        seat.folder.cut(METRICS, counts)
 
     def _keep(self, seat: Seat, request: Request) -> None:
         """Save the present model of every row whose best round is a new one."""

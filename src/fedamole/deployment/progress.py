@@ -39,6 +39,8 @@ class Board:
                 self.clients.setdefault(name, {}).update(state="training", since=line["time"])
         elif kind == "answered":
             return self._answered(line)
+        elif kind == "warning":
+            return str(line["text"])
         elif kind == "stage":
             self.note = line["text"]
         elif kind == "done":
@@ -85,7 +87,7 @@ def watching(console: Console, folder: Path) -> Iterator[tuple[Say, Show]]:
 
     def show(line: dict[str, Any]) -> None:
         told = board.feed(line)
-        if told is not None and (not console.is_terminal or line["what"] == "done"):
+        if told is not None and (not console.is_terminal or line["what"] in ("done", "warning")):
             say(told)
 
     if not console.is_terminal:

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 def serve(host: Host, address: str, secret: bytes) -> None:
     """Answer requests for ever; a caller without the secret, or one that goes away, is no reason to end."""
+    Path(address).unlink(missing_ok=True)  # a worker that was killed has left it behind
     with Listener(address, family="AF_UNIX", authkey=secret) as listener:
         while True:
             try:

@@ -6,7 +6,7 @@ used, and asks again when too few answered: requests are idempotent, a client th
 
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -24,11 +24,12 @@ from fedamole.engine.wire import (
     packed,
     read_reply,
     unboxed,
+    unpacked,
 )  # fmt: skip
 from fedamole.errors import RunError
 from fedamole.federation.loop import BASE, MAJORITY, Watcher
 from fedamole.federation.method import ClientInfo, Evaluates, Method, Server
-from fedamole.federation.record import PayloadError, size, unpack
+from fedamole.federation.record import PayloadError, pack, unpack
 from fedamole.federation.settings import DeploymentSettings
 from fedamole.federation.worker import Answer, Scores
 
@@ -37,11 +38,16 @@ log = logging.getLogger(__name__)
 PAUSE = 0.1
 """Seconds between two looks for answers."""
 SLACK = 1 << 20
-"""Bytes that an answer may have beyond its tensors."""
+"""Bytes that an answer may have beyond the method's reply."""
 SOON, LATER = 3.0, 60.0
-"""Seconds until a node that could not join is asked again: one that is not ready, and one that was refused."""
+"""Seconds until somebody is asked again: who may be ready by then, and who was refused."""
+TRIES = 3
+"""How often a client is asked for its test scores."""
 TRY_AGAIN = frozenset({"worker", "lost", "no_answer", "not_joined"})
 """Failures that may be gone when a client is asked again."""
+BACK_SOON = TRY_AGAIN - {"no_answer"}
+"""Those of them that are known at once, not after the deadline."""
+ABSENT = "it is absent"
 
 
 class Link(Protocol):
@@ -86,27 +92,28 @@ class Remote:
         """Put an engine on a link. `tables` is what every client is told of the config, `run` the run's id."""
         self.link, self.method, self.rows, self.server, self.run = link, method, rows, server, run
         self.tables, self.settings, self.watcher = dict(tables), settings, watcher
+        self.select: str = tables["config"]["evaluation"]["select"]
         self.members: dict[str, Member] = {}
         self.best: dict[str, int] = {}
         self.answered: dict[str, int] = {}
-        self._joining: dict[str, int] = {}
+        self._infos: dict[str, ClientInfo] = {}
+        self._joining: dict[str, tuple[int, float]] = {}
         self._refused: dict[int, float] = {}
         self._trained: dict[str, dict[str, Scores]] = {}
         self._tested: dict[str, dict[str, Scores]] = {}
-        self._started = time.monotonic()
+        self._started, self._begun = time.monotonic(), False
 
     @property
     def clients(self) -> tuple[ClientInfo, ...]:
         """The roster, in the order of its names; whoever has not come yet has no examples."""
-        infos = {name: member.info for name, member in self.members.items()}
-        return tuple(infos.get(name, ClientInfo(name, 0)) for name in sorted(self.settings.clients))
+        return tuple(self._infos.get(name, ClientInfo(name, 0)) for name in sorted(self.settings.clients))
 
     def present(self) -> Collection[str]:
-        """Clients that have joined and are online; waits for `min_clients`, at first for all for a while."""
+        """Clients that have joined and are online; waits for `min_clients`, and at first a while for all."""
         started, told = time.monotonic(), -1
         while True:
             names = self._online()
-            gathering = time.monotonic() - self._started < self.settings.gathering and not self._done
+            gathering = time.monotonic() - self._started < self.settings.gathering and not self._begun
             needed = len(self.settings.clients) if gathering else self.settings.min_clients
             if len(names) >= needed:
                 self.watcher.present(names, 0)
@@ -122,56 +129,51 @@ class Remote:
                 )
             time.sleep(PAUSE)
 
-    @property
-    def _done(self) -> bool:
-        """Whether the first round's waiting is over."""
-        return bool(self.answered)
-
     def _online(self) -> list[str]:
         """Let nodes that are new join, and return the names of those that have."""
         nodes, now = dict(self.link.nodes()), time.monotonic()
+        self._joining = {
+            ticket: (node, until) for ticket, (node, until) in self._joining.items() if node in nodes and until > now
+        }
         waiting = {node for node, until in self._refused.items() if until > now}
-        waiting |= set(self._joining.values()) | {member.node for member in self.members.values()}
-        request = Request(self.run, -1, JOIN, settings=self.tables)
+        waiting |= {node for node, _ in self._joining.values()} | {member.node for member in self.members.values()}
+        request, seconds = Request(self.run, -1, JOIN, settings=self.tables), self.settings.deadline
         for node in sorted(set(nodes) - waiting):
-            self._joining[self.link.send(node, packed(request), -1, self.settings.deadline)] = node
-        self._joining = {ticket: node for ticket, node in self._joining.items() if node in nodes}
+            self._joining[self.link.send(node, packed(request), -1, seconds)] = node, now + seconds
         for ticket, content in self.link.receive(list(self._joining)).items():
-            node = self._joining.pop(ticket)
-            wait = self._admit(node, nodes, request, content)
-            self._refused[node] = now + wait
+            node, _ = self._joining.pop(ticket)
+            self._refused[node] = now + self._admit(node, nodes, request, content)
         return sorted(name for name, member in self.members.items() if member.node in nodes)
 
     def _admit(self, node: int, nodes: Mapping[int, str], request: Request, content: bytes | str) -> float:
         """Take a node in as a client, or say why not; return the seconds after which to ask it again."""
         who = nodes[node] or f"node {node}"
-        if isinstance(content, str):
-            log.warning("%s did not join: %s", who, FAILURES[content])
-            return SOON
-        try:
-            reply = read_reply(content, request, nodes[node] or None)
-            if reply.failed is not None:
-                log.warning("%s cannot join: %s", reply.client, FAILURES[reply.failed])
-                return SOON if reply.failed in TRY_AGAIN else LATER
-            if reply.client not in self.settings.clients:
-                raise PayloadError(f"{reply.client!r} is not one of deployment.clients")
-            if reply.client in self.members and self.members[reply.client].node in nodes:
-                raise PayloadError(f"there is another {reply.client!r}, which is online")
-            if reply.report.get("base") != self.tables["identity"]:
-                raise PayloadError("it has another base model")
-            member = Member(node, ClientInfo(reply.client, _amount(reply)), reply.report, reply.scores[BASE])
-        except (PayloadError, KeyError) as error:
-            log.warning("%s is refused: %s", who, error)
-            return LATER
-        self.members[reply.client] = member
-        self.watcher.joined(reply.client, reply.report)
-        return 0.0
+        reply = self._read(request, nodes[node] or None, content, SLACK)
+        if reply.failed is not None:
+            log.warning("%s did not join: %s", who, FAILURES[reply.failed])
+            return SOON if reply.failed in TRY_AGAIN else LATER
+        name = reply.client
+        if name not in self.settings.clients:
+            why = "its name is not one of deployment.clients"
+        elif name in self.members and self.members[name].node in nodes:
+            why = f"there is another {name}, which is online"
+        elif reply.report.get("base") != self.tables["identity"]:
+            why = "it has another base model"
+        else:
+            self._infos[name] = ClientInfo(name, reply.report["examples"]["train"])
+            self.members[name] = Member(node, self._infos[name], reply.report, reply.scores[BASE])
+            self.watcher.joined(name, reply.report)
+            return 0.0
+        log.warning("%s is refused: %s", who, why)
+        return LATER
 
     def update(self, round_: int, messages: Mapping[str, bytes]) -> Mapping[str, Answer]:
         """Train a cohort, each on its own message; ask again those who may yet answer while there are too few."""
+        self._begun = True
         self.server = replace(self.server, round=round_, clients=self.clients)
         self.watcher.group_started(round_, sorted(messages))
         answers, failed = dict[str, Answer](), dict.fromkeys(messages, "lost")
+        good, needed, end = -1, min(self.settings.min_clients, len(messages)), 0.0
         while True:
             there = self._online()
             for name, reply, wanted in self._asked(round_, {name: messages[name] for name in failed if name in there}):
@@ -179,24 +181,26 @@ class Remote:
                 failed.pop(name)
                 if code in TRY_AGAIN:
                     failed[name] = code
-            good = sum(answer.payload is not None for answer in answers.values())
-            if good >= min(self.settings.min_clients, len(messages)):
+            before, good = good, sum(answer.payload is not None for answer in answers.values())
+            if good >= needed:
                 return answers
             if not failed:
                 raise RunError(
                     f"round {round_}: {good} clients could train, and deployment.min_clients = "
                     f"{self.settings.min_clients}; mend the others or lower it, then `fedamole server --resume FOLDER`"
                 )
-            self._wait_for(set(failed), f"round {round_}: {good} of {self.settings.min_clients} answers")
+            if good > before:  # patience is for a time in which nothing moves
+                end = time.monotonic() + self.settings.patience
+            self._wait_for(set(failed), f"round {round_}: {good} of {needed} answers", end)
 
-    def _wait_for(self, names: Collection[str], why: str) -> None:
-        """Wait until one of these clients is online."""
-        end = time.monotonic() + self.settings.patience
+    def _wait_for(self, names: Collection[str], why: str, end: float) -> None:
+        """Wait until one of these clients is online; those that are have just failed and are given a moment."""
         log.warning("%s; waiting for one of: %s", why, ", ".join(sorted(names)))
-        while not set(self._online()) & set(names):
+        time.sleep(SOON)
+        while time.monotonic() > end or not set(self._online()) & set(names):
             if time.monotonic() > end:
                 raise RunError(
-                    f"{why}, and nobody came in {self.settings.patience:.0f} s (deployment.patience). Nothing is "
+                    f"{why}, and no other came in {self.settings.patience:.0f} s (deployment.patience). Nothing is "
                     "lost: `fedamole server --resume FOLDER` goes on from the last finished round"
                 )
             time.sleep(PAUSE)
@@ -209,7 +213,7 @@ class Remote:
             requests[name] = self._request(name, round_, UPDATE, payload=payload)
             message = unpack(self.method.records.message, payload)
             wanted[name] = rehearse(self.method, self.server, self.members[name].info, message)
-        replies = self._exchange(requests, {name: size(reply) + SLACK for name, reply in wanted.items()})
+        replies = self._exchange(requests, {name: len(pack(reply)) + SLACK for name, reply in wanted.items()})
         return [(name, reply, wanted[name]) for name, reply in replies.items()]
 
     def _request(
@@ -221,12 +225,12 @@ class Remote:
     def _answer(self, round_: int, name: str, reply: Reply, wanted: Any) -> tuple[Answer, str | None]:
         """Check what a client's training came to; return it, and the code of its failure."""
         report, payload, failed = {"seconds": 0.0, **reply.report}, None, reply.failed
-        if failed is None:
+        if failed is not None:
+            log.warning("client %s, round %d, update: %s", name, round_, FAILURES[failed])
+        else:
             try:
-                payload = unboxed(reply.reply)
-                if payload is None or set(reply.scores) - set(self.rows):
-                    raise PayloadError("it holds no reply of the method, or scores that were not asked for")
-                check_reply(self.method, wanted, unpack(self.method.records.reply, payload), self.settings.max_norm)
+                payload = unboxed(reply.reply) or b""
+                check_reply(self.method, wanted, unpacked(self.method.records.reply, payload), self.settings.max_norm)
             except PayloadError as error:
                 log.warning("client %s, round %d, update: refused: %s", name, round_, error)
                 payload, failed = None, "bad_reply"
@@ -250,7 +254,10 @@ class Remote:
             for name in sorted(messages) if name in there
         }
         replies = self._exchange(requests, dict.fromkeys(requests, SLACK))
-        return {name: reply.scores[row] for name, reply in replies.items() if row in reply.scores}
+        for name, reply in replies.items():
+            if reply.failed is not None:
+                log.warning("client %s, round %d, evaluate: %s; its score stays", name, round_, FAILURES[reply.failed])
+        return {name: reply.scores[row] for name, reply in replies.items() if reply.failed is None}
 
     def keep(self, row: str, round_: int) -> None:
         """Have every client save its present model as its best so far: each is told with the next request."""
@@ -277,33 +284,40 @@ class Remote:
     def _test(self, what: str) -> dict[str, Scores]:
         """Scores on the test split, of which all are asked for at once, the first time."""
         if not self._tested:
-            names: Sequence[str] = sorted(self.present())
+            there: Collection[str] = self.present()
+            missing = dict.fromkeys(sorted(self.settings.clients), ABSENT)
             last = max(self.answered.values(), default=0)
-            requests = {name: self._request(name, last, TEST) for name in names}
-            for name, reply in self._exchange(requests, dict.fromkeys(requests, SLACK)).items():
-                if reply.failed is not None:
-                    log.warning("client %s, test: %s; its scores are missing", name, FAILURES[reply.failed])
-                for key, scores in reply.scores.items():
-                    self._tested.setdefault(key, {})[name] = scores
-            absent = sorted(set(self.settings.clients) - set(names))
-            if absent:
-                log.warning("absent at the test, so that their scores are missing: %s", ", ".join(absent))
+            for _ in range(TRIES):
+                asked = [name for name, code in missing.items() if name in there and code in (ABSENT, *BACK_SOON)]
+                requests = {name: self._request(name, last, TEST) for name in asked}
+                for name, reply in self._exchange(requests, dict.fromkeys(requests, SLACK)).items():
+                    missing[name] = reply.failed or ""
+                    for key, scores in reply.scores.items():
+                        self._tested.setdefault(key, {})[name] = scores
+                if not BACK_SOON & set(missing.values()):
+                    break
+                time.sleep(SOON)
+                there = self._online()
+            for name, code in missing.items():
+                if code:
+                    log.warning("client %s, test: %s; its scores are missing", name, FAILURES.get(code, code))
         if what not in self._tested:
             raise RunError(f"no client could be tested ({what}); `fedamole server --resume FOLDER` tries again")
         return dict(sorted(self._tested[what].items()))
 
     def _exchange(self, requests: Mapping[str, Request], limits: Mapping[str, int]) -> dict[str, Reply]:
         """Ask clients, and wait for all of them or the deadline; a failure is a reply too."""
-        end = time.monotonic() + self.settings.deadline
         tickets, replies = dict[str, str](), dict[str, Reply]()
         for name, request in requests.items():
             payload = packed(request)
             tickets[self.link.send(self.members[name].node, payload, request.round, self.settings.deadline)] = name
-        while tickets and time.monotonic() < end:
+        end, late = time.monotonic() + self.settings.deadline, False
+        while tickets and not late:
+            late = time.monotonic() >= end  # one more look, however long the last one took
             for ticket, content in self.link.receive(list(tickets)).items():
                 name = tickets.pop(ticket)
                 replies[name] = self._read(requests[name], name, content, limits[name])
-            time.sleep(PAUSE if tickets else 0)
+            time.sleep(PAUSE if tickets and not late else 0)
         for name in tickets.values():
             replies[name] = failure(requests[name], name, "no_answer")
         for name, reply in replies.items():
@@ -311,24 +325,26 @@ class Remote:
                 self.members.pop(name)  # so that it is asked to join again
         return dict(sorted(replies.items()))
 
-    def _read(self, request: Request, name: str, content: bytes | str, limit: int) -> Reply:
+    def _read(self, request: Request, client: str | None, content: bytes | str, limit: int) -> Reply:
+        """Read what came of a request; what cannot be used becomes a failure. `client` None: its name is in there."""
         if isinstance(content, str):
-            return failure(request, name, content)
+            return failure(request, client or "", content)
+        who = f"client {client or '(no registered name)'}, round {request.round}, {request.operation}"
         if len(content) > limit:
-            log.warning("client %s, round %d, %s: %d bytes where at most %d may come",
-                        name, request.round, request.operation, len(content), limit)  # fmt: skip
-            return failure(request, name, "too_large")
+            log.warning("%s: %d bytes where at most %d may come", who, len(content), limit)
+            return failure(request, client or "", "too_large")
         try:
-            return read_reply(content, request, name)
+            return read_reply(content, request, client, self._scored(request))
         except PayloadError as error:
-            log.warning("client %s, round %d, %s: refused: %s", name, request.round, request.operation, error)
-            return failure(request, name, "bad_reply")
+            log.warning("%s: refused: %s", who, error)
+            return failure(request, client or "", "bad_reply")
 
-
-def _amount(reply: Reply) -> int:
-    """Training examples that a client says it has."""
-    examples = reply.report.get("examples")
-    train = examples.get("train") if isinstance(examples, dict) else None
-    if not isinstance(train, int) or isinstance(train, bool) or train < 1:
-        raise PayloadError("it does not say how many training examples it has")
-    return train
+    def _scored(self, request: Request) -> dict[str, tuple[str, ...]]:
+        """Models that a reply has to score, and with what."""
+        if request.operation == TEST:
+            rows = [f"{row}/{which}" for row in self.rows for which in ("best", "last")]
+            return {**dict.fromkeys([*rows, BASE], ("loss", "score")), MAJORITY: ("score",)}
+        rows = {JOIN: [BASE], EVALUATE: [request.row or ""]}.get(request.operation) or [
+            row for row, kind in self.rows.items() if kind == "trained"
+        ]
+        return dict.fromkeys(rows, ("loss",) if self.select == "loss" else ("loss", "score"))

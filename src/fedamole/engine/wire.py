@@ -4,14 +4,18 @@ A message names its run, its round and one of a closed list of operations, and i
 a method sends travels inside as the bytes of one tensor. No text of an error travels, only one of `FAILURES`.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from fedamole.evaluation.scores import GenerationScore
 from fedamole.federation.record import PayloadError, pack, unpack
+
+R = TypeVar("R")
 
 PROTOCOL = 1
 JOIN, UPDATE, EVALUATE, TEST = "join", "update", "evaluate", "test"
@@ -34,6 +38,18 @@ FAILURES = {
     "bad_reply": "its answer is damaged or not what was asked for",
 }
 """Why a client could not do what was asked: a closed list, so that no error can carry data."""
+
+REPORTED = frozenset({"loss", "steps", "seconds", "seconds_training", "group", "peak_memory_mib", "probed"})
+"""What a client may tell of its training, a number each."""
+SCORED = frozenset({"loss", "probed", "score", "accuracy", *get_args(GenerationScore)})
+"""What scores may consist of, a number each."""
+TOLD = {"examples", "base", "device", "labels"}
+"""What a client may tell of itself when it joins; labels only where it shares them."""
+SPLITS = {"train", "embedding", "validation", "test"}
+LARGEST, MOST_EXAMPLES = 1e15, 10**9
+"""Largest number that is believed, so that sums of squares stay finite; most examples of a client."""
+MOST_LABELS, LONGEST_LABEL = 1000, 200
+"""Labels that can be shared, and characters of each."""
 
 
 @dataclass(frozen=True)
@@ -90,41 +106,87 @@ def unboxed(tensors: Mapping[str, Tensor]) -> bytes | None:
     return tensors["record"].numpy().tobytes()
 
 
+def unpacked(kind: type[R], payload: bytes) -> R:
+    """Unpack a record that came from elsewhere; whatever is wrong with it is a PayloadError without a word of it."""
+    try:
+        return unpack(kind, payload)
+    except Exception as error:  # nesting too deep, shapes that no tensor has: libraries raise what they like
+        raise PayloadError(f"no {kind.__name__}: damaged or foreign bytes ({type(error).__name__})") from error
+
+
 def read_request(payload: bytes) -> Request:
     """Unpack a request and check its form; PayloadError says what is wrong with it."""
-    request = unpack(Request, payload)
+    request = unpacked(Request, payload)
     _check_protocol(request.protocol)
     if request.operation not in OPERATIONS:
-        raise PayloadError(f"operation {request.operation!r} is not one of {', '.join(OPERATIONS)}")
-    if not request.run.isalnum() or len(request.run) > 64 or request.round < -1:
+        raise PayloadError(f"its operation is not one of {', '.join(OPERATIONS)}")
+    first = 0 if request.operation in (UPDATE, EVALUATE) else -1
+    if not request.run.isalnum() or len(request.run) > 64 or request.round < first:
         raise PayloadError("not the id or the round of a run")
     if (request.settings is not None) != (request.operation == JOIN):
         raise PayloadError("settings come with join, and with nothing else")
     return request
 
 
-def read_reply(payload: bytes, request: Request, client: str | None) -> Reply:
-    """Unpack a reply and check that it answers this request of this client (None: of any); else PayloadError."""
-    reply = unpack(Reply, payload)
+def read_reply(
+    payload: bytes, request: Request, client: str | None, scored: Mapping[str, Collection[str]]
+) -> Reply:
+    """Unpack a reply and check that it answers this request of this client (None: of any); else PayloadError.
+
+    `scored` names the models that have to be scored, and which numbers each must have.
+    """
+    reply = unpacked(Reply, payload)
     _check_protocol(reply.protocol)
     answered = (reply.run, reply.round, reply.operation, reply.client)
     if answered != (request.run, request.round, request.operation, reply.client if client is None else client):
         raise PayloadError("it answers another request (run, round, operation or client differ)")
-    if reply.failed is not None and reply.failed not in FAILURES:
-        raise PayloadError("its failure is none of the known ones")
-    scores = [scores for scores in reply.scores.values() if isinstance(scores, dict)]
-    if len(scores) < len(reply.scores):
-        raise PayloadError("its scores are not in the expected form")
-    parts = [*scores, *([reply.report] if reply.operation == UPDATE else [])]
-    numbers = [value for part in parts for value in part.values()]
-    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers):
-        raise PayloadError("its scores or its report hold something else than numbers")
+    if reply.failed is not None:
+        if reply.failed not in FAILURES or reply.report or reply.scores or reply.reply:
+            raise PayloadError("its failure is none of the known ones, or comes with results")
+        return reply
+    if set(reply.scores) != set(scored):
+        raise PayloadError("its scores are not of the models that were asked for")
+    for row, needed in scored.items():
+        _check_numbers(reply.scores[row], needed, SCORED, "its scores")
+    if request.operation == JOIN:
+        _check_about(reply.report)
+    else:
+        _check_numbers(reply.report, (), REPORTED if request.operation == UPDATE else (), "its report")
+    if bool(reply.reply) != (request.operation == UPDATE):
+        raise PayloadError("a reply of the method comes with an update, and with nothing else")
     return reply
+
+
+def _check_numbers(found: Any, needed: Collection[str], allowed: Collection[str], what: str) -> None:
+    """Refuse a table of anything but the numbers that are needed or allowed."""
+    if not isinstance(found, dict) or set(needed) - set(found) or set(found) - set(allowed):
+        raise PayloadError(f"{what} are not in the expected form")
+    if not all(type(value) in (int, float) and abs(value) <= LARGEST for value in found.values()):  # NaN is not <=
+        raise PayloadError(f"{what} hold something else than numbers, or numbers that are not finite")
+
+
+def _check_about(report: Mapping[str, Any]) -> None:
+    """Refuse what a client tells of itself unless it is in the expected form."""
+    examples, device, labels = report.get("examples"), report.get("device"), report.get("labels", {})
+    if set(report) - TOLD or not isinstance(examples, dict) or set(examples) != SPLITS:
+        raise PayloadError("what it tells of itself is not in the expected form")
+    if not all(_is_count(count) and count > 0 for count in examples.values()):
+        raise PayloadError(f"its numbers of examples are not between 1 and {MOST_EXAMPLES}")
+    if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", device):
+        raise PayloadError("its device is none")
+    known = isinstance(labels, dict) and len(labels) <= MOST_LABELS
+    if not known or not all(len(text) <= LONGEST_LABEL and _is_count(count) for text, count in labels.items()):
+        raise PayloadError("its labels are not counts by label")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MOST_EXAMPLES
 
 
 def _check_protocol(found: int) -> None:
     if found != PROTOCOL:
-        raise PayloadError(f"protocol {found} where {PROTOCOL} was expected: use one version of fedamole everywhere")
+        told = found if 0 <= found < 1000 else "unknown"
+        raise PayloadError(f"protocol {told} where {PROTOCOL} was expected: use one version of fedamole everywhere")
 
 
 def failure(request: Request, client: str, code: str) -> Reply:

@@ -1,0 +1,144 @@
+"""A client that is not what it should be: its worker does real work, and then what a file says.
+
+`liar.py client ...` is `fedamole client ...` with this worker; `liar.py SETTINGS.json` is the worker. The file that the
+variable LIE names holds one of LIES, read at every update.
+"""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedamole.deployment import client, warm_worker
+from fedamole.deployment.host import Host
+from fedamole.engine.wire import UPDATE, Reply, boxed, packed, read_request, unboxed
+from fedamole.federation.record import pack, unpack
+
+SECRET = "the patient's name is Ann"
+"""What an error of a client may hold, and nobody else may read."""
+LATE = 25.0
+"""Seconds that a slow client takes longer."""
+
+
+class Liar(Host):
+    """Does what it is asked to, and spoils updates."""
+
+    def answer(self, payload: bytes) -> bytes:
+        """An answer to a request, spoiled where the file says so."""
+        kind = Path(os.environ["LIE"]).read_text()
+        if read_request(payload).operation != UPDATE or kind == "honest":
+            return super().answer(payload)
+        return LIES[kind](self, payload)
+
+    def honest(self, payload: bytes) -> bytes:
+        """What an honest client answers."""
+        return super().answer(payload)
+
+    def spoilt(self, payload: bytes, change: Callable[[dict[str, torch.Tensor]], None]) -> bytes:
+        """An answer whose first table of tensors has been changed."""
+        assert self.seat is not None
+        answer = unpack(Reply, self.honest(payload))
+        inner = unpack(self.seat.config.method.records.reply, unboxed(answer.reply) or b"")
+        name = next(one.name for one in fields(inner) if getattr(inner, one.name))
+        tensors = {key: tensor.clone() for key, tensor in getattr(inner, name).items()}
+        change(tensors)
+        return packed(replace(answer, reply=boxed(pack(replace(inner, **{name: tensors})))))
+
+
+def _nan(tensors: dict[str, torch.Tensor]) -> None:
+    next(iter(tensors.values())).view(-1)[0] = torch.nan
+
+
+def _huge(tensors: dict[str, torch.Tensor]) -> None:
+    next(iter(tensors.values())).mul_(0).add_(1e30)
+
+
+def _wrong_shape(tensors: dict[str, torch.Tensor]) -> None:
+    key = next(iter(tensors))
+    tensors[key] = tensors[key].repeat(2, 1)
+
+
+def _foreign_expert(tensors: dict[str, torch.Tensor]) -> None:
+    key = next(key for key in tensors if "/expert-" in key)
+    module, _, rest = key.partition("/expert-")
+    own = {key.partition("/expert-")[2][:2] for key in tensors if key.startswith(f"{module}/expert-")}
+    other = next(f"{number:02d}" for number in range(100) if f"{number:02d}" not in own)
+    tensors[f"{module}/expert-{other}{rest[2:]}"] = tensors[key].clone()
+
+
+def _raise(host: Liar, payload: bytes) -> bytes:
+    assert host.seat is not None
+    worker = host.seat.worker
+    train = worker.update
+
+    def update(*words: Any) -> Any:
+        worker.update = train  # type: ignore[method-assign]
+        raise ValueError(SECRET)
+
+    worker.update = update  # type: ignore[method-assign]
+    return host.honest(payload)
+
+
+def _full_disk(host: Liar, payload: bytes) -> bytes:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        return host.honest(payload)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def _slow(host: Liar, payload: bytes) -> bytes:
+    time.sleep(LATE)
+    return host.honest(payload)
+
+
+def _truncated(host: Liar, payload: bytes) -> bytes:
+    answer = host.honest(payload)
+    return answer[: len(answer) // 2]
+
+
+def _too_large(host: Liar, payload: bytes) -> bytes:
+    answer = host.honest(payload)
+    return answer + b"\0" * (10 * (len(answer) + (1 << 20)))
+
+
+LIES: dict[str, Callable[[Liar, bytes], bytes]] = {
+    "nan": lambda host, payload: host.spoilt(payload, _nan),
+    "huge": lambda host, payload: host.spoilt(payload, _huge),
+    "wrong shape": lambda host, payload: host.spoilt(payload, _wrong_shape),
+    "foreign expert": lambda host, payload: host.spoilt(payload, _foreign_expert),
+    "raise": _raise,
+    "full disk": _full_disk,
+    "slow": _slow,
+    "truncated": _truncated,
+    "too large": _too_large,
+}
+
+
+def _lying_client() -> None:
+    from fedamole.cli import main
+
+    init = client.Client.__init__
+
+    def lying(self: client.Client, *words: Any) -> None:
+        init(self, *words)
+        assert self.worker.words[1:3] == ["-m", "fedamole.deployment.warm_worker"]
+        self.worker.words[1:3] = [__file__]
+
+    client.Client.__init__ = lying  # type: ignore[method-assign]
+    main()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "client":
+        _lying_client()
+    else:
+        warm_worker.Host = Liar  # type: ignore[misc]
+        warm_worker.main()

@@ -1,0 +1,56 @@
+"""The same run over Flower and in one process: equal metrics, and a server state that is equal to the bit.
+
+Real processes throughout: certificates, gateway, SuperLink, three SuperNodes with keys and warm workers, which stay for
+one run after the other, as at an organisation.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedamole.deployment.certificates import make_certificates
+from fedamole.experiment import start
+from fedamole.federation.loop import Watcher
+from tests.conftest import small
+from tests.deployment.faults import NAMES, Site
+from tests.deployment.test_remote import facts, states
+
+RUNS = {
+    "fedamole": [],
+    "fedit": ["evaluation.before_aggregation=true"],  # two exchanges a round, and the row fedit_ft
+    "fedlease": ["method.warmup_rounds=1"],  # private state, and messages that change their form
+}
+
+
+@pytest.fixture(scope="module")
+def site(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    place = Site(tmp_path_factory.mktemp("flower"), tiny, secure=True)
+    assert place.certs is not None
+    make_certificates(place.certs, ["localhost"], NAMES)
+    try:
+        for name in NAMES:
+            place.client(name)
+        yield place
+    finally:
+        place.close()
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_equals_the_run_in_one_process(method: str, site: Site) -> None:
+    site.run = site.folder / method
+    site.overrides = [*small(method), "federation.rounds=3", *RUNS[method]]
+    assert site.server().ended(150) == 0, (site.folder / "server.out").read_text()[-2000:]
+    here = site.folder / f"here-{method}"
+    start(site.here(), here, Watcher())
+    assert states(site.run) == states(here)
+    assert facts(site.run) == facts(here)
+    for name in NAMES:
+        (own,) = (site.folder / f"c-{name}").glob(f"{method}-*")
+        adapters = sorted(path.name for path in (own / "clients" / name).glob("adapter*"))
+        assert adapters == sorted(path.name for path in (here / "clients" / name).glob("adapter*"))
+        for adapter in adapters:
+            weights = f"clients/{name}/{adapter}/adapter_model.safetensors"
+            assert (own / weights).read_bytes() == (here / weights).read_bytes()
+        assert not [path for path in (own / "clients").iterdir() if path.name != name]
+    assert not (site.run / "clients").exists()

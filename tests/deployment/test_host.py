@@ -1,0 +1,370 @@
+"""The client's side: each request is done once, what did not count is undone, and nothing private is told."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedamole.config import load_config
+from fedamole.data.settings import SourceSettings
+from fedamole.deployment.agreement import own_tables, shared_tables
+from fedamole.deployment.host import ClientSettings, Host
+from fedamole.engine.wire import (
+    EVALUATE,
+    JOIN,
+    TEST,
+    UPDATE,
+    Reply,
+    Request,
+    boxed,
+    packed,
+    unboxed,
+    unpacked,
+)  # fmt: skip
+from fedamole.errors import BaseModelError, ConfigError
+from fedamole.federation.loop import Watcher
+from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.record import pack, unpack
+from fedamole.model.base import load_base
+from tests.conftest import small
+
+RUN_ID = "c0ffee"
+
+
+class ByHand:
+    """What a server of one client does by hand: messages of a method, changed by a number."""
+
+    def __init__(self, config_file: Path, method: str, *overrides: str) -> None:
+        words = ("deployment.clients=['entail']", "deployment.min_clients=1", "training.local_steps=1")
+        self.config = load_config(config_file, [*small(method), *words, "federation.rounds=6", *overrides])
+        base = load_base(self.config.base, torch.device("cpu"), Path.cwd())
+        self.settings = shared_tables(self.config, base.identity)
+        self.settings["config"]["base"]["model"] = "bundled"
+        info = ClientInfo("entail", 40)
+        self.first = self.config.method.message(self.config.method.init(Server(base.shapes, (info,), 0, 0, 32)), info)
+
+    def join(self, **changes: Any) -> Request:
+        return Request(RUN_ID, -1, JOIN, settings={**self.settings, **changes})
+
+    def update(self, round_: int, last: int, plus: float = 0.0, **fields: Any) -> Request:
+        tensors = getattr(self.first, "tensors", None)
+        moved = {key: tensor + plus for key, tensor in (tensors or {}).items()}
+        message = self.first if tensors is None else replace(self.first, tensors=moved)
+        if hasattr(message, "begun"):
+            message = replace(message, begun=round_ > 0)
+        return replace(Request(RUN_ID, round_, UPDATE, last=last, message=boxed(pack(message))), **fields)
+
+
+@pytest.fixture(scope="module")
+def served(tiny: Path) -> Callable[..., ByHand]:
+    made: dict[tuple[str, ...], ByHand] = {}
+
+    def of(*words: str) -> ByHand:
+        if words not in made:
+            made[words] = ByHand(tiny / "config.toml", *words)
+        return made[words]
+
+    return of
+
+
+@pytest.fixture
+def client(tiny: Path, tmp_path: Path) -> Callable[..., Host]:
+    def of(folder: str, **settings: Any) -> Host:
+        source = SourceSettings("entail", path=str(tiny / "entail.jsonl"), template="entail")
+        own = {"base": str(tiny / "base"), "device": "cpu", "threads": 1, **settings}
+        return Host(ClientSettings(source, folder=str(tmp_path / folder), **own), Watcher())
+
+    return of
+
+
+def ask(host: Host, request: Request) -> Reply:
+    return unpacked(Reply, host.answer(packed(request)))
+
+
+def on_disk(host: Host) -> dict[str, tuple[int, bytes]]:
+    files = [path for path in Path(host.settings.folder).rglob("*") if path.is_file()]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def state(host: Host) -> tuple[str, bytes]:
+    path = max(Path(host.settings.folder).glob("*/clients/entail/state/*"))
+    return path.name, path.read_bytes()
+
+
+def same_answer(one: Reply, other: Reply) -> bool:
+    """Times apart."""
+    loss = [reply.report["loss"] for reply in (one, other)]
+    return unboxed(one.reply) == unboxed(other.reply) and loss[0] == loss[1] and one.scores == other.scores
+
+
+@pytest.mark.parametrize("method", ["fedalt", "fdlora", "local_only", "fedsa_lora"])
+def test_each_request_is_done_once_and_what_did_not_count_is_undone(method: str, served: Any, client: Any) -> None:
+    """The first host sees requests repeated, replaced and not counted; the second only those that count."""
+    often = ["method.sync_every=1"] if method == "fdlora" else []
+    server, one, other = served(method, *often), client("one"), client("other")
+    for host in (one, other):
+        assert ask(host, server.join()).failed is None
+    first = server.update(0, -1)
+    before = packed(ask(one, first))
+    disk = on_disk(one)
+    assert packed(ask(one, first)) == before
+    assert on_disk(one) == disk, "a repeated request changes nothing"
+    late = ask(one, server.update(1, 0, plus=0.1))
+    assert late.failed is None
+    again = ask(one, server.update(1, 0, plus=0.2))
+    assert (unboxed(late.reply) != unboxed(again.reply)) == (method != "local_only")
+
+    assert same_answer(ask(other, server.update(0, -1)), unpacked(Reply, before))
+    assert same_answer(ask(other, server.update(1, 0, plus=0.2)), again)
+    assert state(one) == state(other), "the first message of round 1 has left nothing behind"
+
+    ask(one, server.update(2, 1))  # its answer comes too late: round 3 follows on round 1
+    assert state(one)[0] == "round-0002.safetensors"
+    for host in (one, other):
+        assert ask(host, server.update(3, 1, plus=0.3)).failed is None
+    assert state(one) == state(other)
+    ask(one, server.update(3, 0, plus=0.3))  # a server that went back: the same message, but round 1 does not count
+    ask(other, server.update(4, 0, plus=0.3))
+    assert [path.name for path in sorted(Path(one.settings.folder).glob("*/clients/entail/state/*"))] == [
+        "round-0000.safetensors", "round-0003.safetensors"
+    ]  # fmt: skip
+
+
+def test_the_best_model_is_kept_when_it_is_told_and_not_what_came_after(served: Any, client: Any) -> None:
+    server, host = served("local_only"), client("one")
+    ask(host, server.join())
+    ask(host, server.update(0, -1))
+    adapter = Path(host.settings.folder) / "local_only-entail/clients/entail/adapter/adapter_model.safetensors"
+    assert not adapter.exists()
+    ask(host, server.update(1, 0, best={"local_only": 0}))
+    of_round_0 = adapter.read_bytes()
+    ask(host, server.update(2, 0, best={"local_only": 0}))  # round 1 did not count
+    assert adapter.read_bytes() == of_round_0
+    ask(host, server.update(3, 0, best={"local_only": 2}))  # nor did 2: what the server saw is still that of round 0
+    assert adapter.read_bytes() == of_round_0
+    ask(host, server.update(4, 3, best={"local_only": 3}))
+    assert adapter.read_bytes() != of_round_0
+
+
+def test_a_client_keeps_its_own_record(served: Any, client: Any) -> None:
+    """Evaluations in rounds in which it did not train stay in its metrics, once each; so does the untuned base."""
+    server, host = served("fedit"), client("one")
+    for _ in range(2):
+        ask(host, server.join())
+    ask(host, server.update(0, -1))
+    for round_ in (0, 1, 1, 2):
+        ask(host, Request(RUN_ID, round_, EVALUATE, "fedit", last=0, message=server.update(0, -1).message))
+    ask(host, server.update(3, 0))
+    ask(host, Request(RUN_ID, 5, TEST, last=3, best={"fedit": 2}))
+    metrics = (Path(host.settings.folder) / "fedit-entail/metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in metrics.splitlines()]
+    assert [(line["round"], line["split"]) for line in lines] == [
+        (-1, "validation"), (0, "train"), (0, "validation"), (1, "validation"), (2, "validation"), (3, "train"),
+    ]  # fmt: skip
+    assert (Path(host.settings.folder) / "fedit-entail/summary.json").exists()
+
+
+def test_a_damaged_answer_on_disk_is_made_again(served: Any, client: Any) -> None:
+    server, host = served("fedit"), client("one")
+    ask(host, server.join())
+    before = ask(host, server.update(0, -1))
+    path = next(Path(host.settings.folder).glob("*/clients/entail/answers/*"))
+    path.write_bytes(path.read_bytes()[:-7])
+    assert same_answer(ask(host, server.update(0, -1)), before)
+
+
+BAD: dict[str, tuple[str, Callable[[ByHand], bytes]]] = {
+    "random bytes": ("bad_request", lambda s: b"\x01" * 50),
+    "nothing": ("bad_request", lambda s: b""),
+    "deep": ("bad_request", lambda s: packed(s.join()).replace(b'"identity', b"[" * 9000 + b'"identity')),
+    "unknown operation": ("bad_request", lambda s: packed(s.update(0, -1, operation="read"))),
+    "another protocol": ("bad_request", lambda s: packed(s.update(0, -1, protocol=9))),
+    "another run": ("not_joined", lambda s: packed(s.update(0, -1, run="another"))),
+    "another run's test": ("not_joined", lambda s: packed(Request("another", 0, TEST))),
+    "a round too many": ("bad_request", lambda s: packed(s.update(99, -1))),
+    "another row": ("bad_request", lambda s: packed(Request(RUN_ID, 0, EVALUATE, "../x", last=-1))),
+    "no message": ("bad_request", lambda s: packed(s.update(0, -1, message={}))),
+    "a message of another kind": ("bad_request", lambda s: packed(s.update(0, -1, message=boxed(packed(s.join()))))),
+    "a message without tensors": (
+        "internal", lambda s: packed(s.update(0, -1, message=boxed(pack(replace(s.first, tensors={}))))),
+    ),
+    "another base": ("base", lambda s: packed(s.join(identity={"weights": "a", "tokenizer": "b", "targets": "c"}))),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def seated(tiny: Path, served: Any, tmp_path_factory: pytest.TempPathFactory) -> Host:
+    source = SourceSettings("entail", path=str(tiny / "entail.jsonl"), template="entail")
+    folder = tmp_path_factory.mktemp("seated") / "private-place"
+    host = Host(ClientSettings(source, str(folder), str(tiny / "base"), device="cpu", threads=1), Watcher())
+    assert ask(host, served("fedit").join()).failed is None
+    return host
+
+
+def secrets(host: Host, tiny: Path) -> list[bytes]:
+    rows = [json.loads(line) for line in (tiny / "entail.jsonl").read_text().splitlines()]
+    texts = [row[column] for row in rows for column in ("premise", "hypothesis")]
+    return [text.encode() for text in [*texts, "Yes", "Maybe", str(tiny), "private-place", "Error", "Traceback"]]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_done_is_refused_by_a_code_alone(name: str, seated: Host, served: Any, tiny: Path) -> None:
+    code, made = BAD[name]
+    answer = seated.answer(made(served("fedit")))
+    reply = unpacked(Reply, answer)
+    assert (reply.failed, reply.client) == (code, "entail")
+    assert not reply.report
+    assert not reply.scores
+    assert not reply.reply
+    assert not [text for text in secrets(seated, tiny) if text in answer]
+
+
+def test_answers_hold_nothing_of_the_data_and_no_path(served: Any, client: Any, tiny: Path) -> None:
+    server, host = served("fedit", "evaluation.before_aggregation=true"), client("private-place")
+    message = server.update(0, -1).message
+    requests = [
+        server.join(), server.update(0, -1), Request(RUN_ID, 0, EVALUATE, "fedit", last=0, message=message),
+        Request(RUN_ID, 0, TEST, last=0, best={"fedit": 0}),
+    ]  # fmt: skip
+    for request in requests:
+        answer = host.answer(packed(request))
+        assert unpacked(Reply, answer).failed is None, request.operation
+        assert not [text for text in secrets(host, tiny) if text in answer], request.operation
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, MemoryError, RecursionError, KeyError])
+def test_no_word_of_an_error_travels(error: Any, seated: Host, served: Any, tiny: Path, caplog: Any) -> None:
+    def fail(done: int, steps: int) -> None:
+        raise error("On day 3 Dan buys a red cup, says private-place")
+
+    seated.watcher.step = fail  # type: ignore[method-assign]
+    try:
+        answer = seated.answer(packed(served("fedit").update(0, -1)))
+    finally:
+        del seated.watcher.step
+    codes = {OSError: "disk", MemoryError: "out_of_memory"}
+    assert unpacked(Reply, answer).failed == codes.get(error, "internal")
+    assert not [text for text in secrets(seated, tiny) if text in answer]
+    assert "On day 3" in caplog.text, "the client's own log has it"
+
+
+def test_labels_are_told_only_where_they_are_shared(served: Any, client: Any, tiny: Path) -> None:
+    told = ask(client("shy"), served("fedit").join()).report
+    assert set(told) == {"examples", "base", "device"}
+    told = ask(client("open", share_labels=True), served("fedit").join()).report
+    assert set(told["labels"]) == {"Yes", "Maybe", "No"}
+    assert sum(told["labels"].values()) == told["examples"]["train"]
+    source = SourceSettings("entail", path=str(tiny / "plain.jsonl"))
+    free = Host(replace(client("free", share_labels=True).settings, source=source), Watcher())
+    assert "labels" not in ask(free, served("fedit").join()).report, "free text is no label"
+
+
+def changed(settings: dict[str, Any], table: str, **keys: Any) -> dict[str, Any]:
+    config = {name: dict(part) for name, part in settings["config"].items()}
+    config[table].update(keys)
+    return {**settings, "config": config}
+
+
+@pytest.mark.parametrize(
+    ("table", "keys"),
+    [
+        ("data", {"source": [{"name": "x", "path": "/etc/passwd"}]}), ("data", {"manifest": "/etc/passwd"}),
+        ("run", {"folder": "/tmp/x"}), ("run", {"device": "cuda"}), ("run", {"tensorboard": True}),
+        ("run", {"unknown": 1}), ("method", {"name": "os.system"}), ("training", {"local_steps": "many"}),
+        ("data", {"templates": {"x": 5}}), ("data", {"templates": [1]}),
+    ],
+)  # fmt: skip
+def test_settings_that_are_the_clients_own_or_none_at_all(
+    table: str, keys: dict[str, Any], served: Any, client: Any
+) -> None:
+    host = client("one")
+    reply = ask(host, replace(served("fedit").join(), settings=changed(served("fedit").settings, table, **keys)))
+    assert reply.failed == "config"
+    assert not Path(host.settings.folder).exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"config": {}}, {"config": 5, "identity": {}}, {"config": [], "identity": []},
+        {"identity": {"weights": "w", "tokenizer": "t", "targets": "s", "more": 1}},
+    ],
+)  # fmt: skip
+def test_settings_in_another_form(settings: dict[str, Any], served: Any, client: Any) -> None:
+    whole = {**served("fedit").settings, **settings} if "config" not in settings and settings else settings
+    assert ask(client("one"), Request(RUN_ID, -1, JOIN, settings=whole)).failed == "config"
+
+
+@pytest.mark.parametrize(
+    "name", ["/models/x", "./x", "../x", "~/x", "x/../../y", "C:\\x", "a/b/c", "", "tiny0", "tiny0/base"]
+)
+def test_a_servers_base_is_never_a_path(name: str, served: Any, tiny: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tiny.parent)
+    settings = changed(served("fedit").settings, "base", model=name)
+    with pytest.raises(BaseModelError, match="by --base"):
+        own_tables(settings, {"name": "x"}, {}, None)
+    assert own_tables(settings, {"name": "x"}, {}, "bundled")["base"]["model"] == "bundled"
+
+
+def test_a_hub_id_and_the_bundled_base_may_be_named(served: Any) -> None:
+    for name in ("meta-llama/Llama-3.2-1B", "gpt2", "bundled"):
+        settings = changed(served("fedit").settings, "base", model=name)
+        assert own_tables(settings, {"name": "x"}, {}, None)["base"]["model"] == name
+    with pytest.raises(ConfigError, match=r"run\.folder"):
+        own_tables(changed(settings, "run", folder="x"), {"name": "x"}, {}, None)
+
+
+@pytest.mark.parametrize("name", ["../../away", "/tmp/away", "..", "a/b", "\n", "x" * 300])
+def test_the_runs_name_does_not_lead_out_of_the_clients_folder(
+    name: str, served: Any, client: Any, tmp_path: Path
+) -> None:
+    host = client("inner/one")
+    settings = changed(served("fedit").settings, "run", name=name)
+    assert ask(host, replace(served("fedit").join(), settings=settings)).failed is None
+    assert [path.parent.parent for path in tmp_path.rglob("run.json")] == [tmp_path / "inner/one"]
+    assert not list(tmp_path.parent.glob("away*"))
+
+
+def test_a_restarted_client_finds_its_seat_among_other_folders(
+    served: Any, client: Any, tiny: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    """Its own copy of the base was named relative to where it was started; a broken folder lies beside its own."""
+    shutil.copytree(tiny / "base", Path(client("x").settings.folder).parent / "mine/base")
+    monkeypatch.chdir(Path(client("x").settings.folder).parent / "mine")
+    server, host = served("fedit"), client("one", base="./base")
+    assert ask(host, server.join()).failed is None
+    before = ask(host, server.update(0, -1))
+    assert host.seat is not None
+    host.seat.hold.close()
+    broken = Path(host.settings.folder) / "a-broken-one"
+    broken.mkdir()
+    (broken / "run.json").write_text("{}")
+    monkeypatch.chdir(tiny)
+    again = client("one", base="./base")
+    assert packed(ask(again, server.update(0, -1))) == packed(before)
+    assert "a-broken-one is left alone" in caplog.text
+
+
+def test_a_folder_that_another_process_holds(served: Any, client: Any, caplog: Any) -> None:
+    """A second client with the same folder is refused until the first has ended; it may try again and again."""
+    server, first = served("fedit"), client("one")
+    ask(first, server.join())
+    second = client("one")
+    caplog.set_level(logging.ERROR)
+    for _ in range(2):
+        assert ask(second, server.update(0, -1)).failed == "config"
+    assert first.seat is not None
+    first.seat.hold.close()
+    assert ask(second, server.update(0, -1)).failed is None
+
+
+def test_messages_reach_the_method_unchanged(served: Any) -> None:
+    server = served("fedsa_lora")
+    message = unpack(type(server.first), unboxed(server.update(0, -1).message) or b"")
+    assert all(torch.equal(message.tensors[key], tensor) for key, tensor in server.first.tensors.items())

@@ -1,0 +1,163 @@
+"""How a server waits: for enough clients, for those whose failure may pass, and never for ever or without a pause."""
+
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.deployment.stub import NAMES, SHAPES, Answers, Stub, engine, honest, run
+
+from fedamole.engine import remote
+from fedamole.engine.wire import EVALUATE, FAILURES, TEST, UPDATE, Request, failure, packed
+from fedamole.errors import RunError
+from fedamole.federation.loop import Watcher
+from fedamole.federation.method import Server
+from fedamole.federation.record import pack
+from fedamole.methods.fedit import FedIT
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: Any) -> None:
+    monkeypatch.setattr(remote, "SOON", 0.02)
+    monkeypatch.setattr(remote, "PAUSE", 0.005)
+
+
+def test_a_name_that_is_taken_or_not_on_the_roster(caplog: Any) -> None:
+    link = Stub(registered={1: "ann", 2: "ann", 3: "mallory", 4: "bob"})
+    there = engine(link)
+    assert there.present() == ["ann", "bob"]
+    assert {name: member.node for name, member in there.members.items()} == {"ann": 1, "bob": 4}
+    assert "there is another ann, which is online" in caplog.text
+    assert "mallory is refused: its name is not one of deployment.clients" in caplog.text
+    asked = len(link.asked)
+    there.present()
+    assert len(link.asked) == asked, "those that were refused are left in peace for a while"
+    del link.registered[1]
+    there._refused.clear()
+    assert there.present() == ["ann", "bob"]
+    assert there.members["ann"].node == 2
+
+
+def test_an_unregistered_node_says_who_it_is() -> None:
+    link = Stub(registered={1: "", 2: "ann"})
+    assert engine(link).present() == ["ann", "eve"]
+
+
+def test_example_counts_weigh_and_are_kept(tmp_path: Path) -> None:
+    """A client that is asked to join again does not lose its weight in between."""
+    link = Stub()
+    there = engine(link)
+    there.present()
+    link.answers = lambda name, request: packed(failure(request, name, "not_joined"))
+    there._exchange({"ann": Request("run1", 0, EVALUATE, "fedit")}, {"ann": 10**6})
+    assert "ann" not in there.members
+    assert [client.examples for client in there.clients] == [9, 9, 9]
+
+
+class Told(Watcher):
+    def __init__(self) -> None:
+        self.heard: list[tuple[tuple[str, ...], int]] = []
+
+    def present(self, names: Collection[str], waiting_for: int) -> None:
+        self.heard.append((tuple(names), waiting_for))
+
+
+def test_too_few_are_waited_for(caplog: Any) -> None:
+    link, told = Stub(registered={0: "ann"}), Told()
+    there = engine(link, told)
+    with pytest.raises(RunError, match=r"waited .* for 1 more clients; here are: ann\. .* server --resume"):
+        there.present()
+    assert told.heard == [(("ann",), 1)]
+    assert len(link.asked) == 1, "one request to join, however long the wait"
+    link.registered[1] = "bob"
+    assert there.present() == ["ann", "bob"]
+    assert told.heard[-1] == (("ann", "bob"), 0)
+
+
+def test_at_first_all_are_waited_for_a_while_also_after_a_restart() -> None:
+    there = engine(Stub(registered={0: "ann", 1: "bob"}), gathering=0.15)
+    there.resumed({}, {"ann": 0, "bob": 0, "eve": 0})
+    began = time.monotonic()
+    assert there.present() == ["ann", "bob"]
+    assert time.monotonic() - began >= 0.14
+    began = time.monotonic()
+    there.present()
+    assert time.monotonic() - began < 0.1
+
+
+def message() -> bytes:
+    return pack(FedIT(rank=2).init(Server(SHAPES, (), 0)))
+
+
+def test_failures_that_can_pass_are_asked_again_but_not_without_a_pause() -> None:
+    """bob's worker comes back after a while; eve's too, but by then there are enough answers."""
+    until = time.monotonic() + 0.1
+
+    def answers(name: str, request: Request) -> bytes | str:
+        if request.operation == UPDATE and name != "ann" and time.monotonic() < until:
+            return packed(failure(request, name, "worker"))
+        return packed(honest(name, request))
+
+    link = Stub(answers)
+    there = engine(link)
+    there.present()
+    found = there.update(0, dict.fromkeys(NAMES, message()))
+    assert sum(answer.payload is not None for answer in found.values()) >= 2
+    assert 3 <= link.count(UPDATE) <= 1 + 2 * 7
+    assert sum(node == 0 and request.operation == UPDATE for node, request in link.asked) == 1, "ann is not asked again"
+
+
+@pytest.mark.parametrize("code", ["worker", "lost", "not_joined"])
+def test_a_failure_that_never_passes_ends_the_run_after_patience(code: str) -> None:
+    def answers(name: str, request: Request) -> bytes | str:
+        fails = request.operation == UPDATE and name != "ann"
+        return packed(failure(request, name, code)) if fails else packed(honest(name, request))
+
+    link = Stub(answers)
+    there = engine(link, patience=0.3)
+    there.present()
+    with pytest.raises(RunError, match=r"round 0: 1 of 2 answers, .* 0 s \(deployment.patience\).* --resume"):
+        there.update(0, dict.fromkeys(NAMES, message()))
+    assert 4 <= link.count(UPDATE) <= 1 + 2 * (2 + 0.3 / 0.02)
+
+
+@pytest.mark.parametrize("code", sorted(set(FAILURES) - remote.TRY_AGAIN))
+def test_failures_that_cannot_pass_end_the_run_only_below_min_clients(code: str) -> None:
+    def answers(failing: Collection[str]) -> Answers:
+        return lambda name, request: (
+            packed(failure(request, name, code)) if request.operation == UPDATE and name in failing
+            else packed(honest(name, request))
+        )
+
+    link = Stub(answers(["eve"]))
+    there = engine(link)
+    there.present()
+    found = there.update(0, dict.fromkeys(NAMES, message()))
+    assert found["eve"].report["failed"] == FAILURES[code]
+    assert found["eve"].payload is None
+    assert link.count(UPDATE) == 3
+    link.answers = answers(["bob", "eve"])
+    with pytest.raises(RunError, match=r"round 1: 1 clients could train, .*min_clients = 2; .* --resume"):
+        there.update(1, dict.fromkeys(NAMES, message()))
+    assert link.count(UPDATE) == 6
+
+
+def test_a_test_that_is_interrupted_is_asked_for_again(tmp_path: Path) -> None:
+    failing = ["worker", "lost"]
+
+    def answers(name: str, request: Request) -> bytes | str:
+        fails = failing and (name, request.operation) == ("eve", TEST)
+        return failing.pop() if fails else packed(honest(name, request))
+
+    link = Stub(answers)
+    assert set(run(tmp_path / "run", link)["rows"]["fedit"]["clients"]) == set(NAMES)
+    assert link.count(TEST) == 5
+
+
+def test_a_join_that_is_never_answered_is_asked_again() -> None:
+    link = Stub(lambda name, request: None)
+    there = engine(link, deadline=0.05)
+    with pytest.raises(RunError):
+        there.present()
+    assert 6 <= len(link.asked) <= 18, "every deadline, not at every look"

@@ -1,0 +1,303 @@
+"""What a client could send to harm a run: it is left out, the run goes on, and nothing of it stands in a log."""
+
+import json
+import logging
+import random
+import struct
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+from tests.deployment.stub import EXAMPLES, IDENTITY, NAMES, SHAPES, Answers, Stub, honest, run
+
+from fedamole.engine import remote
+from fedamole.engine.rehearsal import check_reply, rehearse
+from fedamole.engine.wire import (
+    EVALUATE,
+    JOIN,
+    TEST,
+    UPDATE,
+    Reply,
+    Request,
+    boxed,
+    failure,
+    packed,
+    read_reply,
+    read_request,
+    unboxed,
+)  # fmt: skip
+from fedamole.federation.loop import BASE, MAJORITY
+from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.record import PayloadError, pack, unpack
+from fedamole.methods.fedit import GlobalLora
+from fedamole.methods.hetlora import HetLora
+from fedamole.methods.ifca_lora import IfcaLora
+
+SECRET = "Mrs Miller has the flu"
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: Any) -> None:
+    monkeypatch.setattr(remote, "SOON", 0.02)
+    monkeypatch.setattr(remote, "PAUSE", 0.005)
+
+
+def forged(reply: Reply, kind: str = "Reply", **fields: Any) -> bytes:
+    """The bytes of a reply with any JSON in its fields; a field that is None is left out."""
+    table = {key: value for key, value in vars(reply).items() if key != "reply"}
+    table = {key: value for key, value in {**table, **fields}.items() if value is not ...}
+    tensors = {f"reply:{key}": tensor for key, tensor in reply.reply.items()}
+    return save(tensors, {"record": json.dumps([kind, table])})
+
+
+def written(text: str, tensors: dict[str, Any] | None = None) -> bytes:
+    """Bytes with a header of one's own making."""
+    header = json.dumps({"__metadata__": {"record": text}, **(tensors or {})}).encode()
+    return struct.pack("<Q", len(header)) + header
+
+
+def sent(reply: Reply, change: Callable[[dict[str, torch.Tensor]], Any]) -> bytes:
+    """A reply whose tensors are changed."""
+    tensors = dict(unpack(GlobalLora, unboxed(reply.reply) or b"").tensors)
+    change(tensors)
+    return packed(replace(reply, reply=boxed(pack(GlobalLora(tensors)))))
+
+
+A = "m/shared/A"
+DEEP = '["Reply",' + "[" * 100_000 + "]" * 100_000 + "]"
+HUGE_SHAPE = {"reply:record": {"dtype": "U8", "shape": [0, 2**62, 8], "data_offsets": [0, 0]}}
+MANY_DIMENSIONS = {"reply:record": {"dtype": "U8", "shape": [0, *[1] * 10_000], "data_offsets": [0, 0]}}
+Lie = Callable[[Reply], bytes | str | None]
+
+FORMS: dict[str, Lie] = {
+    "nothing": lambda r: b"",
+    "random bytes": lambda r: random.Random(1).randbytes(999),
+    "truncated": lambda r: packed(r)[:-9],
+    "truncated header": lambda r: packed(r)[:60],
+    "too large": lambda r: packed(r) + bytes(20 << 20),
+    "padded": lambda r: packed(r) + b" ",
+    "deep": lambda r: written(DEEP),
+    "deep header": lambda r: struct.pack("<Q", 200_000) + b"[" * 200_000,
+    "shape overflow": lambda r: written('["Reply", {}]', HUGE_SHAPE),
+    "10,000 dimensions": lambda r: written('["Reply", {}]', MANY_DIMENSIONS),
+    "an integer of 5,000 digits": lambda r: written('["Reply",' + "9" * 5000 + "]"),
+    "its name is data": lambda r: forged(r, SECRET),
+    "its name is a table": lambda r: written(json.dumps([{SECRET: 1}, {}])),
+    "a list": lambda r: written(json.dumps([SECRET])),
+    "no field": lambda r: forged(r, scores=...),
+    "a field more": lambda r: forged(r, more=SECRET),
+    "scores are a list": lambda r: forged(r, scores=[SECRET]),
+    "report is text": lambda r: forged(r, report=SECRET),
+    "other run": lambda r: forged(r, run="another"),
+    "other round": lambda r: forged(r, round=r.round + 1),
+    "round is text": lambda r: forged(r, round=SECRET),
+    "other operation": lambda r: forged(r, operation=TEST if r.operation == UPDATE else UPDATE),
+    "other client": lambda r: forged(r, client="bob"),
+    "lone surrogate": lambda r: forged(r, client="\ud800"),
+    "other protocol": lambda r: forged(r, protocol=2),
+    "endless protocol": lambda r: forged(r, protocol=10**4000),
+    "unknown failure": lambda r: forged(r, failed=SECRET),
+    "failure is a number": lambda r: forged(r, failed=7),
+    "failed with results": lambda r: forged(r, failed="worker"),
+    "no scores": lambda r: forged(r, scores={}),
+    "scores of another row": lambda r: forged(r, scores={**r.scores, SECRET: {"loss": 1.0}}),
+    "a dead worker": lambda r: "worker",
+    "no answer": lambda r: None,
+}
+"""Lies that can be told in every answer."""
+
+SCORES: dict[str, Any] = {
+    "text": {"loss": SECRET}, "bool": {"loss": True}, "NaN": {"loss": float("nan")}, "list": {"loss": [1.0]},
+    "infinity": {"loss": float("inf")}, "400 digits": {"loss": 10**400}, "1e200": {"loss": 1e200},
+    "none": {"loss": None}, "empty": {}, "no loss": {"probed": 3}, "a list": [1.0], "a number": 1.0,
+    "round": {"loss": 1.0, "round": 7}, "method": {"loss": 1.0, "method": 7}, "self": {"loss": 1.0, "self": 1},
+    "a secret": {"loss": 1.0, SECRET: 1}, "more": {"loss": 1.0, "bytes_down": 1, "which": 2, "split": 3, "client": 4},
+}  # fmt: skip
+"""What is no scores of a model."""
+
+UPDATES: dict[str, Lie] = {
+    "text in the report": lambda r: forged(r, report={**r.report, "loss": SECRET}),
+    "a key of the server's in the report": lambda r: forged(r, report={"round_": 1, "client": 2, "self": 3}),
+    "bytes in the report": lambda r: forged(r, report={"bytes_down": 10**9}),
+    "data as a key of the report": lambda r: forged(r, report={SECRET: 1}),
+    "failed in the report": lambda r: forged(r, report={"failed": 1}),
+    "NaN in the report": lambda r: forged(r, report={"loss": float("nan")}),
+    "400 digits in the report": lambda r: forged(r, report={"peak_memory_mib": 10**400}),
+    "bool in the report": lambda r: forged(r, report={"group": True}),
+    "NaN": lambda r: sent(r, lambda t: t.update({A: torch.full_like(t[A], torch.nan)})),
+    "infinity": lambda r: sent(r, lambda t: t.update({A: torch.full_like(t[A], -torch.inf)})),
+    "shape": lambda r: sent(r, lambda t: t.update({A: t[A].T.contiguous()})),
+    "no shape": lambda r: sent(r, lambda t: t.update({A: torch.tensor(1.0)})),
+    "dtype": lambda r: sent(r, lambda t: t.update({A: t[A].double()})),
+    "complex": lambda r: sent(r, lambda t: t.update({A: t[A].to(torch.complex64)})),
+    "missing": lambda r: sent(r, lambda t: t.pop(A)),
+    "all missing": lambda r: sent(r, lambda t: t.clear()),
+    "an expert it was not given": lambda r: sent(r, lambda t: t.update({"m/expert-07/A": t[A].clone()})),
+    "its data as a name": lambda r: sent(r, lambda t: t.update({SECRET: t[A].clone()})),
+    "norm": lambda r: sent(r, lambda t: t.update({A: t[A] + 1e7})),
+    "norm beyond numbers": lambda r: sent(r, lambda t: t.update({A: torch.full_like(t[A], 3e38)})),
+    "no reply": lambda r: packed(replace(r, reply={})),
+    "two tensors": lambda r: packed(replace(r, reply={**r.reply, "more": torch.ones(1)})),
+    "its reply is no bytes": lambda r: packed(replace(r, reply={"record": torch.ones(4)})),
+    "its reply is a matrix": lambda r: packed(replace(r, reply={"record": torch.ones(4, 2, dtype=torch.uint8)})),
+    "its reply is empty": lambda r: packed(replace(r, reply={"record": torch.ones(0, dtype=torch.uint8)})),
+    "its reply is another record": lambda r: packed(replace(r, reply=boxed(packed(r)))),
+    "its reply is deep": lambda r: packed(replace(r, reply=boxed(written(DEEP)))),
+    **{f"scores: {key}": (lambda r, s=value: forged(r, scores={"fedit_ft": s})) for key, value in SCORES.items()},
+}
+EVALUATES: dict[str, Lie] = {
+    "a report": lambda r: forged(r, report={"loss": 1.0}),
+    "a reply": lambda r: packed(replace(r, reply=boxed(b"more"))),
+    **{f"scores: {key}": (lambda r, s=value: forged(r, scores={"fedit": s})) for key, value in SCORES.items()},
+}
+TESTS: dict[str, Lie] = {
+    "rows missing": lambda r: forged(r, scores={key: r.scores[key] for key in sorted(r.scores)[1:]}),
+    "no score": lambda r: forged(r, scores={**r.scores, MAJORITY: {"loss": 1.0}}),
+    **{
+        f"scores: {key}": (lambda r, s=value: forged(r, scores={**r.scores, "fedit/best": s}))
+        for key, value in SCORES.items()
+    },
+}
+
+
+def told(**about: Any) -> Lie:
+    return lambda r: forged(r, report={key: value for key, value in {**r.report, **about}.items() if value is not ...})
+
+
+JOINS: dict[str, Lie] = {
+    **{
+        f"{key} examples": told(examples={**EXAMPLES, "train": value})
+        for key, value in {
+            "negative": -5, "no": 0, "bool": True, "400 digits of": 10**400, "2e9": 2 * 10**9, "half": 1.5,
+            "text": SECRET, "NaN": float("nan"), "null": None, "a list of": [1],
+        }.items()
+    },
+    "examples are a number": told(examples=9),
+    "a split more": told(examples={**EXAMPLES, SECRET: 1}),
+    "no examples": told(examples=...),
+    "another base": told(base={**asdict(IDENTITY), "weights": "x"}),
+    "no base": told(base=...),
+    "its base is text": told(base=SECRET),
+    "its device is text": told(device=SECRET),
+    "more of itself": told(more=SECRET),
+    "labels are texts": told(labels={"yes": SECRET}),
+    "labels are a list": told(labels=[SECRET]),
+    "a label is a row": told(labels={SECRET * 20: 1}),
+    "endless labels": told(labels={str(number): 1 for number in range(2000)}),
+    "a reply": lambda r: packed(replace(r, reply=boxed(b"more"))),
+    **{f"scores: {key}": (lambda r, s=value: forged(r, scores={BASE: s})) for key, value in SCORES.items()},
+}  # fmt: skip
+LIES = [
+    (operation, name, lie)
+    for operation, lies in ((JOIN, JOINS), (UPDATE, UPDATES), (EVALUATE, EVALUATES), (TEST, TESTS))
+    for name, lie in {**FORMS, **lies}.items()
+]
+
+
+def lying(operation: str, lie: Lie) -> Answers:
+    def answers(name: str, request: Request) -> bytes | str | None:
+        reply = honest(name, request)
+        return lie(reply) if name == "eve" and request.operation == operation else packed(reply)
+
+    return answers
+
+
+@pytest.fixture(scope="module")
+def without(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """The run in which eve says openly that it cannot do what is asked, by operation."""
+    found = {}
+
+    def of(operation: str) -> dict[str, Any]:
+        if operation not in found:
+            open_ = lying(operation, lambda r: packed(Reply(r.run, r.round, r.operation, r.client, "internal")))
+            found[operation] = run(tmp_path_factory.mktemp(operation) / "run", Stub(open_))
+        return found[operation]
+
+    return of
+
+
+def test_an_honest_run(tmp_path: Path) -> None:
+    found = run(tmp_path / "run", Stub(), rounds=2)
+    assert not found["left_out"]
+    assert set(found["rows"]["fedit"]["clients"]) == set(NAMES)
+    assert len(found["scored"]) == 3 + 2 * 2 * 3
+
+
+@pytest.mark.parametrize(("operation", "lie"), [pytest.param(op, lie, id=f"{op}: {name}") for op, name, lie in LIES])
+def test_a_liar_is_left_out_and_nothing_else_happens(
+    operation: str, lie: Lie, without: Any, tmp_path: Path, caplog: Any
+) -> None:
+    caplog.set_level(logging.INFO)
+    found = run(tmp_path / "run", Stub(lying(operation, lie)))
+    assert found == without(operation)
+    assert found["left_out"] == ([("eve", 0)] if operation == UPDATE else [])
+    assert ("eve" in found["rows"]["fedit"]["clients"]) == (operation in (UPDATE, EVALUATE))
+    assert "eve" in caplog.text, "it is not said who was left out"
+    assert max(len(record.getMessage()) for record in caplog.records) < 500
+    for text in (caplog.text, *(path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file())):
+        assert SECRET not in text
+
+
+@pytest.mark.parametrize("method", [IfcaLora(rank=2), HetLora(rank=2)])
+def test_methods_that_let_clients_decide(method: Any) -> None:
+    """True is in range(3), and a reply without any A has no rank."""
+    info = ClientInfo("ann", 5)
+    server = Server(SHAPES, (info,), 0, 0, 4)
+    wanted = rehearse(method, server, info, method.message(method.init(server), info))
+    check_reply(method, wanted, wanted, 1e4)
+    bad = [replace(wanted, tensors={}), replace(wanted, tensors={"m/shared/B": torch.ones(3, 2)})]
+    if hasattr(wanted, "cluster"):
+        bad += [replace(wanted, cluster=cluster) for cluster in (True, 3, -1, 10**30)]
+    for reply in bad:
+        with pytest.raises(PayloadError):
+            check_reply(method, wanted, reply, 1e4)
+
+
+def test_any_changed_byte_is_refused_or_harmless() -> None:
+    """Bytes of a reply's JSON changed one at a time: a PayloadError, or a reply that passes all checks."""
+    request = Request("run1", 0, EVALUATE, "fedit")
+    good = packed(honest("eve", request))
+    for place in range(0, len(good)):
+        for byte in b'\x00"9[{\\':
+            changed = bytearray(good)
+            changed[place] = byte
+            try:
+                reply = read_reply(bytes(changed), request, "eve", {"fedit": ("loss",)})
+            except PayloadError:
+                continue
+            assert set(reply.scores) == {"fedit"}
+            assert reply.scores["fedit"]["loss"] < 1e15
+
+
+REQUESTS: dict[str, Callable[[Request], bytes]] = {
+    "operation": lambda r: packed(replace(r, operation="delete")),
+    "run": lambda r: packed(replace(r, run="../x")),
+    "no run": lambda r: packed(replace(r, run="")),
+    "round": lambda r: packed(replace(r, round=-1)),
+    "settings with update": lambda r: packed(replace(r, settings={})),
+    "join without settings": lambda r: packed(replace(r, operation=JOIN)),
+    "protocol": lambda r: packed(replace(r, protocol=2)),
+    "reply": lambda r: packed(failure(r, "ann", "disk")),
+    "deep": lambda r: written(DEEP.replace("Reply", "Request")),
+    "random": lambda r: b"\x07" * 99,
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_client_refuses_requests_that_are_none(name: str) -> None:
+    good = Request("run1", 0, UPDATE, message=boxed(b"x"))
+    assert read_request(packed(good)).round == 0
+    with pytest.raises(PayloadError):
+        read_request(REQUESTS[name](good))
+
+
+def test_requests_and_replies_survive_the_wire() -> None:
+    request = Request("run1", 3, UPDATE, "fedit", {"fedit": 2}, 2, message=boxed(b"\x00\xffbytes"))
+    again = read_request(packed(request))
+    assert unboxed(again.message) == b"\x00\xffbytes"
+    assert (again.round, again.row, again.best, again.last) == (3, "fedit", {"fedit": 2}, 2)
+    assert unboxed(boxed(None)) is None
