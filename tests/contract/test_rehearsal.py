@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,6 +86,14 @@ SPOILED: dict[str, Callable[[dict[str, Tensor]], Any]] = {
 }
 
 
+def refused(method: Any, wanted: Any, reply: Any) -> bool:
+    try:
+        check_reply(method, wanted, reply, MOST)
+    except PayloadError:
+        return True
+    return False
+
+
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_real_replies_pass_and_spoiled_ones_do_not(name: str, compared: Any) -> None:
     method, seen = compared(name)
@@ -97,9 +104,7 @@ def test_real_replies_pass_and_spoiled_ones_do_not(name: str, compared: Any) -> 
         if bad is None:
             assert name == "local_only"
             continue
-        with pytest.raises(PayloadError):
-            check_reply(method, wanted, bad, MOST)
-            pytest.fail(f"{kind} went through")
+        assert refused(method, wanted, bad), f"{kind} went through"
 
 
 def test_fields_must_be_those_that_were_rehearsed(compared: Any) -> None:

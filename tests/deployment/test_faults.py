@@ -1,17 +1,19 @@
 """Faults of a deployment, one after the other, in real processes on loopback. Most are slow: `make test-faults`."""
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from fedamole.deployment import client
 from fedamole.deployment.certificates import make_certificates
-from fedamole.deployment.client import STALE
 from fedamole.experiment import start
 from fedamole.federation.loop import Watcher
 from tests.deployment.faults import NAMES, Command, Site, killed, site, wait_until, working
@@ -107,6 +109,42 @@ def test_a_killed_server_goes_on_to_the_same_states_and_a_killed_worker_comes_ba
             clients[name].gone()
 
 
+REFUSED_ONCE_MORE = """
+count=$(cat {count} 2>/dev/null || echo 0); echo $((count + 1)) > {count}
+case $count in
+  0 | 2) echo "[code: 2004] Failed to activate SuperNode."; exit 1 ;;
+  1) echo "SuperNode ID: 7"; sleep 2; exit 1 ;;
+  *) echo "SuperNode ID: 7"; exec sleep 60 ;;
+esac
+"""
+"""A SuperNode that is refused, lives for a while, is killed, is refused again, and lives on."""
+
+
+def test_a_supernode_that_is_refused_a_second_time_is_given_as_much_patience_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "AGAIN", 0.1)
+    monkeypatch.setattr(client, "TROUBLES", [replace(one, patience=min(one.patience, 1.0)) for one in client.TROUBLES])
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if said.count("connected") == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    tried = client.Client(client.Connection("127.0.0.1:1", None, insecure=True), {}, tmp_path, say)
+    for part in (tried.worker, tried.forks, tried.executor):
+        part.words = ["sleep", "60"]
+    tried.node.words = ["sh", "-c", REFUSED_ONCE_MORE.format(count=tmp_path / "count")]
+    tried.run()
+    assert [text.split(":")[0] for text in said] == [
+        "connecting to 127.0.0.1", "the server does not take this key", "connected",
+        "the server does not take this key", "connected", "stopping",
+    ]  # fmt: skip
+    assert not any(part.running for part in (tried.worker, tried.forks, tried.node, tried.executor))
+    assert not tried.rendezvous.exists()
+
+
 # One long-lived run with certificates and keys, in which one thing after the other goes wrong. Each test begins when
 # everybody takes part and ends when everybody takes part again.
 
@@ -177,8 +215,8 @@ def test_who_cannot_be_trusted_is_told_why_and_the_run_goes_on(living: Site) -> 
         command.says("the server does not take this key", ROUND)
         command.says("trying again", 1)
     for command in (twin, stranger):
-        assert command.ended(STALE + ROUND) == 5
-        assert time.time() - begun > STALE
+        assert command.ended(client.STALE + ROUND) == 5
+        assert time.time() - begun > client.STALE
     for name in names:
         command = command_of(living, name)
         assert "Traceback" not in command.text
@@ -193,7 +231,7 @@ def test_a_killed_supernode_is_started_again_and_its_client_takes_part_again(liv
     struck, mood = time.time(), command_of(living, "mood")
     told = len(mood.text)
     killed(mood.part("flower-supernode"))
-    wait_until(lambda: "another client with the same key is connected; trying again" in mood.text[told:], ROUND,
+    wait_until(lambda: "the same key is connected, or was a minute ago; trying again" in mood.text[told:], ROUND,
                "it says that it is refused for a while", living.told)  # fmt: skip
     without = living.event("done", LOST, since=struck)
     assert living.trained("entail", LOST, since=without["time"])["round"] > without["round"]

@@ -248,8 +248,9 @@ def test_no_word_of_an_error_travels(error: Any, seated: Host, served: Any, tiny
         answer = seated.answer(packed(served("fedit").update(0, -1)))
     finally:
         del seated.watcher.step
-    codes = {OSError: "disk", MemoryError: "out_of_memory"}
-    assert unpacked(Reply, answer).failed == codes.get(error, "internal")
+    codes, reply = {OSError: "disk", MemoryError: "out_of_memory"}, unpacked(Reply, answer)
+    assert reply.failed == codes.get(error, "internal")
+    assert not reply.report
     assert not [text for text in secrets(seated, tiny) if text in answer]
     assert "On day 3" in caplog.text, "the client's own log has it"
 

@@ -90,6 +90,19 @@ def message() -> bytes:
     return pack(FedIT(rank=2).init(Server(SHAPES, (), 0)))
 
 
+def test_a_server_that_goes_on_tells_best_rounds_and_what_counted_last() -> None:
+    link = Stub()
+    there = engine(link)
+    there.resumed({"fedit": 3}, {"ann": 4, "bob": 2})
+    there.present()
+    there.update(5, dict.fromkeys(NAMES, message()))
+    told = [(request.best, request.last) for _, request in link.asked if request.operation == UPDATE]
+    assert told == [({"fedit": 3}, 4), ({"fedit": 3}, 2), ({"fedit": 3}, -1)]
+    there.keep("fedit", 5)
+    there.evaluate(5, "fedit", dict.fromkeys(NAMES, message()))
+    assert [(request.best, request.last) for _, request in link.asked[-3:]] == [({"fedit": 5}, 5)] * 3
+
+
 def test_failures_that_can_pass_are_asked_again_but_not_without_a_pause() -> None:
     """bob's worker comes back after a while; eve's too, but by then there are enough answers."""
     until = time.monotonic() + 0.1

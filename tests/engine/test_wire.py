@@ -60,6 +60,13 @@ def written(text: str, tensors: dict[str, Any] | None = None) -> bytes:
     return struct.pack("<Q", len(header)) + header
 
 
+def spaced(payload: bytes) -> bytes:
+    """The same record with megabytes of spaces in its header, where the format allows them."""
+    end = 8 + int.from_bytes(payload[:8], "little")
+    header = payload[8:end] + b" " * (4 << 20)
+    return struct.pack("<Q", len(header)) + header + payload[end:]
+
+
 def sent(reply: Reply, change: Callable[[dict[str, torch.Tensor]], Any]) -> bytes:
     """A reply whose tensors are changed."""
     tensors = dict(unpack(GlobalLora, unboxed(reply.reply) or b"").tensors)
@@ -78,7 +85,7 @@ FORMS: dict[str, Lie] = {
     "random bytes": lambda r: random.Random(1).randbytes(999),
     "truncated": lambda r: packed(r)[:-9],
     "truncated header": lambda r: packed(r)[:60],
-    "too large": lambda r: packed(r) + bytes(20 << 20),
+    "too large": lambda r: spaced(packed(r)),
     "padded": lambda r: packed(r) + b" ",
     "deep": lambda r: written(DEEP),
     "deep header": lambda r: struct.pack("<Q", 200_000) + b"[" * 200_000,

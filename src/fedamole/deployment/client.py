@@ -50,10 +50,10 @@ TROUBLES = (
             "for another name or time: ask the coordinator for the ca.crt of this federation, and use the host name "
             "that its certificate has (`fedamole doctor` tells)", 0.0),
     Trouble("code: 2004", "the server does not take this key: either it is not registered there (ask the coordinator "
-            "for `fedamole certs`), or another client with the same key is connected", STALE),
+            "for `fedamole certs`), or another client with the same key is connected, or was a minute ago", STALE),
     Trouble("code: 2001", "this server wants a key: give the folder that the coordinator made by --certs", 0.0),
     Trouble("Exit Code: 303", "a key is no use without TLS: leave --insecure out", 0.0),
-    Trouble("SSL", "no TLS connection with this server: has it another port, or does it run with --insecure?", 0.0),
+    Trouble("SSL", "no TLS connection with this server: has it another port, or does it run with --insecure?", STALE),
 )
 
 
@@ -130,7 +130,9 @@ class Client:
             {**env, "PATH": f"{shims}{os.pathsep}{env['PATH']}"}, home / "superexec.log",
         )  # fmt: skip
         self.port = port
+        self._connected = False
         self._failing: dict[str, float] = {}
+        """Since when the SuperNode has had a trouble, by its sign; empty once it is connected."""
         self._waiting: dict[str, float] = {}
 
     def run(self) -> None:
@@ -145,12 +147,8 @@ class Client:
             self.say(f"connecting to {self.connection.server}; Ctrl-C stops")
             for process in (self.worker, self.forks, self.node):
                 process.start()
-            connected = False
             while not stop.is_set():
                 self._look()
-                if not connected and "SuperNode ID" in self.node.tail():
-                    connected = True
-                    self.say("connected")
                 stop.wait(PAUSE)
             self.say("stopping")
         finally:
@@ -174,11 +172,14 @@ class Client:
             (self.rendezvous / "forks").unlink(missing_ok=True)
             self.forks.start()
         if not self.node.running:
+            self._connected = False
             self._judge(now)
             if self._due("SuperNode", now):
                 self.node.start()
-        elif now - self._failing.get("since", now) > STALE:
+        elif not self._connected and "SuperNode ID" in self.node.tail():
+            self._connected = True
             self._failing.clear()
+            self.say("connected")
         if self.node.running and not self.executor.running:
             try:
                 wait_for_port(self.port, self.node, 1.0)
@@ -204,7 +205,7 @@ class Client:
         if trouble.sign not in self._failing:
             self._failing = {trouble.sign: now}
             if trouble.patience > 0:
-                self.say(f"{text}; trying again for {trouble.patience:.0f} s: a server notices late that one is gone")
+                self.say(f"{text}; trying again for {trouble.patience:.0f} s")
         if now - self._failing[trouble.sign] >= trouble.patience:
             raise RunError(f"{text}. The SuperNode's own words are in {self.node.log}")
 

@@ -1,6 +1,8 @@
 """The commands of a deployment: server, client, certs, doctor. Nothing heavy is imported before one is used."""
 
+import importlib.util
 import json
+import os
 import signal
 import threading
 from pathlib import Path
@@ -12,6 +14,17 @@ from rich.console import Console
 ConfigPath = Annotated[Path | None, typer.Argument(help="A TOML config with [deployment] clients (docs/deploy.md).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that differ, e.g. federation.rounds=5.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS and no keys; on 127.0.0.1 only, to try things out.")]
+
+
+def _installed() -> None:
+    """Make sure that what a deployment needs beyond a simulation is here; and write for this user's eyes only."""
+    from fedamole.deployment.processes import PRIVATE
+    from fedamole.errors import FedamoleError
+
+    for package in ("flwr", "cryptography"):
+        if importlib.util.find_spec(package) is None:
+            raise FedamoleError(f'a deployment needs {package}, which is not here: pip install "fedamole[flower]"')
+    os.umask(PRIVATE)
 
 
 def server(
@@ -28,6 +41,7 @@ def server(
     Ends with the run's table. A server that was stopped or killed goes on by --resume FOLDER with the round that was
     under way; clients reconnect by themselves.
     """
+    _installed()
     from fedamole.config import load_config
     from fedamole.deployment.progress import watching
     from fedamole.deployment.server import Door, Server, finished, prepare_folder
@@ -79,18 +93,17 @@ def client(
 ) -> None:
     """Take part in a federation with data that stay here: only what the method sends leaves this machine.
 
-    Only outgoing connections are made. Runs until Ctrl-C and reconnects by itself; the personal model of every run is
-    in FOLDER/RUN-NAME/clients/NAME/adapter.
+    Only outgoing connections are made. Runs until Ctrl-C and reconnects by itself; for every run it takes part in there
+    is a folder FOLDER/RUN-NAME, and in it the personal model: clients/NAME/adapter.
     """
+    _installed()
     from fedamole.deployment.client import Client, Connection, client_home
-    from fedamole.errors import ConfigError, DataError
+    from fedamole.errors import DataError
 
     for path in (data, test):
         if path is not None and not path.exists():
             raise DataError(f"there is no file {path}")
-    columns = dict(word.partition("=")[::2] for word in column or [])
-    if not all(columns.values()):
-        raise ConfigError("--column: write new=old, for example --column instruction=question")
+    columns = _renamed(column)
     source = {"name": name, "path": str(data.resolve()), "template": template, "columns": columns}
     more = {"test": None if test is None else str(test.resolve()), "limit": limit}
     settings = {
@@ -103,6 +116,15 @@ def client(
         Connection(server, certs, insecure), settings, client_home(str(folder), name),
         lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
     ).run()
+
+
+def _renamed(column: list[str] | None) -> dict[str, str]:
+    from fedamole.errors import ConfigError
+
+    columns = dict(word.partition("=")[::2] for word in column or [])
+    if not all(columns.values()):
+        raise ConfigError("--column: write new=old, for example --column instruction=question")
+    return columns
 
 
 def certs(
@@ -119,6 +141,7 @@ def certs(
     Existing files are kept; run it again to add clients.  Hand certs/clients/NAME to the organisation NAME, and keep
     ca.key and server.key to yourself.
     """
+    _installed()
     from fedamole.deployment.certificates import admit as admit_key
     from fedamole.deployment.certificates import make_certificates, make_own_key
     from fedamole.errors import ConfigError
@@ -149,6 +172,8 @@ def doctor(
     certs: Annotated[Path | None, typer.Option(help="Folder with certificates or keys.")] = None,
     base: Annotated[str | None, typer.Option(help="Client: its copy of the base model.")] = None,
     data: Annotated[Path | None, typer.Option(help="Client: its data file.")] = None,
+    template: Annotated[str, typer.Option(help="Client: the template that it will name.")] = "auto",
+    column: Annotated[list[str] | None, typer.Option(help="Client: as for `fedamole client`.")] = None,
     host: Annotated[str, typer.Option(help="Server: address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Server: port to listen on.")] = 9092,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of lines.")] = False,
@@ -162,7 +187,10 @@ def doctor(
     from fedamole.deployment.doctor import examine_client, examine_server
 
     at_client = server is not None or data is not None
-    found = examine_client(server, certs, base, data) if at_client else examine_server(config, certs, host, port)
+    if at_client:
+        found = examine_client(server, certs, base, data, template, _renamed(column))
+    else:
+        found = examine_server(config, certs, host, port)
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in found]))
     else:

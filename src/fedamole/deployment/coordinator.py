@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 SETTINGS, PROGRESS, OUTCOME, LOG = "config.toml", "progress.jsonl", "outcome.json", "run.log"
 """Files in the server's own folder."""
+TICKET = "ticket"
+"""Another: which submission of the run counts, as Flower may yet start one that was given up."""
 CLIENTS = "clients.json"
 """What the clients told of themselves: amounts, device, and labels where they share them."""
 
@@ -95,7 +97,7 @@ def coordinate(link: Link, path: Path) -> dict[str, Any]:
     again.
     """
     config = load_config(path / SERVER / SETTINGS)
-    torch.set_num_threads(config.run.threads)
+    torch.set_num_threads(config.run.threads or torch.get_num_threads())
     names = sorted(config.deployment.clients)
     config.method.check(len(names))
     rows = rows_of(config)

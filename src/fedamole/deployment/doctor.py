@@ -10,7 +10,7 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.util import find_spec
@@ -67,12 +67,13 @@ def examine_server(config: Path | None, certs: Path | None, host: str, port: int
 
 
 def examine_client(
-    server: str | None, certs: Path | None, base: str | None, data: Path | None
+    server: str | None, certs: Path | None, base: str | None, data: Path | None, template: str = "auto",
+    columns: Mapping[str, str] | None = None,
 ) -> list[Finding]:
     """Look at everything that an organisation needs; what is None is left out.
 
-    `server` is HOST:PORT, `certs` the folder with ca.crt and node.key, `base` a folder, "bundled" or a hub id.
-    Never raises.
+    `server` is HOST:PORT, `certs` the folder with ca.crt and node.key, `base` a folder, "bundled" or a hub id;
+    `template` and `columns` (new = old) are as in a config's source. Never raises.
     """
     checks: list[tuple[str, Check]] = [
         ("python", python_version), ("packages", package_versions), ("commands", commands),
@@ -85,7 +86,7 @@ def examine_client(
     if base is not None:
         checks.append(("base", lambda: base_is_there(base, Path.cwd())))
     if data is not None:
-        checks.append(("data", lambda: data_fit(data)))
+        checks.append(("data", lambda: data_fit(data, template, columns or {})))
     return _all(checks)
 
 
@@ -264,7 +265,7 @@ def _uncached(base: str, why: str) -> Finding:
     return Finding("base", "warning", f"{base}: not in this machine's cache, {why}", remedy)
 
 
-def data_fit(path: Path) -> list[Finding]:
+def data_fit(path: Path, template: str = "auto", columns: Mapping[str, str] | None = None) -> list[Finding]:
     """Columns and rows of a data file, the template that fits, and how many rows give an example."""
     from fedamole.data.settings import SourceSettings
     from fedamole.data.sources import FORMATS, read_source
@@ -278,16 +279,17 @@ def data_fit(path: Path) -> list[Finding]:
     if path.stat().st_size == 0:
         return [Finding("data", "problem", f"{path.name}: the file is empty", "put one row on each line")]
     try:
-        table, _ = read_source(SourceSettings(name="data", path=str(path.resolve())), path.parent)
+        source = SourceSettings(name="data", path=str(path.resolve()), columns=dict(columns or {}))
+        table, _ = read_source(source, path.parent)
     except Exception as error:  # its text may quote a row
         return [_unread(path, error)]
     facts = f"{path.name}: {len(table.rows)} rows with the columns {', '.join(table.columns)}"
     try:
-        template = choose("auto", {}, table.columns, path.name)
+        chosen = choose(template, {}, table.columns, path.name)
     except DataError as error:
         return [Finding("data", "ok", facts), Finding("data", "problem", str(error))]
-    name = next((name for name, known in BUILT_IN.items() if known == template), "classification")
-    return [Finding("data", "ok", f"{facts}; template {name!r} would be chosen"), *_rows_fit(table, template)]
+    name = next((name for name, known in BUILT_IN.items() if known == chosen), "classification")
+    return [Finding("data", "ok", f"{facts}; template {name!r} would be chosen"), *_rows_fit(table, chosen)]
 
 
 def _rows_fit(table: "Table", template: "TemplateSettings") -> list[Finding]:

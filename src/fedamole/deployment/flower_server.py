@@ -7,7 +7,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedamole.deployment.coordinator import LOG, OUTCOME, coordinate
+from fedamole.deployment.coordinator import LOG, OUTCOME, TICKET, coordinate
 from fedamole.deployment.flower_link import FlowerLink
 from fedamole.deployment.processes import die_with_parent
 from fedamole.errors import FedamoleError
@@ -23,6 +23,8 @@ def main(grid: Grid, context: Context) -> None:
     """Run what lies ready in the folder that `fedamole server` named, and say there how it ended."""
     die_with_parent()
     folder = Path(str(context.run_config["folder"]))
+    if (folder / SERVER / TICKET).read_text() != context.run_config["ticket"]:
+        return  # another submission has taken this one's place
     outcome = folder / SERVER / OUTCOME
     # Flower shows nothing of this process; what it has to say goes into files that `fedamole server` reads.
     handler = logging.FileHandler(folder / SERVER / LOG)

@@ -21,6 +21,8 @@ OFFLINE = {
 """Flower asks nobody but its own parts, installs nothing, and looks for work often."""
 
 LOOPBACK = "127.0.0.1"
+PRIVATE = 0o077
+"""The umask of a deployment's processes: what they write is read by nobody else on this machine."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -46,6 +48,19 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind((LOOPBACK, 0))
         return int(found.getsockname()[1])
+
+
+def wait_for_free_port(host: str, port: int, seconds: float) -> None:
+    """Wait until nobody listens on a port of this machine; TimeoutError where somebody goes on."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_server((host, port)).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise TimeoutError(f"port {port} of {host} cannot be used: {error.strerror}") from error
+        time.sleep(0.1)
 
 
 def secret_file(path: Path) -> Path:
@@ -130,6 +145,7 @@ class Process:
 
 
 def _ready() -> None:
-    """In the child: a group of its own, so that Ctrl-C is for the parent to handle, and an end with the parent."""
+    """In the child: a group of its own, so that Ctrl-C is for the parent to handle; files for this user's eyes only."""
     os.setpgid(0, 0)
+    os.umask(PRIVATE)
     die_with_parent()

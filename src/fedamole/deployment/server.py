@@ -1,6 +1,7 @@
 """`fedamole server`: a SuperLink, the gateway before it, and the run, as one command that survives its parts."""
 
 import json
+import secrets
 import subprocess
 import threading
 import time
@@ -14,7 +15,7 @@ import tomli_w
 
 from fedamole.config import Config, load_config
 from fedamole.deployment.certificates import check_server, roster
-from fedamole.deployment.coordinator import OUTCOME, PROGRESS, SETTINGS
+from fedamole.deployment.coordinator import OUTCOME, PROGRESS, SETTINGS, TICKET
 from fedamole.deployment.processes import (
     LOOPBACK,
     Process,
@@ -22,6 +23,7 @@ from fedamole.deployment.processes import (
     environment,
     free_port,
     secret_file,
+    wait_for_free_port,
     wait_for_port,
 )  # fmt: skip
 from fedamole.errors import ConfigError, FedamoleError, RunError
@@ -34,8 +36,10 @@ APP = Path(__file__).parent / "flower-app"
 PAUSE = 0.2
 QUIET = 90.0
 """Seconds after which a run whose process has vanished is submitted again at the latest."""
+PREDECESSOR = 20.0
+"""Seconds within which the processes of a server that was killed have ended."""
 ATTEMPTS = 5
-"""Times a run is submitted again without a round finished in between."""
+"""Times a run is submitted, or one of the processes started, again without a round finished in between."""
 
 
 @dataclass(frozen=True)
@@ -129,16 +133,20 @@ class Server:
         self._pid = 0
         self._submitted = 0.0
         self._attempts = 0
+        self._calm: dict[str, int] = {}
+        """Starts of each process that ended before the last finished round."""
 
     def run(self, stop: threading.Event) -> None:
         """Carry the run to its end, through ends of any of the processes; errors of the run are raised here."""
         try:
             self._home()
+            self._wait_for_predecessor()
             self.link.start()
             wait_for_port(self.port, self.link)
-            for process in self.processes[1:]:
+            self.executor.start()
+            self._register()  # before anybody can come in, as a SuperNode whose key is unknown ends
+            for process in self.processes[2:]:
                 process.start()
-            self._register()
             self._submit()
             where = f"{self.door.host}:{self.door.port}"
             self.say(f"waiting for clients at {where}: {', '.join(self.config.deployment.clients)}")
@@ -150,7 +158,7 @@ class Server:
                 stop.wait(PAUSE)
             self.say(f"stopping; `fedamole server --resume {self.folder}` goes on from the last finished round")
         except TimeoutError as error:
-            raise RunError(f"{error}\nIs the port taken? The logs are in {self.own}") from error
+            raise RunError(f"{error}\nThe logs are in {self.own}") from error
         finally:
             for process in reversed(self.processes):
                 process.stop()
@@ -167,6 +175,16 @@ class Server:
         progress = self.own / PROGRESS
         self._read = progress.stat().st_size if progress.exists() else 0
 
+    def _wait_for_predecessor(self) -> None:
+        """Wait for the processes of a server that was killed a moment ago: they end, but hold the port and the run."""
+        end = time.monotonic() + PREDECESSOR
+        wait_for_free_port(self.door.host, self.door.port, PREDECESSOR)
+        path = self.own / PROGRESS
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        pid = next((line["pid"] for line in reversed(lines) if line["what"] == "started"), 0)
+        while pid and _alive(pid) and time.monotonic() < end:
+            time.sleep(PAUSE)
+
     def _register(self) -> None:
         """Register the keys of this run's clients; those that are registered already stay."""
 
@@ -181,7 +199,9 @@ class Server:
 
     def _submit(self) -> None:
         """Start the run's process, for the first time or again: it goes on from its last round."""
-        done = self._flwr("run", str(APP), "run", "-c", f"folder='{self.folder}'", "--format", "json")
+        ticket = secrets.token_hex(8)
+        write_atomic(self.own / TICKET, ticket)
+        done = self._flwr("run", str(APP), "run", "-c", f"folder='{self.folder}' ticket='{ticket}'", "--format", "json")
         if not done.get("success"):
             raise RunError(f"the run could not be started: {done.get('error-message', done)}; see {self.own}")
         self._submitted, self._pid = time.monotonic(), 0
@@ -191,7 +211,7 @@ class Server:
         """What a command of Flower's answers, as JSON."""
         found = subprocess.run(
             [command("flwr"), *words], env=self.env, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-            check=False,
+            check=False, process_group=0,
         )  # fmt: skip
         text = found.stdout[found.stdout.find("{") : found.stdout.rfind("}") + 1]
         try:
@@ -205,7 +225,7 @@ class Server:
         for process in self.processes:
             if process.running:
                 continue
-            if process.starts > ATTEMPTS:
+            if process.starts - self._calm.get(process.name, 0) > ATTEMPTS:
                 raise RunError(f"the {process.name} ends again and again:\n{process.tail(1500)}")
             self.say(f"the {process.name} has ended; starting it again")
             process.start()
@@ -219,6 +239,7 @@ class Server:
                 self._pid = line["pid"]
             elif line["what"] == "done":
                 self._attempts = 0
+                self._calm = {process.name: process.starts - 1 for process in self.processes}
             self.show(line)
 
     def _lines(self) -> Iterator[dict[str, Any]]:

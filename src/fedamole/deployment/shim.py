@@ -3,23 +3,19 @@
 import sys
 from pathlib import Path
 
-from fedamole.deployment.processes import command
-
 NAME = "flwr-clientapp"
 
 SHIM = """#!{python} -IS
-import json, os, socket, sys
+import json, socket, sys
 words = json.dumps(sys.argv[1:]).encode()
 try:
     with socket.socket(socket.AF_UNIX) as forks:
         forks.connect({address!r})
         forks.sendall(words)
         forks.shutdown(socket.SHUT_WR)
-        taken = forks.recv(1)
-except OSError:
-    taken = b""
-if not taken:
-    os.execv({own!r}, [{own!r}, *sys.argv[1:]])
+        sys.exit(0 if forks.recv(1) else 1)
+except OSError as error:
+    sys.exit(f"no forks at {address}: {{error}}")
 """
 
 
@@ -27,6 +23,6 @@ def write_shim(folder: Path, address: str) -> Path:
     """Write the command that hands its words to the forks behind a Unix socket; return the folder for the path."""
     folder.mkdir(parents=True, exist_ok=True)
     shim = folder / NAME
-    shim.write_text(SHIM.format(python=sys.executable, address=address, own=command(NAME)))
+    shim.write_text(SHIM.format(python=sys.executable, address=address))
     shim.chmod(0o700)
     return folder

@@ -82,7 +82,7 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
 
     paper = "Zhang et al., Personalized Federated Fine-Tuning for LLMs (FedAMoLE), WWW 2026, arXiv 2411.19128"
     travels = "the client's experts both ways, mean router embeddings up"
-    stays = "the data and the personal model"
+    stays = "the data"
     records = Records(Pool, Experts, Nothing, TrainedExperts)
     evaluates = "trained"
     embeds = True
