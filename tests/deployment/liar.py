@@ -22,7 +22,7 @@ from fedamole.federation.record import pack, unpack
 
 SECRET = "the patient's name is Ann"
 """What an error of a client may hold, and nobody else may read."""
-LATE = 25.0
+LATE = 40.0
 """Seconds that a slow client takes longer."""
 
 

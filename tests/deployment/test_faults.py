@@ -311,7 +311,7 @@ def test_ctrl_c_ends_server_and_clients_and_leaves_nothing_behind(living: Site) 
 @pytest.fixture(scope="module")
 def doubtful(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Site]:
     names = 'deployment.clients=["chat", "entail", "mood", "plain"]'
-    words = [names, "deployment.deadline=20", "deployment.gathering=5"]
+    words = [names, "deployment.deadline=30", "deployment.gathering=5"]
     with site(tmp_path_factory.mktemp("doubtful"), tiny, *words) as there:
         there.server()
         there.client("entail")

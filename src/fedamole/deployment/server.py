@@ -5,8 +5,9 @@ import secrets
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -180,8 +181,8 @@ class Server:
         end = time.monotonic() + PREDECESSOR
         wait_for_free_port(self.door.host, self.door.port, PREDECESSOR)
         path = self.own / PROGRESS
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        pid = next((line["pid"] for line in reversed(lines) if line["what"] == "started"), 0)
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        pid = next((line["pid"] for line in _parsed(reversed(lines)) if line["what"] == "started"), 0)
         while pid and _alive(pid) and time.monotonic() < end:
             time.sleep(PAUSE)
 
@@ -252,7 +253,7 @@ class Server:
                 if not line.endswith(b"\n"):
                     return
                 self._read += len(line)
-                yield json.loads(line)
+                yield from _parsed([line])
 
     def _ended(self) -> bool:
         """Whether the run is done; a run whose process has vanished is submitted again."""
@@ -273,6 +274,13 @@ class Server:
             self.say("the run's process has ended; it goes on from its last finished round")
             self._submit()
         return False
+
+
+def _parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """Lines of progress; one that a killed process has left half written is passed over."""
+    for line in lines:
+        with suppress(ValueError):
+            yield json.loads(line)
 
 
 def _alive(pid: int) -> bool:
