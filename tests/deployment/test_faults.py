@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -139,10 +140,32 @@ def test_a_supernode_that_is_refused_a_second_time_is_given_as_much_patience_aga
     tried.run()
     assert [text.split(":")[0] for text in said] == [
         "connecting to 127.0.0.1", "the server does not take this key", "connected",
-        "the server does not take this key", "connected", "stopping",
+        "the SuperNode has ended; starting it again", "the server does not take this key", "connected", "stopping",
     ]  # fmt: skip
     assert not any(part.running for part in (tried.worker, tried.forks, tried.node, tried.executor))
     assert not tried.rendezvous.exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "code"),
+    [
+        ("return", 1), ("raise ValueError", 1), ("sys.exit(0)", 0),
+        ("threading.Thread(target=int, args=['']).start()", 1),
+    ],
+)
+def test_a_supernode_that_has_given_up_is_no_process_any_more(what: str, code: int) -> None:
+    """Flower's own stays, as one of its threads does; so it did when a busy server had answered a pull with 500."""
+    program = f"""
+import sys, threading, time
+from fedamole.deployment import flower_node
+def supernode():
+    threading.Thread(target=time.sleep, args=[60]).start()
+    {what}
+    time.sleep(60)
+flower_node.flower_supernode = supernode
+flower_node.main()
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=50, check=False).returncode == code
 
 
 # One long-lived run with certificates and keys, in which one thing after the other goes wrong. Each test begins when
@@ -230,7 +253,7 @@ def test_who_cannot_be_trusted_is_told_why_and_the_run_goes_on(living: Site) -> 
 def test_a_killed_supernode_is_started_again_and_its_client_takes_part_again(living: Site) -> None:
     struck, mood = time.time(), command_of(living, "mood")
     told = len(mood.text)
-    killed(mood.part("flower-supernode"))
+    killed(mood.part("flower_node"))
     wait_until(lambda: "the same key is connected, or was a minute ago; trying again" in mood.text[told:], ROUND,
                "it says that it is refused for a while", living.told)  # fmt: skip
     without = living.event("done", LOST, since=struck)

@@ -77,7 +77,7 @@ def test_too_few_are_waited_for(caplog: Any) -> None:
 
 def test_at_first_all_are_waited_for_a_while_also_after_a_restart() -> None:
     there = engine(Stub(registered={0: "ann", 1: "bob"}), gathering=0.15)
-    there.resumed({}, {"ann": 0, "bob": 0, "eve": 0})
+    there.resumed({}, {"ann": 0, "bob": 0, "eve": 0}, {})
     began = time.monotonic()
     assert there.present() == ["ann", "bob"]
     assert time.monotonic() - began >= 0.14
@@ -93,7 +93,7 @@ def message() -> bytes:
 def test_a_server_that_goes_on_tells_best_rounds_and_what_counted_last() -> None:
     link = Stub()
     there = engine(link)
-    there.resumed({"fedit": 3}, {"ann": 4, "bob": 2})
+    there.resumed({"fedit": 3}, {"ann": 4, "bob": 2}, {"ann": 7})
     there.present()
     there.update(5, dict.fromkeys(NAMES, message()))
     told = [(request.best, request.last) for _, request in link.asked if request.operation == UPDATE]

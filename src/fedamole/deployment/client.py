@@ -109,8 +109,9 @@ class Client:
         self.node = Process(
             "SuperNode",
             [
-                command("flower-supernode"), "--superlink", connection.server, *connection.words(),
-                "--host", LOOPBACK, "--port", str(port), "--isolation", "process",
+                executable, "-m", "fedamole.deployment.flower_node",
+                "--superlink", connection.server, *connection.words(), "--host", LOOPBACK,
+                "--port", str(port), "--isolation", "process",
                 "--superexec-auth-secret-file", str(secret),
                 "--node-config", f'worker="{socket}" secret="{secret}"',
             ],
@@ -200,6 +201,8 @@ class Client:
         tail = self.node.tail()
         trouble = next((one for one in TROUBLES if one.sign in tail), None)
         if trouble is None:
+            if "SuperNode" not in self._waiting:
+                self.say("the SuperNode has ended; starting it again")
             return
         text = trouble.text.format(certs=self.connection.certs)
         if trouble.sign not in self._failing:

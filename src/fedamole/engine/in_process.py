@@ -53,7 +53,7 @@ class InProcess:
         for name in sorted(self.data):
             self.worker.keep(self.data[name], row)
 
-    def resumed(self, best: Mapping[str, int], answered: Mapping[str, int]) -> None:
+    def resumed(self, best: Mapping[str, int], answered: Mapping[str, int], examples: Mapping[str, int]) -> None:
         """Nothing: models and private states lie in the run's folder."""
 
     def bare(self, split: str, names: Collection[str]) -> dict[str, Scores]:

@@ -263,9 +263,10 @@ class Remote:
         """Have every client save its present model as its best so far: each is told with the next request."""
         self.best = {**self.best, row: round_}
 
-    def resumed(self, best: Mapping[str, int], answered: Mapping[str, int]) -> None:
-        """Go on from these best rounds and last answers."""
+    def resumed(self, best: Mapping[str, int], answered: Mapping[str, int], examples: Mapping[str, int]) -> None:
+        """Go on from these best rounds and last answers; clients that are absent keep the sizes they had."""
         self.best, self.answered = dict(best), dict(answered)
+        self._infos = {name: ClientInfo(name, count) for name, count in examples.items()} | self._infos
 
     def bare(self, split: str, names: Collection[str]) -> dict[str, Scores]:
         """Scores of the untuned base, which clients told when they joined, or with the test."""

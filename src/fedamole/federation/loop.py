@@ -42,8 +42,8 @@ class Engine(Protocol):
     def keep(self, row: str, round_: int) -> None:
         """Let every client save its present model as its best so far, that of a round."""
 
-    def resumed(self, best: Mapping[str, int], answered: Mapping[str, int]) -> None:
-        """Told, when a run goes on, the best round so far by row, and by client the last round that it answered."""
+    def resumed(self, best: Mapping[str, int], answered: Mapping[str, int], examples: Mapping[str, int]) -> None:
+        """Told, when a run goes on: the best round so far by row; by client, the last round it answered and its size."""
 
     def bare(self, split: str, names: Collection[str]) -> Mapping[str, Scores]:
         """Scores of the untuned base on these clients' split."""
@@ -131,7 +131,7 @@ class Loop:
             self.rows = {row: _Row(**progress) for row, progress in saved.progress["rows"].items()}
             self.answered = dict(saved.progress.get("answered", {}))
             best = {row: one.best_round for row, one in self.rows.items() if one.best_round >= 0}
-            self.engine.resumed(best, self.answered)
+            self.engine.resumed(best, self.answered, saved.progress.get("examples", {}))
             last = saved.round
             self.folder.cut(METRICS, lambda line: line["round"] <= last and line["split"] != "test")
             self.folder.cut(ASSIGNMENT, lambda line: line["round"] <= last)
@@ -187,7 +187,10 @@ class Loop:
         seconds = {"seconds_update": updated - started, "seconds_evaluate": evaluated - updated}
         self._log([self._line(round_, None, "round", cohort=[client.name for client in cohort], **seconds)])
         self.answered.update(dict.fromkeys(answered, round_))
-        progress = {"rows": {row: vars(progress) for row, progress in self.rows.items()}, "answered": self.answered}
+        progress = {
+            "rows": {row: vars(progress) for row, progress in self.rows.items()}, "answered": self.answered,
+            "examples": {client.name: client.examples for client in self.server.clients},
+        }
         # The commit comes last: a resumed run never writes the lines of a committed round again.
         checkpoint.save(self.folder, round_, pack(state), [client.name for client in self.server.clients], progress)
         self.watcher.round_done(round_, {row: self._value(row) for row in self.kinds})

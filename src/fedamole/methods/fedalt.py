@@ -87,7 +87,8 @@ class FedAlt(LoraMethod[Everybody, RestOfWorld, OwnAndMixer, SentLora]):
     def aggregate(self, server: Server, state: Everybody, replies: Mapping[str, SentLora]) -> Everybody:
         """Remember what each client sent last."""
         sent = {f"{client}/{name}": t for client, reply in replies.items() for name, t in reply.tensors.items()}
-        return replace(state, latest=dict(sorted({**state.latest, **sent}.items())))
+        latest = dict(sorted({**state.latest, **sent}.items()))
+        return replace(state, latest=latest, weights=server.weights(self.weighting))
 
     # client
     def spec(self) -> AdapterSpec:
