@@ -42,7 +42,7 @@ class Trouble:
     sign: str
     text: str
     patience: float
-    """Seconds after which trying again is given up; infinite where it may always pass."""
+    """Seconds after which trying again is given up, unless this client has been connected before."""
 
 
 TROUBLES = (
@@ -53,7 +53,10 @@ TROUBLES = (
             "for `fedamole certs`), or another client with the same key is connected, or was a minute ago", STALE),
     Trouble("code: 2001", "this server wants a key: give the folder that the coordinator made by --certs", 0.0),
     Trouble("Exit Code: 303", "a key is no use without TLS: leave --insecure out", 0.0),
-    Trouble("SSL", "no TLS connection with this server: has it another port, or does it run with --insecure?", STALE),
+    *(
+        Trouble(sign, "no TLS connection with this server: has it another port, or does it run with --insecure?", 0.0)
+        for sign in ("WRONG_VERSION_NUMBER", "record layer failure")
+    ),
 )
 
 
@@ -131,7 +134,8 @@ class Client:
             {**env, "PATH": f"{shims}{os.pathsep}{env['PATH']}"}, home / "superexec.log",
         )  # fmt: skip
         self.port = port
-        self._connected = False
+        self._connected = self._accepted = False
+        """Whether the SuperNode is connected, and whether one of this client's ever was."""
         self._failing: dict[str, float] = {}
         """Since when the SuperNode has had a trouble, by its sign; empty once it is connected."""
         self._waiting: dict[str, float] = {}
@@ -178,7 +182,7 @@ class Client:
             if self._due("SuperNode", now):
                 self.node.start()
         elif not self._connected and "SuperNode ID" in self.node.tail():
-            self._connected = True
+            self._connected = self._accepted = True
             self._failing.clear()
             self.say("connected")
         if self.node.running and not self.executor.running:
@@ -197,7 +201,7 @@ class Client:
         return True
 
     def _judge(self, now: float) -> None:
-        """Find out why the SuperNode ended, and give up where it will always end so."""
+        """Find out why the SuperNode ended, and give up where it will always end so; never after it has worked."""
         tail = self.node.tail()
         trouble = next((one for one in TROUBLES if one.sign in tail), None)
         if trouble is None:
@@ -207,9 +211,9 @@ class Client:
         text = trouble.text.format(certs=self.connection.certs)
         if trouble.sign not in self._failing:
             self._failing = {trouble.sign: now}
-            if trouble.patience > 0:
-                self.say(f"{text}; trying again for {trouble.patience:.0f} s")
-        if now - self._failing[trouble.sign] >= trouble.patience:
+            if self._accepted or trouble.patience > 0:
+                self.say(f"{text}; trying again" + ("" if self._accepted else f" for {trouble.patience:.0f} s"))
+        if now - self._failing[trouble.sign] >= trouble.patience and not self._accepted:
             raise RunError(f"{text}. The SuperNode's own words are in {self.node.log}")
 
 

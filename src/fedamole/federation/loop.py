@@ -43,7 +43,7 @@ class Engine(Protocol):
         """Let every client save its present model as its best so far, that of a round."""
 
     def resumed(self, best: Mapping[str, int], answered: Mapping[str, int], examples: Mapping[str, int]) -> None:
-        """Told, when a run goes on: the best round so far by row; by client, the last round it answered and its size."""
+        """Told, when a run goes on: best rounds by row; each client's last answered round and number of examples."""
 
     def bare(self, split: str, names: Collection[str]) -> Mapping[str, Scores]:
         """Scores of the untuned base on these clients' split."""
