@@ -282,14 +282,16 @@ class Site:
         return wait_until(lambda: self.events(what, since, **fields), seconds, f"{what} {fields}", self.told)[0]
 
     def trained(self, name: str, seconds: float, since: float) -> dict[str, Any]:
-        """Wait until a client has trained in a round that began since then."""
+        """Wait until a client has trained in a round that began since then and is done."""
 
         def found() -> Any:
             rounds = {line["round"] for line in self.events("round", since)}
             lines = self.events("answered", since, client=name)
             return [line for line in lines if "failed" not in line and line["round"] in rounds]
 
-        return wait_until(found, seconds, f"{name} trains", self.told)[0]
+        line: dict[str, Any] = wait_until(found, seconds, f"{name} trains", self.told)[0]
+        self.event("done", seconds, since=line["time"], round=line["round"])
+        return line
 
     def failed(self, name: str, seconds: float, since: float) -> dict[str, Any]:
         """Wait until a client has failed, and return that line."""

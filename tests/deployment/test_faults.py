@@ -313,6 +313,19 @@ def test_a_killed_gateway_is_started_again(living: Site) -> None:
 
 
 @pytest.mark.faults
+def test_a_server_whose_first_process_alone_was_killed_can_be_resumed_at_once(living: Site) -> None:
+    struck, old = time.time(), command_of(living, "server")
+    rounds = [line["round"] for line in living.events("done")]
+    killed(psutil.Process(old.process.pid))
+    server = living.server(resume=True)
+    all_train(living, LOST + STARTING)
+    assert server.process.poll() is None
+    old.gone()
+    after = [line["round"] for line in living.events("done", since=struck)]
+    assert after == list(range(max(rounds) + 1, max(after) + 1))
+
+
+@pytest.mark.faults
 def test_ctrl_c_ends_server_and_clients_and_leaves_nothing_behind(living: Site) -> None:
     living.event("asked", ROUND, since=time.time())
     assert command_of(living, "mood").interrupt() == 0
