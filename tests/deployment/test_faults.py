@@ -67,6 +67,7 @@ def collected(there: Site, rounds: int, seconds: float) -> dict[str, bytes]:
     return {name: state for name, state in found.items() if name <= f"round-{rounds - 1:04d}.safetensors"}
 
 
+@pytest.mark.faults
 def test_a_killed_server_goes_on_to_the_same_states_and_a_killed_worker_comes_back(tmp_path: Path, tiny: Path) -> None:
     with site(tmp_path, tiny, "training.local_steps=30") as there:
         server = there.server()

@@ -16,6 +16,8 @@ from tests.conftest import small
 from tests.deployment.faults import NAMES, Site
 from tests.deployment.test_remote import facts, states
 
+pytestmark = pytest.mark.faults  # real processes, two minutes: `make test-faults`
+
 RUNS = {
     "fedamole": [],
     "fedit": ["evaluation.before_aggregation=true"],  # two exchanges a round, and the row fedit_ft
