@@ -232,7 +232,7 @@ def test_first_making_lists_every_file(tmp_path: Path) -> None:
 
 def test_other_hosts_are_an_error_that_names_the_remedy(certs: Path) -> None:
     before = snapshot(certs)
-    with pytest.raises(ConfigError, match=r"fed\.example\.org.*asked for is .*new\.example\.org.*renew_server"):
+    with pytest.raises(ConfigError, match=r"fed\.example\.org.*asked for is .*new\.example\.org.*--renew"):
         make_certificates(certs, ("new.example.org",), ())
     assert snapshot(certs) == before
     # The same names in another order and spelling, or nothing said, is no change.
