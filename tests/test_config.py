@@ -74,7 +74,7 @@ def test_a_mistake_names_file_key_and_remedy(text: str, told: str, tmp_path: Pat
     [
         ("[data\n", "is not TOML"),
         ("[run]\nname = 'x'\n", "data.source is empty: add a [[data.source]]"),
-        ("[data]\nmin_examples = 3\n", "data.source is missing"),
+        ("[data]\nmin_examples = 3\n", "data.source is empty"),
         ('[[data.source]]\npath = "a.jsonl"\n', "data.source[0].name is missing"),
         ("extends = 3\n" + DATA, "extends = 3 must be the path of a config"),
         ('extends = "mine.toml"\n' + DATA, "extends = 'mine.toml' leads back to"),
