@@ -17,8 +17,8 @@ import torch
 
 from fedamole.deployment import client, warm_worker
 from fedamole.deployment.host import Host
-from fedamole.engine.wire import UPDATE, Reply, boxed, packed, read_request, unboxed
-from fedamole.federation.record import pack, unpack
+from fedamole.engine.wire import UPDATE, Reply, read_request
+from fedamole.federation.record import boxed, pack, unboxed, unpack
 
 SECRET = "the patient's name is Ann"
 """What an error of a client may hold, and nobody else may read."""
@@ -48,7 +48,7 @@ class Liar(Host):
         name = next(one.name for one in fields(inner) if getattr(inner, one.name))
         tensors = {key: tensor.clone() for key, tensor in getattr(inner, name).items()}
         change(tensors)
-        return packed(replace(answer, reply=boxed(pack(replace(inner, **{name: tensors})))))
+        return pack(replace(answer, reply=boxed(pack(replace(inner, **{name: tensors})))))
 
 
 def _nan(tensors: dict[str, torch.Tensor]) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fedamole.engine.remote import Remote
-from fedamole.engine.wire import EVALUATE, JOIN, UPDATE, Reply, Request, boxed, packed, read_request, unboxed
+from fedamole.engine.wire import EVALUATE, JOIN, UPDATE, Reply, Request, read_request
 from fedamole.federation.loop import BASE, MAJORITY, Loop, Watcher
 from fedamole.federation.method import Server
-from fedamole.federation.record import pack, unpack
+from fedamole.federation.record import boxed, pack, unboxed, unpack
 from fedamole.federation.run_folder import RunFolder
 from fedamole.federation.settings import DeploymentSettings, FederationSettings
 from fedamole.methods.fedit import FedIT, GlobalLora
@@ -46,7 +46,7 @@ def honest(name: str, request: Request) -> Reply:
 class Stub:
     """A link to clients that are functions; eve may be another."""
 
-    answers: Answers = lambda name, request: packed(honest(name, request))
+    answers: Answers = lambda name, request: pack(honest(name, request))
     registered: dict[int, str] = field(default_factory=lambda: dict(enumerate(NAMES)))
     asked: list[tuple[int, Request]] = field(default_factory=list)
     waiting: dict[str, bytes | str] = field(default_factory=dict)

@@ -15,22 +15,11 @@ from fedamole.config import load_config
 from fedamole.data.settings import SourceSettings
 from fedamole.deployment.agreement import own_tables, shared_tables
 from fedamole.deployment.host import ClientSettings, Host
-from fedamole.engine.wire import (
-    EVALUATE,
-    JOIN,
-    TEST,
-    UPDATE,
-    Reply,
-    Request,
-    boxed,
-    packed,
-    unboxed,
-    unpacked,
-)  # fmt: skip
+from fedamole.engine.wire import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, unpacked
 from fedamole.errors import BaseModelError, ConfigError
 from fedamole.federation.loop import Watcher
 from fedamole.federation.method import ClientInfo, Server
-from fedamole.federation.record import pack, unpack
+from fedamole.federation.record import boxed, pack, unboxed, unpack
 from fedamole.model.base import load_base
 from tests.conftest import small
 
@@ -84,7 +73,7 @@ def client(tiny: Path, tmp_path: Path) -> Callable[..., Host]:
 
 
 def ask(host: Host, request: Request) -> Reply:
-    return unpacked(Reply, host.answer(packed(request)))
+    return unpacked(Reply, host.answer(pack(request)))
 
 
 def on_disk(host: Host) -> dict[str, tuple[int, bytes]]:
@@ -111,9 +100,9 @@ def test_each_request_is_done_once_and_what_did_not_count_is_undone(method: str,
     for host in (one, other):
         assert ask(host, server.join()).failed is None
     first = server.update(0, -1)
-    before = packed(ask(one, first))
+    before = pack(ask(one, first))
     disk = on_disk(one)
-    assert packed(ask(one, first)) == before
+    assert pack(ask(one, first)) == before
     assert on_disk(one) == disk, "a repeated request changes nothing"
     late = ask(one, server.update(1, 0, plus=0.1))
     assert late.failed is None
@@ -182,19 +171,19 @@ def test_a_damaged_answer_on_disk_is_made_again(served: Any, client: Any) -> Non
 BAD: dict[str, tuple[str, Callable[[ByHand], bytes]]] = {
     "random bytes": ("bad_request", lambda s: b"\x01" * 50),
     "nothing": ("bad_request", lambda s: b""),
-    "deep": ("bad_request", lambda s: packed(s.join()).replace(b'"identity', b"[" * 9000 + b'"identity')),
-    "unknown operation": ("bad_request", lambda s: packed(s.update(0, -1, operation="read"))),
-    "another protocol": ("bad_request", lambda s: packed(s.update(0, -1, protocol=9))),
-    "another run": ("not_joined", lambda s: packed(s.update(0, -1, run="another"))),
-    "another run's test": ("not_joined", lambda s: packed(Request("another", 0, TEST))),
-    "a round too many": ("bad_request", lambda s: packed(s.update(99, -1))),
-    "another row": ("bad_request", lambda s: packed(Request(RUN_ID, 0, EVALUATE, "../x", last=-1))),
-    "no message": ("bad_request", lambda s: packed(s.update(0, -1, message={}))),
-    "a message of another kind": ("bad_request", lambda s: packed(s.update(0, -1, message=boxed(packed(s.join()))))),
+    "deep": ("bad_request", lambda s: pack(s.join()).replace(b'"identity', b"[" * 9000 + b'"identity')),
+    "unknown operation": ("bad_request", lambda s: pack(s.update(0, -1, operation="read"))),
+    "another protocol": ("bad_request", lambda s: pack(s.update(0, -1, protocol=9))),
+    "another run": ("not_joined", lambda s: pack(s.update(0, -1, run="another"))),
+    "another run's test": ("not_joined", lambda s: pack(Request("another", 0, TEST))),
+    "a round too many": ("bad_request", lambda s: pack(s.update(99, -1))),
+    "another row": ("bad_request", lambda s: pack(Request(RUN_ID, 0, EVALUATE, "../x", last=-1))),
+    "no message": ("bad_request", lambda s: pack(s.update(0, -1, message={}))),
+    "a message of another kind": ("bad_request", lambda s: pack(s.update(0, -1, message=boxed(pack(s.join()))))),
     "a message without tensors": (
-        "internal", lambda s: packed(s.update(0, -1, message=boxed(pack(replace(s.first, tensors={}))))),
+        "internal", lambda s: pack(s.update(0, -1, message=boxed(pack(replace(s.first, tensors={}))))),
     ),
-    "another base": ("base", lambda s: packed(s.join(identity={"weights": "a", "tokenizer": "b", "targets": "c"}))),
+    "another base": ("base", lambda s: pack(s.join(identity={"weights": "a", "tokenizer": "b", "targets": "c"}))),
 }  # fmt: skip
 
 
@@ -233,7 +222,7 @@ def test_answers_hold_nothing_of_the_data_and_no_path(served: Any, client: Any, 
         Request(RUN_ID, 0, TEST, last=0, best={"fedit": 0}),
     ]  # fmt: skip
     for request in requests:
-        answer = host.answer(packed(request))
+        answer = host.answer(pack(request))
         assert unpacked(Reply, answer).failed is None, request.operation
         assert not [text for text in secrets(host, tiny) if text in answer], request.operation
 
@@ -245,7 +234,7 @@ def test_no_word_of_an_error_travels(error: Any, seated: Host, served: Any, tiny
 
     seated.watcher.step = fail  # type: ignore[method-assign]
     try:
-        answer = seated.answer(packed(served("fedit").update(0, -1)))
+        answer = seated.answer(pack(served("fedit").update(0, -1)))
     finally:
         del seated.watcher.step
     codes, reply = {OSError: "disk", MemoryError: "out_of_memory"}, unpacked(Reply, answer)
@@ -348,7 +337,7 @@ def test_a_restarted_client_finds_its_seat_among_other_folders(
     (broken / "run.json").write_text("{}")
     monkeypatch.chdir(tiny)
     again = client("one", base="./base")
-    assert packed(ask(again, server.update(0, -1))) == packed(before)
+    assert pack(ask(again, server.update(0, -1))) == pack(before)
     assert "a-broken-one is left alone" in caplog.text
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.deployment.stub import NAMES, SHAPES, Answers, Stub, engine, honest, run
 
 from fedamole.engine import remote
-from fedamole.engine.wire import EVALUATE, FAILURES, TEST, UPDATE, Request, failure, packed
+from fedamole.engine.wire import EVALUATE, FAILURES, TEST, UPDATE, Request, failure
 from fedamole.errors import RunError
 from fedamole.federation.loop import Watcher
 from fedamole.federation.method import Server
@@ -49,7 +49,7 @@ def test_example_counts_weigh_and_are_kept(tmp_path: Path) -> None:
     link = Stub()
     there = engine(link)
     there.present()
-    link.answers = lambda name, request: packed(failure(request, name, "not_joined"))
+    link.answers = lambda name, request: pack(failure(request, name, "not_joined"))
     there._exchange({"ann": Request("run1", 0, EVALUATE, "fedit")}, {"ann": 10**6})
     assert "ann" not in there.members
     assert [client.examples for client in there.clients] == [9, 9, 9]
@@ -109,8 +109,8 @@ def test_failures_that_can_pass_are_asked_again_but_not_without_a_pause() -> Non
 
     def answers(name: str, request: Request) -> bytes | str:
         if request.operation == UPDATE and name != "ann" and time.monotonic() < until:
-            return packed(failure(request, name, "worker"))
-        return packed(honest(name, request))
+            return pack(failure(request, name, "worker"))
+        return pack(honest(name, request))
 
     link = Stub(answers)
     there = engine(link)
@@ -125,7 +125,7 @@ def test_failures_that_can_pass_are_asked_again_but_not_without_a_pause() -> Non
 def test_a_failure_that_never_passes_ends_the_run_after_patience(code: str) -> None:
     def answers(name: str, request: Request) -> bytes | str:
         fails = request.operation == UPDATE and name != "ann"
-        return packed(failure(request, name, code)) if fails else packed(honest(name, request))
+        return pack(failure(request, name, code)) if fails else pack(honest(name, request))
 
     link = Stub(answers)
     there = engine(link, patience=0.3)
@@ -139,8 +139,8 @@ def test_a_failure_that_never_passes_ends_the_run_after_patience(code: str) -> N
 def test_failures_that_cannot_pass_end_the_run_only_below_min_clients(code: str) -> None:
     def answers(failing: Collection[str]) -> Answers:
         return lambda name, request: (
-            packed(failure(request, name, code)) if request.operation == UPDATE and name in failing
-            else packed(honest(name, request))
+            pack(failure(request, name, code)) if request.operation == UPDATE and name in failing
+            else pack(honest(name, request))
         )
 
     link = Stub(answers(["eve"]))
@@ -161,7 +161,7 @@ def test_a_test_that_is_interrupted_is_asked_for_again(tmp_path: Path) -> None:
 
     def answers(name: str, request: Request) -> bytes | str:
         fails = failing and (name, request.operation) == ("eve", TEST)
-        return failing.pop() if fails else packed(honest(name, request))
+        return failing.pop() if fails else pack(honest(name, request))
 
     link = Stub(answers)
     assert set(run(tmp_path / "run", link)["rows"]["fedit"]["clients"]) == set(NAMES)

@@ -16,23 +16,10 @@ from tests.deployment.stub import EXAMPLES, IDENTITY, NAMES, SHAPES, Answers, St
 
 from fedamole.engine import remote
 from fedamole.engine.rehearsal import check_reply, rehearse
-from fedamole.engine.wire import (
-    EVALUATE,
-    JOIN,
-    TEST,
-    UPDATE,
-    Reply,
-    Request,
-    boxed,
-    failure,
-    packed,
-    read_reply,
-    read_request,
-    unboxed,
-)  # fmt: skip
+from fedamole.engine.wire import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, failure, read_reply, read_request
 from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.federation.method import ClientInfo, Server
-from fedamole.federation.record import PayloadError, pack, unpack
+from fedamole.federation.record import PayloadError, boxed, pack, unboxed, unpack
 from fedamole.methods.fedit import GlobalLora
 from fedamole.methods.hetlora import HetLora
 from fedamole.methods.ifca_lora import IfcaLora
@@ -71,7 +58,7 @@ def sent(reply: Reply, change: Callable[[dict[str, torch.Tensor]], Any]) -> byte
     """A reply whose tensors are changed."""
     tensors = dict(unpack(GlobalLora, unboxed(reply.reply) or b"").tensors)
     change(tensors)
-    return packed(replace(reply, reply=boxed(pack(GlobalLora(tensors)))))
+    return pack(replace(reply, reply=boxed(pack(GlobalLora(tensors)))))
 
 
 A = "m/shared/A"
@@ -83,10 +70,10 @@ Lie = Callable[[Reply], bytes | str | None]
 FORMS: dict[str, Lie] = {
     "nothing": lambda r: b"",
     "random bytes": lambda r: random.Random(1).randbytes(999),
-    "truncated": lambda r: packed(r)[:-9],
-    "truncated header": lambda r: packed(r)[:60],
-    "too large": lambda r: spaced(packed(r)),
-    "padded": lambda r: packed(r) + b" ",
+    "truncated": lambda r: pack(r)[:-9],
+    "truncated header": lambda r: pack(r)[:60],
+    "too large": lambda r: spaced(pack(r)),
+    "padded": lambda r: pack(r) + b" ",
     "deep": lambda r: written(DEEP),
     "deep header": lambda r: struct.pack("<Q", 200_000) + b"[" * 200_000,
     "shape overflow": lambda r: written('["Reply", {}]', HUGE_SHAPE),
@@ -147,18 +134,18 @@ UPDATES: dict[str, Lie] = {
     "its data as a name": lambda r: sent(r, lambda t: t.update({SECRET: t[A].clone()})),
     "norm": lambda r: sent(r, lambda t: t.update({A: t[A] + 1e7})),
     "norm beyond numbers": lambda r: sent(r, lambda t: t.update({A: torch.full_like(t[A], 3e38)})),
-    "no reply": lambda r: packed(replace(r, reply={})),
-    "two tensors": lambda r: packed(replace(r, reply={**r.reply, "more": torch.ones(1)})),
-    "its reply is no bytes": lambda r: packed(replace(r, reply={"record": torch.ones(4)})),
-    "its reply is a matrix": lambda r: packed(replace(r, reply={"record": torch.ones(4, 2, dtype=torch.uint8)})),
-    "its reply is empty": lambda r: packed(replace(r, reply={"record": torch.ones(0, dtype=torch.uint8)})),
-    "its reply is another record": lambda r: packed(replace(r, reply=boxed(packed(r)))),
-    "its reply is deep": lambda r: packed(replace(r, reply=boxed(written(DEEP)))),
+    "no reply": lambda r: pack(replace(r, reply={})),
+    "two tensors": lambda r: pack(replace(r, reply={**r.reply, "more": torch.ones(1)})),
+    "its reply is no bytes": lambda r: pack(replace(r, reply={"record": torch.ones(4)})),
+    "its reply is a matrix": lambda r: pack(replace(r, reply={"record": torch.ones(4, 2, dtype=torch.uint8)})),
+    "its reply is empty": lambda r: pack(replace(r, reply={"record": torch.ones(0, dtype=torch.uint8)})),
+    "its reply is another record": lambda r: pack(replace(r, reply=boxed(pack(r)))),
+    "its reply is deep": lambda r: pack(replace(r, reply=boxed(written(DEEP)))),
     **{f"scores: {key}": (lambda r, s=value: forged(r, scores={"fedit_ft": s})) for key, value in SCORES.items()},
 }
 EVALUATES: dict[str, Lie] = {
     "a report": lambda r: forged(r, report={"loss": 1.0}),
-    "a reply": lambda r: packed(replace(r, reply=boxed(b"more"))),
+    "a reply": lambda r: pack(replace(r, reply=boxed(b"more"))),
     **{f"scores: {key}": (lambda r, s=value: forged(r, scores={"fedit": s})) for key, value in SCORES.items()},
 }
 TESTS: dict[str, Lie] = {
@@ -195,7 +182,7 @@ JOINS: dict[str, Lie] = {
     "labels are a list": told(labels=[SECRET]),
     "a label is a row": told(labels={SECRET * 20: 1}),
     "endless labels": told(labels={str(number): 1 for number in range(2000)}),
-    "a reply": lambda r: packed(replace(r, reply=boxed(b"more"))),
+    "a reply": lambda r: pack(replace(r, reply=boxed(b"more"))),
     **{f"scores: {key}": (lambda r, s=value: forged(r, scores={BASE: s})) for key, value in SCORES.items()},
 }  # fmt: skip
 LIES = [
@@ -208,7 +195,7 @@ LIES = [
 def lying(operation: str, lie: Lie) -> Answers:
     def answers(name: str, request: Request) -> bytes | str | None:
         reply = honest(name, request)
-        return lie(reply) if name == "eve" and request.operation == operation else packed(reply)
+        return lie(reply) if name == "eve" and request.operation == operation else pack(reply)
 
     return answers
 
@@ -220,7 +207,7 @@ def without(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[st
 
     def of(operation: str) -> dict[str, Any]:
         if operation not in found:
-            open_ = lying(operation, lambda r: packed(Reply(r.run, r.round, r.operation, r.client, "internal")))
+            open_ = lying(operation, lambda r: pack(Reply(r.run, r.round, r.operation, r.client, "internal")))
             found[operation] = run(tmp_path_factory.mktemp(operation) / "run", Stub(open_))
         return found[operation]
 
@@ -267,7 +254,7 @@ def test_methods_that_let_clients_decide(method: Any) -> None:
 def test_any_changed_byte_is_refused_or_harmless() -> None:
     """Bytes of a reply's JSON changed one at a time: a PayloadError, or a reply that passes all checks."""
     request = Request("run1", 0, EVALUATE, "fedit")
-    good = packed(honest("eve", request))
+    good = pack(honest("eve", request))
     for place in range(0, len(good)):
         for byte in b'\x00"9[{\\':
             changed = bytearray(good)
@@ -281,14 +268,14 @@ def test_any_changed_byte_is_refused_or_harmless() -> None:
 
 
 REQUESTS: dict[str, Callable[[Request], bytes]] = {
-    "operation": lambda r: packed(replace(r, operation="delete")),
-    "run": lambda r: packed(replace(r, run="../x")),
-    "no run": lambda r: packed(replace(r, run="")),
-    "round": lambda r: packed(replace(r, round=-1)),
-    "settings with update": lambda r: packed(replace(r, settings={})),
-    "join without settings": lambda r: packed(replace(r, operation=JOIN)),
-    "protocol": lambda r: packed(replace(r, protocol=2)),
-    "reply": lambda r: packed(failure(r, "ann", "disk")),
+    "operation": lambda r: pack(replace(r, operation="delete")),
+    "run": lambda r: pack(replace(r, run="../x")),
+    "no run": lambda r: pack(replace(r, run="")),
+    "round": lambda r: pack(replace(r, round=-1)),
+    "settings with update": lambda r: pack(replace(r, settings={})),
+    "join without settings": lambda r: pack(replace(r, operation=JOIN)),
+    "protocol": lambda r: pack(replace(r, protocol=2)),
+    "reply": lambda r: pack(failure(r, "ann", "disk")),
     "deep": lambda r: written(DEEP.replace("Reply", "Request")),
     "random": lambda r: b"\x07" * 99,
 }
@@ -297,14 +284,14 @@ REQUESTS: dict[str, Callable[[Request], bytes]] = {
 @pytest.mark.parametrize("name", REQUESTS)
 def test_a_client_refuses_requests_that_are_none(name: str) -> None:
     good = Request("run1", 0, UPDATE, message=boxed(b"x"))
-    assert read_request(packed(good)).round == 0
+    assert read_request(pack(good)).round == 0
     with pytest.raises(PayloadError):
         read_request(REQUESTS[name](good))
 
 
 def test_requests_and_replies_survive_the_wire() -> None:
     request = Request("run1", 3, UPDATE, "fedit", {"fedit": 2}, 2, message=boxed(b"\x00\xffbytes"))
-    again = read_request(packed(request))
+    again = read_request(pack(request))
     assert unboxed(again.message) == b"\x00\xffbytes"
     assert (again.round, again.row, again.best, again.last) == (3, "fedit", {"fedit": 2}, 2)
     assert unboxed(boxed(None)) is None

@@ -21,7 +21,7 @@ from fedamole.deployment.processes import (
     free_port,
     secret_file,
     wait_for_port,
-)  # fmt: skip
+)
 from fedamole.deployment.shim import write_shim
 from fedamole.errors import ConfigError, FedamoleError, RunError
 

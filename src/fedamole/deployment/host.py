@@ -30,19 +30,16 @@ from fedamole.engine.wire import (
     UPDATE,
     Reply,
     Request,
-    boxed,
     failure,
-    packed,
     read_request,
-    unboxed,
     unpacked,
-)  # fmt: skip
+)
 from fedamole.errors import BaseModelError, ConfigError, DataError, RunError
 from fedamole.evaluation.personal import score_name
 from fedamole.experiment import check_length, rows_of
 from fedamole.federation.checkpoint import latest_state, state_path
 from fedamole.federation.loop import BASE, MAJORITY, Watcher
-from fedamole.federation.record import PayloadError, pack
+from fedamole.federation.record import PayloadError, boxed, pack, unboxed
 from fedamole.federation.run_folder import CONFIG, MANIFEST, METRICS, RUN, RunFolder, write_atomic
 from fedamole.federation.summary import summarise
 from fedamole.federation.worker import ClientData, Scores, Worker, client_data
@@ -121,7 +118,7 @@ class Host:
         request = Request("", -1, "")
         try:
             request = read_request(payload)
-            return packed(self._do(request))
+            return pack(self._do(request))
         except Exception as error:
             # Nothing of an unforeseen error may travel, and none may end the worker.
             code = next((code for kind, code in CAUSES if isinstance(error, kind)), "internal")
@@ -131,7 +128,7 @@ class Host:
                       exc_info=error if code == "internal" else None)  # fmt: skip
         if code == "out_of_memory" and self.seat is not None:
             release_memory(self.seat.worker.bank.base.device)
-        return packed(failure(request, self.name, code))
+        return pack(failure(request, self.name, code))
 
     def _do(self, request: Request) -> Reply:
         if request.operation == JOIN:

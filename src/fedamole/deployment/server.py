@@ -26,7 +26,7 @@ from fedamole.deployment.processes import (
     secret_file,
     wait_for_free_port,
     wait_for_port,
-)  # fmt: skip
+)
 from fedamole.errors import ConfigError, FedamoleError, RunError
 from fedamole.federation.run_folder import RUN, SERVER, RunFolder, write_atomic
 

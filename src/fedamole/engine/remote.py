@@ -11,25 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fedamole.engine.rehearsal import check_reply, rehearse
-from fedamole.engine.wire import (
-    EVALUATE,
-    FAILURES,
-    JOIN,
-    TEST,
-    UPDATE,
-    Reply,
-    Request,
-    boxed,
-    failure,
-    packed,
-    read_reply,
-    unboxed,
-    unpacked,
-)  # fmt: skip
+from fedamole.engine.wire import EVALUATE, FAILURES, JOIN, TEST, UPDATE, Reply, Request, failure, read_reply, unpacked
 from fedamole.errors import RunError
 from fedamole.federation.loop import BASE, MAJORITY, Watcher
 from fedamole.federation.method import ClientInfo, Evaluates, Method, Server
-from fedamole.federation.record import PayloadError, pack, unpack
+from fedamole.federation.record import PayloadError, boxed, pack, unboxed, unpack
 from fedamole.federation.settings import DeploymentSettings
 from fedamole.federation.worker import Answer, Scores
 
@@ -69,8 +55,6 @@ class Member:
 
     node: int
     info: ClientInfo
-    about: dict[str, Any]
-    """What it told of itself: examples per split, device, labels where it shares them."""
     bare: Scores
     """Scores of the untuned base on its validation split."""
 
@@ -139,7 +123,7 @@ class Remote:
         waiting |= {node for node, _ in self._joining.values()} | {member.node for member in self.members.values()}
         request, seconds = Request(self.run, -1, JOIN, settings=self.tables), self.settings.deadline
         for node in sorted(set(nodes) - waiting):
-            self._joining[self.link.send(node, packed(request), -1, seconds)] = node, now + seconds
+            self._joining[self.link.send(node, pack(request), -1, seconds)] = node, now + seconds
         for ticket, content in self.link.receive(list(self._joining)).items():
             node, _ = self._joining.pop(ticket)
             self._refused[node] = now + self._admit(node, nodes, request, content)
@@ -161,7 +145,7 @@ class Remote:
             why = "it has another base model"
         else:
             self._infos[name] = ClientInfo(name, reply.report["examples"]["train"])
-            self.members[name] = Member(node, self._infos[name], reply.report, reply.scores[BASE])
+            self.members[name] = Member(node, self._infos[name], reply.scores[BASE])
             self.watcher.joined(name, reply.report)
             return 0.0
         log.warning("%s is refused: %s", who, why)
@@ -310,7 +294,7 @@ class Remote:
         """Ask clients, and wait for all of them or the deadline; a failure is a reply too."""
         tickets, replies = dict[str, str](), dict[str, Reply]()
         for name, request in requests.items():
-            payload = packed(request)
+            payload = pack(request)
             tickets[self.link.send(self.members[name].node, payload, request.round, self.settings.deadline)] = name
         end, late = time.monotonic() + self.settings.deadline, False
         while tickets and not late:

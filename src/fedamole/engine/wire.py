@@ -9,11 +9,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args
 
-import torch
 from torch import Tensor
 
 from fedamole.evaluation.scores import GenerationScore
-from fedamole.federation.record import PayloadError, pack, unpack
+from fedamole.federation.record import PayloadError, unpack
 
 R = TypeVar("R")
 
@@ -90,20 +89,6 @@ class Reply:
     reply: Mapping[str, Tensor] = field(default_factory=dict)
     """The method's reply, packed, as the bytes of one tensor; empty for none."""
     protocol: int = PROTOCOL
-
-
-def boxed(payload: bytes | None) -> dict[str, Tensor]:
-    """Put packed bytes into a record as one tensor of bytes."""
-    return {} if payload is None else {"record": torch.frombuffer(bytearray(payload), dtype=torch.uint8)}
-
-
-def unboxed(tensors: Mapping[str, Tensor]) -> bytes | None:
-    """Take packed bytes out of a record again."""
-    if not tensors:
-        return None
-    if set(tensors) != {"record"} or tensors["record"].dtype != torch.uint8 or tensors["record"].dim() != 1:
-        raise PayloadError("a message holds one tensor of bytes and nothing else")
-    return tensors["record"].numpy().tobytes()
 
 
 def unpacked(kind: type[R], payload: bytes) -> R:
@@ -192,8 +177,3 @@ def _check_protocol(found: int) -> None:
 def failure(request: Request, client: str, code: str) -> Reply:
     """A reply that says why there is none."""
     return Reply(request.run, request.round, request.operation, client, failed=code)
-
-
-def packed(record: Request | Reply) -> bytes:
-    """The bytes of a request or a reply."""
-    return pack(record)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -77,11 +78,18 @@ def unpack(kind: type[R], payload: bytes) -> R:
     return record
 
 
-def size(record: object) -> int:
-    """Bytes of a record's tensors, without its JSON part."""
-    tensors: dict[str, Tensor] = {}
-    _encode(record, "", tensors)
-    return sum(tensor.nbytes for tensor in tensors.values())
+def boxed(payload: bytes | None) -> dict[str, Tensor]:
+    """Put packed bytes into another record, as one tensor of bytes."""
+    return {} if payload is None else {"record": torch.frombuffer(bytearray(payload), dtype=torch.uint8)}
+
+
+def unboxed(tensors: Mapping[str, Tensor]) -> bytes | None:
+    """Take packed bytes out of a record again; PayloadError for anything else than what `boxed` makes."""
+    if not tensors:
+        return None
+    if set(tensors) != {"record"} or tensors["record"].dtype != torch.uint8 or tensors["record"].dim() != 1:
+        raise PayloadError("a message holds one tensor of bytes and nothing else")
+    return tensors["record"].numpy().tobytes()
 
 
 def non_finite(record: object) -> str | None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedamole.data.examples import Example, Shard
@@ -23,7 +22,7 @@ from fedamole.evaluation.personal import EvaluationSettings, losses_of, majority
 from fedamole.federation.checkpoint import latest_state, state_path
 from fedamole.federation.local import DivergedError, LocalTask, OnStep, embed, fit
 from fedamole.federation.method import Client, ClientInfo, Evaluates, Fit, Method, Trained
-from fedamole.federation.record import non_finite, pack, unpack
+from fedamole.federation.record import boxed, non_finite, pack, unboxed, unpack
 from fedamole.federation.run_folder import RunFolder, write_atomic
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
@@ -196,8 +195,7 @@ class Worker:
             return Answer(None, {**report, "failed": str(result)})
         kept, reply, trained = result
         keeps_trained = "trained" in self.rows.values()
-        packed = torch.frombuffer(bytearray(pack(kept)), dtype=torch.uint8)
-        private = Private({"record": packed}, trained.adapter if keeps_trained else None)
+        private = Private(boxed(pack(kept)), trained.adapter if keeps_trained else None)
         write_atomic(state_path(self.folder, client.name, client.round), pack(private))
         return Answer(pack(reply), {"loss": trained.loss, **report})
 
@@ -332,7 +330,7 @@ class Worker:
         if path is None:
             return self.method.first_keep(client), None
         private = unpack(Private, path.read_bytes())
-        return unpack(self.method.records.keep, private.kept["record"].numpy().tobytes()), private.trained
+        return unpack(self.method.records.keep, unboxed(private.kept) or b""), private.trained
 
     def _present(self, data: ClientData, round_: int, row: str, payload: bytes | None) -> Adapter | None:
         client = self._client(data, round_)
