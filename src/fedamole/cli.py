@@ -1,8 +1,6 @@
 """The command line. Nothing heavy is imported before a command needs it, so `--help` answers at once."""
 
 import json
-import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 
 from fedamole.deployment import commands
 from fedamole.errors import FedamoleError
+from fedamole.terminal import set_up
 
 if TYPE_CHECKING:
     from fedamole.comparison import Comparison
@@ -72,15 +70,14 @@ def _watching(title: str, as_json: bool) -> "Iterator[Watcher]":
 
 
 def _show(paths: list[Path], as_json: bool, with_clients: bool = True) -> None:
-    from fedamole.console import show as show_tables
+    from fedamole.console import show_runs
     from fedamole.reporting.runs import read_runs
     from fedamole.reporting.table import compare
 
-    comparisons = compare(read_runs(paths))
     if as_json:
-        typer.echo(json.dumps([comparison.as_json() for comparison in comparisons]))
+        typer.echo(json.dumps([comparison.as_json() for comparison in compare(read_runs(paths))]))
     else:
-        show_tables(Console(width=None if sys.stdout.isatty() else 160), comparisons, with_clients)
+        show_runs(paths, with_clients)
 
 
 @app.command()
@@ -349,22 +346,17 @@ for command in (commands.server, commands.client, commands.certs, commands.docto
 
 def main() -> None:
     """Run the command line; a user's mistake is one clear line, never a traceback."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    console = set_up()
     try:
         app()
     except FedamoleError as error:
         text = f"[bold red]error:[/bold red] {escape(str(error))}"
-        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+        console.print(text, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except SystemExit as exit_:  # what typer makes of Ctrl-C, among others
-        if exit_.code == 130:
-            ways = {"compare": "the same command", "server": "`fedamole server --resume FOLDER`"}
-            again = ways.get(sys.argv[1], "`fedamole resume FOLDER`")
-            Console(stderr=True).print(f"interrupted; {again} goes on from the last finished round")
+        if exit_.code == 130 and sys.argv[1] != "server":  # which has said so itself
+            again = "the same command" if sys.argv[1] == "compare" else "`fedamole resume FOLDER`"
+            console.print(f"interrupted; {again} goes on from the last finished round")
         raise
 
 

@@ -1,8 +1,10 @@
 """What a person sees while a run goes on: progress bars on a terminal, plain lines elsewhere; and tables."""
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -12,7 +14,8 @@ from rich.table import Table
 
 from fedamole.cells import Cell, CellWatcher
 from fedamole.federation.loop import Watcher
-from fedamole.reporting.table import SUMMARY_LINES, Comparison, grid
+from fedamole.reporting.runs import read_runs
+from fedamole.reporting.table import SUMMARY_LINES, Comparison, compare, grid
 
 if TYPE_CHECKING:
     from fedamole.reporting.sheets import Sheet
@@ -162,6 +165,11 @@ def show(console: Console, comparisons: Sequence[Comparison], with_clients: bool
             last_client = place + 1 == len(body) - len(SUMMARY_LINES)
             table.add_row(*line, end_section=last_client, style="bold" if line[0] == "mean" else None)
         console.print(table)
+
+
+def show_runs(paths: Sequence[Path], with_clients: bool = True) -> None:
+    """Print tables of finished runs; wide where the output goes into a file."""
+    show(Console(width=None if sys.stdout.isatty() else 160), compare(read_runs(paths)), with_clients)
 
 
 def sizes(console: Console, clients: Sequence[Mapping[str, Any]], title: str) -> None:

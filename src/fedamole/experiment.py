@@ -1,6 +1,7 @@
 """From a config to a run: the only place where everything is put together."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from fedamole.config import Config, load_config
 from fedamole.data.manifest import Federation, Manifest, load_federation, read_manifest
 from fedamole.engine.in_process import InProcess
 from fedamole.errors import ConfigError, RunError
-from fedamole.federation.loop import Loop, Watcher
-from fedamole.federation.method import Evaluates, Server
+from fedamole.federation.loop import Engine, Loop, Mirror, Watcher
+from fedamole.federation.method import ClientInfo, Evaluates, Server
 from fedamole.federation.run_folder import CONFIG, MANIFEST, RunFolder
 from fedamole.federation.worker import ClientData, Worker, client_data
 from fedamole.model.bank import Bank
@@ -45,15 +46,18 @@ def resolved(config: Config, folder: Path) -> Config:
     return dataclasses.replace(config, run=run)
 
 
-def free_folder(config: Config) -> Path:
-    """Folder of a new run: the one asked for, or the first of runs/<name>, runs/<name>-2, ... that is free."""
-    if config.run.folder:
-        return Path(config.run.folder)
-    path, number = Path("runs") / config.run.name, 1
+def free_path(wanted: Path) -> Path:
+    """The first of <wanted>, <wanted>-2, <wanted>-3, ... that is not there yet."""
+    path, number = wanted, 1
     while path.exists():
         number += 1
-        path = Path("runs") / f"{config.run.name}-{number}"
+        path = wanted.with_name(f"{wanted.name}-{number}")
     return path
+
+
+def free_folder(config: Config) -> Path:
+    """Folder of a new run: the one asked for, or the first of runs/<name>, runs/<name>-2, ... that is free."""
+    return Path(config.run.folder) if config.run.folder else free_path(Path("runs") / config.run.name)
 
 
 @dataclass(frozen=True)
@@ -123,23 +127,35 @@ def resume(path: Path, watcher: Watcher) -> dict[str, Any]:
     return _run(prepared, folder, watcher)
 
 
-def _run(prepared: Prepared, folder: RunFolder, watcher: Watcher) -> dict[str, Any]:
-    config = prepared.config
+def worker_of(config: Config, base: Base, folder: RunFolder) -> Worker:
+    """What trains and scores clients on a base, and keeps what is private to them in a folder."""
     rows = rows_of(config)
-    worker = Worker(
-        Bank(prepared.base), config.method, rows, config.training, config.evaluation, folder, config.run.seed
-    )
+    return Worker(Bank(base), config.method, rows, config.training, config.evaluation, folder, config.run.seed)
+
+
+def server_of(config: Config, base: Base, clients: Sequence[ClientInfo] = ()) -> Server:
+    """What a method's server side is told: the base's sizes, the seed, and the clients that are known by now."""
+    return Server(base.shapes, tuple(clients), config.run.seed, 0, base.width, base.embedding_std)
+
+
+def loop_of(
+    config: Config, engine: Engine, server: Server, folder: RunFolder, watcher: Watcher,
+    mirror: Mirror | None = None,
+) -> Loop:  # fmt: skip
+    """The federated loop of a config, the same over every engine."""
+    return Loop(
+        config.method, rows_of(config), engine, server, config.federation, folder,
+        select=config.evaluation.select, watcher=watcher, mirror=mirror,
+    )  # fmt: skip
+
+
+def _run(prepared: Prepared, folder: RunFolder, watcher: Watcher) -> dict[str, Any]:
+    config, base = prepared.config, prepared.base
+    worker = worker_of(config, base, folder)
     mirror = TensorBoardMirror(folder.path / "tensorboard") if config.run.tensorboard else None
     with folder.locked():
-        engine, base = InProcess(worker, prepared.clients, watcher, config.run.group), prepared.base
-        server = Server(
-            base.shapes, engine.clients, config.run.seed, width=base.width, embedding_std=base.embedding_std
-        )
-        loop = Loop(
-            config.method, rows, engine, server, config.federation, folder,
-            select=config.evaluation.select, watcher=watcher, mirror=mirror,
-        )
-        return loop.run()
+        engine = InProcess(worker, prepared.clients, watcher, config.run.group)
+        return loop_of(config, engine, server_of(config, base, engine.clients), folder, watcher, mirror).run()
 
 
 def plan(config: Config) -> Plan:

@@ -17,13 +17,13 @@ from fedamole.config import load_config
 from fedamole.engine.in_process import InProcess
 from fedamole.errors import ConfigError
 from fedamole.evaluation.likelihood import mean_losses
-from fedamole.experiment import Prepared, prepare, resume, rows_of
+from fedamole.experiment import Prepared, loop_of, prepare, resume, server_of, worker_of
 from fedamole.federation.local import LocalTask, embed, fit
-from fedamole.federation.loop import Loop, Watcher
+from fedamole.federation.loop import Watcher
 from fedamole.federation.method import Client, Fit, Method, Server, Trained
 from fedamole.federation.record import pack, unpack
 from fedamole.federation.run_folder import RunFolder
-from fedamole.federation.worker import Answer, Worker
+from fedamole.federation.worker import Answer
 from fedamole.methods import METHODS
 from fedamole.model.bank import Bank
 from fedamole.model.params import Adapter
@@ -203,11 +203,9 @@ def test_bytes_in_the_metrics_are_the_bytes_packed(name: str, runs: Any, tmp_pat
     config = runs.load(name)
     prepared = prepare(config)
     folder = RunFolder.create(tmp_path / "run", "", "", name, prepared.base.identity)
-    rows = rows_of(config)
-    worker = Worker(Bank(prepared.base), config.method, rows, config.training, config.evaluation, folder, 0)
+    worker = worker_of(config, prepared.base, folder)
     engine, base = Scales(worker, prepared.clients, Watcher(), 2), prepared.base
-    server = Server(base.shapes, engine.clients, 0, width=base.width, embedding_std=base.embedding_std)
-    Loop(config.method, rows, engine, server, config.federation, folder, select="loss", watcher=Watcher()).run()
+    loop_of(config, engine, server_of(config, base, engine.clients), folder, Watcher()).run()
     logged = facts(tmp_path / "run")
     assert logged == facts(runs(name))
     trained = [line for line in logged if line["split"] == "train"]
@@ -245,11 +243,11 @@ def test_a_round_changes_none_of_its_inputs(name: str, shop: Shop, replied: Any)
 def test_scoring_leaves_private_state_alone(name: str, runs: Any, tmp_path: Path) -> None:
     config = runs.load(name)
     prepared = prepare(config)
-    folder, rows = RunFolder.create(tmp_path / "run", "", "", name, prepared.base.identity), rows_of(config)
-    worker = Worker(Bank(prepared.base), config.method, rows, config.training, config.evaluation, folder, 0)
+    folder = RunFolder.create(tmp_path / "run", "", "", name, prepared.base.identity)
+    worker = worker_of(config, prepared.base, folder)
     engine = InProcess(worker, prepared.clients, Watcher(), 3)
     base = prepared.base
-    state = config.method.init(Server(base.shapes, engine.clients, 0, 0, base.width, base.embedding_std))
+    state = config.method.init(server_of(config, base, engine.clients))
     messages = {info.name: pack(config.method.message(state, info)) for info in engine.clients}
     engine.update(0, messages)
     states = {path: path.read_bytes() for path in (tmp_path / "run").glob("clients/*/state/*")}

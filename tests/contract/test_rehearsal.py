@@ -10,14 +10,13 @@ from torch import Tensor
 
 from fedamole.engine.in_process import InProcess
 from fedamole.engine.rehearsal import check_reply, rehearse
-from fedamole.experiment import prepare, rows_of
-from fedamole.federation.loop import Loop, Watcher
+from fedamole.experiment import loop_of, prepare, server_of, worker_of
+from fedamole.federation.loop import Watcher
 from fedamole.federation.method import Server
 from fedamole.federation.record import PayloadError, unpack
 from fedamole.federation.run_folder import RunFolder
-from fedamole.federation.worker import Answer, Worker
+from fedamole.federation.worker import Answer
 from fedamole.methods import METHODS
-from fedamole.model.bank import Bank
 
 MOST = 1e4
 
@@ -49,12 +48,12 @@ def compared(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
         config = runs.load(name, "federation.rounds=3")
         prepared = prepare(config)
         path = tmp_path_factory.mktemp(name) / "run"
-        folder, rows = RunFolder.create(path, "", "{}", name, prepared.base.identity), rows_of(config)
-        worker = Worker(Bank(prepared.base), config.method, rows, config.training, config.evaluation, folder, 0)
+        folder = RunFolder.create(path, "", "{}", name, prepared.base.identity)
+        worker = worker_of(config, prepared.base, folder)
         engine, base = Checked(worker, prepared.clients, Watcher(), 4), prepared.base
-        server = Server(base.shapes, engine.clients, 0, 0, base.width, base.embedding_std)
+        server = server_of(config, base, engine.clients)
         engine.rehearse_with(config.method, server)
-        Loop(config.method, rows, engine, server, config.federation, folder, select="loss", watcher=Watcher()).run()
+        loop_of(config, engine, server, folder, Watcher()).run()
         return config.method, engine.seen
 
     return of

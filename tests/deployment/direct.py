@@ -15,12 +15,10 @@ from fedamole.deployment.host import ClientSettings, Host
 from fedamole.engine.in_process import InProcess
 from fedamole.engine.remote import Remote
 from fedamole.engine.wire import Request, read_request
-from fedamole.experiment import prepare, resolved, rows_of
-from fedamole.federation.loop import Loop, Watcher
-from fedamole.federation.method import Server
+from fedamole.experiment import loop_of, prepare, resolved, rows_of, server_of, worker_of
+from fedamole.federation.loop import Watcher
 from fedamole.federation.run_folder import RunFolder
-from fedamole.federation.worker import Answer, Scores, Worker
-from fedamole.model.bank import Bank
+from fedamole.federation.worker import Answer, Scores
 from fedamole.model.base import load_base
 
 Names = Collection[str]
@@ -126,7 +124,7 @@ class Town:
     def engine(self, run: str, watcher: Watcher) -> Remote:
         config, base = self.config, load_base(self.config.base, torch.device("cpu"), Path.cwd())
         self.identity = base.identity
-        self.server = Server(base.shapes, (), config.run.seed, 0, base.width, base.embedding_std)
+        self.server = server_of(config, base)
         tables = shared_tables(config, base.identity)
         return Remote(self.link, config.method, rows_of(config), self.server, run, tables, config.deployment, watcher)
 
@@ -140,10 +138,7 @@ class Town:
             folder = RunFolder.create(
                 self.server_folder, "", '{"clients": {}}', config.method_name, self.identity, "server", run
             )
-        return Loop(
-            config.method, rows_of(config), engine, self.server, config.federation, folder,
-            select=config.evaluation.select, watcher=self.link.calendar,
-        ).run()
+        return loop_of(config, engine, self.server, folder, self.link.calendar).run()
 
 
 def town(config_file: Path, folder: Path, *overrides: str) -> Town:
@@ -188,14 +183,9 @@ def in_one_process(
     """The same run without a wire; returns its folder."""
     config, calendar = resolved(config, path), Calendar(away)
     prepared = prepare(config)
-    rows, base = rows_of(config), prepared.base
+    base = prepared.base
     folder = RunFolder.create(path, "", prepared.federation.manifest.to_json(), config.method_name, base.identity)
-    worker = Worker(Bank(base), config.method, rows, config.training, config.evaluation, folder, config.run.seed)
-    engine = Scripted(worker, prepared.clients, calendar, 1)
+    engine = Scripted(worker_of(config, base, folder), prepared.clients, calendar, 1)
     engine.expect(calendar, lost or {})
-    server = Server(base.shapes, engine.clients, config.run.seed, 0, base.width, base.embedding_std)
-    Loop(
-        config.method, rows, engine, server, config.federation, folder, select=config.evaluation.select,
-        watcher=calendar,
-    ).run()
+    loop_of(config, engine, server_of(config, base, engine.clients), folder, calendar).run()
     return path

@@ -12,7 +12,7 @@ import torch
 
 from fedamole.engine.in_process import InProcess
 from fedamole.errors import FedamoleError
-from fedamole.experiment import prepare, rows_of
+from fedamole.experiment import prepare, rows_of, worker_of
 from fedamole.federation.local import embed
 from fedamole.federation.loop import Watcher
 from fedamole.federation.method import Client, Fit, Server, Trained
@@ -160,8 +160,7 @@ def test_everybody_reads_his_own_embeddings_whoever_takes_more_steps(runs: Any, 
         config = runs.load("fedamole", "training.local_epochs=1", "training.batch_size=4", "method.experts=9")
         prepared = prepare(config)
         run = RunFolder.create(tmp_path / f"run{group}", "", "", "fedamole", prepared.base.identity)
-        rows = rows_of(config)
-        worker = Worker(Bank(prepared.base), config.method, rows, config.training, config.evaluation, run, 0)
+        worker = worker_of(config, prepared.base, run)
         clients = InProcess(worker, prepared.clients, Watcher(), group)
         state = config.method.init(Server(prepared.base.shapes, clients.clients, 0))
         messages = {info.name: pack(config.method.message(state, info)) for info in clients.clients}

@@ -17,12 +17,17 @@ HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 
 def shared_tables(config: Config, identity: Identity) -> Table:
-    """What a server tells each client: the identity of the base, and the settings that all share."""
+    """What a server tells each client: the identity of the base, and the settings that all share.
+
+    Where the server's own copy of the base lies in a folder, that stays untold.
+    """
     tables = config.tables()
     told = {name: dict(tables[name]) for name in (*SHARED, "run")}
     for name, keys in OWN.items():
         for key in keys:
             told[name].pop(key, None)
+    if not _is_public(str(told["base"]["model"])):
+        told["base"]["model"] = ""
     return {"identity": asdict(identity), "config": told}
 
 
@@ -43,14 +48,20 @@ def own_tables(settings: Table, source: Table, run: Table, base: str | None) -> 
         if foreign := sorted(set(keys) & set(tables[name])):
             raise ConfigError(f"the server sets {name}.{foreign[0]}, which is each client's own")
     named = str(tables["base"].get("model", BUNDLED))
-    if base is None and named != BUNDLED and (not HUB_ID.fullmatch(named) or Path(named).exists()):
+    if base is None and not _is_public(named):
         raise BaseModelError(
-            f"the server's base lies in a folder of its own, {named}: name your copy of the same model by --base"
+            f"the server's base lies in a folder, or there is one here of the same name{named and f' ({named})'}: "
+            "name your copy of the same model by --base"
         )
     tables["base"]["model"] = _own_base(base) if base is not None else named
     tables["run"] |= run
     tables["data"]["source"] = [source]
     return tables
+
+
+def _is_public(named: str) -> bool:
+    """Whether a base is the bundled one or can be a hub id, which mean the same everywhere."""
+    return named == BUNDLED or (bool(HUB_ID.fullmatch(named)) and not Path(named).exists())
 
 
 def _own_base(base: str) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -105,7 +106,7 @@ class Client:
         home.mkdir(parents=True, exist_ok=True)
         about = json.dumps({"client": settings, "socket": socket, "secret": str(secret)})
         (home / "worker.json").write_text(about)
-        executable = str(Path(command("python")))
+        executable = sys.executable
         self.worker = Process(
             "worker", [executable, "-m", "fedamole.deployment.warm_worker", str(home / "worker.json")], env, None
         )

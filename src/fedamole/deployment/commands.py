@@ -43,12 +43,11 @@ def server(
     """
     _installed()
     from fedamole.config import load_config
+    from fedamole.console import show_runs
     from fedamole.deployment.progress import watching
     from fedamole.deployment.server import Door, Server, finished, prepare_folder
     from fedamole.errors import ConfigError
     from fedamole.experiment import free_folder
-    from fedamole.reporting.runs import read_runs
-    from fedamole.reporting.table import compare
 
     if (config is None) == (resume is None):
         raise ConfigError("give either a config to start a run, or --resume FOLDER to go on with one")
@@ -69,9 +68,7 @@ def server(
             Server(folder, door, say, show).run(stop)
     if stop.is_set():
         raise typer.Exit(130)
-    from fedamole.console import show as show_tables
-
-    show_tables(Console(width=None if console.is_terminal else 160), compare(read_runs([folder])), True)
+    show_runs([folder])
 
 
 def client(
@@ -94,7 +91,7 @@ def client(
     """Take part in a federation with data that stay here: only what the method sends leaves this machine.
 
     Only outgoing connections are made. Runs until Ctrl-C and reconnects by itself; for every run it takes part in there
-    is a folder FOLDER/RUN-NAME, and in it the personal model: clients/NAME/adapter.
+    is a folder FOLDER/<run>-NAME, and in it the personal model: clients/NAME/adapter.
     """
     _installed()
     from fedamole.deployment.client import Client, Connection, client_home

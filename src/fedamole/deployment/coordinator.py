@@ -14,9 +14,8 @@ import torch
 from fedamole.config import load_config
 from fedamole.deployment.agreement import shared_tables
 from fedamole.engine.remote import Link, Remote
-from fedamole.experiment import check_length, rows_of
-from fedamole.federation.loop import Loop, Watcher
-from fedamole.federation.method import Server
+from fedamole.experiment import check_length, loop_of, rows_of, server_of
+from fedamole.federation.loop import Watcher
 from fedamole.federation.run_folder import RUN, SERVER, RunFolder, write_atomic
 from fedamole.model.base import Identity, load_base
 
@@ -97,7 +96,7 @@ def coordinate(link: Link, path: Path) -> dict[str, Any]:
     again.
     """
     config = load_config(path / SERVER / SETTINGS)
-    torch.set_num_threads(config.run.threads or torch.get_num_threads())
+    torch.set_num_threads(config.run.threads)
     names = sorted(config.deployment.clients)
     config.method.check(len(names))
     rows = rows_of(config)
@@ -113,16 +112,11 @@ def coordinate(link: Link, path: Path) -> dict[str, Any]:
         )
     if folder.finished:
         return folder.read_json("summary.json")
-    server = Server(base.shapes, (), config.run.seed, 0, base.width, base.embedding_std)
-    tables = shared_tables(config, base.identity)
+    server, tables = server_of(config, base), shared_tables(config, base.identity)
     del base
     with folder.locked():
         watcher = ProgressFile(folder)
         handler = ProgressLog(watcher)
         logging.getLogger("fedamole").addHandler(handler)
         engine = Remote(link, config.method, rows, server, folder.about["id"], tables, config.deployment, watcher)
-        loop = Loop(
-            config.method, rows, engine, server, config.federation, folder,
-            select=config.evaluation.select, watcher=watcher,
-        )
-        return loop.run()
+        return loop_of(config, engine, server, folder, watcher).run()

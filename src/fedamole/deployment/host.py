@@ -10,7 +10,8 @@ import logging
 import re
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,14 @@ from fedamole.engine.wire import (
 )
 from fedamole.errors import BaseModelError, ConfigError, DataError, RunError
 from fedamole.evaluation.personal import score_name
-from fedamole.experiment import check_length, rows_of
+from fedamole.experiment import check_length, free_path, resolved, worker_of
 from fedamole.federation.checkpoint import latest_state, state_path
 from fedamole.federation.loop import BASE, MAJORITY, Watcher
 from fedamole.federation.record import PayloadError, boxed, pack, unboxed
 from fedamole.federation.run_folder import CONFIG, MANIFEST, METRICS, RUN, RunFolder, write_atomic
 from fedamole.federation.summary import summarise
 from fedamole.federation.worker import ClientData, Scores, Worker, client_data
-from fedamole.model.bank import Bank
-from fedamole.model.base import Base, Identity, load_base, resolve_device
+from fedamole.model.base import Base, Identity, load_base
 from fedamole.model.memory import out_of_memory, release_memory
 
 log = logging.getLogger(__name__)
@@ -193,15 +193,13 @@ class Host:
 
     def _sit_down(self, run: str, settings: Table) -> Seat:
         """Begin a run folder of one's own for a run."""
-        config = to_config(own_tables(settings, plain(self.settings.source), self._own_run(), self.settings.base))
+        own = {"device": self.settings.device, "threads": self.settings.threads, "group": 1}
+        config = to_config(own_tables(settings, plain(self.settings.source), own, self.settings.base))
         # The run's name is the server's: it must not lead out of the client's folder.
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", config.run.name).strip(".-")[:64] or "run"
-        path, number = Path(self.settings.folder) / f"{name}-{self.name}", 1
-        while path.exists():
-            number += 1
-            path = Path(self.settings.folder) / f"{name}-{self.name}-{number}"
+        path = free_path(Path(self.settings.folder) / f"{name}-{self.name}")
         federation = load_federation(config.data, Path.cwd())
-        config = replace(config, run=replace(config.run, folder=str(path.resolve())))
+        config = resolved(config, path.resolve())
         identity = Identity(**settings["identity"])
         self._stand_up()
         base = self._base(config)
@@ -218,10 +216,6 @@ class Host:
         torch.set_num_threads(config.run.threads)
         return load_base(config.base, torch.device(config.run.device), Path.cwd())
 
-    def _own_run(self) -> Table:
-        device = resolve_device(self.settings.device)
-        return {"device": str(device), "threads": self.settings.threads or torch.get_num_threads(), "group": 1}
-
     def _take(self, config: Config, folder: RunFolder, base: Base | None = None) -> Seat:
         """Load data, and the base unless it is given, and put a worker on them; another run's seat is given up."""
         self._stand_up()
@@ -232,10 +226,8 @@ class Host:
             check_length(config, base)
             Identity(**folder.about["base"]).check(base.identity, f"the base {config.base.model!r} of this client")
             data = client_data(shard, base.tokenizer, config.training.max_length)
-            worker = Worker(
-                Bank(base), config.method, rows_of(config), config.training, config.evaluation, folder, config.run.seed
-            )
-            self.seat = Seat(config, worker, data, self._labels(config, data), hold.pop_all())
+            labels = self._labels(config, data)
+            self.seat = Seat(config, worker_of(config, base, folder), data, labels, hold.pop_all())
         return self.seat
 
     def _labels(self, config: Config, data: ClientData) -> dict[str, int]:
@@ -279,10 +271,9 @@ class Host:
             reply=boxed(answer.payload),
         )
         write_atomic(path, pack(Stored(digest, reply)))
-        for old in sorted(path.parent.glob("round-*.safetensors"))[:-KEPT]:
-            old.unlink()
-        for old in sorted(state_path(seat.folder, self.name, 0).parent.glob("round-*.safetensors"))[:-KEPT]:
-            old.unlink()
+        for done in self._done(seat):
+            for old in done[:-KEPT]:
+                old.unlink()
         return reply
 
     def _stored(self, path: Path) -> Stored | None:
@@ -322,8 +313,7 @@ class Host:
 
     def _undo(self, seat: Seat, request: Request) -> None:
         """Forget what was done in rounds after the last one that counted."""
-        folders = (state_path(seat.folder, self.name, 0).parent, self._answer_path(seat, 0).parent)
-        for path in [path for folder in folders for path in folder.glob("round-*.safetensors")]:
+        for path in chain(*self._done(seat)):
             if int(path.stem.removeprefix("round-")) > request.last:
                 log.info("%s is undone: that round did not count", path.name)
                 path.unlink()
@@ -344,6 +334,11 @@ class Host:
                 seat.worker.keep(seat.data, row)
                 kept[row] = round_
                 write_atomic(path, json.dumps(kept))
+
+    def _done(self, seat: Seat) -> tuple[list[Path], list[Path]]:
+        """Files of private states and of answers, each by round."""
+        states, answers = state_path(seat.folder, self.name, 0).parent, self._answer_path(seat, 0).parent
+        return sorted(states.glob("round-*.safetensors")), sorted(answers.glob("round-*.safetensors"))
 
     def _answer_path(self, seat: Seat, round_: int) -> Path:
         return seat.folder.client(self.name) / "answers" / f"round-{round_:04d}.safetensors"

@@ -3,6 +3,7 @@
 import json
 import secrets
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,7 @@ from fedamole.deployment.processes import (
     wait_for_port,
 )
 from fedamole.errors import ConfigError, FedamoleError, RunError
+from fedamole.experiment import resolved, rows_of
 from fedamole.federation.run_folder import RUN, SERVER, RunFolder, write_atomic
 
 Say = Callable[[str], None]
@@ -82,9 +84,10 @@ def prepare_folder(config: Config, folder: Path) -> None:
             'deployment.clients is empty: name the organisations, e.g. deployment.clients = ["hospital-a", "bank-b"]'
         )
     config.method.check(len(config.deployment.clients))
+    rows_of(config)
     RunFolder(folder).refuse_existing()
-    run = replace(config.run, folder=str(folder.resolve()), device="cpu")
-    write_atomic(folder / SERVER / SETTINGS, tomli_w.dumps(replace(config, run=run).tables()))
+    config = resolved(replace(config, run=replace(config.run, device="cpu")), folder.resolve())
+    write_atomic(folder / SERVER / SETTINGS, tomli_w.dumps(config.tables()))
 
 
 class Server:
@@ -125,7 +128,7 @@ class Server:
         self.processes = [self.link, self.executor]
         if certs is not None:
             words = [
-                command("python"), "-m", "fedamole.deployment.gateway", "--host", door.host, "--port", str(door.port),
+                sys.executable, "-m", "fedamole.deployment.gateway", "--host", door.host, "--port", str(door.port),
                 "--superlink", f"{LOOPBACK}:{self.port}", "--certificate", str(certs / "server.crt"),
                 "--key", str(certs / "server.key"), "--ca", str(certs / "ca.crt"),
             ]  # fmt: skip

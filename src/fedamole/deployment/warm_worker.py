@@ -6,20 +6,17 @@ time over a Unix socket that only its user, with the secret, can use.
 
 import json
 import logging
-import os
 import sys
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Listener
 from pathlib import Path
-
-from rich.console import Console
-from rich.logging import RichHandler
 
 from fedamole.config import build
 from fedamole.console import PlainWatcher
 from fedamole.deployment.host import ClientSettings, Host
 from fedamole.errors import FedamoleError
 from fedamole.model.base import resolve_device
+from fedamole.terminal import set_up
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +36,7 @@ def serve(host: Host, address: str, secret: bytes) -> None:
 
 def main() -> None:
     """Read the settings file and serve."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    console = Console(stderr=True)
-    handler = RichHandler(console=console, show_time=False, show_path=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    console = set_up()
     settings = json.loads(Path(sys.argv[1]).read_text())
     try:
         client = build(ClientSettings, settings["client"], "client")
