@@ -159,6 +159,14 @@ def test_a_manifest_gives_clients_and_counts(runs: Any, tmp_path: Path) -> None:
     assert found.assumed == "clients and example counts of data.manifest"
 
 
+def test_a_deployment_is_planned_by_the_names_of_its_clients(tmp_path: Path) -> None:
+    (tmp_path / "d.toml").write_text('[deployment]\nclients = ["a", "b", "c"]\n[base]\nmodel = "bundled"\n')
+    config = load_config(tmp_path / "d.toml")
+    assert [row["client"] for row in plan_without_data(config).clients] == ["a", "b", "c"]
+    with pytest.raises(ConfigError, match="fedamole plan --without-data"):
+        plan(config)
+
+
 def test_names_of_clients_without_data() -> None:
     def names(**settings: Any) -> list[str]:
         return planning._names_without_data(SourceSettings("s", path="p", partition=PartitionSettings(**settings)))

@@ -40,7 +40,7 @@ class PlainWatcher(Watcher):
 
     def stage(self, text: str) -> None:
         """What else takes a while."""
-        self._say(f"scoring {text}")
+        self._say(text)
 
     def round_done(self, round_: int, validation: Mapping[str, float]) -> None:
         """Validation of the round, and the time left."""
@@ -85,7 +85,7 @@ class BarWatcher(Watcher):
 
     def stage(self, text: str) -> None:
         """Say what else takes a while."""
-        self.progress.reset(self.steps, total=None, description=f"  scoring {text}", visible=True, note="")
+        self.progress.reset(self.steps, total=None, description=f"  {text}", visible=True, note="")
 
     def round_done(self, round_: int, validation: Mapping[str, float]) -> None:
         """Show the validation of the round."""

@@ -75,7 +75,10 @@ def prepare(config: Config, manifest: Manifest | None = None) -> Prepared:
     torch.set_num_threads(config.run.threads)
     rows_of(config)
     if not config.data.source:
-        raise ConfigError("data.source is empty: here the data are the organisations', use `fedamole server`")
+        raise ConfigError(
+            "data.source is empty: here the data are the organisations': `fedamole server` runs it, "
+            "`fedamole plan --without-data` plans it"
+        )
     federation = load_federation(config.data, Path.cwd(), manifest)
     config.method.check(len(federation.shards))
     base = load_base(config.base, torch.device(config.run.device), Path.cwd())
@@ -167,7 +170,7 @@ def plan(config: Config) -> Plan:
 def plan_without_data(config: Config) -> PlanWithoutData:
     """Work out the same for a GPU from the config alone: no data are opened, no base is loaded, nothing is fetched."""
     rows_of(config)
-    clients, assumed = clients_without_data(config.data, Path.cwd())
+    clients, assumed = clients_without_data(config.data, Path.cwd(), config.deployment.clients)
     config.method.check(len(clients))
     base = weightless_base(config.base, Path.cwd())
     check_length(config, base)

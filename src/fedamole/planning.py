@@ -126,17 +126,20 @@ def planned_without_data(
     )
 
 
-def clients_without_data(data: DataSettings, folder: Path) -> tuple[tuple[dict[str, Any], ...], str]:
+def clients_without_data(
+    data: DataSettings, folder: Path, elsewhere: Sequence[str] = ()
+) -> tuple[tuple[dict[str, Any], ...], str]:
     """Clients and their example counts from the [data] table alone, and in words what was assumed.
 
-    With `data.manifest` (relative to `folder`) clients and counts are those stored there. Errors: ConfigError for a
-    partition by value, whose number of clients only data or manifest know, and for two clients of one name.
+    With `data.manifest` (relative to `folder`) clients and counts are those stored there; where no source is named,
+    clients are those of a deployment, whose data are `elsewhere`. Errors: ConfigError for a partition by value, whose
+    number of clients only data or manifest know, and for two clients of one name.
     """
     if data.manifest is not None:
         records = read_manifest(folder / data.manifest).clients
         rows = [{"client": it.client, **{split: len(getattr(it, split).rows) for split in SPLITS}} for it in records]
         return tuple(rows), "clients and example counts of data.manifest"
-    names = [name for source in data.source for name in _names_without_data(source)]
+    names = [name for source in data.source for name in _names_without_data(source)] or list(elsewhere)
     if double := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"client {double[0]!r} comes from two sources; rename one of them")
     rows = [{"client": name, "train": ASSUMED_EXAMPLES} for name in names]

@@ -20,7 +20,7 @@ from fedamole.errors import BaseModelError, ConfigError
 from fedamole.federation.loop import Watcher
 from fedamole.federation.method import ClientInfo, Server
 from fedamole.federation.record import boxed, pack, unboxed, unpack
-from fedamole.model.base import load_base
+from fedamole.model.base import Identity, load_base
 from tests.conftest import small
 
 RUN_ID = "c0ffee"
@@ -168,6 +168,19 @@ def test_a_damaged_answer_on_disk_is_made_again(served: Any, client: Any) -> Non
     assert same_answer(ask(host, server.update(0, -1)), before)
 
 
+def test_a_damaged_private_state_is_named_with_the_remedy(served: Any, client: Any, caplog: Any) -> None:
+    server, host = served("fedsa_lora"), client("one")
+    ask(host, server.join())
+    ask(host, server.update(0, -1))
+    path = next(Path(host.settings.folder).glob("*/clients/entail/state/*"))
+    path.write_bytes(path.read_bytes()[:-7])
+    assert ask(host, server.update(1, 0)).failed == "config"
+    assert f"{path} is damaged" in caplog.text
+    assert "remove the folder it is in" in caplog.text
+    shutil.rmtree(path.parent)
+    assert ask(host, server.update(1, 0)).failed is None
+
+
 BAD: dict[str, tuple[str, Callable[[ByHand], bytes]]] = {
     "random bytes": ("bad_request", lambda s: b"\x01" * 50),
     "nothing": ("bad_request", lambda s: b""),
@@ -300,6 +313,14 @@ def test_a_servers_base_is_never_a_path(name: str, served: Any, tiny: Path, monk
     with pytest.raises(BaseModelError, match="by --base"):
         own_tables(settings, {"name": "x"}, {}, None)
     assert own_tables(settings, {"name": "x"}, {}, "bundled")["base"]["model"] == "bundled"
+
+
+def test_a_servers_folder_of_its_base_stays_untold(served: Any, tiny: Path) -> None:
+    config, identity = served("fedit").config, Identity(**served("fedit").settings["identity"])
+    assert Path(config.base.model) == tiny / "base"
+    assert str(tiny) not in json.dumps(shared_tables(config, identity))
+    public = replace(config, base=replace(config.base, model="some/model"))
+    assert shared_tables(public, identity)["config"]["base"]["model"] == "some/model"
 
 
 def test_a_hub_id_and_the_bundled_base_may_be_named(served: Any) -> None:

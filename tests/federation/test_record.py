@@ -135,6 +135,8 @@ GOOD = {"held": {}, "inner": {"scale": 1.0}, "note": "n", "maybe": 3, "spare": N
         ({"note": 3}, "note: int where"),
         ({"held": [1]}, "held: list where"),
         ({"maybe": "three"}, "maybe: str where"),
+        ({"maybe": True}, "maybe: bool where"),
+        ({"inner": {"scale": False}}, "inner.scale: bool where"),
         ({"inner": None}, "inner: NoneType where"),
         ({"inner": {"scale": "x"}}, "inner.scale: str where"),
         ({"inner": {}}, "Inner: expected the fields"),

@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,6 +18,7 @@ from typing import Any
 from fedamole.deployment.processes import (
     LOOPBACK,
     Process,
+    alive,
     command,
     environment,
     free_port,
@@ -93,13 +95,27 @@ class Connection:
         return ["--root-certificates", str(certs / "ca.crt"), "--auth-supernode-private-key", str(certs / "node.key")]
 
 
+def rendezvous() -> Path:
+    """A new folder for sockets and the secret, with a short path as a Unix socket's must be.
+
+    Those of this user's clients that were killed are removed: their names say which process they belonged to.
+    """
+    shared = Path(tempfile.gettempdir())
+    for old in shared.glob("fedamole-*-*"):
+        owner = old.name.split("-")[1]
+        with suppress(OSError):  # another client may have removed it just now
+            if owner.isdigit() and old.stat().st_uid == os.getuid() and not alive(int(owner)):
+                shutil.rmtree(old)
+    return Path(tempfile.mkdtemp(prefix=f"fedamole-{os.getpid()}-"))
+
+
 class Client:
     """The processes of one client."""
 
     def __init__(self, connection: Connection, settings: dict[str, Any], home: Path, say: Say) -> None:
         """Set up; `home` is where Flower's own files and logs go."""
         self.connection, self.say, self.home = connection, say, home
-        self.rendezvous = Path(tempfile.mkdtemp(prefix="fedamole-"))  # a Unix socket's path must be short
+        self.rendezvous = rendezvous()
         port, env = free_port(), environment(home / "flwr")
         secret = secret_file(self.rendezvous / "secret")
         socket = str(self.rendezvous / "worker")

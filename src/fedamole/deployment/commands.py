@@ -154,6 +154,8 @@ def certs(
     admitted = [word.partition("=")[::2] for word in admit or []]
     if not all(path for _, path in admitted):
         raise ConfigError("--admit: write NAME=FILE.pub")
+    if both := sorted({name for name, _ in admitted} & set(client or [])):
+        raise ConfigError(f"{both[0]}: --admit brings a key that it has, --client makes one; give one of the two")
     made = make_certificates(folder, host or [], client or [], days, renew)
     for path in made.written:
         say(f"written  {path}")

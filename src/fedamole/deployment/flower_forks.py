@@ -17,6 +17,7 @@ import sys
 from importlib.metadata import entry_points
 
 from fedamole.deployment import flower_relay
+from fedamole.deployment.processes import die_with_parent
 from fedamole.deployment.shim import NAME
 from fedamole.errors import FedamoleError
 
@@ -59,6 +60,7 @@ def serve(address: str) -> None:
                     listener.close()
                     caller.close()
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    die_with_parent()
                     sys.argv = [NAME, *words]
                     sys.exit(run())
                 caller.sendall(b"1")

@@ -155,7 +155,7 @@ class Host:
             seat = self._sit_down(request.run, settings)
         elif settings.get("identity") != seat.folder.about["base"]:
             raise BaseModelError(f"{seat.folder.path}: the server now has another base than when this run began")
-        self.watcher.stage("the untuned base on validation")
+        self.watcher.stage("scoring the untuned base on validation")
         splits = {split: len(getattr(seat.data, split).rows) for split in ("train", "embedding", "validation", "test")}
         about = {"examples": splits, "base": seat.folder.about["base"], "device": seat.config.run.device}
         labels = {"labels": seat.labels} if seat.labels else {}
@@ -299,7 +299,7 @@ class Host:
         group, worker, results = [seat.data], seat.worker, dict[str, dict[str, Any]]()
         scores: dict[str, Scores] = {}
         for row in worker.rows:
-            self.watcher.stage(f"{row} on test")
+            self.watcher.stage(f"scoring {row} on test")
             best, last = worker.test_best(group, row), worker.test_last(group, row)
             results[row] = {"best_round": request.best.get(row), "best": best, "last": last}
             scores |= {f"{row}/best": best[self.name], f"{row}/last": last[self.name]}

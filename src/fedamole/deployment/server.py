@@ -21,6 +21,7 @@ from fedamole.deployment.coordinator import OUTCOME, PROGRESS, SETTINGS, TICKET
 from fedamole.deployment.processes import (
     LOOPBACK,
     Process,
+    alive,
     command,
     environment,
     free_port,
@@ -186,7 +187,7 @@ class Server:
         path = self.own / PROGRESS
         lines = path.read_bytes().splitlines() if path.exists() else []
         pid = next((line["pid"] for line in _parsed(reversed(lines)) if line["what"] == "started"), 0)
-        while pid and _alive(pid) and time.monotonic() < end:
+        while pid and alive(pid) and time.monotonic() < end:
             time.sleep(PAUSE)
 
     def _register(self) -> None:
@@ -270,7 +271,7 @@ class Server:
             error.exit_code = found["exit_code"]
             raise error
         waited = time.monotonic() - self._submitted
-        gone = not _alive(self._pid) if self._pid else waited > QUIET
+        gone = not alive(self._pid) if self._pid else waited > QUIET
         if gone:
             if self._attempts > ATTEMPTS:
                 raise RunError(f"the run's process ends again and again:\n{self.executor.tail(2000)}")
@@ -284,16 +285,6 @@ def _parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     for line in lines:
         with suppress(ValueError):
             yield json.loads(line)
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process is there and is no zombie."""
-    import psutil
-
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def finished(folder: Path) -> bool:

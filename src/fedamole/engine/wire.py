@@ -122,9 +122,10 @@ def read_reply(
     """
     reply = unpacked(Reply, payload)
     _check_protocol(reply.protocol)
-    answered = (reply.run, reply.round, reply.operation, reply.client)
-    if answered != (request.run, request.round, request.operation, reply.client if client is None else client):
-        raise PayloadError("it answers another request (run, round, operation or client differ)")
+    if (reply.run, reply.round, reply.operation) != (request.run, request.round, request.operation):
+        raise PayloadError("it answers another request (run, round or operation differ)")
+    if client is not None and reply.client != client:
+        raise PayloadError(f"it takes part under another name; the key it has is that of --name {client}")
     if reply.failed is not None:
         if reply.failed not in FAILURES or reply.report or reply.scores or reply.reply:
             raise PayloadError("its failure is none of the known ones, or comes with results")

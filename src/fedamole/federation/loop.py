@@ -153,7 +153,7 @@ class Loop:
         newcomers = [name for name in present if name not in known]
         if not newcomers:
             return present
-        self.watcher.stage("the untuned base on validation")
+        self.watcher.stage("scoring the untuned base on validation")
         bare = dict(self.engine.bare("validation", newcomers))
         self._log([self._line(round_, name, "validation", method=BASE, **scores) for name, scores in bare.items()])
         values = [self._sign * scores[self.select] for scores in bare.values()]
@@ -226,7 +226,7 @@ class Loop:
     def _evaluate(self, round_: int, row: str, state: Any, answered: set[str]) -> None:
         """Score the models that this round changed, and keep all of them if the round is the best so far."""
         progress, kind = self.rows[row], self.kinds[row]
-        self.watcher.stage(f"{row} on validation")
+        self.watcher.stage(f"scoring {row} on validation")
         messages: Mapping[str, bytes | None] = dict.fromkeys(sorted(answered))
         sizes = dict.fromkeys(messages, 0)
         if kind == "aggregated":
@@ -259,7 +259,7 @@ class Loop:
         last = self.settings.rounds - 1
         results: dict[str, dict[str, Any]] = {}
         for row, progress in self.rows.items():
-            self.watcher.stage(f"{row} on test")
+            self.watcher.stage(f"scoring {row} on test")
             best = dict(self.engine.test(row, best=True))
             final = best if progress.best_round == last else dict(self.engine.test(row, best=False))
             results[row] = {"best_round": progress.best_round, "best": best, "last": final}
@@ -267,7 +267,7 @@ class Loop:
             self._log_test(row, last, final, "last")
         present = self.engine.present()
         for row, scores in ((BASE, self.engine.bare("test", present)), (MAJORITY, self.engine.majority())):
-            self.watcher.stage(f"{row} on test")
+            self.watcher.stage(f"scoring {row} on test")
             results[row] = {"best_round": None, "best": dict(scores), "last": dict(scores)}
             self._log_test(row, -1, scores, "best")
         return summarise(self.folder, results, self.settings.rounds)

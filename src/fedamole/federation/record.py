@@ -157,6 +157,8 @@ def _decode_value(hint: Any, value: Any, name: str, tensors: Mapping[str, Tensor
             if origin is tuple and isinstance(value, list):
                 return tuple(value)
             plain = origin if isinstance(origin, type) else option if isinstance(option, type) else object
+            if isinstance(value, bool) and plain in (int, float):
+                continue
             if isinstance(value, plain) or (plain is float and isinstance(value, int)):
                 return value
     raise PayloadError(f"{name}: {type(value).__name__} where {hint} was expected")

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from fedamole.data.examples import Example, Shard
 from fedamole.data.tokens import TokenRow, tokenise
-from fedamole.errors import DataError
+from fedamole.errors import DataError, RunError
 from fedamole.evaluation.likelihood import mean_losses
 from fedamole.evaluation.personal import EvaluationSettings, losses_of, majority_scores, scores_of
 from fedamole.federation.checkpoint import latest_state, state_path
 from fedamole.federation.local import DivergedError, LocalTask, OnStep, embed, fit
 from fedamole.federation.method import Client, ClientInfo, Evaluates, Fit, Method, Trained
-from fedamole.federation.record import boxed, non_finite, pack, unboxed, unpack
+from fedamole.federation.record import PayloadError, boxed, non_finite, pack, unboxed, unpack
 from fedamole.federation.run_folder import RunFolder, write_atomic
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
@@ -329,8 +329,14 @@ class Worker:
         path = latest_state(self.folder, client.name)
         if path is None:
             return self.method.first_keep(client), None
-        private = unpack(Private, path.read_bytes())
-        return unpack(self.method.records.keep, unboxed(private.kept) or b""), private.trained
+        try:
+            private = unpack(Private, path.read_bytes())
+            return unpack(self.method.records.keep, unboxed(private.kept) or b""), private.trained
+        except PayloadError as error:
+            raise RunError(
+                f"{path} is damaged ({error}): put it back from a copy, or remove the folder it is in; then "
+                f"{client.name} begins anew without what it kept"
+            ) from error
 
     def _present(self, data: ClientData, round_: int, row: str, payload: bytes | None) -> Adapter | None:
         client = self._client(data, round_)

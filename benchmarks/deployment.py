@@ -1,0 +1,256 @@
+"""What a round costs across organisations, beyond a round in one process, and where the time goes.
+
+Real processes on loopback, with TLS and keys: `fedamole server` and three times `fedamole client`, on the data of
+examples/three_hospitals and the bundled base, against the same run in one process (a client at a time, one thread).
+Runs alternate; figures are medians over rounds (the first is left out) and repeats. Seconds are this machine's, and all
+four sides share it. The large adapters have as many bytes as FedAMoLE's for a base of a billion parameters.
+
+A round of FedAMoLE is one exchange: a message down, training, an answer up. `down` is from the server's asking to the
+worker's beginning, `up` from its answer on disk to the server's having it. FedIT has another one, of averages down and
+scores up: `evaluation`. Memory is the proportional share (PSS) of a client's processes; beside it, that of one process
+that trains alone.
+
+Targets: a deployed round takes at most 5 s more than one in one process; a client has at most 400 MiB beyond base and
+adapters.
+
+    python benchmarks/deployment.py [--quick] [--json FILE]
+"""
+
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import tomli_w
+from measure import arguments, report
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "three_hospitals"
+COLUMNS = {"genetics_clinic": {"instruction": "question", "response": "answer"}}
+FEDAMOLE = Path(sys.executable).parent / "fedamole"
+IDLE = 15.0
+"""Seconds over which waiting clients are watched."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A size of messages and an amount of work."""
+
+    method: str = "fedamole"
+    rank: int = 8
+    steps: int = 1
+    rows: int = 20
+    """Rows of each client; few, where only the way counts."""
+    rounds: int = 6
+
+    def settings(self) -> list[str]:
+        """What differs from the example's config."""
+        return [f"method.name={self.method}", f"method.rank={self.rank}", f"training.local_steps={self.steps}",
+                f"federation.rounds={self.rounds}", "evaluation.max_new_tokens=4"]  # fmt: skip
+
+
+def until(true: Callable[[], Any], seconds: float, what: str) -> Any:
+    """Wait for a condition."""
+    end = time.monotonic() + seconds
+    while not (found := true()):
+        if time.monotonic() > end:
+            raise SystemExit(f"after {seconds:.0f} s still not: {what}")
+        time.sleep(0.05)
+    return found
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Finished lines of a file of JSON lines; none where there is no such file."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def rounds_of(run: Path) -> list[dict[str, float]]:
+    """Seconds of each round but the first: its two halves, and the training alone."""
+    found = lines(run / "metrics.jsonl")
+    trained = [line for line in found if line["split"] == "train"]
+    return [
+        {
+            "update": line["seconds_update"], "evaluate": line["seconds_evaluate"],
+            "own": max(one["seconds"] for one in trained if one["round"] == line["round"]),
+            "bytes": max(one["bytes_down"] for one in trained if one["round"] == line["round"]),
+        }
+        for line in found if line["split"] == "round" and line["round"] > 0
+    ]  # fmt: skip
+
+
+def in_process(case: Case, folder: Path) -> list[dict[str, float]]:
+    """The run in one process; its rounds."""
+    tables = tomllib.loads((EXAMPLE / "config.toml").read_text())
+    names = tables.pop("deployment")["clients"]
+    tables["data"]["source"] = [
+        {"name": name, "path": str(EXAMPLE / "data" / f"{name}.jsonl"), "limit": case.rows,
+         "columns": COLUMNS.get(name, {})} for name in names
+    ]  # fmt: skip
+    config = folder / "config.toml"
+    config.write_text(tomli_w.dumps(tables))
+    words = ["run", str(config), f"run.folder={folder / 'run'}", "run.group=1", *case.settings()]
+    started = subprocess.Popen([FEDAMOLE, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    most = 0.0
+    while started.poll() is None:
+        most = max(most, memory([psutil.Process(started.pid)]))
+        time.sleep(0.2)
+    if started.returncode:
+        raise SystemExit(f"{case} failed:\n{started.communicate()[1]}")
+    found = rounds_of(folder / "run")
+    return [{**one, "round": one["update"] + one["evaluate"], "memory": most} for one in found]
+
+
+def memory(processes: Sequence[psutil.Process]) -> float:
+    """MiB that processes take, shared pages shared out among those who use them."""
+    total = 0
+    for process in processes:
+        try:
+            total += process.memory_full_info().pss
+        except psutil.Error:
+            continue
+    return total / 2**20
+
+
+def family(process: psutil.Process) -> list[psutil.Process]:
+    """A process and all that it has started and that lives."""
+    return [one for one in (process, *process.children(recursive=True)) if one.status() != psutil.STATUS_ZOMBIE]
+
+
+@contextmanager
+def deployed(case: Case, folder: Path) -> Iterator[tuple[Path, dict[str, Callable[[], psutil.Process]]]]:
+    """A server that waits for clients, and what starts each of them; all are ended afterwards."""
+    config = tomllib.loads((EXAMPLE / "config.toml").read_text())
+    names = config["deployment"]["clients"]
+    certs, started = folder / "certs", list[subprocess.Popen[bytes]]()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    subprocess.run([FEDAMOLE, "certs", "--folder", certs, *(f"--client={name}" for name in names)], check=True,
+                   stdout=subprocess.DEVNULL)  # fmt: skip
+
+    def start(*words: str) -> psutil.Process:
+        with (folder / "log").open("ab") as log:
+            started.append(subprocess.Popen([FEDAMOLE, *words], stdout=log, stderr=log, cwd=folder))
+        return psutil.Process(started[-1].pid)
+
+    def client(name: str) -> psutil.Process:
+        columns = [f"--column={new}={old}" for new, old in COLUMNS.get(name, {}).items()]
+        return start("client", "--server", f"127.0.0.1:{port}", "--certs", str(certs / "clients" / name),
+                     "--name", name, "--data", str(EXAMPLE / "data" / f"{name}.jsonl"), f"--limit={case.rows}",
+                     "--threads=1", *columns, "--folder", str(folder / name))  # fmt: skip
+
+    run = folder / "run"
+    try:
+        start("server", str(EXAMPLE / "config.toml"), "--certs", str(certs), "--port", str(port), f"run.folder={run}",
+              *case.settings())  # fmt: skip
+        yield run, {name: lambda name=name: client(name) for name in names}
+    finally:
+        for process in started[::-1]:
+            process.send_signal(signal.SIGINT)
+        for process in started:
+            process.wait()
+
+
+def across(case: Case, folder: Path) -> list[dict[str, float]]:
+    """The run as a deployment; its rounds, and what a client takes of memory and, while it waits, of a processor."""
+    with deployed(case, folder) as (run, clients):
+        progress = run / "server" / "progress.jsonl"
+
+        def events(what: str) -> list[dict[str, Any]]:
+            return [line for line in lines(progress) if line["what"] == what]
+
+        *early, late = clients.values()
+        waiting = [start() for start in early]
+        until(lambda: len(events("joined")) == len(early), 120, "clients have joined; see " + str(folder / "log"))
+        time.sleep(2)
+        before = _seconds(waiting[0])
+        time.sleep(IDLE)
+        idle = (_seconds(waiting[0]) - before) / IDLE
+        late()
+        answered: dict[tuple[int, str], float] = {}
+
+        def done() -> bool:
+            for name in clients:
+                for path in (folder / name).glob(f"*/clients/{name}/answers/round-*.safetensors"):
+                    answered.setdefault((int(path.stem[6:]), name), path.stat().st_mtime)
+            return len(events("done")) == case.rounds
+
+        most = {"parts": 0.0, "worker": 0.0}
+
+        until(done, 600, "the rounds are done; see " + str(folder / "log"))
+        parts = family(waiting[0])
+        (worker,) = (one for one in parts if "warm_worker" in " ".join(one.cmdline()))
+        most = {"worker": memory([worker]), "parts": memory([one for one in parts if one != worker])}
+        ends = [line["time"] for line in events("done")]
+        found = rounds_of(run)
+        for number, one in enumerate(found, 1):
+            of = {kind: [line for line in events(kind) if line["round"] == number] for kind in ("asked", "answered")}
+            (asked,) = (line["time"] for line in of["asked"])
+            ways = [(answered[number, line["client"]], line["seconds"], line["time"]) for line in of["answered"]]
+            one["down"] = statistics.median(end - seconds - asked for end, seconds, _ in ways)
+            one["up"] = statistics.median(time_ - end for end, _, time_ in ways)
+            one["round"] = ends[number] - ends[number - 1]
+            one |= {"idle": idle, **most}
+        return found
+
+
+def _seconds(process: psutil.Process) -> float:
+    """Processor seconds of a process and all that it has started."""
+    return sum(sum(one.cpu_times()[:2]) for one in family(process))
+
+
+def measure(case: Case, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Medians of both ways of running a case, which alternate."""
+    rounds: tuple[list[dict[str, float]], ...] = ([], [])
+    for _ in range(repeats):
+        for way, found in zip((in_process, across), rounds, strict=True):
+            with tempfile.TemporaryDirectory() as folder:
+                found.extend(way(case, Path(folder)))
+    here, there = ({key: statistics.median(one[key] for one in found) for key in found[0]} for found in rounds)
+    return here, there
+
+
+def main() -> None:
+    """Measure every case."""
+    options = arguments(__doc__ or "")
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    cases = {"small": Case(rounds=4 if options.quick else 8)}
+    if not options.quick:
+        cases |= {"small, fedit": Case("fedit"), "large": Case(rank=483)}
+        cases |= {"the example's 20 steps": Case(steps=20, rows=63)}
+    table: list[list[object]] = []
+    ratios: dict[str, float] = {}
+    for name, case in cases.items():
+        here, there = measure(case, 1 if options.quick else 2)
+        more = there["round"] - here["round"]
+        rest = there["round"] - there["update"] - there["evaluate"]
+        table.append([
+            name, f"{there['bytes'] / 2**20:.2f}", here["round"], there["round"], more, there["down"], there["own"],
+            there["up"], there["evaluate"], rest,
+        ])  # fmt: skip
+        key = name.replace(" ", "_").replace("'", "")
+        ratios[f"overhead_vs_5_s_at_{key}"] = more / 5
+        ratios[f"parts_of_a_client_vs_400_mib_at_{key}"] = there["parts"] / 400
+        ratios[f"worker_memory_vs_one_process_at_{key}"] = there["worker"] / here["memory"]
+        print(
+            f"{name}: a client's processes take {there['parts']:.0f} MiB beside the worker, the worker "
+            f"{there['worker']:.0f} MiB, one process that runs all three {here['memory']:.0f} MiB; "
+            f"while it waits, a client takes {there['idle']:.1%} of a core", flush=True,
+        )  # fmt: skip
+    head = ["messages", "MiB", "in process", "deployed", "more", "down", "own work", "up", "evaluation", "rest"]
+    report("seconds of a round with three clients", head, table, ratios, options.json)
+
+
+if __name__ == "__main__":
+    main()
