@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-SCRIPTS = ("assignment", "growth", "layer", "round", "scoring", "traffic")
+SCRIPTS = ("assignment", "deployment", "growth", "layer", "round", "scoring", "traffic")
 
 
 def run(name: str, *options: str) -> str:
@@ -32,7 +32,7 @@ def test_help_teaches(name: str) -> None:
     assert "Target" in text
 
 
-@pytest.mark.parametrize("name", ["assignment", "traffic"])
+@pytest.mark.parametrize("name", ["assignment", "traffic", pytest.param("deployment", marks=pytest.mark.faults)])
 def test_quick_prints_a_table_and_writes_its_ratios(name: str, tmp_path: Path) -> None:
     file = tmp_path / "ratios.json"
     assert "━" in run(name, "--quick", "--json", str(file))

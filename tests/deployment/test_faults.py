@@ -67,7 +67,6 @@ def collected(there: Site, rounds: int, seconds: float) -> dict[str, bytes]:
     return {name: state for name, state in found.items() if name <= f"round-{rounds - 1:04d}.safetensors"}
 
 
-@pytest.mark.faults
 def test_a_killed_server_goes_on_to_the_same_states_and_a_killed_worker_comes_back(tmp_path: Path, tiny: Path) -> None:
     with site(tmp_path, tiny, "training.local_steps=30") as there:
         server = there.server()
@@ -210,7 +209,6 @@ def all_train(there: Site, seconds: float) -> None:
         there.trained(name, seconds, since=now)
 
 
-@pytest.mark.faults
 def test_a_late_client_joins_a_run_that_is_under_way(living: Site) -> None:
     rounds = {name: min(line["round"] for line in living.metrics(split="train", client=name)) for name in NAMES}
     assert rounds["entail"] == rounds["mood"] == 0
@@ -250,7 +248,6 @@ def test_who_cannot_be_trusted_is_told_why_and_the_run_goes_on(living: Site) -> 
     assert not [line for line in living.events("answered", since=begun) if "failed" in line]
 
 
-@pytest.mark.faults
 def test_a_killed_supernode_is_started_again_and_its_client_takes_part_again(living: Site) -> None:
     struck, mood = time.time(), command_of(living, "mood")
     told = len(mood.text)
@@ -302,7 +299,6 @@ def test_a_killed_superlink_is_started_again(living: Site) -> None:
     assert after == list(range(max(rounds) + 1, max(after) + 1)), "no round is left out or done twice"
 
 
-@pytest.mark.faults
 def test_a_killed_gateway_is_started_again(living: Site) -> None:
     struck, server = time.time(), command_of(living, "server")
     killed(server.part("deployment.gateway"))
@@ -362,7 +358,6 @@ def doubtful(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[S
 REFUSED = "its answer is damaged or not what was asked for"
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize(
     ("kind", "reason", "logged"),
     [
@@ -402,7 +397,6 @@ def test_a_client_that_is_not_what_it_should_be_is_left_out_of_the_round(
     assert f"round-{round_:04d}" not in answers, "what it did in a round that did not count is undone"
 
 
-@pytest.mark.faults
 def test_no_word_of_a_clients_error_reaches_the_server(doubtful: Site) -> None:
     doubtful.trained("chat", ROUND, since=time.time())
     now = time.time()
