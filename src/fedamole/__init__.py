@@ -3,11 +3,24 @@
 Importing this package teaches PEFT the AMoLE adapter type, as soon as PEFT itself is imported.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+if TYPE_CHECKING:
+    from fedamole.personal.models import load_personal_model
+
 __version__ = "0.1.0"
+__all__ = ["load_personal_model"]
+
+
+def __getattr__(name: str) -> Any:
+    # Deferred, as importing this package must not wait seconds for torch.
+    if name in __all__:
+        from fedamole.personal import models
+
+        return getattr(models, name)
+    raise AttributeError(f"module 'fedamole' has no attribute {name!r}")
 
 
 @wrapt.when_imported("peft")

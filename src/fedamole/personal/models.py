@@ -1,0 +1,115 @@
+"""Personal models found again: in a run's folder, or in a copy of one's adapter folder, and put on their base."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedamole.config import load_config, nearest
+from fedamole.errors import BaseModelError, RunError
+from fedamole.federation.run_folder import CONFIG as RUN_CONFIG
+from fedamole.federation.run_folder import RUN, RunFolder
+from fedamole.model.bank import Bank
+from fedamole.model.base import BUNDLED, Base, BaseSettings, Identity, load_base, resolve_device
+from fedamole.model.params import Adapter
+from fedamole.model.pretrained import CONFIG, IDENTITY, load_adapter
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a personal model lies."""
+
+    adapter: Path
+    """Its adapter folder."""
+    client: str
+    run: RunFolder | None
+    """The run it came from; None for an adapter folder that was copied elsewhere."""
+
+
+def places(path: Path, row: str | None = None) -> tuple[Place, ...]:
+    """All personal models of a run's folder, in the order of their clients; or the one of an adapter folder.
+
+    `row` is one of the run's models where it has several (fedit_ft beside fedit). Raises RunError where there is none.
+    """
+    if (path / CONFIG).exists():
+        return (Place(path, path.resolve().parent.name, None),)
+    if not (path / RUN).exists():
+        raise RunError(f"{path}: neither a run's folder ({RUN}) nor a personal model's ({CONFIG}) is here")
+    run = RunFolder.open(path)
+    name = row or run.about["method"]
+    clients = sorted(one.name for one in (path / "clients").glob("*") if one.is_dir())
+    found = tuple(
+        Place(run.adapter(client, name), client, run)
+        for client in clients if (run.adapter(client, name) / CONFIG).exists()
+    )
+    if not found:
+        why = (
+            "a coordinator's folder holds no personal model, each is at its client" if run.kind == "server"
+            else f"it has no saved model of {name!r}" if run.finished else "the run is not finished: `fedamole resume`"
+        )
+        raise RunError(f"{path}: {why}")
+    return found
+
+
+def find(path: Path, client: str | None, row: str | None = None) -> Place:
+    """The personal model of one client; `client` may be left out where there is only one. Raises RunError."""
+    found = {place.client: place for place in places(path, row)}
+    if client is None and len(found) == 1:
+        return next(iter(found.values()))
+    if client is None:
+        raise RunError(f"{path} has the models of {', '.join(found)}: name one by --client")
+    if client in found:
+        return found[client]
+    if (path / "clients" / client).is_dir():
+        raise RunError(f"{client} never trained up to its best round in {path}: its model is the bare base")
+    raise RunError(f"{path} has no client {client!r}{nearest(client, found)}; there are {', '.join(found)}")
+
+
+def base_of(place: Place, device: str = "auto", base: str | None = None) -> Base:
+    """Load the base that a personal model was trained on, and make sure that it is that one.
+
+    `base` names a copy of it elsewhere than the run says. Raises BaseModelError and ConfigError.
+    """
+    settings = _settings_of(place.adapter) if place.run is None else load_config(place.run.path / RUN_CONFIG).base
+    if base is not None:
+        settings = replace(settings, model=base)
+    elif settings.model.startswith("/") and not Path(settings.model).exists():
+        # The bundled base lies elsewhere on another machine; whether it is the right one its identity tells.
+        settings = replace(settings, model=BUNDLED)
+    found = load_base(settings, resolve_device(device), Path.cwd())
+    if not (place.adapter / IDENTITY).exists():
+        raise BaseModelError(f"{place.adapter}: {IDENTITY} is missing, so nobody can tell which base it is for")
+    wanted = Identity(**json.loads((place.adapter / IDENTITY).read_text()))
+    found.identity.check(wanted, f"the adapter in {place.adapter}")
+    return found
+
+
+def _settings_of(adapter: Path) -> BaseSettings:
+    try:
+        config = json.loads((adapter / CONFIG).read_text())
+        return BaseSettings(config["base_model_name_or_path"], tuple(config.get("target_modules") or ()))
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"{adapter / CONFIG} cannot be read ({error}); copy the folder again") from error
+
+
+def load_personal_model(
+    path: str | Path, client: str | None = None, *, row: str | None = None, base: str | None = None,
+    device: str = "auto",
+) -> tuple[Any, Any]:  # fmt: skip
+    """Load a client's personal model as a PeftModel, with its tokenizer.
+
+    `path` is a run's folder, or an adapter folder wherever it was copied to; `row` one of the run's models where it
+    has several; `base` a copy of the base elsewhere than the run says. Raises RunError, BaseModelError, ConfigError.
+    """
+    from peft import PeftModel
+
+    place = find(Path(path), client, row)
+    found = base_of(place, device, base)
+    return PeftModel.from_pretrained(found.model, str(place.adapter)).eval(), found.tokenizer
+
+
+def open_bank(found: Sequence[Place], device: str = "auto", base: str | None = None) -> tuple[Bank, list[Adapter]]:
+    """One resident base for the personal models of one run, and their adapters, which are not loaded yet."""
+    bank = Bank(base_of(found[0], device, base))
+    return bank, [load_adapter(place.adapter, bank.base.identity) for place in found]
