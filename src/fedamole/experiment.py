@@ -22,6 +22,7 @@ from fedamole.model.base import Base, Identity, load_base, resolve_device
 from fedamole.model.prompt import PromptSpec
 from fedamole.model.weightless import weightless_base
 from fedamole.planning import Plan, PlanWithoutData, chosen_group, clients_without_data, planned, planned_without_data
+from fedamole.reporting.card import write_cards
 from fedamole.reporting.tensorboard import TensorBoardMirror
 
 
@@ -123,6 +124,7 @@ def resume(path: Path, watcher: Watcher) -> dict[str, Any]:
             "coordinator goes on with it, and clients follow by themselves"
         )
     if folder.finished:
+        write_cards(folder)
         return folder.read_json("summary.json")
     config = load_config(path / CONFIG)
     prepared = prepare(config, read_manifest(path / MANIFEST))
@@ -130,10 +132,10 @@ def resume(path: Path, watcher: Watcher) -> dict[str, Any]:
     return _run(prepared, folder, watcher)
 
 
-def worker_of(config: Config, base: Base, folder: RunFolder) -> Worker:
+def worker_of(config: Config, bank: Bank, folder: RunFolder) -> Worker:
     """What trains and scores clients on a base, and keeps what is private to them in a folder."""
     rows = rows_of(config)
-    return Worker(Bank(base), config.method, rows, config.training, config.evaluation, folder, config.run.seed)
+    return Worker(bank, config.method, rows, config.training, config.evaluation, folder, config.run.seed)
 
 
 def server_of(config: Config, base: Base, clients: Sequence[ClientInfo] = ()) -> Server:
@@ -154,11 +156,13 @@ def loop_of(
 
 def _run(prepared: Prepared, folder: RunFolder, watcher: Watcher) -> dict[str, Any]:
     config, base = prepared.config, prepared.base
-    worker = worker_of(config, base, folder)
+    worker = worker_of(config, Bank(base), folder)
     mirror = TensorBoardMirror(folder.path / "tensorboard") if config.run.tensorboard else None
     with folder.locked():
         engine = InProcess(worker, prepared.clients, watcher, config.run.group)
-        return loop_of(config, engine, server_of(config, base, engine.clients), folder, watcher, mirror).run()
+        summary = loop_of(config, engine, server_of(config, base, engine.clients), folder, watcher, mirror).run()
+        write_cards(folder)
+    return summary
 
 
 def plan(config: Config) -> Plan:

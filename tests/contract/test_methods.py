@@ -203,7 +203,7 @@ def test_bytes_in_the_metrics_are_the_bytes_packed(name: str, runs: Any, tmp_pat
     config = runs.load(name)
     prepared = prepare(config)
     folder = RunFolder.create(tmp_path / "run", "", "", name, prepared.base.identity)
-    worker = worker_of(config, prepared.base, folder)
+    worker = worker_of(config, Bank(prepared.base), folder)
     engine, base = Scales(worker, prepared.clients, Watcher(), 2), prepared.base
     loop_of(config, engine, server_of(config, base, engine.clients), folder, Watcher()).run()
     logged = facts(tmp_path / "run")
@@ -244,7 +244,7 @@ def test_scoring_leaves_private_state_alone(name: str, runs: Any, tmp_path: Path
     config = runs.load(name)
     prepared = prepare(config)
     folder = RunFolder.create(tmp_path / "run", "", "", name, prepared.base.identity)
-    worker = worker_of(config, prepared.base, folder)
+    worker = worker_of(config, Bank(prepared.base), folder)
     engine = InProcess(worker, prepared.clients, Watcher(), 3)
     base = prepared.base
     state = config.method.init(server_of(config, base, engine.clients))

@@ -17,6 +17,7 @@ from fedamole.federation.record import PayloadError, unpack
 from fedamole.federation.run_folder import RunFolder
 from fedamole.federation.worker import Answer
 from fedamole.methods import METHODS
+from fedamole.model.bank import Bank
 
 MOST = 1e4
 
@@ -49,7 +50,7 @@ def compared(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
         prepared = prepare(config)
         path = tmp_path_factory.mktemp(name) / "run"
         folder = RunFolder.create(path, "", "{}", name, prepared.base.identity)
-        worker = worker_of(config, prepared.base, folder)
+        worker = worker_of(config, Bank(prepared.base), folder)
         engine, base = Checked(worker, prepared.clients, Watcher(), 4), prepared.base
         server = server_of(config, base, engine.clients)
         engine.rehearse_with(config.method, server)

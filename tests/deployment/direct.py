@@ -19,6 +19,7 @@ from fedamole.experiment import loop_of, prepare, resolved, rows_of, server_of, 
 from fedamole.federation.loop import Watcher
 from fedamole.federation.run_folder import RunFolder
 from fedamole.federation.worker import Answer, Scores
+from fedamole.model.bank import Bank
 from fedamole.model.base import load_base
 
 Names = Collection[str]
@@ -185,7 +186,7 @@ def in_one_process(
     prepared = prepare(config)
     base = prepared.base
     folder = RunFolder.create(path, "", prepared.federation.manifest.to_json(), config.method_name, base.identity)
-    engine = Scripted(worker_of(config, base, folder), prepared.clients, calendar, 1)
+    engine = Scripted(worker_of(config, Bank(base), folder), prepared.clients, calendar, 1)
     engine.expect(calendar, lost or {})
     loop_of(config, engine, server_of(config, base, engine.clients), folder, calendar).run()
     return path

@@ -1,7 +1,14 @@
-"""A client's processes run the relay of the installed package, whatever app a server sends."""
+"""A client's processes run the relay of the installed package, whatever app a server sends, and are quick to ask."""
 
+import inspect
+import re
 import subprocess
 import sys
+
+import pytest
+from flwr.supernode import start_client_internal
+
+from fedamole.deployment import flower_node
 
 SCRIPT = """
 import importlib
@@ -25,3 +32,21 @@ def test_an_app_that_a_server_sends_is_neither_unpacked_nor_run() -> None:
     """In a process of its own, as it changes Flower's modules for good."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_supernode_asks_the_sooner_the_later_it_worked(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, slept = [100.0], list[float]()
+    monkeypatch.setattr(flower_node.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(flower_node.time, "sleep", slept.append)
+    pace = flower_node.Pace()
+    for passed, asked in ((0.0, 3), (20.0, 3), (1000.0, 3), (0.0, 0.5), (2.0, 3)):
+        clock[0] += passed
+        pace.sleep(asked)
+    assert slept == [0.3, 1.0, 3.0, 0.1, 0.3]
+
+
+def test_flowers_loop_sleeps_where_the_pace_is_set() -> None:
+    """Another version of Flower may sleep elsewhere: then its clients would be slow, and nothing would say so."""
+    source = inspect.getsource(start_client_internal)
+    assert "\nimport time\n" in source
+    assert set(re.findall(r"time\.\w+\(.*\)", source)) == {"time.sleep(3)", "time.sleep(0.5)"}

@@ -160,7 +160,7 @@ def test_everybody_reads_his_own_embeddings_whoever_takes_more_steps(runs: Any, 
         config = runs.load("fedamole", "training.local_epochs=1", "training.batch_size=4", "method.experts=9")
         prepared = prepare(config)
         run = RunFolder.create(tmp_path / f"run{group}", "", "", "fedamole", prepared.base.identity)
-        worker = worker_of(config, prepared.base, run)
+        worker = worker_of(config, Bank(prepared.base), run)
         clients = InProcess(worker, prepared.clients, Watcher(), group)
         state = config.method.init(Server(prepared.base.shapes, clients.clients, 0))
         messages = {info.name: pack(config.method.message(state, info)) for info in clients.clients}

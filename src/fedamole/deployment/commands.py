@@ -16,14 +16,15 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that diffe
 Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS and no keys; on 127.0.0.1 only, to try things out.")]
 
 
-def _installed() -> None:
+def _installed(*more: str) -> None:
     """Make sure that what a deployment needs beyond a simulation is here; and write for this user's eyes only."""
     from fedamole.deployment.processes import PRIVATE
     from fedamole.errors import FedamoleError
 
-    for package in ("flwr", "cryptography"):
+    extra = "ray" if more else "flower"
+    for package in ("flwr", "cryptography", *more):
         if importlib.util.find_spec(package) is None:
-            raise FedamoleError(f'a deployment needs {package}, which is not here: pip install "fedamole[flower]"')
+            raise FedamoleError(f'this needs {package}, which is not here: pip install "fedamole[{extra}]"')
     os.umask(PRIVATE)
 
 
@@ -68,6 +69,43 @@ def server(
             Server(folder, door, say, show).run(stop)
     if stop.is_set():
         raise typer.Exit(130)
+    show_runs([folder])
+
+
+def simulate(
+    config: Annotated[Path | None, typer.Argument(help="A TOML config, as for `fedamole run`.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder; no config then.")] = None,
+    cpus: Annotated[int, typer.Option(min=1, help="Processors that each client is given.")] = 1,
+    gpus: Annotated[float, typer.Option(min=0.0, help="GPUs that each client is given; 0.5: two share one.")] = 0.0,
+) -> None:
+    """Run a config on Flower's simulation: clients in Ray's processes, for several GPUs or a cluster.
+
+    On one machine `fedamole run` is faster, as its clients share one base and train in lock-step. The result is a
+    coordinator's folder, with each client's own run folder in sites/.
+    """
+    _installed("ray")
+    from fedamole.config import load_config
+    from fedamole.console import show_runs
+    from fedamole.deployment.flower_simulation import prepare_simulation
+    from fedamole.deployment.flower_simulation import simulate as run_simulation
+    from fedamole.deployment.progress import watching
+    from fedamole.deployment.server import finished
+    from fedamole.errors import ConfigError
+    from fedamole.experiment import free_folder
+
+    if (config is None) == (resume is None):
+        raise ConfigError("give either a config to start a run, or --resume FOLDER to go on with one")
+    if config is not None:
+        settings = load_config(config, list(overrides or []))
+        folder = free_folder(settings)
+        prepare_simulation(settings, folder)
+    else:
+        assert resume is not None
+        folder = resume
+    if not finished(folder):
+        with watching(Console(stderr=True), folder) as (_, show):
+            run_simulation(folder, show, cpus, gpus)
     show_runs([folder])
 
 

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from fedamole.federation.run_folder import RUN, SERVER, RunFolder, write_atomic
 from fedamole.model.base import Identity, load_base
 
 log = logging.getLogger(__name__)
+
+Show = Callable[[dict[str, Any]], None]
 
 SETTINGS, PROGRESS, OUTCOME, LOG = "config.toml", "progress.jsonl", "outcome.json", "run.log"
 """Files in the server's own folder."""
@@ -45,16 +47,19 @@ class ProgressLog(logging.Handler):
 class ProgressFile(Watcher):
     """Writes what goes on as lines of JSON, for whoever shows it."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        """Append to progress.jsonl of a server's folder."""
-        self.folder = folder
+    def __init__(self, folder: RunFolder, show: Show | None = None) -> None:
+        """Append to progress.jsonl of a server's folder; `show` is given every line as well."""
+        self.folder, self.show = folder, show
         self.path = folder.path / SERVER / PROGRESS
         self.say("started", pid=os.getpid())
 
     def say(self, what: str, **fields: Any) -> None:
         """Add a line."""
+        line = {"what": what, "time": time.time(), **fields}
         with self.path.open("a") as file:
-            file.write(json.dumps({"what": what, "time": time.time(), **fields}) + "\n")
+            file.write(json.dumps(line) + "\n")
+        if self.show is not None:
+            self.show(line)
 
     def joined(self, name: str, about: Mapping[str, Any]) -> None:
         """A client has joined; what it told goes into clients.json."""
@@ -89,8 +94,8 @@ class ProgressFile(Watcher):
         self.say("done", round=round_, validation=dict(validation))
 
 
-def coordinate(link: Link, path: Path) -> dict[str, Any]:
-    """Begin the run that is set up in a folder, or go on with it; return the summary.
+def coordinate(link: Link, path: Path, show: Show | None = None) -> dict[str, Any]:
+    """Begin the run that is set up in a folder, or go on with it; return the summary. `show` is told what goes on.
 
     Errors: ConfigError, BaseModelError, RunError; a run that ended with one goes on from its last round when called
     again.
@@ -115,7 +120,7 @@ def coordinate(link: Link, path: Path) -> dict[str, Any]:
     server, tables = server_of(config, base), shared_tables(config, base.identity)
     del base
     with folder.locked():
-        watcher = ProgressFile(folder)
+        watcher = ProgressFile(folder, show)
         handler = ProgressLog(watcher)
         logging.getLogger("fedamole").addHandler(handler)
         engine = Remote(link, config.method, rows, server, folder.about["id"], tables, config.deployment, watcher)

@@ -10,7 +10,7 @@ import logging
 import re
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,10 @@ from fedamole.federation.record import PayloadError, boxed, pack, unboxed
 from fedamole.federation.run_folder import CONFIG, MANIFEST, METRICS, RUN, RunFolder, write_atomic
 from fedamole.federation.summary import summarise
 from fedamole.federation.worker import ClientData, Scores, Worker, client_data
-from fedamole.model.base import Base, Identity, load_base
+from fedamole.model.bank import Bank
+from fedamole.model.base import Identity, load_base
 from fedamole.model.memory import out_of_memory, release_memory
+from fedamole.reporting.card import write_cards
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,11 @@ class ClientSettings:
     """What an organisation decides for itself."""
 
     source: SourceSettings
-    """Its data; the source's name is the client's."""
+    """Its data; the source's name is the client's, unless it is a part of a source alone."""
+    name: str = ""
+    """Name of a client that is a part of a source; then `manifest` says which."""
+    manifest: str | None = None
+    """A stored partition of the source: the file that names this client's rows."""
     folder: str = "runs"
     """Where its run folders are written."""
     base: str | None = None
@@ -110,7 +116,7 @@ class Host:
 
     def __init__(self, settings: ClientSettings, watcher: Watcher) -> None:
         """Serve one client; base and data are loaded when it joins a run."""
-        self.settings, self.watcher, self.name = settings, watcher, settings.source.name
+        self.settings, self.watcher, self.name = settings, watcher, settings.name or settings.source.name
         self.seat: Seat | None = None
 
     def answer(self, payload: bytes) -> bytes:
@@ -198,36 +204,38 @@ class Host:
         # The run's name is the server's: it must not lead out of the client's folder.
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", config.run.name).strip(".-")[:64] or "run"
         path = free_path(Path(self.settings.folder) / f"{name}-{self.name}")
+        config = replace(config, data=replace(config.data, manifest=self.settings.manifest))
         federation = load_federation(config.data, Path.cwd())
         config = resolved(config, path.resolve())
         identity = Identity(**settings["identity"])
         self._stand_up()
-        base = self._base(config)
-        identity.check(base.identity, f"the base {config.base.model!r} of this client")
+        bank = self._bank(config)
+        identity.check(bank.base.identity, f"the base {config.base.model!r} of this client")
         folder = RunFolder.create(
             path, tomli_w.dumps(config.tables()), federation.manifest.to_json(), config.method_name, identity,
             "client", run,
         )
         folder.client(self.name).mkdir(parents=True)
-        return self._take(config, folder, base)
+        return self._take(config, folder, bank)
 
-    def _base(self, config: Config) -> Base:
+    def _bank(self, config: Config) -> Bank:
         self.watcher.stage(f"loading {config.base.model}")
         torch.set_num_threads(config.run.threads)
-        return load_base(config.base, torch.device(config.run.device), Path.cwd())
+        return Bank(load_base(config.base, torch.device(config.run.device), Path.cwd()))
 
-    def _take(self, config: Config, folder: RunFolder, base: Base | None = None) -> Seat:
+    def _take(self, config: Config, folder: RunFolder, bank: Bank | None = None) -> Seat:
         """Load data, and the base unless it is given, and put a worker on them; another run's seat is given up."""
         self._stand_up()
         with ExitStack() as hold:
             hold.enter_context(folder.locked())
             shard = load_federation(config.data, Path.cwd(), read_manifest(folder.path / MANIFEST)).shards[0]
-            base = base or self._base(config)
-            check_length(config, base)
-            Identity(**folder.about["base"]).check(base.identity, f"the base {config.base.model!r} of this client")
-            data = client_data(shard, base.tokenizer, config.training.max_length)
+            bank = bank or self._bank(config)
+            check_length(config, bank.base)
+            named = f"the base {config.base.model!r} of this client"
+            Identity(**folder.about["base"]).check(bank.base.identity, named)
+            data = client_data(shard, bank.base.tokenizer, config.training.max_length)
             labels = self._labels(config, data)
-            self.seat = Seat(config, worker_of(config, base, folder), data, labels, hold.pop_all())
+            self.seat = Seat(config, worker_of(config, bank, folder), data, labels, hold.pop_all())
         return self.seat
 
     def _labels(self, config: Config, data: ClientData) -> dict[str, int]:
@@ -295,7 +303,7 @@ class Host:
         return Reply(request.run, request.round, EVALUATE, self.name, scores={row: found[self.name]})
 
     def _test(self, seat: Seat, request: Request) -> Reply:
-        """Read the test split, and sum the run up."""
+        """Read the test split, sum the run up, and write the model's card."""
         group, worker, results = [seat.data], seat.worker, dict[str, dict[str, Any]]()
         scores: dict[str, Scores] = {}
         for row in worker.rows:
@@ -308,6 +316,7 @@ class Host:
             results[row] = {"best_round": None, "best": found, "last": found}
             scores[row] = found[self.name]
         summarise(seat.folder, results, seat.config.federation.rounds)
+        write_cards(seat.folder)
         self.watcher.stage(f"done: {seat.folder.adapter(self.name, seat.config.method_name)}")
         return Reply(request.run, request.round, TEST, self.name, scores=scores)
 
