@@ -35,7 +35,7 @@ def test_equals_the_run_in_one_process(tiny: Path, tmp_path: Path) -> None:
     names = sorted(path.name for path in (here / "clients").iterdir())
     assert names == ["chat", "entail-00", "entail-01", "mood", "plain"]
     for name in names:
-        assert left(there / "sites" / f"fedamole-{name}" / "clients" / name) == left(here / "clients" / name)
+        assert left(there / "server" / "sites" / f"fedamole-{name}" / "clients" / name) == left(here / "clients" / name)
     rows = [json.loads((path / "summary.json").read_text())["rows"] for path in (there, here)]
     assert rows[0] == rows[1]
 

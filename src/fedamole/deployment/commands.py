@@ -82,7 +82,7 @@ def simulate(
     """Run a config on Flower's simulation: clients in Ray's processes, for several GPUs or a cluster.
 
     On one machine `fedamole run` is faster, as its clients share one base and train in lock-step. The result is a
-    coordinator's folder, with each client's own run folder in sites/.
+    coordinator's folder, with each client's own run folder in server/sites/.
     """
     _installed("ray")
     from fedamole.config import load_config

@@ -7,6 +7,7 @@ drawn as `fedamole run` draws them, so that both ways end in the same models.
 
 import functools
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +31,7 @@ from fedamole.federation.run_folder import SERVER, write_atomic
 from fedamole.model.bank import Bank
 from fedamole.model.base import BaseSettings, load_base, resolve_device
 
-SITES = "sites"
+SITES = f"{SERVER}/sites"
 """Where the clients' own run folders and partitions lie, in the run's folder."""
 
 
@@ -96,6 +97,7 @@ def simulate(folder: Path, show: Callable[[dict[str, Any]], None], cpus: int, gp
     os.environ.update(OFFLINE | {"RAY_USAGE_STATS_ENABLED": "0"})
     from flwr.simulation import run_simulation
 
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     folder, errors = folder.resolve(), list[Exception]()
     names = load_config(folder / SERVER / SETTINGS).deployment.clients
     server, client = ServerApp(), ClientApp()
