@@ -1,0 +1,167 @@
+"""What the documents say can be done is done, or read by the real command line; what they point at is there."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from fedamole.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*/README.md")])
+SCRIPT = ROOT / "examples" / "three_hospitals" / "run.sh"
+QUICK = "<!-- quick -->\n```bash\n"
+"""What stands above a block that is run, in the order of its page."""
+COMMAND = typer.main.get_command(app)
+each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+
+
+def blocks(page: Path) -> list[str]:
+    """The shell blocks of a page; those inside a list are indented."""
+    return [re.sub(r"(?m)^ {2,}", "", block) for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of every command of a shell text, with its variables as they are; loops and assignments left out."""
+    for line in text.replace("\\\n", " ").splitlines():
+        for words in _split(shlex.shlex(line, posix=True, punctuation_chars=";|&<>()")):
+            while words and (words[0] in ("do", "then", "exec", "!") or re.fullmatch(r"\w+=\S*", words[0])):
+                words = words[1:]
+            if words:
+                yield words
+
+
+def _split(lexer: shlex.shlex) -> Iterator[list[str]]:
+    lexer.whitespace_split, lexer.commenters = True, "#"
+    words: list[str] = []
+    for word in lexer:
+        if set(word) <= set(";|&<>()"):
+            yield words
+            words = []
+        else:
+            words.append(word)
+    yield words
+
+
+def fedamole(text: str) -> list[list[str]]:
+    """What a shell text says to `fedamole`."""
+    called = ("fedamole", ".venv/bin/fedamole", "$fedamole")
+    return [words[1:] for words in commands(text) if words[0] in called]
+
+
+def parsed(words: list[str]) -> None:
+    """Have the real command line read the words; it raises what a user would be told."""
+    if words[0].startswith("-"):
+        COMMAND.make_context("fedamole", words, resilient_parsing=True).close()
+        return
+    own = COMMAND.commands[words[0]]  # type: ignore[attr-defined]
+    given = [word.replace("$port", "9092") for word in words[1:] if word != "$columns"]
+    own.make_context(words[0], given).close()
+
+
+@each_page
+def test_every_command_is_one_of_the_real_command_line(page: Path) -> None:
+    for block in blocks(page):
+        for words in fedamole(block):
+            try:
+                parsed(words)
+            except Exception as error:
+                raise AssertionError(f"fedamole {shlex.join(words)}: {error}") from error
+
+
+def test_the_scripts_commands_too() -> None:
+    found = fedamole(SCRIPT.read_text())
+    assert len(found) == 3
+    for words in found:
+        parsed(words)
+
+
+def test_a_wrong_option_or_command_would_be_seen() -> None:
+    assert fedamole("for s in 1 2; do X=1 .venv/bin/fedamole run a.toml seed=$s  # once\ndone | tee x") == [
+        ["run", "a.toml", "seed=$s"]
+    ]
+    with pytest.raises(Exception, match="No such option"):
+        parsed(["client", "--no-such-thing"])
+    with pytest.raises(KeyError):
+        parsed(["begin"])
+
+
+def test_every_command_is_in_some_document() -> None:
+    said = set(re.findall(r"fedamole ([a-z]+)", " ".join(page.read_text() for page in PAGES)))
+    assert not set(COMMAND.commands) - said  # type: ignore[attr-defined]
+
+
+@each_page
+def test_the_programs_that_are_named_are_there(page: Path) -> None:
+    for block in blocks(page):
+        for words in commands(block):
+            if re.fullmatch(r"(\S*/)?python3?", words[0]) and len(words) > 1 and words[1].endswith(".py"):
+                assert (ROOT / words[1]).exists(), words[1]
+            elif words[0] == "make":
+                assert re.search(rf"(?m)^{words[1]}:", (ROOT / "Makefile").read_text()), words[1]
+            elif words[0].startswith("examples/"):
+                assert (ROOT / words[0]).exists(), words[0]
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        name, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), target
+        if anchor and path.suffix == ".md":
+            titles = re.findall(r"(?m)^#+ (.*)$", path.read_text())
+            slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in slugs, target
+
+
+def test_the_lines_of_a_round_stand_in_their_files() -> None:
+    found = re.findall(r'```python title="(.*?)"\n(.*?)```', (ROOT / "docs" / "one-round.md").read_text(), re.DOTALL)
+    assert len(found) >= 9
+    for name, lines in found:
+        source = {line.strip() for line in (ROOT / name).read_text().splitlines()}
+        for line in lines.splitlines():
+            assert line.strip() in source, f"{name}: {line}"
+
+
+def test_quick_blocks_run_as_they_stand(tmp_path: Path) -> None:
+    """In a folder with this Python's environment as .venv, and with docs/; the page's configs are written to files."""
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    ran = 0
+    for page in PAGES:
+        for kind, body in re.findall(r"(<!-- quick -->\n```bash|```toml)\n(.*?)```", page.read_text(), re.DOTALL):
+            if kind == "```toml":
+                name = re.match(r"# (\w+\.toml)\n", body)
+                if name is not None and page.name == "start.md":
+                    (tmp_path / name[1]).write_text(body)
+                continue
+            done = subprocess.run(["bash", "-e"], input=body, cwd=tmp_path, env=env, text=True, capture_output=True)
+            assert done.returncode == 0, f"{page.name}: {body}\n{done.stderr[-2000:]}"
+            ran += 1
+    assert ran >= 3
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason='the site is an extra: pip install "fedamole[docs]"')
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    page = (tmp_path / "site" / "reference" / "index.html").read_text()
+    assert "load_personal_model" in page
+    assert "reverse_selection" in page
+    for path in (tmp_path / "site").rglob("*.html"):
+        assert not re.search(r'(?:src|href)="https?://[^"]*\.(?:css|js|woff2?)"', path.read_text()), path
