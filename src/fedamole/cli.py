@@ -13,6 +13,9 @@ from rich.markup import escape
 
 from fedamole.deployment import commands
 from fedamole.errors import FedamoleError
+from fedamole.personal import commands as personal
+from fedamole.reporting import commands as reporting
+from fedamole.serving import commands as serving
 from fedamole.terminal import set_up
 
 if TYPE_CHECKING:
@@ -340,7 +343,9 @@ def _wide() -> Console:
     return Console(width=None if sys.stdout.isatty() else 180)
 
 
-for command in (commands.server, commands.client, commands.certs, commands.doctor):
+DEPLOYMENT = (commands.server, commands.simulate, commands.client, commands.certs, commands.doctor)
+PERSONAL = (personal.generate, personal.chat, personal.explain, personal.export, personal.adapt)
+for command in (*DEPLOYMENT, *PERSONAL, serving.serve, reporting.report):
     app.command()(command)
 
 
@@ -354,7 +359,7 @@ def main() -> None:
         console.print(text, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except SystemExit as exit_:  # what typer makes of Ctrl-C, among others
-        if exit_.code == 130 and sys.argv[1] != "server":  # which has said so itself
+        if exit_.code == 130 and sys.argv[1] in ("run", "resume", "demo", "compare"):
             again = "the same command" if sys.argv[1] == "compare" else "`fedamole resume FOLDER`"
             console.print(f"interrupted; {again} goes on from the last finished round")
         raise

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-SCRIPTS = ("assignment", "deployment", "growth", "layer", "round", "scoring", "traffic")
+SCRIPTS = ("assignment", "deployment", "growth", "layer", "round", "scoring", "serving", "traffic")
 
 
 def run(name: str, *options: str) -> str:

@@ -77,6 +77,17 @@ class Manifest:
             lines.append(f'"{key}": [\n' + ",\n".join(json.dumps(asdict(record)) for record in records) + "\n]")
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
+    def only(self, client: str) -> "Manifest":
+        """The part of one client, its splits and its source alone; DataError where there is no such client."""
+        mine = tuple(record for record in self.clients if record.client == client)
+        if not mine:
+            known = ", ".join(record.client for record in self.clients)
+            raise DataError(f"the manifest has no client {client!r}; it has {known}")
+        source = mine[0].source
+        settings = {**self.settings, "source": {source: self.settings.get("source", {}).get(source)}}
+        kept = tuple(record for record in self.sources if record.name == source)
+        return replace(self, settings=settings, sources=kept, clients=mine)
+
     @classmethod
     def from_json(cls, text: str, where: str) -> "Manifest":
         """The manifest in a text; `where` names its file in the DataError for a corrupt or foreign one."""

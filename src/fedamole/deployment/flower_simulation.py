@@ -6,7 +6,6 @@ drawn as `fedamole run` draws them, so that both ways end in the same models.
 """
 
 import functools
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedamole.config import Config, load_config
-from fedamole.data.manifest import Federation, Manifest, drawn_with, load_federation
+from fedamole.data.manifest import load_federation, read_manifest
 from fedamole.deployment.coordinator import SETTINGS, coordinate
 from fedamole.deployment.flower_link import FlowerLink, opened, sealed
 from fedamole.deployment.host import ClientSettings, Host
@@ -64,16 +63,7 @@ def prepare_simulation(config: Config, folder: Path) -> None:
     deployment = replace(config.deployment, clients=names, min_clients=min(config.deployment.min_clients, len(names)))
     prepare_folder(replace(config, deployment=deployment), folder)
     for name in names:
-        write_atomic(_partition_of(folder, name), _only(federation, name, config).to_json())
-
-
-def _only(federation: Federation, name: str, config: Config) -> Manifest:
-    """The manifest of one client, as if there were no other."""
-    whole = federation.manifest
-    (record,) = (one for one in whole.clients if one.client == name)
-    sources = tuple(one for one in whole.sources if one.name == record.source)
-    source = tuple(one for one in config.data.source if one.name == record.source)
-    return Manifest(whole.partition_seed, drawn_with(replace(config.data, source=source)), sources, (record,))
+        write_atomic(_partition_of(folder, name), federation.manifest.only(name).to_json())
 
 
 def _partition_of(folder: Path, name: str) -> Path:
@@ -82,7 +72,7 @@ def _partition_of(folder: Path, name: str) -> Path:
 
 def _settings_of(folder: Path, name: str) -> ClientSettings:
     config, manifest = load_config(folder / SERVER / SETTINGS), _partition_of(folder, name)
-    source = json.loads(manifest.read_text())["clients"][0]["source"]
+    source = read_manifest(manifest).clients[0].source
     (own,) = (one for one in config.data.source if one.name == source)
     return ClientSettings(
         own, name, str(manifest), str(folder / SITES), config.base.model, config.run.device, config.run.threads

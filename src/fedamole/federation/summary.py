@@ -27,12 +27,12 @@ def summarise(folder: RunFolder, results: Mapping[str, Mapping[str, Any]], round
             "last_mean": over_clients(last).mean,
             "clients": found["best"],
         }
-    summary = {"format": FORMAT, "method": folder.about["method"], "rounds": rounds, "rows": rows, **_costs(folder)}
+    summary = {"format": FORMAT, "method": folder.about["method"], "rounds": rounds, "rows": rows, **costs(folder)}
     write_atomic(folder.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
     return summary
 
 
-def _costs(folder: RunFolder) -> dict[str, Any]:
+def costs(folder: RunFolder) -> dict[str, Any]:
     """Bytes per round and client each way, seconds, peak memory and clients at once, from metrics.jsonl."""
     trained = [line for line in folder.lines(METRICS) if line["split"] == "train"]
     rounds = [line for line in folder.lines(METRICS) if line["split"] == "round"]

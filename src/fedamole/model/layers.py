@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedamole.model.amole import AdapterSpec, Drop, Routing, amole_linear, balance_loss
+from fedamole.model.amole import AdapterSpec, Drop, Routing, amole_linear, balance_loss, mixture_weights
 from fedamole.model.dropout import column_keys, dropped
-from fedamole.model.mixer import mixer_linear
+from fedamole.model.mixer import mixer_linear, mixer_weights
 from fedamole.model.prompt import PromptSpec, virtual_tokens
 from fedamole.model.segments import Shares, add_product, totals
 
@@ -33,6 +33,9 @@ class Tape:
     backward pass: gradient checkpointing appends to it again there."""
     embeddings: "dict[str, EmbeddingSum] | None" = None
     """Sums of router embeddings by module; None when not wanted."""
+    weights: "dict[str, Tensor] | None" = None
+    """Weights (T, n) of the domain experts for each token, by module, as the last pass had them; None when not
+    wanted."""
     gates: Tensor | None = None
     """(rows, n): weights of the experts for each token or sequence, where they are weighted by instance."""
     hidden: list[Tensor] | None = None
@@ -107,6 +110,10 @@ class BankLinear(nn.Module):
         down, up = held.parts
         if self.spec.router != "embedding":
             gates = self._gates(tokens) if self.spec.router == "instance" else None
+            if self.tape.weights is not None:
+                mixer = down[:, : down.shape[1] - up.shape[1]].to(x.dtype).transpose(1, 2)
+                experts, flat = up.shape[1] // self.spec.rank, x.reshape(tokens, -1)
+                self.tape.weights[self.name] = mixer_weights(flat, mixer, experts, shares, held.own, gates)
             return mixer_linear(x, base_out, down, up, self.spec, drop, shares, held.own, gates)
         y, routing = amole_linear(x, base_out, down, up, self.spec, drop, shares, held.absent)
         if routing is not None:
@@ -143,6 +150,8 @@ class BankLinear(nn.Module):
 
     def _collect(self, routing: Routing, shares: Shares, held: Loaded) -> None:
         tape = self.tape
+        if tape.weights is not None:
+            tape.weights[self.name] = mixture_weights(routing)[:, :-1]
         if tape.balance is not None:
             tape.balance.append(balance_loss(routing, tape.counted, shares, held.held))
         if tape.embeddings is not None:

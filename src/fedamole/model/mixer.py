@@ -34,11 +34,7 @@ def mixer_linear(
     down, up = down.to(x.dtype).transpose(1, 2), up.to(x.dtype)
     n = up.shape[1] // r
     logits = down.shape[2] - up.shape[1]
-    if logits:
-        weights = mixed(product(tokens, down[..., :logits], shares), n, None if own is None else spread(own, shares))
-    else:
-        assert gates is not None
-        weights = gates
+    weights = mixer_weights(tokens, down[..., :logits], n, shares, own, gates)
     exact = drop is not None and spec.dropout_kind == "exact"
     values = product(drop(tokens) if exact and drop is not None else tokens, down[..., logits:], shares)
     if drop is not None and not exact:
@@ -47,6 +43,16 @@ def mixer_linear(
     scaling = spec.scaling if drop is None else spec.scaling / (1 - spec.dropout)
     y = add_product(base_out.reshape(-1, up.shape[2]), values, up, shares, scaling)
     return y.view(*x.shape[:-1], up.shape[2])
+
+
+def mixer_weights(
+    tokens: Tensor, mixer: Tensor, experts: int, shares: Shares, own: Tensor | None = None, gates: Tensor | None = None
+) -> Tensor:
+    """Weights (T, n) of the experts for tokens (T, d_in), whose mixer is (C, d_in, g); `gates` where g = 0."""
+    if mixer.shape[2]:
+        return mixed(product(tokens, mixer, shares), experts, None if own is None else spread(own, shares))
+    assert gates is not None
+    return gates
 
 
 def mixed(logits: Tensor, experts: int, own: Tensor | None) -> Tensor:

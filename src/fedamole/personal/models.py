@@ -33,7 +33,9 @@ def places(path: Path, row: str | None = None) -> tuple[Place, ...]:
     `row` is one of the run's models where it has several (fedit_ft beside fedit). Raises RunError where there is none.
     """
     if (path / CONFIG).exists():
-        return (Place(path, path.resolve().parent.name, None),)
+        whole = path.resolve()
+        # In a run's folder the client's folder has the name; a copy has whatever name it was given.
+        return (Place(path, (whole.parent if whole.name.startswith("adapter") else whole).name, None),)
     if not (path / RUN).exists():
         raise RunError(f"{path}: neither a run's folder ({RUN}) nor a personal model's ({CONFIG}) is here")
     run = RunFolder.open(path)
@@ -72,16 +74,20 @@ def base_of(place: Place, device: str = "auto", base: str | None = None) -> Base
     `base` names a copy of it elsewhere than the run says. Raises BaseModelError and ConfigError.
     """
     settings = _settings_of(place.adapter) if place.run is None else load_config(place.run.path / RUN_CONFIG).base
-    if base is not None:
-        settings = replace(settings, model=base)
-    elif settings.model.startswith("/") and not Path(settings.model).exists():
-        # The bundled base lies elsewhere on another machine; whether it is the right one its identity tells.
-        settings = replace(settings, model=BUNDLED)
-    found = load_base(settings, resolve_device(device), Path.cwd())
     if not (place.adapter / IDENTITY).exists():
         raise BaseModelError(f"{place.adapter}: {IDENTITY} is missing, so nobody can tell which base it is for")
     wanted = Identity(**json.loads((place.adapter / IDENTITY).read_text()))
-    found.identity.check(wanted, f"the adapter in {place.adapter}")
+    absent = base is None and settings.model.startswith("/") and not Path(settings.model).exists()
+    # The bundled base lies elsewhere on another machine; whether it is the right one its identity tells.
+    named = BUNDLED if absent else base or settings.model
+    try:
+        found = load_base(replace(settings, model=named), resolve_device(device), Path.cwd())
+        found.identity.check(wanted, f"the adapter in {place.adapter}")
+    except BaseModelError as error:
+        if absent:
+            told = f"{settings.model}, the base of {place.adapter}, is not here: name a copy of it by --base"
+            raise BaseModelError(told) from error
+        raise
     return found
 
 
@@ -106,6 +112,8 @@ def load_personal_model(
 
     place = find(Path(path), client, row)
     found = base_of(place, device, base)
+    # Otherwise `generate` would not know where an answer ends.
+    found.model.generation_config.update(eos_token_id=found.tokenizer.eos_token_id, pad_token_id=found.pad_id)
     return PeftModel.from_pretrained(found.model, str(place.adapter)).eval(), found.tokenizer
 
 

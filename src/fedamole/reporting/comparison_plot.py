@@ -9,6 +9,8 @@ from fedamole.errors import ConfigError
 from fedamole.reporting.comparison import Result, Scenario
 
 KINDS = (".svg", ".png", ".pdf")
+LOOK = {"svg.hashsalt": "fedamole", "font.size": 9}
+"""Settings of matplotlib for every picture of this project."""
 
 
 def check_picture(path: Path) -> None:
@@ -32,16 +34,20 @@ def draw(path: Path, scenarios: Sequence[Scenario]) -> None:
     from matplotlib.figure import Figure
 
     lines = [max(2, len(found.methods)) for found in scenarios]
-    with rc_context({"svg.hashsalt": "fedamole", "font.size": 9}):
+    with rc_context(LOOK):
         height = sum(0.3 * count + 0.9 for count in lines)
         figure = Figure(figsize=(9, height), layout="constrained")
         panels = figure.subplots(len(scenarios), 2, squeeze=False, sharey="row", height_ratios=lines)
         for row, scenario in zip(panels, scenarios, strict=True):
             _panels(row, scenario)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Without a date, the same runs make the same file.
-        metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
-        figure.savefig(path, dpi=160, metadata=metadata)
+        save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a picture; without a date, so that the same runs make the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
+    figure.savefig(path, dpi=160, metadata=metadata)
 
 
 def _panels(row: Any, scenario: Scenario) -> None:

@@ -38,13 +38,13 @@ def read_run(path: Path) -> Run:
     if not folder.finished:
         raise RunError(f"{path} is not finished: {SUMMARY} is missing; `fedamole resume {path}` continues it")
     config = tomllib.loads((path / CONFIG).read_text())
-    partition = hashlib.sha256(_ground(folder)).hexdigest()
-    return Run(path, config["run"]["name"], config["run"]["seed"], partition, folder.read_json(SUMMARY))
+    return Run(path, config["run"]["name"], config["run"]["seed"], partition_of(folder), folder.read_json(SUMMARY))
 
 
-def _ground(folder: RunFolder) -> bytes:
-    """What makes two runs comparable: who has which rows, not where the files lie, and which base."""
-    return json.dumps([folder.read_json(MANIFEST)["clients"], folder.about["base"]], sort_keys=True).encode()
+def partition_of(folder: RunFolder) -> str:
+    """Hash of what makes two runs comparable: who has which rows, not where the files lie, and which base."""
+    ground = json.dumps([folder.read_json(MANIFEST)["clients"], folder.about["base"]], sort_keys=True)
+    return hashlib.sha256(ground.encode()).hexdigest()
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:

@@ -1,0 +1,286 @@
+"""A new client joins a federation that is finished: it gets a model of its own, and nothing of the run changes.
+
+With FedAMoLE, in the order of a round (algorithm: arXiv 2411.19128):
+    the client reads its embedding split with all experts of the pool in place, as it has no architecture yet;
+    its mean token embeddings join those of the other clients, and the experts choose among all of them anew;
+    of the outcome only its own column counts: where fewer experts chose it than a client must hold, those that are most
+    relevant to it are added;
+    it trains the experts it got for one round, and keeps what is better on its validation split: as sent, or trained.
+
+Where the server sends the same adapter to all (FedIT, prompts), a new client begins with that one.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import tomli_w
+import torch
+
+from fedamole.config import Config, load_config
+from fedamole.data.manifest import load_federation
+from fedamole.data.settings import SourceSettings
+from fedamole.errors import ConfigError, RunError
+from fedamole.evaluation.personal import losses_of, majority_scores, scores_of
+from fedamole.experiment import free_path, resolved, server_of
+from fedamole.federation.checkpoint import Checkpoint
+from fedamole.federation.local import DivergedError, LocalTask, embed, fit
+from fedamole.federation.loop import BASE, MAJORITY
+from fedamole.federation.method import Client, ClientInfo, Fit, Records
+from fedamole.federation.record import Nothing, PayloadError, unpack
+from fedamole.federation.run_folder import ASSIGNMENT, CONFIG, METRICS, RunFolder, write_atomic
+from fedamole.federation.summary import summarise
+from fedamole.federation.worker import ClientData, client_data
+from fedamole.methods import METHODS
+from fedamole.methods.fedamole import FedAmole, Pool, TrainedExperts
+from fedamole.model.bank import Bank
+from fedamole.model.base import BUNDLED, Identity, load_base
+from fedamole.model.params import Adapter, expert_ids
+from fedamole.model.pretrained import save_adapter
+
+ORIGIN = "adapted.json"
+"""File of the new client's folder that names the run it joined."""
+SENT, TRAINED = "as sent", "trained"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a new client begins with."""
+
+    adapter: Adapter
+    journal: list[dict[str, Any]]
+    """Lines for assignment.jsonl: the experts it holds, those that chose it first, with their relevance."""
+    chosen_by: int = 0
+    """Experts that chose it, over all modules."""
+    added: int = 0
+    """Experts that were added because too few chose it."""
+
+
+def adapt(
+    path: Path,
+    source: SourceSettings,
+    folder: Path,
+    *,
+    steps: int | None = None,
+    device: str = "auto",
+    base: str | None = None,
+    say: Say = lambda text: None,
+) -> dict[str, Any]:
+    """Let a client with the data `source`, which names it, join the finished run in `path`; return the report.
+
+    `steps` is the number of training steps; unset: those of a round. Its own run folder is `folder`/<run>-<name>, with
+    adapter, scores and a manifest; the report has its path, losses in nats per answer token and scores 0 .. 100.
+    Errors: RunError where the run is not finished or has no server state, ConfigError for a name that is taken and
+    for methods that have nothing for a new client; those of data and base.
+    """
+    run = RunFolder.open(path)
+    state, clients = final_state(run)
+    config = load_config(path / CONFIG)
+    if source.name in {client.name for client in clients}:
+        raise ConfigError(f"{source.name} is a client of {path} already: give the new one another --name")
+    if steps is not None and steps < 0:
+        raise ConfigError(f"--steps {steps}: must not be negative")
+    check_method(config)
+    target = free_path(folder / f"{config.run.name}-{source.name}")
+    config = _own_config(config, source, target, device, base)
+    say("loading data and base")
+    torch.set_num_threads(config.run.threads)
+    federation = load_federation(config.data, Path.cwd())
+    resident = load_base(config.base, torch.device(config.run.device), Path.cwd())
+    identity = Identity(**run.about["base"])
+    resident.identity.check(identity, f"the run in {path}")
+    data = client_data(federation.shards[0], resident.tokenizer, config.training.max_length)
+    bank = Bank(resident)
+
+    chosen = begin(config, bank, state, clients, data, say)
+    candidates = {SENT: chosen.adapter}
+    if steps != 0:
+        say("training")
+        candidates[TRAINED] = _trained(config, bank, chosen.adapter, data, steps)
+    say("scoring on validation")
+    validation = {BASE: _loss(config, bank, None, data)}
+    validation |= {name: _loss(config, bank, adapter, data) for name, adapter in candidates.items()}
+    best = min(candidates, key=lambda name: validation[name])
+    say("scoring on test")
+    test = {
+        BASE: _scores(config, bank, None, data),
+        MAJORITY: majority_scores(data.train.examples, data.test.examples, config.evaluation),
+        best: _scores(config, bank, candidates[best], data),
+    }
+
+    own = RunFolder.create(
+        target, tomli_w.dumps(config.tables()), federation.manifest.to_json(), config.method_name, identity, "client"
+    )
+    report = {
+        "client": source.name, "folder": str(target), "from": run.about["id"], "kept": best,
+        "chosen_by": chosen.chosen_by, "added": chosen.added, "validation": validation, "test": test,
+    }
+    save_adapter(candidates[best], own.adapter(source.name, config.method_name), resident.name, identity)
+    _log(own, source.name, config, chosen, report)
+    return report
+
+
+def final_state(run: RunFolder) -> tuple[bytes, tuple[ClientInfo, ...]]:
+    """The server's packed state after the last round and the clients it knew; nothing is touched.
+
+    Raises RunError for a run that is not finished, has no such state (a client's folder), or whose state is damaged.
+    """
+    if run.kind == "client":
+        raise RunError(f"{run.path} is one client's part of a deployment; the coordinator's folder is needed")
+    if not run.finished:
+        raise RunError(f"{run.path} is not finished: `fedamole resume {run.path}`")
+    newest = max((run.path / "checkpoints").glob("round-*.json"), default=None)
+    if newest is None:
+        raise RunError(f"{run.path} has no checkpoints/ any more, and with them the server's state is gone")
+    try:
+        checkpoint = Checkpoint(**json.loads(newest.read_text()))
+        state = newest.with_suffix(".safetensors").read_bytes()
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{newest} cannot be read ({error}): put it back from a copy") from error
+    if hashlib.sha256(state).hexdigest() != checkpoint.server_sha256:
+        raise RunError(f"{newest.with_suffix('.safetensors')} is damaged: put it back from a copy")
+    examples = checkpoint.progress["examples"]
+    return state, tuple(ClientInfo(name, examples[name]) for name in sorted(examples))
+
+
+def check_method(config: Config) -> None:
+    """Raise ConfigError for a method whose finished run has nothing for a client that comes afterwards."""
+
+    def serves(records: Records) -> bool:
+        # A pool of experts, or one adapter that all are sent, beside which clients keep nothing.
+        return records.state is Pool or (records.state is records.message and records.keep is Nothing)
+
+    if not serves(config.method.records):
+        fitting = ", ".join(name for name, known in METHODS.items() if serves(known.records))
+        raise ConfigError(
+            f"a run of {config.method_name} has nothing for a new client to begin with, as part of each client's model "
+            f"is its own; this works with runs of {fitting}"
+        )
+
+
+def _own_config(config: Config, source: SourceSettings, target: Path, device: str, base: str | None) -> Config:
+    """The run's config with the new client's own data, machine and copy of the base."""
+    model = config.base.model if base is None else base
+    if base is None and model.startswith("/") and not Path(model).exists():
+        model = BUNDLED  # which lies elsewhere on another machine; whether it is the right one its identity tells
+    config = replace(
+        config, base=replace(config.base, model=model), data=replace(config.data, source=(source,), manifest=None),
+        run=replace(config.run, device=device, group=1),
+    )
+    return resolved(config, target.resolve())
+
+
+def begin(
+    config: Config, bank: Bank, packed: bytes, clients: tuple[ClientInfo, ...], data: ClientData, say: Say
+) -> Chosen:
+    """What a new client gets of the server's last state."""
+    method, base = config.method, bank.base
+    try:
+        state = unpack(method.records.state, packed)
+    except PayloadError as error:
+        raise RunError(f"the server's state does not fit the run's method ({error})") from error
+    if isinstance(state, Pool):
+        say("reading the embedding split")
+        return _chosen_by_experts(config, bank, state, clients, data)
+    client = Client(
+        data.info, base.shapes, config.run.seed, config.federation.rounds, _no_look, _no_look, base.width,
+        base.embedding_std,
+    )
+    return Chosen(method.adapter(client, Nothing(), method.message(state, data.info)), [])
+
+
+def _no_look(*_: Any) -> NoReturn:
+    raise ConfigError("this method looks at a client's examples before it trains, which a new client does not do")
+
+
+def _chosen_by_experts(
+    config: Config, bank: Bank, state: Pool, clients: tuple[ClientInfo, ...], data: ClientData
+) -> Chosen:
+    """Let the experts choose among all clients and the new one; its bounds are those of the run.
+
+    The other clients' last embeddings stand for them. What would change for them is not looked at.
+    """
+    method, name = cast(FedAmole, config.method), data.info.name
+    pool = max(len(ids) for ids in expert_ids(state.tensors).values())
+    bank.load([Adapter(method.spec(), state.tensors)])
+    means = embed(bank, [data.embedding.pairs()], config.evaluation.batch_tokens)[0]
+    newcomer = TrainedExperts({}, {module: mean.token for module, mean in means.items()}, {})
+    bounds = method.bounds(len(clients))
+    # One client more, and not one expert: the fewest that all can hold may have become less.
+    fewest = min(bounds.min_experts, pool * bounds.expert_choices // (len(clients) + 1))
+    among = replace(
+        method, experts=pool, expert_choices=bounds.expert_choices, min_experts=fewest,
+        assignment="reverse" if method.assignment == "static" else method.assignment,
+    )
+    everybody = tuple(sorted((*clients, data.info), key=lambda client: client.name))
+    server = replace(server_of(config, bank.base, everybody), round=config.federation.rounds - 1)
+    # A reply of embeddings alone: every tensor keeps its value, and the assignment is solved with one client more.
+    after = among.aggregate(server, state, {name: newcomer})
+    column = [client.name for client in everybody].index(name)
+    journal, held, chosen_by, added = [], {}, 0, 0
+    for module, holders in after.held.items():
+        relevance = after.probabilities[module][:, column].tolist()
+        chosen = holders[name]
+        others = sorted(set(range(pool)) - set(chosen), key=lambda expert: (-relevance[expert], expert))
+        more = others[: max(0, method.min_experts - len(chosen))]
+        held[module] = {name: sorted(chosen + more)}
+        journal.append({
+            "module": module, "client": name, "experts": held[module][name],
+            "relevance": [round(relevance[expert], 6) for expert in held[module][name]],
+        })
+        chosen_by, added = chosen_by + len(chosen), added + len(more)
+    message = method.message(replace(after, held=held), data.info)
+    return Chosen(Adapter(method.spec(), message.tensors), journal, chosen_by, added)
+
+
+def _trained(config: Config, bank: Bank, adapter: Adapter, data: ClientData, steps: int | None) -> Adapter:
+    """The adapter after local training as in the round that would have come next."""
+    training, round_ = config.training, config.federation.rounds
+    if steps is not None:
+        training = replace(training, local_steps=steps, local_epochs=0)
+    rate = training.learning_rate * training.lr_decay**round_
+    task = LocalTask(data.info.name, Fit(adapter), data.train.pairs(), rate)
+    (outcome,) = fit(bank, [task], training, seed=config.run.seed, round_=round_)
+    if isinstance(outcome, DivergedError):
+        raise outcome
+    return outcome.adapter
+
+
+def _loss(config: Config, bank: Bank, adapter: Adapter | None, data: ClientData) -> float:
+    bank.load([] if adapter is None else [adapter])
+    return losses_of(bank, [data.validation.rows], config.evaluation)[0]
+
+
+def _scores(config: Config, bank: Bank, adapter: Adapter | None, data: ClientData) -> dict[str, float]:
+    bank.load([] if adapter is None else [adapter])
+    rows, settings = [data.test.rows], config.evaluation
+    return {
+        "loss": losses_of(bank, rows, settings)[0],
+        **scores_of(bank, rows, [data.test.examples], settings)[0],
+    }
+
+
+def _log(own: RunFolder, name: str, config: Config, chosen: Chosen, report: Mapping[str, Any]) -> None:
+    """Write the files that a client's folder has after a run, as docs/run-folder.md tells; the summary last."""
+    round_, row, kept = config.federation.rounds, config.method_name, report["kept"]
+    validation = report["validation"]
+    test = {row if one == kept else one: scores for one, scores in report["test"].items()}
+    rounds = {one: round_ if one == row else -1 for one in test}
+    own.append(ASSIGNMENT, ({"round": round_, **line} for line in chosen.journal))
+    own.append(METRICS, [
+        {"round": -1, "client": name, "split": "validation", "method": BASE, "loss": validation[BASE]},
+        {"round": round_, "client": name, "split": "validation", "method": row, "loss": validation[kept]},
+        *({"round": rounds[one], "client": name, "split": "test", "method": one, "which": "best", **scores}
+          for one, scores in test.items()),
+    ])
+    write_atomic(own.path / ORIGIN, json.dumps(report, indent=1) + "\n")
+    results = {}
+    for one, scores in test.items():
+        found = {name: scores}
+        results[one] = {"best_round": round_ if one == row else None, "best": found, "last": found}
+    summarise(own, results, round_ + 1)

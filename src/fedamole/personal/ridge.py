@@ -1,0 +1,77 @@
+"""The one linear map, and the one LoRA, that come nearest to what a mixture of experts does to some text.
+
+For one module with inputs x (d_in) and the mixture's outputs delta(x) (d_out) over n tokens, C = X^T X / n and
+M = C + ridge * mean(diag C) * I:
+
+    W* = argmin_W  mean |delta(x) - W x|^2 + ridge * mean(diag C) * |W|^2  =  (Delta^T X / n) M^-1
+
+and among the maps of rank r the least of the same sum is the truncated SVD of W* M^(1/2), brought back by M^(-1/2): an
+error counts by how much of it the inputs can see. Any root does; with Cholesky's M = L L^T this is
+
+    U S V^T = W* L,    B = U_r S_r^(1/2),    A = S_r^(1/2) V_r^T L^-1.
+
+Reduced-rank ridge regression: Mukherjee, Zhu, "Reduced rank ridge regression and its kernel extensions", 2011.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Moments:
+    """Sums over tokens of one module's inputs and of a mixture's outputs, in float64."""
+
+    def __init__(self, d_in: int, d_out: int, device: torch.device) -> None:
+        """Begin with no tokens."""
+        self.xx = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
+        """X^T X (d_in, d_in)."""
+        self.xy = torch.zeros(d_in, d_out, dtype=torch.float64, device=device)
+        """X^T Delta (d_in, d_out)."""
+        self.yy = torch.zeros((), dtype=torch.float64, device=device)
+        """Sum of |delta|^2."""
+        self.tokens = 0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Count T more tokens: inputs x (T, d_in), outputs y (T, d_out)."""
+        x, y = x.double(), y.double()
+        self.xx.addmm_(x.T, x)
+        self.xy.addmm_(x.T, y)
+        self.yy += y.square().sum()
+        self.tokens += len(x)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A LoRA of one module: W = B A."""
+
+    a: Tensor
+    """(r, d_in), float32 on the CPU."""
+    b: Tensor
+    """(d_out, r), float32 on the CPU."""
+    unexplained: float
+    """Share of the sum of |delta|^2 that it misses; 0 is exact, 1 is what no LoRA at all would miss."""
+
+
+def best_lora(sums: Moments, rank: int, ridge: float) -> Factors:
+    """The LoRA of rank r nearest to the outputs seen, by the formula at the top of this file.
+
+    `ridge` is relative to the mean square of the inputs' numbers, and above 0: with fewer tokens than d_in it is what
+    decides. Dimensions that neither inputs nor outputs have are filled with zeros.
+    """
+    d_in, n = len(sums.xx), max(sums.tokens, 1)
+    penalty = ridge * max(float(sums.xx.trace()) / n / d_in, torch.finfo(torch.float32).tiny)
+    root = torch.linalg.cholesky(sums.xx / n + penalty * torch.eye(d_in, dtype=torch.float64, device=sums.xx.device))
+    # W* L = Delta^T X / n L^-T, transposed.
+    weighted = torch.linalg.solve_triangular(root, sums.xy / n, upper=False)
+    u, s, v = torch.linalg.svd(weighted.T, full_matrices=False)
+    kept = min(rank, len(s))
+    b = u[:, :kept] * s[:kept].sqrt()
+    a = torch.linalg.solve_triangular(root, s[:kept].sqrt()[:, None] * v[:kept], upper=False, left=False)
+    missed = sums.yy - 2 * (b.T @ sums.xy.T * a).sum() + ((b.T @ b) * (a @ sums.xx @ a.T)).sum()
+    unexplained = float(missed.clamp(min=0) / sums.yy) if float(sums.yy) > 0 else 0.0
+    missing = rank - kept
+    return Factors(
+        F.pad(a, (0, 0, 0, missing)).float().cpu(), F.pad(b, (0, missing)).float().cpu(), unexplained
+    )

@@ -1,0 +1,264 @@
+"""The figures of a report as files for a paper: the same data, titles and colours as on the page."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedamole.errors import ConfigError, RunError
+from fedamole.reporting.comparison_plot import LOOK, save
+from fedamole.reporting.page.palette import HEAT_LIGHT, LIGHT, PLAIN_LIGHT
+
+Json = Mapping[str, Any]
+MARKS = ("o", "D", "s", "^", "v")
+DASHES = ("-", (0, (5, 2)), ":", (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
+KINDS = (".svg", ".png")
+UNITS = {"loss": "validation loss, nats per answer token", "score": "validation score, 0 to 100"}
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError or RunError where figures cannot be drawn, before anything has been computed."""
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"--figures {folder}: this is a file; name a folder")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("--figures needs `pip install matplotlib`; or leave it out") from error
+
+
+def draw_all(folder: Path, content: Json) -> list[Path]:
+    """Write every figure that the content has data for, over older ones, as SVG and PNG; return the files."""
+    from matplotlib import rc_context
+
+    written = []
+    with rc_context(LOOK):
+        for name, figure in _figures(content):
+            for kind in KINDS:
+                written.append(folder / f"{name}{kind}")
+                save(figure, written[-1])
+    return written
+
+
+def _figures(content: Json) -> Iterator[tuple[str, Any]]:
+    if "learning" in content:
+        for measure in content["learning"]["measures"]:
+            yield f"learning-{measure}", _learning(content, measure)
+    if "test" in content:
+        yield "test", _test(content)
+    if content.get("gain"):
+        yield "gain", _gain(content)
+    for run in content.get("experts", ()):
+        prefix = f"{_plain(run['label'])}-" if len(content["experts"]) > 1 else ""
+        yield f"{prefix}sizes", _sizes(content, run)
+        for module, name in enumerate(run["modules"]):
+            yield f"{prefix}experts-{_plain(name)}", _experts(content, run, module)
+    for run in content.get("routing", ()):
+        prefix = f"{_plain(run['label'])}-" if len(content["routing"]) > 1 else ""
+        for module, name in enumerate(run["modules"]):
+            yield f"{prefix}routing-{_plain(name)}", _routing(content, run, module)
+    if "data" in content:
+        yield "data", _data(content)
+    if "costs" in content:
+        yield "costs", _costs(content)
+
+
+def _plain(name: str) -> str:
+    """A name as a part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.") or "unnamed"
+
+
+def _figure(content: Json, key: str, width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(content["titles"][key][0], x=0.01, ha="left", fontweight="bold", fontsize=10)
+    return figure
+
+
+def _tidy(panel: Any, grid: str) -> None:
+    panel.grid(axis=grid, color="0.9")
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right", "left"]].set_visible(False)
+    panel.tick_params(axis="y", length=0)
+
+
+def _panels(figure: Any, down: int, across: int, shown: Sequence[Any], **shared: bool) -> list[tuple[Any, Any]]:
+    """A panel for each of what is shown, line by line; those that remain are hidden."""
+    panels = list(figure.subplots(down, across, squeeze=False, **shared).flat)
+    for panel in panels[len(shown) :]:
+        panel.set_visible(False)
+    return list(zip(panels, shown, strict=False))
+
+
+def _place(content: Json, label: str) -> int:
+    """Place of a model's colour and mark: the last model has the first of both, as on the page."""
+    models = content["models"]
+    return len(models) - 1 - models.index(label) if label in models else -1
+
+
+def _learning(content: Json, measure: str) -> Any:
+    """A panel per client that was ever scored, and one of their mean."""
+    lines = content["learning"]["lines"]
+    scored = [name for name in content["clients"]
+              if any(value is not None for line in lines for value in line["values"].get(measure, {}).get(name, []))]
+    names = ["", *scored] if len(scored) > 1 else scored
+    across = min(5, len(names))
+    down = -(-len(names) // across)
+    figure = _figure(content, "learning", 9, 1.5 * down + 0.7)
+    for place, (panel, name) in enumerate(_panels(figure, down, across, names, sharex=True)):
+        for line in lines:
+            label = content["models"][line["model"]]
+            look = _place(content, label)
+            points = [(round_, value) for round_, value in enumerate(line["values"].get(measure, {}).get(name, []))
+                      if value is not None]  # fmt: skip
+            colour, dashes = LIGHT[look % len(LIGHT)], DASHES[look % len(DASHES)]
+            panel.plot(*zip(*points, strict=True), color=colour, linestyle=dashes, linewidth=1.3, label=label)
+        panel.set_title(name or "mean", fontsize=8, loc="left")
+        panel.set_ylim(bottom=0)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        _tidy(panel, "y")
+        if place >= len(names) - across:
+            panel.tick_params(labelbottom=True)
+            panel.set_xlabel("round", fontsize=8)
+    by_label = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
+    figure.legend(by_label.values(), by_label, loc="outside lower center", ncols=6, frameon=False)
+    figure.supylabel(UNITS[measure], fontsize=9)
+    return figure
+
+
+def _test(content: Json) -> Any:
+    """A line per client, a mark per method."""
+    clients, marks = content["test"]["clients"], content["test"]["marks"]
+    figure = _figure(content, "test", 7, 0.24 * len(clients) + 1.3)
+    panel = figure.subplots()
+    for label, by_client in marks.items():
+        place = _place(content, label)
+        colour = PLAIN_LIGHT if place < 0 else LIGHT[place % len(LIGHT)]
+        form = MARKS[place % len(MARKS)] if place >= 0 else "+" if label != next(iter(marks)) else "o"
+        look = {"markerfacecolor": "white"} if place < 0 else {}
+        panel.plot(
+            [by_client[name] for name in clients], range(len(clients)), form, color=colour, label=label,
+            markersize=5, linestyle="none", **look,
+        )  # fmt: skip
+    panel.set_yticks(range(len(clients)), clients)
+    panel.invert_yaxis()
+    panel.set_xlim(-2, 102)
+    panel.set_xlabel("test score, 0 to 100")
+    _tidy(panel, "both")
+    figure.legend(loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+def _gain(content: Json) -> Any:
+    """A panel of bars per other method, for the last model."""
+    found, clients = content["gain"][-1], content["test"]["clients"]
+    columns = found["columns"]
+    across = min(5, len(columns))
+    down = -(-len(columns) // across)
+    figure = _figure(content, "gain", 1.6 * across + 1.5, (0.2 * len(clients) + 0.6) * down + 0.6)
+    for panel, column in _panels(figure, down, across, columns, sharex=True, sharey=True):
+        values = [column["clients"].get(name, 0.0) for name in clients]
+        panel.barh(range(len(clients)), values, color=[LIGHT[0] if value >= 0 else LIGHT[1] for value in values])
+        panel.axvline(0, color="0.4", linewidth=0.8)
+        panel.set_title(f"over {column['other']}: {column['mean']:+.1f}", fontsize=8, loc="left")
+        panel.set_yticks(range(len(clients)), clients)
+        _tidy(panel, "x")
+    figure.axes[0].invert_yaxis()
+    figure.supxlabel(f"points of test score that {found['reference']} gains", fontsize=9)
+    return figure
+
+
+def _map(figure: Any, lines: Sequence[str], columns: Sequence[str], values: Any, say: str) -> None:
+    """A heat map; NaN is left blank."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    panel = figure.subplots()
+    colours = LinearSegmentedColormap.from_list("fedamole", HEAT_LIGHT)
+    drawn = panel.imshow(values, cmap=colours, aspect="auto", interpolation="nearest")
+    every = -(-len(columns) // 40)
+    long = max(map(len, columns)) > 3
+    panel.set_xticks(range(0, len(columns), every), columns[::every], rotation=90 if long else 0, fontsize=7)
+    panel.set_yticks(range(len(lines)), lines, fontsize=8)
+    panel.tick_params(length=0)
+    panel.set_xticks([place - 0.5 for place in range(1, len(columns))], minor=True)
+    panel.set_yticks([place - 0.5 for place in range(1, len(lines))], minor=True)
+    panel.grid(which="minor", color="white", linewidth=1)
+    panel.tick_params(which="minor", length=0)
+    panel.spines[:].set_color("0.85")
+    figure.colorbar(drawn, ax=panel, label=say, pad=0.01).outline.set_visible(False)
+
+
+def _size(lines: int, columns: int) -> tuple[float, float]:
+    return min(12.0, 0.24 * columns + 3), 0.2 * lines + 1.5
+
+
+def _experts(content: Json, run: Json, module: int) -> Any:
+    """Who holds which expert of one module, in the last round."""
+    import numpy as np
+
+    clients = content["clients"]
+    values = np.full((len(clients), run["experts"]), np.nan)
+    for client, flat in enumerate(run["held"][-1][module]):
+        values[client, flat[::2]] = np.array(flat[1::2]) / 10_000
+    figure = _figure(content, "experts", *_size(*values.shape))
+    _map(figure, clients, [str(expert) for expert in range(run["experts"])], values, "relevance P")
+    figure.supxlabel(f"expert in {run['modules'][module]}, round {run['rounds'][-1]}", fontsize=9)
+    return figure
+
+
+def _sizes(content: Json, run: Json) -> Any:
+    """How many experts each client holds in each module, in the last round."""
+    import numpy as np
+
+    values = np.array([[len(flat) / 2 for flat in found] for found in run["held"][-1]]).T
+    figure = _figure(content, "sizes", *_size(len(content["clients"]), len(run["modules"])))
+    _map(figure, content["clients"], run["modules"], values, "experts")
+    return figure
+
+
+def _routing(content: Json, run: Json, module: int) -> Any:
+    """Shares of the tokens that go to each expert of one module."""
+    import numpy as np
+
+    shares = run["shares"][module]
+    found = [shares.get(name, {}) for name in run["clients"]]
+    values = np.array([[one.get(expert, np.nan) for expert in run["experts"]] for one in found])
+    figure = _figure(content, "routing", *_size(*values.shape))
+    _map(figure, run["clients"], run["experts"], values, "share of the words")
+    figure.supxlabel(f"expert in {run['modules'][module]}", fontsize=9)
+    return figure
+
+
+def _data(content: Json) -> Any:
+    """A bar per client, a piece per split."""
+    lines = content["data"]["lines"]
+    figure = _figure(content, "data", 7, 0.24 * len(lines) + 1.2)
+    panel = figure.subplots()
+    start = [0.0] * len(lines)
+    for place, split in enumerate(content["data"]["splits"]):
+        counts = [counts[place] for *_, counts in lines]
+        panel.barh(range(len(lines)), counts, left=start, color=LIGHT[(0, 3, 2, 4)[place]], label=split, height=0.7)
+        start = [before + count for before, count in zip(start, counts, strict=True)]
+    panel.set_yticks(range(len(lines)), [name for name, *_ in lines])
+    panel.invert_yaxis()
+    panel.set_xlabel("examples")
+    _tidy(panel, "x")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _costs(content: Json) -> Any:
+    """A panel per kind of cost, a bar per method."""
+    columns, lines = content["costs"]["columns"], content["costs"]["lines"]
+    figure = _figure(content, "costs", 2 * len(columns) + 1, 0.3 * len(lines) + 1)
+    panels = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
+    for place, (panel, title) in enumerate(zip(panels, columns, strict=True)):
+        values = [values[place] for _, values, _ in lines]
+        bars = panel.barh(range(len(lines)), values, color=LIGHT[0], height=0.6)
+        panel.bar_label(bars, [texts[place] for *_, texts in lines], padding=2, fontsize=7)
+        panel.margins(x=0.25)
+        panel.set_title(title, fontsize=7, loc="left")
+        panel.set_yticks(range(len(lines)), [label for label, *_ in lines])
+        _tidy(panel, "x")
+    panels[0].invert_yaxis()
+    return figure

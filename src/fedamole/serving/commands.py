@@ -1,0 +1,126 @@
+"""The command that serves personal models. Nothing heavy is imported before it is used."""
+
+import contextlib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from fedamole.personal.commands import BaseName, Device, Row, RunPath
+
+if TYPE_CHECKING:
+    from fedamole.personal.models import Place
+
+
+def serve(
+    run: RunPath,
+    host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own needs --keys.")]
+    = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: one that is free.")] = 8000,
+    client: Annotated[list[str] | None, typer.Option(help="Serve this client's model alone; may be repeated.")] = None,
+    keys: Annotated[Path | None, typer.Option(help="File made by --make-keys: a key opens its client's model.")] = None,
+    make_keys: Annotated[
+        Path | None, typer.Option(help="Make a key for each client that has none in this file, show them, and end.")
+    ] = None,
+    certs: Annotated[Path | None, typer.Option(help="Folder made by `fedamole certs`: answer over TLS.")] = None,
+    row: Row = None,
+    base: BaseName = None,
+    device: Device = "auto",
+    threads: Annotated[int, typer.Option(help="PyTorch's threads on a CPU; 0: its own choice.")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="Most requests answered at once.")] = 32,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens remembered at once; left out: evaluation.batch_tokens.")
+    ] = None,
+    longest: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens, whatever a request asks.")] = 1024,
+    waiting: Annotated[int, typer.Option(min=1, help="Most requests of one client that wait.")] = 64,
+) -> None:
+    """Serve the personal models of all clients of a finished run over OpenAI's interface, from one base.
+
+    The client is chosen by `model`. Requests of different clients are answered in one batch, each by its own model.
+    Ctrl-C ends it.
+    """
+    for package in ("fastapi", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            from fedamole.errors import FedamoleError
+
+            raise FedamoleError(f'serving needs {package}, which is not here: pip install "fedamole[serve]"')
+    import torch
+
+    from fedamole.config import load_config
+    from fedamole.evaluation.personal import EvaluationSettings
+    from fedamole.federation.run_folder import CONFIG
+    from fedamole.personal.generate import layout_of
+    from fedamole.personal.models import open_bank
+    from fedamole.serving.engine import Engine, Limits
+    from fedamole.serving.keys import read_keys
+    from fedamole.serving.models import alike
+    from fedamole.serving.server import Offer, Server, Service, listen
+
+    found = _chosen(run, client, row)
+    names = tuple(place.client for place in found)
+    if make_keys is not None:
+        _show_new_keys(make_keys, names)
+        return
+    _check_door(host, keys, certs)
+    known = None if keys is None else read_keys(keys)
+    evaluation = EvaluationSettings()
+    if (folder := found[0].run) is not None:
+        evaluation = load_config(folder.path / CONFIG).evaluation
+    door = listen(host, port)
+    if threads:
+        torch.set_num_threads(threads)
+    bank, adapters = open_bank(found, device, base)
+    limits = Limits(rows, tokens or evaluation.batch_tokens, longest, waiting)
+    engine = Engine(bank, alike(adapters, names), limits)
+    created = int(found[0].adapter.stat().st_mtime)
+    offer = Offer(names, created, evaluation.max_new_tokens, tuple(map(layout_of, found)), known)
+    server = Server(Service(engine, offer), certs)
+    engine.start()
+    name = f"[{host}]" if ":" in host else host
+    address = f"{'http' if certs is None else 'https'}://{name}:{door.getsockname()[1]}/v1"
+    console = Console(stderr=True)
+    text = f"{len(names)} models on {address}: {', '.join(names)}"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how a server ends; by then everything is closed
+        server.run([door])
+    console.print("stopped")
+
+
+def _chosen(run: Path, clients: list[str] | None, row: str | None) -> "tuple[Place, ...]":
+    from fedamole.personal.models import find, places
+
+    if not clients:
+        return places(run, row)
+    return tuple(find(run, client, row) for client in dict.fromkeys(clients))
+
+
+def _show_new_keys(path: Path, clients: tuple[str, ...]) -> None:
+    """The new keys on standard output, a line each; they are shown this once."""
+    from fedamole.serving.keys import make_keys
+
+    made = make_keys(path, clients)
+    for client, key in made.items():
+        typer.echo(f"{client} {key}")
+    kept = len(clients) - len(made)
+    text = f"{path}: {len(made)} new keys, {kept} kept; hand each client its own, they are not shown again"
+    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _check_door(host: str, keys: Path | None, certs: Path | None) -> None:
+    """Refuse what would let strangers in, and say what would let them listen."""
+    from fedamole.errors import ConfigError
+    from fedamole.serving.server import is_loopback
+
+    if certs is not None:
+        for name in ("server.crt", "server.key"):
+            if not (certs / name).exists():
+                raise ConfigError(f"--certs {certs}: {name} is missing; `fedamole certs --folder {certs}` makes it")
+    if is_loopback(host):
+        return
+    if keys is None:
+        raise ConfigError(f"--host {host} lets others in, so keys are needed: --make-keys FILE, then --keys FILE")
+    if certs is None:
+        text = "without --certs keys and texts cross the network in the clear; put a proxy with TLS before this server"
+        Console(stderr=True).print(f"[yellow]warning:[/] {text}", highlight=False, soft_wrap=True)

@@ -1,0 +1,215 @@
+"""OpenAI's interface as data: what a request may hold, and the shapes of answers, pieces and errors.
+
+What this server does not do is refused by name; fields that change nothing here are read over.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedamole.data.layouts import conversation_prompt
+from fedamole.errors import FedamoleError
+
+IGNORED = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"})
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "best_of": (1,), "echo": (False,), "frequency_penalty": (0,), "functions": ([],), "logit_bias": ({},),
+    "logprobs": (False,), "modalities": (["text"],), "n": (1,), "parallel_tool_calls": (True, False),
+    "presence_penalty": (0,), "response_format": ({"type": "text"},), "suffix": ("",), "tool_choice": ("none",),
+    "tools": ([],), "top_logprobs": (0,),
+}  # fmt: skip
+"""Fields of OpenAI's that are taken with these values (or null) alone, because they then ask for nothing."""
+KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+
+Json = dict[str, Any]
+B = TypeVar("B", bound="Body")
+
+
+class RefusedError(FedamoleError):
+    """A request that gets an error instead of an answer."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
+        """Keep the HTTP status, and `code` and `param` as OpenAI uses them."""
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+
+    def as_json(self) -> Json:
+        """The error in OpenAI's shape."""
+        kind = KINDS.get(self.status, "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+class StreamOptions(BaseModel):
+    """How an answer in pieces ends."""
+
+    model_config = ConfigDict(extra="ignore")
+    include_usage: bool | None = None
+
+
+class Body(BaseModel):
+    """What both kinds of request have in common."""
+
+    model_config = ConfigDict(extra="allow")
+    model: str
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def longest(self) -> int | None:
+        """Most tokens of the answer, where it is said."""
+        return self.max_tokens
+
+    def text(self) -> str:
+        """The prompt as the model reads it."""
+        raise NotImplementedError
+
+
+class Completion(Body):
+    """A prompt to go on with, as it stands; or a row of columns, this server's own, for the client's template."""
+
+    prompt: str | list[str] = ""
+    row: dict[str, str | float | bool | None] | None = None
+
+    def text(self) -> str:
+        """The prompt itself."""
+        if self.row and self.prompt:
+            raise RefusedError(400, "row: give it or a prompt, not both", "invalid_value", "row")
+        if isinstance(self.prompt, str):
+            return self.prompt
+        if len(self.prompt) != 1:
+            raise RefusedError(400, "prompt: one text; send a request for each", "unsupported_value", "prompt")
+        return self.prompt[0]
+
+
+class Part(BaseModel):
+    """A piece of a message's content; only text is known."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A turn of a conversation; whatever else it has is empty."""
+
+    model_config = ConfigDict(extra="ignore")
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+
+
+class Chat(Body):
+    """A conversation that the assistant is to go on with."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def longest(self) -> int | None:
+        """Most tokens of the answer, by its new name or its old one."""
+        return self.max_completion_tokens or self.max_tokens
+
+    def text(self) -> str:
+        """The conversation in the layout of training rows with `messages`."""
+        turns = []
+        for message in self.messages:
+            content = message.content if isinstance(message.content, str) else "".join(p.text for p in message.content)
+            turns.append(("system" if message.role == "developer" else message.role, content))
+        return conversation_prompt(turns)
+
+
+def read(kind: type[B], content: bytes) -> B:
+    """Read a request's body. What it may not hold is a RefusedError, which repeats names of fields but no text."""
+    try:
+        body = kind.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        what = f"{where}: {first['msg']}" if where else "the body is no JSON object"
+        raise RefusedError(400, what, "invalid_value", where or None) from None
+    for name, value in (body.model_extra or {}).items():
+        if value is None or name in IGNORED or any(_same(value, neutral) for neutral in NEUTRAL.get(name, ())):
+            continue
+        if name in NEUTRAL:
+            raise RefusedError(400, f"{name}: not supported here; leave it out", "unsupported_value", name)
+        raise RefusedError(400, f"{name[:64]}: no such field here; leave it out", "unknown_parameter", name[:64])
+    if len(body.stops) > 4 or not all(body.stops):
+        raise RefusedError(400, "stop: at most four texts, none of them empty", "invalid_value", "stop")
+    return body
+
+
+def _same(value: object, neutral: object) -> bool:
+    """Whether two values are equal as JSON, where 0 is not false."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def models(names: Sequence[str], created: int) -> Json:
+    """The list of models."""
+    return {"object": "list", "data": [model(name, created) for name in names]}
+
+
+def model(name: str, created: int) -> Json:
+    """One model of the list."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "fedamole"}
+
+
+def usage(prompt: int, answer: int) -> dict[str, int]:
+    """Tokens read and written; neither virtual tokens nor the end-of-text token are counted."""
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+class Shape:
+    """The answer to one request, whole or in pieces; all of one answer have the same id and time."""
+
+    def __init__(self, body: Body, number: str) -> None:
+        """Take what the request asked for, and a `number` that no other answer has."""
+        self.chat = isinstance(body, Chat)
+        self.head = {
+            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{number}", "created": int(time.time()), "model": body.model,
+        }
+        options = body.stream_options
+        self.with_usage = bool(options and options.include_usage)
+
+    def whole(self, text: str, finish: str, counts: dict[str, int]) -> Json:
+        """The answer in one."""
+        said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {**self.head, "object": kind, "choices": [self._choice(said, finish)], "usage": counts}
+
+    def first(self) -> list[str]:
+        """What comes before the first piece."""
+        return [self._event([self._choice({"delta": {"role": "assistant", "content": ""}}, None)])] if self.chat else []
+
+    def piece(self, text: str) -> str:
+        """More of the answer."""
+        return self._event([self._choice({"delta": {"content": text}} if self.chat else {"text": text}, None)])
+
+    def last(self, finish: str, counts: dict[str, int]) -> list[str]:
+        """What comes after the last piece."""
+        ends = [self._event([self._choice({"delta": {}} if self.chat else {"text": ""}, finish)])]
+        if self.with_usage:
+            ends.append(self._event([], counts))
+        return [*ends, "data: [DONE]\n\n"]
+
+    def _choice(self, said: Json, finish: str | None) -> Json:
+        return {"index": 0, **said, "logprobs": None, "finish_reason": finish}
+
+    def _event(self, choices: list[Json], counts: dict[str, int] | None = None) -> str:
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        more = {"usage": counts} if self.with_usage else {}
+        return event({**self.head, "object": kind, "choices": choices, **more})
+
+
+def event(content: Json) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(content)}\n\n"

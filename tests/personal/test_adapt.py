@@ -1,0 +1,192 @@
+"""A new client of a finished federation: the experts choose it, it gets a model, and the run stays to the byte."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedamole.assignment.relevance import choice_probabilities
+from fedamole.assignment.reverse_selection import Bounds, select
+from fedamole.data.examples import SPLITS
+from fedamole.federation.local import embed
+from fedamole.federation.record import unpack
+from fedamole.federation.run_folder import RunFolder
+from fedamole.federation.worker import client_data
+from fedamole.methods.fedamole import Pool
+from fedamole.model.bank import Bank
+from fedamole.model.params import Adapter, expert_ids, expert_keys
+from fedamole.model.pretrained import load_adapter
+from fedamole.personal.adapt import final_state
+from fedamole.personal.models import base_of, find, places
+
+NEW = "dusk"
+
+
+@pytest.fixture
+def rows(tiny: Path, tmp_path: Path) -> Path:
+    """Data like those of the client mood, with other words."""
+    table = [json.loads(line) for line in (tiny / "mood.jsonl").read_text().splitlines()]
+    for row in table:
+        row["text"] = row["text"].replace("day", "night")
+    path = tmp_path / f"{NEW}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in table))
+    return path
+
+
+def content(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def joined(fedamole: Any, run: Path, rows: Path, *words: str) -> dict[str, Any]:
+    result = fedamole("adapt", run, "--data", rows, "--folder", "out", "--json", *words)
+    assert result.code == 0, result.err
+    report: dict[str, Any] = json.loads(result.out)
+    return report
+
+
+def new_adapter(report: dict[str, Any]) -> Adapter:
+    return load_adapter(find(Path(report["folder"]), report["client"]).adapter)
+
+
+def test_the_run_stays_as_it_is_and_the_new_folder_is_one_like_any_other(
+    runs: Any, rows: Path, tmp_path: Path, fedamole: Any
+) -> None:
+    run = runs("fedamole")
+    before = content(run)
+    report = joined(fedamole, run, rows)
+    assert content(run) == before
+    folder = Path(report["folder"])
+    assert folder == Path("out") / f"fedamole-{NEW}"
+    assert report["validation"][report["kept"]] == min(report["validation"][one] for one in ("as sent", "trained"))
+    assert set(report["test"]) == {"base", "majority", report["kept"]}
+    assert json.loads((folder / "adapted.json").read_text()) == report
+    opened = RunFolder.open(folder)
+    assert (opened.kind, opened.finished) == ("client", True)
+    assert opened.about["base"] == RunFolder.open(run).about["base"]
+    assert opened.about["id"] != report["from"] == RunFolder.open(run).about["id"]
+    assert [place.client for place in places(folder)] == [NEW]
+    shown = json.loads(fedamole("show", folder, "--json").out)
+    assert f'"{NEW}"' in json.dumps(shown)
+    everything = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert b"night" not in everything, "no row of the data is in the folder"
+    again = joined(fedamole, run, rows)
+    assert again == {**report, "folder": f"{folder}-2"}
+    assert fedamole("export", folder, "--out", "lora", "--force").code == 0
+
+
+def test_the_experts_choose_among_all_clients(runs: Any, rows: Path, fedamole: Any) -> None:
+    """Worked out once more from the pool: its embeddings, P over five clients, and the optimum of each module."""
+    from fedamole.config import load_config
+    from fedamole.data.manifest import load_federation, read_manifest
+
+    run = runs("fedamole")
+    report = joined(fedamole, run, rows, "--steps", "0")
+    assert report["kept"] == "as sent"
+    assert "trained" not in report["validation"]
+    state = unpack(Pool, final_state(RunFolder.open(run))[0])
+    folder = Path(report["folder"])
+    config = load_config(folder / "config.toml")
+    shard = load_federation(config.data, Path.cwd(), read_manifest(folder / "manifest.json")).shards[0]
+    assert [len(getattr(shard, split)) > 0 for split in SPLITS] == [True] * 4
+    bank = Bank(base_of(find(folder, NEW), "cpu"))
+    bank.load([Adapter(config.method.spec(), state.tensors)])
+    data = client_data(shard, bank.base.tokenizer, config.training.max_length)
+    (means,) = embed(bank, [data.embedding.pairs()], 8192)
+    names = sorted((*next(iter(state.held.values())), NEW))
+    experts = [f"expert-{expert:02d}" for expert in range(12)]
+    found = new_adapter(report)
+    lines = {line["module"]: line for line in RunFolder.open(folder).lines("assignment.jsonl")}
+    assert set(lines) == set(bank.base.shapes)
+    for module in bank.base.shapes:
+        client = {**{name: state.client_embeddings.get(f"{module}/{name}") for name in names}, NEW: means[module].token}
+        t = torch.stack([client[name] for name in names])
+        e = torch.stack([state.expert_embeddings[f"{module}/{expert}"] for expert in experts])
+        P = choice_probabilities((e.double() @ t.double().T / np.sqrt(2)).numpy())
+        X = select(P, Bounds(2, 2, 8), expert_ids=experts, client_ids=names)
+        wanted = np.flatnonzero(X[:, names.index(NEW)]).tolist()
+        assert expert_ids(found.tensors)[module] == wanted == lines[module]["experts"]
+        column = P[wanted, names.index(NEW)]
+        assert lines[module]["relevance"] == pytest.approx(column.tolist(), abs=1e-6)
+        for expert in wanted:
+            for key in expert_keys(module, expert):
+                assert torch.equal(found.tensors[key], state.tensors[key]), "as the federation left it"
+
+
+def test_what_no_expert_chooses_is_filled_up_by_relevance(runs: Any, rows: Path, fedamole: Any) -> None:
+    """8 experts x 1 choice = 2 each for 4 clients: a fifth can be promised 1, and gets the next most relevant."""
+    run = runs("fedamole", "federation.rounds=1", "method.experts=8", "method.expert_choices=1")
+    report = joined(fedamole, run, rows, "--steps", "0")
+    modules = [len(ids) for ids in expert_ids(new_adapter(report).tensors).values()]
+    assert min(modules) >= 2
+    assert report["chosen_by"] + report["added"] == sum(modules)
+    assert report["added"] > 0
+
+
+def test_training_goes_on_from_what_was_sent(runs: Any, rows: Path, fedamole: Any) -> None:
+    run = runs("fedamole")
+    report = joined(fedamole, run, rows, "--steps", "30")
+    assert report["kept"] == "trained"
+    assert report["validation"]["trained"] < report["validation"]["as sent"]
+    sent = joined(fedamole, run, rows, "--steps", "0")
+    assert sent["validation"]["as sent"] == report["validation"]["as sent"]
+    assert set(new_adapter(sent).tensors) == set(new_adapter(report).tensors)
+
+
+@pytest.mark.parametrize("method", ["fedit", "fedprompt"])
+def test_one_adapter_for_all_is_the_new_ones_too(method: str, runs: Any, rows: Path, fedamole: Any) -> None:
+    run = runs(method)
+    before = content(run)
+    report = joined(fedamole, run, rows, "--steps", "0")
+    assert content(run) == before
+    state = unpack(load_method(run).records.state, final_state(RunFolder.open(run))[0])
+    tensors = new_adapter(report).tensors
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
+        name: tensor.tolist() for name, tensor in state.tensors.items()
+    }
+
+
+def load_method(run: Path) -> Any:
+    from fedamole.config import load_config
+
+    return load_config(run / "config.toml").method
+
+
+def test_a_method_with_nothing_for_a_new_client(runs: Any, rows: Path, tmp_path: Path, fedamole: Any) -> None:
+    result = fedamole("adapt", runs("local_only", "federation.rounds=1"), "--data", rows, "--folder", "out")
+    assert result.code == 2
+    assert "fedamole, " in result.line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [(["--name", "mood"], 2, "already"), (["--name", "a b"], 2, "letters"), (["--steps", "-1"], 2, "--steps"),
+     (["--column", "text"], 2, "new=old"), (["--test", "nowhere.jsonl"], 3, "no file")],
+)  # fmt: skip
+def test_a_mistake_leaves_nothing_behind(
+    words: Sequence[str], code: int, told: str, runs: Any, rows: Path, tmp_path: Path, fedamole: Any
+) -> None:
+    result = fedamole("adapt", runs("fedamole"), "--data", rows, "--folder", "out", *words)
+    assert (result.code, told in result.line) == (code, True), result.line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_its_last_state(runs: Any, rows: Path, tmp_path: Path, fedamole: Any) -> None:
+    def told(change: Any) -> str:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(runs("fedamole"), tmp_path / "run")
+        change(tmp_path / "run")
+        result = fedamole("adapt", "run", "--data", rows, "--folder", "out")
+        assert result.code == 5, result.err
+        line: str = result.line
+        return line
+
+    state = max((runs("fedamole") / "checkpoints").glob("*.safetensors")).name
+    assert "not finished" in told(lambda run: (run / "summary.json").unlink())
+    assert "no checkpoints" in told(lambda run: shutil.rmtree(run / "checkpoints"))
+    assert "damaged" in told(lambda run: (run / "checkpoints" / state).write_bytes(b"something else"))

@@ -1,0 +1,147 @@
+"""A conversation: laid out as in training, remembered while there is room, and ended cleanly."""
+
+import io
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedamole.data.layouts import conversation_prompt
+from fedamole.errors import DataError
+from fedamole.evaluation.generation import generate_answers
+from fedamole.model.bank import Bank
+from fedamole.personal.chat import Chat, converse
+from fedamole.personal.generate import as_it_is, ids_of
+from fedamole.personal.models import find, open_bank
+from tests.conftest import heeding_interrupts
+
+
+def loaded(run: Path, client: str = "chat") -> Bank:
+    bank, adapters = open_bank([find(run, client)], "cpu")
+    bank.load(adapters)
+    return bank
+
+
+@pytest.fixture(scope="module")
+def bank(runs: Any) -> Bank:
+    return loaded(runs("fedamole"))
+
+
+def answer(bank: Bank, turns: list[tuple[str, str]], tokens: int) -> str:
+    """What evaluation generates after these turns."""
+    ids = ids_of(as_it_is(conversation_prompt(turns)), bank.base.tokenizer)
+    return generate_answers(bank, [[ids]], tokens, 8192)[0][0]
+
+
+@pytest.mark.parametrize("method", ["fedamole", "feddpa", "fedprompt"])
+def test_answers_are_those_of_evaluation(method: str, runs: Any) -> None:
+    """The first long enough for FedDPA's weights by instance to decide some of its words; then two in a row."""
+    bank, said = loaded(runs(method), "entail"), list[str]()
+    Chat(bank, 16).answer("the last pie is bad, says Gus", said.append)
+    assert "".join(said).strip() == answer(bank, [("user", "the last pie is bad, says Gus")], 16)
+    chat = Chat(bank, 4, "Be brief.")
+    chat.answer("who?", lambda _: None)
+    chat.answer("and now?", lambda _: None)
+    turns = [("system", "Be brief."), ("user", "who?")]
+    for text in ("and now?", ""):
+        turns += [("assistant", answer(bank, turns, 4)), ("user", text)]
+    assert chat.turns == turns[1:-1]
+
+
+def test_an_answer_comes_in_words(bank: Bank) -> None:
+    said: list[str] = []
+    Chat(bank, 24).answer("day 3: who has a blue hat?", said.append)
+    assert len(said) > 1
+    assert said[0] == said[0].lstrip()
+
+
+def test_the_oldest_turns_are_forgotten(bank: Bank) -> None:
+    """128 positions: three turns fit beside an answer of 4 tokens, later ones push the first out; never the system."""
+    chat, forgotten = Chat(bank, 4, "Be kind."), 0
+    for number in range(8):
+        forgotten += chat.answer(f"day {number}: who?", lambda _: None)
+        told = conversation_prompt([("system", "Be kind."), *chat.turns[:-1]])
+        assert len(ids_of(as_it_is(told), bank.base.tokenizer)) <= 124
+        assert chat.turns[0][0] == "user"
+        assert chat.turns[-2] == ("user", f"day {number}: who?")
+    assert forgotten > 0
+    assert len(chat.turns) == 16 - forgotten
+
+
+def test_a_message_that_is_too_long(bank: Bank) -> None:
+    chat = Chat(bank, 4)
+    chat.answer("who?", lambda _: None)
+    before = list(chat.turns)
+    with pytest.raises(DataError, match=r"tokens with its layout, and there is room for 124: shorten it"):
+        chat.answer("a blue hat " * 90, lambda _: None)
+    assert chat.turns == before
+
+
+def test_new_begins_anew_and_quit_ends(bank: Bank) -> None:
+    chat, said, noted = Chat(bank, 4), list[str](), list[str]()
+    words: Iterator[str] = iter(["who?", "", "/new", "who?", "x" * 400, "/quit", "never"])
+    converse(chat, lambda: next(words), said.append, noted.append)
+    first, second = "".join(said).splitlines()
+    assert first == second
+    assert noted[0] == "a new conversation"
+    assert "shorten it" in noted[1]
+    assert next(words) == "never"
+
+
+@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
+def test_the_end_of_the_input_and_an_interrupt_end_it(end: type[BaseException], bank: Bank) -> None:
+    def ask() -> str:
+        raise end
+
+    converse(Chat(bank, 4), ask, lambda _: None, lambda _: None)
+
+
+def test_an_interrupt_ends_an_answer(bank: Bank) -> None:
+    def say(text: str) -> None:
+        raise KeyboardInterrupt
+
+    chat = Chat(bank, 24)
+    converse(chat, lambda: "day 3: who has a blue hat?", say, lambda _: None)
+    assert chat.turns == []
+
+
+def test_through_a_pipe(fedamole: Any, runs: Any, bank: Bank, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("who?\n\nand now?\n"))
+    result = fedamole("chat", runs("fedamole"), "--client", "chat")
+    assert result.code == 0, result.err
+    first = answer(bank, [("user", "who?")], 4)
+    second = answer(bank, [("user", "who?"), ("assistant", first), ("user", "and now?")], 4)
+    assert [line.strip() for line in result.out.splitlines()] == [first, second]
+
+
+def test_an_interrupt_on_a_terminal(runs: Any) -> None:
+    """The command on a terminal of its own, interrupted when it asks the user."""
+    outer, inner = pty.openpty()
+    words = [sys.executable, "-m", "fedamole.cli", "chat", str(runs("fedamole")), "--client", "chat"]
+    process = subprocess.Popen(
+        words, stdin=inner, stdout=inner, stderr=inner, start_new_session=True, preexec_fn=heeding_interrupts
+    )
+    os.close(inner)
+    screen, asked = b"", False
+    try:
+        while select.select([outer], [], [], 60)[0]:
+            try:
+                screen += os.read(outer, 4096)
+            except OSError:  # the terminal is closed with the process
+                break
+            if b"you>" in screen and not asked:
+                asked = True
+                process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 0, screen
+    finally:
+        process.kill()
+        os.close(outer)
+    assert b"chat's model" in screen
+    assert b"Traceback" not in screen

@@ -1,0 +1,196 @@
+"""Answers of a personal model: those that evaluation would generate, to prompts as training made them."""
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedamole.data.layouts import conversation_prompt
+from fedamole.data.manifest import load_federation
+from fedamole.data.tokens import tokenise
+from fedamole.errors import ConfigError, DataError
+from fedamole.evaluation.generation import generate_answers
+from fedamole.personal.generate import Layout, answers, as_it_is, layout_of, lines, read_prompts, rendered
+from fedamole.personal.models import find, open_bank
+
+PROMPTS = ("Ann has a red cup on day 3 ->\n", "Bob has two pens on day 7 ->\n")
+
+
+def wanted(run: Path, client: str, prompts: tuple[str, ...] = PROMPTS, tokens: int = 4) -> list[str]:
+    """What evaluation generates, under this client's adapter alone."""
+    bank, adapters = open_bank([find(run, client)], "cpu")
+    bank.load(adapters)
+    ids = [row.prompt for row in tokenise([as_it_is(text) for text in prompts], bank.base.tokenizer, 1000).rows]
+    return generate_answers(bank, [ids], tokens, 8192)[0]
+
+
+def records(result: Any) -> list[dict[str, str]]:
+    assert result.code == 0, result.err
+    return [json.loads(line) for line in result.out.splitlines()]
+
+
+@pytest.fixture
+def piped(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    return lambda text: monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+
+@pytest.mark.parametrize("method", ["fedamole", "fedprompt"])
+def test_prompts_on_the_command_line(method: str, fedamole: Any, runs: Any) -> None:
+    run = runs(method)
+    result = fedamole("generate", run, *PROMPTS, "--client", "plain")
+    assert result.code == 0, result.err
+    assert result.out == "".join(f"{answer}\n" for answer in wanted(run, "plain"))
+    found = records(fedamole("generate", run, *PROMPTS, "--client", "plain", "--json"))
+    assert found == [
+        {"client": "plain", "prompt": prompt, "answer": answer}
+        for prompt, answer in zip(PROMPTS, wanted(run, "plain"), strict=True)
+    ]
+
+
+def test_two_clients_answer_differently(fedamole: Any, runs: Any) -> None:
+    run = runs("local_only")
+    one = records(fedamole("generate", run, PROMPTS[0], "--client", "plain", "--json"))
+    other = records(fedamole("generate", run, PROMPTS[0], "--client", "chat", "--json"))
+    assert one[0]["answer"] != other[0]["answer"]
+    assert [one[0]["answer"]] == wanted(run, "plain", PROMPTS[:1])
+    assert [other[0]["answer"]] == wanted(run, "chat", PROMPTS[:1])
+
+
+def test_a_longer_answer(fedamole: Any, runs: Any) -> None:
+    run = runs("fedamole")
+    found = records(fedamole("generate", run, PROMPTS[0], "--client", "chat", "--max-new-tokens", 9, "--json"))
+    assert [found[0]["answer"]] == wanted(run, "chat", PROMPTS[:1], 9) != wanted(run, "chat", PROMPTS[:1])
+
+
+def test_lines_of_standard_input_and_of_a_file(fedamole: Any, runs: Any, piped: Any) -> None:
+    run, texts = runs("fedamole"), tuple(prompt.strip() for prompt in PROMPTS)
+    piped(f"{texts[0]}\n\n{texts[1]}\n")
+    assert records(fedamole("generate", run, "--client", "plain", "--json")) == (expected := [
+        {"client": "plain", "prompt": text, "answer": answer}
+        for text, answer in zip(texts, wanted(run, "plain", texts), strict=True)
+    ])  # fmt: skip
+    Path("prompts.txt").write_text("\ufeff" + "\n".join(texts))
+    assert records(fedamole("generate", run, "--client", "plain", "--file", "prompts.txt", "--json")) == expected
+
+
+def test_rows_of_a_file_into_a_file(fedamole: Any, runs: Any, tiny: Path) -> None:
+    """The client's own data file, without its labels: the prompts are those of training."""
+    run = runs("fedamole")
+    rows = [json.loads(line) for line in (tiny / "entail.jsonl").read_text().splitlines()[:3]]
+    for row in rows:
+        del row["label"]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("generate", run, "--client", "entail", "--file", "rows.jsonl", "--json", "--out", "answers.jsonl")
+    result = fedamole(*words)
+    assert (result.code, result.out) == (0, "")
+    prompts = tuple(f"{row['premise']} Then {row['hypothesis']}\n" for row in rows)
+    found = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
+    assert [one["prompt"] for one in found] == list(prompts)
+    assert [one["answer"] for one in found] == wanted(run, "entail", prompts)
+    result = fedamole(*words)
+    assert result.code == 5
+    assert "nothing is overwritten" in result.line
+
+
+def test_one_row_by_its_columns(fedamole: Any, runs: Any) -> None:
+    words = ("--set", "premise=Ann sat.", "--set", "hypothesis=a = b", "--json")
+    found = records(fedamole("generate", runs("fedamole"), "--client", "entail", *words))
+    assert found[0]["prompt"] == "Ann sat. Then a = b\n"
+
+
+def test_prompts_are_those_of_training(runs: Any) -> None:
+    """Every client's rows, read back through its own template, from its own file."""
+    run = runs("fedamole")
+    config = runs.load("fedamole")
+    shards = {shard.client: shard for shard in load_federation(config.data, Path.cwd()).shards}
+    for source in config.data.source:
+        made = read_prompts(Path(source.path), layout_of(find(run, source.name)))
+        known = {example.prompt for example in shards[source.name].train}
+        assert known
+        assert known <= {example.prompt for example in made}
+        assert {example.answer for example in made} == {""}
+
+
+def test_layouts() -> None:
+    def prompts(*rows: dict[str, Any], **how: Any) -> list[str]:
+        return [example.prompt for example in rendered(rows, Layout(**how), "here")]
+
+    asked = prompts({"instruction": "Add.", "input": "1 and 2"}, {"instruction": "Go.", "input": ""})
+    assert [("### Input:\n1 and 2\n\n### Response:\n" in text, "### Input" in text) for text in asked] == [
+        (True, True), (False, False),
+    ]  # fmt: skip
+    assert prompts({"question": "Why?"}, columns={"instruction": "question"})[0].count("### Instruction:\nWhy?") == 1
+    assert prompts({"text": "hm", "label_text": ""})[0].startswith("Text: hm\n")
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    assert prompts({"messages": talk}) == [conversation_prompt([("user", "Hi")])]
+    assert prompts({"prompt": "as {it} is", "id": 7}, template="snli") == ["as {it} is"]
+    with pytest.raises(DataError, match=r"here: no template fits the columns id"):
+        prompts({"id": 7})
+    with pytest.raises(DataError, match=r"made of premise, hypothesis; 'hypothesis' is missing, there are premise"):
+        prompts({"premise": "a"}, template="snli")
+    with pytest.raises(DataError, match=r"here, row 2: column 'text' is empty"):
+        prompts({"text": "a"}, {"text": None})
+
+
+def test_a_prompt_that_is_too_long_is_cut_as_in_training(runs: Any, caplog: Any) -> None:
+    """128 positions, 8 of them for the answer: the beginning is cut, and the answer is that to the last 120 tokens."""
+    bank, adapters = open_bank([find(runs("fedamole"), "plain")], "cpu")
+    bank.load(adapters)
+    text = " ".join(f"on day {number}" for number in range(80))
+    ids = tuple(bank.base.tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert len(ids) > 200
+    found = list(answers(bank, [as_it_is(text)], 8, 8192))
+    assert found == generate_answers(bank, [[ids[-120:]]], 8, 8192)[0]
+    assert "1 of 1 prompts were cut to 120 tokens" in caplog.text
+    with pytest.raises(ConfigError, match="leaves no room for a prompt: this base has 128 positions"):
+        list(answers(bank, [as_it_is(text)], 128, 8192))
+
+
+def test_more_prompts_than_are_handed_over_at_once(runs: Any) -> None:
+    bank, adapters = open_bank([find(runs("fedamole"), "plain")], "cpu")
+    bank.load(adapters)
+    found = list(answers(bank, lines("\n".join(f"{place} ->" for place in range(70))), 2, 8192))
+    assert len(found) == 70
+    assert found[69] == next(answers(bank, [as_it_is("69 ->")], 2, 8192))
+
+
+def test_an_adapter_folder_on_a_copy_of_its_base(fedamole: Any, runs: Any, tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs("fedamole") / "clients/plain/adapter", tmp_path / "copied")
+    words = ("generate", "copied", *PROMPTS, "--base", tiny / "base", "--max-new-tokens", 4, "--json")
+    found = records(fedamole(*words))
+    assert [one["answer"] for one in found] == wanted(runs("fedamole"), "plain")
+    assert {one["client"] for one in found} == {"copied"}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (("--client", "plain", "a", "--set", "b=c"), 2, "only one of them"),
+        (("--client", "plain", "--set", "prompt"), 2, "write COLUMN=TEXT"),
+        (("--client", "plain", "--file", "no.txt"), 3, "there is no file no.txt"),
+        (("--client", "plain", "--file", "odd.pdf"), 3, "prompts come from .txt"),
+        (("--client", "entail", "--set", "premise=a"), 3, "'hypothesis' is missing"),
+        (("--client", "plain"), 3, "standard input: there is no prompt in it"),
+        (("--client", "plain", ""), 3, "prompt 1 of 1 is empty"),
+        (("a",), 5, "name one by --client"),
+        (("--client", "plian", "a"), 5, "did you mean 'plain'"),
+    ],
+)
+def test_mistakes(words: tuple[str, ...], code: int, told: str, fedamole: Any, runs: Any, piped: Any) -> None:
+    piped("\n")
+    Path("odd.pdf").write_text("")
+    result = fedamole("generate", runs("fedamole"), *words)
+    assert result.code == code, result.err
+    assert told in result.line
+
+
+def test_a_word_on_templates(fedamole: Any, runs: Any) -> None:
+    """Said where a prompt cannot be what the client was trained on, and nowhere else."""
+    result = fedamole("generate", runs("fedamole"), "--client", "entail", "Ann sat.")
+    assert "used as it is; --set puts columns into the template that entail was trained with" in result.err
+    assert "used as it is" not in fedamole("generate", runs("fedamole"), "--client", "plain", PROMPTS[0]).err

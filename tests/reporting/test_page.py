@@ -1,0 +1,364 @@
+"""What a report says is what the folders say, whatever they hold; nothing in them can do harm to its reader."""
+
+import base64
+import fnmatch
+import hashlib
+import json
+import re
+import shutil
+import threading
+import time
+import tomllib
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import tomli_w
+from tests.deployment.direct import town
+from typer.testing import CliRunner
+
+from fedamole import cli
+from fedamole.errors import RunError
+from fedamole.reporting import commands
+from fedamole.reporting.figures import draw_all
+from fedamole.reporting.gains import gain
+from fedamole.reporting.page import palette
+from fedamole.reporting.page.content import content
+from fedamole.reporting.page.document import page, write_page
+from fedamole.reporting.page.reading import read_folders
+from fedamole.reporting.page.words import TITLES, short_names
+from fedamole.reporting.runs import read_runs
+from fedamole.reporting.table import compare, grid
+
+SOURCE = Path(__file__).parents[2] / "src" / "fedamole"
+CLIENTS = ["chat", "entail", "mood", "plain"]
+
+
+def told(*paths: Path) -> dict[str, Any]:
+    return content(read_folders(paths))
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Callable[..., Path]:
+    """A run's folder to be meddled with; `unfinished` as it was after its first two rounds."""
+
+    def copy(run: Path, unfinished: bool = False) -> Path:
+        folder = Path(shutil.copytree(run, tmp_path / "meddled" / run.name, ignore=shutil.ignore_patterns("clients")))
+        if unfinished:
+            (folder / "summary.json").unlink()
+            for name in ("metrics.jsonl", "assignment.jsonl"):
+                lines = (folder / name).read_text().splitlines(keepends=True)
+                kept = [line for line in lines if (one := json.loads(line))["round"] < 2 and one.get("split") != "test"]
+                (folder / name).write_text("".join(kept))
+        return folder
+
+    return copy
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_scores_and_gains_are_those_of_the_tables(runs: Any) -> None:
+    paths = [runs("fedamole"), runs("fedit")]
+    found = told(*paths)
+    [comparison] = compare(read_runs(paths))
+    assert [found["test"]["head"], *found["test"]["body"]] == grid(comparison)
+    assert found["models"] == ["fedit", "fedamole"]
+    ours, theirs = (column.clients for column in (comparison.columns[-1], comparison.columns[2]))
+    differences = {(name, 0): ours[name][0] - theirs[name][0] for name in CLIENTS}
+    [_, chosen] = found["gain"]
+    assert [chosen["reference"], [column["other"] for column in chosen["columns"]]] == [
+        "fedamole", ["base", "majority", "fedit"]
+    ]  # fmt: skip
+    column = chosen["columns"][-1]
+    assert column["clients"] == {name: value for (name, _), value in differences.items()}
+    expected = gain(differences, higher=True)
+    assert [column[key] for key in ("mean", "low", "wins")] == [expected.mean, expected.low, expected.wins]
+
+
+def test_seeds_of_a_method_are_one_column_and_pairs_by_seed(runs: Any) -> None:
+    found = told(runs("fedit"), runs("fedit", "run.seed=1"), runs("local_only"))
+    assert found["about"]["head"] == ["fedit", "local_only"]
+    assert {(line["model"], line["seed"]) for line in found["learning"]["lines"]} == {(0, 0), (0, 1), (1, 0)}
+    [against] = [one for one in found["gain"] if one["reference"] == "fedit"]
+    assert {column["other"]: column["pairs"] for column in against["columns"]} == {
+        "base": 8, "majority": 8, "local_only": 4
+    }  # fmt: skip
+
+
+def test_lines_and_assignment_are_what_the_run_wrote(runs: Any) -> None:
+    path = runs("fedamole")
+    found = told(path)
+    for line in json_lines(path / "metrics.jsonl"):
+        if line["split"] == "validation" and line["method"] == "fedamole":
+            assert found["learning"]["lines"][0]["values"]["loss"][line["client"]][line["round"]] == line["loss"]
+        if line["split"] == "validation" and line["method"] == "base":
+            assert found["learning"]["before"][line["client"]] == line["loss"]
+    [run] = found["experts"]
+    lines = json_lines(path / "assignment.jsonl")
+    modules = list(dict.fromkeys(line["module"] for line in lines))
+    for line in lines:
+        flat = run["held"][line["round"]][modules.index(line["module"])][found["clients"].index(line["client"])]
+        assert flat[::2] == line["experts"]
+        assert [value / 10_000 for value in flat[1::2]] == pytest.approx(line["relevance"], abs=1e-4)
+    amounts = {name: counts for name, _, counts in found["data"]["lines"]}
+    for one in json.loads((path / "manifest.json").read_text())["clients"]:
+        assert amounts[one["client"]][0] == len(one["train"]["rows"])
+
+
+def test_a_method_without_experts_has_no_section_on_them(runs: Any) -> None:
+    found = told(runs("fedit"))
+    assert "experts" not in found
+    assert "routing" not in found
+    assert "labels" not in found, "a simulation's folder tells amounts, but no labels"
+    assert set(found) & set(TITLES) == {"about", "learning", "test", "gain", "data", "costs"}
+
+
+def test_an_unfinished_run_is_shown_as_far_as_it_is(runs: Any, copied: Any) -> None:
+    found = told(copied(runs("fedamole"), unfinished=True), runs("fedit"))
+    assert found["states"] == [f"{runs('fedamole').name} is not finished: 2 of 3 rounds are done."]
+    assert found["test"]["head"] == ["client", "base", "majority", "fedit"]
+    assert found["experts"][0]["rounds"] == [0, 1]
+    assert len(found["learning"]["lines"]) == 2
+    assert dict(found["about"]["lines"])["Rounds done"] == ["all 3", "2 of 3"]
+    alone = told(copied(runs("local_only"), unfinished=True))
+    assert "test" not in alone
+    assert "costs" in alone
+
+
+def test_the_folders_of_a_deployment(tiny: Path, tmp_path: Path) -> None:
+    """A coordinator knows who holds what and what clients tell; a client knows itself."""
+    made = town(tiny / "config.toml", tmp_path, "federation.rounds=2", "method.rank=2", "training.local_steps=1")
+    made.run()
+    server = made.server_folder
+    (server / "config.toml").write_text(tomli_w.dumps(made.config.tables()))
+    (server / "manifest.json").write_text(json.dumps({"clients": CLIENTS}))
+    mood = {"examples": {"train": 30, "test": 4}, "labels": {"glad": 20, "sad": 10}}
+    (server / "clients.json").write_text(json.dumps({"mood": mood, "chat": {"examples": {"train": 38}}}))
+    found = told(server)
+    assert found["clients"] == CLIENTS
+    assert [one["label"] for one in found["experts"]] == ["fedamole, seed 0"]
+    assert found["labels"] == {"labels": ["glad", "sad"], "lines": [["mood", [20, 10]]]}
+    assert found["data"]["lines"] == [["chat", "", [38, 0]], ["mood", "", [30, 4]]]
+    [own] = (tmp_path / "mood").glob("*/run.json")
+    at_client = told(own.parent)
+    assert at_client["clients"] == ["mood"]
+    assert "experts" not in at_client
+    assert {"learning", "test", "data", "costs"} <= set(at_client)
+    page(found), page(at_client)
+
+
+def test_who_was_left_out_is_told_and_no_number_is_no_trouble(runs: Any, copied: Any) -> None:
+    folder = copied(runs("fedit"), unfinished=True)
+    lost = {"round": 1, "client": "mood", "split": "train", "failed": "diverged", "bytes_down": 1, "bytes_up": 0}
+    bad = {"round": 1, "client": "mood", "split": "validation", "method": "fedit", "loss": float("nan")}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(lost) + "\n" + json.dumps(bad) + "\n")
+    found = told(folder)
+    assert found["failed"] == [["fedit", 1, "mood", "diverged"]]
+    assert found["learning"]["lines"][0]["values"]["loss"]["mood"][1] is None
+    page(found)
+
+
+def test_routing_is_shown_where_it_was_worked_out(runs: Any, copied: Any) -> None:
+    folder = copied(runs("fedamole"))
+    modules = {"model.layers.0.self_attn.q_proj": {"10": 0.25, "2": 0.75}, "model.layers.1.self_attn.q_proj": {"2": 1}}
+    (folder / "routing.json").write_text(json.dumps({"clients": {"mood": modules}}))
+    [found] = told(folder)["routing"]
+    assert found["experts"] == ["2", "10"], "by number"
+    assert found["modules"] == ["layer 0 q_proj", "layer 1 q_proj"]
+    assert found["shares"][0] == {"mood": {"10": 0.25, "2": 0.75}}
+    (folder / "routing.json").write_text('{"clients": ["mood"]}')
+    with pytest.raises(RunError, match=r"routing\.json cannot be read"):
+        told(folder)
+
+
+def test_names_of_modules_stay_apart() -> None:
+    assert short_names(["a.layers.3.q_proj", "a.layers.3.o_proj"]) == ["layer 3 q_proj", "layer 3 o_proj"]
+    assert short_names(["enc.0.q", "dec.0.q"]) == ["enc.0.q", "dec.0.q"]
+
+
+class Reader(HTMLParser):
+    """Collects the elements of a page, and the texts of its scripts and styles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags:
+            self.texts.setdefault(self.tags[-1][0], []).append(data)
+
+
+EVIL = "</script><img src=x onerror=alert(1)>\u2028&amp;"
+
+
+def test_what_comes_from_data_stays_data(runs: Any, copied: Any) -> None:
+    folder = copied(runs("fedamole"))
+    for name in ("metrics.jsonl", "assignment.jsonl", "summary.json", "manifest.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace('"mood"', json.dumps(EVIL)))
+    config = tomllib.loads((folder / "config.toml").read_text())
+    config["run"]["name"] = "</title><script>alert(2)</script>"
+    (folder / "config.toml").write_text(tomli_w.dumps(config))
+    found = told(folder)
+    text = page(found)
+    reader = Reader()
+    reader.feed(text)
+    assert "img" not in [tag for tag, _ in reader.tags]
+    assert [tag for tag, _ in reader.tags].count("script") == 2
+    kept = json.loads(re.search(r'<script type="application/json" id="content">(.*?)</script>', text, re.DOTALL)[1])
+    assert EVIL in kept["clients"]
+    assert {**found, "live": 0} == kept
+
+
+def test_only_its_own_script_and_style_run_and_nothing_is_loaded(runs: Any) -> None:
+    text = page(told(runs("fedamole")))
+    [policy] = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)
+    assert policy.startswith("default-src 'none'; ")
+    for tag in ("style", "script"):
+        [inside] = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert not re.search(r"\b(src|href)\s*=\s*[\"'](?!#)", text)
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|innerHTML|eval\(", text)
+    assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)\S+", text)
+    assert page(told(runs("fedamole"))) == text, "the same runs make the same page"
+
+
+def test_no_path_of_this_machine_is_told(runs: Any, tiny: Path) -> None:
+    """A page is sent on: it names the base and the run, but not where they lie."""
+    text = page(told(runs("fedamole")))
+    assert str(tiny.parent) not in text
+    assert str(runs.folder) not in text
+
+
+def test_everything_of_the_page_is_in_the_package() -> None:
+    patterns = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    parts = [path for path in (SOURCE / "reporting" / "page").iterdir() if path.is_file() and path.suffix != ".py"]
+    assert {path.suffix for path in parts} == {".html", ".css", ".js"}
+    for path in parts:
+        name = str(path.relative_to(SOURCE))
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns["fedamole"]), name
+
+
+def luminance(colour: str) -> float:
+    parts = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_colours_and_text_stand_out_in_both_schemes() -> None:
+    """WCAG 2.2: 4.5 to 1 for text, 3 to 1 for what a figure is made of."""
+    style = (SOURCE / "reporting" / "page" / "page.css").read_text()
+    blocks = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    schemes = [dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in blocks]
+    assert len(schemes) == 2
+    for scheme, models in zip(schemes, (palette.LIGHT, palette.DARK), strict=True):
+        for key in ("ink", "soft", "link"):
+            assert contrast(scheme[key], scheme["page"]) >= 4.5, key
+        assert contrast(scheme["soft"], scheme["wash"]) >= 4.5
+        for colour in models:
+            assert contrast(colour, scheme["page"]) >= 3, colour
+        for key in ("focus", "split0", "split1", "split2", "split3"):
+            assert contrast(scheme[key], scheme["page"]) >= 2.9, key
+
+
+def test_figures_for_a_paper(runs: Any, tmp_path: Path) -> None:
+    found = told(runs("fedamole", "federation.rounds=1"))
+    found["experts"][0]["modules"] = found["experts"][0]["modules"][:1]  # one of the maps is enough here
+    made = draw_all(tmp_path / "one", found)
+    names = {path.stem for path in made}
+    assert {"learning-loss", "test", "gain", "sizes", "experts-layer-0-q_proj", "data", "costs"} <= names
+    assert {path.suffix for path in made} == {".svg", ".png"}
+    for path in made:
+        if path.suffix == ".svg":
+            assert ElementTree.parse(path).getroot().tag.endswith("svg")
+        else:
+            assert path.read_bytes().startswith(b"\x89PNG")
+    again = draw_all(tmp_path / "two", {key: found[key] for key in ("titles", "data")})
+    assert [path.read_bytes() for path in again] == [(tmp_path / "one" / path.name).read_bytes() for path in again]
+
+
+def report(*words: object) -> Any:
+    return CliRunner().invoke(cli.app, ["report", *map(str, words)])
+
+
+def test_the_command(runs: Any, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "r.html"
+    done = report(runs("fedit"), "--out", out)
+    assert (done.exit_code, done.output.strip()) == (0, str(out))
+    assert '"live":0' in out.read_text()
+    assert report(runs("fedit"), "--out", out).exit_code == 0, "a report is written over"
+    other = tmp_path / "config.toml"
+    other.write_text("precious")
+    for words, what in (
+        ((runs("fedit"), "--out", other), "is no report"),
+        ((runs("fedit"), "--out", tmp_path), "is a folder"),
+        ((tmp_path,), "neither a run folder"),
+        ((runs("fedit"), runs("fedit", "data.partition_seed=1"), "--out", out), "a report is on one federation"),
+        ((runs("fedit"), "--out", out, "--figures", other), "this is a file"),
+    ):
+        failed = report(*words)
+        assert isinstance(failed.exception, RunError), words
+        assert what in str(failed.exception)
+    assert other.read_text() == "precious"
+
+
+def test_live_follows_a_run_to_its_end(runs: Any, copied: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "LOOK", 0.05)
+    folder, whole, out = copied(runs("fedit"), unfinished=True), runs("fedit"), tmp_path / "r.html"
+    seen: list[str] = []
+
+    def go_on() -> None:
+        def wait(what: str) -> None:
+            end = time.monotonic() + 20
+            while time.monotonic() < end and not (out.exists() and what in out.read_text()):
+                time.sleep(0.02)
+            seen.append(out.read_text())
+
+        wait('"live":5')
+        shutil.copy(whole / "metrics.jsonl", folder)
+        wait("3 of 3")
+        shutil.copy(whole / "summary.json", folder)
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    done = report(folder, "--out", out, "--live")
+    thread.join()
+    assert done.exit_code == 0
+    assert out.as_uri() in done.output
+    assert '"live":5' in seen[0]
+    assert '"live":5' in seen[1]
+    assert "3 of 3" in seen[1]
+    final = out.read_text()
+    assert '"live":0' in final, "a finished run's page does not reload itself"
+    assert '"test":' in final
+
+
+def test_ctrl_c_leaves_a_page_that_is_at_rest(runs: Any, copied: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands.time, "sleep", interrupted)
+    done = report(copied(runs("fedit"), unfinished=True), "--out", tmp_path / "r.html", "--live")
+    assert done.exit_code == 0
+    assert '"live":0' in (tmp_path / "r.html").read_text()
+
+
+def test_a_live_page_says_so(runs: Any, tmp_path: Path) -> None:
+    write_page(tmp_path / "r.html", told(runs("fedit")), reload_seconds=7)
+    assert '"live":7' in (tmp_path / "r.html").read_text()

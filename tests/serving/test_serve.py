@@ -1,0 +1,401 @@
+"""The server as OpenAI's own client meets it: real HTTP on this machine, a finished run, one base."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from fedamole.data.layouts import conversation_prompt
+from fedamole.evaluation.generation import generate_answers
+from fedamole.personal.generate import as_it_is, ids_of, layout_of
+from fedamole.personal.models import open_bank, places
+from fedamole.serving.engine import Engine, Limits, Wanted
+from fedamole.serving.keys import Keys, make_keys, read_keys
+from fedamole.serving.models import alike
+from fedamole.serving.server import LARGEST, Offer, Server, Service, listen
+
+from ..conftest import Runner, heeding_interrupts
+
+NAMES = ("chat", "entail", "mood", "plain")
+PROMPT = "Ann has two pens on day 3 ->\n"
+LONG = 60
+
+
+class Served:
+    """A server in a thread over the models of a run, whose engine works from `start` on."""
+
+    def __init__(self, run: Path, keys: Keys | None = None, **limits: int) -> None:
+        found = places(run)
+        bank, adapters = open_bank(found)
+        self.engine = Engine(bank, adapters, Limits(**limits))
+        offer = Offer(tuple(place.client for place in found), 1, 16, tuple(map(layout_of, found)), keys)
+        self.server = Server(Service(self.engine, offer))
+        self.door = listen("127.0.0.1", 0)
+        self.address = "http://{}:{}".format(*self.door.getsockname())
+        self.thread = threading.Thread(target=self.server.run, args=([self.door],))
+        self.thread.start()
+        until(lambda: self.server.started)
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=30)
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+
+
+def until(found: Callable[[], object]) -> None:
+    """Wait for something that is about to happen."""
+    for _ in range(3000):
+        if found():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not happen")
+
+
+@pytest.fixture(scope="module")
+def run(runs: Runner) -> Path:
+    return runs("fedamole")
+
+
+@pytest.fixture(scope="module")
+def served(run: Path) -> Iterator[Served]:
+    server = Served(run)
+    server.engine.start()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def alone(run: Path) -> Callable[..., str]:
+    """What evaluation says that a client's model answers, loaded by itself."""
+    found = {place.client: place for place in places(run)}
+    bank, adapters = open_bank(tuple(found.values()))
+    models = dict(zip(found, adapters, strict=True))
+
+    def answer(name: str, prompt: str, tokens: int) -> str:
+        bank.load([models[name]])
+        return generate_answers(bank, [[ids_of(as_it_is(prompt), bank.base.tokenizer)]], tokens, 10_000)[0][0]
+
+    return answer
+
+
+def test_the_models_are_listed(served: Served) -> None:
+    assert tuple(one.id for one in served.client().models.list()) == NAMES
+    assert served.client().models.retrieve("mood").id == "mood"
+
+
+def test_a_completion_is_what_evaluation_generates(served: Served, alone: Callable[..., str]) -> None:
+    for name in NAMES:
+        answer = served.client().completions.create(model=name, prompt=PROMPT, max_tokens=LONG)
+        assert answer.choices[0].text == alone(name, PROMPT, LONG)
+        assert answer.model == name
+    assert len({alone(name, PROMPT, LONG) for name in NAMES}) > 1, "the models must differ for this to say anything"
+
+
+def test_what_an_answer_cost_and_why_it_ended(served: Served, alone: Callable[..., str]) -> None:
+    tokenizer = served.engine.bank.base.tokenizer
+    client, prompt = served.client(), len(tokenizer(PROMPT)["input_ids"])
+    cut = client.completions.create(model="plain", prompt=PROMPT, max_tokens=2)
+    assert (cut.choices[0].finish_reason, cut.usage.prompt_tokens, cut.usage.completion_tokens) == ("length", prompt, 2)
+    assert cut.usage.total_tokens == prompt + 2
+    default = client.completions.create(model="plain", prompt=PROMPT)
+    assert default.choices[0].text == alone("plain", PROMPT, 16)
+    whole = alone("plain", PROMPT, LONG)
+    stop = whole[len(whole) // 2 :][:3]
+    stopped = client.completions.create(model="plain", prompt=PROMPT, max_tokens=LONG, stop=[stop, "never said"])
+    assert stopped.choices[0].finish_reason == "stop"
+    assert stopped.choices[0].text == whole[: whole.index(stop)].strip()
+
+
+def test_a_chat_is_laid_out_as_in_training(served: Served, alone: Callable[..., str]) -> None:
+    said = [("system", "Be short."), ("user", "day 3: who has two pens? Ann has.")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    answer = served.client().chat.completions.create(model="chat", messages=messages, max_completion_tokens=20)
+    assert answer.choices[0].message.content == alone("chat", conversation_prompt(said), 20)
+    assert answer.choices[0].message.role == "assistant"
+    parts = [{"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "short."}]}]
+    again = served.client().chat.completions.create(model="chat", messages=parts + messages[1:], max_tokens=20)
+    assert again.choices[0].message.content == answer.choices[0].message.content
+
+
+def test_a_row_is_laid_out_by_its_clients_template(served: Served, alone: Callable[..., str]) -> None:
+    def answer(name: str, **row: str) -> str:
+        asked = {"model": name, "prompt": "", "max_tokens": 20, "extra_body": {"row": row}}
+        return served.client().completions.create(**asked).choices[0].text
+
+    assert answer("entail", premise="Ann buys a pen.", hypothesis="Ann has it.") == alone(
+        "entail", "Ann buys a pen. Then Ann has it.\n", 20
+    )
+    text = "Text: {}\nWhich class does the text belong to?\nClass:\n".format("an old map is good")
+    assert answer("mood", text="an old map is good") == alone("mood", text, 20)
+    with pytest.raises(openai.BadRequestError) as error:
+        answer("entail", premise="Ann buys a pen.")
+    assert error.value.body["param"] == "row"
+    assert "hypothesis" in error.value.body["message"]
+
+
+def test_pieces_join_to_the_same_text(served: Served, alone: Callable[..., str]) -> None:
+    client, asked = served.client(), {"model": "entail", "max_tokens": LONG, "stream": True}
+    chunks = list(client.completions.create(prompt=PROMPT, **asked))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == alone("entail", PROMPT, LONG)
+    assert sum(bool(chunk.choices[0].text) for chunk in chunks) > 5
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["length"]
+    messages = [{"role": "user", "content": "who has a red cup?"}]
+    chat = list(
+        client.chat.completions.create(messages=messages, stream_options={"include_usage": True}, **asked)
+    )
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in chat if chunk.choices)
+    assert said == alone("entail", conversation_prompt([("user", "who has a red cup?")]), LONG)
+    assert chat[0].choices[0].delta.role == "assistant"
+    assert (chat[-1].choices, chat[-1].usage.completion_tokens) == ([], LONG)
+    assert len({chunk.id for chunk in chat}) == 1
+
+
+def test_clients_at_once_are_batched_and_each_gets_its_own_models_answer(
+    run: Path, alone: Callable[..., str]
+) -> None:
+    """The engine begins when all wait, so whether they meet is no matter of time."""
+    served = Served(run)
+    asked = [(name, f"{prompt} ->\n") for name in NAMES for prompt in ("Bob has a blue hat", "Eve has an old map")]
+    try:
+        with ThreadPoolExecutor(len(asked)) as pool:
+            answers = [
+                pool.submit(served.client().completions.create, model=name, prompt=prompt, max_tokens=LONG)
+                for name, prompt in asked
+            ]
+            until(lambda: served.engine.waiting == len(asked))
+            served.engine.start()
+            for (name, prompt), answer in zip(asked, answers, strict=True):
+                assert answer.result().choices[0].text == alone(name, prompt, LONG)
+    finally:
+        served.close()
+    assert served.engine.together[4] > 5
+    assert sum(served.engine.together.values()) <= LONG
+
+
+@pytest.mark.parametrize("method", ["hetlora", "fedlease"])
+def test_other_methods_models_are_served_too(method: str, runs: Runner) -> None:
+    """LoRAs of several ranks, and experts that a learned mixer weighs."""
+    found = places(runs(method))
+    bank, adapters = open_bank(found)
+    engine = Engine(bank, alike(adapters, [place.client for place in found]))
+    told: list[list[str]] = [[] for _ in found]
+    for client, heard in enumerate(told):
+        engine.submit(Wanted(client, (5, 6, 7), 20), lambda piece, heard=heard: heard.append(piece.text))
+    while engine.turn():
+        pass
+    for adapter, heard in zip(adapters, told, strict=True):
+        bank.load([adapter])
+        assert generate_answers(bank, [[(5, 6, 7)]], 20, 1000)[0] == heard
+
+
+def test_a_key_opens_its_own_clients_model_alone(run: Path, tmp_path: Path) -> None:
+    keys = make_keys(tmp_path / "keys.json", NAMES)
+    served = Served(run, read_keys(tmp_path / "keys.json"))
+    served.engine.start()
+    try:
+        mine = served.client(keys["mood"])
+        assert [one.id for one in mine.models.list()] == ["mood"]
+        assert mine.completions.create(model="mood", prompt="a", max_tokens=2).usage.completion_tokens == 2
+        for name in ("plain", "nobody"):
+            with pytest.raises(openai.NotFoundError) as error:
+                mine.completions.create(model=name, prompt="a", max_tokens=2)
+            assert error.value.body["code"] == "model_not_found"
+            assert name not in error.value.body["message"]
+        with pytest.raises(openai.NotFoundError):
+            mine.models.retrieve("plain")
+        for wrong in ("none", keys["mood"][:-1], json.loads((tmp_path / "keys.json").read_text())["mood"]):
+            with pytest.raises(openai.AuthenticationError):
+                served.client(wrong).models.list()
+            with pytest.raises(openai.AuthenticationError):
+                served.client(wrong).completions.create(model="mood", prompt="a")
+        assert raw(served, "GET", "/health")[0] == 200
+    finally:
+        served.close()
+
+
+def raw(served: Served, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, dict[str, Any]]:
+    """Status and JSON of a request by hand."""
+    import http.client
+
+    connection = http.client.HTTPConnection(*served.door.getsockname())
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method, path, body, {"Content-Type": "application/json", **named})
+    answer = connection.getresponse()
+    return answer.status, json.loads(answer.read())
+
+
+REFUSED: list[tuple[dict[str, Any], int, str | None]] = [
+    ({"n": 2}, 400, "n"),
+    ({"logprobs": 0}, 400, "logprobs"),
+    ({"presence_penalty": 0.5}, 400, "presence_penalty"),
+    ({"echo": True}, 400, "echo"),
+    ({"temperature": 3}, 400, "temperature"),
+    ({"max_tokens": 0}, 400, "max_tokens"),
+    ({"stop": ["a"] * 5}, 400, "stop"),
+    ({"stop": ""}, 400, "stop"),
+    ({"prompt": ["a", "b"]}, 400, "prompt"),
+    ({"prompt": [-1, 5]}, 400, None),
+    ({"prompt": ""}, 400, "prompt"),
+    ({"prompt": "word " * 200}, 400, None),
+    ({"no_such_field": 1}, 400, "no_such_field"),
+    ({"model": "nobody"}, 404, "model"),
+]
+
+
+@pytest.mark.parametrize(("more", "status", "param"), REFUSED, ids=lambda case: str(case)[:24])
+def test_what_is_not_done_here_is_refused_in_openais_shape(
+    served: Served, more: dict[str, Any], status: int, param: str | None
+) -> None:
+    body = json.dumps({"model": "mood", "prompt": "a", "max_tokens": 2, **more}).encode()
+    found, answer = raw(served, "POST", "/v1/completions", body)
+    assert found == status
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert param is None or answer["error"]["param"] == param
+
+
+def test_fields_that_ask_for_nothing_are_taken(served: Served) -> None:
+    usual = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "user": "me", "seed": 3}
+    client = served.client()
+    plain = client.completions.create(model="mood", prompt=PROMPT, max_tokens=4)
+    same = client.completions.create(model="mood", prompt=PROMPT, max_tokens=4, temperature=0, top_p=1, **usual)
+    assert same.choices == plain.choices
+
+
+def test_a_seed_draws_the_same_answer_again(served: Served) -> None:
+    asked = {"model": "mood", "prompt": PROMPT, "max_tokens": 12, "temperature": 1.5}
+    texts = [served.client().completions.create(seed=seed, **asked).choices[0].text for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_refusals_before_a_body_is_read(served: Served) -> None:
+    assert raw(served, "POST", "/v1/completions", b"{")[0] == 400
+    assert raw(served, "POST", "/v1/completions", b"[]")[0] == 400
+    assert raw(served, "GET", "/v1/nothing")[0] == 404
+    assert raw(served, "POST", "/v1/completions", b"{}", Content_Type="text/plain")[0] == 415
+    large = b'{"model": "mood", "prompt": "' + b"a" * LARGEST + b'"}'
+    assert raw(served, "POST", "/v1/completions", large)[0] == 413
+    for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example"):
+        assert raw(served, "GET", "/v1/models", Host=host)[0] == 403
+    for host in ("localhost", "127.0.0.1:8000", "[::1]:80"):
+        assert raw(served, "GET", "/v1/models", Host=host)[0] == 200
+
+
+def test_too_many_requests_of_one_client_and_a_server_that_stops(run: Path) -> None:
+    """The engine has not begun, so what was asked waits; when the server stops, whoever waits is told."""
+    served = Served(run, waiting=1)
+    asked = {"model": "mood", "prompt": "a", "max_tokens": 2}
+    with ThreadPoolExecutor(2) as pool:
+        waits = pool.submit(served.client().completions.create, **asked)
+        until(lambda: served.engine.waiting == 1)
+        with pytest.raises(openai.RateLimitError) as error:
+            served.client().completions.create(**asked)
+        assert error.value.body["code"] == "rate_limit_exceeded"
+        asked = {**asked, "model": "plain", "stream": True}
+        streams = pool.submit(lambda: list(served.client().completions.create(**asked)))
+        until(lambda: served.engine.waiting == 2)
+        served.close()
+        with pytest.raises(openai.InternalServerError, match="stopping") as stopped:
+            waits.result()
+        assert stopped.value.status_code == 503
+        with pytest.raises(openai.APIError, match="stopping"):
+            streams.result()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_place(run: Path, stream: bool) -> None:
+    """There is one place; who holds it wants far more than fits into the test, and hangs up."""
+    served = Served(run, rows=1, answer=10**9)
+    bank = served.engine.bank
+    bank.base.max_positions = 10**9  # the base's own positions are rotations, which go on
+    served.engine.start()
+    try:
+        asked = {"model": "mood", "prompt": PROMPT, "max_tokens": 10**8, "stream": stream}
+        body = json.dumps(asked).encode()
+        with socket.create_connection(served.door.getsockname()) as line:
+            line.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+            )
+            until(lambda: served.engine.under_way == 1)
+        until(lambda: served.engine.under_way == 0)
+        answer = served.client().completions.create(model="plain", prompt="a", max_tokens=2)
+        assert answer.usage.completion_tokens == 2
+    finally:
+        served.close()
+
+
+@pytest.fixture(scope="module")
+def command(run: Path) -> Callable[..., subprocess.Popen[str]]:
+    """The command itself, as a process."""
+
+    def start(*options: str) -> subprocess.Popen[str]:
+        line = [sys.executable, "-m", "fedamole.cli", "serve", str(run), *options]
+        return subprocess.Popen(
+            line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeding_interrupts
+        )
+
+    return start
+
+
+def test_the_command_serves_until_it_is_interrupted_and_says_nothing_of_texts(
+    command: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    keys = make_keys(tmp_path / "keys.json", ("mood",))
+    process = command("--port", "0", "--client", "mood", "--client", "plain", "--keys", str(tmp_path / "keys.json"))
+    assert process.stderr is not None
+    try:
+        first = process.stderr.readline()
+        assert first.startswith("2 models on http://127.0.0.1:")
+        client = openai.OpenAI(base_url=first.split()[3].rstrip(":"), api_key=keys["mood"], max_retries=5)
+        secret = "a word nobody says: xyzzy"
+        answer = client.completions.create(model="mood", prompt=secret, max_tokens=4)
+        with pytest.raises(openai.BadRequestError):
+            client.completions.create(model="mood", prompt=secret * 100)
+        process.send_signal(signal.SIGINT)
+        said = first + "".join(process.communicate(timeout=30))
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert said.endswith("stopped\n")
+    for hidden in ("xyzzy", answer.choices[0].text, keys["mood"], "Traceback"):
+        assert hidden not in said
+
+
+def test_strangers_need_keys_and_keys_a_file_of_ones_own(
+    fedamole: Callable[..., Any], run: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.json"
+    refused = fedamole("serve", run, "--host", "0.0.0.0")
+    assert refused.code == 2
+    assert "--make-keys" in refused.err
+    made = fedamole("serve", run, "--make-keys", file, "--client", "mood")
+    name, key = made.out.split()
+    assert name == "mood"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert key not in file.read_text()
+    more = fedamole("serve", run, "--make-keys", file)
+    assert {line.split()[0] for line in more.out.splitlines()} == {"chat", "entail", "plain"}
+    known = read_keys(file)
+    assert known.owner(key) == "mood"
+    assert known.owner(key + " ") is None
+    os.chmod(file, 0o640)
+    assert "chmod 600" in fedamole("serve", run, "--keys", file).err
+    with listen("127.0.0.1", 0) as taken:
+        taken.listen()
+        busy = fedamole("serve", run, "--port", str(taken.getsockname()[1]))
+    assert busy.code == 2
+    assert "--port" in busy.err
