@@ -138,7 +138,7 @@ def main() -> None:
     if options.child:
         child(int(options.child), options.base)
         return
-    total, repeats = (20, 2) if options.quick else (100, 3)
+    total, repeats = (20, 2) if options.quick else (100, 5)
     lines: list[list[object]] = []
     ratios: dict[str, float] = {}
     one = memory(1, options.base)

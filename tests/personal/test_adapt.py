@@ -70,6 +70,7 @@ def test_the_run_stays_as_it_is_and_the_new_folder_is_one_like_any_other(
     assert opened.about["base"] == RunFolder.open(run).about["base"]
     assert opened.about["id"] != report["from"] == RunFolder.open(run).about["id"]
     assert [place.client for place in places(folder)] == [NEW]
+    assert (folder / "clients" / NEW / "adapter" / "README.md").exists()
     shown = json.loads(fedamole("show", folder, "--json").out)
     assert f'"{NEW}"' in json.dumps(shown)
     everything = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
@@ -137,17 +138,17 @@ def test_training_goes_on_from_what_was_sent(runs: Any, rows: Path, fedamole: An
     assert set(new_adapter(sent).tensors) == set(new_adapter(report).tensors)
 
 
-@pytest.mark.parametrize("method", ["fedit", "fedprompt"])
+@pytest.mark.parametrize("method", ["fedit", "ffa_lora", "fedprompt"])
 def test_one_adapter_for_all_is_the_new_ones_too(method: str, runs: Any, rows: Path, fedamole: Any) -> None:
     run = runs(method)
     before = content(run)
     report = joined(fedamole, run, rows, "--steps", "0")
     assert content(run) == before
     state = unpack(load_method(run).records.state, final_state(RunFolder.open(run))[0])
-    tensors = new_adapter(report).tensors
-    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
-        name: tensor.tolist() for name, tensor in state.tensors.items()
-    }
+    tensors, member = new_adapter(report).tensors, load_adapter(find(run, "mood").adapter).tensors
+    assert set(tensors) == set(member)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, state.tensors.get(name, member[name])), name
 
 
 def load_method(run: Path) -> Any:
@@ -174,6 +175,20 @@ def test_a_mistake_leaves_nothing_behind(
     result = fedamole("adapt", runs("fedamole"), "--data", rows, "--folder", "out", *words)
     assert (result.code, told in result.line) == (code, True), result.line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_coordinators_folder_serves_too(runs: Any, rows: Path, tmp_path: Path, fedamole: Any) -> None:
+    """It has the server's state, and nothing of any client."""
+    shutil.copytree(runs("fedamole"), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "clients")
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**about, "kind": "server"}))
+    here = joined(fedamole, tmp_path / "run", rows, "--steps", "0")
+    there = joined(fedamole, runs("fedamole"), rows, "--steps", "0")
+    assert here == {**there, "folder": here["folder"]}
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**about, "kind": "client"}))
+    refused = fedamole("adapt", "run", "--data", rows, "--folder", "out")
+    assert (refused.code, "coordinator" in refused.line) == (5, True)
 
 
 def test_a_run_without_its_last_state(runs: Any, rows: Path, tmp_path: Path, fedamole: Any) -> None:

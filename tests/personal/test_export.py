@@ -162,7 +162,7 @@ def test_a_prompt_is_no_lora(runs: Any, tmp_path: Path, fedamole: Any) -> None:
 
 def test_too_much_lost_is_refused(trained: Path, tmp_path: Path, fedamole: Any) -> None:
     words = ["export", trained, "--client", CLIENT, "--rank", "1", "--tolerance", "0"]
-    refused = fedamole(*words, "--out", "lora", "--json")
+    refused = fedamole(*words, "--out", "new/folder/lora", "--json")
     assert refused.code == 1
     assert "--force" in refused.line
     report = json.loads(refused.out)

@@ -40,6 +40,7 @@ from fedamole.model.bank import Bank
 from fedamole.model.base import BUNDLED, Identity, load_base
 from fedamole.model.params import Adapter, expert_ids
 from fedamole.model.pretrained import save_adapter
+from fedamole.reporting.card import write_cards
 
 ORIGIN = "adapted.json"
 """File of the new client's folder that names the run it joined."""
@@ -284,3 +285,4 @@ def _log(own: RunFolder, name: str, config: Config, chosen: Chosen, report: Mapp
         found = {name: scores}
         results[one] = {"best_round": round_ if one == row else None, "best": found, "last": found}
     summarise(own, results, round_ + 1)
+    write_cards(own)

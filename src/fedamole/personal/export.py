@@ -129,7 +129,7 @@ def export(
         say(f"scoring {name} on validation")
         bank.load(adapters)
         losses[name] = _loss(bank, texts)
-    writing = out.with_name(f".{out.name}.writing")
+    writing, missing = out.with_name(f".{out.name}.writing"), [one for one in out.parents if not one.exists()]
     shutil.rmtree(writing, ignore_errors=True)
     try:
         target = writing / "lora"
@@ -147,10 +147,12 @@ def export(
         if not losses["export"] <= losses["personal"] + settings.tolerance and not settings.force:
             raise LossyError(_lost(report), report)
         (target / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-        out.parent.mkdir(parents=True, exist_ok=True)
         target.rename(out)
     finally:
         shutil.rmtree(writing, ignore_errors=True)
+        if not out.exists():
+            for folder in missing:
+                folder.rmdir()
     return report
 
 

@@ -81,7 +81,8 @@ def serve(
     name = f"[{host}]" if ":" in host else host
     address = f"{'http' if certs is None else 'https'}://{name}:{door.getsockname()[1]}/v1"
     console = Console(stderr=True)
-    text = f"{len(names)} models on {address}: {', '.join(names)}"
+    amount = "1 model" if len(names) == 1 else f"{len(names)} models"
+    text = f"{amount} on {address}: {', '.join(names)}"
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how a server ends; by then everything is closed
         server.run([door])
