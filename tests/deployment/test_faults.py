@@ -175,7 +175,8 @@ flower_node.main()
 @pytest.fixture(scope="module")
 def secure(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Site]:
     with site(
-        tmp_path_factory.mktemp("secure"), tiny, "training.local_steps=20", "deployment.gathering=5", secure=True
+        tmp_path_factory.mktemp("secure"), tiny, "training.local_steps=20", "deployment.gathering=5",
+        "deployment.deadline=300", secure=True,
     ) as there:
         assert there.certs is not None
         make_certificates(there.certs, ["localhost"], [*NAMES, "stranger"])
@@ -358,6 +359,7 @@ def doubtful(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[S
 REFUSED = "its answer is damaged or not what was asked for"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("kind", "reason", "logged"),
     [
@@ -397,6 +399,7 @@ def test_a_client_that_is_not_what_it_should_be_is_left_out_of_the_round(
     assert f"round-{round_:04d}" not in answers, "what it did in a round that did not count is undone"
 
 
+@pytest.mark.faults
 def test_no_word_of_a_clients_error_reaches_the_server(doubtful: Site) -> None:
     doubtful.trained("chat", ROUND, since=time.time())
     now = time.time()

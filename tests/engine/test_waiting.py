@@ -168,6 +168,27 @@ def test_a_test_that_is_interrupted_is_asked_for_again(tmp_path: Path) -> None:
     assert link.count(TEST) == 5
 
 
+@pytest.mark.parametrize("operation", [UPDATE, EVALUATE])
+def test_a_request_that_was_lost_on_its_way_is_sent_once_more(operation: str) -> None:
+    """As when the gateway is killed between the SuperLink, for which it has been delivered, and the client."""
+    lost = {"bob": 1, "eve": 9}
+
+    def answers(name: str, request: Request) -> bytes | None:
+        if request.operation == operation and lost.get(name, 0) > 0:
+            lost[name] -= 1
+            return None
+        return pack(honest(name, request))
+
+    link = Stub(answers)
+    there = engine(link, deadline=1.0)
+    there.present()
+    found = getattr(there, operation)(0, *(["fedit"] if operation == EVALUATE else []), dict.fromkeys(NAMES, message()))
+    answered = found if operation == EVALUATE else [name for name, one in found.items() if one.payload is not None]
+    assert sorted(answered) == ["ann", "bob"]
+    asked = [link.registered[node] for node, request in link.asked if request.operation == operation]
+    assert sorted(asked) == ["ann", "bob", "bob", "eve", "eve"]
+
+
 def test_a_join_that_is_never_answered_is_asked_again() -> None:
     link = Stub(lambda name, request: None)
     there = engine(link, deadline=0.05)

@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,15 +130,15 @@ def test_an_interrupt_on_a_terminal(runs: Any) -> None:
         words, stdin=inner, stdout=inner, stderr=inner, start_new_session=True, preexec_fn=heeding_interrupts
     )
     os.close(inner)
-    screen, asked = b"", False
+    screen, end = b"", time.monotonic() + 100
     try:
-        while select.select([outer], [], [], 60)[0]:
-            try:
-                screen += os.read(outer, 4096)
-            except OSError:  # the terminal is closed with the process
-                break
-            if b"you>" in screen and not asked:
-                asked = True
+        while process.poll() is None and time.monotonic() < end:
+            if select.select([outer], [], [], 0.5)[0]:
+                try:
+                    screen += os.read(outer, 4096)
+                except OSError:  # the terminal is closed with the process
+                    break
+            elif screen.endswith(b"you>\x1b[0m "):  # again where need be: just before it waits for keys one is missed
                 process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == 0, screen
     finally:

@@ -188,7 +188,7 @@ def test_clients_at_once_are_batched_and_each_gets_its_own_models_answer(
 @pytest.mark.parametrize("method", ["hetlora", "fedlease"])
 def test_other_methods_models_are_served_too(method: str, runs: Runner) -> None:
     """LoRAs of several ranks, and experts that a learned mixer weighs."""
-    found = places(runs(method))
+    found = places(runs(method, "federation.rounds=1"))
     bank, adapters = open_bank(found)
     engine = Engine(bank, alike(adapters, [place.client for place in found]))
     told: list[list[str]] = [[] for _ in found]

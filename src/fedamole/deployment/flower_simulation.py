@@ -75,8 +75,9 @@ def _settings_of(folder: Path, name: str) -> ClientSettings:
     source = read_manifest(manifest).clients[0].source
     (own,) = (one for one in config.data.source if one.name == source)
     return ClientSettings(
-        own, name, str(manifest), str(folder / SITES), config.base.model, config.run.device, config.run.threads
-    )
+        own, str(folder / SITES), config.base.model, config.run.device, config.run.threads, name=name,
+        manifest=str(manifest),
+    )  # fmt: skip
 
 
 def simulate(folder: Path, show: Callable[[dict[str, Any]], None], cpus: int, gpus: float) -> None:

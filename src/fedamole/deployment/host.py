@@ -67,10 +67,6 @@ class ClientSettings:
 
     source: SourceSettings
     """Its data; the source's name is the client's, unless it is a part of a source alone."""
-    name: str = ""
-    """Name of a client that is a part of a source; then `manifest` says which."""
-    manifest: str | None = None
-    """A stored partition of the source: the file that names this client's rows."""
     folder: str = "runs"
     """Where its run folders are written."""
     base: str | None = None
@@ -79,6 +75,10 @@ class ClientSettings:
     threads: int = 0
     share_labels: bool = False
     """Tell the server how often each answer occurs, where answers are chosen from a limited number of options."""
+    name: str = ""
+    """Name of a client that is a part of a source; then `manifest` says which."""
+    manifest: str | None = None
+    """A stored partition of the source: the file that names this client's rows."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ SLACK = 1 << 20
 """Bytes that an answer may have beyond the method's reply."""
 SOON, LATER = 3.0, 60.0
 """Seconds until somebody is asked again: who may be ready by then, and who was refused."""
+REPEAT = 0.1
+"""Share of the deadline after which a request is sent once more, as it may have been lost on its way: whoever has done
+it, or is at it, answers once."""
 TRIES = 3
 """How often a client is asked for its test scores."""
 TRY_AGAIN = frozenset({"worker", "lost", "no_answer", "not_joined"})
@@ -122,8 +125,9 @@ class Remote:
         waiting = {node for node, until in self._refused.items() if until > now}
         waiting |= {node for node, _ in self._joining.values()} | {member.node for member in self.members.values()}
         request, seconds = Request(self.run, -1, JOIN, settings=self.tables), self.settings.deadline
+        again = now + min(seconds, max(LATER, REPEAT * seconds))
         for node in sorted(set(nodes) - waiting):
-            self._joining[self.link.send(node, pack(request), -1, seconds)] = node, now + seconds
+            self._joining[self.link.send(node, pack(request), -1, seconds)] = node, again
         for ticket, content in self.link.receive(list(self._joining)).items():
             node, _ = self._joining.pop(ticket)
             self._refused[node] = now + self._admit(node, nodes, request, content)
@@ -293,17 +297,29 @@ class Remote:
     def _exchange(self, requests: Mapping[str, Request], limits: Mapping[str, int]) -> dict[str, Reply]:
         """Ask clients, and wait for all of them or the deadline; a failure is a reply too."""
         tickets, replies = dict[str, str](), dict[str, Reply]()
-        for name, request in requests.items():
-            payload = pack(request)
-            tickets[self.link.send(self.members[name].node, payload, request.round, self.settings.deadline)] = name
-        end, late = time.monotonic() + self.settings.deadline, False
-        while tickets and not late:
-            late = time.monotonic() >= end  # one more look, however long the last one took
+        started, deadline, late = time.monotonic(), self.settings.deadline, False
+
+        def send(names: Collection[str], seconds: float) -> None:
+            for name in names:
+                request = requests[name]
+                tickets[self.link.send(self.members[name].node, pack(request), request.round, seconds)] = name
+
+        send(requests, deadline)
+        repeated = False
+        while len(replies) < len(requests) and not late:
+            passed = time.monotonic() - started
+            late = passed >= deadline  # one more look, however long the last one took
             for ticket, content in self.link.receive(list(tickets)).items():
                 name = tickets.pop(ticket)
-                replies[name] = self._read(requests[name], name, content, limits[name])
-            time.sleep(PAUSE if tickets and not late else 0)
-        for name in tickets.values():
+                if name not in replies:
+                    replies[name] = self._read(requests[name], name, content, limits[name])
+            missing = sorted(set(requests) - set(replies))
+            tickets = {ticket: name for ticket, name in tickets.items() if name in missing}
+            if not repeated and not late and passed >= REPEAT * deadline:
+                repeated = True
+                send(missing, deadline - passed)
+            time.sleep(PAUSE if missing and not late else 0)
+        for name in set(requests) - set(replies):
             replies[name] = failure(requests[name], name, "no_answer")
         for name, reply in replies.items():
             if reply.failed == "not_joined":
