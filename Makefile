@@ -10,7 +10,7 @@ demo: $(READY)  ## Compare local training, one shared LoRA and FedAMoLE on the b
 	$(BIN)/fedamole demo
 
 test: $(READY) lint  ## Style, types and all tests.
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(READY)  ## The slow tests: a deployment's faults, with real processes.
 	$(BIN)/python -m pytest -m faults
