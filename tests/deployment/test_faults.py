@@ -300,6 +300,7 @@ def test_a_killed_superlink_is_started_again(living: Site) -> None:
     assert after == list(range(max(rounds) + 1, max(after) + 1)), "no round is left out or done twice"
 
 
+@pytest.mark.faults
 def test_a_killed_gateway_is_started_again(living: Site) -> None:
     struck, server = time.time(), command_of(living, "server")
     killed(server.part("deployment.gateway"))
