@@ -8,7 +8,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +24,9 @@ from fedamole.deployment.processes import (
     secret_file,
     wait_for_port,
 )
+from fedamole.deployment.progress import Say
 from fedamole.deployment.shim import write_shim
 from fedamole.errors import ConfigError, FedamoleError, RunError
-
-Say = Callable[[str], None]
 
 PAUSE = 0.2
 """Seconds between two looks at the processes."""

@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from fedamole.personal.commands import renamed
+
 ConfigPath = Annotated[Path | None, typer.Argument(help="A TOML config with [deployment] clients (docs/deploy.md).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that differ, e.g. federation.rounds=5.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS and no keys; on 127.0.0.1 only, to try things out.")]
@@ -138,7 +140,7 @@ def client(
     for path in (data, test):
         if path is not None and not path.exists():
             raise DataError(f"there is no file {path}")
-    columns = _renamed(column)
+    columns = renamed(column)
     source = {"name": name, "path": str(data.resolve()), "template": template, "columns": columns}
     more = {"test": None if test is None else str(test.resolve()), "limit": limit}
     settings = {
@@ -151,15 +153,6 @@ def client(
         Connection(server, certs, insecure), settings, client_home(str(folder), name),
         lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
     ).run()
-
-
-def _renamed(column: list[str] | None) -> dict[str, str]:
-    from fedamole.errors import ConfigError
-
-    columns = dict(word.partition("=")[::2] for word in column or [])
-    if not all(columns.values()):
-        raise ConfigError("--column: write new=old, for example --column instruction=question")
-    return columns
 
 
 def certs(
@@ -225,7 +218,7 @@ def doctor(
 
     at_client = server is not None or data is not None
     if at_client:
-        found = examine_client(server, certs, base, data, template, _renamed(column))
+        found = examine_client(server, certs, base, data, template, renamed(column))
     else:
         found = examine_server(config, certs, host, port)
     if as_json:

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,19 @@ import torch
 
 from fedamole.config import load_config
 from fedamole.deployment.agreement import shared_tables
+from fedamole.deployment.progress import Show
 from fedamole.engine.remote import Link, Remote
 from fedamole.experiment import check_length, loop_of, rows_of, server_of
 from fedamole.federation.loop import Watcher
-from fedamole.federation.run_folder import RUN, SERVER, RunFolder, write_atomic
+from fedamole.federation.run_folder import CLIENTS, RUN, SERVER, RunFolder, write_atomic
 from fedamole.model.base import Identity, load_base
 
 log = logging.getLogger(__name__)
-
-Show = Callable[[dict[str, Any]], None]
 
 SETTINGS, PROGRESS, OUTCOME, LOG = "config.toml", "progress.jsonl", "outcome.json", "run.log"
 """Files in the server's own folder."""
 TICKET = "ticket"
 """Another: which submission of the run counts, as Flower may yet start one that was given up."""
-CLIENTS = "clients.json"
-"""What the clients told of themselves: amounts, device, and labels where they share them."""
 
 
 class ProgressLog(logging.Handler):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -29,12 +29,10 @@ from fedamole.deployment.processes import (
     wait_for_free_port,
     wait_for_port,
 )
+from fedamole.deployment.progress import Say, Show
 from fedamole.errors import ConfigError, FedamoleError, RunError
 from fedamole.experiment import resolved, rows_of
 from fedamole.federation.run_folder import RUN, SERVER, RunFolder, write_atomic
-
-Say = Callable[[str], None]
-Show = Callable[[dict[str, Any]], None]
 
 APP = Path(__file__).parent / "flower-app"
 PAUSE = 0.2

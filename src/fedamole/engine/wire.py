@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args
 
 from torch import Tensor
 
+from fedamole.data.examples import SPLITS
 from fedamole.evaluation.scores import GenerationScore
 from fedamole.federation.record import PayloadError, unpack
 
@@ -44,7 +45,6 @@ SCORED = frozenset({"loss", "probed", "score", "accuracy", *get_args(GenerationS
 """What scores may consist of, a number each."""
 TOLD = {"examples", "base", "device", "labels"}
 """What a client may tell of itself when it joins; labels only where it shares them."""
-SPLITS = {"train", "embedding", "validation", "test"}
 LARGEST, MOST_EXAMPLES = 1e15, 10**9
 """Largest number that is believed, so that sums of squares stay finite; most examples of a client."""
 MOST_LABELS, LONGEST_LABEL = 1000, 200
@@ -154,7 +154,7 @@ def _check_numbers(found: Any, needed: Collection[str], allowed: Collection[str]
 def _check_about(report: Mapping[str, Any]) -> None:
     """Refuse what a client tells of itself unless it is in the expected form."""
     examples, device, labels = report.get("examples"), report.get("device"), report.get("labels", {})
-    if set(report) - TOLD or not isinstance(examples, dict) or set(examples) != SPLITS:
+    if set(report) - TOLD or not isinstance(examples, dict) or set(examples) != set(SPLITS):
         raise PayloadError("what it tells of itself is not in the expected form")
     if not all(_is_count(count) and count > 0 for count in examples.values()):
         raise PayloadError(f"its numbers of examples are not between 1 and {MOST_EXAMPLES}")

@@ -27,6 +27,10 @@ from fedamole.model.base import Identity
 FORMAT = 1
 RUN, CONFIG, MANIFEST = "run.json", "config.toml", "manifest.json"
 METRICS, ASSIGNMENT, SUMMARY = "metrics.jsonl", "assignment.jsonl", "summary.json"
+CLIENTS = "clients.json"
+"""What the clients of a deployment told of themselves: amounts, device, and labels where they share them."""
+ROUTING = "routing.json"
+"""How the tokens of each client's data are routed, where it has been worked out."""
 
 SERVER = "server"
 """Folder inside a run's where a deployment's server keeps its own things: made before the run."""

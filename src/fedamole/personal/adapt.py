@@ -40,6 +40,7 @@ from fedamole.model.bank import Bank
 from fedamole.model.base import BUNDLED, Identity, load_base
 from fedamole.model.params import Adapter, expert_ids
 from fedamole.model.pretrained import save_adapter
+from fedamole.personal.models import is_elsewhere
 from fedamole.reporting.card import write_cards
 
 ORIGIN = "adapted.json"
@@ -167,7 +168,7 @@ def check_method(config: Config) -> None:
 def _own_config(config: Config, source: SourceSettings, target: Path, device: str, base: str | None) -> Config:
     """The run's config with the new client's own data, machine and copy of the base."""
     model = config.base.model if base is None else base
-    if base is None and model.startswith("/") and not Path(model).exists():
+    if base is None and is_elsewhere(model):
         model = BUNDLED  # which lies elsewhere on another machine; whether it is the right one its identity tells
     config = replace(
         config, base=replace(config.base, model=model), data=replace(config.data, source=(source,), manifest=None),

@@ -307,15 +307,22 @@ def _source(
 ) -> "SourceSettings":
     """Rows of a file given on the command line, as a source of one client."""
     from fedamole.data.settings import SourceSettings
-    from fedamole.errors import ConfigError, DataError
+    from fedamole.errors import DataError
 
     for given in (path, test):
         if given is not None and not given.exists():
             raise DataError(f"there is no file {given}")
+    return SourceSettings(
+        name, str(path.resolve()), None if test is None else str(test.resolve()), template=template,
+        columns=renamed(column), limit=limit,
+    )
+
+
+def renamed(column: list[str] | None) -> dict[str, str]:
+    """What --column says: new names of columns with their old ones; ConfigError for a word in another form."""
+    from fedamole.errors import ConfigError
+
     columns = dict(word.partition("=")[::2] for word in column or [])
     if not all(columns.values()):
         raise ConfigError("--column: write new=old, for example --column instruction=question")
-    return SourceSettings(
-        name, str(path.resolve()), None if test is None else str(test.resolve()), template=template, columns=columns,
-        limit=limit,
-    )
+    return columns

@@ -15,16 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedamole.config import load_config
 from fedamole.data.examples import Shard
-from fedamole.data.manifest import load_federation, read_manifest
+from fedamole.data.manifest import load_federation
 from fedamole.data.settings import DataSettings, SourceSettings
 from fedamole.data.tokens import tokenise
 from fedamole.errors import BaseModelError, ConfigError, DataError, FedamoleError, RunError
 from fedamole.evaluation.likelihood import mean_losses
 from fedamole.evaluation.personal import EvaluationSettings
 from fedamole.federation.randomness import torch_generator
-from fedamole.federation.run_folder import CONFIG, MANIFEST
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
@@ -32,7 +30,7 @@ from fedamole.model.base import Base, BaseSettings, load_base
 from fedamole.model.batch import Row, batches
 from fedamole.model.params import Adapter, Shapes, expert_ids, shared_keys
 from fedamole.model.pretrained import load_adapter, save_adapter, without_deltas
-from fedamole.personal.models import Place, base_of
+from fedamole.personal.models import Place, base_of, own_shard
 from fedamole.personal.ridge import Moments, best_lora
 
 REPORT = "export.json"
@@ -170,10 +168,8 @@ def _texts(place: Place, base: Base, calibration: SourceSettings | None, most: i
     training, evaluation, data, seed = TrainingSettings(), EvaluationSettings(), DataSettings(), 0
     own: Shard | None = None
     if place.run is not None:
-        config = load_config(place.run.path / CONFIG)
+        config, own = own_shard(place)
         training, evaluation, data, seed = config.training, config.evaluation, config.data, config.run.seed
-        shards = load_federation(data, Path.cwd(), read_manifest(place.run.path / MANIFEST)).shards
-        own = next(shard for shard in shards if shard.client == place.client)
     given = own
     if calibration is not None:
         settings = replace(data, source=(calibration,), manifest=None)

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedamole.config import load_config, nearest
+from fedamole.config import Config, load_config, nearest
+from fedamole.data.examples import Shard
+from fedamole.data.manifest import load_federation, read_manifest
 from fedamole.errors import BaseModelError, RunError
 from fedamole.federation.run_folder import CONFIG as RUN_CONFIG
-from fedamole.federation.run_folder import RUN, RunFolder
+from fedamole.federation.run_folder import MANIFEST, RUN, RunFolder
 from fedamole.model.bank import Bank
 from fedamole.model.base import BUNDLED, Base, BaseSettings, Identity, load_base, resolve_device
 from fedamole.model.params import Adapter
@@ -77,7 +79,7 @@ def base_of(place: Place, device: str = "auto", base: str | None = None) -> Base
     if not (place.adapter / IDENTITY).exists():
         raise BaseModelError(f"{place.adapter}: {IDENTITY} is missing, so nobody can tell which base it is for")
     wanted = Identity(**json.loads((place.adapter / IDENTITY).read_text()))
-    absent = base is None and settings.model.startswith("/") and not Path(settings.model).exists()
+    absent = base is None and is_elsewhere(settings.model)
     # The bundled base lies elsewhere on another machine; whether it is the right one its identity tells.
     named = BUNDLED if absent else base or settings.model
     try:
@@ -89,6 +91,25 @@ def base_of(place: Place, device: str = "auto", base: str | None = None) -> Base
             raise BaseModelError(told) from error
         raise
     return found
+
+
+def is_elsewhere(model: str) -> bool:
+    """Whether a base is named by a folder of another machine; the bundled base's differs from one to the next."""
+    return model.startswith("/") and not Path(model).exists()
+
+
+def own_shard(place: Place) -> tuple[Config, Shard]:
+    """The config of a model's run and its client's own data, read again as config and manifest say; no other's are.
+
+    Raises DataError where the data are gone or changed, RunError for an adapter folder without its run.
+    """
+    if place.run is None:
+        raise RunError(f"{place.adapter} is a model without its data: name the run's folder, or give a --prompt")
+    config = load_config(place.run.path / RUN_CONFIG)
+    manifest = read_manifest(place.run.path / MANIFEST).only(place.client)
+    source = tuple(one for one in config.data.source if one.name == manifest.clients[0].source)
+    data = replace(config.data, source=source, manifest=None)
+    return config, load_federation(data, Path.cwd(), manifest).shards[0]
 
 
 def _settings_of(adapter: Path) -> BaseSettings:

@@ -6,28 +6,24 @@ client holds, at most `top_k` of them above 0 in AMoLE; its shared expert, weigh
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fedamole.config import load_config
-from fedamole.data.manifest import load_federation, read_manifest
 from fedamole.data.tokens import tokenise
-from fedamole.errors import ConfigError, DataError, RunError
+from fedamole.errors import ConfigError, DataError
 from fedamole.evaluation.likelihood import by_length
-from fedamole.federation.run_folder import CONFIG as RUN_CONFIG
-from fedamole.federation.run_folder import MANIFEST, write_atomic
+from fedamole.federation.run_folder import ROUTING, write_atomic
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, Row, collate
 from fedamole.model.params import OWN, Adapter, expert_ids
 from fedamole.model.pretrained import CONFIG
 from fedamole.model.prompt import PromptSpec
-from fedamole.personal.models import Place
+from fedamole.personal.models import Place, own_shard
 
-ROUTING = "routing.json"
 ALL = "all"
 UNFINISHED = "\ufffd"
 """What a character decodes to of which some bytes are still to come."""
@@ -240,13 +236,7 @@ def own_rows(place: Place, bank: Bank, split: Split) -> list[Row]:
     Answers are without the end-of-text token, of which nothing is predicted. Raises DataError where the data are gone
     or changed, RunError for an adapter folder without its run.
     """
-    if place.run is None:
-        raise RunError(f"{place.adapter} is a model without its data: name the run's folder, or give a --prompt")
-    config = load_config(place.run.path / RUN_CONFIG)
-    manifest = read_manifest(place.run.path / MANIFEST).only(place.client)
-    source = manifest.clients[0].source
-    data = replace(config.data, source=tuple(one for one in config.data.source if one.name == source), manifest=None)
-    shard = load_federation(data, Path.cwd(), manifest).shards[0]
+    config, shard = own_shard(place)
     rows = tokenise(getattr(shard, split), bank.base.tokenizer, config.training.max_length).rows
     if not rows:
         raise DataError(f"client {place.client}: no {split} example fits into training.max_length")

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 LOOK, RELOAD = 2.0, 5
 """Seconds between two looks at the files of a running run, and between two reloads of its page."""
-WATCHED = ("metrics.jsonl", "assignment.jsonl", "summary.json", "routing.json")
 
 
 def report(
@@ -75,5 +74,7 @@ def _follow(told: "Sequence[Told]", write: "Callable[[], list[Told]]", said: Con
 
 def _sizes(told: "Sequence[Told]") -> list[tuple[int, int] | None]:
     """Size and time of change of each file that a page depends on."""
-    files = [one.run.path / name for one in told for name in WATCHED]
+    from fedamole.federation.run_folder import ASSIGNMENT, METRICS, ROUTING, SUMMARY
+
+    files = [one.run.path / name for one in told for name in (METRICS, ASSIGNMENT, SUMMARY, ROUTING)]
     return [(found.stat().st_size, found.stat().st_mtime_ns) if found.exists() else None for found in files]

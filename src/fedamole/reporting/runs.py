@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedamole.errors import RunError
-from fedamole.federation.run_folder import CONFIG, MANIFEST, SUMMARY, RunFolder
+from fedamole.federation.run_folder import CONFIG, MANIFEST, RUN, SUMMARY, RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -47,16 +47,22 @@ def partition_of(folder: RunFolder) -> str:
     return hashlib.sha256(ground.encode()).hexdigest()
 
 
+def folders_in(path: Path) -> list[Path]:
+    """The run folders in a folder; RunError where there is none."""
+    inside = sorted(child.parent for child in path.glob(f"*/{RUN}"))
+    if not inside:
+        raise RunError(f"{path} is neither a run folder nor a folder with runs in it")
+    return inside
+
+
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read runs named one by one, or by a folder of them; there unfinished ones are left out, with a warning."""
     found: list[Run] = []
     for path in paths:
-        if (path / "run.json").exists() or not path.is_dir():
+        if (path / RUN).exists() or not path.is_dir():
             found.append(read_run(path))
             continue
-        inside = sorted(child.parent for child in path.glob("*/run.json"))
-        if not inside:
-            raise RunError(f"{path} is neither a run folder nor a folder with runs in it")
+        inside = folders_in(path)
         finished = [child for child in inside if RunFolder.open(child).finished]
         for child in inside:
             if child not in finished:

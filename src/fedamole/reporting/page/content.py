@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fedamole import __version__
+from fedamole.data.examples import SPLITS
 from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.reporting.comparison import Entry, Result, Scenario, read_scenarios
 from fedamole.reporting.gains import gain
-from fedamole.reporting.page.reading import SPLITS, Told
+from fedamole.reporting.page.reading import Told
 from fedamole.reporting.page.words import (
     GLOSSARY,
     KINDS,

@@ -7,14 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedamole.data.examples import SPLITS
 from fedamole.errors import RunError
 from fedamole.federation.loop import BASE
-from fedamole.federation.run_folder import ASSIGNMENT, CONFIG, MANIFEST, METRICS, SUMMARY, RunFolder
+from fedamole.federation.run_folder import (
+    ASSIGNMENT,
+    CLIENTS,
+    CONFIG,
+    MANIFEST,
+    METRICS,
+    ROUTING,
+    RUN,
+    SUMMARY,
+    RunFolder,
+)
 from fedamole.federation.summary import costs
-from fedamole.reporting.runs import Run, partition_of
+from fedamole.reporting.runs import Run, folders_in, partition_of
 
-CLIENTS, ROUTING = "clients.json", "routing.json"
-SPLITS = ("train", "embedding", "validation", "test")
 Json = dict[str, Any]
 
 
@@ -75,10 +84,7 @@ def read_folders(paths: Sequence[Path]) -> list[Told]:
     """Read runs named one by one, or by a folder of them. Runs of different data or bases are a RunError."""
     folders: list[Path] = []
     for path in paths:
-        inside = [] if (path / "run.json").exists() else sorted(child.parent for child in path.glob("*/run.json"))
-        if path.is_dir() and not inside and not (path / "run.json").exists():
-            raise RunError(f"{path} is neither a run folder nor a folder with runs in it")
-        folders += inside or [path]
+        folders += [path] if (path / RUN).exists() or not path.is_dir() else folders_in(path)
     found = [read_folder(path) for path in dict.fromkeys(folders)]
     for one in found:
         if one.run.partition != found[0].run.partition:
