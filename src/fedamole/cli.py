@@ -11,7 +11,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedamole.deployment import commands
+from fedamole.deployment.certificate_commands import certs
+from fedamole.deployment.client_command import client
+from fedamole.deployment.commands import server, simulate
+from fedamole.deployment.doctor_command import doctor
 from fedamole.errors import FedamoleError
 from fedamole.personal import commands as personal
 from fedamole.reporting import commands as reporting
@@ -343,7 +346,7 @@ def _wide() -> Console:
     return Console(width=None if sys.stdout.isatty() else 180)
 
 
-DEPLOYMENT = (commands.server, commands.simulate, commands.client, commands.certs, commands.doctor)
+DEPLOYMENT = (server, simulate, client, certs, doctor)
 PERSONAL = (personal.generate, personal.chat, personal.explain, personal.export, personal.adapt)
 for command in (*DEPLOYMENT, *PERSONAL, serving.serve, reporting.report):
     app.command()(command)
