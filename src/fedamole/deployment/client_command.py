@@ -1,5 +1,6 @@
 """`fedamole client`. Nothing heavy is imported before it is needed."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,7 @@ def client(
     """
     require_flower()
     from fedamole.deployment.client import Client, Connection, client_home
+    from fedamole.deployment.processes import without_proxy
     from fedamole.errors import DataError
 
     for path in (data, test):
@@ -49,7 +51,8 @@ def client(
         **({} if base is None else {"base": base}),
     }
     console = Console(stderr=True)
+    os.environ.update(without_proxy())
     Client(
-        Connection(server, certs, insecure), settings, client_home(str(folder), name),
+        Connection(server, certs, insecure), name, settings, client_home(str(folder), name),
         lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
     ).run()

@@ -1,5 +1,6 @@
 """`fedamole server` and `fedamole simulate`. Nothing heavy is imported before a command needs it."""
 
+import os
 import signal
 import threading
 from pathlib import Path
@@ -32,6 +33,7 @@ def server(
     require_flower()
     from fedamole.config import load_config
     from fedamole.console import show_runs
+    from fedamole.deployment.processes import without_proxy
     from fedamole.deployment.progress import watching
     from fedamole.deployment.server import Door, Server, finished, prepare_folder
     from fedamole.errors import ConfigError
@@ -39,6 +41,7 @@ def server(
 
     if (config is None) == (resume is None):
         raise ConfigError("give either a config to start a run, or --resume FOLDER to go on with one")
+    os.environ.update(without_proxy())
     door = Door(host, port, certs, insecure)
     if config is not None:
         settings = load_config(config, list(overrides or []))

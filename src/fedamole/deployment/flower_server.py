@@ -5,10 +5,13 @@ import logging
 from pathlib import Path
 
 from flwr.app import Context
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedamole.deployment.coordinator import LOG, OUTCOME, TICKET, coordinate
 from fedamole.deployment.flower_link import FlowerLink
+from fedamole.deployment.keys import load_private
+from fedamole.deployment.orders import SignedLink
 from fedamole.deployment.processes import die_with_parent
 from fedamole.errors import FedamoleError
 from fedamole.federation.run_folder import SERVER, write_atomic
@@ -16,6 +19,8 @@ from fedamole.federation.run_folder import SERVER, write_atomic
 log = logging.getLogger(__name__)
 
 app = ServerApp()
+no_client = ClientApp()
+"""Flower wants the name of one; clients of fedamole run none."""
 
 
 @app.main()
@@ -31,7 +36,9 @@ def main(grid: Grid, context: Context) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("fedamole").addHandler(handler)
     try:
-        coordinate(FlowerLink(grid), folder)
+        path = str(context.run_config["order_key"])
+        key = load_private(Path(path)) if path else None
+        coordinate(SignedLink(FlowerLink(grid), key), folder)
     except FedamoleError as error:
         write_atomic(outcome, json.dumps({"error": str(error), "exit_code": error.exit_code}))
         return

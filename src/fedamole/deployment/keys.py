@@ -136,6 +136,11 @@ def public_line(key: ec.EllipticCurvePublicKey, comment: str) -> bytes:
     return line + f" {comment}\n".encode()
 
 
+def public_pem(key: ec.EllipticCurvePublicKey) -> bytes:
+    """A public key in PEM, the form in which Flower names it."""
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
 def _is_p384(key: object) -> bool:
     return isinstance(key, ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey) and key.curve.name == "secp384r1"
 

@@ -1,6 +1,7 @@
 """Processes beside this one: started, watched, started again, and stopped with it."""
 
 import ctypes
+import fcntl
 import os
 import secrets
 import signal
@@ -8,10 +9,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+
+from fedamole.errors import RunError
 
 OFFLINE = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -28,10 +32,27 @@ PRIVATE = 0o077
 _PR_SET_PDEATHSIG = 1
 
 
+def without_proxy() -> dict[str, str]:
+    """Environment variables by which no call to this machine itself goes to the proxy of HTTPS_PROXY."""
+    listed = [os.environ[name] for name in ("NO_PROXY", "no_proxy") if os.environ.get(name)]
+    everybody = ",".join([*listed, LOOPBACK, "localhost", "::1"])
+    return {"NO_PROXY": everybody, "no_proxy": everybody}
+
+
 def environment(home: Path) -> dict[str, str]:
-    """Environment of Flower's processes: its home, its switches, and its commands found beside this Python."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, **OFFLINE, "FLWR_HOME": str(home), "PATH": path}
+    """Environment of the processes beside this one: Flower's home and switches, and no proxy for loopback."""
+    return {**os.environ, **OFFLINE, **without_proxy(), "FLWR_HOME": str(home)}
+
+
+@contextmanager
+def exclusive(path: Path, refusal: str) -> Iterator[None]:
+    """Hold a file for this process; where another one holds it, RunError says so."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f"{refusal}: stop that one first") from error
+        yield
 
 
 def command(name: str) -> str:

@@ -1,13 +1,12 @@
 """`fedamole server`: a SuperLink, the gateway before it, and the run, as one command that survives its parts."""
 
 import json
+import os
 import secrets
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +15,12 @@ from typing import Any
 import tomli_w
 
 from fedamole.config import Config, load_config
-from fedamole.deployment.certificates import check_server, roster
+from fedamole.deployment.certificates import check_server, make_certificates, roster
 from fedamole.deployment.coordinator import OUTCOME, PROGRESS, SETTINGS, TICKET
+from fedamole.deployment.flower_commands import SERVERAPP, allow_only
+from fedamole.deployment.flower_control import Control
+from fedamole.deployment.flower_superlink import CONTROL, GATEWAY
+from fedamole.deployment.keys import load_public, public_pem
 from fedamole.deployment.processes import (
     LOOPBACK,
     Process,
@@ -34,8 +37,9 @@ from fedamole.errors import ConfigError, FedamoleError, RunError
 from fedamole.experiment import resolved, rows_of
 from fedamole.federation.run_folder import RUN, SERVER, RunFolder, write_atomic
 
-APP = Path(__file__).parent / "flower-app"
 PAUSE = 0.2
+ROSTER_S = 2.0
+"""Seconds between two looks at the keys that are let in."""
 QUIET = 90.0
 """Seconds after which a run whose process has vanished is submitted again at the latest."""
 PREDECESSOR = 20.0
@@ -63,17 +67,14 @@ class Door:
         if self.certs is not None and (faults := check_server(self.certs, self.host)):
             raise ConfigError("; ".join(faults))
 
-    def keys(self, names: tuple[str, ...]) -> dict[str, Path]:
-        """Public keys of the clients of a run; ConfigError for one that has none."""
-        if self.certs is None:
-            return {}
-        known = roster(self.certs)
-        if missing := sorted(set(names) - set(known)):
+    def check_keys(self, names: tuple[str, ...]) -> None:
+        """ConfigError for a client of a run that has no key."""
+        known = {} if self.certs is None else roster(self.certs)
+        if self.certs is not None and (missing := sorted(set(names) - set(known))):
             raise ConfigError(
                 f"deployment.clients: {', '.join(missing)} have no key in {self.certs}/nodes: "
                 "`fedamole certs` makes or admits keys"
             )
-        return {name: known[name] for name in names}
 
 
 def prepare_folder(config: Config, folder: Path) -> None:
@@ -97,21 +98,34 @@ class Server:
         self.folder, self.own = folder.resolve(), folder.resolve() / SERVER
         self.door, self.say, self.show = door, say, show
         self.config = load_config(self.own / SETTINGS)
-        self.keys = door.keys(self.config.deployment.clients)
+        door.check_keys(self.config.deployment.clients)
         self.env = environment(self.own / "flwr")
         self.port = door.port if door.insecure else free_port()
         secret = secret_file(self.own / "secret")
+        tokens = self.own / "tokens"
+        token = secret_file(tokens / CONTROL).read_text()
         certs = None if door.certs is None else door.certs.resolve()
-        tls = [] if certs is None else [
-            "--ssl-ca-certfile", str(certs / "ca.crt"), "--ssl-certfile", str(certs / "server.crt"),
-            "--ssl-keyfile", str(certs / "server.key"), "--enable-supernode-auth",
-        ]  # fmt: skip
+        inside: Path | None = None
+        tls = ["--insecure"]
+        if certs is None:
+            (tokens / GATEWAY).unlink(missing_ok=True)
+        else:
+            secret_file(tokens / GATEWAY)
+            # An authority of this machine's own processes, whoever has signed the certificate that clients see.
+            inside = self.own / "loopback"
+            make_certificates(inside, [], [])
+            tls = [
+                "--ssl-ca-certfile", str(inside / "ca.crt"), "--ssl-certfile", str(inside / "server.crt"),
+                "--ssl-keyfile", str(inside / "server.key"), "--enable-supernode-auth",
+            ]  # fmt: skip
+        ca = None if inside is None else inside / "ca.crt"
+        self.control = Control(self.port, ca, token)
         self.link = Process(
             "SuperLink",
             [
-                command("flower-superlink"), "--host", LOOPBACK, "--port", str(self.port), "--isolation", "process",
-                "--superexec-auth-secret-file", str(secret), "--database", str(self.own / "superlink.db"),
-                *(tls or ["--insecure"]),
+                sys.executable, "-m", "fedamole.deployment.flower_superlink", str(tokens), "--host", LOOPBACK,
+                "--port", str(self.port), "--isolation", "process", "--superexec-auth-secret-file", str(secret),
+                "--database", str(self.own / "superlink.db"), *tls,
             ],
             self.env, self.own / "superlink.log",
         )  # fmt: skip
@@ -120,34 +134,39 @@ class Server:
             [
                 command("flower-superexec"), "--runtime-api-address", f"{LOOPBACK}:{self.port}",
                 "--superexec-auth-secret-file", str(secret),
-                *(["--insecure"] if certs is None else ["--root-certificates", str(certs / "ca.crt")]),
+                *(["--insecure"] if ca is None else ["--root-certificates", str(ca)]),
             ],
-            self.env, self.own / "serverapp.log",
+            {**self.env, "PATH": f"{allow_only(SERVERAPP, self.own / 'commands')}{os.pathsep}{os.defpath}"},
+            self.own / "serverapp.log",
         )  # fmt: skip
         self.processes = [self.link, self.executor]
         if certs is not None:
             words = [
                 sys.executable, "-m", "fedamole.deployment.gateway", "--host", door.host, "--port", str(door.port),
                 "--superlink", f"{LOOPBACK}:{self.port}", "--certificate", str(certs / "server.crt"),
-                "--key", str(certs / "server.key"), "--ca", str(certs / "ca.crt"),
+                "--key", str(certs / "server.key"), "--ca", str(ca), "--nodes", str(certs / "nodes"),
+                "--superlink-token", str(tokens / GATEWAY),
             ]  # fmt: skip
             self.processes.append(Process("gateway", words, self.env, self.own / "gateway.log"))
         self._read = 0
         self._pid = 0
         self._submitted = 0.0
         self._attempts = 0
+        self._keys: dict[str, bytes] | None = None
+        """Public keys by name that the SuperLink knows; None before the first look."""
+        self._look_at_keys = 0.0
         self._calm: dict[str, int] = {}
         """Starts of each process that ended before the last finished round."""
 
     def run(self, stop: threading.Event) -> None:
         """Carry the run to its end, through ends of any of the processes; errors of the run are raised here."""
         try:
-            self._home()
+            self._begin()
             self._wait_for_predecessor()
             self.link.start()
             wait_for_port(self.port, self.link)
             self.executor.start()
-            self._register()  # before anybody can come in, as a SuperNode whose key is unknown ends
+            self._follow_keys()
             for process in self.processes[2:]:
                 process.start()
             self._submit()
@@ -155,6 +174,7 @@ class Server:
             self.say(f"waiting for clients at {where}: {', '.join(self.config.deployment.clients)}")
             while not stop.is_set():
                 self._revive()
+                self._follow_keys()
                 self._tell()
                 if self._ended():
                     return
@@ -166,14 +186,8 @@ class Server:
             for process in reversed(self.processes):
                 process.stop()
 
-    def _home(self) -> None:
-        """Tell Flower's command line where its SuperLink is."""
-        tls = (
-            {"insecure": True} if self.door.certs is None
-            else {"root-certificates": str(self.door.certs.resolve() / "ca.crt")}
-        )
-        table = {"superlink": {"default": "run", "run": {"address": f"{LOOPBACK}:{self.port}", **tls}}}
-        write_atomic(self.own / "flwr" / "config.toml", tomli_w.dumps(table))
+    def _begin(self) -> None:
+        """Forget how the run ended last time, and read its progress from here on."""
         (self.own / OUTCOME).unlink(missing_ok=True)
         progress = self.own / PROGRESS
         self._read = progress.stat().st_size if progress.exists() else 0
@@ -188,40 +202,47 @@ class Server:
         while pid and alive(pid) and time.monotonic() < end:
             time.sleep(PAUSE)
 
-    def _register(self) -> None:
-        """Register the keys of this run's clients; those that are registered already stay."""
+    def _follow_keys(self) -> None:
+        """Have the SuperLink know the keys that are in the folder now, for the clients of this run, and no others.
 
-        def one(item: tuple[str, Path]) -> None:
-            name, key = item
-            done = self._flwr("supernode", "register", str(key.resolve()), "run", "--name", name, "--format", "json")
-            if not done.get("success") and "already" not in str(done).lower():
-                raise RunError(f"the key of {name} could not be registered: {done.get('error-message', done)}")
+        The gateway refuses a removed key at once; this is what takes its name from it.
+        """
+        now = time.monotonic()
+        if self.door.certs is None or now < self._look_at_keys:
+            return
+        self._look_at_keys = now + ROSTER_S
+        present = roster(self.door.certs)
+        wanted = {
+            name: public_pem(load_public(present[name])) for name in self.config.deployment.clients if name in present
+        }
+        if wanted == self._keys:
+            return
+        known = self.control.nodes()
+        for node, (name, key) in known.items():
+            if wanted.get(name) != key:
+                self.control.unregister(node)
+                self.say(f"the key that {name} had is refused from now on")
+        for name, key in wanted.items():
+            if (name, key) not in known.values():
+                self._register(name, key)
+        self._keys = wanted
 
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(one, self.keys.items()))
+    def _register(self, name: str, key: bytes) -> None:
+        try:
+            self.control.register(name, key)
+        except RunError as error:
+            if self._keys is None:
+                raise
+            self.say(f"{error}; a key that was removed from a run cannot come back to it: {name} needs a new one")
 
     def _submit(self) -> None:
         """Start the run's process, for the first time or again: it goes on from its last round."""
         ticket = secrets.token_hex(8)
         write_atomic(self.own / TICKET, ticket)
-        done = self._flwr("run", str(APP), "run", "-c", f"folder='{self.folder}' ticket='{ticket}'", "--format", "json")
-        if not done.get("success"):
-            raise RunError(f"the run could not be started: {done.get('error-message', done)}; see {self.own}")
+        key = "" if self.door.certs is None else str(self.door.certs.resolve() / "coordinator.key")
+        self.control.start_run({"folder": str(self.folder), "ticket": ticket, "order_key": key})
         self._submitted, self._pid = time.monotonic(), 0
         self._attempts += 1
-
-    def _flwr(self, *words: str) -> dict[str, Any]:
-        """What a command of Flower's answers, as JSON."""
-        found = subprocess.run(
-            [command("flwr"), *words], env=self.env, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-            check=False, process_group=0,
-        )  # fmt: skip
-        text = found.stdout[found.stdout.find("{") : found.stdout.rfind("}") + 1]
-        try:
-            answer: dict[str, Any] = json.loads(text)
-        except ValueError:
-            return {"success": False, "error-message": (found.stdout + found.stderr).strip()[-2000:]}
-        return answer
 
     def _revive(self) -> None:
         """Start again whatever process has ended."""
