@@ -1,29 +1,240 @@
-"""What a client leaves on its machine."""
+"""`fedamole client`: what keeps it from connecting, what it obeys, and what it leaves behind."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Listener
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
-from fedamole.deployment.client import rendezvous
+from fedamole.deployment import client
+from fedamole.deployment.certificates import make_certificates
+from fedamole.deployment.client import Client, Connection, rendezvous
+from fedamole.deployment.flower_fleet import FleetError, Incoming
+from fedamole.deployment.keys import load_private, new_key
+from fedamole.deployment.orders import signed
+from fedamole.errors import ConfigError, RunError
 
 
 def test_what_a_killed_client_left_behind_is_removed_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    killed, living, foreign = (
-        tmp_path / name for name in (f"fedamole-{ended.pid}-x", f"fedamole-{os.getppid()}-y", "fedamole-notes-z")
-    )
-    for path in (killed, living, foreign):
-        path.mkdir()
-        (path / "secret").write_text("s")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for name in (f"fedamole-{ended.pid}-left", f"fedamole-{os.getpid()}-mine", "fedamole-notes-x"):
+        (tmp_path / name).mkdir()
     made = rendezvous()
-    assert sorted(tmp_path.iterdir()) == sorted([living, foreign, made])
-    assert made.stat().st_mode & 0o077 == 0
-    assert made.name.startswith(f"fedamole-{os.getpid()}-")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {f"fedamole-{os.getpid()}-mine", "fedamole-notes-x", made.name}
+    assert made.stat().st_mode & 0o777 == 0o700
+
+
+class Script:
+    """Stands for the connection: what becomes of each attempt, one after the other, the last for ever."""
+
+    def __init__(self, *attempts: Any) -> None:
+        self.attempts, self.made, self.stop = list(attempts), 0, threading.Event()
+        self.queue: list[Incoming] = []
+        self.replies: list[bytes | None] = []
+        self.node, self.troubled = 7, ""
+
+    def __call__(self, server: str, ca: Any, key: Any, stop: threading.Event) -> "Script":
+        return self
+
+    def activate(self, former: int) -> int:
+        attempt = self.attempts[min(self.made, len(self.attempts) - 1)]
+        self.made += 1
+        if isinstance(attempt, Exception):
+            raise attempt
+        self.alive = attempt
+        return self.node
+
+    def heartbeat(self) -> bool:
+        return True
+
+    def receive(self) -> Incoming | None:
+        if self.queue:
+            return self.queue.pop(0)
+        if self.alive == "lost":
+            raise FleetError("busy", "lost")
+        return None
+
+    def reply(self, incoming: Incoming, payload: bytes | None) -> None:
+        self.replies.append(payload)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(client, "AGAIN", 0.05)
+    monkeypatch.setattr(client, "SOONEST", 0.01)
+    monkeypatch.setattr(client, "STALE", 0.5)
+    yield
+
+
+def tried(script: Script, folder: Path, monkeypatch: pytest.MonkeyPatch, until: str) -> list[str]:
+    """What a client says until it has said a thing, or fails; its worker sleeps."""
+    monkeypatch.setattr(client, "Fleet", script)
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if until in text:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    made = Client(Connection("127.0.0.1:1", None, insecure=True), "north", {}, folder, say)
+    made.worker.words = ["sleep", "60"]
+    try:
+        made.run()
+    finally:
+        assert not made.worker.running
+        assert not made.rendezvous.exists()
+    return said
+
+
+BUSY = FleetError("busy", "x")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_client_that_was_taken_once_is_given_any_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "STALE", 60.0)
+    script = Script(BUSY, "lost", *[BUSY] * 30, "fine")
+    said: list[str] = []
+    monkeypatch.setattr(client, "Fleet", script)
+
+    def say(text: str) -> None:
+        said.append(text)
+        if said.count("connected") == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    made = Client(Connection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, say)
+    made.worker.words = ["sleep", "60"]
+    made.run()
+    assert [text.split(":")[0] for text in said] == [
+        "connecting to 127.0.0.1", "the server does not take this key now", "connected",
+        "the server does not take this key now", "connected", "stopping",
+    ]  # fmt: skip
+    health = json.loads((tmp_path / "health.json").read_text())
+    assert health["state"] == "stopped"
+    assert time.time() - health["last_contact"] < 60
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (FleetError("certificate", "x"), "does not come from the CA"),
+        (FleetError("tls", "x"), "no TLS 1.3 with this server"),
+        (FleetError("key", "expired-key"), "this key has expired"),
+        (FleetError("key", "unknown-key"), "does not know this key, or has removed it"),
+        (FleetError("proxy", "407"), "407"),
+        (BUSY, "does not take this key now"),
+        (FleetError("refused", "status 404"), "is it a server of fedamole?"),
+    ],
+)
+def test_a_client_that_will_never_be_taken_ends_with_the_reason(
+    error: FleetError, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RunError, match=text.replace("?", r"\?")):
+        tried(Script(error), tmp_path, monkeypatch, "never said")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_server_that_is_away_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Script(*[httpx.ConnectError("x")] * 30, "fine")
+    said = tried(script, tmp_path, monkeypatch, "connected")
+    assert [text for text in said if "cannot be reached" in text] == [
+        "127.0.0.1:1 cannot be reached (ConnectError); trying again"
+    ]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_client_that_is_not_asked_for_long_connects_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "QUIET", 0.2)
+    script = Script("fine")
+    said = tried(script, tmp_path, monkeypatch, "no order for")
+    assert "connected" in said
+    assert [text for text in said if text.startswith("no order for")]
+
+
+@pytest.mark.usefixtures("quick")
+def test_two_clients_of_one_name_and_folder_are_one_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from fedamole.deployment.processes import exclusive\n"
+        "with exclusive(Path(sys.argv[1]), 'x'): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "lock")], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    try:
+        with pytest.raises(RunError, match="another client runs as north in .*: stop that one first"):
+            tried(Script("fine"), tmp_path, monkeypatch, "connected")
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_a_client_obeys_its_coordinator_alone_and_each_order_once(tmp_path: Path) -> None:
+    """The worker here is an echo; what reaches it is what was obeyed."""
+    make_certificates(tmp_path / "certs", ["localhost"], ["north", "south"])
+    certs, said = tmp_path / "certs" / "clients" / "north", list[str]()
+    made = Client(Connection("localhost:1", certs), "north", {}, tmp_path / "home", said.append)
+    coordinator = load_private(tmp_path / "certs" / "coordinator.key")
+    reached: list[bytes] = []
+
+    def echo() -> None:
+        with Listener(made.socket, family="AF_UNIX", authkey=made.secret.read_bytes()) as listener:
+            for _ in range(2):
+                with listener.accept() as caller:
+                    reached.append(caller.recv_bytes())
+                    caller.send_bytes(b"done")
+
+    worker = threading.Thread(target=echo, daemon=True)
+    worker.start()
+    while not Path(made.socket).exists():
+        time.sleep(0.01)
+    script = Script("fine")
+    good, later = signed(coordinator, "north", 5, b"train"), signed(coordinator, "north", 6, b"test")
+    orders = [
+        good, good, signed(coordinator, "north", 4, b"old"), signed(coordinator, "south", 9, b"south's"),
+        signed(new_key(), "north", 9, b"forged"), signed(None, "north", 9, b"unsigned"),
+        signed(load_private(certs / "node.key"), "north", 9, b"by a client"), b"go", later,
+    ]  # fmt: skip
+    for order in orders:
+        made._carry_out(script, Incoming(None, order))  # type: ignore[arg-type]
+    worker.join(10)
+    assert reached == [b"train", b"test"]
+    assert script.replies == [b"done", b"done"], "what is no order gets no answer"
+    assert [text.split(":")[1] for text in said] == [
+        " it was taken before, or is older than one that was"] * 2 + [
+        " it is signed for another client"] + [
+        " its signature is not that of the coordinator whose coordinator.pub is here"] * 3 + [
+        " it is no signed order"
+    ]  # fmt: skip
+
+
+def test_a_worker_that_is_not_there_is_an_answer(tmp_path: Path) -> None:
+    made = Client(Connection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, print)
+    script = Script("fine")
+    made._carry_out(script, Incoming(None, signed(None, "", 1, b"x")))  # type: ignore[arg-type]
+    assert script.replies == [None]
+
+
+@pytest.mark.parametrize("left", ["ca.crt", "coordinator.pub", "node.key"])
+def test_a_folder_without_one_of_its_files_is_told(left: str, tmp_path: Path) -> None:
+    for name in {"ca.crt", "coordinator.pub", "node.key"} - {left}:
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=f"{left} is missing"):
+        Connection("localhost:1", tmp_path)

@@ -327,6 +327,8 @@ class Client:
                 "the server does not take this key now: another client with the same key is connected, or was a "
                 "minute ago", STALE,
             )  # fmt: skip
+        if kind == "proxy":
+            return text, STALE
         if kind == "refused":
             return f"the server refuses to connect this client ({text}): is it a server of fedamole?", STALE
         return text, float("inf")

@@ -328,7 +328,7 @@ def _refusal(response: httpx.Response) -> FleetError:
     try:
         found = json.loads(response.content)
         told = found if isinstance(found, dict) else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         told = {}
     why, code = str(told.get("error", "")), told.get("code")
     if response.status_code == 401:

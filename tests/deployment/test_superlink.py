@@ -1,0 +1,81 @@
+"""Flower's SuperLink behind its token check, and the commands that a process of Flower's may start."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from fedamole.deployment.flower_commands import KNOWN, SERVERAPP, allow_only
+from fedamole.deployment.flower_superlink import TokenCheck
+
+
+async def reached(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"reached"})
+
+
+def status(path: str, headers: list[tuple[str, str]], gateway: bytes | None = b"gate") -> int:
+    """Status of a call through the check, with 200 for one that passes."""
+    import asyncio
+
+    async def ask() -> int:
+        transport = httpx.ASGITransport(TokenCheck(reached, b"secret", gateway))
+        async with httpx.AsyncClient(transport=transport, base_url="http://superlink") as client:
+            return (await client.post(path, headers=headers)).status_code
+
+    return asyncio.run(ask())
+
+
+CONTROL, GATEWAY = "x-fedamole-control", "x-fedamole-gateway"
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "code"),
+    [
+        ("/v1/control/start-run", [], 401),
+        ("/v1/control/start-run", [(CONTROL, "wrong")], 401),
+        ("/v1/control/start-run", [(CONTROL, "")], 401),
+        ("/v1/control/start-run", [(GATEWAY, "gate")], 401),
+        ("/v1/control/start-run", [(CONTROL, "secret"), (CONTROL, "wrong")], 401),
+        ("/v1/control/start-run", [(CONTROL, "secret")], 200),
+        ("/v1/fleet/pull-messages", [], 401),
+        ("/v1/fleet/pull-messages", [(CONTROL, "secret")], 401),
+        ("/v1/fleet/pull-messages", [(GATEWAY, "gate")], 200),
+        ("/v1/runtime/pull-task-input", [], 200),
+        ("/docs", [(CONTROL, "secret")], 404),
+        ("/openapi.json", [], 404),
+        ("/v1/controlx", [(CONTROL, "secret")], 404),
+        ("/V1/control/start-run", [], 404),
+    ],
+)
+def test_who_passes(path: str, headers: list[tuple[str, str]], code: int) -> None:
+    assert status(path, headers) == code
+
+
+def test_without_a_gateway_clients_come_by_themselves() -> None:
+    assert status("/v1/fleet/pull-messages", [], gateway=None) == 200
+    assert status("/v1/control/start-run", [], gateway=None) == 401
+
+
+def test_every_command_of_flower_is_known() -> None:
+    """A later version that brings another command fails here: look at what it starts, then add it."""
+    found = {entry.name for entry in distribution("flwr").entry_points if entry.group == "console_scripts"}
+    assert found == KNOWN
+
+
+def test_one_command_is_real_and_all_others_refuse_loudly(tmp_path: Path) -> None:
+    folder = allow_only(SERVERAPP, tmp_path / "commands")
+    assert {path.name for path in folder.iterdir()} == KNOWN
+    assert (folder / SERVERAPP).resolve() == (Path(sys.executable).parent / SERVERAPP).resolve()
+    path = f"{folder}{os.pathsep}{os.defpath}"
+    for name in sorted(KNOWN - {SERVERAPP}):
+        found = subprocess.run(
+            [name, "--token", "x"], env={"PATH": path}, capture_output=True, text=True, check=False
+        )
+        assert found.returncode == 1
+        assert f"refused: {name} is a command of Flower's that no run of fedamole uses" in found.stderr
