@@ -1,6 +1,7 @@
 """`fedamole server`: a SuperLink, the gateway before it, and the run, as one command that survives its parts."""
 
 import json
+import logging
 import secrets
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from typing import Any
 import tomli_w
 
 from fedamole.config import Config, load_config
-from fedamole.deployment.certificates import check_server, roster
+from fedamole.deployment.client_keys import roster
 from fedamole.deployment.coordinator import OUTCOME, PROGRESS, SETTINGS, TICKET
+from fedamole.deployment.inspection import check_server
+from fedamole.deployment.keys import read_passphrase
 from fedamole.deployment.processes import (
     LOOPBACK,
     Process,
@@ -33,6 +36,9 @@ from fedamole.deployment.progress import Say, Show
 from fedamole.errors import ConfigError, FedamoleError, RunError
 from fedamole.experiment import resolved, rows_of
 from fedamole.federation.run_folder import RUN, SERVER, RunFolder, write_atomic
+from fedamole.terminal import printable
+
+log = logging.getLogger(__name__)
 
 APP = Path(__file__).parent / "flower-app"
 PAUSE = 0.2
@@ -60,8 +66,13 @@ class Door:
             raise ConfigError(f"--insecure is for trying things out on {LOOPBACK} only, and --host is {self.host}")
         if self.insecure == (self.certs is not None):
             raise ConfigError("give either --certs FOLDER (made by `fedamole certs`), or --insecure on loopback")
-        if self.certs is not None and (faults := check_server(self.certs, self.host)):
-            raise ConfigError("; ".join(faults))
+        if self.certs is None:
+            return
+        errors, warnings = check_server(self.certs, self.host, read_passphrase(None))
+        if errors:
+            raise ConfigError("; ".join(errors))
+        for warning in warnings:
+            log.warning("%s", printable(warning))
 
     def keys(self, names: tuple[str, ...]) -> dict[str, Path]:
         """Public keys of the clients of a run; ConfigError for one that has none."""
@@ -73,7 +84,7 @@ class Door:
                 f"deployment.clients: {', '.join(missing)} have no key in {self.certs}/nodes: "
                 "`fedamole certs` makes or admits keys"
             )
-        return {name: known[name] for name in names}
+        return {name: known[name].path for name in names}
 
 
 def prepare_folder(config: Config, folder: Path) -> None:
