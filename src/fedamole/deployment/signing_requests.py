@@ -204,8 +204,8 @@ def _check_handshake(
             ends = [end for end in ends if not _shaken(end)]
     except ssl.SSLCertVerificationError as error:
         raise ConfigError(
-            f"TLS clients would refuse this certificate: {error.verify_message}; ask the CA for one that follows "
-            "RFC 5280"
+            f"TLS clients would refuse this certificate: {error.verify_message}; ask the CA for certificates that "
+            "follow RFC 5280, which Python 3.13 and later check"
         ) from error
     except ssl.SSLError as error:
         raise ConfigError(f"no TLS server can use this certificate ({error.reason}); ask the CA for another") from error
