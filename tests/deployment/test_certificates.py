@@ -23,9 +23,10 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from fedamole.deployment import dates
 from fedamole.deployment.certificates import make_certificates, make_loopback
-from fedamole.deployment.client_keys import admit, make_own_key, roster
-from fedamole.deployment.inspection import check_server, inspect_client, inspect_server
-from fedamole.deployment.keys import load_private, load_public, write
+from fedamole.deployment.client_keys import admit, extend, make_own_key, roster
+from fedamole.deployment.inspection import check_server, inspect_client
+from fedamole.deployment.keys import load_public, write
+from fedamole.deployment.server import Door
 from fedamole.errors import ConfigError
 
 HOSTS = ("fed.example.org", "192.0.2.7", "2001:db8::7")
@@ -54,19 +55,19 @@ def greeting(certs: Path) -> Iterator[Callable[..., str]]:
     """`greeting(ca, name)`: a TLS handshake on loopback with a server that shows server.crt; its TLS version."""
     places: list[socket.socket] = []
 
-    def serve(place: socket.socket) -> None:
+    def serve(place: socket.socket, crt: Path, key: Path) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certs / "server.crt", certs / "server.key")
+        context.load_cert_chain(crt, key)
         try:
             with place.accept()[0] as stream, context.wrap_socket(stream, server_side=True) as secured:
                 secured.recv(1)
         except OSError:
             pass  # the client did not like the certificate
 
-    def greet(ca: Path, name: str) -> str:
+    def greet(ca: Path, name: str, crt: Path = certs / "server.crt", key: Path = certs / "server.key") -> str:
         place = socket.create_server(("127.0.0.1", 0))
         places.append(place)
-        threading.Thread(target=serve, args=(place,), daemon=True).start()
+        threading.Thread(target=serve, args=(place, crt, key), daemon=True).start()
         context = ssl.create_default_context(cafile=ca)
         context.verify_flags |= ssl.VERIFY_X509_STRICT  # the default from Python 3.13 on
         with (
@@ -117,6 +118,21 @@ def test_another_authority_is_refused(certs: Path, greeting: Callable[..., str],
     with pytest.raises(ssl.SSLCertVerificationError) as refused:
         greeting(tmp_path / "other" / "ca.crt", "localhost")
     assert refused.value.verify_code in (19, 20)
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1"])
+def test_the_processes_of_a_server_trust_its_loopback_certificate_alone(
+    certs: Path, greeting: Callable[..., str], tmp_path: Path, name: str
+) -> None:
+    crt, key = make_loopback(tmp_path / "server")
+    assert mode(key) == 0o600
+    assert greeting(crt, name, crt, key) == "TLSv1.3"
+    with pytest.raises(ssl.SSLCertVerificationError):
+        greeting(crt, name)  # shows server.crt
+    before = key.read_bytes()
+    crt, key = make_loopback(tmp_path / "server")
+    assert key.read_bytes() != before
+    assert greeting(crt, name, crt, key) == "TLSv1.3"
 
 
 def test_an_expired_certificate_is_refused_until_it_is_renewed(
@@ -416,6 +432,29 @@ def test_check_server_finds_what_is_wrong(certs: Path, tmp_path: Path, at: Calla
     (certs / "server.key").unlink()
     (certs / "ca.crt").unlink()
     assert sum("is missing" in text for text in errors(certs, "localhost")) == 2
+
+
+def test_a_server_starts_with_a_warning_and_not_with_an_error(
+    certs: Path, at: Callable[[int], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    Door("localhost", 9092, certs)
+    assert not caplog.records
+    extend(certs, "clinic", 2000)
+    extend(certs, "bank", 2000)
+    at(825 - 29)
+    Door("localhost", 9092, certs)
+    assert ["server.crt expires within 30 days" in text for text in caplog.messages] == [True]
+    at(826)
+    with pytest.raises(ConfigError, match=r"server\.crt expired on"):
+        Door("localhost", 9092, certs)
+
+
+def test_a_server_reads_the_passphrase_of_the_order_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_certificates(tmp_path / "c", (), (), passphrase=b"six words that nobody knows")
+    with pytest.raises(ConfigError, match=r"coordinator\.key: is locked by a passphrase"):
+        Door("localhost", 9092, tmp_path / "c")
+    monkeypatch.setenv("FEDAMOLE_KEY_PASSPHRASE", "six words that nobody knows")
+    Door("localhost", 9092, tmp_path / "c")
 
 
 def test_dates_near_the_end_are_warnings_and_stop_nothing(tmp_path: Path, at: Callable[[int], None]) -> None:

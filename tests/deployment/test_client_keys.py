@@ -158,7 +158,11 @@ def test_a_broken_key_can_be_removed(certs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../ca", "nodes/clinic", "", "removed/x"])
 def test_a_name_never_becomes_a_path(certs: Path, name: str) -> None:
     before = files(certs.parent)
-    for call in (lambda: remove(certs, name), lambda: extend(certs, name, 900), lambda: replace_key(certs, name, certs)):
+    for call in (
+        lambda: remove(certs, name),
+        lambda: extend(certs, name, 900),
+        lambda: replace_key(certs, name, certs),
+    ):
         with pytest.raises(ConfigError, match="client name"):
             call()
     assert files(certs.parent) == before
@@ -310,7 +314,9 @@ def test_a_renewed_certificate_is_whole_and_fits_the_key_at_any_moment(certs: Pa
     assert (certs / "server.crt.old.40").exists()
 
 
-def test_a_crash_while_replacing_leaves_the_old_key(certs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_while_replacing_leaves_the_old_key(
+    certs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = (certs / "nodes" / "clinic.pub").read_bytes()
     new = request(tmp_path / "new", "clinic")
 

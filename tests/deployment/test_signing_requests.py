@@ -199,7 +199,7 @@ def test_what_is_wrong_is_named_and_nothing_is_changed(
         with pytest.raises(ConfigError, match=text):
             install(crt, ca)
         assert contents(folder) == before, text
-    with pytest.raises(ConfigError, match="not for other.example.org"):
+    with pytest.raises(ConfigError, match=r"not for other\.example\.org"):
         install(signed, root.pem, hosts=["other.example.org"])
     install(signed, root.pem)
 
