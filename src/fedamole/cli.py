@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from fedamole.deployment.certificate_commands import certs
 from fedamole.deployment.client_command import client
+from fedamole.deployment.clients_command import app as clients
 from fedamole.deployment.commands import server, simulate
 from fedamole.deployment.doctor_command import doctor
 from fedamole.errors import FedamoleError
@@ -350,6 +351,7 @@ DEPLOYMENT = (server, simulate, client, certs, doctor)
 PERSONAL = (personal.generate, personal.chat, personal.explain, personal.export, personal.adapt)
 for command in (*DEPLOYMENT, *PERSONAL, serving.serve, reporting.report):
     app.command()(command)
+app.add_typer(clients, name="clients")
 
 
 def main() -> None:

@@ -21,16 +21,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from fedamole.deployment import certificates
-from fedamole.deployment.certificates import (
-    admit,
-    check_server,
-    inspect_client,
-    make_certificates,
-    make_own_key,
-    roster,
-)
-from fedamole.deployment.keys import write
+from fedamole.deployment import dates
+from fedamole.deployment.certificates import make_certificates, make_loopback
+from fedamole.deployment.client_keys import admit, extend, make_own_key, roster
+from fedamole.deployment.inspection import check_server, inspect_client
+from fedamole.deployment.keys import load_public, write
+from fedamole.deployment.server import Door
 from fedamole.errors import ConfigError
 
 HOSTS = ("fed.example.org", "192.0.2.7", "2001:db8::7")
@@ -49,7 +45,7 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     def move(days: int) -> None:
         moment = datetime.now(UTC).replace(microsecond=0) + timedelta(days=days)
-        monkeypatch.setattr(certificates, "_now", lambda: moment)
+        monkeypatch.setattr(dates, "now", lambda: moment)
 
     return move
 
@@ -59,19 +55,19 @@ def greeting(certs: Path) -> Iterator[Callable[..., str]]:
     """`greeting(ca, name)`: a TLS handshake on loopback with a server that shows server.crt; its TLS version."""
     places: list[socket.socket] = []
 
-    def serve(place: socket.socket) -> None:
+    def serve(place: socket.socket, crt: Path, key: Path) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certs / "server.crt", certs / "server.key")
+        context.load_cert_chain(crt, key)
         try:
             with place.accept()[0] as stream, context.wrap_socket(stream, server_side=True) as secured:
                 secured.recv(1)
         except OSError:
             pass  # the client did not like the certificate
 
-    def greet(ca: Path, name: str) -> str:
+    def greet(ca: Path, name: str, crt: Path = certs / "server.crt", key: Path = certs / "server.key") -> str:
         place = socket.create_server(("127.0.0.1", 0))
         places.append(place)
-        threading.Thread(target=serve, args=(place,), daemon=True).start()
+        threading.Thread(target=serve, args=(place, crt, key), daemon=True).start()
         context = ssl.create_default_context(cafile=ca)
         context.verify_flags |= ssl.VERIFY_X509_STRICT  # the default from Python 3.13 on
         with (
@@ -87,6 +83,10 @@ def greeting(certs: Path) -> Iterator[Callable[..., str]]:
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def errors(folder: Path, host: str) -> list[str]:
+    return check_server(folder, host)[0]
 
 
 def mode(path: Path) -> int:
@@ -120,6 +120,21 @@ def test_another_authority_is_refused(certs: Path, greeting: Callable[..., str],
     assert refused.value.verify_code in (19, 20)
 
 
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1"])
+def test_the_processes_of_a_server_trust_its_loopback_certificate_alone(
+    certs: Path, greeting: Callable[..., str], tmp_path: Path, name: str
+) -> None:
+    crt, key = make_loopback(tmp_path / "server")
+    assert mode(key) == 0o600
+    assert greeting(crt, name, crt, key) == "TLSv1.3"
+    with pytest.raises(ssl.SSLCertVerificationError):
+        greeting(crt, name)  # shows server.crt
+    before = key.read_bytes()
+    crt, key = make_loopback(tmp_path / "server")
+    assert key.read_bytes() != before
+    assert greeting(crt, name, crt, key) == "TLSv1.3"
+
+
 def test_an_expired_certificate_is_refused_until_it_is_renewed(
     certs: Path, greeting: Callable[..., str], at: Callable[[int], None]
 ) -> None:
@@ -129,7 +144,7 @@ def test_an_expired_certificate_is_refused_until_it_is_renewed(
         greeting(certs / "ca.crt", "localhost")
     assert refused.value.verify_code == 10
     at(0)
-    assert any("expired on" in problem for problem in check_server(certs, "localhost"))
+    assert any("expired on" in problem for problem in errors(certs, "localhost"))
     make_certificates(certs, HOSTS, (), renew_server=True)
     assert greeting(certs / "ca.crt", "localhost") == "TLSv1.3"
 
@@ -186,7 +201,7 @@ def test_private_keys_are_for_their_owner_alone(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     private = [path for path in tmp_path.rglob("*.key")]
-    assert sorted(path.name for path in private) == ["ca.key", "node.key", "node.key", "server.key"]
+    assert sorted(path.name for path in private) == ["ca.key", "coordinator.key", "node.key", "node.key", "server.key"]
     for path in private:
         assert mode(path) == 0o600, path
     for folder in (path for path in tmp_path.rglob("*") if path.is_dir()):
@@ -216,18 +231,19 @@ def test_more_clients_leave_everything_else_as_it_was(certs: Path) -> None:
     made = make_certificates(certs, HOSTS, ("clinic", "bank", "shop"))
     after = snapshot(certs)
     assert {name: after[name] for name in before} == before
-    new = {"clients/shop/ca.crt", "clients/shop/node.key", "clients/shop/node.pub", "nodes/shop.pub"}
+    own = {f"clients/shop/{name}" for name in ("ca.crt", "coordinator.pub", "node.key", "node.pub")}
+    new = {*own, "nodes/shop.pub"}
     assert set(after) - set(before) == new
     assert {str(path.relative_to(certs)) for path in made.written} == new
     assert {str(path.relative_to(certs)) for path in made.kept} == set(before)
     assert list(roster(certs)) == ["bank", "clinic", "shop"]
-    assert make_certificates(certs, HOSTS, ("clinic",)).written == ()
+    assert make_certificates(certs, HOSTS, ("clinic",)).written == []
 
 
 def test_first_making_lists_every_file(tmp_path: Path) -> None:
     made = make_certificates(tmp_path / "c", HOSTS, ("clinic",))
     assert {str(path.relative_to(tmp_path / "c")) for path in made.written} == set(snapshot(tmp_path / "c"))
-    assert made.kept == ()
+    assert made.kept == []
 
 
 def test_other_hosts_are_an_error_that_names_the_remedy(certs: Path) -> None:
@@ -236,8 +252,8 @@ def test_other_hosts_are_an_error_that_names_the_remedy(certs: Path) -> None:
         make_certificates(certs, ("new.example.org",), ())
     assert snapshot(certs) == before
     # The same names in another order and spelling, or nothing said, is no change.
-    assert make_certificates(certs, ("2001:DB8:0::7", "FED.example.org", "192.0.2.7"), ()).written == ()
-    assert make_certificates(certs, (), ()).written == ()
+    assert make_certificates(certs, ("2001:DB8:0::7", "FED.example.org", "192.0.2.7"), ()).written == []
+    assert make_certificates(certs, (), ()).written == []
 
 
 def test_renewing_issues_the_server_certificate_alone(certs: Path, greeting: Callable[..., str]) -> None:
@@ -253,7 +269,7 @@ def test_renewing_issues_the_server_certificate_alone(certs: Path, greeting: Cal
     make_certificates(certs, (), (), renew_server=True)
     assert snapshot(certs)["server.crt.old"] == before["server.crt"]
     assert snapshot(certs)["server.crt.old.2"] == after["server.crt"]
-    assert check_server(certs, "new.example.org") == []  # nothing said: the names it had
+    assert errors(certs, "new.example.org") == []  # nothing said: the names it had
 
 
 def test_an_authority_without_its_key_still_takes_clients(certs: Path) -> None:
@@ -295,7 +311,7 @@ def test_a_broken_off_making_is_completed(certs: Path) -> None:
     assert {name: after[name] for name in before if name != "server.crt"} == {
         name: content for name, content in before.items() if name != "server.crt"
     }
-    assert check_server(certs, HOSTS[0]) == []
+    assert errors(certs, HOSTS[0]) == []
 
 
 @pytest.mark.parametrize("host", [
@@ -330,25 +346,29 @@ def test_names_that_are_one(certs: Path) -> None:
 
 
 def test_an_own_key_is_admitted_and_never_travels(certs: Path, tmp_path: Path) -> None:
-    pub = make_own_key(tmp_path / "shop", "shop")
-    assert pub == tmp_path / "shop" / "node.pub"
+    request = make_own_key(tmp_path / "shop", "shop")
+    assert request == tmp_path / "shop" / "node.csr"
+    pub = tmp_path / "shop" / "node.pub"
     assert re.fullmatch(r"ecdsa-sha2-nistp384 \S+ shop\n", pub.read_text())
     before = snapshot(tmp_path / "shop")
-    assert make_own_key(tmp_path / "shop", "shop") == pub
+    assert set(before) == {"node.key", "node.pub", "node.csr"}
+    assert make_own_key(tmp_path / "shop", "shop") == request
     assert snapshot(tmp_path / "shop") == before
-    placed = admit(certs, "shop", pub)
-    assert roster(certs)["shop"] == placed == certs / "nodes" / "shop.pub"
-    assert admit(certs, "shop", pub) == placed
-    # Asked for among the others it is handed the authority's certificate, and no second key.
+    placed = admit(certs, "shop", request)
+    assert roster(certs)["shop"].path == placed == certs / "nodes" / "shop.pub"
+    assert roster(certs)["shop"].key == load_public(pub)
+    line = placed.read_bytes()
+    assert admit(certs, "shop", pub, days=900) == placed
+    # Asked for among the others it is handed the coordinator's public files, and no second key.
     make_certificates(certs, HOSTS, ("shop",))
-    assert [path.name for path in (certs / "clients" / "shop").iterdir()] == ["ca.crt"]
-    assert placed.read_bytes() == pub.read_bytes()
+    assert sorted(path.name for path in (certs / "clients" / "shop").iterdir()) == ["ca.crt", "coordinator.pub"]
+    assert placed.read_bytes() == line
 
 
 def test_one_key_has_one_name_and_one_name_one_key(certs: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'clinic' has this key already"):
+    with pytest.raises(ConfigError, match=r"'clinic' has this key already"):
         admit(certs, "shop", certs / "clients" / "clinic" / "node.pub")
-    with pytest.raises(ConfigError, match="admitted with another key"):
+    with pytest.raises(ConfigError, match=r"admitted with another key.*clients replace clinic"):
         admit(certs, "clinic", make_own_key(tmp_path / "own", "clinic"))
     assert list(roster(certs)) == ["bank", "clinic"]
 
@@ -386,47 +406,81 @@ def test_only_public_keys_of_the_right_kind_are_admitted(certs: Path, tmp_path: 
 
 def test_check_server_finds_nothing_wrong(certs: Path) -> None:
     for host in (*HOSTS, "localhost", "FED.example.org", "0.0.0.0", ""):
-        assert check_server(certs, host) == []
+        assert errors(certs, host) == []
 
 
 def test_check_server_finds_what_is_wrong(certs: Path, tmp_path: Path, at: Callable[[int], None]) -> None:
-    assert [text for text in check_server(certs, "other.example.org") if "not for other.example.org" in text]
-    assert [text for text in check_server(certs, "a:1") if "host 'a:1'" in text]
-    at(825 - 29)
-    assert len(found := check_server(certs, "localhost")) == 1
-    assert "expires within 30 days" in found[0]
-    at(825 - 31)
-    assert check_server(certs, "localhost") == []
+    assert [text for text in errors(certs, "other.example.org") if "not for other.example.org" in text]
+    assert [text for text in errors(certs, "a:1") if "host 'a:1'" in text]
     at(826)
-    assert any("server.crt expired" in text for text in check_server(certs, "localhost"))
+    assert any("server.crt expired" in text for text in errors(certs, "localhost"))
     at(-1)
-    assert any("not valid before" in text for text in check_server(certs, "localhost"))
+    assert any("not valid before" in text for text in errors(certs, "localhost"))
     at(0)
     (certs / "server.key").chmod(0o640)
-    assert ["server.key can be read by others" in text for text in check_server(certs, "localhost")] == [True]
+    assert ["server.key can be read by others" in text for text in errors(certs, "localhost")] == [True]
     (certs / "server.key").chmod(0o600)
     make_certificates(tmp_path / "other", HOSTS, ())
     right = (certs / "server.key").read_bytes()
     (certs / "server.key").write_bytes((tmp_path / "other" / "server.key").read_bytes())
-    assert ["server.key does not belong" in text for text in check_server(certs, "localhost")] == [True]
+    assert ["server.key does not belong" in text for text in errors(certs, "localhost")] == [True]
     (certs / "server.key").write_bytes(right)
     (certs / "ca.crt").write_bytes((tmp_path / "other" / "ca.crt").read_bytes())
-    assert ["not signed by ca.crt" in text for text in check_server(certs, "localhost")] == [True]
+    assert ["not signed by ca.crt" in text for text in errors(certs, "localhost")] == [True]
     (certs / "ca.crt").write_text("rubbish")
-    assert ["no certificate in PEM" in text for text in check_server(certs, "localhost")] == [True]
+    assert ["no certificate in PEM" in text for text in errors(certs, "localhost")] == [True]
     (certs / "server.key").unlink()
     (certs / "ca.crt").unlink()
-    assert sum("is missing" in text for text in check_server(certs, "localhost")) == 2
+    assert sum("is missing" in text for text in errors(certs, "localhost")) == 2
+
+
+def test_a_server_starts_with_a_warning_and_not_with_an_error(
+    certs: Path, at: Callable[[int], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    Door("localhost", 9092, certs)
+    assert not caplog.records
+    extend(certs, "clinic", 2000)
+    extend(certs, "bank", 2000)
+    at(825 - 29)
+    Door("localhost", 9092, certs)
+    assert ["server.crt expires within 30 days" in text for text in caplog.messages] == [True]
+    at(826)
+    with pytest.raises(ConfigError, match=r"server\.crt expired on"):
+        Door("localhost", 9092, certs)
+
+
+def test_a_server_reads_the_passphrase_of_the_order_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_certificates(tmp_path / "c", (), (), passphrase=b"six words that nobody knows")
+    with pytest.raises(ConfigError, match=r"coordinator\.key: is locked by a passphrase"):
+        Door("localhost", 9092, tmp_path / "c")
+    monkeypatch.setenv("FEDAMOLE_KEY_PASSPHRASE", "six words that nobody knows")
+    Door("localhost", 9092, tmp_path / "c")
+
+
+def test_dates_near_the_end_are_warnings_and_stop_nothing(tmp_path: Path, at: Callable[[int], None]) -> None:
+    certs = tmp_path / "c"
+    make_certificates(certs, HOSTS, ("clinic",), days=825, client_days=2000)
+    at(825 - 31)
+    assert check_server(certs, "localhost") == ([], [])
+    at(825 - 29)
+    assert check_server(certs, "localhost")[0] == []
+    assert ["server.crt expires within 30 days" in text for text in check_server(certs, "localhost")[1]] == [True]
+    make_certificates(certs, (), (), days=9000, renew_server=True)
+    at(1971)
+    assert ["clinic.pub is valid until" in text for text in check_server(certs, "localhost")[1]] == [True]
+    at(2001)
+    assert check_server(certs, "localhost")[0] == []
+    assert ["clinic.pub expired after" in text for text in check_server(certs, "localhost")[1]] == [True]
 
 
 def test_a_key_of_another_making_is_checked_too(certs: Path) -> None:
-    """An organisation's own certificates may be RSA, and their key locked by a password."""
+    """An organisation's own certificates may be RSA, and their key locked by a passphrase."""
     key = rsa.generate_private_key(65537, 2048)
     (certs / "server.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    assert ["does not belong" in text for text in check_server(certs, "localhost")] == [True]
+    assert ["does not belong" in text for text in errors(certs, "localhost")] == [True]
     locked = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
     (certs / "server.key").write_bytes(locked)
-    assert ["locked by a password" in text for text in check_server(certs, "localhost")] == [True]
+    assert ["locked by a passphrase, and the server" in text for text in errors(certs, "localhost")] == [True]
 
 
 def test_what_an_organisation_holds(certs: Path, tmp_path: Path) -> None:
@@ -437,7 +491,7 @@ def test_what_an_organisation_holds(certs: Path, tmp_path: Path) -> None:
     (own / "node.key").chmod(0o600)
     (own / "node.pub").write_bytes((certs / "clients" / "bank" / "node.pub").read_bytes())
     assert ["does not belong" in fault.text for fault in inspect_client(own)] == [True]
-    assert [fault.text.split()[-1] for fault in inspect_client(tmp_path / "nothing")] == ["missing", "missing"]
+    assert [fault.text.split()[-1] for fault in inspect_client(tmp_path / "nothing")] == ["missing"] * 3
 
 
 def test_a_chain_through_another_authority_is_followed(tmp_path: Path) -> None:
@@ -446,9 +500,9 @@ def test_a_chain_through_another_authority_is_followed(tmp_path: Path) -> None:
     make_certificates(tmp_path / "d", (), ())
     both = (tmp_path / "c" / "server.crt").read_bytes() + (tmp_path / "c" / "ca.crt").read_bytes()
     (tmp_path / "c" / "server.crt").write_bytes(both)
-    assert check_server(tmp_path / "c", "localhost") == []
+    assert errors(tmp_path / "c", "localhost") == []
     (tmp_path / "c" / "ca.crt").write_bytes((tmp_path / "d" / "ca.crt").read_bytes())
-    assert ["not signed by ca.crt" in text for text in check_server(tmp_path / "c", "localhost")] == [True]
+    assert ["not signed by ca.crt" in text for text in errors(tmp_path / "c", "localhost")] == [True]
 
 
 def test_a_file_in_the_way_is_an_error_without_a_traceback(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
@@ -77,11 +76,10 @@ class Script:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "AGAIN", 0.05)
     monkeypatch.setattr(client, "SOONEST", 0.01)
     monkeypatch.setattr(client, "STALE", 0.5)
-    yield
 
 
 def tried(script: Script, folder: Path, monkeypatch: pytest.MonkeyPatch, until: str) -> list[str]:
@@ -179,7 +177,7 @@ def test_two_clients_of_one_name_and_folder_are_one_too_many(tmp_path: Path, mon
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"
     try:
-        with pytest.raises(RunError, match="another client runs as north in .*: stop that one first"):
+        with pytest.raises(RunError, match=r"another client runs as north in .*: stop that one first"):
             tried(Script("fine"), tmp_path, monkeypatch, "connected")
     finally:
         holder.kill()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedamole.deployment import certificates, doctor, reach
+from fedamole.deployment import dates, doctor, reach
 from fedamole.deployment.certificates import make_certificates
 from fedamole.deployment.doctor import Finding, examine_client, examine_server
 
@@ -162,7 +162,7 @@ def test_dates(
 ) -> None:
     moment = datetime.now(UTC).replace(microsecond=0) + timedelta(days=days)
     with monkeypatch.context() as then:
-        then.setattr(certificates, "_now", lambda: moment)
+        then.setattr(dates, "now", lambda: moment)
         make_certificates(certs, (), (), renew_server=True)
     finding = asked(f"localhost:{serve(certs)}", certs)
     assert (finding.state, text in finding.text) == (state, True), finding
@@ -228,8 +228,11 @@ def test_certificates_of_a_server_and_of_a_client(certs: Path, monkeypatch: pyte
     wrong = only("certificates", examine_server(None, certs, "other.example.org", 0))
     assert (wrong.state, "not for other.example.org" in wrong.text) == ("problem", True)
     soon = datetime.now(UTC) + timedelta(days=800)
-    monkeypatch.setattr(certificates, "_now", lambda: soon)
-    assert only("certificates", examine_server(None, certs, "localhost", 0)).state == "warning"
+    monkeypatch.setattr(dates, "now", lambda: soon)
+    said = of("certificates", examine_server(None, certs, "localhost", 0))
+    assert [(finding.state, finding.text.split("/")[-1].split()[0]) for finding in said] == [
+        ("warning", "clinic.pub"), ("warning", "server.crt"),
+    ]  # fmt: skip
     own = certs / "clients" / "clinic"
     (own / "node.key").unlink()
     missing = only("certificates", examine_client(None, own, None, None))

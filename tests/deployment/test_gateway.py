@@ -28,7 +28,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from fedamole.deployment.certificates import make_certificates, make_own_key
+from fedamole.deployment.certificates import make_certificates
+from fedamole.deployment.client_keys import make_own_key
 from fedamole.deployment.gateway import CALLS, Gateway, listener, superlink_client
 
 HOST = "127.0.0.1"

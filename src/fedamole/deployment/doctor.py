@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from fedamole.deployment.certificates import Fault, inspect_client, inspect_server
+from fedamole.deployment.inspection import Fault, inspect_client, inspect_server
+from fedamole.deployment.keys import read_passphrase
 from fedamole.deployment.reach import PATIENCE, reach, without_tls
 from fedamole.errors import DataError, FedamoleError
 
@@ -80,7 +81,7 @@ def examine_client(
         ("device", device), ("disk", lambda: disk(Path.cwd())),
     ]  # fmt: skip
     if certs is not None:
-        checks.append(("certificates", lambda: _findings("certificates", inspect_client(certs), f"{certs}: in order")))
+        checks.append(("certificates", lambda: client_certificates(certs)))
     if server is not None:
         checks.append(("server", lambda: server_answers(server, certs)))
     if base is not None:
@@ -202,8 +203,13 @@ def _listen(family: int, address: tuple[object, ...]) -> None:
 
 def server_certificates(certs: Path | None, host: str) -> list[Finding]:
     """The server's certificate, key and authority."""
-    faults = [without_tls(host)] if certs is None else inspect_server(certs, host)
+    faults = [without_tls(host)] if certs is None else inspect_server(certs, host, read_passphrase(None))
     return _findings("certificates", faults, f"{certs}: in order")
+
+
+def client_certificates(certs: Path) -> list[Finding]:
+    """The CA's certificate, the order key's public half, and the client's own key."""
+    return _findings("certificates", inspect_client(certs, read_passphrase(None)), f"{certs}: in order")
 
 
 def server_answers(server: str, certs: Path | None) -> list[Finding]:

@@ -36,12 +36,13 @@ def general_name(host: str) -> x509.GeneralName:
     return x509.IPAddress(address)
 
 
-def names_of(certificate: x509.Certificate) -> list[x509.GeneralName]:
-    """The names that a certificate is for."""
+def names_of(certificate: x509.Certificate | x509.CertificateSigningRequest) -> list[x509.GeneralName]:
+    """Return the names that a certificate or a request is for, DNS names in lower case."""
     try:
-        return list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return []
+    return [x509.DNSName(name.value.lower()) if isinstance(name, x509.DNSName) else name for name in names]
 
 
 def listed(names: Sequence[x509.GeneralName]) -> str:

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from urllib.request import getproxies, proxy_bypass
 
-from fedamole.deployment.certificates import SOON, Fault
+from fedamole.deployment.dates import SOON
+from fedamole.deployment.inspection import Fault
 
 PATIENCE = 5.0
 """Seconds that a connection may take."""

@@ -1,6 +1,7 @@
 """`fedamole server`: a SuperLink, the gateway before it, and the run, as one command that survives its parts."""
 
 import json
+import logging
 import os
 import secrets
 import sys
@@ -15,12 +16,14 @@ from typing import Any
 import tomli_w
 
 from fedamole.config import Config, load_config
-from fedamole.deployment.certificates import check_server, make_certificates, roster
+from fedamole.deployment.certificates import make_loopback
+from fedamole.deployment.client_keys import roster
 from fedamole.deployment.coordinator import OUTCOME, PROGRESS, SETTINGS, TICKET
 from fedamole.deployment.flower_commands import SERVERAPP, allow_only
 from fedamole.deployment.flower_control import Control
 from fedamole.deployment.flower_superlink import CONTROL, GATEWAY
-from fedamole.deployment.keys import load_public, public_pem
+from fedamole.deployment.inspection import check_server
+from fedamole.deployment.keys import public_pem, read_passphrase
 from fedamole.deployment.processes import (
     LOOPBACK,
     Process,
@@ -36,6 +39,9 @@ from fedamole.deployment.progress import Say, Show
 from fedamole.errors import ConfigError, FedamoleError, RunError
 from fedamole.experiment import resolved, rows_of
 from fedamole.federation.run_folder import RUN, SERVER, RunFolder, write_atomic
+from fedamole.terminal import printable
+
+log = logging.getLogger(__name__)
 
 PAUSE = 0.2
 ROSTER_S = 2.0
@@ -64,8 +70,13 @@ class Door:
             raise ConfigError(f"--insecure is for trying things out on {LOOPBACK} only, and --host is {self.host}")
         if self.insecure == (self.certs is not None):
             raise ConfigError("give either --certs FOLDER (made by `fedamole certs`), or --insecure on loopback")
-        if self.certs is not None and (faults := check_server(self.certs, self.host)):
-            raise ConfigError("; ".join(faults))
+        if self.certs is None:
+            return
+        errors, warnings = check_server(self.certs, self.host, read_passphrase(None))
+        if errors:
+            raise ConfigError("; ".join(errors))
+        for warning in warnings:
+            log.warning("%s", printable(warning))
 
     def check_keys(self, names: tuple[str, ...]) -> None:
         """ConfigError for a client of a run that has no key."""
@@ -111,15 +122,13 @@ class Server:
             (tokens / GATEWAY).unlink(missing_ok=True)
         else:
             secret_file(tokens / GATEWAY)
-            # An authority of this machine's own processes, whoever has signed the certificate that clients see.
-            inside = self.own / "loopback"
-            make_certificates(inside, [], [])
+            # A certificate for this machine's own processes, whoever has signed the one that clients see.
+            inside, key = make_loopback(self.own / "loopback")
             tls = [
-                "--ssl-ca-certfile", str(inside / "ca.crt"), "--ssl-certfile", str(inside / "server.crt"),
-                "--ssl-keyfile", str(inside / "server.key"), "--enable-supernode-auth",
+                "--ssl-ca-certfile", str(inside), "--ssl-certfile", str(inside), "--ssl-keyfile", str(key),
+                "--enable-supernode-auth",
             ]  # fmt: skip
-        ca = None if inside is None else inside / "ca.crt"
-        self.control = Control(self.port, ca, token)
+        self.control = Control(self.port, inside, token)
         self.link = Process(
             "SuperLink",
             [
@@ -134,7 +143,7 @@ class Server:
             [
                 command("flower-superexec"), "--runtime-api-address", f"{LOOPBACK}:{self.port}",
                 "--superexec-auth-secret-file", str(secret),
-                *(["--insecure"] if ca is None else ["--root-certificates", str(ca)]),
+                *(["--insecure"] if inside is None else ["--root-certificates", str(inside)]),
             ],
             {**self.env, "PATH": f"{allow_only(SERVERAPP, self.own / 'commands')}{os.pathsep}{os.defpath}"},
             self.own / "serverapp.log",
@@ -144,7 +153,7 @@ class Server:
             words = [
                 sys.executable, "-m", "fedamole.deployment.gateway", "--host", door.host, "--port", str(door.port),
                 "--superlink", f"{LOOPBACK}:{self.port}", "--certificate", str(certs / "server.crt"),
-                "--key", str(certs / "server.key"), "--ca", str(ca), "--nodes", str(certs / "nodes"),
+                "--key", str(certs / "server.key"), "--ca", str(inside), "--nodes", str(certs / "nodes"),
                 "--superlink-token", str(tokens / GATEWAY),
             ]  # fmt: skip
             self.processes.append(Process("gateway", words, self.env, self.own / "gateway.log"))
@@ -213,7 +222,7 @@ class Server:
         self._look_at_keys = now + ROSTER_S
         present = roster(self.door.certs)
         wanted = {
-            name: public_pem(load_public(present[name])) for name in self.config.deployment.clients if name in present
+            name: public_pem(present[name].key) for name in self.config.deployment.clients if name in present
         }
         if wanted == self._keys:
             return

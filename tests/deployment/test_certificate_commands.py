@@ -1,0 +1,218 @@
+"""`fedamole certs` and `fedamole clients`, called through the command line."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedamole import cli
+from fedamole.deployment.inspection import inspect_client, inspect_server
+from fedamole.deployment.keys import PASSPHRASE, fingerprint, is_locked, load_public
+
+
+@pytest.fixture
+def fedamole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str]]:
+    """Call the command in this process, in an empty folder; its exit code, and all that it said."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv(PASSPHRASE, raising=False)
+
+    def call(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["fedamole", *map(str, words)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = exit_.code if isinstance(exit_.code, int) else 1
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return code, out + err
+
+    return call
+
+
+def day(days: int) -> str:
+    return (datetime.now(UTC).date() + timedelta(days=days)).isoformat()
+
+
+def test_a_federation_in_which_no_private_key_travels(fedamole: Any, tmp_path: Path) -> None:
+    code, said = fedamole("certs", "--folder", "clinic", "--own", "clinic")
+    assert (code, "Send clinic/node.csr to the coordinator" in said) == (0, True)
+    own = fingerprint(load_public(tmp_path / "clinic" / "node.pub"))
+    assert f"Fingerprint: {own}" in said
+    assert fedamole("certs", "--host", "fl.example.org")[0] == 0
+    code, said = fedamole("certs", "--admit", "clinic=clinic/node.csr", "--client-days", "90")
+    assert code == 0
+    assert f"admitted certs/nodes/clinic.pub until {day(90)}, fingerprint {own}" in said
+    assert "Send clinic these two files: certs/ca.crt and certs/coordinator.pub" in said
+    for name in ("ca.crt", "coordinator.pub"):
+        shutil.copy(tmp_path / "certs" / name, tmp_path / "clinic" / name)
+    assert inspect_client(tmp_path / "clinic") == []
+    assert inspect_server(tmp_path / "certs", "fl.example.org") == []
+
+
+def test_an_older_folder_is_given_an_order_key(fedamole: Any, tmp_path: Path) -> None:
+    certs = tmp_path / "certs"
+    fedamole("certs", "--client", "bank")
+    for path in (certs / "coordinator.key", certs / "coordinator.pub", certs / "clients" / "bank" / "coordinator.pub"):
+        path.unlink()
+    faults = inspect_server(certs, "localhost")
+    assert {fault.text.split("/")[-1] for fault in faults} == {
+        "coordinator.key is missing", "coordinator.pub is missing",
+    }  # fmt: skip
+    assert all(fault.urgent for fault in faults)
+    ca = (certs / "ca.crt").read_bytes()
+    assert fedamole("certs")[0] == 0
+    assert inspect_server(certs, "localhost") == []
+    assert inspect_client(certs / "clients" / "bank") == []
+    assert (certs / "ca.crt").read_bytes() == ca
+    assert (certs / "coordinator.key").stat().st_mode & 0o777 == 0o600
+    assert re.fullmatch(r"ecdsa-sha2-nistp384 \S+ coordinator\n", (certs / "coordinator.pub").read_text())
+    fedamole("certs", "--folder", "other")
+    shutil.copy(tmp_path / "other" / "coordinator.key", certs / "coordinator.key")
+    (fault,) = inspect_server(certs, "localhost")
+    assert "does not belong to coordinator.pub" in fault.text
+    (certs / "coordinator.key").unlink()
+    code, said = fedamole("certs")
+    assert (code, "coordinator.pub is there without coordinator.key" in said) == (2, True)
+
+
+def test_a_key_made_by_the_coordinator_is_known_to_it_and_that_is_said(fedamole: Any) -> None:
+    code, said = fedamole("certs", "--client", "bank")
+    assert code == 0
+    assert "You know the private key of bank" in said
+    assert "Safer: --own" in said
+    _, told = fedamole("certs", "--help")
+    told = " ".join(re.sub(r"[^\w.,\-']+", " ", told).split())
+    assert "With --client the coordinator makes and knows the client's private key" in told
+    assert "Recommended each client runs --own" in told
+
+
+def test_the_own_ca_of_an_organisation(fedamole: Any, tmp_path: Path) -> None:
+    code, said = fedamole("certs", "--request", "--host", "fl.example.org")
+    assert code == 0
+    assert "Have your CA sign certs/server.csr" in said
+    assert "fedamole certs --folder certs --install SIGNED.crt --ca CA.crt" in said
+    assert not list((tmp_path / "certs").glob("ca.*"))
+    code, said = fedamole("certs", "--client", "bank")
+    assert (code, "waits for a certificate of the organisation's CA" in said) == (2, True)
+    for words in (
+        ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "o.key", "-out", "org-ca.crt", "-subj", "/CN=Org",
+         "-addext", "keyUsage=critical,keyCertSign,cRLSign", "-days", "90"],
+        ["x509", "-req", "-in", "certs/server.csr", "-CA", "org-ca.crt", "-CAkey", "o.key", "-copy_extensions", "copy",
+         "-days", "60", "-out", "signed.crt"],
+    ):  # fmt: skip
+        subprocess.run(["openssl", *words], check=True, capture_output=True)
+    code, said = fedamole("certs", "--install", "signed.crt", "--ca", "org-ca.crt", "--host", "other.example.org")
+    assert (code, "not for other.example.org" in said) == (2, True)
+    code, said = fedamole("certs", "--install", "signed.crt", "--ca", "org-ca.crt")
+    assert code == 0
+    assert "need not be restarted" in said
+    assert inspect_server(tmp_path / "certs", "fl.example.org") == []
+
+
+def test_options_that_exclude_each_other(fedamole: Any, tmp_path: Path) -> None:
+    for words in (
+        ["--request", "--own", "a"], ["--request", "--renew"], ["--own", "a", "--client", "b"],
+        ["--request", "--admit", "a=b"], ["--install", "x", "--ca", "y", "--request"],
+    ):  # fmt: skip
+        code, said = fedamole("certs", *words)
+        assert (code, "give one of these at a time" in said) == (2, True), words
+    for words in (["--install", "x"], ["--ca", "x"]):
+        code, said = fedamole("certs", *words)
+        assert (code, "belong together" in said) == (2, True), words
+    code, said = fedamole("certs", "--passphrase")
+    assert (code, "there is none: give --passphrase-file" in said) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_renewing_says_that_nothing_is_restarted(fedamole: Any, tmp_path: Path) -> None:
+    fedamole("certs", "--host", "fl.example.org")
+    key = (tmp_path / "certs" / "server.key").read_bytes()
+    code, said = fedamole("certs", "--renew", "--host", "fl.example.org", "--host", "new.example.org", "--days", "90")
+    assert code == 0
+    assert "need not be restarted" in said
+    assert "written  certs/server.crt.old" in said
+    assert (tmp_path / "certs" / "server.key").read_bytes() == key
+    assert inspect_server(tmp_path / "certs", "new.example.org") == []
+    assert {path.name for path in (tmp_path / "certs").glob("*.writing")} == set()
+
+
+def test_a_passphrase_from_a_file(fedamole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    word = tmp_path / "word"
+    word.write_text("six words that nobody would guess\n")
+    word.chmod(0o644)
+    code, said = fedamole("certs", "--passphrase-file", word)
+    assert (code, "chmod 600" in said) == (2, True)
+    assert not (tmp_path / "certs").exists()
+    word.chmod(0o600)
+    code, said = fedamole("certs", "--passphrase-file", word)
+    assert code == 0
+    assert "written  certs/ca.key (locked by a passphrase)" in said
+    assert "written  certs/server.key\n" in said
+    code, said = fedamole("certs", "--renew")
+    assert (code, "ca.key: is locked by a passphrase: give --passphrase-file or set FEDAMOLE" in said) == (2, True)
+    monkeypatch.setenv(PASSPHRASE, "six words that nobody would guess")
+    assert fedamole("certs", "--renew")[0] == 0
+    monkeypatch.setenv(PASSPHRASE, "six words that are wrong")
+    code, said = fedamole("certs", "--renew")
+    assert (code, "the passphrase is wrong" in said, "that are wrong" in said) == (2, True, False)
+    monkeypatch.delenv(PASSPHRASE)
+    assert fedamole("certs", "--folder", "own", "--own", "a", "--passphrase-file", word)[0] == 0
+    assert is_locked(tmp_path / "own" / "node.key")
+
+
+def test_clients_are_listed(fedamole: Any, tmp_path: Path) -> None:
+    code, said = fedamole("clients", "list")
+    assert (code, "there is no folder certs" in said) == (2, True)
+    fedamole("certs")
+    assert "no key is admitted" in fedamole("clients", "list")[1]
+    for name, days in (("bank", 400), ("clinic", 20), ("gone", 400)):
+        fedamole("certs", "--client", name, "--client-days", days)
+    fedamole("clients", "remove", "gone")
+    (tmp_path / "certs" / "nodes" / "spoilt.pub").write_text("\x1b[31mrubbish")
+    code, said = fedamole("clients", "list")
+    assert code == 0
+    print_of = {name: fingerprint(load_public(tmp_path / "certs" / "clients" / name / "node.pub"))
+                for name in ("bank", "clinic", "gone")}  # fmt: skip
+    assert [line.split(maxsplit=3) for line in said.splitlines() if "spoilt" not in line] == [
+        ["bank", print_of["bank"], day(400), "valid"], ["clinic", print_of["clinic"], day(20), "ends soon"],
+        ["gone", print_of["gone"], day(400), "removed"],
+    ]  # fmt: skip
+    rows = json.loads(fedamole("clients", "list", "--json")[1])
+    assert [row["state"] for row in rows] == ["valid", "ends soon", "unreadable", "removed"]
+    assert rows[0] == {"client": "bank", "fingerprint": print_of["bank"], "until": day(400), "state": "valid"}
+
+
+def test_clients_are_extended_removed_and_replaced(fedamole: Any, tmp_path: Path) -> None:
+    fedamole("certs", "--client", "bank", "--client", "clinic")
+    code, said = fedamole("clients", "extend", "bank", "--days", "500")
+    assert (code, f"bank is admitted until {day(500)}" in said) == (0, True)
+    code, said = fedamole("clients", "extend", "bank", "--days", "3")
+    assert (code, "clients remove bank" in said) == (2, True)
+    fedamole("certs", "--folder", "new", "--own", "bank")
+    code, said = fedamole("clients", "replace", "bank", "new/node.csr", "--days", "30")
+    assert code == 0
+    assert fingerprint(load_public(tmp_path / "new" / "node.pub")) in said
+    assert f"valid until {day(30)}" in said
+    assert "refuses the old key at once" in said
+    code, said = fedamole("clients", "replace", "bank", "new/node.csr")
+    assert (code, "is the key that 'bank' has already" in said) == (2, True)
+    code, said = fedamole("clients", "remove", "bank", "--certs", "certs")
+    assert code == 0
+    assert "A running server refuses this key at once" in said
+    assert "after `fedamole server --resume`" in said
+    code, said = fedamole("certs", "--admit", "bank=new/node.csr")
+    assert (code, "this key was removed" in said, "nodes/removed/bank-" in said) == (2, True, True)
+    assert fedamole("certs", "--admit", "bank=new/node.csr", "--again")[0] == 0
+    assert [row["client"] for row in json.loads(fedamole("clients", "list", "--json")[1])] == ["bank", "clinic", "bank"]
