@@ -1,177 +1,46 @@
 """The gateway as a process of its own, in front of a stand-in for the SuperLink and, at the end, of Flower itself."""
 
-import asyncio
 import http.client
 import json
 import os
 import re
 import signal
-import socket
-import ssl
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 pytest.importorskip("flwr")
 
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
-from starlette.routing import Route
-
 from fedamole.deployment.certificates import make_certificates
 from fedamole.deployment.client_keys import make_own_key
-from fedamole.deployment.gateway import CALLS, Gateway, listener, superlink_client
-
-HOST = "127.0.0.1"
-PULL = "/v1/fleet/pull-object"
-LIMIT_MIB = 8
-HALF = 400_000
-Running = tuple[int, subprocess.Popen[bytes]]
-SIGNED = {"flwr-public-key": "AbC+/=", "flwr-timestamp": "2026-10-20T10:00:00.1+00:00", "flwr-signature": "Zz09=="}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
-def until(what: Callable[[], object], seconds: float = 15.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
-def listens(port: int) -> bool:
-    with suppress(OSError), socket.create_connection((HOST, port), 1):
-        return True
-    return False
-
-
-@contextmanager
-def process(log: Path, *command: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process with its own group, whose output goes to `log`; the whole group is killed in the end."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    with log.open("ab") as out:
-        running = subprocess.Popen(
-            command, stdout=out, stderr=out, start_new_session=True, env={**os.environ, "PATH": path, **environment}
-        )
-    try:
-        yield running
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(running.pid, signal.SIGKILL)
-        running.wait(10)
-
-
-@contextmanager
-def gateway(tls: Path, superlink: int, log: Path, ca: Path | None = None, port: int = 0) -> Iterator[Running]:
-    """Its port and process, once it listens; a free port unless one is given."""
-    port = port or free_port()
-    command = (
-        f"{sys.executable} -m fedamole.deployment.gateway --host {HOST} --port {port} --superlink {HOST}:{superlink} "
-        f"--certificate {tls / 'server.crt'} --key {tls / 'server.key'} --ca {ca or tls / 'ca.crt'} "
-        f"--max-body-mib {LIMIT_MIB}"
-    )
-    with process(log, *command.split()) as running:
-        until(lambda: listens(port))
-        yield port, running
-
-
-@contextmanager
-def threaded(server: uvicorn.Server, port: int) -> Iterator[None]:
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
-    thread.start()
-    until(lambda: listens(port))
-    try:
-        yield
-    finally:
-        server.should_exit = server.force_exit = True
-        thread.join(10)
-
-
-@dataclass
-class StandIn:
-    """In place of the SuperLink: notes what arrives, and answers as the header `ask` of the call says."""
-
-    port: int = field(default_factory=free_port)
-    seen: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
-    arrived: int = 0
-    go_on: threading.Event = field(default_factory=threading.Event)
-
-    async def answer(self, request: Request) -> Response:
-        body, self.arrived = bytearray(), 0
-        with suppress(ClientDisconnect):
-            async for piece in request.stream():
-                body += piece
-                self.arrived += len(piece)
-        self.seen.append((request.scope["raw_path"].decode(), dict(request.headers), bytes(body)))
-        ask = request.headers.get("ask", "")
-        if ask == "hang":
-            await asyncio.sleep(5)
-        if ask == "refuse":
-            return Response('{"code": 2004}', 412, {"keep-alive": "9", "connection": "keep-alive, x-hop", "x-hop": "1"})
-        if ask in ("halves", "break"):
-            return StreamingResponse(self.halves(ask == "break"), headers={"content-length": str(2 * HALF)})
-        return Response(bytes(body), headers={"x-flower": "1.41"}, media_type="application/x-protobuf")
-
-    async def halves(self, breaks: bool) -> AsyncIterator[bytes]:
-        yield b"1" * HALF
-        while not self.go_on.is_set():
-            await asyncio.sleep(0.01)
-        if breaks:
-            raise ConnectionError("broken on purpose")
-        yield b"2" * HALF
-
-    def server(self, tls: Path) -> uvicorn.Server:
-        app = Starlette(routes=[Route("/{rest:path}", self.answer, methods=["GET", "POST", "PUT"])])
-        config = uvicorn.Config(app, host=HOST, port=self.port, log_config=None, lifespan="off")
-        config.ssl_certfile, config.ssl_keyfile = tls / "server.crt", tls / "server.key"
-        return uvicorn.Server(config)
-
-
-@dataclass
-class Door:
-    """A gateway in front of a stand-in, and what an organisation needs to call it."""
-
-    port: int
-    tls: Path
-    log: Path
-    superlink: StandIn
-
-    def connect(self) -> http.client.HTTPSConnection:
-        context = ssl.create_default_context(cafile=self.tls / "ca.crt")
-        return http.client.HTTPSConnection(HOST, self.port, timeout=20, context=context)
-
-    def begin(self, path: str, method: str = "POST", **headers: object) -> http.client.HTTPSConnection:
-        """A call of which only the head is sent, its path as it stands."""
-        call = self.connect()
-        call.putrequest(method, path, skip_accept_encoding=True)
-        for name, value in headers.items():
-            call.putheader(name.replace("_", "-"), str(value))
-        call.endheaders()
-        return call
-
-    def call(self, path: str, body: bytes = b"", method: str = "POST", **headers: object) -> tuple[int, bytes]:
-        call = self.begin(path, method, content_length=len(body), **headers)
-        call.send(body)
-        answer = call.getresponse()
-        with closing(call):
-            return answer.status, answer.read()
-
-    def lines(self) -> list[str]:
-        return [line for line in self.log.read_text().splitlines() if " WARNING " in line]
+from fedamole.deployment.gateway_guard import BODY_LIMITS
+from fedamole.deployment.keys import load_private
+from tests.deployment.gate import (
+    HALF,
+    HOST,
+    LIMIT_MIB,
+    PULL,
+    PUSH,
+    PUSH_MESSAGES,
+    Door,
+    StandIn,
+    free_port,
+    gateway,
+    impatient,
+    listens,
+    process,
+    reply,
+    signature,
+    threaded,
+    until,
+)
 
 
 @pytest.fixture(scope="module")
@@ -197,32 +66,9 @@ def door(one_door: Door) -> Door:
     return one_door
 
 
-@contextmanager
-def impatient(tls: Path, superlink: StandIn, idle_s: float, call_s: float = 30.0) -> Iterator[Door]:
-    """A gateway in this process, with clocks that a test can wait for."""
-    port = free_port()
-
-    async def run() -> None:
-        async with superlink_client(tls / "ca.crt") as client:
-            app = Gateway(client, f"https://{HOST}:{superlink.port}", LIMIT_MIB * 2**20, idle_s, call_s)
-            server = listener(app, HOST, port, tls / "server.crt", tls / "server.key")
-            server.config.timeout_keep_alive = 1
-            servers.append(server)
-            await server.serve()
-
-    servers: list[uvicorn.Server] = []
-    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
-    thread.start()
-    until(lambda: listens(port))
-    try:
-        yield Door(port, tls, Path(os.devnull), superlink)
-    finally:
-        servers[0].should_exit = servers[0].force_exit = True
-        thread.join(10)
-
-
 REFUSED = (
-    "/", "/docs", "/openapi.json", "/health", "/v1/control/start-run", "/v1/control/list-nodes",
+    "/", "/docs", "/openapi.json", "/health", "/health/", "/health?a", "/v1/fleet/get-run", "/v1/fleet/get-fab",
+    "/v1/control/start-run", "/v1/control/list-nodes",
     "/v1/runtime/acquire-task", "/v1/runtime/pull-object", "/v1/fleet", "/v1/fleet/", "/v1/fleet/pull-object/",
     "/v1/fleet/../control/start-run", "/v1/fleet/..%2fcontrol/start-run", "/v1/fleet/%2e%2e/control/start-run",
     "/v1/fleet/.%2E/control/start-run", "/v1/fleet/%252e%252e/control/start-run", "/v1%2ffleet/pull-object",
@@ -242,43 +88,47 @@ def test_all_else_is_not_there(door: Door, path: str) -> None:
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "OPTIONS", "CONNECT", "post"])
 def test_only_post_is_there(door: Door, method: str) -> None:
-    assert door.call(PULL, method=method) == (404, b"")
+    assert door.call(PUSH, method=method) == (404, b"")
     assert door.superlink.seen == []
 
 
 def test_the_list_is_that_of_flower() -> None:
-    """A change in Flower's list must be seen here before it is met by an organisation."""
+    """A change in Flower's list must be seen here before it is met by a client."""
     from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 
     fleet = {path.encode() for method, path in PROTOBUF_REQUEST_TYPES if path.startswith("/v1/fleet/")}
     assert {method for method, _ in PROTOBUF_REQUEST_TYPES} == {"POST"}
-    assert fleet - CALLS == {b"/v1/fleet/register-node", b"/v1/fleet/unregister-node"}
-    assert fleet >= CALLS
+    left_out = {b"/v1/fleet/" + call for call in (b"register-node", b"unregister-node", b"get-run", b"get-fab")}
+    assert fleet - set(BODY_LIMITS) == left_out
+    assert fleet >= set(BODY_LIMITS)
 
 
 def test_every_call_passes_and_is_not_logged(door: Door) -> None:
-    for path in sorted(CALLS):
-        assert door.call(path.decode(), b"abc") == (200, b"abc")
-    assert [seen[0] for seen in door.superlink.seen] == [path.decode() for path in sorted(CALLS)]
+    paths = [path.decode() for path in sorted(BODY_LIMITS)]
+    for path in paths:
+        body = reply() if path == PUSH_MESSAGES else b"abc"
+        assert door.call(path, body) == (200, body)
+    assert [seen[0] for seen in door.superlink.seen] == paths
     assert door.lines() == []
 
 
-def test_signatures_pass_unchanged_and_what_belongs_to_one_hop_does_not(door: Door) -> None:
+def test_flowers_headers_pass_unchanged_and_no_others(door: Door) -> None:
+    signed = signature(door.key)
     assert door.call(
-        PULL, b"abc", connection="close, x-private", x_private="1", te="trailers", x_forwarded_for="9.9.9.9",
-        x_forwarded_proto="http", forwarded="for=9.9.9.9", accept="application/x-protobuf", **SIGNED,
+        PUSH, b"abc", signed=signed, connection="close, x-private", x_private="1", te="trailers",
+        x_forwarded_for="9.9.9.9", x_forwarded_proto="http", forwarded="for=9.9.9.9", cookie="a=b",
+        accept="application/protobuf", content_type="application/protobuf", x_fedamole_gateway="guessed",
+        authorization="Basic Zz09", flwr_package_version="1.41.0",
     ) == (200, b"abc")  # fmt: skip
     _, headers, _ = door.superlink.seen[0]
-    assert SIGNED.items() <= headers.items()
-    assert headers["accept"] == "application/x-protobuf"
-    assert headers["x-forwarded-for"] == HOST
-    assert headers["host"] == f"{HOST}:{door.superlink.port}"
-    extra = set(headers) - set(SIGNED) - {"accept", "x-forwarded-for", "host", "content-length"}
-    assert not extra, "nothing of the gateway's own, nothing of the hop"
+    assert headers == {
+        **signed, "flwr-package-version": "1.41.0", "accept": "application/protobuf", "x-forwarded-for": HOST,
+        "content-type": "application/protobuf", "content-length": "3", "host": f"{HOST}:{door.superlink.port}",
+    }  # fmt: skip
 
 
 def test_an_error_of_flower_passes_with_its_text(door: Door) -> None:
-    call = door.begin(PULL, ask="refuse", content_length=0)
+    call = door.begin(PUSH, flwr_ask="refuse", content_length=0)
     answer = call.getresponse()
     assert (answer.status, answer.read()) == (412, b'{"code": 2004}')
     assert not {"keep-alive", "x-hop", "connection"} & {name.lower() for name, _ in answer.getheaders()}
@@ -287,18 +137,18 @@ def test_an_error_of_flower_passes_with_its_text(door: Door) -> None:
 def test_one_connection_serves_many_calls(door: Door) -> None:
     call = door.connect()
     for _ in range(3):
-        call.request("POST", PULL, b"abc")
+        call.request("POST", PUSH, b"abc", signature(door.key))
         assert call.getresponse().read() == b"abc"
     assert call.sock is not None
 
 
 def test_bodies_pass_whole(door: Door) -> None:
     body = os.urandom(5_000_000)
-    assert door.call(PULL, body) == (200, body)
+    assert door.call(PUSH, body) == (200, body)
 
 
 def test_a_body_passes_while_it_is_sent(door: Door) -> None:
-    call = door.begin(PULL, content_length=200_000)
+    call = door.begin(PUSH, content_length=200_000)
     call.send(b"1" * 100_000)
     until(lambda: door.superlink.arrived == 100_000, 5)
     call.send(b"2" * 100_000)
@@ -306,14 +156,14 @@ def test_a_body_passes_while_it_is_sent(door: Door) -> None:
 
 
 def test_an_answer_passes_while_it_is_written(door: Door) -> None:
-    answer = door.begin(PULL, ask="halves", content_length=0).getresponse()
+    answer = door.begin(PUSH, flwr_ask="halves", content_length=0).getresponse()
     assert answer.read(100_000) == b"1" * 100_000
     door.superlink.go_on.set()
     assert answer.read()[-HALF - 1 :] == b"1" + b"2" * HALF
 
 
 def test_an_answer_that_breaks_off_is_not_taken_for_whole(door: Door) -> None:
-    answer = door.begin(PULL, ask="break", content_length=0).getresponse()
+    answer = door.begin(PUSH, flwr_ask="break", content_length=0).getresponse()
     assert answer.read(100_000)
     door.superlink.go_on.set()
     with pytest.raises(http.client.IncompleteRead):
@@ -322,45 +172,71 @@ def test_an_answer_that_breaks_off_is_not_taken_for_whole(door: Door) -> None:
 
 
 def test_a_body_that_is_too_large_is_not_read(door: Door) -> None:
-    call = door.begin(PULL, content_length=LIMIT_MIB * 2**20 + 1)
-    assert call.getresponse().status == 413
+    for path, most in {**{path.decode(): most for path, most in BODY_LIMITS.items()}, PUSH: LIMIT_MIB * 2**20}.items():
+        call = door.begin(path, content_length=most + 1)
+        answer = call.getresponse()
+        assert (answer.status, answer.read(), answer.getheader("connection")) == (
+            413, b'{"error": "too-large"}', "close",
+        ), path  # fmt: skip
     assert door.superlink.seen == []
-    assert door.call(PULL, bytes(LIMIT_MIB * 2**20))[0] == 200
+    assert door.call(PUSH, bytes(LIMIT_MIB * 2**20))[0] == 200
+    assert door.call(PULL, bytes(64 * 1024))[0] == 200
 
 
-def test_a_body_that_turns_out_too_large_is_not_read_on(door: Door) -> None:
-    call = door.begin(PULL, transfer_encoding="chunked")
-    piece = b"100000\r\n" + bytes(2**20) + b"\r\n"
+@pytest.mark.parametrize("length", [{}, {"content_length": 3}])
+def test_a_body_without_a_stated_length_is_not_read(door: Door, length: dict[str, int]) -> None:
+    call = door.begin(PUSH, transfer_encoding="chunked", **length)
     with suppress(OSError):
-        for _ in range(10 * LIMIT_MIB):
-            call.send(piece)
-    assert call.getresponse().status == 413
-    assert door.superlink.arrived <= LIMIT_MIB * 2**20
+        call.send(b"3\r\nabc\r\n0\r\n\r\n")
+    answer = call.getresponse()
+    assert (answer.status, answer.read()) == (411, b'{"error": "no-length"}')
+    assert door.superlink.seen == []
 
 
-def test_a_length_beside_chunks_is_not_believed(door: Door) -> None:
-    call = door.begin(PULL, transfer_encoding="chunked", content_length=1)
-    call.send(b"3\r\nabc\r\n0\r\n\r\n")
-    assert call.getresponse().read() == b"abc"
+@pytest.mark.parametrize("headers", [{"flwr_a": 8000 * "a"}, {f"flwr_{number}": "a" for number in range(70)}])
+def test_a_head_that_is_too_large_is_refused(door: Door, headers: dict[str, str]) -> None:
+    assert door.call(PUSH, **headers) == (431, b'{"error": "head-too-large"}')
+    assert door.superlink.seen == []
 
 
-def test_a_refused_call_is_one_short_line(door: Door) -> None:
-    door.call("/v1/control/" + 300 * "x", x_forwarded_for="9.9.9.9")
-    until(door.lines)
-    (line,) = door.lines()
-    assert re.search(r"404 POST /v1/control/x{88} from 127\.0\.0\.1: ", line)
+def test_a_head_of_many_bytes_is_not_read_to_its_end(door: Door) -> None:
+    call = door.connect()
+    call.connect()
+    call.sock.sendall(b"POST /v1/fleet/push-object HTTP/1.1\r\n")
+    with suppress(OSError):
+        for number in range(100):
+            call.sock.sendall(b"flwr-%d: %s\r\n" % (number, 1000 * b"a"))
+            time.sleep(0.001)
+    assert call.sock.recv(12) in (b"HTTP/1.1 400", b"HTTP/1.1 431")
+
+
+def test_a_refused_call_is_one_short_line_and_many_are_few(tls: Path, door: Door, tmp_path: Path) -> None:
+    with gateway(tls, door.superlink.port, tmp_path / "log") as (port, _):
+        quiet = Door(port, tls, tmp_path / "log", door.superlink)
+        quiet.call("/v1/control/" + 300 * "x", signed={}, x_forwarded_for="9.9.9.9")
+        until(quiet.lines)
+        (line,) = quiet.lines()
+        assert re.search(r"404 POST /v1/control/x{88} from 127\.0\.0\.1: ", line)
+        for _ in range(50):
+            quiet.call("/", signed={})
+        assert len(quiet.lines()) == 31
+        assert "further lines about strangers are left out" in quiet.lines()[-1]
+        assert quiet.call(PUSH, flwr_a=8000 * "a")[0] == 431
+        assert quiet.begin(PULL, content_length=65537).getresponse().status == 413
+        assert quiet.call(PUSH_MESSAGES, reply(source=8))[0] == 403
+        until(lambda: "from anna at 127.0.0.1: a pushed message is refused" in quiet.lines()[-1], 5)
 
 
 def test_slow_callers_and_a_hanging_superlink_are_not_waited_for(tls: Path, door: Door) -> None:
     with impatient(tls, door.superlink, idle_s=0.5) as hasty:
-        slow = hasty.begin(PULL, content_length=10)
+        slow = hasty.begin(PUSH, content_length=10)
         slow.send(b"12345")
         assert slow.getresponse().status == 504
-        assert hasty.begin(PULL, content_length=10).getresponse().status == 504, "a head and nothing more"
-        assert hasty.call(PULL, b"abc", ask="hang") == (504, b"")
-        assert hasty.call(PULL, b"abc") == (200, b"abc")
+        assert hasty.begin(PUSH, content_length=10).getresponse().status == 504, "a head and nothing more"
+        assert hasty.call(PUSH, b"abc", flwr_ask="hang") == (504, b"")
+        assert hasty.call(PUSH, b"abc") == (200, b"abc")
     with impatient(tls, door.superlink, idle_s=5, call_s=0.5) as hasty:
-        steady = hasty.begin(PULL, content_length=1000)
+        steady = hasty.begin(PUSH, content_length=1000)
         start = time.monotonic()
         with suppress(OSError):
             for _ in range(40):
@@ -385,24 +261,24 @@ def test_half_a_head_does_not_hold_a_connection(tls: Path, door: Door, head: byt
         assert 0.5 < time.monotonic() - start < 4
 
 
-def test_a_superlink_that_is_down_is_waited_for_by_supernodes(tls: Path, tmp_path: Path) -> None:
+def test_a_superlink_that_is_down_is_a_passing_fault(tls: Path, tmp_path: Path) -> None:
     superlink, log = StandIn(), tmp_path / "log"
     with gateway(tls, superlink.port, log) as (port, _):
         door = Door(port, tls, log, superlink)
-        assert door.call(PULL) == (503, b"")
+        assert door.call(PUSH) == (503, b"")
         with threaded(superlink.server(tls), superlink.port):
-            assert door.call(PULL, b"abc") == (200, b"abc")
-        assert door.call(PULL)[0] in (502, 503)
+            assert door.call(PUSH, b"abc") == (200, b"abc")
+        assert door.call(PUSH)[0] in (502, 503)
         with threaded(superlink.server(tls), superlink.port):
-            assert door.call(PULL, b"abc") == (200, b"abc")
-    assert "503 POST /v1/fleet/pull-object from 127.0.0.1: the SuperLink cannot be reached" in log.read_text()
+            assert door.call(PUSH, b"abc") == (200, b"abc")
+    assert "503 POST /v1/fleet/push-object from anna at 127.0.0.1: the SuperLink cannot be reached" in log.read_text()
 
 
 def test_a_superlink_of_another_authority_is_not_spoken_to(tls: Path, door: Door, tmp_path: Path) -> None:
     other, log = tmp_path / "other", tmp_path / "log"
     make_certificates(other, hosts=[HOST], clients=[])
     with gateway(tls, door.superlink.port, log, ca=other / "ca.crt") as (port, _):
-        assert Door(port, tls, log, door.superlink).call(PULL, b"secret") == (503, b"")
+        assert Door(port, tls, log, door.superlink).call(PUSH, b"secret") == (503, b"")
     assert door.superlink.seen == []
     assert "CERTIFICATE_VERIFY_FAILED" in log.read_text()
 
@@ -412,7 +288,7 @@ def test_sigterm_lets_a_call_end_and_exits_with_0(tls: Path, door: Door, tmp_pat
         idle = Door(port, tls, tmp_path / "log", door.superlink)
         spare = idle.connect()
         spare.connect()
-        busy = idle.begin(PULL, ask="halves", content_length=0)
+        busy = idle.begin(PUSH, flwr_ask="halves", content_length=0)
         answer = busy.getresponse()
         running.send_signal(signal.SIGTERM)
         until(lambda: not listens(port), 5)
@@ -428,19 +304,47 @@ def test_it_is_light() -> None:
     code = "import fedamole.deployment.gateway, sys; print(' '.join(sys.modules))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(told.stdout.split())
-    assert not loaded & {"torch", "transformers", "peft", "numpy", "flwr", "fastapi"}
-    own = {name.removeprefix("fedamole.") for name in loaded if name.startswith("fedamole.")}
-    assert own == {"deployment", "deployment.gateway"}
+    assert not loaded & {"torch", "transformers", "peft", "datasets"}
+    own = {name.removeprefix("fedamole.deployment.") for name in loaded if name.startswith("fedamole.")}
+    assert own == {
+        "fedamole.deployment", "fedamole.errors", "fedamole.terminal", "gateway", "gateway_guard", "gateway_listener",
+        "gateway_places", "gateway_proxy", "flower_messages", "keys", "roster",
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("superlink", ["nowhere", "127.0.0.1", "a:b", "127.0.0.1:1/v1", "me@127.0.0.1:1", "h:99999"])
-def test_a_wrong_argument_is_told(superlink: str, tls: Path, capsys: pytest.CaptureFixture[str]) -> None:
+SUPERLINKS = ("nowhere", "127.0.0.1", "a:b", "127.0.0.1:1/v1", "me@127.0.0.1:1", "h:99999")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--superlink", superlink) for superlink in SUPERLINKS),
+        *((option, "missing") for option in ("--nodes", "--certificate", "--key", "--ca", "--superlink-token")),
+        ("--key", "ca.key"), ("--superlink-token", "short"), ("--superlink-token", "open"),
+        ("--max-body-mib", "0"), ("--max-total-mib", "many"),
+    ],
+)  # fmt: skip
+def test_a_wrong_argument_is_told(
+    option: str, value: str, tls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from fedamole.deployment.gateway import main
 
-    files = f"--certificate {tls / 'server.crt'} --key {tls / 'server.key'} --ca {tls / 'ca.crt'}"
+    for name, content, mode in (("short", "secret", 0o600), ("open", 32 * "secret", 0o644)):
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(mode)
+    words = {
+        "--host": HOST, "--port": "1", "--superlink": f"{HOST}:1", "--certificate": str(tls / "server.crt"),
+        "--key": str(tls / "server.key"), "--ca": str(tls / "ca.crt"), "--nodes": str(tls / "nodes"),
+    }  # fmt: skip
+    words[option] = str((tls if value == "ca.key" else tmp_path) / value) if value in FILES else value
     with pytest.raises(SystemExit, match="2"):
-        main(f"--host {HOST} --port 1 --superlink {superlink} {files}".split())
-    assert "--superlink" in capsys.readouterr().err
+        main([word for pair in words.items() for word in pair])
+    told = capsys.readouterr().err
+    assert option in told or value in told
+    assert "secretsecret" not in told
+
+
+FILES = ("missing", "ca.key", "short", "open")
 
 
 def flower(home: Path) -> dict[str, str]:
@@ -457,8 +361,15 @@ def flwr(home: Path, *words: str) -> dict[str, Any]:
 
 @pytest.mark.faults
 def test_flower_itself(tls: Path, tmp_path: Path) -> None:
-    """A SuperNode with a registered key gets online and outlives restarts of SuperLink and gateway; a stranger gets
-    neither in nor to the Control API, which on the SuperLink's own port anybody may use."""
+    """Flower's own client with a registered key is served and outlives restarts of SuperLink and gateway. A stranger
+    gets neither in nor to the Control API, which anybody may use on the SuperLink's own port."""
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest
+    from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+    from flwr.proto.node_pb2 import Node
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
     home, secured, log = tmp_path / "home", free_port(), tmp_path / "gateway.log"
     home.mkdir()
     (home / "config.toml").write_text(
@@ -470,40 +381,47 @@ def test_flower_itself(tls: Path, tmp_path: Path) -> None:
         f"--ssl-certfile {tls}/server.crt --ssl-keyfile {tls}/server.key --enable-supernode-auth "
         f"--database {tmp_path}/state.db"
     ).split()
-
-    def supernode(key: Path, port: int, own: int) -> list[str]:
-        return (
-            f"flower-supernode --superlink {HOST}:{port} --root-certificates {tls}/ca.crt --host {HOST} --port {own} "
-            f"--auth-supernode-private-key {key}"
-        ).split()
-
     make_own_key(tmp_path / "stranger", "stranger")
-    known, strange = tmp_path / "known.log", tmp_path / "strange.log"
+
+    def client(path: Path, port: int) -> FleetHttpClient:
+        key = load_private(path)
+        authority = (tls / "ca.crt").read_bytes()
+        return FleetHttpClient.from_server_address(
+            f"{HOST}:{port}", False, authority, [NodeAuthHttpInterceptor(key, key.public_key())]
+        )
+
+    def status(call: Any, request: Any) -> int:
+        with pytest.raises(httpx.HTTPStatusError) as told:
+            call(request)
+        return told.value.response.status_code
+
     with ExitStack() as stack:
         port, first = stack.enter_context(gateway(tls, secured, log))
         door = Door(port, tls, log, StandIn())
+        anna = stack.enter_context(client(tls / "clients" / "anna" / "node.key", port))
+        stranger = stack.enter_context(client(tmp_path / "stranger" / "node.key", port))
+        public = public_key_to_bytes(door.key.public_key())
+        activate = ActivateNodeRequest(public_key=public, heartbeat_interval=30)
         with process(tmp_path / "superlink.log", *superlink, **flower(home)):
             until(lambda: listens(secured), 30)
-            stranger = supernode(tmp_path / "stranger" / "node.key", port, free_port())
-            with process(strange, *stranger, **flower(tmp_path / "s")) as refused:
-                flwr(home, "supernode", "register", str(tls / "nodes" / "anna.pub"), "tls")
-                assert refused.wait(30) == 1
-            assert "[code: 2004]" in strange.read_text()
+            flwr(home, "supernode", "register", str(tls / "nodes" / "anna.pub"), "tls")
+            assert status(stranger.ActivateNode, activate) == 401
             for path in REFUSED:
                 assert door.call(path) == (404, b""), path
             assert Door(secured, tls, log, StandIn()).call("/v1/control/list-nodes")[0] == 415, "it is there, inside"
-            command = supernode(tls / "clients" / "anna" / "node.key", port, free_port())
-            node = stack.enter_context(process(known, *command, **flower(tmp_path / "n")))
-            until(lambda: "ID: " in known.read_text(), 30)
+            node = Node(node_id=anna.ActivateNode(activate).node_id)
             (listed,) = flwr(home, "supernode", "list", "tls")["nodes"]
             assert listed["status"] == "online"
-        until(lambda: "retrying in" in known.read_text(), 30)
-        assert door.call(PULL) == (503, b"")
+            beat = SendNodeHeartbeatRequest(node=node, heartbeat_interval=30)
+            assert anna.SendNodeHeartbeat(beat).success
+            assert not anna.PullMessages(PullMessagesRequest(node=node)).messages_list
+            other = PullMessagesRequest(node=Node(node_id=node.node_id + 1))
+            assert status(anna.PullMessages, other) == 401, "the SuperLink itself ties a node to its key"
+        assert status(anna.SendNodeHeartbeat, beat) == 503
         with process(tmp_path / "superlink.log", *superlink, **flower(home)):
-            until(lambda: known.read_text().count("Connection successful") == 1, 30)
-            tries = known.read_text().count("retrying in")
+            until(lambda: listens(secured), 30)
+            assert anna.SendNodeHeartbeat(beat).success
             first.terminate()
-            until(lambda: known.read_text().count("retrying in") > tries, 30)
+            first.wait(20)
             stack.enter_context(gateway(tls, secured, log, port=port))
-            until(lambda: known.read_text().count("Connection successful") == 2, 30)
-            assert node.poll() is None
+            assert anna.SendNodeHeartbeat(beat).success

@@ -1,0 +1,55 @@
+"""What a client may push through the gateway: one reply of its own to the server, and no order to anybody else.
+
+The SuperLink checks that `node.node_id` of a call belongs to the key that signed it
+(flwr/superlink/routers/fleet/node_auth.py). It does not compare the message inside with that node: it would store a
+message from any source to any node, which the destination takes for an order of the server.
+"""
+
+import math
+
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import ObjectTree
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+MOST_OBJECTS = 16_384
+"""Objects of one message. Flower cuts arrays into objects of 5 MiB, so this allows for 80 GiB."""
+
+
+def push_fault(body: bytes) -> str | None:
+    """What is wrong with the body of a push-messages call; None for a reply that may pass.
+
+    A reply is exactly one message with one object tree, from the node that calls, to the SuperLink, to a message that
+    it names.
+    """
+    request = PushMessagesRequest()
+    try:
+        request.ParseFromString(body)
+    except DecodeError:
+        return "it is no PushMessagesRequest"
+    if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
+        return "it does not hold exactly one message with its object tree"
+    metadata = request.messages_list[0].metadata
+    if not request.node.node_id or metadata.src_node_id != request.node.node_id:
+        return "its message names another node as its source"
+    if metadata.dst_node_id != SUPERLINK_NODE_ID:
+        return "its message is for another node than the SuperLink"
+    if not metadata.reply_to_message_id:
+        return "its message is no reply"
+    if len(request.clientapp_runtime_list) > 1 or not all(
+        math.isfinite(seconds) and seconds >= 0 for seconds in request.clientapp_runtime_list
+    ):
+        return "its running time is no number of seconds"
+    if _objects(request.message_object_trees[0]) > MOST_OBJECTS:
+        return f"its message has more than {MOST_OBJECTS} objects"
+    return None
+
+
+def _objects(root: ObjectTree) -> int:
+    """Number of objects of a tree, counted no further than just beyond the limit."""
+    count, waiting = 0, [root]
+    while waiting and count <= MOST_OBJECTS:
+        tree = waiting.pop()
+        count += 1
+        waiting.extend(tree.children)
+    return count

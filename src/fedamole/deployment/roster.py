@@ -1,0 +1,150 @@
+"""The registered clients: who may call the gateway, read from the public keys in `nodes/*.pub`.
+
+Each file holds one OpenSSH public key of kind ecdsa-sha2-nistp384 on one line. The comment of the line is the client's
+name, optionally followed by the last day (UTC) on which the key is accepted:
+
+    ecdsa-sha2-nistp384 AAAAE2Vj... hospital-a until=2027-06-30
+
+The folder is looked at again while the gateway runs, so a key that is removed, replaced or past its last day is
+refused without a restart.
+"""
+
+import logging
+import os
+import re
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
+
+LOG = logging.getLogger("fedamole.roster")
+
+CHECK_S = 0.5
+"""Seconds between two looks at the folder: a change is noticed after this time at the latest."""
+
+LARGEST = 16 * 1024
+"""Bytes; no file of a public key is longer."""
+
+COMMENT = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?: until=(?P<until>\d{4}-\d{2}-\d{2}))?")
+
+State = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Client:
+    """A registered client: its name, its public key, and the last day (UTC) on which the key is accepted."""
+
+    name: str
+    key: ec.EllipticCurvePublicKey
+    until: date | None = None
+
+    def expired(self, today: date) -> bool:
+        """Whether `today` (UTC) is after the last day of the key."""
+        return self.until is not None and today > self.until
+
+
+class Roster:
+    """The clients of a folder of public keys, by key; it follows changes of the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the folder. Files that are no valid line of a key are skipped, each with one line in the log."""
+        self.folder = folder
+        self._clients: dict[bytes, Client] = {}
+        self._state: State | None = {"": ()}  # of no folder, so that the first look reads
+        self._checked = float("-inf")
+        self._refresh()
+
+    def find(self, key: bytes) -> Client | None:
+        """The client that has this public key, or None.
+
+        `key` is the key as Flower's nodes send it: PEM (SubjectPublicKeyInfo), not base64-encoded.
+        """
+        self._refresh()
+        return self._clients.get(key)
+
+    def __len__(self) -> int:
+        """Number of usable keys."""
+        self._refresh()
+        return len(self._clients)
+
+    def _refresh(self) -> None:
+        now = time.monotonic()
+        if now - self._checked < CHECK_S:
+            return
+        self._checked = now
+        try:
+            state = self._look()
+        except OSError as error:
+            if self._state is not None:
+                LOG.error("%s cannot be read (%s): nobody is let in", self.folder, error.strerror)
+            self._clients, self._state = {}, None
+            return
+        if state != self._state:
+            self._clients, self._state = self._read(state), state
+
+    def _look(self) -> State:
+        """What tells one content of the folder from another, by file name."""
+        state = {}
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(".pub"):
+                    with suppress(OSError):  # it is gone by now, or a link to nothing
+                        found = entry.stat()
+                        state[entry.name] = (found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
+        return state
+
+    def _read(self, state: State) -> dict[bytes, Client]:
+        clients: dict[bytes, Client] = {}
+        for name in sorted(state):
+            path = self.folder / name
+            try:
+                client = _client(path)
+            except ValueError as error:
+                LOG.warning("%s is skipped: %s", path, error)
+                continue
+            pem = client.key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+            if pem in clients:
+                LOG.warning("%s is skipped: %s has the same key", path, clients[pem].name)
+                continue
+            clients[pem] = client
+        LOG.info("%d registered clients in %s", len(clients), self.folder)
+        return clients
+
+
+def _client(path: Path) -> Client:
+    """The client of a file; a ValueError that says what is wrong with it, without quoting it."""
+    try:
+        if not path.is_file():
+            raise ValueError("it is no file")
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+    except OSError as error:
+        raise ValueError(f"it cannot be read ({error.strerror})") from error
+    if len(content) > LARGEST:
+        raise ValueError("it is too long for a public key")
+    lines = [line.strip() for line in content.splitlines() if line.strip()]
+    if len(lines) != 1:
+        raise ValueError("it does not hold exactly one line")
+    kind, *rest = lines[0].split(None, 2)
+    if kind != b"ecdsa-sha2-nistp384" or not rest:
+        raise ValueError("it is no public key of kind ecdsa-sha2-nistp384")
+    try:
+        key = load_ssh_public_key(b" ".join((kind, rest[0])))
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ValueError("its key is damaged") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp384r1":
+        raise ValueError("it is no public key of kind ecdsa-sha2-nistp384")
+    comment = COMMENT.fullmatch(rest[1].decode("ascii", "replace") if len(rest) > 1 else "")
+    if comment is None:
+        raise ValueError("the text after the key is not `NAME` or `NAME until=YYYY-MM-DD`")
+    try:
+        until = date.fromisoformat(comment["until"]) if comment["until"] else None
+    except ValueError as error:
+        raise ValueError("its last day is no date") from error
+    return Client(comment["name"], key, until)

@@ -1,0 +1,400 @@
+"""What strangers and slow or greedy callers can hold of the gateway, its TLS, its certificate and its health."""
+
+import asyncio
+import shutil
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytest.importorskip("flwr")
+
+from cryptography import x509
+
+from fedamole.deployment.certificates import make_certificates
+from fedamole.deployment.gateway_guard import MIB, RefusedError
+from fedamole.deployment.gateway_places import (
+    LEAST_PER_KEY,
+    MOST_PER_KEY,
+    NEIGHBOURS,
+    PER_ADDRESS,
+    REGISTERED,
+    STRANGERS,
+    Place,
+    Places,
+    network_of,
+)
+from fedamole.deployment.keys import new_key
+from tests.deployment.gate import (
+    HOST,
+    PULL,
+    PUSH,
+    Door,
+    StandIn,
+    gateway,
+    impatient,
+    signature,
+    threaded,
+    until,
+)
+
+MOST_MIB = 96
+"""MiB by which the gateway may grow in whatever strangers do, docs/deploy.md says so; 25 to 60 are measured."""
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tls")
+    make_certificates(folder, hosts=[HOST], clients=["anna"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def superlink(tls: Path) -> Iterator[StandIn]:
+    stand_in = StandIn()
+    with threaded(stand_in.server(tls), stand_in.port):
+        yield stand_in
+
+
+@contextmanager
+def guarded(tls: Path, superlink: StandIn, log: Path) -> Iterator[tuple[Door, Callable[[], float]]]:
+    """A gateway of its own, and by how many MiB it has grown since it served a client."""
+    with gateway(tls, superlink.port, log) as (port, running):
+        door = Door(port, tls, log, superlink)
+        assert door.call(PUSH, bytes(4 * MIB))[0] == 200
+        superlink.seen.clear()
+        process = psutil.Process(running.pid)
+        before = process.memory_info().rss
+        yield door, lambda: (process.memory_info().rss - before) / MIB
+
+
+def opened(door: Door, source: str) -> ssl.SSLSocket:
+    context = ssl.create_default_context(cafile=door.tls / "ca.crt")
+    plain = socket.create_connection((HOST, door.port), 10, source_address=(source, 0))
+    return context.wrap_socket(plain, server_hostname=HOST)
+
+
+def sources(number: int) -> str:
+    """Addresses of the loopback network, eight connections from each."""
+    return f"127.0.0.{10 + number // 8}"
+
+
+def test_large_bodies_of_strangers_are_not_taken(tls: Path, superlink: StandIn, tmp_path: Path) -> None:
+    """Ten strangers send as much as they can of 60 MiB each; nothing of it is kept, and the client is served."""
+    with guarded(tls, superlink, tmp_path / "log") as (door, grown), ExitStack() as stack:
+        head = b"POST /v1/fleet/push-object HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (60 * MIB)
+        sent = 0
+        for number in range(10):
+            stranger = stack.enter_context(opened(door, sources(number)))
+            stranger.settimeout(2)
+            with suppress(OSError):
+                stranger.sendall(head)
+                for _ in range(60):
+                    stranger.sendall(bytes(MIB))
+                    sent += 1
+            assert door.call(PUSH, b"abc") == (200, b"abc")
+        assert [body for _, _, body in superlink.seen] == 10 * [b"abc"]
+        assert sent < 10 * 20, "the connections are cut"
+        assert grown() < MOST_MIB
+
+
+@pytest.mark.parametrize("source", [lambda number: "127.0.0.9", sources, lambda number: HOST])
+def test_silent_strangers_keep_nobody_out(
+    tls: Path, superlink: StandIn, tmp_path: Path, source: Callable[[int], str]
+) -> None:
+    """From one address, from many, and from the client's own: a third with half a head, a third with TLS alone, a
+    third without. The client calls on connections of its own meanwhile, old ones and new ones."""
+    with guarded(tls, superlink, tmp_path / "log") as (door, grown), ExitStack() as stack:
+        old = door.connect()
+        old.request("POST", PULL, b"abc", signature(door.key))
+        assert old.getresponse().read() == b"abc"
+        for number in range(240):
+            with suppress(OSError):
+                if number % 3 == 0:
+                    plain = socket.create_connection((HOST, door.port), 5, source_address=(source(number), 0))
+                    stack.enter_context(plain)
+                    continue
+                stranger = stack.enter_context(opened(door, source(number)))
+                if number % 3 == 1:
+                    stranger.sendall(b"POST /v1/fleet/push-object HTTP/1.1\r\nHost: x\r\n")
+            if number % 40 == 0:
+                start = time.monotonic()
+                assert door.call(PULL, b"abc") == (200, b"abc")
+                old.request("POST", PULL, b"abc", signature(door.key))
+                assert old.getresponse().read() == b"abc"
+                assert time.monotonic() - start < 3
+        assert old.sock is not None
+        assert grown() < MOST_MIB
+
+
+def test_many_calls_of_strangers_are_few_lines_and_no_memory(tls: Path, superlink: StandIn, tmp_path: Path) -> None:
+    with guarded(tls, superlink, tmp_path / "log") as (door, grown):
+        for number in range(150):
+            with suppress(OSError), opened(door, sources(number)) as stranger:
+                stranger.sendall(b"POST /v1/fleet/push-object HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\na")
+                assert stranger.recv(100).startswith(b"HTTP/1.1 401 ")
+        assert superlink.seen == []
+        assert len(door.lines()) < 70
+        assert grown() < MOST_MIB
+
+
+@pytest.mark.parametrize("what", ["tcp", "tls", "half a head", "calls"])
+def test_a_stranger_has_a_deadline(tls: Path, superlink: StandIn, what: str) -> None:
+    """Also one that calls for what needs no key again and again, or sends its head byte by byte."""
+    with impatient(tls, superlink, stranger_s=0.6) as door:
+        start = time.monotonic()
+        stranger = socket.create_connection((HOST, door.port), 5) if what == "tcp" else opened(door, HOST)
+        with stranger, suppress(OSError):
+            while time.monotonic() - start < 4:
+                if what == "half a head":
+                    stranger.sendall(b"P")
+                if what == "calls":
+                    stranger.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                stranger.settimeout(0.1)
+                with suppress(TimeoutError):
+                    if not stranger.recv(4096):
+                        break
+        assert time.monotonic() - start < 3
+        call = door.connect()
+        for _ in range(3):
+            call.request("POST", PULL, b"abc", signature(door.key))
+            assert call.getresponse().read() == b"abc"
+            time.sleep(0.4)
+        assert call.sock is not None, "a client's connection outlives the strangers' deadline"
+
+
+def held(places: Places, *addresses: str) -> tuple[list[Place], set[int]]:
+    """Places for these addresses, and which of them have been closed, by number."""
+    ended: set[int] = set()
+    entered = []
+    for number, address in enumerate(addresses):
+        place = places.enter(address)
+        place.close = lambda number=number: ended.add(number)  # type: ignore[misc]
+        entered.append(place)
+    return entered, ended
+
+
+def within(scenario: Callable[[], None]) -> None:
+    async def run() -> None:
+        scenario()
+
+    asyncio.run(run())
+
+
+def test_the_oldest_stranger_of_the_address_makes_room() -> None:
+    def scenario() -> None:
+        places = Places()
+        _, ended = held(places, "9.9.9.9", *(PER_ADDRESS + 2) * ["1.1.1.1"])
+        assert ended == {1, 2}
+
+    within(scenario)
+
+
+def test_the_address_with_most_strangers_makes_room() -> None:
+    def scenario() -> None:
+        many = [f"1.1.1.{number // PER_ADDRESS}" for number in range(STRANGERS - 1)]
+        places = Places()
+        _, ended = held(places, "9.9.9.9", *many, "8.8.8.8", "7.7.7.7")
+        assert ended == {1, 1 + PER_ADDRESS}, "neither the single caller, though it is the oldest, nor the new ones"
+
+    within(scenario)
+
+
+def test_a_clients_address_has_waiting_places_of_its_own() -> None:
+    def scenario() -> None:
+        places = Places()
+        (first,), gone = held(places, "9.9.9.9")
+        places.admit(first, "anna", 1)
+        (new,), closed = held(places, "9.9.9.9")
+        held(places, *(f"1.{number // 256}.{number % 256}.1" for number in range(3 * STRANGERS)))
+        assert not gone
+        assert not closed
+        places.admit(new, "anna", 1)
+        # Registered clients have many addresses too; the places beside strangers' are bounded as well.
+        for number in range(NEIGHBOURS + 1):
+            places.admit(places.enter(f"2.2.{number}.2"), f"client-{number}", 1)
+        _, ended = held(places, *(f"2.2.{number}.2" for number in range(NEIGHBOURS + 1)))
+        assert len(ended) == 1
+
+    within(scenario)
+
+
+def test_a_key_has_its_share_of_the_places_and_no_more() -> None:
+    def scenario() -> None:
+        places = Places()
+        own = [places.enter("1.1.1.1") for _ in range(MOST_PER_KEY)]
+        for place in own:
+            places.admit(place, "anna", 3)
+            places.admit(place, "anna", 3)
+        with pytest.raises(RefusedError, match=f"at most {MOST_PER_KEY} per key"):
+            places.admit(places.enter("1.1.1.1"), "anna", 3)
+        places.leave(own[0])
+        places.leave(own[0])
+        places.admit(places.enter("1.1.1.1"), "anna", 3)
+        keys = REGISTERED // LEAST_PER_KEY
+        for number in range(LEAST_PER_KEY):
+            places.admit(places.enter(f"1.1.2.{number}"), "ben", keys)
+        with pytest.raises(RefusedError, match=f"at most {LEAST_PER_KEY} per key"):
+            places.admit(places.enter("1.1.2.9"), "ben", keys)
+
+    within(scenario)
+
+
+def test_registered_clients_together_have_a_bound() -> None:
+    def scenario() -> None:
+        places = Places()
+        for number in range(REGISTERED):
+            places.admit(places.enter(f"1.1.{number}.1"), f"client-{number}", 1000)
+        with pytest.raises(RefusedError, match="the most there are"):
+            places.admit(places.enter("1.2.1.1"), "another", 1000)
+
+    within(scenario)
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("1.2.3.4", "1.2.3.4"), ("::ffff:1.2.3.4", "1.2.3.4"), ("2001:db8:1:2ff:3:4:5:6", "2001:db8:1:200::/56"),
+        ("fe80::1%eth0", "fe80::/56"), ("somewhere", "somewhere"),
+    ],
+)  # fmt: skip
+def test_an_ipv6_network_counts_as_one_address(address: str, network: str) -> None:
+    assert network_of(address) == network
+
+
+def test_one_key_does_not_take_all_connections(tls: Path, superlink: StandIn) -> None:
+    with impatient(tls, superlink) as door, ExitStack() as stack:
+        for _ in range(MOST_PER_KEY):
+            stack.callback(door.begin(PUSH, content_length=10).close)
+        time.sleep(0.2)
+        assert door.call(PULL) == (503, b'{"error": "busy"}')
+
+
+def test_tls_1_3_is_the_least_to_clients(tls: Path, superlink: StandIn) -> None:
+    with impatient(tls, superlink) as door:
+        context = ssl.create_default_context(cafile=tls / "ca.crt")
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        with socket.create_connection((HOST, door.port), 5) as plain, pytest.raises(ssl.SSLError):
+            context.wrap_socket(plain, server_hostname=HOST)
+        with opened(door, HOST) as stranger:
+            assert stranger.version() == "TLSv1.3"
+
+
+def test_tls_1_3_is_the_least_to_the_superlink(tls: Path) -> None:
+    old = StandIn()
+    with threaded(old.server(tls, ssl.TLSVersion.TLSv1_2), old.port), impatient(tls, old) as door:
+        assert door.call(PULL, b"abc") == (503, b"")
+    assert old.seen == []
+
+
+def serial(door: Door) -> int:
+    """The serial number of the certificate that a new connection is shown."""
+    context = ssl._create_unverified_context()
+    with socket.create_connection((HOST, door.port), 5) as plain, context.wrap_socket(plain) as secured:
+        shown = secured.getpeercert(binary_form=True)
+    assert shown is not None
+    return x509.load_der_x509_certificate(shown).serial_number
+
+
+def test_a_renewed_certificate_is_used_without_a_restart(superlink: StandIn, tmp_path: Path) -> None:
+    certs = tmp_path / "certs"
+    make_certificates(certs, hosts=[HOST], clients=["anna"])
+    with beside(certs) as own, gateway(certs, own.port, tmp_path / "log") as (port, _):
+        door = Door(port, certs, tmp_path / "log", own)
+        first = serial(door)
+        running = door.begin(PUSH, content_length=6)
+        running.send(b"abc")
+        kept = door.connect()
+        kept.request("POST", PULL, b"abc", signature(door.key))
+        assert kept.getresponse().read() == b"abc"
+
+        make_certificates(certs, hosts=[HOST], clients=[], renew_server=True)
+        until(lambda: serial(door) != first, 6)
+        second = serial(door)
+        assert "new connections are shown the new certificate" in door.log.read_text()
+        assert door.call(PULL, b"abc") == (200, b"abc")
+        running.send(b"def")
+        assert running.getresponse().read() == b"abcdef"
+        kept.request("POST", PULL, b"abc", signature(door.key))
+        assert kept.getresponse().read() == b"abc"
+
+        good = (certs / "server.crt").read_bytes()
+        for damage in (lambda: (certs / "server.crt").write_text("no certificate"), (certs / "server.crt").unlink):
+            damage()
+            asked = door.log.read_text().count("stays in use")
+            until(lambda asked=asked: door.log.read_text().count("stays in use") == asked + 1, 6)
+            assert serial(door) == second
+        time.sleep(2.2)
+        assert door.log.read_text().count("stays in use") == 2, "one line for each change"
+        (certs / "server.crt").write_bytes(good)
+        until(lambda: door.log.read_text().count("shown the new certificate") == 2, 6)
+        assert serial(door) == second
+
+
+def test_a_key_that_does_not_belong_is_not_used(superlink: StandIn, tmp_path: Path) -> None:
+    certs, others = tmp_path / "certs", tmp_path / "others"
+    for folder in (certs, others):
+        make_certificates(folder, hosts=[HOST], clients=["anna"])
+    with gateway(certs, superlink.port, tmp_path / "log") as (port, _):
+        door = Door(port, certs, tmp_path / "log", superlink)
+        first = serial(door)
+        shutil.copy(others / "server.key", certs / "server.key")
+        until(lambda: "stays in use" in door.log.read_text(), 6)
+        assert serial(door) == first
+
+
+@contextmanager
+def beside(tls: Path) -> Iterator[StandIn]:
+    stand_in = StandIn()
+    with threaded(stand_in.server(tls), stand_in.port):
+        yield stand_in
+
+
+def test_health_needs_no_key_and_asks_the_superlink(tls: Path, tmp_path: Path) -> None:
+    own = StandIn()
+    with gateway(tls, own.port, tmp_path / "log") as (port, _):
+        door = Door(port, tls, tmp_path / "log", own)
+        assert door.call("/health", method="GET", signed={}) == (503, b'{"status": "superlink-down"}')
+        with threaded(own.server(tls), own.port):
+            until(lambda: door.call("/health", method="GET", signed={}) == (200, b'{"status": "ok"}'), 3)
+        assert own.seen == []
+        assert door.lines() == []
+        for method, path in (("POST", "/health"), ("HEAD", "/health"), ("GET", "/health?a"), ("GET", "/health/")):
+            assert door.call(path, method=method, signed={}) == (404, b"")
+
+
+def test_health_is_cheap_and_within_the_strangers_rules(tls: Path, tmp_path: Path) -> None:
+    """A SuperLink whose queue is full does not answer a TCP connection; it is asked once a second, not by each call."""
+    with socket.create_server((HOST, 0)) as listening, ExitStack() as stack:
+        listening.settimeout(0.01)
+        asked = 0
+
+        def count() -> None:
+            nonlocal asked
+            with suppress(TimeoutError):
+                while True:
+                    stack.enter_context(listening.accept()[0])
+                    asked += 1
+
+        port, _ = stack.enter_context(gateway(tls, listening.getsockname()[1], tmp_path / "log"))
+        door = Door(port, tls, tmp_path / "log", StandIn(port=0))
+        start = time.monotonic()
+        for _ in range(40):
+            assert door.call("/health", method="GET", signed={}) == (200, b'{"status": "ok"}')
+        count()
+        assert asked <= 1 + (time.monotonic() - start)
+        answer = door.begin("/health", "GET", signed={}).getresponse()
+        assert answer.getheader("connection") == "close"
+
+
+def test_an_unknown_key_takes_no_registered_place(tls: Path, superlink: StandIn) -> None:
+    with impatient(tls, superlink, stranger_s=0.5) as door:
+        signed = signature(new_key())
+        for _ in range(2 * MOST_PER_KEY):
+            assert door.call(PULL, b"abc", signed=signed)[0] == 401
+        assert door.call(PULL, b"abc") == (200, b"abc")
