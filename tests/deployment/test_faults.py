@@ -1,12 +1,9 @@
 """Faults of a deployment, one after the other, in real processes on loopback. Most are slow: `make test-faults`."""
 
 import os
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,64 +107,6 @@ def test_a_killed_server_goes_on_to_the_same_states_and_a_killed_worker_comes_ba
             clients[name].gone()
 
 
-REFUSED_ONCE_MORE = """
-count=$(cat {count} 2>/dev/null || echo 0); echo $((count + 1)) > {count}
-case $count in
-  0 | 2) echo "[code: 2004] Failed to activate SuperNode."; exit 1 ;;
-  1) echo "SuperNode ID: 7"; sleep 2; exit 1 ;;
-  *) echo "SuperNode ID: 7"; exec sleep 60 ;;
-esac
-"""
-"""A SuperNode that is refused, lives for a while, is killed, is refused again, and lives on."""
-
-
-def test_a_supernode_that_is_refused_a_second_time_is_given_as_much_patience_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client, "AGAIN", 0.1)
-    monkeypatch.setattr(client, "TROUBLES", [replace(one, patience=min(one.patience, 1.0)) for one in client.TROUBLES])
-    said: list[str] = []
-
-    def say(text: str) -> None:
-        said.append(text)
-        if said.count("connected") == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    tried = client.Client(client.Connection("127.0.0.1:1", None, insecure=True), {}, tmp_path, say)
-    for part in (tried.worker, tried.forks, tried.executor):
-        part.words = ["sleep", "60"]
-    tried.node.words = ["sh", "-c", REFUSED_ONCE_MORE.format(count=tmp_path / "count")]
-    tried.run()
-    assert [text.split(":")[0] for text in said] == [
-        "connecting to 127.0.0.1", "the server does not take this key", "connected",
-        "the SuperNode has ended; starting it again", "the server does not take this key", "connected", "stopping",
-    ]  # fmt: skip
-    assert not any(part.running for part in (tried.worker, tried.forks, tried.node, tried.executor))
-    assert not tried.rendezvous.exists()
-
-
-@pytest.mark.parametrize(
-    ("what", "code"),
-    [
-        ("return", 1), ("raise ValueError", 1), ("sys.exit(0)", 0),
-        ("threading.Thread(target=int, args=['']).start()", 1),
-    ],
-)
-def test_a_supernode_that_has_given_up_is_no_process_any_more(what: str, code: int) -> None:
-    """Flower's own stays, as one of its threads does; so it did when a busy server had answered a pull with 500."""
-    program = f"""
-import sys, threading, time
-from fedamole.deployment import flower_node
-def supernode():
-    threading.Thread(target=time.sleep, args=[60]).start()
-    {what}
-    time.sleep(60)
-flower_node.flower_supernode = supernode
-flower_node.main()
-"""
-    assert subprocess.run([sys.executable, "-c", program], timeout=50, check=False).returncode == code
-
-
 # One long-lived run with certificates and keys, in which one thing after the other goes wrong. Each test begins when
 # everybody takes part and ends when everybody takes part again.
 
@@ -249,16 +188,16 @@ def test_who_cannot_be_trusted_is_told_why_and_the_run_goes_on(living: Site) -> 
     assert not [line for line in living.events("answered", since=begun) if "failed" in line]
 
 
-def test_a_killed_supernode_is_started_again_and_its_client_takes_part_again(living: Site) -> None:
-    struck, mood = time.time(), command_of(living, "mood")
-    told = len(mood.text)
-    killed(mood.part("flower_node"))
-    wait_until(lambda: "the same key is connected, or was a minute ago; trying again" in mood.text[told:], ROUND,
-               "it says that it is refused for a while", living.told)  # fmt: skip
-    without = living.event("done", LOST, since=struck)
-    assert living.trained("entail", LOST, since=without["time"])["round"] > without["round"]
+def test_a_killed_client_that_is_started_again_takes_part_at_once(living: Site) -> None:
+    """It ends the node that it was before, which the server takes for alive for another minute."""
+    mood = command_of(living, "mood")
+    working(mood.part("warm_worker"))
+    mood.kill_all()
+    struck = time.time()
+    again = living.client("mood")
+    again.says("connected", STARTING)
+    assert "does not take this key" not in again.text.rpartition("connecting to")[2]
     assert living.trained("mood", LOST, since=time.time())
-    assert mood.process.poll() is None
     failed = [line for line in living.events("answered", since=struck, client="mood") if "failed" in line]
     assert {line["failed"] for line in failed} <= {"its connection was lost", "no answer in time"}
     all_train(living, ROUND)
@@ -293,7 +232,7 @@ def test_a_killed_serverapp_is_submitted_again_and_loses_the_round_in_flight_at_
 def test_a_killed_superlink_is_started_again(living: Site) -> None:
     struck, server = time.time(), command_of(living, "server")
     rounds = [line["round"] for line in living.events("done")]
-    killed(server.part("flower-superlink"))
+    killed(server.part("flower_superlink"))
     server.says("the SuperLink has ended; starting it again", ROUND)
     all_train(living, LOST)
     after = [line["round"] for line in living.events("done", since=struck)]

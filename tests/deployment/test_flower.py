@@ -1,6 +1,6 @@
 """The same run over Flower and in one process: equal metrics, and a server state that is equal to the bit.
 
-Real processes throughout: certificates, gateway, SuperLink, three SuperNodes with keys and warm workers, which stay for
+Real processes throughout: certificates, gateway, SuperLink, three clients with keys and warm workers, which stay for
 one run after the other, as at an organisation.
 """
 
