@@ -26,9 +26,9 @@ from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedamole.deployment.certificates import make_certificates
+from fedamole.deployment.flower_content import sealed
 from fedamole.deployment.flower_control import _Token
 from fedamole.deployment.flower_fleet import _BoundedClient
-from fedamole.deployment.flower_link import sealed
 from fedamole.deployment.keys import load_private
 from fedamole.deployment.orders import signed
 from fedamole.deployment.tls import trusting
@@ -138,6 +138,10 @@ def test_another_account_of_the_coordinators_machine_gets_nothing(attacked: Site
         if not path.is_symlink() and path.stat().st_mode & 0o077
     ]  # fmt: skip
     assert not readable, "what a deployment writes is for its own account alone"
+    run = [one for one in command_of(attacked, "server").alive() if "flwr-serverapp" in " ".join(one.cmdline())]
+    tokens = [path.read_text() for path in (attacked.run / "server" / "tokens").iterdir()]
+    assert run
+    assert not [token for token in tokens for one in run if token in " ".join(one.cmdline())], "no token is an argument"
     assert (attacked.run / "server" / "tokens" / "control").stat().st_mode & 0o777 == 0o600
     goes_on(attacked)
 
@@ -159,7 +163,8 @@ def test_not_even_the_coordinator_runs_another_app(attacked: Site, tmp_path: Pat
     )
     assert control.StartRun(agent_app(tmp_path / "app")).HasField("run_id")
     log = attacked.run / "server" / "serverapp.log"
-    wait_until(lambda: "refused: flwr-agentapp" in log.read_text(), ROUND, "the executor refuses", attacked.told)
+    refused = "refused: a task of the kind flwr-agentapp"
+    wait_until(lambda: refused in log.read_text(), ROUND, "the executor refuses", attacked.told)
     goes_on(attacked)
     assert not list((attacked.folder / "marks").iterdir()), "foreign code was imported"
 

@@ -30,8 +30,8 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedamole.deployment import flower_fleet
+from fedamole.deployment.flower_content import bytes_of, sealed
 from fedamole.deployment.flower_fleet import Fleet, FleetError, UnusableMessageError
-from fedamole.deployment.flower_link import opened, sealed
 
 NODE, SUPERLINK = 77, 1
 
@@ -250,5 +250,5 @@ def test_a_former_node_is_ended_first(superlink: Superlink) -> None:
     made = Fleet(f"127.0.0.1:{superlink.port}", None, None, threading.Event())
     made.activate(former=5)
     assert superlink.asked == ["deactivate-node", "register-node", "activate-node"]
-    assert opened(sealed(b"abc")) == b"abc"
+    assert bytes_of(sealed(b"abc")) == b"abc"
     made.close()

@@ -9,8 +9,11 @@ from typing import Any
 
 import httpx
 import pytest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.superexec.executor.types import ExecutionSpec
 
 from fedamole.deployment.flower_commands import KNOWN, SERVERAPP, allow_only
+from fedamole.deployment.flower_executor import arguments
 from fedamole.deployment.flower_superlink import TokenCheck
 
 
@@ -60,6 +63,21 @@ def test_who_passes(path: str, headers: list[tuple[str, str]], code: int) -> Non
 def test_without_a_gateway_clients_come_by_themselves() -> None:
     assert status("/v1/fleet/pull-messages", [], gateway=None) == 200
     assert status("/v1/control/start-run", [], gateway=None) == 401
+
+
+@pytest.mark.parametrize("kind", list(TaskType))
+def test_the_executor_starts_the_runs_process_alone(kind: TaskType, tmp_path: Path) -> None:
+    spec = ExecutionSpec(kind, "127.0.0.1:1", "the token", True, None, False, None, False, 7)
+    words = arguments(spec, tmp_path)
+    if kind != TaskType.SERVER_APP:
+        assert words is None
+        return
+    assert words is not None
+    assert words[0] == SERVERAPP
+    assert "the token" not in " ".join(words)
+    token = Path(words[words.index("--token-file") + 1])
+    assert token.read_text() == "the token"
+    assert token.stat().st_mode & 0o777 == 0o600
 
 
 def test_every_command_of_flower_is_known() -> None:

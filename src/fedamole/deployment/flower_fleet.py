@@ -10,6 +10,7 @@ import logging
 import re
 import ssl
 import threading
+import time
 from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import SUPERLINK_NODE_ID, TIMESTAMP_HEADER
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -50,7 +51,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes, sign_message
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from fedamole.deployment.flower_link import opened, sealed
+from fedamole.deployment.flower_content import LARGEST_MESSAGE, MOST_OBJECTS, answer, bytes_of
 from fedamole.deployment.tls import trusting
 
 log = logging.getLogger(__name__)
@@ -61,12 +62,10 @@ HEARTBEAT_S = 30.0
 """Seconds between two signs of life; the server takes a client for lost when two are missing."""
 CALL_S, CONNECT_S = 30.0, 10.0
 """Seconds for one answer of the server, and for a connection."""
-LARGEST_MESSAGE = 4 << 30
-"""Bytes of a message; what is announced beyond that is not fetched."""
 LARGEST_ANSWER = 64 << 20
 """Bytes of the server's answer to one call; Flower's own pieces have 5 MB."""
-MOST_OBJECTS = 4096
-"""Pieces that a message may consist of."""
+PIECES_S = 600.0
+"""Seconds that all pieces of a message may take to come."""
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
 """Seconds before a call that failed on its way is tried again; the last is repeated."""
 MOST_FAULTS = 20
@@ -207,7 +206,7 @@ class Fleet:
             record = content.array_records["request"]
             if message.metadata.message_type != "query" or len(content) != 1 or len(record) != 1:
                 raise UnusableMessageError("a message came that is no request of fedamole")
-            payload = opened(record)
+            payload = bytes_of(record)
         except (FleetError, UnusableMessageError):
             raise
         except Exception as error:  # whatever Flower's classes make of bytes that are not theirs
@@ -221,20 +220,32 @@ class Fleet:
         names = list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))
         if len(names) > MOST_OBJECTS:
             raise UnusableMessageError(f"a message came in more than {MOST_OBJECTS} pieces")
-        pieces, length = dict[str, bytes](), 0
+        pieces, length, end = dict[str, bytes](), 0, time.monotonic() + PIECES_S
         for name in names:
-            request = PullObjectRequest(node=Node(node_id=self.node), run_id=run, object_id=name)
-            found = self._patient(self.client.PullObject, request)
-            length += len(found.object_content)
-            if not found.object_found or get_object_id(found.object_content) != name:
-                raise UnusableMessageError("a piece of a message is missing or damaged")
+            content = self._piece(run, name, end)
+            length += len(content)
+            if get_object_id(content) != name:
+                raise UnusableMessageError("a piece of a message is damaged")
             if length > LARGEST_MESSAGE:
                 raise UnusableMessageError(f"a message came that is larger than {LARGEST_MESSAGE} bytes")
-            pieces[name] = found.object_content
+            pieces[name] = content
         whole = inflate_object_from_contents(tree.object_id, pieces)
         if not isinstance(whole, Message):
             raise UnusableMessageError("a message came that is none")
         return whole.content
+
+    def _piece(self, run: int, name: str, end: float) -> bytes:
+        """Fetch one piece; a message is announced before the server has all of them, so they are waited for."""
+        request = PullObjectRequest(node=Node(node_id=self.node), run_id=run, object_id=name)
+        while True:
+            found = self._patient(self.client.PullObject, request)
+            if not found.object_found:
+                raise UnusableMessageError("a piece of a message is missing")
+            if found.object_available:
+                return bytes(found.object_content)
+            if time.monotonic() > end:
+                raise UnusableMessageError("a piece of a message does not come")
+            self.stop.wait(PAUSES[0])
 
     def _confirm(self, run: int, message: str) -> None:
         request = ConfirmMessageReceivedRequest(node=Node(node_id=self.node), run_id=run, message_object_id=message)
@@ -247,11 +258,7 @@ class Fleet:
 
     def reply(self, incoming: Incoming, payload: bytes | None) -> None:
         """Answer a message; None says that the worker is not there. FleetError "refused": nobody waits any more."""
-        content = (
-            RecordDict({"failed": ConfigRecord({"by": "worker"})}) if payload is None
-            else RecordDict({"reply": sealed(payload)})
-        )  # fmt: skip
-        message = Message(content, reply_to=incoming.message)
+        message = Message(answer(payload), reply_to=incoming.message)
         run = message.metadata.run_id
         with no_object_id_recompute():
             message.metadata.__dict__["_message_id"] = message.object_id

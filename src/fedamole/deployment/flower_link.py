@@ -5,33 +5,25 @@ import uuid
 from collections.abc import Collection, Mapping
 
 import httpx
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+
+from fedamole.deployment.flower_content import opened, sealed
+from fedamole.deployment.flower_inbox import Inbox
 
 log = logging.getLogger(__name__)
 
-CODES = {3: "no_answer", 5: "lost", 8: "worker"}
-"""Flower's error codes that say why nothing came; any other is an unexpected error of the client's."""
 ONLINE = "online"
 UNSENT = "unsent-"
-
-
-def sealed(payload: bytes) -> ArrayRecord:
-    """Bytes in Flower's own container, which it cuts into pieces for the way."""
-    return ArrayRecord({"payload": Array("uint8", (len(payload),), "bytes", payload)})
-
-
-def opened(record: ArrayRecord) -> bytes:
-    """The bytes of a container; nothing in it is interpreted."""
-    return bytes(record["payload"].data)
 
 
 class FlowerLink:
     """Sends and receives over a grid; a SuperLink that is away for a while is waited for."""
 
-    def __init__(self, grid: Grid) -> None:
-        """Use the grid that Flower hands to a ServerApp."""
-        self.grid = grid
+    def __init__(self, grid: Grid, inbox: Inbox | None = None) -> None:
+        """Use the grid that Flower hands to a ServerApp; without an inbox (a simulation) it fetches answers itself."""
+        self.grid, self.inbox = grid, inbox
         self._known: dict[int, str] = {}
 
     def nodes(self) -> Mapping[int, str]:
@@ -50,7 +42,7 @@ class FlowerLink:
         )
         try:
             (ticket,) = self.grid.push_messages([message])
-        except (httpx.HTTPError, OSError) as error:
+        except (httpx.HTTPError, OSError, ObjectPushError) as error:  # a client can spoil the last by its receipts
             log.warning("a request could not be sent (%s)", type(error).__name__)
             return f"{UNSENT}{uuid.uuid4().hex}"
         return ticket
@@ -62,19 +54,12 @@ class FlowerLink:
         if not sent:
             return found
         try:
+            if self.inbox is not None:
+                return found | self.inbox.receive(sent)
             messages = list(self.grid.pull_messages(sent))
         except (httpx.HTTPError, OSError) as error:
             log.warning("the SuperLink does not answer (%s); trying again", type(error).__name__)
             return found
         for message in messages:
-            found[message.metadata.reply_to_message_id] = _content(message)
+            found[message.metadata.reply_to_message_id] = opened(message)
         return found
-
-
-def _content(message: Message) -> bytes | str:
-    if message.has_error():
-        return CODES.get(message.error.code, "internal")
-    content = message.content
-    if "reply" in content.array_records:
-        return opened(content.array_records["reply"])
-    return "worker"

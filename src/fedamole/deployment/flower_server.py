@@ -7,8 +7,10 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedamole.deployment.coordinator import LOG, OUTCOME, TICKET, coordinate
+from fedamole.deployment.flower_inbox import Inbox
 from fedamole.deployment.flower_link import FlowerLink
 from fedamole.deployment.keys import load_private
 from fedamole.deployment.orders import SignedLink
@@ -38,7 +40,9 @@ def main(grid: Grid, context: Context) -> None:
     try:
         path = str(context.run_config["order_key"])
         key = load_private(Path(path)) if path else None
-        coordinate(SignedLink(FlowerLink(grid), key), folder)
+        if not isinstance(grid, HttpGrid):
+            raise FedamoleError("this version of flwr has another grid: install the one that pyproject.toml asks for")
+        coordinate(SignedLink(FlowerLink(grid, Inbox(grid)), key), folder)
     except FedamoleError as error:
         write_atomic(outcome, json.dumps({"error": str(error), "exit_code": error.exit_code}))
         return

@@ -13,14 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedamole.config import Config, load_config
 from fedamole.data.manifest import load_federation, read_manifest
 from fedamole.deployment.coordinator import SETTINGS, coordinate
-from fedamole.deployment.flower_link import FlowerLink, opened, sealed
+from fedamole.deployment.flower_content import answer as answered
+from fedamole.deployment.flower_content import bytes_of
+from fedamole.deployment.flower_link import FlowerLink
 from fedamole.deployment.host import ClientSettings, Host
 from fedamole.deployment.processes import OFFLINE
 from fedamole.deployment.server import prepare_folder
@@ -103,8 +105,8 @@ def simulate(folder: Path, show: Callable[[dict[str, Any]], None], cpus: int, gp
     @client.query()
     def answer(message: Message, context: Context) -> Message:
         name = names[int(str(context.node_config["partition-id"]))]
-        reply = Guest(_settings_of(folder, name), Watcher()).answer(opened(message.content.array_records["request"]))
-        return Message(RecordDict({"reply": sealed(reply)}), reply_to=message)
+        reply = Guest(_settings_of(folder, name), Watcher()).answer(bytes_of(message.content.array_records["request"]))
+        return Message(answered(reply), reply_to=message)
 
     resources: dict[str, Any] = {"client_resources": {"num_cpus": cpus, "num_gpus": gpus}}
     run_simulation(server, client, len(names), backend_config=resources)

@@ -96,10 +96,15 @@ def wait_for_free_port(host: str, port: int, seconds: float) -> None:
 
 def secret_file(path: Path) -> Path:
     """A file with a new secret that only this user can read."""
+    return private_file(path, secrets.token_hex(32))
+
+
+def private_file(path: Path, content: str) -> Path:
+    """Write a file that only this user can read; one of that name is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(secrets.token_hex(32))
+        file.write(content)
     return path
 
 

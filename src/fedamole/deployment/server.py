@@ -28,7 +28,6 @@ from fedamole.deployment.processes import (
     LOOPBACK,
     Process,
     alive,
-    command,
     environment,
     free_port,
     secret_file,
@@ -141,8 +140,8 @@ class Server:
         self.executor = Process(
             "SuperExec",
             [
-                command("flower-superexec"), "--runtime-api-address", f"{LOOPBACK}:{self.port}",
-                "--superexec-auth-secret-file", str(secret),
+                sys.executable, "-m", "fedamole.deployment.flower_executor", str(tokens), "--runtime-api-address",
+                f"{LOOPBACK}:{self.port}", "--superexec-auth-secret-file", str(secret),
                 *(["--insecure"] if inside is None else ["--root-certificates", str(inside)]),
             ],
             {**self.env, "PATH": f"{allow_only(SERVERAPP, self.own / 'commands')}{os.pathsep}{os.defpath}"},

@@ -1,0 +1,119 @@
+"""Answers are fetched one beside the other: half an answer, or a damaged one, is its sender's trouble alone."""
+
+import time
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import PullAppMessagesResponse
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedamole.deployment import flower_inbox
+from fedamole.deployment.flower_content import answer
+from fedamole.deployment.flower_inbox import Inbox
+
+
+class Superlink:
+    """Holds answers; what a test takes away of them does not come."""
+
+    def __init__(self) -> None:
+        self.node, self._runtime_client = Node(node_id=1), self
+        self.waiting: list[tuple[Any, Any]] = []
+        self.pieces: dict[str, bytes | None] = {}
+        self.confirmed: list[str] = []
+
+    def put(self, ticket: str, content: RecordDict | Error) -> list[str]:
+        """Store an answer; return the names of its pieces."""
+        order = Message(RecordDict(), dst_node_id=7, message_type="query", ttl=100.0)
+        order.metadata.__dict__["_message_id"] = ticket
+        message = Message(content, reply_to=order)
+        message.metadata.__dict__["_message_id"] = message.object_id
+        pieces = {name: piece.deflate() for name, piece in get_all_nested_objects(message).items()}
+        self.pieces.update(pieces)
+        self.waiting.append((message_to_proto(remove_content_from_message(message)), get_object_tree(message)))
+        return list(pieces)
+
+    def PullMessages(self, request: Any) -> PullAppMessagesResponse:  # noqa: N802
+        asked = set(request.message_ids)
+        found = [pair for pair in self.waiting if pair[0].metadata.reply_to_message_id in asked]
+        self.waiting = [pair for pair in self.waiting if pair not in found]
+        return PullAppMessagesResponse(
+            messages_list=[proto for proto, _ in found], message_object_trees=[tree for _, tree in found]
+        )
+
+    def PullObject(self, request: Any) -> PullObjectResponse:  # noqa: N802
+        content = self.pieces.get(request.object_id, b"")
+        return PullObjectResponse(
+            object_found=request.object_id in self.pieces, object_available=content is not None, object_content=content
+        )
+
+    def ConfirmMessageReceived(self, request: Any) -> None:  # noqa: N802
+        self.confirmed.append(request.message_object_id)
+
+
+@pytest.fixture
+def superlink(monkeypatch: pytest.MonkeyPatch) -> Superlink:
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 5)
+    monkeypatch.setattr(flower_inbox, "LOOK", 0.01)
+    return Superlink()
+
+
+def received(inbox: Inbox, tickets: list[str], count: int) -> dict[str, bytes | str]:
+    """What has come of tickets once there are so many."""
+    found, end = dict[str, bytes | str](), time.monotonic() + 10
+    while len(found) < count and time.monotonic() < end:
+        found |= inbox.receive([ticket for ticket in tickets if ticket not in found])
+        time.sleep(0.01)
+    return found
+
+
+def test_half_an_answer_holds_up_nobody_else_and_is_given_up(superlink: Superlink) -> None:
+    inbox: Inbox = Inbox(superlink)  # type: ignore[arg-type]
+    (*_, last) = superlink.put("half", answer(b"h" * 100))
+    superlink.pieces[last] = None  # announced, and never sent
+    superlink.put("whole", answer(b"w" * 100))
+    assert received(inbox, ["half", "whole"], 1) == {"whole": b"w" * 100}
+    assert inbox.receive(["half"]) == {}
+    assert inbox.receive(["other"]) == {}, "nobody waits for half any more"
+    free = [inbox.pool.submit(lambda: "free") for _ in range(flower_inbox.AT_ONCE)]
+    assert [one.result(5) for one in free] == ["free"] * len(free)
+
+
+def test_a_piece_that_comes_late_completes_an_answer(superlink: Superlink) -> None:
+    inbox: Inbox = Inbox(superlink)  # type: ignore[arg-type]
+    (*_, last) = superlink.put("late", answer(b"x"))
+    content, superlink.pieces[last] = superlink.pieces[last], None
+    assert inbox.receive(["late"]) == {}
+    superlink.pieces[last] = content
+    assert received(inbox, ["late"], 1) == {"late": b"x"}
+    assert superlink.confirmed
+
+
+def test_damaged_answers_are_their_senders_alone(superlink: Superlink, monkeypatch: pytest.MonkeyPatch) -> None:
+    inbox: Inbox = Inbox(superlink)  # type: ignore[arg-type]
+    (*_, last) = superlink.put("changed", answer(b"x"))
+    superlink.pieces[last] = (superlink.pieces[last] or b"") + b"more"
+    (first, *_) = superlink.put("taken back", answer(b"a piece that is taken back"))
+    del superlink.pieces[first]
+    superlink.put("worker", answer(None))
+    superlink.put("foreign", RecordDict({"other": ConfigRecord({"a": 1})}))
+    superlink.put("error", Error(5, "gone"))
+    superlink.put("raises", Error(2, "the patient's name"))
+    superlink.put("good", answer(b"good"))
+    tickets = ["changed", "taken back", "worker", "foreign", "error", "raises", "good"]
+    assert received(inbox, tickets, len(tickets)) == {
+        "changed": "bad_reply", "taken back": "lost", "worker": "worker", "foreign": "worker", "error": "lost",
+        "raises": "internal", "good": b"good",
+    }  # fmt: skip
+    monkeypatch.setattr(flower_inbox, "LARGEST_MESSAGE", 50)
+    superlink.put("large", answer(b"l" * 100))
+    assert received(inbox, ["large"], 1) == {"large": "bad_reply"}
+    monkeypatch.setattr(flower_inbox, "MOST_OBJECTS", 2)
+    superlink.put("many", answer(b"m"))
+    assert received(inbox, ["many"], 1) == {"many": "bad_reply"}
