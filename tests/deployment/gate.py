@@ -220,7 +220,7 @@ class Door:
         signed: dict[str, str] | None = None, **headers: object,
     ) -> tuple[int, bytes]:  # fmt: skip
         call = self.begin(path, method, source, signed, content_length=len(body), **headers)
-        with suppress(BrokenPipeError, ConnectionResetError):  # the answer may come before the body is read
+        with suppress(OSError):  # the answer may come before the body is read
             call.send(body)
         answer = call.getresponse()
         with closing(call):

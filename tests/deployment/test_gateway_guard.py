@@ -1,5 +1,6 @@
 """Who is let through the gateway: signatures of registered keys, replies of one's own, and a share of the bytes."""
 
+import logging
 import os
 import shutil
 import time
@@ -25,7 +26,16 @@ from starlette.datastructures import Headers
 from fedamole.deployment import gateway_guard
 from fedamole.deployment.certificates import make_certificates
 from fedamole.deployment.flower_messages import MOST_OBJECTS, push_fault
-from fedamole.deployment.gateway_guard import KEY_BYTES, MIB, Budget, RefusedError, check_signature
+from fedamole.deployment.gateway_guard import (
+    KEY_BYTES,
+    LINES,
+    LINES_S,
+    MIB,
+    Budget,
+    Complaints,
+    RefusedError,
+    check_signature,
+)
 from fedamole.deployment.keys import new_key, public_line
 from fedamole.deployment.roster import Roster
 from tests.deployment.gate import (
@@ -286,3 +296,18 @@ def test_bytes_on_their_way_are_bounded_and_others_go_on(door: Door) -> None:
         call.close()
     until(lambda: door.call(PUSH, bytes(LIMIT_MIB * MIB))[0] == 200, 5)
     assert "bytes on their way; at most" in door.log.read_text()
+
+
+def test_nobody_fills_the_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    monkeypatch.setattr(gateway_guard.time, "monotonic", lambda: now[0])
+    complaints = Complaints(logging.getLogger("fedamole.gateway"))
+    for number in range(10 * LINES):
+        complaints.say("strangers", f"line {number}")
+    assert len(caplog.records) == LINES + 1
+    assert caplog.messages[-1] == "further lines about strangers are left out for 10 s"
+    complaints.say("anna", "a client's line")
+    assert caplog.messages[-1] == "a client's line"
+    now[0] += LINES_S
+    complaints.say("strangers", "later")
+    assert caplog.messages[-1] == "later"

@@ -2,9 +2,10 @@
 
 Flower 1.41 serves its Fleet, Control and Runtime APIs on one port, and whoever reaches the Control API can submit code.
 The gateway is a small reverse proxy that ends TLS and forwards the Fleet calls that `fedamole client` needs, if they
-are signed with a registered key. Everything about a call that can be decided from its head is decided before a byte of
-its body is read. The gateway is a process of its own and has no secrets but its TLS key and, where one is used, the
-token that it shows to the SuperLink. Bodies are streamed, except those of push-messages, which are read and checked.
+are signed with a registered key. What can be decided from the head of a call is decided before its body is asked for;
+of a refused call, what arrived together with the head is dropped. The gateway is a process of its own and has no
+secrets but its TLS key and, where one is used, the token that it shows to the SuperLink. Bodies are streamed, except
+those of push-messages, which are read whole and checked.
 
     python -m fedamole.deployment.gateway --host 0.0.0.0 --port 9092 --superlink 127.0.0.1:9093 \
         --certificate server.crt --key server.key --ca ca.crt --nodes nodes

@@ -1,4 +1,4 @@
-"""Who may call through the gateway and how much, decided from a request's head before a byte of its body is read."""
+"""Who may call through the gateway and how much, decided from a request's head before its body is asked for."""
 
 import binascii
 import logging
@@ -61,14 +61,14 @@ class RefusedError(Exception):
         self.status, self.word, self.why = status, word, why
 
 
-def check_head(method: str, path: bytes, query: bytes, headers: Headers, limits: dict[bytes, int]) -> int:
+def check_head(verb: str, path: bytes, query: bytes, headers: Headers, limits: dict[bytes, int]) -> int:
     """The length of the body in bytes, of a call that may pass if its signature is right; RefusedError otherwise.
 
     The raw path is compared, so no encoding can disguise another one.
     """
     if len(headers.raw) > HEAD_LINES or _head_bytes(path, query, headers) > HEAD_BYTES:
         raise RefusedError(431, "head-too-large", "the head of the request is too large")
-    if method != "POST" or path not in limits or query:
+    if verb != "POST" or path not in limits or query:
         raise RefusedError(404, "", "not a call that is let through")
     if "transfer-encoding" in headers:
         raise RefusedError(411, "no-length", "the body has no stated length")

@@ -26,9 +26,6 @@ GOODBYE_S = 2.0
 WATCH_S = 1.0
 """Seconds between two looks at the certificate's files."""
 
-READ_BYTES = 64 * 2**10
-"""Bytes that may wait undecrypted in a connection before it is read no further."""
-
 STOP_S = 10
 """Time for running calls to end when the gateway stops, in seconds."""
 
@@ -81,10 +78,10 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 
 
 class Protocol(H11Protocol):
-    """uvicorn's HTTP/1.1 with two differences, both for callers that are slow or send what nobody asked for.
+    """uvicorn's HTTP/1.1, except that the keep-alive clock runs until the head of a request is complete.
 
-    The keep-alive clock runs until the head of a request is complete: uvicorn stops it at the first byte and has none
-    before the first request. And a body is read only while the application asks for it: uvicorn reads ahead.
+    uvicorn stops it at the first byte and has none before the first request, so a caller that sends slowly, or
+    nothing, would hold a connection for ever.
     """
 
     place: Place
@@ -93,7 +90,6 @@ class Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock with the connection."""
         super().connection_made(transport)
-        transport.set_read_buffer_limits(READ_BYTES)  # type: ignore[attr-defined]
         self.place.close = transport.abort
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
@@ -108,8 +104,6 @@ class Protocol(H11Protocol):
             return
         self.conn.receive_data(data)
         self.handle_events()
-        if self.cycle is not None and self.cycle.more_body:
-            self.flow.pause_reading()  # until the application receives
 
     def shutdown(self) -> None:
         """Close at once where no call is running: idle clients do not answer TLS's goodbye for seconds."""
@@ -130,10 +124,10 @@ class Door:
 
     def close(self) -> None:
         """Accept nobody more, and end handshakes that are under way."""
-        for own in self._listening:
-            own.close()
         for task in self._tasks:
             task.cancel()
+        for own in self._listening:
+            asyncio.get_running_loop().call_soon(own.close)  # once the loop no longer waits for it
 
     async def wait_closed(self) -> None:
         """Wait until that is done."""
