@@ -1,11 +1,12 @@
 """`fedamole certs` and `fedamole clients`, called through the command line."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from tests.test_docs import blocks
 @pytest.fixture
 def fedamole(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., tuple[int, str]]:
+) -> Iterator[Callable[..., tuple[int, str]]]:
     """Call the command in this process, in an empty folder; its exit code, and all that it said."""
+    before = os.umask(0o022)  # the commands set their own, which the tests after these must not keep
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv(PASSPHRASE, raising=False)
@@ -39,7 +41,8 @@ def fedamole(
         assert "Traceback" not in out + err
         return code, out + err
 
-    return call
+    yield call
+    os.umask(before)
 
 
 def day(days: int) -> str:
