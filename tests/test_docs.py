@@ -62,6 +62,8 @@ def parsed(words: list[str]) -> None:
         return
     own = COMMAND.commands[words[0]]  # type: ignore[attr-defined]
     given = [word.replace("$port", "9092") for word in words[1:] if word != "$columns"]
+    if hasattr(own, "commands"):  # a group, such as `fedamole clients`
+        own, given = own.commands[given[0]], given[1:]
     own.make_context(words[0], given).close()
 
 
@@ -88,8 +90,11 @@ def test_a_wrong_option_or_command_would_be_seen() -> None:
     ]
     with pytest.raises(Exception, match="No such option"):
         parsed(["client", "--no-such-thing"])
-    with pytest.raises(KeyError):
-        parsed(["begin"])
+    with pytest.raises(Exception, match="No such option"):
+        parsed(["clients", "list", "--no-such-thing"])
+    for words in (["begin"], ["clients", "begin"]):
+        with pytest.raises(KeyError):
+            parsed(words)
 
 
 def test_every_command_is_in_some_document() -> None:

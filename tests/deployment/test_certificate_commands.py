@@ -1,11 +1,12 @@
 """`fedamole certs` and `fedamole clients`, called through the command line."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ import pytest
 from fedamole import cli
 from fedamole.deployment.inspection import inspect_client, inspect_server
 from fedamole.deployment.keys import PASSPHRASE, fingerprint, is_locked, load_public
+from tests.test_docs import blocks
 
 
 @pytest.fixture
 def fedamole(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., tuple[int, str]]:
+) -> Iterator[Callable[..., tuple[int, str]]]:
     """Call the command in this process, in an empty folder; its exit code, and all that it said."""
+    before = os.umask(0o022)  # the commands set their own, which the tests after these must not keep
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv(PASSPHRASE, raising=False)
@@ -38,7 +41,8 @@ def fedamole(
         assert "Traceback" not in out + err
         return code, out + err
 
-    return call
+    yield call
+    os.umask(before)
 
 
 def day(days: int) -> str:
@@ -216,3 +220,68 @@ def test_clients_are_extended_removed_and_replaced(fedamole: Any, tmp_path: Path
     assert (code, "this key was removed" in said, "nodes/removed/bank-" in said) == (2, True, True)
     assert fedamole("certs", "--admit", "bank=new/node.csr", "--again")[0] == 0
     assert [row["client"] for row in json.loads(fedamole("clients", "list", "--json")[1])] == ["bank", "clinic", "bank"]
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "certificates.md"
+
+
+def test_the_steps_of_the_page_work_as_they_stand(
+    fedamole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Coordinator and client have a folder each; after each block the public files are sent as the page says."""
+    coordinator, client = tmp_path / "coordinator", tmp_path / "client"
+    for place in (coordinator, client):
+        place.mkdir()
+    monkeypatch.chdir(coordinator)
+    _openssl("req -x509 -newkey rsa:2048 -nodes -keyout org-ca.key -out org-ca.crt -subj /CN=Org "
+             "-addext keyUsage=critical,keyCertSign,cRLSign -days 3000")  # fmt: skip
+    states = []
+    private_word(tmp_path / "word")
+    for block in blocks(PAGE):
+        who, *lines = block.splitlines()
+        here = {"# coordinator": coordinator, "# client": client}[who]
+        monkeypatch.chdir(here)
+        for line in lines:
+            words = line.replace("--passphrase", f"--passphrase-file {tmp_path / 'word'}").split()
+            if words[0] == "fedamole":
+                code, text = fedamole(*words[1:])
+                assert code == 0, (line, text)
+            elif words[0] == "openssl":
+                _openssl(" ".join(words[1:]))
+            else:
+                assert words[:4] == ["ssh-keygen", "-p", "-m", "PKCS8"]
+                locking = [*words, "-P", "", "-N", "six words that nobody would guess"]
+                subprocess.run(locking, check=True, capture_output=True)
+        if here == client:
+            newest = max(client.rglob("node.csr"), key=lambda path: path.stat().st_mtime_ns)
+            shutil.copy(newest, coordinator / "hospital-a.csr")
+        elif (client / "certs").exists():
+            for name in ("ca.crt", "coordinator.pub"):
+                shutil.copy(coordinator / "certs" / name, client / "certs" / name)
+        if "clients" in block:
+            rows = json.loads(fedamole("clients", "list", "--certs", coordinator / "certs", "--json")[1])
+            states.append([(row["client"], row["until"], row["state"]) for row in rows])
+    assert inspect_server(coordinator / "certs", "fl.example.org") == []
+    assert inspect_server(coordinator / "org-certs", "fl.example.org") == []
+    assert inspect_client(client / "certs", b"six words that nobody would guess") == []
+    for folder in ("certs", "locked"):
+        assert is_locked(client / folder / "node.key")
+    assert not is_locked(client / "new-certs" / "node.key")
+    assert states == [
+        [("bank-b", day(365), "valid"), ("hospital-a", day(730), "valid")],
+        [("hospital-a", day(730), "valid"), ("bank-b", day(365), "removed")],
+        [("bank-b", day(365), "valid"), ("hospital-a", day(365), "valid"), ("hospital-a", day(730), "removed")],
+    ]
+    table = PAGE.read_text().split("## Set up")[0]
+    for place in (coordinator / "certs", coordinator / "org-certs", client / "certs"):
+        for path in place.iterdir():
+            assert f"`{path.name.removesuffix('.old')}" in table, path
+
+
+def private_word(path: Path) -> None:
+    path.write_text("six words that nobody would guess\n")
+    path.chmod(0o600)
+
+
+def _openssl(words: str) -> None:
+    subprocess.run(["openssl", *words.split()], check=True, capture_output=True)

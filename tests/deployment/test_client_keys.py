@@ -114,6 +114,15 @@ def test_an_end_that_cannot_be_read_is_an_error_and_never_no_end(certs: Path, en
     assert any("until=YYYY-MM-DD" in text for text in check_server(certs, "localhost")[0])
 
 
+@pytest.mark.parametrize("said", ["", "bank", "clinic laptop", "clinic  until=2099-01-01", "me@host until=2099-01-01"])
+def test_a_file_says_the_name_that_it_has(certs: Path, said: str) -> None:
+    """The gateway takes the name from the line, so it must be the one of the file."""
+    path = certs / "nodes" / "clinic.pub"
+    path.write_text(" ".join(path.read_text().split()[:2]) + f" {said}\n")
+    with pytest.raises(ConfigError, match=r"clinic\.pub: after the key the line must say clinic until="):
+        roster(certs)
+
+
 def test_a_file_of_two_lines_is_no_key(certs: Path) -> None:
     path = certs / "nodes" / "clinic.pub"
     path.write_text(path.read_text() + (certs / "nodes" / "bank.pub").read_text())

@@ -235,6 +235,12 @@ def test_renewing_by_a_request_keeps_the_key_and_a_copy(folder: Path, install: C
     assert check_server(folder, HOST) == ([], [])
 
 
+def test_a_ca_may_write_a_name_in_capitals(folder: Path, install: Callable[..., list[str]]) -> None:
+    org = Authority("Org")
+    install(org.sign(folder / "server.csr", names=["FL.Example.ORG"]), org.pem, hosts=[HOST])
+    assert check_server(folder, HOST) == ([], [])
+
+
 def test_two_roots_while_one_follows_another(folder: Path, install: Callable[..., list[str]]) -> None:
     """Clients get both first, then the server's certificate may come from either."""
     old, new = Authority("Old"), Authority("New")

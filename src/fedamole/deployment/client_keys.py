@@ -42,7 +42,8 @@ from fedamole.errors import ConfigError
 
 CLIENT_DAYS = 365
 """Days for which a client's key is valid unless another number is given."""
-_UNTIL = re.compile(r"until=(\d{4}-\d{2}-\d{2})")
+_COMMENT = re.compile(r"(\S+?)(?: until=([0-9]{4}-[0-9]{2}-[0-9]{2}))?")
+"""What follows the key on its line; the gateway reads the same and ignores a file that says anything else."""
 
 State = Literal["valid", "ends soon", "expired", "removed"]
 
@@ -82,17 +83,17 @@ def roster(folder: Path) -> dict[str, ClientKey]:
 
 def read(name: str, path: Path, removed: bool = False) -> ClientKey:
     """Return the key of one file of nodes/ or nodes/removed/; ConfigError for anything else."""
-    key, words = load_public(path), comment(path).split()
-    ends = [word for word in words if word.startswith("until=")]
-    until = None
-    if ends:
-        match = _UNTIL.fullmatch(ends[0])
-        try:
-            until = date.fromisoformat(match[1]) if match is not None and len(ends) == 1 else None
-        except ValueError:
-            until = None
-        if until is None:
-            raise ConfigError(f"{path}: the last valid day must be given once, as until=YYYY-MM-DD; correct the file")
+    key, said = load_public(path), comment(path)
+    match = _COMMENT.fullmatch(said)
+    try:
+        until = date.fromisoformat(match[2]) if match is not None and match[2] else None
+    except ValueError:
+        match = None
+    if match is None or match[1] != name:
+        raise ConfigError(
+            f"{path}: after the key the line must say {name} until=YYYY-MM-DD; correct it, or remove the file and "
+            "admit the key by `fedamole certs --admit`"
+        )
     return ClientKey(name, path, key, until, removed)
 
 

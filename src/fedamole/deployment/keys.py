@@ -271,7 +271,7 @@ def comment(path: Path) -> str:
         (line,) = _read(path).decode().strip().splitlines()
     except ValueError as error:
         raise ConfigError(f"{path}: must be one line of text (ecdsa-sha2-nistp384 KEY COMMENT)") from error
-    return " ".join(line.split()[2:])
+    return "".join(line.split(None, 2)[2:])
 
 
 def fingerprint(key: ec.EllipticCurvePublicKey) -> str:
