@@ -13,10 +13,11 @@ from fedamole.model.bank import Bank
 from fedamole.model.base import Base
 from fedamole.model.params import REFERENCES, Adapter, new_shared
 from fedamole.model.prompt import PromptSpec, new_prompt
-from fedamole.serving.engine import BusyError, Engine, Limits, Piece, StoppedError, Wanted, drawn
+from fedamole.serving.engine import Engine, Piece, StoppedError, Wanted, drawn
 from fedamole.serving.models import alike
 from fedamole.serving.running import Running, check
 from fedamole.serving.text import Growing
+from fedamole.serving.turns import BusyError, Limits
 
 from ..model.conftest import mixture
 

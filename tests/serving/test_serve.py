@@ -20,10 +20,12 @@ from fedamole.data.layouts import conversation_prompt
 from fedamole.evaluation.generation import generate_answers
 from fedamole.personal.generate import as_it_is, ids_of, layout_of
 from fedamole.personal.models import open_bank, places
-from fedamole.serving.engine import Engine, Limits, Wanted
+from fedamole.serving.door import listen
+from fedamole.serving.engine import Engine, Wanted
 from fedamole.serving.keys import Keys, make_keys, read_keys
 from fedamole.serving.models import alike
-from fedamole.serving.server import LARGEST, Offer, Server, Service, listen
+from fedamole.serving.server import LARGEST, Offer, Server, Service
+from fedamole.serving.turns import Limits
 
 from ..conftest import Runner, heeding_interrupts
 
@@ -323,7 +325,7 @@ def test_a_client_that_goes_away_frees_its_place(run: Path, stream: bool) -> Non
     bank.base.max_positions = 10**9  # the base's own positions are rotations, which go on
     served.engine.start()
     try:
-        asked = {"model": "mood", "prompt": PROMPT, "max_tokens": 10**8, "stream": stream}
+        asked = {"model": "mood", "prompt": PROMPT, "max_tokens": 10**6, "stream": stream}
         body = json.dumps(asked).encode()
         with socket.create_connection(served.door.getsockname()) as line:
             line.sendall(
