@@ -1,4 +1,15 @@
 """The small models of tests/model serve here too, and the command line as its tests call it."""
 
+from pathlib import Path
+
+import pytest
+
+from ..conftest import Runner
 from ..model.conftest import base, folder  # noqa: F401
 from ..test_cli import fedamole  # noqa: F401
+
+
+@pytest.fixture(scope="session")
+def run(runs: Runner) -> Path:
+    """A finished run of FedAMoLE with four clients."""
+    return runs("fedamole")

@@ -4,6 +4,7 @@ Between two steps those that are answered, or whose client went away, leave, and
 who). Whatever goes wrong with one request fails this request alone; the engine goes on.
 """
 
+import contextlib
 import logging
 import math
 import threading
@@ -240,10 +241,8 @@ class Engine:
         for request in requests:
             if not request.gone:
                 request.gone = True
-                try:
+                with contextlib.suppress(Exception):  # whoever cannot be told has gone
                     request.tell(Piece("", "error"))
-                except Exception as error:  # whoever asked is gone, and so cannot be told
-                    log.error("a request could not be told that it failed: %s", printable(said(error)))
 
     def _take(self, requests: Sequence[Request], logits: Tensor) -> None:
         """Give each request its next token, from logits (n, V); those that have ended leave.
@@ -276,9 +275,9 @@ class Engine:
             piece, stopped = request.text.grow(request.made, finish is not None)
             finish = "stop" if stopped else finish
         if finish is not None:
-            request.gone = True
             told = piece if request.wanted.pieces else request.text.shown
             request.tell(Piece(told, finish, len(request.made)))
+            request.gone = True
         elif piece and request.wanted.pieces:
             request.tell(Piece(piece))
 
