@@ -55,6 +55,13 @@ class Door(H11Protocol):
         elif self._head is None:
             self._head = self.loop.call_later(self.head_seconds, self.cut)
 
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP. A request that it came after gets no answer any more, which is no error."""
+        if not self.idle:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        super().send_400_response(msg)
+
     def pause_writing(self) -> None:
         """Begin to wait for a caller that reads too slowly."""
         super().pause_writing()
