@@ -1,10 +1,12 @@
 """A server in this process, and requests to it by hand."""
 
+import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +60,44 @@ def raw(served: Served, method: str, path: str, body: bytes = b"", **headers: st
     connection.request(method, path, body, {"Content-Type": "application/json", **named})
     answer = connection.getresponse()
     return answer.status, json.loads(answer.read())
+
+
+ASKED = {"model": "mood", "prompt": "a", "max_tokens": 2}
+FOREVER = {**ASKED, "max_tokens": 10**6}
+
+
+@contextlib.contextmanager
+def serving(run: Path, *args: Any, **limits: int) -> Iterator[Served]:
+    """A server whose answers may go on without end."""
+    made = Served(run, *args, **{"answer": 10**6, "tokens": 10**9, **limits})
+    made.engine.bank.base.max_positions = 10**7  # the base's own positions are rotations, which go on
+    made.engine.start()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def post(served: Served, body: bytes | dict[str, Any], **headers: str) -> tuple[int, dict[str, Any]]:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return raw(served, "POST", "/v1/completions", content, **headers)
+
+
+def sent(served: Served, body: dict[str, Any], key: str = "") -> socket.socket:
+    """A connection on which a request was sent and nothing was read yet."""
+    content = json.dumps(body).encode()
+    line = socket.create_connection(served.door.getsockname(), timeout=20)
+    line.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Authorization: Bearer %s\r\nContent-Length: %d\r\n\r\n%s" % (key.encode(), len(content), content)
+    )
+    return line
+
+
+def ended(line: socket.socket) -> bytes:
+    """What came on a connection until the server ended it."""
+    found = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := line.recv(65536):
+            found += part
+    return found

@@ -1,77 +1,30 @@
 """What one caller may do to others: requests that tried to stop the server for everybody, over real HTTP."""
 
-import contextlib
 import json
 import logging
 import socket
+import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from h11._connection import DEFAULT_MAX_INCOMPLETE_EVENT_SIZE
+from pydantic import ValidationError
 
-from fedamole.serving import commands, quota, server
+from fedamole.serving import commands, protocol, quota, server
 from fedamole.serving.door import Door
-from fedamole.serving.engine import Engine
+from fedamole.serving.engine import TRIES, Engine
 from fedamole.serving.keys import make_keys, read_keys
-from fedamole.serving.protocol import RANGES, STOP_LETTERS, RefusedError, Shape
+from fedamole.serving.protocol import RANGES, STOP_LETTERS, Chat, Completion, RefusedError, Shape, read
 from fedamole.serving.quota import Allowance
 from fedamole.serving.server import Server, Service
+from fedamole.serving.turns import SLICE, Limits
 
-from .served import Served, raw, until
+from .served import ASKED, FOREVER, Served, ended, post, raw, sent, serving, until
 
 NAMES = ("chat", "entail", "mood", "plain")
-ASKED = {"model": "mood", "prompt": "a", "max_tokens": 2}
-FOREVER = {**ASKED, "max_tokens": 10**6}
-
-
-@pytest.fixture(scope="module")
-def served(run: Path) -> Iterator[Served]:
-    made = Served(run)
-    made.engine.start()
-    yield made
-    made.close()
-
-
-@contextlib.contextmanager
-def serving(run: Path, *args: Any, **limits: int) -> Iterator[Served]:
-    """A server whose answers may go on without end."""
-    made = Served(run, *args, **{"answer": 10**6, "tokens": 10**9, **limits})
-    made.engine.bank.base.max_positions = 10**7  # the base's own positions are rotations, which go on
-    made.engine.start()
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-def post(served: Served, body: bytes | dict[str, Any], **headers: str) -> tuple[int, dict[str, Any]]:
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return raw(served, "POST", "/v1/completions", content, **headers)
-
-
-def sent(served: Served, body: dict[str, Any], key: str = "") -> socket.socket:
-    """A connection on which a request was sent and nothing was read yet."""
-    content = json.dumps(body).encode()
-    line = socket.create_connection(served.door.getsockname(), timeout=20)
-    line.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        b"Authorization: Bearer %s\r\nContent-Length: %d\r\n\r\n%s" % (key.encode(), len(content), content)
-    )
-    return line
-
-
-def ended(line: socket.socket) -> bytes:
-    """What came on a connection until the server ended it."""
-    found = b""
-    with contextlib.suppress(ConnectionResetError):
-        while part := line.recv(65536):
-            found += part
-    return found
-
-
 OUT_OF_RANGE: list[tuple[str, str]] = [
     ("max_tokens", "1000001"), ("max_tokens", "0"), ("max_tokens", "-5"), ("max_tokens", "true"),
     ("max_tokens", '"7"'), ("max_tokens", "1.5"), ("max_tokens", "1e308"),
@@ -218,9 +171,7 @@ def test_requests_that_are_open_are_limited_whatever_state_they_are_in(run: Path
             line.close()
 
 
-def test_bodies_of_one_caller_are_bounded_together(
-    run: Path, served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bodies_of_one_caller_are_bounded_together(run: Path, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quota, "BODIES", 1000)
     status, answer = post(served, {**ASKED, "prompt": "a" * 1001})
     assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded")
@@ -267,69 +218,45 @@ def test_tokens_per_minute_are_counted_for_each_key_and_given_back_where_unused(
         until(lambda: post(served, {**ASKED, "model": "chat", "max_tokens": 50}, **theirs)[0] == 200)
 
 
-def test_a_slow_body_is_cut(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "PATIENCE", 0.2)
-    with socket.create_connection(served.door.getsockname(), timeout=20) as line:
-        line.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            b"Content-Length: 100\r\n\r\n{"
-        )
-        said = ended(line)
-    assert said.startswith(b"HTTP/1.1 408")
+def test_two_bodies_of_one_caller_are_made_into_tokens_at_once(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, most, right, go = 0, 0, Service._ids, threading.Event()
+
+    def slow(service: Service, body: Any, client: int) -> Any:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        go.wait(0.3)
+        inside -= 1
+        return right(service, body, client)
+
+    monkeypatch.setattr(Service, "_ids", slow)
+    with ThreadPoolExecutor(6) as pool:
+        assert {status for status, _ in pool.map(lambda _: post(served, ASKED), range(6))} == {200}
+    assert most == quota.AT_ONCE == 2
 
 
-ANSWERED = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-
-
-@pytest.mark.parametrize("begin", [b"", b"POST /v1/completions HT", ANSWERED + b"GET"])
-def test_a_connection_without_a_whole_head_is_cut(
-    served: Served, begin: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At once, or after an answer; more bytes now and then change nothing."""
-    monkeypatch.setattr(Door, "head_seconds", 0.3)
-    with socket.create_connection(served.door.getsockname(), timeout=20) as line:
-        line.sendall(begin)
-        since = time.monotonic()
-        with contextlib.suppress(OSError):
-            while time.monotonic() < since + 5:
-                time.sleep(0.1)
-                line.sendall(b" " if begin else b"")
-                line.settimeout(0.01)
-                with contextlib.suppress(TimeoutError):
-                    while line.recv(65536):
-                        pass
-                    break
-    assert 0.2 < time.monotonic() - since < 5
-
-
-def test_a_connection_under_way_is_not_cut_for_its_head(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Door, "head_seconds", 0.2)
-    with serving(run) as served, sent(served, {**FOREVER, "stream": True}) as line:
-        since = time.monotonic()
-        while time.monotonic() < since + 0.6:
-            assert line.recv(65536)
-
-
-def test_a_caller_who_reads_nothing_of_its_answer_is_cut(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Door, "stall_seconds", 0.2)
-    whole = Shape.piece
-    monkeypatch.setattr(Shape, "piece", lambda shape, text: whole(shape, text * 10**6))
-    with serving(run) as served, sent(served, {**FOREVER, "stream": True}):
-        until(lambda: served.engine.under_way == 1)
-        until(lambda: served.engine.under_way == 0)
-
-
-def test_of_too_many_idle_connections_the_oldest_is_cut(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Door, "most_idle", 3)
-    lines = []
-    for _ in range(4):
-        lines.append(socket.create_connection(served.door.getsockname(), timeout=20))
-        time.sleep(0.05)
-    assert ended(lines[0]) == b""
-    lines[3].sendall(ANSWERED)
-    assert b"200" in lines[3].recv(100)
-    for line in lines:
-        line.close()
+def test_the_page_states_the_limits_of_the_code() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
+    for row in (
+        f"| `temperature` | 0 (the most probable token), or {protocol.COOLEST} to 2.",
+        f"a whole number from 1 to {protocol.LONGEST:,}.",
+        f"| `stop` | at most {protocol.STOPS} texts of 1 to {STOP_LETTERS} characters each |",
+        f"| `row` | at most {protocol.COLUMNS} columns |",
+        f"at most {server.LETTERS} characters for each position of the base",
+        f"| bodies that are being received | {quota.BODIES >> 20} MiB together | 429 |",
+        f"| bodies that are made into tokens | {quota.AT_ONCE} at once | they wait |",
+        f"| a request's head | {Door.head_seconds:.0f} seconds",
+        f"while the rest is missing | {DEFAULT_MAX_INCOMPLETE_EVENT_SIZE >> 10} KiB | 400 |",
+        f"| a request's body | {server.PATIENCE:.0f} seconds; {server.LARGEST >> 20} MiB | 408; 413 |",
+        f"| an open connection between two requests | {server.KEPT_OPEN} seconds |",
+        f"takes nothing of its answer | {Door.stall_seconds:.0f} seconds |",
+        f"| connections without a request under way | {Door.most_idle} |",
+        f"| requests that wait, for each model | `--waiting` ({Limits().waiting}) | 429 |",
+        f"any client's request that has had {SLICE} tokens since it joined",
+    ):
+        assert row in text, row
+    assert TRIES == 3
+    assert "a request that was part of three failed steps fails" in text
 
 
 def test_an_error_inside_one_request_is_one_line_and_a_500_for_it_alone(
@@ -345,6 +272,7 @@ def test_an_error_inside_one_request_is_one_line_and_a_500_for_it_alone(
     monkeypatch.setattr(Service, "_ids", wrong)
     status, answer = post(served, ASKED)
     assert (status, answer["error"]["message"]) == (500, "the server failed on this request")
+    until(lambda: caplog.records)  # the answer is sent first
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
     assert caplog.messages == [f"a request failed: ValueError in test_limits.py:{wrong.__code__.co_firstlineno + 2}"]
     assert post(served, {**ASKED, "prompt": "b"})[0] == 200
@@ -357,26 +285,12 @@ def test_an_error_in_a_stream_ends_that_stream(
         patch.setattr(Shape, "last", lambda *_: 1 / 0)
         with sent(served, {**ASKED, "stream": True}) as line:
             assert b"[DONE]" not in ended(line)
+    until(lambda: caplog.records)
+    assert post(served, ASKED)[0] == 200
     assert len(caplog.records) == 1
-    assert post(served, ASKED)[0] == 200
 
 
-def test_nonsense_on_a_connection_is_no_traceback(served: Served, caplog: pytest.LogCaptureFixture) -> None:
-    refused = b"POST /v1/completions HTTP/1.1\r\nHost: evil\r\nTransfer-Encoding: chunked\r\n\r\n"
-    for content in (b"\x00\xff\r\n\r\n", refused + b"zzz\r\n\r\n", b"GET / HTTP/1.1\r\nA: " + b"a" * 10**5):
-        with socket.create_connection(served.door.getsockname(), timeout=20) as line:
-            line.sendall(content)
-            time.sleep(0.1)
-            with contextlib.suppress(OSError):
-                line.sendall(b"zzz\r\n")
-            ended(line)
-    assert not caplog.records
-    assert post(served, ASKED)[0] == 200
-
-
-def test_the_commands_limits_reach_the_engine(
-    fedamole: Any, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commands_limits_reach_the_engine(fedamole: Any, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Engine, Service]] = []
     right = Server.__init__
 
@@ -395,3 +309,17 @@ def test_the_commands_limits_reach_the_engine(
 def test_names_from_elsewhere_are_printed_safely(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands._show_new_keys(tmp_path / "keys.json", ("evil\x1b[31m",))
     assert capsys.readouterr().out.startswith("evil\\x1b[31m fedamole-")
+
+
+@pytest.mark.parametrize("more", [
+    {"prompt": [1] * 10_000}, {"stop": [1] * 10_000}, {"row": {f"{i}": [] for i in range(10_000)}},
+    {"messages": [1] * 10_000}, {"messages": [{"role": "user", "content": [{}] * 10_000}]},
+], ids=lambda more: str(more)[:24])  # fmt: skip
+def test_a_body_that_is_wrong_ten_thousand_times_is_not_ten_thousand_errors(more: dict[str, Any]) -> None:
+    """A million bytes of them took seconds, in which nobody else was answered."""
+    kind = Chat if "messages" in more else Completion
+    with pytest.raises(RefusedError) as refused:
+        read(kind, json.dumps({"model": "mood", **more}).encode())
+    wrong = refused.value.__context__
+    assert isinstance(wrong, ValidationError)
+    assert wrong.error_count() < 10

@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,6 @@ from .served import Served, raw, until
 NAMES = ("chat", "entail", "mood", "plain")
 PROMPT = "Ann has two pens on day 3 ->\n"
 LONG = 60
-
-
-@pytest.fixture(scope="module")
-def served(run: Path) -> Iterator[Served]:
-    server = Served(run)
-    server.engine.start()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def certain(text: str, stops: Sequence[str]) -> str:
     return text[: len(text) - max(begun, default=0)].strip()
 
 
-LETTERS = "ab \n"
+LETTERS = "ab\n"
 
 
 @settings(max_examples=300, deadline=None)

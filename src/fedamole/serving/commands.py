@@ -53,7 +53,9 @@ def serve(
         if importlib.util.find_spec(package) is None:
             from fedamole.errors import FedamoleError
 
-            raise FedamoleError(f'serving needs {package}, which is not here: pip install "fedamole[serve]"')
+            raise FedamoleError(
+                f'serving needs {package}, which is not installed: pip install -e ".[serve]" in a clone of FedAMoLE'
+            )
     import torch
 
     from fedamole.config import load_config

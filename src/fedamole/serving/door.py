@@ -12,7 +12,7 @@ from fedamole.errors import ConfigError
 
 
 class Door(H11Protocol):
-    """uvicorn's connection over h11, which bounds a request's head (64 KiB); cut when it keeps the server waiting.
+    """uvicorn's connection over h11, which bounds a request's head. It is cut when it keeps the server waiting.
 
     uvicorn itself waits without limit for the head of a request, and for a caller that reads nothing of its answer.
     """

@@ -54,6 +54,8 @@ LARGEST = 2**20
 """Bytes of a request's body."""
 PATIENCE = 30.0
 """Seconds in which a request's body has to be here."""
+KEPT_OPEN = 5
+"""Seconds for which a connection stays open between two requests."""
 LETTERS = 16
 """Most characters of a prompt, for each position of the base: more cannot fit, and is not turned into tokens."""
 Told = asyncio.Queue[Piece | None]
@@ -344,7 +346,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 Alone(service.app), http=Door, ws="none", lifespan="off", log_config=None, log_level="critical",
-                access_log=False, server_header=False, timeout_graceful_shutdown=5, **tls,
+                access_log=False, server_header=False, timeout_keep_alive=KEPT_OPEN, timeout_graceful_shutdown=5, **tls,
             )
         )
         self.engine = service.engine
