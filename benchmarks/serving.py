@@ -36,7 +36,8 @@ from fedamole.model.bank import Bank
 from fedamole.model.base import Base
 from fedamole.model.batch import Ids, pad_left
 from fedamole.model.params import Adapter, new_pool, new_shared
-from fedamole.serving.engine import Engine, Limits, Piece, Wanted
+from fedamole.serving.engine import Engine, Piece, Wanted
+from fedamole.serving.turns import Limits
 
 NEW, ROWS = 24, 32
 Work = list[tuple[int, Ids]]

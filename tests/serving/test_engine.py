@@ -13,10 +13,10 @@ from fedamole.model.bank import Bank
 from fedamole.model.base import Base
 from fedamole.model.params import REFERENCES, Adapter, new_shared
 from fedamole.model.prompt import PromptSpec, new_prompt
-from fedamole.serving.engine import BusyError, Engine, Limits, Piece, StoppedError, Wanted, drawn
+from fedamole.serving.engine import Engine, Piece, StoppedError, Wanted, drawn
 from fedamole.serving.models import alike
 from fedamole.serving.running import Running, check
-from fedamole.serving.text import Growing
+from fedamole.serving.turns import BusyError, Limits
 
 from ..model.conftest import mixture
 
@@ -269,27 +269,3 @@ def test_a_base_whose_rows_cannot_be_joined_is_refused(
     monkeypatch.setattr(Running, "_merge", lossy)
     with pytest.raises(BaseModelError, match="cannot be batched"):
         check(bank)
-
-
-def grown(whole: str, stop: tuple[str, ...] = (), tidy: Callable[[str], str] = str) -> tuple[str, bool]:
-    """All pieces of a text that comes byte by byte."""
-    content, text, found = whole.encode(), Growing(lambda ids: tidy(bytes(ids).decode(errors="replace")), stop), ""
-    for size in range(1, len(content) + 1):
-        piece, stopped = text.grow(list(content[:size]), size == len(content))
-        found += piece
-        assert not piece or found == text.shown
-        if stopped:
-            return found, True
-    return found, False
-
-
-def test_pieces_join_to_the_stripped_text() -> None:
-    for whole in ("  two  words\n\n", "naïve – ☃ 日本", "\n", "a\n b"):
-        assert grown(whole) == (whole.strip(), False)
-
-
-def test_a_stop_string_is_never_shown_not_even_its_beginning() -> None:
-    assert grown("one\n\ntwo", ("\n\n",)) == ("one", True)
-    assert grown("one END\nEN two", ("ENDE", "EN t")) == ("one END", True)
-    assert grown("one EN", ("END",)) == ("one EN", False)
-    assert grown("ababac and more", ("abac",)) == ("ab", True)

@@ -6,9 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,63 +16,20 @@ import pytest
 
 from fedamole.data.layouts import conversation_prompt
 from fedamole.evaluation.generation import generate_answers
-from fedamole.personal.generate import as_it_is, ids_of, layout_of
+from fedamole.personal.generate import as_it_is, ids_of
 from fedamole.personal.models import open_bank, places
-from fedamole.serving.engine import Engine, Limits, Wanted
-from fedamole.serving.keys import Keys, make_keys, read_keys
+from fedamole.serving.door import listen
+from fedamole.serving.engine import Engine, Wanted
+from fedamole.serving.keys import make_keys, read_keys
 from fedamole.serving.models import alike
-from fedamole.serving.server import LARGEST, Offer, Server, Service, listen
+from fedamole.serving.server import LARGEST
 
 from ..conftest import Runner, heeding_interrupts
+from .served import Served, raw, until
 
 NAMES = ("chat", "entail", "mood", "plain")
 PROMPT = "Ann has two pens on day 3 ->\n"
 LONG = 60
-
-
-class Served:
-    """A server in a thread over the models of a run, whose engine works from `start` on."""
-
-    def __init__(self, run: Path, keys: Keys | None = None, **limits: int) -> None:
-        found = places(run)
-        bank, adapters = open_bank(found)
-        self.engine = Engine(bank, adapters, Limits(**limits))
-        offer = Offer(tuple(place.client for place in found), 1, 16, tuple(map(layout_of, found)), keys)
-        self.server = Server(Service(self.engine, offer))
-        self.door = listen("127.0.0.1", 0)
-        self.address = "http://{}:{}".format(*self.door.getsockname())
-        self.thread = threading.Thread(target=self.server.run, args=([self.door],))
-        self.thread.start()
-        until(lambda: self.server.started)
-
-    def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=30)
-
-    def close(self) -> None:
-        self.server.should_exit = True
-        self.thread.join()
-
-
-def until(found: Callable[[], object]) -> None:
-    """Wait for something that is about to happen."""
-    for _ in range(3000):
-        if found():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not happen")
-
-
-@pytest.fixture(scope="module")
-def run(runs: Runner) -> Path:
-    return runs("fedamole")
-
-
-@pytest.fixture(scope="module")
-def served(run: Path) -> Iterator[Served]:
-    server = Served(run)
-    server.engine.start()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -226,17 +181,6 @@ def test_a_key_opens_its_own_clients_model_alone(run: Path, tmp_path: Path) -> N
         served.close()
 
 
-def raw(served: Served, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, dict[str, Any]]:
-    """Status and JSON of a request by hand."""
-    import http.client
-
-    connection = http.client.HTTPConnection(*served.door.getsockname())
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    connection.request(method, path, body, {"Content-Type": "application/json", **named})
-    answer = connection.getresponse()
-    return answer.status, json.loads(answer.read())
-
-
 REFUSED: list[tuple[dict[str, Any], int, str | None]] = [
     ({"n": 2}, 400, "n"),
     ({"logprobs": 0}, 400, "logprobs"),
@@ -323,7 +267,7 @@ def test_a_client_that_goes_away_frees_its_place(run: Path, stream: bool) -> Non
     bank.base.max_positions = 10**9  # the base's own positions are rotations, which go on
     served.engine.start()
     try:
-        asked = {"model": "mood", "prompt": PROMPT, "max_tokens": 10**8, "stream": stream}
+        asked = {"model": "mood", "prompt": PROMPT, "max_tokens": 10**6, "stream": stream}
         body = json.dumps(asked).encode()
         with socket.create_connection(served.door.getsockname()) as line:
             line.sendall(

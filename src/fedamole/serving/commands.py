@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from fedamole.personal.commands import BaseName, Device, Row, RunPath
+from fedamole.terminal import printable
 
 if TYPE_CHECKING:
     from fedamole.personal.models import Place
@@ -35,6 +36,13 @@ def serve(
     ] = None,
     longest: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens, whatever a request asks.")] = 1024,
     waiting: Annotated[int, typer.Option(min=1, help="Most requests of one client that wait.")] = 64,
+    each: Annotated[
+        int | None, typer.Option(min=1, help="Most requests of one client answered at once; left out: --rows.")
+    ] = None,
+    per_minute: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most tokens of prompts and answers for one key in a minute; left out: no limit."),
+    ] = None,
 ) -> None:
     """Serve the personal models of all clients of a finished run over OpenAI's interface, from one base.
 
@@ -45,7 +53,9 @@ def serve(
         if importlib.util.find_spec(package) is None:
             from fedamole.errors import FedamoleError
 
-            raise FedamoleError(f'serving needs {package}, which is not here: pip install "fedamole[serve]"')
+            raise FedamoleError(
+                f'serving needs {package}, which is not installed: pip install -e ".[serve]" in a clone of FedAMoLE'
+            )
     import torch
 
     from fedamole.config import load_config
@@ -53,10 +63,12 @@ def serve(
     from fedamole.federation.run_folder import CONFIG
     from fedamole.personal.generate import layout_of
     from fedamole.personal.models import open_bank
-    from fedamole.serving.engine import Engine, Limits
+    from fedamole.serving.door import listen
+    from fedamole.serving.engine import Engine
     from fedamole.serving.keys import read_keys
     from fedamole.serving.models import alike
-    from fedamole.serving.server import Offer, Server, Service, listen
+    from fedamole.serving.server import Offer, Server, Service
+    from fedamole.serving.turns import Limits
 
     found = _chosen(run, client, row)
     names = tuple(place.client for place in found)
@@ -72,10 +84,10 @@ def serve(
     if threads:
         torch.set_num_threads(threads)
     bank, adapters = open_bank(found, device, base)
-    limits = Limits(rows, tokens or evaluation.batch_tokens, longest, waiting)
+    limits = Limits(rows, tokens or evaluation.batch_tokens, longest, waiting, each)
     engine = Engine(bank, alike(adapters, names), limits)
     created = int(found[0].adapter.stat().st_mtime)
-    offer = Offer(names, created, evaluation.max_new_tokens, tuple(map(layout_of, found)), known)
+    offer = Offer(names, created, evaluation.max_new_tokens, tuple(map(layout_of, found)), known, per_minute)
     server = Server(Service(engine, offer), certs)
     engine.start()
     name = f"[{host}]" if ":" in host else host
@@ -83,7 +95,7 @@ def serve(
     console = Console(stderr=True)
     amount = "1 model" if len(names) == 1 else f"{len(names)} models"
     text = f"{amount} on {address}: {', '.join(names)}"
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how a server ends; by then everything is closed
         server.run([door])
     console.print("stopped")
@@ -103,16 +115,16 @@ def _show_new_keys(path: Path, clients: tuple[str, ...]) -> None:
 
     made = make_keys(path, clients)
     for client, key in made.items():
-        typer.echo(f"{client} {key}")
+        typer.echo(printable(f"{client} {key}"))
     kept = len(clients) - len(made)
     text = f"{path}: {len(made)} new keys, {kept} kept; hand each client its own, they are not shown again"
-    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
+    Console(stderr=True).print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def _check_door(host: str, keys: Path | None, certs: Path | None) -> None:
     """Refuse what would let strangers in, and say what would let them listen."""
     from fedamole.errors import ConfigError
-    from fedamole.serving.server import is_loopback
+    from fedamole.serving.door import is_loopback
 
     if certs is not None:
         for name in ("server.crt", "server.key"):

@@ -1,16 +1,17 @@
 """One thread that owns the bank and answers everybody: every step advances all requests under way by a token.
 
-Between two steps those that are answered, or whose client went away, leave, and those that wait join. Whoever has
-fewest requests under way is next, and among equals who came first; nobody overtakes the next one for want of room.
+Between two steps those that are answered, or whose client went away, leave, and those that wait join (turns.py says
+who). Whatever goes wrong with one request fails this request alone; the engine goes on.
 """
 
+import contextlib
 import logging
 import math
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,12 +23,13 @@ from fedamole.model.batch import Ids
 from fedamole.model.params import Adapter
 from fedamole.serving.running import Running, check
 from fedamole.serving.text import Growing
+from fedamole.serving.turns import Limits, Turns
+from fedamole.terminal import printable
 
 log = logging.getLogger(__name__)
 
-
-class BusyError(FedamoleError):
-    """A request that finds no room to wait in."""
+TRIES = 3
+"""Steps that may fail with a request before it fails as well."""
 
 
 class StoppedError(FedamoleError):
@@ -79,6 +81,10 @@ class Request:
     generator: torch.Generator | None
     made: list[int] = field(default_factory=list)
     gone: bool = False
+    before: int = 0
+    """Tokens that it had made when it joined last."""
+    tries: int = 0
+    """Steps that failed with it."""
 
     @property
     def client(self) -> int:
@@ -90,23 +96,14 @@ class Request:
         """Tokens that it may come to."""
         return len(self.prompt) + self.limit
 
+    @property
+    def had(self) -> int:
+        """Tokens that it made since it joined last."""
+        return len(self.made) - self.before
+
     def leave(self) -> None:
         """Nobody waits for the answer any more; from any thread."""
         self.gone = True
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much is held at once."""
-
-    rows: int = 32
-    """Most requests under way."""
-    tokens: int = 8192
-    """Most tokens in the cache, padding and tokens to come included; one request may always be under way."""
-    answer: int = 1024
-    """Most tokens of an answer, whatever is asked for: a long one keeps others from joining."""
-    waiting: int = 64
-    """Most requests of one client that wait."""
 
 
 class Engine:
@@ -119,7 +116,7 @@ class Engine:
         check(bank)
         self.together: Counter[int] = Counter()
         self._running = Running[Request](bank)
-        self._waiting: deque[Request] = deque()
+        self._turns = Turns[Request](self.limits)
         self._news = threading.Condition()
         self.stopped = False
         """Whether it answers no more."""
@@ -136,8 +133,8 @@ class Engine:
             self._news.notify()
         if self._thread.is_alive():
             self._thread.join()
-        self._give_up([*self._running.rows, *self._waiting])
-        self._waiting.clear()
+        self._give_up([*self._running.rows, *self._turns.waiting])
+        self._turns.waiting.clear()
 
     @property
     def under_way(self) -> int:
@@ -147,7 +144,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests that wait."""
-        return len(self._waiting)
+        return len(self._turns.waiting)
 
     def room(self, prompt: Ids) -> int:
         """Tokens that the base has positions for after a prompt; 0 where the prompt itself is too long.
@@ -163,7 +160,7 @@ class Engine:
         generator = None
         if wanted.temperature > 0:
             generator = torch.Generator()
-            generator.seed() if wanted.seed is None else generator.manual_seed(wanted.seed % 2**63)
+            generator.seed() if wanted.seed is None else generator.manual_seed(wanted.seed)
         request = Request(
             wanted, tell, self.bank.prefix(wanted.prompt),
             min(wanted.limit, self.limits.answer, self.room(wanted.prompt)),
@@ -172,85 +169,98 @@ class Engine:
         with self._news:
             if self.stopped:
                 raise StoppedError("the server is stopping; ask again later")
-            if sum(one.client == wanted.client for one in self._waiting) >= self.limits.waiting:
-                raise BusyError(f"{self.limits.waiting} requests for this model wait already; ask again later")
-            self._waiting.append(request)
+            self._turns.add(request)
             self._news.notify()
         return request
 
     def turn(self) -> bool:
         """Let those who wait join and advance everybody by a token; whether anybody is left. The thread calls it."""
         with self._news:
-            joining = self._next()
+            joining, aside = self._turns.next(self._running.rows)
+        self._running.keep([not (request.gone or request in aside) for request in self._running.rows])
         if joining:
-            self._safely(partial(self._join, joining), joining)
-        if rows := self._running.rows:
-            self._safely(self._step, rows)
-        return bool(self._running.rows or self._waiting)
+            self._join(joining)
+        if self._running.rows:
+            self._step()
+        return bool(self._running.rows or self._turns.waiting)
 
     def _work(self) -> None:
         while True:
             with self._news:
-                self._news.wait_for(lambda: self.stopped or self._waiting or self._running.rows)
+                self._news.wait_for(lambda: self.stopped or self._turns.waiting or self._running.rows)
                 if self.stopped:
                     return
-            self.turn()
+            try:
+                self.turn()
+            except Exception as error:  # no request in particular is to blame, so all begin anew
+                with self._news:
+                    concerned = [*self._running.rows, *self._turns.waiting]
+                    self._running, self._turns = Running(self.bank), Turns(self.limits)
+                self._fail(concerned, error)
 
-    def _safely(self, work: Callable[[], None], concerned: Sequence[Request]) -> None:
-        """Whatever goes wrong, only these requests fail (memory that runs out, above all); the engine goes on."""
+    def _join(self, requests: Sequence[Request]) -> None:
+        """Read requests together; where that fails, each by itself, so that only those fail that cannot be read."""
+        for request in requests:
+            request.before = len(request.made)
         try:
-            work()
+            logits = self._running.join(requests)
         except Exception as error:
-            log.error("%d requests failed: %s: %s", len(concerned), type(error).__name__, error)
-            self._give_up(concerned)
+            if len(requests) == 1:
+                self._fail(requests, error)
+                return
+            for request in requests:
+                self._join([request])
+            return
+        self._take(requests, logits)
+
+    def _step(self) -> None:
+        """Advance all rows by a token; where that fails, read each of them anew by itself."""
+        rows = self._running.rows
+        self.together[len({request.client for request in rows})] += 1
+        try:
+            logits = self._running.step([request.made[-1] for request in rows])
+        except Exception as error:
+            self._running = Running(self.bank)  # a step that was broken off leaves caches of different lengths
+            for request in rows:
+                request.tries += 1
+            self._fail([request for request in rows if request.tries >= TRIES], error)
+            for request in rows:
+                if not request.gone:
+                    self._join([request])
+            return
+        self._take(rows, logits)
+
+    def _fail(self, requests: Sequence[Request], error: Exception) -> None:
+        """Log what went wrong, without its text, which may quote a prompt; and give the requests up."""
+        for request in requests:
+            if not request.gone:
+                log.error("a request failed: %s", printable(said(error)))
+        self._give_up(requests)
 
     def _give_up(self, requests: Sequence[Request]) -> None:
         for request in requests:
             if not request.gone:
                 request.gone = True
-                request.tell(Piece("", "error"))
-
-    def _next(self) -> list[Request]:
-        """Take those who may join now from the waiting ones."""
-        for request in [request for request in self._waiting if request.gone]:
-            self._waiting.remove(request)
-        rows = [request for request in self._running.rows if not request.gone]
-        joining: list[Request] = []
-        while self._waiting and len(rows) < self.limits.rows:
-            under_way = Counter(request.client for request in rows)
-            request = min(self._waiting, key=lambda one: under_way[one.client])
-            tokens = max(one.longest for one in (*rows, request)) * (len(rows) + 1)
-            if rows and tokens > self.limits.tokens:
-                break
-            self._waiting.remove(request)
-            joining.append(request)
-            rows.append(request)
-        return joining
-
-    def _join(self, requests: Sequence[Request]) -> None:
-        self._take(requests, self._running.join(requests))
-
-    def _step(self) -> None:
-        self._running.keep([not request.gone for request in self._running.rows])
-        if rows := self._running.rows:
-            self.together[len({request.client for request in rows})] += 1
-            self._take(rows, self._running.step([request.made[-1] for request in rows]))
+                with contextlib.suppress(Exception):  # whoever cannot be told has gone
+                    request.tell(Piece("", "error"))
 
     def _take(self, requests: Sequence[Request], logits: Tensor) -> None:
         """Give each request its next token, from logits (n, V); those that have ended leave.
 
-        A model whose numbers are no longer finite fails its own requests alone.
+        Each row is sampled by itself, and what goes wrong with it fails its own request alone.
         """
         values, likeliest = logits.float().max(1)
         for place, (largest, token) in enumerate(zip(values.tolist(), likeliest.tolist(), strict=True)):
             request = requests[place]
-            wanted = request.wanted
-            if not math.isfinite(largest):
-                self._give_up([request])
-                continue
-            if request.generator is not None:
-                token = drawn(logits[place], wanted.temperature, wanted.top_p, request.generator)
-            self._advance(request, token)
+            try:
+                if not math.isfinite(largest):
+                    raise FloatingPointError("the model's numbers are no longer finite")
+                if request.generator is not None:
+                    wanted = request.wanted
+                    token = drawn(logits[place], wanted.temperature, wanted.top_p, request.generator)
+                self._advance(request, token)
+            except Exception as error:
+                self._fail([request], error)
         self._running.keep([not request.gone for request in self._running.rows])
 
     def _advance(self, request: Request, token: int) -> None:
@@ -265,17 +275,31 @@ class Engine:
             piece, stopped = request.text.grow(request.made, finish is not None)
             finish = "stop" if stopped else finish
         if finish is not None:
-            request.gone = True
             told = piece if request.wanted.pieces else request.text.shown
             request.tell(Piece(told, finish, len(request.made)))
+            request.gone = True
         elif piece and request.wanted.pieces:
             request.tell(Piece(piece))
 
 
 def drawn(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Draw a token from logits (V) divided by `temperature`, of the most probable ones that reach `top_p` together."""
-    probabilities, tokens = torch.softmax(logits.float().cpu() / temperature, 0).sort(descending=True, stable=True)
+    """Draw a token from logits (V) divided by `temperature`, of the most probable ones that reach `top_p` together.
+
+    The largest logit is taken away first, so that a low temperature makes none of them infinite.
+    """
+    logits = logits.float().cpu()
+    logits = (logits - logits.max()) / temperature
+    probabilities, tokens = torch.softmax(logits, 0).sort(descending=True, stable=True)
     before = probabilities.cumsum(0) - probabilities
     kept = probabilities.masked_fill(before >= top_p, 0)
     kept[0] = probabilities[0]
     return int(tokens[torch.multinomial(kept, 1, generator=generator)])
+
+
+def said(error: Exception) -> str:
+    """The kind of an error and the line where it was raised. Its message is left out: it may quote what was asked."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = "" if trace is None else f" in {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
+    return f"{type(error).__name__}{where}"

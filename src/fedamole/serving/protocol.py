@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fedamole.data.layouts import conversation_prompt
 from fedamole.errors import FedamoleError
@@ -21,6 +21,27 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "tools": ([],), "top_logprobs": (0,),
 }  # fmt: skip
 """Fields of OpenAI's that are taken with these values (or null) alone, because they then ask for nothing."""
+COOLEST = 0.001
+"""The lowest temperature above 0."""
+STOPS, STOP_LETTERS = 4, 256
+"""Most stop strings, and most characters of each."""
+COLUMNS = 256
+"""Most columns of a row."""
+LONGEST = 1_000_000
+"""The largest `max_tokens`; the engine's own limit on answers is usually far lower."""
+SEEDS = 2**63
+"""Seeds are whole numbers from -SEEDS to SEEDS - 1."""
+RANGES: Mapping[str, str] = {
+    "max_completion_tokens": f"a whole number from 1 to {LONGEST}",
+    "max_tokens": f"a whole number from 1 to {LONGEST}",
+    "seed": "a whole number from -2^63 to 2^63 - 1",
+    "stop": f"at most {STOPS} texts of 1 to {STOP_LETTERS} characters each",
+    "temperature": f"0 for the most probable token, or a number from {COOLEST} to 2",
+    "top_p": "a number above 0 and at most 1",
+}
+"""What these fields may be, as errors say it."""
+SHOWN = 300
+"""Most characters of an error's text: it may repeat names that a request gave."""
 KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 Json = dict[str, Any]
@@ -30,10 +51,15 @@ B = TypeVar("B", bound="Body")
 class RefusedError(FedamoleError):
     """A request that gets an error instead of an answer."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
-        """Keep the HTTP status, and `code` and `param` as OpenAI uses them."""
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
+    def __init__(
+        self, status: int, message: str, code: str | None = None, param: str | None = None, retry: float = 1.0
+    ) -> None:
+        """Keep the HTTP status, and `code` and `param` as OpenAI uses them.
+
+        `retry` is the number of seconds after which a request that came too early (429) may be sent again.
+        """
+        super().__init__(message[:SHOWN])
+        self.status, self.code, self.param, self.retry = status, code, param and param[:64], retry
 
     def as_json(self) -> Json:
         """The error in OpenAI's shape."""
@@ -48,16 +74,36 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
+def _warm(value: float) -> float:
+    if 0 < value < COOLEST:
+        raise ValueError("too low")
+    return value
+
+
+def _few(value: object) -> object:
+    """Refuse a row with too many columns before each of them is looked at, which would take long."""
+    if isinstance(value, dict) and len(value) > COLUMNS:
+        raise ValueError(f"at most {COLUMNS} columns")
+    return value
+
+
+Amount = Annotated[int, Field(ge=1, le=LONGEST, strict=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+"""A list that is refused at its first wrong element: an error for each of half a million would take seconds."""
+
+
 class Body(BaseModel):
     """What both kinds of request have in common."""
 
     model_config = ConfigDict(extra="allow")
     model: str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
+    max_tokens: Amount | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, strict=True, allow_inf_nan=False), AfterValidator(_warm)] | None = (
+        None
+    )
+    top_p: Annotated[float, Field(gt=0, le=1, strict=True, allow_inf_nan=False)] | None = None
+    seed: Annotated[int, Field(ge=-SEEDS, lt=SEEDS, strict=True)] | None = None
+    stop: str | Texts | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -79,8 +125,8 @@ class Body(BaseModel):
 class Completion(Body):
     """A prompt to go on with, as it stands; or a row of columns, this server's own, for the client's template."""
 
-    prompt: str | list[str] = ""
-    row: dict[str, str | float | bool | None] | None = None
+    prompt: str | Texts = ""
+    row: Annotated[dict[str, str | float | bool | None], BeforeValidator(_few)] | None = None
 
     def text(self) -> str:
         """The prompt itself."""
@@ -105,14 +151,14 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Annotated[list[Part], Field(fail_fast=True)]
 
 
 class Chat(Body):
     """A conversation that the assistant is to go on with."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    max_completion_tokens: Amount | None = None
 
     @property
     def longest(self) -> int | None:
@@ -135,16 +181,20 @@ def read(kind: type[B], content: bytes) -> B:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
-        what = f"{where}: {first['msg']}" if where else "the body is no JSON object"
+        field = where.partition(".")[0]
+        what = f"{where[:64]}: {first['msg'].removeprefix('Value error, ')}" if where else "the body is no JSON object"
+        if field in RANGES:
+            where, what = field, f"{field}: must be {RANGES[field]}"
         raise RefusedError(400, what, "invalid_value", where or None) from None
     for name, value in (body.model_extra or {}).items():
         if value is None or name in IGNORED or any(_same(value, neutral) for neutral in NEUTRAL.get(name, ())):
             continue
         if name in NEUTRAL:
-            raise RefusedError(400, f"{name}: not supported here; leave it out", "unsupported_value", name)
+            only = " or ".join(json.dumps(value) for value in NEUTRAL[name])
+            raise RefusedError(400, f"{name}: must be {only}, or left out", "unsupported_value", name)
         raise RefusedError(400, f"{name[:64]}: no such field here; leave it out", "unknown_parameter", name[:64])
-    if len(body.stops) > 4 or not all(body.stops):
-        raise RefusedError(400, "stop: at most four texts, none of them empty", "invalid_value", "stop")
+    if len(body.stops) > STOPS or not all(0 < len(text) <= STOP_LETTERS for text in body.stops):
+        raise RefusedError(400, f"stop: must be {RANGES['stop']}", "invalid_value", "stop")
     return body
 
 

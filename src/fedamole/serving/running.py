@@ -31,6 +31,10 @@ class Row(Protocol):
     def prompt(self) -> Ids:
         """Its prompt, with the virtual tokens of its client's model before it."""
 
+    @property
+    def made(self) -> Sequence[int]:
+        """Tokens of its answer so far; where it joins again after it was set aside, they are read as well."""
+
 
 R = TypeVar("R", bound=Row)
 
@@ -52,14 +56,17 @@ class Running(Generic[R]):
         return int(self._mask.shape[1])
 
     def join(self, rows: Sequence[R]) -> Tensor:
-        """Read the prompts of more rows; logits (n, V) of each one's first token, in the order given.
+        """Read more rows, each its prompt and what it has of its answer; logits (n, V) of the next token of each.
+
+        The logits are in the order given.
 
         The rows that are under way stay untouched where this raises.
         """
         order = sorted(range(len(rows)), key=lambda place: rows[place].client)
         joining = [rows[place] for place in order]
         clients, prompts = [row.client for row in joining], [row.prompt for row in joining]
-        ids, mask = pad_left(prompts, self.bank.base.pad_id, self.bank.base.device)
+        whole = [(*row.prompt, *row.made) for row in joining]
+        ids, mask = pad_left(whole, self.bank.base.pad_id, self.bank.base.device)
         cache = _empty_cache()
         self.bank.window(0, self.bank.clients)
         gates = self.bank.gates(by_client(prompts, _amounts(clients, 0, self.bank.clients)))
@@ -149,6 +156,7 @@ def _amounts(clients: Sequence[int], first: int, last: int) -> tuple[int, ...]:
 class _Probe:
     client: int
     prompt: Ids
+    made: Ids = ()
 
 
 def check(bank: Bank) -> None:

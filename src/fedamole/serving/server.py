@@ -4,11 +4,14 @@ Nothing here writes a prompt, an answer or a key anywhere.
 """
 
 import asyncio
-import ipaddress
+import contextlib
+import logging
+import math
 import secrets
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,11 +21,14 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedamole.data.examples import Example
-from fedamole.errors import ConfigError, DataError
+from fedamole.errors import DataError
+from fedamole.model.batch import Ids
 from fedamole.personal.generate import Layout, as_it_is, ids_of, rendered
-from fedamole.serving.engine import BusyError, Engine, Piece, StoppedError, Wanted
+from fedamole.serving.door import Door, is_loopback
+from fedamole.serving.engine import Engine, Piece, StoppedError, Wanted, said
 from fedamole.serving.engine import Request as Asked
 from fedamole.serving.keys import Keys
 from fedamole.serving.protocol import (
@@ -38,13 +44,22 @@ from fedamole.serving.protocol import (
     read,
     usage,
 )
+from fedamole.serving.quota import Caller
+from fedamole.serving.turns import BusyError
+from fedamole.terminal import printable
+
+log = logging.getLogger(__name__)
 
 LARGEST = 2**20
 """Bytes of a request's body."""
 PATIENCE = 30.0
 """Seconds in which a request's body has to be here."""
-GLANCE = 0.5
-"""Seconds after which a request that is told nothing looks whether its client is still there."""
+KEPT_OPEN = 5
+"""Seconds for which a connection stays open between two requests."""
+LETTERS = 16
+"""Most characters of a prompt, for each position of the base: more cannot fit, and is not turned into tokens."""
+Told = asyncio.Queue[Piece | None]
+"""Pieces of an answer; None when the client has gone."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,8 @@ class Offer:
     """How rows become prompts, for each model."""
     keys: Keys | None
     """Whose key opens what; None: everybody who reaches this machine's own address may ask for everything."""
+    per_minute: int | None = None
+    """Most tokens of prompts and answers that a caller may use in a minute."""
 
 
 class Service:
@@ -70,6 +87,8 @@ class Service:
         """Lay the routes; `app` is what a server runs."""
         self.engine, self.offer = engine, offer
         self.tokenizer = engine.bank.base.tokenizer
+        self._callers: dict[str, Caller] = {}
+        self._watches: set[asyncio.Task[None]] = set()
         self.app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         self.app.get("/health")(self.health)
         self.app.get("/v1/models")(self.list_models)
@@ -107,7 +126,7 @@ class Service:
         """Names of the models that a request may use; RefusedError for a wrong key or a page from elsewhere."""
         if self.offer.keys is None:
             # A page in a browser on this machine may come here under a name of its own choice (DNS rebinding).
-            if not is_loopback(urlsplit(f"//{request.headers.get('host', '')}").hostname or ""):
+            if not is_loopback(_host_of(request)):
                 raise RefusedError(403, "without keys only requests to this machine's own address are answered")
             return self.offer.names
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -115,6 +134,12 @@ class Service:
         if owner is None:
             raise RefusedError(401, "no valid key; send `Authorization: Bearer KEY`", "invalid_api_key")
         return [name for name in self.offer.names if name == owner]
+
+    def _caller(self, request: Request, allowed: Sequence[str]) -> Caller:
+        """What the key of a request, or without keys its address, uses now."""
+        host = "" if request.client is None else request.client.host
+        name = host if self.offer.keys is None else "".join(allowed)
+        return self._callers.setdefault(name, Caller(self.offer.per_minute))
 
     def _place(self, name: str, allowed: Sequence[str]) -> int:
         """The engine's number for a model; for one that is not there and for one of somebody else the same error."""
@@ -125,36 +150,84 @@ class Service:
 
     async def _answer(self, request: Request, kind: type[Body]) -> Response:
         allowed = self._open_to(request)
-        body = read(kind, await _content(request))
-        client = self._place(body.model, allowed)
-        ids = await asyncio.to_thread(ids_of, self._prompt(body, client), self.tokenizer)
+        caller, limits = self._caller(request, allowed), self.engine.limits
+        caller.enter((limits.rows + limits.waiting) * max(1, len(allowed)))
+        try:
+            shape, wanted = await self._wanted(request, kind, allowed, caller)
+            told = Told()
+            asked = self._submit(wanted, told, caller)
+        except BaseException:
+            caller.leave()
+            raise
+        watch = asyncio.create_task(_until_gone(request, asked, told))
+        self._watches.add(watch)
+        watch.add_done_callback(partial(self._close, caller, asked))
+        pieces, prompt = _pieces(told, watch), len(wanted.prompt)
+        if wanted.pieces:
+            return StreamingResponse(self._stream(shape, pieces, prompt), media_type="text/event-stream")
+        async with contextlib.aclosing(pieces):
+            async for piece in pieces:
+                if piece.finish == "error":
+                    raise self._failed()
+                return JSONResponse(shape.whole(piece.text, str(piece.finish), usage(prompt, piece.tokens)))
+        return Response(status_code=499)  # nobody is there to read it
+
+    async def _wanted(
+        self, request: Request, kind: type[Body], allowed: Sequence[str], caller: Caller
+    ) -> tuple[Shape, Wanted]:
+        """What a request asks for, and the shape of its answer. Its body is not kept."""
+        content = bytearray()
+        try:
+            await _receive(request, content, caller)
+            async with caller.preparing:
+                body = read(kind, bytes(content))
+                client = self._place(body.model, allowed)
+                ids = await asyncio.to_thread(self._ids, body, client)
+        finally:
+            caller.hold(-len(content))
+        limit = min(body.longest or self.offer.longest, self.engine.limits.answer, self.engine.room(ids))
+        wanted = Wanted(
+            client, ids, limit, body.temperature or 0.0, 1.0 if body.top_p is None else body.top_p, body.seed,
+            body.stops, bool(body.stream),
+        )
+        return Shape(body, secrets.token_hex(12)), wanted
+
+    def _submit(self, wanted: Wanted, told: Told, caller: Caller) -> Asked:
+        """Have a request wait in the engine; RefusedError where that cannot be."""
+        loop, tokens = asyncio.get_running_loop(), len(wanted.prompt) + wanted.limit
+        if caller.allowance is not None:
+            caller.allowance.take(tokens)
+        try:
+            return self.engine.submit(wanted, lambda piece: loop.call_soon_threadsafe(told.put_nowait, piece))
+        except (BusyError, StoppedError) as error:
+            if caller.allowance is not None:
+                caller.allowance.give_back(tokens)
+            if isinstance(error, StoppedError):
+                raise _stopping() from error
+            raise RefusedError(429, str(error), "rate_limit_exceeded") from error
+
+    def _close(self, caller: Caller, asked: Asked, watch: asyncio.Task[None]) -> None:
+        """An answer is over, or nobody waits for it any more."""
+        asked.leave()
+        self._watches.discard(watch)
+        caller.leave()
+        if caller.allowance is not None:
+            caller.allowance.give_back(asked.limit - len(asked.made))
+
+    def _ids(self, body: Body, client: int) -> Ids:
+        """Token ids of a prompt; RefusedError for one that is empty or too long."""
+        prompt, positions = self._prompt(body, client), self.engine.bank.base.max_positions
+        if len(prompt.prompt) > LETTERS * positions:
+            text = f"the prompt has {len(prompt.prompt)} characters, at most {LETTERS * positions} are read"
+            raise RefusedError(400, text, "context_length_exceeded")
+        ids = ids_of(prompt, self.tokenizer)
         if not ids:
             raise RefusedError(400, "the prompt is empty", "invalid_value", "prompt")
         if not self.engine.room(ids):
-            most = self.engine.bank.base.max_positions - len(self.engine.bank.prefix(()))
-            raise RefusedError(
-                400, f"the prompt has {len(ids)} tokens, this model reads {most} at most", "context_length_exceeded",
-            )
-        told: asyncio.Queue[Piece] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        wanted = Wanted(
-            client, ids, body.longest or self.offer.longest, body.temperature or 0.0,
-            1.0 if body.top_p is None else body.top_p, body.seed, body.stops, bool(body.stream),
-        )
-        try:
-            asked = self.engine.submit(wanted, lambda piece: loop.call_soon_threadsafe(told.put_nowait, piece))
-        except BusyError as error:
-            raise RefusedError(429, str(error), "rate_limit_exceeded") from error
-        except StoppedError as error:
-            raise _stopping() from error
-        shape, pieces = Shape(body, secrets.token_hex(12)), self._pieces(request, asked, told)
-        if body.stream:
-            return StreamingResponse(self._stream(shape, pieces, len(ids)), media_type="text/event-stream")
-        async for piece in pieces:
-            if piece.finish == "error":
-                raise self._failed()
-            return JSONResponse(shape.whole(piece.text, str(piece.finish), usage(len(ids), piece.tokens)))
-        return Response(status_code=499)  # nobody is there to read it
+            most = positions - len(self.engine.bank.prefix(()))
+            text = f"the prompt has {len(ids)} tokens, this model reads {most} at most"
+            raise RefusedError(400, text, "context_length_exceeded")
+        return ids
 
     def _prompt(self, body: Body, client: int) -> Example:
         """The prompt that a request holds, or that its row makes in the client's template."""
@@ -166,7 +239,7 @@ class Service:
         except DataError as error:
             raise RefusedError(400, str(error), "invalid_value", "row") from error
 
-    async def _stream(self, shape: Shape, pieces: AsyncIterator[Piece], prompt: int) -> AsyncIterator[str]:
+    async def _stream(self, shape: Shape, pieces: AsyncGenerator[Piece, None], prompt: int) -> AsyncIterator[str]:
         for text in shape.first():
             yield text
         async for piece in pieces:
@@ -179,20 +252,6 @@ class Service:
                 for text in shape.last(piece.finish, usage(prompt, piece.tokens)):
                     yield text
 
-    async def _pieces(self, request: Request, asked: Asked, told: asyncio.Queue[Piece]) -> AsyncIterator[Piece]:
-        """What the engine tells, up to the end or until the client has gone; the request then leaves the engine."""
-        try:
-            while not await request.is_disconnected():
-                try:
-                    piece = await asyncio.wait_for(told.get(), GLANCE)
-                except TimeoutError:
-                    continue
-                yield piece
-                if piece.finish:
-                    return
-        finally:
-            asked.leave()
-
     def _failed(self) -> RefusedError:
         return _stopping() if self.engine.stopped else RefusedError(500, "the model failed on this request")
 
@@ -201,22 +260,48 @@ def _stopping() -> RefusedError:
     return RefusedError(503, "the server is stopping; ask again later", "stopping")
 
 
-async def _content(request: Request) -> bytes:
-    """The body of a request, which is JSON, not too large, and here soon; else a RefusedError."""
+def _host_of(request: Request) -> str:
+    """The host that a request names; empty where it names none."""
+    try:
+        return urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+    except ValueError:
+        return ""
+
+
+async def _receive(request: Request, content: bytearray, caller: Caller) -> None:
+    """Take in the body of a request, which is JSON, not too large, and here soon; else a RefusedError."""
     if not request.headers.get("content-type", "").startswith("application/json"):
         raise RefusedError(415, "send the body with Content-Type: application/json")
-    content = bytearray()
     try:
         async with asyncio.timeout(PATIENCE):
             async for part in request.stream():
-                content += part
-                if len(content) > LARGEST:
+                if len(content) + len(part) > LARGEST:
                     raise RefusedError(413, f"the body is larger than {LARGEST} bytes")
+                caller.hold(len(part))
+                content += part
     except TimeoutError:
         raise RefusedError(408, f"the body took longer than {PATIENCE:.0f} seconds") from None
     except ClientDisconnect:
         raise RefusedError(400, "the connection ended before the body") from None
-    return bytes(content)
+
+
+async def _until_gone(request: Request, asked: Asked, told: Told) -> None:
+    """Wait until the client has gone; its request then leaves the engine at once."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    asked.leave()
+    told.put_nowait(None)
+
+
+async def _pieces(told: Told, watch: asyncio.Task[None]) -> AsyncGenerator[Piece, None]:
+    """What the engine tells, up to the end or until the client has gone."""
+    try:
+        while (piece := await told.get()) is not None:
+            yield piece
+            if piece.finish:
+                return
+    finally:
+        watch.cancel()
 
 
 async def _refusal(_: Request, error: Exception) -> Response:
@@ -225,29 +310,29 @@ async def _refusal(_: Request, error: Exception) -> Response:
         error = RefusedError(error.status_code, str(error.detail))
     if not isinstance(error, RefusedError):
         error = RefusedError(500, "the server failed on this request")
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 413: {"Connection": "close"}, 429: {"Retry-After": "1"}}
+    headers = {
+        401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}, 413: {"Connection": "close"},
+        429: {"Retry-After": str(math.ceil(error.retry))},
+    }
     return JSONResponse(error.as_json(), error.status, headers.get(error.status))
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a name or an address is this machine's own, which nobody else can reach."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+class Alone:
+    """An app whose errors end the request that raised them, with one line in the log and no traceback.
 
+    Starlette has answered with status 500 by then, and raises the error once more.
+    """
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens on an address; port 0 takes a free one. ConfigError where that cannot be."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        found = socket.socket(family, kind)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-    except OSError as error:
-        text = f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host"
-        raise ConfigError(text) from error
-    return found
+    def __init__(self, app: ASGIApp) -> None:
+        """Wrap an app."""
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        try:
+            await self.app(scope, receive, send)
+        except Exception as error:
+            log.error("a request failed: %s", printable(said(error)))
 
 
 class Server(uvicorn.Server):
@@ -260,8 +345,8 @@ class Server(uvicorn.Server):
             tls = {"ssl_certfile": certs / "server.crt", "ssl_keyfile": certs / "server.key"}
         super().__init__(
             uvicorn.Config(
-                service.app, log_config=None, log_level="warning", access_log=False, server_header=False, ws="none",
-                lifespan="off", timeout_graceful_shutdown=5, **tls,
+                Alone(service.app), http=Door, ws="none", lifespan="off", log_config=None, log_level="critical",
+                access_log=False, server_header=False, timeout_keep_alive=KEPT_OPEN, timeout_graceful_shutdown=5, **tls,
             )
         )
         self.engine = service.engine

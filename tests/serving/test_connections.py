@@ -1,0 +1,100 @@
+"""How long a connection may take over what it has to do, over real HTTP."""
+
+import contextlib
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from fedamole.serving import server
+from fedamole.serving.door import Door
+from fedamole.serving.protocol import Shape
+
+from .served import ASKED, FOREVER, Served, ended, post, sent, serving, until
+
+ANSWERED = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def test_a_connection_that_waits_between_two_requests_is_closed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "KEPT_OPEN", 0.2)
+    with serving(run) as served, socket.create_connection(served.door.getsockname(), timeout=20) as line:
+        since = time.monotonic()
+        line.sendall(ANSWERED)
+        assert b"200" in ended(line)
+        assert time.monotonic() - since < 4
+
+
+def test_a_slow_body_is_cut(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "PATIENCE", 0.2)
+    with socket.create_connection(served.door.getsockname(), timeout=20) as line:
+        line.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 100\r\n\r\n{"
+        )
+        said = ended(line)
+    assert said.startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize("begin", [b"", b"POST /v1/completions HT", ANSWERED + b"GET"])
+def test_a_connection_without_a_whole_head_is_cut(
+    served: Served, begin: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, or after an answer; more bytes now and then change nothing."""
+    monkeypatch.setattr(Door, "head_seconds", 0.3)
+    with socket.create_connection(served.door.getsockname(), timeout=20) as line:
+        line.sendall(begin)
+        since = time.monotonic()
+        with contextlib.suppress(OSError):
+            while time.monotonic() < since + 5:
+                time.sleep(0.1)
+                line.sendall(b" " if begin else b"")
+                line.settimeout(0.01)
+                with contextlib.suppress(TimeoutError):
+                    while line.recv(65536):
+                        pass
+                    break
+    assert 0.2 < time.monotonic() - since < 5
+
+
+def test_a_connection_under_way_is_not_cut_for_its_head(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Door, "head_seconds", 0.2)
+    with serving(run) as served, sent(served, {**FOREVER, "stream": True}) as line:
+        since = time.monotonic()
+        while time.monotonic() < since + 0.6:
+            assert line.recv(65536)
+
+
+def test_a_caller_who_reads_nothing_of_its_answer_is_cut(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Door, "stall_seconds", 0.2)
+    whole = Shape.piece
+    monkeypatch.setattr(Shape, "piece", lambda shape, text: whole(shape, text * 10**6))
+    with serving(run) as served, sent(served, {**FOREVER, "stream": True}):
+        until(lambda: served.engine.under_way == 1)
+        until(lambda: served.engine.under_way == 0)
+
+
+def test_of_too_many_idle_connections_the_oldest_is_cut(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Door, "most_idle", 3)
+    lines = []
+    for _ in range(4):
+        lines.append(socket.create_connection(served.door.getsockname(), timeout=20))
+        time.sleep(0.05)
+    assert ended(lines[0]) == b""
+    lines[3].sendall(ANSWERED)
+    assert b"200" in lines[3].recv(100)
+    for line in lines:
+        line.close()
+
+
+def test_nonsense_on_a_connection_is_no_traceback(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    refused = b"POST /v1/completions HTTP/1.1\r\nHost: evil\r\nTransfer-Encoding: chunked\r\n\r\n"
+    for content in (b"\x00\xff\r\n\r\n", refused + b"zzz\r\n\r\n", b"GET / HTTP/1.1\r\nA: " + b"a" * 10**5):
+        with socket.create_connection(served.door.getsockname(), timeout=20) as line:
+            line.sendall(content)
+            time.sleep(0.1)
+            with contextlib.suppress(OSError):
+                line.sendall(b"zzz\r\n")
+            ended(line)
+    assert not caplog.records
+    assert post(served, ASKED)[0] == 200

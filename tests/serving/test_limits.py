@@ -1,0 +1,325 @@
+"""What one caller may do to others: requests that tried to stop the server for everybody, over real HTTP."""
+
+import json
+import logging
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from h11._connection import DEFAULT_MAX_INCOMPLETE_EVENT_SIZE
+from pydantic import ValidationError
+
+from fedamole.serving import commands, protocol, quota, server
+from fedamole.serving.door import Door
+from fedamole.serving.engine import TRIES, Engine
+from fedamole.serving.keys import make_keys, read_keys
+from fedamole.serving.protocol import RANGES, STOP_LETTERS, Chat, Completion, RefusedError, Shape, read
+from fedamole.serving.quota import Allowance
+from fedamole.serving.server import Server, Service
+from fedamole.serving.turns import SLICE, Limits
+
+from .served import ASKED, FOREVER, Served, ended, post, raw, sent, serving, until
+
+NAMES = ("chat", "entail", "mood", "plain")
+OUT_OF_RANGE: list[tuple[str, str]] = [
+    ("max_tokens", "1000001"), ("max_tokens", "0"), ("max_tokens", "-5"), ("max_tokens", "true"),
+    ("max_tokens", '"7"'), ("max_tokens", "1.5"), ("max_tokens", "1e308"),
+    ("temperature", "3e-38"), ("temperature", "1e-320"), ("temperature", "0.0009"), ("temperature", "2.1"),
+    ("temperature", "-1"), ("temperature", "NaN"), ("temperature", "1e999"), ("temperature", "true"),
+    ("top_p", "0"), ("top_p", "1.01"), ("top_p", "NaN"), ("top_p", "-1"),
+    ("seed", "9223372036854775808"), ("seed", "-9223372036854775809"), ("seed", "1" + "0" * 40), ("seed", "1.5"),
+    ("stop", '""'), ("stop", '["a", ""]'), ("stop", '["a", "b", "c", "d", "e"]'), ("stop", "[1, 2]"),
+    ("stop", json.dumps("x" * (STOP_LETTERS + 1))), ("stop", json.dumps(["x" * 900_000])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), OUT_OF_RANGE, ids=lambda value: value[:24])
+def test_a_value_out_of_range_is_refused_with_the_range(served: Served, field: str, value: str) -> None:
+    rest = "".join(f', "{name}": {json.dumps(one)}' for name, one in ASKED.items() if name != field)
+    status, answer = post(served, f'{{"{field}": {value}{rest}}}'.encode())
+    assert (status, answer["error"]["param"]) == (400, field)
+    assert answer["error"]["message"] == f"{field}: must be {RANGES[field]}"
+
+
+@pytest.mark.parametrize("more", [
+    {"temperature": 0.001}, {"temperature": 2}, {"top_p": 1e-320, "temperature": 1}, {"seed": 2**63 - 1},
+    {"seed": -(2**63), "temperature": 1.0}, {"max_tokens": 1_000_000, "stop": ["x" * STOP_LETTERS] * 4},
+    {"frequency_penalty": 0, "presence_penalty": 0.0},
+], ids=lambda more: str(more)[:40])  # fmt: skip
+def test_values_at_the_ends_of_the_ranges_are_taken(served: Served, more: dict[str, Any]) -> None:
+    assert post(served, {**ASKED, **more})[0] == 200
+
+
+@pytest.mark.parametrize("penalty", ["frequency_penalty", "presence_penalty"])
+def test_penalties_are_refused_with_what_they_must_be(served: Served, penalty: str) -> None:
+    assert post(served, {**ASKED, penalty: 0.1})[1]["error"]["message"] == f"{penalty}: must be 0, or left out"
+
+
+BODIES: dict[str, tuple[bytes, int]] = {
+    "nothing": (b"", 400),
+    "half": (b"{", 400),
+    "null": (b"null", 400),
+    "deep": (b"[" * 200_000, 400),
+    "deep in a field": (b'{"model":"mood","prompt":"a","metadata":' + b"[" * 10**5 + b"]" * 10**5 + b"}", 400),
+    "giant number": (b'{"model":"mood","prompt":"a","max_tokens":' + b"9" * 10**5 + b"}", 400),
+    "giant number read over": (b'{"model":"mood","prompt":"a","metadata":' + b"9" * 10**5 + b"}", 400),
+    "giant seed": (b'{"model":"mood","prompt":"a","seed":' + b"9" * 4000 + b"}", 400),
+    "half a million wrong prompts": (b'{"model":"mood","prompt":[' + b"1," * 500_000 + b"1]}", 400),
+    "half a million wrong stops": (b'{"model":"mood","prompt":"a","stop":[' + b"1," * 500_000 + b"1]}", 400),
+    "many columns": (json.dumps({"model": "mood", "row": {f"{i:x}": [] for i in range(80_000)}}).encode(), 400),
+    "a long column": (json.dumps({"model": "mood", "row": {"k" * 900_000: []}}).encode(), 400),
+    "a long unknown field": (json.dumps({**ASKED, "evil" * 100_000: 1}).encode(), 400),
+    "escapes": (json.dumps({"model": "mood", "row": {"\x1b[31m" * 1000: "x"}}).encode(), 400),
+    "no characters": (b'{"model":"\xff\xfe","prompt":"a"}', 400),
+    "half a character": (b'{"model":"mood","prompt":"\\ud800"}', 400),
+    "long prompt": (json.dumps({**ASKED, "prompt": "a " * 400_000}).encode(), 400),
+    "other model": (b'{"model":"../mood","prompt":"a"}', 404),
+    "too large": (b'{"model":"mood","prompt":"' + b"a" * 2**20 + b'"}', 413),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_body_that_was_made_to_harm_is_one_short_error(
+    served: Served, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    status, answer = post(served, BODIES[name][0])
+    assert status == BODIES[name][1]
+    assert len(answer["error"]["message"]) <= 300
+    assert len(answer["error"]["param"] or "") <= 64
+    assert not caplog.records
+    assert post(served, ASKED)[0] == 200
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_made_into_tokens(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = server.LETTERS * served.engine.bank.base.max_positions
+    monkeypatch.setattr(server, "ids_of", lambda *_: pytest.fail("it was made into tokens"))
+    answer = post(served, {**ASKED, "prompt": "a" * (most + 1)})[1]["error"]
+    assert (answer["code"], f"at most {most}" in answer["message"]) == ("context_length_exceeded", True)
+
+
+def test_a_wrong_host_is_refused_whatever_it_looks_like(served: Served) -> None:
+    for host in ("127.0.0.1.evil.example", "evil.example#127.0.0.1", "[::1", "[127.0.0.1]", "127.1", ""):
+        assert raw(served, "GET", "/v1/models", Host=host)[0] == 403
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> dict[str, str]:
+    return make_keys(tmp_path / "keys.json", NAMES)
+
+
+def test_one_keys_many_long_requests_do_not_delay_another_keys_short_one(
+    run: Path, keys: dict[str, str], tmp_path: Path
+) -> None:
+    """The long ones would never end; of too many of them, the rest is refused and told when to come again."""
+    with serving(run, read_keys(tmp_path / "keys.json"), rows=2, waiting=3) as served:
+        hogs = [sent(served, FOREVER, keys["mood"]) for _ in range(2)]
+        until(lambda: served.engine.under_way == 2)
+        hogs += [sent(served, FOREVER, keys["mood"]) for _ in range(3)]
+        until(lambda: (served.engine.under_way, served.engine.waiting) == (2, 3))
+        late = sent(served, FOREVER, keys["mood"])
+        said = late.recv(65536)
+        assert said.startswith(b"HTTP/1.1 429")
+        assert b"retry-after: 1\r\n" in said.lower()
+        short = {**ASKED, "model": "plain"}
+        assert post(served, short, Authorization=f"Bearer {keys['plain']}")[0] == 200
+        until(lambda: served.engine.under_way == 2)
+        for hog in (*hogs, late):
+            hog.close()
+        until(lambda: (served.engine.under_way, served.engine.waiting) == (0, 0))
+        assert post(served, ASKED, Authorization=f"Bearer {keys['mood']}")[0] == 200
+
+
+def test_a_caller_who_hangs_up_while_waiting_gives_its_place_to_the_next(run: Path) -> None:
+    """The engine has not begun, so nothing but the hang-up can make room."""
+    served = Served(run, waiting=1)
+    try:
+        first = sent(served, ASKED)
+        until(lambda: served.engine.waiting == 1)
+        assert post(served, ASKED)[0] == 429
+        first.close()
+        time.sleep(0.3)
+        with ThreadPoolExecutor(1) as pool:
+            second = pool.submit(post, served, ASKED)
+            until(lambda: sum(not one.gone for one in served.engine._turns.waiting) == 1)
+            served.engine.start()
+            assert second.result()[0] == 200
+    finally:
+        served.close()
+
+
+def test_requests_that_are_open_are_limited_whatever_state_they_are_in(run: Path) -> None:
+    """Four models, one place and one to wait in: eight at once, here all without a whole body; then one hangs up."""
+    with serving(run, rows=1, waiting=1) as served:
+        lines = []
+        for _ in range(8):
+            line = socket.create_connection(served.door.getsockname(), timeout=20)
+            line.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 9\r\n\r\n{"
+            )
+            lines.append(line)
+        until(lambda: post(served, ASKED)[0] == 429)
+        lines[0].close()
+        until(lambda: post(served, ASKED)[0] == 200)
+        for line in lines:
+            line.close()
+
+
+def test_bodies_of_one_caller_are_bounded_together(run: Path, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quota, "BODIES", 1000)
+    status, answer = post(served, {**ASKED, "prompt": "a" * 1001})
+    assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded")
+    for _ in range(3):
+        assert post(served, {**ASKED, "prompt": "a " * 100})[0] == 200, "what was held is held no more"
+
+
+def test_a_store_of_tokens_fills_evenly() -> None:
+    now = 0.0
+    store = Allowance(60, lambda: now)
+    store.take(50)
+    with pytest.raises(RefusedError) as refused:
+        store.take(20)
+    assert (refused.value.status, refused.value.retry) == (429, 10)
+    now = 10.0
+    store.take(20)
+    store.give_back(15)
+    store.take(15)
+    now = 10_000.0
+    store.take(60)
+    with pytest.raises(RefusedError) as never:
+        store.take(61)
+    assert never.value.status == 400
+
+
+def test_tokens_per_minute_are_counted_for_each_key_and_given_back_where_unused(
+    run: Path, keys: dict[str, str], tmp_path: Path
+) -> None:
+    with serving(run, read_keys(tmp_path / "keys.json"), 100) as served:
+        mine = {"Authorization": f"Bearer {keys['mood']}"}
+        assert post(served, {**ASKED, "max_tokens": 100}, **mine)[1]["error"]["code"] == "too_many_tokens"
+        line = sent(served, {**ASKED, "max_tokens": 90}, keys["mood"])
+        assert b" 200 " in line.recv(100)
+        line.close()
+        said = sent(served, {**ASKED, "max_tokens": 90}, keys["mood"]).recv(65536)
+        assert b" 429 " in said
+        assert 30 < int(said.lower().partition(b"retry-after: ")[2].split()[0]) <= 60
+        theirs = {"Authorization": f"Bearer {keys['plain']}"}
+        assert post(served, {**ASKED, "model": "plain", "max_tokens": 90}, **theirs)[0] == 200
+        hangs_up = sent(served, {**FOREVER, "model": "chat", "max_tokens": 90, "stream": True}, keys["chat"])
+        assert b" 200 " in hangs_up.recv(100)
+        hangs_up.close()
+        theirs = {"Authorization": f"Bearer {keys['chat']}"}
+        until(lambda: post(served, {**ASKED, "model": "chat", "max_tokens": 50}, **theirs)[0] == 200)
+
+
+def test_two_bodies_of_one_caller_are_made_into_tokens_at_once(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, most, right, go = 0, 0, Service._ids, threading.Event()
+
+    def slow(service: Service, body: Any, client: int) -> Any:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        go.wait(0.3)
+        inside -= 1
+        return right(service, body, client)
+
+    monkeypatch.setattr(Service, "_ids", slow)
+    with ThreadPoolExecutor(6) as pool:
+        assert {status for status, _ in pool.map(lambda _: post(served, ASKED), range(6))} == {200}
+    assert most == quota.AT_ONCE == 2
+
+
+def test_the_page_states_the_limits_of_the_code() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
+    for row in (
+        f"| `temperature` | 0 (the most probable token), or {protocol.COOLEST} to 2.",
+        f"a whole number from 1 to {protocol.LONGEST:,}.",
+        f"| `stop` | at most {protocol.STOPS} texts of 1 to {STOP_LETTERS} characters each |",
+        f"| `row` | at most {protocol.COLUMNS} columns |",
+        f"at most {server.LETTERS} characters for each position of the base",
+        f"| bodies that are being received | {quota.BODIES >> 20} MiB together | 429 |",
+        f"| bodies that are made into tokens | {quota.AT_ONCE} at once | they wait |",
+        f"| a request's head | {Door.head_seconds:.0f} seconds",
+        f"while the rest is missing | {DEFAULT_MAX_INCOMPLETE_EVENT_SIZE >> 10} KiB | 400 |",
+        f"| a request's body | {server.PATIENCE:.0f} seconds; {server.LARGEST >> 20} MiB | 408; 413 |",
+        f"| an open connection between two requests | {server.KEPT_OPEN} seconds |",
+        f"takes nothing of its answer | {Door.stall_seconds:.0f} seconds |",
+        f"| connections without a request under way | {Door.most_idle} |",
+        f"| requests that wait, for each model | `--waiting` ({Limits().waiting}) | 429 |",
+        f"any client's request that has had {SLICE} tokens since it joined",
+    ):
+        assert row in text, row
+    assert TRIES == 3
+    assert "a request that was part of three failed steps fails" in text
+
+
+def test_an_error_inside_one_request_is_one_line_and_a_500_for_it_alone(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = Service._ids
+
+    def wrong(service: Service, body: Any, client: int) -> Any:
+        if body.prompt == "a":
+            raise ValueError(f"quoting {body.prompt} and a secret")
+        return right(service, body, client)
+
+    monkeypatch.setattr(Service, "_ids", wrong)
+    status, answer = post(served, ASKED)
+    assert (status, answer["error"]["message"]) == (500, "the server failed on this request")
+    until(lambda: caplog.records)  # the answer is sent first
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    assert caplog.messages == [f"a request failed: ValueError in test_limits.py:{wrong.__code__.co_firstlineno + 2}"]
+    assert post(served, {**ASKED, "prompt": "b"})[0] == 200
+
+
+def test_an_error_in_a_stream_ends_that_stream(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Shape, "last", lambda *_: 1 / 0)
+        with sent(served, {**ASKED, "stream": True}) as line:
+            assert b"[DONE]" not in ended(line)
+    until(lambda: caplog.records)
+    assert post(served, ASKED)[0] == 200
+    assert len(caplog.records) == 1
+
+
+def test_the_commands_limits_reach_the_engine(fedamole: Any, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Engine, Service]] = []
+    right = Server.__init__
+
+    def noted(self: Server, service: Service, certs: Path | None = None) -> None:
+        right(self, service, certs)
+        seen.append((self.engine, service))
+
+    monkeypatch.setattr(Server, "__init__", noted)
+    monkeypatch.setattr(Server, "run", lambda self, doors: (doors[0].close(), self.engine.stop()))
+    fedamole("serve", run, "--port", "0", "--each", "3", "--per-minute", "500", "--waiting", "7", "--rows", "5")
+    engine, service = seen[0]
+    limits = engine.limits
+    assert (limits.each, limits.waiting, limits.rows, service.offer.per_minute) == (3, 7, 5, 500)
+
+
+def test_names_from_elsewhere_are_printed_safely(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands._show_new_keys(tmp_path / "keys.json", ("evil\x1b[31m",))
+    assert capsys.readouterr().out.startswith("evil\\x1b[31m fedamole-")
+
+
+@pytest.mark.parametrize("more", [
+    {"prompt": [1] * 10_000}, {"stop": [1] * 10_000}, {"row": {f"{i}": [] for i in range(10_000)}},
+    {"messages": [1] * 10_000}, {"messages": [{"role": "user", "content": [{}] * 10_000}]},
+], ids=lambda more: str(more)[:24])  # fmt: skip
+def test_a_body_that_is_wrong_ten_thousand_times_is_not_ten_thousand_errors(more: dict[str, Any]) -> None:
+    """A million bytes of them took seconds, in which nobody else was answered."""
+    kind = Chat if "messages" in more else Completion
+    with pytest.raises(RefusedError) as refused:
+        read(kind, json.dumps({"model": "mood", **more}).encode())
+    wrong = refused.value.__context__
+    assert isinstance(wrong, ValidationError)
+    assert wrong.error_count() < 10

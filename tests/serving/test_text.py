@@ -1,0 +1,159 @@
+"""Answers as they grow, against a matcher that looks at the whole text again for every character."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedamole.serving.text import UNDECIDED, Growing, Stop
+
+from ..model.conftest import write_tokenizer
+
+
+def naive(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """Where an answer ends, by the definition."""
+    for end in range(1, len(text) + 1):
+        found = [len(stop) for stop in stops if text[:end].endswith(stop)]
+        if found:
+            return text[: end - max(found)].strip(), True
+    return text.strip(), False
+
+
+def certain(text: str, stops: Sequence[str]) -> str:
+    """What may be shown of a text that goes on."""
+    begun = [size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])]
+    return text[: len(text) - max(begun, default=0)].strip()
+
+
+LETTERS = "ab\n"
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.text(LETTERS, max_size=5), max_size=20), st.lists(st.text(LETTERS, min_size=1, max_size=6), max_size=4)
+)
+def test_stop_strings_are_found_as_by_a_naive_matcher(tokens: list[str], stops: list[str]) -> None:
+    """Tokens of any length, and stop strings that overlap, contain each other and themselves."""
+    growing, shown = Growing(lambda ids: "".join(tokens[place] for place in ids), stops), ""
+    for size in range(1, len(tokens) + 1):
+        whole = "".join(tokens[:size])
+        piece, stopped = growing.grow(range(size), size == len(tokens))
+        shown += piece
+        assert stopped == naive(whole, stops)[1]
+        if stopped or size == len(tokens):
+            assert shown == naive(whole, stops)[0]
+            return
+        assert shown == certain(whole, stops), "no more and no less is held back than may still change"
+
+
+def grown(whole: str, stop: tuple[str, ...] = ()) -> tuple[str, bool]:
+    """All pieces of a text that comes byte by byte."""
+    content, found = whole.encode(), ""
+    growing = Growing(lambda ids: bytes(ids).decode(errors="replace"), stop)
+    for size in range(1, len(content) + 1):
+        piece, stopped = growing.grow(list(content[:size]), size == len(content))
+        found += piece
+        assert found == growing.shown
+        if stopped:
+            return found, True
+    return found, False
+
+
+def test_pieces_join_to_the_stripped_text() -> None:
+    for whole in ("  two  words\n\n", "naïve – ☃ 日本", "\n", "a\n b", "end \ufffd"):
+        assert grown(whole) == (whole.strip(), False)
+
+
+def test_a_stop_string_is_never_shown_not_even_its_beginning() -> None:
+    assert grown("one\n\ntwo", ("\n\n",)) == ("one", True)
+    assert grown("one END\nEN two", ("ENDE", "EN t")) == ("one END", True)
+    assert grown("one EN", ("END",)) == ("one EN", False)
+    assert grown("ababac and more", ("abac",)) == ("ab", True)
+    assert grown("ein ☃ und", ("☃",)) == ("ein", True)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    made = {}
+    for name, write in {"bytes": write_tokenizer, "spaces": spaces}.items():
+        folder = tmp_path_factory.mktemp(name)
+        write(folder)
+        made[name] = AutoTokenizer.from_pretrained(folder)
+    return made
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_pieces_join_to_what_a_tokenizer_decodes(tokenizers: dict[str, Any], data: st.DataObject) -> None:
+    """Bytes that are no characters, special tokens that are left out, and a tokenizer that drops a first space."""
+    tokenizer = tokenizers[data.draw(st.sampled_from(["bytes", "spaces"]))]
+    ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), min_size=1, max_size=UNDECIDED))
+
+    def decode(part: Sequence[int]) -> str:
+        return str(tokenizer.decode(part, skip_special_tokens=True))
+
+    growing = Growing(decode)
+    pieces = [growing.grow(ids[: size + 1], size + 1 == len(ids))[0] for size in range(len(ids))]
+    assert "".join(pieces) == decode(ids).strip()
+
+
+def spaces(folder: Path) -> None:
+    """Words with a mark for the space before them, which is dropped at the beginning of a text, as Llama's."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: place for place, word in enumerate(("<end>", "<unk>", "▁", "▁a", "▁cat", "s", "▁▁", ".", "\n"))}
+    raw = Tokenizer(models.WordLevel(words, "<unk>"))
+    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>").save_pretrained(folder)
+
+
+def test_the_work_is_linear_in_the_text() -> None:
+    """Every token is decoded a few times, and every character looked at a few times, whatever the stop string is."""
+    decoded = 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return "a" * len(ids)
+
+    class Counted(list[int]):
+        looks = 0
+
+        def __getitem__(self, place: Any) -> Any:
+            Counted.looks += 1
+            return super().__getitem__(place)
+
+    growing, size = Growing(decode, ["a" * 200 + "b", "ab" * 100]), 3000
+    for stop in growing._stops:
+        stop._shorter = Counted(stop._shorter)
+    for place in range(size):
+        growing.grow(range(place + 1), False)
+    assert decoded <= 4 * size
+    assert Counted.looks <= 2 * size
+
+
+def test_broken_text_is_decoded_in_parts() -> None:
+    decoded = 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return bytes(ids).decode(errors="replace")
+
+    growing, size = Growing(decode), 3000
+    for place in range(size):
+        growing.grow([0xFF] * (place + 1), place == size - 1)
+    assert decoded <= 3 * UNDECIDED * size
+    assert growing.shown == "\ufffd" * size
+
+
+def test_a_stop_string_of_one_character_and_of_many_equal_ones() -> None:
+    assert Stop("a").read("a")
+    stop = Stop("aab")
+    assert [stop.read(letter) for letter in "aaab"] == [False, False, False, True]
