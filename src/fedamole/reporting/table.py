@@ -80,7 +80,10 @@ def _column(label: str, entries: Sequence[tuple[Run, str]], clients: Sequence[st
         lines["mean, last round"] = [row["last_mean"] for row in rows]
         lines["best round"] = [row["best_round"] for row in rows]
     traffic = (first["bytes_down_per_client_round"], first["bytes_up_per_client_round"]) if trained else (0.0, 0.0)
-    scores = {client: [row["clients"][client]["score"] for row in rows] for client in clients}
+    # A client of a deployment whose last answer never came has no score.
+    scores = {
+        client: [row["clients"][client]["score"] for row in rows if client in row["clients"]] for client in clients
+    }
     return Column(label, scores, lines, traffic)
 
 

@@ -151,7 +151,7 @@ def _tested(done: Sequence[Told], models: Sequence[str]) -> Json:
     head, *body = grid(comparison)
     columns = {column.label: column.clients for column in comparison.columns}
     marks = {
-        label: {client: statistics.fmean(values) for client, values in by_client.items()}
+        label: {client: statistics.fmean(values) for client, values in by_client.items() if values}
         for label, by_client in columns.items()
     }
     [scenario] = read_scenarios([
