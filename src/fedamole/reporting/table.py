@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedamole.federation.loop import BASE, MAJORITY
+from fedamole.reporting.markdown import literal
+from fedamole.reporting.markdown import table as as_table
 from fedamole.reporting.runs import Run
 
 SCORE_LINES = ("mean", "worst client", "spread", "mean, last round")
@@ -141,4 +143,4 @@ def markdown(comparison: Comparison) -> str:
     """The table in Markdown."""
     head, *body = grid(comparison)
     rule = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
+    return as_table([*map(literal, head)], [[literal(cell) for cell in line] for line in body], rule)
