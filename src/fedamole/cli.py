@@ -108,9 +108,19 @@ def run(config: ConfigPath = None, overrides: Overrides = None, as_json: AsJson 
 def resume(
     folder: Annotated[Path, typer.Argument(help="The folder of a run that was interrupted.")], as_json: AsJson = False
 ) -> None:
-    """Continue an interrupted run from its last finished round, to the very same result."""
-    from fedamole.experiment import resume as resume_run
+    """Continue an interrupted run from its last finished round, to the very same result.
 
+    What the run's config makes it read outside of the run's folder (data, a base) is said first.
+    """
+    from fedamole.config import load_run_config
+    from fedamole.experiment import reads_outside
+    from fedamole.experiment import resume as resume_run
+    from fedamole.federation.run_folder import RunFolder
+
+    run_folder = RunFolder.open(folder)
+    if not run_folder.finished and (reads := reads_outside(load_run_config(run_folder), folder)):
+        said = f"reads what {folder}/config.toml names outside that folder: {', '.join(reads)}"
+        screen(error=True).print(said, style="dim", soft_wrap=True)
     with _watching(folder.name, as_json) as watcher:
         resume_run(folder, watcher)
     _show([folder], as_json)

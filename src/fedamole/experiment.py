@@ -128,17 +128,17 @@ def resume(path: Path, watcher: Watcher) -> dict[str, Any]:
         write_cards(folder)
         return folder.read_json("summary.json")
     config = load_run_config(folder)
-    if reads := reads_outside(config, path):
-        watcher.stage(f"reads what config.toml names outside {path}: {', '.join(reads)}")
     prepared = prepare(config, read_manifest(folder.place(MANIFEST)))
     Identity(**folder.about["base"]).check(prepared.base.identity, "the base that base.model names now")
     return _run(prepared, folder, watcher)
 
 
-def reads_outside(config: Config, folder: Path, sources: Collection[str] | None = None) -> tuple[str, ...]:
+def reads_outside(
+    config: Config, folder: Path, sources: Collection[str] | None = None, base: bool = True
+) -> tuple[str, ...]:
     """What a run's config makes a command read that lies outside the run's folder, as words for people.
 
-    `sources` are the names of the sources that are read; left out: all.
+    `sources` are the names of the sources that are read (left out: all), and `base` whether the config's base is.
     """
     found, top = [], os.path.realpath(folder)
 
@@ -148,9 +148,9 @@ def reads_outside(config: Config, folder: Path, sources: Collection[str] | None 
             found.append(f"{what} {real}")
 
     model = config.base.model
-    if model != BUNDLED and (model.startswith("/") or Path(model).is_dir()):
+    if base and model != BUNDLED and (model.startswith("/") or Path(model).is_dir()):
         name("base", model)
-    elif model != BUNDLED:
+    elif base and model != BUNDLED:
         found.append(f"base {model} of the Hugging Face hub")
     for source in config.data.source:
         if sources is None or source.name in sources:

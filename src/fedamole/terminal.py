@@ -71,9 +71,7 @@ def printable_json(value: Any) -> str:
     written = json.dumps(value, ensure_ascii=False)
     if written.isascii() and written.isprintable():
         return written
-    return "".join(
-        json.dumps(letter)[1:-1] if unicodedata.category(letter) in UNSAFE else letter for letter in written
-    )
+    return "".join(json.dumps(letter)[1:-1] if unicodedata.category(letter) in UNSAFE else letter for letter in written)
 
 
 class Screen(Console):

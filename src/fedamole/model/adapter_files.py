@@ -40,8 +40,10 @@ DTYPES = ("F32", "BF16", "F16")
 _module = text(500, re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*"))
 _rank, _share = whole(1, MOST_RANK), number(0, 1)
 _id = whole(0, MOST_EXPERTS - 1)
-_common = record({"peft_type": choice("LORA", "AMOLE", "PROMPT_TUNING"), "base_model_name_or_path": text(4096)},
-                 {"task_type": choice("CAUSAL_LM"), "inference_mode": boolean, "peft_version": text(100)})
+_common = record(
+    {"peft_type": choice("LORA", "AMOLE", "PROMPT_TUNING"), "base_model_name_or_path": text(4096)},
+    {"task_type": choice("CAUSAL_LM"), "inference_mode": boolean, "peft_version": text(100)},
+)
 _kinds: dict[str, Form] = {
     "LORA": record({
         "r": _rank, "lora_alpha": number(1e-9), "lora_dropout": _share, "target_modules": listed(_module, 100_000),
@@ -119,8 +121,10 @@ def check_weights(folder: Path, config: Mapping[str, Any], found: Mapping[str, A
         shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
         if dtype not in DTYPES:
             raise RunError(f"{path}: the tensor {quoted(name, 200)} is of {dtype}, expected one of {', '.join(DTYPES)}")
-        if len(shape) != 2 or not all(shape) or not any(
-            all(size in (None, real) for size, real in zip(one, shape, strict=True)) for one in wanted[name]
+        if (
+            len(shape) != 2
+            or not all(shape)
+            or not any(all(size in (None, real) for size, real in zip(one, shape, strict=True)) for one in wanted[name])
         ):
             asked = " or ".join(str(one).replace("None", "any") for one in wanted[name])
             raise RunError(
@@ -144,7 +148,8 @@ def _wanted(config: Mapping[str, Any]) -> dict[str, list[tuple[int | None, int |
         router = config.get("router", "embedding")
         up = (len(ids) + (router == "embedding")) * rank
         more = {
-            "embedding": [rank if ids else 0], "instance": [0],
+            "embedding": [rank if ids else 0],
+            "instance": [0],
             "mixer": [len(ids), 2 * len(ids) - 1] if ids else [0],
         }[router]
         wanted[f"{PREFIX}{module}.amole_up"] = [(up, None)]

@@ -22,7 +22,7 @@ import torch
 
 from fedamole.config import Config, load_run_config
 from fedamole.data.manifest import load_federation
-from fedamole.data.settings import DataSettings, SourceSettings
+from fedamole.data.settings import SourceSettings
 from fedamole.errors import ConfigError, RunError
 from fedamole.evaluation.personal import losses_of, majority_scores, scores_of
 from fedamole.experiment import free_path, reads_outside, resolved, server_of
@@ -85,7 +85,7 @@ def adapt(
     run = RunFolder.open(path)
     state, clients = final_state(run)
     config = load_run_config(run)
-    if reads := reads_outside(replace(config, data=DataSettings()), path):
+    if reads := reads_outside(config, path, sources=(), base=base is None):
         say(f"reads what config.toml names outside {path}: {', '.join(reads)}")
     if source.name in {client.name for client in clients}:
         raise ConfigError(f"{source.name} is a client of {path} already: give the new one another --name")

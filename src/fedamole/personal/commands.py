@@ -51,12 +51,13 @@ def generate(
     from fedamole.errors import RunError
     from fedamole.federation.run_folder import write_atomic
     from fedamole.personal.generate import answers, asked_for, evaluation_of, layout_of
-    from fedamole.personal.models import find, open_bank
+    from fedamole.personal.models import find, open_bank, read_for
 
     if out is not None and out.exists():
         raise RunError(f"{out} exists already, and nothing is overwritten: remove it or choose another name")
     place = find(run, client, row)
     layout, notes = layout_of(place), screen(error=True)
+    _note(notes, read_for(place, False, base))
     asked = asked_for(prompts or [], file, columns or [], layout, sys.stdin)
     if columns is None and layout.template != "plain" and any(not one.prompt.endswith("\n") for one in asked):
         told = f"used as it is; --set puts columns into the template that {place.client} was trained with (--help)"
@@ -94,9 +95,10 @@ def chat(
     """
     from fedamole.personal.chat import NEW, QUIT, Chat, converse
     from fedamole.personal.generate import evaluation_of
-    from fedamole.personal.models import find, open_bank
+    from fedamole.personal.models import find, open_bank, read_for
 
     place = find(run, client, row)
+    _note(screen(error=True), read_for(place, False, base))
     bank, adapters = open_bank([place], device, base)
     bank.load(adapters)
     talk = Chat(bank, max_new_tokens or evaluation_of(place, bank.base.max_positions).max_new_tokens, system)
@@ -154,7 +156,7 @@ def explain(
     from fedamole.personal import explain as told
     from fedamole.personal.explain_page import page
     from fedamole.personal.generate import asked_for, evaluation_of, ids_of, layout_of
-    from fedamole.personal.models import find, open_bank, places
+    from fedamole.personal.models import find, open_bank, places, read_for
     from fedamole.personal.routing import greedy_answer, own_rows, plain_ids, write_routing
 
     text = prompt is not None or bool(columns) or answer is not None
@@ -166,6 +168,9 @@ def explain(
         raise ConfigError(f"--html {html}: name a file that ends in .html")
     console, notes = screen(wide=140), screen(error=True)
     found = places(run, row) if every else (find(run, client, row),)
+    own_data = every or experts or not (prompt is not None or columns)
+    for told_reads in dict.fromkeys(read_for(place, own_data, base) for place in found):
+        _note(notes, told_reads)
     bank, adapters = open_bank(found, device, base)
     settings = evaluation_of(found[0], bank.base.max_positions)
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
@@ -226,13 +231,15 @@ def export(
 
     from fedamole.personal.export import ExportSettings, LossyError
     from fedamole.personal.export import export as write
-    from fedamole.personal.models import find
+    from fedamole.personal.models import find, read_for
 
     settings = ExportSettings(to, rank, ridge, tokens, tolerance, force)
     text = None if calibration is None else _source("calibration", calibration, template, column)
     notes, refused = screen(error=True), None
+    place = find(run, client, row)
+    _note(notes, read_for(place, True, base))
     try:
-        report = write(find(run, client, row), out, settings, calibration=text, device=device, base=base,
+        report = write(place, out, settings, calibration=text, device=device, base=base,
                        say=lambda told: _note(notes, told))  # fmt: skip
     except LossyError as error:
         report, refused = error.report, error
@@ -300,7 +307,8 @@ def adapt(
 
 
 def _note(console: Screen, text: str) -> None:
-    console.print(text, style="dim", soft_wrap=True)
+    if text:
+        console.print(text, style="dim", soft_wrap=True)
 
 
 def _source(

@@ -9,6 +9,7 @@ from fedamole.config import Config, load_run_config, nearest
 from fedamole.data.examples import Shard
 from fedamole.data.manifest import load_federation, read_manifest
 from fedamole.errors import BaseModelError, RunError
+from fedamole.experiment import reads_outside
 from fedamole.federation.run_folder import MANIFEST, RUN, RunFolder
 from fedamole.model.adapter_files import check_fits, read_config
 from fedamole.model.bank import Bank
@@ -123,6 +124,24 @@ def own_shard(place: Place) -> tuple[Config, Shard]:
     source = tuple(one for one in config.data.source if one.name == manifest.clients[0].source)
     data = replace(config.data, source=source, manifest=None)
     return config, load_federation(data, Path.cwd(), manifest).shards[0]
+
+
+def read_for(place: Place, own_data: bool, base: str | None = None) -> str:
+    """A sentence on what a model's run makes a command read outside of the run's folder; empty where that is nothing.
+
+    `own_data` tells whether the client's own data are read too, `base` whether the user has named the base.
+    """
+    if place.run is None:
+        model = _settings_of(place.adapter).model
+        foreign = base is None and Path(model).is_dir()
+        return f"reads the base {Path(model).resolve()}, which {place.adapter / CONFIG} names" if foreign else ""
+    sources: tuple[str, ...] = ()
+    if own_data:
+        sources = (read_manifest(place.run.place(MANIFEST)).only(place.client).clients[0].source,)
+    config = load_run_config(place.run)
+    elsewhere = is_elsewhere(config.base.model)  # then the bundled base is tried
+    reads = reads_outside(config, place.run.path, sources, base=base is None and not elsewhere)
+    return f"reads what {place.run.path / 'config.toml'} names outside that folder: {', '.join(reads)}" if reads else ""
 
 
 def _settings_of(adapter: Path) -> BaseSettings:

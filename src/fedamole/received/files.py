@@ -82,8 +82,9 @@ def as_text(content: bytes, where: object, error: type[FedamoleError] = RunError
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as problem:
-        raise error(f"{where} is not UTF-8 text ({problem.reason} at byte {problem.start}): put it back from a copy") \
-            from problem
+        raise error(
+            f"{where} is not UTF-8 text ({problem.reason} at byte {problem.start}): put it back from a copy"
+        ) from problem
 
 
 def parse_json(content: str, where: object, error: type[FedamoleError] = RunError) -> Any:
