@@ -18,10 +18,12 @@ from fedamole.data.manifest import read_manifest
 from fedamole.errors import BaseModelError, ConfigError, DataError, FedamoleError, RunError
 from fedamole.experiment import reads_outside
 from fedamole.federation import checkpoint
+from fedamole.federation.run_files import MOST_ROUNDS
 from fedamole.federation.run_folder import RunFolder, write_atomic
 from fedamole.model.params import MOST_EXPERTS, expert_ids
 from fedamole.model.pretrained import load_adapter
 from fedamole.personal.models import load_personal_model
+from fedamole.received import files
 from fedamole.received.names import LONGEST_NAME, as_name, checked_name, checked_names
 from tests.received import Arena, arena, call
 
@@ -182,8 +184,11 @@ def test_json_is_read_within_bounds(received: Arena, monkeypatch: pytest.MonkeyP
     path = received.run / "summary.json"
     good = path.read_text()
     for text, why in {
-        "[" * 100_000: "nested too deeply", good.replace('"rounds"', '"method": "fedit", "rounds"', 1): "stands there twice",
-        good.replace('"fedamole"', '"\\ud800"', 1): "half a character", good[:-9]: "not the JSON", "": "not the JSON",
+        "[" * 100_000: "nested too deeply",
+        good.replace('"rounds"', '"method": "fedit", "rounds"', 1): "stands there twice",
+        good.replace('"fedamole"', '"\\ud800"', 1): "half a character",
+        good[:-9]: "not the JSON",
+        "": "not the JSON",
         good.replace('"best_round": 1', '"best_round": 1e999', 1): "a whole number from -1",
         good.replace('"best_round": 1', f'"best_round": {10**30}', 1): "a whole number from -1",
     }.items():  # fmt: skip
@@ -323,11 +328,15 @@ def test_weights_that_do_not_fit_are_refused(runs: Any, tmp_path: Path) -> None:
     path = run / "clients/mood/adapter/adapter_model.safetensors"
     good = load_file(path)
     name = min(good)
+    less = {key: tensor for key, tensor in good.items() if key != name}
     for changed, why in (
-        ({**good, "x": good[name].clone()}, "does not belong there"), ({key: good[key] for key in good if key != name}, "is missing"),
-        ({**good, name: good[name].double()}, "is of F64"), ({**good, name: good[name][:1]}, "has the shape"),
-        ({**good, name: good[name].flatten()}, "has the shape"), ({**good, name: good[name][:, :1].contiguous()}, "values"),
-    ):  # fmt: skip
+        ({**good, "x": good[name].clone()}, "does not belong there"),
+        (less, "is missing"),
+        ({**less, name: good[name].double()}, "is of F64"),
+        ({**less, name: good[name][:1]}, "has the shape"),
+        ({**less, name: good[name].flatten()}, "has the shape"),
+        ({**less, name: good[name][:, :1].contiguous()}, "values"),
+    ):
         save_file(changed, path)
         with pytest.raises(FedamoleError, match=why):
             load_personal_model(run, "mood")
@@ -406,10 +415,23 @@ def test_numbers_of_a_config_are_bounded(received: Arena) -> None:
     text = (received.run / "config.toml").read_text()
     for wrong in (str(10**30), "nan", "inf", "-inf"):
         (received.run / "config.toml").write_text(re.sub(r"learning_rate = \S+", f"learning_rate = {wrong}", text))
-        with pytest.raises(ConfigError, match="finite number"):
+        with pytest.raises(ConfigError, match=r"must be a (finite|whole) number"):
             load_run_config(RunFolder.open(received.run))
 
 
 def test_a_manifest_of_an_honest_run_is_as_it_was(runs: Any) -> None:
     path = runs("fedamole", *WORD) / "manifest.json"
     assert read_manifest(path).to_json() == path.read_text()
+
+
+def test_the_document_names_the_bounds() -> None:
+    text = " ".join((Path(__file__).parents[1] / "docs" / "run-folder.md").read_text().split())
+    for told in (
+        f"has 1 to {LONGEST_NAME} letters",
+        f"may have {files.MOST_JSON // files.MIB} MiB",
+        f"{files.MOST_LINE // files.MIB} MiB, `config.toml` {files.MOST_CONFIG // files.MIB} MiB",
+        f"folder {files.MOST_FILES:,} files",
+        f"rounds up to {MOST_ROUNDS:,}",
+        f"from 0 to {MOST_EXPERTS - 1:,}",
+    ):
+        assert told in text, told

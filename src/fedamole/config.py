@@ -229,8 +229,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return tuple(_convert(arguments[0], item, f"{where}[{place}]") for place, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= MOST_WHOLE):
-        raise ConfigError(f"{where} = {quoted(value)}: must be a finite number of at most 2^53")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} = {value}: must be a finite number")
+    if isinstance(value, int) and abs(value) > MOST_WHOLE:
+        raise ConfigError(f"{where} = {quoted(value)}: must be a whole number of at most 2^53")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):

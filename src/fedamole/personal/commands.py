@@ -114,7 +114,7 @@ def chat(
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - arrows and history, wherever lines are asked for
         note(f"{place.client}'s model; {NEW} begins anew, {QUIT} ends")
-    converse(talk, lambda: console.input(Text("you> ", style="bold")) if person else input(), say, note)
+    converse(talk, lambda: console.input(Text.assemble(("you>", "bold"), " ")) if person else input(), say, note)
 
 
 def explain(
