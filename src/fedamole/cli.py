@@ -1,15 +1,14 @@
 """The command line. Nothing heavy is imported before a command needs it, so `--help` answers at once."""
 
-import json
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from fedamole.deployment.certificate_commands import certs
 from fedamole.deployment.client_command import client
@@ -20,7 +19,7 @@ from fedamole.errors import FedamoleError
 from fedamole.personal import commands as personal
 from fedamole.reporting import commands as reporting
 from fedamole.serving import commands as serving
-from fedamole.terminal import set_up
+from fedamole.terminal import Screen, say, say_json, screen, set_up
 
 if TYPE_CHECKING:
     from fedamole.comparison import Comparison
@@ -67,7 +66,7 @@ def _watching(title: str, as_json: bool) -> "Iterator[Watcher]":
     """Show progress on the terminal or in plain lines; always on the error stream, results go to the other."""
     from fedamole.console import BarWatcher, PlainWatcher
 
-    console = Console(stderr=True)
+    console = screen(error=True)
     if not console.is_terminal or as_json:
         yield PlainWatcher(console)
         return
@@ -82,7 +81,7 @@ def _show(paths: list[Path], as_json: bool, with_clients: bool = True) -> None:
     from fedamole.reporting.table import compare
 
     if as_json:
-        typer.echo(json.dumps([comparison.as_json() for comparison in compare(read_runs(paths))]))
+        say_json([comparison.as_json() for comparison in compare(read_runs(paths))])
     else:
         show_runs(paths, with_clients)
 
@@ -98,21 +97,31 @@ def run(config: ConfigPath = None, overrides: Overrides = None, as_json: AsJson 
 
     settings = _config(config, overrides)
     folder = free_folder(settings)
-    Console(stderr=True).print(f"{settings.method_name} -> {folder}", highlight=False)
+    screen(error=True).print(f"{settings.method_name} -> {folder}")
     with _watching(settings.run.name, as_json) as watcher:
         summary = start(settings, folder, watcher)
     _show([folder], as_json)
     peak = f"peak memory {summary['peak_memory_mib']:,.0f} MiB with {summary['group']} clients in lock-step"
-    Console(stderr=True).print(peak, highlight=False)
+    screen(error=True).print(peak)
 
 
 @app.command()
 def resume(
     folder: Annotated[Path, typer.Argument(help="The folder of a run that was interrupted.")], as_json: AsJson = False
 ) -> None:
-    """Continue an interrupted run from its last finished round, to the very same result."""
-    from fedamole.experiment import resume as resume_run
+    """Continue an interrupted run from its last finished round, to the very same result.
 
+    What the run's config makes it read outside of the run's folder (data, a base) is said first.
+    """
+    from fedamole.config import load_run_config
+    from fedamole.experiment import reads_outside
+    from fedamole.experiment import resume as resume_run
+    from fedamole.federation.run_folder import RunFolder
+
+    run_folder = RunFolder.open(folder)
+    if not run_folder.finished and (reads := reads_outside(load_run_config(run_folder), folder)):
+        said = f"reads what {folder}/config.toml names outside that folder: {', '.join(reads)}"
+        screen(error=True).print(said, style="dim", soft_wrap=True)
     with _watching(folder.name, as_json) as watcher:
         resume_run(folder, watcher)
     _show([folder], as_json)
@@ -134,7 +143,7 @@ def show(
     from fedamole.reporting.table import markdown as as_markdown
 
     for comparison in compare(read_runs(runs)):
-        typer.echo(as_markdown(comparison) + "\n")
+        say(as_markdown(comparison) + "\n")
 
 
 @app.command()
@@ -156,12 +165,12 @@ def plan(
     settings = _config(config, overrides)
     planned = plan_without_data(settings) if without_data else plan_run(settings)
     if as_json:
-        typer.echo(json.dumps(asdict(planned)))
+        say_json(asdict(planned))
         return
-    console = Console()
+    console = screen()
     sizes(console, planned.clients, f"{len(planned.clients)} clients (examples per split)")
     for name, value in (("method", settings.method_name), *_plan_lines(planned)):
-        console.print(f"{name:>10}  {value}", highlight=False, soft_wrap=True)
+        console.print(f"{name:>10}  {value}", soft_wrap=True)
 
 
 def _plan_lines(planned: "Plan") -> Iterator[tuple[str, str]]:
@@ -212,9 +221,9 @@ def partition(
         for shard in federation.shards
     ]
     if as_json:
-        typer.echo(json.dumps(rows))
+        say_json(rows)
     else:
-        sizes(Console(width=None if sys.stdout.isatty() else 140), rows, "partition (examples per split)")
+        sizes(screen(wide=140), rows, "partition (examples per split)")
 
 
 def _mix(answers: list[str], most: int = 4) -> str:
@@ -243,11 +252,11 @@ def methods(
         raise ConfigError(f"there is no method {name!r}{nearest(name, METHODS)}")
     listed = [described(known) for known in METHODS if name in (None, known)]
     if as_json:
-        typer.echo(json.dumps(listed))
+        say_json(listed)
     elif name is not None:
-        one_method(Console(), listed[0])
+        one_method(screen(), listed[0])
     else:
-        several_methods(Console(width=None if sys.stdout.isatty() else 150), listed)
+        several_methods(screen(wide=150), listed)
 
 
 @app.command()
@@ -268,7 +277,7 @@ def demo(
             start(settings, folder / name, watcher)
     _show([folder], as_json)
     if not as_json:
-        Console(stderr=True).print(f"Each client's model: {folder}/fedamole/clients/NAME/adapter", highlight=False)
+        screen(error=True).print(f"Each client's model: {folder}/fedamole/clients/NAME/adapter")
 
 
 @app.command()
@@ -297,18 +306,18 @@ def compare(
     comparison = load_comparison(file)
     if dry_run:
         cells = preview(comparison)
-        typer.echo(json.dumps(cells)) if as_json else show_cells(_wide(), cells)
+        say_json(cells) if as_json else show_cells(_wide(), cells)
         return
     if show_only:
         check_shown(comparison)
         failed = failures(comparison)
     else:
-        lines = CellLines(Console(stderr=True))
+        lines = CellLines(screen(error=True))
         with lines.progress:
             failed = run_comparison(comparison, lines)
     _report(comparison, as_json, {"markdown": markdown, "csv": csv, "latex": latex, "plot": plot})
     for cell in failed:
-        Console(stderr=True).print(f"failed: {cell.name}: {cell.error}", highlight=False, markup=False, soft_wrap=True)
+        screen(error=True).print(f"failed: {cell.name}: {cell.error}", soft_wrap=True)
     if failed and not show_only:
         raise RunError(f"{len(failed)} cells failed and are in no table; the same command tries them again")
 
@@ -334,17 +343,17 @@ def _report(comparison: "Comparison", as_json: bool, files: dict[str, Path | Non
         draw(path, scenarios)
     if as_json:
         about = {"name": comparison.settings.name, "reference": comparison.reference, "cells": states}
-        typer.echo(json.dumps({**about, "records": numbers}))
+        say_json({**about, "records": numbers})
         return
     show_sheets(_wide(), made)
     if left := {state: count for state, count in states.items() if count and state != "finished"}:
         said = ", ".join(f"{count} {state}" for state, count in left.items())
-        Console(stderr=True).print(f"{states['finished']} cells are finished; not in the tables: {said}")
+        screen(error=True).print(f"{states['finished']} cells are finished; not in the tables: {said}")
 
 
-def _wide() -> Console:
+def _wide() -> Screen:
     """A console for tables; wide enough where the output goes into a file."""
-    return Console(width=None if sys.stdout.isatty() else 180)
+    return screen(wide=180)
 
 
 DEPLOYMENT = (server, simulate, client, certs, doctor)
@@ -360,14 +369,16 @@ def main() -> None:
     try:
         app()
     except FedamoleError as error:
-        text = f"[bold red]error:[/bold red] {escape(str(error))}"
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         sys.exit(error.exit_code)
     except SystemExit as exit_:  # what typer makes of Ctrl-C, among others
         if exit_.code == 130 and sys.argv[1] in ("run", "resume", "demo", "compare"):
             again = "the same command" if sys.argv[1] == "compare" else "`fedamole resume FOLDER`"
             console.print(f"interrupted; {again} goes on from the last finished round")
         raise
+    except Exception:  # a mistake of ours, whose message may hold text from elsewhere
+        console.print(traceback.format_exc(), soft_wrap=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

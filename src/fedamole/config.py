@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,13 @@ from fedamole.data.settings import DataSettings
 from fedamole.errors import ConfigError
 from fedamole.evaluation.personal import EvaluationSettings
 from fedamole.federation.method import Method
+from fedamole.federation.run_folder import CONFIG, RunFolder
 from fedamole.federation.settings import DeploymentSettings, FederationSettings, TrainingSettings
 from fedamole.methods import METHODS
 from fedamole.model.base import BaseSettings
+from fedamole.received.files import read_toml
+from fedamole.received.forms import MOST_WHOLE
+from fedamole.received.names import quoted
 
 Table = dict[str, Any]
 
@@ -40,9 +45,11 @@ class RunSettings:
     """Also write losses and scores for TensorBoard (needs `pip install fedamole[tensorboard]`)."""
 
     def __post_init__(self) -> None:
-        """Refuse a group without clients."""
+        """Refuse numbers that no machine has."""
         if self.group < 0:
             raise ConfigError(f"run.group = {self.group}: at least 1, or 0 to fill the free memory")
+        if not 0 <= self.threads <= 4096:
+            raise ConfigError(f"run.threads = {self.threads}: 1 to 4096, or 0 for PyTorch's own choice")
 
 
 @dataclass(frozen=True)
@@ -84,12 +91,7 @@ SECTIONS: dict[str, Any] = {
 
 def read_tables(path: Path, extended_by: tuple[Path, ...] = ()) -> Table:
     """Read a TOML file and what it extends: the nearer file's keys win, tables are merged, lists replaced."""
-    try:
-        tables: Table = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"config {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path} is not TOML: {error}") from error
+    tables: Table = read_toml(path, ConfigError)
     parent = tables.pop("extends", None)
     if parent is None:
         return rebased(tables, path.parent)
@@ -157,6 +159,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise type(error)(text if str(path) in text else f"{path}: {text}") from error
 
 
+def load_run_config(folder: RunFolder) -> Config:
+    """The config of a run's folder, which may come from elsewhere: it extends nothing, and links lead nowhere else."""
+    path = folder.place(CONFIG)
+    if "extends" in read_toml(path, ConfigError):
+        raise ConfigError(f"{path}: a run's config is whole and extends no other file; put it back from a copy")
+    return load_config(path)
+
+
 def to_config(tables: Table) -> Config:
     """Turn tables into a checked config."""
     refuse_unknown(tables, [*SECTIONS, "extends"], "")
@@ -219,6 +229,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return tuple(_convert(arguments[0], item, f"{where}[{place}]") for place, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} = {value}: must be a finite number")
+    if isinstance(value, int) and abs(value) > MOST_WHOLE:
+        raise ConfigError(f"{where} = {quoted(value)}: must be a whole number of at most 2^53")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):

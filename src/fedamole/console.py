@@ -1,21 +1,21 @@
 """What a person sees while a run goes on: progress bars on a terminal, plain lines elsewhere; and tables."""
 
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from fedamole.cells import Cell, CellWatcher
 from fedamole.federation.loop import Watcher
 from fedamole.reporting.runs import read_runs
 from fedamole.reporting.table import SUMMARY_LINES, Comparison, compare, grid
+from fedamole.terminal import printable, screen
 
 if TYPE_CHECKING:
     from fedamole.reporting.sheets import Sheet
@@ -49,7 +49,7 @@ class PlainWatcher(Watcher):
         self._say(f"round {round_ + 1}/{self.rounds} done  validation: {scores}  after {elapsed:.0f} s")
 
     def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
 
 class BarWatcher(Watcher):
@@ -58,11 +58,12 @@ class BarWatcher(Watcher):
     def __init__(self, console: Console, title: str) -> None:
         """Draw on a terminal."""
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"), console=console, transient=True,
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}", style="dim", markup=False),
+            console=console, transient=True,
         )
         self.title = title
-        self.rounds = self.progress.add_task(f"[bold]{title}", total=None, note="")
+        self.rounds = self.progress.add_task(printable(title), total=None, note="")
         self.steps = self.progress.add_task("", total=None, note="", visible=False)
 
     def round_started(self, round_: int, rounds: int, cohort: Sequence[str]) -> None:
@@ -72,7 +73,7 @@ class BarWatcher(Watcher):
     def group_started(self, round_: int, names: Sequence[str]) -> None:
         """Start the lower bar anew."""
         who = names[0] if len(names) == 1 else f"{len(names)} clients"
-        self.progress.reset(self.steps, total=None, description=f"  {who}", visible=True, note="")
+        self.progress.reset(self.steps, total=None, description=f"  {printable(who)}", visible=True, note="")
 
     def step(self, done: int, steps: int) -> None:
         """Move the lower bar."""
@@ -85,7 +86,7 @@ class BarWatcher(Watcher):
 
     def stage(self, text: str) -> None:
         """Say what else takes a while."""
-        self.progress.reset(self.steps, total=None, description=f"  {text}", visible=True, note="")
+        self.progress.reset(self.steps, total=None, description=f"  {printable(text)}", visible=True, note="")
 
     def round_done(self, round_: int, validation: Mapping[str, float]) -> None:
         """Show the validation of the round."""
@@ -100,8 +101,9 @@ class CellLines(CellWatcher):
         """Write to a console; use `progress` as a context."""
         self.console = console
         self.progress = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+            TextColumn("{task.description}", style="bold", markup=False), BarColumn(bar_width=24),
+            MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
+            disable=not console.is_terminal,
         )
         self.task = self.progress.add_task("cells", total=None)
 
@@ -122,21 +124,20 @@ class CellLines(CellWatcher):
         self.progress.advance(self.task)
 
     def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
 
 def show_sheets(console: Console, sheets: "Sequence[Sheet]") -> None:
     """Print the tables of a comparison."""
     for sheet in sheets:
         table = Table(
-            title=sheet.title, title_style="bold", title_justify="left", caption=escape(sheet.caption),
-            caption_justify="left",
+            title=sheet.title, title_style="bold", title_justify="left", caption=sheet.caption, caption_justify="left",
         )
         for place, name in enumerate(sheet.head):
             words = place < sheet.words
             table.add_column(name, justify="left" if words else "right", no_wrap=place == 0)
         for line in sheet.body:
-            table.add_row(*map(escape, line))
+            table.add_row(*line)
         console.print(table)
 
 
@@ -145,7 +146,7 @@ def show_cells(console: Console, cells: Sequence[Mapping[str, Any]]) -> None:
     table = Table("cell", "what", "rounds", "learning rate")
     for cell in cells:
         rate = "" if cell["learning_rate"] is None else f"{cell['learning_rate']:g}"
-        table.add_row(*map(escape, (cell["cell"], cell["does"], str(cell["rounds"]), rate)))
+        table.add_row(cell["cell"], cell["does"], str(cell["rounds"]), rate)
     console.print(table)
 
 
@@ -169,7 +170,7 @@ def show(console: Console, comparisons: Sequence[Comparison], with_clients: bool
 
 def show_runs(paths: Sequence[Path], with_clients: bool = True) -> None:
     """Print tables of finished runs; wide where the output goes into a file."""
-    show(Console(width=None if sys.stdout.isatty() else 160), compare(read_runs(paths)), with_clients)
+    show(screen(wide=160), compare(read_runs(paths)), with_clients)
 
 
 def sizes(console: Console, clients: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -193,12 +194,11 @@ def several_methods(console: Console, listed: Sequence[Mapping[str, Any]]) -> No
 
 def one_method(console: Console, entry: Mapping[str, Any]) -> None:
     """What a method's file says of it, and its settings."""
-    console.print(f"[bold]{entry['name']}[/bold]", highlight=False)
-    console.print(escape(entry["about"]), highlight=False, soft_wrap=True)
-    for key in ("travels", "stays"):
-        console.print(f"[bold]{key}[/bold]: {entry[key]}", highlight=False)
-    console.print(f"[bold]scored[/bold]: {entry['scored']}", highlight=False)
-    console.print("\n\\[method]", highlight=False)
+    console.print(entry["name"], style="bold")
+    console.print(entry["about"], soft_wrap=True)
+    for key in ("travels", "stays", "scored"):
+        console.print(Text.assemble((key, "bold"), f": {entry[key]}"))
+    console.print("\n[method]")
     for key, value in {"name": entry["name"], **entry["parameters"]}.items():
         text = f"# {key} is worked out" if value is None else f"{key} = {json.dumps(value)}"
-        console.print(escape(text), highlight=False)
+        console.print(text)

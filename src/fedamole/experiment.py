@@ -1,7 +1,8 @@
 """From a config to a run: the only place where everything is put together."""
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,16 @@ from typing import Any
 import tomli_w
 import torch
 
-from fedamole.config import Config, load_config
+from fedamole.config import Config, load_run_config
 from fedamole.data.manifest import Federation, Manifest, load_federation, read_manifest
 from fedamole.engine.in_process import InProcess
 from fedamole.errors import ConfigError, RunError
 from fedamole.federation.loop import Engine, Loop, Mirror, Watcher
 from fedamole.federation.method import ClientInfo, Evaluates, Server
-from fedamole.federation.run_folder import CONFIG, MANIFEST, RunFolder
+from fedamole.federation.run_folder import MANIFEST, RunFolder
 from fedamole.federation.worker import ClientData, Worker, client_data
 from fedamole.model.bank import Bank
-from fedamole.model.base import Base, Identity, load_base, resolve_device
+from fedamole.model.base import BUNDLED, Base, Identity, load_base, resolve_device
 from fedamole.model.prompt import PromptSpec
 from fedamole.model.weightless import weightless_base
 from fedamole.planning import Plan, PlanWithoutData, chosen_group, clients_without_data, planned, planned_without_data
@@ -126,10 +127,39 @@ def resume(path: Path, watcher: Watcher) -> dict[str, Any]:
     if folder.finished:
         write_cards(folder)
         return folder.read_json("summary.json")
-    config = load_config(path / CONFIG)
-    prepared = prepare(config, read_manifest(path / MANIFEST))
+    config = load_run_config(folder)
+    prepared = prepare(config, read_manifest(folder.place(MANIFEST)))
     Identity(**folder.about["base"]).check(prepared.base.identity, "the base that base.model names now")
     return _run(prepared, folder, watcher)
+
+
+def reads_outside(
+    config: Config, folder: Path, sources: Collection[str] | None = None, base: bool = True
+) -> tuple[str, ...]:
+    """What a run's config makes a command read that lies outside the run's folder, as words for people.
+
+    `sources` are the names of the sources that are read (left out: all), and `base` whether the config's base is.
+    """
+    found, top = [], os.path.realpath(folder)
+
+    def name(what: str, path: str) -> None:
+        real = os.path.realpath(path)
+        if os.path.commonpath([top, real]) != top:
+            found.append(f"{what} {real}")
+
+    model = config.base.model
+    if base and model != BUNDLED and (model.startswith("/") or Path(model).is_dir()):
+        name("base", model)
+    elif base and model != BUNDLED:
+        found.append(f"base {model} of the Hugging Face hub")
+    for source in config.data.source:
+        if sources is None or source.name in sources:
+            for path in (source.path, source.test):
+                if path is not None:
+                    name("data", path)
+            if source.hub is not None:
+                found.append(f"data set {source.hub} of the Hugging Face hub")
+    return tuple(dict.fromkeys(found))
 
 
 def worker_of(config: Config, bank: Bank, folder: RunFolder) -> Worker:

@@ -21,6 +21,7 @@ from fedamole.model.bank import Bank
 from fedamole.personal.chat import Chat, converse
 from fedamole.personal.generate import as_it_is, ids_of
 from fedamole.personal.models import find, open_bank
+from fedamole.terminal import printable
 from tests.conftest import heeding_interrupts
 
 
@@ -119,7 +120,7 @@ def test_through_a_pipe(fedamole: Any, runs: Any, bank: Bank, monkeypatch: Any) 
     assert result.code == 0, result.err
     first = answer(bank, [("user", "who?")], 4)
     second = answer(bank, [("user", "who?"), ("assistant", first), ("user", "and now?")], 4)
-    assert [line.strip() for line in result.out.splitlines()] == [first, second]
+    assert [line.strip() for line in result.out.splitlines()] == [printable(first), printable(second)]
 
 
 def test_an_interrupt_on_a_terminal(runs: Any) -> None:

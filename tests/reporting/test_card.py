@@ -192,3 +192,24 @@ def test_names_are_written_safely(runs: Any) -> None:
     config = runs.load("local_only").tables()
     text = card(folder.about, config, folder.read_json("summary.json"), record, "local_only", adapter, identity)
     assert "| base | a\\|b |" in text
+
+
+def test_what_comes_from_a_folder_stays_text(runs: Any) -> None:
+    """A version, a base and settings are whatever the folder says; a card shows them and does nothing of theirs."""
+    evil = "</script><img src=x onerror=alert(1)>[link=http://x](http://x)\n# h\x1b[31m\u202e|`"
+    run = runs("fedamole")
+    about, record = RunFolder(run).about, read_manifest(run / "manifest.json").clients[0]
+    config, summary = RunFolder(run).tables(), RunFolder(run).read_json("summary.json")
+    config["method"][evil] = evil
+    adapter = json.loads((run / "clients" / record.client / "adapter" / "adapter_config.json").read_text())
+    identity = dict.fromkeys(("weights", "tokenizer", "targets"), evil)
+    text = card(
+        {**about, "fedamole": evil}, config, summary, record, "fedamole", {**adapter, "base_model_name_or_path": evil},
+        identity,
+    )
+    assert not set(text) & {"\x1b", "\u202e"}
+    assert "\n# h" not in text
+    outside = re.sub(r"(?s)```.*?```|(`+)[^`].*?\1", "", text[text.index("\n---\n") :])
+    assert "<img" not in outside
+    assert not re.search(r"(?<!\\)\]\(", outside)
+    assert "://" not in outside

@@ -26,7 +26,8 @@ def row(scores: dict[str, float], losses: dict[str, float] | None = None, best_r
     mean = sum(values) / len(values)
     spread = (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
     clients = {name: {"score": value} | ({"loss": losses[name]} if losses else {}) for name, value in scores.items()}
-    return {"best_round": best_round, "mean": mean, "worst": min(values), "spread": spread, "clients": clients}
+    return {"best_round": best_round, "mean": mean, "worst": min(values), "spread": spread, "last_mean": mean,
+            "clients": clients}  # fmt: skip
 
 
 @pytest.fixture
@@ -42,21 +43,27 @@ def make(tmp_path: Path) -> Make:
         losses = losses or dict.fromkeys(scores, 1.0)
         steps = dict(zip(scores, (3, 5), strict=True))
         lines = [
-            {"round": round_, "client": client, "split": "train", "steps": steps[client]}
+            {"round": round_, "client": client, "split": "train", "steps": steps[client], "bytes_down": 1}
             | ({} if probed is None else {"probed": probed})
             for round_ in range(rounds) for client in scores
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (folder / "run.json").write_text(json.dumps({"format": 1, "method": method, "base": {"weights": weights}}))
+        (folder / "run.json").write_text(json.dumps({
+            "format": 1, "fedamole": "0", "id": "x", "method": method,
+            "base": {"weights": weights, "tokenizer": "t", "targets": "x"},
+        }))
         (folder / "manifest.json").write_text(json.dumps({"clients": sorted(scores)}))
         (folder / "config.toml").write_text(
-            f'[run]\nname = "{method}"\nseed = {seed}\n[training]\nlearning_rate = 0.01\n'
+            f'[run]\nname = "{method}"\nseed = {seed}\n[method]\nname = "{method}"\n[base]\nmodel = "bundled"\n'
+            f'quantization = "none"\n[federation]\nrounds = {rounds}\ncohort = 1.0\n[training]\nlocal_epochs = 0\n'
+            "local_steps = 3\nbatch_size = 1\naccumulation = 1\nlearning_rate = 0.01\nlr_decay = 1.0\n"
+            '[evaluation]\nselect = "loss"\ngeneration_score = "rouge_l"\n'
         )
         ends = {"base": row(dict.fromkeys(scores, 5.0), dict.fromkeys(scores, 4.0), None)}
         ends["majority"] = row(dict.fromkeys(scores, 6.0), None, None)
         costs = {"bytes_down_per_client_round": 2**20, "bytes_up_per_client_round": 2**19, "peak_memory_mib": 100.0}
         summary = {
-            "method": method, "rounds": rounds, "rows": {method: row(scores, losses), **ends},
+            "format": 1, "method": method, "rounds": rounds, "rows": {method: row(scores, losses), **ends},
             "seconds_update": 7.0, "seconds_evaluate": 3.0, **costs,
         }
         (folder / "summary.json").write_text(json.dumps(summary))

@@ -173,7 +173,7 @@ def test_routing_is_shown_where_it_was_worked_out(runs: Any, copied: Any) -> Non
     assert found["modules"] == ["layer 0 q_proj", "layer 1 q_proj"]
     assert found["shares"][0] == {"mood": {"10": 0.25, "2": 0.75}}
     (folder / "routing.json").write_text('{"clients": ["mood"]}')
-    with pytest.raises(RunError, match=r"routing\.json cannot be read"):
+    with pytest.raises(RunError, match=r"routing\.json is damaged"):
         told(folder)
 
 
@@ -198,16 +198,32 @@ class Reader(HTMLParser):
             self.texts.setdefault(self.tags[-1][0], []).append(data)
 
 
-EVIL = "</script><img src=x onerror=alert(1)>\u2028&amp;"
+EVIL = "</script><img src=x onerror=alert(1)>&amp;[link=http://x]\x1b[31m\u202e\u2028"
+SHOWN = "</script><img src=x onerror=alert(1)>&amp;[link=http://x]\\x1b[31m\\u202e\\u2028"
+
+
+def test_a_client_has_no_such_name(runs: Any, copied: Any) -> None:
+    for name in ("metrics.jsonl", "assignment.jsonl", "summary.json", "manifest.json"):
+        folder = copied(runs("fedamole"))
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace('"mood"', json.dumps(EVIL)))
+        with pytest.raises(RunError, match=rf"{name}.* is damaged"):
+            told(folder)
+        shutil.rmtree(folder)
 
 
 def test_what_comes_from_data_stays_data(runs: Any, copied: Any) -> None:
     folder = copied(runs("fedamole"))
-    for name in ("metrics.jsonl", "assignment.jsonl", "summary.json", "manifest.json"):
-        text = (folder / name).read_text()
-        (folder / name).write_text(text.replace('"mood"', json.dumps(EVIL)))
+    (folder / "clients.json").write_text(json.dumps({"mood": {"labels": {EVIL: 3}}}))
+    (folder / "routing.json").write_text(json.dumps({"clients": {"mood": {EVIL: {EVIL: 0.5}}}}))
+    text = (folder / "assignment.jsonl").read_text()
+    (folder / "assignment.jsonl").write_text(text.replace("model.layers.0", json.dumps(EVIL)[1:-1]))
+    failed = {"round": 0, "client": "mood", "split": "train", "failed": EVIL, "bytes_down": 1, "bytes_up": 1}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(failed) + "\n")
     config = tomllib.loads((folder / "config.toml").read_text())
-    config["run"]["name"] = "</title><script>alert(2)</script>"
+    config["run"]["name"], config["base"]["model"] = "</title><script>alert(2)</script>", EVIL
+    config["method"][EVIL] = EVIL
     (folder / "config.toml").write_text(tomli_w.dumps(config))
     found = told(folder)
     text = page(found)
@@ -216,7 +232,9 @@ def test_what_comes_from_data_stays_data(runs: Any, copied: Any) -> None:
     assert "img" not in [tag for tag, _ in reader.tags]
     assert [tag for tag, _ in reader.tags].count("script") == 2
     kept = json.loads(re.search(r'<script type="application/json" id="content">(.*?)</script>', text, re.DOTALL)[1])
-    assert EVIL in kept["clients"]
+    assert kept["labels"]["labels"] == [SHOWN]
+    assert kept["failed"] == [["</title><script>alert(2)</script>", 0, "mood", SHOWN]]
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2028\u2066-\u2069]", text)
     assert {**found, "live": 0} == kept
 
 

@@ -13,9 +13,28 @@ from fedamole.data.settings import DataSettings
 from fedamole.data.sources import Table, digest
 from fedamole.data.splits import ClientRows
 from fedamole.errors import ConfigError, DataError
+from fedamole.received import forms
+from fedamole.received.files import MOST_JSON, parse_json, read_text
+from fedamole.received.names import checked_names, quoted
 
 FORMAT = 1
 """Version of the manifest's layout; a file of another version is refused."""
+
+_split_form = forms.record({
+    "table": forms.choice("train", "test"), "rows": forms.listed(forms.whole(), 100_000_000),
+    "sha256": forms.text(100),
+})  # fmt: skip
+_table_form = forms.record({"name": forms.text(1000), "rows": forms.whole(), "sha256": forms.text(100)})
+_source_form = forms.record(
+    {"name": forms.name, "train": _table_form, "test": forms.either(forms.nothing, _table_form)}
+)
+client_form = forms.record({"client": forms.name, "source": forms.name, **dict.fromkeys(SPLITS, _split_form)})
+"""What a client of a manifest looks like in JSON."""
+_form = forms.record({
+    "partition_seed": forms.whole(-forms.MOST_WHOLE),
+    "settings": forms.record({}, {"source": forms.mapping(forms.anything)}),
+    "sources": forms.listed(_source_form), "clients": forms.listed(client_form),
+})  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -91,40 +110,38 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str, where: str) -> "Manifest":
         """The manifest in a text; `where` names its file in the DataError for a corrupt or foreign one."""
-        try:
-            found = json.loads(text)
-            if found["format"] != FORMAT:
-                raise ValueError(f"its format is {found['format']!r}, this version reads {FORMAT}")
-            return cls(
-                partition_seed=int(found["partition_seed"]),
-                settings=dict(found["settings"]),
-                sources=tuple(_source_record(source) for source in found["sources"]),
-                clients=tuple(_client_record(client) for client in found["clients"]),
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = parse_json(text, where, DataError)
+        version = found.get("format") if isinstance(found, dict) else None
+        if version != FORMAT:
             raise DataError(
-                f"{where} is no usable manifest ({type(error).__name__}: {error}); restore it, or leave it "
-                f"out to draw the partition anew"
-            ) from error
+                f"{where} is no usable manifest: its format is {quoted(version)}, this version reads {FORMAT}; restore "
+                "it, or leave it out to draw the partition anew"
+            )
+        forms.check_form(found, _form, where, DataError)
+        checked_names((client["client"] for client in found["clients"]), f"clients of {where}", DataError)
+        checked_names((source["name"] for source in found["sources"]), f"sources of {where}", DataError)
+        return cls(
+            partition_seed=found["partition_seed"],
+            settings=found["settings"],
+            sources=tuple(_source_record(source) for source in found["sources"]),
+            clients=tuple(_client_record(client) for client in found["clients"]),
+        )
 
 
 def _table_record(found: Mapping[str, Any]) -> TableRecord:
-    return TableRecord(str(found["name"]), int(found["rows"]), str(found["sha256"]))
+    return TableRecord(found["name"], found["rows"], found["sha256"])
 
 
 def _source_record(found: Mapping[str, Any]) -> SourceRecord:
     test = None if found["test"] is None else _table_record(found["test"])
-    return SourceRecord(str(found["name"]), _table_record(found["train"]), test)
+    return SourceRecord(found["name"], _table_record(found["train"]), test)
 
 
 def _client_record(found: Mapping[str, Any]) -> ClientRecord:
-    splits: dict[str, SplitRecord] = {}
-    for name in SPLITS:
-        split = found[name]
-        if split["table"] not in ("train", "test"):
-            raise ValueError(f"client {found['client']!r}: unknown table {split['table']!r}")
-        splits[name] = SplitRecord(split["table"], tuple(int(row) for row in split["rows"]), str(split["sha256"]))
-    return ClientRecord(client=str(found["client"]), source=str(found["source"]), **splits)
+    splits = {
+        name: SplitRecord(found[name]["table"], tuple(found[name]["rows"]), found[name]["sha256"]) for name in SPLITS
+    }
+    return ClientRecord(client=found["client"], source=found["source"], **splits)
 
 
 @dataclass(frozen=True)
@@ -138,10 +155,7 @@ class Federation:
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest stored in a file; DataError if it is missing or corrupt."""
-    try:
-        return Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise DataError(f"manifest {path} cannot be read: {error}; correct data.manifest or leave it out") from error
+    return Manifest.from_json(read_text(path, MOST_JSON, DataError), str(path))
 
 
 def load_federation(settings: DataSettings, base_folder: Path, manifest: Manifest | None = None) -> Federation:
@@ -176,6 +190,7 @@ def _draw(settings: DataSettings, sources: Mapping[str, SourceData]) -> Federati
             examples = examples_of(data, client)
             records[client.client] = _record(client, name, examples)
             shards[client.client] = Shard(client.client, **examples)
+    checked_names(shards, "clients of data.source", ConfigError)
     tables = tuple(_source_tables(name, data) for name, data in sources.items())
     manifest = Manifest(settings.partition_seed, drawn_with(settings), tables, tuple(records.values()))
     return Federation(tuple(shards.values()), manifest, tuple(notes))
@@ -253,10 +268,9 @@ def _check_sources(settings: DataSettings, manifest: Manifest) -> None:
             f"the manifest is of the sources {sorted(stored)}, the config has {sorted(config)}; use the "
             f"config it was drawn with, or leave the manifest out to draw anew"
         )
-    names = [client.client for client in manifest.clients]
     for client in manifest.clients:
-        if client.source not in stored or names.count(client.client) > 1:
-            raise DataError(f"manifest: client {client.client!r} stands twice or has no source; the file is damaged")
+        if client.source not in stored:
+            raise DataError(f"manifest: client {client.client!r} has no source; the file is damaged")
 
 
 def _check_table(source: str, now: Table | None, then: TableRecord | None) -> None:

@@ -1,12 +1,13 @@
 """The `[data]` table of a config as frozen dataclasses that refuse what cannot be run."""
 
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from fedamole.data.templates import BUILT_IN, TemplateSettings, check_name
 from fedamole.errors import ConfigError
+from fedamole.received.names import LONGEST_NAME
+from fedamole.received.names import NAME as NAME
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "whole": (),
@@ -16,7 +17,6 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "value": ("by",),
 }
 """The keys that each kind of partition reads; it needs all of these and takes no other."""
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,8 @@ class SourceSettings:
         key = f"data.source[{self.name}]"
         if not NAME.fullmatch(self.name):
             raise ConfigError(f"data.source.name = {self.name!r}: use letters, digits, dot, dash and underscore only")
+        if len(self.name) > LONGEST_NAME:
+            raise ConfigError(f"data.source.name = {self.name!r}: at most {LONGEST_NAME} characters")
         if (self.path is None) == (self.hub is None):
             raise ConfigError(f"{key}: give either path = <file> or hub = <data set id>, and not both")
         if self.hub is not None and self.split is None:

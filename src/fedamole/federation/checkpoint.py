@@ -7,12 +7,16 @@ private state by file and hash. A file that does not match its hash makes the ro
 import hashlib
 import json
 import logging
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from fedamole.errors import RunError
+from fedamole.federation.run_files import checkpoint_form
 from fedamole.federation.run_folder import RunFolder, write_atomic
+from fedamole.received.files import inside, read_json
+from fedamole.received.forms import check_form
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +46,17 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+_FILE = re.compile(r"round-(\d{4,6})\.(json|safetensors)")
+
+
+def _rounds(folder: Path, kind: str) -> list[tuple[int, Path]]:
+    """Files of a folder that are named by their round, in the order of their rounds; others are left alone."""
+    found = [(match, path) for path in folder.glob("round-*") if (match := _FILE.fullmatch(path.name))]
+    return sorted((int(match[1]), path) for match, path in found if match[2] == kind)
+
+
 def _checkpoints(folder: RunFolder) -> list[Path]:
-    return sorted((folder.path / "checkpoints").glob("round-*.json"))
+    return [path for _, path in _rounds(folder.place("checkpoints"), "json")]
 
 
 def state_path(folder: RunFolder, client: str, round_: int) -> Path:
@@ -53,7 +66,8 @@ def state_path(folder: RunFolder, client: str, round_: int) -> Path:
 
 def latest_state(folder: RunFolder, client: str) -> Path | None:
     """File of a client's last private state, or None before its first round."""
-    return max((folder.client(client) / "state").glob("round-*.safetensors"), default=None)
+    states = _rounds(inside(folder.path, folder.client(client) / "state"), "safetensors")
+    return states[-1][1] if states else None
 
 
 def save(folder: RunFolder, round_: int, server_state: bytes, clients: list[str], progress: dict[str, Any]) -> None:
@@ -71,11 +85,27 @@ def _prune(folder: RunFolder, clients: list[str]) -> None:
     for path in _checkpoints(folder)[:-KEPT]:
         path.unlink()
         path.with_suffix(".safetensors").unlink(missing_ok=True)
-    needed = {name for path in _checkpoints(folder) for name in json.loads(path.read_text())["clients"]}
+    needed = {name for path in _checkpoints(folder) for name in read(path).clients}
     for client in clients:
-        for state in (folder.client(client) / "state").glob("round-*.safetensors"):
+        for _, state in _rounds(inside(folder.path, folder.client(client) / "state"), "safetensors"):
             if str(state.relative_to(folder.path)) not in needed:
                 state.unlink()
+
+
+def read(path: Path) -> Checkpoint:
+    """Read round-NNNN.json; RunError where it is damaged, or is of another round than its name says."""
+    found = read_json(path)
+    check_form(found, checkpoint_form, path, RunError)
+    checkpoint = Checkpoint(**{field.name: found[field.name] for field in fields(Checkpoint)})
+    if path.stem != _name(checkpoint.round):
+        raise RunError(f"{path} is damaged: it is of round {checkpoint.round}; put it back from a copy")
+    return checkpoint
+
+
+def newest(folder: RunFolder) -> Path | None:
+    """The file of the last round that was committed, unread."""
+    found = _checkpoints(folder)
+    return found[-1] if found else None
 
 
 def load_latest(folder: RunFolder) -> tuple[Checkpoint, bytes] | None:
@@ -87,13 +117,14 @@ def load_latest(folder: RunFolder) -> tuple[Checkpoint, bytes] | None:
     found = _checkpoints(folder)
     for path in reversed(found):
         try:
-            checkpoint = Checkpoint(**json.loads(path.read_text()))
+            checkpoint = read(path)
             state = path.with_suffix(".safetensors").read_bytes()
-            damaged = _sha256(state) != checkpoint.server_sha256 or not _intact(folder, checkpoint)
-        except (OSError, ValueError, TypeError):
-            damaged = True
-        if damaged:
-            log.warning("%s is damaged; going back to the round before it", path)
+            why = "" if _sha256(state) == checkpoint.server_sha256 else "the server's state has another hash"
+            why = why or _changed(folder, checkpoint)
+        except (OSError, RunError) as error:
+            why = str(error)
+        if why:
+            log.warning("%s is damaged (%s); going back to the round before it", path, why)
             continue
         if checkpoint.run != folder.about["id"]:
             raise RunError(f"{path} belongs to another run ({checkpoint.run}); remove it and its .safetensors file")
@@ -105,14 +136,20 @@ def load_latest(folder: RunFolder) -> tuple[Checkpoint, bytes] | None:
     return None
 
 
-def _intact(folder: RunFolder, checkpoint: Checkpoint) -> bool:
-    return all(_sha256((folder.path / name).read_bytes()) == sha for name, sha in checkpoint.clients.items())
+def _changed(folder: RunFolder, checkpoint: Checkpoint) -> str:
+    """Which private state is not the one that was committed; empty where all are."""
+    for name, sha in checkpoint.clients.items():
+        if _sha256(folder.place(name).read_bytes()) != sha:
+            return f"{name} has another hash"
+    return ""
 
 
 def _forget_after(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
     """Remove checkpoints and private states of rounds after this one."""
     last = -1 if checkpoint is None else checkpoint.round
-    states = (folder.path / "clients").glob("*/state/round-*.safetensors")
-    for path in [*_checkpoints(folder), *(folder.path / "checkpoints").glob("*.safetensors"), *states]:
-        if int(path.stem.removeprefix("round-")) > last:
-            path.unlink()
+    states = [place for place in folder.place("clients").glob("*/state") if place.is_dir()]
+    for place in (folder.place("checkpoints"), *states):
+        for kind in ("json", "safetensors"):
+            for round_, path in _rounds(place, kind):
+                if round_ > last:
+                    inside(folder.path, path).unlink()

@@ -70,7 +70,7 @@ def unpack(kind: type[R], payload: bytes) -> R:
         header = json.loads(payload[8 : 8 + size])
         name, fields = json.loads(header["__metadata__"]["record"])
         tensors = load(payload)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PayloadError(f"not a {kind.__name__}: damaged or truncated bytes ({type(error).__name__})") from error
     if name != kind.__name__:
         raise PayloadError(f"expected a {kind.__name__}, got a {name}")

@@ -11,6 +11,7 @@
 """
 
 import fcntl
+import itertools
 import json
 import os
 import uuid
@@ -22,15 +23,29 @@ from typing import Any, Literal
 
 from fedamole import __version__
 from fedamole.errors import RunError
+from fedamole.federation.run_files import (
+    ASSIGNMENT,
+    CLIENTS,
+    CONFIG,
+    FORMS,
+    MANIFEST,
+    METRICS,
+    ROUTING,
+    RUN,
+    SUMMARY,
+    config_form,
+)
+from fedamole.model.adapter_files import FILES
 from fedamole.model.base import Identity
+from fedamole.received.files import MOST_LINE, as_text, check_tree, inside, parse_json, read_json, read_toml
+from fedamole.received.forms import check_form
+from fedamole.received.names import checked_name
 
 FORMAT = 1
-RUN, CONFIG, MANIFEST = "run.json", "config.toml", "manifest.json"
-METRICS, ASSIGNMENT, SUMMARY = "metrics.jsonl", "assignment.jsonl", "summary.json"
-CLIENTS = "clients.json"
-"""What the clients of a deployment told of themselves: amounts, device, and labels where they share them."""
-ROUTING = "routing.json"
-"""How the tokens of each client's data are routed, where it has been worked out."""
+__all__ = [
+    "ASSIGNMENT", "CLIENTS", "CONFIG", "FORMAT", "MANIFEST", "METRICS", "ROUTING", "RUN", "SERVER", "SUMMARY",
+    "Kind", "RunFolder", "write_atomic",
+]  # fmt: skip
 
 SERVER = "server"
 """Folder inside a run's where a deployment's server keeps its own things: made before the run."""
@@ -44,7 +59,9 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file so that a reader, or a run after a crash, sees the old content or the new, never a torn one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("wb") as file:
+    if temporary.is_symlink():  # it would be written through
+        temporary.unlink()
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666), "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
@@ -85,11 +102,12 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """Open an existing run's folder; anything else is a RunError."""
+        """Open an existing run's folder; anything else, and one that holds a link out of it, is a RunError."""
         folder = cls(path)
         for name in (RUN, CONFIG, MANIFEST):
             if not (path / name).exists():
                 raise RunError(f"{path} is not a run folder: {name} is missing")
+        check_tree(path)
         if (found := folder.about["format"]) != FORMAT:
             raise RunError(f"{path} has format {found}; this version of fedamole reads format {FORMAT}")
         return folder
@@ -99,13 +117,26 @@ class RunFolder:
         """Content of run.json."""
         return self.read_json(RUN)
 
+    def place(self, *parts: str) -> Path:
+        """A path below the folder; a RunError where, with its links followed, it lies outside."""
+        return inside(self.path, self.path.joinpath(*parts))
+
     def read_json(self, name: str) -> Json:
-        """Read one of the folder's JSON files; a damaged one is a RunError."""
-        try:
-            content: Json = json.loads((self.path / name).read_text())
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self.path / name} cannot be read: {error}") from error
+        """Read one of the folder's JSON files; one that is damaged, too large or of another form is a RunError."""
+        path = self.place(name)
+        content: Json = read_json(path)
+        if (form := FORMS.get(path.name)) is not None:
+            check_form(content, form, path, RunError)
+        elif not isinstance(content, dict):
+            raise RunError(f"{path} is damaged: it holds no JSON object; put it back from a copy")
         return content
+
+    def tables(self) -> Json:
+        """Read config.toml as plain tables, for what only tells of a run; a damaged one is a RunError."""
+        path = self.place(CONFIG)
+        found = read_toml(path)
+        check_form(found, config_form, path, RunError)
+        return found
 
     @property
     def kind(self) -> Kind:
@@ -119,32 +150,65 @@ class RunFolder:
         return (self.path / SUMMARY).exists()
 
     def client(self, name: str) -> Path:
-        """Folder of one client."""
-        return self.path / "clients" / name
+        """Folder of one client; a RunError for a name that could lead anywhere else."""
+        return self.place("clients", checked_name(name, f"client of {self.path}"))
 
     def adapter(self, name: str, method: str) -> Path:
         """A client's saved model; a second row of the same run (fedit_ft beside fedit) has a folder of its own."""
         own = method == self.about["method"]
-        return self.client(name) / ("adapter" if own else f"adapter-{method}")
+        row = "adapter" if own else f"adapter-{checked_name(method, f'row of {self.path}')}"
+        return inside(self.path, self.client(name) / row)
+
+    def remove_adapter(self, path: Path) -> None:
+        """Remove an adapter folder of this run, if it is there; a RunError for anything that is none.
+
+        Only files that such a folder has are removed, one by one.
+        """
+        if not os.path.lexists(path):
+            return
+        inside(self.path, path)
+        known = {*FILES, *(f".{name}.writing" for name in FILES)}
+        if path.is_symlink() or not path.is_dir():
+            raise RunError(f"{path} is no folder, and an adapter was to be written there: move it away")
+        found = list(path.iterdir())
+        for one in found:
+            if one.name not in known or (one.is_dir() and not one.is_symlink()):
+                raise RunError(
+                    f"{path} was to be replaced by a better adapter, but it holds {one.name!a}, which no adapter "
+                    "folder of fedamole does: move that away"
+                )
+        for one in found:
+            one.unlink()
+        path.rmdir()
 
     def append(self, name: str, records: Iterable[Json]) -> None:
         """Append lines to metrics.jsonl or assignment.jsonl."""
-        with (self.path / name).open("a") as file:
+        with self.place(name).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
 
     def lines(self, name: str) -> Iterator[Json]:
-        """Read the whole lines of metrics.jsonl or assignment.jsonl; a torn last line is left out."""
-        path = self.path / name
+        """Read the whole lines of metrics.jsonl or assignment.jsonl; a torn last line is left out.
+
+        Any other line that cannot be read, is too long or of another form is a RunError.
+        """
+        path = self.place(name)
         if not path.exists():
             return
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                return
-            yield record
+        if not path.is_file():
+            raise RunError(f"{path} is no file: put it back from a copy")
+        with path.open("rb") as file:
+            for number in itertools.count(1):
+                line = file.readline(MOST_LINE + 1)
+                where = f"{path}, line {number}"
+                if len(line) > MOST_LINE:
+                    raise RunError(f"{where} is longer than {MOST_LINE} bytes: put the file back from a copy")
+                if not line.endswith(b"\n"):  # the end, or what a crash left of a line
+                    return
+                record = parse_json(as_text(line, where), where)
+                check_form(record, FORMS[name], where, RunError)
+                yield record
 
     def cut(self, name: str, keep: Callable[[Json], bool]) -> None:
         """Cut a lines file back to the records that `keep` approves of."""
@@ -154,7 +218,7 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder for one process; a second one is refused (RunError)."""
-        with (self.path / ".lock").open("w") as file:
+        with self.place(".lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:

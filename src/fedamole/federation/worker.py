@@ -5,7 +5,6 @@ clients a machine can serve is not bounded by its memory.
 """
 
 import logging
-import shutil
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,11 +24,13 @@ from fedamole.federation.method import Client, ClientInfo, Evaluates, Fit, Metho
 from fedamole.federation.record import PayloadError, boxed, non_finite, pack, unboxed, unpack
 from fedamole.federation.run_folder import RunFolder, write_atomic
 from fedamole.federation.settings import TrainingSettings
+from fedamole.model.adapter_files import check_fits
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Row
 from fedamole.model.memory import peak_memory_mib, reset_peak_memory
 from fedamole.model.params import Adapter
 from fedamole.model.pretrained import load_adapter, save_adapter
+from fedamole.received.files import inside
 
 log = logging.getLogger(__name__)
 
@@ -256,18 +257,21 @@ class Worker:
         """Save the client's present model as its personal model of the best round so far."""
         adapter, target = self._last(data, row), self.folder.adapter(data.info.name, row)
         fresh = target.with_name(f".{target.name}.writing")
-        shutil.rmtree(fresh, ignore_errors=True)
+        self.folder.remove_adapter(fresh)
         if adapter is not None:
             save_adapter(adapter, fresh, self.bank.base.name, self.bank.base.identity)
-        shutil.rmtree(target, ignore_errors=True)
+        self.folder.remove_adapter(target)
         if adapter is not None:
             fresh.rename(target)
 
     def test_best(self, group: Sequence[ClientData], row: str) -> dict[str, Scores]:
         """Scores on the test splits of the personal models that were kept; the bare base where there is none."""
         folders = [self.folder.adapter(data.info.name, row) for data in group]
-        identity = self.bank.base.identity
-        adapters = [load_adapter(folder, identity) if folder.exists() else None for folder in folders]
+        base = self.bank.base
+        adapters = [load_adapter(folder, base.identity) if folder.exists() else None for folder in folders]
+        for adapter, folder in zip(adapters, folders, strict=True):
+            if adapter is not None:
+                check_fits(adapter, base.shapes, base.width, folder)
         return self._scores(group, adapters, "test", with_scores=True)
 
     def test_last(self, group: Sequence[ClientData], row: str) -> dict[str, Scores]:
@@ -330,13 +334,20 @@ class Worker:
         if path is None:
             return self.method.first_keep(client), None
         try:
-            private = unpack(Private, path.read_bytes())
+            private = self._stored(path)
             return unpack(self.method.records.keep, unboxed(private.kept) or b""), private.trained
         except PayloadError as error:
             raise RunError(
                 f"{path} is damaged ({error}): put it back from a copy, or remove the folder it is in; then "
                 f"{client.name} begins anew without what it kept"
             ) from error
+
+    def _stored(self, path: Path) -> Private:
+        """A private state of this run; a model in it that does not fit the base is an error."""
+        private = unpack(Private, inside(self.folder.path, path).read_bytes())
+        if private.trained is not None:
+            check_fits(private.trained, self.bank.base.shapes, self.bank.base.width, path)
+        return private
 
     def _present(self, data: ClientData, round_: int, row: str, payload: bytes | None) -> Adapter | None:
         client = self._client(data, round_)
@@ -349,7 +360,7 @@ class Worker:
     def _last(self, data: ClientData, row: str) -> Adapter | None:
         if self.rows[row] == "aggregated":
             path = self._candidate(data, row)
-            return unpack(Private, path.read_bytes()).trained if path.exists() else None
+            return self._stored(path).trained if path.exists() else None
         return self._present(data, 0, row, None)
 
     def _candidate(self, data: ClientData, row: str) -> Path:

@@ -122,21 +122,23 @@ def locate(model: str, folder: Path) -> str:
     return model
 
 
-def load_base(settings: BaseSettings, device: torch.device, folder: Path) -> Base:
+def load_base(settings: BaseSettings, device: torch.device, folder: Path, local_only: bool = False) -> Base:
     """Load, check, hash and freeze a base.
 
-    `folder` is where relative paths start. Only safetensors weights are read and no code of a model is run.
+    `folder` is where relative paths start. With `local_only` nothing is downloaded: a hub id must be in the cache.
+    Only safetensors weights are read and no code of a model is run.
     Errors: a base that cannot be found or read, whose vocabulary does not fit its tokenizer, or without targets.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = locate(settings.model, folder)
-    options: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False,
+                               "local_files_only": local_only}  # fmt: skip
     if settings.quantization == "4bit":
         options |= _quantized(device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
         model, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

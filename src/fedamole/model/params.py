@@ -18,14 +18,21 @@ What never trains stands apart, in `Adapter.fixed`:
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fedamole.errors import RunError
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.prompt import PromptSpec
+from fedamole.received.names import quoted
+
+MOST_EXPERTS = 30_000
+"""Domain experts of a module: ids run from 0 to one less. (FedAMoLE's default pool is three for each client.)"""
+_EXPERT = re.compile(r"expert-(\d{2}|[1-9]\d{2,4})")
 
 OWN, REFERENCES = "mixer/own", "gate/references"
 Shapes = Mapping[str, tuple[int, int]]
@@ -98,13 +105,20 @@ def as_expert(lora: Tensors, expert: int) -> dict[str, Tensor]:
 
 
 def expert_ids(tensors: Iterable[str]) -> dict[str, list[int]]:
-    """Global ids of the domain experts present, sorted, for every module that is present."""
+    """Global ids of the domain experts present, sorted, for every module that is present.
+
+    Raises RunError for a name that `expert_keys` does not make, or an id that is too large.
+    """
     found: dict[str, set[int]] = {}
     for name in tensors:
-        module, owner = name.split("/")[:2]
+        module, _, rest = name.partition("/")
+        owner = rest.partition("/")[0]
         ids = found.setdefault(module, set())
         if owner.startswith("expert-"):
-            ids.add(int(owner.removeprefix("expert-")))
+            match = _EXPERT.fullmatch(owner)
+            if match is None or int(match[1]) >= MOST_EXPERTS:
+                raise RunError(f"{quoted(name)} is no tensor of an expert: ids run from 00 to {MOST_EXPERTS - 1}")
+            ids.add(int(match[1]))
     return {module: sorted(ids) for module, ids in sorted(found.items())}
 
 

@@ -11,12 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from fedamole.errors import BaseModelError, RunError
+from fedamole.model.adapter_files import (
+    CONFIG,
+    IDENTITY,
+    PREFIX,
+    VIRTUAL,
+    WEIGHTS,
+    check_weights,
+    identity_form,
+    read_config,
+)
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.base import Identity
 from fedamole.model.params import (
@@ -30,10 +40,10 @@ from fedamole.model.params import (
     unstack,
 )
 from fedamole.model.prompt import PROMPT, PromptSpec, plain_prompt
+from fedamole.received.files import read_json
+from fedamole.received.forms import check_form
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-IDENTITY = "base_identity.json"
-VIRTUAL = "prompt_embeddings"
+__all__ = ["CONFIG", "IDENTITY", "PREFIX", "WEIGHTS", "load_adapter", "read_identity", "save_adapter", "without_deltas"]
 
 
 def save_adapter(adapter: Adapter, folder: Path, base_name: str, identity: Identity) -> None:
@@ -116,20 +126,36 @@ def without_deltas(adapter: Adapter) -> Adapter:
 
 
 def load_adapter(folder: Path, identity: Identity | None = None) -> Adapter:
-    """Read a personal adapter back as data; with an `identity` given, an adapter of another base is refused."""
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        tensors = load_file(folder / WEIGHTS)
-    except FileNotFoundError as error:
-        missing = Path(error.filename or WEIGHTS).name
-        raise RunError(f"{folder}: no personal adapter here ({missing} is missing)") from error
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise RunError(f"{folder}: the adapter is damaged ({error}); copy it again from its run folder") from error
+    """Read a personal adapter back as data; with an `identity` given, an adapter of another base is refused.
+
+    Nothing of the folder is believed: its config is checked first, and then that the weights have the names, shapes and
+    dtypes that the config asks for. Raises RunError for what does not fit, BaseModelError for another base.
+    """
+    config = read_config(folder)
     if identity is not None:
-        if not (folder / IDENTITY).exists():
-            raise BaseModelError(f"{folder}: {IDENTITY} is missing, so nobody can tell which base this adapter is for")
-        identity.check(Identity(**json.loads((folder / IDENTITY).read_text())), f"the adapter in {folder}")
+        identity.check(read_identity(folder), f"the adapter in {folder}")
+    path = folder / WEIGHTS
+    if not path.exists():
+        raise RunError(f"{folder}: no personal adapter here ({WEIGHTS} is missing; no other kind of weights is read)")
+    if not path.is_file():
+        raise RunError(f"{path} is no file: copy the adapter again from its run folder")
+    try:
+        with safe_open(path, "pt") as file:
+            check_weights(folder, config, {key: file.get_slice(key) for key in file.keys()})  # noqa: SIM118
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunError(f"{folder}: the adapter is damaged ({error}); copy it again from its run folder") from error
     return _to_adapter(config, tensors)
+
+
+def read_identity(folder: Path) -> Identity:
+    """The identity of the base that an adapter was made for; BaseModelError where nothing tells it."""
+    path = folder / IDENTITY
+    if not path.exists():
+        raise BaseModelError(f"{folder}: {IDENTITY} is missing, so nobody can tell which base it is for")
+    found = read_json(path)
+    check_form(found, identity_form, path, RunError)
+    return Identity(**found)
 
 
 def _to_adapter(config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:

@@ -20,27 +20,29 @@ from typing import Any, NoReturn, cast
 import tomli_w
 import torch
 
-from fedamole.config import Config, load_config
+from fedamole.config import Config, load_run_config
 from fedamole.data.manifest import load_federation
 from fedamole.data.settings import SourceSettings
 from fedamole.errors import ConfigError, RunError
 from fedamole.evaluation.personal import losses_of, majority_scores, scores_of
-from fedamole.experiment import free_path, resolved, server_of
-from fedamole.federation.checkpoint import Checkpoint
+from fedamole.experiment import free_path, reads_outside, resolved, server_of
+from fedamole.federation.checkpoint import newest as newest_of
+from fedamole.federation.checkpoint import read
 from fedamole.federation.local import DivergedError, LocalTask, embed, fit
 from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.federation.method import Client, ClientInfo, Fit, Records
 from fedamole.federation.record import Nothing, PayloadError, unpack
-from fedamole.federation.run_folder import ASSIGNMENT, CONFIG, METRICS, RunFolder, write_atomic
+from fedamole.federation.run_folder import ASSIGNMENT, METRICS, RunFolder, write_atomic
 from fedamole.federation.summary import summarise
 from fedamole.federation.worker import ClientData, client_data
 from fedamole.methods import METHODS
 from fedamole.methods.fedamole import FedAmole, Pool, TrainedExperts
 from fedamole.model.bank import Bank
-from fedamole.model.base import BUNDLED, Identity, load_base
+from fedamole.model.base import BUNDLED, Identity
 from fedamole.model.params import Adapter, expert_ids
 from fedamole.model.pretrained import save_adapter
-from fedamole.personal.models import is_elsewhere
+from fedamole.personal.models import is_elsewhere, load_named
+from fedamole.received.names import as_name
 from fedamole.reporting.card import write_cards
 
 ORIGIN = "adapted.json"
@@ -82,18 +84,20 @@ def adapt(
     """
     run = RunFolder.open(path)
     state, clients = final_state(run)
-    config = load_config(path / CONFIG)
+    config = load_run_config(run)
+    if reads := reads_outside(config, path, sources=(), base=base is None):
+        say(f"reads what config.toml names outside {path}: {', '.join(reads)}")
     if source.name in {client.name for client in clients}:
         raise ConfigError(f"{source.name} is a client of {path} already: give the new one another --name")
     if steps is not None and steps < 0:
         raise ConfigError(f"--steps {steps}: must not be negative")
     check_method(config)
-    target = free_path(folder / f"{config.run.name}-{source.name}")
+    target = free_path(folder / f"{as_name(config.run.name)}-{source.name}")
     config = _own_config(config, source, target, device, base)
     say("loading data and base")
     torch.set_num_threads(config.run.threads)
     federation = load_federation(config.data, Path.cwd())
-    resident = load_base(config.base, torch.device(config.run.device), Path.cwd())
+    resident = load_named(config.base, config.run.device, named_by_user=base is not None)
     identity = Identity(**run.about["base"])
     resident.identity.check(identity, f"the run in {path}")
     data = client_data(federation.shards[0], resident.tokenizer, config.training.max_length)
@@ -136,17 +140,17 @@ def final_state(run: RunFolder) -> tuple[bytes, tuple[ClientInfo, ...]]:
         raise RunError(f"{run.path} is one client's part of a deployment; the coordinator's folder is needed")
     if not run.finished:
         raise RunError(f"{run.path} is not finished: `fedamole resume {run.path}`")
-    newest = max((run.path / "checkpoints").glob("round-*.json"), default=None)
+    newest = newest_of(run)
     if newest is None:
         raise RunError(f"{run.path} has no checkpoints/ any more, and with them the server's state is gone")
     try:
-        checkpoint = Checkpoint(**json.loads(newest.read_text()))
+        checkpoint = read(newest)
         state = newest.with_suffix(".safetensors").read_bytes()
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
         raise RunError(f"{newest} cannot be read ({error}): put it back from a copy") from error
     if hashlib.sha256(state).hexdigest() != checkpoint.server_sha256:
         raise RunError(f"{newest.with_suffix('.safetensors')} is damaged: put it back from a copy")
-    examples = checkpoint.progress["examples"]
+    examples = checkpoint.progress.get("examples") or {}
     return state, tuple(ClientInfo(name, examples[name]) for name in sorted(examples))
 
 

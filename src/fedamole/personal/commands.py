@@ -1,13 +1,14 @@
 """The commands of a personal model's life after training. Nothing heavy is imported before one is used."""
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
+from rich.text import Text
+
+from fedamole.terminal import Screen, printable_json, say, say_json, screen
 
 if TYPE_CHECKING:
     from fedamole.data.settings import SourceSettings
@@ -50,16 +51,17 @@ def generate(
     from fedamole.errors import RunError
     from fedamole.federation.run_folder import write_atomic
     from fedamole.personal.generate import answers, asked_for, evaluation_of, layout_of
-    from fedamole.personal.models import find, open_bank
+    from fedamole.personal.models import find, open_bank, read_for
 
     if out is not None and out.exists():
         raise RunError(f"{out} exists already, and nothing is overwritten: remove it or choose another name")
     place = find(run, client, row)
-    layout, notes = layout_of(place), Console(stderr=True)
+    layout, notes = layout_of(place), screen(error=True)
+    _note(notes, read_for(place, False, base))
     asked = asked_for(prompts or [], file, columns or [], layout, sys.stdin)
     if columns is None and layout.template != "plain" and any(not one.prompt.endswith("\n") for one in asked):
         told = f"used as it is; --set puts columns into the template that {place.client} was trained with (--help)"
-        notes.print(told, highlight=False, markup=False, style="dim", soft_wrap=True)
+        notes.print(told, style="dim", soft_wrap=True)
     bank, adapters = open_bank([place], device, base)
     bank.load(adapters)
     found = evaluation_of(place, bank.base.max_positions)
@@ -69,10 +71,10 @@ def generate(
     if as_json:
         pairs = zip(asked, said, strict=True)
         records = ({"client": place.client, "prompt": one.prompt, "answer": answer} for one, answer in pairs)
-        said = [json.dumps(record, ensure_ascii=False) for record in records]
+        said = [printable_json(record) for record in records]
     if out is None:
         for line in said:
-            typer.echo(line)
+            say(line)
     else:
         write_atomic(out, "".join(line + "\n" for line in said))
 
@@ -93,25 +95,26 @@ def chat(
     """
     from fedamole.personal.chat import NEW, QUIT, Chat, converse
     from fedamole.personal.generate import evaluation_of
-    from fedamole.personal.models import find, open_bank
+    from fedamole.personal.models import find, open_bank, read_for
 
     place = find(run, client, row)
+    _note(screen(error=True), read_for(place, False, base))
     bank, adapters = open_bank([place], device, base)
     bank.load(adapters)
     talk = Chat(bank, max_new_tokens or evaluation_of(place, bank.base.max_positions).max_new_tokens, system)
-    console, notes, person = Console(), Console(stderr=True), sys.stdin.isatty()
+    console, notes, person = screen(), screen(error=True), sys.stdin.isatty()
 
     def say(text: str) -> None:
-        console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+        console.print(text, end="", soft_wrap=True)
 
     def note(text: str) -> None:
-        notes.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+        notes.print(text, style="dim", soft_wrap=True)
 
     if person:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - arrows and history, wherever lines are asked for
         note(f"{place.client}'s model; {NEW} begins anew, {QUIT} ends")
-    converse(talk, lambda: console.input("[bold]you>[/] ") if person else input(), say, note)
+    converse(talk, lambda: console.input(Text.assemble(("you>", "bold"), " ")) if person else input(), say, note)
 
 
 def explain(
@@ -153,7 +156,7 @@ def explain(
     from fedamole.personal import explain as told
     from fedamole.personal.explain_page import page
     from fedamole.personal.generate import asked_for, evaluation_of, ids_of, layout_of
-    from fedamole.personal.models import find, open_bank, places
+    from fedamole.personal.models import find, open_bank, places, read_for
     from fedamole.personal.routing import greedy_answer, own_rows, plain_ids, write_routing
 
     text = prompt is not None or bool(columns) or answer is not None
@@ -163,15 +166,18 @@ def explain(
         raise ConfigError("--all is of all clients and modules, and no page: leave --client, --layer and --html out")
     if html is not None and html.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--html {html}: name a file that ends in .html")
-    console, notes = Console(width=None if sys.stdout.isatty() else 140), Console(stderr=True)
+    console, notes = screen(wide=140), screen(error=True)
     found = places(run, row) if every else (find(run, client, row),)
+    own_data = every or experts or not (prompt is not None or columns)
+    for told_reads in dict.fromkeys(read_for(place, own_data, base) for place in found):
+        _note(notes, told_reads)
     bank, adapters = open_bank(found, device, base)
     settings = evaluation_of(found[0], bank.base.max_positions)
     with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
         if every:
             tables = told.tables(found, bank, adapters, split, settings.batch_tokens, progress)
             write_routing(run, tables, split)
-            typer.echo(json.dumps(tables)) if as_json else console.print(told.tables_shown(tables))
+            say_json(tables) if as_json else console.print(told.tables_shown(tables))
             return
         (place,), teller = found, told.Teller(bank, adapters[0], found[0])
         if experts:
@@ -188,8 +194,8 @@ def explain(
             story = teller.text(ids, plain_ids(bank, answer or "") if said is None else said, layer)
     if html is not None:
         write_atomic(html, page(story))
-        notes.print(f"written to {html}", highlight=False, markup=False)
-    typer.echo(json.dumps(told.as_json(story))) if as_json else console.print(told.shown(story, console))
+        notes.print(f"written to {html}")
+    say_json(told.as_json(story)) if as_json else console.print(told.shown(story, console))
 
 
 def export(
@@ -225,25 +231,27 @@ def export(
 
     from fedamole.personal.export import ExportSettings, LossyError
     from fedamole.personal.export import export as write
-    from fedamole.personal.models import find
+    from fedamole.personal.models import find, read_for
 
     settings = ExportSettings(to, rank, ridge, tokens, tolerance, force)
     text = None if calibration is None else _source("calibration", calibration, template, column)
-    notes, refused = Console(stderr=True), None
+    notes, refused = screen(error=True), None
+    place = find(run, client, row)
+    _note(notes, read_for(place, True, base))
     try:
-        report = write(find(run, client, row), out, settings, calibration=text, device=device, base=base,
+        report = write(place, out, settings, calibration=text, device=device, base=base,
                        say=lambda told: _note(notes, told))  # fmt: skip
     except LossyError as error:
         report, refused = error.report, error
     if as_json:
-        typer.echo(json.dumps({**report, "written": None if refused else str(out)}))
+        say_json({**report, "written": None if refused else str(out)})
     else:
         table = Table(title=f"{report['client']}: validation loss, nats per answer token")
         for heading in ("model", "loss", "above the personal model"):
             table.add_column(heading, justify="left" if heading == "model" else "right")
         for name, loss in report["losses"].items():
             table.add_row(name, f"{loss:.4f}", f"{loss - report['losses']['personal']:+.4f}")
-        Console(width=None if sys.stdout.isatty() else 80).print(table)
+        screen(wide=80).print(table)
     if refused is not None:
         raise refused
     how = "exact" if report["exact"] else f"fitted on {report['tokens']:,} tokens"
@@ -277,11 +285,11 @@ def adapt(
     from fedamole.personal.adapt import adapt as join
 
     settings = _source(name or data.name.partition(".")[0], data, template, column, test=test, limit=limit)
-    notes = Console(stderr=True)
+    notes = screen(error=True)
     report = join(run, settings, folder, steps=steps, device=device, base=base,
                   say=lambda told: _note(notes, told))  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(report))
+        say_json(report)
         return
     table = Table(title=f"{report['client']}: losses in nats per answer token, score 0 to 100")
     for heading in ("model", "validation loss", "test loss", "test score"):
@@ -292,14 +300,15 @@ def adapt(
         told = ["" if loss is None else f"{loss:.3f}" for loss in losses]
         score = f"{scored['score']:.1f}" if scored else ""
         table.add_row(f"{one} *" if one == report["kept"] else one, *told, score)
-    Console(width=None if sys.stdout.isatty() else 80).print(table)
+    screen(wide=80).print(table)
     if report["chosen_by"]:
         _note(notes, f"chosen by {report['chosen_by']} experts over all modules, {report['added']} were added")
     _note(notes, f"* is kept: {report['folder']}")
 
 
-def _note(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, style="dim", soft_wrap=True)
+def _note(console: Screen, text: str) -> None:
+    if text:
+        console.print(text, style="dim", soft_wrap=True)
 
 
 def _source(

@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.color import Color
 from rich.console import Console, Group
-from rich.markup import escape
 from rich.progress import Progress
 from rich.style import Style
 from rich.table import Column, Table
@@ -267,7 +266,7 @@ def tables_shown(tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Tab
         module = max(modules, key=lambda name: max(modules[name].values()))
         best = max(modules[module], key=lambda expert: modules[module][expert])
         each = str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-        table.add_row(escape(client), str(len(modules)), str(sum(counts)), each, f"{best} in {escape(module)}",
+        table.add_row(client, str(len(modules)), str(sum(counts)), each, f"{best} in {module}",
                       f"{modules[module][best]:.0%}")  # fmt: skip
     return table
 
@@ -296,7 +295,7 @@ def _legend(module: Module) -> Table:
     for place in sorted(range(len(module.experts)), key=lambda place: -module.experts[place].share):
         one = module.experts[place]
         swatch = Text("  ", style=_style(place))
-        table.add_row(swatch, str(one.id), f"{one.share:.0%}", f"{one.first:.0%} of tokens", escape(one.who))
+        table.add_row(swatch, str(one.id), f"{one.share:.0%}", f"{one.first:.0%} of tokens", one.who)
     return table
 
 
@@ -326,7 +325,7 @@ def _summary(story: Story) -> Table:
     for module in story.modules:
         best = max(module.experts, key=lambda one: one.share)
         table.add_row(
-            escape(module.name), str(len(module.experts)), str(best.id), f"{best.share:.0%}",
+            module.name, str(len(module.experts)), str(best.id), f"{best.share:.0%}",
             f"{module.use.telling:.3f}",
         )
     return table

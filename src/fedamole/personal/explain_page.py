@@ -1,8 +1,9 @@
 """The same as one HTML file: no script, nothing fetched, light or dark as the reader's machine is set."""
 
-from html import escape
+import html
 
 from fedamole.personal.explain import PALETTE, Expert, Module, Sight, Story, ranked, visible
+from fedamole.terminal import printable
 
 MOST = 40_000
 """Tokens times modules up to which several modules show their tokens; beyond it a browser only gets the numbers."""
@@ -29,6 +30,11 @@ table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .25rem .8
   background: var(--tip); border: 1px solid var(--line); border-radius: 6px; font: 13px/1.5 system-ui, sans-serif;
   user-select: none; } .token:hover .tip, .token:focus .tip { display: block; }
 """
+
+
+def escape(text: str) -> str:
+    """Return a text as HTML that shows it, without marks that turn the direction of reading around."""
+    return html.escape(printable(text))
 
 
 def page(story: Story) -> str:

@@ -30,7 +30,7 @@ from fedamole.model.base import Base, BaseSettings, load_base
 from fedamole.model.batch import Row, batches
 from fedamole.model.params import Adapter, Shapes, expert_ids, shared_keys
 from fedamole.model.pretrained import load_adapter, save_adapter, without_deltas
-from fedamole.personal.models import Place, base_of, own_shard
+from fedamole.personal.models import Place, base_of, own_shard, read_adapter
 from fedamole.personal.ridge import Moments, best_lora
 
 REPORT = "export.json"
@@ -110,7 +110,7 @@ def export(
         raise RunError(f"{out} exists already, and nothing is overwritten: remove it or choose another folder")
     say("loading the base")
     resident = base_of(place, device, base)
-    personal = load_adapter(place.adapter, resident.identity)
+    personal = read_adapter(place, resident)
     spec = personal.spec
     if not isinstance(spec, AdapterSpec):
         raise ConfigError(

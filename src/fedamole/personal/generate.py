@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from fedamole.config import load_config
+from fedamole.config import load_run_config
 from fedamole.data.examples import Example
 from fedamole.data.layouts import Row, arrange
 from fedamole.data.manifest import read_manifest
@@ -17,7 +17,7 @@ from fedamole.data.tokens import Ids, tokenise
 from fedamole.errors import ConfigError, DataError
 from fedamole.evaluation.generation import generate_answers
 from fedamole.evaluation.personal import EvaluationSettings
-from fedamole.federation.run_folder import CONFIG, MANIFEST
+from fedamole.federation.run_folder import MANIFEST
 from fedamole.model.bank import Bank
 from fedamole.personal.models import Place
 
@@ -46,15 +46,17 @@ def layout_of(place: Place) -> Layout:
     """Find out how the rows of a model's client became prompts, from the run it came from."""
     if place.run is None:
         return Layout()
-    data = load_config(place.run.path / CONFIG).data
-    name = next(one.source for one in read_manifest(place.run.path / MANIFEST).clients if one.client == place.client)
-    source = next(one for one in data.source if one.name == name)
+    data = load_run_config(place.run).data
+    name = read_manifest(place.run.place(MANIFEST)).only(place.client).clients[0].source
+    source = next((one for one in data.source if one.name == name), None)
+    if source is None:
+        raise DataError(f"{place.run.path}: config.toml has no source {name!r}, which the manifest names; restore it")
     return Layout(source.template, data.templates, source.columns)
 
 
 def evaluation_of(place: Place, positions: int) -> EvaluationSettings:
     """How the run generated answers; answers take at most half of the base's `positions`."""
-    found = EvaluationSettings() if place.run is None else load_config(place.run.path / CONFIG).evaluation
+    found = EvaluationSettings() if place.run is None else load_run_config(place.run).evaluation
     return replace(found, max_new_tokens=min(found.max_new_tokens, max(1, positions // 2)))
 
 

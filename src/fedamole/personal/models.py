@@ -1,21 +1,22 @@
 """Personal models found again: in a run's folder, or in a copy of one's adapter folder, and put on their base."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedamole.config import Config, load_config, nearest
+from fedamole.config import Config, load_run_config, nearest
 from fedamole.data.examples import Shard
 from fedamole.data.manifest import load_federation, read_manifest
 from fedamole.errors import BaseModelError, RunError
-from fedamole.federation.run_folder import CONFIG as RUN_CONFIG
+from fedamole.experiment import reads_outside
 from fedamole.federation.run_folder import MANIFEST, RUN, RunFolder
+from fedamole.model.adapter_files import check_fits, read_config
 from fedamole.model.bank import Bank
-from fedamole.model.base import BUNDLED, Base, BaseSettings, Identity, load_base, resolve_device
+from fedamole.model.base import BUNDLED, Base, BaseSettings, load_base, resolve_device
 from fedamole.model.params import Adapter
-from fedamole.model.pretrained import CONFIG, IDENTITY, load_adapter
+from fedamole.model.pretrained import CONFIG, load_adapter, read_identity
+from fedamole.received.names import NAME
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def places(path: Path, row: str | None = None) -> tuple[Place, ...]:
         raise RunError(f"{path}: neither a run's folder ({RUN}) nor a personal model's ({CONFIG}) is here")
     run = RunFolder.open(path)
     name = row or run.about["method"]
-    clients = sorted(one.name for one in (path / "clients").glob("*") if one.is_dir())
+    clients = sorted(one.name for one in (path / "clients").glob("*") if one.is_dir() and not one.name.startswith("."))
     found = tuple(
         Place(run.adapter(client, name), client, run)
         for client in clients if (run.adapter(client, name) / CONFIG).exists()
@@ -65,7 +66,7 @@ def find(path: Path, client: str | None, row: str | None = None) -> Place:
         raise RunError(f"{path} has the models of {', '.join(found)}: name one by --client")
     if client in found:
         return found[client]
-    if (path / "clients" / client).is_dir():
+    if NAME.fullmatch(client) and (path / "clients" / client).is_dir():
         raise RunError(f"{client} never trained up to its best round in {path}: its model is the bare base")
     raise RunError(f"{path} has no client {client!r}{nearest(client, found)}; there are {', '.join(found)}")
 
@@ -75,15 +76,13 @@ def base_of(place: Place, device: str = "auto", base: str | None = None) -> Base
 
     `base` names a copy of it elsewhere than the run says. Raises BaseModelError and ConfigError.
     """
-    settings = _settings_of(place.adapter) if place.run is None else load_config(place.run.path / RUN_CONFIG).base
-    if not (place.adapter / IDENTITY).exists():
-        raise BaseModelError(f"{place.adapter}: {IDENTITY} is missing, so nobody can tell which base it is for")
-    wanted = Identity(**json.loads((place.adapter / IDENTITY).read_text()))
+    settings = _settings_of(place.adapter) if place.run is None else load_run_config(place.run).base
+    wanted = read_identity(place.adapter)
     absent = base is None and is_elsewhere(settings.model)
     # The bundled base lies elsewhere on another machine; whether it is the right one its identity tells.
     named = BUNDLED if absent else base or settings.model
     try:
-        found = load_base(replace(settings, model=named), resolve_device(device), Path.cwd())
+        found = load_named(replace(settings, model=named), device, named_by_user=base is not None)
         found.identity.check(wanted, f"the adapter in {place.adapter}")
     except BaseModelError as error:
         if absent:
@@ -91,6 +90,21 @@ def base_of(place: Place, device: str = "auto", base: str | None = None) -> Base
             raise BaseModelError(told) from error
         raise
     return found
+
+
+def load_named(settings: BaseSettings, device: str, named_by_user: bool) -> Base:
+    """Load a base; where only a file of a run names it, nothing is downloaded for it. Raises BaseModelError."""
+    model = settings.model
+    on_hub = model != BUNDLED and not Path(model).is_dir() and not model.startswith(("/", ".", "~"))
+    try:
+        return load_base(settings, resolve_device(device), Path.cwd(), local_only=on_hub and not named_by_user)
+    except BaseModelError as error:
+        if not on_hub or named_by_user:
+            raise
+        raise BaseModelError(
+            f"{model!r}, the base that the run names, cannot be loaded from what is on this machine, and no file of a "
+            f"run starts a download: name it yourself by --base {model}, or name a copy"
+        ) from error
 
 
 def is_elsewhere(model: str) -> bool:
@@ -105,19 +119,41 @@ def own_shard(place: Place) -> tuple[Config, Shard]:
     """
     if place.run is None:
         raise RunError(f"{place.adapter} is a model without its data: name the run's folder, or give a --prompt")
-    config = load_config(place.run.path / RUN_CONFIG)
-    manifest = read_manifest(place.run.path / MANIFEST).only(place.client)
+    config = load_run_config(place.run)
+    manifest = read_manifest(place.run.place(MANIFEST)).only(place.client)
     source = tuple(one for one in config.data.source if one.name == manifest.clients[0].source)
     data = replace(config.data, source=source, manifest=None)
     return config, load_federation(data, Path.cwd(), manifest).shards[0]
 
 
+def read_for(place: Place, own_data: bool, base: str | None = None) -> str:
+    """A sentence on what a model's run makes a command read outside of the run's folder; empty where that is nothing.
+
+    `own_data` tells whether the client's own data are read too, `base` whether the user has named the base.
+    """
+    if place.run is None:
+        model = _settings_of(place.adapter).model
+        foreign = base is None and Path(model).is_dir()
+        return f"reads the base {Path(model).resolve()}, which {place.adapter / CONFIG} names" if foreign else ""
+    sources: tuple[str, ...] = ()
+    if own_data:
+        sources = (read_manifest(place.run.place(MANIFEST)).only(place.client).clients[0].source,)
+    config = load_run_config(place.run)
+    elsewhere = is_elsewhere(config.base.model)  # then the bundled base is tried
+    reads = reads_outside(config, place.run.path, sources, base=base is None and not elsewhere)
+    return f"reads what {place.run.path / 'config.toml'} names outside that folder: {', '.join(reads)}" if reads else ""
+
+
 def _settings_of(adapter: Path) -> BaseSettings:
-    try:
-        config = json.loads((adapter / CONFIG).read_text())
-        return BaseSettings(config["base_model_name_or_path"], tuple(config.get("target_modules") or ()))
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"{adapter / CONFIG} cannot be read ({error}); copy the folder again") from error
+    config = read_config(adapter)
+    return BaseSettings(config["base_model_name_or_path"], tuple(config.get("target_modules") or ()))
+
+
+def read_adapter(place: Place, base: Base) -> Adapter:
+    """The checked adapter of a personal model, for this base and no other."""
+    adapter = load_adapter(place.adapter, base.identity)
+    check_fits(adapter, base.shapes, base.width, place.adapter)
+    return adapter
 
 
 def load_personal_model(
@@ -133,6 +169,7 @@ def load_personal_model(
 
     place = find(Path(path), client, row)
     found = base_of(place, device, base)
+    read_adapter(place, found)  # PEFT, which reads the same files, checks little of them
     # Otherwise `generate` would not know where an answer ends.
     found.model.generation_config.update(eos_token_id=found.tokenizer.eos_token_id, pad_token_id=found.pad_id)
     return PeftModel.from_pretrained(found.model, str(place.adapter)).eval(), found.tokenizer
@@ -141,4 +178,4 @@ def load_personal_model(
 def open_bank(found: Sequence[Place], device: str = "auto", base: str | None = None) -> tuple[Bank, list[Adapter]]:
     """One resident base for the personal models of one run, and their adapters, which are not loaded yet."""
     bank = Bank(base_of(found[0], device, base))
-    return bank, [load_adapter(place.adapter, bank.base.identity) for place in found]
+    return bank, [read_adapter(place, bank.base) for place in found]

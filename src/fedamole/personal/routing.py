@@ -17,10 +17,10 @@ from fedamole.data.tokens import tokenise
 from fedamole.errors import ConfigError, DataError
 from fedamole.evaluation.likelihood import by_length
 from fedamole.federation.run_folder import ROUTING, write_atomic
+from fedamole.model.adapter_files import CONFIG, read_config
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, Row, collate
 from fedamole.model.params import OWN, Adapter, expert_ids
-from fedamole.model.pretrained import CONFIG
 from fedamole.model.prompt import PromptSpec
 from fedamole.personal.models import Place, own_shard
 
@@ -94,7 +94,7 @@ def holders(place: Place) -> dict[str, dict[int, list[str]]]:
     if place.run is None:
         return found
     for path in sorted(place.run.path.glob(f"clients/*/{place.adapter.name}/{CONFIG}")):
-        config, client = place.run.read_json(str(path.relative_to(place.run.path))), path.parents[1].name
+        config, client = read_config(path.parent), path.parents[1].name
         for module, ids in config.get("expert_pattern", {}).items():
             for expert in _own(config, ids, client == place.client):
                 found.setdefault(module, {}).setdefault(expert, []).append(client)
@@ -106,7 +106,7 @@ def _own(config: Mapping[str, Any], ids: list[int], himself: bool) -> list[int]:
     if config.get("router", "embedding") == "embedding":
         return ids
     if config.get("own_expert") is not None:
-        return [config["own_expert"]]
+        return [int(config["own_expert"])]
     return [0] if himself else []
 
 

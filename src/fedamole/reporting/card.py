@@ -5,22 +5,25 @@ Two equal runs write the same card, to the byte.
 """
 
 import json
-import tomllib
-from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from fedamole.data.examples import SPLITS
 from fedamole.data.manifest import ClientRecord, read_manifest
+from fedamole.errors import RunError
 from fedamole.federation.loop import BASE, MAJORITY
-from fedamole.federation.run_folder import CONFIG, MANIFEST, SUMMARY, RunFolder, write_atomic
+from fedamole.federation.run_folder import MANIFEST, RUN, SUMMARY, RunFolder, write_atomic
 from fedamole.methods import METHODS
+from fedamole.model.adapter_files import CARD, IDENTITY, read_config
+from fedamole.model.adapter_files import CONFIG as ADAPTER_CONFIG
 from fedamole.model.base import BUNDLED
-from fedamole.model.pretrained import CONFIG as ADAPTER_CONFIG
-from fedamole.model.pretrained import IDENTITY
+from fedamole.model.pretrained import read_identity
+from fedamole.received.names import quoted
+from fedamole.reporting.markdown import code, literal
+from fedamole.reporting.markdown import table as _table
 
 Json = dict[str, Any]
 
-CARD = "README.md"
 TABLES = ("method", "federation", "training")
 """Tables of a config that a card repeats."""
 
@@ -28,12 +31,14 @@ TABLES = ("method", "federation", "training")
 def write_cards(folder: RunFolder) -> None:
     """Write the card of every saved model of a finished run that has none yet; the owner may have edited one."""
     summary = folder.read_json(SUMMARY)
-    config = tomllib.loads((folder.path / CONFIG).read_text())
-    for client in read_manifest(folder.path / MANIFEST).clients:
+    config = folder.tables()
+    if folder.about["method"] not in METHODS:
+        raise RunError(f"{folder.path / RUN}: {quoted(folder.about['method'])} is no method that is known here")
+    for client in read_manifest(folder.place(MANIFEST)).clients:
         for row in summary["rows"]:
             place = folder.adapter(client.client, row)
             if (place / ADAPTER_CONFIG).exists() and not (place / CARD).exists():
-                adapter, identity = (json.loads((place / name).read_text()) for name in (ADAPTER_CONFIG, IDENTITY))
+                adapter, identity = read_config(place), asdict(read_identity(place))
                 text = card(folder.about, config, summary, client, row, adapter, identity)
                 write_atomic(place / CARD, text)
 
@@ -54,8 +59,8 @@ def card(
         _front_matter(public, about["method"]),
         f"# A personal model of {name}\n\n{_what(about, config, summary, name, row)}",
         "## Base\n\n" + _table(("", ""), [
-            ("base", where), ("weights", identity["weights"]), ("tokenizer", identity["tokenizer"]),
-            ("adapted modules", identity["targets"]),
+            ("base", literal(where)), ("weights", literal(identity["weights"])),
+            ("tokenizer", literal(identity["tokenizer"])), ("adapted modules", literal(identity["targets"])),
         ]) + f"\n\nThe hashes are fedamole's and stand in `{IDENTITY}` too. On another base the model is useless.",
         f"## Data\n\n{_data(client, summary, row)}",
         f"## Method\n\n{_method(about['method'], config)}",
@@ -81,8 +86,8 @@ def _what(about: Json, config: Json, summary: Json, name: str, row: str) -> str:
     best, by = summary["rows"][row]["best_round"], config["evaluation"]["select"]
     early = "" if row == about["method"] else " It is the model after local training, before the round's aggregation."
     return (
-        f"A PEFT adapter for a frozen language model, trained by fedamole {about['fedamole']} in a federation of "
-        f"clients that kept their data, for one of them: `{name}`. It was saved in round {best} of 0 to "
+        f"A PEFT adapter for a frozen language model, trained by fedamole {literal(about['fedamole'])} in a federation "
+        f"of clients that kept their data, for one of them: {code(name)}. It was saved in round {best} of 0 to "
         f"{summary['rounds'] - 1}, the one with the best {by} on validation.{early}\n\n"
         "No licence has been chosen: `license` and `license_name` above are for the owner to fill in. What the base's "
         "licence asks for holds for this model too."
@@ -101,7 +106,7 @@ def _data(client: ClientRecord, summary: Json, row: str) -> str:
 def _method(name: str, config: Json) -> str:
     method = METHODS[name]
     settings = [
-        (f"`{table}.{key}`", ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        (code(f"{table}.{key}"), literal(", ".join(map(str, value)) if isinstance(value, list) else value))
         for table in TABLES
         for key, value in config[table].items()
         if key != "name" and not isinstance(value, dict)
@@ -119,7 +124,7 @@ def _scores(config: Json, summary: Json, name: str, row: str) -> str:
     told = ((BASE, "the untuned base"), (MAJORITY, "the most frequent answer, always"), (row, "this model"))
     found = [(text, rows.get(key, {}).get("clients", {}).get(name, {})) for key, text in told]
     lines = [(text, _number(one.get("score"), 1), _number(one.get("loss"), 4)) for text, one in found]
-    return _table(("model", headline, "loss"), lines) + (
+    return _table(("model", literal(headline), "loss"), lines) + (
         "\n\nOn the client's test split, which is read once, at the end; scores are 0 to 100, losses nats per token of "
         "the right answer."
     )
@@ -172,8 +177,3 @@ def _reveals(method: str, adapter: Json, public: str | None) -> str:
         )
     return "\n".join(f"- {point}" for point in points)
 
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+
+from fedamole.terminal import Screen, say, screen
 
 if TYPE_CHECKING:
     from fedamole.reporting.page.reading import Told
@@ -39,7 +40,7 @@ def report(
     check_place(out)
     if figures is not None:
         check_folder(figures)
-    said = Console(stderr=True)
+    said = screen(error=True)
 
     def write() -> "list[Told]":
         told = read_folders(runs)
@@ -48,7 +49,7 @@ def report(
         return told
 
     told = write()
-    typer.echo(out.resolve().as_uri() if live else out)
+    say(out.resolve().as_uri() if live else out)
     if live:
         try:
             _follow(told, write, said)
@@ -57,10 +58,10 @@ def report(
             said.print("stopped following; the page stays as it is")
     if figures is not None:
         for path in draw_all(figures, content(read_folders(runs))):
-            typer.echo(path)
+            say(path)
 
 
-def _follow(told: "Sequence[Told]", write: "Callable[[], list[Told]]", said: Console) -> None:
+def _follow(told: "Sequence[Told]", write: "Callable[[], list[Told]]", said: Screen) -> None:
     """Write the page anew whenever a file of an unfinished run has changed, until there is none."""
     seen = _sizes(told)
     while not all(one.finished for one in told):
@@ -69,7 +70,7 @@ def _follow(told: "Sequence[Told]", write: "Callable[[], list[Told]]", said: Con
             continue
         seen, told = now, write()
         done = "; ".join(f"{one.label}: {one.done} of {one.rounds} rounds" for one in told)
-        said.print(f"{done} -> page written", highlight=False, markup=False, soft_wrap=True)
+        said.print(f"{done} -> page written", soft_wrap=True)
 
 
 def _sizes(told: "Sequence[Told]") -> list[tuple[int, int] | None]:

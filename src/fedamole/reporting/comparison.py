@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from fedamole.errors import RunError
 from fedamole.federation.loop import BASE, MAJORITY
-from fedamole.federation.run_folder import CONFIG, METRICS, RunFolder
+from fedamole.federation.run_folder import METRICS, RunFolder
 from fedamole.reporting.gains import Gain, gain
 from fedamole.reporting.runs import Run, read_run
 
@@ -128,7 +127,7 @@ def _scenario(name: str, entries: Sequence[Entry]) -> Scenario:
 
 def _result(run: Run, row: str) -> Result:
     summary, found = run.summary, run.summary["rows"][row]
-    config = tomllib.loads((run.path / CONFIG).read_text())
+    config = RunFolder(run.path).tables()
     scores = {client: values["score"] for client, values in found["clients"].items()}
     losses = {client: values["loss"] for client, values in found["clients"].items() if "loss" in values}
     measures = {"score": found["mean"], "worst": found["worst"], "spread": found["spread"]}

@@ -9,7 +9,7 @@ from fedamole.errors import ConfigError
 from fedamole.reporting.comparison import Result, Scenario
 
 KINDS = (".svg", ".png", ".pdf")
-LOOK = {"svg.hashsalt": "fedamole", "font.size": 9}
+LOOK = {"svg.hashsalt": "fedamole", "font.size": 9, "text.parse_math": False}
 """Settings of matplotlib for every picture of this project."""
 
 

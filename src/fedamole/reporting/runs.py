@@ -3,14 +3,14 @@
 import hashlib
 import json
 import logging
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedamole.errors import RunError
-from fedamole.federation.run_folder import CONFIG, MANIFEST, RUN, SUMMARY, RunFolder
+from fedamole.federation.loop import BASE, MAJORITY
+from fedamole.federation.run_folder import MANIFEST, RUN, SUMMARY, RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,14 @@ def read_run(path: Path) -> Run:
     folder = RunFolder.open(path)
     if not folder.finished:
         raise RunError(f"{path} is not finished: {SUMMARY} is missing; `fedamole resume {path}` continues it")
-    config = tomllib.loads((path / CONFIG).read_text())
-    return Run(path, config["run"]["name"], config["run"]["seed"], partition_of(folder), folder.read_json(SUMMARY))
+    config = folder.tables()
+    summary = folder.read_json(SUMMARY)
+    for row in (BASE, MAJORITY, summary["method"]):
+        if row not in summary["rows"]:
+            raise RunError(f"{path / SUMMARY} is damaged: it has no row {row!r}; put it back from a copy")
+    if not summary["rows"][BASE]["clients"]:
+        raise RunError(f"{path / SUMMARY} is damaged: it has no clients; put it back from a copy")
+    return Run(path, config["run"]["name"], config["run"]["seed"], partition_of(folder), summary)
 
 
 def partition_of(folder: RunFolder) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedamole.reporting.comparison import MEASURES, Against, Measure, Result, Scenario, gains
+from fedamole.reporting.markdown import literal, table
 from fedamole.reporting.table import cell
 
 FIELDS = (
@@ -177,15 +178,9 @@ def as_markdown(made: Sequence[Sheet]) -> str:
     blocks = []
     for sheet in made:
         rule = ["---"] * sheet.words + ["---:"] * (len(sheet.head) - sheet.words)
-        lines = [_markdown_line(sheet.head), _markdown_line(rule), *map(_markdown_line, sheet.body)]
-        caption = sheet.caption.replace("*", r"\*").replace("_", r"\_")
-        blocks.append(f"### {sheet.title}\n\n" + "\n".join(lines) + f"\n\n{caption}\n")
+        body = table([*map(literal, sheet.head)], [[literal(cell) for cell in line] for line in sheet.body], rule)
+        blocks.append(f"### {literal(sheet.title)}\n\n{body}\n\n{literal(sheet.caption)}\n")
     return "\n".join(blocks)
-
-
-def _markdown_line(cells: Sequence[str]) -> str:
-    escaped = (text.replace("|", r"\|").replace("*", r"\*") for text in cells)
-    return "| " + " | ".join(escaped) + " |"
 
 
 def as_latex(made: Sequence[Sheet]) -> str:

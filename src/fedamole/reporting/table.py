@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedamole.federation.loop import BASE, MAJORITY
+from fedamole.reporting.markdown import literal
+from fedamole.reporting.markdown import table as as_table
 from fedamole.reporting.runs import Run
 
 SCORE_LINES = ("mean", "worst client", "spread", "mean, last round")
@@ -80,7 +82,10 @@ def _column(label: str, entries: Sequence[tuple[Run, str]], clients: Sequence[st
         lines["mean, last round"] = [row["last_mean"] for row in rows]
         lines["best round"] = [row["best_round"] for row in rows]
     traffic = (first["bytes_down_per_client_round"], first["bytes_up_per_client_round"]) if trained else (0.0, 0.0)
-    scores = {client: [row["clients"][client]["score"] for row in rows] for client in clients}
+    # A client of a deployment whose last answer never came has no score.
+    scores = {
+        client: [row["clients"][client]["score"] for row in rows if client in row["clients"]] for client in clients
+    }
     return Column(label, scores, lines, traffic)
 
 
@@ -138,4 +143,4 @@ def markdown(comparison: Comparison) -> str:
     """The table in Markdown."""
     head, *body = grid(comparison)
     rule = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
+    return as_table([*map(literal, head)], [[literal(cell) for cell in line] for line in body], rule)

@@ -22,6 +22,7 @@ from fedamole.reporting.page.words import (
     short_names,
 )
 from fedamole.reporting.table import cell, compare, grid
+from fedamole.terminal import printable
 
 Json = dict[str, Any]
 COSTS = (
@@ -54,7 +55,7 @@ def content(told: Sequence[Told]) -> Json:
             for one in told for line in one.lines if "failed" in line
         ],
     }
-    made: Json = _without_nan({
+    made: Json = _fit_for_a_page({
         "version": __version__, "title": f"Report on {_listed(models)}", "states": list(_states(told)),
         "glossary": GLOSSARY, "titles": TITLES, "random": RANDOM, "clients": clients, "models": models,
         **{key: value for key, value in sections.items() if value},
@@ -67,12 +68,14 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def _without_nan(value: Any) -> Any:
-    """The same with None where a number is not finite: JSON has no word for it."""
+def _fit_for_a_page(value: Any) -> Any:
+    """The same with None where a number is not finite, as JSON has no word for it, and with printable texts alone."""
     if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
+        return {printable(key) if isinstance(key, str) else key: _fit_for_a_page(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(inner) for inner in value]
+        return [_fit_for_a_page(inner) for inner in value]
+    if isinstance(value, str):
+        return printable(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -151,7 +154,7 @@ def _tested(done: Sequence[Told], models: Sequence[str]) -> Json:
     head, *body = grid(comparison)
     columns = {column.label: column.clients for column in comparison.columns}
     marks = {
-        label: {client: statistics.fmean(values) for client, values in by_client.items()}
+        label: {client: statistics.fmean(values) for client, values in by_client.items() if values}
         for label, by_client in columns.items()
     }
     [scenario] = read_scenarios([

@@ -1,7 +1,5 @@
 """What the folders of a report tell: runs, finished or not, whole ones or one side's part of a deployment."""
 
-import json
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +11,15 @@ from fedamole.federation.loop import BASE
 from fedamole.federation.run_folder import (
     ASSIGNMENT,
     CLIENTS,
-    CONFIG,
     MANIFEST,
     METRICS,
     ROUTING,
     RUN,
-    SUMMARY,
     RunFolder,
 )
 from fedamole.federation.summary import costs
-from fedamole.reporting.runs import Run, folders_in, partition_of
+from fedamole.model.params import MOST_EXPERTS
+from fedamole.reporting.runs import Run, folders_in, partition_of, read_run
 
 Json = dict[str, Any]
 
@@ -98,31 +95,36 @@ def read_folders(paths: Sequence[Path]) -> list[Told]:
 def read_folder(path: Path) -> Told:
     """Read one run's folder, whatever state it is in; a damaged one is a RunError."""
     folder = RunFolder.open(path)
-    config = tomllib.loads((path / CONFIG).read_text())
-    summary = folder.read_json(SUMMARY) if folder.finished else {"method": folder.about["method"]}
-    run = Run(path, config["run"]["name"], config["run"]["seed"], partition_of(folder), summary)
+    config = folder.tables()
+    if folder.finished:
+        run = read_run(path)
+    else:
+        summary = {"method": folder.about["method"]}
+        run = Run(path, config["run"]["name"], config["run"]["seed"], partition_of(folder), summary)
     told: Json = folder.read_json(CLIENTS) if (path / CLIENTS).exists() else {}
     drawn = [one for one in folder.read_json(MANIFEST)["clients"] if isinstance(one, dict)]  # a server knows names only
     amounts = {one["client"]: {split: len(one[split]["rows"]) for split in SPLITS if split in one} for one in drawn}
     return Told(
-        run, folder.kind, config, tuple(folder.lines(METRICS)), tuple(folder.lines(ASSIGNMENT)),
+        run, folder.kind, config, _lines(folder, METRICS, config), _lines(folder, ASSIGNMENT, config),
         amounts | {name: dict(one["examples"]) for name, one in told.items() if "examples" in one},
         {one["client"]: one["source"] for one in drawn},
         {name: dict(one["labels"]) for name, one in told.items() if one.get("labels")},
-        _routing(path / ROUTING), summary if folder.finished else costs(folder), folder.finished,
+        folder.read_json(ROUTING)["clients"] if (path / ROUTING).exists() else {},
+        run.summary if folder.finished else costs(folder), folder.finished,
     )
 
 
-def _routing(path: Path) -> dict[str, dict[str, dict[str, float]]]:
-    if not path.exists():
-        return {}
-    try:
-        return {
-            str(client): {
-                str(module): {str(expert): float(share) for expert, share in shares.items()}
-                for module, shares in modules.items()
-            }
-            for client, modules in json.loads(path.read_text())["clients"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} cannot be read ({error!r}): remove it, or write it anew") from error
+def _lines(folder: RunFolder, name: str, config: Json) -> tuple[Json, ...]:
+    """Lines of a file; RunError for a round or an expert that a run with this config does not have."""
+    rounds, experts = config["federation"]["rounds"], config["method"].get("experts") or MOST_EXPERTS
+    lines = tuple(folder.lines(name))
+    for number, line in enumerate(lines, 1):
+        beyond = [expert for expert in line.get("experts", ()) if expert >= experts]
+        # A client that joined a finished run logs one round more.
+        what = f"round {line['round']}" if line["round"] > rounds else f"expert {beyond[0]}" if beyond else ""
+        if what:
+            raise RunError(
+                f"{folder.path / name}, line {number}, is of {what}, which a run of {rounds} rounds"
+                f"{f' and {experts} experts' if beyond else ''} does not have; put the file back from a copy"
+            )
+    return lines
