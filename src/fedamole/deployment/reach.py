@@ -124,7 +124,10 @@ def _asked(server: str, host: str, port: int, context: ssl.SSLContext) -> tuple[
         return "", [_failed(server, error, steps)]
     way = "" if steps.proxy is None else f" through the proxy {steps.proxy}"
     faults = []
-    if not healthy:
+    if status == 503:
+        text = f"{server} has the right certificate, but says that it cannot serve now (503): its SuperLink is down"
+        faults.append(Fault(text, "wait a minute, then look at the coordinator's logs"))
+    elif not healthy:
         text = f"{server} has the right certificate, but its answer to GET {HEALTH} is not the expected one ({status})"
         faults.append(Fault(text, "use the same version of fedamole at the coordinator and here"))
     until = time.strftime("%Y-%m-%d", time.gmtime(end))
