@@ -16,6 +16,7 @@ import typer
 import yaml
 
 from fedamole.cli import app
+from fedamole.deployment.log_files import KEEP, MOST_BYTES
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -185,6 +186,34 @@ def test_the_compose_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     parsed(services["client"]["command"])
     for words in coordinated(["run.toml", *services["coordinator"]["command"][1:]], tmp_path):
         parsed(words)
+
+
+def test_the_page_starts_containers_with_real_commands(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "operate.md").read_text().replace("\\\n", " ")
+    started = [line.split() for line in text.splitlines() if line.startswith("podman run")]
+    assert len(started) == 2
+    for words in started:
+        image = words.index("fedamole")
+        assert {"--read-only", "--cap-drop", "no-new-privileges"} <= set(words[:image])
+        if "fedamole-coordinate" in words:
+            for said in coordinated(["run.toml", *words[image + 2 :]], tmp_path):
+                parsed(said)
+        else:
+            parsed(words[image + 1 :])
+
+
+def test_the_files_and_numbers_of_the_page() -> None:
+    text = (ROOT / "docs" / "operate.md").read_text()
+    beside = re.findall(r"`([\w-]+\.(?:service|yaml))`", text)
+    named = {*re.findall(r"\bdeploy/[\w.-]+", text), *(f"deploy/{name}" for name in beside)}
+    assert len(named) >= 6
+    for name in named:
+        assert (ROOT / name).exists(), name
+    assert (MOST_BYTES, KEEP) == (10 * 2**20, 3)
+    assert "larger than 10 MiB" in text
+    assert "three older files are kept" in text
+    within = next(it for it in COMMAND.commands["health"].params if it.name == "within")  # type: ignore[attr-defined]
+    assert f"at most {within.default:.0f} seconds ago" in text
 
 
 # The systemd units.
