@@ -54,7 +54,8 @@ def repacked(folder: Path, installed: Distribution) -> Path:
         if not (name.startswith("..") or "__pycache__" in name or made_by_pip):
             files[name] = Path(str(file.locate())).read_bytes()
     wheel = next(name for name in files if name.endswith(".dist-info/WHEEL"))
-    tag = next(line for line in files[wheel].decode().splitlines() if line.startswith("Tag: "))[5:]
+    tags = [line[5:].split("-") for line in files[wheel].decode().splitlines() if line.startswith("Tag: ")]
+    tag = "-".join(".".join(dict.fromkeys(part)) for part in zip(*tags, strict=True))
     name = canonicalize_name(installed.name).replace("-", "_")
     return packed(folder / f"{name}-{installed.version}-{tag}.whl", wheel.removesuffix("/WHEEL"), files)
 
