@@ -63,13 +63,8 @@ def _shift(path: Path, keep: int) -> None:
 def _copy(file: FileIO, target: Path) -> None:
     """Copy to a new file that only this user can read; on an error there is none."""
     try:
-        with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+        with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0) as out:
             shutil.copyfileobj(file, out)
-            out.flush()
-            # What was appended in the meantime: little, so that the last look is as near to the cut as can be.
-            while piece := file.read(65536):
-                out.write(piece)
-                out.flush()
     except OSError:
         target.unlink(missing_ok=True)
         raise
