@@ -159,7 +159,7 @@ def test_quick_blocks_run_as_they_stand(tmp_path: Path) -> None:
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
-    pytest.importorskip("mkdocs", reason='the site is an extra: pip install "fedamole[docs]"')
+    pytest.importorskip("mkdocs", reason="the site is the extra `docs`")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
         cwd=ROOT, capture_output=True, text=True,

@@ -15,6 +15,7 @@ from fedamole.deployment.client_command import client
 from fedamole.deployment.clients_command import app as clients
 from fedamole.deployment.commands import server, simulate
 from fedamole.deployment.doctor_command import doctor
+from fedamole.deployment.health_command import health
 from fedamole.errors import FedamoleError
 from fedamole.personal import commands as personal
 from fedamole.reporting import commands as reporting
@@ -356,7 +357,7 @@ def _wide() -> Screen:
     return screen(wide=180)
 
 
-DEPLOYMENT = (server, simulate, client, certs, doctor)
+DEPLOYMENT = (server, simulate, client, certs, doctor, health)
 PERSONAL = (personal.generate, personal.chat, personal.explain, personal.export, personal.adapt)
 for command in (*DEPLOYMENT, *PERSONAL, serving.serve, reporting.report):
     app.command()(command)

@@ -42,7 +42,7 @@ class RunSettings:
     group: int = 0
     """Clients trained and evaluated in lock-step on the one base; 0 = as many as fit into the free memory."""
     tensorboard: bool = False
-    """Also write losses and scores for TensorBoard (needs `pip install fedamole[tensorboard]`)."""
+    """Also write losses and scores for TensorBoard (needs this package's extra `tensorboard`)."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that no machine has."""

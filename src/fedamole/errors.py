@@ -29,3 +29,8 @@ class RunError(FedamoleError):
     """A run folder that is in the way, incomplete, corrupt or foreign."""
 
     exit_code = 5
+
+
+def how_to_install(extra: str) -> str:
+    """How to add an extra of this package, which no package index has: from a clone, or from a wheel."""
+    return f'in the clone: pip install -e ".[{extra}]"; from a wheel: pip install "PATH-TO-WHEEL[{extra}]"'

@@ -17,6 +17,7 @@ from fedamole.deployment.certificates import make_certificates
 from fedamole.deployment.doctor import Finding, examine_client, examine_server
 
 SECRET = "patient Miller"
+HEALTHY = b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\nConnection: close\r\n\r\n{"status":"ok"}'
 Serve = Callable[..., str]
 
 
@@ -36,12 +37,16 @@ def certs(tmp_path: Path) -> Path:
 def serve() -> Iterator[Serve]:
     """`serve(certs)`: a TLS server on a free port of all loopback addresses; its port as text.
 
-    Without certificates it says `plain` to each connection and closes it, or, for None, says nothing at all.
+    It gives `answer` to each request, the gateway's to GET /health by default. Without certificates it says `plain` to
+    each connection and closes it, or, for None, says nothing at all.
     """
     places: list[socket.socket] = []
 
-    def answer(place: socket.socket, certs: Path | None, plain: bytes | None) -> None:
+    def work(
+        place: socket.socket, certs: Path | None, plain: bytes | None, answer: bytes, newest: ssl.TLSVersion
+    ) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.maximum_version = newest
         if certs is not None:
             context.load_cert_chain(certs / "server.crt", certs / "server.key")
         held = []
@@ -52,7 +57,9 @@ def serve() -> Iterator[Serve]:
                 return
             try:
                 if certs is not None:
-                    context.wrap_socket(stream, server_side=True).close()
+                    with context.wrap_socket(stream, server_side=True) as secured:
+                        assert secured.recv(4096).startswith(b"GET /health HTTP/1.1\r\n")
+                        secured.sendall(answer)
                 elif plain is not None:
                     stream.sendall(plain)
                     stream.close()
@@ -61,10 +68,13 @@ def serve() -> Iterator[Serve]:
             except OSError:
                 pass  # the client did not like the certificate
 
-    def start(certs: Path | None, plain: bytes | None = None) -> str:
+    def start(
+        certs: Path | None, plain: bytes | None = None, answer: bytes = HEALTHY,
+        newest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3,
+    ) -> str:
         place = socket.create_server(("0.0.0.0", 0))
         places.append(place)
-        threading.Thread(target=answer, args=(place, certs, plain), daemon=True).start()
+        threading.Thread(target=work, args=(place, certs, plain, answer, newest), daemon=True).start()
         return str(place.getsockname()[1])
 
     yield start
@@ -100,7 +110,7 @@ def test_a_good_server_and_a_good_client(certs: Path, serve: Serve, tmp_path: Pa
     port, own = serve(certs), certs / "clients" / "clinic"
     client = examine_client(f"127.0.0.1:{port}", own, "bundled", data)
     assert {finding.what for finding in client} == {
-        "python", "packages", "commands", "device", "disk", "certificates", "server", "base", "data",
+        "python", "packages", "device", "disk", "certificates", "server", "base", "data",
     }  # fmt: skip
     for finding in (*server, *client):
         # Where Flower is not installed, that is what the doctor has to find.
@@ -204,13 +214,22 @@ def test_a_name_without_address(certs: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "no address" in only("port", list(doctor.port_is_free("fed.invalid", 1))).text
 
 
-def test_a_proxy_is_told_of(certs: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = f"localhost:{serve(certs)}"
-    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.invalid:3128")
-    warned = list(doctor.server_answers(server, certs))
-    assert [(finding.state, "HTTPS_PROXY" in finding.text) for finding in warned] == [("warning", True)]
-    monkeypatch.setenv("NO_PROXY", "localhost")
-    assert asked(server, certs).state == "ok"
+@pytest.mark.parametrize(("answer", "text"), [
+    (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", "not the expected one (404)"),
+    (HEALTHY.replace(b"200 OK", b"503 Down"), "cannot serve now (503)"),
+    (HEALTHY.replace(b'"ok"', b'"no"'), "not the expected one (200)"),
+    (HEALTHY.replace(b"15", b"99999") + b" " * 99984, "not the expected one (200)"),
+    (HEALTHY.replace(b'{"status":"ok"}', b'["status","ok"]'), "not the expected one (200)"),
+    (HEALTHY.replace(b"15", b"4000").replace(b'{"status":"ok"}', b"[" * 4000), "not the expected one (200)"),
+    (b"nonsense", "does not answer GET /health (RemoteProtocolError)"),
+])  # fmt: skip
+def test_a_trusted_server_that_is_no_gateway_of_ours(certs: Path, serve: Serve, answer: bytes, text: str) -> None:
+    finding = asked(f"localhost:{serve(certs, answer=answer)}", certs)
+    assert (finding.state, text in finding.text) == ("problem", True), finding
+
+
+def test_less_than_tls_1_3_is_refused(certs: Path, serve: Serve) -> None:
+    assert "TLS fails" in asked(f"localhost:{serve(certs, newest=ssl.TLSVersion.TLSv1_2)}", certs).text
 
 
 def test_ports() -> None:
@@ -258,12 +277,12 @@ def test_a_package_and_commands_that_are_not_there(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(doctor, "version", absent)
     assert "flwr is not installed here" in [finding.text for finding in doctor.package_versions()]
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    assert "flower-superlink" in only("commands", doctor.commands()).text
+    assert "flower-superexec" in only("commands", doctor.commands()).text
     for name in doctor.COMMANDS:
         (tmp_path / name).touch(mode=0o755)
     assert only("commands", doctor.commands()).state == "ok"
-    (tmp_path / "flwr").unlink()
-    assert only("commands", doctor.commands()).text.startswith("flwr not found")
+    (tmp_path / "flwr-serverapp").unlink()
+    assert only("commands", doctor.commands()).text.startswith("flwr-serverapp not found")
 
 
 def test_no_heavy_import_before_it_is_needed(certs: Path) -> None:
@@ -375,6 +394,31 @@ def test_data_that_fit(tmp_path: Path, content: list[dict[str, Any]], template: 
     assert SECRET not in repr(found)
 
 
+def test_a_template_of_the_coordinator(tmp_path: Path) -> None:
+    data = rows(tmp_path / "d.jsonl", *({"body": f"{SECRET} {at}", "urgent": "yes"} for at in range(3)))
+    found = of("data", examine_client(None, None, None, data, "triage"))
+    assert [finding.state for finding in found] == ["ok", "warning"]
+    assert "has to come from the coordinator; it was not checked" in found[1].text
+    near = of("data", examine_client(None, None, None, data, "alpcaa"))[1]
+    assert "did you mean 'alpaca'" in near.remedy
+    config = tmp_path / "run.toml"
+    # The rest of the file is the coordinator's business, and need not be right here.
+    text = '[base]\nmodel = "./not-here"\n[data.templates.triage]\nprompt = "{body}?\\n"\nanswer = "{urgent}"\n'
+    config.write_text(text)
+    found = of("data", examine_client(None, None, None, data, "triage", config=config))
+    assert [finding.state for finding in found] == ["ok", "ok"], found
+    assert "template 'triage' would be chosen" in found[0].text
+    assert found[1].text == "3 of 3 rows have an answer"
+    config.write_text(text.replace("{body}", "{letter}"))
+    found = of("data", examine_client(None, None, None, data, "triage", config=config))
+    assert (found[1].state, "letter" in found[1].text) == ("problem", True)
+    found = of("data", examine_client(None, None, None, data, "other", config=config))
+    assert (found[1].state, "known are auto" in found[1].text) == ("problem", True)
+    config.write_text(text.replace("prompt", "promt"))
+    found = of("data", examine_client(None, None, None, data, "triage", config=config))
+    assert (found[-1].state, "promt" in found[-1].text) == ("problem", True)
+
+
 def test_data_that_do_not_fit_are_never_quoted(tmp_path: Path) -> None:
     turns = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
     wrong = {"messages": [{"role": SECRET, "content": SECRET}, {"role": "assistant", "content": SECRET}]}
@@ -406,10 +450,10 @@ def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_p
     def broken(*_: Any) -> list[Finding]:
         raise RuntimeError(f"{SECRET}\nsecond line")
 
-    for name in ("disk", "commands", "server_answers", "data_fit"):
+    for name in ("disk", "device", "server_answers", "data_fit"):
         monkeypatch.setattr(doctor, name, broken)
     found = examine_client("localhost:1", None, None, tmp_path / "x.jsonl")
-    for what in ("disk", "commands", "server"):
+    for what in ("disk", "device", "server"):
         finding = only(what, found)
         assert finding.state == "problem"
         assert finding.text == f"the check itself failed: RuntimeError: {SECRET}"

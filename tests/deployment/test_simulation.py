@@ -13,7 +13,7 @@ from fedamole.federation.loop import Watcher
 from tests.conftest import small
 from tests.deployment.test_remote import facts, left, states
 
-pytest.importorskip("ray", reason='Ray is an extra: pip install "fedamole[ray]"')
+pytest.importorskip("ray", reason="Ray is the extra `ray`")
 
 FEDAMOLE = Path(sys.executable).parent / "fedamole"
 

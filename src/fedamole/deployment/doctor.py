@@ -3,6 +3,7 @@
 Texts hold names, columns and counts of data, never their content, so that a report can be sent to a coordinator.
 """
 
+import difflib
 import errno
 import os
 import platform
@@ -23,7 +24,7 @@ from packaging.specifiers import SpecifierSet
 from fedamole.deployment.inspection import Fault, inspect_client, inspect_server
 from fedamole.deployment.keys import read_passphrase
 from fedamole.deployment.reach import PATIENCE, reach, without_tls
-from fedamole.errors import DataError, FedamoleError
+from fedamole.errors import ConfigError, DataError, FedamoleError
 
 if TYPE_CHECKING:
     from fedamole.data.sources import Table
@@ -34,7 +35,8 @@ State = Literal["ok", "warning", "problem"]
 FLOWER = SpecifierSet("==1.41.*")
 """Flower's wire format and commands change between minor versions; these are the ones this room was written for."""
 PACKAGES = ("torch", "transformers", "peft")
-COMMANDS = ("flower-superlink", "flower-supernode", "flower-superexec", "flwr")
+COMMANDS = ("flower-superexec", "flwr-serverapp")
+"""Flower's commands that a server starts; a client starts none."""
 LEAST_DISK = 5 * 2**30
 """Bytes: a small base and its checkpoints."""
 
@@ -69,16 +71,17 @@ def examine_server(config: Path | None, certs: Path | None, host: str, port: int
 
 def examine_client(
     server: str | None, certs: Path | None, base: str | None, data: Path | None, template: str = "auto",
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | None = None, config: Path | None = None,
 ) -> list[Finding]:
     """Look at everything that an organisation needs; what is None is left out.
 
     `server` is HOST:PORT, `certs` the folder with ca.crt and node.key, `base` a folder, "bundled" or a hub id;
-    `template` and `columns` (new = old) are as in a config's source. Never raises.
+    `template` and `columns` (new = old) are as in a config's source. Of `config`, the coordinator's, the templates are
+    read and nothing else. Never raises.
     """
     checks: list[tuple[str, Check]] = [
-        ("python", python_version), ("packages", package_versions), ("commands", commands),
-        ("device", device), ("disk", lambda: disk(Path.cwd())),
+        ("python", python_version), ("packages", package_versions), ("device", device),
+        ("disk", lambda: disk(Path.cwd())),
     ]  # fmt: skip
     if certs is not None:
         checks.append(("certificates", lambda: client_certificates(certs)))
@@ -87,7 +90,7 @@ def examine_client(
     if base is not None:
         checks.append(("base", lambda: base_is_there(base, Path.cwd())))
     if data is not None:
-        checks.append(("data", lambda: data_fit(data, template, columns or {})))
+        checks.append(("data", lambda: data_fit(data, template, columns or {}, config)))
     return _all(checks)
 
 
@@ -140,7 +143,7 @@ def _package(name: str, allowed: SpecifierSet) -> Finding:
 
 
 def commands() -> list[Finding]:
-    """Flower's commands beside this Python: one starts the next by its name, so PATH must lead there."""
+    """Flower's commands beside this Python, where a server looks for them."""
     folder = Path(sys.executable).parent
     missing = [name for name in COMMANDS if shutil.which(name, path=str(folder)) is None]
     if not missing:
@@ -271,8 +274,14 @@ def _uncached(base: str, why: str) -> Finding:
     return Finding("base", "warning", f"{base}: not in this machine's cache, {why}", remedy)
 
 
-def data_fit(path: Path, template: str = "auto", columns: Mapping[str, str] | None = None) -> list[Finding]:
-    """Columns and rows of a data file, the template that fits, and how many rows give an example."""
+def data_fit(
+    path: Path, template: str = "auto", columns: Mapping[str, str] | None = None, config: Path | None = None
+) -> list[Finding]:
+    """Columns and rows of a data file, the template that fits, and how many rows give an example.
+
+    A template that is neither built in nor in the coordinator's `config` is a problem; without a config it is said to
+    be the coordinator's, and not checked.
+    """
     from fedamole.data.settings import SourceSettings
     from fedamole.data.sources import FORMATS, read_source
     from fedamole.data.templates import BUILT_IN, choose
@@ -290,12 +299,34 @@ def data_fit(path: Path, template: str = "auto", columns: Mapping[str, str] | No
     except Exception as error:  # its text may quote a row
         return [_unread(path, error)]
     facts = f"{path.name}: {len(table.rows)} rows with the columns {', '.join(table.columns)}"
+    own = {} if config is None else templates_of(config)
+    if config is None and template not in ("auto", *BUILT_IN):
+        text = f"template {template!r} is not built in, so it has to come from the coordinator; it was not checked"
+        remedy = "give the coordinator's config by --config to check it" + _guess(template, BUILT_IN)
+        return [Finding("data", "ok", facts), Finding("data", "warning", text, remedy)]
     try:
-        chosen = choose(template, {}, table.columns, path.name)
-    except DataError as error:
+        chosen = choose(template, own, table.columns, path.name)
+    except (ConfigError, DataError) as error:
         return [Finding("data", "ok", facts), Finding("data", "problem", str(error))]
-    name = next((name for name, known in BUILT_IN.items() if known == chosen), "classification")
+    known = {**BUILT_IN, **own}
+    name = next((name for name, one in known.items() if one == chosen), "classification")
     return [Finding("data", "ok", f"{facts}; template {name!r} would be chosen"), *_rows_fit(table, chosen)]
+
+
+def templates_of(config: Path) -> "dict[str, TemplateSettings]":
+    """The [data.templates] of a coordinator's config; ConfigError where they cannot be used."""
+    from fedamole.config import build, read_tables
+    from fedamole.data.settings import DataSettings
+
+    data = read_tables(config).get("data", {})
+    templates = data.get("templates", {}) if isinstance(data, dict) else {}
+    settings: DataSettings = build(DataSettings, {"templates": templates}, "data")
+    return settings.templates
+
+
+def _guess(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; or did you mean {near[0]!r}?" if near else ""
 
 
 def _rows_fit(table: "Table", template: "TemplateSettings") -> list[Finding]:

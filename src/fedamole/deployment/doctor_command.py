@@ -8,10 +8,11 @@ import typer
 from rich.console import Console
 
 from fedamole.personal.commands import renamed
+from fedamole.terminal import printable
 
 
 def doctor(
-    config: Annotated[Path | None, typer.Option(help="Server: the config of the run.")] = None,
+    config: Annotated[Path | None, typer.Option(help="The run's config; at a client its templates are read.")] = None,
     server: Annotated[str | None, typer.Option(help="Client: host:port of the coordinator.")] = None,
     certs: Annotated[Path | None, typer.Option(help="Folder with certificates or keys.")] = None,
     base: Annotated[str | None, typer.Option(help="Client: its copy of the base model.")] = None,
@@ -24,7 +25,8 @@ def doctor(
 ) -> None:
     """Find out what is wrong with a set-up before it fails: a server's (default), or a client's (with --server).
 
-    Looks at versions, ports, certificates, base, data columns, disk and device; shows no content of data.
+    Looks at versions, ports, certificates, the way to the server (through a proxy too), base, data columns, disk and
+    device; shows no content of data.
     """
     from dataclasses import asdict
 
@@ -32,7 +34,7 @@ def doctor(
 
     at_client = server is not None or data is not None
     if at_client:
-        found = examine_client(server, certs, base, data, template, renamed(column))
+        found = examine_client(server, certs, base, data, template, renamed(column), config)
     else:
         found = examine_server(config, certs, host, port)
     if as_json:
@@ -42,6 +44,7 @@ def doctor(
         for finding in found:
             console.print(marks[finding.state], end=" ")
             remedy = f" -> {finding.remedy}" if finding.remedy else ""
-            console.print(f"{finding.what:<12} {finding.text}{remedy}", highlight=False, markup=False, soft_wrap=True)
+            line = printable(f"{finding.what:<12} {finding.text}{remedy}")
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     if any(finding.state == "problem" for finding in found):
         raise typer.Exit(1)

@@ -1,4 +1,8 @@
-"""What a coordinator sees: who is connected, and how far each client is."""
+"""What a coordinator sees: who is connected, and how far each client is.
+
+Names, reasons of failures and warnings come from elsewhere: none of them can steer the terminal, style the table or
+begin a line of its own.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
+
+from fedamole.terminal import printable
 
 Say = Callable[[str], None]
 Show = Callable[[dict[str, Any]], None]
@@ -65,16 +72,29 @@ class Board:
     def __rich__(self) -> Table:
         """Draw the table."""
         caption = f"round {self.round}/{self.rounds}  {self.note}" if self.rounds else self.note
-        table = Table("client", "connected", "state", "seconds", title=self.title, caption=caption)
+        table = Table(
+            "client", "connected", "state", "seconds", title=_cell(self.title, "table.title"),
+            caption=_cell(caption, "table.caption"),
+        )
         for name in sorted(self.clients):
             seen = self.clients[name]
             since, seconds = seen.get("since"), seen.get("seconds")
             told = time.time() - since if since else seconds
             table.add_row(
-                name, "yes" if name in self.here else "no", seen.get("state", "has joined"),
+                _cell(name), "yes" if name in self.here else "no", _cell(seen.get("state", "has joined")),
                 "" if told is None else f"{told:.0f}",
             )
         return table
+
+
+def _one_line(text: object) -> str:
+    """Text from elsewhere that cannot end its line."""
+    return printable(text).replace("\n", "\\n")
+
+
+def _cell(text: object, style: str = "") -> Text:
+    """Text from elsewhere as it stands, without markup."""
+    return Text(_one_line(text), style=style)
 
 
 @contextmanager
@@ -83,12 +103,12 @@ def watching(console: Console, folder: Path) -> Iterator[tuple[Say, Show]]:
     board = Board(str(folder))
 
     def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     def show(line: dict[str, Any]) -> None:
         told = board.feed(line)
         if told is not None and (not console.is_terminal or line["what"] in ("done", "warning")):
-            say(told)
+            say(_one_line(told))
 
     if not console.is_terminal:
         yield say, show

@@ -30,7 +30,7 @@ class BaseSettings:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the frozen weights; auto = bfloat16 on a GPU, float32 on a CPU. Adapters are float32 always."""
     quantization: Literal["none", "4bit"] = "none"
-    """4bit holds the base in 4 bits (needs a GPU and `pip install fedamole[gpu]`)."""
+    """4bit holds the base in 4 bits (needs a GPU and this package's extra `gpu`)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time, the same result."""
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedamole.errors import ConfigError
+from fedamole.errors import ConfigError, how_to_install
 
 
 class TensorBoardMirror:
@@ -16,7 +16,7 @@ class TensorBoardMirror:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError(
-                "run.tensorboard = true needs `pip install fedamole[tensorboard]`; or set it to false"
+                f"run.tensorboard = true needs TensorBoard; {how_to_install('tensorboard')}; or set it to false"
             ) from error
         self.writer = SummaryWriter(str(folder))
 

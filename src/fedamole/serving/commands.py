@@ -51,11 +51,9 @@ def serve(
     """
     for package in ("fastapi", "uvicorn"):
         if importlib.util.find_spec(package) is None:
-            from fedamole.errors import FedamoleError
+            from fedamole.errors import FedamoleError, how_to_install
 
-            raise FedamoleError(
-                f'serving needs {package}, which is not installed: pip install -e ".[serve]" in a clone of FedAMoLE'
-            )
+            raise FedamoleError(f"serving needs {package}, which is not installed; {how_to_install('serve')}")
     import torch
 
     from fedamole.config import load_config

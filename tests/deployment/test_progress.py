@@ -1,0 +1,73 @@
+import io
+import os
+import pty
+from pathlib import Path
+
+from rich.console import Console
+
+from fedamole.deployment.progress import Board, watching
+
+EVIL = "\x1b[2J[red]a[/red][link=http://evil.example]b\nround 9/9 done\u202e"
+
+
+def drawn(board: Board) -> str:
+    console = Console(file=io.StringIO(), width=200, color_system="truecolor", force_terminal=True)
+    console.print(board)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_foreign_text_in_the_table_is_text(tmp_path: Path) -> None:
+    board = Board(EVIL)
+    board.feed({"what": "joined", "client": EVIL})
+    board.feed({"what": "round", "round": 0, "rounds": 2, "cohort": [EVIL]})
+    board.feed({"what": "answered", "round": 0, "client": EVIL, "failed": EVIL, "seconds": 1.0})
+    board.feed({"what": "stage", "text": EVIL})
+    text = drawn(board)
+    assert "\x1b[2J" not in text
+    assert "\u202e" not in text
+    assert "\x1b]8" not in text  # no link
+    assert "\x1b[31m" not in text  # nothing red
+    harmless = "\\x1b[2J[red]a[/red][link=http://evil.example]b\\nround 9/9 done\\u202e"
+    assert text.count(harmless) == 4  # title, name, state, caption
+    assert text.count(f"failed: {harmless}") == 1
+
+
+def test_markup_that_is_broken_does_not_break_the_table() -> None:
+    board = Board("[/]")
+    board.feed({"what": "joined", "client": "[/b]"})
+    assert "[/b]" in drawn(board)
+
+
+def lines(*fed: dict[str, object], terminal: bool = False) -> str:
+    file = io.StringIO()
+    console = Console(file=file, width=80, force_terminal=terminal)
+    with watching(console, Path("runs/x")) as (say, show):
+        for line in fed:
+            show(line)
+        say(f"bye {EVIL}")
+    return file.getvalue()
+
+
+def test_lines_of_progress_are_lines() -> None:
+    joined = {"what": "joined", "client": EVIL}
+    warned = {"what": "warning", "text": EVIL}
+    failed = {"what": "answered", "round": 0, "client": "a", "failed": EVIL}
+    text = lines(joined, warned, failed)
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert len(text.splitlines()) == 3 + 2  # what the program itself says may have several lines
+    assert text.splitlines()[0].endswith("\\nround 9/9 done\\u202e has joined")
+    assert "\x1b[2J" not in lines(warned, terminal=True)
+
+
+def test_on_a_real_terminal() -> None:
+    """The same through a pseudo terminal, where the table is drawn again and again."""
+    main, other = pty.openpty()
+    with os.fdopen(other, "w") as file:
+        console = Console(file=file, force_terminal=True, width=120, color_system="truecolor")
+        with watching(console, Path("runs/x")) as (_, show):
+            show({"what": "joined", "client": EVIL})
+    assert b"\x1b[2J" not in (seen := os.read(main, 65536))
+    assert b"\\x1b[2J" in seen
+    os.close(main)
