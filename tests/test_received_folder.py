@@ -19,7 +19,8 @@ from fedamole.errors import BaseModelError, ConfigError, DataError, FedamoleErro
 from fedamole.experiment import reads_outside
 from fedamole.federation import checkpoint
 from fedamole.federation.run_files import MOST_ROUNDS
-from fedamole.federation.run_folder import RunFolder, write_atomic
+from fedamole.federation.run_folder import RunFolder
+from fedamole.files import write_atomic
 from fedamole.model.params import MOST_EXPERTS, expert_ids
 from fedamole.model.pretrained import load_adapter
 from fedamole.personal.models import load_personal_model

@@ -24,7 +24,8 @@ from fedamole.config import Config, Table, load_config, to_config
 from fedamole.errors import FedamoleError, RunError
 from fedamole.experiment import resume, start
 from fedamole.federation.loop import Watcher
-from fedamole.federation.run_folder import CONFIG, MANIFEST, RUN, SUMMARY, RunFolder, write_atomic
+from fedamole.federation.run_folder import CONFIG, MANIFEST, RUN, SUMMARY, RunFolder
+from fedamole.files import write_atomic
 from fedamole.model.base import resolve_device
 
 FREE = ("run.folder", "run.device", "run.threads", "run.group")

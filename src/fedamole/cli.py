@@ -205,7 +205,7 @@ def partition(
     from fedamole.console import sizes
     from fedamole.data.manifest import load_federation
     from fedamole.errors import RunError
-    from fedamole.federation.run_folder import write_atomic
+    from fedamole.files import write_atomic
 
     federation = load_federation(_config(config, overrides).data, Path.cwd())
     text = federation.manifest.to_json()
@@ -328,7 +328,7 @@ def _report(comparison: "Comparison", as_json: bool, files: dict[str, Path | Non
     from fedamole.comparison import progress
     from fedamole.console import show_sheets
     from fedamole.errors import RunError
-    from fedamole.federation.run_folder import write_atomic
+    from fedamole.files import write_atomic
     from fedamole.reporting.comparison import read_scenarios
     from fedamole.reporting.comparison_plot import draw
     from fedamole.reporting.sheets import as_csv, as_latex, as_markdown, records, sheets

@@ -7,7 +7,8 @@ import pytest
 
 from fedamole.errors import RunError
 from fedamole.federation.checkpoint import latest_state, load_latest, save, state_path
-from fedamole.federation.run_folder import RunFolder, write_atomic
+from fedamole.federation.run_folder import RunFolder
+from fedamole.files import write_atomic
 from fedamole.model.base import Identity
 
 CLIENTS = ["a", "b"]

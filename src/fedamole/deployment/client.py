@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client as WorkerConnection
 from pathlib import Path
@@ -26,12 +26,13 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedamole.deployment.flower_fleet import HEARTBEAT_S, Fleet, FleetError, Incoming, UnusableMessageError
+from fedamole.deployment.health import ClientHealth
 from fedamole.deployment.keys import load_private, load_public
 from fedamole.deployment.orders import OrderError, Taken, opened
 from fedamole.deployment.processes import LOOPBACK, Process, alive, environment, exclusive, secret_file
 from fedamole.deployment.progress import Say
 from fedamole.errors import ConfigError, FedamoleError, RunError
-from fedamole.federation.run_folder import write_atomic
+from fedamole.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,10 @@ SOONEST, LATEST, SHARE = 0.3, 3.0, 0.05
 """Seconds between two questions for work: a share of the time without work, at least and at most so many."""
 QUIET = 600.0
 """Seconds without an order after which a client connects anew, as its place at the server may have been lost."""
-HEALTH, NODE, LAST_ORDER, LOCK = "health.json", "node", "last-order", "lock"
-"""Files in a client's home: for monitors; the id it has at the server; the last order's counter; held while it runs."""
+NODE, LAST_ORDER, LOCK = "node", "last-order", "lock"
+"""Files in a client's home: the id it has at the server; the last order's counter; held while it runs."""
+NOTED = 5.0
+"""Seconds after which a contact is worth being written down for monitors again."""
 
 KEY_TROUBLES = {
     "expired-key": "this key has expired at the coordinator: ask it to extend the key, or send it a new one",
@@ -96,7 +99,7 @@ class Connection:
         """This client's own key and the coordinator's public one; None with --insecure."""
         if self.certs is None:
             return None
-        return load_private(self.certs / "node.key"), load_public(self.certs / "coordinator.pub")
+        return load_private(self.certs / "node.key", passphrase), load_public(self.certs / "coordinator.pub")
 
 
 def rendezvous() -> Path:
@@ -144,7 +147,7 @@ class Client:
         self._failing: tuple[str, float] = ("", 0.0)
         """The trouble that keeps this client from connecting, and since when."""
         self._restart_at = 0.0
-        self._health: dict[str, Any] = {"state": "connecting", "since": time.time()}
+        self._health = ClientHealth("connecting", time.time())
 
     def run(self) -> None:
         """Serve until a signal comes; ConfigError or RunError where it makes no sense to go on."""
@@ -333,11 +336,15 @@ class Client:
             return f"the server refuses to connect this client ({text}): is it a server of fedamole?", STALE
         return text, float("inf")
 
-    def _note(self, **state: Any) -> None:
-        """Write what monitors read."""
-        self._health |= state
-        with suppress(OSError):  # a full disk is told of by whoever has to write results
-            write_atomic(self.home / HEALTH, json.dumps(self._health, sort_keys=True))
+    def _note(self, **changes: Any) -> None:
+        """Write what monitors read; a mere contact not more often than they need."""
+        before = self._health.last_contact or 0.0
+        self._health = replace(self._health, **changes)
+        if set(changes) != {"last_contact"} or changes["last_contact"] - before >= NOTED:
+            with suppress(OSError):  # a full disk is told of by whoever has to write results
+                self._health.write(self.home)
+        else:
+            self._health = replace(self._health, last_contact=before)
 
 
 def client_home(folder: str, name: str) -> Path:

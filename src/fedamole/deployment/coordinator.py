@@ -17,7 +17,8 @@ from fedamole.deployment.progress import Show
 from fedamole.engine.remote import Link, Remote
 from fedamole.experiment import check_length, loop_of, rows_of, server_of
 from fedamole.federation.loop import Watcher
-from fedamole.federation.run_folder import CLIENTS, RUN, SERVER, RunFolder, write_atomic
+from fedamole.federation.run_folder import CLIENTS, RUN, SERVER, RunFolder
+from fedamole.files import write_atomic
 from fedamole.model.base import Identity, load_base
 
 log = logging.getLogger(__name__)

@@ -19,6 +19,12 @@ sys.exit("refused: {name} is a command of Flower's that no run of fedamole uses;
 """
 
 
+REAL = """#!{python} -IS
+import os, sys
+os.execv({path!r}, [{path!r}, *sys.argv[1:]])
+"""
+
+
 def installed() -> set[str]:
     """Names of the commands that Flower's distribution brings here."""
     return {entry.name for entry in entry_points(group="console_scripts") if entry.dist and entry.dist.name == "flwr"}
@@ -30,9 +36,8 @@ def allow_only(allowed: str, folder: Path) -> Path:
     for old in folder.iterdir():
         old.unlink()
     for name in sorted(KNOWN | installed()):
-        if name == allowed:
-            (folder / name).symlink_to(Path(sys.executable).parent / name)
-            continue
-        (folder / name).write_text(REFUSAL.format(python=sys.executable, name=name))
+        path = str(Path(sys.executable).parent / name)
+        script = REAL if name == allowed else REFUSAL
+        (folder / name).write_text(script.format(python=sys.executable, name=name, path=path))
         (folder / name).chmod(0o700)
     return folder

@@ -52,6 +52,7 @@ from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedamole.deployment.flower_content import LARGEST_MESSAGE, MOST_OBJECTS, answer, bytes_of
+from fedamole.deployment.reach import on_this_machine
 from fedamole.deployment.tls import trusting
 
 log = logging.getLogger(__name__)
@@ -106,8 +107,10 @@ class _BoundedClient(FleetHttpClient):
         super().__init__(base_url, verify=verify)
         self.key = key
         self._client.close()
+        host = httpx.URL(base_url).host
         self._client = httpx.Client(
-            verify=verify, timeout=httpx.Timeout(CALL_S, connect=CONNECT_S), follow_redirects=False,
+            verify=verify, trust_env=not on_this_machine(host), follow_redirects=False,
+            timeout=httpx.Timeout(CALL_S, connect=CONNECT_S),
             headers={"accept-encoding": "identity", "user-agent": "fedamole"},
         )  # fmt: skip
 

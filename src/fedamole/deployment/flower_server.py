@@ -13,10 +13,13 @@ from fedamole.deployment.coordinator import LOG, OUTCOME, TICKET, coordinate
 from fedamole.deployment.flower_inbox import Inbox
 from fedamole.deployment.flower_link import FlowerLink
 from fedamole.deployment.keys import load_private
+from fedamole.deployment.log_files import rotating
 from fedamole.deployment.orders import SignedLink
 from fedamole.deployment.processes import die_with_parent
 from fedamole.errors import FedamoleError
-from fedamole.federation.run_folder import SERVER, write_atomic
+from fedamole.federation.run_folder import SERVER
+from fedamole.files import write_atomic
+from fedamole.terminal import PrintableFormatter
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +37,8 @@ def main(grid: Grid, context: Context) -> None:
         return  # another submission has taken this one's place
     outcome = folder / SERVER / OUTCOME
     # Flower shows nothing of this process; what it has to say goes into files that `fedamole server` reads.
-    handler = logging.FileHandler(folder / SERVER / LOG)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler = rotating(folder / SERVER / LOG)
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("fedamole").addHandler(handler)
     try:
         path = str(context.run_config["order_key"])

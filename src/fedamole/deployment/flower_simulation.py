@@ -28,7 +28,8 @@ from fedamole.deployment.processes import OFFLINE
 from fedamole.deployment.server import prepare_folder
 from fedamole.errors import ConfigError
 from fedamole.federation.loop import Watcher
-from fedamole.federation.run_folder import SERVER, write_atomic
+from fedamole.federation.run_folder import SERVER
+from fedamole.files import write_atomic
 from fedamole.model.bank import Bank
 from fedamole.model.base import BaseSettings, load_base, resolve_device
 

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from fedamole.deployment.reach import reach
 from fedamole.errors import RunError
+from fedamole.files import write_atomic
 
 HEALTH_FILE = "health.json"
 """In a client's home, FOLDER/.client-NAME: what the client last wrote of itself."""
@@ -32,8 +33,6 @@ class ClientHealth:
 
     def write(self, home: Path) -> None:
         """Write HOME/health.json, atomically."""
-        from fedamole.federation.run_folder import write_atomic  # here, as it imports torch and a health check must not
-
         write_atomic(home / HEALTH_FILE, json.dumps(asdict(self)) + "\n")
 
 

@@ -41,9 +41,10 @@ from fedamole.experiment import check_length, free_path, resolved, worker_of
 from fedamole.federation.checkpoint import latest_state, state_path
 from fedamole.federation.loop import BASE, MAJORITY, Watcher
 from fedamole.federation.record import PayloadError, boxed, pack, unboxed
-from fedamole.federation.run_folder import CONFIG, MANIFEST, METRICS, RUN, RunFolder, write_atomic
+from fedamole.federation.run_folder import CONFIG, MANIFEST, METRICS, RUN, RunFolder
 from fedamole.federation.summary import summarise
 from fedamole.federation.worker import ClientData, Scores, Worker, client_data
+from fedamole.files import write_atomic
 from fedamole.model.bank import Bank
 from fedamole.model.base import Identity, load_base
 from fedamole.model.memory import out_of_memory, release_memory

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedamole.errors import FedamoleError
-from fedamole.federation.run_folder import write_atomic
+from fedamole.files import write_atomic
 
 if TYPE_CHECKING:
     from fedamole.engine.remote import Link

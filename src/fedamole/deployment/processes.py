@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from fedamole.deployment.log_files import rotate
 from fedamole.errors import RunError
 
 OFFLINE = {
@@ -137,12 +138,18 @@ class Process:
             self._child = subprocess.Popen(self.words, env=self.env, stdin=subprocess.DEVNULL, preexec_fn=_ready)
             return self
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        rotate(self.log)
         self._begin = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as out:
             self._child = subprocess.Popen(
                 self.words, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, preexec_fn=_ready
             )
         return self
+
+    def rotate_log(self) -> None:
+        """Move a log that has grown large out of the way, while the process goes on writing."""
+        if self.log is not None and rotate(self.log):
+            self._begin = 0
 
     @property
     def running(self) -> bool:

@@ -37,12 +37,15 @@ from fedamole.deployment.processes import (
 from fedamole.deployment.progress import Say, Show
 from fedamole.errors import ConfigError, FedamoleError, RunError
 from fedamole.experiment import resolved, rows_of
-from fedamole.federation.run_folder import RUN, SERVER, RunFolder, write_atomic
+from fedamole.federation.run_folder import RUN, SERVER, RunFolder
+from fedamole.files import write_atomic
 from fedamole.terminal import printable
 
 log = logging.getLogger(__name__)
 
 PAUSE = 0.2
+LOGS_S = 60.0
+"""Seconds between two looks at the size of logs."""
 ROSTER_S = 2.0
 """Seconds between two looks at the keys that are let in."""
 QUIET = 90.0
@@ -162,7 +165,7 @@ class Server:
         self._attempts = 0
         self._keys: dict[str, bytes] | None = None
         """Public keys by name that the SuperLink knows; None before the first look."""
-        self._look_at_keys = 0.0
+        self._look_at_keys = self._look_at_logs = 0.0
         self._calm: dict[str, int] = {}
         """Starts of each process that ended before the last finished round."""
 
@@ -253,7 +256,11 @@ class Server:
         self._attempts += 1
 
     def _revive(self) -> None:
-        """Start again whatever process has ended."""
+        """Start again whatever process has ended, and keep logs small."""
+        if time.monotonic() > self._look_at_logs:
+            self._look_at_logs = time.monotonic() + LOGS_S
+            for process in self.processes:
+                process.rotate_log()
         for process in self.processes:
             if process.running:
                 continue

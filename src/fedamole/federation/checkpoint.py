@@ -14,7 +14,8 @@ from typing import Any
 
 from fedamole.errors import RunError
 from fedamole.federation.run_files import checkpoint_form
-from fedamole.federation.run_folder import RunFolder, write_atomic
+from fedamole.federation.run_folder import RunFolder
+from fedamole.files import write_atomic
 from fedamole.received.files import inside, read_json
 from fedamole.received.forms import check_form
 

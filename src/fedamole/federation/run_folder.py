@@ -35,6 +35,7 @@ from fedamole.federation.run_files import (
     SUMMARY,
     config_form,
 )
+from fedamole.files import write_atomic
 from fedamole.model.adapter_files import FILES
 from fedamole.model.base import Identity
 from fedamole.received.files import MOST_LINE, as_text, check_tree, inside, parse_json, read_json, read_toml
@@ -53,19 +54,6 @@ SERVER = "server"
 Json = dict[str, Any]
 Kind = Literal["simulation", "server", "client"]
 """All clients in one process; the coordinator's part of a deployment; one organisation's part."""
-
-
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a file so that a reader, or a run after a crash, sees the old content or the new, never a torn one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing")
-    if temporary.is_symlink():  # it would be written through
-        temporary.unlink()
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666), "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class RunFolder:

@@ -22,8 +22,9 @@ from fedamole.federation.checkpoint import latest_state, state_path
 from fedamole.federation.local import DivergedError, LocalTask, OnStep, embed, fit
 from fedamole.federation.method import Client, ClientInfo, Evaluates, Fit, Method, Trained
 from fedamole.federation.record import PayloadError, boxed, non_finite, pack, unboxed, unpack
-from fedamole.federation.run_folder import RunFolder, write_atomic
+from fedamole.federation.run_folder import RunFolder
 from fedamole.federation.settings import TrainingSettings
+from fedamole.files import write_atomic
 from fedamole.model.adapter_files import check_fits
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Row

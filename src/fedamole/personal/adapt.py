@@ -32,9 +32,10 @@ from fedamole.federation.local import DivergedError, LocalTask, embed, fit
 from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.federation.method import Client, ClientInfo, Fit, Records
 from fedamole.federation.record import Nothing, PayloadError, unpack
-from fedamole.federation.run_folder import ASSIGNMENT, METRICS, RunFolder, write_atomic
+from fedamole.federation.run_folder import ASSIGNMENT, METRICS, RunFolder
 from fedamole.federation.summary import summarise
 from fedamole.federation.worker import ClientData, client_data
+from fedamole.files import write_atomic
 from fedamole.methods import METHODS
 from fedamole.methods.fedamole import FedAmole, Pool, TrainedExperts
 from fedamole.model.bank import Bank

@@ -49,7 +49,7 @@ def generate(
     from rich.progress import Progress
 
     from fedamole.errors import RunError
-    from fedamole.federation.run_folder import write_atomic
+    from fedamole.files import write_atomic
     from fedamole.personal.generate import answers, asked_for, evaluation_of, layout_of
     from fedamole.personal.models import find, open_bank, read_for
 
@@ -152,7 +152,7 @@ def explain(
     from rich.progress import Progress
 
     from fedamole.errors import ConfigError
-    from fedamole.federation.run_folder import write_atomic
+    from fedamole.files import write_atomic
     from fedamole.personal import explain as told
     from fedamole.personal.explain_page import page
     from fedamole.personal.generate import asked_for, evaluation_of, ids_of, layout_of

@@ -16,7 +16,8 @@ from torch import Tensor
 from fedamole.data.tokens import tokenise
 from fedamole.errors import ConfigError, DataError
 from fedamole.evaluation.likelihood import by_length
-from fedamole.federation.run_folder import ROUTING, write_atomic
+from fedamole.federation.run_folder import ROUTING
+from fedamole.files import write_atomic
 from fedamole.model.adapter_files import CONFIG, read_config
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, Row, collate

@@ -12,7 +12,8 @@ from fedamole.data.examples import SPLITS
 from fedamole.data.manifest import ClientRecord, read_manifest
 from fedamole.errors import RunError
 from fedamole.federation.loop import BASE, MAJORITY
-from fedamole.federation.run_folder import MANIFEST, RUN, SUMMARY, RunFolder, write_atomic
+from fedamole.federation.run_folder import MANIFEST, RUN, SUMMARY, RunFolder
+from fedamole.files import write_atomic
 from fedamole.methods import METHODS
 from fedamole.model.adapter_files import CARD, IDENTITY, read_config
 from fedamole.model.adapter_files import CONFIG as ADAPTER_CONFIG

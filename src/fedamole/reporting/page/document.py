@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedamole.errors import RunError
-from fedamole.federation.run_folder import write_atomic
+from fedamole.files import write_atomic
 from fedamole.reporting.page.palette import as_css
 
 MARK = 'content="fedamole report"'
