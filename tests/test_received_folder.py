@@ -272,6 +272,20 @@ def test_files_that_are_no_rounds_are_left_alone(received: Arena) -> None:
     assert all(path.read_text() == "mine" for path in odd)
 
 
+@pytest.mark.parametrize("place", [
+    ".lock", ".summary.json.writing", ".metrics.jsonl.writing", "checkpoints/round-0001.json",
+    "clients/mood/state/round-0001.safetensors", "metrics.jsonl",
+])  # fmt: skip
+def test_a_folder_in_the_place_of_a_file_is_one_error(received: Arena, place: str) -> None:
+    (received.run / "summary.json").unlink()
+    path = received.run / place
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    said = call("resume", received.run)
+    assert said.code == 5
+    assert str(path) in said.error
+
+
 # --- adapters -------------------------------------------------------------------------------------------------
 
 

@@ -3,11 +3,19 @@
 import os
 from pathlib import Path
 
+from fedamole.errors import RunError
+
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file so that a reader, or a run after a crash, sees the old content or the new, never a torn one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise RunError(f"{path} cannot be written: {path.parent} is no folder; move it away") from error
+    for place in (path, temporary):
+        if place.is_dir():
+            raise RunError(f"{place} is a folder, and a file of that name was to be written: move it away")
     if temporary.is_symlink():  # it would be written through
         temporary.unlink()
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666), "wb") as file:

@@ -53,6 +53,9 @@ _FILE = re.compile(r"round-(\d{4,6})\.(json|safetensors)")
 def _rounds(folder: Path, kind: str) -> list[tuple[int, Path]]:
     """Files of a folder that are named by their round, in the order of their rounds; others are left alone."""
     found = [(match, path) for path in folder.glob("round-*") if (match := _FILE.fullmatch(path.name))]
+    for _, path in found:
+        if not path.is_file():
+            raise RunError(f"{path} is no file, and one of that name was to be there: move it away")
     return sorted((int(match[1]), path) for match, path in found if match[2] == kind)
 
 
@@ -125,7 +128,7 @@ def load_latest(folder: RunFolder) -> tuple[Checkpoint, bytes] | None:
         except (OSError, RunError) as error:
             why = str(error)
         if why:
-            log.warning("%s is damaged (%s); going back to the round before it", path, why)
+            log.warning("%s is damaged; going back to the round before it (%s)", path, why)
             continue
         if checkpoint.run != folder.about["id"]:
             raise RunError(f"{path} belongs to another run ({checkpoint.run}); remove it and its .safetensors file")

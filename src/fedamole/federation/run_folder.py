@@ -206,7 +206,10 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder for one process; a second one is refused (RunError)."""
-        with self.place(".lock").open("w") as file:
+        lock = self.place(".lock")
+        if lock.is_dir():
+            raise RunError(f"{lock} is a folder, and a file of that name is to be locked: remove it")
+        with lock.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
