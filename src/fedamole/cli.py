@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedamole.deployment.certificate_commands import certs
-from fedamole.deployment.client_command import client
+from fedamole.deployment.client_command import audit_log, client
 from fedamole.deployment.commands import server, simulate
 from fedamole.deployment.doctor_command import doctor
 from fedamole.errors import FedamoleError
@@ -346,7 +346,7 @@ def _wide() -> Console:
     return Console(width=None if sys.stdout.isatty() else 180)
 
 
-DEPLOYMENT = (server, simulate, client, certs, doctor)
+DEPLOYMENT = (server, simulate, client, certs, doctor, audit_log)
 PERSONAL = (personal.generate, personal.chat, personal.explain, personal.export, personal.adapt)
 for command in (*DEPLOYMENT, *PERSONAL, serving.serve, reporting.report):
     app.command()(command)
