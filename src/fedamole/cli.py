@@ -181,6 +181,8 @@ def _plan_lines(planned: "Plan") -> Iterator[tuple[str, str]]:
     else:
         yield "memory", f"about {planned.memory_mib:,.0f} MiB with {planned.group} clients in lock-step (run.group)"
     yield "assignment", "feasible"
+    for sentence in planned.exposure:
+        yield "exposure", sentence
 
 
 @app.command()

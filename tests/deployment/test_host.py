@@ -267,7 +267,8 @@ def test_labels_are_told_only_where_they_are_shared(served: Any, client: Any, ti
     assert set(told["labels"]) == {"Yes", "Maybe", "No"}
     assert sum(told["labels"].values()) == told["examples"]["train"]
     source = SourceSettings("entail", path=str(tiny / "plain.jsonl"))
-    free = Host(replace(client("free", policy=replace(UNBOUNDED, share_labels=True)).settings, source=source), Watcher())
+    settings = client("free", policy=replace(UNBOUNDED, share_labels=True)).settings
+    free = Host(replace(settings, source=source), Watcher())
     assert "labels" not in ask(free, served("fedit").join()).report, "free text is no label"
 
 

@@ -198,7 +198,7 @@ ASKED: dict[str, tuple[str, Callable[[dict[str, Any]], None], str, str]] = {
     "no scaling": ("fedit", put("method", "alpha", value=1e-9), "policy", "min_scaling"),
     "one row of validation": ("fedit", put("data", "validation_share", value=0.001), "policy", "validation split"),
     "one row of test": ("fedit", put("data", "test_share", value=0.001), "policy", "rows in the test split"),
-    "nearly all for validation": ("fedit", put("data", "validation_share", value=0.7), "policy", "rows in the train split"),
+    "nearly all for validation": ("fedit", put("data", "validation_share", value=0.7), "policy", "train split"),
     "an embedding split of one row": ("fedamole", put("data", "embedding_cap", value=1), "policy", "embedding split"),
     "a look at one row": ("ifca_lora", put("method", "probe_examples", value=1), "policy", "probe_examples"),
     "base = /etc": ("fedit", put("base", "model", value="/etc"), "base", "lies in a folder"),
@@ -206,7 +206,7 @@ ASKED: dict[str, tuple[str, Callable[[dict[str, Any]], None], str, str]] = {
     "base = ~/x": ("fedit", put("base", "model", value="~/x"), "base", "lies in a folder"),
     "base = file:///etc": ("fedit", put("base", "model", value="file:///etc"), "base", "lies in a folder"),
     "a base of the hub": ("fedit", put("base", "model", value="evil/model"), "policy", "hub_base"),
-    "the client's source": ("fedit", put("data", "source", value=[{"name": "x", "path": "/x"}]), "config", "data.source"),
+    "the client's source": ("fedit", put("data", "source", value=[{"name": "x", "path": "x"}]), "config", "data."),
     "a manifest": ("fedit", put("data", "manifest", value="/etc/passwd"), "config", "data.manifest"),
     "the client's folder": ("fedit", put("run", "folder", value="/tmp/x"), "config", "run.folder"),
     "the client's device": ("fedit", put("run", "device", value="cuda"), "config", "run.device"),
@@ -395,7 +395,7 @@ def read_words(host: Host, tiny: Path, **settings: Any) -> tuple[str | None, lis
     the words read. Returns why the client refused, or the token ids whose embedding lies in the row space of A.
     """
     config = load_config(tiny / "config.toml", [
-        "method.name=fedit", "method.rank=64", f"method.alpha={settings['alpha']}", "method.dropout=0.0", "run.name=triage",
+        "method.name=fedit", "method.rank=64", f"method.alpha={settings['alpha']}", "method.dropout=0.0",
         f"training.local_steps={settings['steps']}", f"training.batch_size={settings['batch']}",
         f"training.learning_rate={settings['rate']}", "base.model=bundled", "training.lr_decay=1.0",
         "data.validation_share=0.16", "data.test_share=0.16",
@@ -416,9 +416,9 @@ def read_words(host: Host, tiny: Path, **settings: Any) -> tuple[str | None, lis
     assert reply.failed is None
     trained = unpack(config.method.records.reply, unboxed(reply.reply) or b"")
     module = next(name for name in base.shapes if "layers.0." in name and "v_proj" in name)
-    found = torch.linalg.svd(trained.tensors[f"{module}/shared/A"].double(), full_matrices=False)
-    rank = int((found.S > found.S[0] * 1e-5).sum())
-    directions = found.Vh[:rank]
+    parts = torch.linalg.svd(trained.tensors[f"{module}/shared/A"].double(), full_matrices=False)
+    rank = int((parts.S / parts.S[0]).gt(1e-5).sum())
+    directions = parts.Vh[:rank]
     layer = base.model.model.layers[0]
     words = layer.input_layernorm(base.model.get_input_embeddings().weight.float()).detach().double()
     words = words / words.norm(dim=1, keepdim=True)
@@ -430,8 +430,8 @@ ATTACK = {"alpha": 1e-9, "steps": 1, "batch": 1, "rate": 1.0, "scale": 1.0}
 
 
 def test_words_cannot_be_read_by_settings(tiny: Path, client: Any) -> None:
-    """Without a policy the attack names the words of one record; the default policy refuses it, by three limits of which each
-    would do.
+    """Without a policy the attack names the words of one record; the default policy refuses it, by three limits
+    of which each would do.
     """
     host = client("open", template="triage", base=None, policy=UNBOUNDED)
     refused, tokens = read_words(host, tiny, **ATTACK)

@@ -263,7 +263,7 @@ class Remote:
         return {name: self.members[name].bare for name in sorted(names)}
 
     def majority(self) -> dict[str, Scores]:
-        """Scores of a constant answer on the clients' test splits; {} unless the policy of every client lets them out."""
+        """Scores of a constant answer on the clients' test splits; {} unless every client's policy lets them out."""
         return self._test(MAJORITY)
 
     def test(self, row: str, best: bool) -> dict[str, Scores]:

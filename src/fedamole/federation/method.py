@@ -19,7 +19,7 @@ What crosses a wire or a round is a frozen record declared at the top of the met
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 
 from torch import Tensor
@@ -70,6 +70,8 @@ class Server:
     """Width d of the base's input embeddings."""
     embedding_std: float = 0.02
     """Standard deviation of their numbers."""
+    asked: tuple[str, ...] = ()
+    """While replies are aggregated: names of the clients that were asked in this round; empty: of all."""
 
     def weights(self, weighting: "Weighting") -> dict[str, float]:
         """Weight of each client in an average: all equal, or by the size of the training splits."""
@@ -193,6 +195,7 @@ class Method(ABC, Generic[S, D, K, U]):
     def round(self, server: Server, state: S, cohort: Sequence[ClientInfo], ask: Ask) -> S:
         """Run one round; a method with two exchanges overrides it."""
         replies = ask("update", {client.name: self.message(state, client) for client in cohort})
+        server = replace(server, asked=tuple(client.name for client in cohort))
         return self.aggregate(server, state, replies) if replies else state
 
     def expected(self, rehearsed: U, reply: U) -> U:
