@@ -160,6 +160,8 @@ def exposure(
     sizes of splits, as far as they are known here. `shapes` are those of the base's adapted linears, if it is loaded.
     """
     method = config.method
+    if method.travels == "nothing":
+        return ["Nothing of the training travels: the coordinator gets the losses and scores of each client alone."]
     said = [
         f"What travels between a client and the coordinator is {method.travels}; what stays is {method.stays}. The "
         "coordinator gets each client's own part before it is averaged, and the losses and scores of each client."

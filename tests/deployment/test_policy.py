@@ -182,6 +182,7 @@ def test_an_honest_run_passes_the_default_policy_and_is_shown(asks: Any, client:
     assert "ok       rank: asked 2; allowed at most 64 (max_rank)" in shown
     assert "ok       rows in the train split: asked" in shown
     assert "REFUSED" not in shown
+    assert "The coordinator gets each client's own part before it is averaged" in shown
     assert ask(host, server.update(0, -1)).failed is None
 
 

@@ -450,6 +450,7 @@ def test_what_is_said_of_co_holders_is_computed_from_the_config() -> None:
         return " ".join(FedAmole(**numbers).exposes(clients, shapes))
 
     assert "held by 2 clients" in said(8)
+    assert "min_holders" not in said(8)
     assert "Either of the two can subtract its own and has the other's update" in said(8)
     assert "7 clients together can compute the last one's part" in said(8)
     assert "held by 3 clients" in said(8, min_holders=3)

@@ -36,6 +36,7 @@ from fedamole.federation.worker import ClientData, Scores, client_data
 from fedamole.model.bank import Bank
 from fedamole.model.base import Identity, load_base
 from fedamole.model.memory import out_of_memory, release_memory
+from fedamole.planning import exposure
 from fedamole.reporting.card import write_cards
 from fedamole.terminal import printable
 
@@ -137,8 +138,7 @@ class Host:
                 f"{seat.folder.path}: the coordinator now tells other settings than those that this run began with"
             )
         self.watcher.stage("scoring the untuned base on validation")
-        splits = {split: len(getattr(seat.data, split).rows) for split in ("train", "embedding", "validation", "test")}
-        about = {"examples": splits, "base": seat.folder.about["base"], "device": seat.config.run.device}
+        about = {"examples": self._rows(seat.data), "base": seat.folder.about["base"], "device": seat.config.run.device}
         labels = {"labels": seat.labels} if seat.labels else {}
         bare = seat.worker.bare([seat.data], "validation")[seat.name]
         if all(line["round"] >= 0 for line in seat.folder.lines(METRICS)):
@@ -199,7 +199,10 @@ class Host:
         )
         write_atomic(folder.path / AGREEMENT, json.dumps(settings, indent=1, sort_keys=True) + "\n")
         folder.client(self.name).mkdir(parents=True)
-        return self._take(config, folder, bank)
+        seat = self._take(config, folder, bank)
+        for sentence in exposure(config, None, [{"client": self.name, **self._rows(seat.data)}], bank.base.shapes):
+            self.watcher.stage(printable(f"  {sentence}"))
+        return seat
 
     def _bank(self, config: Config) -> Bank:
         self.watcher.stage(f"loading {config.base.model}")
@@ -225,9 +228,12 @@ class Host:
     def _check_seat(self, config: Config, folder: RunFolder, data: ClientData) -> None:
         """Refuse what the policy or --agree forbid now, whatever they allowed when the run began."""
         self._check_agreed(self._told(folder))
-        rows = {split: len(getattr(data, split).rows) for split in SPLITS}
-        policy, own_base = self.settings.policy, self.settings.base
-        refuse_breaches(asked(config, self.settings.source, policy, own_base) + asked_of_rows(config, rows, policy))
+        policy, own = self.settings.policy, self.settings.base
+        items = asked(config, self.settings.source, policy, own) + asked_of_rows(config, self._rows(data), policy)
+        refuse_breaches(items)
+
+    def _rows(self, data: ClientData) -> dict[str, int]:
+        return {split: len(getattr(data, split).rows) for split in SPLITS}
 
     def _asked_of_rows(self, config: Config, shard: Shard) -> list[Item]:
         return asked_of_rows(config, {split: len(getattr(shard, split)) for split in SPLITS}, self.settings.policy)

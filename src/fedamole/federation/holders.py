@@ -75,12 +75,12 @@ def no_louder(embeddings: Mapping[str, Tensors], modules: Sequence[str]) -> dict
 
 
 def group_exposure(
-    clients: int | None, shapes: Shapes | None, *, experts: float, choices: int, min_holders: int, rank: int
+    clients: int | None, shapes: Shapes | None, *, experts: float, choices: int, min_holders: int | None, rank: int
 ) -> list[str]:
     """Say what co-holders and the coordinator can compute of experts and mean embeddings.
 
-    `experts` are held by a client per module on average, each by `choices` clients; `clients` and `shapes` may not be
-    known yet.
+    A client holds `experts` per module on average, and each expert is held by `choices` clients. `clients` and `shapes`
+    are None where they are not known yet, `min_holders` where no number is set.
     """
     by = f"In each module every expert is held by {choices} clients, who get the mean of their updates back"
     few = {
@@ -95,10 +95,11 @@ def group_exposure(
         said.append(
             f"Shared expert and router are means over all {clients} clients: {others} can compute the last one's part."
         )
-    said.append(
-        f"What fewer than {min_holders} clients return in a round is not averaged and keeps its value "
-        f"(method.min_holders = {min_holders})."
-    )
+    if min_holders is not None:
+        said.append(
+            f"What fewer than {min_holders} clients return in a round is not averaged and keeps its value "
+            f"(method.min_holders = {min_holders})."
+        )
     each = round(rank * (1 + experts))
     told = (
         "The coordinator gets the mean embeddings of each client's embedding split: in each round about "

@@ -126,9 +126,9 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
     def exposes(self, clients: int | None, shapes: Shapes | None) -> list[str]:
         """Say what co-holders and the coordinator can compute."""
         many = clients or 100  # where they are not known, so many that they bound nothing
-        choices, fewest = self.bounds(many).expert_choices, self.holders(many)
-        experts = self.pool_size(many) * choices / many
-        return group_exposure(clients, shapes, experts=experts, choices=choices, min_holders=fewest, rank=self.rank)
+        choices = self.bounds(many).expert_choices
+        experts, least = self.pool_size(many) * choices / many, self.min_holders
+        return group_exposure(clients, shapes, experts=experts, choices=choices, min_holders=least, rank=self.rank)
 
     # server
     def init(self, server: Server) -> Pool:
