@@ -1,5 +1,6 @@
 """The client's audit log: everything that comes and goes, chained, and written before a reply leaves."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -212,12 +213,17 @@ def test_what_cannot_be_logged_is_not_answered(tiny: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(audit_log.os, "fsync", full)
     assert host.seat is not None
-    for room, done in ((0, False), (1, True)):
+    for lines_that_fit, done in ((0, False), (1, True)):
+        room = lines_that_fit
         with pytest.raises(AuditError, match=r"No space left on device.*nothing is answered"):
             host.answer(pack(server.update(0, -1)))
         assert host.seat.answer_path(0).exists() == done, "the second time it was trained, and is not answered"
     monkeypatch.undo()
     assert unpacked(Reply, host.answer(pack(server.update(0, -1)))).failed is None
+
+
+class Enough(BaseException):
+    """Ends a worker."""
 
 
 def test_the_worker_hangs_up_where_it_cannot_log(tmp_path: Path) -> None:
@@ -231,11 +237,16 @@ def test_the_worker_hangs_up_where_it_cannot_log(tmp_path: Path) -> None:
             if self.calls == 1:
                 raise AuditError("full")
             if self.calls == 3:
-                raise SystemExit  # ends the thread
+                raise Enough
             return payload
 
     address = str(tmp_path / "w")
-    Thread(target=warm_worker.serve, args=(Answers(), address, b"secret"), daemon=True).start()
+
+    def serve() -> None:
+        with contextlib.suppress(Enough):
+            warm_worker.serve(Answers(), address, b"secret")  # type: ignore[arg-type]
+
+    Thread(target=serve, daemon=True).start()
     heard = []
     for _ in range(3):
         for _ in range(100):

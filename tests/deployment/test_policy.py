@@ -144,6 +144,14 @@ def test_the_default_file_says_what_the_defaults_are(tmp_path: Path) -> None:
     assert isinstance(again.exception, ConfigError), "nothing is overwritten"
 
 
+def test_the_document_has_every_key_with_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs/consent.md").read_text()
+    for name in FIELDS:
+        value = getattr(PolicySettings(), name)
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        assert f"| `{name}` | {'' if value is None else f'{text} |'}" in page, name
+
+
 @pytest.mark.parametrize(
     ("text", "error"),
     [
