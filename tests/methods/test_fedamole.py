@@ -284,7 +284,7 @@ CASES: list[tuple[dict[str, Any], int, str, dict[str, Any]]] = [
     # 20 x 2 = 40 > 8 x 4 = 32
     ({"experts": 20}, 4, r"experts x expert_choices <= max_experts x clients fails: 20 x 2 = 40 > 8 x 4 = 32",
      {"experts": 16}),
-    ({"expert_choices": 5}, 4, r"expert_choices <= clients fails: 5 > 4", {"expert_choices": 4}),
+    ({"expert_choices": 5}, 4, r"expert_choices <= clients fails: 5 > 4", {"expert_choices": 2}),
     ({"min_experts": 5, "max_experts": 4}, 4, r"min_experts <= max_experts fails: 5 > 4", {"max_experts": 6}),
 ]  # fmt: skip
 

@@ -65,7 +65,7 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
     """A mixture of LoRA experts per client and module; the data decide which experts it holds."""
 
     experts: int | None = None
-    """Domain experts E in each module's pool; unset: as many as let a client hold 6 (the paper's 30 for 10 clients)."""
+    """Domain experts E in each module's pool; unset: 3 per client (the paper's 30 for 10), fewer for larger groups."""
     expert_choices: int | None = None
     """Clients k_c that each expert chooses; unset: 2, or 1 for a single client, and at least `min_holders`."""
     min_holders: int | None = None
@@ -96,8 +96,8 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
 
     def pool_size(self, clients: int) -> int:
         """Domain experts E per module."""
-        choices = self.bounds(clients).expert_choices
-        return clients * min(3, max(1, 6 // max(choices, 1))) if self.experts is None else self.experts
+        each = 3 if self.expert_choices is not None else max(1, 6 // max(2, self.holders(clients)))
+        return clients * each if self.experts is None else self.experts
 
     def holders(self, clients: int) -> int:
         """Fewest holders of an expert."""
