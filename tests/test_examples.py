@@ -3,13 +3,16 @@
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedamole.config import load_config
+from fedamole.data.examples import SPLITS
 from fedamole.data.manifest import load_federation
 from fedamole.data.settings import DataSettings, SourceSettings
+from fedamole.deployment.policy import PolicyError, PolicySettings, asked, asked_of_rows, read_policy, refuse_breaches
 
 ROOT = Path(__file__).parents[1]
 HOSPITALS = ROOT / "examples" / "three_hospitals"
@@ -38,6 +41,22 @@ def test_a_hospitals_rows_become_examples(name: str) -> None:
     source = SourceSettings(name, path=str(path), columns=COLUMNS.get(name, {}))
     (shard,) = load_federation(DataSettings(source=(source,)), ROOT).shards
     assert shard.client == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_hospitals_policy_allows_what_the_config_asks(name: str) -> None:
+    """By the hospital's own rows, and for the method as organisations run it."""
+    policy = read_policy(HOSPITALS / "policy.toml")
+    config = load_config(HOSPITALS / "config.toml")
+    config = replace(config, method=config.method.for_deployment())
+    config.method.check(len(NAMES))
+    source = SourceSettings(name, path=str(HOSPITALS / "data" / f"{name}.jsonl"), columns=COLUMNS.get(name, {}))
+    (shard,) = load_federation(replace(config.data, source=(source,)), ROOT).shards
+    rows = {split: len(getattr(shard, split)) for split in SPLITS}
+    refuse_breaches([*asked(config, source, policy, None), *asked_of_rows(config, rows, policy)])
+    with pytest.raises(PolicyError, match="embedding split"):
+        refuse_breaches(asked_of_rows(config, rows, PolicySettings()))
+    assert "--policy" in SCRIPT.read_text()
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")

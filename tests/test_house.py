@@ -102,14 +102,12 @@ def test_nothing_below_the_command_line_prints(path: Path) -> None:
 
 
 SPEAKERS = ("terminal.py",)
-TO_BE_CONVERTED = ("deployment/", "serving/")
-"""Rooms whose commands still make consoles of their own; the lead converts them, and then this goes away."""
 
 
 @each_file
 def test_there_is_one_way_to_say_something(path: Path) -> None:
     """Consoles come from terminal.screen, lines from terminal.say: there, text from elsewhere is made harmless."""
-    if NAMES[path] in SPEAKERS or NAMES[path].startswith(TO_BE_CONVERTED):
+    if NAMES[path] in SPEAKERS:
         return
     called = calls(path)
     assert not called & {"Console", "rich.console.Console", "rich.print", "typer.echo", "typer.secho", "click.echo"}

@@ -238,3 +238,26 @@ def test_the_command_says_what_it_assumes(tmp_path: Path) -> None:
     assert planning.NOT_INCLUDED in shown
     as_json = json.loads(CliRunner().invoke(app, [*command, "--json"]).output)
     assert as_json["clients"][0] == {"client": "a-00", "train": planning.ASSUMED_EXAMPLES}
+
+
+def test_a_plan_says_what_others_can_compute(runs: Any) -> None:
+    """Four clients, 12 experts of 2 holders: 6 held on average at rank 2, so 2 x (1 + 6) = 14 equations per linear and
+    round, 28 of the two of the first layer; 32 unknowns in two rounds. mood has fewest rows."""
+    config = runs.load("fedamole")
+    said = " ".join(plan(config).exposure)
+    assert "Either of the two can subtract its own" in said
+    assert "3 clients together can compute the last one's part" in said
+    assert "about 14 linear equations" in said
+    assert "of width 32) these determine it after 2 rounds" in said
+    rows = {row["client"]: row for row in plan(config).clients}
+    few = rows["mood"]
+    assert f"an update of mood is about 6 of its {few['train']} training rows" in said, "3 steps of 2"
+    assert f"mean embeddings are about {few['embedding']} rows" in said
+    assert "mean embeddings" not in " ".join(plan(runs.load("fedit")).exposure)
+    alone = planning.exposure(runs.load("local_only"), 4)
+    assert alone == [
+        "Nothing of the training travels: the coordinator gets the losses and scores of each client alone."
+    ]
+    two = " ".join(planning.exposure(runs.load("fedit"), 2))
+    assert "Two clients take part" in two
+    assert "Two clients take part" not in " ".join(planning.exposure(runs.load("fedit"), 3))

@@ -40,7 +40,7 @@ for hospital in $hospitals; do
   (
     cd "$sites/$hospital"
     exec "$fedamole" client --server "127.0.0.1:$port" --name "$hospital" --certs "$certs/clients/$hospital" \
-      --data "$here/data/$hospital.jsonl" --threads 1 $columns
+      --data "$here/data/$hospital.jsonl" --policy "$here/policy.toml" --threads 1 $columns
   ) > "$sites/$hospital/client.log" 2>&1 &
   running="$running $!"
 done

@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from fedamole.deployment.certificate_commands import certs
-from fedamole.deployment.client_command import client
+from fedamole.deployment.client_command import audit_log, client
 from fedamole.deployment.clients_command import app as clients
 from fedamole.deployment.commands import server, simulate
 from fedamole.deployment.doctor_command import doctor
@@ -192,6 +192,8 @@ def _plan_lines(planned: "Plan") -> Iterator[tuple[str, str]]:
     else:
         yield "memory", f"about {planned.memory_mib:,.0f} MiB with {planned.group} clients in lock-step (run.group)"
     yield "assignment", "feasible"
+    for sentence in planned.exposure:
+        yield "exposure", sentence
 
 
 @app.command()
@@ -357,7 +359,7 @@ def _wide() -> Screen:
     return screen(wide=180)
 
 
-DEPLOYMENT = (server, simulate, client, certs, doctor, health)
+DEPLOYMENT = (server, simulate, client, certs, doctor, health, audit_log)
 PERSONAL = (personal.generate, personal.chat, personal.explain, personal.export, personal.adapt)
 for command in (*DEPLOYMENT, *PERSONAL, serving.serve, reporting.report):
     app.command()(command)

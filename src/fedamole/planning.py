@@ -19,7 +19,7 @@ from fedamole.federation.record import pack
 from fedamole.federation.worker import ClientData
 from fedamole.model.base import Base
 from fedamole.model.memory import HEADROOM, free_bytes, group_bytes, used_bytes
-from fedamole.model.params import Adapter
+from fedamole.model.params import Adapter, Shapes
 from fedamole.model.prompt import PromptSpec
 from fedamole.model.weightless import WeightlessBase, weight_bytes
 
@@ -53,6 +53,8 @@ class Plan:
     """Mean optimiser steps of a client per round."""
     rounds: int
     clients_per_round: int
+    exposure: tuple[str, ...]
+    """What others can compute from what travels, in sentences."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,9 @@ def planned(config: Config, base: Base, clients: Mapping[str, ClientData]) -> Pl
     infos = _infos(clients)
     sizes, traffic = _sizes(config, base, infos)
     group = config.run.group
+    rows = tuple(_client_row(clients[info.name]) for info in infos)
     return Plan(
-        clients=tuple(_client_row(clients[info.name]) for info in infos),
+        clients=rows,
         base=base.name,
         base_parameters=sum(weight.numel() for weight in base.model.parameters()),
         targets=len(base.shapes),
@@ -86,6 +89,7 @@ def planned(config: Config, base: Base, clients: Mapping[str, ClientData]) -> Pl
         steps=_mean([config.training.steps(info.examples) for info in infos]),
         rounds=config.federation.rounds,
         clients_per_round=_cohort(config, len(infos)),
+        exposure=tuple(exposure(config, len(infos), rows, base.shapes)),
     )
 
 
@@ -119,6 +123,7 @@ def planned_without_data(
         steps=_mean([config.training.steps(info.examples) for info in infos]),
         rounds=config.federation.rounds,
         clients_per_round=_cohort(config, len(infos)),
+        exposure=tuple(exposure(config, len(infos), shapes=base.shapes)),
         assumed=assumed,
         base_mib=held,
         mib_per_client=each,
@@ -144,6 +149,40 @@ def clients_without_data(
         raise ConfigError(f"client {double[0]!r} comes from two sources; rename one of them")
     rows = [{"client": name, "train": ASSUMED_EXAMPLES} for name in names]
     return tuple(rows), f"{ASSUMED_EXAMPLES:,} training examples for each client, as no data were looked at"
+
+
+def exposure(
+    config: Config, clients: int | None, rows: Sequence[Mapping[str, Any]] = (), shapes: Shapes | None = None
+) -> list[str]:
+    """Say in plain sentences what the coordinator and other clients can compute from what travels in a run.
+
+    `clients` is how many there are; None where that is not known, as at a client. `rows` are those of a plan: names and
+    sizes of splits, as far as they are known here. `shapes` are those of the base's adapted linears, if it is loaded.
+    """
+    method = config.method
+    if method.travels == "nothing":
+        return ["Nothing of the training travels: the coordinator gets the losses and scores of each client alone."]
+    said = [
+        f"What travels between a client and the coordinator is {method.travels}; what stays is {method.stays}. The "
+        "coordinator gets each client's own part before it is averaged, and the losses and scores of each client."
+    ]
+    if method.stays == "the data":
+        said.append("So the coordinator can have the personal model of every client.")
+    said += method.exposes(clients, shapes)
+    known = [row for row in rows if "embedding" in row]
+    if known:
+        training = config.training
+        few = min(known, key=lambda row: (row["train"], row["client"]))
+        read = min(few["train"], training.steps(few["train"]) * training.batch_size * training.accumulation)
+        said.append(
+            f"The fewer rows, the more is told of each: an update of {few['client']} is about {read} of its "
+            f"{few['train']} training rows, its scores about {few['validation']} and {few['test']} rows."
+        )
+    if known and (method.embeds or method.looks):
+        few = min(known, key=lambda row: (row["embedding"], row["client"]))
+        what = "mean embeddings are" if method.embeds else "choice is"
+        said.append(f"The {what} about {few['embedding']} rows at {few['client']}.")
+    return said
 
 
 def _names_without_data(source: SourceSettings) -> list[str]:

@@ -321,7 +321,7 @@ CHANGED: dict[str, Any] = {
     "assignment": ("random", "static", "homogeneous"), "proximal": 5.0, "private_share": 0.9, "virtual_tokens": 3,
     "ranks": ([1, 3],), "tail_weight": 5.0, "pruned_to": 0.2, "clusters": 2, "probe_examples": 1, "local_weight": 0.9,
     "instances": 1, "outer_learning_rate": 0.5, "outer_momentum": 0.9, "sync_every": 1, "fusion_examples": 1,
-    "fusion_trials": 5, "warmup_rounds": 2, "most_clusters": 1,
+    "fusion_trials": 5, "min_holders": 3, "warmup_rounds": 2, "most_clusters": 1,
 }  # fmt: skip
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 

@@ -11,7 +11,9 @@ import torch
 from fedamole.config import build, load_config
 from fedamole.data.settings import SourceSettings
 from fedamole.deployment.agreement import shared_tables
-from fedamole.deployment.host import ClientSettings, Host
+from fedamole.deployment.host import Host
+from fedamole.deployment.policy import UNBOUNDED
+from fedamole.deployment.seat import ClientSettings
 from fedamole.engine.in_process import InProcess
 from fedamole.engine.remote import Remote
 from fedamole.engine.wire import Request, read_request
@@ -154,7 +156,10 @@ def town(config_file: Path, folder: Path, *overrides: str) -> Town:
     config = load_config(config_file, [roster, "deployment.gathering=0", "deployment.patience=5", *overrides])
     hosts = {
         10 + place: Host(
-            ClientSettings(source, folder=str(folder / source.name), base=config.base.model, device="cpu", threads=1),
+            ClientSettings(
+                source, folder=str(folder / source.name), base=config.base.model, device="cpu", threads=1,
+                policy=UNBOUNDED,
+            ),
             Watcher(),
         )
         for place, source in enumerate(sources)

@@ -23,8 +23,9 @@ from typing import Any
 import psutil
 import tomli_w
 
-from fedamole.config import build, load_config
+from fedamole.config import build, load_config, plain
 from fedamole.data.settings import SourceSettings
+from fedamole.deployment.policy import UNBOUNDED
 from fedamole.deployment.processes import LOOPBACK, free_port
 from tests.conftest import heeding_interrupts, small
 
@@ -208,6 +209,8 @@ class Site:
         tables["base"]["model"] = str(tiny / "base")
         tables["deployment"] = {"clients": list(NAMES), "gathering": 60.0}
         self.config.write_text(tomli_w.dumps(tables))
+        self.policy = folder / "policy.toml"
+        self.policy.write_text(tomli_w.dumps(plain(UNBOUNDED)))
 
     def here(self) -> Any:
         """The config of a run of the same clients in one process."""
@@ -244,6 +247,7 @@ class Site:
             self.lie(name, "honest")
         source = self.sources.get(name, {"path": f"{name}.jsonl"})
         given = {"--data": str(self.tiny / source["path"]), "--base": str(self.tiny / "base")}
+        given |= {"--policy": str(self.policy)}
         given |= {"--template": source["template"]} if "template" in source else {}
         given |= dict(zip(words[::2], words[1::2], strict=True))
         options = [word for pair in given.items() for word in pair]

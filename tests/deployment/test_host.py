@@ -14,7 +14,9 @@ import torch
 from fedamole.config import load_config
 from fedamole.data.settings import SourceSettings
 from fedamole.deployment.agreement import own_tables, shared_tables
-from fedamole.deployment.host import ClientSettings, Host
+from fedamole.deployment.host import Host
+from fedamole.deployment.policy import UNBOUNDED
+from fedamole.deployment.seat import ClientSettings
 from fedamole.engine.wire import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, unpacked
 from fedamole.errors import BaseModelError, ConfigError
 from fedamole.federation.loop import Watcher
@@ -66,7 +68,7 @@ def served(tiny: Path) -> Callable[..., ByHand]:
 def client(tiny: Path, tmp_path: Path) -> Callable[..., Host]:
     def of(folder: str, **settings: Any) -> Host:
         source = SourceSettings("entail", path=str(tiny / "entail.jsonl"), template="entail")
-        own = {"base": str(tiny / "base"), "device": "cpu", "threads": 1, **settings}
+        own = {"base": str(tiny / "base"), "device": "cpu", "threads": 1, "policy": UNBOUNDED, **settings}
         return Host(ClientSettings(source, folder=str(tmp_path / folder), **own), Watcher())
 
     return of
@@ -204,7 +206,8 @@ BAD: dict[str, tuple[str, Callable[[ByHand], bytes]]] = {
 def seated(tiny: Path, served: Any, tmp_path_factory: pytest.TempPathFactory) -> Host:
     source = SourceSettings("entail", path=str(tiny / "entail.jsonl"), template="entail")
     folder = tmp_path_factory.mktemp("seated") / "private-place"
-    host = Host(ClientSettings(source, str(folder), str(tiny / "base"), device="cpu", threads=1), Watcher())
+    settings = ClientSettings(source, str(folder), str(tiny / "base"), device="cpu", threads=1, policy=UNBOUNDED)
+    host = Host(settings, Watcher())
     assert ask(host, served("fedit").join()).failed is None
     return host
 
@@ -260,11 +263,12 @@ def test_no_word_of_an_error_travels(error: Any, seated: Host, served: Any, tiny
 def test_labels_are_told_only_where_they_are_shared(served: Any, client: Any, tiny: Path) -> None:
     told = ask(client("shy"), served("fedit").join()).report
     assert set(told) == {"examples", "base", "device"}
-    told = ask(client("open", share_labels=True), served("fedit").join()).report
+    told = ask(client("open", policy=replace(UNBOUNDED, share_labels=True)), served("fedit").join()).report
     assert set(told["labels"]) == {"Yes", "Maybe", "No"}
     assert sum(told["labels"].values()) == told["examples"]["train"]
     source = SourceSettings("entail", path=str(tiny / "plain.jsonl"))
-    free = Host(replace(client("free", share_labels=True).settings, source=source), Watcher())
+    settings = client("free", policy=replace(UNBOUNDED, share_labels=True)).settings
+    free = Host(replace(settings, source=source), Watcher())
     assert "labels" not in ask(free, served("fedit").join()).report, "free text is no label"
 
 

@@ -295,3 +295,19 @@ def test_requests_and_replies_survive_the_wire() -> None:
     assert unboxed(again.message) == b"\x00\xffbytes"
     assert (again.round, again.row, again.best, again.last) == (3, "fedit", {"fedit": 2}, 2)
     assert unboxed(boxed(None)) is None
+
+
+@pytest.mark.parametrize(("sharing", "row"), [(NAMES, True), (NAMES[:2], False), ((), False)])
+def test_the_constant_answer_is_in_the_table_only_where_all_share_it(
+    sharing: tuple[str, ...], row: bool, tmp_path: Path
+) -> None:
+    """A client may keep this score to itself, as it tells of the mix of labels; nothing else may be missing."""
+
+    def answers(name: str, request: Request) -> bytes:
+        reply = honest(name, request)
+        kept = () if name in sharing else ("majority",)
+        return pack(replace(reply, scores={key: value for key, value in reply.scores.items() if key not in kept}))
+
+    rows = run(tmp_path / "r", Stub(answers))["rows"]
+    assert ("majority" in rows) == row
+    assert set(rows["base"]["clients"]) == set(NAMES)

@@ -17,6 +17,7 @@ import torch
 
 from fedamole.assignment.reverse_selection import Bounds
 from fedamole.errors import ConfigError
+from fedamole.federation.holders import no_louder
 from fedamole.federation.method import ClientInfo, Server
 from fedamole.federation.record import pack
 from fedamole.methods.fedamole import Experts, FedAmole, Pool, TrainedExperts
@@ -26,8 +27,8 @@ HELD = {"a": [0, 2], "b": [0, 1], "c": [1, 2]}
 METHOD = FedAmole(rank=1, experts=3, expert_choices=2, min_experts=2, max_experts=2, top_k=1)
 
 
-def server(round_: int = 0, modules: tuple[str, ...] = ("m",)) -> Server:
-    return Server(dict.fromkeys(modules, (2, 2)), INFOS, seed=0, round=round_)
+def server(round_: int = 0, modules: tuple[str, ...] = ("m",), asked: tuple[str, ...] = ()) -> Server:
+    return Server(dict.fromkeys(modules, (2, 2)), INFOS, seed=0, round=round_, asked=asked)
 
 
 def pool(**known: Mapping[str, torch.Tensor]) -> Pool:
@@ -110,12 +111,12 @@ def test_weighting_by_examples() -> None:
 
 
 def test_what_nobody_returned_keeps_weights_and_embedding() -> None:
-    """Only a answers: expert 1, which it does not hold, keeps 101 and its old embedding; t of b and c stay."""
+    """Only a was drawn: expert 1, which it does not hold, keeps 101 and its old embedding; t of b and c stay."""
     known = pool(
         expert_embeddings={"m/expert-01": torch.tensor([9.0]), "m/expert-00": torch.tensor([8.0])},
         client_embeddings={"m/b": torch.tensor([7.0]), "m/a": torch.tensor([6.0])},
     )
-    after = METHOD.aggregate(server(), known, {"a": REPLIES["a"]})
+    after = METHOD.aggregate(server(asked=("a",)), known, {"a": REPLIES["a"]})
     assert number(after.tensors, "m/expert-01/A") == number(after.tensors, "m/expert-01/B") == 101.0
     assert number(after.tensors, "m/expert-00/A") == 1.0
     assert {key: float(row) for key, row in after.expert_embeddings.items()} == {
@@ -125,18 +126,18 @@ def test_what_nobody_returned_keeps_weights_and_embedding() -> None:
 
 
 def test_the_unknown() -> None:
-    """Only a and b answer, and c was never heard of: its score is each row's mean over a and b.
+    """Only a and b were drawn, and c was never heard of: its score is each row's mean over a and b.
 
     Expert 0 has e = 1, t = (0, ln 2), so scores (0, ln 2, ln 2 / 2) and P = (1, 2, sqrt 2) / (3 + sqrt 2).
     Of expert 1, b alone tells e = -2: (1, 1/4, 1/2) / 1.75. With all of c's replies missing nothing is known of an
     expert that only c holds: its row would be uniform (second half).
     """
-    after = METHOD.aggregate(server(), pool(), {name: REPLIES[name] for name in ("a", "b")})
+    after = METHOD.aggregate(server(asked=("a", "b")), pool(), {name: REPLIES[name] for name in ("a", "b")})
     root = math.sqrt(2)
     np.testing.assert_allclose(after.probabilities["m"][0], np.array([1, 2, root]) / (3 + root), atol=1e-6)
     np.testing.assert_allclose(after.probabilities["m"][1], np.array([1, 0.25, 0.5]) / 1.75, atol=1e-6)
     assert {len(held) for held in after.held["m"].values()} == {2}, "c is served as well"
-    only_a = METHOD.aggregate(server(), pool(), {"a": REPLIES["a"]})
+    only_a = METHOD.aggregate(server(asked=("a",)), pool(), {"a": REPLIES["a"]})
     np.testing.assert_allclose(only_a.probabilities["m"][1], np.full(3, 1 / 3))
 
 
@@ -309,6 +310,159 @@ def test_more_experts_asked_of_a_token_than_a_client_holds() -> None:
 def test_the_spec_carries_the_routers_settings() -> None:
     spec = FedAmole(rank=3, alpha=5.0, dropout=0.1, top_k=1, balance_weight=0.5).spec()
     assert (spec.rank, spec.alpha, spec.dropout, spec.top_k, spec.balance_weight) == (3, 5.0, 0.1, 1, 0.5)
+
+
+# --- groups of holders -----------------------------------------------------------------------------------------
+
+
+def kept(after: Pool) -> set[str]:
+    """Owners of tensors that have the value from before the round."""
+    before = pool().tensors
+    return {key.split("/")[1] for key, tensor in after.tensors.items() if torch.equal(tensor, before[key])}
+
+
+@pytest.mark.parametrize(
+    ("min_holders", "asked", "answered", "unchanged"),
+    [
+        (None, "abc", "abc", set()),
+        # b fails: 0 (a, b) and 1 (b, c) would be handed on as a's and c's alone; 2 (a, c) and the shared ones have two
+        (None, "abc", "ac", {"expert-00", "expert-01"}),
+        (2, "abc", "ac", {"expert-00", "expert-01"}),
+        # only a is left of three
+        (None, "abc", "a", {"expert-00", "expert-01", "expert-02", "shared", "router"}),
+        # a and c were drawn, so that 0 and 1 have one holder each in this round, and both answer
+        (None, "ac", "ac", set()),
+        (2, "ac", "ac", {"expert-00", "expert-01"}),
+        (None, "ac", "a", {"expert-01", "expert-02", "shared", "router"}),
+        (3, "abc", "abc", {"expert-00", "expert-01", "expert-02"}),
+        (1, "abc", "a", {"expert-01"}),
+    ],
+)
+def test_no_update_is_handed_out_alone(min_holders: int | None, asked: str, answered: str, unchanged: set[str]) -> None:
+    """Held: expert 0 by a, b; expert 1 by b, c; expert 2 by a, c; shared and router by all."""
+    known = {f"m/expert-0{i}": torch.tensor([float(70 + i)]) for i in range(3)}
+    method = FedAmole(
+        rank=1, experts=3, expert_choices=2, min_experts=2, max_experts=2, top_k=1, min_holders=min_holders
+    )
+    after = method.aggregate(
+        server(asked=tuple(asked)), pool(expert_embeddings=known), {name: REPLIES[name] for name in answered}
+    )
+    assert kept(after) == unchanged
+    same = {key for key, row in after.expert_embeddings.items() if torch.equal(row, known[key])}
+    assert same == {f"m/{owner}" for owner in unchanged if owner.startswith("expert")}
+    assert {key for key in after.client_embeddings} == {f"m/{name}" for name in answered}
+
+
+def test_what_is_averaged_is_so_over_whoever_answered() -> None:
+    """b fails: expert 2 = (1 + 6) / 2 = 3.5, shared = (1 + 6) / 2 = 3.5, and expert 0 stays 100: not a's 1."""
+    after = METHOD.aggregate(server(), pool(), {name: REPLIES[name] for name in "ac"})
+    assert number(after.tensors, "m/expert-02/A") == number(after.tensors, "m/shared/B") == 3.5
+    assert number(after.tensors, "m/expert-00/A") == 100.0
+
+
+def test_organisations_hold_experts_by_three() -> None:
+    """2 experts per client and 3 holders: 6 held on average, as with 3 and 2. With two clients one has to say so."""
+    method = FedAmole().for_deployment()
+    assert method.min_holders == 3
+    assert FedAmole(min_holders=2).for_deployment().min_holders == 2
+    for clients in (3, 4, 10):
+        assert (method.pool_size(clients), method.bounds(clients)) == (2 * clients, Bounds(3, 2, 8))
+        method.check(clients)
+    with pytest.raises(ConfigError, match=r"min_holders = 3, but there are 2 clients .*min_holders = 2 knowingly"):
+        method.check(2)
+    FedAmole(min_holders=2).check(2)
+    with pytest.raises(ConfigError, match=r"expert_choices = 2 is below .*min_holders = 3 .*raise expert_choices to 3"):
+        FedAmole(expert_choices=2).for_deployment().check(4)
+    with pytest.raises(ConfigError, match=r"9 x 3 = 27 > 8 x 3 = 24"):
+        FedAmole(experts=9).for_deployment().check(3)
+    with pytest.raises(ConfigError, match="must be at least 1"):
+        FedAmole(min_holders=0).check(3)
+    FedAmole(expert_choices=1).check(3)  # in a simulation nobody is protected by more
+    state = method.init(server())
+    assert all(len(experts) == 6 for experts in state.held["m"].values())
+
+
+LIE = TrainedExperts(
+    reply(6.0, 0.0, expert_01=0.0, expert_02=3.0).tensors,
+    {"m": torch.tensor([1e3])},
+    {"m/expert-01": torch.tensor([1e3]), "m/expert-02": torch.tensor([1e3])},
+)
+"""What c says when it wants every expert: that its tokens, and the experts' of them, are large and alike."""
+
+
+def test_who_says_that_all_experts_fit_does_not_get_them() -> None:
+    """c lies with t = 1000 and e = 1000; t of a, b is 1 and 2, and their largest e is 1 and 2.
+
+    The median of (1, 2, 1000) is 2, so that the limit of both is 4 x 2 = 8, and c counts with t = 8 and e = 8:
+
+        e_0 = (0.5 + 1.5) / 2 = 1         e_1 = (-2 + 8) / 2 = 3          e_2 = (1 + 8) / 2 = 4.5
+        t = (1, 2, 8): a's share of a's and b's is 1 / (1 + exp(e)), as it is without c's lie for these e
+
+    Without the limit c's scores would be a thousand times and more above the others', whose P would all be 0, so that
+    who else gets an expert would be chosen by hashes. c holds `max_experts` at most, in either case.
+    """
+    replies = {
+        "a": reply(1.0, 1.0, expert_00=0.5, expert_02=1.0),
+        "b": reply(2.0, 2.0, expert_00=1.5, expert_01=-2.0), "c": LIE,
+    }  # fmt: skip
+    method = FedAmole(rank=1, experts=3, min_experts=1, max_experts=2, top_k=1)
+    after = method.aggregate(server(), pool(), replies)
+    assert {key: float(row) for key, row in after.client_embeddings.items()} == {"m/a": 1.0, "m/b": 2.0, "m/c": 8.0}
+    assert {key: float(row) for key, row in after.expert_embeddings.items()} == {
+        "m/expert-00": 1.0, "m/expert-01": 3.0, "m/expert-02": 4.5,
+    }  # fmt: skip
+    P = after.probabilities["m"].numpy()
+    for row, e in zip(P, (1.0, 3.0, 4.5), strict=True):
+        np.testing.assert_allclose(row, np.exp(e * np.array([1, 2, 8])) / np.exp(e * np.array([1, 2, 8])).sum())
+        assert row[0] / row[1] == pytest.approx(math.exp(-e)), "a and b stand to each other as their data say"
+    assert {name: len(experts) for name, experts in after.held["m"].items()} == {"a": 2, "b": 2, "c": 2}
+    generous = FedAmole(rank=1, experts=3, min_experts=1, max_experts=3, top_k=1).aggregate(server(), pool(), replies)
+    assert len(generous.held["m"]["c"]) == 3, "up to its bound, and no further"
+    assert len(generous.held["m"]["b"]) > len(generous.held["m"]["a"]) >= 0
+
+
+def test_honest_embeddings_are_not_touched() -> None:
+    """Up to four times the median they are what was sent, to the bit; with two clients there is no median to trust."""
+    values = {"a": [0.1, 0.2], "b": [0.1, 0.1], "c": [0.5, 0.6]}
+    rows = {name: {"m": torch.tensor(row)} for name, row in values.items()}
+    found = no_louder(rows, ["m"])
+    assert all(found[name]["m"] is rows[name]["m"] for name in rows)
+    louder = no_louder({**rows, "c": {"m": torch.tensor([3.0, 4.0])}}, ["m"])["c"]["m"]
+    assert float(louder.norm()) == pytest.approx(4 * math.sqrt(0.05))
+    assert float(louder[0] / louder[1]) == pytest.approx(0.75), "the direction stays"
+    two = {"a": rows["a"], "b": {"m": torch.tensor([1e9, 0.0])}}
+    assert no_louder(two, ["m"])["b"]["m"] is two["b"]["m"]
+    apart = no_louder({**rows, "c": {"m": rows["c"]["m"], "mm": torch.tensor([1e6, 0.0])}}, ["m", "mm"])
+    assert apart["c"]["m"] is rows["c"]["m"], "a module's limit is its own"
+
+
+# --- what others can compute -----------------------------------------------------------------------------------
+
+
+def test_what_is_said_of_co_holders_is_computed_from_the_config() -> None:
+    """Two layers of width 128 with q and v: rank 8, 6 experts held, so 8 x (1 + 6) = 56 equations per linear and round,
+    112 of the two that read the words' embeddings: 128 unknowns in two rounds. At width 2048: 19.
+    """
+
+    def said(clients: int | None, width: int = 128, **numbers: Any) -> str:
+        linears = ("self_attn.q_proj", "self_attn.v_proj")
+        shapes = {f"model.layers.{layer}.{one}": (width, 64) for layer in (0, 1) for one in linears}
+        return " ".join(FedAmole(**numbers).exposes(clients, shapes))
+
+    assert "held by 2 clients" in said(8)
+    assert "min_holders" not in said(8)
+    assert "Either of the two can subtract its own and has the other's update" in said(8)
+    assert "7 clients together can compute the last one's part" in said(8)
+    assert "held by 3 clients" in said(8, min_holders=3)
+    assert "2 of them together can subtract theirs" in said(8, min_holders=3)
+    assert "method.min_holders = 3" in said(None, min_holders=3)
+    assert "means over all" not in said(None, min_holders=3)
+    assert "one client alone can compute" in said(2)
+    assert "held by one client alone" in said(8, expert_choices=1)
+    assert "about 56 linear equations per adapted linear" in said(8)
+    assert "2 of them have the same input of width 128) these determine it after 2 rounds at the earliest" in said(8)
+    assert "after 19 rounds" in said(8, width=2048)
+    assert "after 1 round at" in said(8, width=112)
 
 
 # --- a partial cohort, through a real run ---------------------------------------------------------------------

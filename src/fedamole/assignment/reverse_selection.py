@@ -46,6 +46,26 @@ def check_feasible(*, experts: int, clients: int, bounds: Bounds, top_k: int) ->
         raise InfeasibleError(f"no expert assignment exists: {'; '.join(failures)}; {_remedy(settings)}")
 
 
+def check_holders(*, min_holders: int, choices: int, clients: int) -> None:
+    """Refuse a smallest group of holders that experts cannot have, before anything runs.
+
+    Errors: `InfeasibleError` that says why groups have to be so large, and what works.
+    """
+    why = "in a group of two, each can subtract its own update from the average and has the other's"
+    if min_holders < 1:
+        raise InfeasibleError(f"method.min_holders = {min_holders}: must be at least 1")
+    if min_holders > clients:
+        raise InfeasibleError(
+            f"method.min_holders = {min_holders}, but there are {clients} clients ({why}): find more clients, or set "
+            f"method.min_holders = {clients} knowingly"
+        )
+    if choices < min_holders:
+        raise InfeasibleError(
+            f"method.expert_choices = {choices} is below method.min_holders = {min_holders} ({why}): raise "
+            f"expert_choices to {min_holders}, or set method.min_holders = {choices} knowingly"
+        )
+
+
 def select(P: Scores, bounds: Bounds, *, expert_ids: Sequence[str], client_ids: Sequence[str]) -> Chosen:
     """Solve the assignment of one module, or of each of several, to the optimum.
 

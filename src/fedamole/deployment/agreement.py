@@ -1,5 +1,7 @@
 """What all parties of a deployed run agree on: the tables of the server's config that travel, and those that do not."""
 
+import hashlib
+import json
 import re
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,6 +15,8 @@ SHARED = ("method", "base", "data", "federation", "training", "evaluation")
 OWN = {"data": ("source", "manifest"), "run": ("folder", "device", "threads", "group", "tensorboard")}
 """Keys that everybody has for itself."""
 FORM = "the server's settings are not in the expected form: use one version of fedamole everywhere"
+SHORTEST_HASH = 12
+"""Characters of a hash that are enough to agree on: nobody makes other settings with the same beginning."""
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 
@@ -29,6 +33,25 @@ def shared_tables(config: Config, identity: Identity) -> Table:
     if not _is_public(str(told["base"]["model"])):
         told["base"]["model"] = ""
     return {"identity": asdict(identity), "config": told}
+
+
+def agreed_hash(shared: Table) -> str:
+    """SHA-256 of everything that each client is told of a run's config, as 64 hexadecimal digits.
+
+    The same on all sides: over canonical JSON (sorted keys, no spaces, ASCII) of what `shared_tables` returns.
+    """
+    text = json.dumps(shared, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_agree(prefix: str) -> str:
+    """Return what --agree was given, in lower case; ConfigError where it is not the beginning of a hash."""
+    if not re.fullmatch(rf"[0-9a-fA-F]{{{SHORTEST_HASH},64}}", prefix):
+        raise ConfigError(
+            f"--agree {prefix}: give the hash that `fedamole server` prints, or at least its first {SHORTEST_HASH} "
+            "characters (0-9, a-f)"
+        )
+    return prefix.lower()
 
 
 def own_tables(settings: Table, source: Table, run: Table, base: str | None) -> Table:

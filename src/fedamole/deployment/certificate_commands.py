@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from fedamole.deployment.requirements import require_flower
-from fedamole.terminal import printable
+from fedamole.terminal import screen
 
 if TYPE_CHECKING:
     from fedamole.deployment.certificates import Made
@@ -59,10 +58,10 @@ def certs(
     from fedamole.deployment.signing_requests import install_server, request_server
     from fedamole.errors import ConfigError
 
-    console = Console()
+    console = screen()
 
     def say(text: str) -> None:
-        console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
     changes = {"--client": client, "--admit": admit, "--renew": renew}
     _one_of({"--request": request, "--install": install is not None, "--own": own is not None}, changes)

@@ -1,15 +1,33 @@
-"""`fedamole client`. Nothing heavy is imported before it is needed."""
+"""`fedamole client` and `fedamole audit-log`. Nothing heavy is imported before it is needed."""
 
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fedamole.deployment.commands import Insecure
 from fedamole.deployment.requirements import require_flower
 from fedamole.personal.commands import renamed
+from fedamole.terminal import say, say_json, screen
+
+
+def _write_policy(path: Path | None) -> None:
+    """Write the default policy and end; for the option of this name."""
+    if path is None:
+        return
+    from fedamole.deployment.policy import default_text
+    from fedamole.errors import ConfigError
+
+    try:
+        with path.open("x") as file:
+            file.write(default_text())
+    except OSError as error:
+        raise ConfigError(
+            f"--write-policy {path}: cannot be written ({error.strerror}); nothing is overwritten"
+        ) from error
+    say(f"{path}: the default policy; change what you want and give it by --policy")
+    raise typer.Exit
 
 
 def client(
@@ -25,34 +43,85 @@ def client(
     folder: Annotated[Path, typer.Option(help="Where its run folders are written.")] = Path("runs"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[int, typer.Option(help="PyTorch's threads on a CPU; 0: its own choice.")] = 0,
-    share_labels: Annotated[bool, typer.Option("--share-labels", help="Tell the server how often each answer occurs.")]
-    = False,
+    policy: Annotated[
+        Path | None, typer.Option(help="What it consents to, a TOML file (docs/consent.md); else the safe defaults.")
+    ] = None,
+    agree: Annotated[
+        str, typer.Option(help="Take part only in the run whose settings have this hash, as the server prints it.")
+    ] = "",
+    share_labels: Annotated[
+        bool, typer.Option("--share-labels", help="Tell the server how often each answer occurs; as in a policy.")
+    ] = False,
+    write_policy: Annotated[
+        Path | None,
+        typer.Option(help="Write the default policy with comments into this file, and end.", callback=_write_policy,
+                     is_eager=True),
+    ] = None,
     insecure: Insecure = False,
-) -> None:
+) -> None:  # fmt: skip
     """Take part in a federation with data that stay here: only what the method sends leaves this machine.
 
-    Only outgoing connections are made. Runs until Ctrl-C and reconnects by itself; for every run it takes part in there
-    is a folder FOLDER/<run>-NAME, and in it the personal model: clients/NAME/adapter.
+    What the coordinator asks is shown, and compared with the policy. Only outgoing connections are made. Runs until
+    Ctrl-C and reconnects by itself; for every run it takes part in there is a folder FOLDER/<run>-NAME, and in it the
+    personal model: clients/NAME/adapter. `fedamole audit-log FOLDER` shows what left.
     """
     require_flower()
+    from dataclasses import replace
+
+    from fedamole.config import plain
+    from fedamole.deployment.agreement import check_agree
+    from fedamole.deployment.audit_log import AUDIT
     from fedamole.deployment.client import Client, Connection, client_home
+    from fedamole.deployment.policy import PolicySettings, read_policy
     from fedamole.deployment.processes import without_proxy
     from fedamole.errors import DataError
 
     for path in (data, test):
         if path is not None and not path.exists():
             raise DataError(f"there is no file {path}")
+    limits = PolicySettings() if policy is None else read_policy(policy)
+    if share_labels:
+        limits = replace(limits, share_labels=True)
     columns = renamed(column)
     source = {"name": name, "path": str(data.resolve()), "template": template, "columns": columns}
     more = {"test": None if test is None else str(test.resolve()), "limit": limit}
+    home = client_home(str(folder), name)
     settings = {
         "source": source | {key: value for key, value in more.items() if value is not None},
-        "folder": str(folder.resolve()), "device": device, "threads": threads, "share_labels": share_labels,
+        "folder": str(folder.resolve()), "device": device, "threads": threads, "policy": plain(limits),
+        "agree": check_agree(agree) if agree else "", "audit": str(home / AUDIT),
         **({} if base is None else {"base": base}),
-    }
-    console = Console(stderr=True)
+    }  # fmt: skip
+    console = screen(error=True)
     os.environ.update(without_proxy())
     Client(
-        Connection(server, certs, insecure), name, settings, client_home(str(folder), name),
-        lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
-    ).run()
+        Connection(server, certs, insecure), name, settings, home,
+        lambda text: console.print(text, soft_wrap=True),
+    ).run()  # fmt: skip
+
+
+def audit_log(
+    folder: Annotated[
+        Path, typer.Argument(help="The client's --folder, its home in there (.client-NAME), or an audit.jsonl.")
+    ] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")] = False,
+) -> None:
+    """Show what ever left this client, in totals and by round, and check that the log was not changed.
+
+    Ends with 5 where a line is damaged or the chain of hashes is broken.
+    """
+    from dataclasses import asdict
+
+    from fedamole.deployment.audit_log import audit_files, read_audit
+    from fedamole.errors import RunError
+
+    found = {path: read_audit(path) for path in audit_files(folder)}
+    if as_json:
+        say_json({str(path): asdict(one) for path, one in found.items()})
+    else:
+        from fedamole.deployment.audit_table import show_audit
+
+        for path, one in found.items():
+            show_audit(screen(wide=160), path, one)
+    if broken := [str(path) for path, one in found.items() if one.faults]:
+        raise RunError(f"{', '.join(broken)}: the log is not whole; what is wrong with it is above")

@@ -1,14 +1,12 @@
 """`fedamole clients`: the keys that a server admits. Nothing heavy is imported before it is needed."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fedamole.deployment.requirements import require_flower
-from fedamole.terminal import printable
+from fedamole.terminal import say_json, screen
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,7 +28,7 @@ def show(
     """List every key: client, fingerprint, last valid day, state (valid, ends soon, expired, removed, unreadable)."""
     rows = _rows(_folder(certs))
     if as_json:
-        typer.echo(json.dumps(rows))
+        say_json(rows)
         return
     widths = {column: max(len(row[column]) for row in rows) for column in (rows[0] if rows else ())}
     for row in rows:
@@ -84,7 +82,7 @@ def _folder(certs: Path) -> Path:
 
 
 def _say(text: str) -> None:
-    Console().print(printable(text), highlight=False, markup=False, soft_wrap=True)
+    screen().print(text, soft_wrap=True)
 
 
 def _rows(folder: Path) -> list[dict[str, str]]:

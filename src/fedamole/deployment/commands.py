@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fedamole.deployment.requirements import require_flower
+from fedamole.terminal import screen
 
 ConfigPath = Annotated[Path | None, typer.Argument(help="A TOML config with [deployment] clients (docs/deploy.md).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that differ, e.g. federation.rounds=5.")]
@@ -53,7 +53,7 @@ def server(
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    console = Console(stderr=True)
+    console = screen(error=True)
     if resume is None or not finished(folder):
         with watching(console, folder) as (say, show):
             Server(folder, door, say, show).run(stop)
@@ -94,6 +94,6 @@ def simulate(
         assert resume is not None
         folder = resume
     if not finished(folder):
-        with watching(Console(stderr=True), folder) as (_, show):
+        with watching(screen(error=True), folder) as (_, show):
             run_simulation(folder, show, cpus, gpus)
     show_runs([folder])

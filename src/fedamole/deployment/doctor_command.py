@@ -1,14 +1,13 @@
 """`fedamole doctor`. Nothing heavy is imported before it is needed."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from fedamole.personal.commands import renamed
-from fedamole.terminal import printable
+from fedamole.terminal import say_json, screen
 
 
 def doctor(
@@ -38,13 +37,13 @@ def doctor(
     else:
         found = examine_server(config, certs, host, port)
     if as_json:
-        typer.echo(json.dumps([asdict(finding) for finding in found]))
+        say_json([asdict(finding) for finding in found])
     else:
-        console, marks = Console(), {"ok": "[green]ok[/]", "warning": "[yellow]!![/]", "problem": "[red]no[/]"}
+        console = screen()
+        marks = {"ok": Text("ok", "green"), "warning": Text("!!", "yellow"), "problem": Text("no", "red")}
         for finding in found:
             console.print(marks[finding.state], end=" ")
             remedy = f" -> {finding.remedy}" if finding.remedy else ""
-            line = printable(f"{finding.what:<12} {finding.text}{remedy}")
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{finding.what:<12} {finding.text}{remedy}", soft_wrap=True)
     if any(finding.state == "problem" for finding in found):
         raise typer.Exit(1)

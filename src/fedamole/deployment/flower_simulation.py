@@ -23,8 +23,10 @@ from fedamole.deployment.coordinator import SETTINGS, coordinate
 from fedamole.deployment.flower_content import answer as answered
 from fedamole.deployment.flower_content import bytes_of
 from fedamole.deployment.flower_link import FlowerLink
-from fedamole.deployment.host import ClientSettings, Host
+from fedamole.deployment.host import Host
+from fedamole.deployment.policy import UNBOUNDED
 from fedamole.deployment.processes import OFFLINE
+from fedamole.deployment.seat import ClientSettings
 from fedamole.deployment.server import prepare_folder
 from fedamole.errors import ConfigError
 from fedamole.federation.loop import Watcher
@@ -79,7 +81,7 @@ def _settings_of(folder: Path, name: str) -> ClientSettings:
     (own,) = (one for one in config.data.source if one.name == source)
     return ClientSettings(
         own, str(folder / SITES), config.base.model, config.run.device, config.run.threads, name=name,
-        manifest=str(manifest),
+        manifest=str(manifest), policy=UNBOUNDED,
     )  # fmt: skip
 
 

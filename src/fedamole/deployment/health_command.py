@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fedamole.terminal import printable
+from fedamole.terminal import say
 
 
 def health(
@@ -40,6 +40,6 @@ def health(
     from fedamole.deployment.reach import parsed
 
     verdict = client_health(Path(target), within) if parsed(target) is None else coordinator_health(target, certs)
-    typer.echo(f"{'healthy' if verdict.healthy else 'not healthy'}: {printable(verdict.text)}")
+    say(f"{'healthy' if verdict.healthy else 'not healthy'}: {verdict.text}")
     if not verdict.healthy:
         raise typer.Exit(1)

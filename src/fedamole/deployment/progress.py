@@ -103,7 +103,7 @@ def watching(console: Console, folder: Path) -> Iterator[tuple[Say, Show]]:
     board = Board(str(folder))
 
     def say(text: str) -> None:
-        console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
     def show(line: dict[str, Any]) -> None:
         told = board.feed(line)

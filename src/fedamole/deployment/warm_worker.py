@@ -13,7 +13,9 @@ from pathlib import Path
 
 from fedamole.config import build
 from fedamole.console import PlainWatcher
-from fedamole.deployment.host import ClientSettings, Host
+from fedamole.deployment.audit_log import AuditError
+from fedamole.deployment.host import Host
+from fedamole.deployment.seat import ClientSettings
 from fedamole.errors import FedamoleError
 from fedamole.model.base import resolve_device
 from fedamole.terminal import set_up
@@ -22,7 +24,10 @@ log = logging.getLogger(__name__)
 
 
 def serve(host: Host, address: str, secret: bytes) -> None:
-    """Answer requests for ever; a caller without the secret, or one that goes away, is no reason to end."""
+    """Answer requests for ever; a caller without the secret, or one that goes away, is no reason to end.
+
+    Where the audit log cannot be written, the caller gets no answer.
+    """
     Path(address).unlink(missing_ok=True)  # a worker that was killed has left it behind
     with Listener(address, family="AF_UNIX", authkey=secret) as listener:
         while True:
@@ -30,6 +35,8 @@ def serve(host: Host, address: str, secret: bytes) -> None:
                 with listener.accept() as caller:
                     answer = host.answer(caller.recv_bytes())
                     caller.send_bytes(answer)
+            except AuditError as error:  # nothing may leave that is not logged
+                log.error("%s", error)
             except (AuthenticationError, EOFError, OSError) as error:
                 log.warning("a caller went away (%s)", type(error).__name__)
 

@@ -263,7 +263,7 @@ class Remote:
         return {name: self.members[name].bare for name in sorted(names)}
 
     def majority(self) -> dict[str, Scores]:
-        """Scores of a constant answer on the clients' test splits."""
+        """Scores of a constant answer on the clients' test splits; {} unless every client's policy lets them out."""
         return self._test(MAJORITY)
 
     def test(self, row: str, best: bool) -> dict[str, Scores]:
@@ -290,6 +290,8 @@ class Remote:
             for name, code in missing.items():
                 if code:
                     log.warning("client %s, test: %s; its scores are missing", name, FAILURES.get(code, code))
+        if what == MAJORITY and self._tested and self._tested.get(MAJORITY, {}).keys() != self._tested[BASE].keys():
+            return {}
         if what not in self._tested:
             raise RunError(f"no client could be tested ({what}); `fedamole server --resume FOLDER` tries again")
         return dict(sorted(self._tested[what].items()))
@@ -335,7 +337,7 @@ class Remote:
             log.warning("%s: %d bytes where at most %d may come", who, len(content), limit)
             return failure(request, client or "", "too_large")
         try:
-            return read_reply(content, request, client, self._scored(request))
+            return read_reply(content, request, client, self._scored(request), optional=(MAJORITY,))
         except PayloadError as error:
             log.warning("%s: refused: %s", who, error)
             return failure(request, client or "", "bad_reply")

@@ -24,6 +24,7 @@ OPERATIONS = (JOIN, UPDATE, EVALUATE, TEST)
 FAILURES = {
     "not_joined": "it does not know this run yet",
     "bad_request": "it refused the request as damaged, foreign or not allowed",
+    "policy": "its own policy forbids what was asked; see its own log",
     "base": "it cannot use the base model; see its own log",
     "data": "it cannot use its data; see its own log",
     "config": "it cannot use the run's settings; see its own log",
@@ -114,11 +115,13 @@ def read_request(payload: bytes) -> Request:
 
 
 def read_reply(
-    payload: bytes, request: Request, client: str | None, scored: Mapping[str, Collection[str]]
+    payload: bytes, request: Request, client: str | None, scored: Mapping[str, Collection[str]],
+    optional: Collection[str] = (),
 ) -> Reply:
     """Unpack a reply and check that it answers this request of this client (None: of any); else PayloadError.
 
-    `scored` names the models that have to be scored, and which numbers each must have.
+    `scored` names the models that have to be scored, and which numbers each must have; `optional` those of them whose
+    scores a client may keep to itself.
     """
     reply = unpacked(Reply, payload)
     _check_protocol(reply.protocol)
@@ -130,10 +133,10 @@ def read_reply(
         if reply.failed not in FAILURES or reply.report or reply.scores or reply.reply:
             raise PayloadError("its failure is none of the known ones, or comes with results")
         return reply
-    if set(reply.scores) != set(scored):
+    if not set(scored) - set(optional) <= set(reply.scores) <= set(scored):
         raise PayloadError("its scores are not of the models that were asked for")
-    for row, needed in scored.items():
-        _check_numbers(reply.scores[row], needed, SCORED, "its scores")
+    for row, found in reply.scores.items():
+        _check_numbers(found, scored[row], SCORED, "its scores")
     if request.operation == JOIN:
         _check_about(reply.report)
     else:

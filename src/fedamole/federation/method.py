@@ -19,8 +19,8 @@ What crosses a wire or a round is a frozen record declared at the top of the met
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 
 from torch import Tensor
 
@@ -70,6 +70,8 @@ class Server:
     """Width d of the base's input embeddings."""
     embedding_std: float = 0.02
     """Standard deviation of their numbers."""
+    asked: tuple[str, ...] = ()
+    """While replies are aggregated: names of the clients that were asked in this round; empty: of all."""
 
     def weights(self, weighting: "Weighting") -> dict[str, float]:
         """Weight of each client in an average: all equal, or by the size of the training splits."""
@@ -150,6 +152,8 @@ class Method(ABC, Generic[S, D, K, U]):
     """Which personal model is scored and saved: right after local training, or after the aggregation."""
     embeds: ClassVar[bool] = False
     """Whether `fit` also reads the embedding split (`Trained.embeddings`)."""
+    looks: ClassVar[bool] = False
+    """Whether what a client sends depends on a look at its embedding split (`Client.losses`) before training."""
 
     def __post_init__(self) -> None:
         """Refuse hyper-parameters that no adapter can have."""
@@ -161,6 +165,19 @@ class Method(ABC, Generic[S, D, K, U]):
 
     def check(self, clients: int) -> None:
         """Raise a ConfigError before anything runs when this many clients cannot be served."""
+
+    def for_deployment(self) -> Self:
+        """Return the method as organisations should run it that do not trust each other; called before `check`."""
+        return self
+
+    def exposes(self, clients: int | None, shapes: Shapes | None) -> list[str]:
+        """Say in sentences what others can compute from what travels; `clients`, `shapes`: None where not known yet."""
+        if clients == 2 and self.travels != "nothing":
+            return [
+                "Two clients take part. In every average of the two each can subtract its own part, and has the "
+                "other's update of that round."
+            ]
+        return []
 
     # server
     @abstractmethod
@@ -178,6 +195,7 @@ class Method(ABC, Generic[S, D, K, U]):
     def round(self, server: Server, state: S, cohort: Sequence[ClientInfo], ask: Ask) -> S:
         """Run one round; a method with two exchanges overrides it."""
         replies = ask("update", {client.name: self.message(state, client) for client in cohort})
+        server = replace(server, asked=tuple(client.name for client in cohort))
         return self.aggregate(server, state, replies) if replies else state
 
     def expected(self, rehearsed: U, reply: U) -> U:

@@ -16,10 +16,13 @@ def summarise(folder: RunFolder, results: Mapping[str, Mapping[str, Any]], round
     """Write summary.json from the test scores by row, and return its content.
 
     `results` maps a row to its best round, and to the scores of every client at the `best` round (by validation)
-    and at the `last` one.
+    and at the `last` one. A row without scores, as the constant answer's where clients keep it to themselves, is left
+    out.
     """
     rows = {}
     for row, found in results.items():
+        if not found["best"]:
+            continue
         headline = {client: scores["score"] for client, scores in found["best"].items()}
         last = {client: scores["score"] for client, scores in found["last"].items()}
         rows[row] = {

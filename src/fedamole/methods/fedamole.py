@@ -9,27 +9,28 @@ One round, module by module:
     experts choose clients anew by relevance (reverse selection): the architectures of the next round.
 A client's model is what it trained with the architecture it was given, never the aggregate.
 
-Deviations: an expert never heard of has a uniform row, a client its row's mean; see also `select_for_remaining`.
+Deviations: an expert never heard of has a uniform row, a client its row's mean; see also `select_for_remaining`. What
+fewer than `min_holders` clients return keeps its value; where that is unset, an expert of which a partial cohort has
+one holder alone is updated by that one, as in the paper, but never by the last of several that did not fail.
+Embeddings are clipped (`no_louder`).
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from fedamole.assignment.baselines import homogeneous, random_probabilities
-from fedamole.assignment.relevance import Floats, Mask, Scores, choice_probabilities, relevance
-from fedamole.assignment.reverse_selection import Bounds, check_feasible, select_for_remaining
+from fedamole.assignment.reverse_selection import Bounds, check_feasible, check_holders
 from fedamole.errors import ConfigError
+from fedamole.federation.architectures import Assignment, next_architectures
 from fedamole.federation.averaging import mean_by_key
+from fedamole.federation.holders import fewest_replies, group_exposure, held_together, no_louder
 from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, Trained, Weighting
-from fedamole.federation.randomness import numpy_generator, torch_generator
+from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
 from fedamole.model.amole import AdapterSpec
-from fedamole.model.params import Adapter, expert_keys, new_pool, router_key, shared_keys
+from fedamole.model.params import Adapter, Shapes, expert_keys, new_pool, router_key, shared_keys
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,11 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
     """A mixture of LoRA experts per client and module; the data decide which experts it holds."""
 
     experts: int | None = None
-    """Domain experts E in each module's pool; unset: 3 per client (the paper's 30 for 10 clients)."""
+    """Domain experts E in each module's pool; unset: 3 per client (the paper's 30 for 10), fewer for larger groups."""
     expert_choices: int | None = None
-    """Clients k_c that each expert chooses; unset: 2, or 1 for a single client."""
+    """Clients k_c that each expert chooses; unset: 2, or 1 for a single client, and at least `min_holders`."""
+    min_holders: int | None = None
+    """Fewest clients that hold an expert, and that return a tensor before it is averaged; unset: 2, in deployment 3."""
     min_experts: int = 2
     """Fewest domain experts a client holds per module."""
     max_experts: int = 8
@@ -75,7 +78,7 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
     """Domain experts k that each token is routed to, the shared expert not counted."""
     balance_weight: float = AdapterSpec.balance_weight
     """Weight lambda of the load-balancing loss."""
-    assignment: Literal["reverse", "random", "static", "homogeneous"] = "reverse"
+    assignment: Assignment = "reverse"
     """reverse: the paper's; its ablations: random every round, static (round 0 is kept), homogeneous sizes."""
     weighting: Weighting = "uniform"
     """Weight of a client in the averages: uniform (the paper), or by its training examples."""
@@ -93,12 +96,21 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
 
     def pool_size(self, clients: int) -> int:
         """Domain experts E per module."""
-        return 3 * clients if self.experts is None else self.experts
+        each = 3 if self.expert_choices is not None else max(1, 6 // max(2, self.holders(clients)))
+        return clients * each if self.experts is None else self.experts
+
+    def holders(self, clients: int) -> int:
+        """Fewest holders of an expert."""
+        return min(2, clients, self.expert_choices or clients) if self.min_holders is None else self.min_holders
 
     def bounds(self, clients: int) -> Bounds:
         """The numbers that every assignment keeps."""
-        choices = min(2, clients) if self.expert_choices is None else self.expert_choices
+        choices = max(min(2, clients), self.holders(clients)) if self.expert_choices is None else self.expert_choices
         return Bounds(choices, self.min_experts, self.max_experts)
+
+    def for_deployment(self) -> "FedAmole":
+        """Have three clients hold every expert, unless something else is set."""
+        return replace(self, min_holders=3) if self.min_holders is None else self
 
     def check(self, clients: int) -> None:
         """Refuse numbers of experts for which no assignment exists."""
@@ -107,7 +119,16 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
                 f"method.top_k = {self.top_k} experts asked of each token, but a client may hold only "
                 f"{self.min_experts}: set top_k to {self.min_experts} or method.min_experts to {self.top_k}"
             )
-        check_feasible(experts=self.pool_size(clients), clients=clients, bounds=self.bounds(clients), top_k=self.top_k)
+        bounds = self.bounds(clients)
+        check_holders(min_holders=self.holders(clients), choices=bounds.expert_choices, clients=clients)
+        check_feasible(experts=self.pool_size(clients), clients=clients, bounds=bounds, top_k=self.top_k)
+
+    def exposes(self, clients: int | None, shapes: Shapes | None) -> list[str]:
+        """Say what co-holders and the coordinator can compute."""
+        many = clients or 100  # where they are not known, so many that they bound nothing
+        choices = self.bounds(many).expert_choices
+        experts, least = self.pool_size(many) * choices / many, self.min_holders
+        return group_exposure(clients, shapes, experts=experts, choices=choices, min_holders=least, rank=self.rank)
 
     # server
     def init(self, server: Server) -> Pool:
@@ -127,11 +148,13 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
     def aggregate(self, server: Server, state: Pool, replies: Mapping[str, TrainedExperts]) -> Pool:
         """Average what came back (step 5) and let the experts choose their clients anew (step 6)."""
         weights = server.weights(self.weighting)
-        trained = {name: reply.tensors for name, reply in replies.items()}
-        embedded = {name: reply.expert_embeddings for name, reply in replies.items()}
-        clients = dict(state.client_embeddings)
-        for name, reply in replies.items():
-            clients.update({f"{module}/{name}": row for module, row in reply.token_embedding.items()})
+        asked = server.asked or tuple(client.name for client in server.clients)
+        needed, modules = fewest_replies(state.held, asked, self.min_holders), list(server.shapes)
+        trained = held_together({name: reply.tensors for name, reply in replies.items()}, needed)
+        told = no_louder({name: reply.expert_embeddings for name, reply in replies.items()}, modules)
+        embedded, clients = held_together(told, needed), dict(state.client_embeddings)
+        for name, rows in no_louder({name: one.token_embedding for name, one in replies.items()}, modules).items():
+            clients.update({f"{module}/{name}": row for module, row in rows.items()})
         after = replace(
             state,
             tensors=mean_by_key(trained, weights, state.tensors),
@@ -142,36 +165,12 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
 
     def _assign(self, server: Server, state: Pool, round_: int) -> Pool:
         """Solve the assignment of every module for a round."""
-        names = sorted(client.name for client in server.clients)
-        experts = [f"expert-{expert:02d}" for expert in range(self.pool_size(len(names)))]
-        def choices(module: str) -> Scores:
-            if round_ > 0 and self.assignment != "random":
-                return choice_probabilities(self._relevance(state, module, experts, names))
-            rng = numpy_generator(server.seed, f"assignment/{module}", "server", round_)
-            return random_probabilities(expert_ids=experts, client_ids=names, rng=rng)
-
-        P = {module: choices(module) for module in sorted(server.shapes)}
-        solve = homogeneous if self.assignment == "homogeneous" else select_for_remaining
-        chosen = solve(np.stack([*P.values()]), self.bounds(len(names)), expert_ids=experts, client_ids=names)
-        held = {}
-        for module, X in zip(P, chosen, strict=True):
-            held[module] = {name: np.flatnonzero(X[:, c]).tolist() for c, name in enumerate(names)}
-        return replace(state, held=held, probabilities={module: torch.from_numpy(p) for module, p in P.items()})
-
-    def _relevance(self, state: Pool, module: str, experts: list[str], names: list[str]) -> Scores:
-        """Scores (E, C) of one module from the last known embeddings."""
-
-        def rows(known: Mapping[str, Tensor], ids: list[str]) -> tuple[Floats, Mask]:
-            found = [known.get(f"{module}/{name}") for name in ids]
-            stacked = torch.stack([torch.zeros(self.rank) if row is None else row for row in found])
-            return stacked.numpy(), np.array([row is not None for row in found])
-
-        e, known = rows(state.expert_embeddings, experts)
-        t, heard = rows(state.client_embeddings, names)
-        return relevance(
-            e, t, rank=self.rank, experts_known=known, clients_known=heard,
-            module=module, expert_ids=experts, client_ids=names,
-        )
+        clients = len(server.clients)
+        held, probabilities = next_architectures(
+            server, state.expert_embeddings, state.client_embeddings, kind=self.assignment, rank=self.rank,
+            experts=self.pool_size(clients), bounds=self.bounds(clients), round_=round_,
+        )  # fmt: skip
+        return replace(state, held=held, probabilities=probabilities)
 
     def journal(self, state: Pool) -> Iterator[dict[str, Any]]:
         """Who holds which expert in the coming round, where, and with what relevance P."""

@@ -62,6 +62,7 @@ class IfcaLora(LoraMethod[Clusters, Clusters, Choice, ClusterLora]):
     stays = "the data"
     records = Records(Clusters, Clusters, Choice, ClusterLora)
     evaluates = "aggregated"
+    looks = True
 
     def __post_init__(self) -> None:
         """Refuse no clusters, or no look."""

@@ -117,7 +117,9 @@ def _scenario(name: str, entries: Sequence[Entry]) -> Scenario:
                 "move the older ones away and call again"
             )
     # Neither depends on the seed: they count as seed 0, so that scenarios whose first runs differ in it fit together.
-    methods: dict[str, tuple[Result, ...]] = {row: (replace(_result(first, row), seed=0),) for row in (BASE, MAJORITY)}
+    methods: dict[str, tuple[Result, ...]] = {
+        row: (replace(_result(first, row), seed=0),) for row in (BASE, MAJORITY) if row in first.summary["rows"]
+    }
     found: dict[str, list[Result]] = {}
     for entry in entries:
         found.setdefault(entry.method, []).append(_result(runs[entry.path], entry.row))

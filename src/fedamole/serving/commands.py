@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from fedamole.personal.commands import BaseName, Device, Row, RunPath
-from fedamole.terminal import printable
+from fedamole.terminal import say, screen
 
 if TYPE_CHECKING:
     from fedamole.personal.models import Place
@@ -90,10 +89,10 @@ def serve(
     engine.start()
     name = f"[{host}]" if ":" in host else host
     address = f"{'http' if certs is None else 'https'}://{name}:{door.getsockname()[1]}/v1"
-    console = Console(stderr=True)
+    console = screen(error=True)
     amount = "1 model" if len(names) == 1 else f"{len(names)} models"
     text = f"{amount} on {address}: {', '.join(names)}"
-    console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how a server ends; by then everything is closed
         server.run([door])
     console.print("stopped")
@@ -113,10 +112,10 @@ def _show_new_keys(path: Path, clients: tuple[str, ...]) -> None:
 
     made = make_keys(path, clients)
     for client, key in made.items():
-        typer.echo(printable(f"{client} {key}"))
+        say(f"{client} {key}")
     kept = len(clients) - len(made)
     text = f"{path}: {len(made)} new keys, {kept} kept; hand each client its own, they are not shown again"
-    Console(stderr=True).print(printable(text), highlight=False, markup=False, soft_wrap=True)
+    screen(error=True).print(text, soft_wrap=True)
 
 
 def _check_door(host: str, keys: Path | None, certs: Path | None) -> None:
@@ -134,4 +133,4 @@ def _check_door(host: str, keys: Path | None, certs: Path | None) -> None:
         raise ConfigError(f"--host {host} lets others in, so keys are needed: --make-keys FILE, then --keys FILE")
     if certs is None:
         text = "without --certs keys and texts cross the network in the clear; put a proxy with TLS before this server"
-        Console(stderr=True).print(f"[yellow]warning:[/] {text}", highlight=False, soft_wrap=True)
+        screen(error=True).print(f"warning: {text}", style="yellow", soft_wrap=True)

@@ -1,0 +1,292 @@
+"""The client's audit log: everything that comes and goes, chained, and written before a reply leaves."""
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+import time
+from multiprocessing.connection import Client as Caller
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fedamole.cli import app
+from fedamole.data.settings import SourceSettings
+from fedamole.deployment import audit_log, warm_worker
+from fedamole.deployment.audit_log import FIRST, AuditError, AuditLog, read_audit
+from fedamole.deployment.host import Host
+from fedamole.deployment.policy import UNBOUNDED, PolicySettings
+from fedamole.deployment.seat import ClientSettings
+from fedamole.engine.wire import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, failure, unpacked
+from fedamole.errors import RunError
+from fedamole.federation.loop import Watcher
+from fedamole.federation.record import boxed, pack, unboxed
+from tests.deployment.test_host import RUN_ID, ByHand
+
+
+def host_of(tiny: Path, folder: Path, **settings: Any) -> Host:
+    source = SourceSettings("entail", path=str(tiny / "entail.jsonl"), template="entail")
+    own = {"base": str(tiny / "base"), "device": "cpu", "threads": 1, "policy": UNBOUNDED, **settings}
+    return Host(
+        ClientSettings(source, folder=str(folder), audit=str(folder / ".client-entail/audit.jsonl"), **own), Watcher()
+    )
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def logged(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes], list[bytes]]:
+    """A folder with the log of a short run of FedAMoLE; the requests and the answers."""
+    folder = tmp_path_factory.mktemp("logged")
+    server = ByHand(tiny / "config.toml", "fedamole", "method.experts=4", "method.expert_choices=1", "method.top_k=1")
+    host = host_of(tiny, folder)
+    requests = [
+        pack(server.join()), pack(server.update(0, -1)), b"garbage", pack(server.update(1, 0, plus=0.1)),
+        pack(Request(RUN_ID, 1, TEST, last=1, best={"fedamole": 0})),
+    ]  # fmt: skip
+    return folder, requests, [host.answer(request) for request in requests]
+
+
+def test_every_message_has_a_line_with_what_is_in_it(logged: Any) -> None:
+    folder, requests, answers = logged
+    path = folder / ".client-entail/audit.jsonl"
+    found = lines(path)
+    assert [line["direction"] for line in found] == ["in", "out"] * 5
+    for line, payload in zip(found, [one for pair in zip(requests, answers, strict=True) for one in pair], strict=True):
+        assert (line["bytes"], line["sha256"]) == (len(payload), hashlib.sha256(payload).hexdigest())
+        assert line["time"].endswith("+00:00")
+    told = [(line["run"], line["round"], line["operation"]) for line in found]
+    assert told[::2] == [
+        (RUN_ID, -1, JOIN), (RUN_ID, 0, UPDATE), ("", -1, "unreadable"), (RUN_ID, 1, UPDATE), (RUN_ID, 1, TEST),
+    ]  # fmt: skip
+    assert found[5]["failed"] == "bad_request"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_records_are_told_by_fields_and_scores_by_value(logged: Any) -> None:
+    folder, _, answers = logged
+    found = lines(folder / ".client-entail/audit.jsonl")
+    join, update, test = found[1], found[3], found[9]
+    assert join["report"]["examples"]["train"] > 0
+    assert join["scores"] == unpacked(Reply, answers[0]).scores
+    assert test["scores"] == unpacked(Reply, answers[4]).scores
+    assert update["report"] == unpacked(Reply, answers[1]).report
+    record, packed = update["record"], unboxed(unpacked(Reply, answers[1]).reply) or b""
+    assert (record["kind"], record["sha256"]) == ("TrainedExperts", hashlib.sha256(packed).hexdigest())
+    assert set(record["fields"]) == {"tensors", "token_embedding", "expert_embeddings"}
+    from fedamole.federation.record import unpack
+    from fedamole.methods.fedamole import TrainedExperts
+
+    sent = unpack(TrainedExperts, packed)
+    for name, one in record["fields"].items():
+        tensors = getattr(sent, name).values()
+        norm = sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5
+        assert one == {
+            "tensors": len(tensors), "numbers": sum(tensor.numel() for tensor in tensors), "norm": pytest.approx(norm),
+        }  # fmt: skip
+    assert found[2]["record"]["fields"]["tensors"]["tensors"] > 0, "what came, too"
+
+
+def test_nothing_of_the_data_is_in_the_log(logged: Any, tiny: Path) -> None:
+    text = (logged[0] / ".client-entail/audit.jsonl").read_text()
+    for row in map(json.loads, (tiny / "entail.jsonl").read_text().splitlines()):
+        assert row["premise"] not in text
+        assert row["hypothesis"] not in text
+
+
+def test_a_refusal_is_logged_with_its_reason(tiny: Path, tmp_path: Path) -> None:
+    server, host = ByHand(tiny / "config.toml", "fedit"), host_of(tiny, tmp_path, policy=PolicySettings())
+    assert unpacked(Reply, host.answer(pack(server.join()))).failed == "policy"
+    line = lines(tmp_path / ".client-entail/audit.jsonl")[-1]
+    assert line["failed"] == "policy"
+    assert "steps of a round: asked 1, allowed at least 5 (min_steps)" in line["reason"]
+    assert "scores" not in line
+
+
+def test_an_answer_repeated_from_disk_is_logged_again(tiny: Path, tmp_path: Path) -> None:
+    server, host = ByHand(tiny / "config.toml", "fedit"), host_of(tiny, tmp_path)
+    for _ in range(2):
+        host.answer(pack(server.join()))
+        host.answer(pack(server.update(0, -1)))
+    host.answer(pack(Request(RUN_ID, 0, EVALUATE, "fedit", last=0, message=server.update(0, -1).message)))
+    found = lines(tmp_path / ".client-entail/audit.jsonl")
+    assert found[3]["sha256"] == found[7]["sha256"]
+    assert found[-1]["row"] == "fedit"
+    [round_] = [one for one in read_audit(tmp_path / ".client-entail/audit.jsonl").sent if one.round == 0]
+    assert (round_.answers, round_.bytes) == (3, 2 * found[3]["bytes"] + found[-1]["bytes"])
+    assert round_.numbers == 2 * found[3]["record"]["fields"]["tensors"]["numbers"]
+
+
+# --- the chain -------------------------------------------------------------------------------------------------
+
+
+def some(path: Path, count: int = 4) -> AuditLog:
+    log = AuditLog(path)
+    for number in range(count):
+        request = Request("a", number, UPDATE)
+        log.answered(b"x" * number, failure(request, "me", "policy"), None, f"reason {number}")
+    return log
+
+
+def test_a_whole_log_is_chained(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    some(path, 2)
+    some(path, 2)  # another process goes on
+    raw = path.read_bytes().splitlines()
+    assert [json.loads(line)["previous"] for line in raw] == [
+        FIRST,
+        *(hashlib.sha256(line).hexdigest() for line in raw[:-1]),
+    ]
+    found = read_audit(path)
+    assert (found.lines, found.faults, found.last) == (4, (), hashlib.sha256(raw[-1]).hexdigest())
+    assert found.refusals == ("reason 0", "reason 1")
+
+
+CHANGES = {
+    "a line changed": lambda raw: [raw[0], raw[1].replace(b"reason 1", b"reason 7"), *raw[2:]],
+    "a line taken out": lambda raw: [raw[0], *raw[2:]],
+    "the first taken out": lambda raw: raw[1:],
+    "a line put in": lambda raw: [raw[0], raw[0], *raw[1:]],
+    "two lines exchanged": lambda raw: [raw[0], raw[2], raw[1], raw[3]],
+    "a line that is no record": lambda raw: [raw[0], b"[]", *raw[1:]],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_noticed(change: str, tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    some(path)
+    path.write_bytes(b"\n".join(CHANGES[change](path.read_bytes().splitlines())) + b"\n")
+    assert read_audit(path).faults
+    result = CliRunner().invoke(app, ["audit-log", str(path)])
+    assert isinstance(result.exception, RunError)
+    assert "NOT WHOLE: line" in result.output
+
+
+def test_a_line_torn_by_a_crash_is_told_and_the_chain_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    some(path, 2)
+    os.truncate(path, path.stat().st_size - 9)
+    some(path, 2)
+    assert read_audit(path).faults == ("line 2 is damaged, as a crash or a full disk leaves it",)
+    assert read_audit(path).lines == 4
+
+
+def test_long_lines_are_read_back_whole(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog(path)
+    for _ in range(3):
+        log.answered(b"", failure(Request("a", 0, UPDATE), "me", "policy"), None, "x" * 200_000)
+    assert read_audit(path).faults == ()
+
+
+@pytest.mark.parametrize("message", [b"", b"\xff" * 40, b"\x10" + b"\0" * 7 + b'{"a":1}         '])
+def test_a_record_that_cannot_be_read_is_logged_as_such(message: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    request = Request("a", 0, UPDATE, message=boxed(message or b"x"))
+    AuditLog(path).received(pack(request), request)
+    assert lines(path)[0]["record"] == {"unreadable": True}
+
+
+# --- a full disk -----------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_logged_is_not_answered(tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Neither done where its coming cannot be logged, nor answered where its answer cannot."""
+    server, host = ByHand(tiny / "config.toml", "fedit"), host_of(tiny, tmp_path)
+    host.answer(pack(server.join()))
+    path, written, room = tmp_path / ".client-entail/audit.jsonl", os.fsync, 0
+
+    def full(descriptor: int) -> None:
+        nonlocal room
+        here = os.fstat(descriptor).st_ino == path.stat().st_ino
+        if here and room == 0:
+            raise OSError(28, "No space left on device")
+        room -= here
+        written(descriptor)
+
+    monkeypatch.setattr(audit_log.os, "fsync", full)
+    assert host.seat is not None
+    for lines_that_fit, done in ((0, False), (1, True)):
+        room = lines_that_fit
+        with pytest.raises(AuditError, match=r"No space left on device.*nothing is answered"):
+            host.answer(pack(server.update(0, -1)))
+        assert host.seat.answer_path(0).exists() == done, "the second time it was trained, and is not answered"
+    monkeypatch.undo()
+    assert unpacked(Reply, host.answer(pack(server.update(0, -1)))).failed is None
+
+
+class Enough(BaseException):
+    """Ends a worker."""
+
+
+def test_the_worker_hangs_up_where_it_cannot_log(tmp_path: Path) -> None:
+    """A caller gets no bytes at all; the next one is served."""
+
+    class Answers:
+        calls = 0
+
+        def answer(self, payload: bytes) -> bytes:
+            self.calls += 1
+            if self.calls == 1:
+                raise AuditError("full")
+            if self.calls == 3:
+                raise Enough
+            return payload
+
+    address = str(tmp_path / "w")
+
+    def serve() -> None:
+        with contextlib.suppress(Enough):
+            warm_worker.serve(Answers(), address, b"secret")  # type: ignore[arg-type]
+
+    Thread(target=serve, daemon=True).start()
+    heard = []
+    for _ in range(3):
+        for _ in range(100):
+            if Path(address).exists():
+                break
+            time.sleep(0.05)
+        with Caller(address, family="AF_UNIX", authkey=b"secret") as caller:
+            caller.send_bytes(b"hello")
+            try:
+                heard.append(caller.recv_bytes())
+            except EOFError:
+                heard.append(None)
+    assert heard == [None, b"hello", None]
+
+
+# --- the command -----------------------------------------------------------------------------------------------
+
+
+def test_the_command_shows_what_left_in_totals_and_by_round(logged: Any) -> None:
+    folder = logged[0]
+    path = folder / ".client-entail/audit.jsonl"
+    for place in (folder, path.parent, path):
+        result = CliRunner().invoke(app, ["audit-log", str(place), "--json"])
+        assert result.exit_code == 0, result.output
+        [(where, found)] = json.loads(result.output).items()
+        assert where == str(path)
+        assert [(one["round"], one["answers"], one["refused"]) for one in found["sent"]] == [
+            (-1, 1, 0), (0, 1, 0), (-1, 0, 1), (1, 2, 0),
+        ]  # fmt: skip
+        assert sum(one["bytes"] for one in found["sent"]) == sum(map(len, logged[2]))
+        assert found["came"] == 5
+    text = CliRunner().invoke(app, ["audit-log", str(folder)]).output
+    assert "before the first" in text
+    assert "in all" in text
+    assert str(sum(map(len, logged[2]))) in text
+    assert "the log is whole" in text
+    assert hashlib.sha256(path.read_bytes().splitlines()[-1]).hexdigest() in text.replace("\n", "")
+
+
+def test_where_there_is_no_log(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["audit-log", str(tmp_path)])
+    assert isinstance(result.exception, RunError)
+    assert "there is no audit log in" in str(result.exception)
