@@ -93,14 +93,15 @@ def message() -> bytes:
 def test_a_server_that_goes_on_tells_best_rounds_and_what_counted_last() -> None:
     link = Stub()
     there = engine(link)
-    there.resumed({"fedit": 3}, {"ann": 4, "bob": 2}, {"ann": 7})
+    there.resumed({"ann": {"fedit": 3}, "bob": {"fedit": 2}}, {"ann": 4, "bob": 2}, {"ann": 7})
     there.present()
     there.update(5, dict.fromkeys(NAMES, message()))
     told = [(request.best, request.last) for _, request in link.asked if request.operation == UPDATE]
-    assert told == [({"fedit": 3}, 4), ({"fedit": 3}, 2), ({"fedit": 3}, -1)]
-    there.keep("fedit", 5)
+    assert told == [({"fedit": 3}, 4), ({"fedit": 2}, 2), ({}, -1)]
+    there.keep("fedit", 5, ["ann", "eve"])
     there.evaluate(5, "fedit", dict.fromkeys(NAMES, message()))
-    assert [(request.best, request.last) for _, request in link.asked[-3:]] == [({"fedit": 5}, 5)] * 3
+    told = [(request.best, request.last) for _, request in link.asked[-3:]]
+    assert told == [({"fedit": 5}, 5), ({"fedit": 2}, 5), ({"fedit": 5}, 5)]
 
 
 def test_failures_that_can_pass_are_asked_again_but_not_without_a_pause() -> None:

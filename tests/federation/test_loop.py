@@ -48,8 +48,8 @@ class Script:
     def present(self) -> tuple[str, ...]:
         return tuple(client.name for client in self.clients)
 
-    def keep(self, row: str, round_: int) -> None:
-        self.calls.append(("keep", round_))
+    def keep(self, row: str, round_: int, names: Collection[str]) -> None:
+        self.calls.append(("keep", round_, *names))
 
     def bare(self, split: str, names: Collection[str]) -> dict[str, Any]:
         self.calls.append(("bare", split, *names))
