@@ -46,7 +46,7 @@ def clip(factor: float = 2.0) -> Robust:
 
 
 def test_a_change_is_clipped_at_a_multiple_of_the_others_median() -> None:
-    """Changes of A by 1, 2, 3 and -30: the others' median is 2 for the last, so that it may be 4, by a factor 4 / 30."""
+    """Changes of A by 1, 2, 3 and -30: the others' median is 2 for the last, so it may be 4, by a factor 4 / 30."""
     replies = {"a": reply(1), "b": reply(2), "c": reply(3), "d": reply(-30)}
     found, told = clip()(5, sent(replies), replies)
     assert told == {"d": {"tensors/shared/A": pytest.approx(4 / 30)}}

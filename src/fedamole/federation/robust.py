@@ -159,7 +159,7 @@ class _Change:
         self.reply, self.before = reply, flattened(sent)
         self.tensors = flattened(reply)
         self.groups: dict[str, list[str]] = {}
-        for key in self.tensors:
+        for key in sorted(self.tensors):  # a record's own order differs from one reading of its bytes to the next
             origin = self._origin(key)
             self.groups.setdefault(group_of(key) if origin is not None else f"{group_of(key)} (value)", []).append(key)
         self.sizes = {group: self._size(keys) for group, keys in self.groups.items()}
