@@ -14,6 +14,7 @@ from fedamole.data.settings import DataSettings
 from fedamole.errors import ConfigError
 from fedamole.evaluation.personal import EvaluationSettings
 from fedamole.federation.method import Method
+from fedamole.federation.robust import check_aggregation
 from fedamole.federation.run_folder import CONFIG, RunFolder
 from fedamole.federation.settings import DeploymentSettings, FederationSettings, TrainingSettings
 from fedamole.methods import METHODS
@@ -67,9 +68,10 @@ class Config:
     deployment: DeploymentSettings = field(default_factory=DeploymentSettings)
 
     def __post_init__(self) -> None:
-        """Refuse a run that has no data anywhere."""
+        """Refuse a run that has no data anywhere, and replies that the method could not aggregate."""
         if not self.data.source and not self.deployment.clients:
             raise ConfigError("data.source is empty: add a [[data.source]] with name and path")
+        check_aggregation(self.federation.aggregation, self.method_name, self.method)
 
     def tables(self) -> Table:
         """The config as TOML tables, every default spelled out."""

@@ -16,6 +16,7 @@ from fedamole.engine.in_process import InProcess
 from fedamole.errors import ConfigError, RunError
 from fedamole.federation.loop import Engine, Loop, Mirror, Watcher
 from fedamole.federation.method import ClientInfo, Evaluates, Server
+from fedamole.federation.robust import Robust
 from fedamole.federation.run_folder import MANIFEST, RunFolder
 from fedamole.federation.worker import ClientData, Worker, client_data
 from fedamole.model.bank import Bank
@@ -46,6 +47,16 @@ def resolved(config: Config, folder: Path) -> Config:
     threads = config.run.threads or torch.get_num_threads()
     run = dataclasses.replace(config.run, device=str(device), threads=threads, folder=str(folder))
     return dataclasses.replace(config, run=run)
+
+
+def settled(config: Config, deployed: bool) -> Config:
+    """Spell out the settings that are "auto": what they mean depends on whether clients are elsewhere."""
+    federation, evaluation = config.federation, config.evaluation
+    if federation.aggregation == "auto":
+        federation = dataclasses.replace(federation, aggregation="clipped" if deployed else "mean")
+    if evaluation.best_round == "auto":
+        evaluation = dataclasses.replace(evaluation, best_round="client" if deployed else "mean")
+    return dataclasses.replace(config, federation=federation, evaluation=evaluation)
 
 
 def free_path(wanted: Path) -> Path:
@@ -107,7 +118,7 @@ def check_length(config: Config, base: Base) -> None:
 def start(config: Config, folder: Path, watcher: Watcher) -> dict[str, Any]:
     """Run a config in a new folder; return the summary."""
     RunFolder(folder).refuse_existing()
-    prepared = prepare(resolved(config, folder.resolve()))
+    prepared = prepare(settled(resolved(config, folder.resolve()), deployed=False))
     config = prepared.config
     run = RunFolder.create(
         folder, tomli_w.dumps(prepared.config.tables()), prepared.federation.manifest.to_json(), config.method_name,
@@ -178,9 +189,16 @@ def loop_of(
     mirror: Mirror | None = None,
 ) -> Loop:  # fmt: skip
     """The federated loop of a config, the same over every engine."""
+    config = settled(config, engine.deployed)
+    federation, evaluation = config.federation, config.evaluation
+    if engine.deployed:
+        server = dataclasses.replace(server, max_weight_share=config.deployment.weight_share)
+    assert federation.aggregation != "auto"
+    assert evaluation.best_round != "auto"
     return Loop(
-        config.method, rows_of(config), engine, server, config.federation, folder,
-        select=config.evaluation.select, watcher=watcher, mirror=mirror,
+        config.method, rows_of(config), engine, server, federation, folder, select=evaluation.select, watcher=watcher,
+        best_round=evaluation.best_round, mirror=mirror,
+        robust=Robust(federation.aggregation, federation.clip_factor, config.method.averaged),
     )  # fmt: skip
 
 

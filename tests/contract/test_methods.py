@@ -253,7 +253,7 @@ def test_scoring_leaves_private_state_alone(name: str, runs: Any, tmp_path: Path
     states = {path: path.read_bytes() for path in (tmp_path / "run").glob("clients/*/state/*")}
     assert len(states) == 4
     engine.evaluate(0, name, messages if config.method.evaluates == "aggregated" else dict.fromkeys(messages))
-    engine.keep(name, 0)
+    engine.keep(name, 0, engine.present())
     engine.test(name, best=True)
     engine.test(name, best=False)
     engine.bare("test", engine.present())

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fedamole.engine.in_process import InProcess
-from fedamole.engine.rehearsal import check_reply, rehearse
+from fedamole.engine.rehearsal import check_reply, rehearse, usual_norm
 from fedamole.experiment import loop_of, prepare, server_of, worker_of
 from fedamole.federation.loop import Watcher
 from fedamole.federation.method import Server
 from fedamole.federation.record import PayloadError, unpack
+from fedamole.federation.robust import flattened, with_tensors
 from fedamole.federation.run_folder import RunFolder
 from fedamole.federation.worker import Answer
 from fedamole.methods import METHODS
@@ -36,7 +37,7 @@ class Checked(InProcess):
                 self.method, server, info, unpack(self.method.records.message, messages[info.name])
             )
             got = unpack(self.method.records.reply, answers[info.name].payload or b"")
-            check_reply(self.method, wanted, got, MOST)
+            check_reply(self.method, wanted, got, None)
             self.seen.append((wanted, got))
         return answers
 
@@ -86,9 +87,9 @@ SPOILED: dict[str, Callable[[dict[str, Tensor]], Any]] = {
 }
 
 
-def refused(method: Any, wanted: Any, reply: Any) -> bool:
+def refused(method: Any, wanted: Any, reply: Any, most: float | None = MOST) -> bool:
     try:
-        check_reply(method, wanted, reply, MOST)
+        check_reply(method, wanted, reply, most)
     except PayloadError:
         return True
     return False
@@ -105,6 +106,13 @@ def test_real_replies_pass_and_spoiled_ones_do_not(name: str, compared: Any) -> 
             assert name == "local_only"
             continue
         assert refused(method, wanted, bad), f"{kind} went through"
+    norms = [sum(float(tensor.double().square().sum()) for tensor in flattened(got).values()) ** 0.5 for _, got in seen]
+    for (wanted, got), norm in zip(seen, norms, strict=True):
+        assert norm <= 0.2 * usual_norm(wanted), "an honest reply comes near the bound that holds without max_norm"
+        poisoned = with_tensors(got, {key: tensor * 0 + 500 for key, tensor in flattened(got).items()})
+        assert name == "local_only" or refused(method, wanted, poisoned, None)
+        assert name == "local_only" or refused(method, wanted, got, 0.99 * norm)
+        assert not refused(method, wanted, got, 1.01 * norm + 1e-9)
 
 
 def test_fields_must_be_those_that_were_rehearsed(compared: Any) -> None:

@@ -3,21 +3,25 @@
 import errno
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedamole.engine import remote
-from fedamole.engine.wire import EVALUATE, JOIN, TEST, UPDATE, Request
+from fedamole.engine.wire import EVALUATE, JOIN, TEST, UPDATE, Reply, Request
 from fedamole.federation import worker
 from fedamole.federation.loop import BASE, MAJORITY
+from fedamole.federation.record import pack, unpack
 from tests.conftest import small
 from tests.deployment.direct import Calendar, Killed, Town, in_one_process, town
 
 TIMES = ("seconds", "peak_memory", "group", "bytes")
 NAMES = ("chat", "entail", "mood", "plain")
-QUICK = ("federation.rounds=3", "training.local_steps=1", "run.group=1")
+RULES = ("evaluation.best_round=client", "federation.aggregation=clipped")
+"""What a deployment does unless it is told otherwise; said here, so that runs in one process do it too."""
+QUICK = ("federation.rounds=3", "training.local_steps=1", "run.group=1", *RULES)
 
 
 def facts(folder: Path) -> list[dict[str, Any]]:
@@ -53,8 +57,8 @@ def settle(tiny: Path, tmp_path: Path, monkeypatch: Any) -> Any:
     monkeypatch.setattr(remote, "SOON", 0.01)
     monkeypatch.setattr(remote, "PAUSE", 0.01)
 
-    def make(method: str, *overrides: str) -> Town:
-        return town(tiny / "config.toml", tmp_path, *small(method), *overrides)
+    def make(method: str, *overrides: str, folder: str = ".") -> Town:
+        return town(tiny / "config.toml", tmp_path / folder, *small(method), *overrides)
 
     return make
 
@@ -70,6 +74,36 @@ def test_equals_the_run_in_one_process(method: str, options: list[str], settle: 
     there = settle(method, *options, *QUICK)
     there.run()
     assert_same(there, runs(method, *options, *QUICK))
+
+
+def test_equals_it_also_where_replies_are_clipped_and_the_best_round_is_one_for_all(settle: Any, runs: Any) -> None:
+    options = (*QUICK, "federation.clip_factor=1", "evaluation.best_round=mean", "training.local_steps=2")
+    there = settle("fedamole", *options)
+    assert there.run()["clipped"] > 0
+    assert_same(there, runs("fedamole", *options))
+
+
+def test_without_a_word_in_the_config_best_rounds_are_each_clients_own(settle: Any) -> None:
+    """mood says in round 0 that its loss is 0: its own model is then that of round 0, and all else is as without it."""
+    def models(there: Town) -> dict[str, dict[str, bytes]]:
+        return {name: left(there.client_folder(name)) for name in NAMES if name != "mood"}
+
+    options = (*QUICK[:3], "training.learning_rate=0.003")
+    there = settle("local_only", *options)
+    rows = there.run()["rows"]["local_only"]["best_round"]
+    assert max(rows.values()) > 0, "choose another rate: this test wants a best round that is not the first"
+    honest = models(there)
+
+    def lie(name: str, request: Request, answer: bytes) -> bytes:
+        reply = unpack(Reply, answer)
+        if (name, request.operation, request.round) != ("mood", UPDATE, 0):
+            return answer
+        return pack(replace(reply, scores={row: {**one, "loss": 0.0} for row, one in reply.scores.items()}))
+
+    other = settle("local_only", *options, folder="lied")
+    other.link.meddle = lie
+    assert other.run()["rows"]["local_only"]["best_round"] == {**rows, "mood": 0}
+    assert models(other) == honest
 
 
 def asked(there: Town, name: str, operation: str) -> list[int]:
@@ -174,8 +208,9 @@ def test_late_joins_and_absences(method: str, options: list[str], settle: Any, t
     assert [asked(there, name, UPDATE) for name in NAMES] == [[0, 3], [0, 1, 2, 3], [2, 3], [1, 2, 3]]
     here = in_one_process(there.config, tmp_path / "here", away)
     assert_same(there, here)
-    best = {row: one["best_round"] for row, one in json.loads((here / "summary.json").read_text())["rows"].items()}
-    assert max(best[row] for row in best if row not in (BASE, MAJORITY)) > 0, "no best round to be kept later"
+    rows = json.loads((here / "summary.json").read_text())["rows"]
+    best = [round_ for row in rows if row not in (BASE, MAJORITY) for round_ in rows[row]["best_round"].values()]
+    assert max(best) > 0, "no best round to be kept later"
 
 
 @pytest.mark.parametrize(
@@ -184,6 +219,7 @@ def test_late_joins_and_absences(method: str, options: list[str], settle: Any, t
         ("fedamole", [], ("client_done", 6), False),
         ("fedit", ["evaluation.before_aggregation=true"], ("round_done", 2), True),
         ("fedlease", [], ("stage", 3), False), ("fdlora", [], ("client_done", 9), True),
+        ("fedit", ["federation.clip_factor=1"], ("client_done", 9), False),
     ],
 )  # fmt: skip
 def test_a_server_that_was_killed_goes_on(

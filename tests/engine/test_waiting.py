@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from tests.deployment.stub import NAMES, SHAPES, Answers, Stub, engine, honest, run
 
 from fedamole.engine import remote
-from fedamole.engine.wire import EVALUATE, FAILURES, TEST, UPDATE, Request, failure
+from fedamole.engine.wire import EVALUATE, FAILURES, JOIN, TEST, UPDATE, Request, failure
 from fedamole.errors import RunError
 from fedamole.federation.loop import Watcher
 from fedamole.federation.method import Server
@@ -93,14 +94,15 @@ def message() -> bytes:
 def test_a_server_that_goes_on_tells_best_rounds_and_what_counted_last() -> None:
     link = Stub()
     there = engine(link)
-    there.resumed({"fedit": 3}, {"ann": 4, "bob": 2}, {"ann": 7})
+    there.resumed({"ann": {"fedit": 3}, "bob": {"fedit": 2}}, {"ann": 4, "bob": 2}, {"ann": 7})
     there.present()
     there.update(5, dict.fromkeys(NAMES, message()))
     told = [(request.best, request.last) for _, request in link.asked if request.operation == UPDATE]
-    assert told == [({"fedit": 3}, 4), ({"fedit": 3}, 2), ({"fedit": 3}, -1)]
-    there.keep("fedit", 5)
+    assert told == [({"fedit": 3}, 4), ({"fedit": 2}, 2), ({}, -1)]
+    there.keep("fedit", 5, ["ann", "eve"])
     there.evaluate(5, "fedit", dict.fromkeys(NAMES, message()))
-    assert [(request.best, request.last) for _, request in link.asked[-3:]] == [({"fedit": 5}, 5)] * 3
+    told = [(request.best, request.last) for _, request in link.asked[-3:]]
+    assert told == [({"fedit": 5}, 5), ({"fedit": 2}, 5), ({"fedit": 5}, 5)]
 
 
 def test_failures_that_can_pass_are_asked_again_but_not_without_a_pause() -> None:
@@ -195,3 +197,68 @@ def test_a_join_that_is_never_answered_is_asked_again() -> None:
     with pytest.raises(RunError):
         there.present()
     assert 6 <= len(link.asked) <= 18, "every deadline, not at every look"
+
+
+class Slow(Stub):
+    """Clients whose answer arrives some seconds after they were asked."""
+
+    seconds = 0.0
+
+    def send(self, node: int, payload: bytes, round_: int, seconds: float) -> str:
+        ticket = super().send(node, payload, round_, seconds)
+        self.due = {**getattr(self, "due", {}), ticket: time.monotonic() + self.seconds}
+        return ticket
+
+    def receive(self, tickets: Collection[str]) -> dict[str, bytes | str]:
+        return dict(super().receive([ticket for ticket in tickets if self.due[ticket] <= time.monotonic()]))
+
+
+def test_a_join_that_takes_longer_than_the_pause_between_two_requests_counts(monkeypatch: Any) -> None:
+    """As after a server's restart, when clients are still at a round's work: each answers every request too late."""
+    monkeypatch.setattr(remote, "LATER", 0.05)
+    link = Slow()
+    link.seconds = 0.2
+    there = engine(link, deadline=0.5, patience=0.6)
+    assert there.present() == ["ann", "bob", "eve"]
+    asked = len(link.asked)
+    assert 6 <= asked <= 3 * remote.JOINS
+    time.sleep(0.25)
+    assert there.present() == ["ann", "bob", "eve"], "the answers to the other requests do no harm"
+    assert len(link.asked) == asked
+
+
+def test_a_node_has_few_open_requests_to_join(monkeypatch: Any) -> None:
+    monkeypatch.setattr(remote, "LATER", 0.01)
+    link = Stub(lambda name, request: None)
+    there = engine(link, deadline=10.0, patience=0.2)
+    monkeypatch.setattr(remote, "REPEAT", 0.001)
+    with pytest.raises(RunError):
+        there.present()
+    assert len(link.asked) == 3 * remote.JOINS
+    assert len(there._joining) == 3 * remote.JOINS
+
+
+def test_the_number_of_examples_is_the_one_told_first(caplog: Any) -> None:
+    counts = {"ann": 9}
+
+    def answers(name: str, request: Request) -> bytes:
+        reply = honest(name, request)
+        if name in counts and request.operation == JOIN:
+            examples = {**reply.report["examples"], "train": counts[name]}
+            reply = replace(reply, report={**reply.report, "examples": examples})
+        return pack(reply)
+
+    link = Stub(answers)
+    there = engine(link)
+    there.present()
+    counts["ann"] = 10**9
+    there.members.pop("ann")
+    there._refused.clear()
+    there.present()
+    assert [client.examples for client in there.clients] == [9, 9, 9]
+    assert "ann now says that it has 1000000000 training examples; the 9 of its first join count" in caplog.text
+    # After a restart the number in the checkpoint counts; a client that never came has none there.
+    again = engine(link)
+    again.resumed({}, {}, {"ann": 9, "bob": 0})
+    again.present()
+    assert [client.examples for client in again.clients] == [9, 9, 9]

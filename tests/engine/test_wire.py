@@ -92,7 +92,7 @@ FORMS: dict[str, Lie] = {
     "other operation": lambda r: forged(r, operation=TEST if r.operation == UPDATE else UPDATE),
     "other client": lambda r: forged(r, client="bob"),
     "lone surrogate": lambda r: forged(r, client="\ud800"),
-    "other protocol": lambda r: forged(r, protocol=2),
+    "other protocol": lambda r: forged(r, protocol=1),
     "endless protocol": lambda r: forged(r, protocol=10**4000),
     "unknown failure": lambda r: forged(r, failed=SECRET),
     "failure is a number": lambda r: forged(r, failed=7),
@@ -107,6 +107,9 @@ FORMS: dict[str, Lie] = {
 SCORES: dict[str, Any] = {
     "text": {"loss": SECRET}, "bool": {"loss": True}, "NaN": {"loss": float("nan")}, "list": {"loss": [1.0]},
     "infinity": {"loss": float("inf")}, "400 digits": {"loss": 10**400}, "1e200": {"loss": 1e200},
+    "a loss below 0": {"loss": -1e-9}, "a loss of -1e15": {"loss": -1e15}, "a loss above 1e4": {"loss": 10001.0},
+    "a score above 100": {"loss": 1.0, "score": 100.1}, "a score below 0": {"loss": 1.0, "accuracy": -0.1},
+    "half an example": {"loss": 1.0, "probed": 0.5}, "examples below 0": {"loss": 1.0, "probed": -1},
     "none": {"loss": None}, "empty": {}, "no loss": {"probed": 3}, "a list": [1.0], "a number": 1.0,
     "round": {"loss": 1.0, "round": 7}, "method": {"loss": 1.0, "method": 7}, "self": {"loss": 1.0, "self": 1},
     "a secret": {"loss": 1.0, SECRET: 1}, "more": {"loss": 1.0, "bytes_down": 1, "which": 2, "split": 3, "client": 4},
@@ -121,6 +124,14 @@ UPDATES: dict[str, Lie] = {
     "failed in the report": lambda r: forged(r, report={"failed": 1}),
     "NaN in the report": lambda r: forged(r, report={"loss": float("nan")}),
     "400 digits in the report": lambda r: forged(r, report={"peak_memory_mib": 10**400}),
+    **{
+        f"{key} = {value:g} in the report": (lambda r, k=key, v=value: forged(r, report={**r.report, k: v}))
+        for key, values in {
+            "loss": (-0.5, 1e5), "seconds": (-1e15, 1e8), "seconds_training": (-1, 1e8), "steps": (-1, 2.5, 10**10),
+            "group": (-1, 10**10), "probed": (-1, 0.5), "peak_memory_mib": (-1, 1e15),
+        }.items()
+        for value in values
+    },
     "bool in the report": lambda r: forged(r, report={"group": True}),
     "NaN": lambda r: sent(r, lambda t: t.update({A: torch.full_like(t[A], torch.nan)})),
     "infinity": lambda r: sent(r, lambda t: t.update({A: torch.full_like(t[A], -torch.inf)})),
@@ -264,7 +275,7 @@ def test_any_changed_byte_is_refused_or_harmless() -> None:
             except PayloadError:
                 continue
             assert set(reply.scores) == {"fedit"}
-            assert reply.scores["fedit"]["loss"] < 1e15
+            assert 0 <= reply.scores["fedit"]["loss"] <= 1e4
 
 
 REQUESTS: dict[str, Callable[[Request], bytes]] = {
@@ -274,7 +285,10 @@ REQUESTS: dict[str, Callable[[Request], bytes]] = {
     "round": lambda r: pack(replace(r, round=-1)),
     "settings with update": lambda r: pack(replace(r, settings={})),
     "join without settings": lambda r: pack(replace(r, operation=JOIN)),
-    "protocol": lambda r: pack(replace(r, protocol=2)),
+    "exchange": lambda r: pack(replace(r, exchange=16)),
+    "exchange below 0": lambda r: pack(replace(r, exchange=-1)),
+    "exchange of no kind": lambda r: pack(replace(r, exchange=True)),
+    "protocol": lambda r: pack(replace(r, protocol=1)),
     "reply": lambda r: pack(failure(r, "ann", "disk")),
     "deep": lambda r: written(DEEP.replace("Reply", "Request")),
     "random": lambda r: b"\x07" * 99,
@@ -290,10 +304,10 @@ def test_a_client_refuses_requests_that_are_none(name: str) -> None:
 
 
 def test_requests_and_replies_survive_the_wire() -> None:
-    request = Request("run1", 3, UPDATE, "fedit", {"fedit": 2}, 2, message=boxed(b"\x00\xffbytes"))
+    request = Request("run1", 3, UPDATE, "fedit", {"fedit": 2}, 2, message=boxed(b"\x00\xffbytes"), exchange=15)
     again = read_request(pack(request))
     assert unboxed(again.message) == b"\x00\xffbytes"
-    assert (again.round, again.row, again.best, again.last) == (3, "fedit", {"fedit": 2}, 2)
+    assert (again.round, again.row, again.best, again.last, again.exchange) == (3, "fedit", {"fedit": 2}, 2, 15)
     assert unboxed(boxed(None)) is None
 
 

@@ -2,12 +2,14 @@
 
 import itertools
 
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedamole.federation.averaging import mean_by_key
+from fedamole.federation.averaging import capped, mean_by_key
+from fedamole.federation.method import ClientInfo, Server
 
 
 def vector(*values: float) -> Tensor:
@@ -64,3 +66,31 @@ def test_the_order_of_arrival_does_not_matter(values: list[float], weights: list
         for order in itertools.permutations("abcd")
     }
     assert len(results) == 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "share", "wanted"),
+    [
+        # a may have half of all: as much as b and c together.
+        ({"a": 1e9, "b": 3.0, "c": 1.0}, 0.5, {"a": 4.0, "b": 3.0, "c": 1.0}),
+        # a and b may have 0.4 each, so that both are twice the rest, 2.
+        ({"a": 1e9, "b": 50.0, "c": 1.0, "d": 1.0}, 0.4, {"a": 4.0, "b": 4.0, "c": 1.0, "d": 1.0}),
+        ({"a": 5.0, "b": 3.0, "c": 2.0}, 0.5, {"a": 5.0, "b": 3.0, "c": 2.0}),
+        ({"a": 5.0, "b": 3.0, "c": 2.0}, 1.0, {"a": 5.0, "b": 3.0, "c": 2.0}),
+        # c has not come yet: of two clients none can have less than a half.
+        ({"a": 7.0, "b": 2.0, "c": 0.0}, 0.4, {"a": 2.0, "b": 2.0, "c": 0.0}),
+        ({}, 0.5, {}),
+    ],
+)
+def test_no_share_of_the_weights_is_above_the_cap(
+    weights: dict[str, float], share: float, wanted: dict[str, float]
+) -> None:
+    assert capped(weights, share) == pytest.approx(wanted)
+
+
+def test_a_servers_weights_are_capped_by_examples_only() -> None:
+    clients = (ClientInfo("a", 10**9), ClientInfo("b", 3), ClientInfo("c", 1))
+    server = Server({}, clients, 0, max_weight_share=0.5)
+    assert server.weights("examples") == {"a": 4.0, "b": 3.0, "c": 1.0}
+    assert server.weights("uniform") == {"a": 1.0, "b": 1.0, "c": 1.0}
+    assert Server({}, clients, 0).weights("examples") == {"a": 1e9, "b": 3.0, "c": 1.0}

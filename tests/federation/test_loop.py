@@ -48,8 +48,8 @@ class Script:
     def present(self) -> tuple[str, ...]:
         return tuple(client.name for client in self.clients)
 
-    def keep(self, row: str, round_: int) -> None:
-        self.calls.append(("keep", round_))
+    def keep(self, row: str, round_: int, names: Collection[str]) -> None:
+        self.calls.append(("keep", round_, *names))
 
     def bare(self, split: str, names: Collection[str]) -> dict[str, Any]:
         self.calls.append(("bare", split, *names))
@@ -72,13 +72,13 @@ class LateComer(Script):
 
 
 def play(
-    path: Path, losses: list[dict[str, float]], select: str = "loss", script: type[Script] = Script
+    path: Path, losses: list[dict[str, float]], select: str = "loss", script: type[Script] = Script, **options: Any
 ) -> tuple[dict[str, Any], list[Any]]:
     engine = script(losses)
     folder = RunFolder.create(path, "", "{}", "local_only", Identity("w", "t", "x"))
     loop = Loop(
         LocalOnly(), {"local_only": "trained"}, engine, Server({}, engine.clients, 0),
-        FederationSettings(rounds=len(losses)), folder, select=select, watcher=Watcher(),  # type: ignore[arg-type]
+        FederationSettings(rounds=len(losses)), folder, select=select, watcher=Watcher(), **options,  # type: ignore[arg-type]
     )  # fmt: skip
     return loop.run(), engine.calls
 
@@ -106,6 +106,42 @@ def test_the_best_round(losses: Any, best: int, kept: int, select: str, tmp_path
     summary, calls = play(tmp_path / "run", losses, select)
     assert summary["rows"]["local_only"]["best_round"] == best
     assert sum(call[0] == "keep" for call in calls) == kept
+
+
+@pytest.mark.parametrize("select", ["loss", "score"])
+def test_best_rounds_of_each_clients_own(select: str, tmp_path: Path) -> None:
+    """a: 3, absent, 2, 2. b: 5, 1, NaN, 4. A tie goes to the earlier round, an absent client keeps what it has."""
+    losses = [{"a": 3.0, "b": 5.0}, {"b": 1.0}, {"a": 2.0, "b": math.nan}, {"a": 2.0, "b": 4.0}]
+    summary, calls = play(tmp_path / "run", losses, select, best_round="client")
+    assert [call[1:] for call in calls if call[0] == "keep"] == [(0, "a", "b"), (1, "b"), (2, "a")]
+    assert summary["rows"]["local_only"]["best_round"] == {"a": 2, "b": 1}
+    assert ("test", False) in calls
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    tested = [(line["client"], line["which"], line["round"]) for line in lines
+              if line["split"] == "test" and line["method"] == "local_only"]  # fmt: skip
+    assert tested == [("a", "best", 2), ("b", "best", 1), ("a", "last", 3), ("b", "last", 3)]
+
+
+def test_a_false_loss_pins_the_best_round_of_its_author_alone(tmp_path: Path) -> None:
+    """a says 0 in round 0: by the mean that is everybody's best round, else a's own."""
+    losses = [{"a": 0.0, "b": 9.0}, {"a": 8.0, "b": 5.0}, {"a": 8.0, "b": 4.0}]
+    of_all, _ = play(tmp_path / "mean", losses)
+    assert of_all["rows"]["local_only"]["best_round"] == 0
+    own, calls = play(tmp_path / "client", losses, best_round="client")
+    assert own["rows"]["local_only"]["best_round"] == {"a": 0, "b": 2}
+    honest, others = play(tmp_path / "honest", [{**one, "a": 9.0 - n} for n, one in enumerate(losses)],
+                          best_round="client")  # fmt: skip
+    assert honest["rows"]["local_only"]["best_round"]["b"] == 2
+    assert [call[1] for call in calls if call[0] == "keep" and "b" in call[2:]] == [
+        call[1] for call in others if call[0] == "keep" and "b" in call[2:]
+    ]
+
+
+def test_who_comes_late_has_a_best_round_of_its_own_from_then_on(tmp_path: Path) -> None:
+    losses = [{"a": 30.0}, {"a": 20.0}, {"a": 36.0, "b": 60.0}, {"a": 36.0, "b": 70.0}]
+    summary, calls = play(tmp_path / "run", losses, script=LateComer, best_round="client")
+    assert summary["rows"]["local_only"]["best_round"] == {"a": 1, "b": 2}
+    assert [call[1:] for call in calls if call[0] == "keep"] == [(0, "a"), (1, "a"), (2, "b")]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedamole.deployment.flower_fleet import HEARTBEAT_S, Fleet, FleetError, Incoming, UnusableMessageError
 from fedamole.deployment.health import ClientHealth
-from fedamole.deployment.keys import load_private, load_public
+from fedamole.deployment.keys import PASSPHRASE, load_private, load_public
 from fedamole.deployment.orders import OrderError, Taken, opened
 from fedamole.deployment.processes import LOOPBACK, Process, alive, environment, exclusive, secret_file
 from fedamole.deployment.progress import Say
@@ -139,7 +139,8 @@ class Client:
         about = json.dumps({"client": settings, "socket": self.socket, "secret": str(self.secret)})
         (home / "worker.json").write_text(about)
         words = [sys.executable, "-m", "fedamole.deployment.warm_worker", str(home / "worker.json")]
-        self.worker = Process("worker", words, environment(home / "flwr"), None)
+        env = {name: value for name, value in environment(home / "flwr").items() if name != PASSPHRASE}
+        self.worker = Process("worker", words, env, None)
         self.stop = threading.Event()
         self.error: FedamoleError | None = None
         self._accepted = False

@@ -57,6 +57,9 @@ def client(
         typer.Option(help="Write the default policy with comments into this file, and end.", callback=_write_policy,
                      is_eager=True),
     ] = None,
+    passphrase_file: Annotated[
+        Path | None, typer.Option(help="File (mode 0600) with node.key's passphrase; or set FEDAMOLE_KEY_PASSPHRASE.")
+    ] = None,
     insecure: Insecure = False,
 ) -> None:  # fmt: skip
     """Take part in a federation with data that stay here: only what the method sends leaves this machine.
@@ -72,6 +75,7 @@ def client(
     from fedamole.deployment.agreement import check_agree
     from fedamole.deployment.audit_log import AUDIT
     from fedamole.deployment.client import Client, Connection, client_home
+    from fedamole.deployment.keys import read_passphrase
     from fedamole.deployment.policy import PolicySettings, read_policy
     from fedamole.deployment.processes import without_proxy
     from fedamole.errors import DataError
@@ -96,7 +100,7 @@ def client(
     os.environ.update(without_proxy())
     Client(
         Connection(server, certs, insecure), name, settings, home,
-        lambda text: console.print(text, soft_wrap=True),
+        lambda text: console.print(text, soft_wrap=True), read_passphrase(passphrase_file),
     ).run()  # fmt: skip
 
 

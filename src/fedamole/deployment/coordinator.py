@@ -12,7 +12,7 @@ import tomli_w
 import torch
 
 from fedamole.config import load_config
-from fedamole.deployment.agreement import shared_tables
+from fedamole.deployment.agreement import agreed_hash, shared_tables
 from fedamole.deployment.progress import Show
 from fedamole.engine.remote import Link, Remote
 from fedamole.experiment import check_length, loop_of, rows_of, server_of
@@ -20,6 +20,7 @@ from fedamole.federation.loop import Watcher
 from fedamole.federation.run_folder import CLIENTS, RUN, SERVER, RunFolder
 from fedamole.files import write_atomic
 from fedamole.model.base import Identity, load_base
+from fedamole.planning import exposure
 
 log = logging.getLogger(__name__)
 
@@ -121,5 +122,8 @@ def coordinate(link: Link, path: Path, show: Show | None = None) -> dict[str, An
         watcher = ProgressFile(folder, show)
         handler = ProgressLog(watcher)
         logging.getLogger("fedamole").addHandler(handler)
+        watcher.say("agreed", hash=agreed_hash(tables))
+        for sentence in exposure(config, len(names), (), server.shapes):
+            watcher.say("exposure", text=sentence)
         engine = Remote(link, config.method, rows, server, folder.about["id"], tables, config.deployment, watcher)
         return loop_of(config, engine, server, folder, watcher).run()

@@ -12,7 +12,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,7 +66,19 @@ def examine_server(config: Path | None, certs: Path | None, host: str, port: int
     ]  # fmt: skip
     if config is not None:
         checks.append(("base", lambda: base_of_config(config)))
+        checks.append(("exposure", lambda: exposed_by(config)))
     return _all(checks)
+
+
+def exposed_by(path: Path) -> list[Finding]:
+    """What the coordinator and other clients can compute from what travels in the run of a config."""
+    from fedamole.config import load_config
+    from fedamole.planning import exposure
+
+    config = load_config(path)
+    config = replace(config, method=config.method.for_deployment())
+    clients = len(config.deployment.clients) or None
+    return [Finding("exposure", "ok", text) for text in exposure(config, clients)]
 
 
 def examine_client(

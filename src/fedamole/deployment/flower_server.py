@@ -12,7 +12,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 from fedamole.deployment.coordinator import LOG, OUTCOME, TICKET, coordinate
 from fedamole.deployment.flower_inbox import Inbox
 from fedamole.deployment.flower_link import FlowerLink
-from fedamole.deployment.keys import load_private
+from fedamole.deployment.keys import load_private, read_passphrase
 from fedamole.deployment.log_files import rotating
 from fedamole.deployment.orders import SignedLink
 from fedamole.deployment.processes import die_with_parent
@@ -42,7 +42,7 @@ def main(grid: Grid, context: Context) -> None:
     logging.getLogger("fedamole").addHandler(handler)
     try:
         path = str(context.run_config["order_key"])
-        key = load_private(Path(path)) if path else None
+        key = load_private(Path(path), read_passphrase(None)) if path else None
         if not isinstance(grid, HttpGrid):
             raise FedamoleError("this version of flwr has another grid: install the one that pyproject.toml asks for")
         coordinate(SignedLink(FlowerLink(grid, Inbox(grid)), key), folder)

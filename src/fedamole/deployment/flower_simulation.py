@@ -66,7 +66,7 @@ def prepare_simulation(config: Config, folder: Path) -> None:
     if not names:
         raise ConfigError("data.source is empty: a simulation takes its clients from there")
     deployment = replace(config.deployment, clients=names, min_clients=min(config.deployment.min_clients, len(names)))
-    prepare_folder(replace(config, deployment=deployment), folder)
+    prepare_folder(replace(config, deployment=deployment), folder, one_owner=True)
     for name in names:
         write_atomic(_partition_of(folder, name), federation.manifest.only(name).to_json())
 

@@ -17,7 +17,7 @@ from typing import Any
 import tomli_w
 import torch
 
-from fedamole.config import Config, Table, load_config, plain, to_config
+from fedamole.config import Config, Table, load_run_config, plain, to_config
 from fedamole.data.examples import SPLITS, Shard
 from fedamole.data.manifest import load_federation, read_manifest
 from fedamole.deployment.agreement import agreed_hash, own_tables
@@ -30,7 +30,7 @@ from fedamole.experiment import check_length, free_path, resolved, worker_of
 from fedamole.federation.checkpoint import latest_state
 from fedamole.federation.loop import BASE, MAJORITY, Watcher
 from fedamole.federation.record import PayloadError, boxed, pack, unboxed
-from fedamole.federation.run_folder import CONFIG, MANIFEST, METRICS, RUN, RunFolder
+from fedamole.federation.run_folder import MANIFEST, METRICS, RUN, RunFolder
 from fedamole.federation.summary import summarise
 from fedamole.federation.worker import ClientData, Scores, client_data
 from fedamole.files import write_atomic
@@ -161,7 +161,7 @@ class Host:
                 log.warning("%s is left alone, it is no usable run folder: %s", path.parent, error)
                 continue
             if mine:
-                return self._take(load_config(folder.path / CONFIG), folder)
+                return self._take(load_run_config(folder), folder)
         return None
 
     def _there(self, folder: RunFolder) -> bool:

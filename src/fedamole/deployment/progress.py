@@ -36,6 +36,11 @@ class Board:
         if kind == "joined":
             self.clients.setdefault(line["client"], {})
             return f"{line['client']} has joined"
+        if kind == "agreed":
+            found = line["hash"]
+            return f"settings {found}; a client that insists on them uses --agree {found[:16]}"
+        if kind == "exposure":
+            return f"  {line['text']}"
         if kind == "present":
             return self._present(line)
         if kind == "round":

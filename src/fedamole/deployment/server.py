@@ -80,22 +80,28 @@ class Door:
         for warning in warnings:
             log.warning("%s", printable(warning))
 
-    def check_keys(self, names: tuple[str, ...]) -> None:
-        """ConfigError for a client of a run that has no key."""
-        known = {} if self.certs is None else roster(self.certs)
-        if self.certs is not None and (missing := sorted(set(names) - set(known))):
-            raise ConfigError(
-                f"deployment.clients: {', '.join(missing)} have no key in {self.certs}/nodes: "
-                "`fedamole certs` makes or admits keys"
-            )
+    def without_key(self, names: tuple[str, ...]) -> str:
+        """Say which clients of a run have no key; empty where all have one."""
+        missing = [] if self.certs is None else sorted(set(names) - set(roster(self.certs)))
+        if not missing:
+            return ""
+        return (
+            f"deployment.clients: {', '.join(missing)} have no key in {self.certs}/nodes: `fedamole certs` makes or "
+            "admits keys"
+        )
 
 
-def prepare_folder(config: Config, folder: Path) -> None:
-    """Lay a new run ready for the coordinator's process; nothing that exists is touched."""
+def prepare_folder(config: Config, folder: Path, one_owner: bool = False) -> None:
+    """Lay a new run ready for the coordinator's process; nothing that exists is touched.
+
+    `one_owner` says that all clients belong to the coordinator, as in a simulation: then the method stays as it is.
+    """
     if not config.deployment.clients:
         raise ConfigError(
             'deployment.clients is empty: name the organisations, e.g. deployment.clients = ["hospital-a", "bank-b"]'
         )
+    if not one_owner:
+        config = replace(config, method=config.method.for_deployment())
     config.method.check(len(config.deployment.clients))
     rows_of(config)
     RunFolder(folder).refuse_existing()
@@ -111,7 +117,10 @@ class Server:
         self.folder, self.own = folder.resolve(), folder.resolve() / SERVER
         self.door, self.say, self.show = door, say, show
         self.config = load_config(self.own / SETTINGS)
-        door.check_keys(self.config.deployment.clients)
+        if text := door.without_key(self.config.deployment.clients):
+            if not (self.folder / RUN).exists():
+                raise ConfigError(text)
+            say(f"{text}; the run goes on without them")  # removed while it was under way
         self.env = environment(self.own / "flwr")
         self.port = door.port if door.insecure else free_port()
         secret = secret_file(self.own / "secret")

@@ -18,6 +18,8 @@ R = TypeVar("R")
 class InProcess:
     """Every client's worker is the same object: what tells clients apart is their data and their folder."""
 
+    deployed = False
+
     def __init__(self, worker: Worker, data: Mapping[str, ClientData], watcher: Watcher, group: int) -> None:
         """Serve the clients named in `data`, `group` of them at once; only their adapters are in memory together."""
         self.worker, self.data, self.watcher, self.group = worker, data, watcher, group
@@ -48,12 +50,14 @@ class InProcess:
         release_memory(self.worker.bank.base.device)  # what the round's replies, merged by now, leave behind
         return self._in_groups(messages, lambda group: self.worker.evaluate(group, round_, row, messages))
 
-    def keep(self, row: str, round_: int) -> None:
-        """Let every client save its present model as its best so far, that of a round."""
-        for name in sorted(self.data):
+    def keep(self, row: str, round_: int, names: Collection[str]) -> None:
+        """Let these clients save their present model as their best so far, that of a round."""
+        for name in sorted(names):
             self.worker.keep(self.data[name], row)
 
-    def resumed(self, best: Mapping[str, int], answered: Mapping[str, int], examples: Mapping[str, int]) -> None:
+    def resumed(
+        self, best: Mapping[str, Mapping[str, int]], answered: Mapping[str, int], examples: Mapping[str, int]
+    ) -> None:
         """Nothing: models and private states lie in the run's folder."""
 
     def bare(self, split: str, names: Collection[str]) -> dict[str, Scores]:

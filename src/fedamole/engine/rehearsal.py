@@ -6,6 +6,7 @@ every method, without a line about the wire in any of them.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,12 @@ from torch import Tensor
 
 from fedamole.federation.method import Client, ClientInfo, Method, Server, Trained
 from fedamole.federation.record import PayloadError
+from fedamole.federation.robust import flattened
 from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.params import Adapter, expert_ids
+
+GROWTH, SMALL = 10.0, 0.1
+"""How many times larger than what was sent a reply may be, and the size of a number where what was sent is smaller."""
 
 
 def rehearse(method: Method[Any, Any, Any, Any], server: Server, info: ClientInfo, message: Any) -> Any:
@@ -49,10 +54,11 @@ def _embeddings(method: Any, server: Server, adapter: Adapter) -> Mapping[str, M
     }
 
 
-def check_reply(method: Method[Any, Any, Any, Any], rehearsed: Any, reply: Any, max_norm: float) -> None:
+def check_reply(method: Method[Any, Any, Any, Any], rehearsed: Any, reply: Any, max_norm: float | None) -> None:
     """Compare a reply with the rehearsed one: names, shapes, dtypes, fields; finite; not too large.
 
-    Raises PayloadError that names what is wrong, with nothing of the content in it.
+    Without a `max_norm` the rehearsed reply, which holds what was sent, gives one. Raises PayloadError that names what
+    is wrong, with nothing of the content in it.
     """
     _compare_kinds(rehearsed, reply, "")
     try:
@@ -60,8 +66,20 @@ def check_reply(method: Method[Any, Any, Any, Any], rehearsed: Any, reply: Any, 
     except Exception as error:  # a method reads what no one has checked yet
         raise PayloadError(f"not a reply of this method ({type(error).__name__})") from error
     squares = _compare(wanted, reply, "")
-    if not squares <= max_norm**2:
-        raise PayloadError(f"its norm, {squares**0.5:.3g}, is above deployment.max_norm = {max_norm:g}")
+    if max_norm is None:
+        most, source = usual_norm(wanted), "10 times what was sent; it is unset"
+    else:
+        most, source = max_norm, "as it is set"
+    if not squares <= most**2:
+        raise PayloadError(f"its norm, {squares**0.5:.3g}, is above deployment.max_norm = {most:.3g} ({source})")
+
+
+def usual_norm(rehearsed: Any) -> float:
+    """Largest norm that a reply may have: 10 times that of the rehearsed one, or of as many numbers of size SMALL."""
+    tensors = flattened(rehearsed).values()
+    squares = sum(float(tensor.double().square().sum()) for tensor in tensors)
+    numbers = sum(tensor.numel() for tensor in tensors)
+    return GROWTH * math.sqrt(max(squares, numbers * SMALL**2))
 
 
 def _compare_kinds(rehearsed: Any, got: Any, path: str) -> None:

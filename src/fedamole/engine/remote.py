@@ -6,6 +6,7 @@ used, and asks again when too few answered: requests are idempotent, a client th
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -30,6 +31,8 @@ SOON, LATER = 3.0, 60.0
 REPEAT = 0.1
 """Share of the deadline after which a request is sent once more, as it may have been lost on its way: whoever has done
 it, or is at it, answers once."""
+JOINS = 4
+"""Most requests to join that one node has not answered yet, so that a slow client is not flooded with them."""
 TRIES = 3
 """How often a client is asked for its test scores."""
 TRY_AGAIN = frozenset({"worker", "lost", "no_answer", "not_joined"})
@@ -62,8 +65,21 @@ class Member:
     """Scores of the untuned base on its validation split."""
 
 
+@dataclass(frozen=True)
+class Joining:
+    """A request to join that is not answered yet."""
+
+    node: int
+    again: float
+    """Time after which the node may be sent another, as this one may be lost."""
+    end: float
+    """Time after which no answer can come any more."""
+
+
 class Remote:
     """Serves the clients of a roster, as far as they are there."""
+
+    deployed = True
 
     def __init__(
         self,
@@ -81,10 +97,10 @@ class Remote:
         self.tables, self.settings, self.watcher = dict(tables), settings, watcher
         self.select: str = tables["config"]["evaluation"]["select"]
         self.members: dict[str, Member] = {}
-        self.best: dict[str, int] = {}
+        self.best: dict[str, dict[str, int]] = {}
         self.answered: dict[str, int] = {}
         self._infos: dict[str, ClientInfo] = {}
-        self._joining: dict[str, tuple[int, float]] = {}
+        self._joining: dict[str, Joining] = {}
         self._refused: dict[int, float] = {}
         self._trained: dict[str, dict[str, Scores]] = {}
         self._tested: dict[str, dict[str, Scores]] = {}
@@ -119,19 +135,34 @@ class Remote:
     def _online(self) -> list[str]:
         """Let nodes that are new join, and return the names of those that have."""
         nodes, now = dict(self.link.nodes()), time.monotonic()
-        self._joining = {
-            ticket: (node, until) for ticket, (node, until) in self._joining.items() if node in nodes and until > now
-        }
-        waiting = {node for node, until in self._refused.items() if until > now}
-        waiting |= {node for node, _ in self._joining.values()} | {member.node for member in self.members.values()}
         request, seconds = Request(self.run, -1, JOIN, settings=self.tables), self.settings.deadline
         again = now + min(seconds, max(LATER, REPEAT * seconds))
-        for node in sorted(set(nodes) - waiting):
-            self._joining[self.link.send(node, pack(request), -1, seconds)] = node, again
+        for node in sorted(set(nodes) - self._not_to_be_asked(nodes, now)):
+            self._joining[self.link.send(node, pack(request), -1, seconds)] = Joining(node, again, now + seconds)
         for ticket, content in self.link.receive(list(self._joining)).items():
-            node, _ = self._joining.pop(ticket)
+            if ticket not in self._joining:
+                continue  # the node has joined by another answer of this look
+            node = self._joining.pop(ticket).node
             self._refused[node] = now + self._admit(node, nodes, request, content)
+            if any(member.node == node for member in self.members.values()):
+                self._joining = {other: one for other, one in self._joining.items() if one.node != node}
         return sorted(name for name, member in self.members.items() if member.node in nodes)
+
+    def _not_to_be_asked(self, nodes: Collection[int], now: float) -> set[int]:
+        """Forget requests to join that cannot be answered any more; return the nodes that are sent no other now.
+
+        A request stays open until its own deadline, also when another has been sent: the answer to either counts. So a
+        client that takes longer than the pause between two requests joins all the same.
+        """
+        self._joining = {
+            ticket: one for ticket, one in self._joining.items() if one.node in nodes and one.end > now
+        }
+        open_, busy = Counter(one.node for one in self._joining.values()), set[int]()
+        for one in self._joining.values():
+            if one.again > now or open_[one.node] >= JOINS:
+                busy.add(one.node)
+        refused = {node for node, until in self._refused.items() if until > now}
+        return busy | refused | {member.node for member in self.members.values()}
 
     def _admit(self, node: int, nodes: Mapping[int, str], request: Request, content: bytes | str) -> float:
         """Take a node in as a client, or say why not; return the seconds after which to ask it again."""
@@ -148,12 +179,22 @@ class Remote:
         elif reply.report.get("base") != self.tables["identity"]:
             why = "it has another base model"
         else:
-            self._infos[name] = ClientInfo(name, reply.report["examples"]["train"])
+            self._infos[name] = self._counted(name, reply.report["examples"]["train"])
             self.members[name] = Member(node, self._infos[name], reply.scores[BASE])
             self.watcher.joined(name, reply.report)
             return 0.0
         log.warning("%s is refused: %s", who, why)
         return LATER
+
+    def _counted(self, name: str, examples: int) -> ClientInfo:
+        """A client with the number of examples that it told first in this run, which is its weight throughout."""
+        known = self._infos.get(name)
+        if known is None or known.examples == 0:
+            return ClientInfo(name, examples)
+        if known.examples != examples:
+            log.warning("%s now says that it has %d training examples; the %d of its first join count in this run",
+                        name, examples, known.examples)  # fmt: skip
+        return known
 
     def update(self, round_: int, messages: Mapping[str, bytes]) -> Mapping[str, Answer]:
         """Train a cohort, each on its own message; ask again those who may yet answer while there are too few."""
@@ -208,7 +249,7 @@ class Remote:
         self, name: str, round_: int, operation: str, row: str | None = None, payload: bytes | None = None
     ) -> Request:
         last = self.answered.get(name, -1)
-        return Request(self.run, round_, operation, row, self.best, last, message=boxed(payload))
+        return Request(self.run, round_, operation, row, self.best.get(name, {}), last, message=boxed(payload))
 
     def _answer(self, round_: int, name: str, reply: Reply, wanted: Any) -> tuple[Answer, str | None]:
         """Check what a client's training came to; return it, and the code of its failure."""
@@ -247,14 +288,16 @@ class Remote:
                 log.warning("client %s, round %d, evaluate: %s; its score stays", name, round_, FAILURES[reply.failed])
         return {name: reply.scores[row] for name, reply in replies.items() if reply.failed is None}
 
-    def keep(self, row: str, round_: int) -> None:
-        """Have every client save its present model as its best so far: each is told with the next request."""
-        self.best = {**self.best, row: round_}
+    def keep(self, row: str, round_: int, names: Collection[str]) -> None:
+        """Have clients save their present model as their best so far: each is told with the next request."""
+        self.best |= {name: {**self.best.get(name, {}), row: round_} for name in names}
 
-    def resumed(self, best: Mapping[str, int], answered: Mapping[str, int], examples: Mapping[str, int]) -> None:
-        """Go on from these best rounds and last answers; clients that are absent keep the sizes they had."""
-        self.best, self.answered = dict(best), dict(answered)
-        self._infos = {name: ClientInfo(name, count) for name, count in examples.items()} | self._infos
+    def resumed(
+        self, best: Mapping[str, Mapping[str, int]], answered: Mapping[str, int], examples: Mapping[str, int]
+    ) -> None:
+        """Go on from these best rounds and last answers, and with the numbers of examples that were told first."""
+        self.best, self.answered = {name: dict(rounds) for name, rounds in best.items()}, dict(answered)
+        self._infos = {**self._infos, **{name: ClientInfo(name, count) for name, count in examples.items() if count}}
 
     def bare(self, split: str, names: Collection[str]) -> dict[str, Scores]:
         """Scores of the untuned base, which clients told when they joined, or with the test."""

@@ -17,7 +17,7 @@ from fedamole.federation.record import PayloadError, unpack
 
 R = TypeVar("R")
 
-PROTOCOL = 1
+PROTOCOL = 2
 JOIN, UPDATE, EVALUATE, TEST = "join", "update", "evaluate", "test"
 OPERATIONS = (JOIN, UPDATE, EVALUATE, TEST)
 
@@ -40,14 +40,23 @@ FAILURES = {
 }
 """Why a client could not do what was asked: a closed list, so that no error can carry data."""
 
-REPORTED = frozenset({"loss", "steps", "seconds", "seconds_training", "group", "peak_memory_mib", "probed"})
-"""What a client may tell of its training, a number each."""
-SCORED = frozenset({"loss", "probed", "score", "accuracy", *get_args(GenerationScore)})
-"""What scores may consist of, a number each."""
+MOST_LOSS, MOST_SECONDS, MOST_MIB = 1e4, 1e7, 1e8
+"""Largest loss in nats per token, time in seconds (115 days), and memory in MiB (95 TiB) that are believed."""
+MOST_COUNT, MOST_EXAMPLES, MOST_EXCHANGE = 10**9, 10**9, 15
+"""Largest count that is believed, most examples of a client, and highest index of an exchange within a round."""
+REPORTED: dict[str, tuple[type, float]] = {
+    "loss": (float, MOST_LOSS), "seconds": (float, MOST_SECONDS), "seconds_training": (float, MOST_SECONDS),
+    "peak_memory_mib": (float, MOST_MIB), "steps": (int, MOST_COUNT), "group": (int, MOST_COUNT),
+    "probed": (int, MOST_COUNT),
+}  # fmt: skip
+"""What a client may tell of its training: for each number its type and the largest value; the smallest is 0."""
+SCORED: dict[str, tuple[type, float]] = {
+    "loss": (float, MOST_LOSS), "probed": (int, MOST_COUNT),
+    **dict.fromkeys(("score", "accuracy", *get_args(GenerationScore)), (float, 100.0)),
+}  # fmt: skip
+"""What scores may consist of, in the same form."""
 TOLD = {"examples", "base", "device", "labels"}
 """What a client may tell of itself when it joins; labels only where it shares them."""
-LARGEST, MOST_EXAMPLES = 1e15, 10**9
-"""Largest number that is believed, so that sums of squares stay finite; most examples of a client."""
 MOST_LABELS, LONGEST_LABEL = 1000, 200
 """Labels that can be shared, and characters of each."""
 
@@ -63,13 +72,15 @@ class Request:
     row: str | None = None
     """Which of the run's models: evaluate."""
     best: dict[str, int] = field(default_factory=dict)
-    """Best round so far by row: the client keeps the model it had then, if it has not yet."""
+    """The client's best round so far by row: it keeps the model it had then, if it has not yet."""
     last: int = -1
     """Last round whose answer of this client counted; what it did after that is undone."""
     settings: dict[str, Any] | None = None
     """The config's tables that all share: join."""
     message: Mapping[str, Tensor] = field(default_factory=dict)
     """The method's message, packed, as the bytes of one tensor; empty for none."""
+    exchange: int = 0
+    """Index of the exchange within its round."""
     protocol: int = PROTOCOL
 
 
@@ -109,6 +120,8 @@ def read_request(payload: bytes) -> Request:
     first = 0 if request.operation in (UPDATE, EVALUATE) else -1
     if not request.run.isalnum() or len(request.run) > 64 or request.round < first:
         raise PayloadError("not the id or the round of a run")
+    if not 0 <= request.exchange <= MOST_EXCHANGE:
+        raise PayloadError(f"the index of its exchange is not between 0 and {MOST_EXCHANGE}")
     if (request.settings is not None) != (request.operation == JOIN):
         raise PayloadError("settings come with join, and with nothing else")
     return request
@@ -140,18 +153,22 @@ def read_reply(
     if request.operation == JOIN:
         _check_about(reply.report)
     else:
-        _check_numbers(reply.report, (), REPORTED if request.operation == UPDATE else (), "its report")
+        _check_numbers(reply.report, (), REPORTED if request.operation == UPDATE else {}, "its report")
     if bool(reply.reply) != (request.operation == UPDATE):
         raise PayloadError("a reply of the method comes with an update, and with nothing else")
     return reply
 
 
-def _check_numbers(found: Any, needed: Collection[str], allowed: Collection[str], what: str) -> None:
-    """Refuse a table of anything but the numbers that are needed or allowed."""
+def _check_numbers(
+    found: Any, needed: Collection[str], allowed: Mapping[str, tuple[type, float]], what: str
+) -> None:
+    """Refuse a table of anything but the numbers that are needed or allowed, each within its bounds."""
     if not isinstance(found, dict) or set(needed) - set(found) or set(found) - set(allowed):
         raise PayloadError(f"{what} are not in the expected form")
-    if not all(type(value) in (int, float) and abs(value) <= LARGEST for value in found.values()):  # NaN is not <=
-        raise PayloadError(f"{what} hold something else than numbers, or numbers that are not finite")
+    for key, value in found.items():
+        kind, most = allowed[key]
+        if type(value) not in (int, kind) or not 0 <= value <= most:  # NaN is not <=
+            raise PayloadError(f"{what}: {key} is not {NUMBERS[kind]} from 0 to {most:g}")
 
 
 def _check_about(report: Mapping[str, Any]) -> None:
@@ -166,6 +183,9 @@ def _check_about(report: Mapping[str, Any]) -> None:
     known = isinstance(labels, dict) and len(labels) <= MOST_LABELS
     if not known or not all(len(text) <= LONGEST_LABEL and _is_count(count) for text, count in labels.items()):
         raise PayloadError("its labels are not counts by label")
+
+
+NUMBERS: dict[type, str] = {int: "a whole number", float: "a number"}
 
 
 def _is_count(value: Any) -> bool:

@@ -18,7 +18,11 @@ class EvaluationSettings:
     """`[evaluation]`: how models are scored and the best round is chosen."""
 
     select: Literal["loss", "score"] = "loss"
-    """What chooses the best round on validation: the mean loss over the clients, or their mean score."""
+    """What chooses the best round on validation: the loss or the score."""
+    best_round: Literal["auto", "mean", "client"] = "auto"
+    """Whose validation chooses the best round. mean: one best round for all, by the mean over the clients (the paper).
+    client: each client's own, so that a false value harms nobody else. auto: mean in one process, client in a
+    deployment."""
     generation_score: GenerationScore = "rouge_l"
     """The headline score of clients whose answers are free text; the others are reported beside it."""
     max_new_tokens: int = 128

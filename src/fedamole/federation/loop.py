@@ -4,13 +4,15 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, Literal, Protocol
 
 from fedamole.federation import checkpoint
+from fedamole.federation.best import BestRound, Row
 from fedamole.federation.method import ClientInfo, Evaluates, Method, Server
 from fedamole.federation.randomness import numpy_generator
 from fedamole.federation.record import Packed, PayloadError, pack, unpack
+from fedamole.federation.robust import Robust
 from fedamole.federation.run_folder import ASSIGNMENT, METRICS, RunFolder
 from fedamole.federation.settings import FederationSettings
 from fedamole.federation.summary import summarise
@@ -26,6 +28,9 @@ Mirror = Callable[[list[dict[str, Any]]], None]
 class Engine(Protocol):
     """Where clients run."""
 
+    deployed: bool
+    """Whether clients are elsewhere, so that what they send and say is not trusted."""
+
     @property
     def clients(self) -> tuple[ClientInfo, ...]:
         """All clients that may take part, in the order of their names."""
@@ -39,11 +44,13 @@ class Engine(Protocol):
     def evaluate(self, round_: int, row: str, messages: Mapping[str, bytes | None]) -> Mapping[str, Scores]:
         """Score the present models of some clients on validation."""
 
-    def keep(self, row: str, round_: int) -> None:
-        """Let every client save its present model as its best so far, that of a round."""
+    def keep(self, row: str, round_: int, names: Collection[str]) -> None:
+        """Let these clients save their present model as their best so far, that of a round."""
 
-    def resumed(self, best: Mapping[str, int], answered: Mapping[str, int], examples: Mapping[str, int]) -> None:
-        """Told, when a run goes on: best rounds by row; each client's last answered round and number of examples."""
+    def resumed(
+        self, best: Mapping[str, Mapping[str, int]], answered: Mapping[str, int], examples: Mapping[str, int]
+    ) -> None:
+        """Told, when a run goes on, of each client: its best rounds by row, last answered round, number of examples."""
 
     def bare(self, split: str, names: Collection[str]) -> Mapping[str, Scores]:
         """Scores of the untuned base on these clients' split."""
@@ -83,17 +90,6 @@ class Watcher:
         """A round has been committed; what chooses the best round, by row."""
 
 
-@dataclass
-class _Row:
-    """Progress of one scored model of the run, such as fedit and fedit_ft."""
-
-    latest: dict[str, Scores]
-    """Validation of each client's present model; an absent client's stays, one that has never come has none."""
-    best_round: int = -1
-    best: float = float("inf")
-    """Lowest value so far of what chooses the best round (a score counts negative)."""
-
-
 class Loop:
     """One run of a method over an engine, into a folder."""
 
@@ -108,13 +104,20 @@ class Loop:
         *,
         select: Literal["loss", "score"],
         watcher: Watcher,
+        best_round: BestRound = "mean",
+        robust: Robust | None = None,
         mirror: Mirror | None = None,
     ) -> None:
-        """Assemble a run; `run` starts or continues it. A `mirror` is given every line of metrics.jsonl too."""
+        """Assemble a run; `run` starts or continues it.
+
+        `robust` is what replies go through before they are aggregated. A `mirror` is given every line of metrics.jsonl
+        too.
+        """
         self.method, self.engine, self.settings, self.folder = method, engine, settings, folder
         self.server, self.select, self.watcher, self.mirror = server, select, watcher, mirror
         self.kinds = dict(rows)
-        self.rows: dict[str, _Row] = {}
+        self.best_round, self.robust = best_round, robust or Robust("mean", 1.0, ())
+        self.rows: dict[str, Row] = {}
         self.answered: dict[str, int] = {}
 
     def run(self) -> dict[str, Any]:
@@ -128,9 +131,13 @@ class Loop:
         found = checkpoint.load_latest(self.folder)
         if found is not None:
             saved, packed = found
-            self.rows = {row: _Row(**progress) for row, progress in saved.progress["rows"].items()}
+            self.rows = {row: Row(**progress) for row, progress in saved.progress["rows"].items()}
             self.answered = dict(saved.progress.get("answered", {}))
-            best = {row: one.best_round for row, one in self.rows.items() if one.best_round >= 0}
+            self.robust.history = list(saved.progress.get("sizes", []))
+            best: dict[str, dict[str, int]] = {}
+            for row, one in self.rows.items():
+                for name, round_ in one.best_rounds(client.name for client in self.engine.clients).items():
+                    best.setdefault(name, {})[row] = round_
             self.engine.resumed(best, self.answered, saved.progress.get("examples", {}))
             last = saved.round
             self.folder.cut(METRICS, lambda line: line["round"] <= last and line["split"] != "test")
@@ -138,7 +145,7 @@ class Loop:
             return last + 1, unpack(self.method.records.state, packed)
         for name in (METRICS, ASSIGNMENT):
             self.folder.cut(name, lambda line: False)
-        self.rows = {row: _Row({}) for row in self.kinds}
+        self.rows = {row: Row({}) for row in self.kinds}
         self._welcome(-1)
         return 0, self.method.init(self.server)
 
@@ -156,11 +163,8 @@ class Loop:
         self.watcher.stage("scoring the untuned base on validation")
         bare = dict(self.engine.bare("validation", newcomers))
         self._log([self._line(round_, name, "validation", method=BASE, **scores) for name, scores in bare.items()])
-        values = [self._sign * scores[self.select] for scores in bare.values()]
         for row in self.rows.values():
-            if row.best_round >= 0:
-                row.best = (row.best * len(row.latest) + sum(values)) / (len(row.latest) + len(values))
-            row.latest.update(bare)
+            row.welcome(bare, {name: self._low(scores) for name, scores in bare.items()})
         return present
 
     def _round(self, round_: int, state: Any) -> Any:
@@ -188,7 +192,8 @@ class Loop:
         self._log([self._line(round_, None, "round", cohort=[client.name for client in cohort], **seconds)])
         self.answered.update(dict.fromkeys(answered, round_))
         progress = {
-            "rows": {row: vars(progress) for row, progress in self.rows.items()}, "answered": self.answered,
+            "rows": {row: asdict(progress) for row, progress in self.rows.items()}, "answered": self.answered,
+            "sizes": self.robust.history,
             "examples": {client.name: client.examples for client in self.server.clients},
         }
         # The commit comes last: a resumed run never writes the lines of a committed round again.
@@ -205,8 +210,8 @@ class Loop:
         return [client for place, client in enumerate(there) if place in chosen]
 
     def _replies(self, round_: int, sent: Packed, answers: dict[str, Answer]) -> dict[str, Any]:
-        """Unpack whoever answered, letting go of the payloads, and log what everybody did."""
-        replies, lines = {}, []
+        """Unpack whoever answered, letting go of the payloads, and log what everybody did and what was clipped."""
+        replies, lines = dict[str, Any](), dict[str, dict[str, Any]]()
         for name in sorted(sent):
             answer = answers.pop(name, Answer(None, {"failed": "no answer in time"}))
             size = len(answer.payload or b"")
@@ -217,14 +222,17 @@ class Loop:
                     log.warning("client %s, round %d: %s; left out of this round", name, round_, error)
                     answer.report["failed"] = str(error)
             traffic = {"bytes_down": sent.sizes[name], "bytes_up": size}
-            lines.append(self._line(round_, name, "train", **answer.report, **traffic))
+            lines[name] = self._line(round_, name, "train", **answer.report, **traffic)
         if not replies:
             log.warning("round %d: no client answered; the server's state stays as it was", round_)
-        self._log(lines)
+        replies, clipped = self.robust(round_, sent.records, replies)
+        for name, factors in clipped.items():
+            lines[name]["clipped"] = factors
+        self._log([*lines.values()])
         return replies
 
     def _evaluate(self, round_: int, row: str, state: Any, answered: set[str]) -> None:
-        """Score the models that this round changed, and keep all of them if the round is the best so far."""
+        """Score the models that this round changed, and keep those whose best round so far it is."""
         progress, kind = self.rows[row], self.kinds[row]
         self.watcher.stage(f"scoring {row} on validation")
         messages: Mapping[str, bytes | None] = dict.fromkeys(sorted(answered))
@@ -238,16 +246,18 @@ class Loop:
             self._line(round_, name, "validation", method=row, bytes_down=sizes[name], **values)
             for name, values in sorted(scores.items())
         ])
-        value = self._sign * self._value(row)
-        value = math.inf if math.isnan(value) else value  # beaten by any number, as NaN is not
-        if progress.best_round < 0 or value < progress.best:
-            progress.best_round, progress.best = round_, value
-            self.engine.keep(row, round_)
+        if self.best_round == "client":
+            names = progress.best_of_clients(round_, {name: self._low(found) for name, found in scores.items()})
+        else:
+            better = progress.best_of_all(round_, self._low({self.select: self._value(row)}))
+            names = [client.name for client in self.server.clients] if better else []
+        if names:
+            self.engine.keep(row, round_, names)
 
-    @property
-    def _sign(self) -> int:
-        """What makes the lower value of what chooses the best round the better one."""
-        return -1 if self.select == "score" else 1
+    def _low(self, scores: Scores) -> float:
+        """What chooses the best round, as a number of which the lowest is the best."""
+        value = float(-scores["score"] if self.select == "score" else scores["loss"])
+        return math.inf if math.isnan(value) else value  # beaten by any number, as NaN is not
 
     def _value(self, row: str) -> float:
         """Mean over all clients of what chooses the best round."""
@@ -256,25 +266,28 @@ class Loop:
 
     def _finish(self) -> dict[str, Any]:
         """Read the test split: once for the best round, once for the last."""
-        last = self.settings.rounds - 1
+        last, names = self.settings.rounds - 1, [client.name for client in self.server.clients]
         results: dict[str, dict[str, Any]] = {}
         for row, progress in self.rows.items():
             self.watcher.stage(f"scoring {row} on test")
             best = dict(self.engine.test(row, best=True))
-            final = best if progress.best_round == last else dict(self.engine.test(row, best=False))
-            results[row] = {"best_round": progress.best_round, "best": best, "last": final}
-            self._log_test(row, progress.best_round, best, "best")
-            self._log_test(row, last, final, "last")
+            rounds = progress.best_rounds(names)
+            same = all(rounds.get(name) == last for name in names)
+            final = best if same else dict(self.engine.test(row, best=False))
+            chosen: Any = rounds if self.best_round == "client" else progress.best_round
+            results[row] = {"best_round": chosen, "best": best, "last": final}
+            self._log_test(row, rounds, best, "best")
+            self._log_test(row, dict.fromkeys(final, last), final, "last")
         present = self.engine.present()
         for row, scores in ((BASE, self.engine.bare("test", present)), (MAJORITY, self.engine.majority())):
             self.watcher.stage(f"scoring {row} on test")
             results[row] = {"best_round": None, "best": dict(scores), "last": dict(scores)}
-            self._log_test(row, -1, scores, "best")
+            self._log_test(row, {}, scores, "best")
         return summarise(self.folder, results, self.settings.rounds)
 
-    def _log_test(self, row: str, round_: int, scores: Mapping[str, Scores], which: str) -> None:
+    def _log_test(self, row: str, rounds: Mapping[str, int], scores: Mapping[str, Scores], which: str) -> None:
         self._log([
-            self._line(round_, name, "test", method=row, which=which, **values)
+            self._line(rounds.get(name, -1), name, "test", method=row, which=which, **values)
             for name, values in sorted(scores.items())
         ])
 

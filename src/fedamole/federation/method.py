@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 
 from torch import Tensor
 
+from fedamole.federation.averaging import capped
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.params import Adapter, Shapes, Tensors
@@ -72,10 +73,17 @@ class Server:
     """Standard deviation of their numbers."""
     asked: tuple[str, ...] = ()
     """While replies are aggregated: names of the clients that were asked in this round; empty: of all."""
+    max_weight_share: float = 1.0
+    """Largest share of one client in weights by examples."""
 
     def weights(self, weighting: "Weighting") -> dict[str, float]:
-        """Weight of each client in an average: all equal, or by the size of the training splits."""
-        return {client.name: float(client.examples) if weighting == "examples" else 1.0 for client in self.clients}
+        """Weight of each client in an average: all equal, or by the size of the training splits.
+
+        Where a client's share of all examples is above `max_weight_share`, its weight is the one with that share.
+        """
+        if weighting == "uniform":
+            return dict.fromkeys((client.name for client in self.clients), 1.0)
+        return capped({client.name: float(client.examples) for client in self.clients}, self.max_weight_share)
 
 
 @dataclass(frozen=True)
@@ -150,6 +158,9 @@ class Method(ABC, Generic[S, D, K, U]):
     records: ClassVar[Records]
     evaluates: ClassVar[Evaluates]
     """Which personal model is scored and saved: right after local training, or after the aggregation."""
+    averaged: ClassVar[tuple[str, ...]] = ()
+    """Fields of a reply of which `aggregate` takes nothing but the mean by key over the clients that returned the key;
+    without any, `federation.aggregation` cannot be median or trimmed."""
     embeds: ClassVar[bool] = False
     """Whether `fit` also reads the embedding split (`Trained.embeddings`)."""
     looks: ClassVar[bool] = False

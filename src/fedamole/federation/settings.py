@@ -1,6 +1,7 @@
 """The `[training]`, `[federation]` and `[deployment]` tables of a config."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fedamole.errors import ConfigError
 
@@ -56,6 +57,12 @@ class FederationSettings:
     """Rounds R."""
     cohort: float = 1.0
     """Share of the clients that train in a round, drawn anew each round; at least one does."""
+    aggregation: Literal["auto", "mean", "clipped", "median", "trimmed"] = "auto"
+    """What happens to the replies before they are averaged. mean: nothing. clipped: a change much larger than the other
+    clients' is scaled down. median, trimmed: each number becomes the median, or the mean without the lowest and highest
+    fifth, of the clients that returned it. auto: mean in one process, clipped in a deployment."""
+    clip_factor: float = 4.0
+    """clipped: largest change of a client, as a multiple of the median change of the other clients."""
 
     def __post_init__(self) -> None:
         """Refuse a federation without rounds or clients."""
@@ -63,6 +70,8 @@ class FederationSettings:
             raise ConfigError(f"federation.rounds = {self.rounds}: must be at least 1")
         if not 0 < self.cohort <= 1:
             raise ConfigError(f"federation.cohort = {self.cohort}: a share of the clients, above 0 and at most 1")
+        if not self.clip_factor >= 1:
+            raise ConfigError(f"federation.clip_factor = {self.clip_factor}: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -79,8 +88,11 @@ class DeploymentSettings:
     """Seconds the run waits for `min_clients`; then it stops, and `fedamole server --resume` goes on."""
     gathering: float = 120.0
     """Seconds the first round waits for those of `clients` beyond `min_clients`; whoever comes later joins later."""
-    max_norm: float = 1e4
-    """Largest norm of all numbers of a reply together; a larger one is refused."""
+    max_norm: float | None = None
+    """Largest norm of all numbers of a reply together; a larger one is refused. Unset: 10 times the norm of what was
+    sent, or of as many numbers of size 0.1 where that is larger."""
+    max_weight_share: float = 0.0
+    """Largest share of one client in the weights of `weighting = "examples"`; 0 = 2 / clients."""
 
     def __post_init__(self) -> None:
         """Refuse names given twice and times that are none."""
@@ -91,7 +103,19 @@ class DeploymentSettings:
                 f"deployment.min_clients = {self.min_clients}: at least 1, and at most the {len(self.clients)} clients"
             )
         for key in ("deadline", "patience", "max_norm"):
-            if getattr(self, key) <= 0:
+            value = getattr(self, key)
+            if value is not None and not value > 0:
                 raise ConfigError(f"deployment.{key} = {getattr(self, key)}: must be above 0")
         if self.gathering < 0:
             raise ConfigError(f"deployment.gathering = {self.gathering}: must not be negative")
+        least = 1 / max(1, len(self.clients))
+        if self.max_weight_share != 0 and not least <= self.max_weight_share <= 1:
+            raise ConfigError(
+                f"deployment.max_weight_share = {self.max_weight_share}: 0, or from 1 / clients ({least:.3g} for "
+                f"{len(self.clients)} clients) to 1"
+            )
+
+    @property
+    def weight_share(self) -> float:
+        """Largest share of one client in the weights by examples: `max_weight_share`, or its default."""
+        return self.max_weight_share or min(1.0, 2 / max(1, len(self.clients)))

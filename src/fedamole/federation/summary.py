@@ -15,9 +15,9 @@ FORMAT = 1
 def summarise(folder: RunFolder, results: Mapping[str, Mapping[str, Any]], rounds: int) -> dict[str, Any]:
     """Write summary.json from the test scores by row, and return its content.
 
-    `results` maps a row to its best round, and to the scores of every client at the `best` round (by validation)
-    and at the `last` one. A row without scores, as the constant answer's where clients keep it to themselves, is left
-    out.
+    `results` maps a row to its best round (one for all, or by client), and to the scores of every client at the `best`
+    round (by validation) and at the `last` one. A row without scores, as the constant answer's where clients keep it
+    to themselves, is left out.
     """
     rows = {}
     for row, found in results.items():
@@ -48,4 +48,5 @@ def costs(folder: RunFolder) -> dict[str, Any]:
         "peak_memory_mib": max((line.get("peak_memory_mib", 0.0) for line in trained), default=0.0),
         "group": max((line.get("group", 0) for line in trained), default=0),
         "left_out": sum("failed" in line for line in trained),
+        "clipped": sum("clipped" in line for line in trained),
     }

@@ -37,6 +37,7 @@ class Ditto(LoraMethod[GlobalLora, GlobalLora, OwnLora, GlobalLora]):
     stays = "the data and the client's own LoRA"
     records = Records(GlobalLora, GlobalLora, OwnLora, GlobalLora)
     evaluates = "trained"
+    averaged = ("tensors",)
 
     def __post_init__(self) -> None:
         """Refuse a negative weight."""

@@ -73,6 +73,7 @@ class FdLora(LoraMethod[Outer, Shared, OwnLora, GlobalLora]):
     stays = "the data and the personal LoRA"
     records = Records(Outer, Shared, OwnLora, GlobalLora)
     evaluates = "aggregated"
+    averaged = ("tensors",)
 
     def __post_init__(self) -> None:
         """Refuse counts below 1, and an optimiser that cannot work."""

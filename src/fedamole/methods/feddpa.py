@@ -54,6 +54,7 @@ class FedDpa(LoraMethod[GlobalLora, GlobalLora, LocalLora, GlobalLora]):
     stays = "the data, the client's own LoRA and hidden states of a few prompts"
     records = Records(GlobalLora, GlobalLora, LocalLora, GlobalLora)
     evaluates = "aggregated"
+    averaged = ("tensors",)
 
     def __post_init__(self) -> None:
         """Refuse weights outside 0 .. 1, and no instances."""

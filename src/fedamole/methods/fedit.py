@@ -40,6 +40,7 @@ class FedIT(LoraMethod[GlobalLora, GlobalLora, Nothing, GlobalLora]):
     stays = "the data"
     records = Records(GlobalLora, GlobalLora, Nothing, GlobalLora)
     evaluates = "aggregated"
+    averaged = ("tensors",)
 
     # server
     def init(self, server: Server) -> GlobalLora:

@@ -45,6 +45,7 @@ class FedPrompt(Method[GlobalPrompt, GlobalPrompt, Nothing, GlobalPrompt]):
     stays = "the data"
     records = Records(GlobalPrompt, GlobalPrompt, Nothing, GlobalPrompt)
     evaluates = "aggregated"
+    averaged = ("tensors",)
     mlp: ClassVar[bool] = False
 
     def spec(self) -> PromptSpec:

@@ -52,6 +52,7 @@ class FedRep(LoraMethod[Body, Body, Head, Body]):
     stays = "the data and the LoRA of the upper layers"
     records = Records(Body, Body, Head, Body)
     evaluates = "aggregated"
+    averaged = ("tensors",)
 
     def __post_init__(self) -> None:
         """Refuse a share that is none."""

@@ -45,6 +45,7 @@ class FedSaLora(LoraMethod[SharedA, SharedA, OwnB, SharedA]):
     stays = "the data and the client's B"
     records = Records(SharedA, SharedA, OwnB, SharedA)
     evaluates = "aggregated"
+    averaged = ("tensors",)
 
     # server
     def init(self, server: Server) -> SharedA:

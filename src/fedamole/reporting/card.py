@@ -11,6 +11,7 @@ from typing import Any
 from fedamole.data.examples import SPLITS
 from fedamole.data.manifest import ClientRecord, read_manifest
 from fedamole.errors import RunError
+from fedamole.federation.best import best_round_of
 from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.federation.run_folder import MANIFEST, RUN, SUMMARY, RunFolder
 from fedamole.files import write_atomic
@@ -84,7 +85,7 @@ def _front_matter(public: str | None, method: str) -> str:
 
 
 def _what(about: Json, config: Json, summary: Json, name: str, row: str) -> str:
-    best, by = summary["rows"][row]["best_round"], config["evaluation"]["select"]
+    best, by = best_round_of(summary["rows"][row], name), config["evaluation"]["select"]
     early = "" if row == about["method"] else " It is the model after local training, before the round's aggregation."
     return (
         f"A PEFT adapter for a frozen language model, trained by fedamole {literal(about['fedamole'])} in a federation "

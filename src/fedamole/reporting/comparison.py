@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedamole.errors import RunError
+from fedamole.federation.best import best_round_of, mean_best_round
 from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.federation.run_folder import METRICS, RunFolder
 from fedamole.reporting.gains import Gain, gain
@@ -137,7 +138,7 @@ def _result(run: Run, row: str) -> Result:
         measures["loss"] = statistics.fmean(losses.values())
     if row not in (BASE, MAJORITY):
         measures |= {
-            "best_round": found["best_round"],
+            "best_round": mean_best_round(found),
             **_work(run, len(scores)),
             "mib_down": summary["bytes_down_per_client_round"] / MIB,
             "mib_up": summary["bytes_up_per_client_round"] / MIB,
@@ -161,16 +162,19 @@ def _work(run: Run, clients: int) -> dict[str, float]:
 
 
 def best_validation_loss(path: Path, row: str) -> float:
-    """Mean validation loss over all clients of a finished run's best round; infinite where it is not a number.
+    """Mean validation loss over all clients of a finished run's best rounds; infinite where it is not a number.
 
     A client that did not train in that round counts with its model of the round before, in the end with the base.
     The test split is not read.
     """
     folder = RunFolder.open(path)
-    best = folder.read_json("summary.json")["rows"][row]["best_round"]
+    found = folder.read_json("summary.json")["rows"][row]
     latest: dict[str, float] = {}
     for line in folder.lines(METRICS):
-        if line["split"] == "validation" and line["round"] <= best and line["method"] in (BASE, row):
+        if line["split"] != "validation" or line["method"] not in (BASE, row):
+            continue
+        best = best_round_of(found, line["client"])
+        if line["method"] == BASE if best is None else line["round"] <= best:
             latest[line["client"]] = line["loss"]
     mean = sum(latest.values()) / len(latest)
     return mean if math.isfinite(mean) else math.inf

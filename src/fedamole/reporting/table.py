@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedamole.federation.best import mean_best_round
 from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.reporting.markdown import literal
 from fedamole.reporting.markdown import table as as_table
@@ -80,7 +81,7 @@ def _column(label: str, entries: Sequence[tuple[Run, str]], clients: Sequence[st
         lines["mean loss"] = [sum(found) / len(found) for found in losses]
     if trained:
         lines["mean, last round"] = [row["last_mean"] for row in rows]
-        lines["best round"] = [row["best_round"] for row in rows]
+        lines["best round"] = [mean_best_round(row) for row in rows]
     traffic = (first["bytes_down_per_client_round"], first["bytes_up_per_client_round"]) if trained else (0.0, 0.0)
     # A client of a deployment whose last answer never came has no score.
     scores = {

@@ -55,11 +55,10 @@ def serve(
             raise FedamoleError(f"serving needs {package}, which is not installed; {how_to_install('serve')}")
     import torch
 
-    from fedamole.config import load_config
+    from fedamole.config import load_run_config
     from fedamole.evaluation.personal import EvaluationSettings
-    from fedamole.federation.run_folder import CONFIG
     from fedamole.personal.generate import layout_of
-    from fedamole.personal.models import open_bank
+    from fedamole.personal.models import open_bank, read_for
     from fedamole.serving.door import listen
     from fedamole.serving.engine import Engine
     from fedamole.serving.keys import read_keys
@@ -76,10 +75,12 @@ def serve(
     known = None if keys is None else read_keys(keys)
     evaluation = EvaluationSettings()
     if (folder := found[0].run) is not None:
-        evaluation = load_config(folder.path / CONFIG).evaluation
+        evaluation = load_run_config(folder).evaluation
     door = listen(host, port)
     if threads:
         torch.set_num_threads(threads)
+    if text := read_for(found[0], False, base):
+        screen(error=True).print(text, style="dim", soft_wrap=True)
     bank, adapters = open_bank(found, device, base)
     limits = Limits(rows, tokens or evaluation.batch_tokens, longest, waiting, each)
     engine = Engine(bank, alike(adapters, names), limits)
