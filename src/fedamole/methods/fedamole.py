@@ -88,6 +88,7 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
     stays = "the data"
     records = Records(Pool, Experts, Nothing, TrainedExperts)
     evaluates = "trained"
+    averaged = ("tensors", "expert_embeddings")
     embeds = True
 
     def spec(self) -> AdapterSpec:
