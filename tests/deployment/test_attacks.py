@@ -72,6 +72,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[S
     folder = tmp_path_factory.mktemp("attacked")
     (folder / "marks").mkdir()
     os.environ["MARKS"] = str(folder / "marks")
+    os.environ["HTTP_PROXY"] = os.environ["HTTPS_PROXY"] = "http://127.0.0.1:9"  # nobody: loopback goes to no proxy
     with site(
         folder, tiny, "training.local_steps=5", "method.name=fedit", "deployment.gathering=60",
         "deployment.deadline=300", secure=True,
@@ -83,7 +84,8 @@ def attacked(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[S
             there.client(name)
         there.event("done", STARTING, round=0)
         yield there
-    del os.environ["MARKS"]
+    for name in ("MARKS", "HTTP_PROXY", "HTTPS_PROXY"):
+        del os.environ[name]
 
 
 def command_of(there: Site, name: str) -> Command:

@@ -1,9 +1,11 @@
 """A client's connection, against servers that send what they should not, and one that comes and goes."""
 
 import gzip
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -30,8 +32,12 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedamole.deployment import flower_fleet
+from fedamole.deployment.certificates import make_certificates
 from fedamole.deployment.flower_content import bytes_of, sealed
 from fedamole.deployment.flower_fleet import Fleet, FleetError, UnusableMessageError
+from fedamole.deployment.keys import load_private
+from fedamole.deployment.processes import environment
+from tests.deployment.proxy import Proxy, listening
 
 NODE, SUPERLINK = 77, 1
 
@@ -39,7 +45,7 @@ NODE, SUPERLINK = 77, 1
 class Superlink:
     """A server whose answers a test decides on: bytes, a status, or a function of the request's body."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.asked: list[str] = []
         self.pieces: dict[str, bytes] = {}
         self.pushed: list[bytes] = []
@@ -80,6 +86,8 @@ class Superlink:
                 """Say nothing."""
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        if tls is not None:
+            self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
         self.port = self.server.server_address[1]
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
@@ -252,3 +260,46 @@ def test_a_former_node_is_ended_first(superlink: Superlink) -> None:
     assert superlink.asked == ["deactivate-node", "register-node", "activate-node"]
     assert bytes_of(sealed(b"abc")) == b"abc"
     made.close()
+
+
+def test_the_connection_goes_through_a_proxy_with_a_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's name is one that only the proxy can resolve."""
+    make_certificates(tmp_path, ["fl.example.org"], ["north"])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
+    superlink = Superlink(context)
+    key = load_private(tmp_path / "clients" / "north" / "node.key")
+    proxy = Proxy(superlink.port, login="user:secret")
+    for name in ("https_proxy", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with listening(proxy):
+        monkeypatch.setenv("HTTPS_PROXY", f"http://user:secret@localhost:{proxy.port}")
+        made = Fleet("fl.example.org:9092", tmp_path / "ca.crt", key, threading.Event())
+        made.activate()
+        assert made.receive() is None
+        made.close()
+        assert set(proxy.asked) == {"CONNECT fl.example.org:9092 HTTP/1.1"}
+        monkeypatch.setenv("HTTPS_PROXY", f"http://user:wrong@localhost:{proxy.port}")
+        refused = Fleet("fl.example.org:9092", tmp_path / "ca.crt", key, threading.Event())
+        with pytest.raises(FleetError, match="407") as error:
+            refused.activate()
+        assert error.value.kind == "proxy"
+        assert "wrong" not in str(error.value)
+    superlink.server.shutdown()
+    superlink.server.server_close()
+
+
+def test_loopback_never_goes_to_a_proxy(superlink: Superlink, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither the client's own calls nor those of any process that a server or client starts."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "intranet.example.org")
+    made = Fleet(f"127.0.0.1:{superlink.port}", None, None, threading.Event())
+    assert made.activate() == NODE
+    made.close()
+    started = environment(tmp_path)
+    assert started["HTTPS_PROXY"] == "http://127.0.0.1:9"
+    assert set(started["NO_PROXY"].split(",")) >= {"intranet.example.org", "127.0.0.1", "localhost", "::1"}
+    assert started["no_proxy"] == started["NO_PROXY"]
