@@ -17,6 +17,7 @@ import tomllib
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from fedamole.config import build, load_config, plain
 from fedamole.data.settings import SourceSettings
 from fedamole.deployment.policy import UNBOUNDED
 from fedamole.deployment.processes import LOOPBACK, free_port
+from fedamole.experiment import settled
 from tests.conftest import heeding_interrupts, small
 
 MARK = "FEDAMOLE_TEST_MARK"
@@ -213,14 +215,13 @@ class Site:
         self.policy.write_text(tomli_w.dumps(plain(UNBOUNDED)))
 
     def here(self) -> Any:
-        """The config of a run of the same clients in one process."""
+        """The config of a run of the same clients in one process, with the defaults of a deployment."""
         config = load_config(self.config, [*self.overrides, "run.group=1"])
         sources = tuple(
             build(SourceSettings, {**self.sources[name], "path": str(self.tiny / self.sources[name]["path"])}, "source")
             for name in NAMES
         )
-        from dataclasses import replace
-
+        config = replace(settled(config, deployed=True), method=config.method.for_deployment())
         return replace(config, data=replace(config.data, source=sources))
 
     def _start(self, words: Sequence[str], output: str, **env: str) -> Command:
