@@ -118,7 +118,7 @@ def check_length(config: Config, base: Base) -> None:
 def start(config: Config, folder: Path, watcher: Watcher) -> dict[str, Any]:
     """Run a config in a new folder; return the summary."""
     RunFolder(folder).refuse_existing()
-    prepared = prepare(settled(resolved(config, folder.resolve()), deployed=False))
+    prepared = prepare(resolved(config, folder.resolve()))
     config = prepared.config
     run = RunFolder.create(
         folder, tomli_w.dumps(prepared.config.tables()), prepared.federation.manifest.to_json(), config.method_name,

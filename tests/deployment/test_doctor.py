@@ -359,6 +359,15 @@ def test_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert state("some/model")[0] == "ok"
 
 
+def test_what_others_can_compute_is_told(tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text('[base]\nmodel = "bundled"\n[deployment]\nclients = ["a", "b", "c", "d", "e", "f"]\n')
+    said = [finding for finding in examine_server(config, None, "127.0.0.1", 0) if finding.what == "exposure"]
+    assert all(finding.state == "ok" for finding in said)
+    assert "The coordinator gets each client's own part" in " ".join(f.text for f in said).replace("the c", "The c")
+    assert len(said) > 2
+
+
 def test_the_base_of_a_config(tmp_path: Path) -> None:
     config = tmp_path / "server.toml"
     (tmp_path / "model").mkdir()

@@ -14,8 +14,6 @@ from fedamole.deployment.certificates import make_certificates
 from fedamole.deployment.health import HEALTH_FILE, ClientHealth, client_health, read_health
 from tests.deployment.proxy import Gateway, listening
 
-NOW = time.time()
-
 
 def judged(home: Path, **fields: Any) -> tuple[bool, str]:
     about = {"state": "connected", "since": time.time() - 600, "last_contact": time.time() - 3, "last_order": None}
@@ -25,7 +23,8 @@ def judged(home: Path, **fields: Any) -> tuple[bool, str]:
 
 
 def test_what_a_client_writes_is_read(tmp_path: Path) -> None:
-    health = ClientHealth("connected", since=NOW - 100, last_contact=NOW - 2, last_order=NOW - 50)
+    now = time.time()
+    health = ClientHealth("connected", since=now - 100, last_contact=now - 2, last_order=now - 50)
     health.write(tmp_path)
     assert read_health(tmp_path / HEALTH_FILE) == health
     verdict = client_health(tmp_path, 180.0)

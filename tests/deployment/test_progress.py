@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fedamole.deployment.progress import Board, watching
+from fedamole.terminal import Screen
 
 EVIL = "\x1b[2J[red]a[/red][link=http://evil.example]b\nround 9/9 done\u202e"
 
@@ -41,7 +42,7 @@ def test_markup_that_is_broken_does_not_break_the_table() -> None:
 
 def lines(*fed: dict[str, object], terminal: bool = False) -> str:
     file = io.StringIO()
-    console = Console(file=file, width=80, force_terminal=terminal)
+    console = Screen(file=file, width=80, force_terminal=terminal)
     with watching(console, Path("runs/x")) as (say, show):
         for line in fed:
             show(line)
@@ -65,7 +66,7 @@ def test_on_a_real_terminal() -> None:
     """The same through a pseudo terminal, where the table is drawn again and again."""
     main, other = pty.openpty()
     with os.fdopen(other, "w") as file:
-        console = Console(file=file, force_terminal=True, width=120, color_system="truecolor")
+        console = Screen(file=file, force_terminal=True, width=120, color_system="truecolor")
         with watching(console, Path("runs/x")) as (_, show):
             show({"what": "joined", "client": EVIL})
     assert b"\x1b[2J" not in (seen := os.read(main, 65536))

@@ -71,14 +71,15 @@ def examine_server(config: Path | None, certs: Path | None, host: str, port: int
 
 
 def exposed_by(path: Path) -> list[Finding]:
-    """What the coordinator and other clients can compute from what travels in the run of a config."""
-    from fedamole.config import load_config
+    """What the coordinator and other clients can compute from what travels, for a config that names its clients."""
+    from fedamole.config import load_config, read_tables
     from fedamole.planning import exposure
 
+    if "clients" not in read_tables(path).get("deployment", {}):
+        return []
     config = load_config(path)
     config = replace(config, method=config.method.for_deployment())
-    clients = len(config.deployment.clients) or None
-    return [Finding("exposure", "ok", text) for text in exposure(config, clients)]
+    return [Finding("exposure", "ok", text) for text in exposure(config, len(config.deployment.clients))]
 
 
 def examine_client(

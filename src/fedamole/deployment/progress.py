@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedamole.terminal import printable
+from fedamole.terminal import Screen, printable
 
 Say = Callable[[str], None]
 Show = Callable[[dict[str, Any]], None]
@@ -103,7 +102,7 @@ def _cell(text: object, style: str = "") -> Text:
 
 
 @contextmanager
-def watching(console: Console, folder: Path) -> Iterator[tuple[Say, Show]]:
+def watching(console: Screen, folder: Path) -> Iterator[tuple[Say, Show]]:
     """Show progress on a terminal as a table that changes, elsewhere in lines."""
     board = Board(str(folder))
 

@@ -46,7 +46,7 @@ _about = record(
     {"kind": choice("simulation", "server", "client")},
 )  # fmt: skip
 _row_of_summary = record(
-    {"best_round": either(nothing, _round), "mean": _number, "worst": _number, "spread": _number,
+    {"best_round": either(nothing, _round, mapping(_round)), "mean": _number, "worst": _number, "spread": _number,
      "last_mean": _number, "clients": mapping(record({"score": _number}, {"loss": _number}))},
     {"worst_client": name},
 )  # fmt: skip
@@ -94,6 +94,7 @@ def _assignment(value: object, where: str) -> None:
 _STATE = re.compile(r"clients/[A-Za-z0-9][A-Za-z0-9._-]*/state/round-\d{4,6}\.safetensors")
 _progress = record(
     {"best_round": _round, "best": _number, "latest": mapping(_scores)},
+    {"own_rounds": mapping(_round), "own_best": mapping(_number)},
 )
 checkpoint_form = record(
     {"run": text(64), "round": whole(0, MOST_ROUNDS), "server_sha256": _hash,
