@@ -17,7 +17,7 @@ import torch
 
 from fedamole.deployment import client, warm_worker
 from fedamole.deployment.host import Host
-from fedamole.engine.wire import UPDATE, Reply, read_request
+from fedamole.engine.wire import JOIN, UPDATE, Reply, read_request
 from fedamole.federation.record import boxed, pack, unboxed, unpack
 
 SECRET = "the patient's name is Ann"
@@ -27,11 +27,14 @@ LATE = 40.0
 
 
 class Liar(Host):
-    """Does what it is asked to, and spoils updates."""
+    """Does what it is asked to, and spoils updates, or what it says of itself and of its scores."""
 
     def answer(self, payload: bytes) -> bytes:
         """An answer to a request, spoiled where the file says so."""
         kind = Path(os.environ["LIE"]).read_text()
+        if kind in SAYINGS:
+            answer = unpack(Reply, super().answer(payload))
+            return pack(answer if answer.failed else SAYINGS[kind](answer))
         if read_request(payload).operation != UPDATE or kind == "honest":
             return super().answer(payload)
         return LIES[kind](self, payload)
@@ -70,6 +73,45 @@ def _foreign_expert(tensors: dict[str, torch.Tensor]) -> None:
     own = {key.partition("/expert-")[2][:2] for key in tensors if key.startswith(f"{module}/expert-")}
     other = next(f"{number:02d}" for number in range(100) if f"{number:02d}" not in own)
     tensors[f"{module}/expert-{other}{rest[2:]}"] = tensors[key].clone()
+
+
+def _poison(tensors: dict[str, torch.Tensor]) -> None:
+    """Random numbers as large as max_norm may let through: five times the reply's own norm."""
+    generator = torch.Generator().manual_seed(1)
+    own = sum(float(tensor.double().square().sum()) for tensor in tensors.values())
+    drawn = {key: torch.randn(tensor.shape, generator=generator) for key, tensor in tensors.items()}
+    norm = sum(float(tensor.double().square().sum()) for tensor in drawn.values())
+    tensors.update({key: tensor * (5 * (own / norm) ** 0.5) for key, tensor in drawn.items()})
+
+
+def _flip(tensors: dict[str, torch.Tensor]) -> None:
+    tensors.update({key: -5 * tensor for key, tensor in tensors.items()})
+
+
+def _zero(tensors: dict[str, torch.Tensor]) -> None:
+    tensors.update({key: torch.zeros_like(tensor) for key, tensor in tensors.items()})
+
+
+def _scored(loss: float) -> Callable[[Reply], Reply]:
+    return lambda answer: replace(answer, scores={
+        row: {**one, "loss": loss} if "loss" in one else one for row, one in answer.scores.items()
+    })  # fmt: skip
+
+
+def _many_examples(answer: Reply) -> Reply:
+    if answer.operation != JOIN:
+        return answer
+    return replace(answer, report={**answer.report, "examples": dict.fromkeys(answer.report["examples"], 10**9)})
+
+
+def _no_time(answer: Reply) -> Reply:
+    return replace(answer, report={**answer.report, "seconds": -1e15}) if answer.operation == UPDATE else answer
+
+
+SAYINGS: dict[str, Callable[[Reply], Reply]] = {
+    "false loss": _scored(-1e15), "lowest loss": _scored(0.0), "examples": _many_examples, "seconds": _no_time,
+}  # fmt: skip
+"""Lies about numbers, in whatever answer they stand; the tensors are honest."""
 
 
 def _raise(host: Liar, payload: bytes) -> bytes:
@@ -111,6 +153,9 @@ def _too_large(host: Liar, payload: bytes) -> bytes:
 
 LIES: dict[str, Callable[[Liar, bytes], bytes]] = {
     "nan": lambda host, payload: host.spoilt(payload, _nan),
+    "poison": lambda host, payload: host.spoilt(payload, _poison),
+    "flip": lambda host, payload: host.spoilt(payload, _flip),
+    "zero": lambda host, payload: host.spoilt(payload, _zero),
     "huge": lambda host, payload: host.spoilt(payload, _huge),
     "wrong shape": lambda host, payload: host.spoilt(payload, _wrong_shape),
     "foreign expert": lambda host, payload: host.spoilt(payload, _foreign_expert),

@@ -13,9 +13,11 @@ from fedamole.engine import remote
 from fedamole.engine.wire import EVALUATE, JOIN, TEST, UPDATE, Reply, Request
 from fedamole.federation import worker
 from fedamole.federation.loop import BASE, MAJORITY
+from fedamole.federation.method import ClientInfo, Server
 from fedamole.federation.record import pack, unpack
 from tests.conftest import small
 from tests.deployment.direct import Calendar, Killed, Town, in_one_process, town
+from tests.deployment.liar import Liar
 
 TIMES = ("seconds", "peak_memory", "group", "bytes")
 NAMES = ("chat", "entail", "mood", "plain")
@@ -104,6 +106,33 @@ def test_without_a_word_in_the_config_best_rounds_are_each_clients_own(settle: A
     other.link.meddle = lie
     assert other.run()["rows"]["local_only"]["best_round"] == {**rows, "mood": 0}
     assert models(other) == honest
+
+
+def test_one_liar_with_a_key_harms_itself_alone(settle: Any, tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    """mood tells another lie in each round; nothing in the config asks for protection."""
+    there = settle("fedit", "federation.rounds=6", "training.local_steps=2", "method.weighting=examples")
+    kinds = ("examples", "lowest loss", "poison", "flip", "false loss", "seconds")
+    file, node = tmp_path / "lie", there.link.node("mood")
+    monkeypatch.setenv("LIE", str(file))
+    old = there.link.hosts[node]
+    there.link.hosts[node] = Liar(old.settings, old.watcher)
+    there.link.before = lambda name, request: file.write_text(kinds[max(request.round, 0)]) and None
+    rows = there.run()["rows"]["fedit"]["best_round"]
+    told = [line for line in lines(there.server_folder) if line.get("client") == "mood" and line["round"] >= 0]
+    train = {line["round"]: line for line in told if line["split"] == "train"}
+    assert [round_ for round_, line in train.items() if "clipped" in line] == [2, 3]
+    assert [round_ for round_, line in train.items() if "failed" in line] == [5]
+    scored = {line["round"] for line in told if line["split"] == "validation"}
+    assert scored == {0, 1, 2, 3}
+    assert "client mood, round 4, evaluate: refused: its scores: loss is not a number from 0 to 10000" in caplog.text
+    assert "client mood, round 5, update: refused: its report: seconds is not a number from 0 to 1e+07" in caplog.text
+    assert rows.pop("mood") == 1
+    assert min(rows.values()) > 1, "the best rounds of the others are their own"
+    clients = json.loads(min((there.server_folder / "checkpoints").glob("*.json")).read_text())["progress"]["examples"]
+    assert clients["mood"] == 10**9
+    known = tuple(ClientInfo(name, count) for name, count in clients.items())
+    weights = Server({}, known, 0, max_weight_share=there.config.deployment.weight_share).weights("examples")
+    assert weights["mood"] == pytest.approx(sum(weights.values()) / 2)
 
 
 def asked(there: Town, name: str, operation: str) -> list[int]:
@@ -219,7 +248,7 @@ def test_late_joins_and_absences(method: str, options: list[str], settle: Any, t
         ("fedamole", [], ("client_done", 6), False),
         ("fedit", ["evaluation.before_aggregation=true"], ("round_done", 2), True),
         ("fedlease", [], ("stage", 3), False), ("fdlora", [], ("client_done", 9), True),
-        ("fedit", ["federation.clip_factor=1"], ("client_done", 9), False),
+        ("fedit", ["federation.clip_factor=1"], ("client_done", 6), False),
     ],
 )  # fmt: skip
 def test_a_server_that_was_killed_goes_on(

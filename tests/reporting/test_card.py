@@ -67,6 +67,13 @@ def test_its_numbers(runs: Any) -> None:
     assert f"saved in round {rows['fedamole']['best_round']} of 0 to 2" in text
 
 
+def test_its_round_is_the_clients_own_where_each_has_one(runs: Any) -> None:
+    run = runs("fedamole", "evaluation.best_round=client")
+    rounds = json.loads((run / "summary.json").read_text())["rows"]["fedamole"]["best_round"]
+    for name in ("chat", "mood"):
+        assert f"saved in round {rounds[name]} of 0 to 2" in text_of(run, name)
+
+
 def test_a_second_row_has_its_own(runs: Any) -> None:
     rows = json.loads((runs(*TWO_ROWS) / "summary.json").read_text())["rows"]
     for row, folder in (("fedit", "adapter"), ("fedit_ft", "adapter-fedit_ft")):

@@ -220,6 +220,12 @@ def test_the_choice_of_a_rate_reads_validation_at_the_best_round(make: Make) -> 
             file.write(json.dumps(line) + "\n")
         file.write(json.dumps({"round": 1, "split": "test", "method": "ours", "client": "a", "loss": 0.0}) + "\n")
     assert best_validation_loss(path, "ours") == 3.0
+    # Best rounds of each client's own: a 2.0 in round 1, b 0.1 in round 2; then b never had one, its base counts.
+    summary = json.loads((path / "summary.json").read_text())
+    for own, wanted in (({"a": 1, "b": 2}, 1.05), ({"a": 1}, 5.5)):
+        summary["rows"]["ours"]["best_round"] = own
+        (path / "summary.json").write_text(json.dumps(summary))
+        assert best_validation_loss(path, "ours") == pytest.approx(wanted)
 
 
 def test_csv_parses_back(two: list[Scenario]) -> None:

@@ -11,7 +11,7 @@ from fedamole.reporting.runs import Run, read_runs
 from fedamole.reporting.table import cell, compare, grid, markdown
 
 
-def row(best_round: int | None, last_mean: float, **scores: float) -> dict[str, Any]:
+def row(best_round: int | dict[str, int] | None, last_mean: float, **scores: float) -> dict[str, Any]:
     values = list(scores.values())
     mean = sum(values) / len(values)
     spread = (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
@@ -44,6 +44,16 @@ def test_seeds_of_one_method_are_one_column() -> None:
     assert fedit.lines["mean"] == [15.0, 35.0]
     assert fedit.lines["worst client"] == [10.0, 30.0]
     assert found.columns[0].clients == {"a": [1.0], "b": [1.0]}, "the base is the same for all, and there once"
+
+
+def test_best_rounds_of_each_clients_own_are_told_by_their_mean() -> None:
+    own = run("fedit", a=10.0, b=20.0)
+    own.summary["rows"]["fedit"]["best_round"] = {"a": 1, "b": 4}
+    [found] = compare([own])
+    assert found.columns[2].lines["best round"] == [2.5]
+    nobody = run("fedit", a=10.0, b=20.0)
+    nobody.summary["rows"]["fedit"]["best_round"] = {}
+    assert compare([nobody])[0].columns[2].lines["best round"] == [-1.0]
 
 
 def test_named_variants_are_columns_of_their_own() -> None:
