@@ -196,6 +196,18 @@ def trains_differently(word: str, method: str = "local_only") -> Callable[[Runs]
     return check
 
 
+def aggregates_differently(*words: str, others: tuple[str, ...] = ()) -> Callable[[Runs], bool]:
+    """The server's states of a one-round run differ."""
+
+    def check(runs: Runs) -> bool:
+        one, two = (
+            files(runs("fedit", "federation.rounds=1", *more), "checkpoints/*.safetensors") for more in (others, words)
+        )
+        return len(one) > 0 and one != two
+
+    return check
+
+
 def scores(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "summary.json").read_text())["rows"]
     return found
@@ -361,6 +373,10 @@ EFFECTS: dict[str, Callable[[Runs], bool]] = {
     "base.gradient_checkpointing": checkpointing_is_on,
     "federation.rounds": rounds_are_counted,
     "federation.cohort": cohort_is_smaller,
+    "federation.aggregation": aggregates_differently("federation.aggregation=median"),
+    "federation.clip_factor": aggregates_differently(
+        "federation.aggregation=clipped", "federation.clip_factor=1", others=("federation.aggregation=clipped",)
+    ),
     "training.local_steps": trains_differently("training.local_steps=2"),
     "training.local_epochs": trains_differently("training.local_epochs=1"),
     "training.batch_size": trains_differently("training.batch_size=1"),
@@ -370,6 +386,9 @@ EFFECTS: dict[str, Callable[[Runs], bool]] = {
     "training.clip_norm": trains_differently("training.clip_norm=0.001"),
     "training.max_length": long_prompts_are_cut,
     "evaluation.select": selects_by_score,
+    "evaluation.best_round": lambda runs: set(
+        scores(runs("fedit", "evaluation.best_round=client"))["fedit"]["best_round"]
+    ) == {"chat", "entail", "mood", "plain"},
     "evaluation.generation_score": headline_is_chosen,
     "evaluation.max_new_tokens": answers_are_longer,
     "evaluation.batch_tokens": batches_are_smaller,
