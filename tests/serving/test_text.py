@@ -157,3 +157,8 @@ def test_a_stop_string_of_one_character_and_of_many_equal_ones() -> None:
     assert Stop("a").read("a")
     stop = Stop("aab")
     assert [stop.read(letter) for letter in "aaab"] == [False, False, False, True]
+
+
+def test_a_space_after_a_token_that_is_left_out_is_kept(tokenizers: dict[str, Any]) -> None:
+    ids, growing = [3, 0, 4], Growing(lambda part: str(tokenizers["spaces"].decode(part, skip_special_tokens=True)))
+    assert [growing.grow(ids[: size + 1], size == 2)[0] for size in range(3)] == ["a", "", " cat"]
