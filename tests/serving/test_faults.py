@@ -136,9 +136,10 @@ def test_a_temperature_that_no_number_survives_harms_nobody_else(
     assert texts(told, 0, 2, 3) == alone(engine(), 0, 2, 3)
 
 
-def test_the_coldest_draw_takes_the_likeliest() -> None:
+@pytest.mark.parametrize("temperature", [0.001, 3e-38])
+def test_the_coldest_draw_takes_the_likeliest(temperature: float) -> None:
     draw = torch.Generator().manual_seed(0)
-    assert {drawn(torch.tensor([1e4, -1e4, 9.9e3]), 0.001, 1.0, draw) for _ in range(20)} == {0}
+    assert {drawn(torch.tensor([1e4, -1e4, 9.9e3]), temperature, 1.0, draw) for _ in range(20)} == {0}
 
 
 def broken(*_: object) -> Any:

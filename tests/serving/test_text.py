@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedamole.serving.text import UNDECIDED, Growing, Stop
@@ -33,8 +33,13 @@ LETTERS = "ab\n"
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.lists(st.text(LETTERS, max_size=5), max_size=20), st.lists(st.text(LETTERS, min_size=1, max_size=6), max_size=4)
+    st.lists(st.text(LETTERS, max_size=5), max_size=20),
+    st.one_of(
+        st.lists(st.text(LETTERS, min_size=1, max_size=6), max_size=4),
+        st.lists(st.text("ab", min_size=4, max_size=7), min_size=1, max_size=2),
+    ),
 )
+@example(["a", "aa", "b"], ["aab"])
 def test_stop_strings_are_found_as_by_a_naive_matcher(tokens: list[str], stops: list[str]) -> None:
     """Tokens of any length, and stop strings that overlap, contain each other and themselves."""
     growing, shown = Growing(lambda ids: "".join(tokens[place] for place in ids), stops), ""
