@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import torch
 
 from fedamole.personal.generate import layout_of
 from fedamole.personal.models import open_bank, places
@@ -71,6 +72,13 @@ def serving(run: Path, *args: Any, **limits: int) -> Iterator[Served]:
     """A server whose answers may go on without end."""
     made = Served(run, *args, **{"answer": 10**6, "tokens": 10**9, **limits})
     made.engine.bank.base.max_positions = 10**7  # the base's own positions are rotations, which go on
+    take, end = made.engine._take, made.engine.bank.base.tokenizer.eos_token_id
+
+    def without_end(requests: Any, logits: torch.Tensor) -> None:
+        logits[:, end] = -1e9
+        take(requests, logits)
+
+    made.engine._take = without_end  # type: ignore[method-assign]
     made.engine.start()
     try:
         yield made

@@ -80,7 +80,9 @@ def test_of_too_many_idle_connections_the_oldest_is_cut(served: Served, monkeypa
     for _ in range(4):
         lines.append(socket.create_connection(served.door.getsockname(), timeout=20))
         time.sleep(0.05)
+    since = time.monotonic()
     assert ended(lines[0]) == b""
+    assert time.monotonic() - since < 5, "sooner than for want of a head"
     lines[3].sendall(ANSWERED)
     assert b"200" in lines[3].recv(100)
     for line in lines:

@@ -57,7 +57,7 @@ def texts(told: list[Told], *clients: int) -> list[str]:
 class Watched:
     """An engine whose logits are kept, and spoiled for one client's row at one step."""
 
-    def __init__(self, engine: Engine, spoil: Callable[[torch.Tensor], object] | None) -> None:
+    def __init__(self, engine: Engine, victim: int, spoil: Callable[[torch.Tensor], object] | None) -> None:
         self.kept: list[dict[int, torch.Tensor]] = []
         self.told = [Told() for _ in range(CLIENTS)]
         step = engine._running.step
@@ -67,10 +67,10 @@ class Watched:
             rows = {row.client: place for place, row in enumerate(engine._running.rows)}
             if len(self.kept) == STEP:
                 if spoil is None:
-                    requests[1].leave()
+                    requests[victim].leave()
                 else:
-                    spoil(logits[rows[1]])
-            self.kept.append({client: logits[place].clone() for client, place in rows.items() if client != 1})
+                    spoil(logits[rows[victim]])
+            self.kept.append({client: logits[place].clone() for client, place in rows.items() if client != victim})
             return logits
 
         engine._running.step = stepping  # type: ignore[method-assign]
@@ -86,18 +86,21 @@ POISON: dict[str, Callable[[torch.Tensor], object]] = {
 }
 
 
+@pytest.mark.parametrize("victim", [1, 2], ids=["draws", "takes the likeliest"])
 @pytest.mark.parametrize("poison", POISON)
 def test_a_poisoned_row_fails_alone_and_its_neighbours_logits_stay_the_same_to_the_bit(
-    engine: Callable[..., Engine], poison: str
+    engine: Callable[..., Engine], poison: str, victim: int
 ) -> None:
     """Compared with a row at the same place that leaves at the same step, and with each neighbour alone."""
-    spoiled, left = Watched(engine(), POISON[poison]), Watched(engine(), None)
-    assert [told.finish for told in spoiled.told] == ["length", "error", "length", "length"]
+    spoiled, left = Watched(engine(), victim, POISON[poison]), Watched(engine(), victim, None)
+    others = [client for client in range(CLIENTS) if client != victim]
+    assert spoiled.told[victim].finish == "error"
+    assert [spoiled.told[client].finish for client in others] == ["length"] * 3
     assert len(spoiled.kept) == len(left.kept) == LENGTH - 1
     for one, other in zip(spoiled.kept, left.kept, strict=True):
-        assert one.keys() == other.keys() == {0, 2, 3}
+        assert one.keys() == other.keys() == set(others)
         assert all(torch.equal(one[client], other[client]) for client in one)
-    assert texts(spoiled.told, 0, 2, 3) == texts(left.told, 0, 2, 3) == alone(engine(), 0, 2, 3)
+    assert texts(spoiled.told, *others) == texts(left.told, *others) == alone(engine(), *others)
 
 
 def test_numbers_that_are_not_finite_do_not_cross_to_the_rows_beside_them(base: Callable[..., Base]) -> None:
@@ -133,9 +136,10 @@ def test_a_temperature_that_no_number_survives_harms_nobody_else(
     assert texts(told, 0, 2, 3) == alone(engine(), 0, 2, 3)
 
 
-def test_the_coldest_draw_takes_the_likeliest() -> None:
+@pytest.mark.parametrize("temperature", [0.001, 3e-38])
+def test_the_coldest_draw_takes_the_likeliest(temperature: float) -> None:
     draw = torch.Generator().manual_seed(0)
-    assert {drawn(torch.tensor([1e4, -1e4, 9.9e3]), 0.001, 1.0, draw) for _ in range(20)} == {0}
+    assert {drawn(torch.tensor([1e4, -1e4, 9.9e3]), temperature, 1.0, draw) for _ in range(20)} == {0}
 
 
 def broken(*_: object) -> Any:
@@ -235,6 +239,7 @@ def test_a_request_that_was_set_aside_gets_the_same_answer(engine: Callable[...,
     while short.finish is None:
         here.turn()
         turns += 1
+        assert here.under_way <= 2
     assert turns == 2, "a turn reads it and advances it, and so does the next"
     assert not any(told.finish for told in long)
     assert 1 < len(requests[1].made) < 24, "it was set aside half way"

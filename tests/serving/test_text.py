@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedamole.serving.text import UNDECIDED, Growing, Stop
@@ -33,8 +33,13 @@ LETTERS = "ab\n"
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.lists(st.text(LETTERS, max_size=5), max_size=20), st.lists(st.text(LETTERS, min_size=1, max_size=6), max_size=4)
+    st.lists(st.text(LETTERS, max_size=5), max_size=20),
+    st.one_of(
+        st.lists(st.text(LETTERS, min_size=1, max_size=6), max_size=4),
+        st.lists(st.text("ab", min_size=4, max_size=7), min_size=1, max_size=2),
+    ),
 )
+@example(["a", "aa", "b"], ["aab"])
 def test_stop_strings_are_found_as_by_a_naive_matcher(tokens: list[str], stops: list[str]) -> None:
     """Tokens of any length, and stop strings that overlap, contain each other and themselves."""
     growing, shown = Growing(lambda ids: "".join(tokens[place] for place in ids), stops), ""
@@ -157,3 +162,8 @@ def test_a_stop_string_of_one_character_and_of_many_equal_ones() -> None:
     assert Stop("a").read("a")
     stop = Stop("aab")
     assert [stop.read(letter) for letter in "aaab"] == [False, False, False, True]
+
+
+def test_a_space_after_a_token_that_is_left_out_is_kept(tokenizers: dict[str, Any]) -> None:
+    ids, growing = [3, 0, 4], Growing(lambda part: str(tokenizers["spaces"].decode(part, skip_special_tokens=True)))
+    assert [growing.grow(ids[: size + 1], size == 2)[0] for size in range(3)] == ["a", "", " cat"]
