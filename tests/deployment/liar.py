@@ -79,7 +79,7 @@ def _poison(tensors: dict[str, torch.Tensor]) -> None:
     """Random numbers as large as max_norm may let through: five times the reply's own norm."""
     generator = torch.Generator().manual_seed(1)
     own = sum(float(tensor.double().square().sum()) for tensor in tensors.values())
-    drawn = {key: torch.randn(tensor.shape, generator=generator) for key, tensor in tensors.items()}
+    drawn = {key: torch.randn(tensor.shape, generator=generator) for key, tensor in sorted(tensors.items())}
     norm = sum(float(tensor.double().square().sum()) for tensor in drawn.values())
     tensors.update({key: tensor * (5 * (own / norm) ** 0.5) for key, tensor in drawn.items()})
 
