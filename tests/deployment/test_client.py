@@ -78,6 +78,7 @@ class Script:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "AGAIN", 0.05)
+    monkeypatch.setattr(client, "READY", 0.0)
     monkeypatch.setattr(client, "SOONEST", 0.01)
     monkeypatch.setattr(client, "STALE", 0.5)
 

@@ -40,6 +40,8 @@ PAUSE = 0.2
 """Seconds between two looks at the worker."""
 AGAIN = 5.0
 """Seconds before a worker that ended, or a connection that was lost, is started again."""
+READY = 120.0
+"""Seconds that a worker may take to start before its client connects without it, and answers that it is not there."""
 STALE = 120.0
 """Seconds for which a server may take a client that was killed for one that still runs."""
 SOONEST, LATEST, SHARE = 0.3, 3.0, 0.05
@@ -195,6 +197,9 @@ class Client:
 
     def _speak(self) -> None:
         """Connect, carry out orders, and connect again, until the end."""
+        end = time.monotonic() + READY
+        while not (Path(self.socket).exists() or self.stop.is_set() or time.monotonic() > end):
+            self.stop.wait(PAUSE)
         try:
             while not self.stop.is_set():
                 try:
