@@ -356,14 +356,14 @@ def test_only_the_run_that_was_agreed_on(asks: Any, client: Any, caplog: Any, tm
     server = asks("fedit")
     whole = agreed_hash(server.settings)
     assert len(whole) == 64
-    host = client("a", agree=check_agree(whole[:12].upper()))
+    host = client("a", agree=check_agree(whole.upper()))
     assert ask(host, server.join(put("training", "learning_rate", value=0.02))).failed == "policy"
-    assert f"--agree {whole[:12]} allows another run only" in caplog.text
+    assert f"--agree {whole} allows another run only" in caplog.text
     assert not (tmp_path / "a").exists()
     assert ask(host, server.join()).failed is None
     assert host.seat is not None
     host.seat.hold.close()
-    other = client("a", agree="0" * 12)
+    other = client("a", agree="0" * 64)
     assert ask(other, server.update(0, -1)).failed == "policy", "also for a run that is under way"
 
 
@@ -390,9 +390,9 @@ def test_the_hash_is_of_everything_that_is_told(asks: Any) -> None:
     assert len(hashes) == 1 + sum(map(len, settings["config"].values()))
 
 
-@pytest.mark.parametrize("given", ["abc", "0" * 11, "g" * 12, "0" * 65, "../../x", " " * 12])
+@pytest.mark.parametrize("given", ["abc", "0" * 63, "g" * 64, "0" * 65, "../../x", " " * 64])
 def test_what_is_no_hash_cannot_be_agreed_on(given: str) -> None:
-    with pytest.raises(ConfigError, match="at least its first 12 characters"):
+    with pytest.raises(ConfigError, match="give the whole hash"):
         check_agree(given)
 
 

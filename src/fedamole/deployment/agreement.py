@@ -15,8 +15,6 @@ SHARED = ("method", "base", "data", "federation", "training", "evaluation")
 OWN = {"data": ("source", "manifest"), "run": ("folder", "device", "threads", "group", "tensorboard")}
 """Keys that everybody has for itself."""
 FORM = "the server's settings are not in the expected form: use one version of fedamole everywhere"
-SHORTEST_HASH = 12
-"""Characters of a hash that are enough to agree on: nobody makes other settings with the same beginning."""
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 
@@ -44,14 +42,14 @@ def agreed_hash(shared: Table) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_agree(prefix: str) -> str:
-    """Return what --agree was given, in lower case; ConfigError where it is not the beginning of a hash."""
-    if not re.fullmatch(rf"[0-9a-fA-F]{{{SHORTEST_HASH},64}}", prefix):
-        raise ConfigError(
-            f"--agree {prefix}: give the hash that `fedamole server` prints, or at least its first {SHORTEST_HASH} "
-            "characters (0-9, a-f)"
-        )
-    return prefix.lower()
+def check_agree(given: str) -> str:
+    """Return what --agree was given, in lower case; ConfigError where it is no whole hash.
+
+    The beginning of a hash would not do: a coordinator could make two configs that begin alike in minutes.
+    """
+    if not re.fullmatch("[0-9a-fA-F]{64}", given):
+        raise ConfigError(f"--agree {given}: give the whole hash that `fedamole server` prints (64 times 0-9, a-f)")
+    return given.lower()
 
 
 def own_tables(settings: Table, source: Table, run: Table, base: str | None) -> Table:

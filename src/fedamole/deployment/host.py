@@ -246,7 +246,7 @@ class Host:
     def _check_agreed(self, told: Table) -> None:
         """Refuse any run but the one that --agree names."""
         found = agreed_hash(told)
-        if not found.startswith(self.settings.agree):
+        if self.settings.agree not in ("", found):
             raise PolicyError(
                 f"the run's settings have the hash {found}, and --agree {self.settings.agree} allows another run only"
             )

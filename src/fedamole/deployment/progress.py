@@ -36,8 +36,7 @@ class Board:
             self.clients.setdefault(line["client"], {})
             return f"{line['client']} has joined"
         if kind == "agreed":
-            found = line["hash"]
-            return f"settings {found}; a client that insists on them uses --agree {found[:16]}"
+            return f"settings {line['hash']}; a client that insists on them gives this hash by --agree"
         if kind == "exposure":
             return f"  {line['text']}"
         if kind == "present":
