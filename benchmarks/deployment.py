@@ -39,6 +39,8 @@ from measure import arguments, report
 EXAMPLE = Path(__file__).parents[1] / "examples" / "three_hospitals"
 COLUMNS = {"genetics_clinic": {"instruction": "question", "response": "answer"}}
 FEDAMOLE = Path(sys.executable).parent / "fedamole"
+POLICY = "min_rows = 1\nmin_steps = 1\nmin_examples_per_update = 1\nmax_rank = 100000\nmin_scaling = 0.0\n"
+"""What the clients consent to: few rows, and one step where only the way counts."""
 IDLE = 15.0
 """Seconds over which waiting clients are watched."""
 
@@ -136,6 +138,7 @@ def deployed(case: Case, folder: Path) -> Iterator[tuple[Path, dict[str, Callabl
     certs, started = folder / "certs", list[subprocess.Popen[bytes]]()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    (folder / "policy.toml").write_text(POLICY)
     subprocess.run([FEDAMOLE, "certs", "--folder", certs, *(f"--client={name}" for name in names)], check=True,
                    stdout=subprocess.DEVNULL)  # fmt: skip
 
@@ -148,7 +151,8 @@ def deployed(case: Case, folder: Path) -> Iterator[tuple[Path, dict[str, Callabl
         columns = [f"--column={new}={old}" for new, old in COLUMNS.get(name, {}).items()]
         return start("client", "--server", f"127.0.0.1:{port}", "--certs", str(certs / "clients" / name),
                      "--name", name, "--data", str(EXAMPLE / "data" / f"{name}.jsonl"), f"--limit={case.rows}",
-                     "--threads=1", *columns, "--folder", str(folder / name))  # fmt: skip
+                     "--threads=1", *columns, "--folder", str(folder / name),
+                     "--policy", str(folder / "policy.toml"))  # fmt: skip
 
     run = folder / "run"
     try:
