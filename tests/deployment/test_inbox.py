@@ -73,16 +73,32 @@ def received(inbox: Inbox, tickets: list[str], count: int) -> dict[str, bytes | 
     return found
 
 
-def test_half_an_answer_holds_up_nobody_else_and_is_given_up(superlink: Superlink) -> None:
+def test_half_an_answer_holds_up_nobody_else_and_is_given_up(
+    superlink: Superlink, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inbox: Inbox = Inbox(superlink)  # type: ignore[arg-type]
     (*_, last) = superlink.put("half", answer(b"h" * 100))
     superlink.pieces[last] = None  # announced, and never sent
     superlink.put("whole", answer(b"w" * 100))
     assert received(inbox, ["half", "whole"], 1) == {"whole": b"w" * 100}
-    assert inbox.receive(["half"]) == {}
-    assert inbox.receive(["other"]) == {}, "nobody waits for half any more"
+    for _ in range(3):
+        assert inbox.receive(["half"]) == {}
+        time.sleep(0.02)
     free = [inbox.pool.submit(lambda: "free") for _ in range(flower_inbox.AT_ONCE)]
-    assert [one.result(5) for one in free] == ["free"] * len(free)
+    assert [one.result(5) for one in free] == ["free"] * len(free), "no thread waits for the missing piece"
+    monkeypatch.setattr(flower_inbox, "PIECES_S", 0.0)
+    assert received(inbox, ["half"], 1) == {"half": "lost"}
+    assert not inbox.coming
+
+
+def test_tickets_of_one_call_do_not_cost_those_of_another(superlink: Superlink) -> None:
+    """Whoever comes late is asked to join while others train: the two are asked for in turns."""
+    inbox: Inbox = Inbox(superlink)  # type: ignore[arg-type]
+    superlink.put("join", answer(b"j"))
+    inbox.receive(["join"])
+    superlink.put("train", answer(b"t"))
+    assert received(inbox, ["train"], 1) == {"train": b"t"}
+    assert received(inbox, ["join"], 1) == {"join": b"j"}
 
 
 def test_a_piece_that_comes_late_completes_an_answer(superlink: Superlink) -> None:

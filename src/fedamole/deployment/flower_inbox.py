@@ -1,14 +1,15 @@
 """Answers of clients, fetched one beside the other: a client that sends half an answer holds up nobody but itself.
 
 Flower's own grid fetches answers one after the other, waits up to two hours for pieces that a client has announced and
-does not send, and fails for all where one is damaged. Here each answer is fetched in a thread of its own, for as long
-as somebody waits for it, and is checked before it is put together.
+does not send, and fails for all where one is damaged. Here each answer is fetched by itself, piece by piece as they
+come, and is checked before it is put together. No thread waits for a piece.
 """
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -27,6 +28,27 @@ AT_ONCE = 16
 """Answers that are fetched at once."""
 LOOK = 0.2
 """Seconds between two looks for a piece that has not come yet."""
+PIECES_S = 600.0
+"""Seconds after which an answer whose pieces have not all come is given up."""
+KEPT_S = 24 * 3600.0
+"""Seconds after which an answer that nobody has asked for is forgotten."""
+
+
+@dataclass
+class _Coming:
+    """An answer of which not all has come, or been asked for, yet."""
+
+    run: int
+    message: str
+    tree: ObjectTree
+    begun: float
+    asked: float
+    """When somebody last asked for it."""
+    look: float = 0.0
+    """When to look for missing pieces again."""
+    pieces: dict[str, bytes] = field(default_factory=dict)
+    work: "Future[bytes | str | None] | None" = None
+    """The fetching under way; None while it waits."""
 
 
 class Inbox:
@@ -36,77 +58,76 @@ class Inbox:
         """Use the grid's own connection to the SuperLink."""
         self.grid = grid
         self.pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="answer")
-        self.fetched: dict[str, Future[bytes | str]] = {}
-        self.wanted: frozenset[str] = frozenset()
+        self.coming: dict[str, _Coming] = {}
 
     def receive(self, tickets: Collection[str]) -> dict[str, bytes | str]:
-        """What has come of these tickets: bytes, or why there will be none; each once. Others are given up."""
-        self.wanted = frozenset(tickets)
-        self.fetched = {ticket: future for ticket, future in self.fetched.items() if ticket in self.wanted}
-        asked = [ticket for ticket in tickets if ticket not in self.fetched]
-        if asked:
-            found = self.grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=asked))
-            for message, tree in zip(found.messages_list, found.message_object_trees, strict=True):
-                ticket = message.metadata.reply_to_message_id
-                if message.HasField("error"):
-                    failed: Future[bytes | str] = Future()
-                    failed.set_result(failure_of(message.error.code))
-                    self.fetched[ticket] = failed
-                    continue
-                run, name = message.metadata.run_id, message.metadata.message_id
-                self.fetched[ticket] = self.pool.submit(self._fetch, ticket, run, name, tree)
-        done = {ticket: future.result() for ticket, future in self.fetched.items() if future.done()}
-        for ticket in done:
-            del self.fetched[ticket]
-        return done
+        """What has come of these tickets: bytes, or why there will be none; each once.
 
-    def _fetch(self, ticket: str, run: int, message: str, tree: ObjectTree) -> bytes | str:
-        """Return the content of one answer; "lost" where nobody waits any more, "bad_reply" where it is damaged."""
+        Tickets of another call are not given up: what has been announced for them is asked for later.
+        """
+        now, found = time.monotonic(), self._announced(tickets)
+        for ticket in [ticket for ticket in tickets if ticket in self.coming]:
+            one = self.coming[ticket]
+            one.asked = now
+            if one.work is None:
+                if now >= one.look:
+                    one.work = self.pool.submit(self._fetch, one)
+                continue
+            if not one.work.done():
+                continue
+            content, one.work, one.look = one.work.result(), None, now + LOOK
+            if content is None and now - one.begun > PIECES_S:
+                content = "lost"
+            if content is not None:
+                found[ticket] = content
+                del self.coming[ticket]
+        forgotten = [ticket for ticket, one in self.coming.items() if one.work is None and now - one.asked > KEPT_S]
+        for ticket in forgotten:
+            del self.coming[ticket]
+        return found
+
+    def _announced(self, tickets: Collection[str]) -> dict[str, bytes | str]:
+        """Ask which answers there are; return those that are errors."""
+        asked, failed = [ticket for ticket in tickets if ticket not in self.coming], dict[str, bytes | str]()
+        if not asked:
+            return failed
+        found = self.grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=asked))
+        now = time.monotonic()
+        for message, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+            about = message.metadata
+            if message.HasField("error"):
+                failed[about.reply_to_message_id] = failure_of(message.error.code)
+                continue
+            self.coming[about.reply_to_message_id] = _Coming(about.run_id, about.message_id, tree, now, now)
+        return failed
+
+    def _fetch(self, one: _Coming) -> bytes | str | None:
+        """Fetch what there is of an answer; its content, None where pieces are missing, or why there will be none."""
         try:
-            return content_of(tree, self._piece_of(ticket, run), lambda: self._confirm(run, message))
-        except (_GivenUpError, httpx.HTTPError):
+            names = list(dict.fromkeys(part.object_id for part in iterate_object_tree(one.tree)))
+            if len(names) > MOST_OBJECTS:
+                raise ValueError("too many pieces")
+            for name in names:
+                if name in one.pieces:
+                    continue
+                request = PullObjectRequest(node=self.grid.node, run_id=one.run, object_id=name)
+                found = self.grid._runtime_client.PullObject(request)
+                if not found.object_found:
+                    return "lost"  # its sender has taken it back
+                if not found.object_available:
+                    return None
+                one.pieces[name] = bytes(found.object_content)
+                if get_object_id(one.pieces[name]) != name or sum(map(len, one.pieces.values())) > LARGEST_MESSAGE:
+                    raise ValueError("a damaged piece, or too many bytes")
+            self.grid._runtime_client.ConfirmMessageReceived(
+                ConfirmMessageReceivedRequest(node=self.grid.node, run_id=one.run, message_object_id=one.message)
+            )
+            whole: Any = inflate_object_from_contents(one.tree.object_id, one.pieces)
+            if not isinstance(whole, Message):
+                raise ValueError("no message")
+            return opened(whole)
+        except httpx.HTTPError:
             return "lost"
         except Exception as error:  # whatever Flower's classes make of bytes that a client made
             log.warning("an answer cannot be read (%s)", type(error).__name__)
             return "bad_reply"
-
-    def _piece_of(self, ticket: str, run: int) -> Callable[[str], bytes]:
-        def piece(name: str) -> bytes:
-            request = PullObjectRequest(node=self.grid.node, run_id=run, object_id=name)
-            while ticket in self.wanted:
-                found = self.grid._runtime_client.PullObject(request)
-                if not found.object_found:
-                    break
-                if found.object_available:
-                    return bytes(found.object_content)
-                time.sleep(LOOK)
-            raise _GivenUpError
-
-        return piece
-
-    def _confirm(self, run: int, message: str) -> None:
-        self.grid._runtime_client.ConfirmMessageReceived(
-            ConfirmMessageReceivedRequest(node=self.grid.node, run_id=run, message_object_id=message)
-        )
-
-
-class _GivenUpError(Exception):
-    """Nobody waits for this answer any more, or its sender has taken it back."""
-
-
-def content_of(tree: ObjectTree, piece: Callable[[str], bytes], confirm: Callable[[], None]) -> bytes | str:
-    """Fetch the pieces of an answer and put them together; ValueError for one that is none."""
-    names = list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))
-    if len(names) > MOST_OBJECTS:
-        raise ValueError("too many pieces")
-    pieces, length = dict[str, bytes](), 0
-    for name in names:
-        pieces[name] = piece(name)
-        length += len(pieces[name])
-        if length > LARGEST_MESSAGE or get_object_id(pieces[name]) != name:
-            raise ValueError("a damaged piece, or too many bytes")
-    confirm()
-    whole: Any = inflate_object_from_contents(tree.object_id, pieces)
-    if not isinstance(whole, Message):
-        raise ValueError("no message")
-    return opened(whole)
