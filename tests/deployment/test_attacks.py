@@ -72,20 +72,22 @@ def attacked(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[S
     folder = tmp_path_factory.mktemp("attacked")
     (folder / "marks").mkdir()
     os.environ["MARKS"] = str(folder / "marks")
-    os.environ["HTTP_PROXY"] = os.environ["HTTPS_PROXY"] = "http://127.0.0.1:9"  # nobody: loopback goes to no proxy
+    proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")  # nobody: loopback goes to no proxy
     with site(
         folder, tiny, "training.local_steps=5", "method.name=fedit", "deployment.gathering=60",
         "deployment.deadline=300", secure=True,
     ) as there:  # fmt: skip
         assert there.certs is not None
         make_certificates(there.certs, ["localhost"], NAMES)
+        os.environ.update(proxies)
         there.server()
         for name in NAMES:
             there.client(name)
+        for name in proxies:
+            del os.environ[name]
         there.event("done", STARTING, round=0)
         yield there
-    for name in ("MARKS", "HTTP_PROXY", "HTTPS_PROXY"):
-        del os.environ[name]
+    del os.environ["MARKS"]
 
 
 def command_of(there: Site, name: str) -> Command:
