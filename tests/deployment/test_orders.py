@@ -54,20 +54,28 @@ def test_without_keys_the_form_is_checked_alone() -> None:
 
 
 def test_each_order_is_taken_once_also_by_the_next_process(tmp_path: Path) -> None:
-    taken = Taken(tmp_path / "last-order")
+    taken = Taken(tmp_path / "last-order", "key")
     for counter in (5, 9):
         taken.take(Order(counter, b""))
-    for again in (Taken(tmp_path / "last-order"), taken):
+    for again in (Taken(tmp_path / "last-order", "key"), taken):
         for counter in (9, 5, 8):
             with pytest.raises(OrderError, match="taken before"):
                 again.take(Order(counter, b""))
-    Taken(tmp_path / "last-order").take(Order(10, b""))
+    Taken(tmp_path / "last-order", "key").take(Order(10, b""))
+    Taken(tmp_path / "last-order", "another key").take(Order(3, b""))
+
+
+def test_an_order_of_the_far_future_does_not_shut_out_all_later_ones(tmp_path: Path) -> None:
+    taken = Taken(tmp_path / "last-order", "key", lambda: 10**18)
+    with pytest.raises(OrderError, match="more than a day in the future"):
+        taken.take(Order(10**30, b""))
+    taken.take(Order(10**18 + 5, b""))
 
 
 def test_a_damaged_counter_is_not_taken_for_none(tmp_path: Path) -> None:
     (tmp_path / "last-order").write_text("x")
     with pytest.raises(OrderError, match="is damaged, and without it an old order"):
-        Taken(tmp_path / "last-order")
+        Taken(tmp_path / "last-order", "key")
 
 
 class Wire:

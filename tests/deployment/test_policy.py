@@ -1,6 +1,7 @@
 """What a client consents to: everything that a coordinator may ask is compared with the client's own policy."""
 
 import copy
+import dataclasses
 import json
 import logging
 import math
@@ -203,7 +204,11 @@ ASKED: dict[str, tuple[str, Callable[[dict[str, Any]], None], str, str]] = {
     "one step": ("fedit", put("training", "local_steps", value=1), "policy", "min_steps"),
     "10^9 steps": ("fedit", put("training", "local_steps", value=10**9), "policy", "max_steps"),
     "one row in a batch": ("fedit", put("training", "batch_size", value=1), "policy", "min_examples_per_update"),
-    "10^9 rows in a batch": ("fedit", put("training", "batch_size", value=10**9), "policy", "max_examples_per_update"),
+    "10^9 rows in a batch": ("fedit", put("training", "batch_size", value=10**9), "policy", "max_batch_tokens"),
+    "a step that destroys all": ("fedit", put("training", "learning_rate", value=1e28), "policy", "max_learning_rate"),
+    "gradients clipped to nothing": ("fedit", put("training", "clip_norm", value=1e-10), "policy", "min_clip_norm"),
+    "a scaling beyond all measure": ("fedit", put("method", "alpha", value=1e30), "policy", "max_scaling"),
+    "accuracy in every round": ("fedit", put("evaluation", "select", value="score"), "policy", "share_majority"),
     "no scaling": ("fedit", put("method", "alpha", value=1e-9), "policy", "min_scaling"),
     "one row of validation": ("fedit", put("data", "validation_share", value=0.001), "policy", "validation split"),
     "one row of test": ("fedit", put("data", "test_share", value=0.001), "policy", "rows in the test split"),
@@ -274,14 +279,16 @@ def test_every_key_of_the_policy_forbids_something(asks: Any, client: Any) -> No
     limits = {
         "methods": ("fedamole",), "max_rank": 1, "min_scaling": 2.1, "min_steps": 6, "max_steps": 4,
         "min_examples_per_update": 21, "max_examples_per_update": 19, "min_rows": 22, "max_rounds": 2,
-        "max_length": 95, "max_new_tokens": 1, "templates": ("alpaca",), "max_disk_mib": 1,
+        "max_length": 95, "max_new_tokens": 1, "templates": ("alpaca",), "max_disk_mib": 1, "max_scaling": 1.9,
+        "max_learning_rate": 0.009, "max_batch_tokens": 383,
     }  # fmt: skip
     fitting = {
         "methods": ("fedit",), "max_rank": 2, "min_scaling": 2.0, "min_steps": 5, "max_steps": 5,
         "min_examples_per_update": 20, "max_examples_per_update": 20, "min_rows": 21, "max_rounds": 3,
-        "max_length": 96, "max_new_tokens": 2, "templates": ("classification",),
+        "max_length": 96, "max_new_tokens": 2, "templates": ("classification",), "max_scaling": 2.0,
+        "max_learning_rate": 0.01, "max_batch_tokens": 384,
     }  # fmt: skip
-    others = {"columns", "hub_base", "share_labels", "share_majority"}  # in tests of their own
+    others = {"columns", "hub_base", "share_labels", "share_majority", "min_clip_norm"}  # in tests of their own
     assert set(limits) | others == set(FIELDS)
     low = {"min_steps": 0, "min_examples_per_update": 0}
     for number, (key, value) in enumerate(limits.items()):
@@ -363,6 +370,13 @@ def test_only_the_run_that_was_agreed_on(asks: Any, client: Any, caplog: Any, tm
     assert ask(host, server.join()).failed is None
     assert host.seat is not None
     host.seat.hold.close()
+    log = str(tmp_path / "home" / "audit.jsonl")
+    for run, failed in (("b" * 32, None), ("c" * 32, "policy"), ("b" * 32, None)):
+        again = client("again", agree=whole, audit=log)
+        join = dataclasses.replace(server.join(), run=run)
+        assert ask(again, join).failed == failed, "one run with the agreed settings, and no second one"
+        if again.seat is not None:
+            again.seat.hold.close()
     other = client("a", agree="0" * 64)
     assert ask(other, server.update(0, -1)).failed == "policy", "also for a run that is under way"
 

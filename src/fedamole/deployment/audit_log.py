@@ -21,6 +21,8 @@ from fedamole.engine.wire import JOIN, Reply, Request
 from fedamole.errors import FedamoleError, RunError
 from fedamole.federation.record import unboxed
 
+MOST_FIELDS, OTHERS = 50, "(others)"
+"""Fields of a record that are named in a line; the tensors of the rest are counted together."""
 AUDIT = "audit.jsonl"
 """Name of the file in a client's home."""
 FIRST = "0" * 64
@@ -84,12 +86,14 @@ def _last_line(file: Any) -> tuple[bytes | None, bool]:
     place = end = file.seek(0, os.SEEK_END)
     if end == 0:
         return None, True
-    tail = b""
-    while place > 0 and b"\n" not in tail[:-1]:
+    parts, found = list[bytes](), False
+    while place > 0 and not found:
         step = min(place, 1 << 16)
         place -= step
         file.seek(place)
-        tail = file.read(step) + tail
+        parts.insert(0, file.read(step))
+        found = b"\n" in (parts[0][:-1] if len(parts) == 1 else parts[0])
+    tail = b"".join(parts)
     whole = tail.endswith(b"\n")
     return (tail[:-1] if whole else tail).rpartition(b"\n")[2], whole
 
@@ -121,6 +125,7 @@ def _fields(packed: bytes) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     for key, tensor in load(packed).items():
         where = key.partition(":")[0]
+        where = where if where in found or len(found) < MOST_FIELDS else OTHERS
         one = found.setdefault(where, {"tensors": 0, "numbers": 0})
         one["tensors"] += 1
         one["numbers"] += tensor.numel()
@@ -128,7 +133,7 @@ def _fields(packed: bytes) -> dict[str, Any]:
     for where, total in squares.items():
         norm = total**0.5
         found[where]["norm"] = norm if norm < float("inf") else "not finite"
-    for where, value in plain.items():
+    for where, value in list(plain.items())[:MOST_FIELDS]:
         text = _canonical(value)
         short = len(text) <= LONGEST
         found[where] = {"value": value} if short else {"value_sha256": hashlib.sha256(text).hexdigest()}
@@ -183,8 +188,12 @@ def read_audit(path: Path) -> Summary:
         if line.get("direction") != OUT:
             came += 1
             continue
-        key = (str(line.get("run", "")), int(line.get("round", -1)))
-        sent[key] = _added(sent.get(key, Sent(*key)), line)
+        try:
+            key = (str(line.get("run", "")), int(line.get("round", -1)))
+            sent[key] = _added(sent.get(key, Sent(*key)), line)
+        except (ValueError, TypeError, AttributeError, OverflowError):
+            faults.append(f"line {number} is not in the form that this program writes")
+            continue
         if line.get("reason"):
             reasons[str(line["reason"])] = None
     return Summary(number, came, previous, tuple(faults), tuple(sent.values()), tuple(reasons))

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedamole.deployment.flower_fleet import HEARTBEAT_S, Fleet, FleetError, Incoming, UnusableMessageError
 from fedamole.deployment.health import ClientHealth
-from fedamole.deployment.keys import PASSPHRASE, load_private, load_public
+from fedamole.deployment.keys import PASSPHRASE, fingerprint, load_private, load_public
 from fedamole.deployment.orders import OrderError, Taken, opened
 from fedamole.deployment.processes import LOOPBACK, Process, alive, environment, exclusive, secret_file
 from fedamole.deployment.progress import Say
@@ -113,7 +113,8 @@ def rendezvous() -> Path:
     for old in shared.glob("fedamole-*-*"):
         owner = old.name.split("-")[1]
         with suppress(OSError):  # another client may have removed it just now
-            if owner.isdigit() and old.stat().st_uid == os.getuid() and not alive(int(owner)):
+            mine = owner.isascii() and owner.isdigit() and old.lstat().st_uid == os.getuid()
+            if mine and not old.is_symlink() and not alive(int(owner)):
                 shutil.rmtree(old)
     return Path(tempfile.mkdtemp(prefix=f"fedamole-{os.getpid()}-"))
 
@@ -134,7 +135,7 @@ class Client:
         self.connection, self.name, self.say, self.home = connection, name, say, home
         self.keys = connection.keys(passphrase)
         home.mkdir(parents=True, exist_ok=True)
-        self.taken = Taken(home / LAST_ORDER)
+        self.taken = Taken(home / LAST_ORDER, "" if self.keys is None else fingerprint(self.keys[1]))
         self.rendezvous = rendezvous()
         self.secret = secret_file(self.rendezvous / "secret")
         self.socket = str(self.rendezvous / "worker")
@@ -262,6 +263,7 @@ class Client:
                 incoming = fleet.receive()
             except UnusableMessageError as error:
                 self.say(f"refused: {error}")
+                self.stop.wait(AGAIN)
                 continue
             if incoming is not None:
                 self._carry_out(fleet, incoming)

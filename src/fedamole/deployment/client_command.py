@@ -20,7 +20,7 @@ def _write_policy(path: Path | None) -> None:
     from fedamole.errors import ConfigError
 
     try:
-        with path.open("x") as file:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(default_text())
     except OSError as error:
         raise ConfigError(

@@ -200,7 +200,10 @@ class Fleet:
             return None
         if len(found.messages_list) != 1 or len(found.message_object_trees) != 1:
             raise UnusableMessageError("several messages came where one was asked for")
-        message = message_from_proto(found.messages_list[0])
+        try:
+            message = message_from_proto(found.messages_list[0])
+        except Exception as error:  # whatever Flower's classes make of metadata that are none
+            raise UnusableMessageError(f"a message came that cannot be read ({type(error).__name__})") from error
         about = message.metadata
         if about.src_node_id != SUPERLINK_NODE_ID or about.dst_node_id != self.node:
             raise UnusableMessageError("a message came that is not from the server to this client")

@@ -48,6 +48,8 @@ KEPT = 3
 
 AGREEMENT = "agreement.json"
 """In the client's run folder: all that the coordinator told of the run's settings when the client joined."""
+AGREED = "agreed.json"
+"""In the client's home: which run was the first with settings that were agreed on, by their hash."""
 COPIES = 4
 """Times that a message, or what comes of it, lies on the client's disk: answer, state, model, and one being written."""
 
@@ -176,6 +178,7 @@ class Host:
     def _sit_down(self, run: str, settings: Table) -> Seat:
         """Begin a run folder of one's own for a run."""
         self._check_agreed(settings)
+        self._bind(run)
         machine = {"device": self.settings.device, "threads": self.settings.threads, "group": 1}
         config = to_config(own_tables(settings, plain(self.settings.source), machine, self.settings.base))
         # The run's name is the server's: it must not lead out of the client's folder.
@@ -250,6 +253,19 @@ class Host:
             raise PolicyError(
                 f"the run's settings have the hash {found}, and --agree {self.settings.agree} allows another run only"
             )
+
+    def _bind(self, run: str) -> None:
+        """With --agree, take part in the first run that has the agreed settings, and in no other that has them too."""
+        if not self.settings.agree or not self.settings.audit:
+            return
+        path = Path(self.settings.audit).with_name(AGREED)
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if known.setdefault(self.settings.agree, run) != run:
+            raise PolicyError(
+                f"another run with the agreed settings was joined before ({path} has its id), and --agree allows one; "
+                "agree anew on other settings, such as another seed or name"
+            )
+        write_atomic(path, json.dumps(known))
 
     def _check_disk(self, message: int) -> None:
         """Refuse work for which the client's run folders would take more than the policy allows."""

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MAGIC = b"fedamole-order-1\n"
 SIGNATURE = ec.ECDSA(hashes.SHA384())
+AHEAD = 24 * 3600 * 10**9
+"""Nanoseconds that a counter, which comes from the coordinator's clock, may lie ahead of this machine's clock."""
 LARGEST_HEAD = 4096
 """Bytes of a head; a longer one is no order."""
 
@@ -93,15 +95,19 @@ def _part(order: bytes, at: int) -> tuple[int, bytes]:
 
 
 class Taken:
-    """The highest counter that a client has taken from a coordinator, kept in a file."""
+    """The highest counter that a client has taken from a coordinator's key, kept in a file."""
 
-    def __init__(self, path: Path) -> None:
-        """Read the file where it exists; OrderError where it is damaged."""
-        self.path, self.counter = path, -1
+    def __init__(self, path: Path, key: str, clock: Callable[[], int] = time.time_ns) -> None:
+        """Read the file where it exists; OrderError where it is damaged. `key` names the coordinator's key.
+
+        Counters of another key do not count: so a coordinator whose key was stolen can begin anew with another one.
+        """
+        self.path, self.key, self.clock, self.counter = path, key, clock, -1
         if path.exists():
             try:
-                self.counter = int(path.read_text())
-            except (ValueError, OSError) as error:
+                found = json.loads(path.read_text())
+                self.counter = int(found["counter"]) if found["key"] == key else -1
+            except (ValueError, KeyError, TypeError, OSError) as error:
                 raise OrderError(
                     f"{path} is damaged, and without it an old order could be taken again; remove it if you are sure "
                     "that nobody has put it there"
@@ -111,7 +117,9 @@ class Taken:
         """Note an order before it is carried out; OrderError where it, or a later one, was taken before."""
         if order.counter <= self.counter:
             raise OrderError("it was taken before, or is older than one that was")
-        write_atomic(self.path, str(order.counter))
+        if order.counter > self.clock() + AHEAD:
+            raise OrderError("it is of more than a day in the future: one of the two clocks is wrong")
+        write_atomic(self.path, json.dumps({"key": self.key, "counter": order.counter}))
         self.counter = order.counter
 
 

@@ -50,6 +50,17 @@ class PolicySettings:
     min_scaling: float = _key(
         0.01, "Smallest alpha / rank. Below it an update is no training, but a copy of the gradient of its first rows."
     )
+    max_scaling: float = _key(16.0, "Largest alpha / rank.")
+    max_learning_rate: float = _key(
+        0.1,
+        "Largest learning rate. Far above it the first step destroys the model, and the update is one row's gradient.",
+    )
+    min_clip_norm: float = _key(
+        0.001, "Smallest norm that gradients may be clipped to, where they are: so small a gradient would be a copy."
+    )
+    max_batch_tokens: int = _key(
+        1_000_000, "Most tokens that one forward pass may hold: training.batch_size times training.max_length."
+    )
     min_steps: int = _key(5, "Fewest optimiser steps of a round: an update of one step is the gradient of a few rows.")
     max_steps: int = _key(2000, "Most optimiser steps of a round.")
     min_examples_per_update: int = _key(
@@ -81,7 +92,8 @@ class PolicySettings:
     )
     share_majority: bool = _key(
         False,
-        "Whether the test score of the most frequent answer is told, which tells something of the mix of labels.",
+        "Whether the test score of the most frequent answer is told, and accuracy in every round: both tell the mix of "
+        "labels.",
     )
 
     def __post_init__(self) -> None:
@@ -91,10 +103,16 @@ class PolicySettings:
                 raise ConfigError(f"policy.{key} = {getattr(self, key)}: must be at least 1")
         if self.max_length < 8:
             raise ConfigError(f"policy.max_length = {self.max_length}: must be at least 8")
-        for key in ("min_steps", "min_examples_per_update", "min_rows", "min_scaling"):
+        for key in ("min_steps", "min_examples_per_update", "min_rows", "min_scaling", "min_clip_norm"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"policy.{key} = {getattr(self, key)}: must not be negative")
-        for low, high in (("min_steps", "max_steps"), ("min_examples_per_update", "max_examples_per_update")):
+        for key in ("max_scaling", "max_learning_rate", "max_batch_tokens"):
+            if not getattr(self, key) > 0:
+                raise ConfigError(f"policy.{key} = {getattr(self, key)}: must be above 0")
+        for low, high in (
+            ("min_scaling", "max_scaling"), ("min_steps", "max_steps"),
+            ("min_examples_per_update", "max_examples_per_update"),
+        ):  # fmt: skip
             if getattr(self, low) > getattr(self, high):
                 raise ConfigError(f"policy.{low} = {getattr(self, low)} is above policy.{high} = {getattr(self, high)}")
         for name in self.methods or ():
@@ -105,7 +123,8 @@ class PolicySettings:
 UNBOUNDED = PolicySettings(
     max_rank=10**9, min_scaling=0.0, min_steps=0, max_steps=10**9, min_examples_per_update=0,
     max_examples_per_update=10**15, min_rows=0, max_rounds=10**9, max_length=10**9, max_new_tokens=10**9,
-    max_disk_mib=10**9, hub_base=True, share_majority=True,
+    max_disk_mib=10**9, max_scaling=1e30, max_learning_rate=1e30, min_clip_norm=0.0, max_batch_tokens=10**15,
+    hub_base=True, share_majority=True,
 )  # fmt: skip
 """The policy of clients that belong to the coordinator itself, as in a simulation."""
 
@@ -193,12 +212,21 @@ def _of_method(config: Config, policy: PolicySettings) -> Iterator[Item]:
         rank = max(method.ranks or method.half_once_twice()) if isinstance(method, RankedMethod) else spec.rank
         yield _most("rank", max(rank, spec.rank), "max_rank", policy)
         yield _least("alpha / rank", spec.alpha / spec.rank, "min_scaling", policy)
+        yield _most("alpha / rank", spec.alpha / spec.rank, "max_scaling", policy)
     if (probed := getattr(method, "probe_examples", None)) is not None:
         yield _least("method.probe_examples", probed, "min_rows", policy)
 
 
 def _of_work(config: Config, policy: PolicySettings) -> Iterator[Item]:
+    training = config.training
     yield _most("rounds", config.federation.rounds, "max_rounds", policy)
+    yield _most("training.learning_rate", training.learning_rate, "max_learning_rate", policy)
+    if training.clip_norm > 0:
+        yield _least("training.clip_norm", training.clip_norm, "min_clip_norm", policy)
+    yield _most("tokens of a forward pass", training.batch_size * training.max_length, "max_batch_tokens", policy)
+    chosen = config.evaluation.select
+    fits = chosen == "loss" or policy.share_majority
+    yield Item("evaluation.select", chosen, "loss, or score with share_majority", fits)
     yield _most("training.max_length", config.training.max_length, "max_length", policy)
     yield _most("evaluation.max_new_tokens", config.evaluation.max_new_tokens, "max_new_tokens", policy)
 

@@ -48,7 +48,7 @@ def environment(home: Path) -> dict[str, str]:
 @contextmanager
 def exclusive(path: Path, refusal: str) -> Iterator[None]:
     """Hold a file for this process; where another one holds it, RunError says so."""
-    with path.open("w") as file:
+    with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -175,6 +175,7 @@ class Server:
         self._keys: dict[str, bytes] | None = None
         """Public keys by name that the SuperLink knows; None before the first look."""
         self._look_at_keys = self._look_at_logs = 0.0
+        self._bad_roster = ""
         self._calm: dict[str, int] = {}
         """Starts of each process that ended before the last finished round."""
 
@@ -231,7 +232,15 @@ class Server:
         if self.door.certs is None or now < self._look_at_keys:
             return
         self._look_at_keys = now + ROSTER_S
-        present = roster(self.door.certs)
+        try:
+            present = roster(self.door.certs)
+        except ConfigError as error:
+            if self._keys is None:
+                raise
+            if str(error) != self._bad_roster:
+                self._bad_roster = str(error)
+                self.say(f"{error}; until that is mended, this run goes on with the keys that it knows")
+            return
         wanted = {
             name: public_pem(present[name].key) for name in self.config.deployment.clients if name in present
         }

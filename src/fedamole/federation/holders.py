@@ -3,6 +3,7 @@
 The average over few reveals each: of two, either can subtract its own part and has the other's.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from fedamole.federation.averaging import Tensors
 from fedamole.model.params import Shapes
+
+log = logging.getLogger(__name__)
 
 LOUDEST = 4.0
 """Largest norm of a client's embeddings of a module, as a multiple of the median client's."""
@@ -42,6 +45,11 @@ def fewest_replies(
 def held_together(replies: Mapping[str, Tensors], needed: Callable[[str], int]) -> dict[str, dict[str, Tensor]]:
     """Leave out the tensors that too few clients returned; replies by client, tensors by name."""
     returned = Counter(key for tensors in replies.values() for key in tensors)
+    if returned and not any(count >= needed(key) for key, count in returned.items()):
+        log.warning(
+            "%d clients answered, too few to average anything (method.min_holders): shared values stay as they were",
+            len(replies),
+        )
     return {
         client: {key: tensor for key, tensor in tensors.items() if returned[key] >= needed(key)}
         for client, tensors in replies.items()

@@ -209,7 +209,7 @@ class RunFolder:
         lock = self.place(".lock")
         if lock.is_dir():
             raise RunError(f"{lock} is a folder, and a file of that name is to be locked: remove it")
-        with lock.open("w") as file:
+        with lock.open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
