@@ -32,9 +32,13 @@ def test_what_a_killed_client_left_behind_is_removed_by_the_next(
     ended.wait()
     for name in (f"fedamole-{ended.pid}-left", f"fedamole-{os.getpid()}-mine", "fedamole-notes-x"):
         (tmp_path / name).mkdir()
+    (tmp_path / "fedamole-²-x").symlink_to("/")  # what another account may put there
+    (tmp_path / f"fedamole-{ended.pid}-link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
     made = rendezvous()
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {f"fedamole-{os.getpid()}-mine", "fedamole-notes-x", made.name}
+    foreign = {"fedamole-²-x", f"fedamole-{ended.pid}-link", "elsewhere"}
+    assert left == {f"fedamole-{os.getpid()}-mine", "fedamole-notes-x", made.name, *foreign}
     assert made.stat().st_mode & 0o777 == 0o700
 
 

@@ -176,6 +176,15 @@ def test_anything_but_a_request_is_refused_and_gone(name: str, superlink: Superl
     assert not {"get-run", "get-fab"} & set(superlink.asked)
 
 
+def test_a_message_without_metadata_is_refused(superlink: Superlink, fleet: Fleet) -> None:
+    found = PullMessagesResponse()
+    found.messages_list.add()
+    found.message_object_trees.add()
+    superlink.answers["pull-messages"] = found
+    with pytest.raises(UnusableMessageError):
+        fleet.receive()
+
+
 def test_too_many_pieces_and_too_many_bytes_are_not_fetched(
     superlink: Superlink, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
