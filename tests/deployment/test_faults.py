@@ -89,7 +89,7 @@ def test_a_killed_server_goes_on_to_the_same_states_and_a_killed_worker_comes_ba
         killed(worker)
         line = there.failed("mood", ROUND, since=struck)
         assert line["failed"] == "its worker stopped or is not there"
-        assert line["round"] in (round_, round_ + 1)
+        assert round_ <= line["round"] <= round_ + 3, "rounds go on while the worker is looked for"
         clients["mood"].says("the worker has ended; starting it again", 10)
         done = there.event("done", ROUND, since=struck, round=line["round"])
         assert there.trained("mood", ROUND, since=done["time"])["round"] > line["round"]

@@ -46,7 +46,7 @@ _about = record(
     {"kind": choice("simulation", "server", "client")},
 )  # fmt: skip
 _row_of_summary = record(
-    {"best_round": either(nothing, _round, mapping(_round)), "mean": _number, "worst": _number, "spread": _number,
+    {"best_round": either(nothing, mapping(_round), _round), "mean": _number, "worst": _number, "spread": _number,
      "last_mean": _number, "clients": mapping(record({"score": _number}, {"loss": _number}))},
     {"worst_client": name},
 )  # fmt: skip
