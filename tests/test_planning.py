@@ -261,3 +261,15 @@ def test_a_plan_says_what_others_can_compute(runs: Any) -> None:
     two = " ".join(planning.exposure(runs.load("fedit"), 2))
     assert "Two clients take part" in two
     assert "Two clients take part" not in " ".join(planning.exposure(runs.load("fedit"), 3))
+
+
+def test_a_deployment_is_planned_as_the_server_runs_it(tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text('[deployment]\nclients = ["a", "b", "c", "d", "e", "f"]\n[base]\nmodel = "bundled"\n')
+    found = CliRunner().invoke(app, ["plan", str(config), "--without-data"])
+    assert found.exit_code == 0, found.output
+    said = " ".join(found.output.split())
+    assert "every expert is held by 3 clients" in said
+    config.write_text('[deployment]\nclients = ["a", "b"]\n[base]\nmodel = "bundled"\n')
+    refused = CliRunner().invoke(app, ["plan", str(config), "--without-data"])
+    assert "min_holders" in str(refused.exception)

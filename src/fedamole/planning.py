@@ -1,7 +1,7 @@
 """What a run would take, worked out before it starts: clients, traffic, steps, memory, and how many train at once."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,13 @@ def chosen_group(config: Config, base: Base, clients: Mapping[str, ClientData]) 
 def planned_without_data(
     config: Config, base: WeightlessBase, clients: tuple[dict[str, Any], ...], assumed: str
 ) -> PlanWithoutData:
-    """Plan from the rows of `clients_without_data`; `run.group` = 0 counts as one client in lock-step."""
+    """Plan from the rows of `clients_without_data`; `run.group` = 0 counts as one client in lock-step.
+
+    A config whose clients are those of a deployment is planned with the method as `fedamole server` runs it.
+    """
+    if config.deployment.clients and not config.data.source and config.data.manifest is None:
+        config = replace(config, method=config.method.for_deployment())
+        config.method.check(len(clients))
     infos = tuple(sorted((ClientInfo(row["client"], row["train"]) for row in clients), key=lambda info: info.name))
     sizes, traffic = _sizes(config, base, infos)
     group, held = config.run.group or 1, weight_bytes(base, config.base.quantization) / 2**20
