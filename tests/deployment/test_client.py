@@ -235,6 +235,16 @@ def test_a_worker_that_is_not_there_is_an_answer(tmp_path: Path) -> None:
     assert script.replies == [None]
 
 
+def test_a_full_disk_is_an_answer_and_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = list[str]()
+    made = Client(Connection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, said.append)
+    monkeypatch.setattr(made.taken, "take", lambda order: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    script = Script("fine")
+    made._carry_out(script, Incoming(None, signed(None, "", 1, b"x")))  # type: ignore[arg-type]
+    assert script.replies == [None]
+    assert said == [f"an order is not carried out, as {tmp_path} cannot be written (No space left on device)"]
+
+
 @pytest.mark.parametrize("left", ["ca.crt", "coordinator.pub", "node.key"])
 def test_a_folder_without_one_of_its_files_is_told(left: str, tmp_path: Path) -> None:
     for name in {"ca.crt", "coordinator.pub", "node.key"} - {left}:

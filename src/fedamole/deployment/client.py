@@ -207,6 +207,8 @@ class Client:
                     self._connected()
                 except FleetError as error:
                     self._judge(error.kind, str(error))
+                except OSError as error:
+                    self._judge("disk", f"{self.home} cannot be written ({error.strerror})")
                 except httpx.HTTPError as error:
                     self._judge("away", f"{self.connection.server} cannot be reached ({type(error).__name__})")
                 self.stop.wait(AGAIN)
@@ -288,8 +290,12 @@ class Client:
         except OrderError as error:
             self.say(f"refused an order: {error}")
             return
-        self._note(last_order=time.time())
-        answer = self._ask_worker(order.request)
+        except OSError as error:
+            self.say(f"an order is not carried out, as {self.home} cannot be written ({error.strerror})")
+            answer = None
+        else:
+            self._note(last_order=time.time())
+            answer = self._ask_worker(order.request)
         try:
             fleet.reply(incoming, answer)
         except FleetError as error:
