@@ -11,10 +11,12 @@ import pytest
 
 from fedamole.engine import remote
 from fedamole.engine.wire import EVALUATE, JOIN, TEST, UPDATE, Reply, Request
+from fedamole.experiment import loop_of
 from fedamole.federation import worker
 from fedamole.federation.loop import BASE, MAJORITY
-from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.method import ClientInfo
 from fedamole.federation.record import pack, unpack
+from fedamole.federation.run_folder import RunFolder
 from tests.conftest import small
 from tests.deployment.direct import Calendar, Killed, Town, in_one_process, town
 from tests.deployment.liar import Liar
@@ -131,7 +133,9 @@ def test_one_liar_with_a_key_harms_itself_alone(settle: Any, tmp_path: Path, mon
     clients = json.loads(min((there.server_folder / "checkpoints").glob("*.json")).read_text())["progress"]["examples"]
     assert clients["mood"] == 10**9
     known = tuple(ClientInfo(name, count) for name, count in clients.items())
-    weights = Server({}, known, 0, max_weight_share=there.config.deployment.weight_share).weights("examples")
+    folder = RunFolder.open(there.server_folder)
+    loop = loop_of(there.config, there.engine("a1b2", Calendar()), there.server, folder, Calendar())
+    weights = replace(loop.server, clients=known).weights("examples")
     assert weights["mood"] == pytest.approx(sum(weights.values()) / 2)
 
 

@@ -6,6 +6,7 @@ Where the numbers matter, a scripted engine answers with losses written down her
 import json
 import math
 from collections.abc import Collection, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,23 @@ def test_a_false_loss_pins_the_best_round_of_its_author_alone(tmp_path: Path) ->
     assert [call[1] for call in calls if call[0] == "keep" and "b" in call[2:]] == [
         call[1] for call in others if call[0] == "keep" and "b" in call[2:]
     ]
+
+
+@pytest.mark.parametrize(("best_round", "told"), [("client", {"a": 0, "b": 1}), ("mean", {"a": 1, "b": 1})])
+def test_an_engine_is_told_the_best_rounds_when_a_run_goes_on(best_round: str, told: Any, tmp_path: Path) -> None:
+    """Two rounds, then a third in the same folder. A round that does not improve leaves the best rounds as they are."""
+    losses = [{"a": 3.0, "b": 5.0}, {"a": 4.0, "b": 1.0}, {"a": 9.0, "b": 9.0}]
+    play(tmp_path / "run", losses[:2], best_round=best_round)
+    engine, heard = Script(losses), []
+    engine.resumed = lambda *words: heard.append(deepcopy(words))  # type: ignore[attr-defined]
+    loop = Loop(
+        LocalOnly(), {"local_only": "trained"}, engine, Server({}, engine.clients, 0), FederationSettings(rounds=3),
+        RunFolder.open(tmp_path / "run"), select="loss", watcher=Watcher(), best_round=best_round,  # type: ignore[arg-type]
+    )  # fmt: skip
+    summary = loop.run()
+    wanted = {name: {"local_only": round_} for name, round_ in told.items()}
+    assert heard == [(wanted, {"a": 1, "b": 1}, {"a": 1, "b": 1})]
+    assert summary["rows"]["local_only"]["best_round"] == (told if best_round == "client" else 1)
 
 
 def test_who_comes_late_has_a_best_round_of_its_own_from_then_on(tmp_path: Path) -> None:
