@@ -1,6 +1,9 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and files that one process holds."""
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedamole.errors import RunError
@@ -23,3 +26,14 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+@contextmanager
+def exclusive(path: Path, refusal: str) -> Iterator[None]:
+    """Hold a file for this process, which is made if it is not there; RunError(refusal) where another one holds it."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(refusal) from error
+        yield

@@ -175,7 +175,7 @@ def test_a_client_that_is_not_asked_for_long_connects_anew(tmp_path: Path, monke
 @pytest.mark.usefixtures("quick")
 def test_two_clients_of_one_name_and_folder_are_one_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from fedamole.deployment.processes import exclusive\n"
+        "import sys, time; from pathlib import Path; from fedamole.files import exclusive\n"
         "with exclusive(Path(sys.argv[1]), 'x'): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "lock")], stdout=subprocess.PIPE)

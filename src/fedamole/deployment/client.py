@@ -29,10 +29,10 @@ from fedamole.deployment.flower_fleet import HEARTBEAT_S, Fleet, FleetError, Inc
 from fedamole.deployment.health import ClientHealth
 from fedamole.deployment.keys import PASSPHRASE, fingerprint, load_private, load_public
 from fedamole.deployment.orders import OrderError, Taken, opened
-from fedamole.deployment.processes import LOOPBACK, Process, alive, environment, exclusive, secret_file
+from fedamole.deployment.processes import LOOPBACK, Process, alive, environment, secret_file
 from fedamole.deployment.progress import Say
 from fedamole.errors import ConfigError, FedamoleError, RunError
-from fedamole.files import write_atomic
+from fedamole.files import exclusive, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,8 @@ class Client:
 
         before = {number: signal.signal(number, ended) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with exclusive(self.home / LOCK, f"another client runs as {self.name} in {self.home.parent}"):
+            refusal = f"another client runs as {self.name} in {self.home.parent}: stop that one first"
+            with exclusive(self.home / LOCK, refusal):
                 self.say(f"connecting to {self.connection.server}; Ctrl-C stops")
                 self.worker.start()
                 speaker = threading.Thread(target=self._speak, daemon=True)

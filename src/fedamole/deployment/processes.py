@@ -1,7 +1,6 @@
 """Processes beside this one: started, watched, started again, and stopped with it."""
 
 import ctypes
-import fcntl
 import os
 import secrets
 import signal
@@ -9,14 +8,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
 from fedamole.deployment.log_files import rotate
-from fedamole.errors import RunError
 
 OFFLINE = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -43,17 +40,6 @@ def without_proxy() -> dict[str, str]:
 def environment(home: Path) -> dict[str, str]:
     """Environment of the processes beside this one: Flower's home and switches, and no proxy for loopback."""
     return {**os.environ, **OFFLINE, **without_proxy(), "FLWR_HOME": str(home)}
-
-
-@contextmanager
-def exclusive(path: Path, refusal: str) -> Iterator[None]:
-    """Hold a file for this process; where another one holds it, RunError says so."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(f"{refusal}: stop that one first") from error
-        yield
 
 
 def command(name: str) -> str:

@@ -18,6 +18,7 @@ import httpx
 
 from fedamole.deployment.dates import SOON
 from fedamole.deployment.inspection import Fault
+from fedamole.deployment.tls import trusting
 
 PATIENCE = 5.0
 """Seconds that one step of a connection may take."""
@@ -94,10 +95,8 @@ def reach(server: str, ca: Path | None) -> tuple[str, list[Fault]]:
         except OSError as error:
             return "", [_unreached(server, error)]
         return f"{server} answers", [without_tls(host)]
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
     try:
-        context.load_verify_locations(cafile=ca)
+        context = trusting(ca)
     except OSError:
         text = f"{ca} cannot be read, so the identity of {server} cannot be checked"
         return "", [Fault(text, "ask the coordinator for ca.crt")]

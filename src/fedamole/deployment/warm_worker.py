@@ -1,4 +1,4 @@
-"""The process beside a SuperNode that keeps the base in memory and the client's state on its disk.
+"""The process of a client that keeps the base in memory and the client's state on its disk.
 
 `python -m fedamole.deployment.warm_worker SETTINGS.json`, started by `fedamole client`. It answers one request at a
 time over a Unix socket that only its user, with the secret, can use.

@@ -10,7 +10,6 @@
     clients/<name>/     state/ (private, between rounds) and adapter/ (its model of the best validation round)
 """
 
-import fcntl
 import itertools
 import json
 import os
@@ -35,7 +34,7 @@ from fedamole.federation.run_files import (
     SUMMARY,
     config_form,
 )
-from fedamole.files import write_atomic
+from fedamole.files import exclusive, write_atomic
 from fedamole.model.adapter_files import FILES
 from fedamole.model.base import Identity
 from fedamole.received.files import MOST_LINE, as_text, check_tree, inside, parse_json, read_json, read_toml
@@ -209,9 +208,5 @@ class RunFolder:
         lock = self.place(".lock")
         if lock.is_dir():
             raise RunError(f"{lock} is a folder, and a file of that name is to be locked: remove it")
-        with lock.open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise RunError(f"{self.path}: another process is running this run; wait for it or stop it") from error
+        with exclusive(lock, f"{self.path}: another process is running this run; wait for it or stop it"):
             yield
