@@ -41,9 +41,9 @@ PAUSE = 0.2
 AGAIN = 5.0
 """Seconds before a worker that ended, or a connection that was lost, is started again."""
 READY = 120.0
-"""Seconds that a worker may take to start before its client connects without it, and answers that it is not there."""
+"""Seconds to wait for the worker to start. After that the client connects anyway and answers that it has no worker."""
 STALE = 120.0
-"""Seconds for which a server may take a client that was killed for one that still runs."""
+"""Seconds for which a server may still count a killed client as connected."""
 SOONEST, LATEST, SHARE = 0.3, 3.0, 0.05
 """Seconds between two questions for work: a share of the time without work, at least and at most so many."""
 QUIET = 600.0
@@ -315,7 +315,7 @@ class Client:
             return None
 
     def _judge(self, kind: str, text: str) -> None:
-        """Say why there is no connection, and give up where there will never be one; never after there was."""
+        """Tell the user why the connection failed. RunError where retrying cannot help and none has ever succeeded."""
         if kind == "stopped":
             return
         text, patience = self._meaning(kind, text)
@@ -352,7 +352,7 @@ class Client:
         return text, float("inf")
 
     def _note(self, **changes: Any) -> None:
-        """Write what monitors read; a mere contact not more often than they need."""
+        """Update health.json. If only the time of the last contact changed, write at most every `NOTED` seconds."""
         before = self._health.last_contact or 0.0
         self._health = replace(self._health, **changes)
         if set(changes) != {"last_contact"} or changes["last_contact"] - before >= NOTED:

@@ -151,7 +151,7 @@ class _BoundedClient(FleetHttpClient):
 
 
 class Fleet:
-    """A node of Flower's that this process is."""
+    """This process as a node of a Flower federation: it connects, takes messages and sends answers."""
 
     def __init__(
         self, server: str, ca: Path | None, key: ec.EllipticCurvePrivateKey | None, stop: threading.Event

@@ -1,4 +1,4 @@
-"""Groups of clients that hold a tensor together: how many must answer before it is averaged, and whose voice counts.
+"""Which tensors may be averaged in a round, and how far one client's embeddings may influence the assignment.
 
 The average over few reveals each: of two, either can subtract its own part and has the other's.
 """
