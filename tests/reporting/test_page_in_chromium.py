@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fedamole.errors import RunError
 from fedamole.reporting.page.content import content
 from fedamole.reporting.page.document import write_page
 from fedamole.reporting.page.reading import read_folders
@@ -106,7 +107,7 @@ def test_pointing_at_a_cell_tells_client_expert_and_relevance(visit: Any, report
     cells.first.hover()
     said = page.locator("#tip").inner_text()
     first = min(mine)
-    assert said.startswith(f"chat holds expert {first}, relevance P = {mine[first]:.3f}; shared with ")
+    assert said.startswith(f"chat holds expert {first}, relevance P = {mine[first]:.4f}; shared with ")
     page.mouse.move(2, 2)
     assert page.locator("#tip").is_hidden()
 
@@ -120,7 +121,7 @@ def test_module_and_round_are_chosen(visit: Any, report: Path, runs: Any) -> Non
         return details.locator("tbody tr").first.inner_text()
 
     def expected(round_: int, module: int) -> str:
-        return ", ".join(f"{expert} ({p:.2f})" for expert, p in held(runs, round_, module, "chat").items())
+        return ", ".join(f"{expert} ({p:.4f})" for expert, p in held(runs, round_, module, "chat").items())
 
     assert re.split(r"\t", line())[1] == expected(2, 0)
     page.select_option("#experts select", index=3)
@@ -187,15 +188,17 @@ def test_it_fits_a_telephone(visit: Any, report: Path) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-def test_a_name_cannot_become_markup(visit: Any, runs: Any, tmp_path: Path) -> None:
+def test_text_from_a_run_cannot_become_markup(visit: Any, runs: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(runs("fedamole"), tmp_path / "run", ignore=shutil.ignore_patterns("clients")))
-    evil = "</script><img src=x onerror=document.title='owned'>"
-    for name in ("metrics.jsonl", "assignment.jsonl", "summary.json", "manifest.json"):
-        (folder / name).write_text((folder / name).read_text().replace('"chat"', json.dumps(evil)))
-    (folder / "routing.json").write_text(json.dumps({"clients": {evil: {evil: {evil: 0.5}}}}))
-    (folder / "clients.json").write_text(json.dumps({evil: {"labels": {evil: 3, "low": 1}}}))
+    evil = "</script><img src=x onerror=document['title']='owned'>"
+    held_lines = [json.loads(line) for line in (folder / "assignment.jsonl").read_text().splitlines()]
+    module = held_lines[0]["module"]
+    lines = [{**line, "module": evil if line["module"] == module else line["module"]} for line in held_lines]
+    (folder / "assignment.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "routing.json").write_text(json.dumps({"clients": {"chat": {evil: {evil: 0.5}}}}))
+    (folder / "clients.json").write_text(json.dumps({"chat": {"labels": {evil: 3, "low": 1}}}))
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"round": 1, "client": evil, "split": "train", "failed": evil}) + "\n")
+        file.write(json.dumps({"round": 1, "client": "chat", "split": "train", "bytes_down": 0, "failed": evil}) + "\n")
     write_page(tmp_path / "r.html", content(read_folders([folder])))
     page = visit(tmp_path / "r.html").page
     for summary in page.locator("details summary").all():
@@ -203,9 +206,19 @@ def test_a_name_cannot_become_markup(visit: Any, runs: Any, tmp_path: Path) -> N
     page.locator("#experts .heat").first.focus()
     assert page.locator("img").count() == 0
     assert page.title() == "Report on fedamole"
-    for section in ("experts", "routing", "labels", "failed", "test", "gain"):
+    assert page.locator("#experts select option").first.text_content() == evil
+    for section in ("routing", "labels", "failed"):
         assert evil in page.locator(f"#{section} tbody").first.inner_text(), section
     assert page.locator("#labels svg .piece").count() == 2
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "assignment.jsonl", "summary.json", "manifest.json"])
+def test_a_name_that_is_markup_is_refused(runs: Any, tmp_path: Path, file: str) -> None:
+    folder = Path(shutil.copytree(runs("fedamole"), tmp_path / "run", ignore=shutil.ignore_patterns("clients")))
+    evil = json.dumps("</script><img src=x onerror=document.title='owned'>")
+    (folder / file).write_text((folder / file).read_text().replace('"chat"', evil))
+    with pytest.raises(RunError, match=file):
+        read_folders([folder])
 
 
 def test_unfinished_and_live(visit: Any, runs: Any, tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ function assignment(box, run) {
       say: (client, expert) => {
         const relevance = here(client)[expert], with_ = others(expert, client).join(", ") || "nobody else";
         if (relevance === undefined) return `${clients[client]} does not hold expert ${expert}; ${others(expert, client).join(" and ") || "nobody"} does.`;
-        return `${clients[client]} holds expert ${expert}, relevance P = ${relevance.toFixed(3)}; shared with ${with_}${fresh(expert, client) ? "; new in this round" : ""}.`;
+        return `${clients[client]} holds expert ${expert}, relevance P = ${relevance.toFixed(4)}; shared with ${with_}${fresh(expert, client) ? "; new in this round" : ""}.`;
       },
     }),
     heatMap({
@@ -231,7 +231,7 @@ function assignment(box, run) {
   const step = (text, label, by) => h("button", { type: "button", text, "aria-label": label, onclick: () => go(state.round + by) });
   const back = step("‹", "round before", -1), on = step("›", "round after", 1);
   const numbers = asTable("This assignment", () => table(["client", "experts (relevance P)"], clients.map((name, client) =>
-    [name, Object.entries(here(client)).map(([expert, relevance]) => `${expert} (${relevance.toFixed(2)})`).join(", ")])));
+    [name, Object.entries(here(client)).map(([expert, relevance]) => `${expert} (${relevance.toFixed(4)})`).join(", ")])));
   const sizes = asTable("These numbers", () => table(["client", ...run.modules], clients.map((name, client) => [name, ...run.modules.map((_, module) => String(count(client, module)))])));
   const sharing = asTable("These pairs", () => table(["client", ...clients], clients.map((name, one) => [name, ...shares[one].map((count) => (count === null ? "" : String(count)))])));
   function go(round, module = state.module) {
