@@ -47,12 +47,12 @@ class LocalTask:
     learning_rate: float
     """Adam's learning rate in this round."""
     done: float = 0.0
-    """Share of the round's steps that earlier pieces of training took."""
+    """Share of the round's steps that earlier pieces of training took, under the budget in force."""
 
     def steps(self, settings: TrainingSettings) -> int:
         """Optimiser steps of this piece of training, at least 1: those of a round's pieces add up to the round's."""
-        steps = settings.steps(len(self.rows))
-        return max(1, round((self.done + self.fit.share) * steps) - round(self.done * steps))
+        steps, share = settings.steps(len(self.rows)), self.fit.share_in(settings.budget)
+        return max(1, round((self.done + share) * steps) - round(self.done * steps))
 
 
 def fit(
@@ -116,6 +116,7 @@ class _Group:
             _batches(rows, settings, torch_generator(seed, f"order{self.turn}", task.client, round_))
             for task, rows in zip(tasks, bank.prefixed([task.rows for task in tasks]), strict=True)
         ]
+        self.tokens = [0] * len(tasks)
         self.loss = torch.zeros(len(tasks), dtype=torch.float64, device=bank.base.device)
         self.diverged: dict[int, DivergedError] = {}
 
@@ -152,6 +153,9 @@ class _Group:
             row.grad = None  # Adam would move even a zero gradient on by its momentum
         self.bank.gradients.zero_()
         parts = [[next(self.batches[place]) for place in range(active)] for _ in range(self.settings.accumulation)]
+        for part in parts:
+            for place, rows in enumerate(part):
+                self.tokens[place] += count_tokens(rows)
         self._backward(step, parts, 0, active)
         if self.anchors is not None:
             centres, weights = self.anchors
@@ -187,7 +191,7 @@ class _Group:
         most = TOKENS_AT_ONCE if self.bank.base.device.type == "cpu" else None
         begin, tokens = first, 0
         for place in range(first, last):
-            more = sum(len(prompt) + len(answer) for prompt, answer in rows[place])
+            more = count_tokens(rows[place])
             full = most is not None and tokens + more > most
             if place > begin and (full or place - begin >= self.bank.at_once):
                 yield begin, place
@@ -233,7 +237,10 @@ class _Group:
         means = self.loss.tolist()
         return [
             self.diverged.get(place)
-            or Trained(self.bank.adapter(place), steps, means[place] / (steps * self.settings.accumulation))
+            or Trained(
+                self.bank.adapter(place), steps, means[place] / (steps * self.settings.accumulation),
+                tokens=self.tokens[place],
+            )
             for place, steps in enumerate(self.steps)
         ]
 
@@ -243,7 +250,7 @@ def embed(bank: Bank, clients: Sequence[Sequence[Row]], most_tokens: int) -> lis
 
     At most `most_tokens` tokens are read at a time.
     """
-    tokens = [sum(len(prompt) + len(answer) for prompt, answer in rows) for rows in clients]
+    tokens = [count_tokens(rows) for rows in clients]
     found: dict[str, EmbeddingSum] = {}
     bank.window(0, bank.clients)
     with torch.no_grad():
@@ -251,6 +258,11 @@ def embed(bank: Bank, clients: Sequence[Sequence[Row]], most_tokens: int) -> lis
             with bank.reading(batch.to(bank.base.device), embeddings=found):
                 pass
     return bank.mean_embeddings(found, tokens)
+
+
+def count_tokens(rows: Sequence[Row]) -> int:
+    """Tokens of prompts and answers together, without padding."""
+    return sum(len(prompt) + len(answer) for prompt, answer in rows)
 
 
 def _batches(

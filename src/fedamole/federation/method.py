@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 from torch import Tensor
 
 from fedamole.federation.averaging import capped
+from fedamole.federation.settings import Budget
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.params import Adapter, Shapes, Tensors
@@ -96,6 +97,8 @@ class Trained:
     """Mean training loss per answer token over the steps, without the balance loss."""
     embeddings: Mapping[str, MeanEmbeddings] = field(default_factory=dict)
     """Mean router embeddings over the embedding split by module, for methods with `embeds`."""
+    tokens: int = 0
+    """Tokens without padding that went through a forward and a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,11 @@ class Fit:
     adapter: Adapter
     """What it starts from, and which of its tensors are left as they are."""
     share: float = 1.0
-    """Share of the round's steps: the pieces of a round make up 1, so that all methods have the same budget."""
+    """Share of the round's steps S under `training.budget = "steps"`: the shares of a round add up to 1, so that all
+    methods have the same budget."""
+    paper_share: float | None = None
+    """The same under `training.budget = "paper"`: what the method's paper gives this training, as a multiple of S.
+    None: `share`. The method names their sum in `paper_steps`."""
     anchor: Tensors = field(default_factory=dict)
     """Centre of a proximal term, by the names of the adapter's tensors; empty for none."""
     anchor_weight: float = 0.0
@@ -113,6 +120,10 @@ class Fit:
     tail: int = 0
     """First rank of the tail that is penalised by tail_weight * sum over modules |A[tail:]| |B[:, tail:]|."""
     tail_weight: float = 0.0
+
+    def share_in(self, budget: Budget) -> float:
+        """Share of the round's steps under this budget."""
+        return self.share if budget == "steps" or self.paper_share is None else self.paper_share
 
 
 @dataclass(frozen=True)
@@ -165,6 +176,15 @@ class Method(ABC, Generic[S, D, K, U]):
     """Whether `fit` also reads the embedding split (`Trained.embeddings`)."""
     looks: ClassVar[bool] = False
     """Whether what a client sends depends on a look at its embedding split (`Client.losses`) before training."""
+    paper_steps: ClassVar[float] = 1.0
+    """Steps of a client's round under `training.budget = "paper"`, as a multiple of those under "steps"."""
+    budgets_differ: ClassVar[bool] = False
+    """Whether the two budgets give different steps; set from `paper_steps`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Set `budgets_differ`."""
+        super().__init_subclass__(**kwargs)
+        cls.budgets_differ = cls.paper_steps != 1
 
     def __post_init__(self) -> None:
         """Refuse hyper-parameters that no adapter can have."""

@@ -55,6 +55,7 @@ class FedDpa(LoraMethod[GlobalLora, GlobalLora, LocalLora, GlobalLora]):
     records = Records(GlobalLora, GlobalLora, LocalLora, GlobalLora)
     evaluates = "aggregated"
     averaged = ("tensors",)
+    paper_steps = 2.0
 
     def __post_init__(self) -> None:
         """Refuse weights outside 0 .. 1, and no instances."""
@@ -95,9 +96,9 @@ class FedDpa(LoraMethod[GlobalLora, GlobalLora, LocalLora, GlobalLora]):
         self, client: Client, kept: LocalLora, message: GlobalLora
     ) -> Generator[Fit, Trained, tuple[LocalLora, GlobalLora, Trained]]:
         """Train the global LoRA, then the client's own, and look at a few prompts."""
-        shared = yield Fit(Adapter(self.spec(), message.tensors), share=0.5)
+        shared = yield Fit(Adapter(self.spec(), message.tensors), share=0.5, paper_share=1.0)
         both = self.adapter(client, LocalLora(kept.tensors, {}), message)
-        own = yield Fit(both, share=0.5)
+        own = yield Fit(both, share=0.5, paper_share=1.0)
         local = {name: own.adapter.tensors[name] for name in kept.tensors}
         references = client.last_hidden(own.adapter, self.instances)
         _, reply = self.reply(client, kept, message, shared)
