@@ -86,11 +86,16 @@ def planned(config: Config, base: Base, clients: Mapping[str, ClientData]) -> Pl
         bytes_down=_mean(traffic),
         group=group,
         memory_mib=(used_bytes(base.device) + _group_bytes(config, base, group, max(sizes))) / 2**20,
-        steps=_mean([config.training.steps(info.examples) for info in infos]),
+        steps=_mean([_steps(config, info.examples) for info in infos]),
         rounds=config.federation.rounds,
         clients_per_round=_cohort(config, len(infos)),
         exposure=tuple(exposure(config, len(infos), rows, base.shapes)),
     )
+
+
+def _steps(config: Config, examples: int) -> float:
+    """Optimiser steps of a round at a client with this many training examples."""
+    return config.training.steps(examples) * config.method.round_share(config.training.budget)
 
 
 def chosen_group(config: Config, base: Base, clients: Mapping[str, ClientData]) -> int:
@@ -126,7 +131,7 @@ def planned_without_data(
         bytes_down=_mean(traffic),
         group=group,
         memory_mib=held + group * each,
-        steps=_mean([config.training.steps(info.examples) for info in infos]),
+        steps=_mean([_steps(config, info.examples) for info in infos]),
         rounds=config.federation.rounds,
         clients_per_round=_cohort(config, len(infos)),
         exposure=tuple(exposure(config, len(infos), shapes=base.shapes)),
@@ -179,7 +184,7 @@ def exposure(
     if known:
         training = config.training
         few = min(known, key=lambda row: (row["train"], row["client"]))
-        read = min(few["train"], training.steps(few["train"]) * training.batch_size * training.accumulation)
+        read = min(few["train"], round(_steps(config, few["train"])) * training.batch_size * training.accumulation)
         said.append(
             f"The fewer rows, the more is told of each: an update of {few['client']} is about {read} of its "
             f"{few['train']} training rows, its scores about {few['validation']} and {few['test']} rows."

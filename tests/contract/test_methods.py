@@ -102,7 +102,7 @@ def shop(runs: Any) -> Shop:
 def made(name: str, **parameters: Any) -> Method:
     """A small one."""
     fields = {field.name for field in dataclasses.fields(METHODS[name])}
-    small = {"rank": 2, "alpha": 4.0, "virtual_tokens": 4, "fusion_trials": 10}
+    small = {"rank": 2, "alpha": 4.0, "virtual_tokens": 4, "encoder_hidden_size": 32, "fusion_trials": 10}
     lists = {key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()}
     return METHODS[name](**{**{key: value for key, value in small.items() if key in fields}, **lists})
 
@@ -321,7 +321,8 @@ CHANGED: dict[str, Any] = {
     "assignment": ("random", "static", "homogeneous"), "proximal": 5.0, "private_share": 0.9, "virtual_tokens": 3,
     "ranks": ([1, 3],), "tail_weight": 5.0, "pruned_to": 0.2, "clusters": 2, "probe_examples": 1, "local_weight": 0.9,
     "instances": 1, "outer_learning_rate": 0.5, "outer_momentum": 0.9, "sync_every": 1, "fusion_examples": 1,
-    "fusion_trials": 5, "min_holders": 3, "warmup_rounds": 2, "most_clusters": 1,
+    "fusion_trials": 5, "min_holders": 3, "warmup_share": 1.0, "most_clusters": 1, "weight_decay": 1.0,
+    "encoder_hidden_size": 16,
 }  # fmt: skip
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 

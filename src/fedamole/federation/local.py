@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedamole.errors import FedamoleError
+from fedamole.federation.looks import count_tokens
 from fedamole.federation.method import Fit, Trained
 from fedamole.federation.randomness import derived_seed, torch_generator
 from fedamole.federation.settings import TrainingSettings
@@ -103,6 +104,7 @@ class _Group:
         self.flat = bank.trainable()
         self.learning = self._learning()
         self.anchors = self._anchors()
+        self.decay = self._decay()
         rates = sorted({task.learning_rate for task in tasks})
         self.optimiser = torch.optim.Adam(
             [
@@ -146,6 +148,14 @@ class _Group:
             )
         return torch.stack(centres).to(self.bank.weights), torch.stack(weights).to(self.bank.weights)
 
+    def _decay(self) -> Tensor | None:
+        """What a step leaves of each number by decoupled weight decay, (C, 1) or (C, P); None where nothing decays."""
+        lost = torch.tensor([[task.learning_rate * task.fit.weight_decay] for task in self.tasks], dtype=torch.float64)
+        if not lost.any():
+            return None
+        lost = lost.to(self.bank.weights)
+        return 1 - (lost if self.learning is None else lost * self.learning)
+
     def step(self, step: int) -> None:
         """Take one optimiser step for every client that is still at work."""
         active = sum(step < steps for steps in self.steps)
@@ -165,6 +175,8 @@ class _Group:
         if self.settings.clip_norm:
             norms = torch.linalg.vector_norm(self.bank.gradients, dim=1, keepdim=True)
             self.bank.gradients.mul_((self.settings.clip_norm / (norms + 1e-6)).clamp(max=1.0))
+        if self.decay is not None:
+            self.bank.weights[:active].mul_(self.decay[:active])
         self.optimiser.step()
 
     def _backward(self, step: int, parts: list[list[list[Row]]], first: int, last: int) -> None:
@@ -258,11 +270,6 @@ def embed(bank: Bank, clients: Sequence[Sequence[Row]], most_tokens: int) -> lis
             with bank.reading(batch.to(bank.base.device), embeddings=found):
                 pass
     return bank.mean_embeddings(found, tokens)
-
-
-def count_tokens(rows: Sequence[Row]) -> int:
-    """Tokens of prompts and answers together, without padding."""
-    return sum(len(prompt) + len(answer) for prompt, answer in rows)
 
 
 def _batches(

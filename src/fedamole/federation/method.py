@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 
 from torch import Tensor
 
+from fedamole.errors import ConfigError
 from fedamole.federation.averaging import capped
 from fedamole.federation.settings import Budget
 from fedamole.model.amole import AdapterSpec
@@ -76,6 +77,8 @@ class Server:
     """While replies are aggregated: names of the clients that were asked in this round; empty: of all."""
     max_weight_share: float = 1.0
     """Largest share of one client in weights by examples."""
+    rounds: int = 0
+    """Rounds R of the run."""
 
     def weights(self, weighting: "Weighting") -> dict[str, float]:
         """Weight of each client in an average: all equal, or by the size of the training splits.
@@ -110,9 +113,6 @@ class Fit:
     share: float = 1.0
     """Share of the round's steps S under `training.budget = "steps"`: the shares of a round add up to 1, so that all
     methods have the same budget."""
-    paper_share: float | None = None
-    """The same under `training.budget = "paper"`: what the method's paper gives this training, as a multiple of S.
-    None: `share`. The method names their sum in `paper_steps`."""
     anchor: Tensors = field(default_factory=dict)
     """Centre of a proximal term, by the names of the adapter's tensors; empty for none."""
     anchor_weight: float = 0.0
@@ -120,6 +120,11 @@ class Fit:
     tail: int = 0
     """First rank of the tail that is penalised by tail_weight * sum over modules |A[tail:]| |B[:, tail:]|."""
     tail_weight: float = 0.0
+    weight_decay: float = 0.0
+    """Decoupled weight decay, as in AdamW: each step first multiplies what trains by 1 - learning rate * this."""
+    paper_share: float | None = None
+    """What the method's paper gives this training, as a multiple of S: `share` under `training.budget = "paper"`. None:
+    the same as `share`. The method names the sum over a round in `paper_steps`."""
 
     def share_in(self, budget: Budget) -> float:
         """Share of the round's steps under this budget."""
@@ -136,11 +141,12 @@ class Client:
     seed: int
     round: int
     losses: Callable[[Sequence[Adapter], int], list[float]]
-    """losses(adapters, most): mean loss per answer token of each adapter on (at most so many of) the client's examples
-    that are set aside from training for such looks: the embedding split. No step is taken."""
+    """losses(adapters, most): mean loss per answer token of each adapter on the client's examples that are set aside
+    from training for such looks, the embedding split. Of more than `most` examples a draw is taken, the same in every
+    round. No step is taken."""
     last_hidden: Callable[[Adapter, int], Tensor]
-    """last_hidden(adapter, most): last hidden states (S, d) at the ends of as many of these examples' prompts, under
-    the first of the adapter's two experts."""
+    """last_hidden(adapter, most): last hidden states (S, d) at the ends of these examples' prompts, under the first of
+    the adapter's two experts; of more than `most` a draw is taken, the same in every round."""
     width: int = 0
     """Width d of the base's input embeddings."""
     embedding_std: float = 0.02
@@ -193,6 +199,10 @@ class Method(ABC, Generic[S, D, K, U]):
     @abstractmethod
     def spec(self) -> AdapterSpec | PromptSpec:
         """What all adapters of this method share."""
+
+    def round_share(self, budget: Budget) -> float:
+        """Steps of a client's round under this budget, as a multiple of `TrainingSettings.steps`."""
+        return self.paper_steps if budget == "paper" else 1.0
 
     def check(self, clients: int) -> None:
         """Raise a ConfigError before anything runs when this many clients cannot be served."""
@@ -285,3 +295,12 @@ class LoraMethod(Method[S, D, K, U]):
     def spec(self) -> AdapterSpec:
         """What all adapters of this method share."""
         return AdapterSpec(self.rank, self.alpha, self.dropout, self.dropout_kind)
+
+
+def check_weight_decay(value: float) -> None:
+    """Raise a ConfigError for a `method.weight_decay` outside 0 .. 1.
+
+    A decay near 1 / learning rate would make a client forget all steps but the last, whose few rows its update tells.
+    """
+    if not 0 <= value <= 1:
+        raise ConfigError(f"method.weight_decay = {value}: must be at least 0 and at most 1")

@@ -19,7 +19,8 @@ from fedamole.errors import DataError, RunError
 from fedamole.evaluation.likelihood import mean_losses
 from fedamole.evaluation.personal import EvaluationSettings, losses_of, majority_scores, scores_of
 from fedamole.federation.checkpoint import latest_state, state_path
-from fedamole.federation.local import DivergedError, LocalTask, OnStep, count_tokens, embed, fit
+from fedamole.federation.local import DivergedError, LocalTask, OnStep, embed, fit
+from fedamole.federation.looks import Looks, drawn
 from fedamole.federation.method import Client, ClientInfo, Evaluates, Fit, Method, Trained
 from fedamole.federation.record import PayloadError, boxed, non_finite, pack, unboxed, unpack
 from fedamole.federation.run_folder import RunFolder
@@ -103,15 +104,6 @@ class Answer:
     """Loss, steps, seconds, peak memory, or the reason of a failure."""
 
 
-@dataclass
-class Looks:
-    """What a client has read in forward passes alone, in the round at hand."""
-
-    examples: int = 0
-    tokens: int = 0
-    """Tokens without padding."""
-
-
 class Worker:
     """Does what the server asks of a client."""
 
@@ -129,7 +121,7 @@ class Worker:
         self.bank, self.method, self.rows, self.folder, self.seed = bank, method, rows, folder, seed
         self.training, self.evaluation = training, evaluation
         self.looks: dict[str, Looks] = {}
-        """By client: `Client.losses`, `Client.last_hidden`, and the embedding split of methods with `embeds`."""
+        """By client, in this round: `Client.losses`, `Client.last_hidden`, and embedding splits (`Method.embeds`)."""
 
     def update(
         self, group: Sequence[ClientData], round_: int, payloads: Mapping[str, bytes], on_step: OnStep | None = None
@@ -161,12 +153,6 @@ class Worker:
             probed = {"probed": looks.examples} if looks.examples else {}
             answers[client.name] = self._answer(client, results[place], {**work, **report, **probed})
         return answers
-
-    def _looked(self, client: str, rows: Sequence[Row], times: int = 1) -> None:
-        """Count rows that a client has read in `times` forward passes each."""
-        looks = self.looks.setdefault(client, Looks())
-        looks.examples += len(rows) * times
-        looks.tokens += count_tokens(rows) * times
 
     def _in_turns(
         self, group: Sequence[ClientData], works: Sequence[Work], round_: int, on_step: OnStep | None
@@ -251,7 +237,7 @@ class Worker:
         self.bank.load([outcome.adapter for outcome in outcomes.values()])
         rows = [group[place].embedding.pairs() for place in outcomes]
         for place, read in zip(outcomes, rows, strict=True):
-            self._looked(group[place].info.name, read)
+            self.looks.setdefault(group[place].info.name, Looks()).add(read)
         means = embed(self.bank, rows, self.evaluation.batch_tokens)
         return {
             place: replace(outcome, embeddings=mean)
@@ -327,22 +313,22 @@ class Worker:
         return scores
 
     def _client(self, data: ClientData, round_: int) -> Client:
-        bank = self.bank
+        bank, me = self.bank, data.info.name
 
         def losses(adapters: Sequence[Adapter], most: int) -> list[float]:
-            rows = data.embedding.pairs()[:most]
+            rows = drawn(data.embedding.pairs(), most, self.seed, "losses", me)
             found = [0.0] * len(adapters)
             for places in _by_kind({place: adapter.kind() for place, adapter in enumerate(adapters)}):
                 bank.load([adapters[place] for place in places])
-                self._looked(data.info.name, bank.prefixed([rows])[0], len(places))
+                self.looks.setdefault(me, Looks()).add(bank.prefixed([rows])[0], len(places))
                 values = mean_losses(bank, [rows] * len(places), self.evaluation.batch_tokens)
                 for place, value in zip(places, values, strict=True):
                     found[place] = value
             return found
 
         def last_hidden(adapter: Adapter, most: int) -> Tensor:
-            prompts = [prompt for prompt, _ in data.embedding.pairs()[:most]]
-            self._looked(data.info.name, [(prompt, (0,)) for prompt in prompts])
+            prompts = [row[0] for row in drawn(data.embedding.pairs(), most, self.seed, "hidden", me)]
+            self.looks.setdefault(me, Looks()).add([(prompt, (0,)) for prompt in prompts])
             bank.load([adapter])
             return bank.last_hidden([prompts]).cpu()
 
