@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedamole import experiment
-from fedamole.comparison import load_comparison
+from fedamole.comparison.file import load_comparison
 from fedamole.config import Config, load_config, read_tables, to_config
 from fedamole.experiment import plan_without_data
 from fedamole.methods import METHODS

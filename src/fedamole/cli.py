@@ -23,7 +23,7 @@ from fedamole.serving import commands as serving
 from fedamole.terminal import Screen, say, say_json, screen, set_up
 
 if TYPE_CHECKING:
-    from fedamole.comparison import Comparison
+    from fedamole.comparison.file import Comparison
     from fedamole.config import Config
     from fedamole.federation.loop import Watcher
     from fedamole.planning import Plan
@@ -299,7 +299,8 @@ def compare(
 
     Finished cells are skipped, unfinished ones resumed, failed ones tried again; the same command goes on after Ctrl-C.
     """
-    from fedamole.comparison import check_shown, failures, load_comparison, preview, run_comparison
+    from fedamole.comparison.file import load_comparison
+    from fedamole.comparison.run import check_shown, failures, preview, run_comparison
     from fedamole.console import CellLines, show_cells
     from fedamole.errors import RunError
     from fedamole.reporting.comparison_plot import check_picture
@@ -327,7 +328,7 @@ def compare(
 
 def _report(comparison: "Comparison", as_json: bool, files: dict[str, Path | None]) -> None:
     """Print the tables of what is finished, and write those that were asked for into files."""
-    from fedamole.comparison import progress
+    from fedamole.comparison.run import progress
     from fedamole.console import show_sheets
     from fedamole.errors import RunError
     from fedamole.files import write_atomic

@@ -61,8 +61,8 @@ _client = {"client": name}
 _line = {
     "train": record({**_client, "bytes_down": _amount}, {
         "bytes_up": _amount, "loss": _number, "steps": whole(), "probed": whole(), "group": whole(),
-        "forward_tokens": whole(), "backward_tokens": whole(), "peak_memory_mib": _amount, "seconds": _amount,
-        "failed": text(),
+        "forward_tokens": whole(), "backward_tokens": whole(), "trained_parameters": whole(),
+        "peak_memory_mib": _amount, "seconds": _amount, "failed": text(),
     }),
     "validation": record({**_client, "method": name, "loss": _number}, {
         "score": _number, "probed": whole(), "forward_tokens": whole(), "bytes_down": _amount,

@@ -141,7 +141,8 @@ class Worker:
             )
             for client in clients
         ]
-        results, steps, tokens, trained = self._in_turns(group, works, round_, on_step)
+        sizes = [dict[str, int]() for _ in group]
+        results, steps, tokens, trained = self._in_turns(group, works, round_, on_step, sizes)
         report = {
             "seconds": (time.perf_counter() - started) / len(group), "seconds_training": trained / len(group),
             "group": len(group), "peak_memory_mib": peak_memory_mib(self.bank.base.device),
@@ -150,17 +151,19 @@ class Worker:
         for place, client in enumerate(clients):
             looks = self.looks.get(client.name, Looks())
             work = {"steps": steps[place], "forward_tokens": looks.tokens, "backward_tokens": tokens[place]}
+            work["trained_parameters"] = sum(sizes[place].values())
             probed = {"probed": looks.examples} if looks.examples else {}
             answers[client.name] = self._answer(client, results[place], {**work, **report, **probed})
         return answers
 
     def _in_turns(
-        self, group: Sequence[ClientData], works: Sequence[Work], round_: int, on_step: OnStep | None
+        self, group: Sequence[ClientData], works: Sequence[Work], round_: int, on_step: OnStep | None,
+        sizes: Sequence[dict[str, int]],
     ) -> tuple[dict[int, tuple[Any, Any, Trained] | DivergedError], list[int], list[int], float]:
         """Let each client's work go on until it asks for training, train those together, and so on to the end.
 
         Returns what each client's work came to, the steps each took and the tokens they read, and the seconds of
-        training.
+        training. Adds to each client's `sizes` how many numbers each tensor that it trains has.
         """
         results, asked = dict[int, tuple[Any, Any, Trained] | DivergedError](), dict[int, Fit]()
         steps, tokens, shares, seconds, turn = [0] * len(group), [0] * len(group), [0.0] * len(group), 0.0, 0
@@ -180,6 +183,7 @@ class Worker:
             asked.clear()
             for place in sorted(fits):
                 outcome = outcomes[place]
+                sizes[place].update(fits[place].adapter.trained_sizes())
                 shares[place] += fits[place].share_in(self.training.budget)
                 if isinstance(outcome, DivergedError):
                     results[place] = outcome
