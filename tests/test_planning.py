@@ -135,6 +135,14 @@ def test_every_method_is_planned_without_data(name: str, clients: int, tmp_path:
     assert found.memory_mib == pytest.approx(found.base_mib + found.mib_per_client)
 
 
+@pytest.mark.parametrize(
+    ("method", "budget", "steps"), [("ditto", "steps", 3), ("ditto", "paper", 6), ("fedit", "paper", 3)]
+)
+def test_the_planned_steps_are_those_of_the_budget(method: str, budget: str, steps: int, runs: Any) -> None:
+    config = runs.load(method, f"training.budget={budget}")
+    assert (plan(config).steps, plan_without_data(config).steps) == (steps, steps)
+
+
 def test_without_data_is_the_plan_but_for_the_data(runs: Any) -> None:
     """Sizes of the same run with data and base at hand; only a device is not at hand."""
     config = runs.load("fedamole", "run.group=3")
