@@ -30,7 +30,7 @@ from fedamole.methods.local_only import LocalOnly
 MethodClass = type[Method[Any, Any, Any, Any]]
 
 
-def _with_variants(methods: Mapping[str, MethodClass]) -> dict[str, MethodClass]:
+def with_variants(methods: Mapping[str, MethodClass]) -> dict[str, MethodClass]:
     """Add `<name>_ft`, scored before the aggregation, after each method that is scored after it."""
     found: dict[str, MethodClass] = {}
     for name, method in methods.items():
@@ -40,7 +40,7 @@ def _with_variants(methods: Mapping[str, MethodClass]) -> dict[str, MethodClass]
     return found
 
 
-METHODS = _with_variants(
+METHODS = with_variants(
     {
         "fedamole": FedAmole,
         "local_only": LocalOnly,
