@@ -143,10 +143,10 @@ def show_sheets(console: Console, sheets: "Sequence[Sheet]") -> None:
 
 def show_cells(console: Console, cells: Sequence[Mapping[str, Any]]) -> None:
     """Print what the next call of a comparison would do."""
-    table = Table("cell", "what", "rounds", "learning rate")
+    table = Table("cell", "what", "size", "rounds", "learning rate")
     for cell in cells:
         rate = "" if cell["learning_rate"] is None else f"{cell['learning_rate']:g}"
-        table.add_row(cell["cell"], cell["does"], str(cell["rounds"]), rate)
+        table.add_row(cell["cell"], cell["does"], cell["size"], str(cell["rounds"]), rate)
     console.print(table)
 
 

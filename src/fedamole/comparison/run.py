@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedamole.cells import FREE, Cell, CellWatcher, copied, run_cells
-from fedamole.comparison.budgets import within_bytes
+from fedamole.comparison.budgets import SET_BY_PLANS, planned, size_of
 from fedamole.comparison.file import Comparison
-from fedamole.config import to_config
+from fedamole.config import Config, to_config
+from fedamole.federation.run_folder import SUMMARY, RunFolder
 
 
 def run_comparison(comparison: Comparison, watcher: CellWatcher) -> list[Cell]:
     """Run every cell that is not finished, grids first; return the cells that failed."""
-    comparison = within_bytes(comparison)
+    comparison = planned(comparison)
     check_stored(comparison)
     workers, tried = comparison.settings.workers, set[str]()
     while cells := [
@@ -33,8 +34,9 @@ def check_stored(comparison: Comparison, free: Sequence[str] = FREE) -> None:
 
 
 def check_shown(comparison: Comparison) -> None:
-    """The same before tables are made without a run; rounds worked out from bytes are taken as they are stored."""
-    check_stored(comparison, (*FREE, "federation.rounds") if comparison.settings.budget == "bytes" else FREE)
+    """The same before tables are made without a run; what a plan works out is taken as it is stored."""
+    settings = comparison.settings
+    check_stored(comparison, (*FREE, *SET_BY_PLANS.get(settings.budget, ()), *SET_BY_PLANS.get(settings.match, ())))
 
 
 def failures(comparison: Comparison) -> list[Cell]:
@@ -54,36 +56,42 @@ def _reuse_grid(comparison: Comparison) -> None:
 
 def preview(comparison: Comparison) -> list[dict[str, Any]]:
     """What the next call would do with each cell; runs nothing."""
-    comparison = within_bytes(comparison)
+    comparison = planned(comparison)
     check_stored(comparison)
     listed: list[dict[str, Any]] = []
     for arm in comparison.arms:
         cells = [*comparison.grid(arm).values(), *comparison.cells(arm)]
-        for cell in cells:
-            config = cell.config
-            listed.append(
-                {
-                    "cell": cell.name,
-                    "methods": list(cell.rows),
-                    "does": _next(cell),
-                    "rounds": config.federation.rounds,
-                    "learning_rate": config.training.learning_rate,
-                }
-            )
+        listed += [_line(cell.name, list(cell.rows), _next(cell), cell.config) for cell in cells]
         if comparison.settings.learning_rates and not comparison.chosen(arm):
-            waiting = "waits for its learning rate"
-            rounds = to_config(arm.tables).federation.rounds
+            waits = _line("", list(arm.rows), "waits for its learning rate", to_config(arm.tables))
             listed += [
-                {
-                    "cell": f"{arm.scenario}/{arm.name}-s{seed}",
-                    "methods": list(arm.rows),
-                    "does": waiting,
-                    "rounds": rounds,
-                    "learning_rate": None,
-                }
+                {**waits, "cell": f"{arm.scenario}/{arm.name}-s{seed}", "learning_rate": None}
                 for seed in comparison.settings.seeds
             ]
     return listed
+
+
+def _line(cell: str, methods: list[str], does: str, config: Config) -> dict[str, Any]:
+    size = " ".join(map(str, size_of(config)))
+    rounds, rate = config.federation.rounds, config.training.learning_rate
+    return {"cell": cell, "methods": methods, "does": does, "size": size, "rounds": rounds, "learning_rate": rate}
+
+
+def outlook(comparison: Comparison) -> str:
+    """How many cells there are by now, and about how long the rest takes, in a sentence."""
+    cells = {cell.name: cell for cell in comparison.all_cells()}
+    finished = [cell for cell in cells.values() if cell.state == "finished"]
+    waiting = [arm for arm in comparison.arms if not comparison.cells(arm)]
+    left = len(cells) - len(finished) + len(waiting) * len(comparison.settings.seeds)
+    told = f"{len(finished)} cells are finished, {left} are to be run, and wider grids may add some"
+    if not comparison.settings.learning_rates or not comparison.settings.widen:
+        told = f"{len(finished)} cells are finished, {left} are to be run"
+    if not finished or not left:
+        return told
+    summaries = [RunFolder(cell.path).read_json(SUMMARY) for cell in finished]
+    seconds = sum(one["seconds_update"] + one["seconds_evaluate"] for one in summaries) / len(finished)
+    minutes = left * seconds / comparison.settings.workers / 60
+    return f"{told}; at {seconds:.0f} s each, the mean of the finished ones, that takes about {minutes:.0f} minutes"
 
 
 def _next(cell: Cell) -> str:

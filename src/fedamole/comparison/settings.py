@@ -25,6 +25,9 @@ class ComparisonSettings:
     takes other steps. bytes: the bytes sent to clients in all rounds together."""
     bytes_of: str = ""
     """The method whose traffic is the budget "bytes"; unset: the reference."""
+    match: Literal["nothing", "parameters"] = "nothing"
+    """parameters: each method's rank, or number of virtual tokens, is set so that a client trains about as many numbers
+    as one of the reference does in round 0. nothing: sizes are those of the methods' settings."""
     workers: int = 1
     """Cells at once."""
     overrides: tuple[str, ...] = ()

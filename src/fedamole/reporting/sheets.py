@@ -46,21 +46,33 @@ class Sheet:
     """Columns on the left that hold words."""
 
 
-def sheets(scenarios: Sequence[Scenario], reference: str) -> list[Sheet]:
-    """All tables: methods and clients of each scenario, methods over scenarios, gains of the reference."""
-    made = [sheet for found in scenarios for sheet in (_methods(found), _clients(found))]
+NEARLY = 0.1
+"""Relative difference of trained parameters up to which two methods count as equally large."""
+
+
+def sheets(scenarios: Sequence[Scenario], reference: str, matched: bool = False) -> list[Sheet]:
+    """All tables: methods and clients of each scenario, methods over scenarios, gains of the reference.
+
+    `matched` says that all methods were meant to train as many parameters as the reference; those that do not are
+    marked.
+    """
+    size_of = reference if matched else ""
+    made = [sheet for found in scenarios for sheet in (_methods(found, size_of), _clients(found))]
     if len(scenarios) > 1:
         made.append(_over_scenarios(scenarios))
     found = gains(scenarios, reference)
     return [*made, _gains(found, reference)] if found else made
 
 
-def _methods(scenario: Scenario) -> Sheet:
+def _methods(scenario: Scenario, size_of: str) -> Sheet:
     shown = [
         measure for measure in MEASURES
         if any(measure.key in result.measures for found in scenario.methods.values() for result in found)
     ]
     columns = [_cells(scenario, measure) for measure in shown]
+    unmatched = _unmatched(scenario, size_of)
+    for measure, column in zip(shown, columns, strict=True):
+        column |= {method: f"{column[method]} (not matched)" for method in unmatched if measure.key == "parameters"}
     columns.append({method: _rate(found) if method in scenario.trained else ""
                     for method, found in scenario.methods.items()})  # fmt: skip
     body = tuple((scenario.label(method), *(column[method] for column in columns)) for method in scenario.methods)
@@ -75,10 +87,23 @@ def _methods(scenario: Scenario) -> Sheet:
         caption += f" {told}" if key in keys else ""
     if any(result.at_edge for found in scenario.trained.values() for result in found):
         caption += " (edge): the lowest or highest learning rate that was tried, so a better one may lie beyond."
+    if unmatched:
+        caption += f" (not matched): differs by more than {NEARLY:.0%} from that of {size_of}."
     return Sheet(
         f"{scenario.name}: methods", f"{caption} {_rounds(scenario)}",
         ("method", *(measure.title for measure in shown), "learning rate"), body,
     )
+
+
+def _unmatched(scenario: Scenario, size_of: str) -> list[str]:
+    """Methods that train clearly more or fewer parameters than one of them, `size_of`; none where that is empty."""
+    sizes = {
+        method: statistics.fmean(found)
+        for method, results in scenario.trained.items()
+        if (found := [result.measures["parameters"] for result in results if "parameters" in result.measures])
+    }
+    wanted = sizes.get(size_of)
+    return [] if wanted is None else [name for name, size in sizes.items() if abs(size - wanted) > NEARLY * wanted]
 
 
 def _rate(results: Sequence[Result]) -> str:
