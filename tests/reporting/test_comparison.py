@@ -162,6 +162,23 @@ def test_work_and_learning_rate_are_columns(make: Make) -> None:
     assert (numbers["ours", "learning_rate_at_edge"], numbers["older", "learning_rate_at_edge"]) == (1.0, 0.0)
 
 
+def test_methods_of_another_size_are_marked_where_sizes_were_to_match(make: Make) -> None:
+    """Of 1,000 numbers, 1,100 are within a tenth and 1,101 are not."""
+    scores, sizes = {"a": 1.0, "b": 1.0}, {"ours": 1000, "near": 1100, "far": 1101, "small": 899}
+    found = read_scenarios([make(name, 0, scores, trained_parameters=size) for name, size in sizes.items()])
+
+    def column(matched: bool) -> dict[str, str]:
+        return {name: line["trained parameters"] for name, line in table(sheets(found, "ours", matched)[0]).items()}
+
+    assert column(matched=False) == {
+        "base": "", "majority": "", "ours": "1.00k", "near": "1.10k", "far": "1.10k", "small": "899",
+    }  # fmt: skip
+    assert column(matched=True) == column(matched=False) | {
+        "far": "1.10k (not matched)", "small": "899 (not matched)",
+    }  # fmt: skip
+    assert "differs by more than 10% from that of ours" in sheets(found, "ours", matched=True)[0].caption
+
+
 def test_a_diverged_run_is_in_the_tables(make: Make, tmp_path: Path) -> None:
     scores, lost = {"a": 1.0, "b": 1.0}, {"a": math.nan, "b": 1.0}
     found = read_scenarios([

@@ -53,7 +53,7 @@ def content(told: Sequence[Told]) -> Json:
         "routing": [_routing(one) for one in told if one.routing],
         "data": _data(told, clients),
         "labels": _labels(told),
-        "costs": _costs(told, len(clients)),
+        "costs": _costs(told),
         "failed": [
             [one.label, line["round"], line["client"], line["failed"]]
             for one in told for line in one.lines if "failed" in line
@@ -259,11 +259,11 @@ def _labels(told: Sequence[Told]) -> Json | None:
     return {"labels": known, "lines": lines}
 
 
-def _costs(told: Sequence[Told], clients: int) -> Json | None:
+def _costs(told: Sequence[Told]) -> Json | None:
     """A line per label, the mean over its seeds; columns that are empty for everybody are left out."""
     grouped: dict[str, list[Json]] = {}
     for one in told:
-        work = work_of(one.lines, one.run.summary["method"], clients, max(1, one.done))
+        work = work_of(one.lines, one.run.summary["method"], max(1, len(one.clients)), max(1, one.done))
         grouped.setdefault(one.label, []).append({**one.costs, **work})
     known = [found for costs in grouped.values() for found in costs]
     columns = [one for one in COSTS if any(one[0] in found if one[3] is None else found.get(one[0]) for found in known)]
