@@ -13,7 +13,7 @@ from fedamole.cells import Cell, CellWatcher
 from fedamole.comparison import run
 from fedamole.comparison.file import Comparison, load_comparison
 from fedamole.comparison.learning_rates import Choice, chosen, narrowness, widened
-from fedamole.comparison.run import preview, progress, run_comparison
+from fedamole.comparison.run import outlook, preview, progress, run_comparison
 from fedamole.errors import ConfigError
 from fedamole.methods import METHODS
 from fedamole.reporting.comparison import read_scenarios
@@ -130,6 +130,21 @@ def test_a_widened_grid_goes_on_after_an_interrupt(write: Write, monkeypatch: py
     assert rates_of(load_comparison(path)) == pytest.approx([*FIVE, 0.316, 1.0, 3.16])
     assert len(names + made.names) == len(set(names + made.names)) == 8
     assert progress(load_comparison(path)) == {"finished": 1, "failed": 0, "unfinished": 0, "new": 0}
+
+
+def test_the_outlook_counts_cells_and_takes_the_mean_time(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of five rates are done in 120 s each; three and three seeds are left: 6 * 120 / 2 workers = 6 minutes."""
+    monkeypatch.setattr(run, "run_cells", Made(best_at(1e-2), most=2))
+    path = write(["fedit"], learning_rates=FIVE, seeds=[0, 1, 2], workers=2)
+    assert outlook(load_comparison(path)) == "0 cells are finished, 8 are to be run, and wider grids may add some"
+    with pytest.raises(KeyboardInterrupt):
+        run_comparison(load_comparison(path), CellWatcher())
+    for summary in load_comparison(path).folder.rglob("summary.json"):
+        summary.write_text(json.dumps(json.loads(summary.read_text()) | {"seconds_update": 119.0}))
+    assert outlook(load_comparison(path)) == (
+        "2 cells are finished, 6 are to be run, and wider grids may add some; at 120 s each, the mean of the finished "
+        "ones, that takes about 6 minutes"
+    )
 
 
 def test_two_methods_of_one_run_widen_it_both_ways(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
