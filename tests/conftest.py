@@ -134,7 +134,7 @@ def small(method: str) -> list[str]:
 
     from fedamole.methods import METHODS
 
-    sizes = {"rank": 2, "alpha": 4, "virtual_tokens": 4, "fusion_trials": 10}
+    sizes = {"rank": 2, "alpha": 4, "virtual_tokens": 4, "encoder_hidden_size": 32, "fusion_trials": 10}
     known = {field.name for field in fields(METHODS[method])}
     return [
         f"method.name={method}", f"run.name={method}",

@@ -1,6 +1,7 @@
 """`fedamole compare` with real tiny runs, each in a process of its own."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,7 +18,9 @@ import pytest
 
 from fedamole import cli
 from fedamole.cells import Cell, CellWatcher
-from fedamole.comparison import check_shown, check_stored, load_comparison, preview, run_comparison, within_bytes
+from fedamole.comparison.budgets import within_bytes
+from fedamole.comparison.file import load_comparison
+from fedamole.comparison.run import check_shown, check_stored, preview, run_comparison
 from fedamole.errors import ConfigError, RunError
 from fedamole.experiment import plan
 from fedamole.reporting.comparison import best_validation_loss, read_scenarios
@@ -188,7 +191,7 @@ def test_a_folder_with_other_settings_is_refused(study: Path, tmp_path: Path) ->
         ({"workers": 0}, "", "workers = 0: at least 1"),
         ({"seeds": [1, 1]}, "", "seeds: 1 stands there twice"),
         ({"seeds": [0.5]}, "", "seeds[0] = 0.5: must be a whole number"),
-        ({"budget": "time"}, "", "budget = 'time': must be one of 'steps', 'bytes'"),
+        ({"budget": "time"}, "", "budget = 'time': must be one of 'steps', 'paper', 'both', 'bytes'"),
         ({"bytes_of": "fedit"}, "", "bytes_of = 'fedit' is read with budget"),
         ({"methods": ["fedit", "fedamol"]}, "", "'fedamol' is neither a method nor one of [variants]; did you mean"),
         ({"reference": "fedamole"}, "", "reference = 'fedamole' is none of methods"),
@@ -243,22 +246,24 @@ def test_rounds_that_fit_into_the_bytes_of_another_method(write: Write, runs: An
 
 
 def test_the_rate_is_chosen_on_validation_and_its_run_used(write: Write, tmp_path: Path) -> None:
-    path = write(["fedit", "fedit_ft"], learning_rates=[1e-6, 1e-2])
+    path = write(["fedit", "fedit_ft"], learning_rates=[1e-6, 1e-2, 1e12], widen=0)
     first = preview(load_comparison(path))
     assert [(line["cell"], line["does"]) for line in first] == [
         ("tiny/grid/fedit-lr1e-06", "is run"), ("tiny/grid/fedit-lr0.01", "is run"),
-        ("tiny/fedit-s0", "waits for its learning rate"),
+        ("tiny/grid/fedit-lr1000000000000.0", "is run"), ("tiny/fedit-s0", "waits for its learning rate"),
     ]  # fmt: skip
     told = Told()
     assert run_comparison(load_comparison(path), told) == []
-    assert told.started == [(2, 0), (0, 1)], "the first seed's cell is the grid's run"
+    assert told.started == [(3, 0), (0, 1)], "the first seed's cell is the grid's run"
     comparison = load_comparison(path)
     [arm] = comparison.arms
     losses = {rate: best_validation_loss(cell.path, "fedit") for rate, cell in comparison.grid(arm).items()}
     assert losses[1e-2] < losses[1e-6]
-    assert comparison.chosen(arm) == {"fedit": 1e-2, "fedit_ft": 1e-2}
+    assert losses[1e12] == math.inf, "every update diverged, so the untrained base was scored"
+    assert comparison.chosen(arm) == {"fedit": (1e-2, False), "fedit_ft": (1e-2, False)}
     [found] = read_scenarios(comparison.entries())
     assert found.methods["fedit"][0].learning_rate == 1e-2
+    assert not found.methods["fedit"][0].at_edge
     # Let the other rate be better for fedit_ft alone: then each method has a run of its own, at its own rate.
     metrics = comparison.grid(arm)[1e-6].path / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]

@@ -300,6 +300,15 @@ def cohort_is_smaller(runs: Runs) -> bool:
     return [len(line["cohort"]) for line in lines if line["split"] == "round"] == [1]
 
 
+def two_trainings_take_all_steps(runs: Runs) -> bool:
+    """Ditto trains twice in a round: 3 steps together, or 3 for each."""
+    found = []
+    for budget in ("steps", "paper"):
+        lines = map(json.loads, (runs("ditto", f"training.budget={budget}") / "metrics.jsonl").open())
+        found.append({line["steps"] for line in lines if line["split"] == "train"})
+    return found == [{3}, {6}]
+
+
 def decay_acts_from_round_1(runs: Runs) -> bool:
     one, other = (files(runs("local_only", *more), "clients/*/state/*") for more in ((), ("training.lr_decay=0.5",)))
     return one != other
@@ -379,6 +388,7 @@ EFFECTS: dict[str, Callable[[Runs], bool]] = {
     ),
     "training.local_steps": trains_differently("training.local_steps=2"),
     "training.local_epochs": trains_differently("training.local_epochs=1"),
+    "training.budget": two_trainings_take_all_steps,
     "training.batch_size": trains_differently("training.batch_size=1"),
     "training.accumulation": trains_differently("training.accumulation=2"),
     "training.learning_rate": trains_differently("training.learning_rate=0.02"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedamole import experiment
-from fedamole.comparison import load_comparison
+from fedamole.comparison.file import load_comparison
 from fedamole.config import Config, load_config, read_tables, to_config
 from fedamole.experiment import plan_without_data
 from fedamole.methods import METHODS
@@ -110,8 +110,11 @@ def test_the_papers_method_settings() -> None:
     assert (method.pool_size(10), method.bounds(10).expert_choices) == (30, 2)
     assert (method.min_experts, method.max_experts, method.top_k, method.balance_weight) == (2, 8, 2, 0.001)
     assert (method.rank, method.alpha, method.dropout, method.assignment) == (8, 16.0, 0.05, "reverse")
-    prompt: Any = METHODS["fedprompt"]()
-    assert prompt.virtual_tokens == 20
+    prompt, encoder, fdlora = (METHODS[one]() for one in ("fedprompt", "fedptuning", "fdlora"))
+    assert getattr(prompt, "virtual_tokens", None) == 20
+    assert getattr(encoder, "encoder_hidden_size", None) == 1024
+    assert getattr(fdlora, "sync_every", None) == 5
+    assert load_config(PAPER / "snli_01.toml").training.max_length == 1024
 
 
 def arms(file: str) -> Iterator[tuple[str, str, Config]]:

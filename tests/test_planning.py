@@ -122,7 +122,7 @@ TEN = '{ kind = "iid", clients = 10 }'
 
 
 @pytest.mark.parametrize("clients", [10, 50])
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(name for name in METHODS if not name.endswith("_ft")))
 def test_every_method_is_planned_without_data(name: str, clients: int, tmp_path: Path) -> None:
     found = plan_without_data(
         config_without_data(tmp_path, f'{{ kind = "iid", clients = {clients} }}', f"method.name={name}")
@@ -133,6 +133,14 @@ def test_every_method_is_planned_without_data(name: str, clients: int, tmp_path:
     assert found.adapter_parameters > 0
     assert found.bytes_down > 0
     assert found.memory_mib == pytest.approx(found.base_mib + found.mib_per_client)
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "steps"), [("ditto", "steps", 3), ("ditto", "paper", 6), ("fedit", "paper", 3)]
+)
+def test_the_planned_steps_are_those_of_the_budget(method: str, budget: str, steps: int, runs: Any) -> None:
+    config = runs.load(method, f"training.budget={budget}")
+    assert (plan(config).steps, plan_without_data(config).steps) == (steps, steps)
 
 
 def test_without_data_is_the_plan_but_for_the_data(runs: Any) -> None:

@@ -23,7 +23,7 @@ from fedamole.serving import commands as serving
 from fedamole.terminal import Screen, say, say_json, screen, set_up
 
 if TYPE_CHECKING:
-    from fedamole.comparison import Comparison
+    from fedamole.comparison.file import Comparison
     from fedamole.config import Config
     from fedamole.federation.loop import Watcher
     from fedamole.planning import Plan
@@ -299,7 +299,8 @@ def compare(
 
     Finished cells are skipped, unfinished ones resumed, failed ones tried again; the same command goes on after Ctrl-C.
     """
-    from fedamole.comparison import check_shown, failures, load_comparison, preview, run_comparison
+    from fedamole.comparison.file import load_comparison
+    from fedamole.comparison.run import check_shown, failures, outlook, preview, run_comparison
     from fedamole.console import CellLines, show_cells
     from fedamole.errors import RunError
     from fedamole.reporting.comparison_plot import check_picture
@@ -310,6 +311,7 @@ def compare(
     if dry_run:
         cells = preview(comparison)
         say_json(cells) if as_json else show_cells(_wide(), cells)
+        screen(error=True).print(outlook(comparison), soft_wrap=True)
         return
     if show_only:
         check_shown(comparison)
@@ -327,7 +329,7 @@ def compare(
 
 def _report(comparison: "Comparison", as_json: bool, files: dict[str, Path | None]) -> None:
     """Print the tables of what is finished, and write those that were asked for into files."""
-    from fedamole.comparison import progress
+    from fedamole.comparison.run import progress
     from fedamole.console import show_sheets
     from fedamole.errors import RunError
     from fedamole.files import write_atomic
@@ -338,7 +340,8 @@ def _report(comparison: "Comparison", as_json: bool, files: dict[str, Path | Non
     states, scenarios = progress(comparison), read_scenarios(comparison.entries())
     if not scenarios:
         raise RunError(f"{comparison.folder}: no cell is finished, so there is no table yet")
-    made, numbers = sheets(scenarios, comparison.reference), records(scenarios, comparison.reference)
+    matched = comparison.settings.match == "parameters"
+    made, numbers = sheets(scenarios, comparison.reference, matched), records(scenarios, comparison.reference)
     for kind, text in (("markdown", as_markdown(made)), ("latex", as_latex(made)), ("csv", as_csv(numbers))):
         if (path := files[kind]) is not None:
             write_atomic(path, text)

@@ -14,7 +14,7 @@ from rich.text import Text
 from fedamole.cells import Cell, CellWatcher
 from fedamole.federation.loop import Watcher
 from fedamole.reporting.runs import read_runs
-from fedamole.reporting.table import SUMMARY_LINES, Comparison, compare, grid
+from fedamole.reporting.table import CAPTION, SUMMARY_LINES, Comparison, compare, grid
 from fedamole.terminal import printable, screen
 
 if TYPE_CHECKING:
@@ -143,10 +143,10 @@ def show_sheets(console: Console, sheets: "Sequence[Sheet]") -> None:
 
 def show_cells(console: Console, cells: Sequence[Mapping[str, Any]]) -> None:
     """Print what the next call of a comparison would do."""
-    table = Table("cell", "what", "rounds", "learning rate")
+    table = Table("cell", "what", "size", "rounds", "learning rate")
     for cell in cells:
         rate = "" if cell["learning_rate"] is None else f"{cell['learning_rate']:g}"
-        table.add_row(cell["cell"], cell["does"], str(cell["rounds"]), rate)
+        table.add_row(cell["cell"], cell["does"], cell["size"], str(cell["rounds"]), rate)
     console.print(table)
 
 
@@ -157,8 +157,7 @@ def show(console: Console, comparisons: Sequence[Comparison], with_clients: bool
         seeds = ", ".join(map(str, comparison.seeds))
         table = Table(
             title=f"test score of the best validation round (seed {seeds})", title_style="bold",
-            caption="accuracy (answers from options) or ROUGE-L, 0 to 100; * best of the trained methods; "
-            "loss in nats per answer token; KiB per client and round", caption_justify="left",
+            caption=CAPTION, caption_justify="left",
         )
         for place, name in enumerate(head):
             table.add_column(name, justify="left" if place == 0 else "right", no_wrap=place == 0)

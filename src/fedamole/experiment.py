@@ -181,7 +181,8 @@ def worker_of(config: Config, bank: Bank, folder: RunFolder) -> Worker:
 
 def server_of(config: Config, base: Base, clients: Sequence[ClientInfo] = ()) -> Server:
     """What a method's server side is told: the base's sizes, the seed, and the clients that are known by now."""
-    return Server(base.shapes, tuple(clients), config.run.seed, 0, base.width, base.embedding_std)
+    rounds = config.federation.rounds
+    return Server(base.shapes, tuple(clients), config.run.seed, 0, base.width, base.embedding_std, rounds=rounds)
 
 
 def loop_of(

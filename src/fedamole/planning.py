@@ -1,10 +1,12 @@
 """What a run would take, worked out before it starts: clients, traffic, steps, memory, and how many train at once."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedamole.config import Config
@@ -14,7 +16,7 @@ from fedamole.data.partition import numbered
 from fedamole.data.settings import DataSettings, SourceSettings
 from fedamole.errors import ConfigError
 from fedamole.federation.local import TOKENS_AT_ONCE
-from fedamole.federation.method import Client, ClientInfo, Server
+from fedamole.federation.method import Client, ClientInfo, Server, Trained
 from fedamole.federation.record import pack
 from fedamole.federation.worker import ClientData
 from fedamole.model.base import Base
@@ -86,11 +88,16 @@ def planned(config: Config, base: Base, clients: Mapping[str, ClientData]) -> Pl
         bytes_down=_mean(traffic),
         group=group,
         memory_mib=(used_bytes(base.device) + _group_bytes(config, base, group, max(sizes))) / 2**20,
-        steps=_mean([config.training.steps(info.examples) for info in infos]),
+        steps=_mean([_steps(config, info.examples) for info in infos]),
         rounds=config.federation.rounds,
         clients_per_round=_cohort(config, len(infos)),
         exposure=tuple(exposure(config, len(infos), rows, base.shapes)),
     )
+
+
+def _steps(config: Config, examples: int) -> float:
+    """Optimiser steps of a round at a client with this many training examples."""
+    return config.training.steps(examples) * config.method.round_share(config.training.budget)
 
 
 def chosen_group(config: Config, base: Base, clients: Mapping[str, ClientData]) -> int:
@@ -126,7 +133,7 @@ def planned_without_data(
         bytes_down=_mean(traffic),
         group=group,
         memory_mib=held + group * each,
-        steps=_mean([config.training.steps(info.examples) for info in infos]),
+        steps=_mean([_steps(config, info.examples) for info in infos]),
         rounds=config.federation.rounds,
         clients_per_round=_cohort(config, len(infos)),
         exposure=tuple(exposure(config, len(infos), shapes=base.shapes)),
@@ -179,7 +186,7 @@ def exposure(
     if known:
         training = config.training
         few = min(known, key=lambda row: (row["train"], row["client"]))
-        read = min(few["train"], training.steps(few["train"]) * training.batch_size * training.accumulation)
+        read = min(few["train"], round(_steps(config, few["train"])) * training.batch_size * training.accumulation)
         said.append(
             f"The fewer rows, the more is told of each: an update of {few['client']} is about {read} of its "
             f"{few['train']} training rows, its scores about {few['validation']} and {few['test']} rows."
@@ -218,6 +225,29 @@ def _sizes(config: Config, base: Base, infos: tuple[ClientInfo, ...]) -> tuple[l
         sizes.append(method.adapter(client, method.first_keep(client), message).parameters())
         traffic.append(len(pack(message)))
     return sizes, traffic
+
+
+def trained_parameters(config: Config, base: Base, clients: Mapping[str, ClientData]) -> dict[str, int]:
+    """Count the numbers that each client trains in round 0, by client: the shapes are made, nothing is trained.
+
+    A tensor that a round trains twice, as Ditto's LoRA, counts once.
+    """
+    method, infos, found = config.method, _infos(clients), {}
+    state = method.init(Server(base.shapes, infos, config.run.seed, 0, base.width, base.embedding_std))
+
+    def hidden(adapter: Adapter, most: int) -> Tensor:
+        return torch.zeros(most, base.width)
+
+    for info in infos:
+        client = Client(info, base.shapes, config.run.seed, 0, _no_losses, hidden, base.width, base.embedding_std)
+        work = method.update(client, method.first_keep(client), method.message(state, info))
+        sizes, fit = dict[str, int](), next(work)
+        with contextlib.suppress(StopIteration):
+            while True:
+                sizes |= fit.adapter.trained_sizes()
+                fit = work.send(Trained(fit.adapter, steps=1, loss=0.0))
+        found[info.name] = sum(sizes.values())
+    return found
 
 
 def _group_bytes(config: Config, base: Base, group: int, adapter_parameters: int) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+import torch
 from torch import Tensor
 
 from fedamole.config import load_config
@@ -19,6 +20,7 @@ from fedamole.errors import ConfigError
 from fedamole.evaluation.likelihood import mean_losses
 from fedamole.experiment import Prepared, loop_of, prepare, resume, server_of, worker_of
 from fedamole.federation.local import LocalTask, embed, fit
+from fedamole.federation.looks import drawn
 from fedamole.federation.loop import Watcher
 from fedamole.federation.method import Client, Fit, Method, Server, Trained
 from fedamole.federation.record import pack, unpack
@@ -26,9 +28,15 @@ from fedamole.federation.run_folder import RunFolder
 from fedamole.federation.worker import Answer
 from fedamole.methods import METHODS
 from fedamole.model.bank import Bank
-from fedamole.model.params import Adapter
+from fedamole.model.batch import Row
+from fedamole.model.layers import MeanEmbeddings
+from fedamole.model.params import Adapter, expert_ids
 
+VARIANTS = sorted(name for name in METHODS if name.endswith("_ft"))
+"""The training of another method, scored before the aggregation."""
 every_method = pytest.mark.parametrize("name", sorted(METHODS))
+every_training = pytest.mark.parametrize("name", sorted({*METHODS} - {*VARIANTS} | {"fedit_ft"}))
+"""For tests that take longer: methods that differ in more than the moment of scoring, and one that does not."""
 
 
 looks: list[int] = []
@@ -46,20 +54,22 @@ class Shop:
     def server(self, round_: int = 0) -> Server:
         infos = tuple(self.prepared.clients[name].info for name in sorted(self.prepared.clients))
         base = self.prepared.base
-        return Server(base.shapes, infos, self.seed, round_, base.width, base.embedding_std)
+        return Server(base.shapes, infos, self.seed, round_, base.width, base.embedding_std, rounds=2)
 
     def client(self, name: str, round_: int = 0) -> Client:
         data, base = self.prepared.clients[name], self.prepared.base
-        rows = data.embedding.pairs()
+
+        def rows(most: int, purpose: str) -> list[Row]:
+            return drawn(data.embedding.pairs(), most, self.seed, purpose, name)
 
         def losses(adapters: Sequence[Adapter], most: int) -> list[float]:
             looks.append(most)
             self.bank.load(adapters)
-            return mean_losses(self.bank, [rows[:most]] * len(adapters), 4096)
+            return mean_losses(self.bank, [rows(most, "losses")] * len(adapters), 4096)
 
         def last_hidden(adapter: Adapter, most: int) -> Tensor:
             self.bank.load([adapter])
-            return self.bank.last_hidden([[prompt for prompt, _ in rows[:most]]])
+            return self.bank.last_hidden([[prompt for prompt, _ in rows(most, "hidden")]])
 
         return Client(data.info, base.shapes, self.seed, round_, losses, last_hidden, base.width, base.embedding_std)
 
@@ -102,7 +112,7 @@ def shop(runs: Any) -> Shop:
 def made(name: str, **parameters: Any) -> Method:
     """A small one."""
     fields = {field.name for field in dataclasses.fields(METHODS[name])}
-    small = {"rank": 2, "alpha": 4.0, "virtual_tokens": 4, "fusion_trials": 10}
+    small = {"rank": 2, "alpha": 4.0, "virtual_tokens": 4, "encoder_hidden_size": 32, "fusion_trials": 10}
     lists = {key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()}
     return METHODS[name](**{**{key: value for key, value in small.items() if key in fields}, **lists})
 
@@ -164,14 +174,14 @@ def test_method_files_are_short() -> None:
 # --- runs -----------------------------------------------------------------------------------------------------
 
 
-@every_method
+@every_training
 def test_same_seed_same_run(name: str, runs: Any, remains: Callable[[Path], Any]) -> None:
     first, second = remains(runs(name)), remains(runs.fresh(name))
     assert len(first) > 6  # metrics, assignment, server states, private states, adapters
     assert first == second
 
 
-@every_method
+@every_training
 def test_another_seed_another_run(name: str, runs: Any, facts: Callable[[Path], Any]) -> None:
     one, other = runs(name), runs(name, "run.seed=1")
     assert facts(one) != facts(other)
@@ -181,14 +191,14 @@ def test_another_seed_another_run(name: str, runs: Any, facts: Callable[[Path], 
     assert (one / "manifest.json").read_bytes() == (other / "manifest.json").read_bytes()
 
 
-@every_method
+@every_training
 def test_resume_equals_no_interruption(name: str, runs: Any, crash: Any, remains: Callable[[Path], Any]) -> None:
     folder = crash("client_done", 6, name)  # round 1, after the second client's private state was written
     resume(folder, Watcher())
     assert remains(folder) == remains(runs(name))
 
 
-@every_method
+@every_training
 def test_bytes_in_the_metrics_are_the_bytes_packed(name: str, runs: Any, tmp_path: Path, facts: Any) -> None:
     """The engine sees exactly the payloads; the same run is repeated with an engine that weighs them."""
     weighed: dict[tuple[int, str], tuple[int, int]] = {}
@@ -213,10 +223,129 @@ def test_bytes_in_the_metrics_are_the_bytes_packed(name: str, runs: Any, tmp_pat
     assert {(t["round"], t["client"]): (t["bytes_down"], t["bytes_up"]) for t in trained} == weighed
 
 
-# --- the interface --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_is_the_same_run_scored_before_the_aggregation(name: str, runs: Any, facts: Any) -> None:
+    """The same training, traffic, scores and saved models as the row `_ft` that the method's own run can have."""
+    method = name.removesuffix("_ft")
+    assert (METHODS[method].evaluates, METHODS[name].evaluates) == ("aggregated", "trained")
+    alone = runs(name, "federation.rounds=2")
+    beside = runs(method, "federation.rounds=2", "evaluation.before_aggregation=true")
+    for split, count in (("train", 8), ("validation", 8), ("test", 4)):
+        found, wanted = (
+            [line for line in facts(folder) if line["split"] == split and line.get("method", name) == name]
+            for folder in (alone, beside)
+        )
+        assert found == wanted
+        assert len(found) >= count
+    saved = sorted((alone / "clients").glob("*/adapter/adapter_*"))
+    assert len(saved) == 8
+    for file in saved:
+        client = file.parent.parent.name
+        assert file.read_bytes() == (beside / "clients" / client / f"adapter-{name}" / file.name).read_bytes()
+
+
+@every_training
+def test_tokens_are_those_that_go_through_the_base(name: str, runs: Any, tmp_path: Path, facts: Any) -> None:
+    """Counted at the base, which is sent no padding, client by client; the other run trains two clients at once.
+
+    Scoring, which is the same for all methods, does not count.
+    """
+    config = runs.load(name)
+    prepared = prepare(config)
+    folder, base = RunFolder.create(tmp_path / "run", "", "", name, prepared.base.identity), prepared.base
+    worker, passed = worker_of(config, Bank(base), folder), {"forward_tokens": 0, "backward_tokens": 0}
+    engine = InProcess(worker, prepared.clients, Watcher(), 1)
+    assert worker.bank.packs
+    seen: dict[tuple[str, int, str], dict[str, int]] = {}
+    update, present = worker.update, worker._present
+
+    def count(_: Any, __: Any, options: Any) -> None:
+        passed["backward_tokens" if torch.is_grad_enabled() else "forward_tokens"] += options["input_ids"].numel()
+
+    def counted_update(group: Any, round_: int, *others: Any) -> Any:
+        passed.update(dict.fromkeys(passed, 0))
+        answers = update(group, round_, *others)
+        seen["train", round_, group[0].info.name] = dict(passed)
+        return answers
+
+    def counted_present(data: Any, round_: int, *others: Any) -> Any:
+        passed.update(dict.fromkeys(passed, 0))
+        model = present(data, round_, *others)
+        seen["validation", round_, data.info.name] = dict(passed)
+        return model
+
+    base.model.register_forward_pre_hook(count, with_kwargs=True)
+    worker.update, worker._present = counted_update, counted_present  # type: ignore[method-assign]
+    loop_of(config, engine, server_of(config, base, engine.clients), folder, Watcher()).run()
+    lines = {
+        (line["split"], line["round"], line["client"]): line
+        for line in facts(runs(name)) if line["split"] in ("train", "validation") and line["round"] >= 0
+    }  # fmt: skip
+    assert len(lines) == 24
+    for key, line in lines.items():
+        assert line.get("forward_tokens", 0) == seen[key]["forward_tokens"], key
+        assert line.get("backward_tokens", 0) == seen[key]["backward_tokens"], key
+        assert ("probed" in line) == (seen[key]["forward_tokens"] > 0)
+        if key[0] == "train":
+            assert {"forward_tokens", "backward_tokens"} <= set(line)
+            assert line["backward_tokens"] > 0
+
+
+# --- budgets --------------------------------------------------------------------------------------------------
 
 
 @every_method
+def test_shares_of_a_round_are_those_that_the_method_says(name: str, shop: Shop) -> None:
+    """All trainings of a round make up 1 under "steps" and `paper_steps` under "paper"."""
+    method, asked = made(name), list[Fit]()
+    info = shop.server().clients[0]
+    client = shop.client(info.name)
+    work = method.update(client, method.first_keep(client), method.message(method.init(shop.server()), info))
+    try:
+        asked.append(next(work))
+        while True:
+            asked.append(work.send(Trained(asked[-1].adapter, 1, 0.0, _no_embeddings(method, asked[-1].adapter))))
+    except StopIteration:
+        pass
+    assert sum(one.share_in("steps") for one in asked) == pytest.approx(1.0)
+    assert sum(one.share_in("paper") for one in asked) == pytest.approx(method.paper_steps)
+    differ = [one.share_in("steps") for one in asked] != [one.share_in("paper") for one in asked]
+    assert method.budgets_differ == differ
+
+
+def _no_embeddings(method: Method, adapter: Adapter) -> Mapping[str, MeanEmbeddings]:
+    if not method.embeds:
+        return {}
+    rank = method.spec().rank
+    return {
+        module: MeanEmbeddings(torch.zeros(rank), {expert: torch.zeros(rank) for expert in held})
+        for module, held in expert_ids(adapter.tensors).items()
+    }
+
+
+def test_those_that_train_twice_are_known() -> None:
+    found = {name.removesuffix("_ft") for name, method in METHODS.items() if method.budgets_differ}
+    assert found == {"ditto", "feddpa", "fedrep"}
+
+
+@pytest.mark.parametrize("name", ["ditto", "feddpa", "fedrep", "fedrep_ft", "fedit", "fdlora", "fedamole"])
+def test_the_steps_that_a_run_reports_differ_where_the_method_says_so(name: str, runs: Any, facts: Any) -> None:
+    """3 steps a round, or 3 for each of two trainings; tokens in proportion, as batches are of two rows each."""
+    small = runs(name, "federation.rounds=1")
+    large = runs(name, "federation.rounds=1", "training.budget=paper")
+    found = [[line for line in facts(folder) if line["split"] == "train"] for folder in (small, large)]
+    assert {line["steps"] for line in found[0]} == {3}
+    assert {line["steps"] for line in found[1]} == {6 if METHODS[name].budgets_differ else 3}
+    for less, more in zip(*found, strict=True):
+        assert (more["backward_tokens"] > 1.5 * less["backward_tokens"]) == METHODS[name].budgets_differ
+    if not METHODS[name].budgets_differ:
+        assert found[0] == found[1], "nothing else changes"
+
+
+# --- the interface --------------------------------------------------------------------------------------------
+
+
+@every_training
 def test_a_round_changes_none_of_its_inputs(name: str, shop: Shop, replied: Any) -> None:
     method, state, kept, replies = replied(name)
     inputs = [state, *kept.values(), *replies.values()]
@@ -239,7 +368,7 @@ def test_a_round_changes_none_of_its_inputs(name: str, shop: Shop, replied: Any)
     assert [pack(record) for record in inputs] == before
 
 
-@every_method
+@every_training
 def test_scoring_leaves_private_state_alone(name: str, runs: Any, tmp_path: Path) -> None:
     config = runs.load(name)
     prepared = prepare(config)
@@ -260,7 +389,7 @@ def test_scoring_leaves_private_state_alone(name: str, runs: Any, tmp_path: Path
     assert {path: path.read_bytes() for path in (tmp_path / "run").glob("clients/*/state/*")} == states
 
 
-@every_method
+@every_training
 def test_replies_in_any_order_give_the_same_state(name: str, shop: Shop, replied: Any) -> None:
     method, state, _, replies = replied(name)
     wanted = pack(method.aggregate(shop.server(1), state, replies))
@@ -268,7 +397,7 @@ def test_replies_in_any_order_give_the_same_state(name: str, shop: Shop, replied
         assert pack(method.aggregate(shop.server(1), state, {client: replies[client] for client in order})) == wanted
 
 
-@every_method
+@every_training
 def test_any_replies_may_be_missing(name: str, shop: Shop, replied: Any) -> None:
     method, state, kept, replies = replied(name)
     for count in range(1, len(replies)):
@@ -279,7 +408,7 @@ def test_any_replies_may_be_missing(name: str, shop: Shop, replied: Any) -> None
                 assert method.adapter(shop.client(info.name, 2), kept[info.name], message).parameters() > 0
 
 
-@every_method
+@every_training
 def test_a_round_without_any_reply_changes_nothing(name: str, shop: Shop, replied: Any) -> None:
     method, state, _, _ = replied(name)
     asked: list[set[str]] = []
@@ -294,7 +423,7 @@ def test_a_round_without_any_reply_changes_nothing(name: str, shop: Shop, replie
     assert asked[0] == {client.name for client in server.clients[:3]}
 
 
-@every_method
+@every_training
 def test_every_record_survives_the_wire(name: str, shop: Shop, replied: Any) -> None:
     method, state, kept, replies = replied(name)
     kinds = method.records
@@ -321,13 +450,18 @@ CHANGED: dict[str, Any] = {
     "assignment": ("random", "static", "homogeneous"), "proximal": 5.0, "private_share": 0.9, "virtual_tokens": 3,
     "ranks": ([1, 3],), "tail_weight": 5.0, "pruned_to": 0.2, "clusters": 2, "probe_examples": 1, "local_weight": 0.9,
     "instances": 1, "outer_learning_rate": 0.5, "outer_momentum": 0.9, "sync_every": 1, "fusion_examples": 1,
-    "fusion_trials": 5, "min_holders": 3, "warmup_rounds": 2, "most_clusters": 1,
+    "fusion_trials": 5, "min_holders": 3, "warmup_share": 1.0, "most_clusters": 1, "weight_decay": 1.0,
+    "encoder_hidden_size": 16,
 }  # fmt: skip
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
+
+LONGER = {"fdlora": 3}
+"""Rounds that show every hyper-parameter, where two do not: `sync_every` can be seen in round 2 first."""
 
 FIELDS = [
     (name, field.name, value)
     for name, method in sorted(METHODS.items())
+    if name not in VARIANTS
     for field in dataclasses.fields(method)
     if field.name != "private_share"  # of two layers one is private whatever the share: see test_fedrep
     for value in (CHANGED[field.name] if isinstance(CHANGED[field.name], tuple) else (CHANGED[field.name],))
@@ -360,7 +494,7 @@ def test_choices_are_checked(name: str, tiny: Path) -> None:
 
 @pytest.fixture(scope="module")
 def outcome(shop: Shop) -> Callable[..., list[bytes]]:
-    """Everything that two rounds of a method produce, packed; made once per setting."""
+    """Everything that the first rounds of a method produce, packed; made once per setting."""
     known: dict[str, list[bytes]] = {}
 
     def run(name: str, **parameters: Any) -> list[bytes]:
@@ -368,7 +502,7 @@ def outcome(shop: Shop) -> Callable[..., list[bytes]]:
         if repr((name, method)) not in known:
             looks.clear()
             state, kept = method.init(shop.server()), {}
-            for round_ in range(2):
+            for round_ in range(LONGER.get(name, 2)):
                 state, replies = shop.round(method, state, kept, round_)
             records = [state, *kept.values(), *replies.values()]
             for info in shop.server().clients:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.faults  # real processes, two minutes: `make test-fault
 RUNS = {
     "fedamole": [],
     "fedit": ["evaluation.before_aggregation=true"],  # two exchanges a round, and the row fedit_ft
-    "fedlease": ["method.warmup_rounds=1"],  # private state, and messages that change their form
+    "fedlease": ["method.warmup_share=0.2"],  # private state, and messages that change their form
 }
 
 

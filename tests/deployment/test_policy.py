@@ -19,7 +19,7 @@ from fedamole.config import load_config, plain
 from fedamole.data.settings import SourceSettings
 from fedamole.deployment.agreement import agreed_hash, check_agree, shared_tables
 from fedamole.deployment.host import Host
-from fedamole.deployment.policy import UNBOUNDED, PolicySettings, default_text, read_policy
+from fedamole.deployment.policy import UNBOUNDED, PolicySettings, asked_of_rows, default_text, read_policy
 from fedamole.deployment.seat import ClientSettings
 from fedamole.engine.wire import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, unpacked
 from fedamole.errors import ConfigError
@@ -195,6 +195,21 @@ def test_an_honest_run_passes_the_default_policy_and_is_shown(asks: Any, client:
     assert ask(host, server.update(0, -1)).failed is None
 
 
+@pytest.mark.parametrize(("method", "budget", "steps"), [
+    ("ditto", "steps", 1200), ("ditto", "paper", 2400), ("fedit", "paper", 1200),
+])  # fmt: skip
+def test_the_steps_that_a_policy_bounds_are_those_of_the_budget(
+    method: str, budget: str, steps: int, tiny: Path
+) -> None:
+    words = [*small(method), "training.local_steps=1200", f"training.budget={budget}"]
+    rows = {"train": 500, "embedding": 50, "validation": 50, "test": 50}
+    items = asked_of_rows(load_config(tiny / "config.toml", words), rows, PolicySettings())
+    (most,) = [item for item in items if item.setting == "steps of a round" and "max_steps" in item.allowed]
+    assert (most.asked, most.fits) == (str(steps), steps <= 2000)
+    (read,) = [item for item in items if "max_examples_per_update" in item.allowed]
+    assert read.asked == str(2 * steps), "batches of two rows"
+
+
 ASKED: dict[str, tuple[str, Callable[[dict[str, Any]], None], str, str]] = {
     # of the attack's list: the code that the server gets, and what the client's own log says
     "a rank that no memory holds": ("fedit", put("method", "rank", value=10**7), "policy", "max_rank"),
@@ -207,6 +222,9 @@ ASKED: dict[str, tuple[str, Callable[[dict[str, Any]], None], str, str]] = {
     "10^9 rows in a batch": ("fedit", put("training", "batch_size", value=10**9), "policy", "max_batch_tokens"),
     "a step that destroys all": ("fedit", put("training", "learning_rate", value=1e28), "policy", "max_learning_rate"),
     "gradients clipped to nothing": ("fedit", put("training", "clip_norm", value=1e-10), "policy", "min_clip_norm"),
+    "a decay that leaves the last step alone": (
+        "fedalt", put("method", "weight_decay", value=100.0), "config", "method.weight_decay = 100.0"
+    ),
     "a scaling beyond all measure": ("fedit", put("method", "alpha", value=1e30), "policy", "max_scaling"),
     "accuracy in every round": ("fedit", put("evaluation", "select", value="score"), "policy", "share_majority"),
     "no scaling": ("fedit", put("method", "alpha", value=1e-9), "policy", "min_scaling"),

@@ -110,6 +110,8 @@ SCORES: dict[str, Any] = {
     "a loss below 0": {"loss": -1e-9}, "a loss of -1e15": {"loss": -1e15}, "a loss above 1e4": {"loss": 10001.0},
     "a score above 100": {"loss": 1.0, "score": 100.1}, "a score below 0": {"loss": 1.0, "accuracy": -0.1},
     "half an example": {"loss": 1.0, "probed": 0.5}, "examples below 0": {"loss": 1.0, "probed": -1},
+    "half a token": {"loss": 1.0, "forward_tokens": 0.5}, "too many tokens": {"loss": 1.0, "forward_tokens": 10**13},
+    "training while it scores": {"loss": 1.0, "backward_tokens": 1},
     "none": {"loss": None}, "empty": {}, "no loss": {"probed": 3}, "a list": [1.0], "a number": 1.0,
     "round": {"loss": 1.0, "round": 7}, "method": {"loss": 1.0, "method": 7}, "self": {"loss": 1.0, "self": 1},
     "a secret": {"loss": 1.0, SECRET: 1}, "more": {"loss": 1.0, "bytes_down": 1, "which": 2, "split": 3, "client": 4},
@@ -129,6 +131,7 @@ UPDATES: dict[str, Lie] = {
         for key, values in {
             "loss": (-0.5, 1e5), "seconds": (-1e15, 1e8), "seconds_training": (-1, 1e8), "steps": (-1, 2.5, 10**10),
             "group": (-1, 10**10), "probed": (-1, 0.5), "peak_memory_mib": (-1, 1e15),
+            "forward_tokens": (-1, 0.5, 10**13), "backward_tokens": (-1, 0.5, 10**13),
         }.items()
         for value in values
     },

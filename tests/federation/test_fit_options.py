@@ -1,6 +1,8 @@
-"""What a `Fit` can ask for, in float64 against a plain loop with torch's Adam written here."""
+"""What a `Fit` can ask for, in float64 against a plain loop with torch's Adam and AdamW written here."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +47,7 @@ def plainly(bank: Bank, client: str, asked: Fit, steps: int, begun: int = 0, tur
     tensors = {name: t.clone().requires_grad_(name not in asked.adapter.frozen)
                for name, t in asked.adapter.tensors.items()}
     learning = [tensor for tensor in tensors.values() if tensor.requires_grad]
-    adam = torch.optim.Adam(learning, lr=SETTINGS.learning_rate)
+    adam = torch.optim.AdamW(learning, lr=SETTINGS.learning_rate, weight_decay=asked.weight_decay)
     rows, purpose = ROWS[client], f"order/{turn}" if turn else "order"
     generator, queue = torch_generator(3, purpose, client, 1), []
     for _ in range(steps):
@@ -79,14 +81,14 @@ def added(scaling: float, tensors: dict[str, torch.Tensor], module: str) -> Call
     return lambda _, inputs, y: y + scaling * (inputs[0] @ a.T) @ b.T
 
 
-def asked(bank: Bank, kind: str, seed: int, share: float = 1.0) -> Fit:
+def asked(bank: Bank, kind: str, seed: int, share: float = 1.0, decay: float = 0.0) -> Fit:
     tensors = lora(bank, seed)
     spec = AdapterSpec(rank=2, alpha=4.0, dropout=0.0, balance_weight=0.0)
     frozen = tuple(sorted(name for name in tensors if name.endswith("A"))) if kind == "frozen" else ()
     anchor = lora(bank, seed + 50) if kind in ("anchor", "anchor of B") else {}
     anchor = {name: t for name, t in anchor.items() if name.endswith("B") or kind == "anchor"}
     tail = {"tail": 1, "tail_weight": 0.3} if kind == "tail" else {}
-    return Fit(Adapter(spec, tensors, frozen=frozen), share, anchor, 0.7 if anchor else 0.0, **tail)
+    return Fit(Adapter(spec, tensors, frozen=frozen), share, anchor, 0.7 if anchor else 0.0, **tail, weight_decay=decay)
 
 
 @pytest.mark.parametrize("kind", ["plain", "frozen", "anchor", "anchor of B", "tail"])
@@ -105,15 +107,62 @@ def test_equals_a_plain_loop_with_adam(kind: str, bank: Bank) -> None:
                     assert torch.equal(outcome.adapter.tensors[name], task.fit.adapter.tensors[name])
 
 
-def test_clients_of_a_group_may_ask_for_different_things(bank: Bank) -> None:
-    """One has frozen tensors, the other an anchor and half the steps."""
-    fits = {"a": asked(bank, "frozen", 0), "b": asked(bank, "anchor", 1, share=0.4)}
+@pytest.mark.parametrize("decays", [(0.0, 0.0), (0.0, 0.9), (0.9, 0.5)])
+def test_clients_of_a_group_may_ask_for_different_things(decays: tuple[float, float], bank: Bank) -> None:
+    """One has frozen tensors, which do not decay; the other an anchor and two steps, after which it decays no more."""
+    fits = {
+        "a": asked(bank, "frozen", 0, decay=decays[0]),
+        "b": asked(bank, "anchor", 1, share=0.4, decay=decays[1]),
+    }
     wanted = {"a": plainly(bank, "a", fits["a"], 5), "b": plainly(bank, "b", fits["b"], 2)}
     tasks = [LocalTask(name, one, ROWS[name], SETTINGS.learning_rate) for name, one in fits.items()]
     for task, found in zip(tasks, fit(bank, tasks, SETTINGS, seed=3, round_=1), strict=True):
         assert isinstance(found, Trained)
         for name, tensor in wanted[task.client].items():
             torch.testing.assert_close(found.adapter.tensors[name], tensor, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["plain", "frozen"])
+def test_weight_decay_is_adamws(kind: str, bank: Bank) -> None:
+    one = asked(bank, kind, 0, decay=0.9)
+    (found,) = fit(bank, [LocalTask("a", one, ROWS["a"], SETTINGS.learning_rate)], SETTINGS, seed=3, round_=1)
+    assert isinstance(found, Trained)
+    wanted, without = plainly(bank, "a", one, 5), plainly(bank, "a", replace(one, weight_decay=0.0), 5)
+    for name, tensor in found.adapter.tensors.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-9)
+        if name in one.adapter.frozen:
+            assert torch.equal(tensor, one.adapter.tensors[name])
+        else:
+            assert float((tensor - without[name]).abs().max()) > 1e-4, "the tolerance is far below what it does"
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"),
+    [
+        ("steps", [5, 5]),  # 0.5 and 0.5 of 10
+        ("paper", [10, 3]),  # 1 and 0.3 of 10, the second from step 10 on
+    ],
+)
+def test_the_budget_says_which_shares_count(budget: Any, steps: list[int], bank: Bank) -> None:
+    settings, done, found = TrainingSettings(local_steps=10, budget=budget), 0.0, list[int]()
+    for paper_share in (1.0, 0.3):
+        one = replace(asked(bank, "plain", 0, 0.5), paper_share=paper_share)
+        found.append(LocalTask("a", one, ROWS["a"], 1e-2, done).steps(settings))
+        done += one.share_in(budget)
+    assert found == steps
+    assert LocalTask("a", asked(bank, "plain", 0, 0.5), ROWS["a"], 1e-2).steps(settings) == 5, "no paper_share: share"
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_tokens_are_those_of_the_batches(accumulation: int, bank: Bank) -> None:
+    """Every row of a client is as long: 2 + 3 tokens and 4 + 1; 5 steps of 2 rows, so 5 x 2 x 5 = 50 for each."""
+    settings = replace(SETTINGS, accumulation=accumulation)
+    rows: dict[str, list[Row]] = {"a": [((5, 9), (7, 8, 0)), ((8, 2), (41, 12, 0))], "b": [((50, 19, 3, 4), (0,))] * 3}
+    tasks = [
+        LocalTask(name, asked(bank, "plain", 0, share), rows[name], 1e-2) for name, share in (("a", 0.4), ("b", 1.0))
+    ]
+    found = fit(bank, tasks, settings, seed=3, round_=1)
+    assert [one.tokens for one in found if isinstance(one, Trained)] == [20 * accumulation, 50 * accumulation]
 
 
 @pytest.mark.parametrize("steps", range(1, 8))

@@ -1,14 +1,23 @@
 """The client's side: what is warned of, and what lies where."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedamole.data.examples import Example, Shard
 from fedamole.errors import DataError
-from fedamole.experiment import prepare
+from fedamole.experiment import prepare, worker_of
+from fedamole.federation.looks import drawn
+from fedamole.federation.run_folder import RunFolder
 from fedamole.federation.worker import client_data
+from fedamole.model.amole import AdapterSpec
+from fedamole.model.bank import Bank
+from fedamole.model.batch import Ids, Row
+from fedamole.model.params import Adapter, new_shared
 from fedamole.model.pretrained import load_adapter
 
 
@@ -56,6 +65,7 @@ def test_a_report_has_loss_steps_time_and_memory(runs: Any) -> None:
         ("ifca_lora", "train", 3, 64, 1),  # each of its LoRAs, from the round on in which they differ
         ("ifca_lora", "validation", 3, 64, 0),  # once more, to choose the model that is scored
         ("fdlora", "validation", 10, 16, 0),  # ten pairs of weights
+        ("feddpa", "train", 1, 5, 0),  # prompts that later ones are compared with
     ],
 )
 def test_examples_looked_at_are_counted(
@@ -72,6 +82,53 @@ def test_examples_looked_at_are_counted(
 
 def test_who_looks_at_nothing_counts_nothing(runs: Any) -> None:
     assert "probed" not in (runs("fedit") / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in (runs("fedit") / "metrics.jsonl").open()]
+    assert {line["forward_tokens"] for line in lines if line["split"] == "train"} == {0}
+    assert not any("forward_tokens" in line for line in lines if line["split"] != "train")
+
+
+def test_the_embedding_split_counts_as_looked_at(runs: Any) -> None:
+    """FedAMoLE reads all of it once a round, prompts and answers, after training."""
+    data = prepare(runs.load("fedamole")).clients
+    lines = [json.loads(line) for line in (runs("fedamole") / "metrics.jsonl").open()]
+    trained = [line for line in lines if line["split"] == "train"]
+    assert len(trained) == 12
+    for line in trained:
+        rows = data[line["client"]].embedding.rows
+        assert line["probed"] == len(rows)
+        assert line["forward_tokens"] == sum(len(row.prompt) + len(row.answer) for row in rows)
+    assert not any("probed" in line for line in lines if line["split"] == "validation")
+
+
+def test_a_look_is_at_drawn_examples_the_same_in_every_round(runs: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Three of a client's examples set aside, not the first three; the same in all rounds, others with another seed."""
+    config = runs.load("ifca_lora", "data.embedding_share=0.5")
+    prepared = prepare(config)
+    seen: list[list[Row]] = []
+
+    def losses(bank: Bank, clients: list[list[Row]], batch_tokens: int) -> list[float]:
+        seen.append(clients[0])
+        return [0.0] * len(clients)
+
+    def last_hidden(clients: list[list[Ids]]) -> torch.Tensor:
+        seen.append([(prompt, ()) for prompt in clients[0]])
+        return torch.ones(1)
+
+    data, bank = prepared.clients["entail"], Bank(prepared.base)
+    monkeypatch.setattr("fedamole.federation.worker.mean_losses", losses)
+    monkeypatch.setattr(bank, "last_hidden", last_hidden)
+    adapter = Adapter(AdapterSpec(2), new_shared(prepared.base.shapes, 2, torch.Generator()))
+    for seed, round_ in ((0, 0), (0, 5), (1, 0)):
+        folder = RunFolder.create(tmp_path / f"{seed}-{round_}", "", "", "ifca_lora", prepared.base.identity)
+        worker = worker_of(replace(config, run=replace(config.run, seed=seed)), bank, folder)
+        client = worker._client(data, round_)
+        client.losses([adapter], 3)
+        client.last_hidden(adapter, 2)
+    rows = data.embedding.pairs()
+    assert seen[0] == seen[2] == drawn(rows, 3, 0, "losses", "entail")
+    assert seen[1] == seen[3] == [(prompt, ()) for prompt, _ in drawn(rows, 2, 0, "hidden", "entail")]
+    assert seen[4] != seen[0]
+    assert [len(one) for one in seen] == [3, 2] * 3
 
 
 def test_saved_adapters_load_on_their_base_only(runs: Any) -> None:

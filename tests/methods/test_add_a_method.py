@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedamole.federation.method import ClientInfo, Fit, Method, Server
-from fedamole.methods import METHODS
+from fedamole.methods import METHODS, with_variants
 
 PAGE = Path(__file__).parents[2] / "docs" / "add-a-method.md"
 
@@ -52,6 +52,13 @@ def test_the_toy_runs_and_learns(toy: Any, runs: Any, monkeypatch: Any) -> None:
     ]
     assert losses[1] < losses[0]
     assert len(list(runs("fedmedian").glob("clients/*/adapter/adapter_model.safetensors"))) == 4
+
+
+def test_the_registry_adds_the_variant_that_is_scored_before_the_aggregation(toy: Any) -> None:
+    found = with_variants({"fedmedian": toy.FedMedian, "local_only": METHODS["local_only"]})
+    assert list(found) == ["fedmedian", "fedmedian_ft", "local_only"]
+    assert found["fedmedian_ft"].evaluates == "trained"
+    assert issubclass(found["fedmedian_ft"], toy.FedMedian)
 
 
 def test_every_file_and_name_on_the_page_exists() -> None:

@@ -57,15 +57,28 @@ def test_the_outer_optimiser_is_torchs_sgd() -> None:
         torch.testing.assert_close(state.tensors[A], parameter.detach())
 
 
-@pytest.mark.parametrize(("begun", "round_", "personal"), [(False, 0, 7.0), (True, 1, 5.0), (True, 2, 7.0)])
+@pytest.mark.parametrize(
+    ("begun", "round_", "personal"),
+    [(False, 0, 7.0), (True, 1, 7.0), (True, 2, 5.0), (True, 3, 7.0), (True, 4, 5.0), (False, 4, 7.0)],
+)
 def test_the_personal_lora_is_kept_until_it_is_synchronised(begun: bool, round_: int, personal: float) -> None:
-    """First the personal LoRA (5) is trained; then the global one (2), which becomes personal every second round."""
+    """First the personal LoRA (5) is trained; then the global one (2), which becomes personal in rounds 1, 3, 5, ..."""
     method = FdLora(rank=1, sync_every=2)
     work = method.update(client(SHAPES, round_=round_), OwnLora(one(5.0).tensors), Shared(one(2.0).tensors, begun))
     (asked,), (kept, reply, _) = driven(work, one(7.0).tensors)
     assert value(asked.adapter.tensors) == (2.0 if begun else 5.0)
     assert value(kept.tensors) == personal
     assert value(reply.tensors) == 7.0
+
+
+def test_it_synchronises_every_fifth_round_first_in_round_1() -> None:
+    method, synced = FdLora(rank=1), list[int]()
+    for round_ in range(1, 13):
+        work = method.update(client(SHAPES, round_=round_), OwnLora(one(5.0).tensors), Shared(one(2.0).tensors, True))
+        _, (kept, _, _) = driven(work, one(7.0).tensors)
+        if value(kept.tensors) == 7.0:
+            synced.append(round_)
+    assert synced == [1, 6, 11]
 
 
 def searcher(best: tuple[float, float], seen: list[int]) -> Client:

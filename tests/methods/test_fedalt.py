@@ -77,7 +77,7 @@ def test_a_second_round_goes_on_from_what_was_kept() -> None:
     kept = OwnAndMixer({OWN_A: torch.full((1, 2), 2.0), OWN_B: torch.full((2, 1), 2.0), mixer: torch.full((2, 2), 3.0)})
     work = method.update(client(SHAPES), kept, RestOfWorld(lora(5.0).tensors))
     (asked,), (after, reply, _) = driven(work, {OWN_B: torch.full((2, 1), 4.0)})
-    assert asked == Fit(asked.adapter)
+    assert asked == Fit(asked.adapter, weight_decay=0.05)
     found = {name: float(tensor[0, 0]) for name, tensor in asked.adapter.tensors.items()}
     assert found == {OWN_A: 2.0, OWN_B: 2.0, REST_A: 5.0, REST_B: 5.0, mixer: 3.0}
     assert {name: float(tensor[0, 0]) for name, tensor in after.tensors.items()} == {OWN_A: 2.0, OWN_B: 4.0, mixer: 3.0}
@@ -90,6 +90,12 @@ def test_all_begin_with_fedits_lora() -> None:
         kept = FedAlt(rank=2).first_keep(client(SHAPES, name))
         assert torch.equal(kept.tensors[OWN_A], first[A])
         assert not kept.tensors[OWN_B].any()
+
+
+@pytest.mark.parametrize("wrong", [-0.01, 1.01, float("nan")])
+def test_a_decay_outside_0_to_1_is_refused(wrong: float) -> None:
+    with pytest.raises(ConfigError, match=r"method.weight_decay = .*: must be at least 0 and at most 1"):
+        FedAlt(weight_decay=wrong)
 
 
 def test_no_rank_is_refused() -> None:

@@ -1,5 +1,7 @@
 """FedLEASE: clusters after warming up, an expert and mixers for each, the other experts frozen."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.methods.by_hand import client, driven
@@ -82,13 +84,37 @@ def test_a_client_that_comes_late_warms_up_and_joins_the_nearest() -> None:
     assert torch.equal(after.tensors[expert_keys("m", 0)[0]], state.tensors[expert_keys("m", 0)[0]])
 
 
-def test_warming_up_takes_as_many_rounds_as_asked() -> None:
-    method = FedLease(rank=1, warmup_rounds=2)
-    state = method.aggregate(SERVER, method.init(SERVER), {info.name: warm(1.0, 0.0) for info in INFOS})
+TEN = replace(SERVER, rounds=10)
+"""A run of ten rounds, of which a fifth, two, warm up."""
+
+
+@pytest.mark.parametrize(
+    ("rounds", "share", "warm_rounds"),
+    [(25, 0.2, 5), (30, 0.2, 6), (5, 0.2, 1), (4, 0.2, 1), (1, 0.2, 1), (10, 0.5, 5), (3, 1.0, 3)],
+)
+def test_a_share_of_the_rounds_warms_up(rounds: int, share: float, warm_rounds: int) -> None:
+    """The paper's 5 of 25, and at least one."""
+    method, server = FedLease(rank=1, warmup_share=share), replace(SERVER, rounds=rounds)
+    state, count = method.init(server), 0
+    while not state.clusters:
+        state, count = method.aggregate(server, state, {info.name: warm(1.0, 0.0) for info in INFOS}), count + 1
+    assert count == warm_rounds
+
+
+def test_it_trains_with_weight_decay_always() -> None:
+    method = FedLease(rank=1)
+    for message in (method.message(method.init(SERVER), INFOS[0]), method.message(warmed(method), INFOS[0])):
+        (asked,), _ = driven(method.update(client(SHAPES), OwnLora({}), message), {})
+        assert asked.weight_decay == 0.05
+
+
+def test_the_clients_go_on_warming_up_until_there_are_clusters() -> None:
+    method = FedLease(rank=1)
+    state = method.aggregate(TEN, method.init(TEN), {info.name: warm(1.0, 0.0) for info in INFOS})
     assert not state.cluster
     assert method.message(state, INFOS[0]).cluster == -1
     again = {"a": warm(2.0, 0.0), "b": warm(2.1, 0.0), "c": warm(0.0, 3.0), "d": warm(0.0, 3.1), "e": warm(2.2, 0.0)}
-    assert method.aggregate(SERVER, state, again).cluster == {"a": 0, "b": 0, "c": 1, "d": 1, "e": 0}
+    assert method.aggregate(TEN, state, again).cluster == {"a": 0, "b": 0, "c": 1, "d": 1, "e": 0}
 
 
 def test_two_clients_are_one_cluster_with_one_logit() -> None:
@@ -98,10 +124,19 @@ def test_two_clients_are_one_cluster_with_one_logit() -> None:
     assert state.tensors[f"cluster-0/{MIXER}"].shape == (1, 2)
 
 
-@pytest.mark.parametrize("wrong", ["warmup_rounds", "most_clusters"])
-def test_wrong_values_are_refused(wrong: str) -> None:
-    with pytest.raises(ConfigError, match=f"method.{wrong} = 0: must be at least 1"):
-        FedLease(**{wrong: 0})
+@pytest.mark.parametrize(
+    ("key", "wrong", "said"),
+    [
+        ("most_clusters", 0, "must be at least 1"),
+        ("warmup_share", 0.0, "must be above 0 and at most 1"),
+        ("warmup_share", 1.2, "must be above 0 and at most 1"),
+        ("weight_decay", -0.1, "must be at least 0 and at most 1"),
+        ("weight_decay", 100.0, "must be at least 0 and at most 1"),
+    ],
+)
+def test_wrong_values_are_refused(key: str, wrong: float, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"method.{key} = {wrong}: {said}"):
+        FedLease(**{key: wrong})
 
 
 def test_by_examples() -> None:
@@ -118,14 +153,14 @@ def test_by_examples() -> None:
 
 
 def test_whoever_warmed_up_in_an_earlier_round_is_remembered_and_goes_on_with_its_own_lora() -> None:
-    method = FedLease(rank=1, warmup_rounds=2)
+    method = FedLease(rank=1)
     first = {"a": warm(2.0, 0.1), "b": warm(4.0, 0.0), "c": warm(0.1, 3.0)}
-    state = method.aggregate(SERVER, method.init(SERVER), first)
+    state = method.aggregate(TEN, method.init(TEN), first)
     kept = OwnLora(first["a"].tensors)
     (asked,), _ = driven(method.update(client(SHAPES), kept, method.message(state, INFOS[0])), {})
     assert asked.adapter.tensors[A].tolist() == [[2.0, 2.0]], "not the LoRA that everybody begins with"
     assert asked.adapter.frozen == ()
-    state = method.aggregate(SERVER, state, {"a": warm(5.0, 0.1), "d": warm(0.0, 5.0)})
+    state = method.aggregate(TEN, state, {"a": warm(5.0, 0.1), "d": warm(0.0, 5.0)})
     assert state.cluster == {"a": 0, "b": 0, "c": 1, "d": 1}
     assert state.tensors[expert_keys("m", 0)[0]].tolist() == [[4.5, 4.5]], "of a what it sent last"
 

@@ -25,6 +25,10 @@ def names(kind: type[FedPrompt]) -> tuple[str, ...]:
     return (PROMPT, *MLP) if kind is FedPTuning else (PROMPT,)
 
 
+def spec(kind: type[FedPrompt], tokens: int) -> PromptSpec:
+    return PromptSpec(tokens, mlp=True, hidden=1024) if kind is FedPTuning else PromptSpec(tokens)
+
+
 def prompt(kind: type[FedPrompt], value: float) -> GlobalPrompt:
     """The embedding has the value, the MLP's six tensors twice, three times, ... seven times as much."""
     return GlobalPrompt({name: full(value * factor, 2, 4) for factor, name in enumerate(names(kind), start=1)})
@@ -40,15 +44,21 @@ def test_a_soft_prompt_begins_with_the_deviation_of_the_bases_embeddings() -> No
 
 
 def test_a_prompt_encoder_begins_as_pefts() -> None:
-    """Embeddings from N(0, 1); weights and biases uniform within 1 / sqrt(64) = 0.125, as nn.Linear's of width 64."""
+    """Embeddings from N(0, 1); weights and biases uniform within 1 / sqrt(d_in), as nn.Linear's: 64, then 256 twice."""
     server = Server({}, INFOS, seed=0, width=64, embedding_std=0.5)
-    tensors = FedPTuning(virtual_tokens=100).init(server).tensors
-    shapes = {name: (64, 64) if "weight" in name else (1, 64) for name in MLP}
+    tensors = FedPTuning(virtual_tokens=100, encoder_hidden_size=256).init(server).tensors
+    shapes = dict(zip(MLP, [(256, 64), (1, 256), (256, 256), (1, 256), (64, 256), (1, 64)], strict=True))
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {PROMPT: (100, 64), **shapes}
     assert float(tensors[PROMPT].std()) == pytest.approx(1.0, abs=0.04)
-    for name in MLP:
-        assert 0.11 < tensors[name].abs().max() <= 0.125
+    for name, bound in zip(MLP, (1 / 8, 1 / 8, 1 / 16, 1 / 16, 1 / 16, 1 / 16), strict=True):
+        assert 0.9 * bound < tensors[name].abs().max() <= bound
     assert len({float(tensor.flatten()[0]) for tensor in tensors.values()}) == 7, "each its own draw"
+
+
+@pytest.mark.parametrize("wrong", [0, -3])
+def test_a_network_without_hidden_units_is_refused(wrong: int) -> None:
+    with pytest.raises(ConfigError, match=f"encoder_hidden_size = {wrong}: must be at least 1"):
+        FedPTuning(encoder_hidden_size=wrong)
 
 
 @both
@@ -61,7 +71,7 @@ def test_all_are_sent_the_same_and_the_seed_draws_it(kind: type[FedPrompt]) -> N
         assert torch.equal(tensor, again.tensors[name])
         assert not torch.equal(tensor, other.tensors[name])
     assert all(method.message(state, info) is state for info in INFOS)
-    assert method.spec() == PromptSpec(3, mlp=kind is FedPTuning)
+    assert method.spec() == spec(kind, 3)
 
 
 @both
@@ -70,7 +80,7 @@ def test_everything_that_was_sent_trains_and_goes_up(kind: type[FedPrompt]) -> N
     (asked,), (kept, reply, _) = driven(work, {PROMPT: full(9.0, 2, 4)})
     assert (asked.share, asked.adapter.frozen, asked.adapter.fixed) == (1.0, (), {})
     assert (asked.anchor, asked.anchor_weight, asked.tail_weight) == ({}, 0.0, 0.0)
-    assert asked.adapter.spec == PromptSpec(2, mlp=kind is FedPTuning)
+    assert asked.adapter.spec == spec(kind, 2)
     assert {name: float(tensor[0, 0]) for name, tensor in asked.adapter.tensors.items()} == {
         name: float(place) for place, name in enumerate(names(kind), start=1)
     }

@@ -31,11 +31,13 @@ OPTIONS = ((20, 21, 0), (20, 22, 0), (20, 0), (7, 0))
 
 every_base = pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma", "gemma3_text"])
 both_kinds = pytest.mark.parametrize("mlp", [False, True], ids=["soft", "p-tuning"])
+HIDDEN = 20
+"""Width of p-tuning's hidden layers, another than that of the bases' embeddings."""
 
 
 def prompt(base, mlp: bool = False, seed: int = 0, tokens: int = 3, dtype=torch.float32) -> Adapter:
     """Virtual tokens about as large as these bases' embeddings."""
-    spec = PromptSpec(tokens, mlp)
+    spec = PromptSpec(tokens, mlp, HIDDEN if mlp else None)
     tensors = new_prompt(spec, base.width, 0.3, torch.Generator().manual_seed(seed))
     return Adapter(spec, {name: tensor.to(dtype) for name, tensor in tensors.items()})
 
@@ -44,7 +46,7 @@ def in_peft(base, adapter: Adapter) -> tuple[PeftModel, dict[str, torch.nn.Param
     """PEFT's model with this prompt on a base that no bank was opened on, and its parameters by our names."""
     settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": adapter.spec.virtual_tokens}
     if adapter.spec.mlp:
-        config = PromptEncoderConfig(**settings, encoder_reparameterization_type="MLP")
+        config = PromptEncoderConfig(**settings, encoder_reparameterization_type="MLP", encoder_hidden_size=HIDDEN)
     else:
         config = PromptTuningConfig(**settings)
     model = get_peft_model(base.model, config)

@@ -15,7 +15,7 @@ from scipy import stats
 from fedamole.errors import ConfigError, RunError
 from fedamole.reporting.comparison import Entry, Scenario, best_validation_loss, gains, read_scenarios
 from fedamole.reporting.comparison_plot import check_picture, draw
-from fedamole.reporting.gains import gain, signed_rank
+from fedamole.reporting.gains import clear_best, gain, signed_rank
 from fedamole.reporting.sheets import FIELDS, Sheet, as_csv, as_latex, as_markdown, latex_text, records, sheets
 
 Make = Callable[..., Entry]
@@ -36,7 +36,8 @@ def make(tmp_path: Path) -> Make:
 
     def made(
         method: str, seed: int, scores: dict[str, float], losses: dict[str, float] | None = None, *,
-        scenario: str = "s", probed: int | None = None, weights: str = "w", rounds: int = 2,
+        scenario: str = "s", probed: int | None = None, weights: str = "w", rounds: int = 2, at_edge: bool = False,
+        **counts: int,
     ) -> Entry:
         folder = tmp_path / scenario / f"{method}-s{seed}"
         folder.mkdir(parents=True)
@@ -44,7 +45,7 @@ def make(tmp_path: Path) -> Make:
         steps = dict(zip(scores, (3, 5), strict=True))
         lines = [
             {"round": round_, "client": client, "split": "train", "steps": steps[client], "bytes_down": 1}
-            | ({} if probed is None else {"probed": probed})
+            | ({} if probed is None else {"probed": probed}) | counts
             for round_ in range(rounds) for client in scores
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -67,7 +68,7 @@ def make(tmp_path: Path) -> Make:
             "seconds_update": 7.0, "seconds_evaluate": 3.0, **costs,
         }
         (folder / "summary.json").write_text(json.dumps(summary))
-        return Entry(scenario, method, method, seed, folder)
+        return Entry(scenario, method, method, seed, folder, at_edge)
 
     return made
 
@@ -92,9 +93,9 @@ def test_methods_of_a_scenario(two: list[Scenario]) -> None:
     found = table(sheets(two, "ours")[0])
     assert list(found) == ["base", "majority", "ours", "theirs"]
     assert found["ours"] == {
-        "score": "65.0 ± 7.1*", "worst client": "55.0 ± 7.1*", "spread": "10.0 ± 0.0", "loss": "1.250 ± 0.354*",
+        "score": "65.0 ± 7.1", "worst client": "55.0 ± 7.1", "spread": "10.0 ± 0.0", "loss": "1.250 ± 0.354",
         "best round": "1 ± 0", "steps": "4.0", "MiB down": "1.000", "MiB up": "0.500", "seconds": "10",
-        "memory MiB": "100",
+        "memory MiB": "100", "learning rate": "0.01",
     }  # fmt: skip
     assert found["theirs"]["score"] == "52.5 ± 3.5"
     assert found["base"] == dict.fromkeys(found["ours"], "") | {
@@ -104,15 +105,99 @@ def test_methods_of_a_scenario(two: list[Scenario]) -> None:
     assert "seeds 0, 1" in sheets(two, "ours")[0].caption
 
 
+def test_the_best_is_starred_where_it_is_clearly_better_than_the_second(make: Make) -> None:
+    """Scores lead by 10 at every client and seed; losses by 1, 1, 1 and -0.9: their interval is -0.99 to 2.04."""
+    scores, losses = {"a": 50.0, "b": 70.0}, {"a": 2.0, "b": 2.0}
+    better = {"a": 60.0, "b": 80.0}
+    [found] = read_scenarios([
+        make("ours", 0, better, {"a": 1.0, "b": 1.0}), make("ours", 1, better, {"a": 1.0, "b": 2.9}),
+        make("theirs", 0, scores, losses), make("theirs", 1, scores, losses),
+        make("worse", 0, {"a": 0.0, "b": 0.0}), make("worse", 1, {"a": 90.0, "b": 10.0}),
+    ])
+    methods, clients = (table(sheet) for sheet in sheets([found], "ours")[:2])
+    assert methods["ours"]["score"] == "70.0 ± 0.0*"
+    assert methods["ours"]["worst client"] == "60.0 ± 0.0*"
+    assert methods["ours"]["loss"] == "1.475 ± 0.672"
+    assert not any("*" in cell for name in ("theirs", "worse") for cell in methods[name].values())
+    assert clients["ours"] == {"a": "60.0 ± 0.0*", "b": "80.0 ± 0.0*", "mean": "70.0 ± 0.0*"}
+    assert "no star with one seed" in sheets([found], "ours")[0].caption
+
+
+def test_one_seed_gets_no_star(make: Make) -> None:
+    [found] = read_scenarios([make("ours", 0, {"a": 90.0, "b": 90.0}), make("theirs", 0, {"a": 1.0, "b": 1.0})])
+    assert not any("*" in cell for sheet in sheets([found], "ours") for line in sheet.body for cell in line)
+
+
+def test_what_is_clearly_best() -> None:
+    """Interval of 1, 2, 3: 2 -+ 4.303 / sqrt(3) = -0.48 to 4.48; of 10, 11, 12: 8.5 to 13.5."""
+    zero = {("c", seed): 0.0 for seed in range(3)}
+
+    def named(*values: float) -> dict[str, dict[tuple[Any, ...], float]]:
+        return {"zero": zero, "other": {("c", seed): value for seed, value in enumerate(values)}}
+
+    assert clear_best(named(1.0, 2.0, 3.0), higher=True) is None
+    assert clear_best(named(10.0, 11.0, 12.0), higher=True) == "other"
+    assert clear_best(named(10.0, 11.0, 12.0), higher=False) == "zero"
+    assert clear_best(named(10.0), higher=True) is None, "one seed in common"
+    assert clear_best(named(math.nan, 11.0, 12.0), higher=True) is None, "a diverged run is never best"
+    assert clear_best(named(0.0, 0.0, 0.0), higher=True) is None
+    assert clear_best({"zero": zero}, higher=True) is None
+
+
+def test_work_and_learning_rate_are_columns(make: Make) -> None:
+    """Two clients and rounds of 1,500 tokens each make 3,000 per client; a run without counts has empty cells."""
+    scores = {"a": 1.0, "b": 1.0}
+    counts = {"forward_tokens": 20, "backward_tokens": 1500, "trained_parameters": 250_000}
+    found = read_scenarios([make("ours", 0, scores, at_edge=True, **counts), make("older", 0, scores)])
+    lines = table(sheets(found, "ours")[0])
+    columns = ("forward tokens", "backward tokens", "trained parameters", "learning rate")
+    assert [lines["ours"][column] for column in columns] == ["40", "3.00k", "250k", "0.01 (edge)"]
+    assert [lines["older"][column] for column in columns] == ["", "", "", "0.01"]
+    caption = sheets(found, "ours")[0].caption
+    assert "backward tokens: read in forward and backward passes" in caption
+    assert "(edge): the lowest or highest learning rate that was tried" in caption
+    told = [record for record in records(found, "ours") if record["table"] == "methods"]
+    numbers = {(record["method"], record["measure"]): record["mean"] for record in told}
+    assert numbers["ours", "backward_tokens"] == 3000.0
+    assert (numbers["ours", "learning_rate_at_edge"], numbers["older", "learning_rate_at_edge"]) == (1.0, 0.0)
+
+
+def test_methods_of_another_size_are_marked_where_sizes_were_to_match(make: Make) -> None:
+    """Of 1,000 numbers, 1,100 are within a tenth and 1,101 are not."""
+    scores, sizes = {"a": 1.0, "b": 1.0}, {"ours": 1000, "near": 1100, "far": 1101, "small": 899}
+    found = read_scenarios([make(name, 0, scores, trained_parameters=size) for name, size in sizes.items()])
+
+    def column(matched: bool) -> dict[str, str]:
+        return {name: line["trained parameters"] for name, line in table(sheets(found, "ours", matched)[0]).items()}
+
+    assert column(matched=False) == {
+        "base": "", "majority": "", "ours": "1.00k", "near": "1.10k", "far": "1.10k", "small": "899",
+    }  # fmt: skip
+    assert column(matched=True) == column(matched=False) | {
+        "far": "1.10k (not matched)", "small": "899 (not matched)",
+    }  # fmt: skip
+    assert "differs by more than 10% from that of ours" in sheets(found, "ours", matched=True)[0].caption
+
+
+def test_a_diverged_run_is_in_the_tables(make: Make, tmp_path: Path) -> None:
+    scores, lost = {"a": 1.0, "b": 1.0}, {"a": math.nan, "b": 1.0}
+    found = read_scenarios([
+        make("ours", 0, scores, lost), make("ours", 1, scores), make("theirs", 0, scores), make("theirs", 1, scores),
+    ])
+    assert table(sheets(found, "ours")[0])["ours"]["loss"] == "nan ± nan"
+    assert as_csv(records(found, "ours"))
+    draw(tmp_path / "p.svg", found)
+
+
 def test_clients_of_a_scenario(two: list[Scenario]) -> None:
     """More methods than clients: methods go down; without two of them, across."""
     found = table(sheets(two, "ours")[1])
-    assert found["ours"] == {"a": "55.0 ± 7.1*", "b": "75.0 ± 7.1*", "mean": "65.0 ± 7.1*"}
+    assert found["ours"] == {"a": "55.0 ± 7.1", "b": "75.0 ± 7.1", "mean": "65.0 ± 7.1"}
     assert found["theirs"]["b"] == "65.0 ± 7.1"
     few = replace(two[0], methods={name: two[0].methods[name] for name in ("base", "ours")})
     found = table(sheets([few], "ours")[1])
-    assert found["a"] == {"base": "5.0", "ours": "55.0 ± 7.1*"}
-    assert found["mean"]["ours"] == "65.0 ± 7.1*"
+    assert found["a"] == {"base": "5.0", "ours": "55.0 ± 7.1"}
+    assert found["mean"]["ours"] == "65.0 ± 7.1"
 
 
 def test_gains_over_pairs_and_clients(two: list[Scenario]) -> None:
@@ -206,7 +291,6 @@ def test_rounds_that_differ_are_named_in_the_caption(make: Make) -> None:
     ])
     caption = sheets([found], "ours")[0].caption
     assert "Rounds: ours 2, theirs 6." in caption
-    assert "Learning rate: 0.01 for all." in caption
 
 
 def test_the_choice_of_a_rate_reads_validation_at_the_best_round(make: Make) -> None:
@@ -226,6 +310,17 @@ def test_the_choice_of_a_rate_reads_validation_at_the_best_round(make: Make) -> 
         summary["rows"]["ours"]["best_round"] = own
         (path / "summary.json").write_text(json.dumps(summary))
         assert best_validation_loss(path, "ours") == pytest.approx(wanted)
+
+
+def test_a_run_whose_every_update_failed_is_infinitely_bad(make: Make) -> None:
+    """What it scored is the untrained base; a single update that did not fail makes the loss count."""
+    path = make("ours", 0, {"a": 1.0, "b": 1.0}).path
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    scored = [{"round": 0, "split": "validation", "method": "ours", "client": name, "loss": 2.0} for name in "ab"]
+    for failed, wanted in ((len(lines), math.inf), (len(lines) - 1, 2.0)):
+        told = [line | {"failed": "diverged"} if place < failed else line for place, line in enumerate(lines)]
+        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*told, *scored]))
+        assert best_validation_loss(path, "ours") == wanted
 
 
 def test_csv_parses_back(two: list[Scenario]) -> None:

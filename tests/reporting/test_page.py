@@ -32,6 +32,7 @@ from fedamole.reporting.page.reading import read_folders
 from fedamole.reporting.page.words import TITLES, short_names
 from fedamole.reporting.runs import read_runs
 from fedamole.reporting.table import compare, grid
+from fedamole.reporting.work import short
 
 SOURCE = Path(__file__).parents[2] / "src" / "fedamole"
 CLIENTS = ["chat", "entail", "mood", "plain"]
@@ -116,6 +117,29 @@ def test_a_method_without_experts_has_no_section_on_them(runs: Any) -> None:
     assert "routing" not in found
     assert "labels" not in found, "a simulation's folder tells amounts, but no labels"
     assert set(found) & set(TITLES) == {"about", "learning", "test", "gain", "data", "costs"}
+
+
+def test_the_work_of_clients_is_among_the_costs(runs: Any, copied: Any) -> None:
+    """As metrics.jsonl has it, a mean over the clients; a run of an earlier version has empty cells."""
+    paper = runs("ditto", "training.budget=paper", "federation.rounds=1")
+    lines = [json.loads(line) for line in (paper / "metrics.jsonl").read_text().splitlines()]
+    tokens = sum(line.get("backward_tokens", 0) for line in lines) / 4
+    older = copied(runs("local_only"))
+    counts = ("forward_tokens", "backward_tokens", "trained_parameters")
+    kept = [json.loads(line) for line in (older / "metrics.jsonl").read_text().splitlines()]
+    kept = [{key: value for key, value in line.items() if key not in counts} for line in kept]
+    (older / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    found = told(paper, older)
+    costs = found["costs"]
+    place = costs["columns"].index("tokens trained on, per client")
+    (label, values, texts), (_, _, others) = costs["lines"]
+    assert label == "ditto"
+    assert values[place] == tokens > 0
+    assert texts[place] == short(tokens)
+    assert others[place] == ""
+    assert "parameters trained, per client" in costs["columns"]
+    assert "as many as the method's paper takes" in str(dict(found["about"]["lines"])["Local training"])
+    assert "no star with one seed" in found["test"]["caption"]
 
 
 def test_an_unfinished_run_is_shown_as_far_as_it_is(runs: Any, copied: Any) -> None:

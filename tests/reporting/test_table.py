@@ -1,5 +1,6 @@
 """Tables from summaries worked out by hand."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from fedamole.errors import RunError
 from fedamole.reporting.runs import Run, read_runs
 from fedamole.reporting.table import cell, compare, grid, markdown
+from fedamole.reporting.work import short
 
 
 def row(best_round: int | dict[str, int] | None, last_mean: float, **scores: float) -> dict[str, Any]:
@@ -23,7 +25,7 @@ def row(best_round: int | dict[str, int] | None, last_mean: float, **scores: flo
 def run(method: str, seed: int = 0, name: str = "run", partition: str = "p", **scores: float) -> Run:
     shared = {"base": row(None, 1.0, a=1.0, b=1.0), "majority": row(None, 2.0, a=2.0, b=2.0)}
     traffic = {"bytes_down_per_client_round": 2048.0, "bytes_up_per_client_round": 1024.0}
-    summary = {"method": method, "rows": {method: row(3, 9.0, **scores), **shared}, **traffic}
+    summary = {"method": method, "rounds": 4, "rows": {method: row(3, 9.0, **scores), **shared}, **traffic}
     return Run(Path(f"{method}-{seed}"), name, seed, partition, summary)
 
 
@@ -65,16 +67,38 @@ def test_runs_on_different_data_are_never_in_one_table() -> None:
     assert len(compare([run("fedit", a=1.0, b=1.0), run("local_only", partition="q", a=1.0, b=1.0)])) == 2
 
 
-def test_the_best_trained_score_of_a_line_is_starred() -> None:
-    [found] = compare([run("fedit", a=10.0, b=1.0), run("local_only", a=10.0, b=0.5)])
+def test_a_star_needs_a_difference_that_is_clear_over_the_seeds() -> None:
+    """Client a: fedit leads by 8, 10 and 12, whose interval excludes 0. Client b: by 9, 0 and 0, whose does not."""
+    leads = [(8.0, 9.0), (10.0, 0.0), (12.0, 0.0)]
+    ours = [run("fedit", seed, a=20.0 + lead, b=5.0 + other) for seed, (lead, other) in enumerate(leads)]
+    theirs = [run("local_only", seed, a=20.0, b=5.0) for seed in range(3)]
+    [found] = compare([*ours, *theirs])
     table = {line[0]: line[1:] for line in grid(found)}
-    assert table["a"] == ["1.0", "2.0", "10.0*", "10.0*"]
-    assert table["b"] == ["1.0", "2.0", "1.0*", "0.5"], "the constant answer is best, and is not trained"
-    assert table["mean"] == ["1.0", "2.0", "5.5*", "5.2"]
-    assert table["spread"] == ["0.0", "0.0", "4.5", "4.8"]
+    assert table["a"] == ["1.0", "2.0", "30.0 ± 2.0*", "20.0 ± 0.0"]
+    assert table["b"] == ["1.0", "2.0", "8.0 ± 5.2", "5.0 ± 0.0"]
+    assert table["mean"] == ["1.0", "2.0", "19.0 ± 1.8*", "12.5 ± 0.0"]
+    assert table["worst client"][2] == "8.0 ± 5.2"
+    assert table["mean, last round"] == ["", "", "9.0 ± 0.0", "9.0 ± 0.0"], "equal values: nobody is best"
+
+
+def test_one_seed_gets_no_star() -> None:
+    [found] = compare([run("fedit", a=10.0, b=1.0), run("local_only", a=1.0, b=0.5)])
+    table = {line[0]: line[1:] for line in grid(found)}
+    assert table["a"] == ["1.0", "2.0", "10.0", "1.0"]
+    assert table["mean"] == ["1.0", "2.0", "5.5", "0.8"]
+    assert table["spread"] == ["0.0", "0.0", "4.5", "0.2"]
     assert table["best round"] == ["", "", "3", "3"]
     assert table["KiB down / up"] == ["", "", "2 / 1", "2 / 1"]
+    assert table["backward tokens"] == ["", "", "", ""], "these runs have no counts"
     assert "a" not in [line[0] for line in grid(found, with_clients=False)]
+
+
+def test_the_yardsticks_take_no_part_in_the_stars() -> None:
+    """The constant answer is best at 2.0 and is not trained; of the others one is clearly better."""
+    runs = [run(name, seed, a=value, b=value) for seed in (0, 1) for name, value in (("fedit", 1.5), ("ditto", 0.5))]
+    [found] = compare(runs)
+    table = {line[0]: line[1:] for line in grid(found)}
+    assert table["mean"] == ["1.0", "2.0", "1.5 ± 0.0*", "0.5 ± 0.0"]
 
 
 def test_markdown_is_a_table() -> None:
@@ -107,12 +131,30 @@ def test_unfinished_runs_in_a_folder_are_left_out(runs, tmp_path, caplog) -> Non
 
 
 def test_the_lowest_mean_loss_is_starred() -> None:
-    """Losses 1 and 3 make 2, losses 1 and 2 make 1.5; the base's 0.5 takes no part."""
-    runs = [run("fedit", a=1.0, b=1.0), run("local_only", a=1.0, b=1.0)]
-    for found, losses in zip(runs, [(1.0, 3.0), (1.0, 2.0)], strict=True):
+    """Losses 1 and 3 make 2, losses 0.5 and 2.4 make 1.45, with both seeds; the base's 0.5 takes no part."""
+    runs = [run(method, seed, a=1.0, b=1.0) for seed in (0, 1) for method in ("fedit", "local_only")]
+    for found in runs:
+        losses = {"fedit": (1.0, 3.0), "local_only": (0.5, 2.4)}[found.summary["method"]]
         for name, values in ((found.summary["method"], losses), ("base", (0.5, 0.5))):
             clients = found.summary["rows"][name]["clients"]
             clients["a"]["loss"], clients["b"]["loss"] = values
     [comparison] = compare(runs)
     table = {line[0]: line[1:] for line in grid(comparison)}
-    assert table["mean loss"] == ["0.500", "", "2.000", "1.500*"]
+    assert table["mean loss"] == ["0.500", "", "2.000 ± 0.000", "1.450 ± 0.000*"]
+
+
+def test_the_work_of_a_run_is_in_its_table(runs) -> None:
+    """The lines say what metrics.jsonl says; two rows of one run share the training."""
+    folder = runs("fedit", "evaluation.before_aggregation=true")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["split"] == "train"]
+    [found] = compare(read_runs([folder]))
+    columns = {column.label: column.lines for column in found.columns}
+    tokens = sum(line["backward_tokens"] for line in trained) / 4
+    assert tokens > 0
+    assert columns["fedit"]["backward tokens"] == columns["fedit_ft"]["backward tokens"] == [tokens]
+    assert columns["fedit"]["trained parameters"] == [trained[0]["trained_parameters"]]
+    table = {line[0]: line[1:] for line in grid(found)}
+    assert table["backward tokens"] == ["", "", short(tokens), short(tokens)]
+    assert table["forward tokens"] == ["", "", "0", "0"]
+    assert found.as_json()["columns"]["fedit"]["backward tokens"] == [tokens]

@@ -178,7 +178,7 @@ def asked(config: Config, source: SourceSettings, policy: PolicySettings, own_ba
 def asked_of_rows(config: Config, rows: Mapping[str, int], policy: PolicySettings) -> list[Item]:
     """The same for what depends on the client's numbers of rows by split."""
     training = config.training
-    steps = training.steps(rows["train"])
+    steps = round(training.steps(rows["train"]) * config.method.round_share(training.budget))
     read = steps * training.batch_size * training.accumulation
     different = min(read, rows["train"])
     leaving = ["train", "validation", "test"]

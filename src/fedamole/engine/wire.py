@@ -44,14 +44,17 @@ MOST_LOSS, MOST_SECONDS, MOST_MIB = 1e4, 1e7, 1e8
 """Largest loss in nats per token, time in seconds (115 days), and memory in MiB (95 TiB) that are believed."""
 MOST_COUNT, MOST_EXAMPLES, MOST_EXCHANGE = 10**9, 10**9, 15
 """Largest count that is believed, most examples of a client, and highest index of an exchange within a round."""
+MOST_TOKENS = 10**12
+"""Largest number of tokens of a client's round, and of trained parameters, that is believed."""
 REPORTED: dict[str, tuple[type, float]] = {
     "loss": (float, MOST_LOSS), "seconds": (float, MOST_SECONDS), "seconds_training": (float, MOST_SECONDS),
     "peak_memory_mib": (float, MOST_MIB), "steps": (int, MOST_COUNT), "group": (int, MOST_COUNT),
-    "probed": (int, MOST_COUNT),
+    "probed": (int, MOST_COUNT), "forward_tokens": (int, MOST_TOKENS), "backward_tokens": (int, MOST_TOKENS),
+    "trained_parameters": (int, MOST_TOKENS),
 }  # fmt: skip
 """What a client may tell of its training: for each number its type and the largest value; the smallest is 0."""
 SCORED: dict[str, tuple[type, float]] = {
-    "loss": (float, MOST_LOSS), "probed": (int, MOST_COUNT),
+    "loss": (float, MOST_LOSS), "probed": (int, MOST_COUNT), "forward_tokens": (int, MOST_TOKENS),
     **dict.fromkeys(("score", "accuracy", *get_args(GenerationScore)), (float, 100.0)),
 }  # fmt: skip
 """What scores may consist of, in the same form."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedamole.errors import FedamoleError
+from fedamole.federation.looks import count_tokens
 from fedamole.federation.method import Fit, Trained
 from fedamole.federation.randomness import derived_seed, torch_generator
 from fedamole.federation.settings import TrainingSettings
@@ -47,12 +48,12 @@ class LocalTask:
     learning_rate: float
     """Adam's learning rate in this round."""
     done: float = 0.0
-    """Share of the round's steps that earlier pieces of training took."""
+    """Share of the round's steps that earlier pieces of training took, under the budget in force."""
 
     def steps(self, settings: TrainingSettings) -> int:
         """Optimiser steps of this piece of training, at least 1: those of a round's pieces add up to the round's."""
-        steps = settings.steps(len(self.rows))
-        return max(1, round((self.done + self.fit.share) * steps) - round(self.done * steps))
+        steps, share = settings.steps(len(self.rows)), self.fit.share_in(settings.budget)
+        return max(1, round((self.done + share) * steps) - round(self.done * steps))
 
 
 def fit(
@@ -103,6 +104,7 @@ class _Group:
         self.flat = bank.trainable()
         self.learning = self._learning()
         self.anchors = self._anchors()
+        self.decay = self._decay()
         rates = sorted({task.learning_rate for task in tasks})
         self.optimiser = torch.optim.Adam(
             [
@@ -116,6 +118,7 @@ class _Group:
             _batches(rows, settings, torch_generator(seed, f"order{self.turn}", task.client, round_))
             for task, rows in zip(tasks, bank.prefixed([task.rows for task in tasks]), strict=True)
         ]
+        self.tokens = [0] * len(tasks)
         self.loss = torch.zeros(len(tasks), dtype=torch.float64, device=bank.base.device)
         self.diverged: dict[int, DivergedError] = {}
 
@@ -145,6 +148,14 @@ class _Group:
             )
         return torch.stack(centres).to(self.bank.weights), torch.stack(weights).to(self.bank.weights)
 
+    def _decay(self) -> Tensor | None:
+        """What a step leaves of each number by decoupled weight decay, (C, 1) or (C, P); None where nothing decays."""
+        lost = torch.tensor([[task.learning_rate * task.fit.weight_decay] for task in self.tasks], dtype=torch.float64)
+        if not lost.any():
+            return None
+        lost = lost.to(self.bank.weights)
+        return 1 - (lost if self.learning is None else lost * self.learning)
+
     def step(self, step: int) -> None:
         """Take one optimiser step for every client that is still at work."""
         active = sum(step < steps for steps in self.steps)
@@ -152,6 +163,9 @@ class _Group:
             row.grad = None  # Adam would move even a zero gradient on by its momentum
         self.bank.gradients.zero_()
         parts = [[next(self.batches[place]) for place in range(active)] for _ in range(self.settings.accumulation)]
+        for part in parts:
+            for place, rows in enumerate(part):
+                self.tokens[place] += count_tokens(rows)
         self._backward(step, parts, 0, active)
         if self.anchors is not None:
             centres, weights = self.anchors
@@ -161,6 +175,8 @@ class _Group:
         if self.settings.clip_norm:
             norms = torch.linalg.vector_norm(self.bank.gradients, dim=1, keepdim=True)
             self.bank.gradients.mul_((self.settings.clip_norm / (norms + 1e-6)).clamp(max=1.0))
+        if self.decay is not None:
+            self.bank.weights[:active].mul_(self.decay[:active])
         self.optimiser.step()
 
     def _backward(self, step: int, parts: list[list[list[Row]]], first: int, last: int) -> None:
@@ -187,7 +203,7 @@ class _Group:
         most = TOKENS_AT_ONCE if self.bank.base.device.type == "cpu" else None
         begin, tokens = first, 0
         for place in range(first, last):
-            more = sum(len(prompt) + len(answer) for prompt, answer in rows[place])
+            more = count_tokens(rows[place])
             full = most is not None and tokens + more > most
             if place > begin and (full or place - begin >= self.bank.at_once):
                 yield begin, place
@@ -233,7 +249,10 @@ class _Group:
         means = self.loss.tolist()
         return [
             self.diverged.get(place)
-            or Trained(self.bank.adapter(place), steps, means[place] / (steps * self.settings.accumulation))
+            or Trained(
+                self.bank.adapter(place), steps, means[place] / (steps * self.settings.accumulation),
+                tokens=self.tokens[place],
+            )
             for place, steps in enumerate(self.steps)
         ]
 
@@ -243,7 +262,7 @@ def embed(bank: Bank, clients: Sequence[Sequence[Row]], most_tokens: int) -> lis
 
     At most `most_tokens` tokens are read at a time.
     """
-    tokens = [sum(len(prompt) + len(answer) for prompt, answer in rows) for rows in clients]
+    tokens = [count_tokens(rows) for rows in clients]
     found: dict[str, EmbeddingSum] = {}
     bank.window(0, bank.clients)
     with torch.no_grad():

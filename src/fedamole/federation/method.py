@@ -24,7 +24,9 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 
 from torch import Tensor
 
+from fedamole.errors import ConfigError
 from fedamole.federation.averaging import capped
+from fedamole.federation.settings import Budget
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.params import Adapter, Shapes, Tensors
@@ -75,6 +77,8 @@ class Server:
     """While replies are aggregated: names of the clients that were asked in this round; empty: of all."""
     max_weight_share: float = 1.0
     """Largest share of one client in weights by examples."""
+    rounds: int = 0
+    """Rounds R of the run."""
 
     def weights(self, weighting: "Weighting") -> dict[str, float]:
         """Weight of each client in an average: all equal, or by the size of the training splits.
@@ -96,6 +100,8 @@ class Trained:
     """Mean training loss per answer token over the steps, without the balance loss."""
     embeddings: Mapping[str, MeanEmbeddings] = field(default_factory=dict)
     """Mean router embeddings over the embedding split by module, for methods with `embeds`."""
+    tokens: int = 0
+    """Tokens without padding that went through a forward and a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,8 @@ class Fit:
     adapter: Adapter
     """What it starts from, and which of its tensors are left as they are."""
     share: float = 1.0
-    """Share of the round's steps: the pieces of a round make up 1, so that all methods have the same budget."""
+    """Share of the round's steps S under `training.budget = "steps"`: the shares of a round add up to 1, so that all
+    methods have the same budget."""
     anchor: Tensors = field(default_factory=dict)
     """Centre of a proximal term, by the names of the adapter's tensors; empty for none."""
     anchor_weight: float = 0.0
@@ -113,6 +120,15 @@ class Fit:
     tail: int = 0
     """First rank of the tail that is penalised by tail_weight * sum over modules |A[tail:]| |B[:, tail:]|."""
     tail_weight: float = 0.0
+    weight_decay: float = 0.0
+    """Decoupled weight decay, as in AdamW: each step first multiplies what trains by 1 - learning rate * this."""
+    paper_share: float | None = None
+    """What the method's paper gives this training, as a multiple of S: `share` under `training.budget = "paper"`. None:
+    the same as `share`. The method names the sum over a round in `paper_steps`."""
+
+    def share_in(self, budget: Budget) -> float:
+        """Share of the round's steps under this budget."""
+        return self.share if budget == "steps" or self.paper_share is None else self.paper_share
 
 
 @dataclass(frozen=True)
@@ -125,11 +141,12 @@ class Client:
     seed: int
     round: int
     losses: Callable[[Sequence[Adapter], int], list[float]]
-    """losses(adapters, most): mean loss per answer token of each adapter on (at most so many of) the client's examples
-    that are set aside from training for such looks: the embedding split. No step is taken."""
+    """losses(adapters, most): mean loss per answer token of each adapter on the client's examples that are set aside
+    from training for such looks, the embedding split. Of more than `most` examples a draw is taken, the same in every
+    round. No step is taken."""
     last_hidden: Callable[[Adapter, int], Tensor]
-    """last_hidden(adapter, most): last hidden states (S, d) at the ends of as many of these examples' prompts, under
-    the first of the adapter's two experts."""
+    """last_hidden(adapter, most): last hidden states (S, d) at the ends of these examples' prompts, under the first of
+    the adapter's two experts; of more than `most` a draw is taken, the same in every round."""
     width: int = 0
     """Width d of the base's input embeddings."""
     embedding_std: float = 0.02
@@ -165,6 +182,15 @@ class Method(ABC, Generic[S, D, K, U]):
     """Whether `fit` also reads the embedding split (`Trained.embeddings`)."""
     looks: ClassVar[bool] = False
     """Whether what a client sends depends on a look at its embedding split (`Client.losses`) before training."""
+    paper_steps: ClassVar[float] = 1.0
+    """Steps of a client's round under `training.budget = "paper"`, as a multiple of those under "steps"."""
+    budgets_differ: ClassVar[bool] = False
+    """Whether the two budgets give different steps; set from `paper_steps`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Set `budgets_differ`."""
+        super().__init_subclass__(**kwargs)
+        cls.budgets_differ = cls.paper_steps != 1
 
     def __post_init__(self) -> None:
         """Refuse hyper-parameters that no adapter can have."""
@@ -173,6 +199,10 @@ class Method(ABC, Generic[S, D, K, U]):
     @abstractmethod
     def spec(self) -> AdapterSpec | PromptSpec:
         """What all adapters of this method share."""
+
+    def round_share(self, budget: Budget) -> float:
+        """Steps of a client's round under this budget, as a multiple of `TrainingSettings.steps`."""
+        return self.paper_steps if budget == "paper" else 1.0
 
     def check(self, clients: int) -> None:
         """Raise a ConfigError before anything runs when this many clients cannot be served."""
@@ -265,3 +295,12 @@ class LoraMethod(Method[S, D, K, U]):
     def spec(self) -> AdapterSpec:
         """What all adapters of this method share."""
         return AdapterSpec(self.rank, self.alpha, self.dropout, self.dropout_kind)
+
+
+def check_weight_decay(value: float) -> None:
+    """Raise a ConfigError for a `method.weight_decay` outside 0 .. 1.
+
+    A decay near 1 / learning rate would make a client forget all steps but the last, whose few rows its update tells.
+    """
+    if not 0 <= value <= 1:
+        raise ConfigError(f"method.weight_decay = {value}: must be at least 0 and at most 1")

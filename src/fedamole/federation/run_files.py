@@ -61,10 +61,11 @@ _client = {"client": name}
 _line = {
     "train": record({**_client, "bytes_down": _amount}, {
         "bytes_up": _amount, "loss": _number, "steps": whole(), "probed": whole(), "group": whole(),
+        "forward_tokens": whole(), "backward_tokens": whole(), "trained_parameters": whole(),
         "peak_memory_mib": _amount, "seconds": _amount, "failed": text(),
     }),
     "validation": record({**_client, "method": name, "loss": _number}, {
-        "score": _number, "probed": whole(), "bytes_down": _amount,
+        "score": _number, "probed": whole(), "forward_tokens": whole(), "bytes_down": _amount,
     }),
     "round": record({"seconds_update": _amount, "seconds_evaluate": _amount}, {"cohort": listed(name)}),
     "test": record({**_client, "method": name}, {"which": choice("best", "last"), "loss": _number, "score": _number}),

@@ -5,6 +5,8 @@ from typing import Literal
 
 from fedamole.errors import ConfigError
 
+Budget = Literal["steps", "paper"]
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -14,6 +16,9 @@ class TrainingSettings:
     """Optimiser steps S a client takes in a round; not read where local_epochs is set."""
     local_epochs: int = 0
     """Passes over its own training split a client makes in a round; 0 = count steps instead."""
+    budget: Budget = "steps"
+    """Steps of a method that trains several times in a round. steps: all its trainings share the steps of one round,
+    so that every method takes equally many. paper: each training takes as many as the method's paper gives it."""
     batch_size: int = 1
     """Examples in a forward pass."""
     accumulation: int = 1

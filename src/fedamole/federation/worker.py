@@ -20,6 +20,7 @@ from fedamole.evaluation.likelihood import mean_losses
 from fedamole.evaluation.personal import EvaluationSettings, losses_of, majority_scores, scores_of
 from fedamole.federation.checkpoint import latest_state, state_path
 from fedamole.federation.local import DivergedError, LocalTask, OnStep, embed, fit
+from fedamole.federation.looks import Looks, drawn
 from fedamole.federation.method import Client, ClientInfo, Evaluates, Fit, Method, Trained
 from fedamole.federation.record import PayloadError, boxed, non_finite, pack, unboxed, unpack
 from fedamole.federation.run_folder import RunFolder
@@ -119,8 +120,8 @@ class Worker:
         """Put a worker beside a resident base; `rows` names the models to score and when each comes to be."""
         self.bank, self.method, self.rows, self.folder, self.seed = bank, method, rows, folder, seed
         self.training, self.evaluation = training, evaluation
-        self.probed: dict[str, int] = {}
-        """Examples that each client has read for a look (`Client.losses`, `Client.last_hidden`) in this round."""
+        self.looks: dict[str, Looks] = {}
+        """By client, in this round: `Client.losses`, `Client.last_hidden`, and embedding splits (`Method.embeds`)."""
 
     def update(
         self, group: Sequence[ClientData], round_: int, payloads: Mapping[str, bytes], on_step: OnStep | None = None
@@ -132,7 +133,7 @@ class Worker:
         """
         started = time.perf_counter()
         reset_peak_memory(self.bank.base.device)
-        self.probed = dict.fromkeys((data.info.name for data in group), 0)
+        self.looks = {}
         clients = [self._client(data, round_) for data in group]
         works = [
             self.method.update(
@@ -140,26 +141,32 @@ class Worker:
             )
             for client in clients
         ]
-        results, steps, trained = self._in_turns(group, works, round_, on_step)
+        sizes = [dict[str, int]() for _ in group]
+        results, steps, tokens, trained = self._in_turns(group, works, round_, on_step, sizes)
         report = {
             "seconds": (time.perf_counter() - started) / len(group), "seconds_training": trained / len(group),
             "group": len(group), "peak_memory_mib": peak_memory_mib(self.bank.base.device),
         }
         answers = {}
         for place, client in enumerate(clients):
-            probed = {"probed": self.probed[client.name]} if self.probed[client.name] else {}
-            answers[client.name] = self._answer(client, results[place], {"steps": steps[place], **report, **probed})
+            looks = self.looks.get(client.name, Looks())
+            work = {"steps": steps[place], "forward_tokens": looks.tokens, "backward_tokens": tokens[place]}
+            work["trained_parameters"] = sum(sizes[place].values())
+            probed = {"probed": looks.examples} if looks.examples else {}
+            answers[client.name] = self._answer(client, results[place], {**work, **report, **probed})
         return answers
 
     def _in_turns(
-        self, group: Sequence[ClientData], works: Sequence[Work], round_: int, on_step: OnStep | None
-    ) -> tuple[dict[int, tuple[Any, Any, Trained] | DivergedError], list[int], float]:
+        self, group: Sequence[ClientData], works: Sequence[Work], round_: int, on_step: OnStep | None,
+        sizes: Sequence[dict[str, int]],
+    ) -> tuple[dict[int, tuple[Any, Any, Trained] | DivergedError], list[int], list[int], float]:
         """Let each client's work go on until it asks for training, train those together, and so on to the end.
 
-        Returns what each client's work came to, the steps each took, and the seconds of training.
+        Returns what each client's work came to, the steps each took and the tokens they read, and the seconds of
+        training. Adds to each client's `sizes` how many numbers each tensor that it trains has.
         """
         results, asked = dict[int, tuple[Any, Any, Trained] | DivergedError](), dict[int, Fit]()
-        steps, shares, seconds, turn = [0] * len(group), [0.0] * len(group), 0.0, 0
+        steps, tokens, shares, seconds, turn = [0] * len(group), [0] * len(group), [0.0] * len(group), 0.0, 0
 
         def go_on(place: int, outcome: Trained | None) -> None:
             try:
@@ -176,13 +183,15 @@ class Worker:
             asked.clear()
             for place in sorted(fits):
                 outcome = outcomes[place]
-                shares[place] += fits[place].share
+                sizes[place].update(fits[place].adapter.trained_sizes())
+                shares[place] += fits[place].share_in(self.training.budget)
                 if isinstance(outcome, DivergedError):
                     results[place] = outcome
                 else:
                     steps[place] += outcome.steps
+                    tokens[place] += outcome.tokens
                     go_on(place, outcome)
-        return results, steps, seconds
+        return results, steps, tokens, seconds
 
     def _answer(
         self, client: Client, result: tuple[Any, Any, Trained] | DivergedError, report: dict[str, Any]
@@ -231,6 +240,8 @@ class Worker:
         # Loaded anew, as `fit` leaves the adapters in an order of its own.
         self.bank.load([outcome.adapter for outcome in outcomes.values()])
         rows = [group[place].embedding.pairs() for place in outcomes]
+        for place, read in zip(outcomes, rows, strict=True):
+            self.looks.setdefault(group[place].info.name, Looks()).add(read)
         means = embed(self.bank, rows, self.evaluation.batch_tokens)
         return {
             place: replace(outcome, embeddings=mean)
@@ -242,16 +253,16 @@ class Worker:
     ) -> dict[str, Scores]:
         """Loss (and scores, where they choose the best round) of the clients' present models on validation.
 
-        `probed` is added for clients that had to look at examples to put their model together.
+        `probed` and `forward_tokens` are added for clients that had to look at examples to put their model together.
         """
-        adapters, self.probed = [], dict[str, int]()
+        adapters, self.looks = [], dict[str, Looks]()
         for data in group:
             adapters.append(self._present(data, round_, row, payloads[data.info.name]))
             if self.rows[row] == "aggregated":
                 write_atomic(self._candidate(data, row), pack(Private({}, adapters[-1])))
         scores = self._scores(group, adapters, "validation", with_scores=self.evaluation.select == "score")
-        for name, examples in self.probed.items():
-            scores[name]["probed"] = examples
+        for name, looks in self.looks.items():
+            scores[name] |= {"probed": looks.examples, "forward_tokens": looks.tokens}
         return scores
 
     def keep(self, data: ClientData, row: str) -> None:
@@ -306,22 +317,22 @@ class Worker:
         return scores
 
     def _client(self, data: ClientData, round_: int) -> Client:
-        bank = self.bank
+        bank, me = self.bank, data.info.name
 
         def losses(adapters: Sequence[Adapter], most: int) -> list[float]:
-            rows = data.embedding.pairs()[:most]
-            self.probed[data.info.name] = self.probed.get(data.info.name, 0) + len(rows) * len(adapters)
+            rows = drawn(data.embedding.pairs(), most, self.seed, "losses", me)
             found = [0.0] * len(adapters)
             for places in _by_kind({place: adapter.kind() for place, adapter in enumerate(adapters)}):
                 bank.load([adapters[place] for place in places])
+                self.looks.setdefault(me, Looks()).add(bank.prefixed([rows])[0], len(places))
                 values = mean_losses(bank, [rows] * len(places), self.evaluation.batch_tokens)
                 for place, value in zip(places, values, strict=True):
                     found[place] = value
             return found
 
         def last_hidden(adapter: Adapter, most: int) -> Tensor:
-            prompts = [prompt for prompt, _ in data.embedding.pairs()[:most]]
-            self.probed[data.info.name] = self.probed.get(data.info.name, 0) + len(prompts)
+            prompts = [row[0] for row in drawn(data.embedding.pairs(), most, self.seed, "hidden", me)]
+            self.looks.setdefault(me, Looks()).add([(prompt, (0,)) for prompt in prompts])
             bank.load([adapter])
             return bank.last_hidden([prompts]).cpu()
 

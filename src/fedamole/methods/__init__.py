@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from fedamole.federation.method import Method
@@ -26,35 +27,48 @@ from fedamole.methods.hetlora import HetLora
 from fedamole.methods.ifca_lora import IfcaLora
 from fedamole.methods.local_only import LocalOnly
 
-METHODS: dict[str, type[Method[Any, Any, Any, Any]]] = {
-    "fedamole": FedAmole,
-    "local_only": LocalOnly,
-    # the paper's baselines
-    "fedit": FedIT,
-    "fedit_ft": before_aggregation(FedIT),
-    "fedprompt": FedPrompt,
-    "fedprompt_ft": before_aggregation(FedPrompt),
-    "fedptuning": FedPTuning,
-    "fedptuning_ft": before_aggregation(FedPTuning),
-    "fdlora": FdLora,
-    # one part of a LoRA shared, one private
-    "fedsa_lora": FedSaLora,
-    "ffa_lora": FfaLora,
-    "feddpa": FedDpa,
-    "fedalt": FedAlt,
-    # exact aggregation, ranks of their own
-    "flora": Flora,
-    "flexlora": FlexLora,
-    "hetlora": HetLora,
-    "fedex_lora": FedExLora,
-    # clusters and experts
-    "ifca_lora": IfcaLora,
-    "fedlease": FedLease,
-    # classical personalisation
-    "fedprox": FedProx,
-    "ditto": Ditto,
-    "fedrep": FedRep,
-}
+MethodClass = type[Method[Any, Any, Any, Any]]
+
+
+def with_variants(methods: Mapping[str, MethodClass]) -> dict[str, MethodClass]:
+    """Add `<name>_ft`, scored before the aggregation, after each method that is scored after it."""
+    found: dict[str, MethodClass] = {}
+    for name, method in methods.items():
+        found[name] = method
+        if method.evaluates == "aggregated":
+            found[f"{name}_ft"] = before_aggregation(method)
+    return found
+
+
+METHODS = with_variants(
+    {
+        "fedamole": FedAmole,
+        "local_only": LocalOnly,
+        # the paper's baselines
+        "fedit": FedIT,
+        "fedprompt": FedPrompt,
+        "fedptuning": FedPTuning,
+        "fdlora": FdLora,
+        # one part of a LoRA shared, one private
+        "fedsa_lora": FedSaLora,
+        "ffa_lora": FfaLora,
+        "feddpa": FedDpa,
+        "fedalt": FedAlt,
+        # exact aggregation, ranks of their own
+        "flora": Flora,
+        "flexlora": FlexLora,
+        "hetlora": HetLora,
+        "fedex_lora": FedExLora,
+        # clusters and experts
+        "ifca_lora": IfcaLora,
+        "fedlease": FedLease,
+        # classical personalisation
+        "fedprox": FedProx,
+        "ditto": Ditto,
+        "fedrep": FedRep,
+    }
+)
+"""Every method by its name in a config. A method is added by one line; its variant `_ft` is made here."""
 
 
 def described(name: str) -> dict[str, Any]:

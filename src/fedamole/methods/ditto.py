@@ -8,7 +8,8 @@ One round:
     the server averages what came back.
 A client's model is its own v.
 Deviations: the distance is that of the factors A and B; lambda is one for all, where the paper lets clients choose on
-validation data; the two trainings share the round's steps, half each, so that a round costs what every other's does.
+validation data. With `training.budget = "steps"` the two trainings share the round's steps, half each, so that a round
+costs as much as that of any other method; with "paper" each has all of them.
 """
 
 from collections.abc import Generator, Mapping
@@ -38,6 +39,7 @@ class Ditto(LoraMethod[GlobalLora, GlobalLora, OwnLora, GlobalLora]):
     records = Records(GlobalLora, GlobalLora, OwnLora, GlobalLora)
     evaluates = "trained"
     averaged = ("tensors",)
+    paper_steps = 2.0
 
     def __post_init__(self) -> None:
         """Refuse a negative weight."""
@@ -72,10 +74,9 @@ class Ditto(LoraMethod[GlobalLora, GlobalLora, OwnLora, GlobalLora]):
         self, client: Client, kept: OwnLora, message: GlobalLora
     ) -> Generator[Fit, Trained, tuple[OwnLora, GlobalLora, Trained]]:
         """Train the global LoRA, then the client's own near the one that was sent."""
-        shared = yield Fit(Adapter(self.spec(), message.tensors), share=0.5)
-        own = yield Fit(
-            self.adapter(client, kept, message), share=0.5, anchor=message.tensors, anchor_weight=self.proximal
-        )
+        shared = yield Fit(Adapter(self.spec(), message.tensors), share=0.5, paper_share=1.0)
+        start = self.adapter(client, kept, message)
+        own = yield Fit(start, share=0.5, paper_share=1.0, anchor=message.tensors, anchor_weight=self.proximal)
         _, reply = self.reply(client, kept, message, shared)
         return OwnLora(own.adapter.tensors), reply, own
 

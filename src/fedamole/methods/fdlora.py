@@ -4,17 +4,18 @@ LoRA Tuning", 2024, https://arxiv.org/abs/2406.07925.
 Round 0: every client trains a personal LoRA, keeps it and sends it; the server's mean of them is the first global LoRA.
 Every later round:
     the server sends the global LoRA to the cohort;
-    every client trains it (the inner optimiser) and sends it back; every `sync_every` rounds it becomes the client's
-    personal LoRA as well;
+    every client trains it (the inner optimiser) and sends it back; every `sync_every` rounds, from round 1 on, it
+    becomes the client's personal LoRA as well;
     the server takes the mean difference for a gradient of the outer optimiser, SGD with Nesterov momentum.
 A client's model is w1 times its personal plus w2 times the global LoRA (factor by factor, as in LoraHub), with weights
 found without gradients on a few of its examples: the loss plus 0.05 mean |w|, within -1.5 .. 1.5.
 Deviations: the search is SciPy's differential evolution, a whole population in one pass, begun at the personal and the
-global LoRA, their sum, their mean and nothing; its examples are those set aside from training. Whoever misses round 0
-has a personal LoRA that does nothing until it is synchronised.
+global LoRA, their sum, their mean and nothing; its examples are drawn from those set aside from training. Round 0 is
+one of the run's rounds (FedAMoLE's authors add it to them). A client that misses round 0 has a personal LoRA that does
+nothing until it is synchronised.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from fedamole.errors import ConfigError
 from fedamole.federation.averaging import mean_by_key
-from fedamole.federation.method import Client, ClientInfo, Fit, LoraMethod, Records, Server, Trained, Weighting
+from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, Trained, Weighting
 from fedamole.federation.randomness import numpy_generator, torch_generator
 from fedamole.methods.fedit import GlobalLora
 from fedamole.methods.local_only import OwnLora
@@ -61,8 +62,9 @@ class FdLora(LoraMethod[Outer, Shared, OwnLora, GlobalLora]):
     """Step of the outer optimiser."""
     outer_momentum: float = 0.5
     """Nesterov momentum of the outer optimiser."""
-    sync_every: int = 10
-    """Rounds after which the trained global LoRA becomes the personal one too."""
+    sync_every: int = 5
+    """Rounds from one synchronisation to the next: in rounds 1, 1 + this, 1 + 2 times this, ... the trained global LoRA
+    becomes the personal one too."""
     fusion_examples: int = 16
     """Examples on which the weights are found."""
     fusion_trials: int = 20
@@ -115,18 +117,11 @@ class FdLora(LoraMethod[Outer, Shared, OwnLora, GlobalLora]):
         """Train the personal LoRA first, the global one from then on."""
         return Adapter(self.spec(), message.tensors if message.begun else kept.tensors)
 
-    def update(
-        self, client: Client, kept: OwnLora, message: Shared
-    ) -> Generator[Fit, Trained, tuple[OwnLora, GlobalLora, Trained]]:
-        """Train, and keep the result as the personal LoRA where it is time to."""
-        trained = yield Fit(self.adapter(client, kept, message))
-        return (*self.reply(client, kept, message, trained), trained)
-
     def reply(
         self, client: Client, kept: OwnLora, message: Shared, trained: Trained
     ) -> tuple[OwnLora, GlobalLora]:
         """Send back the trained LoRA."""
-        synced = not message.begun or client.round % self.sync_every == 0
+        synced = not message.begun or (client.round - 1) % self.sync_every == 0
         return OwnLora(trained.adapter.tensors) if synced else kept, GlobalLora(trained.adapter.tensors)
 
     def personal(

@@ -9,10 +9,10 @@ One round, module by module:
     experts choose clients anew by relevance (reverse selection): the architectures of the next round.
 A client's model is what it trained with the architecture it was given, never the aggregate.
 
-Deviations: an expert never heard of has a uniform row, a client its row's mean; see also `select_for_remaining`. What
-fewer than `min_holders` clients return keeps its value; where that is unset, an expert of which a partial cohort has
-one holder alone is updated by that one, as in the paper, but never by the last of several that did not fail.
-Embeddings are clipped (`no_louder`).
+Deviations: an expert never heard of has a uniform row, a client its row's mean (`select_for_remaining`). What fewer
+than `min_holders` clients return keeps its value; where that is unset, an expert with one holder in a partial cohort is
+updated by that one, as in the paper, but never by the last of several that did not fail. Embeddings are clipped
+(`no_louder`). A module's experts share a dropout mask (the authors: one each). Adam's eps is 1e-8 (1e-6 there in fp16).
 """
 
 from collections.abc import Iterator, Mapping

@@ -9,9 +9,11 @@ One round:
 A client's model, scored after the aggregation, weighs the two anew for every prompt: the own LoRA has `local_weight`
 times the mean cosine between the prompt's last hidden state, under the own LoRA, and those of a few of the client's
 prompts; the global one has the rest.
-Deviations: those prompts are from the examples set aside, not from the training data; of a client only their hidden
-states are kept. A negative weight counts as 0. The two trainings share the round's steps, half each, the global one
-first, from round 0 on (the authors' code begins the local one in round 1).
+Deviations: those prompts are drawn from the examples set aside, not from the training data; of a client only their
+hidden states are kept. A negative weight counts as 0. A client that has never trained has no such prompts: its model is
+the global LoRA at the fixed weight 1 - `local_weight`. The global LoRA trains first, from round 0 on (the authors' code
+begins the local one in round 1). With `training.budget = "steps"` the two trainings share the round's steps, half each;
+with "paper" each has all of them.
 """
 
 from collections.abc import Generator, Mapping
@@ -55,6 +57,7 @@ class FedDpa(LoraMethod[GlobalLora, GlobalLora, LocalLora, GlobalLora]):
     records = Records(GlobalLora, GlobalLora, LocalLora, GlobalLora)
     evaluates = "aggregated"
     averaged = ("tensors",)
+    paper_steps = 2.0
 
     def __post_init__(self) -> None:
         """Refuse weights outside 0 .. 1, and no instances."""
@@ -95,9 +98,9 @@ class FedDpa(LoraMethod[GlobalLora, GlobalLora, LocalLora, GlobalLora]):
         self, client: Client, kept: LocalLora, message: GlobalLora
     ) -> Generator[Fit, Trained, tuple[LocalLora, GlobalLora, Trained]]:
         """Train the global LoRA, then the client's own, and look at a few prompts."""
-        shared = yield Fit(Adapter(self.spec(), message.tensors), share=0.5)
+        shared = yield Fit(Adapter(self.spec(), message.tensors), share=0.5, paper_share=1.0)
         both = self.adapter(client, LocalLora(kept.tensors, {}), message)
-        own = yield Fit(both, share=0.5)
+        own = yield Fit(both, share=0.5, paper_share=1.0)
         local = {name: own.adapter.tensors[name] for name in kept.tensors}
         references = client.last_hidden(own.adapter, self.instances)
         _, reply = self.reply(client, kept, message, shared)

@@ -7,6 +7,7 @@ One round:
     the server averages what came back (FedAvg): the global LoRA of the next round.
 Every client's model is the global one, scored after the aggregation. `fedit_ft` is the same training, scored
 before it: each client's model is then what it trained itself in the last round.
+Deviations: clients count alike unless `weighting` says otherwise (the paper: by their examples).
 """
 
 from collections.abc import Mapping

@@ -1,9 +1,9 @@
 """FedLEASE: Wang, Bian, Zhang, Xu, "Adaptive LoRA Experts Allocation and Selection for Federated Fine-Tuning", NeurIPS
 2025, https://arxiv.org/abs/2509.15087.
 
-The first `warmup_rounds` rounds: every client trains a LoRA of its own and sends it. Then the server clusters clients
-by the cosine distance of their B's (agglomerative, as many clusters M as the silhouette likes best); the mean LoRA of a
-cluster is its expert.
+The first rounds, a share `warmup_share` of all: every client trains a LoRA of its own and sends it. Then the server
+clusters clients by the cosine distance of their B's (agglomerative, as many clusters M as the silhouette likes best);
+the mean LoRA of a cluster is its expert.
 Every later round:
     the server sends all M experts, and the mixers of the client's cluster;
     every client trains its cluster's expert and the mixers, the other experts frozen: a token takes the best M of
@@ -14,7 +14,7 @@ Deviations: a client that first answers later warms up then and joins the cluste
 more clients are never one cluster, as the silhouette knows no such case.
 """
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +25,17 @@ from torch.nn import functional as F
 from fedamole.errors import ConfigError
 from fedamole.federation.averaging import mean_by_key
 from fedamole.federation.clustering import cosine_distances, silhouette_clusters
-from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, Trained, Weighting
+from fedamole.federation.method import (
+    Client,
+    ClientInfo,
+    Fit,
+    LoraMethod,
+    Records,
+    Server,
+    Trained,
+    Weighting,
+    check_weight_decay,
+)
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.local_only import OwnLora
 from fedamole.model.params import OWN, Adapter, expert_ids, expert_keys, mixer_key, new_shared, shared_keys
@@ -63,12 +73,14 @@ class Returned:
 class FedLease(LoraMethod[Lease, Leased, OwnLora, Returned]):
     """Clusters of clients with an expert each; every client uses as many experts as a token needs."""
 
-    warmup_rounds: int = 1
-    """Rounds of warming up (the paper's 5 of 25 suit longer runs)."""
+    warmup_share: float = 0.2
+    """Share of the run's rounds that warm up, rounded, at least one (the paper: 5 of 25)."""
     most_clusters: int = 4
     """Most clusters M."""
     weighting: Weighting = "uniform"
     """Weight of a client in the averages: uniform, or by its training examples."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of local training (the authors' code)."""
 
     paper = "Wang et al., Adaptive LoRA Experts Allocation and Selection (FedLEASE), NeurIPS 2025, arXiv 2509.15087"
     travels = "all M experts and mixers down, one expert and mixers up"
@@ -77,11 +89,13 @@ class FedLease(LoraMethod[Lease, Leased, OwnLora, Returned]):
     evaluates = "aggregated"
 
     def __post_init__(self) -> None:
-        """Refuse no warming up, or no clusters."""
+        """Refuse no clusters, and shares and decays outside 0 .. 1."""
         super().__post_init__()
-        for key in ("warmup_rounds", "most_clusters"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"method.{key} = {getattr(self, key)}: must be at least 1")
+        if self.most_clusters < 1:
+            raise ConfigError(f"method.most_clusters = {self.most_clusters}: must be at least 1")
+        if not 0 < self.warmup_share <= 1:
+            raise ConfigError(f"method.warmup_share = {self.warmup_share}: must be above 0 and at most 1")
+        check_weight_decay(self.weight_decay)
 
     # server
     def init(self, server: Server) -> Lease:
@@ -108,7 +122,8 @@ class FedLease(LoraMethod[Lease, Leased, OwnLora, Returned]):
             state, rounds=state.rounds + 1, warm=dict(sorted({**state.warm, **warm}.items())),
             tensors=mean_by_key(settled, weights, state.tensors),
         )
-        return self._allocate(server, after, weights) if after.rounds >= self.warmup_rounds and after.warm else after
+        warm_enough = after.rounds >= max(1, round(self.warmup_share * server.rounds))
+        return self._allocate(server, after, weights) if warm_enough and after.warm else after
 
     def _allocate(self, server: Server, state: Lease, weights: Mapping[str, float]) -> Lease:
         """Give those that have warmed up a cluster, and each new cluster its expert."""
@@ -151,6 +166,13 @@ class FedLease(LoraMethod[Lease, Leased, OwnLora, Returned]):
         own = F.one_hot(torch.tensor(message.cluster), len(experts)).float()
         spec = replace(self.spec(), router="mixer")
         return Adapter(spec, message.tensors, {OWN: own}, tuple(sorted(others)))
+
+    def update(
+        self, client: Client, kept: OwnLora, message: Leased
+    ) -> Generator[Fit, Trained, tuple[OwnLora, Returned, Trained]]:
+        """Train with weight decay."""
+        trained = yield Fit(self.adapter(client, kept, message), weight_decay=self.weight_decay)
+        return (*self.reply(client, kept, message, trained), trained)
 
     def reply(
         self, client: Client, kept: OwnLora, message: Leased, trained: Trained

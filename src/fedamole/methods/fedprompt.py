@@ -12,7 +12,6 @@ unless `weighting` says otherwise (the paper: by their examples). The paper's ba
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -46,11 +45,10 @@ class FedPrompt(Method[GlobalPrompt, GlobalPrompt, Nothing, GlobalPrompt]):
     records = Records(GlobalPrompt, GlobalPrompt, Nothing, GlobalPrompt)
     evaluates = "aggregated"
     averaged = ("tensors",)
-    mlp: ClassVar[bool] = False
 
     def spec(self) -> PromptSpec:
         """What all prompts share."""
-        return PromptSpec(self.virtual_tokens, self.mlp)
+        return PromptSpec(self.virtual_tokens)
 
     # server
     def init(self, server: Server) -> GlobalPrompt:

@@ -8,7 +8,8 @@ One round:
     the server averages the bodies.
 A client's model is the global body with its own head, scored after the aggregation. Deviations: the paper's head is the
 classifier's last layer; a language model's head is frozen here, so the adapters of the upper decoder layers take its
-place. Head and body share the round's steps, half each (the paper: many steps for the head, few for the body).
+place. With `training.budget = "steps"` head and body share the round's steps, half each. With "paper" each has all of
+them: the paper gives the body as many passes as FedAvg (1 to 5), and the head 10.
 """
 
 import re
@@ -53,6 +54,7 @@ class FedRep(LoraMethod[Body, Body, Head, Body]):
     records = Records(Body, Body, Head, Body)
     evaluates = "aggregated"
     averaged = ("tensors",)
+    paper_steps = 2.0
 
     def __post_init__(self) -> None:
         """Refuse a share that is none."""
@@ -90,10 +92,10 @@ class FedRep(LoraMethod[Body, Body, Head, Body]):
     ) -> Generator[Fit, Trained, tuple[Head, Body, Trained]]:
         """Train the head, then the body."""
         both = self.adapter(client, kept, message)
-        head = yield Fit(Adapter(both.spec, both.tensors, frozen=tuple(sorted(message.tensors))), share=0.5)
-        trained = yield Fit(
-            Adapter(both.spec, head.adapter.tensors, frozen=tuple(sorted(kept.tensors))), share=0.5
-        )
+        only_head = Adapter(both.spec, both.tensors, frozen=tuple(sorted(message.tensors)))
+        head = yield Fit(only_head, share=0.5, paper_share=1.0)
+        only_body = Adapter(both.spec, head.adapter.tensors, frozen=tuple(sorted(kept.tensors)))
+        trained = yield Fit(only_body, share=0.5, paper_share=1.0)
         return (*self.reply(client, kept, message, trained), trained)
 
     def reply(self, client: Client, kept: Head, message: Body, trained: Trained) -> tuple[Head, Body]:

@@ -6,7 +6,7 @@ One round:
     every client looks which has the lowest loss on its data, trains that one and sends it back;
     the server averages within each cluster.
 A client's model is the LoRA of the cluster that fits it best, scored after the aggregation.
-Deviations: the look is at the client's examples that are set aside from training (the paper: at its training data), and
+Deviations: the look is at a draw of the examples set aside from training (the paper: at the training data), and
 while all LoRAs are still 0, and their losses equal, a client draws its cluster (the paper begins with distinct models).
 A cluster that nobody has chosen yet competes as the bare base.
 """

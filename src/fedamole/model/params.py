@@ -67,7 +67,11 @@ class Adapter:
 
     def parameters(self) -> int:
         """Count of trainable numbers."""
-        return sum(tensor.numel() for name, tensor in self.tensors.items() if name not in self.frozen)
+        return sum(self.trained_sizes().values())
+
+    def trained_sizes(self) -> dict[str, int]:
+        """Count of numbers of each trainable tensor, by its name."""
+        return {name: tensor.numel() for name, tensor in self.tensors.items() if name not in self.frozen}
 
 
 def router_key(module: str) -> str:

@@ -30,14 +30,18 @@ class PromptSpec:
     """Virtual tokens v before each prompt."""
     mlp: bool = False
     """Whether the tokens come out of a network (p-tuning), else they are trained themselves (prompt tuning)."""
+    hidden: int | None = None
+    """Width of the network's hidden layers; unset: that of the base's embeddings."""
 
     dropout: ClassVar[float] = 0.0
     balance_weight: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse a prompt without tokens."""
+        """Refuse a prompt without tokens, and a network without hidden units."""
         if self.virtual_tokens < 1:
             raise ConfigError(f"virtual_tokens = {self.virtual_tokens}: must be at least 1")
+        if self.hidden is not None and self.hidden < 1:
+            raise ConfigError(f"encoder_hidden_size = {self.hidden}: must be at least 1")
 
     @property
     def prefix(self) -> tuple[int, ...]:
@@ -53,14 +57,17 @@ def new_prompt(spec: PromptSpec, width: int, std: float, generator: torch.Genera
     """Fresh virtual tokens for a base of this embedding width.
 
     A soft prompt is drawn with the deviation `std` of the base's own token embeddings. P-tuning draws as PEFT does:
-    embeddings from N(0, 1), and the layers of the MLP, all as wide as the base's embeddings, as `nn.Linear` does.
+    embeddings from N(0, 1), and the layers of the MLP, from the embeddings' width over `hidden` twice and back, as
+    `nn.Linear` does.
     """
     tokens = torch.empty(spec.virtual_tokens, width)
     if not spec.mlp:
         return {PROMPT: tokens.normal_(0, std, generator=generator)}
-    named, bound = {PROMPT: tokens.normal_(generator=generator)}, 1 / math.sqrt(width)
-    for name in MLP:
-        shape = (width, width) if "weight" in name else (1, width)
+    named = {PROMPT: tokens.normal_(generator=generator)}
+    hidden = spec.hidden or width
+    layers = ((width, hidden), (hidden, hidden), (hidden, width))
+    for name, (d_in, d_out) in zip(MLP, (layer for layer in layers for _ in ("weight", "bias")), strict=True):
+        shape, bound = (d_out, d_in) if "weight" in name else (1, d_out), 1 / math.sqrt(d_in)
         named[name] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
     return named
 

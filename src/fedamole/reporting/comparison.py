@@ -2,10 +2,10 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedamole.errors import RunError
 from fedamole.federation.best import best_round_of, mean_best_round
@@ -13,6 +13,7 @@ from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.federation.run_folder import METRICS, RunFolder
 from fedamole.reporting.gains import Gain, gain
 from fedamole.reporting.runs import Run, read_run
+from fedamole.reporting.work import work_of
 
 MIB = 2**20
 ALL = "all scenarios"
@@ -27,6 +28,8 @@ class Entry:
     row: str
     seed: int
     path: Path
+    at_edge: bool = False
+    """Whether its learning rate is the lowest or the highest of those that were tried for it."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,15 @@ class Result:
     """Values of MEASURES; those of training are missing for the base and the constant answer."""
     rounds: int
     learning_rate: float
+    at_edge: bool = False
+    """Whether the learning rate is the lowest or the highest of those that were tried."""
+
+    def values(self, measure: str) -> dict[tuple[Any, ...], float]:
+        """Its values by (client, seed) for score and loss, and by (seed,) for every other measure that it has."""
+        if measure in ("score", "loss"):
+            by_client = self.scores if measure == "score" else self.losses
+            return {(client, self.seed): value for client, value in by_client.items()}
+        return {(self.seed,): self.measures[measure]} if measure in self.measures else {}
 
 
 @dataclass(frozen=True)
@@ -51,27 +63,32 @@ class Measure:
     key: str
     title: str
     digits: int
-    best: Callable[[Sequence[float]], float] | None = None
-    """Which value is starred, if any."""
+    best: Literal["highest", "lowest"] | None = None
+    """Which value is the best one, where it can get a star."""
     varies: bool = True
     """Whether the deviation over the seeds is shown; costs hardly vary."""
+    short: bool = False
+    """Whether it is a large count, shown with k, M or G."""
 
 
 MEASURES = (
-    Measure("score", "score", 1, max),
-    Measure("worst", "worst client", 1, max),
+    Measure("score", "score", 1, "highest"),
+    Measure("worst", "worst client", 1, "highest"),
     Measure("spread", "spread", 1),
-    Measure("loss", "loss", 3, min),
+    Measure("loss", "loss", 3, "lowest"),
     Measure("best_round", "best round", 0),
     Measure("steps", "steps", 1, varies=False),
     Measure("probed", "probed", 1, varies=False),
+    Measure("forward_tokens", "forward tokens", 0, varies=False, short=True),
+    Measure("backward_tokens", "backward tokens", 0, varies=False, short=True),
+    Measure("parameters", "trained parameters", 0, varies=False, short=True),
     Measure("mib_down", "MiB down", 3, varies=False),
     Measure("mib_up", "MiB up", 3, varies=False),
     Measure("seconds", "seconds", 0, varies=False),
     Measure("memory", "memory MiB", 0, varies=False),
 )
-"""Over the clients: mean score, worst score, standard deviation of the scores, mean loss; then the run's costs: steps,
-examples probed (read forward only) and traffic, each per client of the federation and round."""
+"""Over the clients: mean score, worst score, standard deviation of the scores, mean loss; then the run's costs: those
+of `work_of`, traffic per client and round, seconds and peak memory."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +140,12 @@ def _scenario(name: str, entries: Sequence[Entry]) -> Scenario:
     }
     found: dict[str, list[Result]] = {}
     for entry in entries:
-        found.setdefault(entry.method, []).append(_result(runs[entry.path], entry.row))
+        found.setdefault(entry.method, []).append(_result(runs[entry.path], entry.row, entry.at_edge))
     methods |= {method: tuple(sorted(rows, key=lambda row: row.seed)) for method, rows in found.items()}
     return Scenario(name, tuple(sorted(first.summary["rows"][BASE]["clients"])), methods)
 
 
-def _result(run: Run, row: str) -> Result:
+def _result(run: Run, row: str, at_edge: bool = False) -> Result:
     summary, found = run.summary, run.summary["rows"][row]
     config = RunFolder(run.path).tables()
     scores = {client: values["score"] for client, values in found["clients"].items()}
@@ -139,38 +156,31 @@ def _result(run: Run, row: str) -> Result:
     if row not in (BASE, MAJORITY):
         measures |= {
             "best_round": mean_best_round(found),
-            **_work(run, len(scores)),
+            **work_of(RunFolder(run.path).lines(METRICS), row, len(scores), summary["rounds"]),
             "mib_down": summary["bytes_down_per_client_round"] / MIB,
             "mib_up": summary["bytes_up_per_client_round"] / MIB,
             "seconds": summary["seconds_update"] + summary["seconds_evaluate"],
             "memory": summary["peak_memory_mib"],
         }
-    return Result(run.seed, scores, losses, measures, summary["rounds"], config["training"]["learning_rate"])
-
-
-def _work(run: Run, clients: int) -> dict[str, float]:
-    """Optimiser steps, and examples probed where any method says so, per client of the federation and round.
-
-    A method probes while it trains, or to put a model together before it is scored.
-    """
-    lines = [line for line in RunFolder(run.path).lines(METRICS) if line["split"] in ("train", "validation")]
-    per = clients * run.summary["rounds"]
-    work = {"steps": sum(line.get("steps", 0) for line in lines) / per}
-    if any("probed" in line for line in lines):
-        work["probed"] = sum(line.get("probed", 0) for line in lines) / per
-    return work
+    rate = config["training"]["learning_rate"]
+    return Result(run.seed, scores, losses, measures, summary["rounds"], rate, at_edge)
 
 
 def best_validation_loss(path: Path, row: str) -> float:
-    """Mean validation loss over all clients of a finished run's best rounds; infinite where it is not a number.
+    """Mean validation loss over all clients of a finished run's best rounds; infinite for a run that diverged.
 
-    A client that did not train in that round counts with its model of the round before, in the end with the base.
-    The test split is not read.
+    A run diverged where that mean is not a finite number, or where every update of every client failed: what was scored
+    then is the untrained model. A client that did not train in that round counts with its model of the round before, in
+    the end with the base. The test split is not read.
     """
     folder = RunFolder.open(path)
     found = folder.read_json("summary.json")["rows"][row]
+    lines = list(folder.lines(METRICS))
+    updates = [line for line in lines if line["split"] == "train"]
+    if updates and all("failed" in line for line in updates):
+        return math.inf
     latest: dict[str, float] = {}
-    for line in folder.lines(METRICS):
+    for line in lines:
         if line["split"] != "validation" or line["method"] not in (BASE, row):
             continue
         best = best_round_of(found, line["client"])

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedamole.errors import ConfigError
 from fedamole.reporting.comparison import Result, Scenario
+from fedamole.reporting.gains import deviation
 
 KINDS = (".svg", ".png", ".pdf")
 LOOK = {"svg.hashsalt": "fedamole", "font.size": 9, "text.parse_math": False}
@@ -75,7 +76,7 @@ def _line(panel: Any, height: int, results: Sequence[Result], key: str, colour: 
     means = [result.measures[key] for result in results if key in result.measures]
     if not means:
         return
-    spread = statistics.stdev(means) if len(means) > 1 else 0.0
+    spread = deviation(means) if len(means) > 1 else 0.0
     panel.plot(clients, [height] * len(clients), "o", color="0.7", markersize=3, zorder=2)
     panel.errorbar(
         statistics.fmean(means), height, xerr=spread or None, fmt="o", color=colour, markersize=6, capsize=3, zorder=3

@@ -40,18 +40,55 @@ def gain(differences: Mapping[tuple[Any, ...], float], *, higher: bool) -> Gain:
     clients: dict[tuple[Any, ...], list[float]] = {}
     for key, value in differences.items():
         clients.setdefault(key[:-1], []).append(value)
-    mean = statistics.fmean(values)
-    half = math.nan
-    if len(values) > 1:
-        half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    low, high = interval(values)
     better, worse = sum(value > 0 for value in values), sum(value < 0 for value in values)
     if not higher:
         better, worse = worse, better
     averaged = [statistics.fmean(found) for found in clients.values()]
     return Gain(
-        len(values), mean, mean - half, mean + half, signed_rank(values), signed_rank(averaged),
+        len(values), statistics.fmean(values), low, high, signed_rank(values), signed_rank(averaged),
         better, len(values) - better - worse, worse,
     )
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Ends of the 95 % interval of the mean, by Student's t; NaN for a single value and where one is not finite."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return math.nan, math.nan
+    mean = statistics.fmean(values)
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * deviation(values) / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Sample standard deviation of at least two values; NaN where one is not finite, as the loss of a diverged run."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def clear_best(values: Mapping[str, Mapping[tuple[Any, ...], float]], *, higher: bool) -> str | None:
+    """Return the name with the best mean if it is clearly better than the runner-up, else None.
+
+    `values` holds each name's numbers by (..., seed); `higher` ones are the better ones. Clearly better means that the
+    95 % interval of the paired differences to the runner-up lies wholly on the better side of zero. With fewer than two
+    seeds that both have, nothing is clear.
+    """
+    means = {name: statistics.fmean(found.values()) for name, found in values.items() if found}
+    ranked = sorted((name for name in means if math.isfinite(means[name])), key=lambda name: means[name])
+    if len(ranked) < 2:
+        return None
+    first, second = (ranked[-1], ranked[-2]) if higher else ranked[:2]
+    pairs = values[first].keys() & values[second].keys()
+    if len({key[-1] for key in pairs}) < 2:
+        return None
+    low, high = interval([values[first][key] - values[second][key] for key in sorted(pairs)])
+    return first if (low > 0 if higher else high < 0) else None
+
+
+STAR = (
+    "* best of the trained methods, where the 95 % interval of its paired difference to the second best (over clients "
+    "and seeds) excludes zero; no star with one seed."
+)
+"""What a star means, for the note below a table."""
 
 
 def signed_rank(differences: Sequence[float]) -> float:

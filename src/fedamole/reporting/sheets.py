@@ -11,14 +11,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedamole.reporting.comparison import MEASURES, Against, Measure, Result, Scenario, gains
+from fedamole.reporting.gains import STAR, clear_best, deviation
 from fedamole.reporting.markdown import literal, table
 from fedamole.reporting.table import cell
+from fedamole.reporting.work import short
 
 FIELDS = (
     "table", "scenario", "method", "client", "measure", "mean", "sd", "n", "low", "high", "p_pairs", "p_clients",
     "wins", "ties", "losses",
 )
 """Columns of the CSV: one line per number of the tables, unrounded; what does not apply is empty."""
+
+
+EXPLAINED = {
+    "probed": "Probed: examples read forward only, per client and round.",
+    "backward_tokens": (
+        "Forward tokens: read in forward passes alone; backward tokens: read in forward and backward passes; each per "
+        "client over the whole run."
+    ),
+    "parameters": "Trained parameters: numbers that a client trains in a round.",
+}
+"""What the caption says of columns that not every table has, by measure."""
 
 
 @dataclass(frozen=True)
@@ -33,55 +46,77 @@ class Sheet:
     """Columns on the left that hold words."""
 
 
-def sheets(scenarios: Sequence[Scenario], reference: str) -> list[Sheet]:
-    """All tables: methods and clients of each scenario, methods over scenarios, gains of the reference."""
-    made = [sheet for found in scenarios for sheet in (_methods(found), _clients(found))]
+NEARLY = 0.1
+"""Relative difference of trained parameters up to which two methods count as equally large."""
+
+
+def sheets(scenarios: Sequence[Scenario], reference: str, matched: bool = False) -> list[Sheet]:
+    """All tables: methods and clients of each scenario, methods over scenarios, gains of the reference.
+
+    `matched` says that all methods were meant to train as many parameters as the reference; those that do not are
+    marked.
+    """
+    size_of = reference if matched else ""
+    made = [sheet for found in scenarios for sheet in (_methods(found, size_of), _clients(found))]
     if len(scenarios) > 1:
         made.append(_over_scenarios(scenarios))
     found = gains(scenarios, reference)
     return [*made, _gains(found, reference)] if found else made
 
 
-def _methods(scenario: Scenario) -> Sheet:
+def _methods(scenario: Scenario, size_of: str) -> Sheet:
     shown = [
         measure for measure in MEASURES
         if any(measure.key in result.measures for found in scenario.methods.values() for result in found)
     ]
-    columns = []
-    for measure in shown:
-        values = {
-            method: [result.measures[measure.key] for result in found if measure.key in result.measures]
-            for method, found in scenario.methods.items()
-        }
-        columns.append(_starred(values, scenario, measure))
+    columns = [_cells(scenario, measure) for measure in shown]
+    unmatched = _unmatched(scenario, size_of)
+    for measure, column in zip(shown, columns, strict=True):
+        column |= {method: f"{column[method]} (not matched)" for method in unmatched if measure.key == "parameters"}
+    columns.append({method: _rate(found) if method in scenario.trained else ""
+                    for method, found in scenario.methods.items()})  # fmt: skip
     body = tuple((scenario.label(method), *(column[method] for column in columns)) for method in scenario.methods)
     caption = (
         f"Test split at the best validation round; mean ± standard deviation over seeds {_list(scenario.seeds)}. "
         "Score: accuracy or ROUGE-L, 0 to 100, mean over clients; spread: standard deviation over clients; loss: nats "
         "per answer token. Steps and MiB are per client and round, seconds and peak memory of the whole run: all "
-        "of them means. Best rounds count from 0. * best of the trained methods."
+        f"of them means. Best rounds count from 0. {STAR}"
     )
-    if any(measure.key == "probed" for measure in shown):
-        caption += " Probed: examples read forward only, per client and round."
+    keys = {measure.key for measure in shown}
+    for key, told in EXPLAINED.items():
+        caption += f" {told}" if key in keys else ""
+    if any(result.at_edge for found in scenario.trained.values() for result in found):
+        caption += " (edge): the lowest or highest learning rate that was tried, so a better one may lie beyond."
+    if unmatched:
+        caption += f" (not matched): differs by more than {NEARLY:.0%} from that of {size_of}."
     return Sheet(
-        f"{scenario.name}: methods", f"{caption} {_settings(scenario)}",
-        ("method", *(measure.title for measure in shown)), body,
+        f"{scenario.name}: methods", f"{caption} {_rounds(scenario)}",
+        ("method", *(measure.title for measure in shown), "learning rate"), body,
     )
 
 
-def _settings(scenario: Scenario) -> str:
-    """How many rounds and which learning rate each method had, named where they differ."""
-    said = []
-    for title, key in (("Rounds", "rounds"), ("Learning rate", "learning_rate")):
-        values = {
-            method: _list(sorted({getattr(result, key) for result in found}))
-            for method, found in scenario.trained.items()
-        }
-        if len(set(values.values())) == 1:
-            said.append(f"{title}: {next(iter(values.values()))} for all.")
-        else:
-            said.append(f"{title}: {', '.join(f'{method} {value}' for method, value in values.items())}.")
-    return " ".join(said)
+def _unmatched(scenario: Scenario, size_of: str) -> list[str]:
+    """Methods that train clearly more or fewer parameters than one of them, `size_of`; none where that is empty."""
+    sizes = {
+        method: statistics.fmean(found)
+        for method, results in scenario.trained.items()
+        if (found := [result.measures["parameters"] for result in results if "parameters" in result.measures])
+    }
+    wanted = sizes.get(size_of)
+    return [] if wanted is None else [name for name, size in sizes.items() if abs(size - wanted) > NEARLY * wanted]
+
+
+def _rate(results: Sequence[Result]) -> str:
+    edge = " (edge)" if any(result.at_edge for result in results) else ""
+    return _list(sorted({result.learning_rate for result in results})) + edge
+
+
+def _rounds(scenario: Scenario) -> str:
+    """How many rounds each method had, by method where they differ."""
+    values = {method: _list(sorted({result.rounds for result in found})) for method, found in scenario.trained.items()}
+    if len(set(values.values())) == 1:
+        return f"Rounds: {next(iter(values.values()))} for all."
+    return f"Rounds: {', '.join(f'{method} {value}' for method, value in values.items())}."
 
 
 def _list(values: Sequence[float]) -> str:
@@ -90,21 +125,23 @@ def _list(values: Sequence[float]) -> str:
 
 def _clients(scenario: Scenario) -> Sheet:
     """Every client's score: methods across, or down where they are more than the clients."""
-    columns = {method: found for method, found in scenario.methods.items()}
-    measure = Measure("score", "score", 1, max)
     body = []
     for client in scenario.clients:
-        values = {method: [result.scores[client] for result in found] for method, found in columns.items()}
-        body.append((client, *_starred(values, scenario, measure).values()))
-    means = {method: [result.measures["score"] for result in found] for method, found in columns.items()}
-    body.append(("mean", *_starred(means, scenario, measure).values()))
-    head = ("client", *map(scenario.label, columns))
-    if len(columns) > len(scenario.clients):
+        scores = {
+            method: {(result.seed,): result.scores[client] for result in found}
+            for method, found in scenario.methods.items()
+        }
+        star = clear_best({method: scores[method] for method in scenario.trained}, higher=True)
+        body.append((client, *(cell([*found.values()]) + "*" * (method == star) for method, found in scores.items())))
+    [score] = [measure for measure in MEASURES if measure.key == "score"]
+    body.append(("mean", *_cells(scenario, score).values()))
+    head = ("client", *map(scenario.label, scenario.methods))
+    if len(scenario.methods) > len(scenario.clients):
         head, *body = zip(("method", *head[1:]), *body, strict=True)
     return Sheet(
         f"{scenario.name}: clients",
-        f"Test score, 0 to 100; mean ± standard deviation over seeds {_list(scenario.seeds)}; * best of the trained "
-        "methods; base is the untuned model, majority a constant answer.",
+        f"Test score, 0 to 100; mean ± standard deviation over seeds {_list(scenario.seeds)}; base is the untuned "
+        f"model, majority a constant answer. {STAR} A client's own star is over its seeds.",
         head, tuple(body),
     )
 
@@ -160,17 +197,23 @@ def _p(value: float) -> str:
     return "" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _starred(values: dict[str, list[float]], scenario: Scenario, measure: Measure) -> dict[str, str]:
-    """Cells of a row or column by method; the best mean of the trained methods is starred."""
-    trained = {method: found for method, found in values.items() if found and method in scenario.trained}
-    means = {method: statistics.fmean(found) for method, found in trained.items()}
-    best = measure.best(list(means.values())) if measure.best and means else None
-    if not measure.varies:
-        values = {method: [statistics.fmean(found)] if found else [] for method, found in values.items()}
-    return {
-        method: cell(found, measure.digits) + ("*" if best is not None and means.get(method) == best else "")
-        for method, found in values.items()
-    }
+def _cells(scenario: Scenario, measure: Measure) -> dict[str, str]:
+    """Cells of a measure by method; the best of the trained methods is starred where it is clearly so."""
+    star = None
+    if measure.best is not None:
+        by_method = {
+            method: {key: value for result in found for key, value in result.values(measure.key).items()}
+            for method, found in scenario.trained.items()
+        }
+        star = clear_best(by_method, higher=measure.best == "highest")
+    cells = {}
+    for method, results in scenario.methods.items():
+        values = [result.measures[measure.key] for result in results if measure.key in result.measures]
+        if values and not measure.varies:
+            values = [statistics.fmean(values)]
+        text = short(values[0]) if values and measure.short else cell(values, measure.digits)
+        cells[method] = text + "*" * (method == star)
+    return cells
 
 
 def as_markdown(made: Sequence[Sheet]) -> str:
@@ -235,6 +278,7 @@ def _scenario_records(scenario: Scenario) -> Iterator[dict[str, Any]]:
         if method in scenario.trained:
             yield line("methods", "rounds", {row.seed: row.rounds for row in results})
             yield line("methods", "learning_rate", {row.seed: row.learning_rate for row in results})
+            yield line("methods", "learning_rate_at_edge", {row.seed: float(row.at_edge) for row in results})
         for client in scenario.clients:
             yield line("clients", "score", {row.seed: row.scores[client] for row in results}, client)
             if losses := {row.seed: row.losses[client] for row in results if client in row.losses}:
@@ -242,7 +286,7 @@ def _scenario_records(scenario: Scenario) -> Iterator[dict[str, Any]]:
 
 
 def _over_seeds(values: Sequence[float]) -> dict[str, float]:
-    spread = {"sd": statistics.stdev(values)} if len(values) > 1 else {}
+    spread = {"sd": deviation(values)} if len(values) > 1 else {}
     return {"mean": statistics.fmean(values), **spread, "n": len(values)}
 
 

@@ -1,18 +1,31 @@
 """The table of `fedamole show`: clients down, methods across, the score of the best validation round on test."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedamole.federation.best import mean_best_round
 from fedamole.federation.loop import BASE, MAJORITY
+from fedamole.federation.run_folder import METRICS, RunFolder
+from fedamole.reporting.gains import STAR, clear_best
 from fedamole.reporting.markdown import literal
 from fedamole.reporting.markdown import table as as_table
 from fedamole.reporting.runs import Run
+from fedamole.reporting.work import short, work_of
 
 SCORE_LINES = ("mean", "worst client", "spread", "mean, last round")
-SUMMARY_LINES = (*SCORE_LINES, "mean loss", "best round", "KiB down / up")
+WORK_LINES = {"forward tokens": "forward_tokens", "backward tokens": "backward_tokens",
+              "trained parameters": "parameters"}  # fmt: skip
+"""Lines of a client's work, a mean over the clients, with the key in `work_of`."""
+SUMMARY_LINES = (*SCORE_LINES, "mean loss", "best round", "KiB down / up", *WORK_LINES)
 """Lines under the clients. The loss (nats per answer token, mean over clients) tells models apart before scores do."""
+CAPTION = (
+    "Scores: accuracy (answers from options) or ROUGE-L, 0 to 100. Loss: nats per answer token. KiB: per client and "
+    "round. Forward tokens: read in forward passes alone; backward tokens: read in forward and backward passes; each "
+    f"per client over the whole run. Trained parameters: numbers that a client trains in a round. {STAR}"
+)
+"""What stands below a table."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +39,8 @@ class Column:
     """Values of SUMMARY_LINES, one per seed."""
     traffic: tuple[float, float]
     """Bytes down and up per client and round."""
+    rows: Mapping[tuple[int, int], Mapping[str, Any]]
+    """Its part of each run's summary, by (number of the run among those of its seed, seed)."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +97,21 @@ def _column(label: str, entries: Sequence[tuple[Run, str]], clients: Sequence[st
     if trained:
         lines["mean, last round"] = [row["last_mean"] for row in rows]
         lines["best round"] = [mean_best_round(row) for row in rows]
+        work = [_work(run, row) for run, row in entries]
+        lines |= {name: [one[key] for one in work if key in one] for name, key in WORK_LINES.items()}
     traffic = (first["bytes_down_per_client_round"], first["bytes_up_per_client_round"]) if trained else (0.0, 0.0)
     # A client of a deployment whose last answer never came has no score.
     scores = {
         client: [row["clients"][client]["score"] for row in rows if client in row["clients"]] for client in clients
     }
-    return Column(label, scores, lines, traffic)
+    seeds = [run.seed for run, _ in entries]
+    keys = [(seeds[:place].count(seed), seed) for place, seed in enumerate(seeds)]
+    return Column(label, scores, lines, traffic, dict(zip(keys, rows, strict=True)))
+
+
+def _work(run: Run, row: str) -> dict[str, float]:
+    clients = len(run.summary["rows"][row]["clients"])
+    return work_of(RunFolder(run.path).lines(METRICS), row, clients, run.summary["rounds"])
 
 
 def cell(values: Sequence[float], digits: int = 1) -> str:
@@ -102,36 +126,57 @@ def cell(values: Sequence[float], digits: int = 1) -> str:
 
 
 def grid(comparison: Comparison, with_clients: bool = True) -> list[list[str]]:
-    """The table as text: a head, a line per client, the summary lines; the best trained score of a line is starred."""
-    head = ["client", *(column.label for column in comparison.columns)]
+    """The table as text: a head, a line per client, the summary lines; a clearly best value of a line is starred."""
+    columns = comparison.columns
+    head = ["client", *(column.label for column in columns)]
     body: list[list[str]] = []
     if with_clients:
-        body += [
-            [client, *_starred(comparison, [column.clients[client] for column in comparison.columns])]
-            for client in comparison.clients
-        ]
+        for client in comparison.clients:
+            scores = [_of_clients(column, "score", client) for column in columns]
+            body.append([client, *_starred(columns, [column.clients[client] for column in columns], scores)])
+    by_client = [_of_clients(column, "score") for column in columns]
+    over_seeds = {
+        "worst client": [{key: row["worst"] for key, row in column.rows.items()} for column in columns],
+        "mean, last round": [{key: row["last_mean"] for key, row in column.rows.items()} for column in columns],
+    }
     for name in SCORE_LINES:
-        values = [column.lines.get(name, []) for column in comparison.columns]
-        body.append([name, *(map(cell, values) if name == "spread" else _starred(comparison, values))])
-    losses = [column.lines.get("mean loss", []) for column in comparison.columns]
-    body.append(["mean loss", *_starred(comparison, losses, digits=3, lowest=True)])
-    body.append(["best round", *(cell(column.lines.get("best round", []), 0) for column in comparison.columns)])
-    body.append(["KiB down / up", *(_traffic(column) for column in comparison.columns)])
+        values = [column.lines.get(name, []) for column in columns]
+        paired = over_seeds.get(name, by_client)
+        body.append([name, *(map(cell, values) if name == "spread" else _starred(columns, values, paired))])
+    losses = [column.lines.get("mean loss", []) for column in columns]
+    paired = [_of_clients(column, "loss") for column in columns]
+    body.append(["mean loss", *_starred(columns, losses, paired, digits=3, higher=False)])
+    body.append(["best round", *(cell(column.lines.get("best round", []), 0) for column in columns)])
+    body.append(["KiB down / up", *(_traffic(column) for column in columns)])
+    for name in WORK_LINES:
+        found = [column.lines.get(name, []) for column in columns]
+        body.append([name, *(short(sum(values) / len(values)) if values else "" for values in found)])
     return [head, *body]
 
 
+def _of_clients(column: Column, measure: str, only: str = "") -> dict[tuple[Any, ...], float]:
+    """Values of a measure by (client, number of the run, seed), of one client or of all."""
+    return {
+        (client, *key): values[measure]
+        for key, row in column.rows.items()
+        for client, values in row["clients"].items()
+        if measure in values and only in ("", client)
+    }
+
+
 def _starred(
-    comparison: Comparison, values: Sequence[Sequence[float]], digits: int = 1, lowest: bool = False
+    columns: Sequence[Column], values: Sequence[Sequence[float]], paired: Sequence[Mapping[tuple[Any, ...], float]],
+    digits: int = 1, higher: bool = True,
 ) -> list[str]:
-    sign = -1 if lowest else 1
-    means = [
-        sign * sum(found) / len(found) if found and column.label not in (BASE, MAJORITY) else -math.inf
-        for column, found in zip(comparison.columns, values, strict=True)
-    ]
-    best = max(means)
+    """Cells of a line, `values` by column; the star is decided on `paired`, whose keys end with the seed."""
+    trained = {
+        column.label: found
+        for column, found in zip(columns, paired, strict=True)
+        if column.label not in (BASE, MAJORITY)
+    }
+    star = clear_best(trained, higher=higher)
     return [
-        cell(found, digits) + ("*" if mean == best and best > -math.inf else "")
-        for found, mean in zip(values, means, strict=True)
+        cell(found, digits) + "*" * (column.label == star) for column, found in zip(columns, values, strict=True)
     ]
 
 

@@ -21,7 +21,8 @@ from fedamole.reporting.page.words import (
     settings_in_words,
     short_names,
 )
-from fedamole.reporting.table import cell, compare, grid
+from fedamole.reporting.table import CAPTION, cell, compare, grid
+from fedamole.reporting.work import short, work_of
 from fedamole.terminal import printable
 
 Json = dict[str, Any]
@@ -31,8 +32,11 @@ COSTS = (
     ("seconds_update", "seconds of training and merging", 1, 1),
     ("seconds_evaluate", "seconds of scoring", 1, 1),
     ("peak_memory_mib", "MiB of memory at the peak", 1, 0),
+    ("forward_tokens", "tokens read forward only, per client", 1, None),
+    ("backward_tokens", "tokens trained on, per client", 1, None),
+    ("parameters", "parameters trained, per client", 1, None),
 )
-"""Key in summary.json, what the column is called, its unit, digits."""
+"""Key in summary.json or of `work_of`, what the column is called, its unit, digits (None: as a large count)."""
 
 
 def content(told: Sequence[Told]) -> Json:
@@ -163,7 +167,8 @@ def _tested(done: Sequence[Told], models: Sequence[str]) -> Json:
     ])
     gains = [found for model in models if (found := _gains(scenario, model))]
     return {
-        "test": {"head": head, "body": body, "clients": comparison.clients, "seeds": comparison.seeds, "marks": marks},
+        "test": {"head": head, "body": body, "clients": comparison.clients, "seeds": comparison.seeds, "marks": marks,
+                 "caption": CAPTION},
         "gain": gains,
     }
 
@@ -256,13 +261,18 @@ def _labels(told: Sequence[Told]) -> Json | None:
 
 def _costs(told: Sequence[Told]) -> Json | None:
     """A line per label, the mean over its seeds; columns that are empty for everybody are left out."""
-    grouped: dict[str, list[Told]] = {}
+    grouped: dict[str, list[Json]] = {}
     for one in told:
-        grouped.setdefault(one.label, []).append(one)
-    columns = [one for one in COSTS if any(found.costs.get(one[0]) for found in told)]
+        work = work_of(one.lines, one.run.summary["method"], max(1, len(one.clients)), max(1, one.done))
+        grouped.setdefault(one.label, []).append({**one.costs, **work})
+    known = [found for costs in grouped.values() for found in costs]
+    columns = [one for one in COSTS if any(one[0] in found if one[3] is None else found.get(one[0]) for found in known)]
     lines = []
-    for label, found in grouped.items():
-        values = [[one.costs.get(key, 0.0) / unit for one in found] for key, _, unit, _ in columns]
-        texts = [cell(numbers, digits) for numbers, (*_, digits) in zip(values, columns, strict=True)]
-        lines.append([label, [statistics.fmean(numbers) for numbers in values], texts])
+    for label, costs in grouped.items():
+        means, texts = [], []
+        for key, _, unit, digits in columns:
+            numbers = [found[key] / unit for found in costs if key in found]
+            means.append(statistics.fmean(numbers) if numbers else 0.0)
+            texts.append(cell(numbers, digits) if digits is not None else short(means[-1]) if numbers else "")
+        lines.append([label, means, texts])
     return {"columns": [title for _, title, _, _ in columns], "lines": lines} if columns else None

@@ -145,7 +145,7 @@ function test() {
   });
   const caption = `Test score, 0 to 100, at the round that was best on validation (seed ${seeds.join(", ")}): accuracy, or ROUGE-L for free text.`;
   section("test", legendOf(labels, false), h("figure", {}, box, h("figcaption", { text: caption })),
-    h("h3", { text: "The same in numbers" }), h("p", { class: "soft", text: "* is the best of the trained methods; loss in nats per answer token; KiB per client and round." }), table(head, body, { first: clients.length }));
+    h("h3", { text: "The same in numbers" }), h("p", { class: "soft", text: data.test.caption }), table(head, body, { first: clients.length }));
 }
 
 // Marks that would hide each other stand above each other: [x, index] becomes [x, steps aside, index].

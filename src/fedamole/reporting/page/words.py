@@ -141,6 +141,8 @@ def settings_in_words(config: Mapping[str, Any], clients: int) -> dict[str, str]
         f"{training['local_epochs']} passes over the client's data" if training["local_epochs"]
         else f"{training['local_steps']} steps"
     )
+    if training.get("budget", "steps") == "paper":  # runs of earlier versions have no such setting
+        passes += " (of each of its trainings as many as the method's paper takes)"
     decay = f", times {training['lr_decay']:g} after each round" if training["lr_decay"] != 1 else ""
     return {
         "Base": (Path(model).name if model.startswith("/") else model) + quantised,

@@ -1,0 +1,111 @@
+"""A comparison at work: cells are run, checked against what is stored, counted and listed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fedamole.cells import FREE, Cell, CellWatcher, copied, run_cells
+from fedamole.comparison.budgets import SET_BY_PLANS, planned, size_of
+from fedamole.comparison.file import Comparison
+from fedamole.config import Config, to_config
+from fedamole.federation.run_folder import SUMMARY, RunFolder
+
+
+def run_comparison(comparison: Comparison, watcher: CellWatcher) -> list[Cell]:
+    """Run every cell that is not finished, grids first; return the cells that failed."""
+    comparison = planned(comparison)
+    check_stored(comparison)
+    workers, tried = comparison.settings.workers, set[str]()
+    while cells := [
+        cell for arm in comparison.arms for cell in comparison.grid(arm).values() if cell.name not in tried
+    ]:
+        run_cells(cells, workers, watcher)
+        tried.update(cell.name for cell in cells)  # the next pass has the rates that widen the grids
+    if tried:
+        _reuse_grid(comparison)
+        check_stored(comparison)
+    run_cells([cell for arm in comparison.arms for cell in comparison.cells(arm)], workers, watcher)
+    return failures(comparison)
+
+
+def check_stored(comparison: Comparison, free: Sequence[str] = FREE) -> None:
+    """Refuse folders of cells with other settings than the comparison asks for, `free` ones apart (RunError)."""
+    for cell in comparison.all_cells():
+        cell.refuse_other_config(str(comparison.path), free)
+
+
+def check_shown(comparison: Comparison) -> None:
+    """The same before tables are made without a run; what a plan works out is taken as it is stored."""
+    settings = comparison.settings
+    check_stored(comparison, (*FREE, *SET_BY_PLANS.get(settings.budget, ()), *SET_BY_PLANS.get(settings.match, ())))
+
+
+def failures(comparison: Comparison) -> list[Cell]:
+    """Cells whose last try failed."""
+    return [cell for cell in comparison.all_cells() if cell.state == "failed"]
+
+
+def _reuse_grid(comparison: Comparison) -> None:
+    """The grid's run of the rate that was chosen is the first seed's cell: the same settings, trained once."""
+    first = comparison.settings.seeds[0]
+    for arm in comparison.arms:
+        grid, chosen = comparison.grid(arm), comparison.chosen(arm)
+        for cell in comparison.cells(arm):
+            if cell.seed == first:
+                copied(cell, grid[chosen[next(iter(cell.rows))].rate].path)
+
+
+def preview(comparison: Comparison) -> list[dict[str, Any]]:
+    """What the next call would do with each cell; runs nothing."""
+    comparison = planned(comparison)
+    check_stored(comparison)
+    listed: list[dict[str, Any]] = []
+    for arm in comparison.arms:
+        cells = [*comparison.grid(arm).values(), *comparison.cells(arm)]
+        listed += [_line(cell.name, list(cell.rows), _next(cell), cell.config) for cell in cells]
+        if comparison.settings.learning_rates and not comparison.chosen(arm):
+            waits = _line("", list(arm.rows), "waits for its learning rate", to_config(arm.tables))
+            listed += [
+                {**waits, "cell": f"{arm.scenario}/{arm.name}-s{seed}", "learning_rate": None}
+                for seed in comparison.settings.seeds
+            ]
+    return listed
+
+
+def _line(cell: str, methods: list[str], does: str, config: Config) -> dict[str, Any]:
+    size = " ".join(map(str, size_of(config)))
+    rounds, rate = config.federation.rounds, config.training.learning_rate
+    return {"cell": cell, "methods": methods, "does": does, "size": size, "rounds": rounds, "learning_rate": rate}
+
+
+def outlook(comparison: Comparison) -> str:
+    """How many cells there are by now, and about how long the rest takes, in a sentence."""
+    cells = {cell.name: cell for cell in comparison.all_cells()}
+    finished = [cell for cell in cells.values() if cell.state == "finished"]
+    waiting = [arm for arm in comparison.arms if not comparison.cells(arm)]
+    left = len(cells) - len(finished) + len(waiting) * len(comparison.settings.seeds)
+    told = f"{len(finished)} cells are finished, {left} are to be run, and wider grids may add some"
+    if not comparison.settings.learning_rates or not comparison.settings.widen:
+        told = f"{len(finished)} cells are finished, {left} are to be run"
+    if not finished or not left:
+        return told
+    summaries = [RunFolder(cell.path).read_json(SUMMARY) for cell in finished]
+    seconds = sum(one["seconds_update"] + one["seconds_evaluate"] for one in summaries) / len(finished)
+    minutes = left * seconds / comparison.settings.workers / 60
+    return f"{told}; at {seconds:.0f} s each, the mean of the finished ones, that takes about {minutes:.0f} minutes"
+
+
+def _next(cell: Cell) -> str:
+    if cell.state == "failed":
+        return f"is tried again; it failed: {cell.error}"
+    return {"new": "is run", "unfinished": "is resumed", "finished": "is finished"}[cell.state]
+
+
+def progress(comparison: Comparison) -> dict[str, int]:
+    """How many cells are in which state, those that wait for their learning rate counted as new."""
+    counts: dict[str, int] = {"finished": 0, "failed": 0, "unfinished": 0, "new": 0}
+    for arm in comparison.arms:
+        cells: Sequence[Cell] = comparison.cells(arm)
+        counts["new"] += 0 if cells else len(comparison.settings.seeds)
+        for cell in cells:
+            counts[cell.state] += 1
+    return counts

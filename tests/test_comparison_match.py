@@ -1,0 +1,135 @@
+"""`match = "parameters"`: arms of equal size, counted on the adapters' shapes."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from fedamole.comparison.budgets import of_equal_size, planned
+from fedamole.comparison.file import Comparison, load_comparison
+from fedamole.comparison.run import check_shown, check_stored, preview
+from fedamole.config import Config, to_config
+from fedamole.errors import ConfigError, RunError
+from fedamole.experiment import prepare, resolved
+from fedamole.federation.run_folder import RunFolder
+from fedamole.methods import METHODS
+from fedamole.planning import trained_parameters
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path, tiny: Path) -> Write:
+    def written(methods: Sequence[str], variants: str = "", **settings: Any) -> Path:
+        keys = {"name": "c", "folder": str(tmp_path / "out"), "methods": list(methods), **settings}
+        text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
+        path = tmp_path / "compare.toml"
+        path.write_text(f'{text}[scenarios]\ntiny = "{tiny}/config.toml"\n{variants}')
+        return path
+
+    return written
+
+
+def sizes(config: Config, folder: Path) -> dict[str, int]:
+    prepared = prepare(resolved(config, folder))
+    return trained_parameters(config, prepared.base, prepared.clients)
+
+
+def mean(config: Config, folder: Path) -> float:
+    found = sizes(config, folder).values()
+    return sum(found) / len(found)
+
+
+def configs(comparison: Comparison) -> dict[str, Config]:
+    return {name: to_config(arm.tables) for arm in comparison.arms for name in arm.rows}
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if not name.endswith("_ft")])
+def test_a_plan_counts_what_a_run_trains(method: str, runs: Any, tmp_path: Path) -> None:
+    """In round 0, client by client; the run of this test is that of the contract tests."""
+    lines = RunFolder(runs(method)).lines("metrics.jsonl")
+    reported = {
+        line["client"]: line["trained_parameters"] for line in lines if line["split"] == "train" and line["round"] == 0
+    }
+    assert len(reported) == 4
+    assert sizes(runs.load(method), tmp_path) == reported
+
+
+def test_local_training_gets_as_many_parameters_as_a_mixture(write: Write, tmp_path: Path) -> None:
+    """The nearest rank is less than one step of the rank away; the scaling stays."""
+    path = write(["fedamole", "local_only"], match="parameters", overrides=["method.rank=2", "method.alpha=8"])
+    before, after = (configs(found) for found in (load_comparison(path), of_equal_size(load_comparison(path))))
+    assert after["fedamole"] == before["fedamole"], "the reference keeps its size"
+    ours, theirs = after["fedamole"].method, after["local_only"].method
+    step = mean(before["local_only"], tmp_path) / 2
+    wanted, reached = mean(after["fedamole"], tmp_path), mean(after["local_only"], tmp_path)
+    assert wanted > 3 * 2 * step, "a mixture is much larger at the same rank"
+    assert abs(wanted - reached) <= step / 2
+    assert reached == theirs.rank * step
+    assert theirs.alpha / theirs.rank == ours.alpha / ours.rank == 4
+
+
+def test_every_kind_of_method_is_sized(write: Write, tmp_path: Path) -> None:
+    """A LoRA of rank 4 has 896 numbers here, 224 per rank; a virtual token has 32."""
+    variants = '[variants.four]\nname = "local_only"\nrank = 4\n[variants.fixed]\nname = "flexlora"\nranks = [2]\n'
+    methods = ["four", "fedit", "ffa_lora", "feddpa", "fedalt", "hetlora", "fedprompt", "fedptuning", "fixed"]
+    path = write(methods, variants, match="parameters")
+    before, found = (configs(one) for one in (load_comparison(path), of_equal_size(load_comparison(path))))
+    assert mean(found["four"], tmp_path) == 896
+    assert found["fedit"].method.rank == 4
+    assert found["feddpa"].method.rank == 2, "it trains two LoRAs"
+    assert found["fedprompt"].method.virtual_tokens == 28
+    assert found["fedptuning"].method.virtual_tokens == 1, "its encoder alone is larger"
+    assert found["fixed"] == before["fixed"], "its ranks are set one by one"
+    for name in ("ffa_lora", "fedalt", "hetlora"):
+        tables, rank = found[name].tables(), found[name].method.rank
+        around = [to_config(tables | {"method": {**tables["method"], "rank": rank + step}}) for step in (-1, 0, 1)]
+        away = [abs(mean(config, tmp_path) - 896) for config in around]
+        assert min(away) == away[1], name
+
+
+def test_a_prompt_is_no_longer_than_the_base_has_positions(write: Write) -> None:
+    """128 positions and texts of 96 leave 32; the mixture would be many more tokens."""
+    found = configs(of_equal_size(load_comparison(write(["fedamole", "fedprompt"], match="parameters"))))
+    assert found["fedprompt"].method.virtual_tokens == 32
+
+
+def test_both_rows_and_both_budgets_of_a_method_have_one_size(write: Write) -> None:
+    path = write(["fedamole", "fedrep", "fedrep_ft", "ditto"], match="parameters", budget="both")
+    found = configs(of_equal_size(load_comparison(path)))
+    assert len({found[name].method.rank for name in ("fedrep", "fedrep_ft", "fedrep-paper", "fedrep_ft-paper")}) == 1
+    assert found["ditto"].method.rank == found["ditto-paper"].method.rank > 8
+
+
+def test_sizes_come_before_bytes_and_stand_in_the_preview(write: Write) -> None:
+    settings = {"match": "parameters", "budget": "bytes", "overrides": ["federation.rounds=20"]}
+    path = write(["fedamole", "fedit"], **settings)
+    lines = {line["cell"]: line for line in preview(load_comparison(path))}
+    rank = configs(planned(load_comparison(path)))["fedit"].method.rank
+    assert lines["tiny/fedamole-s0"]["size"] == "rank 8"
+    assert lines["tiny/fedit-s0"]["size"] == f"rank {rank}"
+    assert rank > 8
+    assert 18 <= lines["tiny/fedit-s0"]["rounds"] <= 22, "equal sizes travel at equal cost; at rank 8 it would be 60"
+
+
+def test_stored_sizes_are_taken_as_they_are_for_tables_alone(write: Write) -> None:
+    path = write(["fedamole", "fedit"], match="parameters")
+    comparison = planned(load_comparison(path))
+    [cell] = [cell for cell in comparison.all_cells() if cell.name == "tiny/fedit-s0"]
+    cell.path.mkdir(parents=True)
+    (cell.path / "config.toml").write_text(tomli_w.dumps(cell.config.tables()))
+    (cell.path / "run.json").write_text("{}")
+    check_shown(load_comparison(path))
+    check_stored(comparison)
+    with pytest.raises(RunError, match=r"method\.(alpha|rank) = .* there, but"):
+        check_stored(load_comparison(path))
+
+
+def test_nothing_is_matched_without_asking(write: Write) -> None:
+    comparison = load_comparison(write(["fedamole", "fedit"]))
+    assert of_equal_size(comparison) is comparison
+    with pytest.raises(ConfigError, match="match = 'size': must be one of 'nothing', 'parameters'"):
+        load_comparison(write(["fedit"], match="size"))
