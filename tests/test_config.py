@@ -282,7 +282,7 @@ def quantisation_needs_a_gpu(runs: Runs) -> bool:
 
 def checkpointing_is_on(runs: Runs) -> bool:
     on, off = (prepare(runs.load("fedit", f"base.gradient_checkpointing={word}")).base for word in ("true", "false"))
-    return on.model.is_gradient_checkpointing and not off.model.is_gradient_checkpointing
+    return on.recomputation is not None and off.recomputation is None
 
 
 def rounds_are_counted(runs: Runs) -> bool:

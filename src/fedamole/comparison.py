@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedamole.cells import FREE, Cell, CellWatcher, copied, run_cells
-from fedamole.config import Config, Table, build, merged, nearest, overridden, read_tables, rebased, to_config
+from fedamole.config import Config, Table, build, merged, nearest, overridden, read_tables, to_config
 from fedamole.config import refuse_unknown as refuse_unknown_keys
 from fedamole.errors import ConfigError
 from fedamole.experiment import plan, rows_of
@@ -216,7 +216,7 @@ def _overrides(settings: ComparisonSettings, folder: Path) -> Table:
         if key == "training.learning_rate" and settings.learning_rates:
             raise ConfigError(f"overrides: {word!r}: learning_rates chooses it; remove one of the two")
     try:
-        return rebased(overridden({}, settings.overrides), folder)
+        return overridden({}, settings.overrides, folder)
     except ConfigError as error:
         raise ConfigError(f"overrides: {error}") from error
 
