@@ -21,15 +21,15 @@ VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "n
           "image_size": 28, "patch_size": 14}  # fmt: skip
 FFN = {**COMMON, "ffn_dim": 48, "max_position_embeddings": 128, "dropout": 0.5, "init_std": 0.15}
 ENCODER = {**COMMON, "intermediate_size": 48, "max_position_embeddings": 130, "pad_token_id": 1}
-MOST = {"gemma3": TEXT | {"model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention"],
+PARTS = {"gemma3": TEXT | {"model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention"],
                           "sliding_window": 8}, "llava": TEXT | {"model_type": "llama"}}  # fmt: skip
 TINY: dict[str, dict[str, Any]] = {
     "opt": FFN | {"word_embed_proj_dim": 32, "layerdrop": 0.5},
     "xglm": {**FFN, "d_model": 32, "num_layers": 2, "attention_heads": 4, "layerdrop": 0.5},
     "biogpt": ENCODER | {"hidden_dropout_prob": 0.5, "layerdrop": 0.5},
-    "gemma3": {"text_config": MOST["gemma3"], "vision_config": VISION | {"model_type": "siglip_vision_model"},
+    "gemma3": {"text_config": PARTS["gemma3"], "vision_config": VISION | {"model_type": "siglip_vision_model"},
                "mm_tokens_per_image": 4, "eos_token_id": 0},
-    "llava": {"text_config": MOST["llava"], "vision_config": VISION | {"model_type": "clip_vision_model"}},
+    "llava": {"text_config": PARTS["llava"], "vision_config": VISION | {"model_type": "clip_vision_model"}},
     "roberta": ENCODER,
     "bert": ENCODER,
     "xlnet": {"vocab_size": 320, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},

@@ -49,6 +49,7 @@ class Bank:
             parent, _, child = name.rpartition(".")
             owner = base.model.get_submodule(parent)
             layer = BankLinear(getattr(owner, child), name, index, base.shapes[name][0], self.tape).to(base.device)
+            layer.eval()  # as the whole base is, always
             setattr(owner, child, layer)
             self.layers[name] = layer
         base.model.get_output_embeddings().register_forward_pre_hook(self._only_wanted)

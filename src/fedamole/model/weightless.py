@@ -14,7 +14,8 @@ import torch
 
 from fedamole.errors import BaseModelError
 from fedamole.model.base import Base, BaseSettings, Identity, auto_class, locate, target_shapes
-from fedamole.model.probe import LENGTH, encoder_error, reads_ahead, refuse_encoder_decoder
+from fedamole.model.probe import LENGTH, encoder_error, language_model, reads_ahead, refuse_encoder_decoder
+from fedamole.model.recomputation import Recomputation
 
 KNOWN = {"meta-llama/Llama-3.2-1B": "llama-3.2-1b", "meta-llama/Llama-3.2-1B-Instruct": "llama-3.2-1b"}
 """Hub ids whose published shapes come with the package, as bundled/shapes/<value>.json."""
@@ -37,8 +38,8 @@ def weightless_base(settings: BaseSettings, folder: Path) -> WeightlessBase:
     """Build the shapes of a base as a GPU would hold it; `folder` is where relative paths start.
 
     Errors: BaseModelError for a hub id whose shapes do not come with the package, and for a config.json that is missing
-    or of no causal language model. Whether a model is causal is found out as far as its config tells, on one layer with
-    random weights.
+    or of no causal language model; ConfigError for settings that it cannot follow. Whether a model is causal is found
+    out as far as its config tells, on one layer with random weights.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -59,6 +60,8 @@ def weightless_base(settings: BaseSettings, folder: Path) -> WeightlessBase:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
     if _one_layer_reads_ahead(config):
         raise encoder_error(model, settings.model)
+    if settings.gradient_checkpointing:
+        Recomputation(language_model(model))  # for its error
     shapes = target_shapes(model, settings.targets)
     return WeightlessBase(
         model, None, shapes, Identity("", "", ""), settings.model, torch.device("meta"), int(positions),
@@ -79,7 +82,6 @@ def _one_layer_reads_ahead(config: Any) -> bool:
             model = auto_class(config).from_config(small, dtype=torch.float32, trust_remote_code=False)
         if sum(weight.numel() for weight in model.parameters()) > LARGEST_PROBED:
             return False
-        torch.manual_seed(0)
         model = auto_class(config).from_config(small, dtype=torch.float32, trust_remote_code=False)
         return reads_ahead(model.eval())
     return False
