@@ -28,7 +28,7 @@ def greedy(bank: Bank, prompt: Sequence[int], steps: int) -> list[int]:
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(steps):
-            ids.append(int(bank.base.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            ids.append(int(bank.base.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
     return ids[len(prompt) :]
 
 

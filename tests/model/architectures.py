@@ -33,7 +33,7 @@ TINY: dict[str, dict[str, Any]] = {
     "roberta": ENCODER,
     "bert": ENCODER,
     "xlnet": {"vocab_size": 320, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
-    "bart": {"vocab_size": 320, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32,
+    "bart": {"vocab_size": 320, "d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32,
              "decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2},
     "t5": {"vocab_size": 320, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4},
     "mamba": {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "eos_token_id": 0,
