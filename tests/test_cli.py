@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +170,41 @@ def test_a_base_that_changed_under_a_run(fedamole: Any, own: Path, crash: Any, t
         model.model.norm.weight[0] += 1
     model.save_pretrained(own.parent / "base")
     refused(fedamole("resume", folder), 4, "made on another base: its weights hash is")
+
+
+def test_a_base_named_relatively_on_the_command_line(fedamole: Any, own: Path, tmp_path: Path) -> None:
+    """Stored absolute: the run is used from another folder. Where the base has moved, --base names it."""
+    words = ["method.name=fedit", "base.model=./mine/base", "run.folder=./out", "federation.rounds=1"]
+    assert fedamole("run", own, *words).code == 0
+    stored = tomllib.loads((tmp_path / "out" / "config.toml").read_text())
+    assert stored["base"]["model"] == str(own.parent / "base")
+    assert stored["run"]["folder"] == str(tmp_path / "out")
+    (tmp_path / "elsewhere").mkdir()
+    os.chdir(tmp_path / "elsewhere")
+    asked = ("generate", "../out", "--client", "mood", "--max-new-tokens", "2", "all is well")
+    assert fedamole(*asked).code == 0
+    (own.parent / "base").rename(tmp_path / "moved")
+    refused(fedamole(*asked), 4, "is not here", "--base")
+    assert fedamole(*asked, "--base", "../moved").code == 0
+
+
+def test_a_run_whose_base_moved_is_resumed_on_it(fedamole: Any, own: Path, crash: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = crash("group_started", 3, "fedit", f"base.model={own.parent / 'base'}")
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    (own.parent / "base").rename(moved)
+    refused(fedamole("resume", folder), 4, str(own.parent / "base"), "is not here: name a copy of it by --base")
+    shutil.copytree(moved, other)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    model.save_pretrained(other)
+    refused(fedamole("resume", folder, "--base", other), 4, f"run in {folder} was made on another base: its weights")
+    resumed = fedamole("resume", folder, "--base", "./moved")
+    assert resumed.code == 0, resumed.err
+    assert str(own.parent / "base") not in resumed.err, "it is not read"
+    assert (folder / "summary.json").exists()
 
 
 def test_data_that_changed_under_a_run(fedamole: Any, crash: Any, tiny: Path, own: Path) -> None:

@@ -138,6 +138,24 @@ def test_overrides(tmp_path: Path) -> None:
         load_config(path, ["training.local_stepz=3"])
 
 
+def test_paths_of_overrides_are_relative_to_the_working_folder(tmp_path: Path, monkeypatch: Any) -> None:
+    """As a shell completes them; what is no path, and what stands in the config file, stays as it is."""
+    path = write(tmp_path / "configs" / "c.toml", '[base]\nmodel = "./tiny"\n' + DATA)
+    here = tmp_path / "here"
+    (here / "models" / "own").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    for model, wanted in (
+        ("./tiny", here / "tiny"), ("../tiny", tmp_path / "tiny"), ("models/own", here / "models" / "own"),
+        ("~/tiny", Path.home() / "tiny"), ("/abs", "/abs"), ("bundled", "bundled"), ("models/other", "models/other"),
+    ):  # fmt: skip
+        assert load_config(path, [f"base.model={model}"]).base.model == str(wanted)
+    assert load_config(path).base.model == str(tmp_path / "configs" / "tiny")
+    words = ["data.manifest=m.json", 'data.source=[{name = "x", path = "x.jsonl", test = "../t.jsonl"}]']
+    data = load_config(path, words).data
+    assert (data.manifest, data.source[0].path) == (str(here / "m.json"), str(here / "x.jsonl"))
+    assert data.source[0].test == str(tmp_path / "t.jsonl")
+
+
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_round_trip(name: str, runs: Any) -> None:
     """config.toml of a run, with every default spelled out, is the same config again."""
@@ -282,7 +300,7 @@ def quantisation_needs_a_gpu(runs: Runs) -> bool:
 
 def checkpointing_is_on(runs: Runs) -> bool:
     on, off = (prepare(runs.load("fedit", f"base.gradient_checkpointing={word}")).base for word in ("true", "false"))
-    return on.model.is_gradient_checkpointing and not off.model.is_gradient_checkpointing
+    return on.recomputation is not None and off.recomputation is None
 
 
 def rounds_are_counted(runs: Runs) -> bool:

@@ -108,7 +108,9 @@ def run(config: ConfigPath = None, overrides: Overrides = None, as_json: AsJson 
 
 @app.command()
 def resume(
-    folder: Annotated[Path, typer.Argument(help="The folder of a run that was interrupted.")], as_json: AsJson = False
+    folder: Annotated[Path, typer.Argument(help="The folder of a run that was interrupted.")],
+    base: personal.BaseName = None,
+    as_json: AsJson = False,
 ) -> None:
     """Continue an interrupted run from its last finished round, to the very same result.
 
@@ -120,11 +122,11 @@ def resume(
     from fedamole.federation.run_folder import RunFolder
 
     run_folder = RunFolder.open(folder)
-    if not run_folder.finished and (reads := reads_outside(load_run_config(run_folder), folder)):
+    if not run_folder.finished and (reads := reads_outside(load_run_config(run_folder), folder, base=base is None)):
         said = f"reads what {folder}/config.toml names outside that folder: {', '.join(reads)}"
         screen(error=True).print(said, style="dim", soft_wrap=True)
     with _watching(folder.name, as_json) as watcher:
-        resume_run(folder, watcher)
+        resume_run(folder, watcher, base)
     _show([folder], as_json)
 
 

@@ -106,7 +106,11 @@ def read_tables(path: Path, extended_by: tuple[Path, ...] = ()) -> Table:
 
 
 def rebased(tables: Table, folder: Path) -> Table:
-    """Make the paths that are relative to their own config file absolute, so that `extends` may cross folders."""
+    """Make paths that are relative to `folder` absolute, in place; return the tables.
+
+    `folder` is that of the config file, so that `extends` may cross folders; for words of the command line it is the
+    working folder.
+    """
 
     def absolute(table: Any, key: str) -> None:
         value = table.get(key) if isinstance(table, dict) else None
@@ -135,8 +139,8 @@ def merged(below: Table, above: Table) -> Table:
     return result
 
 
-def overridden(tables: Table, overrides: Sequence[str]) -> Table:
-    """Apply `table.key=value` words of the command line; values are TOML, bare words count as text."""
+def overridden(tables: Table, overrides: Sequence[str], folder: Path) -> Table:
+    """Apply `table.key=value` words; values are TOML, bare words count as text, and paths are relative to `folder`."""
     for word in overrides:
         name, equals, text = word.partition("=")
         keys = name.split(".")
@@ -148,14 +152,14 @@ def overridden(tables: Table, overrides: Sequence[str]) -> Table:
             value = text
         for key in reversed(keys):
             value = {key: value}
-        tables = merged(tables, value)
+        tables = merged(tables, rebased(value, folder))
     return tables
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read, override and check a config; every error names the file, the key and the remedy."""
     try:
-        return to_config(overridden(read_tables(path), overrides))
+        return to_config(overridden(read_tables(path), overrides, Path.cwd()))
     except ConfigError as error:
         text = str(error)
         raise type(error)(text if str(path) in text else f"{path}: {text}") from error

@@ -13,14 +13,14 @@ import torch
 from fedamole.config import Config, load_run_config
 from fedamole.data.manifest import Federation, Manifest, load_federation, read_manifest
 from fedamole.engine.in_process import InProcess
-from fedamole.errors import ConfigError, RunError
+from fedamole.errors import BaseModelError, ConfigError, RunError
 from fedamole.federation.loop import Engine, Loop, Mirror, Watcher
 from fedamole.federation.method import ClientInfo, Evaluates, Server
 from fedamole.federation.robust import Robust
 from fedamole.federation.run_folder import MANIFEST, RunFolder
 from fedamole.federation.worker import ClientData, Worker, client_data
 from fedamole.model.bank import Bank
-from fedamole.model.base import BUNDLED, Base, Identity, load_base, resolve_device
+from fedamole.model.base import BUNDLED, Base, Identity, is_elsewhere, load_base, resolve_device
 from fedamole.model.prompt import PromptSpec
 from fedamole.model.weightless import weightless_base
 from fedamole.planning import Plan, PlanWithoutData, chosen_group, clients_without_data, planned, planned_without_data
@@ -127,8 +127,12 @@ def start(config: Config, folder: Path, watcher: Watcher) -> dict[str, Any]:
     return _run(prepared, run, watcher)
 
 
-def resume(path: Path, watcher: Watcher) -> dict[str, Any]:
-    """Continue a run from its last intact checkpoint; return the summary."""
+def resume(path: Path, watcher: Watcher, base: str | None = None) -> dict[str, Any]:
+    """Continue a run from its last intact checkpoint; return the summary.
+
+    `base` names a copy of the run's base (a folder or a hub id) if it is no longer where the run's config says; the
+    config stays as it is. Raises BaseModelError if the base is missing or is another one.
+    """
     folder = RunFolder.open(path)
     if folder.kind != "simulation":
         raise RunError(
@@ -139,8 +143,12 @@ def resume(path: Path, watcher: Watcher) -> dict[str, Any]:
         write_cards(folder)
         return folder.read_json("summary.json")
     config = load_run_config(folder)
+    if base is not None:
+        config = dataclasses.replace(config, base=dataclasses.replace(config.base, model=base))
+    elif is_elsewhere(config.base.model):
+        raise BaseModelError(f"{config.base.model}, the base of {path}, is not here: name a copy of it by --base")
     prepared = prepare(config, read_manifest(folder.place(MANIFEST)))
-    Identity(**folder.about["base"]).check(prepared.base.identity, "the base that base.model names now")
+    prepared.base.identity.check(Identity(**folder.about["base"]), f"the run in {path}")
     return _run(prepared, folder, watcher)
 
 

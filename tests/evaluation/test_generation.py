@@ -7,11 +7,18 @@ from typing import Any
 import pytest
 import torch
 
+from fedamole.data.layouts import conversation_prompt
 from fedamole.evaluation.generation import generate_answers
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, BaseSettings, load_base
+from fedamole.model.continuation import Continuation
+from fedamole.personal.chat import Chat
+from fedamole.personal.generate import as_it_is, ids_of
+from fedamole.personal.routing import greedy_answer
 
+from ..model.architectures import write_tiny
 from ..model.conftest import mixture, write_model, write_tokenizer
+from ..model.test_peft import lora
 
 PROMPTS = [(5, 6, 7, 8), (9, 10), tuple(range(20, 35))]
 
@@ -21,7 +28,7 @@ def greedy(bank: Bank, prompt: Sequence[int], steps: int) -> list[int]:
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(steps):
-            ids.append(int(bank.base.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            ids.append(int(bank.base.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
     return ids[len(prompt) :]
 
 
@@ -80,3 +87,54 @@ def test_generation_settings_that_come_with_a_base_are_not_used(tmp_path: Path, 
     answers = [greedy(bank, prompt, 6) for prompt in PROMPTS]
     wanted = [text(bank, ids[: ids.index(0)] if 0 in ids else ids) for ids in answers]
     assert generate_answers(bank, [PROMPTS], 6, 10_000)[0] == wanted
+
+
+RECURRENT = {
+    "mamba": ({"targets": ("in_proj",)}, {}, Continuation(True, True)),
+    "rwkv": ({}, {"rescale_every": 0}, Continuation(False, True)),
+    "recurrent_gemma": ({}, {}, None),
+    "qwen3_5_text": ({}, {}, Continuation(True, True)),
+    "bart": ({"targets": ("self_attn.q_proj",)}, {}, Continuation(False, False)),
+}
+"""Bases that keep more of a text than keys and values, or what transformers cannot continue (the decoder of BART):
+settings, changes of their config, how they generate."""
+
+
+@pytest.mark.parametrize("architecture", sorted(RECURRENT))
+def test_no_base_forgets_its_prompt(architecture: str, tmp_path: Path) -> None:
+    """Prompts of several lengths, answered together, in a chat and by `explain`, as by forward passes over all."""
+    settings, changes, way = RECURRENT[architecture]
+    write_tiny(tmp_path, architecture, decoder_alone=True, **changes)
+    bank = Bank(load_base(BaseSettings(str(tmp_path), **settings), torch.device("cpu"), Path("/")))
+    bank.load([lora(bank.base)])
+    wanted = [greedy(bank, prompt, 6) for prompt in PROMPTS]
+    stop = bank.base.tokenizer.eos_token_id
+    wanted = [ids[: ids.index(stop)] if stop in ids else ids for ids in wanted]
+    assert len({tuple(ids) for ids in wanted}) == len(PROMPTS)
+    assert generate_answers(bank, [PROMPTS], 6, 10_000)[0] == [text(bank, ids) for ids in wanted]
+    if way is not None:
+        assert bank.continuation == way
+    assert greedy_answer(bank, PROMPTS[0], 6) == tuple(wanted[0])
+    chat, said = Chat(bank, 4), list[str]()
+    chat.answer("what now?", said.append)
+    prompt = ids_of(as_it_is(conversation_prompt([("user", "what now?")])), bank.base.tokenizer)
+    assert "".join(said).strip() == text(bank, greedy(bank, prompt, 4))
+
+
+def test_how_a_base_generates_is_found_out_without_its_adapters(bank: Bank) -> None:
+    """And the adapters are at work again afterwards."""
+    before = greedy(bank, PROMPTS[0], 8)
+    assert bank.continuation == Continuation(True, True)
+    assert greedy(bank, PROMPTS[0], 8) == before
+    bank.load([])
+    assert greedy(bank, PROMPTS[0], 8) != before
+
+
+def test_prompts_of_one_length_are_still_generated_together(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank.__dict__["continuation"] = Continuation(False, True)
+    whole, sizes = bank.base.model.generate, list[tuple[int, ...]]()
+    monkeypatch.setattr(
+        bank.base.model, "generate", lambda **more: (sizes.append(tuple(more["input_ids"].shape)), whole(**more))[1]
+    )
+    generate_answers(bank, [[*PROMPTS, (40, 41), (50, 51)]], 2, 10_000)
+    assert sorted(sizes) == [(1, 4), (1, 15), (3, 2)]

@@ -116,6 +116,7 @@ def test_every_token_of_prompts_and_every_node_of_trees_once(
     bank, options = Bank(base(kind)), labels(20)
     group = clients((1, 30), options)
     bank.load(adapters(bank))
+    assert bank.continuation.caches  # found out before passes are counted
     with watching(bank, monkeypatch) as seen:
         option_losses(bank, group, 100_000)
     assert len(seen) == 2
@@ -150,6 +151,7 @@ def test_a_window_is_respected_to_the_token(base: Callable[..., Base], monkeypat
     bank = Bank(base("gemma3_text"))
     bank.base.model.double()
     bank.load([mixture(bank.base)])
+    assert bank.continuation.caches  # found out before passes are counted
     long, short = [(7, 8, 9, 0), (7, 3, 0)], [(4,), (0,)]
     assert Tree(long).inner == 4
     for size, options, with_tree in ((4, long, True), (5, long, False), (8, short, True), (9, short, False)):

@@ -49,6 +49,7 @@ def test_no_token_is_computed_twice(bank, monkeypatch):
     """A prompt's 20 tokens, and each beginning of the 30 options of 4 tokens once, not 30 * 24 tokens. Gemma 3's
     window of 8 is shorter than the prompt: there whole forward passes are made.
     """
+    assert bank.continuation.caches  # found out before passes are counted
     seen = []
     inner = bank.base.model.forward
 

@@ -114,7 +114,6 @@ def test_an_unknown_architecture_asks_for_targets(tmp_path):
 
 def test_dropout_of_the_base_itself_is_off(base):
     loaded = base("gpt2", gradient_checkpointing=True)
-    assert not any(module.p for module in loaded.model.modules() if isinstance(module, torch.nn.Dropout))
     ids = torch.tensor([[3, 4, 5]])
     loaded.training(True)
     assert torch.equal(loaded.model(input_ids=ids).logits, loaded.model(input_ids=ids).logits)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from fedamole.errors import BaseModelError, ConfigError
 from fedamole.evaluation.generation import generate_answers
 from fedamole.model.bank import Bank
-from fedamole.model.base import Base
+from fedamole.model.base import Base, BaseSettings, load_base
 from fedamole.model.params import REFERENCES, Adapter, new_shared
 from fedamole.model.prompt import PromptSpec, new_prompt
 from fedamole.serving.engine import Engine, Piece, StoppedError, Wanted, drawn
@@ -18,7 +19,9 @@ from fedamole.serving.models import alike
 from fedamole.serving.running import Running, check
 from fedamole.serving.turns import BusyError, Limits
 
+from ..model.architectures import write_tiny
 from ..model.conftest import mixture
+from ..model.test_peft import lora
 
 PROMPTS = [(5, 6, 7, 8), (9, 10), tuple(range(20, 35)), (40, 41, 42)]
 
@@ -250,6 +253,18 @@ def test_loras_of_several_ranks_are_served_together_and_other_kinds_refused(
     assert alone[0] != alone[1]
     with pytest.raises(ConfigError, match="a and b are of different kinds"):
         alike([made[0], mixture(bank.base)], "ab")
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "rwkv", "recurrent_gemma", "qwen3_5_text"])
+def test_recurrent_and_hybrid_bases_are_refused(architecture: str, tmp_path: Path) -> None:
+    """Mamba takes no such cache and answers all prompts alike; others have no keys and values in every layer."""
+    changes = {"rescale_every": 0} if architecture == "rwkv" else {}
+    write_tiny(tmp_path, architecture, **changes)
+    settings = BaseSettings(str(tmp_path), targets=("in_proj",) if architecture == "mamba" else ())
+    bank = Bank(load_base(settings, torch.device("cpu"), Path("/")))
+    bank.load([lora(bank.base), lora(bank.base, 1)])
+    with pytest.raises(BaseModelError, match="remembers more of a text than keys and values, so requests cannot be ba"):
+        Engine(bank, [lora(bank.base), lora(bank.base, 1)])
 
 
 def test_a_base_whose_rows_cannot_be_joined_is_refused(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedamole.comparison.settings import ComparisonSettings
-from fedamole.config import Config, Table, merged, nearest, overridden, read_tables, rebased, to_config
+from fedamole.config import Config, Table, merged, nearest, overridden, read_tables, to_config
 from fedamole.errors import ConfigError
 from fedamole.experiment import rows_of
 from fedamole.methods import METHODS
@@ -92,7 +92,7 @@ def tables_of_overrides(settings: ComparisonSettings, folder: Path) -> Table:
         if key == "training.learning_rate" and settings.learning_rates:
             raise ConfigError(f"overrides: {word!r}: learning_rates chooses it; remove one of the two")
     try:
-        return rebased(overridden({}, settings.overrides), folder)
+        return overridden({}, settings.overrides, folder)
     except ConfigError as error:
         raise ConfigError(f"overrides: {error}") from error
 

@@ -90,6 +90,8 @@ def option_losses(
     trees = [grown[tuple(clients[client][place][1])] for client, place in rows]
     results: list[list[list[float]]] = [[[] for _ in part] for part in clients]
     window = getattr(bank.base.model.config.get_text_config(), "sliding_window", None)
+    # A tree continues prompts that are padded on the left from their cache.
+    trees_fit = bank.packs and bank.continuation.pads and bank.continuation.caches
     bank.window(0, bank.clients)
     with torch.no_grad():
         sizes = [len(prompt) + tree.inner for prompt, tree in zip(prompts, trees, strict=True)]
@@ -98,7 +100,7 @@ def option_losses(
             amounts = [sum(rows[i][0] == client for i in group) for client in range(len(clients))]
             chosen = [trees[i] for i in group]
             longest = max(len(prompts[i]) for i in group) + max(tree.inner for tree in chosen)
-            with_tree = bank.packs and (window is None or longest <= window)
+            with_tree = trees_fit and (window is None or longest <= window)
             some = [prompts[i] for i in group]
             if with_tree:
                 found = _tree_losses(bank, amounts, some, chosen)

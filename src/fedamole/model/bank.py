@@ -5,6 +5,7 @@ Opening a bank replaces each target linear of the base by a `BankLinear` around 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from fedamole.model import packing
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.base import Base
 from fedamole.model.batch import Batch, Ids, Row, collate
+from fedamole.model.continuation import Continuation, continuation_of
 from fedamole.model.layers import BankLinear, BankPrompt, EmbeddingSum, Loaded, MeanEmbeddings, Tape
 from fedamole.model.params import (
     OWN,
@@ -28,6 +30,7 @@ from fedamole.model.params import (
     stack,
     unstack,
 )
+from fedamole.model.probe import near
 from fedamole.model.prompt import PROMPT, PromptSpec
 
 
@@ -46,6 +49,7 @@ class Bank:
             parent, _, child = name.rpartition(".")
             owner = base.model.get_submodule(parent)
             layer = BankLinear(getattr(owner, child), name, index, base.shapes[name][0], self.tape).to(base.device)
+            layer.eval()  # as the whole base is, always
             setattr(owner, child, layer)
             self.layers[name] = layer
         base.model.get_output_embeddings().register_forward_pre_hook(self._only_wanted)
@@ -170,10 +174,15 @@ class Bank:
         return rows
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a loss to that of the clients at work."""
+        """Add the gradient of a loss to that of the clients at work.
+
+        What took no part in the loss, such as a base's expert that no token was routed to, gets none.
+        """
         places = [place for loaded in self._at_work() for place in loaded.gradients]
-        for place, gradient in zip(places, torch.autograd.grad(loss, self.parameters()), strict=True):
-            place.add_(gradient)
+        found = torch.autograd.grad(loss, self.parameters(), allow_unused=True)
+        for place, gradient in zip(places, found, strict=True):
+            if gradient is not None:
+                place.add_(gradient)
 
     def adapter(self, client: int = 0) -> Adapter:
         """Return a loaded client's adapter as data on the CPU."""
@@ -294,9 +303,18 @@ class Bank:
                         found.append(logits.float())
                 except (NotImplementedError, TypeError):
                     return False
-        precise = self.base.model.dtype in (torch.float32, torch.float64)
-        apart = (found[0] - found[1]).abs().max() / found[0].abs().max()
-        return bool(apart <= (1e-4 if precise else 0.03))
+        return near(found[1], found[0], self.base.model.dtype)
+
+    @cached_property
+    def continuation(self) -> Continuation:
+        """How this base generates; found out at the first use, without the adapters."""
+        for layer in self.layers.values():
+            layer.loaded = None
+        self.prompt.loaded = None
+        try:
+            return continuation_of(self.base)
+        finally:
+            self.window(0, self.clients)
 
     def mean_embeddings(
         self, collected: Mapping[str, EmbeddingSum], tokens: Sequence[int]

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from fedamole.errors import BaseModelError, ConfigError
+from fedamole.model.probe import language_model, modules_run_by_text, refuse_encoder_decoder, refuse_unreached
+from fedamole.model.recomputation import Recomputation
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Base:
     """A frozen model, resident once, with what the rest of the program needs to know of it."""
 
     model: Any
-    """The transformers model; every weight frozen, every dropout of its own off."""
+    """The transformers model, frozen and always in eval mode, so that no dropout of its own is ever active."""
     tokenizer: Any
     shapes: dict[str, tuple[int, int]]
     """(d_in, d_out) of the target linears by module name."""
@@ -73,10 +74,13 @@ class Base:
     max_positions: int
     """Longest sequence in tokens."""
     gradient_checkpointing: bool = False
+    recomputation: Recomputation | None = None
+    """What recomputes activations where `gradient_checkpointing` asks for it."""
 
     def training(self, on: bool) -> None:
-        """Enter or leave local training: transformers checkpoints activations, and then keeps no cache, only there."""
-        self.model.train(on and self.gradient_checkpointing)
+        """Enter or leave local training: activations are recomputed only there. The model stays in eval mode."""
+        if self.recomputation is not None:
+            self.recomputation.active = on
 
     @property
     def width(self) -> int:
@@ -122,15 +126,22 @@ def locate(model: str, folder: Path) -> str:
     return model
 
 
+def is_elsewhere(model: str) -> bool:
+    """Whether a base is named by a folder of another machine; the bundled base's differs from one to the next."""
+    return model.startswith("/") and not Path(model).exists()
+
+
 def load_base(settings: BaseSettings, device: torch.device, folder: Path, local_only: bool = False) -> Base:
     """Load, check, hash and freeze a base.
 
     `folder` is where relative paths start. With `local_only` nothing is downloaded: a hub id must be in the cache.
     Only safetensors weights are read and no code of a model is run.
-    Errors: a base that cannot be found or read, whose vocabulary does not fit its tokenizer, or without targets.
+    Errors: BaseModelError for a base that cannot be found or read, is no causal language model, whose vocabulary does
+    not fit its tokenizer, or without targets; ConfigError for settings that it cannot follow.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     name = locate(settings.model, folder)
     options: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False,
@@ -138,10 +149,14 @@ def load_base(settings: BaseSettings, device: torch.device, folder: Path, local_
     if settings.quantization == "4bit":
         options |= _quantized(device)
     try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
+        refuse_encoder_decoder(config, settings.model)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
-        model, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        model, report = auto_class(config).from_pretrained(name, output_loading_info=True, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BaseModelError(f"base.model = {settings.model!r} cannot be loaded: {reason}") from error
     if report["missing_keys"]:
         # They would have been drawn at random, anew at every load.
@@ -149,15 +164,30 @@ def load_base(settings: BaseSettings, device: torch.device, folder: Path, local_
             f"base.model = {settings.model!r} has no weights for {min(report['missing_keys'])!r}; download it again"
         )
     check_vocabulary(model, tokenizer, settings.model)
-    shapes = target_shapes(model, settings.targets)
-    identity = Identity(_hash_weights(model), _hash_tokenizer(tokenizer), _hash_json(sorted(shapes.items())))
+    weights = _hash_weights(model)
     if settings.quantization == "none":
         model = model.to(device=device, dtype=_dtype(settings.dtype, device))
-    _freeze(model, settings.gradient_checkpointing)
+    _freeze(model)
+    ran = modules_run_by_text(model, settings.model)
+    shapes = target_shapes(model, settings.targets)
+    refuse_unreached(model, settings.model, tuple(shapes), ran)
+    identity = Identity(weights, _hash_tokenizer(tokenizer), _hash_json(sorted(shapes.items())))
+    recomputation = Recomputation(language_model(model)) if settings.gradient_checkpointing else None
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
     return Base(
-        model, tokenizer, shapes, identity, name, device, int(positions), settings.gradient_checkpointing
+        model, tokenizer, shapes, identity, name, device, int(positions), settings.gradient_checkpointing, recomputation
     )
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a base of this config with its language-model head."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    # Many multimodal models are listed here alone; of these, too, only the language model is adapted.
+    multimodal = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
 
 
 def _quantized(device: torch.device) -> dict[str, Any]:
@@ -175,27 +205,17 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32 if name == "float32" else torch.bfloat16
 
 
-def _freeze(model: Any, gradient_checkpointing: bool) -> None:
-    """Freeze weights and switch the base's own dropout and generation settings off.
+def _freeze(model: Any) -> None:
+    """Freeze the weights, set eval mode for good, and drop the generation settings that come with a base.
 
     Only adapters learn, only adapters are regularised, and answers are greedy whatever the base recommends.
-
-    Dropout is zeroed rather than left to `eval`, as gradient checkpointing works in train mode alone.
     """
     from transformers import GenerationConfig
 
     # Settings that come with a base (a repetition penalty, beams) would join those of every call to generate.
     model.generation_config = GenerationConfig()
     model.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
     model.eval()
-    if gradient_checkpointing:
-        # Reentrant checkpointing would silently lose the gradient of the balance loss.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
@@ -212,11 +232,14 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
 
 
 def _linears(model: Any) -> dict[str, tuple[int, int]]:
-    """Shapes (d_in, d_out) of all linears inside the decoder; the output head is not one of them."""
-    head = model.get_output_embeddings()
+    """Shapes (d_in, d_out) of all linears of the language model; the output head is not one of them.
+
+    The towers and projectors for images and sound of a multimodal model are left out.
+    """
+    head, inside = model.get_output_embeddings(), set(language_model(model).modules())
     found = {}
     for name, module in model.named_modules():
-        if module is head:
+        if module is head or module not in inside:
             continue
         if hasattr(module, "in_features") and hasattr(module, "out_features"):
             found[name] = (int(module.in_features), int(module.out_features))

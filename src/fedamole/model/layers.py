@@ -96,6 +96,16 @@ class BankLinear(nn.Module):
         self.register_buffer("columns", column_keys(index, width), persistent=False)
         self._rank_columns: dict[int, Tensor] = {}
 
+    @property
+    def weight(self) -> Any:
+        """Weight of the wrapped linear, as some models look at its dtype or device."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """Bias of the wrapped linear; None if it has none."""
+        return self.base_layer.bias
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the base layer's output, plus each client's adapter's on its rows where adapters are loaded."""
         base_out: Tensor = self.base_layer(x)

@@ -3,17 +3,24 @@
 Nothing is downloaded and no memory is taken, so a base of any size can be planned for on any machine.
 """
 
+import contextlib
+import copy
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fedamole.errors import BaseModelError
-from fedamole.model.base import Base, BaseSettings, Identity, locate, target_shapes
+from fedamole.model.base import Base, BaseSettings, Identity, auto_class, locate, target_shapes
+from fedamole.model.probe import LENGTH, encoder_error, language_model, reads_ahead, refuse_encoder_decoder
+from fedamole.model.recomputation import Recomputation
 
 KNOWN = {"meta-llama/Llama-3.2-1B": "llama-3.2-1b", "meta-llama/Llama-3.2-1B-Instruct": "llama-3.2-1b"}
 """Hub ids whose published shapes come with the package, as bundled/shapes/<value>.json."""
+LARGEST_PROBED = 20_000_000
+"""Most weights of the one layer that is drawn to tell an encoder; few encoders have larger layers."""
 BYTES_IN_4BIT = 0.5 + 4 / 64
 """Bytes of a weight held in 4 bits: each block of 64 has a scale of 4 bytes."""
 
@@ -31,18 +38,19 @@ def weightless_base(settings: BaseSettings, folder: Path) -> WeightlessBase:
     """Build the shapes of a base as a GPU would hold it; `folder` is where relative paths start.
 
     Errors: BaseModelError for a hub id whose shapes do not come with the package, and for a config.json that is missing
-    or of no causal language model.
+    or of no causal language model; ConfigError for settings that it cannot follow. Whether a model is causal is found
+    out as far as its config tells, on one layer with random weights.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     name = locate(settings.model, folder)
     try:
         facts = json.loads(_config_text(name))
         config = CONFIG_MAPPING[facts["model_type"]].from_dict(facts)
+        refuse_encoder_decoder(config, settings.model)
         dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BaseModelError(
@@ -50,11 +58,33 @@ def weightless_base(settings: BaseSettings, folder: Path) -> WeightlessBase:
             "it must be that of a causal language model of transformers"
         ) from error
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
+    if _one_layer_reads_ahead(config):
+        raise encoder_error(model, settings.model)
+    if settings.gradient_checkpointing:
+        Recomputation(language_model(model))  # for its error
     shapes = target_shapes(model, settings.targets)
     return WeightlessBase(
         model, None, shapes, Identity("", "", ""), settings.model, torch.device("meta"), int(positions),
         settings.gradient_checkpointing,
     )
+
+
+def _one_layer_reads_ahead(config: Any) -> bool:
+    """Whether one layer of an architecture, with few tokens and random weights, reads ahead.
+
+    Counts as no where such a layer is too large or cannot be built alone; `load_base` looks at the model itself.
+    """
+    with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):  # configs of some two hundred architectures
+        small = copy.deepcopy(config)
+        text = small.get_text_config()
+        text.num_hidden_layers, text.vocab_size = 1, 4 * LENGTH
+        with torch.device("meta"):
+            model = auto_class(config).from_config(small, dtype=torch.float32, trust_remote_code=False)
+        if sum(weight.numel() for weight in model.parameters()) > LARGEST_PROBED:
+            return False
+        model = auto_class(config).from_config(small, dtype=torch.float32, trust_remote_code=False)
+        return reads_ahead(model.eval())
+    return False
 
 
 def weight_bytes(base: Base, quantization: str) -> int:

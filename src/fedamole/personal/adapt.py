@@ -39,10 +39,10 @@ from fedamole.files import write_atomic
 from fedamole.methods import METHODS
 from fedamole.methods.fedamole import FedAmole, Pool, TrainedExperts
 from fedamole.model.bank import Bank
-from fedamole.model.base import BUNDLED, Identity
+from fedamole.model.base import BUNDLED, Identity, is_elsewhere
 from fedamole.model.params import Adapter, expert_ids
 from fedamole.model.pretrained import save_adapter
-from fedamole.personal.models import is_elsewhere, load_named
+from fedamole.personal.models import load_named
 from fedamole.received.names import as_name
 from fedamole.reporting.card import write_cards
 

@@ -72,7 +72,7 @@ class Chat:
         row = torch.tensor([prompt], device=base.device)
         greedy = GenerationConfig(
             do_sample=False, max_new_tokens=self.max_new_tokens, pad_token_id=base.pad_id,
-            eos_token_id=base.tokenizer.eos_token_id,
+            eos_token_id=base.tokenizer.eos_token_id, use_cache=bank.continuation.caches,
         )  # fmt: skip
         with torch.no_grad(), bank.recording(gates=bank.gates([[prompt]])):
             base.model.generate(

@@ -26,7 +26,7 @@ from fedamole.federation.randomness import torch_generator
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
-from fedamole.model.base import Base, BaseSettings, load_base
+from fedamole.model.base import Base, BaseSettings, auto_class, load_base
 from fedamole.model.batch import Row, batches
 from fedamole.model.params import Adapter, Shapes, expert_ids, shared_keys
 from fedamole.model.pretrained import load_adapter, save_adapter, without_deltas
@@ -307,9 +307,8 @@ def refuse_unmergeable(base: Base, modules: Sequence[str]) -> None:
 def merge(lora: Path, base: Base, target: Path) -> None:
     """Add a LoRA to a fresh copy of the base, in the base's own dtype, and save the whole with its tokenizer."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    fresh = AutoModelForCausalLM.from_pretrained(
+    fresh = auto_class(base.model.config).from_pretrained(
         base.name, dtype="auto", use_safetensors=True, trust_remote_code=False
     )
     merged = PeftModel.from_pretrained(fresh, str(lora)).merge_and_unload(safe_merge=True)

@@ -13,7 +13,8 @@ from fedamole.experiment import reads_outside
 from fedamole.federation.run_folder import MANIFEST, RUN, RunFolder
 from fedamole.model.adapter_files import check_fits, read_config
 from fedamole.model.bank import Bank
-from fedamole.model.base import BUNDLED, Base, BaseSettings, load_base, resolve_device
+from fedamole.model.base import BUNDLED, Base, BaseSettings, is_elsewhere, load_base, resolve_device
+from fedamole.model.continuation import continuation_of
 from fedamole.model.params import Adapter
 from fedamole.model.pretrained import CONFIG, load_adapter, read_identity
 from fedamole.received.names import NAME
@@ -107,11 +108,6 @@ def load_named(settings: BaseSettings, device: str, named_by_user: bool) -> Base
         ) from error
 
 
-def is_elsewhere(model: str) -> bool:
-    """Whether a base is named by a folder of another machine; the bundled base's differs from one to the next."""
-    return model.startswith("/") and not Path(model).exists()
-
-
 def own_shard(place: Place) -> tuple[Config, Shard]:
     """The config of a model's run and its client's own data, read again as config and manifest say; no other's are.
 
@@ -170,8 +166,10 @@ def load_personal_model(
     place = find(Path(path), client, row)
     found = base_of(place, device, base)
     read_adapter(place, found)  # PEFT, which reads the same files, checks little of them
-    # Otherwise `generate` would not know where an answer ends.
-    found.model.generation_config.update(eos_token_id=found.tokenizer.eos_token_id, pad_token_id=found.pad_id)
+    # Otherwise `generate` would not know where an answer ends, or lose the prompt on some bases.
+    found.model.generation_config.update(
+        eos_token_id=found.tokenizer.eos_token_id, pad_token_id=found.pad_id, use_cache=continuation_of(found).caches
+    )
     return PeftModel.from_pretrained(found.model, str(place.adapter)).eval(), found.tokenizer
 
 

@@ -204,7 +204,10 @@ def greedy_answer(bank: Bank, prompt: Ids, max_new_tokens: int) -> Ids:
     check_room(bank, len(prompt) + 1)
     base, stop = bank.base, bank.base.tokenizer.eos_token_id
     room = min(max_new_tokens, base.max_positions - len(prompt))
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=room, pad_token_id=base.pad_id, eos_token_id=stop)
+    greedy = GenerationConfig(
+        do_sample=False, max_new_tokens=room, pad_token_id=base.pad_id, eos_token_id=stop,
+        use_cache=bank.continuation.caches,
+    )  # fmt: skip
     ids = torch.tensor([prompt], device=base.device)
     with torch.no_grad(), bank.recording(gates=bank.gates([[prompt]])):
         out = base.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
