@@ -111,7 +111,7 @@ def test_a_missing_file_names_the_nearest(write: Callable[..., str], tmp_path: P
         ("d.jsonl.gz", gzip.compress(b"", mtime=0), "d.jsonl.gz: the file is empty"),
         ("d.csv", b"a,b\n", "d.csv: the file is empty, there are no rows"),
         ("d.csv", b"\xff\xfe\xfa", "d.csv: cannot be read as UTF-8 text"),
-        ("d.jsonl", b"{not json\n", "d.jsonl: cannot be read"),
+        ("d.jsonl", b"{not json\n", "d.jsonl, line 1: cannot be read as JSON"),
         ("d.parquet", b"PAR0", "d.parquet: cannot be read"),
         ("d.csv.gz", b"not gzip", "d.csv.gz: cannot be read"),
     ],

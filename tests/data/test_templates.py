@@ -101,7 +101,7 @@ def test_an_empty_prompt_column_is_an_error_and_an_empty_answer_no_example() -> 
 
 
 def test_a_list_is_no_text() -> None:
-    with pytest.raises(DataError, match=r"column 'prompt' holds \['p'\], a template needs text"):
+    with pytest.raises(DataError, match=r"column 'prompt' holds a list or an object, a template needs text"):
         example("plain", {"prompt": ["p"], "completion": "x"})
 
 
