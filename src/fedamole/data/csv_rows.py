@@ -89,11 +89,12 @@ def _looks_joined(fields: Sequence[str], delimiter: str) -> bool:
     """Whether a field with line breaks holds just the delimiters that whole rows would have had there.
 
     A quote that is opened by mistake takes in what follows until the next quote: the end of one row, whole rows, and
-    the beginning of another one. Delimiters before a space are those of a sentence.
+    the beginning of another one. A delimiter before a space, or at the end of a line, is that of a sentence.
     """
     wanted = len(fields) - 1
     for field in fields:
         counts = [len(re.findall(rf"{delimiter}(?=\S)", line)) for line in re.split(r"\r\n|\r|\n", field)]
+        counts[-1] += field.endswith(delimiter)  # what follows it is the quote
         if wanted and len(counts) > 1 and counts[0] + counts[-1] == wanted and set(counts[1:-1]) <= {wanted}:
             return True
     return False

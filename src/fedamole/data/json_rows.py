@@ -13,6 +13,10 @@ from fedamole.errors import DataError
 from fedamole.received.names import quoted
 
 SHAPE = 'write a list of objects, or one object per line, such as {"prompt": "...", "completion": "..."}'
+BY_PANDAS = (
+    'pandas writes columns as rows: pandas.read_json("old.json", dtype=False, convert_dates=False)'
+    '.to_json("new.jsonl", orient="records", lines=True)'
+)
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -39,7 +43,7 @@ def read_json(path: Path, where: str, gzipped: bool) -> list[Row]:
     try:
         document = _parse(text)
     except ValueError as error:
-        following = text.splitlines()[number : number + 1]
+        following = text.split("\n")[number : number + 1]
         if problem is not None and (not following or following[0].lstrip().startswith("{")):
             raise _broken(problem, where, number) from error  # JSON Lines whose first line is broken
         raise _broken(error, where, None) from error
@@ -70,8 +74,7 @@ def _the_only_row(row: Row, where: str) -> Row:
     """Return the only object of a file; DataError where it holds columns, or rows under keys, in place of a row."""
     if row and all(isinstance(value, list | dict) for value in row.values()) and not _are_turns(row.get("messages")):
         raise DataError(
-            f"{where}: is one object that holds columns (or rows under keys), not rows; {SHAPE}\n"
-            'with pandas: pandas.read_json("old.json").to_json("new.jsonl", orient="records", lines=True)'
+            f"{where}: is one object that holds columns (or rows under keys), not rows; {SHAPE}\n{BY_PANDAS}"
         )
     return row
 
