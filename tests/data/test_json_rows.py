@@ -76,7 +76,12 @@ def test_a_large_file_whose_late_rows_differ(tmp_path: Path, late: dict[str, Any
 
 @pytest.mark.parametrize(
     "content",
-    ['[{"a": "x"}, {"a": "y"}]', '[\n  {\n    "a": "x"\n  },\n  {"a": "y"}\n]', '{"a": "x"}\r\n\r\n  {"a": "y"}'],
+    [
+        '[{"a": "x"}, {"a": "y"}]',
+        '[\n  {\n    "a": "x"\n  },\n  {"a": "y"}\n]',
+        '{"a": "x"}\r\n\r\n  {"a": "y"}',
+        '{"a": "x"}\r{"a": "y"}',
+    ],
 )
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_the_content_decides_between_lines_and_a_list(tmp_path: Path, content: str, mark: str) -> None:
@@ -130,6 +135,8 @@ def test_the_remedy_for_columns_makes_rows(tmp_path: Path, shape: Any, monkeypat
         ("d.jsonl.gz", f'{{"a": "x"}}\n{{"a": "{SECRET}"', "line 2: cannot be read as JSON: Expecting ',' delimiter"),
         ("d.json", f'[{{"a": "x"}},\n{{"a": {SECRET}}}]', "line 2: cannot be read as JSON: Expecting value"),
         ("d.json", f'{{\n"a": "x",\n"b": {SECRET}\n}}', "line 3: cannot be read as JSON: Expecting value"),
+        ("d.jsonl", f'{{"a": "x"}}\n{{"a": "{SECRET}"}},\n', "line 2: .*more text follows the value"),
+        ("d.json", f'["{SECRET}"]\n["x"]\n', "line 2: .*more text follows the value"),
         ("d.jsonl", f'{{"a": "x"}}\n{{"a": "{SECRET}", "a": 1}}', "line 2: .*an object has the key 'a' twice"),
         ("d.jsonl", f'{{"a": "x"}}\n{{"a": "{SECRET} \\ud83d"}}', "line 2: .*half of a surrogate pair"),
         ("d.jsonl", '{"a": "x"}\n{"a": ' + "[" * 100_000 + f'"{SECRET}', "line 2: .*nested too deeply"),

@@ -88,12 +88,13 @@ def test_declared_types_of_a_hub_data_set_hold(tmp_path: Path) -> None:
     assert [row["label_text"] for row in hub(tmp_path, "train")] == ["good", "bad"]
 
 
-def test_an_error_of_the_library_does_not_quote_rows(tmp_path: Path) -> None:
+def test_an_error_of_the_library_does_not_quote_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "train.jsonl").write_text(f'{{"a": "{SECRET}"}}\n')
     (tmp_path / "README.md").write_text("---\ndataset_info:\n  features:\n  - name: a\n    dtype: int64\n---\n")
     with pytest.raises(DataError, match=r"hub data set .* cannot be read: ArrowInvalid$") as error:
         hub(tmp_path, "train")
     assert SECRET not in str(error.value)
+    assert caplog.text == "", "the library's own log says it again"
 
 
 def test_a_broken_file_of_a_hub_data_set_is_named(tmp_path: Path) -> None:

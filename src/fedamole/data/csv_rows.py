@@ -29,7 +29,7 @@ def read_csv(path: Path, where: str, gzipped: bool) -> list[Row]:
     its content, for a row with more or fewer fields than the header, wrong quotes, and columns without a name or with
     the same name.
     """
-    with open_text(path, where, gzipped, newline="") as file, _long_fields():
+    with open_text(path, where, gzipped) as file, _long_fields():
         lines = enumerate(file, start=1)
         number, first = next(((number, line) for number, line in lines if line.strip(" ,;\t\r\n")), (0, ""))
         if not first:

@@ -26,7 +26,7 @@ def read_json(path: Path, where: str, gzipped: bool) -> list[Row]:
     Text stays as it is, a number is a `Number` with the literal of the file, and NaN, which JSON does not have, is
     None. Rows may have different columns. Errors (DataError) give file and line, never a row's content.
     """
-    with open_text(path, where, gzipped, newline="\n") as file:
+    with open_text(path, where, gzipped) as file:
         lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
         number, first = next(lines, (0, ""))
         if not first:
@@ -114,9 +114,10 @@ def _parse(text: str) -> Any:
 
 def _broken(error: ValueError, where: str, line: int | None) -> DataError:
     """The error for text that is no JSON; `line` is that of a row, None takes it from the parser."""
-    reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+    reason = str(error)
     if isinstance(error, json.JSONDecodeError):
-        reason, line = f"{error.msg} (column {error.colno})", line or error.lineno
+        told = "more text follows the value" if error.msg == "Extra data" else error.msg
+        reason, line = f"{told} (column {error.colno})", line or error.lineno
     at = "" if line is None else f", line {line}"
     return DataError(f"{where}{at}: cannot be read as JSON: {reason}; correct it, or write the file anew")
 

@@ -135,13 +135,18 @@ def _errors(where: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's progress bars, which are a setting of the whole process: put back afterwards."""
+    """Without the library's progress bars and log, which are settings of the whole process: put back afterwards.
+
+    Its log repeats errors that this module reports, and may quote rows.
+    """
     import datasets
 
-    shown = datasets.is_progress_bar_enabled()
+    shown, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(level)
         if shown:
             datasets.enable_progress_bars()

@@ -14,8 +14,8 @@ REMEDY = "save it as UTF-8 (a spreadsheet calls this 'CSV UTF-8')"
 
 
 @contextmanager
-def open_text(path: Path, where: str, gzipped: bool, newline: str) -> Iterator[IO[str]]:
-    """Open a file as UTF-8 text; `newline` is that of `open`, and "" or "\\n" leave every line end as it is.
+def open_text(path: Path, where: str, gzipped: bool) -> Iterator[IO[str]]:
+    """Open a file as UTF-8 text; every line end stays as it is.
 
     Raises DataError, beginning with `where`, for a file in another encoding, a damaged gzip file, and a file that
     the system does not let us read, also while the file is read.
@@ -27,7 +27,7 @@ def open_text(path: Path, where: str, gzipped: bool, newline: str) -> Iterator[I
         if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in head:
             raise DataError(f"{where}: cannot be read as UTF-8 text: it is UTF-16 or UTF-32; {REMEDY}")
         opener = gzip.open if gzipped else open
-        with opener(path, "rt", encoding="utf-8-sig", newline=newline) as file:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             yield cast(IO[str], file)
     except UnicodeDecodeError as error:
         line = _first_bad_line(path, gzipped)

@@ -104,7 +104,7 @@ def read_prompts(path: Path, layout: Layout) -> list[Example]:
     if not path.is_file():
         raise DataError(f"there is no file {path}")
     if path.suffix == ".txt":
-        with open_text(path, str(path), gzipped=False, newline="") as file:
+        with open_text(path, str(path), gzipped=False) as file:
             return lines(file.read())
     if not path.name.endswith(FORMATS):
         raise DataError(f"{path}: prompts come from .txt (one per line), or as rows from {', '.join(FORMATS)}")
