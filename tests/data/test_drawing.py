@@ -86,11 +86,21 @@ def test_an_empty_client_is_named(write: Write, tmp_path: Path) -> None:
         draw(tmp_path, partition=PartitionSettings("value", by="label_text"))
 
 
+def test_values_that_differ_by_white_space_are_one_client(
+    write: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = {0: "north", 1: "south", 2: "north "}
+    write("train.jsonl", [{**row, "site": site[at % 3]} for at, row in enumerate(rows(90))])
+    clients, _ = draw(tmp_path, partition=PartitionSettings("value", by="site"))
+    assert sorted(client.client for client in clients) == ["s-north", "s-south"]
+    assert "train.jsonl: 30 values of 'site' have white space around them" in caplog.text
+
+
 def test_the_column_to_partition_by_must_be_there_and_filled(write: Write, tmp_path: Path) -> None:
     write("train.jsonl", [{**row, "site": "n" if index else None} for index, row in enumerate(rows(30))])
     with pytest.raises(DataError, match=r"train.jsonl: there is no column 'sites' \(did you mean 'site'\?\)"):
         draw(tmp_path, partition=PartitionSettings("value", by="sites"))
-    with pytest.raises(DataError, match=r"train.jsonl, row 1: column 'site' holds None"):
+    with pytest.raises(DataError, match=r"train.jsonl, row 1: column 'site' holds no value"):
         draw(tmp_path, partition=PartitionSettings("value", by="site"))
 
 

@@ -38,7 +38,7 @@ def test_the_last_assistant_turn_is_the_answer() -> None:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ("hello", "row 3: messages holds 'hello'"),
+        ("hello", "row 3: messages is not a list of turns"),
         ([{"role": "user"}], "each turn must be"),
         ([{"role": "robot", "content": "x"}], "role 'robot'; known are system, user, assistant"),
         ([{"role": "user", "content": "x"}], "no assistant turn"),

@@ -90,8 +90,9 @@ def test_a_manifest_holds_no_path(folder: Path) -> None:
 def test_changed_data_are_noticed_by_source_and_file(folder: Path, write: Write) -> None:
     stored = load_federation(SETTINGS, folder).manifest
     write("alpha.test.jsonl.gz", labelled(31, "test"))
-    with pytest.raises(DataError, match=r"source 'alpha': alpha.test.jsonl.gz is not what .* from: 31 rows"):
+    with pytest.raises(DataError, match=r"source 'alpha': alpha.test.jsonl.gz is not what .* from: 31 rows") as error:
         load_federation(SETTINGS, folder, stored)
+    assert "If the file is unchanged, an earlier version read its numbers or dates" in str(error.value)
 
 
 def test_an_edited_manifest_is_noticed_by_client_and_split(folder: Path) -> None:

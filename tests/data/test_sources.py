@@ -40,11 +40,12 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     assert table.sha256 == digest(ROWS)
 
 
-def test_a_path_is_no_pattern(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["d.jsonl.gz", "d.parquet"])
+def test_a_path_is_no_pattern(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "new [1] *"
     folder.mkdir()
-    write_as(folder, "d.jsonl.gz")
-    assert len(read_source(SourceSettings("s", path="d.jsonl.gz"), folder)[0].rows) == 2
+    write_as(folder, name)
+    assert len(read_source(SourceSettings("s", path=name), folder)[0].rows) == 2
 
 
 def test_the_hash_is_of_content_not_of_column_order() -> None:
@@ -55,8 +56,8 @@ def test_the_hash_is_of_content_not_of_column_order() -> None:
 def test_reading_leaves_no_cache_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    write_as(tmp_path, "d.jsonl.gz")
-    read_source(SourceSettings("s", path="d.jsonl.gz"), tmp_path)
+    write_as(tmp_path, "d.parquet")
+    read_source(SourceSettings("s", path="d.parquet"), tmp_path)
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
@@ -65,10 +66,13 @@ def test_no_progress_bar_is_shown_and_the_setting_is_put_back(
 ) -> None:
     import datasets
 
-    write_as(tmp_path, "d.jsonl")
-    read_source(SourceSettings("s", path="d.jsonl"), tmp_path)
+    write_as(tmp_path, "d.parquet")
+    capfd.readouterr()
+    level = datasets.logging.get_verbosity()
+    read_source(SourceSettings("s", path="d.parquet"), tmp_path)
     assert capfd.readouterr() == ("", "")
     assert datasets.is_progress_bar_enabled()
+    assert datasets.logging.get_verbosity() == level
 
 
 def test_an_official_test_file_and_renamed_columns(write: Callable[..., str], tmp_path: Path) -> None:
@@ -111,7 +115,7 @@ def test_a_missing_file_names_the_nearest(write: Callable[..., str], tmp_path: P
         ("d.jsonl.gz", gzip.compress(b"", mtime=0), "d.jsonl.gz: the file is empty"),
         ("d.csv", b"a,b\n", "d.csv: the file is empty, there are no rows"),
         ("d.csv", b"\xff\xfe\xfa", "d.csv: cannot be read as UTF-8 text"),
-        ("d.jsonl", b"{not json\n", "d.jsonl: cannot be read"),
+        ("d.jsonl", b"{not json\n", "d.jsonl, line 1: cannot be read as JSON"),
         ("d.parquet", b"PAR0", "d.parquet: cannot be read"),
         ("d.csv.gz", b"not gzip", "d.csv.gz: cannot be read"),
     ],

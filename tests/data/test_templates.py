@@ -101,7 +101,7 @@ def test_an_empty_prompt_column_is_an_error_and_an_empty_answer_no_example() -> 
 
 
 def test_a_list_is_no_text() -> None:
-    with pytest.raises(DataError, match=r"column 'prompt' holds \['p'\], a template needs text"):
+    with pytest.raises(DataError, match=r"column 'prompt' holds a list or an object, a template needs text"):
         example("plain", {"prompt": ["p"], "completion": "x"})
 
 
@@ -142,3 +142,37 @@ def test_templates_refuse(given: dict[str, Any], message: str) -> None:
 def test_options_need_two_values() -> None:
     with pytest.raises(DataError, match=r"column 'label_text' has only the values \['a'\]"):
         options_of(BUILT_IN["banking77"], [{"label_text": "a"}, {"label_text": None}], "f")
+
+
+def test_labels_that_differ_by_white_space_are_one_option(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": "t", "label_text": label} for label in ("yes", "yes ", "\tyes", "no", " no", " maybe", " ")]
+    template = BUILT_IN["classification"]
+    options = options_of(template, rows, "f")
+    assert options == (" maybe", "no", "yes"), "a label that is always written in one way stays as it is"
+    assert [record.getMessage() for record in caplog.records] == [
+        "f: 3 of 7 labels have white space around them; each is taken for the label without it, for example 'yes '"
+    ]
+    examples = [render(template, options, row, "f") for row in rows]
+    found = [None if example is None else example.answer for example in examples]
+    assert found == ["yes", "yes", "yes", "no", "no", " maybe", None]
+
+
+def test_white_space_around_a_label_of_a_fixed_list(caplog: pytest.LogCaptureFixture) -> None:
+    row = {"premise": "p", "hypothesis": "h", "label": "neutral "}
+    assert example("snli", row).answer == "Maybe"
+    assert "1 of 1 labels have white space" in caplog.text
+    assert example("pubmedqa", {"question": "q", "context": "c", "label_text": " no"}).answer == "no"
+
+
+def test_errors_show_the_beginning_of_a_long_label_alone() -> None:
+    with pytest.raises(DataError, match=r"the label 'long long.* \.\.\. is outside") as error:
+        example("pubmedqa", {"question": "q", "context": "c", "label_text": "long " * 5000})
+    assert len(str(error.value)) < 300
+
+
+def test_errors_list_a_few_columns_alone() -> None:
+    with pytest.raises(DataError, match=r"no template fits the columns c0000, .* and 980 more; set") as error:
+        choose("auto", {}, [f"c{at:04}" + "x" * at for at in range(1000)], "f")
+    assert len(str(error.value)) < 1500
+    with pytest.raises(DataError, match="and 980 more"):
+        choose("snli", {}, [f"c{at:04}" for at in range(1000)], "f")

@@ -444,7 +444,8 @@ def test_data_that_do_not_fit_are_never_quoted(tmp_path: Path) -> None:
         rows(tmp_path / "one.jsonl", {"text": "a", "label": SECRET}): "fewer than two values",
         rows(tmp_path / "blank.jsonl", *no_answer): "no row has an answer",
         rows(tmp_path / "turns.jsonl", turns, wrong): "turns.jsonl, row 2: cannot be read",
-        tmp_path / "torn.jsonl": "cannot be read", tmp_path / "ragged.csv": "cannot be read",
+        tmp_path / "torn.jsonl": "torn.jsonl, line 2: cannot be read",
+        tmp_path / "ragged.csv": "ragged.csv, line 3: cannot be read",
         tmp_path / "empty.jsonl": "is empty", tmp_path / "d.txt": "kind is not known",
         tmp_path / "absent.jsonl": "there is no file",
     }  # fmt: skip

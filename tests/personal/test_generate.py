@@ -116,6 +116,20 @@ def test_prompts_are_those_of_training(runs: Any) -> None:
         assert {example.answer for example in made} == {""}
 
 
+def test_prompts_of_files_are_as_written(tmp_path: Path) -> None:
+    rows = ['{"instruction": "Next visit?", "input": 0}', '{"instruction": "Next visit?", "input": "2024-03-01"}']
+    rows += ['{"instruction": "Next visit?", "input": 1.10}', '{"instruction": "Next visit?", "input": 2e5}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    made = [example.context for example in read_prompts(tmp_path / "rows.jsonl", Layout())]
+    assert made == ["0", "2024-03-01", "1.10", "2e5"]
+    (tmp_path / "p.txt").write_bytes("\ufeffone\u2028still one\r\n\r\n  two\x0b\x85 \n".encode())
+    texts = [example.prompt for example in read_prompts(tmp_path / "p.txt", Layout())]
+    assert texts == ["one\u2028still one", "  two\x0b\x85 "]
+    (tmp_path / "p.txt").write_bytes("fine\ncaf\xe9".encode("latin-1"))
+    with pytest.raises(DataError, match=r"p.txt, line 2: cannot be read as UTF-8 text: it has another encoding"):
+        read_prompts(tmp_path / "p.txt", Layout())
+
+
 def test_layouts() -> None:
     def prompts(*rows: dict[str, Any], **how: Any) -> list[str]:
         return [example.prompt for example in rendered(rows, Layout(**how), "here")]

@@ -13,6 +13,7 @@ import pytest
 from h11._connection import DEFAULT_MAX_INCOMPLETE_EVENT_SIZE
 from pydantic import ValidationError
 
+from fedamole.data.templates import text_of
 from fedamole.serving import commands, protocol, quota, server
 from fedamole.serving.door import Door
 from fedamole.serving.engine import TRIES, Engine
@@ -325,3 +326,12 @@ def test_a_body_that_is_wrong_ten_thousand_times_is_not_ten_thousand_errors(more
     wrong = refused.value.__context__
     assert isinstance(wrong, ValidationError)
     assert wrong.error_count() < 10
+
+
+def test_whole_numbers_of_a_row_stay_whole() -> None:
+    row = b'{"a": 1, "b": 12345678901234567890, "c": 1.10, "d": true, "e": "1.10"}'
+    body = read(Completion, b'{"model": "m", "row": ' + row + b"}")
+    assert body.row is not None
+    assert [text_of(value, name, "row") for name, value in body.row.items()] == [
+        "1", "12345678901234567890", "1.1", "true", "1.10",
+    ]  # fmt: skip

@@ -162,7 +162,15 @@ def _values(source: SourceSettings, table: Table, rows: Sequence[int]) -> list[s
         return None
     if by not in table.columns:
         raise missing_column(by, table.columns, table.where)
-    return [text_of(table.rows[row][by], by, table.row_name(row)) for row in rows]
+    values = [text_of(table.rows[row][by], by, table.row_name(row)) for row in rows]
+    plain = [value.strip() for value in values]
+    if len(set(plain)) == len(set(values)):
+        return values
+    spaced = sum(value != text for value, text in zip(plain, values, strict=True))
+    log.warning(
+        "%s: %d values of %r have white space around them; they count as the values without it", table.where, spaced, by
+    )
+    return plain
 
 
 def examples_of(data: SourceData, client: ClientRows) -> Mapping[str, tuple[Example, ...]]:

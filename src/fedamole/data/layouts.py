@@ -2,22 +2,49 @@
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fedamole.errors import DataError
 
 Row = dict[str, Any]
+MOST_NAMES = 20
+"""Columns that an error lists; a file of a wrong shape may have its data where the names belong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A number of a JSON file, kept as the file writes it: `1`, `1.10` and `1e5` do not become other numbers."""
+
+    literal: str
+
+    def __str__(self) -> str:
+        return self.literal
+
+
+def shortened(value: object, most: int = 60) -> str:
+    """Return a label or a name for an error's text: as Python writes it, cut to `most` characters."""
+    text = repr(str(value))
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+def listed(columns: Iterable[str]) -> str:
+    """Return the sorted names of columns for an error's text: each shortened, at most MOST_NAMES of them."""
+    names = sorted(columns)
+    shown = [name if len(name) <= 40 else f"{name[:36]} ..." for name in names[:MOST_NAMES]]
+    return ", ".join(shown) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
+
 
 ROLE_HEADINGS = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 
 def missing_column(column: str, columns: Iterable[str], where: str) -> DataError:
     """The error for a column that a file does not have: names the file, its columns and the nearest name."""
-    present = sorted(columns)
+    present = list(columns)
     near = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
     guess = f" (did you mean {near[0]!r}?)" if near else ""
     return DataError(
-        f"{where}: there is no column {column!r}{guess}; its columns are {', '.join(present)}. "
+        f"{where}: there is no column {column!r}{guess}; its columns are {listed(present)}. "
         f'Name the right one, or rename with columns = {{{column} = "..."}} in this [[data.source]]'
     )
 
@@ -58,11 +85,12 @@ def from_messages(messages: Any, where: str) -> tuple[str, str]:
     turns: list[tuple[str, str]] = []
     for turn in messages if isinstance(messages, list) else [messages]:
         if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
-            raise DataError(f"{where}: messages holds {turn!r}; each turn must be {{role, content}} with text in both")
-        if turn.get("role") not in ROLE_HEADINGS:
             raise DataError(
-                f"{where}: messages has the role {turn.get('role')!r}; known are {', '.join(ROLE_HEADINGS)}"
+                f"{where}: messages is not a list of turns; each turn must be {{role, content}} with text in both"
             )
+        if turn.get("role") not in ROLE_HEADINGS:
+            role = shortened(turn.get("role"))
+            raise DataError(f"{where}: messages has the role {role}; known are {', '.join(ROLE_HEADINGS)}")
         turns.append((turn["role"], turn["content"]))
     last = max((at for at, (role, _) in enumerate(turns) if role == "assistant"), default=0)
     if last == 0:

@@ -285,7 +285,8 @@ def _check_table(source: str, now: Table | None, then: TableRecord | None) -> No
         raise DataError(
             f"source {source!r}: {now.where} is not what the partition was drawn from: {len(now.rows)} "
             f"rows with hash {now.sha256[:12]}, the manifest has {then.name} with {then.rows} rows and "
-            f"{then.sha256[:12]}; restore the data, or leave the manifest out to draw anew"
+            f"{then.sha256[:12]}; restore the data, or leave the manifest out to draw anew. If the file is unchanged, "
+            f"an earlier version read its numbers or dates as other values: start the run anew"
         )
 
 

@@ -1,31 +1,22 @@
 """Rows of a source: JSON lines, CSV and Parquet files, or a data set of the Hugging Face hub."""
 
-import csv
 import difflib
-import glob
-import gzip
 import hashlib
 import json
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedamole.data.layouts import Row, arrange
+from fedamole.data.layouts import Number, Row, arrange
+from fedamole.data.library_rows import TEXT_READERS, ClassNames, read_hub, read_parquet, read_text_rows
 from fedamole.data.settings import SourceSettings
 from fedamole.errors import DataError
 
-FORMATS = {
-    ".jsonl": "json",
-    ".jsonl.gz": "json",
-    ".json": "json",
-    ".json.gz": "json",
-    ".csv": "csv",
-    ".csv.gz": "csv",
-    ".parquet": "parquet",
-}
+FORMATS = (*(f"{suffix}{gz}" for suffix in TEXT_READERS for gz in ("", ".gz")), ".parquet")
+"""Endings of the files that can be read."""
+MOST_COLUMNS = 2000
+"""Different keys of a JSON file's rows: a file with more has data where the names of columns belong."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +54,24 @@ def read_source(source: SourceSettings, base_folder: Path) -> tuple[Table, Table
 
 
 def digest(rows: Sequence[Any]) -> str:
-    """SHA-256 over rows in canonical JSON, one a line: the same content gives the same in any format."""
+    """SHA-256 over rows in canonical JSON, one a line: the same values give the same in any format.
+
+    A number counts as a number if Python writes it as the file does (`1`, `2.5`), else as the text of its literal
+    (`1.10`). CSV holds text alone, so its `1` is the text and not the number.
+    """
     total = hashlib.sha256()
     for row in rows:
-        text = json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+        text = json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=_canonical)
         total.update(text.encode("utf-8", "surrogatepass") + b"\n")
     return total.hexdigest()
+
+
+def _canonical(value: object) -> object:
+    text = str(value)
+    if isinstance(value, Number) and len(text) < 4000:  # Python refuses to convert longer ones
+        number: object = json.loads(text)
+        return number if str(number) == text else text
+    return text
 
 
 def _read_file(source: SourceSettings, path: Path) -> Table:
@@ -78,81 +81,40 @@ def _read_file(source: SourceSettings, path: Path) -> Table:
         near = difflib.get_close_matches(path.name, names, n=1)
         guess = f"; did you mean {near[0]!r}?" if near else "; paths are relative to the config file's folder"
         raise DataError(f"source {source.name!r}: there is no file {path}{guess}")
-    suffix = next((suffix for suffix in FORMATS if path.name.endswith(suffix)), None)
-    if suffix is None:
+    if not path.name.endswith(FORMATS):
         raise DataError(f"{where}: the file's kind is not known; known are {', '.join(FORMATS)}")
-    options: dict[str, Any] = {"path": FORMATS[suffix], "split": "train"}
-    if FORMATS[suffix] != "parquet":
-        options |= _text_options(path, where, FORMATS[suffix])
-    # The library takes a path for a pattern, in which brackets and stars have a meaning.
-    options["data_files"] = glob.escape(str(path.resolve()))
-    # It caches what it reads as Arrow files, under names made from path and time. A folder of our own that goes
-    # away leaves nothing behind and never serves an old reading; parsing again costs far less than training.
-    with tempfile.TemporaryDirectory(prefix="fedamole-") as cache:
-        return _load(source, path.name, where, {**options, "cache_dir": cache})
-
-
-def _text_options(path: Path, where: str, kind: str) -> dict[str, Any]:
-    """What a look into a text file decides; DataError for one without content, or that is no UTF-8 CSV.
-
-    Reading every CSV column as text keeps "007" and "NA" what they are, which guessed types would not.
-    """
-    opener = gzip.open if path.name.endswith(".gz") else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file if kind == "csv" else [])
-            header = next(reader, [])
-            empty = not (any(reader) if kind == "csv" else file.read(1))
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{where}: cannot be read as UTF-8 text: {error}") from error
-    if empty:
-        raise DataError(f"{where}: the file is empty, there are no rows in it")
-    if kind != "csv":
-        return {}
-    from datasets import Features, Value
-
-    features = Features({column: Value("string") for column in header})
-    return {"features": features, "keep_default_na": False, "encoding": "utf-8-sig"}
+    if path.suffix == ".parquet":
+        rows, classes = read_parquet(path, where)
+    else:
+        rows, classes = read_text_rows(path, path.name, where), {}
+    return _table(source, path.name, where, rows, classes)
 
 
 def _read_hub(source: SourceSettings, split: str) -> Table:
-    # Downloads are worth keeping, so the hub's data sets go through the library's usual cache.
+    assert source.hub is not None
     where = f"source {source.name!r}, hub data set {source.hub!r} split {split!r}"
-    return _load(source, f"{source.hub}:{split}", where, {"path": source.hub, "name": source.config, "split": split})
+    rows, classes = read_hub(source.hub, source.config, split, where)
+    return _table(source, f"{source.hub}:{split}", where, rows, classes)
 
 
-def _load(source: SourceSettings, name: str, where: str, options: dict[str, Any]) -> Table:
-    from datasets import ClassLabel, load_dataset
-
-    try:
-        with _quiet():
-            loaded = load_dataset(**options)
-    # The library lets its own errors through and those of pyarrow, pandas and the network alike.
-    except Exception as error:
-        cause = error.__cause__ or error
-        raise DataError(f"{where}: cannot be read: {type(cause).__name__}: {cause}") from error
-    rows: list[Row] = loaded.to_list()
-    if not rows:
-        raise DataError(f"{where}: there are no rows in it")
+def _table(source: SourceSettings, name: str, where: str, rows: list[Row], classes: ClassNames) -> Table:
+    columns = dict.fromkeys(column for row in rows for column in row)
+    if not columns:
+        problem = "its rows have no columns" if rows else "the file is empty, there are no rows in it"
+        raise DataError(f"{where}: {problem}")
+    if len(columns) > MOST_COLUMNS:
+        raise DataError(
+            f"{where}: its {len(rows)} rows have {len(columns)} different keys, at most {MOST_COLUMNS} can be read; "
+            "write rows that share their keys"
+        )
+    # Every row has every column. The rows also share the names: JSON Lines bring each row's own.
+    for index, row in enumerate(rows):
+        rows[index] = {column: row.get(column) for column in columns}
     sha256 = digest(rows)
-    for column, feature in loaded.features.items():
+    for column, names in classes.items():
         # Hub data sets keep the names of their classes apart from the numbers; templates want the names.
-        if isinstance(feature, ClassLabel) and f"{column}_text" not in loaded.features:
+        if f"{column}_text" not in columns:
             for row in rows:
                 label = row[column]
-                row[f"{column}_text"] = None if label is None or label < 0 else feature.names[label]
+                row[f"{column}_text"] = None if label is None or label < 0 else names[label]
     return Table(name, arrange(rows, source.columns, where), sha256)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the library's progress bars, which are a setting of the whole process: put back afterwards."""
-    import datasets
-
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()

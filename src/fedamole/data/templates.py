@@ -1,15 +1,18 @@
 """Task templates: how a row of columns becomes a prompt, an answer and the options to choose from."""
 
 import difflib
+import logging
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 from fedamole.data.examples import Example
-from fedamole.data.layouts import missing_column
+from fedamole.data.layouts import listed, missing_column, shortened
 from fedamole.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 Piece = tuple[str, str | None]
 """Literal text and the column whose value follows it (None: nothing follows)."""
@@ -187,7 +190,7 @@ def _by_columns(have: set[str], where: str) -> str:
     if "text" in have and {"label", "label_text"} & have:
         return "classification"
     raise DataError(
-        f"{where}: no template fits the columns {', '.join(sorted(have))}; set template = one of "
+        f"{where}: no template fits the columns {listed(have)}; set template = one of "
         f"{', '.join(BUILT_IN)}, or write your own under [data.templates.<name>]"
     )
 
@@ -195,18 +198,42 @@ def _by_columns(have: set[str], where: str) -> str:
 def options_of(template: TemplateSettings, rows: Iterable[Mapping[str, Any]], where: str) -> tuple[str, ...]:
     """The options of a whole source; `rows` are all its rows, train and test: its clients share the list.
 
-    Empty for free text. Raises DataError if `options_from` finds fewer than two values.
+    Empty for free text. Values that differ only by the white space around them are one option, without it; a warning
+    counts the rows that have it. Raises DataError if `options_from` finds fewer than two values.
     """
-    if template.options:
-        return template.options
-    if template.options_from is None:
-        return tuple(dict.fromkeys(text for text in template.labels.values() if text))
-    column = template.options_from
-    found = {text_of(row[column], column, where) for row in rows if row[column] is not None}
-    options = tuple(sorted(text for text in found if text))
-    if len(options) < 2:
-        raise DataError(f"{where}: column {column!r} has only the values {list(options)}; options need at least two")
+    rows = list(rows)
+    options = template.options
+    if not options and template.options_from is None:
+        options = tuple(dict.fromkeys(text for text in template.labels.values() if text))
+    if not options and (column := template.options_from) is not None:
+        spellings: dict[str, set[str]] = {}
+        for text in {text_of(row[column], column, where) for row in rows if row[column] is not None}:
+            spellings.setdefault(text.strip(), set()).add(text)
+        spellings.pop("", None)
+        options = tuple(sorted(label if len(texts) > 1 else texts.pop() for label, texts in spellings.items()))
+        if len(options) < 2:
+            found = [shortened(option) for option in options]
+            raise DataError(
+                f"{where}: column {column!r} has only the values [{', '.join(found)}]; options need at least two"
+            )
+    _warn_of_white_space(template, template.labels or options, rows, where)
     return options
+
+
+def _warn_of_white_space(
+    template: TemplateSettings, known: Collection[str], rows: Iterable[Mapping[str, Any]], where: str
+) -> None:
+    """Count the rows whose label is a known one but for the white space around it; `render` takes it for that one."""
+    columns = columns_of(template.answer, "answer")
+    if not known or len(columns) > 1:
+        return
+    labels = [row[columns[0]] for row in rows if isinstance(row.get(columns[0]), str)]
+    spaced = [label for label in labels if label not in known and label.strip() in known]
+    if spaced:
+        log.warning(
+            "%s: %d of %d labels have white space around them; each is taken for the label without it, for example %s",
+            where, len(spaced), len(labels), shortened(spaced[0]),
+        )  # fmt: skip
 
 
 def render(template: TemplateSettings, options: Sequence[str], row: Mapping[str, Any], where: str) -> Example | None:
@@ -218,17 +245,20 @@ def render(template: TemplateSettings, options: Sequence[str], row: Mapping[str,
     answer = _fill(pieces_of(template.answer, "answer"), row, where, missing="")
     if not answer.strip():
         return None
+    known = template.labels or options
+    if known and answer not in known:
+        answer = answer.strip()
     if template.labels:
         if answer not in template.labels:
             raise DataError(
-                f"{where}: the label {answer!r} is outside the template's labels {list(template.labels)}; "
+                f"{where}: the label {shortened(answer)} is outside the template's labels {list(template.labels)}; "
                 f'correct the row or add it to labels (to "" to leave such rows out)'
             )
         answer = template.labels[answer]
         if not answer:
             return None
     if options and answer not in options:
-        raise DataError(f"{where}: the label {answer!r} is outside the template's options {list(options)}")
+        raise DataError(f"{where}: the label {shortened(answer)} is outside the template's options {list(options)}")
     before, context, after = _prompt(template, row, where)
     return Example(before, context, after, answer, tuple(options))
 
@@ -260,11 +290,16 @@ def _fill(pieces: Iterable[Piece], row: Mapping[str, Any], where: str, missing: 
 
 
 def text_of(value: Any, column: str, where: str) -> str:
-    """A value as text: truth values as true/false, numbers as Python writes them; DataError for the rest."""
+    """Return a value as text; DataError for one that a template cannot show.
+
+    Text stays as it is, a number of a JSON file keeps its literal, truth values become true/false, and values of typed
+    columns (Parquet) are written as Python writes them: `1`, `2.5`, `2024-03-01 08:30:00`.
+    """
     if isinstance(value, str):
         return value
     if isinstance(value, bool):
         return "true" if value else "false"
     if value is None or isinstance(value, list | dict | bytes):
-        raise DataError(f"{where}: column {column!r} holds {value!r}, a template needs text or a number")
+        kind = "no value" if value is None else "bytes" if isinstance(value, bytes) else "a list or an object"
+        raise DataError(f"{where}: column {column!r} holds {kind}, a template needs text or a number")
     return str(value)

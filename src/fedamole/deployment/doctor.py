@@ -301,7 +301,7 @@ def data_fit(
 
     if not path.is_file():
         return [Finding("data", "problem", f"there is no file {path}", "correct the path")]
-    if not path.name.endswith(tuple(FORMATS)):
+    if not path.name.endswith(FORMATS):
         text = f"{path.name}: the file's kind is not known"
         return [Finding("data", "problem", text, f"store it as one of {', '.join(FORMATS)}")]
     if path.stat().st_size == 0:
@@ -371,7 +371,7 @@ def _unread(path: Path, error: Exception) -> Finding:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    row = re.match(r"source 'data', .*?, row (\d+):", str(error))
-    where = f"{path.name}, row {row[1]}" if row else path.name
+    row = re.match(r"source 'data', .*?, ((?:row|line) \d+):", str(error))
+    where = f"{path.name}, {row[1]}" if row else path.name
     remedy = f"mend the file; its kind is told by its ending, every row must be a whole record ({type(cause).__name__})"
     return Finding("data", "problem", f"{where}: cannot be read as rows", remedy)

@@ -1,6 +1,7 @@
 """Prompts in, answers out: a client's texts and rows as its model saw them in training, answered in batches."""
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import Any, TextIO
 
 from fedamole.config import load_run_config
 from fedamole.data.examples import Example
-from fedamole.data.layouts import Row, arrange
+from fedamole.data.layouts import Row, arrange, listed
 from fedamole.data.manifest import read_manifest
 from fedamole.data.settings import SourceSettings
 from fedamole.data.sources import FORMATS, read_source
 from fedamole.data.templates import BUILT_IN, TemplateSettings, columns_of, render, text_of
+from fedamole.data.text_file import open_text
 from fedamole.data.tokens import Ids, tokenise
 from fedamole.errors import ConfigError, DataError
 from fedamole.evaluation.generation import generate_answers
@@ -93,7 +95,8 @@ def as_it_is(text: str) -> Example:
 
 def lines(text: str) -> list[Example]:
     """One prompt per line, without its end; blank lines are left out."""
-    return [as_it_is(line) for line in text.splitlines() if line.strip()]
+    # `splitlines` would also cut at characters that belong to a prompt, such as U+2028.
+    return [as_it_is(line) for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
 
 
 def read_prompts(path: Path, layout: Layout) -> list[Example]:
@@ -101,11 +104,9 @@ def read_prompts(path: Path, layout: Layout) -> list[Example]:
     if not path.is_file():
         raise DataError(f"there is no file {path}")
     if path.suffix == ".txt":
-        try:
-            return lines(path.read_text(encoding="utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    if not path.name.endswith(tuple(FORMATS)):
+        with open_text(path, str(path), gzipped=False) as file:
+            return lines(file.read())
+    if not path.name.endswith(FORMATS):
         raise DataError(f"{path}: prompts come from .txt (one per line), or as rows from {', '.join(FORMATS)}")
     table, _ = read_source(SourceSettings("prompts", path=str(path)), Path.cwd())
     return rendered(table.rows, layout, path.name)
@@ -119,7 +120,7 @@ def rendered(rows: Sequence[Row], layout: Layout, where: str) -> list[Example]:
     """
     renamed = {new: old for new, old in layout.columns.items() if old in rows[0]}
     arranged = [
-        {"context": row.get("input") or "", **row} if "instruction" in row else row
+        {"context": "" if row.get("input") is None else row["input"], **row} if "instruction" in row else row
         for row in arrange(rows, renamed, where)
     ]
     have, template = set(arranged[0]), _template(layout, set(arranged[0]))
@@ -128,14 +129,14 @@ def rendered(rows: Sequence[Row], layout: Layout, where: str) -> list[Example]:
     if template is None or (missing and "prompt" in have):
         if "prompt" not in have:
             raise DataError(
-                f"{where}: no template fits the columns {', '.join(sorted(have))}; give rows with the columns that the "
+                f"{where}: no template fits the columns {listed(have)}; give rows with the columns that the "
                 "model was trained on, or with a `prompt`"
             )
         return [as_it_is(text_of(row["prompt"], "prompt", _name(where, at))) for at, row in enumerate(arranged)]
     if missing:
         raise DataError(
             f"{where}: the model was trained on prompts made of {', '.join(dict.fromkeys(wanted))}; "
-            f"{missing[0]!r} is missing, there are {', '.join(sorted(have))}"
+            f"{missing[0]!r} is missing, there are {listed(have)}"
         )
     asked = replace(template, answer="{" + TO_COME + "}", options=(), options_from=None, labels={})
     found = [render(asked, (), {**row, TO_COME: TO_COME}, _name(where, at)) for at, row in enumerate(arranged)]

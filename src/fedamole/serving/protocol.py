@@ -126,7 +126,7 @@ class Completion(Body):
     """A prompt to go on with, as it stands; or a row of columns, this server's own, for the client's template."""
 
     prompt: str | Texts = ""
-    row: Annotated[dict[str, str | float | bool | None], BeforeValidator(_few)] | None = None
+    row: Annotated[dict[str, str | int | float | bool | None], BeforeValidator(_few)] | None = None
 
     def text(self) -> str:
         """The prompt itself."""
