@@ -7,7 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fedamole.data.examples import Example
-from fedamole.data.tokens import leading_specials, tokenise
+from fedamole.data.text_encoder import text_encoder
+from fedamole.data.tokens import tokenise
 from fedamole.errors import BaseModelError
 
 Make = Callable[..., PreTrainedTokenizerFast]
@@ -32,7 +33,7 @@ def test_prompt_and_answer_stand_apart_and_only_the_answer_ends(make_tokenizer: 
 def test_without_bos_a_prompt_begins_with_its_text(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer(bos=False)
     assert tokenizer.pad_token_id is None
-    assert leading_specials(tokenizer) == ()
+    assert text_encoder(tokenizer).leading_specials == ()
     assert words(tokenizer, tokenise([LONG], tokenizer, 20).rows[0].prompt) == f"q {CONTEXT} end :"
 
 
