@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from fedamole.data.layouts import conversation_prompt
+from fedamole.data.tokens import prompt_ids
 from fedamole.errors import DataError
 from fedamole.evaluation.generation import generate_answers
 from fedamole.model.bank import Bank
 from fedamole.personal.chat import Chat, converse
-from fedamole.personal.generate import as_it_is, ids_of
+from fedamole.personal.generate import as_it_is
 from fedamole.personal.models import find, open_bank
 from fedamole.terminal import printable
 from tests.conftest import heeding_interrupts
@@ -38,7 +39,7 @@ def bank(runs: Any) -> Bank:
 
 def answer(bank: Bank, turns: list[tuple[str, str]], tokens: int) -> str:
     """What evaluation generates after these turns."""
-    ids = ids_of(as_it_is(conversation_prompt(turns)), bank.base.tokenizer)
+    ids = prompt_ids(as_it_is(conversation_prompt(turns)), bank.base.tokenizer)
     return generate_answers(bank, [[ids]], tokens, 8192)[0][0]
 
 
@@ -70,7 +71,7 @@ def test_the_oldest_turns_are_forgotten(bank: Bank) -> None:
     for number in range(8):
         forgotten += chat.answer(f"day {number}: who?", lambda _: None)
         told = conversation_prompt([("system", "Be kind."), *chat.turns[:-1]])
-        assert len(ids_of(as_it_is(told), bank.base.tokenizer)) <= 124
+        assert len(prompt_ids(as_it_is(told), bank.base.tokenizer)) <= 124
         assert chat.turns[0][0] == "user"
         assert chat.turns[-2] == ("user", f"day {number}: who?")
     assert forgotten > 0

@@ -15,8 +15,9 @@ import openai
 import pytest
 
 from fedamole.data.layouts import conversation_prompt
+from fedamole.data.tokens import prompt_ids
 from fedamole.evaluation.generation import generate_answers
-from fedamole.personal.generate import as_it_is, ids_of
+from fedamole.personal.generate import as_it_is
 from fedamole.personal.models import open_bank, places
 from fedamole.serving.door import listen
 from fedamole.serving.engine import Engine, Wanted
@@ -41,7 +42,7 @@ def alone(run: Path) -> Callable[..., str]:
 
     def answer(name: str, prompt: str, tokens: int) -> str:
         bank.load([models[name]])
-        return generate_answers(bank, [[ids_of(as_it_is(prompt), bank.base.tokenizer)]], tokens, 10_000)[0][0]
+        return generate_answers(bank, [[prompt_ids(as_it_is(prompt), bank.base.tokenizer)]], tokens, 10_000)[0][0]
 
     return answer
 
