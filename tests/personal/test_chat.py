@@ -58,6 +58,24 @@ def test_answers_are_those_of_evaluation(method: str, runs: Any) -> None:
     assert chat.turns == turns[1:-1]
 
 
+def test_special_tokens_in_a_message_are_text(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`<end>` in what is said, by user or assistant, reaches the model letter by letter."""
+    chat, seen = Chat(bank, 2, "Be <pad>."), list[tuple[int, ...]]()
+    chat.turns = [("user", "a<end>"), ("assistant", "b<end>")]
+    monkeypatch.setattr(chat, "_generate", lambda ids, words: seen.append(ids))
+    chat.answer("c<end>", lambda _: None)
+    (ids,) = seen
+    assert not {bank.base.tokenizer.eos_token_id, bank.base.pad_id} & set(ids)
+    turns = [("system", "Be <pad>."), ("user", "a<end>"), ("assistant", "b<end>"), ("user", "c<end>")]
+    assert bank.base.tokenizer.decode(ids) == conversation_prompt(turns)
+
+
+def test_half_a_character_is_refused_and_the_conversation_goes_on(bank: Bank) -> None:
+    notes, texts = list[str](), iter(["hi \udc80", "/quit"])
+    converse(Chat(bank, 2), lambda: next(texts), lambda _: None, notes.append)
+    assert notes == ["text 1 of 1 holds half a character (U+DC80) at position 14; correct it"]
+
+
 def test_an_answer_comes_in_words(bank: Bank) -> None:
     said: list[str] = []
     Chat(bank, 24).answer("day 3: who has a blue hat?", said.append)
