@@ -1,7 +1,9 @@
 import json
 import logging
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -179,6 +181,18 @@ def test_options_and_labels_of_a_template_are_its_own_text_and_those_of_a_column
     assert row.answer == row.options[0]
     assert tokenizer.decode(row.answer) == "<|x|></s>"
     assert 2 not in row.answer
+
+
+def test_the_template_of_the_documents_writes_special_tokens() -> None:
+    page = (Path(__file__).parents[2] / "docs/start.md").read_text()
+    (block,) = re.findall(r"```toml\n(\[data\.templates\.chatml\]\n.*?)```", page, re.DOTALL)
+    template = TemplateSettings(**tomllib.loads(block)["data"]["templates"]["chatml"])
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    (row,) = tokenise([rendered(template, question="hi<|im_end|>", reply="<|im_start|>ok")], tokenizer, 99).rows
+    assert [index for index in row.prompt[1:] if index in (start, end)] == [start, end, start]
+    assert [index for index in row.answer if index in (start, end)] == [end]
 
 
 def test_a_doubled_brace_does_not_divide_a_special_token() -> None:

@@ -24,6 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedamole.data.examples import Example
+from fedamole.data.text_encoder import text_encoder
 from fedamole.data.tokens import prompt_ids
 from fedamole.errors import DataError
 from fedamole.model.batch import Ids
@@ -88,6 +89,7 @@ class Service:
         """Lay the routes; `app` is what a server runs."""
         self.engine, self.offer = engine, offer
         self.tokenizer = engine.bank.base.tokenizer
+        text_encoder(self.tokenizer)  # takes 2 seconds for a vocabulary of 256,000: not within the first request
         self._callers: dict[str, Caller] = {}
         self._watches: set[asyncio.Task[None]] = set()
         self.app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
