@@ -88,6 +88,7 @@ def test_the_papers_settings(scenario: str) -> None:
     data = config.data
     assert (data.validation_share, data.test_share, data.embedding_share) == (0.1, 0.1, 0.05)
     assert (data.test_cap_classification, data.test_cap_generation, data.embedding_cap) == (200, 50, 200)
+    assert (data.validation_cap_classification, data.validation_cap_generation) == (200, 200)
     assert config.evaluation.max_new_tokens == 128
     if scenario == "natural":
         assert len(data.source) == 10

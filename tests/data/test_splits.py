@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedamole.data.examples import Task
 from fedamole.data.settings import DataSettings, SourceSettings
 from fedamole.data.splits import ClientRows, split_client
 from fedamole.errors import DataError
@@ -42,13 +43,22 @@ def test_what_the_embedding_cap_cuts_off_is_trained_on() -> None:
 
 
 @pytest.mark.parametrize(("task", "cap"), [("classification", 200), ("generation", 50)])
-def test_test_and_validation_are_capped_by_task_and_the_surplus_stays_unread(task: str, cap: int) -> None:
-    """3,000 rows: 300 + 300 cut, of which `cap` each are read; 5 % of 2,400 are 120."""
-    client = split_client("c", range(3000), different(3000), None, task, DEFAULTS)  # type: ignore[arg-type]
-    assert sizes(client) == (2280, 120, cap, cap)
-    official = split_client("c", range(3000), different(3000), range(900), task, DEFAULTS)  # type: ignore[arg-type]
+def test_test_is_capped_by_task_and_the_surplus_stays_unread(task: Task, cap: int) -> None:
+    """3,000 rows: 300 + 300 cut, of which 200 validation rows and `cap` test rows are read; 5 % of 2,400 are 120."""
+    client = split_client("c", range(3000), different(3000), None, task, DEFAULTS)
+    assert sizes(client) == (2280, 120, 200, cap)
+    official = split_client("c", range(3000), different(3000), range(900), task, DEFAULTS)
     assert len(official.test) == cap
     assert official.test != tuple(range(cap))  # drawn, not the first ones
+
+
+@pytest.mark.parametrize(("task", "cap"), [("classification", 30), ("generation", 17)])
+def test_validation_has_its_own_cap_by_task_which_decides_no_other_split(task: Task, cap: int) -> None:
+    capped = DataSettings(SOURCE, validation_cap_classification=30, validation_cap_generation=17)
+    few, many = (split_client("c", range(3000), different(3000), None, task, each) for each in (capped, DEFAULTS))
+    assert (len(few.validation), len(many.validation)) == (cap, 200)
+    assert (few.train, few.embedding, few.test) == (many.train, many.embedding, many.test)
+    assert few.validation != many.validation[:cap]  # drawn, not the first ones
 
 
 def test_seed_and_name_decide_and_nothing_else() -> None:

@@ -50,6 +50,23 @@ def test_a_limit_that_no_answer_fits_names_client_and_setting(runs: Any) -> None
         client_data(shard, prepare(runs.load("local_only")).base.tokenizer, 16)
 
 
+def test_text_of_special_tokens_is_counted_in_a_warning(runs: Any, caplog: Any) -> None:
+    plain, special = Example("a prompt\n", "", "", "yes"), Example("a <end> prompt\n", "", "", "yes")
+    tokenizer = prepare(runs.load("local_only")).base.tokenizer
+    assert "special token" not in caplog.text
+    data = client_data(Shard("mia", (special, plain), (plain,), (special,), (plain,)), tokenizer, 96)
+    assert "client mia: 2 of 5 examples hold the text of a special token" in caplog.text
+    assert tokenizer.decode(data.train.rows[0].prompt) == "a <end> prompt\n"
+    assert tokenizer.eos_token_id not in data.train.rows[0].prompt
+
+
+def test_what_cannot_become_tokens_names_the_client(runs: Any) -> None:
+    plain, broken = Example("a prompt\n", "", "", "yes"), Example("a \ud83d\n", "", "", "yes")
+    tokenizer = prepare(runs.load("local_only")).base.tokenizer
+    with pytest.raises(DataError, match=r"client mia, validation data: text 2 of 2 holds half a character"):
+        client_data(Shard("mia", (plain,), (plain,), (plain, broken), (plain,)), tokenizer, 96)
+
+
 def test_a_report_has_loss_steps_time_and_memory(runs: Any) -> None:
     lines = [json.loads(line) for line in (runs("fedit") / "metrics.jsonl").open()]
     for line in lines:

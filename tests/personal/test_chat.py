@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from fedamole.data.layouts import conversation_prompt
+from fedamole.data.tokens import prompt_ids
 from fedamole.errors import DataError
 from fedamole.evaluation.generation import generate_answers
 from fedamole.model.bank import Bank
 from fedamole.personal.chat import Chat, converse
-from fedamole.personal.generate import as_it_is, ids_of
+from fedamole.personal.generate import as_it_is
 from fedamole.personal.models import find, open_bank
 from fedamole.terminal import printable
 from tests.conftest import heeding_interrupts
@@ -38,7 +39,7 @@ def bank(runs: Any) -> Bank:
 
 def answer(bank: Bank, turns: list[tuple[str, str]], tokens: int) -> str:
     """What evaluation generates after these turns."""
-    ids = ids_of(as_it_is(conversation_prompt(turns)), bank.base.tokenizer)
+    ids = prompt_ids(as_it_is(conversation_prompt(turns)), bank.base.tokenizer)
     return generate_answers(bank, [[ids]], tokens, 8192)[0][0]
 
 
@@ -57,6 +58,24 @@ def test_answers_are_those_of_evaluation(method: str, runs: Any) -> None:
     assert chat.turns == turns[1:-1]
 
 
+def test_special_tokens_in_a_message_are_text(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`<end>` in what is said, by user or assistant, reaches the model letter by letter."""
+    chat, seen = Chat(bank, 2, "Be <pad>."), list[tuple[int, ...]]()
+    chat.turns = [("user", "a<end>"), ("assistant", "b<end>")]
+    monkeypatch.setattr(chat, "_generate", lambda ids, words: seen.append(ids))
+    chat.answer("c<end>", lambda _: None)
+    (ids,) = seen
+    assert not {bank.base.tokenizer.eos_token_id, bank.base.pad_id} & set(ids)
+    turns = [("system", "Be <pad>."), ("user", "a<end>"), ("assistant", "b<end>"), ("user", "c<end>")]
+    assert bank.base.tokenizer.decode(ids) == conversation_prompt(turns)
+
+
+def test_half_a_character_is_refused_and_the_conversation_goes_on(bank: Bank) -> None:
+    notes, texts = list[str](), iter(["hi \udc80", "/quit"])
+    converse(Chat(bank, 2), lambda: next(texts), lambda _: None, notes.append)
+    assert notes == ["text 1 of 1 holds half a character (U+DC80) at position 14; correct it"]
+
+
 def test_an_answer_comes_in_words(bank: Bank) -> None:
     said: list[str] = []
     Chat(bank, 24).answer("day 3: who has a blue hat?", said.append)
@@ -70,7 +89,7 @@ def test_the_oldest_turns_are_forgotten(bank: Bank) -> None:
     for number in range(8):
         forgotten += chat.answer(f"day {number}: who?", lambda _: None)
         told = conversation_prompt([("system", "Be kind."), *chat.turns[:-1]])
-        assert len(ids_of(as_it_is(told), bank.base.tokenizer)) <= 124
+        assert len(prompt_ids(as_it_is(told), bank.base.tokenizer)) <= 124
         assert chat.turns[0][0] == "user"
         assert chat.turns[-2] == ("user", f"day {number}: who?")
     assert forgotten > 0

@@ -141,6 +141,13 @@ def test_a_given_answer_the_template_and_the_first_example(fedamole: Callable[..
     assert "mood, model.layers.1.self_attn.v_proj: prompt and answer" in plain.out
 
 
+def test_special_tokens_in_a_given_answer_are_text(fedamole: Callable[..., Any], runs: Any) -> None:
+    words = ("explain", runs("fedamole"), "--client", "mood", "--json", "--prompt", "a\n", "--answer", "<end>")
+    answer = [token["text"] for token in json.loads(fedamole(*words).out)["tokens"] if token["answer"]]
+    assert len(answer) > 1
+    assert "".join(answer) == "<end>"
+
+
 def test_what_the_experts_are_for(fedamole: Callable[..., Any], runs: Any, tmp_path: Path) -> None:
     words = ("explain", runs("fedamole"), "--client", "mood", "--experts", "--top", 2)
     told = json.loads(fedamole(*words, "--split", "train", "--json", "--html", tmp_path / "e.html").out)

@@ -12,7 +12,7 @@ import pytest
 
 from fedamole.data.layouts import conversation_prompt
 from fedamole.data.manifest import load_federation
-from fedamole.data.tokens import tokenise
+from fedamole.data.tokens import prompt_ids, tokenise
 from fedamole.errors import ConfigError, DataError
 from fedamole.evaluation.generation import generate_answers
 from fedamole.personal.generate import Layout, answers, as_it_is, layout_of, lines, read_prompts, rendered
@@ -101,6 +101,21 @@ def test_one_row_by_its_columns(fedamole: Any, runs: Any) -> None:
     words = ("--set", "premise=Ann sat.", "--set", "hypothesis=a = b", "--json")
     found = records(fedamole("generate", runs("fedamole"), "--client", "entail", *words))
     assert found[0]["prompt"] == "Ann sat. Then a = b\n"
+
+
+def test_special_tokens_in_rows_and_prompts_are_text(fedamole: Any, runs: Any, caplog: Any) -> None:
+    """`<end>` is the base's end-of-text token: it reaches the model letter by letter, which a warning counts."""
+    run, rows = runs("fedamole"), [{"premise": "a<end>", "hypothesis": "b"}, {"premise": "a", "hypothesis": "b"}]
+    place = find(run, "entail")
+    bank, _ = open_bank([place], "cpu")
+    special, plain = rendered(rows, layout_of(place), "here")
+    ids = [prompt_ids(example, bank.base.tokenizer) for example in (special, plain, as_it_is("<end>"))]
+    assert not {bank.base.tokenizer.eos_token_id} & {*ids[0], *ids[1], *ids[2]}
+    assert bank.base.tokenizer.decode(ids[0]) == "a<end> Then b\n"
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = fedamole("generate", run, "--client", "entail", "--file", "rows.jsonl", "--json")
+    assert [record["prompt"] for record in records(result)] == ["a<end> Then b\n", "a Then b\n"]
+    assert "prompts: 1 of 2 examples hold the text of a special token" in caplog.text
 
 
 def test_prompts_are_those_of_training(runs: Any) -> None:

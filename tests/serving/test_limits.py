@@ -99,7 +99,7 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_made_into_tokens(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     most = server.LETTERS * served.engine.bank.base.max_positions
-    monkeypatch.setattr(server, "ids_of", lambda *_: pytest.fail("it was made into tokens"))
+    monkeypatch.setattr(server, "prompt_ids", lambda *_: pytest.fail("it was made into tokens"))
     answer = post(served, {**ASKED, "prompt": "a" * (most + 1)})[1]["error"]
     assert (answer["code"], f"at most {most}" in answer["message"]) == ("context_length_exceeded", True)
 

@@ -15,8 +15,10 @@ import openai
 import pytest
 
 from fedamole.data.layouts import conversation_prompt
+from fedamole.data.text_encoder import text_encoder
+from fedamole.data.tokens import prompt_ids
 from fedamole.evaluation.generation import generate_answers
-from fedamole.personal.generate import as_it_is, ids_of
+from fedamole.personal.generate import as_it_is
 from fedamole.personal.models import open_bank, places
 from fedamole.serving.door import listen
 from fedamole.serving.engine import Engine, Wanted
@@ -41,7 +43,7 @@ def alone(run: Path) -> Callable[..., str]:
 
     def answer(name: str, prompt: str, tokens: int) -> str:
         bank.load([models[name]])
-        return generate_answers(bank, [[ids_of(as_it_is(prompt), bank.base.tokenizer)]], tokens, 10_000)[0][0]
+        return generate_answers(bank, [[prompt_ids(as_it_is(prompt), bank.base.tokenizer)]], tokens, 10_000)[0][0]
 
     return answer
 
@@ -83,6 +85,25 @@ def test_a_chat_is_laid_out_as_in_training(served: Served, alone: Callable[..., 
     parts = [{"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "short."}]}]
     again = served.client().chat.completions.create(model="chat", messages=parts + messages[1:], max_tokens=20)
     assert again.choices[0].message.content == answer.choices[0].message.content
+
+
+def test_special_tokens_in_a_request_are_text(served: Served) -> None:
+    """In a prompt, a row and a message: `<end>` is read letter by letter and ends nothing."""
+    tokenizer, client = served.engine.bank.base.tokenizer, served.client()
+    text, asked = "a <end> b <pad>", {"model": "entail", "max_tokens": 1}
+    said = [{"role": "user", "content": text}]
+    found = {
+        text: client.completions.create(prompt=text, **asked),
+        f"{text} Then {text}\n": client.completions.create(
+            prompt="", extra_body={"row": {"premise": text, "hypothesis": text}}, **asked
+        ),
+        conversation_prompt([("user", text)]): client.chat.completions.create(messages=said, **asked),
+    }
+    for prompt, answer in found.items():
+        parsed, (as_text,) = tokenizer(prompt)["input_ids"], text_encoder(tokenizer).encode([prompt])
+        assert {tokenizer.eos_token_id, tokenizer.pad_token_id} < set(parsed)
+        assert not {tokenizer.eos_token_id, tokenizer.pad_token_id} & set(as_text)
+        assert answer.usage.prompt_tokens == len(as_text) > len(parsed)
 
 
 def test_a_row_is_laid_out_by_its_clients_template(served: Served, alone: Callable[..., str]) -> None:

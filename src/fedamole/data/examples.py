@@ -1,6 +1,6 @@
 """What all data turn into: an example (prompt, answer, options) and a shard (one client's private splits)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from fedamole.errors import DataError
@@ -8,6 +8,23 @@ from fedamole.errors import DataError
 Task = Literal["classification", "generation"]
 SPLITS = ("train", "embedding", "validation", "test")
 """The splits of a shard, in the order in which they are stored and reported."""
+Span = tuple[int, int]
+"""Start and end of a part of a text, in characters."""
+
+
+@dataclass(frozen=True)
+class Literals:
+    """Which parts of an example are the template's own text; the rest comes from data.
+
+    Special tokens are parsed in the template's own text alone. Without a template all is data.
+    """
+
+    # Ascending positions in the text of the same name.
+    before: tuple[Span, ...] = ()
+    after: tuple[Span, ...] = ()
+    answer: tuple[Span, ...] = ()
+    # Whether the options stand in the template, and not in a column.
+    options: bool = False
 
 
 @dataclass(frozen=True)
@@ -20,6 +37,8 @@ class Example:
     answer: str
     # All answers there are, for an answer chosen by likelihood; empty means free text.
     options: tuple[str, ...] = ()
+    # Where these texts are from. Examples with the same texts are equal.
+    literals: Literals = field(default=Literals(), compare=False)
 
     @property
     def prompt(self) -> str:

@@ -121,10 +121,14 @@ class DataSettings:
     embedding_share: float = 0.05
     # Most examples in an embedding split; what this cuts off stays training data.
     embedding_cap: int = 200
-    # Most test, and most validation, examples of a client whose answers are chosen from options.
+    # Most test examples of a client whose answers are chosen from options.
     test_cap_classification: int = 200
-    # The same for a client whose answers are free text.
+    # Most test examples of a client whose answers are free text.
     test_cap_generation: int = 50
+    # Most validation examples of a client whose answers are chosen from options.
+    validation_cap_classification: int = 200
+    # Most validation examples of a client whose answers are free text.
+    validation_cap_generation: int = 200
     # The config's own templates by name.
     templates: dict[str, TemplateSettings] = field(default_factory=dict)
 
@@ -135,7 +139,8 @@ class DataSettings:
                 raise ConfigError(f"data.source.name = {name!r} is given {names.count(name)} times: names must differ")
         if self.partition_seed < 0:
             raise ConfigError(f"data.partition_seed = {self.partition_seed}: must be 0 or more")
-        for key in ("min_examples", "embedding_cap", "test_cap_classification", "test_cap_generation"):
+        caps = [f"{split}_cap_{task}" for split in ("test", "validation") for task in ("classification", "generation")]
+        for key in ("min_examples", "embedding_cap", *caps):
             if getattr(self, key) < 1:
                 raise ConfigError(f"data.{key} = {getattr(self, key)}: must be at least 1")
         for key in ("validation_share", "test_share", "embedding_share"):

@@ -4,8 +4,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from fedamole.data.examples import SPLITS, Task
 from fedamole.data.seeding import generator
 from fedamole.data.settings import DataSettings
@@ -65,7 +63,6 @@ def split_client(
         groups.setdefault(identity[row], []).append(row)
     in_order = list(groups.values())
     shuffled = [in_order[place] for place in rng.permutation(len(in_order))]
-    cap = settings.test_cap_classification if task == "classification" else settings.test_cap_generation
     if official_test is None:
         test, shuffled = _take(shuffled, round(settings.test_share * len(rows)))
     else:
@@ -77,8 +74,8 @@ def split_client(
         client=client,
         train=tuple(sorted(row for group in shuffled for row in group)),
         embedding=tuple(sorted(embedding)),
-        validation=_capped(validation, cap, rng),
-        test=_capped(test, cap, rng),
+        validation=_capped(validation, "validation", client, task, settings),
+        test=_capped(test, "test", client, task, settings),
         test_table="train" if official_test is None else "test",
     )
 
@@ -101,7 +98,13 @@ def _take(groups: list[list[int]], target: int) -> tuple[list[int], list[list[in
     return taken, left
 
 
-def _capped(rows: list[int], cap: int, rng: np.random.Generator) -> tuple[int, ...]:
-    """At most `cap` of the rows, a seeded draw; the others stay unread."""
-    kept = rows if len(rows) <= cap else rng.choice(rows, size=cap, replace=False).tolist()
-    return tuple(sorted(kept))
+def _capped(rows: list[int], split: str, client: str, task: Task, settings: DataSettings) -> tuple[int, ...]:
+    """At most as many of the rows as the split's cap says, a seeded draw; the others stay unread.
+
+    Each split has random numbers of its own, so that the validation cap does not decide which test rows are read.
+    """
+    cap: int = getattr(settings, f"{split}_cap_{task}")
+    if len(rows) > cap:
+        rng = generator(settings.partition_seed, f"{split} cap", client)
+        rows = rng.choice(rows, size=cap, replace=False).tolist()
+    return tuple(sorted(rows))

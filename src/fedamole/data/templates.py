@@ -6,9 +6,9 @@ import string
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
-from fedamole.data.examples import Example
+from fedamole.data.examples import Example, Literals, Span
 from fedamole.data.layouts import listed, missing_column, shortened
 from fedamole.errors import ConfigError, DataError
 
@@ -77,14 +77,21 @@ def pieces_of(text: str, key: str) -> tuple[Piece, ...]:
         parsed = list(string.Formatter().parse(text))
     except ValueError as error:
         raise ConfigError(f"data.templates.<name>.{key} = {text!r}: {error}; write a literal brace twice") from error
-    for _, column, spec, conversion in parsed:
+    pieces: list[Piece] = []
+    before = ""
+    for literal, column, spec, conversion in parsed:
         if column is not None and (not column or spec or conversion):
             _refuse(
                 key,
                 text,
                 "a place must be {column}, without format or conversion; write a literal brace twice",
             )
-    return tuple((literal, column) for literal, column, _, _ in parsed)
+        # A doubled brace divides a literal, which is put together again: it may be part of a special token.
+        before += literal
+        if column is not None:
+            pieces.append((before, column))
+            before = ""
+    return (*pieces, (before, None)) if before else tuple(pieces)
 
 
 def columns_of(text: str, key: str) -> list[str]:
@@ -242,7 +249,7 @@ def render(template: TemplateSettings, options: Sequence[str], row: Mapping[str,
     Raises DataError for an empty column of the prompt other than the context and for an answer that is not
     among the options.
     """
-    answer = _fill(pieces_of(template.answer, "answer"), row, where, missing="")
+    answer, answer_literals = _fill(pieces_of(template.answer, "answer"), row, where, missing="")
     if not answer.strip():
         return None
     known = template.labels or options
@@ -260,33 +267,52 @@ def render(template: TemplateSettings, options: Sequence[str], row: Mapping[str,
     if options and answer not in options:
         raise DataError(f"{where}: the label {shortened(answer)} is outside the template's options {list(options)}")
     before, context, after = _prompt(template, row, where)
-    return Example(before, context, after, answer, tuple(options))
+    # Options of the template and the labels that it writes are its own text, whatever row chose among them.
+    own_options = bool(options) and template.options_from is None
+    if options:
+        answer_literals = ((0, len(answer)),) if own_options else ()
+    literals = Literals(before.literals, after.literals, answer_literals, own_options)
+    return Example(before.text, context, after.text, answer, tuple(options), literals)
 
 
-def _prompt(template: TemplateSettings, row: Mapping[str, Any], where: str) -> tuple[str, str, str]:
-    pieces = pieces_of(template.prompt, "prompt")
+class _Filled(NamedTuple):
+    """A template's text with the values of a row in it, and where its own text stands."""
+
+    text: str
+    literals: tuple[Span, ...]
+
+
+def _prompt(template: TemplateSettings, row: Mapping[str, Any], where: str) -> tuple[_Filled, str, _Filled]:
+    pieces, nothing = pieces_of(template.prompt, "prompt"), _Filled("", ())
     if template.context is None:
-        return _fill(pieces, row, where), "", ""
+        return _fill(pieces, row, where), "", nothing
     value = row[template.context]
     context = "" if value is None else text_of(value, template.context, where)
     if not context.strip() and template.prompt_without_context is not None:
-        return _fill(pieces_of(template.prompt_without_context, "prompt_without_context"), row, where), "", ""
+        without = pieces_of(template.prompt_without_context, "prompt_without_context")
+        return _fill(without, row, where), "", nothing
     at = [column for _, column in pieces].index(template.context)
     before = _fill((*pieces[:at], (pieces[at][0], None)), row, where)
     return before, context, _fill(pieces[at + 1 :], row, where)
 
 
-def _fill(pieces: Iterable[Piece], row: Mapping[str, Any], where: str, missing: str | None = None) -> str:
+def _fill(pieces: Iterable[Piece], row: Mapping[str, Any], where: str, missing: str | None = None) -> _Filled:
     """Literals and values in order; `missing` stands for an empty value, without it that is a DataError."""
     parts: list[str] = []
+    literals: list[Span] = []
+    length = 0
     for literal, column in pieces:
         parts.append(literal)
+        if literal:
+            literals.append((length, length + len(literal)))
+        length += len(literal)
         if column is None:
             continue
         if row[column] is None and missing is None:
             raise DataError(f"{where}: column {column!r} is empty; fill it in or remove the row")
         parts.append(missing if row[column] is None and missing is not None else text_of(row[column], column, where))
-    return "".join(parts)
+        length += len(parts[-1])
+    return _Filled("".join(parts), tuple(literals))
 
 
 def text_of(value: Any, column: str, where: str) -> str:

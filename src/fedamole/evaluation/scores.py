@@ -1,11 +1,11 @@
 """Scores of answers against references: pure functions, each in 0 .. 100."""
 
-import re
-import string
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
+
+from fedamole.evaluation.words import RougeTokenizer, squad_words
 
 GenerationScore = Literal["rouge_l", "exact_match", "token_f1"]
 
@@ -14,28 +14,22 @@ GenerationScore = Literal["rouge_l", "exact_match", "token_f1"]
 def _rouge() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"])
+    return RougeScorer(["rougeL"], tokenizer=RougeTokenizer())
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """ROUGE-L F1 x 100 by Google's rouge-score, without stemming."""
+    """ROUGE-L F1 x 100 by Google's rouge-score, without stemming, on the words of any script."""
     return 100.0 * float(_rouge().score(reference, answer)["rougeL"].fmeasure)
-
-
-def _words(text: str) -> list[str]:
-    """Lower-case words without punctuation and articles, as SQuAD's scorer compares them."""
-    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
 def exact_match(answer: str, reference: str) -> float:
     """100 when both are the same words, else 0."""
-    return 100.0 * (_words(answer) == _words(reference))
+    return 100.0 * (squad_words(answer) == squad_words(reference))
 
 
 def token_f1(answer: str, reference: str) -> float:
     """F1 x 100 of the words that answer and reference share (as in SQuAD)."""
-    given, wanted = _words(answer), _words(reference)
+    given, wanted = squad_words(answer), squad_words(reference)
     if not given or not wanted:
         return 100.0 * (given == wanted)
     shared = sum((Counter(given) & Counter(wanted)).values())

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fedamole.data.examples import Example, Shard
-from fedamole.data.tokens import TokenRow, tokenise
+from fedamole.data.tokens import Tokenised, TokenRow, tokenise, warn_of_text
 from fedamole.errors import DataError, RunError
 from fedamole.evaluation.likelihood import mean_losses
 from fedamole.evaluation.personal import EvaluationSettings, losses_of, majority_scores, scores_of
@@ -65,17 +65,22 @@ class ClientData:
 
 
 def client_data(shard: Shard, tokenizer: Any, max_length: int) -> ClientData:
-    """Tokenise a shard; how many prompts were cut, and examples dropped, is a warning."""
-    splits, cut, dropped = {}, 0, 0
+    """Tokenise a shard; a warning counts prompts cut, examples dropped, and text that tokens do not keep."""
+    splits, found = dict[str, Split](), list[Tokenised]()
     for name in ("train", "embedding", "validation", "test"):
         examples = getattr(shard, name)
-        tokens = tokenise(examples, tokenizer, max_length)
+        try:
+            tokens = tokenise(examples, tokenizer, max_length)
+        except DataError as error:
+            raise DataError(f"client {shard.client}, {name} data: {error}") from error
         splits[name] = Split(tokens.rows, tuple(examples[place] for place in tokens.places))
-        cut, dropped = cut + tokens.cut, dropped + tokens.dropped
+        found.append(tokens)
         if not tokens.rows:
             raise DataError(
                 f"client {shard.client}: no {name} example fits into training.max_length = {max_length}; raise it"
             )
+    warn_of_text(f"client {shard.client}", found)
+    cut, dropped = sum(tokens.cut for tokens in found), sum(tokens.dropped for tokens in found)
     if cut or dropped:
         log.warning(
             "client %s: %d prompts cut to fit training.max_length = %d (from the context first, never the answer), "

@@ -8,10 +8,11 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 
 from fedamole.data.layouts import conversation_prompt
-from fedamole.data.tokens import Ids
+from fedamole.data.text_encoder import Ids
+from fedamole.data.tokens import prompt_ids
 from fedamole.errors import DataError
 from fedamole.model.bank import Bank
-from fedamole.personal.generate import as_it_is, ids_of, room_for_prompts
+from fedamole.personal.generate import as_it_is, room_for_prompts
 
 Say = Callable[[str], None]
 
@@ -64,7 +65,7 @@ class Chat:
 
     def _ids(self, turns: list[tuple[str, str]]) -> Ids:
         first = [("system", self.system)] if self.system else []
-        return ids_of(as_it_is(conversation_prompt([*first, *turns])), self.bank.base.tokenizer)
+        return prompt_ids(as_it_is(conversation_prompt([*first, *turns])), self.bank.base.tokenizer)
 
     def _generate(self, ids: Ids, words: _Words) -> None:
         bank, base = self.bank, self.bank.base

@@ -151,11 +151,12 @@ def explain(
     """
     from rich.progress import Progress
 
+    from fedamole.data.tokens import prompt_ids
     from fedamole.errors import ConfigError
     from fedamole.files import write_atomic
     from fedamole.personal import explain as told
     from fedamole.personal.explain_page import page
-    from fedamole.personal.generate import asked_for, evaluation_of, ids_of, layout_of
+    from fedamole.personal.generate import asked_for, evaluation_of, layout_of
     from fedamole.personal.models import find, open_bank, places, read_for
     from fedamole.personal.routing import greedy_answer, own_rows, plain_ids, write_routing
 
@@ -187,7 +188,7 @@ def explain(
             if prompt is not None or columns:
                 given = [prompt] if prompt is not None else []
                 asked = asked_for(given, None, columns or [], layout_of(place), sys.stdin)
-                ids = ids_of(asked[0], bank.base.tokenizer)
+                ids = prompt_ids(asked[0], bank.base.tokenizer)
             else:
                 ids = tuple(own_rows(place, bank, "validation")[0][0])
             said = greedy_answer(bank, ids, max_new_tokens or settings.max_new_tokens) if answer is None else None

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from fedamole.config import load_run_config
 from fedamole.data.examples import Example
@@ -15,7 +15,7 @@ from fedamole.data.settings import SourceSettings
 from fedamole.data.sources import FORMATS, read_source
 from fedamole.data.templates import BUILT_IN, TemplateSettings, columns_of, render, text_of
 from fedamole.data.text_file import open_text
-from fedamole.data.tokens import Ids, tokenise
+from fedamole.data.tokens import prompt_ids, tokenise, warn_of_text
 from fedamole.errors import ConfigError, DataError
 from fedamole.evaluation.generation import generate_answers
 from fedamole.evaluation.personal import EvaluationSettings
@@ -155,16 +155,11 @@ def _template(layout: Layout, have: set[str]) -> TemplateSettings | None:
     return next(fitting, None)
 
 
-def ids_of(prompt: Example, tokenizer: Any) -> Ids:
-    """Token ids of a prompt as in training, uncut: the tokenizer's leading special tokens, then the text's own."""
-    return tokenise([prompt], tokenizer, 2**31).rows[0].prompt
-
-
 def room_for_prompts(bank: Bank, max_new_tokens: int) -> int:
     """Most tokens of a prompt, where the loaded adapters' virtual tokens and an answer need positions as well."""
     base, virtual = bank.base, len(bank.prefix(()))
     room = base.max_positions - virtual - max_new_tokens
-    least = len(ids_of(as_it_is("a"), base.tokenizer))
+    least = len(prompt_ids(as_it_is("a"), base.tokenizer))
     if room < least:
         raise ConfigError(
             f"--max-new-tokens = {max_new_tokens} leaves no room for a prompt: this base has {base.max_positions} "
@@ -183,6 +178,7 @@ def answers(bank: Bank, prompts: Sequence[Example], max_new_tokens: int, batch_t
     tokens = tokenise(prompts, bank.base.tokenizer, room + 1)  # the empty answer is one token, its end
     if tokens.cut:
         log.warning("%d of %d prompts were cut to %d tokens", tokens.cut, len(prompts), room)
+    warn_of_text("prompts", [tokens])
     ids = [row.prompt for row in tokens.rows]
     for place, prompt in enumerate(prompts):
         if not prompt.prompt:

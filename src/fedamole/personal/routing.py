@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fedamole.data.text_encoder import text_encoder
 from fedamole.data.tokens import tokenise
 from fedamole.errors import ConfigError, DataError
 from fedamole.evaluation.likelihood import by_length
@@ -193,8 +194,8 @@ def check_room(bank: Bank, tokens: int) -> None:
 
 
 def plain_ids(bank: Bank, text: str) -> Ids:
-    """Token ids of a text that stands behind a prompt."""
-    return tuple(bank.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    """Token ids of a text that stands behind a prompt; names of special tokens in it are text."""
+    return text_encoder(bank.base.tokenizer).encode([text])[0]
 
 
 def greedy_answer(bank: Bank, prompt: Ids, max_new_tokens: int) -> Ids:

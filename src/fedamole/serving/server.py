@@ -24,9 +24,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedamole.data.examples import Example
+from fedamole.data.text_encoder import text_encoder
+from fedamole.data.tokens import prompt_ids
 from fedamole.errors import DataError
 from fedamole.model.batch import Ids
-from fedamole.personal.generate import Layout, as_it_is, ids_of, rendered
+from fedamole.personal.generate import Layout, as_it_is, rendered
 from fedamole.serving.door import Door, is_loopback
 from fedamole.serving.engine import Engine, Piece, StoppedError, Wanted, said
 from fedamole.serving.engine import Request as Asked
@@ -87,6 +89,7 @@ class Service:
         """Lay the routes; `app` is what a server runs."""
         self.engine, self.offer = engine, offer
         self.tokenizer = engine.bank.base.tokenizer
+        text_encoder(self.tokenizer)  # takes 2 seconds for a vocabulary of 256,000: not within the first request
         self._callers: dict[str, Caller] = {}
         self._watches: set[asyncio.Task[None]] = set()
         self.app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -220,7 +223,7 @@ class Service:
         if len(prompt.prompt) > LETTERS * positions:
             text = f"the prompt has {len(prompt.prompt)} characters, at most {LETTERS * positions} are read"
             raise RefusedError(400, text, "context_length_exceeded")
-        ids = ids_of(prompt, self.tokenizer)
+        ids = prompt_ids(prompt, self.tokenizer)
         if not ids:
             raise RefusedError(400, "the prompt is empty", "invalid_value", "prompt")
         if not self.engine.room(ids):
