@@ -4,7 +4,8 @@ import dataclasses
 import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -66,8 +67,7 @@ class ComparisonSettings:
             value = getattr(self, key)
             if value and value not in self.methods:
                 raise ConfigError(f"{key} = {value!r} is none of methods{nearest(value, self.methods)}")
-        for name in self.scenarios:
-            _check_name("scenarios", name)
+        _check_names("scenarios", self.scenarios)
 
 
 @dataclass(frozen=True)
@@ -180,17 +180,22 @@ def load_comparison(path: Path) -> Comparison:
     return Comparison(path, settings, Path(settings.folder or f"runs/{settings.name}"), tuple(arms))
 
 
-def _check_name(where: str, name: str) -> None:
-    if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
-        raise ConfigError(f"{where}.{name}: letters, digits, _ + - and . only, as it names a folder")
+def _check_names(where: str, names: Iterable[str]) -> None:
+    """Refuse names that cannot be folders beside each other, where upper and lower case are the same folder too."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
+            raise ConfigError(f"{where}.{name}: letters, digits, _ + - and . only, as it names a folder")
+        if (other := seen.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)) != name:
+            raise ConfigError(f"{where}.{name}: it is the folder of {other!r} on some systems; choose another name")
 
 
 def _method_tables(settings: ComparisonSettings, variants: Any) -> dict[str, Table]:
     """The [method] table of every method asked for."""
     if not isinstance(variants, dict):
         raise ConfigError(f"variants = {variants!r}: must be tables, write [variants.NAME]")
+    _check_names("variants", (*METHODS, *variants))
     for label, table in variants.items():
-        _check_name("variants", label)
         if label in METHODS:
             raise ConfigError(f"variants.{label}: a method is called so already; choose another name")
         if not isinstance(table, dict) or "name" not in table:

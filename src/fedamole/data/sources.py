@@ -141,7 +141,7 @@ def _load(source: SourceSettings, name: str, where: str, options: dict[str, Any]
             for row in rows:
                 label = row[column]
                 row[f"{column}_text"] = None if label is None or label < 0 else feature.names[label]
-    return Table(name, arrange(rows, source.columns, where), sha256)
+    return Table(name, arrange(rows, source.columns, where, source.template), sha256)
 
 
 @contextmanager

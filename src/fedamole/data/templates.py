@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import tomli_w
+
 from fedamole.data.examples import Example
 from fedamole.data.layouts import missing_column
 from fedamole.errors import ConfigError, DataError
@@ -125,6 +127,8 @@ BUILT_IN: dict[str, TemplateSettings] = {
         options=("yes", "no", "maybe"),
     ),
     "plain": TemplateSettings(prompt="{prompt}", answer="{completion}"),
+    # The same, for rows whose prompt and completion are made of `messages` even where the file has such columns too.
+    "messages": TemplateSettings(prompt="{prompt}", answer="{completion}"),
     "classification": TemplateSettings(
         prompt="Text: {text}\nWhich class does the text belong to?\nClass:\n",
         answer="{label_text}",
@@ -186,6 +190,13 @@ def _by_columns(have: set[str], where: str) -> str:
         return "plain"
     if "text" in have and {"label", "label_text"} & have:
         return "classification"
+    if "messages" in have:  # not used by `arrange`, so the file has one of the two columns
+        beside = "prompt" if "prompt" in have else "completion"
+        raise DataError(
+            f"{where}: there are the columns messages and {beside}, and either could make the prompts. In this "
+            f'[[data.source]], set template = "messages" to use messages, or drop the other column with columns = '
+            f'{{{beside} = ""}}; for a client\'s own file, --template messages or --column {beside}='
+        )
     raise DataError(
         f"{where}: no template fits the columns {', '.join(sorted(have))}; set template = one of "
         f"{', '.join(BUILT_IN)}, or write your own under [data.templates.<name>]"
@@ -205,8 +216,26 @@ def options_of(template: TemplateSettings, rows: Iterable[Mapping[str, Any]], wh
     found = {text_of(row[column], column, where) for row in rows if row[column] is not None}
     options = tuple(sorted(text for text in found if text))
     if len(options) < 2:
-        raise DataError(f"{where}: column {column!r} has only the values {list(options)}; options need at least two")
+        raise _too_few_options(template, column, options, where)
     return options
+
+
+def _too_few_options(template: TemplateSettings, column: str, found: Sequence[str], where: str) -> DataError:
+    """The error for a file with a single label: shows the template that lists the answers of the whole task."""
+    keys = {"prompt": template.prompt, "prompt_without_context": template.prompt_without_context}
+    keys |= {"context": template.context, "answer": template.answer}
+    table = "".join(f"{key} = {_as_toml(text)}, " for key, text in keys.items() if text is not None)
+    options = "".join(f"{_as_toml(text[:200])}, " for text in found)
+    return DataError(
+        f"{where}: column {column!r} has only the values {[text[:200] for text in found]}; options need at least two. "
+        "If other clients have other answers, list all answers of the task in the config, which in a deployment is the "
+        f"coordinator's: under [data.templates], task = {{ {table}options = [{options}...] }}. Then use it: template = "
+        '"task" in each [[data.source]] of the task, or --template task for a client\'s own file'
+    )
+
+
+def _as_toml(text: str) -> str:
+    return tomli_w.dumps({"text": text}).removeprefix("text = ").strip()
 
 
 def render(template: TemplateSettings, options: Sequence[str], row: Mapping[str, Any], where: str) -> Example | None:
