@@ -60,7 +60,8 @@ BESIDE = {"prompt": "raw", "prompt_id": "7", "messages": talk("Hi", "Hello")}
 
 def test_an_empty_old_name_drops_a_column() -> None:
     (row,) = arrange([BESIDE], {"prompt": "", "prompt_id": ""}, "f")
-    assert row == {"messages": BESIDE["messages"], "prompt": conversation_prompt([("user", "Hi")]), "completion": "Hello"}
+    prompt = conversation_prompt([("user", "Hi")])
+    assert row == {"messages": BESIDE["messages"], "prompt": prompt, "completion": "Hello"}
 
 
 def test_a_dropped_column_may_be_renamed_and_a_drop_comes_before_the_layouts() -> None:

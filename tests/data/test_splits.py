@@ -96,10 +96,10 @@ def test_identical_rows_are_named_as_the_cause() -> None:
     identity = {row: min(row, 5) for row in range(60)}
     client = split_client("c", range(60), identity, None, "classification", DEFAULTS)
     assert (client.count, client.distinct) == (60, 6)
-    with pytest.raises(DataError, match="only 6 of its 60 rows are different.* remove the duplicates") as caught:
+    with pytest.raises(DataError, match=r"only 6 of its 60 rows are different.* remove the duplicates") as caught:
         client.check(1)
     assert "give it more rows" not in str(caught.value)
     few = split_client("c", range(12), {row: row // 2 for row in range(12)}, None, "classification", DEFAULTS)
     assert few.training_size > 0
-    with pytest.raises(DataError, match="data.min_examples = 10: train 6, .*; only 6 of its 12 rows are different"):
+    with pytest.raises(DataError, match=r"data.min_examples = 10: train 6, .*; only 6 of its 12 rows are different"):
         few.check(10)
