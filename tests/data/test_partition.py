@@ -1,4 +1,5 @@
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,6 +122,13 @@ def test_other_values_are_named_by_their_letters_and_hash_and_kept_beside() -> N
         "s-x-1--b3c75e8bdf44": "x--1",
         "s--6978bcde3af4": "北京市海淀区医院",
     }
+
+
+def test_the_document_shows_the_names_that_values_get() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "start.md").read_text()
+    for value in ("site_2", "North 2", "北京"):
+        assert f"`{joined_name('letters', value)}`" in text
+    assert joined_name("site", "North 2") in str(joined_name.__doc__)
 
 
 def test_the_name_of_a_value_does_not_depend_on_the_others() -> None:

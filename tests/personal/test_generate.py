@@ -15,6 +15,7 @@ from fedamole.data.manifest import load_federation
 from fedamole.data.tokens import tokenise
 from fedamole.errors import ConfigError, DataError
 from fedamole.evaluation.generation import generate_answers
+from fedamole.personal.commands import renamed
 from fedamole.personal.generate import Layout, answers, as_it_is, layout_of, lines, read_prompts, rendered
 from fedamole.personal.models import find, open_bank
 
@@ -142,6 +143,13 @@ def test_layouts() -> None:
         prompts({"premise": "a"}, template="snli")
     with pytest.raises(DataError, match=r"here, row 2: column 'text' is empty"):
         prompts({"text": "a"}, {"text": None})
+
+
+def test_an_option_renames_or_drops_a_column() -> None:
+    assert renamed(["instruction=question", "prompt="]) == {"instruction": "question", "prompt": ""}
+    for wrong in ("prompt", "=question"):
+        with pytest.raises(ConfigError, match=r"write new=old, .* or name= to drop a column"):
+            renamed([wrong])
 
 
 def test_what_training_dropped_is_dropped_from_a_file_too(tmp_path: Path) -> None:
