@@ -416,3 +416,54 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip().endswith("[]"), done.stdout[-300:]
+
+
+CLINICS = ("北京市朝阳区医院", "مستشفى المدينة", "Nord/Süd", "nord/süd")
+
+
+def by_clinic(own: Path) -> Path:
+    """A config whose only source has a client for each clinic."""
+    talk = [
+        {"prompt": "raw", "messages": [
+            {"role": "user", "content": f"q {index}"}, {"role": "assistant", "content": f"a {index % 3}"},
+        ], "clinic": CLINICS[index % len(CLINICS)]}
+        for index in range(80)
+    ]  # fmt: skip
+    (own.parent / "clinics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talk), encoding="utf-8")
+    text = own.read_text()
+    source = '[[data.source]]\nname = "c"\npath = "clinics.jsonl"\npartition = { kind = "value", by = "clinic" }\n'
+    head = text[: text.index("[[data.source]]")]
+    own.write_text(head + source + 'template = "messages"\n', encoding="utf-8")
+    return own
+
+
+def test_a_federation_of_clients_whose_names_are_in_other_scripts(fedamole: Any, own: Path) -> None:
+    config = by_clinic(own)
+    rows = json.loads(fedamole("partition", config, "--json").out)
+    values = {row["client"]: row["value"] for row in rows}
+    assert sorted(values.values()) == sorted(CLINICS)
+    assert all(value in fedamole("partition", config).out for value in CLINICS)
+    assert fedamole("run", config, *SMALL, "method.name=fedit", "federation.rounds=1", "run.folder=out").code == 0
+    assert {path.name for path in Path("out/clients").iterdir()} == set(values)
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert set(summary["rows"]["fedit"]["clients"]) == set(values)
+    generated = fedamole("generate", "out", "--client", CLINICS[0], "--max-new-tokens", "1", "hm")
+    assert generated.code == 0
+    assert json.loads(fedamole("generate", "out", "--client", CLINICS[0], "--json", "hm").out)["client"] in values
+    refused(fedamole("generate", "out", "--client", "上海", "hm"), 5, "has no client '上海'")
+
+
+def test_a_single_label_says_how_to_write_the_options(fedamole: Any, own: Path) -> None:
+    """The answer in the error, written into the config, gives a federation in which all have the same options."""
+    for name, labels in (("a", ("yes", "no")), ("b", ("no",))):
+        rows = [{"text": f"note {index}", "label": labels[index % len(labels)]} for index in range(40)]
+        (own.parent / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    head = own.read_text().partition("[[data.source]]")[0]
+    sources = "".join(f'[[data.source]]\nname = "{name}"\npath = "{name}.jsonl"\nMORE\n' for name in "ab")
+    own.write_text(head + sources.replace("MORE", ""))
+    told = fedamole("partition", own)
+    refused(told, 3, "b.jsonl: column 'label' has only the values ['no']", 'options = ["no", ...]')
+    table = told.line.partition("under [data.templates], ")[2].partition(". Then use it")[0].replace("...", '"yes"')
+    own.write_text(head + sources.replace("MORE", 'template = "task"') + f"[data.templates]\n{table}\n")
+    found = json.loads(fedamole("partition", own, "--json").out)
+    assert {row["client"]: row["task"] for row in found} == {"a": "classification", "b": "classification"}

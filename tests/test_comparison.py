@@ -206,6 +206,7 @@ def test_a_folder_with_other_settings_is_refused(study: Path, tmp_path: Path) ->
         ({}, "[variants.x]\nrank = 2\n", "variants.x has no method"),
         ({}, "[variants.x]\nname = 'fedit'\n", "variants.x is not compared"),
         ({}, "[variants.'a/b']\nname = 'fedit'\n", "variants.a/b: letters, digits"),
+        ({}, "[variants.FedIT]\nname = 'fedit'\n", "variants.FedIT: it is the folder of 'fedit' on some systems"),
         ({"methods": ["x"]}, "[variants.x]\nname = 'fedit'\nrang = 2\n", "unknown key method.rang; did you mean"),
         ({"methods": ["x"]}, "[variants.x]\nname = 'fed'\n", "variants.x.name = 'fed': there is no such method"),
     ],

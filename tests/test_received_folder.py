@@ -158,6 +158,8 @@ def test_names() -> None:
     for wrong in ("", ".", "..", ".a", "-a", "a/b", "a b", "é", "a\n", 3, None, "a" * (LONGEST_NAME + 1)):
         with pytest.raises(RunError, match="cannot be used"):
             checked_name(wrong, "x")
+    with pytest.raises(RunError, match="1 to 120 ASCII letters"):
+        checked_name("é", "x")
     with pytest.raises(DataError, match="upper and lower case"):
         checked_names(["a", "A"], "x", DataError)
     assert as_name("../../etc/passwd") == "etc-passwd"

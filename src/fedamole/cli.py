@@ -217,9 +217,10 @@ def partition(
         if out.exists():
             raise RunError(f"{out} exists already, and nothing is overwritten: remove it or choose another name")
         write_atomic(out, text)
+    values = federation.manifest.values()
     rows = [
         {
-            "client": shard.client, "task": shard.task,
+            "client": shard.client, **({"value": values.get(shard.client, "")} if values else {}), "task": shard.task,
             **{split: len(getattr(shard, split)) for split in ("train", "embedding", "validation", "test")},
             "answers": _mix([example.answer for example in shard.train]),
         }

@@ -100,7 +100,7 @@ def test_the_column_to_partition_by_must_be_there_and_filled(write: Write, tmp_p
     write("train.jsonl", [{**row, "site": "n" if index else None} for index, row in enumerate(rows(30))])
     with pytest.raises(DataError, match=r"train.jsonl: there is no column 'sites' \(did you mean 'site'\?\)"):
         draw(tmp_path, partition=PartitionSettings("value", by="sites"))
-    with pytest.raises(DataError, match=r"train.jsonl, row 1: column 'site' holds no value"):
+    with pytest.raises(DataError, match=r"train.jsonl, row 1: column 'site' holds no value, and the partition"):
         draw(tmp_path, partition=PartitionSettings("value", by="site"))
 
 
@@ -109,3 +109,37 @@ def test_the_test_file_must_have_the_templates_columns(write: Write, tmp_path: P
     write("test.jsonl", [{"text": "t", "label": "a"}])
     with pytest.raises(DataError, match=r"test.jsonl: there is no column 'label_text' \(did you mean 'label'\?\)"):
         draw(tmp_path, test="test.jsonl")
+
+
+def test_dirichlet_names_identical_rows_as_the_cause(write: Write, tmp_path: Path) -> None:
+    write("train.jsonl", [*rows(12), *({"text": "same", "label_text": "a"} for _ in range(60))])
+    settings = PartitionSettings("dirichlet", by="label_text", alpha=100.0, clients=3)
+    with pytest.raises(DataError, match="Only 13 of the 72 rows are different"):
+        draw(tmp_path, least=15, partition=settings)
+    write("train.jsonl", rows(72))
+    with pytest.raises(DataError, match="none of 100 Dirichlet") as caught:
+        draw(tmp_path, least=30, partition=settings)
+    assert "are different" not in str(caught.value)
+
+
+def test_rows_that_were_left_out_are_named_where_too_few_are_left(write: Write, tmp_path: Path) -> None:
+    write("train.jsonl", rows(60))
+    write("test.jsonl", rows(57))
+    left_out = "57 training rows that equal an official test row were dropped"
+    with pytest.raises(DataError, match=f"data.min_examples = 10: .*; source 's': {left_out}; lower min_examples"):
+        draw(tmp_path, least=10, test="test.jsonl")
+    with pytest.raises(DataError, match="source 's': no rows are left to train on; source 's': 60 training rows"):
+        draw(tmp_path, test="train.jsonl", partition=PartitionSettings("iid", clients=2))
+
+
+@pytest.mark.parametrize("how", [{"template": "messages"}, {"columns": {"prompt": ""}}])
+def test_messages_beside_prompt(write: Write, tmp_path: Path, how: dict[str, Any]) -> None:
+    """A common layout of the hub: the prompt of the first turn stands beside the whole conversation."""
+    turns = [[{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": f"a {i}"}] for i in range(30)]
+    write("train.jsonl", [{"prompt": f"q {i}", "prompt_id": str(i), "messages": turn} for i, turn in enumerate(turns)])
+    with pytest.raises(DataError, match=r'train.jsonl: .* template = "messages" .* columns = \{prompt = ""\}'):
+        draw(tmp_path)
+    one = SourceSettings("s", path="train.jsonl", **how)
+    example = open_source(DataSettings((one,)), one, tmp_path).example("train", 3)
+    assert example is not None
+    assert (example.prompt, example.answer) == ("### User:\nq 3\n\n### Assistant:\n", "a 3")

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from fedamole.data.layouts import arrange, from_messages
+from fedamole.data.layouts import arrange, conversation_prompt, from_messages
 from fedamole.errors import DataError
 
 
@@ -48,3 +48,44 @@ def test_the_last_assistant_turn_is_the_answer() -> None:
 def test_unreadable_messages_name_the_row(messages: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         from_messages(messages, "f, row 3")
+
+
+def talk(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+
+
+BESIDE = {"prompt": "raw", "prompt_id": "7", "messages": talk("Hi", "Hello")}
+"""A common layout of chat data on the hub."""
+
+
+def test_an_empty_old_name_drops_a_column() -> None:
+    (row,) = arrange([BESIDE], {"prompt": "", "prompt_id": ""}, "f")
+    prompt = conversation_prompt([("user", "Hi")])
+    assert row == {"messages": BESIDE["messages"], "prompt": prompt, "completion": "Hello"}
+
+
+def test_a_dropped_column_may_be_renamed_and_a_drop_comes_before_the_layouts() -> None:
+    row = {"instruction": "i", "input": "c", "output": "r"}
+    assert arrange([row], {"input": ""}, "f")[0]["context"] == ""
+    (moved,) = arrange([row], {"question": "instruction", "instruction": ""}, "f")
+    assert moved == {"question": "i", "input": "c", "output": "r"}
+
+
+def test_a_column_to_drop_must_be_there_and_one_must_stay() -> None:
+    with pytest.raises(DataError, match=r"f: there is no column 'promt' \(did you mean 'prompt'\?\)"):
+        arrange([BESIDE], {"promt": ""}, "f")
+    with pytest.raises(DataError, match="f: columns drops every column of the file"):
+        arrange([{"a": 1}], {"a": ""}, "f")
+
+
+def test_the_template_messages_uses_messages_beside_any_column() -> None:
+    (row,) = arrange([{**BESIDE, "completion": "raw too"}], {}, "f", "messages")
+    assert (row["prompt"], row["completion"]) == (conversation_prompt([("user", "Hi")]), "Hello")
+    (renamed,) = arrange([{"prompt": "raw", "chat": talk("Hi", "Ho")}], {"messages": "chat"}, "f", "messages")
+    assert renamed["completion"] == "Ho"
+    with pytest.raises(DataError, match="f: there is no column 'messages'"):
+        arrange([{"prompt": "p", "completion": "c"}], {}, "f", "messages")
+
+
+def test_without_the_template_a_prompt_beside_messages_stays_as_it_is() -> None:
+    assert arrange([BESIDE], {}, "f") == (BESIDE,)

@@ -9,6 +9,7 @@ import pytest
 from fedamole.data import manifest as module
 from fedamole.data.manifest import Manifest, load_federation
 from fedamole.data.settings import DataSettings, PartitionSettings, SourceSettings
+from fedamole.data.templates import TemplateSettings
 from fedamole.errors import ConfigError, DataError
 
 Write = Callable[..., str]
@@ -145,3 +146,50 @@ def test_two_sources_whose_clients_share_a_name_are_refused(folder: Path) -> Non
     twin = SourceSettings("beta-00", path="beta.jsonl")
     with pytest.raises(ConfigError, match="client 'beta-00' comes from source 'beta' and from source 'beta-00'"):
         load_federation(DataSettings((BETA, twin)), folder)
+
+
+CLINICS = ["北京市朝阳区医院", "北京市海淀区医院", "site-3"]
+BY_CLINIC = DataSettings((SourceSettings("c", path="c.jsonl", partition=PartitionSettings("value", by="clinic")),))
+
+
+def test_a_manifest_keeps_the_values_that_names_do_not_hold(write: Write, tmp_path: Path) -> None:
+    write("c.jsonl", [{**row, "clinic": CLINICS[index % 3]} for index, row in enumerate(told(90))])
+    drawn = load_federation(BY_CLINIC, tmp_path)
+    assert drawn.manifest.values() == {"c--4ab55f75229f": CLINICS[0], "c--6978bcde3af4": CLINICS[1]}
+    stored = Manifest.from_json(drawn.manifest.to_json(), "m")
+    assert stored == drawn.manifest
+    assert load_federation(BY_CLINIC, tmp_path, stored).shards == drawn.shards
+    records = {client["client"]: client for client in json.loads(drawn.manifest.to_json())["clients"]}
+    assert "value" not in records["c-site-3"], "manifests of other partitions are what they were"
+    only = stored.only("c--4ab55f75229f")
+    assert Manifest.from_json(only.to_json(), "m").values() == {"c--4ab55f75229f": CLINICS[0]}
+
+
+def test_a_long_value_is_kept_in_part(write: Write, tmp_path: Path) -> None:
+    long = ["医" * 5000, "医" * 5001]
+    write("c.jsonl", [{**row, "clinic": long[index % 2]} for index, row in enumerate(told(60))])
+    manifest = load_federation(BY_CLINIC, tmp_path).manifest
+    assert list(manifest.values().values()) == ["医" * 200] * 2
+    assert len(set(manifest.values())) == 2
+    assert Manifest.from_json(manifest.to_json(), "m") == manifest
+
+
+def test_options_that_differ_between_sources_of_one_task_are_noted(
+    write: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def drawn(*labels: str, template: str = "auto", **more: Any) -> tuple[str, ...]:
+        caplog.clear()
+        for name, found in zip("ab", labels, strict=True):
+            rows = [{"text": f"{name} {i}", "label": found.split()[i % len(found.split())]} for i in range(60)]
+            write(f"{name}.jsonl", rows)
+        sources = tuple(SourceSettings(name, path=f"{name}.jsonl", template=template) for name in "ab")
+        notes = load_federation(DataSettings(sources, **more), tmp_path).notes
+        assert [record.getMessage() for record in caplog.records] == list(notes)
+        return notes
+
+    (note,) = drawn("yes no", "yes no maybe")
+    assert note.startswith("sources 'a' and 'b' have one template and share options, but 'maybe' is an option of one")
+    assert drawn("yes no", "no yes") == ()
+    assert drawn("yes no", "red blue") == (), "these are two tasks"
+    task = TemplateSettings(prompt="{text}\n", answer="{label}", options=("maybe", "no", "yes"))
+    assert drawn("yes no", "no", template="task", templates={"task": task}) == (), "a single label, listed options"

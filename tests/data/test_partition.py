@@ -1,9 +1,16 @@
+import unicodedata
+from pathlib import Path
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fedamole.data.partition import Part, allot_test, largest_remainder, partition, slug
+from fedamole.data import partition as module
+from fedamole.data.partition import Part, allot_test, largest_remainder, partition
 from fedamole.data.settings import PartitionSettings
-from fedamole.errors import ConfigError, DataError
+from fedamole.errors import DataError
+from fedamole.received.names import LONGEST_NAME, checked_name, checked_names, joined_name
 
 LABELS = ["a"] * 60 + ["b"] * 40 + ["c"] * 20
 
@@ -97,11 +104,94 @@ def test_more_than_the_rows_can_serve_is_an_error() -> None:
         draw(PartitionSettings("classes", by="l", clients=2, classes_per_client=4))
 
 
-def test_slugs() -> None:
-    assert slug("NIH / Café 2") == "nih-cafe-2"
-    assert slug("病院") == "x" + "病院".encode().hex()[:16]
-    with pytest.raises(ConfigError, match=r"values 'A b' and 'a-b' of column 'l' would both be client 's-a-b'"):
-        draw(PartitionSettings("value", by="l"), ["a-b", "A b"])
+def by_value(*values: str) -> list[Part]:
+    return draw(PartitionSettings("value", by="l"), list(values))
+
+
+def test_names_of_plain_values_are_source_and_value() -> None:
+    values = ["north", "site-07", "closed_qa", "v1.0", "550e8400-e29b-41d4-a716-446655440000"]
+    parts = by_value(*values)
+    assert {part.client: part.value for part in parts} == {f"s-{value}": None for value in values}
+
+
+def test_other_values_are_named_by_their_letters_and_hash_and_kept_beside() -> None:
+    parts = by_value("NIH / Café 2", "北京市朝阳区医院", "x--1", "北京市海淀区医院")
+    assert {part.client: part.value for part in parts} == {
+        "s-nih-cafe-2--ba1de3bc91c1": "NIH / Café 2",
+        "s--4ab55f75229f": "北京市朝阳区医院",
+        "s-x-1--b3c75e8bdf44": "x--1",
+        "s--6978bcde3af4": "北京市海淀区医院",
+    }
+
+
+def test_the_document_shows_the_names_that_values_get() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "start.md").read_text()
+    for value in ("site_2", "North 2", "北京"):
+        assert f"`{joined_name('letters', value)}`" in text
+    assert joined_name("site", "North 2") in str(joined_name.__doc__)
+
+
+def test_the_name_of_a_value_does_not_depend_on_the_others() -> None:
+    alone = by_value("Ägypten")[0].client
+    assert alone in {part.client for part in by_value("ägypten", "Ägypten", "agypten", "AGYPTEN")}
+
+
+ODD = [
+    "", " ", ".", "..", "/", "a/b", "a", "A", "a ", "a.", "a\0", "-a", "con", "CON", "None", "null", "0", "00", "é",
+    unicodedata.normalize("NFD", "é"), "École", "école", "ﬁ", "fi", "ς", "σ", "Σ", "ß", "ss", "مستشفى", "Больница",
+    "🏥", "👩‍⚕️", "👩⚕", "x" * 5000, "x" * 5001, "病" * 500, "病" * 501, "a--1", "a_-1", "../../etc", "C:\\x",
+    "\x1b[31m",
+]  # fmt: skip
+
+
+def test_odd_values_give_a_client_each_with_its_own_rows() -> None:
+    values = [value for value in ODD for _ in range(2)]
+    parts = by_value(*values)
+    clients = [part.client for part in parts]
+    assert checked_names(clients, "x") == tuple(clients), "usable as folders, whatever the case"
+    assert len(parts) == len(ODD)
+    assert sorted(part.rows for part in parts) == [(2 * index, 2 * index + 1) for index in range(len(ODD))]
+    assert all(part.value in (None, values[part.rows[0]]) for part in parts)
+
+
+def test_a_source_of_the_longest_name_has_usable_client_names() -> None:
+    source = "s" * 80
+    parts = partition(source, PartitionSettings("value", by="l"), len(ODD), ODD, 0, 1, raw_sizes)
+    checked_names([part.client for part in parts], "x")
+    assert max(len(part.client) for part in parts) <= LONGEST_NAME
+    assert len({part.client for part in parts}) == len(ODD)
+
+
+# Characters among which texts are easily alike: in case, in normal form, in what names may hold, and all others.
+ALIKE = st.text(st.sampled_from("aA1-_./ éÉe\u0301ſsK\u212a北\0"), max_size=6)
+
+
+@given(ALIKE | st.text(max_size=200), ALIKE | st.text(max_size=200))
+def test_different_values_have_different_safe_names(one: str, other: str) -> None:
+    first, second = joined_name("s", one), joined_name("s", other)
+    for name in (first, second):
+        assert checked_name(name, "x") == name
+        assert name.isascii()
+        assert not name.endswith(".")
+    assert (first.lower() == second.lower()) == (one == other)
+
+
+def test_two_values_whose_hashes_begin_alike_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "joined_name", lambda source, value: "s--0")
+    with pytest.raises(DataError, match="of column 'l' would both be client 's--0'"):
+        by_value("北", "京")
+
+
+def test_values_that_differ_in_a_nul_are_two_classes() -> None:
+    """As NumPy strings they would be one, and the partition would fail or mix them up."""
+    values = ["a", "a\0"] * 40
+    parts = draw(PartitionSettings("classes", by="l", clients=2, classes_per_client=1), values)
+    assert [{values[row] for row in part.rows} for part in parts] == [{"a"}, {"a\0"}]
+
+
+def test_an_error_of_the_partitioner_names_the_value() -> None:
+    with pytest.raises(DataError, match="Label: 'b' is needed to be assigned to more"):
+        draw(PartitionSettings("classes", by="l", clients=8, classes_per_client=2), ["a"] * 100 + ["b"] * 2)
 
 
 def test_largest_remainder() -> None:

@@ -29,6 +29,9 @@ def test_partition_settings_refuse(given: dict[str, Any], message: str) -> None:
     ("given", "message"),
     [
         ({"name": "a/b", "path": "x"}, r"data.source.name = 'a/b'"),
+        ({"name": "医院", "path": "x"}, "use ASCII letters, digits"),
+        ({"name": "s" * 121, "path": "x"}, "at most 120 characters$"),
+        ({"name": "s" * 81, "path": "x", "partition": PartitionSettings("value", by="l")}, "at most 80 characters, as"),
         ({"name": "s"}, "either path"),
         ({"name": "s", "path": "x", "hub": "y"}, "not both"),
         ({"name": "s", "hub": "y"}, r"data.source\[s\].split is not set"),

@@ -99,3 +99,17 @@ def test_a_client_with_an_empty_split_or_too_little_is_refused_with_its_sizes() 
         small.check(1)
     with pytest.raises(DataError, match=r"fewer training examples than data.min_examples = 10: train 7"):
         split_client("c", range(10), different(10), None, "classification", DEFAULTS).check(10)
+
+
+def test_identical_rows_are_named_as_the_cause() -> None:
+    """55 of 60 rows are the same: they are one group, and only six different rows are there to be shared out."""
+    identity = {row: min(row, 5) for row in range(60)}
+    client = split_client("c", range(60), identity, None, "classification", DEFAULTS)
+    assert (client.count, client.distinct) == (60, 6)
+    with pytest.raises(DataError, match=r"only 6 of its 60 rows are different.* remove the duplicates") as caught:
+        client.check(1)
+    assert "give it more rows" not in str(caught.value)
+    few = split_client("c", range(12), {row: row // 2 for row in range(12)}, None, "classification", DEFAULTS)
+    assert few.training_size > 0
+    with pytest.raises(DataError, match=r"data.min_examples = 10: train 6, .*; only 6 of its 12 rows are different"):
+        few.check(10)

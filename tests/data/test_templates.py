@@ -1,3 +1,5 @@
+import tomllib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -176,3 +178,34 @@ def test_errors_list_a_few_columns_alone() -> None:
     assert len(str(error.value)) < 1500
     with pytest.raises(DataError, match="and 980 more"):
         choose("snli", {}, [f"c{at:04}" for at in range(1000)], "f")
+
+
+@pytest.mark.parametrize("beside", ["prompt", "completion"])
+def test_messages_beside_another_column_names_both_remedies(beside: str) -> None:
+    with pytest.raises(DataError) as caught:
+        choose("auto", {}, (beside, "prompt_id", "messages"), "f")
+    told = str(caught.value)
+    assert told.startswith(f"f: there are the columns messages and {beside}")
+    assert 'set template = "messages"' in told
+    assert f'columns = {{{beside} = ""}}' in told
+    assert f"--template messages or --column {beside}=" in told
+
+
+def test_the_template_messages_reads_what_was_made_of_messages() -> None:
+    assert choose("messages", {}, ("prompt", "completion", "messages"), "f") == BUILT_IN["plain"]
+
+
+def test_a_single_label_shows_the_template_that_lists_all_answers() -> None:
+    """The table in the error is TOML that gives the same template, once the other answers are written into it."""
+    label = 'no "way"\n\x7f'
+    template = replace(BUILT_IN["pubmedqa"], options=(), options_from="label_text")
+    with pytest.raises(DataError) as caught:
+        options_of(template, [{"label_text": label}, {"label_text": None}], "f")
+    told = str(caught.value)
+    assert "in a deployment is the coordinator's" in told
+    assert '--template task for a client\'s own file' in told
+    table = told.partition("under [data.templates], ")[2].partition(". Then use it")[0]
+    assert table.endswith(", ...] }"), "as it stands it is no TOML, so that nobody forgets the other answers"
+    found = tomllib.loads(table.replace("...", '"yes"'))["task"]
+    made = TemplateSettings(**{**found, "options": tuple(found["options"])})
+    assert made == replace(template, options=(label, "yes"), options_from=None)

@@ -428,6 +428,32 @@ def test_a_template_of_the_coordinator(tmp_path: Path) -> None:
     assert (found[-1].state, "promt" in found[-1].text) == ("problem", True)
 
 
+def test_messages_beside_a_prompt(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": SECRET}, {"role": "assistant", "content": "y"}]
+    data = rows(tmp_path / "d.jsonl", *({"prompt": SECRET, "messages": talk} for _ in range(3)))
+    found = of("data", examine_client(None, None, None, data))
+    assert (found[-1].state, "--template messages or --column prompt=" in found[-1].text) == ("problem", True)
+    found = of("data", examine_client(None, None, None, data, "messages"))
+    assert [finding.state for finding in found] == ["ok", "ok"]
+    assert "template 'messages' would be chosen" in found[0].text
+    found = of("data", examine_client(None, None, None, data, columns={"prompt": ""}))
+    assert [finding.state for finding in found] == ["ok", "ok"]
+
+
+def test_a_single_label_is_told_without_it(tmp_path: Path) -> None:
+    data = rows(tmp_path / "d.jsonl", *({"text": str(at), "label": SECRET} for at in range(3)))
+    finding = of("data", examine_client(None, None, None, data))[-1]
+    assert "fewer than two values" in finding.text
+    assert "options of a template under [data.templates], and name it by --template" in finding.remedy
+    assert SECRET not in repr(finding)
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f"[data.templates.task]\nprompt = '{{text}}?'\nanswer = '{{label}}'\noptions = ['{SECRET}', 'b']\n"
+    )
+    found = of("data", examine_client(None, None, None, data, "task", config=config))
+    assert [finding.state for finding in found] == ["ok", "ok"]
+
+
 def test_data_that_do_not_fit_are_never_quoted(tmp_path: Path) -> None:
     turns = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
     wrong = {"messages": [{"role": SECRET, "content": SECRET}, {"role": "assistant", "content": SECRET}]}

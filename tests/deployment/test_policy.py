@@ -292,6 +292,36 @@ def test_a_template_of_the_coordinators_reads_allowed_columns_only(asks: Any, cl
     )
 
 
+def test_a_client_with_a_single_label_says_what_the_coordinator_has_to_write(
+    asks: Any, client: Any, caplog: Any, tmp_path: Path, rows: Path
+) -> None:
+    path = tmp_path / "glad.jsonl"
+    path.write_text("".join(line for line in rows.read_text().splitlines(keepends=True) if '"glad"' in line))
+
+    def host(folder: str, template: str) -> Host:
+        found: Host = client(folder, template)
+        policy = PolicySettings(min_rows=1, min_examples_per_update=1)
+        source = replace(found.settings.source, path=str(path))
+        return Host(replace(found.settings, source=source, policy=policy), Watcher())
+
+    refused = ask(host("a", "classification"), asks("fedit").join())
+    assert refused.failed is not None
+    assert "glad" not in repr(refused), "labels stay here"
+    assert "in a deployment is the coordinator's" in caplog.text
+    assert 'options = ["glad", ...]' in caplog.text
+    task = {"prompt": "Text: {text}\nClass:\n", "answer": "{label}", "options": ["glad", "sad"]}
+    joined = ask(host("b", "task"), asks("fedit").join(put("data", "templates", value={"task": task})))
+    assert joined.failed is None, caplog.text
+
+
+def test_a_dropped_column_is_none_that_a_template_may_read(asks: Any, client: Any, caplog: Any) -> None:
+    template = put("data", "templates", value={"triage": {"prompt": "{patient}", "answer": "{label}"}})
+    host = client("drop", template="triage")
+    host = Host(replace(host.settings, source=replace(host.settings.source, columns={"patient": ""})), Watcher())
+    assert ask(host, asks("fedit").join(template)).failed == "policy"
+    assert "columns of template triage: asked label, patient" in caplog.text
+
+
 def test_every_key_of_the_policy_forbids_something(asks: Any, client: Any) -> None:
     """The honest run of the first test, and a key of the policy just below or above what it asks."""
     limits = {

@@ -15,6 +15,7 @@ from fedamole.data.manifest import load_federation
 from fedamole.data.tokens import prompt_ids, tokenise
 from fedamole.errors import ConfigError, DataError
 from fedamole.evaluation.generation import generate_answers
+from fedamole.personal.commands import renamed
 from fedamole.personal.generate import Layout, answers, as_it_is, layout_of, lines, read_prompts, rendered
 from fedamole.personal.models import find, open_bank
 
@@ -158,12 +159,38 @@ def test_layouts() -> None:
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     assert prompts({"messages": talk}) == [conversation_prompt([("user", "Hi")])]
     assert prompts({"prompt": "as {it} is", "id": 7}, template="snli") == ["as {it} is"]
+    beside = {"prompt": "raw", "messages": talk}
+    conversation = [conversation_prompt([("user", "Hi")])]
+    assert prompts(beside, template="messages") == conversation
+    assert prompts(beside, columns={"prompt": ""}) == conversation
+    assert prompts({"prompt": "raw", "chat": talk}, columns={"prompt": "", "messages": "chat"}) == conversation
+    for how in ({"template": "messages"}, {"columns": {"prompt": ""}}):
+        assert prompts({"prompt": "raw"}, **how) == ["raw"]
     with pytest.raises(DataError, match=r"here: no template fits the columns id"):
         prompts({"id": 7})
     with pytest.raises(DataError, match=r"made of premise, hypothesis; 'hypothesis' is missing, there are premise"):
         prompts({"premise": "a"}, template="snli")
     with pytest.raises(DataError, match=r"here, row 2: column 'text' is empty"):
         prompts({"text": "a"}, {"text": None})
+
+
+def test_an_option_renames_or_drops_a_column() -> None:
+    assert renamed(["instruction=question", "prompt="]) == {"instruction": "question", "prompt": ""}
+    for wrong in ("prompt", "=question"):
+        with pytest.raises(ConfigError, match=r"write new=old, .* or name= to drop a column"):
+            renamed([wrong])
+
+
+def test_what_training_dropped_is_dropped_from_a_file_too(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"instruction": "Go.", "input": "raw", "output": "Gone."}) + "\n")
+    (kept,), (dropped,) = read_prompts(path, Layout()), read_prompts(path, Layout(columns={"input": ""}))
+    assert "### Input:\nraw" in kept.prompt
+    assert "raw" not in dropped.prompt
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    path.write_text(json.dumps({"prompt": "raw", "messages": talk}) + "\n")
+    for layout in (Layout("messages"), Layout(columns={"prompt": ""})):
+        assert [one.prompt for one in read_prompts(path, layout)] == [conversation_prompt([("user", "Hi")])]
 
 
 def test_a_prompt_that_is_too_long_is_cut_as_in_training(runs: Any, caplog: Any) -> None:

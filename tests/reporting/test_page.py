@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from fedamole import cli
 from fedamole.errors import RunError
-from fedamole.reporting import commands
+from fedamole.reporting import commands, figures
 from fedamole.reporting.figures import draw_all
 from fedamole.reporting.gains import gain
 from fedamole.reporting.page import palette
@@ -333,6 +333,16 @@ def test_figures_for_a_paper(runs: Any, tmp_path: Path) -> None:
             assert path.read_bytes().startswith(b"\x89PNG")
     again = draw_all(tmp_path / "two", {key: found[key] for key in ("titles", "data")})
     assert [path.read_bytes() for path in again] == [(tmp_path / "one" / path.name).read_bytes() for path in again]
+
+
+def test_figures_of_runs_in_other_scripts_do_not_replace_each_other(tmp_path: Path, monkeypatch: Any) -> None:
+    labels = ("北京", "上海", "unnamed", "a b", "A-b", "unnamed-2")
+    drawn = [(f"{figures._plain(label)}-sizes", label) for label in labels]
+    monkeypatch.setattr(figures, "_figures", lambda content: iter(drawn))
+    monkeypatch.setattr(figures, "save", lambda figure, path: path.write_text(figure))
+    made = draw_all(tmp_path, {})
+    assert len({path.name.lower() for path in made}) == 2 * len(labels)
+    assert [path.read_text() for path in made if path.suffix == ".svg"] == list(labels)
 
 
 def report(*words: object) -> Any:

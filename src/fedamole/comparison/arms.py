@@ -1,7 +1,8 @@
 """The arms of a comparison: which method runs with which config in which scenario, and which two share one run."""
 
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,14 @@ class Arm:
         return next(iter(self.rows))
 
 
-def check_name(where: str, name: str) -> None:
-    """Raise ConfigError for a name that cannot be a folder's."""
-    if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
-        raise ConfigError(f"{where}.{name}: letters, digits, _ + - and . only, as it names a folder")
+def check_names(where: str, names: Iterable[str]) -> None:
+    """Raise ConfigError for names that cannot be folders beside each other; case does not tell folders apart."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
+            raise ConfigError(f"{where}.{name}: letters, digits, _ + - and . only, as it names a folder")
+        if (other := seen.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)) != name:
+            raise ConfigError(f"{where}.{name}: it is the folder of {other!r} on some systems; choose another name")
 
 
 def tables_of_methods(settings: ComparisonSettings, variants: Any) -> dict[str, Table]:
@@ -64,8 +69,8 @@ def _method_tables(settings: ComparisonSettings, variants: Any) -> dict[str, Tab
     """The [method] table of every method asked for."""
     if not isinstance(variants, dict):
         raise ConfigError(f"variants = {variants!r}: must be tables, write [variants.NAME]")
+    check_names("variants", (*METHODS, *variants))
     for label, table in variants.items():
-        check_name("variants", label)
         if label in METHODS:
             raise ConfigError(f"variants.{label}: a method is called so already; choose another name")
         if not isinstance(table, dict) or "name" not in table:

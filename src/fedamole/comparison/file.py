@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedamole.cells import Cell
 from fedamole.comparison import learning_rates
-from fedamole.comparison.arms import Arm, arms_of, check_name, tables_of_methods, tables_of_overrides
+from fedamole.comparison.arms import Arm, arms_of, check_names, tables_of_methods, tables_of_overrides
 from fedamole.comparison.learning_rates import Choice
 from fedamole.comparison.settings import ComparisonSettings
 from fedamole.config import Table, build, merged, nearest, to_config
@@ -132,8 +132,7 @@ def load_comparison(path: Path) -> Comparison:
         refuse_unknown_keys(tables, [item.name for item in dataclasses.fields(ComparisonSettings)] + ["variants"], "")
         variants = tables.pop("variants", {})
         settings: ComparisonSettings = build(ComparisonSettings, tables, "")
-        for name in settings.scenarios:
-            check_name("scenarios", name)
+        check_names("scenarios", settings.scenarios)
         methods = tables_of_methods(settings, variants)
         for key in ("reference", "bytes_of"):
             value = getattr(settings, key)

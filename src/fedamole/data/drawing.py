@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,7 @@ from fedamole.data.settings import DataSettings, SourceSettings
 from fedamole.data.sources import Table, read_source
 from fedamole.data.splits import ClientRows, split_client
 from fedamole.data.templates import TemplateSettings, check_columns, choose, options_of, render, text_of
+from fedamole.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +77,12 @@ def draw_clients(settings: DataSettings, data: SourceData) -> tuple[list[ClientR
     """The clients of a source with the rows of their splits, and notes on rows left out.
 
     The same settings and rows give the same clients, whatever other sources there are. Raises DataError for a
-    client with an empty split or too few training examples.
+    client with an empty split or too few training examples, and for a source of which no rows are left.
     """
     name, by = data.source.name, data.source.partition.by
     found, notes = _candidates(settings, data)
+    if not found.rows:
+        raise DataError("; ".join([f"source {name!r}: no rows are left to train on", *notes]))
     parts = partition(
         name,
         data.source.partition,
@@ -88,10 +91,11 @@ def draw_clients(settings: DataSettings, data: SourceData) -> tuple[list[ClientR
         settings.partition_seed,
         settings.min_examples,
         lambda drawn: [client.training_size for client in _split(settings, data, found, drawn)],
+        len({found.identity[row] for row in found.rows}),
     )
     clients = _split(settings, data, found, parts)
     for client in clients:
-        client.check(settings.min_examples)
+        client.check(settings.min_examples, notes)
     if (unused := len(found.rows) - sum(len(part.rows) for part in parts)) > 0:
         notes.append(f"source {name!r}: {unused} rows have values of {by!r} that no client was given")
     if found.values is not None and found.test_values is not None:
@@ -128,10 +132,12 @@ def _split(settings: DataSettings, data: SourceData, found: Candidates, parts: S
         rng = generator(settings.partition_seed, "official test", data.source.name)
         allotted = allot_test(parts, found.values, len(found.test_rows), found.test_values, rng)
         tests = [tuple(found.test_rows[place] for place in share) for share in allotted]
-    return [
-        split_client(part.client, [found.rows[place] for place in part.rows], found.identity, test, data.task, settings)
-        for part, test in zip(parts, tests, strict=True)
-    ]
+    clients = []
+    for part, test in zip(parts, tests, strict=True):
+        rows = [found.rows[place] for place in part.rows]
+        client = split_client(part.client, rows, found.identity, test, data.task, settings)
+        clients.append(replace(client, value=part.value))
+    return clients
 
 
 def _limited(settings: DataSettings, data: SourceData) -> Sequence[int]:
@@ -162,14 +168,20 @@ def _values(source: SourceSettings, table: Table, rows: Sequence[int]) -> list[s
         return None
     if by not in table.columns:
         raise missing_column(by, table.columns, table.where)
+    for row in rows:
+        if table.rows[row][by] is None:
+            raise DataError(
+                f"{table.row_name(row)}: column {by!r} holds no value, and the partition goes by it; fill it in or "
+                "remove the row"
+            )
     values = [text_of(table.rows[row][by], by, table.row_name(row)) for row in rows]
     plain = [value.strip() for value in values]
-    if len(set(plain)) == len(set(values)):
-        return values
     spaced = sum(value != text for value, text in zip(plain, values, strict=True))
-    log.warning(
-        "%s: %d values of %r have white space around them; they count as the values without it", table.where, spaced, by
-    )
+    if spaced:
+        log.warning(
+            "%s: %d values of %r have white space around them; they count as the values without it",
+            table.where, spaced, by,
+        )  # fmt: skip
     return plain
 
 

@@ -49,21 +49,31 @@ def missing_column(column: str, columns: Iterable[str], where: str) -> DataError
     )
 
 
-def arrange(rows: Sequence[Row], columns: Mapping[str, str], where: str) -> tuple[Row, ...]:
+def arrange(rows: Sequence[Row], columns: Mapping[str, str], where: str, template: str = "auto") -> tuple[Row, ...]:
     """Rows with the columns that templates know.
 
-    `columns` says for each new name the file's own one; the file's column stays beside it. Then `messages`
-    become prompt/completion and instruction/input/output become instruction/context/response, unless the
-    columns to be made are already there. Raises DataError for a column to rename that is not there and for
-    unreadable messages.
+    `columns` names for each new column the file's own one, which stays beside it; an empty text drops the column.
+    Then `messages` become prompt/completion, unless there is a column prompt or completion; the template "messages"
+    uses `messages` in any case. Instruction/input/output become instruction/context/response, unless these are there.
+    Raises DataError for a column to rename, drop or use that is not there and for unreadable messages.
     """
     have = set(rows[0])
-    for old in columns.values():
-        if old not in have:
-            raise missing_column(old, have, where)
-    have |= set(columns)
-    arranged = [{**row, **{new: row[old] for new, old in columns.items()}} for row in rows]
-    if "messages" in have and not {"prompt", "completion"} & have:
+    renamed = {new: old for new, old in columns.items() if old}
+    dropped = set(columns) - set(renamed)
+    for column in (*renamed.values(), *dropped):
+        if column not in have:
+            raise missing_column(column, have, where)
+    have = have - dropped | set(renamed)
+    if not have:
+        raise DataError(f"{where}: columns drops every column of the file; keep those that the template needs")
+    if template == "messages" and "messages" not in have:
+        raise missing_column("messages", have, where)
+    arranged = [
+        {**{column: value for column, value in row.items() if column not in dropped},
+         **{new: row[old] for new, old in renamed.items()}}
+        for row in rows
+    ]  # fmt: skip
+    if template == "messages" or ("messages" in have and not {"prompt", "completion"} & have):
         for number, row in enumerate(arranged, start=1):
             row["prompt"], row["completion"] = from_messages(row["messages"], f"{where}, row {number}")
     if "instruction" in have and "output" in have and "response" not in have:

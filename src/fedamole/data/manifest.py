@@ -2,8 +2,9 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from fedamole.received.names import checked_names, quoted
 
 FORMAT = 1
 """Version of the manifest's layout; a file of another version is refused."""
+LONGEST_VALUE = 200
+"""Characters of a client's `value` that are kept."""
 
 _split_form = forms.record({
     "table": forms.choice("train", "test"), "rows": forms.listed(forms.whole(), 100_000_000),
@@ -28,7 +31,10 @@ _table_form = forms.record({"name": forms.text(1000), "rows": forms.whole(), "sh
 _source_form = forms.record(
     {"name": forms.name, "train": _table_form, "test": forms.either(forms.nothing, _table_form)}
 )
-client_form = forms.record({"client": forms.name, "source": forms.name, **dict.fromkeys(SPLITS, _split_form)})
+client_form = forms.record(
+    {"client": forms.name, "source": forms.name, **dict.fromkeys(SPLITS, _split_form)},
+    {"value": forms.text(LONGEST_VALUE)},
+)
 """What a client of a manifest looks like in JSON."""
 _form = forms.record({
     "partition_seed": forms.whole(-forms.MOST_WHOLE),
@@ -76,6 +82,13 @@ class ClientRecord:
     embedding: SplitRecord
     validation: SplitRecord
     test: SplitRecord
+    # The beginning of its value in a partition by value, for people; None where the client's name holds the value.
+    value: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON has it: without `value` where there is none."""
+        found = asdict(self)
+        return found if self.value is not None else {key: item for key, item in found.items() if key != "value"}
 
 
 @dataclass(frozen=True)
@@ -92,9 +105,14 @@ class Manifest:
         """The manifest as text, one line a client, which `from_json` turns back."""
         head = {"format": FORMAT, "partition_seed": self.partition_seed, "settings": self.settings}
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-        for key, records in (("sources", self.sources), ("clients", self.clients)):
-            lines.append(f'"{key}": [\n' + ",\n".join(json.dumps(asdict(record)) for record in records) + "\n]")
+        tables = {"sources": map(asdict, self.sources), "clients": (client.to_dict() for client in self.clients)}
+        for key, records in tables.items():
+            lines.append(f'"{key}": [\n' + ",\n".join(map(json.dumps, records)) + "\n]")
         return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    def values(self) -> dict[str, str]:
+        """By client, the value that its name does not hold; see `ClientRecord.value`."""
+        return {client.client: client.value for client in self.clients if client.value is not None}
 
     def only(self, client: str) -> "Manifest":
         """The part of one client, its splits and its source alone; DataError where there is no such client."""
@@ -141,7 +159,7 @@ def _client_record(found: Mapping[str, Any]) -> ClientRecord:
     splits = {
         name: SplitRecord(found[name]["table"], tuple(found[name]["rows"]), found[name]["sha256"]) for name in SPLITS
     }
-    return ClientRecord(client=found["client"], source=found["source"], **splits)
+    return ClientRecord(client=found["client"], source=found["source"], value=found.get("value"), **splits)
 
 
 @dataclass(frozen=True)
@@ -177,7 +195,9 @@ def load_federation(settings: DataSettings, base_folder: Path, manifest: Manifes
 def _draw(settings: DataSettings, sources: Mapping[str, SourceData]) -> Federation:
     shards: dict[str, Shard] = {}
     records: dict[str, ClientRecord] = {}
-    notes: list[str] = []
+    notes = _different_options(sources.values())
+    for note in notes:
+        log.warning("%s", note)
     for name, data in sources.items():
         clients, remarks = draw_clients(settings, data)
         notes += remarks
@@ -194,6 +214,20 @@ def _draw(settings: DataSettings, sources: Mapping[str, SourceData]) -> Federati
     tables = tuple(_source_tables(name, data) for name, data in sources.items())
     manifest = Manifest(settings.partition_seed, drawn_with(settings), tables, tuple(records.values()))
     return Federation(tuple(shards.values()), manifest, tuple(notes))
+
+
+def _different_options(sources: Iterable[SourceData]) -> list[str]:
+    """Notes on sources whose options were found in their own rows alone, though they seem to be of one task."""
+    notes: list[str] = []
+    for one, other in combinations([data for data in sources if data.template.options_from is not None], 2):
+        alone = sorted(set(one.options) ^ set(other.options))
+        if one.template == other.template and alone and set(one.options) & set(other.options):
+            notes.append(
+                f"sources {one.source.name!r} and {other.source.name!r} have one template and share options, but "
+                f"{alone[0][:200]!r} is an option of one of them alone; if they are one task, list all its answers as "
+                "`options` of a template under [data.templates]"
+            )
+    return notes
 
 
 def _reproduce(settings: DataSettings, sources: Mapping[str, SourceData], manifest: Manifest) -> Federation:
@@ -252,7 +286,8 @@ def _record(client: ClientRows, source: str, examples: Mapping[str, Sequence[Exa
         )
         for split in SPLITS
     }
-    return ClientRecord(client=client.client, source=source, **splits)
+    value = None if client.value is None else client.value[:LONGEST_VALUE]
+    return ClientRecord(client=client.client, source=source, value=value, **splits)
 
 
 def _digest(examples: Sequence[Example]) -> str:

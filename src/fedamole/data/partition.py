@@ -4,17 +4,17 @@ import contextlib
 import io
 import logging
 import re
-import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fedamole.data.seeding import derived_seed, generator
 from fedamole.data.settings import PartitionSettings
-from fedamole.errors import ConfigError, DataError
+from fedamole.errors import DataError
+from fedamole.received.names import joined_name, quoted
 
 DRAWS = 100
 """Dirichlet partitions drawn before giving up on `min_examples`."""
@@ -28,6 +28,8 @@ class Part:
 
     client: str
     rows: tuple[int, ...]
+    # In a partition by value, the value where the client's name does not hold it letter by letter.
+    value: str | None = None
 
 
 def partition(
@@ -38,13 +40,14 @@ def partition(
     seed: int,
     min_examples: int,
     training_sizes: Callable[[list[Part]], list[int]],
+    distinct: int | None = None,
 ) -> list[Part]:
     """Share `count` rows out among the clients of a source; the same arguments give the same parts.
 
     `values` holds the text of the column `by`, one per row, where the kind has one. `training_sizes` says how
     many training examples each part would leave; a Dirichlet partition is drawn until all are >=
-    `min_examples`. Raises DataError after 100 draws, with the sizes of the best one, and for more clients or
-    classes than rows can serve.
+    `min_examples`. `distinct` is the number of different rows, for the error. Raises DataError after 100 draws, with
+    the sizes of the best one, and for more clients or classes than rows can serve.
     """
     if settings.kind == "whole":
         return [Part(source, tuple(range(count)))]
@@ -64,8 +67,15 @@ def partition(
         f"source {source!r}: none of {DRAWS} Dirichlet({settings.alpha}) draws gave each of "
         f"{settings.clients} clients "
         f"{min_examples} training examples and no empty split; the best draw gave {best}. "
+        f"{_identical_rows(count, distinct)}"
         f"Raise alpha, or lower clients or data.min_examples"
     )
+
+
+def _identical_rows(count: int, distinct: int | None) -> str:
+    if distinct is None or distinct == count:
+        return ""
+    return f"Only {distinct} of the {count} rows are different, and identical rows stay in one split. "
 
 
 def _draw(
@@ -82,9 +92,13 @@ def _draw(
     # The partitioners cut the rows of a class, or all of them, into consecutive pieces: in the file's order
     # neighbours (SNLI's three hypotheses of one premise) would stay together, so they get the rows shuffled.
     order = generator(seed, "partition order", source, attempt).permutation(count)
-    columns: dict[str, list[int] | list[str]] = {"row": order.tolist()}
+    columns = {"row": order.tolist()}
+    # The partitioners get numbers in place of the texts. As NumPy strings, texts that differ only in a NUL character
+    # at the end would be the same, and each would take as much memory as the longest.
+    known = sorted(set(values or ()))
     if values is not None:
-        columns["value"] = [values[row] for row in order]
+        numbers = {value: number for number, value in enumerate(known)}
+        columns["value"] = [numbers[values[row]] for row in order]
     partitioner = _partitioner(settings, derived_seed(seed, "partition", source, attempt))
     partitioner.dataset = Dataset.from_dict(columns)
     try:
@@ -94,13 +108,12 @@ def _draw(
             warnings.simplefilter("ignore")
             pieces = [partitioner.load_partition(index)["row"] for index in range(partitioner.num_partitions)]
     except ValueError as error:
-        raise DataError(f"source {source!r}: partition {settings.kind!r} by {settings.by!r}: {error}") from error
+        text = re.sub(r"(?<=Label: )\d+", lambda found: repr(known[int(found[0])])[:80], str(error))
+        raise DataError(f"source {source!r}: partition {settings.kind!r} by {settings.by!r}: {text}") from error
     rows = [tuple(sorted(int(row) for row in piece)) for piece in pieces]
-    names = _names(
-        source, settings, [values[piece[0]] for piece in rows] if settings.kind == "value" and values else []
-    )
-    names = names or numbered(source, len(rows))
-    return [Part(name, piece) for name, piece in zip(names, rows, strict=True)]
+    if settings.kind != "value" or values is None:
+        return [Part(name, piece) for name, piece in zip(numbered(source, len(rows)), rows, strict=True)]
+    return _named(source, settings, {values[piece[0]]: piece for piece in rows})
 
 
 def _partitioner(settings: PartitionSettings, seed: int):  # type: ignore[no-untyped-def]  # the library's base class
@@ -144,24 +157,18 @@ def numbered(source: str, clients: int) -> list[str]:
     return [f"{source}-{index:0{width}d}" for index in range(clients)]
 
 
-def _names(source: str, settings: PartitionSettings, values: Sequence[str]) -> list[str]:
-    """Clients' names of a partition by value; ConfigError where two values would share one."""
-    names: dict[str, str] = {}
-    for value in values:
-        name = f"{source}-{slug(value)}"
-        if name in names:
-            raise ConfigError(
-                f"source {source!r}: the values {names[name]!r} and {value!r} of column {settings.by!r} "
-                f"would both be client {name!r}; make them differ in letters or digits"
+def _named(source: str, settings: PartitionSettings, rows: Mapping[str, tuple[int, ...]]) -> list[Part]:
+    """The clients of a partition by value, each named by source and value."""
+    parts: dict[str, Part] = {}
+    for value, piece in rows.items():
+        name = joined_name(source, value)
+        part = Part(name, piece, None if name == f"{source}-{value}" else value)
+        if (other := parts.setdefault(part.client, part)) is not part:
+            raise DataError(
+                f"source {source!r}: the values {quoted(other.value)} and {quoted(value)} of column {settings.by!r} "
+                f"would both be client {part.client!r}, as their hashes begin alike; change one of the two"
             )
-        names[name] = value
-    return list(names)
-
-
-def slug(value: str) -> str:
-    """A value as part of a client's name: lower-case ASCII letters and digits, dashes between."""
-    plain = unicodedata.normalize("NFKD", value).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or "x" + value.encode().hex()[:16]
+    return list(parts.values())
 
 
 def allot_test(

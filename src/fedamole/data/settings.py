@@ -9,6 +9,9 @@ from fedamole.errors import ConfigError
 from fedamole.received.names import LONGEST_NAME
 from fedamole.received.names import NAME as NAME
 
+LONGEST_PREFIX = 80
+"""Characters of the name of a source that has several clients: their names are longer and have to stay usable."""
+
 NEEDS: dict[str, tuple[str, ...]] = {
     "whole": (),
     "iid": ("clients",),
@@ -57,7 +60,7 @@ class PartitionSettings:
 class SourceSettings:
     """`[[data.source]]`: one data set, from files or from the Hugging Face hub."""
 
-    # Letters, digits, dot, dash and underscore; the clients' names begin with it.
+    # ASCII letters, digits, dot, dash and underscore; the clients' names begin with it.
     name: str
     # The file with the rows: .jsonl, .json, .csv (each also .gz) or .parquet; relative to the config's
     # folder.
@@ -74,7 +77,7 @@ class SourceSettings:
     config: str | None = None
     # A built-in template, one of [data.templates], or "auto": chosen by the columns.
     template: str = "auto"
-    # Columns to rename, new = old: {instruction = "question"}.
+    # Columns to rename, new = old: {instruction = "question"}. An empty text drops a column: {prompt = ""}.
     columns: dict[str, str] = field(default_factory=dict)
     # Rows used at most, drawn with the partition's seed; test rows are not counted. Unset: all.
     limit: int | None = None
@@ -84,9 +87,15 @@ class SourceSettings:
     def __post_init__(self) -> None:
         key = f"data.source[{self.name}]"
         if not NAME.fullmatch(self.name):
-            raise ConfigError(f"data.source.name = {self.name!r}: use letters, digits, dot, dash and underscore only")
-        if len(self.name) > LONGEST_NAME:
-            raise ConfigError(f"data.source.name = {self.name!r}: at most {LONGEST_NAME} characters")
+            raise ConfigError(
+                f"data.source.name = {self.name!r}: use ASCII letters, digits, dot, dash and underscore only, a letter "
+                "or a digit first"
+            )
+        longest, why = LONGEST_NAME, ""
+        if self.partition.kind != "whole":
+            longest, why = LONGEST_PREFIX, f", as the clients of partition {self.partition.kind!r} have longer names"
+        if len(self.name) > longest:
+            raise ConfigError(f"data.source.name = {self.name!r}: at most {longest} characters{why}")
         if (self.path is None) == (self.hub is None):
             raise ConfigError(f"{key}: give either path = <file> or hub = <data set id>, and not both")
         if self.hub is not None and self.split is None:

@@ -117,4 +117,4 @@ def _table(source: SourceSettings, name: str, where: str, rows: list[Row], class
             for row in rows:
                 label = row[column]
                 row[f"{column}_text"] = None if label is None or label < 0 else names[label]
-    return Table(name, arrange(rows, source.columns, where), sha256)
+    return Table(name, arrange(rows, source.columns, where, source.template), sha256)

@@ -21,25 +21,36 @@ class ClientRows:
     test: tuple[int, ...]
     # Whether the test rows stand in the source's own file or in its official test file.
     test_table: Literal["train", "test"]
+    # The client's rows, and how many of them are different; an official test is not counted.
+    count: int
+    distinct: int
+    # The value of a partition by value, where the client's name does not hold it letter by letter.
+    value: str | None = None
 
     @property
     def training_size(self) -> int:
         """The number of training examples, 0 if any split is empty: such a client cannot take part."""
         return len(self.train) if self.embedding and self.validation and self.test else 0
 
-    def check(self, min_examples: int) -> None:
-        """Raise DataError for a client with an empty split or fewer training examples than `min_examples`."""
+    def check(self, min_examples: int, notes: Sequence[str] = ()) -> None:
+        """Raise DataError for a client with an empty split or fewer training examples than `min_examples`.
+
+        The error repeats the notes, which say what rows of the source were left out.
+        """
+        if self.training_size >= max(1, min_examples):
+            return
         sizes = ", ".join(f"{split} {len(getattr(self, split))}" for split in SPLITS)
         if self.training_size == 0:
-            raise DataError(
-                f"client {self.client!r} has an empty split: {sizes}; give it more rows, have fewer "
-                f"clients, or partition more evenly"
+            problem, remedy = "an empty split", "give it more rows"
+        else:
+            problem, remedy = f"fewer training examples than data.min_examples = {min_examples}", "lower min_examples"
+        remedy += ", have fewer clients, or partition more evenly"
+        if self.distinct < self.count:
+            remedy = (
+                f"only {self.distinct} of its {self.count} rows are different, and rows with the same prompt and "
+                "answer stay in one split; remove the duplicates and give it more different rows"
             )
-        if self.training_size < min_examples:
-            raise DataError(
-                f"client {self.client!r} has fewer training examples than data.min_examples = "
-                f"{min_examples}: {sizes}; lower min_examples, have fewer clients, or partition more evenly"
-            )
+        raise DataError("; ".join([f"client {self.client!r} has {problem}: {sizes}", *notes, remedy]))
 
 
 def split_client(
@@ -77,6 +88,8 @@ def split_client(
         validation=_capped(validation, "validation", client, task, settings),
         test=_capped(test, "test", client, task, settings),
         test_table="train" if official_test is None else "test",
+        count=len(rows),
+        distinct=len(groups),
     )
 
 

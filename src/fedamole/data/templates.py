@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import tomli_w
+
 from fedamole.data.examples import Example, Literals, Span
 from fedamole.data.layouts import listed, missing_column, shortened
 from fedamole.errors import ConfigError, DataError
@@ -135,6 +137,8 @@ BUILT_IN: dict[str, TemplateSettings] = {
         options=("yes", "no", "maybe"),
     ),
     "plain": TemplateSettings(prompt="{prompt}", answer="{completion}"),
+    # The same, for rows whose prompt and completion are made of `messages` even where the file has such columns too.
+    "messages": TemplateSettings(prompt="{prompt}", answer="{completion}"),
     "classification": TemplateSettings(
         prompt="Text: {text}\nWhich class does the text belong to?\nClass:\n",
         answer="{label_text}",
@@ -196,6 +200,13 @@ def _by_columns(have: set[str], where: str) -> str:
         return "plain"
     if "text" in have and {"label", "label_text"} & have:
         return "classification"
+    if "messages" in have:  # not used by `arrange`, so the file has one of the two columns
+        beside = "prompt" if "prompt" in have else "completion"
+        raise DataError(
+            f"{where}: there are the columns messages and {beside}, and either could make the prompts. In this "
+            f'[[data.source]], set template = "messages" to use messages, or drop the other column with columns = '
+            f'{{{beside} = ""}}; for a client\'s own file, --template messages or --column {beside}='
+        )
     raise DataError(
         f"{where}: no template fits the columns {listed(have)}; set template = one of "
         f"{', '.join(BUILT_IN)}, or write your own under [data.templates.<name>]"
@@ -219,10 +230,7 @@ def options_of(template: TemplateSettings, rows: Iterable[Mapping[str, Any]], wh
         spellings.pop("", None)
         options = tuple(sorted(label if len(texts) > 1 else texts.pop() for label, texts in spellings.items()))
         if len(options) < 2:
-            found = [shortened(option) for option in options]
-            raise DataError(
-                f"{where}: column {column!r} has only the values [{', '.join(found)}]; options need at least two"
-            )
+            raise _too_few_options(template, column, options, where)
     _warn_of_white_space(template, template.labels or options, rows, where)
     return options
 
@@ -241,6 +249,24 @@ def _warn_of_white_space(
             "%s: %d of %d labels have white space around them; each is taken for the label without it, for example %s",
             where, len(spaced), len(labels), shortened(spaced[0]),
         )  # fmt: skip
+
+
+def _too_few_options(template: TemplateSettings, column: str, found: Sequence[str], where: str) -> DataError:
+    """The error for a file with a single label: shows the template that lists the answers of the whole task."""
+    keys = {"prompt": template.prompt, "prompt_without_context": template.prompt_without_context}
+    keys |= {"context": template.context, "answer": template.answer}
+    table = "".join(f"{key} = {_as_toml(text)}, " for key, text in keys.items() if text is not None)
+    options = "".join(f"{_as_toml(text[:200])}, " for text in found)
+    return DataError(
+        f"{where}: column {column!r} has only the values {[text[:200] for text in found]}; options need at least two. "
+        "If other clients have other answers, list all answers of the task in the config, which in a deployment is the "
+        f"coordinator's: under [data.templates], task = {{ {table}options = [{options}...] }}. Then use it: template = "
+        '"task" in each [[data.source]] of the task, or --template task for a client\'s own file'
+    )
+
+
+def _as_toml(text: str) -> str:
+    return tomli_w.dumps({"text": text}).removeprefix("text = ").strip()
 
 
 def render(template: TemplateSettings, options: Sequence[str], row: Mapping[str, Any], where: str) -> Example | None:

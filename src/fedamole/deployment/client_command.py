@@ -37,7 +37,9 @@ def client(
     certs: Annotated[Path | None, typer.Option(help="Folder with ca.crt and node.key from the coordinator.")] = None,
     test: Annotated[Path | None, typer.Option(help="Its own test file; else test rows are cut from the data.")] = None,
     template: Annotated[str, typer.Option(help="How rows become prompts; auto chooses by the columns.")] = "auto",
-    column: Annotated[list[str] | None, typer.Option(help="A column under another name: instruction=question.")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="A column under another name, instruction=question; prompt= drops one.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Use at most so many rows.")] = None,
     base: Annotated[str | None, typer.Option(help="This machine's copy of the base model: folder or hub id.")] = None,
     folder: Annotated[Path, typer.Option(help="Where its run folders are written.")] = Path("runs"),

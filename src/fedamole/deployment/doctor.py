@@ -307,7 +307,7 @@ def data_fit(
     if path.stat().st_size == 0:
         return [Finding("data", "problem", f"{path.name}: the file is empty", "put one row on each line")]
     try:
-        source = SourceSettings(name="data", path=str(path.resolve()), columns=dict(columns or {}))
+        source = SourceSettings(name="data", path=str(path.resolve()), template=template, columns=dict(columns or {}))
         table, _ = read_source(source, path.parent)
     except Exception as error:  # its text may quote a row
         return [_unread(path, error)]
@@ -322,7 +322,9 @@ def data_fit(
     except (ConfigError, DataError) as error:
         return [Finding("data", "ok", facts), Finding("data", "problem", str(error))]
     known = {**BUILT_IN, **own}
-    name = next((name for name, one in known.items() if one == chosen), "classification")
+    name = template
+    if template == "auto":
+        name = next((name for name, one in known.items() if one == chosen), "classification")
     return [Finding("data", "ok", f"{facts}; template {name!r} would be chosen"), *_rows_fit(table, chosen)]
 
 
@@ -350,7 +352,11 @@ def _rows_fit(table: "Table", template: "TemplateSettings") -> list[Finding]:
         options = options_of(template, table.rows, table.where)
     except DataError:
         text = f"{table.where}: column {template.options_from!r} has fewer than two values to choose from"
-        return [Finding("data", "problem", text, "give the file rows of every answer, or write a template of your own")]
+        remedy = (
+            "give the file rows of every answer, or have the coordinator list all answers as options of a template "
+            "under [data.templates], and name it by --template"
+        )
+        return [Finding("data", "problem", text, remedy)]
     usable, broken = 0, []
     for index, row in enumerate(table.rows):
         try:

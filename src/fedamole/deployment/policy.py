@@ -240,7 +240,8 @@ def _of_data(config: Config, source: SourceSettings, policy: PolicySettings, own
     told = ", ".join(dict.fromkeys(names)) + ("" if policy.templates is None else " (templates)")
     yield Item("template", source.template, told, source.template in names)
     if (template := config.data.templates.get(source.template)) is not None:
-        columns = KNOWN_COLUMNS | set(source.columns) if policy.columns is None else set(policy.columns)
+        renamed = {new for new, old in source.columns.items() if old}  # without those that are dropped
+        columns = KNOWN_COLUMNS | renamed if policy.columns is None else set(policy.columns)
         read = read_columns(template)
         told = f"{', '.join(sorted(columns))} (columns)"
         yield Item(f"columns of template {source.template}", ", ".join(sorted(read)), told, read <= columns)

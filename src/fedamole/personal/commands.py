@@ -209,7 +209,9 @@ def export(
     calibration: Annotated[Path | None, typer.Option(help="Rows to watch the model on; else its client's training "
                                                           "split.")] = None,
     template: Annotated[str, typer.Option(help="How rows of --calibration become prompts.")] = "auto",
-    column: Annotated[list[str] | None, typer.Option(help="A column under another name: instruction=question.")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="A column under another name, instruction=question; prompt= drops one.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Most tokens to watch the model on.")] = 32768,
     ridge: Annotated[float, typer.Option(help="Penalty on the LoRA's size, relative to its inputs' mean square.")]
     = 1e-4,
@@ -265,7 +267,9 @@ def adapt(
     name: Annotated[str | None, typer.Option(help="Its name; else that of the file.")] = None,
     test: Annotated[Path | None, typer.Option(help="Its own test file; else test rows are cut from the data.")] = None,
     template: Annotated[str, typer.Option(help="How rows become prompts; auto chooses by the columns.")] = "auto",
-    column: Annotated[list[str] | None, typer.Option(help="A column under another name: instruction=question.")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="A column under another name, instruction=question; prompt= drops one.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Use at most so many rows.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps; else those of a round; 0 trains nothing.")] = None,
     folder: Annotated[Path, typer.Option(help="Where its run folder is written.")] = Path("runs"),
@@ -329,10 +333,10 @@ def _source(
 
 
 def renamed(column: list[str] | None) -> dict[str, str]:
-    """What --column says: new names of columns with their old ones; ConfigError for a word in another form."""
+    """What --column says: the old name by the new one, empty for a column to drop; ConfigError for another form."""
     from fedamole.errors import ConfigError
 
     columns = dict(word.partition("=")[::2] for word in column or [])
-    if not all(columns.values()):
-        raise ConfigError("--column: write new=old, for example --column instruction=question")
+    if not all(columns) or not all("=" in word for word in column or []):
+        raise ConfigError("--column: write new=old, for example instruction=question, or name= to drop a column")
     return columns

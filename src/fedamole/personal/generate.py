@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
@@ -41,7 +41,7 @@ class Layout:
     own: Mapping[str, TemplateSettings] = field(default_factory=dict)
     """The config's own templates by name."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Columns that were renamed, new = old."""
+    """Columns that were renamed, new = old, or dropped, new = empty."""
 
 
 def layout_of(place: Place) -> Layout:
@@ -118,10 +118,13 @@ def rendered(rows: Sequence[Row], layout: Layout, where: str) -> list[Example]:
     Rows with a `prompt` and without the template's columns are taken as they are. `where` names their origin in the
     DataError for a column that is missing, or holds no text.
     """
-    renamed = {new: old for new, old in layout.columns.items() if old in rows[0]}
+    columns, template_name = _as_in_training(layout, rows[0])
+    if columns.get("input") == "" and all(row.get("context") == row.get("input") for row in rows):
+        # Reading the file made the context of the input that is dropped here.
+        rows = [{key: value for key, value in row.items() if key != "context"} for row in rows]
     arranged = [
         {"context": "" if row.get("input") is None else row["input"], **row} if "instruction" in row else row
-        for row in arrange(rows, renamed, where)
+        for row in arrange(rows, columns, where, template_name)
     ]
     have, template = set(arranged[0]), _template(layout, set(arranged[0]))
     wanted = [] if template is None else columns_of(template.prompt, "prompt")
@@ -141,6 +144,18 @@ def rendered(rows: Sequence[Row], layout: Layout, where: str) -> list[Example]:
     asked = replace(template, answer="{" + TO_COME + "}", options=(), options_from=None, labels={})
     found = [render(asked, (), {**row, TO_COME: TO_COME}, _name(where, at)) for at, row in enumerate(arranged)]
     return [replace(example, answer="") for example in found if example is not None]
+
+
+def _as_in_training(layout: Layout, have: Collection[str]) -> tuple[dict[str, str], str]:
+    """What of the client's `columns` and template applies to rows that have these columns, for `arrange`.
+
+    A file with a `prompt` and no `messages` holds prompts to be taken as they are, so its `prompt` is not dropped.
+    """
+    columns = {new: old for new, old in layout.columns.items() if (old or new) in have}
+    messages = "messages" in have or "messages" in columns
+    if columns.get("prompt") == "" and not messages:
+        del columns["prompt"]
+    return columns, layout.template if messages else "auto"
 
 
 def _name(where: str, at: int) -> str:

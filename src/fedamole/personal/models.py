@@ -59,7 +59,10 @@ def places(path: Path, row: str | None = None) -> tuple[Place, ...]:
 
 
 def find(path: Path, client: str | None, row: str | None = None) -> Place:
-    """The personal model of one client; `client` may be left out where there is only one. Raises RunError."""
+    """The personal model of one client; `client` may be left out where there is only one. Raises RunError.
+
+    A client of a partition by value may be named by its value too.
+    """
     found = {place.client: place for place in places(path, row)}
     if client is None and len(found) == 1:
         return next(iter(found.values()))
@@ -69,6 +72,11 @@ def find(path: Path, client: str | None, row: str | None = None) -> Place:
         return found[client]
     if NAME.fullmatch(client) and (path / "clients" / client).is_dir():
         raise RunError(f"{client} never trained up to its best round in {path}: its model is the bare base")
+    if (run := next(iter(found.values())).run) is not None:
+        values = read_manifest(run.place(MANIFEST)).values()
+        for name, place in found.items():
+            if values.get(name) == client:
+                return place
     raise RunError(f"{path} has no client {client!r}{nearest(client, found)}; there are {', '.join(found)}")
 
 

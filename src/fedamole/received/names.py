@@ -1,12 +1,16 @@
 """Names that become parts of paths: clients, rows of a run, sources."""
 
+import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable
 
 from fedamole.errors import FedamoleError, RunError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """What a name is made of: no separator, no `..`, nothing that a terminal, a page or a shell could obey."""
+_PLAIN = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*")
+"""A text that can be a name as it is. It has no two dashes in a row, which mark the names made for all other texts."""
 LONGEST_NAME = 120
 """Characters of a name; with what is put around it, it stays below the 255 bytes that file systems allow."""
 
@@ -24,8 +28,8 @@ def checked_name(name: object, what: str, error: type[FedamoleError] = RunError)
     """
     if not isinstance(name, str) or len(name) > LONGEST_NAME or not NAME.fullmatch(name):
         raise error(
-            f"{what}: the name {quoted(name)} cannot be used; a name is 1 to {LONGEST_NAME} letters, digits, dots, "
-            "dashes and underscores, and begins with a letter or a digit"
+            f"{what}: the name {quoted(name)} cannot be used; a name is 1 to {LONGEST_NAME} ASCII letters, "
+            "digits, dots, dashes and underscores, and begins with a letter or a digit"
         )
     return name
 
@@ -47,3 +51,20 @@ def checked_names(names: Iterable[object], what: str, error: type[FedamoleError]
 def as_name(text: str, most: int = 64) -> str:
     """Make a name that may become a part of a path of any text, for example of a run's name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-_")[:most] or "run"
+
+
+def joined_name(prefix: str, text: str) -> str:
+    """Return a name that begins with a name of at most 80 characters; different texts have different names.
+
+    A text of the letters a to z and digits, with single dots, dashes or underscores in between, follows the prefix as
+    it is: `site-north_2`. For any other text follow its ASCII letters and digits in lower case, two dashes, and 12
+    hexadecimal digits of its SHA-256: `North 2` gives `site-north-2--fe46084cc054`. The name depends on nothing but
+    the two texts. No two names of one prefix differ only in case.
+    """
+    room = LONGEST_NAME - len(prefix) - 1
+    if len(text) <= room and _PLAIN.fullmatch(text):
+        return f"{prefix}-{text}"
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    letters = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    readable = re.sub(r"[^a-z0-9]+", "-", letters).strip("-")[: min(40, room - 14)].strip("-")
+    return f"{prefix}{readable and '-'}{readable}--{digest}"

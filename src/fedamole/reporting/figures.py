@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,22 @@ def check_folder(folder: Path) -> None:
 
 
 def draw_all(folder: Path, content: Json) -> list[Path]:
-    """Write every figure that the content has data for, over older ones, as SVG and PNG; return the files."""
+    """Write every figure that the content has data for, over older ones, as SVG and PNG; return the files.
+
+    Where two figures would have one name, as of runs that are called by other letters than ASCII, the later one gets a
+    number: `unnamed-sizes-2.svg`.
+    """
     from matplotlib import rc_context
 
-    written = []
+    written: list[Path] = []
+    taken: set[str] = set()
     with rc_context(LOOK):
         for name, figure in _figures(content):
+            candidates = chain([name], (f"{name}-{number}" for number in count(2)))
+            free = next(one for one in candidates if one.lower() not in taken)
+            taken.add(free.lower())
             for kind in KINDS:
-                written.append(folder / f"{name}{kind}")
+                written.append(folder / f"{free}{kind}")
                 save(figure, written[-1])
     return written
 
