@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,9 @@ from fedamole.config import Config, Table, build, merged, nearest, overridden, r
 from fedamole.config import refuse_unknown as refuse_unknown_keys
 from fedamole.errors import ConfigError
 from fedamole.experiment import plan, rows_of
+from fedamole.files import exclusive
 from fedamole.methods import METHODS
+from fedamole.received.files import read_toml
 from fedamole.reporting.comparison import Entry, best_validation_loss
 
 NEARLY_NOTHING = 1024
@@ -160,11 +161,9 @@ class Comparison:
 def load_comparison(path: Path) -> Comparison:
     """Read a comparison and load the config of every arm, so that a mistake anywhere is found before anything runs."""
     try:
-        tables: Table = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"comparison {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"comparison {path} is not TOML: {error}") from error
+        tables: Table = read_toml(path, ConfigError)
+    except ConfigError as error:  # it names the file
+        raise ConfigError(f"comparison {error}") from error
     try:
         refuse_unknown_keys(tables, [item.name for item in dataclasses.fields(ComparisonSettings)] + ["variants"], "")
         variants = tables.pop("variants", {})
@@ -303,7 +302,17 @@ def _bytes_per_round(comparison: Comparison, arm: Arm) -> float:
 
 
 def run_comparison(comparison: Comparison, watcher: CellWatcher) -> list[Cell]:
-    """Run every cell that is not finished, grids first; return the cells that failed."""
+    """Run every cell that is not finished, grids first; return the cells that failed.
+
+    Raises RunError while another process runs the comparison: both would make the same folders.
+    """
+    comparison.folder.mkdir(parents=True, exist_ok=True)
+    refusal = f"{comparison.folder}: another process is running this comparison; wait for it or stop it"
+    with exclusive(comparison.folder / ".lock", refusal):
+        return _run_comparison(comparison, watcher)
+
+
+def _run_comparison(comparison: Comparison, watcher: CellWatcher) -> list[Cell]:
     comparison = within_bytes(comparison)
     check_stored(comparison)
     workers = comparison.settings.workers

@@ -8,7 +8,7 @@ from fedamole.federation.best import mean_best_round
 from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.reporting.markdown import literal
 from fedamole.reporting.markdown import table as as_table
-from fedamole.reporting.runs import Run
+from fedamole.reporting.runs import Run, untrained_warning
 
 SCORE_LINES = ("mean", "worst client", "spread", "mean, last round")
 SUMMARY_LINES = (*SCORE_LINES, "mean loss", "best round", "KiB down / up")
@@ -26,6 +26,8 @@ class Column:
     """Values of SUMMARY_LINES, one per seed."""
     traffic: tuple[float, float]
     """Bytes down and up per client and round."""
+    untrained: bool = False
+    """Whether every update of one of its runs failed; such a column gets no star."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,14 @@ class Comparison:
     clients: tuple[str, ...]
     columns: tuple[Column, ...]
     seeds: tuple[int, ...]
+    warnings: tuple[str, ...] = ()
+    """A sentence on each run in which every update failed; they stand above the table."""
 
     def as_json(self) -> dict[str, object]:
         """The table for machines."""
         return {
             "seeds": list(self.seeds),
+            "warnings": list(self.warnings),
             "columns": {column.label: {"clients": column.clients, **column.lines} for column in self.columns},
         }
 
@@ -64,7 +69,8 @@ def _comparison(runs: Sequence[Run]) -> Comparison:
     order = sorted(found, key=lambda label: (label not in common, label != BASE, label.startswith("fedamole")))
     clients = tuple(sorted(runs[0].summary["rows"][BASE]["clients"]))
     columns = tuple(_column(label, found[label], clients) for label in order)
-    return Comparison(clients, columns, tuple(sorted({run.seed for run in runs})))
+    warnings = tuple(filter(None, (untrained_warning(run.path, run.summary) for run in runs)))
+    return Comparison(clients, columns, tuple(sorted({run.seed for run in runs})), warnings)
 
 
 def _column(label: str, entries: Sequence[tuple[Run, str]], clients: Sequence[str]) -> Column:
@@ -87,7 +93,8 @@ def _column(label: str, entries: Sequence[tuple[Run, str]], clients: Sequence[st
     scores = {
         client: [row["clients"][client]["score"] for row in rows if client in row["clients"]] for client in clients
     }
-    return Column(label, scores, lines, traffic)
+    untrained = trained and any(run.untrained for run, _ in entries)
+    return Column(label, scores, lines, traffic, untrained)
 
 
 def cell(values: Sequence[float], digits: int = 1) -> str:
@@ -125,7 +132,9 @@ def _starred(
 ) -> list[str]:
     sign = -1 if lowest else 1
     means = [
-        sign * sum(found) / len(found) if found and column.label not in (BASE, MAJORITY) else -math.inf
+        sign * sum(found) / len(found)
+        if found and column.label not in (BASE, MAJORITY) and not column.untrained
+        else -math.inf
         for column, found in zip(comparison.columns, values, strict=True)
     ]
     best = max(means)
@@ -144,4 +153,5 @@ def markdown(comparison: Comparison) -> str:
     """The table in Markdown."""
     head, *body = grid(comparison)
     rule = ["---"] + ["---:"] * (len(head) - 1)
-    return as_table([*map(literal, head)], [[literal(cell) for cell in line] for line in body], rule)
+    above = "".join(f"**{literal(warning)}**\n\n" for warning in comparison.warnings)
+    return above + as_table([*map(literal, head)], [[literal(cell) for cell in line] for line in body], rule)
