@@ -126,6 +126,22 @@ def test_there_is_one_way_to_say_something(path: Path) -> None:
 
 
 @each_file
+def test_text_files_are_utf_8_in_every_locale(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name, told = ast.unparse(node.func).split(".")[-1], {word.arg for word in node.keywords}
+        where = f"{NAMES[path]}:{node.lineno}: without encoding"
+        if name in ("read_text", "write_text"):
+            own = isinstance(node.func, ast.Name)  # received.files.read_text, which is UTF-8 always
+            assert own or "encoding" in told, where
+        if name in ("open", "fdopen"):
+            modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            if modes and re.fullmatch(r"[rwax+]+", modes[-1]):
+                assert "encoding" in told, where
+
+
+@each_file
 def test_no_global_generator_and_no_pickle(path: Path) -> None:
     banned = {
         "torch.manual_seed", "torch.cuda.manual_seed", "torch.cuda.manual_seed_all", "np.random.seed",

@@ -43,7 +43,7 @@ def read_config(path: Path | None, overrides: list[str] | None) -> "Config":
 
     words = list(overrides or [])
     if path is not None and "=" in str(path) and not path.exists():  # no config named, settings only
-        words, path = [str(path), *words], None
+        words, path = [decoded(str(path)), *words], None
     return load_config(path or bundled_config("fedamole"), words)
 
 
@@ -59,8 +59,8 @@ class Commands(TyperGroup):
             command.params += [_flag("--version", "Show the version and end.", hidden, _show_version)]
             command.params += [_flag(DEBUG, "Show the traceback of an error that ends the command.", hidden)]
             for parameter in command.params:
-                if isinstance(parameter.type, click.types.FloatParamType):
-                    parameter.callback = _finite(parameter.callback)
+                if isinstance(parameter.type, click.types.FloatParamType | click.types.StringParamType):
+                    parameter.callback = _checked(parameter.callback)
 
 
 def _every(command: click.Command) -> Iterator[click.Command]:
@@ -88,16 +88,36 @@ def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> N
         context.exit()
 
 
-def _finite(then: Callback | None) -> Callback:
-    """Refuse nan and infinity, which pass every comparison with a limit, before what else a number goes through."""
+def _checked(then: Callback | None) -> Callback:
+    """Check numbers and decode texts before what else an option's value goes through."""
 
     def check(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
-        for number in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise click.BadParameter(f"{number} is not a finite number.", context, parameter)
+        try:
+            value = [_good(one) for one in value] if isinstance(value, list | tuple) else _good(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error), context, parameter) from error
         return value if then is None else then(context, parameter, value)
 
     return check
+
+
+def _good(value: Any) -> Any:
+    """Return a value of the command line; ValueError for one that cannot be used.
+
+    nan and infinity pass every comparison with a limit. In a locale that is not UTF-8, Python leaves letters of the
+    command line undecoded.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is not a finite number.")
+    return decoded(value) if isinstance(value, str) else value
+
+
+def decoded(word: str) -> str:
+    """Return a word of the command line as what its bytes are in UTF-8; ValueError where they are no UTF-8."""
+    try:
+        return word.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(f"{word!a} is not UTF-8 text.") from error
 
 
 def run_command_line(app: typer.Typer, console: Console) -> None:

@@ -24,10 +24,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     content stays and nothing else is left behind. Text is written as UTF-8.
     """
     temporary = path.with_name(f".{path.name}.writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise RunError(f"{path} cannot be written: {path.parent} is no folder; move it away") from error
+    _make_parents(path)
     for place in (path, temporary):
         if place.is_dir():
             raise RunError(f"{place} is a folder, and a file of that name was to be written: move it away")
@@ -40,6 +37,14 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _make_parents(path: Path) -> None:
+    """Make the folder that a file or folder is written to, and those above it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise RunError(f"{path} cannot be written: {path.parent} is no folder; move it away") from error
 
 
 @contextmanager
@@ -76,7 +81,7 @@ def new_file(path: Path) -> Iterator[None]:
     Creating it first means that a place which cannot be written is found before the work, not after it. Where the
     block fails, the file is removed again.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parents(path)
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     except FileExistsError as error:
@@ -96,7 +101,7 @@ def new_folder(wanted: Path, numbered: bool = False) -> Iterator[Path]:
     written nothing, the folder and the parents made for it are removed again.
     """
     made = [place for place in wanted.parents if not place.exists()]
-    wanted.parent.mkdir(parents=True, exist_ok=True)
+    _make_parents(wanted)
     path, number = wanted, 1
     while True:
         try:

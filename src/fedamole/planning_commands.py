@@ -80,7 +80,8 @@ def partition(
             write_atomic(out, federation.manifest.to_json())
     rows = [
         {
-            "client": shard.client, "task": shard.task,
+            "client": shard.client,
+            "task": shard.task,
             **{split: len(getattr(shard, split)) for split in ("train", "embedding", "validation", "test")},
             "answers": _mix([example.answer for example in shard.train]),
         }

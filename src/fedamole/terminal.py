@@ -5,6 +5,7 @@ table) stands there as it is: no markup, and no character that a terminal would 
 comes as an argument, or in a `rich.text.Text`. Results that are no table go through `say`, JSON through `say_json`.
 """
 
+import codecs
 import io
 import json
 import logging
@@ -124,7 +125,10 @@ def set_up() -> Screen:
     """Set the environment, standard output and logging up; return the console of standard error.
 
     Where the locale's encoding is not UTF-8, letters that it lacks are printed as escapes, and never end a command.
+    Where it is ASCII, which UTF-8 includes, standard input is read as UTF-8.
     """
+    if isinstance(sys.stdin, io.TextIOWrapper) and codecs.lookup(sys.stdin.encoding).name == "ascii":
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -93,8 +93,8 @@ def _what(about: Json, config: Json, summary: Json, name: str, row: str) -> str:
         warning = f"**Not trained: all {summary['updates']} updates of its run failed. Do not use it.**\n\n"
     return (
         f"{warning}A PEFT adapter for a frozen language model, trained by fedamole {literal(about['fedamole'])} in a "
-        f"federation of clients that kept their data, for one of them: {code(name)}. It was saved in round {best} of 0 to "
-        f"{summary['rounds'] - 1}, the one with the best {by} on validation.{early}\n\n"
+        f"federation of clients that kept their data, for one of them: {code(name)}. It was saved in round {best} of 0 "
+        f"to {summary['rounds'] - 1}, the one with the best {by} on validation.{early}\n\n"
         "No licence has been chosen: `license` and `license_name` above are for the owner to fill in. What the base's "
         "licence asks for holds for this model too."
     )
