@@ -198,7 +198,7 @@ def test_an_honest_run_passes_the_default_policy_and_is_shown(asks: Any, client:
 ASKED: dict[str, tuple[str, Callable[[dict[str, Any]], None], str, str]] = {
     # of the attack's list: the code that the server gets, and what the client's own log says
     "a rank that no memory holds": ("fedit", put("method", "rank", value=10**7), "policy", "max_rank"),
-    "10^9 rounds": ("fedit", put("federation", "rounds", value=10**9), "policy", "max_rounds"),
+    "10^5 rounds": ("fedit", put("federation", "rounds", value=10**5), "policy", "max_rounds"),
     "10^9 new tokens": ("fedit", put("evaluation", "max_new_tokens", value=10**9), "policy", "max_new_tokens"),
     "10^6 tokens of text": ("fedit", put("training", "max_length", value=10**6), "policy", "max_length"),
     "one step": ("fedit", put("training", "local_steps", value=1), "policy", "min_steps"),
