@@ -232,15 +232,15 @@ def scores(folder: Path) -> dict[str, Any]:
 
 
 def folder_is_named(runs: Runs) -> bool:
-    from fedamole.experiment import free_folder
+    from fedamole.experiment import wanted_folder
 
-    return free_folder(runs.load("fedit", "run.name=mine")) == Path("runs/mine")
+    return wanted_folder(runs.load("fedit", "run.name=mine")) == Path("runs/mine")
 
 
 def folder_is_chosen(runs: Runs) -> bool:
-    from fedamole.experiment import free_folder
+    from fedamole.experiment import wanted_folder
 
-    return free_folder(runs.load("fedit", "run.folder=/tmp/there")) == Path("/tmp/there")
+    return wanted_folder(runs.load("fedit", "run.folder=/tmp/there")) == Path("/tmp/there")
 
 
 def device_is_used(runs: Runs) -> bool:

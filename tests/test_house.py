@@ -16,8 +16,9 @@ FLOOR = {
     "model": 1, "assignment": 1, "data": 1,
     "evaluation": 2, "federation": 3, "methods": 4, "engine": 5, "config": 5, "planning": 6, "reporting": 5,
     "experiment": 7,
-    "cells": 8, "personal": 8, "console": 9, "comparison": 9, "serving": 9, "deployment": 10, "cli": 11,
-    "__main__": 12,
+    "cells": 8, "personal": 8, "console": 9, "comparison": 9, "serving": 9, "deployment": 10, "command_line": 10,
+    "planning_commands": 11, "cli": 12,
+    "__main__": 13,
 }  # fmt: skip
 """A room may import from rooms on lower floors; the first three of floor 1 know nothing of each other."""
 
@@ -122,6 +123,22 @@ def test_there_is_one_way_to_say_something(path: Path) -> None:
             assert told.get("markup", "False") == "False", f"{NAMES[path]}:{node.lineno}: markup"
             if ast.unparse(node.func) == "TextColumn":
                 assert told.get("markup") == "False", f"{NAMES[path]}:{node.lineno}: its text is markup by default"
+
+
+@each_file
+def test_text_files_are_utf_8_in_every_locale(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name, told = ast.unparse(node.func).split(".")[-1], {word.arg for word in node.keywords}
+        where = f"{NAMES[path]}:{node.lineno}: without encoding"
+        if name in ("read_text", "write_text"):
+            own = isinstance(node.func, ast.Name)  # received.files.read_text, which is UTF-8 always
+            assert own or "encoding" in told, where
+        if name in ("open", "fdopen"):
+            modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            if modes and re.fullmatch(r"[rwax+]+", modes[-1]):
+                assert "encoding" in told, where
 
 
 @each_file

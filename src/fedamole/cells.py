@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 import time
-import tomllib
 import traceback
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -21,12 +20,13 @@ from typing import Any, Literal
 import tomli_w
 
 from fedamole.config import Config, Table, load_config, to_config
-from fedamole.errors import FedamoleError, RunError
+from fedamole.errors import FedamoleError, RunError, describe_os_error
 from fedamole.experiment import resume, start
 from fedamole.federation.loop import Watcher
 from fedamole.federation.run_folder import CONFIG, MANIFEST, RUN, SUMMARY, RunFolder
 from fedamole.files import write_atomic
 from fedamole.model.base import resolve_device
+from fedamole.received.files import read_toml
 
 FREE = ("run.folder", "run.device", "run.threads", "run.group")
 """Settings that a stored cell may differ in: where it lies and what it ran on."""
@@ -75,7 +75,7 @@ class Cell:
     @property
     def error(self) -> str:
         """Why its last try failed, in one line."""
-        return str(json.loads(self.failure.read_text())["error"])
+        return str(json.loads(self.failure.read_text(encoding="utf-8"))["error"])
 
     def refuse_other_config(self, asked_by: str, free: Sequence[str] = FREE) -> None:
         """Raise RunError where the folder holds a run with other settings; names the first key that differs."""
@@ -109,7 +109,7 @@ def copied(cell: Cell, source: Path) -> None:
     begun = cell.path.with_name(f".{cell.path.name}.copying")
     shutil.rmtree(begun, ignore_errors=True)
     shutil.copytree(source, begun, ignore=shutil.ignore_patterns(".lock"))
-    tables = tomllib.loads((begun / CONFIG).read_text())
+    tables = read_toml(begun / CONFIG)
     tables["run"]["folder"] = str(cell.path.resolve())
     write_atomic(begun / CONFIG, tomli_w.dumps(tables))
     os.rename(begun, cell.path)
@@ -238,6 +238,8 @@ def _work(tables: Table, folder: str, log: str, answer: Connection) -> None:
             start(to_config(tables), path, Watcher())
     except FedamoleError as error:
         answer.send({"error": str(error)})
+    except OSError as error:
+        answer.send({"error": describe_os_error(error), "traceback": traceback.format_exc()[-8000:]})
     except Exception as error:
         # Cut, so that sending never waits for a reader: a pipe holds 64 KiB.
         answer.send({"error": f"{type(error).__name__}: {error}"[:2000], "traceback": traceback.format_exc()[-8000:]})

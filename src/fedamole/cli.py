@@ -1,34 +1,40 @@
 """The command line. Nothing heavy is imported before a command needs it, so `--help` answers at once."""
 
-import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 
+from fedamole.command_line import (
+    INTERRUPTED,
+    AsJson,
+    Commands,
+    ConfigPath,
+    Overrides,
+    bundled_config,
+    read_config,
+    run_command_line,
+)
 from fedamole.deployment.certificate_commands import certs
 from fedamole.deployment.client_command import audit_log, client
 from fedamole.deployment.clients_command import app as clients
 from fedamole.deployment.commands import server, simulate
 from fedamole.deployment.doctor_command import doctor
 from fedamole.deployment.health_command import health
-from fedamole.errors import FedamoleError
 from fedamole.personal import commands as personal
+from fedamole.planning_commands import partition, plan
 from fedamole.reporting import commands as reporting
 from fedamole.serving import commands as serving
 from fedamole.terminal import Screen, say, say_json, screen, set_up
 
 if TYPE_CHECKING:
     from fedamole.comparison.file import Comparison
-    from fedamole.config import Config
     from fedamole.federation.loop import Watcher
-    from fedamole.planning import Plan
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -40,27 +46,6 @@ app = typer.Typer(
 )
 
 DEMO = ("local_only", "fedit", "fedamole")
-
-ConfigPath = Annotated[Path | None, typer.Argument(help="A TOML config; left out: the bundled demo with FedAMoLE.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Settings that differ, e.g. federation.rounds=5 method.assignment=random.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
-
-
-def bundled_config(name: str) -> Path:
-    """Path of a config that comes with the package."""
-    return Path(__file__).parent / "bundled" / f"{name}.toml"
-
-
-def _config(path: Path | None, overrides: list[str] | None) -> "Config":
-    from fedamole.config import load_config
-
-    words = list(overrides or [])
-    if path is not None and "=" in str(path) and not path.exists():  # no config named, settings only
-        words, path = [str(path), *words], None
-    return load_config(path or bundled_config("fedamole"), words)
-
 
 @contextmanager
 def _watching(title: str, as_json: bool) -> "Iterator[Watcher]":
@@ -74,6 +59,24 @@ def _watching(title: str, as_json: bool) -> "Iterator[Watcher]":
     watcher = BarWatcher(console, title)
     with watcher.progress:
         yield watcher
+
+
+@contextmanager
+def _resumable(folder: Path | None = None) -> "Iterator[None]":
+    """Say after Ctrl-C how the run in a folder goes on, or what the same command goes on with."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from fedamole.federation.run_folder import RUN
+
+        if folder is None:
+            how = "the same command goes on from the last finished round"
+        elif (folder / RUN).exists():
+            how = f"`fedamole resume {folder}` goes on from the last finished round"
+        else:
+            how = "no round had begun, and nothing was kept: start it again"
+        screen(error=True).print(f"interrupted; {how}", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _show(paths: list[Path], as_json: bool, with_clients: bool = True) -> None:
@@ -94,16 +97,18 @@ def run(config: ConfigPath = None, overrides: Overrides = None, as_json: AsJson 
     Writes a run folder (runs/NAME unless run.folder is set) and prints its table.
     A run that was interrupted goes on with `fedamole resume FOLDER`.
     """
-    from fedamole.experiment import free_folder, start
+    from fedamole.experiment import new_run_folder, start
+    from fedamole.reporting.runs import refuse_untrained
 
-    settings = _config(config, overrides)
-    folder = free_folder(settings)
-    screen(error=True).print(f"{settings.method_name} -> {folder}")
-    with _watching(settings.run.name, as_json) as watcher:
-        summary = start(settings, folder, watcher)
+    settings = read_config(config, overrides)
+    with new_run_folder(settings) as folder, _resumable(folder):
+        screen(error=True).print(f"{settings.method_name} -> {folder}")
+        with _watching(settings.run.name, as_json) as watcher:
+            summary = start(settings, folder, watcher)
     _show([folder], as_json)
     peak = f"peak memory {summary['peak_memory_mib']:,.0f} MiB with {summary['group']} clients in lock-step"
     screen(error=True).print(peak)
+    refuse_untrained(folder)
 
 
 @app.command()
@@ -120,14 +125,16 @@ def resume(
     from fedamole.experiment import reads_outside
     from fedamole.experiment import resume as resume_run
     from fedamole.federation.run_folder import RunFolder
+    from fedamole.reporting.runs import refuse_untrained
 
     run_folder = RunFolder.open(folder)
     if not run_folder.finished and (reads := reads_outside(load_run_config(run_folder), folder, base=base is None)):
         said = f"reads what {folder}/config.toml names outside that folder: {', '.join(reads)}"
         screen(error=True).print(said, style="dim", soft_wrap=True)
-    with _watching(folder.name, as_json) as watcher:
+    with _resumable(folder), _watching(folder.name, as_json) as watcher:
         resume_run(folder, watcher, base)
     _show([folder], as_json)
+    refuse_untrained(folder)
 
 
 @app.command()
@@ -149,98 +156,8 @@ def show(
         say(as_markdown(comparison) + "\n")
 
 
-@app.command()
-def plan(
-    config: ConfigPath = None,
-    overrides: Overrides = None,
-    without_data: Annotated[
-        bool, typer.Option("--without-data", help="Open no data and load no base; sizes for a GPU.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Show what a run would do: clients, sizes, feasibility, parameters, traffic, memory. Trains nothing."""
-    from dataclasses import asdict
-
-    from fedamole.console import sizes
-    from fedamole.experiment import plan as plan_run
-    from fedamole.experiment import plan_without_data
-
-    settings = _config(config, overrides)
-    planned = plan_without_data(settings) if without_data else plan_run(settings)
-    if as_json:
-        say_json(asdict(planned))
-        return
-    console = screen()
-    sizes(console, planned.clients, f"{len(planned.clients)} clients (examples per split)")
-    for name, value in (("method", settings.method_name), *_plan_lines(planned)):
-        console.print(f"{name:>10}  {value}", soft_wrap=True)
-
-
-def _plan_lines(planned: "Plan") -> Iterator[tuple[str, str]]:
-    """Name and value of each line below the clients of a plan."""
-    from fedamole.planning import PlanWithoutData
-
-    mib = planned.bytes_down / 2**20
-    total = 2 * mib * planned.clients_per_round * planned.rounds
-    yield "base", f"{planned.base}: {planned.base_parameters:,} parameters, {planned.targets} linears adapted"
-    yield "adapter", f"{planned.adapter_parameters:,.0f} trainable parameters per client on average"
-    yield "traffic", f"{mib:.2f} MiB to a client and about as much back per round, {total:,.0f} MiB in all"
-    yield "work", f"{planned.rounds} rounds x {planned.clients_per_round} clients x {planned.steps:.0f} steps"
-    if isinstance(planned, PlanWithoutData):
-        parts = f"base {planned.base_mib:,.0f}, {planned.mib_per_client:,.0f} for each client in lock-step"
-        yield "memory", f"about {planned.memory_mib:,.0f} MiB on a GPU with run.group = {planned.group} ({parts})"
-        yield "not in it", planned.not_included
-        yield "assumed", planned.assumed
-    else:
-        yield "memory", f"about {planned.memory_mib:,.0f} MiB with {planned.group} clients in lock-step (run.group)"
-    yield "assignment", "feasible"
-    for sentence in planned.exposure:
-        yield "exposure", sentence
-
-
-@app.command()
-def partition(
-    config: ConfigPath = None,
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Write the manifest here; use it by data.manifest.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Draw (or check) the partition of a config: which client has how much of what."""
-    from fedamole.console import sizes
-    from fedamole.data.manifest import load_federation
-    from fedamole.errors import RunError
-    from fedamole.files import write_atomic
-
-    federation = load_federation(_config(config, overrides).data, Path.cwd())
-    text = federation.manifest.to_json()
-    if out is not None:
-        if out.exists():
-            raise RunError(f"{out} exists already, and nothing is overwritten: remove it or choose another name")
-        write_atomic(out, text)
-    values = federation.manifest.values()
-    rows = [
-        {
-            "client": shard.client, **({"value": values.get(shard.client, "")} if values else {}), "task": shard.task,
-            **{split: len(getattr(shard, split)) for split in ("train", "embedding", "validation", "test")},
-            "answers": _mix([example.answer for example in shard.train]),
-        }
-        for shard in federation.shards
-    ]
-    if as_json:
-        say_json(rows)
-    else:
-        sizes(screen(wide=140), rows, "partition (examples per split)")
-
-
-def _mix(answers: list[str], most: int = 4) -> str:
-    """The most frequent answers with their shares."""
-    from collections import Counter
-
-    counts = Counter(answers)
-    if len(counts) > len(answers) / 2:
-        return "free text"
-    top = [f"{answer[:20]} {count / len(answers):.0%}" for answer, count in counts.most_common(most)]
-    return ", ".join(top) + (f", {len(counts) - most} more" if len(counts) > most else "")
+app.command()(plan)
+app.command()(partition)
 
 
 @app.command()
@@ -274,16 +191,20 @@ def demo(
     from fedamole.config import load_config
     from fedamole.errors import RunError
     from fedamole.experiment import start
+    from fedamole.files import new_folder
+    from fedamole.reporting.runs import refuse_untrained
 
     if folder.exists():
         raise RunError(f"{folder} exists already: `fedamole show {folder}` shows it, or choose --folder OTHER")
-    for name in DEMO:
-        settings = load_config(bundled_config(name))
-        with _watching(name, as_json) as watcher:
-            start(settings, folder / name, watcher)
+    with new_folder(folder):
+        for name in DEMO:
+            with _resumable(folder / name), _watching(name, as_json) as watcher:
+                start(load_config(bundled_config(name)), folder / name, watcher)
     _show([folder], as_json)
     if not as_json:
         screen(error=True).print(f"Each client's model: {folder}/fedamole/clients/NAME/adapter")
+    for name in DEMO:
+        refuse_untrained(folder / name)
 
 
 @app.command()
@@ -321,7 +242,7 @@ def compare(
         failed = failures(comparison)
     else:
         lines = CellLines(screen(error=True))
-        with lines.progress:
+        with _resumable(), lines.progress:
             failed = run_comparison(comparison, lines)
     _report(comparison, as_json, {"markdown": markdown, "csv": csv, "latex": latex, "plot": plot})
     for cell in failed:
@@ -374,20 +295,7 @@ app.add_typer(clients, name="clients")
 
 def main() -> None:
     """Run the command line; a user's mistake is one clear line, never a traceback."""
-    console = set_up()
-    try:
-        app()
-    except FedamoleError as error:
-        console.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
-        sys.exit(error.exit_code)
-    except SystemExit as exit_:  # what typer makes of Ctrl-C, among others
-        if exit_.code == 130 and sys.argv[1] in ("run", "resume", "demo", "compare"):
-            again = "the same command" if sys.argv[1] == "compare" else "`fedamole resume FOLDER`"
-            console.print(f"interrupted; {again} goes on from the last finished round")
-        raise
-    except Exception:  # a mistake of ours, whose message may hold text from elsewhere
-        console.print(traceback.format_exc(), soft_wrap=True)
-        sys.exit(1)
+    run_command_line(app, set_up())
 
 
 if __name__ == "__main__":

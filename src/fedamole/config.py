@@ -5,8 +5,10 @@ import difflib
 import math
 import tomllib
 import types
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date, time
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -21,7 +23,7 @@ from fedamole.methods import METHODS
 from fedamole.model.base import BaseSettings
 from fedamole.received.files import read_toml
 from fedamole.received.forms import MOST_WHOLE
-from fedamole.received.names import quoted
+from fedamole.received.names import LONGEST_NAME, quoted
 
 Table = dict[str, Any]
 
@@ -46,11 +48,22 @@ class RunSettings:
     """Also write losses and scores for TensorBoard (needs this package's extra `tensorboard`)."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers that no machine has."""
+        """Refuse names that are no folder's, and numbers that no machine has."""
+        _check_run_name(self.name)
         if self.group < 0:
             raise ConfigError(f"run.group = {self.group}: at least 1, or 0 to fill the free memory")
         if not 0 <= self.threads <= 4096:
             raise ConfigError(f"run.threads = {self.threads}: 1 to 4096, or 0 for PyTorch's own choice")
+
+
+def _check_run_name(name: str) -> None:
+    """Refuse a name that could not be a folder inside runs/, or that a terminal could not show as it is."""
+    odd = any(letter in "/\\" or unicodedata.category(letter).startswith("C") for letter in name)
+    if odd or name != name.strip() or not name or name.startswith(".") or len(name.encode()) > LONGEST_NAME:
+        raise ConfigError(
+            f"run.name = {quoted(name)}: it names a folder inside runs/, so it is 1 to {LONGEST_NAME} bytes without /, "
+            "\\ and control characters, and neither begins with a dot nor with a space; run.folder may be any path"
+        )
 
 
 @dataclass(frozen=True)
@@ -140,7 +153,11 @@ def merged(below: Table, above: Table) -> Table:
 
 
 def overridden(tables: Table, overrides: Sequence[str], folder: Path) -> Table:
-    """Apply `table.key=value` words; values are TOML, bare words count as text, and paths are relative to `folder`."""
+    """Apply `table.key=value` words of the command line; paths are relative to `folder`.
+
+    Values are TOML, and bare words count as text. Where a key holds text, so do words that TOML reads as a number, a
+    date or a truth value: run.name=2025-11-27.
+    """
     for word in overrides:
         name, equals, text = word.partition("=")
         keys = name.split(".")
@@ -150,10 +167,30 @@ def overridden(tables: Table, overrides: Sequence[str], folder: Path) -> Table:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
+        if not isinstance(value, str | list | dict) and _holds_text(keys):
+            value = text
         for key in reversed(keys):
             value = {key: value}
         tables = merged(tables, rebased(value, folder))
     return tables
+
+
+def _holds_text(keys: Sequence[str]) -> bool:
+    """Whether a setting, named by the keys of its tables, holds nothing but text."""
+    kinds = [*METHODS.values()] if keys[0] == "method" else [SECTIONS.get(keys[0])]
+    for key in keys[1:]:
+        hints: list[Any] = []
+        for kind in kinds:
+            if dataclasses.is_dataclass(kind):
+                hints += [get_type_hints(kind)[item.name] for item in dataclasses.fields(kind) if item.name == key]
+            elif get_origin(kind) is dict:
+                hints.append(get_args(kind)[1])
+        kinds = [option for hint in hints for option in (get_args(hint) if _is_union(hint) else (hint,))]
+    return bool(kinds) and all(kind in (str, types.NoneType) for kind in kinds)
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -217,7 +254,7 @@ def build(kind: Any, table: Any, where: str) -> Any:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """Check a TOML value against a field's type; whole numbers may stand where a number with a point is meant."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
+    if _is_union(hint):
         options = [option for option in arguments if option is not type(None)]
         for option in options[:-1]:
             try:
@@ -246,7 +283,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     wanted = {tuple: "a list", dict: "a table"}.get(origin) or {
         int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false",
     }.get(hint, str(hint))
-    raise ConfigError(f"{where} = {value!r}: must be {wanted}, not {type(value).__name__}")
+    shown = f"{value.isoformat()} (a date or time)" if isinstance(value, date | time) else repr(value)
+    raise ConfigError(f"{where} = {shown}: must be {wanted}, not {type(value).__name__}")
 
 
 def plain(value: Any) -> Any:

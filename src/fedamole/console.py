@@ -153,6 +153,8 @@ def show_cells(console: Console, cells: Sequence[Mapping[str, Any]]) -> None:
 def show(console: Console, comparisons: Sequence[Comparison], with_clients: bool) -> None:
     """Print one table per partition."""
     for comparison in comparisons:
+        for warning in comparison.warnings:
+            console.print(warning, style="bold red", soft_wrap=True)
         head, *body = grid(comparison, with_clients)
         seeds = ", ".join(map(str, comparison.seeds))
         table = Table(

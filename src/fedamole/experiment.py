@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fedamole.federation.method import ClientInfo, Evaluates, Server
 from fedamole.federation.robust import Robust
 from fedamole.federation.run_folder import MANIFEST, RunFolder
 from fedamole.federation.worker import ClientData, Worker, client_data
+from fedamole.files import new_folder
 from fedamole.model.bank import Bank
 from fedamole.model.base import BUNDLED, Base, Identity, is_elsewhere, load_base, resolve_device
 from fedamole.model.prompt import PromptSpec
@@ -59,18 +61,26 @@ def settled(config: Config, deployed: bool) -> Config:
     return dataclasses.replace(config, federation=federation, evaluation=evaluation)
 
 
-def free_path(wanted: Path) -> Path:
-    """The first of <wanted>, <wanted>-2, <wanted>-3, ... that is not there yet."""
-    path, number = wanted, 1
-    while path.exists():
-        number += 1
-        path = wanted.with_name(f"{wanted.name}-{number}")
-    return path
+def wanted_folder(config: Config) -> Path:
+    """Folder that a config asks for; without run.folder, a number is added to it where it exists."""
+    return Path(config.run.folder) if config.run.folder else Path("runs") / config.run.name
 
 
-def free_folder(config: Config) -> Path:
-    """Folder of a new run: the one asked for, or the first of runs/<name>, runs/<name>-2, ... that is free."""
-    return Path(config.run.folder) if config.run.folder else free_path(Path("runs") / config.run.name)
+@contextmanager
+def new_run_folder(config: Config) -> Iterator[Path]:
+    """Create the folder of a new run: run.folder, or the first of runs/<name>, runs/<name>-2, ... that nobody has.
+
+    Runs that are started at once get a folder each. One in which nothing was written is removed again where the block
+    fails. RunError where run.folder holds something.
+    """
+    wanted, numbered = wanted_folder(config), not config.run.folder
+    if not numbered:
+        RunFolder(wanted).refuse_existing()
+    if not numbered and wanted.exists():
+        yield wanted
+        return
+    with new_folder(wanted, numbered) as folder:
+        yield folder
 
 
 @dataclass(frozen=True)
@@ -224,7 +234,7 @@ def _run(prepared: Prepared, folder: RunFolder, watcher: Watcher) -> dict[str, A
 
 def plan(config: Config) -> Plan:
     """Work out sizes, feasibility, parameters, traffic and memory of a run without running anything."""
-    prepared = prepare(resolved(config, free_folder(config)))
+    prepared = prepare(resolved(config, wanted_folder(config)))
     return planned(prepared.config, prepared.base, prepared.clients)
 
 

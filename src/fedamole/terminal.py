@@ -5,6 +5,8 @@ table) stands there as it is: no markup, and no character that a terminal would 
 comes as an argument, or in a `rich.text.Text`. Results that are no table go through `say`, JSON through `say_json`.
 """
 
+import codecs
+import io
 import json
 import logging
 import os
@@ -102,8 +104,13 @@ def say(text: object, end: str = "\n") -> None:
 
 
 def say_json(value: Any) -> None:
-    """Write a line of JSON to standard output."""
-    say(printable_json(value))
+    """Write a line of JSON to standard output; letters that its encoding lacks are escaped as JSON does it."""
+    written = printable_json(value)
+    try:
+        written.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        written = json.dumps(value)
+    say(written)
 
 
 class PrintableFormatter(logging.Formatter):
@@ -115,7 +122,16 @@ class PrintableFormatter(logging.Formatter):
 
 
 def set_up() -> Screen:
-    """Set the environment and logging up; return the console of standard error."""
+    """Set the environment, standard output and logging up; return the console of standard error.
+
+    Where the locale's encoding is not UTF-8, letters that it lacks are printed as escapes, and never end a command.
+    Where it is ASCII, which UTF-8 includes, standard input is read as UTF-8.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper) and codecs.lookup(sys.stdin.encoding).name == "ascii":
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -341,8 +341,8 @@ def test_the_runs_name_does_not_lead_out_of_the_clients_folder(
 ) -> None:
     host = client("inner/one")
     settings = changed(served("fedit").settings, "run", name=name)
-    assert ask(host, replace(served("fedit").join(), settings=settings)).failed is None
-    assert [path.parent.parent for path in tmp_path.rglob("run.json")] == [tmp_path / "inner/one"]
+    assert ask(host, replace(served("fedit").join(), settings=settings)).failed == "config"
+    assert not list(tmp_path.rglob("run.json"))
     assert not list(tmp_path.parent.glob("away*"))
 
 

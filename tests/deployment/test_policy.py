@@ -213,7 +213,7 @@ def test_the_steps_that_a_policy_bounds_are_those_of_the_budget(
 ASKED: dict[str, tuple[str, Callable[[dict[str, Any]], None], str, str]] = {
     # of the attack's list: the code that the server gets, and what the client's own log says
     "a rank that no memory holds": ("fedit", put("method", "rank", value=10**7), "policy", "max_rank"),
-    "10^9 rounds": ("fedit", put("federation", "rounds", value=10**9), "policy", "max_rounds"),
+    "10^5 rounds": ("fedit", put("federation", "rounds", value=10**5), "policy", "max_rounds"),
     "10^9 new tokens": ("fedit", put("evaluation", "max_new_tokens", value=10**9), "policy", "max_new_tokens"),
     "10^6 tokens of text": ("fedit", put("training", "max_length", value=10**6), "policy", "max_length"),
     "one step": ("fedit", put("training", "local_steps", value=1), "policy", "min_steps"),
@@ -261,15 +261,14 @@ def test_what_is_asked_too_much_is_refused_and_named_here_alone(what: str, asks:
 
 
 def test_what_is_asked_and_harmless(asks: Any, client: Any, tmp_path: Path) -> None:
-    """Names that lead out or steer a terminal stay names; a template that the client did not name is not used."""
+    """Names that lead out or steer a terminal are refused; a template that the client did not name is not used."""
     for number, name in enumerate(("../../../../tmp/pwn/x", "\x1b]0;pwned\x07\x1b[31m[link=http://evil]x")):
         heard = Heard()
         host = client(f"in/{number}", watcher=heard)
-        assert ask(host, asks("fedit").join(put("run", "name", value=name))).failed is None
+        assert ask(host, asks("fedit").join(put("run", "name", value=name))).failed == "config"
         assert "\x1b" not in "".join(heard.lines)
-        assert host.seat is not None
-        assert host.seat.folder.path.parent == tmp_path / f"in/{number}"
-        assert host.seat.folder.path.name.isprintable()
+        assert host.seat is None
+        assert not list(tmp_path.rglob("run.json"))
     foreign = put("data", "templates", value={"triage": {"prompt": "{patient}", "answer": "{label}"}})
     host = client("in/t")
     assert ask(host, asks("fedit").join(foreign)).failed is None

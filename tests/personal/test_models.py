@@ -109,7 +109,7 @@ def test_a_run_that_is_not_finished(own: Path) -> None:
     for path in own.glob("clients/*/adapter"):
         shutil.rmtree(path)
     (own / "summary.json").unlink()
-    with pytest.raises(RunError, match=r"not finished: `fedamole resume`"):
+    with pytest.raises(RunError, match=r"not finished \(round 3 of 3\).*`fedamole resume"):
         find(own, "mood")
 
 

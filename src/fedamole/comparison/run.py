@@ -8,10 +8,21 @@ from fedamole.comparison.budgets import SET_BY_PLANS, planned, size_of
 from fedamole.comparison.file import Comparison
 from fedamole.config import Config, to_config
 from fedamole.federation.run_folder import SUMMARY, RunFolder
+from fedamole.files import exclusive
 
 
 def run_comparison(comparison: Comparison, watcher: CellWatcher) -> list[Cell]:
-    """Run every cell that is not finished, grids first; return the cells that failed."""
+    """Run every cell that is not finished, grids first; return the cells that failed.
+
+    Raises RunError while another process runs the comparison: both would make the same folders.
+    """
+    comparison.folder.mkdir(parents=True, exist_ok=True)
+    refusal = f"{comparison.folder}: another process is running this comparison; wait for it or stop it"
+    with exclusive(comparison.folder / ".lock", refusal):
+        return _run_comparison(comparison, watcher)
+
+
+def _run_comparison(comparison: Comparison, watcher: CellWatcher) -> list[Cell]:
     comparison = planned(comparison)
     check_stored(comparison)
     workers, tried = comparison.settings.workers, set[str]()

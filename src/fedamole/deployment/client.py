@@ -140,7 +140,7 @@ class Client:
         self.secret = secret_file(self.rendezvous / "secret")
         self.socket = str(self.rendezvous / "worker")
         about = json.dumps({"client": settings, "socket": self.socket, "secret": str(self.secret)})
-        (home / "worker.json").write_text(about)
+        (home / "worker.json").write_text(about, encoding="utf-8")
         words = [sys.executable, "-m", "fedamole.deployment.warm_worker", str(home / "worker.json")]
         env = {name: value for name, value in environment(home / "flwr").items() if name != PASSPHRASE}
         self.worker = Process("worker", words, env, None)
@@ -228,7 +228,7 @@ class Client:
         node = self.home / NODE
         lost = threading.Event()
         try:
-            former = node.read_text() if node.exists() and key is not None else ""
+            former = node.read_text(encoding="utf-8") if node.exists() and key is not None else ""
             fleet.activate(int(former) if former.isdigit() else 0)
             write_atomic(node, str(fleet.node))
             self._accepted, self._failing = True, ("", 0.0)

@@ -20,7 +20,7 @@ def _write_policy(path: Path | None) -> None:
     from fedamole.errors import ConfigError
 
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(default_text())
     except OSError as error:
         raise ConfigError(
@@ -44,7 +44,7 @@ def client(
     base: Annotated[str | None, typer.Option(help="This machine's copy of the base model: folder or hub id.")] = None,
     folder: Annotated[Path, typer.Option(help="Where its run folders are written.")] = Path("runs"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    threads: Annotated[int, typer.Option(help="PyTorch's threads on a CPU; 0: its own choice.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, max=4096, help="PyTorch's threads on a CPU; 0: its own choice.")] = 0,
     policy: Annotated[
         Path | None, typer.Option(help="What it consents to, a TOML file (docs/consent.md); else the safe defaults.")
     ] = None,

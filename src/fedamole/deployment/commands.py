@@ -22,7 +22,7 @@ def server(
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder; no config then.")] = None,
     certs: Annotated[Path | None, typer.Option(help="Folder made by `fedamole certs`.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on, as clients name it or 0.0.0.0.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The one port that a firewall lets in.")] = 9092,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The one port that a firewall lets in.")] = 9092,
     insecure: Insecure = False,
 ) -> None:
     """Coordinate a run across organisations: wait for the clients, run the rounds, survive faults.
@@ -37,7 +37,8 @@ def server(
     from fedamole.deployment.progress import watching
     from fedamole.deployment.server import Door, Server, finished, prepare_folder
     from fedamole.errors import ConfigError
-    from fedamole.experiment import free_folder
+    from fedamole.experiment import new_run_folder
+    from fedamole.reporting.runs import refuse_untrained
 
     if (config is None) == (resume is None):
         raise ConfigError("give either a config to start a run, or --resume FOLDER to go on with one")
@@ -45,8 +46,8 @@ def server(
     door = Door(host, port, certs, insecure)
     if config is not None:
         settings = load_config(config, list(overrides or []))
-        folder = free_folder(settings)
-        prepare_folder(settings, folder)
+        with new_run_folder(settings) as folder:
+            prepare_folder(settings, folder)
     else:
         assert resume is not None
         folder = resume
@@ -60,6 +61,7 @@ def server(
     if stop.is_set():
         raise typer.Exit(130)
     show_runs([folder])
+    refuse_untrained(folder)
 
 
 def simulate(
@@ -82,14 +84,15 @@ def simulate(
     from fedamole.deployment.progress import watching
     from fedamole.deployment.server import finished
     from fedamole.errors import ConfigError
-    from fedamole.experiment import free_folder
+    from fedamole.experiment import new_run_folder
+    from fedamole.reporting.runs import refuse_untrained
 
     if (config is None) == (resume is None):
         raise ConfigError("give either a config to start a run, or --resume FOLDER to go on with one")
     if config is not None:
         settings = load_config(config, list(overrides or []))
-        folder = free_folder(settings)
-        prepare_simulation(settings, folder)
+        with new_run_folder(settings) as folder:
+            prepare_simulation(settings, folder)
     else:
         assert resume is not None
         folder = resume
@@ -97,3 +100,4 @@ def simulate(
         with watching(screen(error=True), folder) as (_, show):
             run_simulation(folder, show, cpus, gpus)
     show_runs([folder])
+    refuse_untrained(folder)

@@ -55,7 +55,7 @@ class ProgressFile(Watcher):
     def say(self, what: str, **fields: Any) -> None:
         """Add a line."""
         line = {"what": what, "time": time.time(), **fields}
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self.show is not None:
             self.show(line)

@@ -19,7 +19,7 @@ def doctor(
     template: Annotated[str, typer.Option(help="Client: the template that it will name.")] = "auto",
     column: Annotated[list[str] | None, typer.Option(help="Client: as for `fedamole client`.")] = None,
     host: Annotated[str, typer.Option(help="Server: address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Server: port to listen on.")] = 9092,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Server: port to listen on.")] = 9092,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of lines.")] = False,
 ) -> None:
     """Find out what is wrong with a set-up before it fails: a server's (default), or a client's (with --server).

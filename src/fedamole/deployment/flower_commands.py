@@ -38,6 +38,6 @@ def allow_only(allowed: str, folder: Path) -> Path:
     for name in sorted(KNOWN | installed()):
         path = str(Path(sys.executable).parent / name)
         script = REAL if name == allowed else REFUSAL
-        (folder / name).write_text(script.format(python=sys.executable, name=name, path=path))
+        (folder / name).write_text(script.format(python=sys.executable, name=name, path=path), encoding="utf-8")
         (folder / name).chmod(0o700)
     return folder

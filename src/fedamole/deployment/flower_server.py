@@ -33,7 +33,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run what lies ready in the folder that `fedamole server` named, and say there how it ended."""
     die_with_parent()
     folder = Path(str(context.run_config["folder"]))
-    if (folder / SERVER / TICKET).read_text() != context.run_config["ticket"]:
+    if (folder / SERVER / TICKET).read_text(encoding="utf-8") != context.run_config["ticket"]:
         return  # another submission has taken this one's place
     outcome = folder / SERVER / OUTCOME
     # Flower shows nothing of this process; what it has to say goes into files that `fedamole server` reads.

@@ -26,14 +26,14 @@ from fedamole.deployment.policy import Item, PolicyError, asked, asked_of_rows, 
 from fedamole.deployment.seat import ClientSettings, Seat, Stored, counted_labels
 from fedamole.engine.wire import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, failure, read_request
 from fedamole.errors import BaseModelError, ConfigError, DataError, RunError
-from fedamole.experiment import check_length, free_path, resolved, worker_of
+from fedamole.experiment import check_length, resolved, worker_of
 from fedamole.federation.checkpoint import latest_state
 from fedamole.federation.loop import BASE, MAJORITY, Watcher
 from fedamole.federation.record import PayloadError, boxed, pack, unboxed
 from fedamole.federation.run_folder import MANIFEST, METRICS, RUN, RunFolder
 from fedamole.federation.summary import summarise
 from fedamole.federation.worker import ClientData, Scores, client_data
-from fedamole.files import write_atomic
+from fedamole.files import new_folder, write_atomic
 from fedamole.model.bank import Bank
 from fedamole.model.base import Identity, load_base
 from fedamole.model.memory import out_of_memory, release_memory
@@ -183,7 +183,6 @@ class Host:
         config = to_config(own_tables(settings, plain(self.settings.source), machine, self.settings.base))
         # The run's name is the server's: it must not lead out of the client's folder.
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", config.run.name).strip(".-")[:64] or "run"
-        path = free_path(Path(self.settings.folder) / f"{name}-{self.name}")
         config = replace(config, data=replace(config.data, manifest=self.settings.manifest))
         own = asked(config, self.settings.source, self.settings.policy, self.settings.base)
         self._show(config, settings, own)
@@ -192,21 +191,22 @@ class Host:
         of_rows = self._asked_of_rows(config, federation.shards[0])
         self._show(config, settings, of_rows)
         refuse_breaches(of_rows)
-        config = resolved(config, path.resolve())
-        identity = Identity(**settings["identity"])
-        self._stand_up()
-        bank = self._bank(config)
-        identity.check(bank.base.identity, f"the base {config.base.model!r} of this client")
-        folder = RunFolder.create(
-            path, tomli_w.dumps(config.tables()), federation.manifest.to_json(), config.method_name, identity,
-            "client", run,
-        )
-        write_atomic(folder.path / AGREEMENT, json.dumps(settings, indent=1, sort_keys=True) + "\n")
-        folder.client(self.name).mkdir(parents=True)
-        seat = self._take(config, folder, bank)
-        for sentence in exposure(config, None, [{"client": self.name, **self._rows(seat.data)}], bank.base.shapes):
-            self.watcher.stage(printable(f"  {sentence}"))
-        return seat
+        with new_folder(Path(self.settings.folder) / f"{name}-{self.name}", numbered=True) as path:
+            config = resolved(config, path.resolve())
+            identity = Identity(**settings["identity"])
+            self._stand_up()
+            bank = self._bank(config)
+            identity.check(bank.base.identity, f"the base {config.base.model!r} of this client")
+            folder = RunFolder.create(
+                path, tomli_w.dumps(config.tables()), federation.manifest.to_json(), config.method_name, identity,
+                "client", run,
+            )
+            write_atomic(folder.path / AGREEMENT, json.dumps(settings, indent=1, sort_keys=True) + "\n")
+            folder.client(self.name).mkdir(parents=True)
+            seat = self._take(config, folder, bank)
+            for sentence in exposure(config, None, [{"client": self.name, **self._rows(seat.data)}], bank.base.shapes):
+                self.watcher.stage(printable(f"  {sentence}"))
+            return seat
 
     def _bank(self, config: Config) -> Bank:
         self.watcher.stage(f"loading {config.base.model}")
@@ -259,7 +259,7 @@ class Host:
         if not self.settings.agree or not self.settings.audit:
             return
         path = Path(self.settings.audit).with_name(AGREED)
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if known.setdefault(self.settings.agree, run) != run:
             raise PolicyError(
                 f"another run with the agreed settings was joined before ({path} has its id), and --agree allows one; "

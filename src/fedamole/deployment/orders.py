@@ -105,7 +105,7 @@ class Taken:
         self.path, self.key, self.clock, self.counter = path, key, clock, -1
         if path.exists():
             try:
-                found = json.loads(path.read_text())
+                found = json.loads(path.read_text(encoding="utf-8"))
                 self.counter = int(found["counter"]) if found["key"] == key else -1
             except (ValueError, KeyError, TypeError, OSError) as error:
                 raise OrderError(

@@ -1,6 +1,5 @@
 """What a client consents to: limits of its own, compared with what a coordinator asks before anything is trained."""
 
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from fedamole.federation.ranks import RankedMethod
 from fedamole.methods import METHODS
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.base import BUNDLED
+from fedamole.received.files import read_toml
 
 
 def read_columns(template: TemplateSettings) -> set[str]:
@@ -132,13 +132,10 @@ UNBOUNDED = PolicySettings(
 def read_policy(path: Path) -> PolicySettings:
     """Read a policy file; ConfigError names the file, the key and, for an unknown key, the one that was meant."""
     try:
-        policy: PolicySettings = build(PolicySettings, tomllib.loads(path.read_text()), "policy")
-    except OSError as error:
-        raise ConfigError(f"policy {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"policy {path} is not TOML: {error}") from error
+        policy: PolicySettings = build(PolicySettings, read_toml(path, ConfigError), "policy")
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        text = str(error)
+        raise ConfigError(f"policy {text}" if str(path) in text else f"{path}: {text}") from error
     return policy
 
 

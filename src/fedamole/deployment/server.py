@@ -125,7 +125,7 @@ class Server:
         self.port = door.port if door.insecure else free_port()
         secret = secret_file(self.own / "secret")
         tokens = self.own / "tokens"
-        token = secret_file(tokens / CONTROL).read_text()
+        token = secret_file(tokens / CONTROL).read_text(encoding="utf-8")
         certs = None if door.certs is None else door.certs.resolve()
         inside: Path | None = None
         tls = ["--insecure"]
@@ -316,7 +316,7 @@ class Server:
         outcome = self.own / OUTCOME
         if outcome.exists():
             self._tell()
-            found = json.loads(outcome.read_text())
+            found = json.loads(outcome.read_text(encoding="utf-8"))
             if found["error"] is None:
                 return True
             error = FedamoleError(found["error"])

@@ -44,7 +44,7 @@ def serve(host: Host, address: str, secret: bytes) -> None:
 def main() -> None:
     """Read the settings file and serve."""
     console = set_up()
-    settings = json.loads(Path(sys.argv[1]).read_text())
+    settings = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     try:
         client = build(ClientSettings, settings["client"], "client")
         resolve_device(client.device)

@@ -14,7 +14,7 @@ from typing import Any
 
 from fedamole.errors import RunError
 from fedamole.federation.run_files import checkpoint_form
-from fedamole.federation.run_folder import RunFolder
+from fedamole.federation.run_folder import METRICS, RunFolder
 from fedamole.files import write_atomic
 from fedamole.received.files import inside, read_json
 from fedamole.received.forms import check_form
@@ -110,6 +110,13 @@ def newest(folder: RunFolder) -> Path | None:
     """The file of the last round that was committed, unread."""
     found = _checkpoints(folder)
     return found[-1] if found else None
+
+
+def rounds_done(folder: RunFolder) -> int:
+    """Rounds of a run that are finished: committed, or, in the folder of a deployment's client, scored."""
+    if (path := newest(folder)) is not None:
+        return int(path.stem.removeprefix("round-")) + 1
+    return 1 + max((line["round"] for line in folder.lines(METRICS) if line["split"] == "validation"), default=-1)
 
 
 def load_latest(folder: RunFolder) -> tuple[Checkpoint, bytes] | None:

@@ -55,7 +55,7 @@ _costs = dict.fromkeys(
      "peak_memory_mib"), _amount,
 )  # fmt: skip
 _summary = record({"format": whole(), "method": name, "rounds": whole(0, MOST_ROUNDS),
-                   "rows": mapping(_row_of_summary), **_costs})  # fmt: skip
+                   "rows": mapping(_row_of_summary), **_costs}, {"updates": whole(), "left_out": whole()})  # fmt: skip
 
 _client = {"client": name}
 _line = {

@@ -34,7 +34,7 @@ from fedamole.federation.run_files import (
     SUMMARY,
     config_form,
 )
-from fedamole.files import exclusive, write_atomic
+from fedamole.files import exclusive, naming, new_file, write_atomic
 from fedamole.model.adapter_files import FILES
 from fedamole.model.base import Identity
 from fedamole.received.files import MOST_LINE, as_text, check_tree, inside, parse_json, read_json, read_toml
@@ -67,14 +67,18 @@ class RunFolder:
         cls, path: Path, config: str, manifest: str, method: str, identity: Identity,
         kind: Kind = "simulation", run: str | None = None,
     ) -> "RunFolder":
-        """Start a new run's folder, with the id `run` or a new one; one that exists is left alone (RunError)."""
+        """Start a new run's folder, with the id `run` or a new one; a folder that holds a run is left alone (RunError).
+
+        Of several processes that create the same folder at once, one succeeds.
+        """
         folder = cls(path)
         folder.refuse_existing()
         about = {
             "format": FORMAT, "fedamole": __version__, "id": run or uuid.uuid4().hex, "kind": kind, "method": method,
             "base": asdict(identity),
         }
-        write_atomic(path / CONFIG, config)
+        with new_file(path / CONFIG):
+            write_atomic(path / CONFIG, config)
         write_atomic(path / MANIFEST, manifest)
         write_atomic(path / RUN, json.dumps(about, indent=2) + "\n")
         return folder
@@ -170,7 +174,8 @@ class RunFolder:
 
     def append(self, name: str, records: Iterable[Json]) -> None:
         """Append lines to metrics.jsonl or assignment.jsonl."""
-        with self.place(name).open("a", encoding="utf-8") as file:
+        path = self.place(name)
+        with naming(path), path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())

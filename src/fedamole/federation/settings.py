@@ -4,6 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedamole.errors import ConfigError
+from fedamole.federation.run_files import MOST_ROUNDS
+
+MOST_SECONDS = 1e8
+"""Longest time that is waited for anything: about three years, which every clock of the system can count."""
 
 Budget = Literal["steps", "paper"]
 
@@ -71,8 +75,8 @@ class FederationSettings:
 
     def __post_init__(self) -> None:
         """Refuse a federation without rounds or clients."""
-        if self.rounds < 1:
-            raise ConfigError(f"federation.rounds = {self.rounds}: must be at least 1")
+        if not 1 <= self.rounds <= MOST_ROUNDS:
+            raise ConfigError(f"federation.rounds = {self.rounds}: must be at least 1, and at most {MOST_ROUNDS}")
         if not 0 < self.cohort <= 1:
             raise ConfigError(f"federation.cohort = {self.cohort}: a share of the clients, above 0 and at most 1")
         if not self.clip_factor >= 1:
@@ -113,6 +117,9 @@ class DeploymentSettings:
                 raise ConfigError(f"deployment.{key} = {getattr(self, key)}: must be above 0")
         if self.gathering < 0:
             raise ConfigError(f"deployment.gathering = {self.gathering}: must not be negative")
+        for key in ("deadline", "patience", "gathering"):
+            if getattr(self, key) > MOST_SECONDS:
+                raise ConfigError(f"deployment.{key} = {getattr(self, key)}: at most {MOST_SECONDS:.0f} seconds")
         least = 1 / max(1, len(self.clients))
         if self.max_weight_share != 0 and not least <= self.max_weight_share <= 1:
             raise ConfigError(

@@ -36,8 +36,14 @@ def summarise(folder: RunFolder, results: Mapping[str, Mapping[str, Any]], round
     return summary
 
 
+def nothing_trained(summary: Mapping[str, Any]) -> bool:
+    """Whether every update of a finished run failed, so that its models are as they were before training."""
+    updates: int = summary.get("updates", 0)  # 0 in folders of earlier versions, and where nothing was to be trained
+    return updates > 0 and summary.get("left_out", 0) == updates
+
+
 def costs(folder: RunFolder) -> dict[str, Any]:
-    """Bytes per round and client each way, seconds, peak memory and clients at once, from metrics.jsonl."""
+    """Bytes per round and client each way, seconds, memory, clients at once, failed updates; from metrics.jsonl."""
     trained = [line for line in folder.lines(METRICS) if line["split"] == "train"]
     rounds = [line for line in folder.lines(METRICS) if line["split"] == "round"]
     return {
@@ -47,6 +53,7 @@ def costs(folder: RunFolder) -> dict[str, Any]:
         "seconds_evaluate": sum(line["seconds_evaluate"] for line in rounds),
         "peak_memory_mib": max((line.get("peak_memory_mib", 0.0) for line in trained), default=0.0),
         "group": max((line.get("group", 0) for line in trained), default=0),
+        "updates": len(trained),
         "left_out": sum("failed" in line for line in trained),
         "clipped": sum("clipped" in line for line in trained),
     }

@@ -22,7 +22,7 @@ def free_bytes(device: torch.device) -> int:
     free = psutil.virtual_memory().available
     try:
         limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-        return min(int(free), int(limit.read_text()) - int(used.read_text()))
+        return min(int(free), int(limit.read_text(encoding="utf-8")) - int(used.read_text(encoding="utf-8")))
     except (OSError, ValueError):  # no such limit
         return int(free)
 
@@ -46,7 +46,8 @@ def peak_memory_mib(device: torch.device) -> float:
         return float(torch.cuda.max_memory_allocated(device) / 2**20)
     with contextlib.suppress(OSError):
         # Not getrusage: there a process that was forked begins with the peak of its parent.
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+        lines = dict(line.split(":", 1) for line in status.splitlines())
         return int(lines["VmHWM"].split()[0]) / 2**10
     import resource
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
 from fedamole.errors import BaseModelError, RunError
+from fedamole.files import write_atomic
 from fedamole.model.adapter_files import (
     CONFIG,
     IDENTITY,
@@ -53,13 +54,14 @@ def save_adapter(adapter: Adapter, folder: Path, base_name: str, identity: Ident
         "base_model_name_or_path": base_name, "task_type": "CAUSAL_LM", "inference_mode": True,
     }
     config, tensors = _to_peft(adapter, common)
-    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    # Not safetensors' own writing of files, whose error for a full disk is no OSError.
+    write_atomic(folder / WEIGHTS, save({key: value.contiguous() for key, value in tensors.items()}, {"format": "pt"}))
     config.save_pretrained(str(folder))
-    written = json.loads((folder / CONFIG).read_text())
+    written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if written.get("target_modules"):
         written["target_modules"] = sorted(written["target_modules"])  # a set, whose order differs from run to run
-    (folder / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
-    (folder / IDENTITY).write_text(json.dumps(asdict(identity), indent=2) + "\n")
+    write_atomic(folder / CONFIG, json.dumps(written, indent=2, sort_keys=True) + "\n")
+    write_atomic(folder / IDENTITY, json.dumps(asdict(identity), indent=2) + "\n")
 
 
 def _to_peft(adapter: Adapter, common: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:

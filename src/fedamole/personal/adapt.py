@@ -25,9 +25,9 @@ from fedamole.data.manifest import load_federation
 from fedamole.data.settings import SourceSettings
 from fedamole.errors import ConfigError, RunError
 from fedamole.evaluation.personal import losses_of, majority_scores, scores_of
-from fedamole.experiment import free_path, reads_outside, resolved, server_of
+from fedamole.experiment import reads_outside, resolved, server_of
 from fedamole.federation.checkpoint import newest as newest_of
-from fedamole.federation.checkpoint import read
+from fedamole.federation.checkpoint import read, rounds_done
 from fedamole.federation.local import DivergedError, LocalTask, embed, fit
 from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.federation.method import Client, ClientInfo, Fit, Records
@@ -35,7 +35,7 @@ from fedamole.federation.record import Nothing, PayloadError, unpack
 from fedamole.federation.run_folder import ASSIGNMENT, METRICS, RunFolder
 from fedamole.federation.summary import summarise
 from fedamole.federation.worker import ClientData, client_data
-from fedamole.files import write_atomic
+from fedamole.files import new_folder, write_atomic
 from fedamole.methods import METHODS
 from fedamole.methods.fedamole import FedAmole, Pool, TrainedExperts
 from fedamole.model.bank import Bank
@@ -83,6 +83,15 @@ def adapt(
     Errors: RunError where the run is not finished or has no server state, ConfigError for a name that is taken and
     for methods that have nothing for a new client; those of data and base.
     """
+    name = as_name(load_run_config(RunFolder.open(path)).run.name)
+    with new_folder(folder / f"{name}-{source.name}", numbered=True) as target:
+        return _adapt(path, source, target, steps, device, base, say)
+
+
+def _adapt(
+    path: Path, source: SourceSettings, target: Path, steps: int | None, device: str, base: str | None, say: Say
+) -> dict[str, Any]:
+    """Let the client join, in the new folder `target`."""
     run = RunFolder.open(path)
     state, clients = final_state(run)
     config = load_run_config(run)
@@ -93,7 +102,6 @@ def adapt(
     if steps is not None and steps < 0:
         raise ConfigError(f"--steps {steps}: must not be negative")
     check_method(config)
-    target = free_path(folder / f"{as_name(config.run.name)}-{source.name}")
     config = _own_config(config, source, target, device, base)
     say("loading data and base")
     torch.set_num_threads(config.run.threads)
@@ -140,7 +148,10 @@ def final_state(run: RunFolder) -> tuple[bytes, tuple[ClientInfo, ...]]:
     if run.kind == "client":
         raise RunError(f"{run.path} is one client's part of a deployment; the coordinator's folder is needed")
     if not run.finished:
-        raise RunError(f"{run.path} is not finished: `fedamole resume {run.path}`")
+        rounds = run.tables()["federation"]["rounds"]
+        raise RunError(
+            f"{run.path} is not finished (round {rounds_done(run)} of {rounds}): `fedamole resume {run.path}`"
+        )
     newest = newest_of(run)
     if newest is None:
         raise RunError(f"{run.path} has no checkpoints/ any more, and with them the server's state is gone")

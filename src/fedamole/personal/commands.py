@@ -18,6 +18,7 @@ ClientName = Annotated[str | None, typer.Option("--client", help="Whose model; m
 BaseName = Annotated[str | None, typer.Option("--base", help="A copy of the base: folder or hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Row = Annotated[str | None, typer.Option("--row", help="Which of the run's models: fedit_ft beside fedit.")]
+Finished = Annotated[bool, typer.Option("--finished", help="Refuse a run that is not finished; else it is warned of.")]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens; else as in the run.")]
 
 
@@ -35,6 +36,7 @@ def generate(
     row: Row = None,
     base: BaseName = None,
     device: Device = "auto",
+    finished: Finished = False,
 ) -> None:
     """Let a client's model answer prompts, greedily.
 
@@ -48,35 +50,35 @@ def generate(
     """
     from rich.progress import Progress
 
-    from fedamole.errors import RunError
-    from fedamole.files import write_atomic
+    from fedamole.files import new_file, write_atomic
     from fedamole.personal.generate import answers, asked_for, evaluation_of, layout_of
-    from fedamole.personal.models import find, open_bank, read_for
+    from fedamole.personal.models import check_finished, find, open_bank, read_for
 
-    if out is not None and out.exists():
-        raise RunError(f"{out} exists already, and nothing is overwritten: remove it or choose another name")
-    place = find(run, client, row)
-    layout, notes = layout_of(place), screen(error=True)
-    _note(notes, read_for(place, False, base))
-    asked = asked_for(prompts or [], file, columns or [], layout, sys.stdin)
-    if columns is None and layout.template != "plain" and any(not one.prompt.endswith("\n") for one in asked):
-        told = f"used as it is; --set puts columns into the template that {place.client} was trained with (--help)"
-        notes.print(told, style="dim", soft_wrap=True)
-    bank, adapters = open_bank([place], device, base)
-    bank.load(adapters)
-    found = evaluation_of(place, bank.base.max_positions)
-    with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
-        told_by = answers(bank, asked, max_new_tokens or found.max_new_tokens, found.batch_tokens)
-        said = list(progress.track(told_by, total=len(asked), description="answering"))
-    if as_json:
+    with contextlib.nullcontext() if out is None else new_file(out):
+        place = find(run, client, row)
+        check_finished(place, finished)
+        layout, notes = layout_of(place), screen(error=True)
+        _note(notes, read_for(place, False, base))
+        asked = asked_for(prompts or [], file, columns or [], layout, sys.stdin)
+        if columns is None and layout.template != "plain" and any(not one.prompt.endswith("\n") for one in asked):
+            told = f"used as it is; --set puts columns into the template that {place.client} was trained with (--help)"
+            notes.print(told, style="dim", soft_wrap=True)
+        bank, adapters = open_bank([place], device, base)
+        bank.load(adapters)
+        found = evaluation_of(place, bank.base.max_positions)
+        with Progress(console=notes, transient=True, disable=not notes.is_terminal) as progress:
+            told_by = answers(bank, asked, max_new_tokens or found.max_new_tokens, found.batch_tokens)
+            said = list(progress.track(told_by, total=len(asked), description="answering"))
         pairs = zip(asked, said, strict=True)
-        records = ({"client": place.client, "prompt": one.prompt, "answer": answer} for one, answer in pairs)
-        said = [printable_json(record) for record in records]
-    if out is None:
-        for line in said:
-            say(line)
-    else:
-        write_atomic(out, "".join(line + "\n" for line in said))
+        records = [{"client": place.client, "prompt": one.prompt, "answer": answer} for one, answer in pairs]
+        if out is not None:
+            write_atomic(out, "".join(line + "\n" for line in (map(printable_json, records) if as_json else said)))
+        elif as_json:
+            for record in records:
+                say_json(record)
+        else:
+            for answer in said:
+                say(answer)
 
 
 def chat(
@@ -87,6 +89,7 @@ def chat(
     row: Row = None,
     base: BaseName = None,
     device: Device = "auto",
+    finished: Finished = False,
 ) -> None:
     """Talk to a client's model; answers come word by word.
 
@@ -95,9 +98,10 @@ def chat(
     """
     from fedamole.personal.chat import NEW, QUIT, Chat, converse
     from fedamole.personal.generate import evaluation_of
-    from fedamole.personal.models import find, open_bank, read_for
+    from fedamole.personal.models import check_finished, find, open_bank, read_for
 
     place = find(run, client, row)
+    check_finished(place, finished)
     _note(screen(error=True), read_for(place, False, base))
     bank, adapters = open_bank([place], device, base)
     bank.load(adapters)
@@ -137,6 +141,7 @@ def explain(
     row: Row = None,
     base: BaseName = None,
     device: Device = "auto",
+    finished: Finished = False,
 ) -> None:
     """Show which experts a client's tokens use, token by token, and what each expert is for.
 
@@ -157,7 +162,7 @@ def explain(
     from fedamole.personal import explain as told
     from fedamole.personal.explain_page import page
     from fedamole.personal.generate import asked_for, evaluation_of, layout_of
-    from fedamole.personal.models import find, open_bank, places, read_for
+    from fedamole.personal.models import check_finished, find, open_bank, places, read_for
     from fedamole.personal.routing import greedy_answer, own_rows, plain_ids, write_routing
 
     text = prompt is not None or bool(columns) or answer is not None
@@ -169,6 +174,7 @@ def explain(
         raise ConfigError(f"--html {html}: name a file that ends in .html")
     console, notes = screen(wide=140), screen(error=True)
     found = places(run, row) if every else (find(run, client, row),)
+    check_finished(found[0], finished)
     own_data = every or experts or not (prompt is not None or columns)
     for told_reads in dict.fromkeys(read_for(place, own_data, base) for place in found):
         _note(notes, told_reads)
@@ -221,6 +227,7 @@ def export(
     row: Row = None,
     base: BaseName = None,
     device: Device = "auto",
+    finished: Finished = False,
 ) -> None:
     """Turn a client's model into an ordinary LoRA, or a whole model, that needs nothing of fedamole.
 
@@ -234,12 +241,13 @@ def export(
 
     from fedamole.personal.export import ExportSettings, LossyError
     from fedamole.personal.export import export as write
-    from fedamole.personal.models import find, read_for
+    from fedamole.personal.models import check_finished, find, read_for
 
     settings = ExportSettings(to, rank, ridge, tokens, tolerance, force)
     text = None if calibration is None else _source("calibration", calibration, template, column)
     notes, refused = screen(error=True), None
     place = find(run, client, row)
+    check_finished(place, finished)
     _note(notes, read_for(place, True, base))
     try:
         report = write(place, out, settings, calibration=text, device=device, base=base,

@@ -6,13 +6,14 @@ it has while the mixture is at work. How much that costs is measured, and where 
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fedamole.data.examples import Shard
@@ -24,6 +25,7 @@ from fedamole.evaluation.likelihood import mean_losses
 from fedamole.evaluation.personal import EvaluationSettings
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.settings import TrainingSettings
+from fedamole.files import new_folder, write_atomic
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, BaseSettings, auto_class, load_base
@@ -106,8 +108,15 @@ def export(
     losses in nats per answer token of the bare base, the personal model and the export, read back from disk.
     Errors: RunError where `out` exists, LossyError where more than the tolerance is lost; then nothing is left behind.
     """
-    if out.exists():
-        raise RunError(f"{out} exists already, and nothing is overwritten: remove it or choose another folder")
+    with new_folder(out):  # before the work, so that nobody else takes the name meanwhile
+        return _export(place, out, settings, calibration, device, base, say)
+
+
+def _export(
+    place: Place, out: Path, settings: ExportSettings, calibration: SourceSettings | None, device: str,
+    base: str | None, say: Say,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the model into the empty folder `out`, all at once."""
     say("loading the base")
     resident = base_of(place, device, base)
     personal = read_adapter(place, resident)
@@ -127,16 +136,14 @@ def export(
         say(f"scoring {name} on validation")
         bank.load(adapters)
         losses[name] = _loss(bank, texts)
-    writing, missing = out.with_name(f".{out.name}.writing"), [one for one in out.parents if not one.exists()]
-    shutil.rmtree(writing, ignore_errors=True)
-    try:
-        target = writing / "lora"
+    with TemporaryDirectory(prefix=f".{out.name}.writing-", dir=out.parent) as writing:
+        target = Path(writing) / "lora"
         save_adapter(lora, target, resident.name, resident.identity)
         if settings.to == "merged":
             say("merging")
             bank.load([])
-            merge(target, resident, writing / "merged")
-            target = writing / "merged"
+            merge(target, resident, Path(writing) / "merged")
+            target = Path(writing) / "merged"
         say("scoring the export on validation")
         losses["export"] = _written_loss(target, bank, texts)
         report = {
@@ -144,13 +151,8 @@ def export(
         }
         if not losses["export"] <= losses["personal"] + settings.tolerance and not settings.force:
             raise LossyError(_lost(report), report)
-        (target / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+        write_atomic(target / REPORT, json.dumps(report, indent=1) + "\n")
         target.rename(out)
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
-        if not out.exists():
-            for folder in missing:
-                folder.rmdir()
     return report
 
 
@@ -312,7 +314,10 @@ def merge(lora: Path, base: Base, target: Path) -> None:
         base.name, dtype="auto", use_safetensors=True, trust_remote_code=False
     )
     merged = PeftModel.from_pretrained(fresh, str(lora)).merge_and_unload(safe_merge=True)
-    merged.save_pretrained(target)
+    try:
+        merged.save_pretrained(target)
+    except SafetensorError as error:  # a full disk, for one; it is no OSError
+        raise RunError(f"{target}: the model cannot be written ({error}); is there space for it?") from error
     base.tokenizer.save_pretrained(target)
 
 

@@ -1,5 +1,6 @@
 """Personal models found again: in a run's folder, or in a copy of one's adapter folder, and put on their base."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from fedamole.data.examples import Shard
 from fedamole.data.manifest import load_federation, read_manifest
 from fedamole.errors import BaseModelError, RunError
 from fedamole.experiment import reads_outside
+from fedamole.federation.checkpoint import rounds_done
 from fedamole.federation.run_folder import MANIFEST, RUN, RunFolder
 from fedamole.model.adapter_files import check_fits, read_config
 from fedamole.model.bank import Bank
@@ -18,6 +20,8 @@ from fedamole.model.continuation import continuation_of
 from fedamole.model.params import Adapter
 from fedamole.model.pretrained import CONFIG, load_adapter, read_identity
 from fedamole.received.names import NAME
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,32 @@ class Place:
     client: str
     run: RunFolder | None
     """The run it came from; None for an adapter folder that was copied elsewhere."""
+
+
+def check_finished(place: Place, finished: bool = False) -> None:
+    """Warn that a model's run is not finished, so that a later round may still give a better model.
+
+    `finished` makes it a RunError. A copy of an adapter folder, away from its run, tells nothing of that.
+    """
+    run = place.run or _run_around(place.adapter)
+    if run is None or run.finished:
+        return
+    done, rounds = rounds_done(run), run.tables()["federation"]["rounds"]
+    warning = (
+        f"{run.path} is not finished (round {done} of {rounds}): this is {place.client}'s best model so far, and a "
+        "later round may give a better one"
+    )
+    if finished:
+        how = "the coordinator goes on with it" if run.kind == "client" else f"`fedamole resume {run.path}` goes on"
+        raise RunError(f"{warning}; {how}")
+    log.warning(warning)
+
+
+def _run_around(adapter: Path) -> RunFolder | None:
+    """The run that an adapter folder lies in, as RUN/clients/NAME/adapter; None for a copy elsewhere."""
+    parents = adapter.resolve().parents
+    inside = len(parents) > 2 and parents[1].name == "clients" and (parents[2] / RUN).exists()
+    return RunFolder.open(parents[2]) if inside else None
 
 
 def places(path: Path, row: str | None = None) -> tuple[Place, ...]:
@@ -52,10 +82,15 @@ def places(path: Path, row: str | None = None) -> tuple[Place, ...]:
     if not found:
         why = (
             "a coordinator's folder holds no personal model, each is at its client" if run.kind == "server"
-            else f"it has no saved model of {name!r}" if run.finished else "the run is not finished: `fedamole resume`"
+            else f"it has no saved model of {name!r}" if run.finished else _too_early(run)
         )
         raise RunError(f"{path}: {why}")
     return found
+
+
+def _too_early(run: RunFolder) -> str:
+    done, rounds = rounds_done(run), run.tables()["federation"]["rounds"]
+    return f"the run is not finished (round {done} of {rounds}) and has no model yet: `fedamole resume {run.path}`"
 
 
 def find(path: Path, client: str | None, row: str | None = None) -> Place:
@@ -162,16 +197,18 @@ def read_adapter(place: Place, base: Base) -> Adapter:
 
 def load_personal_model(
     path: str | Path, client: str | None = None, *, row: str | None = None, base: str | None = None,
-    device: str = "auto",
+    device: str = "auto", finished: bool = False,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Load a client's personal model as a PeftModel, with its tokenizer.
 
     `path` is a run's folder, or an adapter folder wherever it was copied to; `row` one of the run's models where it
-    has several; `base` a copy of the base elsewhere than the run says. Raises RunError, BaseModelError, ConfigError.
+    has several; `base` a copy of the base elsewhere than the run says. A run that is not finished gives a warning, and
+    a RunError with `finished`. Raises RunError, BaseModelError, ConfigError.
     """
     from peft import PeftModel
 
     place = find(Path(path), client, row)
+    check_finished(place, finished)
     found = base_of(place, device, base)
     read_adapter(place, found)  # PEFT, which reads the same files, checks little of them
     # Otherwise `generate` would not know where an answer ends, or lose the prompt on some bases.

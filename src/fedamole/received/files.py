@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from fedamole.errors import FedamoleError, RunError
+from fedamole.errors import ConfigError, FedamoleError, RunError
 from fedamole.received.names import quoted
 
 MIB = 2**20
@@ -66,7 +66,7 @@ def read_bytes(path: Path, most: int, error: type[FedamoleError] = RunError) -> 
             content = file.read(most + 1)
     except (OSError, ValueError) as problem:
         reason = getattr(problem, "strerror", None) or problem
-        raise error(f"{path} cannot be read: {reason}; put it back from a copy") from problem
+        raise error(f"{path} cannot be read: {reason}; {_remedy(error, 'check the path')}") from problem
     if len(content) > most:
         raise error(f"{path} has more than {most // MIB} MiB, which is the most that is read of such a file")
     return content
@@ -116,10 +116,15 @@ def read_json(path: Path, most: int = MOST_JSON, error: type[FedamoleError] = Ru
 
 
 def read_toml(path: Path, error: type[FedamoleError] = RunError) -> dict[str, Any]:
-    """Tables of a TOML file of at most MOST_CONFIG bytes."""
+    """Tables of a TOML file of at most MOST_CONFIG bytes; a byte order mark at its start is skipped."""
     try:
-        return tomllib.loads(read_text(path, MOST_CONFIG, error))
+        return tomllib.loads(read_text(path, MOST_CONFIG, error).removeprefix("\ufeff"))
     except RecursionError as problem:
-        raise error(f"{path} is nested too deeply for a config: put it back from a copy") from problem
+        raise error(f"{path} is nested too deeply for a config: {_remedy(error, 'correct it')}") from problem
     except ValueError as problem:
-        raise error(f"{path} is not TOML: {problem}; put it back from a copy") from problem
+        raise error(f"{path} is not TOML: {problem}; {_remedy(error, 'correct it')}") from problem
+
+
+def _remedy(error: type[FedamoleError], own: str) -> str:
+    """What to do about a file that the user wrote (`own`), or that a run wrote."""
+    return own if error is ConfigError else "put it back from a copy"

@@ -14,6 +14,7 @@ from fedamole.errors import RunError
 from fedamole.federation.best import best_round_of
 from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.federation.run_folder import MANIFEST, RUN, SUMMARY, RunFolder
+from fedamole.federation.summary import nothing_trained
 from fedamole.files import write_atomic
 from fedamole.methods import METHODS
 from fedamole.model.adapter_files import CARD, IDENTITY, read_config
@@ -87,10 +88,13 @@ def _front_matter(public: str | None, method: str) -> str:
 def _what(about: Json, config: Json, summary: Json, name: str, row: str) -> str:
     best, by = best_round_of(summary["rows"][row], name), config["evaluation"]["select"]
     early = "" if row == about["method"] else " It is the model after local training, before the round's aggregation."
+    warning = ""
+    if nothing_trained(summary):
+        warning = f"**Not trained: all {summary['updates']} updates of its run failed. Do not use it.**\n\n"
     return (
-        f"A PEFT adapter for a frozen language model, trained by fedamole {literal(about['fedamole'])} in a federation "
-        f"of clients that kept their data, for one of them: {code(name)}. It was saved in round {best} of 0 to "
-        f"{summary['rounds'] - 1}, the one with the best {by} on validation.{early}\n\n"
+        f"{warning}A PEFT adapter for a frozen language model, trained by fedamole {literal(about['fedamole'])} in a "
+        f"federation of clients that kept their data, for one of them: {code(name)}. It was saved in round {best} of 0 "
+        f"to {summary['rounds'] - 1}, the one with the best {by} on validation.{early}\n\n"
         "No licence has been chosen: `license` and `license_name` above are for the owner to fill in. What the base's "
         "licence asks for holds for this model too."
     )

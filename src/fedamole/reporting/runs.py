@@ -10,7 +10,8 @@ from typing import Any
 
 from fedamole.errors import RunError
 from fedamole.federation.loop import BASE, MAJORITY
-from fedamole.federation.run_folder import MANIFEST, RUN, SUMMARY, RunFolder
+from fedamole.federation.run_folder import MANIFEST, METRICS, RUN, SUMMARY, RunFolder
+from fedamole.federation.summary import nothing_trained
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,11 @@ class Run:
     partition: str
     """Hash of manifest and base: runs with the same hash had the same data in the same splits on the same base."""
     summary: dict[str, Any]
+
+    @property
+    def untrained(self) -> bool:
+        """Whether every update failed: its scores are those of models that were never trained."""
+        return nothing_trained(self.summary)
 
     def label(self, row: str) -> str:
         """What a row of this run is called in a table: the run's name, where it has one, for its own method."""
@@ -45,6 +51,21 @@ def read_run(path: Path) -> Run:
     if not summary["rows"][BASE]["clients"]:
         raise RunError(f"{path / SUMMARY} is damaged: it has no clients; put it back from a copy")
     return Run(path, config["run"]["name"], config["run"]["seed"], partition_of(folder), summary)
+
+
+def untrained_warning(path: Path, summary: dict[str, Any]) -> str:
+    """A sentence on a run in which every update failed, for the top of what shows it; empty for any other run."""
+    if not nothing_trained(summary):
+        return ""
+    return f"{path}: all {summary['updates']} updates failed, so nothing was trained and its scores say nothing"
+
+
+def refuse_untrained(path: Path) -> None:
+    """Raise RunError for a finished run in which every update failed; it says why the first one did."""
+    folder = RunFolder.open(path)
+    if warning := untrained_warning(path, folder.read_json(SUMMARY)):
+        first = next(line["failed"] for line in folder.lines(METRICS) if "failed" in line)
+        raise RunError(f"{warning}; the first failed as follows: {first}")
 
 
 def partition_of(folder: RunFolder) -> str:

@@ -11,7 +11,7 @@ from fedamole.federation.run_folder import METRICS, RunFolder
 from fedamole.reporting.gains import STAR, clear_best
 from fedamole.reporting.markdown import literal
 from fedamole.reporting.markdown import table as as_table
-from fedamole.reporting.runs import Run
+from fedamole.reporting.runs import Run, untrained_warning
 from fedamole.reporting.work import short, work_of
 
 SCORE_LINES = ("mean", "worst client", "spread", "mean, last round")
@@ -41,6 +41,8 @@ class Column:
     """Bytes down and up per client and round."""
     rows: Mapping[tuple[int, int], Mapping[str, Any]]
     """Its part of each run's summary, by (number of the run among those of its seed, seed)."""
+    untrained: bool = False
+    """Whether every update of one of its runs failed; such a column gets no star."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,14 @@ class Comparison:
     clients: tuple[str, ...]
     columns: tuple[Column, ...]
     seeds: tuple[int, ...]
+    warnings: tuple[str, ...] = ()
+    """A sentence on each run in which every update failed; they stand above the table."""
 
     def as_json(self) -> dict[str, object]:
         """The table for machines."""
         return {
             "seeds": list(self.seeds),
+            "warnings": list(self.warnings),
             "columns": {column.label: {"clients": column.clients, **column.lines} for column in self.columns},
         }
 
@@ -79,7 +84,8 @@ def _comparison(runs: Sequence[Run]) -> Comparison:
     order = sorted(found, key=lambda label: (label not in common, label != BASE, label.startswith("fedamole")))
     clients = tuple(sorted(runs[0].summary["rows"][BASE]["clients"]))
     columns = tuple(_column(label, found[label], clients) for label in order)
-    return Comparison(clients, columns, tuple(sorted({run.seed for run in runs})))
+    warnings = tuple(filter(None, (untrained_warning(run.path, run.summary) for run in runs)))
+    return Comparison(clients, columns, tuple(sorted({run.seed for run in runs})), warnings)
 
 
 def _column(label: str, entries: Sequence[tuple[Run, str]], clients: Sequence[str]) -> Column:
@@ -106,7 +112,8 @@ def _column(label: str, entries: Sequence[tuple[Run, str]], clients: Sequence[st
     }
     seeds = [run.seed for run, _ in entries]
     keys = [(seeds[:place].count(seed), seed) for place, seed in enumerate(seeds)]
-    return Column(label, scores, lines, traffic, dict(zip(keys, rows, strict=True)))
+    untrained = trained and any(run.untrained for run, _ in entries)
+    return Column(label, scores, lines, traffic, dict(zip(keys, rows, strict=True)), untrained)
 
 
 def _work(run: Run, row: str) -> dict[str, float]:
@@ -172,7 +179,7 @@ def _starred(
     trained = {
         column.label: found
         for column, found in zip(columns, paired, strict=True)
-        if column.label not in (BASE, MAJORITY)
+        if column.label not in (BASE, MAJORITY) and not column.untrained
     }
     star = clear_best(trained, higher=higher)
     return [
@@ -189,4 +196,5 @@ def markdown(comparison: Comparison) -> str:
     """The table in Markdown."""
     head, *body = grid(comparison)
     rule = ["---"] + ["---:"] * (len(head) - 1)
-    return as_table([*map(literal, head)], [[literal(cell) for cell in line] for line in body], rule)
+    above = "".join(f"**{literal(warning)}**\n\n" for warning in comparison.warnings)
+    return above + as_table([*map(literal, head)], [[literal(cell) for cell in line] for line in body], rule)

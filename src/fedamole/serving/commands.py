@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedamole.personal.commands import BaseName, Device, Row, RunPath
+from fedamole.personal.commands import BaseName, Device, Finished, Row, RunPath
 from fedamole.terminal import say, screen
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def serve(
     run: RunPath,
     host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own needs --keys.")]
     = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0: one that is free.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: one that is free.")] = 8000,
     client: Annotated[list[str] | None, typer.Option(help="Serve this client's model alone; may be repeated.")] = None,
     keys: Annotated[Path | None, typer.Option(help="File made by --make-keys: a key opens its client's model.")] = None,
     make_keys: Annotated[
@@ -28,7 +28,8 @@ def serve(
     row: Row = None,
     base: BaseName = None,
     device: Device = "auto",
-    threads: Annotated[int, typer.Option(help="PyTorch's threads on a CPU; 0: its own choice.")] = 0,
+    finished: Finished = False,
+    threads: Annotated[int, typer.Option(min=0, max=4096, help="PyTorch's threads on a CPU; 0: its own choice.")] = 0,
     rows: Annotated[int, typer.Option(min=1, help="Most requests answered at once.")] = 32,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Most tokens remembered at once; left out: evaluation.batch_tokens.")
@@ -58,7 +59,7 @@ def serve(
     from fedamole.config import load_run_config
     from fedamole.evaluation.personal import EvaluationSettings
     from fedamole.personal.generate import layout_of
-    from fedamole.personal.models import open_bank, read_for
+    from fedamole.personal.models import check_finished, open_bank, read_for
     from fedamole.serving.door import listen
     from fedamole.serving.engine import Engine
     from fedamole.serving.keys import read_keys
@@ -71,6 +72,7 @@ def serve(
     if make_keys is not None:
         _show_new_keys(make_keys, names)
         return
+    check_finished(found[0], finished)
     _check_door(host, keys, certs)
     known = None if keys is None else read_keys(keys)
     evaluation = EvaluationSettings()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedamole.errors import ConfigError
+from fedamole.files import exclusive
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def read_keys(path: Path) -> Keys:
     try:
         if os.name == "posix" and path.stat().st_mode & 0o077:
             raise ConfigError(f"{path}: others on this machine can read or change it; `chmod 600 {path}`")
-        hashes = json.loads(path.read_text())
+        hashes = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"there is no file {path}; make it by `fedamole serve RUN --make-keys {path}`") from error
     except (OSError, ValueError) as error:
@@ -48,14 +49,20 @@ def read_keys(path: Path) -> Keys:
 def make_keys(path: Path, clients: Sequence[str]) -> dict[str, str]:
     """Make a key for each client that has none in the file yet, and return the new ones: they are kept nowhere.
 
-    The file is written for its owner alone. Raises ConfigError.
+    The file is written for its owner alone. Raises ConfigError, and RunError while another process makes keys in it.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(path.with_name(f".{path.name}.lock"), f"{path}: another process is making keys; try again"):
+        return _make_keys(path, clients)
+
+
+def _make_keys(path: Path, clients: Sequence[str]) -> dict[str, str]:
     hashes = dict(read_keys(path).hashes) if path.exists() else {}
     made = {client: f"fedamole-{secrets.token_urlsafe(32)}" for client in clients if client not in hashes}
     content = json.dumps({**hashes, **{client: _hash(key) for client, key in made.items()}}, indent=2) + "\n"
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -21,6 +21,7 @@ from fedamole.reporting.page.words import (
     settings_in_words,
     short_names,
 )
+from fedamole.reporting.runs import untrained_warning
 from fedamole.reporting.table import CAPTION, cell, compare, grid
 from fedamole.reporting.work import short, work_of
 from fedamole.terminal import printable
@@ -90,8 +91,10 @@ def _models(told: Sequence[Told]) -> list[str]:
 
 
 def _states(told: Sequence[Told]) -> Iterator[str]:
-    """A sentence for each run that is not finished."""
+    """A sentence for each run that is not finished, and for each in which every update failed."""
     for one in told:
+        if warning := untrained_warning(one.run.path, one.run.summary):
+            yield f"{warning}."
         if not one.finished:
             yield f"{one.run.path.name} is not finished: {one.done} of {one.rounds} rounds are done."
 

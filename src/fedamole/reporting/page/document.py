@@ -46,7 +46,7 @@ def check_place(path: Path) -> None:
     """Raise RunError where a report cannot be written without harm."""
     if path.is_dir():
         raise RunError(f"{path} is a folder: name a file, for example --out {path / 'report.html'}")
-    if path.exists() and MARK not in path.read_text(errors="replace")[:1000]:
+    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
         raise RunError(f"{path} exists and is no report, so it is left alone: choose another name by --out")
 
 

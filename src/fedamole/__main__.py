@@ -1,0 +1,5 @@
+"""`python -m fedamole` is the command `fedamole`."""
+
+from fedamole.cli import main
+
+main()
