@@ -29,6 +29,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def deployed(case: Case, folder: Path) -> Iterator[tuple[Path, dict[str, Callabl
     try:
         start("server", str(EXAMPLE / "config.toml"), "--certs", str(certs), "--port", str(port), f"run.folder={run}",
               *case.settings())  # fmt: skip
-        yield run, {name: lambda name=name: client(name) for name in names}
+        yield run, {name: partial(client, name) for name in names}
     finally:
         for process in started[::-1]:
             process.send_signal(signal.SIGINT)

@@ -144,7 +144,7 @@ def main() -> None:
         work(Path(options.work))
         return
     chosen, repeats = points(options.quick), 1 if options.quick else 3
-    runs = {name: [] for name in chosen}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     for _ in range(repeats):
         for name, point in chosen.items():
             runs[name].append(measure(point))

@@ -81,7 +81,7 @@ class PeftLoop:
         trained = [parameter for parameter in named.values() if parameter.requires_grad]
         for task in tasks:
             with torch.no_grad():
-                for name, tensor in task.adapter.tensors.items():
+                for name, tensor in task.fit.adapter.tensors.items():
                     module, _, part = name.split("/")
                     named[f"base_model.model.{module}.lora_{part}.default.weight"].copy_(tensor)
             optimiser = torch.optim.Adam(trained, lr=RATE, fused=True)
@@ -170,10 +170,11 @@ def measured(case: Case, bank: Bank, peft: PeftLoop, dropout: float, repeats: in
         if gpu:
             torch.cuda.synchronize()
 
-    runs: dict[str, Callable[[], object]] = {
-        "lockstep": lambda: train(tasks),
-        "sequential": lambda: [train([task]) for task in tasks],
-    }
+    def one_by_one() -> None:
+        for task in tasks:
+            train([task])
+
+    runs: dict[str, Callable[[], object]] = {"lockstep": lambda: train(tasks), "sequential": one_by_one}
     if case.kind == "lora":
         runs["peft_loop"] = lambda: peft.train(tasks, steps)
     processes = None
@@ -205,7 +206,7 @@ def operations(base: Base, case: Case, steps: int) -> float:
     embedded = base.model.get_input_embeddings().weight.numel()
     inner = sum(weight.numel() for weight in base.model.parameters() if weight.dim() == 2) - embedded
     inner -= 0 if base.model.config.tie_word_embeddings else head
-    return 4.0 * case.clients * steps * (inner * case.length + head * 8)
+    return 4.0 * case.clients * steps * float(inner * case.length + head * 8)
 
 
 def main() -> None:
