@@ -164,7 +164,11 @@ def deployed(case: Case, folder: Path) -> Iterator[tuple[Path, dict[str, Callabl
         for process in started[::-1]:
             process.send_signal(signal.SIGINT)
         for process in started:
-            process.wait()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def across(case: Case, folder: Path) -> list[dict[str, float]]:

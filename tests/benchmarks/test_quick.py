@@ -1,15 +1,22 @@
 """The benchmarks run and write their ratios; how large those are is for docs/performance.md, never for a test."""
 
+import ast
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
+LONG = ("deployment", "growth")
+"""Those that start many processes, which takes more than 20 seconds."""
 SCRIPTS = ("assignment", "deployment", "growth", "layer", "round", "scoring", "serving", "traffic")
+each_script = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in SCRIPTS]
+)
 
 
 def run(name: str, *options: str) -> str:
@@ -19,25 +26,54 @@ def run(name: str, *options: str) -> str:
     return done.stdout
 
 
+def ratios_in(file: Path) -> dict[str, float]:
+    """The ratios that a benchmark wrote, each a finite number above 0."""
+    found: dict[str, Any] = json.loads(file.read_text())["ratios"]
+    assert found
+    assert all(math.isfinite(value) and value > 0 for value in found.values()), found
+    return found
+
+
 def test_every_benchmark_is_known_here() -> None:
-    shared = {"measure", "bases"}
+    shared = {"measure", "bases", "all"}
     assert {path.stem for path in FOLDER.glob("*.py")} - shared == set(SCRIPTS)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_teaches(name: str) -> None:
-    text = run(name, "--help")
+def test_the_help_says_what_the_target_is(name: str) -> None:
+    """The help is the docstring; that --quick and --json are understood is seen where they are used, below."""
+    assert "Target" in (ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text())) or "")
+
+
+def test_help_teaches() -> None:
+    text = run("layer", "--help")
     assert "--quick" in text
     assert "--json" in text
-    assert "Target" in text
+    assert "Targets: at most" in text
 
 
-@pytest.mark.parametrize("name", ["assignment", "traffic", pytest.param("deployment", marks=pytest.mark.faults)])
+@each_script
 def test_quick_prints_a_table_and_writes_its_ratios(name: str, tmp_path: Path) -> None:
     file = tmp_path / "ratios.json"
     assert "━" in run(name, "--quick", "--json", str(file))
-    ratios = json.loads(file.read_text())["ratios"]
-    assert ratios
-    assert all(math.isfinite(value) and value > 0 for value in ratios.values())
+    ratios = ratios_in(file)
     # Bytes are counted, not timed: that nothing needless travels is a promise that a test can hold.
     assert all(value <= 1.01 for key, value in ratios.items() if name == "traffic" and "_vs_minimum_" in key)
+    if name == "round":  # docs/performance.md compares with each of them
+        opponents = {key.split("_vs_")[1].split("_at_")[0] for key in ratios}
+        assert opponents == {"sequential", "processes", "peft_loop"}
+
+
+def test_all_are_measured_once_and_a_second_run_goes_on(tmp_path: Path) -> None:
+    said = run("all", "--quick", "--out", str(tmp_path), "assignment")
+    assert "assignment: " in said
+    assert {path.name for path in tmp_path.iterdir()} == {"assignment.json", "assignment.txt"}
+    ratios_in(tmp_path / "assignment.json")
+    assert "━" in (tmp_path / "assignment.txt").read_text()
+    assert "assignment: " not in run("all", "--quick", "--out", str(tmp_path), "assignment")
+
+
+def test_every_script_is_among_all() -> None:
+    tree = ast.parse((FOLDER / "all.py").read_text())
+    (measured,) = [node.value for node in tree.body if isinstance(node, ast.AnnAssign) and node.value is not None]
+    assert {words[0] for words in ast.literal_eval(measured).values()} == set(SCRIPTS)
