@@ -70,7 +70,6 @@ def main() -> None:
         parser.error(f"no benchmark is called {', '.join(sorted(unknown))}")
     folder = options.out or HERE / "results" / (commit() + ("-quick" if options.quick else ""))
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"results in {folder}", flush=True)
     waiting = [name for name in options.names or MEASURED if not (folder / f"{name}.json").exists()]
     failed = [name for name in waiting if not measure(name, folder, options.quick)]
     sys.exit(f"{len(failed)} failed: {', '.join(failed)}" if failed else 0)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-LONG = ("deployment", "growth")
+LONG = ("deployment", "growth", "serving")
 """Those that start many processes, which takes more than 20 seconds."""
 SCRIPTS = ("assignment", "deployment", "growth", "layer", "round", "scoring", "serving", "traffic")
 each_script = pytest.mark.parametrize(
