@@ -9,6 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tests.training import alone
+
+from fedamole.federation.settings import TrainingSettings
+from fedamole.model.amole import AdapterSpec
+from fedamole.model.bank import Bank
+from fedamole.model.params import Adapter, new_shared
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 LONG = ("deployment", "growth", "serving")
@@ -62,6 +69,21 @@ def test_quick_prints_a_table_and_writes_its_ratios(name: str, tmp_path: Path) -
     if name == "round":  # docs/performance.md compares with each of them
         opponents = {key.split("_vs_")[1].split("_at_")[0] for key in ratios}
         assert opponents == {"sequential", "processes", "peft_loop"}
+
+
+def test_the_base_that_a_gpu_is_measured_with_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--base llama-1b`, the default on a GPU, in the same calls with smaller numbers."""
+    monkeypatch.syspath_prepend(FOLDER)
+    import bases
+
+    small = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
+             "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    monkeypatch.setattr(bases, "LLAMA_1B", {**bases.LLAMA_1B, **small})
+    base = bases.open_base("llama-1b")
+    assert (base.name, base.width) == ("llama-1b", 32)
+    assert set(base.shapes) == {f"model.layers.{n}.self_attn.{name}_proj" for n in (0, 1) for name in "qv"}
+    adapter = Adapter(AdapterSpec(rank=2), new_shared(base.shapes, 2, torch.Generator().manual_seed(0)))
+    assert alone(Bank(base), adapter, [((5, 6, 7), (8, 9))], TrainingSettings(local_steps=2)).steps == 2
 
 
 def test_all_are_measured_once_and_a_second_run_goes_on(tmp_path: Path) -> None:
