@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-faults lint clean
+.PHONY: demo test test-faults test-long lint benchmarks clean
 
 demo: $(READY)  ## Compare local training, one shared LoRA and FedAMoLE on the bundled task.
 	$(BIN)/fedamole demo
@@ -15,7 +15,13 @@ test: $(READY) lint  ## Style, types and all tests.
 test-faults: $(READY)  ## The slow tests: a deployment's faults, with real processes.
 	$(BIN)/python -m pytest -m faults
 
-lint: $(READY)
+test-long: $(READY)  ## The tests of more than 20 seconds: benchmarks that start many processes.
+	$(BIN)/python -m pytest -m long
+
+benchmarks: $(READY)  ## Measure every table of docs/performance.md again, into benchmarks/results; goes on where it stopped.
+	$(BIN)/python benchmarks/all.py
+
+lint: $(READY)  ## Style and types of everything that is Python.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 

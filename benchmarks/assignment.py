@@ -120,7 +120,8 @@ OPPONENTS: dict[str, Callable[[Values, Size], Chosen]] = {"scip": scip, "milp": 
 
 def serve(pipe: Connection) -> None:
     """Hold matrices, solve them when told to, hand over what was chosen."""
-    size, matrices, chosen = SIZES[0], [], {}
+    size, chosen = SIZES[0], dict[str, list[Chosen]]()
+    matrices: list[Values] = []
     while (order := pipe.recv()) is not None:
         match order:
             case "hold", size, matrices:

@@ -29,6 +29,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +159,16 @@ def deployed(case: Case, folder: Path) -> Iterator[tuple[Path, dict[str, Callabl
     try:
         start("server", str(EXAMPLE / "config.toml"), "--certs", str(certs), "--port", str(port), f"run.folder={run}",
               *case.settings())  # fmt: skip
-        yield run, {name: lambda name=name: client(name) for name in names}
+        yield run, {name: partial(client, name) for name in names}
     finally:
         for process in started[::-1]:
             process.send_signal(signal.SIGINT)
         for process in started:
-            process.wait()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def across(case: Case, folder: Path) -> list[dict[str, float]]:

@@ -27,7 +27,8 @@ def interleaved(contestants: Mapping[str, Callable[[], object]], repeats: int) -
     Everybody runs once per repeat, in an order that turns round from repeat to repeat, so that a machine that is
     slow for a while, or slow after somebody's turn, is slow for all.
     """
-    names, seconds = list(contestants), {name: [] for name in contestants}
+    names = list(contestants)
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for name in names:
         contestants[name]()
     for repeat in range(repeats):

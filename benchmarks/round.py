@@ -81,7 +81,7 @@ class PeftLoop:
         trained = [parameter for parameter in named.values() if parameter.requires_grad]
         for task in tasks:
             with torch.no_grad():
-                for name, tensor in task.adapter.tensors.items():
+                for name, tensor in task.fit.adapter.tensors.items():
                     module, _, part = name.split("/")
                     named[f"base_model.model.{module}.lora_{part}.default.weight"].copy_(tensor)
             optimiser = torch.optim.Adam(trained, lr=RATE, fused=True)
@@ -146,7 +146,7 @@ class Case:
 def cases(quick: bool) -> list[Case]:
     """What is measured."""
     if quick:
-        return [Case(10, 32, False, "mixture"), Case(10, 64, True, "mixture"), Case(10, 128, False, "lora")]
+        return [Case(3, 32, False, "mixture"), Case(3, 64, True, "mixture"), Case(3, 32, False, "lora")]
     found = [
         Case(10, length, ragged, "mixture") for length in (16, 32, 64, 128, 256, 512) for ragged in (False, True)
     ]
@@ -170,14 +170,15 @@ def measured(case: Case, bank: Bank, peft: PeftLoop, dropout: float, repeats: in
         if gpu:
             torch.cuda.synchronize()
 
-    runs: dict[str, Callable[[], object]] = {
-        "lockstep": lambda: train(tasks),
-        "sequential": lambda: [train([task]) for task in tasks],
-    }
+    def one_by_one() -> None:
+        for task in tasks:
+            train([task])
+
+    runs: dict[str, Callable[[], object]] = {"lockstep": lambda: train(tasks), "sequential": one_by_one}
     if case.kind == "lora":
         runs["peft_loop"] = lambda: peft.train(tasks, steps)
     processes = None
-    if not gpu and case.clients == 10 and not case.ragged and case.kind == "mixture":
+    if not gpu and 1 < case.clients <= 10 and not case.ragged and case.kind == "mixture":
         processes = Processes(lambda task: train([task]), tasks)
         runs["processes"] = processes.train
     seconds = interleaved(runs, repeats)
@@ -205,14 +206,14 @@ def operations(base: Base, case: Case, steps: int) -> float:
     embedded = base.model.get_input_embeddings().weight.numel()
     inner = sum(weight.numel() for weight in base.model.parameters() if weight.dim() == 2) - embedded
     inner -= 0 if base.model.config.tie_word_embeddings else head
-    return 4.0 * case.clients * steps * (inner * case.length + head * 8)
+    return 4.0 * case.clients * steps * float(inner * case.length + head * 8)
 
 
 def main() -> None:
     """Measure every case."""
     options = arguments(__doc__ or "", base="folder of a base, or llama-1b", dropout="0.05 unless given",
                         only="sizes that contain this alone, e.g. 512_ragged, with 15 repeats")
-    dropout, (repeats, most) = float(options.dropout or 0.05), (3, 6) if options.quick else (5, 20)
+    dropout, (repeats, most) = float(options.dropout or 0.05), (2, 4) if options.quick else (5, 20)
     torch.set_num_threads(1)
     base = open_base(options.base)
     if base.device.type == "cpu" and hasattr(os, "sched_setaffinity"):

@@ -31,7 +31,7 @@ def main() -> None:
     torch.set_num_threads(1)
     bank = Bank(open_base(options.base))
     base, rng = bank.base, np.random.default_rng(0)
-    prompts_each, repeats = (1, 3) if options.quick else (4, 7)
+    prompts_each, repeats = (1, 1) if options.quick else (4, 7)
 
     def draw(low: int, high: int) -> tuple[int, ...]:
         return tuple(rng.integers(2, base.model.config.vocab_size, rng.integers(low, high + 1)).tolist())

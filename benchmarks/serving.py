@@ -139,11 +139,11 @@ def main() -> None:
     if options.child:
         child(int(options.child), options.base)
         return
-    total, repeats = (20, 2) if options.quick else (100, 5)
+    total, repeats = (8, 1) if options.quick else (100, 5)
     lines: list[list[object]] = []
     ratios: dict[str, float] = {}
     one = memory(1, options.base)
-    for models in (1, 10) if options.quick else (1, 10, 50):
+    for models in (4,) if options.quick else (1, 10, 50):
         together, single = opened(open_base(options.base), models), opened(open_base(options.base), 1)
         mixtures = opened(open_base(options.base), models, mixture=True)
         theirs = WithPeft(open_base(options.base), models)

@@ -27,6 +27,7 @@ from torch import Tensor
 from fedamole.federation.method import Client, ClientInfo, Method, Server, Trained
 from fedamole.federation.record import pack
 from fedamole.methods import METHODS
+from fedamole.model.amole import AdapterSpec
 from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.params import Adapter, Shapes, expert_ids
 
@@ -97,9 +98,10 @@ class Round:
 
     def _fit(self, adapter: Adapter) -> Trained:
         """Stand in for training and for reading the embedding split."""
-        generator, means = torch.Generator().manual_seed(SEED), {}
+        generator, means, spec = torch.Generator().manual_seed(SEED), {}, self.method.spec()
         for module, held in expert_ids(adapter.tensors).items() if self.method.embeds else ():
-            token, *experts = torch.randn(1 + len(held), self.method.rank, generator=generator)
+            assert isinstance(spec, AdapterSpec), "only mixtures of experts have router embeddings"
+            token, *experts = torch.randn(1 + len(held), spec.rank, generator=generator)
             means[module] = MeanEmbeddings(token, dict(zip(held, experts, strict=True)))
         return Trained(adapter, steps=1, loss=0.0, embeddings=means)
 

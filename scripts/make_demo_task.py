@@ -183,7 +183,7 @@ def client_rows(client: DemoClient, seed: int) -> list[dict[str, str]]:
     while len(answers) < client.rows + TEST_ROWS:
         context, answer = client.make(rng)
         answers[context] = answer
-    cells = {
+    cells: Callable[[str, str], tuple[str, ...]] = {
         INSTRUCTED: lambda context, answer: (client.instruction, context, answer),
         LABELLED: lambda context, answer: (context, answer),
         COMPLETED: lambda context, answer: (f"{client.instruction}\n{context}\n", answer),

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,9 +234,14 @@ def crash(runs: Runner) -> Callable[..., Path]:
             if hasattr(watcher, point):
                 setattr(watcher, point, strike)
             else:
-                replace, rename = os.replace, os.rename
-                os.replace = lambda source, target: (replace(source, target), str(target).endswith(point) and strike())
-                os.rename = lambda source, target: (rename(source, target), str(target).endswith(point) and strike())
+
+                def struck(move: Callable[[Any, Any], None], source: Any, target: Any) -> None:
+                    move(source, target)
+                    if str(target).endswith(point):
+                        strike()
+
+                setattr(os, "replace", partial(struck, os.replace))  # noqa: B010
+                setattr(os, "rename", partial(struck, os.rename))  # noqa: B010
             start(runs.load(method, *overrides), folder, watcher)
 
         child = os.fork()

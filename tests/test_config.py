@@ -309,7 +309,7 @@ def rounds_are_counted(runs: Runs) -> bool:
 
 def last_round(runs: Runs, n: int) -> int:
     lines = map(json.loads, (runs("fedit", f"federation.rounds={n}") / "metrics.jsonl").open())
-    return max(line["round"] for line in lines)
+    return max(int(line["round"]) for line in lines)
 
 
 def cohort_is_smaller(runs: Runs) -> bool:

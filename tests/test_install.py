@@ -1,5 +1,6 @@
 """Nobody is told to install this package by its name from an index, where it was never published."""
 
+import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -66,10 +67,9 @@ def test_what_would_not(text: str) -> None:
 
 
 def test_a_missing_extra_is_named_with_both_ways_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedamole.deployment import requirements
     from fedamole.deployment.requirements import require_flower
 
-    monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FedamoleError) as caught:
         require_flower()
     assert str(caught.value) == (

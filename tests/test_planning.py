@@ -20,7 +20,7 @@ from fedamole.errors import BaseModelError, ConfigError
 from fedamole.experiment import plan, plan_without_data, prepare
 from fedamole.methods import METHODS
 from fedamole.model.base import BaseSettings
-from fedamole.model.memory import free_bytes, group_bytes, used_bytes
+from fedamole.model.memory import HEADROOM, free_bytes, group_bytes, used_bytes
 from fedamole.model.weightless import BYTES_IN_4BIT, weight_bytes, weightless_base
 
 
@@ -30,7 +30,7 @@ def test_the_group_fills_the_free_memory(runs: Any, monkeypatch: Any) -> None:
     needed = {clients: planning._group_bytes(config, prepared.base, clients, 20_000) for clients in (1, 2, 3, 4)}
     monkeypatch.setattr(planning, "_sizes", lambda *_: ([20_000], [1]))
     for free, group in ((0, 1), (needed[1], 1), (needed[2], 2), (needed[3] + 1000, 3), (2**40, 4)):
-        monkeypatch.setattr(planning, "free_bytes", lambda _, free=free: free / planning.HEADROOM + 1)
+        monkeypatch.setattr(planning, "free_bytes", lambda _, free=free: free / HEADROOM + 1)
         assert planning.chosen_group(config, prepared.base, prepared.clients) == group
     cohort = runs.load("fedamole", "run.group=0", "federation.cohort=0.5")
     assert planning.chosen_group(cohort, prepared.base, prepared.clients) == 2

@@ -1,13 +1,21 @@
-"""Training one client alone, as the tests that came before groups see it."""
+"""Training one client alone, as the tests that came before groups see it; and what a LoRA adapter is made of."""
 
 from collections.abc import Sequence
 
 from fedamole.federation.local import DivergedError, LocalTask, OnStep, fit
 from fedamole.federation.method import Fit, Trained
 from fedamole.federation.settings import TrainingSettings
+from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Row
 from fedamole.model.params import Adapter
+from fedamole.model.prompt import PromptSpec
+
+
+def lora_spec(spec: AdapterSpec | PromptSpec) -> AdapterSpec:
+    """A spec that has to be one of LoRA experts, not of virtual tokens."""
+    assert isinstance(spec, AdapterSpec), spec
+    return spec
 
 
 def alone(

@@ -8,7 +8,7 @@ from fedamole.assignment.identity import sorted_place, tie_hashes
 GOLDEN = [[3901627550244126953, 7377501511659637934], [6474106967737743924, 5861748841637247318]]
 
 
-def test_tie_hashes_never_change():
+def test_tie_hashes_never_change() -> None:
     """A stored run must be repeatable by a later version: these numbers are part of the file format."""
     hashes = tie_hashes(["expert-00", "expert-01"], ["a", "b"])
     assert hashes.tolist() == GOLDEN
@@ -16,7 +16,7 @@ def test_tie_hashes_never_change():
     assert tie_hashes(["a"], ["b"]) != tie_hashes(["b"], ["a"])
 
 
-def test_sorted_place_reads_in_the_order_of_ids():
+def test_sorted_place_reads_in_the_order_of_ids() -> None:
     """Experts y, x and clients 2, 3, 1: sorted they are rows 1, 0 and columns 2, 0, 1."""
     array = np.array([[10, 11, 12], [20, 21, 22]])
     place = sorted_place(["y", "x"], ["2", "3", "1"])

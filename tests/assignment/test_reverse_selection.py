@@ -2,11 +2,13 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import combinations, product
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,30 +27,34 @@ from fedamole.assignment.reverse_selection import (
 )
 from fedamole.errors import ConfigError
 
+Values = npt.NDArray[np.float64]
+Chosen = npt.NDArray[np.bool_]
+Solve = Callable[..., Chosen]
 
-def experts(n):
+
+def experts(n: int) -> list[str]:
     return [f"expert-{i:03}" for i in range(n)]
 
 
-def clients(n):
+def clients(n: int) -> list[str]:
     return [f"site-{c}" for c in range(n)]
 
 
-def solve(P, *bounds):
+def solve(P: Values, *bounds: int) -> Chosen:
     return select(P, Bounds(*bounds), expert_ids=experts(P.shape[0]), client_ids=clients(P.shape[1]))
 
 
-def remain(P, *bounds):
+def remain(P: Values, *bounds: int) -> Chosen:
     E, C = P.shape
     return select_for_remaining(P, Bounds(*bounds), expert_ids=experts(E), client_ids=clients(C))
 
 
-def units(P, X):
+def units(P: Values, X: Chosen) -> int:
     """The objective in whole steps of 1e-9, the resolution at which the optimum is exact."""
     return int(np.rint(P / 1e-9).astype(np.int64)[X].sum())
 
 
-def softmax_scores(E, C, seed, scale=1.0):
+def softmax_scores(E: int, C: int, seed: int, scale: float = 1.0) -> Values:
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=(E, 8)) @ rng.normal(size=(8, C)) / np.sqrt(8)
     return choice_probabilities(scale * scores)
@@ -61,7 +67,7 @@ P4 = np.array([[0.9, 0.1], [0.8, 0.2], [0.6, 0.4], [0.7, 0.3]])
     ("hi", "first", "total"),
     [(4, [True, True, True, True], 3.0), (3, [1, 1, 0, 1], 2.8), (2, [1, 1, 0, 0], 2.4)],
 )
-def test_by_hand(hi, first, total):
+def test_by_hand(hi: int, first: list[int], total: float) -> None:
     """Four experts choose one of two clients each, and all like the first one best.
 
     With room for 4 all go there: 0.9 + 0.8 + 0.6 + 0.7 = 3.0. With room for 3 the one that loses least goes
@@ -75,12 +81,12 @@ def test_by_hand(hi, first, total):
     assert (P4 * X).sum() == pytest.approx(total)
 
 
-def test_lower_bound_by_hand():
+def test_lower_bound_by_hand() -> None:
     """With at least 2 a client the answer is that of at most 2: the two that lose least must move."""
     assert solve(P4, 1, 2, 4)[:, 0].tolist() == [True, True, False, False]
 
 
-def every_choice(E, C, k_c):
+def every_choice(E: int, C: int, k_c: int) -> Chosen:
     rows = [[c in pick for c in range(C)] for pick in combinations(range(C), k_c)]
     return np.array(list(product(rows, repeat=E)), dtype=bool).reshape(-1, E, C)
 
@@ -90,7 +96,7 @@ SMALL = [(4, 3, 1, 1, 2), (4, 3, 2, 1, 3), (3, 4, 2, 1, 2), (5, 3, 1, 1, 3), (4,
 
 @pytest.mark.parametrize("shape", SMALL)
 @pytest.mark.parametrize("levels", [None, 3, 1])
-def test_enumeration_with_and_without_ties(shape, levels):
+def test_enumeration_with_and_without_ties(shape: tuple[int, ...], levels: int | None) -> None:
     """Among all choices ours is the best, and among the equally best the one with the smallest tie hash.
 
     `levels` 3 leaves few different values, 1 leaves all equal, so that the hash alone decides.
@@ -113,21 +119,21 @@ def test_enumeration_with_and_without_ties(shape, levels):
         assert len(best) > 1
 
 
-def constraints(E, C):
+def constraints(E: int, C: int) -> tuple[coo_array, coo_array]:
     arc = np.arange(E * C)
     rows = coo_array((np.ones(E * C), (arc // C, arc)), shape=(E, E * C))
     columns = coo_array((np.ones(E * C), (arc % C, arc)), shape=(C, E * C))
     return rows, columns
 
 
-def scaled_costs(P):
+def scaled_costs(P: Values) -> Values:
     """HiGHS stops within absolute tolerances: unscaled, nearly uniform P would end short of the optimum."""
     costs = P.max(axis=1, keepdims=True) - P
-    return (costs * (1e3 / np.median(costs))).ravel()
+    return np.asarray(costs * (1e3 / np.median(costs))).ravel()
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1e-2, 1.0, 10.0])
-def test_milp_agrees_at_the_papers_size(scale):
+def test_milp_agrees_at_the_papers_size(scale: float) -> None:
     """30 experts, 10 clients, 2 choices, 2 to 8 a client; `scale` 1e-5 is a nearly uniform first round."""
     E, C, k_c, lo, hi = 30, 10, 2, 2, 8
     rows, columns = constraints(E, C)
@@ -145,7 +151,7 @@ def test_milp_agrees_at_the_papers_size(scale):
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1.0])
-def test_linear_relaxation_agrees_at_100_by_40(scale):
+def test_linear_relaxation_agrees_at_100_by_40(scale: float) -> None:
     """100 experts, 40 clients, 2 choices, 2 to 8 a client: the simplex ends at an integral vertex."""
     E, C, k_c, lo, hi = 100, 40, 2, 2, 8
     rows, columns = constraints(E, C)
@@ -167,7 +173,7 @@ def test_linear_relaxation_agrees_at_100_by_40(scale):
 
 @pytest.mark.parametrize("levels", [1, 2, 4, None])
 @pytest.mark.parametrize("size", [(30, 10, 2, 2, 8), (7, 5, 3, 2, 5), (12, 3, 1, 2, 6)])
-def test_permuting_rows_and_columns_permutes_the_answer(size, levels):
+def test_permuting_rows_and_columns_permutes_the_answer(size: tuple[int, ...], levels: int | None) -> None:
     """Also where P is all equal, or has few values: identity decides a tie, not position."""
     E, C, k_c, lo, hi = size
     rng = np.random.default_rng(E)
@@ -185,7 +191,7 @@ def test_permuting_rows_and_columns_permutes_the_answer(size, levels):
 
 
 @pytest.mark.parametrize("bounds", [Bounds(2, 1, 4), Bounds(2, 1, 2)])
-def test_several_modules_at_once_are_solved_as_each_alone(bounds):
+def test_several_modules_at_once_are_solved_as_each_alone(bounds: Bounds) -> None:
     """Ties included; with hi = 2, too few places are left and the sides are exchanged."""
     rng = np.random.default_rng(4)
     P = np.stack([softmax_scores(12, 7, seed) for seed in range(4)] + [np.full((12, 7), 1 / 7), rng.random((12, 7))])
@@ -196,7 +202,7 @@ def test_several_modules_at_once_are_solved_as_each_alone(bounds):
         assert (found == select_for_remaining(module, bounds, **names)).all()
 
 
-def test_differences_below_the_resolution_do_not_decide():
+def test_differences_below_the_resolution_do_not_decide() -> None:
     """Noise of 1e-11, such as another order of summation leaves, does not change the answer."""
     rng = np.random.default_rng(2)
     P = rng.integers(1, 4, (30, 10)) / 8
@@ -205,7 +211,7 @@ def test_differences_below_the_resolution_do_not_decide():
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_sums_and_bounds_hold(data):
+def test_sums_and_bounds_hold(data: st.DataObject) -> None:
     E, C = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 6))
     k_c = data.draw(st.integers(0, C))
     lo = data.draw(st.integers(0, E * k_c // C))
@@ -219,7 +225,7 @@ def test_sums_and_bounds_hold(data):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1e-6, 1.001])
 @pytest.mark.parametrize("function", [solve, remain])
-def test_unusable_p_is_named(bad, function):
+def test_unusable_p_is_named(bad: float, function: Solve) -> None:
     P = P4.copy()
     P[2, 1] = bad
     with pytest.raises(ScoreError, match=r"expert-002.*site-1"):
@@ -228,7 +234,7 @@ def test_unusable_p_is_named(bad, function):
         function(P.T.copy().T, 1, 0, 4)
 
 
-def test_misfit_is_refused():
+def test_misfit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"P has shape \(4, 2\) for 4 experts and 3 clients"):
         select(P4, Bounds(1, 1, 3), expert_ids=experts(4), client_ids=clients(3))
     with pytest.raises(ValueError, match="site-0 stand more than once"):
@@ -238,18 +244,18 @@ def test_misfit_is_refused():
 
 
 @cache
-def loads_possible(E, C, k_c):
+def loads_possible(E: int, C: int, k_c: int) -> set[tuple[int, ...]]:
     """Every vector of column sums that some choice has, by adding one expert at a time."""
     picks = [tuple(c in pick for c in range(C)) for pick in combinations(range(C), k_c)]
-    loads = {(0,) * C}
+    loads: set[tuple[int, ...]] = {(0,) * C}
     for _ in range(E):
         loads = {tuple(a + b for a, b in zip(load, p, strict=True)) for load in loads for p in picks}
     return loads
 
 
-def test_feasible_exactly_where_enumeration_finds_a_choice():
+def test_feasible_exactly_where_enumeration_finds_a_choice() -> None:
     """All settings with up to 4 experts and 4 clients: the inequalities are neither too strict nor lax."""
-    answers = Counter()
+    answers = Counter[bool]()
     for E, C, k_c in product(range(1, 5), range(1, 5), range(6)):
         spreads = {(min(load), max(load)) for load in loads_possible(E, C, k_c)} if k_c <= C else set()
         for lo, hi in product(range(6), range(6)):
@@ -264,14 +270,14 @@ def test_feasible_exactly_where_enumeration_finds_a_choice():
     assert min(answers.values()) > 300
 
 
-def refusal(E, C, k_c, lo, hi, top_k):
+def refusal(E: int, C: int, k_c: int, lo: int, hi: int, top_k: int) -> str:
     with pytest.raises(InfeasibleError) as caught:
         check_feasible(experts=E, clients=C, bounds=Bounds(k_c, lo, hi), top_k=top_k)
     assert caught.value.exit_code == ConfigError.exit_code == 2
     return str(caught.value)
 
 
-def test_refusals_name_numbers_and_remedy():
+def test_refusals_name_numbers_and_remedy() -> None:
     text = refusal(30, 10, 1, 4, 8, 2)
     assert "min_experts x clients <= experts x expert_choices fails: 4 x 10 = 40 > 30 x 1 = 30" in text
     assert "set expert_choices to 2, or min_experts to 3, or experts to 40" in text
@@ -287,7 +293,7 @@ def test_refusals_name_numbers_and_remedy():
     assert "give at least one client" in refusal(30, 0, 2, 2, 8, 2)
 
 
-def remedies(text):
+def remedies(text: str) -> list[dict[str, int]]:
     """The alternatives that a refusal offers, each a dict of settings."""
     offer = re.search(r"; set (.*)$", text)
     assert offer is not None, text
@@ -302,7 +308,7 @@ small = st.integers(-1, 40)
 
 @settings(max_examples=300, deadline=None)
 @given(E=small, C=st.integers(1, 20), k_c=small, lo=small, hi=small, top_k=st.integers(-1, 6))
-def test_every_value_offered_works(E, C, k_c, lo, hi, top_k):
+def test_every_value_offered_works(E: int, C: int, k_c: int, lo: int, hi: int, top_k: int) -> None:
     """Whatever is wrong, and however much at once, each alternative offered is accepted."""
     names = ("expert_choices", "min_experts", "max_experts")
     bounds = Bounds(k_c, lo, hi)
@@ -320,12 +326,12 @@ def test_every_value_offered_works(E, C, k_c, lo, hi, top_k):
             )
 
 
-def test_remaining_is_select_while_the_bounds_can_be_kept():
+def test_remaining_is_select_while_the_bounds_can_be_kept() -> None:
     P = softmax_scores(30, 8, 3)
     assert (remain(P, 2, 2, 8) == solve(P, 2, 2, 8)).all()
 
 
-def test_remaining_clients_are_filled_by_hand():
+def test_remaining_clients_are_filled_by_hand() -> None:
     """Three experts chose two of three clients, at most 2 a client (6 = 6); one client left: 6 > 4.
 
     Both clients hold 2, each expert is held by 1 or 2. Client 0 would take experts 0 and 1 (0.9 + 0.8),
@@ -337,13 +343,13 @@ def test_remaining_clients_are_filled_by_hand():
     assert X.tolist() == [[True, True], [True, False], [False, True]]
 
 
-def test_remaining_with_more_experts_than_room_by_hand():
+def test_remaining_with_more_experts_than_room_by_hand() -> None:
     """Four experts, two clients, one each: client 0 takes expert 0 (0.9), client 1 the best left (0.4)."""
     X = remain(P4, 1, 1, 1)
     assert np.argwhere(X).tolist() == [[0, 0], [2, 1]]
 
 
-def test_remaining_fewer_clients_than_choices():
+def test_remaining_fewer_clients_than_choices() -> None:
     """Four choices among three clients are three: everybody holds everything, if memory allows."""
     P = softmax_scores(5, 3, 1)
     assert remain(P, 4, 2, 8).all()
@@ -353,19 +359,19 @@ def test_remaining_fewer_clients_than_choices():
 
 
 @pytest.mark.parametrize("function", [solve, remain])
-def test_nobody_left_is_an_error(function):
+def test_nobody_left_is_an_error(function: Solve) -> None:
     with pytest.raises(InfeasibleError, match="1 <= clients fails"):
         function(np.empty((4, 0)), 1, 0, 2)
 
 
-def test_remaining_does_not_hide_settings_that_never_worked():
+def test_remaining_does_not_hide_settings_that_never_worked() -> None:
     with pytest.raises(InfeasibleError, match="min_experts <= max_experts fails: 3 > 2"):
         remain(P4, 2, 3, 2)
     with pytest.raises(InfeasibleError, match="min_experts x clients"):
         remain(P4, 1, 3, 3)
 
 
-def test_remaining_is_the_best_by_enumeration():
+def test_remaining_is_the_best_by_enumeration() -> None:
     """Every start that is feasible, cut to 2 or 3 clients: the best of all choices that keep the rule."""
     rng = np.random.default_rng(7)
     overfull = 0
@@ -391,7 +397,7 @@ def test_remaining_is_the_best_by_enumeration():
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_remaining_keeps_lo_and_hi_whenever_the_start_was_feasible(data):
+def test_remaining_keeps_lo_and_hi_whenever_the_start_was_feasible(data: st.DataObject) -> None:
     E, C = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 6))
     k_c = data.draw(st.integers(0, C))
     lo = data.draw(st.integers(0, E * k_c // C))

@@ -34,6 +34,7 @@ from fedamole.model.params import Adapter, expert_ids
 
 VARIANTS = sorted(name for name in METHODS if name.endswith("_ft"))
 """The training of another method, scored before the aggregation."""
+Some = Method[Any, Any, Any, Any]
 every_method = pytest.mark.parametrize("name", sorted(METHODS))
 every_training = pytest.mark.parametrize("name", sorted({*METHODS} - {*VARIANTS} | {"fedit_ft"}))
 """For tests that take longer: methods that differ in more than the moment of scoring, and one that does not."""
@@ -73,7 +74,7 @@ class Shop:
 
         return Client(data.info, base.shapes, self.seed, round_, losses, last_hidden, base.width, base.embedding_std)
 
-    def fit(self, method: Method, asked: Fit, name: str, round_: int, turn: int) -> Trained:
+    def fit(self, method: Some, asked: Fit, name: str, round_: int, turn: int) -> Trained:
         """The real training of one client, and its embeddings where the method wants them."""
         data, training = self.prepared.clients[name], self.prepared.config.training
         task = LocalTask(name, asked, data.train.pairs(), training.learning_rate)
@@ -82,7 +83,7 @@ class Shop:
         means = embed(self.bank, [data.embedding.pairs()], 4096)[0] if method.embeds else {}
         return Trained(done.adapter, done.steps, done.loss, means)
 
-    def update(self, method: Method, kept: Any, message: Any, name: str, round_: int) -> tuple[Any, Any, Trained]:
+    def update(self, method: Some, kept: Any, message: Any, name: str, round_: int) -> tuple[Any, Any, Trained]:
         """A client's work of a round, from its first request for training to its last."""
         work, turn = method.update(self.client(name, round_), kept, message), 0
         try:
@@ -91,9 +92,10 @@ class Shop:
                 asked = work.send(self.fit(method, asked, name, round_, turn))
                 turn += 1
         except StopIteration as end:
-            return end.value
+            done: tuple[Any, Any, Trained] = end.value
+            return done
 
-    def round(self, method: Method, state: Any, kept: dict[str, Any], round_: int) -> tuple[Any, dict[str, Any]]:
+    def round(self, method: Some, state: Any, kept: dict[str, Any], round_: int) -> tuple[Any, dict[str, Any]]:
         """A whole round in memory: the next state, and what everybody replied; `kept` is brought up to date."""
         server, replies = self.server(round_), {}
         for info in server.clients:
@@ -109,7 +111,7 @@ def shop(runs: Any) -> Shop:
     return Shop(prepared, Bank(prepared.base))
 
 
-def made(name: str, **parameters: Any) -> Method:
+def made(name: str, **parameters: Any) -> Some:
     """A small one."""
     fields = {field.name for field in dataclasses.fields(METHODS[name])}
     small = {"rank": 2, "alpha": 4.0, "virtual_tokens": 4, "encoder_hidden_size": 32, "fusion_trials": 10}
@@ -118,13 +120,13 @@ def made(name: str, **parameters: Any) -> Method:
 
 
 @pytest.fixture(scope="module")
-def replied(shop: Shop) -> Callable[[str], tuple[Method, Any, dict[str, Any], dict[str, Any]]]:
+def replied(shop: Shop) -> Callable[[str], tuple[Some, Any, dict[str, Any], dict[str, Any]]]:
     """Method, its state after one round, what clients keep and the replies that led there; made once per method."""
     known: dict[str, Any] = {}
 
     def get(name: str) -> Any:
         if name not in known:
-            method, kept = made(name), {}
+            method, kept = made(name), dict[str, Any]()
             state, replies = shop.round(method, method.init(shop.server()), kept, 0)
             known[name] = method, state, kept, replies
         return known[name]
@@ -138,7 +140,7 @@ def test_the_registry_is_found_and_names_each_class_once() -> None:
     for name, method in METHODS.items():
         assert issubclass(method, Method), name
         assert dataclasses.is_dataclass(method), name
-        assert method.__dataclass_params__.frozen, name
+        assert vars(method)["__dataclass_params__"].frozen, name
 
 
 @every_method
@@ -501,7 +503,7 @@ def outcome(shop: Shop) -> Callable[..., list[bytes]]:
         method = made(name, **parameters)
         if repr((name, method)) not in known:
             looks.clear()
-            state, kept = method.init(shop.server()), {}
+            state, kept = method.init(shop.server()), dict[str, Any]()
             for round_ in range(LONGER.get(name, 2)):
                 state, replies = shop.round(method, state, kept, round_)
             records = [state, *kept.values(), *replies.values()]
@@ -509,7 +511,7 @@ def outcome(shop: Shop) -> Callable[..., list[bytes]]:
                 message = method.message(state, info)
                 model = method.personal(shop.client(info.name, 1), kept[info.name], message, None)
                 records += [] if model is None else [model]
-            known[repr((name, method))] = [*(pack(record) for record in records), *looks]
+            known[repr((name, method))] = [*(pack(record) for record in records), *(b"%d" % look for look in looks)]
         return known[repr((name, method))]
 
     return run

@@ -27,7 +27,7 @@ class Checked(InProcess):
     """Checks every reply as the server of a deployment does, and keeps what was compared."""
 
     def rehearse_with(self, method: Any, server: Server) -> None:
-        self.method, self.server, self.seen = method, server, []
+        self.method, self.server, self.seen = method, server, list[Any]()
 
     def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, Answer]:
         answers = super().update(round_, messages)

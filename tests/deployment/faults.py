@@ -284,7 +284,8 @@ class Site:
 
     def event(self, what: str, seconds: float, since: float = 0.0, **fields: Any) -> dict[str, Any]:
         """Wait for such a line, and return the first one."""
-        return wait_until(lambda: self.events(what, since, **fields), seconds, f"{what} {fields}", self.told)[0]
+        found = wait_until(lambda: self.events(what, since, **fields), seconds, f"{what} {fields}", self.told)
+        return dict(found[0])
 
     def trained(self, name: str, seconds: float, since: float) -> dict[str, Any]:
         """Wait until a client has trained in a round that began since then and is done."""
@@ -304,7 +305,7 @@ class Site:
         def found() -> Any:
             return [line for line in self.events("answered", since, client=name) if "failed" in line]
 
-        return wait_until(found, seconds, f"{name} fails", self.told)[0]
+        return dict(wait_until(found, seconds, f"{name} fails", self.told)[0])
 
     def log(self) -> str:
         """What the run's process has written, as one line."""

@@ -84,12 +84,13 @@ def reply(
     metadata = Metadata(
         run_id=5, message_id="m", src_node_id=source, dst_node_id=to, reply_to_message_id=answers, message_type="query"
     )
-    return PushMessagesRequest(
+    request = PushMessagesRequest(
         node=Node(node_id=node),
         messages_list=[Message(metadata=metadata)] * messages,
         message_object_trees=[ObjectTree(object_id="m", children=[ObjectTree(object_id="c")])] * trees,
         clientapp_runtime_list=[1.5],
-    ).SerializeToString()
+    )
+    return bytes(request.SerializeToString())
 
 
 @contextmanager

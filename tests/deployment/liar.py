@@ -123,7 +123,7 @@ def _raise(host: Liar, payload: bytes) -> bytes:
         worker.update = train  # type: ignore[method-assign]
         raise ValueError(SECRET)
 
-    worker.update = update  # type: ignore[method-assign]
+    setattr(worker, "update", update)  # noqa: B010
     return host.honest(payload)
 
 
@@ -177,7 +177,7 @@ def _lying_client() -> None:
         assert self.worker.words[1:3] == ["-m", "fedamole.deployment.warm_worker"]
         self.worker.words[1:3] = [__file__]
 
-    client.Client.__init__ = lying  # type: ignore[method-assign]
+    setattr(client.Client, "__init__", lying)  # noqa: B010
     main()
 
 
@@ -185,5 +185,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "client":
         _lying_client()
     else:
-        warm_worker.Host = Liar  # type: ignore[misc]
+        setattr(warm_worker, "Host", Liar)  # noqa: B010
         warm_worker.main()

@@ -9,7 +9,7 @@ from typing import Any
 from fedamole.engine.remote import Remote
 from fedamole.engine.wire import EVALUATE, JOIN, UPDATE, Reply, Request, read_request
 from fedamole.federation.loop import BASE, MAJORITY, Loop, Watcher
-from fedamole.federation.method import Server
+from fedamole.federation.method import Evaluates, Server
 from fedamole.federation.record import boxed, pack, unboxed, unpack
 from fedamole.federation.run_folder import RunFolder
 from fedamole.federation.settings import DeploymentSettings, FederationSettings
@@ -28,7 +28,7 @@ def honest(name: str, request: Request) -> Reply:
     about = (request.run, request.round, request.operation, name)
     loss = {"loss": 2.0 - request.round / 10}
     if request.operation == JOIN:
-        report = {"examples": EXAMPLES, "base": asdict(IDENTITY), "device": "cpu"}
+        report: dict[str, Any] = {"examples": EXAMPLES, "base": asdict(IDENTITY), "device": "cpu"}
         return Reply(*about, report=report, scores={BASE: {"loss": 3.0}})
     if request.operation == UPDATE:
         message = unpack(GlobalLora, unboxed(request.message) or b"")
@@ -74,7 +74,7 @@ def engine(link: Stub, watcher: Watcher | None = None, **settings: Any) -> Remot
         NAMES, **{"min_clients": 2, "deadline": 0.1, "patience": 0.2, "gathering": 0.0, **settings}
     )
     tables = {"identity": asdict(IDENTITY), "config": {"evaluation": {"select": "loss"}}}
-    rows = {"fedit": "aggregated", "fedit_ft": "trained"}
+    rows: dict[str, Evaluates] = {"fedit": "aggregated", "fedit_ft": "trained"}
     server = Server(SHAPES, (), 0, 0, 4)
     return Remote(link, FedIT(rank=2), rows, server, "run1", tables, deployed, watcher or Watcher())
 

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Client as Caller
 from pathlib import Path
 from threading import Thread
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 from fedamole.cli import app
 from fedamole.data.settings import SourceSettings
-from fedamole.deployment import audit_log, warm_worker
+from fedamole.deployment import warm_worker
 from fedamole.deployment.audit_log import FIRST, AuditError, AuditLog, read_audit
 from fedamole.deployment.host import Host
 from fedamole.deployment.policy import UNBOUNDED, PolicySettings
@@ -148,7 +149,7 @@ def test_a_whole_log_is_chained(tmp_path: Path) -> None:
     assert found.refusals == ("reason 0", "reason 1")
 
 
-CHANGES = {
+CHANGES: dict[str, Callable[[list[bytes]], list[bytes]]] = {
     "a line changed": lambda raw: [raw[0], raw[1].replace(b"reason 1", b"reason 7"), *raw[2:]],
     "a line taken out": lambda raw: [raw[0], *raw[2:]],
     "the first taken out": lambda raw: raw[1:],
@@ -211,7 +212,7 @@ def test_what_cannot_be_logged_is_not_answered(tiny: Path, tmp_path: Path, monke
         room -= here
         written(descriptor)
 
-    monkeypatch.setattr(audit_log.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert host.seat is not None
     for lines_that_fit, done in ((0, False), (1, True)):
         room = lines_that_fit
@@ -247,7 +248,7 @@ def test_the_worker_hangs_up_where_it_cannot_log(tmp_path: Path) -> None:
             warm_worker.serve(Answers(), address, b"secret")  # type: ignore[arg-type]
 
     Thread(target=serve, daemon=True).start()
-    heard = []
+    heard: list[bytes | None] = []
     for _ in range(3):
         for _ in range(100):
             if Path(address).exists():

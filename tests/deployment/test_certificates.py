@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -374,7 +375,7 @@ def test_one_key_has_one_name_and_one_name_one_key(certs: Path, tmp_path: Path) 
 
 
 def other_keys() -> dict[str, bytes]:
-    kinds = {
+    kinds: dict[str, Any] = {
         "ssh-ed25519": ed25519.Ed25519PrivateKey.generate(), "ssh-rsa": rsa.generate_private_key(65537, 2048),
         "ecdsa-sha2-nistp256": ec.generate_private_key(ec.SECP256R1()),
     }  # fmt: skip

@@ -1,4 +1,5 @@
 import json
+import shutil
 import socket
 import ssl
 import subprocess
@@ -294,9 +295,9 @@ def test_no_heavy_import_before_it_is_needed(certs: Path) -> None:
 
 
 def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5 * 2**30 - 1}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5 * 2**30 - 1}))
     assert only("disk", doctor.disk(tmp_path)).state == "warning"
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5 * 2**30}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5 * 2**30}))
     assert only("disk", doctor.disk(tmp_path)).state == "ok"
 
 

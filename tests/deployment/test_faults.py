@@ -91,8 +91,8 @@ def test_a_killed_server_goes_on_to_the_same_states_and_a_killed_worker_comes_ba
         assert line["failed"] == "its worker stopped or is not there"
         assert round_ <= line["round"] <= round_ + 3, "rounds go on while the worker is looked for"
         clients["mood"].says("the worker has ended; starting it again", 10)
-        done = there.event("done", ROUND, since=struck, round=line["round"])
-        assert there.trained("mood", ROUND, since=done["time"])["round"] > line["round"]
+        ended = there.event("done", ROUND, since=struck, round=line["round"])
+        assert there.trained("mood", ROUND, since=ended["time"])["round"] > line["round"]
         trains = there.metrics(split="train", round=line["round"])
         assert {one["client"]: one.get("failed") for one in trains} == {
             "chat": None, "entail": None, "mood": "its worker stopped or is not there"

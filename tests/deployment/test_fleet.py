@@ -93,7 +93,8 @@ class Superlink:
 
     def _piece(self, body: bytes) -> PullObjectResponse:
         content = self.pieces.get(PullObjectRequest.FromString(body).object_id)
-        return PullObjectResponse(object_found=content is not None, object_available=True, object_content=content)
+        found = content is not None
+        return PullObjectResponse(object_found=found, object_available=True, object_content=content or b"")
 
     def _pushed(self, body: bytes) -> PushMessagesResponse:
         self.pushed.append(body)
@@ -149,6 +150,16 @@ def test_a_message_comes_whole_and_is_answered(superlink: Superlink, fleet: Flee
     assert not {"get-run", "get-fab"} & set(superlink.asked), "no app is ever asked for"
 
 
+def change_a_piece(it: Superlink) -> None:
+    it.queue(request(RecordDict({"request": sealed(b"x")})))
+    it.pieces = {name: piece + b"x" for name, piece in it.pieces.items()}
+
+
+def lose_the_pieces(it: Superlink) -> None:
+    it.queue(request(RecordDict({"request": sealed(b"x")})))
+    it.pieces = {}
+
+
 AGENT = RecordDict({"flwr.agentapp.message": ConfigRecord({"payload": "go"})})
 FOREIGN: dict[str, Callable[[Superlink], None]] = {
     "an agent's message": lambda it: it.queue(request(AGENT)),
@@ -158,11 +169,8 @@ FOREIGN: dict[str, Callable[[Superlink], None]] = {
     ),
     "another node's message": lambda it: it.queue(request(RecordDict({"request": sealed(b"x")})), source=78),
     "a message to another node": lambda it: it.queue(request(RecordDict({"request": sealed(b"x")})), target=78),
-    "a changed piece": lambda it: (
-        it.queue(request(RecordDict({"request": sealed(b"x")}))),
-        it.pieces.update({name: piece + b"x" for name, piece in it.pieces.items()}),
-    )[0],
-    "a missing piece": lambda it: (it.queue(request(RecordDict({"request": sealed(b"x")}))), it.pieces.clear())[0],
+    "a changed piece": change_a_piece,
+    "a missing piece": lose_the_pieces,
 }
 
 
@@ -247,7 +255,7 @@ def test_refusals(
 
 
 def test_what_passes_is_waited_for_but_not_for_ever(superlink: Superlink, fleet: Fleet) -> None:
-    answers = iter([(503, {}, b""), (500, {}, b""), (429, {}, b"")])
+    answers: Iterator[Any] = iter([(503, {}, b""), (500, {}, b""), (429, {}, b"")])
     superlink.answers["pull-messages"] = lambda body: next(answers, PullMessagesResponse())
     assert fleet.receive() is None
     superlink.answers["pull-messages"] = (500, {}, b"")

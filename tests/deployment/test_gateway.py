@@ -184,7 +184,7 @@ def test_a_body_that_is_too_large_is_not_read(door: Door) -> None:
 
 
 @pytest.mark.parametrize("length", [{}, {"content_length": 3}])
-def test_a_body_without_a_stated_length_is_not_read(door: Door, length: dict[str, int]) -> None:
+def test_a_body_without_a_stated_length_is_not_read(door: Door, length: dict[str, Any]) -> None:
     call = door.begin(PUSH, transfer_encoding="chunked", **length)
     with suppress(OSError):
         call.send(b"3\r\nabc\r\n0\r\n\r\n")
@@ -194,7 +194,7 @@ def test_a_body_without_a_stated_length_is_not_read(door: Door, length: dict[str
 
 
 @pytest.mark.parametrize("headers", [{"flwr_a": 8000 * "a"}, {f"flwr_{number}": "a" for number in range(70)}])
-def test_a_head_that_is_too_large_is_refused(door: Door, headers: dict[str, str]) -> None:
+def test_a_head_that_is_too_large_is_refused(door: Door, headers: dict[str, Any]) -> None:
     assert door.call(PUSH, **headers) == (431, b'{"error": "head-too-large"}')
     assert door.superlink.seen == []
 

@@ -257,7 +257,7 @@ def test_a_message_has_a_bounded_number_of_objects() -> None:
         request = PushMessagesRequest.FromString(reply())
         children = [ObjectTree(children=[ObjectTree()]) for _ in range((objects - 1) // 2)]
         request.message_object_trees[0].CopyFrom(ObjectTree(children=children))
-        return request.SerializeToString()
+        return bytes(request.SerializeToString())
 
     assert push_fault(tree(MOST_OBJECTS - 1)) is None
     assert push_fault(tree(MOST_OBJECTS + 1)) == f"its message has more than {MOST_OBJECTS} objects"
@@ -300,7 +300,7 @@ def test_bytes_on_their_way_are_bounded_and_others_go_on(door: Door) -> None:
 
 def test_nobody_fills_the_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
-    monkeypatch.setattr(gateway_guard.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     complaints = Complaints(logging.getLogger("fedamole.gateway"))
     for number in range(10 * LINES):
         complaints.say("strangers", f"line {number}")

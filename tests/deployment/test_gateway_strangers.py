@@ -8,6 +8,7 @@ import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -326,11 +327,14 @@ def test_a_renewed_certificate_is_used_without_a_restart(tmp_path: Path, caplog:
         running.send(b"def")
         assert running.getresponse().read() == b"abcdef"
 
+        def stayed(times: int) -> bool:
+            return caplog.text.count("stays in use") == times
+
         good = (certs / "server.crt").read_bytes()
         for damage in (lambda: (certs / "server.crt").write_text("no certificate"), (certs / "server.crt").unlink):
             damage()
             asked = caplog.text.count("stays in use")
-            until(lambda asked=asked: caplog.text.count("stays in use") == asked + 1, 6)
+            until(partial(stayed, asked + 1), 6)
             assert serial(door) == second
         time.sleep(0.5)
         assert caplog.text.count("stays in use") == 2, "one line for each change"

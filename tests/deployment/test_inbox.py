@@ -49,7 +49,8 @@ class Superlink:
     def PullObject(self, request: Any) -> PullObjectResponse:  # noqa: N802
         content = self.pieces.get(request.object_id, b"")
         return PullObjectResponse(
-            object_found=request.object_id in self.pieces, object_available=content is not None, object_content=content
+            object_found=request.object_id in self.pieces, object_available=content is not None,
+            object_content=content or b"",
         )
 
     def ConfirmMessageReceived(self, request: Any) -> None:  # noqa: N802

@@ -1,5 +1,6 @@
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -89,7 +90,7 @@ def test_a_full_disk_leaves_the_log_as_it_is(
     def full(*_: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(log_files.shutil, "copyfileobj", full)
+    monkeypatch.setattr(shutil, "copyfileobj", full)
     with caplog.at_level(logging.WARNING):
         assert not rotate(path, most_bytes=10)
     assert "No space left" in caplog.text

@@ -278,7 +278,10 @@ def test_what_is_asked_and_harmless(asks: Any, client: Any, tmp_path: Path) -> N
 
 def test_a_template_of_the_coordinators_reads_allowed_columns_only(asks: Any, client: Any, caplog: Any) -> None:
     def sent(prompt: str) -> Request:
-        return asks("fedit").join(put("data", "templates", value={"triage": {"prompt": prompt, "answer": "{label}"}}))
+        whole: Request = asks("fedit").join(
+            put("data", "templates", value={"triage": {"prompt": prompt, "answer": "{label}"}})
+        )
+        return whole
 
     assert ask(client("a", template="triage"), sent("{patient}: {text}")).failed == "policy"
     assert "columns of template triage: asked label, patient, text" in caplog.text
@@ -323,13 +326,13 @@ def test_a_dropped_column_is_none_that_a_template_may_read(asks: Any, client: An
 
 def test_every_key_of_the_policy_forbids_something(asks: Any, client: Any) -> None:
     """The honest run of the first test, and a key of the policy just below or above what it asks."""
-    limits = {
+    limits: dict[str, Any] = {
         "methods": ("fedamole",), "max_rank": 1, "min_scaling": 2.1, "min_steps": 6, "max_steps": 4,
         "min_examples_per_update": 21, "max_examples_per_update": 19, "min_rows": 22, "max_rounds": 2,
         "max_length": 95, "max_new_tokens": 1, "templates": ("alpaca",), "max_disk_mib": 1, "max_scaling": 1.9,
         "max_learning_rate": 0.009, "max_batch_tokens": 383,
     }  # fmt: skip
-    fitting = {
+    fitting: dict[str, Any] = {
         "methods": ("fedit",), "max_rank": 2, "min_scaling": 2.0, "min_steps": 5, "max_steps": 5,
         "min_examples_per_update": 20, "max_examples_per_update": 20, "min_rows": 21, "max_rounds": 3,
         "max_length": 96, "max_new_tokens": 2, "templates": ("classification",), "max_scaling": 2.0,
@@ -337,7 +340,7 @@ def test_every_key_of_the_policy_forbids_something(asks: Any, client: Any) -> No
     }  # fmt: skip
     others = {"columns", "hub_base", "share_labels", "share_majority", "min_clip_norm"}  # in tests of their own
     assert set(limits) | others == set(FIELDS)
-    low = {"min_steps": 0, "min_examples_per_update": 0}
+    low: dict[str, Any] = {"min_steps": 0, "min_examples_per_update": 0}
     for number, (key, value) in enumerate(limits.items()):
         host = client(str(number), policy=replace(PolicySettings(**low), **{key: value}))
         if key == "max_disk_mib":

@@ -52,8 +52,8 @@ def lines(*fed: dict[str, object], terminal: bool = False) -> str:
 
 
 def test_lines_of_progress_are_lines() -> None:
-    joined = {"what": "joined", "client": EVIL}
-    warned = {"what": "warning", "text": EVIL}
+    joined: dict[str, object] = {"what": "joined", "client": EVIL}
+    warned: dict[str, object] = {"what": "warning", "text": EVIL}
     failed = {"what": "answered", "round": 0, "client": "a", "failed": EVIL}
     text = lines(joined, warned, failed)
     assert "\x1b" not in text

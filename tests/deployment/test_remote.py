@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from fedamole.engine import remote
-from fedamole.engine.wire import EVALUATE, JOIN, TEST, UPDATE, Reply, Request
+from fedamole.engine.wire import EVALUATE, FAILURES, JOIN, TEST, UPDATE, Reply, Request
 from fedamole.experiment import loop_of
 from fedamole.federation import worker
 from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.federation.method import ClientInfo
 from fedamole.federation.record import pack, unpack
-from fedamole.federation.run_folder import RunFolder
+from fedamole.federation.run_folder import RunFolder, write_atomic
 from tests.conftest import small
 from tests.deployment.direct import Calendar, Killed, Town, in_one_process, town
 from tests.deployment.liar import Liar
@@ -153,7 +153,7 @@ def test_rounds_that_did_not_count_are_undone(
     """In round 1 one answer gets lost, one disk is full, one memory is short: as if three had not been asked."""
     there = settle(method, *options, *QUICK, "deployment.min_clients=1")
     failing = {"disk": "plain", "memory": "mood"}
-    write = worker.write_atomic
+    write = write_atomic
 
     def full_once(path: Path, content: Any) -> None:
         if failing.get("disk", "?") in str(path) and path.name == "round-0001.safetensors":
@@ -162,11 +162,11 @@ def test_rounds_that_did_not_count_are_undone(
         write(path, content)
 
     def short_once(done: int, steps: int) -> None:
-        if asked(there, "mood", UPDATE)[-1] == 1 and failing.pop("memory", None):
+        if asked(there, "mood", UPDATE)[-1] == 1 and failing.pop("memory", ""):
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(worker, "write_atomic", full_once)
-    there.link.hosts[there.link.node("mood")].watcher.step = short_once  # type: ignore[method-assign]
+    there.link.hosts[there.link.node("mood")].watcher.step = short_once
     there.link.meddle = lambda name, request, answer: (
         "no_answer" if (name, request.round, request.operation) == ("chat", 1, UPDATE) else answer
     )
@@ -174,7 +174,7 @@ def test_rounds_that_did_not_count_are_undone(
     assert not failing
     assert_same(there, in_one_process(there.config, tmp_path / "here", lost={1: ("chat", "mood", "plain")}))
     told = {line["failed"] for line in lines(there.server_folder) if "failed" in line}
-    assert told == {remote.FAILURES[code] for code in ("disk", "out_of_memory", "no_answer")}
+    assert told == {FAILURES[code] for code in ("disk", "out_of_memory", "no_answer")}
     assert asked(there, "chat", UPDATE) == asked(there, "mood", UPDATE) == [0, 1, 2]
 
 
@@ -186,7 +186,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def test_workers_that_end_and_start_again_change_nothing(method: str, settle: Any, tmp_path: Path) -> None:
     """Killed in training and asked again, or replaced between two requests of any kind: nobody joins anew."""
     there = settle(method, *QUICK, "deployment.min_clients=4")
-    killed = []
+    killed: list[bool] = []
 
     def die_once(done: int, steps: int) -> None:
         if asked(there, "mood", UPDATE)[-1] == 1 and not killed:
@@ -199,7 +199,7 @@ def test_workers_that_end_and_start_again_change_nothing(method: str, settle: An
         if (name, request.operation, request.round) in points:
             there.link.restart(name)
 
-    there.link.hosts[there.link.node("mood")].watcher.step = die_once  # type: ignore[method-assign]
+    there.link.hosts[there.link.node("mood")].watcher.step = die_once
     there.link.before = replaced
     there.run()
     assert killed

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -13,7 +14,6 @@ pytest.importorskip("flwr")
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from fedamole.deployment import roster
 from fedamole.deployment.keys import new_key, public_line
 from fedamole.deployment.roster import CHECK_S, Roster
 
@@ -42,7 +42,7 @@ def add(folder: Path) -> Add:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that the roster sees; it stands still."""
     now = [100.0]
-    monkeypatch.setattr(roster.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 
@@ -126,7 +126,7 @@ def other_curve() -> bytes:
     return public_line(ec.generate_private_key(ec.SECP256R1()).public_key(), "eve")
 
 
-DAMAGED = {
+DAMAGED: dict[str, Callable[[], bytes]] = {
     "empty": lambda: b"",
     "two lines": lambda: line() + line(),
     "cut": lambda: line()[:90],

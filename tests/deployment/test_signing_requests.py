@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -89,7 +90,7 @@ def folder(tmp_path: Path) -> Path:
 def install(folder: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """`install(signed, ca)`: names of the files that were written."""
 
-    def call(signed: bytes, ca: bytes, **more: list[str]) -> list[str]:
+    def call(signed: bytes, ca: bytes, **more: Any) -> list[str]:
         (tmp_path / "signed.crt").write_bytes(signed)
         (tmp_path / "org.crt").write_bytes(ca)
         made = install_server(folder, tmp_path / "signed.crt", tmp_path / "org.crt", **more)
@@ -132,10 +133,11 @@ def test_a_waiting_folder_makes_no_ca_of_its_own(folder: Path) -> None:
 
 def test_a_folder_with_its_own_ca_takes_no_other(tmp_path: Path) -> None:
     make_certificates(tmp_path / "c", [HOST], [])
-    for call in (
+    calls: tuple[Callable[[], object], ...] = (
         lambda: request_server(tmp_path / "c", [HOST]),
         lambda: install_server(tmp_path / "c", tmp_path / "c" / "server.crt", tmp_path / "c" / "ca.crt"),
-    ):
+    )
+    for call in calls:
         with pytest.raises(ConfigError, match="has a CA of its own"):
             call()
 

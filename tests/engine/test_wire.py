@@ -67,6 +67,22 @@ HUGE_SHAPE = {"reply:record": {"dtype": "U8", "shape": [0, 2**62, 8], "data_offs
 MANY_DIMENSIONS = {"reply:record": {"dtype": "U8", "shape": [0, *[1] * 10_000], "data_offsets": [0, 0]}}
 Lie = Callable[[Reply], bytes | str | None]
 
+
+def reported(key: str, value: Any) -> Lie:
+    """A lie in one number of the report."""
+    return lambda r: forged(r, report={**r.report, key: value})
+
+
+def scored(**scores: Any) -> Lie:
+    """A lie in all scores."""
+    return lambda r: forged(r, scores=scores)
+
+
+def scored_too(row: str, value: Any) -> Lie:
+    """A lie in one row of the scores."""
+    return lambda r: forged(r, scores={**r.scores, row: value})
+
+
 FORMS: dict[str, Lie] = {
     "nothing": lambda r: b"",
     "random bytes": lambda r: random.Random(1).randbytes(999),
@@ -127,7 +143,7 @@ UPDATES: dict[str, Lie] = {
     "NaN in the report": lambda r: forged(r, report={"loss": float("nan")}),
     "400 digits in the report": lambda r: forged(r, report={"peak_memory_mib": 10**400}),
     **{
-        f"{key} = {value:g} in the report": (lambda r, k=key, v=value: forged(r, report={**r.report, k: v}))
+        f"{key} = {value:g} in the report": reported(key, value)
         for key, values in {
             "loss": (-0.5, 1e5), "seconds": (-1e15, 1e8), "seconds_training": (-1, 1e8), "steps": (-1, 2.5, 10**10),
             "group": (-1, 10**10), "probed": (-1, 0.5), "peak_memory_mib": (-1, 1e15),
@@ -155,18 +171,18 @@ UPDATES: dict[str, Lie] = {
     "its reply is empty": lambda r: pack(replace(r, reply={"record": torch.ones(0, dtype=torch.uint8)})),
     "its reply is another record": lambda r: pack(replace(r, reply=boxed(pack(r)))),
     "its reply is deep": lambda r: pack(replace(r, reply=boxed(written(DEEP)))),
-    **{f"scores: {key}": (lambda r, s=value: forged(r, scores={"fedit_ft": s})) for key, value in SCORES.items()},
+    **{f"scores: {key}": scored(fedit_ft=value) for key, value in SCORES.items()},
 }
 EVALUATES: dict[str, Lie] = {
     "a report": lambda r: forged(r, report={"loss": 1.0}),
     "a reply": lambda r: pack(replace(r, reply=boxed(b"more"))),
-    **{f"scores: {key}": (lambda r, s=value: forged(r, scores={"fedit": s})) for key, value in SCORES.items()},
+    **{f"scores: {key}": scored(fedit=value) for key, value in SCORES.items()},
 }
 TESTS: dict[str, Lie] = {
     "rows missing": lambda r: forged(r, scores={key: r.scores[key] for key in sorted(r.scores)[1:]}),
     "no score": lambda r: forged(r, scores={**r.scores, MAJORITY: {"loss": 1.0}}),
     **{
-        f"scores: {key}": (lambda r, s=value: forged(r, scores={**r.scores, "fedit/best": s}))
+        f"scores: {key}": scored_too("fedit/best", value)
         for key, value in SCORES.items()
     },
 }
@@ -197,7 +213,7 @@ JOINS: dict[str, Lie] = {
     "a label is a row": told(labels={SECRET * 20: 1}),
     "endless labels": told(labels={str(number): 1 for number in range(2000)}),
     "a reply": lambda r: pack(replace(r, reply=boxed(b"more"))),
-    **{f"scores: {key}": (lambda r, s=value: forged(r, scores={BASE: s})) for key, value in SCORES.items()},
+    **{f"scores: {key}": scored(**{BASE: value}) for key, value in SCORES.items()},
 }  # fmt: skip
 LIES = [
     (operation, name, lie)

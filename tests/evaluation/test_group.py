@@ -40,8 +40,9 @@ def adapters(bank: Bank) -> list[Any]:
 
 def labels(count: int) -> list[Ids]:
     """Options like the names of classes: few first words, each with several continuations, some of which end early."""
-    words = [((3 + i // 11, 40 + i % 3), (50 + i % 5,) * (i % 4 == 0)) for i in range(4 * count)]
-    found = dict.fromkeys((*first, *second, *((9,) if i % 2 else ()), 0) for i, (first, second) in enumerate(words))
+    words: list[tuple[Ids, Ids]] = [((3 + i // 11, 40 + i % 3), (50 + i % 5,) * (i % 4 == 0)) for i in range(4 * count)]
+    each: list[Ids] = [(*first, *second, *((9,) if i % 2 else ()), 0) for i, (first, second) in enumerate(words)]
+    found = dict.fromkeys(each)
     assert len(found) >= count
     return list(found)[:count]
 
@@ -100,8 +101,8 @@ def test_the_bare_base(bank: Bank) -> None:
     for rows, found in zip(group, option_losses(bank, group, 300), strict=True):
         assert_close(found, expected(bank, rows))
     texts = generate_answers(bank, [[prompt for prompt, _ in rows] for rows in group], 3, 100)
-    for rows, found in zip(group, texts, strict=True):
-        assert found == [text for prompt, _ in rows for text in generate_answers(bank, [[prompt]], 3, 1)[0]]
+    for rows, said in zip(group, texts, strict=True):
+        assert said == [text for prompt, _ in rows for text in generate_answers(bank, [[prompt]], 3, 1)[0]]
     answers = [[(prompt, options[0]) for prompt, options in rows] for rows in group if rows]
     losses = [[plain_loss(bank, *row) * len(row[1]) for row in rows] for rows in answers]
     wanted = [sum(part) / sum(len(a) for _, a in rows) for part, rows in zip(losses, answers, strict=True)]

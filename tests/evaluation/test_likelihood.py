@@ -1,11 +1,16 @@
 """Option likelihoods with the prompt's cache against plain full forwards; generation in batches against one by one."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import pytest
 import torch
 
 from fedamole.evaluation.generation import generate_answers
 from fedamole.evaluation.likelihood import by_length, mean_losses, option_losses
 from fedamole.model.bank import Bank
+from fedamole.model.base import Base
+from fedamole.model.batch import Row
 
 from ..model.conftest import mixture
 
@@ -18,7 +23,7 @@ def draw(count: int, lengths: tuple[int, int], seed: int) -> list[tuple[int, ...
     return [tuple(torch.randint(2, 300, (size,), generator=g).tolist()) for size in sizes]
 
 
-def plain_loss(bank: Bank, prompt, answer) -> float:
+def plain_loss(bank: Bank, prompt: Sequence[int], answer: Sequence[int]) -> float:
     """Mean loss of an answer by one full forward without padding, cache or mask."""
     with torch.no_grad():
         logits = bank.base.model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0]
@@ -28,14 +33,14 @@ def plain_loss(bank: Bank, prompt, answer) -> float:
 
 
 @pytest.fixture(params=ARCHITECTURES)
-def bank(base, request):
+def bank(base: Callable[..., Base], request: pytest.FixtureRequest) -> Bank:
     bank = Bank(base(request.param))
     bank.load([mixture(bank.base)])
     return bank
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 60, 100_000])
-def test_77_options_equal_full_forwards(bank, batch_tokens):
+def test_77_options_equal_full_forwards(bank: Bank, batch_tokens: int) -> None:
     prompts = draw(3, (1, 25), 0)
     options = [(*option, 0) for option in draw(77, (0, 6), 1)]
     several = [options, options[:1], options[3:9]]
@@ -45,15 +50,15 @@ def test_77_options_equal_full_forwards(bank, batch_tokens):
         assert losses == pytest.approx(expected, abs=1e-5)
 
 
-def test_no_token_is_computed_twice(bank, monkeypatch):
+def test_no_token_is_computed_twice(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt's 20 tokens, and each beginning of the 30 options of 4 tokens once, not 30 * 24 tokens. Gemma 3's
     window of 8 is shorter than the prompt: there whole forward passes are made.
     """
     assert bank.continuation.caches  # found out before passes are counted
-    seen = []
+    seen: list[int] = []
     inner = bank.base.model.forward
 
-    def counting(*args, **kwargs):
+    def counting(*args: Any, **kwargs: Any) -> Any:
         seen.append(kwargs["input_ids"].numel())
         return inner(*args, **kwargs)
 
@@ -67,16 +72,17 @@ def test_no_token_is_computed_twice(bank, monkeypatch):
     assert max(seen) <= 200
 
 
-def test_several_clients_at_once_equal_each_alone(bank, base):
+def test_several_clients_at_once_equal_each_alone(bank: Bank, base: Callable[..., Base]) -> None:
     """Uneven rows, one client without any; every client has its own adapter."""
     adapters = [mixture(bank.base, seed) for seed in range(3)]
     several = [(*option, 0) for option in draw(9, (0, 5), 5)]
     clients = [[(prompt, several[: 3 + place]) for place, prompt in enumerate(draw(n, (1, 7), n))] for n in (4, 0, 3)]
-    answers = [[(prompt, (7, 9, 0)) for prompt, _ in rows] or [((5,), (6, 0))] for rows in clients]
+    only: list[Row] = [((5,), (6, 0))]
+    answers: list[list[Row]] = [[(prompt, (7, 9, 0)) for prompt, _ in rows] or only for rows in clients]
     bank.load(adapters)
     found, means = option_losses(bank, clients, 60), mean_losses(bank, answers, 30)
     texts = generate_answers(bank, [[prompt for prompt, _ in rows] for rows in clients], 5, 60)
-    assert found[1] == texts[1] == []
+    assert (found[1], texts[1]) == ([], [])
     for client, adapter in enumerate(adapters):
         bank.load([adapter])
         (alone,) = option_losses(bank, [clients[client]], 10_000)
@@ -86,7 +92,7 @@ def test_several_clients_at_once_equal_each_alone(bank, base):
         assert texts[client] == generate_answers(bank, [[prompt for prompt, _ in clients[client]]], 5, 10_000)[0]
 
 
-def test_the_bare_base_answers_for_several_clients(bank):
+def test_the_bare_base_answers_for_several_clients(bank: Bank) -> None:
     bank.load([])
     rows = [[(prompt, ((3, 0), (4, 5, 0))) for prompt in draw(n, (2, 6), n)] for n in (2, 3)]
     for part, losses in zip(rows, option_losses(bank, rows, 100), strict=True):
@@ -94,7 +100,7 @@ def test_the_bare_base_answers_for_several_clients(bank):
             assert found == pytest.approx([plain_loss(bank, prompt, option) for option in options], abs=1e-5)
 
 
-def test_mean_loss_equals_full_forwards(bank):
+def test_mean_loss_equals_full_forwards(bank: Bank) -> None:
     prompts, answers = draw(7, (1, 20), 4), draw(7, (1, 8), 5)
     rows = list(zip(prompts, answers, strict=True))
     total = sum(plain_loss(bank, *row) * len(row[1]) for row in rows)
@@ -103,14 +109,14 @@ def test_mean_loss_equals_full_forwards(bank):
         assert mean_losses(bank, [rows], batch_tokens)[0] == pytest.approx(expected, abs=1e-5)
 
 
-def test_groups_of_similar_length_stay_within_the_budget():
+def test_groups_of_similar_length_stay_within_the_budget() -> None:
     """Sorted 2 3 4 5 9 with 10 tokens: two of 3 is 6, three of 4 is 12 > 10; two of 5 is 10; then 9 alone."""
     assert list(by_length([9, 4, 2, 5, 3], 10)) == [[2, 4], [1, 3], [0]]
     assert list(by_length([50], 10)) == [[0]]
     assert list(by_length([], 10)) == []
 
 
-def test_generation_in_batches_equals_one_by_one(bank):
+def test_generation_in_batches_equals_one_by_one(bank: Bank) -> None:
     prompts = draw(6, (1, 20), 6)
     together = generate_answers(bank, [prompts], 6, 10_000)[0]
     alone = [generate_answers(bank, [[prompt]], 6, 10_000)[0][0] for prompt in prompts]
@@ -118,10 +124,10 @@ def test_generation_in_batches_equals_one_by_one(bank):
     assert len(set(together)) > 1
 
 
-def test_generation_is_greedy_and_stops(bank):
+def test_generation_is_greedy_and_stops(bank: Bank) -> None:
     """Each token is the most probable one of a full forward; the text ends before the end-of-text token."""
     prompt = draw(1, (8, 9), 7)[0]
-    ids, expected = list(prompt), []
+    ids, expected = list(prompt), list[int]()
     for _ in range(12):
         with torch.no_grad():
             token = int(bank.base.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
@@ -132,6 +138,6 @@ def test_generation_is_greedy_and_stops(bank):
     assert generate_answers(bank, [[prompt]], 12, 1000)[0] == [text]
 
 
-def test_generation_ends_where_the_base_has_no_positions_left(bank):
+def test_generation_ends_where_the_base_has_no_positions_left(bank: Bank) -> None:
     prompt = draw(1, (126, 127), 8)[0]
     assert len(bank.base.tokenizer(generate_answers(bank, [[prompt]], 50, 1000)[0][0])["input_ids"]) <= 8

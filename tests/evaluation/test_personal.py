@@ -1,5 +1,8 @@
 """Scores of one client's model, and summaries over clients."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from fedamole.data.examples import Example
@@ -9,25 +12,26 @@ from fedamole.evaluation.likelihood import option_losses
 from fedamole.evaluation.personal import EvaluationSettings, losses_of, majority_scores, scores_of
 from fedamole.evaluation.summary import over_clients
 from fedamole.model.bank import Bank
+from fedamole.model.base import Base
 
 OPTIONS = ("cat", "dog", "cow")
 CLASSES = [Example("a ", "", f"text {i}\n", OPTIONS[i % 3], OPTIONS) for i in range(7)]
 TEXTS = [Example("a ", "", f"text {i}\n", f"answer {i % 2}") for i in range(5)]
 
 
-def test_majority_of_classes():
+def test_majority_of_classes() -> None:
     """Answers of training: cat 3, dog 2, cow 2. Test: cat is right in 3 of 7."""
     scores = majority_scores(CLASSES, CLASSES, EvaluationSettings())
     assert scores == {"accuracy": pytest.approx(300 / 7), "score": pytest.approx(300 / 7)}
 
 
-def test_majority_of_texts_and_ties():
+def test_majority_of_texts_and_ties() -> None:
     scores = majority_scores(TEXTS, TEXTS[:2], EvaluationSettings(generation_score="exact_match"))
     assert scores["exact_match"] == scores["score"] == 50
     assert majority_scores(TEXTS[:2], TEXTS[:1], EvaluationSettings())["rouge_l"] == 100
 
 
-def test_the_option_with_the_lowest_loss_is_the_answer(base):
+def test_the_option_with_the_lowest_loss_is_the_answer(base: Callable[..., Base]) -> None:
     bank, settings = Bank(base()), EvaluationSettings()
     rows = tokenise(CLASSES, bank.base.tokenizer, 64).rows
     (losses,) = option_losses(bank, [[(row.prompt, row.options) for row in rows]], 1000)
@@ -43,7 +47,7 @@ def test_the_option_with_the_lowest_loss_is_the_answer(base):
     assert losses_of(bank, [rows], settings)[0] == pytest.approx(expected, abs=1e-5)
 
 
-def test_free_text_reports_all_scores(base):
+def test_free_text_reports_all_scores(base: Callable[..., Base]) -> None:
     bank = Bank(base())
     rows = tokenise(TEXTS, bank.base.tokenizer, 64).rows
     settings = EvaluationSettings(generation_score="token_f1", max_new_tokens=3)
@@ -52,7 +56,7 @@ def test_free_text_reports_all_scores(base):
     assert scores["score"] == scores["token_f1"]
 
 
-def test_over_clients_by_hand():
+def test_over_clients_by_hand() -> None:
     """40, 60, 80: mean 60, worst 40, deviation sqrt((400 + 0 + 400) / 3)."""
     summary = over_clients({"b": 60.0, "a": 80.0, "c": 40.0})
     assert (summary.mean, summary.worst, summary.worst_client) == (60, 40, "c")
@@ -60,12 +64,12 @@ def test_over_clients_by_hand():
 
 
 @pytest.mark.parametrize("key", ["max_new_tokens", "batch_tokens"])
-def test_limits_must_leave_something(key):
+def test_limits_must_leave_something(key: str) -> None:
     with pytest.raises(ConfigError, match=key):
-        EvaluationSettings(**{key: 0})
+        EvaluationSettings(**dict[str, Any]({key: 0}))
 
 
-def test_the_least_likely_option_is_never_the_answer(base):
+def test_the_least_likely_option_is_never_the_answer(base: Callable[..., Base]) -> None:
     """Right answers made the most, and then the least, likely option of each row: accuracy 100 and 0."""
     bank = Bank(base())
     rows = tokenise(CLASSES, bank.base.tokenizer, 64).rows

@@ -68,4 +68,4 @@ def loss_of_others(folder: Path, row: str) -> float:
     """Mean validation loss after the last round of all clients but the liar."""
     last = {line["client"]: line["loss"] for line in RunFolder(folder).lines("metrics.jsonl")
             if line["split"] == "validation" and line["method"] == row}  # fmt: skip
-    return sum(loss for name, loss in last.items() if name != LIAR) / (len(last) - 1)
+    return float(sum(loss for name, loss in last.items() if name != LIAR) / (len(last) - 1))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.model.conftest import base, folder  # noqa: F401 - fixtures
+from tests.training import lora_spec
 
 from fedamole.federation.local import LocalTask, fit
 from fedamole.federation.method import Fit, Trained
@@ -49,14 +50,14 @@ def plainly(bank: Bank, client: str, asked: Fit, steps: int, begun: int = 0, tur
     learning = [tensor for tensor in tensors.values() if tensor.requires_grad]
     adam = torch.optim.AdamW(learning, lr=SETTINGS.learning_rate, weight_decay=asked.weight_decay)
     rows, purpose = ROWS[client], f"order/{turn}" if turn else "order"
-    generator, queue = torch_generator(3, purpose, client, 1), []
+    generator, queue = torch_generator(3, purpose, client, 1), list[int]()
     for _ in range(steps):
         while len(queue) < SETTINGS.batch_size:
             queue += torch.randperm(len(rows), generator=generator).tolist()
         chosen, queue = queue[: SETTINGS.batch_size], queue[SETTINGS.batch_size :]
         batch = collate([[rows[place] for place in chosen]], bank.base.pad_id)
         handles = [
-            bank.layers[module].register_forward_hook(added(asked.adapter.spec.scaling, tensors, module))
+            bank.layers[module].register_forward_hook(added(lora_spec(asked.adapter.spec).scaling, tensors, module))
             for module in bank.layers
         ]
         bank.load([])
@@ -87,7 +88,7 @@ def asked(bank: Bank, kind: str, seed: int, share: float = 1.0, decay: float = 0
     frozen = tuple(sorted(name for name in tensors if name.endswith("A"))) if kind == "frozen" else ()
     anchor = lora(bank, seed + 50) if kind in ("anchor", "anchor of B") else {}
     anchor = {name: t for name, t in anchor.items() if name.endswith("B") or kind == "anchor"}
-    tail = {"tail": 1, "tail_weight": 0.3} if kind == "tail" else {}
+    tail: dict[str, Any] = {"tail": 1, "tail_weight": 0.3} if kind == "tail" else {}
     return Fit(Adapter(spec, tensors, frozen=frozen), share, anchor, 0.7 if anchor else 0.0, **tail, weight_decay=decay)
 
 

@@ -36,7 +36,10 @@ def bank(runs: Any) -> Bank:
 def texts(bank: Bank, client: int, rows: int = 7) -> list[Row]:
     """Rows of 4 to 40 tokens."""
     rng = np.random.default_rng(client)
-    draw = lambda low, high: rng.integers(2, bank.base.model.config.vocab_size, rng.integers(low, high)).tolist()  # noqa: E731
+
+    def draw(low: int, high: int) -> Any:
+        return rng.integers(2, bank.base.model.config.vocab_size, rng.integers(low, high)).tolist()
+
     return [(draw(3, 35), draw(1, 6)) for _ in range(rows)]
 
 
@@ -148,7 +151,7 @@ def test_whoever_is_done_keeps_every_bit(bank: Bank) -> None:
 def test_rows_of_one_length(bank: Bank, kind: str, packed: bool, monkeypatch: Any) -> None:
     """Where all clients have as many tokens, products are batched; that must be the same training."""
     group = [
-        replace(task, rows=[([*prompt, *range(2, 36)][:15], answer[:1] * 3) for prompt, answer in task.rows])
+        replace(task, rows=[([*prompt, *range(2, 36)][:15], [answer[0]] * 3) for prompt, answer in task.rows])
         for task in tasks(bank, kind)
     ]
     wanted = alone(bank, group)

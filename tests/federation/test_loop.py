@@ -27,8 +27,10 @@ NAMES = ("a", "b")
 class Script:
     """Answers with the given losses by round and client; an absent client is one that does not answer."""
 
+    deployed = False
+
     def __init__(self, losses: list[dict[str, float]]) -> None:
-        self.losses, self.calls = losses, []
+        self.losses, self.calls = losses, list[tuple[Any, ...]]()
 
     @property
     def clients(self) -> tuple[ClientInfo, ...]:
@@ -48,6 +50,9 @@ class Script:
 
     def present(self) -> tuple[str, ...]:
         return tuple(client.name for client in self.clients)
+
+    def resumed(self, best: Any, answered: Any, examples: Any) -> None:
+        pass
 
     def keep(self, row: str, round_: int, names: Collection[str]) -> None:
         self.calls.append(("keep", round_, *names))
@@ -143,8 +148,8 @@ def test_an_engine_is_told_the_best_rounds_when_a_run_goes_on(best_round: str, t
     """Two rounds, then a third in the same folder. A round that does not improve leaves the best rounds as they are."""
     losses = [{"a": 3.0, "b": 5.0}, {"a": 4.0, "b": 1.0}, {"a": 9.0, "b": 9.0}]
     play(tmp_path / "run", losses[:2], best_round=best_round)
-    engine, heard = Script(losses), []
-    engine.resumed = lambda *words: heard.append(deepcopy(words))  # type: ignore[attr-defined]
+    engine, heard = Script(losses), list[Any]()
+    engine.resumed = lambda *words: heard.append(deepcopy(words))  # type: ignore[method-assign]
     loop = Loop(
         LocalOnly(), {"local_only": "trained"}, engine, Server({}, engine.clients, 0), FederationSettings(rounds=3),
         RunFolder.open(tmp_path / "run"), select="loss", watcher=Watcher(), best_round=best_round,  # type: ignore[arg-type]
@@ -219,7 +224,7 @@ def test_the_cohort_is_a_share_of_the_clients_drawn_anew(share: float, size: int
     four = Four([])
     loop = Loop(
         LocalOnly(), {"local_only": "trained"}, four, Server({}, four.clients, 0), FederationSettings(8, share),
-        folder, select="loss", watcher=Watcher(),  # type: ignore[arg-type]
+        folder, select="loss", watcher=Watcher(),
     )  # fmt: skip
     drawn = [tuple(client.name for client in loop._cohort(round_, "abcd")) for round_ in range(30)]
     assert {len(cohort) for cohort in drawn} == {size}
@@ -270,7 +275,7 @@ def test_the_personal_model_saved_is_the_best_rounds(runs: Any, facts: Any) -> N
     """A rate that spoils what round 0 has learnt: the model saved is round 0's, the state is of round 2."""
     folder = runs("local_only", "training.learning_rate=3.0")
     summary = json.loads((folder / "summary.json").read_text())["rows"]["local_only"]
-    means = {}
+    means: dict[int, float] = {}
     for line in facts(folder):
         if line["split"] == "validation" and line["round"] >= 0:
             means[line["round"]] = means.get(line["round"], 0.0) + line["loss"]

@@ -25,18 +25,18 @@ def test_seeds_are_the_same_on_every_machine_and_day() -> None:
 
 
 def test_generators_are_new_each_time_and_touch_nothing_global() -> None:
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].tolist()
     first = torch.rand(5, generator=torch_generator(3, "order", "a", 1))
     assert torch.equal(first, torch.rand(5, generator=torch_generator(3, "order", "a", 1)))
     drawn = numpy_generator(3, "cohort", "server", 1).random(5)
     assert (drawn == numpy_generator(3, "cohort", "server", 1).random(5)).all()
     assert not torch.equal(first, torch.rand(5, generator=torch_generator(3, "order", "a", 2)))
     assert torch.equal(torch_state, torch.get_rng_state())
-    assert np.random.get_state()[1].tolist() == numpy_state
+    assert np.random.get_state(legacy=False)["state"]["key"].tolist() == numpy_state
 
 
 def test_a_run_touches_no_global_generator(runs: object) -> None:
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].tolist()
     runs.fresh("fedamole", "federation.rounds=1")  # type: ignore[attr-defined]
     assert torch.equal(torch_state, torch.get_rng_state())
-    assert np.random.get_state()[1].tolist() == numpy_state
+    assert np.random.get_state(legacy=False)["state"]["key"].tolist() == numpy_state

@@ -25,7 +25,7 @@ def test_cut_prompts_are_counted_in_a_warning(runs: Any, caplog: Any) -> None:
     whole = prepare(runs.load("local_only"))
     assert "cut" not in caplog.text
     cut = prepare(runs.load("local_only", "training.max_length=24"))
-    messages = {record.args[0]: record.args for record in caplog.records if "cut to fit" in record.msg}  # type: ignore[index,union-attr]
+    messages = {record.args[0]: record.args for record in caplog.records if "cut to fit" in record.msg}
     assert messages
     for client, (_, count, limit, _) in messages.items():
         longer = sum(

@@ -202,7 +202,7 @@ def test_experts_begin_each_with_its_own_draw_the_same_for_all_holders() -> None
 # --- the ablations --------------------------------------------------------------------------------------------
 
 
-def after_round(assignment: str, replies: Mapping[str, TrainedExperts], round_: int = 0) -> Pool:
+def after_round(assignment: Any, replies: Mapping[str, TrainedExperts], round_: int = 0) -> Pool:
     method = FedAmole(rank=1, experts=3, min_experts=1, max_experts=3, top_k=1, assignment=assignment)
     return method.aggregate(server(round_), pool(), replies)
 
@@ -228,7 +228,8 @@ def test_homogeneous_gives_floor_or_ceil_by_relevance() -> None:
 
     All experts want b and c (P = (1, 2, 3) / 6): reverse gives c 8 and b 6, a its least, 2.
     """
-    for assignment, sizes in (("homogeneous", [5, 5, 6]), ("reverse", [2, 6, 8])):
+    cases: list[tuple[Any, list[int]]] = [("homogeneous", [5, 5, 6]), ("reverse", [2, 6, 8])]
+    for assignment, sizes in cases:
         method = FedAmole(rank=1, experts=8, assignment=assignment)
         state = method.init(server())
         ids = [f"expert-{i:02d}" for i in range(8)]

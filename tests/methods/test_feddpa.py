@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.methods.by_hand import client, driven
+from tests.training import lora_spec
 
 from fedamole.errors import ConfigError
 from fedamole.federation.method import ClientInfo, Server
@@ -30,9 +31,10 @@ def test_the_global_lora_is_trained_and_sent_the_local_one_beside_it_kept() -> N
     work = method.update(me, method.first_keep(me), lora(2.0))
     (first, second), (kept, reply, trained) = driven(work, lora(3.0).tensors, {LOCAL_A: torch.full((1, 2), 8.0)})
     assert first.share == second.share == 0.5
-    assert first.adapter.spec.router == "embedding"
+    assert lora_spec(first.adapter.spec).router == "embedding"
     assert set(first.adapter.tensors) == {A, B}
-    assert (second.adapter.spec.router, second.adapter.spec.instance_weight) == ("instance", 0.4)
+    weighed = lora_spec(second.adapter.spec)
+    assert (weighed.router, weighed.instance_weight) == ("instance", 0.4)
     assert second.adapter.frozen == (GLOBAL_A, GLOBAL_B)
     assert float(second.adapter.tensors[GLOBAL_A][0, 0]) == 2.0, "the one that was sent"
     assert not second.adapter.fixed

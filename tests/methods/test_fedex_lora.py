@@ -144,8 +144,8 @@ def test_every_client_has_the_exact_mean_on_top_of_all_residuals(
         for info in INFOS:
             adapter = method.adapter(client(SERVER.shapes, info.name), kept[info.name], method.message(state, info))
             for module in SERVER.shapes:
-                a, b = (adapter.tensors[key].double() for key in shared_keys(module))
-                found = adapter.fixed[delta_key(module)].double() + 1.5 * b @ a
+                A, B = (adapter.tensors[key].double() for key in shared_keys(module))
+                found = adapter.fixed[delta_key(module)].double() + 1.5 * B @ A
                 torch.testing.assert_close(found, whole[module], rtol=1e-5, atol=1e-4)
 
 

@@ -1,10 +1,12 @@
 """FedLEASE: clusters after warming up, an expert and mixers for each, the other experts frozen."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from tests.methods.by_hand import client, driven
+from tests.training import lora_spec
 
 from fedamole.errors import ConfigError
 from fedamole.federation.method import ClientInfo, Server
@@ -51,7 +53,7 @@ def test_everybody_gets_all_experts_and_the_mixers_of_its_cluster_and_trains_its
     assert set(message.tensors) == {MIXER, *own, *other}
     trained = {own[0]: torch.full((1, 2), 6.0), MIXER: torch.ones(3, 2)}
     (asked,), (kept, reply, _) = driven(method.update(client(SHAPES, "c"), OwnLora({}), message), trained)
-    assert asked.adapter.spec.router == "mixer"
+    assert lora_spec(asked.adapter.spec).router == "mixer"
     assert asked.adapter.frozen == tuple(sorted(other))
     assert asked.adapter.fixed[OWN].tolist() == [0.0, 1.0]
     assert set(reply.tensors) == {MIXER, *own}
@@ -73,7 +75,7 @@ def test_a_client_that_comes_late_warms_up_and_joins_the_nearest() -> None:
     (asked,), (kept, reply, _) = driven(
         method.update(client(SHAPES, "d"), OwnLora({}), message), {B: torch.tensor([[0.0], [5.0]])}
     )
-    assert asked.adapter.spec.router == "embedding"
+    assert lora_spec(asked.adapter.spec).router == "embedding"
     assert set(kept.tensors) == {A, B}
     model = method.personal(client(SHAPES, "d"), kept, message, None)
     assert model is not None
@@ -136,7 +138,7 @@ def test_two_clients_are_one_cluster_with_one_logit() -> None:
 )
 def test_wrong_values_are_refused(key: str, wrong: float, said: str) -> None:
     with pytest.raises(ConfigError, match=f"method.{key} = {wrong}: {said}"):
-        FedLease(**{key: wrong})
+        FedLease(**dict[str, Any]({key: wrong}))
 
 
 def test_by_examples() -> None:

@@ -123,8 +123,8 @@ def test_the_personal_model_is_the_average(kind: type[FedPrompt]) -> None:
 
 @pytest.mark.parametrize("name", ["fedprompt", "fedptuning"])
 def test_ft_is_the_model_before_the_aggregation(name: str) -> None:
-    ft = METHODS[f"{name}_ft"]
-    kind = METHODS[name]
+    ft: Any = METHODS[f"{name}_ft"]
+    kind: Any = METHODS[name]
     assert ft.evaluates == "trained"
     mine = Adapter(PromptSpec(2), prompt(kind, 9.0).tensors)
     assert ft(virtual_tokens=2).personal(client({}), Nothing(), prompt(kind, 4.0), mine) is mine

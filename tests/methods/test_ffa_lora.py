@@ -109,7 +109,7 @@ def test_in_a_real_run_a_stays_as_it_was_drawn_and_b_moves(runs: Any, facts: Any
             assert tensors[f"base_model.model.{name}.lora_B.weight"].abs().min() > 0
 
     def sent(method: str) -> int:
-        return max(line["bytes_up"] for line in facts(runs(method)) if line["split"] == "train")
+        return max(int(line["bytes_up"]) for line in facts(runs(method)) if line["split"] == "train")
 
     numbers_of_a = 4 * 2 * 32 * 4  # modules, rank, width, bytes
     assert numbers_of_a <= sent("fedit") - sent("ffa_lora") < 2 * numbers_of_a

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tests.methods.by_hand import client, driven
+from tests.training import lora_spec
 
 from fedamole.errors import ConfigError
 from fedamole.federation.method import ClientInfo, Fit, Server
@@ -45,7 +46,8 @@ def test_ranks_go_round_and_the_scaling_is_one() -> None:
     method = FlexLora(rank=4, alpha=8.0)
     state = method.init(SERVER)
     assert state.ranks == {"a": 2, "b": 4, "c": 8}
-    specs = [method.adapter(client(SHAPES), Nothing(), method.message(state, info)).spec for info in INFOS]
+    adapters = [method.adapter(client(SHAPES), Nothing(), method.message(state, info)) for info in INFOS]
+    specs = [lora_spec(adapter.spec) for adapter in adapters]
     assert [spec.rank for spec in specs] == [2, 4, 8]
     assert {spec.scaling for spec in specs} == {2.0}
     assert not state.tensors[B].any()
@@ -74,7 +76,7 @@ def test_the_lora_at_the_clients_rank_is_trained_sent_and_scored() -> None:
     model = method.personal(client(SHAPES), kept, message, asked.adapter)
     assert model is not None
     assert not model.tensors[A].any(), "what was sent after the aggregation"
-    assert (model.spec.rank, model.spec.scaling) == (2, 3.0)
+    assert (lora_spec(model.spec).rank, lora_spec(model.spec).scaling) == (2, 3.0)
 
 
 @pytest.mark.parametrize("answered", ["abc", "bc", "c"])

@@ -1,8 +1,11 @@
 """HetLoRA: pruning by the tail's norm, and an average weighted by the norms of the products."""
 
+from typing import Any
+
 import pytest
 import torch
 from tests.methods.by_hand import client, driven
+from tests.training import lora_spec
 
 from fedamole.errors import ConfigError
 from fedamole.federation.method import ClientInfo, Fit, Server
@@ -64,7 +67,7 @@ def test_one_rank_is_never_pruned() -> None:
 @pytest.mark.parametrize("wrong", [{"tail_weight": -1.0}, {"pruned_to": 1.0}, {"pruned_to": 0.0}])
 def test_values_that_cannot_prune_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=r"method.tail_weight = .* method.pruned_to = "):
-        HetLora(**wrong)
+        HetLora(**dict[str, Any](wrong))
 
 
 @pytest.mark.parametrize(
@@ -123,4 +126,4 @@ def test_each_client_is_sent_its_ranks_and_scored_on_them() -> None:
         model = method.personal(client(SHAPES), Nothing(), method.message(state, info), None)
         assert model is not None
         assert model.tensors[A][:, 0].tolist() == [3.0, 2.0, 1.0][:rank]
-        assert (model.spec.rank, model.spec.scaling) == (rank, 2.0)
+        assert (lora_spec(model.spec).rank, lora_spec(model.spec).scaling) == (rank, 2.0)

@@ -157,4 +157,4 @@ def test_more_than_ten_clusters_are_told_apart() -> None:
 @pytest.mark.parametrize("field", ["clusters", "probe_examples", "rank"])
 def test_what_cannot_be_is_refused(field: str) -> None:
     with pytest.raises(ConfigError, match=f"{field} = 0: must be at least 1"):
-        IfcaLora(**{field: 0})
+        IfcaLora(**dict[str, Any]({field: 0}))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def write_model(folder: Path, architecture: str = "llama", vocabulary: int = 320
     from transformers import AutoConfig, AutoModelForCausalLM
 
     common = {"vocab_size": vocabulary, "initializer_range": 0.15, "eos_token_id": 0, "pad_token_id": 1}
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 128, "head_dim": 8,
     }
@@ -69,14 +70,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def base(folder: Callable[[str], Path]) -> Callable[..., Base]:
     """A freshly loaded base by architecture, with settings."""
 
-    def load(architecture: str = "llama", **settings: object) -> Base:
+    def load(architecture: str = "llama", **settings: Any) -> Base:
         chosen = BaseSettings(model=str(folder(architecture)), **settings)
         return load_base(chosen, torch.device("cpu"), Path.cwd())
 
     return load
 
 
-def mixture(base: Base, seed: int = 0, **spec: object) -> Adapter:
+def mixture(base: Base, seed: int = 0, **spec: Any) -> Adapter:
     """An adapter with other experts, and numbers of experts, in every module; no tensor is zero."""
     g = torch.Generator().manual_seed(seed)
     chosen = AdapterSpec(**{"rank": 4, "alpha": 8.0, "dropout": 0.0, "balance_weight": 0.01, **spec})

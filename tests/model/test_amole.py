@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ def spec(**fields: Any) -> AdapterSpec:
     return AdapterSpec(**{"rank": 2, "alpha": 3.0, "dropout": 0.0, "top_k": 2, **fields})
 
 
-def drawn(n: int, rank: int, d_in: int, d_out: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict:
+def drawn(
+    n: int, rank: int, d_in: int, d_out: int, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
     """One module's tensors by name, none of them zero."""
     generator = torch.Generator().manual_seed(seed)
     sizes = {router_key(M): (rank, d_in)} if n else {}
@@ -81,6 +84,7 @@ def test_equals_the_definition(n: int, top_k: int, shape: tuple[int, int, int]) 
     counted = torch.tensor([True, True, False, True, True, False])
     wanted_y, wanted_balance = by_definition(x, base_out, tensors, n, s, counted)
     y, routing = amole_linear(x, base_out, *stack(tensors, M, list(range(n))), s)
+    assert routing is not None
     balance = balance_loss(routing, counted).squeeze(0)
     torch.testing.assert_close(y, wanted_y, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(balance, wanted_balance, rtol=1e-10, atol=1e-10)
@@ -91,7 +95,7 @@ def test_equals_the_definition(n: int, top_k: int, shape: tuple[int, int, int]) 
     )
     gained = torch.autograd.grad((y * pull).sum() + 0.7 * balance, leaves)
     for name, mine, theirs in zip(["x", *tensors], gained, wanted, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10, msg=partial("{}: {}".format, name))
 
 
 def test_without_domain_experts_it_is_peft_s_lora() -> None:
@@ -143,12 +147,12 @@ def test_a_case_worked_by_hand() -> None:
     x, down, up, s = worked_example()
     y, routing = amole_linear(x, torch.full((2, 1), 1000.0, dtype=torch.float64), down, up, s)
     assert routing is not None
-    exact = {"rtol": 1e-12, "atol": 1e-12}
+    exact = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
     wanted_p = torch.tensor([[4 / 7, 2 / 7, 1 / 7], [1 / 8, 2 / 8, 5 / 8]], dtype=torch.float64)
     wanted_w = torch.tensor([[2 / 3, 1 / 3, 0, 1], [0, 2 / 7, 5 / 7, 1]], dtype=torch.float64)
-    torch.testing.assert_close(routing.probabilities, wanted_p, **exact)
+    exact(routing.probabilities, wanted_p)
     assert routing.chosen.tolist() == [[0, 1], [2, 1]]
-    torch.testing.assert_close(mixture_weights(routing), wanted_w, **exact)
+    exact(mixture_weights(routing), wanted_w)
     ln2, ln5 = math.log(2), math.log(5)
     assert y.flatten().tolist() == pytest.approx([1010 + 28 / 3 * ln2, 1000 + 40 / 7 * ln2 + 1000 / 7 * ln5], abs=1e-9)
     both, only_first = torch.tensor([True, True]), torch.tensor([True, False])
@@ -204,7 +208,11 @@ def test_balance_loss_without_a_counted_token_is_zero() -> None:
 def halves(width: int) -> list[Callable[[Tensor], Tensor]]:
     """Every mask of a row of this width; the layer scales what is kept (all are equally likely)."""
     masks = itertools.product((0.0, 1.0), repeat=width)
-    return [lambda values, mask=mask: values * torch.tensor(mask, dtype=values.dtype) for mask in masks]
+
+    def kept(mask: tuple[float, ...], values: Tensor) -> Tensor:
+        return values * torch.tensor(mask, dtype=values.dtype)
+
+    return [partial(kept, mask) for mask in masks]
 
 
 @pytest.mark.parametrize("n", [0, 3])

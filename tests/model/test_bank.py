@@ -28,7 +28,7 @@ from fedamole.model.params import (
     shared_keys,
     stack,
 )
-from tests.training import alone
+from tests.training import alone, lora_spec
 
 from .conftest import ARCHITECTURES
 
@@ -153,7 +153,7 @@ def test_every_module_has_its_own_experts(open_bank: Callable[..., Bank], kind: 
     for name, layer in bank.layers.items():
         x = torch.randn(2, 3, bank.base.shapes[name][0], generator=torch.Generator().manual_seed(1))
         base_out = layer.base_layer(x)
-        wanted, _ = amole_linear(x, base_out, *stack(adapter.tensors, name, held[name]), adapter.spec)
+        wanted, _ = amole_linear(x, base_out, *stack(adapter.tensors, name, held[name]), lora_spec(adapter.spec))
         assert torch.equal(layer(x), wanted)
         assert not torch.allclose(wanted, base_out)
 
@@ -293,7 +293,8 @@ def test_the_balance_loss_is_that_of_the_counted_tokens_of_each_module(open_bank
     def read(layer: Any, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         tensors = stack(adapter.tensors, layer.name, layer.loaded.experts[0])
         rows = inputs[0].flatten(0, 1)[batch.counted]
-        _, routing = amole_linear(rows, layer.base_layer(rows), *tensors, adapter.spec)
+        _, routing = amole_linear(rows, layer.base_layer(rows), *tensors, lora_spec(adapter.spec))
+        assert routing is not None
         wanted.append(balance_loss(routing))
 
     hooks = [layer.register_forward_hook(read) for layer in bank.layers.values()]

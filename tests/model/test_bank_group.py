@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ RANK = 2
 CLIENTS = 4
 
 
-def spec(**fields: object) -> AdapterSpec:
+def spec(**fields: Any) -> AdapterSpec:
     return AdapterSpec(**{"rank": RANK, "alpha": 4.0, "dropout": 0.0, "balance_weight": 0.5, **fields})
 
 
@@ -44,7 +45,7 @@ def adapters(base: Base, kind: str = "mixture", **fields: object) -> list[Adapte
 
 def texts(even: bool) -> list[list[Row]]:
     """Rows of each client; even ones are packed as many tokens for each."""
-    draw, found = torch.Generator().manual_seed(9), []
+    draw, found = torch.Generator().manual_seed(9), list[list[Row]]()
     for client in range(CLIENTS):
         sizes = [(7, 3)] * 2 if even else [(2 + 5 * place + client, 1 + place) for place in range(1 + client % 3)]
         ids = [torch.randint(2, 300, (sum(size),), generator=draw).tolist() for size in sizes]
@@ -169,7 +170,7 @@ def test_backward_adds_to_the_gradients_of_the_clients_at_work(open_bank: Callab
         # A row holds down and up of one module after the other.
         expected = torch.cat([gradient[client - 1].flatten() for gradient in by_name(bank, wanted)])
         assert torch.equal(after[0][client], expected)
-        assert torch.equal(flat[client].grad, after[1][client])
+        assert torch.equal(flat[client].grad, after[1][client])  # type: ignore[arg-type]
     assert not after[1][[0, 3]].any()
 
 

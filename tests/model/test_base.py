@@ -1,43 +1,50 @@
 """The frozen base: what it is identified by, and what is refused."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from fedamole.errors import BaseModelError, ConfigError, RunError
-from fedamole.model.base import BaseSettings, load_base, resolve_device
+from fedamole.federation.settings import TrainingSettings
+from fedamole.model.bank import Bank
+from fedamole.model.base import Base, BaseSettings, load_base, resolve_device
 from fedamole.model.pretrained import load_adapter, save_adapter
+from tests.training import alone, lora_spec
 
 from .conftest import mixture, write_model, write_tokenizer
 
 CPU = torch.device("cpu")
 
 
-def load(folder: Path, **settings: object):
+def load(folder: Path, **settings: Any) -> Base:
     return load_base(BaseSettings(model=str(folder), **settings), CPU, Path.cwd())
 
 
 @pytest.fixture
-def fresh(tmp_path):
+def fresh(tmp_path: Path) -> Path:
     """A folder of a base that a test may change."""
     write_tokenizer(tmp_path)
     write_model(tmp_path)
     return tmp_path
 
 
-def test_identity_is_of_content_not_of_dtype(base):
+def test_identity_is_of_content_not_of_dtype(base: Callable[..., Base]) -> None:
     assert base("llama").identity == base("llama").identity == base("llama", dtype="bfloat16").identity
     assert base("llama").identity.weights != base("qwen2").identity.weights
 
 
 @pytest.mark.parametrize("part", ["weights", "tokenizer", "targets"])
-def test_an_adapter_on_another_base_is_refused(fresh, part, tmp_path_factory):
+def test_an_adapter_on_another_base_is_refused(
+    fresh: Path, part: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     here = load(fresh)
     adapter = tmp_path_factory.mktemp("adapter") / "a"
     save_adapter(mixture(here), adapter, here.name, here.identity)
-    assert load_adapter(adapter, here.identity).spec.rank == 4
-    settings = {}
+    assert lora_spec(load_adapter(adapter, here.identity).spec).rank == 4
+    settings: dict[str, Any] = {}
     if part == "weights":
         write_model(fresh, seed=1)
     elif part == "tokenizer":
@@ -48,13 +55,13 @@ def test_an_adapter_on_another_base_is_refused(fresh, part, tmp_path_factory):
         load_adapter(adapter, load(fresh, **settings).identity)
 
 
-def test_calling_a_tokenizer_does_not_change_its_identity(fresh):
+def test_calling_a_tokenizer_does_not_change_its_identity(fresh: Path) -> None:
     before = load(fresh)
     before.tokenizer("a text", truncation=True, max_length=3, padding="max_length")
     assert load(fresh).identity == before.identity
 
 
-def test_an_adapter_without_files_or_damaged_is_refused(base, tmp_path):
+def test_an_adapter_without_files_or_damaged_is_refused(base: Callable[..., Base], tmp_path: Path) -> None:
     loaded = base()
     with pytest.raises(RunError, match="no personal adapter"):
         load_adapter(tmp_path)
@@ -70,14 +77,14 @@ def test_an_adapter_without_files_or_damaged_is_refused(base, tmp_path):
         load_adapter(tmp_path / "b", loaded.identity)
 
 
-def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path):
+def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     write_model(tmp_path, vocabulary=200)
     with pytest.raises(BaseModelError, match=r"ids up to \d+, its embedding has 200 rows"):
         load(tmp_path)
 
 
-def test_a_tokenizer_without_padding_token_works_and_without_end_token_is_refused(tmp_path):
+def test_a_tokenizer_without_padding_token_works_and_without_end_token_is_refused(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, pad=False)
     write_model(tmp_path)
     assert load(tmp_path).pad_id == 0
@@ -86,7 +93,7 @@ def test_a_tokenizer_without_padding_token_works_and_without_end_token_is_refuse
         load(tmp_path)
 
 
-def test_named_targets(base):
+def test_named_targets(base: Callable[..., Base]) -> None:
     loaded = base("llama", targets=("o_proj", "model.layers.0.mlp.up_proj"))
     assert sorted(loaded.shapes) == [
         "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj",
@@ -96,12 +103,12 @@ def test_named_targets(base):
         base("llama", targets=("nope",))
 
 
-def test_the_output_head_is_not_a_target(base):
+def test_the_output_head_is_not_a_target(base: Callable[..., Base]) -> None:
     with pytest.raises(BaseModelError, match="lm_head"):
         base("llama", targets=("lm_head",))
 
 
-def test_an_unknown_architecture_asks_for_targets(tmp_path):
+def test_an_unknown_architecture_asks_for_targets(tmp_path: Path) -> None:
     from transformers import BloomConfig, BloomForCausalLM, GPTBigCodeConfig, GPTBigCodeForCausalLM
 
     write_tokenizer(tmp_path)
@@ -112,7 +119,7 @@ def test_an_unknown_architecture_asks_for_targets(tmp_path):
     assert all(name.endswith("c_attn") for name in load(tmp_path).shapes)
 
 
-def test_dropout_of_the_base_itself_is_off(base):
+def test_dropout_of_the_base_itself_is_off(base: Callable[..., Base]) -> None:
     loaded = base("gpt2", gradient_checkpointing=True)
     ids = torch.tensor([[3, 4, 5]])
     loaded.training(True)
@@ -120,7 +127,7 @@ def test_dropout_of_the_base_itself_is_off(base):
     assert not any(weight.requires_grad for weight in loaded.model.parameters())
 
 
-def test_what_is_not_there_is_said(tmp_path):
+def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="there is no folder"):
         load(tmp_path / "nothing")
     with pytest.raises(BaseModelError, match="cannot be loaded"):
@@ -134,12 +141,12 @@ def test_what_is_not_there_is_said(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_a_missing_gpu_is_said():
+def test_a_missing_gpu_is_said() -> None:
     with pytest.raises(ConfigError, match="no GPU"):
         resolve_device("cuda")
 
 
-def test_pickled_weights_are_never_read(fresh):
+def test_pickled_weights_are_never_read(fresh: Path) -> None:
     """A pytorch_model.bin in place of safetensors: reading it would unpickle."""
     from safetensors.torch import load_file
 
@@ -150,15 +157,21 @@ def test_pickled_weights_are_never_read(fresh):
         load(fresh)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and bitsandbytes")
-def test_a_4bit_base_trains(folder):
-    pytest.importorskip("bitsandbytes")
-    from fedamole.federation.local import fit
-    from fedamole.federation.settings import TrainingSettings
-    from fedamole.model.bank import Bank
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and bitsandbytes")
 
-    settings = BaseSettings(model=str(folder("llama")), quantization="4bit")
-    bank = Bank(load_base(settings, torch.device("cuda"), Path.cwd()))
+
+@pytest.mark.parametrize(
+    ("device", "quantization"), [pytest.param("cuda", "4bit", marks=needs_gpu), ("cpu", "none")]
+)
+def test_a_4bit_base_trains(folder: Callable[[str], Path], device: str, quantization: Literal["none", "4bit"]) -> None:
+    """On a CPU the same calls with whole weights, so that they are run where there is no GPU."""
+    if quantization == "4bit":
+        pytest.importorskip("bitsandbytes")
+    settings = BaseSettings(model=str(folder("llama")), quantization=quantization)
+    bank = Bank(load_base(settings, torch.device(device), Path.cwd()))
     training = TrainingSettings(local_steps=5, learning_rate=1e-2)
-    trained = fit(bank, mixture(bank.base), [((3, 4), (5, 0))], training, seed=0, client="a", round_=0)
+    adapter = mixture(bank.base)
+    trained = alone(bank, adapter, [((3, 4), (5, 0))], training)
     assert trained.steps == 5
+    assert all(torch.isfinite(tensor).all() for tensor in trained.adapter.tensors.values())
+    assert any(not torch.equal(tensor, adapter.tensors[name]) for name, tensor in trained.adapter.tensors.items())

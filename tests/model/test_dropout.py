@@ -1,5 +1,7 @@
 """Masks as hashes of their place: against integer arithmetic written out, and as good as coins."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -44,7 +46,7 @@ def test_masks_by_integer_arithmetic(share: float) -> None:
 
 def deviations(a: Tensor, b: Tensor, share: float) -> Tensor:
     """Correlations of the rows of two masks, in standard deviations of independent coins."""
-    return ((a.double() - share) * (b.double() - share)).mean(1) / (share * (1 - share)) * a.shape[1] ** 0.5
+    return ((a.double() - share) * (b.double() - share)).mean(1) / (share * (1 - share)) * math.sqrt(a.shape[1])
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.5])

@@ -42,6 +42,7 @@ def by_loop(
         total = sum(p[i] for i in chosen)
         for i in chosen:
             expert = i if i < len(a) else own
+            assert expert is not None
             y = y + 3.0 * p[i] / total * (b[expert] @ (a[expert] @ token))
         rows.append(y)
     return torch.stack(rows)

@@ -3,6 +3,9 @@
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
+from fedamole.model.base import Base
 from fedamole.model.params import Adapter, new_shared
 from fedamole.model.pretrained import load_adapter, save_adapter
 
 from .conftest import mixture
 
+Two = tuple[Any, dict[str, torch.Tensor]]
 IDS = [[3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]]
 
 FRESH = """
@@ -32,7 +37,7 @@ assert ("fedamole" in sys.modules) == (sys.argv[4] == "with")
 """.replace("IDS", repr(IDS))
 
 
-def lora(base, seed=0) -> Adapter:
+def lora(base: Base, seed: int = 0) -> Adapter:
     g = torch.Generator().manual_seed(seed)
     tensors = new_shared(base.shapes, 4, g)
     drawn = {name: torch.randn(t.shape, generator=g) * 0.1 for name, t in tensors.items() if name.endswith("/B")}
@@ -43,7 +48,9 @@ def lora(base, seed=0) -> Adapter:
     ("kind", "architecture", "package"),
     [(mixture, "llama", "with"), (mixture, "gpt2", "with"), (lora, "llama", "without"), (lora, "gpt2", "without")],
 )
-def test_a_fresh_process_gives_the_same_logits(base, tmp_path, kind, architecture, package):
+def test_a_fresh_process_gives_the_same_logits(
+    base: Callable[..., Base], tmp_path: Path, kind: Callable[[Base], Adapter], architecture: str, package: str
+) -> None:
     bank = Bank(base(architecture))
     adapter = kind(bank.base)
     bank.load([adapter])
@@ -59,13 +66,13 @@ def test_a_fresh_process_gives_the_same_logits(base, tmp_path, kind, architectur
     assert all(torch.equal(back.tensors[name], adapter.tensors[name]) for name in adapter.tensors)
 
 
-def test_importing_the_package_imports_neither_torch_nor_peft():
+def test_importing_the_package_imports_neither_torch_nor_peft() -> None:
     check = "import sys, fedamole; assert not {'torch', 'peft', 'transformers'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
 @pytest.fixture
-def two(base, tmp_path):
+def two(base: Callable[..., Base], tmp_path: Path) -> Two:
     """A PeftModel with two clients' adapters, and the logits that each should give."""
     from peft import PeftModel
 
@@ -82,7 +89,7 @@ def two(base, tmp_path):
     return model, logits
 
 
-def test_switching_disabling_and_deleting(two):
+def test_switching_disabling_and_deleting(two: Two) -> None:
     model, expected = two
     ids = torch.tensor(IDS)
     for name in ("first", "second", "first"):
@@ -95,12 +102,12 @@ def test_switching_disabling_and_deleting(two):
     assert model.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape == (2, 9)
 
 
-def test_merging_is_refused(two):
+def test_merging_is_refused(two: Two) -> None:
     with pytest.raises(ValueError, match="depends on the token"):
         two[0].merge_adapter()
 
 
-def test_get_peft_model_trains_saves_and_loads(base, tmp_path):
+def test_get_peft_model_trains_saves_and_loads(base: Callable[..., Base], tmp_path: Path) -> None:
     from peft import PeftModel, get_peft_model
 
     import fedamole  # noqa: F401
@@ -129,7 +136,7 @@ def test_get_peft_model_trains_saves_and_loads(base, tmp_path):
     torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
-def test_a_file_without_all_tensors_is_noticed(base, tmp_path):
+def test_a_file_without_all_tensors_is_noticed(base: Callable[..., Base], tmp_path: Path) -> None:
     from peft import PeftModel
 
     loaded = base()

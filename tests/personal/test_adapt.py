@@ -104,7 +104,8 @@ def test_the_experts_choose_among_all_clients(runs: Any, rows: Path, fedamole: A
     lines = {line["module"]: line for line in RunFolder.open(folder).lines("assignment.jsonl")}
     assert set(lines) == set(bank.base.shapes)
     for module in bank.base.shapes:
-        client = {**{name: state.client_embeddings.get(f"{module}/{name}") for name in names}, NEW: means[module].token}
+        known = {name: state.client_embeddings[f"{module}/{name}"] for name in names if name != NEW}
+        client = {**known, NEW: means[module].token}
         t = torch.stack([client[name] for name in names])
         e = torch.stack([state.expert_embeddings[f"{module}/{expert}"] for expert in experts])
         P = choice_probabilities((e.double() @ t.double().T / np.sqrt(2)).numpy())

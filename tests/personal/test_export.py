@@ -17,12 +17,13 @@ from torch import Tensor
 from fedamole.errors import BaseModelError
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, BaseSettings, load_base
-from fedamole.model.batch import collate
+from fedamole.model.batch import Row, collate
 from fedamole.model.params import Adapter, expert_ids, expert_keys
 from fedamole.model.pretrained import load_adapter, save_adapter
 from fedamole.personal.export import ExportSettings, Texts, as_lora, merge, refuse_unmergeable, watched
 from fedamole.personal.models import base_of, find
 from tests.model.conftest import mixture
+from tests.training import lora_spec
 
 CLIENT = "mood"
 IDS = (5, 40, 33, 90, 101, 7, 60)
@@ -75,15 +76,15 @@ def test_it_needs_nothing_of_this_package(trained: Path, tiny: Path, tmp_path: P
         assert 0 < max(report["unexplained"].values()) < 0.5
     assert written(tmp_path / "merged")["losses"] == pytest.approx(written(tmp_path / "lora")["losses"], abs=1e-4)
     out = tmp_path / "logits.safetensors"
-    words = [tiny / "base", tmp_path / "lora", tmp_path / "merged", out, json.dumps(IDS)]
-    subprocess.run([sys.executable, "-c", OUTSIDE, *map(str, words)], check=True, cwd=tmp_path)
+    places = [tiny / "base", tmp_path / "lora", tmp_path / "merged", out]
+    subprocess.run([sys.executable, "-c", OUTSIDE, *map(str, places), json.dumps(IDS)], check=True, cwd=tmp_path)
     found = load_file(out)
     place = find(trained, CLIENT)
     base = base_of(place, "cpu")
     ours = logits(Bank(base), load_adapter(tmp_path / "lora", base.identity))
-    places = slice(0, len(IDS) - 1)
-    assert torch.allclose(found["lora"][places], ours, atol=1e-4)
-    assert torch.allclose(found["merged"][places], ours, atol=1e-4)
+    but_last = slice(0, len(IDS) - 1)
+    assert torch.allclose(found["lora"][but_last], ours, atol=1e-4)
+    assert torch.allclose(found["merged"][but_last], ours, atol=1e-4)
     assert not torch.allclose(logits(Bank(base_of(place, "cpu")), load_adapter(place.adapter)), ours, atol=1e-4)
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert not list(tmp_path.glob(".*"))
@@ -96,7 +97,7 @@ def alone(personal: Adapter) -> Adapter:
         for other in ids[1:]:
             for key in expert_keys(module, other):
                 del kept[key]
-    return Adapter(replace(personal.spec, top_k=1), kept)
+    return Adapter(replace(lora_spec(personal.spec), top_k=1), kept)
 
 
 def equal(personal: Adapter) -> Adapter:
@@ -118,7 +119,8 @@ def test_what_is_linear_is_found_exactly(change: Any, packs: bool, trained: Path
     bank.packs = packs
     personal = change(load_adapter(place.adapter))
     generator = torch.Generator().manual_seed(0)
-    rows = [(tuple(torch.randint(2, 300, (size,), generator=generator).tolist()), IDS) for size in (20, 5, 40, 11) * 3]
+    drawn = [torch.randint(2, 300, (size,), generator=generator).tolist() for size in (20, 5, 40, 11) * 3]
+    rows: list[Row] = [(tuple(ids), IDS) for ids in drawn]
     lora, about = as_lora(bank, personal, Texts(rows, rows, 200), ExportSettings(rank=4, ridge=1e-9))
     assert max(about["unexplained"].values()) < 1e-6
     assert torch.allclose(logits(bank, lora), logits(bank, personal), atol=1e-4)
@@ -143,7 +145,7 @@ def test_other_mixtures_are_watched_alike(method: str, runs: Any) -> None:
     """Weights by instance take a first look at each prompt, which does not count; a learned mixer does not."""
     place = find(runs(method, "federation.rounds=1"), CLIENT)
     bank, personal = Bank(base_of(place, "cpu")), load_adapter(place.adapter)
-    rows = [((5, 9, 60, 33, 21), IDS), ((7, 8), IDS)]
+    rows: list[Row] = [((5, 9, 60, 33, 21), IDS), ((7, 8), IDS)]
     texts = Texts(rows, rows, 200)
     seen = watched(bank, personal, sorted(bank.base.shapes), texts)
     assert {sums.tokens for sums in seen.values()} == {5 + 2 + 2 * len(IDS)}
@@ -236,7 +238,7 @@ def test_other_architectures_merge_alike(architecture: str, base: Any, tmp_path:
     """Linears that are stored transposed, and a tied head that is no target: merged does what the LoRA does."""
     fresh: Base = base(architecture)
     bank, personal = Bank(fresh), mixture(fresh)
-    rows = [((3, 9, 14, 60, 30, 21, 77), IDS)] * 3
+    rows: list[Row] = [((3, 9, 14, 60, 30, 21, 77), IDS)] * 3
     lora, _ = as_lora(bank, personal, Texts(rows, rows, 64), ExportSettings(rank=6))
     save_adapter(lora, tmp_path / "lora", fresh.name, fresh.identity)
     merge(tmp_path / "lora", fresh, tmp_path / "merged")

@@ -32,12 +32,14 @@ def of_bank(run: Path, client: str) -> torch.Tensor:
     bank, adapters = open_bank([find(run, client)], "cpu")
     bank.load(adapters)
     with torch.no_grad():
-        return bank.base.model(input_ids=torch.tensor([bank.prefix(IDS)])).logits[0, -1]
+        logits: torch.Tensor = bank.base.model(input_ids=torch.tensor([bank.prefix(IDS)])).logits
+        return logits[0, -1]
 
 
 def of_peft(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=torch.tensor([IDS])).logits[0, -1]
+        logits: torch.Tensor = model(input_ids=torch.tensor([IDS])).logits
+        return logits[0, -1]
 
 
 @pytest.mark.parametrize("method", ["fedamole", "fedit", "fedprompt"])

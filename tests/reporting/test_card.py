@@ -146,7 +146,7 @@ def test_a_base_of_the_hub(name: str, runs: Any) -> None:
     text = card(
         folder.about, config, summary, record, "local_only", {**adapter, "base_model_name_or_path": name}, identity
     )
-    assert ModelCard(text).data.base_model == name
+    assert vars(ModelCard(text).data)["base_model"] == name
     assert table(text, "Base")["base"] == [name]
     assert f'base = "{name}"' in text
     assert "on the machine" not in text

@@ -255,7 +255,8 @@ def test_what_comes_from_data_stays_data(runs: Any, copied: Any) -> None:
     reader.feed(text)
     assert "img" not in [tag for tag, _ in reader.tags]
     assert [tag for tag, _ in reader.tags].count("script") == 2
-    kept = json.loads(re.search(r'<script type="application/json" id="content">(.*?)</script>', text, re.DOTALL)[1])
+    (content,) = re.findall(r'<script type="application/json" id="content">(.*?)</script>', text, re.DOTALL)
+    kept = json.loads(content)
     assert kept["labels"]["labels"] == [SHOWN]
     assert kept["failed"] == [["</title><script>alert(2)</script>", 0, "mood", SHOWN]]
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2028\u2066-\u2069]", text)
@@ -405,7 +406,7 @@ def test_ctrl_c_leaves_a_page_that_is_at_rest(runs: Any, copied: Any, tmp_path: 
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands.time, "sleep", interrupted)
+    monkeypatch.setattr(time, "sleep", interrupted)
     done = report(copied(runs("fedit"), unfinished=True), "--out", tmp_path / "r.html", "--live")
     assert done.exit_code == 0
     assert '"live":0' in (tmp_path / "r.html").read_text()

@@ -118,7 +118,7 @@ def test_module_and_round_are_chosen(visit: Any, report: Path, runs: Any) -> Non
     details.locator("summary").click()
 
     def line() -> str:
-        return details.locator("tbody tr").first.inner_text()
+        return str(details.locator("tbody tr").first.inner_text())
 
     def expected(round_: int, module: int) -> str:
         return ", ".join(f"{expert} ({p:.4f})" for expert, p in held(runs, round_, module, "chat").items())

@@ -115,7 +115,7 @@ def test_a_run_without_a_name_is_called_by_its_method(name: str) -> None:
     assert found.label("fedit_ft") == "fedit_ft"
 
 
-def test_unfinished_runs_in_a_folder_are_left_out(runs, tmp_path, caplog) -> None:
+def test_unfinished_runs_in_a_folder_are_left_out(runs: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     import shutil
 
     shutil.copytree(runs("fedit"), tmp_path / "done")

@@ -11,6 +11,7 @@ import venv
 import zipfile
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.markers import default_environment
@@ -246,6 +247,6 @@ def needed(name: str, extras: set[str]) -> set[str]:
         for text in distribution(name).requires or ():
             need = Requirement(text)
             markers = [{**default_environment(), "extra": extra} for extra in ("", *more)]
-            if need.marker is None or any(need.marker.evaluate(each) for each in markers):
+            if need.marker is None or any(need.marker.evaluate(dict[str, Any](each)) for each in markers):
                 waiting.append((canonicalize_name(need.name), frozenset(need.extras)))
     return found

@@ -70,7 +70,7 @@ FOREVER = {**ASKED, "max_tokens": 10**6}
 @contextlib.contextmanager
 def serving(run: Path, *args: Any, **limits: int) -> Iterator[Served]:
     """A server whose answers may go on without end."""
-    made = Served(run, *args, **{"answer": 10**6, "tokens": 10**9, **limits})
+    made = Served(run, *args, **dict[str, Any]({"answer": 10**6, "tokens": 10**9, **limits}))
     made.engine.bank.base.max_positions = 10**7  # the base's own positions are rotations, which go on
     take, end = made.engine._take, made.engine.bank.base.tokenizer.eos_token_id
 

@@ -18,6 +18,7 @@ from fedamole.serving.engine import Engine, Piece, StoppedError, Wanted, drawn
 from fedamole.serving.models import alike
 from fedamole.serving.running import Running, check
 from fedamole.serving.turns import BusyError, Limits
+from tests.training import lora_spec
 
 from ..model.architectures import write_tiny
 from ..model.conftest import mixture
@@ -44,7 +45,7 @@ def by_instance(base: Base) -> list[Adapter]:
             for factor, shape in (("A", (4, base.shapes[module][0])), ("B", (base.shapes[module][1], 4)))
         }
         seen = torch.randn(5, base.width, generator=draw)
-        made.append(Adapter(replace(one.spec, router="instance"), tensors, {REFERENCES: seen}))
+        made.append(Adapter(replace(lora_spec(one.spec), router="instance"), tensors, {REFERENCES: seen}))
     return made
 
 
@@ -243,7 +244,7 @@ def test_loras_of_several_ranks_are_served_together_and_other_kinds_refused(
         draw = torch.Generator().manual_seed(rank)
         named = new_shared(bank.base.shapes, rank, draw)
         named = {name: torch.randn(one.shape, generator=draw) * 0.2 for name, one in named.items()}
-        made.append(Adapter(replace(mixture(bank.base).spec, rank=rank, alpha=alpha), named))
+        made.append(Adapter(replace(lora_spec(mixture(bank.base).spec), rank=rank, alpha=alpha), named))
     alone = []
     for adapter in made:
         bank.load([adapter])

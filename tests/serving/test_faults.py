@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -148,7 +149,7 @@ def broken(*_: object) -> Any:
 
 @pytest.mark.parametrize("where", ["decode", "draw", "tell"])
 def test_an_error_over_one_request_is_one_line_and_its_own_failure(
-    engine: Callable[..., Engine], where: str, caplog: pytest.LogCaptureFixture
+    engine: Callable[..., Engine], where: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, told = engine(), [Told() for _ in range(CLIENTS)]
     heard: Callable[[Piece], object] = told[1]
@@ -156,7 +157,7 @@ def test_an_error_over_one_request_is_one_line_and_its_own_failure(
         heard = broken
     requests = [here.submit(asked(client), heard if client == 1 else told[client]) for client in range(CLIENTS)]
     if where == "decode":
-        requests[1].text.grow = broken  # type: ignore[method-assign]
+        monkeypatch.setattr(requests[1].text, "grow", broken)
     if where == "draw":
         requests[1].generator = "no generator"  # type: ignore[assignment]
     work_off(here)
@@ -181,13 +182,15 @@ def test_a_request_that_cannot_be_read_fails_alone_among_those_that_join_with_it
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_after_a_step_that_failed_all_go_on_where_they_were(engine: Callable[..., Engine], kind: str) -> None:
+def test_after_a_step_that_failed_all_go_on_where_they_were(
+    engine: Callable[..., Engine], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here, told = engine(kind), [Told() for _ in range(CLIENTS)]
     for client, answer in enumerate(told):
         here.submit(asked(client), answer)
     for _ in range(STEP):
         here.turn()
-    here._running.step = broken  # type: ignore[method-assign]
+    monkeypatch.setattr(here._running, "step", broken)
     work_off(here)
     assert [answer.finish for answer in told] == ["length"] * CLIENTS
     assert texts(told, *range(CLIENTS)) == alone(engine(kind), *range(CLIENTS))
@@ -208,16 +211,21 @@ def test_steps_that_fail_for_ever_end_the_requests_and_not_the_engine(
 
 
 def test_the_engines_thread_survives_an_error_of_its_own(
-    engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+    engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import threading
 
     here, ends = engine(), [threading.Event(), threading.Event()]
-    here._turns.next = broken  # type: ignore[method-assign]
-    here.submit(asked(0), lambda piece: piece.finish == "error" and ends[0].set())
+
+    def ended(reason: str, end: threading.Event, piece: Piece) -> None:
+        if piece.finish == reason:
+            end.set()
+
+    monkeypatch.setattr(here._turns, "next", broken)
+    here.submit(asked(0), partial(ended, "error", ends[0]))
     here.start()
     assert ends[0].wait(10)
-    here.submit(asked(0), lambda piece: piece.finish == "length" and ends[1].set())
+    here.submit(asked(0), partial(ended, "length", ends[1]))
     assert ends[1].wait(10)
     here.stop()
     assert len(caplog.records) == 1

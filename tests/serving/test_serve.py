@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from openai.types import Completion
 
 from fedamole.data.layouts import conversation_prompt
 from fedamole.data.text_encoder import text_encoder
@@ -21,7 +23,7 @@ from fedamole.evaluation.generation import generate_answers
 from fedamole.personal.generate import as_it_is
 from fedamole.personal.models import open_bank, places
 from fedamole.serving.door import listen
-from fedamole.serving.engine import Engine, Wanted
+from fedamole.serving.engine import Engine, Piece, Wanted
 from fedamole.serving.keys import make_keys, read_keys
 from fedamole.serving.models import alike
 from fedamole.serving.server import LARGEST
@@ -48,6 +50,17 @@ def alone(run: Path) -> Callable[..., str]:
     return answer
 
 
+def tokens_of(answer: Completion) -> int:
+    assert answer.usage is not None
+    return answer.usage.completion_tokens
+
+
+def said_of(error: pytest.ExceptionInfo[openai.APIError]) -> dict[str, Any]:
+    """The `error` of a refusal."""
+    assert isinstance(error.value.body, dict)
+    return error.value.body
+
+
 def test_the_models_are_listed(served: Served) -> None:
     assert tuple(one.id for one in served.client().models.list()) == NAMES
     assert served.client().models.retrieve("mood").id == "mood"
@@ -65,8 +78,9 @@ def test_what_an_answer_cost_and_why_it_ended(served: Served, alone: Callable[..
     tokenizer = served.engine.bank.base.tokenizer
     client, prompt = served.client(), len(tokenizer(PROMPT)["input_ids"])
     cut = client.completions.create(model="plain", prompt=PROMPT, max_tokens=2)
-    assert (cut.choices[0].finish_reason, cut.usage.prompt_tokens, cut.usage.completion_tokens) == ("length", prompt, 2)
-    assert cut.usage.total_tokens == prompt + 2
+    assert cut.choices[0].finish_reason == "length"
+    assert cut.usage is not None
+    assert (cut.usage.prompt_tokens, cut.usage.completion_tokens, cut.usage.total_tokens) == (prompt, 2, prompt + 2)
     default = client.completions.create(model="plain", prompt=PROMPT)
     assert default.choices[0].text == alone("plain", PROMPT, 16)
     whole = alone("plain", PROMPT, LONG)
@@ -78,11 +92,12 @@ def test_what_an_answer_cost_and_why_it_ended(served: Served, alone: Callable[..
 
 def test_a_chat_is_laid_out_as_in_training(served: Served, alone: Callable[..., str]) -> None:
     said = [("system", "Be short."), ("user", "day 3: who has two pens? Ann has.")]
-    messages = [{"role": role, "content": content} for role, content in said]
+    messages: list[Any] = [{"role": role, "content": content} for role, content in said]
     answer = served.client().chat.completions.create(model="chat", messages=messages, max_completion_tokens=20)
     assert answer.choices[0].message.content == alone("chat", conversation_prompt(said), 20)
     assert answer.choices[0].message.role == "assistant"
-    parts = [{"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "short."}]}]
+    halves = [{"type": "text", "text": "Be "}, {"type": "text", "text": "short."}]
+    parts: list[Any] = [{"role": "developer", "content": halves}]
     again = served.client().chat.completions.create(model="chat", messages=parts + messages[1:], max_tokens=20)
     assert again.choices[0].message.content == answer.choices[0].message.content
 
@@ -108,8 +123,8 @@ def test_special_tokens_in_a_request_are_text(served: Served) -> None:
 
 def test_a_row_is_laid_out_by_its_clients_template(served: Served, alone: Callable[..., str]) -> None:
     def answer(name: str, **row: str) -> str:
-        asked = {"model": name, "prompt": "", "max_tokens": 20, "extra_body": {"row": row}}
-        return served.client().completions.create(**asked).choices[0].text
+        said = served.client().completions.create(model=name, prompt="", max_tokens=20, extra_body={"row": row})
+        return said.choices[0].text
 
     assert answer("entail", premise="Ann buys a pen.", hypothesis="Ann has it.") == alone(
         "entail", "Ann buys a pen. Then Ann has it.\n", 20
@@ -118,12 +133,13 @@ def test_a_row_is_laid_out_by_its_clients_template(served: Served, alone: Callab
     assert answer("mood", text="an old map is good") == alone("mood", text, 20)
     with pytest.raises(openai.BadRequestError) as error:
         answer("entail", premise="Ann buys a pen.")
-    assert error.value.body["param"] == "row"
-    assert "hypothesis" in error.value.body["message"]
+    assert said_of(error)["param"] == "row"
+    assert "hypothesis" in said_of(error)["message"]
 
 
 def test_pieces_join_to_the_same_text(served: Served, alone: Callable[..., str]) -> None:
-    client, asked = served.client(), {"model": "entail", "max_tokens": LONG, "stream": True}
+    client: Any = served.client()
+    asked = {"model": "entail", "max_tokens": LONG, "stream": True}
     chunks = list(client.completions.create(prompt=PROMPT, **asked))
     assert "".join(chunk.choices[0].text for chunk in chunks) == alone("entail", PROMPT, LONG)
     assert sum(bool(chunk.choices[0].text) for chunk in chunks) > 5
@@ -168,8 +184,12 @@ def test_other_methods_models_are_served_too(method: str, runs: Runner) -> None:
     bank, adapters = open_bank(found)
     engine = Engine(bank, alike(adapters, [place.client for place in found]))
     told: list[list[str]] = [[] for _ in found]
+
+    def hear(heard: list[str], piece: Piece) -> None:
+        heard.append(piece.text)
+
     for client, heard in enumerate(told):
-        engine.submit(Wanted(client, (5, 6, 7), 20), lambda piece, heard=heard: heard.append(piece.text))
+        engine.submit(Wanted(client, (5, 6, 7), 20), partial(hear, heard))
     while engine.turn():
         pass
     for adapter, heard in zip(adapters, told, strict=True):
@@ -184,12 +204,12 @@ def test_a_key_opens_its_own_clients_model_alone(run: Path, tmp_path: Path) -> N
     try:
         mine = served.client(keys["mood"])
         assert [one.id for one in mine.models.list()] == ["mood"]
-        assert mine.completions.create(model="mood", prompt="a", max_tokens=2).usage.completion_tokens == 2
+        assert tokens_of(mine.completions.create(model="mood", prompt="a", max_tokens=2)) == 2
         for name in ("plain", "nobody"):
             with pytest.raises(openai.NotFoundError) as error:
                 mine.completions.create(model=name, prompt="a", max_tokens=2)
-            assert error.value.body["code"] == "model_not_found"
-            assert name not in error.value.body["message"]
+            assert said_of(error)["code"] == "model_not_found"
+            assert name not in said_of(error)["message"]
         with pytest.raises(openai.NotFoundError):
             mine.models.retrieve("plain")
         for wrong in ("none", keys["mood"][:-1], json.loads((tmp_path / "keys.json").read_text())["mood"]):
@@ -233,7 +253,8 @@ def test_what_is_not_done_here_is_refused_in_openais_shape(
 
 
 def test_fields_that_ask_for_nothing_are_taken(served: Served) -> None:
-    usual = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "user": "me", "seed": 3}
+    usual: dict[str, Any] = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "user": "me"}
+    usual["seed"] = 3
     client = served.client()
     plain = client.completions.create(model="mood", prompt=PROMPT, max_tokens=4)
     same = client.completions.create(model="mood", prompt=PROMPT, max_tokens=4, temperature=0, top_p=1, **usual)
@@ -241,7 +262,7 @@ def test_fields_that_ask_for_nothing_are_taken(served: Served) -> None:
 
 
 def test_a_seed_draws_the_same_answer_again(served: Served) -> None:
-    asked = {"model": "mood", "prompt": PROMPT, "max_tokens": 12, "temperature": 1.5}
+    asked: dict[str, Any] = {"model": "mood", "prompt": PROMPT, "max_tokens": 12, "temperature": 1.5}
     texts = [served.client().completions.create(seed=seed, **asked).choices[0].text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
@@ -262,13 +283,13 @@ def test_refusals_before_a_body_is_read(served: Served) -> None:
 def test_too_many_requests_of_one_client_and_a_server_that_stops(run: Path) -> None:
     """The engine has not begun, so what was asked waits; when the server stops, whoever waits is told."""
     served = Served(run, waiting=1)
-    asked = {"model": "mood", "prompt": "a", "max_tokens": 2}
+    asked: dict[str, Any] = {"model": "mood", "prompt": "a", "max_tokens": 2}
     with ThreadPoolExecutor(2) as pool:
-        waits = pool.submit(served.client().completions.create, **asked)
+        waits = pool.submit(lambda: served.client().completions.create(**asked))
         until(lambda: served.engine.waiting == 1)
         with pytest.raises(openai.RateLimitError) as error:
             served.client().completions.create(**asked)
-        assert error.value.body["code"] == "rate_limit_exceeded"
+        assert said_of(error)["code"] == "rate_limit_exceeded"
         asked = {**asked, "model": "plain", "stream": True}
         streams = pool.submit(lambda: list(served.client().completions.create(**asked)))
         until(lambda: served.engine.waiting == 2)
@@ -288,7 +309,7 @@ def test_a_client_that_goes_away_frees_its_place(run: Path, stream: bool) -> Non
     bank.base.max_positions = 10**9  # the base's own positions are rotations, which go on
     served.engine.start()
     try:
-        asked = {"model": "mood", "prompt": PROMPT, "max_tokens": 10**6, "stream": stream}
+        asked: dict[str, Any] = {"model": "mood", "prompt": PROMPT, "max_tokens": 10**6, "stream": stream}
         body = json.dumps(asked).encode()
         with socket.create_connection(served.door.getsockname()) as line:
             line.sendall(
@@ -298,7 +319,7 @@ def test_a_client_that_goes_away_frees_its_place(run: Path, stream: bool) -> Non
             until(lambda: served.engine.under_way == 1)
         until(lambda: served.engine.under_way == 0)
         answer = served.client().completions.create(model="plain", prompt="a", max_tokens=2)
-        assert answer.usage.completion_tokens == 2
+        assert tokens_of(answer) == 2
     finally:
         served.close()
 

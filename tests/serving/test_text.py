@@ -1,6 +1,6 @@
 """Answers as they grow, against a matcher that looks at the whole text again for every character."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,8 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     made = {}
-    for name, write in {"bytes": write_tokenizer, "spaces": spaces}.items():
+    writers: dict[str, Callable[[Path], object]] = {"bytes": write_tokenizer, "spaces": spaces}
+    for name, write in writers.items():
         folder = tmp_path_factory.mktemp(name)
         write(folder)
         made[name] = AutoTokenizer.from_pretrained(folder)

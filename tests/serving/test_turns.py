@@ -96,7 +96,8 @@ def test_nobody_is_set_aside_where_that_makes_too_little_room_or_nothing_fairer(
     even = Place(rows=2)
     even.add(0, 5)
     even.add(1, 5)
-    rows = even.turn() and list(even.rows)
+    assert even.turn()
+    rows = list(even.rows)
     for _ in range(3 * SLICE):
         even.turn()
     assert even.rows == rows, "nobody takes turns with himself"
