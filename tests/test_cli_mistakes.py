@@ -19,7 +19,7 @@ import typer
 
 from fedamole import __version__, cli, experiment
 from fedamole.command_line import decoded, describe
-from fedamole.comparison import load_comparison
+from fedamole.comparison.file import load_comparison
 from fedamole.config import SECTIONS, load_config, to_config
 from fedamole.deployment.policy import read_policy
 from fedamole.errors import ConfigError

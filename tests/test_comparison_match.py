@@ -47,6 +47,11 @@ def configs(comparison: Comparison) -> dict[str, Config]:
     return {name: to_config(arm.tables) for arm in comparison.arms for name in arm.rows}
 
 
+def parameters(config: Config) -> Any:
+    """The method of a config, whose parameters depend on which method it is."""
+    return config.method
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if not name.endswith("_ft")])
 def test_a_plan_counts_what_a_run_trains(method: str, runs: Any, tmp_path: Path) -> None:
     """In round 0, client by client; the run of this test is that of the contract tests."""
@@ -63,7 +68,7 @@ def test_local_training_gets_as_many_parameters_as_a_mixture(write: Write, tmp_p
     path = write(["fedamole", "local_only"], match="parameters", overrides=["method.rank=2", "method.alpha=8"])
     before, after = (configs(found) for found in (load_comparison(path), of_equal_size(load_comparison(path))))
     assert after["fedamole"] == before["fedamole"], "the reference keeps its size"
-    ours, theirs = after["fedamole"].method, after["local_only"].method
+    ours, theirs = parameters(after["fedamole"]), parameters(after["local_only"])
     step = mean(before["local_only"], tmp_path) / 2
     wanted, reached = mean(after["fedamole"], tmp_path), mean(after["local_only"], tmp_path)
     assert wanted > 3 * 2 * step, "a mixture is much larger at the same rank"
@@ -79,13 +84,13 @@ def test_every_kind_of_method_is_sized(write: Write, tmp_path: Path) -> None:
     path = write(methods, variants, match="parameters")
     before, found = (configs(one) for one in (load_comparison(path), of_equal_size(load_comparison(path))))
     assert mean(found["four"], tmp_path) == 896
-    assert found["fedit"].method.rank == 4
-    assert found["feddpa"].method.rank == 2, "it trains two LoRAs"
-    assert found["fedprompt"].method.virtual_tokens == 28
-    assert found["fedptuning"].method.virtual_tokens == 1, "its encoder alone is larger"
+    assert parameters(found["fedit"]).rank == 4
+    assert parameters(found["feddpa"]).rank == 2, "it trains two LoRAs"
+    assert parameters(found["fedprompt"]).virtual_tokens == 28
+    assert parameters(found["fedptuning"]).virtual_tokens == 1, "its encoder alone is larger"
     assert found["fixed"] == before["fixed"], "its ranks are set one by one"
     for name in ("ffa_lora", "fedalt", "hetlora"):
-        tables, rank = found[name].tables(), found[name].method.rank
+        tables, rank = found[name].tables(), parameters(found[name]).rank
         around = [to_config(tables | {"method": {**tables["method"], "rank": rank + step}}) for step in (-1, 0, 1)]
         away = [abs(mean(config, tmp_path) - 896) for config in around]
         assert min(away) == away[1], name
@@ -94,21 +99,22 @@ def test_every_kind_of_method_is_sized(write: Write, tmp_path: Path) -> None:
 def test_a_prompt_is_no_longer_than_the_base_has_positions(write: Write) -> None:
     """128 positions and texts of 96 leave 32; the mixture would be many more tokens."""
     found = configs(of_equal_size(load_comparison(write(["fedamole", "fedprompt"], match="parameters"))))
-    assert found["fedprompt"].method.virtual_tokens == 32
+    assert parameters(found["fedprompt"]).virtual_tokens == 32
 
 
 def test_both_rows_and_both_budgets_of_a_method_have_one_size(write: Write) -> None:
     path = write(["fedamole", "fedrep", "fedrep_ft", "ditto"], match="parameters", budget="both")
     found = configs(of_equal_size(load_comparison(path)))
-    assert len({found[name].method.rank for name in ("fedrep", "fedrep_ft", "fedrep-paper", "fedrep_ft-paper")}) == 1
-    assert found["ditto"].method.rank == found["ditto-paper"].method.rank > 8
+    names = ("fedrep", "fedrep_ft", "fedrep-paper", "fedrep_ft-paper")
+    assert len({parameters(found[name]).rank for name in names}) == 1
+    assert parameters(found["ditto"]).rank == parameters(found["ditto-paper"]).rank > 8
 
 
 def test_sizes_come_before_bytes_and_stand_in_the_preview(write: Write) -> None:
     settings = {"match": "parameters", "budget": "bytes", "overrides": ["federation.rounds=20"]}
     path = write(["fedamole", "fedit"], **settings)
     lines = {line["cell"]: line for line in preview(load_comparison(path))}
-    rank = configs(planned(load_comparison(path)))["fedit"].method.rank
+    rank = parameters(configs(planned(load_comparison(path)))["fedit"]).rank
     assert lines["tiny/fedamole-s0"]["size"] == "rank 8"
     assert lines["tiny/fedit-s0"]["size"] == f"rank {rank}"
     assert rank > 8

@@ -17,7 +17,7 @@ from fedamole.model.base import Identity
 
 def just_before(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, act: Callable[[Any], object]) -> None:
     """Let another process act once, just before this one calls a function."""
-    real, acted = getattr(owner, name), []
+    real, acted = getattr(owner, name), list[bool]()
 
     def call(*words: Any, **options: Any) -> Any:
         if not acted and act(words[0]):
@@ -61,7 +61,7 @@ def test_a_folder_in_which_nothing_was_written_is_removed_again(tmp_path: Path) 
         interrupted()
     assert not (tmp_path / "runs").exists()
     with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "runs" / "case") as folder:
-        interrupted((folder / "config.toml").touch())
+        interrupted((folder / "config.toml").write_text("begun"))
     assert (tmp_path / "runs" / "case" / "config.toml").exists()
 
 

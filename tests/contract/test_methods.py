@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+from tests.training import lora_spec
 from torch import Tensor
 
 from fedamole.config import load_config
@@ -277,7 +278,7 @@ def test_tokens_are_those_that_go_through_the_base(name: str, runs: Any, tmp_pat
         return model
 
     base.model.register_forward_pre_hook(count, with_kwargs=True)
-    worker.update, worker._present = counted_update, counted_present  # type: ignore[method-assign]
+    vars(worker).update(update=counted_update, _present=counted_present)
     loop_of(config, engine, server_of(config, base, engine.clients), folder, Watcher()).run()
     lines = {
         (line["split"], line["round"], line["client"]): line
@@ -315,10 +316,10 @@ def test_shares_of_a_round_are_those_that_the_method_says(name: str, shop: Shop)
     assert method.budgets_differ == differ
 
 
-def _no_embeddings(method: Method, adapter: Adapter) -> Mapping[str, MeanEmbeddings]:
+def _no_embeddings(method: Some, adapter: Adapter) -> Mapping[str, MeanEmbeddings]:
     if not method.embeds:
         return {}
-    rank = method.spec().rank
+    rank = lora_spec(method.spec()).rank
     return {
         module: MeanEmbeddings(torch.zeros(rank), {expert: torch.zeros(rank) for expert in held})
         for module, held in expert_ids(adapter.tensors).items()

@@ -284,7 +284,7 @@ def test_a_slow_tokenizer_is_refused() -> None:
         is_fast, name_or_path = False, "old"
 
     with pytest.raises(BaseModelError, match="tokenizer 'old' gives no character offsets; use its fast version"):
-        TextEncoder(Slow())  # type: ignore[arg-type]
+        TextEncoder(Slow())
 
 
 def test_a_normalizer_that_changes_a_special_token_itself() -> None:

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from fedamole.data.layouts import conversation_prompt
+from fedamole.data.tokens import prompt_ids
 from fedamole.evaluation.generation import generate_answers
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, BaseSettings, load_base
 from fedamole.model.continuation import Continuation
 from fedamole.personal.chat import Chat
-from fedamole.personal.generate import as_it_is, ids_of
+from fedamole.personal.generate import as_it_is
 from fedamole.personal.routing import greedy_answer
 
 from ..model.architectures import write_tiny
@@ -89,7 +90,7 @@ def test_generation_settings_that_come_with_a_base_are_not_used(tmp_path: Path, 
     assert generate_answers(bank, [PROMPTS], 6, 10_000)[0] == wanted
 
 
-RECURRENT = {
+RECURRENT: dict[str, tuple[dict[str, Any], dict[str, Any], Continuation | None]] = {
     "mamba": ({"targets": ("in_proj",)}, {}, Continuation(True, True)),
     "rwkv": ({}, {"rescale_every": 0}, Continuation(False, True)),
     "recurrent_gemma": ({}, {}, None),
@@ -117,7 +118,7 @@ def test_no_base_forgets_its_prompt(architecture: str, tmp_path: Path) -> None:
     assert greedy_answer(bank, PROMPTS[0], 6) == tuple(wanted[0])
     chat, said = Chat(bank, 4), list[str]()
     chat.answer("what now?", said.append)
-    prompt = ids_of(as_it_is(conversation_prompt([("user", "what now?")])), bank.base.tokenizer)
+    prompt = prompt_ids(as_it_is(conversation_prompt([("user", "what now?")])), bank.base.tokenizer)
     assert "".join(said).strip() == text(bank, greedy(bank, prompt, 4))
 
 
@@ -133,8 +134,11 @@ def test_how_a_base_generates_is_found_out_without_its_adapters(bank: Bank) -> N
 def test_prompts_of_one_length_are_still_generated_together(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
     bank.__dict__["continuation"] = Continuation(False, True)
     whole, sizes = bank.base.model.generate, list[tuple[int, ...]]()
-    monkeypatch.setattr(
-        bank.base.model, "generate", lambda **more: (sizes.append(tuple(more["input_ids"].shape)), whole(**more))[1]
-    )
+
+    def counted(**more: Any) -> Any:
+        sizes.append(tuple(more["input_ids"].shape))
+        return whole(**more)
+
+    monkeypatch.setattr(bank.base.model, "generate", counted)
     generate_answers(bank, [[*PROMPTS, (40, 41), (50, 51)]], 2, 10_000)
     assert sorted(sizes) == [(1, 4), (1, 15), (3, 2)]

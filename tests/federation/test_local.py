@@ -179,7 +179,7 @@ def test_clipping(bank: Bank, rows: list[Row]) -> None:
 def test_steps_and_epochs(
     settings: dict[str, int], examples: int, steps: int, bank: Bank, rows: list[Row]
 ) -> None:
-    assert TrainingSettings(**settings).steps(examples) == steps
+    assert TrainingSettings(**dict[str, Any](settings)).steps(examples) == steps
     assert train(bank, lora(bank), rows[:examples], **{"local_steps": 3, **settings}).steps == steps
 
 

@@ -1,7 +1,7 @@
 """Architectures with traps: dropout in many forms, parts for images, encoders, recurrent layers."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def load(folder: Path, **settings: Any) -> Base:
     return load_base(BaseSettings(model=str(folder), **settings), torch.device("cpu"), Path("/"))
 
 
-def trained(bank: Bank) -> tuple[Adapter, dict[str, Tensor]]:
+def trained(bank: Bank) -> tuple[Adapter, Mapping[str, Tensor]]:
     """A LoRA after three steps, and its tensors."""
     task = LocalTask("a", Fit(lora(bank.base)), ROWS, 1e-2)
     (outcome,) = fit(bank, [task], TrainingSettings(local_steps=3, batch_size=2), seed=0, round_=0)
@@ -114,7 +114,8 @@ def test_an_encoder_is_refused(architecture: str, tmp_path: Path) -> None:
     """Its logits see the tokens that they should predict. `plan --without-data` finds it out from the config."""
     write_tiny(tmp_path, architecture)
     settings = BaseSettings(str(tmp_path), targets=() if architecture == "xlnet" else ("query",))
-    for use in (lambda: load(tmp_path), lambda: weightless_base(settings, Path("/"))):
+    uses: list[Callable[[], Base]] = [lambda: load(tmp_path), lambda: weightless_base(settings, Path("/"))]
+    for use in uses:
         with pytest.raises(
             BaseModelError, match=r"is no causal language model: it predicts a token with the tokens aft"
         ):
@@ -129,7 +130,9 @@ def test_an_encoder_that_is_a_decoder_is_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", ["bart", "t5"])
 def test_an_encoder_decoder_is_told_what_it_is(architecture: str, tmp_path: Path) -> None:
     write_tiny(tmp_path, architecture)
-    for use in (lambda: load(tmp_path), lambda: weightless_base(BaseSettings(str(tmp_path)), Path("/"))):
+    settings = BaseSettings(str(tmp_path))
+    uses: list[Callable[[], Base]] = [lambda: load(tmp_path), lambda: weightless_base(settings, Path("/"))]
+    for use in uses:
         with pytest.raises(BaseModelError, match=rf"is an encoder-decoder \({architecture}\).*; choose a decoder-only"):
             use()
 
@@ -178,6 +181,7 @@ def test_an_expert_that_no_token_is_routed_to_gets_no_gradient(base: Callable[..
     (weights,) = bank.trainable()
     first = bank.parameters()[0]
     bank.backward(first.sum())
+    assert weights.grad is not None
     assert int(weights.grad.count_nonzero()) == first.numel() < weights.numel()
 
 

@@ -143,7 +143,7 @@ def test_the_lowest_mean_loss_is_starred() -> None:
     assert table["mean loss"] == ["0.500", "", "2.000 ± 0.000", "1.450 ± 0.000*"]
 
 
-def test_the_work_of_a_run_is_in_its_table(runs) -> None:
+def test_the_work_of_a_run_is_in_its_table(runs: Any) -> None:
     """The lines say what metrics.jsonl says; two rows of one run share the training."""
     folder = runs("fedit", "evaluation.before_aggregation=true")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -157,4 +157,5 @@ def test_the_work_of_a_run_is_in_its_table(runs) -> None:
     table = {line[0]: line[1:] for line in grid(found)}
     assert table["backward tokens"] == ["", "", short(tokens), short(tokens)]
     assert table["forward tokens"] == ["", "", "0", "0"]
-    assert found.as_json()["columns"]["fedit"]["backward tokens"] == [tokens]
+    told: Any = found.as_json()["columns"]
+    assert told["fedit"]["backward tokens"] == [tokens]

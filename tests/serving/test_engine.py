@@ -259,7 +259,7 @@ def test_loras_of_several_ranks_are_served_together_and_other_kinds_refused(
 @pytest.mark.parametrize("architecture", ["mamba", "rwkv", "recurrent_gemma", "qwen3_5_text"])
 def test_recurrent_and_hybrid_bases_are_refused(architecture: str, tmp_path: Path) -> None:
     """Mamba takes no such cache and answers all prompts alike; others have no keys and values in every layer."""
-    changes = {"rescale_every": 0} if architecture == "rwkv" else {}
+    changes: dict[str, Any] = {"rescale_every": 0} if architecture == "rwkv" else {}
     write_tiny(tmp_path, architecture, **changes)
     settings = BaseSettings(str(tmp_path), targets=("in_proj",) if architecture == "mamba" else ())
     bank = Bank(load_base(settings, torch.device("cpu"), Path("/")))

@@ -105,8 +105,9 @@ def test_a_chat_is_laid_out_as_in_training(served: Served, alone: Callable[..., 
 def test_special_tokens_in_a_request_are_text(served: Served) -> None:
     """In a prompt, a row and a message: `<end>` is read letter by letter and ends nothing."""
     tokenizer, client = served.engine.bank.base.tokenizer, served.client()
-    text, asked = "a <end> b <pad>", {"model": "entail", "max_tokens": 1}
-    said = [{"role": "user", "content": text}]
+    text = "a <end> b <pad>"
+    asked: dict[str, Any] = {"model": "entail", "max_tokens": 1}
+    said: list[Any] = [{"role": "user", "content": text}]
     found = {
         text: client.completions.create(prompt=text, **asked),
         f"{text} Then {text}\n": client.completions.create(
