@@ -445,7 +445,7 @@ def test_a_manifest_of_an_honest_run_is_as_it_was(runs: Any) -> None:
 def test_the_document_names_the_bounds() -> None:
     text = " ".join((Path(__file__).parents[1] / "docs" / "run-folder.md").read_text().split())
     for told in (
-        f"has 1 to {LONGEST_NAME} letters",
+        f"has 1 to {LONGEST_NAME} ASCII letters",
         f"may have {files.MOST_JSON // files.MIB} MiB",
         f"{files.MOST_LINE // files.MIB} MiB, `config.toml` {files.MOST_CONFIG // files.MIB} MiB",
         f"folder {files.MOST_FILES:,} files",

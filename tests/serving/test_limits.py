@@ -244,7 +244,7 @@ def test_the_page_states_the_limits_of_the_code() -> None:
         f"| `temperature` | 0 (the most probable token), or {protocol.COOLEST} to 2.",
         f"a whole number from 1 to {protocol.LONGEST:,}.",
         f"| `stop` | at most {protocol.STOPS} texts of 1 to {STOP_LETTERS} characters each |",
-        f"| `row` | at most {protocol.COLUMNS} columns |",
+        f"| `row` | at most {protocol.COLUMNS} columns",
         f"at most {server.LETTERS} characters for each position of the base",
         f"| bodies that are being received | {quota.BODIES >> 20} MiB together | 429 |",
         f"| bodies that are made into tokens | {quota.AT_ONCE} at once | they wait |",
