@@ -51,7 +51,7 @@ ROSTER_S = 2.0
 QUIET = 90.0
 """Seconds after which a run whose process has vanished is submitted again at the latest."""
 PREDECESSOR = 20.0
-"""Seconds within which the processes of a server that was killed have ended."""
+"""Seconds within which the processes of a server that was killed or stopped have ended."""
 ATTEMPTS = 5
 """Times a run is submitted, or one of the processes started, again without a round finished in between."""
 
@@ -206,6 +206,7 @@ class Server:
         finally:
             for process in reversed(self.processes):
                 process.stop()
+            self._wait_for_run_process()
 
     def _begin(self) -> None:
         """Forget how the run ended last time, and read its progress from here on."""
@@ -215,8 +216,12 @@ class Server:
 
     def _wait_for_predecessor(self) -> None:
         """Wait for the processes of a server that was killed a moment ago: they end, but hold the port and the run."""
-        end = time.monotonic() + PREDECESSOR
         wait_for_free_port(self.door.host, self.door.port, PREDECESSOR)
+        self._wait_for_run_process()
+
+    def _wait_for_run_process(self) -> None:
+        """Wait until the process of the run, which ends with its executor but holds the run, has ended."""
+        end = time.monotonic() + PREDECESSOR
         path = self.own / PROGRESS
         lines = path.read_bytes().splitlines() if path.exists() else []
         pid = next((line["pid"] for line in _parsed(reversed(lines)) if line["what"] == "started"), 0)
