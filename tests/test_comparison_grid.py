@@ -17,6 +17,7 @@ from fedamole.comparison.run import outlook, preview, progress, run_comparison
 from fedamole.errors import ConfigError
 from fedamole.methods import METHODS
 from fedamole.reporting.comparison import read_scenarios
+from tests.test_comparison import written
 
 FIVE = [1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1]
 Loss = Callable[[Cell, str], float]
@@ -25,14 +26,10 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path, tiny: Path) -> Write:
-    def written(methods: Sequence[str], variants: str = "", **settings: Any) -> Path:
-        keys = {"name": "c", "folder": str(tmp_path / "out"), "methods": list(methods), **settings}
-        text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
-        path = tmp_path / "compare.toml"
-        path.write_text(f'{text}[scenarios]\ntiny = "{tiny}/config.toml"\n{variants}')
-        return path
+    def write(methods: Sequence[str], variants: str = "", **settings: Any) -> Path:
+        return written(tmp_path, tiny, [*methods], variants, **{"name": "c", "overrides": None, **settings})
 
-    return written
+    return write
 
 
 def finish(cell: Cell, loss: Loss) -> None:

@@ -1,6 +1,5 @@
 """`match = "parameters"`: arms of equal size, counted on the adapters' shapes."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,17 @@ from fedamole.experiment import prepare, resolved
 from fedamole.federation.run_folder import RunFolder
 from fedamole.methods import METHODS
 from fedamole.planning import trained_parameters
+from tests.test_comparison import written
 
 Write = Callable[..., Path]
 
 
 @pytest.fixture
 def write(tmp_path: Path, tiny: Path) -> Write:
-    def written(methods: Sequence[str], variants: str = "", **settings: Any) -> Path:
-        keys = {"name": "c", "folder": str(tmp_path / "out"), "methods": list(methods), **settings}
-        text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
-        path = tmp_path / "compare.toml"
-        path.write_text(f'{text}[scenarios]\ntiny = "{tiny}/config.toml"\n{variants}')
-        return path
+    def write(methods: Sequence[str], variants: str = "", **settings: Any) -> Path:
+        return written(tmp_path, tiny, [*methods], variants, **{"name": "c", "overrides": None, **settings})
 
-    return written
+    return write
 
 
 def sizes(config: Config, folder: Path) -> dict[str, int]:

@@ -96,6 +96,14 @@ def test_values_that_differ_by_white_space_are_one_client(
     assert "train.jsonl: 30 values of 'site' have white space around them" in caplog.text
 
 
+def test_white_space_around_a_value_of_the_test_file_alone(write: Write, tmp_path: Path) -> None:
+    """Each file's values lose their white space, so that a test row reaches the client of its value."""
+    write("train.jsonl", [{**row, "site": "ns"[at % 2]} for at, row in enumerate(rows(60))])
+    write("test.jsonl", [{**row, "site": "ns"[at % 2] + " "} for at, row in enumerate(rows(20, start=100))])
+    clients, _ = draw(tmp_path, test="test.jsonl", partition=PartitionSettings("value", by="site"))
+    assert [(client.client, len(client.test)) for client in clients] == [("s-n", 10), ("s-s", 10)]
+
+
 def test_the_column_to_partition_by_must_be_there_and_filled(write: Write, tmp_path: Path) -> None:
     write("train.jsonl", [{**row, "site": "n" if index else None} for index, row in enumerate(rows(30))])
     with pytest.raises(DataError, match=r"train.jsonl: there is no column 'sites' \(did you mean 'site'\?\)"):

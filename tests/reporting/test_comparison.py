@@ -123,6 +123,16 @@ def test_the_best_is_starred_where_it_is_clearly_better_than_the_second(make: Ma
     assert "no star with one seed" in sheets([found], "ours")[0].caption
 
 
+def test_a_run_in_which_nothing_was_trained_gets_no_star(make: Make) -> None:
+    tops = {"ours": 9.0, "theirs": 5.0, "worse": 1.0}
+    entries = [make(name, seed, {"a": top, "b": top}) for name, top in tops.items() for seed in (0, 1)]
+    path = entries[0].path / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"updates": 4, "left_out": 4}))
+    methods, clients = (table(sheet) for sheet in sheets(read_scenarios(entries), "ours")[:2])
+    assert [methods[name]["score"] for name in tops] == ["9.0 ± 0.0", "5.0 ± 0.0*", "1.0 ± 0.0"]
+    assert [clients[name]["a"] for name in tops] == ["9.0 ± 0.0", "5.0 ± 0.0*", "1.0 ± 0.0"]
+
+
 def test_one_seed_gets_no_star(make: Make) -> None:
     [found] = read_scenarios([make("ours", 0, {"a": 90.0, "b": 90.0}), make("theirs", 0, {"a": 1.0, "b": 1.0})])
     assert not any("*" in cell for sheet in sheets([found], "ours") for line in sheet.body for cell in line)

@@ -101,6 +101,17 @@ def test_the_yardsticks_take_no_part_in_the_stars() -> None:
     assert table["mean"] == ["1.0", "2.0", "1.5 ± 0.0*", "0.5 ± 0.0"]
 
 
+def test_a_run_in_which_nothing_was_trained_gets_no_star() -> None:
+    runs = [run(name, seed, a=value, b=value) for seed in (0, 1) for name, value in (("fedit", 1.5), ("ditto", 0.5))]
+    for found in runs:
+        found.summary.update(updates=4, left_out=4 if found.summary["method"] == "fedit" else 0)
+    runs += [run("fedrep", seed, a=0.1, b=0.1) for seed in (0, 1)]
+    [table] = compare(runs)
+    lines = {line[0]: line[1:] for line in grid(table)}
+    assert lines["mean"] == ["1.0", "2.0", "1.5 ± 0.0", "0.5 ± 0.0*", "0.1 ± 0.0"]
+    assert len(table.warnings) == 2
+
+
 def test_markdown_is_a_table() -> None:
     [found] = compare([run("fedit", a=10.0, b=1.0)])
     lines = markdown(found).splitlines()

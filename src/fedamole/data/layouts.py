@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedamole.errors import DataError
+from fedamole.received.names import cut
 
 Row = dict[str, Any]
 MOST_NAMES = 20
@@ -24,14 +25,13 @@ class Number:
 
 def shortened(value: object, most: int = 60) -> str:
     """Return a label or a name for an error's text: as Python writes it, cut to `most` characters."""
-    text = repr(str(value))
-    return text if len(text) <= most else f"{text[: most - 4]} ..."
+    return cut(repr(str(value)), most)
 
 
 def listed(columns: Iterable[str]) -> str:
     """Return the sorted names of columns for an error's text: each shortened, at most MOST_NAMES of them."""
     names = sorted(columns)
-    shown = [name if len(name) <= 40 else f"{name[:36]} ..." for name in names[:MOST_NAMES]]
+    shown = [cut(name, 40) for name in names[:MOST_NAMES]]
     return ", ".join(shown) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
 
 

@@ -86,7 +86,7 @@ def tokenise(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", 
             continue
         body = _without_lead(body, lead)
         if len(body) > room:
-            body = _shortened(example, encoder, room)
+            body = _shortened(example, body, encoder, room)
             cut += 1
         rows.append(TokenRow((*lead, *body), answer, options))
         places.append(place)
@@ -179,14 +179,14 @@ def _without_lead(body: Ids, lead: Ids) -> Ids:
     return body[written:]
 
 
-def _shortened(example: Example, encoder: TextEncoder, room: int) -> Ids:
-    """The prompt, without leading special tokens, in at most `room` tokens.
+def _shortened(example: Example, body: Ids, encoder: TextEncoder, room: int) -> Ids:
+    """The prompt, whose ids are `body`, in at most `room` tokens; both without leading special tokens.
 
     The context is cut at the end of one of its own tokens and the prompt rendered and tokenised again,
     because tokens at the seam may differ; this is repeated, with fewer tokens each time, until the prompt
     fits.
     """
-    body, ends = _body(example, example.context, encoder), encoder.token_ends(example.context)
+    ends = encoder.token_ends(example.context)
     keep = len(ends)
     while len(body) > room and keep > 0:
         keep = max(keep - (len(body) - room), 0)

@@ -297,10 +297,24 @@ class LoraMethod(Method[S, D, K, U]):
         return AdapterSpec(self.rank, self.alpha, self.dropout, self.dropout_kind)
 
 
-def check_weight_decay(value: float) -> None:
-    """Raise a ConfigError for a `method.weight_decay` outside 0 .. 1.
+@dataclass(frozen=True)
+class DecayedLoraMethod(LoraMethod[S, D, K, U]):
+    """A method whose local training has weight decay."""
 
-    A decay near 1 / learning rate would make a client forget all steps but the last, whose few rows its update tells.
-    """
-    if not 0 <= value <= 1:
-        raise ConfigError(f"method.weight_decay = {value}: must be at least 0 and at most 1")
+    weight_decay: float = 0.05
+    """Decoupled weight decay of local training, as in the authors' code."""
+
+    def __post_init__(self) -> None:
+        """Raise a ConfigError for a decay outside 0 .. 1.
+
+        A decay near 1 / learning rate would make a client forget all steps but the last, whose few rows its update
+        tells.
+        """
+        super().__post_init__()
+        if not 0 <= self.weight_decay <= 1:
+            raise ConfigError(f"method.weight_decay = {self.weight_decay}: must be at least 0 and at most 1")
+
+    def update(self, client: Client, kept: K, message: D) -> Generator[Fit, Trained, tuple[K, U, Trained]]:
+        """Train with weight decay; return what is kept, sent back and was trained."""
+        trained = yield Fit(self.adapter(client, kept, message), weight_decay=self.weight_decay)
+        return (*self.reply(client, kept, message, trained), trained)

@@ -1,7 +1,7 @@
 """summary.json: the headline numbers of a finished run, computed from its folder."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -42,6 +42,12 @@ def nothing_trained(summary: Mapping[str, Any]) -> bool:
     return updates > 0 and summary.get("left_out", 0) == updates
 
 
+def updates_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """How many updates the lines of a metrics.jsonl tell of, and how many of them failed."""
+    failed = ["failed" in line for line in lines if line["split"] == "train"]
+    return {"updates": len(failed), "left_out": sum(failed)}
+
+
 def costs(folder: RunFolder) -> dict[str, Any]:
     """Bytes per round and client each way, seconds, memory, clients at once, failed updates; from metrics.jsonl."""
     trained = [line for line in folder.lines(METRICS) if line["split"] == "train"]
@@ -53,7 +59,6 @@ def costs(folder: RunFolder) -> dict[str, Any]:
         "seconds_evaluate": sum(line["seconds_evaluate"] for line in rounds),
         "peak_memory_mib": max((line.get("peak_memory_mib", 0.0) for line in trained), default=0.0),
         "group": max((line.get("group", 0) for line in trained), default=0),
-        "updates": len(trained),
-        "left_out": sum("failed" in line for line in trained),
+        **updates_of(trained),
         "clipped": sum("clipped" in line for line in trained),
     }

@@ -11,24 +11,14 @@ Deviations: mixers begin at 0, both weighed alike (the authors' code draws them)
 of the world is a LoRA that does nothing; absent clients count with the LoRA that they sent last.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fedamole.federation.averaging import mean_by_key
-from fedamole.federation.method import (
-    Client,
-    ClientInfo,
-    Fit,
-    LoraMethod,
-    Records,
-    Server,
-    Trained,
-    Weighting,
-    check_weight_decay,
-)
+from fedamole.federation.method import Client, ClientInfo, DecayedLoraMethod, Records, Server, Trained, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.params import Adapter, as_expert, expert_keys, mixer_key, new_shared, shared_keys
@@ -67,24 +57,17 @@ class SentLora:
 
 
 @dataclass(frozen=True)
-class FedAlt(LoraMethod[Everybody, RestOfWorld, OwnAndMixer, SentLora]):
+class FedAlt(DecayedLoraMethod[Everybody, RestOfWorld, OwnAndMixer, SentLora]):
     """A LoRA per client beside the frozen mean of all others, mixed token by token."""
 
     weighting: Weighting = "uniform"
     """Weight of a client in the rest of the world: uniform, or by its training examples."""
-    weight_decay: float = 0.05
-    """Decoupled weight decay of local training (the authors' code)."""
 
     paper = "Bian et al., FedALT: Adaptive Local Training with Rest-of-World LoRA, AAAI 2026, arXiv 2503.11880"
     travels = "the mean of the others' LoRAs down, the client's LoRA up"
     stays = "the data and the mixers"
     records = Records(Everybody, RestOfWorld, OwnAndMixer, SentLora)
     evaluates = "aggregated"
-
-    def __post_init__(self) -> None:
-        """Refuse a decay outside 0 .. 1."""
-        super().__post_init__()
-        check_weight_decay(self.weight_decay)
 
     # server
     def init(self, server: Server) -> Everybody:
@@ -122,13 +105,6 @@ class FedAlt(LoraMethod[Everybody, RestOfWorld, OwnAndMixer, SentLora]):
         """Put the client's LoRA and mixers beside the frozen rest of the world."""
         rest = as_expert(message.tensors, REST)
         return Adapter(self.spec(), {**kept.tensors, **rest}, frozen=tuple(sorted(rest)))
-
-    def update(
-        self, client: Client, kept: OwnAndMixer, message: RestOfWorld
-    ) -> Generator[Fit, Trained, tuple[OwnAndMixer, SentLora, Trained]]:
-        """Train with weight decay."""
-        trained = yield Fit(self.adapter(client, kept, message), weight_decay=self.weight_decay)
-        return (*self.reply(client, kept, message, trained), trained)
 
     def reply(
         self, client: Client, kept: OwnAndMixer, message: RestOfWorld, trained: Trained

@@ -14,7 +14,7 @@ Deviations: a client that first answers later warms up then and joins the cluste
 more clients are never one cluster, as the silhouette knows no such case.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,17 +25,7 @@ from torch.nn import functional as F
 from fedamole.errors import ConfigError
 from fedamole.federation.averaging import mean_by_key
 from fedamole.federation.clustering import cosine_distances, silhouette_clusters
-from fedamole.federation.method import (
-    Client,
-    ClientInfo,
-    Fit,
-    LoraMethod,
-    Records,
-    Server,
-    Trained,
-    Weighting,
-    check_weight_decay,
-)
+from fedamole.federation.method import Client, ClientInfo, DecayedLoraMethod, Records, Server, Trained, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.local_only import OwnLora
 from fedamole.model.params import OWN, Adapter, expert_ids, expert_keys, mixer_key, new_shared, shared_keys
@@ -70,7 +60,7 @@ class Returned:
 
 
 @dataclass(frozen=True)
-class FedLease(LoraMethod[Lease, Leased, OwnLora, Returned]):
+class FedLease(DecayedLoraMethod[Lease, Leased, OwnLora, Returned]):
     """Clusters of clients with an expert each; every client uses as many experts as a token needs."""
 
     warmup_share: float = 0.2
@@ -79,8 +69,6 @@ class FedLease(LoraMethod[Lease, Leased, OwnLora, Returned]):
     """Most clusters M."""
     weighting: Weighting = "uniform"
     """Weight of a client in the averages: uniform, or by its training examples."""
-    weight_decay: float = 0.05
-    """Decoupled weight decay of local training (the authors' code)."""
 
     paper = "Wang et al., Adaptive LoRA Experts Allocation and Selection (FedLEASE), NeurIPS 2025, arXiv 2509.15087"
     travels = "all M experts and mixers down, one expert and mixers up"
@@ -89,13 +77,12 @@ class FedLease(LoraMethod[Lease, Leased, OwnLora, Returned]):
     evaluates = "aggregated"
 
     def __post_init__(self) -> None:
-        """Refuse no clusters, and shares and decays outside 0 .. 1."""
+        """Refuse no clusters, and a share of rounds outside 0 .. 1."""
         super().__post_init__()
         if self.most_clusters < 1:
             raise ConfigError(f"method.most_clusters = {self.most_clusters}: must be at least 1")
         if not 0 < self.warmup_share <= 1:
             raise ConfigError(f"method.warmup_share = {self.warmup_share}: must be above 0 and at most 1")
-        check_weight_decay(self.weight_decay)
 
     # server
     def init(self, server: Server) -> Lease:
@@ -166,13 +153,6 @@ class FedLease(LoraMethod[Lease, Leased, OwnLora, Returned]):
         own = F.one_hot(torch.tensor(message.cluster), len(experts)).float()
         spec = replace(self.spec(), router="mixer")
         return Adapter(spec, message.tensors, {OWN: own}, tuple(sorted(others)))
-
-    def update(
-        self, client: Client, kept: OwnLora, message: Leased
-    ) -> Generator[Fit, Trained, tuple[OwnLora, Returned, Trained]]:
-        """Train with weight decay."""
-        trained = yield Fit(self.adapter(client, kept, message), weight_decay=self.weight_decay)
-        return (*self.reply(client, kept, message, trained), trained)
 
     def reply(
         self, client: Client, kept: OwnLora, message: Leased, trained: Trained

@@ -17,7 +17,11 @@ LONGEST_NAME = 120
 
 def quoted(value: object, most: int = 80) -> str:
     """Return a value for an error's text: as Python writes it, in ASCII, cut to `most` characters."""
-    text = ascii(value)
+    return cut(ascii(value), most)
+
+
+def cut(text: str, most: int) -> str:
+    """Return a text, or as much of its beginning as fits into `most` characters with " ..." behind it."""
     return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 

@@ -11,6 +11,7 @@ from fedamole.errors import RunError
 from fedamole.federation.best import best_round_of, mean_best_round
 from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.federation.run_folder import METRICS, RunFolder
+from fedamole.federation.summary import nothing_trained, updates_of
 from fedamole.reporting.gains import Gain, gain
 from fedamole.reporting.runs import Run, read_run
 from fedamole.reporting.work import work_of
@@ -47,6 +48,8 @@ class Result:
     learning_rate: float
     at_edge: bool = False
     """Whether the learning rate is the lowest or the highest of those that were tried."""
+    untrained: bool = False
+    """Whether every update of its run failed."""
 
     def values(self, measure: str) -> dict[tuple[Any, ...], float]:
         """Its values by (client, seed) for score and loss, and by (seed,) for every other measure that it has."""
@@ -106,6 +109,11 @@ class Scenario:
         return {name: found for name, found in self.methods.items() if name not in (BASE, MAJORITY)}
 
     @property
+    def candidates(self) -> dict[str, tuple[Result, ...]]:
+        """The methods that can get a star: trained ones, without those of which every update of a run failed."""
+        return {name: found for name, found in self.trained.items() if not any(result.untrained for result in found)}
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """Seeds that any method has a finished run of."""
         return tuple(sorted({result.seed for found in self.trained.values() for result in found}))
@@ -163,7 +171,7 @@ def _result(run: Run, row: str, at_edge: bool = False) -> Result:
             "memory": summary["peak_memory_mib"],
         }
     rate = config["training"]["learning_rate"]
-    return Result(run.seed, scores, losses, measures, summary["rounds"], rate, at_edge)
+    return Result(run.seed, scores, losses, measures, summary["rounds"], rate, at_edge, run.untrained)
 
 
 def best_validation_loss(path: Path, row: str) -> float:
@@ -176,8 +184,7 @@ def best_validation_loss(path: Path, row: str) -> float:
     folder = RunFolder.open(path)
     found = folder.read_json("summary.json")["rows"][row]
     lines = list(folder.lines(METRICS))
-    updates = [line for line in lines if line["split"] == "train"]
-    if updates and all("failed" in line for line in updates):
+    if nothing_trained(updates_of(lines)):
         return math.inf
     latest: dict[str, float] = {}
     for line in lines:

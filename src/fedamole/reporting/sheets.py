@@ -131,7 +131,7 @@ def _clients(scenario: Scenario) -> Sheet:
             method: {(result.seed,): result.scores[client] for result in found}
             for method, found in scenario.methods.items()
         }
-        star = clear_best({method: scores[method] for method in scenario.trained}, higher=True)
+        star = clear_best({method: scores[method] for method in scenario.candidates}, higher=True)
         body.append((client, *(cell([*found.values()]) + "*" * (method == star) for method, found in scores.items())))
     [score] = [measure for measure in MEASURES if measure.key == "score"]
     body.append(("mean", *_cells(scenario, score).values()))
@@ -203,7 +203,7 @@ def _cells(scenario: Scenario, measure: Measure) -> dict[str, str]:
     if measure.best is not None:
         by_method = {
             method: {key: value for result in found for key, value in result.values(measure.key).items()}
-            for method, found in scenario.trained.items()
+            for method, found in scenario.candidates.items()
         }
         star = clear_best(by_method, higher=measure.best == "highest")
     cells = {}
