@@ -1,7 +1,7 @@
 """Files that are written whole or not at all, names that one process takes, and files that one process holds.
 
-"Nothing is overwritten" is never a check followed by an act: two processes may check at the same time. `new_file` and
-`new_folder` create the name, which succeeds for one process alone.
+A name is claimed by creating it (`new_file`, `new_folder`), which succeeds for one process alone. Checking first
+whether it is free would let two processes take the same name.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def _make_parents(path: Path) -> None:
 
 @contextmanager
 def _turn(temporary: Path) -> Iterator[IO[bytes]]:
-    """Open an empty file that no other process writes to; whoever comes meanwhile waits."""
+    """Open an empty file for writing; other processes that want to write it wait until it is closed."""
     while True:
         if temporary.is_symlink():  # it would be written through
             temporary.unlink(missing_ok=True)

@@ -45,7 +45,7 @@ def check_stored(comparison: Comparison, free: Sequence[str] = FREE) -> None:
 
 
 def check_shown(comparison: Comparison) -> None:
-    """The same before tables are made without a run; what a plan works out is taken as it is stored."""
+    """Check stored cells before tables are shown without a run; settings that a plan computes are not compared."""
     settings = comparison.settings
     check_stored(comparison, (*FREE, *SET_BY_PLANS.get(settings.budget, ()), *SET_BY_PLANS.get(settings.match, ())))
 
@@ -56,7 +56,7 @@ def failures(comparison: Comparison) -> list[Cell]:
 
 
 def _reuse_grid(comparison: Comparison) -> None:
-    """The grid's run of the rate that was chosen is the first seed's cell: the same settings, trained once."""
+    """Copy the grid's run at the chosen learning rate as the first seed's cell, which has the same settings."""
     first = comparison.settings.seeds[0]
     for arm in comparison.arms:
         grid, chosen = comparison.grid(arm), comparison.chosen(arm)
@@ -66,7 +66,7 @@ def _reuse_grid(comparison: Comparison) -> None:
 
 
 def preview(comparison: Comparison) -> list[dict[str, Any]]:
-    """What the next call would do with each cell; runs nothing."""
+    """Return what the next call would do with each cell, without running anything."""
     comparison = planned(comparison)
     check_stored(comparison)
     listed: list[dict[str, Any]] = []
@@ -89,7 +89,7 @@ def _line(cell: str, methods: list[str], does: str, config: Config) -> dict[str,
 
 
 def outlook(comparison: Comparison) -> str:
-    """How many cells there are by now, and about how long the rest takes, in a sentence."""
+    """Return one sentence: how many cells are finished, how many are left, and the estimated time for those."""
     cells = {cell.name: cell for cell in comparison.all_cells()}
     finished = [cell for cell in cells.values() if cell.state == "finished"]
     waiting = [arm for arm in comparison.arms if not comparison.cells(arm)]

@@ -1,4 +1,4 @@
-"""What a client reads in forward passes alone: examples set aside from training, to choose or to weigh a model."""
+"""Forward passes without training: examples that a client reads to choose between models or to weigh them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

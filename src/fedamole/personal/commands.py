@@ -18,7 +18,7 @@ ClientName = Annotated[str | None, typer.Option("--client", help="Whose model; m
 BaseName = Annotated[str | None, typer.Option("--base", help="A copy of the base: folder or hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Row = Annotated[str | None, typer.Option("--row", help="Which of the run's models: fedit_ft beside fedit.")]
-Finished = Annotated[bool, typer.Option("--finished", help="Refuse a run that is not finished; else it is warned of.")]
+Finished = Annotated[bool, typer.Option("--finished", help="Fail if the run is not finished; else only warn.")]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens; else as in the run.")]
 
 

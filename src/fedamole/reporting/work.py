@@ -14,8 +14,8 @@ def work_of(lines: Iterable[Mapping[str, Any]], row: str, clients: int, rounds: 
     forward_tokens, backward_tokens: tokens without padding that a client reads in forward passes alone, and in forward
     and backward passes, in the whole run. parameters: numbers that a client trains in a round in which it trains.
 
-    A method reads in forward passes while it trains, and to put a model together before that is scored. What no line
-    has a number of, as in runs of an earlier version, is left out.
+    Forward passes without training count during a round and where a model is assembled before it is scored. Keys that
+    no line has, as in runs of earlier versions, are left out.
     """
     train, found = [], []
     for line in lines:
