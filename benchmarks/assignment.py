@@ -217,8 +217,7 @@ def main() -> None:
             ratios |= found
     worker.stop()
     title = (
-        f"`select` against general solvers, k_c = {PICKS}, lo = {FEWEST}\n"
-        "target: scip >= 100 at 64x30x10 and 300x100"
+        f"`select` against general solvers, k_c = {PICKS}, lo = {FEWEST}\ntarget: scip >= 100 at 64x30x10 and 300x100"
     )
     if not options.quick:
         title += "\nleft out, a minute or more per solve: scip from\n1000x200 on, milp at 3000x1000"

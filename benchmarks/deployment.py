@@ -59,8 +59,13 @@ class Case:
 
     def settings(self) -> list[str]:
         """What differs from the example's config."""
-        return [f"method.name={self.method}", f"method.rank={self.rank}", f"training.local_steps={self.steps}",
-                f"federation.rounds={self.rounds}", "evaluation.max_new_tokens=4"]  # fmt: skip
+        return [
+            f"method.name={self.method}",
+            f"method.rank={self.rank}",
+            f"training.local_steps={self.steps}",
+            f"federation.rounds={self.rounds}",
+            "evaluation.max_new_tokens=4",
+        ]
 
 
 def until(true: Callable[[], Any], seconds: float, what: str) -> Any:
@@ -85,12 +90,14 @@ def rounds_of(run: Path) -> list[dict[str, float]]:
     trained = [line for line in found if line["split"] == "train"]
     return [
         {
-            "update": line["seconds_update"], "evaluate": line["seconds_evaluate"],
+            "update": line["seconds_update"],
+            "evaluate": line["seconds_evaluate"],
             "own": max(one["seconds"] for one in trained if one["round"] == line["round"]),
             "bytes": max(one["bytes_down"] for one in trained if one["round"] == line["round"]),
         }
-        for line in found if line["split"] == "round" and line["round"] > 0
-    ]  # fmt: skip
+        for line in found
+        if line["split"] == "round" and line["round"] > 0
+    ]
 
 
 def in_process(case: Case, folder: Path) -> list[dict[str, float]]:
@@ -98,9 +105,14 @@ def in_process(case: Case, folder: Path) -> list[dict[str, float]]:
     tables = tomllib.loads((EXAMPLE / "config.toml").read_text())
     names = tables.pop("deployment")["clients"]
     tables["data"]["source"] = [
-        {"name": name, "path": str(EXAMPLE / "data" / f"{name}.jsonl"), "limit": case.rows,
-         "columns": COLUMNS.get(name, {})} for name in names
-    ]  # fmt: skip
+        {
+            "name": name,
+            "path": str(EXAMPLE / "data" / f"{name}.jsonl"),
+            "limit": case.rows,
+            "columns": COLUMNS.get(name, {}),
+        }
+        for name in names
+    ]
     config = folder / "config.toml"
     config.write_text(tomli_w.dumps(tables))
     words = ["run", str(config), f"run.folder={folder / 'run'}", "run.group=1", *case.settings()]
@@ -140,8 +152,11 @@ def deployed(case: Case, folder: Path) -> Iterator[tuple[Path, dict[str, Callabl
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     (folder / "policy.toml").write_text(POLICY)
-    subprocess.run([FEDAMOLE, "certs", "--folder", certs, *(f"--client={name}" for name in names)], check=True,
-                   stdout=subprocess.DEVNULL)  # fmt: skip
+    subprocess.run(
+        [FEDAMOLE, "certs", "--folder", certs, *(f"--client={name}" for name in names)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
 
     def start(*words: str) -> psutil.Process:
         with (folder / "log").open("ab") as log:
@@ -150,15 +165,37 @@ def deployed(case: Case, folder: Path) -> Iterator[tuple[Path, dict[str, Callabl
 
     def client(name: str) -> psutil.Process:
         columns = [f"--column={new}={old}" for new, old in COLUMNS.get(name, {}).items()]
-        return start("client", "--server", f"127.0.0.1:{port}", "--certs", str(certs / "clients" / name),
-                     "--name", name, "--data", str(EXAMPLE / "data" / f"{name}.jsonl"), f"--limit={case.rows}",
-                     "--threads=1", *columns, "--folder", str(folder / name),
-                     "--policy", str(folder / "policy.toml"))  # fmt: skip
+        return start(
+            "client",
+            "--server",
+            f"127.0.0.1:{port}",
+            "--certs",
+            str(certs / "clients" / name),
+            "--name",
+            name,
+            "--data",
+            str(EXAMPLE / "data" / f"{name}.jsonl"),
+            f"--limit={case.rows}",
+            "--threads=1",
+            *columns,
+            "--folder",
+            str(folder / name),
+            "--policy",
+            str(folder / "policy.toml"),
+        )
 
     run = folder / "run"
     try:
-        start("server", str(EXAMPLE / "config.toml"), "--certs", str(certs), "--port", str(port), f"run.folder={run}",
-              *case.settings())  # fmt: skip
+        start(
+            "server",
+            str(EXAMPLE / "config.toml"),
+            "--certs",
+            str(certs),
+            "--port",
+            str(port),
+            f"run.folder={run}",
+            *case.settings(),
+        )
         yield run, {name: partial(client, name) for name in names}
     finally:
         for process in started[::-1]:
@@ -244,10 +281,20 @@ def main() -> None:
         here, there = measure(case, 1 if options.quick else 2)
         more = there["round"] - here["round"]
         rest = there["round"] - there["update"] - there["evaluate"]
-        table.append([
-            name, f"{there['bytes'] / 2**20:.2f}", here["round"], there["round"], more, there["down"], there["own"],
-            there["up"], there["evaluate"], rest,
-        ])  # fmt: skip
+        table.append(
+            [
+                name,
+                f"{there['bytes'] / 2**20:.2f}",
+                here["round"],
+                there["round"],
+                more,
+                there["down"],
+                there["own"],
+                there["up"],
+                there["evaluate"],
+                rest,
+            ]
+        )
         key = name.replace(" ", "_").replace("'", "")
         ratios[f"overhead_vs_5_s_at_{key}"] = more / 5
         ratios[f"parts_of_a_client_vs_400_mib_at_{key}"] = there["parts"] / 400
@@ -255,8 +302,9 @@ def main() -> None:
         print(
             f"{name}: a client's processes take {there['parts']:.0f} MiB beside the worker, the worker "
             f"{there['worker']:.0f} MiB, one process that runs all three {here['memory']:.0f} MiB; "
-            f"while it waits, a client takes {there['idle']:.1%} of a core", flush=True,
-        )  # fmt: skip
+            f"while it waits, a client takes {there['idle']:.1%} of a core",
+            flush=True,
+        )
     head = ["messages", "MiB", "in process", "deployed", "more", "down", "own work", "up", "evaluation", "rest"]
     report("seconds of a round with three clients", head, table, ratios, options.json)
 

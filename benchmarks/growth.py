@@ -71,8 +71,10 @@ def config(point: Point, folder: Path) -> Path:
             row = {**rows[number % len(rows)], "context": f"Letter {number}. " + " ".join(parts)}
             out.write(json.dumps(row) + "\n")
     template = {
-        "prompt": "{instruction}\n{context}\n", "answer": "{response}", "options": ["low", "medium", "high"],
-    }  # fmt: skip
+        "prompt": "{instruction}\n{context}\n",
+        "answer": "{response}",
+        "options": ["low", "medium", "high"],
+    }
     partition = {"kind": "iid", "clients": point.clients}
     tables = {
         "run": {"threads": 1},
@@ -80,13 +82,16 @@ def config(point: Point, folder: Path) -> Path:
         "federation": {"rounds": point.rounds},
         "training": {"local_steps": point.steps, "learning_rate": 1e-3, "max_length": 480},
         "method": {
-            "name": "fedamole", "experts": point.experts, "expert_choices": point.choices, "max_experts": point.most,
+            "name": "fedamole",
+            "experts": point.experts,
+            "expert_choices": point.choices,
+            "max_experts": point.most,
         },
         "data": {
             "templates": {"letter": template},
             "source": [{"name": "letters", "path": "data.jsonl", "template": "letter", "partition": partition}],
         },
-    }  # fmt: skip
+    }
     path = folder / "config.toml"
     path.write_text(tomli_w.dumps(tables))
     return path
@@ -117,12 +122,16 @@ def work(path: Path) -> None:
     trained = [line for line in lines if line["split"] == "train" and line["round"] == last]
     (evaluated,) = [line["seconds_evaluate"] for line in lines if line["split"] == "round" and line["round"] == last]
     training, wall = sum(line["seconds_training"] for line in trained), clock.finished - clock.started
-    print(json.dumps({
-        "time": (wall - evaluated) / len(trained),
-        "memory": summary["peak_memory_mib"],
-        "traffic": summary["bytes_down_per_client_round"],
-        "machinery": 1 - (training + evaluated) / wall,
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "time": (wall - evaluated) / len(trained),
+                "memory": summary["peak_memory_mib"],
+                "traffic": summary["bytes_down_per_client_round"],
+                "machinery": 1 - (training + evaluated) / wall,
+            }
+        )
+    )
 
 
 def measure(point: Point) -> dict[str, float]:

@@ -112,7 +112,6 @@ def products(base: nn.Linear, down: Tensor, up: Tensor, x: Tensor, pull: Tensor)
 class Counter(TorchDispatchMode):
     """Counts operations that do work (views launch nothing)."""
 
-
     def __init__(self) -> None:
         """Start at 0."""
         super().__init__()  # type: ignore[no-untyped-call]

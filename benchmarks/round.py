@@ -45,10 +45,16 @@ def adapters(base: Base, clients: int, kind: str, dropout: float) -> list[Adapte
     pool, modules, found = new_pool(base.shapes, spec.rank, 8, draw), sorted(base.shapes), []
     for client in range(clients):
         held = {module: 2 + (3 * client + 5 * place) % 7 for place, module in enumerate(modules)}
-        found.append(Adapter(spec, {
-            name: tensor for name, tensor in pool.items()
-            if "/expert-" not in name or int(name.split("/expert-")[1][:2]) < held[name.split("/")[0]]
-        }))
+        found.append(
+            Adapter(
+                spec,
+                {
+                    name: tensor
+                    for name, tensor in pool.items()
+                    if "/expert-" not in name or int(name.split("/expert-")[1][:2]) < held[name.split("/")[0]]
+                },
+            )
+        )
     return found
 
 
@@ -147,9 +153,7 @@ def cases(quick: bool) -> list[Case]:
     """What is measured."""
     if quick:
         return [Case(3, 32, False, "mixture"), Case(3, 64, True, "mixture"), Case(3, 32, False, "lora")]
-    found = [
-        Case(10, length, ragged, "mixture") for length in (16, 32, 64, 128, 256, 512) for ragged in (False, True)
-    ]
+    found = [Case(10, length, ragged, "mixture") for length in (16, 32, 64, 128, 256, 512) for ragged in (False, True)]
     found += [Case(clients, length, False, "mixture") for clients in (1, 50) for length in (32, 128)]
     return found + [Case(10, length, False, "lora") for length in (32, 64, 128, 256)]
 
@@ -211,8 +215,12 @@ def operations(base: Base, case: Case, steps: int) -> float:
 
 def main() -> None:
     """Measure every case."""
-    options = arguments(__doc__ or "", base="folder of a base, or llama-1b", dropout="0.05 unless given",
-                        only="sizes that contain this alone, e.g. 512_ragged, with 15 repeats")
+    options = arguments(
+        __doc__ or "",
+        base="folder of a base, or llama-1b",
+        dropout="0.05 unless given",
+        only="sizes that contain this alone, e.g. 512_ragged, with 15 repeats",
+    )
     dropout, (repeats, most) = float(options.dropout or 0.05), (2, 4) if options.quick else (5, 20)
     torch.set_num_threads(1)
     base = open_base(options.base)

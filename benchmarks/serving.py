@@ -37,7 +37,7 @@ from fedamole.model.base import Base
 from fedamole.model.batch import Ids, pad_left
 from fedamole.model.params import Adapter, new_pool, new_shared
 from fedamole.serving.engine import Engine, Piece, Wanted
-from fedamole.serving.turns import Limits
+from fedamole.serving.scheduling import Limits
 
 NEW, ROWS = 24, 32
 Work = list[tuple[int, Ids]]
@@ -92,8 +92,13 @@ class WithPeft:
             ids, mask = pad_left(prompts[start : start + ROWS], self.base.pad_id, self.base.device)
             part = {name: value[start : start + ROWS] for name, value in more.items()}  # type: ignore[index]
             out = self.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=self.base.pad_id,
-                eos_token_id=self.base.tokenizer.eos_token_id, **part,
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=NEW,
+                do_sample=False,
+                pad_token_id=self.base.pad_id,
+                eos_token_id=self.base.tokenizer.eos_token_id,
+                **part,
             )
             texts = self.base.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
             found += [text.strip() for text in texts]

@@ -22,11 +22,11 @@ import torch
 from fedamole.config import load_config
 from fedamole.data.manifest import read_manifest
 from fedamole.experiment import prepare
-from fedamole.federation.run_folder import CONFIG, MANIFEST
 from fedamole.model.bank import Bank
 from fedamole.model.batch import batches
 from fedamole.model.params import expert_ids
 from fedamole.model.pretrained import load_adapter
+from fedamole.runs.run_folder import CONFIG, MANIFEST
 
 
 def assignment(run: Path) -> tuple[float, float, int, int]:

@@ -73,9 +73,7 @@ def _rows() -> dict[str, list[dict[str, Any]]]:
         if place < 60:
             label = (place * 7 // 3) % 3
             then = (f"{name} has {thing}.", f"{name} likes it.", f"{name} has nothing.")[label]
-            rows["entail"].append(
-                {"premise": f"On {day} {name} buys {thing}.", "hypothesis": then, "label": label}
-            )
+            rows["entail"].append({"premise": f"On {day} {name} buys {thing}.", "hypothesis": then, "label": label})
         if place < 40:
             good = place % 3 > 0
             text = f"{day}: {thing} is {'good' if good else 'bad'}, says {name}"
@@ -97,18 +95,28 @@ def _write_base(folder: Path, texts: list[str]) -> None:
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=340, special_tokens=["<end>", "<pad>"], show_progress=False,
+        vocab_size=340,
+        special_tokens=["<end>", "<pad>"],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     raw.train_from_iterator(texts, trainer)
     PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", pad_token="<pad>").save_pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         config = LlamaConfig(
-            vocab_size=raw.get_vocab_size(), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2,
-            eos_token_id=0, pad_token_id=1, bos_token_id=None,
-        )  # fmt: skip
+            vocab_size=raw.get_vocab_size(),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            initializer_range=0.2,
+            eos_token_id=0,
+            pad_token_id=1,
+            bos_token_id=None,
+        )
         LlamaForCausalLM(config).save_pretrained(folder)
 
 
@@ -138,7 +146,8 @@ def small(method: str) -> list[str]:
     sizes = {"rank": 2, "alpha": 4, "virtual_tokens": 4, "encoder_hidden_size": 32, "fusion_trials": 10}
     known = {field.name for field in fields(METHODS[method])}
     return [
-        f"method.name={method}", f"run.name={method}",
+        f"method.name={method}",
+        f"run.name={method}",
         *(f"method.{key}={value}" for key, value in sizes.items() if key in known),
     ]
 

@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from fedamole import cli
+from fedamole.cli import main as cli
 
 STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
@@ -39,9 +39,11 @@ def call(*words: object) -> Said:
     out, err, code = io.StringIO(), io.StringIO(), 0
     threads = torch.get_num_threads()
     with (
-        mock.patch.object(sys, "argv", ["fedamole", *map(str, words)]), mock.patch.dict(os.environ, COLUMNS="200"),
-        contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-    ):  # fmt: skip
+        mock.patch.object(sys, "argv", ["fedamole", *map(str, words)]),
+        mock.patch.dict(os.environ, COLUMNS="200"),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         try:
             cli.main()
         except SystemExit as exit_:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedamole import cli
+from fedamole.cli import main as cli
 from tests.conftest import heeding_interrupts
 
 COMMANDS = ("run", "resume", "show", "compare", "plan", "partition", "methods", "demo")
@@ -293,16 +293,19 @@ def test_plan(fedamole: Any, own: Path) -> None:
 
 def test_the_plans_traffic_is_the_runs(fedamole: Any, own: Path, runs: Any) -> None:
     planned = json.loads(fedamole("plan", own, *SMALL, "method.name=fedit", "--json").out)
-    assert planned["bytes_down"] == json.loads((runs("fedit") / "summary.json").read_text())[
-        "bytes_down_per_client_round"
-    ]
+    assert (
+        planned["bytes_down"] == json.loads((runs("fedit") / "summary.json").read_text())["bytes_down_per_client_round"]
+    )
 
 
 def test_partition(fedamole: Any, own: Path, tmp_path: Path, runs: Any) -> None:
     rows = json.loads(fedamole("partition", own, "--json").out)
     assert {row["client"]: row["task"] for row in rows} == {
-        "entail": "classification", "mood": "classification", "chat": "generation", "plain": "generation",
-    }  # fmt: skip
+        "entail": "classification",
+        "mood": "classification",
+        "chat": "generation",
+        "plain": "generation",
+    }
     assert sum(row[split] for row in rows for split in ("train", "embedding", "validation", "test")) == 195
     assert fedamole("partition", own, "--out", tmp_path / "m.json").code == 0
     refused(fedamole("partition", own, "--out", tmp_path / "m.json"), 5, "exists already")
@@ -324,7 +327,7 @@ def test_methods(fedamole: Any) -> None:
 def test_methods_explains_one(fedamole: Any) -> None:
     text = fedamole("methods", "ditto").out
     assert "half each" in text, "the deviations"
-    assert "[method]\nname = \"ditto\"\nrank = 8\n" in text
+    assert '[method]\nname = "ditto"\nrank = 8\n' in text
     assert "fedit" in fedamole("methods", "fedit_ft").out.lower()
     assert [entry["name"] for entry in json.loads(fedamole("methods", "flora", "--json").out)] == ["flora"]
     failed = fedamole("methods", "ditt0")
@@ -350,8 +353,11 @@ def test_show_puts_methods_side_by_side_and_groups_seeds(fedamole: Any, runs: An
     [table] = json.loads(fedamole("show", *folders, "--json").out)
     assert table["seeds"] == [0, 1]
     assert {name: len(column["mean"]) for name, column in table["columns"].items()} == {
-        "base": 1, "majority": 1, "fedit": 2, "local_only": 1,
-    }  # fmt: skip
+        "base": 1,
+        "majority": 1,
+        "fedit": 2,
+        "local_only": 1,
+    }
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
     means = [found["rows"]["fedit"]["mean"] for found in summaries[:2]]
     assert table["columns"]["fedit"]["mean"] == means
@@ -393,7 +399,7 @@ def test_a_client_that_brings_a_key_and_is_made_one(fedamole: Any, tmp_path: Pat
 
 def test_an_interrupt_says_how_to_go_on(tmp_path: Path, tiny: Path) -> None:
     words = ["run", str(tiny / "config.toml"), *SMALL, "federation.rounds=500", f"run.folder={tmp_path / 'run'}"]
-    words = [sys.executable, "-m", "fedamole.cli", *words]
+    words = [sys.executable, "-m", "fedamole", *words]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=heeding_interrupts)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("run/checkpoints/*.json")) and time.monotonic() < deadline:
@@ -409,7 +415,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path, tiny: Path) -> None:
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['fedamole', '--help']\n"
-        "from fedamole.cli import main\n"
+        "from fedamole.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
@@ -424,11 +430,16 @@ CLINICS = ("北京市朝阳区医院", "مستشفى المدينة", "Nord/Süd
 def by_clinic(own: Path) -> Path:
     """A config whose only source has a client for each clinic."""
     talk = [
-        {"prompt": "raw", "messages": [
-            {"role": "user", "content": f"q {index}"}, {"role": "assistant", "content": f"a {index % 3}"},
-        ], "clinic": CLINICS[index % len(CLINICS)]}
+        {
+            "prompt": "raw",
+            "messages": [
+                {"role": "user", "content": f"q {index}"},
+                {"role": "assistant", "content": f"a {index % 3}"},
+            ],
+            "clinic": CLINICS[index % len(CLINICS)],
+        }
         for index in range(80)
-    ]  # fmt: skip
+    ]
     (own.parent / "clinics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talk), encoding="utf-8")
     text = own.read_text()
     source = '[[data.source]]\nname = "c"\npath = "clinics.jsonl"\npartition = { kind = "value", by = "clinic" }\n'

@@ -17,11 +17,12 @@ import pytest
 import tomli_w
 import typer
 
-from fedamole import __version__, cli, experiment
-from fedamole.command_line import decoded, describe
+from fedamole import __version__, experiment
+from fedamole.cli import main as cli
+from fedamole.cli.options import decoded, describe
 from fedamole.comparison.file import load_comparison
 from fedamole.config import SECTIONS, load_config, to_config
-from fedamole.deployment.policy import read_policy
+from fedamole.deployment.security.policy import read_policy
 from fedamole.errors import ConfigError
 from fedamole.methods import METHODS
 from tests.test_cli import SMALL, fedamole, own, refused
@@ -115,9 +116,18 @@ def options() -> Iterator[tuple[str, click.Parameter]]:
 
 
 CHECKED_LATER = {
-    "client limit", "adapt limit", "adapt steps", "export rank", "export tokens", "export ridge", "export tolerance",
-    "certs days", "certs client_days", "clients extend days", "clients replace days",
-}  # fmt: skip
+    "client limit",
+    "adapt limit",
+    "adapt steps",
+    "export rank",
+    "export tokens",
+    "export ridge",
+    "export tolerance",
+    "certs days",
+    "certs client_days",
+    "clients extend days",
+    "clients replace days",
+}
 """Options whose range is checked by the settings that they become, each with a test there."""
 
 
@@ -310,7 +320,7 @@ def test_words_that_are_no_text() -> None:
 
 def test_a_name_that_the_locale_lacks() -> None:
     line = (
-        "from fedamole.command_line import describe\n"
+        "from fedamole.cli.options import describe\n"
         "try: open('gr\\xf6\\xdfe')\n"
         "except Exception as error: print(describe(error))\n"
     )

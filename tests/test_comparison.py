@@ -16,19 +16,24 @@ from typing import Any
 import psutil
 import pytest
 
-from fedamole import cli
-from fedamole.cells import Cell, CellWatcher
+from fedamole.cli import main as cli
 from fedamole.comparison.budgets import within_bytes
 from fedamole.comparison.file import load_comparison
+from fedamole.comparison.results import best_validation_loss, read_scenarios
 from fedamole.comparison.run import check_shown, check_stored, preview, run_comparison
+from fedamole.comparison.trials import Cell, CellWatcher
 from fedamole.errors import ConfigError, RunError
 from fedamole.experiment import plan
-from fedamole.reporting.comparison import best_validation_loss, read_scenarios
 from fedamole.reporting.runs import read_run
 from tests.conftest import heeding_interrupts
 
-SMALL = ["method.rank=2", "method.alpha=4", "federation.rounds=2", "training.local_steps=2",
-         "evaluation.max_new_tokens=1"]  # fmt: skip
+SMALL = [
+    "method.rank=2",
+    "method.alpha=4",
+    "federation.rounds=2",
+    "training.local_steps=2",
+    "evaluation.max_new_tokens=1",
+]
 RANDOM = 'name = "fedamole"\nassignment = "random"\n'
 
 
@@ -199,7 +204,8 @@ def test_a_folder_with_other_settings_is_refused(study: Path, tmp_path: Path) ->
         ({"overrides": ["training.local_stepz=3"]}, "", "training.local_stepz; did you mean 'local_steps'"),
         ({"overrides": ["training"]}, "", "overrides: override 'training': write table.key=value"),
         (
-            {"overrides": ["training.learning_rate=1"], "learning_rates": [1.0]}, "",
+            {"overrides": ["training.learning_rate=1"], "learning_rates": [1.0]},
+            "",
             "learning_rates chooses it; remove one",
         ),
         ({}, "[variants.fedit]\nname = 'fedit'\n", "variants.fedit: a method is called so already"),
@@ -210,7 +216,7 @@ def test_a_folder_with_other_settings_is_refused(study: Path, tmp_path: Path) ->
         ({"methods": ["x"]}, "[variants.x]\nname = 'fedit'\nrang = 2\n", "unknown key method.rang; did you mean"),
         ({"methods": ["x"]}, "[variants.x]\nname = 'fed'\n", "variants.x.name = 'fed': there is no such method"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_name_file_and_key(changes: dict[str, Any], variants: str, told: str, write: Write) -> None:
     path = write(changes.pop("methods", ["fedit"]), variants, **changes)
     with pytest.raises(ConfigError) as refused:
@@ -250,9 +256,11 @@ def test_the_rate_is_chosen_on_validation_and_its_run_used(write: Write, tmp_pat
     path = write(["fedit", "fedit_ft"], learning_rates=[1e-6, 1e-2, 1e12], widen=0)
     first = preview(load_comparison(path))
     assert [(line["cell"], line["does"]) for line in first] == [
-        ("tiny/grid/fedit-lr1e-06", "is run"), ("tiny/grid/fedit-lr0.01", "is run"),
-        ("tiny/grid/fedit-lr1000000000000.0", "is run"), ("tiny/fedit-s0", "waits for its learning rate"),
-    ]  # fmt: skip
+        ("tiny/grid/fedit-lr1e-06", "is run"),
+        ("tiny/grid/fedit-lr0.01", "is run"),
+        ("tiny/grid/fedit-lr1000000000000.0", "is run"),
+        ("tiny/fedit-s0", "waits for its learning rate"),
+    ]
     told = Told()
     assert run_comparison(load_comparison(path), told) == []
     assert told.started == [(3, 0), (0, 1)], "the first seed's cell is the grid's run"
@@ -278,7 +286,7 @@ def test_the_rate_is_chosen_on_validation_and_its_run_used(write: Write, tmp_pat
 
 def test_an_interrupt_stops_everything_and_says_how_to_go_on(write: Write, tmp_path: Path) -> None:
     path = write(["local_only"], overrides=[*SMALL, "federation.rounds=500"])
-    words = [sys.executable, "-m", "fedamole.cli", "compare", str(path)]
+    words = [sys.executable, "-m", "fedamole", "compare", str(path)]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=heeding_interrupts)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out/tiny/*/checkpoints/*.json")) and time.monotonic() < deadline:

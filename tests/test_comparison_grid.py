@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import tomli_w
 
-from fedamole.cells import Cell, CellWatcher
 from fedamole.comparison import run
 from fedamole.comparison.file import Comparison, load_comparison
 from fedamole.comparison.learning_rates import Choice, chosen, narrowness, widened
+from fedamole.comparison.results import read_scenarios
 from fedamole.comparison.run import outlook, preview, progress, run_comparison
+from fedamole.comparison.trials import Cell, CellWatcher
 from fedamole.errors import ConfigError
 from fedamole.methods import METHODS
-from fedamole.reporting.comparison import read_scenarios
 from tests.test_comparison import written
 
 FIVE = [1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1]
@@ -182,12 +182,15 @@ def test_where_all_rates_diverge_lower_ones_are_tried() -> None:
 @pytest.mark.parametrize(
     ("rates", "told"),
     [
-        ([], ""), (FIVE, ""), ([1e-5, 1e-4, 1e-3, 1e-2, 1e-1], ""),
+        ([], ""),
+        (FIVE, ""),
+        ([1e-5, 1e-4, 1e-3, 1e-2, 1e-1], ""),
         ([5e-3, 2e-2], "2 values from 0.005 to 0.02 are a narrow grid"),
-        ([1e-3, 2e-3, 4e-3, 8e-3, 1e-2], "5 values from 0.001 to 0.01"), ([1e-4, 1e-2, 1.0], "3 values from"),
+        ([1e-3, 2e-3, 4e-3, 8e-3, 1e-2], "5 values from 0.001 to 0.01"),
+        ([1e-4, 1e-2, 1.0], "3 values from"),
         ([1e-3], "1 value from"),
     ],
-)  # fmt: skip
+)
 def test_a_narrow_grid_is_told(rates: list[float], told: str, write: Write, caplog: pytest.LogCaptureFixture) -> None:
     path = write(["fedit"], learning_rates=rates)
     load_comparison(path)
@@ -215,12 +218,22 @@ def test_both_budgets_add_an_arm_where_they_differ(write: Write) -> None:
     path = write(["fedit", "own", "fedrep_ft", "fedrep"], variants, budget="both", reference="own-paper")
     comparison = load_comparison(path)
     assert comparison.methods == (
-        "fedit", "own", "own-paper", "fedrep_ft", "fedrep_ft-paper", "fedrep", "fedrep-paper",
-    )  # fmt: skip
+        "fedit",
+        "own",
+        "own-paper",
+        "fedrep_ft",
+        "fedrep_ft-paper",
+        "fedrep",
+        "fedrep-paper",
+    )
     assert comparison.reference == "own-paper"
     assert [list(arm.rows) for arm in comparison.arms] == [
-        ["fedit"], ["own"], ["own-paper"], ["fedrep", "fedrep_ft"], ["fedrep-paper", "fedrep_ft-paper"],
-    ]  # fmt: skip
+        ["fedit"],
+        ["own"],
+        ["own-paper"],
+        ["fedrep", "fedrep_ft"],
+        ["fedrep-paper", "fedrep_ft-paper"],
+    ]
     paper = {name for name, budget in budgets(comparison).items() if budget == "paper"}
     assert paper == {"own-paper", "fedrep-paper", "fedrep_ft-paper"}
     cells = {cell.name: cell.config for cell in comparison.all_cells()}

@@ -13,9 +13,9 @@ from fedamole.comparison.run import check_shown, check_stored, preview
 from fedamole.config import Config, to_config
 from fedamole.errors import ConfigError, RunError
 from fedamole.experiment import prepare, resolved
-from fedamole.federation.run_folder import RunFolder
 from fedamole.methods import METHODS
 from fedamole.planning import trained_parameters
+from fedamole.runs.run_folder import RunFolder
 from tests.test_comparison import written
 
 Write = Callable[..., Path]

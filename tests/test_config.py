@@ -145,9 +145,14 @@ def test_paths_of_overrides_are_relative_to_the_working_folder(tmp_path: Path, m
     (here / "models" / "own").mkdir(parents=True)
     monkeypatch.chdir(here)
     for model, wanted in (
-        ("./tiny", here / "tiny"), ("../tiny", tmp_path / "tiny"), ("models/own", here / "models" / "own"),
-        ("~/tiny", Path.home() / "tiny"), ("/abs", "/abs"), ("bundled", "bundled"), ("models/other", "models/other"),
-    ):  # fmt: skip
+        ("./tiny", here / "tiny"),
+        ("../tiny", tmp_path / "tiny"),
+        ("models/own", here / "models" / "own"),
+        ("~/tiny", Path.home() / "tiny"),
+        ("/abs", "/abs"),
+        ("bundled", "bundled"),
+        ("models/other", "models/other"),
+    ):
         assert load_config(path, [f"base.model={model}"]).base.model == str(wanted)
     assert load_config(path).base.model == str(tmp_path / "configs" / "tiny")
     words = ["data.manifest=m.json", 'data.source=[{name = "x", path = "x.jsonl", test = "../t.jsonl"}]']
@@ -414,9 +419,10 @@ EFFECTS: dict[str, Callable[[Runs], bool]] = {
     "training.clip_norm": trains_differently("training.clip_norm=0.001"),
     "training.max_length": long_prompts_are_cut,
     "evaluation.select": selects_by_score,
-    "evaluation.best_round": lambda runs: set(
-        scores(runs("fedit", "evaluation.best_round=client"))["fedit"]["best_round"]
-    ) == {"chat", "entail", "mood", "plain"},
+    "evaluation.best_round": lambda runs: (
+        set(scores(runs("fedit", "evaluation.best_round=client"))["fedit"]["best_round"])
+        == {"chat", "entail", "mood", "plain"}
+    ),
     "evaluation.generation_score": headline_is_chosen,
     "evaluation.max_new_tokens": answers_are_longer,
     "evaluation.batch_tokens": batches_are_smaller,
@@ -427,11 +433,14 @@ EFFECTS: dict[str, Callable[[Runs], bool]] = {
 FIELDS = [
     f"{section}.{field.name}"
     for section, kind in {
-        "run": RunSettings, "base": BaseSettings, "federation": FederationSettings, "training": TrainingSettings,
+        "run": RunSettings,
+        "base": BaseSettings,
+        "federation": FederationSettings,
+        "training": TrainingSettings,
         "evaluation": EvaluationSettings,
     }.items()
     for field in dataclasses.fields(kind)
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("field", FIELDS)

@@ -15,7 +15,7 @@ import pytest
 import typer
 import yaml
 
-from fedamole.cli import app
+from fedamole.cli.main import app
 from fedamole.deployment.log_files import KEEP, MOST_BYTES
 
 ROOT = Path(__file__).parents[1]
@@ -94,9 +94,20 @@ def ignored(path: str) -> bool:
 
 def test_every_instruction_is_known() -> None:
     known = {
-        "ARG", "FROM", "WORKDIR", "COPY", "RUN", "LABEL", "ENV", "USER", "VOLUME", "EXPOSE", "HEALTHCHECK",
-        "ENTRYPOINT", "CMD",
-    }  # fmt: skip
+        "ARG",
+        "FROM",
+        "WORKDIR",
+        "COPY",
+        "RUN",
+        "LABEL",
+        "ENV",
+        "USER",
+        "VOLUME",
+        "EXPOSE",
+        "HEALTHCHECK",
+        "ENTRYPOINT",
+        "CMD",
+    }
     assert {name for name, _ in instructions()} == known
 
 
@@ -265,10 +276,18 @@ def test_a_units_command_is_one_of_the_real_command_line(
 @each_unit
 def test_a_unit_is_hardened(unit: Path) -> None:
     wanted = {
-        "User": "fedamole", "UMask": "0077", "ProtectSystem": "strict", "ProtectHome": "yes", "PrivateTmp": "yes",
-        "NoNewPrivileges": "yes", "CapabilityBoundingSet": "", "LimitCORE": "0", "Restart": "on-failure",
-        "RestrictAddressFamilies": "AF_INET AF_INET6 AF_UNIX", "StateDirectoryMode": "0700",
-    }  # fmt: skip
+        "User": "fedamole",
+        "UMask": "0077",
+        "ProtectSystem": "strict",
+        "ProtectHome": "yes",
+        "PrivateTmp": "yes",
+        "NoNewPrivileges": "yes",
+        "CapabilityBoundingSet": "",
+        "LimitCORE": "0",
+        "Restart": "on-failure",
+        "RestrictAddressFamilies": "AF_INET AF_INET6 AF_UNIX",
+        "StateDirectoryMode": "0700",
+    }
     found = settings(unit)
     assert {key: found[key] for key in wanted} == {key: [value] for key, value in wanted.items()}
     assert found["SystemCallFilter"] == ["@system-service", "~@privileged @resources"]

@@ -12,7 +12,14 @@ from fedamole.config import load_config
 from fedamole.data.examples import SPLITS
 from fedamole.data.manifest import load_federation
 from fedamole.data.settings import DataSettings, SourceSettings
-from fedamole.deployment.policy import PolicyError, PolicySettings, asked, asked_of_rows, read_policy, refuse_breaches
+from fedamole.deployment.security.policy import (
+    PolicyError,
+    PolicySettings,
+    asked,
+    asked_of_rows,
+    read_policy,
+    refuse_breaches,
+)
 
 ROOT = Path(__file__).parents[1]
 HOSPITALS = ROOT / "examples" / "three_hospitals"

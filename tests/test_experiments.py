@@ -99,7 +99,8 @@ def test_the_papers_settings(scenario: str) -> None:
     alpha = {"01": 0.1, "1": 1.0, "100": 100.0}[scenario.partition("_")[2]]
     assert (source.partition.kind, source.partition.alpha, source.partition.clients) == ("dirichlet", alpha, 10)
     hub, by = {
-        "snli": ("stanfordnlp/snli", "label_text"), "dolly": ("databricks/databricks-dolly-15k", "category"),
+        "snli": ("stanfordnlp/snli", "label_text"),
+        "dolly": ("databricks/databricks-dolly-15k", "category"),
     }[source.name]
     assert (source.hub, source.split, source.test_split, source.partition.by) == (hub, "train", None, by)
     assert source.limit is None
@@ -174,6 +175,7 @@ def test_the_sweeps_are_feasible() -> None:
 def test_ten_to_fifty_clients_are_planned() -> None:
     clients = {
         scenario: len(plan_without_data(config).clients)
-        for scenario, arm, config in arms("sweep_clients") if arm == "fedamole-k4"
+        for scenario, arm, config in arms("sweep_clients")
+        if arm == "fedamole-k4"
     }
     assert clients == {f"clients-{n}": n for n in (10, 20, 30, 40, 50)}

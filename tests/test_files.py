@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from fedamole.errors import RunError, describe_os_error
-from fedamole.federation.run_folder import RunFolder
 from fedamole.files import exclusive, new_file, new_folder, write_atomic
 from fedamole.model.base import Identity
+from fedamole.runs.run_folder import RunFolder
 
 
 def just_before(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, act: Callable[[Any], object]) -> None:

@@ -32,9 +32,11 @@ FILES = sorted(
     path
     for place in PLACES
     for path in ([ROOT / place] if (ROOT / place).is_file() else (ROOT / place).rglob("*"))
-    if path.is_file() and path.suffix in KINDS and not {"__pycache__", "bundled"} & set(path.parts)
+    if path.is_file()
+    and path.suffix in KINDS
+    and not {"__pycache__", "bundled"} & set(path.parts)
     and ".egg-info" not in str(path)
-)  # fmt: skip
+)
 
 
 def told_by_name(text: str) -> list[str]:
@@ -47,21 +49,37 @@ def test_no_text_says_to_install_this_package_by_its_name() -> None:
     assert not found
 
 
-@pytest.mark.parametrize("text", [
-    "pip install fedamole", 'pip install "fedamole[flower]"', "python -m pip install -U 'fedamole'", "uv add fedamole",
-    "uv pip install fedamole==0.1.0", "`pip install fedamole[serve]`", "pip3 install \\\n  fedamole",
-    "pipx install fedamole", 'pip install torch "fedamole>=0.1"',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pip install fedamole",
+        'pip install "fedamole[flower]"',
+        "python -m pip install -U 'fedamole'",
+        "uv add fedamole",
+        "uv pip install fedamole==0.1.0",
+        "`pip install fedamole[serve]`",
+        "pip3 install \\\n  fedamole",
+        "pipx install fedamole",
+        'pip install torch "fedamole>=0.1"',
+    ],
+)
 def test_what_would_be_found(text: str) -> None:
     assert told_by_name(text)
 
 
-@pytest.mark.parametrize("text", [
-    'pip install -e ".[flower]"', 'pip install "./fedamole-0.1.0-py3-none-any.whl[flower]"',
-    "pip install torch; fedamole run", "pip install -r wheelhouse/requirements.txt",
-    "/opt/fedamole/bin/pip install x", 'pip install "PATH-TO-WHEEL[serve]"',
-    "pip install -e . && fedamole doctor", "pip install mkdocs  # fedamole's site",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        'pip install -e ".[flower]"',
+        'pip install "./fedamole-0.1.0-py3-none-any.whl[flower]"',
+        "pip install torch; fedamole run",
+        "pip install -r wheelhouse/requirements.txt",
+        "/opt/fedamole/bin/pip install x",
+        'pip install "PATH-TO-WHEEL[serve]"',
+        "pip install -e . && fedamole doctor",
+        "pip install mkdocs  # fedamole's site",
+    ],
+)
 def test_what_would_not(text: str) -> None:
     assert not told_by_name(text)
 
@@ -76,7 +94,7 @@ def test_a_missing_extra_is_named_with_both_ways_to_get_it(monkeypatch: pytest.M
         'this needs flwr, which is not installed; in the clone: pip install -e ".[flower]"; '
         'from a wheel: pip install "PATH-TO-WHEEL[flower]"'
     )
-    from fedamole.cli import app
+    from fedamole.cli.main import app
 
     said = CliRunner().invoke(app, ["serve", "runs/x"]).exception
     assert isinstance(said, FedamoleError)

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedamole import planning
-from fedamole.cli import app
+from fedamole.cli.main import app
 from fedamole.config import load_config
 from fedamole.data.manifest import load_federation
 from fedamole.data.settings import PartitionSettings, SourceSettings
@@ -80,8 +80,8 @@ def test_the_plan_foretells_the_peak(runs: Any) -> None:
     """A fresh process, as the peak is the whole process's: the estimate is within a quarter of what was measured."""
     config, folder = runs.config, runs.free()
     words = ["method.name=fedamole", "run.group=4", f"run.folder={folder}", "federation.rounds=1"]
-    subprocess.run([sys.executable, "-m", "fedamole.cli", "run", str(config), *words], check=True, capture_output=True)
-    command = [sys.executable, "-m", "fedamole.cli", "plan", str(config), *words[:2], "--json"]
+    subprocess.run([sys.executable, "-m", "fedamole", "run", str(config), *words], check=True, capture_output=True)
+    command = [sys.executable, "-m", "fedamole", "plan", str(config), *words[:2], "--json"]
     done = subprocess.run(command, check=True, capture_output=True)
     measured = json.loads((folder / "summary.json").read_text())["peak_memory_mib"]
     planned = json.loads(done.stdout)
@@ -106,9 +106,15 @@ def config_without_data(folder: Path, partition: str, *words: str) -> Any:
     base = folder / "shapes"
     base.mkdir(exist_ok=True)
     facts = {
-        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 256,
-    }  # fmt: skip
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 100,
+        "max_position_embeddings": 256,
+    }
     (base / "config.json").write_text(json.dumps(facts))
     path = folder / "mine.toml"
     path.write_text(

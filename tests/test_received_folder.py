@@ -17,15 +17,15 @@ from fedamole.config import load_config, load_run_config
 from fedamole.data.manifest import read_manifest
 from fedamole.errors import BaseModelError, ConfigError, DataError, FedamoleError, RunError
 from fedamole.experiment import reads_outside
-from fedamole.federation import checkpoint
-from fedamole.federation.run_files import MOST_ROUNDS
-from fedamole.federation.run_folder import RunFolder
 from fedamole.files import write_atomic
 from fedamole.model.params import MOST_EXPERTS, expert_ids
 from fedamole.model.pretrained import load_adapter
-from fedamole.personal.models import load_personal_model
+from fedamole.personal.saved_models import load_personal_model
 from fedamole.received import files
 from fedamole.received.names import LONGEST_NAME, as_name, checked_name, checked_names
+from fedamole.runs import checkpoint
+from fedamole.runs.run_files import MOST_ROUNDS
+from fedamole.runs.run_folder import RunFolder
 from tests.received import Arena, arena, call
 
 WORD = ["federation.rounds=2"]
@@ -93,10 +93,19 @@ def test_a_better_adapter_replaces_an_adapter_and_nothing_else(runs: Any, receiv
 # --- links ----------------------------------------------------------------------------------------------------
 
 PLACES = (
-    "clients", "clients/mood", "clients/mood/adapter", "clients/mood/adapter/adapter_model.safetensors",
-    "clients/mood/state", "checkpoints", "checkpoints/round-0001.json", "metrics.jsonl", "summary.json", ".lock",
-    ".metrics.jsonl.writing", "clients/mood/.adapter.writing",
-)  # fmt: skip
+    "clients",
+    "clients/mood",
+    "clients/mood/adapter",
+    "clients/mood/adapter/adapter_model.safetensors",
+    "clients/mood/state",
+    "checkpoints",
+    "checkpoints/round-0001.json",
+    "metrics.jsonl",
+    "summary.json",
+    ".lock",
+    ".metrics.jsonl.writing",
+    "clients/mood/.adapter.writing",
+)
 
 
 @pytest.mark.parametrize("command", ["resume", "show", "report"])
@@ -173,8 +182,18 @@ def test_the_name_of_a_run_leads_nowhere(received: Arena, tiny: Path) -> None:
     config["run"]["name"] = "../../outside/x"
     (received.run / "config.toml").write_text(tomli_w.dumps(config))
     before = received.seen()
-    said = call("adapt", received.run, "--data", tiny / "mood.jsonl", "--name", "new", "--steps", 0,
-                "--folder", received.path / "out")  # fmt: skip
+    said = call(
+        "adapt",
+        received.run,
+        "--data",
+        tiny / "mood.jsonl",
+        "--name",
+        "new",
+        "--steps",
+        0,
+        "--folder",
+        received.path / "out",
+    )
     assert said.code == 2
     assert "run.name = '../../outside/x'" in said.err
     assert not (received.path / "out").exists()
@@ -195,7 +214,7 @@ def test_json_is_read_within_bounds(received: Arena, monkeypatch: pytest.MonkeyP
         "": "not the JSON",
         good.replace('"best_round": 1', '"best_round": 1e999', 1): "a whole number from -1",
         good.replace('"best_round": 1', f'"best_round": {10**30}', 1): "a whole number from -1",
-    }.items():  # fmt: skip
+    }.items():
         assert text != good
         path.write_text(text)
         said = call("show", received.run)
@@ -275,10 +294,17 @@ def test_files_that_are_no_rounds_are_left_alone(received: Arena) -> None:
     assert all(path.read_text() == "mine" for path in odd)
 
 
-@pytest.mark.parametrize("place", [
-    ".lock", ".summary.json.writing", ".metrics.jsonl.writing", "checkpoints/round-0001.json",
-    "clients/mood/state/round-0001.safetensors", "metrics.jsonl",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "place",
+    [
+        ".lock",
+        ".summary.json.writing",
+        ".metrics.jsonl.writing",
+        "checkpoints/round-0001.json",
+        "clients/mood/state/round-0001.safetensors",
+        "metrics.jsonl",
+    ],
+)
 def test_a_folder_in_the_place_of_a_file_is_one_error(received: Arena, place: str) -> None:
     (received.run / "summary.json").unlink()
     path = received.run / place
@@ -292,14 +318,25 @@ def test_a_folder_in_the_place_of_a_file_is_one_error(received: Arena, place: st
 # --- adapters -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "key", "value"), [
-    ("fedit", "megatron_config", {"tensor_model_parallel_size": 1}), ("fedit", "megatron_core", "os"),
-    ("fedit", "auto_mapping", {"base_model_class": "X", "parent_library": "os"}), ("fedit", "modules_to_save", ["x"]),
-    ("fedit", "target_modules", ".*"), ("fedit", "r", 10**9), ("fedit", "r", 3), ("fedit", "peft_type", "MIXED"),
-    ("fedprompt", "tokenizer_name_or_path", "somebody/model"), ("fedprompt", "num_virtual_tokens", 10**9),
-    ("fedamole", "expert_pattern", {"model.layers.0.self_attn.q_proj": [10**9]}), ("fedamole", "top_k", -1),
-    ("fedamole", "expert_pattern", {"../x": [0]}), ("fedamole", "revision", "main"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "key", "value"),
+    [
+        ("fedit", "megatron_config", {"tensor_model_parallel_size": 1}),
+        ("fedit", "megatron_core", "os"),
+        ("fedit", "auto_mapping", {"base_model_class": "X", "parent_library": "os"}),
+        ("fedit", "modules_to_save", ["x"]),
+        ("fedit", "target_modules", ".*"),
+        ("fedit", "r", 10**9),
+        ("fedit", "r", 3),
+        ("fedit", "peft_type", "MIXED"),
+        ("fedprompt", "tokenizer_name_or_path", "somebody/model"),
+        ("fedprompt", "num_virtual_tokens", 10**9),
+        ("fedamole", "expert_pattern", {"model.layers.0.self_attn.q_proj": [10**9]}),
+        ("fedamole", "top_k", -1),
+        ("fedamole", "expert_pattern", {"../x": [0]}),
+        ("fedamole", "revision", "main"),
+    ],
+)
 def test_a_setting_that_fedamole_does_not_write_is_refused(
     runs: Any, tmp_path: Path, method: str, key: str, value: Any
 ) -> None:
@@ -331,9 +368,12 @@ def test_pickled_weights_of_a_base_are_never_read(runs: Any, tiny: Path, tmp_pat
 def test_code_of_a_base_is_never_run(runs: Any, tiny: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(tiny / "base", tmp_path / "base"))
     (base / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w').close()")
-    edit(base / "config.json", lambda content: content.update(
-        auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}, model_type="evil"
-    ))  # fmt: skip
+    edit(
+        base / "config.json",
+        lambda content: content.update(
+            auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}, model_type="evil"
+        ),
+    )
     with pytest.raises(BaseModelError):
         load_personal_model(runs("fedit", *WORD), "mood", base=str(base))
     assert not (tmp_path / "owned").exists()
@@ -402,10 +442,15 @@ def test_data_and_hub_names_are_told_too(tmp_path: Path) -> None:
     assert reads_outside(config, tmp_path, ["b"], base=False) == ("data /elsewhere/test.jsonl",)
 
 
-@pytest.mark.parametrize("words", [
-    ("show",), ("report", "--out", "{out}"), ("generate", "x", "--client", "mood"),
-    ("export", "--client", "mood", "--out", "{out}"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("show",),
+        ("report", "--out", "{out}"),
+        ("generate", "x", "--client", "mood"),
+        ("export", "--client", "mood", "--out", "{out}"),
+    ],
+)
 def test_no_config_starts_a_download(received: Arena, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
     """A base on the hub is taken from what was downloaded before, or named by the user."""
     config = tomllib.loads((received.run / "config.toml").read_text())

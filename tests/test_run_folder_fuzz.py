@@ -18,44 +18,118 @@ from tests.received import Arena, arena, call
 
 CLIENT = "clients/mood"
 FILES = (
-    "run.json", "config.toml", "manifest.json", "metrics.jsonl", "assignment.jsonl", "summary.json", "routing.json",
-    "clients.json", "checkpoints/round-0000.json", "checkpoints/round-0001.json", "checkpoints/round-0001.safetensors",
-    f"{CLIENT}/adapter/adapter_config.json", f"{CLIENT}/adapter/adapter_model.safetensors",
-    f"{CLIENT}/adapter/base_identity.json", f"{CLIENT}/adapter/README.md", f"{CLIENT}/state/round-0001.safetensors",
-    "clients", CLIENT, f"{CLIENT}/adapter", f"{CLIENT}/state", "checkpoints", ".lock", ".summary.json.writing",
-)  # fmt: skip
+    "run.json",
+    "config.toml",
+    "manifest.json",
+    "metrics.jsonl",
+    "assignment.jsonl",
+    "summary.json",
+    "routing.json",
+    "clients.json",
+    "checkpoints/round-0000.json",
+    "checkpoints/round-0001.json",
+    "checkpoints/round-0001.safetensors",
+    f"{CLIENT}/adapter/adapter_config.json",
+    f"{CLIENT}/adapter/adapter_model.safetensors",
+    f"{CLIENT}/adapter/base_identity.json",
+    f"{CLIENT}/adapter/README.md",
+    f"{CLIENT}/state/round-0001.safetensors",
+    "clients",
+    CLIENT,
+    f"{CLIENT}/adapter",
+    f"{CLIENT}/state",
+    "checkpoints",
+    ".lock",
+    ".summary.json.writing",
+)
 
 SCALARS: tuple[Any, ...] = (
-    None, True, False, 0, -1, 3, 10**30, -(10**30), 0.5, float("nan"), float("inf"), "", "x", "..", "../outside",
-    "../../outside", "/", "{outside}", "{outside}/secret.json", "a" * 5000, "\x1b[2J\u202e\u200b", "[link=http://x]y[/link]",
-    "</script><img src=x onerror=alert(1)>", "\ud800", "mood\nmood", "MOOD", "\x00", "$\\frac{", "fedamole", "cuda:7",
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    3,
+    10**30,
+    -(10**30),
+    0.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "..",
+    "../outside",
+    "../../outside",
+    "/",
+    "{outside}",
+    "{outside}/secret.json",
+    "a" * 5000,
+    "\x1b[2J\u202e\u200b",
+    "[link=http://x]y[/link]",
+    "</script><img src=x onerror=alert(1)>",
+    "\ud800",
+    "mood\nmood",
+    "MOOD",
+    "\x00",
+    "$\\frac{",
+    "fedamole",
+    "cuda:7",
+)
 VALUES = st.one_of(
-    st.sampled_from(SCALARS), st.sampled_from(SCALARS).map(lambda value: [value]),
+    st.sampled_from(SCALARS),
+    st.sampled_from(SCALARS).map(lambda value: [value]),
     st.sampled_from(SCALARS).map(lambda value: {"mood": value}),
     st.sampled_from([value for value in SCALARS if isinstance(value, str)]).map(lambda key: {key: 1}),
     st.integers(1, 3).map(lambda power: _nested(10**power)),
-    st.just([]), st.just({}), st.integers(), st.floats(), st.text(max_size=20),
-)  # fmt: skip
+    st.just([]),
+    st.just({}),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=20),
+)
 SHARE = st.floats(0, 1, allow_nan=False)
 DAMAGES = st.one_of(
     st.tuples(st.just("flip"), SHARE, st.integers(1, 255)),
     st.tuples(st.just("cut"), SHARE),
     st.tuples(st.just("insert"), SHARE, st.binary(min_size=1, max_size=20)),
-    st.tuples(st.just("content"), st.sampled_from([
-        b"", b"\xff\xfe", b"{}", b"[]", b"null", b"[" * 100_000, b'{"a":' * 100_000, b"\x00" * 100, 
-        b"x = " + b"[" * 5000, b"\xff" * 8 + b"{}",
-    ])),
+    st.tuples(
+        st.just("content"),
+        st.sampled_from(
+            [
+                b"",
+                b"\xff\xfe",
+                b"{}",
+                b"[]",
+                b"null",
+                b"[" * 100_000,
+                b'{"a":' * 100_000,
+                b"\x00" * 100,
+                b"x = " + b"[" * 5000,
+                b"\xff" * 8 + b"{}",
+            ]
+        ),
+    ),
     st.tuples(st.just("encode"), st.sampled_from(["utf-16", "utf-8-sig", "utf-7"])),
-    st.tuples(st.just("place"), st.sampled_from([
-        "gone", "folder", "link to a file", "link to a folder", "link to nothing", "link to itself", "pipe",
-    ])),
+    st.tuples(
+        st.just("place"),
+        st.sampled_from(
+            [
+                "gone",
+                "folder",
+                "link to a file",
+                "link to a folder",
+                "link to nothing",
+                "link to itself",
+                "pipe",
+            ]
+        ),
+    ),
     st.tuples(st.just("twice"), SHARE),
     st.tuples(st.just("value"), SHARE, VALUES),
     st.tuples(st.just("value"), SHARE, VALUES),
     st.tuples(st.just("key"), SHARE, st.sampled_from([value for value in SCALARS if isinstance(value, str)])),
     st.tuples(st.just("without"), SHARE),
-)  # fmt: skip
+)
 
 
 def _nested(depth: int) -> Any:

@@ -25,10 +25,17 @@ def test_foreign_text_is_shown_letter_by_letter() -> None:
     assert printable(3) == "3"
 
 
-@pytest.mark.parametrize("text", [
-    "\U0001f469\u200d\U0001f4bb", "\U0001f3f3\ufe0f\u200d\U0001f308", "\U0001f469\U0001f3fd\u200d\U0001f680",
-    "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\u0915\u094d\u200d\u0937", "\u00e9\u00e8 \u4f60\u597d",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\U0001f469\u200d\U0001f4bb",
+        "\U0001f3f3\ufe0f\u200d\U0001f308",
+        "\U0001f469\U0001f3fd\u200d\U0001f680",
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "\u0915\u094d\u200d\u0937",
+        "\u00e9\u00e8 \u4f60\u597d",
+    ],
+)
 def test_joiners_stay_where_a_script_or_an_emoji_needs_them(text: str) -> None:
     assert printable(text) == text
 

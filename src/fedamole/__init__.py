@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from fedamole.personal.models import load_personal_model
+    from fedamole.personal.saved_models import load_personal_model
 
 __version__ = "0.1.0"
 __all__ = ["load_personal_model"]
@@ -17,7 +17,7 @@ __all__ = ["load_personal_model"]
 def __getattr__(name: str) -> Any:
     # Deferred, as importing this package must not wait seconds for torch.
     if name in __all__:
-        from fedamole.personal import models
+        from fedamole.personal import saved_models as models
 
         return getattr(models, name)
     raise AttributeError(f"module 'fedamole' has no attribute {name!r}")

@@ -1,5 +1,5 @@
 """`python -m fedamole` is the command `fedamole`."""
 
-from fedamole.cli import main
+from fedamole.cli.main import main
 
 main()

@@ -17,13 +17,13 @@ from fedamole.errors import ConfigError
 from fedamole.evaluation.personal import EvaluationSettings
 from fedamole.federation.method import Method
 from fedamole.federation.robust import check_aggregation
-from fedamole.federation.run_folder import CONFIG, RunFolder
 from fedamole.federation.settings import DeploymentSettings, FederationSettings, TrainingSettings
 from fedamole.methods import METHODS
 from fedamole.model.base import BaseSettings
 from fedamole.received.files import read_toml
 from fedamole.received.forms import MOST_WHOLE
 from fedamole.received.names import LONGEST_NAME, quoted
+from fedamole.runs.run_folder import CONFIG, RunFolder
 
 Table = dict[str, Any]
 
@@ -281,7 +281,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     wanted = {tuple: "a list", dict: "a table"}.get(origin) or {
-        int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text in quotes",
+        bool: "true or false",
     }.get(hint, str(hint))
     shown = f"{value.isoformat()} (a date or time)" if isinstance(value, date | time) else repr(value)
     raise ConfigError(f"{where} = {shown}: must be {wanted}, not {type(value).__name__}")

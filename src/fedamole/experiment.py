@@ -18,7 +18,6 @@ from fedamole.errors import BaseModelError, ConfigError, RunError
 from fedamole.federation.loop import Engine, Loop, Mirror, Watcher
 from fedamole.federation.method import ClientInfo, Evaluates, Server
 from fedamole.federation.robust import Robust
-from fedamole.federation.run_folder import MANIFEST, RunFolder
 from fedamole.federation.worker import ClientData, Worker, client_data
 from fedamole.files import new_folder
 from fedamole.model.bank import Bank
@@ -28,6 +27,7 @@ from fedamole.model.weightless import weightless_base
 from fedamole.planning import Plan, PlanWithoutData, chosen_group, clients_without_data, planned, planned_without_data
 from fedamole.reporting.card import write_cards
 from fedamole.reporting.tensorboard import TensorBoardMirror
+from fedamole.runs.run_folder import MANIFEST, RunFolder
 
 
 def rows_of(config: Config) -> dict[str, Evaluates]:
@@ -131,7 +131,10 @@ def start(config: Config, folder: Path, watcher: Watcher) -> dict[str, Any]:
     prepared = prepare(resolved(config, folder.resolve()))
     config = prepared.config
     run = RunFolder.create(
-        folder, tomli_w.dumps(prepared.config.tables()), prepared.federation.manifest.to_json(), config.method_name,
+        folder,
+        tomli_w.dumps(prepared.config.tables()),
+        prepared.federation.manifest.to_json(),
+        config.method_name,
         prepared.base.identity,
     )
     return _run(prepared, run, watcher)
@@ -204,9 +207,13 @@ def server_of(config: Config, base: Base, clients: Sequence[ClientInfo] = ()) ->
 
 
 def loop_of(
-    config: Config, engine: Engine, server: Server, folder: RunFolder, watcher: Watcher,
+    config: Config,
+    engine: Engine,
+    server: Server,
+    folder: RunFolder,
+    watcher: Watcher,
     mirror: Mirror | None = None,
-) -> Loop:  # fmt: skip
+) -> Loop:
     """The federated loop of a config, the same over every engine."""
     config = settled(config, engine.deployed)
     federation, evaluation = config.federation, config.evaluation
@@ -215,10 +222,18 @@ def loop_of(
     assert federation.aggregation != "auto"
     assert evaluation.best_round != "auto"
     return Loop(
-        config.method, rows_of(config), engine, server, federation, folder, select=evaluation.select, watcher=watcher,
-        best_round=evaluation.best_round, mirror=mirror,
+        config.method,
+        rows_of(config),
+        engine,
+        server,
+        federation,
+        folder,
+        select=evaluation.select,
+        watcher=watcher,
+        best_round=evaluation.best_round,
+        mirror=mirror,
         robust=Robust(federation.aggregation, federation.clip_factor, config.method.averaged),
-    )  # fmt: skip
+    )
 
 
 def _run(prepared: Prepared, folder: RunFolder, watcher: Watcher) -> dict[str, Any]:

@@ -298,9 +298,7 @@ def remedies(text: str) -> list[dict[str, int]]:
     offer = re.search(r"; set (.*)$", text)
     assert offer is not None, text
     alternatives = [part.split(" and ") for part in offer.group(1).split(", or ")]
-    return [
-        {name: int(value) for name, value in (step.split(" to ") for step in steps)} for steps in alternatives
-    ]
+    return [{name: int(value) for name, value in (step.split(" to ") for step in steps)} for steps in alternatives]
 
 
 small = st.integers(-1, 40)

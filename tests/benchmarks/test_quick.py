@@ -76,8 +76,15 @@ def test_the_base_that_a_gpu_is_measured_with_trains(monkeypatch: pytest.MonkeyP
     monkeypatch.syspath_prepend(FOLDER)
     import bases
 
-    small = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
-             "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    small = {
+        "vocab_size": 2048,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     monkeypatch.setattr(bases, "LLAMA_1B", {**bases.LLAMA_1B, **small})
     base = bases.open_base("llama-1b")
     assert (base.name, base.width) == ("llama-1b", 32)

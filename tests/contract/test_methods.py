@@ -25,13 +25,13 @@ from fedamole.federation.looks import drawn
 from fedamole.federation.loop import Watcher
 from fedamole.federation.method import Client, Fit, Method, Server, Trained
 from fedamole.federation.record import pack, unpack
-from fedamole.federation.run_folder import RunFolder
 from fedamole.federation.worker import Answer
 from fedamole.methods import METHODS
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Row
 from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.params import Adapter, expert_ids
+from fedamole.runs.run_folder import RunFolder
 
 VARIANTS = sorted(name for name in METHODS if name.endswith("_ft"))
 """The training of another method, scored before the aggregation."""
@@ -282,8 +282,9 @@ def test_tokens_are_those_that_go_through_the_base(name: str, runs: Any, tmp_pat
     loop_of(config, engine, server_of(config, base, engine.clients), folder, Watcher()).run()
     lines = {
         (line["split"], line["round"], line["client"]): line
-        for line in facts(runs(name)) if line["split"] in ("train", "validation") and line["round"] >= 0
-    }  # fmt: skip
+        for line in facts(runs(name))
+        if line["split"] in ("train", "validation") and line["round"] >= 0
+    }
     assert len(lines) == 24
     for key, line in lines.items():
         assert line.get("forward_tokens", 0) == seen[key]["forward_tokens"], key
@@ -448,14 +449,39 @@ def test_every_record_survives_the_wire(name: str, shop: Shop, replied: Any) -> 
 # --- hyper-parameters -----------------------------------------------------------------------------------------
 
 CHANGED: dict[str, Any] = {
-    "rank": 3, "alpha": 7.0, "dropout": 0.5, "dropout_kind": "rank", "experts": 10, "expert_choices": 1,
-    "min_experts": 6, "max_experts": 6, "top_k": 1, "balance_weight": 5.0, "weighting": "examples",
-    "assignment": ("random", "static", "homogeneous"), "proximal": 5.0, "private_share": 0.9, "virtual_tokens": 3,
-    "ranks": ([1, 3],), "tail_weight": 5.0, "pruned_to": 0.2, "clusters": 2, "probe_examples": 1, "local_weight": 0.9,
-    "instances": 1, "outer_learning_rate": 0.5, "outer_momentum": 0.9, "sync_every": 1, "fusion_examples": 1,
-    "fusion_trials": 5, "min_holders": 3, "warmup_share": 1.0, "most_clusters": 1, "weight_decay": 1.0,
+    "rank": 3,
+    "alpha": 7.0,
+    "dropout": 0.5,
+    "dropout_kind": "rank",
+    "experts": 10,
+    "expert_choices": 1,
+    "min_experts": 6,
+    "max_experts": 6,
+    "top_k": 1,
+    "balance_weight": 5.0,
+    "weighting": "examples",
+    "assignment": ("random", "static", "homogeneous"),
+    "proximal": 5.0,
+    "private_share": 0.9,
+    "virtual_tokens": 3,
+    "ranks": ([1, 3],),
+    "tail_weight": 5.0,
+    "pruned_to": 0.2,
+    "clusters": 2,
+    "probe_examples": 1,
+    "local_weight": 0.9,
+    "instances": 1,
+    "outer_learning_rate": 0.5,
+    "outer_momentum": 0.9,
+    "sync_every": 1,
+    "fusion_examples": 1,
+    "fusion_trials": 5,
+    "min_holders": 3,
+    "warmup_share": 1.0,
+    "most_clusters": 1,
+    "weight_decay": 1.0,
     "encoder_hidden_size": 16,
-}  # fmt: skip
+}
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 
 LONGER = {"fdlora": 3}

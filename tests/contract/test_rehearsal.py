@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from fedamole.engine.in_process import InProcess
-from fedamole.engine.rehearsal import check_reply, rehearse, usual_norm
+from fedamole.engine.reply_template import check_reply, rehearse, usual_norm
 from fedamole.experiment import loop_of, prepare, server_of, worker_of
 from fedamole.federation.loop import Watcher
 from fedamole.federation.method import Server
 from fedamole.federation.record import PayloadError, unpack
 from fedamole.federation.robust import flattened, with_tensors
-from fedamole.federation.run_folder import RunFolder
 from fedamole.federation.worker import Answer
 from fedamole.methods import METHODS
 from fedamole.model.bank import Bank
+from fedamole.runs.run_folder import RunFolder
 
 MOST = 1e4
 
@@ -33,9 +33,7 @@ class Checked(InProcess):
         answers = super().update(round_, messages)
         server = dataclasses.replace(self.server, round=round_)
         for info in self.clients:
-            wanted = rehearse(
-                self.method, server, info, unpack(self.method.records.message, messages[info.name])
-            )
+            wanted = rehearse(self.method, server, info, unpack(self.method.records.message, messages[info.name]))
             got = unpack(self.method.records.reply, answers[info.name].payload or b"")
             check_reply(self.method, wanted, got, None)
             self.seen.append((wanted, got))

@@ -42,10 +42,21 @@ def read(folder: Path, content: str | bytes, name: str = "d.csv") -> Table:
         'text\tlabel\n"q, 0"\t007\n2024-03-01\tNA',
     ],
     ids=[
-        "plain", "mark", "empty lines first", "a line of commas first", "mark and empty line", "CRLF", "CR",
-        "empty lines between", "a blank line at the end", "an index", "empty columns", "semicolons", "tabs",
+        "plain",
+        "mark",
+        "empty lines first",
+        "a line of commas first",
+        "mark and empty line",
+        "CRLF",
+        "CR",
+        "empty lines between",
+        "a blank line at the end",
+        "an index",
+        "empty columns",
+        "semicolons",
+        "tabs",
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("name", ["d.csv", "d.csv.gz"])
 def test_ordinary_files(tmp_path: Path, content: str, name: str, caplog: pytest.LogCaptureFixture) -> None:
     assert read(tmp_path, content, name).rows == ROWS

@@ -30,9 +30,11 @@ DAY = datetime.datetime(2024, 3, 1, 8, 30)
 @pytest.mark.parametrize(
     ("values", "kind", "texts"),
     [
-        (["2024-03-01", "2024-03-01T08:30:00Z", "1", None], pyarrow.string(), [
-            "2024-03-01", "2024-03-01T08:30:00Z", "1", None
-        ]),
+        (
+            ["2024-03-01", "2024-03-01T08:30:00Z", "1", None],
+            pyarrow.string(),
+            ["2024-03-01", "2024-03-01T08:30:00Z", "1", None],
+        ),
         (["1.10"], pyarrow.large_string(), ["1.10"]),
         ([1, 2**62, None], pyarrow.int64(), ["1", str(2**62), None]),
         ([1.0, 2.5, float("nan")], pyarrow.float64(), ["1.0", "2.5", None]),
@@ -45,7 +47,7 @@ DAY = datetime.datetime(2024, 3, 1, 8, 30)
         ([DAY], pyarrow.timestamp("us", tz="UTC"), ["2024-03-01 08:30:00+00:00"]),
     ],
     ids=lambda value: str(value) if isinstance(value, pyarrow.DataType) else "",
-)  # fmt: skip
+)
 def test_values_of_typed_columns(tmp_path: Path, values: list[Any], kind: Any, texts: list[str | None]) -> None:
     assert parquet_texts(tmp_path, values, kind) == texts
 

@@ -20,11 +20,35 @@ from fedamole.data.templates import BUILT_IN, render
 
 Rows = list[dict[str, str]]
 AWKWARD = [
-    "", " ", "  two  spaces  ", "\t", "\r\n", "\r", "\n\n", "\0", "😀👩‍🚀", "שלום, עולם", "\u202e",
-    "\ufeff", "\u2028\x85\x0b\x1c",
-    '"', '""', "a,b;c", "\\", "\\n", "null", "NaN", "true", "1", "1.10", "1e5", "2024-03-01",
-    "2024-03-01T08:30:00Z", "é", "e\u0301",
-]  # fmt: skip
+    "",
+    " ",
+    "  two  spaces  ",
+    "\t",
+    "\r\n",
+    "\r",
+    "\n\n",
+    "\0",
+    "😀👩‍🚀",
+    "שלום, עולם",
+    "\u202e",
+    "\ufeff",
+    "\u2028\x85\x0b\x1c",
+    '"',
+    '""',
+    "a,b;c",
+    "\\",
+    "\\n",
+    "null",
+    "NaN",
+    "true",
+    "1",
+    "1.10",
+    "1e5",
+    "2024-03-01",
+    "2024-03-01T08:30:00Z",
+    "é",
+    "e\u0301",
+]
 text = st.lists(st.sampled_from(AWKWARD) | st.text(max_size=8), max_size=4).map("".join)
 rows_of_text = st.lists(st.fixed_dictionaries({"prompt": text, "completion": text}), min_size=1, max_size=4)
 

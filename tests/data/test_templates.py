@@ -203,7 +203,7 @@ def test_a_single_label_shows_the_template_that_lists_all_answers() -> None:
         options_of(template, [{"label_text": label}, {"label_text": None}], "f")
     told = str(caught.value)
     assert "in a deployment is the coordinator's" in told
-    assert '--template task for a client\'s own file' in told
+    assert "--template task for a client's own file" in told
     table = told.partition("under [data.templates], ")[2].partition(". Then use it")[0]
     assert table.endswith(", ...] }"), "as it stands it is no TOML, so that nobody forgets the other answers"
     found = tomllib.loads(table.replace("...", '"yes"'))["task"]

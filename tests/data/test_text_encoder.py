@@ -113,12 +113,18 @@ def t5() -> Any:
 
 
 MAKERS: dict[str, Callable[[], Any]] = {
-    "byte-level BPE": byte_level, "byte-level BPE without splits": byte_level_without_splits, "Unigram": unigram,
-    "WordLevel": word_level, "WordPiece": word_piece, "GPT2Tokenizer": lambda: of_class(GPT2Tokenizer),
-    "Qwen2Tokenizer": lambda: of_class(Qwen2Tokenizer), "LlamaTokenizer": llama, "GemmaTokenizer": gemma,
+    "byte-level BPE": byte_level,
+    "byte-level BPE without splits": byte_level_without_splits,
+    "Unigram": unigram,
+    "WordLevel": word_level,
+    "WordPiece": word_piece,
+    "GPT2Tokenizer": lambda: of_class(GPT2Tokenizer),
+    "Qwen2Tokenizer": lambda: of_class(Qwen2Tokenizer),
+    "LlamaTokenizer": llama,
+    "GemmaTokenizer": gemma,
     "T5Tokenizer": t5,
     "bundled": lambda: AutoTokenizer.from_pretrained(str(files("fedamole") / "bundled/base")),
-}  # fmt: skip
+}
 
 
 @cache
@@ -208,8 +214,9 @@ def test_literals_and_values_in_one_text() -> None:
     text = "<|im_start|>user\n</s> <|im_start|>hi</s>"
     ids = encoder.encode([encoder.marked(text, [(0, 17), (36, 40)])])[0]
     assert [index for index in ids if index in control_ids(tokenizer)] == [
-        tokenizer.convert_tokens_to_ids("<|im_start|>"), tokenizer.eos_token_id
-    ]  # fmt: skip
+        tokenizer.convert_tokens_to_ids("<|im_start|>"),
+        tokenizer.eos_token_id,
+    ]
     assert tokenizer.decode(ids) == text
 
 
@@ -266,10 +273,20 @@ def test_lossless_tokenizers_keep_every_text(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "a  b   c", " a ", "a\tb\t\tc", "a\r\nb\rc\n", "a\0b", "👍🏽 👩‍👩‍👧 🇩🇪", "\u200fשלום עולם", "مرحبا\u200e 12",
-        "e\u0301 é ﬁ", "\ufeffa", "<s>9 EUR</s>", "<|endoftext|>",
+        "a  b   c",
+        " a ",
+        "a\tb\t\tc",
+        "a\r\nb\rc\n",
+        "a\0b",
+        "👍🏽 👩‍👩‍👧 🇩🇪",
+        "\u200fשלום עולם",
+        "مرحبا\u200e 12",
+        "e\u0301 é ﬁ",
+        "\ufeffa",
+        "<s>9 EUR</s>",
+        "<|endoftext|>",
     ],
-)  # fmt: skip
+)
 def test_lossless_tokenizers_keep_these_texts(text: str) -> None:
     check_that_text_is_kept(text)
 

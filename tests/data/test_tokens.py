@@ -120,9 +120,11 @@ def byte_level() -> PreTrainedTokenizerFast:
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        vocab_size=300,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
         special_tokens=["<s>", "</s>", "<|x|>", "<|y|>"],
-    )  # fmt: skip
+    )
     raw.train_from_iterator(["the cat sat on the mat"], trainer)
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
@@ -252,9 +254,19 @@ def test_warnings_count_examples_and_show_no_text(caplog: Any, make_tokenizer: M
 
 
 NASTY = [
-    "a  b   c", " a ", "a\tb\t\tc", "a\r\nb\rc\n", "a\0b", "👍🏽 👩‍👩‍👧",
-    "\u200fשלום עולם", "مرحبا\u200e 12", "e\u0301 é ﬁ", "\ufeffa", "</s> 7 EUR", "<|endoftext|>",
-]  # fmt: skip
+    "a  b   c",
+    " a ",
+    "a\tb\t\tc",
+    "a\r\nb\rc\n",
+    "a\0b",
+    "👍🏽 👩‍👩‍👧",
+    "\u200fשלום עולם",
+    "مرحبا\u200e 12",
+    "e\u0301 é ﬁ",
+    "\ufeffa",
+    "</s> 7 EUR",
+    "<|endoftext|>",
+]
 
 
 @hypothesis_settings(deadline=None)

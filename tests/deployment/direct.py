@@ -10,19 +10,19 @@ import torch
 
 from fedamole.config import build, load_config
 from fedamole.data.settings import SourceSettings
-from fedamole.deployment.agreement import shared_tables
-from fedamole.deployment.host import Host
-from fedamole.deployment.policy import UNBOUNDED
-from fedamole.deployment.seat import ClientSettings
+from fedamole.deployment.client_handler import Host
+from fedamole.deployment.run_session import ClientSettings
+from fedamole.deployment.security.policy import UNBOUNDED
+from fedamole.deployment.shared_config import shared_tables
 from fedamole.engine.in_process import InProcess
+from fedamole.engine.messages import Request, read_request
 from fedamole.engine.remote import Remote
-from fedamole.engine.wire import Request, read_request
 from fedamole.experiment import loop_of, prepare, resolved, rows_of, server_of, worker_of
 from fedamole.federation.loop import Watcher
-from fedamole.federation.run_folder import RunFolder
 from fedamole.federation.worker import Answer, Scores
 from fedamole.model.bank import Bank
 from fedamole.model.base import load_base
+from fedamole.runs.run_folder import RunFolder
 
 Names = Collection[str]
 
@@ -157,7 +157,11 @@ def town(config_file: Path, folder: Path, *overrides: str) -> Town:
     hosts = {
         10 + place: Host(
             ClientSettings(
-                source, folder=str(folder / source.name), base=config.base.model, device="cpu", threads=1,
+                source,
+                folder=str(folder / source.name),
+                base=config.base.model,
+                device="cpu",
+                threads=1,
                 policy=UNBOUNDED,
             ),
             Watcher(),

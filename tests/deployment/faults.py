@@ -26,8 +26,8 @@ import tomli_w
 
 from fedamole.config import build, load_config, plain
 from fedamole.data.settings import SourceSettings
-from fedamole.deployment.policy import UNBOUNDED
 from fedamole.deployment.processes import LOOPBACK, free_port
+from fedamole.deployment.security.policy import UNBOUNDED
 from fedamole.experiment import settled
 from tests.conftest import heeding_interrupts, small
 
@@ -68,9 +68,13 @@ class Command:
         self.mark, self.output = f"{mark}-{uuid.uuid4().hex[:6]}", output
         with output.open("ab") as out:
             self.process = subprocess.Popen(
-                list(words), stdout=out, stderr=out, stdin=subprocess.DEVNULL, preexec_fn=_ready,
+                list(words),
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=_ready,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", MARK: self.mark, **env},
-            )  # fmt: skip
+            )
 
     @property
     def text(self) -> str:
@@ -236,9 +240,14 @@ class Site:
         return self._start([str(FEDAMOLE), "server", *what, "--port", str(self.port), *door], "server.out")
 
     def client(
-        self, name: str, *words: str, address: str | None = None, certs: Path | None = None, folder: str = "",
+        self,
+        name: str,
+        *words: str,
+        address: str | None = None,
+        certs: Path | None = None,
+        folder: str = "",
         lies: bool = False,
-    ) -> Command:  # fmt: skip
+    ) -> Command:
         """`fedamole client`; one that lies does what `self.lie(name, kind)` says."""
         door = ["--insecure"] if self.certs is None else ["--certs", str(certs or self.certs / "clients" / name)]
         host = "localhost" if self.certs else LOOPBACK
@@ -254,11 +263,23 @@ class Site:
         options = [word for pair in given.items() for word in pair]
         return self._start(
             [
-                *start, "--server", address or f"{host}:{self.port}", "--name", name, *options,
-                "--folder", str(self.folder / place), "--device", "cpu", "--threads", "1", *door,
+                *start,
+                "--server",
+                address or f"{host}:{self.port}",
+                "--name",
+                name,
+                *options,
+                "--folder",
+                str(self.folder / place),
+                "--device",
+                "cpu",
+                "--threads",
+                "1",
+                *door,
             ],
-            f"{place}.out", LIE=str(self.folder / f"{name}.lie"),
-        )  # fmt: skip
+            f"{place}.out",
+            LIE=str(self.folder / f"{name}.lie"),
+        )
 
     def lie(self, name: str, kind: str) -> None:
         """Say what a lying client does from its next update on."""
@@ -278,8 +299,7 @@ class Site:
             return []
         lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         return [
-            line for line in lines
-            if line["what"] == what and line["time"] >= since and fields.items() <= line.items()
+            line for line in lines if line["what"] == what and line["time"] >= since and fields.items() <= line.items()
         ]
 
     def event(self, what: str, seconds: float, since: float = 0.0, **fields: Any) -> dict[str, Any]:

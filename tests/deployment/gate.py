@@ -29,12 +29,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from fedamole.deployment.gateway_guard import BODY_LIMITS, MIB, PUSH_OBJECT, Complaints
-from fedamole.deployment.gateway_listener import Certificate, listener
-from fedamole.deployment.gateway_places import Places
-from fedamole.deployment.gateway_proxy import LOG, Gateway, superlink_client
-from fedamole.deployment.keys import load_private
-from fedamole.deployment.roster import Roster
+from fedamole.deployment.gateway.guard import BODY_LIMITS, MIB, PUSH_OBJECT, Complaints
+from fedamole.deployment.gateway.listener import Certificate, listener
+from fedamole.deployment.gateway.places import Places
+from fedamole.deployment.gateway.proxy import LOG, Gateway, superlink_client
+from fedamole.deployment.security.keys import load_private
+from fedamole.deployment.security.roster import Roster
 
 HOST = "127.0.0.1"
 PUSH = PUSH_OBJECT.decode()
@@ -72,9 +72,10 @@ def signature(key: Key, age: float = 0.0, stamp: str | None = None) -> dict[str,
     public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     signed = key.sign(stamp.encode(), ec.ECDSA(hashes.SHA256()))
     return {
-        "flwr-public-key": b64encode(public).decode(), "flwr-timestamp": stamp,
+        "flwr-public-key": b64encode(public).decode(),
+        "flwr-timestamp": stamp,
         "flwr-signature": b64encode(signed).decode(),
-    }  # fmt: skip
+    }
 
 
 def reply(
@@ -116,7 +117,7 @@ def gateway(
     """Its port and process, once it listens; a free port unless one is given. `more` are arguments."""
     port = port or free_port()
     command = (
-        f"{sys.executable} -m fedamole.deployment.gateway --host {HOST} --port {port} --superlink {HOST}:{superlink} "
+        f"{sys.executable} -m fedamole.deployment.gateway.process --host {HOST} --port {port} --superlink {HOST}:{superlink} "
         f"--certificate {tls / 'server.crt'} --key {tls / 'server.key'} --ca {ca or tls / 'ca.crt'} "
         f"--nodes {tls / 'nodes'} --max-body-mib {LIMIT_MIB}"
     )
@@ -217,9 +218,14 @@ class Door:
         return call
 
     def call(
-        self, path: str, body: bytes = b"", method: str = "POST", source: str = HOST,
-        signed: dict[str, str] | None = None, **headers: object,
-    ) -> tuple[int, bytes]:  # fmt: skip
+        self,
+        path: str,
+        body: bytes = b"",
+        method: str = "POST",
+        source: str = HOST,
+        signed: dict[str, str] | None = None,
+        **headers: object,
+    ) -> tuple[int, bytes]:
         call = self.begin(path, method, source, signed, content_length=len(body), **headers)
         with suppress(OSError):  # the answer may come before the body is read
             call.send(body)
@@ -241,9 +247,14 @@ def impatient(
     async def run() -> None:
         async with superlink_client(tls / "ca.crt") as client:
             app = Gateway(
-                client, f"{HOST}:{superlink.port}", Roster(tls / "nodes"), places=Places(stranger_s), idle_s=idle_s,
-                call_s=call_s, limits={**BODY_LIMITS, PUSH_OBJECT: LIMIT_MIB * MIB},
-            )  # fmt: skip
+                client,
+                f"{HOST}:{superlink.port}",
+                Roster(tls / "nodes"),
+                places=Places(stranger_s),
+                idle_s=idle_s,
+                call_s=call_s,
+                limits={**BODY_LIMITS, PUSH_OBJECT: LIMIT_MIB * MIB},
+            )
             certificate = Certificate(tls / "server.crt", tls / "server.key")
             server = listener(app, HOST, port, certificate, app.places, Complaints(LOG))
             server.config.timeout_keep_alive = 1

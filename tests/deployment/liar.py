@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from fedamole.deployment import client, warm_worker
-from fedamole.deployment.host import Host
-from fedamole.engine.wire import JOIN, UPDATE, Reply, read_request
+from fedamole.deployment import client_processes as client
+from fedamole.deployment import warm_worker
+from fedamole.deployment.client_handler import Host
+from fedamole.engine.messages import JOIN, UPDATE, Reply, read_request
 from fedamole.federation.record import boxed, pack, unboxed, unpack
 
 SECRET = "the patient's name is Ann"
@@ -93,9 +94,9 @@ def _zero(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _scored(loss: float) -> Callable[[Reply], Reply]:
-    return lambda answer: replace(answer, scores={
-        row: {**one, "loss": loss} if "loss" in one else one for row, one in answer.scores.items()
-    })  # fmt: skip
+    return lambda answer: replace(
+        answer, scores={row: {**one, "loss": loss} if "loss" in one else one for row, one in answer.scores.items()}
+    )
 
 
 def _many_examples(answer: Reply) -> Reply:
@@ -109,8 +110,11 @@ def _no_time(answer: Reply) -> Reply:
 
 
 SAYINGS: dict[str, Callable[[Reply], Reply]] = {
-    "false loss": _scored(-1e15), "lowest loss": _scored(0.0), "examples": _many_examples, "seconds": _no_time,
-}  # fmt: skip
+    "false loss": _scored(-1e15),
+    "lowest loss": _scored(0.0),
+    "examples": _many_examples,
+    "seconds": _no_time,
+}
 """Lies about numbers, in whatever answer they stand; the tensors are honest."""
 
 
@@ -168,7 +172,7 @@ LIES: dict[str, Callable[[Liar, bytes], bytes]] = {
 
 
 def _lying_client() -> None:
-    from fedamole.cli import main
+    from fedamole.cli.main import main
 
     init = client.Client.__init__
 

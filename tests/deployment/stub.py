@@ -6,15 +6,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedamole.engine.messages import EVALUATE, JOIN, UPDATE, Reply, Request, read_request
 from fedamole.engine.remote import Remote
-from fedamole.engine.wire import EVALUATE, JOIN, UPDATE, Reply, Request, read_request
 from fedamole.federation.loop import BASE, MAJORITY, Loop, Watcher
 from fedamole.federation.method import Evaluates, Server
 from fedamole.federation.record import boxed, pack, unboxed, unpack
-from fedamole.federation.run_folder import RunFolder
 from fedamole.federation.settings import DeploymentSettings, FederationSettings
 from fedamole.methods.fedit import FedIT, GlobalLora
 from fedamole.model.base import Identity
+from fedamole.runs.run_folder import RunFolder
 
 IDENTITY = Identity("w", "t", "s")
 SHAPES = {"m": (4, 3)}
@@ -84,9 +84,15 @@ def run(folder: Path, link: Stub, rounds: int = 1) -> dict[str, Any]:
     there = engine(link)
     run_folder = RunFolder.create(folder, "", "{}", "fedit", IDENTITY, "server", "run1")
     loop = Loop(
-        FedIT(rank=2, weighting="examples"), there.rows, there, there.server, FederationSettings(rounds), run_folder,
-        select="loss", watcher=Watcher(),
-    )  # fmt: skip
+        FedIT(rank=2, weighting="examples"),
+        there.rows,
+        there,
+        there.server,
+        FederationSettings(rounds),
+        run_folder,
+        select="loss",
+        watcher=Watcher(),
+    )
     summary = loop.run()
     lines = [json.loads(line, parse_constant=_refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     states = [path.read_bytes() for path in sorted(folder.glob("checkpoints/*.safetensors"))]

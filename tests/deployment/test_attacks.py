@@ -25,13 +25,13 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedamole.deployment.certificates import make_certificates
-from fedamole.deployment.flower_content import sealed
-from fedamole.deployment.flower_control import _Token
-from fedamole.deployment.flower_fleet import _BoundedClient
-from fedamole.deployment.keys import load_private
-from fedamole.deployment.orders import signed
-from fedamole.deployment.tls import trusting
+from fedamole.deployment.flower.content import sealed
+from fedamole.deployment.flower.control import _Token
+from fedamole.deployment.flower.fleet import _BoundedClient
+from fedamole.deployment.security.certificates import make_certificates
+from fedamole.deployment.security.keys import load_private
+from fedamole.deployment.security.orders import signed
+from fedamole.deployment.security.tls import trusting
 from tests.deployment.faults import FEDAMOLE, NAMES, Command, Site, site, wait_until
 
 STARTING, ROUND = 300.0, 120.0
@@ -74,9 +74,14 @@ def attacked(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[S
     os.environ["MARKS"] = str(folder / "marks")
     proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")  # nobody: loopback goes to no proxy
     with site(
-        folder, tiny, "training.local_steps=5", "method.name=fedit", "deployment.gathering=60",
-        "deployment.deadline=300", secure=True,
-    ) as there:  # fmt: skip
+        folder,
+        tiny,
+        "training.local_steps=5",
+        "method.name=fedit",
+        "deployment.gathering=60",
+        "deployment.deadline=300",
+        secure=True,
+    ) as there:
         assert there.certs is not None
         make_certificates(there.certs, ["localhost"], NAMES)
         os.environ.update(proxies)
@@ -124,8 +129,9 @@ def test_another_account_of_the_coordinators_machine_gets_nothing(attacked: Site
     inside = attacked.run / "server" / "loopback" / "loopback.crt"
     control = ControlHttpClient(f"https://127.0.0.1:{superlink_port(attacked)}", verify=trusting(inside))
     for call, request in (
-        (control.StartRun, agent_app(tmp_path / "app")), (control.ListNodes, ListNodesRequest()),
-    ):  # fmt: skip
+        (control.StartRun, agent_app(tmp_path / "app")),
+        (control.ListNodes, ListNodesRequest()),
+    ):
         with pytest.raises(httpx.HTTPStatusError) as error:
             call(request)
         assert error.value.response.status_code == 401
@@ -137,10 +143,7 @@ def test_another_account_of_the_coordinators_machine_gets_nothing(attacked: Site
     with pytest.raises(httpx.HTTPStatusError) as error:
         fleet.PullMessages(PullMessagesRequest(node=Node(node_id=node_of(attacked, "chat"))))
     assert error.value.response.status_code == 401, "not even with a registered key, past the gateway"
-    readable = [
-        path for path in (attacked.run / "server").rglob("*")
-        if path.stat().st_mode & 0o077
-    ]  # fmt: skip
+    readable = [path for path in (attacked.run / "server").rglob("*") if path.stat().st_mode & 0o077]
     assert not readable, "what a deployment writes is for its own account alone"
     run = [one for one in command_of(attacked, "server").alive() if "flwr-serverapp" in " ".join(one.cmdline())]
     tokens = [path.read_text() for path in (attacked.run / "server" / "tokens").iterdir()]
@@ -178,8 +181,10 @@ def test_one_client_gives_no_orders_to_another(attacked: Site, monkeypatch: pyte
     certs = attacked.certs
     assert certs is not None
     key, me, other = (
-        load_private(certs / "clients" / "chat" / "node.key"), node_of(attacked, "chat"), node_of(attacked, "entail")
-    )  # fmt: skip
+        load_private(certs / "clients" / "chat" / "node.key"),
+        node_of(attacked, "chat"),
+        node_of(attacked, "entail"),
+    )
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
     ca = trusting(certs / "ca.crt")
@@ -188,16 +193,16 @@ def test_one_client_gives_no_orders_to_another(attacked: Site, monkeypatch: pyte
     told = len(command_of(attacked, "entail").text)
 
     def pushed(source: int, target: int, reply_to: str) -> int:
-        message = Message(
-            RecordDict({"request": sealed(order)}), dst_node_id=target, message_type="query", ttl=300.0
-        )
+        message = Message(RecordDict({"request": sealed(order)}), dst_node_id=target, message_type="query", ttl=300.0)
         message.metadata.__dict__.update(_src_node_id=source, _message_id=uuid.uuid4().hex * 2)
         message.metadata.__dict__["_reply_to_message_id"] = reply_to
         proto = message_to_proto(remove_content_from_message(message))
         request = PushMessagesRequest(
-            node=Node(node_id=me), messages_list=[proto], message_object_trees=[get_object_tree(message)],
+            node=Node(node_id=me),
+            messages_list=[proto],
+            message_object_trees=[get_object_tree(message)],
             clientapp_runtime_list=[0.0],
-        )  # fmt: skip
+        )
         with pytest.raises(httpx.HTTPStatusError) as error:
             gateway.PushMessages(request)
         return error.value.response.status_code
@@ -215,9 +220,11 @@ def test_a_removed_key_is_refused_at_once_and_the_others_go_on(attacked: Site) -
     """The last test of this run: mood is out, and does not come back with its old key."""
     assert attacked.certs is not None
     found = subprocess.run(
-        [str(FEDAMOLE), "clients", "remove", "mood", "--certs", str(attacked.certs)], capture_output=True, text=True,
+        [str(FEDAMOLE), "clients", "remove", "mood", "--certs", str(attacked.certs)],
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     assert found.returncode == 0, found.stderr
     struck, mood = time.time(), command_of(attacked, "mood")
     mood.says("the coordinator does not know this key, or has removed it", ROUND)

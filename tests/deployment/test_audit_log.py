@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fedamole.cli import app
+from fedamole.cli.main import app
 from fedamole.data.settings import SourceSettings
 from fedamole.deployment import warm_worker
-from fedamole.deployment.audit_log import FIRST, AuditError, AuditLog, read_audit
-from fedamole.deployment.host import Host
-from fedamole.deployment.policy import UNBOUNDED, PolicySettings
-from fedamole.deployment.seat import ClientSettings
-from fedamole.engine.wire import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, failure, unpacked
+from fedamole.deployment.client_handler import Host
+from fedamole.deployment.run_session import ClientSettings
+from fedamole.deployment.security.audit_log import FIRST, AuditError, AuditLog, read_audit
+from fedamole.deployment.security.policy import UNBOUNDED, PolicySettings
+from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, failure, unpacked
 from fedamole.errors import RunError
 from fedamole.federation.loop import Watcher
 from fedamole.federation.record import boxed, pack, unboxed
@@ -48,9 +48,12 @@ def logged(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     server = ByHand(tiny / "config.toml", "fedamole", "method.experts=4", "method.expert_choices=1", "method.top_k=1")
     host = host_of(tiny, folder)
     requests = [
-        pack(server.join()), pack(server.update(0, -1)), b"garbage", pack(server.update(1, 0, plus=0.1)),
+        pack(server.join()),
+        pack(server.update(0, -1)),
+        b"garbage",
+        pack(server.update(1, 0, plus=0.1)),
         pack(Request(RUN_ID, 1, TEST, last=1, best={"fedamole": 0})),
-    ]  # fmt: skip
+    ]
     return folder, requests, [host.answer(request) for request in requests]
 
 
@@ -64,8 +67,12 @@ def test_every_message_has_a_line_with_what_is_in_it(logged: Any) -> None:
         assert line["time"].endswith("+00:00")
     told = [(line["run"], line["round"], line["operation"]) for line in found]
     assert told[::2] == [
-        (RUN_ID, -1, JOIN), (RUN_ID, 0, UPDATE), ("", -1, "unreadable"), (RUN_ID, 1, UPDATE), (RUN_ID, 1, TEST),
-    ]  # fmt: skip
+        (RUN_ID, -1, JOIN),
+        (RUN_ID, 0, UPDATE),
+        ("", -1, "unreadable"),
+        (RUN_ID, 1, UPDATE),
+        (RUN_ID, 1, TEST),
+    ]
     assert found[5]["failed"] == "bad_request"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
@@ -89,8 +96,10 @@ def test_records_are_told_by_fields_and_scores_by_value(logged: Any) -> None:
         tensors = getattr(sent, name).values()
         norm = sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5
         assert one == {
-            "tensors": len(tensors), "numbers": sum(tensor.numel() for tensor in tensors), "norm": pytest.approx(norm),
-        }  # fmt: skip
+            "tensors": len(tensors),
+            "numbers": sum(tensor.numel() for tensor in tensors),
+            "norm": pytest.approx(norm),
+        }
     assert found[2]["record"]["fields"]["tensors"]["tensors"] > 0, "what came, too"
 
 
@@ -275,8 +284,11 @@ def test_the_command_shows_what_left_in_totals_and_by_round(logged: Any) -> None
         [(where, found)] = json.loads(result.output).items()
         assert where == str(path)
         assert [(one["round"], one["answers"], one["refused"]) for one in found["sent"]] == [
-            (-1, 1, 0), (0, 1, 0), (-1, 0, 1), (1, 2, 0),
-        ]  # fmt: skip
+            (-1, 1, 0),
+            (0, 1, 0),
+            (-1, 0, 1),
+            (1, 2, 0),
+        ]
         assert sum(one["bytes"] for one in found["sent"]) == sum(map(len, logged[2]))
         assert found["came"] == 5
     text = CliRunner().invoke(app, ["audit-log", str(folder)]).output

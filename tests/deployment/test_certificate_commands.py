@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from fedamole import cli
-from fedamole.deployment.inspection import inspect_client, inspect_server
-from fedamole.deployment.keys import PASSPHRASE, fingerprint, is_locked, load_public
+from fedamole.cli import main as cli
+from fedamole.deployment.security.inspection import inspect_client, inspect_server
+from fedamole.deployment.security.keys import PASSPHRASE, fingerprint, is_locked, load_public
 from tests.test_docs import blocks
 
 
@@ -72,8 +72,9 @@ def test_an_older_folder_is_given_an_order_key(fedamole: Any, tmp_path: Path) ->
         path.unlink()
     faults = inspect_server(certs, "localhost")
     assert {fault.text.split("/")[-1] for fault in faults} == {
-        "coordinator.key is missing", "coordinator.pub is missing",
-    }  # fmt: skip
+        "coordinator.key is missing",
+        "coordinator.pub is missing",
+    }
     assert all(fault.urgent for fault in faults)
     ca = (certs / "ca.crt").read_bytes()
     assert fedamole("certs")[0] == 0
@@ -111,11 +112,40 @@ def test_the_own_ca_of_an_organisation(fedamole: Any, tmp_path: Path) -> None:
     code, said = fedamole("certs", "--client", "bank")
     assert (code, "waits for a certificate of the organisation's CA" in said) == (2, True)
     for words in (
-        ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "o.key", "-out", "org-ca.crt", "-subj", "/CN=Org",
-         "-addext", "keyUsage=critical,keyCertSign,cRLSign", "-days", "90"],
-        ["x509", "-req", "-in", "certs/server.csr", "-CA", "org-ca.crt", "-CAkey", "o.key", "-copy_extensions", "copy",
-         "-days", "60", "-out", "signed.crt"],
-    ):  # fmt: skip
+        [
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-keyout",
+            "o.key",
+            "-out",
+            "org-ca.crt",
+            "-subj",
+            "/CN=Org",
+            "-addext",
+            "keyUsage=critical,keyCertSign,cRLSign",
+            "-days",
+            "90",
+        ],
+        [
+            "x509",
+            "-req",
+            "-in",
+            "certs/server.csr",
+            "-CA",
+            "org-ca.crt",
+            "-CAkey",
+            "o.key",
+            "-copy_extensions",
+            "copy",
+            "-days",
+            "60",
+            "-out",
+            "signed.crt",
+        ],
+    ):
         subprocess.run(["openssl", *words], check=True, capture_output=True)
     code, said = fedamole("certs", "--install", "signed.crt", "--ca", "org-ca.crt", "--host", "other.example.org")
     assert (code, "not for other.example.org" in said) == (2, True)
@@ -127,9 +157,12 @@ def test_the_own_ca_of_an_organisation(fedamole: Any, tmp_path: Path) -> None:
 
 def test_options_that_exclude_each_other(fedamole: Any, tmp_path: Path) -> None:
     for words in (
-        ["--request", "--own", "a"], ["--request", "--renew"], ["--own", "a", "--client", "b"],
-        ["--request", "--admit", "a=b"], ["--install", "x", "--ca", "y", "--request"],
-    ):  # fmt: skip
+        ["--request", "--own", "a"],
+        ["--request", "--renew"],
+        ["--own", "a", "--client", "b"],
+        ["--request", "--admit", "a=b"],
+        ["--install", "x", "--ca", "y", "--request"],
+    ):
         code, said = fedamole("certs", *words)
         assert (code, "give one of these at a time" in said) == (2, True), words
     for words in (["--install", "x"], ["--ca", "x"]):
@@ -187,12 +220,15 @@ def test_clients_are_listed(fedamole: Any, tmp_path: Path) -> None:
     (tmp_path / "certs" / "nodes" / "spoilt.pub").write_text("\x1b[31mrubbish")
     code, said = fedamole("clients", "list")
     assert code == 0
-    print_of = {name: fingerprint(load_public(tmp_path / "certs" / "clients" / name / "node.pub"))
-                for name in ("bank", "clinic", "gone")}  # fmt: skip
+    print_of = {
+        name: fingerprint(load_public(tmp_path / "certs" / "clients" / name / "node.pub"))
+        for name in ("bank", "clinic", "gone")
+    }
     assert [line.split(maxsplit=3) for line in said.splitlines() if "spoilt" not in line] == [
-        ["bank", print_of["bank"], day(400), "valid"], ["clinic", print_of["clinic"], day(20), "ends soon"],
+        ["bank", print_of["bank"], day(400), "valid"],
+        ["clinic", print_of["clinic"], day(20), "ends soon"],
         ["gone", print_of["gone"], day(400), "removed"],
-    ]  # fmt: skip
+    ]
     rows = json.loads(fedamole("clients", "list", "--json")[1])
     assert [row["state"] for row in rows] == ["valid", "ends soon", "unreadable", "removed"]
     assert rows[0] == {"client": "bank", "fingerprint": print_of["bank"], "until": day(400), "state": "valid"}
@@ -233,8 +269,10 @@ def test_the_steps_of_the_page_work_as_they_stand(
     for place in (coordinator, client):
         place.mkdir()
     monkeypatch.chdir(coordinator)
-    _openssl("req -x509 -newkey rsa:2048 -nodes -keyout org-ca.key -out org-ca.crt -subj /CN=Org "
-             "-addext keyUsage=critical,keyCertSign,cRLSign -days 3000")  # fmt: skip
+    _openssl(
+        "req -x509 -newkey rsa:2048 -nodes -keyout org-ca.key -out org-ca.crt -subj /CN=Org "
+        "-addext keyUsage=critical,keyCertSign,cRLSign -days 3000"
+    )
     states = []
     private_word(tmp_path / "word")
     for block in blocks(PAGE):

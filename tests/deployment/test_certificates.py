@@ -22,12 +22,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from fedamole.deployment import dates
-from fedamole.deployment.certificates import make_certificates, make_loopback
-from fedamole.deployment.client_keys import admit, extend, make_own_key, roster
-from fedamole.deployment.inspection import check_server, inspect_client
-from fedamole.deployment.keys import load_public, write
-from fedamole.deployment.server import Door
+from fedamole.deployment.security import dates
+from fedamole.deployment.security.certificates import make_certificates, make_loopback
+from fedamole.deployment.security.client_keys import admit, extend, make_own_key, roster
+from fedamole.deployment.security.inspection import check_server, inspect_client
+from fedamole.deployment.security.keys import load_public, write
+from fedamole.deployment.server_processes import Door
 from fedamole.errors import ConfigError
 
 HOSTS = ("fed.example.org", "192.0.2.7", "2001:db8::7")
@@ -99,9 +99,7 @@ def server_crt(folder: Path) -> x509.Certificate:
 
 
 @pytest.mark.parametrize("name", [*HOSTS, "localhost", "127.0.0.1"])
-def test_a_client_trusts_the_server_by_every_name(
-    certs: Path, greeting: Callable[..., str], name: str
-) -> None:
+def test_a_client_trusts_the_server_by_every_name(certs: Path, greeting: Callable[..., str], name: str) -> None:
     assert greeting(certs / "clients" / "clinic" / "ca.crt", name) == "TLSv1.3"
 
 
@@ -187,9 +185,9 @@ def test_flower_loads_the_keys(certs: Path, tmp_path: Path) -> None:
         (certs / "clients" / "clinic" / "node.key", certs / "nodes" / "clinic.pub"),
         (tmp_path / "own" / "node.key", admitted),
     ):
-        pair = _try_setup_client_authentication(argparse.Namespace(
-            auth_supernode_private_key=str(key_file), auth_supernode_public_key=None
-        ))
+        pair = _try_setup_client_authentication(
+            argparse.Namespace(auth_supernode_private_key=str(key_file), auth_supernode_public_key=None)
+        )
         assert pair is not None
         assert bytes_to_public_key(try_load_public_key(pub)) == pair[1]
 
@@ -315,10 +313,22 @@ def test_a_broken_off_making_is_completed(certs: Path) -> None:
     assert errors(certs, HOSTS[0]) == []
 
 
-@pytest.mark.parametrize("host", [
-    "https://fed.example.org", "fed.example.org:8443", "[::1]", "0.0.0.0", "::", "", "fed..org", "10.0.0.300",
-    "münchen.de", "-fed.org", "a b",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "host",
+    [
+        "https://fed.example.org",
+        "fed.example.org:8443",
+        "[::1]",
+        "0.0.0.0",
+        "::",
+        "",
+        "fed..org",
+        "10.0.0.300",
+        "münchen.de",
+        "-fed.org",
+        "a b",
+    ],
+)
 def test_hosts_that_cannot_be_used(tmp_path: Path, host: str) -> None:
     with pytest.raises(ConfigError, match="host "):
         make_certificates(tmp_path / "c", (host,), ())
@@ -376,23 +386,26 @@ def test_one_key_has_one_name_and_one_name_one_key(certs: Path, tmp_path: Path) 
 
 def other_keys() -> dict[str, bytes]:
     kinds: dict[str, Any] = {
-        "ssh-ed25519": ed25519.Ed25519PrivateKey.generate(), "ssh-rsa": rsa.generate_private_key(65537, 2048),
+        "ssh-ed25519": ed25519.Ed25519PrivateKey.generate(),
+        "ssh-rsa": rsa.generate_private_key(65537, 2048),
         "ecdsa-sha2-nistp256": ec.generate_private_key(ec.SECP256R1()),
-    }  # fmt: skip
-    return {
-        kind: key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) for kind, key in kinds.items()
     }
+    return {kind: key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) for kind, key in kinds.items()}
 
 
 def test_only_public_keys_of_the_right_kind_are_admitted(certs: Path, tmp_path: Path) -> None:
     make_own_key(tmp_path / "own", "shop")
-    pem = ec.generate_private_key(ec.SECP384R1()).public_key().public_bytes(
-        Encoding.PEM, PublicFormat.SubjectPublicKeyInfo
+    pem = (
+        ec.generate_private_key(ec.SECP384R1())
+        .public_key()
+        .public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     )
     refused = {kind: (content, kind) for kind, content in other_keys().items()} | {
         "private": ((tmp_path / "own" / "node.key").read_bytes(), "is a private key.*must never leave"),
-        "pem": (pem, "OpenSSH format"), "rubbish": (b"hello", "OpenSSH format"), "long": (b"x" * 100_000, "too long"),
-    }  # fmt: skip
+        "pem": (pem, "OpenSSH format"),
+        "rubbish": (b"hello", "OpenSSH format"),
+        "long": (b"x" * 100_000, "too long"),
+    }
     for name, (content, text) in refused.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ConfigError, match=text) as error:

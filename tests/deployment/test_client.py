@@ -15,12 +15,12 @@ from typing import Any
 import httpx
 import pytest
 
-from fedamole.deployment import client
-from fedamole.deployment.certificates import make_certificates
-from fedamole.deployment.client import Client, Connection, rendezvous
-from fedamole.deployment.flower_fleet import FleetError, Incoming
-from fedamole.deployment.keys import load_private, new_key
-from fedamole.deployment.orders import signed
+from fedamole.deployment import client_processes as client
+from fedamole.deployment.client_processes import Client, Connection, rendezvous
+from fedamole.deployment.flower.fleet import FleetError, Incoming
+from fedamole.deployment.security.certificates import make_certificates
+from fedamole.deployment.security.keys import load_private, new_key
+from fedamole.deployment.security.orders import signed
 from fedamole.errors import ConfigError, RunError
 
 
@@ -126,9 +126,13 @@ def test_a_client_that_was_taken_once_is_given_any_patience(tmp_path: Path, monk
     made.worker.words = ["sleep", "60"]
     made.run()
     assert [text.split(":")[0] for text in said] == [
-        "connecting to 127.0.0.1", "the server does not take this key now", "connected",
-        "the server does not take this key now", "connected", "stopping",
-    ]  # fmt: skip
+        "connecting to 127.0.0.1",
+        "the server does not take this key now",
+        "connected",
+        "the server does not take this key now",
+        "connected",
+        "stopping",
+    ]
     health = json.loads((tmp_path / "health.json").read_text())
     assert health["state"] == "stopped"
     assert time.time() - health["last_contact"] < 60
@@ -211,21 +215,24 @@ def test_a_client_obeys_its_coordinator_alone_and_each_order_once(tmp_path: Path
     script = Script("fine")
     good, later = signed(coordinator, "north", 5, b"train"), signed(coordinator, "north", 6, b"test")
     orders = [
-        good, good, signed(coordinator, "north", 4, b"old"), signed(coordinator, "south", 9, b"south's"),
-        signed(new_key(), "north", 9, b"forged"), signed(None, "north", 9, b"unsigned"),
-        signed(load_private(certs / "node.key"), "north", 9, b"by a client"), b"go", later,
-    ]  # fmt: skip
+        good,
+        good,
+        signed(coordinator, "north", 4, b"old"),
+        signed(coordinator, "south", 9, b"south's"),
+        signed(new_key(), "north", 9, b"forged"),
+        signed(None, "north", 9, b"unsigned"),
+        signed(load_private(certs / "node.key"), "north", 9, b"by a client"),
+        b"go",
+        later,
+    ]
     for order in orders:
         made._carry_out(script, Incoming(None, order))  # type: ignore[arg-type]
     worker.join(10)
     assert reached == [b"train", b"test"]
     assert script.replies == [b"done", b"done"], "what is no order gets no answer"
-    assert [text.split(":")[1] for text in said] == [
-        " it was taken before, or is older than one that was"] * 2 + [
-        " it is signed for another client"] + [
-        " its signature is not that of the coordinator whose coordinator.pub is here"] * 3 + [
-        " it is no signed order"
-    ]  # fmt: skip
+    assert [text.split(":")[1] for text in said] == [" it was taken before, or is older than one that was"] * 2 + [
+        " it is signed for another client"
+    ] + [" its signature is not that of the coordinator whose coordinator.pub is here"] * 3 + [" it is no signed order"]
 
 
 def test_a_worker_that_is_not_there_is_an_answer(tmp_path: Path) -> None:

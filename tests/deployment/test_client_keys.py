@@ -14,9 +14,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
-from fedamole.deployment import client_keys, dates
-from fedamole.deployment.certificates import make_certificates
-from fedamole.deployment.client_keys import (
+from fedamole.deployment.security import client_keys, dates
+from fedamole.deployment.security.certificates import make_certificates
+from fedamole.deployment.security.client_keys import (
     admit,
     extend,
     make_own_key,
@@ -25,8 +25,8 @@ from fedamole.deployment.client_keys import (
     replace_key,
     roster,
 )
-from fedamole.deployment.inspection import check_server
-from fedamole.deployment.keys import fingerprint, load_certificates, load_public, public_half
+from fedamole.deployment.security.inspection import check_server
+from fedamole.deployment.security.keys import fingerprint, load_certificates, load_public, public_half
 from fedamole.errors import ConfigError
 
 
@@ -103,8 +103,17 @@ def test_a_key_of_an_older_version_has_no_end(certs: Path) -> None:
     assert extend(certs, "clinic", 30).until == day(30)
 
 
-@pytest.mark.parametrize("end", ["until=2027-13-01", "until=tomorrow", "until=", "until=2027-01-01 until=2028-01-01",
-                                 "until=2027-01-01T00:00", "until=20270101"])  # fmt: skip
+@pytest.mark.parametrize(
+    "end",
+    [
+        "until=2027-13-01",
+        "until=tomorrow",
+        "until=",
+        "until=2027-01-01 until=2028-01-01",
+        "until=2027-01-01T00:00",
+        "until=20270101",
+    ],
+)
 def test_an_end_that_cannot_be_read_is_an_error_and_never_no_end(certs: Path, end: str) -> None:
     path = certs / "nodes" / "clinic.pub"
     words = path.read_text().split()

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
-from fedamole.deployment import dates, doctor, reach
-from fedamole.deployment.certificates import make_certificates
+from fedamole.deployment import connection_check as reach
+from fedamole.deployment import doctor
 from fedamole.deployment.doctor import Finding, examine_client, examine_server
+from fedamole.deployment.security import dates
+from fedamole.deployment.security.certificates import make_certificates
 
 SECRET = "patient Miller"
 HEALTHY = b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\nConnection: close\r\n\r\n{"status":"ok"}'
@@ -70,7 +72,9 @@ def serve() -> Iterator[Serve]:
                 pass  # the client did not like the certificate
 
     def start(
-        certs: Path | None, plain: bytes | None = None, answer: bytes = HEALTHY,
+        certs: Path | None,
+        plain: bytes | None = None,
+        answer: bytes = HEALTHY,
         newest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3,
     ) -> str:
         place = socket.create_server(("0.0.0.0", 0))
@@ -106,13 +110,26 @@ def test_a_good_server_and_a_good_client(certs: Path, serve: Serve, tmp_path: Pa
     data = rows(tmp_path / "mood.jsonl", *({"text": f"day {at}", "label": at % 2} for at in range(4)))
     server = examine_server(config, certs, "127.0.0.1", free_port())
     assert {finding.what for finding in server} == {
-        "python", "packages", "commands", "port", "certificates", "disk", "base",
-    }  # fmt: skip
+        "python",
+        "packages",
+        "commands",
+        "port",
+        "certificates",
+        "disk",
+        "base",
+    }
     port, own = serve(certs), certs / "clients" / "clinic"
     client = examine_client(f"127.0.0.1:{port}", own, "bundled", data)
     assert {finding.what for finding in client} == {
-        "python", "packages", "device", "disk", "certificates", "server", "base", "data",
-    }  # fmt: skip
+        "python",
+        "packages",
+        "device",
+        "disk",
+        "certificates",
+        "server",
+        "base",
+        "data",
+    }
     for finding in (*server, *client):
         # Where Flower is not installed, that is what the doctor has to find.
         if finding.what not in ("packages", "commands", "disk"):
@@ -164,13 +181,16 @@ def test_a_wrong_authority(certs: Path, serve: Serve, tmp_path: Path) -> None:
     assert "wrong CA" in finding.text
 
 
-@pytest.mark.parametrize(("days", "state", "text"), [
-    (-826, "problem", "has expired"), (-800, "warning", "expires on"), (2, "problem", "not valid yet"),
-    (-700, "ok", "valid until"),
-])  # fmt: skip
-def test_dates(
-    certs: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch, days: int, state: str, text: str
-) -> None:
+@pytest.mark.parametrize(
+    ("days", "state", "text"),
+    [
+        (-826, "problem", "has expired"),
+        (-800, "warning", "expires on"),
+        (2, "problem", "not valid yet"),
+        (-700, "ok", "valid until"),
+    ],
+)
+def test_dates(certs: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch, days: int, state: str, text: str) -> None:
     moment = datetime.now(UTC).replace(microsecond=0) + timedelta(days=days)
     with monkeypatch.context() as then:
         then.setattr(dates, "now", lambda: moment)
@@ -215,15 +235,18 @@ def test_a_name_without_address(certs: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "no address" in only("port", list(doctor.port_is_free("fed.invalid", 1))).text
 
 
-@pytest.mark.parametrize(("answer", "text"), [
-    (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", "not the expected one (404)"),
-    (HEALTHY.replace(b"200 OK", b"503 Down"), "cannot serve now (503)"),
-    (HEALTHY.replace(b'"ok"', b'"no"'), "not the expected one (200)"),
-    (HEALTHY.replace(b"15", b"99999") + b" " * 99984, "not the expected one (200)"),
-    (HEALTHY.replace(b'{"status":"ok"}', b'["status","ok"]'), "not the expected one (200)"),
-    (HEALTHY.replace(b"15", b"4000").replace(b'{"status":"ok"}', b"[" * 4000), "not the expected one (200)"),
-    (b"nonsense", "does not answer GET /health (RemoteProtocolError)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", "not the expected one (404)"),
+        (HEALTHY.replace(b"200 OK", b"503 Down"), "cannot serve now (503)"),
+        (HEALTHY.replace(b'"ok"', b'"no"'), "not the expected one (200)"),
+        (HEALTHY.replace(b"15", b"99999") + b" " * 99984, "not the expected one (200)"),
+        (HEALTHY.replace(b'{"status":"ok"}', b'["status","ok"]'), "not the expected one (200)"),
+        (HEALTHY.replace(b"15", b"4000").replace(b'{"status":"ok"}', b"[" * 4000), "not the expected one (200)"),
+        (b"nonsense", "does not answer GET /health (RemoteProtocolError)"),
+    ],
+)
 def test_a_trusted_server_that_is_no_gateway_of_ours(certs: Path, serve: Serve, answer: bytes, text: str) -> None:
     finding = asked(f"localhost:{serve(certs, answer=answer)}", certs)
     assert (finding.state, text in finding.text) == ("problem", True), finding
@@ -251,8 +274,9 @@ def test_certificates_of_a_server_and_of_a_client(certs: Path, monkeypatch: pyte
     monkeypatch.setattr(dates, "now", lambda: soon)
     said = of("certificates", examine_server(None, certs, "localhost", 0))
     assert [(finding.state, finding.text.split("/")[-1].split()[0]) for finding in said] == [
-        ("warning", "clinic.pub"), ("warning", "server.crt"),
-    ]  # fmt: skip
+        ("warning", "clinic.pub"),
+        ("warning", "server.crt"),
+    ]
     own = certs / "clients" / "clinic"
     (own / "node.key").unlink()
     missing = only("certificates", examine_client(None, own, None, None))
@@ -333,8 +357,10 @@ def test_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert state("some/model") == ("warning", "some/model: not in this machine's cache, and HF_HUB_OFFLINE forbids a "
-                                              "download")
+    assert state("some/model") == (
+        "warning",
+        "some/model: not in this machine's cache, and HF_HUB_OFFLINE forbids a download",
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
     def refuse(error: Exception) -> None:
@@ -387,13 +413,16 @@ def rows(path: Path, *content: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("content", "template"), [
-    ([{"prompt": f"{SECRET} {at}", "completion": SECRET} for at in range(3)], "plain"),
-    ([{"instruction": f"{SECRET} {at}", "output": SECRET} for at in range(3)], "alpaca"),
-    ([{"text": f"{SECRET} {at}", "label": at} for at in range(3)], "classification"),
-    ([{"text": f"{SECRET} {at}", "label_text": f"{SECRET} {at}"} for at in range(3)], "classification"),
-    ([{"premise": SECRET, "hypothesis": SECRET, "label": at} for at in range(3)], "snli"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "template"),
+    [
+        ([{"prompt": f"{SECRET} {at}", "completion": SECRET} for at in range(3)], "plain"),
+        ([{"instruction": f"{SECRET} {at}", "output": SECRET} for at in range(3)], "alpaca"),
+        ([{"text": f"{SECRET} {at}", "label": at} for at in range(3)], "classification"),
+        ([{"text": f"{SECRET} {at}", "label_text": f"{SECRET} {at}"} for at in range(3)], "classification"),
+        ([{"premise": SECRET, "hypothesis": SECRET, "label": at} for at in range(3)], "snli"),
+    ],
+)
 def test_data_that_fit(tmp_path: Path, content: list[dict[str, Any]], template: str) -> None:
     found = of("data", examine_client(None, None, None, rows(tmp_path / "d.jsonl", *content)))
     assert [finding.state for finding in found] == ["ok", "ok"]
@@ -465,17 +494,19 @@ def test_data_that_do_not_fit_are_never_quoted(tmp_path: Path) -> None:
     no_answer = [{"prompt": SECRET, "completion": ""}]
     cases = {
         rows(tmp_path / "unknown.jsonl", {"question": SECRET, "solution": SECRET}): "no template fits",
-        rows(tmp_path / "label.jsonl", *({"premise": SECRET, "hypothesis": "b", "label": word} for word in (
-            "neutral", SECRET
-        ))): "1 of 2 rows do not fit the template, the first is label.jsonl, row 2",
+        rows(
+            tmp_path / "label.jsonl",
+            *({"premise": SECRET, "hypothesis": "b", "label": word} for word in ("neutral", SECRET)),
+        ): "1 of 2 rows do not fit the template, the first is label.jsonl, row 2",
         rows(tmp_path / "one.jsonl", {"text": "a", "label": SECRET}): "fewer than two values",
         rows(tmp_path / "blank.jsonl", *no_answer): "no row has an answer",
         rows(tmp_path / "turns.jsonl", turns, wrong): "turns.jsonl, row 2: cannot be read",
         tmp_path / "torn.jsonl": "torn.jsonl, line 2: cannot be read",
         tmp_path / "ragged.csv": "ragged.csv, line 3: cannot be read",
-        tmp_path / "empty.jsonl": "is empty", tmp_path / "d.txt": "kind is not known",
+        tmp_path / "empty.jsonl": "is empty",
+        tmp_path / "d.txt": "kind is not known",
         tmp_path / "absent.jsonl": "there is no file",
-    }  # fmt: skip
+    }
     for path, text in cases.items():
         found = of("data", examine_client(None, None, None, path))
         assert found[-1].state == "problem", (path, found)

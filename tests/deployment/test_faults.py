@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import pytest
 
-from fedamole.deployment import client
-from fedamole.deployment.certificates import make_certificates
+from fedamole.deployment import client_processes as client
+from fedamole.deployment.security.certificates import make_certificates
 from fedamole.experiment import start
 from fedamole.federation.loop import Watcher
 from tests.deployment.faults import NAMES, Command, Site, killed, site, wait_until, working
@@ -95,8 +95,10 @@ def test_a_killed_server_goes_on_to_the_same_states_and_a_killed_worker_comes_ba
         assert there.trained("mood", ROUND, since=ended["time"])["round"] > line["round"]
         trains = there.metrics(split="train", round=line["round"])
         assert {one["client"]: one.get("failed") for one in trains} == {
-            "chat": None, "entail": None, "mood": "its worker stopped or is not there"
-        }  # fmt: skip
+            "chat": None,
+            "entail": None,
+            "mood": "its worker stopped or is not there",
+        }
 
         assert server.interrupt() == 130
         assert "--resume" in server.text
@@ -114,8 +116,12 @@ def test_a_killed_server_goes_on_to_the_same_states_and_a_killed_worker_comes_ba
 @pytest.fixture(scope="module")
 def secure(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Site]:
     with site(
-        tmp_path_factory.mktemp("secure"), tiny, "training.local_steps=20", "deployment.gathering=5",
-        "deployment.deadline=300", secure=True,
+        tmp_path_factory.mktemp("secure"),
+        tiny,
+        "training.local_steps=20",
+        "deployment.gathering=5",
+        "deployment.deadline=300",
+        secure=True,
     ) as there:
         assert there.certs is not None
         make_certificates(there.certs, ["localhost"], [*NAMES, "stranger"])
@@ -222,9 +228,11 @@ def test_a_killed_serverapp_is_submitted_again_and_loses_the_round_in_flight_at_
     started = living.event("started", ROUND, since=asked["time"])
     command_of(living, "server").says("the run's process has ended; it goes on from its last finished round", 5)
     done = [line["round"] for line in living.events("done") if line["time"] < started["time"]]
-    assert living.event("round", ROUND, since=started["time"])["round"] == max(done) + 1 in (
-        asked["round"], asked["round"] + 1
-    )  # fmt: skip
+    assert (
+        living.event("round", ROUND, since=started["time"])["round"]
+        == max(done) + 1
+        in (asked["round"], asked["round"] + 1)
+    )
     all_train(living, LOST)
 
 
@@ -246,8 +254,9 @@ def test_a_killed_gateway_is_started_again(living: Site) -> None:
     server.says("the gateway has ended; starting it again", ROUND)
     all_train(living, LOST)
     assert {line["failed"] for line in living.events("answered", since=struck) if "failed" in line} <= {
-        "its connection was lost", "no answer in time"
-    }  # fmt: skip
+        "its connection was lost",
+        "no answer in time",
+    }
 
 
 @pytest.mark.faults
@@ -326,8 +335,12 @@ def test_a_client_that_is_not_what_it_should_be_is_left_out_of_the_round(
     assert line["failed"] == reason
     if logged:
         prefix = f"client chat, round {round_}, update: "
-        wait_until(lambda: prefix in doubtful.log()[told:] and logged in doubtful.log()[told:], 5, "the log says why",
-                   lambda: doubtful.log()[told:])  # fmt: skip
+        wait_until(
+            lambda: prefix in doubtful.log()[told:] and logged in doubtful.log()[told:],
+            5,
+            "the log says why",
+            lambda: doubtful.log()[told:],
+        )
     doubtful.event("done", ROUND, since=now, round=round_)
     back = doubtful.trained("chat", ROUND, since=line["time"])["round"]
     doubtful.event("done", ROUND, round=back)

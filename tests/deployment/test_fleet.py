@@ -31,12 +31,12 @@ from flwr.proto.message_pb2 import (
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedamole.deployment import flower_fleet
-from fedamole.deployment.certificates import make_certificates
-from fedamole.deployment.flower_content import bytes_of, sealed
-from fedamole.deployment.flower_fleet import Fleet, FleetError, UnusableMessageError
-from fedamole.deployment.keys import load_private
+from fedamole.deployment.flower import fleet as flower_fleet
+from fedamole.deployment.flower.content import bytes_of, sealed
+from fedamole.deployment.flower.fleet import Fleet, FleetError, UnusableMessageError
 from fedamole.deployment.processes import environment
+from fedamole.deployment.security.certificates import make_certificates
+from fedamole.deployment.security.keys import load_private
 from tests.deployment.proxy import Proxy, listening
 
 NODE, SUPERLINK = 77, 1
@@ -217,8 +217,10 @@ def test_an_answer_without_end_is_cut(superlink: Superlink, fleet: Fleet, monkey
 def test_an_answer_is_never_unpacked(superlink: Superlink, fleet: Fleet) -> None:
     """A small compressed answer could become gigabytes."""
     superlink.answers["send-node-heartbeat"] = (
-        200, {"content-encoding": "gzip"}, gzip.compress(SendNodeHeartbeatResponse(success=True).SerializeToString())
-    )  # fmt: skip
+        200,
+        {"content-encoding": "gzip"},
+        gzip.compress(SendNodeHeartbeatResponse(success=True).SerializeToString()),
+    )
     with pytest.raises(httpx.DecodingError):
         fleet.heartbeat()
 
@@ -245,9 +247,7 @@ def test_a_redirect_is_not_followed(superlink: Superlink, fleet: Fleet) -> None:
         (404, b"not here", "refused", "status 404"),
     ],
 )
-def test_refusals(
-    status: int, content: bytes, kind: str, text: str, superlink: Superlink, fleet: Fleet
-) -> None:
+def test_refusals(status: int, content: bytes, kind: str, text: str, superlink: Superlink, fleet: Fleet) -> None:
     superlink.answers["send-node-heartbeat"] = (status, {}, content)
     with pytest.raises(FleetError, match=text) as error:
         fleet.heartbeat()
@@ -279,9 +279,7 @@ def test_a_former_node_is_ended_first(superlink: Superlink) -> None:
     made.close()
 
 
-def test_the_connection_goes_through_a_proxy_with_a_password(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_connection_goes_through_a_proxy_with_a_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server's name is one that only the proxy can resolve."""
     make_certificates(tmp_path, ["fl.example.org"], ["north"])
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

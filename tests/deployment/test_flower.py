@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedamole.deployment.certificates import make_certificates
+from fedamole.deployment.security.certificates import make_certificates
 from fedamole.experiment import start
 from fedamole.federation.loop import Watcher
 from tests.conftest import small

@@ -18,10 +18,10 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from fedamole.deployment.certificates import make_certificates
-from fedamole.deployment.client_keys import make_own_key
-from fedamole.deployment.gateway_guard import BODY_LIMITS
-from fedamole.deployment.keys import load_private
+from fedamole.deployment.gateway.guard import BODY_LIMITS
+from fedamole.deployment.security.certificates import make_certificates
+from fedamole.deployment.security.client_keys import make_own_key
+from fedamole.deployment.security.keys import load_private
 from tests.deployment.gate import (
     HALF,
     HOST,
@@ -67,17 +67,46 @@ def door(one_door: Door) -> Door:
 
 
 REFUSED = (
-    "/", "/docs", "/openapi.json", "/health", "/health/", "/health?a", "/v1/fleet/get-run", "/v1/fleet/get-fab",
-    "/v1/control/start-run", "/v1/control/list-nodes",
-    "/v1/runtime/acquire-task", "/v1/runtime/pull-object", "/v1/fleet", "/v1/fleet/", "/v1/fleet/pull-object/",
-    "/v1/fleet/../control/start-run", "/v1/fleet/..%2fcontrol/start-run", "/v1/fleet/%2e%2e/control/start-run",
-    "/v1/fleet/.%2E/control/start-run", "/v1/fleet/%252e%252e/control/start-run", "/v1%2ffleet/pull-object",
-    "/v1/fleet%2Fpull-object", "/v1/fleet/pull%2dobject", "//v1/fleet/pull-object", "/v1//fleet/pull-object",
-    "/v1/fleet//pull-object", "/v1/fleet/./pull-object", "/v1/fleet/pull-object?a=/v1/control",
-    "/v1/fleet/pull-object;a", "/v1/fleet/pull-object%00", "/v1/fleet/pull-object%0a", "/v1/fleet/pull-object#a",
-    "/V1/fleet/pull-object", "/v1/fleet/..\\control\\start-run", "v1/fleet/pull-object", "*",
-    f"https://{HOST}/v1/fleet/pull-object", "/v1/fleet/register-node", "/v1/fleet/unregister-node",
-)  # fmt: skip
+    "/",
+    "/docs",
+    "/openapi.json",
+    "/health",
+    "/health/",
+    "/health?a",
+    "/v1/fleet/get-run",
+    "/v1/fleet/get-fab",
+    "/v1/control/start-run",
+    "/v1/control/list-nodes",
+    "/v1/runtime/acquire-task",
+    "/v1/runtime/pull-object",
+    "/v1/fleet",
+    "/v1/fleet/",
+    "/v1/fleet/pull-object/",
+    "/v1/fleet/../control/start-run",
+    "/v1/fleet/..%2fcontrol/start-run",
+    "/v1/fleet/%2e%2e/control/start-run",
+    "/v1/fleet/.%2E/control/start-run",
+    "/v1/fleet/%252e%252e/control/start-run",
+    "/v1%2ffleet/pull-object",
+    "/v1/fleet%2Fpull-object",
+    "/v1/fleet/pull%2dobject",
+    "//v1/fleet/pull-object",
+    "/v1//fleet/pull-object",
+    "/v1/fleet//pull-object",
+    "/v1/fleet/./pull-object",
+    "/v1/fleet/pull-object?a=/v1/control",
+    "/v1/fleet/pull-object;a",
+    "/v1/fleet/pull-object%00",
+    "/v1/fleet/pull-object%0a",
+    "/v1/fleet/pull-object#a",
+    "/V1/fleet/pull-object",
+    "/v1/fleet/..\\control\\start-run",
+    "v1/fleet/pull-object",
+    "*",
+    f"https://{HOST}/v1/fleet/pull-object",
+    "/v1/fleet/register-node",
+    "/v1/fleet/unregister-node",
+)
 
 
 @pytest.mark.parametrize("path", REFUSED)
@@ -115,16 +144,32 @@ def test_every_call_passes_and_is_not_logged(door: Door) -> None:
 def test_flowers_headers_pass_unchanged_and_no_others(door: Door) -> None:
     signed = signature(door.key)
     assert door.call(
-        PUSH, b"abc", signed=signed, connection="close, x-private", x_private="1", te="trailers",
-        x_forwarded_for="9.9.9.9", x_forwarded_proto="http", forwarded="for=9.9.9.9", cookie="a=b",
-        accept="application/protobuf", content_type="application/protobuf", x_fedamole_gateway="guessed",
-        authorization="Basic Zz09", flwr_package_version="1.41.0",
-    ) == (200, b"abc")  # fmt: skip
+        PUSH,
+        b"abc",
+        signed=signed,
+        connection="close, x-private",
+        x_private="1",
+        te="trailers",
+        x_forwarded_for="9.9.9.9",
+        x_forwarded_proto="http",
+        forwarded="for=9.9.9.9",
+        cookie="a=b",
+        accept="application/protobuf",
+        content_type="application/protobuf",
+        x_fedamole_gateway="guessed",
+        authorization="Basic Zz09",
+        flwr_package_version="1.41.0",
+    ) == (200, b"abc")
     _, headers, _ = door.superlink.seen[0]
     assert headers == {
-        **signed, "flwr-package-version": "1.41.0", "accept": "application/protobuf", "x-forwarded-for": HOST,
-        "content-type": "application/protobuf", "content-length": "3", "host": f"{HOST}:{door.superlink.port}",
-    }  # fmt: skip
+        **signed,
+        "flwr-package-version": "1.41.0",
+        "accept": "application/protobuf",
+        "x-forwarded-for": HOST,
+        "content-type": "application/protobuf",
+        "content-length": "3",
+        "host": f"{HOST}:{door.superlink.port}",
+    }
 
 
 def test_an_error_of_flower_passes_with_its_text(door: Door) -> None:
@@ -176,8 +221,10 @@ def test_a_body_that_is_too_large_is_not_read(door: Door) -> None:
         call = door.begin(path, content_length=most + 1)
         answer = call.getresponse()
         assert (answer.status, answer.read(), answer.getheader("connection")) == (
-            413, b'{"error": "too-large"}', "close",
-        ), path  # fmt: skip
+            413,
+            b'{"error": "too-large"}',
+            "close",
+        ), path
     assert door.superlink.seen == []
     assert door.call(PUSH, bytes(LIMIT_MIB * 2**20))[0] == 200
     assert door.call(PULL, bytes(64 * 1024))[0] == 200
@@ -297,15 +344,24 @@ def test_sigterm_lets_a_call_end_and_exits_with_0(tls: Path, door: Door, tmp_pat
 
 
 def test_it_is_light() -> None:
-    code = "import fedamole.deployment.gateway, sys; print(' '.join(sys.modules))"
+    code = "import fedamole.deployment.gateway.process, sys; print(' '.join(sys.modules))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(told.stdout.split())
     assert not loaded & {"torch", "transformers", "peft", "datasets"}
     own = {name.removeprefix("fedamole.deployment.") for name in loaded if name.startswith("fedamole.")}
     assert own == {
-        "fedamole.deployment", "fedamole.errors", "fedamole.terminal", "gateway", "gateway_guard", "gateway_listener",
-        "gateway_places", "gateway_proxy", "flower_messages", "keys", "roster",
-    }  # fmt: skip
+        "fedamole.deployment",
+        "fedamole.errors",
+        "fedamole.terminal",
+        "gateway",
+        "gateway_guard",
+        "gateway_listener",
+        "gateway_places",
+        "gateway_proxy",
+        "flower_messages",
+        "keys",
+        "roster",
+    }
 
 
 SUPERLINKS = ("nowhere", "127.0.0.1", "a:b", "127.0.0.1:1/v1", "me@127.0.0.1:1", "h:99999")
@@ -316,22 +372,30 @@ SUPERLINKS = ("nowhere", "127.0.0.1", "a:b", "127.0.0.1:1/v1", "me@127.0.0.1:1",
     [
         *(("--superlink", superlink) for superlink in SUPERLINKS),
         *((option, "missing") for option in ("--nodes", "--certificate", "--key", "--ca", "--superlink-token")),
-        ("--key", "ca.key"), ("--superlink-token", "short"), ("--superlink-token", "open"),
-        ("--max-body-mib", "0"), ("--max-total-mib", "many"),
+        ("--key", "ca.key"),
+        ("--superlink-token", "short"),
+        ("--superlink-token", "open"),
+        ("--max-body-mib", "0"),
+        ("--max-total-mib", "many"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_argument_is_told(
     option: str, value: str, tls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fedamole.deployment.gateway import main
+    from fedamole.deployment.gateway.process import main
 
     for name, content, mode in (("short", "secret", 0o600), ("open", 32 * "secret", 0o644)):
         (tmp_path / name).write_text(content)
         (tmp_path / name).chmod(mode)
     words = {
-        "--host": HOST, "--port": "1", "--superlink": f"{HOST}:1", "--certificate": str(tls / "server.crt"),
-        "--key": str(tls / "server.key"), "--ca": str(tls / "ca.crt"), "--nodes": str(tls / "nodes"),
-    }  # fmt: skip
+        "--host": HOST,
+        "--port": "1",
+        "--superlink": f"{HOST}:1",
+        "--certificate": str(tls / "server.crt"),
+        "--key": str(tls / "server.key"),
+        "--ca": str(tls / "ca.crt"),
+        "--nodes": str(tls / "nodes"),
+    }
     words[option] = str((tls if value == "ca.key" else tmp_path) / value) if value in FILES else value
     with pytest.raises(SystemExit, match="2"):
         main([word for pair in words.items() for word in pair])

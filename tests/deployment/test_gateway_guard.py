@@ -23,10 +23,9 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from starlette.datastructures import Headers
 
-from fedamole.deployment import gateway_guard
-from fedamole.deployment.certificates import make_certificates
-from fedamole.deployment.flower_messages import MOST_OBJECTS, push_fault
-from fedamole.deployment.gateway_guard import (
+from fedamole.deployment.flower.messages import MOST_OBJECTS, push_fault
+from fedamole.deployment.gateway import guard as gateway_guard
+from fedamole.deployment.gateway.guard import (
     KEY_BYTES,
     LINES,
     LINES_S,
@@ -36,8 +35,9 @@ from fedamole.deployment.gateway_guard import (
     RefusedError,
     check_signature,
 )
-from fedamole.deployment.keys import new_key, public_line
-from fedamole.deployment.roster import Roster
+from fedamole.deployment.security.certificates import make_certificates
+from fedamole.deployment.security.keys import new_key, public_line
+from fedamole.deployment.security.roster import Roster
 from tests.deployment.gate import (
     HOST,
     LIMIT_MIB,
@@ -167,8 +167,10 @@ def test_strangers_get_a_word_and_the_superlink_hears_nothing(door: Door) -> Non
     ):
         answer = door.begin(PUSH, signed=signed, content_length=5_000_000).getresponse()
         assert (answer.status, answer.read(), answer.getheader("connection")) == (
-            401, b'{"error": "%s"}' % told.encode(), "close",
-        )  # fmt: skip
+            401,
+            b'{"error": "%s"}' % told.encode(),
+            "close",
+        )
     assert door.superlink.seen == []
     text = door.log.read_text()
     assert "no registered client has this key" in text

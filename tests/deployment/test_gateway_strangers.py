@@ -18,10 +18,9 @@ pytest.importorskip("flwr")
 
 from cryptography import x509
 
-from fedamole.deployment import gateway_listener
-from fedamole.deployment.certificates import make_certificates
-from fedamole.deployment.gateway_guard import MIB, RefusedError
-from fedamole.deployment.gateway_places import (
+from fedamole.deployment.gateway import listener as gateway_listener
+from fedamole.deployment.gateway.guard import MIB, RefusedError
+from fedamole.deployment.gateway.places import (
     LEAST_PER_KEY,
     MOST_PER_KEY,
     NEIGHBOURS,
@@ -32,7 +31,8 @@ from fedamole.deployment.gateway_places import (
     Places,
     network_of,
 )
-from fedamole.deployment.keys import new_key
+from fedamole.deployment.security.certificates import make_certificates
+from fedamole.deployment.security.keys import new_key
 from tests.deployment.gate import (
     HOST,
     PULL,
@@ -262,10 +262,13 @@ def test_registered_clients_together_have_a_bound() -> None:
 @pytest.mark.parametrize(
     ("address", "network"),
     [
-        ("1.2.3.4", "1.2.3.4"), ("::ffff:1.2.3.4", "1.2.3.4"), ("2001:db8:1:2ff:3:4:5:6", "2001:db8:1:200::/56"),
-        ("fe80::1%eth0", "fe80::/56"), ("somewhere", "somewhere"),
+        ("1.2.3.4", "1.2.3.4"),
+        ("::ffff:1.2.3.4", "1.2.3.4"),
+        ("2001:db8:1:2ff:3:4:5:6", "2001:db8:1:200::/56"),
+        ("fe80::1%eth0", "fe80::/56"),
+        ("somewhere", "somewhere"),
     ],
-)  # fmt: skip
+)
 def test_an_ipv6_network_counts_as_one_address(address: str, network: str) -> None:
     assert network_of(address) == network
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fedamole.cli import app
-from fedamole.deployment.certificates import make_certificates
+from fedamole.cli.main import app
 from fedamole.deployment.health import HEALTH_FILE, ClientHealth, client_health, read_health
+from fedamole.deployment.security.certificates import make_certificates
 from tests.deployment.proxy import Gateway, listening
 
 
@@ -47,16 +47,24 @@ def test_which_client_is_healthy(tmp_path: Path) -> None:
     assert (healthy, "set this clock right" in text) == (False, True)
 
 
-@pytest.mark.parametrize("content", [
-    "", "{", "[]", "1", '{"state": "connected"}', '{"state": "fine", "since": 1, "last_contact": 1, "last_order": 1}',
-    '{"state": "connected", "since": null, "last_contact": 1, "last_order": 1}',
-    '{"state": "connected", "since": true, "last_contact": 1, "last_order": 1}',
-    '{"state": "connected", "since": NaN, "last_contact": 1, "last_order": 1}',
-    '{"state": "connected", "since": 1, "last_contact": "now", "last_order": 1}',
-    '{"state": ["connected"], "since": 1, "last_contact": 1, "last_order": 1}',
-    '{"state": "connected", "since": 1, "last_contact": 1, "last_order": 1}' + " " * 5000 + "x",
-    "[" * 3000,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "1",
+        '{"state": "connected"}',
+        '{"state": "fine", "since": 1, "last_contact": 1, "last_order": 1}',
+        '{"state": "connected", "since": null, "last_contact": 1, "last_order": 1}',
+        '{"state": "connected", "since": true, "last_contact": 1, "last_order": 1}',
+        '{"state": "connected", "since": NaN, "last_contact": 1, "last_order": 1}',
+        '{"state": "connected", "since": 1, "last_contact": "now", "last_order": 1}',
+        '{"state": ["connected"], "since": 1, "last_contact": 1, "last_order": 1}',
+        '{"state": "connected", "since": 1, "last_contact": 1, "last_order": 1}' + " " * 5000 + "x",
+        "[" * 3000,
+    ],
+)
 def test_a_file_that_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / HEALTH_FILE).write_text(content)
     verdict = client_health(tmp_path, 180.0)
@@ -96,7 +104,7 @@ def test_the_command_is_quick(tmp_path: Path) -> None:
     """A health check runs twice a minute: it must not import torch."""
     ClientHealth("connected", time.time(), time.time()).write(tmp_path)
     code = (
-        "import sys; from fedamole.cli import app; sys.argv[1:] = ['health', sys.argv[1]]\n"
+        "import sys; from fedamole.cli.main import app; sys.argv[1:] = ['health', sys.argv[1]]\n"
         "try: app()\nexcept SystemExit: pass\n"
         "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'flwr'} & set(sys.modules)))"
     )

@@ -13,11 +13,11 @@ import torch
 
 from fedamole.config import load_config
 from fedamole.data.settings import SourceSettings
-from fedamole.deployment.agreement import own_tables, shared_tables
-from fedamole.deployment.host import Host
-from fedamole.deployment.policy import UNBOUNDED
-from fedamole.deployment.seat import ClientSettings
-from fedamole.engine.wire import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, unpacked
+from fedamole.deployment.client_handler import Host
+from fedamole.deployment.run_session import ClientSettings
+from fedamole.deployment.security.policy import UNBOUNDED
+from fedamole.deployment.shared_config import own_tables, shared_tables
+from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, unpacked
 from fedamole.errors import BaseModelError, ConfigError
 from fedamole.federation.loop import Watcher
 from fedamole.federation.method import ClientInfo, Server
@@ -123,8 +123,9 @@ def test_each_request_is_done_once_and_what_did_not_count_is_undone(method: str,
     ask(one, server.update(3, 0, plus=0.3))  # a server that went back: the same message, but round 1 does not count
     ask(other, server.update(4, 0, plus=0.3))
     assert [path.name for path in sorted(Path(one.settings.folder).glob("*/clients/entail/state/*"))] == [
-        "round-0000.safetensors", "round-0003.safetensors"
-    ]  # fmt: skip
+        "round-0000.safetensors",
+        "round-0003.safetensors",
+    ]
 
 
 def test_the_best_model_is_kept_when_it_is_told_and_not_what_came_after(served: Any, client: Any) -> None:
@@ -156,8 +157,13 @@ def test_a_client_keeps_its_own_record(served: Any, client: Any) -> None:
     metrics = (Path(host.settings.folder) / "fedit-entail/metrics.jsonl").read_text()
     lines = [json.loads(line) for line in metrics.splitlines()]
     assert [(line["round"], line["split"]) for line in lines] == [
-        (-1, "validation"), (0, "train"), (0, "validation"), (1, "validation"), (2, "validation"), (3, "train"),
-    ]  # fmt: skip
+        (-1, "validation"),
+        (0, "train"),
+        (0, "validation"),
+        (1, "validation"),
+        (2, "validation"),
+        (3, "train"),
+    ]
     assert (Path(host.settings.folder) / "fedit-entail/summary.json").exists()
 
 
@@ -196,10 +202,11 @@ BAD: dict[str, tuple[str, Callable[[ByHand], bytes]]] = {
     "no message": ("bad_request", lambda s: pack(s.update(0, -1, message={}))),
     "a message of another kind": ("bad_request", lambda s: pack(s.update(0, -1, message=boxed(pack(s.join()))))),
     "a message without tensors": (
-        "internal", lambda s: pack(s.update(0, -1, message=boxed(pack(replace(s.first, tensors={}))))),
+        "internal",
+        lambda s: pack(s.update(0, -1, message=boxed(pack(replace(s.first, tensors={}))))),
     ),
     "another base": ("base", lambda s: pack(s.join(identity={"weights": "a", "tokenizer": "b", "targets": "c"}))),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -234,9 +241,11 @@ def test_answers_hold_nothing_of_the_data_and_no_path(served: Any, client: Any, 
     server, host = served("fedit", "evaluation.before_aggregation=true"), client("private-place")
     message = server.update(0, -1).message
     requests = [
-        server.join(), server.update(0, -1), Request(RUN_ID, 0, EVALUATE, "fedit", last=0, message=message),
+        server.join(),
+        server.update(0, -1),
+        Request(RUN_ID, 0, EVALUATE, "fedit", last=0, message=message),
         Request(RUN_ID, 0, TEST, last=0, best={"fedit": 0}),
-    ]  # fmt: skip
+    ]
     for request in requests:
         answer = host.answer(pack(request))
         assert unpacked(Reply, answer).failed is None, request.operation
@@ -281,12 +290,18 @@ def changed(settings: dict[str, Any], table: str, **keys: Any) -> dict[str, Any]
 @pytest.mark.parametrize(
     ("table", "keys"),
     [
-        ("data", {"source": [{"name": "x", "path": "/etc/passwd"}]}), ("data", {"manifest": "/etc/passwd"}),
-        ("run", {"folder": "/tmp/x"}), ("run", {"device": "cuda"}), ("run", {"tensorboard": True}),
-        ("run", {"unknown": 1}), ("method", {"name": "os.system"}), ("training", {"local_steps": "many"}),
-        ("data", {"templates": {"x": 5}}), ("data", {"templates": [1]}),
+        ("data", {"source": [{"name": "x", "path": "/etc/passwd"}]}),
+        ("data", {"manifest": "/etc/passwd"}),
+        ("run", {"folder": "/tmp/x"}),
+        ("run", {"device": "cuda"}),
+        ("run", {"tensorboard": True}),
+        ("run", {"unknown": 1}),
+        ("method", {"name": "os.system"}),
+        ("training", {"local_steps": "many"}),
+        ("data", {"templates": {"x": 5}}),
+        ("data", {"templates": [1]}),
     ],
-)  # fmt: skip
+)
 def test_settings_that_are_the_clients_own_or_none_at_all(
     table: str, keys: dict[str, Any], served: Any, client: Any
 ) -> None:
@@ -299,10 +314,13 @@ def test_settings_that_are_the_clients_own_or_none_at_all(
 @pytest.mark.parametrize(
     "settings",
     [
-        {}, {"config": {}}, {"config": 5, "identity": {}}, {"config": [], "identity": []},
+        {},
+        {"config": {}},
+        {"config": 5, "identity": {}},
+        {"config": [], "identity": []},
         {"identity": {"weights": "w", "tokenizer": "t", "targets": "s", "more": 1}},
     ],
-)  # fmt: skip
+)
 def test_settings_in_another_form(settings: dict[str, Any], served: Any, client: Any) -> None:
     whole = {**served("fedit").settings, **settings} if "config" not in settings and settings else settings
     assert ask(client("one"), Request(RUN_ID, -1, JOIN, settings=whole)).failed == "config"

@@ -13,9 +13,9 @@ from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedamole.deployment import flower_inbox
-from fedamole.deployment.flower_content import answer
-from fedamole.deployment.flower_inbox import Inbox
+from fedamole.deployment.flower import inbox as flower_inbox
+from fedamole.deployment.flower.content import answer
+from fedamole.deployment.flower.inbox import Inbox
 
 
 class Superlink:
@@ -49,7 +49,8 @@ class Superlink:
     def PullObject(self, request: Any) -> PullObjectResponse:  # noqa: N802
         content = self.pieces.get(request.object_id, b"")
         return PullObjectResponse(
-            object_found=request.object_id in self.pieces, object_available=content is not None,
+            object_found=request.object_id in self.pieces,
+            object_available=content is not None,
             object_content=content or b"",
         )
 
@@ -125,9 +126,14 @@ def test_damaged_answers_are_their_senders_alone(superlink: Superlink, monkeypat
     superlink.put("good", answer(b"good"))
     tickets = ["changed", "taken back", "worker", "foreign", "error", "raises", "good"]
     assert received(inbox, tickets, len(tickets)) == {
-        "changed": "bad_reply", "taken back": "lost", "worker": "worker", "foreign": "worker", "error": "lost",
-        "raises": "internal", "good": b"good",
-    }  # fmt: skip
+        "changed": "bad_reply",
+        "taken back": "lost",
+        "worker": "worker",
+        "foreign": "worker",
+        "error": "lost",
+        "raises": "internal",
+        "good": b"good",
+    }
     monkeypatch.setattr(flower_inbox, "LARGEST_MESSAGE", 50)
     superlink.put("large", answer(b"l" * 100))
     assert received(inbox, ["large"], 1) == {"large": "bad_reply"}

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedamole.deployment.keys import new_key
-from fedamole.deployment.orders import MAGIC, Order, OrderError, SignedLink, Taken, opened, signed
+from fedamole.deployment.security.keys import new_key
+from fedamole.deployment.security.orders import MAGIC, Order, OrderError, SignedLink, Taken, opened, signed
 
 KEY, OTHER = new_key(), new_key()
 ORDER = signed(KEY, "north", 7, b"request")

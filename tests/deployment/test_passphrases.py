@@ -10,12 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from fedamole.deployment.certificates import make_certificates
-from fedamole.deployment.client_keys import admit, make_own_key
 from fedamole.deployment.doctor import examine_client
-from fedamole.deployment.inspection import check_server, inspect_client
-from fedamole.deployment.keys import PASSPHRASE, is_locked, load_private, load_public, public_half, read_passphrase
-from fedamole.deployment.signing_requests import request_server
+from fedamole.deployment.security.certificates import make_certificates
+from fedamole.deployment.security.client_keys import admit, make_own_key
+from fedamole.deployment.security.inspection import check_server, inspect_client
+from fedamole.deployment.security.keys import (
+    PASSPHRASE,
+    is_locked,
+    load_private,
+    load_public,
+    public_half,
+    read_passphrase,
+)
+from fedamole.deployment.security.signing_requests import request_server
 from fedamole.errors import ConfigError
 
 WORD = b"six words that nobody would guess"
@@ -137,9 +144,16 @@ def test_where_a_passphrase_is_read_from(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_prompt_asks_twice_and_shows_nothing(tmp_path: Path) -> None:
     """With a terminal of its own, as the prompt reads from there."""
     ours, theirs = pty.openpty()
-    words = [sys.executable, "-m", "fedamole.cli", "certs", "--own", "clinic", "--passphrase"]
-    process = subprocess.Popen(words, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-                               preexec_fn=_controlling_terminal)  # fmt: skip
+    words = [sys.executable, "-m", "fedamole", "certs", "--own", "clinic", "--passphrase"]
+    process = subprocess.Popen(
+        words,
+        cwd=tmp_path,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=_controlling_terminal,
+    )
     os.close(theirs)
     shown = b""
     for prompt in (b"Passphrase: ", b"Repeat for confirmation: "):

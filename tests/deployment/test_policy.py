@@ -14,14 +14,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fedamole.cli import app
+from fedamole.cli.main import app
 from fedamole.config import load_config, plain
 from fedamole.data.settings import SourceSettings
-from fedamole.deployment.agreement import agreed_hash, check_agree, shared_tables
-from fedamole.deployment.host import Host
-from fedamole.deployment.policy import UNBOUNDED, PolicySettings, asked_of_rows, default_text, read_policy
-from fedamole.deployment.seat import ClientSettings
-from fedamole.engine.wire import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, unpacked
+from fedamole.deployment.client_handler import Host
+from fedamole.deployment.run_session import ClientSettings
+from fedamole.deployment.security.policy import UNBOUNDED, PolicySettings, asked_of_rows, default_text, read_policy
+from fedamole.deployment.shared_config import agreed_hash, check_agree, shared_tables
+from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, unpacked
 from fedamole.errors import ConfigError
 from fedamole.federation.loop import MAJORITY, Watcher
 from fedamole.federation.method import ClientInfo, Server
@@ -92,13 +92,21 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows enough for 20 in each split, with a column that no template of the package reads."""
     path = tmp_path_factory.mktemp("rows") / "north.jsonl"
     labels, things = ("glad", "sad"), ("a red cup", "a blue hat", "two pens", "an old map")
-    path.write_text("".join(
-        json.dumps({
-            "text": f"Letter {n}: {things[n % 4]} for day {n * 37 % 101}", "label": labels[n % 3 > 0],
-            "patient": f"patient {n}", "premise": f"On day {n} Ann buys {things[n % 4]}.", "hypothesis": f"{n} it is.",
-        }) + "\n"
-        for n in range(ROWS)
-    ))  # fmt: skip
+    path.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "text": f"Letter {n}: {things[n % 4]} for day {n * 37 % 101}",
+                    "label": labels[n % 3 > 0],
+                    "patient": f"patient {n}",
+                    "premise": f"On day {n} Ann buys {things[n % 4]}.",
+                    "hypothesis": f"{n} it is.",
+                }
+            )
+            + "\n"
+            for n in range(ROWS)
+        )
+    )
     return path
 
 
@@ -195,9 +203,14 @@ def test_an_honest_run_passes_the_default_policy_and_is_shown(asks: Any, client:
     assert ask(host, server.update(0, -1)).failed is None
 
 
-@pytest.mark.parametrize(("method", "budget", "steps"), [
-    ("ditto", "steps", 1200), ("ditto", "paper", 2400), ("fedit", "paper", 1200),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "budget", "steps"),
+    [
+        ("ditto", "steps", 1200),
+        ("ditto", "paper", 2400),
+        ("fedit", "paper", 1200),
+    ],
+)
 def test_the_steps_that_a_policy_bounds_are_those_of_the_budget(
     method: str, budget: str, steps: int, tiny: Path
 ) -> None:
@@ -223,7 +236,10 @@ ASKED: dict[str, tuple[str, Callable[[dict[str, Any]], None], str, str]] = {
     "a step that destroys all": ("fedit", put("training", "learning_rate", value=1e28), "policy", "max_learning_rate"),
     "gradients clipped to nothing": ("fedit", put("training", "clip_norm", value=1e-10), "policy", "min_clip_norm"),
     "a decay that leaves the last step alone": (
-        "fedalt", put("method", "weight_decay", value=100.0), "config", "method.weight_decay = 100.0"
+        "fedalt",
+        put("method", "weight_decay", value=100.0),
+        "config",
+        "method.weight_decay = 100.0",
     ),
     "a scaling beyond all measure": ("fedit", put("method", "alpha", value=1e30), "policy", "max_scaling"),
     "accuracy in every round": ("fedit", put("evaluation", "select", value="score"), "policy", "share_majority"),
@@ -245,7 +261,7 @@ ASKED: dict[str, tuple[str, Callable[[dict[str, Any]], None], str, str]] = {
     "a table of its own": ("fedit", put("deployment", value={"clients": []}), "config", "not in the expected form"),
     "an unknown key": ("fedit", put("training", "\x1b]0;P\x07\x1b[2Jx", value=1), "config", r"\x1b]0;P\x07\x1b[2Jx"),
     "an unknown method": ("fedit", put("method", "name", value="\x1b[31mevil"), "config", r"\x1b[31mevil"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", ASKED)
@@ -327,17 +343,40 @@ def test_a_dropped_column_is_none_that_a_template_may_read(asks: Any, client: An
 def test_every_key_of_the_policy_forbids_something(asks: Any, client: Any) -> None:
     """The honest run of the first test, and a key of the policy just below or above what it asks."""
     limits: dict[str, Any] = {
-        "methods": ("fedamole",), "max_rank": 1, "min_scaling": 2.1, "min_steps": 6, "max_steps": 4,
-        "min_examples_per_update": 21, "max_examples_per_update": 19, "min_rows": 22, "max_rounds": 2,
-        "max_length": 95, "max_new_tokens": 1, "templates": ("alpaca",), "max_disk_mib": 1, "max_scaling": 1.9,
-        "max_learning_rate": 0.009, "max_batch_tokens": 383,
-    }  # fmt: skip
+        "methods": ("fedamole",),
+        "max_rank": 1,
+        "min_scaling": 2.1,
+        "min_steps": 6,
+        "max_steps": 4,
+        "min_examples_per_update": 21,
+        "max_examples_per_update": 19,
+        "min_rows": 22,
+        "max_rounds": 2,
+        "max_length": 95,
+        "max_new_tokens": 1,
+        "templates": ("alpaca",),
+        "max_disk_mib": 1,
+        "max_scaling": 1.9,
+        "max_learning_rate": 0.009,
+        "max_batch_tokens": 383,
+    }
     fitting: dict[str, Any] = {
-        "methods": ("fedit",), "max_rank": 2, "min_scaling": 2.0, "min_steps": 5, "max_steps": 5,
-        "min_examples_per_update": 20, "max_examples_per_update": 20, "min_rows": 21, "max_rounds": 3,
-        "max_length": 96, "max_new_tokens": 2, "templates": ("classification",), "max_scaling": 2.0,
-        "max_learning_rate": 0.01, "max_batch_tokens": 384,
-    }  # fmt: skip
+        "methods": ("fedit",),
+        "max_rank": 2,
+        "min_scaling": 2.0,
+        "min_steps": 5,
+        "max_steps": 5,
+        "min_examples_per_update": 20,
+        "max_examples_per_update": 20,
+        "min_rows": 21,
+        "max_rounds": 3,
+        "max_length": 96,
+        "max_new_tokens": 2,
+        "templates": ("classification",),
+        "max_scaling": 2.0,
+        "max_learning_rate": 0.01,
+        "max_batch_tokens": 384,
+    }
     others = {"columns", "hub_base", "share_labels", "share_majority", "min_clip_norm"}  # in tests of their own
     assert set(limits) | others == set(FIELDS)
     low: dict[str, Any] = {"min_steps": 0, "min_examples_per_update": 0}
@@ -467,13 +506,24 @@ def read_words(host: Host, tiny: Path, **settings: Any) -> tuple[str | None, lis
     """The attack: LoRAs with A = 0 and random B, trained so little that what comes back is a sum of outer products of
     the words read. Returns why the client refused, or the token ids whose embedding lies in the row space of A.
     """
-    config = load_config(tiny / "config.toml", [
-        "method.name=fedit", "method.rank=64", f"method.alpha={settings['alpha']}", "method.dropout=0.0",
-        f"training.local_steps={settings['steps']}", f"training.batch_size={settings['batch']}",
-        f"training.learning_rate={settings['rate']}", "base.model=bundled", "training.lr_decay=1.0",
-        "data.validation_share=0.16", "data.test_share=0.16",
-        "deployment.clients=['north']", "deployment.min_clients=1",
-    ])  # fmt: skip
+    config = load_config(
+        tiny / "config.toml",
+        [
+            "method.name=fedit",
+            "method.rank=64",
+            f"method.alpha={settings['alpha']}",
+            "method.dropout=0.0",
+            f"training.local_steps={settings['steps']}",
+            f"training.batch_size={settings['batch']}",
+            f"training.learning_rate={settings['rate']}",
+            "base.model=bundled",
+            "training.lr_decay=1.0",
+            "data.validation_share=0.16",
+            "data.test_share=0.16",
+            "deployment.clients=['north']",
+            "deployment.min_clients=1",
+        ],
+    )
     base = load_base(config.base, torch.device("cpu"), Path.cwd())
     tables = shared_tables(config, base.identity)
     tables["config"]["data"]["templates"] = {"triage": {"prompt": "{text}", "answer": "{label}"}}

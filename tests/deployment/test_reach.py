@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fedamole.cli import app
-from fedamole.deployment import reach as reach_module
-from fedamole.deployment.certificates import make_certificates
-from fedamole.deployment.reach import on_this_machine, reach
+from fedamole.cli.main import app
+from fedamole.deployment import connection_check as reach_module
+from fedamole.deployment.connection_check import on_this_machine, reach
+from fedamole.deployment.security.certificates import make_certificates
 from tests.deployment.proxy import Gateway, Proxy, listening
 
 PASSWORD = "p@ss/word"
@@ -84,8 +84,12 @@ def test_loopback_never_goes_to_a_proxy(certs: Path, gateway: Gateway, monkeypat
     for host in ("localhost", "127.0.0.1"):
         assert found(certs, f"{host}:{gateway.port}")[1] == []
     assert [on_this_machine(host) for host in ("::1", "127.9.9.9", "LOCALHOST", "10.0.0.1", HOST)] == [
-        True, True, True, False, False,
-    ]  # fmt: skip
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_proxy_that_cannot_be_reached(certs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,12 +101,15 @@ def test_a_proxy_that_cannot_be_reached(certs: Path, monkeypatch: pytest.MonkeyP
     assert f"add {HOST} to NO_PROXY" in remedies[0]
 
 
-@pytest.mark.parametrize(("status", "text"), [
-    (403, "refuses a connection to fed.example.org:9092 (403)"),
-    (405, "refuses a connection to fed.example.org:9092 (405)"),
-    (502, "cannot reach fed.example.org:9092 (502)"),
-    (504, "cannot reach fed.example.org:9092 (504)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (403, "refuses a connection to fed.example.org:9092 (403)"),
+        (405, "refuses a connection to fed.example.org:9092 (405)"),
+        (502, "cannot reach fed.example.org:9092 (502)"),
+        (504, "cannot reach fed.example.org:9092 (504)"),
+    ],
+)
 def test_a_proxy_that_refuses(certs: Path, monkeypatch: pytest.MonkeyPatch, status: int, text: str) -> None:
     proxy = Proxy(0, status=status)
     with listening(proxy):
@@ -121,11 +128,14 @@ def test_a_proxy_that_opens_tls(certs: Path, tmp_path: Path, monkeypatch: pytest
         assert "pass this server through unopened" in remedies[0]
 
 
-@pytest.mark.parametrize(("answer", "text"), [
-    (b"SSH-2.0-OpenSSH_9.2\r\n", "does not answer as an HTTP proxy"),
-    (b"", "does not answer as an HTTP proxy"),
-    (b"HTTP/1.1 200 OK\r\n\r\nrubbish that is no TLS", "TLS fails"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "does not answer as an HTTP proxy"),
+        (b"", "does not answer as an HTTP proxy"),
+        (b"HTTP/1.1 200 OK\r\n\r\nrubbish that is no TLS", "TLS fails"),
+    ],
+)
 def test_a_port_that_is_no_proxy(certs: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes, text: str) -> None:
     proxy = Proxy(0, answer=answer)
     with listening(proxy):

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from fedamole.engine import remote
-from fedamole.engine.wire import EVALUATE, FAILURES, JOIN, TEST, UPDATE, Reply, Request
+from fedamole.engine.messages import EVALUATE, FAILURES, JOIN, TEST, UPDATE, Reply, Request
 from fedamole.experiment import loop_of
 from fedamole.federation import worker
 from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.federation.method import ClientInfo
 from fedamole.federation.record import pack, unpack
-from fedamole.federation.run_folder import RunFolder, write_atomic
+from fedamole.runs.run_folder import RunFolder, write_atomic
 from tests.conftest import small
 from tests.deployment.direct import Calendar, Killed, Town, in_one_process, town
 from tests.deployment.liar import Liar
@@ -70,10 +70,15 @@ def settle(tiny: Path, tmp_path: Path, monkeypatch: Any) -> Any:
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("fedamole", []), ("fedit", ["evaluation.before_aggregation=true"]), ("fedlease", []), ("ifca_lora", []),
-        ("flora", []), ("feddpa", []), ("fedamole", ["evaluation.select=score"]),
+        ("fedamole", []),
+        ("fedit", ["evaluation.before_aggregation=true"]),
+        ("fedlease", []),
+        ("ifca_lora", []),
+        ("flora", []),
+        ("feddpa", []),
+        ("fedamole", ["evaluation.select=score"]),
     ],
-)  # fmt: skip
+)
 def test_equals_the_run_in_one_process(method: str, options: list[str], settle: Any, runs: Any) -> None:
     there = settle(method, *options, *QUICK)
     there.run()
@@ -89,6 +94,7 @@ def test_equals_it_also_where_replies_are_clipped_and_the_best_round_is_one_for_
 
 def test_without_a_word_in_the_config_best_rounds_are_each_clients_own(settle: Any) -> None:
     """mood says in round 0 that its loss is 0: its own model is then that of round 0, and all else is as without it."""
+
     def models(there: Town) -> dict[str, dict[str, bytes]]:
         return {name: left(there.client_folder(name)) for name in NAMES if name != "mood"}
 
@@ -229,9 +235,7 @@ def test_whoever_lost_its_folder_joins_again(settle: Any, caplog: Any) -> None:
     assert set(summary["rows"]["fedit"]["clients"]) == set(NAMES)
 
 
-@pytest.mark.parametrize(
-    ("method", "options"), [("fedit", ["evaluation.before_aggregation=true"]), ("fdlora", [])]
-)
+@pytest.mark.parametrize(("method", "options"), [("fedit", ["evaluation.before_aggregation=true"]), ("fdlora", [])])
 def test_late_joins_and_absences(method: str, options: list[str], settle: Any, tmp_path: Path) -> None:
     """An absent client keeps its model of the best round as the server saw it: what it had. Latecomers count then."""
     away = {0: ("mood", "plain"), 1: ("chat", "mood"), 2: ("chat",)}
@@ -251,10 +255,11 @@ def test_late_joins_and_absences(method: str, options: list[str], settle: Any, t
     [
         ("fedamole", [], ("client_done", 6), False),
         ("fedit", ["evaluation.before_aggregation=true"], ("round_done", 2), True),
-        ("fedlease", [], ("stage", 3), False), ("fdlora", [], ("client_done", 9), True),
+        ("fedlease", [], ("stage", 3), False),
+        ("fdlora", [], ("client_done", 9), True),
         ("fedit", ["federation.clip_factor=1"], ("client_done", 6), False),
     ],
-)  # fmt: skip
+)
 def test_a_server_that_was_killed_goes_on(
     method: str, options: list[str], point: tuple[str, int], damaged: bool, settle: Any, runs: Any
 ) -> None:

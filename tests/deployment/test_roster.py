@@ -14,8 +14,8 @@ pytest.importorskip("flwr")
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from fedamole.deployment.keys import new_key, public_line
-from fedamole.deployment.roster import CHECK_S, Roster
+from fedamole.deployment.security.keys import new_key, public_line
+from fedamole.deployment.security.roster import CHECK_S, Roster
 
 Add = Callable[..., bytes]
 

@@ -14,11 +14,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedamole.deployment.certificates import make_certificates
-from fedamole.deployment.hosts import names_of
-from fedamole.deployment.inspection import check_server
-from fedamole.deployment.keys import load_certificates, load_request, public_half
-from fedamole.deployment.signing_requests import install_server, request_server
+from fedamole.deployment.security.certificate_names import names_of
+from fedamole.deployment.security.certificates import make_certificates
+from fedamole.deployment.security.inspection import check_server
+from fedamole.deployment.security.keys import load_certificates, load_request, public_half
+from fedamole.deployment.security.signing_requests import install_server, request_server
 from fedamole.errors import ConfigError
 
 HOST = "fl.example.org"
@@ -34,13 +34,24 @@ class Authority:
 
     def __post_init__(self) -> None:
         signer = self.above or self
-        self.certificate = self._begun(self.name, self.key.public_key(), -10, 400, ca=True).add_extension(
-            x509.KeyUsage(
-                digital_signature=False, key_cert_sign=True, crl_sign=True, content_commitment=False,
-                key_encipherment=False, data_encipherment=False, key_agreement=False, encipher_only=False,
-                decipher_only=False,
-            ), critical=True,
-        ).sign(signer.key, hashes.SHA256())  # fmt: skip
+        self.certificate = (
+            self._begun(self.name, self.key.public_key(), -10, 400, ca=True)
+            .add_extension(
+                x509.KeyUsage(
+                    digital_signature=False,
+                    key_cert_sign=True,
+                    crl_sign=True,
+                    content_commitment=False,
+                    key_encipherment=False,
+                    data_encipherment=False,
+                    key_agreement=False,
+                    encipher_only=False,
+                    decipher_only=False,
+                ),
+                critical=True,
+            )
+            .sign(signer.key, hashes.SHA256())
+        )
 
     @property
     def pem(self) -> bytes:
@@ -54,20 +65,26 @@ class Authority:
         return (
             x509.CertificateBuilder(
                 x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, signer.name)]),
-                x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), key, x509.random_serial_number(),
+                x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]),
+                key,
+                x509.random_serial_number(),
             )
-            .not_valid_before(now + timedelta(days=begin)).not_valid_after(now + timedelta(days=end))
+            .not_valid_before(now + timedelta(days=begin))
+            .not_valid_after(now + timedelta(days=end))
             .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.key.public_key()), critical=False
-            )
-        )  # fmt: skip
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.key.public_key()), critical=False)
+        )
 
     def sign(
-        self, csr: Path, begin: int = -1, end: int = 90, ca: bool = False, server: bool = True,
+        self,
+        csr: Path,
+        begin: int = -1,
+        end: int = 90,
+        ca: bool = False,
+        server: bool = True,
         names: list[str] | None = None,
-    ) -> bytes:  # fmt: skip
+    ) -> bytes:
         request = load_request(csr)
         key = request.public_key()
         assert isinstance(key, ec.EllipticCurvePublicKey)
@@ -170,8 +187,9 @@ def test_intermediates_may_be_in_either_file(folder: Path, install: Callable[...
     assert check_server(folder, HOST) == ([], [])
     assert load_certificates(folder / "ca.crt") == [root.certificate]
     assert [one.subject.rfc4514_string() for one in load_certificates(folder / "server.crt")] == [
-        f"CN={HOST}", "CN=Middle",
-    ]  # fmt: skip
+        f"CN={HOST}",
+        "CN=Middle",
+    ]
 
 
 def test_what_is_wrong_is_named_and_nothing_is_changed(
@@ -214,10 +232,11 @@ def test_a_ca_that_may_not_sign_is_found_by_the_handshake(folder: Path, install:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Server")])
     server.certificate = (
         x509.CertificateBuilder(root.certificate.subject, name, server.key.public_key(), 5)
-        .not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=9))
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=9))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .sign(root.key, hashes.SHA256())
-    )  # fmt: skip
+    )
     before = contents(folder)
     with pytest.raises(ConfigError, match=r"TLS clients would refuse this certificate: invalid CA"):
         install(server.sign(folder / "server.csr"), server.pem + root.pem)
@@ -257,11 +276,40 @@ def test_two_roots_while_one_follows_another(folder: Path, install: Callable[...
 def test_openssl_signs_a_request(folder: Path, tmp_path: Path) -> None:
     """As docs/certificates.md shows it."""
     words = [
-        ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "o.key", "-out", "org-ca.crt", "-subj", "/CN=Org",
-         "-days", "29", "-addext", "keyUsage=critical,keyCertSign,cRLSign"],
-        ["x509", "-req", "-in", "certs/server.csr", "-CA", "org-ca.crt", "-CAkey", "o.key", "-copy_extensions", "copy",
-         "-days", "20", "-out", "signed.crt"],
-    ]  # fmt: skip
+        [
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-keyout",
+            "o.key",
+            "-out",
+            "org-ca.crt",
+            "-subj",
+            "/CN=Org",
+            "-days",
+            "29",
+            "-addext",
+            "keyUsage=critical,keyCertSign,cRLSign",
+        ],
+        [
+            "x509",
+            "-req",
+            "-in",
+            "certs/server.csr",
+            "-CA",
+            "org-ca.crt",
+            "-CAkey",
+            "o.key",
+            "-copy_extensions",
+            "copy",
+            "-days",
+            "20",
+            "-out",
+            "signed.crt",
+        ],
+    ]
     for one in words:
         done = subprocess.run(["openssl", *one], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -19,8 +19,10 @@ FEDAMOLE = Path(sys.executable).parent / "fedamole"
 
 
 def test_equals_the_run_in_one_process(tiny: Path, tmp_path: Path) -> None:
-    text = (tiny / "config.toml").read_text().replace(
-        'path = "entail.jsonl"', 'path = "entail.jsonl"\npartition = { kind = "iid", clients = 2 }'
+    text = (
+        (tiny / "config.toml")
+        .read_text()
+        .replace('path = "entail.jsonl"', 'path = "entail.jsonl"\npartition = { kind = "iid", clients = 2 }')
     )
     (tiny / "split.toml").write_text(text)
     words = [*small("fedamole"), "federation.rounds=3", "training.local_steps=1", "run.group=1"]

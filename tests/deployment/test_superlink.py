@@ -11,9 +11,9 @@ import pytest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor.types import ExecutionSpec
 
-from fedamole.deployment.flower_commands import KNOWN, SERVERAPP, allow_only
-from fedamole.deployment.flower_executor import arguments
-from fedamole.deployment.flower_superlink import TokenCheck
+from fedamole.deployment.flower.commands import KNOWN, SERVERAPP, allow_only
+from fedamole.deployment.flower.executor import arguments
+from fedamole.deployment.flower.superlink import TokenCheck
 
 
 async def reached(scope: Any, receive: Any, send: Any) -> None:
@@ -89,13 +89,9 @@ def test_one_command_is_real_and_all_others_refuse_loudly(tmp_path: Path) -> Non
     folder = allow_only(SERVERAPP, tmp_path / "commands")
     assert {path.name for path in folder.iterdir()} == KNOWN
     path = f"{folder}{os.pathsep}{os.defpath}"
-    real = subprocess.run(
-        [SERVERAPP, "--help"], env={"PATH": path}, capture_output=True, text=True, check=False
-    )
+    real = subprocess.run([SERVERAPP, "--help"], env={"PATH": path}, capture_output=True, text=True, check=False)
     assert "Run a Flower ServerApp" in real.stdout
     for name in sorted(KNOWN - {SERVERAPP}):
-        found = subprocess.run(
-            [name, "--token", "x"], env={"PATH": path}, capture_output=True, text=True, check=False
-        )
+        found = subprocess.run([name, "--token", "x"], env={"PATH": path}, capture_output=True, text=True, check=False)
         assert found.returncode == 1
         assert f"refused: {name} is a command of Flower's that no run of fedamole uses" in found.stderr

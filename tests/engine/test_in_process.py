@@ -19,7 +19,6 @@ from fedamole.federation.loop import Watcher
 from fedamole.federation.method import Client, Fit, Server, Trained
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing, pack, unpack
-from fedamole.federation.run_folder import RunFolder
 from fedamole.federation.worker import Private, Worker
 from fedamole.methods.fedamole import FedAmole, TrainedExperts
 from fedamole.methods.fedit import FedIT, GlobalLora
@@ -27,6 +26,7 @@ from fedamole.methods.local_only import LocalOnly, OwnLora
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.params import Adapter, new_shared
+from fedamole.runs.run_folder import RunFolder
 
 
 def assert_same(found: Any, wanted: Any) -> None:

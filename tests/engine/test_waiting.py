@@ -10,7 +10,7 @@ import pytest
 from tests.deployment.stub import NAMES, SHAPES, Answers, Stub, engine, honest, run
 
 from fedamole.engine import remote
-from fedamole.engine.wire import EVALUATE, FAILURES, JOIN, TEST, UPDATE, Request, failure
+from fedamole.engine.messages import EVALUATE, FAILURES, JOIN, TEST, UPDATE, Request, failure
 from fedamole.errors import RunError
 from fedamole.federation.loop import Watcher
 from fedamole.federation.method import Server
@@ -141,7 +141,8 @@ def test_a_failure_that_never_passes_ends_the_run_after_patience(code: str) -> N
 def test_failures_that_cannot_pass_end_the_run_only_below_min_clients(code: str) -> None:
     def answers(failing: Collection[str]) -> Answers:
         return lambda name, request: (
-            pack(failure(request, name, code)) if request.operation == UPDATE and name in failing
+            pack(failure(request, name, code))
+            if request.operation == UPDATE and name in failing
             else pack(honest(name, request))
         )
 

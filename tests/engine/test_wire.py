@@ -15,8 +15,8 @@ from safetensors.torch import save
 from tests.deployment.stub import EXAMPLES, IDENTITY, NAMES, SHAPES, Answers, Stub, honest, run
 
 from fedamole.engine import remote
-from fedamole.engine.rehearsal import check_reply, rehearse
-from fedamole.engine.wire import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, failure, read_reply, read_request
+from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, failure, read_reply, read_request
+from fedamole.engine.reply_template import check_reply, rehearse
 from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.federation.method import ClientInfo, Server
 from fedamole.federation.record import PayloadError, boxed, pack, unboxed, unpack
@@ -121,17 +121,34 @@ FORMS: dict[str, Lie] = {
 """Lies that can be told in every answer."""
 
 SCORES: dict[str, Any] = {
-    "text": {"loss": SECRET}, "bool": {"loss": True}, "NaN": {"loss": float("nan")}, "list": {"loss": [1.0]},
-    "infinity": {"loss": float("inf")}, "400 digits": {"loss": 10**400}, "1e200": {"loss": 1e200},
-    "a loss below 0": {"loss": -1e-9}, "a loss of -1e15": {"loss": -1e15}, "a loss above 1e4": {"loss": 10001.0},
-    "a score above 100": {"loss": 1.0, "score": 100.1}, "a score below 0": {"loss": 1.0, "accuracy": -0.1},
-    "half an example": {"loss": 1.0, "probed": 0.5}, "examples below 0": {"loss": 1.0, "probed": -1},
-    "half a token": {"loss": 1.0, "forward_tokens": 0.5}, "too many tokens": {"loss": 1.0, "forward_tokens": 10**13},
+    "text": {"loss": SECRET},
+    "bool": {"loss": True},
+    "NaN": {"loss": float("nan")},
+    "list": {"loss": [1.0]},
+    "infinity": {"loss": float("inf")},
+    "400 digits": {"loss": 10**400},
+    "1e200": {"loss": 1e200},
+    "a loss below 0": {"loss": -1e-9},
+    "a loss of -1e15": {"loss": -1e15},
+    "a loss above 1e4": {"loss": 10001.0},
+    "a score above 100": {"loss": 1.0, "score": 100.1},
+    "a score below 0": {"loss": 1.0, "accuracy": -0.1},
+    "half an example": {"loss": 1.0, "probed": 0.5},
+    "examples below 0": {"loss": 1.0, "probed": -1},
+    "half a token": {"loss": 1.0, "forward_tokens": 0.5},
+    "too many tokens": {"loss": 1.0, "forward_tokens": 10**13},
     "training while it scores": {"loss": 1.0, "backward_tokens": 1},
-    "none": {"loss": None}, "empty": {}, "no loss": {"probed": 3}, "a list": [1.0], "a number": 1.0,
-    "round": {"loss": 1.0, "round": 7}, "method": {"loss": 1.0, "method": 7}, "self": {"loss": 1.0, "self": 1},
-    "a secret": {"loss": 1.0, SECRET: 1}, "more": {"loss": 1.0, "bytes_down": 1, "which": 2, "split": 3, "client": 4},
-}  # fmt: skip
+    "none": {"loss": None},
+    "empty": {},
+    "no loss": {"probed": 3},
+    "a list": [1.0],
+    "a number": 1.0,
+    "round": {"loss": 1.0, "round": 7},
+    "method": {"loss": 1.0, "method": 7},
+    "self": {"loss": 1.0, "self": 1},
+    "a secret": {"loss": 1.0, SECRET: 1},
+    "more": {"loss": 1.0, "bytes_down": 1, "which": 2, "split": 3, "client": 4},
+}
 """What is no scores of a model."""
 
 UPDATES: dict[str, Lie] = {
@@ -145,9 +162,15 @@ UPDATES: dict[str, Lie] = {
     **{
         f"{key} = {value:g} in the report": reported(key, value)
         for key, values in {
-            "loss": (-0.5, 1e5), "seconds": (-1e15, 1e8), "seconds_training": (-1, 1e8), "steps": (-1, 2.5, 10**10),
-            "group": (-1, 10**10), "probed": (-1, 0.5), "peak_memory_mib": (-1, 1e15),
-            "forward_tokens": (-1, 0.5, 10**13), "backward_tokens": (-1, 0.5, 10**13),
+            "loss": (-0.5, 1e5),
+            "seconds": (-1e15, 1e8),
+            "seconds_training": (-1, 1e8),
+            "steps": (-1, 2.5, 10**10),
+            "group": (-1, 10**10),
+            "probed": (-1, 0.5),
+            "peak_memory_mib": (-1, 1e15),
+            "forward_tokens": (-1, 0.5, 10**13),
+            "backward_tokens": (-1, 0.5, 10**13),
         }.items()
         for value in values
     },
@@ -181,10 +204,7 @@ EVALUATES: dict[str, Lie] = {
 TESTS: dict[str, Lie] = {
     "rows missing": lambda r: forged(r, scores={key: r.scores[key] for key in sorted(r.scores)[1:]}),
     "no score": lambda r: forged(r, scores={**r.scores, MAJORITY: {"loss": 1.0}}),
-    **{
-        f"scores: {key}": scored_too("fedit/best", value)
-        for key, value in SCORES.items()
-    },
+    **{f"scores: {key}": scored_too("fedit/best", value) for key, value in SCORES.items()},
 }
 
 
@@ -196,8 +216,16 @@ JOINS: dict[str, Lie] = {
     **{
         f"{key} examples": told(examples={**EXAMPLES, "train": value})
         for key, value in {
-            "negative": -5, "no": 0, "bool": True, "400 digits of": 10**400, "2e9": 2 * 10**9, "half": 1.5,
-            "text": SECRET, "NaN": float("nan"), "null": None, "a list of": [1],
+            "negative": -5,
+            "no": 0,
+            "bool": True,
+            "400 digits of": 10**400,
+            "2e9": 2 * 10**9,
+            "half": 1.5,
+            "text": SECRET,
+            "NaN": float("nan"),
+            "null": None,
+            "a list of": [1],
         }.items()
     },
     "examples are a number": told(examples=9),
@@ -214,7 +242,7 @@ JOINS: dict[str, Lie] = {
     "endless labels": told(labels={str(number): 1 for number in range(2000)}),
     "a reply": lambda r: pack(replace(r, reply=boxed(b"more"))),
     **{f"scores: {key}": scored(**{BASE: value}) for key, value in SCORES.items()},
-}  # fmt: skip
+}
 LIES = [
     (operation, name, lie)
     for operation, lies in ((JOIN, JOINS), (UPDATE, UPDATES), (EVALUATE, EVALUATES), (TEST, TESTS))

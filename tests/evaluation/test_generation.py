@@ -47,9 +47,7 @@ def bank(base: Callable[..., Base], request: pytest.FixtureRequest) -> Bank:
 def test_an_answer_ends_at_the_end_of_text_token_while_others_go_on(bank: Bank) -> None:
     """The end-of-text token is made one that the first prompt is answered with, later than at once."""
     free = [greedy(bank, prompt, 8) for prompt in PROMPTS]
-    prompt, stop = next(
-        (place, token) for place, ids in enumerate(free) for token in ids if ids.index(token) > 0
-    )
+    prompt, stop = next((place, token) for place, ids in enumerate(free) for token in ids if ids.index(token) > 0)
     bank.base.tokenizer.add_special_tokens({"eos_token": bank.base.tokenizer.convert_ids_to_tokens(stop)})
     assert bank.base.tokenizer.eos_token_id == stop
     cut = [ids[: ids.index(stop)] if stop in ids else ids for ids in free]
@@ -73,10 +71,16 @@ def test_a_prompt_with_little_room_does_not_cut_others_short(bank: Bank) -> None
 
 @pytest.mark.parametrize(
     "own",
-    [{"repetition_penalty": 50.0}, {"num_beams": 3}, {"no_repeat_ngram_size": 1}, {"do_sample": True, "top_k": 5},
-     {"suppress_tokens": list(range(2, 200))}, {"eos_token_id": list(range(2, 300))}],
+    [
+        {"repetition_penalty": 50.0},
+        {"num_beams": 3},
+        {"no_repeat_ngram_size": 1},
+        {"do_sample": True, "top_k": 5},
+        {"suppress_tokens": list(range(2, 200))},
+        {"eos_token_id": list(range(2, 300))},
+    ],
     ids=lambda own: next(iter(own)),
-)  # fmt: skip
+)
 def test_generation_settings_that_come_with_a_base_are_not_used(tmp_path: Path, own: dict[str, Any]) -> None:
     """Chat models on the hub bring a repetition penalty or sampling in their generation_config.json."""
     from transformers import GenerationConfig

@@ -90,10 +90,20 @@ def test_words_for_exact_match_and_f1(text: str, words: str) -> None:
 @pytest.mark.parametrize(
     "answer",
     [
-        "立即手术", "ทันที", "फ़ौरन ऑपरेशन", "чай", "γεια σου", "שלום", "صباح الخير", "緊急手術をする", "수술",
-        "Über Ärzte", "ສະບາຍດີ", "👍",
+        "立即手术",
+        "ทันที",
+        "फ़ौरन ऑपरेशन",
+        "чай",
+        "γεια σου",
+        "שלום",
+        "صباح الخير",
+        "緊急手術をする",
+        "수술",
+        "Über Ärzte",
+        "ສະບາຍດີ",
+        "👍",
     ],
-)  # fmt: skip
+)
 def test_the_right_answer_scores_100_in_every_script(answer: str) -> None:
     assert (rouge_l(answer, answer), exact_match(answer, answer), token_f1(answer, answer)) == (100, 100, 100)
 

@@ -13,9 +13,9 @@ from fedamole.experiment import loop_of, prepare, server_of, worker_of
 from fedamole.federation.loop import Watcher
 from fedamole.federation.record import pack, unpack
 from fedamole.federation.robust import flattened, with_tensors
-from fedamole.federation.run_folder import RunFolder
 from fedamole.federation.worker import Answer
 from fedamole.model.bank import Bank
+from fedamole.runs.run_folder import RunFolder
 
 LIAR = "weather_coast"
 
@@ -66,6 +66,9 @@ def attacked(config: Any, path: Path, kind: str) -> Path:
 
 def loss_of_others(folder: Path, row: str) -> float:
     """Mean validation loss after the last round of all clients but the liar."""
-    last = {line["client"]: line["loss"] for line in RunFolder(folder).lines("metrics.jsonl")
-            if line["split"] == "validation" and line["method"] == row}  # fmt: skip
+    last = {
+        line["client"]: line["loss"]
+        for line in RunFolder(folder).lines("metrics.jsonl")
+        if line["split"] == "validation" and line["method"] == row
+    }
     return float(sum(loss for name, loss in last.items() if name != LIAR) / (len(last) - 1))

@@ -11,7 +11,7 @@ from tests.conftest import small
 from tests.federation.attacks import LIAR, attacked, loss_of_others
 
 from fedamole.config import load_config
-from fedamole.federation.run_folder import METRICS, RunFolder
+from fedamole.runs.run_folder import METRICS, RunFolder
 
 CLIENTS = ("hospital_north", "shop_garden", "shop_house", LIAR)
 CONFIG = """

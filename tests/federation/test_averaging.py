@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedamole.federation.averaging import capped, mean_by_key
 from fedamole.federation.method import ClientInfo, Server
+from fedamole.methods.shared.averaging import capped, mean_by_key
 
 
 def vector(*values: float) -> Tensor:
@@ -19,8 +19,10 @@ def vector(*values: float) -> Tensor:
 def test_each_key_is_averaged_over_whoever_returned_it() -> None:
     """x over a, b, c with weights 1, 2, 1: (0 + 2 * 3 + 6) / 4 = 3; y over b, c: (2 * 3 + 9) / 3 = 5; z nobody."""
     replies = {
-        "a": {"x": vector(0.0)}, "b": {"x": vector(3.0), "y": vector(3.0)}, "c": {"x": vector(6.0), "y": vector(9.0)},
-    }  # fmt: skip
+        "a": {"x": vector(0.0)},
+        "b": {"x": vector(3.0), "y": vector(3.0)},
+        "c": {"x": vector(6.0), "y": vector(9.0)},
+    }
     previous = {"x": vector(100.0), "y": vector(100.0), "z": vector(100.0)}
     after = mean_by_key(replies, {"a": 1.0, "b": 2.0, "c": 1.0, "absent": 50.0}, previous)
     assert {key: float(value) for key, value in after.items()} == {"x": 3.0, "y": 5.0, "z": 100.0}

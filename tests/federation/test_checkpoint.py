@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from fedamole.errors import RunError
-from fedamole.federation.checkpoint import latest_state, load_latest, save, state_path
-from fedamole.federation.run_folder import RunFolder
 from fedamole.files import write_atomic
 from fedamole.model.base import Identity
+from fedamole.runs.checkpoint import latest_state, load_latest, save, state_path
+from fedamole.runs.run_folder import RunFolder
 
 CLIENTS = ["a", "b"]
 
@@ -54,8 +54,10 @@ def test_disk_stays_bounded(folder: RunFolder) -> None:
 
 
 DAMAGED = [
-    "checkpoints/round-0001.json", "checkpoints/round-0001.safetensors", "clients/b/state/round-0001.safetensors",
-]  # fmt: skip
+    "checkpoints/round-0001.json",
+    "checkpoints/round-0001.safetensors",
+    "clients/b/state/round-0001.safetensors",
+]
 
 
 @pytest.mark.parametrize("victim", DAMAGED)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster, linkage
 
-from fedamole.federation.clustering import cosine_distances, silhouette_clusters
+from fedamole.methods.shared.clustering import cosine_distances, silhouette_clusters
 
 
 def test_distances_by_hand() -> None:

@@ -45,8 +45,9 @@ def lora(bank: Bank, seed: int) -> dict[str, torch.Tensor]:
 
 def plainly(bank: Bank, client: str, asked: Fit, steps: int, begun: int = 0, turn: int = 0) -> dict[str, torch.Tensor]:
     """The same training by autograd on named tensors, with torch.optim.Adam over those that are not frozen."""
-    tensors = {name: t.clone().requires_grad_(name not in asked.adapter.frozen)
-               for name, t in asked.adapter.tensors.items()}
+    tensors = {
+        name: t.clone().requires_grad_(name not in asked.adapter.frozen) for name, t in asked.adapter.tensors.items()
+    }
     learning = [tensor for tensor in tensors.values() if tensor.requires_grad]
     adam = torch.optim.AdamW(learning, lr=SETTINGS.learning_rate, weight_decay=asked.weight_decay)
     rows, purpose = ROWS[client], f"order/{turn}" if turn else "order"

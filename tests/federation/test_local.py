@@ -108,9 +108,7 @@ def close(one: Any, other: Any, tolerance: float = 2e-5) -> bool:
         ({"batch_size": 16, "local_steps": 4}, 0),  # passes joined: 64 rows of 31
     ],
 )
-def test_fit_is_adam_on_the_mean_gradient(
-    bank: Bank, rows: list[Row], settings: dict[str, Any], round_: int
-) -> None:
+def test_fit_is_adam_on_the_mean_gradient(bank: Bank, rows: list[Row], settings: dict[str, Any], round_: int) -> None:
     chosen = TrainingSettings(**{"local_steps": 3, "learning_rate": 1e-2, **settings})
     start = lora(bank)
     wanted = adam_by_hand(bank, start, rows, chosen, round_)
@@ -176,9 +174,7 @@ def test_clipping(bank: Bank, rows: list[Row]) -> None:
         ({"local_epochs": 3, "batch_size": 64, "local_steps": 9}, 10, 3),  # epochs win
     ],
 )
-def test_steps_and_epochs(
-    settings: dict[str, int], examples: int, steps: int, bank: Bank, rows: list[Row]
-) -> None:
+def test_steps_and_epochs(settings: dict[str, int], examples: int, steps: int, bank: Bank, rows: list[Row]) -> None:
     assert TrainingSettings(**dict[str, Any](settings)).steps(examples) == steps
     assert train(bank, lora(bank), rows[:examples], **{"local_steps": 3, **settings}).steps == steps
 
@@ -214,9 +210,7 @@ def test_steps_are_told(bank: Bank, rows: list[Row]) -> None:
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"client": "other"}, {"round_": 1}])
-def test_order_and_dropout_come_from_seed_client_and_round(
-    bank: Bank, rows: list[Row], change: dict[str, Any]
-) -> None:
+def test_order_and_dropout_come_from_seed_client_and_round(bank: Bank, rows: list[Row], change: dict[str, Any]) -> None:
     place = {"seed": 0, "client": "mood", "round_": 0}
     settings = TrainingSettings(local_steps=2, learning_rate=1e-2, lr_decay=1.0)
     spec = replace(PLAIN, dropout=0.5)
@@ -312,9 +306,7 @@ def poisoned(crash: Any) -> Callable[[], Path]:
     return make
 
 
-def test_a_diverged_client_is_left_out_and_keeps_its_state(
-    poisoned: Any, caplog: Any, facts: Any, runs: Any
-) -> None:
+def test_a_diverged_client_is_left_out_and_keeps_its_state(poisoned: Any, caplog: Any, facts: Any, runs: Any) -> None:
     """Local only: from round 1 on "mood" trains from a NaN. It stays where it was; nobody else notices, not even
     "plain", which trains in one group with it.
     """

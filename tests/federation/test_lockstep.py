@@ -133,9 +133,13 @@ def test_whoever_is_done_keeps_every_bit(bank: Bank) -> None:
     seen: dict[int, torch.Tensor] = {}
     settings = TrainingSettings(local_epochs=1, batch_size=1)
     outcomes = fit(
-        bank, of_uneven_steps(bank), settings, seed=3, round_=1,
+        bank,
+        of_uneven_steps(bank),
+        settings,
+        seed=3,
+        round_=1,
         on_step=lambda done, _: seen.update({done: bank.weights.clone()}),
-    )  # fmt: skip
+    )
     assert list(seen) == list(range(1, 15))
     for place, client in enumerate((2, 4, 1, 3, 0)):  # those with the most steps first
         last = seen[STEPS[client]][place]
@@ -190,10 +194,15 @@ def test_embeddings_of_a_group_equal_each_alone(bank: Bank) -> None:
 @pytest.mark.parametrize(
     ("kind", "packed", "sick", "rate"),
     [
-        ("mixture", True, 2, None), ("mixture", False, 0, None), ("lora", True, 4, None), ("lora", False, 2, None),
-        ("mixture", True, 2, 1e300), ("mixture", False, 2, math.inf), ("lora", True, 0, math.inf),
+        ("mixture", True, 2, None),
+        ("mixture", False, 0, None),
+        ("lora", True, 4, None),
+        ("lora", False, 2, None),
+        ("mixture", True, 2, 1e300),
+        ("mixture", False, 2, math.inf),
+        ("lora", True, 0, math.inf),
     ],
-)  # fmt: skip
+)
 def test_one_clients_nan_changes_no_bit_of_the_others(
     bank: Bank, kind: str, packed: bool, sick: int, rate: float | None, monkeypatch: Any
 ) -> None:

@@ -15,11 +15,11 @@ import pytest
 from fedamole.federation.loop import Loop, Watcher
 from fedamole.federation.method import ClientInfo, Server
 from fedamole.federation.record import Nothing, pack
-from fedamole.federation.run_folder import RunFolder
 from fedamole.federation.settings import FederationSettings
 from fedamole.federation.worker import Answer
 from fedamole.methods.local_only import LocalOnly
 from fedamole.model.base import Identity
+from fedamole.runs.run_folder import RunFolder
 
 NAMES = ("a", "b")
 
@@ -83,9 +83,16 @@ def play(
     engine = script(losses)
     folder = RunFolder.create(path, "", "{}", "local_only", Identity("w", "t", "x"))
     loop = Loop(
-        LocalOnly(), {"local_only": "trained"}, engine, Server({}, engine.clients, 0),
-        FederationSettings(rounds=len(losses)), folder, select=select, watcher=Watcher(), **options,  # type: ignore[arg-type]
-    )  # fmt: skip
+        LocalOnly(),
+        {"local_only": "trained"},
+        engine,
+        Server({}, engine.clients, 0),
+        FederationSettings(rounds=len(losses)),
+        folder,
+        select=select,
+        watcher=Watcher(),
+        **options,  # type: ignore[arg-type]
+    )
     return loop.run(), engine.calls
 
 
@@ -123,8 +130,11 @@ def test_best_rounds_of_each_clients_own(select: str, tmp_path: Path) -> None:
     assert summary["rows"]["local_only"]["best_round"] == {"a": 2, "b": 1}
     assert ("test", False) in calls
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    tested = [(line["client"], line["which"], line["round"]) for line in lines
-              if line["split"] == "test" and line["method"] == "local_only"]  # fmt: skip
+    tested = [
+        (line["client"], line["which"], line["round"])
+        for line in lines
+        if line["split"] == "test" and line["method"] == "local_only"
+    ]
     assert tested == [("a", "best", 2), ("b", "best", 1), ("a", "last", 3), ("b", "last", 3)]
 
 
@@ -135,8 +145,9 @@ def test_a_false_loss_pins_the_best_round_of_its_author_alone(tmp_path: Path) ->
     assert of_all["rows"]["local_only"]["best_round"] == 0
     own, calls = play(tmp_path / "client", losses, best_round="client")
     assert own["rows"]["local_only"]["best_round"] == {"a": 0, "b": 2}
-    honest, others = play(tmp_path / "honest", [{**one, "a": 9.0 - n} for n, one in enumerate(losses)],
-                          best_round="client")  # fmt: skip
+    honest, others = play(
+        tmp_path / "honest", [{**one, "a": 9.0 - n} for n, one in enumerate(losses)], best_round="client"
+    )
     assert honest["rows"]["local_only"]["best_round"]["b"] == 2
     assert [call[1] for call in calls if call[0] == "keep" and "b" in call[2:]] == [
         call[1] for call in others if call[0] == "keep" and "b" in call[2:]
@@ -151,9 +162,16 @@ def test_an_engine_is_told_the_best_rounds_when_a_run_goes_on(best_round: str, t
     engine, heard = Script(losses), list[Any]()
     engine.resumed = lambda *words: heard.append(deepcopy(words))  # type: ignore[method-assign]
     loop = Loop(
-        LocalOnly(), {"local_only": "trained"}, engine, Server({}, engine.clients, 0), FederationSettings(rounds=3),
-        RunFolder.open(tmp_path / "run"), select="loss", watcher=Watcher(), best_round=best_round,  # type: ignore[arg-type]
-    )  # fmt: skip
+        LocalOnly(),
+        {"local_only": "trained"},
+        engine,
+        Server({}, engine.clients, 0),
+        FederationSettings(rounds=3),
+        RunFolder.open(tmp_path / "run"),
+        select="loss",
+        watcher=Watcher(),
+        best_round=best_round,  # type: ignore[arg-type]
+    )
     summary = loop.run()
     wanted = {name: {"local_only": round_} for name, round_ in told.items()}
     assert heard == [(wanted, {"a": 1, "b": 1}, {"a": 1, "b": 1})]
@@ -223,9 +241,15 @@ def test_the_cohort_is_a_share_of_the_clients_drawn_anew(share: float, size: int
 
     four = Four([])
     loop = Loop(
-        LocalOnly(), {"local_only": "trained"}, four, Server({}, four.clients, 0), FederationSettings(8, share),
-        folder, select="loss", watcher=Watcher(),
-    )  # fmt: skip
+        LocalOnly(),
+        {"local_only": "trained"},
+        four,
+        Server({}, four.clients, 0),
+        FederationSettings(8, share),
+        folder,
+        select="loss",
+        watcher=Watcher(),
+    )
     drawn = [tuple(client.name for client in loop._cohort(round_, "abcd")) for round_ in range(30)]
     assert {len(cohort) for cohort in drawn} == {size}
     assert all(list(cohort) == sorted(set(cohort)) for cohort in drawn)

@@ -94,10 +94,16 @@ class FakeCuda:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         answers = {
-            "mem_get_info": (10, 80), "memory_reserved": 7, "memory_allocated": 3, "max_memory_allocated": 2**21,
-            "reset_peak_memory_stats": None, "empty_cache": None, "is_available": True, "device_count": 2,
+            "mem_get_info": (10, 80),
+            "memory_reserved": 7,
+            "memory_allocated": 3,
+            "max_memory_allocated": 2**21,
+            "reset_peak_memory_stats": None,
+            "empty_cache": None,
+            "is_available": True,
+            "device_count": 2,
             "get_device_name": "Some GPU",
-        }  # fmt: skip
+        }
         self.calls = {
             name: create_autospec(getattr(torch.cuda, name), return_value=value) for name, value in answers.items()
         }

@@ -52,9 +52,15 @@ def tables(draw: st.DrawFn) -> dict[str, Tensor]:
 inners = st.builds(Inner, tables(), st.floats(allow_nan=False))
 held = st.dictionaries(KEYS, st.dictionaries(KEYS, st.lists(st.integers(0, 99)), max_size=3), max_size=3)
 samples = st.builds(
-    Sample, tables(), tables(), held, inners, st.text(st.characters(codec="utf-8")), st.none() | st.integers(),
+    Sample,
+    tables(),
+    tables(),
+    held,
+    inners,
+    st.text(st.characters(codec="utf-8")),
+    st.none() | st.integers(),
     st.none() | inners,
-)  # fmt: skip
+)
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -75,8 +81,11 @@ def test_round_trip(record: Sample) -> None:
     assert same(again.others, record.others)
     assert same(again.inner.tensors, record.inner.tensors)
     assert (again.held, again.note, again.maybe, again.inner.scale) == (
-        record.held, record.note, record.maybe, record.inner.scale,
-    )  # fmt: skip
+        record.held,
+        record.note,
+        record.maybe,
+        record.inner.scale,
+    )
     assert (again.spare is None) == (record.spare is None)
     if record.spare is not None and again.spare is not None:
         assert same(again.spare.tensors, record.spare.tensors)

@@ -35,14 +35,20 @@ POINTS = {
 SOME = {
     "fedamole": ("in training, round 1", "a state of round 1 written", "committed, nothing after", "in the final test"),
     "fedit": (
-        "all answered, not aggregated", "before evaluation", "some best models of round 1 kept",
-        "server state without its commit", "after the last round",
+        "all answered, not aggregated",
+        "before evaluation",
+        "some best models of round 1 kept",
+        "server state without its commit",
+        "after the last round",
     ),
     "local_only": (
-        "before the first group", "in training, round 0", "a state of round 1 written",
-        "some best models of round 1 kept", "committed, nothing after",
+        "before the first group",
+        "in training, round 0",
+        "a state of round 1 written",
+        "some best models of round 1 kept",
+        "committed, nothing after",
     ),
-}  # fmt: skip
+}
 """Every point once at least, each method where it has something of its own to lose."""
 
 
@@ -85,7 +91,7 @@ def test_a_killed_process(runs: Any, tmp_path: Path, remains: Any) -> None:
     """The command itself, killed from outside in the midst of round 1 and resumed by the command."""
     folder = tmp_path / "run"
     from_conftest = ["method.name=fedit", "run.name=fedit", "method.rank=2", "method.alpha=4"]
-    command = [sys.executable, "-m", "fedamole.cli", "run", str(runs.config), *from_conftest, f"run.folder={folder}"]
+    command = [sys.executable, "-m", "fedamole", "run", str(runs.config), *from_conftest, f"run.folder={folder}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list(folder.glob("clients/*/state/round-0001.safetensors")) and time.monotonic() < deadline:
@@ -95,7 +101,7 @@ def test_a_killed_process(runs: Any, tmp_path: Path, remains: Any) -> None:
     assert process.wait() == -signal.SIGKILL
     assert not (folder / "summary.json").exists()
     done = subprocess.run(
-        [sys.executable, "-m", "fedamole.cli", "resume", str(folder), "--json"], capture_output=True, text=True
+        [sys.executable, "-m", "fedamole", "resume", str(folder), "--json"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "fedit" in json.loads(done.stdout)[0]["columns"]
@@ -151,7 +157,7 @@ def test_a_finished_run_is_left_as_it_is(runs: Any) -> None:
 
 
 def test_a_running_run_is_refused(crash: Any) -> None:
-    from fedamole.federation.run_folder import RunFolder
+    from fedamole.runs.run_folder import RunFolder
 
     folder = crash("group_started", 3, "local_only")
     with RunFolder.open(folder).locked(), pytest.raises(RunError, match="another process is running this run"):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fedamole.config import to_config
 from fedamole.errors import ConfigError
-from fedamole.federation.averaging import mean_by_key
 from fedamole.federation.robust import HISTORY, Robust, group_of, median, trimmed_mean
 from fedamole.methods import METHODS
+from fedamole.methods.shared.averaging import mean_by_key
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,10 @@ def test_sizes_do_not_depend_on_how_many_numbers_a_client_has() -> None:
     many = {f"m/expert-{i:02d}/A": torch.zeros(2, 2) for i in range(9)}
     messages = {"a": Lora(many), "b": Lora({"m/expert-00/A": torch.zeros(2, 2)}), "c": Lora(dict([*many.items()][:2]))}
     replies = {
-        "a": Lora({key: tensor + 1 for key, tensor in many.items()}), "b": Lora({"m/expert-00/A": torch.ones(1, 2)}),
+        "a": Lora({key: tensor + 1 for key, tensor in many.items()}),
+        "b": Lora({"m/expert-00/A": torch.ones(1, 2)}),
         "c": Lora({key: tensor + 1 for key, tensor in messages["c"].tensors.items()}),
-    }  # fmt: skip
+    }
     robust = clip(1.0)
     assert robust(0, messages, replies)[1] == {}
     assert robust.history == [{"tensors/expert/A": {"a": 1.0, "b": 1.0, "c": 1.0}}]
@@ -167,8 +168,18 @@ def test_the_methods_own_mean_gives_it(aggregation: str, wanted: list[float], ca
     assert caplog.text.count("1 of 2 tensors came from fewer than 3 clients") == 1
 
 
-BY_KEY = {"fedit", "fedprox", "ffa_lora", "fedprompt", "fedptuning", "fdlora", "fedsa_lora", "feddpa", "ditto",
-          "fedrep"}  # fmt: skip
+BY_KEY = {
+    "fedit",
+    "fedprox",
+    "ffa_lora",
+    "fedprompt",
+    "fedptuning",
+    "fdlora",
+    "fedsa_lora",
+    "feddpa",
+    "ditto",
+    "fedrep",
+}
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"fedamole"}))

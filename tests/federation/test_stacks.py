@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedamole.federation.method import ClientInfo
-from fedamole.federation.stacks import Changes, Log, Merged, stacked, truncated
+from fedamole.methods.shared.stacks import Changes, Log, Merged, stacked, truncated
 
 SHAPES = {"m": (3, 4), "n": (2, 5)}
 CLIENTS = tuple(ClientInfo(name, 1) for name in "abc")

@@ -12,13 +12,13 @@ from fedamole.data.examples import Example, Shard
 from fedamole.errors import DataError
 from fedamole.experiment import prepare, worker_of
 from fedamole.federation.looks import drawn
-from fedamole.federation.run_folder import RunFolder
 from fedamole.federation.worker import client_data
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, Row
 from fedamole.model.params import Adapter, new_shared
 from fedamole.model.pretrained import load_adapter
+from fedamole.runs.run_folder import RunFolder
 
 
 def test_cut_prompts_are_counted_in_a_warning(runs: Any, caplog: Any) -> None:
@@ -37,9 +37,10 @@ def test_cut_prompts_are_counted_in_a_warning(runs: Any, caplog: Any) -> None:
         rows = cut.clients[client].train.rows
         assert max(len(row.prompt) + len(row.answer) for row in rows) <= 24
     assert set(messages) == {
-        name for name, data in whole.clients.items()
+        name
+        for name, data in whole.clients.items()
         if any(len(r.prompt) + max(map(len, (r.answer, *r.options))) > 24 for r in data.train.rows)
-    }  # fmt: skip
+    }
 
 
 def test_a_limit_that_no_answer_fits_names_client_and_setting(runs: Any) -> None:
@@ -85,9 +86,7 @@ def test_a_report_has_loss_steps_time_and_memory(runs: Any) -> None:
         ("feddpa", "train", 1, 5, 0),  # prompts that later ones are compared with
     ],
 )
-def test_examples_looked_at_are_counted(
-    method: str, split: str, looks: int, most: int, first: int, runs: Any
-) -> None:
+def test_examples_looked_at_are_counted(method: str, split: str, looks: int, most: int, first: int, runs: Any) -> None:
     data = prepare(runs.load("fedit")).clients
     lines = [json.loads(line) for line in (runs(method) / "metrics.jsonl").open()]
     lines = [line for line in lines if line["split"] == split and line["round"] >= 0]
@@ -161,8 +160,9 @@ def test_fedamoles_saved_architecture_is_the_one_assigned_before_the_best_round(
     best = json.loads((folder / "summary.json").read_text())["rows"]["fedamole"]["best_round"]
     held = {
         (line["client"], line["module"]): line["experts"]
-        for line in map(json.loads, (folder / "assignment.jsonl").open()) if line["round"] == best
-    }  # fmt: skip
+        for line in map(json.loads, (folder / "assignment.jsonl").open())
+        if line["round"] == best
+    }
     assert len(held) == 16
     for client in ("chat", "entail", "mood", "plain"):
         pattern = json.loads((folder / f"clients/{client}/adapter/adapter_config.json").read_text())["expert_pattern"]

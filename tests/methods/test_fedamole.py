@@ -17,10 +17,10 @@ import torch
 
 from fedamole.assignment.reverse_selection import Bounds
 from fedamole.errors import ConfigError
-from fedamole.federation.holders import no_louder
 from fedamole.federation.method import ClientInfo, Server
 from fedamole.federation.record import pack
 from fedamole.methods.fedamole import Experts, FedAmole, Pool, TrainedExperts
+from fedamole.methods.shared.holders import no_louder
 
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
 HELD = {"a": [0, 2], "b": [0, 1], "c": [1, 2]}
@@ -86,11 +86,15 @@ def test_a_round_by_hand() -> None:
         assert number(after.tensors, f"m/{owner}/B") == mean
     assert number(after.tensors, "m/router/W") == 3.0
     assert {key: float(row) for key, row in after.expert_embeddings.items()} == {
-        "m/expert-00": 1.0, "m/expert-01": -1.0, "m/expert-02": 2.0,
-    }  # fmt: skip
+        "m/expert-00": 1.0,
+        "m/expert-01": -1.0,
+        "m/expert-02": 2.0,
+    }
     assert {key: float(row) for key, row in after.client_embeddings.items()} == {
-        "m/a": 0.0, "m/b": pytest.approx(math.log(2)), "m/c": pytest.approx(math.log(3)),
-    }  # fmt: skip
+        "m/a": 0.0,
+        "m/b": pytest.approx(math.log(2)),
+        "m/c": pytest.approx(math.log(3)),
+    }
     P = np.array([[1 / 6, 2 / 6, 3 / 6], [6 / 11, 3 / 11, 2 / 11], [1 / 14, 4 / 14, 9 / 14]])
     np.testing.assert_allclose(after.probabilities["m"].numpy(), P, atol=1e-6)
     assert after.held == {"m": {"a": [0, 1], "b": [1, 2], "c": [0, 2]}}
@@ -120,8 +124,10 @@ def test_what_nobody_returned_keeps_weights_and_embedding() -> None:
     assert number(after.tensors, "m/expert-01/A") == number(after.tensors, "m/expert-01/B") == 101.0
     assert number(after.tensors, "m/expert-00/A") == 1.0
     assert {key: float(row) for key, row in after.expert_embeddings.items()} == {
-        "m/expert-00": 0.5, "m/expert-01": 9.0, "m/expert-02": 1.0,
-    }  # fmt: skip
+        "m/expert-00": 0.5,
+        "m/expert-01": 9.0,
+        "m/expert-02": 1.0,
+    }
     assert {key: float(row) for key, row in after.client_embeddings.items()} == {"m/a": 0.0, "m/b": 7.0}
 
 
@@ -167,8 +173,9 @@ def test_the_next_assignment_is_the_optimum(seed: int) -> None:
         tensors = method.message(state, info).tensors
         experts = {
             f"{module}/expert-{i:02d}": 3 * torch.randn(2, generator=generator)
-            for module in ("m", "n") for i in state.held[module][info.name]
-        }  # fmt: skip
+            for module in ("m", "n")
+            for i in state.held[module][info.name]
+        }
         tokens = {module: torch.randn(2, generator=generator) for module in ("m", "n")}
         replies[info.name] = TrainedExperts(tensors, tokens, experts)
     after = method.aggregate(server(modules=("m", "n")), state, replies)
@@ -234,11 +241,11 @@ def test_homogeneous_gives_floor_or_ceil_by_relevance() -> None:
         state = method.init(server())
         ids = [f"expert-{i:02d}" for i in range(8)]
         replies = {
-            info.name: TrainedExperts({}, {"m": REPLIES[info.name].token_embedding["m"]}, {
-                f"m/{name}": torch.tensor([1.0]) for name in ids
-            })
+            info.name: TrainedExperts(
+                {}, {"m": REPLIES[info.name].token_embedding["m"]}, {f"m/{name}": torch.tensor([1.0]) for name in ids}
+            )
             for info in INFOS
-        }  # fmt: skip
+        }
         held = method.aggregate(server(), state, replies).held["m"]
         assert sorted(len(experts) for experts in held.values()) == sizes
         assert len(held["a"]) == min(sizes)
@@ -261,8 +268,10 @@ def test_round_0_is_drawn_and_depends_on_the_seed() -> None:
 def test_the_journal_tells_who_holds_what_for_which_relevance() -> None:
     lines = list(METHOD.journal(METHOD.aggregate(server(), pool(), REPLIES)))
     assert [(line["module"], line["client"], line["experts"]) for line in lines] == [
-        ("m", "a", [0, 1]), ("m", "b", [1, 2]), ("m", "c", [0, 2]),
-    ]  # fmt: skip
+        ("m", "a", [0, 1]),
+        ("m", "b", [1, 2]),
+        ("m", "c", [0, 2]),
+    ]
     assert lines[0]["relevance"] == pytest.approx([1 / 6, 6 / 11], abs=1e-6)
 
 
@@ -280,14 +289,22 @@ def test_defaults_follow_the_number_of_clients(clients: int, experts: int, choic
 
 CASES: list[tuple[dict[str, Any], int, str, dict[str, Any]]] = [
     # 4 clients x at least 2 = 8 > 3 x 2 = 6
-    ({"experts": 3}, 4, r"min_experts x clients <= experts x expert_choices fails: 2 x 4 = 8 > 3 x 2 = 6",
-     {"experts": 4}),
+    (
+        {"experts": 3},
+        4,
+        r"min_experts x clients <= experts x expert_choices fails: 2 x 4 = 8 > 3 x 2 = 6",
+        {"experts": 4},
+    ),
     # 20 x 2 = 40 > 8 x 4 = 32
-    ({"experts": 20}, 4, r"experts x expert_choices <= max_experts x clients fails: 20 x 2 = 40 > 8 x 4 = 32",
-     {"experts": 16}),
+    (
+        {"experts": 20},
+        4,
+        r"experts x expert_choices <= max_experts x clients fails: 20 x 2 = 40 > 8 x 4 = 32",
+        {"experts": 16},
+    ),
     ({"expert_choices": 5}, 4, r"expert_choices <= clients fails: 5 > 4", {"expert_choices": 2}),
     ({"min_experts": 5, "max_experts": 4}, 4, r"min_experts <= max_experts fails: 5 > 4", {"max_experts": 6}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("numbers", "clients", "inequality", "remedy"), CASES)
@@ -404,14 +421,17 @@ def test_who_says_that_all_experts_fit_does_not_get_them() -> None:
     """
     replies = {
         "a": reply(1.0, 1.0, expert_00=0.5, expert_02=1.0),
-        "b": reply(2.0, 2.0, expert_00=1.5, expert_01=-2.0), "c": LIE,
-    }  # fmt: skip
+        "b": reply(2.0, 2.0, expert_00=1.5, expert_01=-2.0),
+        "c": LIE,
+    }
     method = FedAmole(rank=1, experts=3, min_experts=1, max_experts=2, top_k=1)
     after = method.aggregate(server(), pool(), replies)
     assert {key: float(row) for key, row in after.client_embeddings.items()} == {"m/a": 1.0, "m/b": 2.0, "m/c": 8.0}
     assert {key: float(row) for key, row in after.expert_embeddings.items()} == {
-        "m/expert-00": 1.0, "m/expert-01": 3.0, "m/expert-02": 4.5,
-    }  # fmt: skip
+        "m/expert-00": 1.0,
+        "m/expert-01": 3.0,
+        "m/expert-02": 4.5,
+    }
     P = after.probabilities["m"].numpy()
     for row, e in zip(P, (1.0, 3.0, 4.5), strict=True):
         np.testing.assert_allclose(row, np.exp(e * np.array([1, 2, 8])) / np.exp(e * np.array([1, 2, 8])).sum())

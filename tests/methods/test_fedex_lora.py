@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fedamole.errors import ConfigError
 from fedamole.federation.method import ClientInfo, Fit, Server
-from fedamole.federation.stacks import Changes, Merged
 from fedamole.methods.fedex_lora import FedExLora, LoraAndResiduals, TrainedLora
 from fedamole.methods.fedit import FedIT, GlobalLora
+from fedamole.methods.shared.stacks import Changes, Merged
 from fedamole.model.params import delta_key, shared_keys
 
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
@@ -73,8 +73,12 @@ def test_begins_where_fedit_begins_with_no_residual() -> None:
 
 def test_the_lora_is_trained_on_the_changed_base_and_sent() -> None:
     """One residual is merged already, the other is [1 2]^T [1 1]."""
-    factors = {"00000/m/A": torch.ones(1, 2), "00000/m/B": torch.full((2, 1), 100.0),
-               "00001/m/A": torch.ones(1, 2), "00001/m/B": torch.tensor([[1.0], [2.0]])}
+    factors = {
+        "00000/m/A": torch.ones(1, 2),
+        "00000/m/B": torch.full((2, 1), 100.0),
+        "00001/m/A": torch.ones(1, 2),
+        "00001/m/B": torch.tensor([[1.0], [2.0]]),
+    }
     kept = Merged({"m/delta": torch.full((2, 2), 5.0)}, 1)
     method = FedExLora(rank=1)
     work = method.update(client(SMALL.shapes), kept, LoraAndResiduals(REPLIES["a"], Changes(factors, 2)))
@@ -127,8 +131,9 @@ def test_every_client_has_the_exact_mean_on_top_of_all_residuals(
         replies = {}
         for info in INFOS:
             if info.name in cohort:
-                work = method.update(client(SERVER.shapes, info.name, number), kept[info.name],
-                                     method.message(state, info))
+                work = method.update(
+                    client(SERVER.shapes, info.name, number), kept[info.name], method.message(state, info)
+                )
                 trained = random(SERVER.shapes, 10 * number + ord(info.name))
                 _, (kept[info.name], replies[info.name], _) = driven(work, trained)
         answers = {name: reply for name, reply in replies.items() if name not in lost}
@@ -137,8 +142,9 @@ def test_every_client_has_the_exact_mean_on_top_of_all_residuals(
             state = method.aggregate(SERVER, state, answers)
             for module in SERVER.shapes:
                 a, b = shared_keys(module)
-                mean = sum(weights[n] / total * r.tensors[b].double() @ r.tensors[a].double()
-                           for n, r in answers.items())
+                mean = sum(
+                    weights[n] / total * r.tensors[b].double() @ r.tensors[a].double() for n, r in answers.items()
+                )
                 whole[module] = base[module] + 1.5 * mean
                 base[module] = whole[module] - 1.5 * state.tensors[b].double() @ state.tensors[a].double()
         for info in INFOS:

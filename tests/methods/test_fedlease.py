@@ -146,8 +146,10 @@ def test_by_examples() -> None:
     method = FedLease(rank=1, weighting="examples")
     state, own = warmed(method), expert_keys("m", 0)[0]
     assert state.tensors[own].tolist() == [[3.125, 3.125]]
-    sent = {name: Returned({own: torch.full((1, 2), size), MIXER: torch.full((3, 2), size)}, 0)
-            for name, size in (("e", 7.0), ("a", 1.0))}
+    sent = {
+        name: Returned({own: torch.full((1, 2), size), MIXER: torch.full((3, 2), size)}, 0)
+        for name, size in (("e", 7.0), ("a", 1.0))
+    }
     after = method.aggregate(SERVER, state, sent)
     assert after.tensors[own].tolist() == [[6.0, 6.0]]
     assert torch.equal(after.tensors[f"cluster-0/{MIXER}"], torch.full((3, 2), 6.0))

@@ -12,9 +12,9 @@ from tests.training import lora_spec
 
 from fedamole.errors import ConfigError
 from fedamole.federation.method import ClientInfo, Fit, Server
-from fedamole.federation.stacks import Changes, Merged
 from fedamole.methods.fedex_lora import FedExLora
 from fedamole.methods.flora import Flora, FreshLora, Stack
+from fedamole.methods.shared.stacks import Changes, Merged
 from fedamole.model.params import delta_key
 
 SHAPES = {"m": (3, 2)}
@@ -124,8 +124,10 @@ def test_the_change_by_hand(weighting: Any, answered: str, change: list[list[flo
 def test_a_fresh_lora_is_trained_on_what_was_merged_and_sent() -> None:
     """Of two changes one is merged already, into 5; the other is [1 2]^T [1 1]."""
     factors = {
-        "00000/m/A": torch.ones(1, 2), "00000/m/B": torch.full((2, 1), 100.0),
-        "00001/m/A": torch.ones(1, 2), "00001/m/B": torch.tensor([[1.0], [2.0]]),
+        "00000/m/A": torch.ones(1, 2),
+        "00000/m/B": torch.full((2, 1), 100.0),
+        "00001/m/A": torch.ones(1, 2),
+        "00001/m/B": torch.tensor([[1.0], [2.0]]),
     }
     kept = Merged({delta_key("m"): torch.full((2, 2), 5.0)}, 1)
     work = Flora(rank=3).update(client(TWO.shapes, round_=4), kept, Stack(Changes(factors, 2), 3))

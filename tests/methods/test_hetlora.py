@@ -38,8 +38,9 @@ def test_the_average_is_weighted_by_the_norms_and_padded_with_zeros() -> None:
 
 
 def test_without_any_product_clients_count_alike() -> None:
-    parts = {name: GlobalLora({A: torch.full((1, 2), size), B: torch.zeros(2, 1)})
-             for name, size in (("a", 1.0), ("b", 3.0))}
+    parts = {
+        name: GlobalLora({A: torch.full((1, 2), size), B: torch.zeros(2, 1)}) for name, size in (("a", 1.0), ("b", 3.0))
+    }
     state = RankedLora({A: torch.zeros(1, 2), B: torch.zeros(2, 1)}, {"a": 1, "b": 1})
     assert HetLora().aggregate(SERVER, state, parts).tensors[A].tolist() == [[2.0, 2.0]]
 

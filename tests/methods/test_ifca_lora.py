@@ -91,7 +91,8 @@ def test_the_lowest_loss_is_chosen_the_first_among_equals(losses: tuple[float, .
     assert kept == Choice(chosen)
     assert reply.cluster == chosen
     assert {name: tensor.tolist() for name, tensor in reply.tensors.items()} == {
-        A: [[9.0, 9.0]], B: [[-9.0], [-9.0]],
+        A: [[9.0, 9.0]],
+        B: [[-9.0], [-9.0]],
     }
     assert torch.equal(trained.adapter.tensors[A], full(9.0, 1, 2))
 

@@ -22,7 +22,9 @@ def write_tokenizer(folder: Path, words: int = 300, pad: bool = True, eos: bool 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=words, special_tokens=["<end>", "<pad>"], show_progress=False,
+        vocab_size=words,
+        special_tokens=["<end>", "<pad>"],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     raw.train_from_iterator(["a small text about a small cat on a mat, again and again and again"], trainer)
@@ -38,8 +40,13 @@ def write_model(folder: Path, architecture: str = "llama", vocabulary: int = 320
 
     common = {"vocab_size": vocabulary, "initializer_range": 0.15, "eos_token_id": 0, "pad_token_id": 1}
     shape: dict[str, Any] = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 128, "head_dim": 8,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "head_dim": 8,
     }
     if architecture == "gpt2":
         shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}

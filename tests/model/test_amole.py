@@ -40,9 +40,7 @@ def drawn(
 def inputs(d_in: int, d_out: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs (2, 3, d_in), the frozen linear's outputs, and a direction to pull the outputs in."""
     generator = torch.Generator().manual_seed(seed)
-    x, base_out, pull = (
-        torch.randn(2, 3, d, generator=generator, dtype=torch.float64) for d in (d_in, d_out, d_out)
-    )
+    x, base_out, pull = (torch.randn(2, 3, d, generator=generator, dtype=torch.float64) for d in (d_in, d_out, d_out))
     return x.to(dtype).requires_grad_(), base_out.to(dtype), pull.to(dtype)
 
 
@@ -300,10 +298,15 @@ def test_too_few_experts_for_top_k() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("rank", 0), ("top_k", 0), ("alpha", 0.0), ("alpha", -1.0), ("dropout", 1.0), ("dropout", -0.1),
+        ("rank", 0),
+        ("top_k", 0),
+        ("alpha", 0.0),
+        ("alpha", -1.0),
+        ("dropout", 1.0),
+        ("dropout", -0.1),
         ("balance_weight", -1e-3),
     ],
-)  # fmt: skip
+)
 def test_spec_refuses(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{key} = {value}"):
         spec(**{key: value})

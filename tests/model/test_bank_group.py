@@ -35,11 +35,16 @@ def adapters(base: Base, kind: str = "mixture", **fields: object) -> list[Adapte
             module: set(torch.randperm(9, generator=draw)[: 2 + (3 * client + 2 * place) % 7].tolist())
             for place, module in enumerate(sorted(base.shapes))
         }
-        found.append(Adapter(spec(**fields), {
-            name: (tensor + 0.2 * torch.randn(tensor.shape, generator=draw)).double()
-            for name, tensor in pool.items()
-            if "/expert-" not in name or int(name.split("/expert-")[1][:2]) in held[name.split("/")[0]]
-        }))  # fmt: skip
+        found.append(
+            Adapter(
+                spec(**fields),
+                {
+                    name: (tensor + 0.2 * torch.randn(tensor.shape, generator=draw)).double()
+                    for name, tensor in pool.items()
+                    if "/expert-" not in name or int(name.split("/expert-")[1][:2]) in held[name.split("/")[0]]
+                },
+            )
+        )
     return found
 
 

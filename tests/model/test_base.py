@@ -96,7 +96,9 @@ def test_a_tokenizer_without_padding_token_works_and_without_end_token_is_refuse
 def test_named_targets(base: Callable[..., Base]) -> None:
     loaded = base("llama", targets=("o_proj", "model.layers.0.mlp.up_proj"))
     assert sorted(loaded.shapes) == [
-        "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj",
+        "model.layers.0.mlp.up_proj",
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.1.self_attn.o_proj",
     ]
     assert loaded.shapes["model.layers.0.mlp.up_proj"] == (32, 48)
     with pytest.raises(BaseModelError, match=r"no linear is called 'nope'; there are .*q_proj"):
@@ -160,9 +162,7 @@ def test_pickled_weights_are_never_read(fresh: Path) -> None:
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and bitsandbytes")
 
 
-@pytest.mark.parametrize(
-    ("device", "quantization"), [pytest.param("cuda", "4bit", marks=needs_gpu), ("cpu", "none")]
-)
+@pytest.mark.parametrize(("device", "quantization"), [pytest.param("cuda", "4bit", marks=needs_gpu), ("cpu", "none")])
 def test_a_4bit_base_trains(folder: Callable[[str], Path], device: str, quantization: Literal["none", "4bit"]) -> None:
     """On a CPU the same calls with whole weights, so that they are run where there is no GPU."""
     if quantization == "4bit":

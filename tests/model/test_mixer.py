@@ -31,7 +31,11 @@ def draw(*shape: int, seed: int) -> torch.Tensor:
 
 
 def by_loop(
-    x: torch.Tensor, base_out: torch.Tensor, w: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor],
+    x: torch.Tensor,
+    base_out: torch.Tensor,
+    w: torch.Tensor,
+    a: list[torch.Tensor],
+    b: list[torch.Tensor],
     own: int | None,
 ) -> torch.Tensor:
     """Token by token: a softmax; the n largest logits, scaled to 1; those beyond the n-th are the own expert again."""
@@ -51,8 +55,11 @@ def by_loop(
 @pytest.mark.parametrize(("n", "logits", "own"), [(2, 2, None), (3, 5, 1), (3, 5, 2), (1, 1, None), (4, 4, None)])
 def test_equals_a_loop_and_so_do_the_gradients(n: int, logits: int, own: int | None) -> None:
     x, base_out = draw(7, D_IN, seed=1), draw(7, D_OUT, seed=2)
-    leaves = [draw(logits, D_IN, seed=3), *(draw(R, D_IN, seed=10 + i) for i in range(n)),
-              *(draw(D_OUT, R, seed=20 + i) for i in range(n))]
+    leaves = [
+        draw(logits, D_IN, seed=3),
+        *(draw(R, D_IN, seed=10 + i) for i in range(n)),
+        *(draw(D_OUT, R, seed=20 + i) for i in range(n)),
+    ]
     results = []
     for loop in (True, False):
         w, *rest = [leaf.clone().requires_grad_() for leaf in leaves]
@@ -85,8 +92,10 @@ def mixture(base: Base, seed: int, router: str, own: int | None = None) -> Adapt
     for module, (d_in, d_out) in base.shapes.items():
         for expert in range(n):
             a, b = expert_keys(module, expert)
-            tensors[a], tensors[b] = torch.randn(R, d_in, generator=generator) * 0.3, torch.randn(
-                d_out, R, generator=generator) * 0.3
+            tensors[a], tensors[b] = (
+                torch.randn(R, d_in, generator=generator) * 0.3,
+                torch.randn(d_out, R, generator=generator) * 0.3,
+            )
         if router == "mixer":
             tensors[mixer_key(module)] = torch.randn(n if own is None else 2 * n - 1, d_in, generator=generator)
     spec = AdapterSpec(rank=R, alpha=4.0, router=router, instance_weight=0.8)  # type: ignore[arg-type]
@@ -99,10 +108,13 @@ def mixture(base: Base, seed: int, router: str, own: int | None = None) -> Adapt
 def changed(base: Base, seed: int) -> Adapter:
     """A LoRA on linears that are changed themselves."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = {name: torch.randn(tensor.shape, generator=generator) * 0.2
-               for name, tensor in new_shared(base.shapes, R, generator).items()}
-    deltas = {delta_key(m): torch.randn(d_out, d_in, generator=generator) * 0.1
-              for m, (d_in, d_out) in base.shapes.items()}
+    tensors = {
+        name: torch.randn(tensor.shape, generator=generator) * 0.2
+        for name, tensor in new_shared(base.shapes, R, generator).items()
+    }
+    deltas = {
+        delta_key(m): torch.randn(d_out, d_in, generator=generator) * 0.1 for m, (d_in, d_out) in base.shapes.items()
+    }
     return Adapter(AdapterSpec(rank=R, alpha=4.0), tensors, deltas)
 
 

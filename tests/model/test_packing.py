@@ -21,7 +21,9 @@ from tests.training import alone
 from .conftest import ARCHITECTURES, mixture, write_model, write_tokenizer
 
 ROWS: list[Row] = [
-    ((5, 9, 40, 33, 60, 12, 77, 8, 101, 14), (200, 31, 0)), ((5, 11), (90, 0)), ((5, 66, 67, 68, 69), (19, 20, 0)),
+    ((5, 9, 40, 33, 60, 12, 77, 8, 101, 14), (200, 31, 0)),
+    ((5, 11), (90, 0)),
+    ((5, 66, 67, 68, 69), (19, 20, 0)),
 ]
 """13, 4 and 8 tokens; the first is longer than Gemma 3's window of 8."""
 EVEN: list[Row] = [((5, place, 9, 8, 7, 6, 5, 4, 3), (place, 0)) for place in range(10, 14)]
@@ -135,10 +137,17 @@ def unpackable(request: Any, tmp_path: Path) -> Bank:
     else:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        shape = {"state_size": 4} if kind == "mamba" else {
-            "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "layer_types": ["conv", "full_attention"], "initializer_range": 0.15,
-        }  # fmt: skip
+        shape = (
+            {"state_size": 4}
+            if kind == "mamba"
+            else {
+                "intermediate_size": 48,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "layer_types": ["conv", "full_attention"],
+                "initializer_range": 0.15,
+            }
+        )
         common = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "eos_token_id": 0, "pad_token_id": 1}
         with torch.random.fork_rng():
             torch.manual_seed(0)

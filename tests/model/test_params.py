@@ -36,19 +36,20 @@ def test_stack_is_router_experts_shared() -> None:
     """Rank 1, d_in = 2, d_out = 3: rows of `down` are W_t, A_5, A_101, A_s; rows of `up` are B^T without W_t's."""
     tensors = {
         "q/router/W": torch.tensor([[1.0, 2.0]]),
-        "q/expert-05/A": torch.tensor([[3.0, 4.0]]), "q/expert-05/B": torch.tensor([[1.0], [2.0], [3.0]]),
-        "q/expert-101/A": torch.tensor([[5.0, 6.0]]), "q/expert-101/B": torch.tensor([[4.0], [5.0], [6.0]]),
-        "q/shared/A": torch.tensor([[7.0, 8.0]]), "q/shared/B": torch.tensor([[7.0], [8.0], [9.0]]),
-    }  # fmt: skip
+        "q/expert-05/A": torch.tensor([[3.0, 4.0]]),
+        "q/expert-05/B": torch.tensor([[1.0], [2.0], [3.0]]),
+        "q/expert-101/A": torch.tensor([[5.0, 6.0]]),
+        "q/expert-101/B": torch.tensor([[4.0], [5.0], [6.0]]),
+        "q/shared/A": torch.tensor([[7.0, 8.0]]),
+        "q/shared/B": torch.tensor([[7.0], [8.0], [9.0]]),
+    }
     down, up = stack(tensors, "q", [5, 101])
     assert down.tolist() == [[1, 2], [3, 4], [5, 6], [7, 8]]
     assert up.tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
 
 
 @settings(deadline=None, max_examples=40)
-@given(
-    st.lists(st.integers(0, 300), unique=True, max_size=6), st.integers(1, 4), st.integers(1, 7), st.integers(1, 7)
-)
+@given(st.lists(st.integers(0, 300), unique=True, max_size=6), st.integers(1, 4), st.integers(1, 7), st.integers(1, 7))
 def test_stack_and_unstack_invert_each_other(ids: list[int], rank: int, d_in: int, d_out: int) -> None:
     ids = sorted(ids)
     n = len(ids)

@@ -286,8 +286,14 @@ def test_the_network_by_hand() -> None:
     Layer 2: weight [[2, 5], [-3, 5]], bias (1, 1) -> (3, -2), ReLU (3, 0).
     Layer 3: weight [[1, 9], [-1, 9]], bias (0, 0) -> (3, -3).
     """
-    layers = [[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0]], [[2.0, 5.0], [-3.0, 5.0]], [[1.0, 1.0]],
-              [[1.0, 9.0], [-1.0, 9.0]], [[0.0, 0.0]]]  # fmt: skip
+    layers = [
+        [[1.0, 0.0], [0.0, 1.0]],
+        [[0.0, 1.0]],
+        [[2.0, 5.0], [-3.0, 5.0]],
+        [[1.0, 1.0]],
+        [[1.0, 9.0], [-1.0, 9.0]],
+        [[0.0, 0.0]],
+    ]
     tensors = {PROMPT: torch.tensor([[1.0, -2.0]]), **dict(zip(MLP, map(torch.tensor, layers), strict=True))}
     assert plain_prompt(tensors).tolist() == [[3.0, -3.0]]
     assert plain_prompt({PROMPT: tensors[PROMPT]}).tolist() == [[1.0, -2.0]]

@@ -15,14 +15,14 @@ from fedamole.assignment.reverse_selection import Bounds, select
 from fedamole.data.examples import SPLITS
 from fedamole.federation.local import embed
 from fedamole.federation.record import unpack
-from fedamole.federation.run_folder import RunFolder
 from fedamole.federation.worker import client_data
 from fedamole.methods.fedamole import Pool
 from fedamole.model.bank import Bank
 from fedamole.model.params import Adapter, expert_ids, expert_keys
 from fedamole.model.pretrained import load_adapter
 from fedamole.personal.adapt import final_state
-from fedamole.personal.models import base_of, find, places
+from fedamole.personal.saved_models import base_of, find, places
+from fedamole.runs.run_folder import RunFolder
 
 NEW = "dusk"
 
@@ -167,9 +167,14 @@ def test_a_method_with_nothing_for_a_new_client(runs: Any, rows: Path, tmp_path:
 
 @pytest.mark.parametrize(
     ("words", "code", "told"),
-    [(["--name", "mood"], 2, "already"), (["--name", "a b"], 2, "letters"), (["--steps", "-1"], 2, "--steps"),
-     (["--column", "text"], 2, "new=old"), (["--test", "nowhere.jsonl"], 3, "no file")],
-)  # fmt: skip
+    [
+        (["--name", "mood"], 2, "already"),
+        (["--name", "a b"], 2, "letters"),
+        (["--steps", "-1"], 2, "--steps"),
+        (["--column", "text"], 2, "new=old"),
+        (["--test", "nowhere.jsonl"], 3, "no file"),
+    ],
+)
 def test_a_mistake_leaves_nothing_behind(
     words: Sequence[str], code: int, told: str, runs: Any, rows: Path, tmp_path: Path, fedamole: Any
 ) -> None:

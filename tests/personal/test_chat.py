@@ -21,7 +21,7 @@ from fedamole.evaluation.generation import generate_answers
 from fedamole.model.bank import Bank
 from fedamole.personal.chat import Chat, converse
 from fedamole.personal.generate import as_it_is
-from fedamole.personal.models import find, open_bank
+from fedamole.personal.saved_models import find, open_bank
 from fedamole.terminal import printable
 from tests.conftest import heeding_interrupts
 
@@ -145,7 +145,7 @@ def test_through_a_pipe(fedamole: Any, runs: Any, bank: Bank, monkeypatch: Any) 
 def test_an_interrupt_on_a_terminal(runs: Any) -> None:
     """The command on a terminal of its own, interrupted when it asks the user."""
     outer, inner = pty.openpty()
-    words = [sys.executable, "-m", "fedamole.cli", "chat", str(runs("fedamole")), "--client", "chat"]
+    words = [sys.executable, "-m", "fedamole", "chat", str(runs("fedamole")), "--client", "chat"]
     process = subprocess.Popen(
         words, stdin=inner, stdout=inner, stderr=inner, start_new_session=True, preexec_fn=heeding_interrupts
     )

@@ -158,9 +158,7 @@ def test_what_the_experts_are_for(fedamole: Callable[..., Any], runs: Any, tmp_p
     assert all(len(examples) <= 2 for examples in sights)
     assert all(one["examples"] for one in module["experts"] if one["largest"] > 0)
     rows = [json.loads(line) for line in (runs.config.parent / "mood.jsonl").read_text().splitlines()]
-    texts = [
-        f"Text: {row['text']}\nWhich class does the text belong to?\nClass:\n{row['label_text']}" for row in rows
-    ]
+    texts = [f"Text: {row['text']}\nWhich class does the text belong to?\nClass:\n{row['label_text']}" for row in rows]
     for sight in (sight for examples in sights for sight in examples):
         assert any(sight["before"] + sight["text"] + sight["after"] in text for text in texts)
     assert "expert " in fedamole(*words).out
@@ -217,9 +215,7 @@ def test_other_mixtures(method: str, roles: list[str] | None, fedamole: Callable
         (("--client", "mood", "--split", "test"), 2, "validation"),
     ],
 )
-def test_mistakes(
-    words: tuple[str, ...], code: int, said: str, fedamole: Callable[..., Any], runs: Any
-) -> None:
+def test_mistakes(words: tuple[str, ...], code: int, said: str, fedamole: Callable[..., Any], runs: Any) -> None:
     done = fedamole("explain", runs("fedamole"), *words)
     assert done.code == code
     assert said in done.err

@@ -21,7 +21,7 @@ from fedamole.model.batch import Row, collate
 from fedamole.model.params import Adapter, expert_ids, expert_keys
 from fedamole.model.pretrained import load_adapter, save_adapter
 from fedamole.personal.export import ExportSettings, Texts, as_lora, merge, refuse_unmergeable, watched
-from fedamole.personal.models import base_of, find
+from fedamole.personal.saved_models import base_of, find
 from tests.model.conftest import mixture
 from tests.training import lora_spec
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
+from fedamole.cli.personal import renamed
 from fedamole.data.layouts import conversation_prompt
 from fedamole.data.manifest import load_federation
 from fedamole.data.tokens import prompt_ids, tokenise
 from fedamole.errors import ConfigError, DataError
 from fedamole.evaluation.generation import generate_answers
-from fedamole.personal.commands import renamed
 from fedamole.personal.generate import Layout, answers, as_it_is, layout_of, lines, read_prompts, rendered
-from fedamole.personal.models import find, open_bank
+from fedamole.personal.saved_models import find, open_bank
 
 PROMPTS = ("Ann has a red cup on day 3 ->\n", "Bob has two pens on day 7 ->\n")
 
@@ -71,10 +71,12 @@ def test_a_longer_answer(fedamole: Any, runs: Any) -> None:
 def test_lines_of_standard_input_and_of_a_file(fedamole: Any, runs: Any, piped: Any) -> None:
     run, texts = runs("fedamole"), tuple(prompt.strip() for prompt in PROMPTS)
     piped(f"{texts[0]}\n\n{texts[1]}\n")
-    assert records(fedamole("generate", run, "--client", "plain", "--json")) == (expected := [
-        {"client": "plain", "prompt": text, "answer": answer}
-        for text, answer in zip(texts, wanted(run, "plain", texts), strict=True)
-    ])  # fmt: skip
+    assert records(fedamole("generate", run, "--client", "plain", "--json")) == (
+        expected := [
+            {"client": "plain", "prompt": text, "answer": answer}
+            for text, answer in zip(texts, wanted(run, "plain", texts), strict=True)
+        ]
+    )
     Path("prompts.txt").write_text("\ufeff" + "\n".join(texts))
     assert records(fedamole("generate", run, "--client", "plain", "--file", "prompts.txt", "--json")) == expected
 
@@ -152,8 +154,9 @@ def test_layouts() -> None:
 
     asked = prompts({"instruction": "Add.", "input": "1 and 2"}, {"instruction": "Go.", "input": ""})
     assert [("### Input:\n1 and 2\n\n### Response:\n" in text, "### Input" in text) for text in asked] == [
-        (True, True), (False, False),
-    ]  # fmt: skip
+        (True, True),
+        (False, False),
+    ]
     assert prompts({"question": "Why?"}, columns={"instruction": "question"})[0].count("### Instruction:\nWhy?") == 1
     assert prompts({"text": "hm", "label_text": ""})[0].startswith("Text: hm\n")
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]

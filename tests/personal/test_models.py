@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from fedamole import load_personal_model
 from fedamole.errors import BaseModelError, RunError
 from fedamole.evaluation.generation import generate_answers
-from fedamole.personal.models import find, open_bank, places
+from fedamole.personal.saved_models import find, open_bank, places
 
 IDS = (5, 9, 14, 33, 7)
 IN_A_FRESH_PROCESS = """

@@ -15,13 +15,11 @@ from fedamole.data.manifest import read_manifest
 from fedamole.errors import ConfigError, DataError
 from fedamole.evaluation.generation import generate_answers
 from fedamole.experiment import prepare
-from fedamole.federation.run_folder import RunFolder
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base
 from fedamole.model.batch import Row, collate
 from fedamole.model.params import OWN, Adapter, expert_ids, expert_keys, mixer_key, router_key, shared_keys
-from fedamole.personal.models import find, open_bank, places
 from fedamole.personal.routing import (
     experts_of,
     greedy_answer,
@@ -34,6 +32,8 @@ from fedamole.personal.routing import (
     token_weights,
     uses,
 )
+from fedamole.personal.saved_models import find, open_bank, places
+from fedamole.runs.run_folder import RunFolder
 from tests.model import test_mixer
 from tests.model.conftest import mixture
 

@@ -12,12 +12,12 @@ from huggingface_hub import ModelCard
 from tests.deployment.test_host import RUN_ID, ByHand, ask, client
 
 from fedamole.data.manifest import ClientRecord, read_manifest
-from fedamole.engine.wire import TEST, Request
+from fedamole.engine.messages import TEST, Request
 from fedamole.experiment import resume
 from fedamole.federation.loop import Watcher
-from fedamole.federation.run_folder import RunFolder
-from fedamole.personal.models import find, open_bank
+from fedamole.personal.saved_models import find, open_bank
 from fedamole.reporting.card import card, write_cards
+from fedamole.runs.run_folder import RunFolder
 
 __all__ = ["client"]
 
@@ -42,9 +42,12 @@ def test_every_saved_model_has_a_card_that_the_hub_can_read(runs: Any) -> None:
     for folder in folders:
         found = ModelCard.load(folder / "README.md")
         assert found.data.to_dict() == {
-            "library_name": "peft", "pipeline_tag": "text-generation", "license": "other",
-            "license_name": "unspecified", "tags": ["fedamole", "federated-learning", "personalised"],
-        }  # fmt: skip
+            "library_name": "peft",
+            "pipeline_tag": "text-generation",
+            "license": "other",
+            "license_name": "unspecified",
+            "tags": ["fedamole", "federated-learning", "personalised"],
+        }
         assert found.text.strip().startswith(f"# A personal model of {folder.parent.name}\n")
 
 
@@ -211,7 +214,12 @@ def test_what_comes_from_a_folder_stays_text(runs: Any) -> None:
     adapter = json.loads((run / "clients" / record.client / "adapter" / "adapter_config.json").read_text())
     identity = dict.fromkeys(("weights", "tokenizer", "targets"), evil)
     text = card(
-        {**about, "fedamole": evil}, config, summary, record, "fedamole", {**adapter, "base_model_name_or_path": evil},
+        {**about, "fedamole": evil},
+        config,
+        summary,
+        record,
+        "fedamole",
+        {**adapter, "base_model_name_or_path": evil},
         identity,
     )
     assert not set(text) & {"\x1b", "\u202e"}

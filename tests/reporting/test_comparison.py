@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from scipy import stats
 
+from fedamole.comparison.plot import check_picture, draw
+from fedamole.comparison.results import Entry, Scenario, best_validation_loss, gains, read_scenarios
+from fedamole.comparison.tables import FIELDS, Sheet, as_csv, as_latex, as_markdown, latex_text, records, sheets
 from fedamole.errors import ConfigError, RunError
-from fedamole.reporting.comparison import Entry, Scenario, best_validation_loss, gains, read_scenarios
-from fedamole.reporting.comparison_plot import check_picture, draw
-from fedamole.reporting.gains import clear_best, gain, signed_rank
-from fedamole.reporting.sheets import FIELDS, Sheet, as_csv, as_latex, as_markdown, latex_text, records, sheets
+from fedamole.reporting.significance import clear_best, gain, signed_rank
 
 Make = Callable[..., Entry]
 
@@ -26,8 +26,14 @@ def row(scores: dict[str, float], losses: dict[str, float] | None = None, best_r
     mean = sum(values) / len(values)
     spread = (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
     clients = {name: {"score": value} | ({"loss": losses[name]} if losses else {}) for name, value in scores.items()}
-    return {"best_round": best_round, "mean": mean, "worst": min(values), "spread": spread, "last_mean": mean,
-            "clients": clients}  # fmt: skip
+    return {
+        "best_round": best_round,
+        "mean": mean,
+        "worst": min(values),
+        "spread": spread,
+        "last_mean": mean,
+        "clients": clients,
+    }
 
 
 @pytest.fixture
@@ -35,8 +41,16 @@ def make(tmp_path: Path) -> Make:
     """Write a finished run's folder: a method with two clients, 2 rounds, 3 and 5 steps a round."""
 
     def made(
-        method: str, seed: int, scores: dict[str, float], losses: dict[str, float] | None = None, *,
-        scenario: str = "s", probed: int | None = None, weights: str = "w", rounds: int = 2, at_edge: bool = False,
+        method: str,
+        seed: int,
+        scores: dict[str, float],
+        losses: dict[str, float] | None = None,
+        *,
+        scenario: str = "s",
+        probed: int | None = None,
+        weights: str = "w",
+        rounds: int = 2,
+        at_edge: bool = False,
         **counts: int,
     ) -> Entry:
         folder = tmp_path / scenario / f"{method}-s{seed}"
@@ -45,14 +59,23 @@ def make(tmp_path: Path) -> Make:
         steps = dict(zip(scores, (3, 5), strict=True))
         lines = [
             {"round": round_, "client": client, "split": "train", "steps": steps[client], "bytes_down": 1}
-            | ({} if probed is None else {"probed": probed}) | counts
-            for round_ in range(rounds) for client in scores
+            | ({} if probed is None else {"probed": probed})
+            | counts
+            for round_ in range(rounds)
+            for client in scores
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (folder / "run.json").write_text(json.dumps({
-            "format": 1, "fedamole": "0", "id": "x", "method": method,
-            "base": {"weights": weights, "tokenizer": "t", "targets": "x"},
-        }))
+        (folder / "run.json").write_text(
+            json.dumps(
+                {
+                    "format": 1,
+                    "fedamole": "0",
+                    "id": "x",
+                    "method": method,
+                    "base": {"weights": weights, "tokenizer": "t", "targets": "x"},
+                }
+            )
+        )
         (folder / "manifest.json").write_text(json.dumps({"clients": sorted(scores)}))
         (folder / "config.toml").write_text(
             f'[run]\nname = "{method}"\nseed = {seed}\n[method]\nname = "{method}"\n[base]\nmodel = "bundled"\n'
@@ -64,8 +87,13 @@ def make(tmp_path: Path) -> Make:
         ends["majority"] = row(dict.fromkeys(scores, 6.0), None, None)
         costs = {"bytes_down_per_client_round": 2**20, "bytes_up_per_client_round": 2**19, "peak_memory_mib": 100.0}
         summary = {
-            "format": 1, "method": method, "rounds": rounds, "rows": {method: row(scores, losses), **ends},
-            "seconds_update": 7.0, "seconds_evaluate": 3.0, **costs,
+            "format": 1,
+            "method": method,
+            "rounds": rounds,
+            "rows": {method: row(scores, losses), **ends},
+            "seconds_update": 7.0,
+            "seconds_evaluate": 3.0,
+            **costs,
         }
         (folder / "summary.json").write_text(json.dumps(summary))
         return Entry(scenario, method, method, seed, folder, at_edge)
@@ -76,12 +104,14 @@ def make(tmp_path: Path) -> Make:
 @pytest.fixture
 def two(make: Make) -> list[Scenario]:
     """Scenario s: ours 50/70 and 60/80 (means 60, 70), theirs 40/70 and 40/60 (means 55, 50)."""
-    return read_scenarios([
-        make("ours", 0, {"a": 50.0, "b": 70.0}, {"a": 1.0, "b": 2.0}),
-        make("ours", 1, {"a": 60.0, "b": 80.0}, {"a": 1.0, "b": 1.0}),
-        make("theirs", 0, {"a": 40.0, "b": 70.0}, {"a": 2.0, "b": 2.5}),
-        make("theirs", 1, {"a": 40.0, "b": 60.0}, {"a": 1.5, "b": 0.5}),
-    ])
+    return read_scenarios(
+        [
+            make("ours", 0, {"a": 50.0, "b": 70.0}, {"a": 1.0, "b": 2.0}),
+            make("ours", 1, {"a": 60.0, "b": 80.0}, {"a": 1.0, "b": 1.0}),
+            make("theirs", 0, {"a": 40.0, "b": 70.0}, {"a": 2.0, "b": 2.5}),
+            make("theirs", 1, {"a": 40.0, "b": 60.0}, {"a": 1.5, "b": 0.5}),
+        ]
+    )
 
 
 def table(sheet: Sheet) -> dict[str, dict[str, str]]:
@@ -93,14 +123,25 @@ def test_methods_of_a_scenario(two: list[Scenario]) -> None:
     found = table(sheets(two, "ours")[0])
     assert list(found) == ["base", "majority", "ours", "theirs"]
     assert found["ours"] == {
-        "score": "65.0 ± 7.1", "worst client": "55.0 ± 7.1", "spread": "10.0 ± 0.0", "loss": "1.250 ± 0.354",
-        "best round": "1 ± 0", "steps": "4.0", "MiB down": "1.000", "MiB up": "0.500", "seconds": "10",
-        "memory MiB": "100", "learning rate": "0.01",
-    }  # fmt: skip
+        "score": "65.0 ± 7.1",
+        "worst client": "55.0 ± 7.1",
+        "spread": "10.0 ± 0.0",
+        "loss": "1.250 ± 0.354",
+        "best round": "1 ± 0",
+        "steps": "4.0",
+        "MiB down": "1.000",
+        "MiB up": "0.500",
+        "seconds": "10",
+        "memory MiB": "100",
+        "learning rate": "0.01",
+    }
     assert found["theirs"]["score"] == "52.5 ± 3.5"
     assert found["base"] == dict.fromkeys(found["ours"], "") | {
-        "score": "5.0", "worst client": "5.0", "spread": "0.0", "loss": "4.000",
-    }  # fmt: skip
+        "score": "5.0",
+        "worst client": "5.0",
+        "spread": "0.0",
+        "loss": "4.000",
+    }
     assert found["majority"]["loss"] == ""
     assert "seeds 0, 1" in sheets(two, "ours")[0].caption
 
@@ -109,11 +150,16 @@ def test_the_best_is_starred_where_it_is_clearly_better_than_the_second(make: Ma
     """Scores lead by 10 at every client and seed; losses by 1, 1, 1 and -0.9: their interval is -0.99 to 2.04."""
     scores, losses = {"a": 50.0, "b": 70.0}, {"a": 2.0, "b": 2.0}
     better = {"a": 60.0, "b": 80.0}
-    [found] = read_scenarios([
-        make("ours", 0, better, {"a": 1.0, "b": 1.0}), make("ours", 1, better, {"a": 1.0, "b": 2.9}),
-        make("theirs", 0, scores, losses), make("theirs", 1, scores, losses),
-        make("worse", 0, {"a": 0.0, "b": 0.0}), make("worse", 1, {"a": 90.0, "b": 10.0}),
-    ])
+    [found] = read_scenarios(
+        [
+            make("ours", 0, better, {"a": 1.0, "b": 1.0}),
+            make("ours", 1, better, {"a": 1.0, "b": 2.9}),
+            make("theirs", 0, scores, losses),
+            make("theirs", 1, scores, losses),
+            make("worse", 0, {"a": 0.0, "b": 0.0}),
+            make("worse", 1, {"a": 90.0, "b": 10.0}),
+        ]
+    )
     methods, clients = (table(sheet) for sheet in sheets([found], "ours")[:2])
     assert methods["ours"]["score"] == "70.0 ± 0.0*"
     assert methods["ours"]["worst client"] == "60.0 ± 0.0*"
@@ -181,19 +227,30 @@ def test_methods_of_another_size_are_marked_where_sizes_were_to_match(make: Make
         return {name: line["trained parameters"] for name, line in table(sheets(found, "ours", matched)[0]).items()}
 
     assert column(matched=False) == {
-        "base": "", "majority": "", "ours": "1.00k", "near": "1.10k", "far": "1.10k", "small": "899",
-    }  # fmt: skip
+        "base": "",
+        "majority": "",
+        "ours": "1.00k",
+        "near": "1.10k",
+        "far": "1.10k",
+        "small": "899",
+    }
     assert column(matched=True) == column(matched=False) | {
-        "far": "1.10k (not matched)", "small": "899 (not matched)",
-    }  # fmt: skip
+        "far": "1.10k (not matched)",
+        "small": "899 (not matched)",
+    }
     assert "differs by more than 10% from that of ours" in sheets(found, "ours", matched=True)[0].caption
 
 
 def test_a_diverged_run_is_in_the_tables(make: Make, tmp_path: Path) -> None:
     scores, lost = {"a": 1.0, "b": 1.0}, {"a": math.nan, "b": 1.0}
-    found = read_scenarios([
-        make("ours", 0, scores, lost), make("ours", 1, scores), make("theirs", 0, scores), make("theirs", 1, scores),
-    ])
+    found = read_scenarios(
+        [
+            make("ours", 0, scores, lost),
+            make("ours", 1, scores),
+            make("theirs", 0, scores),
+            make("theirs", 1, scores),
+        ]
+    )
     assert table(sheets(found, "ours")[0])["ours"]["loss"] == "nan ± nan"
     assert as_csv(records(found, "ours"))
     draw(tmp_path / "p.svg", found)
@@ -246,10 +303,13 @@ def test_ties_and_single_pairs() -> None:
 
 
 def test_only_pairs_that_both_have_count_and_missing_seeds_are_named(make: Make) -> None:
-    [found] = read_scenarios([
-        make("ours", 0, {"a": 50.0, "b": 70.0}), make("ours", 1, {"a": 0.0, "b": 0.0}),
-        make("theirs", 0, {"a": 40.0, "b": 50.0}),
-    ])
+    [found] = read_scenarios(
+        [
+            make("ours", 0, {"a": 50.0, "b": 70.0}),
+            make("ours", 1, {"a": 0.0, "b": 0.0}),
+            make("theirs", 0, {"a": 40.0, "b": 50.0}),
+        ]
+    )
     assert gains([found], "ours")[0].gain.pairs == 2
     assert gains([found], "ours")[0].gain.mean == 15.0
     assert "theirs (1 of 2 seeds)" in table(sheets([found], "ours")[0])
@@ -257,11 +317,15 @@ def test_only_pairs_that_both_have_count_and_missing_seeds_are_named(make: Make)
 
 def test_scenarios_side_by_side(make: Make) -> None:
     """Ours: 60 and 20 make 40 with seed 0, 70 and 40 make 55 with seed 1. Theirs lacks a scenario: no average."""
-    found = read_scenarios([
-        make("ours", 0, {"a": 50.0, "b": 70.0}), make("ours", 1, {"a": 60.0, "b": 80.0}),
-        make("theirs", 0, {"a": 50.0, "b": 60.0}),
-        make("ours", 0, {"x": 10.0, "y": 30.0}, scenario="t"), make("ours", 1, {"x": 40.0, "y": 40.0}, scenario="t"),
-    ])
+    found = read_scenarios(
+        [
+            make("ours", 0, {"a": 50.0, "b": 70.0}),
+            make("ours", 1, {"a": 60.0, "b": 80.0}),
+            make("theirs", 0, {"a": 50.0, "b": 60.0}),
+            make("ours", 0, {"x": 10.0, "y": 30.0}, scenario="t"),
+            make("ours", 1, {"x": 40.0, "y": 40.0}, scenario="t"),
+        ]
+    )
     made = {sheet.title: sheet for sheet in sheets(found, "ours")}
     lines = table(made["methods over scenarios"])
     assert lines["ours"] == {"s": "65.0 ± 7.1", "t": "30.0 ± 14.1", "average": "47.5 ± 10.6"}
@@ -272,10 +336,14 @@ def test_scenarios_side_by_side(make: Make) -> None:
 
 def test_pairs_of_all_scenarios_are_pooled(make: Make) -> None:
     """Differences 10, 20 in s and 30, 40 in t; clients of the same name in two scenarios stay two."""
-    found = read_scenarios([
-        make("ours", 0, {"a": 50.0, "b": 70.0}), make("theirs", 0, {"a": 40.0, "b": 50.0}),
-        make("ours", 0, {"a": 60.0, "b": 70.0}, scenario="t"), make("theirs", 0, {"a": 30.0, "b": 30.0}, scenario="t"),
-    ])
+    found = read_scenarios(
+        [
+            make("ours", 0, {"a": 50.0, "b": 70.0}),
+            make("theirs", 0, {"a": 40.0, "b": 50.0}),
+            make("ours", 0, {"a": 60.0, "b": 70.0}, scenario="t"),
+            make("theirs", 0, {"a": 30.0, "b": 30.0}, scenario="t"),
+        ]
+    )
     pooled = next(line.gain for line in gains(found, "ours") if line.scenario == "all scenarios")
     assert (pooled.pairs, pooled.mean, pooled.wins) == (4, 25.0, 4)
     assert pooled.p_clients == stats.wilcoxon([10.0, 20.0, 30.0, 40.0]).pvalue
@@ -288,17 +356,23 @@ def test_other_data_make_no_table(make: Make) -> None:
 
 
 def test_examples_read_forward_only_are_shown_where_a_method_has_them(make: Make) -> None:
-    [found] = read_scenarios([
-        make("ours", 0, {"a": 1.0, "b": 1.0}, probed=10), make("theirs", 0, {"a": 1.0, "b": 1.0}),
-    ])
+    [found] = read_scenarios(
+        [
+            make("ours", 0, {"a": 1.0, "b": 1.0}, probed=10),
+            make("theirs", 0, {"a": 1.0, "b": 1.0}),
+        ]
+    )
     lines = table(sheets([found], "ours")[0])
     assert (lines["ours"]["probed"], lines["theirs"]["probed"]) == ("10.0", "")
 
 
 def test_rounds_that_differ_are_named_in_the_caption(make: Make) -> None:
-    [found] = read_scenarios([
-        make("ours", 0, {"a": 1.0, "b": 1.0}, rounds=2), make("theirs", 0, {"a": 1.0, "b": 1.0}, rounds=6),
-    ])
+    [found] = read_scenarios(
+        [
+            make("ours", 0, {"a": 1.0, "b": 1.0}, rounds=2),
+            make("theirs", 0, {"a": 1.0, "b": 1.0}, rounds=6),
+        ]
+    )
     caption = sheets([found], "ours")[0].caption
     assert "Rounds: ours 2, theirs 6." in caption
 
@@ -306,8 +380,15 @@ def test_rounds_that_differ_are_named_in_the_caption(make: Make) -> None:
 def test_the_choice_of_a_rate_reads_validation_at_the_best_round(make: Make) -> None:
     """Best round 1: a has 2.0 there; b sat out after round 0 (4.0), so (2 + 4) / 2 = 3. Test is unread."""
     path = make("ours", 0, {"a": 1.0, "b": 1.0}).path
-    told = [(-1, "base", "a", 9.0), (-1, "base", "b", 9.0), (0, "ours", "a", 8.0), (0, "ours", "b", 4.0),
-            (1, "ours", "a", 2.0), (1, "ours_ft", "b", 0.0), (2, "ours", "b", 0.1)]  # fmt: skip
+    told = [
+        (-1, "base", "a", 9.0),
+        (-1, "base", "b", 9.0),
+        (0, "ours", "a", 8.0),
+        (0, "ours", "b", 4.0),
+        (1, "ours", "a", 2.0),
+        (1, "ours_ft", "b", 0.0),
+        (2, "ours", "b", 0.1),
+    ]
     with (path / "metrics.jsonl").open("a") as file:
         for round_, method, client, loss in told:
             line = {"round": round_, "split": "validation", "method": method, "client": client, "loss": loss}
@@ -337,13 +418,13 @@ def test_csv_parses_back(two: list[Scenario]) -> None:
     lines = list(csv.DictReader(io.StringIO(as_csv(records(two, "ours")))))
     assert tuple(lines[0]) == FIELDS
     [score] = [
-        line for line in lines
-        if (line["table"], line["method"], line["measure"]) == ("methods", "ours", "score")
+        line for line in lines if (line["table"], line["method"], line["measure"]) == ("methods", "ours", "score")
     ]
     assert (float(score["mean"]), score["n"]) == (65.0, "2")
     assert float(score["sd"]) == pytest.approx(math.sqrt(50))
     [client] = [
-        line for line in lines
+        line
+        for line in lines
         if (line["table"], line["method"], line["client"], line["measure"]) == ("clients", "theirs", "b", "score")
     ]
     assert float(client["mean"]) == 65.0
@@ -353,9 +434,7 @@ def test_csv_parses_back(two: list[Scenario]) -> None:
 
 
 def test_latex_escapes() -> None:
-    assert latex_text(r"a_b & 5% ± 1* \x {y} <") == (
-        r"a\_b \& 5\% $\pm$ 1$^{*}$ \textbackslash{}x \{y\} $<$"
-    )
+    assert latex_text(r"a_b & 5% ± 1* \x {y} <") == (r"a\_b \& 5\% $\pm$ 1$^{*}$ \textbackslash{}x \{y\} $<$")
     text = as_latex([Sheet("t_1", "100 %", ("m", "x"), (("a_b", "1.0"),))])
     assert r"a\_b & 1.0 \\" in text
     assert r"\begin{tabular}{lr}" in text

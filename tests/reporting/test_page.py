@@ -20,17 +20,18 @@ import tomli_w
 from tests.deployment.direct import town
 from typer.testing import CliRunner
 
-from fedamole import cli
+from fedamole.cli import main as cli
+from fedamole.cli import report as commands
 from fedamole.errors import RunError
-from fedamole.reporting import commands, figures
+from fedamole.reporting import figures
 from fedamole.reporting.figures import draw_all
-from fedamole.reporting.gains import gain
 from fedamole.reporting.page import palette
 from fedamole.reporting.page.content import content
 from fedamole.reporting.page.document import page, write_page
 from fedamole.reporting.page.reading import read_folders
 from fedamole.reporting.page.words import TITLES, short_names
 from fedamole.reporting.runs import read_runs
+from fedamole.reporting.significance import gain
 from fedamole.reporting.table import compare, grid
 from fedamole.reporting.work import short
 
@@ -73,8 +74,9 @@ def test_scores_and_gains_are_those_of_the_tables(runs: Any) -> None:
     differences = {(name, 0): ours[name][0] - theirs[name][0] for name in CLIENTS}
     [_, chosen] = found["gain"]
     assert [chosen["reference"], [column["other"] for column in chosen["columns"]]] == [
-        "fedamole", ["base", "majority", "fedit"]
-    ]  # fmt: skip
+        "fedamole",
+        ["base", "majority", "fedit"],
+    ]
     column = chosen["columns"][-1]
     assert column["clients"] == {name: value for (name, _), value in differences.items()}
     expected = gain(differences, higher=True)
@@ -87,8 +89,10 @@ def test_seeds_of_a_method_are_one_column_and_pairs_by_seed(runs: Any) -> None:
     assert {(line["model"], line["seed"]) for line in found["learning"]["lines"]} == {(0, 0), (0, 1), (1, 0)}
     [against] = [one for one in found["gain"] if one["reference"] == "fedit"]
     assert {column["other"]: column["pairs"] for column in against["columns"]} == {
-        "base": 8, "majority": 8, "local_only": 4
-    }  # fmt: skip
+        "base": 8,
+        "majority": 8,
+        "local_only": 4,
+    }
 
 
 def test_lines_and_assignment_are_what_the_run_wrote(runs: Any) -> None:

@@ -20,9 +20,14 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is install
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the dev extra has it)")
 
 FLAGS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 
 
 @dataclass
@@ -73,14 +78,25 @@ def report(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_figure_is_there(visit: Any, report: Path) -> None:
     page = visit(report).page
     assert [one.get_attribute("id") for one in page.query_selector_all("section")] == [
-        "about", "learning", "test", "gain", "experts", "data", "costs"
-    ]  # fmt: skip
+        "about",
+        "learning",
+        "test",
+        "gain",
+        "experts",
+        "data",
+        "costs",
+    ]
     for figure, least in (
-        ("#learning svg path.model", 2 * 5), ("#test figure .mark", 3 * 4), ("#test figure .m-plain", 2 * 4),
+        ("#learning svg path.model", 2 * 5),
+        ("#test figure .mark", 3 * 4),
+        ("#test figure .m-plain", 2 * 4),
         ("#gain td[data-client]", 3 * 4),
-        ("#experts .heat .cell", 2 * 4), ("#sizes .heat .cell", 4 * 4), ("#shared .heat .cell", 1),
-        ("#data svg .piece", 4 * 3), ("#costs .bar", 2 * 4),
-    ):  # fmt: skip
+        ("#experts .heat .cell", 2 * 4),
+        ("#sizes .heat .cell", 4 * 4),
+        ("#shared .heat .cell", 1),
+        ("#data svg .piece", 4 * 3),
+        ("#costs .bar", 2 * 4),
+    ):
         assert page.locator(figure).count() >= least, figure
     assert page.locator("nav a").count() == 9
     assert page.evaluate("document.documentElement.scrollWidth") <= 1200
@@ -94,9 +110,8 @@ def held(runs: Any, round_: int, module: int, client: str) -> dict[int, float]:
     lines = [json.loads(line) for line in (runs("fedamole") / "assignment.jsonl").read_text().splitlines()]
     modules = list(dict.fromkeys(line["module"] for line in lines))
     [line] = [
-        line for line in lines
-        if (line["round"], line["module"], line["client"]) == (round_, modules[module], client)
-    ]  # fmt: skip
+        line for line in lines if (line["round"], line["module"], line["client"]) == (round_, modules[module], client)
+    ]
     return dict(zip(line["experts"], line["relevance"], strict=True))
 
 

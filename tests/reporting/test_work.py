@@ -26,8 +26,12 @@ def test_tokens_are_per_client_over_the_run_and_the_row_s_own() -> None:
         {"round": 0, "split": "round"},
     ]
     assert work_of(lines, "ours", clients=2, rounds=2) == {
-        "steps": 2.0, "probed": 0.75, "forward_tokens": 7.0, "backward_tokens": 75.0, "parameters": 12.0,
-    }  # fmt: skip
+        "steps": 2.0,
+        "probed": 0.75,
+        "forward_tokens": 7.0,
+        "backward_tokens": 75.0,
+        "parameters": 12.0,
+    }
     assert work_of(lines, "ours_ft", clients=2, rounds=2)["forward_tokens"] == 505.0
 
 
@@ -38,9 +42,18 @@ def test_runs_of_earlier_versions_have_no_counts() -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (0, "0"), (999, "999"), (1000, "1.00k"), (1234, "1.23k"), (12_345, "12.3k"), (99_960, "100k"),
-        (123_456, "123k"), (999_600, "1.00M"), (2_500_000, "2.50M"), (7e9, "7.00G"), (float("nan"), "nan"),
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.00k"),
+        (1234, "1.23k"),
+        (12_345, "12.3k"),
+        (99_960, "100k"),
+        (123_456, "123k"),
+        (999_600, "1.00M"),
+        (2_500_000, "2.50M"),
+        (7e9, "7.00G"),
+        (float("nan"), "nan"),
     ],
-)  # fmt: skip
+)
 def test_large_counts_in_three_digits(value: float, text: str) -> None:
     assert short(value) == text

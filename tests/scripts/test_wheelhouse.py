@@ -29,9 +29,15 @@ def make_wheel(folder: Path, name: str, version: str, files: dict[str, bytes], m
     info = f"{name}-{version}.dist-info"
     about = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{metadata}"
     wheel = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    return packed(folder / f"{name}-{version}-py3-none-any.whl", info, {
-        **files, f"{info}/METADATA": about.encode(), f"{info}/WHEEL": wheel.encode(),
-    })  # fmt: skip
+    return packed(
+        folder / f"{name}-{version}-py3-none-any.whl",
+        info,
+        {
+            **files,
+            f"{info}/METADATA": about.encode(),
+            f"{info}/WHEEL": wheel.encode(),
+        },
+    )
 
 
 def packed(path: Path, info: str, files: dict[str, bytes]) -> Path:
@@ -81,12 +87,19 @@ def environment(folder: Path) -> Path:
 
 def install(python: Path, wheelhouse: Path, *more: str) -> subprocess.CompletedProcess[str]:
     words = [
-        "--no-index", "--find-links", str(wheelhouse), "--require-hashes", "-r", str(wheelhouse / "requirements.txt"),
-    ]  # fmt: skip
+        "--no-index",
+        "--find-links",
+        str(wheelhouse),
+        "--require-hashes",
+        "-r",
+        str(wheelhouse / "requirements.txt"),
+    ]
     return subprocess.run(
         [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-compile", *words, *more],
-        capture_output=True, text=True, env=without_network(),
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=without_network(),
+    )
 
 
 def asked(python: Path, code: str) -> str:
@@ -122,9 +135,12 @@ def wheelhouse(links: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     before = sorted(path for path in root.rglob("*"))
     done = subprocess.run(
-        [str(root / "scripts" / SCRIPT.name), "house"], cwd=root, capture_output=True, text=True,
+        [str(root / "scripts" / SCRIPT.name), "house"],
+        cwd=root,
+        capture_output=True,
+        text=True,
         env=without_network(links),
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert "5 wheels" not in done.stdout
     assert "4 wheels in house" in done.stdout
@@ -182,8 +198,10 @@ def own_wheel(folder: Path, links: Path) -> Path:
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, copy / name)
     done = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(folder / "house"), str(copy)],
-        capture_output=True, text=True, env=without_network(links),
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=without_network(links),
+    )
     assert done.returncode == 0, done.stderr
     (made,) = (folder / "house").glob("fedamole-*.whl")
     return made
@@ -200,9 +218,10 @@ def test_this_projects_wheel_has_all_that_it_needs(links: Path, tmp_path: Path) 
     with zipfile.ZipFile(made) as archive:
         inside = set(archive.namelist())
     wanted = {
-        str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "fedamole").rglob("*")
+        str(path.relative_to(ROOT / "src"))
+        for path in (ROOT / "src" / "fedamole").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
-    }  # fmt: skip
+    }
     assert wanted <= inside
     assert not [name for name in inside if name.startswith("tests") or "__pycache__" in name]
     repacked(tmp_path / "house", distribution("wrapt"))

@@ -14,12 +14,12 @@ import openai
 import torch
 
 from fedamole.personal.generate import layout_of
-from fedamole.personal.models import open_bank, places
-from fedamole.serving.door import listen
+from fedamole.personal.saved_models import open_bank, places
+from fedamole.serving.connections import listen
 from fedamole.serving.engine import Engine
 from fedamole.serving.keys import Keys
+from fedamole.serving.scheduling import Limits
 from fedamole.serving.server import Offer, Server, Service
-from fedamole.serving.turns import Limits
 
 
 class Served:

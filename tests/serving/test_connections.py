@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedamole.serving import server
-from fedamole.serving.door import Door
+from fedamole.serving.connections import Door
 from fedamole.serving.protocol import Shape
 
 from .served import ASKED, FOREVER, Served, ended, post, sent, serving, until

@@ -14,10 +14,10 @@ from fedamole.model.bank import Bank
 from fedamole.model.base import Base, BaseSettings, load_base
 from fedamole.model.params import REFERENCES, Adapter, new_shared
 from fedamole.model.prompt import PromptSpec, new_prompt
+from fedamole.serving.decode_batch import Running, check
 from fedamole.serving.engine import Engine, Piece, StoppedError, Wanted, drawn
 from fedamole.serving.models import alike
-from fedamole.serving.running import Running, check
-from fedamole.serving.turns import BusyError, Limits
+from fedamole.serving.scheduling import BusyError, Limits
 from tests.training import lora_spec
 
 from ..model.architectures import write_tiny
@@ -41,7 +41,8 @@ def by_instance(base: Base) -> list[Adapter]:
         draw = torch.Generator().manual_seed(seed)
         tensors = {
             f"{module}/expert-{expert:02d}/{factor}": torch.randn(shape, generator=draw) * 0.2
-            for module, experts in ids.items() for expert in experts
+            for module, experts in ids.items()
+            for expert in experts
             for factor, shape in (("A", (4, base.shapes[module][0])), ("B", (base.shapes[module][1], 4)))
         }
         seen = torch.randn(5, base.width, generator=draw)
@@ -131,9 +132,13 @@ def test_the_engine_answers_again_after_a_request_that_fails(small: Callable[...
     work_off(engine)
     assert bad.finish == "error"
     assert (good.finish, other.finish) == ("length", "length")
-    assert [good.text, other.text] == [generate_answers(engine.bank, rows, 6, 100)[place][0] for place, rows in (
-        (0, [[(5, 6)], []]), (1, [[], [(5, 6)]]),
-    )]  # fmt: skip
+    assert [good.text, other.text] == [
+        generate_answers(engine.bank, rows, 6, 100)[place][0]
+        for place, rows in (
+            (0, [[(5, 6)], []]),
+            (1, [[], [(5, 6)]]),
+        )
+    ]
 
 
 def test_a_model_that_is_no_longer_finite_fails_alone(base: Callable[..., Base]) -> None:

@@ -12,9 +12,9 @@ from fedamole.evaluation.generation import generate_answers
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base
 from fedamole.model.params import Adapter
+from fedamole.serving.decode_batch import Running
 from fedamole.serving.engine import TRIES, Engine, Piece, Wanted, drawn
-from fedamole.serving.running import Running
-from fedamole.serving.turns import Limits
+from fedamole.serving.scheduling import Limits
 
 from ..model.conftest import mixture
 from .test_engine import Told, by_instance, only, prompts_of, work_off

@@ -13,29 +13,51 @@ import pytest
 from h11._connection import DEFAULT_MAX_INCOMPLETE_EVENT_SIZE
 from pydantic import ValidationError
 
+from fedamole.cli import serve as commands
 from fedamole.data.templates import text_of
-from fedamole.serving import commands, protocol, quota, server
-from fedamole.serving.door import Door
+from fedamole.serving import protocol, quota, server
+from fedamole.serving.connections import Door
 from fedamole.serving.engine import TRIES, Engine
 from fedamole.serving.keys import make_keys, read_keys
 from fedamole.serving.protocol import RANGES, STOP_LETTERS, Chat, Completion, RefusedError, Shape, read
 from fedamole.serving.quota import Allowance
+from fedamole.serving.scheduling import SLICE, Limits
 from fedamole.serving.server import Server, Service
-from fedamole.serving.turns import SLICE, Limits
 
 from .served import ASKED, FOREVER, Served, ended, post, raw, sent, serving, until
 
 NAMES = ("chat", "entail", "mood", "plain")
 OUT_OF_RANGE: list[tuple[str, str]] = [
-    ("max_tokens", "1000001"), ("max_tokens", "0"), ("max_tokens", "-5"), ("max_tokens", "true"),
-    ("max_tokens", '"7"'), ("max_tokens", "1.5"), ("max_tokens", "1e308"),
-    ("temperature", "3e-38"), ("temperature", "1e-320"), ("temperature", "0.0009"), ("temperature", "2.1"),
-    ("temperature", "-1"), ("temperature", "NaN"), ("temperature", "1e999"), ("temperature", "true"),
-    ("top_p", "0"), ("top_p", "1.01"), ("top_p", "NaN"), ("top_p", "-1"),
-    ("seed", "9223372036854775808"), ("seed", "-9223372036854775809"), ("seed", "1" + "0" * 40), ("seed", "1.5"),
-    ("stop", '""'), ("stop", '["a", ""]'), ("stop", '["a", "b", "c", "d", "e"]'), ("stop", "[1, 2]"),
-    ("stop", json.dumps("x" * (STOP_LETTERS + 1))), ("stop", json.dumps(["x" * 900_000])),
-]  # fmt: skip
+    ("max_tokens", "1000001"),
+    ("max_tokens", "0"),
+    ("max_tokens", "-5"),
+    ("max_tokens", "true"),
+    ("max_tokens", '"7"'),
+    ("max_tokens", "1.5"),
+    ("max_tokens", "1e308"),
+    ("temperature", "3e-38"),
+    ("temperature", "1e-320"),
+    ("temperature", "0.0009"),
+    ("temperature", "2.1"),
+    ("temperature", "-1"),
+    ("temperature", "NaN"),
+    ("temperature", "1e999"),
+    ("temperature", "true"),
+    ("top_p", "0"),
+    ("top_p", "1.01"),
+    ("top_p", "NaN"),
+    ("top_p", "-1"),
+    ("seed", "9223372036854775808"),
+    ("seed", "-9223372036854775809"),
+    ("seed", "1" + "0" * 40),
+    ("seed", "1.5"),
+    ("stop", '""'),
+    ("stop", '["a", ""]'),
+    ("stop", '["a", "b", "c", "d", "e"]'),
+    ("stop", "[1, 2]"),
+    ("stop", json.dumps("x" * (STOP_LETTERS + 1))),
+    ("stop", json.dumps(["x" * 900_000])),
+]
 
 
 @pytest.mark.parametrize(("field", "value"), OUT_OF_RANGE, ids=lambda value: value[:24])
@@ -46,11 +68,19 @@ def test_a_value_out_of_range_is_refused_with_the_range(served: Served, field: s
     assert answer["error"]["message"] == f"{field}: must be {RANGES[field]}"
 
 
-@pytest.mark.parametrize("more", [
-    {"temperature": 0.001}, {"temperature": 2}, {"top_p": 1e-320, "temperature": 1}, {"seed": 2**63 - 1},
-    {"seed": -(2**63), "temperature": 1.0}, {"max_tokens": 1_000_000, "stop": ["x" * STOP_LETTERS] * 4},
-    {"frequency_penalty": 0, "presence_penalty": 0.0},
-], ids=lambda more: str(more)[:40])  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"temperature": 0.001},
+        {"temperature": 2},
+        {"top_p": 1e-320, "temperature": 1},
+        {"seed": 2**63 - 1},
+        {"seed": -(2**63), "temperature": 1.0},
+        {"max_tokens": 1_000_000, "stop": ["x" * STOP_LETTERS] * 4},
+        {"frequency_penalty": 0, "presence_penalty": 0.0},
+    ],
+    ids=lambda more: str(more)[:40],
+)
 def test_values_at_the_ends_of_the_ranges_are_taken(served: Served, more: dict[str, Any]) -> None:
     assert post(served, {**ASKED, **more})[0] == 200
 
@@ -314,10 +344,17 @@ def test_names_from_elsewhere_are_printed_safely(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().out.startswith("evil\\x1b[31m fedamole-")
 
 
-@pytest.mark.parametrize("more", [
-    {"prompt": [1] * 10_000}, {"stop": [1] * 10_000}, {"row": {f"{i}": [] for i in range(10_000)}},
-    {"messages": [1] * 10_000}, {"messages": [{"role": "user", "content": [{}] * 10_000}]},
-], ids=lambda more: str(more)[:24])  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"prompt": [1] * 10_000},
+        {"stop": [1] * 10_000},
+        {"row": {f"{i}": [] for i in range(10_000)}},
+        {"messages": [1] * 10_000},
+        {"messages": [{"role": "user", "content": [{}] * 10_000}]},
+    ],
+    ids=lambda more: str(more)[:24],
+)
 def test_a_body_that_is_wrong_ten_thousand_times_is_not_ten_thousand_errors(more: dict[str, Any]) -> None:
     """A million bytes of them took seconds, in which nobody else was answered."""
     kind = Chat if "messages" in more else Completion
@@ -333,5 +370,9 @@ def test_whole_numbers_of_a_row_stay_whole() -> None:
     body = read(Completion, b'{"model": "m", "row": ' + row + b"}")
     assert body.row is not None
     assert [text_of(value, name, "row") for name, value in body.row.items()] == [
-        "1", "12345678901234567890", "1.1", "true", "1.10",
-    ]  # fmt: skip
+        "1",
+        "12345678901234567890",
+        "1.1",
+        "true",
+        "1.10",
+    ]

@@ -21,8 +21,8 @@ from fedamole.data.text_encoder import text_encoder
 from fedamole.data.tokens import prompt_ids
 from fedamole.evaluation.generation import generate_answers
 from fedamole.personal.generate import as_it_is
-from fedamole.personal.models import open_bank, places
-from fedamole.serving.door import listen
+from fedamole.personal.saved_models import open_bank, places
+from fedamole.serving.connections import listen
 from fedamole.serving.engine import Engine, Piece, Wanted
 from fedamole.serving.keys import make_keys, read_keys
 from fedamole.serving.models import alike
@@ -146,9 +146,7 @@ def test_pieces_join_to_the_same_text(served: Served, alone: Callable[..., str])
     assert sum(bool(chunk.choices[0].text) for chunk in chunks) > 5
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["length"]
     messages = [{"role": "user", "content": "who has a red cup?"}]
-    chat = list(
-        client.chat.completions.create(messages=messages, stream_options={"include_usage": True}, **asked)
-    )
+    chat = list(client.chat.completions.create(messages=messages, stream_options={"include_usage": True}, **asked))
     said = "".join(chunk.choices[0].delta.content or "" for chunk in chat if chunk.choices)
     assert said == alone("entail", conversation_prompt([("user", "who has a red cup?")]), LONG)
     assert chat[0].choices[0].delta.role == "assistant"
@@ -156,9 +154,7 @@ def test_pieces_join_to_the_same_text(served: Served, alone: Callable[..., str])
     assert len({chunk.id for chunk in chat}) == 1
 
 
-def test_clients_at_once_are_batched_and_each_gets_its_own_models_answer(
-    run: Path, alone: Callable[..., str]
-) -> None:
+def test_clients_at_once_are_batched_and_each_gets_its_own_models_answer(run: Path, alone: Callable[..., str]) -> None:
     """The engine begins when all wait, so whether they meet is no matter of time."""
     served = Served(run)
     asked = [(name, f"{prompt} ->\n") for name in NAMES for prompt in ("Bob has a blue hat", "Eve has an old map")]
@@ -330,7 +326,7 @@ def command(run: Path) -> Callable[..., subprocess.Popen[str]]:
     """The command itself, as a process."""
 
     def start(*options: str) -> subprocess.Popen[str]:
-        line = [sys.executable, "-m", "fedamole.cli", "serve", str(run), *options]
+        line = [sys.executable, "-m", "fedamole", "serve", str(run), *options]
         return subprocess.Popen(
             line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeding_interrupts
         )

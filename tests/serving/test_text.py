@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fedamole.serving.text import UNDECIDED, Growing, Stop
+from fedamole.serving.streaming_text import UNDECIDED, Growing, Stop
 
 from ..model.conftest import write_tokenizer
 

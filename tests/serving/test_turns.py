@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from fedamole.serving.turns import SLICE, BusyError, Limits, Turns
+from fedamole.serving.scheduling import SLICE, BusyError, Limits, Turns
 
 
 @dataclass(eq=False)

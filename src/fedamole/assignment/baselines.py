@@ -14,9 +14,7 @@ from fedamole.assignment.relevance import Scores
 from fedamole.assignment.reverse_selection import Bounds, ceil_div, select_for_remaining
 
 
-def random_probabilities(
-    *, expert_ids: Sequence[str], client_ids: Sequence[str], rng: np.random.Generator
-) -> Scores:
+def random_probabilities(*, expert_ids: Sequence[str], client_ids: Sequence[str], rng: np.random.Generator) -> Scores:
     """Draw P uniformly at random: the ground of round 0, and of the random ablation in every round.
 
     Shapes: result (E, C). The draw belongs to the ids in sorted order, so their order does not matter.

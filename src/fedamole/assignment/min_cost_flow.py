@@ -23,9 +23,7 @@ LARGEST_COST = 2**50
 LARGEST_SCALED_COST = 2**60
 
 
-def best_choice(
-    values: npt.NDArray[np.float64], ties: Hashes, *, picks: int, fewest: int, most: int
-) -> Chosen:
+def best_choice(values: npt.NDArray[np.float64], ties: Hashes, *, picks: int, fewest: int, most: int) -> Chosen:
     """Choose `picks` columns in every row so that the chosen values add up to the largest sum.
 
     Shapes: values (..., rows, columns) within [0, 1], each of the leading places a problem of its own; ties (rows,
@@ -145,7 +143,5 @@ def _network(rows: int, columns: int, picks: int, fewest: int, most: int) -> _Ne
         heads=np.concatenate([np.tile(column_nodes, rows), np.repeat(nodes[-1:], columns)]),
         nodes=nodes,
         capacities=np.concatenate([np.ones(rows * columns, np.int64), np.full(columns, most - fewest)]),
-        supplies=np.concatenate(
-            [np.full(rows, picks), np.full(columns, -fewest), [fewest * columns - rows * picks]]
-        ),
+        supplies=np.concatenate([np.full(rows, picks), np.full(columns, -fewest), [fewest * columns - rows * picks]]),
     )

@@ -38,9 +38,7 @@ def check_feasible(*, experts: int, clients: int, bounds: Bounds, top_k: int) ->
     Feasible iff 0 <= k_c <= C and lo C <= E k_c <= hi C with lo <= hi; the router needs 0 <= top_k <= lo.
     Errors: `InfeasibleError` with every inequality that failed, its numbers, and values that work.
     """
-    settings = _Settings(
-        experts, clients, bounds.expert_choices, bounds.min_experts, bounds.max_experts, top_k
-    )
+    settings = _Settings(experts, clients, bounds.expert_choices, bounds.min_experts, bounds.max_experts, top_k)
     failures = _failures(settings)
     if failures:
         raise InfeasibleError(f"no expert assignment exists: {'; '.join(failures)}; {_remedy(settings)}")
@@ -84,9 +82,7 @@ def select(P: Scores, bounds: Bounds, *, expert_ids: Sequence[str], client_ids: 
     return X
 
 
-def select_for_remaining(
-    P: Scores, bounds: Bounds, *, expert_ids: Sequence[str], client_ids: Sequence[str]
-) -> Chosen:
+def select_for_remaining(P: Scores, bounds: Bounds, *, expert_ids: Sequence[str], client_ids: Sequence[str]) -> Chosen:
     """Solve the assignment over the clients that remain after others left for good.
 
     Shapes and errors as `select`, whose answer it is while the bounds can be kept. With few clients left, k_c
@@ -115,9 +111,7 @@ def select_for_remaining(
     return X
 
 
-def _by_identity(
-    P: Scores, expert_ids: Sequence[str], client_ids: Sequence[str]
-) -> tuple[Place, Scores, Hashes]:
+def _by_identity(P: Scores, expert_ids: Sequence[str], client_ids: Sequence[str]) -> tuple[Place, Scores, Hashes]:
     """Where each (expert, client) stands in P when sorted by id, P in that order, and its tie hashes."""
     if P.shape[-2:] != (len(expert_ids), len(client_ids)):
         raise ValueError(f"P has shape {P.shape} for {len(expert_ids)} experts and {len(client_ids)} clients")
@@ -176,11 +170,7 @@ def _remedy(s: _Settings) -> str:
     """Every single setting that, set to its nearest working value, is enough; else a set of them."""
     if s.clients < 1:
         return "give at least one client"
-    alone = [
-        f"{name} to {value}"
-        for name, value in _nearest(s).items()
-        if not _failures(replace(s, **{name: value}))
-    ]
+    alone = [f"{name} to {value}" for name, value in _nearest(s).items() if not _failures(replace(s, **{name: value}))]
     if alone:
         return f"set {', or '.join(alone)}"
     k = max(s.top_k, 1)

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fedamole.cells import FREE, Cell, CellWatcher, copied, run_cells
 from fedamole.comparison.budgets import SET_BY_PLANS, planned, size_of
 from fedamole.comparison.file import Comparison
+from fedamole.comparison.trials import FREE, Cell, CellWatcher, copied, run_cells
 from fedamole.config import Config, to_config
-from fedamole.federation.run_folder import SUMMARY, RunFolder
 from fedamole.files import exclusive
+from fedamole.runs.run_folder import SUMMARY, RunFolder
 
 
 def run_comparison(comparison: Comparison, watcher: CellWatcher) -> list[Cell]:

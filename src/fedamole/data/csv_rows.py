@@ -57,8 +57,12 @@ def read_csv(path: Path, where: str, gzipped: bool) -> list[Row]:
         log.warning(
             "%s: %d lines were read as %d rows; %d of the rows look like several that a stray quote has joined, the "
             "first at lines %d to %d: check the quotes there",
-            where, last, len(found), len(joined), *joined[0],
-        )  # fmt: skip
+            where,
+            last,
+            len(found),
+            len(joined),
+            *joined[0],
+        )
     columns = _columns(header, found, where)
     return [{name: fields[place] for place, name in columns.items()} for fields in found]
 

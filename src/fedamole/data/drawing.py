@@ -180,8 +180,10 @@ def _values(source: SourceSettings, table: Table, rows: Sequence[int]) -> list[s
     if spaced:
         log.warning(
             "%s: %d values of %r have white space around them; they count as the values without it",
-            table.where, spaced, by,
-        )  # fmt: skip
+            table.where,
+            spaced,
+            by,
+        )
     return plain
 
 

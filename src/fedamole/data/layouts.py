@@ -69,10 +69,12 @@ def arrange(rows: Sequence[Row], columns: Mapping[str, str], where: str, templat
     if template == "messages" and "messages" not in have:
         raise missing_column("messages", have, where)
     arranged = [
-        {**{column: value for column, value in row.items() if column not in dropped},
-         **{new: row[old] for new, old in renamed.items()}}
+        {
+            **{column: value for column, value in row.items() if column not in dropped},
+            **{new: row[old] for new, old in renamed.items()},
+        }
         for row in rows
-    ]  # fmt: skip
+    ]
     if template == "messages" or ("messages" in have and not {"prompt", "completion"} & have):
         for number, row in enumerate(arranged, start=1):
             row["prompt"], row["completion"] = from_messages(row["messages"], f"{where}, row {number}")

@@ -23,10 +23,13 @@ FORMAT = 1
 LONGEST_VALUE = 200
 """Characters of a client's `value` that are kept."""
 
-_split_form = forms.record({
-    "table": forms.choice("train", "test"), "rows": forms.listed(forms.whole(), 100_000_000),
-    "sha256": forms.text(100),
-})  # fmt: skip
+_split_form = forms.record(
+    {
+        "table": forms.choice("train", "test"),
+        "rows": forms.listed(forms.whole(), 100_000_000),
+        "sha256": forms.text(100),
+    }
+)
 _table_form = forms.record({"name": forms.text(1000), "rows": forms.whole(), "sha256": forms.text(100)})
 _source_form = forms.record(
     {"name": forms.name, "train": _table_form, "test": forms.either(forms.nothing, _table_form)}
@@ -36,11 +39,14 @@ client_form = forms.record(
     {"value": forms.text(LONGEST_VALUE)},
 )
 """What a client of a manifest looks like in JSON."""
-_form = forms.record({
-    "partition_seed": forms.whole(-forms.MOST_WHOLE),
-    "settings": forms.record({}, {"source": forms.mapping(forms.anything)}),
-    "sources": forms.listed(_source_form), "clients": forms.listed(client_form),
-})  # fmt: skip
+_form = forms.record(
+    {
+        "partition_seed": forms.whole(-forms.MOST_WHOLE),
+        "settings": forms.record({}, {"source": forms.mapping(forms.anything)}),
+        "sources": forms.listed(_source_form),
+        "clients": forms.listed(client_form),
+    }
+)
 
 log = logging.getLogger(__name__)
 

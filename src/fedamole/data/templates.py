@@ -121,8 +121,13 @@ BUILT_IN: dict[str, TemplateSettings] = {
         answer="{label}",
         # -1 marks pairs on which SNLI's annotators did not agree: they have no answer.
         labels={
-            "0": "Yes", "1": "Maybe", "2": "No", "-1": "",
-            "entailment": "Yes", "neutral": "Maybe", "contradiction": "No",
+            "0": "Yes",
+            "1": "Maybe",
+            "2": "No",
+            "-1": "",
+            "entailment": "Yes",
+            "neutral": "Maybe",
+            "contradiction": "No",
         },
     ),
     "banking77": TemplateSettings(
@@ -144,7 +149,7 @@ BUILT_IN: dict[str, TemplateSettings] = {
         answer="{label_text}",
         options_from="label_text",
     ),
-}  # fmt: skip
+}
 # Texts whose labels come without names: the same, with the labels themselves as options.
 _BARE_CLASSIFICATION = TemplateSettings(
     prompt=BUILT_IN["classification"].prompt, answer="{label}", options_from="label"
@@ -247,8 +252,11 @@ def _warn_of_white_space(
     if spaced:
         log.warning(
             "%s: %d of %d labels have white space around them; each is taken for the label without it, for example %s",
-            where, len(spaced), len(labels), shortened(spaced[0]),
-        )  # fmt: skip
+            where,
+            len(spaced),
+            len(labels),
+            shortened(spaced[0]),
+        )
 
 
 def _too_few_options(template: TemplateSettings, column: str, found: Sequence[str], where: str) -> DataError:

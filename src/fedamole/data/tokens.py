@@ -106,14 +106,18 @@ def warn_of_text(who: str, found: Sequence[Tokenised]) -> None:
         log.warning(
             "%s: %d of %d examples hold the text of a special token of the base's tokenizer. It is read as text, not "
             "as the token. Where the token is meant, write it into the text of a template, [data.templates.<name>]",
-            who, special, count,
-        )  # fmt: skip
+            who,
+            special,
+            count,
+        )
     if changed := sum(part.changed for part in found):
         log.warning(
             "%s: the base's tokenizer does not keep all text of %d of %d examples (unknown characters, letter case or "
             "spaces), so the model can neither read nor write it as it stands; use another base if this matters",
-            who, changed, count,
-        )  # fmt: skip
+            who,
+            changed,
+            count,
+        )
 
 
 class _Answers:

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from fedamole.deployment.inspection import Fault, inspect_client, inspect_server
-from fedamole.deployment.keys import read_passphrase
-from fedamole.deployment.reach import PATIENCE, reach, without_tls
+from fedamole.deployment.connection_check import PATIENCE, reach, without_tls
+from fedamole.deployment.security.inspection import Fault, inspect_client, inspect_server
+from fedamole.deployment.security.keys import read_passphrase
 from fedamole.errors import ConfigError, DataError, FedamoleError
 
 if TYPE_CHECKING:
@@ -60,10 +60,13 @@ def examine_server(config: Path | None, certs: Path | None, host: str, port: int
     `config` names the base ([base] model); without `certs` the server would run without TLS. Never raises.
     """
     checks: list[tuple[str, Check]] = [
-        ("python", python_version), ("packages", package_versions), ("commands", commands),
-        ("port", lambda: port_is_free(host, port)), ("certificates", lambda: server_certificates(certs, host)),
+        ("python", python_version),
+        ("packages", package_versions),
+        ("commands", commands),
+        ("port", lambda: port_is_free(host, port)),
+        ("certificates", lambda: server_certificates(certs, host)),
         ("disk", lambda: disk(Path.cwd())),
-    ]  # fmt: skip
+    ]
     if config is not None:
         checks.append(("base", lambda: base_of_config(config)))
         checks.append(("exposure", lambda: exposed_by(config)))
@@ -83,8 +86,13 @@ def exposed_by(path: Path) -> list[Finding]:
 
 
 def examine_client(
-    server: str | None, certs: Path | None, base: str | None, data: Path | None, template: str = "auto",
-    columns: Mapping[str, str] | None = None, config: Path | None = None,
+    server: str | None,
+    certs: Path | None,
+    base: str | None,
+    data: Path | None,
+    template: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    config: Path | None = None,
 ) -> list[Finding]:
     """Look at everything that an organisation needs; what is None is left out.
 
@@ -93,9 +101,11 @@ def examine_client(
     read and nothing else. Never raises.
     """
     checks: list[tuple[str, Check]] = [
-        ("python", python_version), ("packages", package_versions), ("device", device),
+        ("python", python_version),
+        ("packages", package_versions),
+        ("device", device),
         ("disk", lambda: disk(Path.cwd())),
-    ]  # fmt: skip
+    ]
     if certs is not None:
         checks.append(("certificates", lambda: client_certificates(certs)))
     if server is not None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from fedamole.deployment.reach import reach
+from fedamole.deployment.connection_check import reach
 from fedamole.errors import RunError
 from fedamole.files import write_atomic
 

@@ -76,7 +76,11 @@ class Board:
         """Draw the table."""
         caption = f"round {self.round}/{self.rounds}  {self.note}" if self.rounds else self.note
         table = Table(
-            "client", "connected", "state", "seconds", title=_cell(self.title, "table.title"),
+            "client",
+            "connected",
+            "state",
+            "seconds",
+            title=_cell(self.title, "table.title"),
             caption=_cell(caption, "table.caption"),
         )
         for name in sorted(self.clients):
@@ -84,7 +88,9 @@ class Board:
             since, seconds = seen.get("since"), seen.get("seconds")
             told = time.time() - since if since else seconds
             table.add_row(
-                _cell(name), "yes" if name in self.here else "no", _cell(seen.get("state", "has joined")),
+                _cell(name),
+                "yes" if name in self.here else "no",
+                _cell(seen.get("state", "has joined")),
                 "" if told is None else f"{told:.0f}",
             )
         return table

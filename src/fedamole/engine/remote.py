@@ -11,8 +11,19 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from fedamole.engine.rehearsal import check_reply, rehearse
-from fedamole.engine.wire import EVALUATE, FAILURES, JOIN, TEST, UPDATE, Reply, Request, failure, read_reply, unpacked
+from fedamole.engine.messages import (
+    EVALUATE,
+    FAILURES,
+    JOIN,
+    TEST,
+    UPDATE,
+    Reply,
+    Request,
+    failure,
+    read_reply,
+    unpacked,
+)
+from fedamole.engine.reply_template import check_reply, rehearse
 from fedamole.errors import RunError
 from fedamole.federation.loop import BASE, MAJORITY, Watcher
 from fedamole.federation.method import ClientInfo, Evaluates, Method, Server
@@ -154,9 +165,7 @@ class Remote:
         A request stays open until its own deadline, also when another has been sent: the answer to either counts. So a
         client that takes longer than the pause between two requests joins all the same.
         """
-        self._joining = {
-            ticket: one for ticket, one in self._joining.items() if one.node in nodes and one.end > now
-        }
+        self._joining = {ticket: one for ticket, one in self._joining.items() if one.node in nodes and one.end > now}
         open_, busy = Counter(one.node for one in self._joining.values()), set[int]()
         for one in self._joining.values():
             if one.again > now or open_[one.node] >= JOINS:
@@ -192,8 +201,12 @@ class Remote:
         if known is None or known.examples == 0:
             return ClientInfo(name, examples)
         if known.examples != examples:
-            log.warning("%s now says that it has %d training examples; the %d of its first join count in this run",
-                        name, examples, known.examples)  # fmt: skip
+            log.warning(
+                "%s now says that it has %d training examples; the %d of its first join count in this run",
+                name,
+                examples,
+                known.examples,
+            )
         return known
 
     def update(self, round_: int, messages: Mapping[str, bytes]) -> Mapping[str, Answer]:
@@ -280,7 +293,8 @@ class Remote:
         there = set(self._online())
         requests = {
             name: self._request(name, round_, EVALUATE, row, messages[name])
-            for name in sorted(messages) if name in there
+            for name in sorted(messages)
+            if name in there
         }
         replies = self._exchange(requests, dict.fromkeys(requests, SLACK))
         for name, reply in replies.items():

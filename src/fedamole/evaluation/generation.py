@@ -35,9 +35,12 @@ def generate_answers(
             length = ids.shape[1]
             room = max(1, min(max_new_tokens, base.max_positions - length))
             greedy = GenerationConfig(
-                do_sample=False, max_new_tokens=room, pad_token_id=base.pad_id, eos_token_id=stop,
+                do_sample=False,
+                max_new_tokens=room,
+                pad_token_id=base.pad_id,
+                eos_token_id=stop,
                 use_cache=way.caches,
-            )  # fmt: skip
+            )
             gates = bank.gates(by_client([prompts[i] for i in indices], amounts))
             with bank.recording(shares=Shares(amounts, base.device), gates=gates):
                 out = base.model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
@@ -48,9 +51,7 @@ def generate_answers(
     return answers
 
 
-def _groups(
-    prompts: Sequence[Ids], new: int, batch_tokens: int, positions: int, padded: bool
-) -> Iterator[list[int]]:
+def _groups(prompts: Sequence[Ids], new: int, batch_tokens: int, positions: int, padded: bool) -> Iterator[list[int]]:
     """Group indices by length; a prompt that leaves less than the whole room goes alone, it would cut others short.
 
     Without `padded` the prompts of a group have one length.

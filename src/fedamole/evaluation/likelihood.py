@@ -119,7 +119,10 @@ def _tree_losses(bank: Bank, amounts: list[int], prompts: Sequence[Ids], trees: 
     gates = bank.gates(by_client(prompts, amounts))
     with bank.recording(shares=shares, gates=gates):
         out = base.model(
-            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True,
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=True,
             logits_to_keep=1,
         )
     starts = [0, *accumulate(len(tree.tokens) for tree in trees)]

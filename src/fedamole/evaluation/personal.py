@@ -88,8 +88,10 @@ def scores_of(
     choosing = [bool(part[0].options) for part in examples]
     by_option = option_losses(
         bank,
-        [[(row.prompt, row.options) for row in part] if chooses else []
-         for part, chooses in zip(clients, choosing, strict=True)],
+        [
+            [(row.prompt, row.options) for row in part] if chooses else []
+            for part, chooses in zip(clients, choosing, strict=True)
+        ],
         settings.batch_tokens,
     )
     texts = generate_answers(
@@ -102,9 +104,7 @@ def scores_of(
     for part, chooses, losses, answers in zip(examples, choosing, by_option, texts, strict=True):
         references = [example.answer for example in part]
         if chooses:
-            chosen = [
-                example.options[values.index(min(values))] for example, values in zip(part, losses, strict=True)
-            ]
+            chosen = [example.options[values.index(min(values))] for example, values in zip(part, losses, strict=True)]
             scores = {"accuracy": accuracy(chosen, references)}
         else:
             scores = generation_scores(answers, references)

@@ -108,8 +108,10 @@ class _Group:
         rates = sorted({task.learning_rate for task in tasks})
         self.optimiser = torch.optim.Adam(
             [
-                {"params": [row for row, task in zip(self.flat, tasks, strict=True) if task.learning_rate == rate],
-                 "lr": rate}
+                {
+                    "params": [row for row, task in zip(self.flat, tasks, strict=True) if task.learning_rate == rate],
+                    "lr": rate,
+                }
                 for rate in rates
             ],
             fused=True,
@@ -127,8 +129,10 @@ class _Group:
         if not any(task.fit.adapter.frozen for task in self.tasks):
             return None
         rows = [
-            {name: torch.full_like(tensor, name not in task.fit.adapter.frozen)
-             for name, tensor in task.fit.adapter.tensors.items()}
+            {
+                name: torch.full_like(tensor, name not in task.fit.adapter.frozen)
+                for name, tensor in task.fit.adapter.tensors.items()
+            }
             for task in self.tasks
         ]
         return torch.stack([self.bank.row(place, row) for place, row in enumerate(rows)]).to(self.bank.weights)
@@ -143,8 +147,9 @@ class _Group:
             pull = {name: asked.anchor_weight if name in asked.anchor else 0.0 for name in tensors}
             centres.append(self.bank.row(place, {**tensors, **asked.anchor}))
             weights.append(
-                self.bank.row(place, {name: torch.full_like(t, pull[name], dtype=torch.float64)
-                                      for name, t in tensors.items()})
+                self.bank.row(
+                    place, {name: torch.full_like(t, pull[name], dtype=torch.float64) for name, t in tensors.items()}
+                )
             )
         return torch.stack(centres).to(self.bank.weights), torch.stack(weights).to(self.bank.weights)
 
@@ -250,7 +255,9 @@ class _Group:
         return [
             self.diverged.get(place)
             or Trained(
-                self.bank.adapter(place), steps, means[place] / (steps * self.settings.accumulation),
+                self.bank.adapter(place),
+                steps,
+                means[place] / (steps * self.settings.accumulation),
                 tokens=self.tokens[place],
             )
             for place, steps in enumerate(self.steps)
@@ -272,9 +279,7 @@ def embed(bank: Bank, clients: Sequence[Sequence[Row]], most_tokens: int) -> lis
     return bank.mean_embeddings(found, tokens)
 
 
-def _batches(
-    rows: Sequence[Row], settings: TrainingSettings, generator: torch.Generator
-) -> Iterator[list[Row]]:
+def _batches(rows: Sequence[Row], settings: TrainingSettings, generator: torch.Generator) -> Iterator[list[Row]]:
     """Endless batches: every row once per pass, a new order each pass, passes joined without a short batch."""
 
     def order() -> Iterator[int]:

@@ -7,16 +7,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal, Protocol
 
-from fedamole.federation import checkpoint
 from fedamole.federation.best import BestRound, Row
 from fedamole.federation.method import ClientInfo, Evaluates, Method, Server
 from fedamole.federation.randomness import numpy_generator
 from fedamole.federation.record import Packed, PayloadError, pack, unpack
 from fedamole.federation.robust import Robust
-from fedamole.federation.run_folder import ASSIGNMENT, METRICS, RunFolder
 from fedamole.federation.settings import FederationSettings
 from fedamole.federation.summary import summarise
 from fedamole.federation.worker import Answer, Scores
+from fedamole.runs import checkpoint
+from fedamole.runs.run_folder import ASSIGNMENT, METRICS, RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +192,8 @@ class Loop:
         self._log([self._line(round_, None, "round", cohort=[client.name for client in cohort], **seconds)])
         self.answered.update(dict.fromkeys(answered, round_))
         progress = {
-            "rows": {row: asdict(progress) for row, progress in self.rows.items()}, "answered": self.answered,
+            "rows": {row: asdict(progress) for row, progress in self.rows.items()},
+            "answered": self.answered,
             "sizes": self.robust.history,
             "examples": {client.name: client.examples for client in self.server.clients},
         }
@@ -242,10 +243,12 @@ class Loop:
             sizes = messages.sizes
         scores = self.engine.evaluate(round_, row, messages)
         progress.latest.update(scores)
-        self._log([
-            self._line(round_, name, "validation", method=row, bytes_down=sizes[name], **values)
-            for name, values in sorted(scores.items())
-        ])
+        self._log(
+            [
+                self._line(round_, name, "validation", method=row, bytes_down=sizes[name], **values)
+                for name, values in sorted(scores.items())
+            ]
+        )
         if self.best_round == "client":
             names = progress.best_of_clients(round_, {name: self._low(found) for name, found in scores.items()})
         else:
@@ -286,10 +289,12 @@ class Loop:
         return summarise(self.folder, results, self.settings.rounds)
 
     def _log_test(self, row: str, rounds: Mapping[str, int], scores: Mapping[str, Scores], which: str) -> None:
-        self._log([
-            self._line(rounds.get(name, -1), name, "test", method=row, which=which, **values)
-            for name, values in sorted(scores.items())
-        ])
+        self._log(
+            [
+                self._line(rounds.get(name, -1), name, "test", method=row, which=which, **values)
+                for name, values in sorted(scores.items())
+            ]
+        )
 
     def _line(self, round_: int, client: str | None, split: str, **fields: Any) -> dict[str, Any]:
         who = {} if client is None else {"client": client}

@@ -25,8 +25,8 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 from torch import Tensor
 
 from fedamole.errors import ConfigError
-from fedamole.federation.averaging import capped
 from fedamole.federation.settings import Budget
+from fedamole.methods.shared.averaging import capped
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.params import Adapter, Shapes, Tensors

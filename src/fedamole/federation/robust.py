@@ -108,8 +108,13 @@ class Robust:
                     told,
                 )
         if changes and len(changes) < FEWEST and not clipped:
-            self._tell("round %d: %d clients answered; with fewer than %d there is nobody to compare a change with, so "
-                       "that only earlier rounds bound it", round_, len(changes), FEWEST)  # fmt: skip
+            self._tell(
+                "round %d: %d clients answered; with fewer than %d there is nobody to compare a change with, so "
+                "that only earlier rounds bound it",
+                round_,
+                len(changes),
+                FEWEST,
+            )
         self.history = [*self.history, kept][-(HISTORY - 1) :]
         return results, clipped
 
@@ -141,8 +146,13 @@ class Robust:
             for name in names:
                 changed[name][key] = middle
         if few:
-            self._tell("round %d: %d of %d tensors came from fewer than %d clients; of those the mean is taken",
-                       round_, few, len(holders), FEWEST)  # fmt: skip
+            self._tell(
+                "round %d: %d of %d tensors came from fewer than %d clients; of those the mean is taken",
+                round_,
+                few,
+                len(holders),
+                FEWEST,
+            )
         return {name: with_tensors(replies[name], changed[name]) for name in replies}
 
     def _tell(self, text: str, *words: object) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedamole.errors import ConfigError
-from fedamole.federation.run_files import MOST_ROUNDS
+from fedamole.runs.run_files import MOST_ROUNDS
 
 MOST_SECONDS = 1e8
 """Longest time that is waited for anything: about three years, which every clock of the system can count."""

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from fedamole.evaluation.summary import over_clients
-from fedamole.federation.run_folder import METRICS, SUMMARY, RunFolder
 from fedamole.files import write_atomic
+from fedamole.runs.run_folder import METRICS, SUMMARY, RunFolder
 
 FORMAT = 1
 

@@ -18,12 +18,10 @@ from fedamole.data.tokens import Tokenised, TokenRow, tokenise, warn_of_text
 from fedamole.errors import DataError, RunError
 from fedamole.evaluation.likelihood import mean_losses
 from fedamole.evaluation.personal import EvaluationSettings, losses_of, majority_scores, scores_of
-from fedamole.federation.checkpoint import latest_state, state_path
 from fedamole.federation.local import DivergedError, LocalTask, OnStep, embed, fit
 from fedamole.federation.looks import Looks, drawn
 from fedamole.federation.method import Client, ClientInfo, Evaluates, Fit, Method, Trained
 from fedamole.federation.record import PayloadError, boxed, non_finite, pack, unboxed, unpack
-from fedamole.federation.run_folder import RunFolder
 from fedamole.federation.settings import TrainingSettings
 from fedamole.files import write_atomic
 from fedamole.model.adapter_files import check_fits
@@ -33,6 +31,8 @@ from fedamole.model.memory import peak_memory_mib, reset_peak_memory
 from fedamole.model.params import Adapter
 from fedamole.model.pretrained import load_adapter, save_adapter
 from fedamole.received.files import inside
+from fedamole.runs.checkpoint import latest_state, state_path
+from fedamole.runs.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,10 @@ def client_data(shard: Shard, tokenizer: Any, max_length: int) -> ClientData:
         log.warning(
             "client %s: %d prompts cut to fit training.max_length = %d (from the context first, never the answer), "
             "%d examples left out because their answer alone is too long",
-            shard.client, cut, max_length, dropped,
+            shard.client,
+            cut,
+            max_length,
+            dropped,
         )
     return ClientData(ClientInfo(shard.client, len(splits["train"].rows)), **splits)
 
@@ -149,8 +152,10 @@ class Worker:
         sizes = [dict[str, int]() for _ in group]
         results, steps, tokens, trained = self._in_turns(group, works, round_, on_step, sizes)
         report = {
-            "seconds": (time.perf_counter() - started) / len(group), "seconds_training": trained / len(group),
-            "group": len(group), "peak_memory_mib": peak_memory_mib(self.bank.base.device),
+            "seconds": (time.perf_counter() - started) / len(group),
+            "seconds_training": trained / len(group),
+            "group": len(group),
+            "peak_memory_mib": peak_memory_mib(self.bank.base.device),
         }
         answers = {}
         for place, client in enumerate(clients):
@@ -162,7 +167,11 @@ class Worker:
         return answers
 
     def _in_turns(
-        self, group: Sequence[ClientData], works: Sequence[Work], round_: int, on_step: OnStep | None,
+        self,
+        group: Sequence[ClientData],
+        works: Sequence[Work],
+        round_: int,
+        on_step: OnStep | None,
         sizes: Sequence[dict[str, int]],
     ) -> tuple[dict[int, tuple[Any, Any, Trained] | DivergedError], list[int], list[int], float]:
         """Let each client's work go on until it asks for training, train those together, and so on to the end.
@@ -216,7 +225,12 @@ class Worker:
         return Answer(pack(reply), {"loss": trained.loss, **report})
 
     def _fit(
-        self, group: Sequence[ClientData], fits: Mapping[int, Fit], shares: Sequence[float], round_: int, turn: int,
+        self,
+        group: Sequence[ClientData],
+        fits: Mapping[int, Fit],
+        shares: Sequence[float],
+        round_: int,
+        turn: int,
         on_step: OnStep | None,
     ) -> dict[int, Trained | DivergedError]:
         """Train some of a group, those of one kind together; read the embedding splits where the method wants it.
@@ -342,9 +356,7 @@ class Worker:
             return bank.last_hidden([prompts]).cpu()
 
         base = bank.base
-        return Client(
-            data.info, base.shapes, self.seed, round_, losses, last_hidden, base.width, base.embedding_std
-        )
+        return Client(data.info, base.shapes, self.seed, round_, losses, last_hidden, base.width, base.embedding_std)
 
     def _private(self, client: Client) -> tuple[Any, Adapter | None]:
         path = latest_state(self.folder, client.name)

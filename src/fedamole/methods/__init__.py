@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedamole.federation.method import Method
-from fedamole.methods.before_aggregation import before_aggregation
 from fedamole.methods.ditto import Ditto
 from fedamole.methods.fdlora import FdLora
 from fedamole.methods.fedalt import FedAlt
@@ -26,6 +25,7 @@ from fedamole.methods.flora import Flora
 from fedamole.methods.hetlora import HetLora
 from fedamole.methods.ifca_lora import IfcaLora
 from fedamole.methods.local_only import LocalOnly
+from fedamole.methods.pre_aggregation import before_aggregation
 
 MethodClass = type[Method[Any, Any, Any, Any]]
 
@@ -76,7 +76,10 @@ def described(name: str) -> dict[str, Any]:
     method = METHODS[name]
     home = method.__mro__[1] if name.endswith("_ft") else method
     return {
-        "name": name, "paper": method.paper, "travels": method.travels, "stays": method.stays,
+        "name": name,
+        "paper": method.paper,
+        "travels": method.travels,
+        "stays": method.stays,
         "scored": method.evaluates,
         "parameters": {field.name: field.default for field in dataclasses.fields(method)},
         "about": (sys.modules[home.__module__].__doc__ or "").strip(),

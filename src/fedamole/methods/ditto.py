@@ -16,11 +16,11 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 
 from fedamole.errors import ConfigError
-from fedamole.federation.averaging import mean_by_key
 from fedamole.federation.method import Client, ClientInfo, Fit, LoraMethod, Records, Server, Trained, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.fedit import GlobalLora
 from fedamole.methods.local_only import OwnLora
+from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.model.params import Adapter, new_shared
 
 
@@ -80,8 +80,6 @@ class Ditto(LoraMethod[GlobalLora, GlobalLora, OwnLora, GlobalLora]):
         _, reply = self.reply(client, kept, message, shared)
         return OwnLora(own.adapter.tensors), reply, own
 
-    def reply(
-        self, client: Client, kept: OwnLora, message: GlobalLora, trained: Trained
-    ) -> tuple[OwnLora, GlobalLora]:
+    def reply(self, client: Client, kept: OwnLora, message: GlobalLora, trained: Trained) -> tuple[OwnLora, GlobalLora]:
         """Send back the trained global LoRA."""
         return kept, GlobalLora(trained.adapter.tensors)

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from fedamole.errors import ConfigError
-from fedamole.federation.averaging import mean_by_key
 from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, Trained, Weighting
 from fedamole.federation.randomness import numpy_generator, torch_generator
 from fedamole.methods.fedit import GlobalLora
 from fedamole.methods.local_only import OwnLora
+from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.model.params import Adapter, new_shared
 
 BEGINNINGS = ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.5, 0.5), (0.0, 0.0))
@@ -117,9 +117,7 @@ class FdLora(LoraMethod[Outer, Shared, OwnLora, GlobalLora]):
         """Train the personal LoRA first, the global one from then on."""
         return Adapter(self.spec(), message.tensors if message.begun else kept.tensors)
 
-    def reply(
-        self, client: Client, kept: OwnLora, message: Shared, trained: Trained
-    ) -> tuple[OwnLora, GlobalLora]:
+    def reply(self, client: Client, kept: OwnLora, message: Shared, trained: Trained) -> tuple[OwnLora, GlobalLora]:
         """Send back the trained LoRA."""
         synced = not message.begun or (client.round - 1) % self.sync_every == 0
         return OwnLora(trained.adapter.tensors) if synced else kept, GlobalLora(trained.adapter.tensors)
@@ -148,8 +146,14 @@ class FdLora(LoraMethod[Outer, Shared, OwnLora, GlobalLora]):
             return np.asarray(losses + L1 * np.abs(pairs).mean(1))
 
         found = differential_evolution(
-            scores, [(-MOST, MOST)] * 2, init=np.array(BEGINNINGS), maxiter=-(-self.fusion_trials // 5) - 1, tol=0,
-            polish=False, updating="deferred", vectorized=True,
+            scores,
+            [(-MOST, MOST)] * 2,
+            init=np.array(BEGINNINGS),
+            maxiter=-(-self.fusion_trials // 5) - 1,
+            tol=0,
+            polish=False,
+            updating="deferred",
+            vectorized=True,
             rng=numpy_generator(client.seed, "fusion", client.name, client.round),
         )
         return float(found.x[0]), float(found.x[1])

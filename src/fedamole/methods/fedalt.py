@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedamole.federation.averaging import mean_by_key
 from fedamole.federation.method import Client, ClientInfo, DecayedLoraMethod, Records, Server, Trained, Weighting
 from fedamole.federation.randomness import torch_generator
+from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.params import Adapter, as_expert, expert_keys, mixer_key, new_shared, shared_keys
 

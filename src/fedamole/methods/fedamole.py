@@ -23,12 +23,12 @@ from torch import Tensor
 
 from fedamole.assignment.reverse_selection import Bounds, check_feasible, check_holders
 from fedamole.errors import ConfigError
-from fedamole.federation.architectures import Assignment, next_architectures
-from fedamole.federation.averaging import mean_by_key
-from fedamole.federation.holders import fewest_replies, group_exposure, held_together, no_louder
 from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, Trained, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
+from fedamole.methods.shared.architectures import Assignment, next_architectures
+from fedamole.methods.shared.averaging import mean_by_key
+from fedamole.methods.shared.holders import fewest_replies, group_exposure, held_together, no_louder
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.params import Adapter, Shapes, expert_keys, new_pool, router_key, shared_keys
 
@@ -168,9 +168,15 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
         """Solve the assignment of every module for a round."""
         clients = len(server.clients)
         held, probabilities = next_architectures(
-            server, state.expert_embeddings, state.client_embeddings, kind=self.assignment, rank=self.rank,
-            experts=self.pool_size(clients), bounds=self.bounds(clients), round_=round_,
-        )  # fmt: skip
+            server,
+            state.expert_embeddings,
+            state.client_embeddings,
+            kind=self.assignment,
+            rank=self.rank,
+            experts=self.pool_size(clients),
+            bounds=self.bounds(clients),
+            round_=round_,
+        )
         return replace(state, held=held, probabilities=probabilities)
 
     def journal(self, state: Pool) -> Iterator[dict[str, Any]]:

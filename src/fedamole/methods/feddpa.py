@@ -22,10 +22,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from fedamole.errors import ConfigError
-from fedamole.federation.averaging import mean_by_key
 from fedamole.federation.method import Client, ClientInfo, Fit, LoraMethod, Records, Server, Trained, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.fedit import GlobalLora
+from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.params import REFERENCES, Adapter, as_expert, new_shared
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedamole.federation.averaging import mean_by_key
 from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, Trained, Weighting
 from fedamole.federation.randomness import torch_generator
-from fedamole.federation.stacks import Changes, Log, Merged, stacked
+from fedamole.methods.shared.averaging import mean_by_key
+from fedamole.methods.shared.stacks import Changes, Log, Merged, stacked
 from fedamole.model.params import Adapter, new_shared, shared_keys
 
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedamole.federation.averaging import mean_by_key
 from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, Trained, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
+from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.model.params import Adapter, new_shared
 
 
@@ -66,8 +66,6 @@ class FedIT(LoraMethod[GlobalLora, GlobalLora, Nothing, GlobalLora]):
         """Start from the global LoRA."""
         return Adapter(self.spec(), message.tensors)
 
-    def reply(
-        self, client: Client, kept: Nothing, message: GlobalLora, trained: Trained
-    ) -> tuple[Nothing, GlobalLora]:
+    def reply(self, client: Client, kept: Nothing, message: GlobalLora, trained: Trained) -> tuple[Nothing, GlobalLora]:
         """Send back the trained LoRA."""
         return kept, GlobalLora(trained.adapter.tensors)

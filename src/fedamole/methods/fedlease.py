@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedamole.errors import ConfigError
-from fedamole.federation.averaging import mean_by_key
-from fedamole.federation.clustering import cosine_distances, silhouette_clusters
 from fedamole.federation.method import Client, ClientInfo, DecayedLoraMethod, Records, Server, Trained, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.local_only import OwnLora
+from fedamole.methods.shared.averaging import mean_by_key
+from fedamole.methods.shared.clustering import cosine_distances, silhouette_clusters
 from fedamole.model.params import OWN, Adapter, expert_ids, expert_keys, mixer_key, new_shared, shared_keys
 
 
@@ -103,10 +103,16 @@ class FedLease(DecayedLoraMethod[Lease, Leased, OwnLora, Returned]):
         """Average within clusters; cluster those that have warmed up when it is time to."""
         weights = server.weights(self.weighting)
         settled = {name: _named(reply) for name, reply in replies.items() if reply.cluster >= 0}
-        warm = {f"{name}/{key}": t for name, reply in replies.items() if reply.cluster < 0
-                for key, t in reply.tensors.items()}
+        warm = {
+            f"{name}/{key}": t
+            for name, reply in replies.items()
+            if reply.cluster < 0
+            for key, t in reply.tensors.items()
+        }
         after = replace(
-            state, rounds=state.rounds + 1, warm=dict(sorted({**state.warm, **warm}.items())),
+            state,
+            rounds=state.rounds + 1,
+            warm=dict(sorted({**state.warm, **warm}.items())),
             tensors=mean_by_key(settled, weights, state.tensors),
         )
         warm_enough = after.rounds >= max(1, round(self.warmup_share * server.rounds))
@@ -154,9 +160,7 @@ class FedLease(DecayedLoraMethod[Lease, Leased, OwnLora, Returned]):
         spec = replace(self.spec(), router="mixer")
         return Adapter(spec, message.tensors, {OWN: own}, tuple(sorted(others)))
 
-    def reply(
-        self, client: Client, kept: OwnLora, message: Leased, trained: Trained
-    ) -> tuple[OwnLora, Returned]:
+    def reply(self, client: Client, kept: OwnLora, message: Leased, trained: Trained) -> tuple[OwnLora, Returned]:
         """Send back what was trained; keep a LoRA while warming up."""
         tensors, frozen = trained.adapter.tensors, self.adapter(client, kept, message).frozen
         sent = {name: tensor for name, tensor in tensors.items() if name not in frozen}

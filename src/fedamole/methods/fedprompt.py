@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedamole.federation.averaging import mean_by_key
 from fedamole.federation.method import Client, ClientInfo, Method, Records, Server, Trained, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
+from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.model.params import Adapter
 from fedamole.model.prompt import PromptSpec, new_prompt
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedamole.errors import ConfigError
-from fedamole.federation.averaging import mean_by_key
 from fedamole.federation.method import Client, ClientInfo, Fit, LoraMethod, Records, Server, Trained, Weighting
 from fedamole.federation.randomness import torch_generator
+from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.model.params import Adapter, new_shared
 
 
@@ -87,9 +87,7 @@ class FedRep(LoraMethod[Body, Body, Head, Body]):
         """Put the client's head on the global body."""
         return Adapter(self.spec(), {**message.tensors, **kept.tensors})
 
-    def update(
-        self, client: Client, kept: Head, message: Body
-    ) -> Generator[Fit, Trained, tuple[Head, Body, Trained]]:
+    def update(self, client: Client, kept: Head, message: Body) -> Generator[Fit, Trained, tuple[Head, Body, Trained]]:
         """Train the head, then the body."""
         both = self.adapter(client, kept, message)
         only_head = Adapter(both.spec, both.tensors, frozen=tuple(sorted(message.tensors)))

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedamole.federation.averaging import mean_by_key
 from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, Trained, Weighting
 from fedamole.federation.randomness import torch_generator
+from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.model.params import Adapter, new_shared
 
 

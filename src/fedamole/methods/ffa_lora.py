@@ -40,9 +40,7 @@ class FfaLora(FedIT):
         frozen = _only(self._draw(client.shapes, client.seed), "A")
         return Adapter(self.spec(), {**frozen, **message.tensors}, frozen=tuple(sorted(frozen)))
 
-    def reply(
-        self, client: Client, kept: Nothing, message: GlobalLora, trained: Trained
-    ) -> tuple[Nothing, GlobalLora]:
+    def reply(self, client: Client, kept: Nothing, message: GlobalLora, trained: Trained) -> tuple[Nothing, GlobalLora]:
         """Send back the trained B."""
         return kept, GlobalLora(_only(trained.adapter.tensors, "B"))
 

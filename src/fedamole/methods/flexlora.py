@@ -18,10 +18,10 @@ from torch import Tensor
 
 from fedamole.federation.method import Client, ClientInfo, Records, Server, Trained, Weighting
 from fedamole.federation.randomness import torch_generator
-from fedamole.federation.ranks import RankedMethod
 from fedamole.federation.record import Nothing
-from fedamole.federation.stacks import stacked, truncated
 from fedamole.methods.fedit import GlobalLora
+from fedamole.methods.shared.ranks import RankedMethod
+from fedamole.methods.shared.stacks import stacked, truncated
 from fedamole.model.params import Adapter, new_shared, shared_keys
 
 
@@ -78,9 +78,7 @@ class FlexLora(RankedMethod[RankedLora, GlobalLora, Nothing, GlobalLora]):
         """Start from the global LoRA at the client's rank."""
         return Adapter(self.spec_of(rank_of(message.tensors)), message.tensors)
 
-    def reply(
-        self, client: Client, kept: Nothing, message: GlobalLora, trained: Trained
-    ) -> tuple[Nothing, GlobalLora]:
+    def reply(self, client: Client, kept: Nothing, message: GlobalLora, trained: Trained) -> tuple[Nothing, GlobalLora]:
         """Send back the trained LoRA."""
         return kept, GlobalLora(trained.adapter.tensors)
 

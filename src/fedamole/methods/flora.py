@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fedamole.federation.method import Client, ClientInfo, Records, Server, Trained, Weighting
 from fedamole.federation.randomness import torch_generator
-from fedamole.federation.ranks import RankedMethod
-from fedamole.federation.stacks import Changes, Log, Merged, stacked
+from fedamole.methods.shared.ranks import RankedMethod
+from fedamole.methods.shared.stacks import Changes, Log, Merged, stacked
 from fedamole.model.params import Adapter, new_shared, shared_keys
 
 

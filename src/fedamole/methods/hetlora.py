@@ -21,10 +21,10 @@ from torch import Tensor
 from fedamole.errors import ConfigError
 from fedamole.federation.method import Client, ClientInfo, Fit, Records, Server, Trained
 from fedamole.federation.randomness import torch_generator
-from fedamole.federation.ranks import RankedMethod
 from fedamole.federation.record import Nothing
 from fedamole.methods.fedit import GlobalLora
 from fedamole.methods.flexlora import RankedLora, cut, rank_of
+from fedamole.methods.shared.ranks import RankedMethod
 from fedamole.model.params import Adapter, new_shared, shared_keys
 
 
@@ -106,9 +106,7 @@ class HetLora(RankedMethod[RankedLora, GlobalLora, Nothing, GlobalLora]):
         pruned = replace(trained, adapter=Adapter(self.spec_of(rank_of(tensors)), tensors))
         return (*self.reply(client, kept, message, pruned), pruned)
 
-    def reply(
-        self, client: Client, kept: Nothing, message: GlobalLora, trained: Trained
-    ) -> tuple[Nothing, GlobalLora]:
+    def reply(self, client: Client, kept: Nothing, message: GlobalLora, trained: Trained) -> tuple[Nothing, GlobalLora]:
         """Send back what is left of the trained LoRA."""
         return kept, GlobalLora(trained.adapter.tensors)
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from fedamole.errors import ConfigError
-from fedamole.federation.averaging import mean_by_key
 from fedamole.federation.method import Client, ClientInfo, Fit, LoraMethod, Records, Server, Trained, Weighting
 from fedamole.federation.randomness import torch_generator
+from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.model.params import Adapter, new_shared
 
 
@@ -119,9 +119,7 @@ class IfcaLora(LoraMethod[Clusters, Clusters, Choice, ClusterLora]):
         trained = yield Fit(self._adapters(message)[chosen.cluster])
         return (*self.reply(client, chosen, message, trained), trained)
 
-    def reply(
-        self, client: Client, kept: Choice, message: Clusters, trained: Trained
-    ) -> tuple[Choice, ClusterLora]:
+    def reply(self, client: Client, kept: Choice, message: Clusters, trained: Trained) -> tuple[Choice, ClusterLora]:
         """Send back the trained LoRA of the cluster that was chosen."""
         return kept, ClusterLora(kept.cluster, trained.adapter.tensors)
 

@@ -45,35 +45,66 @@ _common = record(
     {"task_type": choice("CAUSAL_LM"), "inference_mode": boolean, "peft_version": text(100)},
 )
 _kinds: dict[str, Form] = {
-    "LORA": record({
-        "r": _rank, "lora_alpha": number(1e-9), "lora_dropout": _share, "target_modules": listed(_module, 100_000),
-    }),
-    "PROMPT_TUNING": record({
-        "num_virtual_tokens": whole(1, MOST_VIRTUAL), "token_dim": whole(1, 1_000_000),
-        "num_transformer_submodules": whole(1, 1),
-    }),
-    "AMOLE": record(
-        {"r": _rank, "alpha": number(1e-9), "dropout": _share, "dropout_kind": choice("exact", "rank"),
-         "top_k": whole(1, MOST_EXPERTS), "expert_pattern": mapping(listed(_id, MOST_EXPERTS), _module)},
-        {"router": choice("embedding", "mixer", "instance"), "instance_weight": _share,
-         "target_modules": listed(_module, 100_000), "own_expert": either(nothing, _id),
-         "init_seed": whole(0, 2**32), "references": either(nothing, listed(listed(number(), 1_000_000), 100_000))},
+    "LORA": record(
+        {
+            "r": _rank,
+            "lora_alpha": number(1e-9),
+            "lora_dropout": _share,
+            "target_modules": listed(_module, 100_000),
+        }
     ),
-}  # fmt: skip
+    "PROMPT_TUNING": record(
+        {
+            "num_virtual_tokens": whole(1, MOST_VIRTUAL),
+            "token_dim": whole(1, 1_000_000),
+            "num_transformer_submodules": whole(1, 1),
+        }
+    ),
+    "AMOLE": record(
+        {
+            "r": _rank,
+            "alpha": number(1e-9),
+            "dropout": _share,
+            "dropout_kind": choice("exact", "rank"),
+            "top_k": whole(1, MOST_EXPERTS),
+            "expert_pattern": mapping(listed(_id, MOST_EXPERTS), _module),
+        },
+        {
+            "router": choice("embedding", "mixer", "instance"),
+            "instance_weight": _share,
+            "target_modules": listed(_module, 100_000),
+            "own_expert": either(nothing, _id),
+            "init_seed": whole(0, 2**32),
+            "references": either(nothing, listed(listed(number(), 1_000_000), 100_000)),
+        },
+    ),
+}
 identity_form = record(dict.fromkeys(("weights", "tokenizer", "targets"), text(200)), closed=True)
 
 _SHARED = {"peft_type", "base_model_name_or_path", "task_type", "inference_mode", "peft_version"}
 _OWN = {
     "LORA": {"r", "lora_alpha", "lora_dropout", "target_modules"},
     "PROMPT_TUNING": {"num_virtual_tokens", "token_dim", "num_transformer_submodules"},
-    "AMOLE": {"r", "alpha", "dropout", "dropout_kind", "top_k", "expert_pattern", "router", "instance_weight",
-              "target_modules", "own_expert", "references", "init_seed"},
-}  # fmt: skip
+    "AMOLE": {
+        "r",
+        "alpha",
+        "dropout",
+        "dropout_kind",
+        "top_k",
+        "expert_pattern",
+        "router",
+        "instance_weight",
+        "target_modules",
+        "own_expert",
+        "references",
+        "init_seed",
+    },
+}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "LORA": {"bias": "none", "init_lora_weights": True, "megatron_core": "megatron.core", "qalora_group_size": 16},
     "PROMPT_TUNING": {"prompt_tuning_init": "RANDOM"},
     "AMOLE": {},
-}  # fmt: skip
+}
 """What PEFT writes of settings that fedamole leaves alone, where it is not null, false or empty."""
 
 

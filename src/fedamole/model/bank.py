@@ -16,6 +16,7 @@ from fedamole.model import packing
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.base import Base
 from fedamole.model.batch import Batch, Ids, Row, collate
+from fedamole.model.causality import near
 from fedamole.model.continuation import Continuation, continuation_of
 from fedamole.model.layers import BankLinear, BankPrompt, EmbeddingSum, Loaded, MeanEmbeddings, Tape
 from fedamole.model.params import (
@@ -30,7 +31,6 @@ from fedamole.model.params import (
     stack,
     unstack,
 )
-from fedamole.model.probe import near
 from fedamole.model.prompt import PROMPT, PromptSpec
 
 

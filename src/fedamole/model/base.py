@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from fedamole.errors import BaseModelError, ConfigError
-from fedamole.model.probe import language_model, modules_run_by_text, refuse_encoder_decoder, refuse_unreached
+from fedamole.model.causality import language_model, modules_run_by_text, refuse_encoder_decoder, refuse_unreached
 from fedamole.model.recomputation import Recomputation
 
 log = logging.getLogger(__name__)
@@ -144,8 +144,12 @@ def load_base(settings: BaseSettings, device: torch.device, folder: Path, local_
     from transformers import AutoConfig, AutoTokenizer
 
     name = locate(settings.model, folder)
-    options: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False,
-                               "local_files_only": local_only}  # fmt: skip
+    options: dict[str, Any] = {
+        "dtype": "auto",
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "local_files_only": local_only,
+    }
     if settings.quantization == "4bit":
         options |= _quantized(device)
     try:

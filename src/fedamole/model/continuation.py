@@ -13,7 +13,7 @@ import torch
 from fedamole.errors import BaseModelError
 from fedamole.model.base import Base
 from fedamole.model.batch import Ids, pad_left
-from fedamole.model.probe import near
+from fedamole.model.causality import near
 
 STEPS = 3
 """Tokens that are generated to find out."""
@@ -55,9 +55,13 @@ def _right(base: Base, prompts: Sequence[Ids], caches: bool) -> bool:
 
     ids, mask = pad_left(prompts, base.pad_id, base.device)
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=STEPS, use_cache=caches, pad_token_id=base.pad_id,
-        output_logits=True, return_dict_in_generate=True,
-    )  # fmt: skip
+        do_sample=False,
+        max_new_tokens=STEPS,
+        use_cache=caches,
+        pad_token_id=base.pad_id,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     with torch.no_grad():
         out: Any = base.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         made = torch.stack(out.logits, dim=1).float()

@@ -75,8 +75,13 @@ class AmoleConfig(PeftConfig):  # type: ignore[misc]
     def spec(self) -> AdapterSpec:
         """What the layers need to know."""
         return AdapterSpec(
-            self.r, self.alpha, self.dropout, self.dropout_kind, self.top_k,
-            router=self.router, instance_weight=self.instance_weight,
+            self.r,
+            self.alpha,
+            self.dropout,
+            self.dropout_kind,
+            self.top_k,
+            router=self.router,
+            instance_weight=self.instance_weight,
         )
 
 
@@ -177,7 +182,13 @@ class AmoleModel(BaseTuner):  # type: ignore[misc]
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's contract
 
     def _create_and_replace(
-        self, config: AmoleConfig, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str,
+        self,
+        config: AmoleConfig,
+        adapter_name: str,
+        target: Any,
+        target_name: str,
+        parent: Any,
+        current_key: str,
         **_: Any,
     ) -> None:
         if isinstance(target, AmoleLayer):

@@ -51,7 +51,9 @@ def save_adapter(adapter: Adapter, folder: Path, base_name: str, identity: Ident
     """Write a personal adapter as a PEFT adapter folder, with the identity of its base."""
     folder.mkdir(parents=True, exist_ok=True)
     common: dict[str, Any] = {
-        "base_model_name_or_path": base_name, "task_type": "CAUSAL_LM", "inference_mode": True,
+        "base_model_name_or_path": base_name,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
     }
     config, tensors = _to_peft(adapter, common)
     # Not safetensors' own writing of files, whose error for a full disk is no OSError.
@@ -81,9 +83,17 @@ def _to_peft(adapter: Adapter, common: dict[str, Any]) -> tuple[Any, dict[str, T
     if any(held.values()):
         own, seen = adapter.fixed.get(OWN), adapter.fixed.get(REFERENCES)
         config = AmoleConfig(
-            **common, r=spec.rank, target_modules=list(held), alpha=spec.alpha, dropout=spec.dropout,
-            dropout_kind=spec.dropout_kind, top_k=spec.top_k, expert_pattern=held, router=spec.router,
-            instance_weight=spec.instance_weight, references=None if seen is None else seen.tolist(),
+            **common,
+            r=spec.rank,
+            target_modules=list(held),
+            alpha=spec.alpha,
+            dropout=spec.dropout,
+            dropout_kind=spec.dropout_kind,
+            top_k=spec.top_k,
+            expert_pattern=held,
+            router=spec.router,
+            instance_weight=spec.instance_weight,
+            references=None if seen is None else seen.tolist(),
             own_expert=None if own is None else next(iter(held.values()))[int(own.argmax())],
         )
         for module, ids in held.items():
@@ -93,7 +103,10 @@ def _to_peft(adapter: Adapter, common: dict[str, Any]) -> tuple[Any, dict[str, T
     lora = without_deltas(adapter)
     assert isinstance(lora.spec, AdapterSpec)
     config = LoraConfig(
-        **common, r=lora.spec.rank, target_modules=list(held), lora_alpha=lora.spec.alpha,
+        **common,
+        r=lora.spec.rank,
+        target_modules=list(held),
+        lora_alpha=lora.spec.alpha,
         lora_dropout=lora.spec.dropout,
     )
     for module in held:
@@ -166,8 +179,13 @@ def _to_adapter(config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
         return Adapter(PromptSpec(config["num_virtual_tokens"]), {PROMPT: tensors[VIRTUAL]})
     if config["peft_type"] == "AMOLE":
         spec = AdapterSpec(
-            config["r"], config["alpha"], config["dropout"], config["dropout_kind"], config["top_k"],
-            router=config.get("router", "embedding"), instance_weight=config.get("instance_weight", 0.5),
+            config["r"],
+            config["alpha"],
+            config["dropout"],
+            config["dropout_kind"],
+            config["top_k"],
+            router=config.get("router", "embedding"),
+            instance_weight=config.get("instance_weight", 0.5),
         )
         for module, ids in config["expert_pattern"].items():
             down, up = tensors[f"{PREFIX}{module}.amole_down"], tensors[f"{PREFIX}{module}.amole_up"]

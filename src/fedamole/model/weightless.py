@@ -14,7 +14,7 @@ import torch
 
 from fedamole.errors import BaseModelError
 from fedamole.model.base import Base, BaseSettings, Identity, auto_class, locate, target_shapes
-from fedamole.model.probe import LENGTH, encoder_error, language_model, reads_ahead, refuse_encoder_decoder
+from fedamole.model.causality import LENGTH, encoder_error, language_model, reads_ahead, refuse_encoder_decoder
 from fedamole.model.recomputation import Recomputation
 
 KNOWN = {"meta-llama/Llama-3.2-1B": "llama-3.2-1b", "meta-llama/Llama-3.2-1B-Instruct": "llama-3.2-1b"}
@@ -64,7 +64,13 @@ def weightless_base(settings: BaseSettings, folder: Path) -> WeightlessBase:
         Recomputation(language_model(model))  # for its error
     shapes = target_shapes(model, settings.targets)
     return WeightlessBase(
-        model, None, shapes, Identity("", "", ""), settings.model, torch.device("meta"), int(positions),
+        model,
+        None,
+        shapes,
+        Identity("", "", ""),
+        settings.model,
+        torch.device("meta"),
+        int(positions),
         settings.gradient_checkpointing,
     )
 

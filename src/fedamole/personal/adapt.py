@@ -26,13 +26,10 @@ from fedamole.data.settings import SourceSettings
 from fedamole.errors import ConfigError, RunError
 from fedamole.evaluation.personal import losses_of, majority_scores, scores_of
 from fedamole.experiment import reads_outside, resolved, server_of
-from fedamole.federation.checkpoint import newest as newest_of
-from fedamole.federation.checkpoint import read, rounds_done
 from fedamole.federation.local import DivergedError, LocalTask, embed, fit
 from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.federation.method import Client, ClientInfo, Fit, Records
 from fedamole.federation.record import Nothing, PayloadError, unpack
-from fedamole.federation.run_folder import ASSIGNMENT, METRICS, RunFolder
 from fedamole.federation.summary import summarise
 from fedamole.federation.worker import ClientData, client_data
 from fedamole.files import new_folder, write_atomic
@@ -42,9 +39,12 @@ from fedamole.model.bank import Bank
 from fedamole.model.base import BUNDLED, Identity, is_elsewhere
 from fedamole.model.params import Adapter, expert_ids
 from fedamole.model.pretrained import save_adapter
-from fedamole.personal.models import load_named
+from fedamole.personal.saved_models import load_named
 from fedamole.received.names import as_name
 from fedamole.reporting.card import write_cards
+from fedamole.runs.checkpoint import newest as newest_of
+from fedamole.runs.checkpoint import read, rounds_done
+from fedamole.runs.run_folder import ASSIGNMENT, METRICS, RunFolder
 
 ORIGIN = "adapted.json"
 """File of the new client's folder that names the run it joined."""
@@ -132,8 +132,14 @@ def _adapt(
         target, tomli_w.dumps(config.tables()), federation.manifest.to_json(), config.method_name, identity, "client"
     )
     report = {
-        "client": source.name, "folder": str(target), "from": run.about["id"], "kept": best,
-        "chosen_by": chosen.chosen_by, "added": chosen.added, "validation": validation, "test": test,
+        "client": source.name,
+        "folder": str(target),
+        "from": run.about["id"],
+        "kept": best,
+        "chosen_by": chosen.chosen_by,
+        "added": chosen.added,
+        "validation": validation,
+        "test": test,
     }
     save_adapter(candidates[best], own.adapter(source.name, config.method_name), resident.name, identity)
     _log(own, source.name, config, chosen, report)
@@ -187,7 +193,9 @@ def _own_config(config: Config, source: SourceSettings, target: Path, device: st
     if base is None and is_elsewhere(model):
         model = BUNDLED  # which lies elsewhere on another machine; whether it is the right one its identity tells
     config = replace(
-        config, base=replace(config.base, model=model), data=replace(config.data, source=(source,), manifest=None),
+        config,
+        base=replace(config.base, model=model),
+        data=replace(config.data, source=(source,), manifest=None),
         run=replace(config.run, device=device, group=1),
     )
     return resolved(config, target.resolve())
@@ -206,7 +214,13 @@ def begin(
         say("reading the embedding split")
         return _chosen_by_experts(config, bank, state, clients, data)
     client = Client(
-        data.info, base.shapes, config.run.seed, config.federation.rounds, _no_look, _no_look, base.width,
+        data.info,
+        base.shapes,
+        config.run.seed,
+        config.federation.rounds,
+        _no_look,
+        _no_look,
+        base.width,
         base.embedding_std,
     )
     return Chosen(method.adapter(client, Nothing(), method.message(state, data.info)), [])
@@ -232,7 +246,10 @@ def _chosen_by_experts(
     # One client more, and not one expert: the fewest that all can hold may have become less.
     fewest = min(bounds.min_experts, pool * bounds.expert_choices // (len(clients) + 1))
     among = replace(
-        method, experts=pool, expert_choices=bounds.expert_choices, min_experts=fewest,
+        method,
+        experts=pool,
+        expert_choices=bounds.expert_choices,
+        min_experts=fewest,
         assignment="reverse" if method.assignment == "static" else method.assignment,
     )
     everybody = tuple(sorted((*clients, data.info), key=lambda client: client.name))
@@ -247,10 +264,14 @@ def _chosen_by_experts(
         others = sorted(set(range(pool)) - set(chosen), key=lambda expert: (-relevance[expert], expert))
         more = others[: max(0, method.min_experts - len(chosen))]
         held[module] = {name: sorted(chosen + more)}
-        journal.append({
-            "module": module, "client": name, "experts": held[module][name],
-            "relevance": [round(relevance[expert], 6) for expert in held[module][name]],
-        })
+        journal.append(
+            {
+                "module": module,
+                "client": name,
+                "experts": held[module][name],
+                "relevance": [round(relevance[expert], 6) for expert in held[module][name]],
+            }
+        )
         chosen_by, added = chosen_by + len(chosen), added + len(more)
     message = method.message(replace(after, held=held), data.info)
     return Chosen(Adapter(method.spec(), message.tensors), journal, chosen_by, added)
@@ -290,12 +311,17 @@ def _log(own: RunFolder, name: str, config: Config, chosen: Chosen, report: Mapp
     test = {row if one == kept else one: scores for one, scores in report["test"].items()}
     rounds = {one: round_ if one == row else -1 for one in test}
     own.append(ASSIGNMENT, ({"round": round_, **line} for line in chosen.journal))
-    own.append(METRICS, [
-        {"round": -1, "client": name, "split": "validation", "method": BASE, "loss": validation[BASE]},
-        {"round": round_, "client": name, "split": "validation", "method": row, "loss": validation[kept]},
-        *({"round": rounds[one], "client": name, "split": "test", "method": one, "which": "best", **scores}
-          for one, scores in test.items()),
-    ])
+    own.append(
+        METRICS,
+        [
+            {"round": -1, "client": name, "split": "validation", "method": BASE, "loss": validation[BASE]},
+            {"round": round_, "client": name, "split": "validation", "method": row, "loss": validation[kept]},
+            *(
+                {"round": rounds[one], "client": name, "split": "test", "method": one, "which": "best", **scores}
+                for one, scores in test.items()
+            ),
+        ],
+    )
     write_atomic(own.path / ORIGIN, json.dumps(report, indent=1) + "\n")
     results = {}
     for one, scores in test.items():

@@ -72,9 +72,12 @@ class Chat:
         prompt = bank.prefix(ids)
         row = torch.tensor([prompt], device=base.device)
         greedy = GenerationConfig(
-            do_sample=False, max_new_tokens=self.max_new_tokens, pad_token_id=base.pad_id,
-            eos_token_id=base.tokenizer.eos_token_id, use_cache=bank.continuation.caches,
-        )  # fmt: skip
+            do_sample=False,
+            max_new_tokens=self.max_new_tokens,
+            pad_token_id=base.pad_id,
+            eos_token_id=base.tokenizer.eos_token_id,
+            use_cache=bank.continuation.caches,
+        )
         with torch.no_grad(), bank.recording(gates=bank.gates([[prompt]])):
             base.model.generate(
                 input_ids=row, attention_mask=torch.ones_like(row), generation_config=greedy, streamer=words

@@ -18,7 +18,6 @@ from torch import Tensor
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, Row
 from fedamole.model.params import Adapter
-from fedamole.personal.models import Place
 from fedamole.personal.routing import (
     ALL,
     Peak,
@@ -39,11 +38,20 @@ from fedamole.personal.routing import (
     token_weights,
     uses,
 )
+from fedamole.personal.saved_models import Place
 
 PALETTE = (
-    (124, 197, 240), (240, 178, 62), (76, 195, 160), (221, 159, 193), (242, 233, 107), (143, 165, 232), (238, 138, 90),
-    (189, 189, 189), (181, 215, 122), (201, 160, 236),
-)  # fmt: skip
+    (124, 197, 240),
+    (240, 178, 62),
+    (76, 195, 160),
+    (221, 159, 193),
+    (242, 233, 107),
+    (143, 165, 232),
+    (238, 138, 90),
+    (189, 189, 189),
+    (181, 215, 122),
+    (201, 160, 236),
+)
 """Red, green, blue of a module's experts, in the order of their ids; dark text can be read on each."""
 
 AROUND = 7
@@ -183,7 +191,11 @@ class Teller:
         who = self._holders.get(name, {})
         experts = tuple(
             Expert(
-                expert, use.share[place], use.first[place], self._roles.get(expert, ""), tuple(who.get(expert, ())),
+                expert,
+                use.share[place],
+                use.first[place],
+                self._roles.get(expert, ""),
+                tuple(who.get(expert, ())),
                 sights[place] if sights else (),
             )
             for place, expert in enumerate(self.held[name])
@@ -210,11 +222,16 @@ def as_json(story: Story) -> dict[str, Any]:
     """A story for machines; weights of tokens by module and expert id, those above 0."""
     modules = {
         module.name: {
-            "tokens": module.use.tokens, "telling": module.use.telling,
+            "tokens": module.use.tokens,
+            "telling": module.use.telling,
             "experts": [
                 {
-                    "expert": one.id, "share": one.share, "largest": one.first, "role": one.role,
-                    "clients": list(one.clients), "examples": [vars(sight) for sight in one.sights],
+                    "expert": one.id,
+                    "share": one.share,
+                    "largest": one.first,
+                    "role": one.role,
+                    "clients": list(one.clients),
+                    "examples": [vars(sight) for sight in one.sights],
                 }
                 for one in module.experts
             ],
@@ -222,12 +239,16 @@ def as_json(story: Story) -> dict[str, Any]:
         for module in story.modules
     }
     tokens = [
-        {"text": token.text, "answer": token.of_answer, "weights": {
-            module.name: {str(one.id): weight for one, weight in ranked(module, place) if weight > 0}
-            for module in story.modules
-        }}
+        {
+            "text": token.text,
+            "answer": token.of_answer,
+            "weights": {
+                module.name: {str(one.id): weight for one, weight in ranked(module, place) if weight > 0}
+                for module in story.modules
+            },
+        }
         for place, token in enumerate(story.tokens)
-    ]  # fmt: skip
+    ]
     return {"client": story.client, "about": story.about, "modules": modules, "tokens": tokens}
 
 
@@ -266,8 +287,9 @@ def tables_shown(tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Tab
         module = max(modules, key=lambda name: max(modules[name].values()))
         best = max(modules[module], key=lambda expert: modules[module][expert])
         each = str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-        table.add_row(client, str(len(modules)), str(sum(counts)), each, f"{best} in {module}",
-                      f"{modules[module][best]:.0%}")  # fmt: skip
+        table.add_row(
+            client, str(len(modules)), str(sum(counts)), each, f"{best} in {module}", f"{modules[module][best]:.0%}"
+        )
     return table
 
 
@@ -317,15 +339,24 @@ def _sights(module: Module, colours: bool) -> list[Text]:
 def _summary(story: Story) -> Table:
     """A line for each module."""
     table = Table(
-        Column("module", overflow="fold"), "experts", "most used", "its weight", "told apart",
-        title=f"{story.client}: {story.about}, {story.modules[0].use.tokens} tokens", title_style="bold",
-        title_justify="left", caption="told apart: nats that a token tells of its expert, 0 where all are routed alike",
+        Column("module", overflow="fold"),
+        "experts",
+        "most used",
+        "its weight",
+        "told apart",
+        title=f"{story.client}: {story.about}, {story.modules[0].use.tokens} tokens",
+        title_style="bold",
+        title_justify="left",
+        caption="told apart: nats that a token tells of its expert, 0 where all are routed alike",
         caption_justify="left",
     )
     for module in story.modules:
         best = max(module.experts, key=lambda one: one.share)
         table.add_row(
-            module.name, str(len(module.experts)), str(best.id), f"{best.share:.0%}",
+            module.name,
+            str(len(module.experts)),
+            str(best.id),
+            f"{best.share:.0%}",
             f"{module.use.telling:.3f}",
         )
     return table

@@ -32,8 +32,8 @@ from fedamole.model.base import Base, BaseSettings, auto_class, load_base
 from fedamole.model.batch import Row, batches
 from fedamole.model.params import Adapter, Shapes, expert_ids, shared_keys
 from fedamole.model.pretrained import load_adapter, save_adapter, without_deltas
-from fedamole.personal.models import Place, base_of, own_shard, read_adapter
 from fedamole.personal.ridge import Moments, best_lora
+from fedamole.personal.saved_models import Place, base_of, own_shard, read_adapter
 
 REPORT = "export.json"
 CAP = 64
@@ -113,9 +113,14 @@ def export(
 
 
 def _export(
-    place: Place, out: Path, settings: ExportSettings, calibration: SourceSettings | None, device: str,
-    base: str | None, say: Say,
-) -> dict[str, Any]:  # fmt: skip
+    place: Place,
+    out: Path,
+    settings: ExportSettings,
+    calibration: SourceSettings | None,
+    device: str,
+    base: str | None,
+    say: Say,
+) -> dict[str, Any]:
     """Write the model into the empty folder `out`, all at once."""
     say("loading the base")
     resident = base_of(place, device, base)
@@ -147,7 +152,11 @@ def _export(
         say("scoring the export on validation")
         losses["export"] = _written_loss(target, bank, texts)
         report = {
-            "client": place.client, "to": settings.to, **about, "losses": losses, "tolerance": settings.tolerance,
+            "client": place.client,
+            "to": settings.to,
+            **about,
+            "losses": losses,
+            "tolerance": settings.tolerance,
         }
         if not losses["export"] <= losses["personal"] + settings.tolerance and not settings.force:
             raise LossyError(_lost(report), report)
@@ -291,7 +300,7 @@ def refuse_unmergeable(base: Base, modules: Sequence[str]) -> None:
     if getattr(base.model, "is_quantized", False):
         raise BaseModelError(
             "--to merged: a quantised base cannot take a LoRA into its weights; export --to lora, or name an "
-            "unquantised copy of the base in its config.toml (base.quantization = \"none\")"
+            'unquantised copy of the base in its config.toml (base.quantization = "none")'
         )
     owners: dict[int, list[str]] = {}
     for name, weight in base.model.named_parameters(remove_duplicate=False):

@@ -19,9 +19,9 @@ from fedamole.data.tokens import prompt_ids, tokenise, warn_of_text
 from fedamole.errors import ConfigError, DataError
 from fedamole.evaluation.generation import generate_answers
 from fedamole.evaluation.personal import EvaluationSettings
-from fedamole.federation.run_folder import MANIFEST
 from fedamole.model.bank import Bank
-from fedamole.personal.models import Place
+from fedamole.personal.saved_models import Place
+from fedamole.runs.run_folder import MANIFEST
 
 log = logging.getLogger(__name__)
 

@@ -72,6 +72,4 @@ def best_lora(sums: Moments, rank: int, ridge: float) -> Factors:
     missed = sums.yy - 2 * (b.T @ sums.xy.T * a).sum() + ((b.T @ b) * (a @ sums.xx @ a.T)).sum()
     unexplained = float(missed.clamp(min=0) / sums.yy) if float(sums.yy) > 0 else 0.0
     missing = rank - kept
-    return Factors(
-        F.pad(a, (0, 0, 0, missing)).float().cpu(), F.pad(b, (0, missing)).float().cpu(), unexplained
-    )
+    return Factors(F.pad(a, (0, 0, 0, missing)).float().cpu(), F.pad(b, (0, missing)).float().cpu(), unexplained)

@@ -17,14 +17,14 @@ from fedamole.data.text_encoder import text_encoder
 from fedamole.data.tokens import tokenise
 from fedamole.errors import ConfigError, DataError
 from fedamole.evaluation.likelihood import by_length
-from fedamole.federation.run_folder import ROUTING
 from fedamole.files import write_atomic
 from fedamole.model.adapter_files import CONFIG, read_config
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, Row, collate
 from fedamole.model.params import OWN, Adapter, expert_ids
 from fedamole.model.prompt import PromptSpec
-from fedamole.personal.models import Place, own_shard
+from fedamole.personal.saved_models import Place, own_shard
+from fedamole.runs.run_folder import ROUTING
 
 ALL = "all"
 UNFINISHED = "\ufffd"
@@ -206,9 +206,12 @@ def greedy_answer(bank: Bank, prompt: Ids, max_new_tokens: int) -> Ids:
     base, stop = bank.base, bank.base.tokenizer.eos_token_id
     room = min(max_new_tokens, base.max_positions - len(prompt))
     greedy = GenerationConfig(
-        do_sample=False, max_new_tokens=room, pad_token_id=base.pad_id, eos_token_id=stop,
+        do_sample=False,
+        max_new_tokens=room,
+        pad_token_id=base.pad_id,
+        eos_token_id=stop,
         use_cache=bank.continuation.caches,
-    )  # fmt: skip
+    )
     ids = torch.tensor([prompt], device=base.device)
     with torch.no_grad(), bank.recording(gates=bank.gates([[prompt]])):
         out = base.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)

@@ -13,7 +13,6 @@ from fedamole.data.manifest import ClientRecord, read_manifest
 from fedamole.errors import RunError
 from fedamole.federation.best import best_round_of
 from fedamole.federation.loop import BASE, MAJORITY
-from fedamole.federation.run_folder import MANIFEST, RUN, SUMMARY, RunFolder
 from fedamole.federation.summary import nothing_trained
 from fedamole.files import write_atomic
 from fedamole.methods import METHODS
@@ -24,6 +23,7 @@ from fedamole.model.pretrained import read_identity
 from fedamole.received.names import quoted
 from fedamole.reporting.markdown import code, literal
 from fedamole.reporting.markdown import table as _table
+from fedamole.runs.run_folder import MANIFEST, RUN, SUMMARY, RunFolder
 
 Json = dict[str, Any]
 
@@ -61,10 +61,17 @@ def card(
     parts = (
         _front_matter(public, about["method"]),
         f"# A personal model of {name}\n\n{_what(about, config, summary, name, row)}",
-        "## Base\n\n" + _table(("", ""), [
-            ("base", literal(where)), ("weights", literal(identity["weights"])),
-            ("tokenizer", literal(identity["tokenizer"])), ("adapted modules", literal(identity["targets"])),
-        ]) + f"\n\nThe hashes are fedamole's and stand in `{IDENTITY}` too. On another base the model is useless.",
+        "## Base\n\n"
+        + _table(
+            ("", ""),
+            [
+                ("base", literal(where)),
+                ("weights", literal(identity["weights"])),
+                ("tokenizer", literal(identity["tokenizer"])),
+                ("adapted modules", literal(identity["targets"])),
+            ],
+        )
+        + f"\n\nThe hashes are fedamole's and stand in `{IDENTITY}` too. On another base the model is useless.",
         f"## Data\n\n{_data(client, summary, row)}",
         f"## Method\n\n{_method(about['method'], config)}",
         f"## Test scores\n\n{_scores(config, summary, name, row)}",
@@ -77,11 +84,13 @@ def card(
 def _front_matter(public: str | None, method: str) -> str:
     """What the Hugging Face hub reads; values are written as JSON, which is YAML in which nothing needs escaping."""
     fields: Json = {
-        "library_name": "peft", "pipeline_tag": "text-generation",
-        "license": "other", "license_name": "unspecified",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "license": "other",
+        "license_name": "unspecified",
         "tags": list(dict.fromkeys(("fedamole", "federated-learning", "personalised", method))),
         **({} if public is None else {"base_model": public}),
-    }  # fmt: skip
+    }
     return "\n".join(("---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---"))
 
 
@@ -146,19 +155,34 @@ def _load(public: str | None, bundled: bool, mixture: bool) -> str:
     shipped = ["from importlib.resources import files", ""] if bundled else []
     taught = ["import fedamole  # teaches PEFT this kind of adapter"] if mixture else []
     base = 'str(files("fedamole") / "bundled" / "base")' if bundled else named
-    return "\n".join((
-        "With fedamole, which makes sure that the base is the right one:", "",
-        "```python", "from fedamole import load_personal_model", "",
-        f'model, tokenizer = load_personal_model("path/to/this/folder"{elsewhere})', "```", "",
-        f"With PEFT{'' if mixture else ' alone'}, which does not:", "",
-        "```python", *shipped, *taught, "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-        f"base = {base}", 'folder = "path/to/this/folder"  # or its name on the hub',
-        "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)",
-        "tokenizer = AutoTokenizer.from_pretrained(base)", "```", "",
-        "A prompt is what the client's template makes of a row, mostly with a line end at its end; an answer ends with "
-        "the tokenizer's end-of-text token.",
-    ))  # fmt: skip
+    return "\n".join(
+        (
+            "With fedamole, which makes sure that the base is the right one:",
+            "",
+            "```python",
+            "from fedamole import load_personal_model",
+            "",
+            f'model, tokenizer = load_personal_model("path/to/this/folder"{elsewhere})',
+            "```",
+            "",
+            f"With PEFT{'' if mixture else ' alone'}, which does not:",
+            "",
+            "```python",
+            *shipped,
+            *taught,
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"base = {base}",
+            'folder = "path/to/this/folder"  # or its name on the hub',
+            "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)",
+            "tokenizer = AutoTokenizer.from_pretrained(base)",
+            "```",
+            "",
+            "A prompt is what the client's template makes of a row, mostly with a line end at its end; an answer ends with "
+            "the tokenizer's end-of-text token.",
+        )
+    )
 
 
 def _reveals(method: str, adapter: Json, public: str | None) -> str:
@@ -182,4 +206,3 @@ def _reveals(method: str, adapter: Json, public: str | None) -> str:
             "(`base_model_name_or_path`): write its public name there before you publish it."
         )
     return "\n".join(f"- {point}" for point in points)
-

@@ -6,8 +6,8 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from fedamole.comparison.plot import LOOK, save
 from fedamole.errors import ConfigError, RunError
-from fedamole.reporting.comparison_plot import LOOK, save
 from fedamole.reporting.page.palette import HEAT_LIGHT, LIGHT, PLAIN_LIGHT
 
 Json = Mapping[str, Any]
@@ -108,8 +108,11 @@ def _place(content: Json, label: str) -> int:
 def _learning(content: Json, measure: str) -> Any:
     """A panel per client that was ever scored, and one of their mean."""
     lines = content["learning"]["lines"]
-    scored = [name for name in content["clients"]
-              if any(value is not None for line in lines for value in line["values"].get(measure, {}).get(name, []))]
+    scored = [
+        name
+        for name in content["clients"]
+        if any(value is not None for line in lines for value in line["values"].get(measure, {}).get(name, []))
+    ]
     names = ["", *scored] if len(scored) > 1 else scored
     across = min(5, len(names))
     down = -(-len(names) // across)
@@ -118,8 +121,11 @@ def _learning(content: Json, measure: str) -> Any:
         for line in lines:
             label = content["models"][line["model"]]
             look = _place(content, label)
-            points = [(round_, value) for round_, value in enumerate(line["values"].get(measure, {}).get(name, []))
-                      if value is not None]  # fmt: skip
+            points = [
+                (round_, value)
+                for round_, value in enumerate(line["values"].get(measure, {}).get(name, []))
+                if value is not None
+            ]
             colour, dashes = LIGHT[look % len(LIGHT)], DASHES[look % len(DASHES)]
             panel.plot(*zip(*points, strict=True), color=colour, linestyle=dashes, linewidth=1.3, label=label)
         panel.set_title(name or "mean", fontsize=8, loc="left")
@@ -146,9 +152,15 @@ def _test(content: Json) -> Any:
         form = MARKS[place % len(MARKS)] if place >= 0 else "+" if label != next(iter(marks)) else "o"
         look = {"markerfacecolor": "white"} if place < 0 else {}
         panel.plot(
-            [by_client[name] for name in clients], range(len(clients)), form, color=colour, label=label,
-            markersize=5, linestyle="none", **look,
-        )  # fmt: skip
+            [by_client[name] for name in clients],
+            range(len(clients)),
+            form,
+            color=colour,
+            label=label,
+            markersize=5,
+            linestyle="none",
+            **look,
+        )
     panel.set_yticks(range(len(clients)), clients)
     panel.invert_yaxis()
     panel.set_xlim(-2, 102)

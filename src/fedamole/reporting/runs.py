@@ -10,8 +10,8 @@ from typing import Any
 
 from fedamole.errors import RunError
 from fedamole.federation.loop import BASE, MAJORITY
-from fedamole.federation.run_folder import MANIFEST, METRICS, RUN, SUMMARY, RunFolder
 from fedamole.federation.summary import nothing_trained
+from fedamole.runs.run_folder import MANIFEST, METRICS, RUN, SUMMARY, RunFolder
 
 log = logging.getLogger(__name__)
 

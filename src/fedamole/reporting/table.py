@@ -7,16 +7,19 @@ from typing import Any
 
 from fedamole.federation.best import mean_best_round
 from fedamole.federation.loop import BASE, MAJORITY
-from fedamole.federation.run_folder import METRICS, RunFolder
-from fedamole.reporting.gains import STAR, clear_best
 from fedamole.reporting.markdown import literal
 from fedamole.reporting.markdown import table as as_table
 from fedamole.reporting.runs import Run, untrained_warning
+from fedamole.reporting.significance import STAR, clear_best
 from fedamole.reporting.work import short, work_of
+from fedamole.runs.run_folder import METRICS, RunFolder
 
 SCORE_LINES = ("mean", "worst client", "spread", "mean, last round")
-WORK_LINES = {"forward tokens": "forward_tokens", "backward tokens": "backward_tokens",
-              "trained parameters": "parameters"}  # fmt: skip
+WORK_LINES = {
+    "forward tokens": "forward_tokens",
+    "backward tokens": "backward_tokens",
+    "trained parameters": "parameters",
+}
 """Lines of a client's work, a mean over the clients, with the key in `work_of`."""
 SUMMARY_LINES = (*SCORE_LINES, "mean loss", "best round", "KiB down / up", *WORK_LINES)
 """Lines under the clients. The loss (nats per answer token, mean over clients) tells models apart before scores do."""
@@ -172,8 +175,11 @@ def _of_clients(column: Column, measure: str, only: str = "") -> dict[tuple[Any,
 
 
 def _starred(
-    columns: Sequence[Column], values: Sequence[Sequence[float]], paired: Sequence[Mapping[tuple[Any, ...], float]],
-    digits: int = 1, higher: bool = True,
+    columns: Sequence[Column],
+    values: Sequence[Sequence[float]],
+    paired: Sequence[Mapping[tuple[Any, ...], float]],
+    digits: int = 1,
+    higher: bool = True,
 ) -> list[str]:
     """Cells of a line, `values` by column; the star is decided on `paired`, whose keys end with the seed."""
     trained = {
@@ -182,9 +188,7 @@ def _starred(
         if column.label not in (BASE, MAJORITY) and not column.untrained
     }
     star = clear_best(trained, higher=higher)
-    return [
-        cell(found, digits) + "*" * (column.label == star) for column, found in zip(columns, values, strict=True)
-    ]
+    return [cell(found, digits) + "*" * (column.label == star) for column, found in zip(columns, values, strict=True)]
 
 
 def _traffic(column: Column) -> str:

@@ -21,9 +21,9 @@ from fedamole.errors import FedamoleError
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids
 from fedamole.model.params import Adapter
-from fedamole.serving.running import Running, check
-from fedamole.serving.text import Growing
-from fedamole.serving.turns import Limits, Turns
+from fedamole.serving.decode_batch import Running, check
+from fedamole.serving.scheduling import Limits, Turns
+from fedamole.serving.streaming_text import Growing
 from fedamole.terminal import printable
 
 log = logging.getLogger(__name__)
@@ -162,9 +162,12 @@ class Engine:
             generator = torch.Generator()
             generator.seed() if wanted.seed is None else generator.manual_seed(wanted.seed)
         request = Request(
-            wanted, tell, self.bank.prefix(wanted.prompt),
+            wanted,
+            tell,
+            self.bank.prefix(wanted.prompt),
             min(wanted.limit, self.limits.answer, self.room(wanted.prompt)),
-            Growing(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), wanted.stop), generator,
+            Growing(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), wanted.stop),
+            generator,
         )
         with self._news:
             if self.stopped:

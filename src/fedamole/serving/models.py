@@ -30,9 +30,7 @@ def alike(adapters: Sequence[Adapter], names: Sequence[str]) -> list[Adapter]:
 
 
 def _is_lora(adapter: Adapter) -> bool:
-    return (
-        isinstance(adapter.spec, AdapterSpec) and not adapter.fixed and not any(expert_ids(adapter.tensors).values())
-    )
+    return isinstance(adapter.spec, AdapterSpec) and not adapter.fixed and not any(expert_ids(adapter.tensors).values())
 
 
 def _of_rank(adapter: Adapter, rank: int) -> Adapter:

@@ -15,11 +15,22 @@ from fedamole.errors import FedamoleError
 
 IGNORED = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"})
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "best_of": (1,), "echo": (False,), "frequency_penalty": (0,), "functions": ([],), "logit_bias": ({},),
-    "logprobs": (False,), "modalities": (["text"],), "n": (1,), "parallel_tool_calls": (True, False),
-    "presence_penalty": (0,), "response_format": ({"type": "text"},), "suffix": ("",), "tool_choice": ("none",),
-    "tools": ([],), "top_logprobs": (0,),
-}  # fmt: skip
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "parallel_tool_calls": (True, False),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "top_logprobs": (0,),
+}
 """Fields of OpenAI's that are taken with these values (or null) alone, because they then ask for nothing."""
 COOLEST = 0.001
 """The lowest temperature above 0."""
@@ -225,7 +236,9 @@ class Shape:
         """Take what the request asked for, and a `number` that no other answer has."""
         self.chat = isinstance(body, Chat)
         self.head = {
-            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{number}", "created": int(time.time()), "model": body.model,
+            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{number}",
+            "created": int(time.time()),
+            "model": body.model,
         }
         options = body.stream_options
         self.with_usage = bool(options and options.include_usage)

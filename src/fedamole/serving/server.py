@@ -29,7 +29,7 @@ from fedamole.data.tokens import prompt_ids
 from fedamole.errors import DataError
 from fedamole.model.batch import Ids
 from fedamole.personal.generate import Layout, as_it_is, rendered
-from fedamole.serving.door import Door, is_loopback
+from fedamole.serving.connections import Door, is_loopback
 from fedamole.serving.engine import Engine, Piece, StoppedError, Wanted, said
 from fedamole.serving.engine import Request as Asked
 from fedamole.serving.keys import Keys
@@ -47,7 +47,7 @@ from fedamole.serving.protocol import (
     usage,
 )
 from fedamole.serving.quota import Caller
-from fedamole.serving.turns import BusyError
+from fedamole.serving.scheduling import BusyError
 from fedamole.terminal import printable
 
 log = logging.getLogger(__name__)
@@ -190,8 +190,14 @@ class Service:
             caller.hold(-len(content))
         limit = min(body.longest or self.offer.longest, self.engine.limits.answer, self.engine.room(ids))
         wanted = Wanted(
-            client, ids, limit, body.temperature or 0.0, 1.0 if body.top_p is None else body.top_p, body.seed,
-            body.stops, bool(body.stream),
+            client,
+            ids,
+            limit,
+            body.temperature or 0.0,
+            1.0 if body.top_p is None else body.top_p,
+            body.seed,
+            body.stops,
+            bool(body.stream),
         )
         return Shape(body, secrets.token_hex(12)), wanted
 
@@ -314,7 +320,9 @@ async def _refusal(_: Request, error: Exception) -> Response:
     if not isinstance(error, RefusedError):
         error = RefusedError(500, "the server failed on this request")
     headers = {
-        401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}, 413: {"Connection": "close"},
+        401: {"WWW-Authenticate": "Bearer"},
+        408: {"Connection": "close"},
+        413: {"Connection": "close"},
         429: {"Retry-After": str(math.ceil(error.retry))},
     }
     return JSONResponse(error.as_json(), error.status, headers.get(error.status))
@@ -348,8 +356,17 @@ class Server(uvicorn.Server):
             tls = {"ssl_certfile": certs / "server.crt", "ssl_keyfile": certs / "server.key"}
         super().__init__(
             uvicorn.Config(
-                Alone(service.app), http=Door, ws="none", lifespan="off", log_config=None, log_level="critical",
-                access_log=False, server_header=False, timeout_keep_alive=KEPT_OPEN, timeout_graceful_shutdown=5, **tls,
+                Alone(service.app),
+                http=Door,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="critical",
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEPT_OPEN,
+                timeout_graceful_shutdown=5,
+                **tls,
             )
         )
         self.engine = service.engine

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fedamole import __version__
+from fedamole.comparison.results import Entry, Result, Scenario, read_scenarios
 from fedamole.data.examples import SPLITS
 from fedamole.federation.loop import BASE, MAJORITY
-from fedamole.reporting.comparison import Entry, Result, Scenario, read_scenarios
-from fedamole.reporting.gains import gain
 from fedamole.reporting.page.reading import Told
 from fedamole.reporting.page.words import (
     GLOSSARY,
@@ -22,6 +21,7 @@ from fedamole.reporting.page.words import (
     short_names,
 )
 from fedamole.reporting.runs import untrained_warning
+from fedamole.reporting.significance import gain
 from fedamole.reporting.table import CAPTION, cell, compare, grid
 from fedamole.reporting.work import short, work_of
 from fedamole.terminal import printable
@@ -57,14 +57,24 @@ def content(told: Sequence[Told]) -> Json:
         "costs": _costs(told),
         "failed": [
             [one.label, line["round"], line["client"], line["failed"]]
-            for one in told for line in one.lines if "failed" in line
+            for one in told
+            for line in one.lines
+            if "failed" in line
         ],
     }
-    made: Json = _fit_for_a_page({
-        "version": __version__, "title": f"Report on {_listed(models)}", "states": list(_states(told)),
-        "glossary": GLOSSARY, "titles": TITLES, "random": RANDOM, "clients": clients, "models": models,
-        **{key: value for key, value in sections.items() if value},
-    })
+    made: Json = _fit_for_a_page(
+        {
+            "version": __version__,
+            "title": f"Report on {_listed(models)}",
+            "states": list(_states(told)),
+            "glossary": GLOSSARY,
+            "titles": TITLES,
+            "random": RANDOM,
+            "clients": clients,
+            "models": models,
+            **{key: value for key, value in sections.items() if value},
+        }
+    )
     return made
 
 
@@ -108,11 +118,15 @@ def _about(told: Sequence[Told], clients: int) -> Json:
     for found in columns.values():
         config = found[0].config
         rounds = [f"{one.done} of {one.rounds}" if not one.finished else f"all {one.rounds}" for one in found]
-        said.append({
-            **method_in_words(config), **settings_in_words(config, 0 if found[0].kind == "client" else clients),
-            "Seed": ", ".join(str(one.run.seed) for one in found), "Seen from": KINDS[found[0].kind],
-            "Rounds done": ", ".join(dict.fromkeys(rounds)),
-        })
+        said.append(
+            {
+                **method_in_words(config),
+                **settings_in_words(config, 0 if found[0].kind == "client" else clients),
+                "Seed": ", ".join(str(one.run.seed) for one in found),
+                "Seen from": KINDS[found[0].kind],
+                "Rounds done": ", ".join(dict.fromkeys(rounds)),
+            }
+        )
     names = dict.fromkeys(name for column in said for name in column)
     return {"head": list(columns), "lines": [[name, [column.get(name, "") for column in said]] for name in names]}
 
@@ -122,8 +136,9 @@ def _learning(told: Sequence[Told], models: Sequence[str], clients: Sequence[str
     measures, before, lines = dict[str, None](), dict[str, float](), []
     for one in told:
         found = [line for line in one.lines if line["split"] == "validation"]
-        measures |= dict.fromkeys(key for line in found if line["method"] != BASE for key in ("loss", "score")
-                                  if key in line)
+        measures |= dict.fromkeys(
+            key for line in found if line["method"] != BASE for key in ("loss", "score") if key in line
+        )
         start = {line["client"]: line for line in found if line["method"] == BASE}
         before |= {name: line["loss"] for name, line in start.items()}
         for row in one.rows:
@@ -164,14 +179,24 @@ def _tested(done: Sequence[Told], models: Sequence[str]) -> Json:
         label: {client: statistics.fmean(values) for client, values in by_client.items() if values}
         for label, by_client in columns.items()
     }
-    [scenario] = read_scenarios([
-        Entry("", one.run.label(row), row, one.run.seed, one.run.path)
-        for one in done for row in one.run.summary["rows"] if row not in (BASE, MAJORITY)
-    ])
+    [scenario] = read_scenarios(
+        [
+            Entry("", one.run.label(row), row, one.run.seed, one.run.path)
+            for one in done
+            for row in one.run.summary["rows"]
+            if row not in (BASE, MAJORITY)
+        ]
+    )
     gains = [found for model in models if (found := _gains(scenario, model))]
     return {
-        "test": {"head": head, "body": body, "clients": comparison.clients, "seeds": comparison.seeds, "marks": marks,
-                 "caption": CAPTION},
+        "test": {
+            "head": head,
+            "body": body,
+            "clients": comparison.clients,
+            "seeds": comparison.seeds,
+            "marks": marks,
+            "caption": CAPTION,
+        },
         "gain": gains,
     }
 
@@ -189,10 +214,13 @@ def _gains(scenario: Scenario, reference: str) -> Json | None:
         for (client, _), value in pairs.items():
             by_client.setdefault(client, []).append(value)
         found = gain(pairs, higher=True)
-        columns.append({
-            "other": other, "clients": {name: statistics.fmean(values) for name, values in by_client.items()},
-            **{key: getattr(found, key) for key in ("pairs", "mean", "low", "high", "p_clients", "wins", "ties")},
-        })
+        columns.append(
+            {
+                "other": other,
+                "clients": {name: statistics.fmean(values) for name, values in by_client.items()},
+                **{key: getattr(found, key) for key in ("pairs", "mean", "low", "high", "p_clients", "wins", "ties")},
+            }
+        )
     return {"reference": reference, "columns": columns}
 
 
@@ -201,8 +229,10 @@ def _pairs(ours: Sequence[Result], theirs: Sequence[Result], once: bool) -> dict
     known = {result.seed: result.scores for result in theirs}
     return {
         (client, result.seed): score - other[client]
-        for result in ours if (other := theirs[0].scores if once else known.get(result.seed, {}))
-        for client, score in sorted(result.scores.items()) if client in other
+        for result in ours
+        if (other := theirs[0].scores if once else known.get(result.seed, {}))
+        for client, score in sorted(result.scores.items())
+        if client in other
     }
 
 
@@ -211,15 +241,20 @@ def _experts(one: Told, clients: Sequence[str]) -> Json:
     modules = list(dict.fromkeys(line["module"] for line in one.assignment))
     rounds = sorted({line["round"] for line in one.assignment})
     held: list[Any] = [[[[] for _ in clients] for _ in modules] for _ in rounds]
-    place = {name: {key: index for index, key in enumerate(keys)} for name, keys in
-             (("module", modules), ("round", rounds), ("client", clients))}  # fmt: skip
+    place = {
+        name: {key: index for index, key in enumerate(keys)}
+        for name, keys in (("module", modules), ("round", rounds), ("client", clients))
+    }
     for line in one.assignment:
         pairs = zip(line["experts"], line["relevance"], strict=True)
         flat = [value for expert, relevance in pairs for value in (expert, round(10_000 * relevance))]
         indices = [place[key][line[key]] for key in ("round", "module", "client")]
         held[indices[0]][indices[1]][indices[2]] = flat
     return {
-        "label": _label(one), "modules": short_names(modules), "rounds": rounds, "held": held,
+        "label": _label(one),
+        "modules": short_names(modules),
+        "rounds": rounds,
+        "held": held,
         "experts": 1 + max((expert for line in one.assignment for expert in line["experts"]), default=0),
         "always_random": one.config["method"].get("assignment") == "random",
     }
@@ -236,7 +271,10 @@ def _routing(one: Told) -> Json:
     experts = sorted(named, key=lambda expert: (not expert.isdigit(), int(expert) if expert.isdigit() else 0, expert))
     shares = [{client: found.get(module, {}) for client, found in one.routing.items()} for module in modules]
     return {
-        "label": _label(one), "modules": short_names(modules), "experts": experts, "shares": shares,
+        "label": _label(one),
+        "modules": short_names(modules),
+        "experts": experts,
+        "shares": shares,
         "clients": sorted(one.routing),
     }
 
@@ -247,8 +285,11 @@ def _data(told: Sequence[Told], clients: Sequence[str]) -> Json | None:
         return None
     splits = [split for split in SPLITS if any(found.get(split) for found in amounts.values())]
     sources = {name: source for one in told for name, source in one.sources.items()}
-    lines = [[name, sources.get(name, ""), [amounts[name].get(split, 0) for split in splits]]
-             for name in clients if name in amounts]  # fmt: skip
+    lines = [
+        [name, sources.get(name, ""), [amounts[name].get(split, 0) for split in splits]]
+        for name in clients
+        if name in amounts
+    ]
     told_apart = any(name != source for name, source in sources.items())
     return {"splits": [SPLIT_NAMES[split] for split in splits], "lines": lines, "sources": told_apart}
 

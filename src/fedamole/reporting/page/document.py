@@ -31,7 +31,11 @@ def page(content: Mapping[str, Any], reload_seconds: int = 0) -> str:
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     parts = {
-        "policy": policy, "title": html.escape(content["title"]), "style": style, "script": script, "data": text,
+        "policy": policy,
+        "title": html.escape(content["title"]),
+        "style": style,
+        "script": script,
+        "data": text,
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _part("page.html"))
 

@@ -8,7 +8,10 @@ from typing import Any
 from fedamole.data.examples import SPLITS
 from fedamole.errors import RunError
 from fedamole.federation.loop import BASE
-from fedamole.federation.run_folder import (
+from fedamole.federation.summary import costs
+from fedamole.model.params import MOST_EXPERTS
+from fedamole.reporting.runs import Run, folders_in, partition_of, read_run
+from fedamole.runs.run_folder import (
     ASSIGNMENT,
     CLIENTS,
     MANIFEST,
@@ -17,9 +20,6 @@ from fedamole.federation.run_folder import (
     RUN,
     RunFolder,
 )
-from fedamole.federation.summary import costs
-from fedamole.model.params import MOST_EXPERTS
-from fedamole.reporting.runs import Run, folders_in, partition_of, read_run
 
 Json = dict[str, Any]
 
@@ -105,12 +105,17 @@ def read_folder(path: Path) -> Told:
     drawn = [one for one in folder.read_json(MANIFEST)["clients"] if isinstance(one, dict)]  # a server knows names only
     amounts = {one["client"]: {split: len(one[split]["rows"]) for split in SPLITS if split in one} for one in drawn}
     return Told(
-        run, folder.kind, config, _lines(folder, METRICS, config), _lines(folder, ASSIGNMENT, config),
+        run,
+        folder.kind,
+        config,
+        _lines(folder, METRICS, config),
+        _lines(folder, ASSIGNMENT, config),
         amounts | {name: dict(one["examples"]) for name, one in told.items() if "examples" in one},
         {one["client"]: one["source"] for one in drawn},
         {name: dict(one["labels"]) for name, one in told.items() if one.get("labels")},
         folder.read_json(ROUTING)["clients"] if (path / ROUTING).exists() else {},
-        run.summary if folder.finished else costs(folder), folder.finished,
+        run.summary if folder.finished else costs(folder),
+        folder.finished,
     )
 
 

@@ -65,7 +65,7 @@ TITLES = {
         "Who was left out",
         "Each line is a client whose work did not count in a round, and why.",
     ),
-}  # fmt: skip
+}
 """Title of each figure, and what to see in it, in one sentence for somebody who has not read the paper."""
 
 GLOSSARY = (
@@ -122,8 +122,11 @@ def method_in_words(config: Mapping[str, Any]) -> dict[str, str]:
         return {"Method": name, "Its settings": settings}
     about = described(name)
     return {
-        "Method": f"{name} ({about['paper']})", "What travels": about["travels"], "What stays": about["stays"],
-        "Scored": SCORED[about["scored"]], "Its settings": settings,
+        "Method": f"{name} ({about['paper']})",
+        "What travels": about["travels"],
+        "What stays": about["stays"],
+        "Scored": SCORED[about["scored"]],
+        "Its settings": settings,
     }
 
 
@@ -138,7 +141,8 @@ def settings_in_words(config: Mapping[str, Any], clients: int) -> dict[str, str]
     share = "all clients" if federation["cohort"] == 1 else f"{federation['cohort']:.0%} of the clients"
     who = f"{clients} client{'s'[: clients != 1]}, " if clients else ""
     passes = (
-        f"{training['local_epochs']} passes over the client's data" if training["local_epochs"]
+        f"{training['local_epochs']} passes over the client's data"
+        if training["local_epochs"]
         else f"{training['local_steps']} steps"
     )
     if training.get("budget", "steps") == "paper":  # runs of earlier versions have no such setting

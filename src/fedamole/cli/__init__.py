@@ -1,0 +1,1 @@
+"""The command line: every command of `fedamole`. The only package that uses typer and rich."""

@@ -1,0 +1,106 @@
+"""The commands `plan` and `partition`, which train nothing. Nothing heavy is imported before one is used."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedamole.cli.options import AsJson, ConfigPath, Overrides, read_config
+from fedamole.terminal import say_json, screen
+
+if TYPE_CHECKING:
+    from fedamole.planning import Plan
+
+
+def plan(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    without_data: Annotated[
+        bool, typer.Option("--without-data", help="Open no data and load no base; sizes for a GPU.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run would do: clients, sizes, feasibility, parameters, traffic, memory. Trains nothing."""
+    from dataclasses import asdict
+
+    from fedamole.cli.console import sizes
+    from fedamole.experiment import plan as plan_run
+    from fedamole.experiment import plan_without_data
+
+    settings = read_config(config, overrides)
+    planned = plan_without_data(settings) if without_data else plan_run(settings)
+    if as_json:
+        say_json(asdict(planned))
+        return
+    console = screen()
+    sizes(console, planned.clients, f"{len(planned.clients)} clients (examples per split)")
+    for name, value in (("method", settings.method_name), *_plan_lines(planned)):
+        console.print(f"{name:>10}  {value}", soft_wrap=True)
+
+
+def _plan_lines(planned: "Plan") -> Iterator[tuple[str, str]]:
+    """Name and value of each line below the clients of a plan."""
+    from fedamole.planning import PlanWithoutData
+
+    mib = planned.bytes_down / 2**20
+    total = 2 * mib * planned.clients_per_round * planned.rounds
+    yield "base", f"{planned.base}: {planned.base_parameters:,} parameters, {planned.targets} linears adapted"
+    yield "adapter", f"{planned.adapter_parameters:,.0f} trainable parameters per client on average"
+    yield "traffic", f"{mib:.2f} MiB to a client and about as much back per round, {total:,.0f} MiB in all"
+    yield "work", f"{planned.rounds} rounds x {planned.clients_per_round} clients x {planned.steps:.0f} steps"
+    if isinstance(planned, PlanWithoutData):
+        parts = f"base {planned.base_mib:,.0f}, {planned.mib_per_client:,.0f} for each client in lock-step"
+        yield "memory", f"about {planned.memory_mib:,.0f} MiB on a GPU with run.group = {planned.group} ({parts})"
+        yield "not in it", planned.not_included
+        yield "assumed", planned.assumed
+    else:
+        yield "memory", f"about {planned.memory_mib:,.0f} MiB with {planned.group} clients in lock-step (run.group)"
+    yield "assignment", "feasible"
+    for sentence in planned.exposure:
+        yield "exposure", sentence
+
+
+def partition(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Write the manifest here; use it by data.manifest.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw (or check) the partition of a config: which client has how much of what."""
+    from fedamole.cli.console import sizes
+    from fedamole.data.manifest import load_federation
+    from fedamole.files import new_file, write_atomic
+
+    settings = read_config(config, overrides)
+    with contextlib.nullcontext() if out is None else new_file(out):
+        federation = load_federation(settings.data, Path.cwd())
+        if out is not None:
+            write_atomic(out, federation.manifest.to_json())
+    values = federation.manifest.values()
+    rows = [
+        {
+            "client": shard.client,
+            **({"value": values.get(shard.client, "")} if values else {}),
+            "task": shard.task,
+            **{split: len(getattr(shard, split)) for split in ("train", "embedding", "validation", "test")},
+            "answers": _mix([example.answer for example in shard.train]),
+        }
+        for shard in federation.shards
+    ]
+    if as_json:
+        say_json(rows)
+    else:
+        sizes(screen(wide=140), rows, "partition (examples per split)")
+
+
+def _mix(answers: list[str], most: int = 4) -> str:
+    """The most frequent answers with their shares."""
+    from collections import Counter
+
+    counts = Counter(answers)
+    if len(counts) > len(answers) / 2:
+        return "free text"
+    top = [f"{answer[:20]} {count / len(answers):.0%}" for answer, count in counts.most_common(most)]
+    return ", ".join(top) + (f", {len(counts) - most} more" if len(counts) > most else "")

@@ -1,0 +1,86 @@
+"""Who holds which expert next: reverse selection, or one of its ablations, for all modules of a mixture of experts."""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedamole.assignment.baselines import homogeneous, random_probabilities
+from fedamole.assignment.relevance import Floats, Mask, Scores, choice_probabilities, relevance
+from fedamole.assignment.reverse_selection import Bounds, select_for_remaining
+from fedamole.federation.method import Server
+from fedamole.federation.randomness import numpy_generator
+from fedamole.methods.shared.averaging import Tensors
+
+Assignment = Literal["reverse", "random", "static", "homogeneous"]
+Held = dict[str, dict[str, list[int]]]
+"""Experts of each client, by module."""
+
+
+def next_architectures(
+    server: Server,
+    expert_embeddings: Tensors,
+    client_embeddings: Tensors,
+    *,
+    kind: Assignment,
+    rank: int,
+    experts: int,
+    bounds: Bounds,
+    round_: int,
+) -> tuple[Held, dict[str, Tensor]]:
+    """Solve the assignment of every module for a round; return who holds what, and P (E, C) by module.
+
+    P is drawn at random in round 0, where no embeddings exist yet, and for the kind "random". Errors: as
+    `select_for_remaining` and `relevance`.
+    """
+    names = sorted(client.name for client in server.clients)
+    ids = [f"expert-{expert:02d}" for expert in range(experts)]
+
+    def choices(module: str) -> Scores:
+        if round_ > 0 and kind != "random":
+            scores = _known_relevance(
+                expert_embeddings, client_embeddings, rank=rank, module=module, experts=ids, clients=names
+            )
+            return choice_probabilities(scores)
+        rng = numpy_generator(server.seed, f"assignment/{module}", "server", round_)
+        return random_probabilities(expert_ids=ids, client_ids=names, rng=rng)
+
+    P = {module: choices(module) for module in sorted(server.shapes)}
+    solve = homogeneous if kind == "homogeneous" else select_for_remaining
+    chosen = solve(np.stack([*P.values()]), bounds, expert_ids=ids, client_ids=names)
+    held = {
+        module: {name: np.flatnonzero(X[:, c]).tolist() for c, name in enumerate(names)}
+        for module, X in zip(P, chosen, strict=True)
+    }
+    return held, {module: torch.from_numpy(p) for module, p in P.items()}
+
+
+def _known_relevance(
+    expert_embeddings: Tensors,
+    client_embeddings: Tensors,
+    *,
+    rank: int,
+    module: str,
+    experts: list[str],
+    clients: list[str],
+) -> Scores:
+    """Scores (E, C) of one module from the last known embeddings, by <module>/<expert> and <module>/<client>."""
+
+    def rows(known: Tensors, ids: list[str]) -> tuple[Floats, Mask]:
+        found = [known.get(f"{module}/{name}") for name in ids]
+        stacked = torch.stack([torch.zeros(rank) if row is None else row for row in found])
+        return stacked.numpy(), np.array([row is not None for row in found])
+
+    e, known = rows(expert_embeddings, experts)
+    t, heard = rows(client_embeddings, clients)
+    return relevance(
+        e,
+        t,
+        rank=rank,
+        experts_known=known,
+        clients_known=heard,
+        module=module,
+        expert_ids=experts,
+        client_ids=clients,
+    )
