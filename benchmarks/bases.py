@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from fedamole.model.base import BUNDLED, Base, BaseSettings, Identity, load_base, locate, target_shapes
+from fedamole.model.base import BUNDLED, Base, BaseSettings, load_base, locate, target_shapes
+from fedamole.runs.identity import Identity
 
 LLAMA_1B = {
     "vocab_size": 128256,

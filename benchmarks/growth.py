@@ -103,7 +103,7 @@ def work(path: Path) -> None:
 
     from fedamole.config import load_config
     from fedamole.experiment import start
-    from fedamole.federation.loop import Watcher
+    from fedamole.federation.progress import Watcher
 
     class Clock(Watcher):
         started = finished = 0.0

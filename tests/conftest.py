@@ -168,7 +168,7 @@ class Runner:
     def fresh(self, method: str, *overrides: str, watcher: Any = None) -> Path:
         """A new run in a folder of its own."""
         from fedamole.experiment import start
-        from fedamole.federation.loop import Watcher
+        from fedamole.federation.progress import Watcher
 
         folder = self.free()
         start(self.load(method, *overrides), folder, watcher or Watcher())
@@ -225,7 +225,7 @@ def crash(runs: Runner) -> Callable[..., Path]:
     A point is a method of the run's watcher, or the end of the name of a file that has just been put in place. The
     run is a forked child: libraries are loaded already, and the kill comes at an exact place.
     """
-    from fedamole.federation.loop import Watcher
+    from fedamole.federation.progress import Watcher
 
     def crashed(point: str, nth: int, method: str, *overrides: str) -> Path:
         folder, calls = runs.free(), 0

@@ -19,11 +19,11 @@ import pytest
 from fedamole.cli import main as cli
 from fedamole.comparison.budgets import within_bytes
 from fedamole.comparison.file import load_comparison
-from fedamole.comparison.results import best_validation_loss, read_scenarios
 from fedamole.comparison.run import check_shown, check_stored, preview, run_comparison
 from fedamole.comparison.trials import Cell, CellWatcher
 from fedamole.errors import ConfigError, RunError
 from fedamole.experiment import plan
+from fedamole.reporting.results import best_validation_loss, read_scenarios
 from fedamole.reporting.runs import read_run
 from tests.conftest import heeding_interrupts
 

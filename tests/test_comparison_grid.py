@@ -12,11 +12,11 @@ import tomli_w
 from fedamole.comparison import run
 from fedamole.comparison.file import Comparison, load_comparison
 from fedamole.comparison.learning_rates import Choice, chosen, narrowness, widened
-from fedamole.comparison.results import read_scenarios
 from fedamole.comparison.run import outlook, preview, progress, run_comparison
 from fedamole.comparison.trials import Cell, CellWatcher
 from fedamole.errors import ConfigError
 from fedamole.methods import METHODS
+from fedamole.reporting.results import read_scenarios
 from tests.test_comparison import written
 
 FIVE = [1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1]

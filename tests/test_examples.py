@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from fedamole.config import load_config
-from fedamole.data.examples import SPLITS
 from fedamole.data.manifest import load_federation
 from fedamole.data.settings import DataSettings, SourceSettings
 from fedamole.deployment.security.policy import (
@@ -20,6 +19,7 @@ from fedamole.deployment.security.policy import (
     read_policy,
     refuse_breaches,
 )
+from fedamole.runs.run_files import SPLITS
 
 ROOT = Path(__file__).parents[1]
 HOSPITALS = ROOT / "examples" / "three_hospitals"

@@ -11,7 +11,7 @@ import pytest
 
 from fedamole.errors import RunError, describe_os_error
 from fedamole.files import exclusive, new_file, new_folder, write_atomic
-from fedamole.model.base import Identity
+from fedamole.runs.identity import Identity
 from fedamole.runs.run_folder import RunFolder
 
 

@@ -16,25 +16,22 @@ FLOOR = {
     "terminal": 0,
     "files": 0,
     "received": 0,
-    "model": 1,
-    "assignment": 1,
-    "data": 1,
-    "evaluation": 2,
-    "federation": 3,
-    "methods": 4,
-    "engine": 5,
-    "config": 5,
-    "planning": 6,
-    "reporting": 5,
-    "experiment": 7,
-    "cells": 8,
-    "personal": 8,
-    "console": 9,
-    "comparison": 9,
-    "serving": 9,
-    "deployment": 10,
-    "command_line": 10,
-    "planning_commands": 11,
+    "runs": 1,
+    "model": 2,
+    "assignment": 2,
+    "data": 2,
+    "evaluation": 3,
+    "federation": 4,
+    "methods": 5,
+    "engine": 6,
+    "config": 6,
+    "reporting": 6,
+    "planning": 7,
+    "experiment": 8,
+    "personal": 9,
+    "comparison": 10,
+    "serving": 10,
+    "deployment": 11,
     "cli": 12,
     "__main__": 13,
 }
@@ -83,17 +80,17 @@ def test_imports_point_one_way(path: Path) -> None:
 
 @each_file
 def test_flower_is_met_in_one_place(path: Path) -> None:
-    """flwr in deployment/flower_*; flwr_datasets, the partitioners, is another package and belongs to data."""
+    """flwr in deployment/flower/; flwr_datasets, the partitioners, is another package and belongs to data."""
     for module, _ in imports(path):
         if module.split(".")[0] == "flwr":
-            assert NAMES[path].startswith("deployment/flower_"), NAMES[path]
+            assert NAMES[path].startswith("deployment/flower/"), NAMES[path]
         if module.split(".")[0] == "flwr_datasets":
             assert NAMES[path].startswith("data/"), NAMES[path]
 
 
 @each_file
 def test_files_are_short(path: Path) -> None:
-    most = 200 if NAMES[path].startswith("methods/") else 400
+    most = 250 if NAMES[path].startswith("methods/") else 400
     assert len(path.read_text().splitlines()) <= most
 
 

@@ -18,12 +18,13 @@ from fedamole.data.manifest import read_manifest
 from fedamole.errors import BaseModelError, ConfigError, DataError, FedamoleError, RunError
 from fedamole.experiment import reads_outside
 from fedamole.files import write_atomic
-from fedamole.model.params import MOST_EXPERTS, expert_ids
+from fedamole.model.params import expert_ids
 from fedamole.model.pretrained import load_adapter
 from fedamole.personal.saved_models import load_personal_model
 from fedamole.received import files
 from fedamole.received.names import LONGEST_NAME, as_name, checked_name, checked_names
 from fedamole.runs import checkpoint
+from fedamole.runs.adapter_folder import MOST_EXPERTS
 from fedamole.runs.run_files import MOST_ROUNDS
 from fedamole.runs.run_folder import RunFolder
 from tests.received import Arena, arena, call

@@ -15,18 +15,21 @@ from fedamole.config import Config, load_run_config
 from fedamole.data.manifest import Federation, Manifest, load_federation, read_manifest
 from fedamole.engine.in_process import InProcess
 from fedamole.errors import BaseModelError, ConfigError, RunError
-from fedamole.federation.loop import Engine, Loop, Mirror, Watcher
+from fedamole.federation.engine import Engine
+from fedamole.federation.loop import Loop, Mirror
 from fedamole.federation.method import ClientInfo, Evaluates, Server
+from fedamole.federation.progress import Watcher
 from fedamole.federation.robust import Robust
 from fedamole.federation.worker import ClientData, Worker, client_data
 from fedamole.files import new_folder
 from fedamole.model.bank import Bank
-from fedamole.model.base import BUNDLED, Base, Identity, is_elsewhere, load_base, resolve_device
+from fedamole.model.base import BUNDLED, Base, is_elsewhere, load_base, resolve_device
 from fedamole.model.prompt import PromptSpec
 from fedamole.model.weightless import weightless_base
 from fedamole.planning import Plan, PlanWithoutData, chosen_group, clients_without_data, planned, planned_without_data
 from fedamole.reporting.card import write_cards
 from fedamole.reporting.tensorboard import TensorBoardMirror
+from fedamole.runs.identity import Identity
 from fedamole.runs.run_folder import MANIFEST, RunFolder
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fedamole.config import Config
-from fedamole.data.examples import SPLITS
 from fedamole.data.manifest import read_manifest
 from fedamole.data.partition import numbered
 from fedamole.data.settings import DataSettings, SourceSettings
@@ -24,6 +23,7 @@ from fedamole.model.memory import HEADROOM, free_bytes, group_bytes, used_bytes
 from fedamole.model.params import Adapter, Shapes
 from fedamole.model.prompt import PromptSpec
 from fedamole.model.weightless import WeightlessBase, weight_bytes
+from fedamole.runs.run_files import SPLITS
 
 MOST_ON_CPU = 16
 """Clients at once on a CPU: more gain little, on short texts alone, and take memory; `run.group` sets more."""

@@ -22,8 +22,8 @@ from fedamole.evaluation.likelihood import mean_losses
 from fedamole.experiment import Prepared, loop_of, prepare, resume, server_of, worker_of
 from fedamole.federation.local import LocalTask, embed, fit
 from fedamole.federation.looks import drawn
-from fedamole.federation.loop import Watcher
 from fedamole.federation.method import Client, Fit, Method, Server, Trained
+from fedamole.federation.progress import Watcher
 from fedamole.federation.record import pack, unpack
 from fedamole.federation.worker import Answer
 from fedamole.methods import METHODS

@@ -11,8 +11,8 @@ from torch import Tensor
 from fedamole.engine.in_process import InProcess
 from fedamole.engine.reply_template import check_reply, rehearse, usual_norm
 from fedamole.experiment import loop_of, prepare, server_of, worker_of
-from fedamole.federation.loop import Watcher
 from fedamole.federation.method import Server
+from fedamole.federation.progress import Watcher
 from fedamole.federation.record import PayloadError, unpack
 from fedamole.federation.robust import flattened, with_tensors
 from fedamole.federation.worker import Answer

@@ -18,7 +18,7 @@ from fedamole.engine.in_process import InProcess
 from fedamole.engine.messages import Request, read_request
 from fedamole.engine.remote import Remote
 from fedamole.experiment import loop_of, prepare, resolved, rows_of, server_of, worker_of
-from fedamole.federation.loop import Watcher
+from fedamole.federation.progress import Watcher
 from fedamole.federation.worker import Answer, Scores
 from fedamole.model.bank import Bank
 from fedamole.model.base import load_base

@@ -117,7 +117,8 @@ def gateway(
     """Its port and process, once it listens; a free port unless one is given. `more` are arguments."""
     port = port or free_port()
     command = (
-        f"{sys.executable} -m fedamole.deployment.gateway.process --host {HOST} --port {port} --superlink {HOST}:{superlink} "
+        f"{sys.executable} -m fedamole.deployment.gateway.process --host {HOST} --port {port} "
+        f"--superlink {HOST}:{superlink} "
         f"--certificate {tls / 'server.crt'} --key {tls / 'server.key'} --ca {ca or tls / 'ca.crt'} "
         f"--nodes {tls / 'nodes'} --max-body-mib {LIMIT_MIB}"
     )

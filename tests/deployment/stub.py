@@ -8,12 +8,14 @@ from typing import Any
 
 from fedamole.engine.messages import EVALUATE, JOIN, UPDATE, Reply, Request, read_request
 from fedamole.engine.remote import Remote
-from fedamole.federation.loop import BASE, MAJORITY, Loop, Watcher
+from fedamole.federation.loop import Loop
 from fedamole.federation.method import Evaluates, Server
+from fedamole.federation.progress import Watcher
 from fedamole.federation.record import boxed, pack, unboxed, unpack
 from fedamole.federation.settings import DeploymentSettings, FederationSettings
 from fedamole.methods.fedit import FedIT, GlobalLora
-from fedamole.model.base import Identity
+from fedamole.runs.identity import Identity
+from fedamole.runs.run_files import BASE, MAJORITY
 from fedamole.runs.run_folder import RunFolder
 
 IDENTITY = Identity("w", "t", "s")

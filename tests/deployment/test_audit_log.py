@@ -24,7 +24,7 @@ from fedamole.deployment.security.audit_log import FIRST, AuditError, AuditLog, 
 from fedamole.deployment.security.policy import UNBOUNDED, PolicySettings
 from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, failure, unpacked
 from fedamole.errors import RunError
-from fedamole.federation.loop import Watcher
+from fedamole.federation.progress import Watcher
 from fedamole.federation.record import boxed, pack, unboxed
 from tests.deployment.test_host import RUN_ID, ByHand
 

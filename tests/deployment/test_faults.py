@@ -13,7 +13,7 @@ import pytest
 from fedamole.deployment import client_processes as client
 from fedamole.deployment.security.certificates import make_certificates
 from fedamole.experiment import start
-from fedamole.federation.loop import Watcher
+from fedamole.federation.progress import Watcher
 from tests.deployment.faults import NAMES, Command, Site, killed, site, wait_until, working
 from tests.deployment.liar import SECRET
 

@@ -11,7 +11,7 @@ import pytest
 
 from fedamole.deployment.security.certificates import make_certificates
 from fedamole.experiment import start
-from fedamole.federation.loop import Watcher
+from fedamole.federation.progress import Watcher
 from tests.conftest import small
 from tests.deployment.faults import NAMES, Site
 from tests.deployment.test_remote import facts, states

@@ -19,10 +19,11 @@ from fedamole.deployment.security.policy import UNBOUNDED
 from fedamole.deployment.shared_config import own_tables, shared_tables
 from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, unpacked
 from fedamole.errors import BaseModelError, ConfigError
-from fedamole.federation.loop import Watcher
 from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.progress import Watcher
 from fedamole.federation.record import boxed, pack, unboxed, unpack
-from fedamole.model.base import Identity, load_base
+from fedamole.model.base import load_base
+from fedamole.runs.identity import Identity
 from tests.conftest import small
 
 RUN_ID = "c0ffee"

@@ -23,10 +23,11 @@ from fedamole.deployment.security.policy import UNBOUNDED, PolicySettings, asked
 from fedamole.deployment.shared_config import agreed_hash, check_agree, shared_tables
 from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, unpacked
 from fedamole.errors import ConfigError
-from fedamole.federation.loop import MAJORITY, Watcher
 from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.progress import Watcher
 from fedamole.federation.record import boxed, pack, unboxed, unpack
 from fedamole.model.base import load_base
+from fedamole.runs.run_files import MAJORITY
 from tests.conftest import small
 
 ROWS = 130

@@ -13,9 +13,9 @@ from fedamole.engine import remote
 from fedamole.engine.messages import EVALUATE, FAILURES, JOIN, TEST, UPDATE, Reply, Request
 from fedamole.experiment import loop_of
 from fedamole.federation import worker
-from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.federation.method import ClientInfo
 from fedamole.federation.record import pack, unpack
+from fedamole.runs.run_files import BASE, MAJORITY
 from fedamole.runs.run_folder import RunFolder, write_atomic
 from tests.conftest import small
 from tests.deployment.direct import Calendar, Killed, Town, in_one_process, town

@@ -9,7 +9,7 @@ import pytest
 
 from fedamole.config import load_config
 from fedamole.experiment import start
-from fedamole.federation.loop import Watcher
+from fedamole.federation.progress import Watcher
 from tests.conftest import small
 from tests.deployment.test_remote import facts, left, states
 

@@ -15,8 +15,8 @@ from fedamole.engine.in_process import InProcess
 from fedamole.errors import FedamoleError
 from fedamole.experiment import prepare, rows_of, worker_of
 from fedamole.federation.local import embed
-from fedamole.federation.loop import Watcher
 from fedamole.federation.method import Client, Fit, Server, Trained
+from fedamole.federation.progress import Watcher
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing, pack, unpack
 from fedamole.federation.worker import Private, Worker

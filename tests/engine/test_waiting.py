@@ -12,8 +12,8 @@ from tests.deployment.stub import NAMES, SHAPES, Answers, Stub, engine, honest, 
 from fedamole.engine import remote
 from fedamole.engine.messages import EVALUATE, FAILURES, JOIN, TEST, UPDATE, Request, failure
 from fedamole.errors import RunError
-from fedamole.federation.loop import Watcher
 from fedamole.federation.method import Server
+from fedamole.federation.progress import Watcher
 from fedamole.federation.record import pack
 from fedamole.methods.fedit import FedIT
 

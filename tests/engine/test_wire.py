@@ -17,12 +17,12 @@ from tests.deployment.stub import EXAMPLES, IDENTITY, NAMES, SHAPES, Answers, St
 from fedamole.engine import remote
 from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, failure, read_reply, read_request
 from fedamole.engine.reply_template import check_reply, rehearse
-from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.federation.method import ClientInfo, Server
 from fedamole.federation.record import PayloadError, boxed, pack, unboxed, unpack
 from fedamole.methods.fedit import GlobalLora
 from fedamole.methods.hetlora import HetLora
 from fedamole.methods.ifca_lora import IfcaLora
+from fedamole.runs.run_files import BASE, MAJORITY
 
 SECRET = "Mrs Miller has the flu"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedamole.engine.in_process import InProcess
 from fedamole.experiment import loop_of, prepare, server_of, worker_of
-from fedamole.federation.loop import Watcher
+from fedamole.federation.progress import Watcher
 from fedamole.federation.record import pack, unpack
 from fedamole.federation.robust import flattened, with_tensors
 from fedamole.federation.worker import Answer

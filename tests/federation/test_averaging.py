@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedamole.federation.method import ClientInfo, Server
-from fedamole.methods.shared.averaging import capped, mean_by_key
+from fedamole.federation.weights import capped
+from fedamole.methods.shared.averaging import mean_by_key
 
 
 def vector(*values: float) -> Tensor:

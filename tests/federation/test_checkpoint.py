@@ -7,8 +7,8 @@ import pytest
 
 from fedamole.errors import RunError
 from fedamole.files import write_atomic
-from fedamole.model.base import Identity
 from fedamole.runs.checkpoint import latest_state, load_latest, save, state_path
+from fedamole.runs.identity import Identity
 from fedamole.runs.run_folder import RunFolder
 
 CLIENTS = ["a", "b"]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fedamole.experiment import prepare, resume
 from fedamole.federation.local import DivergedError, LocalTask, _batches, _Group, embed
-from fedamole.federation.loop import Watcher
 from fedamole.federation.method import Fit
+from fedamole.federation.progress import Watcher
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import pack, unpack
 from fedamole.federation.settings import TrainingSettings

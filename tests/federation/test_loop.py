@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from fedamole.federation.loop import Loop, Watcher
+from fedamole.federation.loop import Loop
 from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.progress import Watcher
 from fedamole.federation.record import Nothing, pack
 from fedamole.federation.settings import FederationSettings
 from fedamole.federation.worker import Answer
 from fedamole.methods.local_only import LocalOnly
-from fedamole.model.base import Identity
+from fedamole.runs.identity import Identity
 from fedamole.runs.run_folder import RunFolder
 
 NAMES = ("a", "b")
@@ -89,9 +90,9 @@ def play(
         Server({}, engine.clients, 0),
         FederationSettings(rounds=len(losses)),
         folder,
-        select=select,
+        select=select,  # type: ignore[arg-type]
         watcher=Watcher(),
-        **options,  # type: ignore[arg-type]
+        **options,
     )
     return loop.run(), engine.calls
 

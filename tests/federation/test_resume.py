@@ -17,7 +17,7 @@ from fedamole import planning
 from fedamole.config import load_config
 from fedamole.errors import RunError
 from fedamole.experiment import prepare, resume
-from fedamole.federation.loop import Watcher
+from fedamole.federation.progress import Watcher
 
 POINTS = {
     "before the first group": ("group_started", 1),

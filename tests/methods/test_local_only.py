@@ -8,8 +8,8 @@ from tests.methods.by_hand import client, driven
 
 from fedamole.config import load_config
 from fedamole.experiment import start
-from fedamole.federation.loop import Watcher
 from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.progress import Watcher
 from fedamole.federation.record import Nothing
 from fedamole.methods.fedit import FedIT
 from fedamole.methods.local_only import LocalOnly, OwnLora

@@ -12,7 +12,6 @@ import torch
 
 from fedamole.assignment.relevance import choice_probabilities
 from fedamole.assignment.reverse_selection import Bounds, select
-from fedamole.data.examples import SPLITS
 from fedamole.federation.local import embed
 from fedamole.federation.record import unpack
 from fedamole.federation.worker import client_data
@@ -22,6 +21,7 @@ from fedamole.model.params import Adapter, expert_ids, expert_keys
 from fedamole.model.pretrained import load_adapter
 from fedamole.personal.adapt import final_state
 from fedamole.personal.saved_models import base_of, find, places
+from fedamole.runs.run_files import SPLITS
 from fedamole.runs.run_folder import RunFolder
 
 NEW = "dusk"

@@ -14,7 +14,7 @@ from tests.deployment.test_host import RUN_ID, ByHand, ask, client
 from fedamole.data.manifest import ClientRecord, read_manifest
 from fedamole.engine.messages import TEST, Request
 from fedamole.experiment import resume
-from fedamole.federation.loop import Watcher
+from fedamole.federation.progress import Watcher
 from fedamole.personal.saved_models import find, open_bank
 from fedamole.reporting.card import card, write_cards
 from fedamole.runs.run_folder import RunFolder

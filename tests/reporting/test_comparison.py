@@ -13,9 +13,9 @@ import pytest
 from scipy import stats
 
 from fedamole.comparison.plot import check_picture, draw
-from fedamole.comparison.results import Entry, Scenario, best_validation_loss, gains, read_scenarios
 from fedamole.comparison.tables import FIELDS, Sheet, as_csv, as_latex, as_markdown, latex_text, records, sheets
 from fedamole.errors import ConfigError, RunError
+from fedamole.reporting.results import Entry, Scenario, best_validation_loss, gains, read_scenarios
 from fedamole.reporting.significance import clear_best, gain, signed_rank
 
 Make = Callable[..., Entry]

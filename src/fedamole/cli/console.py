@@ -1,7 +1,6 @@
 """What a person sees while a run goes on: progress bars on a terminal, plain lines elsewhere; and tables."""
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,44 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from fedamole.comparison.trials import Cell, CellWatcher
-from fedamole.federation.loop import Watcher
+from fedamole.federation.progress import Watcher
 from fedamole.reporting.runs import read_runs
 from fedamole.reporting.table import CAPTION, SUMMARY_LINES, Comparison, compare, grid
 from fedamole.terminal import printable, screen
 
 if TYPE_CHECKING:
     from fedamole.comparison.tables import Sheet
-
-
-class PlainWatcher(Watcher):
-    """One line per client and round, for logs."""
-
-    def __init__(self, console: Console) -> None:
-        """Write to a console that is not a terminal."""
-        self.console, self.rounds = console, 0
-        self.started = time.perf_counter()
-
-    def round_started(self, round_: int, rounds: int, cohort: Sequence[str]) -> None:
-        """Remember how many rounds there are."""
-        self.rounds = rounds
-
-    def client_done(self, round_: int, name: str, report: Mapping[str, Any]) -> None:
-        """A client's loss and time, or why it failed."""
-        what = f"failed: {report['failed']}" if "failed" in report else f"loss {report['loss']:.4f}"
-        self._say(f"round {round_ + 1}/{self.rounds}  {name}  {what}  {report['seconds']:.1f} s")
-
-    def stage(self, text: str) -> None:
-        """What else takes a while."""
-        self._say(text)
-
-    def round_done(self, round_: int, validation: Mapping[str, float]) -> None:
-        """Validation of the round, and the time left."""
-        elapsed = time.perf_counter() - self.started
-        scores = "  ".join(f"{row} {value:.4f}" for row, value in validation.items())
-        self._say(f"round {round_ + 1}/{self.rounds} done  validation: {scores}  after {elapsed:.0f} s")
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
 
 
 class BarWatcher(Watcher):

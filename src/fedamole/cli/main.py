@@ -31,7 +31,7 @@ from fedamole.terminal import Screen, say, say_json, screen, set_up
 
 if TYPE_CHECKING:
     from fedamole.comparison.file import Comparison
-    from fedamole.federation.loop import Watcher
+    from fedamole.federation.progress import Watcher
 
 app = typer.Typer(
     cls=Commands,
@@ -51,7 +51,8 @@ DEMO = ("local_only", "fedit", "fedamole")
 @contextmanager
 def _watching(title: str, as_json: bool) -> "Iterator[Watcher]":
     """Show progress on the terminal or in plain lines; always on the error stream, results go to the other."""
-    from fedamole.cli.console import BarWatcher, PlainWatcher
+    from fedamole.cli.console import BarWatcher
+    from fedamole.federation.progress import PlainWatcher
 
     console = screen(error=True)
     if not console.is_terminal or as_json:
@@ -257,11 +258,11 @@ def _report(comparison: "Comparison", as_json: bool, files: dict[str, Path | Non
     """Print the tables of what is finished, and write those that were asked for into files."""
     from fedamole.cli.console import show_sheets
     from fedamole.comparison.plot import draw
-    from fedamole.comparison.results import read_scenarios
     from fedamole.comparison.run import progress
     from fedamole.comparison.tables import as_csv, as_latex, as_markdown, records, sheets
     from fedamole.errors import RunError
     from fedamole.files import write_atomic
+    from fedamole.reporting.results import read_scenarios
 
     states, scenarios = progress(comparison), read_scenarios(comparison.entries())
     if not scenarios:

@@ -9,13 +9,13 @@ from pathlib import Path
 from fedamole.comparison import learning_rates
 from fedamole.comparison.arms import Arm, arms_of, check_names, tables_of_methods, tables_of_overrides
 from fedamole.comparison.learning_rates import Choice
-from fedamole.comparison.results import Entry, best_validation_loss
 from fedamole.comparison.settings import ComparisonSettings
 from fedamole.comparison.trials import Cell
 from fedamole.config import Table, build, merged, nearest, to_config
 from fedamole.config import refuse_unknown as refuse_unknown_keys
 from fedamole.errors import ConfigError
 from fedamole.received.files import read_toml
+from fedamole.reporting.results import Entry, best_validation_loss
 
 log = logging.getLogger(__name__)
 

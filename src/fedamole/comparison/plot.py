@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedamole.comparison.results import Result, Scenario
 from fedamole.errors import ConfigError
+from fedamole.reporting.plot_style import STYLE, save_figure
+from fedamole.reporting.results import Result, Scenario
 from fedamole.reporting.significance import deviation
 
 KINDS = (".svg", ".png", ".pdf")
-LOOK = {"svg.hashsalt": "fedamole", "font.size": 9, "text.parse_math": False}
-"""Settings of matplotlib for every picture of this project."""
 
 
 def check_picture(path: Path) -> None:
@@ -35,20 +34,13 @@ def draw(path: Path, scenarios: Sequence[Scenario]) -> None:
     from matplotlib.figure import Figure
 
     lines = [max(2, len(found.methods)) for found in scenarios]
-    with rc_context(LOOK):
+    with rc_context(STYLE):
         height = sum(0.3 * count + 0.9 for count in lines)
         figure = Figure(figsize=(9, height), layout="constrained")
         panels = figure.subplots(len(scenarios), 2, squeeze=False, sharey="row", height_ratios=lines)
         for row, scenario in zip(panels, scenarios, strict=True):
             _panels(row, scenario)
-        save(figure, path)
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write a picture; without a date, so that the same runs make the same file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
-    figure.savefig(path, dpi=160, metadata=metadata)
+        save_figure(figure, path)
 
 
 def _panels(row: Any, scenario: Scenario) -> None:

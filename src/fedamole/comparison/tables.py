@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedamole.comparison.results import MEASURES, Against, Measure, Result, Scenario, gains
 from fedamole.reporting.markdown import literal, table
+from fedamole.reporting.results import MEASURES, Against, Measure, Result, Scenario, gains
 from fedamole.reporting.significance import STAR, clear_best, deviation
 from fedamole.reporting.table import cell
 from fedamole.reporting.work import short

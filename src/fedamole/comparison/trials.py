@@ -22,7 +22,7 @@ import tomli_w
 from fedamole.config import Config, Table, load_config, to_config
 from fedamole.errors import FedamoleError, RunError, describe_os_error
 from fedamole.experiment import resume, start
-from fedamole.federation.loop import Watcher
+from fedamole.federation.progress import Watcher
 from fedamole.files import write_atomic
 from fedamole.model.base import resolve_device
 from fedamole.received.files import read_toml

@@ -4,10 +4,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fedamole.errors import DataError
+from fedamole.runs.run_files import SPLITS
 
 Task = Literal["classification", "generation"]
-SPLITS = ("train", "embedding", "validation", "test")
-"""The splits of a shard, in the order in which they are stored and reported."""
 Span = tuple[int, int]
 """Start and end of a part of a text, in characters."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedamole.data.drawing import SourceData, draw_clients, examples_of, open_source
-from fedamole.data.examples import SPLITS, Example, Shard
+from fedamole.data.examples import Example, Shard
 from fedamole.data.settings import DataSettings
 from fedamole.data.sources import Table, digest
 from fedamole.data.splits import ClientRows
@@ -17,28 +17,14 @@ from fedamole.errors import ConfigError, DataError
 from fedamole.received import forms
 from fedamole.received.files import MOST_JSON, parse_json, read_text
 from fedamole.received.names import checked_names, quoted
+from fedamole.runs.run_files import LONGEST_VALUE, SPLITS, client_form
 
 FORMAT = 1
 """Version of the manifest's layout; a file of another version is refused."""
-LONGEST_VALUE = 200
-"""Characters of a client's `value` that are kept."""
-
-_split_form = forms.record(
-    {
-        "table": forms.choice("train", "test"),
-        "rows": forms.listed(forms.whole(), 100_000_000),
-        "sha256": forms.text(100),
-    }
-)
 _table_form = forms.record({"name": forms.text(1000), "rows": forms.whole(), "sha256": forms.text(100)})
 _source_form = forms.record(
     {"name": forms.name, "train": _table_form, "test": forms.either(forms.nothing, _table_form)}
 )
-client_form = forms.record(
-    {"client": forms.name, "source": forms.name, **dict.fromkeys(SPLITS, _split_form)},
-    {"value": forms.text(LONGEST_VALUE)},
-)
-"""What a client of a manifest looks like in JSON."""
 _form = forms.record(
     {
         "partition_seed": forms.whole(-forms.MOST_WHOLE),

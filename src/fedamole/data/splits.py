@@ -4,10 +4,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedamole.data.examples import SPLITS, Task
+from fedamole.data.examples import Task
 from fedamole.data.seeding import generator
 from fedamole.data.settings import DataSettings
 from fedamole.errors import DataError
+from fedamole.runs.run_files import SPLITS
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import tomli_w
 import torch
 
 from fedamole.config import Config, Table, load_run_config, plain, to_config
-from fedamole.data.examples import SPLITS, Shard
+from fedamole.data.examples import Shard
 from fedamole.data.manifest import load_federation, read_manifest
 from fedamole.deployment.run_session import ClientSettings, Seat, Stored, counted_labels
 from fedamole.deployment.security.audit_log import AuditLog
@@ -27,17 +27,19 @@ from fedamole.deployment.shared_config import agreed_hash, own_tables
 from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, failure, read_request
 from fedamole.errors import BaseModelError, ConfigError, DataError, RunError
 from fedamole.experiment import check_length, resolved, worker_of
-from fedamole.federation.loop import BASE, MAJORITY, Watcher
+from fedamole.federation.progress import Watcher
 from fedamole.federation.record import PayloadError, boxed, pack, unboxed
 from fedamole.federation.summary import summarise
 from fedamole.federation.worker import ClientData, Scores, client_data
 from fedamole.files import new_folder, write_atomic
 from fedamole.model.bank import Bank
-from fedamole.model.base import Identity, load_base
+from fedamole.model.base import load_base
 from fedamole.model.memory import out_of_memory, release_memory
 from fedamole.planning import exposure
 from fedamole.reporting.card import write_cards
 from fedamole.runs.checkpoint import latest_state
+from fedamole.runs.identity import Identity
+from fedamole.runs.run_files import BASE, MAJORITY, SPLITS
 from fedamole.runs.run_folder import MANIFEST, METRICS, RUN, RunFolder
 from fedamole.terminal import printable
 

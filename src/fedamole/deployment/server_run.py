@@ -16,10 +16,11 @@ from fedamole.deployment.progress import Show
 from fedamole.deployment.shared_config import agreed_hash, shared_tables
 from fedamole.engine.remote import Link, Remote
 from fedamole.experiment import check_length, loop_of, rows_of, server_of
-from fedamole.federation.loop import Watcher
+from fedamole.federation.progress import Watcher
 from fedamole.files import write_atomic
-from fedamole.model.base import Identity, load_base
+from fedamole.model.base import load_base
 from fedamole.planning import exposure
+from fedamole.runs.identity import Identity
 from fedamole.runs.run_folder import CLIENTS, RUN, SERVER, RunFolder
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from fedamole.config import Config, Table
 from fedamole.errors import BaseModelError, ConfigError
-from fedamole.model.base import BUNDLED, Identity
+from fedamole.model.base import BUNDLED
+from fedamole.runs.identity import Identity
 
 SHARED = ("method", "base", "data", "federation", "training", "evaluation")
 """Tables that a server sends whole, but for where its own files lie."""

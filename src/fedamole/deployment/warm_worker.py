@@ -11,12 +11,12 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Listener
 from pathlib import Path
 
-from fedamole.cli.console import PlainWatcher
 from fedamole.config import build
 from fedamole.deployment.client_handler import Host
 from fedamole.deployment.run_session import ClientSettings
 from fedamole.deployment.security.audit_log import AuditError
 from fedamole.errors import FedamoleError
+from fedamole.federation.progress import PlainWatcher
 from fedamole.model.base import resolve_device
 from fedamole.terminal import set_up
 

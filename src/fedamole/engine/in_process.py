@@ -5,8 +5,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 from fedamole.errors import FedamoleError
-from fedamole.federation.loop import Watcher
 from fedamole.federation.method import ClientInfo
+from fedamole.federation.progress import Watcher
 from fedamole.federation.worker import Answer, ClientData, Scores, Worker
 from fedamole.model.memory import out_of_memory, release_memory
 

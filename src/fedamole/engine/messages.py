@@ -11,9 +11,9 @@ from typing import Any, TypeVar, get_args
 
 from torch import Tensor
 
-from fedamole.data.examples import SPLITS
 from fedamole.evaluation.scores import GenerationScore
 from fedamole.federation.record import PayloadError, unpack
+from fedamole.runs.run_files import SPLITS
 
 R = TypeVar("R")
 

@@ -25,11 +25,12 @@ from fedamole.engine.messages import (
 )
 from fedamole.engine.reply_template import check_reply, rehearse
 from fedamole.errors import RunError
-from fedamole.federation.loop import BASE, MAJORITY, Watcher
 from fedamole.federation.method import ClientInfo, Evaluates, Method, Server
+from fedamole.federation.progress import Watcher
 from fedamole.federation.record import PayloadError, boxed, pack, unboxed, unpack
 from fedamole.federation.settings import DeploymentSettings
 from fedamole.federation.worker import Answer, Scores
+from fedamole.runs.run_files import BASE, MAJORITY
 
 log = logging.getLogger(__name__)
 

@@ -3,12 +3,14 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from fedamole.federation.best import BestRound, Row
+from fedamole.federation.engine import Engine
 from fedamole.federation.method import ClientInfo, Evaluates, Method, Server
+from fedamole.federation.progress import Watcher
 from fedamole.federation.randomness import numpy_generator
 from fedamole.federation.record import Packed, PayloadError, pack, unpack
 from fedamole.federation.robust import Robust
@@ -16,78 +18,12 @@ from fedamole.federation.settings import FederationSettings
 from fedamole.federation.summary import summarise
 from fedamole.federation.worker import Answer, Scores
 from fedamole.runs import checkpoint
+from fedamole.runs.run_files import BASE, MAJORITY
 from fedamole.runs.run_folder import ASSIGNMENT, METRICS, RunFolder
 
 log = logging.getLogger(__name__)
 
-BASE, MAJORITY = "base", "majority"
-"""Rows that every table has: the untuned base, and a constant answer."""
 Mirror = Callable[[list[dict[str, Any]]], None]
-
-
-class Engine(Protocol):
-    """Where clients run."""
-
-    deployed: bool
-    """Whether clients are elsewhere, so that what they send and say is not trusted."""
-
-    @property
-    def clients(self) -> tuple[ClientInfo, ...]:
-        """All clients that may take part, in the order of their names."""
-
-    def present(self) -> Collection[str]:
-        """Names of the clients that can be asked now; where too few are there, wait for them."""
-
-    def update(self, round_: int, messages: Mapping[str, bytes]) -> Mapping[str, Answer]:
-        """Train a cohort, each on its own message; whoever does not answer is missing."""
-
-    def evaluate(self, round_: int, row: str, messages: Mapping[str, bytes | None]) -> Mapping[str, Scores]:
-        """Score the present models of some clients on validation."""
-
-    def keep(self, row: str, round_: int, names: Collection[str]) -> None:
-        """Let these clients save their present model as their best so far, that of a round."""
-
-    def resumed(
-        self, best: Mapping[str, Mapping[str, int]], answered: Mapping[str, int], examples: Mapping[str, int]
-    ) -> None:
-        """Told, when a run goes on, of each client: its best rounds by row, last answered round, number of examples."""
-
-    def bare(self, split: str, names: Collection[str]) -> Mapping[str, Scores]:
-        """Scores of the untuned base on these clients' split."""
-
-    def majority(self) -> Mapping[str, Scores]:
-        """Scores of a constant answer on the clients' test splits."""
-
-    def test(self, row: str, best: bool) -> Mapping[str, Scores]:
-        """Scores on the clients' test splits of the best round's models, or of the last round's."""
-
-
-class Watcher:
-    """Told what goes on, to show it; this one shows nothing."""
-
-    def round_started(self, round_: int, rounds: int, cohort: Sequence[str]) -> None:
-        """A round has begun."""
-
-    def joined(self, name: str, about: Mapping[str, Any]) -> None:
-        """A client has come for the first time, and told this of itself."""
-
-    def present(self, names: Collection[str], waiting_for: int) -> None:
-        """Who can be asked now; `waiting_for` more are needed before the run goes on."""
-
-    def group_started(self, round_: int, names: Sequence[str]) -> None:
-        """A group of clients begins its local training."""
-
-    def step(self, done: int, steps: int) -> None:
-        """The group at work has taken a step."""
-
-    def client_done(self, round_: int, name: str, report: Mapping[str, Any]) -> None:
-        """A client has answered."""
-
-    def stage(self, text: str) -> None:
-        """Something else that takes a while has begun."""
-
-    def round_done(self, round_: int, validation: Mapping[str, float]) -> None:
-        """A round has been committed; what chooses the best round, by row."""
 
 
 class Loop:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedamole.errors import ConfigError
 from fedamole.federation.settings import Budget
-from fedamole.methods.shared.averaging import capped
+from fedamole.federation.weights import capped
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.params import Adapter, Shapes, Tensors

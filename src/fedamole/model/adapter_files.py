@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedamole.errors import BaseModelError, RunError
-from fedamole.model.params import MOST_EXPERTS, REFERENCES, Adapter, Shapes, expert_ids
+from fedamole.model.params import REFERENCES, Adapter, Shapes, expert_ids
 from fedamole.model.prompt import PROMPT, PromptSpec
 from fedamole.received.files import read_json
 from fedamole.received.forms import (
@@ -24,13 +24,10 @@ from fedamole.received.forms import (
     whole,
 )
 from fedamole.received.names import quoted
+from fedamole.runs.adapter_folder import CONFIG, MOST_EXPERTS, WEIGHTS
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-IDENTITY = "base_identity.json"
+PREFIX = "base_model.model."
 VIRTUAL = "prompt_embeddings"
-CARD = "README.md"
-FILES = (CONFIG, WEIGHTS, IDENTITY, CARD)
-"""All that an adapter folder of fedamole holds."""
 
 MOST_RANK = 65_536
 MOST_VIRTUAL = 65_536

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ import torch
 from fedamole.errors import BaseModelError, ConfigError
 from fedamole.model.causality import language_model, modules_run_by_text, refuse_encoder_decoder, refuse_unreached
 from fedamole.model.recomputation import Recomputation
+from fedamole.runs.identity import Identity
 
 log = logging.getLogger(__name__)
 
@@ -34,28 +35,6 @@ class BaseSettings:
     """4bit holds the base in 4 bits (needs a GPU and this package's extra `gpu`)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time, the same result."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What makes two bases the same: adapters and runs carry it, and every load checks it."""
-
-    weights: str
-    """Hash of all weights as stored."""
-    tokenizer: str
-    """Hash of vocabulary, merges and special tokens."""
-    targets: str
-    """Hash of the adapted modules' names and shapes."""
-
-    def check(self, other: "Identity", what: str) -> None:
-        """Raise BaseModelError naming the part that differs when `what` was made on another base."""
-        for part, theirs in asdict(other).items():
-            mine = getattr(self, part)
-            if mine != theirs:
-                raise BaseModelError(
-                    f"{what} was made on another base: its {part} hash is {theirs}, this base has {mine}. "
-                    "Load it on the base it was trained on (see [base] in its run's config.toml)"
-                )
 
 
 @dataclass

@@ -29,9 +29,8 @@ from fedamole.errors import RunError
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.prompt import PromptSpec
 from fedamole.received.names import quoted
+from fedamole.runs.adapter_folder import MOST_EXPERTS
 
-MOST_EXPERTS = 30_000
-"""Domain experts of a module: ids run from 0 to one less. (FedAMoLE's default pool is three for each client.)"""
 _EXPERT = re.compile(r"expert-(\d{2}|[1-9]\d{2,4})")
 
 OWN, REFERENCES = "mixer/own", "gate/references"

@@ -18,18 +18,8 @@ from torch.nn import functional as F
 
 from fedamole.errors import BaseModelError, RunError
 from fedamole.files import write_atomic
-from fedamole.model.adapter_files import (
-    CONFIG,
-    IDENTITY,
-    PREFIX,
-    VIRTUAL,
-    WEIGHTS,
-    check_weights,
-    identity_form,
-    read_config,
-)
+from fedamole.model.adapter_files import PREFIX, VIRTUAL, check_weights, identity_form, read_config
 from fedamole.model.amole import AdapterSpec
-from fedamole.model.base import Identity
 from fedamole.model.params import (
     OWN,
     REFERENCES,
@@ -43,6 +33,8 @@ from fedamole.model.params import (
 from fedamole.model.prompt import PROMPT, PromptSpec, plain_prompt
 from fedamole.received.files import read_json
 from fedamole.received.forms import check_form
+from fedamole.runs.adapter_folder import CONFIG, IDENTITY, WEIGHTS
+from fedamole.runs.identity import Identity
 
 __all__ = ["CONFIG", "IDENTITY", "PREFIX", "WEIGHTS", "load_adapter", "read_identity", "save_adapter", "without_deltas"]
 

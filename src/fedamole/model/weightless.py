@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from fedamole.errors import BaseModelError
-from fedamole.model.base import Base, BaseSettings, Identity, auto_class, locate, target_shapes
+from fedamole.model.base import Base, BaseSettings, auto_class, locate, target_shapes
 from fedamole.model.causality import LENGTH, encoder_error, language_model, reads_ahead, refuse_encoder_decoder
 from fedamole.model.recomputation import Recomputation
+from fedamole.runs.identity import Identity
 
 KNOWN = {"meta-llama/Llama-3.2-1B": "llama-3.2-1b", "meta-llama/Llama-3.2-1B-Instruct": "llama-3.2-1b"}
 """Hub ids whose published shapes come with the package, as bundled/shapes/<value>.json."""

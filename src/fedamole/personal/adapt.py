@@ -27,7 +27,6 @@ from fedamole.errors import ConfigError, RunError
 from fedamole.evaluation.personal import losses_of, majority_scores, scores_of
 from fedamole.experiment import reads_outside, resolved, server_of
 from fedamole.federation.local import DivergedError, LocalTask, embed, fit
-from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.federation.method import Client, ClientInfo, Fit, Records
 from fedamole.federation.record import Nothing, PayloadError, unpack
 from fedamole.federation.summary import summarise
@@ -36,7 +35,7 @@ from fedamole.files import new_folder, write_atomic
 from fedamole.methods import METHODS
 from fedamole.methods.fedamole import FedAmole, Pool, TrainedExperts
 from fedamole.model.bank import Bank
-from fedamole.model.base import BUNDLED, Identity, is_elsewhere
+from fedamole.model.base import BUNDLED, is_elsewhere
 from fedamole.model.params import Adapter, expert_ids
 from fedamole.model.pretrained import save_adapter
 from fedamole.personal.saved_models import load_named
@@ -44,6 +43,8 @@ from fedamole.received.names import as_name
 from fedamole.reporting.card import write_cards
 from fedamole.runs.checkpoint import newest as newest_of
 from fedamole.runs.checkpoint import read, rounds_done
+from fedamole.runs.identity import Identity
+from fedamole.runs.run_files import BASE, MAJORITY
 from fedamole.runs.run_folder import ASSIGNMENT, METRICS, RunFolder
 
 ORIGIN = "adapted.json"

@@ -18,12 +18,13 @@ from fedamole.data.tokens import tokenise
 from fedamole.errors import ConfigError, DataError
 from fedamole.evaluation.likelihood import by_length
 from fedamole.files import write_atomic
-from fedamole.model.adapter_files import CONFIG, read_config
+from fedamole.model.adapter_files import read_config
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, Row, collate
 from fedamole.model.params import OWN, Adapter, expert_ids
 from fedamole.model.prompt import PromptSpec
 from fedamole.personal.saved_models import Place, own_shard
+from fedamole.runs.adapter_folder import CONFIG
 from fedamole.runs.run_folder import ROUTING
 
 ALL = "all"

@@ -8,21 +8,21 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from fedamole.data.examples import SPLITS
 from fedamole.data.manifest import ClientRecord, read_manifest
 from fedamole.errors import RunError
 from fedamole.federation.best import best_round_of
-from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.federation.summary import nothing_trained
 from fedamole.files import write_atomic
 from fedamole.methods import METHODS
-from fedamole.model.adapter_files import CARD, IDENTITY, read_config
-from fedamole.model.adapter_files import CONFIG as ADAPTER_CONFIG
+from fedamole.model.adapter_files import read_config
 from fedamole.model.base import BUNDLED
 from fedamole.model.pretrained import read_identity
 from fedamole.received.names import quoted
 from fedamole.reporting.markdown import code, literal
 from fedamole.reporting.markdown import table as _table
+from fedamole.runs.adapter_folder import CARD, IDENTITY
+from fedamole.runs.adapter_folder import CONFIG as ADAPTER_CONFIG
+from fedamole.runs.run_files import BASE, MAJORITY, SPLITS
 from fedamole.runs.run_folder import MANIFEST, RUN, SUMMARY, RunFolder
 
 Json = dict[str, Any]
@@ -179,8 +179,8 @@ def _load(public: str | None, bundled: bool, mixture: bool) -> str:
             "tokenizer = AutoTokenizer.from_pretrained(base)",
             "```",
             "",
-            "A prompt is what the client's template makes of a row, mostly with a line end at its end; an answer ends with "
-            "the tokenizer's end-of-text token.",
+            "A prompt is a row in the client's template, usually with a line end at its end. An answer ends with the "
+            "tokenizer's end-of-text token.",
         )
     )
 

@@ -6,9 +6,9 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from fedamole.comparison.plot import LOOK, save
 from fedamole.errors import ConfigError, RunError
 from fedamole.reporting.page.palette import HEAT_LIGHT, LIGHT, PLAIN_LIGHT
+from fedamole.reporting.plot_style import STYLE, save_figure
 
 Json = Mapping[str, Any]
 MARKS = ("o", "D", "s", "^", "v")
@@ -37,14 +37,14 @@ def draw_all(folder: Path, content: Json) -> list[Path]:
 
     written: list[Path] = []
     taken: set[str] = set()
-    with rc_context(LOOK):
+    with rc_context(STYLE):
         for name, figure in _figures(content):
             candidates = chain([name], (f"{name}-{number}" for number in count(2)))
             free = next(one for one in candidates if one.lower() not in taken)
             taken.add(free.lower())
             for kind in KINDS:
                 written.append(folder / f"{free}{kind}")
-                save(figure, written[-1])
+                save_figure(figure, written[-1])
     return written
 
 

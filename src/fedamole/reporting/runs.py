@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fedamole.errors import RunError
-from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.federation.summary import nothing_trained
+from fedamole.runs.run_files import BASE, MAJORITY
 from fedamole.runs.run_folder import MANIFEST, METRICS, RUN, SUMMARY, RunFolder
 
 log = logging.getLogger(__name__)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedamole.federation.best import mean_best_round
-from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.reporting.markdown import literal
 from fedamole.reporting.markdown import table as as_table
 from fedamole.reporting.runs import Run, untrained_warning
 from fedamole.reporting.significance import STAR, clear_best
 from fedamole.reporting.work import short, work_of
+from fedamole.runs.run_files import BASE, MAJORITY
 from fedamole.runs.run_folder import METRICS, RunFolder
 
 SCORE_LINES = ("mean", "worst client", "spread", "mean, last round")

@@ -5,8 +5,6 @@ Keys that are not named here are left alone: a newer version may write more of t
 
 import re
 
-from fedamole.data.manifest import client_form
-from fedamole.model.params import MOST_EXPERTS
 from fedamole.received.forms import (
     MOST_WHOLE,
     Form,
@@ -22,6 +20,7 @@ from fedamole.received.forms import (
     text,
     whole,
 )
+from fedamole.runs.adapter_folder import MOST_EXPERTS
 
 RUN, CONFIG, MANIFEST = "run.json", "config.toml", "manifest.json"
 METRICS, ASSIGNMENT, SUMMARY = "metrics.jsonl", "assignment.jsonl", "summary.json"
@@ -29,6 +28,13 @@ CLIENTS = "clients.json"
 """What the clients of a deployment told of themselves: amounts, device, and labels where they share them."""
 ROUTING = "routing.json"
 """How the tokens of each client's data are routed, where it has been worked out."""
+
+SPLITS = ("train", "embedding", "validation", "test")
+"""The four parts of a client's data."""
+LONGEST_VALUE = 200
+"""Characters of a client's `value` that are kept."""
+BASE, MAJORITY = "base", "majority"
+"""Columns of every table: the untuned base, and the most frequent training answer."""
 
 MOST_ROUNDS = 100_000
 """Rounds of a run that are read."""
@@ -39,6 +45,19 @@ _amount = number(0)
 _module = text(1000)
 _hash = text(200)
 _scores = mapping(_number, text(100))
+
+_split_form = record(
+    {
+        "table": choice("train", "test"),
+        "rows": listed(whole(), 100_000_000),
+        "sha256": text(100),
+    }
+)
+client_form = record(
+    {"client": name, "source": name, **dict.fromkeys(SPLITS, _split_form)},
+    {"value": text(LONGEST_VALUE)},
+)
+"""What a client of a manifest looks like in JSON."""
 
 _about = record(
     {

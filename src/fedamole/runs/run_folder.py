@@ -23,11 +23,11 @@ from typing import Any, Literal
 from fedamole import __version__
 from fedamole.errors import RunError
 from fedamole.files import exclusive, naming, new_file, write_atomic
-from fedamole.model.adapter_files import FILES
-from fedamole.model.base import Identity
 from fedamole.received.files import MOST_LINE, as_text, check_tree, inside, parse_json, read_json, read_toml
 from fedamole.received.forms import check_form
 from fedamole.received.names import checked_name
+from fedamole.runs.adapter_folder import FILES
+from fedamole.runs.identity import Identity
 from fedamole.runs.run_files import (
     ASSIGNMENT,
     CLIENTS,

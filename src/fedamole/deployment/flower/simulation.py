@@ -29,7 +29,7 @@ from fedamole.deployment.security.policy import UNBOUNDED
 from fedamole.deployment.server_processes import prepare_folder
 from fedamole.deployment.server_run import SETTINGS, coordinate
 from fedamole.errors import ConfigError
-from fedamole.federation.loop import Watcher
+from fedamole.federation.progress import Watcher
 from fedamole.files import write_atomic
 from fedamole.model.bank import Bank
 from fedamole.model.base import BaseSettings, load_base, resolve_device

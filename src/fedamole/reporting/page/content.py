@@ -6,9 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fedamole import __version__
-from fedamole.comparison.results import Entry, Result, Scenario, read_scenarios
-from fedamole.data.examples import SPLITS
-from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.reporting.page.reading import Told
 from fedamole.reporting.page.words import (
     GLOSSARY,
@@ -20,10 +17,12 @@ from fedamole.reporting.page.words import (
     settings_in_words,
     short_names,
 )
+from fedamole.reporting.results import Entry, Result, Scenario, read_scenarios
 from fedamole.reporting.runs import untrained_warning
 from fedamole.reporting.significance import gain
 from fedamole.reporting.table import CAPTION, cell, compare, grid
 from fedamole.reporting.work import short, work_of
+from fedamole.runs.run_files import BASE, MAJORITY, SPLITS
 from fedamole.terminal import printable
 
 Json = dict[str, Any]

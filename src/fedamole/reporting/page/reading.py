@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedamole.data.examples import SPLITS
 from fedamole.errors import RunError
-from fedamole.federation.loop import BASE
 from fedamole.federation.summary import costs
-from fedamole.model.params import MOST_EXPERTS
 from fedamole.reporting.runs import Run, folders_in, partition_of, read_run
+from fedamole.runs.adapter_folder import MOST_EXPERTS
+from fedamole.runs.run_files import BASE, SPLITS
 from fedamole.runs.run_folder import (
     ASSIGNMENT,
     CLIENTS,

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from fedamole.errors import RunError
 from fedamole.federation.best import best_round_of, mean_best_round
-from fedamole.federation.loop import BASE, MAJORITY
 from fedamole.federation.summary import nothing_trained, updates_of
 from fedamole.reporting.runs import Run, read_run
 from fedamole.reporting.significance import Gain, gain
 from fedamole.reporting.work import work_of
+from fedamole.runs.run_files import BASE, MAJORITY
 from fedamole.runs.run_folder import METRICS, RunFolder
 
 MIB = 2**20

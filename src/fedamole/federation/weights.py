@@ -1,0 +1,23 @@
+"""Weights of clients in an average."""
+
+import math
+from collections.abc import Mapping
+
+
+def capped(weights: Mapping[str, float], share: float) -> dict[str, float]:
+    """Lower the largest weights to one common level, so that nobody's share of their sum is above `share`.
+
+    Weights of 0 stay 0. Where `share` is too small for the clients that have a weight, all of them weigh alike.
+    """
+    order = sorted((weight for weight in weights.values() if weight > 0), reverse=True)
+    rest, level = sum(order), math.inf
+    for count, largest in enumerate(order):
+        # With `count` weights at the level L and a sum R of the others: L = share (count L + R).
+        free = 1 - count * share
+        level = share * rest / free if free > 1e-9 else order[-1]
+        if largest <= level or free <= 1e-9:
+            break
+        rest -= largest
+    else:
+        level = min(order, default=0.0)
+    return {name: min(weight, level) for name, weight in weights.items()}
