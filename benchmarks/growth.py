@@ -103,9 +103,9 @@ def work(path: Path) -> None:
 
     from fedamole.config import load_config
     from fedamole.experiment import start
-    from fedamole.federation.progress import Watcher
+    from fedamole.federation.progress import ProgressListener
 
-    class Clock(Watcher):
+    class Clock(ProgressListener):
         started = finished = 0.0
 
         def round_started(self, round_: int, rounds: int, cohort: object) -> None:

@@ -26,7 +26,7 @@ from bases import open_base
 from measure import arguments, interleaved, report
 
 from fedamole.federation.local import LocalTask, fit
-from fedamole.federation.method import Fit
+from fedamole.federation.method import TrainingRequest
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
@@ -164,7 +164,7 @@ def measured(case: Case, bank: Bank, peft: PeftLoop, dropout: float, repeats: in
     rows = texts(bank.base, case.clients, case.length, case.ragged, steps)
     held = adapters(bank.base, case.clients, case.kind, dropout)
     tasks = [
-        LocalTask(f"client{place}", Fit(adapter), part, RATE)
+        LocalTask(f"client{place}", TrainingRequest(adapter), part, RATE)
         for place, (adapter, part) in enumerate(zip(held, rows, strict=True))
     ]
     gpu = bank.base.device.type == "cuda"

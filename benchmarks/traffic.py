@@ -24,7 +24,7 @@ from measure import arguments, report
 from safetensors.torch import load
 from torch import Tensor
 
-from fedamole.federation.method import Client, ClientInfo, Method, Server, Trained
+from fedamole.federation.method import Client, ClientInfo, Method, Server, TrainingResult
 from fedamole.federation.record import pack
 from fedamole.methods import METHODS
 from fedamole.model.amole import AdapterSpec
@@ -84,7 +84,7 @@ class Round:
         for name, message in messages.items():
             client = Client(ClientInfo(name, 1000), self.shapes, SEED, 0, self._losses, self._hidden, width=HIDDEN)
             self.down.send(name, message)
-            kept = self.kept.get(name) or self.method.first_keep(client)
+            kept = self.kept.get(name) or self.method.init_client_state(client)
             work = getattr(self.method, operation)(client, kept, message)
             try:
                 asked = next(work)
@@ -96,14 +96,14 @@ class Round:
             self.parameters[name] = trained.adapter.parameters()
         return replies
 
-    def _fit(self, adapter: Adapter) -> Trained:
+    def _fit(self, adapter: Adapter) -> TrainingResult:
         """Stand in for training and for reading the embedding split."""
         generator, means, spec = torch.Generator().manual_seed(SEED), {}, self.method.spec()
         for module, held in expert_ids(adapter.tensors).items() if self.method.embeds else ():
             assert isinstance(spec, AdapterSpec), "only mixtures of experts have router embeddings"
             token, *experts = torch.randn(1 + len(held), spec.rank, generator=generator)
             means[module] = MeanEmbeddings(token, dict(zip(held, experts, strict=True)))
-        return Trained(adapter, steps=1, loss=0.0, embeddings=means)
+        return TrainingResult(adapter, steps=1, loss=0.0, embeddings=means)
 
     def _losses(self, adapters: Sequence[Adapter], most: int) -> list[float]:
         return [0.0] * len(adapters)

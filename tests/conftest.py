@@ -165,13 +165,13 @@ class Runner:
 
         return load_config(self.config, [*small(method), *overrides])
 
-    def fresh(self, method: str, *overrides: str, watcher: Any = None) -> Path:
+    def fresh(self, method: str, *overrides: str, listener: Any = None) -> Path:
         """A new run in a folder of its own."""
         from fedamole.experiment import start
-        from fedamole.federation.progress import Watcher
+        from fedamole.federation.progress import ProgressListener
 
         folder = self.free()
-        start(self.load(method, *overrides), folder, watcher or Watcher())
+        start(self.load(method, *overrides), folder, listener or ProgressListener())
         return folder
 
     def free(self) -> Path:
@@ -225,7 +225,7 @@ def crash(runs: Runner) -> Callable[..., Path]:
     A point is a method of the run's watcher, or the end of the name of a file that has just been put in place. The
     run is a forked child: libraries are loaded already, and the kill comes at an exact place.
     """
-    from fedamole.federation.progress import Watcher
+    from fedamole.federation.progress import ProgressListener
 
     def crashed(point: str, nth: int, method: str, *overrides: str) -> Path:
         folder, calls = runs.free(), 0
@@ -239,9 +239,9 @@ def crash(runs: Runner) -> Callable[..., Path]:
         def run() -> None:
             from fedamole.experiment import start
 
-            watcher = Watcher()
-            if hasattr(watcher, point):
-                setattr(watcher, point, strike)
+            listener = ProgressListener()
+            if hasattr(listener, point):
+                setattr(listener, point, strike)
             else:
 
                 def struck(move: Callable[[Any, Any], None], source: Any, target: Any) -> None:
@@ -251,7 +251,7 @@ def crash(runs: Runner) -> Callable[..., Path]:
 
                 setattr(os, "replace", partial(struck, os.replace))  # noqa: B010
                 setattr(os, "rename", partial(struck, os.rename))  # noqa: B010
-            start(runs.load(method, *overrides), folder, watcher)
+            start(runs.load(method, *overrides), folder, listener)
 
         child = os.fork()
         if child == 0:

@@ -319,7 +319,9 @@ def test_methods(fedamole: Any) -> None:
 
     listed = json.loads(fedamole("methods", "--json").out)
     assert [entry["name"] for entry in listed] == list(METHODS)
-    assert all(entry["paper"] and entry["travels"] and entry["stays"] and entry["parameters"] for entry in listed)
+    assert all(
+        entry["paper"] and entry["communicates"] and entry["stays_local"] and entry["parameters"] for entry in listed
+    )
     text = fedamole("methods").out
     assert all(name in text for name in METHODS)
 

@@ -20,7 +20,7 @@ from fedamole.cli import main as cli
 from fedamole.comparison.budgets import within_bytes
 from fedamole.comparison.file import load_comparison
 from fedamole.comparison.run import check_shown, check_stored, preview, run_comparison
-from fedamole.comparison.trials import Cell, CellWatcher
+from fedamole.comparison.trials import Cell, TrialListener
 from fedamole.errors import ConfigError, RunError
 from fedamole.experiment import plan
 from fedamole.reporting.results import best_validation_loss, read_scenarios
@@ -37,7 +37,7 @@ SMALL = [
 RANDOM = 'name = "fedamole"\nassignment = "random"\n'
 
 
-class Told(CellWatcher):
+class Told(TrialListener):
     """Remembers what became of the cells."""
 
     def __init__(self) -> None:
@@ -175,7 +175,7 @@ def test_a_folder_with_other_settings_is_refused(study: Path, tmp_path: Path) ->
     assert "nothing is overwritten" in str(refused.value)
     with pytest.raises(RunError, match=r"method.assignment = 'random' there, but"):
         check_stored(load_comparison(changed('"random"\n', '"static"\n')))
-    with pytest.raises(RunError, match=r"fedit-s0: evaluation.before_aggregation = True there"):
+    with pytest.raises(RunError, match=r"fedit-s0: evaluation.pre_aggregation = True there"):
         check_stored(load_comparison(changed('"fedit_ft", ', "")))
     with pytest.raises(RunError, match=r"training.local_steps = 2 there"):
         check_shown(load_comparison(changed("local_steps=2", "local_steps=3")))

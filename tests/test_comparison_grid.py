@@ -13,7 +13,7 @@ from fedamole.comparison import run
 from fedamole.comparison.file import Comparison, load_comparison
 from fedamole.comparison.learning_rates import Choice, chosen, narrowness, widened
 from fedamole.comparison.run import outlook, preview, progress, run_comparison
-from fedamole.comparison.trials import Cell, CellWatcher
+from fedamole.comparison.trials import Cell, TrialListener
 from fedamole.errors import ConfigError
 from fedamole.methods import METHODS
 from fedamole.reporting.results import read_scenarios
@@ -63,7 +63,7 @@ class Made:
         self.loss, self.most = loss, most
         self.names: list[str] = []
 
-    def __call__(self, cells: Sequence[Cell], workers: int, watcher: CellWatcher) -> None:
+    def __call__(self, cells: Sequence[Cell], workers: int, listener: TrialListener) -> None:
         for cell in cells:
             if cell.state != "finished":
                 if len(self.names) == self.most:
@@ -99,7 +99,7 @@ def test_a_grid_is_widened_while_the_best_rate_is_at_an_edge(
     made = Made(best_at(best))
     monkeypatch.setattr(run, "run_cells", made)
     path = write(["fedit"], learning_rates=FIVE, widen=widen, seeds=[0, 1])
-    assert run_comparison(load_comparison(path), CellWatcher()) == []
+    assert run_comparison(load_comparison(path), TrialListener()) == []
     comparison = load_comparison(path)
     [arm] = comparison.arms
     assert rates_of(comparison) == pytest.approx(grid, rel=1e-12)
@@ -116,7 +116,7 @@ def test_a_widened_grid_goes_on_after_an_interrupt(write: Write, monkeypatch: py
         made = Made(best_at(1.0), most=1)
         monkeypatch.setattr(run, "run_cells", made)
         try:
-            run_comparison(load_comparison(path), CellWatcher())
+            run_comparison(load_comparison(path), TrialListener())
             break
         except KeyboardInterrupt:
             names += made.names
@@ -135,7 +135,7 @@ def test_the_outlook_counts_cells_and_takes_the_mean_time(write: Write, monkeypa
     path = write(["fedit"], learning_rates=FIVE, seeds=[0, 1, 2], workers=2)
     assert outlook(load_comparison(path)) == "0 cells are finished, 8 are to be run, and wider grids may add some"
     with pytest.raises(KeyboardInterrupt):
-        run_comparison(load_comparison(path), CellWatcher())
+        run_comparison(load_comparison(path), TrialListener())
     for summary in load_comparison(path).folder.rglob("summary.json"):
         summary.write_text(json.dumps(json.loads(summary.read_text()) | {"seconds_update": 119.0}))
     assert outlook(load_comparison(path)) == (
@@ -149,7 +149,7 @@ def test_two_methods_of_one_run_widen_it_both_ways(write: Write, monkeypatch: py
     made = Made(lambda cell, row: abs(math.log10(cell.config.training.learning_rate / best[row])))
     monkeypatch.setattr(run, "run_cells", made)
     path = write(["fedit", "fedit_ft"], learning_rates=FIVE)
-    run_comparison(load_comparison(path), CellWatcher())
+    run_comparison(load_comparison(path), TrialListener())
     comparison = load_comparison(path)
     assert rates_of(comparison) == pytest.approx([3.16e-4, *FIVE, 0.316])
     assert comparison.chosen(comparison.arms[0]) == {"fedit": (0.1, False), "fedit_ft": (1e-3, False)}
@@ -167,7 +167,7 @@ def test_rates_at_which_a_run_diverges_are_infinitely_bad(write: Write, monkeypa
 
     monkeypatch.setattr(run, "run_cells", Made(loss))
     path = write(["fedit"], learning_rates=FIVE)
-    run_comparison(load_comparison(path), CellWatcher())
+    run_comparison(load_comparison(path), TrialListener())
     comparison = load_comparison(path)
     assert rates_of(comparison) == FIVE
     assert comparison.chosen(comparison.arms[0]) == {"fedit": (3.16e-3, False)}
@@ -202,7 +202,7 @@ def test_a_narrow_grid_is_told(rates: list[float], told: str, write: Write, capl
 def test_one_rate_is_not_widened_and_is_at_an_edge(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "run_cells", Made(best_at(1e-2)))
     path = write(["fedit"], learning_rates=[1e-2])
-    run_comparison(load_comparison(path), CellWatcher())
+    run_comparison(load_comparison(path), TrialListener())
     assert load_comparison(path).chosen(load_comparison(path).arms[0]) == {"fedit": (1e-2, True)}
 
 
@@ -265,7 +265,7 @@ def test_the_budget_of_the_runs_is_set_in_one_place(write: Write, tiny: Path, tm
 
 def test_every_method_that_is_scored_after_the_aggregation_and_its_variant_are_one_run(write: Write) -> None:
     """Of the registry and of variants alike; asked for in either order."""
-    pairs = [name for name, method in METHODS.items() if method.evaluates == "aggregated"]
+    pairs = [name for name, method in METHODS.items() if method.evaluates == "post_aggregation"]
     assert len(pairs) >= 12
     methods = [word for name in pairs for word in (f"{name}_ft", name)]
     variants = "".join(

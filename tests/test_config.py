@@ -384,8 +384,8 @@ def batches_are_smaller(runs: Runs) -> bool:
     return most[0] <= 100 < most[1]
 
 
-def scores_before_aggregation(runs: Runs) -> bool:
-    return "fedit_ft" in scores(runs("fedit", "evaluation.before_aggregation=true")) and "fedit_ft" not in scores(
+def scores_pre_aggregation(runs: Runs) -> bool:
+    return "fedit_ft" in scores(runs("fedit", "evaluation.pre_aggregation=true")) and "fedit_ft" not in scores(
         runs("fedit")
     )
 
@@ -426,7 +426,7 @@ EFFECTS: dict[str, Callable[[Runs], bool]] = {
     "evaluation.generation_score": headline_is_chosen,
     "evaluation.max_new_tokens": answers_are_longer,
     "evaluation.batch_tokens": batches_are_smaller,
-    "evaluation.before_aggregation": scores_before_aggregation,
+    "evaluation.pre_aggregation": scores_pre_aggregation,
 }
 """For every key outside [data] (tests/data) and [method] (tests/contract): a check that it changes something."""
 

@@ -200,7 +200,7 @@ def test_names_of_clients_without_data() -> None:
         (("training.max_length=999",), ConfigError, "training.max_length = 999: this base has 256 positions"),
         (("base.model=some/model",), BaseModelError, "its shapes do not come with this package, which has meta-llama"),
         (("base.targets=['w']",), BaseModelError, "no linear is called 'w'"),
-        (("evaluation.before_aggregation=true",), ConfigError, "scored before the aggregation anyway"),
+        (("evaluation.pre_aggregation=true",), ConfigError, "scored before the aggregation anyway"),
     ],
 )
 def test_what_cannot_be_planned(words: tuple[str, ...], kind: type[Exception], told: str, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from fedamole.federation.local import DivergedError, LocalTask, OnStep, fit
-from fedamole.federation.method import Fit, Trained
+from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
@@ -28,9 +28,9 @@ def alone(
     client: str = "mood",
     round_: int = 0,
     on_step: OnStep | None = None,
-) -> Trained:
+) -> TrainingResult:
     """Train one client as a group of one; raise where it diverges."""
-    task = LocalTask(client, Fit(adapter), rows, settings.learning_rate * settings.lr_decay**round_)
+    task = LocalTask(client, TrainingRequest(adapter), rows, settings.learning_rate * settings.lr_decay**round_)
     (outcome,) = fit(bank, [task], settings, seed=seed, round_=round_, on_step=on_step)
     if isinstance(outcome, DivergedError):
         raise outcome

@@ -16,9 +16,9 @@ from fedamole.data.manifest import Federation, Manifest, load_federation, read_m
 from fedamole.engine.in_process import InProcess
 from fedamole.errors import BaseModelError, ConfigError, RunError
 from fedamole.federation.engine import Engine
-from fedamole.federation.loop import Loop, Mirror
+from fedamole.federation.loop import Loop, MetricsSink
 from fedamole.federation.method import ClientInfo, Evaluates, Server
-from fedamole.federation.progress import Watcher
+from fedamole.federation.progress import ProgressListener
 from fedamole.federation.robust import Robust
 from fedamole.federation.worker import ClientData, Worker, client_data
 from fedamole.files import new_folder
@@ -28,7 +28,7 @@ from fedamole.model.prompt import PromptSpec
 from fedamole.model.weightless import weightless_base
 from fedamole.planning import Plan, PlanWithoutData, chosen_group, clients_without_data, planned, planned_without_data
 from fedamole.reporting.card import write_cards
-from fedamole.reporting.tensorboard import TensorBoardMirror
+from fedamole.reporting.tensorboard import TensorBoardSink
 from fedamole.runs.identity import Identity
 from fedamole.runs.run_folder import MANIFEST, RunFolder
 
@@ -36,13 +36,13 @@ from fedamole.runs.run_folder import MANIFEST, RunFolder
 def rows_of(config: Config) -> dict[str, Evaluates]:
     """Names of the models a run scores, and when each comes to be: fedit, and fedit_ft where it is asked for."""
     rows: dict[str, Evaluates] = {config.method_name: config.method.evaluates}
-    if config.evaluation.before_aggregation:
-        if config.method.evaluates == "trained":
+    if config.evaluation.pre_aggregation:
+        if config.method.evaluates == "pre_aggregation":
             raise ConfigError(
-                f"evaluation.before_aggregation = true: {config.method_name} is scored before the aggregation anyway; "
+                f"evaluation.pre_aggregation = true: {config.method_name} is scored before the aggregation anyway; "
                 "remove it"
             )
-        rows[f"{config.method_name}_ft"] = "trained"
+        rows[f"{config.method_name}_ft"] = "pre_aggregation"
     return rows
 
 
@@ -128,7 +128,7 @@ def check_length(config: Config, base: Base) -> None:
         )
 
 
-def start(config: Config, folder: Path, watcher: Watcher) -> dict[str, Any]:
+def start(config: Config, folder: Path, listener: ProgressListener) -> dict[str, Any]:
     """Run a config in a new folder; return the summary."""
     RunFolder(folder).refuse_existing()
     prepared = prepare(resolved(config, folder.resolve()))
@@ -140,10 +140,10 @@ def start(config: Config, folder: Path, watcher: Watcher) -> dict[str, Any]:
         config.method_name,
         prepared.base.identity,
     )
-    return _run(prepared, run, watcher)
+    return _run(prepared, run, listener)
 
 
-def resume(path: Path, watcher: Watcher, base: str | None = None) -> dict[str, Any]:
+def resume(path: Path, listener: ProgressListener, base: str | None = None) -> dict[str, Any]:
     """Continue a run from its last intact checkpoint; return the summary.
 
     `base` names a copy of the run's base (a folder or a hub id) if it is no longer where the run's config says; the
@@ -165,7 +165,7 @@ def resume(path: Path, watcher: Watcher, base: str | None = None) -> dict[str, A
         raise BaseModelError(f"{config.base.model}, the base of {path}, is not here: name a copy of it by --base")
     prepared = prepare(config, read_manifest(folder.place(MANIFEST)))
     prepared.base.identity.check(Identity(**folder.about["base"]), f"the run in {path}")
-    return _run(prepared, folder, watcher)
+    return _run(prepared, folder, listener)
 
 
 def reads_outside(
@@ -214,8 +214,8 @@ def loop_of(
     engine: Engine,
     server: Server,
     folder: RunFolder,
-    watcher: Watcher,
-    mirror: Mirror | None = None,
+    listener: ProgressListener,
+    metrics_sink: MetricsSink | None = None,
 ) -> Loop:
     """The federated loop of a config, the same over every engine."""
     config = settled(config, engine.deployed)
@@ -232,20 +232,20 @@ def loop_of(
         federation,
         folder,
         select=evaluation.select,
-        watcher=watcher,
+        listener=listener,
         best_round=evaluation.best_round,
-        mirror=mirror,
+        metrics_sink=metrics_sink,
         robust=Robust(federation.aggregation, federation.clip_factor, config.method.averaged),
     )
 
 
-def _run(prepared: Prepared, folder: RunFolder, watcher: Watcher) -> dict[str, Any]:
+def _run(prepared: Prepared, folder: RunFolder, listener: ProgressListener) -> dict[str, Any]:
     config, base = prepared.config, prepared.base
     worker = worker_of(config, Bank(base), folder)
-    mirror = TensorBoardMirror(folder.path / "tensorboard") if config.run.tensorboard else None
+    metrics_sink = TensorBoardSink(folder.path / "tensorboard") if config.run.tensorboard else None
     with folder.locked():
-        engine = InProcess(worker, prepared.clients, watcher, config.run.group)
-        summary = loop_of(config, engine, server_of(config, base, engine.clients), folder, watcher, mirror).run()
+        engine = InProcess(worker, prepared.clients, listener, config.run.group)
+        summary = loop_of(config, engine, server_of(config, base, engine.clients), folder, listener, metrics_sink).run()
         write_cards(folder)
     return summary
 

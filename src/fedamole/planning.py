@@ -15,7 +15,7 @@ from fedamole.data.partition import numbered
 from fedamole.data.settings import DataSettings, SourceSettings
 from fedamole.errors import ConfigError
 from fedamole.federation.local import TOKENS_AT_ONCE
-from fedamole.federation.method import Client, ClientInfo, Server, Trained
+from fedamole.federation.method import Client, ClientInfo, Server, TrainingResult
 from fedamole.federation.record import pack
 from fedamole.federation.worker import ClientData
 from fedamole.model.base import Base
@@ -173,13 +173,13 @@ def exposure(
     sizes of splits, as far as they are known here. `shapes` are those of the base's adapted linears, if it is loaded.
     """
     method = config.method
-    if method.travels == "nothing":
+    if method.communicates == "nothing":
         return ["Nothing of the training travels: the coordinator gets the losses and scores of each client alone."]
     said = [
-        f"What travels between a client and the coordinator is {method.travels}; what stays is {method.stays}. The "
-        "coordinator gets each client's own part before it is averaged, and the losses and scores of each client."
+        f"Exchanged with the coordinator: {method.communicates}. Kept at the client: {method.stays_local}. "
+        "The coordinator gets each client's own part before it is averaged, and the losses and scores of each client."
     ]
-    if method.stays == "the data":
+    if method.stays_local == "the data":
         said.append("So the coordinator can have the personal model of every client.")
     said += method.exposes(clients, shapes)
     known = [row for row in rows if "embedding" in row]
@@ -222,7 +222,7 @@ def _sizes(config: Config, base: Base, infos: tuple[ClientInfo, ...]) -> tuple[l
     for info in infos:
         client = Client(info, base.shapes, config.run.seed, 0, _no_losses, _no_hidden, base.width, base.embedding_std)
         message = method.message(state, info)
-        sizes.append(method.adapter(client, method.first_keep(client), message).parameters())
+        sizes.append(method.adapter(client, method.init_client_state(client), message).parameters())
         traffic.append(len(pack(message)))
     return sizes, traffic
 
@@ -240,12 +240,12 @@ def trained_parameters(config: Config, base: Base, clients: Mapping[str, ClientD
 
     for info in infos:
         client = Client(info, base.shapes, config.run.seed, 0, _no_losses, hidden, base.width, base.embedding_std)
-        work = method.update(client, method.first_keep(client), method.message(state, info))
+        work = method.update(client, method.init_client_state(client), method.message(state, info))
         sizes, fit = dict[str, int](), next(work)
         with contextlib.suppress(StopIteration):
             while True:
                 sizes |= fit.adapter.trained_sizes()
-                fit = work.send(Trained(fit.adapter, steps=1, loss=0.0))
+                fit = work.send(TrainingResult(fit.adapter, steps=1, loss=0.0))
         found[info.name] = sum(sizes.values())
     return found
 

@@ -22,10 +22,10 @@ from fedamole.evaluation.likelihood import mean_losses
 from fedamole.experiment import Prepared, loop_of, prepare, resume, server_of, worker_of
 from fedamole.federation.local import LocalTask, embed, fit
 from fedamole.federation.looks import drawn
-from fedamole.federation.method import Client, Fit, Method, Server, Trained
-from fedamole.federation.progress import Watcher
+from fedamole.federation.method import Client, Method, Server, TrainingRequest, TrainingResult
+from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import pack, unpack
-from fedamole.federation.worker import Answer
+from fedamole.federation.worker import UpdateResult
 from fedamole.methods import METHODS
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Row
@@ -75,34 +75,36 @@ class Shop:
 
         return Client(data.info, base.shapes, self.seed, round_, losses, last_hidden, base.width, base.embedding_std)
 
-    def fit(self, method: Some, asked: Fit, name: str, round_: int, turn: int) -> Trained:
+    def fit(self, method: Some, asked: TrainingRequest, name: str, round_: int, turn: int) -> TrainingResult:
         """The real training of one client, and its embeddings where the method wants them."""
         data, training = self.prepared.clients[name], self.prepared.config.training
         task = LocalTask(name, asked, data.train.pairs(), training.learning_rate)
         (done,) = fit(self.bank, [task], training, seed=self.seed, round_=round_, turn=turn)
-        assert isinstance(done, Trained)
+        assert isinstance(done, TrainingResult)
         means = embed(self.bank, [data.embedding.pairs()], 4096)[0] if method.embeds else {}
-        return Trained(done.adapter, done.steps, done.loss, means)
+        return TrainingResult(done.adapter, done.steps, done.loss, means)
 
-    def update(self, method: Some, kept: Any, message: Any, name: str, round_: int) -> tuple[Any, Any, Trained]:
+    def update(
+        self, method: Some, client_state: Any, message: Any, name: str, round_: int
+    ) -> tuple[Any, Any, TrainingResult]:
         """A client's work of a round, from its first request for training to its last."""
-        work, turn = method.update(self.client(name, round_), kept, message), 0
+        work, turn = method.update(self.client(name, round_), client_state, message), 0
         try:
             asked = next(work)
             while True:
                 asked = work.send(self.fit(method, asked, name, round_, turn))
                 turn += 1
         except StopIteration as end:
-            done: tuple[Any, Any, Trained] = end.value
+            done: tuple[Any, Any, TrainingResult] = end.value
             return done
 
-    def round(self, method: Some, state: Any, kept: dict[str, Any], round_: int) -> tuple[Any, dict[str, Any]]:
-        """A whole round in memory: the next state, and what everybody replied; `kept` is brought up to date."""
+    def round(self, method: Some, state: Any, client_state: dict[str, Any], round_: int) -> tuple[Any, dict[str, Any]]:
+        """A whole round in memory: the next state, and what everybody replied; `client_state` is brought up to date."""
         server, replies = self.server(round_), {}
         for info in server.clients:
-            before = kept.get(info.name) or method.first_keep(self.client(info.name, round_))
+            before = client_state.get(info.name) or method.init_client_state(self.client(info.name, round_))
             message = method.message(state, info)
-            kept[info.name], replies[info.name], _ = self.update(method, before, message, info.name, round_)
+            client_state[info.name], replies[info.name], _ = self.update(method, before, message, info.name, round_)
         return method.aggregate(server, state, replies), replies
 
 
@@ -127,9 +129,9 @@ def replied(shop: Shop) -> Callable[[str], tuple[Some, Any, dict[str, Any], dict
 
     def get(name: str) -> Any:
         if name not in known:
-            method, kept = made(name), dict[str, Any]()
-            state, replies = shop.round(method, method.init(shop.server()), kept, 0)
-            known[name] = method, state, kept, replies
+            method, client_state = made(name), dict[str, Any]()
+            state, replies = shop.round(method, method.init(shop.server()), client_state, 0)
+            known[name] = method, state, client_state, replies
         return known[name]
 
     return get
@@ -149,12 +151,12 @@ def test_says_what_it_is(name: str) -> None:
     method = METHODS[name]
     source = _file_of(method)
     text = source.__doc__ or ""
-    assert method.travels
-    assert method.stays
+    assert method.communicates
+    assert method.stays_local
     assert "round" in text.lower(), "the docstring of a method's file tells its round"
     baseline = method.paper.startswith("baseline")
     assert baseline or ("http" in text and re.search(r"http|arXiv|\d{4}\.\d{5}", method.paper)), name
-    assert method.evaluates in ("trained", "aggregated")
+    assert method.evaluates in ("pre_aggregation", "post_aggregation")
     assert len(method.records) == 4
 
 
@@ -197,7 +199,7 @@ def test_another_seed_another_run(name: str, runs: Any, facts: Callable[[Path], 
 @every_training
 def test_resume_equals_no_interruption(name: str, runs: Any, crash: Any, remains: Callable[[Path], Any]) -> None:
     folder = crash("client_done", 6, name)  # round 1, after the second client's private state was written
-    resume(folder, Watcher())
+    resume(folder, ProgressListener())
     assert remains(folder) == remains(runs(name))
 
 
@@ -207,7 +209,7 @@ def test_bytes_in_the_metrics_are_the_bytes_packed(name: str, runs: Any, tmp_pat
     weighed: dict[tuple[int, str], tuple[int, int]] = {}
 
     class Scales(InProcess):
-        def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, Answer]:
+        def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, UpdateResult]:
             answers = super().update(round_, messages)
             for client, message in messages.items():
                 weighed[round_, client] = len(message), len(answers[client].payload or b"")
@@ -217,8 +219,8 @@ def test_bytes_in_the_metrics_are_the_bytes_packed(name: str, runs: Any, tmp_pat
     prepared = prepare(config)
     folder = RunFolder.create(tmp_path / "run", "", "", name, prepared.base.identity)
     worker = worker_of(config, Bank(prepared.base), folder)
-    engine, base = Scales(worker, prepared.clients, Watcher(), 2), prepared.base
-    loop_of(config, engine, server_of(config, base, engine.clients), folder, Watcher()).run()
+    engine, base = Scales(worker, prepared.clients, ProgressListener(), 2), prepared.base
+    loop_of(config, engine, server_of(config, base, engine.clients), folder, ProgressListener()).run()
     logged = facts(tmp_path / "run")
     assert logged == facts(runs(name))
     trained = [line for line in logged if line["split"] == "train"]
@@ -230,9 +232,9 @@ def test_bytes_in_the_metrics_are_the_bytes_packed(name: str, runs: Any, tmp_pat
 def test_a_variant_is_the_same_run_scored_before_the_aggregation(name: str, runs: Any, facts: Any) -> None:
     """The same training, traffic, scores and saved models as the row `_ft` that the method's own run can have."""
     method = name.removesuffix("_ft")
-    assert (METHODS[method].evaluates, METHODS[name].evaluates) == ("aggregated", "trained")
+    assert (METHODS[method].evaluates, METHODS[name].evaluates) == ("post_aggregation", "pre_aggregation")
     alone = runs(name, "federation.rounds=2")
-    beside = runs(method, "federation.rounds=2", "evaluation.before_aggregation=true")
+    beside = runs(method, "federation.rounds=2", "evaluation.pre_aggregation=true")
     for split, count in (("train", 8), ("validation", 8), ("test", 4)):
         found, wanted = (
             [line for line in facts(folder) if line["split"] == split and line.get("method", name) == name]
@@ -257,7 +259,7 @@ def test_tokens_are_those_that_go_through_the_base(name: str, runs: Any, tmp_pat
     prepared = prepare(config)
     folder, base = RunFolder.create(tmp_path / "run", "", "", name, prepared.base.identity), prepared.base
     worker, passed = worker_of(config, Bank(base), folder), {"forward_tokens": 0, "backward_tokens": 0}
-    engine = InProcess(worker, prepared.clients, Watcher(), 1)
+    engine = InProcess(worker, prepared.clients, ProgressListener(), 1)
     assert worker.bank.packs
     seen: dict[tuple[str, int, str], dict[str, int]] = {}
     update, present = worker.update, worker._present
@@ -279,7 +281,7 @@ def test_tokens_are_those_that_go_through_the_base(name: str, runs: Any, tmp_pat
 
     base.model.register_forward_pre_hook(count, with_kwargs=True)
     vars(worker).update(update=counted_update, _present=counted_present)
-    loop_of(config, engine, server_of(config, base, engine.clients), folder, Watcher()).run()
+    loop_of(config, engine, server_of(config, base, engine.clients), folder, ProgressListener()).run()
     lines = {
         (line["split"], line["round"], line["client"]): line
         for line in facts(runs(name))
@@ -301,14 +303,16 @@ def test_tokens_are_those_that_go_through_the_base(name: str, runs: Any, tmp_pat
 @every_method
 def test_shares_of_a_round_are_those_that_the_method_says(name: str, shop: Shop) -> None:
     """All trainings of a round make up 1 under "steps" and `paper_steps` under "paper"."""
-    method, asked = made(name), list[Fit]()
+    method, asked = made(name), list[TrainingRequest]()
     info = shop.server().clients[0]
     client = shop.client(info.name)
-    work = method.update(client, method.first_keep(client), method.message(method.init(shop.server()), info))
+    work = method.update(client, method.init_client_state(client), method.message(method.init(shop.server()), info))
     try:
         asked.append(next(work))
         while True:
-            asked.append(work.send(Trained(asked[-1].adapter, 1, 0.0, _no_embeddings(method, asked[-1].adapter))))
+            asked.append(
+                work.send(TrainingResult(asked[-1].adapter, 1, 0.0, _no_embeddings(method, asked[-1].adapter)))
+            )
     except StopIteration:
         pass
     assert sum(one.share_in("steps") for one in asked) == pytest.approx(1.0)
@@ -351,24 +355,24 @@ def test_the_steps_that_a_run_reports_differ_where_the_method_says_so(name: str,
 
 @every_training
 def test_a_round_changes_none_of_its_inputs(name: str, shop: Shop, replied: Any) -> None:
-    method, state, kept, replies = replied(name)
-    inputs = [state, *kept.values(), *replies.values()]
+    method, state, client_state, replies = replied(name)
+    inputs = [state, *client_state.values(), *replies.values()]
     before = [pack(record) for record in inputs]
     for info in shop.server().clients:
         client = shop.client(info.name, 1)
         message = method.message(state, info)
         sent = pack(message)
-        method.adapter(client, kept[info.name], message)
+        method.adapter(client, client_state[info.name], message)
         assert pack(message) == sent
-        _, _, trained = shop.update(method, kept[info.name], message, info.name, 1)
+        _, _, trained = shop.update(method, client_state[info.name], message, info.name, 1)
         assert pack(message) == sent, "local training wrote into the message"
         adapter = pack(trained.adapter)
-        method.personal(client, kept[info.name], message, trained.adapter)
-        method.reply(client, kept[info.name], message, trained)
+        method.personal(client, client_state[info.name], message, trained.adapter)
+        method.reply(client, client_state[info.name], message, trained)
         assert pack(trained.adapter) == adapter
         assert pack(message) == sent
     method.aggregate(shop.server(1), state, replies)
-    list(method.journal(state))
+    list(method.assignment_log(state))
     assert [pack(record) for record in inputs] == before
 
 
@@ -378,18 +382,18 @@ def test_scoring_leaves_private_state_alone(name: str, runs: Any, tmp_path: Path
     prepared = prepare(config)
     folder = RunFolder.create(tmp_path / "run", "", "", name, prepared.base.identity)
     worker = worker_of(config, Bank(prepared.base), folder)
-    engine = InProcess(worker, prepared.clients, Watcher(), 3)
+    engine = InProcess(worker, prepared.clients, ProgressListener(), 3)
     base = prepared.base
     state = config.method.init(server_of(config, base, engine.clients))
     messages = {info.name: pack(config.method.message(state, info)) for info in engine.clients}
     engine.update(0, messages)
     states = {path: path.read_bytes() for path in (tmp_path / "run").glob("clients/*/state/*")}
     assert len(states) == 4
-    engine.evaluate(0, name, messages if config.method.evaluates == "aggregated" else dict.fromkeys(messages))
-    engine.keep(name, 0, engine.present())
+    engine.evaluate(0, name, messages if config.method.evaluates == "post_aggregation" else dict.fromkeys(messages))
+    engine.save_best(name, 0, engine.wait_for_clients())
     engine.test(name, best=True)
     engine.test(name, best=False)
-    engine.bare("test", engine.present())
+    engine.score_base("test", engine.wait_for_clients())
     assert {path: path.read_bytes() for path in (tmp_path / "run").glob("clients/*/state/*")} == states
 
 
@@ -403,13 +407,13 @@ def test_replies_in_any_order_give_the_same_state(name: str, shop: Shop, replied
 
 @every_training
 def test_any_replies_may_be_missing(name: str, shop: Shop, replied: Any) -> None:
-    method, state, kept, replies = replied(name)
+    method, state, client_state, replies = replied(name)
     for count in range(1, len(replies)):
         for present in itertools.combinations(sorted(replies), count):
             after = method.aggregate(shop.server(1), state, {client: replies[client] for client in present})
             for info in shop.server().clients:  # everybody can be served from it, who answered or not
                 message = method.message(after, info)
-                assert method.adapter(shop.client(info.name, 2), kept[info.name], message).parameters() > 0
+                assert method.adapter(shop.client(info.name, 2), client_state[info.name], message).parameters() > 0
 
 
 @every_training
@@ -429,12 +433,16 @@ def test_a_round_without_any_reply_changes_nothing(name: str, shop: Shop, replie
 
 @every_training
 def test_every_record_survives_the_wire(name: str, shop: Shop, replied: Any) -> None:
-    method, state, kept, replies = replied(name)
+    method, state, client_state, replies = replied(name)
     kinds = method.records
     records = [(kinds.state, state), (kinds.state, method.init(shop.server()))]
     for info in shop.server().clients:
-        first = method.first_keep(shop.client(info.name))
-        records += [(kinds.message, method.message(state, info)), (kinds.keep, kept[info.name]), (kinds.keep, first)]
+        first = method.init_client_state(shop.client(info.name))
+        records += [
+            (kinds.message, method.message(state, info)),
+            (kinds.keep, client_state[info.name]),
+            (kinds.keep, first),
+        ]
         records += [(kinds.reply, replies[info.name])]
     for kind, record in records:
         assert type(record) is kind
@@ -530,13 +538,13 @@ def outcome(shop: Shop) -> Callable[..., list[bytes]]:
         method = made(name, **parameters)
         if repr((name, method)) not in known:
             looks.clear()
-            state, kept = method.init(shop.server()), dict[str, Any]()
+            state, client_state = method.init(shop.server()), dict[str, Any]()
             for round_ in range(LONGER.get(name, 2)):
-                state, replies = shop.round(method, state, kept, round_)
-            records = [state, *kept.values(), *replies.values()]
+                state, replies = shop.round(method, state, client_state, round_)
+            records = [state, *client_state.values(), *replies.values()]
             for info in shop.server().clients:
                 message = method.message(state, info)
-                model = method.personal(shop.client(info.name, 1), kept[info.name], message, None)
+                model = method.personal(shop.client(info.name, 1), client_state[info.name], message, None)
                 records += [] if model is None else [model]
             known[repr((name, method))] = [*(pack(record) for record in records), *(b"%d" % look for look in looks)]
         return known[repr((name, method))]

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fedamole.engine.in_process import InProcess
-from fedamole.engine.reply_template import check_reply, rehearse, usual_norm
+from fedamole.engine.reply_template import check_reply, dry_run, usual_norm
 from fedamole.experiment import loop_of, prepare, server_of, worker_of
 from fedamole.federation.method import Server
-from fedamole.federation.progress import Watcher
+from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import PayloadError, unpack
 from fedamole.federation.robust import flattened, with_tensors
-from fedamole.federation.worker import Answer
+from fedamole.federation.worker import UpdateResult
 from fedamole.methods import METHODS
 from fedamole.model.bank import Bank
 from fedamole.runs.run_folder import RunFolder
@@ -29,11 +29,11 @@ class Checked(InProcess):
     def rehearse_with(self, method: Any, server: Server) -> None:
         self.method, self.server, self.seen = method, server, list[Any]()
 
-    def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, Answer]:
+    def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, UpdateResult]:
         answers = super().update(round_, messages)
         server = dataclasses.replace(self.server, round=round_)
         for info in self.clients:
-            wanted = rehearse(self.method, server, info, unpack(self.method.records.message, messages[info.name]))
+            wanted = dry_run(self.method, server, info, unpack(self.method.records.message, messages[info.name]))
             got = unpack(self.method.records.reply, answers[info.name].payload or b"")
             check_reply(self.method, wanted, got, None)
             self.seen.append((wanted, got))
@@ -50,10 +50,10 @@ def compared(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
         path = tmp_path_factory.mktemp(name) / "run"
         folder = RunFolder.create(path, "", "{}", name, prepared.base.identity)
         worker = worker_of(config, Bank(prepared.base), folder)
-        engine, base = Checked(worker, prepared.clients, Watcher(), 4), prepared.base
+        engine, base = Checked(worker, prepared.clients, ProgressListener(), 4), prepared.base
         server = server_of(config, base, engine.clients)
         engine.rehearse_with(config.method, server)
-        loop_of(config, engine, server, folder, Watcher()).run()
+        loop_of(config, engine, server, folder, ProgressListener()).run()
         return config.method, engine.seen
 
     return of

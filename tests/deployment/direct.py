@@ -18,8 +18,8 @@ from fedamole.engine.in_process import InProcess
 from fedamole.engine.messages import Request, read_request
 from fedamole.engine.remote import Remote
 from fedamole.experiment import loop_of, prepare, resolved, rows_of, server_of, worker_of
-from fedamole.federation.progress import Watcher
-from fedamole.federation.worker import Answer, Scores
+from fedamole.federation.progress import ProgressListener
+from fedamole.federation.worker import Scores, UpdateResult
 from fedamole.model.bank import Bank
 from fedamole.model.base import load_base
 from fedamole.runs.run_folder import RunFolder
@@ -31,7 +31,7 @@ class Killed(BaseException):
     """The end of a client's worker in the midst of its work: nothing of it goes on, its folder stays."""
 
 
-class Calendar(Watcher):
+class Calendar(ProgressListener):
     """Counts rounds, says who is away in which, and can stop the run where a test wants it."""
 
     def __init__(self, away: Mapping[int, Names] | None = None, stop: Callable[[str, int], None] | None = None) -> None:
@@ -88,7 +88,7 @@ class Direct:
         old = self.hosts[node]
         if old.seat is not None:
             old.seat.hold.close()
-        self.hosts[node] = Host(old.settings, old.watcher)
+        self.hosts[node] = Host(old.settings, old.listener)
         return self.hosts[node]
 
     def send(self, node: int, payload: bytes, round_: int, seconds: float) -> str:
@@ -124,12 +124,12 @@ class Town:
         """What a client has on its disk: its own part of its own run folder, the newest where there are several."""
         return max((self.folder / name).glob(f"*/clients/{name}"), key=lambda path: (len(str(path)), str(path)))
 
-    def engine(self, run: str, watcher: Watcher) -> Remote:
+    def engine(self, run: str, listener: ProgressListener) -> Remote:
         config, base = self.config, load_base(self.config.base, torch.device("cpu"), Path.cwd())
         self.identity = base.identity
         self.server = server_of(config, base)
         tables = shared_tables(config, base.identity)
-        return Remote(self.link, config.method, rows_of(config), self.server, run, tables, config.deployment, watcher)
+        return Remote(self.link, config.method, rows_of(config), self.server, run, tables, config.deployment, listener)
 
     def run(self, resumed: bool = False, calendar: Calendar | None = None) -> dict[str, Any]:
         config, self.link.calendar = self.config, calendar or Calendar()
@@ -164,7 +164,7 @@ def town(config_file: Path, folder: Path, *overrides: str) -> Town:
                 threads=1,
                 policy=UNBOUNDED,
             ),
-            Watcher(),
+            ProgressListener(),
         )
         for place, source in enumerate(sources)
     }
@@ -177,10 +177,10 @@ class Scripted(InProcess):
     def expect(self, calendar: Calendar, lost: Mapping[int, Names]) -> None:
         self.calendar, self.lost = calendar, lost
 
-    def present(self) -> list[str]:
+    def wait_for_clients(self) -> list[str]:
         return [name for name in sorted(self.data) if name not in self.calendar.away]
 
-    def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, Answer]:
+    def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, UpdateResult]:
         return super().update(round_, {n: messages[n] for n in messages if n not in self.lost.get(round_, ())})
 
     def evaluate(self, round_: int, row: str, messages: Mapping[str, bytes | None]) -> dict[str, Scores]:

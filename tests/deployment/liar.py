@@ -19,7 +19,7 @@ from fedamole.deployment import client_processes as client
 from fedamole.deployment import warm_worker
 from fedamole.deployment.client_handler import Host
 from fedamole.engine.messages import JOIN, UPDATE, Reply, read_request
-from fedamole.federation.record import boxed, pack, unboxed, unpack
+from fedamole.federation.record import bytes_as_tensor, pack, tensor_as_bytes, unpack
 
 SECRET = "the patient's name is Ann"
 """What an error of a client may hold, and nobody else may read."""
@@ -48,11 +48,11 @@ class Liar(Host):
         """An answer whose first table of tensors has been changed."""
         assert self.seat is not None
         answer = unpack(Reply, self.honest(payload))
-        inner = unpack(self.seat.config.method.records.reply, unboxed(answer.reply) or b"")
+        inner = unpack(self.seat.config.method.records.reply, tensor_as_bytes(answer.reply) or b"")
         name = next(one.name for one in fields(inner) if getattr(inner, one.name))
         tensors = {key: tensor.clone() for key, tensor in getattr(inner, name).items()}
         change(tensors)
-        return pack(replace(answer, reply=boxed(pack(replace(inner, **{name: tensors})))))
+        return pack(replace(answer, reply=bytes_as_tensor(pack(replace(inner, **{name: tensors})))))
 
 
 def _nan(tensors: dict[str, torch.Tensor]) -> None:

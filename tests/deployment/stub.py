@@ -10,8 +10,8 @@ from fedamole.engine.messages import EVALUATE, JOIN, UPDATE, Reply, Request, rea
 from fedamole.engine.remote import Remote
 from fedamole.federation.loop import Loop
 from fedamole.federation.method import Evaluates, Server
-from fedamole.federation.progress import Watcher
-from fedamole.federation.record import boxed, pack, unboxed, unpack
+from fedamole.federation.progress import ProgressListener
+from fedamole.federation.record import bytes_as_tensor, pack, tensor_as_bytes, unpack
 from fedamole.federation.settings import DeploymentSettings, FederationSettings
 from fedamole.methods.fedit import FedIT, GlobalLora
 from fedamole.runs.identity import Identity
@@ -33,10 +33,10 @@ def honest(name: str, request: Request) -> Reply:
         report: dict[str, Any] = {"examples": EXAMPLES, "base": asdict(IDENTITY), "device": "cpu"}
         return Reply(*about, report=report, scores={BASE: {"loss": 3.0}})
     if request.operation == UPDATE:
-        message = unpack(GlobalLora, unboxed(request.message) or b"")
+        message = unpack(GlobalLora, tensor_as_bytes(request.message) or b"")
         tensors = {key: tensor + 1 + ord(name[0]) / 100 for key, tensor in message.tensors.items()}
         report = {"loss": 1.0, "steps": 3, "seconds": 0.1, "group": 1, "peak_memory_mib": 4.0}
-        return Reply(*about, report=report, scores={"fedit_ft": loss}, reply=boxed(pack(GlobalLora(tensors))))
+        return Reply(*about, report=report, scores={"fedit_ft": loss}, reply=bytes_as_tensor(pack(GlobalLora(tensors))))
     if request.operation == EVALUATE:
         return Reply(*about, scores={"fedit": loss})
     rows = [f"{row}/{which}" for row in ("fedit", "fedit_ft") for which in ("best", "last")]
@@ -71,14 +71,14 @@ class Stub:
         return sum(request.operation == operation for _, request in self.asked)
 
 
-def engine(link: Stub, watcher: Watcher | None = None, **settings: Any) -> Remote:
+def engine(link: Stub, listener: ProgressListener | None = None, **settings: Any) -> Remote:
     deployed = DeploymentSettings(
         NAMES, **{"min_clients": 2, "deadline": 0.1, "patience": 0.2, "gathering": 0.0, **settings}
     )
     tables = {"identity": asdict(IDENTITY), "config": {"evaluation": {"select": "loss"}}}
-    rows: dict[str, Evaluates] = {"fedit": "aggregated", "fedit_ft": "trained"}
+    rows: dict[str, Evaluates] = {"fedit": "post_aggregation", "fedit_ft": "pre_aggregation"}
     server = Server(SHAPES, (), 0, 0, 4)
-    return Remote(link, FedIT(rank=2), rows, server, "run1", tables, deployed, watcher or Watcher())
+    return Remote(link, FedIT(rank=2), rows, server, "run1", tables, deployed, listener or ProgressListener())
 
 
 def run(folder: Path, link: Stub, rounds: int = 1) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def run(folder: Path, link: Stub, rounds: int = 1) -> dict[str, Any]:
         FederationSettings(rounds),
         run_folder,
         select="loss",
-        watcher=Watcher(),
+        listener=ProgressListener(),
     )
     summary = loop.run()
     lines = [json.loads(line, parse_constant=_refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]

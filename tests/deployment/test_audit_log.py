@@ -24,8 +24,8 @@ from fedamole.deployment.security.audit_log import FIRST, AuditError, AuditLog, 
 from fedamole.deployment.security.policy import UNBOUNDED, PolicySettings
 from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, failure, unpacked
 from fedamole.errors import RunError
-from fedamole.federation.progress import Watcher
-from fedamole.federation.record import boxed, pack, unboxed
+from fedamole.federation.progress import ProgressListener
+from fedamole.federation.record import bytes_as_tensor, pack, tensor_as_bytes
 from tests.deployment.test_host import RUN_ID, ByHand
 
 
@@ -33,7 +33,8 @@ def host_of(tiny: Path, folder: Path, **settings: Any) -> Host:
     source = SourceSettings("entail", path=str(tiny / "entail.jsonl"), template="entail")
     own = {"base": str(tiny / "base"), "device": "cpu", "threads": 1, "policy": UNBOUNDED, **settings}
     return Host(
-        ClientSettings(source, folder=str(folder), audit=str(folder / ".client-entail/audit.jsonl"), **own), Watcher()
+        ClientSettings(source, folder=str(folder), audit=str(folder / ".client-entail/audit.jsonl"), **own),
+        ProgressListener(),
     )
 
 
@@ -85,7 +86,7 @@ def test_records_are_told_by_fields_and_scores_by_value(logged: Any) -> None:
     assert join["scores"] == unpacked(Reply, answers[0]).scores
     assert test["scores"] == unpacked(Reply, answers[4]).scores
     assert update["report"] == unpacked(Reply, answers[1]).report
-    record, packed = update["record"], unboxed(unpacked(Reply, answers[1]).reply) or b""
+    record, packed = update["record"], tensor_as_bytes(unpacked(Reply, answers[1]).reply) or b""
     assert (record["kind"], record["sha256"]) == ("TrainedExperts", hashlib.sha256(packed).hexdigest())
     assert set(record["fields"]) == {"tensors", "token_embedding", "expert_embeddings"}
     from fedamole.federation.record import unpack
@@ -199,7 +200,7 @@ def test_long_lines_are_read_back_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("message", [b"", b"\xff" * 40, b"\x10" + b"\0" * 7 + b'{"a":1}         '])
 def test_a_record_that_cannot_be_read_is_logged_as_such(message: bytes, tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
-    request = Request("a", 0, UPDATE, message=boxed(message or b"x"))
+    request = Request("a", 0, UPDATE, message=bytes_as_tensor(message or b"x"))
     AuditLog(path).received(pack(request), request)
     assert lines(path)[0]["record"] == {"unreadable": True}
 

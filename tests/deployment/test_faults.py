@@ -13,7 +13,7 @@ import pytest
 from fedamole.deployment import client_processes as client
 from fedamole.deployment.security.certificates import make_certificates
 from fedamole.experiment import start
-from fedamole.federation.progress import Watcher
+from fedamole.federation.progress import ProgressListener
 from tests.deployment.faults import NAMES, Command, Site, killed, site, wait_until, working
 from tests.deployment.liar import SECRET
 
@@ -39,7 +39,7 @@ def undisturbed(there: Site, rounds: int) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     folder = there.folder / "undisturbed"
 
-    class Collector(Watcher):
+    class Collector(ProgressListener):
         def round_done(self, round_: int, validation: Any) -> None:
             found.update(states_of(folder))
             if round_ + 1 == rounds:

@@ -11,7 +11,7 @@ import pytest
 
 from fedamole.deployment.security.certificates import make_certificates
 from fedamole.experiment import start
-from fedamole.federation.progress import Watcher
+from fedamole.federation.progress import ProgressListener
 from tests.conftest import small
 from tests.deployment.faults import NAMES, Site
 from tests.deployment.test_remote import facts, states
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.faults  # real processes, two minutes: `make test-fault
 
 RUNS = {
     "fedamole": [],
-    "fedit": ["evaluation.before_aggregation=true"],  # two exchanges a round, and the row fedit_ft
+    "fedit": ["evaluation.pre_aggregation=true"],  # two exchanges a round, and the row fedit_ft
     "fedlease": ["method.warmup_share=0.2"],  # private state, and messages that change their form
 }
 
@@ -44,7 +44,7 @@ def test_equals_the_run_in_one_process(method: str, site: Site) -> None:
     site.overrides = [*small(method), "federation.rounds=3", *RUNS[method]]
     assert site.server().ended(150) == 0, (site.folder / "server.out").read_text()[-2000:]
     here = site.folder / f"here-{method}"
-    start(site.here(), here, Watcher())
+    start(site.here(), here, ProgressListener())
     assert states(site.run) == states(here)
     assert facts(site.run) == facts(here)
     for name in NAMES:

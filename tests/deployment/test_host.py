@@ -20,8 +20,8 @@ from fedamole.deployment.shared_config import own_tables, shared_tables
 from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, unpacked
 from fedamole.errors import BaseModelError, ConfigError
 from fedamole.federation.method import ClientInfo, Server
-from fedamole.federation.progress import Watcher
-from fedamole.federation.record import boxed, pack, unboxed, unpack
+from fedamole.federation.progress import ProgressListener
+from fedamole.federation.record import bytes_as_tensor, pack, tensor_as_bytes, unpack
 from fedamole.model.base import load_base
 from fedamole.runs.identity import Identity
 from tests.conftest import small
@@ -50,7 +50,7 @@ class ByHand:
         message = self.first if tensors is None else replace(self.first, tensors=moved)
         if hasattr(message, "begun"):
             message = replace(message, begun=round_ > 0)
-        return replace(Request(RUN_ID, round_, UPDATE, last=last, message=boxed(pack(message))), **fields)
+        return replace(Request(RUN_ID, round_, UPDATE, last=last, message=bytes_as_tensor(pack(message))), **fields)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def client(tiny: Path, tmp_path: Path) -> Callable[..., Host]:
     def of(folder: str, **settings: Any) -> Host:
         source = SourceSettings("entail", path=str(tiny / "entail.jsonl"), template="entail")
         own = {"base": str(tiny / "base"), "device": "cpu", "threads": 1, "policy": UNBOUNDED, **settings}
-        return Host(ClientSettings(source, folder=str(tmp_path / folder), **own), Watcher())
+        return Host(ClientSettings(source, folder=str(tmp_path / folder), **own), ProgressListener())
 
     return of
 
@@ -92,7 +92,9 @@ def state(host: Host) -> tuple[str, bytes]:
 def same_answer(one: Reply, other: Reply) -> bool:
     """Times apart."""
     loss = [reply.report["loss"] for reply in (one, other)]
-    return unboxed(one.reply) == unboxed(other.reply) and loss[0] == loss[1] and one.scores == other.scores
+    return (
+        tensor_as_bytes(one.reply) == tensor_as_bytes(other.reply) and loss[0] == loss[1] and one.scores == other.scores
+    )
 
 
 @pytest.mark.parametrize("method", ["fedalt", "fdlora", "local_only", "fedsa_lora"])
@@ -110,7 +112,7 @@ def test_each_request_is_done_once_and_what_did_not_count_is_undone(method: str,
     late = ask(one, server.update(1, 0, plus=0.1))
     assert late.failed is None
     again = ask(one, server.update(1, 0, plus=0.2))
-    assert (unboxed(late.reply) != unboxed(again.reply)) == (method != "local_only")
+    assert (tensor_as_bytes(late.reply) != tensor_as_bytes(again.reply)) == (method != "local_only")
 
     assert same_answer(ask(other, server.update(0, -1)), unpacked(Reply, before))
     assert same_answer(ask(other, server.update(1, 0, plus=0.2)), again)
@@ -201,10 +203,13 @@ BAD: dict[str, tuple[str, Callable[[ByHand], bytes]]] = {
     "a round too many": ("bad_request", lambda s: pack(s.update(99, -1))),
     "another row": ("bad_request", lambda s: pack(Request(RUN_ID, 0, EVALUATE, "../x", last=-1))),
     "no message": ("bad_request", lambda s: pack(s.update(0, -1, message={}))),
-    "a message of another kind": ("bad_request", lambda s: pack(s.update(0, -1, message=boxed(pack(s.join()))))),
+    "a message of another kind": (
+        "bad_request",
+        lambda s: pack(s.update(0, -1, message=bytes_as_tensor(pack(s.join())))),
+    ),
     "a message without tensors": (
         "internal",
-        lambda s: pack(s.update(0, -1, message=boxed(pack(replace(s.first, tensors={}))))),
+        lambda s: pack(s.update(0, -1, message=bytes_as_tensor(pack(replace(s.first, tensors={}))))),
     ),
     "another base": ("base", lambda s: pack(s.join(identity={"weights": "a", "tokenizer": "b", "targets": "c"}))),
 }
@@ -215,7 +220,7 @@ def seated(tiny: Path, served: Any, tmp_path_factory: pytest.TempPathFactory) ->
     source = SourceSettings("entail", path=str(tiny / "entail.jsonl"), template="entail")
     folder = tmp_path_factory.mktemp("seated") / "private-place"
     settings = ClientSettings(source, str(folder), str(tiny / "base"), device="cpu", threads=1, policy=UNBOUNDED)
-    host = Host(settings, Watcher())
+    host = Host(settings, ProgressListener())
     assert ask(host, served("fedit").join()).failed is None
     return host
 
@@ -239,7 +244,7 @@ def test_what_cannot_be_done_is_refused_by_a_code_alone(name: str, seated: Host,
 
 
 def test_answers_hold_nothing_of_the_data_and_no_path(served: Any, client: Any, tiny: Path) -> None:
-    server, host = served("fedit", "evaluation.before_aggregation=true"), client("private-place")
+    server, host = served("fedit", "evaluation.pre_aggregation=true"), client("private-place")
     message = server.update(0, -1).message
     requests = [
         server.join(),
@@ -258,11 +263,11 @@ def test_no_word_of_an_error_travels(error: Any, seated: Host, served: Any, tiny
     def fail(done: int, steps: int) -> None:
         raise error("On day 3 Dan buys a red cup, says private-place")
 
-    seated.watcher.step = fail  # type: ignore[method-assign]
+    seated.listener.step = fail  # type: ignore[method-assign]
     try:
         answer = seated.answer(pack(served("fedit").update(0, -1)))
     finally:
-        del seated.watcher.step
+        del seated.listener.step
     codes, reply = {OSError: "disk", MemoryError: "out_of_memory"}, unpacked(Reply, answer)
     assert reply.failed == codes.get(error, "internal")
     assert not reply.report
@@ -278,7 +283,7 @@ def test_labels_are_told_only_where_they_are_shared(served: Any, client: Any, ti
     assert sum(told["labels"].values()) == told["examples"]["train"]
     source = SourceSettings("entail", path=str(tiny / "plain.jsonl"))
     settings = client("free", policy=replace(UNBOUNDED, share_labels=True)).settings
-    free = Host(replace(settings, source=source), Watcher())
+    free = Host(replace(settings, source=source), ProgressListener())
     assert "labels" not in ask(free, served("fedit").join()).report, "free text is no label"
 
 
@@ -400,5 +405,5 @@ def test_a_folder_that_another_process_holds(served: Any, client: Any, caplog: A
 
 def test_messages_reach_the_method_unchanged(served: Any) -> None:
     server = served("fedsa_lora")
-    message = unpack(type(server.first), unboxed(server.update(0, -1).message) or b"")
+    message = unpack(type(server.first), tensor_as_bytes(server.update(0, -1).message) or b"")
     assert all(torch.equal(message.tensors[key], tensor) for key, tensor in server.first.tensors.items())

@@ -24,8 +24,8 @@ from fedamole.deployment.shared_config import agreed_hash, check_agree, shared_t
 from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, unpacked
 from fedamole.errors import ConfigError
 from fedamole.federation.method import ClientInfo, Server
-from fedamole.federation.progress import Watcher
-from fedamole.federation.record import boxed, pack, unboxed, unpack
+from fedamole.federation.progress import ProgressListener
+from fedamole.federation.record import bytes_as_tensor, pack, tensor_as_bytes, unpack
 from fedamole.model.base import load_base
 from fedamole.runs.run_files import MAJORITY
 from tests.conftest import small
@@ -35,7 +35,7 @@ RUN_ID = "c0ffee"
 FIELDS = [item.name for item in fields(PolicySettings)]
 
 
-class Heard(Watcher):
+class Heard(ProgressListener):
     """Keeps what the client is shown."""
 
     def __init__(self) -> None:
@@ -75,7 +75,9 @@ class Asks:
 
     def update(self, round_: int, last: int, plus: float = 0.0) -> Request:
         moved = {key: tensor + plus for key, tensor in self.first.tensors.items()}
-        return Request(RUN_ID, round_, UPDATE, last=last, message=boxed(pack(replace(self.first, tensors=moved))))
+        return Request(
+            RUN_ID, round_, UPDATE, last=last, message=bytes_as_tensor(pack(replace(self.first, tensors=moved)))
+        )
 
 
 def put(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -127,10 +129,10 @@ def asks(tiny: Path) -> Callable[..., Asks]:
 def client(tiny: Path, rows: Path, tmp_path: Path) -> Callable[..., Host]:
     """Hosts with the default policy, unless another is given."""
 
-    def of(folder: str = "one", template: str = "classification", watcher: Any = None, **settings: Any) -> Host:
+    def of(folder: str = "one", template: str = "classification", listener: Any = None, **settings: Any) -> Host:
         source = SourceSettings("north", path=str(rows), template=template)
         own = {"base": str(tiny / "base"), "device": "cpu", "threads": 1, **settings}
-        return Host(ClientSettings(source, folder=str(tmp_path / folder), **own), watcher or Watcher())
+        return Host(ClientSettings(source, folder=str(tmp_path / folder), **own), listener or ProgressListener())
 
     return of
 
@@ -190,7 +192,7 @@ def test_a_wrong_key_or_value_is_named(text: str, error: str, tmp_path: Path) ->
 def test_an_honest_run_passes_the_default_policy_and_is_shown(asks: Any, client: Any) -> None:
     """Train 46, embedding 16 .. by these shares of 130 rows every split has 20 rows, but for fedamole's embedding."""
     heard = Heard()
-    host = client(watcher=heard)
+    host = client(listener=heard)
     server = asks("fedit")
     joined = ask(host, server.join())
     assert joined.failed is None
@@ -281,7 +283,7 @@ def test_what_is_asked_and_harmless(asks: Any, client: Any, tmp_path: Path) -> N
     """Names that lead out or steer a terminal are refused; a template that the client did not name is not used."""
     for number, name in enumerate(("../../../../tmp/pwn/x", "\x1b]0;pwned\x07\x1b[31m[link=http://evil]x")):
         heard = Heard()
-        host = client(f"in/{number}", watcher=heard)
+        host = client(f"in/{number}", listener=heard)
         assert ask(host, asks("fedit").join(put("run", "name", value=name))).failed == "config"
         assert "\x1b" not in "".join(heard.lines)
         assert host.seat is None
@@ -321,7 +323,7 @@ def test_a_client_with_a_single_label_says_what_the_coordinator_has_to_write(
         found: Host = client(folder, template)
         policy = PolicySettings(min_rows=1, min_examples_per_update=1)
         source = replace(found.settings.source, path=str(path))
-        return Host(replace(found.settings, source=source, policy=policy), Watcher())
+        return Host(replace(found.settings, source=source, policy=policy), ProgressListener())
 
     refused = ask(host("a", "classification"), asks("fedit").join())
     assert refused.failed is not None
@@ -336,7 +338,9 @@ def test_a_client_with_a_single_label_says_what_the_coordinator_has_to_write(
 def test_a_dropped_column_is_none_that_a_template_may_read(asks: Any, client: Any, caplog: Any) -> None:
     template = put("data", "templates", value={"triage": {"prompt": "{patient}", "answer": "{label}"}})
     host = client("drop", template="triage")
-    host = Host(replace(host.settings, source=replace(host.settings.source, columns={"patient": ""})), Watcher())
+    host = Host(
+        replace(host.settings, source=replace(host.settings.source, columns={"patient": ""})), ProgressListener()
+    )
     assert ask(host, asks("fedit").join(template)).failed == "policy"
     assert "columns of template triage: asked label, patient" in caplog.text
 
@@ -536,9 +540,9 @@ def read_words(host: Host, tiny: Path, **settings: Any) -> tuple[str | None, lis
         tensors[f"{module}/shared/A"] = torch.zeros(64, d_in)
         tensors[f"{module}/shared/B"] = settings["scale"] * torch.randn(d_out, 64, generator=generator)
     message = config.method.records.message(tensors)
-    reply = ask(host, Request(RUN_ID, 0, UPDATE, message=boxed(pack(message))))
+    reply = ask(host, Request(RUN_ID, 0, UPDATE, message=bytes_as_tensor(pack(message))))
     assert reply.failed is None
-    trained = unpack(config.method.records.reply, unboxed(reply.reply) or b"")
+    trained = unpack(config.method.records.reply, tensor_as_bytes(reply.reply) or b"")
     module = next(name for name in base.shapes if "layers.0." in name and "v_proj" in name)
     parts = torch.linalg.svd(trained.tensors[f"{module}/shared/A"].double(), full_matrices=False)
     rank = int((parts.S / parts.S[0]).gt(1e-5).sum())

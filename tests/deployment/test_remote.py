@@ -71,7 +71,7 @@ def settle(tiny: Path, tmp_path: Path, monkeypatch: Any) -> Any:
     ("method", "options"),
     [
         ("fedamole", []),
-        ("fedit", ["evaluation.before_aggregation=true"]),
+        ("fedit", ["evaluation.pre_aggregation=true"]),
         ("fedlease", []),
         ("ifca_lora", []),
         ("flora", []),
@@ -123,7 +123,7 @@ def test_one_liar_with_a_key_harms_itself_alone(settle: Any, tmp_path: Path, mon
     file, node = tmp_path / "lie", there.link.node("mood")
     monkeypatch.setenv("LIE", str(file))
     old = there.link.hosts[node]
-    there.link.hosts[node] = Liar(old.settings, old.watcher)
+    there.link.hosts[node] = Liar(old.settings, old.listener)
     there.link.before = lambda name, request: file.write_text(kinds[max(request.round, 0)]) and None
     rows = there.run()["rows"]["fedit"]["best_round"]
     told = [line for line in lines(there.server_folder) if line.get("client") == "mood" and line["round"] >= 0]
@@ -151,7 +151,7 @@ def asked(there: Town, name: str, operation: str) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [("fedsa_lora", ["evaluation.before_aggregation=true"]), ("local_only", [])]
+    ("method", "options"), [("fedsa_lora", ["evaluation.pre_aggregation=true"]), ("local_only", [])]
 )
 def test_rounds_that_did_not_count_are_undone(
     method: str, options: list[str], settle: Any, tmp_path: Path, monkeypatch: Any, caplog: Any
@@ -172,7 +172,7 @@ def test_rounds_that_did_not_count_are_undone(
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(worker, "write_atomic", full_once)
-    there.link.hosts[there.link.node("mood")].watcher.step = short_once
+    there.link.hosts[there.link.node("mood")].listener.step = short_once
     there.link.meddle = lambda name, request, answer: (
         "no_answer" if (name, request.round, request.operation) == ("chat", 1, UPDATE) else answer
     )
@@ -205,7 +205,7 @@ def test_workers_that_end_and_start_again_change_nothing(method: str, settle: An
         if (name, request.operation, request.round) in points:
             there.link.restart(name)
 
-    there.link.hosts[there.link.node("mood")].watcher.step = die_once
+    there.link.hosts[there.link.node("mood")].listener.step = die_once
     there.link.before = replaced
     there.run()
     assert killed
@@ -235,7 +235,7 @@ def test_whoever_lost_its_folder_joins_again(settle: Any, caplog: Any) -> None:
     assert set(summary["rows"]["fedit"]["clients"]) == set(NAMES)
 
 
-@pytest.mark.parametrize(("method", "options"), [("fedit", ["evaluation.before_aggregation=true"]), ("fdlora", [])])
+@pytest.mark.parametrize(("method", "options"), [("fedit", ["evaluation.pre_aggregation=true"]), ("fdlora", [])])
 def test_late_joins_and_absences(method: str, options: list[str], settle: Any, tmp_path: Path) -> None:
     """An absent client keeps its model of the best round as the server saw it: what it had. Latecomers count then."""
     away = {0: ("mood", "plain"), 1: ("chat", "mood"), 2: ("chat",)}
@@ -254,7 +254,7 @@ def test_late_joins_and_absences(method: str, options: list[str], settle: Any, t
     ("method", "options", "point", "damaged"),
     [
         ("fedamole", [], ("client_done", 6), False),
-        ("fedit", ["evaluation.before_aggregation=true"], ("round_done", 2), True),
+        ("fedit", ["evaluation.pre_aggregation=true"], ("round_done", 2), True),
         ("fedlease", [], ("stage", 3), False),
         ("fdlora", [], ("client_done", 9), True),
         ("fedit", ["federation.clip_factor=1"], ("client_done", 6), False),

@@ -9,7 +9,7 @@ import pytest
 
 from fedamole.config import load_config
 from fedamole.experiment import start
-from fedamole.federation.progress import Watcher
+from fedamole.federation.progress import ProgressListener
 from tests.conftest import small
 from tests.deployment.test_remote import facts, left, states
 
@@ -27,7 +27,7 @@ def test_equals_the_run_in_one_process(tiny: Path, tmp_path: Path) -> None:
     (tiny / "split.toml").write_text(text)
     words = [*small("fedamole"), "federation.rounds=3", "training.local_steps=1", "run.group=1"]
     here, there = tmp_path / "here", tmp_path / "there"
-    start(load_config(tiny / "split.toml", words), here, Watcher())
+    start(load_config(tiny / "split.toml", words), here, ProgressListener())
     done = subprocess.run(
         [FEDAMOLE, "simulate", tiny / "split.toml", *words, f"run.folder={there}"], capture_output=True, text=True
     )

@@ -15,8 +15,8 @@ from fedamole.engine.in_process import InProcess
 from fedamole.errors import FedamoleError
 from fedamole.experiment import prepare, rows_of, worker_of
 from fedamole.federation.local import embed
-from fedamole.federation.method import Client, Fit, Server, Trained
-from fedamole.federation.progress import Watcher
+from fedamole.federation.method import Client, Server, TrainingRequest, TrainingResult
+from fedamole.federation.progress import ProgressListener
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing, pack, unpack
 from fedamole.federation.worker import Private, Worker
@@ -78,7 +78,7 @@ def test_memory_that_runs_out_in_a_run_changes_nothing(runs: Any, facts: Any, mo
     assert_same(journal(folder), journal(wanted))
 
 
-class Diary(Watcher):
+class Diary(ProgressListener):
     """Writes down who trained with whom."""
 
     def __init__(self) -> None:
@@ -120,9 +120,11 @@ def test_groups_hold_every_client_once(group: int, sizes: list[int], runs: Any, 
 class Twice(FedIT):
     """A method with local work of its own: it trains, and trains again from there."""
 
-    def update(self, client: Client, kept: Nothing, message: GlobalLora) -> Generator[Fit, Trained, Any]:
-        first = yield Fit(Adapter(self.spec(), message.tensors), share=0.5)
-        second = yield Fit(first.adapter, share=0.5)
+    def update(
+        self, client: Client, kept: Nothing, message: GlobalLora
+    ) -> Generator[TrainingRequest, TrainingResult, Any]:
+        first = yield TrainingRequest(Adapter(self.spec(), message.tensors), share=0.5)
+        second = yield TrainingRequest(first.adapter, share=0.5)
         return (*self.reply(client, kept, message, second), second)
 
 
@@ -149,8 +151,10 @@ def test_a_method_with_its_own_update_trains_in_lockstep_too(runs: Any, tmp_path
 class Once(FedIT):
     """Half a round."""
 
-    def update(self, client: Client, kept: Nothing, message: GlobalLora) -> Generator[Fit, Trained, Any]:
-        only = yield Fit(Adapter(self.spec(), message.tensors), share=0.5)
+    def update(
+        self, client: Client, kept: Nothing, message: GlobalLora
+    ) -> Generator[TrainingRequest, TrainingResult, Any]:
+        only = yield TrainingRequest(Adapter(self.spec(), message.tensors), share=0.5)
         return (*self.reply(client, kept, message, only), only)
 
 
@@ -162,7 +166,7 @@ def test_everybody_reads_his_own_embeddings_whoever_takes_more_steps(runs: Any, 
         prepared = prepare(config)
         run = RunFolder.create(tmp_path / f"run{group}", "", "", "fedamole", prepared.base.identity)
         worker = worker_of(config, Bank(prepared.base), run)
-        clients = InProcess(worker, prepared.clients, Watcher(), group)
+        clients = InProcess(worker, prepared.clients, ProgressListener(), group)
         state = config.method.init(Server(prepared.base.shapes, clients.clients, 0))
         messages = {info.name: pack(config.method.message(state, info)) for info in clients.clients}
         answers = clients.update(0, messages)
@@ -184,7 +188,7 @@ class TwoRanks(LocalOnly):
     def spec_of(self, client: Client) -> AdapterSpec:
         return replace(self.spec(), rank=3 if client.name in ("chat", "mood") else 2)
 
-    def first_keep(self, client: Client) -> OwnLora:
+    def init_client_state(self, client: Client) -> OwnLora:
         rank = self.spec_of(client).rank
         return OwnLora(new_shared(client.shapes, rank, torch_generator(client.seed, "lora", client.name)))
 
@@ -224,10 +228,10 @@ def test_adapters_of_different_kinds_in_one_group(runs: Any, tmp_path: Path, mon
 def test_clients_without_an_adapter_are_scored_on_the_bare_base(runs: Any, tmp_path: Path) -> None:
     """Before any round nobody has a model of his own: a group of bare bases, beside the bare row itself."""
     clients, messages, _ = engine(runs, tmp_path / "run", replace(SMALL), 4)
-    clients.worker.rows = {"fedit": "trained"}
+    clients.worker.rows = {"fedit": "pre_aggregation"}
     clients.update(0, {name: message for name, message in messages.items() if name in ("chat", "mood")})
     scores = clients.evaluate(0, "fedit", dict.fromkeys(messages))
-    bare = clients.bare("validation", clients.present())
+    bare = clients.score_base("validation", clients.wait_for_clients())
     for name in messages:
         assert (scores[name]["loss"] == pytest.approx(bare[name]["loss"], abs=1e-6)) == (name in ("entail", "plain"))
 
@@ -262,7 +266,7 @@ def test_where_memory_runs_out_groups_are_halved(
 
     monkeypatch.setattr(clients.worker.bank, "load", none)
     with pytest.raises(FedamoleError, match=r"one client at a time \(chat\): lower training.batch_size"):
-        clients.bare("test", clients.present())
+        clients.score_base("test", clients.wait_for_clients())
 
 
 def test_memory_that_runs_out_after_training_trains_nobody_twice(runs: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -13,7 +13,7 @@ from fedamole.engine import remote
 from fedamole.engine.messages import EVALUATE, FAILURES, JOIN, TEST, UPDATE, Request, failure
 from fedamole.errors import RunError
 from fedamole.federation.method import Server
-from fedamole.federation.progress import Watcher
+from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import pack
 from fedamole.methods.fedit import FedIT
 
@@ -27,36 +27,36 @@ def hasty(monkeypatch: Any) -> None:
 def test_a_name_that_is_taken_or_not_on_the_roster(caplog: Any) -> None:
     link = Stub(registered={1: "ann", 2: "ann", 3: "mallory", 4: "bob"})
     there = engine(link)
-    assert there.present() == ["ann", "bob"]
+    assert there.wait_for_clients() == ["ann", "bob"]
     assert {name: member.node for name, member in there.members.items()} == {"ann": 1, "bob": 4}
     assert "there is another ann, which is online" in caplog.text
     assert "mallory is refused: its name is not one of deployment.clients" in caplog.text
     asked = len(link.asked)
-    there.present()
+    there.wait_for_clients()
     assert len(link.asked) == asked, "those that were refused are left in peace for a while"
     del link.registered[1]
     there._refused.clear()
-    assert there.present() == ["ann", "bob"]
+    assert there.wait_for_clients() == ["ann", "bob"]
     assert there.members["ann"].node == 2
 
 
 def test_an_unregistered_node_says_who_it_is() -> None:
     link = Stub(registered={1: "", 2: "ann"})
-    assert engine(link).present() == ["ann", "eve"]
+    assert engine(link).wait_for_clients() == ["ann", "eve"]
 
 
 def test_example_counts_weigh_and_are_kept(tmp_path: Path) -> None:
     """A client that is asked to join again does not lose its weight in between."""
     link = Stub()
     there = engine(link)
-    there.present()
+    there.wait_for_clients()
     link.answers = lambda name, request: pack(failure(request, name, "not_joined"))
     there._exchange({"ann": Request("run1", 0, EVALUATE, "fedit")}, {"ann": 10**6})
     assert "ann" not in there.members
     assert [client.examples for client in there.clients] == [9, 9, 9]
 
 
-class Told(Watcher):
+class Told(ProgressListener):
     def __init__(self) -> None:
         self.heard: list[tuple[tuple[str, ...], int]] = []
 
@@ -68,22 +68,22 @@ def test_too_few_are_waited_for(caplog: Any) -> None:
     link, told = Stub(registered={0: "ann"}), Told()
     there = engine(link, told)
     with pytest.raises(RunError, match=r"waited .* for 1 more clients; here are: ann\. .* server --resume"):
-        there.present()
+        there.wait_for_clients()
     assert told.heard == [(("ann",), 1)]
     assert len(link.asked) == 1, "one request to join, however long the wait"
     link.registered[1] = "bob"
-    assert there.present() == ["ann", "bob"]
+    assert there.wait_for_clients() == ["ann", "bob"]
     assert told.heard[-1] == (("ann", "bob"), 0)
 
 
 def test_at_first_all_are_waited_for_a_while_also_after_a_restart() -> None:
     there = engine(Stub(registered={0: "ann", 1: "bob"}), gathering=0.15)
-    there.resumed({}, {"ann": 0, "bob": 0, "eve": 0}, {})
+    there.restore({}, {"ann": 0, "bob": 0, "eve": 0}, {})
     began = time.monotonic()
-    assert there.present() == ["ann", "bob"]
+    assert there.wait_for_clients() == ["ann", "bob"]
     assert time.monotonic() - began >= 0.14
     began = time.monotonic()
-    there.present()
+    there.wait_for_clients()
     assert time.monotonic() - began < 0.1
 
 
@@ -94,12 +94,12 @@ def message() -> bytes:
 def test_a_server_that_goes_on_tells_best_rounds_and_what_counted_last() -> None:
     link = Stub()
     there = engine(link)
-    there.resumed({"ann": {"fedit": 3}, "bob": {"fedit": 2}}, {"ann": 4, "bob": 2}, {"ann": 7})
-    there.present()
+    there.restore({"ann": {"fedit": 3}, "bob": {"fedit": 2}}, {"ann": 4, "bob": 2}, {"ann": 7})
+    there.wait_for_clients()
     there.update(5, dict.fromkeys(NAMES, message()))
     told = [(request.best, request.last) for _, request in link.asked if request.operation == UPDATE]
     assert told == [({"fedit": 3}, 4), ({"fedit": 2}, 2), ({}, -1)]
-    there.keep("fedit", 5, ["ann", "eve"])
+    there.save_best("fedit", 5, ["ann", "eve"])
     there.evaluate(5, "fedit", dict.fromkeys(NAMES, message()))
     told = [(request.best, request.last) for _, request in link.asked[-3:]]
     assert told == [({"fedit": 5}, 5), ({"fedit": 2}, 5), ({"fedit": 5}, 5)]
@@ -116,7 +116,7 @@ def test_failures_that_can_pass_are_asked_again_but_not_without_a_pause() -> Non
 
     link = Stub(answers)
     there = engine(link)
-    there.present()
+    there.wait_for_clients()
     found = there.update(0, dict.fromkeys(NAMES, message()))
     assert sum(answer.payload is not None for answer in found.values()) >= 2
     assert 3 <= link.count(UPDATE) <= 1 + 2 * 7
@@ -131,7 +131,7 @@ def test_a_failure_that_never_passes_ends_the_run_after_patience(code: str) -> N
 
     link = Stub(answers)
     there = engine(link, patience=0.3)
-    there.present()
+    there.wait_for_clients()
     with pytest.raises(RunError, match=r"round 0: 1 of 2 answers, .* 0 s \(deployment.patience\).* --resume"):
         there.update(0, dict.fromkeys(NAMES, message()))
     assert 4 <= link.count(UPDATE) <= 1 + 2 * (2 + 0.3 / 0.02)
@@ -148,7 +148,7 @@ def test_failures_that_cannot_pass_end_the_run_only_below_min_clients(code: str)
 
     link = Stub(answers(["eve"]))
     there = engine(link)
-    there.present()
+    there.wait_for_clients()
     found = there.update(0, dict.fromkeys(NAMES, message()))
     assert found["eve"].report["failed"] == FAILURES[code]
     assert found["eve"].payload is None
@@ -184,7 +184,7 @@ def test_a_request_that_was_lost_on_its_way_is_sent_once_more(operation: str) ->
 
     link = Stub(answers)
     there = engine(link, deadline=1.0)
-    there.present()
+    there.wait_for_clients()
     found = getattr(there, operation)(0, *(["fedit"] if operation == EVALUATE else []), dict.fromkeys(NAMES, message()))
     answered = found if operation == EVALUATE else [name for name, one in found.items() if one.payload is not None]
     assert sorted(answered) == ["ann", "bob"]
@@ -196,7 +196,7 @@ def test_a_join_that_is_never_answered_is_asked_again() -> None:
     link = Stub(lambda name, request: None)
     there = engine(link, deadline=0.05)
     with pytest.raises(RunError):
-        there.present()
+        there.wait_for_clients()
     assert 6 <= len(link.asked) <= 18, "every deadline, not at every look"
 
 
@@ -220,11 +220,11 @@ def test_a_join_that_takes_longer_than_the_pause_between_two_requests_counts(mon
     link = Slow()
     link.seconds = 0.2
     there = engine(link, deadline=0.5, patience=0.6)
-    assert there.present() == ["ann", "bob", "eve"]
+    assert there.wait_for_clients() == ["ann", "bob", "eve"]
     asked = len(link.asked)
     assert 6 <= asked <= 3 * remote.JOINS
     time.sleep(0.25)
-    assert there.present() == ["ann", "bob", "eve"], "the answers to the other requests do no harm"
+    assert there.wait_for_clients() == ["ann", "bob", "eve"], "the answers to the other requests do no harm"
     assert len(link.asked) == asked
 
 
@@ -234,7 +234,7 @@ def test_a_node_has_few_open_requests_to_join(monkeypatch: Any) -> None:
     there = engine(link, deadline=10.0, patience=0.2)
     monkeypatch.setattr(remote, "REPEAT", 0.001)
     with pytest.raises(RunError):
-        there.present()
+        there.wait_for_clients()
     assert len(link.asked) == 3 * remote.JOINS
     assert len(there._joining) == 3 * remote.JOINS
 
@@ -251,15 +251,15 @@ def test_the_number_of_examples_is_the_one_told_first(caplog: Any) -> None:
 
     link = Stub(answers)
     there = engine(link)
-    there.present()
+    there.wait_for_clients()
     counts["ann"] = 10**9
     there.members.pop("ann")
     there._refused.clear()
-    there.present()
+    there.wait_for_clients()
     assert [client.examples for client in there.clients] == [9, 9, 9]
     assert "ann now says that it has 1000000000 training examples; the 9 of its first join count" in caplog.text
     # After a restart the number in the checkpoint counts; a client that never came has none there.
     again = engine(link)
-    again.resumed({}, {}, {"ann": 9, "bob": 0})
-    again.present()
+    again.restore({}, {}, {"ann": 9, "bob": 0})
+    again.wait_for_clients()
     assert [client.examples for client in again.clients] == [9, 9, 9]

@@ -16,9 +16,9 @@ from tests.deployment.stub import EXAMPLES, IDENTITY, NAMES, SHAPES, Answers, St
 
 from fedamole.engine import remote
 from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, failure, read_reply, read_request
-from fedamole.engine.reply_template import check_reply, rehearse
+from fedamole.engine.reply_template import check_reply, dry_run
 from fedamole.federation.method import ClientInfo, Server
-from fedamole.federation.record import PayloadError, boxed, pack, unboxed, unpack
+from fedamole.federation.record import PayloadError, bytes_as_tensor, pack, tensor_as_bytes, unpack
 from fedamole.methods.fedit import GlobalLora
 from fedamole.methods.hetlora import HetLora
 from fedamole.methods.ifca_lora import IfcaLora
@@ -56,9 +56,9 @@ def spaced(payload: bytes) -> bytes:
 
 def sent(reply: Reply, change: Callable[[dict[str, torch.Tensor]], Any]) -> bytes:
     """A reply whose tensors are changed."""
-    tensors = dict(unpack(GlobalLora, unboxed(reply.reply) or b"").tensors)
+    tensors = dict(unpack(GlobalLora, tensor_as_bytes(reply.reply) or b"").tensors)
     change(tensors)
-    return pack(replace(reply, reply=boxed(pack(GlobalLora(tensors)))))
+    return pack(replace(reply, reply=bytes_as_tensor(pack(GlobalLora(tensors)))))
 
 
 A = "m/shared/A"
@@ -192,13 +192,13 @@ UPDATES: dict[str, Lie] = {
     "its reply is no bytes": lambda r: pack(replace(r, reply={"record": torch.ones(4)})),
     "its reply is a matrix": lambda r: pack(replace(r, reply={"record": torch.ones(4, 2, dtype=torch.uint8)})),
     "its reply is empty": lambda r: pack(replace(r, reply={"record": torch.ones(0, dtype=torch.uint8)})),
-    "its reply is another record": lambda r: pack(replace(r, reply=boxed(pack(r)))),
-    "its reply is deep": lambda r: pack(replace(r, reply=boxed(written(DEEP)))),
+    "its reply is another record": lambda r: pack(replace(r, reply=bytes_as_tensor(pack(r)))),
+    "its reply is deep": lambda r: pack(replace(r, reply=bytes_as_tensor(written(DEEP)))),
     **{f"scores: {key}": scored(fedit_ft=value) for key, value in SCORES.items()},
 }
 EVALUATES: dict[str, Lie] = {
     "a report": lambda r: forged(r, report={"loss": 1.0}),
-    "a reply": lambda r: pack(replace(r, reply=boxed(b"more"))),
+    "a reply": lambda r: pack(replace(r, reply=bytes_as_tensor(b"more"))),
     **{f"scores: {key}": scored(fedit=value) for key, value in SCORES.items()},
 }
 TESTS: dict[str, Lie] = {
@@ -240,7 +240,7 @@ JOINS: dict[str, Lie] = {
     "labels are a list": told(labels=[SECRET]),
     "a label is a row": told(labels={SECRET * 20: 1}),
     "endless labels": told(labels={str(number): 1 for number in range(2000)}),
-    "a reply": lambda r: pack(replace(r, reply=boxed(b"more"))),
+    "a reply": lambda r: pack(replace(r, reply=bytes_as_tensor(b"more"))),
     **{f"scores: {key}": scored(**{BASE: value}) for key, value in SCORES.items()},
 }
 LIES = [
@@ -299,7 +299,7 @@ def test_methods_that_let_clients_decide(method: Any) -> None:
     """True is in range(3), and a reply without any A has no rank."""
     info = ClientInfo("ann", 5)
     server = Server(SHAPES, (info,), 0, 0, 4)
-    wanted = rehearse(method, server, info, method.message(method.init(server), info))
+    wanted = dry_run(method, server, info, method.message(method.init(server), info))
     check_reply(method, wanted, wanted, 1e4)
     bad = [replace(wanted, tensors={}), replace(wanted, tensors={"m/shared/B": torch.ones(3, 2)})]
     if hasattr(wanted, "cluster"):
@@ -344,18 +344,20 @@ REQUESTS: dict[str, Callable[[Request], bytes]] = {
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_a_client_refuses_requests_that_are_none(name: str) -> None:
-    good = Request("run1", 0, UPDATE, message=boxed(b"x"))
+    good = Request("run1", 0, UPDATE, message=bytes_as_tensor(b"x"))
     assert read_request(pack(good)).round == 0
     with pytest.raises(PayloadError):
         read_request(REQUESTS[name](good))
 
 
 def test_requests_and_replies_survive_the_wire() -> None:
-    request = Request("run1", 3, UPDATE, "fedit", {"fedit": 2}, 2, message=boxed(b"\x00\xffbytes"), exchange=15)
+    request = Request(
+        "run1", 3, UPDATE, "fedit", {"fedit": 2}, 2, message=bytes_as_tensor(b"\x00\xffbytes"), exchange=15
+    )
     again = read_request(pack(request))
-    assert unboxed(again.message) == b"\x00\xffbytes"
+    assert tensor_as_bytes(again.message) == b"\x00\xffbytes"
     assert (again.round, again.row, again.best, again.last, again.exchange) == (3, "fedit", {"fedit": 2}, 2, 15)
-    assert unboxed(boxed(None)) is None
+    assert tensor_as_bytes(bytes_as_tensor(None)) is None
 
 
 @pytest.mark.parametrize(("sharing", "row"), [(NAMES, True), (NAMES[:2], False), ((), False)])

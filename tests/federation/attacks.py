@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fedamole.engine.in_process import InProcess
 from fedamole.experiment import loop_of, prepare, server_of, worker_of
-from fedamole.federation.progress import Watcher
+from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import pack, unpack
 from fedamole.federation.robust import flattened, with_tensors
-from fedamole.federation.worker import Answer
+from fedamole.federation.worker import UpdateResult
 from fedamole.model.bank import Bank
 from fedamole.runs.run_folder import RunFolder
 
@@ -42,7 +42,7 @@ class Attacked(InProcess):
     def lie(self, kind: str, record: Any) -> None:
         self.kind, self.record = kind, record
 
-    def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, Answer]:
+    def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, UpdateResult]:
         answers = super().update(round_, messages)
         if self.kind == "absent":
             del answers[LIAR]
@@ -58,9 +58,9 @@ def attacked(config: Any, path: Path, kind: str) -> Path:
     prepared = prepare(config)
     base = prepared.base
     folder = RunFolder.create(path, "", "{}", config.method_name, base.identity)
-    engine = Attacked(worker_of(config, Bank(base), folder), prepared.clients, Watcher(), 4)
+    engine = Attacked(worker_of(config, Bank(base), folder), prepared.clients, ProgressListener(), 4)
     engine.lie(kind, config.method.records.reply)
-    loop_of(config, engine, server_of(config, base, engine.clients), folder, Watcher()).run()
+    loop_of(config, engine, server_of(config, base, engine.clients), folder, ProgressListener()).run()
     return path
 
 

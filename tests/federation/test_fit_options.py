@@ -1,4 +1,4 @@
-"""What a `Fit` can ask for, in float64 against a plain loop with torch's Adam and AdamW written here."""
+"""What a `TrainingRequest` can ask for, in float64 against a plain loop with torch's Adam and AdamW written here."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +10,7 @@ from tests.model.conftest import base, folder  # noqa: F401 - fixtures
 from tests.training import lora_spec
 
 from fedamole.federation.local import LocalTask, fit
-from fedamole.federation.method import Fit, Trained
+from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.amole import AdapterSpec
@@ -43,7 +43,9 @@ def lora(bank: Bank, seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def plainly(bank: Bank, client: str, asked: Fit, steps: int, begun: int = 0, turn: int = 0) -> dict[str, torch.Tensor]:
+def plainly(
+    bank: Bank, client: str, asked: TrainingRequest, steps: int, begun: int = 0, turn: int = 0
+) -> dict[str, torch.Tensor]:
     """The same training by autograd on named tensors, with torch.optim.Adam over those that are not frozen."""
     tensors = {
         name: t.clone().requires_grad_(name not in asked.adapter.frozen) for name, t in asked.adapter.tensors.items()
@@ -83,14 +85,16 @@ def added(scaling: float, tensors: dict[str, torch.Tensor], module: str) -> Call
     return lambda _, inputs, y: y + scaling * (inputs[0] @ a.T) @ b.T
 
 
-def asked(bank: Bank, kind: str, seed: int, share: float = 1.0, decay: float = 0.0) -> Fit:
+def asked(bank: Bank, kind: str, seed: int, share: float = 1.0, decay: float = 0.0) -> TrainingRequest:
     tensors = lora(bank, seed)
     spec = AdapterSpec(rank=2, alpha=4.0, dropout=0.0, balance_weight=0.0)
     frozen = tuple(sorted(name for name in tensors if name.endswith("A"))) if kind == "frozen" else ()
     anchor = lora(bank, seed + 50) if kind in ("anchor", "anchor of B") else {}
     anchor = {name: t for name, t in anchor.items() if name.endswith("B") or kind == "anchor"}
     tail: dict[str, Any] = {"tail": 1, "tail_weight": 0.3} if kind == "tail" else {}
-    return Fit(Adapter(spec, tensors, frozen=frozen), share, anchor, 0.7 if anchor else 0.0, **tail, weight_decay=decay)
+    return TrainingRequest(
+        Adapter(spec, tensors, frozen=frozen), share, anchor, 0.7 if anchor else 0.0, **tail, weight_decay=decay
+    )
 
 
 @pytest.mark.parametrize("kind", ["plain", "frozen", "anchor", "anchor of B", "tail"])
@@ -102,7 +106,7 @@ def test_equals_a_plain_loop_with_adam(kind: str, bank: Bank) -> None:
     for task, found in zip(tasks, together, strict=True):
         (alone,) = fit(bank, [task], SETTINGS, seed=3, round_=1)
         for outcome in (found, alone):
-            assert isinstance(outcome, Trained)
+            assert isinstance(outcome, TrainingResult)
             for name, tensor in wanted[task.client].items():
                 torch.testing.assert_close(outcome.adapter.tensors[name], tensor, rtol=0, atol=1e-9)
                 if name in task.fit.adapter.frozen:
@@ -119,7 +123,7 @@ def test_clients_of_a_group_may_ask_for_different_things(decays: tuple[float, fl
     wanted = {"a": plainly(bank, "a", fits["a"], 5), "b": plainly(bank, "b", fits["b"], 2)}
     tasks = [LocalTask(name, one, ROWS[name], SETTINGS.learning_rate) for name, one in fits.items()]
     for task, found in zip(tasks, fit(bank, tasks, SETTINGS, seed=3, round_=1), strict=True):
-        assert isinstance(found, Trained)
+        assert isinstance(found, TrainingResult)
         for name, tensor in wanted[task.client].items():
             torch.testing.assert_close(found.adapter.tensors[name], tensor, rtol=0, atol=1e-9)
 
@@ -128,7 +132,7 @@ def test_clients_of_a_group_may_ask_for_different_things(decays: tuple[float, fl
 def test_weight_decay_is_adamws(kind: str, bank: Bank) -> None:
     one = asked(bank, kind, 0, decay=0.9)
     (found,) = fit(bank, [LocalTask("a", one, ROWS["a"], SETTINGS.learning_rate)], SETTINGS, seed=3, round_=1)
-    assert isinstance(found, Trained)
+    assert isinstance(found, TrainingResult)
     wanted, without = plainly(bank, "a", one, 5), plainly(bank, "a", replace(one, weight_decay=0.0), 5)
     for name, tensor in found.adapter.tensors.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-9)
@@ -164,7 +168,7 @@ def test_tokens_are_those_of_the_batches(accumulation: int, bank: Bank) -> None:
         LocalTask(name, asked(bank, "plain", 0, share), rows[name], 1e-2) for name, share in (("a", 0.4), ("b", 1.0))
     ]
     found = fit(bank, tasks, settings, seed=3, round_=1)
-    assert [one.tokens for one in found if isinstance(one, Trained)] == [20 * accumulation, 50 * accumulation]
+    assert [one.tokens for one in found if isinstance(one, TrainingResult)] == [20 * accumulation, 50 * accumulation]
 
 
 @pytest.mark.parametrize("steps", range(1, 8))
@@ -183,8 +187,8 @@ def test_another_turn_sees_other_batches(bank: Bank) -> None:
     one = LocalTask("a", asked(bank, "plain", 0), ROWS["a"], SETTINGS.learning_rate)
     (first,) = fit(bank, [one], SETTINGS, seed=3, round_=1)
     (second,) = fit(bank, [one], SETTINGS, seed=3, round_=1, turn=1)
-    assert isinstance(first, Trained)
-    assert isinstance(second, Trained)
+    assert isinstance(first, TrainingResult)
+    assert isinstance(second, TrainingResult)
     wanted = plainly(bank, "a", one.fit, 5, turn=1)
     for name, tensor in wanted.items():
         torch.testing.assert_close(second.adapter.tensors[name], tensor, rtol=0, atol=1e-9)

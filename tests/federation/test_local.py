@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fedamole.experiment import prepare, resume
 from fedamole.federation.local import DivergedError, LocalTask, _batches, _Group, embed
-from fedamole.federation.method import Fit
-from fedamole.federation.progress import Watcher
+from fedamole.federation.method import TrainingRequest
+from fedamole.federation.progress import ProgressListener
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import pack, unpack
 from fedamole.federation.settings import TrainingSettings
@@ -124,7 +124,7 @@ def test_a_steps_gradient_is_the_mean_over_its_batches(bank: Bank, rows: list[Ro
     """Read before Adam forgets its scale; each client of a group has its own, whatever the other learns from."""
     settings = TrainingSettings(local_steps=1, batch_size=2, accumulation=accumulation)
     parts = {"mood": rows[:9], "other": rows[9:20]}
-    tasks = [LocalTask(name, Fit(lora(bank)), part, 1e-2) for name, part in parts.items()]
+    tasks = [LocalTask(name, TrainingRequest(lora(bank)), part, 1e-2) for name, part in parts.items()]
     group = _Group(bank, tasks, settings, 0, 0, 0)
     group.step(0)
     found = bank.gradients.clone()
@@ -311,7 +311,7 @@ def test_a_diverged_client_is_left_out_and_keeps_its_state(poisoned: Any, caplog
     "plain", which trains in one group with it.
     """
     folder = poisoned()
-    summary = resume(folder, Watcher())
+    summary = resume(folder, ProgressListener())
     lines = [line for line in facts(folder) if line["split"] == "train" and line["client"] == "mood"]
     assert "failed" not in lines[0]
     for round_ in (1, 2):
@@ -351,7 +351,7 @@ def test_where_all_diverge_the_server_stays_as_it_was(method: str, runs: Any, cr
     for client, scores in rows[method]["clients"].items():
         assert scores["loss"] == pytest.approx(bare[client], rel=1e-5), "B is zero still"
     folder = crash("client_done", 6, method, *words)
-    resume(folder, Watcher())
+    resume(folder, ProgressListener())
     assert facts(folder) == facts(whole)
 
 

@@ -14,7 +14,7 @@ import torch
 from fedamole.experiment import prepare
 from fedamole.federation import local
 from fedamole.federation.local import DivergedError, LocalTask, embed, fit
-from fedamole.federation.method import Fit, Trained
+from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
@@ -59,18 +59,18 @@ def tasks(bank: Bank, kind: str, clients: int = 5, **fields: Any) -> list[LocalT
             for name, tensor in pool.items()
             if "/expert-" not in name or int(name.split("/expert-")[1][:2]) in held[name.split("/")[0]]
         }
-        fit_ = Fit(Adapter(spec, tensors))
+        fit_ = TrainingRequest(Adapter(spec, tensors))
         found.append(LocalTask(f"client{client}", fit_, texts(bank, client), 1e-2 * (1 + client % 2)))
     return found
 
 
-def trained(bank: Bank, group: Sequence[LocalTask], settings: TrainingSettings = HARD) -> list[Trained]:
+def trained(bank: Bank, group: Sequence[LocalTask], settings: TrainingSettings = HARD) -> list[TrainingResult]:
     outcomes = fit(bank, group, settings, seed=3, round_=1)
-    assert all(isinstance(outcome, Trained) for outcome in outcomes)
+    assert all(isinstance(outcome, TrainingResult) for outcome in outcomes)
     return outcomes  # type: ignore[return-value]
 
 
-def alone(bank: Bank, group: Sequence[LocalTask], settings: TrainingSettings = HARD) -> list[Trained]:
+def alone(bank: Bank, group: Sequence[LocalTask], settings: TrainingSettings = HARD) -> list[TrainingResult]:
     return [trained(bank, [task], settings)[0] for task in group]
 
 
@@ -85,7 +85,7 @@ def of_uneven_steps(bank: Bank) -> list[LocalTask]:
     ]
 
 
-def assert_equal(found: Sequence[Trained], wanted: Sequence[Trained], tolerance: float = 1e-9) -> None:
+def assert_equal(found: Sequence[TrainingResult], wanted: Sequence[TrainingResult], tolerance: float = 1e-9) -> None:
     for mine, theirs in zip(found, wanted, strict=True):
         assert mine.steps == theirs.steps
         assert mine.loss == pytest.approx(theirs.loss, abs=tolerance)
@@ -146,7 +146,7 @@ def test_whoever_is_done_keeps_every_bit(bank: Bank) -> None:
         assert not torch.equal(last, seen[STEPS[client] - 1][place])
         assert all(torch.equal(seen[step][place], last) for step in range(STEPS[client], 15))
         outcome, held = outcomes[client], bank.adapter(place).tensors
-        assert isinstance(outcome, Trained)
+        assert isinstance(outcome, TrainingResult)
         assert all(torch.equal(tensor, held[name]) for name, tensor in outcome.adapter.tensors.items())
 
 
@@ -168,7 +168,7 @@ def test_seed_client_and_round_alone_decide(bank: Bank) -> None:
     group = tasks(bank, "mixture")
     assert_equal(trained(bank, group)[:2], trained(bank, group[:2]))
     other = fit(bank, group[:2], HARD, seed=3, round_=2)
-    assert isinstance(other[0], Trained)
+    assert isinstance(other[0], TrainingResult)
     assert abs(other[0].loss - trained(bank, group[:2])[0].loss) > 1e-6
 
 
@@ -217,14 +217,14 @@ def test_one_clients_nan_changes_no_bit_of_the_others(
     for tensor in tensors.values():
         tensor[0, 0] = math.nan if rate is None else tensor[0, 0]
     adapter = replace(group[sick].fit.adapter, tensors=tensors)
-    group[sick] = replace(group[sick], fit=Fit(adapter), learning_rate=rate or group[sick].learning_rate)
+    group[sick] = replace(group[sick], fit=TrainingRequest(adapter), learning_rate=rate or group[sick].learning_rate)
     found = fit(bank, group, HARD, seed=3, round_=1)
     assert isinstance(found[sick], DivergedError)
     told = rf"client client{sick}, round 1: its loss became (nan|inf) within steps 1 to 2 of local training; lower"
     assert re.match(told, str(found[sick]))
     for client in {0, 1, 2, 3, 4} - {sick}:
         outcome = found[client]
-        assert isinstance(outcome, Trained)
+        assert isinstance(outcome, TrainingResult)
         assert outcome.loss == healthy[client].loss
         for name, tensor in outcome.adapter.tensors.items():
             assert torch.equal(tensor, healthy[client].adapter.tensors[name])

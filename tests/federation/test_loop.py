@@ -14,10 +14,10 @@ import pytest
 
 from fedamole.federation.loop import Loop
 from fedamole.federation.method import ClientInfo, Server
-from fedamole.federation.progress import Watcher
+from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import Nothing, pack
 from fedamole.federation.settings import FederationSettings
-from fedamole.federation.worker import Answer
+from fedamole.federation.worker import UpdateResult
 from fedamole.methods.local_only import LocalOnly
 from fedamole.runs.identity import Identity
 from fedamole.runs.run_folder import RunFolder
@@ -37,10 +37,10 @@ class Script:
     def clients(self) -> tuple[ClientInfo, ...]:
         return tuple(ClientInfo(name, 1) for name in NAMES)
 
-    def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, Answer]:
+    def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, UpdateResult]:
         self.calls.append(("update", round_, tuple(messages)))
         there = [name for name in messages if name in self.losses[round_]]
-        return {name: Answer(pack(Nothing()), {"loss": 0.0, "steps": 1, "seconds": 0.0}) for name in there}
+        return {name: UpdateResult(pack(Nothing()), {"loss": 0.0, "steps": 1, "seconds": 0.0}) for name in there}
 
     def evaluate(self, round_: int, row: str, messages: Mapping[str, bytes | None]) -> dict[str, Any]:
         self.calls.append(("evaluate", round_, tuple(messages)))
@@ -49,16 +49,16 @@ class Script:
     def scores(self, loss: float) -> dict[str, float]:
         return {"loss": loss, "score": 100 - loss}
 
-    def present(self) -> tuple[str, ...]:
+    def wait_for_clients(self) -> tuple[str, ...]:
         return tuple(client.name for client in self.clients)
 
-    def resumed(self, best: Any, answered: Any, examples: Any) -> None:
+    def restore(self, best: Any, answered: Any, examples: Any) -> None:
         pass
 
-    def keep(self, row: str, round_: int, names: Collection[str]) -> None:
+    def save_best(self, row: str, round_: int, names: Collection[str]) -> None:
         self.calls.append(("keep", round_, *names))
 
-    def bare(self, split: str, names: Collection[str]) -> dict[str, Any]:
+    def score_base(self, split: str, names: Collection[str]) -> dict[str, Any]:
         self.calls.append(("bare", split, *names))
         return {name: self.scores(50.0) for name in names}
 
@@ -74,7 +74,7 @@ class Script:
 class LateComer(Script):
     """Client b comes for round 2."""
 
-    def present(self) -> tuple[str, ...]:
+    def wait_for_clients(self) -> tuple[str, ...]:
         return NAMES if ("update", 1, ("a",)) in self.calls else ("a",)
 
 
@@ -85,13 +85,13 @@ def play(
     folder = RunFolder.create(path, "", "{}", "local_only", Identity("w", "t", "x"))
     loop = Loop(
         LocalOnly(),
-        {"local_only": "trained"},
+        {"local_only": "pre_aggregation"},
         engine,
         Server({}, engine.clients, 0),
         FederationSettings(rounds=len(losses)),
         folder,
         select=select,  # type: ignore[arg-type]
-        watcher=Watcher(),
+        listener=ProgressListener(),
         **options,
     )
     return loop.run(), engine.calls
@@ -161,16 +161,16 @@ def test_an_engine_is_told_the_best_rounds_when_a_run_goes_on(best_round: str, t
     losses = [{"a": 3.0, "b": 5.0}, {"a": 4.0, "b": 1.0}, {"a": 9.0, "b": 9.0}]
     play(tmp_path / "run", losses[:2], best_round=best_round)
     engine, heard = Script(losses), list[Any]()
-    engine.resumed = lambda *words: heard.append(deepcopy(words))  # type: ignore[method-assign]
+    engine.restore = lambda *words: heard.append(deepcopy(words))  # type: ignore[method-assign]
     loop = Loop(
         LocalOnly(),
-        {"local_only": "trained"},
+        {"local_only": "pre_aggregation"},
         engine,
         Server({}, engine.clients, 0),
         FederationSettings(rounds=3),
         RunFolder.open(tmp_path / "run"),
         select="loss",
-        watcher=Watcher(),
+        listener=ProgressListener(),
         best_round=best_round,  # type: ignore[arg-type]
     )
     summary = loop.run()
@@ -243,13 +243,13 @@ def test_the_cohort_is_a_share_of_the_clients_drawn_anew(share: float, size: int
     four = Four([])
     loop = Loop(
         LocalOnly(),
-        {"local_only": "trained"},
+        {"local_only": "pre_aggregation"},
         four,
         Server({}, four.clients, 0),
         FederationSettings(8, share),
         folder,
         select="loss",
-        watcher=Watcher(),
+        listener=ProgressListener(),
     )
     drawn = [tuple(client.name for client in loop._cohort(round_, "abcd")) for round_ in range(30)]
     assert {len(cohort) for cohort in drawn} == {size}
@@ -265,14 +265,14 @@ def test_an_absent_client_keeps_its_last_model(method: str, runs: Any, facts: An
     """Adapters in the state of each client after each round: they change in the rounds of its cohort and then only."""
     seen: list[dict[str, bytes]] = []
 
-    class Look(Watcher):
+    class Look(ProgressListener):
         def round_done(self, round_: int, validation: Mapping[str, float]) -> None:
             folder = next(path for path in runs.folder.iterdir() if path not in known)
             states = {path: path.read_bytes() for path in sorted(folder.glob("clients/*/state/*"))}
             seen.append({path.parent.parent.name: content for path, content in states.items()})
 
     known = set(runs.folder.iterdir())
-    folder = runs.fresh(method, "federation.cohort=0.5", "federation.rounds=4", watcher=Look())
+    folder = runs.fresh(method, "federation.cohort=0.5", "federation.rounds=4", listener=Look())
     present = cohorts(facts(folder))
     assert len({tuple(cohort) for cohort in present}) > 1
     before: dict[str, bytes] = {}

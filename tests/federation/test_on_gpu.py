@@ -10,7 +10,7 @@ import torch
 
 from fedamole.deployment import doctor
 from fedamole.federation.local import LocalTask, _Group, fit
-from fedamole.federation.method import Fit, Trained
+from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model import memory
 from fedamole.model.amole import AdapterSpec
@@ -43,7 +43,7 @@ def tasks(bank: Bank) -> list[LocalTask]:
         pool = new_pool(bank.base.shapes, 4, 2 + client, draw)
         tensors = {name: 0.1 * torch.randn(tensor.shape, generator=draw) for name, tensor in pool.items()}
         spec = AdapterSpec(rank=4, alpha=8.0, dropout=0.1, balance_weight=0.01)
-        found.append(LocalTask(f"client{client}", Fit(Adapter(spec, tensors)), rows, 1e-3))
+        found.append(LocalTask(f"client{client}", TrainingRequest(Adapter(spec, tensors)), rows, 1e-3))
     return found
 
 
@@ -55,8 +55,8 @@ def test_training_is_the_same_on_gpu_and_cpu(open_bank: Callable[[str, str], Ban
         bank = open_bank(each, "float32")
         outcomes.append(fit(bank, tasks(bank), SETTINGS, seed=0, round_=0))
     for here, there in zip(*outcomes, strict=True):
-        assert isinstance(here, Trained)
-        assert isinstance(there, Trained)
+        assert isinstance(here, TrainingResult)
+        assert isinstance(there, TrainingResult)
         assert here.loss == pytest.approx(there.loss, rel=1e-3)
 
 

@@ -17,7 +17,7 @@ from fedamole import planning
 from fedamole.config import load_config
 from fedamole.errors import RunError
 from fedamole.experiment import prepare, resume
-from fedamole.federation.progress import Watcher
+from fedamole.federation.progress import ProgressListener
 
 POINTS = {
     "before the first group": ("group_started", 1),
@@ -59,7 +59,7 @@ def test_every_point_is_used() -> None:
 @pytest.mark.parametrize(("method", "point"), [(method, point) for method in SOME for point in SOME[method]])
 def test_killed_and_resumed(method: str, point: str, runs: Any, crash: Any, remains: Callable[[Path], Any]) -> None:
     folder = crash(*POINTS[point], method)
-    resume(folder, Watcher())
+    resume(folder, ProgressListener())
     assert remains(folder) == remains(runs(method))
     assert same_summary(folder, runs(method))
 
@@ -75,15 +75,15 @@ def test_a_group_that_was_chosen_is_kept(runs: Any, crash: Any, remains: Any, mo
     folder = crash("client_done", 6, "fedamole", "run.group=0")
     monkeypatch.setattr(planning, "free_bytes", lambda _: 0)
     assert prepare(runs.load("fedamole", "run.group=0")).config.run.group == 1
-    resume(folder, Watcher())
+    resume(folder, ProgressListener())
     assert remains(folder) == remains(runs("fedamole", "run.group=4"))
 
 
 def test_killed_twice_with_two_rows_and_a_partial_cohort(runs: Any, crash: Any, remains: Any) -> None:
-    words = ("evaluation.before_aggregation=true", "federation.cohort=0.5", "federation.rounds=4")
+    words = ("evaluation.pre_aggregation=true", "federation.cohort=0.5", "federation.rounds=4")
     folder = crash("client_done", 5, "fedit", *words)
     (folder / "metrics.jsonl").open("a").write('{"round": 2, "client": "mo')  # a line torn by the kill
-    resume(folder, Watcher())
+    resume(folder, ProgressListener())
     assert remains(folder) == remains(runs("fedit", *words))
 
 
@@ -120,7 +120,7 @@ def test_a_torn_last_checkpoint(damage: str, runs: Any, crash: Any, remains: Any
     os.truncate(folder / torn, (folder / torn).stat().st_size // 2)
     started: list[int] = []
 
-    class Notes(Watcher):
+    class Notes(ProgressListener):
         def round_started(self, round_: int, *_: Any) -> None:
             started.append(round_)
 
@@ -135,7 +135,7 @@ def test_all_checkpoints_corrupt(crash: Any) -> None:
     for path in folder.glob("checkpoints/*.safetensors"):
         os.truncate(path, 10)
     with pytest.raises(RunError, match="no checkpoint is intact"):
-        resume(folder, Watcher())
+        resume(folder, ProgressListener())
 
 
 def test_a_foreign_checkpoint(runs: Any, crash: Any) -> None:
@@ -146,13 +146,13 @@ def test_a_foreign_checkpoint(runs: Any, crash: Any) -> None:
     shutil.copytree(other / "checkpoints", folder / "checkpoints")
     shutil.copytree(other / "clients", folder / "clients")
     with pytest.raises(RunError, match="belongs to another run"):
-        resume(folder, Watcher())
+        resume(folder, ProgressListener())
 
 
 def test_a_finished_run_is_left_as_it_is(runs: Any) -> None:
     folder = runs("fedit")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert resume(folder, Watcher())["method"] == "fedit"
+    assert resume(folder, ProgressListener())["method"] == "fedit"
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
@@ -161,7 +161,7 @@ def test_a_running_run_is_refused(crash: Any) -> None:
 
     folder = crash("group_started", 3, "local_only")
     with RunFolder.open(folder).locked(), pytest.raises(RunError, match="another process is running this run"):
-        resume(folder, Watcher())
+        resume(folder, ProgressListener())
 
 
 def test_disk_stays_bounded(runs: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedamole.federation.method import Client, ClientInfo, Fit, Trained
+from fedamole.federation.method import Client, ClientInfo, TrainingRequest, TrainingResult
 from fedamole.model.params import Adapter, Shapes
 
 
@@ -26,13 +26,17 @@ def client(
     return Client(ClientInfo(name, 10), shapes, 0, round_, look, last_hidden, width=4)
 
 
-def driven(work: Generator[Fit, Trained, Any], *pieces: Mapping[str, Tensor]) -> tuple[list[Fit], Any]:
+def driven(
+    work: Generator[TrainingRequest, TrainingResult, Any], *pieces: Mapping[str, Tensor]
+) -> tuple[list[TrainingRequest], Any]:
     """What an `update` asks for, and what it comes to, when each piece of training sets these tensors in turn."""
     asked = [next(work)]
     for piece in pieces:
         start = asked[-1].adapter
         try:
-            asked.append(work.send(Trained(Adapter(start.spec, {**start.tensors, **piece}, start.fixed), 3, 0.5)))
+            asked.append(
+                work.send(TrainingResult(Adapter(start.spec, {**start.tensors, **piece}, start.fixed), 3, 0.5))
+            )
         except StopIteration as end:
             assert len(asked) == len(pieces), "it asked for fewer trainings"
             return asked, end.value

@@ -31,8 +31,8 @@ def values(tensors: Any) -> dict[str, float]:
 
 def test_global_and_own_lora_begin_as_one() -> None:
     method, first = Ditto(rank=2), FedIT(rank=2).init(SERVER).tensors
-    kept, state = method.first_keep(client(SHAPES, "b")), method.init(SERVER)
-    for tensors in (kept.tensors, state.tensors):
+    client_state, state = method.init_client_state(client(SHAPES, "b")), method.init(SERVER)
+    for tensors in (client_state.tensors, state.tensors):
         assert tensors.keys() == first.keys()
         assert all(torch.equal(tensors[key], first[key]) for key in first)
     assert all(method.message(state, info) is state for info in INFOS)
@@ -43,13 +43,13 @@ def test_the_global_lora_trains_freely_then_the_own_one_near_what_was_sent() -> 
     is held near 2, not near 5.
     """
     work = Ditto(rank=1, proximal=0.4).update(client(SHAPES), OwnLora(both(3.0)), GlobalLora(both(2.0)))
-    (first, second), (kept, reply, trained) = driven(work, both(5.0), both(7.0))
+    (first, second), (client_state, reply, trained) = driven(work, both(5.0), both(7.0))
     assert values(first.adapter.tensors) == {A: 2.0, B: -2.0}
     assert (first.share, first.adapter.frozen, first.anchor, first.anchor_weight) == (0.5, (), {}, 0.0)
     assert values(second.adapter.tensors) == {A: 3.0, B: -3.0}
     assert (second.share, second.adapter.frozen, second.anchor_weight) == (0.5, (), 0.4)
     assert values(second.anchor) == {A: 2.0, B: -2.0}
-    assert values(kept.tensors) == {A: 7.0, B: -7.0}
+    assert values(client_state.tensors) == {A: 7.0, B: -7.0}
     assert values(reply.tensors) == {A: 5.0, B: -5.0}
     assert values(trained.adapter.tensors) == {A: 7.0, B: -7.0}
 
@@ -75,7 +75,7 @@ def test_the_personal_model_is_the_own_lora_whatever_is_sent() -> None:
     mine = Adapter(method.spec(), both(7.0))
     for message in (None, GlobalLora(both(2.0))):
         assert method.personal(client(SHAPES), OwnLora(both(7.0)), message, mine) is mine
-    assert method.evaluates == "trained"
+    assert method.evaluates == "pre_aggregation"
 
 
 def test_the_two_trainings_share_the_rounds_steps(runs: Any, facts: Any) -> None:

@@ -65,9 +65,9 @@ def test_the_personal_lora_is_kept_until_it_is_synchronised(begun: bool, round_:
     """First the personal LoRA (5) is trained; then the global one (2), which becomes personal in rounds 1, 3, 5, ..."""
     method = FdLora(rank=1, sync_every=2)
     work = method.update(client(SHAPES, round_=round_), OwnLora(one(5.0).tensors), Shared(one(2.0).tensors, begun))
-    (asked,), (kept, reply, _) = driven(work, one(7.0).tensors)
+    (asked,), (client_state, reply, _) = driven(work, one(7.0).tensors)
     assert value(asked.adapter.tensors) == (2.0 if begun else 5.0)
-    assert value(kept.tensors) == personal
+    assert value(client_state.tensors) == personal
     assert value(reply.tensors) == 7.0
 
 
@@ -75,8 +75,8 @@ def test_it_synchronises_every_fifth_round_first_in_round_1() -> None:
     method, synced = FdLora(rank=1), list[int]()
     for round_ in range(1, 13):
         work = method.update(client(SHAPES, round_=round_), OwnLora(one(5.0).tensors), Shared(one(2.0).tensors, True))
-        _, (kept, _, _) = driven(work, one(7.0).tensors)
-        if value(kept.tensors) == 7.0:
+        _, (client_state, _, _) = driven(work, one(7.0).tensors)
+        if value(client_state.tensors) == 7.0:
             synced.append(round_)
     assert synced == [1, 6, 11]
 
@@ -94,17 +94,17 @@ def searcher(best: tuple[float, float], seen: list[int]) -> Client:
 
 @pytest.mark.parametrize("best", [(0.9, -0.4), (-1.2, 1.3), (0.0, 1.0), (0.5, 0.5)])
 def test_the_search_finds_the_weights(best: tuple[float, float]) -> None:
-    kept, message = OwnLora({A: torch.tensor([[1.0, 0.0]])}), Shared({A: torch.tensor([[0.0, 1.0]])}, True)
+    client_state, message = OwnLora({A: torch.tensor([[1.0, 0.0]])}), Shared({A: torch.tensor([[0.0, 1.0]])}, True)
     for trials in (5, 20, 400):
         seen: list[int] = []
         method = FdLora(rank=1, fusion_trials=trials)
         me = searcher(best, seen)
-        found = method.search(me, kept, message)
+        found = method.search(me, client_state, message)
         assert set(seen) == {5}
         assert sum(seen) == trials if trials < 400 else sum(seen) <= trials  # it may end where all five agree
 
         def score(weights: tuple[float, float], me: Client = me, method: FdLora = method) -> float:
-            (loss,) = me.losses([method.fused(kept, message, weights)], 16)
+            (loss,) = me.losses([method.fused(client_state, message, weights)], 16)
             return loss + L1 * (abs(weights[0]) + abs(weights[1])) / 2
 
         assert score(found) <= min(map(score, BEGINNINGS)) + 1e-6
@@ -113,12 +113,12 @@ def test_the_search_finds_the_weights(best: tuple[float, float]) -> None:
 
 
 def test_the_model_is_the_fused_one_and_changes_nothing() -> None:
-    kept, message = OwnLora({A: torch.tensor([[1.0, 0.0]])}), Shared({A: torch.tensor([[0.0, 1.0]])}, True)
+    client_state, message = OwnLora({A: torch.tensor([[1.0, 0.0]])}), Shared({A: torch.tensor([[0.0, 1.0]])}, True)
     method = FdLora(rank=1)
-    model = method.personal(searcher((0.0, 1.0), []), kept, message, None)
+    model = method.personal(searcher((0.0, 1.0), []), client_state, message, None)
     assert model is not None
     torch.testing.assert_close(model.tensors[A], torch.tensor([[0.0, 1.0]]), rtol=0, atol=0.1)
-    assert value(kept.tensors) == 1.0
+    assert value(client_state.tensors) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -143,16 +143,16 @@ def test_whoever_begins_late_begins_with_a_personal_lora(round_: int) -> None:
     """Nobody answered before: this is everybody's first round, whatever its number."""
     message = Shared(one(2.0).tensors, False)
     work = FdLora(rank=1).update(client(SHAPES, round_=round_), OwnLora(one(5.0).tensors), message)
-    (asked,), (kept, _, _) = driven(work, one(7.0).tensors)
+    (asked,), (client_state, _, _) = driven(work, one(7.0).tensors)
     assert value(asked.adapter.tensors) == 5.0
-    assert value(kept.tensors) == 7.0
+    assert value(client_state.tensors) == 7.0
 
 
 def test_the_weights_are_of_the_personal_and_the_global_lora_and_of_both_factors() -> None:
     """2 * 1 - 0.5 * 4 = 0 in A; 2 * 3 - 0.5 * 2 = 5 in B."""
-    kept = OwnLora({A: torch.full((1, 2), 1.0), "m/shared/B": torch.full((2, 1), 3.0)})
+    client_state = OwnLora({A: torch.full((1, 2), 1.0), "m/shared/B": torch.full((2, 1), 3.0)})
     message = Shared({A: torch.full((1, 2), 4.0), "m/shared/B": torch.full((2, 1), 2.0)}, True)
-    fused = FdLora(rank=1).fused(kept, message, (2.0, -0.5))
+    fused = FdLora(rank=1).fused(client_state, message, (2.0, -0.5))
     assert fused.tensors[A].tolist() == [[0.0, 0.0]]
     assert fused.tensors["m/shared/B"].flatten().tolist() == [5.0, 5.0]
 
@@ -166,9 +166,9 @@ def landscape(loss: Callable[[float, float], float], trials: int, examples: int 
         assert all(max(map(abs, point)) <= 1.5 for point in points)
         return [loss(*point) for point in points]
 
-    kept, message = OwnLora({A: torch.tensor([[1.0, 0.0]])}), Shared({A: torch.tensor([[0.0, 1.0]])}, True)
+    client_state, message = OwnLora({A: torch.tensor([[1.0, 0.0]])}), Shared({A: torch.tensor([[0.0, 1.0]])}, True)
     method = FdLora(rank=1, fusion_trials=trials, fusion_examples=examples)
-    return method.search(replace(client(SHAPES), losses=losses), kept, message)
+    return method.search(replace(client(SHAPES), losses=losses), client_state, message)
 
 
 @pytest.mark.parametrize("beginning", BEGINNINGS)
@@ -192,5 +192,5 @@ def test_the_regularised_minimum_by_hand() -> None:
 def test_the_model_that_is_scored() -> None:
     """After the aggregation the fused one; without a message what was trained."""
     method, trained = FdLora(rank=1), Adapter(FdLora(rank=1).spec(), one(3.0).tensors)
-    assert method.evaluates == "aggregated"
+    assert method.evaluates == "post_aggregation"
     assert method.personal(client(SHAPES), OwnLora(one(1.0).tensors), None, trained) is trained

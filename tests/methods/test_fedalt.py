@@ -6,7 +6,7 @@ from tests.methods.by_hand import client, driven
 from tests.training import lora_spec
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Fit, Server
+from fedamole.federation.method import ClientInfo, Server, TrainingRequest
 from fedamole.methods.fedalt import Everybody, FedAlt, OwnAndMixer, RestOfWorld, SentLora
 from fedamole.methods.fedit import FedIT
 from fedamole.model.params import expert_keys, mixer_key
@@ -49,36 +49,38 @@ def test_by_examples() -> None:
 
 def test_own_lora_and_mixer_are_trained_and_kept_the_lora_is_sent() -> None:
     method = FedAlt(rank=1)
-    first = method.first_keep(client(SHAPES))
+    first = method.init_client_state(client(SHAPES))
     assert not first.tensors[mixer_key("m")].any(), "both weigh the same"
     trained = {OWN_A: torch.full((1, 2), 7.0), mixer_key("m"): torch.ones(2, 2)}
     work = method.update(client(SHAPES), first, RestOfWorld(lora(5.0).tensors))
-    (asked,), (kept, reply, _) = driven(work, trained)
+    (asked,), (client_state, reply, _) = driven(work, trained)
     assert lora_spec(asked.adapter.spec).router == "mixer"
     assert asked.adapter.frozen == (REST_A, REST_B)
     assert float(asked.adapter.tensors[REST_A][0, 0]) == 5.0
-    assert set(kept.tensors) == {OWN_A, OWN_B, mixer_key("m")}
-    assert float(kept.tensors[OWN_A][0, 0]) == 7.0
+    assert set(client_state.tensors) == {OWN_A, OWN_B, mixer_key("m")}
+    assert float(client_state.tensors[OWN_A][0, 0]) == 7.0
     assert reply.tensors.keys() == {A, B}
     assert float(reply.tensors[A][0, 0]) == 7.0
 
 
 def test_the_model_is_the_own_lora_beside_the_new_rest() -> None:
     method = FedAlt(rank=1)
-    kept = method.first_keep(client(SHAPES))
-    model = method.personal(client(SHAPES), kept, RestOfWorld(lora(9.0).tensors), None)
+    client_state = method.init_client_state(client(SHAPES))
+    model = method.personal(client(SHAPES), client_state, RestOfWorld(lora(9.0).tensors), None)
     assert model is not None
     assert float(model.tensors[REST_B][0, 0]) == 9.0
-    assert torch.equal(model.tensors[OWN_A], kept.tensors[OWN_A])
+    assert torch.equal(model.tensors[OWN_A], client_state.tensors[OWN_A])
 
 
 def test_a_second_round_goes_on_from_what_was_kept() -> None:
     """Own LoRA 2 and mixer 3 beside the others' 5; a whole round's steps, and only the rest is frozen."""
     method, mixer = FedAlt(rank=1), mixer_key("m")
-    kept = OwnAndMixer({OWN_A: torch.full((1, 2), 2.0), OWN_B: torch.full((2, 1), 2.0), mixer: torch.full((2, 2), 3.0)})
-    work = method.update(client(SHAPES), kept, RestOfWorld(lora(5.0).tensors))
+    client_state = OwnAndMixer(
+        {OWN_A: torch.full((1, 2), 2.0), OWN_B: torch.full((2, 1), 2.0), mixer: torch.full((2, 2), 3.0)}
+    )
+    work = method.update(client(SHAPES), client_state, RestOfWorld(lora(5.0).tensors))
     (asked,), (after, reply, _) = driven(work, {OWN_B: torch.full((2, 1), 4.0)})
-    assert asked == Fit(asked.adapter, weight_decay=0.05)
+    assert asked == TrainingRequest(asked.adapter, weight_decay=0.05)
     found = {name: float(tensor[0, 0]) for name, tensor in asked.adapter.tensors.items()}
     assert found == {OWN_A: 2.0, OWN_B: 2.0, REST_A: 5.0, REST_B: 5.0, mixer: 3.0}
     assert {name: float(tensor[0, 0]) for name, tensor in after.tensors.items()} == {OWN_A: 2.0, OWN_B: 4.0, mixer: 3.0}
@@ -88,9 +90,9 @@ def test_a_second_round_goes_on_from_what_was_kept() -> None:
 def test_all_begin_with_fedits_lora() -> None:
     first = FedIT(rank=2).init(SERVER).tensors
     for name in "ab":
-        kept = FedAlt(rank=2).first_keep(client(SHAPES, name))
-        assert torch.equal(kept.tensors[OWN_A], first[A])
-        assert not kept.tensors[OWN_B].any()
+        client_state = FedAlt(rank=2).init_client_state(client(SHAPES, name))
+        assert torch.equal(client_state.tensors[OWN_A], first[A])
+        assert not client_state.tensors[OWN_B].any()
 
 
 @pytest.mark.parametrize("wrong", [-0.01, 1.01, float("nan")])

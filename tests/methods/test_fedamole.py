@@ -266,7 +266,7 @@ def test_round_0_is_drawn_and_depends_on_the_seed() -> None:
 
 
 def test_the_journal_tells_who_holds_what_for_which_relevance() -> None:
-    lines = list(METHOD.journal(METHOD.aggregate(server(), pool(), REPLIES)))
+    lines = list(METHOD.assignment_log(METHOD.aggregate(server(), pool(), REPLIES)))
     assert [(line["module"], line["client"], line["experts"]) for line in lines] == [
         ("m", "a", [0, 1]),
         ("m", "b", [1, 2]),
@@ -333,7 +333,7 @@ def test_the_spec_carries_the_routers_settings() -> None:
 # --- groups of holders -----------------------------------------------------------------------------------------
 
 
-def kept(after: Pool) -> set[str]:
+def client_state(after: Pool) -> set[str]:
     """Owners of tensors that have the value from before the round."""
     before = pool().tensors
     return {key.split("/")[1] for key, tensor in after.tensors.items() if torch.equal(tensor, before[key])}
@@ -365,7 +365,7 @@ def test_no_update_is_handed_out_alone(min_holders: int | None, asked: str, answ
     after = method.aggregate(
         server(asked=tuple(asked)), pool(expert_embeddings=known), {name: REPLIES[name] for name in answered}
     )
-    assert kept(after) == unchanged
+    assert client_state(after) == unchanged
     same = {key for key, row in after.expert_embeddings.items() if torch.equal(row, known[key])}
     assert same == {f"m/{owner}" for owner in unchanged if owner.startswith("expert")}
     assert {key for key in after.client_embeddings} == {f"m/{name}" for name in answered}

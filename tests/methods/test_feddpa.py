@@ -28,8 +28,10 @@ def lora(value: float) -> GlobalLora:
 def test_the_global_lora_is_trained_and_sent_the_local_one_beside_it_kept() -> None:
     method, hidden = FedDpa(rank=1, local_weight=0.4), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     me = client(SHAPES, hidden=hidden)
-    work = method.update(me, method.first_keep(me), lora(2.0))
-    (first, second), (kept, reply, trained) = driven(work, lora(3.0).tensors, {LOCAL_A: torch.full((1, 2), 8.0)})
+    work = method.update(me, method.init_client_state(me), lora(2.0))
+    (first, second), (client_state, reply, trained) = driven(
+        work, lora(3.0).tensors, {LOCAL_A: torch.full((1, 2), 8.0)}
+    )
     assert first.share == second.share == 0.5
     assert lora_spec(first.adapter.spec).router == "embedding"
     assert set(first.adapter.tensors) == {A, B}
@@ -39,10 +41,10 @@ def test_the_global_lora_is_trained_and_sent_the_local_one_beside_it_kept() -> N
     assert float(second.adapter.tensors[GLOBAL_A][0, 0]) == 2.0, "the one that was sent"
     assert not second.adapter.fixed
     assert float(reply.tensors[A][0, 0]) == 3.0
-    assert set(kept.tensors) == {LOCAL_A, LOCAL_B}
-    assert float(kept.tensors[LOCAL_A][0, 0]) == 8.0
-    assert torch.equal(kept.references[REFERENCES], hidden)
-    model = method.personal(me, kept, lora(5.0), trained.adapter)
+    assert set(client_state.tensors) == {LOCAL_A, LOCAL_B}
+    assert float(client_state.tensors[LOCAL_A][0, 0]) == 8.0
+    assert torch.equal(client_state.references[REFERENCES], hidden)
+    model = method.personal(me, client_state, lora(5.0), trained.adapter)
     assert model is not None
     assert float(model.tensors[GLOBAL_A][0, 0]) == 5.0
     assert torch.equal(model.fixed[REFERENCES], hidden)
@@ -78,8 +80,10 @@ def test_the_local_lora_is_trained_with_fixed_weights_and_what_prompts_look_like
         return torch.full((most, 4), 2.0)
 
     me = replace(client(SHAPES), last_hidden=last_hidden)
-    kept = LocalLora({LOCAL_A: torch.full((1, 2), 6.0), LOCAL_B: torch.zeros(2, 1)}, {REFERENCES: torch.ones(3, 4)})
-    work = method.update(me, kept, lora(2.0))
+    client_state = LocalLora(
+        {LOCAL_A: torch.full((1, 2), 6.0), LOCAL_B: torch.zeros(2, 1)}, {REFERENCES: torch.ones(3, 4)}
+    )
+    work = method.update(me, client_state, lora(2.0))
     (_, second), (after, _, _) = driven(work, lora(3.0).tensors, {LOCAL_A: torch.full((1, 2), 8.0)})
     assert not second.adapter.fixed
     assert float(second.adapter.tensors[LOCAL_A][0, 0]) == 6.0
@@ -92,7 +96,7 @@ def test_the_local_lora_is_trained_with_fixed_weights_and_what_prompts_look_like
 def test_before_its_first_training_a_client_weighs_both_alike_for_every_prompt() -> None:
     """Nothing to compare with: no references, and the local LoRA is still one that does nothing."""
     method, me = FedDpa(rank=1), client(SHAPES)
-    model = method.personal(me, method.first_keep(me), lora(5.0), None)
+    model = method.personal(me, method.init_client_state(me), lora(5.0), None)
     assert model is not None
     assert not model.fixed
     assert not model.tensors[LOCAL_B].any()

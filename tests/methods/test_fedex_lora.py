@@ -11,7 +11,7 @@ from tests.methods.by_hand import client, driven
 from torch import Tensor
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Fit, Server
+from fedamole.federation.method import ClientInfo, Server, TrainingRequest
 from fedamole.methods.fedex_lora import FedExLora, LoraAndResiduals, TrainedLora
 from fedamole.methods.fedit import FedIT, GlobalLora
 from fedamole.methods.shared.stacks import Changes, Merged
@@ -43,8 +43,8 @@ def test_the_residual_by_hand(
     replies = {name: TrainedLora(tensors, 0) for name, tensors in reversed(REPLIES.items()) if name in answered}
     state = method.aggregate(SMALL, method.init(SMALL), replies)
     for info in INFOS:
-        kept = Merged.nothing(SMALL.shapes)
-        personal = method.personal(client(SMALL.shapes, info.name), kept, method.message(state, info), None)
+        client_state = Merged.nothing(SMALL.shapes)
+        personal = method.personal(client(SMALL.shapes, info.name), client_state, method.message(state, info), None)
         assert personal is not None
         assert personal.tensors["m/shared/A"].flatten().tolist() == mean_a
         assert personal.tensors["m/shared/B"].flatten().tolist() == mean_b
@@ -65,10 +65,10 @@ def test_begins_where_fedit_begins_with_no_residual() -> None:
     method = FedExLora(rank=2)
     state, first = method.init(SMALL), FedIT(rank=2).init(SMALL)
     assert all(torch.equal(state.tensors[name], tensor) for name, tensor in first.tensors.items())
-    kept = method.first_keep(client(SMALL.shapes))
-    adapter = method.adapter(client(SMALL.shapes), kept, method.message(state, INFOS[0]))
+    client_state = method.init_client_state(client(SMALL.shapes))
+    adapter = method.adapter(client(SMALL.shapes), client_state, method.message(state, INFOS[0]))
     assert not adapter.fixed["m/delta"].any()
-    assert kept.count == 0
+    assert client_state.count == 0
 
 
 def test_the_lora_is_trained_on_the_changed_base_and_sent() -> None:
@@ -79,12 +79,12 @@ def test_the_lora_is_trained_on_the_changed_base_and_sent() -> None:
         "00001/m/A": torch.ones(1, 2),
         "00001/m/B": torch.tensor([[1.0], [2.0]]),
     }
-    kept = Merged({"m/delta": torch.full((2, 2), 5.0)}, 1)
+    client_state = Merged({"m/delta": torch.full((2, 2), 5.0)}, 1)
     method = FedExLora(rank=1)
-    work = method.update(client(SMALL.shapes), kept, LoraAndResiduals(REPLIES["a"], Changes(factors, 2)))
+    work = method.update(client(SMALL.shapes), client_state, LoraAndResiduals(REPLIES["a"], Changes(factors, 2)))
     (asked,), (after, reply, _) = driven(work, REPLIES["b"])
     wanted = torch.tensor([[6.0, 6.0], [7.0, 7.0]])
-    assert asked == Fit(asked.adapter)
+    assert asked == TrainingRequest(asked.adapter)
     assert asked.adapter.frozen == ()
     assert torch.equal(asked.adapter.fixed["m/delta"], wanted)
     assert all(torch.equal(asked.adapter.tensors[name], tensor) for name, tensor in REPLIES["a"].items())
@@ -123,7 +123,7 @@ def test_every_client_has_the_exact_mean_on_top_of_all_residuals(
     """
     method = FedExLora(rank=2, alpha=3.0, weighting=weighting)
     state = method.init(SERVER)
-    kept = {name: Merged.nothing(SERVER.shapes) for name in "abc"}
+    client_state = {name: Merged.nothing(SERVER.shapes) for name in "abc"}
     weights = {"a": 10.0, "b": 30.0, "c": 20.0} if weighting == "examples" else dict.fromkeys("abc", 1.0)
     base = {module: torch.zeros(d_out, d_in, dtype=torch.float64) for module, (d_in, d_out) in SERVER.shapes.items()}
     whole = dict(base)
@@ -132,10 +132,10 @@ def test_every_client_has_the_exact_mean_on_top_of_all_residuals(
         for info in INFOS:
             if info.name in cohort:
                 work = method.update(
-                    client(SERVER.shapes, info.name, number), kept[info.name], method.message(state, info)
+                    client(SERVER.shapes, info.name, number), client_state[info.name], method.message(state, info)
                 )
                 trained = random(SERVER.shapes, 10 * number + ord(info.name))
-                _, (kept[info.name], replies[info.name], _) = driven(work, trained)
+                _, (client_state[info.name], replies[info.name], _) = driven(work, trained)
         answers = {name: reply for name, reply in replies.items() if name not in lost}
         if answers:
             total = sum(weights[name] for name in answers)
@@ -148,7 +148,9 @@ def test_every_client_has_the_exact_mean_on_top_of_all_residuals(
                 whole[module] = base[module] + 1.5 * mean
                 base[module] = whole[module] - 1.5 * state.tensors[b].double() @ state.tensors[a].double()
         for info in INFOS:
-            adapter = method.adapter(client(SERVER.shapes, info.name), kept[info.name], method.message(state, info))
+            adapter = method.adapter(
+                client(SERVER.shapes, info.name), client_state[info.name], method.message(state, info)
+            )
             for module in SERVER.shapes:
                 A, B = (adapter.tensors[key].double() for key in shared_keys(module))
                 found = adapter.fixed[delta_key(module)].double() + 1.5 * B @ A
@@ -158,14 +160,16 @@ def test_every_client_has_the_exact_mean_on_top_of_all_residuals(
 def test_what_everybody_has_merged_is_logged_no_more_and_what_c_lacks_is() -> None:
     """c answers in the first round only, so nothing is dropped once two residuals are logged that it lacks."""
     method = FedExLora(rank=1)
-    state, kept = method.init(SMALL), {name: Merged.nothing(SMALL.shapes) for name in "abc"}
+    state, client_state = method.init(SMALL), {name: Merged.nothing(SMALL.shapes) for name in "abc"}
     seen = []
     for number, cohort in enumerate(("abc", "ab", "ab", "abc", "abc")):
         replies = {}
         for info in INFOS:
             if info.name in cohort:
-                work = method.update(client(SMALL.shapes, info.name), kept[info.name], method.message(state, info))
-                _, (kept[info.name], replies[info.name], _) = driven(work, random(SMALL.shapes, number))
+                work = method.update(
+                    client(SMALL.shapes, info.name), client_state[info.name], method.message(state, info)
+                )
+                _, (client_state[info.name], replies[info.name], _) = driven(work, random(SMALL.shapes, number))
         state = method.aggregate(SMALL, state, replies)
         seen.append([int(number) for number in sorted({name.split("/")[0] for name in state.log.changes.factors})])
     assert seen == [[0], [0, 1], [0, 1, 2], [3], [4]]

@@ -48,8 +48,8 @@ def states(folder: Path) -> dict[str, bytes]:
 
 
 def test_ft_is_the_same_training(runs: Any) -> None:
-    assert METHODS["fedit"].evaluates == "aggregated"
-    assert METHODS["fedit_ft"].evaluates == "trained"
+    assert METHODS["fedit"].evaluates == "post_aggregation"
+    assert METHODS["fedit_ft"].evaluates == "pre_aggregation"
     plain, ft = runs("fedit"), runs("fedit_ft")
     assert states(plain) == states(ft)
     assert len(states(plain)) == 2
@@ -67,7 +67,7 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 def test_one_run_gives_both_rows(runs: Any) -> None:
-    both = runs("fedit", "evaluation.before_aggregation=true")
+    both = runs("fedit", "evaluation.pre_aggregation=true")
     rows = summary(both)["rows"]
     assert rows["fedit"] == summary(runs("fedit"))["rows"]["fedit"]
     assert rows["fedit_ft"] == summary(runs("fedit_ft"))["rows"]["fedit_ft"]

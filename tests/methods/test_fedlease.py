@@ -52,12 +52,12 @@ def test_everybody_gets_all_experts_and_the_mixers_of_its_cluster_and_trains_its
     own, other = expert_keys("m", 1), expert_keys("m", 0)
     assert set(message.tensors) == {MIXER, *own, *other}
     trained = {own[0]: torch.full((1, 2), 6.0), MIXER: torch.ones(3, 2)}
-    (asked,), (kept, reply, _) = driven(method.update(client(SHAPES, "c"), OwnLora({}), message), trained)
+    (asked,), (client_state, reply, _) = driven(method.update(client(SHAPES, "c"), OwnLora({}), message), trained)
     assert lora_spec(asked.adapter.spec).router == "mixer"
     assert asked.adapter.frozen == tuple(sorted(other))
     assert asked.adapter.fixed[OWN].tolist() == [0.0, 1.0]
     assert set(reply.tensors) == {MIXER, *own}
-    assert not kept.tensors
+    assert not client_state.tensors
     sent = {"c": reply, "d": Returned({**reply.tensors, own[0]: torch.full((1, 2), 8.0)}, 1)}
     after = method.aggregate(SERVER, state, sent)
     assert after.tensors[own[0]].tolist() == [[7.0, 7.0]]
@@ -72,14 +72,14 @@ def test_a_client_that_comes_late_warms_up_and_joins_the_nearest() -> None:
     assert "d" not in state.cluster
     message = method.message(state, INFOS[3])
     assert message.cluster == -1
-    (asked,), (kept, reply, _) = driven(
+    (asked,), (client_state, reply, _) = driven(
         method.update(client(SHAPES, "d"), OwnLora({}), message), {B: torch.tensor([[0.0], [5.0]])}
     )
     assert lora_spec(asked.adapter.spec).router == "embedding"
-    assert set(kept.tensors) == {A, B}
-    model = method.personal(client(SHAPES, "d"), kept, message, None)
+    assert set(client_state.tensors) == {A, B}
+    model = method.personal(client(SHAPES, "d"), client_state, message, None)
     assert model is not None
-    assert torch.equal(model.tensors[B], kept.tensors[B]), "while warming up, its own LoRA"
+    assert torch.equal(model.tensors[B], client_state.tensors[B]), "while warming up, its own LoRA"
     after = method.aggregate(SERVER, state, {"d": reply})
     assert after.cluster["d"] == state.cluster["c"]
     assert after.clusters == state.clusters
@@ -160,8 +160,8 @@ def test_whoever_warmed_up_in_an_earlier_round_is_remembered_and_goes_on_with_it
     method = FedLease(rank=1)
     first = {"a": warm(2.0, 0.1), "b": warm(4.0, 0.0), "c": warm(0.1, 3.0)}
     state = method.aggregate(TEN, method.init(TEN), first)
-    kept = OwnLora(first["a"].tensors)
-    (asked,), _ = driven(method.update(client(SHAPES), kept, method.message(state, INFOS[0])), {})
+    client_state = OwnLora(first["a"].tensors)
+    (asked,), _ = driven(method.update(client(SHAPES), client_state, method.message(state, INFOS[0])), {})
     assert asked.adapter.tensors[A].tolist() == [[2.0, 2.0]], "not the LoRA that everybody begins with"
     assert asked.adapter.frozen == ()
     state = method.aggregate(TEN, state, {"a": warm(5.0, 0.1), "d": warm(0.0, 5.0)})
@@ -201,5 +201,5 @@ def test_the_model_that_is_scored_is_what_is_sent_next() -> None:
     message = method.message(warmed(method), INFOS[0])
     model = method.personal(client(SHAPES), OwnLora({}), message, None)
     assert model is not None
-    assert method.evaluates == "aggregated"
+    assert method.evaluates == "post_aggregation"
     assert all(torch.equal(model.tensors[name], tensor) for name, tensor in message.tensors.items())

@@ -77,7 +77,7 @@ def test_all_are_sent_the_same_and_the_seed_draws_it(kind: type[FedPrompt]) -> N
 @both
 def test_everything_that_was_sent_trains_and_goes_up(kind: type[FedPrompt]) -> None:
     work = kind(virtual_tokens=2).update(client({}), Nothing(), prompt(kind, 1.0))
-    (asked,), (kept, reply, _) = driven(work, {PROMPT: full(9.0, 2, 4)})
+    (asked,), (client_state, reply, _) = driven(work, {PROMPT: full(9.0, 2, 4)})
     assert (asked.share, asked.adapter.frozen, asked.adapter.fixed) == (1.0, (), {})
     assert (asked.anchor, asked.anchor_weight, asked.tail_weight) == ({}, 0.0, 0.0)
     assert asked.adapter.spec == spec(kind, 2)
@@ -85,7 +85,7 @@ def test_everything_that_was_sent_trains_and_goes_up(kind: type[FedPrompt]) -> N
         name: float(place) for place, name in enumerate(names(kind), start=1)
     }
     assert asked.adapter.parameters() == 8 * len(names(kind))
-    assert kept == Nothing()
+    assert client_state == Nothing()
     assert set(reply.tensors) == set(names(kind))
     assert torch.equal(reply.tensors[PROMPT], full(9.0, 2, 4))
     for place, name in enumerate(names(kind)[1:], start=2):
@@ -118,14 +118,14 @@ def test_the_personal_model_is_the_average(kind: type[FedPrompt]) -> None:
     assert found is not None
     assert torch.equal(found.tensors[PROMPT], full(4.0, 2, 4))
     assert method.personal(client({}), Nothing(), None, mine) is mine
-    assert method.evaluates == "aggregated"
+    assert method.evaluates == "post_aggregation"
 
 
 @pytest.mark.parametrize("name", ["fedprompt", "fedptuning"])
 def test_ft_is_the_model_before_the_aggregation(name: str) -> None:
     ft: Any = METHODS[f"{name}_ft"]
     kind: Any = METHODS[name]
-    assert ft.evaluates == "trained"
+    assert ft.evaluates == "pre_aggregation"
     mine = Adapter(PromptSpec(2), prompt(kind, 9.0).tensors)
     assert ft(virtual_tokens=2).personal(client({}), Nothing(), prompt(kind, 4.0), mine) is mine
     assert ft(virtual_tokens=2).spec() == kind(virtual_tokens=2).spec()

@@ -9,7 +9,7 @@ from tests.methods.by_hand import client, driven, full
 from fedamole.errors import ConfigError
 from fedamole.experiment import prepare
 from fedamole.federation.local import LocalTask, fit
-from fedamole.federation.method import ClientInfo, Fit, Server
+from fedamole.federation.method import ClientInfo, Server, TrainingRequest
 from fedamole.federation.record import Nothing
 from fedamole.methods.fedit import GlobalLora
 from fedamole.methods.fedprox import FedProx
@@ -30,7 +30,7 @@ def test_everything_trains_near_what_was_sent() -> None:
     """Sent A = 2, B = -2; trained to A = 5: that goes up, nothing is kept, and the centre stays what was sent."""
     sent = lora(2.0)
     work = FedProx(rank=1, proximal=0.3).update(client(SHAPES), Nothing(), sent)
-    (asked,), (kept, reply, trained) = driven(work, {A: full(5.0, 1, 2)})
+    (asked,), (client_state, reply, trained) = driven(work, {A: full(5.0, 1, 2)})
     assert asked.share == 1.0
     assert asked.adapter.frozen == ()
     assert asked.adapter.tensors.keys() == asked.anchor.keys() == {A, B}
@@ -39,7 +39,7 @@ def test_everything_trains_near_what_was_sent() -> None:
         assert torch.equal(asked.anchor[name], lora(2.0).tensors[name])
     assert asked.anchor_weight == 0.3
     assert asked.tail_weight == 0.0
-    assert kept == Nothing()
+    assert client_state == Nothing()
     assert torch.equal(reply.tensors[A], full(5.0, 1, 2))
     assert torch.equal(reply.tensors[B], full(-2.0, 2, 1))
     assert torch.equal(trained.adapter.tensors[A], reply.tensors[A])
@@ -67,7 +67,7 @@ def test_the_personal_model_is_the_average() -> None:
     found = method.personal(client(SHAPES), Nothing(), method.message(lora(4.0), INFOS[0]), mine)
     assert found is not None
     assert torch.equal(found.tensors[A], full(4.0, 1, 2))
-    assert method.evaluates == "aggregated"
+    assert method.evaluates == "post_aggregation"
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def training(runs: Any) -> Any:
     prepared = prepare(runs.load("fedprox", "training.local_steps=1"))
     bank, rows = Bank(prepared.base), prepared.clients["mood"].train.pairs()
 
-    def train(asked: Fit) -> Any:
+    def train(asked: TrainingRequest) -> Any:
         (done,) = fit(bank, [LocalTask("mood", asked, rows, 0.01)], prepared.config.training, seed=0, round_=0)
         return done, bank.gradients[0].clone(), bank.row
 
@@ -92,8 +92,8 @@ def test_the_term_adds_mu_times_the_distance_to_the_gradient(training: Any) -> N
     apart = {name: full(-1.0 if name.endswith("/A") else 0.5, *tensor.shape) for name, tensor in start.items()}
     anchor = {name: start[name] - apart[name] for name in start}
     adapter = Adapter(method.spec(), start)
-    _, plain, _ = train(Fit(adapter))
-    _, held, row = train(Fit(adapter, anchor=anchor, anchor_weight=3.0))
+    _, plain, _ = train(TrainingRequest(adapter))
+    _, held, row = train(TrainingRequest(adapter, anchor=anchor, anchor_weight=3.0))
     assert plain.abs().max() > 1e-4
     torch.testing.assert_close(held - plain, 3 * row(0, apart), rtol=0, atol=1e-5)
 
@@ -103,7 +103,7 @@ def test_a_strong_term_leads_back_to_the_anchor(training: Any) -> None:
     shapes, train = training
     start = {name: tensor + 0.1 for name, tensor in new_shared(shapes, 2, torch.Generator().manual_seed(0)).items()}
     anchor = {name: tensor + (1.0 if name.endswith("/A") else -1.0) for name, tensor in start.items()}
-    done, _, _ = train(Fit(Adapter(FedProx(rank=2).spec(), start), anchor=anchor, anchor_weight=1e6))
+    done, _, _ = train(TrainingRequest(Adapter(FedProx(rank=2).spec(), start), anchor=anchor, anchor_weight=1e6))
     for name, tensor in start.items():
         wanted = tensor + (0.01 if name.endswith("/A") else -0.01)
         torch.testing.assert_close(done.adapter.tensors[name], wanted, rtol=0, atol=1e-5)

@@ -78,10 +78,10 @@ def test_one_layer_is_too_few() -> None:
 
 def test_body_and_head_begin_as_the_two_parts_of_one_lora() -> None:
     method, first = FedRep(rank=2), FedIT(rank=2).init(SERVER).tensors
-    state, kept = method.init(SERVER), method.first_keep(client(SHAPES))
+    state, client_state = method.init(SERVER), method.init_client_state(client(SHAPES))
     assert {name.split("/")[0] for name in state.tensors} == {LOW}
-    assert {name.split("/")[0] for name in kept.tensors} == {HIGH}
-    together = {**state.tensors, **kept.tensors}
+    assert {name.split("/")[0] for name in client_state.tensors} == {HIGH}
+    together = {**state.tensors, **client_state.tensors}
     assert together.keys() == first.keys()
     assert all(torch.equal(together[key], first[key]) for key in first)
     assert all(method.message(state, info) is state for info in INFOS)
@@ -90,14 +90,14 @@ def test_body_and_head_begin_as_the_two_parts_of_one_lora() -> None:
 def test_the_head_trains_under_a_frozen_body_then_the_body_under_the_new_head() -> None:
     """Sent body 2, own head 3. First the head becomes 5, then, with that head frozen, the body becomes 7."""
     work = FedRep(rank=1).update(client(SHAPES), Head(half(HIGH, 3.0)), Body(half(LOW, 2.0)))
-    (first, second), (kept, reply, trained) = driven(work, half(HIGH, 5.0), half(LOW, 7.0))
+    (first, second), (client_state, reply, trained) = driven(work, half(HIGH, 5.0), half(LOW, 7.0))
     assert values(first.adapter.tensors) == {LOW: 2.0, HIGH: 3.0}
     assert set(first.adapter.frozen) == {f"{LOW}/shared/A", f"{LOW}/shared/B"}
     assert values(second.adapter.tensors) == {LOW: 2.0, HIGH: 5.0}
     assert set(second.adapter.frozen) == {f"{HIGH}/shared/A", f"{HIGH}/shared/B"}
     for asked in (first, second):
         assert (asked.share, asked.anchor, asked.anchor_weight) == (0.5, {}, 0.0)
-    assert values(kept.tensors) == {HIGH: 5.0}
+    assert values(client_state.tensors) == {HIGH: 5.0}
     assert values(reply.tensors) == {LOW: 7.0}
     assert values(trained.adapter.tensors) == {LOW: 7.0, HIGH: 5.0}
 
@@ -126,7 +126,7 @@ def test_the_personal_model_is_the_averaged_body_with_the_own_head() -> None:
     assert found is not None
     assert values(found.tensors) == {LOW: 4.0, HIGH: 5.0}
     assert found.frozen == ()
-    assert method.evaluates == "aggregated"
+    assert method.evaluates == "post_aggregation"
 
 
 def test_in_a_real_run_the_lower_layer_is_shared_the_upper_one_is_not(runs: Any, facts: Any) -> None:

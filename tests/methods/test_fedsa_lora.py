@@ -28,20 +28,20 @@ def test_begins_where_fedit_begins() -> None:
     assert set(state.tensors) == {A}
     assert torch.equal(state.tensors[A], first[A])
     for name in "ab":
-        kept = method.first_keep(client(SHAPES, name))
-        assert set(kept.tensors) == {B}
-        assert torch.equal(kept.tensors[B], torch.zeros(3, 2))
+        client_state = method.init_client_state(client(SHAPES, name))
+        assert set(client_state.tensors) == {B}
+        assert torch.equal(client_state.tensors[B], torch.zeros(3, 2))
     assert all(method.message(state, info) is state for info in INFOS)
 
 
 def test_both_train_a_goes_up_and_b_is_kept() -> None:
     """Sent A = 2, own B = 3; trained to A = 5, B = 7."""
     work = FedSaLora(rank=1).update(client(SHAPES), OwnB({B: full(3.0, 3, 1)}), down(2.0))
-    (asked,), (kept, reply, trained) = driven(work, {A: full(5.0, 1, 2), B: full(7.0, 3, 1)})
+    (asked,), (client_state, reply, trained) = driven(work, {A: full(5.0, 1, 2), B: full(7.0, 3, 1)})
     assert (asked.share, asked.adapter.frozen, asked.anchor, asked.anchor_weight) == (1.0, (), {}, 0.0)
     assert torch.equal(asked.adapter.tensors[A], full(2.0, 1, 2))
     assert torch.equal(asked.adapter.tensors[B], full(3.0, 3, 1))
-    assert {name: tensor.tolist() for name, tensor in kept.tensors.items()} == {B: [[7.0]] * 3}
+    assert {name: tensor.tolist() for name, tensor in client_state.tensors.items()} == {B: [[7.0]] * 3}
     assert {name: tensor.tolist() for name, tensor in reply.tensors.items()} == {A: [[5.0, 5.0]]}
     assert set(trained.adapter.tensors) == {A, B}
 
@@ -63,12 +63,12 @@ def test_the_average_by_hand(weighting: Any, answered: str, mean: float) -> None
 
 
 def test_the_personal_model_is_the_averaged_a_with_the_own_b() -> None:
-    method, kept = FedSaLora(rank=1), OwnB({B: full(7.0, 3, 1)})
+    method, client_state = FedSaLora(rank=1), OwnB({B: full(7.0, 3, 1)})
     mine = Adapter(method.spec(), {A: full(9.0, 1, 2), B: full(7.0, 3, 1)})
-    found = method.personal(client(SHAPES), kept, down(4.0), mine)
+    found = method.personal(client(SHAPES), client_state, down(4.0), mine)
     assert found is not None
     assert {name: tensor.flatten().tolist() for name, tensor in found.tensors.items()} == {A: [4.0] * 2, B: [7.0] * 3}
-    assert method.evaluates == "aggregated"
+    assert method.evaluates == "post_aggregation"
 
 
 def test_in_a_real_run_the_clients_share_a_and_nobodys_b_is_anothers(runs: Any) -> None:

@@ -45,10 +45,10 @@ def test_a_is_one_draw_for_all_clients_and_rounds_and_frozen() -> None:
 
 def test_b_trains_and_goes_up_alone() -> None:
     work = FfaLora(rank=1).update(client(SHAPES), Nothing(), ups(2.0))
-    (asked,), (kept, reply, _) = driven(work, {"m/shared/B": full(5.0, 3, 1)})
+    (asked,), (client_state, reply, _) = driven(work, {"m/shared/B": full(5.0, 3, 1)})
     assert (asked.share, asked.anchor, asked.anchor_weight, asked.tail_weight) == (1.0, {}, 0.0, 0.0)
     assert torch.equal(asked.adapter.tensors["m/shared/B"], full(2.0, 3, 1))
-    assert kept == Nothing()
+    assert client_state == Nothing()
     assert set(reply.tensors) == set(B)
     assert torch.equal(reply.tensors["m/shared/B"], full(5.0, 3, 1))
     assert torch.equal(reply.tensors["n/shared/B"], full(-2.0, 2, 1))
@@ -89,7 +89,7 @@ def test_the_personal_model_is_the_averaged_b_on_the_frozen_a() -> None:
     assert found is not None
     assert torch.equal(found.tensors["m/shared/B"], full(4.0, 3, 1))
     assert torch.equal(found.tensors["m/shared/A"], FedIT(rank=1).init(SERVER).tensors["m/shared/A"])
-    assert method.evaluates == "aggregated"
+    assert method.evaluates == "post_aggregation"
 
 
 def test_in_a_real_run_a_stays_as_it_was_drawn_and_b_moves(runs: Any, facts: Any) -> None:

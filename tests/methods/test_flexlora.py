@@ -6,7 +6,7 @@ from tests.methods.by_hand import client, driven
 from tests.training import lora_spec
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Fit, Server
+from fedamole.federation.method import ClientInfo, Server, TrainingRequest
 from fedamole.federation.record import Nothing
 from fedamole.methods.fedit import GlobalLora
 from fedamole.methods.flexlora import FlexLora, RankedLora, cut
@@ -65,15 +65,15 @@ def test_cut_takes_the_first_ranks() -> None:
 def test_the_lora_at_the_clients_rank_is_trained_sent_and_scored() -> None:
     method, message = FlexLora(rank=1, alpha=3.0), GlobalLora({A: torch.ones(2, 2), B: torch.ones(2, 2)})
     work = method.update(client(SHAPES), Nothing(), message)
-    (asked,), (kept, reply, _) = driven(work, {A: torch.full((2, 2), 7.0)})
-    assert asked == Fit(asked.adapter)
+    (asked,), (client_state, reply, _) = driven(work, {A: torch.full((2, 2), 7.0)})
+    assert asked == TrainingRequest(asked.adapter)
     assert asked.adapter.frozen == ()
     assert torch.equal(asked.adapter.tensors[A], torch.ones(2, 2))
-    assert kept == Nothing()
+    assert client_state == Nothing()
     assert torch.equal(reply.tensors[A], torch.full((2, 2), 7.0))
     assert torch.equal(reply.tensors[B], torch.ones(2, 2))
     message = GlobalLora({A: torch.zeros(2, 2), B: torch.ones(2, 2)})
-    model = method.personal(client(SHAPES), kept, message, asked.adapter)
+    model = method.personal(client(SHAPES), client_state, message, asked.adapter)
     assert model is not None
     assert not model.tensors[A].any(), "what was sent after the aggregation"
     assert (lora_spec(model.spec).rank, lora_spec(model.spec).scaling) == (2, 3.0)

@@ -11,7 +11,7 @@ from tests.methods.by_hand import client, driven
 from tests.training import lora_spec
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Fit, Server
+from fedamole.federation.method import ClientInfo, Server, TrainingRequest
 from fedamole.methods.fedex_lora import FedExLora
 from fedamole.methods.flora import Flora, FreshLora, Stack
 from fedamole.methods.shared.stacks import Changes, Merged
@@ -39,15 +39,18 @@ def test_two_rounds_are_exact(kind: Any, weighting: Any, weights: tuple[float, f
     its adapters go on from the averaged factors.
     """
     method = kind(rank=1, alpha=2.0, weighting=weighting)
-    state, kept = method.init(SERVER), {info.name: method.first_keep(client(SHAPES, info.name)) for info in INFOS}
+    state, client_state = (
+        method.init(SERVER),
+        {info.name: method.init_client_state(client(SHAPES, info.name)) for info in INFOS},
+    )
     total = torch.zeros(2, 3)
     for round_ in range(2):
         replies = {}
         for place, info in enumerate(INFOS):
             me = client(SHAPES, info.name, round_)
-            work = method.update(me, kept[info.name], method.message(state, info))
+            work = method.update(me, client_state[info.name], method.message(state, info))
             trained = draw(10 * round_ + place)
-            (asked,), (kept[info.name], replies[info.name], _) = driven(work, trained)
+            (asked,), (client_state[info.name], replies[info.name], _) = driven(work, trained)
             if kind is Flora:
                 assert not asked.adapter.tensors[B].any(), "a fresh LoRA on top"
                 torch.testing.assert_close(asked.adapter.fixed[delta_key("m")], total)
@@ -57,10 +60,10 @@ def test_two_rounds_are_exact(kind: Any, weighting: Any, weights: tuple[float, f
         state = method.aggregate(replace(SERVER, round=round_), state, replies)
         for info in INFOS:
             me, message = client(SHAPES, info.name, round_), method.message(state, info)
-            model = method.personal(me, kept[info.name], message, None)
+            model = method.personal(me, client_state[info.name], message, None)
             assert model is not None
             if kind is FedExLora and round_:  # the residual of round 0 stays in the base beneath
-                old = method.personal(me, kept[info.name], method.message(before, info), None)
+                old = method.personal(me, client_state[info.name], method.message(before, info), None)
                 residual = old.fixed[delta_key("m")]
             else:
                 residual = torch.zeros(2, 3)
@@ -71,7 +74,7 @@ def test_two_rounds_are_exact(kind: Any, weighting: Any, weights: tuple[float, f
 def test_flora_takes_ranks_of_their_own() -> None:
     method = Flora(rank=2, alpha=8.0, ranks=(1, 3))
     state = method.init(SERVER)
-    nothing = method.first_keep(client(SHAPES))
+    nothing = method.init_client_state(client(SHAPES))
     asked = [next(method.update(client(SHAPES, info.name), nothing, method.message(state, info))) for info in INFOS]
     assert [len(one.adapter.tensors[A]) for one in asked] == [1, 3]
     assert {lora_spec(one.adapter.spec).scaling for one in asked} == {4.0}
@@ -80,10 +83,10 @@ def test_flora_takes_ranks_of_their_own() -> None:
 
 def test_every_client_draws_its_own_lora_each_round() -> None:
     method = Flora(rank=1)
-    state, kept = method.init(SERVER), method.first_keep(client(SHAPES))
+    state, client_state = method.init(SERVER), method.init_client_state(client(SHAPES))
     message = method.message(state, INFOS[0])
     clients = [client(SHAPES, name, round_) for name in "ab" for round_ in (0, 1)]
-    drawn = [method.adapter(one, kept, message).tensors[A] for one in clients]
+    drawn = [method.adapter(one, client_state, message).tensors[A] for one in clients]
     assert len({tuple(tensor.flatten().tolist()) for tensor in drawn}) == 4
 
 
@@ -113,12 +116,12 @@ def test_the_change_by_hand(weighting: Any, answered: str, change: list[list[flo
     state = method.aggregate(TWO, method.init(TWO), replies)
     assert state.log.changes.factors["00000/m/A"].shape == (len(answered), 2), "stacked, not averaged"
     for info in INFOS:
-        me, kept = client(TWO.shapes, info.name), Merged.nothing(TWO.shapes)
-        model = method.personal(me, kept, method.message(state, info), None)
+        me, client_state = client(TWO.shapes, info.name), Merged.nothing(TWO.shapes)
+        model = method.personal(me, client_state, method.message(state, info), None)
         assert model is not None
         assert model.fixed[delta_key("m")].tolist() == change
         assert not model.tensors[B].any(), "the base with all changes, and nothing on top"
-        assert not kept.deltas[delta_key("m")].any(), "a look keeps nothing"
+        assert not client_state.deltas[delta_key("m")].any(), "a look keeps nothing"
 
 
 def test_a_fresh_lora_is_trained_on_what_was_merged_and_sent() -> None:
@@ -129,11 +132,11 @@ def test_a_fresh_lora_is_trained_on_what_was_merged_and_sent() -> None:
         "00001/m/A": torch.ones(1, 2),
         "00001/m/B": torch.tensor([[1.0], [2.0]]),
     }
-    kept = Merged({delta_key("m"): torch.full((2, 2), 5.0)}, 1)
-    work = Flora(rank=3).update(client(TWO.shapes, round_=4), kept, Stack(Changes(factors, 2), 3))
+    client_state = Merged({delta_key("m"): torch.full((2, 2), 5.0)}, 1)
+    work = Flora(rank=3).update(client(TWO.shapes, round_=4), client_state, Stack(Changes(factors, 2), 3))
     (asked,), (after, reply, _) = driven(work, {B: torch.ones(2, 3)})
     assert asked.adapter.fixed[delta_key("m")].tolist() == [[6.0, 6.0], [7.0, 7.0]]
-    assert asked == Fit(asked.adapter), "a whole round's steps, and nothing else"
+    assert asked == TrainingRequest(asked.adapter), "a whole round's steps, and nothing else"
     assert asked.adapter.frozen == ()
     assert set(asked.adapter.tensors) == {A, B}
     assert after.deltas[delta_key("m")].tolist() == [[6.0, 6.0], [7.0, 7.0]]
@@ -164,7 +167,7 @@ def test_every_clients_change_is_the_sum_of_the_weighted_means(
     sent. Merged and pending, every client has the dense sum of the weighted means of the scaled products.
     """
     method = Flora(rank=2, alpha=3.0, ranks=(1, 3, 2), weighting=weighting)
-    state, kept = method.init(THREE), {name: Merged.nothing(THREE.shapes) for name in "abc"}
+    state, client_state = method.init(THREE), {name: Merged.nothing(THREE.shapes) for name in "abc"}
     weights = THREE.weights(weighting)
     wanted = {module: torch.zeros(d_out, d_in, dtype=torch.float64) for module, (d_in, d_out) in THREE.shapes.items()}
     for number, (cohort, lost) in enumerate(rounds):
@@ -175,8 +178,8 @@ def test_every_clients_change_is_the_sum_of_the_weighted_means(
                 numbers = [int(name.split("/")[0]) for name in message.changes.factors]
                 assert min(numbers, default=99) >= state.log.merged.get(info.name, 0), "known to be merged, not sent"
                 trained = of_ranks(THREE, state.ranks[info.name], 10 * number + ord(info.name))
-                work = method.update(client(THREE.shapes, info.name, number), kept[info.name], message)
-                _, (kept[info.name], reply, _) = driven(work, trained)
+                work = method.update(client(THREE.shapes, info.name, number), client_state[info.name], message)
+                _, (client_state[info.name], reply, _) = driven(work, trained)
                 answers.update({} if info.name in lost else {info.name: reply})
         if answers:
             state = method.aggregate(THREE, state, answers)
@@ -186,7 +189,9 @@ def test_every_clients_change_is_the_sum_of_the_weighted_means(
                     a, b = (reply.tensors[f"{module}/shared/{factor}"].double() for factor in "AB")
                     wanted[module] += 1.5 * weights[name] / total * b @ a
         for info in THREE.clients:
-            adapter = method.adapter(client(THREE.shapes, info.name), kept[info.name], method.message(state, info))
+            adapter = method.adapter(
+                client(THREE.shapes, info.name), client_state[info.name], method.message(state, info)
+            )
             for module, change in wanted.items():
                 found = adapter.fixed[delta_key(module)].double()
                 torch.testing.assert_close(found, change, rtol=1e-5, atol=1e-4)
@@ -195,12 +200,14 @@ def test_every_clients_change_is_the_sum_of_the_weighted_means(
 def test_what_everybody_has_merged_is_sent_and_kept_no_more() -> None:
     """All three answer each round, having merged all changes but the one of the round itself."""
     method = Flora(rank=1)
-    state, kept = method.init(THREE), {name: Merged.nothing(THREE.shapes) for name in "abc"}
+    state, client_state = method.init(THREE), {name: Merged.nothing(THREE.shapes) for name in "abc"}
     for number in range(3):
         replies = {}
         for info in THREE.clients:
             me, message = client(THREE.shapes, info.name, number), method.message(state, info)
-            _, (kept[info.name], replies[info.name], _) = driven(method.update(me, kept[info.name], message), {})
+            _, (client_state[info.name], replies[info.name], _) = driven(
+                method.update(me, client_state[info.name], message), {}
+            )
         state = method.aggregate(THREE, state, replies)
         assert {name.split("/")[0] for name in state.log.changes.factors} == {f"{number:05d}"}
         assert state.log.merged == dict.fromkeys("abc", number)

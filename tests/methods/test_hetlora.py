@@ -8,7 +8,7 @@ from tests.methods.by_hand import client, driven
 from tests.training import lora_spec
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Fit, Server
+from fedamole.federation.method import ClientInfo, Server, TrainingRequest
 from fedamole.federation.record import Nothing
 from fedamole.methods.fedit import GlobalLora
 from fedamole.methods.flexlora import RankedLora
@@ -79,7 +79,7 @@ def test_the_tail_is_that_of_the_clients_own_rank(rank: int, pruned_to: float, t
     """gamma r_k, rounded down, but at least one rank is kept; the method's own rank is 16."""
     method, message = HetLora(rank=16, pruned_to=pruned_to), lora(*[1.0] * rank)
     (asked,), (_, reply, _) = driven(method.update(client(SHAPES), Nothing(), message), lora(*[0.5] * rank).tensors)
-    assert asked == Fit(asked.adapter, tail=tail, tail_weight=0.001)
+    assert asked == TrainingRequest(asked.adapter, tail=tail, tail_weight=0.001)
     assert asked.adapter.frozen == ()
     assert reply.tensors[A].tolist() == [[0.5, 0.0]] * tail, "the trained ranks before the tail"
     assert reply.tensors[B].tolist() == [[0.5] * tail, [0.0] * tail]

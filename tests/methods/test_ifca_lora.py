@@ -84,11 +84,11 @@ def test_one_b_that_is_not_0_is_enough_to_look() -> None:
 def test_the_lowest_loss_is_chosen_the_first_among_equals(losses: tuple[float, ...], chosen: int) -> None:
     method, sent = IfcaLora(rank=1), clusters(1.0, 2.0, 3.0)
     work = method.update(client(SHAPES, losses=losses), Choice(-1), sent)
-    (asked,), (kept, reply, trained) = driven(work, lora(9.0))
+    (asked,), (client_state, reply, trained) = driven(work, lora(9.0))
     assert torch.equal(asked.adapter.tensors[A], full(chosen + 1.0, 1, 2))
     assert set(asked.adapter.tensors) == {A, B}
     assert (asked.share, asked.adapter.frozen, asked.anchor, asked.anchor_weight) == (1.0, (), {}, 0.0)
-    assert kept == Choice(chosen)
+    assert client_state == Choice(chosen)
     assert reply.cluster == chosen
     assert {name: tensor.tolist() for name, tensor in reply.tensors.items()} == {
         A: [[9.0, 9.0]],
@@ -100,8 +100,8 @@ def test_the_lowest_loss_is_chosen_the_first_among_equals(losses: tuple[float, .
 def test_the_last_choice_binds_nobody() -> None:
     """A client that trained cluster 0 last goes where its loss is lowest now."""
     work = IfcaLora(rank=1).update(client(SHAPES, losses=(0.7, 0.2, 0.9)), Choice(0), clusters(1.0, 2.0, 3.0))
-    _, (kept, reply, _) = driven(work, lora(9.0))
-    assert (kept.cluster, reply.cluster) == (1, 1)
+    _, (client_state, reply, _) = driven(work, lora(9.0))
+    assert (client_state.cluster, reply.cluster) == (1, 1)
 
 
 def test_the_look_is_at_every_cluster_and_as_many_examples_as_allowed() -> None:
@@ -143,7 +143,7 @@ def test_the_personal_model_is_the_averaged_lora_that_fits_best_now() -> None:
     )
     assert found is not None
     assert torch.equal(found.tensors[A], full(3.0, 1, 2))
-    assert method.evaluates == "aggregated"
+    assert method.evaluates == "post_aggregation"
 
 
 def test_more_than_ten_clusters_are_told_apart() -> None:

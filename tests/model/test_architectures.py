@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedamole.errors import BaseModelError, ConfigError
 from fedamole.federation.local import LocalTask, fit
-from fedamole.federation.method import Fit
+from fedamole.federation.method import TrainingRequest
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, BaseSettings, load_base
@@ -34,7 +34,7 @@ def load(folder: Path, **settings: Any) -> Base:
 
 def trained(bank: Bank) -> tuple[Adapter, Mapping[str, Tensor]]:
     """A LoRA after three steps, and its tensors."""
-    task = LocalTask("a", Fit(lora(bank.base)), ROWS, 1e-2)
+    task = LocalTask("a", TrainingRequest(lora(bank.base)), ROWS, 1e-2)
     (outcome,) = fit(bank, [task], TrainingSettings(local_steps=3, batch_size=2), seed=0, round_=0)
     assert not isinstance(outcome, Exception), outcome
     return outcome.adapter, outcome.adapter.tensors

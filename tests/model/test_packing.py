@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedamole.federation.local import LocalTask, fit
-from fedamole.federation.method import Fit, Trained
+from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, BaseSettings, load_base
@@ -167,11 +167,13 @@ def test_where_packing_is_impossible_a_group_still_equals_each_alone(unpackable:
     drawn = [mixture(bank.base, seed, dropout=0.1) for seed in (0, 1)]
     doubles = [replace(one, tensors={name: t.double() for name, t in one.tensors.items()}) for one in drawn]
     parts = ROWS[1:], ROWS[:2]
-    tasks = [LocalTask(name, Fit(own), rows, 1e-2) for name, own, rows in zip("ab", doubles, parts, strict=True)]
+    tasks = [
+        LocalTask(name, TrainingRequest(own), rows, 1e-2) for name, own, rows in zip("ab", doubles, parts, strict=True)
+    ]
     for task, mine in zip(tasks, fit(bank, tasks, settings, seed=0, round_=0), strict=True):
         (theirs,) = fit(bank, [task], settings, seed=0, round_=0)
-        assert isinstance(mine, Trained)
-        assert isinstance(theirs, Trained)
+        assert isinstance(mine, TrainingResult)
+        assert isinstance(theirs, TrainingResult)
         assert mine.loss == pytest.approx(theirs.loss, abs=1e-9)
         for name, tensor in mine.adapter.tensors.items():
             torch.testing.assert_close(tensor, theirs.adapter.tensors[name], rtol=0, atol=1e-9)

@@ -17,7 +17,7 @@ from fedamole.errors import BaseModelError, ConfigError
 from fedamole.evaluation.generation import generate_answers
 from fedamole.evaluation.likelihood import mean_losses, option_losses
 from fedamole.federation.local import LocalTask, fit
-from fedamole.federation.method import Fit, Trained
+from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base
@@ -369,13 +369,14 @@ def test_training_in_lock_step_equals_each_alone(base: Callable[..., Base], mlp:
     settings = TrainingSettings(local_epochs=2, batch_size=1, learning_rate=0.01)
     rows = {"a": ROWS, "b": ROWS[:1], "c": ROWS[1:]}
     tasks = [
-        LocalTask(name, Fit(prompt(bank.base, mlp, seed)), part, 0.01) for seed, (name, part) in enumerate(rows.items())
+        LocalTask(name, TrainingRequest(prompt(bank.base, mlp, seed)), part, 0.01)
+        for seed, (name, part) in enumerate(rows.items())
     ]
     together = fit(bank, tasks, settings, seed=0, round_=0)
     for task, found in zip(tasks, together, strict=True):
         (lone,) = fit(bank, [task], settings, seed=0, round_=0)
-        assert isinstance(found, Trained)
-        assert isinstance(lone, Trained)
+        assert isinstance(found, TrainingResult)
+        assert isinstance(lone, TrainingResult)
         assert found.steps == lone.steps == 2 * len(task.rows)
         assert found.loss == pytest.approx(lone.loss, abs=1e-5)
         for name, tensor in lone.adapter.tensors.items():

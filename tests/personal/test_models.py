@@ -75,7 +75,7 @@ def test_from_a_copied_folder_in_a_fresh_process(runs: Any, tiny: Path, tmp_path
 
 
 def test_all_of_a_run_and_its_second_row(runs: Any) -> None:
-    run = runs("fedit", "evaluation.before_aggregation=true")
+    run = runs("fedit", "evaluation.pre_aggregation=true")
     assert [place.client for place in places(run)] == ["chat", "entail", "mood", "plain"]
     assert find(run, "chat", "fedit_ft").adapter == run / "clients/chat/adapter-fedit_ft"
     with pytest.raises(RunError, match="no saved model of 'fedit_tf'"):

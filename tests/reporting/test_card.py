@@ -14,14 +14,14 @@ from tests.deployment.test_host import RUN_ID, ByHand, ask, client
 from fedamole.data.manifest import ClientRecord, read_manifest
 from fedamole.engine.messages import TEST, Request
 from fedamole.experiment import resume
-from fedamole.federation.progress import Watcher
+from fedamole.federation.progress import ProgressListener
 from fedamole.personal.saved_models import find, open_bank
 from fedamole.reporting.card import card, write_cards
 from fedamole.runs.run_folder import RunFolder
 
 __all__ = ["client"]
 
-TWO_ROWS = ("fedit", "evaluation.before_aggregation=true")
+TWO_ROWS = ("fedit", "evaluation.pre_aggregation=true")
 
 
 def text_of(run: Path, who: str, folder: str = "adapter") -> str:
@@ -162,7 +162,7 @@ def test_equal_runs_have_equal_cards_and_an_edited_one_stays(runs: Any, tmp_path
     (run / "clients/mood/adapter/README.md").write_text("mine")
     (run / "clients/chat/adapter/README.md").unlink()  # killed between the summary and the cards
     shutil.rmtree(run / "clients/plain/adapter")
-    resume(run, Watcher())
+    resume(run, ProgressListener())
     assert text_of(run, "mood") == "mine"
     assert text_of(run, "chat") == before["chat"]
     assert not (run / "clients/plain/adapter").exists()

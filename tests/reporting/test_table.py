@@ -156,7 +156,7 @@ def test_the_lowest_mean_loss_is_starred() -> None:
 
 def test_the_work_of_a_run_is_in_its_table(runs: Any) -> None:
     """The lines say what metrics.jsonl says; two rows of one run share the training."""
-    folder = runs("fedit", "evaluation.before_aggregation=true")
+    folder = runs("fedit", "evaluation.pre_aggregation=true")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if line["split"] == "train"]
     [found] = compare(read_runs([folder]))

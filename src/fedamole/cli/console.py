@@ -10,8 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from fedamole.comparison.trials import Cell, CellWatcher
-from fedamole.federation.progress import Watcher
+from fedamole.comparison.trials import Cell, TrialListener
+from fedamole.federation.progress import ProgressListener
 from fedamole.reporting.runs import read_runs
 from fedamole.reporting.table import CAPTION, SUMMARY_LINES, Comparison, compare, grid
 from fedamole.terminal import printable, screen
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedamole.comparison.tables import Sheet
 
 
-class BarWatcher(Watcher):
+class ProgressBars(ProgressListener):
     """Two bars: the rounds, and the steps of the clients at work."""
 
     def __init__(self, console: Console, title: str) -> None:
@@ -67,7 +67,7 @@ class BarWatcher(Watcher):
         self.progress.update(self.rounds, completed=round_ + 1, note=note)
 
 
-class CellLines(CellWatcher):
+class TrialLines(TrialListener):
     """A line per cell that has ended, and below them, on a terminal, one bar of all cells."""
 
     def __init__(self, console: Console) -> None:
@@ -170,9 +170,9 @@ def sizes(console: Console, clients: Sequence[Mapping[str, Any]], title: str) ->
 
 def several_methods(console: Console, listed: Sequence[Mapping[str, Any]]) -> None:
     """A line for each method."""
-    table = Table("method", "paper", "travels", "stays", "scored", title=f"{len(listed)} methods")
+    table = Table("method", "paper", "communicates", "stays_local", "scored", title=f"{len(listed)} methods")
     for entry in listed:
-        table.add_row(*(entry[key] for key in ("name", "paper", "travels", "stays", "scored")))
+        table.add_row(*(entry[key] for key in ("name", "paper", "communicates", "stays_local", "scored")))
     console.print(table)
     console.print("`fedamole methods NAME` explains one: its round, its deviations from the paper, its settings")
 
@@ -181,7 +181,7 @@ def one_method(console: Console, entry: Mapping[str, Any]) -> None:
     """What a method's file says of it, and its settings."""
     console.print(entry["name"], style="bold")
     console.print(entry["about"], soft_wrap=True)
-    for key in ("travels", "stays", "scored"):
+    for key in ("communicates", "stays_local", "scored"):
         console.print(Text.assemble((key, "bold"), f": {entry[key]}"))
     console.print("\n[method]")
     for key, value in {"name": entry["name"], **entry["parameters"]}.items():

@@ -31,7 +31,7 @@ from fedamole.terminal import Screen, say, say_json, screen, set_up
 
 if TYPE_CHECKING:
     from fedamole.comparison.file import Comparison
-    from fedamole.federation.progress import Watcher
+    from fedamole.federation.progress import ProgressListener
 
 app = typer.Typer(
     cls=Commands,
@@ -49,18 +49,18 @@ DEMO = ("local_only", "fedit", "fedamole")
 
 
 @contextmanager
-def _watching(title: str, as_json: bool) -> "Iterator[Watcher]":
+def _showing_progress(title: str, as_json: bool) -> "Iterator[ProgressListener]":
     """Show progress on the terminal or in plain lines; always on the error stream, results go to the other."""
-    from fedamole.cli.console import BarWatcher
-    from fedamole.federation.progress import PlainWatcher
+    from fedamole.cli.console import ProgressBars
+    from fedamole.federation.progress import PlainProgress
 
     console = screen(error=True)
     if not console.is_terminal or as_json:
-        yield PlainWatcher(console)
+        yield PlainProgress(console)
         return
-    watcher = BarWatcher(console, title)
-    with watcher.progress:
-        yield watcher
+    listener = ProgressBars(console, title)
+    with listener.progress:
+        yield listener
 
 
 @contextmanager
@@ -105,8 +105,8 @@ def run(config: ConfigPath = None, overrides: Overrides = None, as_json: AsJson 
     settings = read_config(config, overrides)
     with new_run_folder(settings) as folder, _resumable(folder):
         screen(error=True).print(f"{settings.method_name} -> {folder}")
-        with _watching(settings.run.name, as_json) as watcher:
-            summary = start(settings, folder, watcher)
+        with _showing_progress(settings.run.name, as_json) as listener:
+            summary = start(settings, folder, listener)
     _show([folder], as_json)
     peak = f"peak memory {summary['peak_memory_mib']:,.0f} MiB with {summary['group']} clients in lock-step"
     screen(error=True).print(peak)
@@ -133,8 +133,8 @@ def resume(
     if not run_folder.finished and (reads := reads_outside(load_run_config(run_folder), folder, base=base is None)):
         said = f"reads what {folder}/config.toml names outside that folder: {', '.join(reads)}"
         screen(error=True).print(said, style="dim", soft_wrap=True)
-    with _resumable(folder), _watching(folder.name, as_json) as watcher:
-        resume_run(folder, watcher, base)
+    with _resumable(folder), _showing_progress(folder.name, as_json) as listener:
+        resume_run(folder, listener, base)
     _show([folder], as_json)
     refuse_untrained(folder)
 
@@ -200,8 +200,8 @@ def demo(
         raise RunError(f"{folder} exists already: `fedamole show {folder}` shows it, or choose --folder OTHER")
     with new_folder(folder):
         for name in DEMO:
-            with _resumable(folder / name), _watching(name, as_json) as watcher:
-                start(load_config(bundled_config(name)), folder / name, watcher)
+            with _resumable(folder / name), _showing_progress(name, as_json) as listener:
+                start(load_config(bundled_config(name)), folder / name, listener)
     _show([folder], as_json)
     if not as_json:
         screen(error=True).print(f"Each client's model: {folder}/fedamole/clients/NAME/adapter")
@@ -226,7 +226,7 @@ def compare(
 
     Finished cells are skipped, unfinished ones resumed, failed ones tried again; the same command goes on after Ctrl-C.
     """
-    from fedamole.cli.console import CellLines, show_cells
+    from fedamole.cli.console import TrialLines, show_cells
     from fedamole.comparison.file import load_comparison
     from fedamole.comparison.plot import check_picture
     from fedamole.comparison.run import check_shown, failures, outlook, preview, run_comparison
@@ -244,7 +244,7 @@ def compare(
         check_shown(comparison)
         failed = failures(comparison)
     else:
-        lines = CellLines(screen(error=True))
+        lines = TrialLines(screen(error=True))
         with _resumable(), lines.progress:
             failed = run_comparison(comparison, lines)
     _report(comparison, as_json, {"markdown": markdown, "csv": csv, "latex": latex, "plot": plot})

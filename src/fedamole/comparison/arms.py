@@ -13,7 +13,7 @@ from fedamole.errors import ConfigError
 from fedamole.experiment import rows_of
 from fedamole.methods import METHODS
 
-GIVEN_BY_CELLS = ("run.seed", "run.folder", "run.name", "method.name", "evaluation.before_aggregation")
+GIVEN_BY_CELLS = ("run.seed", "run.folder", "run.name", "method.name", "evaluation.pre_aggregation")
 """Settings that a comparison sets in every cell, so that `overrides` cannot."""
 PAPER = "-paper"
 """What the name of a method's arm with the budget of its paper ends with, under budget = "both"."""
@@ -122,7 +122,7 @@ def arms_of(
     run = merged({"run": {"threads": 1}}, merged(tables, overrides))
     asked, configs = {}, {}
     for label, own in methods.items():
-        asked[label] = merged(run, merged(own, {"evaluation": {"before_aggregation": False}}))
+        asked[label] = merged(run, merged(own, {"evaluation": {"pre_aggregation": False}}))
         configs[label] = _checked(asked[label], f"{where} ({path}), method {label!r}")
     seen_before = {
         label: trained for label in methods for trained in methods if _looks_before(configs[label], configs[trained])
@@ -133,7 +133,7 @@ def arms_of(
             continue
         rows = {label: configs[label].method_name}
         rows |= {other: configs[other].method_name for other, trained in seen_before.items() if trained == label}
-        own = merged(asked[label], {"evaluation": {"before_aggregation": len(rows) > 1}})
+        own = merged(asked[label], {"evaluation": {"pre_aggregation": len(rows) > 1}})
         config = _checked(own, f"{where} ({path}), method {label!r}")
         if not set(rows.values()) <= set(rows_of(config)):
             raise RuntimeError(f"{label}: rows {rows} are not those of its run")
@@ -153,5 +153,5 @@ def _checked(tables: Table, where: str) -> Config:
 def _looks_before(config: Config, trained: Config) -> bool:
     """Whether a config is the training of another looked at before the aggregation, so that one run gives both."""
     same = {**config.tables()["method"], "name": ""} == {**trained.tables()["method"], "name": ""}
-    after = trained.method.evaluates == "aggregated"
+    after = trained.method.evaluates == "post_aggregation"
     return same and after and config.training == trained.training and config.method_name == f"{trained.method_name}_ft"

@@ -5,13 +5,13 @@ from typing import Any
 
 from fedamole.comparison.budgets import SET_BY_PLANS, planned, size_of
 from fedamole.comparison.file import Comparison
-from fedamole.comparison.trials import FREE, Cell, CellWatcher, copied, run_cells
+from fedamole.comparison.trials import FREE, Cell, TrialListener, copied, run_cells
 from fedamole.config import Config, to_config
 from fedamole.files import exclusive
 from fedamole.runs.run_folder import SUMMARY, RunFolder
 
 
-def run_comparison(comparison: Comparison, watcher: CellWatcher) -> list[Cell]:
+def run_comparison(comparison: Comparison, listener: TrialListener) -> list[Cell]:
     """Run every cell that is not finished, grids first; return the cells that failed.
 
     Raises RunError while another process runs the comparison: both would make the same folders.
@@ -19,22 +19,22 @@ def run_comparison(comparison: Comparison, watcher: CellWatcher) -> list[Cell]:
     comparison.folder.mkdir(parents=True, exist_ok=True)
     refusal = f"{comparison.folder}: another process is running this comparison; wait for it or stop it"
     with exclusive(comparison.folder / ".lock", refusal):
-        return _run_comparison(comparison, watcher)
+        return _run_comparison(comparison, listener)
 
 
-def _run_comparison(comparison: Comparison, watcher: CellWatcher) -> list[Cell]:
+def _run_comparison(comparison: Comparison, listener: TrialListener) -> list[Cell]:
     comparison = planned(comparison)
     check_stored(comparison)
     workers, tried = comparison.settings.workers, set[str]()
     while cells := [
         cell for arm in comparison.arms for cell in comparison.grid(arm).values() if cell.name not in tried
     ]:
-        run_cells(cells, workers, watcher)
+        run_cells(cells, workers, listener)
         tried.update(cell.name for cell in cells)  # the next pass has the rates that widen the grids
     if tried:
         _reuse_grid(comparison)
         check_stored(comparison)
-    run_cells([cell for arm in comparison.arms for cell in comparison.cells(arm)], workers, watcher)
+    run_cells([cell for arm in comparison.arms for cell in comparison.cells(arm)], workers, listener)
     return failures(comparison)
 
 

@@ -22,7 +22,7 @@ import tomli_w
 from fedamole.config import Config, Table, load_config, to_config
 from fedamole.errors import FedamoleError, RunError, describe_os_error
 from fedamole.experiment import resume, start
-from fedamole.federation.progress import Watcher
+from fedamole.federation.progress import ProgressListener
 from fedamole.files import write_atomic
 from fedamole.model.base import resolve_device
 from fedamole.received.files import read_toml
@@ -115,7 +115,7 @@ def copied(cell: Cell, source: Path) -> None:
     os.rename(begun, cell.path)
 
 
-class CellWatcher:
+class TrialListener:
     """Told what becomes of the cells, to show it; this one shows nothing."""
 
     def cells_started(self, cells: int, finished: int) -> None:
@@ -138,13 +138,13 @@ class _Working:
     started: float
 
 
-def run_cells(cells: Sequence[Cell], workers: int, watcher: CellWatcher) -> None:
+def run_cells(cells: Sequence[Cell], workers: int, listener: TrialListener) -> None:
     """Run all cells that are not finished, so many at once; failures are written down and stop nobody else.
 
     Whatever ends this call, an interrupt included, ends the processes too; their runs can be resumed.
     """
     waiting = deque(cell for cell in cells if cell.state != "finished")
-    watcher.cells_started(len(waiting), len(cells) - len(waiting))
+    listener.cells_started(len(waiting), len(cells) - len(waiting))
     working: dict[int, _Working] = {}
     try:
         while waiting or working:
@@ -152,7 +152,7 @@ def run_cells(cells: Sequence[Cell], workers: int, watcher: CellWatcher) -> None
                 _launch(waiting.popleft(), working)
             for sentinel in wait(list(working)):
                 if isinstance(sentinel, int):
-                    _settle(working[sentinel], watcher)
+                    _settle(working[sentinel], listener)
                     del working[sentinel]
     finally:
         _stop([left.process for left in working.values()])
@@ -188,7 +188,7 @@ def _launch(cell: Cell, working: dict[int, _Working]) -> None:
     sender.close()
 
 
-def _settle(done: _Working, watcher: CellWatcher) -> None:
+def _settle(done: _Working, listener: TrialListener) -> None:
     """Say what has become of a cell whose process has ended, and write down why it failed."""
     done.process.join()
     seconds = time.perf_counter() - done.started
@@ -198,12 +198,12 @@ def _settle(done: _Working, watcher: CellWatcher) -> None:
         cell.log.unlink()
     if not told and cell.state == "finished":
         cell.failure.unlink(missing_ok=True)
-        watcher.cell_done(cell, seconds, RunFolder(cell.path).read_json(SUMMARY))
+        listener.cell_done(cell, seconds, RunFolder(cell.path).read_json(SUMMARY))
         return
     error = " ".join(told.get("error", _ending(done.process.exitcode, cell)).split())
     record = {"cell": cell.name, "error": error, "seconds": seconds, "traceback": told.get("traceback", "")}
     write_atomic(cell.failure, json.dumps(record, indent=1) + "\n")
-    watcher.cell_failed(cell, seconds, error)
+    listener.cell_failed(cell, seconds, error)
 
 
 def _told(done: _Working) -> dict[str, str]:
@@ -233,9 +233,9 @@ def _work(tables: Table, folder: str, log: str, answer: Connection) -> None:
     try:
         _clear_stub(path)
         if (path / RUN).exists():
-            resume(path, Watcher())
+            resume(path, ProgressListener())
         else:
-            start(to_config(tables), path, Watcher())
+            start(to_config(tables), path, ProgressListener())
     except FedamoleError as error:
         answer.send({"error": str(error)})
     except OSError as error:

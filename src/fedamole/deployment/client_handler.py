@@ -27,8 +27,8 @@ from fedamole.deployment.shared_config import agreed_hash, own_tables
 from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, failure, read_request
 from fedamole.errors import BaseModelError, ConfigError, DataError, RunError
 from fedamole.experiment import check_length, resolved, worker_of
-from fedamole.federation.progress import Watcher
-from fedamole.federation.record import PayloadError, boxed, pack, unboxed
+from fedamole.federation.progress import ProgressListener
+from fedamole.federation.record import PayloadError, bytes_as_tensor, pack, tensor_as_bytes
 from fedamole.federation.summary import summarise
 from fedamole.federation.worker import ClientData, Scores, client_data
 from fedamole.files import new_folder, write_atomic
@@ -71,9 +71,9 @@ CAUSES = (
 class Host:
     """Answers the requests of a server, one after the other."""
 
-    def __init__(self, settings: ClientSettings, watcher: Watcher) -> None:
+    def __init__(self, settings: ClientSettings, listener: ProgressListener) -> None:
         """Serve one client; base and data are loaded when it joins a run."""
-        self.settings, self.watcher, self.name = settings, watcher, settings.name or settings.source.name
+        self.settings, self.listener, self.name = settings, listener, settings.name or settings.source.name
         self.seat: Seat | None = None
         self.audit = AuditLog(Path(settings.audit) if settings.audit else None)
 
@@ -124,7 +124,7 @@ class Host:
         return failure(request, self.name, code), reason
 
     def _do(self, request: Request) -> Reply:
-        self._check_disk(len(unboxed(request.message) or b""))
+        self._check_disk(len(tensor_as_bytes(request.message) or b""))
         if request.operation == JOIN:
             return self._join(request)
         seat = self._seat(request.run)
@@ -153,10 +153,10 @@ class Host:
             raise PolicyError(
                 f"{seat.folder.path}: the coordinator now tells other settings than those that this run began with"
             )
-        self.watcher.stage("scoring the untuned base on validation")
+        self.listener.stage("scoring the untuned base on validation")
         about = {"examples": self._rows(seat.data), "base": seat.folder.about["base"], "device": seat.config.run.device}
         labels = {"labels": seat.labels} if seat.labels else {}
-        bare = seat.worker.bare([seat.data], "validation")[seat.name]
+        bare = seat.worker.score_base([seat.data], "validation")[seat.name]
         if all(line["round"] >= 0 for line in seat.folder.lines(METRICS)):
             seat.log([{"round": -1, "split": "validation", "method": BASE, **bare}])
         return Reply(request.run, request.round, JOIN, self.name, report={**about, **labels}, scores={BASE: bare})
@@ -223,11 +223,11 @@ class Host:
             folder.client(self.name).mkdir(parents=True)
             seat = self._take(config, folder, bank)
             for sentence in exposure(config, None, [{"client": self.name, **self._rows(seat.data)}], bank.base.shapes):
-                self.watcher.stage(printable(f"  {sentence}"))
+                self.listener.stage(printable(f"  {sentence}"))
             return seat
 
     def _bank(self, config: Config) -> Bank:
-        self.watcher.stage(f"loading {config.base.model}")
+        self.listener.stage(f"loading {config.base.model}")
         torch.set_num_threads(config.run.threads)
         return Bank(load_base(config.base, torch.device(config.run.device), Path.cwd()))
 
@@ -298,14 +298,14 @@ class Host:
 
     def _show(self, config: Config, settings: Table, items: Sequence[Item]) -> None:
         """Show what is asked beside what the policy allows, before it is compared."""
-        self.watcher.stage(printable(f"run {config.run.name}, settings {agreed_hash(settings)}"))
+        self.listener.stage(printable(f"run {config.run.name}, settings {agreed_hash(settings)}"))
         for item in items:
             sign = "ok     " if item.fits else "REFUSED"
-            self.watcher.stage(printable(f"  {sign}  {item.setting}: asked {item.asked}; allowed {item.allowed}"))
+            self.listener.stage(printable(f"  {sign}  {item.setting}: asked {item.asked}; allowed {item.allowed}"))
 
     def _update(self, seat: Seat, request: Request) -> Reply:
         """Train on the server's message, unless that was done already: then the answer is the one given before."""
-        message = unboxed(request.message) or b""
+        message = tensor_as_bytes(request.message) or b""
         digest = hashlib.sha256(b"%d " % request.last + message).hexdigest()
         path = seat.answer_path(request.round)
         if (found := seat.stored(path)) is not None and found.digest == digest:
@@ -316,17 +316,17 @@ class Host:
         if request.last >= 0 and latest_state(seat.folder, self.name) is None:
             log.warning("round %d: what was kept from earlier rounds is gone; training begins anew", request.round)
         seat.keep(request)
-        self.watcher.round_started(request.round, seat.config.federation.rounds, [self.name])
-        self.watcher.group_started(request.round, [self.name])
-        answer = seat.worker.update([seat.data], request.round, {self.name: message}, self.watcher.step)[self.name]
-        self.watcher.client_done(request.round, self.name, answer.report)
+        self.listener.round_started(request.round, seat.config.federation.rounds, [self.name])
+        self.listener.group_started(request.round, [self.name])
+        answer = seat.worker.update([seat.data], request.round, {self.name: message}, self.listener.step)[self.name]
+        self.listener.client_done(request.round, self.name, answer.report)
         line = {"round": request.round, "split": "train", "bytes_down": len(message)}
         seat.log([{**line, "bytes_up": len(answer.payload or b""), **answer.report}])
         if answer.payload is None:
             return failure(request, self.name, "diverged")
         scores = {}
         for row, kind in seat.worker.rows.items():
-            if kind == "trained":
+            if kind == "pre_aggregation":
                 scores[row] = seat.worker.evaluate([seat.data], request.round, row, {self.name: None})[self.name]
         seat.log_validation(request.round, scores)
         reply = Reply(
@@ -336,7 +336,7 @@ class Host:
             self.name,
             report=answer.report,
             scores=scores,
-            reply=boxed(answer.payload),
+            reply=bytes_as_tensor(answer.payload),
         )
         write_atomic(path, pack(Stored(digest, reply)))
         for done in seat.done():
@@ -347,10 +347,10 @@ class Host:
     def _evaluate(self, seat: Seat, request: Request) -> Reply:
         """Score a model that the server's message makes."""
         row = request.row or ""
-        if seat.worker.rows.get(row) != "aggregated":
+        if seat.worker.rows.get(row) != "post_aggregation":
             raise PayloadError(f"there is no model {row!r} to be scored after the aggregation")
         seat.count(EVALUATE, self.settings.policy.max_rounds)
-        message = unboxed(request.message)
+        message = tensor_as_bytes(request.message)
         found = seat.worker.evaluate([seat.data], request.round, row, {self.name: message})
         seat.log_validation(request.round, {row: found[self.name]})
         return Reply(request.run, request.round, EVALUATE, self.name, scores={row: found[self.name]})
@@ -363,18 +363,18 @@ class Host:
         group, worker, results = [seat.data], seat.worker, dict[str, dict[str, Any]]()
         scores: dict[str, Scores] = {}
         for row in worker.rows:
-            self.watcher.stage(f"scoring {row} on test")
+            self.listener.stage(f"scoring {row} on test")
             best, last = worker.test_best(group, row), worker.test_last(group, row)
             results[row] = {"best_round": request.best.get(row), "best": best, "last": last}
             scores |= {f"{row}/best": best[self.name], f"{row}/last": last[self.name]}
-        plain = {BASE: worker.bare(group, "test"), MAJORITY: {self.name: worker.majority(seat.data)}}
+        plain = {BASE: worker.score_base(group, "test"), MAJORITY: {self.name: worker.majority(seat.data)}}
         for row, told in plain.items():
             results[row] = {"best_round": None, "best": told, "last": told}
             if row != MAJORITY or self.settings.policy.share_majority:
                 scores[row] = told[self.name]
         summarise(seat.folder, results, seat.config.federation.rounds)
         write_cards(seat.folder)
-        self.watcher.stage(f"done: {seat.folder.adapter(self.name, seat.config.method_name)}")
+        self.listener.stage(f"done: {seat.folder.adapter(self.name, seat.config.method_name)}")
         reply = Reply(request.run, request.round, TEST, self.name, scores=scores)
         write_atomic(seat.tested, pack(Stored("", reply)))
         return reply

@@ -124,7 +124,7 @@ class Seat:
                 path.unlink()
 
         def counts(line: dict[str, Any]) -> bool:
-            if line["split"] == "validation" and self.worker.rows.get(line["method"]) == "aggregated":
+            if line["split"] == "validation" and self.worker.rows.get(line["method"]) == "post_aggregation":
                 return (line["round"], line["method"] == request.row) < (request.round, True)
             return bool(line["round"] <= request.last)
 
@@ -136,7 +136,7 @@ class Seat:
         kept = self.folder.read_json(str(path.relative_to(self.folder.path))) if path.exists() else {}
         for row, round_ in request.best.items():
             if row in self.worker.rows and kept.get(row) != round_:
-                self.worker.keep(self.data, row)
+                self.worker.save_best(self.data, row)
                 kept[row] = round_
                 write_atomic(path, json.dumps(kept))
 

@@ -16,7 +16,7 @@ from fedamole.deployment.progress import Show
 from fedamole.deployment.shared_config import agreed_hash, shared_tables
 from fedamole.engine.remote import Link, Remote
 from fedamole.experiment import check_length, loop_of, rows_of, server_of
-from fedamole.federation.progress import Watcher
+from fedamole.federation.progress import ProgressListener
 from fedamole.files import write_atomic
 from fedamole.model.base import load_base
 from fedamole.planning import exposure
@@ -44,7 +44,7 @@ class ProgressLog(logging.Handler):
         self.progress.say("warning", text=record.getMessage())
 
 
-class ProgressFile(Watcher):
+class ProgressFile(ProgressListener):
     """Writes what goes on as lines of JSON, for whoever shows it."""
 
     def __init__(self, folder: RunFolder, show: Show | None = None) -> None:
@@ -120,11 +120,11 @@ def coordinate(link: Link, path: Path, show: Show | None = None) -> dict[str, An
     server, tables = server_of(config, base), shared_tables(config, base.identity)
     del base
     with folder.locked():
-        watcher = ProgressFile(folder, show)
-        handler = ProgressLog(watcher)
+        listener = ProgressFile(folder, show)
+        handler = ProgressLog(listener)
         logging.getLogger("fedamole").addHandler(handler)
-        watcher.say("agreed", hash=agreed_hash(tables))
+        listener.say("agreed", hash=agreed_hash(tables))
         for sentence in exposure(config, len(names), (), server.shapes):
-            watcher.say("exposure", text=sentence)
-        engine = Remote(link, config.method, rows, server, folder.about["id"], tables, config.deployment, watcher)
-        return loop_of(config, engine, server, folder, watcher).run()
+            listener.say("exposure", text=sentence)
+        engine = Remote(link, config.method, rows, server, folder.about["id"], tables, config.deployment, listener)
+        return loop_of(config, engine, server, folder, listener).run()

@@ -16,7 +16,7 @@ from fedamole.deployment.client_handler import Host
 from fedamole.deployment.run_session import ClientSettings
 from fedamole.deployment.security.audit_log import AuditError
 from fedamole.errors import FedamoleError
-from fedamole.federation.progress import PlainWatcher
+from fedamole.federation.progress import PlainProgress
 from fedamole.model.base import resolve_device
 from fedamole.terminal import set_up
 
@@ -51,7 +51,7 @@ def main() -> None:
     except FedamoleError as error:
         log.error("%s", error)
         sys.exit(error.exit_code)
-    serve(Host(client, PlainWatcher(console)), settings["socket"], Path(settings["secret"]).read_bytes())
+    serve(Host(client, PlainProgress(console)), settings["socket"], Path(settings["secret"]).read_bytes())
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from typing import TypeVar
 
 from fedamole.errors import FedamoleError
 from fedamole.federation.method import ClientInfo
-from fedamole.federation.progress import Watcher
-from fedamole.federation.worker import Answer, ClientData, Scores, Worker
+from fedamole.federation.progress import ProgressListener
+from fedamole.federation.worker import ClientData, Scores, UpdateResult, Worker
 from fedamole.model.memory import out_of_memory, release_memory
 
 log = logging.getLogger(__name__)
@@ -20,27 +20,27 @@ class InProcess:
 
     deployed = False
 
-    def __init__(self, worker: Worker, data: Mapping[str, ClientData], watcher: Watcher, group: int) -> None:
+    def __init__(self, worker: Worker, data: Mapping[str, ClientData], listener: ProgressListener, group: int) -> None:
         """Serve the clients named in `data`, `group` of them at once; only their adapters are in memory together."""
-        self.worker, self.data, self.watcher, self.group = worker, data, watcher, group
+        self.worker, self.data, self.listener, self.group = worker, data, listener, group
 
     @property
     def clients(self) -> tuple[ClientInfo, ...]:
         """All clients, in the order of their names."""
         return tuple(self.data[name].info for name in sorted(self.data))
 
-    def present(self) -> Collection[str]:
+    def wait_for_clients(self) -> Collection[str]:
         """Everybody."""
         return self.data.keys()
 
-    def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, Answer]:
+    def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, UpdateResult]:
         """Train a cohort, each on its own message."""
 
-        def work(group: Sequence[ClientData]) -> dict[str, Answer]:
-            self.watcher.group_started(round_, [data.info.name for data in group])
-            answers = self.worker.update(group, round_, messages, self.watcher.step)
+        def work(group: Sequence[ClientData]) -> dict[str, UpdateResult]:
+            self.listener.group_started(round_, [data.info.name for data in group])
+            answers = self.worker.update(group, round_, messages, self.listener.step)
             for name, answer in answers.items():
-                self.watcher.client_done(round_, name, answer.report)
+                self.listener.client_done(round_, name, answer.report)
             return answers
 
         return self._in_groups(messages, work)
@@ -50,19 +50,19 @@ class InProcess:
         release_memory(self.worker.bank.base.device)  # what the round's replies, merged by now, leave behind
         return self._in_groups(messages, lambda group: self.worker.evaluate(group, round_, row, messages))
 
-    def keep(self, row: str, round_: int, names: Collection[str]) -> None:
+    def save_best(self, row: str, round_: int, names: Collection[str]) -> None:
         """Let these clients save their present model as their best so far, that of a round."""
         for name in sorted(names):
-            self.worker.keep(self.data[name], row)
+            self.worker.save_best(self.data[name], row)
 
-    def resumed(
+    def restore(
         self, best: Mapping[str, Mapping[str, int]], answered: Mapping[str, int], examples: Mapping[str, int]
     ) -> None:
         """Nothing: models and private states lie in the run's folder."""
 
-    def bare(self, split: str, names: Collection[str]) -> dict[str, Scores]:
+    def score_base(self, split: str, names: Collection[str]) -> dict[str, Scores]:
         """Scores of the untuned base on these clients' split."""
-        return self._in_groups(names, lambda group: self.worker.bare(group, split))
+        return self._in_groups(names, lambda group: self.worker.score_base(group, split))
 
     def majority(self) -> dict[str, Scores]:
         """Scores of a constant answer on every client's test split."""

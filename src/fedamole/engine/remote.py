@@ -23,13 +23,13 @@ from fedamole.engine.messages import (
     read_reply,
     unpacked,
 )
-from fedamole.engine.reply_template import check_reply, rehearse
+from fedamole.engine.reply_template import check_reply, dry_run
 from fedamole.errors import RunError
 from fedamole.federation.method import ClientInfo, Evaluates, Method, Server
-from fedamole.federation.progress import Watcher
-from fedamole.federation.record import PayloadError, boxed, pack, unboxed, unpack
+from fedamole.federation.progress import ProgressListener
+from fedamole.federation.record import PayloadError, bytes_as_tensor, pack, tensor_as_bytes, unpack
 from fedamole.federation.settings import DeploymentSettings
-from fedamole.federation.worker import Answer, Scores
+from fedamole.federation.worker import Scores, UpdateResult
 from fedamole.runs.run_files import BASE, MAJORITY
 
 log = logging.getLogger(__name__)
@@ -102,11 +102,11 @@ class Remote:
         run: str,
         tables: Mapping[str, Any],
         settings: DeploymentSettings,
-        watcher: Watcher,
+        listener: ProgressListener,
     ) -> None:
         """Put an engine on a link. `tables` is what every client is told of the config, `run` the run's id."""
         self.link, self.method, self.rows, self.server, self.run = link, method, rows, server, run
-        self.tables, self.settings, self.watcher = dict(tables), settings, watcher
+        self.tables, self.settings, self.listener = dict(tables), settings, listener
         self.select: str = tables["config"]["evaluation"]["select"]
         self.members: dict[str, Member] = {}
         self.best: dict[str, dict[str, int]] = {}
@@ -123,7 +123,7 @@ class Remote:
         """The roster, in the order of its names; whoever has not come yet has no examples."""
         return tuple(self._infos.get(name, ClientInfo(name, 0)) for name in sorted(self.settings.clients))
 
-    def present(self) -> Collection[str]:
+    def wait_for_clients(self) -> Collection[str]:
         """Clients that have joined and are online; waits for `min_clients`, and at first a while for all."""
         started, told = time.monotonic(), -1
         while True:
@@ -131,11 +131,11 @@ class Remote:
             gathering = time.monotonic() - self._started < self.settings.gathering and not self._begun
             needed = len(self.settings.clients) if gathering else self.settings.min_clients
             if len(names) >= needed:
-                self.watcher.present(names, 0)
+                self.listener.present(names, 0)
                 return names
             if len(names) != told:
                 told = len(names)
-                self.watcher.present(names, needed - told)
+                self.listener.present(names, needed - told)
             if time.monotonic() - started > max(self.settings.patience, self.settings.gathering):
                 raise RunError(
                     f"waited {self.settings.patience:.0f} s (deployment.patience) for "
@@ -191,7 +191,7 @@ class Remote:
         else:
             self._infos[name] = self._counted(name, reply.report["examples"]["train"])
             self.members[name] = Member(node, self._infos[name], reply.scores[BASE])
-            self.watcher.joined(name, reply.report)
+            self.listener.joined(name, reply.report)
             return 0.0
         log.warning("%s is refused: %s", who, why)
         return LATER
@@ -210,12 +210,12 @@ class Remote:
             )
         return known
 
-    def update(self, round_: int, messages: Mapping[str, bytes]) -> Mapping[str, Answer]:
+    def update(self, round_: int, messages: Mapping[str, bytes]) -> Mapping[str, UpdateResult]:
         """Train a cohort, each on its own message; ask again those who may yet answer while there are too few."""
         self._begun = True
         self.server = replace(self.server, round=round_, clients=self.clients)
-        self.watcher.group_started(round_, sorted(messages))
-        answers, failed = dict[str, Answer](), dict.fromkeys(messages, "lost")
+        self.listener.group_started(round_, sorted(messages))
+        answers, failed = dict[str, UpdateResult](), dict.fromkeys(messages, "lost")
         good, needed, end = -1, min(self.settings.min_clients, len(messages)), 0.0
         while True:
             there = self._online()
@@ -255,7 +255,7 @@ class Remote:
             payload = messages[name]
             requests[name] = self._request(name, round_, UPDATE, payload=payload)
             message = unpack(self.method.records.message, payload)
-            wanted[name] = rehearse(self.method, self.server, self.members[name].info, message)
+            wanted[name] = dry_run(self.method, self.server, self.members[name].info, message)
         replies = self._exchange(requests, {name: len(pack(reply)) + SLACK for name, reply in wanted.items()})
         return [(name, reply, wanted[name]) for name, reply in replies.items()]
 
@@ -263,16 +263,18 @@ class Remote:
         self, name: str, round_: int, operation: str, row: str | None = None, payload: bytes | None = None
     ) -> Request:
         last = self.answered.get(name, -1)
-        return Request(self.run, round_, operation, row, self.best.get(name, {}), last, message=boxed(payload))
+        return Request(
+            self.run, round_, operation, row, self.best.get(name, {}), last, message=bytes_as_tensor(payload)
+        )
 
-    def _answer(self, round_: int, name: str, reply: Reply, wanted: Any) -> tuple[Answer, str | None]:
+    def _answer(self, round_: int, name: str, reply: Reply, wanted: Any) -> tuple[UpdateResult, str | None]:
         """Check what a client's training came to; return it, and the code of its failure."""
         report, payload, failed = {"seconds": 0.0, **reply.report}, None, reply.failed
         if failed is not None:
             log.warning("client %s, round %d, update: %s", name, round_, FAILURES[failed])
         else:
             try:
-                payload = unboxed(reply.reply) or b""
+                payload = tensor_as_bytes(reply.reply) or b""
                 check_reply(self.method, wanted, unpacked(self.method.records.reply, payload), self.settings.max_norm)
             except PayloadError as error:
                 log.warning("client %s, round %d, update: refused: %s", name, round_, error)
@@ -283,12 +285,12 @@ class Remote:
                 self._trained.setdefault(row, {})[name] = scores
         else:
             report["failed"] = FAILURES[failed]
-        self.watcher.client_done(round_, name, report)
-        return Answer(payload, report), failed
+        self.listener.client_done(round_, name, report)
+        return UpdateResult(payload, report), failed
 
     def evaluate(self, round_: int, row: str, messages: Mapping[str, bytes | None]) -> dict[str, Scores]:
         """Scores of some clients' present models on validation; those right after training came with the update."""
-        if self.rows[row] == "trained":
+        if self.rows[row] == "pre_aggregation":
             scores = self._trained.pop(row, {})
             return {name: scores[name] for name in sorted(messages) if name in scores}
         there = set(self._online())
@@ -303,18 +305,18 @@ class Remote:
                 log.warning("client %s, round %d, evaluate: %s; its score stays", name, round_, FAILURES[reply.failed])
         return {name: reply.scores[row] for name, reply in replies.items() if reply.failed is None}
 
-    def keep(self, row: str, round_: int, names: Collection[str]) -> None:
+    def save_best(self, row: str, round_: int, names: Collection[str]) -> None:
         """Have clients save their present model as their best so far: each is told with the next request."""
         self.best |= {name: {**self.best.get(name, {}), row: round_} for name in names}
 
-    def resumed(
+    def restore(
         self, best: Mapping[str, Mapping[str, int]], answered: Mapping[str, int], examples: Mapping[str, int]
     ) -> None:
         """Go on from these best rounds and last answers, and with the numbers of examples that were told first."""
         self.best, self.answered = {name: dict(rounds) for name, rounds in best.items()}, dict(answered)
         self._infos = {**self._infos, **{name: ClientInfo(name, count) for name, count in examples.items() if count}}
 
-    def bare(self, split: str, names: Collection[str]) -> dict[str, Scores]:
+    def score_base(self, split: str, names: Collection[str]) -> dict[str, Scores]:
         """Scores of the untuned base, which clients told when they joined, or with the test."""
         if split == "test":
             return self._test(BASE)
@@ -331,7 +333,7 @@ class Remote:
     def _test(self, what: str) -> dict[str, Scores]:
         """Scores on the test split, of which all are asked for at once, the first time."""
         if not self._tested:
-            there: Collection[str] = self.present()
+            there: Collection[str] = self.wait_for_clients()
             missing = dict.fromkeys(sorted(self.settings.clients), ABSENT)
             last = max(self.answered.values(), default=0)
             for _ in range(TRIES):
@@ -406,6 +408,6 @@ class Remote:
             rows = [f"{row}/{which}" for row in self.rows for which in ("best", "last")]
             return {**dict.fromkeys([*rows, BASE], ("loss", "score")), MAJORITY: ("score",)}
         rows = {JOIN: [BASE], EVALUATE: [request.row or ""]}.get(request.operation) or [
-            row for row, kind in self.rows.items() if kind == "trained"
+            row for row, kind in self.rows.items() if kind == "pre_aggregation"
         ]
         return dict.fromkeys(rows, ("loss",) if self.select == "loss" else ("loss", "score"))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedamole.federation.method import Client, ClientInfo, Method, Server, Trained
+from fedamole.federation.method import Client, ClientInfo, Method, Server, TrainingResult
 from fedamole.federation.record import PayloadError
 from fedamole.federation.robust import flattened
 from fedamole.model.layers import MeanEmbeddings
@@ -23,7 +23,7 @@ GROWTH, SMALL = 10.0, 0.1
 """How many times larger than what was sent a reply may be, and the size of a number where what was sent is smaller."""
 
 
-def rehearse(method: Method[Any, Any, Any, Any], server: Server, info: ClientInfo, message: Any) -> Any:
+def dry_run(method: Method[Any, Any, Any, Any], server: Server, info: ClientInfo, message: Any) -> Any:
     """Return a reply of the form that a client which got this message will send."""
 
     def no_losses(adapters: Sequence[Adapter], most: int) -> list[float]:
@@ -35,12 +35,12 @@ def rehearse(method: Method[Any, Any, Any, Any], server: Server, info: ClientInf
     client = Client(
         info, server.shapes, server.seed, server.round, no_losses, no_hidden, server.width, server.embedding_std
     )
-    work = method.update(client, method.first_keep(client), message)
+    work = method.update(client, method.init_client_state(client), message)
     try:
         fit = next(work)
         while True:
             embeddings = _embeddings(method, server, fit.adapter) if method.embeds else {}
-            fit = work.send(Trained(fit.adapter, 1, 0.0, embeddings))
+            fit = work.send(TrainingResult(fit.adapter, 1, 0.0, embeddings))
     except StopIteration as end:
         return end.value[1]
 
@@ -54,15 +54,15 @@ def _embeddings(method: Any, server: Server, adapter: Adapter) -> Mapping[str, M
     }
 
 
-def check_reply(method: Method[Any, Any, Any, Any], rehearsed: Any, reply: Any, max_norm: float | None) -> None:
+def check_reply(method: Method[Any, Any, Any, Any], template: Any, reply: Any, max_norm: float | None) -> None:
     """Compare a reply with the rehearsed one: names, shapes, dtypes, fields; finite; not too large.
 
     Without a `max_norm` the rehearsed reply, which holds what was sent, gives one. Raises PayloadError that names what
     is wrong, with nothing of the content in it.
     """
-    _compare_kinds(rehearsed, reply, "")
+    _compare_kinds(template, reply, "")
     try:
-        wanted = method.expected(rehearsed, reply)
+        wanted = method.expected_reply(template, reply)
     except Exception as error:  # a method reads what no one has checked yet
         raise PayloadError(f"not a reply of this method ({type(error).__name__})") from error
     squares = _compare(wanted, reply, "")
@@ -74,18 +74,18 @@ def check_reply(method: Method[Any, Any, Any, Any], rehearsed: Any, reply: Any, 
         raise PayloadError(f"its norm, {squares**0.5:.3g}, is above deployment.max_norm = {most:.3g} ({source})")
 
 
-def usual_norm(rehearsed: Any) -> float:
+def usual_norm(template: Any) -> float:
     """Largest norm that a reply may have: 10 times that of the rehearsed one, or of as many numbers of size SMALL."""
-    tensors = flattened(rehearsed).values()
+    tensors = flattened(template).values()
     squares = sum(float(tensor.double().square().sum()) for tensor in tensors)
     numbers = sum(tensor.numel() for tensor in tensors)
     return GROWTH * math.sqrt(max(squares, numbers * SMALL**2))
 
 
-def _compare_kinds(rehearsed: Any, got: Any, path: str) -> None:
+def _compare_kinds(template: Any, got: Any, path: str) -> None:
     """Check that plain fields are of the same type: for Python, True is a 1 and is in range(3)."""
-    for field in dataclasses.fields(rehearsed):
-        this, that = getattr(rehearsed, field.name), getattr(got, field.name)
+    for field in dataclasses.fields(template):
+        this, that = getattr(template, field.name), getattr(got, field.name)
         if type(this) is not type(that) and not isinstance(this, Mapping):
             raise PayloadError(f"{path}{field.name} is not what it has to be")
         if dataclasses.is_dataclass(this):

@@ -29,7 +29,7 @@ class EvaluationSettings:
     """Longest generated answer, in tokens."""
     batch_tokens: int = 8192
     """Tokens evaluated at once; lower it where evaluation runs out of memory."""
-    before_aggregation: bool = False
+    pre_aggregation: bool = False
     """Score each client's model also right after local training: one run gives the rows of X and X_ft."""
 
     def __post_init__(self) -> None:

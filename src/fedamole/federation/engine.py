@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from fedamole.federation.method import ClientInfo
-from fedamole.federation.worker import Answer, Scores
+from fedamole.federation.worker import Scores, UpdateResult
 
 
 class Engine(Protocol):
@@ -17,24 +17,24 @@ class Engine(Protocol):
     def clients(self) -> tuple[ClientInfo, ...]:
         """All clients that may take part, in the order of their names."""
 
-    def present(self) -> Collection[str]:
+    def wait_for_clients(self) -> Collection[str]:
         """Names of the clients that can be asked now; where too few are there, wait for them."""
 
-    def update(self, round_: int, messages: Mapping[str, bytes]) -> Mapping[str, Answer]:
+    def update(self, round_: int, messages: Mapping[str, bytes]) -> Mapping[str, UpdateResult]:
         """Train a cohort, each on its own message; whoever does not answer is missing."""
 
     def evaluate(self, round_: int, row: str, messages: Mapping[str, bytes | None]) -> Mapping[str, Scores]:
         """Score the present models of some clients on validation."""
 
-    def keep(self, row: str, round_: int, names: Collection[str]) -> None:
+    def save_best(self, row: str, round_: int, names: Collection[str]) -> None:
         """Let these clients save their present model as their best so far, that of a round."""
 
-    def resumed(
+    def restore(
         self, best: Mapping[str, Mapping[str, int]], answered: Mapping[str, int], examples: Mapping[str, int]
     ) -> None:
         """Told, when a run goes on, of each client: its best rounds by row, last answered round, number of examples."""
 
-    def bare(self, split: str, names: Collection[str]) -> Mapping[str, Scores]:
+    def score_base(self, split: str, names: Collection[str]) -> Mapping[str, Scores]:
         """Scores of the untuned base on these clients' split."""
 
     def majority(self) -> Mapping[str, Scores]:

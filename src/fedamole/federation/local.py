@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedamole.errors import FedamoleError
 from fedamole.federation.looks import count_tokens
-from fedamole.federation.method import Fit, Trained
+from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.randomness import derived_seed, torch_generator
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
@@ -43,7 +43,7 @@ class LocalTask:
     """One client's local training: what it starts from and what it learns from."""
 
     client: str
-    fit: Fit
+    fit: TrainingRequest
     rows: Sequence[Row]
     learning_rate: float
     """Adam's learning rate in this round."""
@@ -65,12 +65,12 @@ def fit(
     round_: int,
     turn: int = 0,
     on_step: OnStep | None = None,
-) -> list[Trained | DivergedError]:
+) -> list[TrainingResult | DivergedError]:
     """Train a group of clients for one round (step 2 of a round); return what each became, in the order given.
 
     Adapters must be of one kind. Adam starts anew each time. A client's loss is the mean over its batch's answer
-    tokens plus balance_weight times the sum of the modules' balance losses, and what its `Fit` penalises. The `turn`
-    tells several trainings of a round apart. Order and dropout come from (seed, client,
+    tokens plus balance_weight times the sum of the modules' balance losses, and the penalties of its request.
+    The `turn` tells several trainings of a round apart. Order and dropout come from (seed, client,
     round) alone, so a group changes no result beyond the order of floating-point sums. A client that has taken all its
     steps leaves; one whose training diverges changes no bit of the others and ends as a DivergedError that names
     client, round and step.
@@ -248,13 +248,13 @@ class _Group:
                 )
         return self.diverged
 
-    def results(self) -> list[Trained | DivergedError]:
+    def results(self) -> list[TrainingResult | DivergedError]:
         """What became of each client."""
         self.check(self.steps[0] - 1)
         means = self.loss.tolist()
         return [
             self.diverged.get(place)
-            or Trained(
+            or TrainingResult(
                 self.bank.adapter(place),
                 steps,
                 means[place] / (steps * self.settings.accumulation),

@@ -10,20 +10,20 @@ from typing import Any, Literal
 from fedamole.federation.best import BestRound, Row
 from fedamole.federation.engine import Engine
 from fedamole.federation.method import ClientInfo, Evaluates, Method, Server
-from fedamole.federation.progress import Watcher
+from fedamole.federation.progress import ProgressListener
 from fedamole.federation.randomness import numpy_generator
 from fedamole.federation.record import Packed, PayloadError, pack, unpack
 from fedamole.federation.robust import Robust
 from fedamole.federation.settings import FederationSettings
 from fedamole.federation.summary import summarise
-from fedamole.federation.worker import Answer, Scores
+from fedamole.federation.worker import Scores, UpdateResult
 from fedamole.runs import checkpoint
 from fedamole.runs.run_files import BASE, MAJORITY
 from fedamole.runs.run_folder import ASSIGNMENT, METRICS, RunFolder
 
 log = logging.getLogger(__name__)
 
-Mirror = Callable[[list[dict[str, Any]]], None]
+MetricsSink = Callable[[list[dict[str, Any]]], None]
 
 
 class Loop:
@@ -39,18 +39,18 @@ class Loop:
         folder: RunFolder,
         *,
         select: Literal["loss", "score"],
-        watcher: Watcher,
+        listener: ProgressListener,
         best_round: BestRound = "mean",
         robust: Robust | None = None,
-        mirror: Mirror | None = None,
+        metrics_sink: MetricsSink | None = None,
     ) -> None:
         """Assemble a run; `run` starts or continues it.
 
-        `robust` is what replies go through before they are aggregated. A `mirror` is given every line of metrics.jsonl
-        too.
+        `robust` is what replies go through before they are aggregated. Every line of
+        metrics.jsonl also goes to `metrics_sink`.
         """
         self.method, self.engine, self.settings, self.folder = method, engine, settings, folder
-        self.server, self.select, self.watcher, self.mirror = server, select, watcher, mirror
+        self.server, self.select, self.listener, self.metrics_sink = server, select, listener, metrics_sink
         self.kinds = dict(rows)
         self.best_round, self.robust = best_round, robust or Robust("mean", 1.0, ())
         self.rows: dict[str, Row] = {}
@@ -74,7 +74,7 @@ class Loop:
             for row, one in self.rows.items():
                 for name, round_ in one.best_rounds(client.name for client in self.engine.clients).items():
                     best.setdefault(name, {})[row] = round_
-            self.engine.resumed(best, self.answered, saved.progress.get("examples", {}))
+            self.engine.restore(best, self.answered, saved.progress.get("examples", {}))
             last = saved.round
             self.folder.cut(METRICS, lambda line: line["round"] <= last and line["split"] != "test")
             self.folder.cut(ASSIGNMENT, lambda line: line["round"] <= last)
@@ -90,14 +90,14 @@ class Loop:
 
         What a row has reached so far counts the bare base for a newcomer, as that was its model then.
         """
-        present = self.engine.present()
+        present = self.engine.wait_for_clients()
         self.server = replace(self.server, clients=self.engine.clients)
         known = next(iter(self.rows.values())).latest
         newcomers = [name for name in present if name not in known]
         if not newcomers:
             return present
-        self.watcher.stage("scoring the untuned base on validation")
-        bare = dict(self.engine.bare("validation", newcomers))
+        self.listener.stage("scoring the untuned base on validation")
+        bare = dict(self.engine.score_base("validation", newcomers))
         self._log([self._line(round_, name, "validation", method=BASE, **scores) for name, scores in bare.items()])
         for row in self.rows.values():
             row.welcome(bare, {name: self._low(scores) for name, scores in bare.items()})
@@ -107,8 +107,8 @@ class Loop:
         cohort = self._cohort(round_, self._welcome(round_))
         started = time.perf_counter()
         server = replace(self.server, round=round_)
-        self.watcher.round_started(round_, self.settings.rounds, [client.name for client in cohort])
-        self.folder.append(ASSIGNMENT, ({"round": round_, **line} for line in self.method.journal(state)))
+        self.listener.round_started(round_, self.settings.rounds, [client.name for client in cohort])
+        self.folder.append(ASSIGNMENT, ({"round": round_, **line} for line in self.method.assignment_log(state)))
         answered: set[str] = set()
 
         def ask(operation: str, messages: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -135,7 +135,7 @@ class Loop:
         }
         # The commit comes last: a resumed run never writes the lines of a committed round again.
         checkpoint.save(self.folder, round_, pack(state), [client.name for client in self.server.clients], progress)
-        self.watcher.round_done(round_, {row: self._value(row) for row in self.kinds})
+        self.listener.round_done(round_, {row: self._value(row) for row in self.kinds})
         return state
 
     def _cohort(self, round_: int, present: Collection[str]) -> list[ClientInfo]:
@@ -146,11 +146,11 @@ class Loop:
         chosen = set(rng.choice(len(there), count, replace=False).tolist())
         return [client for place, client in enumerate(there) if place in chosen]
 
-    def _replies(self, round_: int, sent: Packed, answers: dict[str, Answer]) -> dict[str, Any]:
+    def _replies(self, round_: int, sent: Packed, answers: dict[str, UpdateResult]) -> dict[str, Any]:
         """Unpack whoever answered, letting go of the payloads, and log what everybody did and what was clipped."""
         replies, lines = dict[str, Any](), dict[str, dict[str, Any]]()
         for name in sorted(sent):
-            answer = answers.pop(name, Answer(None, {"failed": "no answer in time"}))
+            answer = answers.pop(name, UpdateResult(None, {"failed": "no answer in time"}))
             size = len(answer.payload or b"")
             if answer.payload is not None:
                 try:
@@ -171,10 +171,10 @@ class Loop:
     def _evaluate(self, round_: int, row: str, state: Any, answered: set[str]) -> None:
         """Score the models that this round changed, and keep those whose best round so far it is."""
         progress, kind = self.rows[row], self.kinds[row]
-        self.watcher.stage(f"scoring {row} on validation")
+        self.listener.stage(f"scoring {row} on validation")
         messages: Mapping[str, bytes | None] = dict.fromkeys(sorted(answered))
         sizes = dict.fromkeys(messages, 0)
-        if kind == "aggregated":
+        if kind == "post_aggregation":
             messages = Packed({client.name: self.method.message(state, client) for client in self.server.clients})
             sizes = messages.sizes
         scores = self.engine.evaluate(round_, row, messages)
@@ -191,7 +191,7 @@ class Loop:
             better = progress.best_of_all(round_, self._low({self.select: self._value(row)}))
             names = [client.name for client in self.server.clients] if better else []
         if names:
-            self.engine.keep(row, round_, names)
+            self.engine.save_best(row, round_, names)
 
     def _low(self, scores: Scores) -> float:
         """What chooses the best round, as a number of which the lowest is the best."""
@@ -208,7 +208,7 @@ class Loop:
         last, names = self.settings.rounds - 1, [client.name for client in self.server.clients]
         results: dict[str, dict[str, Any]] = {}
         for row, progress in self.rows.items():
-            self.watcher.stage(f"scoring {row} on test")
+            self.listener.stage(f"scoring {row} on test")
             best = dict(self.engine.test(row, best=True))
             rounds = progress.best_rounds(names)
             same = all(rounds.get(name) == last for name in names)
@@ -217,9 +217,9 @@ class Loop:
             results[row] = {"best_round": chosen, "best": best, "last": final}
             self._log_test(row, rounds, best, "best")
             self._log_test(row, dict.fromkeys(final, last), final, "last")
-        present = self.engine.present()
-        for row, scores in ((BASE, self.engine.bare("test", present)), (MAJORITY, self.engine.majority())):
-            self.watcher.stage(f"scoring {row} on test")
+        present = self.engine.wait_for_clients()
+        for row, scores in ((BASE, self.engine.score_base("test", present)), (MAJORITY, self.engine.majority())):
+            self.listener.stage(f"scoring {row} on test")
             results[row] = {"best_round": None, "best": dict(scores), "last": dict(scores)}
             self._log_test(row, {}, scores, "best")
         return summarise(self.folder, results, self.settings.rounds)
@@ -238,5 +238,5 @@ class Loop:
 
     def _log(self, lines: list[dict[str, Any]]) -> None:
         self.folder.append(METRICS, lines)
-        if self.mirror is not None:
-            self.mirror(lines)
+        if self.metrics_sink is not None:
+            self.metrics_sink(lines)

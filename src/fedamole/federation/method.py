@@ -11,8 +11,8 @@ Both halves, server and client, stand in one file in the order in which they run
         kept, reply = method.reply(client, kept, message, trained)
         state = method.aggregate(server, state, replies)          # server; replies of whoever answered
 
-The three lines of the client are its `update`. A method whose clients do more overrides it and yields a `Fit` for each
-piece of training; clients of a group are trained in lock-step all the same.
+The three lines of the client are its `update`. A method whose clients do more overrides it and yields
+one `TrainingRequest` per piece of training. The clients of a group are trained in lock-step in either case.
 
 What crosses a wire or a round is a frozen record declared at the top of the method's file and named in `records`.
 """
@@ -37,7 +37,7 @@ D = TypeVar("D")
 K = TypeVar("K")
 U = TypeVar("U")
 
-Evaluates = Literal["trained", "aggregated"]
+Evaluates = Literal["pre_aggregation", "post_aggregation"]
 Weighting = Literal["uniform", "examples"]
 
 
@@ -91,7 +91,7 @@ class Server:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingResult:
     """What local training returns."""
 
     adapter: Adapter
@@ -105,7 +105,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Fit:
+class TrainingRequest:
     """A piece of local training that a method asks for."""
 
     adapter: Adapter
@@ -168,9 +168,9 @@ class Method(ABC, Generic[S, D, K, U]):
 
     paper: ClassVar[str] = ""
     """Authors, title, venue, link."""
-    travels: ClassVar[str] = ""
+    communicates: ClassVar[str] = ""
     """In words: what crosses the wire."""
-    stays: ClassVar[str] = ""
+    stays_local: ClassVar[str] = ""
     """In words: what never leaves a client."""
     records: ClassVar[Records]
     evaluates: ClassVar[Evaluates]
@@ -179,7 +179,7 @@ class Method(ABC, Generic[S, D, K, U]):
     """Fields of a reply of which `aggregate` takes nothing but the mean by key over the clients that returned the key;
     without any, `federation.aggregation` cannot be median or trimmed."""
     embeds: ClassVar[bool] = False
-    """Whether `fit` also reads the embedding split (`Trained.embeddings`)."""
+    """Whether `fit` also reads the embedding split (`TrainingResult.embeddings`)."""
     looks: ClassVar[bool] = False
     """Whether what a client sends depends on a look at its embedding split (`Client.losses`) before training."""
     paper_steps: ClassVar[float] = 1.0
@@ -213,7 +213,7 @@ class Method(ABC, Generic[S, D, K, U]):
 
     def exposes(self, clients: int | None, shapes: Shapes | None) -> list[str]:
         """Say in sentences what others can compute from what travels; `clients`, `shapes`: None where not known yet."""
-        if clients == 2 and self.travels != "nothing":
+        if clients == 2 and self.communicates != "nothing":
             return [
                 "Two clients take part. In every average of the two each can subtract its own part, and has the "
                 "other's update of that round."
@@ -239,44 +239,46 @@ class Method(ABC, Generic[S, D, K, U]):
         server = replace(server, asked=tuple(client.name for client in cohort))
         return self.aggregate(server, state, replies) if replies else state
 
-    def expected(self, rehearsed: U, reply: U) -> U:
+    def expected_reply(self, template: U, reply: U) -> U:
         """What a client's reply has to look like: names, shapes and fields of a reply that the server has rehearsed.
 
         Overridden where a client decides some of it; the rest must not be taken from `reply`, which is not trusted.
         """
-        return rehearsed
+        return template
 
-    def journal(self, state: S) -> Iterator[dict[str, Any]]:
+    def assignment_log(self, state: S) -> Iterator[dict[str, Any]]:
         """Yield lines about the architecture in force for the next round (who holds what)."""
         return iter(())
 
     # client
     @abstractmethod
-    def first_keep(self, client: Client) -> K:
+    def init_client_state(self, client: Client) -> K:
         """Return what a client keeps before its first round."""
 
     @abstractmethod
-    def adapter(self, client: Client, kept: K, message: D) -> Adapter:
+    def adapter(self, client: Client, client_state: K, message: D) -> Adapter:
         """Return the adapter that local training starts from."""
 
     @abstractmethod
-    def reply(self, client: Client, kept: K, message: D, trained: Trained) -> tuple[K, U]:
+    def reply(self, client: Client, client_state: K, message: D, trained: TrainingResult) -> tuple[K, U]:
         """Return what the client keeps and what it sends back."""
 
-    def update(self, client: Client, kept: K, message: D) -> Generator[Fit, Trained, tuple[K, U, Trained]]:
+    def update(
+        self, client: Client, client_state: K, message: D
+    ) -> Generator[TrainingRequest, TrainingResult, tuple[K, U, TrainingResult]]:
         """Do a round's work at the client: ask for training, return what is kept, sent back and (last) was trained."""
-        trained = yield Fit(self.adapter(client, kept, message))
-        return (*self.reply(client, kept, message, trained), trained)
+        trained = yield TrainingRequest(self.adapter(client, client_state, message))
+        return (*self.reply(client, client_state, message, trained), trained)
 
-    def personal(self, client: Client, kept: K, message: D | None, trained: Adapter | None) -> Adapter | None:
+    def personal(self, client: Client, client_state: K, message: D | None, trained: Adapter | None) -> Adapter | None:
         """Return the model that is scored and saved, or None for the bare base; changes nothing.
 
         `trained` is the adapter of the client's last local training, `message` one sent after the aggregation
         (for methods that are scored after it).
         """
-        if self.evaluates == "trained" or message is None:
+        if self.evaluates == "pre_aggregation" or message is None:
             return trained
-        return self.adapter(client, kept, message)
+        return self.adapter(client, client_state, message)
 
 
 @dataclass(frozen=True)
@@ -314,7 +316,9 @@ class DecayedLoraMethod(LoraMethod[S, D, K, U]):
         if not 0 <= self.weight_decay <= 1:
             raise ConfigError(f"method.weight_decay = {self.weight_decay}: must be at least 0 and at most 1")
 
-    def update(self, client: Client, kept: K, message: D) -> Generator[Fit, Trained, tuple[K, U, Trained]]:
+    def update(
+        self, client: Client, client_state: K, message: D
+    ) -> Generator[TrainingRequest, TrainingResult, tuple[K, U, TrainingResult]]:
         """Train with weight decay; return what is kept, sent back and was trained."""
-        trained = yield Fit(self.adapter(client, kept, message), weight_decay=self.weight_decay)
-        return (*self.reply(client, kept, message, trained), trained)
+        trained = yield TrainingRequest(self.adapter(client, client_state, message), weight_decay=self.weight_decay)
+        return (*self.reply(client, client_state, message, trained), trained)

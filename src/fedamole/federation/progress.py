@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 
-class Watcher:
+class ProgressListener:
     """Told what goes on, to show it; this one shows nothing."""
 
     def round_started(self, round_: int, rounds: int, cohort: Sequence[str]) -> None:
@@ -35,7 +35,7 @@ class Watcher:
         """A round has been committed; what chooses the best round, by row."""
 
 
-class PlainWatcher(Watcher):
+class PlainProgress(ProgressListener):
     """One line per client and round, for logs."""
 
     def __init__(self, console: Console) -> None:

@@ -78,13 +78,13 @@ def unpack(kind: type[R], payload: bytes) -> R:
     return record
 
 
-def boxed(payload: bytes | None) -> dict[str, Tensor]:
+def bytes_as_tensor(payload: bytes | None) -> dict[str, Tensor]:
     """Put packed bytes into another record, as one tensor of bytes."""
     return {} if payload is None else {"record": torch.frombuffer(bytearray(payload), dtype=torch.uint8)}
 
 
-def unboxed(tensors: Mapping[str, Tensor]) -> bytes | None:
-    """Take packed bytes out of a record again; PayloadError for anything else than what `boxed` makes."""
+def tensor_as_bytes(tensors: Mapping[str, Tensor]) -> bytes | None:
+    """Take packed bytes out of a record again; PayloadError for anything else than what `bytes_as_tensor` makes."""
     if not tensors:
         return None
     if set(tensors) != {"record"} or tensors["record"].dtype != torch.uint8 or tensors["record"].dim() != 1:
@@ -119,9 +119,9 @@ def _encode(record: Any, path: str, tensors: dict[str, Tensor]) -> dict[str, Any
 def _decode(kind: Any, fields: Any, path: str, tensors: Mapping[str, Tensor]) -> Any:
     values = {}
     hints = get_type_hints(kind)
-    expected = {field.name for field in dataclasses.fields(kind) if not _is_tensors(hints[field.name])}
-    if not isinstance(fields, dict) or set(fields) != expected:
-        raise PayloadError(f"{kind.__name__}: expected the fields {sorted(expected)}")
+    expected_reply = {field.name for field in dataclasses.fields(kind) if not _is_tensors(hints[field.name])}
+    if not isinstance(fields, dict) or set(fields) != expected_reply:
+        raise PayloadError(f"{kind.__name__}: expected the fields {sorted(expected_reply)}")
     for field in dataclasses.fields(kind):
         hint, name = hints[field.name], f"{path}{field.name}"
         if _is_tensors(hint):

@@ -20,8 +20,8 @@ from fedamole.evaluation.likelihood import mean_losses
 from fedamole.evaluation.personal import EvaluationSettings, losses_of, majority_scores, scores_of
 from fedamole.federation.local import DivergedError, LocalTask, OnStep, embed, fit
 from fedamole.federation.looks import Looks, drawn
-from fedamole.federation.method import Client, ClientInfo, Evaluates, Fit, Method, Trained
-from fedamole.federation.record import PayloadError, boxed, non_finite, pack, unboxed, unpack
+from fedamole.federation.method import Client, ClientInfo, Evaluates, Method, TrainingRequest, TrainingResult
+from fedamole.federation.record import PayloadError, bytes_as_tensor, non_finite, pack, tensor_as_bytes, unpack
 from fedamole.federation.settings import TrainingSettings
 from fedamole.files import write_atomic
 from fedamole.model.adapter_files import check_fits
@@ -37,7 +37,7 @@ from fedamole.runs.run_folder import RunFolder
 log = logging.getLogger(__name__)
 
 Scores = dict[str, float]
-Work = Generator[Fit, Trained, tuple[Any, Any, Trained]]
+Work = Generator[TrainingRequest, TrainingResult, tuple[Any, Any, TrainingResult]]
 """A client's `update` under way."""
 
 
@@ -104,7 +104,7 @@ class Private:
 
 
 @dataclass(frozen=True)
-class Answer:
+class UpdateResult:
     """What comes back from a client's update; without a payload the client is left out of the aggregate."""
 
     payload: bytes | None
@@ -133,7 +133,7 @@ class Worker:
 
     def update(
         self, group: Sequence[ClientData], round_: int, payloads: Mapping[str, bytes], on_step: OnStep | None = None
-    ) -> dict[str, Answer]:
+    ) -> dict[str, UpdateResult]:
         """Run a round at a group of clients, training them in lock-step.
 
         A client whose training diverges stays as it was before the round. Nothing is written before all are done, so a
@@ -173,16 +173,16 @@ class Worker:
         round_: int,
         on_step: OnStep | None,
         sizes: Sequence[dict[str, int]],
-    ) -> tuple[dict[int, tuple[Any, Any, Trained] | DivergedError], list[int], list[int], float]:
+    ) -> tuple[dict[int, tuple[Any, Any, TrainingResult] | DivergedError], list[int], list[int], float]:
         """Let each client's work go on until it asks for training, train those together, and so on to the end.
 
         Returns what each client's work came to, the steps each took and the tokens they read, and the seconds of
         training. Adds to each client's `sizes` how many numbers each tensor that it trains has.
         """
-        results, asked = dict[int, tuple[Any, Any, Trained] | DivergedError](), dict[int, Fit]()
+        results, asked = dict[int, tuple[Any, Any, TrainingResult] | DivergedError](), dict[int, TrainingRequest]()
         steps, tokens, shares, seconds, turn = [0] * len(group), [0] * len(group), [0.0] * len(group), 0.0, 0
 
-        def go_on(place: int, outcome: Trained | None) -> None:
+        def go_on(place: int, outcome: TrainingResult | None) -> None:
             try:
                 asked[place] = next(works[place]) if outcome is None else works[place].send(outcome)
             except StopIteration as end:
@@ -208,8 +208,8 @@ class Worker:
         return results, steps, tokens, seconds
 
     def _answer(
-        self, client: Client, result: tuple[Any, Any, Trained] | DivergedError, report: dict[str, Any]
-    ) -> Answer:
+        self, client: Client, result: tuple[Any, Any, TrainingResult] | DivergedError, report: dict[str, Any]
+    ) -> UpdateResult:
         """Keep what the client keeps and pack what it sends, or say why it sends nothing."""
         if not isinstance(result, DivergedError):
             name = non_finite(result[1])
@@ -217,27 +217,27 @@ class Worker:
                 result = DivergedError(f"client {client.name}, round {client.round}: {name} of its reply is not finite")
         if isinstance(result, DivergedError):
             log.warning("%s; it is left out of this round and keeps its state", result)
-            return Answer(None, {**report, "failed": str(result)})
+            return UpdateResult(None, {**report, "failed": str(result)})
         kept, reply, trained = result
-        keeps_trained = "trained" in self.rows.values()
-        private = Private(boxed(pack(kept)), trained.adapter if keeps_trained else None)
+        keeps_trained = "pre_aggregation" in self.rows.values()
+        private = Private(bytes_as_tensor(pack(kept)), trained.adapter if keeps_trained else None)
         write_atomic(state_path(self.folder, client.name, client.round), pack(private))
-        return Answer(pack(reply), {"loss": trained.loss, **report})
+        return UpdateResult(pack(reply), {"loss": trained.loss, **report})
 
     def _fit(
         self,
         group: Sequence[ClientData],
-        fits: Mapping[int, Fit],
+        fits: Mapping[int, TrainingRequest],
         shares: Sequence[float],
         round_: int,
         turn: int,
         on_step: OnStep | None,
-    ) -> dict[int, Trained | DivergedError]:
+    ) -> dict[int, TrainingResult | DivergedError]:
         """Train some of a group, those of one kind together; read the embedding splits where the method wants it.
 
         `shares` are those of the round's steps that each client of the group has taken already.
         """
-        training, outcomes = self.training, dict[int, Trained | DivergedError]()
+        training, outcomes = self.training, dict[int, TrainingResult | DivergedError]()
         rate = training.learning_rate * training.lr_decay**round_
         kinds = {place: (*one.adapter.kind(), one.tail, one.tail_weight) for place, one in fits.items()}
         for places in _by_kind(kinds):
@@ -248,11 +248,15 @@ class Worker:
             found = fit(self.bank, tasks, training, seed=self.seed, round_=round_, turn=turn, on_step=on_step)
             outcomes.update(zip(places, found, strict=True))
             if self.method.embeds:
-                trained = {place: one for place, one in zip(places, found, strict=True) if isinstance(one, Trained)}
+                trained = {
+                    place: one for place, one in zip(places, found, strict=True) if isinstance(one, TrainingResult)
+                }
                 outcomes.update(self._embedded(group, trained))
         return outcomes
 
-    def _embedded(self, group: Sequence[ClientData], outcomes: Mapping[int, Trained]) -> dict[int, Trained]:
+    def _embedded(
+        self, group: Sequence[ClientData], outcomes: Mapping[int, TrainingResult]
+    ) -> dict[int, TrainingResult]:
         """The outcomes of some places of a group with what their adapters make of their embedding splits."""
         if not outcomes:
             return {}
@@ -277,14 +281,14 @@ class Worker:
         adapters, self.looks = [], dict[str, Looks]()
         for data in group:
             adapters.append(self._present(data, round_, row, payloads[data.info.name]))
-            if self.rows[row] == "aggregated":
+            if self.rows[row] == "post_aggregation":
                 write_atomic(self._candidate(data, row), pack(Private({}, adapters[-1])))
         scores = self._scores(group, adapters, "validation", with_scores=self.evaluation.select == "score")
         for name, looks in self.looks.items():
             scores[name] |= {"probed": looks.examples, "forward_tokens": looks.tokens}
         return scores
 
-    def keep(self, data: ClientData, row: str) -> None:
+    def save_best(self, data: ClientData, row: str) -> None:
         """Save the client's present model as its personal model of the best round so far."""
         adapter, target = self._last(data, row), self.folder.adapter(data.info.name, row)
         fresh = target.with_name(f".{target.name}.writing")
@@ -309,7 +313,7 @@ class Worker:
         """Scores on the test splits of the clients' models after the last round."""
         return self._scores(group, [self._last(data, row) for data in group], "test", with_scores=True)
 
-    def bare(self, group: Sequence[ClientData], split: str) -> dict[str, Scores]:
+    def score_base(self, group: Sequence[ClientData], split: str) -> dict[str, Scores]:
         """Scores of the untuned base: loss on validation, everything on test."""
         with_scores = split == "test" or self.evaluation.select == "score"
         return self._scores(group, [None] * len(group), split, with_scores)
@@ -361,10 +365,10 @@ class Worker:
     def _private(self, client: Client) -> tuple[Any, Adapter | None]:
         path = latest_state(self.folder, client.name)
         if path is None:
-            return self.method.first_keep(client), None
+            return self.method.init_client_state(client), None
         try:
             private = self._stored(path)
-            return unpack(self.method.records.keep, unboxed(private.kept) or b""), private.trained
+            return unpack(self.method.records.keep, tensor_as_bytes(private.kept) or b""), private.trained
         except PayloadError as error:
             raise RunError(
                 f"{path} is damaged ({error}): put it back from a copy, or remove the folder it is in; then "
@@ -387,7 +391,7 @@ class Worker:
         return self.method.personal(client, kept, message, trained)
 
     def _last(self, data: ClientData, row: str) -> Adapter | None:
-        if self.rows[row] == "aggregated":
+        if self.rows[row] == "post_aggregation":
             path = self._candidate(data, row)
             return self._stored(path).trained if path.exists() else None
         return self._present(data, 0, row, None)

@@ -25,7 +25,7 @@ from fedamole.methods.flora import Flora
 from fedamole.methods.hetlora import HetLora
 from fedamole.methods.ifca_lora import IfcaLora
 from fedamole.methods.local_only import LocalOnly
-from fedamole.methods.pre_aggregation import before_aggregation
+from fedamole.methods.pre_aggregation import pre_aggregation
 
 MethodClass = type[Method[Any, Any, Any, Any]]
 
@@ -35,8 +35,8 @@ def with_variants(methods: Mapping[str, MethodClass]) -> dict[str, MethodClass]:
     found: dict[str, MethodClass] = {}
     for name, method in methods.items():
         found[name] = method
-        if method.evaluates == "aggregated":
-            found[f"{name}_ft"] = before_aggregation(method)
+        if method.evaluates == "post_aggregation":
+            found[f"{name}_ft"] = pre_aggregation(method)
     return found
 
 
@@ -78,8 +78,8 @@ def described(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "paper": method.paper,
-        "travels": method.travels,
-        "stays": method.stays,
+        "communicates": method.communicates,
+        "stays_local": method.stays_local,
         "scored": method.evaluates,
         "parameters": {field.name: field.default for field in dataclasses.fields(method)},
         "about": (sys.modules[home.__module__].__doc__ or "").strip(),

@@ -16,7 +16,16 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import Client, ClientInfo, Fit, LoraMethod, Records, Server, Trained, Weighting
+from fedamole.federation.method import (
+    Client,
+    ClientInfo,
+    LoraMethod,
+    Records,
+    Server,
+    TrainingRequest,
+    TrainingResult,
+    Weighting,
+)
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.fedit import GlobalLora
 from fedamole.methods.local_only import OwnLora
@@ -34,10 +43,10 @@ class Ditto(LoraMethod[GlobalLora, GlobalLora, OwnLora, GlobalLora]):
     """Weight lambda that holds the client's own LoRA near the global one (the paper tries 0.05 to 2)."""
 
     paper = "Li et al., Ditto: Fair and Robust Federated Learning Through Personalization, ICML 2021, arXiv 2012.04221"
-    travels = "one LoRA down, one LoRA up"
-    stays = "the data and the client's own LoRA"
+    communicates = "one LoRA down, one LoRA up"
+    stays_local = "the data and the client's own LoRA"
     records = Records(GlobalLora, GlobalLora, OwnLora, GlobalLora)
-    evaluates = "trained"
+    evaluates = "pre_aggregation"
     averaged = ("tensors",)
     paper_steps = 2.0
 
@@ -62,24 +71,28 @@ class Ditto(LoraMethod[GlobalLora, GlobalLora, OwnLora, GlobalLora]):
         return GlobalLora(mean_by_key(returned, server.weights(self.weighting), state.tensors))
 
     # client
-    def first_keep(self, client: Client) -> OwnLora:
+    def init_client_state(self, client: Client) -> OwnLora:
         """Begin where the global LoRA begins."""
         return OwnLora(new_shared(client.shapes, self.rank, torch_generator(client.seed, "lora")))
 
-    def adapter(self, client: Client, kept: OwnLora, message: GlobalLora) -> Adapter:
+    def adapter(self, client: Client, client_state: OwnLora, message: GlobalLora) -> Adapter:
         """Go on from the client's own LoRA."""
-        return Adapter(self.spec(), kept.tensors)
+        return Adapter(self.spec(), client_state.tensors)
 
     def update(
-        self, client: Client, kept: OwnLora, message: GlobalLora
-    ) -> Generator[Fit, Trained, tuple[OwnLora, GlobalLora, Trained]]:
+        self, client: Client, client_state: OwnLora, message: GlobalLora
+    ) -> Generator[TrainingRequest, TrainingResult, tuple[OwnLora, GlobalLora, TrainingResult]]:
         """Train the global LoRA, then the client's own near the one that was sent."""
-        shared = yield Fit(Adapter(self.spec(), message.tensors), share=0.5, paper_share=1.0)
-        start = self.adapter(client, kept, message)
-        own = yield Fit(start, share=0.5, paper_share=1.0, anchor=message.tensors, anchor_weight=self.proximal)
-        _, reply = self.reply(client, kept, message, shared)
+        shared = yield TrainingRequest(Adapter(self.spec(), message.tensors), share=0.5, paper_share=1.0)
+        start = self.adapter(client, client_state, message)
+        own = yield TrainingRequest(
+            start, share=0.5, paper_share=1.0, anchor=message.tensors, anchor_weight=self.proximal
+        )
+        _, reply = self.reply(client, client_state, message, shared)
         return OwnLora(own.adapter.tensors), reply, own
 
-    def reply(self, client: Client, kept: OwnLora, message: GlobalLora, trained: Trained) -> tuple[OwnLora, GlobalLora]:
+    def reply(
+        self, client: Client, client_state: OwnLora, message: GlobalLora, trained: TrainingResult
+    ) -> tuple[OwnLora, GlobalLora]:
         """Send back the trained global LoRA."""
-        return kept, GlobalLora(trained.adapter.tensors)
+        return client_state, GlobalLora(trained.adapter.tensors)

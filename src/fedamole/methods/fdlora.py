@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, Trained, Weighting
+from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, TrainingResult, Weighting
 from fedamole.federation.randomness import numpy_generator, torch_generator
 from fedamole.methods.fedit import GlobalLora
 from fedamole.methods.local_only import OwnLora
@@ -71,10 +71,10 @@ class FdLora(LoraMethod[Outer, Shared, OwnLora, GlobalLora]):
     """Pairs of weights that are tried, in populations of five."""
 
     paper = "Qi et al., FDLoRA: Personalized FL of LLMs via Dual LoRA Tuning, 2024, arXiv 2406.07925"
-    travels = "one LoRA down, one LoRA up"
-    stays = "the data and the personal LoRA"
+    communicates = "one LoRA down, one LoRA up"
+    stays_local = "the data and the personal LoRA"
     records = Records(Outer, Shared, OwnLora, GlobalLora)
-    evaluates = "aggregated"
+    evaluates = "post_aggregation"
     averaged = ("tensors",)
 
     def __post_init__(self) -> None:
@@ -109,39 +109,46 @@ class FdLora(LoraMethod[Outer, Shared, OwnLora, GlobalLora]):
         return Outer(tensors, momentum, True)
 
     # client
-    def first_keep(self, client: Client) -> OwnLora:
+    def init_client_state(self, client: Client) -> OwnLora:
         """Begin where the global LoRA begins."""
         return OwnLora(new_shared(client.shapes, self.rank, torch_generator(client.seed, "lora")))
 
-    def adapter(self, client: Client, kept: OwnLora, message: Shared) -> Adapter:
+    def adapter(self, client: Client, client_state: OwnLora, message: Shared) -> Adapter:
         """Train the personal LoRA first, the global one from then on."""
-        return Adapter(self.spec(), message.tensors if message.begun else kept.tensors)
+        return Adapter(self.spec(), message.tensors if message.begun else client_state.tensors)
 
-    def reply(self, client: Client, kept: OwnLora, message: Shared, trained: Trained) -> tuple[OwnLora, GlobalLora]:
+    def reply(
+        self, client: Client, client_state: OwnLora, message: Shared, trained: TrainingResult
+    ) -> tuple[OwnLora, GlobalLora]:
         """Send back the trained LoRA."""
         synced = not message.begun or (client.round - 1) % self.sync_every == 0
-        return OwnLora(trained.adapter.tensors) if synced else kept, GlobalLora(trained.adapter.tensors)
+        return OwnLora(trained.adapter.tensors) if synced else client_state, GlobalLora(trained.adapter.tensors)
 
     def personal(
-        self, client: Client, kept: OwnLora, message: Shared | None, trained: Adapter | None
+        self, client: Client, client_state: OwnLora, message: Shared | None, trained: Adapter | None
     ) -> Adapter | None:
         """Fuse the personal and the global LoRA."""
-        return trained if message is None else self.fused(kept, message, self.search(client, kept, message))
+        return (
+            trained
+            if message is None
+            else self.fused(client_state, message, self.search(client, client_state, message))
+        )
 
-    def fused(self, kept: OwnLora, message: Shared, weights: tuple[float, float]) -> Adapter:
+    def fused(self, client_state: OwnLora, message: Shared, weights: tuple[float, float]) -> Adapter:
         """w1 times the personal plus w2 times the global LoRA, factor by factor."""
         own, shared = weights
         return Adapter(
-            self.spec(), {name: own * kept.tensors[name] + shared * value for name, value in message.tensors.items()}
+            self.spec(),
+            {name: own * client_state.tensors[name] + shared * value for name, value in message.tensors.items()},
         )
 
-    def search(self, client: Client, kept: OwnLora, message: Shared) -> tuple[float, float]:
+    def search(self, client: Client, client_state: OwnLora, message: Shared) -> tuple[float, float]:
         """Find the weights (personal, global) with the lowest regularised loss."""
         from scipy.optimize import differential_evolution
 
         def scores(population: np.ndarray) -> np.ndarray:
             pairs = population.reshape(2, -1).T
-            adapters = [self.fused(kept, message, (own, shared)) for own, shared in pairs.tolist()]
+            adapters = [self.fused(client_state, message, (own, shared)) for own, shared in pairs.tolist()]
             losses = np.array(client.losses(adapters, self.fusion_examples))
             return np.asarray(losses + L1 * np.abs(pairs).mean(1))
 

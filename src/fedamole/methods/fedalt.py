@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedamole.federation.method import Client, ClientInfo, DecayedLoraMethod, Records, Server, Trained, Weighting
+from fedamole.federation.method import Client, ClientInfo, DecayedLoraMethod, Records, Server, TrainingResult, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.model.amole import AdapterSpec
@@ -64,10 +64,10 @@ class FedAlt(DecayedLoraMethod[Everybody, RestOfWorld, OwnAndMixer, SentLora]):
     """Weight of a client in the rest of the world: uniform, or by its training examples."""
 
     paper = "Bian et al., FedALT: Adaptive Local Training with Rest-of-World LoRA, AAAI 2026, arXiv 2503.11880"
-    travels = "the mean of the others' LoRAs down, the client's LoRA up"
-    stays = "the data and the mixers"
+    communicates = "the mean of the others' LoRAs down, the client's LoRA up"
+    stays_local = "the data and the mixers"
     records = Records(Everybody, RestOfWorld, OwnAndMixer, SentLora)
-    evaluates = "aggregated"
+    evaluates = "post_aggregation"
 
     # server
     def init(self, server: Server) -> Everybody:
@@ -95,23 +95,23 @@ class FedAlt(DecayedLoraMethod[Everybody, RestOfWorld, OwnAndMixer, SentLora]):
         """What all adapters share, weighted by a mixer."""
         return replace(super().spec(), router="mixer")
 
-    def first_keep(self, client: Client) -> OwnAndMixer:
+    def init_client_state(self, client: Client) -> OwnAndMixer:
         """Begin with the LoRA that does nothing, and mixers that weigh both alike."""
         drawn = new_shared(client.shapes, self.rank, torch_generator(client.seed, "lora"))
         mixers = {mixer_key(module): torch.zeros(2, d_in) for module, (d_in, _) in client.shapes.items()}
         return OwnAndMixer({**as_expert(drawn, OWN), **mixers})
 
-    def adapter(self, client: Client, kept: OwnAndMixer, message: RestOfWorld) -> Adapter:
+    def adapter(self, client: Client, client_state: OwnAndMixer, message: RestOfWorld) -> Adapter:
         """Put the client's LoRA and mixers beside the frozen rest of the world."""
         rest = as_expert(message.tensors, REST)
-        return Adapter(self.spec(), {**kept.tensors, **rest}, frozen=tuple(sorted(rest)))
+        return Adapter(self.spec(), {**client_state.tensors, **rest}, frozen=tuple(sorted(rest)))
 
     def reply(
-        self, client: Client, kept: OwnAndMixer, message: RestOfWorld, trained: Trained
+        self, client: Client, client_state: OwnAndMixer, message: RestOfWorld, trained: TrainingResult
     ) -> tuple[OwnAndMixer, SentLora]:
         """Keep LoRA and mixers, send the LoRA."""
         tensors, sent = trained.adapter.tensors, dict[str, Tensor]()
         for module in client.shapes:
             for key, expert_key in zip(shared_keys(module), expert_keys(module, OWN), strict=True):
                 sent[key] = tensors[expert_key]
-        return OwnAndMixer({name: tensors[name] for name in kept.tensors}), SentLora(sent)
+        return OwnAndMixer({name: tensors[name] for name in client_state.tensors}), SentLora(sent)

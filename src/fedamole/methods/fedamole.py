@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedamole.assignment.reverse_selection import Bounds, check_feasible, check_holders
 from fedamole.errors import ConfigError
-from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, Trained, Weighting
+from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, TrainingResult, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
 from fedamole.methods.shared.architectures import Assignment, next_architectures
@@ -84,10 +84,10 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
     """Weight of a client in the averages: uniform (the paper), or by its training examples."""
 
     paper = "Zhang et al., Personalized Federated Fine-Tuning for LLMs (FedAMoLE), WWW 2026, arXiv 2411.19128"
-    travels = "the client's experts both ways, mean router embeddings up"
-    stays = "the data"
+    communicates = "the client's experts both ways, mean router embeddings up"
+    stays_local = "the data"
     records = Records(Pool, Experts, Nothing, TrainedExperts)
-    evaluates = "trained"
+    evaluates = "pre_aggregation"
     averaged = ("tensors", "expert_embeddings")
     embeds = True
 
@@ -179,7 +179,7 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
         )
         return replace(state, held=held, probabilities=probabilities)
 
-    def journal(self, state: Pool) -> Iterator[dict[str, Any]]:
+    def assignment_log(self, state: Pool) -> Iterator[dict[str, Any]]:
         """Who holds which expert in the coming round, where, and with what relevance P."""
         for module, holders in state.held.items():
             for column, (name, experts) in enumerate(sorted(holders.items())):
@@ -187,20 +187,20 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
                 yield {"module": module, "client": name, "experts": experts, "relevance": scores}
 
     # client
-    def first_keep(self, client: Client) -> Nothing:
+    def init_client_state(self, client: Client) -> Nothing:
         """Keep nothing: what was trained is kept by the worker, as for every method scored so."""
         return Nothing()
 
-    def adapter(self, client: Client, kept: Nothing, message: Experts) -> Adapter:
+    def adapter(self, client: Client, client_state: Nothing, message: Experts) -> Adapter:
         """Train the mixture that was sent (step 2)."""
         return Adapter(self.spec(), message.tensors)
 
     def reply(
-        self, client: Client, kept: Nothing, message: Experts, trained: Trained
+        self, client: Client, client_state: Nothing, message: Experts, trained: TrainingResult
     ) -> tuple[Nothing, TrainedExperts]:
         """Send back the experts and what the trained model makes of this client's data (steps 3 and 4)."""
         tokens, experts = {}, {}
         for module, means in trained.embeddings.items():
             tokens[module] = means.token
             experts.update({f"{module}/expert-{expert:02d}": row for expert, row in means.experts.items()})
-        return kept, TrainedExperts(trained.adapter.tensors, tokens, experts)
+        return client_state, TrainedExperts(trained.adapter.tensors, tokens, experts)

@@ -22,7 +22,16 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import Client, ClientInfo, Fit, LoraMethod, Records, Server, Trained, Weighting
+from fedamole.federation.method import (
+    Client,
+    ClientInfo,
+    LoraMethod,
+    Records,
+    Server,
+    TrainingRequest,
+    TrainingResult,
+    Weighting,
+)
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.fedit import GlobalLora
 from fedamole.methods.shared.averaging import mean_by_key
@@ -52,10 +61,10 @@ class FedDpa(LoraMethod[GlobalLora, GlobalLora, LocalLora, GlobalLora]):
     """Prompts S that a new one is compared with."""
 
     paper = "Yang et al., Dual-Personalizing Adapter for Federated Foundation Models (FedDPA), NeurIPS 2024, 2403.19211"
-    travels = "one LoRA down, one LoRA up"
-    stays = "the data, the client's own LoRA and hidden states of a few prompts"
+    communicates = "one LoRA down, one LoRA up"
+    stays_local = "the data, the client's own LoRA and hidden states of a few prompts"
     records = Records(GlobalLora, GlobalLora, LocalLora, GlobalLora)
-    evaluates = "aggregated"
+    evaluates = "post_aggregation"
     averaged = ("tensors",)
     paper_steps = 2.0
 
@@ -83,31 +92,31 @@ class FedDpa(LoraMethod[GlobalLora, GlobalLora, LocalLora, GlobalLora]):
         return GlobalLora(mean_by_key(returned, server.weights(self.weighting), state.tensors))
 
     # client
-    def first_keep(self, client: Client) -> LocalLora:
+    def init_client_state(self, client: Client) -> LocalLora:
         """Begin where the global LoRA begins."""
         drawn = new_shared(client.shapes, self.rank, torch_generator(client.seed, "lora"))
         return LocalLora(as_expert(drawn, LOCAL), {})
 
-    def adapter(self, client: Client, kept: LocalLora, message: GlobalLora) -> Adapter:
+    def adapter(self, client: Client, client_state: LocalLora, message: GlobalLora) -> Adapter:
         """Put the client's own LoRA beside the frozen global one."""
         shared = as_expert(message.tensors, GLOBAL)
         spec = replace(self.spec(), router="instance", instance_weight=self.local_weight)
-        return Adapter(spec, {**kept.tensors, **shared}, kept.references, tuple(sorted(shared)))
+        return Adapter(spec, {**client_state.tensors, **shared}, client_state.references, tuple(sorted(shared)))
 
     def update(
-        self, client: Client, kept: LocalLora, message: GlobalLora
-    ) -> Generator[Fit, Trained, tuple[LocalLora, GlobalLora, Trained]]:
+        self, client: Client, client_state: LocalLora, message: GlobalLora
+    ) -> Generator[TrainingRequest, TrainingResult, tuple[LocalLora, GlobalLora, TrainingResult]]:
         """Train the global LoRA, then the client's own, and look at a few prompts."""
-        shared = yield Fit(Adapter(self.spec(), message.tensors), share=0.5, paper_share=1.0)
-        both = self.adapter(client, LocalLora(kept.tensors, {}), message)
-        own = yield Fit(both, share=0.5, paper_share=1.0)
-        local = {name: own.adapter.tensors[name] for name in kept.tensors}
+        shared = yield TrainingRequest(Adapter(self.spec(), message.tensors), share=0.5, paper_share=1.0)
+        both = self.adapter(client, LocalLora(client_state.tensors, {}), message)
+        own = yield TrainingRequest(both, share=0.5, paper_share=1.0)
+        local = {name: own.adapter.tensors[name] for name in client_state.tensors}
         references = client.last_hidden(own.adapter, self.instances)
-        _, reply = self.reply(client, kept, message, shared)
+        _, reply = self.reply(client, client_state, message, shared)
         return LocalLora(local, {REFERENCES: references}), reply, own
 
     def reply(
-        self, client: Client, kept: LocalLora, message: GlobalLora, trained: Trained
+        self, client: Client, client_state: LocalLora, message: GlobalLora, trained: TrainingResult
     ) -> tuple[LocalLora, GlobalLora]:
         """Send back the trained global LoRA."""
-        return kept, GlobalLora(trained.adapter.tensors)
+        return client_state, GlobalLora(trained.adapter.tensors)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, Trained, Weighting
+from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, TrainingResult, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.methods.shared.stacks import Changes, Log, Merged, stacked
@@ -55,10 +55,10 @@ class FedExLora(LoraMethod[Averaged, LoraAndResiduals, Merged, TrainedLora]):
     """Weight of a client in the averages: uniform, or by its training examples."""
 
     paper = "Singhal et al., FedEx-LoRA: Exact Aggregation for Federated Fine-Tuning, ACL 2025, arXiv 2410.09432"
-    travels = "one LoRA and the last round's residual (factors of rank (C + 1) r) down, one LoRA up"
-    stays = "the data"
+    communicates = "one LoRA and the last round's residual (factors of rank (C + 1) r) down, one LoRA up"
+    stays_local = "the data"
     records = Records(Averaged, LoraAndResiduals, Merged, TrainedLora)
-    evaluates = "aggregated"
+    evaluates = "post_aggregation"
 
     # server
     def init(self, server: Server) -> Averaged:
@@ -82,17 +82,17 @@ class FedExLora(LoraMethod[Averaged, LoraAndResiduals, Merged, TrainedLora]):
         return Averaged(means, state.log.add(change, merged, server.clients))
 
     # client
-    def first_keep(self, client: Client) -> Merged:
+    def init_client_state(self, client: Client) -> Merged:
         """Begin with no residual."""
         return Merged.nothing(client.shapes)
 
-    def adapter(self, client: Client, kept: Merged, message: LoraAndResiduals) -> Adapter:
+    def adapter(self, client: Client, client_state: Merged, message: LoraAndResiduals) -> Adapter:
         """Start from the averaged LoRA on the base with all residuals."""
-        return Adapter(self.spec(), message.tensors, kept.merge(message.changes).deltas)
+        return Adapter(self.spec(), message.tensors, client_state.merge(message.changes).deltas)
 
     def reply(
-        self, client: Client, kept: Merged, message: LoraAndResiduals, trained: Trained
+        self, client: Client, client_state: Merged, message: LoraAndResiduals, trained: TrainingResult
     ) -> tuple[Merged, TrainedLora]:
         """Keep the sum of the residuals, send the trained LoRA."""
-        now = kept.merge(message.changes)
+        now = client_state.merge(message.changes)
         return now, TrainedLora(trained.adapter.tensors, now.count)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, Trained, Weighting
+from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, TrainingResult, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
 from fedamole.methods.shared.averaging import mean_by_key
@@ -37,10 +37,10 @@ class FedIT(LoraMethod[GlobalLora, GlobalLora, Nothing, GlobalLora]):
     """Weight of a client in the average: uniform, or by its training examples."""
 
     paper = "Zhang et al., Towards Building the Federated GPT (FedIT), ICASSP 2024, arXiv 2305.05644"
-    travels = "one LoRA down, one LoRA up"
-    stays = "the data"
+    communicates = "one LoRA down, one LoRA up"
+    stays_local = "the data"
     records = Records(GlobalLora, GlobalLora, Nothing, GlobalLora)
-    evaluates = "aggregated"
+    evaluates = "post_aggregation"
     averaged = ("tensors",)
 
     # server
@@ -58,14 +58,16 @@ class FedIT(LoraMethod[GlobalLora, GlobalLora, Nothing, GlobalLora]):
         return GlobalLora(mean_by_key(returned, server.weights(self.weighting), state.tensors))
 
     # client
-    def first_keep(self, client: Client) -> Nothing:
+    def init_client_state(self, client: Client) -> Nothing:
         """Keep nothing."""
         return Nothing()
 
-    def adapter(self, client: Client, kept: Nothing, message: GlobalLora) -> Adapter:
+    def adapter(self, client: Client, client_state: Nothing, message: GlobalLora) -> Adapter:
         """Start from the global LoRA."""
         return Adapter(self.spec(), message.tensors)
 
-    def reply(self, client: Client, kept: Nothing, message: GlobalLora, trained: Trained) -> tuple[Nothing, GlobalLora]:
+    def reply(
+        self, client: Client, client_state: Nothing, message: GlobalLora, trained: TrainingResult
+    ) -> tuple[Nothing, GlobalLora]:
         """Send back the trained LoRA."""
-        return kept, GlobalLora(trained.adapter.tensors)
+        return client_state, GlobalLora(trained.adapter.tensors)

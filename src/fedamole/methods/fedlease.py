@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import Client, ClientInfo, DecayedLoraMethod, Records, Server, Trained, Weighting
+from fedamole.federation.method import Client, ClientInfo, DecayedLoraMethod, Records, Server, TrainingResult, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.local_only import OwnLora
 from fedamole.methods.shared.averaging import mean_by_key
@@ -71,10 +71,10 @@ class FedLease(DecayedLoraMethod[Lease, Leased, OwnLora, Returned]):
     """Weight of a client in the averages: uniform, or by its training examples."""
 
     paper = "Wang et al., Adaptive LoRA Experts Allocation and Selection (FedLEASE), NeurIPS 2025, arXiv 2509.15087"
-    travels = "all M experts and mixers down, one expert and mixers up"
-    stays = "the data"
+    communicates = "all M experts and mixers down, one expert and mixers up"
+    stays_local = "the data"
     records = Records(Lease, Leased, OwnLora, Returned)
-    evaluates = "aggregated"
+    evaluates = "post_aggregation"
 
     def __post_init__(self) -> None:
         """Refuse no clusters, and a share of rounds outside 0 .. 1."""
@@ -95,9 +95,9 @@ class FedLease(DecayedLoraMethod[Lease, Leased, OwnLora, Returned]):
         if own < 0:
             return Leased(state.first, -1)
         mine = f"cluster-{own}/"
-        kept = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("cluster-")}
+        client_state = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("cluster-")}
         mixers = {name.removeprefix(mine): t for name, t in state.tensors.items() if name.startswith(mine)}
-        return Leased({**kept, **mixers}, own)
+        return Leased({**client_state, **mixers}, own)
 
     def aggregate(self, server: Server, state: Lease, replies: Mapping[str, Returned]) -> Lease:
         """Average within clusters; cluster those that have warmed up when it is time to."""
@@ -146,23 +146,25 @@ class FedLease(DecayedLoraMethod[Lease, Leased, OwnLora, Returned]):
         return replace(state, warm={}, tensors=tensors, cluster=held, clusters=clusters)
 
     # client
-    def first_keep(self, client: Client) -> OwnLora:
+    def init_client_state(self, client: Client) -> OwnLora:
         """Have no LoRA yet."""
         return OwnLora({})
 
-    def adapter(self, client: Client, kept: OwnLora, message: Leased) -> Adapter:
+    def adapter(self, client: Client, client_state: OwnLora, message: Leased) -> Adapter:
         """Warm up, or train the cluster's expert and mixers beside the other experts."""
         if message.cluster < 0:
-            return Adapter(self.spec(), kept.tensors or message.tensors)
+            return Adapter(self.spec(), client_state.tensors or message.tensors)
         experts = expert_ids(message.tensors)[min(client.shapes)]
         others = [key for m in client.shapes for k in experts if k != message.cluster for key in expert_keys(m, k)]
         own = F.one_hot(torch.tensor(message.cluster), len(experts)).float()
         spec = replace(self.spec(), router="mixer")
         return Adapter(spec, message.tensors, {OWN: own}, tuple(sorted(others)))
 
-    def reply(self, client: Client, kept: OwnLora, message: Leased, trained: Trained) -> tuple[OwnLora, Returned]:
+    def reply(
+        self, client: Client, client_state: OwnLora, message: Leased, trained: TrainingResult
+    ) -> tuple[OwnLora, Returned]:
         """Send back what was trained; keep a LoRA while warming up."""
-        tensors, frozen = trained.adapter.tensors, self.adapter(client, kept, message).frozen
+        tensors, frozen = trained.adapter.tensors, self.adapter(client, client_state, message).frozen
         sent = {name: tensor for name, tensor in tensors.items() if name not in frozen}
         return OwnLora(sent if message.cluster < 0 else {}), Returned(sent, message.cluster)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedamole.federation.method import Client, ClientInfo, Method, Records, Server, Trained, Weighting
+from fedamole.federation.method import Client, ClientInfo, Method, Records, Server, TrainingResult, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
 from fedamole.methods.shared.averaging import mean_by_key
@@ -40,10 +40,10 @@ class FedPrompt(Method[GlobalPrompt, GlobalPrompt, Nothing, GlobalPrompt]):
     """Weight of a client in the average: uniform, or by its training examples."""
 
     paper = "Zhao et al., FedPrompt: Communication-Efficient Prompt Tuning in FL, ICASSP 2023, arXiv 2208.12268"
-    travels = "one soft prompt down, one up"
-    stays = "the data"
+    communicates = "one soft prompt down, one up"
+    stays_local = "the data"
     records = Records(GlobalPrompt, GlobalPrompt, Nothing, GlobalPrompt)
-    evaluates = "aggregated"
+    evaluates = "post_aggregation"
     averaged = ("tensors",)
 
     def spec(self) -> PromptSpec:
@@ -66,16 +66,16 @@ class FedPrompt(Method[GlobalPrompt, GlobalPrompt, Nothing, GlobalPrompt]):
         return GlobalPrompt(mean_by_key(returned, server.weights(self.weighting), state.tensors))
 
     # client
-    def first_keep(self, client: Client) -> Nothing:
+    def init_client_state(self, client: Client) -> Nothing:
         """Keep nothing."""
         return Nothing()
 
-    def adapter(self, client: Client, kept: Nothing, message: GlobalPrompt) -> Adapter:
+    def adapter(self, client: Client, client_state: Nothing, message: GlobalPrompt) -> Adapter:
         """Start from the global prompt."""
         return Adapter(self.spec(), message.tensors)
 
     def reply(
-        self, client: Client, kept: Nothing, message: GlobalPrompt, trained: Trained
+        self, client: Client, client_state: Nothing, message: GlobalPrompt, trained: TrainingResult
     ) -> tuple[Nothing, GlobalPrompt]:
         """Send back the trained prompt."""
-        return kept, GlobalPrompt(trained.adapter.tensors)
+        return client_state, GlobalPrompt(trained.adapter.tensors)

@@ -13,7 +13,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import Client, Fit, Trained
+from fedamole.federation.method import Client, TrainingRequest, TrainingResult
 from fedamole.federation.record import Nothing
 from fedamole.methods.fedit import FedIT, GlobalLora
 
@@ -34,9 +34,9 @@ class FedProx(FedIT):
             raise ConfigError(f"method.proximal = {self.proximal}: must not be negative")
 
     def update(
-        self, client: Client, kept: Nothing, message: GlobalLora
-    ) -> Generator[Fit, Trained, tuple[Nothing, GlobalLora, Trained]]:
+        self, client: Client, client_state: Nothing, message: GlobalLora
+    ) -> Generator[TrainingRequest, TrainingResult, tuple[Nothing, GlobalLora, TrainingResult]]:
         """Train near the global LoRA."""
-        adapter = self.adapter(client, kept, message)
-        trained = yield Fit(adapter, anchor=message.tensors, anchor_weight=self.proximal)
-        return (*self.reply(client, kept, message, trained), trained)
+        adapter = self.adapter(client, client_state, message)
+        trained = yield TrainingRequest(adapter, anchor=message.tensors, anchor_weight=self.proximal)
+        return (*self.reply(client, client_state, message, trained), trained)

@@ -21,7 +21,7 @@ class FedPTuning(FedPrompt):
     """Width of the MLP's hidden layers."""
 
     paper = "Liu et al., GPT Understands, Too (p-tuning), 2021, arXiv 2103.10385; federated as in FedAMoLE's comparison"
-    travels = "embedding and MLP of one prompt encoder down, the same up"
+    communicates = "embedding and MLP of one prompt encoder down, the same up"
 
     def spec(self) -> PromptSpec:
         """What all prompts share."""

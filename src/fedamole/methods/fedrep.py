@@ -19,7 +19,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import Client, ClientInfo, Fit, LoraMethod, Records, Server, Trained, Weighting
+from fedamole.federation.method import (
+    Client,
+    ClientInfo,
+    LoraMethod,
+    Records,
+    Server,
+    TrainingRequest,
+    TrainingResult,
+    Weighting,
+)
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.model.params import Adapter, new_shared
@@ -49,10 +58,10 @@ class FedRep(LoraMethod[Body, Body, Head, Body]):
     """Share of the decoder layers, from the top, whose adapters are private; at least one is, and one is not."""
 
     paper = "Collins et al., Shared Representations for Personalized FL (FedRep), ICML 2021, arXiv 2102.07078"
-    travels = "the LoRA of the lower layers both ways"
-    stays = "the data and the LoRA of the upper layers"
+    communicates = "the LoRA of the lower layers both ways"
+    stays_local = "the data and the LoRA of the upper layers"
     records = Records(Body, Body, Head, Body)
-    evaluates = "aggregated"
+    evaluates = "post_aggregation"
     averaged = ("tensors",)
     paper_steps = 2.0
 
@@ -78,25 +87,27 @@ class FedRep(LoraMethod[Body, Body, Head, Body]):
         return Body(mean_by_key(returned, server.weights(self.weighting), state.tensors))
 
     # client
-    def first_keep(self, client: Client) -> Head:
+    def init_client_state(self, client: Client) -> Head:
         """Draw the head."""
         drawn = new_shared(client.shapes, self.rank, torch_generator(client.seed, "lora"))
         return Head(_chosen(drawn, self.private(client.shapes), True))
 
-    def adapter(self, client: Client, kept: Head, message: Body) -> Adapter:
+    def adapter(self, client: Client, client_state: Head, message: Body) -> Adapter:
         """Put the client's head on the global body."""
-        return Adapter(self.spec(), {**message.tensors, **kept.tensors})
+        return Adapter(self.spec(), {**message.tensors, **client_state.tensors})
 
-    def update(self, client: Client, kept: Head, message: Body) -> Generator[Fit, Trained, tuple[Head, Body, Trained]]:
+    def update(
+        self, client: Client, client_state: Head, message: Body
+    ) -> Generator[TrainingRequest, TrainingResult, tuple[Head, Body, TrainingResult]]:
         """Train the head, then the body."""
-        both = self.adapter(client, kept, message)
+        both = self.adapter(client, client_state, message)
         only_head = Adapter(both.spec, both.tensors, frozen=tuple(sorted(message.tensors)))
-        head = yield Fit(only_head, share=0.5, paper_share=1.0)
-        only_body = Adapter(both.spec, head.adapter.tensors, frozen=tuple(sorted(kept.tensors)))
-        trained = yield Fit(only_body, share=0.5, paper_share=1.0)
-        return (*self.reply(client, kept, message, trained), trained)
+        head = yield TrainingRequest(only_head, share=0.5, paper_share=1.0)
+        only_body = Adapter(both.spec, head.adapter.tensors, frozen=tuple(sorted(client_state.tensors)))
+        trained = yield TrainingRequest(only_body, share=0.5, paper_share=1.0)
+        return (*self.reply(client, client_state, message, trained), trained)
 
-    def reply(self, client: Client, kept: Head, message: Body, trained: Trained) -> tuple[Head, Body]:
+    def reply(self, client: Client, client_state: Head, message: Body, trained: TrainingResult) -> tuple[Head, Body]:
         """Keep the head, send the body."""
         tensors, private = trained.adapter.tensors, self.private(client.shapes)
         return Head(_chosen(tensors, private, True)), Body(_chosen(tensors, private, False))

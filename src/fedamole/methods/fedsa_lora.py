@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, Trained, Weighting
+from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, TrainingResult, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.model.params import Adapter, new_shared
@@ -41,10 +41,10 @@ class FedSaLora(LoraMethod[SharedA, SharedA, OwnB, SharedA]):
     """Weight of a client in the average: uniform, or by its training examples."""
 
     paper = "Guo et al., Selective Aggregation for LoRA in Federated Learning (FedSA-LoRA), ICLR 2025, arXiv 2410.01463"
-    travels = "A of one LoRA down, A up"
-    stays = "the data and the client's B"
+    communicates = "A of one LoRA down, A up"
+    stays_local = "the data and the client's B"
     records = Records(SharedA, SharedA, OwnB, SharedA)
-    evaluates = "aggregated"
+    evaluates = "post_aggregation"
     averaged = ("tensors",)
 
     # server
@@ -63,16 +63,18 @@ class FedSaLora(LoraMethod[SharedA, SharedA, OwnB, SharedA]):
         return SharedA(mean_by_key(returned, server.weights(self.weighting), state.tensors))
 
     # client
-    def first_keep(self, client: Client) -> OwnB:
+    def init_client_state(self, client: Client) -> OwnB:
         """Begin with B = 0."""
         drawn = new_shared(client.shapes, self.rank, torch_generator(client.seed, "lora"))
         return OwnB(_split(drawn)[1])
 
-    def adapter(self, client: Client, kept: OwnB, message: SharedA) -> Adapter:
+    def adapter(self, client: Client, client_state: OwnB, message: SharedA) -> Adapter:
         """Put the client's B beside the global A."""
-        return Adapter(self.spec(), {**message.tensors, **kept.tensors})
+        return Adapter(self.spec(), {**message.tensors, **client_state.tensors})
 
-    def reply(self, client: Client, kept: OwnB, message: SharedA, trained: Trained) -> tuple[OwnB, SharedA]:
+    def reply(
+        self, client: Client, client_state: OwnB, message: SharedA, trained: TrainingResult
+    ) -> tuple[OwnB, SharedA]:
         """Keep B, send A."""
         a, b = _split(trained.adapter.tensors)
         return OwnB(b), SharedA(a)

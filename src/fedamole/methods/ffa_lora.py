@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedamole.federation.method import Client, Server, Trained
+from fedamole.federation.method import Client, Server, TrainingResult
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
 from fedamole.methods.fedit import FedIT, GlobalLora
@@ -26,8 +26,8 @@ class FfaLora(FedIT):
     """One LoRA for all clients of which only B is trained."""
 
     paper = "Sun et al., Improving LoRA in Privacy-preserving FL (FFA-LoRA), ICLR 2024, arXiv 2403.12313"
-    travels = "B of one LoRA down, B up; A is drawn from the run's seed on both sides"
-    stays = "the data"
+    communicates = "B of one LoRA down, B up; A is drawn from the run's seed on both sides"
+    stays_local = "the data"
 
     # server
     def init(self, server: Server) -> GlobalLora:
@@ -35,14 +35,16 @@ class FfaLora(FedIT):
         return GlobalLora(_only(self._draw(server.shapes, server.seed), "B"))
 
     # client
-    def adapter(self, client: Client, kept: Nothing, message: GlobalLora) -> Adapter:
+    def adapter(self, client: Client, client_state: Nothing, message: GlobalLora) -> Adapter:
         """Put the global B beside the frozen A."""
         frozen = _only(self._draw(client.shapes, client.seed), "A")
         return Adapter(self.spec(), {**frozen, **message.tensors}, frozen=tuple(sorted(frozen)))
 
-    def reply(self, client: Client, kept: Nothing, message: GlobalLora, trained: Trained) -> tuple[Nothing, GlobalLora]:
+    def reply(
+        self, client: Client, client_state: Nothing, message: GlobalLora, trained: TrainingResult
+    ) -> tuple[Nothing, GlobalLora]:
         """Send back the trained B."""
-        return kept, GlobalLora(_only(trained.adapter.tensors, "B"))
+        return client_state, GlobalLora(_only(trained.adapter.tensors, "B"))
 
     def _draw(self, shapes: Shapes, seed: int) -> dict[str, Tensor]:
         return new_shared(shapes, self.rank, torch_generator(seed, "lora"))

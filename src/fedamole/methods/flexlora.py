@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedamole.federation.method import Client, ClientInfo, Records, Server, Trained, Weighting
+from fedamole.federation.method import Client, ClientInfo, Records, Server, TrainingResult, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
 from fedamole.methods.fedit import GlobalLora
@@ -43,10 +43,10 @@ class FlexLora(RankedMethod[RankedLora, GlobalLora, Nothing, GlobalLora]):
     """Weight of a client in the mean of the products: uniform, or by its training examples."""
 
     paper = "Bai et al., Fine-tuning under Heterogeneous Tasks and Resources (FlexLoRA), NeurIPS 2024, arXiv 2402.11505"
-    travels = "a LoRA of the client's rank down, the same up"
-    stays = "the data"
+    communicates = "a LoRA of the client's rank down, the same up"
+    stays_local = "the data"
     records = Records(RankedLora, GlobalLora, Nothing, GlobalLora)
-    evaluates = "aggregated"
+    evaluates = "post_aggregation"
 
     # server
     def init(self, server: Server) -> RankedLora:
@@ -70,17 +70,19 @@ class FlexLora(RankedMethod[RankedLora, GlobalLora, Nothing, GlobalLora]):
         return RankedLora(tensors, state.ranks)
 
     # client
-    def first_keep(self, client: Client) -> Nothing:
+    def init_client_state(self, client: Client) -> Nothing:
         """Keep nothing."""
         return Nothing()
 
-    def adapter(self, client: Client, kept: Nothing, message: GlobalLora) -> Adapter:
+    def adapter(self, client: Client, client_state: Nothing, message: GlobalLora) -> Adapter:
         """Start from the global LoRA at the client's rank."""
         return Adapter(self.spec_of(rank_of(message.tensors)), message.tensors)
 
-    def reply(self, client: Client, kept: Nothing, message: GlobalLora, trained: Trained) -> tuple[Nothing, GlobalLora]:
+    def reply(
+        self, client: Client, client_state: Nothing, message: GlobalLora, trained: TrainingResult
+    ) -> tuple[Nothing, GlobalLora]:
         """Send back the trained LoRA."""
-        return kept, GlobalLora(trained.adapter.tensors)
+        return client_state, GlobalLora(trained.adapter.tensors)
 
 
 def cut(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:

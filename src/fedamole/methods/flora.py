@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedamole.federation.method import Client, ClientInfo, Records, Server, Trained, Weighting
+from fedamole.federation.method import Client, ClientInfo, Records, Server, TrainingResult, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.ranks import RankedMethod
 from fedamole.methods.shared.stacks import Changes, Log, Merged, stacked
@@ -56,10 +56,10 @@ class Flora(RankedMethod[FloraState, Stack, Merged, FreshLora]):
     """Weight of a client in the mean of the products: uniform, or by its training examples."""
 
     paper = "Wang et al., FLoRA: Federated Fine-Tuning with Heterogeneous LoRA, NeurIPS 2024, arXiv 2409.05976"
-    travels = "the stacked LoRAs of the last round down, one LoRA up"
-    stays = "the data"
+    communicates = "the stacked LoRAs of the last round down, one LoRA up"
+    stays_local = "the data"
     records = Records(FloraState, Stack, Merged, FreshLora)
-    evaluates = "aggregated"
+    evaluates = "post_aggregation"
 
     # server
     def init(self, server: Server) -> FloraState:
@@ -81,17 +81,19 @@ class Flora(RankedMethod[FloraState, Stack, Merged, FreshLora]):
         return FloraState(state.log.add(change, merged, server.clients), state.ranks)
 
     # client
-    def first_keep(self, client: Client) -> Merged:
+    def init_client_state(self, client: Client) -> Merged:
         """Begin with no change."""
         return Merged.nothing(client.shapes)
 
-    def adapter(self, client: Client, kept: Merged, message: Stack) -> Adapter:
+    def adapter(self, client: Client, client_state: Merged, message: Stack) -> Adapter:
         """Merge what was sent and put a fresh LoRA, B = 0, on top."""
         generator = torch_generator(client.seed, "lora", client.name, client.round)
         fresh = new_shared(client.shapes, message.rank, generator)
-        return Adapter(self.spec_of(message.rank), fresh, kept.merge(message.changes).deltas)
+        return Adapter(self.spec_of(message.rank), fresh, client_state.merge(message.changes).deltas)
 
-    def reply(self, client: Client, kept: Merged, message: Stack, trained: Trained) -> tuple[Merged, FreshLora]:
+    def reply(
+        self, client: Client, client_state: Merged, message: Stack, trained: TrainingResult
+    ) -> tuple[Merged, FreshLora]:
         """Keep the sum of the changes, send the trained LoRA."""
-        now = kept.merge(message.changes)
+        now = client_state.merge(message.changes)
         return now, FreshLora(trained.adapter.tensors, now.count)

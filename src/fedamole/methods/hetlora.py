@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import Client, ClientInfo, Fit, Records, Server, Trained
+from fedamole.federation.method import Client, ClientInfo, Records, Server, TrainingRequest, TrainingResult
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
 from fedamole.methods.fedit import GlobalLora
@@ -40,10 +40,10 @@ class HetLora(RankedMethod[RankedLora, GlobalLora, Nothing, GlobalLora]):
     """Share gamma of its ranks that a client keeps when it prunes; at least one is dropped, and one kept."""
 
     paper = "Cho et al., Heterogeneous LoRA for Federated Fine-tuning (HetLoRA), EMNLP 2024, arXiv 2401.06432"
-    travels = "a LoRA of the client's rank down, the same or a smaller one up"
-    stays = "the data"
+    communicates = "a LoRA of the client's rank down, the same or a smaller one up"
+    stays_local = "the data"
     records = Records(RankedLora, GlobalLora, Nothing, GlobalLora)
-    evaluates = "aggregated"
+    evaluates = "post_aggregation"
 
     def __post_init__(self) -> None:
         """Refuse values that cannot prune."""
@@ -79,36 +79,38 @@ class HetLora(RankedMethod[RankedLora, GlobalLora, Nothing, GlobalLora]):
             tensors[key] = mean.to(tensor.dtype)
         return RankedLora(tensors, {**state.ranks, **{name: rank_of(replies[name].tensors) for name in names}})
 
-    def expected(self, rehearsed: GlobalLora, reply: GlobalLora) -> GlobalLora:
+    def expected_reply(self, template: GlobalLora, reply: GlobalLora) -> GlobalLora:
         """A client may have dropped ranks."""
-        return GlobalLora(cut(rehearsed.tensors, max(1, rank_of(reply.tensors))))
+        return GlobalLora(cut(template.tensors, max(1, rank_of(reply.tensors))))
 
     # client
-    def first_keep(self, client: Client) -> Nothing:
+    def init_client_state(self, client: Client) -> Nothing:
         """Keep nothing."""
         return Nothing()
 
-    def adapter(self, client: Client, kept: Nothing, message: GlobalLora) -> Adapter:
+    def adapter(self, client: Client, client_state: Nothing, message: GlobalLora) -> Adapter:
         """Start from the global LoRA at the client's rank."""
         return Adapter(self.spec_of(rank_of(message.tensors)), message.tensors)
 
     def update(
-        self, client: Client, kept: Nothing, message: GlobalLora
-    ) -> Generator[Fit, Trained, tuple[Nothing, GlobalLora, Trained]]:
+        self, client: Client, client_state: Nothing, message: GlobalLora
+    ) -> Generator[TrainingRequest, TrainingResult, tuple[Nothing, GlobalLora, TrainingResult]]:
         """Train with the last ranks penalised, and drop them where they have become smaller."""
         rank = rank_of(message.tensors)
         tail = max(1, math.floor(self.pruned_to * rank))
         weight = self.tail_weight if tail < rank else 0.0
-        trained = yield Fit(self.adapter(client, kept, message), tail=tail, tail_weight=weight)
+        trained = yield TrainingRequest(self.adapter(client, client_state, message), tail=tail, tail_weight=weight)
         tensors = trained.adapter.tensors
         if tail < rank and tail_norm(tensors, client.shapes, tail) < tail_norm(message.tensors, client.shapes, tail):
             tensors = cut(tensors, tail)
         pruned = replace(trained, adapter=Adapter(self.spec_of(rank_of(tensors)), tensors))
-        return (*self.reply(client, kept, message, pruned), pruned)
+        return (*self.reply(client, client_state, message, pruned), pruned)
 
-    def reply(self, client: Client, kept: Nothing, message: GlobalLora, trained: Trained) -> tuple[Nothing, GlobalLora]:
+    def reply(
+        self, client: Client, client_state: Nothing, message: GlobalLora, trained: TrainingResult
+    ) -> tuple[Nothing, GlobalLora]:
         """Send back what is left of the trained LoRA."""
-        return kept, GlobalLora(trained.adapter.tensors)
+        return client_state, GlobalLora(trained.adapter.tensors)
 
 
 def tail_norm(tensors: Mapping[str, Tensor], modules: Mapping[str, object], first: int) -> float:

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import Client, ClientInfo, Fit, LoraMethod, Records, Server, Trained, Weighting
+from fedamole.federation.method import (
+    Client,
+    ClientInfo,
+    LoraMethod,
+    Records,
+    Server,
+    TrainingRequest,
+    TrainingResult,
+    Weighting,
+)
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.model.params import Adapter, new_shared
@@ -58,10 +67,10 @@ class IfcaLora(LoraMethod[Clusters, Clusters, Choice, ClusterLora]):
     """Weight of a client in its cluster's average: uniform, or by its training examples."""
 
     paper = "Ghosh et al., A Framework for Clustered Federated Learning (IFCA), NeurIPS 2020, arXiv 2006.04088"
-    travels = "all K LoRAs down, one LoRA up"
-    stays = "the data"
+    communicates = "all K LoRAs down, one LoRA up"
+    stays_local = "the data"
     records = Records(Clusters, Clusters, Choice, ClusterLora)
-    evaluates = "aggregated"
+    evaluates = "post_aggregation"
     looks = True
 
     def __post_init__(self) -> None:
@@ -89,16 +98,16 @@ class IfcaLora(LoraMethod[Clusters, Clusters, Choice, ClusterLora]):
         returned = {name: _named(reply.cluster, reply.tensors) for name, reply in replies.items()}
         return Clusters(mean_by_key(returned, server.weights(self.weighting), state.tensors))
 
-    def expected(self, rehearsed: ClusterLora, reply: ClusterLora) -> ClusterLora:
+    def expected_reply(self, template: ClusterLora, reply: ClusterLora) -> ClusterLora:
         """A client chooses its cluster."""
-        return replace(rehearsed, cluster=reply.cluster if reply.cluster in range(self.clusters) else 0)
+        return replace(template, cluster=reply.cluster if reply.cluster in range(self.clusters) else 0)
 
     # client
-    def first_keep(self, client: Client) -> Choice:
+    def init_client_state(self, client: Client) -> Choice:
         """Have chosen nothing."""
         return Choice(-1)
 
-    def adapter(self, client: Client, kept: Choice, message: Clusters) -> Adapter:
+    def adapter(self, client: Client, client_state: Choice, message: Clusters) -> Adapter:
         """Start from the LoRA of the cluster that fits best."""
         return self._adapters(message)[self.choose(client, message)]
 
@@ -112,16 +121,18 @@ class IfcaLora(LoraMethod[Clusters, Clusters, Choice, ClusterLora]):
         return min(range(self.clusters), key=losses.__getitem__)
 
     def update(
-        self, client: Client, kept: Choice, message: Clusters
-    ) -> Generator[Fit, Trained, tuple[Choice, ClusterLora, Trained]]:
+        self, client: Client, client_state: Choice, message: Clusters
+    ) -> Generator[TrainingRequest, TrainingResult, tuple[Choice, ClusterLora, TrainingResult]]:
         """Choose a cluster and train its LoRA."""
         chosen = Choice(self.choose(client, message))
-        trained = yield Fit(self._adapters(message)[chosen.cluster])
+        trained = yield TrainingRequest(self._adapters(message)[chosen.cluster])
         return (*self.reply(client, chosen, message, trained), trained)
 
-    def reply(self, client: Client, kept: Choice, message: Clusters, trained: Trained) -> tuple[Choice, ClusterLora]:
+    def reply(
+        self, client: Client, client_state: Choice, message: Clusters, trained: TrainingResult
+    ) -> tuple[Choice, ClusterLora]:
         """Send back the trained LoRA of the cluster that was chosen."""
-        return kept, ClusterLora(kept.cluster, trained.adapter.tensors)
+        return client_state, ClusterLora(client_state.cluster, trained.adapter.tensors)
 
     def _adapters(self, message: Clusters) -> list[Adapter]:
         parts: list[dict[str, Tensor]] = [{} for _ in range(self.clusters)]

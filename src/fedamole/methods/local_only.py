@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, Trained
+from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, TrainingResult
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
 from fedamole.model.params import Adapter, new_shared
@@ -27,10 +27,10 @@ class LocalOnly(LoraMethod[Nothing, Nothing, OwnLora, Nothing]):
     """A LoRA per client, trained alone."""
 
     paper = "baseline: no federation"
-    travels = "nothing"
-    stays = "the data and the client's LoRA"
+    communicates = "nothing"
+    stays_local = "the data and the client's LoRA"
     records = Records(Nothing, Nothing, OwnLora, Nothing)
-    evaluates = "trained"
+    evaluates = "pre_aggregation"
 
     # server
     def init(self, server: Server) -> Nothing:
@@ -46,14 +46,16 @@ class LocalOnly(LoraMethod[Nothing, Nothing, OwnLora, Nothing]):
         return state
 
     # client
-    def first_keep(self, client: Client) -> OwnLora:
+    def init_client_state(self, client: Client) -> OwnLora:
         """Draw the LoRA."""
         return OwnLora(new_shared(client.shapes, self.rank, torch_generator(client.seed, "lora")))
 
-    def adapter(self, client: Client, kept: OwnLora, message: Nothing) -> Adapter:
+    def adapter(self, client: Client, client_state: OwnLora, message: Nothing) -> Adapter:
         """Go on from the client's own LoRA."""
-        return Adapter(self.spec(), kept.tensors)
+        return Adapter(self.spec(), client_state.tensors)
 
-    def reply(self, client: Client, kept: OwnLora, message: Nothing, trained: Trained) -> tuple[OwnLora, Nothing]:
+    def reply(
+        self, client: Client, client_state: OwnLora, message: Nothing, trained: TrainingResult
+    ) -> tuple[OwnLora, Nothing]:
         """Keep the trained LoRA, send nothing."""
         return OwnLora(trained.adapter.tensors), Nothing()

@@ -11,10 +11,10 @@ from typing import Any
 from fedamole.federation.method import Method
 
 
-def before_aggregation(method: type[Method[Any, Any, Any, Any]]) -> type[Method[Any, Any, Any, Any]]:
+def pre_aggregation(method: type[Method[Any, Any, Any, Any]]) -> type[Method[Any, Any, Any, Any]]:
     """Return the method class that trains like `method` and is scored right after local training."""
     doc = f"{method.__name__}, each client's model scored before the aggregation."
     variant = types.new_class(
-        f"{method.__name__}FT", (method,), exec_body=lambda body: body.update(evaluates="trained", __doc__=doc)
+        f"{method.__name__}FT", (method,), exec_body=lambda body: body.update(evaluates="pre_aggregation", __doc__=doc)
     )
     return dataclass(frozen=True)(variant)

@@ -27,7 +27,7 @@ from fedamole.errors import ConfigError, RunError
 from fedamole.evaluation.personal import losses_of, majority_scores, scores_of
 from fedamole.experiment import reads_outside, resolved, server_of
 from fedamole.federation.local import DivergedError, LocalTask, embed, fit
-from fedamole.federation.method import Client, ClientInfo, Fit, Records
+from fedamole.federation.method import Client, ClientInfo, Records, TrainingRequest
 from fedamole.federation.record import Nothing, PayloadError, unpack
 from fedamole.federation.summary import summarise
 from fedamole.federation.worker import ClientData, client_data
@@ -59,7 +59,7 @@ class Chosen:
     """What a new client begins with."""
 
     adapter: Adapter
-    journal: list[dict[str, Any]]
+    assignment_log: list[dict[str, Any]]
     """Lines for assignment.jsonl: the experts it holds, those that chose it first, with their relevance."""
     chosen_by: int = 0
     """Experts that chose it, over all modules."""
@@ -258,14 +258,14 @@ def _chosen_by_experts(
     # A reply of embeddings alone: every tensor keeps its value, and the assignment is solved with one client more.
     after = among.aggregate(server, state, {name: newcomer})
     column = [client.name for client in everybody].index(name)
-    journal, held, chosen_by, added = [], {}, 0, 0
+    assignment_log, held, chosen_by, added = [], {}, 0, 0
     for module, holders in after.held.items():
         relevance = after.probabilities[module][:, column].tolist()
         chosen = holders[name]
         others = sorted(set(range(pool)) - set(chosen), key=lambda expert: (-relevance[expert], expert))
         more = others[: max(0, method.min_experts - len(chosen))]
         held[module] = {name: sorted(chosen + more)}
-        journal.append(
+        assignment_log.append(
             {
                 "module": module,
                 "client": name,
@@ -275,7 +275,7 @@ def _chosen_by_experts(
         )
         chosen_by, added = chosen_by + len(chosen), added + len(more)
     message = method.message(replace(after, held=held), data.info)
-    return Chosen(Adapter(method.spec(), message.tensors), journal, chosen_by, added)
+    return Chosen(Adapter(method.spec(), message.tensors), assignment_log, chosen_by, added)
 
 
 def _trained(config: Config, bank: Bank, adapter: Adapter, data: ClientData, steps: int | None) -> Adapter:
@@ -284,7 +284,7 @@ def _trained(config: Config, bank: Bank, adapter: Adapter, data: ClientData, ste
     if steps is not None:
         training = replace(training, local_steps=steps, local_epochs=0)
     rate = training.learning_rate * training.lr_decay**round_
-    task = LocalTask(data.info.name, Fit(adapter), data.train.pairs(), rate)
+    task = LocalTask(data.info.name, TrainingRequest(adapter), data.train.pairs(), rate)
     (outcome,) = fit(bank, [task], training, seed=config.run.seed, round_=round_)
     if isinstance(outcome, DivergedError):
         raise outcome
@@ -307,16 +307,16 @@ def _scores(config: Config, bank: Bank, adapter: Adapter | None, data: ClientDat
 
 def _log(own: RunFolder, name: str, config: Config, chosen: Chosen, report: Mapping[str, Any]) -> None:
     """Write the files that a client's folder has after a run, as docs/run-folder.md tells; the summary last."""
-    round_, row, kept = config.federation.rounds, config.method_name, report["kept"]
+    round_, row, client_state = config.federation.rounds, config.method_name, report["kept"]
     validation = report["validation"]
-    test = {row if one == kept else one: scores for one, scores in report["test"].items()}
+    test = {row if one == client_state else one: scores for one, scores in report["test"].items()}
     rounds = {one: round_ if one == row else -1 for one in test}
-    own.append(ASSIGNMENT, ({"round": round_, **line} for line in chosen.journal))
+    own.append(ASSIGNMENT, ({"round": round_, **line} for line in chosen.assignment_log))
     own.append(
         METRICS,
         [
             {"round": -1, "client": name, "split": "validation", "method": BASE, "loss": validation[BASE]},
-            {"round": round_, "client": name, "split": "validation", "method": row, "loss": validation[kept]},
+            {"round": round_, "client": name, "split": "validation", "method": row, "loss": validation[client_state]},
             *(
                 {"round": rounds[one], "client": name, "split": "test", "method": one, "which": "best", **scores}
                 for one, scores in test.items()

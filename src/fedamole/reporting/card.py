@@ -127,8 +127,8 @@ def _method(name: str, config: Json) -> str:
         if key != "name" and not isinstance(value, dict)
     ]
     return (
-        f"`{name}`: {method.paper}. Between client and server: {method.travels}. What stays with the client: "
-        f"{method.stays}.\n\n" + _table(("setting", "value"), settings)
+        f"`{name}`: {method.paper}. Between client and server: {method.communicates}. What stays with the client: "
+        f"{method.stays_local}.\n\n" + _table(("setting", "value"), settings)
     )
 
 
@@ -189,11 +189,11 @@ def _reveals(method: str, adapter: Json, public: str | None) -> str:
     points = [
         "It was trained on private data and can have learnt some of it by heart. Whoever has it may find out whether a "
         "text was among the training data, or get parts of a rare one out of it.",
-        f"Through what clients exchanged ({METHODS[method].travels}), it may hold something of the other clients' data "
-        "as well: ask them before you publish it.",
+        f"Clients exchanged {METHODS[method].communicates}, so it may also hold parts of the other clients' data. "
+        "Ask them before you publish it.",
         "This card tells how many examples the client has, and how hard they are.",
     ]
-    if METHODS[method].travels == "nothing":
+    if METHODS[method].communicates == "nothing":
         del points[1]
     if adapter.get("references"):
         points.append(

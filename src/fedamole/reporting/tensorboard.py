@@ -7,7 +7,7 @@ from typing import Any
 from fedamole.errors import ConfigError, how_to_install
 
 
-class TensorBoardMirror:
+class TensorBoardSink:
     """Writes what the loop logs to event files; a repeated round overwrites its first try (same step)."""
 
     def __init__(self, folder: Path) -> None:

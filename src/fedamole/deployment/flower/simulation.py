@@ -29,7 +29,7 @@ from fedamole.deployment.security.policy import UNBOUNDED
 from fedamole.deployment.server_processes import prepare_folder
 from fedamole.deployment.server_run import SETTINGS, coordinate
 from fedamole.errors import ConfigError
-from fedamole.federation.progress import Watcher
+from fedamole.federation.progress import ProgressListener
 from fedamole.files import write_atomic
 from fedamole.model.bank import Bank
 from fedamole.model.base import BaseSettings, load_base, resolve_device
@@ -114,7 +114,9 @@ def simulate(folder: Path, show: Callable[[dict[str, Any]], None], cpus: int, gp
     @client.query()
     def answer(message: Message, context: Context) -> Message:
         name = names[int(str(context.node_config["partition-id"]))]
-        reply = Guest(_settings_of(folder, name), Watcher()).answer(bytes_of(message.content.array_records["request"]))
+        reply = Guest(_settings_of(folder, name), ProgressListener()).answer(
+            bytes_of(message.content.array_records["request"])
+        )
         return Message(answered(reply), reply_to=message)
 
     resources: dict[str, Any] = {"client_resources": {"num_cpus": cpus, "num_gpus": gpus}}

@@ -19,7 +19,7 @@ from safetensors.torch import load
 
 from fedamole.engine.messages import JOIN, Reply, Request
 from fedamole.errors import FedamoleError, RunError
-from fedamole.federation.record import unboxed
+from fedamole.federation.record import tensor_as_bytes
 
 MOST_FIELDS, OTHERS = 50, "(others)"
 """Fields of a record that are named in a line; the tensors of the rest are counted together."""
@@ -112,7 +112,7 @@ def described(message: Mapping[str, Any]) -> dict[str, Any]:
     Nothing of it is trusted: a record that cannot be read is told as such.
     """
     try:
-        packed = unboxed(message)
+        packed = tensor_as_bytes(message)
         return {} if packed is None else _fields(packed)
     except Exception:  # damaged bytes from elsewhere: libraries raise what they like
         return {"unreadable": True}

@@ -107,7 +107,10 @@ KINDS = {
     "server": "deployment: what the coordinator knows",
     "client": "deployment: what one client knows",
 }
-SCORED = {"trained": "right after a client's own training", "aggregated": "after the server has merged the replies"}
+SCORED = {
+    "pre_aggregation": "right after a client's own training",
+    "post_aggregation": "after the server has merged the replies",
+}
 SELECTED = {"loss": "lowest mean validation loss", "score": "highest mean validation score"}
 SPLIT_NAMES = {"train": "training", "embedding": "for the relevance", "validation": "validation", "test": "test"}
 RANDOM = "Relevance is a random draw here: nothing was known of the clients' data yet."
@@ -123,8 +126,8 @@ def method_in_words(config: Mapping[str, Any]) -> dict[str, str]:
     about = described(name)
     return {
         "Method": f"{name} ({about['paper']})",
-        "What travels": about["travels"],
-        "What stays": about["stays"],
+        "What travels": about["communicates"],
+        "What stays": about["stays_local"],
         "Scored": SCORED[about["scored"]],
         "Its settings": settings,
     }
