@@ -1,0 +1,114 @@
+"""Count the lines of all functions of this package that one training round enters: a measure of how much code a reader follows.
+
+    python scripts/count_round_lines.py [METHOD ...]
+
+Each method runs two rounds of the bundled demo in this process, and the second round is traced. A function counts once,
+with its decorators, its docstring and the functions inside it.
+"""
+
+import argparse
+import ast
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import fedamole
+from fedamole.config import load_config
+from fedamole.experiment import start
+from fedamole.federation.loop import Loop
+from fedamole.federation.progress import ProgressListener
+
+SOURCE = Path(fedamole.__file__).parent
+DEMO = SOURCE / "bundled" / "demo.toml"
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """Lines and files of the functions that a round enters."""
+
+    lines: int
+    files: int
+
+
+def entered_in_second_round(method: str, folder: Path) -> set[CodeType]:
+    """Run two rounds of `method` in `folder`; return the code objects of this package that the second one enters."""
+    entered: set[CodeType] = set()
+    whole_round = Loop._round
+
+    def trace(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(str(SOURCE)):
+            entered.add(frame.f_code)
+
+    def traced_round(self: Loop, round_: int, state: Any) -> Any:
+        if round_ != 1:
+            return whole_round(self, round_, state)
+        sys.setprofile(trace)
+        try:
+            return whole_round(self, round_, state)
+        finally:
+            sys.setprofile(None)
+
+    overrides = [f"method.name={method}", "federation.rounds=2", "run.threads=1", "run.device=cpu"]
+    Loop._round = traced_round  # type: ignore[method-assign]
+    try:
+        start(load_config(DEMO, overrides), folder, ProgressListener())
+    finally:
+        Loop._round = whole_round  # type: ignore[method-assign]
+    return entered
+
+
+def functions_of(path: Path) -> Iterator[tuple[int, int]]:
+    """Yield (first line, last line) of each outermost function of a file."""
+
+    def visit(node: ast.AST) -> Iterator[tuple[int, int]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef):
+                assert child.end_lineno is not None
+                yield min([child.lineno, *(one.lineno for one in child.decorator_list)]), child.end_lineno
+            else:
+                yield from visit(child)
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def count(entered: set[CodeType], without: str | None = None) -> Count:
+    """Count the lines of the functions that these code objects belong to, leaving out one package if it is named."""
+    by_file: dict[Path, set[int]] = {}
+    for code in entered:
+        path = Path(code.co_filename)
+        if without is None or path.relative_to(SOURCE).parts[0] != without:
+            by_file.setdefault(path, set()).add(code.co_firstlineno)
+    lines = files = 0
+    for path, first_lines in by_file.items():
+        spans = [
+            (first, last) for first, last in functions_of(path) if any(first <= line <= last for line in first_lines)
+        ]
+        lines += sum(last - first + 1 for first, last in spans)
+        files += bool(spans)
+    return Count(lines, files)
+
+
+def main() -> None:
+    """Print the counts as a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", metavar="METHOD", default=["fedit", "fedamole"])
+    parser.add_argument("--list", action="store_true", help="also print every file with its lines")
+    options = parser.parse_args()
+    print("method      all: lines  files   without model/: lines  files")
+    for method in options.methods:
+        with tempfile.TemporaryDirectory() as folder:
+            entered = entered_in_second_round(method, Path(folder) / "run")
+        whole, rest = count(entered), count(entered, without="model")
+        print(f"{method:<10} {whole.lines:>11} {whole.files:>6} {rest.lines:>23} {rest.files:>6}")
+        if options.list:
+            for path in sorted({Path(code.co_filename) for code in entered}):
+                own = count({code for code in entered if Path(code.co_filename) == path})
+                print(f"    {path.relative_to(SOURCE)!s:<40} {own.lines:>5}")
+
+
+if __name__ == "__main__":
+    main()
