@@ -86,6 +86,10 @@ class Config:
             raise ConfigError("data.source is empty: add a [[data.source]] with name and path")
         check_aggregation(self.federation.aggregation, self.method_name, self.method)
 
+    def on_base(self, model: str) -> "Config":
+        """Return the same config with another `base.model`."""
+        return dataclasses.replace(self, base=dataclasses.replace(self.base, model=model))
+
     def tables(self) -> Table:
         """The config as TOML tables, every default spelled out."""
         tables = {name: plain(getattr(self, name)) for name in SECTIONS if name != "method"}
@@ -203,11 +207,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_run_config(folder: RunFolder) -> Config:
-    """The config of a run's folder, which may come from elsewhere: it extends nothing, and links lead nowhere else."""
+    """The config of a run's folder, which may come from elsewhere: it extends nothing, and links lead nowhere else.
+
+    If the base has moved, `base.model` is its new place, which run.json records.
+    """
     path = folder.place(CONFIG)
     if "extends" in read_toml(path, ConfigError):
         raise ConfigError(f"{path}: a run's config is whole and extends no other file; put it back from a copy")
-    return load_config(path)
+    config, moved = load_config(path), folder.about.get("base_model")
+    return config if moved is None else config.on_base(moved)
 
 
 def to_config(tables: Table) -> Config:

@@ -17,7 +17,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedamole.config import Config, load_config
+from fedamole.config import Config, load_config, load_run_config
 from fedamole.data.manifest import load_federation, read_manifest
 from fedamole.deployment.coordinator import SETTINGS, coordinate
 from fedamole.deployment.flower_content import answer as answered
@@ -30,7 +30,7 @@ from fedamole.deployment.seat import ClientSettings
 from fedamole.deployment.server import prepare_folder
 from fedamole.errors import ConfigError
 from fedamole.federation.loop import Watcher
-from fedamole.federation.run_folder import SERVER
+from fedamole.federation.run_folder import RUN, SERVER, RunFolder
 from fedamole.files import write_atomic
 from fedamole.model.bank import Bank
 from fedamole.model.base import BaseSettings, load_base, resolve_device
@@ -75,12 +75,12 @@ def _partition_of(folder: Path, name: str) -> Path:
     return folder / SITES / f"{name}.json"
 
 
-def _settings_of(folder: Path, name: str) -> ClientSettings:
+def _settings_of(folder: Path, name: str, base: str) -> ClientSettings:
     config, manifest = load_config(folder / SERVER / SETTINGS), _partition_of(folder, name)
     source = read_manifest(manifest).clients[0].source
     (own,) = (one for one in config.data.source if one.name == source)
     return ClientSettings(
-        own, str(folder / SITES), config.base.model, config.run.device, config.run.threads, name=name,
+        own, str(folder / SITES), base, config.run.device, config.run.threads, name=name,
         manifest=str(manifest), policy=UNBOUNDED,
     )  # fmt: skip
 
@@ -95,7 +95,9 @@ def simulate(folder: Path, show: Callable[[dict[str, Any]], None], cpus: int, gp
 
     logging.getLogger("flwr").setLevel(logging.WARNING)
     folder, errors = folder.resolve(), list[Exception]()
-    names = load_config(folder / SERVER / SETTINGS).deployment.clients
+    begun = (folder / RUN).exists()
+    config = load_run_config(RunFolder.open(folder)) if begun else load_config(folder / SERVER / SETTINGS)
+    names, base = config.deployment.clients, config.base.model
     server, client = ServerApp(), ClientApp()
 
     @server.main()
@@ -108,7 +110,8 @@ def simulate(folder: Path, show: Callable[[dict[str, Any]], None], cpus: int, gp
     @client.query()
     def answer(message: Message, context: Context) -> Message:
         name = names[int(str(context.node_config["partition-id"]))]
-        reply = Guest(_settings_of(folder, name), Watcher()).answer(bytes_of(message.content.array_records["request"]))
+        guest = Guest(_settings_of(folder, name, base), Watcher())
+        reply = guest.answer(bytes_of(message.content.array_records["request"]))
         return Message(answered(reply), reply_to=message)
 
     resources: dict[str, Any] = {"client_resources": {"num_cpus": cpus, "num_gpus": gpus}}

@@ -35,7 +35,7 @@ from fedamole.federation.summary import summarise
 from fedamole.federation.worker import ClientData, Scores, client_data
 from fedamole.files import new_folder, write_atomic
 from fedamole.model.bank import Bank
-from fedamole.model.base import Identity, load_base
+from fedamole.model.base import Identity, load_base, named_base
 from fedamole.model.memory import out_of_memory, release_memory
 from fedamole.planning import exposure
 from fedamole.reporting.card import write_cards
@@ -163,7 +163,8 @@ class Host:
                 log.warning("%s is left alone, it is no usable run folder: %s", path.parent, error)
                 continue
             if mine:
-                return self._take(load_run_config(folder), folder)
+                config, own = load_run_config(folder), self.settings.base
+                return self._take(config if own is None else config.on_base(named_base(own)), folder)
         return None
 
     def _there(self, folder: RunFolder) -> bool:
@@ -223,6 +224,7 @@ class Host:
             check_length(config, bank.base)
             named = f"the base {config.base.model!r} of this client"
             Identity(**folder.about["base"]).check(bank.base.identity, named)
+            folder.move_base(config.base.model)
             data = client_data(shard, bank.base.tokenizer, config.training.max_length)
             self._check_seat(config, folder, data)
             labels = counted_labels(config, data) if self.settings.policy.share_labels else {}

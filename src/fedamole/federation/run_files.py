@@ -43,7 +43,7 @@ _scores = mapping(_number, text(100))
 _about = record(
     {"format": whole(), "fedamole": text(100), "id": text(64, re.compile(r"[A-Za-z0-9._-]+")), "method": name,
      "base": record({"weights": _hash, "tokenizer": _hash, "targets": _hash}, closed=True)},
-    {"kind": choice("simulation", "server", "client")},
+    {"kind": choice("simulation", "server", "client"), "base_model": text(4096)},
 )  # fmt: skip
 _row_of_summary = record(
     {"best_round": either(nothing, mapping(_round), _round), "mean": _number, "worst": _number, "spread": _number,

@@ -54,7 +54,7 @@ class Identity:
             if mine != theirs:
                 raise BaseModelError(
                     f"{what} was made on another base: its {part} hash is {theirs}, this base has {mine}. "
-                    "Load it on the base it was trained on (see [base] in its run's config.toml)"
+                    "Name a copy of the base it was trained on by --base (see [base] in its run's config.toml)"
                 )
 
 
@@ -124,6 +124,12 @@ def locate(model: str, folder: Path) -> str:
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise BaseModelError(f"base.model = {model!r}: there is no folder {path.resolve()}")
     return model
+
+
+def named_base(model: str) -> str:
+    """Return the name under which a run stores a base: an absolute path for a folder; others stay as they are."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if model != BUNDLED and path.is_dir() else model
 
 
 def is_elsewhere(model: str) -> bool:

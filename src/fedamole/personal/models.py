@@ -180,7 +180,7 @@ def read_for(place: Place, own_data: bool, base: str | None = None) -> str:
     config = load_run_config(place.run)
     elsewhere = is_elsewhere(config.base.model)  # then the bundled base is tried
     reads = reads_outside(config, place.run.path, sources, base=base is None and not elsewhere)
-    return f"reads what {place.run.path / 'config.toml'} names outside that folder: {', '.join(reads)}" if reads else ""
+    return f"reads what {place.run.path} names outside that folder: {', '.join(reads)}" if reads else ""
 
 
 def _settings_of(adapter: Path) -> BaseSettings:
