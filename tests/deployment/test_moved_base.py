@@ -86,14 +86,14 @@ def test_a_run_that_is_under_way_keeps_its_base(begun: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("command", ["server", "simulate"])
 def test_base_goes_with_resume(command: str, tiny: Path, tmp_path: Path) -> None:
-    words = [FEDAMOLE, command, tiny / "config.toml", "--base", "x"]
+    words: list[str | Path] = [FEDAMOLE, command, tiny / "config.toml", "--base", "x"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert "--base goes with --resume; a new run takes base.model=x" in done.stderr
 
 
 def test_a_server_takes_the_base_of_a_run_that_it_resumes(begun: Path, tmp_path: Path) -> None:
-    words = [FEDAMOLE, "server", "--resume", begun, "--insecure", "--base", tmp_path / "nowhere"]
+    words: list[str | Path] = [FEDAMOLE, "server", "--resume", begun, "--insecure", "--base", tmp_path / "nowhere"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 4
     assert f"there is no folder {tmp_path / 'nowhere'}" in done.stderr

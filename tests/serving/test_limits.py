@@ -338,14 +338,19 @@ def test_numbers_of_a_row_stay_as_they_are_written() -> None:
 
 
 def test_a_number_reaches_the_template_as_it_is_written(served: Served) -> None:
-    rows = '{"premise": 1.10, "hypothesis": 7}', '{"premise": "1.10", "hypothesis": "7"}', '{"premise": 1.1, "hypothesis": 7}'
+    rows = (
+        '{"premise": 1.10, "hypothesis": 7}', '{"premise": "1.10", "hypothesis": "7"}',
+        '{"premise": 1.1, "hypothesis": 7}',
+    )  # fmt: skip
     answers = [post(served, f'{{"model": "entail", "max_tokens": 4, "row": {row}}}'.encode())[1] for row in rows]
     number, text, shorter = ([one["usage"]["prompt_tokens"], one["choices"][0]["text"]] for one in answers)
     assert number == text
     assert number[0] > shorter[0]
 
 
-@pytest.mark.parametrize("row", ['{"a": "1", "a": "2"}', '{"a": [1.10]}', '{"a": {"literal": "1"}}', '{"a": ' + 9 * "["])
+@pytest.mark.parametrize("row", [
+    '{"a": "1", "a": "2"}', '{"a": [1.10]}', '{"a": {"literal": "1"}}', '{"a": ' + 9 * "[",
+])  # fmt: skip
 def test_a_row_of_another_form_is_refused(row: str) -> None:
     with pytest.raises(RefusedError) as refused:
         read(Completion, f'{{"model": "m", "row": {row}}}'.encode())
