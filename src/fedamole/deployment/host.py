@@ -7,7 +7,6 @@ was done in a round that did not count is undone; what a round made the best mod
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -38,6 +37,7 @@ from fedamole.model.bank import Bank
 from fedamole.model.base import Identity, load_base, named_base
 from fedamole.model.memory import out_of_memory, release_memory
 from fedamole.planning import exposure
+from fedamole.received.names import as_name
 from fedamole.reporting.card import write_cards
 from fedamole.terminal import printable
 
@@ -183,7 +183,7 @@ class Host:
         machine = {"device": self.settings.device, "threads": self.settings.threads, "group": 1}
         config = to_config(own_tables(settings, plain(self.settings.source), machine, self.settings.base))
         # The run's name is the server's: it must not lead out of the client's folder.
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", config.run.name).strip(".-")[:64] or "run"
+        name = as_name(config.run.name)
         config = replace(config, data=replace(config.data, manifest=self.settings.manifest))
         own = asked(config, self.settings.source, self.settings.policy, self.settings.base)
         self._show(config, settings, own)
