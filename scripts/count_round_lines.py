@@ -1,4 +1,4 @@
-"""Count the lines of all functions of this package that one training round enters: a measure of how much code a reader follows.
+"""Count the lines of all functions of this package that one training round enters: how much code a reader follows.
 
     python scripts/count_round_lines.py [METHOD ...]
 

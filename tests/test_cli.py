@@ -200,11 +200,26 @@ def test_a_run_whose_base_moved_is_resumed_on_it(fedamole: Any, own: Path, crash
     with torch.no_grad():
         model.model.norm.weight[0] += 1
     model.save_pretrained(other)
+    config, about = (folder / "config.toml").read_bytes(), (folder / "run.json").read_bytes()
     refused(fedamole("resume", folder, "--base", other), 4, f"run in {folder} was made on another base: its weights")
+    assert (folder / "run.json").read_bytes() == about
     resumed = fedamole("resume", folder, "--base", "./moved")
     assert resumed.code == 0, resumed.err
     assert str(own.parent / "base") not in resumed.err, "it is not read"
     assert (folder / "summary.json").exists()
+    assert (folder / "config.toml").read_bytes() == config
+    assert json.loads((folder / "run.json").read_text())["base_model"] == str(moved)
+    (tmp_path / "elsewhere").mkdir()
+    os.chdir(tmp_path / "elsewhere")
+    asked = ("generate", folder, "--client", "mood", "--max-new-tokens", "2", "all is well")
+    later = fedamole(*asked)
+    assert later.code == 0, "the run's folder knows where its base is now"
+    assert f"reads what {folder} names outside that folder: base {moved}" in later.err
+    moved.rename(tmp_path / "again")
+    refused(fedamole(*asked), 4, f"{moved}, the base of", "--base")
+    refused(fedamole("resume", folder, "--base", other), 4, "made on another base")
+    assert fedamole("resume", folder, "--base", "../again").code == 0, "a finished run records it too"
+    assert fedamole(*asked).code == 0
 
 
 def test_data_that_changed_under_a_run(fedamole: Any, crash: Any, tiny: Path, own: Path) -> None:

@@ -22,7 +22,7 @@ from fedamole.methods import METHODS
 from fedamole.model.base import BaseSettings
 from fedamole.received.files import read_toml
 from fedamole.received.forms import MOST_WHOLE
-from fedamole.received.names import LONGEST_NAME, quoted
+from fedamole.received.names import LONGEST_NAME, not_on_windows, quoted
 from fedamole.runs.run_folder import CONFIG, RunFolder
 
 Table = dict[str, Any]
@@ -49,21 +49,24 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         """Refuse names that are no folder's, and numbers that no machine has."""
-        _check_run_name(self.name)
+        check_run_name(self.name)
         if self.group < 0:
             raise ConfigError(f"run.group = {self.group}: at least 1, or 0 to fill the free memory")
         if not 0 <= self.threads <= 4096:
             raise ConfigError(f"run.threads = {self.threads}: 1 to 4096, or 0 for PyTorch's own choice")
 
 
-def _check_run_name(name: str) -> None:
-    """Refuse a name that could not be a folder inside runs/, or that a terminal could not show as it is."""
+def check_run_name(name: str, key: str = "run.name") -> None:
+    """Refuse a name, the value of `key`, that could not be a folder inside runs/ or be shown by a terminal as it is."""
+    folder = key.replace("name", "folder")
     odd = any(letter in "/\\" or unicodedata.category(letter).startswith("C") for letter in name)
     if odd or name != name.strip() or not name or name.startswith(".") or len(name.encode()) > LONGEST_NAME:
         raise ConfigError(
-            f"run.name = {quoted(name)}: it names a folder inside runs/, so it is 1 to {LONGEST_NAME} bytes without /, "
-            "\\ and control characters, and neither begins with a dot nor with a space; run.folder may be any path"
+            f"{key} = {quoted(name)}: it names a folder inside runs/, so it is 1 to {LONGEST_NAME} bytes without /, "
+            f"\\ and control characters, and neither begins with a dot nor with a space; {folder} may be any path"
         )
+    if why := not_on_windows(name):
+        raise ConfigError(f"{key} = {quoted(name)}: {why}; {folder} may be any path")
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,10 @@ class Config:
         if not self.data.source and not self.deployment.clients:
             raise ConfigError("data.source is empty: add a [[data.source]] with name and path")
         check_aggregation(self.federation.aggregation, self.method_name, self.method)
+
+    def on_base(self, model: str) -> "Config":
+        """Return the same config with another `base.model`."""
+        return dataclasses.replace(self, base=dataclasses.replace(self.base, model=model))
 
     def tables(self) -> Table:
         """The config as TOML tables, every default spelled out."""
@@ -203,11 +210,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_run_config(folder: RunFolder) -> Config:
-    """The config of a run's folder, which may come from elsewhere: it extends nothing, and links lead nowhere else."""
+    """The config of a run's folder, which may come from elsewhere: it extends nothing, and links lead nowhere else.
+
+    If the base has moved, `base.model` is its new place, which run.json records.
+    """
     path = folder.place(CONFIG)
     if "extends" in read_toml(path, ConfigError):
         raise ConfigError(f"{path}: a run's config is whole and extends no other file; put it back from a copy")
-    return load_config(path)
+    config, moved = load_config(path), folder.about.get("base_model")
+    return config if moved is None else config.on_base(moved)
 
 
 def to_config(tables: Table) -> Config:

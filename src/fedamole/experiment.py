@@ -23,7 +23,7 @@ from fedamole.federation.robust import Robust
 from fedamole.federation.worker import ClientData, Worker, client_data
 from fedamole.files import new_folder
 from fedamole.model.bank import Bank
-from fedamole.model.base import BUNDLED, Base, is_elsewhere, load_base, resolve_device
+from fedamole.model.base import BUNDLED, Base, is_elsewhere, load_base, named_base, resolve_device
 from fedamole.model.prompt import PromptSpec
 from fedamole.model.weightless import weightless_base
 from fedamole.planning import Plan, PlanWithoutData, chosen_group, clients_without_data, planned, planned_without_data
@@ -146,8 +146,8 @@ def start(config: Config, folder: Path, listener: ProgressListener) -> dict[str,
 def resume(path: Path, listener: ProgressListener, base: str | None = None) -> dict[str, Any]:
     """Continue a run from its last intact checkpoint; return the summary.
 
-    `base` names a copy of the run's base (a folder or a hub id) if it is no longer where the run's config says; the
-    config stays as it is. Raises BaseModelError if the base is missing or is another one.
+    `base` names a copy of the run's base (a folder or a hub id) if it is no longer where the run's config says; see
+    `record_base`. Raises BaseModelError if the base is missing or is another one.
     """
     folder = RunFolder.open(path)
     if folder.kind != "simulation":
@@ -155,17 +155,35 @@ def resume(path: Path, listener: ProgressListener, base: str | None = None) -> d
             f"{path} is the {folder.kind}'s part of a deployment: `fedamole server --resume FOLDER` at the "
             "coordinator goes on with it, and clients follow by themselves"
         )
+    if base is not None:
+        record_base(folder, base)
     if folder.finished:
         write_cards(folder)
         return folder.read_json("summary.json")
     config = load_run_config(folder)
-    if base is not None:
-        config = dataclasses.replace(config, base=dataclasses.replace(config.base, model=base))
-    elif is_elsewhere(config.base.model):
-        raise BaseModelError(f"{config.base.model}, the base of {path}, is not here: name a copy of it by --base")
+    refuse_missing_base(config, path)
     prepared = prepare(config, read_manifest(folder.place(MANIFEST)))
     prepared.base.identity.check(Identity(**folder.about["base"]), f"the run in {path}")
     return _run(prepared, folder, listener)
+
+
+def record_base(folder: RunFolder, base: str) -> None:
+    """Check that `base`, a folder or a hub id, is a copy of a run's base, and record it in run.json for all commands.
+
+    config.toml stays as it was written. Raises BaseModelError if the base is missing or is another one, and RunError
+    while a process runs this run.
+    """
+    config = load_run_config(folder).on_base(named_base(base))
+    with folder.locked():
+        found = load_base(config.base, resolve_device(config.run.device), Path.cwd())
+        found.identity.check(Identity(**folder.about["base"]), f"the run in {folder.path}")
+        folder.move_base(config.base.model)
+
+
+def refuse_missing_base(config: Config, path: Path) -> None:
+    """Raise BaseModelError if the base of the run in `path` is a folder that does not exist."""
+    if is_elsewhere(config.base.model):
+        raise BaseModelError(f"{config.base.model}, the base of {path}, is not here: name a copy of it by --base")
 
 
 def reads_outside(

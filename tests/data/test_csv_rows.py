@@ -6,6 +6,7 @@ import io
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,6 +121,52 @@ def test_text_of_several_lines_is_no_reason_to_warn(tmp_path: Path, caplog: pyte
     csv.writer(out).writerows([["text", "label"], *([letter, "a"] for letter in letters)])
     assert [row["text"] for row in read(tmp_path, out.getvalue()).rows] == letters
     assert not caplog.records
+
+
+REAL = {
+    "a letter and an address": (
+        'id,text,label\n1,"Dear Sir,\nthank you, and best wishes,\nAnn",a\n2,"Main St 5,\n10115 Berlin",b\n',
+        ["Dear Sir,\nthank you, and best wishes,\nAnn", "Main St 5,\n10115 Berlin"],
+    ),
+    "lists with as many commas as a row": (
+        'id,text,label\n1,"To buy:\napples,pears,plums\nmilk,bread,eggs",a\n2,"1,2,3\n4,5,6",b\n',
+        ["To buy:\napples,pears,plums\nmilk,bread,eggs", "1,2,3\n4,5,6"],
+    ),
+    "inches": ('id,text,label\n1,5" disk,a\n2,3.5" floppy and 8",b\n', ['5" disk', '3.5" floppy and 8"']),
+    "apostrophes": ("id,text,label\n1,don't,a\n2,'it' is theirs',b\n", ["don't", "'it' is theirs'"]),
+    "doubled quotes": (
+        'id,text,label\n1,"She said ""no"", then left",a\n2,"""x""",b\n3,"a 5"" disk,\nor ""two""",b\n',
+        ['She said "no", then left', '"x"', 'a 5" disk,\nor "two"'],
+    ),
+}
+"""Files as people save them, with the texts that stand in them."""
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_quotes_that_are_right_are_no_reason_to_warn(name: str, tmp_path: Path, caplog: Any) -> None:
+    content, texts = REAL[name]
+    assert [row["text"] for row in read(tmp_path, content).rows] == texts
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('id,text,label\n1,x,a\n2,"oops,b\n3,y,a\n4,z,b\n5,he said ""hi"",a\n6,end",b\n', "lines 3 to 7"),
+        ('text,label\nx,"a\ny,b\nz,a"\nv,b\n', "lines 2 to 4"),
+        ('id,text,label\n1,"5, or 6" long,b\n2,y,a\n', "line 2: text follows the closing quote"),
+        ('id,text,label\n1,x,a\n2,"oops,b\n3,y,a\n4,"yes, really",b\n', "line 3: text follows the closing quote"),
+        ('id,text,label\n1,x,a\n2,"oops,b\n3,y,a\n', "line 3: .* a quote that is never closed"),
+    ],
+)
+def test_a_stray_quote_is_told_with_its_line(content: str, told: str, tmp_path: Path, caplog: Any) -> None:
+    """A warning where rows were joined, an error where the file cannot be read."""
+    try:
+        read(tmp_path, content)
+        said = " ".join(record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
+    except DataError as error:
+        said = str(error)
+    assert re.search(told, said), said
 
 
 def test_a_header_alone_decides_the_delimiter(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_a_name_never_becomes_a_path(certs: Path, name: str) -> None:
         lambda: extend(certs, name, 900),
         lambda: replace_key(certs, name, certs),
     ):
-        with pytest.raises(ConfigError, match="client name"):
+        with pytest.raises(ConfigError, match="cannot be used"):
             call()
     assert files(certs.parent) == before
 

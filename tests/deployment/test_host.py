@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedamole.config import load_config
+from fedamole.config import load_config, load_run_config
 from fedamole.data.settings import SourceSettings
 from fedamole.deployment.client_handler import Host
 from fedamole.deployment.run_session import ClientSettings
@@ -24,6 +24,7 @@ from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import bytes_as_tensor, pack, tensor_as_bytes, unpack
 from fedamole.model.base import load_base
 from fedamole.runs.identity import Identity
+from fedamole.runs.run_folder import RunFolder
 from tests.conftest import small
 
 RUN_ID = "c0ffee"
@@ -388,6 +389,22 @@ def test_a_restarted_client_finds_its_seat_among_other_folders(
     again = client("one", base="./base")
     assert pack(ask(again, server.update(0, -1))) == pack(before)
     assert "a-broken-one is left alone" in caplog.text
+
+
+def test_a_restarted_client_whose_base_moved(served: Any, client: Any, tiny: Path, tmp_path: Path) -> None:
+    """--base names the new place, which its run folder records; another base is refused."""
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    server, host = served("fedit"), client("one", base=str(tmp_path / "base"))
+    assert ask(host, server.join()).failed is None
+    assert host.seat is not None
+    host.seat.hold.close()
+    folder, config = host.seat.folder.path, (host.seat.folder.path / "config.toml").read_bytes()
+    (tmp_path / "base").rename(tmp_path / "moved")
+    assert ask(client("one", base=str(tmp_path / "base")), server.update(0, -1)).failed == "base"
+    again = client("one", base=str(tmp_path / "moved"))
+    assert ask(again, server.update(0, -1)).failed is None
+    assert load_run_config(RunFolder.open(folder)).base.model == str(tmp_path / "moved")
+    assert (folder / "config.toml").read_bytes() == config
 
 
 def test_a_folder_that_another_process_holds(served: Any, client: Any, caplog: Any) -> None:

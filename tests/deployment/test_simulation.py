@@ -1,16 +1,22 @@
 """Flower's simulation comes to what the run in one process comes to, also where clients are parts of a source."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from fedamole.config import load_config
-from fedamole.experiment import start
+from fedamole.config import load_config, load_run_config
+from fedamole.deployment.flower.simulation import prepare_simulation
+from fedamole.deployment.server_run import coordinate
+from fedamole.errors import BaseModelError
+from fedamole.experiment import settled, start
 from fedamole.federation.progress import ProgressListener
+from fedamole.runs.run_folder import RunFolder
 from tests.conftest import small
+from tests.deployment.test_moved_base import GoneError, Nobody
 from tests.deployment.test_remote import facts, left, states
 
 pytest.importorskip("ray", reason="Ray is the extra `ray`")
@@ -27,7 +33,7 @@ def test_equals_the_run_in_one_process(tiny: Path, tmp_path: Path) -> None:
     (tiny / "split.toml").write_text(text)
     words = [*small("fedamole"), "federation.rounds=3", "training.local_steps=1", "run.group=1"]
     here, there = tmp_path / "here", tmp_path / "there"
-    start(load_config(tiny / "split.toml", words), here, ProgressListener())
+    start(settled(load_config(tiny / "split.toml", words), deployed=True), here, ProgressListener())
     done = subprocess.run(
         [FEDAMOLE, "simulate", tiny / "split.toml", *words, f"run.folder={there}"], capture_output=True, text=True
     )
@@ -40,6 +46,31 @@ def test_equals_the_run_in_one_process(tiny: Path, tmp_path: Path) -> None:
         assert left(there / "server" / "sites" / f"fedamole-{name}" / "clients" / name) == left(here / "clients" / name)
     rows = [json.loads((path / "summary.json").read_text())["rows"] for path in (there, here)]
     assert rows[0] == rows[1]
+
+
+def test_a_run_whose_base_moved_is_resumed_on_it(tiny: Path, tmp_path: Path) -> None:
+    """As a server's run is, whose coordinator this is; what clients are told of the run's settings stays the same."""
+    first, moved, folder = tmp_path / "first", tmp_path / "moved", tmp_path / "run"
+    shutil.copytree(tiny / "base", first)
+    words = [*small("fedit"), "federation.rounds=1", "training.local_steps=1", f"base.model={first}"]
+    prepare_simulation(load_config(tiny / "config.toml", words), folder)
+    with pytest.raises(GoneError):
+        coordinate(Nobody(), folder)
+    first.rename(moved)
+    with pytest.raises(BaseModelError, match=rf"{first}, the base of {folder}, is not here: name a copy of it by --ba"):
+        coordinate(Nobody(), folder)
+    config = (folder / "config.toml").read_bytes()
+    done = subprocess.run(
+        [FEDAMOLE, "simulate", "--resume", folder, "--base", "./moved"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (folder / "config.toml").read_bytes() == config
+    progress = map(json.loads, (folder / "server" / "progress.jsonl").read_text().splitlines())
+    assert len({line["hash"] for line in progress if line["what"] == "agreed"}) == 1
+    sites = [*(folder / "server" / "sites").glob("*/run.json")]
+    assert sites
+    for path in (folder, *(site.parent for site in sites)):
+        assert load_run_config(RunFolder.open(path)).base.model == str(moved)
 
 
 def test_a_config_without_data_is_refused(tmp_path: Path) -> None:

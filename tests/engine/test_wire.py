@@ -15,7 +15,18 @@ from safetensors.torch import save
 from tests.deployment.stub import EXAMPLES, IDENTITY, NAMES, SHAPES, Answers, Stub, honest, run
 
 from fedamole.engine import remote
-from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, failure, read_reply, read_request
+from fedamole.engine.messages import (
+    EVALUATE,
+    JOIN,
+    PROTOCOL,
+    TEST,
+    UPDATE,
+    Reply,
+    Request,
+    failure,
+    read_reply,
+    read_request,
+)
 from fedamole.engine.reply_template import check_reply, dry_run
 from fedamole.federation.method import ClientInfo, Server
 from fedamole.federation.record import PayloadError, bytes_as_tensor, pack, tensor_as_bytes, unpack
@@ -39,6 +50,13 @@ def forged(reply: Reply, kind: str = "Reply", **fields: Any) -> bytes:
     table = {key: value for key, value in {**table, **fields}.items() if value is not ...}
     tensors = {f"reply:{key}": tensor for key, tensor in reply.reply.items()}
     return save(tensors, {"record": json.dumps([kind, table])})
+
+
+def asked(request: Request, **fields: Any) -> bytes:
+    """The bytes of a request without a message, with any JSON in its fields; `...` leaves one out."""
+    table = {key: value for key, value in vars(request).items() if key != "message"}
+    table = {key: value for key, value in {**table, **fields}.items() if value is not ...}
+    return save({}, {"record": json.dumps(["Request", table])})
 
 
 def written(text: str, tensors: dict[str, Any] | None = None) -> bytes:
@@ -348,6 +366,26 @@ def test_a_client_refuses_requests_that_are_none(name: str) -> None:
     assert read_request(pack(good)).round == 0
     with pytest.raises(PayloadError):
         read_request(REQUESTS[name](good))
+
+
+@pytest.mark.parametrize("more", [{}, {"more": SECRET}, {"scores": ..., "operation": ..., "settings": ...}])
+@pytest.mark.parametrize("number", [0, PROTOCOL - 1, PROTOCOL + 1])
+def test_another_version_is_named_whatever_its_messages_look_like(number: int, more: dict[str, Any]) -> None:
+    """A version with other fields must not be refused as damaged bytes: the log says what to do."""
+    request = Request("run1", 0, UPDATE, message=bytes_as_tensor(b"x"))
+    said = f"protocol {number} where {PROTOCOL} was expected: use one version of fedamole everywhere"
+    with pytest.raises(PayloadError, match=said):
+        read_request(asked(request, protocol=number, **more))
+    with pytest.raises(PayloadError, match=said):
+        read_reply(forged(failure(request, "ann", "disk"), protocol=number, **more), request, "ann", {})
+
+
+@pytest.mark.parametrize("wrong", [None, "3", 3.0, True, ...])
+def test_a_message_without_a_version_is_refused(wrong: Any) -> None:
+    request = Request("run1", 0, UPDATE)
+    assert read_request(asked(request)).protocol == PROTOCOL
+    with pytest.raises(PayloadError):
+        read_request(asked(request, protocol=wrong))
 
 
 def test_requests_and_replies_survive_the_wire() -> None:

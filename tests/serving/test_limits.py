@@ -365,14 +365,44 @@ def test_a_body_that_is_wrong_ten_thousand_times_is_not_ten_thousand_errors(more
     assert wrong.error_count() < 10
 
 
-def test_whole_numbers_of_a_row_stay_whole() -> None:
-    row = b'{"a": 1, "b": 12345678901234567890, "c": 1.10, "d": true, "e": "1.10"}'
-    body = read(Completion, b'{"model": "m", "row": ' + row + b"}")
-    assert body.row is not None
-    assert [text_of(value, name, "row") for name, value in body.row.items()] == [
+def test_numbers_of_a_row_stay_as_they_are_written() -> None:
+    row = b'{"a": 1, "b": 12345678901234567890, "c": 1.10, "d": true, "e": "1.10", "f": -0.0, "g": 1E5}'
+    body = read(Completion, b'{"model": "m", "temperature": 0.50, "row": ' + row + b"}")
+    assert body.temperature == 0.5
+    assert [text_of(value, name, "row") for name, value in body.columns.items()] == [
         "1",
         "12345678901234567890",
-        "1.1",
+        "1.10",
         "true",
         "1.10",
+        "-0.0",
+        "1E5",
     ]
+
+
+def test_a_number_reaches_the_template_as_it_is_written(served: Served) -> None:
+    rows = (
+        '{"premise": 1.10, "hypothesis": 7}',
+        '{"premise": "1.10", "hypothesis": "7"}',
+        '{"premise": 1.1, "hypothesis": 7}',
+    )
+    answers = [post(served, f'{{"model": "entail", "max_tokens": 4, "row": {row}}}'.encode())[1] for row in rows]
+    number, text, shorter = ([one["usage"]["prompt_tokens"], one["choices"][0]["text"]] for one in answers)
+    assert number == text
+    assert number[0] > shorter[0]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"a": "1", "a": "2"}',
+        '{"a": [1.10]}',
+        '{"a": {"literal": "1"}}',
+        '{"a": ' + 9 * "[",
+    ],
+)
+def test_a_row_of_another_form_is_refused(row: str) -> None:
+    with pytest.raises(RefusedError) as refused:
+        read(Completion, f'{{"model": "m", "row": {row}}}'.encode())
+    assert refused.value.status == 400
+    assert "1.10" not in str(refused.value)

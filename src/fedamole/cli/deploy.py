@@ -13,13 +13,18 @@ from fedamole.terminal import screen
 
 ConfigPath = Annotated[Path | None, typer.Argument(help="A TOML config with [deployment] clients (docs/deploy.md).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that differ, e.g. federation.rounds=5.")]
+Resume = Annotated[Path | None, typer.Option(help="Go on with the run in this folder; no config then.")]
+BaseName = Annotated[
+    str | None, typer.Option("--base", help="With --resume: where the run's base is now, a folder or hub id.")
+]
 Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS and no keys; on 127.0.0.1 only, to try things out.")]
 
 
 def server(
     config: ConfigPath = None,
     overrides: Overrides = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder; no config then.")] = None,
+    resume: Resume = None,
+    base: BaseName = None,
     certs: Annotated[Path | None, typer.Option(help="Folder made by `fedamole certs`.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on, as clients name it or 0.0.0.0.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The one port that a firewall lets in.")] = 9092,
@@ -30,18 +35,16 @@ def server(
     Ends with the run's table. A server that was stopped or killed goes on by --resume FOLDER with the round that was
     under way; clients reconnect by themselves.
     """
+    _check_words(config, resume, base)
     require_flower()
     from fedamole.cli.console import show_runs
     from fedamole.config import load_config
     from fedamole.deployment.processes import without_proxy
     from fedamole.deployment.progress import watching
-    from fedamole.deployment.server_processes import Door, Server, finished, prepare_folder
-    from fedamole.errors import ConfigError
+    from fedamole.deployment.server_processes import Door, Server, finished, move_base, prepare_folder
     from fedamole.experiment import new_run_folder
     from fedamole.reporting.runs import refuse_untrained
 
-    if (config is None) == (resume is None):
-        raise ConfigError("give either a config to start a run, or --resume FOLDER to go on with one")
     os.environ.update(without_proxy())
     door = Door(host, port, certs, insecure)
     if config is not None:
@@ -51,6 +54,8 @@ def server(
     else:
         assert resume is not None
         folder = resume
+        if base is not None:
+            move_base(folder, base)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -67,7 +72,8 @@ def server(
 def simulate(
     config: Annotated[Path | None, typer.Argument(help="A TOML config, as for `fedamole run`.")] = None,
     overrides: Overrides = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder; no config then.")] = None,
+    resume: Resume = None,
+    base: BaseName = None,
     cpus: Annotated[int, typer.Option(min=1, help="Processors that each client is given.")] = 1,
     gpus: Annotated[float, typer.Option(min=0.0, help="GPUs that each client is given; 0.5: two share one.")] = 0.0,
 ) -> None:
@@ -76,19 +82,17 @@ def simulate(
     On one machine `fedamole run` is faster, as its clients share one base and train in lock-step. The result is a
     coordinator's folder, with each client's own run folder in server/sites/.
     """
+    _check_words(config, resume, base)
     require_flower("ray")
     from fedamole.cli.console import show_runs
     from fedamole.config import load_config
     from fedamole.deployment.flower.simulation import prepare_simulation
     from fedamole.deployment.flower.simulation import simulate as run_simulation
     from fedamole.deployment.progress import watching
-    from fedamole.deployment.server_processes import finished
-    from fedamole.errors import ConfigError
+    from fedamole.deployment.server_processes import finished, move_base
     from fedamole.experiment import new_run_folder
     from fedamole.reporting.runs import refuse_untrained
 
-    if (config is None) == (resume is None):
-        raise ConfigError("give either a config to start a run, or --resume FOLDER to go on with one")
     if config is not None:
         settings = load_config(config, list(overrides or []))
         with new_run_folder(settings) as folder:
@@ -96,8 +100,20 @@ def simulate(
     else:
         assert resume is not None
         folder = resume
+        if base is not None:
+            move_base(folder, base)
     if not finished(folder):
         with watching(screen(error=True), folder) as (_, show):
             run_simulation(folder, show, cpus, gpus)
     show_runs([folder])
     refuse_untrained(folder)
+
+
+def _check_words(config: Path | None, resume: Path | None, base: str | None) -> None:
+    """Raise ConfigError unless a run is either started or continued, and --base is given with --resume alone."""
+    from fedamole.errors import ConfigError
+
+    if (config is None) == (resume is None):
+        raise ConfigError("give either a config to start a run, or --resume FOLDER to go on with one")
+    if base is not None and resume is None:
+        raise ConfigError(f"--base goes with --resume; a new run takes base.model={base}")

@@ -121,7 +121,8 @@ def resume(
 ) -> None:
     """Continue an interrupted run from its last finished round, to the very same result.
 
-    What the run's config makes it read outside of the run's folder (data, a base) is said first.
+    What the run's config makes it read outside of the run's folder (data, a base) is said first. If the base has moved,
+    --base names its new place, which the run's folder records for all later commands.
     """
     from fedamole.config import load_run_config
     from fedamole.experiment import reads_outside
@@ -131,7 +132,7 @@ def resume(
 
     run_folder = RunFolder.open(folder)
     if not run_folder.finished and (reads := reads_outside(load_run_config(run_folder), folder, base=base is None)):
-        said = f"reads what {folder}/config.toml names outside that folder: {', '.join(reads)}"
+        said = f"reads what {folder} names outside that folder: {', '.join(reads)}"
         screen(error=True).print(said, style="dim", soft_wrap=True)
     with _resumable(folder), _showing_progress(folder.name, as_json) as listener:
         resume_run(folder, listener, base)

@@ -12,6 +12,7 @@ from fedamole.config import Config, Table, merged, nearest, overridden, read_tab
 from fedamole.errors import ConfigError
 from fedamole.experiment import rows_of
 from fedamole.methods import METHODS
+from fedamole.received.names import not_on_windows
 
 GIVEN_BY_CELLS = ("run.seed", "run.folder", "run.name", "method.name", "evaluation.pre_aggregation")
 """Settings that a comparison sets in every cell, so that `overrides` cannot."""
@@ -41,6 +42,8 @@ def check_names(where: str, names: Iterable[str]) -> None:
     for name in names:
         if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
             raise ConfigError(f"{where}.{name}: letters, digits, _ + - and . only, as it names a folder")
+        if why := not_on_windows(name):
+            raise ConfigError(f"{where}.{name}: {why}")
         if (other := seen.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)) != name:
             raise ConfigError(f"{where}.{name}: it is the folder of {other!r} on some systems; choose another name")
 

@@ -11,7 +11,7 @@ from fedamole.comparison.arms import Arm, arms_of, check_names, tables_of_method
 from fedamole.comparison.learning_rates import Choice
 from fedamole.comparison.settings import ComparisonSettings
 from fedamole.comparison.trials import Cell
-from fedamole.config import Table, build, merged, nearest, to_config
+from fedamole.config import Table, build, check_run_name, merged, nearest, to_config
 from fedamole.config import refuse_unknown as refuse_unknown_keys
 from fedamole.errors import ConfigError
 from fedamole.received.files import read_toml
@@ -132,6 +132,8 @@ def load_comparison(path: Path) -> Comparison:
         refuse_unknown_keys(tables, [item.name for item in dataclasses.fields(ComparisonSettings)] + ["variants"], "")
         variants = tables.pop("variants", {})
         settings: ComparisonSettings = build(ComparisonSettings, tables, "")
+        if not settings.folder:
+            check_run_name(settings.name, "name")
         check_names("scenarios", settings.scenarios)
         methods = tables_of_methods(settings, variants)
         for key in ("reference", "bytes_of"):

@@ -149,7 +149,8 @@ def _clients(scenario: Scenario) -> Sheet:
             for method, found in scenario.methods.items()
         }
         star = clear_best({method: scores[method] for method in scenario.candidates}, higher=True)
-        body.append((client, *(cell([*found.values()]) + "*" * (method == star) for method, found in scores.items())))
+        cells = (cell([*found.values()]) + "*" * (method == star) for method, found in scores.items())
+        body.append((scenario.labels.get(client, client), *cells))
     [score] = [measure for measure in MEASURES if measure.key == "score"]
     body.append(("mean", *_cells(scenario, score).values()))
     head = ("client", *map(scenario.label, scenario.methods))

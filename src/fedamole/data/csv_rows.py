@@ -90,16 +90,18 @@ def _records(reader: "Iterator[list[str]]", where: str, skipped: int) -> Iterato
 
 
 def _looks_joined(fields: Sequence[str], delimiter: str) -> bool:
-    """Whether a field with line breaks holds just the delimiters that whole rows would have had there.
+    """Whether each line of a record with line breaks, read by itself, would be a whole row.
 
     A quote that is opened by mistake takes in what follows until the next quote: the end of one row, whole rows, and
     the beginning of another one. A delimiter before a space, or at the end of a line, is that of a sentence.
     """
     wanted = len(fields) - 1
-    for field in fields:
+    for place, field in enumerate(fields):
         counts = [len(re.findall(rf"{delimiter}(?=\S)", line)) for line in re.split(r"\r\n|\r|\n", field)]
         counts[-1] += field.endswith(delimiter)  # what follows it is the quote
-        if wanted and len(counts) > 1 and counts[0] + counts[-1] == wanted and set(counts[1:-1]) <= {wanted}:
+        # The fields before this one are in its first line, those after it in its last.
+        ends = counts[0] == wanted - place and counts[-1] == place
+        if wanted and len(counts) > 1 and ends and set(counts[1:-1]) <= {wanted}:
             return True
     return False
 

@@ -34,14 +34,14 @@ def read_json(path: Path, where: str, gzipped: bool) -> list[Row]:
         problem = None
         if first.lstrip().startswith("{"):
             try:
-                _parse(first)
+                parse_json_literally(first)
             except ValueError as error:
                 problem = error
             else:
                 return _lines(chain([(number, first)], lines), where)
         text = "\n" * (number - 1) + first + file.read()
     try:
-        document = _parse(text)
+        document = parse_json_literally(text)
     except ValueError as error:
         following = text.split("\n")[number : number + 1]
         if problem is not None and (not following or following[0].lstrip().startswith("{")):
@@ -61,7 +61,7 @@ def _lines(lines: Iterator[tuple[int, str]], where: str) -> list[Row]:
     rows: list[Row] = []
     for number, line in lines:
         try:
-            row = _parse(line)
+            row = parse_json_literally(line)
         except ValueError as error:
             raise _broken(error, where, number) from error
         if not isinstance(row, dict):
@@ -100,7 +100,11 @@ def _constant(literal: str) -> Number | None:
 _DECODER = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=_constant, object_pairs_hook=_unique)
 
 
-def _parse(text: str) -> Any:
+def parse_json_literally(text: str) -> Any:
+    """Return the value of a JSON text, with each number as a `Number` and NaN as None.
+
+    Raises ValueError for text that is no JSON, and for an object that has a key twice.
+    """
     try:
         value = _DECODER.decode(text)
         if _HALF_CHARACTER.search(text):  # most are whole pairs, which encode well

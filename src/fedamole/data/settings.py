@@ -6,8 +6,7 @@ from typing import Literal
 
 from fedamole.data.templates import BUILT_IN, TemplateSettings, check_name
 from fedamole.errors import ConfigError
-from fedamole.received.names import LONGEST_NAME
-from fedamole.received.names import NAME as NAME
+from fedamole.received.names import LONGEST_NAME, NAME, not_on_windows
 
 LONGEST_PREFIX = 80
 """Characters of the name of a source that has several clients: their names are longer and have to stay usable."""
@@ -91,6 +90,8 @@ class SourceSettings:
                 f"data.source.name = {self.name!r}: use ASCII letters, digits, dot, dash and underscore only, a letter "
                 "or a digit first"
             )
+        if unusable := not_on_windows(self.name):
+            raise ConfigError(f"data.source.name = {self.name!r}: {unusable}")
         longest, why = LONGEST_NAME, ""
         if self.partition.kind != "whole":
             longest, why = LONGEST_PREFIX, f", as the clients of partition {self.partition.kind!r} have longer names"

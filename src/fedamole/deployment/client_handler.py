@@ -7,7 +7,6 @@ was done in a round that did not count is undone; what a round made the best mod
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -33,9 +32,10 @@ from fedamole.federation.summary import summarise
 from fedamole.federation.worker import ClientData, Scores, client_data
 from fedamole.files import new_folder, write_atomic
 from fedamole.model.bank import Bank
-from fedamole.model.base import load_base
+from fedamole.model.base import load_base, named_base
 from fedamole.model.memory import out_of_memory, release_memory
 from fedamole.planning import exposure
+from fedamole.received.names import as_name
 from fedamole.reporting.card import write_cards
 from fedamole.runs.checkpoint import latest_state
 from fedamole.runs.identity import Identity
@@ -176,7 +176,8 @@ class Host:
                 log.warning("%s is left alone, it is no usable run folder: %s", path.parent, error)
                 continue
             if mine:
-                return self._take(load_run_config(folder), folder)
+                config, own = load_run_config(folder), self.settings.base
+                return self._take(config if own is None else config.on_base(named_base(own)), folder)
         return None
 
     def _there(self, folder: RunFolder) -> bool:
@@ -195,7 +196,7 @@ class Host:
         machine = {"device": self.settings.device, "threads": self.settings.threads, "group": 1}
         config = to_config(own_tables(settings, plain(self.settings.source), machine, self.settings.base))
         # The run's name is the server's: it must not lead out of the client's folder.
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", config.run.name).strip(".-")[:64] or "run"
+        name = as_name(config.run.name)
         config = replace(config, data=replace(config.data, manifest=self.settings.manifest))
         own = asked(config, self.settings.source, self.settings.policy, self.settings.base)
         self._show(config, settings, own)
@@ -241,6 +242,7 @@ class Host:
             check_length(config, bank.base)
             named = f"the base {config.base.model!r} of this client"
             Identity(**folder.about["base"]).check(bank.base.identity, named)
+            folder.move_base(config.base.model)
             data = client_data(shard, bank.base.tokenizer, config.training.max_length)
             self._check_seat(config, folder, data)
             labels = counted_labels(config, data) if self.settings.policy.share_labels else {}

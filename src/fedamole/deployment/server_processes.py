@@ -36,7 +36,7 @@ from fedamole.deployment.security.inspection import check_server
 from fedamole.deployment.security.keys import public_pem, read_passphrase
 from fedamole.deployment.server_run import OUTCOME, PROGRESS, SETTINGS, TICKET
 from fedamole.errors import ConfigError, FedamoleError, RunError
-from fedamole.experiment import resolved, rows_of
+from fedamole.experiment import record_base, resolved, rows_of
 from fedamole.files import write_atomic
 from fedamole.runs.run_folder import RUN, SERVER, RunFolder
 from fedamole.terminal import printable
@@ -379,6 +379,13 @@ def _parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     for line in lines:
         with suppress(ValueError):
             yield json.loads(line)
+
+
+def move_base(folder: Path, base: str) -> None:
+    """Record that the base of a server's run is at `base` now; see `record_base`. RunError if no round had begun."""
+    if not finished(folder) and not (folder / RUN).exists():
+        raise RunError(f"{folder}: the run has not begun yet; start it anew with base.model={base}")
+    record_base(RunFolder.open(folder), base)
 
 
 def finished(folder: Path) -> bool:

@@ -11,11 +11,11 @@ from typing import Any
 import tomli_w
 import torch
 
-from fedamole.config import load_config
+from fedamole.config import load_config, load_run_config
 from fedamole.deployment.progress import Show
 from fedamole.deployment.shared_config import agreed_hash, shared_tables
 from fedamole.engine.remote import Link, Remote
-from fedamole.experiment import check_length, loop_of, rows_of, server_of
+from fedamole.experiment import check_length, loop_of, refuse_missing_base, rows_of, server_of
 from fedamole.federation.progress import ProgressListener
 from fedamole.files import write_atomic
 from fedamole.model.base import load_base
@@ -105,11 +105,15 @@ def coordinate(link: Link, path: Path, show: Show | None = None) -> dict[str, An
     names = sorted(config.deployment.clients)
     config.method.check(len(names))
     rows = rows_of(config)
-    base = load_base(config.base, torch.device("cpu"), Path.cwd())
+    found = RunFolder.open(path) if (path / RUN).exists() else None
+    # If the base has moved, the run's folder records where it is. What clients are told stays as it was.
+    place = config if found is None else load_run_config(found)
+    refuse_missing_base(place, path)
+    base = load_base(place.base, torch.device("cpu"), Path.cwd())
     check_length(config, base)
-    if (path / RUN).exists():
-        folder = RunFolder.open(path)
-        Identity(**folder.about["base"]).check(base.identity, "the base that base.model names now")
+    if found is not None:
+        base.identity.check(Identity(**found.about["base"]), f"the run in {path}")
+        folder = found
     else:
         manifest = json.dumps({"clients": names})
         folder = RunFolder.create(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedamole.config import Config, Table
 from fedamole.errors import BaseModelError, ConfigError
-from fedamole.model.base import BUNDLED
+from fedamole.model.base import BUNDLED, named_base
 from fedamole.runs.identity import Identity
 
 SHARED = ("method", "base", "data", "federation", "training", "evaluation")
@@ -75,7 +75,7 @@ def own_tables(settings: Table, source: Table, run: Table, base: str | None) -> 
             f"the server's base lies in a folder, or there is one here of the same name{named and f' ({named})'}: "
             "name your copy of the same model by --base"
         )
-    tables["base"]["model"] = _own_base(base) if base is not None else named
+    tables["base"]["model"] = named_base(base) if base is not None else named
     tables["run"] |= run
     tables["data"]["source"] = [source]
     return tables
@@ -84,9 +84,3 @@ def own_tables(settings: Table, source: Table, run: Table, base: str | None) -> 
 def _is_public(named: str) -> bool:
     """Whether a base is the bundled one or can be a hub id, which mean the same everywhere."""
     return named == BUNDLED or (bool(HUB_ID.fullmatch(named)) and not Path(named).exists())
-
-
-def _own_base(base: str) -> str:
-    """A client's own copy as its config holds it: a folder is absolute, as the config lies elsewhere."""
-    path = Path(base).expanduser()
-    return str(path.resolve()) if path.is_dir() else base

@@ -12,12 +12,14 @@ from typing import Any, TypeVar, get_args
 from torch import Tensor
 
 from fedamole.evaluation.scores import GenerationScore
-from fedamole.federation.record import PayloadError, unpack
+from fedamole.federation.record import PayloadError, unpack, whole_number
 from fedamole.runs.run_files import SPLITS
 
 R = TypeVar("R")
 
-PROTOCOL = 2
+PROTOCOL = 3
+"""Version of the messages, the same on both sides. Raise it with every change of `Request` or `Reply`, of what a report
+or scores may hold, and of the config's tables that travel."""
 JOIN, UPDATE, EVALUATE, TEST = "join", "update", "evaluate", "test"
 OPERATIONS = (JOIN, UPDATE, EVALUATE, TEST)
 
@@ -124,8 +126,8 @@ def unpacked(kind: type[R], payload: bytes) -> R:
 
 def read_request(payload: bytes) -> Request:
     """Unpack a request and check its form; PayloadError says what is wrong with it."""
+    _check_protocol(payload)
     request = unpacked(Request, payload)
-    _check_protocol(request.protocol)
     if request.operation not in OPERATIONS:
         raise PayloadError(f"its operation is not one of {', '.join(OPERATIONS)}")
     first = 0 if request.operation in (UPDATE, EVALUATE) else -1
@@ -150,8 +152,8 @@ def read_reply(
     `scored` names the models that have to be scored, and which numbers each must have; `optional` those of them whose
     scores a client may keep to itself.
     """
+    _check_protocol(payload)
     reply = unpacked(Reply, payload)
-    _check_protocol(reply.protocol)
     if (reply.run, reply.round, reply.operation) != (request.run, request.round, request.operation):
         raise PayloadError("it answers another request (run, round or operation differ)")
     if client is not None and reply.client != client:
@@ -204,8 +206,10 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= MOST_EXAMPLES
 
 
-def _check_protocol(found: int) -> None:
-    if found != PROTOCOL:
+def _check_protocol(payload: bytes) -> None:
+    """Refuse a message of another protocol, whatever its fields are; bytes that are no message are refused later."""
+    found = whole_number(payload, "protocol")
+    if found not in (PROTOCOL, None):
         told = found if 0 <= found < 1000 else "unknown"
         raise PayloadError(f"protocol {told} where {PROTOCOL} was expected: use one version of fedamole everywhere")
 

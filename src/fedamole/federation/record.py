@@ -66,9 +66,7 @@ class Packed(Mapping[str, bytes]):
 def unpack(kind: type[R], payload: bytes) -> R:
     """Turn bytes back into a record of the expected kind; anything else is a PayloadError."""
     try:
-        size = int.from_bytes(payload[:8], "little")
-        header = json.loads(payload[8 : 8 + size])
-        name, fields = json.loads(header["__metadata__"]["record"])
+        name, fields = _head(payload)
         tensors = load(payload)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PayloadError(f"not a {kind.__name__}: damaged or truncated bytes ({type(error).__name__})") from error
@@ -76,6 +74,23 @@ def unpack(kind: type[R], payload: bytes) -> R:
         raise PayloadError(f"expected a {kind.__name__}, got a {name}")
     record: R = _decode(kind, fields, "", tensors)
     return record
+
+
+def _head(payload: bytes) -> tuple[Any, Any]:
+    """Name and fields of a packed record."""
+    size = int.from_bytes(payload[:8], "little")
+    header = json.loads(payload[8 : 8 + size])
+    name, fields = json.loads(header["__metadata__"]["record"])
+    return name, fields
+
+
+def whole_number(payload: bytes, name: str) -> int | None:
+    """Return a whole number of a packed record of any kind; None if there is none, or the bytes are no record."""
+    try:
+        value = _head(payload)[1][name]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return None
+    return value if type(value) is int else None
 
 
 def bytes_as_tensor(payload: bytes | None) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedamole.errors import ConfigError
+from fedamole.received.names import checked_names
 from fedamole.runs.run_files import MOST_ROUNDS
 
 MOST_SECONDS = 1e8
@@ -107,6 +108,7 @@ class DeploymentSettings:
         """Refuse names given twice and times that are none."""
         if len(set(self.clients)) < len(self.clients):
             raise ConfigError(f"deployment.clients = {list(self.clients)}: each name once")
+        checked_names(self.clients, "deployment.clients", ConfigError)
         if self.min_clients < 1 or (self.clients and self.min_clients > len(self.clients)):
             raise ConfigError(
                 f"deployment.min_clients = {self.min_clients}: at least 1, and at most the {len(self.clients)} clients"

@@ -105,6 +105,12 @@ def locate(model: str, folder: Path) -> str:
     return model
 
 
+def named_base(model: str) -> str:
+    """Return the name under which a run stores a base: an absolute path for a folder; others stay as they are."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if model != BUNDLED and path.is_dir() else model
+
+
 def is_elsewhere(model: str) -> bool:
     """Whether a base is named by a folder of another machine; the bundled base's differs from one to the next."""
     return model.startswith("/") and not Path(model).exists()

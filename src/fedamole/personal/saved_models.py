@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedamole.config import Config, load_run_config, nearest
+from fedamole.data.client_labels import client_labels
 from fedamole.data.examples import Shard
 from fedamole.data.manifest import load_federation, read_manifest
 from fedamole.errors import BaseModelError, RunError
@@ -100,7 +101,7 @@ def _too_early(run: RunFolder) -> str:
 def find(path: Path, client: str | None, row: str | None = None) -> Place:
     """The personal model of one client; `client` may be left out where there is only one. Raises RunError.
 
-    A client of a partition by value may be named by its value too.
+    A client of a partition by value may be named by its value too, or as tables call it.
     """
     found = {place.client: place for place in places(path, row)}
     if client is None and len(found) == 1:
@@ -112,10 +113,14 @@ def find(path: Path, client: str | None, row: str | None = None) -> Place:
     if NAME.fullmatch(client) and (path / "clients" / client).is_dir():
         raise RunError(f"{client} never trained up to its best round in {path}: its model is the bare base")
     if (run := next(iter(found.values())).run) is not None:
-        values = read_manifest(run.place(MANIFEST)).values()
-        for name, place in found.items():
-            if values.get(name) == client:
-                return place
+        manifest = read_manifest(run.place(MANIFEST))
+        values, labels = manifest.values(), client_labels(one.to_dict() for one in manifest.clients)
+        named = [place for name, place in found.items() if client in (values.get(name), labels.get(name))]
+        if len(named) == 1:
+            return named[0]
+        if named:
+            names = ", ".join(place.client for place in named)
+            raise RunError(f"{path} has several clients of the value {client!r}: name one of {names}")
     raise RunError(f"{path} has no client {client!r}{nearest(client, found)}; there are {', '.join(found)}")
 
 
@@ -184,7 +189,7 @@ def read_for(place: Place, own_data: bool, base: str | None = None) -> str:
     config = load_run_config(place.run)
     elsewhere = is_elsewhere(config.base.model)  # then the bundled base is tried
     reads = reads_outside(config, place.run.path, sources, base=base is None and not elsewhere)
-    return f"reads what {place.run.path / 'config.toml'} names outside that folder: {', '.join(reads)}" if reads else ""
+    return f"reads what {place.run.path} names outside that folder: {', '.join(reads)}" if reads else ""
 
 
 def _settings_of(adapter: Path) -> BaseSettings:

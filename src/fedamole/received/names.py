@@ -13,6 +13,19 @@ _PLAIN = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*")
 """A text that can be a name as it is. It has no two dashes in a row, which mark the names made for all other texts."""
 LONGEST_NAME = 120
 """Characters of a name; with what is put around it, it stays below the 255 bytes that file systems allow."""
+_PORTS = {port + digit for port in ("com", "lpt") for digit in "123456789\u00b9\u00b2\u00b3"}
+_DEVICES = frozenset({"aux", "con", "conin$", "conout$", "nul", "prn", *_PORTS})
+
+
+def not_on_windows(name: str) -> str:
+    """Return why Windows could have no folder of this name, as the end of an error's text; empty if it could.
+
+    A run folder may be copied to such a system, where `con`, `NUL.txt` and the like are devices, and a dot at the end
+    of a name is dropped.
+    """
+    if name.partition(".")[0].rstrip().lower() in _DEVICES:
+        return "on Windows this is a device and no folder; choose another name"
+    return "on Windows the dot at its end is dropped; choose another name" if name.endswith(".") else ""
 
 
 def quoted(value: object, most: int = 80) -> str:
@@ -35,6 +48,8 @@ def checked_name(name: object, what: str, error: type[FedamoleError] = RunError)
             f"{what}: the name {quoted(name)} cannot be used; a name is 1 to {LONGEST_NAME} ASCII letters, "
             "digits, dots, dashes and underscores, and begins with a letter or a digit"
         )
+    if why := not_on_windows(name):
+        raise error(f"{what}: the name {quoted(name)} cannot be used: {why}")
     return name
 
 
@@ -54,7 +69,8 @@ def checked_names(names: Iterable[object], what: str, error: type[FedamoleError]
 
 def as_name(text: str, most: int = 64) -> str:
     """Make a name that may become a part of a path of any text, for example of a run's name."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-_")[:most] or "run"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-_")[:most].rstrip(".") or "run"
+    return f"run-{name}"[:most] if not_on_windows(name) else name
 
 
 def joined_name(prefix: str, text: str) -> str:

@@ -8,6 +8,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from fedamole.data.client_labels import client_labels
 from fedamole.data.manifest import ClientRecord, read_manifest
 from fedamole.errors import RunError
 from fedamole.federation.best import best_round_of
@@ -37,21 +38,32 @@ def write_cards(folder: RunFolder) -> None:
     config = folder.tables()
     if folder.about["method"] not in METHODS:
         raise RunError(f"{folder.path / RUN}: {quoted(folder.about['method'])} is no method that is known here")
-    for client in read_manifest(folder.place(MANIFEST)).clients:
+    clients = read_manifest(folder.place(MANIFEST)).clients
+    labels = client_labels(client.to_dict() for client in clients)
+    for client in clients:
         for row in summary["rows"]:
             place = folder.adapter(client.client, row)
             if (place / ADAPTER_CONFIG).exists() and not (place / CARD).exists():
                 adapter, identity = read_config(place), asdict(read_identity(place))
-                text = card(folder.about, config, summary, client, row, adapter, identity)
+                label = labels.get(client.client, "")
+                text = card(folder.about, config, summary, client, row, adapter, identity, label)
                 write_atomic(place / CARD, text)
 
 
 def card(
-    about: Json, config: Json, summary: Json, client: ClientRecord, row: str, adapter: Json, identity: Json
+    about: Json,
+    config: Json,
+    summary: Json,
+    client: ClientRecord,
+    row: str,
+    adapter: Json,
+    identity: Json,
+    label: str = "",
 ) -> str:
     """The card of one client's model of one row of a run.
 
     `about`, `config` and `summary` are the run's files, `adapter` and `identity` the two JSON files beside the model.
+    `label` is what the client is called where its name does not hold its value in a partition by value.
     """
     name, base, mixture = client.client, str(adapter["base_model_name_or_path"]), adapter["peft_type"] == "AMOLE"
     public = None if base.startswith("/") else base
@@ -60,7 +72,7 @@ def card(
     where = public or (shipped if bundled else "of no public name: told by its hashes alone")
     parts = (
         _front_matter(public, about["method"]),
-        f"# A personal model of {name}\n\n{_what(about, config, summary, name, row)}",
+        f"# A personal model of {literal(label or name)}\n\n{_what(about, config, summary, name, row)}",
         "## Base\n\n"
         + _table(
             ("", ""),

@@ -2,8 +2,8 @@
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,6 +102,8 @@ class Scenario:
     clients: tuple[str, ...]
     methods: dict[str, tuple[Result, ...]]
     """Results by method, one per seed; base and majority first, there once."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What clients are called in tables, where that is not their name."""
 
     @property
     def trained(self) -> dict[str, tuple[Result, ...]]:
@@ -150,7 +152,7 @@ def _scenario(name: str, entries: Sequence[Entry]) -> Scenario:
     for entry in entries:
         found.setdefault(entry.method, []).append(_result(runs[entry.path], entry.row, entry.at_edge))
     methods |= {method: tuple(sorted(rows, key=lambda row: row.seed)) for method, rows in found.items()}
-    return Scenario(name, tuple(sorted(first.summary["rows"][BASE]["clients"])), methods)
+    return Scenario(name, tuple(sorted(first.summary["rows"][BASE]["clients"])), methods, first.labels)
 
 
 def _result(run: Run, row: str, at_edge: bool = False) -> Result:

@@ -4,10 +4,11 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedamole.data.client_labels import client_labels
 from fedamole.errors import RunError
 from fedamole.federation.summary import nothing_trained
 from fedamole.runs.run_files import BASE, MAJORITY
@@ -26,6 +27,8 @@ class Run:
     partition: str
     """Hash of manifest and base: runs with the same hash had the same data in the same splits on the same base."""
     summary: dict[str, Any]
+    labels: dict[str, str] = field(default_factory=dict)
+    """What clients are called in tables, where that is not their name."""
 
     @property
     def untrained(self) -> bool:
@@ -50,7 +53,7 @@ def read_run(path: Path) -> Run:
             raise RunError(f"{path / SUMMARY} is damaged: it has no row {row!r}; put it back from a copy")
     if not summary["rows"][BASE]["clients"]:
         raise RunError(f"{path / SUMMARY} is damaged: it has no clients; put it back from a copy")
-    return Run(path, config["run"]["name"], config["run"]["seed"], partition_of(folder), summary)
+    return Run(path, config["run"]["name"], config["run"]["seed"], partition_of(folder), summary, labels_of(folder))
 
 
 def untrained_warning(path: Path, summary: dict[str, Any]) -> str:
@@ -66,6 +69,11 @@ def refuse_untrained(path: Path) -> None:
     if warning := untrained_warning(path, folder.read_json(SUMMARY)):
         first = next(line["failed"] for line in folder.lines(METRICS) if "failed" in line)
         raise RunError(f"{warning}; the first failed as follows: {first}")
+
+
+def labels_of(folder: RunFolder) -> dict[str, str]:
+    """What clients of a run are called in tables, where that is not their name; a server knows names only."""
+    return client_labels(one for one in folder.read_json(MANIFEST)["clients"] if isinstance(one, dict))
 
 
 def partition_of(folder: RunFolder) -> str:

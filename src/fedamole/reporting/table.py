@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedamole.federation.best import mean_best_round
@@ -57,6 +57,8 @@ class Comparison:
     seeds: tuple[int, ...]
     warnings: tuple[str, ...] = ()
     """A sentence on each run in which every update failed; they stand above the table."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What clients are called in the table, where that is not their name."""
 
     def as_json(self) -> dict[str, object]:
         """The table for machines."""
@@ -88,7 +90,7 @@ def _comparison(runs: Sequence[Run]) -> Comparison:
     clients = tuple(sorted(runs[0].summary["rows"][BASE]["clients"]))
     columns = tuple(_column(label, found[label], clients) for label in order)
     warnings = tuple(filter(None, (untrained_warning(run.path, run.summary) for run in runs)))
-    return Comparison(clients, columns, tuple(sorted({run.seed for run in runs})), warnings)
+    return Comparison(clients, columns, tuple(sorted({run.seed for run in runs})), warnings, runs[0].labels)
 
 
 def _column(label: str, entries: Sequence[tuple[Run, str]], clients: Sequence[str]) -> Column:
@@ -143,7 +145,8 @@ def grid(comparison: Comparison, with_clients: bool = True) -> list[list[str]]:
     if with_clients:
         for client in comparison.clients:
             scores = [_of_clients(column, "score", client) for column in columns]
-            body.append([client, *_starred(columns, [column.clients[client] for column in columns], scores)])
+            cells = _starred(columns, [column.clients[client] for column in columns], scores)
+            body.append([comparison.labels.get(client, client), *cells])
     by_client = [_of_clients(column, "score") for column in columns]
     over_seeds = {
         "worst client": [{key: row["worst"] for key, row in column.rows.items()} for column in columns],

@@ -23,5 +23,5 @@ class Identity:
             if mine != theirs:
                 raise BaseModelError(
                     f"{what} was made on another base: its {part} hash is {theirs}, this base has {mine}. "
-                    "Load it on the base it was trained on (see [base] in its run's config.toml)"
+                    "Name a copy of the base it was trained on by --base (see [base] in its run's config.toml)"
                 )

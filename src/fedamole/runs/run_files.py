@@ -67,7 +67,7 @@ _about = record(
         "method": name,
         "base": record({"weights": _hash, "tokenizer": _hash, "targets": _hash}, closed=True),
     },
-    {"kind": choice("simulation", "server", "client")},
+    {"kind": choice("simulation", "server", "client"), "base_model": text(4096)},
 )
 _row_of_summary = record(
     {

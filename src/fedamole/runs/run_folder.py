@@ -1,6 +1,6 @@
 """A run's folder: what lies where, written atomically and never overwritten.
 
-run.json            format, version, run id, whose it is, method, identity of the base
+run.json            format, version, run id, whose it is, method, identity of the base, its place if it has moved
 config.toml         the resolved config; `fedamole resume` starts from it
 manifest.json       the partition, with hashes
 metrics.jsonl       one line per client and split and round        (docs/run-folder.md has the fields)
@@ -155,6 +155,12 @@ class RunFolder:
         """Whose run this is."""
         kind: Kind = self.about.get("kind", "simulation")
         return kind
+
+    def move_base(self, model: str) -> None:
+        """Record in run.json where the run's base is now, a folder or a hub id; config.toml stays as it was written."""
+        about = self.about
+        if model != about.get("base_model", self.tables()["base"]["model"]):
+            write_atomic(self.path / RUN, json.dumps({**about, "base_model": model}, indent=2) + "\n")
 
     @property
     def finished(self) -> bool:

@@ -8,9 +8,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
-from fedamole.data.layouts import conversation_prompt
+from fedamole.data.json_rows import parse_json_literally
+from fedamole.data.layouts import Row, conversation_prompt
 from fedamole.errors import FedamoleError
 
 IGNORED = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"})
@@ -138,6 +139,19 @@ class Completion(Body):
 
     prompt: str | Texts = ""
     row: Annotated[dict[str, str | int | float | bool | None], BeforeValidator(_few)] | None = None
+    _columns: Row = PrivateAttr(default_factory=dict)
+
+    @property
+    def columns(self) -> Row:
+        """The row with each number as the request writes it, as in training: `1.10` stays `1.10`."""
+        return self._columns
+
+    def read_columns(self, content: bytes) -> None:
+        """Take the columns from the body that this request was read from; RefusedError for a key that comes twice."""
+        try:
+            self._columns = parse_json_literally(content.decode("utf-8"))["row"]
+        except ValueError as error:
+            raise RefusedError(400, f"row: {error}", "invalid_value", "row") from None
 
     def text(self) -> str:
         """The prompt itself."""
@@ -204,6 +218,8 @@ def read(kind: type[B], content: bytes) -> B:
             only = " or ".join(json.dumps(value) for value in NEUTRAL[name])
             raise RefusedError(400, f"{name}: must be {only}, or left out", "unsupported_value", name)
         raise RefusedError(400, f"{name[:64]}: no such field here; leave it out", "unknown_parameter", name[:64])
+    if isinstance(body, Completion) and body.row:
+        body.read_columns(content)
     if len(body.stops) > STOPS or not all(0 < len(text) <= STOP_LETTERS for text in body.stops):
         raise RefusedError(400, f"stop: must be {RANGES['stop']}", "invalid_value", "stop")
     return body

@@ -244,7 +244,7 @@ class Service:
         if not isinstance(body, Completion) or not body.row:
             return as_it_is(text)
         try:
-            return rendered([body.row], self.offer.layouts[client], "row")[0]
+            return rendered([body.columns], self.offer.layouts[client], "row")[0]
         except DataError as error:
             raise RefusedError(400, str(error), "invalid_value", "row") from error
 

@@ -17,7 +17,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedamole.config import Config, load_config
+from fedamole.config import Config, load_config, load_run_config
 from fedamole.data.manifest import load_federation, read_manifest
 from fedamole.deployment.client_handler import Host
 from fedamole.deployment.flower.content import answer as answered
@@ -33,7 +33,7 @@ from fedamole.federation.progress import ProgressListener
 from fedamole.files import write_atomic
 from fedamole.model.bank import Bank
 from fedamole.model.base import BaseSettings, load_base, resolve_device
-from fedamole.runs.run_folder import SERVER
+from fedamole.runs.run_folder import RUN, SERVER, RunFolder
 
 SITES = f"{SERVER}/sites"
 """Where the clients' own run folders and partitions lie, in the run's folder."""
@@ -75,14 +75,14 @@ def _partition_of(folder: Path, name: str) -> Path:
     return folder / SITES / f"{name}.json"
 
 
-def _settings_of(folder: Path, name: str) -> ClientSettings:
+def _settings_of(folder: Path, name: str, base: str) -> ClientSettings:
     config, manifest = load_config(folder / SERVER / SETTINGS), _partition_of(folder, name)
     source = read_manifest(manifest).clients[0].source
     (own,) = (one for one in config.data.source if one.name == source)
     return ClientSettings(
         own,
         str(folder / SITES),
-        config.base.model,
+        base,
         config.run.device,
         config.run.threads,
         name=name,
@@ -101,7 +101,9 @@ def simulate(folder: Path, show: Callable[[dict[str, Any]], None], cpus: int, gp
 
     logging.getLogger("flwr").setLevel(logging.WARNING)
     folder, errors = folder.resolve(), list[Exception]()
-    names = load_config(folder / SERVER / SETTINGS).deployment.clients
+    begun = (folder / RUN).exists()
+    config = load_run_config(RunFolder.open(folder)) if begun else load_config(folder / SERVER / SETTINGS)
+    names, base = config.deployment.clients, config.base.model
     server, client = ServerApp(), ClientApp()
 
     @server.main()
@@ -114,9 +116,8 @@ def simulate(folder: Path, show: Callable[[dict[str, Any]], None], cpus: int, gp
     @client.query()
     def answer(message: Message, context: Context) -> Message:
         name = names[int(str(context.node_config["partition-id"]))]
-        reply = Guest(_settings_of(folder, name), ProgressListener()).answer(
-            bytes_of(message.content.array_records["request"])
-        )
+        guest = Guest(_settings_of(folder, name, base), ProgressListener())
+        reply = guest.answer(bytes_of(message.content.array_records["request"]))
         return Message(answered(reply), reply_to=message)
 
     resources: dict[str, Any] = {"client_resources": {"num_cpus": cpus, "num_gpus": gpus}}

@@ -21,7 +21,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from fedamole.data.settings import NAME
 from fedamole.deployment.security import dates
 from fedamole.deployment.security.keys import (
     comment,
@@ -39,6 +38,7 @@ from fedamole.deployment.security.keys import (
     write_private,
 )
 from fedamole.errors import ConfigError
+from fedamole.received.names import NAME, checked_name
 
 CLIENT_DAYS = 365
 """Days for which a client's key is valid unless another number is given."""
@@ -246,10 +246,7 @@ def replace_key(folder: Path, name: str, file: Path, days: int = CLIENT_DAYS) ->
 
 def check_name(name: str) -> None:
     """Raise ConfigError for a client name that cannot be used."""
-    if not NAME.fullmatch(name):
-        raise ConfigError(
-            f"client name {name!r}: use letters, digits, dot, dash and underscore only, a letter or digit first"
-        )
+    checked_name(name, "client", ConfigError)
 
 
 def checked_names(names: Sequence[str], present: dict[str, Path]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedamole import __version__
@@ -72,7 +72,8 @@ def content(told: Sequence[Told]) -> Json:
             "clients": clients,
             "models": models,
             **{key: value for key, value in sections.items() if value},
-        }
+        },
+        {name: label for one in told for name, label in one.run.labels.items()},
     )
     return made
 
@@ -82,14 +83,20 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def _fit_for_a_page(value: Any) -> Any:
-    """The same with None where a number is not finite, as JSON has no word for it, and with printable texts alone."""
+def _fit_for_a_page(value: Any, labels: Mapping[str, str]) -> Any:
+    """Return the same with None for numbers that are not finite, printable texts, and labels in place of client names.
+
+    Such a name ends with a hash of the client's value, so that no other text is equal to it.
+    """
     if isinstance(value, dict):
-        return {printable(key) if isinstance(key, str) else key: _fit_for_a_page(item) for key, item in value.items()}
+        return {
+            printable(labels.get(key, key)) if isinstance(key, str) else key: _fit_for_a_page(item, labels)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [_fit_for_a_page(inner) for inner in value]
+        return [_fit_for_a_page(inner, labels) for inner in value]
     if isinstance(value, str):
-        return printable(value)
+        return printable(labels.get(value, value))
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

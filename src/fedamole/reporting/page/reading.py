@@ -7,7 +7,7 @@ from typing import Any
 
 from fedamole.errors import RunError
 from fedamole.federation.summary import costs
-from fedamole.reporting.runs import Run, folders_in, partition_of, read_run
+from fedamole.reporting.runs import Run, folders_in, labels_of, partition_of, read_run
 from fedamole.runs.adapter_folder import MOST_EXPERTS
 from fedamole.runs.run_files import BASE, SPLITS
 from fedamole.runs.run_folder import (
@@ -99,7 +99,8 @@ def read_folder(path: Path) -> Told:
         run = read_run(path)
     else:
         summary = {"method": folder.about["method"]}
-        run = Run(path, config["run"]["name"], config["run"]["seed"], partition_of(folder), summary)
+        name, seed = config["run"]["name"], config["run"]["seed"]
+        run = Run(path, name, seed, partition_of(folder), summary, labels_of(folder))
     told: Json = folder.read_json(CLIENTS) if (path / CLIENTS).exists() else {}
     drawn = [one for one in folder.read_json(MANIFEST)["clients"] if isinstance(one, dict)]  # a server knows names only
     amounts = {one["client"]: {split: len(one[split]["rows"]) for split in SPLITS if split in one} for one in drawn}
