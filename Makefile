@@ -23,6 +23,7 @@ benchmarks: $(READY)  ## Measure every table of docs/performance.md again, into 
 
 lint: $(READY)  ## Style and types of everything that is Python.
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
