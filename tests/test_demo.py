@@ -17,6 +17,8 @@ from fedamole.cells import LOCK
 from fedamole.command_line import bundled_config
 from fedamole.config import load_config
 from fedamole.console import PlainWatcher
+from fedamole.experiment import start
+from fedamole.federation.loop import Watcher
 from fedamole.files import exclusive
 
 METHODS = ("local_only", "fedit", "fedamole")
@@ -190,3 +192,17 @@ def test_the_bundled_demo_differs_between_seeds_in_the_seed_alone(tmp_path: Path
         wanted = load_config(bundled_config(run.config.method_name)).tables()
         wanted["run"]["seed"] = run.seed
         assert run.config.tables() == wanted
+
+
+@pytest.mark.long
+def test_a_shared_lora_does_not_depend_on_the_group(tmp_path: Path) -> None:
+    """The bundled task as it is: what docs/compare.md says of LoRA methods under "What can be reproduced"."""
+    found = []
+    for group in (3, 8):
+        config = load_config(bundled_config("fedit"), [f"run.group={group}"])
+        found.append(start(config, tmp_path / str(group), Watcher())["rows"])
+    for row in ("fedit", "fedit_ft"):
+        for client, one in found[0][row]["clients"].items():
+            other = found[1][row]["clients"][client]
+            assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+            assert one["score"] == pytest.approx(other["score"], abs=0.1)

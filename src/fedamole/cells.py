@@ -89,7 +89,7 @@ class Cell:
             if key not in free and stored.get(key) != asked.get(key):
                 raise RunError(
                     f"{self.path}: {key} = {stored.get(key)!r} there, but {asked_by} now asks for {asked.get(key)!r}; "
-                    "nothing is overwritten: put the setting back, move the folder away, or choose another name or folder"
+                    "nothing is overwritten: put the setting back, move the folder away, or choose another folder"
                 )
 
 

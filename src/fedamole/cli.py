@@ -184,7 +184,7 @@ def demo(
     folder: Annotated[Path, typer.Option(help="Where the demo's runs are written.")] = Path("runs/demo"),
     seeds: Annotated[
         int,
-        typer.Option(min=1, max=100, help="Run each method with so many seeds, from 0; the table shows mean ± deviation."),
+        typer.Option(min=1, max=100, help="Run each method with seeds 0 to N - 1; the table shows mean ± deviation."),
     ] = 1,
     as_json: AsJson = False,
 ) -> None:
