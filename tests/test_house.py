@@ -17,7 +17,7 @@ FLOOR = {
     "evaluation": 2, "federation": 3, "methods": 4, "engine": 5, "config": 5, "planning": 6, "reporting": 5,
     "experiment": 7,
     "cells": 8, "personal": 8, "console": 9, "comparison": 9, "serving": 9, "deployment": 10, "command_line": 10,
-    "planning_commands": 11, "cli": 12,
+    "planning_commands": 11, "demo_runs": 11, "cli": 12,
     "__main__": 13,
 }  # fmt: skip
 """A room may import from rooms on lower floors; the first three of floor 1 know nothing of each other."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fedamole.cells import FREE, Cell, CellWatcher, copied, run_cells
+from fedamole.cells import FREE, LOCK, Cell, CellWatcher, copied, run_cells
 from fedamole.comparison.budgets import SET_BY_PLANS, planned, size_of
 from fedamole.comparison.file import Comparison
 from fedamole.config import Config, to_config
@@ -18,7 +18,7 @@ def run_comparison(comparison: Comparison, watcher: CellWatcher) -> list[Cell]:
     """
     comparison.folder.mkdir(parents=True, exist_ok=True)
     refusal = f"{comparison.folder}: another process is running this comparison; wait for it or stop it"
-    with exclusive(comparison.folder / ".lock", refusal):
+    with exclusive(comparison.folder / LOCK, refusal):
         return _run_comparison(comparison, watcher)
 
 
