@@ -384,6 +384,15 @@ def test_show_puts_methods_side_by_side_and_groups_seeds(fedamole: Any, runs: An
     assert "worst client" in text
 
 
+def test_show_lists_values_in_the_order_of_the_seeds(fedamole: Any, runs: Any) -> None:
+    folders = [runs("fedit", "run.seed=1"), runs("fedit")]  # as s10 stands before s2 in a folder
+    [table] = json.loads(fedamole("show", *folders, "--json").out)
+    rows = [json.loads((folder / "summary.json").read_text())["rows"]["fedit"] for folder in reversed(folders)]
+    losses = [[client["loss"] for client in row["clients"].values()] for row in rows]
+    assert table["seeds"] == [0, 1]
+    assert table["columns"]["fedit"]["mean loss"] == [sum(found) / len(found) for found in losses]
+
+
 def test_show_of_a_folder_with_runs(fedamole: Any, runs: Any, tmp_path: Path) -> None:
     shutil.copytree(runs("fedit"), tmp_path / "all" / "one")
     shutil.copytree(runs("local_only"), tmp_path / "all" / "two")

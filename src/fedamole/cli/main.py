@@ -22,7 +22,6 @@ from fedamole.cli.options import (
     Commands,
     ConfigPath,
     Overrides,
-    bundled_config,
     read_config,
     run_command_line,
 )
@@ -44,8 +43,6 @@ app = typer.Typer(
     "[b]Exit codes:[/b]  0 done · 1 other error · 2 config or arguments · 3 data · 4 base model or adapter · "
     "5 run folder · 130 interrupted (resume continues)",
 )
-
-DEMO = ("local_only", "fedit", "fedamole")
 
 
 @contextmanager
@@ -188,26 +185,39 @@ def methods(
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Option(help="Where the demo's runs are written.")] = Path("runs/demo"),
+    seeds: Annotated[
+        int,
+        typer.Option(min=1, max=100, help="Run each method with seeds 0 to N - 1; the table shows mean ± deviation."),
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Compare local training, one shared LoRA and FedAMoLE on the bundled task: one table, a minute or two."""
-    from fedamole.config import load_config
-    from fedamole.errors import RunError
-    from fedamole.experiment import start
-    from fedamole.files import new_folder
+    """Compare local training, one shared LoRA and FedAMoLE on the bundled task: one table, a minute or two per seed.
+
+    Runs that are finished in the folder are used again, and interrupted ones are continued.
+    """
+    from fedamole.cli.demo_runs import demo_runs
+    from fedamole.comparison.trials import LOCK, start_or_resume
+    from fedamole.files import exclusive
     from fedamole.reporting.runs import refuse_untrained
 
-    if folder.exists():
-        raise RunError(f"{folder} exists already: `fedamole show {folder}` shows it, or choose --folder OTHER")
-    with new_folder(folder):
-        for name in DEMO:
-            with _resumable(folder / name), _showing_progress(name, as_json) as listener:
-                start(load_config(bundled_config(name)), folder / name, listener)
-    _show([folder], as_json)
+    runs, console = demo_runs(folder, seeds), screen(error=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    refusal = f"{folder}: another process is running this demo; wait for it or stop it"
+    with exclusive(folder / LOCK, refusal), _resumable():
+        for number, run in enumerate(runs, 1):
+            title = f"run {number} of {len(runs)}: {run.name}"
+            if run.state == "finished":
+                console.print(f"{title}: was finished before, in {run.path}", soft_wrap=True)
+                continue
+            console.print(f"{title} -> {run.path}", soft_wrap=True)
+            with _showing_progress(title, as_json) as listener:
+                start_or_resume(run.config, run.path, listener)
+    paths = [run.path for run in sorted(runs, key=lambda run: (run.config.method_name, run.seed))]
+    _show(paths, as_json)
     if not as_json:
-        screen(error=True).print(f"Each client's model: {folder}/fedamole/clients/NAME/adapter")
-    for name in DEMO:
-        refuse_untrained(folder / name)
+        console.print(f"Each client's model: {folder}/fedamole/clients/NAME/adapter")
+    for path in paths:
+        refuse_untrained(path)
 
 
 @app.command()

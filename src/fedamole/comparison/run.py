@@ -5,7 +5,7 @@ from typing import Any
 
 from fedamole.comparison.budgets import SET_BY_PLANS, planned, size_of
 from fedamole.comparison.file import Comparison
-from fedamole.comparison.trials import FREE, Cell, TrialListener, copied, run_cells
+from fedamole.comparison.trials import FREE, LOCK, Cell, TrialListener, copied, run_cells
 from fedamole.config import Config, to_config
 from fedamole.files import exclusive
 from fedamole.runs.run_folder import SUMMARY, RunFolder
@@ -18,7 +18,7 @@ def run_comparison(comparison: Comparison, listener: TrialListener) -> list[Cell
     """
     comparison.folder.mkdir(parents=True, exist_ok=True)
     refusal = f"{comparison.folder}: another process is running this comparison; wait for it or stop it"
-    with exclusive(comparison.folder / ".lock", refusal):
+    with exclusive(comparison.folder / LOCK, refusal):
         return _run_comparison(comparison, listener)
 
 

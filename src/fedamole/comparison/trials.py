@@ -34,6 +34,9 @@ FREE = ("run.folder", "run.device", "run.threads", "run.group")
 PRELOADED = ["fedamole.experiment", "peft", "rouge_score.rouge_scorer"]
 """Modules that every cell on a CPU finds imported; none of them starts threads of Python, which no fork survives."""
 
+LOCK = ".lock"
+"""File in a folder of cells; the process that makes them holds it."""
+
 PATIENCE = 10.0
 """Seconds that a process which is told to end may take."""
 
@@ -86,7 +89,7 @@ class Cell:
             if key not in free and stored.get(key) != asked.get(key):
                 raise RunError(
                     f"{self.path}: {key} = {stored.get(key)!r} there, but {asked_by} now asks for {asked.get(key)!r}; "
-                    "nothing is overwritten: put the setting back, move the folder away, or name the comparison anew"
+                    "nothing is overwritten: put the setting back, move the folder away, or choose another folder"
                 )
 
 
@@ -231,11 +234,7 @@ def _work(tables: Table, folder: str, log: str, answer: Connection) -> None:
         os.dup2(file.fileno(), 2)
     path = Path(folder)
     try:
-        _clear_stub(path)
-        if (path / RUN).exists():
-            resume(path, ProgressListener())
-        else:
-            start(to_config(tables), path, ProgressListener())
+        start_or_resume(to_config(tables), path, ProgressListener())
     except FedamoleError as error:
         answer.send({"error": str(error)})
     except OSError as error:
@@ -243,6 +242,18 @@ def _work(tables: Table, folder: str, log: str, answer: Connection) -> None:
     except Exception as error:
         # Cut, so that sending never waits for a reader: a pipe holds 64 KiB.
         answer.send({"error": f"{type(error).__name__}: {error}"[:2000], "traceback": traceback.format_exc()[-8000:]})
+
+
+def start_or_resume(config: Config, path: Path, listener: ProgressListener) -> None:
+    """Run a config in a folder, or continue the run that was interrupted there.
+
+    The caller makes sure that no other process does the same.
+    """
+    _clear_stub(path)
+    if (path / RUN).exists():
+        resume(path, listener)
+    else:
+        start(config, path, listener)
 
 
 def _clear_stub(path: Path) -> None:

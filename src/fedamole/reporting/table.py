@@ -94,6 +94,7 @@ def _comparison(runs: Sequence[Run]) -> Comparison:
 
 
 def _column(label: str, entries: Sequence[tuple[Run, str]], clients: Sequence[str]) -> Column:
+    entries = sorted(entries, key=lambda entry: entry[0].seed)  # so that values stand in the order of the seeds
     rows = [run.summary["rows"][row] for run, row in entries]
     trained = label not in (BASE, MAJORITY)
     first = entries[0][0].summary
