@@ -15,12 +15,13 @@ from fedamole.config import Config, load_run_config
 from fedamole.data.manifest import Federation, Manifest, load_federation, read_manifest
 from fedamole.engine.in_process import InProcess
 from fedamole.errors import BaseModelError, ConfigError, RunError
+from fedamole.federation.client_data import ClientData, client_data
 from fedamole.federation.engine import Engine
 from fedamole.federation.loop import Loop, MetricsSink
 from fedamole.federation.method import ClientInfo, Evaluates, Server
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.robust import Robust
-from fedamole.federation.worker import ClientData, Worker, client_data
+from fedamole.federation.worker import Worker
 from fedamole.files import new_folder
 from fedamole.model.bank import Bank
 from fedamole.model.base import BUNDLED, Base, is_elsewhere, load_base, resolve_device

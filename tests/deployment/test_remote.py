@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedamole.engine import remote
+from fedamole.engine import link as timing
 from fedamole.engine.messages import EVALUATE, FAILURES, JOIN, TEST, UPDATE, Reply, Request
 from fedamole.experiment import loop_of
 from fedamole.federation import worker
@@ -58,8 +58,8 @@ def states(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def settle(tiny: Path, tmp_path: Path, monkeypatch: Any) -> Any:
-    monkeypatch.setattr(remote, "SOON", 0.01)
-    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    monkeypatch.setattr(timing, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(timing, "POLL_SECONDS", 0.01)
 
     def make(method: str, *overrides: str, folder: str = ".") -> Town:
         return town(tiny / "config.toml", tmp_path / folder, *small(method), *overrides)

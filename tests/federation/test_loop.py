@@ -37,7 +37,7 @@ class Script:
     def clients(self) -> tuple[ClientInfo, ...]:
         return tuple(ClientInfo(name, 1) for name in NAMES)
 
-    def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, UpdateResult]:
+    def update(self, round_: int, messages: Mapping[str, bytes], exchange: int = 0) -> dict[str, UpdateResult]:
         self.calls.append(("update", round_, tuple(messages)))
         there = [name for name in messages if name in self.losses[round_]]
         return {name: UpdateResult(pack(Nothing()), {"loss": 0.0, "steps": 1, "seconds": 0.0}) for name in there}
@@ -175,7 +175,7 @@ def test_an_engine_is_told_the_best_rounds_when_a_run_goes_on(best_round: str, t
     )
     summary = loop.run()
     wanted = {name: {"local_only": round_} for name, round_ in told.items()}
-    assert heard == [(wanted, {"a": 1, "b": 1}, {"a": 1, "b": 1})]
+    assert heard == [(wanted, {"a": (1, 0), "b": (1, 0)}, {"a": 1, "b": 1})]
     assert summary["rows"]["local_only"]["best_round"] == (told if best_round == "client" else 1)
 
 

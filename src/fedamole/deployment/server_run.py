@@ -14,7 +14,8 @@ import torch
 from fedamole.config import load_config
 from fedamole.deployment.progress import Show
 from fedamole.deployment.shared_config import agreed_hash, shared_tables
-from fedamole.engine.remote import Link, Remote
+from fedamole.engine.link import Link
+from fedamole.engine.remote import Remote
 from fedamole.experiment import check_length, loop_of, rows_of, server_of
 from fedamole.federation.progress import ProgressListener
 from fedamole.files import write_atomic

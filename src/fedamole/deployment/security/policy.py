@@ -230,7 +230,9 @@ def _of_method(config: Config, policy: PolicySettings) -> Iterator[Item]:
 
 def _of_work(config: Config, policy: PolicySettings) -> Iterator[Item]:
     training = config.training
-    yield _most("rounds", config.federation.rounds, "max_rounds", policy)
+    exchanges = config.method.exchanges()
+    setting = "rounds" if exchanges == 1 else f"rounds times {exchanges} exchanges"
+    yield _most(setting, config.federation.rounds * exchanges, "max_rounds", policy)
     yield _most("training.learning_rate", training.learning_rate, "max_learning_rate", policy)
     if training.clip_norm > 0:
         yield _least("training.clip_norm", training.clip_norm, "min_clip_norm", policy)
