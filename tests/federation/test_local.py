@@ -293,7 +293,7 @@ def poisoned(crash: Any) -> Callable[[], Path]:
         folder: Path = crash("group_started", 3, "local_only")
         path = folder / "clients/mood/state/round-0000.safetensors"
         private = unpack(PrivateState, path.read_bytes())
-        kept = unpack(OwnLora, private.kept["record"].numpy().tobytes())
+        kept = unpack(OwnLora, private.client_state["record"].numpy().tobytes())
         next(iter(kept.tensors.values()))[0, 0] = math.nan
         packed = torch.frombuffer(bytearray(pack(kept)), dtype=torch.uint8)
         path.write_bytes(pack(PrivateState({"record": packed}, private.trained)))

@@ -196,7 +196,7 @@ def test_a_private_state_with_and_without_an_adapter() -> None:
     again = unpack(PrivateState, pack(PrivateState(kept, Adapter(spec, {"m/shared/A": torch.ones(3, 2)}))))
     assert again.trained is not None
     assert again.trained.spec == spec
-    assert again.kept["record"].numpy().tobytes() == b"bytes"
+    assert again.client_state["record"].numpy().tobytes() == b"bytes"
     assert unpack(PrivateState, pack(PrivateState(kept, None))).trained is None
 
 

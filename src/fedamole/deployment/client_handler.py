@@ -22,7 +22,14 @@ from fedamole.data.examples import Shard
 from fedamole.data.manifest import load_federation, read_manifest
 from fedamole.deployment.run_session import ClientSettings, Seat, Stored, counted_labels
 from fedamole.deployment.security.audit_log import AuditLog
-from fedamole.deployment.security.policy import Item, PolicyError, asked, asked_of_rows, refuse_breaches
+from fedamole.deployment.security.policy import (
+    Item,
+    PolicyError,
+    asked,
+    asked_of_rows,
+    refuse_breaches,
+    refuse_small_update,
+)
 from fedamole.deployment.shared_config import agreed_hash, own_tables
 from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, failure, read_request
 from fedamole.errors import BaseModelError, ConfigError, DataError, RunError
@@ -38,7 +45,7 @@ from fedamole.model.base import load_base
 from fedamole.model.memory import out_of_memory, release_memory
 from fedamole.planning import exposure
 from fedamole.reporting.card import write_cards
-from fedamole.runs.checkpoint import latest_state, round_and_exchange
+from fedamole.runs.checkpoint import latest_state
 from fedamole.runs.identity import Identity
 from fedamole.runs.run_files import BASE, MAJORITY, SPLITS
 from fedamole.runs.run_folder import MANIFEST, METRICS, RUN, RunFolder
@@ -330,7 +337,7 @@ class Host:
         seat.log([{**line, "bytes_up": len(answer.payload or b""), **answer.report}])
         if answer.payload is None:
             return failure(request, self.name, "diverged")
-        self._check_update(seat, answer.report["steps"])
+        refuse_small_update(seat.config, answer.report["steps"], len(seat.data.train.rows), self.settings.policy)
         scores = {}
         evaluator = seat.worker.evaluator
         for variant, moment in evaluator.variants.items():
@@ -348,23 +355,8 @@ class Host:
             exchange=request.exchange,
         )
         write_atomic(path, pack(Stored(digest, reply)))
-        for done in seat.done():
-            kept = sorted({round_and_exchange(path)[0] for path in done})[-KEPT:]
-            for path in done:
-                if round_and_exchange(path)[0] not in kept:
-                    path.unlink()
+        seat.prune(KEPT)
         return reply
-
-    def _check_update(self, seat: Seat, steps: int) -> None:
-        """Refuse to send an update of too few steps or rows: one exchange may take a small part of a round's steps."""
-        training, policy = seat.config.training, self.settings.policy
-        rows = min(steps * training.batch_size * training.accumulation, len(seat.data.train.rows))
-        if steps and (steps < policy.min_steps or rows < policy.min_examples_per_update):
-            raise PolicyError(
-                f"the update took {steps} optimiser steps and read {rows} different rows at most; the policy allows no "
-                f"fewer than {policy.min_steps} steps (min_steps) and {policy.min_examples_per_update} rows "
-                "(min_examples_per_update)"
-            )
 
     def _evaluate(self, seat: Seat, request: Request) -> Reply:
         """Score a model that the server's message makes."""

@@ -103,6 +103,14 @@ class Seat:
         states, answers = state_path(self.folder, self.name, 0).parent, self.answer_path(0).parent
         return files_by_round(states, "safetensors"), files_by_round(answers, "safetensors")
 
+    def prune(self, rounds: int) -> None:
+        """Remove private states and answers of all but the last `rounds` rounds that have some."""
+        for paths in self.done():
+            kept = sorted({round_and_exchange(path)[0] for path in paths})[-rounds:]
+            for path in paths:
+                if round_and_exchange(path)[0] not in kept:
+                    path.unlink()
+
     def count(self, operation: str, most: int) -> None:
         """Count a piece of work before it is done; PolicyError where it is one more than `most`.
 

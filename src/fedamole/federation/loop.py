@@ -149,9 +149,7 @@ class Loop:
         if len(set(names)) < len(names):
             raise RunError(f"{method}.select: round {server.round}: a client is selected twice: {', '.join(names)}")
         if not 1 <= len(names) <= count:
-            raise RunError(
-                f"{method}.select: {len(names)} clients in round {server.round}; at least 1, at most {count}"
-            )
+            raise RunError(f"{method}.select: {len(names)} clients in round {server.round}, not 1 to {count}")
         return [client for client in clients if client.name in names]
 
     def update(self, round_: int, exchange: int, messages: Mapping[str, Any]) -> dict[str, Any]:
