@@ -141,7 +141,8 @@ class Stranger(ThreeExchanges):
 
 
 @pytest.mark.parametrize(
-    ("method", "error"), [(TooMany, "more than 2 exchanges"), (Stranger, "not in the cohort of this round: nobody")]
+    ("method", "error"),
+    [(TooMany, "more than 2 exchanges"), (Stranger, "messages to clients outside the cohort: nobody")],
 )
 def test_exchanges_that_are_not_allowed_are_errors(method: Any, error: str, runs: Any, monkeypatch: Any) -> None:
     monkeypatch.setitem(METHODS, NAME, method)
@@ -151,7 +152,14 @@ def test_exchanges_that_are_not_allowed_are_errors(method: Any, error: str, runs
 
 # --- a deployment ---------------------------------------------------------------------------------------------
 
-QUICK = ("federation.rounds=2", "run.group=1", "evaluation.best_round=client", "federation.aggregation=clipped")
+QUICK = (
+    "federation.rounds=2",
+    "run.group=1",
+    "evaluation.best_round=client",
+    "federation.aggregation=clipped",
+    "deployment.max_norm=1000",
+    "deployment.min_clients=4",
+)
 
 
 def outcome(server: Path, clients: Mapping[str, Path]) -> dict[str, Any]:

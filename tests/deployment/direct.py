@@ -17,7 +17,7 @@ from fedamole.deployment.shared_config import shared_tables
 from fedamole.engine.in_process import InProcess
 from fedamole.engine.messages import Request, read_request
 from fedamole.engine.remote import Remote
-from fedamole.experiment import loop_of, prepare, resolved, rows_of, server_of, worker_of
+from fedamole.experiment import loop_of, prepare, resolved, server_of, variants_of, worker_of
 from fedamole.federation.evaluator import Scores
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.worker import UpdateResult
@@ -130,7 +130,9 @@ class Town:
         self.identity = base.identity
         self.server = server_of(config, base)
         tables = shared_tables(config, base.identity)
-        return Remote(self.link, config.method, rows_of(config), self.server, run, tables, config.deployment, listener)
+        return Remote(
+            self.link, config.method, variants_of(config), self.server, run, tables, config.deployment, listener
+        )
 
     def run(self, resumed: bool = False, calendar: Calendar | None = None) -> dict[str, Any]:
         config, self.link.calendar = self.config, calendar or Calendar()

@@ -13,7 +13,7 @@ from tests.training import lora_spec
 
 from fedamole.engine.in_process import InProcess
 from fedamole.errors import FedamoleError
-from fedamole.experiment import prepare, rows_of, worker_of
+from fedamole.experiment import prepare, variants_of, worker_of
 from fedamole.federation.client_state import PrivateState
 from fedamole.federation.local import embed
 from fedamole.federation.method import Client, Evaluates, Server, TrainingRequest, TrainingResult
@@ -95,7 +95,7 @@ def engine(
     config = replace(runs.load("fedit"), method=method)
     prepared = prepare(config)
     run = RunFolder.create(folder, "", "", "fedit", prepared.base.identity)
-    variants = variants or rows_of(config)
+    variants = variants or variants_of(config)
     worker = Worker(Bank(prepared.base), method, variants, config.training, config.evaluation, run, 0)
     diary = Diary()
     clients = InProcess(worker, prepared.clients, diary, group)

@@ -16,7 +16,7 @@ from fedamole.deployment.progress import Show
 from fedamole.deployment.shared_config import agreed_hash, shared_tables
 from fedamole.engine.link import Link
 from fedamole.engine.remote import Remote
-from fedamole.experiment import check_length, loop_of, rows_of, server_of
+from fedamole.experiment import check_length, loop_of, server_of, variants_of
 from fedamole.federation.progress import ProgressListener
 from fedamole.files import write_atomic
 from fedamole.model.base import load_base
@@ -105,7 +105,7 @@ def coordinate(link: Link, path: Path, show: Show | None = None) -> dict[str, An
     torch.set_num_threads(config.run.threads)
     names = sorted(config.deployment.clients)
     config.method.check(len(names))
-    rows = rows_of(config)
+    variants = variants_of(config)
     base = load_base(config.base, torch.device("cpu"), Path.cwd())
     check_length(config, base)
     if (path / RUN).exists():
@@ -127,5 +127,5 @@ def coordinate(link: Link, path: Path, show: Show | None = None) -> dict[str, An
         listener.say("agreed", hash=agreed_hash(tables))
         for sentence in exposure(config, len(names), (), server.shapes):
             listener.say("exposure", text=sentence)
-        engine = Remote(link, config.method, rows, server, folder.about["id"], tables, config.deployment, listener)
+        engine = Remote(link, config.method, variants, server, folder.about["id"], tables, config.deployment, listener)
         return loop_of(config, engine, server, folder, listener).run()
