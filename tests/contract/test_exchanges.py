@@ -13,14 +13,18 @@ from tests.contract.exchanges import Average, ThreeExchanges, Trained, steps_by_
 from tests.deployment.direct import Calendar, Killed, Town, town
 from typing_extensions import override
 
+from fedamole.deployment.client_handler import Host as ClientHandler
+from fedamole.deployment.security.policy import UNBOUNDED
+from fedamole.deployment.shared_config import shared_tables
 from fedamole.engine import link as timing
 from fedamole.engine.in_process import InProcess
-from fedamole.engine.messages import UPDATE, Request
+from fedamole.engine.messages import JOIN, UPDATE, Reply, Request
 from fedamole.errors import RunError
 from fedamole.experiment import prepare, resume, worker_of
+from fedamole.federation.client_state import PrivateState
 from fedamole.federation.method import ClientInfo, Exchange, Server
 from fedamole.federation.progress import ProgressListener
-from fedamole.federation.record import pack, unpack
+from fedamole.federation.record import bytes_as_tensor, pack, unpack
 from fedamole.methods import METHODS
 from fedamole.model.bank import Bank
 from fedamole.runs.checkpoint import round_and_exchange
@@ -85,9 +89,6 @@ def test_each_exchange_has_batches_of_its_own(runs: Any, tmp_path: Path) -> None
 
 
 def _without_tensors(state: bytes) -> bytes:
-    from fedamole.federation.client_state import PrivateState
-    from fedamole.federation.record import bytes_as_tensor
-
     private = unpack(PrivateState, state)
     assert private.step_fraction == 0.5
     return pack(replace(private, client_state=bytes_as_tensor(pack(Trained({}, {}))), trained=None))
@@ -242,11 +243,36 @@ def test_a_client_killed_in_an_exchange_does_this_exchange_again(
     assert found(there) == wanted
 
 
-def test_a_client_refuses_more_exchanges_than_the_method_has(there: Town) -> None:
-    there.run()
-    host = there.link.hosts[there.link.node("mood")]
-    assert host.seat is not None
-    request = Request("a1b2", 1, UPDATE, last=0, last_exchange=2, exchange=3)
-    from fedamole.engine.messages import Reply
+def with_policy(there: Town, **changes: Any) -> ClientHandler:
+    """The client mood, started again with another policy."""
+    node = there.link.node("mood")
+    old = there.link.hosts[node]
+    settings = replace(old.settings, policy=replace(UNBOUNDED, **changes))
+    there.link.hosts[node] = ClientHandler(settings, old.listener)
+    return there.link.hosts[node]
 
-    assert unpack(Reply, host.answer(pack(request))).failed == "bad_request"
+
+def join(there: Town, client: ClientHandler) -> Reply:
+    there.engine("a1b2", Calendar())
+    tables = shared_tables(there.config, there.identity)
+    return unpack(Reply, client.answer(pack(Request("a1b2", -1, JOIN, settings=tables))))
+
+
+def update(there: Town, client: ClientHandler, exchange: int, last: int, last_exchange: int = 0) -> Reply:
+    message = bytes_as_tensor(pack(there.config.method.init(there.server)))
+    request = Request("a1b2", 0, UPDATE, last=last, last_exchange=last_exchange, exchange=exchange, message=message)
+    return unpack(Reply, client.answer(pack(request)))
+
+
+@pytest.mark.parametrize(("most", "failed"), [(5, "policy"), (6, None)])
+def test_a_policy_counts_rounds_times_exchanges(most: int, failed: str | None, there: Town) -> None:
+    assert join(there, with_policy(there, max_rounds=most)).failed == failed
+
+
+def test_a_client_sends_no_update_of_fewer_steps_than_its_policy_allows(there: Town) -> None:
+    """The second exchange takes 1 of the 3 steps of a round; one without any step is allowed."""
+    client = with_policy(there, min_steps=2)
+    assert join(there, client).failed is None
+    assert update(there, client, 0, last=-1).failed is None
+    assert update(there, client, 1, last=0).failed == "policy"
+    assert update(there, client, 3, last=0).failed == "bad_request", "the method has 3 exchanges"
