@@ -143,7 +143,7 @@ class Stranger(ThreeExchanges):
 
 @pytest.mark.parametrize(
     ("method", "error"),
-    [(TooMany, "more than 2 exchanges"), (Stranger, "messages to clients outside the cohort: nobody")],
+    [(TooMany, "more than the 2 exchanges"), (Stranger, "messages to clients outside the cohort: nobody")],
 )
 def test_exchanges_that_are_not_allowed_are_errors(method: Any, error: str, runs: Any, monkeypatch: Any) -> None:
     monkeypatch.setitem(METHODS, NAME, method)

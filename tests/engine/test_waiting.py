@@ -101,8 +101,8 @@ def test_a_server_that_goes_on_tells_best_rounds_and_what_counted_last() -> None
     assert told == [({"fedit": 3}, 4, 0), ({"fedit": 2}, 2, 1), ({}, -1, 0)]
     there.save_best("fedit", 5, ["ann", "eve"])
     there.evaluate(5, "fedit", dict.fromkeys(NAMES, message()))
-    told = [(request.best, request.last) for _, request in link.asked[-3:]]
-    assert told == [({"fedit": 5}, 5), ({"fedit": 2}, 5), ({"fedit": 5}, 5)]
+    told = [(r.best, r.last, r.last_exchange) for _, r in link.asked[-3:]]
+    assert told == [({"fedit": 5}, 5, 0), ({"fedit": 2}, 5, 0), ({"fedit": 5}, 5, 0)]
 
 
 def test_failures_that_can_pass_are_asked_again_but_not_without_a_pause() -> None:

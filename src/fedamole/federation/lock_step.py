@@ -83,7 +83,7 @@ class LockStep:
 
 
 def indices_by_kind(kinds: Mapping[int, object]) -> list[list[int]]:
-    """Group the indices of equal values; what shares a kind can share an adapter bank."""
+    """Group indices by kind; adapters of one kind can be in one bank (kind None: the untuned base)."""
     groups: dict[object, list[int]] = {}
     for i, kind in kinds.items():
         groups.setdefault(kind, []).append(i)

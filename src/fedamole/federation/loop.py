@@ -262,16 +262,11 @@ class Exchanges:
 
     def __call__(self, messages: Mapping[str, Any]) -> Mapping[str, Any]:
         """Run the next exchange of the round; clients that fail or do not answer in time are missing."""
-        method = self.loop.method
+        method, name = self.loop.method, type(self.loop.method).__name__
         if self.count >= method.exchanges():
-            raise RunError(
-                f"{type(method).__name__}.round: more than {method.exchanges()} exchanges, which is what its method "
-                "`exchanges` declares"
-            )
-        if others := sorted(set(messages) - self.cohort):
-            raise RunError(
-                f"{type(method).__name__}.round: messages to clients outside the cohort: {', '.join(others)}"
-            )
+            raise RunError(f"{name}.round: more than the {method.exchanges()} exchanges that {name}.exchanges declares")
+        if unknown := sorted(set(messages) - self.cohort):
+            raise RunError(f"{name}.round: messages to clients outside the cohort: {', '.join(unknown)}")
         exchange, self.count = self.count, self.count + 1
         replies = self.loop.update(self.round, exchange, messages)
         self.answered |= dict.fromkeys(replies, exchange)

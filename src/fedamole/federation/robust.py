@@ -112,8 +112,8 @@ class Robust:
                 )
         if changes and len(changes) < MIN_CLIENTS and not clipped:
             self._warn_once(
-                "round %d: %d clients answered; with fewer than %d there is nobody to compare a change with, so "
-                "that only earlier rounds bound it",
+                "round %d: %d clients answered; with fewer than %d their changes cannot be compared, so only earlier "
+                "rounds bound them",
                 round_,
                 len(changes),
                 MIN_CLIENTS,
@@ -142,20 +142,20 @@ class Robust:
                 if key.partition(":")[0] in self.averaged:
                     holders.setdefault(key, []).append(name)
         changed: dict[str, dict[str, Tensor]] = {name: {} for name in replies}
-        few = 0
+        too_few = 0
         for key, names in holders.items():
             if len(names) < MIN_CLIENTS:
-                few += 1
+                too_few += 1
                 continue
             values = [tensors[name][key] for name in names]
             middle = centre(torch.stack(values).double()).to(values[0].dtype)
             for name in names:
                 changed[name][key] = middle
-        if few:
+        if too_few:
             self._warn_once(
-                "round %d: %d of %d tensors came from fewer than %d clients; of those the mean is taken",
+                "round %d: %d of %d tensors came from fewer than %d clients; they are averaged by their mean",
                 round_,
-                few,
+                too_few,
                 len(holders),
                 MIN_CLIENTS,
             )

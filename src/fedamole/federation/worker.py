@@ -84,7 +84,7 @@ class Worker:
                 )
                 results.update(zip(indices, outcomes, strict=True))
                 if self.method.embeds:
-                    trained = {i: one for i in indices if isinstance(one := results[i], TrainingResult)}
+                    trained = {i: result for i in indices if isinstance(result := results[i], TrainingResult)}
                     results.update(self._embed(group, looks, trained))
             return results
 
