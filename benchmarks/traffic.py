@@ -74,18 +74,18 @@ class Round:
         """Let the method run its rounds, whatever it exchanges."""
         clients = tuple(ClientInfo(f"client-{place:02d}", 1000) for place in range(CLIENTS))
         server = Server(self.shapes, clients, SEED, width=HIDDEN)
-        state = self.method.round(server, self.method.init(server), clients, self._ask)
+        state = self.method.round(server, self.method.init(server), clients, self._exchange)
         self.down, self.up = Traffic(), Traffic()
-        self.method.round(replace(server, round=1), state, clients, self._ask)
+        self.method.round(replace(server, round=1), state, clients, self._exchange)
 
-    def _ask(self, operation: str, messages: Mapping[str, Any]) -> dict[str, Any]:
+    def _exchange(self, messages: Mapping[str, Any]) -> dict[str, Any]:
         """Carry messages down, do the clients' work, carry the replies up."""
         replies = {}
         for name, message in messages.items():
             client = Client(ClientInfo(name, 1000), self.shapes, SEED, 0, self._losses, self._hidden, width=HIDDEN)
             self.down.send(name, message)
             kept = self.kept.get(name) or self.method.init_client_state(client)
-            work = getattr(self.method, operation)(client, kept, message)
+            work = self.method.update(client, kept, message)
             try:
                 asked = next(work)
                 while True:

@@ -52,7 +52,7 @@ def write(path: Path, text: str) -> Path:
         ("training = 3\n", "training = 3: must be a table, write [training]"),
         ("[federation]\nrounds = 0\n", "federation.rounds = 0: must be at least 1"),
         ("[run]\ngroup = -1\n", "run.group = -1: at least 1, or 0 to fill the free memory"),
-        ("[federation]\ncohort = 1.5\n", "federation.cohort = 1.5: a share of the clients"),
+        ("[federation]\ncohort = 1.5\n", "federation.cohort = 1.5: a fraction of the clients"),
         ("[training]\nlr_decay = 0.0\n", "training.lr_decay = 0.0 above 0"),
         ("[training]\nmax_length = 3\n", "training.max_length = 3: must be at least 8 tokens"),
         ("[training]\nbatch_size = 0\n", "training.batch_size = 0: must be at least 1"),

@@ -1,4 +1,4 @@
-"""From a config to a run: the only place where everything is put together."""
+"""Builds a run from a config: the one place where base, data, method, engine and loop are put together."""
 
 import dataclasses
 import os
@@ -15,12 +15,13 @@ from fedamole.config import Config, load_run_config
 from fedamole.data.manifest import Federation, Manifest, load_federation, read_manifest
 from fedamole.engine.in_process import InProcess
 from fedamole.errors import BaseModelError, ConfigError, RunError
+from fedamole.federation.client_data import ClientData, client_data
 from fedamole.federation.engine import Engine
 from fedamole.federation.loop import Loop, MetricsSink
 from fedamole.federation.method import ClientInfo, Evaluates, Server
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.robust import Robust
-from fedamole.federation.worker import ClientData, Worker, client_data
+from fedamole.federation.worker import Worker
 from fedamole.files import new_folder
 from fedamole.model.bank import Bank
 from fedamole.model.base import BUNDLED, Base, is_elsewhere, load_base, named_base, resolve_device
@@ -33,21 +34,24 @@ from fedamole.runs.identity import Identity
 from fedamole.runs.run_folder import MANIFEST, RunFolder
 
 
-def rows_of(config: Config) -> dict[str, Evaluates]:
-    """Names of the models a run scores, and when each comes to be: fedit, and fedit_ft where it is asked for."""
-    rows: dict[str, Evaluates] = {config.method_name: config.method.evaluates}
+def variants_of(config: Config) -> dict[str, Evaluates]:
+    """Return the scored models of a run with the moment of scoring: fedit, and fedit_ft if the config asks for it.
+
+    Raises ConfigError if `evaluation.pre_aggregation` has no effect.
+    """
+    variants: dict[str, Evaluates] = {config.method_name: config.method.evaluates}
     if config.evaluation.pre_aggregation:
         if config.method.evaluates == "pre_aggregation":
             raise ConfigError(
                 f"evaluation.pre_aggregation = true: {config.method_name} is scored before the aggregation anyway; "
                 "remove it"
             )
-        rows[f"{config.method_name}_ft"] = "pre_aggregation"
-    return rows
+        variants[f"{config.method_name}_ft"] = "pre_aggregation"
+    return variants
 
 
 def resolved(config: Config, folder: Path) -> Config:
-    """Spell out what depends on this machine, so that a resumed run uses the same: device, threads, folder."""
+    """Fill in device, threads and folder, which depend on this machine, so that a resumed run uses the same."""
     device = resolve_device(config.run.device)
     threads = config.run.threads or torch.get_num_threads()
     run = dataclasses.replace(config.run, device=str(device), threads=threads, folder=str(folder))
@@ -55,7 +59,7 @@ def resolved(config: Config, folder: Path) -> Config:
 
 
 def settled(config: Config, deployed: bool) -> Config:
-    """Spell out the settings that are "auto": what they mean depends on whether clients are elsewhere."""
+    """Replace settings that are "auto"; their values differ between a deployment and a run in one process."""
     federation, evaluation = config.federation, config.evaluation
     if federation.aggregation == "auto":
         federation = dataclasses.replace(federation, aggregation="clipped" if deployed else "mean")
@@ -65,16 +69,16 @@ def settled(config: Config, deployed: bool) -> Config:
 
 
 def wanted_folder(config: Config) -> Path:
-    """Folder that a config asks for; without run.folder, a number is added to it where it exists."""
+    """Return run.folder, or runs/<name>, to which `new_run_folder` adds a number if it exists."""
     return Path(config.run.folder) if config.run.folder else Path("runs") / config.run.name
 
 
 @contextmanager
 def new_run_folder(config: Config) -> Iterator[Path]:
-    """Create the folder of a new run: run.folder, or the first of runs/<name>, runs/<name>-2, ... that nobody has.
+    """Create the folder of a new run: run.folder, or the first of runs/<name>, runs/<name>-2, ... that is free.
 
-    Runs that are started at once get a folder each. One in which nothing was written is removed again where the block
-    fails. RunError where run.folder holds something.
+    Runs that start at the same time get different folders. If the block fails, a folder that is still empty is
+    removed. Raises RunError if run.folder is not empty.
     """
     wanted, numbered = wanted_folder(config), not config.run.folder
     if not numbered:
@@ -88,7 +92,7 @@ def new_run_folder(config: Config) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run needs, checked before anything runs."""
+    """Checked inputs of a run."""
 
     config: Config
     base: Base
@@ -97,39 +101,39 @@ class Prepared:
 
 
 def prepare(config: Config, manifest: Manifest | None = None) -> Prepared:
-    """Load base and data and check that the method can serve these clients."""
+    """Load base and data, and check that the method can serve these clients."""
     torch.set_num_threads(config.run.threads)
-    rows_of(config)
+    variants_of(config)
     if not config.data.source:
         raise ConfigError(
-            "data.source is empty: here the data are the organisations': `fedamole server` runs it, "
-            "`fedamole plan --without-data` plans it"
+            "data.source is empty, as in a deployment, where each organisation has its own data: use `fedamole server` "
+            "to run it, `fedamole plan --without-data` to plan it"
         )
     federation = load_federation(config.data, Path.cwd(), manifest)
     config.method.check(len(federation.shards))
     base = load_base(config.base, torch.device(config.run.device), Path.cwd())
     check_length(config, base)
-    longest = config.training.max_length
-    clients = {shard.client: client_data(shard, base.tokenizer, longest) for shard in federation.shards}
+    max_length = config.training.max_length
+    clients = {shard.client: client_data(shard, base.tokenizer, max_length) for shard in federation.shards}
     group = config.run.group or chosen_group(config, base, clients)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, group=group))
     return Prepared(config, base, federation, clients)
 
 
 def check_length(config: Config, base: Base) -> None:
-    """Refuse texts that, with the method's virtual tokens before them, are longer than the base's positions."""
-    longest, spec = config.training.max_length, config.method.spec()
+    """Raise ConfigError if the base has too few positions for `training.max_length` and the virtual tokens."""
+    max_length, spec = config.training.max_length, config.method.spec()
     virtual = spec.virtual_tokens if isinstance(spec, PromptSpec) else 0
-    if longest + virtual > base.max_positions:
-        what = f" and method.virtual_tokens = {virtual}" if virtual else ""
+    if max_length + virtual > base.max_positions:
+        prompt = f" and method.virtual_tokens = {virtual}" if virtual else ""
         raise ConfigError(
-            f"training.max_length = {longest}{what}: this base has {base.max_positions} positions; "
+            f"training.max_length = {max_length}{prompt}: this base has {base.max_positions} positions; "
             f"lower {'one of them' if virtual else 'it'}"
         )
 
 
 def start(config: Config, folder: Path, listener: ProgressListener) -> dict[str, Any]:
-    """Run a config in a new folder; return the summary."""
+    """Run a config in a new folder and return the summary."""
     RunFolder(folder).refuse_existing()
     prepared = prepare(resolved(config, folder.resolve()))
     config = prepared.config
@@ -144,16 +148,16 @@ def start(config: Config, folder: Path, listener: ProgressListener) -> dict[str,
 
 
 def resume(path: Path, listener: ProgressListener, base: str | None = None) -> dict[str, Any]:
-    """Continue a run from its last intact checkpoint; return the summary.
+    """Continue a run from its last intact checkpoint and return the summary.
 
-    `base` names a copy of the run's base (a folder or a hub id) if it is no longer where the run's config says; see
-    `record_base`. Raises BaseModelError if the base is missing or is another one.
+    `base` names a copy of the run's base (a folder or a hub id) if the one in the config is gone; see `record_base`.
+    Raises BaseModelError if the base is missing or has other weights.
     """
     folder = RunFolder.open(path)
     if folder.kind != "simulation":
         raise RunError(
-            f"{path} is the {folder.kind}'s part of a deployment: `fedamole server --resume FOLDER` at the "
-            "coordinator goes on with it, and clients follow by themselves"
+            f"{path} is the {folder.kind}'s part of a deployment: continue it with `fedamole server --resume FOLDER` "
+            "at the coordinator; clients need no command"
         )
     if base is not None:
         record_base(folder, base)
@@ -189,40 +193,40 @@ def refuse_missing_base(config: Config, path: Path) -> None:
 def reads_outside(
     config: Config, folder: Path, sources: Collection[str] | None = None, base: bool = True
 ) -> tuple[str, ...]:
-    """What a run's config makes a command read that lies outside the run's folder, as words for people.
+    """Describe what a command reads outside the run's folder because of the run's config, one text for each.
 
-    `sources` are the names of the sources that are read (left out: all), and `base` whether the config's base is.
+    `sources` are the names of the data sources that are read (None: all); `base` says whether the base is.
     """
-    found, top = [], os.path.realpath(folder)
+    outside, top = [], os.path.realpath(folder)
 
-    def name(what: str, path: str) -> None:
+    def add(kind: str, path: str) -> None:
         real = os.path.realpath(path)
         if os.path.commonpath([top, real]) != top:
-            found.append(f"{what} {real}")
+            outside.append(f"{kind} {real}")
 
     model = config.base.model
     if base and model != BUNDLED and (model.startswith("/") or Path(model).is_dir()):
-        name("base", model)
+        add("base", model)
     elif base and model != BUNDLED:
-        found.append(f"base {model} of the Hugging Face hub")
+        outside.append(f"base {model} of the Hugging Face hub")
     for source in config.data.source:
         if sources is None or source.name in sources:
             for path in (source.path, source.test):
                 if path is not None:
-                    name("data", path)
+                    add("data", path)
             if source.hub is not None:
-                found.append(f"data set {source.hub} of the Hugging Face hub")
-    return tuple(dict.fromkeys(found))
+                outside.append(f"data set {source.hub} of the Hugging Face hub")
+    return tuple(dict.fromkeys(outside))
 
 
 def worker_of(config: Config, bank: Bank, folder: RunFolder) -> Worker:
-    """What trains and scores clients on a base, and keeps what is private to them in a folder."""
-    rows = rows_of(config)
-    return Worker(bank, config.method, rows, config.training, config.evaluation, folder, config.run.seed)
+    """Return the worker that trains and scores clients on a base; their private states are in `folder`."""
+    variants = variants_of(config)
+    return Worker(bank, config.method, variants, config.training, config.evaluation, folder, config.run.seed)
 
 
 def server_of(config: Config, base: Base, clients: Sequence[ClientInfo] = ()) -> Server:
-    """What a method's server side is told: the base's sizes, the seed, and the clients that are known by now."""
+    """Return the `Server` that the server's half of a method works with before round 0."""
     rounds = config.federation.rounds
     return Server(base.shapes, tuple(clients), config.run.seed, 0, base.width, base.embedding_std, rounds=rounds)
 
@@ -235,7 +239,7 @@ def loop_of(
     listener: ProgressListener,
     metrics_sink: MetricsSink | None = None,
 ) -> Loop:
-    """The federated loop of a config, the same over every engine."""
+    """Return the round loop of a config over an engine."""
     config = settled(config, engine.deployed)
     federation, evaluation = config.federation, config.evaluation
     if engine.deployed:
@@ -244,7 +248,7 @@ def loop_of(
     assert evaluation.best_round != "auto"
     return Loop(
         config.method,
-        rows_of(config),
+        variants_of(config),
         engine,
         server,
         federation,
@@ -269,14 +273,14 @@ def _run(prepared: Prepared, folder: RunFolder, listener: ProgressListener) -> d
 
 
 def plan(config: Config) -> Plan:
-    """Work out sizes, feasibility, parameters, traffic and memory of a run without running anything."""
+    """Return sizes, feasibility, parameters, traffic and memory of a run without running it."""
     prepared = prepare(resolved(config, wanted_folder(config)))
     return planned(prepared.config, prepared.base, prepared.clients)
 
 
 def plan_without_data(config: Config) -> PlanWithoutData:
-    """Work out the same for a GPU from the config alone: no data are opened, no base is loaded, nothing is fetched."""
-    rows_of(config)
+    """Return the same for a GPU from the config alone: no data are read, no base is loaded, nothing is downloaded."""
+    variants_of(config)
     clients, assumed = clients_without_data(config.data, Path.cwd(), config.deployment.clients)
     config.method.check(len(clients))
     base = weightless_base(config.base, Path.cwd())

@@ -14,10 +14,10 @@ from fedamole.data.manifest import read_manifest
 from fedamole.data.partition import numbered
 from fedamole.data.settings import DataSettings, SourceSettings
 from fedamole.errors import ConfigError
+from fedamole.federation.client_data import ClientData
 from fedamole.federation.local import TOKENS_AT_ONCE
 from fedamole.federation.method import Client, ClientInfo, Server, TrainingResult
 from fedamole.federation.record import pack
-from fedamole.federation.worker import ClientData
 from fedamole.model.base import Base
 from fedamole.model.memory import HEADROOM, free_bytes, group_bytes, used_bytes
 from fedamole.model.params import Adapter, Shapes

@@ -209,8 +209,8 @@ def test_bytes_in_the_metrics_are_the_bytes_packed(name: str, runs: Any, tmp_pat
     weighed: dict[tuple[int, str], tuple[int, int]] = {}
 
     class Scales(InProcess):
-        def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, UpdateResult]:
-            answers = super().update(round_, messages)
+        def update(self, round_: int, messages: Mapping[str, bytes], exchange: int = 0) -> dict[str, UpdateResult]:
+            answers = super().update(round_, messages, exchange)
             for client, message in messages.items():
                 weighed[round_, client] = len(message), len(answers[client].payload or b"")
             return answers
@@ -262,7 +262,7 @@ def test_tokens_are_those_that_go_through_the_base(name: str, runs: Any, tmp_pat
     engine = InProcess(worker, prepared.clients, ProgressListener(), 1)
     assert worker.bank.packs
     seen: dict[tuple[str, int, str], dict[str, int]] = {}
-    update, present = worker.update, worker._present
+    update, present = worker.update, worker.evaluator._current_model
 
     def count(_: Any, __: Any, options: Any) -> None:
         passed["backward_tokens" if torch.is_grad_enabled() else "forward_tokens"] += options["input_ids"].numel()
@@ -280,7 +280,8 @@ def test_tokens_are_those_that_go_through_the_base(name: str, runs: Any, tmp_pat
         return model
 
     base.model.register_forward_pre_hook(count, with_kwargs=True)
-    vars(worker).update(update=counted_update, _present=counted_present)
+    vars(worker).update(update=counted_update)
+    vars(worker.evaluator).update(_current_model=counted_present)
     loop_of(config, engine, server_of(config, base, engine.clients), folder, ProgressListener()).run()
     lines = {
         (line["split"], line["round"], line["client"]): line
@@ -421,7 +422,7 @@ def test_a_round_without_any_reply_changes_nothing(name: str, shop: Shop, replie
     method, state, _, _ = replied(name)
     asked: list[set[str]] = []
 
-    def nobody(operation: str, messages: Mapping[str, Any]) -> Mapping[str, Any]:
+    def nobody(messages: Mapping[str, Any]) -> Mapping[str, Any]:
         asked.append(set(messages))
         return {}
 

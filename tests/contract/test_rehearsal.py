@@ -29,8 +29,8 @@ class Checked(InProcess):
     def rehearse_with(self, method: Any, server: Server) -> None:
         self.method, self.server, self.seen = method, server, list[Any]()
 
-    def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, UpdateResult]:
-        answers = super().update(round_, messages)
+    def update(self, round_: int, messages: Mapping[str, bytes], exchange: int = 0) -> dict[str, UpdateResult]:
+        answers = super().update(round_, messages, exchange)
         server = dataclasses.replace(self.server, round=round_)
         for info in self.clients:
             wanted = dry_run(self.method, server, info, unpack(self.method.records.message, messages[info.name]))

@@ -17,9 +17,10 @@ from fedamole.deployment.shared_config import shared_tables
 from fedamole.engine.in_process import InProcess
 from fedamole.engine.messages import Request, read_request
 from fedamole.engine.remote import Remote
-from fedamole.experiment import loop_of, prepare, resolved, rows_of, server_of, worker_of
+from fedamole.experiment import loop_of, prepare, resolved, server_of, variants_of, worker_of
+from fedamole.federation.evaluator import Scores
 from fedamole.federation.progress import ProgressListener
-from fedamole.federation.worker import Scores, UpdateResult
+from fedamole.federation.worker import UpdateResult
 from fedamole.model.bank import Bank
 from fedamole.model.base import load_base
 from fedamole.runs.run_folder import RunFolder
@@ -129,7 +130,9 @@ class Town:
         self.identity = base.identity
         self.server = server_of(config, base)
         tables = shared_tables(config, base.identity)
-        return Remote(self.link, config.method, rows_of(config), self.server, run, tables, config.deployment, listener)
+        return Remote(
+            self.link, config.method, variants_of(config), self.server, run, tables, config.deployment, listener
+        )
 
     def run(self, resumed: bool = False, calendar: Calendar | None = None) -> dict[str, Any]:
         config, self.link.calendar = self.config, calendar or Calendar()
@@ -180,8 +183,10 @@ class Scripted(InProcess):
     def wait_for_clients(self) -> list[str]:
         return [name for name in sorted(self.data) if name not in self.calendar.away]
 
-    def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, UpdateResult]:
-        return super().update(round_, {n: messages[n] for n in messages if n not in self.lost.get(round_, ())})
+    def update(self, round_: int, messages: Mapping[str, bytes], exchange: int = 0) -> dict[str, UpdateResult]:
+        return super().update(
+            round_, {n: messages[n] for n in messages if n not in self.lost.get(round_, ())}, exchange
+        )
 
     def evaluate(self, round_: int, row: str, messages: Mapping[str, bytes | None]) -> dict[str, Scores]:
         return super().evaluate(round_, row, {n: messages[n] for n in messages if n not in self.calendar.away})

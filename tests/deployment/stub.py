@@ -87,7 +87,7 @@ def run(folder: Path, link: Stub, rounds: int = 1) -> dict[str, Any]:
     run_folder = RunFolder.create(folder, "", "{}", "fedit", IDENTITY, "server", "run1")
     loop = Loop(
         FedIT(rank=2, weighting="examples"),
-        there.rows,
+        there.variants,
         there,
         there.server,
         FederationSettings(rounds),

@@ -88,7 +88,7 @@ def test_a_killed_server_goes_on_to_the_same_states_and_a_killed_worker_comes_ba
         working(worker)
         killed(worker)
         line = there.failed("mood", ROUND, since=struck)
-        assert line["failed"] == "its worker stopped or is not there"
+        assert line["failed"] == "its worker process stopped or is not running"
         assert round_ <= line["round"] <= round_ + 3, "rounds go on while the worker is looked for"
         clients["mood"].says("the worker has ended; starting it again", 10)
         ended = there.event("done", ROUND, since=struck, round=line["round"])
@@ -97,7 +97,7 @@ def test_a_killed_server_goes_on_to_the_same_states_and_a_killed_worker_comes_ba
         assert {one["client"]: one.get("failed") for one in trains} == {
             "chat": None,
             "entail": None,
-            "mood": "its worker stopped or is not there",
+            "mood": "its worker process stopped or is not running",
         }
 
         assert server.interrupt() == 130
@@ -305,7 +305,7 @@ def doubtful(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[S
         yield there
 
 
-REFUSED = "its answer is damaged or not what was asked for"
+REFUSED = "its answer is damaged or does not fit the request"
 
 
 @pytest.mark.faults
@@ -317,9 +317,13 @@ REFUSED = "its answer is damaged or not what was asked for"
         ("wrong shape", REFUSED, "was expected"),
         ("foreign expert", REFUSED, "refused: "),
         ("truncated", REFUSED, "refused: "),
-        ("too large", "its answer is larger than it may be", "bytes where at most"),
-        ("raise", "an unexpected error; see its own log", ""),
-        ("full disk", "its worker stopped or is not there", ""),  # nothing leaves that is not in the audit log
+        ("too large", "its answer is larger than allowed", "bytes where at most"),
+        ("raise", "an unexpected error; see the client's log", ""),
+        (
+            "full disk",
+            "its worker process stopped or is not running",
+            "",
+        ),  # nothing leaves that is not in the audit log
         ("slow", "no answer in time", ""),
     ],
 )
@@ -378,14 +382,14 @@ def test_a_client_that_cannot_use_its_data_or_base_cannot_join_until_they_are_me
     def logged(text: str) -> None:
         wait_until(lambda: text in doubtful.log(), STARTING, text, doubtful.told)
 
-    logged("did not join: it cannot use its data; see its own log")
+    logged("did not join: it cannot use its data; see the client's log")
     assert "Ann" not in doubtful.log()
     plain.says("patient", 5)  # its own log names the columns
     assert "Traceback" not in plain.text
     assert plain.interrupt() == 0
     data.write_text((doubtful.tiny / "plain.jsonl").read_text())
     plain = doubtful.client("plain", *words)
-    logged("did not join: it cannot use the base model; see its own log")
+    logged("did not join: it cannot use the base model; see the client's log")
     assert "Traceback" not in plain.text
     assert plain.interrupt() == 0
     doubtful.event("done", ROUND, since=time.time())
@@ -419,7 +423,9 @@ def test_a_disk_that_is_full(doubtful: Site) -> None:
         with pytest.raises(OSError, match="No space left"):
             fill(filling)
         line = doubtful.failed("mood", ROUND, since=now)
-        assert line["failed"] == "its worker stopped or is not there", "nothing leaves that is not in the audit log"
+        assert line["failed"] == "its worker process stopped or is not running", (
+            "nothing leaves that is not in the audit log"
+        )
         assert small.process.poll() is None
         filling.unlink()
         doubtful.trained("mood", ROUND, since=time.time())

@@ -430,7 +430,7 @@ def test_the_test_split_is_answered_once(asks: Any, client: Any, caplog: Any) ->
     assert ask(host, server.update(1, 0, plus=0.3)).failed is None
     assert ask(host, evaluated).failed is None
     assert host.seat is not None
-    fresh = host.seat.worker.test_last([host.seat.data], "fedit")["north"]
+    fresh = host.seat.worker.evaluator.test_last([host.seat.data], "fedit")["north"]
     again = ask(host, Request(RUN_ID, 1, TEST, last=1, best={"fedit": 1}))
     assert again == replace(first, round=1)
     assert again.scores["fedit/last"] != fresh, "another model has another score, which is not told"

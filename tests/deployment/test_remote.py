@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from fedamole.engine import remote
+from fedamole.engine import link as timing
 from fedamole.engine.messages import EVALUATE, FAILURES, JOIN, TEST, UPDATE, Reply, Request
 from fedamole.experiment import loop_of
-from fedamole.federation import worker
+from fedamole.federation import client_state
 from fedamole.federation.method import ClientInfo
 from fedamole.federation.record import pack, unpack
 from fedamole.runs.run_files import BASE, MAJORITY
@@ -58,8 +58,8 @@ def states(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def settle(tiny: Path, tmp_path: Path, monkeypatch: Any) -> Any:
-    monkeypatch.setattr(remote, "SOON", 0.01)
-    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    monkeypatch.setattr(timing, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(timing, "POLL_SECONDS", 0.01)
 
     def make(method: str, *overrides: str, folder: str = ".") -> Town:
         return town(tiny / "config.toml", tmp_path / folder, *small(method), *overrides)
@@ -171,7 +171,7 @@ def test_rounds_that_did_not_count_are_undone(
         if asked(there, "mood", UPDATE)[-1] == 1 and failing.pop("memory", ""):
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(worker, "write_atomic", full_once)
+    monkeypatch.setattr(client_state, "write_atomic", full_once)
     there.link.hosts[there.link.node("mood")].listener.step = short_once
     there.link.meddle = lambda name, request, answer: (
         "no_answer" if (name, request.round, request.operation) == ("chat", 1, UPDATE) else answer

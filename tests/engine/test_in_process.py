@@ -13,13 +13,14 @@ from tests.training import lora_spec
 
 from fedamole.engine.in_process import InProcess
 from fedamole.errors import FedamoleError
-from fedamole.experiment import prepare, rows_of, worker_of
+from fedamole.experiment import prepare, variants_of, worker_of
+from fedamole.federation.client_state import PrivateState
 from fedamole.federation.local import embed
-from fedamole.federation.method import Client, Server, TrainingRequest, TrainingResult
+from fedamole.federation.method import Client, Evaluates, Server, TrainingRequest, TrainingResult
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing, pack, unpack
-from fedamole.federation.worker import Private, Worker
+from fedamole.federation.worker import Worker
 from fedamole.methods.fedamole import FedAmole, TrainedExperts
 from fedamole.methods.fedit import FedIT, GlobalLora
 from fedamole.methods.local_only import LocalOnly, OwnLora
@@ -88,11 +89,14 @@ class Diary(ProgressListener):
         self.groups.append(list(names))
 
 
-def engine(runs: Any, folder: Path, method: Any, group: int) -> tuple[InProcess, dict[str, bytes], Diary]:
+def engine(
+    runs: Any, folder: Path, method: Any, group: int, variants: dict[str, Evaluates] | None = None
+) -> tuple[InProcess, dict[str, bytes], Diary]:
     config = replace(runs.load("fedit"), method=method)
     prepared = prepare(config)
     run = RunFolder.create(folder, "", "", "fedit", prepared.base.identity)
-    worker = Worker(Bank(prepared.base), method, rows_of(config), config.training, config.evaluation, run, 0)
+    variants = variants or variants_of(config)
+    worker = Worker(Bank(prepared.base), method, variants, config.training, config.evaluation, run, 0)
     diary = Diary()
     clients = InProcess(worker, prepared.clients, diary, group)
     state = method.init(Server(prepared.base.shapes, clients.clients, 0))
@@ -215,7 +219,9 @@ def test_adapters_of_different_kinds_in_one_group(runs: Any, tmp_path: Path, mon
         scores = clients.evaluate(0, "fedit", dict.fromkeys(messages)), clients.test("fedit", best=False)
         ranks = {}
         for name in answers:
-            state = unpack(Private, (tmp_path / f"run{group}/clients/{name}/state/round-0000.safetensors").read_bytes())
+            state = unpack(
+                PrivateState, (tmp_path / f"run{group}/clients/{name}/state/round-0000.safetensors").read_bytes()
+            )
             assert state.trained is not None
             ranks[name] = lora_spec(state.trained.spec).rank
         found.append([reports, *scores])
@@ -227,8 +233,7 @@ def test_adapters_of_different_kinds_in_one_group(runs: Any, tmp_path: Path, mon
 
 def test_clients_without_an_adapter_are_scored_on_the_bare_base(runs: Any, tmp_path: Path) -> None:
     """Before any round nobody has a model of his own: a group of bare bases, beside the bare row itself."""
-    clients, messages, _ = engine(runs, tmp_path / "run", replace(SMALL), 4)
-    clients.worker.rows = {"fedit": "pre_aggregation"}
+    clients, messages, _ = engine(runs, tmp_path / "run", replace(SMALL), 4, {"fedit": "pre_aggregation"})
     clients.update(0, {name: message for name, message in messages.items() if name in ("chat", "mood")})
     scores = clients.evaluate(0, "fedit", dict.fromkeys(messages))
     bare = clients.score_base("validation", clients.wait_for_clients())

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from tests.deployment.stub import NAMES, SHAPES, Answers, Stub, engine, honest, run
 
-from fedamole.engine import remote
-from fedamole.engine.messages import EVALUATE, FAILURES, JOIN, TEST, UPDATE, Request, failure
+from fedamole.engine import link as timing
+from fedamole.engine.messages import EVALUATE, FAILURES, JOIN, RETRIABLE, TEST, UPDATE, Request, failure
 from fedamole.errors import RunError
 from fedamole.federation.method import Server
 from fedamole.federation.progress import ProgressListener
@@ -20,24 +20,24 @@ from fedamole.methods.fedit import FedIT
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: Any) -> None:
-    monkeypatch.setattr(remote, "SOON", 0.02)
-    monkeypatch.setattr(remote, "PAUSE", 0.005)
+    monkeypatch.setattr(timing, "RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(timing, "POLL_SECONDS", 0.005)
 
 
 def test_a_name_that_is_taken_or_not_on_the_roster(caplog: Any) -> None:
     link = Stub(registered={1: "ann", 2: "ann", 3: "mallory", 4: "bob"})
     there = engine(link)
     assert there.wait_for_clients() == ["ann", "bob"]
-    assert {name: member.node for name, member in there.members.items()} == {"ann": 1, "bob": 4}
+    assert {name: member.node for name, member in there.membership.members.items()} == {"ann": 1, "bob": 4}
     assert "there is another ann, which is online" in caplog.text
     assert "mallory is refused: its name is not one of deployment.clients" in caplog.text
     asked = len(link.asked)
     there.wait_for_clients()
     assert len(link.asked) == asked, "those that were refused are left in peace for a while"
     del link.registered[1]
-    there._refused.clear()
+    there.membership._refused_until.clear()
     assert there.wait_for_clients() == ["ann", "bob"]
-    assert there.members["ann"].node == 2
+    assert there.membership.members["ann"].node == 2
 
 
 def test_an_unregistered_node_says_who_it_is() -> None:
@@ -51,8 +51,8 @@ def test_example_counts_weigh_and_are_kept(tmp_path: Path) -> None:
     there = engine(link)
     there.wait_for_clients()
     link.answers = lambda name, request: pack(failure(request, name, "not_joined"))
-    there._exchange({"ann": Request("run1", 0, EVALUATE, "fedit")}, {"ann": 10**6})
-    assert "ann" not in there.members
+    there._send_and_wait({"ann": Request("run1", 0, EVALUATE, "fedit")}, {"ann": 10**6})
+    assert "ann" not in there.membership.members
     assert [client.examples for client in there.clients] == [9, 9, 9]
 
 
@@ -78,7 +78,7 @@ def test_too_few_are_waited_for(caplog: Any) -> None:
 
 def test_at_first_all_are_waited_for_a_while_also_after_a_restart() -> None:
     there = engine(Stub(registered={0: "ann", 1: "bob"}), gathering=0.15)
-    there.restore({}, {"ann": 0, "bob": 0, "eve": 0}, {})
+    there.restore({}, {"ann": (0, 0), "bob": (0, 0), "eve": (0, 0)}, {})
     began = time.monotonic()
     assert there.wait_for_clients() == ["ann", "bob"]
     assert time.monotonic() - began >= 0.14
@@ -94,15 +94,15 @@ def message() -> bytes:
 def test_a_server_that_goes_on_tells_best_rounds_and_what_counted_last() -> None:
     link = Stub()
     there = engine(link)
-    there.restore({"ann": {"fedit": 3}, "bob": {"fedit": 2}}, {"ann": 4, "bob": 2}, {"ann": 7})
+    there.restore({"ann": {"fedit": 3}, "bob": {"fedit": 2}}, {"ann": (4, 0), "bob": (2, 1)}, {"ann": 7})
     there.wait_for_clients()
     there.update(5, dict.fromkeys(NAMES, message()))
-    told = [(request.best, request.last) for _, request in link.asked if request.operation == UPDATE]
-    assert told == [({"fedit": 3}, 4), ({"fedit": 2}, 2), ({}, -1)]
+    told = [(r.best, r.last, r.last_exchange) for _, r in link.asked if r.operation == UPDATE]
+    assert told == [({"fedit": 3}, 4, 0), ({"fedit": 2}, 2, 1), ({}, -1, 0)]
     there.save_best("fedit", 5, ["ann", "eve"])
     there.evaluate(5, "fedit", dict.fromkeys(NAMES, message()))
-    told = [(request.best, request.last) for _, request in link.asked[-3:]]
-    assert told == [({"fedit": 5}, 5), ({"fedit": 2}, 5), ({"fedit": 5}, 5)]
+    told = [(r.best, r.last, r.last_exchange) for _, r in link.asked[-3:]]
+    assert told == [({"fedit": 5}, 5, 0), ({"fedit": 2}, 5, 0), ({"fedit": 5}, 5, 0)]
 
 
 def test_failures_that_can_pass_are_asked_again_but_not_without_a_pause() -> None:
@@ -137,7 +137,7 @@ def test_a_failure_that_never_passes_ends_the_run_after_patience(code: str) -> N
     assert 4 <= link.count(UPDATE) <= 1 + 2 * (2 + 0.3 / 0.02)
 
 
-@pytest.mark.parametrize("code", sorted(set(FAILURES) - remote.TRY_AGAIN))
+@pytest.mark.parametrize("code", sorted(set(FAILURES) - RETRIABLE))
 def test_failures_that_cannot_pass_end_the_run_only_below_min_clients(code: str) -> None:
     def answers(failing: Collection[str]) -> Answers:
         return lambda name, request: (
@@ -216,27 +216,27 @@ class Slow(Stub):
 
 def test_a_join_that_takes_longer_than_the_pause_between_two_requests_counts(monkeypatch: Any) -> None:
     """As after a server's restart, when clients are still at a round's work: each answers every request too late."""
-    monkeypatch.setattr(remote, "LATER", 0.05)
+    monkeypatch.setattr(timing, "REFUSED_SECONDS", 0.05)
     link = Slow()
     link.seconds = 0.2
     there = engine(link, deadline=0.5, patience=0.6)
     assert there.wait_for_clients() == ["ann", "bob", "eve"]
     asked = len(link.asked)
-    assert 6 <= asked <= 3 * remote.JOINS
+    assert 6 <= asked <= 3 * timing.MAX_OPEN_JOINS
     time.sleep(0.25)
     assert there.wait_for_clients() == ["ann", "bob", "eve"], "the answers to the other requests do no harm"
     assert len(link.asked) == asked
 
 
 def test_a_node_has_few_open_requests_to_join(monkeypatch: Any) -> None:
-    monkeypatch.setattr(remote, "LATER", 0.01)
+    monkeypatch.setattr(timing, "REFUSED_SECONDS", 0.01)
     link = Stub(lambda name, request: None)
     there = engine(link, deadline=10.0, patience=0.2)
-    monkeypatch.setattr(remote, "REPEAT", 0.001)
+    monkeypatch.setattr(timing, "RESEND_AFTER", 0.001)
     with pytest.raises(RunError):
         there.wait_for_clients()
-    assert len(link.asked) == 3 * remote.JOINS
-    assert len(there._joining) == 3 * remote.JOINS
+    assert len(link.asked) == 3 * timing.MAX_OPEN_JOINS
+    assert len(there.membership._open_joins) == 3 * timing.MAX_OPEN_JOINS
 
 
 def test_the_number_of_examples_is_the_one_told_first(caplog: Any) -> None:
@@ -253,8 +253,8 @@ def test_the_number_of_examples_is_the_one_told_first(caplog: Any) -> None:
     there = engine(link)
     there.wait_for_clients()
     counts["ann"] = 10**9
-    there.members.pop("ann")
-    there._refused.clear()
+    there.membership.members.pop("ann")
+    there.membership._refused_until.clear()
     there.wait_for_clients()
     assert [client.examples for client in there.clients] == [9, 9, 9]
     assert "ann now says that it has 1000000000 training examples; the 9 of its first join count" in caplog.text

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 from tests.deployment.stub import EXAMPLES, IDENTITY, NAMES, SHAPES, Answers, Stub, honest, run
 
-from fedamole.engine import remote
+from fedamole.engine import link as timing
 from fedamole.engine.messages import (
     EVALUATE,
     JOIN,
@@ -40,8 +40,8 @@ SECRET = "Mrs Miller has the flu"
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: Any) -> None:
-    monkeypatch.setattr(remote, "SOON", 0.02)
-    monkeypatch.setattr(remote, "PAUSE", 0.005)
+    monkeypatch.setattr(timing, "RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(timing, "POLL_SECONDS", 0.005)
 
 
 def forged(reply: Reply, kind: str = "Reply", **fields: Any) -> bytes:
@@ -394,7 +394,7 @@ def test_requests_and_replies_survive_the_wire() -> None:
     )
     again = read_request(pack(request))
     assert tensor_as_bytes(again.message) == b"\x00\xffbytes"
-    assert (again.round, again.row, again.best, again.last, again.exchange) == (3, "fedit", {"fedit": 2}, 2, 15)
+    assert (again.round, again.variant, again.best, again.last, again.exchange) == (3, "fedit", {"fedit": 2}, 2, 15)
     assert tensor_as_bytes(bytes_as_tensor(None)) is None
 
 

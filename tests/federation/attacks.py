@@ -42,8 +42,8 @@ class Attacked(InProcess):
     def lie(self, kind: str, record: Any) -> None:
         self.kind, self.record = kind, record
 
-    def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, UpdateResult]:
-        answers = super().update(round_, messages)
+    def update(self, round_: int, messages: Mapping[str, bytes], exchange: int = 0) -> dict[str, UpdateResult]:
+        answers = super().update(round_, messages, exchange)
         if self.kind == "absent":
             del answers[LIAR]
         elif self.kind != "honest":

@@ -14,13 +14,13 @@ from tests.training import alone
 from torch import Tensor
 
 from fedamole.experiment import prepare, resume
+from fedamole.federation.client_state import PrivateState
 from fedamole.federation.local import DivergedError, LocalTask, _batches, _Group, embed
 from fedamole.federation.method import TrainingRequest
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import pack, unpack
 from fedamole.federation.settings import TrainingSettings
-from fedamole.federation.worker import Private
 from fedamole.methods.fedamole import FedAmole
 from fedamole.methods.fedit import FedIT, GlobalLora
 from fedamole.methods.local_only import OwnLora
@@ -292,11 +292,11 @@ def poisoned(crash: Any) -> Callable[[], Path]:
     def make() -> Path:
         folder: Path = crash("group_started", 3, "local_only")
         path = folder / "clients/mood/state/round-0000.safetensors"
-        private = unpack(Private, path.read_bytes())
-        kept = unpack(OwnLora, private.kept["record"].numpy().tobytes())
+        private = unpack(PrivateState, path.read_bytes())
+        kept = unpack(OwnLora, private.client_state["record"].numpy().tobytes())
         next(iter(kept.tensors.values()))[0, 0] = math.nan
         packed = torch.frombuffer(bytearray(pack(kept)), dtype=torch.uint8)
-        path.write_bytes(pack(Private({"record": packed}, private.trained)))
+        path.write_bytes(pack(PrivateState({"record": packed}, private.trained)))
         commit = folder / "checkpoints/round-0000.json"
         content = json.loads(commit.read_text())
         content["clients"][str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -366,7 +366,7 @@ def test_the_aggregate_is_over_those_that_did_not_diverge(runs: Any, facts: Any)
     assert sorted(path.parent.parent.name for path in folder.glob("clients/*/state/*")) == survivors
     trained = []
     for client in survivors:
-        private = unpack(Private, (folder / f"clients/{client}/state/round-0000.safetensors").read_bytes())
+        private = unpack(PrivateState, (folder / f"clients/{client}/state/round-0000.safetensors").read_bytes())
         assert private.trained is not None
         trained.append(private.trained.tensors)
     state = unpack(GlobalLora, (folder / "checkpoints/round-0000.safetensors").read_bytes())

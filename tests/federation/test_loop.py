@@ -5,13 +5,16 @@ Where the numbers matter, a scripted engine answers with losses written down her
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typing_extensions import override
 
+from fedamole.errors import RunError
 from fedamole.federation.loop import Loop
 from fedamole.federation.method import ClientInfo, Server
 from fedamole.federation.progress import ProgressListener
@@ -37,7 +40,7 @@ class Script:
     def clients(self) -> tuple[ClientInfo, ...]:
         return tuple(ClientInfo(name, 1) for name in NAMES)
 
-    def update(self, round_: int, messages: Mapping[str, bytes]) -> dict[str, UpdateResult]:
+    def update(self, round_: int, messages: Mapping[str, bytes], exchange: int = 0) -> dict[str, UpdateResult]:
         self.calls.append(("update", round_, tuple(messages)))
         there = [name for name in messages if name in self.losses[round_]]
         return {name: UpdateResult(pack(Nothing()), {"loss": 0.0, "steps": 1, "seconds": 0.0}) for name in there}
@@ -175,7 +178,7 @@ def test_an_engine_is_told_the_best_rounds_when_a_run_goes_on(best_round: str, t
     )
     summary = loop.run()
     wanted = {name: {"local_only": round_} for name, round_ in told.items()}
-    assert heard == [(wanted, {"a": 1, "b": 1}, {"a": 1, "b": 1})]
+    assert heard == [(wanted, {"a": (1, 0), "b": (1, 0)}, {"a": 1, "b": 1})]
     assert summary["rows"]["local_only"]["best_round"] == (told if best_round == "client" else 1)
 
 
@@ -251,13 +254,63 @@ def test_the_cohort_is_a_share_of_the_clients_drawn_anew(share: float, size: int
         select="loss",
         listener=ProgressListener(),
     )
-    drawn = [tuple(client.name for client in loop._cohort(round_, "abcd")) for round_ in range(30)]
+
+    def cohort(round_: int) -> tuple[str, ...]:
+        return tuple(client.name for client in loop._cohort(replace(loop.server, round=round_), None, "abcd"))
+
+    drawn = [cohort(round_) for round_ in range(30)]
     assert {len(cohort) for cohort in drawn} == {size}
-    assert all(list(cohort) == sorted(set(cohort)) for cohort in drawn)
-    assert drawn == [tuple(client.name for client in loop._cohort(round_, "abcd")) for round_ in range(30)]
+    assert all(list(names) == sorted(set(names)) for names in drawn)
+    assert drawn == [cohort(round_) for round_ in range(30)]
     if size < 4:
         assert len(set(drawn)) > 1
-        assert {name for cohort in drawn for name in cohort} == {"a", "b", "c", "d"}
+        assert {name for names in drawn for name in names} == {"a", "b", "c", "d"}
+
+
+@dataclass(frozen=True)
+class Chosen(LocalOnly):
+    """Selects clients by name, whatever is allowed."""
+
+    names: tuple[str, ...] = ()
+
+    @override
+    def select(self, server: Server, state: Any, available: Sequence[ClientInfo], count: int) -> Sequence[str]:
+        return self.names
+
+
+def play_chosen(folder: Path, *names: str) -> Script:
+    """One round with these clients; at most 1 of the 2 clients may be selected."""
+    engine = Script([{"a": 1.0, "b": 1.0}])
+    Loop(
+        Chosen(names=names),
+        {"local_only": "pre_aggregation"},
+        engine,
+        Server({}, engine.clients, 0),
+        FederationSettings(rounds=1, cohort=0.5),
+        RunFolder.create(folder, "", "{}", "local_only", Identity("w", "t", "x")),
+        select="loss",
+        listener=ProgressListener(),
+    ).run()
+    return engine
+
+
+def test_a_method_selects_its_clients(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert ("update", 0, (name,)) in play_chosen(tmp_path / name, name).calls
+
+
+@pytest.mark.parametrize(
+    ("names", "error"),
+    [
+        (("z",), r"Chosen.select: not available in round 0: z"),
+        (("a", "a"), r"Chosen.select: round 0: a client is selected twice: a, a"),
+        (("a", "b"), r"Chosen.select: 2 clients in round 0, not 1 to 1"),
+        ((), r"Chosen.select: 0 clients in round 0, not 1 to 1"),
+    ],
+)
+def test_a_selection_that_is_not_allowed_is_an_error(names: tuple[str, ...], error: str, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=error):
+        play_chosen(tmp_path / "run", *names)
 
 
 @pytest.mark.parametrize("method", ["local_only", "fedamole"])

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import torch
 
-from fedamole.federation.randomness import derived_seed, numpy_generator, torch_generator
+from fedamole.federation.randomness import derived_seed, exchange_seed, numpy_generator, torch_generator
 
 PLACES = list(itertools.product((0, 1), ("order", "orders", ""), ("a", "b", ""), (-1, 0, 1)))
 
@@ -22,6 +22,12 @@ def test_every_place_has_a_seed_of_its_own() -> None:
 def test_seeds_are_the_same_on_every_machine_and_day() -> None:
     """A stored value: changing the derivation would change every published run."""
     assert derived_seed(0, "pool") == 1516418688642551374
+
+
+def test_the_first_exchange_of_a_round_has_the_seed_of_the_run() -> None:
+    seeds = [exchange_seed(seed, exchange) for seed in (7, 8) for exchange in range(3)]
+    assert (seeds[0], seeds[3]) == (7, 8)
+    assert len(set(seeds)) == 6
 
 
 def test_generators_are_new_each_time_and_touch_nothing_global() -> None:

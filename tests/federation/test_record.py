@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
 
+from fedamole.federation.client_state import PrivateState
 from fedamole.federation.record import Nothing, PayloadError, non_finite, pack, unpack
-from fedamole.federation.worker import Private
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.params import Adapter
 from fedamole.model.prompt import PromptSpec
@@ -193,11 +193,11 @@ def test_the_first_tensor_that_is_not_finite_is_named() -> None:
 def test_a_private_state_with_and_without_an_adapter() -> None:
     spec = AdapterSpec(rank=3, dropout=0.25, dropout_kind="rank")
     kept = {"record": torch.frombuffer(bytearray(b"bytes"), dtype=torch.uint8)}
-    again = unpack(Private, pack(Private(kept, Adapter(spec, {"m/shared/A": torch.ones(3, 2)}))))
+    again = unpack(PrivateState, pack(PrivateState(kept, Adapter(spec, {"m/shared/A": torch.ones(3, 2)}))))
     assert again.trained is not None
     assert again.trained.spec == spec
-    assert again.kept["record"].numpy().tobytes() == b"bytes"
-    assert unpack(Private, pack(Private(kept, None))).trained is None
+    assert again.client_state["record"].numpy().tobytes() == b"bytes"
+    assert unpack(PrivateState, pack(PrivateState(kept, None))).trained is None
 
 
 @pytest.mark.parametrize("spec", [AdapterSpec(rank=3, router="mixer"), PromptSpec(5, mlp=True)])

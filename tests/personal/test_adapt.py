@@ -12,9 +12,9 @@ import torch
 
 from fedamole.assignment.relevance import choice_probabilities
 from fedamole.assignment.reverse_selection import Bounds, select
+from fedamole.federation.client_data import client_data
 from fedamole.federation.local import embed
 from fedamole.federation.record import unpack
-from fedamole.federation.worker import client_data
 from fedamole.methods.fedamole import Pool
 from fedamole.model.bank import Bank
 from fedamole.model.params import Adapter, expert_ids, expert_keys

@@ -54,7 +54,7 @@ class ProgressBars(ProgressListener):
 
     def client_done(self, round_: int, name: str, report: Mapping[str, Any]) -> None:
         """Show the client's loss."""
-        note = "failed" if "failed" in report else f"training loss {report['loss']:.3f}"
+        note = "failed" if "failed" in report else f"training loss {report['loss']:.3f}" if "loss" in report else "done"
         self.progress.update(self.steps, note=note)
 
     def stage(self, text: str) -> None:

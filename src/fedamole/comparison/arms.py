@@ -10,7 +10,7 @@ from typing import Any
 from fedamole.comparison.settings import ComparisonSettings
 from fedamole.config import Config, Table, merged, nearest, overridden, read_tables, to_config
 from fedamole.errors import ConfigError
-from fedamole.experiment import rows_of
+from fedamole.experiment import variants_of
 from fedamole.methods import METHODS
 from fedamole.received.names import not_on_windows
 
@@ -138,7 +138,7 @@ def arms_of(
         rows |= {other: configs[other].method_name for other, trained in seen_before.items() if trained == label}
         own = merged(asked[label], {"evaluation": {"pre_aggregation": len(rows) > 1}})
         config = _checked(own, f"{where} ({path}), method {label!r}")
-        if not set(rows.values()) <= set(rows_of(config)):
+        if not set(rows.values()) <= set(variants_of(config)):
             raise RuntimeError(f"{label}: rows {rows} are not those of its run")
         arms.append(Arm(scenario, rows, own))
     return arms
@@ -147,7 +147,7 @@ def arms_of(
 def _checked(tables: Table, where: str) -> Config:
     try:
         config = to_config(tables)
-        rows_of(config)
+        variants_of(config)
     except ConfigError as error:
         raise type(error)(f"{where}: {error}") from error
     return config

@@ -21,15 +21,23 @@ from fedamole.data.examples import Shard
 from fedamole.data.manifest import load_federation, read_manifest
 from fedamole.deployment.run_session import ClientSettings, Seat, Stored, counted_labels
 from fedamole.deployment.security.audit_log import AuditLog
-from fedamole.deployment.security.policy import Item, PolicyError, asked, asked_of_rows, refuse_breaches
+from fedamole.deployment.security.policy import (
+    Item,
+    PolicyError,
+    asked,
+    asked_of_rows,
+    refuse_breaches,
+    refuse_small_update,
+)
 from fedamole.deployment.shared_config import agreed_hash, own_tables
 from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, failure, read_request
 from fedamole.errors import BaseModelError, ConfigError, DataError, RunError
 from fedamole.experiment import check_length, resolved, worker_of
+from fedamole.federation.client_data import ClientData, client_data
+from fedamole.federation.evaluator import Scores
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import PayloadError, bytes_as_tensor, pack, tensor_as_bytes
 from fedamole.federation.summary import summarise
-from fedamole.federation.worker import ClientData, Scores, client_data
 from fedamole.files import new_folder, write_atomic
 from fedamole.model.bank import Bank
 from fedamole.model.base import load_base, named_base
@@ -97,7 +105,7 @@ class Host:
     def _logged(self, reply: Reply, request: Request, reason: str) -> bytes:
         """Pack a reply once its line is in the audit log."""
         packed = pack(reply)
-        self.audit.answered(packed, reply, request.row, reason)
+        self.audit.answered(packed, reply, request.variant, reason)
         return packed
 
     def _done(self, request: Request) -> tuple[Reply, str]:
@@ -156,7 +164,7 @@ class Host:
         self.listener.stage("scoring the untuned base on validation")
         about = {"examples": self._rows(seat.data), "base": seat.folder.about["base"], "device": seat.config.run.device}
         labels = {"labels": seat.labels} if seat.labels else {}
-        bare = seat.worker.score_base([seat.data], "validation")[seat.name]
+        bare = seat.worker.evaluator.score_base([seat.data], "validation")[seat.name]
         if all(line["round"] >= 0 for line in seat.folder.lines(METRICS)):
             seat.log([{"round": -1, "split": "validation", "method": BASE, **bare}])
         return Reply(request.run, request.round, JOIN, self.name, report={**about, **labels}, scores={BASE: bare})
@@ -308,8 +316,10 @@ class Host:
     def _update(self, seat: Seat, request: Request) -> Reply:
         """Train on the server's message, unless that was done already: then the answer is the one given before."""
         message = tensor_as_bytes(request.message) or b""
-        digest = hashlib.sha256(b"%d " % request.last + message).hexdigest()
-        path = seat.answer_path(request.round)
+        if request.exchange >= seat.config.method.exchanges():
+            raise PayloadError(f"a round of this method has at most {seat.config.method.exchanges()} exchanges")
+        digest = hashlib.sha256(b"%d %d " % (request.last, request.last_exchange) + message).hexdigest()
+        path = seat.answer_path(request.round, request.exchange)
         if (found := seat.stored(path)) is not None and found.digest == digest:
             log.info("round %d: asked again, answered as before", request.round)
             return found.reply
@@ -320,17 +330,22 @@ class Host:
         seat.keep(request)
         self.listener.round_started(request.round, seat.config.federation.rounds, [self.name])
         self.listener.group_started(request.round, [self.name])
-        answer = seat.worker.update([seat.data], request.round, {self.name: message}, self.listener.step)[self.name]
+        messages = {self.name: message}
+        result = seat.worker.update([seat.data], request.round, messages, request.exchange, self.listener.step)
+        answer = result[self.name]
         self.listener.client_done(request.round, self.name, answer.report)
-        line = {"round": request.round, "split": "train", "bytes_down": len(message)}
+        exchange = {"exchange": request.exchange} if request.exchange else {}
+        line = {"round": request.round, "split": "train", **exchange, "bytes_down": len(message)}
         seat.log([{**line, "bytes_up": len(answer.payload or b""), **answer.report}])
         if answer.payload is None:
             return failure(request, self.name, "diverged")
+        refuse_small_update(seat.config, answer.report["steps"], len(seat.data.train.rows), self.settings.policy)
         scores = {}
-        for row, kind in seat.worker.rows.items():
-            if kind == "pre_aggregation":
-                scores[row] = seat.worker.evaluate([seat.data], request.round, row, {self.name: None})[self.name]
-        seat.log_validation(request.round, scores)
+        evaluator = seat.worker.evaluator
+        for variant, moment in evaluator.variants.items():
+            if moment == "pre_aggregation":
+                scores[variant] = evaluator.evaluate([seat.data], request.round, variant, {self.name: None})[self.name]
+        seat.log_validation(request.round, scores, request.exchange)
         reply = Reply(
             request.run,
             request.round,
@@ -339,37 +354,36 @@ class Host:
             report=answer.report,
             scores=scores,
             reply=bytes_as_tensor(answer.payload),
+            exchange=request.exchange,
         )
         write_atomic(path, pack(Stored(digest, reply)))
-        for done in seat.done():
-            for old in done[:-KEPT]:
-                old.unlink()
+        seat.prune(KEPT)
         return reply
 
     def _evaluate(self, seat: Seat, request: Request) -> Reply:
         """Score a model that the server's message makes."""
-        row = request.row or ""
-        if seat.worker.rows.get(row) != "post_aggregation":
-            raise PayloadError(f"there is no model {row!r} to be scored after the aggregation")
+        variant, evaluator = request.variant or "", seat.worker.evaluator
+        if evaluator.variants.get(variant) != "post_aggregation":
+            raise PayloadError(f"there is no model {variant!r} to be scored after the aggregation")
         seat.count(EVALUATE, self.settings.policy.max_rounds)
         message = tensor_as_bytes(request.message)
-        found = seat.worker.evaluate([seat.data], request.round, row, {self.name: message})
-        seat.log_validation(request.round, {row: found[self.name]})
-        return Reply(request.run, request.round, EVALUATE, self.name, scores={row: found[self.name]})
+        scores = evaluator.evaluate([seat.data], request.round, variant, {self.name: message})[self.name]
+        seat.log_validation(request.round, {variant: scores})
+        return Reply(request.run, request.round, EVALUATE, self.name, scores={variant: scores})
 
     def _test(self, seat: Seat, request: Request) -> Reply:
         """Read the test split once, sum the run up, and write the model's card; later the first answer is repeated."""
         if (found := seat.stored(seat.tested)) is not None:
             log.info("test: asked again, answered as before")
             return replace(found.reply, round=request.round)
-        group, worker, results = [seat.data], seat.worker, dict[str, dict[str, Any]]()
+        group, evaluator, results = [seat.data], seat.worker.evaluator, dict[str, dict[str, Any]]()
         scores: dict[str, Scores] = {}
-        for row in worker.rows:
-            self.listener.stage(f"scoring {row} on test")
-            best, last = worker.test_best(group, row), worker.test_last(group, row)
-            results[row] = {"best_round": request.best.get(row), "best": best, "last": last}
-            scores |= {f"{row}/best": best[self.name], f"{row}/last": last[self.name]}
-        plain = {BASE: worker.score_base(group, "test"), MAJORITY: {self.name: worker.majority(seat.data)}}
+        for variant in evaluator.variants:
+            self.listener.stage(f"scoring {variant} on test")
+            best, last = evaluator.test_best(group, variant), evaluator.test_last(group, variant)
+            results[variant] = {"best_round": request.best.get(variant), "best": best, "last": last}
+            scores |= {f"{variant}/best": best[self.name], f"{variant}/last": last[self.name]}
+        plain = {BASE: evaluator.score_base(group, "test"), MAJORITY: {self.name: evaluator.majority(seat.data)}}
         for row, told in plain.items():
             results[row] = {"best_round": None, "best": told, "last": told}
             if row != MAJORITY or self.settings.policy.share_majority:

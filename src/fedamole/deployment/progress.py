@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fedamole.federation.progress import outcome
 from fedamole.terminal import Screen, printable
 
 Say = Callable[[str], None]
@@ -68,7 +69,7 @@ class Board:
 
     def _answered(self, line: dict[str, Any]) -> str:
         seen = self.clients.setdefault(line["client"], {})
-        result = f"failed: {line['failed']}" if "failed" in line else f"loss {line['loss']:.4f}"
+        result = outcome(line)
         seen.update(state=result, since=None, seconds=line.get("seconds"))
         return f"round {line['round'] + 1}  {line['client']}  {result}  {line.get('seconds', 0.0):.1f} s of its own"
 

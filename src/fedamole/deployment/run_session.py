@@ -14,10 +14,12 @@ from fedamole.data.settings import SourceSettings
 from fedamole.deployment.security.policy import PolicyError, PolicySettings
 from fedamole.engine.messages import LONGEST_LABEL, MOST_LABELS, Reply, Request, unpacked
 from fedamole.evaluation.personal import score_name
+from fedamole.federation.client_data import ClientData
+from fedamole.federation.evaluator import Scores
 from fedamole.federation.record import PayloadError
-from fedamole.federation.worker import ClientData, Scores, Worker
+from fedamole.federation.worker import Worker
 from fedamole.files import write_atomic
-from fedamole.runs.checkpoint import state_path
+from fedamole.runs.checkpoint import answer_path, files_by_round, round_and_exchange, state_path
 from fedamole.runs.run_folder import METRICS, RunFolder
 
 log = logging.getLogger(__name__)
@@ -84,9 +86,9 @@ class Seat:
         """Where its answer to the test lies, once it has been given."""
         return self.folder.client(self.name) / "test.safetensors"
 
-    def answer_path(self, round_: int) -> Path:
-        """Where its answer of a round lies."""
-        return self.folder.client(self.name) / "answers" / f"round-{round_:04d}.safetensors"
+    def answer_path(self, round_: int, exchange: int = 0) -> Path:
+        """File of its answer in an exchange of a round."""
+        return answer_path(self.folder, self.name, round_, exchange)
 
     def stored(self, path: Path) -> Stored | None:
         """The answer in a file, if there is one that can be read."""
@@ -97,9 +99,17 @@ class Seat:
             return None
 
     def done(self) -> tuple[list[Path], list[Path]]:
-        """Files of private states and of answers, each by round."""
+        """Files of private states and of answers, oldest first."""
         states, answers = state_path(self.folder, self.name, 0).parent, self.answer_path(0).parent
-        return sorted(states.glob("round-*.safetensors")), sorted(answers.glob("round-*.safetensors"))
+        return files_by_round(states, "safetensors"), files_by_round(answers, "safetensors")
+
+    def prune(self, rounds: int) -> None:
+        """Remove private states and answers of all but the last `rounds` rounds that have some."""
+        for paths in self.done():
+            kept = sorted({round_and_exchange(path)[0] for path in paths})[-rounds:]
+            for path in paths:
+                if round_and_exchange(path)[0] not in kept:
+                    path.unlink()
 
     def count(self, operation: str, most: int) -> None:
         """Count a piece of work before it is done; PolicyError where it is one more than `most`.
@@ -117,16 +127,17 @@ class Seat:
         write_atomic(path, json.dumps({**work, operation: work.get(operation, 0) + 1}))
 
     def undo(self, request: Request) -> None:
-        """Forget what was done in rounds after the last one that counted."""
+        """Remove what was done after the client's last update that counted."""
+        last = request.last, request.last_exchange
         for path in chain(*self.done()):
-            if int(path.stem.removeprefix("round-")) > request.last:
-                log.info("%s is undone: that round did not count", path.name)
+            if round_and_exchange(path) > last:
+                log.info("%s is undone: that update did not count", path.name)
                 path.unlink()
 
         def counts(line: dict[str, Any]) -> bool:
-            if line["split"] == "validation" and self.worker.rows.get(line["method"]) == "post_aggregation":
-                return (line["round"], line["method"] == request.row) < (request.round, True)
-            return bool(line["round"] <= request.last)
+            if line["split"] == "validation" and self.worker.variants.get(line["method"]) == "post_aggregation":
+                return (line["round"], line["method"] == request.variant) < (request.round, True)
+            return (line["round"], line.get("exchange", 0)) <= last
 
         self.folder.cut(METRICS, counts)
 
@@ -135,8 +146,8 @@ class Seat:
         path = self.folder.client(self.name) / "best.json"
         kept = self.folder.read_json(str(path.relative_to(self.folder.path))) if path.exists() else {}
         for row, round_ in request.best.items():
-            if row in self.worker.rows and kept.get(row) != round_:
-                self.worker.save_best(self.data, row)
+            if row in self.worker.variants and kept.get(row) != round_:
+                self.worker.evaluator.save_best(self.data, row)
                 kept[row] = round_
                 write_atomic(path, json.dumps(kept))
 
@@ -144,9 +155,10 @@ class Seat:
         """Add lines to the client's own metrics."""
         self.folder.append(METRICS, ({"round": line.pop("round"), "client": self.name, **line} for line in lines))
 
-    def log_validation(self, round_: int, scores: dict[str, Scores]) -> None:
-        """Add validation scores by row to the client's own metrics."""
-        self.log([{"round": round_, "split": "validation", "method": row, **one} for row, one in scores.items()])
+    def log_validation(self, round_: int, scores: dict[str, Scores], exchange: int = 0) -> None:
+        """Add validation scores by variant to the client's own metrics."""
+        line = {"round": round_, "split": "validation", **({"exchange": exchange} if exchange else {})}
+        self.log([{**line, "method": variant, **values} for variant, values in scores.items()])
 
 
 def counted_labels(config: Config, data: ClientData) -> dict[str, int]:

@@ -14,8 +14,9 @@ import torch
 from fedamole.config import load_config, load_run_config
 from fedamole.deployment.progress import Show
 from fedamole.deployment.shared_config import agreed_hash, shared_tables
-from fedamole.engine.remote import Link, Remote
-from fedamole.experiment import check_length, loop_of, refuse_missing_base, rows_of, server_of
+from fedamole.engine.link import Link
+from fedamole.engine.remote import Remote
+from fedamole.experiment import check_length, loop_of, refuse_missing_base, server_of, variants_of
 from fedamole.federation.progress import ProgressListener
 from fedamole.files import write_atomic
 from fedamole.model.base import load_base
@@ -104,16 +105,16 @@ def coordinate(link: Link, path: Path, show: Show | None = None) -> dict[str, An
     torch.set_num_threads(config.run.threads)
     names = sorted(config.deployment.clients)
     config.method.check(len(names))
-    rows = rows_of(config)
-    found = RunFolder.open(path) if (path / RUN).exists() else None
-    # If the base has moved, the run's folder records where it is. What clients are told stays as it was.
-    place = config if found is None else load_run_config(found)
-    refuse_missing_base(place, path)
-    base = load_base(place.base, torch.device("cpu"), Path.cwd())
+    variants = variants_of(config)
+    existing = RunFolder.open(path) if (path / RUN).exists() else None
+    # If the base has moved, the run's folder records where it is. Clients are still sent the settings of the config.
+    located = config if existing is None else load_run_config(existing)
+    refuse_missing_base(located, path)
+    base = load_base(located.base, torch.device("cpu"), Path.cwd())
     check_length(config, base)
-    if found is not None:
-        base.identity.check(Identity(**found.about["base"]), f"the run in {path}")
-        folder = found
+    if existing is not None:
+        base.identity.check(Identity(**existing.about["base"]), f"the run in {path}")
+        folder = existing
     else:
         manifest = json.dumps({"clients": names})
         folder = RunFolder.create(
@@ -130,5 +131,5 @@ def coordinate(link: Link, path: Path, show: Show | None = None) -> dict[str, An
         listener.say("agreed", hash=agreed_hash(tables))
         for sentence in exposure(config, len(names), (), server.shapes):
             listener.say("exposure", text=sentence)
-        engine = Remote(link, config.method, rows, server, folder.about["id"], tables, config.deployment, listener)
+        engine = Remote(link, config.method, variants, server, folder.about["id"], tables, config.deployment, listener)
         return loop_of(config, engine, server, folder, listener).run()

@@ -1,4 +1,4 @@
-"""The best round of a run: one for all clients, or each client's own."""
+"""The best round of a run by validation: one for all clients, or one for each client."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -6,61 +6,64 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 BestRound = Literal["mean", "client"]
-"""Whose validation chooses: the mean over the clients, one round for all; or each client's own."""
+"""How the best round is chosen. mean: one for all clients, by the mean over them. client: one for each, by its own."""
 
 
 @dataclass
-class Row:
-    """Progress of one scored model of a run, such as fedit and fedit_ft; the lowest value is the best."""
+class VariantProgress:
+    """Validation results of one variant, a scored model of a run such as fedit or fedit_ft.
+
+    The values that choose the best round are losses, or scores with the sign changed: lower is better.
+    """
 
     latest: dict[str, dict[str, float]]
-    """Validation of each client's present model; an absent client's stays, one that has never come has none."""
+    """Last validation scores by client; those of an absent client stay, a client that never joined has none."""
     best_round: int = -1
-    """Best round of all by the mean; -1 where there is none."""
+    """Best round by the mean over the clients; -1 for none."""
     best: float = math.inf
-    """Its value."""
+    """The mean value of that round."""
     own_rounds: dict[str, int] = field(default_factory=dict)
-    """Best round of each client that has one of its own."""
+    """Best round by client, where each has its own."""
     own_best: dict[str, float] = field(default_factory=dict)
-    """Its value."""
+    """The values of those rounds."""
 
-    def welcome(self, bare: Mapping[str, dict[str, float]], values: Mapping[str, float]) -> None:
-        """Count clients that come for the first time, and the values of the bare base, which was their model so far."""
+    def add_clients(self, base_scores: Mapping[str, dict[str, float]], values: Mapping[str, float]) -> None:
+        """Add clients that joined, with the scores and values of the untuned base, which was their model so far."""
         if self.best_round >= 0:
             total = self.best * len(self.latest) + sum(values.values())
             self.best = total / (len(self.latest) + len(values))
-        self.latest.update(bare)
+        self.latest.update(base_scores)
 
-    def best_of_all(self, round_: int, value: float) -> bool:
-        """Take in the mean over all clients of a round; return whether the round is the best so far."""
+    def update_mean(self, round_: int, value: float) -> bool:
+        """Record the mean value of a round over all clients; return whether it is the best round so far."""
         if self.best_round >= 0 and not value < self.best:
             return False
         self.best_round, self.best = round_, value
         return True
 
-    def best_of_clients(self, round_: int, values: Mapping[str, float]) -> list[str]:
-        """Take in the values of the clients that were scored in a round; return whose best round so far it is."""
+    def update_clients(self, round_: int, values: Mapping[str, float]) -> list[str]:
+        """Record the values of the clients scored in a round; return those for whom it is the best round so far."""
         names = [name for name in sorted(values) if name not in self.own_rounds or values[name] < self.own_best[name]]
         self.own_rounds |= dict.fromkeys(names, round_)
         self.own_best |= {name: values[name] for name in names}
         return names
 
     def best_rounds(self, clients: Iterable[str]) -> dict[str, int]:
-        """Best round of each of these clients that has one."""
+        """Return the best round of each of these clients that has one."""
         if self.best_round >= 0:
             return dict.fromkeys(clients, self.best_round)
         return {name: self.own_rounds[name] for name in clients if name in self.own_rounds}
 
 
 def best_round_of(row: Mapping[str, Any], client: str) -> int | None:
-    """Best round of a client in a row of summary.json; None where its model is the bare base."""
-    found: int | Mapping[str, int] | None = row["best_round"]
-    return found.get(client) if isinstance(found, Mapping) else found
+    """Return a client's best round from a row of summary.json; None if its model is the untuned base."""
+    best_round: int | Mapping[str, int] | None = row["best_round"]
+    return best_round.get(client) if isinstance(best_round, Mapping) else best_round
 
 
 def mean_best_round(row: Mapping[str, Any]) -> float:
-    """Best round of a row of summary.json, the mean where each client has its own; -1 where nobody has one."""
-    found: int | Mapping[str, int] = row["best_round"]
-    if isinstance(found, Mapping):
-        return sum(found.values()) / len(found) if found else -1.0
-    return float(found)
+    """Return the best round of a row of summary.json, averaged if each client has its own; -1 if no client has one."""
+    best_round: int | Mapping[str, int] = row["best_round"]
+    if isinstance(best_round, Mapping):
+        return sum(best_round.values()) / len(best_round) if best_round else -1.0
+    return float(best_round)

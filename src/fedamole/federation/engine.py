@@ -1,44 +1,52 @@
-"""The interface of engines: where clients run, in this process or on other machines."""
+"""The interface of engines: how the round loop reaches the clients, in this process or on other machines."""
 
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
+from fedamole.federation.evaluator import Scores
 from fedamole.federation.method import ClientInfo
-from fedamole.federation.worker import Scores, UpdateResult
+from fedamole.federation.worker import UpdateResult
+
+Answered = Mapping[str, tuple[int, int]]
+"""By client: round and exchange of its last update that counted."""
 
 
 class Engine(Protocol):
-    """Where clients run."""
+    """Runs clients. A variant is one scored model of a run, such as fedit or fedit_ft."""
 
     deployed: bool
-    """Whether clients are elsewhere, so that what they send and say is not trusted."""
+    """Whether clients run on other machines, so that their replies and reports are not trusted."""
 
     @property
     def clients(self) -> tuple[ClientInfo, ...]:
-        """All clients that may take part, in the order of their names."""
+        """All clients of the run, sorted by name."""
 
     def wait_for_clients(self) -> Collection[str]:
-        """Names of the clients that can be asked now; where too few are there, wait for them."""
+        """Return the names of the available clients; block until there are enough of them."""
 
-    def update(self, round_: int, messages: Mapping[str, bytes]) -> Mapping[str, UpdateResult]:
-        """Train a cohort, each on its own message; whoever does not answer is missing."""
+    def update(self, round_: int, messages: Mapping[str, bytes], exchange: int = 0) -> Mapping[str, UpdateResult]:
+        """Send a packed message to each client and return the results of their training.
 
-    def evaluate(self, round_: int, row: str, messages: Mapping[str, bytes | None]) -> Mapping[str, Scores]:
-        """Score the present models of some clients on validation."""
+        `exchange` is the index of the exchange within its round. Clients that do not answer in time are missing.
+        """
 
-    def save_best(self, row: str, round_: int, names: Collection[str]) -> None:
-        """Let these clients save their present model as their best so far, that of a round."""
+    def evaluate(self, round_: int, variant: str, messages: Mapping[str, bytes | None]) -> Mapping[str, Scores]:
+        """Score the current models of some clients on validation."""
 
-    def restore(
-        self, best: Mapping[str, Mapping[str, int]], answered: Mapping[str, int], examples: Mapping[str, int]
-    ) -> None:
-        """Told, when a run goes on, of each client: its best rounds by row, last answered round, number of examples."""
+    def save_best(self, variant: str, round_: int, names: Collection[str]) -> None:
+        """Save the current models of these clients, those of round `round_`, as their best so far."""
+
+    def restore(self, best: Mapping[str, Mapping[str, int]], answered: Answered, examples: Mapping[str, int]) -> None:
+        """Restore engine state on resume.
+
+        `best` holds the best round by client and variant, `examples` the number of training examples by client.
+        """
 
     def score_base(self, split: str, names: Collection[str]) -> Mapping[str, Scores]:
-        """Scores of the untuned base on these clients' split."""
+        """Score the untuned base on a split of these clients."""
 
     def majority(self) -> Mapping[str, Scores]:
-        """Scores of a constant answer on the clients' test splits."""
+        """Score the most frequent training answer on the clients' test splits."""
 
-    def test(self, row: str, best: bool) -> Mapping[str, Scores]:
-        """Scores on the clients' test splits of the best round's models, or of the last round's."""
+    def test(self, variant: str, best: bool) -> Mapping[str, Scores]:
+        """Score the models of the best round, or of the last round, on the clients' test splits."""

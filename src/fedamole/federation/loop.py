@@ -1,4 +1,4 @@
-"""The round loop: cohort, round, evaluate, log, checkpoint. It belongs to nobody: all methods run in this one."""
+"""The round loop, the same for all methods: select clients, run a round, evaluate, log, write a checkpoint."""
 
 import logging
 import math
@@ -7,16 +7,17 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
-from fedamole.federation.best import BestRound, Row
+from fedamole.errors import RunError
+from fedamole.federation.best import BestRound, VariantProgress
 from fedamole.federation.engine import Engine
+from fedamole.federation.evaluator import Scores
 from fedamole.federation.method import ClientInfo, Evaluates, Method, Server
 from fedamole.federation.progress import ProgressListener
-from fedamole.federation.randomness import numpy_generator
 from fedamole.federation.record import Packed, PayloadError, pack, unpack
 from fedamole.federation.robust import Robust
 from fedamole.federation.settings import FederationSettings
 from fedamole.federation.summary import summarise
-from fedamole.federation.worker import Scores, UpdateResult
+from fedamole.federation.worker import UpdateResult
 from fedamole.runs import checkpoint
 from fedamole.runs.run_files import BASE, MAJORITY
 from fedamole.runs.run_folder import ASSIGNMENT, METRICS, RunFolder
@@ -27,12 +28,12 @@ MetricsSink = Callable[[list[dict[str, Any]]], None]
 
 
 class Loop:
-    """One run of a method over an engine, into a folder."""
+    """One run of a method over an engine, written into a run folder."""
 
     def __init__(
         self,
         method: Method[Any, Any, Any, Any],
-        rows: Mapping[str, Evaluates],
+        variants: Mapping[str, Evaluates],
         engine: Engine,
         server: Server,
         settings: FederationSettings,
@@ -44,17 +45,19 @@ class Loop:
         robust: Robust | None = None,
         metrics_sink: MetricsSink | None = None,
     ) -> None:
-        """Assemble a run; `run` starts or continues it.
+        """Set up a run; `run` starts or resumes it.
 
-        `robust` is what replies go through before they are aggregated. Every line of
+        `variants` are the scored models of the run, such as fedit and fedit_ft. `select` names the validation value
+        that chooses the best round. Replies pass through `robust` before they are aggregated. Every line of
         metrics.jsonl also goes to `metrics_sink`.
         """
         self.method, self.engine, self.settings, self.folder = method, engine, settings, folder
         self.server, self.select, self.listener, self.metrics_sink = server, select, listener, metrics_sink
-        self.kinds = dict(rows)
+        self.variants = dict(variants)
         self.best_round, self.robust = best_round, robust or Robust("mean", 1.0, ())
-        self.rows: dict[str, Row] = {}
-        self.answered: dict[str, int] = {}
+        self.progress: dict[str, VariantProgress] = {}
+        self.answered: dict[str, tuple[int, int]] = {}
+        """By client: round and exchange of its last update that counted."""
 
     def run(self) -> dict[str, Any]:
         """Run all rounds that are not done yet and the final test; return the summary."""
@@ -64,161 +67,167 @@ class Loop:
         return self._finish()
 
     def _start(self) -> tuple[int, Any]:
-        found = checkpoint.load_latest(self.folder)
-        if found is not None:
-            saved, packed = found
-            self.rows = {row: Row(**progress) for row, progress in saved.progress["rows"].items()}
-            self.answered = dict(saved.progress.get("answered", {}))
-            self.robust.history = list(saved.progress.get("sizes", []))
-            best: dict[str, dict[str, int]] = {}
-            for row, one in self.rows.items():
-                for name, round_ in one.best_rounds(client.name for client in self.engine.clients).items():
-                    best.setdefault(name, {})[row] = round_
-            self.engine.restore(best, self.answered, saved.progress.get("examples", {}))
-            last = saved.round
-            self.folder.cut(METRICS, lambda line: line["round"] <= last and line["split"] != "test")
-            self.folder.cut(ASSIGNMENT, lambda line: line["round"] <= last)
-            return last + 1, unpack(self.method.records.state, packed)
+        """Return the next round and the server's state before it: the initial one, or that of the last checkpoint."""
+        latest = checkpoint.load_latest(self.folder)
+        if latest is not None:
+            return self._restore(*latest)
         for name in (METRICS, ASSIGNMENT):
             self.folder.cut(name, lambda line: False)
-        self.rows = {row: Row({}) for row in self.kinds}
-        self._welcome(-1)
+        self.progress = {variant: VariantProgress({}) for variant in self.variants}
+        self._score_new_clients(-1)
         return 0, self.method.init(self.server)
 
-    def _welcome(self, round_: int) -> Collection[str]:
-        """Score the bare base at the clients that come for the first time; return the names of all that are present.
+    def _restore(self, saved: checkpoint.Checkpoint, server_state: bytes) -> tuple[int, Any]:
+        progress, last = saved.progress, saved.round
+        self.progress = {variant: VariantProgress(**values) for variant, values in progress["rows"].items()}
+        self.answered = {name: (int(r), int(k)) for name, (r, k) in progress.get("answered", {}).items()}
+        self.robust.history = list(progress.get("sizes", []))
+        best: dict[str, dict[str, int]] = {}
+        for variant, validation in self.progress.items():
+            for name, round_ in validation.best_rounds(client.name for client in self.engine.clients).items():
+                best.setdefault(name, {})[variant] = round_
+        self.engine.restore(best, self.answered, progress.get("examples", {}))
+        self.folder.cut(METRICS, lambda line: line["round"] <= last and line["split"] != "test")
+        self.folder.cut(ASSIGNMENT, lambda line: line["round"] <= last)
+        return last + 1, unpack(self.method.records.state, server_state)
 
-        What a row has reached so far counts the bare base for a newcomer, as that was its model then.
+    def _score_new_clients(self, round_: int) -> Collection[str]:
+        """Score the untuned base at clients that join for the first time; return the names of the available clients.
+
+        Counts the untuned base as a new client's model in earlier rounds.
         """
-        present = self.engine.wait_for_clients()
+        available = self.engine.wait_for_clients()
         self.server = replace(self.server, clients=self.engine.clients)
-        known = next(iter(self.rows.values())).latest
-        newcomers = [name for name in present if name not in known]
-        if not newcomers:
-            return present
+        known = next(iter(self.progress.values())).latest
+        new = [name for name in available if name not in known]
+        if not new:
+            return available
         self.listener.stage("scoring the untuned base on validation")
-        bare = dict(self.engine.score_base("validation", newcomers))
-        self._log([self._line(round_, name, "validation", method=BASE, **scores) for name, scores in bare.items()])
-        for row in self.rows.values():
-            row.welcome(bare, {name: self._low(scores) for name, scores in bare.items()})
-        return present
+        base_scores = dict(self.engine.score_base("validation", new))
+        self._log(
+            [self._line(round_, name, "validation", method=BASE, **scores) for name, scores in base_scores.items()]
+        )
+        for validation in self.progress.values():
+            validation.add_clients(base_scores, {name: self._choice(scores) for name, scores in base_scores.items()})
+        return available
 
     def _round(self, round_: int, state: Any) -> Any:
-        cohort = self._cohort(round_, self._welcome(round_))
-        started = time.perf_counter()
+        available = self._score_new_clients(round_)
         server = replace(self.server, round=round_)
+        cohort = self._cohort(server, state, available)
+        started = time.perf_counter()
         self.listener.round_started(round_, self.settings.rounds, [client.name for client in cohort])
         self.folder.append(ASSIGNMENT, ({"round": round_, **line} for line in self.method.assignment_log(state)))
-        answered: set[str] = set()
-
-        def ask(operation: str, messages: Mapping[str, Any]) -> Mapping[str, Any]:
-            if operation != "update":
-                raise ValueError(f"operation {operation!r} is not one of: update")
-            packed = Packed(messages)
-            replies = self._replies(round_, packed, dict(self.engine.update(round_, packed)))
-            answered.update(replies)
-            return replies
-
-        state = self.method.round(server, state, cohort, ask)
+        exchanges = Exchanges(self, round_, [client.name for client in cohort])
+        state = self.method.round(server, state, cohort, exchanges)
         updated = time.perf_counter()
-        for row in self.kinds:
-            self._evaluate(round_, row, state, answered)
+        for variant in self.variants:
+            self._evaluate(round_, variant, state, exchanges.answered)
         evaluated = time.perf_counter()
         seconds = {"seconds_update": updated - started, "seconds_evaluate": evaluated - updated}
         self._log([self._line(round_, None, "round", cohort=[client.name for client in cohort], **seconds)])
-        self.answered.update(dict.fromkeys(answered, round_))
+        self.answered |= {name: (round_, exchange) for name, exchange in exchanges.answered.items()}
         progress = {
-            "rows": {row: asdict(progress) for row, progress in self.rows.items()},
+            "rows": {variant: asdict(validation) for variant, validation in self.progress.items()},
             "answered": self.answered,
             "sizes": self.robust.history,
             "examples": {client.name: client.examples for client in self.server.clients},
         }
-        # The commit comes last: a resumed run never writes the lines of a committed round again.
+        # Committing comes last, so a resumed run never writes the lines of a committed round again.
         checkpoint.save(self.folder, round_, pack(state), [client.name for client in self.server.clients], progress)
-        self.listener.round_done(round_, {row: self._value(row) for row in self.kinds})
+        self.listener.round_done(round_, {variant: self._mean(variant) for variant in self.variants})
         return state
 
-    def _cohort(self, round_: int, present: Collection[str]) -> list[ClientInfo]:
-        """Draw the cohort of a round from the clients that are there."""
-        there = [client for client in self.server.clients if client.name in present]
-        count = min(len(there), max(1, round(self.settings.cohort * len(self.server.clients))))
-        rng = numpy_generator(self.server.seed, "cohort", "server", round_)
-        chosen = set(rng.choice(len(there), count, replace=False).tolist())
-        return [client for place, client in enumerate(there) if place in chosen]
+    def _cohort(self, server: Server, state: Any, available: Collection[str]) -> list[ClientInfo]:
+        """Let the method select the clients of a round; RunError if its selection is not allowed."""
+        clients = [client for client in server.clients if client.name in available]
+        count = min(len(clients), max(1, round(self.settings.cohort * len(server.clients))))
+        names = list(self.method.select(server, state, clients, count))
+        method, unknown = type(self.method).__name__, sorted(set(names) - {client.name for client in clients})
+        if unknown:
+            raise RunError(f"{method}.select: not available in round {server.round}: {', '.join(unknown)}")
+        if len(set(names)) < len(names):
+            raise RunError(f"{method}.select: round {server.round}: a client is selected twice: {', '.join(names)}")
+        if not 1 <= len(names) <= count:
+            raise RunError(f"{method}.select: {len(names)} clients in round {server.round}, not 1 to {count}")
+        return [client for client in clients if client.name in names]
 
-    def _replies(self, round_: int, sent: Packed, answers: dict[str, UpdateResult]) -> dict[str, Any]:
-        """Unpack whoever answered, letting go of the payloads, and log what everybody did and what was clipped."""
+    def update(self, round_: int, exchange: int, messages: Mapping[str, Any]) -> dict[str, Any]:
+        """Send a message to each client; return the replies, clipped if the run does that, and log every update."""
+        packed = Packed(messages)
+        results = dict(self.engine.update(round_, packed, exchange))
         replies, lines = dict[str, Any](), dict[str, dict[str, Any]]()
-        for name in sorted(sent):
-            answer = answers.pop(name, UpdateResult(None, {"failed": "no answer in time"}))
-            size = len(answer.payload or b"")
-            if answer.payload is not None:
+        index = {"exchange": exchange} if exchange else {}
+        for name in sorted(packed):
+            result = results.pop(name, UpdateResult(None, {"failed": "no answer in time"}))
+            size = len(result.payload or b"")
+            if result.payload is not None:
                 try:
-                    replies[name] = unpack(self.method.records.reply, answer.payload)
+                    replies[name] = unpack(self.method.records.reply, result.payload)
                 except PayloadError as error:
                     log.warning("client %s, round %d: %s; left out of this round", name, round_, error)
-                    answer.report["failed"] = str(error)
-            traffic = {"bytes_down": sent.sizes[name], "bytes_up": size}
-            lines[name] = self._line(round_, name, "train", **answer.report, **traffic)
-        if not replies:
+                    result.report["failed"] = str(error)
+            traffic = {"bytes_down": packed.sizes[name], "bytes_up": size}
+            lines[name] = self._line(round_, name, "train", **index, **result.report, **traffic)
+        if messages and not replies:
             log.warning("round %d: no client answered; the server's state stays as it was", round_)
-        replies, clipped = self.robust(round_, sent.records, replies)
+        replies, clipped = self.robust(round_, packed.records, replies, exchange)
         for name, factors in clipped.items():
             lines[name]["clipped"] = factors
         self._log([*lines.values()])
         return replies
 
-    def _evaluate(self, round_: int, row: str, state: Any, answered: set[str]) -> None:
-        """Score the models that this round changed, and keep those whose best round so far it is."""
-        progress, kind = self.rows[row], self.kinds[row]
-        self.listener.stage(f"scoring {row} on validation")
+    def _evaluate(self, round_: int, variant: str, state: Any, answered: Collection[str]) -> None:
+        """Score the models that this round changed, and save those for which it is the best round so far."""
+        validation = self.progress[variant]
+        self.listener.stage(f"scoring {variant} on validation")
         messages: Mapping[str, bytes | None] = dict.fromkeys(sorted(answered))
         sizes = dict.fromkeys(messages, 0)
-        if kind == "post_aggregation":
+        if self.variants[variant] == "post_aggregation":
             messages = Packed({client.name: self.method.message(state, client) for client in self.server.clients})
             sizes = messages.sizes
-        scores = self.engine.evaluate(round_, row, messages)
-        progress.latest.update(scores)
+        scores = self.engine.evaluate(round_, variant, messages)
+        validation.latest.update(scores)
         self._log(
             [
-                self._line(round_, name, "validation", method=row, bytes_down=sizes[name], **values)
+                self._line(round_, name, "validation", method=variant, bytes_down=sizes[name], **values)
                 for name, values in sorted(scores.items())
             ]
         )
         if self.best_round == "client":
-            names = progress.best_of_clients(round_, {name: self._low(found) for name, found in scores.items()})
+            names = validation.update_clients(round_, {name: self._choice(values) for name, values in scores.items()})
         else:
-            better = progress.best_of_all(round_, self._low({self.select: self._value(row)}))
+            better = validation.update_mean(round_, self._choice({self.select: self._mean(variant)}))
             names = [client.name for client in self.server.clients] if better else []
         if names:
-            self.engine.save_best(row, round_, names)
+            self.engine.save_best(variant, round_, names)
 
-    def _low(self, scores: Scores) -> float:
-        """What chooses the best round, as a number of which the lowest is the best."""
+    def _choice(self, scores: Scores) -> float:
+        """Return the value that chooses the best round; lower is better, NaN counts as infinity."""
         value = float(-scores["score"] if self.select == "score" else scores["loss"])
-        return math.inf if math.isnan(value) else value  # beaten by any number, as NaN is not
+        return math.inf if math.isnan(value) else value
 
-    def _value(self, row: str) -> float:
-        """Mean over all clients of what chooses the best round."""
-        latest = self.rows[row].latest
+    def _mean(self, variant: str) -> float:
+        """Return the mean over all clients of the validation value that chooses the best round."""
+        latest = self.progress[variant].latest
         return sum(latest[name][self.select] for name in sorted(latest)) / len(latest)
 
     def _finish(self) -> dict[str, Any]:
-        """Read the test split: once for the best round, once for the last."""
+        """Score on test, once for the best round and once for the last, and write the summary."""
         last, names = self.settings.rounds - 1, [client.name for client in self.server.clients]
         results: dict[str, dict[str, Any]] = {}
-        for row, progress in self.rows.items():
-            self.listener.stage(f"scoring {row} on test")
-            best = dict(self.engine.test(row, best=True))
-            rounds = progress.best_rounds(names)
+        for variant, validation in self.progress.items():
+            self.listener.stage(f"scoring {variant} on test")
+            best = dict(self.engine.test(variant, best=True))
+            rounds = validation.best_rounds(names)
             same = all(rounds.get(name) == last for name in names)
-            final = best if same else dict(self.engine.test(row, best=False))
-            chosen: Any = rounds if self.best_round == "client" else progress.best_round
-            results[row] = {"best_round": chosen, "best": best, "last": final}
-            self._log_test(row, rounds, best, "best")
-            self._log_test(row, dict.fromkeys(final, last), final, "last")
-        present = self.engine.wait_for_clients()
-        for row, scores in ((BASE, self.engine.score_base("test", present)), (MAJORITY, self.engine.majority())):
+            final = best if same else dict(self.engine.test(variant, best=False))
+            chosen: Any = rounds if self.best_round == "client" else validation.best_round
+            results[variant] = {"best_round": chosen, "best": best, "last": final}
+            self._log_test(variant, rounds, best, "best")
+            self._log_test(variant, dict.fromkeys(final, last), final, "last")
+        available = self.engine.wait_for_clients()
+        for row, scores in ((BASE, self.engine.score_base("test", available)), (MAJORITY, self.engine.majority())):
             self.listener.stage(f"scoring {row} on test")
             results[row] = {"best_round": None, "best": dict(scores), "last": dict(scores)}
             self._log_test(row, {}, scores, "best")
@@ -233,10 +242,32 @@ class Loop:
         )
 
     def _line(self, round_: int, client: str | None, split: str, **fields: Any) -> dict[str, Any]:
-        who = {} if client is None else {"client": client}
-        return {"round": round_, **who, "split": split, **fields}
+        name = {} if client is None else {"client": client}
+        return {"round": round_, **name, "split": split, **fields}
 
     def _log(self, lines: list[dict[str, Any]]) -> None:
         self.folder.append(METRICS, lines)
         if self.metrics_sink is not None:
             self.metrics_sink(lines)
+
+
+class Exchanges:
+    """The `exchange` of one round: called with messages by client, it returns the replies by client."""
+
+    def __init__(self, loop: Loop, round_: int, cohort: Collection[str]) -> None:
+        """Exchange messages with the clients of a cohort."""
+        self.loop, self.round, self.cohort, self.count = loop, round_, frozenset(cohort), 0
+        self.answered: dict[str, int] = {}
+        """By client: index of the last exchange that it answered."""
+
+    def __call__(self, messages: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Run the next exchange of the round; clients that fail or do not answer in time are missing."""
+        method, name = self.loop.method, type(self.loop.method).__name__
+        if self.count >= method.exchanges():
+            raise RunError(f"{name}.round: more than the {method.exchanges()} exchanges that {name}.exchanges declares")
+        if unknown := sorted(set(messages) - self.cohort):
+            raise RunError(f"{name}.round: messages to clients outside the cohort: {', '.join(unknown)}")
+        exchange, self.count = self.count, self.count + 1
+        replies = self.loop.update(self.round, exchange, messages)
+        self.answered |= dict.fromkeys(replies, exchange)
+        return replies

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 from torch import Tensor
 
 from fedamole.errors import ConfigError
+from fedamole.federation.randomness import numpy_generator
 from fedamole.federation.settings import Budget
 from fedamole.federation.weights import capped
 from fedamole.model.amole import AdapterSpec
@@ -158,8 +159,8 @@ class Client:
         return self.info.name
 
 
-Ask = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
-"""ask(operation, message by client) -> reply by client, of whoever answered in time."""
+Exchange = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""exchange(messages by client) -> replies by client; a client that failed or did not answer in time is missing."""
 
 
 @dataclass(frozen=True)
@@ -233,9 +234,29 @@ class Method(ABC, Generic[S, D, K, U]):
     def aggregate(self, server: Server, state: S, replies: Mapping[str, U]) -> S:
         """Return the next state from the replies of whoever answered: any subset, in any order."""
 
-    def round(self, server: Server, state: S, cohort: Sequence[ClientInfo], ask: Ask) -> S:
-        """Run one round; a method with two exchanges overrides it."""
-        replies = ask("update", {client.name: self.message(state, client) for client in cohort})
+    def exchanges(self) -> int:
+        """Return how often `round` calls `exchange` at most; an upper bound that clients can check."""
+        return 1
+
+    def select(self, server: Server, state: S, available: Sequence[ClientInfo], count: int) -> Sequence[str]:
+        """Return the names of the clients that take part in round `server.round`.
+
+        At least 1 and at most `count` of those that are `available`. The default draws `count` of them at random,
+        without replacement.
+        """
+        rng = numpy_generator(server.seed, "cohort", "server", server.round)
+        chosen = set(rng.choice(len(available), count, replace=False).tolist())
+        return [client.name for i, client in enumerate(available) if i in chosen]
+
+    def round(self, server: Server, state: S, cohort: Sequence[ClientInfo], exchange: Exchange) -> S:
+        """Run one round and return the next state.
+
+        The default sends each client its message and aggregates the replies. A method with several exchanges in a
+        round overrides this and `exchanges`. The step fractions of all training requests that a client makes in a
+        round, over all exchanges, must add up to 1. A client that fails in an exchange keeps the state that it had
+        before this exchange.
+        """
+        replies = exchange({client.name: self.message(state, client) for client in cohort})
         server = replace(server, asked=tuple(client.name for client in cohort))
         return self.aggregate(server, state, replies) if replies else state
 

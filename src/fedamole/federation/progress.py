@@ -1,4 +1,4 @@
-"""Progress of a run: an interface that the loop and the engines report to, and one that prints lines."""
+"""Progress of a run: the interface that the round loop and the engines report to, and a listener for log files."""
 
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -8,59 +8,65 @@ from rich.console import Console
 
 
 class ProgressListener:
-    """Told what goes on, to show it; this one shows nothing."""
+    """Receives the events of a run; this base class ignores them all. Rounds count from 0."""
 
     def round_started(self, round_: int, rounds: int, cohort: Sequence[str]) -> None:
-        """A round has begun."""
+        """A round has started, with these clients."""
 
     def joined(self, name: str, about: Mapping[str, Any]) -> None:
-        """A client has come for the first time, and told this of itself."""
+        """A client has joined for the first time; `about` is the description that it sent of itself."""
 
     def present(self, names: Collection[str], waiting_for: int) -> None:
-        """Who can be asked now; `waiting_for` more are needed before the run goes on."""
+        """The available clients have changed; the run waits for `waiting_for` more (0: it continues)."""
 
     def group_started(self, round_: int, names: Sequence[str]) -> None:
-        """A group of clients begins its local training."""
+        """A group of clients has started local training."""
 
     def step(self, done: int, steps: int) -> None:
-        """The group at work has taken a step."""
+        """The current group has taken `done` of `steps` optimiser steps."""
 
     def client_done(self, round_: int, name: str, report: Mapping[str, Any]) -> None:
-        """A client has answered."""
+        """A client has finished an update; `report` is that of `UpdateResult`."""
 
     def stage(self, text: str) -> None:
-        """Something else that takes a while has begun."""
+        """A part of the run that takes a while, described by `text`, has started."""
 
     def round_done(self, round_: int, validation: Mapping[str, float]) -> None:
-        """A round has been committed; what chooses the best round, by row."""
+        """A round has been committed; `validation` is the mean value by variant that chooses the best round."""
+
+
+def outcome(report: Mapping[str, Any]) -> str:
+    """Describe the report of a finished update: why it failed, its loss, or that nothing was trained."""
+    if "failed" in report:
+        return f"failed: {report['failed']}"
+    return f"loss {report['loss']:.4f}" if "loss" in report else "done, nothing trained"
 
 
 class PlainProgress(ProgressListener):
-    """One line per client and round, for logs."""
+    """Prints one line per client and round, for log files."""
 
     def __init__(self, console: Console) -> None:
-        """Write to a console that is not a terminal."""
+        """Print to a console that is not a terminal."""
         self.console, self.rounds = console, 0
         self.started = time.perf_counter()
 
     def round_started(self, round_: int, rounds: int, cohort: Sequence[str]) -> None:
-        """Remember how many rounds there are."""
+        """Remember the number of rounds."""
         self.rounds = rounds
 
     def client_done(self, round_: int, name: str, report: Mapping[str, Any]) -> None:
-        """A client's loss and time, or why it failed."""
-        what = f"failed: {report['failed']}" if "failed" in report else f"loss {report['loss']:.4f}"
-        self._say(f"round {round_ + 1}/{self.rounds}  {name}  {what}  {report['seconds']:.1f} s")
+        """Print the client's loss and time, or why it failed."""
+        self._say(f"round {round_ + 1}/{self.rounds}  {name}  {outcome(report)}  {report['seconds']:.1f} s")
 
     def stage(self, text: str) -> None:
-        """What else takes a while."""
+        """Print the text."""
         self._say(text)
 
     def round_done(self, round_: int, validation: Mapping[str, float]) -> None:
-        """Validation of the round, and the time left."""
+        """Print the validation of the round and the time so far."""
         elapsed = time.perf_counter() - self.started
-        scores = "  ".join(f"{row} {value:.4f}" for row, value in validation.items())
-        self._say(f"round {round_ + 1}/{self.rounds} done  validation: {scores}  after {elapsed:.0f} s")
+        values = "  ".join(f"{variant} {value:.4f}" for variant, value in validation.items())
+        self._say(f"round {round_ + 1}/{self.rounds} done  validation: {values}  after {elapsed:.0f} s")
 
     def _say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)

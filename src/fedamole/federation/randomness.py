@@ -1,4 +1,7 @@
-"""Every random number comes from (seed, purpose, client, round), so no result depends on what ran before it."""
+"""Random generators derived from (seed, purpose, client, round).
+
+A result never depends on what ran before it, so a resumed run repeats a round to the bit.
+"""
 
 import hashlib
 
@@ -7,16 +10,21 @@ import torch
 
 
 def derived_seed(seed: int, purpose: str, client: str = "", round_: int = -1) -> int:
-    """Return a 63-bit seed for one purpose of one client in one round."""
+    """Return a seed (63 bits) for one purpose, such as the order of batches, of one client in one round."""
     key = f"{seed}\0{purpose}\0{client}\0{round_}".encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
 
 
 def torch_generator(seed: int, purpose: str, client: str = "", round_: int = -1) -> torch.Generator:
-    """Return a CPU generator of torch for one purpose."""
+    """Return a PyTorch generator on the CPU with the seed of `derived_seed`."""
     return torch.Generator().manual_seed(derived_seed(seed, purpose, client, round_))
 
 
 def numpy_generator(seed: int, purpose: str, client: str = "", round_: int = -1) -> np.random.Generator:
-    """Return a generator of NumPy for one purpose."""
+    """Return a NumPy generator with the seed of `derived_seed`."""
     return np.random.default_rng(derived_seed(seed, purpose, client, round_))
+
+
+def exchange_seed(seed: int, exchange: int) -> int:
+    """Return the seed of local training in one exchange of a round; that of the first (0) is the run's own seed."""
+    return seed if exchange == 0 else derived_seed(seed, f"exchange/{exchange}")

@@ -1,19 +1,20 @@
-"""Protection of the aggregate from single clients: what is done to the replies before a method averages them.
+"""Robust aggregation: what happens to clients' replies before a method averages them.
 
-`clipped` bounds how far a client may move what it was sent. The tensors of a reply are put into groups by kind, such as
-the A's of all experts or the token projections of all modules. A tensor that was sent under the same key counts with
-its change, any other with its value. The size of a client's group is the root mean square of these numbers, so that
-clients with different numbers of experts or ranks can be compared. The bound for a client is
+`clipped` limits how far a client may change what it was sent. The tensors of a reply are divided into groups by kind,
+such as the A matrices of all experts, or the token projections of all modules. A tensor that was sent under the same
+key enters a group with its change, any other tensor with its value. The size of a client's group is the root mean
+square of these values, so clients with different numbers of experts or ranks are comparable. The bound for a client is
 
-    clip_factor * median over exchanges ( median over the other clients ( size ) ),
+    clip_factor * median over rounds ( median over the other clients ( size ) ),
 
-over this exchange and the `HISTORY - 1` before it. A client's own sizes are left out of its own bound, so that it
-cannot raise it slowly. An exchange counts only where two other clients returned the group: of two clients nobody can
-tell which one is wrong. Nor does one count whose median is 0, as that of the A's in a first round of one step, where
-all B's are 0. A group above its bound is scaled down to it; all other tensors stay the same objects.
+over the current round and the `HISTORY - 1` before it. If a round has several exchanges, each is compared with the same
+exchange of the other rounds. A client's own sizes do not enter its own bound, so it cannot raise the bound slowly. A
+round counts only if at least two other clients returned the group: with two clients, nobody knows which one is wrong.
+It does not count if its median is 0 either, as for the A matrices after a first round of one step, in which all B
+matrices are 0. A group above its bound is scaled down to the bound; all other tensors are returned unchanged.
 
-`median` and `trimmed` replace every value of a key by the coordinate-wise median or trimmed mean of its holders, so
-that the method's own mean by key returns that value.
+`median` and `trimmed` replace every value of a key by the coordinate-wise median or trimmed mean over the clients that
+returned the key. The method's own mean by key then returns that value.
 """
 
 import dataclasses
@@ -34,18 +35,18 @@ log = logging.getLogger(__name__)
 
 Aggregation = Literal["mean", "clipped", "median", "trimmed"]
 Sizes = dict[str, dict[str, float]]
-"""Size of each client's change by group and client."""
+"""Size of a change, by group and client."""
 
 HISTORY = 10
-"""Exchanges whose sizes are remembered."""
-FEWEST = 3
-"""Fewest clients of which one that is wrong can be told from the others."""
+"""Number of rounds, including the current one, whose sizes define a bound."""
+MIN_CLIENTS = 3
+"""Minimum number of clients that allows to identify one of them as wrong."""
 TRIMMED = 0.2
-"""Share of the values that a trimmed mean leaves out at each end; at least one."""
+"""Fraction of the values that a trimmed mean drops at each end; at least one value is dropped."""
 
 
 def check_aggregation(aggregation: str, name: str, method: Method[Any, Any, Any, Any]) -> None:
-    """Refuse with a ConfigError an aggregation that this method cannot have."""
+    """Raise ConfigError if a method does not support an aggregation."""
     if aggregation not in ("median", "trimmed"):
         return
     if not method.averaged:
@@ -61,71 +62,76 @@ def check_aggregation(aggregation: str, name: str, method: Method[Any, Any, Any,
 
 
 class Robust:
-    """What is done to the replies of an exchange; `history` is all it remembers, and is part of a checkpoint."""
+    """Applies a run's aggregation setting to the replies of each exchange."""
 
     def __init__(self, aggregation: Aggregation, clip_factor: float, averaged: Sequence[str]) -> None:
-        """Take part in a run. `averaged` names the fields of a reply of which a mean by key is taken."""
+        """Create it for one run; `averaged` names the fields of a reply that the method averages by key."""
         self.aggregation, self.clip_factor, self.averaged = aggregation, clip_factor, averaged
         self.history: list[Sizes] = []
-        self._told = False
+        """Sizes of the last rounds, oldest first; part of a checkpoint."""
+        self._warned = False
 
     def __call__(
-        self, round_: int, sent: Mapping[str, Any], replies: Mapping[str, Any]
+        self, round_: int, sent: Mapping[str, Any], replies: Mapping[str, Any], exchange: int = 0
     ) -> tuple[dict[str, Any], Sizes]:
-        """Return the replies as they are to be aggregated, and what was clipped: the factor by client and group.
+        """Return the replies to aggregate, and the factor by which each clipped group was scaled, by client and group.
 
-        `sent` and `replies` are the records by client. Replies that need no change are returned as they are.
+        `sent` and `replies` are records by client. A reply that needs no change is returned as it is.
         """
         if self.aggregation == "clipped":
-            return self._clipped(round_, sent, replies)
+            return self._clipped(round_, exchange, sent, replies)
         if self.aggregation == "mean":
             return dict(replies), {}
         return self._centred(round_, replies, median if self.aggregation == "median" else trimmed_mean), {}
 
     def _clipped(
-        self, round_: int, sent: Mapping[str, Any], replies: Mapping[str, Any]
+        self, round_: int, exchange: int, sent: Mapping[str, Any], replies: Mapping[str, Any]
     ) -> tuple[dict[str, Any], Sizes]:
         changes = {name: _Change(sent[name], replies[name]) for name in sorted(replies)}
+        prefix = f"exchange {exchange}: " if exchange else ""
         sizes: Sizes = {}
         for name, change in changes.items():
             for group, size in change.sizes.items():
-                sizes.setdefault(group, {})[name] = size
-        results, clipped, kept = dict(replies), dict[str, dict[str, float]](), {g: dict(s) for g, s in sizes.items()}
+                sizes.setdefault(prefix + group, {})[name] = size
+        bounded: Sizes = {group: dict(by_client) for group, by_client in sizes.items()}
+        results, clipped = dict(replies), dict[str, dict[str, float]]()
         for name, change in changes.items():
             factors = {}
             for group, size in change.sizes.items():
-                bound = self._bound(group, name, sizes)
+                bound = self._bound(prefix + group, name, sizes)
                 if bound is not None and size > bound:
-                    factors[group], kept[group][name] = bound / size, bound
+                    factors[group], bounded[prefix + group][name] = bound / size, bound
             if factors:
                 results[name], clipped[name] = change.scaled(factors), factors
-                told = ", ".join(f"{group} to {factor:.2g} of it" for group, factor in sorted(factors.items()))
                 log.warning(
                     "client %s, round %d: its change is more than %g times that of the other clients; scaled down: %s",
                     name,
                     round_,
                     self.clip_factor,
-                    told,
+                    ", ".join(f"{group} to {factor:.2g} of it" for group, factor in sorted(factors.items())),
                 )
-        if changes and len(changes) < FEWEST and not clipped:
-            self._tell(
-                "round %d: %d clients answered; with fewer than %d there is nobody to compare a change with, so "
-                "that only earlier rounds bound it",
+        if changes and len(changes) < MIN_CLIENTS and not clipped:
+            self._warn_once(
+                "round %d: %d clients answered; with fewer than %d their changes cannot be compared, so only earlier "
+                "rounds bound them",
                 round_,
                 len(changes),
-                FEWEST,
+                MIN_CLIENTS,
             )
-        self.history = [*self.history, kept][-(HISTORY - 1) :]
+        if exchange:  # completes the entry that the first exchange of this round added
+            self.history[-1] = {**self.history[-1], **bounded}
+        else:
+            self.history = [*self.history, bounded][-(HISTORY - 1) :]
         return results, clipped
 
     def _bound(self, group: str, client: str, now: Sizes) -> float | None:
-        """Largest size of a client's group; None where nobody knows what is usual."""
+        """Return the largest allowed size of a client's group; None if there is too little to compare it with."""
         medians = []
         for sizes in (*self.history, now):
             others = [size for name, size in sizes.get(group, {}).items() if name != client]
-            usual = statistics.median(others) if len(others) >= FEWEST - 1 else 0.0
-            if usual > 0:
-                medians.append(usual)
+            median_size = statistics.median(others) if len(others) >= MIN_CLIENTS - 1 else 0.0
+            if median_size > 0:
+                medians.append(median_size)
         return self.clip_factor * statistics.median(medians) if medians else None
 
     def _centred(self, round_: int, replies: Mapping[str, Any], centre: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -136,46 +142,46 @@ class Robust:
                 if key.partition(":")[0] in self.averaged:
                     holders.setdefault(key, []).append(name)
         changed: dict[str, dict[str, Tensor]] = {name: {} for name in replies}
-        few = 0
+        too_few = 0
         for key, names in holders.items():
-            if len(names) < FEWEST:
-                few += 1
+            if len(names) < MIN_CLIENTS:
+                too_few += 1
                 continue
             values = [tensors[name][key] for name in names]
             middle = centre(torch.stack(values).double()).to(values[0].dtype)
             for name in names:
                 changed[name][key] = middle
-        if few:
-            self._tell(
-                "round %d: %d of %d tensors came from fewer than %d clients; of those the mean is taken",
+        if too_few:
+            self._warn_once(
+                "round %d: %d of %d tensors came from fewer than %d clients; they are averaged by their mean",
                 round_,
-                few,
+                too_few,
                 len(holders),
-                FEWEST,
+                MIN_CLIENTS,
             )
         return {name: with_tensors(replies[name], changed[name]) for name in replies}
 
-    def _tell(self, text: str, *words: object) -> None:
-        """Warn once in a run of what holds in many rounds."""
-        if not self._told:
-            log.warning(text, *words)
-            self._told = True
+    def _warn_once(self, text: str, *values: object) -> None:
+        """Log a warning unless this run has logged one already: most of them would repeat every round."""
+        if not self._warned:
+            log.warning(text, *values)
+            self._warned = True
 
 
 class _Change:
-    """How a reply differs from what was sent, by group."""
+    """Difference of a reply from the message that was sent, by group."""
 
     def __init__(self, sent: Any, reply: Any) -> None:
         self.reply, self.before = reply, flattened(sent)
         self.tensors = flattened(reply)
         self.groups: dict[str, list[str]] = {}
-        for key in sorted(self.tensors):  # a record's own order differs from one reading of its bytes to the next
+        for key in sorted(self.tensors):  # the order of an unpacked record is not deterministic
             origin = self._origin(key)
             self.groups.setdefault(group_of(key) if origin is not None else f"{group_of(key)} (value)", []).append(key)
         self.sizes = {group: self._size(keys) for group, keys in self.groups.items()}
 
     def _origin(self, key: str) -> Tensor | None:
-        """What was sent under a key, cut to the shape of what came back: a client may drop ranks."""
+        """Return what was sent under a key, cut to the shape of the reply since a client may drop ranks."""
         before, now = self.before.get(key), self.tensors[key]
         if before is None or before.dim() != now.dim() or not all(map(int.__ge__, before.shape, now.shape)):
             return None
@@ -190,20 +196,20 @@ class _Change:
         return math.sqrt(squares / max(1, numbers))
 
     def scaled(self, factors: Mapping[str, float]) -> Any:
-        """The reply with the changes of some groups multiplied by a factor."""
+        """Return the reply with the changes of some groups multiplied by a factor."""
         changed = {}
         for group, factor in factors.items():
             for key in self.groups[group]:
                 origin, now = self._origin(key), self.tensors[key]
-                moved = now.double() * factor if origin is None else origin + (now.double() - origin) * factor
-                changed[key] = moved.to(now.dtype)
+                scaled = now.double() * factor if origin is None else origin + (now.double() - origin) * factor
+                changed[key] = scaled.to(now.dtype)
         return with_tensors(self.reply, changed)
 
 
 def group_of(key: str) -> str:
-    """The kind of a tensor: its field and its key without the module and without numbers.
+    """Return the group of a tensor: its field and its key without the module and without numbers.
 
-    tensors:layer.0.q/expert-07/A is of the group tensors/expert/A.
+    The group of tensors:layer.0.q/expert-07/A is tensors/expert/A.
     """
     field, _, name = key.partition(":")
     parts = name.split("/")
@@ -212,19 +218,19 @@ def group_of(key: str) -> str:
 
 
 def flattened(record: Any, path: str = "") -> dict[str, Tensor]:
-    """All tensors of a record by <field>:<key>, in nested records by <field>.<field>:<key>."""
-    found: dict[str, Tensor] = {}
+    """Return all tensors of a record by <field>:<key>, in nested records by <field>.<field>:<key>."""
+    tensors: dict[str, Tensor] = {}
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
         if dataclasses.is_dataclass(value):
-            found.update(flattened(value, f"{path}{field.name}."))
+            tensors.update(flattened(value, f"{path}{field.name}."))
         elif _holds_tensors(value):
-            found.update({f"{path}{field.name}:{key}": tensor for key, tensor in value.items()})
-    return found
+            tensors.update({f"{path}{field.name}:{key}": tensor for key, tensor in value.items()})
+    return tensors
 
 
 def with_tensors(record: Any, changed: Mapping[str, Tensor], path: str = "") -> Any:
-    """A record with some of its tensors, named as in `flattened`, replaced."""
+    """Return a copy of a record with some of its tensors, named as in `flattened`, replaced."""
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
@@ -241,12 +247,15 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def median(values: Tensor) -> Tensor:
-    """Coordinate-wise median (...) of values (n, ...); of an even number the mean of the two in the middle."""
+    """Return the coordinate-wise median (...) of values (n, ...); for even n the mean of the two middle values."""
     ordered, count = values.sort(0).values, len(values)
     return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
 
 
 def trimmed_mean(values: Tensor) -> Tensor:
-    """Coordinate-wise mean (...) of values (n, ...) without the lowest and the highest fifth, at least one each."""
+    """Return the coordinate-wise mean (...) of values (n, ...) without the lowest and highest fifth of them.
+
+    At least one value is dropped at each end.
+    """
     cut = max(1, int(TRIMMED * len(values)))
     return values.sort(0).values[cut : len(values) - cut].mean(0)

@@ -7,8 +7,8 @@ from fedamole.errors import ConfigError
 from fedamole.received.names import checked_names
 from fedamole.runs.run_files import MOST_ROUNDS
 
-MOST_SECONDS = 1e8
-"""Longest time that is waited for anything: about three years, which every clock of the system can count."""
+MAX_SECONDS = 1e8
+"""Largest time setting, about three years; larger ones overflow some timers of the operating system."""
 
 Budget = Literal["steps", "paper"]
 
@@ -18,27 +18,28 @@ class TrainingSettings:
     """`[training]`: the local training that all methods share."""
 
     local_steps: int = 200
-    """Optimiser steps S a client takes in a round; not read where local_epochs is set."""
+    """Optimiser steps S of a client in a round; ignored if local_epochs is set."""
     local_epochs: int = 0
-    """Passes over its own training split a client makes in a round; 0 = count steps instead."""
+    """Passes of a client over its training split in a round; 0: use local_steps."""
     budget: Budget = "steps"
-    """Steps of a method that trains several times in a round. steps: all its trainings share the steps of one round,
-    so that every method takes equally many. paper: each training takes as many as the method's paper gives it."""
+    """Steps of a method that trains several times in a round. steps: its trainings share the steps of the round, so
+    all methods take the same number. paper: each training takes as many as in the method's paper."""
     batch_size: int = 1
     """Examples in a forward pass."""
     accumulation: int = 1
     """Forward passes averaged into one optimiser step."""
     learning_rate: float = 5e-5
-    """Adam's learning rate in round 0 (the paper's, for a base of 1 B parameters; a tiny base wants 1e-3 to 1e-2)."""
+    """Adam's learning rate in round 0. The default is the paper's, for a base of 1 B parameters; a tiny base needs 1e-3
+    to 1e-2."""
     lr_decay: float = 0.99
     """Factor on the learning rate per round."""
     clip_norm: float = 0.0
-    """Largest norm of a step's gradient; 0 = no clipping."""
+    """Maximum norm of the gradient of a step; 0: no clipping."""
     max_length: int = 512
-    """Most tokens of prompt and answer together; longer prompts lose the end of their context."""
+    """Maximum number of tokens of prompt and answer together; longer prompts lose the end of their context."""
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot train."""
+        """Raise ConfigError for settings that cannot train."""
         for key in ("batch_size", "accumulation", "local_steps"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"training.{key} = {getattr(self, key)}: must be at least 1")
@@ -53,7 +54,7 @@ class TrainingSettings:
             )
 
     def steps(self, examples: int) -> int:
-        """Optimiser steps of one round for a client with this many training examples."""
+        """Return the optimiser steps of one round for a client with this number of training examples."""
         if self.local_epochs == 0:
             return self.local_steps
         return self.local_epochs * -(-examples // (self.batch_size * self.accumulation))
@@ -61,51 +62,51 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class FederationSettings:
-    """`[federation]`: how many rounds, and who takes part in each."""
+    """`[federation]`: number of rounds, participation and aggregation."""
 
     rounds: int = 30
     """Rounds R."""
     cohort: float = 1.0
-    """Share of the clients that train in a round, drawn anew each round; at least one does."""
+    """Fraction of the clients that train in a round, drawn anew each round; at least one client."""
     aggregation: Literal["auto", "mean", "clipped", "median", "trimmed"] = "auto"
-    """What happens to the replies before they are averaged. mean: nothing. clipped: a change much larger than the other
-    clients' is scaled down. median, trimmed: each number becomes the median, or the mean without the lowest and highest
-    fifth, of the clients that returned it. auto: mean in one process, clipped in a deployment."""
+    """What happens to replies before they are averaged. mean: nothing. clipped: a change much larger than those of the
+    other clients is scaled down. median, trimmed: each value becomes the median, or the mean without the lowest and
+    highest fifth, over the clients that returned it. auto: mean in one process, clipped in a deployment."""
     clip_factor: float = 4.0
-    """clipped: largest change of a client, as a multiple of the median change of the other clients."""
+    """clipped: maximum change of a client, as a multiple of the median change of the other clients."""
 
     def __post_init__(self) -> None:
-        """Refuse a federation without rounds or clients."""
+        """Raise ConfigError for a federation without rounds or clients."""
         if not 1 <= self.rounds <= MOST_ROUNDS:
             raise ConfigError(f"federation.rounds = {self.rounds}: must be at least 1, and at most {MOST_ROUNDS}")
         if not 0 < self.cohort <= 1:
-            raise ConfigError(f"federation.cohort = {self.cohort}: a share of the clients, above 0 and at most 1")
+            raise ConfigError(f"federation.cohort = {self.cohort}: a fraction of the clients, above 0 and at most 1")
         if not self.clip_factor >= 1:
             raise ConfigError(f"federation.clip_factor = {self.clip_factor}: must be at least 1")
 
 
 @dataclass(frozen=True)
 class DeploymentSettings:
-    """`[deployment]`: a run across organisations (`fedamole server`); in one process nothing here is read."""
+    """`[deployment]`: a run across organisations (`fedamole server`); ignored by runs in one process."""
 
     clients: tuple[str, ...] = ()
     """Names of the organisations that may take part; each has a registered key of this name."""
     min_clients: int = 2
-    """Fewest clients a round needs; with fewer the run waits."""
+    """Minimum number of clients of a round; with fewer the run waits."""
     deadline: float = 3600.0
-    """Seconds a client has to answer; who is later is left out of the round."""
+    """Seconds that a client has to answer; later answers are left out of the round."""
     patience: float = 3600.0
-    """Seconds the run waits for `min_clients`; then it stops, and `fedamole server --resume` goes on."""
+    """Seconds that the run waits for `min_clients`; then it stops, and `fedamole server --resume` continues it."""
     gathering: float = 120.0
-    """Seconds the first round waits for those of `clients` beyond `min_clients`; whoever comes later joins later."""
+    """Seconds that the first round waits for all `clients`, beyond `min_clients`; others can join later."""
     max_norm: float | None = None
-    """Largest norm of all numbers of a reply together; a larger one is refused. Unset: 10 times the norm of what was
-    sent, or of as many numbers of size 0.1 where that is larger."""
+    """Maximum norm of all values of a reply together; a larger one is refused. Unset: 10 times the norm of what was
+    sent, or of the same number of values of 0.1 if that is larger."""
     max_weight_share: float = 0.0
-    """Largest share of one client in the weights of `weighting = "examples"`; 0 = 2 / clients."""
+    """Maximum share of one client in the weights of `weighting = "examples"`; 0: 2 / number of clients."""
 
     def __post_init__(self) -> None:
-        """Refuse names given twice and times that are none."""
+        """Raise ConfigError for duplicate names and for times and shares outside their range."""
         if len(set(self.clients)) < len(self.clients):
             raise ConfigError(f"deployment.clients = {list(self.clients)}: each name once")
         checked_names(self.clients, "deployment.clients", ConfigError)
@@ -120,8 +121,8 @@ class DeploymentSettings:
         if self.gathering < 0:
             raise ConfigError(f"deployment.gathering = {self.gathering}: must not be negative")
         for key in ("deadline", "patience", "gathering"):
-            if getattr(self, key) > MOST_SECONDS:
-                raise ConfigError(f"deployment.{key} = {getattr(self, key)}: at most {MOST_SECONDS:.0f} seconds")
+            if getattr(self, key) > MAX_SECONDS:
+                raise ConfigError(f"deployment.{key} = {getattr(self, key)}: at most {MAX_SECONDS:.0f} seconds")
         least = 1 / max(1, len(self.clients))
         if self.max_weight_share != 0 and not least <= self.max_weight_share <= 1:
             raise ConfigError(
@@ -131,5 +132,5 @@ class DeploymentSettings:
 
     @property
     def weight_share(self) -> float:
-        """Largest share of one client in the weights by examples: `max_weight_share`, or its default."""
+        """Return the maximum share of one client in the weights by examples: `max_weight_share` or its default."""
         return self.max_weight_share or min(1.0, 2 / max(1, len(self.clients)))

@@ -13,23 +13,24 @@ FORMAT = 1
 
 
 def summarise(folder: RunFolder, results: Mapping[str, Mapping[str, Any]], rounds: int) -> dict[str, Any]:
-    """Write summary.json from the test scores by row, and return its content.
+    """Write summary.json from the test scores, and return its content.
 
-    `results` maps a row to its best round (one for all, or by client), and to the scores of every client at the `best`
-    round (by validation) and at the `last` one. A row without scores, as the constant answer's where clients keep it
-    to themselves, is left out.
+    `results` has an entry for every row of the summary: the variants of the run, the untuned base and the majority
+    answer. An entry holds the best round (one for all, or one by client), and the scores by client at the `best` round
+    and at the `last` one. A row without scores is left out, such as that of the majority answer in a deployment whose
+    clients do not share it.
     """
     rows = {}
-    for row, found in results.items():
-        if not found["best"]:
+    for row, result in results.items():
+        if not result["best"]:
             continue
-        headline = {client: scores["score"] for client, scores in found["best"].items()}
-        last = {client: scores["score"] for client, scores in found["last"].items()}
+        headline = {client: scores["score"] for client, scores in result["best"].items()}
+        last = {client: scores["score"] for client, scores in result["last"].items()}
         rows[row] = {
-            "best_round": found["best_round"],
+            "best_round": result["best_round"],
             **asdict(over_clients(headline)),
             "last_mean": over_clients(last).mean,
-            "clients": found["best"],
+            "clients": result["best"],
         }
     summary = {"format": FORMAT, "method": folder.about["method"], "rounds": rounds, "rows": rows, **costs(folder)}
     write_atomic(folder.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
@@ -37,24 +38,29 @@ def summarise(folder: RunFolder, results: Mapping[str, Mapping[str, Any]], round
 
 
 def nothing_trained(summary: Mapping[str, Any]) -> bool:
-    """Whether every update of a finished run failed, so that its models are as they were before training."""
-    updates: int = summary.get("updates", 0)  # 0 in folders of earlier versions, and where nothing was to be trained
+    """Return whether every update of a finished run failed, so that its models are those before training."""
+    updates: int = summary.get("updates", 0)  # 0 in folders of earlier versions, and if there was nothing to train
     return updates > 0 and summary.get("left_out", 0) == updates
 
 
 def updates_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """How many updates the lines of a metrics.jsonl tell of, and how many of them failed."""
+    """Count the updates in the lines of a metrics.jsonl, and those of them that failed."""
     failed = ["failed" in line for line in lines if line["split"] == "train"]
     return {"updates": len(failed), "left_out": sum(failed)}
 
 
 def costs(folder: RunFolder) -> dict[str, Any]:
-    """Bytes per round and client each way, seconds, memory, clients at once, failed updates; from metrics.jsonl."""
+    """Return traffic per client and round, seconds, peak memory, group size and numbers of updates of a run.
+
+    Traffic is in bytes, summed over the exchanges of a round, and averaged over the rounds of all clients that took
+    part.
+    """
     trained = [line for line in folder.lines(METRICS) if line["split"] == "train"]
     rounds = [line for line in folder.lines(METRICS) if line["split"] == "round"]
+    client_rounds = max(1, len({(line["round"], line["client"]) for line in trained}))
     return {
-        "bytes_down_per_client_round": sum(line["bytes_down"] for line in trained) / max(1, len(trained)),
-        "bytes_up_per_client_round": sum(line["bytes_up"] for line in trained) / max(1, len(trained)),
+        "bytes_down_per_client_round": sum(line["bytes_down"] for line in trained) / client_rounds,
+        "bytes_up_per_client_round": sum(line["bytes_up"] for line in trained) / client_rounds,
         "seconds_update": sum(line["seconds_update"] for line in rounds),
         "seconds_evaluate": sum(line["seconds_evaluate"] for line in rounds),
         "peak_memory_mib": max((line.get("peak_memory_mib", 0.0) for line in trained), default=0.0),

@@ -26,11 +26,11 @@ from fedamole.data.settings import SourceSettings
 from fedamole.errors import ConfigError, RunError
 from fedamole.evaluation.personal import losses_of, majority_scores, scores_of
 from fedamole.experiment import reads_outside, resolved, server_of
+from fedamole.federation.client_data import ClientData, client_data
 from fedamole.federation.local import DivergedError, LocalTask, embed, fit
 from fedamole.federation.method import Client, ClientInfo, Records, TrainingRequest
 from fedamole.federation.record import Nothing, PayloadError, unpack
 from fedamole.federation.summary import summarise
-from fedamole.federation.worker import ClientData, client_data
 from fedamole.files import new_folder, write_atomic
 from fedamole.methods import METHODS
 from fedamole.methods.fedamole import FedAmole, Pool, TrainedExperts

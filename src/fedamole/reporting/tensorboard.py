@@ -23,8 +23,10 @@ class TensorBoardSink:
     def __call__(self, lines: Sequence[dict[str, Any]]) -> None:
         """Write the numbers of some lines."""
         for line in lines:
-            place = "/".join(str(line[key]) for key in ("split", "method", "which", "client") if key in line)
+            place = "/".join(
+                str(line[key]) for key in ("split", "method", "which", "client", "exchange") if key in line
+            )
             for name, value in line.items():
-                if name != "round" and isinstance(value, int | float):
+                if name not in ("round", "exchange") and isinstance(value, int | float):
                     self.writer.add_scalar(f"{place}/{name}", value, line["round"])
         self.writer.flush()

@@ -1,7 +1,8 @@
-"""Save and resume: after each round, everything needed to go on as if nothing had happened.
+"""Checkpoints: after each round, everything that `fedamole resume` needs to continue as if nothing had happened.
 
-`checkpoints/round-0003.json` is written last and commits the round. It names the server state and every client's
-private state by file and hash. A file that does not match its hash makes the round before it the one to resume from.
+`checkpoints/round-0003.safetensors` is the server's state after round 3. `checkpoints/round-0003.json` is written last
+and commits the round: it holds the hashes of that state and of every client's private state. If a file does not match
+its hash, the run resumes from the checkpoint before.
 """
 
 import hashlib
@@ -21,13 +22,13 @@ from fedamole.runs.run_folder import METRICS, RunFolder
 
 log = logging.getLogger(__name__)
 
-KEPT = 2
-"""Checkpoints on disk: the last one, and the one before it in case the last is damaged."""
+CHECKPOINTS_ON_DISK = 2
+"""Number of checkpoints to keep: the last one, and the one before in case the last is damaged."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The end of a round."""
+    """Content of round-NNNN.json."""
 
     run: str
     """Id of the run it belongs to."""
@@ -36,46 +37,61 @@ class Checkpoint:
     clients: dict[str, str]
     """SHA-256 of every private state by its path relative to the run's folder."""
     progress: dict[str, Any]
-    """What the loop knows: best rounds and latest validation results."""
+    """The round loop's own records, such as best rounds and latest validation results."""
 
 
-def _name(round_: int) -> str:
-    return f"round-{round_:04d}"
+def _name(round_: int, exchange: int = 0) -> str:
+    return f"round-{round_:04d}" + (f"-exchange-{exchange}" if exchange else "")
 
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-_FILE = re.compile(r"round-(\d{4,6})\.(json|safetensors)")
+_FILE = re.compile(r"round-(\d{4,6})(?:-exchange-(\d{1,2}))?\.(json|safetensors)")
 
 
-def _rounds(folder: Path, kind: str) -> list[tuple[int, Path]]:
-    """Files of a folder that are named by their round, in the order of their rounds; others are left alone."""
-    found = [(match, path) for path in folder.glob("round-*") if (match := _FILE.fullmatch(path.name))]
-    for _, path in found:
+def round_and_exchange(path: Path) -> tuple[int, int]:
+    """Return the round and the exchange that a file is named by; the first exchange of a round (0) is not named."""
+    match = _FILE.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1]), int(match[2] or 0)
+
+
+def files_by_round(folder: Path, suffix: str) -> list[Path]:
+    """Return the files named round-NNNN or round-NNNN-exchange-K with this suffix, oldest first.
+
+    Other files are ignored. Raises RunError if something that is no file has such a name.
+    """
+    paths = [path for path in folder.glob("round-*") if _FILE.fullmatch(path.name)]
+    for path in paths:
         if not path.is_file():
-            raise RunError(f"{path} is no file, and one of that name was to be there: move it away")
-    return sorted((int(match[1]), path) for match, path in found if match[2] == kind)
+            raise RunError(f"{path} must be a file and is not: move it away")
+    return sorted((path for path in paths if path.suffix == f".{suffix}"), key=round_and_exchange)
 
 
 def _checkpoints(folder: RunFolder) -> list[Path]:
-    return [path for _, path in _rounds(folder.place("checkpoints"), "json")]
+    return files_by_round(folder.place("checkpoints"), "json")
 
 
-def state_path(folder: RunFolder, client: str, round_: int) -> Path:
-    """File of a client's private state after a round."""
-    return folder.client(client) / "state" / f"{_name(round_)}.safetensors"
+def state_path(folder: RunFolder, client: str, round_: int, exchange: int = 0) -> Path:
+    """Return the path of a client's private state after an exchange of a round."""
+    return folder.client(client) / "state" / f"{_name(round_, exchange)}.safetensors"
+
+
+def answer_path(folder: RunFolder, client: str, round_: int, exchange: int = 0) -> Path:
+    """Return the path of what a deployment's client answered in an exchange of a round."""
+    return folder.client(client) / "answers" / f"{_name(round_, exchange)}.safetensors"
 
 
 def latest_state(folder: RunFolder, client: str) -> Path | None:
-    """File of a client's last private state, or None before its first round."""
-    states = _rounds(inside(folder.path, folder.client(client) / "state"), "safetensors")
-    return states[-1][1] if states else None
+    """Return the file of a client's last private state, or None before its first update."""
+    states = files_by_round(inside(folder.path, folder.client(client) / "state"), "safetensors")
+    return states[-1] if states else None
 
 
 def save(folder: RunFolder, round_: int, server_state: bytes, clients: list[str], progress: dict[str, Any]) -> None:
-    """Commit a round, then remove what no kept checkpoint needs."""
+    """Commit a round, then remove the files that no kept checkpoint needs."""
     target = folder.path / "checkpoints" / f"{_name(round_)}.safetensors"
     write_atomic(target, server_state)
     states = [state for client in clients if (state := latest_state(folder, client)) is not None]
@@ -86,69 +102,73 @@ def save(folder: RunFolder, round_: int, server_state: bytes, clients: list[str]
 
 
 def _prune(folder: RunFolder, clients: list[str]) -> None:
-    for path in _checkpoints(folder)[:-KEPT]:
+    for path in _checkpoints(folder)[:-CHECKPOINTS_ON_DISK]:
         path.unlink()
         path.with_suffix(".safetensors").unlink(missing_ok=True)
     needed = {name for path in _checkpoints(folder) for name in read(path).clients}
     for client in clients:
-        for _, state in _rounds(inside(folder.path, folder.client(client) / "state"), "safetensors"):
+        for state in files_by_round(inside(folder.path, folder.client(client) / "state"), "safetensors"):
             if str(state.relative_to(folder.path)) not in needed:
                 state.unlink()
 
 
 def read(path: Path) -> Checkpoint:
-    """Read round-NNNN.json; RunError where it is damaged, or is of another round than its name says."""
-    found = read_json(path)
-    check_form(found, checkpoint_form, path, RunError)
-    checkpoint = Checkpoint(**{field.name: found[field.name] for field in fields(Checkpoint)})
+    """Read a round-NNNN.json; raises RunError if it is damaged, or if its round is not the one in its name."""
+    content = read_json(path)
+    check_form(content, checkpoint_form, path, RunError)
+    checkpoint = Checkpoint(**{field.name: content[field.name] for field in fields(Checkpoint)})
     if path.stem != _name(checkpoint.round):
         raise RunError(f"{path} is damaged: it is of round {checkpoint.round}; put it back from a copy")
     return checkpoint
 
 
 def newest(folder: RunFolder) -> Path | None:
-    """The file of the last round that was committed, unread."""
-    found = _checkpoints(folder)
-    return found[-1] if found else None
+    """Return the file of the last committed round, without reading it."""
+    checkpoints = _checkpoints(folder)
+    return checkpoints[-1] if checkpoints else None
 
 
 def rounds_done(folder: RunFolder) -> int:
-    """Rounds of a run that are finished: committed, or, in the folder of a deployment's client, scored."""
+    """Return the number of finished rounds.
+
+    A round counts once it is committed; in the folder of a deployment's client, which has no checkpoints, once it is
+    scored.
+    """
     if (path := newest(folder)) is not None:
-        return int(path.stem.removeprefix("round-")) + 1
+        return round_and_exchange(path)[0] + 1
     return 1 + max((line["round"] for line in folder.lines(METRICS) if line["split"] == "validation"), default=-1)
 
 
 def load_latest(folder: RunFolder) -> tuple[Checkpoint, bytes] | None:
-    """Return the last intact checkpoint and its server state, or None where no round was ever finished.
+    """Return the last intact checkpoint and its server state, or None before the first finished round.
 
-    States of clients that are newer than it are removed: those rounds are run again. Errors: RunError where no
-    checkpoint is intact, or where one belongs to another run.
+    Removes the clients' states of later rounds, since those rounds will run again. Raises RunError if checkpoints
+    exist and none is intact, or if one belongs to another run.
     """
-    found = _checkpoints(folder)
-    for path in reversed(found):
+    checkpoints = _checkpoints(folder)
+    for path in reversed(checkpoints):
         try:
             checkpoint = read(path)
             state = path.with_suffix(".safetensors").read_bytes()
-            why = "" if _sha256(state) == checkpoint.server_sha256 else "the server's state has another hash"
-            why = why or _changed(folder, checkpoint)
+            damage = "" if _sha256(state) == checkpoint.server_sha256 else "the server's state has another hash"
+            damage = damage or _changed_state(folder, checkpoint)
         except (OSError, RunError) as error:
-            why = str(error)
-        if why:
-            log.warning("%s is damaged; going back to the round before it (%s)", path, why)
+            damage = str(error)
+        if damage:
+            log.warning("%s is damaged; going back to the round before it (%s)", path, damage)
             continue
         if checkpoint.run != folder.about["id"]:
             raise RunError(f"{path} belongs to another run ({checkpoint.run}); remove it and its .safetensors file")
         _forget_after(folder, checkpoint)
         return checkpoint, state
-    if found:
+    if checkpoints:
         raise RunError(f"{folder.path}: no checkpoint is intact; start the run anew in another folder")
     _forget_after(folder, None)
     return None
 
 
-def _changed(folder: RunFolder, checkpoint: Checkpoint) -> str:
-    """Which private state is not the one that was committed; empty where all are."""
+def _changed_state(folder: RunFolder, checkpoint: Checkpoint) -> str:
+    """Describe the first private state that differs from the committed one; empty if there is none."""
     for name, sha in checkpoint.clients.items():
         if _sha256(folder.place(name).read_bytes()) != sha:
             return f"{name} has another hash"
@@ -156,11 +176,11 @@ def _changed(folder: RunFolder, checkpoint: Checkpoint) -> str:
 
 
 def _forget_after(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
-    """Remove checkpoints and private states of rounds after this one."""
+    """Remove checkpoints and private states of later rounds."""
     last = -1 if checkpoint is None else checkpoint.round
-    states = [place for place in folder.place("clients").glob("*/state") if place.is_dir()]
-    for place in (folder.place("checkpoints"), *states):
-        for kind in ("json", "safetensors"):
-            for round_, path in _rounds(place, kind):
-                if round_ > last:
+    states = [path for path in folder.place("clients").glob("*/state") if path.is_dir()]
+    for directory in (folder.place("checkpoints"), *states):
+        for suffix in ("json", "safetensors"):
+            for path in files_by_round(directory, suffix):
+                if round_and_exchange(path)[0] > last:
                     inside(folder.path, path).unlink()

@@ -101,6 +101,7 @@ _line = {
         {**_client, "bytes_down": _amount},
         {
             "bytes_up": _amount,
+            "exchange": whole(),
             "loss": _number,
             "steps": whole(),
             "probed": whole(),
@@ -117,6 +118,7 @@ _line = {
         {**_client, "method": name, "loss": _number},
         {
             "score": _number,
+            "exchange": whole(),
             "probed": whole(),
             "forward_tokens": whole(),
             "bytes_down": _amount,
@@ -152,7 +154,7 @@ def _assignment(value: object, where: str) -> None:
         raise FormError(f"there are {len(value['experts'])} experts and {len(value['relevance'])} numbers of relevance")
 
 
-_STATE = re.compile(r"clients/[A-Za-z0-9][A-Za-z0-9._-]*/state/round-\d{4,6}\.safetensors")
+_STATE = re.compile(r"clients/[A-Za-z0-9][A-Za-z0-9._-]*/state/round-\d{4,6}(-exchange-\d{1,2})?\.safetensors")
 _progress = record(
     {"best_round": _round, "best": _number, "latest": mapping(_scores)},
     {"own_rounds": mapping(_round), "own_best": mapping(_number)},
@@ -163,7 +165,9 @@ checkpoint_form = record(
         "round": whole(0, MOST_ROUNDS),
         "server_sha256": _hash,
         "clients": mapping(_hash, text(500, _STATE)),
-        "progress": record({}, {"rows": mapping(_progress), "answered": mapping(_round), "examples": mapping(whole())}),
+        "progress": record(
+            {}, {"rows": mapping(_progress), "answered": mapping(listed(_round, 2)), "examples": mapping(whole())}
+        ),
     },
 )
 """The end of a round; `progress` is the loop's, and of what it adds to it nothing is known here."""

@@ -47,7 +47,7 @@ class AuditLog:
         """Log a message that came in; None where it cannot be read. Errors: AuditError."""
         about: dict[str, Any] = {"run": "", "round": -1, "operation": "unreadable"}
         if request is not None:
-            about = {"run": request.run, "round": request.round, "operation": request.operation, "row": request.row}
+            about = {"run": request.run, "round": request.round, "operation": request.operation, "row": request.variant}
             about["record"] = described(request.message)
             if request.operation == JOIN:
                 about["settings_sha256"] = hashlib.sha256(_canonical(request.settings)).hexdigest()

@@ -26,7 +26,7 @@ from fedamole.errors import FedamoleError
 from fedamole.files import write_atomic
 
 if TYPE_CHECKING:
-    from fedamole.engine.remote import Link
+    from fedamole.engine.link import Link
 
 MAGIC = b"fedamole-order-1\n"
 SIGNATURE = ec.ECDSA(hashes.SHA384())

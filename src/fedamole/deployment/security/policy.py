@@ -204,6 +204,20 @@ def asked_of_rows(config: Config, rows: Mapping[str, int], policy: PolicySetting
     ]
 
 
+def refuse_small_update(config: Config, steps: int, train_rows: int, policy: PolicySettings) -> None:
+    """Raise PolicyError for an update of too few steps or rows: one exchange may take a small part of a round's steps.
+
+    An update without any step is allowed.
+    """
+    rows = min(steps * config.training.batch_size * config.training.accumulation, train_rows)
+    if steps and (steps < policy.min_steps or rows < policy.min_examples_per_update):
+        raise PolicyError(
+            f"the update took {steps} optimiser steps and read at most {rows} different rows; the policy allows no "
+            f"fewer than {policy.min_steps} steps (min_steps) and {policy.min_examples_per_update} rows "
+            "(min_examples_per_update)"
+        )
+
+
 def refuse_breaches(items: list[Item]) -> None:
     """Raise PolicyError that names everything that the policy forbids."""
     broken = [f"{item.setting}: asked {item.asked}, allowed {item.allowed}" for item in items if not item.fits]
@@ -230,7 +244,9 @@ def _of_method(config: Config, policy: PolicySettings) -> Iterator[Item]:
 
 def _of_work(config: Config, policy: PolicySettings) -> Iterator[Item]:
     training = config.training
-    yield _most("rounds", config.federation.rounds, "max_rounds", policy)
+    exchanges = config.method.exchanges()
+    setting = "rounds" if exchanges == 1 else f"rounds times {exchanges} exchanges"
+    yield _most(setting, config.federation.rounds * exchanges, "max_rounds", policy)
     yield _most("training.learning_rate", training.learning_rate, "max_learning_rate", policy)
     if training.clip_norm > 0:
         yield _least("training.clip_norm", training.clip_norm, "min_clip_norm", policy)
