@@ -56,8 +56,9 @@ def export(
 ) -> None:
     """Export a client's model as a LoRA adapter or a merged model that can be used without fedamole.
 
-    A mixture selects experts for each token, so no LoRA is equivalent to it. The export is the LoRA that is closest to
-    the mixture on the client's training text. A model that is a LoRA already is exported unchanged.
+    RUN is a run's folder, or the adapter folder of one model. A mixture selects experts for each token, so no LoRA is
+    equivalent to it. The export is the LoRA that is closest to the mixture on the client's training text. A model that
+    is a LoRA already is exported unchanged.
 
     The command prints the validation losses of the untuned base, the personal model and the export. If the export's
     loss exceeds the personal model's by more than --tolerance, nothing is written and the exit code is 1.

@@ -91,7 +91,8 @@ def generate(
 ) -> None:
     """Answer prompts with a client's model, by greedy decoding.
 
-    Prompts come from quoted arguments, --set, --file, or standard input (one per line).
+    RUN is a run's folder, or the adapter folder of one model. Prompts come from quoted arguments, --set, --file, or
+    standard input (one per line).
 
     In training, a template turned the rows of the client's data into prompts. --set fills in this template with the
     columns of one row, and --file with the rows of a data file (answers are not needed). All other prompts are used
@@ -152,8 +153,8 @@ def chat(
 ) -> None:
     """Chat with a client's model on the terminal.
 
-    The conversation has the format of training data with `messages`. When it exceeds the positions of the base, the
-    oldest turns are dropped.
+    RUN is a run's folder, or the adapter folder of one model. The conversation has the format of training data with
+    `messages`. When it exceeds the positions of the base, the oldest turns are dropped.
 
     /new starts a new conversation; /quit, Ctrl-D and Ctrl-C end the chat. If standard input is a pipe, each of its
     lines is a message.
@@ -207,8 +208,9 @@ def adapt(
 ) -> None:
     """Create a personal model for a new client of a finished run. The run itself does not change.
 
-    With FedAMoLE, the experts select the new client among all clients, from embeddings of its data. It then trains its
-    experts for one round. Of the models before and after this training, the one with the lower validation loss is kept.
+    RUN is the folder of a finished run. With FedAMoLE, the experts choose clients again, with the new client among them,
+    from embeddings of its data. It then trains its experts for one round. Of the models before and after this training,
+    the one with the lower validation loss is kept.
 
     Model, scores and settings are written to FOLDER/<run>-NAME, which is a run folder that all commands accept.
 
@@ -235,8 +237,8 @@ def adapt(
         table.add_row(f"{model} *" if model == report["kept"] else model, *cells, score)
     screen(wide=80).print(table)
     if report["chosen_by"]:
-        selected = f"{report['chosen_by']} experts selected the client, over all modules"
-        note(notes, f"{selected}; {report['added']} were added to reach the minimum")
+        chosen = f"{report['chosen_by']} experts chose the client, over all modules"
+        note(notes, f"{chosen}; {report['added']} were added to reach the minimum")
     note(notes, f"* is kept: {report['folder']}")
 
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedamole.cli.personal import BaseName, Device, Finished, RunPath, Variant, note
+from fedamole.cli.personal import MODEL, BaseName, Device, Finished, RunPath, Variant, note
 from fedamole.serving.scheduling import Limits
 from fedamole.terminal import say, screen
 
 if TYPE_CHECKING:
     from fedamole.personal.saved_models import SavedModel
 
-ACCESS, LIMITS, MODELS = "Address and access", "Limits", "Models"
+ACCESS, LIMITS = "Address and access", "Limits"
 """Panels of options in the help."""
 
 
@@ -47,7 +47,7 @@ def serve(
         typer.Option(help="Folder created by `fedamole certs`: serve over TLS.", rich_help_panel=ACCESS),
     ] = None,
     client: Annotated[
-        list[str] | None, typer.Option(help="Serve only this client's model; repeatable.", rich_help_panel=MODELS)
+        list[str] | None, typer.Option(help="Serve only this client's model; repeatable.", rich_help_panel=MODEL)
     ] = None,
     variant: Variant = None,
     base: BaseName = None,
@@ -55,7 +55,7 @@ def serve(
     finished: Finished = False,
     threads: Annotated[
         int,
-        typer.Option(min=0, max=4096, help="Number of CPU threads; 0: PyTorch's default.", rich_help_panel=MODELS),
+        typer.Option(min=0, max=4096, help="Number of CPU threads; 0: PyTorch's default.", rich_help_panel=MODEL),
     ] = 0,
     rows: Annotated[
         int, typer.Option(min=1, help="Maximum number of requests in the batch.", rich_help_panel=LIMITS)
@@ -98,8 +98,9 @@ def serve(
 ) -> None:
     """Serve the personal models of a run over HTTP, with OpenAI's API.
 
-    One base in memory serves all clients. A request selects the client in its `model` field. Requests of different
-    clients are decoded in one batch, each with its client's adapter. Press Ctrl-C to stop.
+    RUN is a run's folder, or the adapter folder of one model. One base in memory serves all clients: a request selects
+    the client in its `model` field, and requests of different clients are decoded in one batch, each with its client's
+    adapter. Press Ctrl-C to stop.
 
       fedamole serve RUN
 
