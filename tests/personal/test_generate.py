@@ -70,6 +70,17 @@ def test_two_clients_answer_differently(fedamole: Any, runs: Any) -> None:
     assert [other[0]["answer"]] == wanted(run, "chat", PROMPTS[:1])
 
 
+def test_an_option_selects_the_variant(fedamole: Any, runs: Any) -> None:
+    run = runs("fedit", "evaluation.pre_aggregation=true")
+    bank, adapters = open_bank([find_model(run, "chat", "fedit_ft")], "cpu")
+    bank.load(adapters)
+    ids = prompt_ids(raw_prompt(PROMPTS[0]), bank.base.tokenizer)
+    (found,) = records(fedamole("generate", run, PROMPTS[0], "--client", "chat", "--variant", "fedit_ft", "--json"))
+    assert [found["answer"]] == generate_answers(bank, [[ids]], 4, 8192)[0] != wanted(run, "chat", PROMPTS[:1])
+    refused = fedamole("generate", run, PROMPTS[0], "--client", "chat", "--variant", "fedit_tf")
+    assert (refused.code, "no saved model of 'fedit_tf'" in refused.line) == (5, True)
+
+
 def test_a_longer_answer(fedamole: Any, runs: Any) -> None:
     run = runs("fedamole")
     found = records(fedamole("generate", run, PROMPTS[0], "--client", "chat", "--max-new-tokens", 9, "--json"))

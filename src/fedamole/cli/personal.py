@@ -208,9 +208,9 @@ def adapt(
 ) -> None:
     """Create a personal model for a new client of a finished run. The run itself does not change.
 
-    RUN is the folder of a finished run. With FedAMoLE, the experts choose clients again, with the new client among them,
-    from embeddings of its data. It then trains its experts for one round. Of the models before and after this training,
-    the one with the lower validation loss is kept.
+    RUN is the folder of a finished run. With FedAMoLE, the experts choose among all clients again, including the new one,
+    based on embeddings of their data. The new client then trains its experts for one round. Of its models before and
+    after this training, the one with the lower validation loss is kept.
 
     Model, scores and settings are written to FOLDER/<run>-NAME, which is a run folder that all commands accept.
 
