@@ -208,7 +208,7 @@ def adapt(
 ) -> None:
     """Create a personal model for a new client of a finished run. The run itself does not change.
 
-    RUN is the folder of a finished run. With FedAMoLE, the experts choose among all clients again, including the new one,
+    RUN is the folder of a finished run. With FedAMoLE, the experts choose among all clients again, with the new one,
     based on embeddings of their data. The new client then trains its experts for one round. Of its models before and
     after this training, the one with the lower validation loss is kept.
 
