@@ -88,8 +88,8 @@ def test_the_oldest_turns_are_forgotten(bank: Bank) -> None:
     chat, forgotten = Chat(bank, 4, "Be kind."), 0
     for number in range(8):
         forgotten += chat.answer(f"day {number}: who?", lambda _: None)
-        told = conversation_prompt([("system", "Be kind."), *chat.turns[:-1]])
-        assert len(prompt_ids(raw_prompt(told), bank.base.tokenizer)) <= 124
+        prompt = conversation_prompt([("system", "Be kind."), *chat.turns[:-1]])
+        assert len(prompt_ids(raw_prompt(prompt), bank.base.tokenizer)) <= 124
         assert chat.turns[0][0] == "user"
         assert chat.turns[-2] == ("user", f"day {number}: who?")
     assert forgotten > 0

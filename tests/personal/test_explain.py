@@ -109,24 +109,24 @@ def test_a_text_and_its_answer(fedamole: Callable[..., Any], runs: Any, tmp_path
         "explain", run, "--client", "mood", "--prompt", "Ann has <b>\n", "--html", page_, "--json", "--layer", "all"
     )
     assert done.code == 0
-    told = json.loads(done.out)
-    assert "".join(token["text"] for token in told["tokens"] if not token["answer"]) == "Ann has <b>\n"
+    report = json.loads(done.out)
+    assert "".join(token["text"] for token in report["tokens"] if not token["answer"]) == "Ann has <b>\n"
     answered = fedamole("generate", run, "Ann has <b>\n", "--client", "mood").out.strip()
-    assert "".join(token["text"] for token in told["tokens"] if token["answer"]).strip() == answered
-    for token in told["tokens"]:
+    assert "".join(token["text"] for token in report["tokens"] if token["answer"]).strip() == answered
+    for token in report["tokens"]:
         for module, weights in token["weights"].items():
             assert sum(weights.values()) == pytest.approx(1, abs=1e-5)
             assert len(weights) <= 2
-            assert set(weights) <= {str(one["expert"]) for one in told["modules"][module]["experts"]}
-    for module in told["modules"].values():
-        assert module["tokens"] == len(told["tokens"])
+            assert set(weights) <= {str(one["expert"]) for one in report["modules"][module]["experts"]}
+    for module in report["modules"].values():
+        assert module["tokens"] == len(report["tokens"])
         assert sum(one["share"] for one in module["experts"]) == pytest.approx(1)
         assert all("mood" in one["clients"] for one in module["experts"])
     reader = Reader()
     reader.feed(page_.read_text())
     assert reader.open == []
     assert "&lt;" in page_.read_text()
-    assert len([about for _, about in reader.tags if about.get("tabindex")]) == 4 * len(told["tokens"])
+    assert len([about for _, about in reader.tags if about.get("tabindex")]) == 4 * len(report["tokens"])
 
 
 def test_a_given_answer_the_template_and_the_first_example(fedamole: Callable[..., Any], runs: Any) -> None:
@@ -150,9 +150,9 @@ def test_special_tokens_in_a_given_answer_are_text(fedamole: Callable[..., Any],
 
 def test_what_the_experts_are_for(fedamole: Callable[..., Any], runs: Any, tmp_path: Path) -> None:
     words = ("explain", runs("fedamole"), "--client", "mood", "--experts", "--top", 2)
-    told = json.loads(fedamole(*words, "--split", "train", "--json", "--html", tmp_path / "e.html").out)
-    assert told["about"] == "mood's train data"
-    ((_, module),) = told["modules"].items()
+    report = json.loads(fedamole(*words, "--split", "train", "--json", "--html", tmp_path / "e.html").out)
+    assert report["about"] == "mood's train data"
+    ((_, module),) = report["modules"].items()
     assert module["tokens"] > 100
     examples = [one["examples"] for one in module["experts"]]
     assert all(len(examples) <= 2 for examples in examples)
@@ -179,8 +179,8 @@ def test_all_clients_into_a_file(fedamole: Callable[..., Any], runs: Any, tmp_pa
             assert sum(shares.values()) == pytest.approx(1, abs=1e-4)
     one = json.loads(fedamole("explain", run, "--client", "chat", "--experts", "--layer", "all", "--json").out)
     assert found["clients"]["chat"] == {
-        module: {str(expert["expert"]): pytest.approx(expert["share"], abs=1e-5) for expert in told["experts"]}
-        for module, told in one["modules"].items()
+        module: {str(expert["expert"]): pytest.approx(expert["share"], abs=1e-5) for expert in report["experts"]}
+        for module, report in one["modules"].items()
     }
 
 
@@ -194,8 +194,8 @@ def test_all_clients_into_a_file(fedamole: Callable[..., Any], runs: Any, tmp_pa
 )
 def test_other_mixtures(method: str, roles: list[str] | None, fedamole: Callable[..., Any], runs: Any) -> None:
     run = runs(method, "federation.rounds=2")
-    told = json.loads(fedamole("explain", run, "--client", "plain", "--json", "--prompt", "Ann has\n").out)
-    ((_, module),) = told["modules"].items()
+    report = json.loads(fedamole("explain", run, "--client", "plain", "--json", "--prompt", "Ann has\n").out)
+    ((_, module),) = report["modules"].items()
     assert sum(one["share"] for one in module["experts"]) == pytest.approx(1)
     found = [one["role"] for one in module["experts"]]
     assert found == roles if roles else found.count("its own cluster's") == 1

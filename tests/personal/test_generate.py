@@ -30,7 +30,7 @@ from fedamole.personal.saved_models import find_model, open_bank
 PROMPTS = ("Ann has a red cup on day 3 ->\n", "Bob has two pens on day 7 ->\n")
 
 
-def wanted(run: Path, client: str, prompts: tuple[str, ...] = PROMPTS, tokens: int = 4) -> list[str]:
+def expected_answers(run: Path, client: str, prompts: tuple[str, ...] = PROMPTS, tokens: int = 4) -> list[str]:
     """What evaluation generates, under this client's adapter alone."""
     bank, adapters = open_bank([find_model(run, client)], "cpu")
     bank.load(adapters)
@@ -53,11 +53,11 @@ def test_prompts_on_the_command_line(method: str, fedamole: Any, runs: Any) -> N
     run = runs(method)
     result = fedamole("generate", run, *PROMPTS, "--client", "plain")
     assert result.code == 0, result.err
-    assert result.out == "".join(f"{answer}\n" for answer in wanted(run, "plain"))
+    assert result.out == "".join(f"{answer}\n" for answer in expected_answers(run, "plain"))
     found = records(fedamole("generate", run, *PROMPTS, "--client", "plain", "--json"))
     assert found == [
         {"client": "plain", "prompt": prompt, "answer": answer}
-        for prompt, answer in zip(PROMPTS, wanted(run, "plain"), strict=True)
+        for prompt, answer in zip(PROMPTS, expected_answers(run, "plain"), strict=True)
     ]
 
 
@@ -66,8 +66,8 @@ def test_two_clients_answer_differently(fedamole: Any, runs: Any) -> None:
     one = records(fedamole("generate", run, PROMPTS[0], "--client", "plain", "--json"))
     other = records(fedamole("generate", run, PROMPTS[0], "--client", "chat", "--json"))
     assert one[0]["answer"] != other[0]["answer"]
-    assert [one[0]["answer"]] == wanted(run, "plain", PROMPTS[:1])
-    assert [other[0]["answer"]] == wanted(run, "chat", PROMPTS[:1])
+    assert [one[0]["answer"]] == expected_answers(run, "plain", PROMPTS[:1])
+    assert [other[0]["answer"]] == expected_answers(run, "chat", PROMPTS[:1])
 
 
 def test_an_option_selects_the_variant(fedamole: Any, runs: Any) -> None:
@@ -76,7 +76,9 @@ def test_an_option_selects_the_variant(fedamole: Any, runs: Any) -> None:
     bank.load(adapters)
     ids = prompt_ids(raw_prompt(PROMPTS[0]), bank.base.tokenizer)
     (found,) = records(fedamole("generate", run, PROMPTS[0], "--client", "chat", "--variant", "fedit_ft", "--json"))
-    assert [found["answer"]] == generate_answers(bank, [[ids]], 4, 8192)[0] != wanted(run, "chat", PROMPTS[:1])
+    assert (
+        [found["answer"]] == generate_answers(bank, [[ids]], 4, 8192)[0] != expected_answers(run, "chat", PROMPTS[:1])
+    )
     refused = fedamole("generate", run, PROMPTS[0], "--client", "chat", "--variant", "fedit_tf")
     assert (refused.code, "no saved model of 'fedit_tf'" in refused.line) == (5, True)
 
@@ -84,7 +86,11 @@ def test_an_option_selects_the_variant(fedamole: Any, runs: Any) -> None:
 def test_a_longer_answer(fedamole: Any, runs: Any) -> None:
     run = runs("fedamole")
     found = records(fedamole("generate", run, PROMPTS[0], "--client", "chat", "--max-new-tokens", 9, "--json"))
-    assert [found[0]["answer"]] == wanted(run, "chat", PROMPTS[:1], 9) != wanted(run, "chat", PROMPTS[:1])
+    assert (
+        [found[0]["answer"]]
+        == expected_answers(run, "chat", PROMPTS[:1], 9)
+        != expected_answers(run, "chat", PROMPTS[:1])
+    )
 
 
 def test_lines_of_standard_input_and_of_a_file(fedamole: Any, runs: Any, piped: Any) -> None:
@@ -93,7 +99,7 @@ def test_lines_of_standard_input_and_of_a_file(fedamole: Any, runs: Any, piped: 
     assert records(fedamole("generate", run, "--client", "plain", "--json")) == (
         expected := [
             {"client": "plain", "prompt": text, "answer": answer}
-            for text, answer in zip(texts, wanted(run, "plain", texts), strict=True)
+            for text, answer in zip(texts, expected_answers(run, "plain", texts), strict=True)
         ]
     )
     Path("prompts.txt").write_text("\ufeff" + "\n".join(texts))
@@ -113,7 +119,7 @@ def test_rows_of_a_file_into_a_file(fedamole: Any, runs: Any, tiny: Path) -> Non
     prompts = tuple(f"{row['premise']} Then {row['hypothesis']}\n" for row in rows)
     found = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
     assert [one["prompt"] for one in found] == list(prompts)
-    assert [one["answer"] for one in found] == wanted(run, "entail", prompts)
+    assert [one["answer"] for one in found] == expected_answers(run, "entail", prompts)
     result = fedamole(*words)
     assert result.code == 5
     assert "nothing is overwritten" in result.line
@@ -246,12 +252,12 @@ def test_an_adapter_folder_on_a_copy_of_its_base(fedamole: Any, runs: Any, tiny:
     shutil.copytree(runs("fedamole") / "clients/plain/adapter", tmp_path / "copied")
     words = ("generate", "copied", *PROMPTS, "--base", tiny / "base", "--max-new-tokens", 4, "--json")
     found = records(fedamole(*words))
-    assert [one["answer"] for one in found] == wanted(runs("fedamole"), "plain")
+    assert [one["answer"] for one in found] == expected_answers(runs("fedamole"), "plain")
     assert {one["client"] for one in found} == {"copied"}
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "message"),
     [
         (("--client", "plain", "a", "--set", "b=c"), 2, "only one of them"),
         (("--client", "plain", "--set", "prompt"), 2, "write COLUMN=TEXT"),
@@ -264,12 +270,12 @@ def test_an_adapter_folder_on_a_copy_of_its_base(fedamole: Any, runs: Any, tiny:
         (("--client", "plian", "a"), 5, "did you mean 'plain'"),
     ],
 )
-def test_mistakes(words: tuple[str, ...], code: int, told: str, fedamole: Any, runs: Any, piped: Any) -> None:
+def test_mistakes(words: tuple[str, ...], code: int, message: str, fedamole: Any, runs: Any, piped: Any) -> None:
     piped("\n")
     Path("odd.pdf").write_text("")
     result = fedamole("generate", runs("fedamole"), *words)
     assert result.code == code, result.err
-    assert told in result.line
+    assert message in result.line
 
 
 def test_a_word_on_templates(fedamole: Any, runs: Any) -> None:

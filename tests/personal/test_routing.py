@@ -1,4 +1,4 @@
-"""Weights of experts as they are told, against the definition written out here and against what the layers put out."""
+"""Expert weights as reported, against the definition written out here and against what the layers put out."""
 
 import math
 import shutil
@@ -106,14 +106,14 @@ def test_amole_by_hand(top_k: int, base: Callable[..., Base]) -> None:
     ((_, weights),) = token_weights(bank, ROWS[:1])
     for module, (x, _, _) in watched(bank, ROWS[0]).items():
         t, ids = adapter.tensors, expert_ids(adapter.tensors)[module]
-        for token, told in zip(x, weights[module], strict=True):
+        for token, expert_weights in zip(x, weights[module], strict=True):
             want = t[router_key(module)].double() @ token
             scores = [float(want @ (t[expert_keys(module, i)[0]].double() @ token)) / math.sqrt(len(want)) for i in ids]
             chosen = sorted(range(len(ids)), key=lambda i: -scores[i])[:top_k]
             total = sum(math.exp(scores[i]) for i in chosen)
             by_hand = [math.exp(scores[i]) / total if i in chosen else 0.0 for i in range(len(ids))]
-            assert told.tolist() == pytest.approx(by_hand, abs=1e-4)
-            assert int((told > 0).sum()) == top_k
+            assert expert_weights.tolist() == pytest.approx(by_hand, abs=1e-4)
+            assert int((expert_weights > 0).sum()) == top_k
 
 
 def test_a_mixer_with_an_expert_of_its_own_by_hand(base: Callable[..., Base]) -> None:
@@ -122,12 +122,12 @@ def test_a_mixer_with_an_expert_of_its_own_by_hand(base: Callable[..., Base]) ->
     ((_, weights),) = token_weights(bank, ROWS[:1])
     own = int(adapter.fixed[OWN].argmax())
     for module, (x, _, _) in watched(bank, ROWS[0]).items():
-        for token, told in zip(x, weights[module], strict=True):
+        for token, expert_weights in zip(x, weights[module], strict=True):
             p = torch.softmax(adapter.tensors[mixer_key(module)].double() @ token, 0).tolist()
             chosen, by_hand = sorted(range(5), key=lambda i: -p[i])[:3], [0.0] * 3
             for i in chosen:
                 by_hand[i if i < 3 else own] += p[i] / sum(p[i] for i in chosen)
-            assert told.tolist() == pytest.approx(by_hand, abs=1e-4)
+            assert expert_weights.tolist() == pytest.approx(by_hand, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

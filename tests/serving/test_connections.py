@@ -1,4 +1,4 @@
-"""How long a connection may take over what it has to do, over real HTTP."""
+"""Time limits of connections, over real HTTP."""
 
 import contextlib
 import socket

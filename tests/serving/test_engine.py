@@ -1,4 +1,4 @@
-"""The engine by itself: whoever joins or leaves while others are under way changes nobody's answer."""
+"""The engine without HTTP: answers do not depend on the other requests in the batch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -87,7 +87,7 @@ def engine(base: Callable[..., Base], request: pytest.FixtureRequest) -> Inferen
     return InferenceEngine(bank, adapters(bank.base))
 
 
-def test_joining_and_leaving_changes_nobodys_answer(engine: InferenceEngine) -> None:
+def test_joining_and_leaving_does_not_change_other_answers(engine: InferenceEngine) -> None:
     """Lengths, clients and limits differ; some come when others are half way, one goes away before its end."""
     prompts = [[(*prompt, token) for prompt in PROMPTS] for token in range(50, 54)]
     limits = {(client, turn): 3 + (5 * client + 7 * turn) % 12 for client in range(4) for turn in range(4)}
@@ -167,7 +167,7 @@ def test_rows_and_tokens_at_once_are_limited_and_all_are_answered(small: Callabl
     assert [answer.finish for answer in received] == ["length"] * 6
 
 
-def test_nobody_waits_behind_all_requests_of_somebody_else(small: Callable[..., InferenceEngine]) -> None:
+def test_a_client_does_not_wait_for_all_requests_of_another(small: Callable[..., InferenceEngine]) -> None:
     engine, many, one = small(max_rows=2), [Received() for _ in range(8)], Received()
     for answer in many:
         engine.submit(GenerationRequest(0, (5, 6), 6), answer)
@@ -177,7 +177,9 @@ def test_nobody_waits_behind_all_requests_of_somebody_else(small: Callable[..., 
     assert sum(answer.finish is not None for answer in many) <= 2
 
 
-def test_who_finds_no_room_to_wait_is_told_and_others_still_do(small: Callable[..., InferenceEngine]) -> None:
+def test_a_full_queue_of_one_client_is_an_error_and_does_not_affect_others(
+    small: Callable[..., InferenceEngine],
+) -> None:
     engine = small(max_waiting=2)
     for _ in range(2):
         engine.submit(GenerationRequest(0, (5,), 2), Received())
@@ -186,7 +188,7 @@ def test_who_finds_no_room_to_wait_is_told_and_others_still_do(small: Callable[.
     engine.submit(GenerationRequest(1, (5,), 2), Received())
 
 
-def test_stopping_tells_everybody(small: Callable[..., InferenceEngine]) -> None:
+def test_stopping_ends_all_requests(small: Callable[..., InferenceEngine]) -> None:
     engine, received = small(max_rows=1), [Received(), Received()]
     engine.start()
     for answer in received:

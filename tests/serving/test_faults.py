@@ -1,4 +1,4 @@
-"""What goes wrong with one request fails this request alone, and the engine goes on."""
+"""An error in one request fails this request only, and the engine continues."""
 
 import logging
 from collections.abc import Callable
@@ -40,14 +40,14 @@ def engine(base: Callable[..., Base]) -> Callable[..., InferenceEngine]:
 
 
 def request_of(client: int) -> GenerationRequest:
-    """Two draw and two take the most probable token."""
+    """Two clients sample, and two use greedy decoding."""
     return GenerationRequest(
         client, (*PROMPT, 10 + client), LENGTH, temperature=client % 2 * 0.8, top_p=0.9, seed=client
     )
 
 
 def alone(engine: InferenceEngine, *clients: int) -> list[str]:
-    """Answers that clients get one after the other."""
+    """Answers of clients whose requests run one after the other."""
     answers = [Received() for _ in clients]
     for client, received in zip(clients, answers, strict=True):
         engine.submit(request_of(client), received)
@@ -59,23 +59,23 @@ def texts(received: list[Received], *clients: int) -> list[str]:
     return [received[client].text for client in clients]
 
 
-class Watched:
-    """An engine whose logits are kept, and spoiled for one client's row at one step."""
+class RecordedRun:
+    """Runs an engine, records its logits, and corrupts the row of one client at one step."""
 
-    def __init__(self, engine: InferenceEngine, victim: int, spoil: Callable[[torch.Tensor], object] | None) -> None:
-        self.kept: list[dict[int, torch.Tensor]] = []
+    def __init__(self, engine: InferenceEngine, victim: int, corrupt: Callable[[torch.Tensor], object] | None) -> None:
+        self.logits: list[dict[int, torch.Tensor]] = []
         self.received = [Received() for _ in range(CLIENTS)]
         step = engine._batch.step
 
         def stepping(tokens: Any) -> torch.Tensor:
             logits = step(tokens)
             rows = {row.client: index for index, row in enumerate(engine._batch.rows)}
-            if len(self.kept) == STEP:
-                if spoil is None:
+            if len(self.logits) == STEP:
+                if corrupt is None:
                     requests[victim].cancel()
                 else:
-                    spoil(logits[rows[victim]])
-            self.kept.append({client: logits[index].clone() for client, index in rows.items() if client != victim})
+                    corrupt(logits[rows[victim]])
+            self.logits.append({client: logits[index].clone() for client, index in rows.items() if client != victim})
             return logits
 
         engine._batch.step = stepping  # type: ignore[method-assign]
@@ -84,35 +84,35 @@ class Watched:
 
 
 POISON: dict[str, Callable[[torch.Tensor], object]] = {
-    "one is no number": lambda row: row[7].fill_(float("nan")),
-    "one is infinite": lambda row: row[7].fill_(float("inf")),
-    "nothing is possible": lambda row: row.fill_(-float("inf")),
-    "all are no numbers": lambda row: row.fill_(float("nan")),
+    "one NaN": lambda row: row[7].fill_(float("nan")),
+    "one infinity": lambda row: row[7].fill_(float("inf")),
+    "all -infinity": lambda row: row.fill_(-float("inf")),
+    "all NaN": lambda row: row.fill_(float("nan")),
 }
 
 
-@pytest.mark.parametrize("victim", [1, 2], ids=["draws", "takes the likeliest"])
+@pytest.mark.parametrize("victim", [1, 2], ids=["samples", "greedy"])
 @pytest.mark.parametrize("poison", POISON)
 def test_a_poisoned_row_fails_alone_and_its_neighbours_logits_stay_the_same_to_the_bit(
     engine: Callable[..., InferenceEngine], poison: str, victim: int
 ) -> None:
-    """Compared with a row at the same place that leaves at the same step, and with each neighbour alone."""
-    spoiled, left = Watched(engine(), victim, POISON[poison]), Watched(engine(), victim, None)
+    """Compared with a run in which the row is cancelled at the same step, and with each client alone."""
+    corrupted, cancelled = RecordedRun(engine(), victim, POISON[poison]), RecordedRun(engine(), victim, None)
     others = [client for client in range(CLIENTS) if client != victim]
-    assert spoiled.received[victim].finish == "error"
-    assert [spoiled.received[client].finish for client in others] == ["length"] * 3
-    assert len(spoiled.kept) == len(left.kept) == LENGTH - 1
-    for one, other in zip(spoiled.kept, left.kept, strict=True):
+    assert corrupted.received[victim].finish == "error"
+    assert [corrupted.received[client].finish for client in others] == ["length"] * 3
+    assert len(corrupted.logits) == len(cancelled.logits) == LENGTH - 1
+    for one, other in zip(corrupted.logits, cancelled.logits, strict=True):
         assert one.keys() == other.keys() == set(others)
         assert all(torch.equal(one[client], other[client]) for client in one)
-    assert texts(spoiled.received, *others) == texts(left.received, *others) == alone(engine(), *others)
+    assert texts(corrupted.received, *others) == texts(cancelled.received, *others) == alone(engine(), *others)
 
 
 def test_numbers_that_are_not_finite_do_not_cross_to_the_rows_beside_them(base: Callable[..., Base]) -> None:
-    """A model of NaN is read and stepped in one batch with others; their logits are those beside a sound model."""
+    """A model of NaN is in one batch with others, whose logits are the same as beside a valid model."""
     bank = Bank(base("llama"))
     sound = [mixture(bank.base, seed) for seed in range(3)]
-    spoiled = {name: tensor * float("nan") for name, tensor in sound[1].tensors.items()}
+    corrupted = {name: tensor * float("nan") for name, tensor in sound[1].tensors.items()}
 
     def logits(adapters: list[Adapter]) -> torch.Tensor:
         bank.load(adapters)
@@ -122,20 +122,22 @@ def test_numbers_that_are_not_finite_do_not_cross_to_the_rows_beside_them(base: 
         return torch.stack([running.join(requests), *(running.step([7, 8, 9]) for _ in range(3))])[:, [0, 2]]
 
     right = logits(sound)
-    assert torch.equal(logits([sound[0], Adapter(sound[1].spec, spoiled), sound[2]]), right)
+    assert torch.equal(logits([sound[0], Adapter(sound[1].spec, corrupted), sound[2]]), right)
     assert right.isfinite().all()
 
 
 @pytest.mark.parametrize("temperature", [3e-38, 1e-320])
-def test_a_temperature_that_no_number_survives_harms_nobody_else(
+def test_an_extremely_low_temperature_does_not_affect_other_requests(
     engine: Callable[..., InferenceEngine], temperature: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The server refuses it; should it get here all the same, it draws the likeliest token or fails alone."""
-    here, received = engine(), [Received() for _ in range(CLIENTS)]
+    """The server refuses such values; the engine uses the most probable token, or fails this request only."""
+    tested, received = engine(), [Received() for _ in range(CLIENTS)]
     for client, answer in enumerate(received):
-        wanted = GenerationRequest(client, PROMPT, 5, temperature=temperature) if client == 1 else request_of(client)
-        here.submit(wanted, answer)
-    run_steps(here)
+        generation = (
+            GenerationRequest(client, PROMPT, 5, temperature=temperature) if client == 1 else request_of(client)
+        )
+        tested.submit(generation, answer)
+    run_steps(tested)
     assert received[1].finish == ("length" if temperature == 3e-38 else "error")
     assert len(caplog.records) == (temperature != 3e-38)
     assert texts(received, 0, 2, 3) == alone(engine(), 0, 2, 3)
@@ -158,18 +160,18 @@ def test_an_error_over_one_request_is_one_line_and_its_own_failure(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    here, received = engine(), [Received() for _ in range(CLIENTS)]
+    tested, received = engine(), [Received() for _ in range(CLIENTS)]
     on_chunk: Callable[[Chunk], object] = received[1]
     if where == "on_chunk":
         on_chunk = broken
     requests = [
-        here.submit(request_of(client), on_chunk if client == 1 else received[client]) for client in range(CLIENTS)
+        tested.submit(request_of(client), on_chunk if client == 1 else received[client]) for client in range(CLIENTS)
     ]
     if where == "decode":
         monkeypatch.setattr(requests[1].text, "update", broken)
     if where == "sample":
         requests[1].generator = "no generator"  # type: ignore[assignment]
-    run_steps(here)
+    run_steps(tested)
     assert requests[1].closed
     assert where == "on_chunk" or received[1].finish == "error"
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
@@ -181,10 +183,10 @@ def test_an_error_over_one_request_is_one_line_and_its_own_failure(
 def test_a_request_that_cannot_be_read_fails_alone_among_those_that_join_with_it(
     engine: Callable[..., InferenceEngine], caplog: pytest.LogCaptureFixture
 ) -> None:
-    here, received = engine(), [Received() for _ in range(CLIENTS)]
+    tested, received = engine(), [Received() for _ in range(CLIENTS)]
     for client, answer in enumerate(received):
-        here.submit(GenerationRequest(1, (10**6,), 5) if client == 1 else request_of(client), answer)
-    run_steps(here)
+        tested.submit(GenerationRequest(1, (10**6,), 5) if client == 1 else request_of(client), answer)
+    run_steps(tested)
     assert [answer.finish for answer in received] == ["length", "error", "length", "length"]
     assert len(caplog.records) == 1
     assert texts(received, 0, 2, 3) == alone(engine(), 0, 2, 3)
@@ -194,13 +196,13 @@ def test_a_request_that_cannot_be_read_fails_alone_among_those_that_join_with_it
 def test_after_a_step_that_failed_all_go_on_where_they_were(
     engine: Callable[..., InferenceEngine], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here, received = engine(kind), [Received() for _ in range(CLIENTS)]
+    tested, received = engine(kind), [Received() for _ in range(CLIENTS)]
     for client, answer in enumerate(received):
-        here.submit(request_of(client), answer)
+        tested.submit(request_of(client), answer)
     for _ in range(STEP):
-        here.step()
-    monkeypatch.setattr(here._batch, "step", broken)
-    run_steps(here)
+        tested.step()
+    monkeypatch.setattr(tested._batch, "step", broken)
+    run_steps(tested)
     assert [answer.finish for answer in received] == ["length"] * CLIENTS
     assert texts(received, *range(CLIENTS)) == alone(engine(kind), *range(CLIENTS))
 
@@ -208,14 +210,14 @@ def test_after_a_step_that_failed_all_go_on_where_they_were(
 def test_steps_that_fail_for_ever_end_the_requests_and_not_the_engine(
     engine: Callable[..., InferenceEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here, bad, good = engine(), Received(), Received()
+    tested, bad, good = engine(), Received(), Received()
     with monkeypatch.context() as patch:
         patch.setattr(DecodeBatch, "step", broken)
-        request = here.submit(GenerationRequest(0, PROMPT, 50), bad)
-        run_steps(here)
+        request = tested.submit(GenerationRequest(0, PROMPT, 50), bad)
+        run_steps(tested)
     assert (bad.finish, len(request.generated)) == ("error", MAX_FAILED_STEPS)
-    here.submit(request_of(2), good)
-    run_steps(here)
+    tested.submit(request_of(2), good)
+    run_steps(tested)
     assert [good.text] == alone(engine(), 2)
 
 
@@ -224,47 +226,47 @@ def test_the_engines_thread_survives_an_error_of_its_own(
 ) -> None:
     import threading
 
-    here, ends = engine(), [threading.Event(), threading.Event()]
+    tested, ends = engine(), [threading.Event(), threading.Event()]
 
     def read_to_end(reason: str, end: threading.Event, chunk: Chunk) -> None:
         if chunk.finish == reason:
             end.set()
 
-    monkeypatch.setattr(here._queue, "schedule", broken)
-    here.submit(request_of(0), partial(read_to_end, "error", ends[0]))
-    here.start()
+    monkeypatch.setattr(tested._queue, "schedule", broken)
+    tested.submit(request_of(0), partial(read_to_end, "error", ends[0]))
+    tested.start()
     assert ends[0].wait(10)
-    here.submit(request_of(0), partial(read_to_end, "length", ends[1]))
+    tested.submit(request_of(0), partial(read_to_end, "length", ends[1]))
     assert ends[1].wait(10)
-    here.stop()
+    tested.stop()
     assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_request_that_was_set_aside_gets_the_same_answer(engine: Callable[..., InferenceEngine], kind: str) -> None:
     """Two places, one client's long requests in both; another's short one takes one of them at once."""
-    here, long, short = engine(kind, max_rows=2), [Received() for _ in range(4)], Received()
+    tested, long, short = engine(kind, max_rows=2), [Received() for _ in range(4)], Received()
 
     def submit(seed: int, received: Received, engine: InferenceEngine) -> Any:
         return engine.submit(GenerationRequest(1, (*PROMPT, seed), 24, temperature=0.8, seed=seed), received)
 
-    requests = [submit(seed, received, here) for seed, received in enumerate(long)]
+    requests = [submit(seed, received, tested) for seed, received in enumerate(long)]
     for _ in range(5):
-        here.step()
-    here.submit(GenerationRequest(2, PROMPT, 3), short)
+        tested.step()
+    tested.submit(GenerationRequest(2, PROMPT, 3), short)
     turns = 0
     while short.finish is None:
-        here.step()
+        tested.step()
         turns += 1
-        assert here.running <= 2
+        assert tested.running <= 2
     assert turns == 2, "a turn reads it and advances it, and so does the next"
     assert not any(received.finish for received in long)
     assert 1 < len(requests[1].generated) < 24, "it was set aside half way"
-    run_steps(here)
-    lonely = engine(kind)
+    run_steps(tested)
+    single = engine(kind)
     for seed, received in enumerate(long):
         again = Received()
-        submit(seed, again, lonely)
-        run_steps(lonely)
+        submit(seed, again, single)
+        run_steps(single)
         assert received.text == again.text
-    assert short.text == generate_answers(lonely.bank, only(2, PROMPT), 3, 10_000)[2][0]
+    assert short.text == generate_answers(single.bank, only(2, PROMPT), 3, 10_000)[2][0]

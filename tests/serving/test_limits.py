@@ -1,4 +1,4 @@
-"""What one caller may do to others: requests that tried to stop the server for everybody, over real HTTP."""
+"""Limits over real HTTP: one caller's requests cannot block the server for others."""
 
 import json
 import logging
@@ -156,21 +156,21 @@ def keys(tmp_path: Path) -> dict[str, str]:
 def test_one_keys_many_long_requests_do_not_delay_another_keys_short_one(
     run: Path, keys: dict[str, str], tmp_path: Path
 ) -> None:
-    """The long ones would never end; of too many of them, the rest is refused and told when to come again."""
+    """The long requests never end by themselves; those beyond the limit get a 429 with Retry-After."""
     with serving(run, read_keys(tmp_path / "keys.json"), max_rows=2, max_waiting=3) as served:
-        hogs = [send(served, ENDLESS, keys["mood"]) for _ in range(2)]
+        long_requests = [send(served, ENDLESS, keys["mood"]) for _ in range(2)]
         until(lambda: served.engine.running == 2)
-        hogs += [send(served, ENDLESS, keys["mood"]) for _ in range(3)]
+        long_requests += [send(served, ENDLESS, keys["mood"]) for _ in range(3)]
         until(lambda: (served.engine.running, served.engine.waiting) == (2, 3))
-        late = send(served, ENDLESS, keys["mood"])
-        response = late.recv(65536)
+        excess = send(served, ENDLESS, keys["mood"])
+        response = excess.recv(65536)
         assert response.startswith(b"HTTP/1.1 429")
         assert b"retry-after: 1\r\n" in response.lower()
         short = {**REQUEST, "model": "plain"}
         assert post(served, short, Authorization=f"Bearer {keys['plain']}")[0] == 200
         until(lambda: served.engine.running == 2)
-        for hog in (*hogs, late):
-            hog.close()
+        for connection in (*long_requests, excess):
+            connection.close()
         until(lambda: (served.engine.running, served.engine.waiting) == (0, 0))
         assert post(served, REQUEST, Authorization=f"Bearer {keys['mood']}")[0] == 200
 
@@ -365,7 +365,7 @@ def test_names_from_elsewhere_are_printed_safely(tmp_path: Path, capsys: pytest.
     ids=lambda more: str(more)[:24],
 )
 def test_a_body_that_is_wrong_ten_thousand_times_is_not_ten_thousand_errors(more: dict[str, Any]) -> None:
-    """A million bytes of them took seconds, in which nobody else was answered."""
+    """Otherwise a body of a million bytes blocks the server for seconds."""
     kind = ChatRequest if "messages" in more else CompletionRequest
     with pytest.raises(RefusedError) as refused:
         parse_body(kind, json.dumps({"model": "mood", **more}).encode())

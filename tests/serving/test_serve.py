@@ -1,4 +1,4 @@
-"""The server as OpenAI's own client meets it: real HTTP on this machine, a finished run, one base."""
+"""The server with OpenAI's client library, over real HTTP on this machine."""
 
 import json
 import os
@@ -279,7 +279,7 @@ def test_refusals_before_a_body_is_read(served: Served) -> None:
 
 
 def test_too_many_requests_of_one_client_and_a_server_that_stops(run: Path) -> None:
-    """The engine has not begun, so what was asked waits; when the server stops, whoever waits is told."""
+    """The engine is not started, so requests wait; when the server stops, they end with an error."""
     served = Served(run, max_waiting=1)
     request: dict[str, Any] = {"model": "mood", "prompt": "a", "max_tokens": 2}
     with ThreadPoolExecutor(2) as pool:
@@ -300,8 +300,8 @@ def test_too_many_requests_of_one_client_and_a_server_that_stops(run: Path) -> N
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_place(run: Path, stream: bool) -> None:
-    """There is one place; who holds it wants far more than fits into the test, and hangs up."""
+def test_a_caller_that_disconnects_frees_its_row(run: Path, stream: bool) -> None:
+    """The batch has one row; the request in it would never end, but its caller disconnects."""
     served = Served(run, max_rows=1, max_answer_tokens=10**9)
     bank = served.engine.bank
     bank.base.max_positions = 10**9  # the base's own positions are rotations, which go on

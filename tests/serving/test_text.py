@@ -1,4 +1,4 @@
-"""Answers as they grow, against a matcher that looks at the whole text again for every character."""
+"""Streamed text, compared with a naive matcher that searches the whole text again for each character."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
