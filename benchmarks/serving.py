@@ -36,7 +36,8 @@ from fedamole.model.bank import Bank
 from fedamole.model.base import Base
 from fedamole.model.batch import Ids, pad_left
 from fedamole.model.params import Adapter, new_pool, new_shared
-from fedamole.serving.engine import Engine, Piece, Wanted
+from fedamole.serving.engine import InferenceEngine
+from fedamole.serving.requests import Chunk, GenerationRequest
 from fedamole.serving.scheduling import Limits
 
 NEW, ROWS = 24, 32
@@ -59,16 +60,16 @@ def requests(base: Base, models: int, total: int) -> Work:
     return [(turn % models, tuple(rng.integers(*words, rng.integers(20, 41)).tolist())) for turn in range(total)]
 
 
-def answered(engine: Engine, work: Work) -> list[str]:
+def answered(engine: InferenceEngine, work: Work) -> list[str]:
     """Answers of an engine to all requests, which come at once."""
     found = [""] * len(work)
 
-    def hear(place: int) -> Callable[[Piece], None]:
-        return lambda piece: found.__setitem__(place, piece.text)
+    def hear(place: int) -> Callable[[Chunk], None]:
+        return lambda chunk: found.__setitem__(place, chunk.text)
 
     for place, (model, prompt) in enumerate(work):
-        engine.submit(Wanted(model, prompt, NEW), hear(place))
-    while engine.turn():
+        engine.submit(GenerationRequest(model, prompt, NEW), hear(place))
+    while engine.step():
         pass
     return found
 
@@ -132,9 +133,11 @@ def child(models: int, name: str) -> None:
     sys.stdout.write(f"{psutil.Process().memory_full_info().uss / 2**20}\n")
 
 
-def opened(base: Base, models: int, mixture: bool = False) -> Engine:
+def opened(base: Base, models: int, mixture: bool = False) -> InferenceEngine:
     """An engine over fresh models."""
-    return Engine(Bank(base), adapters(base, models, mixture), Limits(rows=ROWS, tokens=10**6, waiting=10**6))
+    return InferenceEngine(
+        Bank(base), adapters(base, models, mixture), Limits(max_rows=ROWS, max_tokens=10**6, max_waiting=10**6)
+    )
 
 
 def main() -> None:

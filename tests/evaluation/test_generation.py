@@ -14,7 +14,7 @@ from fedamole.model.bank import Bank
 from fedamole.model.base import Base, BaseSettings, load_base
 from fedamole.model.continuation import Continuation
 from fedamole.personal.chat import Chat
-from fedamole.personal.generate import as_it_is
+from fedamole.personal.generate import raw_prompt
 from fedamole.personal.routing import greedy_answer
 
 from ..model.architectures import write_tiny
@@ -47,7 +47,7 @@ def bank(base: Callable[..., Base], request: pytest.FixtureRequest) -> Bank:
 def test_an_answer_ends_at_the_end_of_text_token_while_others_go_on(bank: Bank) -> None:
     """The end-of-text token is made one that the first prompt is answered with, later than at once."""
     free = [greedy(bank, prompt, 8) for prompt in PROMPTS]
-    prompt, stop = next((place, token) for place, ids in enumerate(free) for token in ids if ids.index(token) > 0)
+    prompt, stop = next((model, token) for model, ids in enumerate(free) for token in ids if ids.index(token) > 0)
     bank.base.tokenizer.add_special_tokens({"eos_token": bank.base.tokenizer.convert_ids_to_tokens(stop)})
     assert bank.base.tokenizer.eos_token_id == stop
     cut = [ids[: ids.index(stop)] if stop in ids else ids for ids in free]
@@ -122,7 +122,7 @@ def test_no_base_forgets_its_prompt(architecture: str, tmp_path: Path) -> None:
     assert greedy_answer(bank, PROMPTS[0], 6) == tuple(wanted[0])
     chat, said = Chat(bank, 4), list[str]()
     chat.answer("what now?", said.append)
-    prompt = prompt_ids(as_it_is(conversation_prompt([("user", "what now?")])), bank.base.tokenizer)
+    prompt = prompt_ids(raw_prompt(conversation_prompt([("user", "what now?")])), bank.base.tokenizer)
     assert "".join(said).strip() == text(bank, greedy(bank, prompt, 4))
 
 

@@ -20,7 +20,7 @@ from fedamole.model.bank import Bank
 from fedamole.model.params import Adapter, expert_ids, expert_keys
 from fedamole.model.pretrained import load_adapter
 from fedamole.personal.adapt import final_state
-from fedamole.personal.saved_models import base_of, find, places
+from fedamole.personal.saved_models import find_model, load_base_for, saved_models
 from fedamole.runs.run_files import SPLITS
 from fedamole.runs.run_folder import RunFolder
 
@@ -50,7 +50,7 @@ def joined(fedamole: Any, run: Path, rows: Path, *words: str) -> dict[str, Any]:
 
 
 def new_adapter(report: dict[str, Any]) -> Adapter:
-    return load_adapter(find(Path(report["folder"]), report["client"]).adapter)
+    return load_adapter(find_model(Path(report["folder"]), report["client"]).folder)
 
 
 def test_the_run_stays_as_it_is_and_the_new_folder_is_one_like_any_other(
@@ -69,7 +69,7 @@ def test_the_run_stays_as_it_is_and_the_new_folder_is_one_like_any_other(
     assert (opened.kind, opened.finished) == ("client", True)
     assert opened.about["base"] == RunFolder.open(run).about["base"]
     assert opened.about["id"] != report["from"] == RunFolder.open(run).about["id"]
-    assert [place.client for place in places(folder)] == [NEW]
+    assert [place.client for place in saved_models(folder)] == [NEW]
     assert (folder / "clients" / NEW / "adapter" / "README.md").exists()
     shown = json.loads(fedamole("show", folder, "--json").out)
     assert f'"{NEW}"' in json.dumps(shown)
@@ -94,7 +94,7 @@ def test_the_experts_choose_among_all_clients(runs: Any, rows: Path, fedamole: A
     config = load_config(folder / "config.toml")
     shard = load_federation(config.data, Path.cwd(), read_manifest(folder / "manifest.json")).shards[0]
     assert [len(getattr(shard, split)) > 0 for split in SPLITS] == [True] * 4
-    bank = Bank(base_of(find(folder, NEW), "cpu"))
+    bank = Bank(load_base_for(find_model(folder, NEW), "cpu"))
     bank.load([Adapter(config.method.spec(), state.tensors)])
     data = client_data(shard, bank.base.tokenizer, config.training.max_length)
     (means,) = embed(bank, [data.embedding.pairs()], 8192)
@@ -146,7 +146,7 @@ def test_one_adapter_for_all_is_the_new_ones_too(method: str, runs: Any, rows: P
     report = joined(fedamole, run, rows, "--steps", "0")
     assert content(run) == before
     state = unpack(load_method(run).records.state, final_state(RunFolder.open(run))[0])
-    tensors, member = new_adapter(report).tensors, load_adapter(find(run, "mood").adapter).tensors
+    tensors, member = new_adapter(report).tensors, load_adapter(find_model(run, "mood").folder).tensors
     assert set(tensors) == set(member)
     for name, tensor in tensors.items():
         assert torch.equal(tensor, state.tensors.get(name, member[name])), name

@@ -19,15 +19,15 @@ from fedamole.data.tokens import prompt_ids
 from fedamole.errors import DataError
 from fedamole.evaluation.generation import generate_answers
 from fedamole.model.bank import Bank
-from fedamole.personal.chat import Chat, converse
-from fedamole.personal.generate import as_it_is
-from fedamole.personal.saved_models import find, open_bank
+from fedamole.personal.chat import Chat, run_chat
+from fedamole.personal.generate import raw_prompt
+from fedamole.personal.saved_models import find_model, open_bank
 from fedamole.terminal import printable
 from tests.conftest import heeding_interrupts
 
 
 def loaded(run: Path, client: str = "chat") -> Bank:
-    bank, adapters = open_bank([find(run, client)], "cpu")
+    bank, adapters = open_bank([find_model(run, client)], "cpu")
     bank.load(adapters)
     return bank
 
@@ -39,7 +39,7 @@ def bank(runs: Any) -> Bank:
 
 def answer(bank: Bank, turns: list[tuple[str, str]], tokens: int) -> str:
     """What evaluation generates after these turns."""
-    ids = prompt_ids(as_it_is(conversation_prompt(turns)), bank.base.tokenizer)
+    ids = prompt_ids(raw_prompt(conversation_prompt(turns)), bank.base.tokenizer)
     return generate_answers(bank, [[ids]], tokens, 8192)[0][0]
 
 
@@ -72,7 +72,7 @@ def test_special_tokens_in_a_message_are_text(bank: Bank, monkeypatch: pytest.Mo
 
 def test_half_a_character_is_refused_and_the_conversation_goes_on(bank: Bank) -> None:
     notes, texts = list[str](), iter(["hi \udc80", "/quit"])
-    converse(Chat(bank, 2), lambda: next(texts), lambda _: None, notes.append)
+    run_chat(Chat(bank, 2), lambda: next(texts), lambda _: None, notes.append)
     assert notes == ["text 1 of 1 holds half a character (U+DC80) at position 14; correct it"]
 
 
@@ -88,8 +88,8 @@ def test_the_oldest_turns_are_forgotten(bank: Bank) -> None:
     chat, forgotten = Chat(bank, 4, "Be kind."), 0
     for number in range(8):
         forgotten += chat.answer(f"day {number}: who?", lambda _: None)
-        told = conversation_prompt([("system", "Be kind."), *chat.turns[:-1]])
-        assert len(prompt_ids(as_it_is(told), bank.base.tokenizer)) <= 124
+        prompt = conversation_prompt([("system", "Be kind."), *chat.turns[:-1]])
+        assert len(prompt_ids(raw_prompt(prompt), bank.base.tokenizer)) <= 124
         assert chat.turns[0][0] == "user"
         assert chat.turns[-2] == ("user", f"day {number}: who?")
     assert forgotten > 0
@@ -100,7 +100,7 @@ def test_a_message_that_is_too_long(bank: Bank) -> None:
     chat = Chat(bank, 4)
     chat.answer("who?", lambda _: None)
     before = list(chat.turns)
-    with pytest.raises(DataError, match=r"tokens with its layout, and there is room for 124: shorten it"):
+    with pytest.raises(DataError, match=r"tokens in a prompt, and only 124 fit: shorten it"):
         chat.answer("a blue hat " * 90, lambda _: None)
     assert chat.turns == before
 
@@ -108,7 +108,7 @@ def test_a_message_that_is_too_long(bank: Bank) -> None:
 def test_new_begins_anew_and_quit_ends(bank: Bank) -> None:
     chat, said, noted = Chat(bank, 4), list[str](), list[str]()
     words: Iterator[str] = iter(["who?", "", "/new", "who?", "x" * 400, "/quit", "never"])
-    converse(chat, lambda: next(words), said.append, noted.append)
+    run_chat(chat, lambda: next(words), said.append, noted.append)
     first, second = "".join(said).splitlines()
     assert first == second
     assert noted[0] == "a new conversation"
@@ -121,7 +121,7 @@ def test_the_end_of_the_input_and_an_interrupt_end_it(end: type[BaseException], 
     def ask() -> str:
         raise end
 
-    converse(Chat(bank, 4), ask, lambda _: None, lambda _: None)
+    run_chat(Chat(bank, 4), ask, lambda _: None, lambda _: None)
 
 
 def test_an_interrupt_ends_an_answer(bank: Bank) -> None:
@@ -129,7 +129,7 @@ def test_an_interrupt_ends_an_answer(bank: Bank) -> None:
         raise KeyboardInterrupt
 
     chat = Chat(bank, 24)
-    converse(chat, lambda: "day 3: who has a blue hat?", say, lambda _: None)
+    run_chat(chat, lambda: "day 3: who has a blue hat?", say, lambda _: None)
     assert chat.turns == []
 
 

@@ -11,35 +11,35 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedamole.personal.explain import Expert, Module, Sight, Story, Token, shown, visible
+from fedamole.personal.explain import ExampleInContext, Expert, Explanation, Module, Token
 from fedamole.personal.explain_page import page
-from fedamole.personal.routing import Use
+from fedamole.personal.explain_terminal import explanation_view, visible
+from fedamole.personal.routing import RoutingStats
 
 RAW = '<b>&"\x1b[31m'
 """A text that must be escaped on a page, and must not reach a terminal."""
 
 
-def story(*modules: str) -> Story:
+def explanation(*module_names: str) -> Explanation:
     """Two tokens, the second of the answer, in modules with the experts 3 and 12."""
     experts = (
         Expert(3, 0.6, 0.5, "", ("shop", "bank<1>")),
-        Expert(12, 0.4, 0.5, "its own", (), (Sight("before ", RAW, " after", 0.7),)),
+        Expert(12, 0.4, 0.5, "its own", (), (ExampleInContext("before ", RAW, " after", 0.7),)),
     )
-    made = tuple(
-        Module(name, Use(2, (0.6, 0.4), (0.5, 0.5), 0.1), experts, ((0.9, 0.1), (0.3, 0.7))) for name in modules
-    )
-    return Story("shop", "prompt and answer", made, 8, True, (Token(RAW, False), Token("yes\n", True)))
+    stats = RoutingStats(2, (0.6, 0.4), (0.5, 0.5), 0.1)
+    modules = tuple(Module(name, stats, experts, ((0.9, 0.1), (0.3, 0.7))) for name in module_names)
+    return Explanation("shop", "prompt and answer", modules, 8, True, (Token(RAW, False), Token("yes\n", True)))
 
 
-def printed(told: Story, colours: bool) -> str:
+def printed(explained: Explanation, colours: bool) -> str:
     console = Console(width=100, force_terminal=colours, color_system="truecolor" if colours else None)
     with console.capture() as caught:
-        console.print(shown(told, console))
+        console.print(explanation_view(explained, console))
     return caught.get()
 
 
 def test_tokens_are_coloured_by_their_experts_on_a_terminal() -> None:
-    out = printed(story("a.q_proj"), True)
+    out = printed(explanation("a.q_proj"), True)
     first, second = "48;2;124;197;240", "48;2;240;178;62"
     assert re.search(rf"\x1b\[[0-9;]*{first}m<b>&\"·\[31m\x1b", out)  # the text's own escape is not obeyed
     assert re.search(rf"\x1b\[1;[0-9;]*{second}myes↵", out)
@@ -48,13 +48,13 @@ def test_tokens_are_coloured_by_their_experts_on_a_terminal() -> None:
 
 
 def test_without_colours_tokens_have_their_experts_numbers() -> None:
-    out = printed(story("a.q_proj"), False)
+    out = printed(explanation("a.q_proj"), False)
     assert '<b>&"·[31m[3]' in out
     assert "answer: yes↵[12]" in out
     assert "before [" in out
     assert re.search(r"│ 3 +│ 60% +│ 50% of tokens │ shop, bank<1>", out)
     assert re.search(r"│ 12 +│ 40% +│ 50% of tokens │ its own ", out)
-    assert "a.v_proj" in printed(story("a.q_proj", "a.v_proj"), False)
+    assert "a.v_proj" in printed(explanation("a.q_proj", "a.v_proj"), False)
 
 
 class Reader(HTMLParser):
@@ -80,7 +80,7 @@ class Reader(HTMLParser):
 
 @pytest.mark.parametrize("modules", [("a.q_proj",), ("a.q_proj", "a.v_proj")])
 def test_the_page_is_whole_and_escaped_and_fetches_nothing(modules: tuple[str, ...]) -> None:
-    text = page(story(*modules))
+    text = page(explanation(*modules))
     reader = Reader()
     reader.feed(text)
     assert reader.open == []
@@ -109,24 +109,24 @@ def test_a_text_and_its_answer(fedamole: Callable[..., Any], runs: Any, tmp_path
         "explain", run, "--client", "mood", "--prompt", "Ann has <b>\n", "--html", page_, "--json", "--layer", "all"
     )
     assert done.code == 0
-    told = json.loads(done.out)
-    assert "".join(token["text"] for token in told["tokens"] if not token["answer"]) == "Ann has <b>\n"
+    report = json.loads(done.out)
+    assert "".join(token["text"] for token in report["tokens"] if not token["answer"]) == "Ann has <b>\n"
     answered = fedamole("generate", run, "Ann has <b>\n", "--client", "mood").out.strip()
-    assert "".join(token["text"] for token in told["tokens"] if token["answer"]).strip() == answered
-    for token in told["tokens"]:
+    assert "".join(token["text"] for token in report["tokens"] if token["answer"]).strip() == answered
+    for token in report["tokens"]:
         for module, weights in token["weights"].items():
             assert sum(weights.values()) == pytest.approx(1, abs=1e-5)
             assert len(weights) <= 2
-            assert set(weights) <= {str(one["expert"]) for one in told["modules"][module]["experts"]}
-    for module in told["modules"].values():
-        assert module["tokens"] == len(told["tokens"])
+            assert set(weights) <= {str(one["expert"]) for one in report["modules"][module]["experts"]}
+    for module in report["modules"].values():
+        assert module["tokens"] == len(report["tokens"])
         assert sum(one["share"] for one in module["experts"]) == pytest.approx(1)
         assert all("mood" in one["clients"] for one in module["experts"])
     reader = Reader()
     reader.feed(page_.read_text())
     assert reader.open == []
     assert "&lt;" in page_.read_text()
-    assert len([about for _, about in reader.tags if about.get("tabindex")]) == 4 * len(told["tokens"])
+    assert len([about for _, about in reader.tags if about.get("tabindex")]) == 4 * len(report["tokens"])
 
 
 def test_a_given_answer_the_template_and_the_first_example(fedamole: Callable[..., Any], runs: Any) -> None:
@@ -150,17 +150,17 @@ def test_special_tokens_in_a_given_answer_are_text(fedamole: Callable[..., Any],
 
 def test_what_the_experts_are_for(fedamole: Callable[..., Any], runs: Any, tmp_path: Path) -> None:
     words = ("explain", runs("fedamole"), "--client", "mood", "--experts", "--top", 2)
-    told = json.loads(fedamole(*words, "--split", "train", "--json", "--html", tmp_path / "e.html").out)
-    assert told["about"] == "mood's train data"
-    ((_, module),) = told["modules"].items()
+    report = json.loads(fedamole(*words, "--split", "train", "--json", "--html", tmp_path / "e.html").out)
+    assert report["about"] == "mood's train data"
+    ((_, module),) = report["modules"].items()
     assert module["tokens"] > 100
-    sights = [one["examples"] for one in module["experts"]]
-    assert all(len(examples) <= 2 for examples in sights)
+    examples = [one["examples"] for one in module["experts"]]
+    assert all(len(examples) <= 2 for examples in examples)
     assert all(one["examples"] for one in module["experts"] if one["largest"] > 0)
     rows = [json.loads(line) for line in (runs.config.parent / "mood.jsonl").read_text().splitlines()]
     texts = [f"Text: {row['text']}\nWhich class does the text belong to?\nClass:\n{row['label_text']}" for row in rows]
-    for sight in (sight for examples in sights for sight in examples):
-        assert any(sight["before"] + sight["text"] + sight["after"] in text for text in texts)
+    for example in (example for examples in examples for example in examples):
+        assert any(example["before"] + example["text"] + example["after"] in text for text in texts)
     assert "expert " in fedamole(*words).out
     assert 'style="--w:1"' in (tmp_path / "e.html").read_text()
 
@@ -179,8 +179,8 @@ def test_all_clients_into_a_file(fedamole: Callable[..., Any], runs: Any, tmp_pa
             assert sum(shares.values()) == pytest.approx(1, abs=1e-4)
     one = json.loads(fedamole("explain", run, "--client", "chat", "--experts", "--layer", "all", "--json").out)
     assert found["clients"]["chat"] == {
-        module: {str(expert["expert"]): pytest.approx(expert["share"], abs=1e-5) for expert in told["experts"]}
-        for module, told in one["modules"].items()
+        module: {str(expert["expert"]): pytest.approx(expert["share"], abs=1e-5) for expert in report["experts"]}
+        for module, report in one["modules"].items()
     }
 
 
@@ -194,8 +194,8 @@ def test_all_clients_into_a_file(fedamole: Callable[..., Any], runs: Any, tmp_pa
 )
 def test_other_mixtures(method: str, roles: list[str] | None, fedamole: Callable[..., Any], runs: Any) -> None:
     run = runs(method, "federation.rounds=2")
-    told = json.loads(fedamole("explain", run, "--client", "plain", "--json", "--prompt", "Ann has\n").out)
-    ((_, module),) = told["modules"].items()
+    report = json.loads(fedamole("explain", run, "--client", "plain", "--json", "--prompt", "Ann has\n").out)
+    ((_, module),) = report["modules"].items()
     assert sum(one["share"] for one in module["experts"]) == pytest.approx(1)
     found = [one["role"] for one in module["experts"]]
     assert found == roles if roles else found.count("its own cluster's") == 1
@@ -207,9 +207,9 @@ def test_other_mixtures(method: str, roles: list[str] | None, fedamole: Callable
     ("words", "code", "said"),
     [
         (("--client", "mood", "--prompt", "x", "--experts"), 2, "choose one"),
-        (("--all", "--client", "mood"), 2, "--all is of all clients"),
-        (("--client", "mood", "--html", "x.json"), 2, "ends in .html"),
-        (("--client", "mood", "--layer", "v_proj"), 2, "2 modules end so"),
+        (("--all", "--client", "mood"), 2, "--all covers all clients"),
+        (("--client", "mood", "--html", "x.json"), 2, "must end in .html"),
+        (("--client", "mood", "--layer", "v_proj"), 2, "2 modules have names with this ending"),
         (("--client", "mood", "--prompt", "long " * 200), 2, "128"),
         (("--client", "nobody"), 5, "no client 'nobody'"),
         (("--client", "mood", "--split", "test"), 2, "validation"),

@@ -20,8 +20,9 @@ from fedamole.model.base import Base, BaseSettings, load_base
 from fedamole.model.batch import Row, collate
 from fedamole.model.params import Adapter, expert_ids, expert_keys
 from fedamole.model.pretrained import load_adapter, save_adapter
-from fedamole.personal.export import ExportSettings, Texts, as_lora, merge, refuse_unmergeable, watched
-from fedamole.personal.saved_models import base_of, find
+from fedamole.personal.export import Texts, as_lora, merge, refuse_unmergeable, watched
+from fedamole.personal.export_settings import ExportSettings
+from fedamole.personal.saved_models import find_model, load_base_for
 from tests.model.conftest import mixture
 from tests.training import lora_spec
 
@@ -76,16 +77,16 @@ def test_it_needs_nothing_of_this_package(trained: Path, tiny: Path, tmp_path: P
         assert 0 < max(report["unexplained"].values()) < 0.5
     assert written(tmp_path / "merged")["losses"] == pytest.approx(written(tmp_path / "lora")["losses"], abs=1e-4)
     out = tmp_path / "logits.safetensors"
-    places = [tiny / "base", tmp_path / "lora", tmp_path / "merged", out]
-    subprocess.run([sys.executable, "-c", OUTSIDE, *map(str, places), json.dumps(IDS)], check=True, cwd=tmp_path)
+    arguments = [tiny / "base", tmp_path / "lora", tmp_path / "merged", out]
+    subprocess.run([sys.executable, "-c", OUTSIDE, *map(str, arguments), json.dumps(IDS)], check=True, cwd=tmp_path)
     found = load_file(out)
-    place = find(trained, CLIENT)
-    base = base_of(place, "cpu")
+    model = find_model(trained, CLIENT)
+    base = load_base_for(model, "cpu")
     ours = logits(Bank(base), load_adapter(tmp_path / "lora", base.identity))
     but_last = slice(0, len(IDS) - 1)
     assert torch.allclose(found["lora"][but_last], ours, atol=1e-4)
     assert torch.allclose(found["merged"][but_last], ours, atol=1e-4)
-    assert not torch.allclose(logits(Bank(base_of(place, "cpu")), load_adapter(place.adapter)), ours, atol=1e-4)
+    assert not torch.allclose(logits(Bank(load_base_for(model, "cpu")), load_adapter(model.folder)), ours, atol=1e-4)
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert not list(tmp_path.glob(".*"))
 
@@ -114,10 +115,10 @@ def equal(personal: Adapter) -> Adapter:
 @pytest.mark.parametrize("packs", [True, False])
 def test_what_is_linear_is_found_exactly(change: Any, packs: bool, trained: Path) -> None:
     """One expert, or all alike, is one linear map of rank 2 + 2: with as much, the LoRA is the model itself."""
-    place = find(trained, CLIENT)
-    bank = Bank(base_of(place, "cpu"))
+    model = find_model(trained, CLIENT)
+    bank = Bank(load_base_for(model, "cpu"))
     bank.packs = packs
-    personal = change(load_adapter(place.adapter))
+    personal = change(load_adapter(model.folder))
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randint(2, 300, (size,), generator=generator).tolist() for size in (20, 5, 40, 11) * 3]
     rows: list[Row] = [(tuple(ids), IDS) for ids in drawn]
@@ -137,14 +138,14 @@ def test_a_lora_is_exported_as_it_is(runs: Any, tmp_path: Path, fedamole: Any) -
     assert report["exact"]
     assert report["losses"]["export"] == report["losses"]["personal"]
     name = "adapter_model.safetensors"
-    assert (tmp_path / "lora" / name).read_bytes() == (find(run, CLIENT).adapter / name).read_bytes()
+    assert (tmp_path / "lora" / name).read_bytes() == (find_model(run, CLIENT).folder / name).read_bytes()
 
 
 @pytest.mark.parametrize("method", ["feddpa", "fedalt"])
 def test_other_mixtures_are_watched_alike(method: str, runs: Any) -> None:
     """Weights by instance take a first look at each prompt, which does not count; a learned mixer does not."""
-    place = find(runs(method, "federation.rounds=1"), CLIENT)
-    bank, personal = Bank(base_of(place, "cpu")), load_adapter(place.adapter)
+    model = find_model(runs(method, "federation.rounds=1"), CLIENT)
+    bank, personal = Bank(load_base_for(model, "cpu")), load_adapter(model.folder)
     rows: list[Row] = [((5, 9, 60, 33, 21), IDS), ((7, 8), IDS)]
     texts = Texts(rows, rows, 200)
     seen = watched(bank, personal, sorted(bank.base.shapes), texts)
@@ -189,7 +190,7 @@ def test_nothing_is_overwritten(trained: Path, tmp_path: Path, fedamole: Any) ->
 
 
 def test_a_copied_adapter_needs_text(trained: Path, tiny: Path, tmp_path: Path, fedamole: Any) -> None:
-    shutil.copytree(find(trained, CLIENT).adapter, tmp_path / "copy")
+    shutil.copytree(find_model(trained, CLIENT).folder, tmp_path / "copy")
     result = fedamole("export", "copy", "--out", "lora")
     assert result.code == 2
     assert "--calibration" in result.line
@@ -220,7 +221,7 @@ def test_settings_that_mean_nothing(words: Sequence[str], trained: Path, tmp_pat
 
 
 def test_tied_and_quantised_weights_take_no_lora(trained: Path) -> None:
-    base = base_of(find(trained, CLIENT), "cpu")
+    base = load_base_for(find_model(trained, CLIENT), "cpu")
     names = sorted(base.shapes)
     refuse_unmergeable(base, names)
     first, second = (base.model.get_submodule(name) for name in names if name.endswith("q_proj"))

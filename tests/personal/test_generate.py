@@ -16,17 +16,25 @@ from fedamole.data.manifest import load_federation
 from fedamole.data.tokens import prompt_ids, tokenise
 from fedamole.errors import ConfigError, DataError
 from fedamole.evaluation.generation import generate_answers
-from fedamole.personal.generate import Layout, answers, as_it_is, layout_of, lines, read_prompts, rendered
-from fedamole.personal.saved_models import find, open_bank
+from fedamole.personal.generate import (
+    PromptFormat,
+    answer_prompts,
+    prompt_format_of,
+    prompts_from_lines,
+    raw_prompt,
+    read_prompt_file,
+    render_prompts,
+)
+from fedamole.personal.saved_models import find_model, open_bank
 
 PROMPTS = ("Ann has a red cup on day 3 ->\n", "Bob has two pens on day 7 ->\n")
 
 
-def wanted(run: Path, client: str, prompts: tuple[str, ...] = PROMPTS, tokens: int = 4) -> list[str]:
+def expected_answers(run: Path, client: str, prompts: tuple[str, ...] = PROMPTS, tokens: int = 4) -> list[str]:
     """What evaluation generates, under this client's adapter alone."""
-    bank, adapters = open_bank([find(run, client)], "cpu")
+    bank, adapters = open_bank([find_model(run, client)], "cpu")
     bank.load(adapters)
-    ids = [row.prompt for row in tokenise([as_it_is(text) for text in prompts], bank.base.tokenizer, 1000).rows]
+    ids = [row.prompt for row in tokenise([raw_prompt(text) for text in prompts], bank.base.tokenizer, 1000).rows]
     return generate_answers(bank, [ids], tokens, 8192)[0]
 
 
@@ -45,11 +53,11 @@ def test_prompts_on_the_command_line(method: str, fedamole: Any, runs: Any) -> N
     run = runs(method)
     result = fedamole("generate", run, *PROMPTS, "--client", "plain")
     assert result.code == 0, result.err
-    assert result.out == "".join(f"{answer}\n" for answer in wanted(run, "plain"))
+    assert result.out == "".join(f"{answer}\n" for answer in expected_answers(run, "plain"))
     found = records(fedamole("generate", run, *PROMPTS, "--client", "plain", "--json"))
     assert found == [
         {"client": "plain", "prompt": prompt, "answer": answer}
-        for prompt, answer in zip(PROMPTS, wanted(run, "plain"), strict=True)
+        for prompt, answer in zip(PROMPTS, expected_answers(run, "plain"), strict=True)
     ]
 
 
@@ -58,14 +66,31 @@ def test_two_clients_answer_differently(fedamole: Any, runs: Any) -> None:
     one = records(fedamole("generate", run, PROMPTS[0], "--client", "plain", "--json"))
     other = records(fedamole("generate", run, PROMPTS[0], "--client", "chat", "--json"))
     assert one[0]["answer"] != other[0]["answer"]
-    assert [one[0]["answer"]] == wanted(run, "plain", PROMPTS[:1])
-    assert [other[0]["answer"]] == wanted(run, "chat", PROMPTS[:1])
+    assert [one[0]["answer"]] == expected_answers(run, "plain", PROMPTS[:1])
+    assert [other[0]["answer"]] == expected_answers(run, "chat", PROMPTS[:1])
+
+
+def test_an_option_selects_the_variant(fedamole: Any, runs: Any) -> None:
+    run = runs("fedit", "evaluation.pre_aggregation=true")
+    bank, adapters = open_bank([find_model(run, "chat", "fedit_ft")], "cpu")
+    bank.load(adapters)
+    ids = prompt_ids(raw_prompt(PROMPTS[0]), bank.base.tokenizer)
+    (found,) = records(fedamole("generate", run, PROMPTS[0], "--client", "chat", "--variant", "fedit_ft", "--json"))
+    assert (
+        [found["answer"]] == generate_answers(bank, [[ids]], 4, 8192)[0] != expected_answers(run, "chat", PROMPTS[:1])
+    )
+    refused = fedamole("generate", run, PROMPTS[0], "--client", "chat", "--variant", "fedit_tf")
+    assert (refused.code, "no saved model of 'fedit_tf'" in refused.line) == (5, True)
 
 
 def test_a_longer_answer(fedamole: Any, runs: Any) -> None:
     run = runs("fedamole")
     found = records(fedamole("generate", run, PROMPTS[0], "--client", "chat", "--max-new-tokens", 9, "--json"))
-    assert [found[0]["answer"]] == wanted(run, "chat", PROMPTS[:1], 9) != wanted(run, "chat", PROMPTS[:1])
+    assert (
+        [found[0]["answer"]]
+        == expected_answers(run, "chat", PROMPTS[:1], 9)
+        != expected_answers(run, "chat", PROMPTS[:1])
+    )
 
 
 def test_lines_of_standard_input_and_of_a_file(fedamole: Any, runs: Any, piped: Any) -> None:
@@ -74,7 +99,7 @@ def test_lines_of_standard_input_and_of_a_file(fedamole: Any, runs: Any, piped: 
     assert records(fedamole("generate", run, "--client", "plain", "--json")) == (
         expected := [
             {"client": "plain", "prompt": text, "answer": answer}
-            for text, answer in zip(texts, wanted(run, "plain", texts), strict=True)
+            for text, answer in zip(texts, expected_answers(run, "plain", texts), strict=True)
         ]
     )
     Path("prompts.txt").write_text("\ufeff" + "\n".join(texts))
@@ -94,7 +119,7 @@ def test_rows_of_a_file_into_a_file(fedamole: Any, runs: Any, tiny: Path) -> Non
     prompts = tuple(f"{row['premise']} Then {row['hypothesis']}\n" for row in rows)
     found = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
     assert [one["prompt"] for one in found] == list(prompts)
-    assert [one["answer"] for one in found] == wanted(run, "entail", prompts)
+    assert [one["answer"] for one in found] == expected_answers(run, "entail", prompts)
     result = fedamole(*words)
     assert result.code == 5
     assert "nothing is overwritten" in result.line
@@ -109,10 +134,10 @@ def test_one_row_by_its_columns(fedamole: Any, runs: Any) -> None:
 def test_special_tokens_in_rows_and_prompts_are_text(fedamole: Any, runs: Any, caplog: Any) -> None:
     """`<end>` is the base's end-of-text token: it reaches the model letter by letter, which a warning counts."""
     run, rows = runs("fedamole"), [{"premise": "a<end>", "hypothesis": "b"}, {"premise": "a", "hypothesis": "b"}]
-    place = find(run, "entail")
-    bank, _ = open_bank([place], "cpu")
-    special, plain = rendered(rows, layout_of(place), "here")
-    ids = [prompt_ids(example, bank.base.tokenizer) for example in (special, plain, as_it_is("<end>"))]
+    model = find_model(run, "entail")
+    bank, _ = open_bank([model], "cpu")
+    special, plain = render_prompts(rows, prompt_format_of(model), "here")
+    ids = [prompt_ids(example, bank.base.tokenizer) for example in (special, plain, raw_prompt("<end>"))]
     assert not {bank.base.tokenizer.eos_token_id} & {*ids[0], *ids[1], *ids[2]}
     assert bank.base.tokenizer.decode(ids[0]) == "a<end> Then b\n"
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -127,7 +152,7 @@ def test_prompts_are_those_of_training(runs: Any) -> None:
     config = runs.load("fedamole")
     shards = {shard.client: shard for shard in load_federation(config.data, Path.cwd()).shards}
     for source in config.data.source:
-        made = read_prompts(Path(source.path), layout_of(find(run, source.name)))
+        made = read_prompt_file(Path(source.path), prompt_format_of(find_model(run, source.name)))
         known = {example.prompt for example in shards[source.name].train}
         assert known
         assert known <= {example.prompt for example in made}
@@ -138,19 +163,19 @@ def test_prompts_of_files_are_as_written(tmp_path: Path) -> None:
     rows = ['{"instruction": "Next visit?", "input": 0}', '{"instruction": "Next visit?", "input": "2024-03-01"}']
     rows += ['{"instruction": "Next visit?", "input": 1.10}', '{"instruction": "Next visit?", "input": 2e5}']
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    made = [example.context for example in read_prompts(tmp_path / "rows.jsonl", Layout())]
+    made = [example.context for example in read_prompt_file(tmp_path / "rows.jsonl", PromptFormat())]
     assert made == ["0", "2024-03-01", "1.10", "2e5"]
     (tmp_path / "p.txt").write_bytes("\ufeffone\u2028still one\r\n\r\n  two\x0b\x85 \n".encode())
-    texts = [example.prompt for example in read_prompts(tmp_path / "p.txt", Layout())]
+    texts = [example.prompt for example in read_prompt_file(tmp_path / "p.txt", PromptFormat())]
     assert texts == ["one\u2028still one", "  two\x0b\x85 "]
     (tmp_path / "p.txt").write_bytes("fine\ncaf\xe9".encode("latin-1"))
     with pytest.raises(DataError, match=r"p.txt, line 2: cannot be read as UTF-8 text: it has another encoding"):
-        read_prompts(tmp_path / "p.txt", Layout())
+        read_prompt_file(tmp_path / "p.txt", PromptFormat())
 
 
 def test_layouts() -> None:
     def prompts(*rows: dict[str, Any], **how: Any) -> list[str]:
-        return [example.prompt for example in rendered(rows, Layout(**how), "here")]
+        return [example.prompt for example in render_prompts(rows, PromptFormat(**how), "here")]
 
     asked = prompts({"instruction": "Add.", "input": "1 and 2"}, {"instruction": "Go.", "input": ""})
     assert [("### Input:\n1 and 2\n\n### Response:\n" in text, "### Input" in text) for text in asked] == [
@@ -171,7 +196,9 @@ def test_layouts() -> None:
         assert prompts({"prompt": "raw"}, **how) == ["raw"]
     with pytest.raises(DataError, match=r"here: no template fits the columns id"):
         prompts({"id": 7})
-    with pytest.raises(DataError, match=r"made of premise, hypothesis; 'hypothesis' is missing, there are premise"):
+    with pytest.raises(
+        DataError, match=r"made of premise, hypothesis; 'hypothesis' is missing, the columns are premise"
+    ):
         prompts({"premise": "a"}, template="snli")
     with pytest.raises(DataError, match=r"here, row 2: column 'text' is empty"):
         prompts({"text": "a"}, {"text": None})
@@ -187,69 +214,72 @@ def test_an_option_renames_or_drops_a_column() -> None:
 def test_what_training_dropped_is_dropped_from_a_file_too(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"instruction": "Go.", "input": "raw", "output": "Gone."}) + "\n")
-    (kept,), (dropped,) = read_prompts(path, Layout()), read_prompts(path, Layout(columns={"input": ""}))
+    (kept,), (dropped,) = (
+        read_prompt_file(path, PromptFormat()),
+        read_prompt_file(path, PromptFormat(columns={"input": ""})),
+    )
     assert "### Input:\nraw" in kept.prompt
     assert "raw" not in dropped.prompt
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     path.write_text(json.dumps({"prompt": "raw", "messages": talk}) + "\n")
-    for layout in (Layout("messages"), Layout(columns={"prompt": ""})):
-        assert [one.prompt for one in read_prompts(path, layout)] == [conversation_prompt([("user", "Hi")])]
+    for layout in (PromptFormat("messages"), PromptFormat(columns={"prompt": ""})):
+        assert [one.prompt for one in read_prompt_file(path, layout)] == [conversation_prompt([("user", "Hi")])]
 
 
 def test_a_prompt_that_is_too_long_is_cut_as_in_training(runs: Any, caplog: Any) -> None:
     """128 positions, 8 of them for the answer: the beginning is cut, and the answer is that to the last 120 tokens."""
-    bank, adapters = open_bank([find(runs("fedamole"), "plain")], "cpu")
+    bank, adapters = open_bank([find_model(runs("fedamole"), "plain")], "cpu")
     bank.load(adapters)
     text = " ".join(f"on day {number}" for number in range(80))
     ids = tuple(bank.base.tokenizer(text, add_special_tokens=False)["input_ids"])
     assert len(ids) > 200
-    found = list(answers(bank, [as_it_is(text)], 8, 8192))
+    found = list(answer_prompts(bank, [raw_prompt(text)], 8, 8192))
     assert found == generate_answers(bank, [[ids[-120:]]], 8, 8192)[0]
     assert "1 of 1 prompts were cut to 120 tokens" in caplog.text
     with pytest.raises(ConfigError, match="leaves no room for a prompt: this base has 128 positions"):
-        list(answers(bank, [as_it_is(text)], 128, 8192))
+        list(answer_prompts(bank, [raw_prompt(text)], 128, 8192))
 
 
 def test_more_prompts_than_are_handed_over_at_once(runs: Any) -> None:
-    bank, adapters = open_bank([find(runs("fedamole"), "plain")], "cpu")
+    bank, adapters = open_bank([find_model(runs("fedamole"), "plain")], "cpu")
     bank.load(adapters)
-    found = list(answers(bank, lines("\n".join(f"{place} ->" for place in range(70))), 2, 8192))
+    found = list(answer_prompts(bank, prompts_from_lines("\n".join(f"{number} ->" for number in range(70))), 2, 8192))
     assert len(found) == 70
-    assert found[69] == next(answers(bank, [as_it_is("69 ->")], 2, 8192))
+    assert found[69] == next(answer_prompts(bank, [raw_prompt("69 ->")], 2, 8192))
 
 
 def test_an_adapter_folder_on_a_copy_of_its_base(fedamole: Any, runs: Any, tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(runs("fedamole") / "clients/plain/adapter", tmp_path / "copied")
     words = ("generate", "copied", *PROMPTS, "--base", tiny / "base", "--max-new-tokens", 4, "--json")
     found = records(fedamole(*words))
-    assert [one["answer"] for one in found] == wanted(runs("fedamole"), "plain")
+    assert [one["answer"] for one in found] == expected_answers(runs("fedamole"), "plain")
     assert {one["client"] for one in found} == {"copied"}
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "message"),
     [
         (("--client", "plain", "a", "--set", "b=c"), 2, "only one of them"),
         (("--client", "plain", "--set", "prompt"), 2, "write COLUMN=TEXT"),
-        (("--client", "plain", "--file", "no.txt"), 3, "there is no file no.txt"),
-        (("--client", "plain", "--file", "odd.pdf"), 3, "prompts come from .txt"),
+        (("--client", "plain", "--file", "no.txt"), 3, "no.txt does not exist"),
+        (("--client", "plain", "--file", "odd.pdf"), 3, "use .txt for one prompt per line"),
         (("--client", "entail", "--set", "premise=a"), 3, "'hypothesis' is missing"),
-        (("--client", "plain"), 3, "standard input: there is no prompt in it"),
+        (("--client", "plain"), 3, "standard input contains no prompt"),
         (("--client", "plain", ""), 3, "prompt 1 of 1 is empty"),
-        (("a",), 5, "name one by --client"),
+        (("a",), 5, "select one with --client"),
         (("--client", "plian", "a"), 5, "did you mean 'plain'"),
     ],
 )
-def test_mistakes(words: tuple[str, ...], code: int, told: str, fedamole: Any, runs: Any, piped: Any) -> None:
+def test_mistakes(words: tuple[str, ...], code: int, message: str, fedamole: Any, runs: Any, piped: Any) -> None:
     piped("\n")
     Path("odd.pdf").write_text("")
     result = fedamole("generate", runs("fedamole"), *words)
     assert result.code == code, result.err
-    assert told in result.line
+    assert message in result.line
 
 
 def test_a_word_on_templates(fedamole: Any, runs: Any) -> None:
     """Said where a prompt cannot be what the client was trained on, and nowhere else."""
     result = fedamole("generate", runs("fedamole"), "--client", "entail", "Ann sat.")
-    assert "used as it is; --set puts columns into the template that entail was trained with" in result.err
-    assert "used as it is" not in fedamole("generate", runs("fedamole"), "--client", "plain", PROMPTS[0]).err
+    assert "prompts are used verbatim; --set applies the template that entail was trained with" in result.err
+    assert "used verbatim" not in fedamole("generate", runs("fedamole"), "--client", "plain", PROMPTS[0]).err

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from fedamole import load_personal_model
 from fedamole.errors import BaseModelError, RunError
 from fedamole.evaluation.generation import generate_answers
-from fedamole.personal.saved_models import find, open_bank, places
+from fedamole.personal.saved_models import find_model, open_bank, saved_models
 
 IDS = (5, 9, 14, 33, 7)
 IN_A_FRESH_PROCESS = """
@@ -29,7 +29,7 @@ with torch.no_grad():
 
 def of_bank(run: Path, client: str) -> torch.Tensor:
     """Logits after the last of IDS, of a client's adapter in a bank."""
-    bank, adapters = open_bank([find(run, client)], "cpu")
+    bank, adapters = open_bank([find_model(run, client)], "cpu")
     bank.load(adapters)
     with torch.no_grad():
         logits: torch.Tensor = bank.base.model(input_ids=torch.tensor([bank.prefix(IDS)])).logits
@@ -52,8 +52,8 @@ def test_from_a_run(method: str, runs: Any) -> None:
 
 
 def test_it_answers_as_evaluation_does(runs: Any) -> None:
-    place = find(runs("fedamole"), "mood")
-    bank, adapters = open_bank([place], "cpu")
+    model = find_model(runs("fedamole"), "mood")
+    bank, adapters = open_bank([model], "cpu")
     bank.load(adapters)
     model, tokenizer = load_personal_model(runs("fedamole"), "mood", device="cpu")
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 0
@@ -70,23 +70,23 @@ def test_from_a_copied_folder_in_a_fresh_process(runs: Any, tiny: Path, tmp_path
     assert done.returncode == 0, done.stderr
     there = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
     assert torch.allclose(there, of_bank(runs("fedamole"), "mood"), atol=1e-5)
-    assert [place.client for place in places(copy)] == ["mood-model"]
-    assert find(runs("fedamole") / "clients/mood/adapter", "mood").run is None
+    assert [model.client for model in saved_models(copy)] == ["mood-model"]
+    assert find_model(runs("fedamole") / "clients/mood/adapter", "mood").run is None
 
 
 def test_all_of_a_run_and_its_second_row(runs: Any) -> None:
     run = runs("fedit", "evaluation.pre_aggregation=true")
-    assert [place.client for place in places(run)] == ["chat", "entail", "mood", "plain"]
-    assert find(run, "chat", "fedit_ft").adapter == run / "clients/chat/adapter-fedit_ft"
+    assert [model.client for model in saved_models(run)] == ["chat", "entail", "mood", "plain"]
+    assert find_model(run, "chat", "fedit_ft").folder == run / "clients/chat/adapter-fedit_ft"
     with pytest.raises(RunError, match="no saved model of 'fedit_tf'"):
-        places(run, "fedit_tf")
+        saved_models(run, "fedit_tf")
 
 
 def test_no_such_client_or_none_named(runs: Any) -> None:
-    with pytest.raises(RunError, match=r"no client 'mod'.*mean 'mood'.*there are chat, entail, mood, plain"):
-        find(runs("fedamole"), "mod")
-    with pytest.raises(RunError, match=r"models of chat, entail, mood, plain: name one by --client"):
-        find(runs("fedamole"), None)
+    with pytest.raises(RunError, match=r"no client 'mod'.*mean 'mood'.*its clients are chat, entail, mood, plain"):
+        find_model(runs("fedamole"), "mod")
+    with pytest.raises(RunError, match=r"models of chat, entail, mood, plain: select one with --client"):
+        find_model(runs("fedamole"), None)
 
 
 @pytest.fixture
@@ -98,13 +98,13 @@ def own(runs: Any, tmp_path: Path) -> Path:
 def test_the_only_client_needs_no_name(own: Path) -> None:
     for name in ("chat", "entail", "plain"):
         shutil.rmtree(own / "clients" / name)
-    assert find(own, None).client == "mood"
+    assert find_model(own, None).client == "mood"
 
 
 def test_a_client_without_a_model(own: Path) -> None:
     shutil.rmtree(own / "clients/mood/adapter")
-    with pytest.raises(RunError, match=r"mood never trained .* its model is the bare base"):
-        find(own, "mood")
+    with pytest.raises(RunError, match=r"mood did not train in any round .* its model is the untuned base"):
+        find_model(own, "mood")
 
 
 def test_a_run_that_is_not_finished(own: Path) -> None:
@@ -112,14 +112,14 @@ def test_a_run_that_is_not_finished(own: Path) -> None:
         shutil.rmtree(path)
     (own / "summary.json").unlink()
     with pytest.raises(RunError, match=r"not finished \(round 3 of 3\).*`fedamole resume"):
-        find(own, "mood")
+        find_model(own, "mood")
 
 
 def test_a_servers_folder(own: Path) -> None:
     shutil.rmtree(own / "clients")
     (own / "run.json").write_text(json.dumps({**json.loads((own / "run.json").read_text()), "kind": "server"}))
     with pytest.raises(RunError, match="a coordinator's folder holds no personal model"):
-        find(own, "mood")
+        find_model(own, "mood")
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -141,7 +141,9 @@ def test_a_base_that_is_not_here(runs: Any, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(runs("fedamole") / "clients/mood/adapter", tmp_path / "copy"))
     config = json.loads((copy / "adapter_config.json").read_text())
     (copy / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/far/away"}))
-    with pytest.raises(BaseModelError, match=r"/far/away, the base of .* is not here: name a copy of it by --base"):
+    with pytest.raises(
+        BaseModelError, match=r"/far/away, the base of .* is not on this machine: pass a copy with --base"
+    ):
         load_personal_model(copy)
 
 

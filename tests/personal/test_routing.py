@@ -1,4 +1,4 @@
-"""Weights of experts as they are told, against the definition written out here and against what the layers put out."""
+"""Expert weights as reported, against the definition written out here and against what the layers put out."""
 
 import math
 import shutil
@@ -21,18 +21,18 @@ from fedamole.model.base import Base
 from fedamole.model.batch import Row, collate
 from fedamole.model.params import OWN, Adapter, expert_ids, expert_keys, mixer_key, router_key, shared_keys
 from fedamole.personal.routing import (
+    client_rows,
+    expert_holders,
     experts_of,
+    find_module,
     greedy_answer,
-    holders,
-    module_named,
-    most_telling,
-    own_rows,
-    peaks,
-    pieces,
+    most_informative_module,
+    routing_stats,
+    token_texts,
     token_weights,
-    uses,
+    top_tokens,
 )
-from fedamole.personal.saved_models import find, open_bank, places
+from fedamole.personal.saved_models import find_model, open_bank, saved_models
 from fedamole.runs.run_folder import RunFolder
 from tests.model import test_mixer
 from tests.model.conftest import mixture
@@ -82,8 +82,8 @@ def test_the_weights_are_those_that_the_layers_used(kind: str, packed: bool, bas
     bank.packs = packed
     found = dict(token_weights(bank, ROWS))
     assert sorted(found) == [0, 1, 2]
-    for place, weights in found.items():
-        seen = watched(bank, ROWS[place])
+    for index, weights in found.items():
+        seen = watched(bank, ROWS[index])
         assert set(weights) == set(seen) == set(adapter.modules())
         for module, (x, frozen, out) in seen.items():
             ids, t = expert_ids(adapter.tensors)[module], adapter.tensors
@@ -106,14 +106,14 @@ def test_amole_by_hand(top_k: int, base: Callable[..., Base]) -> None:
     ((_, weights),) = token_weights(bank, ROWS[:1])
     for module, (x, _, _) in watched(bank, ROWS[0]).items():
         t, ids = adapter.tensors, expert_ids(adapter.tensors)[module]
-        for token, told in zip(x, weights[module], strict=True):
+        for token, expert_weights in zip(x, weights[module], strict=True):
             want = t[router_key(module)].double() @ token
             scores = [float(want @ (t[expert_keys(module, i)[0]].double() @ token)) / math.sqrt(len(want)) for i in ids]
             chosen = sorted(range(len(ids)), key=lambda i: -scores[i])[:top_k]
             total = sum(math.exp(scores[i]) for i in chosen)
             by_hand = [math.exp(scores[i]) / total if i in chosen else 0.0 for i in range(len(ids))]
-            assert told.tolist() == pytest.approx(by_hand, abs=1e-4)
-            assert int((told > 0).sum()) == top_k
+            assert expert_weights.tolist() == pytest.approx(by_hand, abs=1e-4)
+            assert int((expert_weights > 0).sum()) == top_k
 
 
 def test_a_mixer_with_an_expert_of_its_own_by_hand(base: Callable[..., Base]) -> None:
@@ -122,12 +122,12 @@ def test_a_mixer_with_an_expert_of_its_own_by_hand(base: Callable[..., Base]) ->
     ((_, weights),) = token_weights(bank, ROWS[:1])
     own = int(adapter.fixed[OWN].argmax())
     for module, (x, _, _) in watched(bank, ROWS[0]).items():
-        for token, told in zip(x, weights[module], strict=True):
+        for token, expert_weights in zip(x, weights[module], strict=True):
             p = torch.softmax(adapter.tensors[mixer_key(module)].double() @ token, 0).tolist()
             chosen, by_hand = sorted(range(5), key=lambda i: -p[i])[:3], [0.0] * 3
             for i in chosen:
                 by_hand[i if i < 3 else own] += p[i] / sum(p[i] for i in chosen)
-            assert told.tolist() == pytest.approx(by_hand, abs=1e-4)
+            assert expert_weights.tolist() == pytest.approx(by_hand, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,35 +151,35 @@ def test_sums_by_hand() -> None:
     """
     a = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
     b = torch.tensor([[0.25, 0.75]]).expand(4, 2)
-    found = uses([{"a": a[:3], "b": b[:3]}, {"a": a[3:], "b": b[3:]}])
+    found = routing_stats([{"a": a[:3], "b": b[:3]}, {"a": a[3:], "b": b[3:]}])
     assert found["a"].tokens == 4
-    assert found["a"].share == (0.625, 0.375)
-    assert found["a"].first == (0.75, 0.25)
-    assert found["a"].telling == pytest.approx(0.66156 - math.log(2) / 4, abs=1e-4)
-    assert found["b"].telling == pytest.approx(0, abs=1e-9)
-    assert most_telling(found) == "a"
+    assert found["a"].mean_weights == (0.625, 0.375)
+    assert found["a"].top_fractions == (0.75, 0.25)
+    assert found["a"].mutual_information == pytest.approx(0.66156 - math.log(2) / 4, abs=1e-4)
+    assert found["b"].mutual_information == pytest.approx(0, abs=1e-9)
+    assert most_informative_module(found) == "a"
 
 
 def test_the_tokens_that_weigh_an_expert_most() -> None:
     """Token 7 stands twice and counts once, with its larger weight; a weight of 0 is none."""
     rows: list[Row] = [((7, 8), ()), ((9,), (7,))]
     weights = {0: torch.tensor([[0.6, 0.4], [1.0, 0.0]]), 1: torch.tensor([[0.0, 1.0], [0.9, 0.1]])}
-    first, second = peaks(weights, rows, 3)
-    assert [(peak.row, peak.place) for peak in first] == [(0, 1), (1, 1)]
-    assert [(peak.row, peak.place) for peak in second] == [(1, 0), (0, 0)]
-    assert [peak.weight for peak in second] == pytest.approx([1.0, 0.4])
-    assert [len(best) for best in peaks(weights, rows, 1)] == [1, 1]
+    first, second = top_tokens(weights, rows, 3)
+    assert [(token.row, token.index) for token in first] == [(0, 1), (1, 1)]
+    assert [(token.row, token.index) for token in second] == [(1, 0), (0, 0)]
+    assert [token.weight for token in second] == pytest.approx([1.0, 0.4])
+    assert [len(best) for best in top_tokens(weights, rows, 1)] == [1, 1]
 
 
 def test_pieces_put_together_are_the_text(base: Callable[..., Base]) -> None:
     bank = Bank(base())
     text = "a cat, 猫 and é on a mat\n"
     ids = tuple(bank.base.tokenizer(text)["input_ids"])
-    found = pieces(bank, ids)
+    found = token_texts(bank, ids)
     assert len(found) == len(ids)
     assert "".join(found) == text
     assert "猫" in found  # whole, with the last of its bytes
-    broken = pieces(bank, ids[: found.index("猫")])
+    broken = token_texts(bank, ids[: found.index("猫")])
     assert len(broken) == found.index("猫")
 
 
@@ -196,12 +196,12 @@ def test_the_answer_is_the_models_own(base: Callable[..., Base]) -> None:
 
 def test_modules_by_their_endings() -> None:
     known = ["layers.0.q_proj", "layers.0.v_proj", "layers.10.v_proj"]
-    assert module_named("0.q_proj", known) == "layers.0.q_proj"
-    assert module_named("layers.0.v_proj", known) == "layers.0.v_proj"
-    assert module_named("0.v_proj", known) == "layers.0.v_proj"
+    assert find_module("0.q_proj", known) == "layers.0.q_proj"
+    assert find_module("layers.0.v_proj", known) == "layers.0.v_proj"
+    assert find_module("0.v_proj", known) == "layers.0.v_proj"
     for layer, said in (("v_proj", "2 modules"), ("k_proj", "no such module"), ("_proj", "no such module")):
         with pytest.raises(ConfigError, match=said):
-            module_named(layer, known)
+            find_module(layer, known)
 
 
 def test_holders_are_those_of_the_best_rounds_assignment(runs: Any) -> None:
@@ -212,9 +212,9 @@ def test_holders_are_those_of_the_best_rounds_assignment(runs: Any) -> None:
         for expert in line["experts"] if line["round"] == best else ():
             assigned.setdefault(line["module"], {}).setdefault(expert, []).append(line["client"])
     assert assigned
-    for place in places(folder.path):
-        assert holders(place) == assigned
-    assert holders(find(folder.path / "clients" / "mood" / "adapter", None)) == {}
+    for model in saved_models(folder.path):
+        assert expert_holders(model) == assigned
+    assert expert_holders(find_model(folder.path / "clients" / "mood" / "adapter", None)) == {}
 
 
 def test_rows_are_the_clients_own_and_nobody_elses_data_are_read(runs: Any, tmp_path: Path) -> None:
@@ -224,19 +224,19 @@ def test_rows_are_the_clients_own_and_nobody_elses_data_are_read(runs: Any, tmp_
     config = (copied / "config.toml").read_text()
     assert "entail.jsonl" in config
     (copied / "config.toml").write_text(config.replace("entail.jsonl", "nowhere.jsonl"))
-    place = find(copied, "mood")
-    bank, _ = open_bank([place], "cpu")
+    model = find_model(copied, "mood")
+    bank, _ = open_bank([model], "cpu")
     splits = prepare(load_config(whole / "config.toml"), read_manifest(whole / "manifest.json")).clients["mood"]
     for split in ("validation", "train"):
-        rows = own_rows(place, bank, split)
+        rows = client_rows(model, bank, split)
         assert [(tuple(p), (*a, bank.base.tokenizer.eos_token_id)) for p, a in rows] == [
             (row.prompt, row.answer) for row in getattr(splits, split).rows
         ]
     with pytest.raises(DataError, match="nowhere"):
-        own_rows(find(copied, "entail"), bank, "validation")
+        client_rows(find_model(copied, "entail"), bank, "validation")
 
 
 def test_a_plain_lora_has_nothing_to_route(runs: Any) -> None:
-    _, (adapter,) = open_bank([find(runs("fedit"), "mood")], "cpu")
+    _, (adapter,) = open_bank([find_model(runs("fedit"), "mood")], "cpu")
     with pytest.raises(ConfigError, match="nothing to route"):
         experts_of(adapter, "mood")

@@ -15,7 +15,7 @@ from fedamole.data.manifest import ClientRecord, read_manifest
 from fedamole.engine.messages import TEST, Request
 from fedamole.experiment import resume
 from fedamole.federation.progress import ProgressListener
-from fedamole.personal.saved_models import find, open_bank
+from fedamole.personal.saved_models import find_model, open_bank
 from fedamole.reporting.card import card, write_cards
 from fedamole.runs.run_folder import RunFolder
 
@@ -121,7 +121,7 @@ def test_its_ways_to_load_it(method: str, runs: Any, tiny: Path) -> None:
     folder = runs(method) / "clients/mood/adapter"
     text = (folder / "README.md").read_text()
     assert ("import fedamole  # teaches" in text) == (method == "fedamole")
-    bank, adapters = open_bank([find(runs(method), "mood")], "cpu")
+    bank, adapters = open_bank([find_model(runs(method), "mood")], "cpu")
     bank.load(adapters)
     ids = (5, 9, 14, 33)
     with torch.no_grad():

@@ -8,7 +8,7 @@ import pytest
 from tests.received import call
 
 from fedamole.data.client_labels import LONGEST_LABEL, client_labels
-from fedamole.personal.saved_models import find
+from fedamole.personal.saved_models import find_model
 from fedamole.received.names import joined_name
 
 VALUES = ("北京 医院", "مستشفى", "Больница № 5", "north")
@@ -64,7 +64,7 @@ def test_people_read_values_and_machines_read_names(run: Path, tmp_path: Path) -
 def test_a_client_is_named_by_its_folder_its_value_or_its_label(run: Path) -> None:
     for value in VALUES[:3]:
         for word in (joined_name("site", value), value, f"site-{value}"):
-            assert find(run, word).client == joined_name("site", value)
+            assert find_model(run, word).client == joined_name("site", value)
 
 
 def test_a_comparison_shows_values_and_keeps_names_in_its_records(run: Path) -> None:

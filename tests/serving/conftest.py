@@ -1,4 +1,4 @@
-"""The small models of tests/model serve here too, and the command line as its tests call it."""
+"""Fixtures: the small models of tests/model, the command line, a run, and a server."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +17,10 @@ def run(runs: Runner) -> Path:
     return runs("fedamole")
 
 
-@pytest.fixture(scope="package")
-def served(run: Path) -> Iterator[Served]:
+@pytest.fixture(scope="package", name="served")
+def served_fixture(run: Path) -> Iterator[Served]:
     """A server without keys over the run's models."""
-    made = Served(run)
-    made.engine.start()
-    yield made
-    made.close()
+    served = Served(run)
+    served.engine.start()
+    yield served
+    served.close()

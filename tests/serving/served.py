@@ -1,4 +1,4 @@
-"""A server in this process, and requests to it by hand."""
+"""A server in this process, and requests over plain sockets."""
 
 import contextlib
 import http.client
@@ -13,27 +13,29 @@ from typing import Any
 import openai
 import torch
 
-from fedamole.personal.generate import layout_of
-from fedamole.personal.saved_models import open_bank, places
+from fedamole.personal.generate import prompt_format_of
+from fedamole.personal.saved_models import open_bank, saved_models
 from fedamole.serving.connections import listen
-from fedamole.serving.engine import Engine
-from fedamole.serving.keys import Keys
+from fedamole.serving.engine import InferenceEngine
+from fedamole.serving.keys import ApiKeys
 from fedamole.serving.scheduling import Limits
-from fedamole.serving.server import Offer, Server, Service
+from fedamole.serving.server import HttpServer
+from fedamole.serving.service import ServedModels, Service
 
 
 class Served:
-    """A server in a thread over the models of a run, whose engine works from `start` on."""
+    """A server in a thread for the models of a run. Its engine does not run before `engine.start()`."""
 
-    def __init__(self, run: Path, keys: Keys | None = None, per_minute: int | None = None, **limits: int) -> None:
-        found = places(run)
-        bank, adapters = open_bank(found)
-        self.engine = Engine(bank, adapters, Limits(**limits))
-        offer = Offer(tuple(place.client for place in found), 1, 16, tuple(map(layout_of, found)), keys, per_minute)
-        self.server = Server(Service(self.engine, offer))
-        self.door = listen("127.0.0.1", 0)
-        self.address = "http://{}:{}".format(*self.door.getsockname())
-        self.thread = threading.Thread(target=self.server.run, args=([self.door],))
+    def __init__(self, run: Path, keys: ApiKeys | None = None, per_minute: int | None = None, **limits: int) -> None:
+        models = saved_models(run)
+        bank, adapters = open_bank(models)
+        self.engine = InferenceEngine(bank, adapters, Limits(**limits))
+        names, formats = tuple(model.client for model in models), tuple(map(prompt_format_of, models))
+        served = ServedModels(names, 1, 16, formats, keys, per_minute)
+        self.server = HttpServer(Service(self.engine, served))
+        self.listening = listen("127.0.0.1", 0)
+        self.address = "http://{}:{}".format(*self.listening.getsockname())
+        self.thread = threading.Thread(target=self.server.run, args=([self.listening],))
         self.thread.start()
         until(lambda: self.server.started)
 
@@ -45,45 +47,45 @@ class Served:
         self.thread.join()
 
 
-def until(found: Callable[[], object]) -> None:
-    """Wait for something that is about to happen."""
+def until(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds."""
     for _ in range(3000):
-        if found():
+        if condition():
             return
         time.sleep(0.01)
-    raise AssertionError("it did not happen")
+    raise AssertionError("the condition did not become true")
 
 
 def raw(served: Served, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, dict[str, Any]]:
-    """Status and JSON of a request by hand."""
-    connection = http.client.HTTPConnection(*served.door.getsockname())
+    """Send a request; return the status and JSON of the response."""
+    connection = http.client.HTTPConnection(*served.listening.getsockname())
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     connection.request(method, path, body, {"Content-Type": "application/json", **named})
     answer = connection.getresponse()
     return answer.status, json.loads(answer.read())
 
 
-ASKED = {"model": "mood", "prompt": "a", "max_tokens": 2}
-FOREVER = {**ASKED, "max_tokens": 10**6}
+REQUEST = {"model": "mood", "prompt": "a", "max_tokens": 2}
+ENDLESS = {**REQUEST, "max_tokens": 10**6}
 
 
 @contextlib.contextmanager
 def serving(run: Path, *args: Any, **limits: int) -> Iterator[Served]:
-    """A server whose answers may go on without end."""
-    made = Served(run, *args, **dict[str, Any]({"answer": 10**6, "tokens": 10**9, **limits}))
-    made.engine.bank.base.max_positions = 10**7  # the base's own positions are rotations, which go on
-    take, end = made.engine._take, made.engine.bank.base.tokenizer.eos_token_id
+    """A server whose answers never end by themselves."""
+    served = Served(run, *args, **dict[str, Any]({"max_answer_tokens": 10**6, "max_tokens": 10**9, **limits}))
+    served.engine.bank.base.max_positions = 10**7  # the base has rotary positions, which have no limit
+    sample, end_of_text = served.engine._sample, served.engine.bank.base.tokenizer.eos_token_id
 
-    def without_end(requests: Any, logits: torch.Tensor) -> None:
-        logits[:, end] = -1e9
-        take(requests, logits)
+    def without_end(states: Any, logits: torch.Tensor) -> None:
+        logits[:, end_of_text] = -1e9
+        sample(states, logits)
 
-    made.engine._take = without_end  # type: ignore[method-assign]
-    made.engine.start()
+    served.engine._sample = without_end  # type: ignore[method-assign]
+    served.engine.start()
     try:
-        yield made
+        yield served
     finally:
-        made.close()
+        served.close()
 
 
 def post(served: Served, body: bytes | dict[str, Any], **headers: str) -> tuple[int, dict[str, Any]]:
@@ -91,10 +93,10 @@ def post(served: Served, body: bytes | dict[str, Any], **headers: str) -> tuple[
     return raw(served, "POST", "/v1/completions", content, **headers)
 
 
-def sent(served: Served, body: dict[str, Any], key: str = "") -> socket.socket:
-    """A connection on which a request was sent and nothing was read yet."""
+def send(served: Served, body: dict[str, Any], key: str = "") -> socket.socket:
+    """Send a request on a new connection and return it; nothing is read."""
     content = json.dumps(body).encode()
-    line = socket.create_connection(served.door.getsockname(), timeout=20)
+    line = socket.create_connection(served.listening.getsockname(), timeout=20)
     line.sendall(
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Authorization: Bearer %s\r\nContent-Length: %d\r\n\r\n%s" % (key.encode(), len(content), content)
@@ -102,10 +104,10 @@ def sent(served: Served, body: dict[str, Any], key: str = "") -> socket.socket:
     return line
 
 
-def ended(line: socket.socket) -> bytes:
-    """What came on a connection until the server ended it."""
-    found = b""
+def read_to_end(line: socket.socket) -> bytes:
+    """Return everything that the server sends until it closes the connection."""
+    received = b""
     with contextlib.suppress(ConnectionResetError):
         while part := line.recv(65536):
-            found += part
-    return found
+            received += part
+    return received

@@ -1,4 +1,4 @@
-"""How long a connection may take over what it has to do, over real HTTP."""
+"""Time limits of connections, over real HTTP."""
 
 import contextlib
 import socket
@@ -7,33 +7,33 @@ from pathlib import Path
 
 import pytest
 
-from fedamole.serving import server
-from fedamole.serving.connections import Door
-from fedamole.serving.protocol import Shape
+from fedamole.serving import server, service
+from fedamole.serving.connections import HttpConnection
+from fedamole.serving.protocol import ResponseFormat
 
-from .served import ASKED, FOREVER, Served, ended, post, sent, serving, until
+from .served import ENDLESS, REQUEST, Served, post, read_to_end, send, serving, until
 
 ANSWERED = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 def test_a_connection_that_waits_between_two_requests_is_closed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "KEPT_OPEN", 0.2)
-    with serving(run) as served, socket.create_connection(served.door.getsockname(), timeout=20) as line:
+    monkeypatch.setattr(server, "KEEP_ALIVE", 0.2)
+    with serving(run) as served, socket.create_connection(served.listening.getsockname(), timeout=20) as line:
         since = time.monotonic()
         line.sendall(ANSWERED)
-        assert b"200" in ended(line)
+        assert b"200" in read_to_end(line)
         assert time.monotonic() - since < 4
 
 
 def test_a_slow_body_is_cut(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "PATIENCE", 0.2)
-    with socket.create_connection(served.door.getsockname(), timeout=20) as line:
+    monkeypatch.setattr(service, "BODY_TIMEOUT", 0.2)
+    with socket.create_connection(served.listening.getsockname(), timeout=20) as line:
         line.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: 100\r\n\r\n{"
         )
-        said = ended(line)
-    assert said.startswith(b"HTTP/1.1 408")
+        response = read_to_end(line)
+    assert response.startswith(b"HTTP/1.1 408")
 
 
 @pytest.mark.parametrize("begin", [b"", b"POST /v1/completions HT", ANSWERED + b"GET"])
@@ -41,8 +41,8 @@ def test_a_connection_without_a_whole_head_is_cut(
     served: Served, begin: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At once, or after an answer; more bytes now and then change nothing."""
-    monkeypatch.setattr(Door, "head_seconds", 0.3)
-    with socket.create_connection(served.door.getsockname(), timeout=20) as line:
+    monkeypatch.setattr(HttpConnection, "head_seconds", 0.3)
+    with socket.create_connection(served.listening.getsockname(), timeout=20) as line:
         line.sendall(begin)
         since = time.monotonic()
         with contextlib.suppress(OSError):
@@ -58,30 +58,30 @@ def test_a_connection_without_a_whole_head_is_cut(
 
 
 def test_a_connection_under_way_is_not_cut_for_its_head(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Door, "head_seconds", 0.2)
-    with serving(run) as served, sent(served, {**FOREVER, "stream": True}) as line:
+    monkeypatch.setattr(HttpConnection, "head_seconds", 0.2)
+    with serving(run) as served, send(served, {**ENDLESS, "stream": True}) as line:
         since = time.monotonic()
         while time.monotonic() < since + 0.6:
             assert line.recv(65536)
 
 
 def test_a_caller_who_reads_nothing_of_its_answer_is_cut(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Door, "stall_seconds", 0.2)
-    whole = Shape.piece
-    monkeypatch.setattr(Shape, "piece", lambda shape, text: whole(shape, text * 10**6))
-    with serving(run) as served, sent(served, {**FOREVER, "stream": True}):
-        until(lambda: served.engine.under_way == 1)
-        until(lambda: served.engine.under_way == 0)
+    monkeypatch.setattr(HttpConnection, "stall_seconds", 0.2)
+    whole = ResponseFormat.chunk_event
+    monkeypatch.setattr(ResponseFormat, "chunk_event", lambda response, text: whole(response, text * 10**6))
+    with serving(run) as served, send(served, {**ENDLESS, "stream": True}):
+        until(lambda: served.engine.running == 1)
+        until(lambda: served.engine.running == 0)
 
 
 def test_of_too_many_idle_connections_the_oldest_is_cut(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Door, "most_idle", 3)
+    monkeypatch.setattr(HttpConnection, "max_idle", 3)
     lines = []
     for _ in range(4):
-        lines.append(socket.create_connection(served.door.getsockname(), timeout=20))
+        lines.append(socket.create_connection(served.listening.getsockname(), timeout=20))
         time.sleep(0.05)
     since = time.monotonic()
-    assert ended(lines[0]) == b""
+    assert read_to_end(lines[0]) == b""
     assert time.monotonic() - since < 5, "sooner than for want of a head"
     lines[3].sendall(ANSWERED)
     assert b"200" in lines[3].recv(100)
@@ -92,11 +92,11 @@ def test_of_too_many_idle_connections_the_oldest_is_cut(served: Served, monkeypa
 def test_nonsense_on_a_connection_is_no_traceback(served: Served, caplog: pytest.LogCaptureFixture) -> None:
     refused = b"POST /v1/completions HTTP/1.1\r\nHost: evil\r\nTransfer-Encoding: chunked\r\n\r\n"
     for content in (b"\x00\xff\r\n\r\n", refused + b"zzz\r\n\r\n", b"GET / HTTP/1.1\r\nA: " + b"a" * 10**5):
-        with socket.create_connection(served.door.getsockname(), timeout=20) as line:
+        with socket.create_connection(served.listening.getsockname(), timeout=20) as line:
             line.sendall(content)
             time.sleep(0.1)
             with contextlib.suppress(OSError):
                 line.sendall(b"zzz\r\n")
-            ended(line)
+            read_to_end(line)
     assert not caplog.records
-    assert post(served, ASKED)[0] == 200
+    assert post(served, REQUEST)[0] == 200

@@ -1,4 +1,4 @@
-"""What one caller may do to others: requests that tried to stop the server for everybody, over real HTTP."""
+"""Limits over real HTTP: one caller's requests cannot block the server for others."""
 
 import json
 import logging
@@ -15,16 +15,25 @@ from pydantic import ValidationError
 
 from fedamole.cli import serve as commands
 from fedamole.data.templates import text_of
-from fedamole.serving import protocol, quota, server
-from fedamole.serving.connections import Door
-from fedamole.serving.engine import TRIES, Engine
+from fedamole.serving import protocol, quota, server, service
+from fedamole.serving.connections import HttpConnection
+from fedamole.serving.engine import MAX_FAILED_STEPS, InferenceEngine
 from fedamole.serving.keys import make_keys, read_keys
-from fedamole.serving.protocol import RANGES, STOP_LETTERS, Chat, Completion, RefusedError, Shape, read
-from fedamole.serving.quota import Allowance
+from fedamole.serving.protocol import (
+    MAX_STOP_CHARS,
+    RANGES,
+    ChatRequest,
+    CompletionRequest,
+    RefusedError,
+    ResponseFormat,
+    parse_body,
+)
+from fedamole.serving.quota import TokenBucket
 from fedamole.serving.scheduling import SLICE, Limits
-from fedamole.serving.server import Server, Service
+from fedamole.serving.server import HttpServer
+from fedamole.serving.service import Service
 
-from .served import ASKED, FOREVER, Served, ended, post, raw, sent, serving, until
+from .served import ENDLESS, REQUEST, Served, post, raw, read_to_end, send, serving, until
 
 NAMES = ("chat", "entail", "mood", "plain")
 OUT_OF_RANGE: list[tuple[str, str]] = [
@@ -55,14 +64,14 @@ OUT_OF_RANGE: list[tuple[str, str]] = [
     ("stop", '["a", ""]'),
     ("stop", '["a", "b", "c", "d", "e"]'),
     ("stop", "[1, 2]"),
-    ("stop", json.dumps("x" * (STOP_LETTERS + 1))),
+    ("stop", json.dumps("x" * (MAX_STOP_CHARS + 1))),
     ("stop", json.dumps(["x" * 900_000])),
 ]
 
 
 @pytest.mark.parametrize(("field", "value"), OUT_OF_RANGE, ids=lambda value: value[:24])
 def test_a_value_out_of_range_is_refused_with_the_range(served: Served, field: str, value: str) -> None:
-    rest = "".join(f', "{name}": {json.dumps(one)}' for name, one in ASKED.items() if name != field)
+    rest = "".join(f', "{name}": {json.dumps(one)}' for name, one in REQUEST.items() if name != field)
     status, answer = post(served, f'{{"{field}": {value}{rest}}}'.encode())
     assert (status, answer["error"]["param"]) == (400, field)
     assert answer["error"]["message"] == f"{field}: must be {RANGES[field]}"
@@ -76,18 +85,18 @@ def test_a_value_out_of_range_is_refused_with_the_range(served: Served, field: s
         {"top_p": 1e-320, "temperature": 1},
         {"seed": 2**63 - 1},
         {"seed": -(2**63), "temperature": 1.0},
-        {"max_tokens": 1_000_000, "stop": ["x" * STOP_LETTERS] * 4},
+        {"max_tokens": 1_000_000, "stop": ["x" * MAX_STOP_CHARS] * 4},
         {"frequency_penalty": 0, "presence_penalty": 0.0},
     ],
     ids=lambda more: str(more)[:40],
 )
 def test_values_at_the_ends_of_the_ranges_are_taken(served: Served, more: dict[str, Any]) -> None:
-    assert post(served, {**ASKED, **more})[0] == 200
+    assert post(served, {**REQUEST, **more})[0] == 200
 
 
 @pytest.mark.parametrize("penalty", ["frequency_penalty", "presence_penalty"])
 def test_penalties_are_refused_with_what_they_must_be(served: Served, penalty: str) -> None:
-    assert post(served, {**ASKED, penalty: 0.1})[1]["error"]["message"] == f"{penalty}: must be 0, or left out"
+    assert post(served, {**REQUEST, penalty: 0.1})[1]["error"]["message"] == f"{penalty}: must be 0, or left out"
 
 
 BODIES: dict[str, tuple[bytes, int]] = {
@@ -103,11 +112,11 @@ BODIES: dict[str, tuple[bytes, int]] = {
     "half a million wrong stops": (b'{"model":"mood","prompt":"a","stop":[' + b"1," * 500_000 + b"1]}", 400),
     "many columns": (json.dumps({"model": "mood", "row": {f"{i:x}": [] for i in range(80_000)}}).encode(), 400),
     "a long column": (json.dumps({"model": "mood", "row": {"k" * 900_000: []}}).encode(), 400),
-    "a long unknown field": (json.dumps({**ASKED, "evil" * 100_000: 1}).encode(), 400),
+    "a long unknown field": (json.dumps({**REQUEST, "evil" * 100_000: 1}).encode(), 400),
     "escapes": (json.dumps({"model": "mood", "row": {"\x1b[31m" * 1000: "x"}}).encode(), 400),
     "no characters": (b'{"model":"\xff\xfe","prompt":"a"}', 400),
     "half a character": (b'{"model":"mood","prompt":"\\ud800"}', 400),
-    "long prompt": (json.dumps({**ASKED, "prompt": "a " * 400_000}).encode(), 400),
+    "long prompt": (json.dumps({**REQUEST, "prompt": "a " * 400_000}).encode(), 400),
     "other model": (b'{"model":"../mood","prompt":"a"}', 404),
     "too large": (b'{"model":"mood","prompt":"' + b"a" * 2**20 + b'"}', 413),
 }
@@ -122,15 +131,15 @@ def test_a_body_that_was_made_to_harm_is_one_short_error(
     assert len(answer["error"]["message"]) <= 300
     assert len(answer["error"]["param"] or "") <= 64
     assert not caplog.records
-    assert post(served, ASKED)[0] == 200
+    assert post(served, REQUEST)[0] == 200
 
 
 def test_a_prompt_that_cannot_fit_is_refused_before_it_is_made_into_tokens(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    most = server.LETTERS * served.engine.bank.base.max_positions
-    monkeypatch.setattr(server, "prompt_ids", lambda *_: pytest.fail("it was made into tokens"))
-    answer = post(served, {**ASKED, "prompt": "a" * (most + 1)})[1]["error"]
+    most = service.MAX_CHARS_PER_POSITION * served.engine.bank.base.max_positions
+    monkeypatch.setattr(service, "prompt_ids", lambda *_: pytest.fail("it was made into tokens"))
+    answer = post(served, {**REQUEST, "prompt": "a" * (most + 1)})[1]["error"]
     assert (answer["code"], f"at most {most}" in answer["message"]) == ("context_length_exceeded", True)
 
 
@@ -147,37 +156,37 @@ def keys(tmp_path: Path) -> dict[str, str]:
 def test_one_keys_many_long_requests_do_not_delay_another_keys_short_one(
     run: Path, keys: dict[str, str], tmp_path: Path
 ) -> None:
-    """The long ones would never end; of too many of them, the rest is refused and told when to come again."""
-    with serving(run, read_keys(tmp_path / "keys.json"), rows=2, waiting=3) as served:
-        hogs = [sent(served, FOREVER, keys["mood"]) for _ in range(2)]
-        until(lambda: served.engine.under_way == 2)
-        hogs += [sent(served, FOREVER, keys["mood"]) for _ in range(3)]
-        until(lambda: (served.engine.under_way, served.engine.waiting) == (2, 3))
-        late = sent(served, FOREVER, keys["mood"])
-        said = late.recv(65536)
-        assert said.startswith(b"HTTP/1.1 429")
-        assert b"retry-after: 1\r\n" in said.lower()
-        short = {**ASKED, "model": "plain"}
+    """The long requests never end by themselves; those beyond the limit get a 429 with Retry-After."""
+    with serving(run, read_keys(tmp_path / "keys.json"), max_rows=2, max_waiting=3) as served:
+        long_requests = [send(served, ENDLESS, keys["mood"]) for _ in range(2)]
+        until(lambda: served.engine.running == 2)
+        long_requests += [send(served, ENDLESS, keys["mood"]) for _ in range(3)]
+        until(lambda: (served.engine.running, served.engine.waiting) == (2, 3))
+        excess = send(served, ENDLESS, keys["mood"])
+        response = excess.recv(65536)
+        assert response.startswith(b"HTTP/1.1 429")
+        assert b"retry-after: 1\r\n" in response.lower()
+        short = {**REQUEST, "model": "plain"}
         assert post(served, short, Authorization=f"Bearer {keys['plain']}")[0] == 200
-        until(lambda: served.engine.under_way == 2)
-        for hog in (*hogs, late):
-            hog.close()
-        until(lambda: (served.engine.under_way, served.engine.waiting) == (0, 0))
-        assert post(served, ASKED, Authorization=f"Bearer {keys['mood']}")[0] == 200
+        until(lambda: served.engine.running == 2)
+        for connection in (*long_requests, excess):
+            connection.close()
+        until(lambda: (served.engine.running, served.engine.waiting) == (0, 0))
+        assert post(served, REQUEST, Authorization=f"Bearer {keys['mood']}")[0] == 200
 
 
 def test_a_caller_who_hangs_up_while_waiting_gives_its_place_to_the_next(run: Path) -> None:
     """The engine has not begun, so nothing but the hang-up can make room."""
-    served = Served(run, waiting=1)
+    served = Served(run, max_waiting=1)
     try:
-        first = sent(served, ASKED)
+        first = send(served, REQUEST)
         until(lambda: served.engine.waiting == 1)
-        assert post(served, ASKED)[0] == 429
+        assert post(served, REQUEST)[0] == 429
         first.close()
         time.sleep(0.3)
         with ThreadPoolExecutor(1) as pool:
-            second = pool.submit(post, served, ASKED)
-            until(lambda: sum(not one.gone for one in served.engine._turns.waiting) == 1)
+            second = pool.submit(post, served, REQUEST)
+            until(lambda: sum(not state.closed for state in served.engine._queue.waiting) == 1)
             served.engine.start()
             assert second.result()[0] == 200
     finally:
@@ -186,45 +195,45 @@ def test_a_caller_who_hangs_up_while_waiting_gives_its_place_to_the_next(run: Pa
 
 def test_requests_that_are_open_are_limited_whatever_state_they_are_in(run: Path) -> None:
     """Four models, one place and one to wait in: eight at once, here all without a whole body; then one hangs up."""
-    with serving(run, rows=1, waiting=1) as served:
+    with serving(run, max_rows=1, max_waiting=1) as served:
         lines = []
         for _ in range(8):
-            line = socket.create_connection(served.door.getsockname(), timeout=20)
+            line = socket.create_connection(served.listening.getsockname(), timeout=20)
             line.sendall(
                 b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b"Content-Length: 9\r\n\r\n{"
             )
             lines.append(line)
-        until(lambda: post(served, ASKED)[0] == 429)
+        until(lambda: post(served, REQUEST)[0] == 429)
         lines[0].close()
-        until(lambda: post(served, ASKED)[0] == 200)
+        until(lambda: post(served, REQUEST)[0] == 200)
         for line in lines:
             line.close()
 
 
 def test_bodies_of_one_caller_are_bounded_together(run: Path, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quota, "BODIES", 1000)
-    status, answer = post(served, {**ASKED, "prompt": "a" * 1001})
+    monkeypatch.setattr(quota, "MAX_BODY_BYTES_PER_CALLER", 1000)
+    status, answer = post(served, {**REQUEST, "prompt": "a" * 1001})
     assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded")
     for _ in range(8):
-        assert post(served, {**ASKED, "prompt": "a " * 100})[0] == 200, "what was held is held no more"
+        assert post(served, {**REQUEST, "prompt": "a " * 100})[0] == 200, "what was held is held no more"
 
 
 def test_a_store_of_tokens_fills_evenly() -> None:
     now = 0.0
-    store = Allowance(60, lambda: now)
-    store.take(50)
+    bucket = TokenBucket(60, lambda: now)
+    bucket.take(50)
     with pytest.raises(RefusedError) as refused:
-        store.take(20)
+        bucket.take(20)
     assert (refused.value.status, refused.value.retry) == (429, 10)
     now = 10.0
-    store.take(20)
-    store.give_back(15)
-    store.take(15)
+    bucket.take(20)
+    bucket.give_back(15)
+    bucket.take(15)
     now = 10_000.0
-    store.take(60)
+    bucket.take(60)
     with pytest.raises(RefusedError) as never:
-        store.take(61)
+        bucket.take(61)
     assert never.value.status == 400
 
 
@@ -233,26 +242,26 @@ def test_tokens_per_minute_are_counted_for_each_key_and_given_back_where_unused(
 ) -> None:
     with serving(run, read_keys(tmp_path / "keys.json"), 100) as served:
         mine = {"Authorization": f"Bearer {keys['mood']}"}
-        assert post(served, {**ASKED, "max_tokens": 100}, **mine)[1]["error"]["code"] == "too_many_tokens"
-        line = sent(served, {**ASKED, "max_tokens": 90}, keys["mood"])
+        assert post(served, {**REQUEST, "max_tokens": 100}, **mine)[1]["error"]["code"] == "too_many_tokens"
+        line = send(served, {**REQUEST, "max_tokens": 90}, keys["mood"])
         assert b" 200 " in line.recv(100)
         line.close()
-        said = sent(served, {**ASKED, "max_tokens": 90}, keys["mood"]).recv(65536)
-        assert b" 429 " in said
-        assert 30 < int(said.lower().partition(b"retry-after: ")[2].split()[0]) <= 60
+        response = send(served, {**REQUEST, "max_tokens": 90}, keys["mood"]).recv(65536)
+        assert b" 429 " in response
+        assert 30 < int(response.lower().partition(b"retry-after: ")[2].split()[0]) <= 60
         theirs = {"Authorization": f"Bearer {keys['plain']}"}
-        assert post(served, {**ASKED, "model": "plain", "max_tokens": 90}, **theirs)[0] == 200
-        hangs_up = sent(served, {**FOREVER, "model": "chat", "max_tokens": 90, "stream": True}, keys["chat"])
+        assert post(served, {**REQUEST, "model": "plain", "max_tokens": 90}, **theirs)[0] == 200
+        hangs_up = send(served, {**ENDLESS, "model": "chat", "max_tokens": 90, "stream": True}, keys["chat"])
         assert b" 200 " in hangs_up.recv(100)
         hangs_up.close()
         theirs = {"Authorization": f"Bearer {keys['chat']}"}
         since = time.monotonic()
-        until(lambda: post(served, {**ASKED, "model": "chat", "max_tokens": 50}, **theirs)[0] == 200)
+        until(lambda: post(served, {**REQUEST, "model": "chat", "max_tokens": 50}, **theirs)[0] == 200)
         assert time.monotonic() - since < 15, "by filling up it would have taken 25 seconds"
 
 
 def test_two_bodies_of_one_caller_are_made_into_tokens_at_once(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    inside, most, right, go = 0, 0, Service._ids, threading.Event()
+    inside, most, right, go = 0, 0, Service._tokenise, threading.Event()
 
     def slow(service: Service, body: Any, client: int) -> Any:
         nonlocal inside, most
@@ -262,85 +271,85 @@ def test_two_bodies_of_one_caller_are_made_into_tokens_at_once(served: Served, m
         inside -= 1
         return right(service, body, client)
 
-    monkeypatch.setattr(Service, "_ids", slow)
+    monkeypatch.setattr(Service, "_tokenise", slow)
     with ThreadPoolExecutor(6) as pool:
-        assert {status for status, _ in pool.map(lambda _: post(served, ASKED), range(6))} == {200}
-    assert most == quota.AT_ONCE == 2
+        assert {status for status, _ in pool.map(lambda _: post(served, REQUEST), range(6))} == {200}
+    assert most == quota.MAX_TOKENISING_PER_CALLER == 2
 
 
 def test_the_page_states_the_limits_of_the_code() -> None:
     text = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
     for row in (
-        f"| `temperature` | 0 (the most probable token), or {protocol.COOLEST} to 2.",
-        f"a whole number from 1 to {protocol.LONGEST:,}.",
-        f"| `stop` | at most {protocol.STOPS} texts of 1 to {STOP_LETTERS} characters each |",
-        f"| `row` | at most {protocol.COLUMNS} columns",
-        f"at most {server.LETTERS} characters for each position of the base",
-        f"| bodies that are being received | {quota.BODIES >> 20} MiB together | 429 |",
-        f"| bodies that are made into tokens | {quota.AT_ONCE} at once | they wait |",
-        f"| a request's head | {Door.head_seconds:.0f} seconds",
-        f"while the rest is missing | {DEFAULT_MAX_INCOMPLETE_EVENT_SIZE >> 10} KiB | 400 |",
-        f"| a request's body | {server.PATIENCE:.0f} seconds; {server.LARGEST >> 20} MiB | 408; 413 |",
-        f"| an open connection between two requests | {server.KEPT_OPEN} seconds |",
-        f"takes nothing of its answer | {Door.stall_seconds:.0f} seconds |",
-        f"| connections without a request under way | {Door.most_idle} |",
-        f"| requests that wait, for each model | `--waiting` ({Limits().waiting}) | 429 |",
-        f"any client's request that has had {SLICE} tokens since it joined",
+        f"| `temperature` | 0 (the most probable token), or {protocol.MIN_TEMPERATURE} to 2.",
+        f"a whole number from 1 to {protocol.LARGEST_MAX_TOKENS:,}.",
+        f"| `stop` | at most {protocol.MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters each |",
+        f"| `row` | at most {protocol.MAX_COLUMNS} columns",
+        f"at most {service.MAX_CHARS_PER_POSITION} characters for each position of the base",
+        f"| request bodies that are being received | {quota.MAX_BODY_BYTES_PER_CALLER >> 20} MiB together | 429 |",
+        f"| request bodies that are being tokenised | {quota.MAX_TOKENISING_PER_CALLER} at once | they wait |",
+        f"| head of a request | {HttpConnection.head_seconds:.0f} seconds",
+        f"| size of an incomplete head | {DEFAULT_MAX_INCOMPLETE_EVENT_SIZE >> 10} KiB | 400 |",
+        f"| body of a request | {service.BODY_TIMEOUT:.0f} seconds; {service.MAX_BODY_BYTES >> 20} MiB | 408; 413 |",
+        f"| idle time between two requests | {server.KEEP_ALIVE} seconds |",
+        f"reads nothing of its answer | {HttpConnection.stall_seconds:.0f} seconds |",
+        f"| connections without a request in progress | {HttpConnection.max_idle} |",
+        f"| waiting requests, for each model | `--waiting` ({Limits.max_waiting}) | 429 |",
+        f"any client's request that has generated {SLICE} tokens since it joined",
     ):
         assert row in text, row
-    assert TRIES == 3
+    assert MAX_FAILED_STEPS == 3
     assert "a request that was part of three failed steps fails" in text
 
 
 def test_an_error_inside_one_request_is_one_line_and_a_500_for_it_alone(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    right = Service._ids
+    right = Service._tokenise
 
     def wrong(service: Service, body: Any, client: int) -> Any:
         if body.prompt == "a":
             raise ValueError(f"quoting {body.prompt} and a secret")
         return right(service, body, client)
 
-    monkeypatch.setattr(Service, "_ids", wrong)
-    status, answer = post(served, ASKED)
+    monkeypatch.setattr(Service, "_tokenise", wrong)
+    status, answer = post(served, REQUEST)
     assert (status, answer["error"]["message"]) == (500, "the server failed on this request")
     until(lambda: caplog.records)  # the answer is sent first
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
     assert caplog.messages == [f"a request failed: ValueError in test_limits.py:{wrong.__code__.co_firstlineno + 2}"]
-    assert post(served, {**ASKED, "prompt": "b"})[0] == 200
+    assert post(served, {**REQUEST, "prompt": "b"})[0] == 200
 
 
 def test_an_error_in_a_stream_ends_that_stream(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Shape, "last", lambda *_: 1 / 0)
-        with sent(served, {**ASKED, "stream": True}) as line:
-            assert b"[DONE]" not in ended(line)
+        patch.setattr(ResponseFormat, "last_events", lambda *_: 1 / 0)
+        with send(served, {**REQUEST, "stream": True}) as line:
+            assert b"[DONE]" not in read_to_end(line)
     until(lambda: caplog.records)
-    assert post(served, ASKED)[0] == 200
+    assert post(served, REQUEST)[0] == 200
     assert len(caplog.records) == 1
 
 
 def test_the_commands_limits_reach_the_engine(fedamole: Any, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Engine, Service]] = []
-    right = Server.__init__
+    seen: list[tuple[InferenceEngine, Service]] = []
+    right = HttpServer.__init__
 
-    def noted(self: Server, service: Service, certs: Path | None = None) -> None:
+    def noted(self: HttpServer, service: Service, certs: Path | None = None) -> None:
         right(self, service, certs)
         seen.append((self.engine, service))
 
-    monkeypatch.setattr(Server, "__init__", noted)
-    monkeypatch.setattr(Server, "run", lambda self, doors: (doors[0].close(), self.engine.stop()))
+    monkeypatch.setattr(HttpServer, "__init__", noted)
+    monkeypatch.setattr(HttpServer, "run", lambda self, doors: (doors[0].close(), self.engine.stop()))
     fedamole("serve", run, "--port", "0", "--each", "3", "--per-minute", "500", "--waiting", "7", "--rows", "5")
-    engine, service = seen[0]
+    engine, api = seen[0]
     limits = engine.limits
-    assert (limits.each, limits.waiting, limits.rows, service.offer.per_minute) == (3, 7, 5, 500)
+    assert (limits.max_rows_per_client, limits.max_waiting, limits.max_rows, api.models.per_minute) == (3, 7, 5, 500)
 
 
 def test_names_from_elsewhere_are_printed_safely(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    commands._show_new_keys(tmp_path / "keys.json", ("evil\x1b[31m",))
+    commands._print_new_keys(tmp_path / "keys.json", ("evil\x1b[31m",))
     assert capsys.readouterr().out.startswith("evil\\x1b[31m fedamole-")
 
 
@@ -356,10 +365,10 @@ def test_names_from_elsewhere_are_printed_safely(tmp_path: Path, capsys: pytest.
     ids=lambda more: str(more)[:24],
 )
 def test_a_body_that_is_wrong_ten_thousand_times_is_not_ten_thousand_errors(more: dict[str, Any]) -> None:
-    """A million bytes of them took seconds, in which nobody else was answered."""
-    kind = Chat if "messages" in more else Completion
+    """Otherwise a body of a million bytes blocks the server for seconds."""
+    kind = ChatRequest if "messages" in more else CompletionRequest
     with pytest.raises(RefusedError) as refused:
-        read(kind, json.dumps({"model": "mood", **more}).encode())
+        parse_body(kind, json.dumps({"model": "mood", **more}).encode())
     wrong = refused.value.__context__
     assert isinstance(wrong, ValidationError)
     assert wrong.error_count() < 10
@@ -367,7 +376,7 @@ def test_a_body_that_is_wrong_ten_thousand_times_is_not_ten_thousand_errors(more
 
 def test_numbers_of_a_row_stay_as_they_are_written() -> None:
     row = b'{"a": 1, "b": 12345678901234567890, "c": 1.10, "d": true, "e": "1.10", "f": -0.0, "g": 1E5}'
-    body = read(Completion, b'{"model": "m", "temperature": 0.50, "row": ' + row + b"}")
+    body = parse_body(CompletionRequest, b'{"model": "m", "temperature": 0.50, "row": ' + row + b"}")
     assert body.temperature == 0.5
     assert [text_of(value, name, "row") for name, value in body.columns.items()] == [
         "1",
@@ -403,6 +412,6 @@ def test_a_number_reaches_the_template_as_it_is_written(served: Served) -> None:
 )
 def test_a_row_of_another_form_is_refused(row: str) -> None:
     with pytest.raises(RefusedError) as refused:
-        read(Completion, f'{{"model": "m", "row": {row}}}'.encode())
+        parse_body(CompletionRequest, f'{{"model": "m", "row": {row}}}'.encode())
     assert refused.value.status == 400
     assert "1.10" not in str(refused.value)

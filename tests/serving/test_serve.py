@@ -1,4 +1,4 @@
-"""The server as OpenAI's own client meets it: real HTTP on this machine, a finished run, one base."""
+"""The server with OpenAI's client library, over real HTTP on this machine."""
 
 import json
 import os
@@ -14,19 +14,20 @@ from typing import Any
 
 import openai
 import pytest
-from openai.types import Completion
+from openai.types import Completion as OpenaiCompletion
 
 from fedamole.data.layouts import conversation_prompt
 from fedamole.data.text_encoder import text_encoder
 from fedamole.data.tokens import prompt_ids
 from fedamole.evaluation.generation import generate_answers
-from fedamole.personal.generate import as_it_is
-from fedamole.personal.saved_models import open_bank, places
+from fedamole.personal.generate import raw_prompt
+from fedamole.personal.saved_models import open_bank, saved_models
 from fedamole.serving.connections import listen
-from fedamole.serving.engine import Engine, Piece, Wanted
+from fedamole.serving.engine import InferenceEngine
 from fedamole.serving.keys import make_keys, read_keys
-from fedamole.serving.models import alike
-from fedamole.serving.server import LARGEST
+from fedamole.serving.models import with_same_spec
+from fedamole.serving.requests import Chunk, GenerationRequest
+from fedamole.serving.service import MAX_BODY_BYTES
 
 from ..conftest import Runner, heeding_interrupts
 from .served import Served, raw, until
@@ -39,23 +40,23 @@ LONG = 60
 @pytest.fixture(scope="module")
 def alone(run: Path) -> Callable[..., str]:
     """What evaluation says that a client's model answers, loaded by itself."""
-    found = {place.client: place for place in places(run)}
-    bank, adapters = open_bank(tuple(found.values()))
-    models = dict(zip(found, adapters, strict=True))
+    models = {model.client: model for model in saved_models(run)}
+    bank, loaded = open_bank(tuple(models.values()))
+    adapters = dict(zip(models, loaded, strict=True))
 
     def answer(name: str, prompt: str, tokens: int) -> str:
-        bank.load([models[name]])
-        return generate_answers(bank, [[prompt_ids(as_it_is(prompt), bank.base.tokenizer)]], tokens, 10_000)[0][0]
+        bank.load([adapters[name]])
+        return generate_answers(bank, [[prompt_ids(raw_prompt(prompt), bank.base.tokenizer)]], tokens, 10_000)[0][0]
 
     return answer
 
 
-def tokens_of(answer: Completion) -> int:
+def tokens_of(answer: OpenaiCompletion) -> int:
     assert answer.usage is not None
     return answer.usage.completion_tokens
 
 
-def said_of(error: pytest.ExceptionInfo[openai.APIError]) -> dict[str, Any]:
+def error_of(error: pytest.ExceptionInfo[openai.APIError]) -> dict[str, Any]:
     """The `error` of a refusal."""
     assert isinstance(error.value.body, dict)
     return error.value.body
@@ -91,10 +92,10 @@ def test_what_an_answer_cost_and_why_it_ended(served: Served, alone: Callable[..
 
 
 def test_a_chat_is_laid_out_as_in_training(served: Served, alone: Callable[..., str]) -> None:
-    said = [("system", "Be short."), ("user", "day 3: who has two pens? Ann has.")]
-    messages: list[Any] = [{"role": role, "content": content} for role, content in said]
+    response = [("system", "Be short."), ("user", "day 3: who has two pens? Ann has.")]
+    messages: list[Any] = [{"role": role, "content": content} for role, content in response]
     answer = served.client().chat.completions.create(model="chat", messages=messages, max_completion_tokens=20)
-    assert answer.choices[0].message.content == alone("chat", conversation_prompt(said), 20)
+    assert answer.choices[0].message.content == alone("chat", conversation_prompt(response), 20)
     assert answer.choices[0].message.role == "assistant"
     halves = [{"type": "text", "text": "Be "}, {"type": "text", "text": "short."}]
     parts: list[Any] = [{"role": "developer", "content": halves}]
@@ -106,14 +107,14 @@ def test_special_tokens_in_a_request_are_text(served: Served) -> None:
     """In a prompt, a row and a message: `<end>` is read letter by letter and ends nothing."""
     tokenizer, client = served.engine.bank.base.tokenizer, served.client()
     text = "a <end> b <pad>"
-    asked: dict[str, Any] = {"model": "entail", "max_tokens": 1}
-    said: list[Any] = [{"role": "user", "content": text}]
+    request: dict[str, Any] = {"model": "entail", "max_tokens": 1}
+    response: list[Any] = [{"role": "user", "content": text}]
     found = {
-        text: client.completions.create(prompt=text, **asked),
+        text: client.completions.create(prompt=text, **request),
         f"{text} Then {text}\n": client.completions.create(
-            prompt="", extra_body={"row": {"premise": text, "hypothesis": text}}, **asked
+            prompt="", extra_body={"row": {"premise": text, "hypothesis": text}}, **request
         ),
-        conversation_prompt([("user", text)]): client.chat.completions.create(messages=said, **asked),
+        conversation_prompt([("user", text)]): client.chat.completions.create(messages=response, **request),
     }
     for prompt, answer in found.items():
         parsed, (as_text,) = tokenizer(prompt)["input_ids"], text_encoder(tokenizer).encode([prompt])
@@ -124,8 +125,8 @@ def test_special_tokens_in_a_request_are_text(served: Served) -> None:
 
 def test_a_row_is_laid_out_by_its_clients_template(served: Served, alone: Callable[..., str]) -> None:
     def answer(name: str, **row: str) -> str:
-        said = served.client().completions.create(model=name, prompt="", max_tokens=20, extra_body={"row": row})
-        return said.choices[0].text
+        response = served.client().completions.create(model=name, prompt="", max_tokens=20, extra_body={"row": row})
+        return response.choices[0].text
 
     assert answer("entail", premise="Ann buys a pen.", hypothesis="Ann has it.") == alone(
         "entail", "Ann buys a pen. Then Ann has it.\n", 20
@@ -134,21 +135,21 @@ def test_a_row_is_laid_out_by_its_clients_template(served: Served, alone: Callab
     assert answer("mood", text="an old map is good") == alone("mood", text, 20)
     with pytest.raises(openai.BadRequestError) as error:
         answer("entail", premise="Ann buys a pen.")
-    assert said_of(error)["param"] == "row"
-    assert "hypothesis" in said_of(error)["message"]
+    assert error_of(error)["param"] == "row"
+    assert "hypothesis" in error_of(error)["message"]
 
 
 def test_pieces_join_to_the_same_text(served: Served, alone: Callable[..., str]) -> None:
     client: Any = served.client()
-    asked = {"model": "entail", "max_tokens": LONG, "stream": True}
-    chunks = list(client.completions.create(prompt=PROMPT, **asked))
+    request = {"model": "entail", "max_tokens": LONG, "stream": True}
+    chunks = list(client.completions.create(prompt=PROMPT, **request))
     assert "".join(chunk.choices[0].text for chunk in chunks) == alone("entail", PROMPT, LONG)
     assert sum(bool(chunk.choices[0].text) for chunk in chunks) > 5
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["length"]
     messages = [{"role": "user", "content": "who has a red cup?"}]
-    chat = list(client.chat.completions.create(messages=messages, stream_options={"include_usage": True}, **asked))
-    said = "".join(chunk.choices[0].delta.content or "" for chunk in chat if chunk.choices)
-    assert said == alone("entail", conversation_prompt([("user", "who has a red cup?")]), LONG)
+    chat = list(client.chat.completions.create(messages=messages, stream_options={"include_usage": True}, **request))
+    response = "".join(chunk.choices[0].delta.content or "" for chunk in chat if chunk.choices)
+    assert response == alone("entail", conversation_prompt([("user", "who has a red cup?")]), LONG)
     assert chat[0].choices[0].delta.role == "assistant"
     assert (chat[-1].choices, chat[-1].usage.completion_tokens) == ([], LONG)
     assert len({chunk.id for chunk in chat}) == 1
@@ -157,41 +158,41 @@ def test_pieces_join_to_the_same_text(served: Served, alone: Callable[..., str])
 def test_clients_at_once_are_batched_and_each_gets_its_own_models_answer(run: Path, alone: Callable[..., str]) -> None:
     """The engine begins when all wait, so whether they meet is no matter of time."""
     served = Served(run)
-    asked = [(name, f"{prompt} ->\n") for name in NAMES for prompt in ("Bob has a blue hat", "Eve has an old map")]
+    request = [(name, f"{prompt} ->\n") for name in NAMES for prompt in ("Bob has a blue hat", "Eve has an old map")]
     try:
-        with ThreadPoolExecutor(len(asked)) as pool:
+        with ThreadPoolExecutor(len(request)) as pool:
             answers = [
                 pool.submit(served.client().completions.create, model=name, prompt=prompt, max_tokens=LONG)
-                for name, prompt in asked
+                for name, prompt in request
             ]
-            until(lambda: served.engine.waiting == len(asked))
+            until(lambda: served.engine.waiting == len(request))
             served.engine.start()
-            for (name, prompt), answer in zip(asked, answers, strict=True):
+            for (name, prompt), answer in zip(request, answers, strict=True):
                 assert answer.result().choices[0].text == alone(name, prompt, LONG)
     finally:
         served.close()
-    assert served.engine.together[4] > 5
-    assert sum(served.engine.together.values()) <= LONG
+    assert served.engine.batch_clients[4] > 5
+    assert sum(served.engine.batch_clients.values()) <= LONG
 
 
 @pytest.mark.parametrize("method", ["hetlora", "fedlease"])
 def test_other_methods_models_are_served_too(method: str, runs: Runner) -> None:
     """LoRAs of several ranks, and experts that a learned mixer weighs."""
-    found = places(runs(method, "federation.rounds=1"))
-    bank, adapters = open_bank(found)
-    engine = Engine(bank, alike(adapters, [place.client for place in found]))
-    told: list[list[str]] = [[] for _ in found]
+    models = saved_models(runs(method, "federation.rounds=1"))
+    bank, adapters = open_bank(models)
+    engine = InferenceEngine(bank, with_same_spec(adapters, [model.client for model in models]))
+    texts: list[list[str]] = [[] for _ in models]
 
-    def hear(heard: list[str], piece: Piece) -> None:
-        heard.append(piece.text)
+    def append(text: list[str], chunk: Chunk) -> None:
+        text.append(chunk.text)
 
-    for client, heard in enumerate(told):
-        engine.submit(Wanted(client, (5, 6, 7), 20), partial(hear, heard))
-    while engine.turn():
+    for client, text in enumerate(texts):
+        engine.submit(GenerationRequest(client, (5, 6, 7), 20), partial(append, text))
+    while engine.step():
         pass
-    for adapter, heard in zip(adapters, told, strict=True):
+    for adapter, text in zip(adapters, texts, strict=True):
         bank.load([adapter])
-        assert generate_answers(bank, [[(5, 6, 7)]], 20, 1000)[0] == heard
+        assert generate_answers(bank, [[(5, 6, 7)]], 20, 1000)[0] == text
 
 
 def test_a_key_opens_its_own_clients_model_alone(run: Path, tmp_path: Path) -> None:
@@ -205,8 +206,8 @@ def test_a_key_opens_its_own_clients_model_alone(run: Path, tmp_path: Path) -> N
         for name in ("plain", "nobody"):
             with pytest.raises(openai.NotFoundError) as error:
                 mine.completions.create(model=name, prompt="a", max_tokens=2)
-            assert said_of(error)["code"] == "model_not_found"
-            assert name not in said_of(error)["message"]
+            assert error_of(error)["code"] == "model_not_found"
+            assert name not in error_of(error)["message"]
         with pytest.raises(openai.NotFoundError):
             mine.models.retrieve("plain")
         for wrong in ("none", keys["mood"][:-1], json.loads((tmp_path / "keys.json").read_text())["mood"]):
@@ -259,8 +260,8 @@ def test_fields_that_ask_for_nothing_are_taken(served: Served) -> None:
 
 
 def test_a_seed_draws_the_same_answer_again(served: Served) -> None:
-    asked: dict[str, Any] = {"model": "mood", "prompt": PROMPT, "max_tokens": 12, "temperature": 1.5}
-    texts = [served.client().completions.create(seed=seed, **asked).choices[0].text for seed in (1, 1, 2)]
+    request: dict[str, Any] = {"model": "mood", "prompt": PROMPT, "max_tokens": 12, "temperature": 1.5}
+    texts = [served.client().completions.create(seed=seed, **request).choices[0].text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -269,7 +270,7 @@ def test_refusals_before_a_body_is_read(served: Served) -> None:
     assert raw(served, "POST", "/v1/completions", b"[]")[0] == 400
     assert raw(served, "GET", "/v1/nothing")[0] == 404
     assert raw(served, "POST", "/v1/completions", b"{}", Content_Type="text/plain")[0] == 415
-    large = b'{"model": "mood", "prompt": "' + b"a" * LARGEST + b'"}'
+    large = b'{"model": "mood", "prompt": "' + b"a" * MAX_BODY_BYTES + b'"}'
     assert raw(served, "POST", "/v1/completions", large)[0] == 413
     for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example"):
         assert raw(served, "GET", "/v1/models", Host=host)[0] == 403
@@ -278,17 +279,17 @@ def test_refusals_before_a_body_is_read(served: Served) -> None:
 
 
 def test_too_many_requests_of_one_client_and_a_server_that_stops(run: Path) -> None:
-    """The engine has not begun, so what was asked waits; when the server stops, whoever waits is told."""
-    served = Served(run, waiting=1)
-    asked: dict[str, Any] = {"model": "mood", "prompt": "a", "max_tokens": 2}
+    """The engine is not started, so requests wait; when the server stops, they end with an error."""
+    served = Served(run, max_waiting=1)
+    request: dict[str, Any] = {"model": "mood", "prompt": "a", "max_tokens": 2}
     with ThreadPoolExecutor(2) as pool:
-        waits = pool.submit(lambda: served.client().completions.create(**asked))
+        waits = pool.submit(lambda: served.client().completions.create(**request))
         until(lambda: served.engine.waiting == 1)
         with pytest.raises(openai.RateLimitError) as error:
-            served.client().completions.create(**asked)
-        assert said_of(error)["code"] == "rate_limit_exceeded"
-        asked = {**asked, "model": "plain", "stream": True}
-        streams = pool.submit(lambda: list(served.client().completions.create(**asked)))
+            served.client().completions.create(**request)
+        assert error_of(error)["code"] == "rate_limit_exceeded"
+        request = {**request, "model": "plain", "stream": True}
+        streams = pool.submit(lambda: list(served.client().completions.create(**request)))
         until(lambda: served.engine.waiting == 2)
         served.close()
         with pytest.raises(openai.InternalServerError, match="stopping") as stopped:
@@ -299,22 +300,22 @@ def test_too_many_requests_of_one_client_and_a_server_that_stops(run: Path) -> N
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_place(run: Path, stream: bool) -> None:
-    """There is one place; who holds it wants far more than fits into the test, and hangs up."""
-    served = Served(run, rows=1, answer=10**9)
+def test_a_caller_that_disconnects_frees_its_row(run: Path, stream: bool) -> None:
+    """The batch has one row; the request in it would never end, but its caller disconnects."""
+    served = Served(run, max_rows=1, max_answer_tokens=10**9)
     bank = served.engine.bank
     bank.base.max_positions = 10**9  # the base's own positions are rotations, which go on
     served.engine.start()
     try:
-        asked: dict[str, Any] = {"model": "mood", "prompt": PROMPT, "max_tokens": 10**6, "stream": stream}
-        body = json.dumps(asked).encode()
-        with socket.create_connection(served.door.getsockname()) as line:
+        request: dict[str, Any] = {"model": "mood", "prompt": PROMPT, "max_tokens": 10**6, "stream": stream}
+        body = json.dumps(request).encode()
+        with socket.create_connection(served.listening.getsockname()) as line:
             line.sendall(
                 b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
             )
-            until(lambda: served.engine.under_way == 1)
-        until(lambda: served.engine.under_way == 0)
+            until(lambda: served.engine.running == 1)
+        until(lambda: served.engine.running == 0)
         answer = served.client().completions.create(model="plain", prompt="a", max_tokens=2)
         assert tokens_of(answer) == 2
     finally:
@@ -350,13 +351,13 @@ def test_the_command_serves_until_it_is_interrupted_and_says_nothing_of_texts(
         with pytest.raises(openai.BadRequestError):
             client.completions.create(model="mood", prompt=secret * 100)
         process.send_signal(signal.SIGINT)
-        said = first + "".join(process.communicate(timeout=30))
+        response = first + "".join(process.communicate(timeout=30))
     finally:
         process.kill()
     assert process.returncode == 0
-    assert said.endswith("stopped\n")
+    assert response.endswith("stopped\n")
     for hidden in ("xyzzy", answer.choices[0].text, keys["mood"], "Traceback"):
-        assert hidden not in said
+        assert hidden not in response
 
 
 def test_strangers_need_keys_and_keys_a_file_of_ones_own(

@@ -1,4 +1,4 @@
-"""Answers as they grow, against a matcher that looks at the whole text again for every character."""
+"""Streamed text, compared with a naive matcher that searches the whole text again for each character."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fedamole.serving.streaming_text import UNDECIDED, Growing, Stop
+from fedamole.serving.streaming_text import MAX_PENDING_TOKENS, StopMatcher, StreamingText
 
 from ..model.conftest import write_tokenizer
 
@@ -16,9 +16,9 @@ from ..model.conftest import write_tokenizer
 def naive(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     """Where an answer ends, by the definition."""
     for end in range(1, len(text) + 1):
-        found = [len(stop) for stop in stops if text[:end].endswith(stop)]
-        if found:
-            return text[: end - max(found)].strip(), True
+        completed = [len(stop) for stop in stops if text[:end].endswith(stop)]
+        if completed:
+            return text[: end - max(completed)].strip(), True
     return text.strip(), False
 
 
@@ -42,11 +42,11 @@ LETTERS = "ab\n"
 @example(["a", "aa", "b"], ["aab"])
 def test_stop_strings_are_found_as_by_a_naive_matcher(tokens: list[str], stops: list[str]) -> None:
     """Tokens of any length, and stop strings that overlap, contain each other and themselves."""
-    growing, shown = Growing(lambda ids: "".join(tokens[place] for place in ids), stops), ""
+    streaming, shown = StreamingText(lambda ids: "".join(tokens[index] for index in ids), stops), ""
     for size in range(1, len(tokens) + 1):
         whole = "".join(tokens[:size])
-        piece, stopped = growing.grow(range(size), size == len(tokens))
-        shown += piece
+        chunk, stopped = streaming.update(range(size), size == len(tokens))
+        shown += chunk
         assert stopped == naive(whole, stops)[1]
         if stopped or size == len(tokens):
             assert shown == naive(whole, stops)[0]
@@ -54,43 +54,43 @@ def test_stop_strings_are_found_as_by_a_naive_matcher(tokens: list[str], stops: 
         assert shown == certain(whole, stops), "no more and no less is held back than may still change"
 
 
-def grown(whole: str, stop: tuple[str, ...] = ()) -> tuple[str, bool]:
-    """All pieces of a text that comes byte by byte."""
-    content, found = whole.encode(), ""
-    growing = Growing(lambda ids: bytes(ids).decode(errors="replace"), stop)
+def streamed(whole: str, stop: tuple[str, ...] = ()) -> tuple[str, bool]:
+    """The text so far of a text that is fed byte by byte, and whether a stop string ended it."""
+    content, text = whole.encode(), ""
+    streaming = StreamingText(lambda ids: bytes(ids).decode(errors="replace"), stop)
     for size in range(1, len(content) + 1):
-        piece, stopped = growing.grow(list(content[:size]), size == len(content))
-        found += piece
-        assert found == growing.shown
+        chunk, stopped = streaming.update(list(content[:size]), size == len(content))
+        text += chunk
+        assert text == streaming.emitted
         if stopped:
-            return found, True
-    return found, False
+            return text, True
+    return text, False
 
 
 def test_pieces_join_to_the_stripped_text() -> None:
     for whole in ("  two  words\n\n", "naïve – ☃ 日本", "\n", "a\n b", "end \ufffd"):
-        assert grown(whole) == (whole.strip(), False)
+        assert streamed(whole) == (whole.strip(), False)
 
 
 def test_a_stop_string_is_never_shown_not_even_its_beginning() -> None:
-    assert grown("one\n\ntwo", ("\n\n",)) == ("one", True)
-    assert grown("one END\nEN two", ("ENDE", "EN t")) == ("one END", True)
-    assert grown("one EN", ("END",)) == ("one EN", False)
-    assert grown("ababac and more", ("abac",)) == ("ab", True)
-    assert grown("ein ☃ und", ("☃",)) == ("ein", True)
+    assert streamed("one\n\ntwo", ("\n\n",)) == ("one", True)
+    assert streamed("one END\nEN two", ("ENDE", "EN t")) == ("one END", True)
+    assert streamed("one EN", ("END",)) == ("one EN", False)
+    assert streamed("ababac and more", ("abac",)) == ("ab", True)
+    assert streamed("ein ☃ und", ("☃",)) == ("ein", True)
 
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
-    made = {}
+    loaded = {}
     writers: dict[str, Callable[[Path], object]] = {"bytes": write_tokenizer, "spaces": spaces}
     for name, write in writers.items():
         folder = tmp_path_factory.mktemp(name)
         write(folder)
-        made[name] = AutoTokenizer.from_pretrained(folder)
-    return made
+        loaded[name] = AutoTokenizer.from_pretrained(folder)
+    return loaded
 
 
 @settings(max_examples=100, deadline=None)
@@ -98,13 +98,13 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_pieces_join_to_what_a_tokenizer_decodes(tokenizers: dict[str, Any], data: st.DataObject) -> None:
     """Bytes that are no characters, special tokens that are left out, and a tokenizer that drops a first space."""
     tokenizer = tokenizers[data.draw(st.sampled_from(["bytes", "spaces"]))]
-    ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), min_size=1, max_size=UNDECIDED))
+    ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), min_size=1, max_size=MAX_PENDING_TOKENS))
 
     def decode(part: Sequence[int]) -> str:
         return str(tokenizer.decode(part, skip_special_tokens=True))
 
-    growing = Growing(decode)
-    pieces = [growing.grow(ids[: size + 1], size + 1 == len(ids))[0] for size in range(len(ids))]
+    streaming = StreamingText(decode)
+    pieces = [streaming.update(ids[: size + 1], size + 1 == len(ids))[0] for size in range(len(ids))]
     assert "".join(pieces) == decode(ids).strip()
 
 
@@ -113,7 +113,7 @@ def spaces(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    words = {word: place for place, word in enumerate(("<end>", "<unk>", "▁", "▁a", "▁cat", "s", "▁▁", ".", "\n"))}
+    words = {word: index for index, word in enumerate(("<end>", "<unk>", "▁", "▁a", "▁cat", "s", "▁▁", ".", "\n"))}
     raw = Tokenizer(models.WordLevel(words, "<unk>"))
     raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>").save_pretrained(folder)
@@ -129,19 +129,19 @@ def test_the_work_is_linear_in_the_text() -> None:
         return "a" * len(ids)
 
     class Counted(list[int]):
-        looks = 0
+        reads = 0
 
-        def __getitem__(self, place: Any) -> Any:
-            Counted.looks += 1
-            return super().__getitem__(place)
+        def __getitem__(self, index: Any) -> Any:
+            Counted.reads += 1
+            return super().__getitem__(index)
 
-    growing, size = Growing(decode, ["a" * 200 + "b", "ab" * 100]), 3000
-    for stop in growing._stops:
-        stop._shorter = Counted(stop._shorter)
-    for place in range(size):
-        growing.grow(range(place + 1), False)
+    streaming, size = StreamingText(decode, ["a" * 200 + "b", "ab" * 100]), 3000
+    for matcher in streaming._matchers:
+        matcher._fallback = Counted(matcher._fallback)
+    for count in range(1, size + 1):
+        streaming.update(range(count), False)
     assert decoded <= 4 * size
-    assert Counted.looks <= 2 * size
+    assert Counted.reads <= 2 * size
 
 
 def test_broken_text_is_decoded_in_parts() -> None:
@@ -152,19 +152,22 @@ def test_broken_text_is_decoded_in_parts() -> None:
         decoded += len(ids)
         return bytes(ids).decode(errors="replace")
 
-    growing, size = Growing(decode), 3000
-    for place in range(size):
-        growing.grow([0xFF] * (place + 1), place == size - 1)
-    assert decoded <= 3 * UNDECIDED * size
-    assert growing.shown == "\ufffd" * size
+    streaming, size = StreamingText(decode), 3000
+    for count in range(1, size + 1):
+        streaming.update([0xFF] * count, count == size)
+    assert decoded <= 3 * MAX_PENDING_TOKENS * size
+    assert streaming.emitted == "\ufffd" * size
 
 
 def test_a_stop_string_of_one_character_and_of_many_equal_ones() -> None:
-    assert Stop("a").read("a")
-    stop = Stop("aab")
-    assert [stop.read(letter) for letter in "aaab"] == [False, False, False, True]
+    assert StopMatcher("a").feed("a")
+    matcher = StopMatcher("aab")
+    assert [matcher.feed(char) for char in "aaab"] == [False, False, False, True]
 
 
 def test_a_space_after_a_token_that_is_left_out_is_kept(tokenizers: dict[str, Any]) -> None:
-    ids, growing = [3, 0, 4], Growing(lambda part: str(tokenizers["spaces"].decode(part, skip_special_tokens=True)))
-    assert [growing.grow(ids[: size + 1], size == 2)[0] for size in range(3)] == ["a", "", " cat"]
+    ids, streaming = (
+        [3, 0, 4],
+        StreamingText(lambda part: str(tokenizers["spaces"].decode(part, skip_special_tokens=True))),
+    )
+    assert [streaming.update(ids[: size + 1], size == 2)[0] for size in range(3)] == ["a", "", " cat"]

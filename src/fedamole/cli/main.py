@@ -15,6 +15,8 @@ from fedamole.cli.client import audit_log, client
 from fedamole.cli.clients import app as clients
 from fedamole.cli.deploy import server, simulate
 from fedamole.cli.doctor import doctor
+from fedamole.cli.explain import explain
+from fedamole.cli.export import export
 from fedamole.cli.health import health
 from fedamole.cli.options import (
     INTERRUPTED,
@@ -301,7 +303,7 @@ def _wide() -> Screen:
 
 
 DEPLOYMENT = (server, simulate, client, certs, doctor, health, audit_log)
-PERSONAL = (personal.generate, personal.chat, personal.explain, personal.export, personal.adapt)
+PERSONAL = (personal.generate, personal.chat, explain, export, personal.adapt)
 for command in (*DEPLOYMENT, *PERSONAL, serving.serve, reporting.report):
     app.command()(command)
 app.add_typer(clients, name="clients")

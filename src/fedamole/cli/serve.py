@@ -1,4 +1,4 @@
-"""The command that serves personal models. Nothing heavy is imported before it is used."""
+"""The command `fedamole serve`. Heavy libraries are imported inside it."""
 
 import contextlib
 import importlib.util
@@ -7,48 +7,111 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedamole.cli.personal import BaseName, Device, Finished, Row, RunPath
+from fedamole.cli.personal import MODEL, BaseName, Device, Finished, RunPath, Variant, note
+from fedamole.serving.scheduling import Limits
 from fedamole.terminal import say, screen
 
 if TYPE_CHECKING:
-    from fedamole.personal.saved_models import Place
+    from fedamole.personal.saved_models import SavedModel
+
+ACCESS, LIMITS = "Address and access", "Limits"
+"""Panels of options in the help."""
 
 
 def serve(
     run: RunPath,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; any but this machine's own needs --keys.")
+        str,
+        typer.Option(
+            help="Address to listen on. Any address other than loopback needs --keys.", rich_help_panel=ACCESS
+        ),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: one that is free.")] = 8000,
-    client: Annotated[list[str] | None, typer.Option(help="Serve this client's model alone; may be repeated.")] = None,
-    keys: Annotated[Path | None, typer.Option(help="File made by --make-keys: a key opens its client's model.")] = None,
-    make_keys: Annotated[
-        Path | None, typer.Option(help="Make a key for each client that has none in this file, show them, and end.")
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free port.", rich_help_panel=ACCESS)
+    ] = 8000,
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            help="Key file: require an API key, which gives access to its client's model.", rich_help_panel=ACCESS
+        ),
     ] = None,
-    certs: Annotated[Path | None, typer.Option(help="Folder made by `fedamole certs`: answer over TLS.")] = None,
-    row: Row = None,
+    make_keys: Annotated[
+        Path | None,
+        typer.Option(
+            help="Create an API key for each client without one in this key file, print the new keys, and exit.",
+            rich_help_panel=ACCESS,
+        ),
+    ] = None,
+    certs: Annotated[
+        Path | None,
+        typer.Option(help="Folder created by `fedamole certs`: serve over TLS.", rich_help_panel=ACCESS),
+    ] = None,
+    client: Annotated[
+        list[str] | None, typer.Option(help="Serve only this client's model; repeatable.", rich_help_panel=MODEL)
+    ] = None,
+    variant: Variant = None,
     base: BaseName = None,
     device: Device = "auto",
     finished: Finished = False,
-    threads: Annotated[int, typer.Option(min=0, max=4096, help="PyTorch's threads on a CPU; 0: its own choice.")] = 0,
-    rows: Annotated[int, typer.Option(min=1, help="Most requests answered at once.")] = 32,
+    threads: Annotated[
+        int,
+        typer.Option(min=0, max=4096, help="Number of CPU threads; 0: PyTorch's default.", rich_help_panel=MODEL),
+    ] = 0,
+    rows: Annotated[
+        int, typer.Option(min=1, help="Maximum number of requests in the batch.", rich_help_panel=LIMITS)
+    ] = Limits.max_rows,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens remembered at once; left out: evaluation.batch_tokens.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Maximum number of tokens in the key-value cache. Default: evaluation.batch_tokens of the run.",
+            rich_help_panel=LIMITS,
+        ),
     ] = None,
-    longest: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens, whatever a request asks.")] = 1024,
-    waiting: Annotated[int, typer.Option(min=1, help="Most requests of one client that wait.")] = 64,
+    longest: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Maximum length of an answer, in tokens, whatever a request asks for.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = Limits.max_answer_tokens,
+    waiting: Annotated[
+        int, typer.Option(min=1, help="Maximum number of waiting requests per client.", rich_help_panel=LIMITS)
+    ] = Limits.max_waiting,
     each: Annotated[
-        int | None, typer.Option(min=1, help="Most requests of one client answered at once; left out: --rows.")
-    ] = None,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Maximum number of requests of one client in the batch. Default: --rows.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = Limits.max_rows_per_client,
     per_minute: Annotated[
         int | None,
-        typer.Option(min=1, help="Most tokens of prompts and answers for one key in a minute; left out: no limit."),
+        typer.Option(
+            min=1,
+            help="Maximum number of tokens, of prompts and answers, per key and minute. Default: no limit.",
+            rich_help_panel=LIMITS,
+        ),
     ] = None,
 ) -> None:
-    """Serve the personal models of all clients of a finished run over OpenAI's interface, from one base.
+    """Serve the personal models of a run over HTTP, with OpenAI's API.
 
-    The client is chosen by `model`. Requests of different clients are answered in one batch, each by its own model.
-    Ctrl-C ends it.
+    RUN is a run's folder, or the adapter folder of one model. One base in memory serves all clients: a request selects
+    the client in its `model` field, and requests of different clients are decoded in one batch, each with its client's
+    adapter. Press Ctrl-C to stop.
+
+      fedamole serve RUN
+
+      curl http://127.0.0.1:8000/v1/models
+
+    Without keys, the server only listens on this machine. To serve other machines, create keys, give each client its
+    own, and use TLS:
+
+      fedamole serve RUN --make-keys keys.json
+
+      fedamole serve RUN --host 0.0.0.0 --keys keys.json --certs certs
     """
     for package in ("fastapi", "uvicorn"):
         if importlib.util.find_spec(package) is None:
@@ -59,82 +122,89 @@ def serve(
 
     from fedamole.config import load_run_config
     from fedamole.evaluation.personal import EvaluationSettings
-    from fedamole.personal.generate import layout_of
-    from fedamole.personal.saved_models import check_finished, open_bank, read_for
+    from fedamole.personal.generate import prompt_format_of
+    from fedamole.personal.saved_models import check_finished, open_bank, outside_reads
     from fedamole.serving.connections import listen
-    from fedamole.serving.engine import Engine
+    from fedamole.serving.engine import InferenceEngine
     from fedamole.serving.keys import read_keys
-    from fedamole.serving.models import alike
-    from fedamole.serving.scheduling import Limits
-    from fedamole.serving.server import Offer, Server, Service
+    from fedamole.serving.models import with_same_spec
+    from fedamole.serving.server import HttpServer
+    from fedamole.serving.service import ServedModels, Service
 
-    found = _chosen(run, client, row)
-    names = tuple(place.client for place in found)
+    models = _select_models(run, client, variant)
+    names = tuple(model.client for model in models)
     if make_keys is not None:
-        _show_new_keys(make_keys, names)
+        _print_new_keys(make_keys, names)
         return
-    check_finished(found[0], finished)
-    _check_door(host, keys, certs)
-    known = None if keys is None else read_keys(keys)
+    check_finished(models[0], finished)
+    _check_access(host, keys, certs)
+    api_keys = None if keys is None else read_keys(keys)
     evaluation = EvaluationSettings()
-    if (folder := found[0].run) is not None:
+    if (folder := models[0].run) is not None:
         evaluation = load_run_config(folder).evaluation
-    door = listen(host, port)
+    listening = listen(host, port)
     if threads:
         torch.set_num_threads(threads)
-    if text := read_for(found[0], False, base):
-        screen(error=True).print(text, style="dim", soft_wrap=True)
-    bank, adapters = open_bank(found, device, base)
-    limits = Limits(rows, tokens or evaluation.batch_tokens, longest, waiting, each)
-    engine = Engine(bank, alike(adapters, names), limits)
-    created = int(found[0].adapter.stat().st_mtime)
-    offer = Offer(names, created, evaluation.max_new_tokens, tuple(map(layout_of, found)), known, per_minute)
-    server = Server(Service(engine, offer), certs)
-    engine.start()
-    name = f"[{host}]" if ":" in host else host
-    address = f"{'http' if certs is None else 'https'}://{name}:{door.getsockname()[1]}/v1"
     console = screen(error=True)
-    amount = "1 model" if len(names) == 1 else f"{len(names)} models"
-    text = f"{amount} on {address}: {', '.join(names)}"
-    console.print(text, soft_wrap=True)
-    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how a server ends; by then everything is closed
-        server.run([door])
+    note(console, outside_reads(models[0], False, base))
+    bank, adapters = open_bank(models, device, base)
+    limits = Limits(rows, tokens or evaluation.batch_tokens, longest, waiting, each)
+    engine = InferenceEngine(bank, with_same_spec(adapters, names), limits)
+    created = int(models[0].folder.stat().st_mtime)
+    formats = tuple(map(prompt_format_of, models))
+    served = ServedModels(names, created, evaluation.max_new_tokens, formats, api_keys, per_minute)
+    server = HttpServer(Service(engine, served), certs)
+    engine.start()
+    host_name = f"[{host}]" if ":" in host else host
+    address = f"{'http' if certs is None else 'https'}://{host_name}:{listening.getsockname()[1]}/v1"
+    count = "1 model" if len(names) == 1 else f"{len(names)} models"
+    console.print(f"{count} on {address}: {', '.join(names)}", soft_wrap=True)
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C stops the server; everything is closed by then
+        server.run([listening])
     console.print("stopped")
 
 
-def _chosen(run: Path, clients: list[str] | None, row: str | None) -> "tuple[Place, ...]":
-    from fedamole.personal.saved_models import find, places
+def _select_models(run: Path, clients: list[str] | None, variant: str | None) -> "tuple[SavedModel, ...]":
+    from fedamole.personal.saved_models import find_model, saved_models
 
     if not clients:
-        return places(run, row)
-    return tuple(find(run, client, row) for client in dict.fromkeys(clients))
+        return saved_models(run, variant)
+    return tuple(find_model(run, client, variant) for client in dict.fromkeys(clients))
 
 
-def _show_new_keys(path: Path, clients: tuple[str, ...]) -> None:
-    """The new keys on standard output, a line each; they are shown this once."""
+def _print_new_keys(path: Path, clients: tuple[str, ...]) -> None:
+    """Create keys and print the new ones to standard output, one per line."""
     from fedamole.serving.keys import make_keys
 
-    made = make_keys(path, clients)
-    for client, key in made.items():
+    new_keys = make_keys(path, clients)
+    for client, key in new_keys.items():
         say(f"{client} {key}")
-    kept = len(clients) - len(made)
-    text = f"{path}: {len(made)} new keys, {kept} kept; hand each client its own, they are not shown again"
+    existing = len(clients) - len(new_keys)
+    text = (
+        f"{path}: {len(new_keys)} new keys, {existing} existing ones unchanged; "
+        "give each client its key now, because keys cannot be shown again"
+    )
     screen(error=True).print(text, soft_wrap=True)
 
 
-def _check_door(host: str, keys: Path | None, certs: Path | None) -> None:
-    """Refuse what would let strangers in, and say what would let them listen."""
+def _check_access(host: str, keys: Path | None, certs: Path | None) -> None:
+    """Raise ConfigError for settings without access control, and warn about unencrypted connections."""
     from fedamole.errors import ConfigError
     from fedamole.serving.connections import is_loopback
 
     if certs is not None:
         for name in ("server.crt", "server.key"):
             if not (certs / name).exists():
-                raise ConfigError(f"--certs {certs}: {name} is missing; `fedamole certs --folder {certs}` makes it")
+                raise ConfigError(
+                    f"--certs {certs}: {name} is missing; create it with `fedamole certs --folder {certs}`"
+                )
     if is_loopback(host):
         return
     if keys is None:
-        raise ConfigError(f"--host {host} lets others in, so keys are needed: --make-keys FILE, then --keys FILE")
+        raise ConfigError(
+            f"--host {host} is reachable from other machines, so keys are required: create them with --make-keys FILE, "
+            "then pass --keys FILE"
+        )
     if certs is None:
-        text = "without --certs keys and texts cross the network in the clear; put a proxy with TLS before this server"
+        text = "without --certs, keys and texts are sent unencrypted; put a TLS proxy in front of this server"
         screen(error=True).print(f"warning: {text}", style="yellow", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -9,6 +10,9 @@ from fedamole.evaluation.likelihood import by_client, by_length
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, pad_left
 from fedamole.model.segments import Shares
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 
 def generate_answers(
@@ -20,13 +24,10 @@ def generate_answers(
     `batch_tokens` tokens at a time; prompts of one length only, if the base reads padding as text. An answer ends early
     where the base has no positions left for it.
     """
-    from transformers import GenerationConfig
-
     rows = [(client, place) for client, part in enumerate(clients) for place in range(len(part))]
     prompts = [bank.prefix(clients[client][place]) for client, place in rows]
     base, answers, way = bank.base, [[""] * len(part) for part in clients], bank.continuation
     bank.window(0, bank.clients)
-    stop = base.tokenizer.eos_token_id
     with torch.no_grad():
         for indices in _groups(prompts, max_new_tokens, batch_tokens, base.max_positions, way.pads):
             indices.sort()  # one client's rows after the other's
@@ -34,13 +35,7 @@ def generate_answers(
             ids, mask = pad_left([prompts[i] for i in indices], base.pad_id, base.device)
             length = ids.shape[1]
             room = max(1, min(max_new_tokens, base.max_positions - length))
-            greedy = GenerationConfig(
-                do_sample=False,
-                max_new_tokens=room,
-                pad_token_id=base.pad_id,
-                eos_token_id=stop,
-                use_cache=way.caches,
-            )
+            greedy = greedy_config(bank, room)
             gates = bank.gates(by_client([prompts[i] for i in indices], amounts))
             with bank.recording(shares=Shares(amounts, base.device), gates=gates):
                 out = base.model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
@@ -49,6 +44,19 @@ def generate_answers(
                 client, place = rows[i]
                 answers[client][place] = text.strip()
     return answers
+
+
+def greedy_config(bank: Bank, max_new_tokens: int) -> "GenerationConfig":
+    """Return transformers' settings for greedy generation with a bank's base."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=bank.base.pad_id,
+        eos_token_id=bank.base.tokenizer.eos_token_id,
+        use_cache=bank.continuation.caches,
+    )
 
 
 def _groups(prompts: Sequence[Ids], new: int, batch_tokens: int, positions: int, padded: bool) -> Iterator[list[int]]:

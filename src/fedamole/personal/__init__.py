@@ -1,1 +1,1 @@
-"""What becomes of a personal model after training: it is used, moved, and looked into."""
+"""After training: find personal models, generate and chat with them, explain, export, and adapt to a new client."""

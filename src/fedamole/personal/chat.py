@@ -1,38 +1,37 @@
-"""A conversation with a personal model: it answers word by word and remembers what fits into the base's positions."""
+"""Chat with a personal model on the terminal. The oldest turns are dropped when the base's positions are full."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from transformers import GenerationConfig, TextStreamer
+from transformers import TextStreamer
+from typing_extensions import override
 
 from fedamole.data.layouts import conversation_prompt
 from fedamole.data.text_encoder import Ids
 from fedamole.data.tokens import prompt_ids
 from fedamole.errors import DataError
 from fedamole.model.bank import Bank
-from fedamole.personal.generate import as_it_is, room_for_prompts
-
-Say = Callable[[str], None]
+from fedamole.personal.generate import generate_ids, max_prompt_tokens, raw_prompt
 
 QUIT, NEW = "/quit", "/new"
-"""What ends a conversation, and what begins it anew."""
+"""Input that ends the chat, and input that starts a new conversation."""
 
 
-class _Words(TextStreamer):  # type: ignore[misc]
-    """Hands an answer on as it comes, in whole words."""
+class _WordStreamer(TextStreamer):  # type: ignore[misc]
+    """Passes an answer to `on_text` word by word, and collects it in `text`."""
 
-    def __init__(self, tokenizer: Any, say: Say) -> None:
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.say, self.said = say, ""
+        self.on_text, self.text = on_text, ""
 
+    @override
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        # What stands before the first word belongs to the layout, not to the answer.
-        text = text if self.said else text.lstrip()
-        self.said += text
+        # Whitespace before the first word belongs to the prompt format, not to the answer.
+        text = text if self.text else text.lstrip()
+        self.text += text
         if text:
-            self.say(text)
+            self.on_text(text)
 
 
 @dataclass
@@ -42,69 +41,61 @@ class Chat:
     bank: Bank
     max_new_tokens: int
     system: str = ""
-    """What the model is told before everything else, and never forgets; "" for nothing."""
+    """System message, which is never dropped; "" for none."""
     turns: list[tuple[str, str]] = field(default_factory=list)
-    """What was said and is remembered, as (role, content): user and assistant in turns."""
+    """Turns that still fit, as (role, content), alternately of the user and the assistant."""
 
-    def answer(self, text: str, say: Say) -> int:
-        """Answer the user, word by word; return how many of the oldest turns had to be forgotten for it.
+    def answer(self, text: str, on_text: Callable[[str], None]) -> int:
+        """Answer a message, passing the words to `on_text`; return the number of old turns that were dropped.
 
-        Raises DataError where the message alone is too long; it is then not remembered.
+        Raises DataError, and leaves the conversation unchanged, if the message alone is too long.
         """
-        room = room_for_prompts(self.bank, self.max_new_tokens)
-        kept = [*self.turns, ("user", text)]
-        while len(ids := self._ids(kept)) > room:
-            if len(kept) == 1:
-                raise DataError(f"that is {len(ids)} tokens with its layout, and there is room for {room}: shorten it")
-            kept = kept[2:]
-        words = _Words(self.bank.base.tokenizer, say)
-        self._generate(ids, words)
-        forgotten = len(self.turns) + 1 - len(kept)
-        self.turns = [*kept, ("assistant", words.said.strip())]
-        return forgotten
+        room = max_prompt_tokens(self.bank, self.max_new_tokens)
+        turns = [*self.turns, ("user", text)]
+        while len(ids := self._prompt_ids(turns)) > room:
+            if len(turns) == 1:
+                raise DataError(f"the message takes {len(ids)} tokens in a prompt, and only {room} fit: shorten it")
+            turns = turns[2:]
+        streamer = _WordStreamer(self.bank.base.tokenizer, on_text)
+        self._generate(ids, streamer)
+        dropped = len(self.turns) + 1 - len(turns)
+        self.turns = [*turns, ("assistant", streamer.text.strip())]
+        return dropped
 
-    def _ids(self, turns: list[tuple[str, str]]) -> Ids:
-        first = [("system", self.system)] if self.system else []
-        return prompt_ids(as_it_is(conversation_prompt([*first, *turns])), self.bank.base.tokenizer)
+    def _prompt_ids(self, turns: list[tuple[str, str]]) -> Ids:
+        system = [("system", self.system)] if self.system else []
+        return prompt_ids(raw_prompt(conversation_prompt([*system, *turns])), self.bank.base.tokenizer)
 
-    def _generate(self, ids: Ids, words: _Words) -> None:
-        bank, base = self.bank, self.bank.base
-        prompt = bank.prefix(ids)
-        row = torch.tensor([prompt], device=base.device)
-        greedy = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=self.max_new_tokens,
-            pad_token_id=base.pad_id,
-            eos_token_id=base.tokenizer.eos_token_id,
-            use_cache=bank.continuation.caches,
-        )
-        with torch.no_grad(), bank.recording(gates=bank.gates([[prompt]])):
-            base.model.generate(
-                input_ids=row, attention_mask=torch.ones_like(row), generation_config=greedy, streamer=words
-            )
+    def _generate(self, ids: Ids, streamer: _WordStreamer) -> None:
+        generate_ids(self.bank, self.bank.prefix(ids), self.max_new_tokens, streamer)
 
 
-def converse(chat: Chat, ask: Callable[[], str], say: Say, note: Say) -> None:
-    """Ask and answer until /quit, the end of the input or Ctrl-C.
+def run_chat(
+    chat: Chat, read_input: Callable[[], str], on_text: Callable[[str], None], notify: Callable[[str], None]
+) -> None:
+    """Read messages and answer them until /quit, the end of the input or Ctrl-C.
 
-    `ask` returns what the user says and raises EOFError at the end, `say` is given an answer's words and its end of
-    line, `note` what is no part of the conversation.
+    Args:
+        chat: The conversation.
+        read_input: Returns the user's next message; raises EOFError at the end of the input.
+        on_text: Receives the words of an answer, and its line end.
+        notify: Receives notes that are not part of the conversation.
     """
     while True:
         try:
-            text = ask().strip()
+            text = read_input().strip()
             if text == QUIT:
                 return
             if text == NEW:
                 chat.turns.clear()
-                note("a new conversation")
+                notify("a new conversation")
             elif text:
-                forgotten = chat.answer(text, say)
-                say("\n")
-                if forgotten:
-                    note(f"{forgotten} of the oldest turns no longer fitted and are forgotten")
+                dropped = chat.answer(text, on_text)
+                on_text("\n")
+                if dropped:
+                    notify(f"the oldest {dropped} turns no longer fit and were dropped")
         except DataError as error:
-            note(str(error))
+            notify(str(error))
         except (EOFError, KeyboardInterrupt):
-            note("")
+            notify("")
             return

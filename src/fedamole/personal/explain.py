@@ -1,18 +1,14 @@
-"""A mixture looked into: which experts the tokens of a text used, and what each expert is for; for a terminal and JSON.
+"""Explain a mixture of experts: which experts the tokens of a text use, and what each expert is for.
 
-Nothing but the model and the client's own data is read, and nothing leaves the machine.
+This reads only the model and the client's own data, and sends nothing anywhere. `explanation_table` formats the result
+for the terminal, explain_page.py as HTML, and `as_json` as JSON.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.color import Color
-from rich.console import Console, Group
 from rich.progress import Progress
-from rich.style import Style
-from rich.table import Column, Table
-from rich.text import Text
 from torch import Tensor
 
 from fedamole.model.bank import Bank
@@ -20,42 +16,28 @@ from fedamole.model.batch import Ids, Row
 from fedamole.model.params import Adapter
 from fedamole.personal.routing import (
     ALL,
-    Peak,
+    RoutingStats,
     Split,
-    Use,
+    TopToken,
     Weights,
-    as_table,
-    check_room,
+    check_length,
+    client_rows,
+    expert_holders,
+    expert_roles,
     experts_of,
+    find_module,
     has_experts,
-    holders,
-    module_named,
-    most_telling,
-    own_rows,
-    peaks,
-    pieces,
-    roles,
+    mean_weights_table,
+    most_informative_module,
+    routing_stats,
+    token_texts,
     token_weights,
-    uses,
+    top_tokens,
 )
-from fedamole.personal.saved_models import Place
+from fedamole.personal.saved_models import SavedModel
 
-PALETTE = (
-    (124, 197, 240),
-    (240, 178, 62),
-    (76, 195, 160),
-    (221, 159, 193),
-    (242, 233, 107),
-    (143, 165, 232),
-    (238, 138, 90),
-    (189, 189, 189),
-    (181, 215, 122),
-    (201, 160, 236),
-)
-"""Red, green, blue of a module's experts, in the order of their ids; dark text can be read on each."""
-
-AROUND = 7
-"""Tokens shown on either side of one that an expert is described by."""
+CONTEXT_TOKENS = 7
+"""Tokens shown before and after a token that serves as an example of an expert."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +49,8 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Sight:
-    """A token that gives an expert a large weight, with a few words around it."""
+class ExampleInContext:
+    """A token with a large weight for an expert, and the text around it."""
 
     before: str
     text: str
@@ -78,285 +60,193 @@ class Sight:
 
 @dataclass(frozen=True)
 class Expert:
-    """One expert of a module, as it is told."""
+    """One expert of a module."""
 
     id: int
-    share: float
+    mean_weight: float
     """Mean weight over the tokens."""
-    first: float
-    """Share of the tokens that give it their largest weight."""
+    top_fraction: float
+    """Fraction of the tokens for which it has the largest weight."""
     role: str
-    """What it stands for where experts are not all of one pool, else empty."""
+    """Its role if a client has an expert of its own (see `expert_roles`), else empty."""
     clients: tuple[str, ...]
-    """Who holds it, or whose own it is; empty where that is not known here."""
-    sights: tuple[Sight, ...] = ()
+    """Clients that hold it or, if each has an expert of its own, that own it. Empty if unknown."""
+    examples: tuple[ExampleInContext, ...] = ()
 
     @property
-    def who(self) -> str:
-        """Role and clients in words."""
+    def description(self) -> str:
+        """Role and clients as text."""
         return ": ".join(part for part in (self.role, ", ".join(self.clients)) if part) or "not known here"
 
 
 @dataclass(frozen=True)
 class Module:
-    """One module and how tokens went through it."""
+    """A module and how tokens are routed in it."""
 
     name: str
-    use: Use
+    stats: RoutingStats
     experts: tuple[Expert, ...]
     weights: tuple[tuple[float, ...], ...] = ()
-    """Of each token of a text, for the experts in their order."""
+    """For each token of a text, the weights of the experts in their order."""
 
 
 @dataclass(frozen=True)
-class Story:
-    """What is told of one client's model."""
+class Explanation:
+    """Routing in one client's model."""
 
     client: str
     about: str
     """What was read: a text, or a split of the client's data."""
     modules: tuple[Module, ...]
-    """Those that were asked for."""
-    of: int
-    """How many modules the model routes in."""
+    """The selected modules."""
+    num_modules: int
+    """Number of modules with experts in the model."""
     shared: bool
-    """Whether there is a shared expert besides, which every token uses with weight 1."""
+    """Whether the modules also have a shared expert, which every token uses with weight 1."""
     tokens: tuple[Token, ...] = ()
 
 
-class Teller:
-    """Tells of one client's mixture, loaded in a bank."""
+class RoutingExplainer:
+    """Explains the routing of one client's mixture of experts."""
 
-    def __init__(self, bank: Bank, adapter: Adapter, place: Place) -> None:
-        """Load the adapter; ConfigError for one without experts."""
-        self.bank, self.client, self.held = bank, place.client, experts_of(adapter, place.client)
-        self._roles, self._holders = roles(adapter), holders(place)
+    def __init__(self, bank: Bank, adapter: Adapter, model: SavedModel) -> None:
+        """Load the adapter into the bank. Raises ConfigError for a model without experts."""
+        self.bank, self.client, self.expert_ids = bank, model.client, experts_of(adapter, model.client)
+        self._roles, self._holders = expert_roles(adapter), expert_holders(model)
         self._shared = any("/shared/" in name for name in adapter.tensors)
         bank.load([adapter])
 
-    def text(self, prompt: Ids, answer: Ids, layer: str | None) -> Story:
-        """How the tokens of a prompt and its answer were routed; ConfigError where they are too long for the base."""
-        check_room(self.bank, len(prompt) + len(answer))
+    def explain_text(self, prompt: Ids, answer: Ids, layer: str | None) -> Explanation:
+        """Explain the tokens of a prompt and its answer. Raises ConfigError if they are too long for the base."""
+        check_length(self.bank, len(prompt) + len(answer))
         ((_, weights),) = token_weights(self.bank, [(prompt, answer)])
-        found = uses([weights])
-        modules = tuple(self._module(name, found[name], weights) for name in self.chosen(layer, found))
-        texts = pieces(self.bank, (*prompt, *answer))
-        tokens = tuple(Token(text, place >= len(prompt)) for place, text in enumerate(texts))
-        return Story(self.client, "prompt and answer", modules, len(found), self._shared, tokens)
+        stats = routing_stats([weights])
+        modules = tuple(self._module(name, stats[name], weights) for name in self.select_modules(layer, stats))
+        texts = token_texts(self.bank, (*prompt, *answer))
+        tokens = tuple(Token(text, index >= len(prompt)) for index, text in enumerate(texts))
+        return Explanation(self.client, "prompt and answer", modules, len(stats), self._shared, tokens)
 
-    def use(self, rows: Sequence[Row], batch_tokens: int, progress: Progress) -> dict[str, Use]:
-        """How the tokens of all rows were routed, by module."""
-        read = token_weights(self.bank, rows, batch_tokens)
-        return uses(weights for _, weights in progress.track(read, len(rows), description=f"reading {self.client}"))
+    def stats(self, rows: Sequence[Row], batch_tokens: int, progress: Progress) -> dict[str, RoutingStats]:
+        """Return routing statistics over the tokens of all rows, by module."""
+        weights = token_weights(self.bank, rows, batch_tokens)
+        tracked = progress.track(weights, len(rows), description=f"reading {self.client}")
+        return routing_stats(by_module for _, by_module in tracked)
 
-    def experts(
+    def explain_experts(
         self, rows: Sequence[Row], about: str, layer: str | None, top: int, batch_tokens: int, progress: Progress
-    ) -> Story:
-        """What the experts are for: the `top` tokens of the rows that weigh each of them most."""
-        found = self.use(rows, batch_tokens, progress)
-        names = self.chosen(layer, found)
-        kept: dict[str, dict[int, Tensor]] = {name: {} for name in names}
-        read = token_weights(self.bank, rows, batch_tokens)
-        for place, weights in progress.track(read, len(rows), description="finding tokens"):
+    ) -> Explanation:
+        """Describe each expert by the `top` tokens of the rows for which its weight is largest."""
+        stats = self.stats(rows, batch_tokens, progress)
+        names = self.select_modules(layer, stats)
+        weights: dict[str, dict[int, Tensor]] = {name: {} for name in names}
+        reading = token_weights(self.bank, rows, batch_tokens)
+        for index, by_module in progress.track(reading, len(rows), description="finding tokens"):
             for name in names:
-                kept[name][place] = weights[name]
+                weights[name][index] = by_module[name]
         texts: dict[int, list[str]] = {}
 
-        def sight(peak: Peak) -> Sight:
-            if peak.row not in texts:
-                texts[peak.row] = pieces(self.bank, (*rows[peak.row][0], *rows[peak.row][1]))
-            text, at = texts[peak.row], peak.place
-            before, after = text[max(0, at - AROUND) : at], text[at + 1 : at + 1 + AROUND]
-            return Sight("".join(before), text[at], "".join(after), peak.weight)
+        def example(token: TopToken) -> ExampleInContext:
+            if token.row not in texts:
+                texts[token.row] = token_texts(self.bank, (*rows[token.row][0], *rows[token.row][1]))
+            text, i = texts[token.row], token.index
+            before, after = text[max(0, i - CONTEXT_TOKENS) : i], text[i + 1 : i + 1 + CONTEXT_TOKENS]
+            return ExampleInContext("".join(before), text[i], "".join(after), token.weight)
 
         modules = []
         for name in names:
-            sights = [tuple(map(sight, best)) for best in peaks(kept.pop(name), rows, top)]
-            modules.append(self._module(name, found[name], {}, sights))
-        return Story(self.client, about, tuple(modules), len(found), self._shared)
+            examples = [tuple(map(example, tokens)) for tokens in top_tokens(weights.pop(name), rows, top)]
+            modules.append(self._module(name, stats[name], {}, examples))
+        return Explanation(self.client, about, tuple(modules), len(stats), self._shared)
 
-    def table(self, rows: Sequence[Row], batch_tokens: int, progress: Progress) -> dict[str, dict[str, float]]:
-        """Mean weight by module and expert id, as routing.json holds it."""
-        return as_table(self.held, self.use(rows, batch_tokens, progress))
+    def mean_weights(self, rows: Sequence[Row], batch_tokens: int, progress: Progress) -> dict[str, dict[str, float]]:
+        """Return the mean weights by module and expert id, as in routing.json."""
+        return mean_weights_table(self.expert_ids, self.stats(rows, batch_tokens, progress))
 
-    def chosen(self, layer: str | None, found: Mapping[str, Use]) -> list[str]:
-        """Names of the modules to tell of: the one that was named, all, or the one that tells tokens apart best."""
+    def select_modules(self, layer: str | None, stats: Mapping[str, RoutingStats]) -> list[str]:
+        """Return the modules that `layer` names, or the one with the largest mutual information if it is None."""
         if layer == ALL:
-            return sorted(found)
-        return [most_telling(found) if layer is None else module_named(layer, found)]
+            return sorted(stats)
+        return [most_informative_module(stats) if layer is None else find_module(layer, stats)]
 
     def _module(
-        self, name: str, use: Use, weights: Weights, sights: Sequence[tuple[Sight, ...]] | None = None
+        self,
+        name: str,
+        stats: RoutingStats,
+        weights: Weights,
+        examples: Sequence[tuple[ExampleInContext, ...]] | None = None,
     ) -> Module:
-        who = self._holders.get(name, {})
+        holders = self._holders.get(name, {})
         experts = tuple(
             Expert(
                 expert,
-                use.share[place],
-                use.first[place],
+                stats.mean_weights[index],
+                stats.top_fractions[index],
                 self._roles.get(expert, ""),
-                tuple(who.get(expert, ())),
-                sights[place] if sights else (),
+                tuple(holders.get(expert, ())),
+                examples[index] if examples else (),
             )
-            for place, expert in enumerate(self.held[name])
+            for index, expert in enumerate(self.expert_ids[name])
         )
-        return Module(name, use, experts, tuple(map(tuple, weights[name].tolist())) if name in weights else ())
+        return Module(name, stats, experts, tuple(map(tuple, weights[name].tolist())) if name in weights else ())
 
 
-def tables(
-    found: Sequence[Place], bank: Bank, adapters: Sequence[Adapter], split: Split, batch_tokens: int, progress: Progress
+def mean_weights_of_clients(
+    models: Sequence[SavedModel],
+    bank: Bank,
+    adapters: Sequence[Adapter],
+    split: Split,
+    batch_tokens: int,
+    progress: Progress,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """How the tokens of each client's own split are shared out, by client, module and expert id.
+    """Return the mean weights over each client's own split, by client, module and expert id.
 
-    Clients whose models have no experts are left out; where none has any, it is a ConfigError.
+    Clients whose models have no experts are left out. Raises ConfigError if no model has any.
     """
-    pairs = [*zip(found, adapters, strict=True)]
-    mixtures = [(place, adapter) for place, adapter in pairs if has_experts(adapter)]
+    pairs = [*zip(models, adapters, strict=True)]
+    mixtures = [(model, adapter) for model, adapter in pairs if has_experts(adapter)]
     return {
-        place.client: Teller(bank, adapter, place).table(own_rows(place, bank, split), batch_tokens, progress)
-        for place, adapter in mixtures or pairs
+        model.client: RoutingExplainer(bank, adapter, model).mean_weights(
+            client_rows(model, bank, split), batch_tokens, progress
+        )
+        for model, adapter in mixtures or pairs
     }
 
 
-def as_json(story: Story) -> dict[str, Any]:
-    """A story for machines; weights of tokens by module and expert id, those above 0."""
+def as_json(explanation: Explanation) -> dict[str, Any]:
+    """Return an explanation as JSON; the tokens' weights by module and expert id are those above 0."""
     modules = {
         module.name: {
-            "tokens": module.use.tokens,
-            "telling": module.use.telling,
+            "tokens": module.stats.tokens,
+            "telling": module.stats.mutual_information,
             "experts": [
                 {
-                    "expert": one.id,
-                    "share": one.share,
-                    "largest": one.first,
-                    "role": one.role,
-                    "clients": list(one.clients),
-                    "examples": [vars(sight) for sight in one.sights],
+                    "expert": expert.id,
+                    "share": expert.mean_weight,
+                    "largest": expert.top_fraction,
+                    "role": expert.role,
+                    "clients": list(expert.clients),
+                    "examples": [vars(example) for example in expert.examples],
                 }
-                for one in module.experts
+                for expert in module.experts
             ],
         }
-        for module in story.modules
+        for module in explanation.modules
     }
     tokens = [
         {
             "text": token.text,
             "answer": token.of_answer,
             "weights": {
-                module.name: {str(one.id): weight for one, weight in ranked(module, place) if weight > 0}
-                for module in story.modules
+                module.name: {str(expert.id): weight for expert, weight in by_weight(module, index) if weight > 0}
+                for module in explanation.modules
             },
         }
-        for place, token in enumerate(story.tokens)
+        for index, token in enumerate(explanation.tokens)
     ]
-    return {"client": story.client, "about": story.about, "modules": modules, "tokens": tokens}
+    return {"client": explanation.client, "about": explanation.about, "modules": modules, "tokens": tokens}
 
 
-def ranked(module: Module, token: int) -> list[tuple[Expert, float]]:
-    """The experts of a module with a token's weights for them, the largest first."""
+def by_weight(module: Module, token: int) -> list[tuple[Expert, float]]:
+    """Return the experts of a module with their weights for a token, in descending order of weight."""
     pairs = zip(module.experts, module.weights[token], strict=True)
     return sorted(pairs, key=lambda pair: -pair[1])
-
-
-def visible(text: str) -> str:
-    """A token's text with line ends that can be seen, and nothing that a terminal would obey."""
-    shown = "".join(char if char.isprintable() or char == "\n" else "\u00b7" for char in text)
-    return shown.replace("\n", "\u21b5\n") if shown else "\u00b7"
-
-
-def shown(story: Story, console: Console) -> Group:
-    """A story for a terminal; where there are no colours, each token has its expert's number behind it."""
-    parts: list[Any] = []
-    if len(story.modules) > 1:
-        parts.append(_summary(story))
-    else:
-        module = story.modules[0]
-        about = f"{story.client}, {module.name}: {story.about}, {module.use.tokens} tokens"
-        parts.append(Text(about, style="bold"))
-        if story.tokens:
-            parts += [Text(), _coloured(story.tokens, module, console.color_system is not None), Text()]
-        parts += [_legend(module), *_sights(module, console.color_system is not None)]
-    return Group(*parts)
-
-
-def tables_shown(tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
-    """What was written into routing.json, summed up: a line for each client."""
-    table = Table("client", "modules", "experts held", "in each", "most used", "its weight")
-    for client, modules in tables.items():
-        counts = [len(shares) for shares in modules.values()]
-        module = max(modules, key=lambda name: max(modules[name].values()))
-        best = max(modules[module], key=lambda expert: modules[module][expert])
-        each = str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-        table.add_row(
-            client, str(len(modules)), str(sum(counts)), each, f"{best} in {module}", f"{modules[module][best]:.0%}"
-        )
-    return table
-
-
-def _style(place: int) -> Style:
-    return Style(color="black", bgcolor=Color.from_rgb(*PALETTE[place % len(PALETTE)]))
-
-
-def _coloured(tokens: Sequence[Token], module: Module, colours: bool) -> Text:
-    """The text, each token on the colour of the expert with its largest weight; the answer in bold."""
-    text = Text()
-    for place, token in enumerate(tokens):
-        if token.of_answer and (place == 0 or not tokens[place - 1].of_answer):
-            text.append("" if text.plain.endswith("\n") else "\n").append("answer: ", style="dim")
-        best = ranked(module, place)[0][0]
-        style = _style(module.experts.index(best)) + Style(bold=token.of_answer)
-        shown = visible(token.text)
-        end = "\n" if shown.endswith("\n") else ""
-        text.append(shown if colours else f"{shown.removesuffix(end)}[{best.id}]{end}", style=style)
-    return text
-
-
-def _legend(module: Module) -> Table:
-    roles_alone = not any(one.clients for one in module.experts) and any(one.role for one in module.experts)
-    table = Table("", "expert", "weight", "largest for", "what it is" if roles_alone else "held by")
-    for place in sorted(range(len(module.experts)), key=lambda place: -module.experts[place].share):
-        one = module.experts[place]
-        swatch = Text("  ", style=_style(place))
-        table.add_row(swatch, str(one.id), f"{one.share:.0%}", f"{one.first:.0%} of tokens", one.who)
-    return table
-
-
-def _sights(module: Module, colours: bool) -> list[Text]:
-    """What each expert is for, in the tokens that weigh it most; in brackets where there are no colours."""
-    lines: list[Text] = []
-    for place, one in enumerate(module.experts):
-        if one.sights:
-            lines.append(Text.assemble("\n", ("  ", _style(place)), (f" expert {one.id}", "bold")))
-        for sight in one.sights:
-            before, text, after = (
-                visible(part).replace("\n", "") if part else "" for part in (sight.before, sight.text, sight.after)
-            )
-            token = (text if colours else f"[{text}]", _style(place))
-            lines.append(Text.assemble(f"  {sight.weight:4.0%}  ", (before, "dim"), token, (after, "dim")))
-    return lines
-
-
-def _summary(story: Story) -> Table:
-    """A line for each module."""
-    table = Table(
-        Column("module", overflow="fold"),
-        "experts",
-        "most used",
-        "its weight",
-        "told apart",
-        title=f"{story.client}: {story.about}, {story.modules[0].use.tokens} tokens",
-        title_style="bold",
-        title_justify="left",
-        caption="told apart: nats that a token tells of its expert, 0 where all are routed alike",
-        caption_justify="left",
-    )
-    for module in story.modules:
-        best = max(module.experts, key=lambda one: one.share)
-        table.add_row(
-            module.name,
-            str(len(module.experts)),
-            str(best.id),
-            f"{best.share:.0%}",
-            f"{module.use.telling:.3f}",
-        )
-    return table

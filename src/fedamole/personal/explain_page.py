@@ -1,12 +1,13 @@
-"""The same as one HTML file: no script, nothing fetched, light or dark as the reader's machine is set."""
+"""An explanation as one HTML file, without scripts or external resources, in the reader's light or dark colours."""
 
 import html
 
-from fedamole.personal.explain import PALETTE, Expert, Module, Sight, Story, ranked, visible
+from fedamole.personal.explain import ExampleInContext, Expert, Explanation, Module, by_weight
+from fedamole.personal.explain_terminal import PALETTE, on_one_line, visible
 from fedamole.terminal import printable
 
-MOST = 40_000
-"""Tokens times modules up to which several modules show their tokens; beyond it a browser only gets the numbers."""
+MAX_TOKENS_TIMES_MODULES = 40_000
+"""Above this size, a page with several modules shows their statistics but not the tokens, to stay usable."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --dim: #5b6470; --line: #d5dae0; --page: #ffffff; --tip: #f3f5f7;
@@ -33,21 +34,22 @@ table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .25rem .8
 
 
 def escape(text: str) -> str:
-    """Return a text as HTML that shows it, without marks that turn the direction of reading around."""
+    """Escape a text for HTML, and remove characters that change the reading direction."""
     return html.escape(printable(text))
 
 
-def page(story: Story) -> str:
-    """The whole page of a story."""
-    title = escape(f"{story.client}: which experts its tokens use")
-    colours = "\n".join(f".e{at} {{ --c: {r} {g} {b}; }}" for at, (r, g, b) in enumerate(PALETTE))
-    several = len(story.modules) > 1
-    body = [f"<h1>{title}</h1>", f'<p class="note">{escape(_about(story))}</p>']
+def page(explanation: Explanation) -> str:
+    """Return an explanation as an HTML page."""
+    title = escape(f"{explanation.client}: which experts its tokens use")
+    colours = "\n".join(f".e{index} {{ --c: {r} {g} {b}; }}" for index, (r, g, b) in enumerate(PALETTE))
+    several = len(explanation.modules) > 1
+    body = [f"<h1>{title}</h1>", f'<p class="note">{escape(_introduction(explanation))}</p>']
     if several:
-        body.append(_summary(story))
-    whole = not several or len(story.modules) * len(story.tokens) <= MOST
-    for module in story.modules:
-        inner = (_text(story, module) if story.tokens and whole else "") + _legend(module) + _sights(module)
+        body.append(_summary(explanation))
+    size = len(explanation.modules) * len(explanation.tokens)
+    with_tokens = bool(explanation.tokens) and (not several or size <= MAX_TOKENS_TIMES_MODULES)
+    for module in explanation.modules:
+        inner = (_text(explanation, module) if with_tokens else "") + _legend(module) + _examples(module)
         name = escape(module.name)
         body.append(f"<details><summary>{name}</summary>{inner}</details>" if several else f"<h2>{name}</h2>{inner}")
     return (
@@ -59,27 +61,28 @@ def page(story: Story) -> str:
     )
 
 
-def _about(story: Story) -> str:
-    tokens = story.modules[0].use.tokens
-    told = f"{story.about[0].upper()}{story.about[1:]}, {tokens} tokens. The model routes in {story.of} modules. "
-    if story.tokens:
-        told += (
-            "A token has the colour of the expert with the largest weight, the stronger the larger it is; point at a "
-            "token, or go to it by Tab, to see the weights of all its experts. "
+def _introduction(explanation: Explanation) -> str:
+    tokens, about = explanation.modules[0].stats.tokens, explanation.about
+    text = f"{about[0].upper()}{about[1:]}, {tokens} tokens. "
+    text += f"{explanation.num_modules} modules of the model have experts. "
+    if explanation.tokens:
+        text += (
+            "Each token has the colour of the expert with the largest weight; the larger the weight, the stronger the "
+            "colour. Point at a token, or move to it with Tab, to see the weights of all its experts. "
         )
-    told += "The weights of a token sum to 100%"
-    return told + ("; the shared expert, which all tokens use besides, is not shown." if story.shared else ".")
+    text += "The weights of a token sum to 100%"
+    return text + (". The shared expert, which every token uses as well, is not shown." if explanation.shared else ".")
 
 
-def _text(story: Story, module: Module) -> str:
+def _text(explanation: Explanation, module: Module) -> str:
     """The prompt and the answer, token by token."""
     parts: dict[bool, list[str]] = {False: [], True: []}
-    for place, token in enumerate(story.tokens):
-        pairs = [(one, weight) for one, weight in ranked(module, place) if weight > 0]
-        lines = "\n".join(f"expert {one.id}  {weight:.0%}" for one, weight in pairs)
-        shown, (best, weight) = escape(visible(token.text)), pairs[0]
+    for index, token in enumerate(explanation.tokens):
+        pairs = [(expert, weight) for expert, weight in by_weight(module, index) if weight > 0]
+        lines = "\n".join(f"expert {expert.id}  {weight:.0%}" for expert, weight in pairs)
+        text, (best, weight) = escape(visible(token.text)), pairs[0]
         parts[token.of_answer].append(
-            f'<span class="token e{_colour(module, best)}" style="--w:{weight:.2f}" tabindex="0">{shown}'
+            f'<span class="token e{_colour(module, best)}" style="--w:{weight:.2f}" tabindex="0">{text}'
             f'<span class="tip">{lines}</span></span>'
         )
     answer = "".join(parts[True])
@@ -98,41 +101,40 @@ def _swatch(module: Module, expert: Expert) -> str:
 
 def _legend(module: Module) -> str:
     rows = [
-        f"<tr><td>{_swatch(module, one)}</td><td>{one.id}</td>"
-        f'<td class="number">{one.share:.1%}</td><td class="number">{one.first:.1%}</td>'
-        f"<td>{escape(one.who)}</td></tr>"
-        for one in sorted(module.experts, key=lambda one: -one.share)
+        f"<tr><td>{_swatch(module, expert)}</td><td>{expert.id}</td>"
+        f'<td class="number">{expert.mean_weight:.1%}</td><td class="number">{expert.top_fraction:.1%}</td>'
+        f"<td>{escape(expert.description)}</td></tr>"
+        for expert in sorted(module.experts, key=lambda expert: -expert.mean_weight)
     ]
-    head = "<th></th><th>expert</th><th>weight</th><th>tokens it is largest for</th><th>who holds it</th>"
+    head = "<th></th><th>expert</th><th>mean weight</th><th>largest weight for</th><th>held by</th>"
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
-def _sights(module: Module) -> str:
-    """What each expert is for, in the tokens that weigh it most."""
+def _examples(module: Module) -> str:
+    """For each expert, the tokens with the largest weights in context."""
     parts = []
-    for one in module.experts:
-        if one.sights:
-            rows = "".join(_sight(module, one, sight) for sight in one.sights)
-            parts.append(f"<h3>{_swatch(module, one)} expert {one.id}</h3><table>{rows}</table>")
+    for expert in module.experts:
+        if expert.examples:
+            rows = "".join(_example(module, expert, example) for example in expert.examples)
+            parts.append(f"<h3>{_swatch(module, expert)} expert {expert.id}</h3><table>{rows}</table>")
     return "".join(parts)
 
 
-def _sight(module: Module, expert: Expert, sight: Sight) -> str:
-    before, text, after = (
-        escape(visible(part).replace("\n", "")) if part else "" for part in (sight.before, sight.text, sight.after)
-    )
+def _example(module: Module, expert: Expert, example: ExampleInContext) -> str:
+    before, text, after = (escape(on_one_line(part)) for part in (example.before, example.text, example.after))
     token = f'<span class="token e{_colour(module, expert)}" style="--w:1">{text}</span>'
-    return f'<tr><td class="number">{sight.weight:.0%}</td><td class="text">{before}{token}{after}</td></tr>'
+    return f'<tr><td class="number">{example.weight:.0%}</td><td class="text">{before}{token}{after}</td></tr>'
 
 
-def _summary(story: Story) -> str:
-    """A line for each module."""
+def _summary(explanation: Explanation) -> str:
+    """One line per module."""
     rows = []
-    for module in story.modules:
-        best = max(module.experts, key=lambda one: one.share)
+    for module in explanation.modules:
+        best = max(module.experts, key=lambda expert: expert.mean_weight)
         rows.append(
             f'<tr><td>{escape(module.name)}</td><td class="number">{len(module.experts)}</td><td>{best.id}</td>'
-            f'<td class="number">{best.share:.1%}</td><td class="number">{module.use.telling:.3f}</td></tr>'
+            f'<td class="number">{best.mean_weight:.1%}</td>'
+            f'<td class="number">{module.stats.mutual_information:.3f}</td></tr>'
         )
-    head = "<th>module</th><th>experts</th><th>most used</th><th>its weight</th><th>told apart (nats)</th>"
+    head = "<th>module</th><th>experts</th><th>most used</th><th>its weight</th><th>mutual information (nats)</th>"
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"

@@ -1,8 +1,8 @@
-"""A personal model as something that needs nothing of this package: an ordinary LoRA, or a whole model.
+"""Export a personal model for use without fedamole: as a LoRA adapter, or merged into the base as a whole model.
 
-A mixture chooses experts token by token, so no fixed weights do exactly what it does. What is written is the one LoRA
-per adapted linear that comes nearest to it on the client's own text (`ridge.py`), each module seen with the inputs that
-it has while the mixture is at work. How much that costs is measured, and where it costs too much nothing is written.
+A mixture chooses its experts per token, so no fixed weights are equivalent to it. The export is the LoRA that, in each
+adapted linear layer, is closest to the mixture on the client's own text (`ridge.py`). A layer's inputs are those
+that it has while the mixture is active. The loss of quality is measured; if it is too large, nothing is written.
 """
 
 import json
@@ -32,181 +32,156 @@ from fedamole.model.base import Base, BaseSettings, auto_class, load_base
 from fedamole.model.batch import Row, batches
 from fedamole.model.params import Adapter, Shapes, expert_ids, shared_keys
 from fedamole.model.pretrained import load_adapter, save_adapter, without_deltas
+from fedamole.personal.export_settings import MAX_DEFAULT_RANK, ExportSettings
 from fedamole.personal.ridge import Moments, best_lora
-from fedamole.personal.saved_models import Place, base_of, own_shard, read_adapter
+from fedamole.personal.saved_models import SavedModel, client_shard, load_base_for, read_adapter
 
 REPORT = "export.json"
-CAP = 64
-"""Largest rank that is chosen by itself; engines that serve LoRAs reserve room for the largest."""
 SUMS_AT_ONCE = 2**31
 """Bytes of sums held at a time; more modules than that allows are seen in further passes over the text."""
 
-Say = Callable[[str], None]
-
 
 class LossyError(FedamoleError):
-    """An export that loses too much of the personal model; `report` has the numbers."""
+    """An export whose validation loss exceeds the tolerance; `report` is the same as that of a successful export."""
 
     def __init__(self, text: str, report: dict[str, Any]) -> None:
-        """Say what was lost."""
+        """Keep the report with the message."""
         super().__init__(text)
         self.report = report
 
 
 @dataclass(frozen=True)
-class ExportSettings:
-    """What is written, and how near to the personal model it has to be."""
-
-    to: str = "lora"
-    """lora: a PEFT LoRA adapter; merged: the same LoRA added to the base, a whole model."""
-    rank: int | None = None
-    """Rank of the LoRA; unset: that of all experts of a module together, at most CAP, and a LoRA's own."""
-    ridge: float = 1e-4
-    """Penalty on the size of the LoRA, relative to the mean square of a module's inputs."""
-    tokens: int = 32768
-    """Most tokens of text that the mixture is watched on."""
-    tolerance: float = 0.05
-    """Most nats per answer token that the export's validation loss may lie above the personal model's."""
-    force: bool = False
-    """Write it however much is lost."""
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that mean nothing."""
-        if self.to not in ("lora", "merged"):
-            raise ConfigError(f"--to {self.to}: write lora or merged")
-        for name, value in (("rank", self.rank), ("tokens", self.tokens)):
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name} {value}: must be at least 1")
-        if self.ridge <= 0 or self.tolerance < 0:
-            raise ConfigError(f"--ridge {self.ridge} must be above 0, --tolerance {self.tolerance} not below")
-
-
-@dataclass(frozen=True)
 class Texts:
-    """Token rows: those a mixture is watched on, and those an export is judged by."""
+    """Token rows to fit the LoRA on, and to measure the loss on."""
 
     calibration: list[Row]
     validation: list[Row]
     batch_tokens: int
-    """Most tokens read at a time."""
+    """Maximum number of tokens per forward pass."""
 
 
 def export(
-    place: Place,
+    model: SavedModel,
     out: Path,
     settings: ExportSettings,
     *,
     calibration: SourceSettings | None = None,
     device: str = "auto",
     base: str | None = None,
-    say: Say = lambda text: None,
+    notify: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Write a personal model as a folder that plain PEFT, or plain transformers, loads; return the report.
+    """Write a personal model to a new folder that plain PEFT, or plain transformers, loads; return the report.
 
-    The text comes from the client's own training split, or from the `calibration` file; an adapter folder without its
-    run is judged by that file's validation rows too. The report (also export.json in the folder) has the validation
-    losses in nats per answer token of the bare base, the personal model and the export, read back from disk.
-    Errors: RunError where `out` exists, LossyError where more than the tolerance is lost; then nothing is left behind.
+    The LoRA is fitted on the client's training split, or on the `calibration` file. An adapter folder without its run
+    is also validated on that file. The report, saved as export.json as well, has the validation losses (nats per answer
+    token) of the untuned base, the personal model and the export, which is read back from disk.
+
+    Raises:
+        RunError: `out` exists.
+        LossyError: The loss exceeds the tolerance; nothing is written.
+        ConfigError: The model is a soft prompt, or there is no calibration text.
+        BaseModelError: The base is missing or different, or the LoRA cannot be merged into it.
     """
-    with new_folder(out):  # before the work, so that nobody else takes the name meanwhile
-        return _export(place, out, settings, calibration, device, base, say)
+    with new_folder(out):  # reserves the name before the work begins
+        return _export(model, out, settings, calibration, device, base, notify)
 
 
 def _export(
-    place: Place,
+    model: SavedModel,
     out: Path,
     settings: ExportSettings,
     calibration: SourceSettings | None,
     device: str,
     base: str | None,
-    say: Say,
+    notify: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Write the model into the empty folder `out`, all at once."""
-    say("loading the base")
-    resident = base_of(place, device, base)
-    personal = read_adapter(place, resident)
+    """Replace the empty folder `out` by the finished export, in one step."""
+    notify("loading the base")
+    resident = load_base_for(model, device, base)
+    personal = read_adapter(model, resident)
     spec = personal.spec
     if not isinstance(spec, AdapterSpec):
         raise ConfigError(
-            f"{place.adapter} is a soft prompt, which no LoRA can stand for; plain PEFT loads that folder as it is"
+            f"{model.folder} is a soft prompt, which cannot be written as a LoRA; plain PEFT loads that folder as it is"
         )
     if settings.to == "merged":
         refuse_unmergeable(resident, personal.modules())
-    texts = _texts(place, resident, calibration, settings.tokens)
+    texts = _texts(model, resident, calibration, settings.tokens)
     bank = Bank(resident)
-    say(f"fitting a LoRA to {place.client}'s model")
+    notify(f"fitting a LoRA to {model.client}'s model")
     lora, about = as_lora(bank, personal, texts, settings)
     losses = {}
     for name, adapters in (("base", []), ("personal", [personal])):
-        say(f"scoring {name} on validation")
+        notify(f"scoring {name} on validation")
         bank.load(adapters)
         losses[name] = _loss(bank, texts)
     with TemporaryDirectory(prefix=f".{out.name}.writing-", dir=out.parent) as writing:
         target = Path(writing) / "lora"
         save_adapter(lora, target, resident.name, resident.identity)
         if settings.to == "merged":
-            say("merging")
+            notify("merging")
             bank.load([])
             merge(target, resident, Path(writing) / "merged")
             target = Path(writing) / "merged"
-        say("scoring the export on validation")
+        notify("scoring the export on validation")
         losses["export"] = _written_loss(target, bank, texts)
         report = {
-            "client": place.client,
+            "client": model.client,
             "to": settings.to,
             **about,
             "losses": losses,
             "tolerance": settings.tolerance,
         }
         if not losses["export"] <= losses["personal"] + settings.tolerance and not settings.force:
-            raise LossyError(_lost(report), report)
+            raise LossyError(_lossy_message(report), report)
         write_atomic(target / REPORT, json.dumps(report, indent=1) + "\n")
         target.rename(out)
     return report
 
 
-def _lost(report: dict[str, Any]) -> str:
+def _lossy_message(report: dict[str, Any]) -> str:
     losses = report["losses"]
     return (
-        f"nothing is written: the export's validation loss is {losses['export']:.4f}, that of {report['client']}'s own "
-        f"model {losses['personal']:.4f}, which is more than --tolerance {report['tolerance']} above; raise --rank "
-        f"(now {report['rank']}), give more text by --tokens or --calibration, or write it all the same by --force"
+        f"nothing was written: the validation loss is {losses['export']:.4f} for the export and "
+        f"{losses['personal']:.4f} for {report['client']}'s model, and the difference exceeds --tolerance "
+        f"{report['tolerance']}; raise --rank (now {report['rank']}), give more text with --tokens or --calibration, "
+        "or write it anyway with --force"
     )
 
 
-def _texts(place: Place, base: Base, calibration: SourceSettings | None, most: int) -> Texts:
-    """The rows to watch the mixture on, at most so many tokens of them, and those to judge by."""
+def _texts(model: SavedModel, base: Base, calibration: SourceSettings | None, max_tokens: int) -> Texts:
+    """The rows to fit on, with at most `max_tokens` tokens in total, and the rows to validate on."""
     training, evaluation, data, seed = TrainingSettings(), EvaluationSettings(), DataSettings(), 0
     own: Shard | None = None
-    if place.run is not None:
-        config, own = own_shard(place)
+    if model.run is not None:
+        config, own = client_shard(model)
         training, evaluation, data, seed = config.training, config.evaluation, config.data, config.run.seed
-    given = own
+    shard = own
     if calibration is not None:
         settings = replace(data, source=(calibration,), manifest=None)
-        given = load_federation(settings, Path.cwd()).shards[0]
-    if given is None:
+        shard = load_federation(settings, Path.cwd()).shards[0]
+    if shard is None:
         raise ConfigError(
-            f"{place.adapter} is a copied folder, away from the data of its run: name some text by --calibration FILE"
+            f"{model.folder} was copied out of its run, so the client's data are not known: pass --calibration FILE"
         )
     length = min(training.max_length, base.max_positions)
 
     def rows(shard: Shard, split: str) -> list[Row]:
-        found = tokenise(getattr(shard, split), base.tokenizer, length).rows
-        if not found:
+        tokens = tokenise(getattr(shard, split), base.tokenizer, length).rows
+        if not tokens:
             raise DataError(f"client {shard.client}: no {split} example fits into {length} tokens")
-        return [(row.prompt, row.answer) for row in found]
+        return [(row.prompt, row.answer) for row in tokens]
 
-    watched = rows(given, "train")
-    order = torch.randperm(len(watched), generator=torch_generator(seed, "calibration", place.client)).tolist()
+    available = rows(shard, "train")
+    order = torch.randperm(len(available), generator=torch_generator(seed, "calibration", model.client)).tolist()
     chosen, tokens = list[Row](), 0
     for index in order:
-        prompt, answer = watched[index]
+        prompt, answer = available[index]
         tokens += len(prompt) + len(answer)
-        if chosen and tokens > most:
+        if chosen and tokens > max_tokens:
             break
-        chosen.append(watched[index])
-    return Texts(chosen, rows(own or given, "validation"), evaluation.batch_tokens)
+        chosen.append(available[index])
+    return Texts(chosen, rows(own or shard, "validation"), evaluation.batch_tokens)
 
 
 def _loss(bank: Bank, texts: Texts) -> float:
@@ -227,7 +202,7 @@ def as_lora(bank: Bank, personal: Adapter, texts: Texts, settings: ExportSetting
         if settings.rank is None or settings.rank >= own:
             return personal, {"rank": own, "exact": True}
         spec = personal.spec
-    rank = settings.rank or min(CAP, _rank_of(personal, held))
+    rank = settings.rank or min(MAX_DEFAULT_RANK, _rank_of(personal, held))
     tensors, missed = dict[str, Tensor](), dict[str, float]()
     tokens = sum(len(prompt) + len(answer) for prompt, answer in texts.calibration)
     for modules in _passes({name: bank.base.shapes[name] for name in held}):
@@ -296,42 +271,42 @@ def watched(bank: Bank, personal: Adapter, modules: Sequence[str], texts: Texts)
 
 
 def refuse_unmergeable(base: Base, modules: Sequence[str]) -> None:
-    """Raise BaseModelError where a LoRA cannot be added to the weights: quantised ones, or ones used elsewhere too."""
+    """Raise BaseModelError if a LoRA cannot be merged: for quantised weights, and weights that modules share."""
     if getattr(base.model, "is_quantized", False):
         raise BaseModelError(
-            "--to merged: a quantised base cannot take a LoRA into its weights; export --to lora, or name an "
-            'unquantised copy of the base in its config.toml (base.quantization = "none")'
+            "--to merged: a LoRA cannot be merged into a quantised base; export with --to lora, or set "
+            'base.quantization = "none" in the run\'s config.toml'
         )
-    owners: dict[int, list[str]] = {}
+    names_by_weight: dict[int, list[str]] = {}
     for name, weight in base.model.named_parameters(remove_duplicate=False):
-        owners.setdefault(weight.data_ptr(), []).append(name)
-    for names in owners.values():
+        names_by_weight.setdefault(weight.data_ptr(), []).append(name)
+    for names in names_by_weight.values():
         for module in modules:
             if f"{module}.weight" in names and len(names) > 1:
                 other = next(name for name in names if name != f"{module}.weight")
                 raise BaseModelError(
-                    f"--to merged: {module} shares its weights with {other}, so what is added for one would change "
-                    "the other; export --to lora"
+                    f"--to merged: {module} shares its weights with {other}, so merging would change both; "
+                    "export with --to lora"
                 )
 
 
 def merge(lora: Path, base: Base, target: Path) -> None:
-    """Add a LoRA to a fresh copy of the base, in the base's own dtype, and save the whole with its tokenizer."""
+    """Merge a LoRA into a new copy of the base, in the base's own dtype, and save it with its tokenizer."""
     from peft import PeftModel
 
-    fresh = auto_class(base.model.config).from_pretrained(
+    copy = auto_class(base.model.config).from_pretrained(
         base.name, dtype="auto", use_safetensors=True, trust_remote_code=False
     )
-    merged = PeftModel.from_pretrained(fresh, str(lora)).merge_and_unload(safe_merge=True)
+    merged = PeftModel.from_pretrained(copy, str(lora)).merge_and_unload(safe_merge=True)
     try:
         merged.save_pretrained(target)
-    except SafetensorError as error:  # a full disk, for one; it is no OSError
-        raise RunError(f"{target}: the model cannot be written ({error}); is there space for it?") from error
+    except SafetensorError as error:  # for example a full disk; it is not an OSError
+        raise RunError(f"{target}: the model cannot be written ({error}); check the free disk space") from error
     base.tokenizer.save_pretrained(target)
 
 
 def _written_loss(folder: Path, bank: Bank, texts: Texts) -> float:
-    """Validation loss of what was written: a LoRA on the resident base, or a whole model."""
+    """Validation loss of an exported folder: a LoRA on the bank's base, or a whole model."""
     if (folder / "adapter_config.json").exists():
         bank.load([load_adapter(folder, bank.base.identity)])
         return _loss(bank, texts)

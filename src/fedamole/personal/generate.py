@@ -1,11 +1,13 @@
-"""Prompts in, answers out: a client's texts and rows as its model saw them in training, answered in batches."""
+"""Generate a personal model's answers to prompts, or to rows in the template that the client was trained with."""
 
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+import torch
 
 from fedamole.config import load_run_config
 from fedamole.data.examples import Example
@@ -17,165 +19,177 @@ from fedamole.data.templates import BUILT_IN, TemplateSettings, columns_of, rend
 from fedamole.data.text_file import open_text
 from fedamole.data.tokens import prompt_ids, tokenise, warn_of_text
 from fedamole.errors import ConfigError, DataError
-from fedamole.evaluation.generation import generate_answers
+from fedamole.evaluation.generation import generate_answers, greedy_config
 from fedamole.evaluation.personal import EvaluationSettings
 from fedamole.model.bank import Bank
-from fedamole.personal.saved_models import Place
+from fedamole.model.batch import Ids
+from fedamole.personal.saved_models import SavedModel
 from fedamole.runs.run_folder import MANIFEST
 
 log = logging.getLogger(__name__)
 
-AUTO = ("snli", "alpaca", "plain", "classification")
-"""Templates that `auto` chooses among, in its order."""
-TO_COME = "answer to come"
-"""The column that stands for the answer of a row that has none yet."""
-AT_ONCE = 64
-"""Prompts handed over together; answers come back in such parts."""
+AUTO_TEMPLATES = ("snli", "alpaca", "plain", "classification")
+"""Templates that `auto` tries, in this order."""
+ANSWER_PLACEHOLDER = "answer to come"
+"""Column that stands for the answer of a row without one."""
+PROMPTS_AT_ONCE = 64
+"""Number of prompts passed to generation at once, after which their answers are available."""
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a client's rows became prompts in training; as it stands, that of a model whose run is not here."""
+class PromptFormat:
+    """How a client's rows become prompts. The defaults are for a model whose run is not known."""
 
     template: str = "auto"
-    own: Mapping[str, TemplateSettings] = field(default_factory=dict)
-    """The config's own templates by name."""
+    templates: Mapping[str, TemplateSettings] = field(default_factory=dict)
+    """Templates defined in the run's config, by name."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Columns that were renamed, new = old, or dropped, new = empty."""
+    """Renamed columns (new name -> old name) and dropped ones (name -> "")."""
 
 
-def layout_of(place: Place) -> Layout:
-    """Find out how the rows of a model's client became prompts, from the run it came from."""
-    if place.run is None:
-        return Layout()
-    data = load_run_config(place.run).data
-    name = read_manifest(place.run.place(MANIFEST)).only(place.client).clients[0].source
-    source = next((one for one in data.source if one.name == name), None)
+def prompt_format_of(model: SavedModel) -> PromptFormat:
+    """Return how the rows of a model's client became prompts in training, from the run's config."""
+    if model.run is None:
+        return PromptFormat()
+    data = load_run_config(model.run).data
+    name = read_manifest(model.run.place(MANIFEST)).only(model.client).clients[0].source
+    source = next((source for source in data.source if source.name == name), None)
     if source is None:
-        raise DataError(f"{place.run.path}: config.toml has no source {name!r}, which the manifest names; restore it")
-    return Layout(source.template, data.templates, source.columns)
+        raise DataError(f"{model.run.path}: config.toml has no source {name!r}, which the manifest names; restore it")
+    return PromptFormat(source.template, data.templates, source.columns)
 
 
-def evaluation_of(place: Place, positions: int) -> EvaluationSettings:
-    """How the run generated answers; answers take at most half of the base's `positions`."""
-    found = EvaluationSettings() if place.run is None else load_run_config(place.run).evaluation
-    return replace(found, max_new_tokens=min(found.max_new_tokens, max(1, positions // 2)))
+def evaluation_settings_of(model: SavedModel, positions: int) -> EvaluationSettings:
+    """Return the run's evaluation settings, with answers limited to half of the base's `positions`."""
+    settings = EvaluationSettings() if model.run is None else load_run_config(model.run).evaluation
+    return replace(settings, max_new_tokens=min(settings.max_new_tokens, max(1, positions // 2)))
 
 
-def asked_for(
-    words: Sequence[str], file: Path | None, columns: Sequence[str], layout: Layout, stdin: TextIO
+def read_prompts(
+    texts: Sequence[str], file: Path | None, columns: Sequence[str], prompt_format: PromptFormat, stdin: TextIO
 ) -> list[Example]:
-    """Prompts from the one place that they come from: words, a file, COLUMN=TEXT of one row, or standard input.
+    """Return prompts from exactly one source: `texts`, a file, the COLUMN=TEXT words of one row, or standard input.
 
-    Raises ConfigError where there are several, or none and nobody to read from; DataError for what cannot be used.
+    Raises ConfigError if several sources are given, or none while standard input is a terminal; DataError if a source
+    has no valid prompt.
     """
-    if (bool(words), file is not None, bool(columns)).count(True) > 1:
+    if (bool(texts), file is not None, bool(columns)).count(True) > 1:
         raise ConfigError("give prompts in quotes, or --file, or --set: only one of them")
     if any("=" not in word for word in columns):
         raise ConfigError('--set: write COLUMN=TEXT, for example --set instruction="Name a town."')
     if file is not None:
-        found = read_prompts(file, layout)
+        prompts = read_prompt_file(file, prompt_format)
     elif columns:
-        found = rendered([dict(word.partition("=")[::2] for word in columns)], layout, "--set")
-    elif words:
-        found = [as_it_is(text) for text in words]
+        prompts = render_prompts([dict(word.partition("=")[::2] for word in columns)], prompt_format, "--set")
+    elif texts:
+        prompts = [raw_prompt(text) for text in texts]
     elif stdin.isatty():
-        raise ConfigError("no prompt: give it in quotes, by --set or --file, or through a pipe (--help)")
+        raise ConfigError("no prompt: pass one in quotes, with --set or --file, or through a pipe (see --help)")
     else:
-        found = lines(stdin.read())
-    if not found:
-        raise DataError(f"{file or 'standard input'}: there is no prompt in it")
-    return found
+        prompts = prompts_from_lines(stdin.read())
+    if not prompts:
+        raise DataError(f"{file or 'standard input'} contains no prompt")
+    return prompts
 
 
-def as_it_is(text: str) -> Example:
-    """Make a prompt of a text; where it is too long it loses its beginning."""
+def raw_prompt(text: str) -> Example:
+    """Return an example that uses a text verbatim as its prompt; if it is too long, its beginning is cut."""
     return Example(text, "", "", "")
 
 
-def lines(text: str) -> list[Example]:
-    """One prompt per line, without its end; blank lines are left out."""
-    # `splitlines` would also cut at characters that belong to a prompt, such as U+2028.
-    return [as_it_is(line) for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
+def prompts_from_lines(text: str) -> list[Example]:
+    """Return one prompt per line, without the line end; blank lines are skipped."""
+    # `splitlines` would also split at characters that are part of a prompt, such as U+2028.
+    return [raw_prompt(line) for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
 
 
-def read_prompts(path: Path, layout: Layout) -> list[Example]:
-    """Prompts of a file: the lines of a .txt, or the rows of a file like those in training. Raises DataError."""
+def read_prompt_file(path: Path, prompt_format: PromptFormat) -> list[Example]:
+    """Return the lines of a .txt file as prompts, or the rows of a data file in the template. Raises DataError."""
     if not path.is_file():
-        raise DataError(f"there is no file {path}")
+        raise DataError(f"{path} does not exist or is not a file")
     if path.suffix == ".txt":
         with open_text(path, str(path), gzipped=False) as file:
-            return lines(file.read())
+            return prompts_from_lines(file.read())
     if not path.name.endswith(FORMATS):
-        raise DataError(f"{path}: prompts come from .txt (one per line), or as rows from {', '.join(FORMATS)}")
+        raise DataError(f"{path}: use .txt for one prompt per line, or {', '.join(FORMATS)} for rows")
     table, _ = read_source(SourceSettings("prompts", path=str(path)), Path.cwd())
-    return rendered(table.rows, layout, path.name)
+    return render_prompts(table.rows, prompt_format, path.name)
 
 
-def rendered(rows: Sequence[Row], layout: Layout, where: str) -> list[Example]:
-    """Put rows into the client's template; their answers, if they have any, are left aside.
+def render_prompts(rows: Sequence[Row], prompt_format: PromptFormat, where: str) -> list[Example]:
+    """Render rows with the client's template; answers in the rows are ignored.
 
-    Rows with a `prompt` and without the template's columns are taken as they are. `where` names their origin in the
-    DataError for a column that is missing, or holds no text.
+    Rows with a `prompt` column that lack columns of the template are used verbatim. Raises DataError if a column is
+    missing or is not text; `where` names the rows' origin in the message.
     """
-    columns, template_name = _as_in_training(layout, rows[0])
-    if columns.get("input") == "" and all(row.get("context") == row.get("input") for row in rows):
-        # Reading the file made the context of the input that is dropped here.
+    renames, template_name = _renames_and_template(prompt_format, rows[0])
+    if renames.get("input") == "" and all(row.get("context") == row.get("input") for row in rows):
+        # Reading the file has copied the dropped input to the context.
         rows = [{key: value for key, value in row.items() if key != "context"} for row in rows]
     arranged = [
         {"context": "" if row.get("input") is None else row["input"], **row} if "instruction" in row else row
-        for row in arrange(rows, columns, where, template_name)
+        for row in arrange(rows, renames, where, template_name)
     ]
-    have, template = set(arranged[0]), _template(layout, set(arranged[0]))
-    wanted = [] if template is None else columns_of(template.prompt, "prompt")
-    missing = [column for column in wanted if column not in have]
-    if template is None or (missing and "prompt" in have):
-        if "prompt" not in have:
+    available = set(arranged[0])
+    template = _template(prompt_format, available)
+    needed = [] if template is None else columns_of(template.prompt, "prompt")
+    missing = [column for column in needed if column not in available]
+    if template is None or (missing and "prompt" in available):
+        if "prompt" not in available:
             raise DataError(
-                f"{where}: no template fits the columns {listed(have)}; give rows with the columns that the "
-                "model was trained on, or with a `prompt`"
+                f"{where}: no template fits the columns {listed(available)}; give rows with the columns that the "
+                "model was trained on, or with a `prompt` column"
             )
-        return [as_it_is(text_of(row["prompt"], "prompt", _name(where, at))) for at, row in enumerate(arranged)]
+        return [raw_prompt(text_of(row["prompt"], "prompt", _row_name(where, i))) for i, row in enumerate(arranged)]
     if missing:
         raise DataError(
-            f"{where}: the model was trained on prompts made of {', '.join(dict.fromkeys(wanted))}; "
-            f"{missing[0]!r} is missing, there are {listed(have)}"
+            f"{where}: the model was trained on prompts made of {', '.join(dict.fromkeys(needed))}; "
+            f"{missing[0]!r} is missing, the columns are {listed(available)}"
         )
-    asked = replace(template, answer="{" + TO_COME + "}", options=(), options_from=None, labels={})
-    found = [render(asked, (), {**row, TO_COME: TO_COME}, _name(where, at)) for at, row in enumerate(arranged)]
-    return [replace(example, answer="") for example in found if example is not None]
+    without_answer = replace(template, answer="{" + ANSWER_PLACEHOLDER + "}", options=(), options_from=None, labels={})
+    examples = [
+        render(without_answer, (), {**row, ANSWER_PLACEHOLDER: ANSWER_PLACEHOLDER}, _row_name(where, i))
+        for i, row in enumerate(arranged)
+    ]
+    return [replace(example, answer="") for example in examples if example is not None]
 
 
-def _as_in_training(layout: Layout, have: Collection[str]) -> tuple[dict[str, str], str]:
-    """What of the client's `columns` and template applies to rows that have these columns, for `arrange`.
+def _renames_and_template(prompt_format: PromptFormat, available: Collection[str]) -> tuple[dict[str, str], str]:
+    """The client's column renames that apply to rows with these columns, and the template name for `arrange`.
 
-    A file with a `prompt` and no `messages` holds prompts to be taken as they are, so its `prompt` is not dropped.
+    A file with a `prompt` column and no `messages` has prompts to be used verbatim, so its `prompt` is not dropped.
     """
-    columns = {new: old for new, old in layout.columns.items() if (old or new) in have}
-    messages = "messages" in have or "messages" in columns
-    if columns.get("prompt") == "" and not messages:
-        del columns["prompt"]
-    return columns, layout.template if messages else "auto"
+    renames = {new: old for new, old in prompt_format.columns.items() if (old or new) in available}
+    messages = "messages" in available or "messages" in renames
+    if renames.get("prompt") == "" and not messages:
+        del renames["prompt"]
+    return renames, prompt_format.template if messages else "auto"
 
 
-def _name(where: str, at: int) -> str:
-    return f"{where}, row {at + 1}"
+def _row_name(where: str, index: int) -> str:
+    return f"{where}, row {index + 1}"
 
 
-def _template(layout: Layout, have: set[str]) -> TemplateSettings | None:
-    """The client's template; where it was chosen by the columns, the first whose prompt has all of its columns."""
-    if layout.template != "auto":
-        return layout.own[layout.template] if layout.template in layout.own else BUILT_IN[layout.template]
-    fitting = (BUILT_IN[name] for name in AUTO if set(columns_of(BUILT_IN[name].prompt, "prompt")) <= have)
+def _template(prompt_format: PromptFormat, available: set[str]) -> TemplateSettings | None:
+    """The client's template; for `auto`, the first one of which all columns are available."""
+    name = prompt_format.template
+    if name != "auto":
+        return prompt_format.templates[name] if name in prompt_format.templates else BUILT_IN[name]
+    fitting = (
+        BUILT_IN[name] for name in AUTO_TEMPLATES if set(columns_of(BUILT_IN[name].prompt, "prompt")) <= available
+    )
     return next(fitting, None)
 
 
-def room_for_prompts(bank: Bank, max_new_tokens: int) -> int:
-    """Most tokens of a prompt, where the loaded adapters' virtual tokens and an answer need positions as well."""
+def max_prompt_tokens(bank: Bank, max_new_tokens: int) -> int:
+    """Return how many positions of the base remain for a prompt, besides the answer and virtual tokens.
+
+    Raises ConfigError if not even the shortest prompt fits.
+    """
     base, virtual = bank.base, len(bank.prefix(()))
     room = base.max_positions - virtual - max_new_tokens
-    least = len(prompt_ids(as_it_is("a"), base.tokenizer))
-    if room < least:
+    shortest = len(prompt_ids(raw_prompt("a"), base.tokenizer))
+    if room < shortest:
         raise ConfigError(
             f"--max-new-tokens = {max_new_tokens} leaves no room for a prompt: this base has {base.max_positions} "
             f"positions{f', {virtual} of them for virtual tokens' if virtual else ''}"
@@ -183,20 +197,38 @@ def room_for_prompts(bank: Bank, max_new_tokens: int) -> int:
     return room
 
 
-def answers(bank: Bank, prompts: Sequence[Example], max_new_tokens: int, batch_tokens: int) -> Iterator[str]:
-    """Yield the loaded model's greedy answer to each prompt, in their order.
+def answer_prompts(bank: Bank, prompts: Sequence[Example], max_new_tokens: int, batch_tokens: int) -> Iterator[str]:
+    """Yield the loaded model's greedy answers to prompts, in order.
 
-    A prompt that is too long for the base's positions is cut as in training, which is a warning. Raises DataError for
-    an empty prompt, and ConfigError where answers leave no room for prompts.
+    Prompts that are too long for the base's positions are cut as in training, with a warning. Raises DataError for an
+    empty prompt, and ConfigError if answers leave no room for prompts.
     """
-    room = room_for_prompts(bank, max_new_tokens)
-    tokens = tokenise(prompts, bank.base.tokenizer, room + 1)  # the empty answer is one token, its end
+    room = max_prompt_tokens(bank, max_new_tokens)
+    tokens = tokenise(prompts, bank.base.tokenizer, room + 1)  # the end-of-text token of the empty answer
     if tokens.cut:
         log.warning("%d of %d prompts were cut to %d tokens", tokens.cut, len(prompts), room)
     warn_of_text("prompts", [tokens])
     ids = [row.prompt for row in tokens.rows]
-    for place, prompt in enumerate(prompts):
+    for index, prompt in enumerate(prompts):
         if not prompt.prompt:
-            raise DataError(f"prompt {place + 1} of {len(prompts)} is empty")
-    for start in range(0, len(ids), AT_ONCE):
-        yield from generate_answers(bank, [ids[start : start + AT_ONCE]], max_new_tokens, batch_tokens)[0]
+            raise DataError(f"prompt {index + 1} of {len(prompts)} is empty")
+    for start in range(0, len(ids), PROMPTS_AT_ONCE):
+        yield from generate_answers(bank, [ids[start : start + PROMPTS_AT_ONCE]], max_new_tokens, batch_tokens)[0]
+
+
+def generate_ids(bank: Bank, prompt: Ids, max_new_tokens: int, streamer: Any = None) -> Ids:
+    """Return the token ids of the loaded model's greedy answer, without the end-of-text token.
+
+    `prompt` are the ids that the base reads, including virtual tokens; `streamer` is a transformers `BaseStreamer`.
+    """
+    base, stop = bank.base, bank.base.tokenizer.eos_token_id
+    ids = torch.tensor([prompt], device=base.device)
+    with torch.no_grad(), bank.recording(gates=bank.gates([[prompt]])):
+        out = base.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=greedy_config(bank, max_new_tokens),
+            streamer=streamer,
+        )
+    answer = out[0, len(prompt) :].tolist()
+    return tuple(answer[: answer.index(stop)] if stop in answer else answer)

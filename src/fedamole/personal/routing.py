@@ -1,7 +1,7 @@
-"""Which experts the tokens of a text use: the weights that every layer of a mixture gives them in its forward pass.
+"""Which experts the tokens of a text use: the weights that each layer of a mixture assigns in its forward pass.
 
-Weights are read from the layers themselves (`Tape.weights`). Those of a token sum to 1 over the domain experts that the
-client holds, at most `top_k` of them above 0 in AMoLE; its shared expert, weight 1 for every token, is not among them.
+The weights are read from the layers themselves. A token's weights sum to 1 over the domain experts that the client
+holds; in AMoLE at most `top_k` of them are above 0. The shared expert, which has weight 1 for every token, is excluded.
 """
 
 import json
@@ -23,62 +23,65 @@ from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, Row, collate
 from fedamole.model.params import OWN, Adapter, expert_ids
 from fedamole.model.prompt import PromptSpec
-from fedamole.personal.saved_models import Place, own_shard
+from fedamole.personal.generate import generate_ids
+from fedamole.personal.saved_models import SavedModel, client_shard
 from fedamole.runs.adapter_folder import CONFIG
 from fedamole.runs.run_folder import ROUTING
 
 ALL = "all"
-UNFINISHED = "\ufffd"
-"""What a character decodes to of which some bytes are still to come."""
-LONGEST_CHARACTER = 4
-"""Bytes, and so tokens, that one character may have."""
+REPLACEMENT = "\ufffd"
+"""What an incomplete UTF-8 sequence decodes to."""
+MAX_CHARACTER_TOKENS = 4
+"""Maximum number of bytes of a UTF-8 character, and so of tokens."""
 
 Weights = Mapping[str, Tensor]
-"""(T, n) by module: the weights of T tokens for the n experts held, in the order of their ids."""
+"""By module, the weights (T, n) of T tokens for the n experts held, ordered by expert id."""
 Split = Literal["train", "validation"]
 
 
 @dataclass(frozen=True)
-class Use:
-    """How some tokens went through one module; per expert in the order of their ids."""
+class RoutingStats:
+    """Statistics of the routing of some tokens in one module, per expert in the order of the ids."""
 
     tokens: int
-    share: tuple[float, ...]
-    """Mean weight; sums to 1."""
-    first: tuple[float, ...]
-    """Share of the tokens that give it their largest weight; sums to 1."""
-    telling: float
-    """Nats that a token tells of its expert: entropy of the mean weights less the mean entropy of a token's. 0 where
-    all tokens are weighted alike."""
+    mean_weights: tuple[float, ...]
+    """Mean weight over the tokens; sums to 1."""
+    top_fractions: tuple[float, ...]
+    """Fraction of the tokens for which the expert has the largest weight; sums to 1."""
+    mutual_information: float
+    """Mutual information between token and expert, in nats: the entropy of the mean weights minus the mean entropy of
+    the tokens' weights. 0 if all tokens have the same weights."""
 
 
 @dataclass(frozen=True)
-class Peak:
-    """A token that gives an expert a large weight: its row, its place in it, and the weight."""
+class TopToken:
+    """A token for which an expert has a large weight."""
 
     row: int
-    place: int
+    """Index of its row."""
+    index: int
+    """Index of the token in the row."""
     weight: float
 
 
 def has_experts(adapter: Adapter) -> bool:
-    """Whether there is anything to route."""
+    """Return whether an adapter has experts."""
     return not isinstance(adapter.spec, PromptSpec) and any(expert_ids(adapter.tensors).values())
 
 
 def experts_of(adapter: Adapter, client: str) -> dict[str, list[int]]:
-    """Ids of the experts held, by module; ConfigError for a model that has nothing to route."""
+    """Return the ids of an adapter's experts by module. Raises ConfigError for a model without experts."""
     if not has_experts(adapter):
-        kind = "virtual tokens" if isinstance(adapter.spec, PromptSpec) else "one plain LoRA"
+        kind = "virtual tokens" if isinstance(adapter.spec, PromptSpec) else "a single LoRA"
         raise ConfigError(
-            f"{client}'s model is {kind}, without experts: there is nothing to route. `fedamole explain` is for "
-            "mixtures of experts, such as those of fedamole, fedlease, fedalt and feddpa"
+            f"{client}'s model is {kind} and has no experts, so there is nothing to route. `fedamole explain` needs a "
+            "mixture of experts, such as those of fedamole, fedlease, fedalt and feddpa"
         )
     return expert_ids(adapter.tensors)
 
 
-def roles(adapter: Adapter) -> dict[int, str]:
-    """What the experts stand for where a client has one of its own; nothing where all are of one pool."""
+def expert_roles(adapter: Adapter) -> dict[int, str]:
+    """Return the roles of experts by id, for methods in which a client has an expert of its own; else empty."""
     spec = adapter.spec
     if isinstance(spec, PromptSpec) or spec.router == "embedding":
         return {}
@@ -88,178 +91,174 @@ def roles(adapter: Adapter) -> dict[int, str]:
     return {0: "its own", 1: "everybody's" if spec.router == "instance" else "the rest of the world's"}
 
 
-def holders(place: Place) -> dict[str, dict[int, list[str]]]:
-    """Clients whose saved models hold an expert, by module and id, as far as those models lie here.
+def expert_holders(model: SavedModel) -> dict[str, dict[int, list[str]]]:
+    """Return the clients whose saved models hold an expert, by module and expert id.
 
-    Where each client has one expert of its own: whose own it is. Of an adapter folder without its run nothing is known.
+    If each client has an expert of its own, only its owners count. Only models in this run folder are known; the result
+    is empty for an adapter folder without its run.
     """
-    found: dict[str, dict[int, list[str]]] = {}
-    if place.run is None:
-        return found
-    for path in sorted(place.run.path.glob(f"clients/*/{place.adapter.name}/{CONFIG}")):
+    holders: dict[str, dict[int, list[str]]] = {}
+    if model.run is None:
+        return holders
+    for path in sorted(model.run.path.glob(f"clients/*/{model.folder.name}/{CONFIG}")):
         config, client = read_config(path.parent), path.parents[1].name
         for module, ids in config.get("expert_pattern", {}).items():
-            for expert in _own(config, ids, client == place.client):
-                found.setdefault(module, {}).setdefault(expert, []).append(client)
-    return found
+            for expert in _held_experts(config, ids, client == model.client):
+                holders.setdefault(module, {}).setdefault(expert, []).append(client)
+    return holders
 
 
-def _own(config: Mapping[str, Any], ids: list[int], himself: bool) -> list[int]:
-    """Those of a client's experts that are not everybody's."""
+def _held_experts(config: Mapping[str, Any], ids: list[int], explained: bool) -> list[int]:
+    """A client's experts without those that all clients have; `explained`: whether it is the client to explain."""
     if config.get("router", "embedding") == "embedding":
         return ids
     if config.get("own_expert") is not None:
         return [int(config["own_expert"])]
-    return [0] if himself else []
+    return [0] if explained else []
 
 
-def module_named(layer: str, modules: Iterable[str]) -> str:
-    """The module with this name, or the only one with this ending; ConfigError for none or several."""
-    known = sorted(modules)
-    found = [name for name in known if name == layer or name.endswith(f".{layer}")]
-    if len(found) == 1:
-        return found[0]
-    if layer in found:
+def find_module(layer: str, modules: Iterable[str]) -> str:
+    """Return the module with a name, or the only one whose name ends with it. Raises ConfigError if there is none."""
+    names = sorted(modules)
+    matches = [name for name in names if name == layer or name.endswith(f".{layer}")]
+    if len(matches) == 1:
+        return matches[0]
+    if layer in matches:
         return layer
-    if found:
+    if matches:
         raise ConfigError(
-            f"--layer {layer}: {len(found)} modules end so, {', '.join(found[:3])} among them: name one, or {ALL!r}"
+            f"--layer {layer}: {len(matches)} modules have names with this ending, for example "
+            f"{', '.join(matches[:3])}: use a longer name, or {ALL!r}"
         )
-    raise ConfigError(f"--layer {layer}: the model routes in no such module; it does in {known[0]} .. {known[-1]}")
+    raise ConfigError(f"--layer {layer}: no such module; the modules with experts are {names[0]} .. {names[-1]}")
 
 
 def token_weights(bank: Bank, rows: Sequence[Row], batch_tokens: int = 8192) -> Iterator[tuple[int, Weights]]:
-    """The weights of all tokens of (prompt, answer) rows under the one adapter loaded: a row's index, its weights.
+    """Yield the index of each (prompt, answer) row and the weights of its tokens, under the one loaded adapter.
 
-    Rows come in the order of their lengths, several in one pass of at most `batch_tokens` tokens.
+    Rows are yielded by length, after passes of at most `batch_tokens` tokens.
     """
     for group in by_length([len(prompt) + len(answer) for prompt, answer in rows], batch_tokens):
-        batch = collate([[rows[place] for place in group]], bank.base.pad_id, bank.packs).to(bank.base.device)
-        found: dict[str, Tensor] = {}
-        with torch.no_grad(), bank.reading(batch, weights=found):
+        batch = collate([[rows[index] for index in group]], bank.base.pad_id, bank.packs).to(bank.base.device)
+        by_module: dict[str, Tensor] = {}
+        with torch.no_grad(), bank.reading(batch, weights=by_module):
             pass
-        lengths = [sum(map(len, rows[place])) for place in group]
+        lengths = [sum(map(len, rows[index])) for index in group]
         width = [batch.ids.shape[1]] * len(group) if batch.sequences is None else lengths
-        parts = {module: weights.float().cpu().split(width) for module, weights in found.items()}
-        for at, place in enumerate(group):
-            yield place, {module: part[at][: lengths[at]] for module, part in parts.items()}
+        parts = {module: weights.float().cpu().split(width) for module, weights in by_module.items()}
+        for i, index in enumerate(group):
+            yield index, {module: part[i][: lengths[i]] for module, part in parts.items()}
 
 
-def uses(parts: Iterable[Weights]) -> dict[str, Use]:
-    """Sum up how the tokens of some texts were routed, by module."""
+def routing_stats(texts: Iterable[Weights]) -> dict[str, RoutingStats]:
+    """Return routing statistics over all tokens of some texts, by module."""
     sums: dict[str, tuple[int, Tensor, Tensor, Tensor]] = {}
-    for part in parts:
-        for module, weights in part.items():
+    for text in texts:
+        for module, weights in text.items():
             precise = weights.double()
-            best = torch.bincount(weights.argmax(1), minlength=weights.shape[1])
-            new = len(weights), precise.sum(0), best, torch.special.entr(precise).sum()
+            top = torch.bincount(weights.argmax(1), minlength=weights.shape[1])
+            new = len(weights), precise.sum(0), top, torch.special.entr(precise).sum()
             old = sums.get(module)
             sums[module] = new if old is None else (old[0] + new[0], old[1] + new[1], old[2] + new[2], old[3] + new[3])
-    found = {}
-    for module, (tokens, weight, best, entropy) in sorted(sums.items()):
+    stats = {}
+    for module, (tokens, weight, top, entropy) in sorted(sums.items()):
         mean = weight / tokens
-        telling = float(torch.special.entr(mean).sum() - entropy / tokens)
-        found[module] = Use(tokens, tuple(mean.tolist()), tuple((best.double() / tokens).tolist()), max(0.0, telling))
-    return found
+        information = max(0.0, float(torch.special.entr(mean).sum() - entropy / tokens))
+        top_fractions = tuple((top.double() / tokens).tolist())
+        stats[module] = RoutingStats(tokens, tuple(mean.tolist()), top_fractions, information)
+    return stats
 
 
-def most_telling(found: Mapping[str, Use]) -> str:
-    """The module whose routing tells tokens apart best, the last of equals."""
-    return max(found, key=lambda module: (round(found[module].telling, 6), module))
+def most_informative_module(stats: Mapping[str, RoutingStats]) -> str:
+    """Return the module with the largest mutual information; of equal ones, the last by name."""
+    return max(stats, key=lambda module: (round(stats[module].mutual_information, 6), module))
 
 
-def peaks(weights: Mapping[int, Tensor], rows: Sequence[Row], top: int) -> list[list[Peak]]:
-    """For each expert of a module the `top` tokens, each another one, that give it the largest weights above 0.
+def top_tokens(weights: Mapping[int, Tensor], rows: Sequence[Row], k: int) -> list[list[TopToken]]:
+    """Return, for each expert of a module, the `k` different tokens with the largest weights above 0.
 
-    `weights` (T, n) by row, as `token_weights` has them.
+    `weights` are (T, n) by row index, as from `token_weights`.
     """
     order = sorted(weights)
-    places = [(row, place) for row in order for place in range(len(weights[row]))]
-    whole = torch.cat([weights[row] for row in order])
-    found: list[list[Peak]] = []
-    for column in whole.T:
-        best: dict[int, Peak] = {}
-        for at in column.argsort(descending=True, stable=True).tolist():
-            if len(best) == top or column[at] <= 0:
+    positions = [(row, index) for row in order for index in range(len(weights[row]))]
+    all_weights = torch.cat([weights[row] for row in order])
+    by_expert: list[list[TopToken]] = []
+    for column in all_weights.T:
+        top: dict[int, TopToken] = {}
+        for position in column.argsort(descending=True, stable=True).tolist():
+            if len(top) == k or column[position] <= 0:
                 break
-            row, place = places[at]
-            best.setdefault([*rows[row][0], *rows[row][1]][place], Peak(row, place, float(column[at])))
-        found.append([*best.values()])
-    return found
+            row, index = positions[position]
+            top.setdefault([*rows[row][0], *rows[row][1]][index], TopToken(row, index, float(column[position])))
+        by_expert.append([*top.values()])
+    return by_expert
 
 
-def check_room(bank: Bank, tokens: int) -> None:
-    """Raise ConfigError for a text that the base has no positions for, or that is none."""
+def check_length(bank: Bank, tokens: int) -> None:
+    """Raise ConfigError if a text is empty or longer than the base's positions."""
     if not 0 < tokens <= bank.base.max_positions:
-        raise ConfigError(f"prompt and answer have {tokens} tokens, this base reads 1 to {bank.base.max_positions}")
+        raise ConfigError(f"prompt and answer have {tokens} tokens; this base reads 1 to {bank.base.max_positions}")
 
 
-def plain_ids(bank: Bank, text: str) -> Ids:
-    """Token ids of a text that stands behind a prompt; names of special tokens in it are text."""
+def answer_ids(bank: Bank, text: str) -> Ids:
+    """Return the token ids of an answer; names of special tokens in it are read as text."""
     return text_encoder(bank.base.tokenizer).encode([text])[0]
 
 
 def greedy_answer(bank: Bank, prompt: Ids, max_new_tokens: int) -> Ids:
-    """Token ids of the loaded model's own answer, always the most probable one, without the end-of-text token."""
-    from transformers import GenerationConfig
+    """Return the token ids of the loaded model's greedy answer, without the end-of-text token.
 
-    check_room(bank, len(prompt) + 1)
-    base, stop = bank.base, bank.base.tokenizer.eos_token_id
-    room = min(max_new_tokens, base.max_positions - len(prompt))
-    greedy = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=room,
-        pad_token_id=base.pad_id,
-        eos_token_id=stop,
-        use_cache=bank.continuation.caches,
-    )
-    ids = torch.tensor([prompt], device=base.device)
-    with torch.no_grad(), bank.recording(gates=bank.gates([[prompt]])):
-        out = base.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
-    made = out[0, len(prompt) :].tolist()
-    return tuple(made[: made.index(stop)] if stop in made else made)
+    Raises ConfigError if the prompt leaves no position for an answer.
+    """
+    check_length(bank, len(prompt) + 1)
+    return generate_ids(bank, prompt, min(max_new_tokens, bank.base.max_positions - len(prompt)))
 
 
-def pieces(bank: Bank, ids: Ids) -> list[str]:
-    """The text that each token adds; empty for all but the last of tokens that are one character together."""
-    found, context, read = list[str](), 0, 0
+def token_texts(bank: Bank, ids: Ids) -> list[str]:
+    """Return the text that each token adds. Of several tokens that form one character, only the last has text."""
+    texts, context, decoded = list[str](), 0, 0
 
-    def decode(last: int) -> str:
-        part = ids[context:last]
+    def decode(end: int) -> str:
+        part = ids[context:end]
         text = bank.base.tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return str(text)
 
     for end in range(1, len(ids) + 1):
-        before, after = decode(read), decode(end)
-        if after.endswith(UNFINISHED) and end < len(ids) and end - read < LONGEST_CHARACTER:
-            found.append("")
+        before, after = decode(decoded), decode(end)
+        if after.endswith(REPLACEMENT) and end < len(ids) and end - decoded < MAX_CHARACTER_TOKENS:
+            texts.append("")
             continue
-        found.append(after[len(before) :])
-        context, read = read, end
-    return found
+        texts.append(after[len(before) :])
+        context, decoded = decoded, end
+    return texts
 
 
-def own_rows(place: Place, bank: Bank, split: Split) -> list[Row]:
-    """(prompt, answer) of one split of the client's own data, read again as the run's config and manifest say.
+def client_rows(model: SavedModel, bank: Bank, split: Split) -> list[Row]:
+    """Return the (prompt, answer) rows of one split of the client's data, read again as the run specifies.
 
-    Answers are without the end-of-text token, of which nothing is predicted. Raises DataError where the data are gone
-    or changed, RunError for an adapter folder without its run.
+    Answers are without the end-of-text token, after which nothing is predicted. Raises DataError if the data are
+    missing or changed, and RunError for an adapter folder without its run.
     """
-    config, shard = own_shard(place)
+    config, shard = client_shard(model)
     rows = tokenise(getattr(shard, split), bank.base.tokenizer, config.training.max_length).rows
     if not rows:
-        raise DataError(f"client {place.client}: no {split} example fits into training.max_length")
+        raise DataError(f"client {model.client}: no {split} example fits into training.max_length")
     return [(row.prompt, row.answer[:-1]) for row in rows]
 
 
-def as_table(held: Mapping[str, Sequence[int]], found: Mapping[str, Use]) -> dict[str, dict[str, float]]:
-    """Shares by module and expert id, as routing.json holds them."""
+def mean_weights_table(
+    experts: Mapping[str, Sequence[int]], stats: Mapping[str, RoutingStats]
+) -> dict[str, dict[str, float]]:
+    """Return mean weights by module and expert id, as in routing.json."""
     return {
-        module: {str(expert): round(share, 6) for expert, share in zip(held[module], use.share, strict=True)}
-        for module, use in found.items()
+        module: {
+            str(expert): round(weight, 6)
+            for expert, weight in zip(experts[module], module_stats.mean_weights, strict=True)
+        }
+        for module, module_stats in stats.items()
     }
 
 
 def write_routing(run: Path, tables: Mapping[str, Mapping[str, Mapping[str, float]]], split: Split) -> None:
-    """Write the clients' tables into routing.json of a run's folder."""
+    """Write the clients' tables of mean weights into routing.json in a run's folder."""
     write_atomic(run / ROUTING, json.dumps({"split": split, "clients": tables}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Personal models found again: in a run's folder, or in a copy of one's adapter folder, and put on their base."""
+"""Find the personal models of a run, or a copied adapter folder, and load them on their base."""
 
 import logging
 from collections.abc import Sequence
@@ -26,71 +26,76 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a personal model lies."""
+class SavedModel:
+    """The location of a personal model."""
 
-    adapter: Path
+    folder: Path
     """Its adapter folder."""
     client: str
     run: RunFolder | None
-    """The run it came from; None for an adapter folder that was copied elsewhere."""
+    """The run that it was trained in; None for an adapter folder that was copied out of its run."""
 
 
-def check_finished(place: Place, finished: bool = False) -> None:
-    """Warn that a model's run is not finished, so that a later round may still give a better model.
+def check_finished(model: SavedModel, finished: bool = False) -> None:
+    """Warn if a model's run is not finished, because a later round may still give a better model.
 
-    `finished` makes it a RunError. A copy of an adapter folder, away from its run, tells nothing of that.
+    With `finished`, raise RunError instead. There is no check for an adapter folder that was copied out of its run.
     """
-    run = place.run or _run_around(place.adapter)
+    run = model.run or _enclosing_run(model.folder)
     if run is None or run.finished:
         return
     done, rounds = rounds_done(run), run.tables()["federation"]["rounds"]
     warning = (
-        f"{run.path} is not finished (round {done} of {rounds}): this is {place.client}'s best model so far, and a "
+        f"{run.path} is not finished (round {done} of {rounds}): this is {model.client}'s best model so far, and a "
         "later round may give a better one"
     )
     if finished:
-        how = "the coordinator goes on with it" if run.kind == "client" else f"`fedamole resume {run.path}` goes on"
-        raise RunError(f"{warning}; {how}")
+        remedy = (
+            "the coordinator continues it" if run.kind == "client" else f"continue with `fedamole resume {run.path}`"
+        )
+        raise RunError(f"{warning}; {remedy}")
     log.warning(warning)
 
 
-def _run_around(adapter: Path) -> RunFolder | None:
-    """The run that an adapter folder lies in, as RUN/clients/NAME/adapter; None for a copy elsewhere."""
+def _enclosing_run(adapter: Path) -> RunFolder | None:
+    """The run that an adapter folder is part of, as RUN/clients/NAME/adapter; None for a copy elsewhere."""
     parents = adapter.resolve().parents
     inside = len(parents) > 2 and parents[1].name == "clients" and (parents[2] / RUN).exists()
     return RunFolder.open(parents[2]) if inside else None
 
 
-def places(path: Path, row: str | None = None) -> tuple[Place, ...]:
-    """All personal models of a run's folder, in the order of their clients; or the one of an adapter folder.
+def saved_models(path: Path, variant: str | None = None) -> tuple[SavedModel, ...]:
+    """Return all personal models of a run folder, sorted by client; or the one of an adapter folder.
 
-    `row` is one of the run's models where it has several (fedit_ft beside fedit). Raises RunError where there is none.
+    `variant` selects one of the run's models per client if there are several (fedit_ft besides fedit). Raises RunError
+    if there is no model.
     """
     if (path / CONFIG).exists():
-        whole = path.resolve()
-        # In a run's folder the client's folder has the name; a copy has whatever name it was given.
-        return (Place(path, (whole.parent if whole.name.startswith("adapter") else whole).name, None),)
+        resolved = path.resolve()
+        # Inside a run folder, the parent is named after the client. A copy may have any name.
+        return (SavedModel(path, (resolved.parent if resolved.name.startswith("adapter") else resolved).name, None),)
     if not (path / RUN).exists():
-        raise RunError(f"{path}: neither a run's folder ({RUN}) nor a personal model's ({CONFIG}) is here")
+        raise RunError(f"{path}: neither a run's folder (no {RUN}) nor a personal model's (no {CONFIG})")
     run = RunFolder.open(path)
-    name = row or run.about["method"]
-    clients = sorted(one.name for one in (path / "clients").glob("*") if one.is_dir() and not one.name.startswith("."))
-    found = tuple(
-        Place(run.adapter(client, name), client, run)
+    name = variant or run.about["method"]
+    clients = sorted(
+        folder.name for folder in (path / "clients").glob("*") if folder.is_dir() and not folder.name.startswith(".")
+    )
+    models = tuple(
+        SavedModel(run.adapter(client, name), client, run)
         for client in clients
         if (run.adapter(client, name) / CONFIG).exists()
     )
-    if not found:
-        why = (
-            "a coordinator's folder holds no personal model, each is at its client"
+    if not models:
+        reason = (
+            "a coordinator's folder holds no personal models; they are saved at the clients"
             if run.kind == "server"
             else f"it has no saved model of {name!r}"
             if run.finished
             else _too_early(run)
         )
-        raise RunError(f"{path}: {why}")
-    return found
+        raise RunError(f"{path}: {reason}")
+    return models
 
 
 def _too_early(run: RunFolder) -> str:
@@ -98,55 +103,58 @@ def _too_early(run: RunFolder) -> str:
     return f"the run is not finished (round {done} of {rounds}) and has no model yet: `fedamole resume {run.path}`"
 
 
-def find(path: Path, client: str | None, row: str | None = None) -> Place:
-    """The personal model of one client; `client` may be left out where there is only one. Raises RunError.
+def find_model(path: Path, client: str | None, variant: str | None = None) -> SavedModel:
+    """Return the personal model of one client; `client` may be None if there is only one model. Raises RunError.
 
-    A client of a partition by value may be named by its value too, or as tables call it.
+    If the data were partitioned by value, a client may also be named by its value or by its label in tables.
     """
-    found = {place.client: place for place in places(path, row)}
-    if client is None and len(found) == 1:
-        return next(iter(found.values()))
+    models = {model.client: model for model in saved_models(path, variant)}
+    if client is None and len(models) == 1:
+        return next(iter(models.values()))
     if client is None:
-        raise RunError(f"{path} has the models of {', '.join(found)}: name one by --client")
-    if client in found:
-        return found[client]
+        raise RunError(f"{path} has the models of {', '.join(models)}: select one with --client")
+    if client in models:
+        return models[client]
     if NAME.fullmatch(client) and (path / "clients" / client).is_dir():
-        raise RunError(f"{client} never trained up to its best round in {path}: its model is the bare base")
-    if (run := next(iter(found.values())).run) is not None:
+        raise RunError(
+            f"{client} did not train in any round up to the best one in {path}: its model is the untuned base"
+        )
+    if (run := next(iter(models.values())).run) is not None:
         manifest = read_manifest(run.place(MANIFEST))
-        values, labels = manifest.values(), client_labels(one.to_dict() for one in manifest.clients)
-        named = [place for name, place in found.items() if client in (values.get(name), labels.get(name))]
-        if len(named) == 1:
-            return named[0]
-        if named:
-            names = ", ".join(place.client for place in named)
-            raise RunError(f"{path} has several clients of the value {client!r}: name one of {names}")
-    raise RunError(f"{path} has no client {client!r}{nearest(client, found)}; there are {', '.join(found)}")
+        values, labels = manifest.values(), client_labels(record.to_dict() for record in manifest.clients)
+        matches = [model for name, model in models.items() if client in (values.get(name), labels.get(name))]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            names = ", ".join(model.client for model in matches)
+            raise RunError(f"{path} has several clients with the value {client!r}: select one of {names}")
+    raise RunError(f"{path} has no client {client!r}{nearest(client, models)}; its clients are {', '.join(models)}")
 
 
-def base_of(place: Place, device: str = "auto", base: str | None = None) -> Base:
-    """Load the base that a personal model was trained on, and make sure that it is that one.
+def load_base_for(model: SavedModel, device: str = "auto", base: str | None = None) -> Base:
+    """Load the base that a personal model was trained on, and verify its identity.
 
-    `base` names a copy of it elsewhere than the run says. Raises BaseModelError and ConfigError.
+    `base` is a folder or hub id to use instead of the one that the run names. Raises BaseModelError and ConfigError.
     """
-    settings = _settings_of(place.adapter) if place.run is None else load_run_config(place.run).base
-    wanted = read_identity(place.adapter)
-    absent = base is None and is_elsewhere(settings.model)
-    # The bundled base lies elsewhere on another machine; whether it is the right one its identity tells.
-    named = BUNDLED if absent else base or settings.model
+    settings = _adapter_base(model.folder) if model.run is None else load_run_config(model.run).base
+    identity = read_identity(model.folder)
+    missing = base is None and is_elsewhere(settings.model)
+    # The path of the bundled base differs between machines; its identity shows whether it is the right one.
+    name = BUNDLED if missing else base or settings.model
     try:
-        found = load_named(replace(settings, model=named), device, named_by_user=base is not None)
-        found.identity.check(wanted, f"the adapter in {place.adapter}")
+        loaded = load_named(replace(settings, model=name), device, named_by_user=base is not None)
+        loaded.identity.check(identity, f"the adapter in {model.folder}")
     except BaseModelError as error:
-        if absent:
-            told = f"{settings.model}, the base of {place.adapter}, is not here: name a copy of it by --base"
-            raise BaseModelError(told) from error
+        if missing:
+            raise BaseModelError(
+                f"{settings.model}, the base of {model.folder}, is not on this machine: pass a copy with --base"
+            ) from error
         raise
-    return found
+    return loaded
 
 
 def load_named(settings: BaseSettings, device: str, named_by_user: bool) -> Base:
-    """Load a base; where only a file of a run names it, nothing is downloaded for it. Raises BaseModelError."""
+    """Load a base, without a download if only a run's files name it. Raises BaseModelError."""
     model = settings.model
     on_hub = model != BUNDLED and not Path(model).is_dir() and not model.startswith(("/", ".", "~"))
     try:
@@ -155,52 +163,54 @@ def load_named(settings: BaseSettings, device: str, named_by_user: bool) -> Base
         if not on_hub or named_by_user:
             raise
         raise BaseModelError(
-            f"{model!r}, the base that the run names, cannot be loaded from what is on this machine, and no file of a "
-            f"run starts a download: name it yourself by --base {model}, or name a copy"
+            f"{model!r}, the base that the run names, is not on this machine, and a run's files may not start a "
+            f"download: to download it, pass --base {model}, or pass the path of a copy"
         ) from error
 
 
-def own_shard(place: Place) -> tuple[Config, Shard]:
-    """The config of a model's run and its client's own data, read again as config and manifest say; no other's are.
+def client_shard(model: SavedModel) -> tuple[Config, Shard]:
+    """Return the config of a model's run and its client's data, read again as config and manifest specify.
 
-    Raises DataError where the data are gone or changed, RunError for an adapter folder without its run.
+    Only this client's data are read. Raises DataError if they are missing or changed, and RunError for an adapter
+    folder without its run.
     """
-    if place.run is None:
-        raise RunError(f"{place.adapter} is a model without its data: name the run's folder, or give a --prompt")
-    config = load_run_config(place.run)
-    manifest = read_manifest(place.run.place(MANIFEST)).only(place.client)
-    source = tuple(one for one in config.data.source if one.name == manifest.clients[0].source)
+    if model.run is None:
+        raise RunError(f"{model.folder} is a model without its data: name the run's folder, or pass a --prompt")
+    config = load_run_config(model.run)
+    manifest = read_manifest(model.run.place(MANIFEST)).only(model.client)
+    source = tuple(source for source in config.data.source if source.name == manifest.clients[0].source)
     data = replace(config.data, source=source, manifest=None)
     return config, load_federation(data, Path.cwd(), manifest).shards[0]
 
 
-def read_for(place: Place, own_data: bool, base: str | None = None) -> str:
-    """A sentence on what a model's run makes a command read outside of the run's folder; empty where that is nothing.
+def outside_reads(model: SavedModel, own_data: bool, base: str | None = None) -> str:
+    """Describe in a sentence which files outside the run folder a command reads because the run names them.
 
-    `own_data` tells whether the client's own data are read too, `base` whether the user has named the base.
+    Empty if there are none. `own_data`: whether the command reads the client's data; `base`: the user's --base.
     """
-    if place.run is None:
-        model = _settings_of(place.adapter).model
-        foreign = base is None and Path(model).is_dir()
-        return f"reads the base {Path(model).resolve()}, which {place.adapter / CONFIG} names" if foreign else ""
+    if model.run is None:
+        name = _adapter_base(model.folder).model
+        outside = base is None and Path(name).is_dir()
+        return f"reads the base {Path(name).resolve()}, which {model.folder / CONFIG} names" if outside else ""
     sources: tuple[str, ...] = ()
     if own_data:
-        sources = (read_manifest(place.run.place(MANIFEST)).only(place.client).clients[0].source,)
-    config = load_run_config(place.run)
-    elsewhere = is_elsewhere(config.base.model)  # then the bundled base is tried
-    reads = reads_outside(config, place.run.path, sources, base=base is None and not elsewhere)
-    return f"reads what {place.run.path} names outside that folder: {', '.join(reads)}" if reads else ""
+        sources = (read_manifest(model.run.place(MANIFEST)).only(model.client).clients[0].source,)
+    config = load_run_config(model.run)
+    missing = is_elsewhere(config.base.model)  # the bundled base is loaded instead
+    reads = reads_outside(config, model.run.path, sources, base=base is None and not missing)
+    return f"reads what {model.run.path} names outside that folder: {', '.join(reads)}" if reads else ""
 
 
-def _settings_of(adapter: Path) -> BaseSettings:
+def _adapter_base(adapter: Path) -> BaseSettings:
+    """The base that an adapter folder names."""
     config = read_config(adapter)
     return BaseSettings(config["base_model_name_or_path"], tuple(config.get("target_modules") or ()))
 
 
-def read_adapter(place: Place, base: Base) -> Adapter:
-    """The checked adapter of a personal model, for this base and no other."""
-    adapter = load_adapter(place.adapter, base.identity)
-    check_fits(adapter, base.shapes, base.width, place.adapter)
+def read_adapter(model: SavedModel, base: Base) -> Adapter:
+    """Load the adapter of a personal model. Raises BaseModelError if it was not trained on this base."""
+    adapter = load_adapter(model.folder, base.identity)
+    check_fits(adapter, base.shapes, base.width, model.folder)
     return adapter
 
 
@@ -208,31 +218,47 @@ def load_personal_model(
     path: str | Path,
     client: str | None = None,
     *,
-    row: str | None = None,
+    variant: str | None = None,
     base: str | None = None,
     device: str = "auto",
     finished: bool = False,
 ) -> tuple[Any, Any]:
-    """Load a client's personal model as a PeftModel, with its tokenizer.
+    """Load a client's personal model as a PEFT model.
 
-    `path` is a run's folder, or an adapter folder wherever it was copied to; `row` one of the run's models where it
-    has several; `base` a copy of the base elsewhere than the run says. A run that is not finished gives a warning, and
-    a RunError with `finished`. Raises RunError, BaseModelError, ConfigError.
+    Args:
+        path: A run's folder, or an adapter folder, which may have been copied elsewhere.
+        client: The client; may be left out if there is only one model.
+        variant: Which of the run's models, if it has several per client (`fedit_ft` besides `fedit`).
+        base: Folder or hub id of the base, to use instead of the one that the run names.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        finished: Raise RunError if the run is not finished. By default, that is only a warning.
+
+    Returns:
+        The `PeftModel`, in evaluation mode, and its tokenizer.
+
+    Raises:
+        RunError: There is no such run, client or model.
+        BaseModelError: The base is missing, or is not the one that the adapter was trained on.
+        ConfigError: An option is invalid.
     """
     from peft import PeftModel
 
-    place = find(Path(path), client, row)
-    check_finished(place, finished)
-    found = base_of(place, device, base)
-    read_adapter(place, found)  # PEFT, which reads the same files, checks little of them
-    # Otherwise `generate` would not know where an answer ends, or lose the prompt on some bases.
-    found.model.generation_config.update(
-        eos_token_id=found.tokenizer.eos_token_id, pad_token_id=found.pad_id, use_cache=continuation_of(found).caches
+    model = find_model(Path(path), client, variant)
+    check_finished(model, finished)
+    resident = load_base_for(model, device, base)
+    read_adapter(model, resident)  # validates the files; PEFT, which reads them again, checks little
+    # Without these settings `generate` does not know where an answer ends, and drops the prompt on some bases.
+    resident.model.generation_config.update(
+        eos_token_id=resident.tokenizer.eos_token_id,
+        pad_token_id=resident.pad_id,
+        use_cache=continuation_of(resident).caches,
     )
-    return PeftModel.from_pretrained(found.model, str(place.adapter)).eval(), found.tokenizer
+    return PeftModel.from_pretrained(resident.model, str(model.folder)).eval(), resident.tokenizer
 
 
-def open_bank(found: Sequence[Place], device: str = "auto", base: str | None = None) -> tuple[Bank, list[Adapter]]:
-    """One resident base for the personal models of one run, and their adapters, which are not loaded yet."""
-    bank = Bank(base_of(found[0], device, base))
-    return bank, [read_adapter(place, bank.base) for place in found]
+def open_bank(
+    models: Sequence[SavedModel], device: str = "auto", base: str | None = None
+) -> tuple[Bank, list[Adapter]]:
+    """Load the base of the models of one run, and their adapters, which are not yet loaded into the bank."""
+    bank = Bank(load_base_for(models[0], device, base))
+    return bank, [read_adapter(model, bank.base) for model in models]

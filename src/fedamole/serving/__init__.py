@@ -1,1 +1,1 @@
-"""Personal models answering over HTTP: all clients of a run on one resident base, as OpenAI's interface asks."""
+"""An HTTP server for personal models: one base in memory, one adapter per client, OpenAI's API."""

@@ -1,7 +1,7 @@
-"""Rows under way on one bank, of whatever clients: one cache of keys and values, all advanced together.
+"""A batch of sequences of several clients that are decoded together, with one key-value cache.
 
-Rows are padded on the left, so that all end at the same place. Whoever joins is read on its own and then put beside the
-others, the shorter padded to the longer; whoever leaves takes its row, and what no row needs any more, with it.
+Rows are padded on the left, so that all end at the same position. Rows that join are read in a pass of their own; then
+their cache is padded to the length of the batch's and appended. When rows leave, padding that no row needs is removed.
 """
 
 from collections import Counter
@@ -21,30 +21,30 @@ from fedamole.model.causality import near
 from fedamole.model.segments import Shares
 
 
-class Row(Protocol):
-    """What is read of a row that joins."""
+class BatchRow(Protocol):
+    """What the batch reads of a sequence."""
 
     @property
     def client(self) -> int:
-        """Place of its client in the bank."""
+        """Index of its client in the bank."""
 
     @property
     def prompt(self) -> Ids:
-        """Its prompt, with the virtual tokens of its client's model before it."""
+        """Its prompt, after the virtual tokens of its client's model."""
 
     @property
-    def made(self) -> Sequence[int]:
-        """Tokens of its answer so far; where it joins again after it was set aside, they are read as well."""
+    def generated(self) -> Sequence[int]:
+        """Tokens of its answer so far. They are read again when a preempted row joins again."""
 
 
-R = TypeVar("R", bound=Row)
+R = TypeVar("R", bound=BatchRow)
 
 
-class Running(Generic[R]):
-    """Rows under way, in the order of their clients, and what the base remembers of them."""
+class DecodeBatch(Generic[R]):
+    """The rows that are decoded together, sorted by client, and their key-value cache."""
 
     def __init__(self, bank: Bank) -> None:
-        """Begin with no rows on a bank in which the clients' adapters are loaded."""
+        """Start with no rows, on a bank into which the clients' adapters are loaded."""
         self.bank = bank
         self.rows: list[R] = []
         self._cache = _empty_cache()
@@ -53,61 +53,60 @@ class Running(Generic[R]):
 
     @property
     def width(self) -> int:
-        """Tokens in the longest row."""
+        """Tokens of the longest row."""
         return int(self._mask.shape[1])
 
     def join(self, rows: Sequence[R]) -> Tensor:
-        """Read more rows, each its prompt and what it has of its answer; logits (n, V) of the next token of each.
+        """Add rows: read their prompts and answers so far. Returns logits (n, V) of each row's next token.
 
-        The logits are in the order given.
-
-        The rows that are under way stay untouched where this raises.
+        The logits are in the order of `rows`. If this raises, the batch is unchanged.
         """
-        order = sorted(range(len(rows)), key=lambda place: rows[place].client)
-        joining = [rows[place] for place in order]
+        order = sorted(range(len(rows)), key=lambda index: rows[index].client)
+        joining = [rows[index] for index in order]
         clients, prompts = [row.client for row in joining], [row.prompt for row in joining]
-        whole = [(*row.prompt, *row.made) for row in joining]
-        ids, mask = pad_left(whole, self.bank.base.pad_id, self.bank.base.device)
+        texts = [(*row.prompt, *row.generated) for row in joining]
+        ids, mask = pad_left(texts, self.bank.base.pad_id, self.bank.base.device)
         cache = _empty_cache()
         self.bank.window(0, self.bank.clients)
-        gates = self.bank.gates(by_client(prompts, _amounts(clients, 0, self.bank.clients)))
+        gates = self.bank.gates(by_client(prompts, _rows_per_client(clients, 0, self.bank.clients)))
         logits = self._forward(clients, ids, mask, cache, gates)
         self._merge(joining, cache, mask, gates)
         return logits[torch.tensor(order, device=logits.device).argsort()]
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Append a token to every row; logits (B, V) of the next ones."""
+        """Append one token to each of the B rows; return logits (B, V) of the next tokens."""
         device = self.bank.base.device
         ids = torch.tensor(tokens, device=device).unsqueeze(1)
         self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
         return self._forward([row.client for row in self.rows], ids, self._mask, self._cache, self._gates)
 
-    def keep(self, stays: Sequence[bool]) -> None:
-        """Let go of the rows that do not stay."""
-        if all(stays):
+    def keep(self, keep_row: Sequence[bool]) -> None:
+        """Remove the rows whose entry in `keep_row` is False."""
+        if all(keep_row):
             return
-        chosen = [place for place, stay in enumerate(stays) if stay]
-        self.rows = [self.rows[place] for place in chosen]
-        if not chosen:
+        indices = [index for index, keep in enumerate(keep_row) if keep]
+        self.rows = [self.rows[index] for index in indices]
+        if not indices:
             self._cache, self._mask, self._gates = _empty_cache(), self._mask[:0, :0], None
             return
-        index = torch.tensor(chosen, device=self._mask.device)
+        index = torch.tensor(indices, device=self._mask.device)
         self._mask = self._mask.index_select(0, index)
-        spare = self.width - int(self._mask.sum(1).max())
-        self._mask = self._mask[:, spare:]
+        unused = self.width - int(self._mask.sum(1).max())
+        self._mask = self._mask[:, unused:]
         for layer in self._cache.layers:
-            layer.keys = layer.keys.index_select(0, index)[:, :, spare:]
-            layer.values = layer.values.index_select(0, index)[:, :, spare:]
+            layer.keys = layer.keys.index_select(0, index)[:, :, unused:]
+            layer.values = layer.values.index_select(0, index)[:, :, unused:]
         self._gates = None if self._gates is None else self._gates.index_select(0, index)
 
     def _forward(self, clients: list[int], ids: Tensor, mask: Tensor, cache: Any, gates: Tensor | None) -> Tensor:
-        """Logits (B, V) after the last of the tokens `ids` (B, n), whose clients are given in ascending order.
+        """Return logits (B, V) after the last of the new tokens `ids` (B, n); `clients` must be ascending.
 
-        `mask` (B, L) covers what the cache holds and the new tokens. A client that is alone needs no shares.
+        `mask` (B, L) covers the cached and the new tokens. If all rows belong to one client, only this client's adapter
+        is used, without splitting the batch.
         """
-        alone = clients[0] == clients[-1]
-        first, last = (clients[0], clients[0] + 1) if alone else (0, self.bank.clients)
-        shares = Shares(_amounts(clients, first, last), self.bank.base.device)
+        single = clients[0] == clients[-1]
+        first, last = (clients[0], clients[0] + 1) if single else (0, self.bank.clients)
+        shares = Shares(_rows_per_client(clients, first, last), self.bank.base.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         self.bank.window(first, last)
         with torch.no_grad(), self.bank.recording(shares=shares, gates=gates):
@@ -122,89 +121,89 @@ class Running(Generic[R]):
         return logits[:, -1]
 
     def _merge(self, joining: list[R], cache: Any, mask: Tensor, gates: Tensor | None) -> None:
-        """Put rows that were read on their own beside the others."""
+        """Add rows with their cache, mask and expert weights to the batch."""
         rows = [*self.rows, *joining]
         if not self.rows:
             self.rows, self._cache, self._mask, self._gates = rows, cache, mask, gates
             return
-        order = sorted(range(len(rows)), key=lambda place: rows[place].client)
-        index, width = torch.tensor(order, device=mask.device), max(self.width, mask.shape[1])
+        order = sorted(range(len(rows)), key=lambda index: rows[index].client)
+        permutation, width = torch.tensor(order, device=mask.device), max(self.width, mask.shape[1])
 
-        def beside(mine: Tensor, theirs: Tensor) -> Tensor:
-            """(B, H, L, D) and (n, H, M, D) -> (B + n, H, longer, D), rows in order."""
-            both = [F.pad(part, (0, 0, width - part.shape[2], 0)) for part in (mine, theirs)]
-            return torch.cat(both).index_select(0, index)
+        def merged(old: Tensor, new: Tensor) -> Tensor:
+            """(B, H, L, D) and (n, H, M, D) -> (B + n, H, max(L, M), D), rows in the new order."""
+            padded = [F.pad(part, (0, 0, width - part.shape[2], 0)) for part in (old, new)]
+            return torch.cat(padded).index_select(0, permutation)
 
-        for mine, theirs in zip(self._cache.layers, cache.layers, strict=True):
-            theirs.keys, theirs.values = beside(mine.keys, theirs.keys), beside(mine.values, theirs.values)
+        for old, new in zip(self._cache.layers, cache.layers, strict=True):
+            new.keys, new.values = merged(old.keys, new.keys), merged(old.values, new.values)
         self._cache = cache
-        self._mask = torch.cat([F.pad(part, (width - part.shape[1], 0)) for part in (self._mask, mask)])[index]
+        self._mask = torch.cat([F.pad(part, (width - part.shape[1], 0)) for part in (self._mask, mask)])[permutation]
         if self._gates is not None and gates is not None:
-            self._gates = torch.cat([self._gates, gates])[index]
-        self.rows = [rows[place] for place in order]
+            self._gates = torch.cat([self._gates, gates])[permutation]
+        self.rows = [rows[index] for index in order]
 
 
 def _empty_cache() -> Any:
-    """A cache that keeps all keys and values of every layer; sliding windows are then a matter of the mask alone."""
+    """A cache that keeps the keys and values of all tokens in every layer; only the mask limits sliding windows."""
     from transformers import DynamicCache
 
     return DynamicCache()
 
 
-def _amounts(clients: Sequence[int], first: int, last: int) -> tuple[int, ...]:
-    """Rows of each of the clients `first` .. `last` - 1."""
+def _rows_per_client(clients: Sequence[int], first: int, last: int) -> tuple[int, ...]:
+    """Number of rows of each of the clients `first` .. `last` - 1."""
     counts = Counter(clients)
     return tuple(counts[client] for client in range(first, last))
 
 
 @dataclass(frozen=True)
-class _Probe:
+class _CheckRow:
     client: int
     prompt: Ids
-    made: Ids = ()
+    generated: Ids = ()
 
 
-def check(bank: Bank) -> None:
-    """Make sure that rows of this base can join others; BaseModelError where it remembers more than keys and values.
+def check_batching(bank: Bank) -> None:
+    """Raise BaseModelError if rows cannot join a batch on this base, because it has state beyond keys and values.
 
-    Two rows that met on the way, each read at once and then token by token, must be answered as forward passes over
-    their whole texts, which use no cache.
+    Two rows are read at different times and decoded together. Their logits must equal those of forward passes over the
+    whole texts without a cache.
     """
     texts = [bank.prefix((1, 2, 3, 4)), bank.prefix((5, 6))]
-    rows = [_Probe(0, texts[0]), _Probe(bank.clients - 1, texts[1])]
-    running, steps = Running[_Probe](bank), ([7], [8, 8], [9, 9])
+    rows = [_CheckRow(0, texts[0]), _CheckRow(bank.clients - 1, texts[1])]
+    batch, tokens = DecodeBatch[_CheckRow](bank), ([7], [8, 8], [9, 9])
     try:
-        running.join(rows[:1])
-        running.step(steps[0])
-        running.join(rows[1:])
-        running.step(steps[1])
-        apart = [running.step(steps[2])]
-        running.keep([False, True])
-        apart.append(running.step([10]))
-        found = torch.cat(apart).float()
-        read = [(rows[0], (7, 8, 9)), (rows[1], (8, 9)), (rows[1], (8, 9, 10))]
-        whole = torch.cat([_whole(bank, row, made) for row, made in read])
+        batch.join(rows[:1])
+        batch.step(tokens[0])
+        batch.join(rows[1:])
+        batch.step(tokens[1])
+        logits = [batch.step(tokens[2])]
+        batch.keep([False, True])
+        logits.append(batch.step([10]))
+        decoded = torch.cat(logits).float()
+        answers = [(rows[0], (7, 8, 9)), (rows[1], (8, 9)), (rows[1], (8, 9, 10))]
+        expected = torch.cat([_uncached_logits(bank, row, answer) for row, answer in answers])
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # code of any of some two hundred architectures
-        raise _unfit(bank) from error
-    if not near(found, whole, bank.base.model.dtype):
-        raise _unfit(bank)
+    except Exception as error:  # any of about two hundred architectures may raise anything
+        raise _not_batchable(bank) from error
+    if not near(decoded, expected, bank.base.model.dtype):
+        raise _not_batchable(bank)
 
 
-def _whole(bank: Bank, row: _Probe, made: Ids) -> Tensor:
-    """Logits (1, V) after a row's prompt and answer, from one pass over both without a cache."""
-    ids = torch.tensor([[*row.prompt, *made]], device=bank.base.device)
+def _uncached_logits(bank: Bank, row: _CheckRow, answer: Ids) -> Tensor:
+    """Logits (1, V) after a row's prompt and answer, from one forward pass without a cache."""
+    ids = torch.tensor([[*row.prompt, *answer]], device=bank.base.device)
     bank.window(0, bank.clients)
-    gates = bank.gates(by_client([row.prompt], _amounts([row.client], 0, bank.clients)))
+    gates = bank.gates(by_client([row.prompt], _rows_per_client([row.client], 0, bank.clients)))
     bank.window(row.client, row.client + 1)
     with torch.no_grad(), bank.recording(gates=gates):
         logits: Tensor = bank.base.model(input_ids=ids, use_cache=False).logits
     return logits[:, -1].float()
 
 
-def _unfit(bank: Bank) -> BaseModelError:
+def _not_batchable(bank: Bank) -> BaseModelError:
     return BaseModelError(
-        f"base {bank.base.name!r} remembers more of a text than keys and values, so requests cannot be batched on it; "
-        "load each model by itself, with fedamole.load_personal_model"
+        f"base {bank.base.name!r} keeps state other than keys and values, so requests cannot be batched on it; "
+        "load each model on its own with fedamole.load_personal_model"
     )

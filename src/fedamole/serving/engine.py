@@ -1,7 +1,7 @@
-"""One thread that owns the bank and answers everybody: every step advances all requests under way by a token.
+"""Inference engine: one thread decodes the requests of all clients in one batch, one token per step.
 
-Between two steps those that are answered, or whose client went away, leave, and those that wait join (turns.py says
-who). Whatever goes wrong with one request fails this request alone; the engine goes on.
+Between two steps, finished and cancelled requests leave the batch and waiting ones join it (see scheduling.py). An
+error in one request fails this request only; the engine continues.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -21,286 +20,213 @@ from fedamole.errors import FedamoleError
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids
 from fedamole.model.params import Adapter
-from fedamole.serving.decode_batch import Running, check
-from fedamole.serving.scheduling import Limits, Turns
-from fedamole.serving.streaming_text import Growing
+from fedamole.serving.decode_batch import DecodeBatch, check_batching
+from fedamole.serving.requests import Chunk, GenerationRequest, RequestState
+from fedamole.serving.sampling import sample_token
+from fedamole.serving.scheduling import FairQueue, Limits
+from fedamole.serving.streaming_text import StreamingText
 from fedamole.terminal import printable
 
 log = logging.getLogger(__name__)
 
-TRIES = 3
-"""Steps that may fail with a request before it fails as well."""
+MAX_FAILED_STEPS = 3
+"""A request fails after this many failed steps that it took part in."""
 
 
 class StoppedError(FedamoleError):
-    """A request to an engine that answers no more."""
+    """The engine is stopped and accepts no requests."""
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What a request asks for."""
+class InferenceEngine:
+    """Answers requests for the models of C clients.
 
-    client: int
-    """Whose model, by its place among those that are served."""
-    prompt: Ids
-    """Token ids of the prompt as given."""
-    limit: int
-    """Most tokens of the answer, at least 1."""
-    temperature: float = 0.0
-    """0 takes the most probable token."""
-    top_p: float = 1.0
-    """Tokens are drawn from the fewest most probable ones that have this probability together."""
-    seed: int | None = None
-    """The same seed draws the same answer; None: another one each time."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the answer and are no part of it."""
-    pieces: bool = False
-    """Whether the answer is told in pieces as it grows."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What is told of an answer: more of its text, and at its end why it ended and how many tokens it took."""
-
-    text: str
-    finish: Literal["stop", "length", "error"] | None = None
-    tokens: int = 0
-
-
-@dataclass(eq=False)
-class Request:
-    """A request on its way; `tell` is called from the engine's thread, the last time with a `finish`."""
-
-    wanted: Wanted
-    tell: Callable[[Piece], object]
-    prompt: Ids
-    """Token ids as the base reads them, with virtual tokens."""
-    limit: int
-    """Most tokens, as far as the limits and the base's positions go."""
-    text: Growing
-    generator: torch.Generator | None
-    made: list[int] = field(default_factory=list)
-    gone: bool = False
-    before: int = 0
-    """Tokens that it had made when it joined last."""
-    tries: int = 0
-    """Steps that failed with it."""
-
-    @property
-    def client(self) -> int:
-        """Place of its client in the bank."""
-        return self.wanted.client
-
-    @property
-    def longest(self) -> int:
-        """Tokens that it may come to."""
-        return len(self.prompt) + self.limit
-
-    @property
-    def had(self) -> int:
-        """Tokens that it made since it joined last."""
-        return len(self.made) - self.before
-
-    def leave(self) -> None:
-        """Nobody waits for the answer any more; from any thread."""
-        self.gone = True
-
-
-class Engine:
-    """Answers requests for the models of C clients; `together` counts the steps that advanced n clients at once."""
+    `batch_clients` counts the decoding steps by the number of different clients in the batch.
+    """
 
     def __init__(self, bank: Bank, adapters: Sequence[Adapter], limits: Limits | None = None) -> None:
-        """Load the adapters; BaseModelError for a base on which requests cannot be batched. `start` begins to work."""
+        """Load the adapters into the bank. Call `start` to begin answering.
+
+        Raises BaseModelError if requests cannot be batched on this base.
+        """
         self.bank, self.limits = bank, limits or Limits()
         bank.load(adapters)
-        check(bank)
-        self.together: Counter[int] = Counter()
-        self._running = Running[Request](bank)
-        self._turns = Turns[Request](self.limits)
-        self._news = threading.Condition()
+        check_batching(bank)
+        self.batch_clients: Counter[int] = Counter()
+        self._batch = DecodeBatch[RequestState](bank)
+        self._queue = FairQueue[RequestState](self.limits)
+        self._changed = threading.Condition()
         self.stopped = False
-        """Whether it answers no more."""
+        """Whether the engine accepts no requests any more."""
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Start the engine's thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Answer no more; whoever waits is told. Returns when the thread has ended, after a step at most."""
-        with self._news:
+        """Stop after the current step and fail all open requests. Returns when the thread has ended."""
+        with self._changed:
             self.stopped = True
-            self._news.notify()
+            self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
-        self._give_up([*self._running.rows, *self._turns.waiting])
-        self._turns.waiting.clear()
+        self._close_failed([*self._batch.rows, *self._queue.waiting])
+        self._queue.waiting.clear()
 
     @property
-    def under_way(self) -> int:
-        """Requests that are being answered."""
-        return len(self._running.rows)
+    def running(self) -> int:
+        """Number of requests in the batch."""
+        return len(self._batch.rows)
 
     @property
     def waiting(self) -> int:
-        """Requests that wait."""
-        return len(self._turns.waiting)
+        """Number of waiting requests."""
+        return len(self._queue.waiting)
 
-    def room(self, prompt: Ids) -> int:
-        """Tokens that the base has positions for after a prompt; 0 where the prompt itself is too long.
+    def max_new_tokens(self, prompt: Ids) -> int:
+        """Return the number of tokens that the base can generate after a prompt; 0 if the prompt is too long.
 
-        A prompt that takes all positions leaves room for one token, which needs none itself.
+        A prompt that takes all positions leaves room for one token, because the last token needs no position.
         """
         left = self.bank.base.max_positions - len(self.bank.prefix(prompt))
         return max(1, left) if left >= 0 else 0
 
-    def submit(self, wanted: Wanted, tell: Callable[[Piece], object]) -> Request:
-        """Have a request wait for its turn. Raises BusyError and StoppedError."""
+    def submit(self, request: GenerationRequest, on_chunk: Callable[[Chunk], object]) -> RequestState:
+        """Queue a request. Raises BusyError if the model's queue is full and StoppedError after `stop`."""
         tokenizer = self.bank.base.tokenizer
         generator = None
-        if wanted.temperature > 0:
+        if request.temperature > 0:
             generator = torch.Generator()
-            generator.seed() if wanted.seed is None else generator.manual_seed(wanted.seed)
-        request = Request(
-            wanted,
-            tell,
-            self.bank.prefix(wanted.prompt),
-            min(wanted.limit, self.limits.answer, self.room(wanted.prompt)),
-            Growing(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), wanted.stop),
+            generator.seed() if request.seed is None else generator.manual_seed(request.seed)
+        state = RequestState(
+            request,
+            on_chunk,
+            self.bank.prefix(request.prompt),
+            min(request.max_new_tokens, self.limits.max_answer_tokens, self.max_new_tokens(request.prompt)),
+            StreamingText(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), request.stop),
             generator,
         )
-        with self._news:
+        with self._changed:
             if self.stopped:
-                raise StoppedError("the server is stopping; ask again later")
-            self._turns.add(request)
-            self._news.notify()
-        return request
+                raise StoppedError("the server is stopping; try again later")
+            self._queue.add(state)
+            self._changed.notify()
+        return state
 
-    def turn(self) -> bool:
-        """Let those who wait join and advance everybody by a token; whether anybody is left. The thread calls it."""
-        with self._news:
-            joining, aside = self._turns.next(self._running.rows)
-        self._running.keep([not (request.gone or request in aside) for request in self._running.rows])
+    def step(self) -> bool:
+        """Let waiting requests join and generate one token for each request; return whether any request is left.
+
+        The engine's thread calls it.
+        """
+        with self._changed:
+            joining, preempted = self._queue.schedule(self._batch.rows)
+        self._batch.keep([not (state.closed or state in preempted) for state in self._batch.rows])
         if joining:
             self._join(joining)
-        if self._running.rows:
-            self._step()
-        return bool(self._running.rows or self._turns.waiting)
+        if self._batch.rows:
+            self._decode()
+        return bool(self._batch.rows or self._queue.waiting)
 
     def _work(self) -> None:
         while True:
-            with self._news:
-                self._news.wait_for(lambda: self.stopped or self._turns.waiting or self._running.rows)
+            with self._changed:
+                self._changed.wait_for(lambda: self.stopped or self._queue.waiting or self._batch.rows)
                 if self.stopped:
                     return
             try:
-                self.turn()
-            except Exception as error:  # no request in particular is to blame, so all begin anew
-                with self._news:
-                    concerned = [*self._running.rows, *self._turns.waiting]
-                    self._running, self._turns = Running(self.bank), Turns(self.limits)
-                self._fail(concerned, error)
+                self.step()
+            except Exception as error:  # not caused by a single request: fail all of them
+                with self._changed:
+                    states = [*self._batch.rows, *self._queue.waiting]
+                    self._batch, self._queue = DecodeBatch(self.bank), FairQueue(self.limits)
+                self._fail(states, error)
 
-    def _join(self, requests: Sequence[Request]) -> None:
-        """Read requests together; where that fails, each by itself, so that only those fail that cannot be read."""
-        for request in requests:
-            request.before = len(request.made)
+    def _join(self, states: Sequence[RequestState]) -> None:
+        """Read the prompts of several requests in one pass. If that fails, read each alone to find the cause."""
+        for state in states:
+            state.generated_at_join = len(state.generated)
         try:
-            logits = self._running.join(requests)
+            logits = self._batch.join(states)
         except Exception as error:
-            if len(requests) == 1:
-                self._fail(requests, error)
+            if len(states) == 1:
+                self._fail(states, error)
                 return
-            for request in requests:
-                self._join([request])
+            for state in states:
+                self._join([state])
             return
-        self._take(requests, logits)
+        self._sample(states, logits)
 
-    def _step(self) -> None:
-        """Advance all rows by a token; where that fails, read each of them anew by itself."""
-        rows = self._running.rows
-        self.together[len({request.client for request in rows})] += 1
+    def _decode(self) -> None:
+        """Generate one token for each row. If that fails, read each row again, alone."""
+        states = self._batch.rows
+        self.batch_clients[len({state.client for state in states})] += 1
         try:
-            logits = self._running.step([request.made[-1] for request in rows])
+            logits = self._batch.step([state.generated[-1] for state in states])
         except Exception as error:
-            self._running = Running(self.bank)  # a step that was broken off leaves caches of different lengths
-            for request in rows:
-                request.tries += 1
-            self._fail([request for request in rows if request.tries >= TRIES], error)
-            for request in rows:
-                if not request.gone:
-                    self._join([request])
+            self._batch = DecodeBatch(self.bank)  # an aborted step leaves caches of different lengths
+            for state in states:
+                state.failed_steps += 1
+            self._fail([state for state in states if state.failed_steps >= MAX_FAILED_STEPS], error)
+            for state in states:
+                if not state.closed:
+                    self._join([state])
             return
-        self._take(rows, logits)
+        self._sample(states, logits)
 
-    def _fail(self, requests: Sequence[Request], error: Exception) -> None:
-        """Log what went wrong, without its text, which may quote a prompt; and give the requests up."""
-        for request in requests:
-            if not request.gone:
-                log.error("a request failed: %s", printable(said(error)))
-        self._give_up(requests)
+    def _fail(self, states: Sequence[RequestState], error: Exception) -> None:
+        """Log an error without its message, which may quote a prompt, and fail the requests."""
+        for state in states:
+            if not state.closed:
+                log.error("a request failed: %s", printable(error_location(error)))
+        self._close_failed(states)
 
-    def _give_up(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            if not request.gone:
-                request.gone = True
-                with contextlib.suppress(Exception):  # whoever cannot be told has gone
-                    request.tell(Piece("", "error"))
+    def _close_failed(self, states: Sequence[RequestState]) -> None:
+        for state in states:
+            if not state.closed:
+                state.closed = True
+                with contextlib.suppress(Exception):  # the receiver of the chunk may be gone
+                    state.on_chunk(Chunk("", "error"))
 
-    def _take(self, requests: Sequence[Request], logits: Tensor) -> None:
-        """Give each request its next token, from logits (n, V); those that have ended leave.
+    def _sample(self, states: Sequence[RequestState], logits: Tensor) -> None:
+        """Give each request its next token, from logits (n, V). Finished requests leave the batch.
 
-        Each row is sampled by itself, and what goes wrong with it fails its own request alone.
+        Each row is sampled separately, so that an error fails its own request only.
         """
-        values, likeliest = logits.float().max(1)
-        for place, (largest, token) in enumerate(zip(values.tolist(), likeliest.tolist(), strict=True)):
-            request = requests[place]
+        max_logits, best_tokens = logits.float().max(1)
+        for index, (max_logit, token) in enumerate(zip(max_logits.tolist(), best_tokens.tolist(), strict=True)):
+            state = states[index]
             try:
-                if not math.isfinite(largest):
-                    raise FloatingPointError("the model's numbers are no longer finite")
-                if request.generator is not None:
-                    wanted = request.wanted
-                    token = drawn(logits[place], wanted.temperature, wanted.top_p, request.generator)
-                self._advance(request, token)
+                if not math.isfinite(max_logit):
+                    raise FloatingPointError("the logits are not finite")
+                if state.generator is not None:
+                    request = state.request
+                    token = sample_token(logits[index], request.temperature, request.top_p, state.generator)
+                self._append(state, token)
             except Exception as error:
-                self._fail([request], error)
-        self._running.keep([not request.gone for request in self._running.rows])
+                self._fail([state], error)
+        self._batch.keep([not state.closed for state in self._batch.rows])
 
-    def _advance(self, request: Request, token: int) -> None:
+    def _append(self, state: RequestState, token: int) -> None:
+        """Add a token to an answer and pass on the text that is new."""
         finish: Literal["stop", "length"] | None = None
         if token == self.bank.base.tokenizer.eos_token_id:
             finish = "stop"
         else:
-            request.made.append(token)
-            finish = "length" if len(request.made) >= request.limit else None
-        piece = ""
-        if request.wanted.pieces or request.wanted.stop or finish:
-            piece, stopped = request.text.grow(request.made, finish is not None)
+            state.generated.append(token)
+            finish = "length" if len(state.generated) >= state.max_new_tokens else None
+        stream, new_text = state.request.stream, ""
+        if stream or state.request.stop or finish:
+            new_text, stopped = state.text.update(state.generated, finish is not None)
             finish = "stop" if stopped else finish
         if finish is not None:
-            told = piece if request.wanted.pieces else request.text.shown
-            request.tell(Piece(told, finish, len(request.made)))
-            request.gone = True
-        elif piece and request.wanted.pieces:
-            request.tell(Piece(piece))
+            state.on_chunk(Chunk(new_text if stream else state.text.emitted, finish, len(state.generated)))
+            state.closed = True
+        elif new_text and stream:
+            state.on_chunk(Chunk(new_text))
 
 
-def drawn(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Draw a token from logits (V) divided by `temperature`, of the most probable ones that reach `top_p` together.
-
-    The largest logit is taken away first, so that a low temperature makes none of them infinite.
-    """
-    logits = logits.float().cpu()
-    logits = (logits - logits.max()) / temperature
-    probabilities, tokens = torch.softmax(logits, 0).sort(descending=True, stable=True)
-    before = probabilities.cumsum(0) - probabilities
-    kept = probabilities.masked_fill(before >= top_p, 0)
-    kept[0] = probabilities[0]
-    return int(tokens[torch.multinomial(kept, 1, generator=generator)])
-
-
-def said(error: Exception) -> str:
-    """The kind of an error and the line where it was raised. Its message is left out: it may quote what was asked."""
+def error_location(error: Exception) -> str:
+    """Return the type of an error and the line that raised it, without its message, which may quote a request."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,4 +1,4 @@
-"""The personal models of a run, made fit for one bank."""
+"""Convert the adapters of a run so that one bank can hold all of them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,36 +10,36 @@ from fedamole.model.amole import AdapterSpec
 from fedamole.model.params import Adapter, expert_ids
 
 
-def alike(adapters: Sequence[Adapter], names: Sequence[str]) -> list[Adapter]:
-    """Adapters that one bank can hold at once, each doing what it did.
+def with_same_spec(adapters: Sequence[Adapter], names: Sequence[str]) -> list[Adapter]:
+    """Return equivalent adapters that share one spec, as a bank requires.
 
-    LoRAs of several ranks or scalings become LoRAs of the largest rank, filled up with zeros. Models that differ in
-    more than that are a ConfigError.
+    LoRA adapters of different ranks or scalings are zero-padded to the largest rank. Raises ConfigError if the adapters
+    differ in more than that; `names` are the clients' names in the error.
     """
-    made = list(adapters)
-    if len({adapter.kind() for adapter in made}) > 1 and all(map(_is_lora, made)):
-        rank = max(adapter.spec.rank for adapter in made if isinstance(adapter.spec, AdapterSpec))
-        made = [_of_rank(adapter, rank) for adapter in made]
-    for adapter, name in zip(made, names, strict=True):
-        if adapter.kind() != made[0].kind():
+    padded = list(adapters)
+    if len({adapter.kind() for adapter in padded}) > 1 and all(map(_is_lora, padded)):
+        rank = max(adapter.spec.rank for adapter in padded if isinstance(adapter.spec, AdapterSpec))
+        padded = [_pad_to_rank(adapter, rank) for adapter in padded]
+    for adapter, name in zip(padded, names, strict=True):
+        if adapter.kind() != padded[0].kind():
             raise ConfigError(
-                f"the models of {names[0]} and {name} are of different kinds, which cannot be served together; "
-                "serve them in two servers, each with its clients named by --client"
+                f"the models of {names[0]} and {name} are of different kinds and cannot be served together; "
+                "start one server for each kind and select its clients with --client"
             )
-    return made
+    return padded
 
 
 def _is_lora(adapter: Adapter) -> bool:
     return isinstance(adapter.spec, AdapterSpec) and not adapter.fixed and not any(expert_ids(adapter.tensors).values())
 
 
-def _of_rank(adapter: Adapter, rank: int) -> Adapter:
-    """The same LoRA with more rows of zeros; its scaling goes into B, so that all have the same."""
+def _pad_to_rank(adapter: Adapter, rank: int) -> Adapter:
+    """Zero-pad a LoRA adapter to `rank`, with its scaling multiplied into B so that all adapters have scaling 1."""
     spec = adapter.spec
     assert isinstance(spec, AdapterSpec)
-    more = rank - spec.rank
+    missing = rank - spec.rank
     tensors = {
-        name: F.pad(tensor, (0, 0, 0, more)) if name.endswith("/A") else F.pad(tensor * spec.scaling, (0, more))
+        name: F.pad(tensor, (0, 0, 0, missing)) if name.endswith("/A") else F.pad(tensor * spec.scaling, (0, missing))
         for name, tensor in adapter.tensors.items()
     }
     return Adapter(replace(spec, rank=rank, alpha=float(rank)), tensors)

@@ -1,6 +1,6 @@
-"""OpenAI's interface as data: what a request may hold, and the shapes of answers, pieces and errors.
+"""OpenAI's API as data types: request bodies, and the JSON of answers, chunks and errors.
 
-What this server does not do is refused by name; fields that change nothing here are read over.
+Unsupported fields are refused with an error that names them. Fields that do not affect the answer are ignored.
 """
 
 import json
@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from typing_extensions import override
 
 from fedamole.data.json_rows import parse_json_literally
 from fedamole.data.layouts import Row, conversation_prompt
 from fedamole.errors import FedamoleError
 
-IGNORED = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"})
-NEUTRAL: Mapping[str, tuple[object, ...]] = {
+IGNORED_FIELDS = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"})
+NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "frequency_penalty": (0,),
@@ -32,113 +33,109 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "tools": ([],),
     "top_logprobs": (0,),
 }
-"""Fields of OpenAI's that are taken with these values (or null) alone, because they then ask for nothing."""
-COOLEST = 0.001
-"""The lowest temperature above 0."""
-STOPS, STOP_LETTERS = 4, 256
-"""Most stop strings, and most characters of each."""
-COLUMNS = 256
-"""Most columns of a row."""
-LONGEST = 1_000_000
-"""The largest `max_tokens`; the engine's own limit on answers is usually far lower."""
-SEEDS = 2**63
-"""Seeds are whole numbers from -SEEDS to SEEDS - 1."""
+"""Unsupported fields of OpenAI's API, with the values (besides null) that request nothing and are accepted."""
+MIN_TEMPERATURE = 0.001
+"""Lowest temperature above 0."""
+MAX_STOPS, MAX_STOP_CHARS = 4, 256
+"""Maximum number of stop strings, and of characters of each."""
+MAX_COLUMNS = 256
+"""Maximum number of columns of a row."""
+LARGEST_MAX_TOKENS = 1_000_000
+"""Largest value of `max_tokens`. The engine's limit on answers is usually much lower."""
+SEED_BOUND = 2**63
+"""Seeds are integers from -SEED_BOUND to SEED_BOUND - 1."""
 RANGES: Mapping[str, str] = {
-    "max_completion_tokens": f"a whole number from 1 to {LONGEST}",
-    "max_tokens": f"a whole number from 1 to {LONGEST}",
+    "max_completion_tokens": f"a whole number from 1 to {LARGEST_MAX_TOKENS}",
+    "max_tokens": f"a whole number from 1 to {LARGEST_MAX_TOKENS}",
     "seed": "a whole number from -2^63 to 2^63 - 1",
-    "stop": f"at most {STOPS} texts of 1 to {STOP_LETTERS} characters each",
-    "temperature": f"0 for the most probable token, or a number from {COOLEST} to 2",
+    "stop": f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters each",
+    "temperature": f"0 for the most probable token, or a number from {MIN_TEMPERATURE} to 2",
     "top_p": "a number above 0 and at most 1",
 }
-"""What these fields may be, as errors say it."""
-SHOWN = 300
-"""Most characters of an error's text: it may repeat names that a request gave."""
-KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+"""Valid values of these fields, as error messages state them."""
+MAX_ERROR_CHARS = 300
+"""Maximum length of an error message, which may quote field names of a request."""
+ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 Json = dict[str, Any]
-B = TypeVar("B", bound="Body")
+B = TypeVar("B", bound="RequestBody")
 
 
 class RefusedError(FedamoleError):
-    """A request that gets an error instead of an answer."""
+    """An error response to a request."""
 
     def __init__(
         self, status: int, message: str, code: str | None = None, param: str | None = None, retry: float = 1.0
     ) -> None:
-        """Keep the HTTP status, and `code` and `param` as OpenAI uses them.
-
-        `retry` is the number of seconds after which a request that came too early (429) may be sent again.
-        """
-        super().__init__(message[:SHOWN])
+        """`code` and `param` are those of OpenAI's errors; `retry` is the number of seconds to wait after a 429."""
+        super().__init__(message[:MAX_ERROR_CHARS])
         self.status, self.code, self.param, self.retry = status, code, param and param[:64], retry
 
     def as_json(self) -> Json:
-        """The error in OpenAI's shape."""
-        kind = KINDS.get(self.status, "invalid_request_error")
+        """Return the error in OpenAI's format."""
+        kind = ERROR_TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 class StreamOptions(BaseModel):
-    """How an answer in pieces ends."""
+    """Options of a streamed answer."""
 
     model_config = ConfigDict(extra="ignore")
     include_usage: bool | None = None
 
 
-def _warm(value: float) -> float:
-    if 0 < value < COOLEST:
+def _check_temperature(value: float) -> float:
+    if 0 < value < MIN_TEMPERATURE:
         raise ValueError("too low")
     return value
 
 
-def _few(value: object) -> object:
-    """Refuse a row with too many columns before each of them is looked at, which would take long."""
-    if isinstance(value, dict) and len(value) > COLUMNS:
-        raise ValueError(f"at most {COLUMNS} columns")
+def _check_columns(value: object) -> object:
+    """Refuse a row with too many columns before each column is validated, which would take long."""
+    if isinstance(value, dict) and len(value) > MAX_COLUMNS:
+        raise ValueError(f"at most {MAX_COLUMNS} columns")
     return value
 
 
-Amount = Annotated[int, Field(ge=1, le=LONGEST, strict=True)]
-Texts = Annotated[list[str], Field(fail_fast=True)]
-"""A list that is refused at its first wrong element: an error for each of half a million would take seconds."""
+TokenCount = Annotated[int, Field(ge=1, le=LARGEST_MAX_TOKENS, strict=True)]
+Temperature = Annotated[float, Field(ge=0, le=2, strict=True, allow_inf_nan=False), AfterValidator(_check_temperature)]
+StringList = Annotated[list[str], Field(fail_fast=True)]
+"""Validation stops at the first invalid element: collecting half a million errors would take seconds."""
 
 
-class Body(BaseModel):
-    """What both kinds of request have in common."""
+class RequestBody(BaseModel):
+    """Fields that both kinds of request have."""
 
     model_config = ConfigDict(extra="allow")
     model: str
-    max_tokens: Amount | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, strict=True, allow_inf_nan=False), AfterValidator(_warm)] | None = (
-        None
-    )
+    max_tokens: TokenCount | None = None
+    temperature: Temperature | None = None
     top_p: Annotated[float, Field(gt=0, le=1, strict=True, allow_inf_nan=False)] | None = None
-    seed: Annotated[int, Field(ge=-SEEDS, lt=SEEDS, strict=True)] | None = None
-    stop: str | Texts | None = None
+    seed: Annotated[int, Field(ge=-SEED_BOUND, lt=SEED_BOUND, strict=True)] | None = None
+    stop: str | StringList | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     @property
-    def stops(self) -> tuple[str, ...]:
-        """The stop strings."""
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings, none or several."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
-    def longest(self) -> int | None:
-        """Most tokens of the answer, where it is said."""
+    def max_answer_tokens(self) -> int | None:
+        """Maximum length of the answer; None if the request sets none."""
         return self.max_tokens
 
-    def text(self) -> str:
-        """The prompt as the model reads it."""
+    def prompt_text(self) -> str:
+        """Return the prompt as text."""
         raise NotImplementedError
 
 
-class Completion(Body):
-    """A prompt to go on with, as it stands; or a row of columns, this server's own, for the client's template."""
+class CompletionRequest(RequestBody):
+    """A prompt to continue verbatim, or `row`: columns for the client's template, an extension of OpenAI's API."""
 
-    prompt: str | Texts = ""
-    row: Annotated[dict[str, str | int | float | bool | None], BeforeValidator(_few)] | None = None
+    prompt: str | StringList = ""
+    row: Annotated[dict[str, str | int | float | bool | None], BeforeValidator(_check_columns)] | None = None
     _columns: Row = PrivateAttr(default_factory=dict)
 
     @property
@@ -147,112 +144,123 @@ class Completion(Body):
         return self._columns
 
     def read_columns(self, content: bytes) -> None:
-        """Take the columns from the body that this request was read from; RefusedError for a key that comes twice."""
+        """Read the columns from the body of this request. Raises RefusedError if a key occurs twice."""
         try:
             self._columns = parse_json_literally(content.decode("utf-8"))["row"]
         except ValueError as error:
             raise RefusedError(400, f"row: {error}", "invalid_value", "row") from None
 
-    def text(self) -> str:
-        """The prompt itself."""
+    @override
+    def prompt_text(self) -> str:
         if self.row and self.prompt:
-            raise RefusedError(400, "row: give it or a prompt, not both", "invalid_value", "row")
+            raise RefusedError(400, "row: send either row or prompt, not both", "invalid_value", "row")
         if isinstance(self.prompt, str):
             return self.prompt
         if len(self.prompt) != 1:
-            raise RefusedError(400, "prompt: one text; send a request for each", "unsupported_value", "prompt")
+            raise RefusedError(400, "prompt: send one request per prompt", "unsupported_value", "prompt")
         return self.prompt[0]
 
 
-class Part(BaseModel):
-    """A piece of a message's content; only text is known."""
+class TextPart(BaseModel):
+    """A part of a message's content. Only text is supported."""
 
     type: Literal["text"]
     text: str
 
 
 class Message(BaseModel):
-    """A turn of a conversation; whatever else it has is empty."""
+    """A turn of a conversation."""
 
     model_config = ConfigDict(extra="ignore")
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(fail_fast=True)]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
 
-class Chat(Body):
-    """A conversation that the assistant is to go on with."""
+class ChatRequest(RequestBody):
+    """A conversation for which the model generates the next answer."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: Amount | None = None
+    max_completion_tokens: TokenCount | None = None
 
     @property
-    def longest(self) -> int | None:
-        """Most tokens of the answer, by its new name or its old one."""
+    @override
+    def max_answer_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
-    def text(self) -> str:
-        """The conversation in the layout of training rows with `messages`."""
+    @override
+    def prompt_text(self) -> str:
+        """Return the conversation in the format of training rows with `messages`."""
         turns = []
         for message in self.messages:
-            content = message.content if isinstance(message.content, str) else "".join(p.text for p in message.content)
-            turns.append(("system" if message.role == "developer" else message.role, content))
+            content = message.content
+            text = content if isinstance(content, str) else "".join(part.text for part in content)
+            turns.append(("system" if message.role == "developer" else message.role, text))
         return conversation_prompt(turns)
 
 
-def read(kind: type[B], content: bytes) -> B:
-    """Read a request's body. What it may not hold is a RefusedError, which repeats names of fields but no text."""
+def parse_body(kind: type[B], content: bytes) -> B:
+    """Parse and validate a request body. Raises RefusedError, which may quote field names but no values."""
     try:
         body = kind.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        field = where.partition(".")[0]
-        what = f"{where[:64]}: {first['msg'].removeprefix('Value error, ')}" if where else "the body is no JSON object"
-        if field in RANGES:
-            where, what = field, f"{field}: must be {RANGES[field]}"
-        raise RefusedError(400, what, "invalid_value", where or None) from None
+        raise _validation_error(error) from None
     for name, value in (body.model_extra or {}).items():
-        if value is None or name in IGNORED or any(_same(value, neutral) for neutral in NEUTRAL.get(name, ())):
+        if value is None or name in IGNORED_FIELDS:
             continue
-        if name in NEUTRAL:
-            only = " or ".join(json.dumps(value) for value in NEUTRAL[name])
+        if any(_same_json(value, neutral) for neutral in NEUTRAL_VALUES.get(name, ())):
+            continue
+        if name in NEUTRAL_VALUES:
+            only = " or ".join(json.dumps(value) for value in NEUTRAL_VALUES[name])
             raise RefusedError(400, f"{name}: must be {only}, or left out", "unsupported_value", name)
-        raise RefusedError(400, f"{name[:64]}: no such field here; leave it out", "unknown_parameter", name[:64])
-    if isinstance(body, Completion) and body.row:
+        raise RefusedError(400, f"{name[:64]}: unknown field; leave it out", "unknown_parameter", name[:64])
+    if isinstance(body, CompletionRequest) and body.row:
         body.read_columns(content)
-    if len(body.stops) > STOPS or not all(0 < len(text) <= STOP_LETTERS for text in body.stops):
+    stops = body.stop_strings
+    if len(stops) > MAX_STOPS or not all(0 < len(text) <= MAX_STOP_CHARS for text in stops):
         raise RefusedError(400, f"stop: must be {RANGES['stop']}", "invalid_value", "stop")
     return body
 
 
-def _same(value: object, neutral: object) -> bool:
-    """Whether two values are equal as JSON, where 0 is not false."""
-    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+def _validation_error(error: ValidationError) -> RefusedError:
+    """The first validation error, as a response."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    path = ".".join(map(str, first["loc"]))
+    field = path.partition(".")[0]
+    if field in RANGES:
+        return RefusedError(400, f"{field}: must be {RANGES[field]}", "invalid_value", field)
+    reason = first["msg"].removeprefix("Value error, ")
+    message = f"{path[:64]}: {reason}" if path else "the body is not a JSON object"
+    return RefusedError(400, message, "invalid_value", path or None)
 
 
-def models(names: Sequence[str], created: int) -> Json:
-    """The list of models."""
-    return {"object": "list", "data": [model(name, created) for name in names]}
+def _same_json(value: object, other: object) -> bool:
+    """Whether two values are equal as JSON, in which 0 is not false."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
-def model(name: str, created: int) -> Json:
-    """One model of the list."""
+def model_list(names: Sequence[str], created: int) -> Json:
+    """Return the response that lists models."""
+    return {"object": "list", "data": [model_info(name, created) for name in names]}
+
+
+def model_info(name: str, created: int) -> Json:
+    """Return the response that describes one model."""
     return {"id": name, "object": "model", "created": created, "owned_by": "fedamole"}
 
 
 def usage(prompt: int, answer: int) -> dict[str, int]:
-    """Tokens read and written; neither virtual tokens nor the end-of-text token are counted."""
+    """Return token counts; virtual tokens and the end-of-text token are not counted."""
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
-class Shape:
-    """The answer to one request, whole or in pieces; all of one answer have the same id and time."""
+class ResponseFormat:
+    """The JSON of one answer, whole or in chunks. All chunks of an answer have the same id and creation time."""
 
-    def __init__(self, body: Body, number: str) -> None:
-        """Take what the request asked for, and a `number` that no other answer has."""
-        self.chat = isinstance(body, Chat)
+    def __init__(self, body: RequestBody, unique_id: str) -> None:
+        """Format the answer to a request; `unique_id` must differ between answers."""
+        self.chat = isinstance(body, ChatRequest)
         self.head = {
-            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{number}",
+            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{unique_id}",
             "created": int(time.time()),
             "model": body.model,
         }
@@ -260,35 +268,35 @@ class Shape:
         self.with_usage = bool(options and options.include_usage)
 
     def whole(self, text: str, finish: str, counts: dict[str, int]) -> Json:
-        """The answer in one."""
-        said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        """Return the response with the whole answer."""
+        content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         kind = "chat.completion" if self.chat else "text_completion"
-        return {**self.head, "object": kind, "choices": [self._choice(said, finish)], "usage": counts}
+        return {**self.head, "object": kind, "choices": [self._choice(content, finish)], "usage": counts}
 
-    def first(self) -> list[str]:
-        """What comes before the first piece."""
+    def first_events(self) -> list[str]:
+        """Return the events before the first chunk."""
         return [self._event([self._choice({"delta": {"role": "assistant", "content": ""}}, None)])] if self.chat else []
 
-    def piece(self, text: str) -> str:
-        """More of the answer."""
+    def chunk_event(self, text: str) -> str:
+        """Return the event of one chunk."""
         return self._event([self._choice({"delta": {"content": text}} if self.chat else {"text": text}, None)])
 
-    def last(self, finish: str, counts: dict[str, int]) -> list[str]:
-        """What comes after the last piece."""
-        ends = [self._event([self._choice({"delta": {}} if self.chat else {"text": ""}, finish)])]
+    def last_events(self, finish: str, counts: dict[str, int]) -> list[str]:
+        """Return the events after the last chunk."""
+        events = [self._event([self._choice({"delta": {}} if self.chat else {"text": ""}, finish)])]
         if self.with_usage:
-            ends.append(self._event([], counts))
-        return [*ends, "data: [DONE]\n\n"]
+            events.append(self._event([], counts))
+        return [*events, "data: [DONE]\n\n"]
 
-    def _choice(self, said: Json, finish: str | None) -> Json:
-        return {"index": 0, **said, "logprobs": None, "finish_reason": finish}
+    def _choice(self, content: Json, finish: str | None) -> Json:
+        return {"index": 0, **content, "logprobs": None, "finish_reason": finish}
 
     def _event(self, choices: list[Json], counts: dict[str, int] | None = None) -> str:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
-        more = {"usage": counts} if self.with_usage else {}
-        return event({**self.head, "object": kind, "choices": choices, **more})
+        usage_field = {"usage": counts} if self.with_usage else {}
+        return server_sent_event({**self.head, "object": kind, "choices": choices, **usage_field})
 
 
-def event(content: Json) -> str:
-    """One server-sent event."""
+def server_sent_event(content: Json) -> str:
+    """Format one server-sent event."""
     return f"data: {json.dumps(content)}\n\n"

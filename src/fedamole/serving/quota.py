@@ -1,6 +1,6 @@
-"""How much one caller may use: requests open, bytes on their way in, prompts prepared at once, tokens per minute.
+"""Limits per caller: open requests, bytes of request bodies, prompts tokenised at once, tokens per minute.
 
-A caller is a key; without keys it is the address that a connection comes from.
+A caller is an API key, or the address of a connection if the server runs without keys.
 """
 
 import asyncio
@@ -9,62 +9,63 @@ from collections.abc import Callable
 
 from fedamole.serving.protocol import RefusedError
 
-BODIES = 8 * 2**20
-"""Most bytes of one caller's bodies that are held at once, until they have become prompts."""
-AT_ONCE = 2
-"""Most bodies of one caller that are made into prompts at once; more wait."""
+MAX_BODY_BYTES_PER_CALLER = 8 * 2**20
+"""Maximum total size of a caller's request bodies that are being received or tokenised."""
+MAX_TOKENISING_PER_CALLER = 2
+"""Maximum number of a caller's request bodies that are tokenised at the same time. Others wait."""
 
 
-class Allowance:
-    """Tokens per minute: a store that fills evenly, up to what a minute allows."""
+class TokenBucket:
+    """A token bucket: `per_minute` tokens of capacity, refilled at `per_minute` tokens per minute."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begin with a full store."""
+        """Start with a full bucket."""
         self.per_minute, self._clock = per_minute, clock
-        self._left, self._when = float(per_minute), clock()
+        self._tokens, self._updated = float(per_minute), clock()
 
     def take(self, tokens: int) -> None:
-        """Take tokens out of the store; RefusedError where it has too few, or could never have enough."""
+        """Remove tokens. Raises RefusedError: 429 if there are too few at the moment, 400 if there never are enough."""
         if tokens > self.per_minute:
-            text = f"the request may come to {tokens} tokens, a minute allows {self.per_minute}; ask for less"
+            text = f"the request may use {tokens} tokens; the limit is {self.per_minute} per minute. Ask for fewer"
             raise RefusedError(400, text, "too_many_tokens")
         now = self._clock()
-        self._left = min(self.per_minute, self._left + (now - self._when) * self.per_minute / 60)
-        self._when = now
-        if tokens > self._left:
-            text = f"{self.per_minute} tokens per minute are used up; ask again later"
-            wait = (tokens - self._left) * 60 / self.per_minute
+        self._tokens = min(self.per_minute, self._tokens + (now - self._updated) * self.per_minute / 60)
+        self._updated = now
+        if tokens > self._tokens:
+            text = f"the limit of {self.per_minute} tokens per minute is reached; try again later"
+            wait = (tokens - self._tokens) * 60 / self.per_minute
             raise RefusedError(429, text, "rate_limit_exceeded", retry=wait)
-        self._left -= tokens
+        self._tokens -= tokens
 
     def give_back(self, tokens: int) -> None:
-        """Put back what an answer did not need."""
-        self._left += tokens
+        """Return tokens that an answer did not use."""
+        self._tokens += tokens
 
 
-class Caller:
-    """What one caller uses now."""
+class CallerUsage:
+    """What one caller uses at the moment."""
 
     def __init__(self, per_minute: int | None) -> None:
-        """Begin with nothing; `per_minute` tokens may be used in a minute, None: any number."""
-        self.allowance = None if per_minute is None else Allowance(per_minute)
-        self.preparing = asyncio.Semaphore(AT_ONCE)
-        self.open = 0
-        self._bytes = 0
+        """Start with no usage; `per_minute` limits the tokens per minute (None: no limit)."""
+        self.bucket = None if per_minute is None else TokenBucket(per_minute)
+        self.tokenising = asyncio.Semaphore(MAX_TOKENISING_PER_CALLER)
+        self.open_requests = 0
+        self._body_bytes = 0
 
-    def enter(self, most: int) -> None:
-        """Open a request; RefusedError where `most` are open. To be followed by `leave`."""
-        if self.open >= most:
-            text = f"{most} requests of yours are open already; ask again later"
+    def open_request(self, max_open: int) -> None:
+        """Count one more open request, until `close_request`. Raises RefusedError if `max_open` are open."""
+        if self.open_requests >= max_open:
+            text = f"{max_open} of your requests are open already; try again later"
             raise RefusedError(429, text, "rate_limit_exceeded")
-        self.open += 1
+        self.open_requests += 1
 
-    def leave(self) -> None:
-        """Close a request."""
-        self.open -= 1
+    def close_request(self) -> None:
+        """Count one open request less."""
+        self.open_requests -= 1
 
-    def hold(self, size: int) -> None:
-        """Count bytes of a body that came in, or, below 0, that are needed no more; RefusedError for too many."""
-        if size > 0 and self._bytes + size > BODIES:
-            raise RefusedError(429, f"your bodies come to over {BODIES} bytes; ask again later", "rate_limit_exceeded")
-        self._bytes += size
+    def add_body_bytes(self, size: int) -> None:
+        """Count bytes of request bodies, a negative `size` when they are released. Raises RefusedError for too many."""
+        if size > 0 and self._body_bytes + size > MAX_BODY_BYTES_PER_CALLER:
+            text = f"your request bodies exceed {MAX_BODY_BYTES_PER_CALLER} bytes in total; try again later"
+            raise RefusedError(429, text, "rate_limit_exceeded")
+        self._body_bytes += size

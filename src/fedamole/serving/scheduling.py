@@ -1,10 +1,13 @@
-"""Who is answered next: fair turns among clients for the places that there are.
+"""Fair scheduling of requests: which waiting requests join the batch, and which running ones are preempted for them.
 
-A client is one model, and with keys one key. Clients take turns: whoever has fewest requests under way is next, and
-among equals whoever has had no turn for longest. Where there is no room, a request of another client is set aside,
-with what it has of its answer, and goes on later: the latest one of a client with at least two more under way; or, for
-a client with none under way, one that got its slice of tokens. So a client with a hundred long requests delays another
-client's short one by a step or a slice, and not by an answer.
+A client is one model, and one API key if the server has keys. Clients take turns: next is the client with the fewest
+running requests and, among equals, the one that was scheduled least recently. If the batch is full, a running request
+of another client is preempted. It keeps the tokens generated so far and continues later. Preempted is
+
+- the latest request of a client that runs at least two more requests than the waiting client; or
+- if the waiting client runs none, any request that has generated SLICE tokens since it joined.
+
+So a client's short request waits a few steps for another client's hundred long requests, not for their answers.
 """
 
 from collections import Counter
@@ -15,108 +18,117 @@ from typing import Generic, Protocol, TypeVar
 from fedamole.errors import FedamoleError
 
 SLICE = 64
-"""Tokens after which a request makes room for a client that has none under way."""
+"""Tokens that a request generates before it can be preempted for a client that runs no request."""
 
 
 class BusyError(FedamoleError):
-    """A request that finds no room to wait in."""
+    """The queue for a model is full."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is held at once."""
+    """Limits of an inference engine. `fedamole serve` takes its defaults from here."""
 
-    rows: int = 32
-    """Most requests under way."""
-    tokens: int = 8192
-    """Most tokens in the cache, padding and tokens to come included; one request may always be under way."""
-    answer: int = 1024
-    """Most tokens of an answer, whatever is asked for."""
-    waiting: int = 64
-    """Most requests of one client that wait."""
-    each: int | None = None
-    """Most requests of one client under way; None: as many as there are places."""
+    max_rows: int = 32
+    """Maximum number of requests in the batch."""
+    max_tokens: int = 8192
+    """Maximum number of tokens in the key-value cache, including padding and tokens still to be generated. A single
+    request always runs, whatever its length."""
+    max_answer_tokens: int = 1024
+    """Maximum length of an answer, whatever the request asks for."""
+    max_waiting: int = 64
+    """Maximum number of waiting requests per client."""
+    max_rows_per_client: int | None = None
+    """Maximum number of requests of one client in the batch; None: `max_rows`."""
 
 
-class Turn(Protocol):
-    """What is read of a request."""
+class QueuedRequest(Protocol):
+    """What the scheduler reads of a request."""
 
-    gone: bool
+    closed: bool
 
     @property
     def client(self) -> int:
-        """Whose it is."""
+        """Index of the client."""
 
     @property
-    def longest(self) -> int:
-        """Tokens that it may come to."""
+    def max_length(self) -> int:
+        """Maximum number of tokens of prompt and answer."""
 
     @property
-    def had(self) -> int:
-        """Tokens that it got since it joined."""
+    def tokens_since_join(self) -> int:
+        """Tokens generated since the request joined the batch."""
 
 
-T = TypeVar("T", bound=Turn)
+T = TypeVar("T", bound=QueuedRequest)
 
 
-class Turns(Generic[T]):
-    """The requests that wait. Not safe against several threads at once."""
+class FairQueue(Generic[T]):
+    """The waiting requests. Not thread-safe."""
 
     def __init__(self, limits: Limits) -> None:
-        """Begin with none."""
+        """Start with an empty queue."""
         self.limits = limits
         self.waiting: list[T] = []
-        """In the order in which they go on, for each client: those that were set aside first."""
-        self._last: dict[int, int] = {}
-        """For each client, the number of the turn that it had last."""
-        self._turns = 0
+        """In the order in which each client's requests run: preempted ones first."""
+        self._last_scheduled: dict[int, int] = {}
+        """By client, the value of `_count` when it was scheduled last."""
+        self._count = 0
 
     def add(self, request: T) -> None:
-        """Have a request wait. Raises BusyError where too many of its client do."""
-        if sum(one.client == request.client and not one.gone for one in self.waiting) >= self.limits.waiting:
-            raise BusyError(f"{self.limits.waiting} requests for this model wait already; ask again later")
+        """Append a request. Raises BusyError if too many requests of its client are waiting."""
+        waiting = sum(other.client == request.client and not other.closed for other in self.waiting)
+        if waiting >= self.limits.max_waiting:
+            raise BusyError(f"{self.limits.max_waiting} requests for this model are waiting already; try again later")
         self.waiting.append(request)
 
-    def next(self, rows: Sequence[T]) -> tuple[list[T], list[T]]:
-        """Choose who joins the `rows` under way, and which of the rows are set aside for that; these wait again.
+    def schedule(self, running: Sequence[T]) -> tuple[list[T], list[T]]:
+        """Return the requests that join the batch, and the `running` ones that are preempted and wait again.
 
-        Nobody overtakes the next one for want of room.
+        If the next request does not fit, no request behind it is scheduled in its place.
         """
-        self.waiting = [request for request in self.waiting if not request.gone]
-        stay, joining, aside = [row for row in rows if not row.gone], list[T](), list[T]()
-        while (request := self._first(Counter(row.client for row in stay))) is not None:
-            leaving = self._in_the_way(stay, request)
+        self.waiting = [request for request in self.waiting if not request.closed]
+        staying, joining, preempted = [row for row in running if not row.closed], list[T](), list[T]()
+        while (request := self._next(Counter(row.client for row in staying))) is not None:
+            leaving = self._to_preempt(staying, request)
             if leaving is None:
                 break
-            self._turns += 1
-            self._last[request.client] = self._turns
+            self._count += 1
+            self._last_scheduled[request.client] = self._count
             self.waiting.remove(request)
             joining.append(request)
-            aside += leaving
-            stay = [*(row for row in stay if row not in leaving), request]
-        self.waiting = aside + self.waiting
-        return joining, aside
+            preempted += leaving
+            staying = [*(row for row in staying if row not in leaving), request]
+        self.waiting = preempted + self.waiting
+        return joining, preempted
 
-    def _first(self, under_way: Counter[int]) -> T | None:
-        most = self.limits.each or self.limits.rows
-        able = [one for one in self.waiting if under_way[one.client] < most]
-        return min(able, key=lambda one: (under_way[one.client], self._last.get(one.client, 0)), default=None)
+    def _next(self, running: Counter[int]) -> T | None:
+        """The next request to run, given the number of running requests by client."""
+        limit = self.limits.max_rows_per_client or self.limits.max_rows
+        eligible = [request for request in self.waiting if running[request.client] < limit]
 
-    def _in_the_way(self, rows: Sequence[T], request: T) -> list[T] | None:
-        """The rows that have to be set aside, so that a request can join; None where it has to wait."""
-        stay, leaving = list(rows), list[T]()
+        def priority(request: T) -> tuple[int, int]:
+            return running[request.client], self._last_scheduled.get(request.client, 0)
+
+        return min(eligible, key=priority, default=None)
+
+    def _to_preempt(self, rows: Sequence[T], request: T) -> list[T] | None:
+        """The rows to preempt so that a request fits; None if it has to wait."""
+        staying, leaving = list(rows), list[T]()
         counts = Counter(row.client for row in rows)
-        mine = counts[request.client]
-        while stay and not self._fits(stay, request):
-            able = [row for row in stay if counts[row.client] > mine + 1 or (mine == 0 and row.had >= SLICE)]
-            if not able:
+        own = counts[request.client]
+        while staying and not self._fits(staying, request):
+            preemptible = [
+                row for row in staying if counts[row.client] > own + 1 or (own == 0 and row.tokens_since_join >= SLICE)
+            ]
+            if not preemptible:
                 return None
-            row = max(reversed(able), key=lambda one: counts[one.client])
+            row = max(reversed(preemptible), key=lambda candidate: counts[candidate.client])
             counts[row.client] -= 1
-            stay.remove(row)
+            staying.remove(row)
             leaving.append(row)
         return leaving
 
     def _fits(self, rows: Sequence[T], request: T) -> bool:
-        tokens = max(one.longest for one in (*rows, request)) * (len(rows) + 1)
-        return len(rows) < self.limits.rows and tokens <= self.limits.tokens
+        tokens = max(row.max_length for row in (*rows, request)) * (len(rows) + 1)
+        return len(rows) < self.limits.max_rows and tokens <= self.limits.max_tokens
