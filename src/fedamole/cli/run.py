@@ -1,0 +1,181 @@
+"""`fedamole run`, `resume`, `show`, `demo` and `methods`. Heavy packages are imported inside the commands."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedamole.cli.options import AsJson, ConfigPath, Overrides, bundled_config, read_config, resumable
+from fedamole.cli.personal import BaseName
+from fedamole.terminal import say, say_json, screen
+
+if TYPE_CHECKING:
+    from fedamole.federation.progress import ProgressListener
+
+DEMO = ("local_only", "fedit", "fedamole")
+"""Methods that `fedamole demo` compares."""
+
+
+@contextmanager
+def _progress(title: str, as_json: bool) -> "Iterator[ProgressListener]":
+    """Show progress on standard error: progress bars on a terminal, lines elsewhere."""
+    from fedamole.cli.console import ProgressBars
+    from fedamole.federation.progress import PlainProgress
+
+    console = screen(error=True)
+    if not console.is_terminal or as_json:
+        yield PlainProgress(console)
+        return
+    listener = ProgressBars(console, title)
+    with listener.progress:
+        yield listener
+
+
+def _show(paths: list[Path], as_json: bool, with_clients: bool = True) -> None:
+    from fedamole.cli.console import show_runs
+    from fedamole.reporting.run_table import run_tables
+    from fedamole.reporting.runs import read_runs
+
+    if as_json:
+        say_json([table.as_json() for table in run_tables(read_runs(paths))])
+    else:
+        show_runs(paths, with_clients)
+
+
+def run(config: ConfigPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Train one method on one federation, evaluate it and save the clients' models.
+
+    Writes a run folder (runs/NAME, or run.folder) and prints its table of scores.
+
+      fedamole run                                        the bundled demo task with FedAMoLE
+
+      fedamole run my.toml                                the config my.toml
+
+      fedamole run my.toml method.name=fedit run.seed=1   the same with other settings
+    """
+    from fedamole.experiment import new_run_folder, start
+    from fedamole.reporting.runs import refuse_untrained
+
+    settings = read_config(config, overrides)
+    with new_run_folder(settings) as folder, resumable(folder):
+        screen(error=True).print(f"{settings.method_name} -> {folder}")
+        with _progress(settings.run.name, as_json) as listener:
+            summary = start(settings, folder, listener)
+    _show([folder], as_json)
+    memory = f"peak memory {summary['peak_memory_mib']:,.0f} MiB with {summary['group']} clients in lock-step"
+    screen(error=True).print(memory)
+    refuse_untrained(folder)
+
+
+def resume(
+    folder: Annotated[Path, typer.Argument(help="Folder of the interrupted run.")],
+    base: BaseName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue an interrupted run after its last finished round; the result is identical to an uninterrupted run.
+
+    Before it starts, it lists the files outside the run folder that the run's config reads (data, a base).
+
+      fedamole resume runs/mine
+    """
+    from fedamole.config import load_run_config
+    from fedamole.experiment import reads_outside
+    from fedamole.experiment import resume as resume_run
+    from fedamole.reporting.runs import refuse_untrained
+    from fedamole.runs.run_folder import RunFolder
+
+    run_folder = RunFolder.open(folder)
+    if not run_folder.finished and (paths := reads_outside(load_run_config(run_folder), folder, base=base is None)):
+        text = f"reads outside {folder}, as its config.toml says: {', '.join(paths)}"
+        screen(error=True).print(text, style="dim", soft_wrap=True)
+    with resumable(folder), _progress(folder.name, as_json) as listener:
+        resume_run(folder, listener, base)
+    _show([folder], as_json)
+    refuse_untrained(folder)
+
+
+def show(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or a folder with runs in it.")],
+    as_json: AsJson = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    clients: Annotated[bool, typer.Option(help="Show a row for each client.")] = True,
+) -> None:
+    """Show test scores of finished runs in one table: clients down, methods across.
+
+    Runs that differ only in the seed share a column, with mean ± standard deviation.
+
+      fedamole show runs/demo                       all runs in a folder
+
+      fedamole show runs/a runs/b --no-clients      two runs, summary only
+    """
+    if not markdown:
+        _show(runs, as_json, clients)
+        return
+    from fedamole.reporting.run_table import as_markdown, run_tables
+    from fedamole.reporting.runs import read_runs
+
+    for table in run_tables(read_runs(runs)):
+        say(as_markdown(table) + "\n")
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Explain this method; default: list all methods.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the methods with their paper and what they communicate, or explain one of them.
+
+    The explanation of a method has its round, its deviations from the paper, and its settings with their defaults.
+
+      fedamole methods
+
+      fedamole methods fedit
+    """
+    from fedamole.cli.console import show_method, show_methods
+    from fedamole.errors import ConfigError
+    from fedamole.reporting.method_descriptions import method_descriptions
+
+    descriptions = method_descriptions()
+    if name is not None and name not in descriptions:
+        from fedamole.config import nearest  # imports PyTorch
+
+        raise ConfigError(f"there is no method {name!r}{nearest(name, descriptions)}")
+    selected = [description for known, description in descriptions.items() if name in (None, known)]
+    if as_json:
+        say_json(selected)
+    elif name is not None:
+        show_method(screen(), selected[0])
+    else:
+        show_methods(screen(wide=150), selected)
+
+
+def demo(
+    folder: Annotated[Path, typer.Option(help="Folder for the demo's runs.")] = Path("runs/demo"),
+    as_json: AsJson = False,
+) -> None:
+    """Compare local training, one shared LoRA (FedIT) and FedAMoLE on a bundled task; takes one or two minutes.
+
+    Needs no network and no GPU.
+
+      fedamole demo
+
+      fedamole report runs/demo       an HTML report on the result
+    """
+    from fedamole.config import load_config
+    from fedamole.errors import RunError
+    from fedamole.experiment import start
+    from fedamole.files import new_folder
+    from fedamole.reporting.runs import refuse_untrained
+
+    if folder.exists():
+        raise RunError(f"{folder} exists already: `fedamole show {folder}` shows it, or choose --folder OTHER")
+    with new_folder(folder):
+        for name in DEMO:
+            with resumable(folder / name), _progress(name, as_json) as listener:
+                start(load_config(bundled_config(name)), folder / name, listener)
+    _show([folder], as_json)
+    if not as_json:
+        screen(error=True).print(f"Each client's model: {folder}/fedamole/clients/NAME/adapter")
+    for name in DEMO:
+        refuse_untrained(folder / name)
