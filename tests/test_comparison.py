@@ -180,7 +180,7 @@ def test_a_folder_with_other_settings_is_refused(study: Path, tmp_path: Path) ->
     assert "nothing is overwritten" in str(refused.value)
     with pytest.raises(RunError, match=r"method.assignment = 'random', but"):
         check_stored(load_comparison(changed('"random"\n', '"static"\n')))
-    with pytest.raises(RunError, match=r"fedit-s0: evaluation.pre_aggregation = True, but"):
+    with pytest.raises(RunError, match=r"evaluation.pre_aggregation = True, but"):
         check_stored(load_comparison(changed('"fedit_ft", ', "")))
     with pytest.raises(RunError, match=r"training.local_steps = 2, but"):
         check_shown(load_comparison(changed("local_steps=2", "local_steps=3")))

@@ -141,7 +141,7 @@ def test_the_work_of_clients_is_among_the_costs(runs: Any, copied: Any) -> None:
     assert values[place] == tokens > 0
     assert texts[place] == short_count(tokens)
     assert others[place] == ""
-    assert "parameters trained, per client" in costs["columns"]
+    assert "trained parameters per client" in costs["columns"]
     assert "as many as the method's paper takes" in str(dict(found["about"]["lines"])["Local training"])
     assert "no star with one seed" in found["test"]["caption"]
 
@@ -363,7 +363,7 @@ def test_the_command(runs: Any, tmp_path: Path) -> None:
     other = tmp_path / "config.toml"
     other.write_text("precious")
     for words, what in (
-        ((runs("fedit"), "--out", other), "is no report"),
+        ((runs("fedit"), "--out", other), "is not a report"),
         ((runs("fedit"), "--out", tmp_path), "is a folder"),
         ((tmp_path,), "neither a run folder"),
         ((runs("fedit"), runs("fedit", "data.partition_seed=1"), "--out", out), "a report is on one federation"),
