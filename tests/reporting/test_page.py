@@ -376,7 +376,7 @@ def test_the_command(runs: Any, tmp_path: Path) -> None:
 
 
 def test_live_follows_a_run_to_its_end(runs: Any, copied: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "LOOK", 0.05)
+    monkeypatch.setattr(commands, "POLL_SECONDS", 0.05)
     folder, whole, out = copied(runs("fedit"), unfinished=True), runs("fedit"), tmp_path / "r.html"
     seen: list[str] = []
 

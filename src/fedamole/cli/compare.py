@@ -31,10 +31,10 @@ def compare(
     Each trial is an ordinary run. The command can be repeated, also after Ctrl-C: it skips finished trials, resumes
     unfinished ones and retries failed ones.
 
+    Examples:
+
       fedamole compare small.toml --dry-run       list the trials
-
       fedamole compare small.toml --plot small.svg --csv small.csv
-
       fedamole compare small.toml --show          tables of what is finished
     """
     from fedamole.cli.trial_progress import TrialProgress, show_trials

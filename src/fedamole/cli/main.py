@@ -25,13 +25,13 @@ app = typer.Typer(
     help="Personalised federated fine-tuning of large language models.\n\n"
     "FedAMoLE gives each client its own mixture of LoRA experts and assigns the experts by the clients' data. It is "
     "compared with other federated methods on the same data.\n\n"
-    "[b]First steps[/b]\n\n"
-    "  fedamole demo                        compare three methods on bundled data (one or two minutes, CPU only)\n\n"
-    "  fedamole methods                     list the methods\n\n"
-    "  fedamole run CONFIG.toml             train one method on your data\n\n"
-    "  fedamole show runs/a runs/b          compare finished runs\n\n"
-    "  fedamole COMMAND --help              explain a command\n\n"
-    "[b]Exit codes[/b]  0 success · 1 other error · 2 config or arguments · 3 data · 4 base model or adapter · "
+    "[b]First steps:[/b]\n\n"
+    "  fedamole demo              compare three methods on bundled data (a minute or two, no GPU)\n"
+    "  fedamole methods           list the methods\n"
+    "  fedamole run CONFIG.toml   train one method on your data\n"
+    "  fedamole show runs/*       compare finished runs\n"
+    "  fedamole COMMAND --help    explain a command\n\n"
+    "[b]Exit codes:[/b] 0 success · 1 other error · 2 config or arguments · 3 data · 4 base model or adapter · "
     "5 run folder · 130 interrupted (`fedamole resume` continues the run)",
 )
 

@@ -1,5 +1,6 @@
 """Options that all commands share, and the report of the error that ends a command."""
 
+import inspect
 import math
 import platform
 import sys
@@ -8,13 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import click
 import typer
 from rich.console import Console
 from rich.text import Text
-from typer.core import TyperGroup, TyperOption
+from typer.core import TyperArgument, TyperGroup, TyperOption
+from typer.models import ArgumentInfo
 
 from fedamole import __version__
 from fedamole.errors import FedamoleError, describe_os_error
@@ -77,13 +79,14 @@ def resumable(folder: Path | None = None) -> Iterator[None]:
 
 
 class Commands(TyperGroup):
-    """The commands of the program. Adds -h, --version and --debug to all of them, and rejects nan and infinity."""
+    """The commands of the program. Adds -h, --version and --debug to all of them; nan and infinity are rejected."""
 
     def __init__(self, **attributes: Any) -> None:
         """Add the shared options to all commands, including those of subgroups."""
         super().__init__(**attributes)
         self.context_settings.setdefault("help_option_names", ["-h", "--help"])
         for command in _every(self):
+            _complete_help(command)
             hidden = command is not self
             command.params += [_flag("--version", "Show the version and exit.", hidden, _show_version)]
             command.params += [_flag(DEBUG, "Show the traceback if the command fails.", hidden)]
@@ -97,6 +100,24 @@ def _every(command: click.Command) -> Iterator[click.Command]:
     if isinstance(command, click.Group):
         for subcommand in command.commands.values():
             yield from _every(subcommand)
+
+
+def _complete_help(command: click.Command) -> None:
+    """Join the lines of each paragraph of a command's help, and set the help of its arguments.
+
+    Typer would keep the line breaks of the docstring. Typer 0.20 loses the help of arguments with click 8.4 or newer,
+    whose constructor of arguments sets `help` too.
+    """
+    paragraphs = inspect.cleandoc(command.help or "").split("\n\n")
+    joined = [text if text.startswith(" ") else text.replace("\n", " ") for text in paragraphs]
+    command.help = "\n\n".join(joined)
+    if command.callback is None:
+        return
+    hints = get_type_hints(command.callback, include_extras=True)
+    for parameter in command.params:
+        for declared in getattr(hints.get(parameter.name or ""), "__metadata__", ()):
+            if isinstance(parameter, TyperArgument) and isinstance(declared, ArgumentInfo):
+                parameter.help = declared.help
 
 
 Callback = Callable[[click.Context, click.Parameter, Any], Any]

@@ -33,10 +33,10 @@ def report(
     The page is one file that needs no network. Unfinished runs and the folders of a deployment's server and clients can
     be reported too.
 
+    Examples:
+
       fedamole report runs/demo                         report.html on all runs in a folder
-
       fedamole report runs/mine --live                  follow a run
-
       fedamole report runs/demo --figures figures       figures for a paper
     """
     from fedamole.reporting.figures import check_folder, draw_all

@@ -49,10 +49,10 @@ def run(config: ConfigPath = None, overrides: Overrides = None, as_json: AsJson 
 
     Writes a run folder (runs/NAME, or run.folder) and prints its table of scores.
 
+    Examples:
+
       fedamole run                                        the bundled demo task with FedAMoLE
-
       fedamole run my.toml                                the config my.toml
-
       fedamole run my.toml method.name=fedit run.seed=1   the same with other settings
     """
     from fedamole.experiment import new_run_folder, start
@@ -77,6 +77,8 @@ def resume(
     """Continue an interrupted run after its last finished round; the result is identical to an uninterrupted run.
 
     Before it starts, it lists the files outside the run folder that the run's config reads (data, a base).
+
+    Examples:
 
       fedamole resume runs/mine
     """
@@ -106,8 +108,9 @@ def show(
 
     Runs that differ only in the seed share a column, with mean ± standard deviation.
 
-      fedamole show runs/demo                       all runs in a folder
+    Examples:
 
+      fedamole show runs/demo                       all runs in a folder
       fedamole show runs/a runs/b --no-clients      two runs, summary only
     """
     if not markdown:
@@ -128,8 +131,9 @@ def methods(
 
     The explanation of a method has its round, its deviations from the paper, and its settings with their defaults.
 
-      fedamole methods
+    Examples:
 
+      fedamole methods
       fedamole methods fedit
     """
     from fedamole.cli.console import show_method, show_methods
@@ -158,8 +162,9 @@ def demo(
 
     Needs no network and no GPU.
 
-      fedamole demo
+    Examples:
 
+      fedamole demo
       fedamole report runs/demo       an HTML report on the result
     """
     from fedamole.config import load_config
