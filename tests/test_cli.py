@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
+import typer
 
 from fedamole.cli import main as cli
 from tests.conftest import heeding_interrupts
@@ -274,6 +276,18 @@ def test_help_names_every_command_and_exit_code(fedamole: Any) -> None:
     assert "130" in result.out
 
 
+def test_help_explains_every_argument_and_option(fedamole: Any) -> None:
+    command = typer.main.get_command(cli.app)
+    assert isinstance(command, click.Group)
+    for name, subcommand in command.commands.items():
+        assert subcommand.help, name
+        for parameter in [] if isinstance(subcommand, click.Group) else subcommand.params:
+            assert getattr(parameter, "help", None), f"{name}: {parameter.name}"
+    text = fedamole("run", "--help").out
+    assert "A TOML config" in text
+    assert "\n   fedamole run my.toml " in text, "examples have lines of their own"
+
+
 def test_run_and_resume_print_their_table_as_json(fedamole: Any, own: Path, tmp_path: Path, crash: Any) -> None:
     words = [*SMALL, "method.name=fedit", "run.name=mine", "federation.rounds=1"]
     found = fedamole("run", own, *words, "--json")
@@ -436,18 +450,6 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path, tiny: Path) -> None:
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "fedamole resume" in err.splitlines()[-1]
-
-
-def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import sys; sys.argv = ['fedamole', '--help']\n"
-        "from fedamole.cli.main import main\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip().endswith("[]"), done.stdout[-300:]
 
 
 CLINICS = ("北京市朝阳区医院", "مستشفى المدينة", "Nord/Süd", "nord/süd")

@@ -381,7 +381,7 @@ def test_an_interrupt_before_the_first_round_leaves_nothing(
     monkeypatch.setattr(experiment, "prepare", interrupted)
     result = fedamole("run", own, *SMALL)
     assert result.code == 130
-    assert result.line == "interrupted; no round had begun, and nothing was kept: start it again"
+    assert result.line == "interrupted; no round had begun and nothing was saved: start the run again"
     assert not (tmp_path / "runs").exists()
     monkeypatch.setattr(experiment, "plan", interrupted)
     assert fedamole("plan", own).code == 130

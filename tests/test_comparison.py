@@ -20,7 +20,7 @@ from fedamole.cli import main as cli
 from fedamole.comparison.budgets import within_bytes
 from fedamole.comparison.file import load_comparison
 from fedamole.comparison.run import check_shown, check_stored, preview, run_comparison
-from fedamole.comparison.trials import Cell, TrialListener
+from fedamole.comparison.trials import Trial, TrialListener
 from fedamole.errors import ConfigError, RunError
 from fedamole.experiment import plan
 from fedamole.reporting.results import best_validation_loss, read_scenarios
@@ -37,29 +37,29 @@ SMALL = [
 RANDOM = 'name = "fedamole"\nassignment = "random"\n'
 
 
-class Told(TrialListener):
-    """Remembers what became of the cells."""
+class Recorder(TrialListener):
+    """Records the progress of the trials."""
 
     def __init__(self) -> None:
         self.started: list[tuple[int, int]] = []
         self.done: list[str] = []
         self.failed: dict[str, str] = {}
 
-    def cells_started(self, cells: int, finished: int) -> None:
-        self.started.append((cells, finished))
+    def trials_started(self, trials: int, finished: int) -> None:
+        self.started.append((trials, finished))
 
-    def cell_done(self, cell: Cell, seconds: float, summary: Mapping[str, Any]) -> None:
-        self.done.append(cell.name)
+    def trial_done(self, trial: Trial, seconds: float, summary: Mapping[str, Any]) -> None:
+        self.done.append(trial.name)
 
-    def cell_failed(self, cell: Cell, seconds: float, error: str) -> None:
-        self.failed[cell.name] = error
+    def trial_failed(self, trial: Trial, seconds: float, error: str) -> None:
+        self.failed[trial.name] = error
 
 
 Write = Callable[..., Path]
 
 
 def written(folder: Path, tiny: Path, methods: list[str], variants: str = "", **settings: Any) -> Path:
-    """A comparison file in a folder, its cells in the folder's `out`."""
+    """A comparison file in a folder, its trials in the folder's `out`."""
     keys = {"name": "small", "methods": methods, "overrides": SMALL, "folder": str(folder / "out"), **settings}
     text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items() if value is not None)
     path = folder / "compare.toml"
@@ -74,15 +74,15 @@ def write(tmp_path: Path, tiny: Path) -> Write:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
-    """The file of a finished comparison: read its cells, do not write to them."""
+    """The file of a finished comparison: read its trials, do not write to them."""
     folder = tmp_path_factory.mktemp("study")
     variants = f"[variants.random]\n{RANDOM}"
     methods = ["random", "fedit_ft", "fedit", "local_only"]
     path = written(folder, tiny, methods, variants, seeds=[0, 1], workers=2)
-    told = Told()
-    assert run_comparison(load_comparison(path), told) == []
-    assert told.started == [(6, 0)], "fedit and fedit_ft are one run"
-    assert sorted(told.done) == sorted(f"tiny/{name}-s{seed}" for name in METHODS for seed in (0, 1))
+    recorder = Recorder()
+    assert run_comparison(load_comparison(path), recorder) == []
+    assert recorder.started == [(6, 0)], "fedit and fedit_ft are one run"
+    assert sorted(recorder.done) == sorted(f"tiny/{name}-s{seed}" for name in METHODS for seed in (0, 1))
     return path
 
 
@@ -96,7 +96,7 @@ def test_cells_are_ordinary_runs(study: Path, runs: Any, remains: Any) -> None:
     assert remains(comparison.folder / "tiny/local_only-s1") == remains(alone)
     fedit = read_run(comparison.folder / "tiny/fedit-s0")
     assert {"fedit", "fedit_ft"} <= set(fedit.summary["rows"])
-    [found] = read_scenarios(comparison.entries())
+    [found] = read_scenarios(comparison.results())
     assert list(found.methods) == ["base", "majority", "random", "fedit_ft", "fedit", "local_only"]
     assert found.methods["fedit"][0].measures["score"] == fedit.summary["rows"]["fedit"]["mean"]
     assert found.methods["fedit_ft"][0].measures["score"] == fedit.summary["rows"]["fedit_ft"]["mean"]
@@ -114,32 +114,35 @@ def test_finished_cells_are_skipped_and_unfinished_ones_resumed(
     shutil.rmtree(torn)
     os.rename(crash("round_started", 2, "local_only", *SMALL), torn)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("out/tiny/*/summary.json")}
-    does = {line["cell"]: line["does"] for line in preview(load_comparison(path))}
-    assert does == {f"tiny/{name}-s{seed}": "is finished" for name in METHODS for seed in (0, 1)} | {
-        "tiny/local_only-s0": "is resumed"
+    does = {line["trial"]: line["action"] for line in preview(load_comparison(path))}
+    assert does == {f"tiny/{name}-s{seed}": "skip (finished)" for name in METHODS for seed in (0, 1)} | {
+        "tiny/local_only-s0": "resume"
     }
-    told = Told()
-    run_comparison(load_comparison(path), told)
-    assert told.started == [(1, 5)]
-    assert told.done == ["tiny/local_only-s0"]
+    recorder = Recorder()
+    run_comparison(load_comparison(path), recorder)
+    assert recorder.started == [(1, 5)]
+    assert recorder.done == ["tiny/local_only-s0"]
     assert remains(torn) == remains(comparison.folder / "tiny/local_only-s0")
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
 def test_a_failed_cell_is_named_not_averaged_and_tried_again(write: Write, tmp_path: Path) -> None:
-    """20 experts cannot be placed on these clients, which shows when the cell runs; local_only goes on."""
+    """20 experts cannot be placed on these clients, which shows when the trial runs; local_only goes on."""
     path = write(["big", "local_only"], '[variants.big]\nname = "fedamole"\nexperts = 20\n')
     for _ in range(2):
-        told = Told()
-        [failed] = run_comparison(load_comparison(path), told)
-        assert "no expert assignment exists" in told.failed["tiny/big-s0"]
+        recorder = Recorder()
+        [failed] = run_comparison(load_comparison(path), recorder)
+        assert "no expert assignment exists" in recorder.failed["tiny/big-s0"]
         assert "\n" not in failed.error
-    assert told.started == [(1, 1)]
+    assert recorder.started == [(1, 1)]
     record = json.loads((tmp_path / "out/tiny/big-s0.failed.json").read_text())
     assert record["error"] == failed.error
-    [found] = read_scenarios(load_comparison(path).entries())
+    [found] = read_scenarios(load_comparison(path).results())
     assert list(found.methods) == ["base", "majority", "local_only"]
-    assert [line["does"][:18] for line in preview(load_comparison(path))] == ["is tried again; it", "is finished"]
+    assert [line["action"][:20] for line in preview(load_comparison(path))] == [
+        "run again; it failed",
+        "skip (finished)",
+    ]
 
 
 def test_a_killed_process_is_a_failed_cell_that_goes_on(write: Write, tmp_path: Path) -> None:
@@ -156,10 +159,10 @@ def test_a_killed_process_is_a_failed_cell_that_goes_on(write: Write, tmp_path: 
 
     killer = threading.Thread(target=kill)
     killer.start()
-    [failed] = run_comparison(load_comparison(path), Told())
+    [failed] = run_comparison(load_comparison(path), Recorder())
     killer.join()
     assert failed.error.startswith("its process was ended by SIGKILL")
-    assert run_comparison(load_comparison(path), Told()) == []
+    assert run_comparison(load_comparison(path), Recorder()) == []
     assert not failed.failure.exists()
     assert read_run(failed.path).summary["rounds"] == 10
 
@@ -170,19 +173,21 @@ def test_a_folder_with_other_settings_is_refused(study: Path, tmp_path: Path) ->
         path.write_text(study.read_text().replace(old, new))
         return path
 
-    with pytest.raises(RunError, match=r"random-s0: training.local_steps = 2 there, but .* now asks for 3") as refused:
-        run_comparison(load_comparison(changed("local_steps=2", "local_steps=3")), Told())
+    with pytest.raises(
+        RunError, match=r"random-s0: the stored run has training.local_steps = 2, but .* now has 3"
+    ) as refused:
+        run_comparison(load_comparison(changed("local_steps=2", "local_steps=3")), Recorder())
     assert "nothing is overwritten" in str(refused.value)
-    with pytest.raises(RunError, match=r"method.assignment = 'random' there, but"):
+    with pytest.raises(RunError, match=r"method.assignment = 'random', but"):
         check_stored(load_comparison(changed('"random"\n', '"static"\n')))
-    with pytest.raises(RunError, match=r"fedit-s0: evaluation.pre_aggregation = True there"):
+    with pytest.raises(RunError, match=r"evaluation.pre_aggregation = True, but"):
         check_stored(load_comparison(changed('"fedit_ft", ', "")))
-    with pytest.raises(RunError, match=r"training.local_steps = 2 there"):
+    with pytest.raises(RunError, match=r"training.local_steps = 2, but"):
         check_shown(load_comparison(changed("local_steps=2", "local_steps=3")))
     path = changed('name = "small"', 'name = "small"\nbudget = "bytes"')
     path.write_text(path.read_text().replace("federation.rounds=2", "federation.rounds=3"))
     check_shown(load_comparison(path))
-    with pytest.raises(RunError, match=r"federation.rounds = 2 there, but"):
+    with pytest.raises(RunError, match=r"federation.rounds = 2, but"):
         check_stored(load_comparison(path))
     place = '"evaluation.max_new_tokens=1", "run.threads=2", "run.group=3", "run.device=auto"'
     check_stored(load_comparison(changed('"evaluation.max_new_tokens=1"', place)))
@@ -193,26 +198,26 @@ def test_a_folder_with_other_settings_is_refused(study: Path, tmp_path: Path) ->
     [
         ({"worker": 2}, "", "unknown key worker; did you mean 'workers'?"),
         ({"name": None}, "", "name is missing"),
-        ({"workers": 0}, "", "workers = 0: at least 1"),
-        ({"seeds": [1, 1]}, "", "seeds: 1 stands there twice"),
+        ({"workers": 0}, "", "workers = 0: must be at least 1"),
+        ({"seeds": [1, 1]}, "", "seeds: 1 occurs twice"),
         ({"seeds": [0.5]}, "", "seeds[0] = 0.5: must be a whole number"),
         ({"budget": "time"}, "", "budget = 'time': must be one of 'steps', 'paper', 'both', 'bytes'"),
-        ({"bytes_of": "fedit"}, "", "bytes_of = 'fedit' is read with budget"),
+        ({"bytes_of": "fedit"}, "", "bytes_of = 'fedit' needs budget"),
         ({"methods": ["fedit", "fedamol"]}, "", "'fedamol' is neither a method nor one of [variants]; did you mean"),
-        ({"reference": "fedamole"}, "", "reference = 'fedamole' is none of methods"),
+        ({"reference": "fedamole"}, "", "reference = 'fedamole' is not one of methods"),
         ({"overrides": ["run.seed=3"]}, "", "the comparison sets run.seed itself"),
         ({"overrides": ["training.local_stepz=3"]}, "", "training.local_stepz; did you mean 'local_steps'"),
         ({"overrides": ["training"]}, "", "overrides: override 'training': write table.key=value"),
         (
             {"overrides": ["training.learning_rate=1"], "learning_rates": [1.0]},
             "",
-            "learning_rates chooses it; remove one",
+            "learning_rates sets it too; remove one",
         ),
-        ({}, "[variants.fedit]\nname = 'fedit'\n", "variants.fedit: a method is called so already"),
+        ({}, "[variants.fedit]\nname = 'fedit'\n", "variants.fedit: this is the name of a method"),
         ({}, "[variants.x]\nrank = 2\n", "variants.x has no method"),
         ({}, "[variants.x]\nname = 'fedit'\n", "variants.x is not compared"),
-        ({}, "[variants.'a/b']\nname = 'fedit'\n", "variants.a/b: letters, digits"),
-        ({}, "[variants.FedIT]\nname = 'fedit'\n", "variants.FedIT: it is the folder of 'fedit' on some systems"),
+        ({}, "[variants.'a/b']\nname = 'fedit'\n", "variants.a/b: the name becomes a folder; use only letters, digits"),
+        ({}, "[variants.FedIT]\nname = 'fedit'\n", "variants.FedIT: the same folder as 'fedit' on some systems"),
         ({"methods": ["x"]}, "[variants.x]\nname = 'fedit'\nrang = 2\n", "unknown key method.rang; did you mean"),
         ({"methods": ["x"]}, "[variants.x]\nname = 'fed'\n", "variants.x.name = 'fed': there is no such method"),
     ],
@@ -241,13 +246,13 @@ def test_rounds_that_fit_into_the_bytes_of_another_method(write: Write, runs: An
     many = [*SMALL, "federation.rounds=20"]
     settings = {"overrides": many, "budget": "bytes", "reference": "random", "bytes_of": "fedit"}
     comparison = load_comparison(write(["random", "fedit", "local_only"], f"[variants.random]\n{RANDOM}", **settings))
-    rounds = {line["cell"]: line["rounds"] for line in preview(comparison)}
+    rounds = {line["trial"]: line["rounds"] for line in preview(comparison)}
     sizes = {name: plan(runs.load(name, *SMALL)).bytes_down for name in ("fedit", "fedamole")}
     fit = int(20 * sizes["fedit"] // sizes["fedamole"])
     assert 2 <= fit < 20
     assert rounds == {"tiny/random-s0": fit, "tiny/fedit-s0": 20, "tiny/local_only-s0": 20}
     few = load_comparison(write(["random", "fedit"], f"[variants.random]\n{RANDOM}", budget="bytes", bytes_of="fedit"))
-    assert {line["rounds"] for line in preview(few) if "random" in line["cell"]} == {1}, "at least one round"
+    assert {line["rounds"] for line in preview(few) if "random" in line["trial"]} == {1}, "at least one round"
     with pytest.raises(ConfigError, match=r"local_only sends .* bytes a round: set bytes_of"):
         within_bytes(load_comparison(write(["local_only"], budget="bytes")))
 
@@ -255,33 +260,33 @@ def test_rounds_that_fit_into_the_bytes_of_another_method(write: Write, runs: An
 def test_the_rate_is_chosen_on_validation_and_its_run_used(write: Write, tmp_path: Path) -> None:
     path = write(["fedit", "fedit_ft"], learning_rates=[1e-6, 1e-2, 1e12], widen=0)
     first = preview(load_comparison(path))
-    assert [(line["cell"], line["does"]) for line in first] == [
-        ("tiny/grid/fedit-lr1e-06", "is run"),
-        ("tiny/grid/fedit-lr0.01", "is run"),
-        ("tiny/grid/fedit-lr1000000000000.0", "is run"),
-        ("tiny/fedit-s0", "waits for its learning rate"),
+    assert [(line["trial"], line["action"]) for line in first] == [
+        ("tiny/grid/fedit-lr1e-06", "run"),
+        ("tiny/grid/fedit-lr0.01", "run"),
+        ("tiny/grid/fedit-lr1000000000000.0", "run"),
+        ("tiny/fedit-s0", "wait for its learning rate"),
     ]
-    told = Told()
-    assert run_comparison(load_comparison(path), told) == []
-    assert told.started == [(3, 0), (0, 1)], "the first seed's cell is the grid's run"
+    recorder = Recorder()
+    assert run_comparison(load_comparison(path), recorder) == []
+    assert recorder.started == [(3, 0), (0, 1)], "the first seed's trial is the grid's run"
     comparison = load_comparison(path)
     [arm] = comparison.arms
-    losses = {rate: best_validation_loss(cell.path, "fedit") for rate, cell in comparison.grid(arm).items()}
+    losses = {rate: best_validation_loss(trial.path, "fedit") for rate, trial in comparison.grid_trials(arm).items()}
     assert losses[1e-2] < losses[1e-6]
     assert losses[1e12] == math.inf, "every update diverged, so the untrained base was scored"
     assert comparison.chosen(arm) == {"fedit": (1e-2, False), "fedit_ft": (1e-2, False)}
-    [found] = read_scenarios(comparison.entries())
+    [found] = read_scenarios(comparison.results())
     assert found.methods["fedit"][0].learning_rate == 1e-2
     assert not found.methods["fedit"][0].at_edge
     # Let the other rate be better for fedit_ft alone: then each method has a run of its own, at its own rate.
-    metrics = comparison.grid(arm)[1e-6].path / "metrics.jsonl"
+    metrics = comparison.grid_trials(arm)[1e-6].path / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     lines = [line | {"loss": 0.1} if line.get("method") == "fedit_ft" else line for line in lines]
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    cells = {cell.name: cell for cell in comparison.cells(arm)}
-    assert list(cells) == ["tiny/fedit-s0", "tiny/fedit_ft-s0"]
-    assert cells["tiny/fedit_ft-s0"].config.training.learning_rate == 1e-6
-    assert cells["tiny/fedit_ft-s0"].rows == {"fedit_ft": "fedit_ft"}
+    trials = {trial.name: trial for trial in comparison.trials(arm)}
+    assert list(trials) == ["tiny/fedit-s0", "tiny/fedit_ft-s0"]
+    assert trials["tiny/fedit_ft-s0"].config.training.learning_rate == 1e-6
+    assert trials["tiny/fedit_ft-s0"].variants == {"fedit_ft": "fedit_ft"}
 
 
 def test_an_interrupt_stops_everything_and_says_how_to_go_on(write: Write, tmp_path: Path) -> None:
@@ -298,9 +303,9 @@ def test_an_interrupt_stops_everything_and_says_how_to_go_on(write: Write, tmp_p
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert "the same command goes on" in err.splitlines()[-1]
-    assert not psutil.wait_procs(below, timeout=10)[1], "nobody runs on"
-    assert [line["does"] for line in preview(load_comparison(path))] == ["is resumed"]
+    assert "repeat the command to continue" in err.splitlines()[-1]
+    assert not psutil.wait_procs(below, timeout=10)[1], "no process is left"
+    assert [line["action"] for line in preview(load_comparison(path))] == ["resume"]
 
 
 def test_the_command_shows_and_writes_tables(
@@ -323,6 +328,6 @@ def test_the_command_shows_and_writes_tables(
     assert all(file.stat().st_size > 300 for file in files)
     assert "| fedit_ft |" in files[0].read_text()
     found = json.loads(call("--show", "--json"))
-    assert found["cells"] == {"finished": 6, "failed": 0, "unfinished": 0, "new": 0}
+    assert found["trials"] == {"finished": 6, "failed": 0, "unfinished": 0, "new": 0}
     assert {record["method"] for record in found["records"]} >= {"base", "majority", "fedit", "fedit_ft"}
-    assert "is finished" in call("--dry-run")
+    assert "skip (finished)" in call("--dry-run")

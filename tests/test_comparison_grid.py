@@ -1,4 +1,4 @@
-"""Learning-rate grids and budgets of a comparison: cells are made up, with a loss that is a function of the rate."""
+"""Learning-rate grids and budgets of a comparison, with fake runs whose loss is a function of the rate."""
 
 import json
 import math
@@ -13,14 +13,14 @@ from fedamole.comparison import run
 from fedamole.comparison.file import Comparison, load_comparison
 from fedamole.comparison.learning_rates import Choice, chosen, narrowness, widened
 from fedamole.comparison.run import outlook, preview, progress, run_comparison
-from fedamole.comparison.trials import Cell, TrialListener
+from fedamole.comparison.trials import Trial, TrialListener
 from fedamole.errors import ConfigError
 from fedamole.methods import METHODS
 from fedamole.reporting.results import read_scenarios
 from tests.test_comparison import written
 
 FIVE = [1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1]
-Loss = Callable[[Cell, str], float]
+Loss = Callable[[Trial, str], float]
 Write = Callable[..., Path]
 
 
@@ -32,53 +32,53 @@ def write(tmp_path: Path, tiny: Path) -> Write:
     return write
 
 
-def finish(cell: Cell, loss: Loss) -> None:
+def finish(trial: Trial, loss: Loss) -> None:
     """Write the files of a finished run of one client and one round."""
-    cell.path.mkdir(parents=True)
-    tables = cell.config.tables()
-    (cell.path / "config.toml").write_text(tomli_w.dumps(tables))
+    trial.path.mkdir(parents=True)
+    tables = trial.config.tables()
+    (trial.path / "config.toml").write_text(tomli_w.dumps(tables))
     base = {"weights": "w", "tokenizer": "t", "targets": "x"}
-    about = {"format": 1, "fedamole": "0", "id": "x", "method": cell.config.method_name, "base": base}
-    (cell.path / "run.json").write_text(json.dumps(about))
-    (cell.path / "manifest.json").write_text(json.dumps({"clients": ["a"]}))
+    about = {"format": 1, "fedamole": "0", "id": "x", "method": trial.config.method_name, "base": base}
+    (trial.path / "run.json").write_text(json.dumps(about))
+    (trial.path / "manifest.json").write_text(json.dumps({"clients": ["a"]}))
     lines: list[dict[str, Any]] = [{"round": 0, "client": "a", "split": "train", "steps": 1, "bytes_down": 1}]
     rows: dict[str, Any] = {}
-    for row in ("base", "majority", *cell.rows.values()):
-        value = loss(cell, row) if row in cell.rows.values() else 9.0
-        round_ = 0 if row in cell.rows.values() else -1
-        lines.append({"round": round_, "client": "a", "split": "validation", "method": row, "loss": value})
+    for variant in ("base", "majority", *trial.variants.values()):
+        value = loss(trial, variant) if variant in trial.variants.values() else 9.0
+        round_ = 0 if variant in trial.variants.values() else -1
+        lines.append({"round": round_, "client": "a", "split": "validation", "method": variant, "loss": value})
         values = {"a": {"score": 1.0, "loss": value}}
-        rows[row] = {"best_round": 0, "mean": 1.0, "worst": 1.0, "spread": 0.0, "last_mean": 1.0, "clients": values}
-    (cell.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        rows[variant] = {"best_round": 0, "mean": 1.0, "worst": 1.0, "spread": 0.0, "last_mean": 1.0, "clients": values}
+    (trial.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     costs = dict.fromkeys(("bytes_down_per_client_round", "bytes_up_per_client_round", "peak_memory_mib"), 1.0)
-    summary = {"format": 1, "method": cell.config.method_name, "rounds": 1, "rows": rows, **costs}
+    summary = {"format": 1, "method": trial.config.method_name, "rounds": 1, "rows": rows, **costs}
     summary |= {"seconds_update": 1.0, "seconds_evaluate": 1.0}
-    (cell.path / "summary.json").write_text(json.dumps(summary))
+    (trial.path / "summary.json").write_text(json.dumps(summary))
 
 
-class Made:
-    """Stands in for `run_cells`: finishes cells at once and remembers their names; after `most` of them it stops."""
+class FakeRuns:
+    """Replaces `run_trials`: finishes trials at once and records their names; interrupts after `most` of them."""
 
     def __init__(self, loss: Loss, most: int = 1000) -> None:
         self.loss, self.most = loss, most
         self.names: list[str] = []
 
-    def __call__(self, cells: Sequence[Cell], workers: int, listener: TrialListener) -> None:
-        for cell in cells:
-            if cell.state != "finished":
+    def __call__(self, trials: Sequence[Trial], workers: int, listener: TrialListener) -> None:
+        for trial in trials:
+            if trial.state != "finished":
                 if len(self.names) == self.most:
                     raise KeyboardInterrupt
-                finish(cell, self.loss)
-                self.names.append(cell.name)
+                finish(trial, self.loss)
+                self.names.append(trial.name)
 
 
 def best_at(rate: float) -> Loss:
-    return lambda cell, row: abs(math.log10(cell.config.training.learning_rate / rate))
+    return lambda trial, variant: abs(math.log10(trial.config.training.learning_rate / rate))
 
 
 def rates_of(comparison: Comparison) -> list[float]:
     [arm] = comparison.arms
-    return list(comparison.grid(arm))
+    return list(comparison.grid_trials(arm))
 
 
 @pytest.mark.parametrize(
@@ -96,76 +96,76 @@ def rates_of(comparison: Comparison) -> list[float]:
 def test_a_grid_is_widened_while_the_best_rate_is_at_an_edge(
     best: float, widen: int, grid: list[float], choice: Choice, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Made(best_at(best))
-    monkeypatch.setattr(run, "run_cells", made)
+    fake = FakeRuns(best_at(best))
+    monkeypatch.setattr(run, "run_trials", fake)
     path = write(["fedit"], learning_rates=FIVE, widen=widen, seeds=[0, 1])
     assert run_comparison(load_comparison(path), TrialListener()) == []
     comparison = load_comparison(path)
     [arm] = comparison.arms
     assert rates_of(comparison) == pytest.approx(grid, rel=1e-12)
     assert comparison.chosen(arm) == {"fedit": choice}
-    assert len(made.names) == len(grid) + 1, "the first seed's cell is the grid's run"
-    [found] = read_scenarios(comparison.entries())
+    assert len(fake.names) == len(grid) + 1, "the first seed's trial is the grid's run"
+    [found] = read_scenarios(comparison.results())
     assert {(result.learning_rate, result.at_edge) for result in found.methods["fedit"]} == {tuple(choice)}
 
 
 def test_a_widened_grid_goes_on_after_an_interrupt(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped after each number of cells in turn, the comparison comes to the same grid and trains nothing twice."""
+    """Stopped after each number of trials in turn, the comparison comes to the same grid and trains nothing twice."""
     path, names = write(["fedit", "fedit_ft"], learning_rates=FIVE), list[str]()
     for _ in range(30):
-        made = Made(best_at(1.0), most=1)
-        monkeypatch.setattr(run, "run_cells", made)
+        fake = FakeRuns(best_at(1.0), most=1)
+        monkeypatch.setattr(run, "run_trials", fake)
         try:
             run_comparison(load_comparison(path), TrialListener())
             break
         except KeyboardInterrupt:
-            names += made.names
+            names += fake.names
             comparison = load_comparison(path)
             waiting = progress(comparison)["new"]
             assert waiting == 1
-            assert any(line["does"].startswith("waits") for line in preview(comparison))
+            assert any(line["action"].startswith("wait ") for line in preview(comparison))
     assert rates_of(load_comparison(path)) == pytest.approx([*FIVE, 0.316, 1.0, 3.16])
-    assert len(names + made.names) == len(set(names + made.names)) == 8
+    assert len(names + fake.names) == len(set(names + fake.names)) == 8
     assert progress(load_comparison(path)) == {"finished": 1, "failed": 0, "unfinished": 0, "new": 0}
 
 
 def test_the_outlook_counts_cells_and_takes_the_mean_time(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of five rates are done in 120 s each; three and three seeds are left: 6 * 120 / 2 workers = 6 minutes."""
-    monkeypatch.setattr(run, "run_cells", Made(best_at(1e-2), most=2))
+    monkeypatch.setattr(run, "run_trials", FakeRuns(best_at(1e-2), most=2))
     path = write(["fedit"], learning_rates=FIVE, seeds=[0, 1, 2], workers=2)
-    assert outlook(load_comparison(path)) == "0 cells are finished, 8 are to be run, and wider grids may add some"
+    assert outlook(load_comparison(path)) == "0 trials are finished, 8 are left, and wider grids may add some"
     with pytest.raises(KeyboardInterrupt):
         run_comparison(load_comparison(path), TrialListener())
     for summary in load_comparison(path).folder.rglob("summary.json"):
         summary.write_text(json.dumps(json.loads(summary.read_text()) | {"seconds_update": 119.0}))
     assert outlook(load_comparison(path)) == (
-        "2 cells are finished, 6 are to be run, and wider grids may add some; at 120 s each, the mean of the finished "
-        "ones, that takes about 6 minutes"
+        "2 trials are finished, 6 are left, and wider grids may add some; at 120 s each (mean of the finished ones), "
+        "the rest takes about 6 minutes"
     )
 
 
 def test_two_methods_of_one_run_widen_it_both_ways(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     best = {"fedit": 0.1, "fedit_ft": 1e-3}
-    made = Made(lambda cell, row: abs(math.log10(cell.config.training.learning_rate / best[row])))
-    monkeypatch.setattr(run, "run_cells", made)
+    fake = FakeRuns(lambda trial, variant: abs(math.log10(trial.config.training.learning_rate / best[variant])))
+    monkeypatch.setattr(run, "run_trials", fake)
     path = write(["fedit", "fedit_ft"], learning_rates=FIVE)
     run_comparison(load_comparison(path), TrialListener())
     comparison = load_comparison(path)
     assert rates_of(comparison) == pytest.approx([3.16e-4, *FIVE, 0.316])
     assert comparison.chosen(comparison.arms[0]) == {"fedit": (0.1, False), "fedit_ft": (1e-3, False)}
     names = [f"tiny/{name}-s0" for name in ("fedit", "fedit_ft")]
-    assert [cell.name for cell in comparison.cells(comparison.arms[0])] == names
-    assert len(made.names) == 7
+    assert [trial.name for trial in comparison.trials(comparison.arms[0])] == names
+    assert len(fake.names) == 7
 
 
 def test_rates_at_which_a_run_diverges_are_infinitely_bad(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """From 0.01 on the loss is not a number: the best of the others is chosen, and nothing is added above."""
 
-    def loss(cell: Cell, row: str) -> float:
-        rate = cell.config.training.learning_rate
+    def loss(trial: Trial, variant: str) -> float:
+        rate = trial.config.training.learning_rate
         return math.nan if rate >= 0.01 else 1 / rate
 
-    monkeypatch.setattr(run, "run_cells", Made(loss))
+    monkeypatch.setattr(run, "run_trials", FakeRuns(loss))
     path = write(["fedit"], learning_rates=FIVE)
     run_comparison(load_comparison(path), TrialListener())
     comparison = load_comparison(path)
@@ -200,7 +200,7 @@ def test_a_narrow_grid_is_told(rates: list[float], told: str, write: Write, capl
 
 
 def test_one_rate_is_not_widened_and_is_at_an_edge(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "run_cells", Made(best_at(1e-2)))
+    monkeypatch.setattr(run, "run_trials", FakeRuns(best_at(1e-2)))
     path = write(["fedit"], learning_rates=[1e-2])
     run_comparison(load_comparison(path), TrialListener())
     assert load_comparison(path).chosen(load_comparison(path).arms[0]) == {"fedit": (1e-2, True)}
@@ -210,7 +210,7 @@ def test_one_rate_is_not_widened_and_is_at_an_edge(write: Write, monkeypatch: py
 
 
 def budgets(comparison: Comparison) -> dict[str, str]:
-    return {name: arm.tables["training"]["budget"] for arm in comparison.arms for name in arm.rows}
+    return {name: arm.tables["training"]["budget"] for arm in comparison.arms for name in arm.variants}
 
 
 def test_both_budgets_add_an_arm_where_they_differ(write: Write) -> None:
@@ -227,7 +227,7 @@ def test_both_budgets_add_an_arm_where_they_differ(write: Write) -> None:
         "fedrep-paper",
     )
     assert comparison.reference == "own-paper"
-    assert [list(arm.rows) for arm in comparison.arms] == [
+    assert [list(arm.variants) for arm in comparison.arms] == [
         ["fedit"],
         ["own"],
         ["own-paper"],
@@ -236,9 +236,9 @@ def test_both_budgets_add_an_arm_where_they_differ(write: Write) -> None:
     ]
     paper = {name for name, budget in budgets(comparison).items() if budget == "paper"}
     assert paper == {"own-paper", "fedrep-paper", "fedrep_ft-paper"}
-    cells = {cell.name: cell.config for cell in comparison.all_cells()}
-    assert cells["tiny/own-paper-s0"].training.budget == "paper"
-    assert cells["tiny/own-paper-s0"].tables()["method"] == cells["tiny/own-s0"].tables()["method"]
+    trials = {trial.name: trial.config for trial in comparison.all_trials()}
+    assert trials["tiny/own-paper-s0"].training.budget == "paper"
+    assert trials["tiny/own-paper-s0"].tables()["method"] == trials["tiny/own-s0"].tables()["method"]
 
 
 @pytest.mark.parametrize("budget", ["steps", "paper"])
@@ -249,7 +249,7 @@ def test_one_budget_for_all(budget: str, write: Write) -> None:
 
 
 def test_the_budget_of_the_runs_is_set_in_one_place(write: Write, tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"sets training.budget itself; remove it; set `budget`"):
+    with pytest.raises(ConfigError, match=r"sets training.budget itself; remove it; set `budget` instead"):
         load_comparison(write(["fedit"], overrides=["training.budget=paper"]))
     (tmp_path / "own.toml").write_text(f'extends = "{tiny}/config.toml"\n[training]\nbudget = "paper"\n')
     path = write(["fedit"])
@@ -259,7 +259,7 @@ def test_the_budget_of_the_runs_is_set_in_one_place(write: Write, tiny: Path, tm
     path.write_text(path.read_text().replace('name = "c"', 'name = "c"\nbudget = "bytes"'))
     [arm] = load_comparison(path).arms
     assert arm.tables["training"]["budget"] == "paper", "bytes leave the steps to the scenario"
-    with pytest.raises(ConfigError, match="makes 'ditto-paper' out of 'ditto'; rename"):
+    with pytest.raises(ConfigError, match="adds 'ditto-paper' for 'ditto'; rename"):
         load_comparison(write(["ditto", "ditto-paper"], '[variants.ditto-paper]\nname = "fedit"\n', budget="both"))
 
 
@@ -275,7 +275,7 @@ def test_every_method_that_is_scored_after_the_aggregation_and_its_variant_are_o
     )
     labels = [*methods, *(f"mine-{name}" for name in methods)]
     arms = load_comparison(write(labels, variants, budget="both")).arms
-    shared: dict[str, Mapping[str, str]] = {arm.name: arm.rows for arm in arms}
+    shared: dict[str, Mapping[str, str]] = {arm.name: arm.variants for arm in arms}
     for name in pairs:
         twice = [("", "")] if not METHODS[name].budgets_differ else [("", ""), ("", "-paper")]
         for before in ("", "mine-"):
@@ -294,8 +294,8 @@ def small_setting(method: str) -> str:
     ("settings", "told"),
     [
         ({"learning_rates": [0.0, 1.0]}, "learning_rates: 0 must be above 0"),
-        ({"widen": -1}, "widen = -1: the number of rates to add"),
-        ({"reference": "ditto-paper"}, "reference = 'ditto-paper' is none of methods; did you mean 'ditto'"),
+        ({"widen": -1}, "widen = -1: must be at least 0"),
+        ({"reference": "ditto-paper"}, "reference = 'ditto-paper' is not one of methods; did you mean 'ditto'"),
     ],
 )
 def test_mistakes_are_told(settings: dict[str, Any], told: str, write: Write) -> None:

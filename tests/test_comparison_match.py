@@ -40,7 +40,7 @@ def mean(config: Config, folder: Path) -> float:
 
 
 def configs(comparison: Comparison) -> dict[str, Config]:
-    return {name: to_config(arm.tables) for arm in comparison.arms for name in arm.rows}
+    return {name: to_config(arm.tables) for arm in comparison.arms for name in arm.variants}
 
 
 def parameters(config: Config) -> Any:
@@ -109,7 +109,7 @@ def test_both_rows_and_both_budgets_of_a_method_have_one_size(write: Write) -> N
 def test_sizes_come_before_bytes_and_stand_in_the_preview(write: Write) -> None:
     settings = {"match": "parameters", "budget": "bytes", "overrides": ["federation.rounds=20"]}
     path = write(["fedamole", "fedit"], **settings)
-    lines = {line["cell"]: line for line in preview(load_comparison(path))}
+    lines = {line["trial"]: line for line in preview(load_comparison(path))}
     rank = parameters(configs(planned(load_comparison(path)))["fedit"]).rank
     assert lines["tiny/fedamole-s0"]["size"] == "rank 8"
     assert lines["tiny/fedit-s0"]["size"] == f"rank {rank}"
@@ -120,13 +120,13 @@ def test_sizes_come_before_bytes_and_stand_in_the_preview(write: Write) -> None:
 def test_stored_sizes_are_taken_as_they_are_for_tables_alone(write: Write) -> None:
     path = write(["fedamole", "fedit"], match="parameters")
     comparison = planned(load_comparison(path))
-    [cell] = [cell for cell in comparison.all_cells() if cell.name == "tiny/fedit-s0"]
-    cell.path.mkdir(parents=True)
-    (cell.path / "config.toml").write_text(tomli_w.dumps(cell.config.tables()))
-    (cell.path / "run.json").write_text("{}")
+    [trial] = [trial for trial in comparison.all_trials() if trial.name == "tiny/fedit-s0"]
+    trial.path.mkdir(parents=True)
+    (trial.path / "config.toml").write_text(tomli_w.dumps(trial.config.tables()))
+    (trial.path / "run.json").write_text("{}")
     check_shown(load_comparison(path))
     check_stored(comparison)
-    with pytest.raises(RunError, match=r"method\.(alpha|rank) = .* there, but"):
+    with pytest.raises(RunError, match=r"method\.(alpha|rank) = .*, but"):
         check_stored(load_comparison(path))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedamole import demo_runs
+from fedamole.cli import demo_runs
 from fedamole.cli import main as cli
 from fedamole.cli.options import bundled_config
 from fedamole.comparison.trials import LOCK

@@ -422,7 +422,7 @@ def test_what_is_read_outside_is_said_before_it_is_read(received: Arena, tiny: P
     config["data"]["source"][0]["path"] = str(received.outside / "secret.json")
     (received.run / "config.toml").write_text(tomli_w.dumps(config))
     said = call("resume", received.run)
-    line = next(line for line in said.err.splitlines() if line.startswith("reads what "))
+    line = next(line for line in said.err.splitlines() if line.startswith("reads outside "))
     for path in (received.outside / "secret.json", tiny / "mood.jsonl", tiny / "base"):
         assert str(path) in line
     assert said.code == 3

@@ -59,8 +59,8 @@ def test_its_numbers(runs: Any) -> None:
         scores, own = table(text_of(run, who), "Test scores"), rows["fedamole"]["clients"][who]
         assert scores["model"] == [headline, "loss"]
         assert scores["this model"] == [f"{own['score']:.1f}", f"{own['loss']:.4f}"]
-        assert scores["the untuned base"][1] == f"{rows['base']['clients'][who]['loss']:.4f}"
-        assert scores["the most frequent answer, always"] == [f"{rows['majority']['clients'][who]['score']:.1f}", ""]
+        assert scores["untuned base"][1] == f"{rows['base']['clients'][who]['loss']:.4f}"
+        assert scores["constant answer (the most frequent)"] == [f"{rows['majority']['clients'][who]['score']:.1f}", ""]
     text = text_of(run, "chat")
     assert table(text, "Data")["train"] == [str(len(record.train.rows))]
     assert "answers in free text" in text
@@ -82,7 +82,7 @@ def test_a_second_row_has_its_own(runs: Any) -> None:
     for row, folder in (("fedit", "adapter"), ("fedit_ft", "adapter-fedit_ft")):
         text = text_of(runs(*TWO_ROWS), "mood", folder)
         assert table(text, "Test scores")["this model"][1] == f"{rows[row]['clients']['mood']['loss']:.4f}"
-        assert ("after local training, before the round's aggregation" in text) == (row == "fedit_ft")
+        assert ("after local training, before the aggregation" in text) == (row == "fedit_ft")
 
 
 @pytest.mark.parametrize("words", [("fedamole",), TWO_ROWS, ("feddpa",)], ids=lambda words: words[0])
@@ -120,7 +120,7 @@ def test_its_ways_to_load_it(method: str, runs: Any, tiny: Path) -> None:
     """The card's own lines, with the two folders filled in, give the model of the bank."""
     folder = runs(method) / "clients/mood/adapter"
     text = (folder / "README.md").read_text()
-    assert ("import fedamole  # teaches" in text) == (method == "fedamole")
+    assert ("import fedamole  # registers" in text) == (method == "fedamole")
     bank, adapters = open_bank([find_model(runs(method), "mood")], "cpu")
     bank.load(adapters)
     ids = (5, 9, 14, 33)

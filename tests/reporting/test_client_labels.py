@@ -68,11 +68,11 @@ def test_a_client_is_named_by_its_folder_its_value_or_its_label(run: Path) -> No
 
 
 def test_a_comparison_shows_values_and_keeps_names_in_its_records(run: Path) -> None:
-    from fedamole.comparison.tables import as_csv, as_markdown, records, sheets
-    from fedamole.reporting.results import Entry, read_scenarios
+    from fedamole.comparison.tables import as_csv, as_markdown, as_records, build_tables
+    from fedamole.reporting.results import TrialResult, read_scenarios
 
-    scenarios = read_scenarios([Entry("a", "fedit", "fedit", 0, run)])
-    text, numbers = as_markdown(sheets(scenarios, "fedit")), as_csv(records(scenarios, "fedit"))
+    scenarios = read_scenarios([TrialResult("a", "fedit", "fedit", 0, run)])
+    text, numbers = as_markdown(build_tables(scenarios, "fedit")), as_csv(as_records(scenarios, "fedit"))
     for value in VALUES[:3]:
         assert f"site-{value}" in text
         assert joined_name("site", value) not in text

@@ -12,13 +12,22 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from fedamole.comparison.plot import check_picture, draw
-from fedamole.comparison.tables import FIELDS, Sheet, as_csv, as_latex, as_markdown, latex_text, records, sheets
+from fedamole.comparison.plot import check_plot, draw
+from fedamole.comparison.tables import (
+    FIELDS,
+    Table,
+    as_csv,
+    as_latex,
+    as_markdown,
+    as_records,
+    build_tables,
+    latex_text,
+)
 from fedamole.errors import ConfigError, RunError
-from fedamole.reporting.results import Entry, Scenario, best_validation_loss, gains, read_scenarios
-from fedamole.reporting.significance import clear_best, gain, signed_rank
+from fedamole.reporting.results import Scenario, TrialResult, best_validation_loss, gains, read_scenarios
+from fedamole.reporting.significance import clear_best, gain, signed_rank, t_quantile
 
-Make = Callable[..., Entry]
+Make = Callable[..., TrialResult]
 
 
 def row(scores: dict[str, float], losses: dict[str, float] | None = None, best_round: int | None = 1) -> dict[str, Any]:
@@ -40,7 +49,7 @@ def row(scores: dict[str, float], losses: dict[str, float] | None = None, best_r
 def make(tmp_path: Path) -> Make:
     """Write a finished run's folder: a method with two clients, 2 rounds, 3 and 5 steps a round."""
 
-    def made(
+    def write_run(
         method: str,
         seed: int,
         scores: dict[str, float],
@@ -52,7 +61,7 @@ def make(tmp_path: Path) -> Make:
         rounds: int = 2,
         at_edge: bool = False,
         **counts: int,
-    ) -> Entry:
+    ) -> TrialResult:
         folder = tmp_path / scenario / f"{method}-s{seed}"
         folder.mkdir(parents=True)
         losses = losses or dict.fromkeys(scores, 1.0)
@@ -96,9 +105,9 @@ def make(tmp_path: Path) -> Make:
             **costs,
         }
         (folder / "summary.json").write_text(json.dumps(summary))
-        return Entry(scenario, method, method, seed, folder, at_edge)
+        return TrialResult(scenario, method, method, seed, folder, at_edge)
 
-    return made
+    return write_run
 
 
 @pytest.fixture
@@ -114,13 +123,13 @@ def two(make: Make) -> list[Scenario]:
     )
 
 
-def table(sheet: Sheet) -> dict[str, dict[str, str]]:
-    return {line[0]: dict(zip(sheet.head[1:], line[1:], strict=True)) for line in sheet.body}
+def as_dict(table: Table) -> dict[str, dict[str, str]]:
+    return {line[0]: dict(zip(table.head[1:], line[1:], strict=True)) for line in table.body}
 
 
 def test_methods_of_a_scenario(two: list[Scenario]) -> None:
     """Ours: 60 and 70, deviation sqrt(2 * 25) = 7.1; losses 1.5 and 1.0; (3 + 5) / 2 clients = 4 steps a round."""
-    found = table(sheets(two, "ours")[0])
+    found = as_dict(build_tables(two, "ours")[0])
     assert list(found) == ["base", "majority", "ours", "theirs"]
     assert found["ours"] == {
         "score": "65.0 ± 7.1",
@@ -143,7 +152,7 @@ def test_methods_of_a_scenario(two: list[Scenario]) -> None:
         "loss": "4.000",
     }
     assert found["majority"]["loss"] == ""
-    assert "seeds 0, 1" in sheets(two, "ours")[0].caption
+    assert "seeds 0, 1" in build_tables(two, "ours")[0].caption
 
 
 def test_the_best_is_starred_where_it_is_clearly_better_than_the_second(make: Make) -> None:
@@ -160,28 +169,28 @@ def test_the_best_is_starred_where_it_is_clearly_better_than_the_second(make: Ma
             make("worse", 1, {"a": 90.0, "b": 10.0}),
         ]
     )
-    methods, clients = (table(sheet) for sheet in sheets([found], "ours")[:2])
+    methods, clients = (as_dict(table) for table in build_tables([found], "ours")[:2])
     assert methods["ours"]["score"] == "70.0 ± 0.0*"
     assert methods["ours"]["worst client"] == "60.0 ± 0.0*"
     assert methods["ours"]["loss"] == "1.475 ± 0.672"
     assert not any("*" in cell for name in ("theirs", "worse") for cell in methods[name].values())
     assert clients["ours"] == {"a": "60.0 ± 0.0*", "b": "80.0 ± 0.0*", "mean": "70.0 ± 0.0*"}
-    assert "no star with one seed" in sheets([found], "ours")[0].caption
+    assert "no star with one seed" in build_tables([found], "ours")[0].caption
 
 
 def test_a_run_in_which_nothing_was_trained_gets_no_star(make: Make) -> None:
     tops = {"ours": 9.0, "theirs": 5.0, "worse": 1.0}
-    entries = [make(name, seed, {"a": top, "b": top}) for name, top in tops.items() for seed in (0, 1)]
-    path = entries[0].path / "summary.json"
+    trials = [make(name, seed, {"a": top, "b": top}) for name, top in tops.items() for seed in (0, 1)]
+    path = trials[0].path / "summary.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"updates": 4, "left_out": 4}))
-    methods, clients = (table(sheet) for sheet in sheets(read_scenarios(entries), "ours")[:2])
+    methods, clients = (as_dict(table) for table in build_tables(read_scenarios(trials), "ours")[:2])
     assert [methods[name]["score"] for name in tops] == ["9.0 ± 0.0", "5.0 ± 0.0*", "1.0 ± 0.0"]
     assert [clients[name]["a"] for name in tops] == ["9.0 ± 0.0", "5.0 ± 0.0*", "1.0 ± 0.0"]
 
 
 def test_one_seed_gets_no_star(make: Make) -> None:
     [found] = read_scenarios([make("ours", 0, {"a": 90.0, "b": 90.0}), make("theirs", 0, {"a": 1.0, "b": 1.0})])
-    assert not any("*" in cell for sheet in sheets([found], "ours") for line in sheet.body for cell in line)
+    assert not any("*" in cell for table in build_tables([found], "ours") for line in table.body for cell in line)
 
 
 def test_what_is_clearly_best() -> None:
@@ -205,14 +214,14 @@ def test_work_and_learning_rate_are_columns(make: Make) -> None:
     scores = {"a": 1.0, "b": 1.0}
     counts = {"forward_tokens": 20, "backward_tokens": 1500, "trained_parameters": 250_000}
     found = read_scenarios([make("ours", 0, scores, at_edge=True, **counts), make("older", 0, scores)])
-    lines = table(sheets(found, "ours")[0])
+    lines = as_dict(build_tables(found, "ours")[0])
     columns = ("forward tokens", "backward tokens", "trained parameters", "learning rate")
     assert [lines["ours"][column] for column in columns] == ["40", "3.00k", "250k", "0.01 (edge)"]
     assert [lines["older"][column] for column in columns] == ["", "", "", "0.01"]
-    caption = sheets(found, "ours")[0].caption
+    caption = build_tables(found, "ours")[0].caption
     assert "backward tokens: read in forward and backward passes" in caption
-    assert "(edge): the lowest or highest learning rate that was tried" in caption
-    told = [record for record in records(found, "ours") if record["table"] == "methods"]
+    assert "(edge): the lowest or highest learning rate tried" in caption
+    told = [record for record in as_records(found, "ours") if record["table"] == "methods"]
     numbers = {(record["method"], record["measure"]): record["mean"] for record in told}
     assert numbers["ours", "backward_tokens"] == 3000.0
     assert (numbers["ours", "learning_rate_at_edge"], numbers["older", "learning_rate_at_edge"]) == (1.0, 0.0)
@@ -224,7 +233,9 @@ def test_methods_of_another_size_are_marked_where_sizes_were_to_match(make: Make
     found = read_scenarios([make(name, 0, scores, trained_parameters=size) for name, size in sizes.items()])
 
     def column(matched: bool) -> dict[str, str]:
-        return {name: line["trained parameters"] for name, line in table(sheets(found, "ours", matched)[0]).items()}
+        return {
+            name: line["trained parameters"] for name, line in as_dict(build_tables(found, "ours", matched)[0]).items()
+        }
 
     assert column(matched=False) == {
         "base": "",
@@ -238,7 +249,7 @@ def test_methods_of_another_size_are_marked_where_sizes_were_to_match(make: Make
         "far": "1.10k (not matched)",
         "small": "899 (not matched)",
     }
-    assert "differs by more than 10% from that of ours" in sheets(found, "ours", matched=True)[0].caption
+    assert "differs by more than 10% from that of ours" in build_tables(found, "ours", matched=True)[0].caption
 
 
 def test_a_diverged_run_is_in_the_tables(make: Make, tmp_path: Path) -> None:
@@ -251,18 +262,18 @@ def test_a_diverged_run_is_in_the_tables(make: Make, tmp_path: Path) -> None:
             make("theirs", 1, scores),
         ]
     )
-    assert table(sheets(found, "ours")[0])["ours"]["loss"] == "nan ± nan"
-    assert as_csv(records(found, "ours"))
+    assert as_dict(build_tables(found, "ours")[0])["ours"]["loss"] == "nan ± nan"
+    assert as_csv(as_records(found, "ours"))
     draw(tmp_path / "p.svg", found)
 
 
 def test_clients_of_a_scenario(two: list[Scenario]) -> None:
     """More methods than clients: methods go down; without two of them, across."""
-    found = table(sheets(two, "ours")[1])
+    found = as_dict(build_tables(two, "ours")[1])
     assert found["ours"] == {"a": "55.0 ± 7.1", "b": "75.0 ± 7.1", "mean": "65.0 ± 7.1"}
     assert found["theirs"]["b"] == "65.0 ± 7.1"
     few = replace(two[0], methods={name: two[0].methods[name] for name in ("base", "ours")})
-    found = table(sheets([few], "ours")[1])
+    found = as_dict(build_tables([few], "ours")[1])
     assert found["a"] == {"base": "5.0", "ours": "55.0 ± 7.1"}
     assert found["mean"]["ours"] == "65.0 ± 7.1"
 
@@ -276,15 +287,31 @@ def test_gains_over_pairs_and_clients(two: list[Scenario]) -> None:
     assert found.mean == 12.5
     half = 3.182446305284263 * math.sqrt(275 / 3) / 2
     assert (found.low, found.high) == pytest.approx((12.5 - half, 12.5 + half))
-    assert found.p_pairs == stats.wilcoxon([10.0, 20.0, 0.0, 20.0]).pvalue
-    assert found.p_clients == stats.wilcoxon([15.0, 10.0]).pvalue
+    assert found.p_pairs == pytest.approx(stats.wilcoxon([10.0, 20.0, 0.0, 20.0]).pvalue)
+    assert found.p_clients == pytest.approx(stats.wilcoxon([15.0, 10.0]).pvalue)
     # Losses: a 1 - 2, 1 - 1.5; b 2 - 2.5, 1 - 0.5: lower is better, so three wins and a loss.
     assert (loss.measure, loss.gain.mean, loss.gain.wins, loss.gain.losses) == ("loss", -0.375, 3, 1)
     assert loss.gain.p_pairs == stats.wilcoxon([-1.0, -0.5, -0.5, 0.5]).pvalue
-    line = sheets(two, "ours")[-1].body[0]
+    line = build_tables(two, "ours")[-1].body[0]
     assert line[:5] == ("s", "theirs", "score", "4", "+12.5")
     assert line[5] == "-2.7 to +27.7"
     assert line[-1] == "3 / 1 / 0"
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 10, 29, 30, 101, 2000])
+def test_t_quantiles_are_those_of_scipy(degrees: int) -> None:
+    assert t_quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 13, 14, 50, 51, 80])
+@pytest.mark.parametrize("ties", [False, True])
+def test_signed_rank_p_values_are_those_of_scipy(count: int, ties: bool) -> None:
+    """Exact for few differences, approximate for many; ties and zeros lower the limit."""
+    values = [math.sin(17 * index + 1) + 0.2 for index in range(count)]
+    if ties:
+        values = [float(round(3 * value)) for value in values]
+    assert any(values)
+    assert signed_rank(values) == pytest.approx(stats.wilcoxon(values).pvalue, rel=1e-12)
 
 
 def test_six_pairs_of_one_sign_have_a_known_p() -> None:
@@ -312,7 +339,7 @@ def test_only_pairs_that_both_have_count_and_missing_seeds_are_named(make: Make)
     )
     assert gains([found], "ours")[0].gain.pairs == 2
     assert gains([found], "ours")[0].gain.mean == 15.0
-    assert "theirs (1 of 2 seeds)" in table(sheets([found], "ours")[0])
+    assert "theirs (1 of 2 seeds)" in as_dict(build_tables([found], "ours")[0])
 
 
 def test_scenarios_side_by_side(make: Make) -> None:
@@ -326,8 +353,8 @@ def test_scenarios_side_by_side(make: Make) -> None:
             make("ours", 1, {"x": 40.0, "y": 40.0}, scenario="t"),
         ]
     )
-    made = {sheet.title: sheet for sheet in sheets(found, "ours")}
-    lines = table(made["methods over scenarios"])
+    by_title = {table.title: table for table in build_tables(found, "ours")}
+    lines = as_dict(by_title["methods over scenarios"])
     assert lines["ours"] == {"s": "65.0 ± 7.1", "t": "30.0 ± 14.1", "average": "47.5 ± 10.6"}
     assert lines["theirs"] == {"s": "55.0", "t": "", "average": ""}
     assert lines["base"]["average"] == "5.0"
@@ -350,9 +377,9 @@ def test_pairs_of_all_scenarios_are_pooled(make: Make) -> None:
 
 
 def test_other_data_make_no_table(make: Make) -> None:
-    entries = [make("ours", 0, {"a": 1.0, "b": 1.0}), make("theirs", 0, {"a": 1.0, "b": 1.0}, weights="other")]
+    trials = [make("ours", 0, {"a": 1.0, "b": 1.0}), make("theirs", 0, {"a": 1.0, "b": 1.0}, weights="other")]
     with pytest.raises(RunError, match=r"theirs-s0 .*had different data, splits or base"):
-        read_scenarios(entries)
+        read_scenarios(trials)
 
 
 def test_examples_read_forward_only_are_shown_where_a_method_has_them(make: Make) -> None:
@@ -362,7 +389,7 @@ def test_examples_read_forward_only_are_shown_where_a_method_has_them(make: Make
             make("theirs", 0, {"a": 1.0, "b": 1.0}),
         ]
     )
-    lines = table(sheets([found], "ours")[0])
+    lines = as_dict(build_tables([found], "ours")[0])
     assert (lines["ours"]["probed"], lines["theirs"]["probed"]) == ("10.0", "")
 
 
@@ -373,7 +400,7 @@ def test_rounds_that_differ_are_named_in_the_caption(make: Make) -> None:
             make("theirs", 0, {"a": 1.0, "b": 1.0}, rounds=6),
         ]
     )
-    caption = sheets([found], "ours")[0].caption
+    caption = build_tables([found], "ours")[0].caption
     assert "Rounds: ours 2, theirs 6." in caption
 
 
@@ -415,7 +442,7 @@ def test_a_run_whose_every_update_failed_is_infinitely_bad(make: Make) -> None:
 
 
 def test_csv_parses_back(two: list[Scenario]) -> None:
-    lines = list(csv.DictReader(io.StringIO(as_csv(records(two, "ours")))))
+    lines = list(csv.DictReader(io.StringIO(as_csv(as_records(two, "ours")))))
     assert tuple(lines[0]) == FIELDS
     [score] = [
         line for line in lines if (line["table"], line["method"], line["measure"]) == ("methods", "ours", "score")
@@ -430,22 +457,22 @@ def test_csv_parses_back(two: list[Scenario]) -> None:
     assert float(client["mean"]) == 65.0
     [difference] = [line for line in lines if line["table"] == "gains" and line["measure"] == "score"]
     assert (float(difference["mean"]), difference["n"], difference["wins"]) == (12.5, "4", "3")
-    assert json.loads(json.dumps(records(two, "ours")))[0]["table"] == "methods"
+    assert json.loads(json.dumps(as_records(two, "ours")))[0]["table"] == "methods"
 
 
 def test_latex_escapes() -> None:
     assert latex_text(r"a_b & 5% ± 1* \x {y} <") == (r"a\_b \& 5\% $\pm$ 1$^{*}$ \textbackslash{}x \{y\} $<$")
-    text = as_latex([Sheet("t_1", "100 %", ("m", "x"), (("a_b", "1.0"),))])
+    text = as_latex([Table("t_1", "100 %", ("m", "x"), (("a_b", "1.0"),))])
     assert r"a\_b & 1.0 \\" in text
     assert r"\begin{tabular}{lr}" in text
     assert r"100 \%" in text
 
 
 def test_markdown_has_as_many_cells_in_every_line(two: list[Scenario]) -> None:
-    for block in as_markdown(sheets(two, "ours")).split("### ")[1:]:
+    for block in as_markdown(build_tables(two, "ours")).split("### ")[1:]:
         lines = [line for line in block.splitlines() if line.startswith("|")]
         assert len({line.count("|") for line in lines}) == 1
-    assert as_markdown([Sheet("t", "", ("m",), (("a|b*",),))]).splitlines()[-3] == r"| a\|b\* |"
+    assert as_markdown([Table("t", "", ("m",), (("a|b*",),))]).splitlines()[-3] == r"| a\|b\* |"
 
 
 def test_the_picture(two: list[Scenario], tmp_path: Path) -> None:
@@ -455,4 +482,4 @@ def test_the_picture(two: list[Scenario], tmp_path: Path) -> None:
     assert (tmp_path / "p.svg").read_bytes() == (tmp_path / "q.svg").read_bytes()
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match=r"p\.jpeg: the name must end with"):
-        check_picture(tmp_path / "p.jpeg")
+        check_plot(tmp_path / "p.jpeg")

@@ -29,11 +29,11 @@ from fedamole.reporting.page import palette
 from fedamole.reporting.page.content import content
 from fedamole.reporting.page.document import page, write_page
 from fedamole.reporting.page.reading import read_folders
-from fedamole.reporting.page.words import TITLES, short_names
+from fedamole.reporting.page.words import TITLES, short_module_names
+from fedamole.reporting.run_table import as_text, run_tables
 from fedamole.reporting.runs import read_runs
 from fedamole.reporting.significance import gain
-from fedamole.reporting.table import compare, grid
-from fedamole.reporting.work import short
+from fedamole.reporting.work import short_count
 
 SOURCE = Path(__file__).parents[2] / "src" / "fedamole"
 CLIENTS = ["chat", "entail", "mood", "plain"]
@@ -67,8 +67,8 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 def test_scores_and_gains_are_those_of_the_tables(runs: Any) -> None:
     paths = [runs("fedamole"), runs("fedit")]
     found = told(*paths)
-    [comparison] = compare(read_runs(paths))
-    assert [found["test"]["head"], *found["test"]["body"]] == grid(comparison)
+    [comparison] = run_tables(read_runs(paths))
+    assert [found["test"]["head"], *found["test"]["body"]] == as_text(comparison)
     assert found["models"] == ["fedit", "fedamole"]
     ours, theirs = (column.clients for column in (comparison.columns[-1], comparison.columns[2]))
     differences = {(name, 0): ours[name][0] - theirs[name][0] for name in CLIENTS}
@@ -139,9 +139,9 @@ def test_the_work_of_clients_is_among_the_costs(runs: Any, copied: Any) -> None:
     (label, values, texts), (_, _, others) = costs["lines"]
     assert label == "ditto"
     assert values[place] == tokens > 0
-    assert texts[place] == short(tokens)
+    assert texts[place] == short_count(tokens)
     assert others[place] == ""
-    assert "parameters trained, per client" in costs["columns"]
+    assert "trained parameters per client" in costs["columns"]
     assert "as many as the method's paper takes" in str(dict(found["about"]["lines"])["Local training"])
     assert "no star with one seed" in found["test"]["caption"]
 
@@ -206,8 +206,8 @@ def test_routing_is_shown_where_it_was_worked_out(runs: Any, copied: Any) -> Non
 
 
 def test_names_of_modules_stay_apart() -> None:
-    assert short_names(["a.layers.3.q_proj", "a.layers.3.o_proj"]) == ["layer 3 q_proj", "layer 3 o_proj"]
-    assert short_names(["enc.0.q", "dec.0.q"]) == ["enc.0.q", "dec.0.q"]
+    assert short_module_names(["a.layers.3.q_proj", "a.layers.3.o_proj"]) == ["layer 3 q_proj", "layer 3 o_proj"]
+    assert short_module_names(["enc.0.q", "dec.0.q"]) == ["enc.0.q", "dec.0.q"]
 
 
 class Reader(HTMLParser):
@@ -344,7 +344,7 @@ def test_figures_of_runs_in_other_scripts_do_not_replace_each_other(tmp_path: Pa
     labels = ("北京", "上海", "unnamed", "a b", "A-b", "unnamed-2")
     drawn = [(f"{figures._plain(label)}-sizes", label) for label in labels]
     monkeypatch.setattr(figures, "_figures", lambda content: iter(drawn))
-    monkeypatch.setattr(figures, "save", lambda figure, path: path.write_text(figure))
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: path.write_text(figure))
     made = draw_all(tmp_path, {})
     assert len({path.name.lower() for path in made}) == 2 * len(labels)
     assert [path.read_text() for path in made if path.suffix == ".svg"] == list(labels)
@@ -363,7 +363,7 @@ def test_the_command(runs: Any, tmp_path: Path) -> None:
     other = tmp_path / "config.toml"
     other.write_text("precious")
     for words, what in (
-        ((runs("fedit"), "--out", other), "is no report"),
+        ((runs("fedit"), "--out", other), "is not a report"),
         ((runs("fedit"), "--out", tmp_path), "is a folder"),
         ((tmp_path,), "neither a run folder"),
         ((runs("fedit"), runs("fedit", "data.partition_seed=1"), "--out", out), "a report is on one federation"),
@@ -376,7 +376,7 @@ def test_the_command(runs: Any, tmp_path: Path) -> None:
 
 
 def test_live_follows_a_run_to_its_end(runs: Any, copied: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "LOOK", 0.05)
+    monkeypatch.setattr(commands, "POLL_SECONDS", 0.05)
     folder, whole, out = copied(runs("fedit"), unfinished=True), runs("fedit"), tmp_path / "r.html"
     seen: list[str] = []
 

@@ -141,7 +141,7 @@ def test_module_and_round_are_chosen(visit: Any, report: Path, runs: Any) -> Non
     assert re.split(r"\t", line())[1] == expected(2, 0)
     page.select_option("#experts select", index=3)
     assert re.split(r"\t", line())[1] == expected(2, 3)
-    page.get_by_role("button", name="round before").click()
+    page.get_by_role("button", name="previous round").click()
     assert re.split(r"\t", line())[1] == expected(1, 3)
     slider = page.get_by_role("slider", name="round")
     slider.focus()
@@ -149,7 +149,7 @@ def test_module_and_round_are_chosen(visit: Any, report: Path, runs: Any) -> Non
     assert page.locator("#experts output").inner_text() == "round 0 of 0 to 2"
     assert re.split(r"\t", line())[1] == expected(0, 3)
     assert "random draw" in page.locator("#experts").inner_text()
-    assert page.get_by_role("button", name="round before").is_disabled()
+    assert page.get_by_role("button", name="previous round").is_disabled()
 
 
 def test_the_map_is_read_by_keyboard(visit: Any, report: Path, runs: Any) -> None:
@@ -157,7 +157,7 @@ def test_the_map_is_read_by_keyboard(visit: Any, report: Path, runs: Any) -> Non
     slider = page.get_by_role("slider", name="round")
     slider.focus()
     page.keyboard.press("Tab")
-    said = page.locator("#experts figure .said").first
+    said = page.locator("#experts figure .readout").first
     assert said.inner_text().startswith("chat "), "Tab leads from the controls to the map"
     page.keyboard.press("ArrowDown")
     assert said.inner_text().startswith("entail ")
@@ -247,4 +247,4 @@ def test_unfinished_and_live(visit: Any, runs: Any, tmp_path: Path) -> None:
     page.evaluate("dispatchEvent(new Event('resize'))")
     assert page.evaluate("JSON.parse(sessionStorage.getItem(`fedamole ${document.title}`)).module") == 2
     page.get_by_role("button", name="Stop reloading").click()
-    assert page.get_by_role("button", name="Reload, and go on reloading").is_visible()
+    assert page.get_by_role("button", name="Resume reloading").is_visible()

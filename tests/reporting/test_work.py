@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fedamole.reporting.work import short, work_of
+from fedamole.reporting.work import short_count, work_of
 
 
 def train(client: str, **values: int) -> dict[str, Any]:
@@ -56,4 +56,4 @@ def test_runs_of_earlier_versions_have_no_counts() -> None:
     ],
 )
 def test_large_counts_in_three_digits(value: float, text: str) -> None:
-    assert short(value) == text
+    assert short_count(value) == text

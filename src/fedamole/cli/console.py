@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: progress bars on a terminal, plain lines elsewhere; and tables."""
+"""Terminal output: progress bars of a run, and tables of runs, comparisons, data and methods."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,22 +9,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import override
 
-from fedamole.comparison.trials import Cell, TrialListener
 from fedamole.federation.progress import ProgressListener
+from fedamole.reporting.run_table import CAPTION, SUMMARY_LINES, RunTable, as_text, run_tables
 from fedamole.reporting.runs import read_runs
-from fedamole.reporting.table import CAPTION, SUMMARY_LINES, Comparison, compare, grid
 from fedamole.terminal import printable, screen
 
 if TYPE_CHECKING:
-    from fedamole.comparison.tables import Sheet
+    from fedamole.comparison.tables import Table as ComparisonTable
 
 
 class ProgressBars(ProgressListener):
-    """Two bars: the rounds, and the steps of the clients at work."""
+    """Shows two progress bars: the rounds of the run, and the steps of the clients that are training."""
 
     def __init__(self, console: Console, title: str) -> None:
-        """Draw on a terminal."""
+        """Draw on a terminal; enter `progress` as a context manager."""
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -35,131 +35,81 @@ class ProgressBars(ProgressListener):
             console=console,
             transient=True,
         )
-        self.title = title
         self.rounds = self.progress.add_task(printable(title), total=None, note="")
         self.steps = self.progress.add_task("", total=None, note="", visible=False)
 
+    @override
     def round_started(self, round_: int, rounds: int, cohort: Sequence[str]) -> None:
-        """Move the upper bar."""
         self.progress.update(self.rounds, total=rounds, completed=round_)
 
+    @override
     def group_started(self, round_: int, names: Sequence[str]) -> None:
-        """Start the lower bar anew."""
-        who = names[0] if len(names) == 1 else f"{len(names)} clients"
-        self.progress.reset(self.steps, total=None, description=f"  {printable(who)}", visible=True, note="")
+        self.stage(names[0] if len(names) == 1 else f"{len(names)} clients")
 
+    @override
     def step(self, done: int, steps: int) -> None:
-        """Move the lower bar."""
         self.progress.update(self.steps, completed=done, total=steps)
 
+    @override
     def client_done(self, round_: int, name: str, report: Mapping[str, Any]) -> None:
-        """Show the client's loss."""
         note = "failed" if "failed" in report else f"training loss {report['loss']:.3f}" if "loss" in report else "done"
         self.progress.update(self.steps, note=note)
 
+    @override
     def stage(self, text: str) -> None:
-        """Say what else takes a while."""
         self.progress.reset(self.steps, total=None, description=f"  {printable(text)}", visible=True, note="")
 
+    @override
     def round_done(self, round_: int, validation: Mapping[str, float]) -> None:
-        """Show the validation of the round."""
-        note = "validation " + ", ".join(f"{row} {value:.3f}" for row, value in validation.items())
+        note = "validation " + ", ".join(f"{variant} {value:.3f}" for variant, value in validation.items())
         self.progress.update(self.rounds, completed=round_ + 1, note=note)
 
 
-class TrialLines(TrialListener):
-    """A line per cell that has ended, and below them, on a terminal, one bar of all cells."""
-
-    def __init__(self, console: Console) -> None:
-        """Write to a console; use `progress` as a context."""
-        self.console = console
-        self.progress = Progress(
-            TextColumn("{task.description}", style="bold", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self.task = self.progress.add_task("cells", total=None)
-
-    def cells_started(self, cells: int, finished: int) -> None:
-        """Say how much there is to do."""
-        self.progress.reset(self.task, total=cells)
-        self._say(f"{cells} cells to run" + (f", {finished} finished before" if finished else ""))
-
-    def cell_done(self, cell: Cell, seconds: float, summary: Mapping[str, Any]) -> None:
-        """What the cell's methods reached on test, on average over the clients."""
-        scores = "  ".join(f"{method} {summary['rows'][row]['mean']:.1f}" for method, row in cell.rows.items())
-        self._say(f"{cell.name}  {seconds:.0f} s  score: {scores}")
-        self.progress.advance(self.task)
-
-    def cell_failed(self, cell: Cell, seconds: float, error: str) -> None:
-        """Why a cell failed."""
-        self._say(f"{cell.name}  {seconds:.0f} s  failed: {error}")
-        self.progress.advance(self.task)
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
-
-
-def show_sheets(console: Console, sheets: "Sequence[Sheet]") -> None:
+def show_tables(console: Console, tables: "Sequence[ComparisonTable]") -> None:
     """Print the tables of a comparison."""
-    for sheet in sheets:
+    for content in tables:
         table = Table(
-            title=sheet.title,
+            title=content.title,
             title_style="bold",
             title_justify="left",
-            caption=sheet.caption,
+            caption=content.caption,
             caption_justify="left",
         )
-        for place, name in enumerate(sheet.head):
-            words = place < sheet.words
-            table.add_column(name, justify="left" if words else "right", no_wrap=place == 0)
-        for line in sheet.body:
+        for index, name in enumerate(content.head):
+            table.add_column(name, justify="left" if index < content.text_columns else "right", no_wrap=index == 0)
+        for line in content.body:
             table.add_row(*line)
         console.print(table)
 
 
-def show_cells(console: Console, cells: Sequence[Mapping[str, Any]]) -> None:
-    """Print what the next call of a comparison would do."""
-    table = Table("cell", "what", "size", "rounds", "learning rate")
-    for cell in cells:
-        rate = "" if cell["learning_rate"] is None else f"{cell['learning_rate']:g}"
-        table.add_row(cell["cell"], cell["does"], cell["size"], str(cell["rounds"]), rate)
-    console.print(table)
-
-
-def show(console: Console, comparisons: Sequence[Comparison], with_clients: bool) -> None:
-    """Print one table per partition."""
-    for comparison in comparisons:
-        for warning in comparison.warnings:
+def show_run_tables(console: Console, tables: Sequence[RunTable], with_clients: bool) -> None:
+    """Print tables of runs, one per partition."""
+    for content in tables:
+        for warning in content.warnings:
             console.print(warning, style="bold red", soft_wrap=True)
-        head, *body = grid(comparison, with_clients)
-        seeds = ", ".join(map(str, comparison.seeds))
+        head, *body = as_text(content, with_clients)
+        seeds = ", ".join(map(str, content.seeds))
         table = Table(
-            title=f"test score of the best validation round (seed {seeds})",
+            title=f"test score at the best validation round (seed {seeds})",
             title_style="bold",
             caption=CAPTION,
             caption_justify="left",
         )
-        for place, name in enumerate(head):
-            table.add_column(name, justify="left" if place == 0 else "right", no_wrap=place == 0)
-        for place, line in enumerate(body):
-            last_client = place + 1 == len(body) - len(SUMMARY_LINES)
+        for index, name in enumerate(head):
+            table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        for number, line in enumerate(body, 1):
+            last_client = number == len(body) - len(SUMMARY_LINES)
             table.add_row(*line, end_section=last_client, style="bold" if line[0] == "mean" else None)
         console.print(table)
 
 
 def show_runs(paths: Sequence[Path], with_clients: bool = True) -> None:
-    """Print tables of finished runs; wide where the output goes into a file."""
-    show(screen(wide=160), compare(read_runs(paths)), with_clients)
+    """Print tables of finished runs to standard output."""
+    show_run_tables(screen(wide=160), run_tables(read_runs(paths)), with_clients)
 
 
-def sizes(console: Console, clients: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Print who has how many examples of what."""
+def show_sizes(console: Console, clients: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Print a table of the clients' numbers of examples; `clients` has a record per client with equal keys."""
     table = Table(title=title, title_style="bold", title_justify="left")
     for key in clients[0]:
         table.add_column(key, justify="left" if isinstance(clients[0][key], str) else "right")
@@ -168,22 +118,22 @@ def sizes(console: Console, clients: Sequence[Mapping[str, Any]], title: str) ->
     console.print(table)
 
 
-def several_methods(console: Console, listed: Sequence[Mapping[str, Any]]) -> None:
-    """A line for each method."""
-    table = Table("method", "paper", "communicates", "stays_local", "scored", title=f"{len(listed)} methods")
-    for entry in listed:
-        table.add_row(*(entry[key] for key in ("name", "paper", "communicates", "stays_local", "scored")))
+def show_methods(console: Console, descriptions: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table with a row for each method."""
+    keys = ("name", "paper", "communicates", "stays_local", "scored")
+    table = Table("method", *keys[1:], title=f"{len(descriptions)} methods")
+    for description in descriptions:
+        table.add_row(*(description[key] for key in keys))
     console.print(table)
-    console.print("`fedamole methods NAME` explains one: its round, its deviations from the paper, its settings")
+    console.print("`fedamole methods NAME` explains a method: its round, deviations from the paper, settings")
 
 
-def one_method(console: Console, entry: Mapping[str, Any]) -> None:
-    """What a method's file says of it, and its settings."""
-    console.print(entry["name"], style="bold")
-    console.print(entry["about"], soft_wrap=True)
+def show_method(console: Console, description: Mapping[str, Any]) -> None:
+    """Print the explanation and the settings of one method."""
+    console.print(description["name"], style="bold")
+    console.print(description["about"], soft_wrap=True)
     for key in ("communicates", "stays_local", "scored"):
-        console.print(Text.assemble((key, "bold"), f": {entry[key]}"))
+        console.print(Text.assemble((key, "bold"), f": {description[key]}"))
     console.print("\n[method]")
-    for key, value in {"name": entry["name"], **entry["parameters"]}.items():
-        text = f"# {key} is worked out" if value is None else f"{key} = {json.dumps(value)}"
-        console.print(text)
+    for key, value in {"name": description["name"], **description["parameters"]}.items():
+        console.print(f"# {key}: computed by default" if value is None else f"{key} = {json.dumps(value)}")

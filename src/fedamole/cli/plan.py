@@ -1,4 +1,4 @@
-"""The commands `plan` and `partition`, which train nothing. Nothing heavy is imported before one is used."""
+"""`fedamole plan` and `fedamole partition`, which train nothing. Heavy packages are imported inside the commands."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,14 +18,20 @@ def plan(
     config: ConfigPath = None,
     overrides: Overrides = None,
     without_data: Annotated[
-        bool, typer.Option("--without-data", help="Open no data and load no base; sizes for a GPU.")
+        bool,
+        typer.Option("--without-data", help="Read no data and load no base; estimate sizes and memory for a GPU."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a run would do: clients, sizes, feasibility, parameters, traffic, memory. Trains nothing."""
+    """Show what a run would do, without training: clients, sizes, feasibility, parameters, traffic, memory.
+
+    fedamole plan my.toml
+
+    fedamole plan my.toml federation.rounds=50 --without-data
+    """
     from dataclasses import asdict
 
-    from fedamole.cli.console import sizes
+    from fedamole.cli.console import show_sizes
     from fedamole.experiment import plan as plan_run
     from fedamole.experiment import plan_without_data
 
@@ -35,26 +41,26 @@ def plan(
         say_json(asdict(planned))
         return
     console = screen()
-    sizes(console, planned.clients, f"{len(planned.clients)} clients (examples per split)")
+    show_sizes(console, planned.clients, f"{len(planned.clients)} clients (examples per split)")
     for name, value in (("method", settings.method_name), *_plan_lines(planned)):
-        console.print(f"{name:>10}  {value}", soft_wrap=True)
+        console.print(f"{name:>12}  {value}", soft_wrap=True)
 
 
 def _plan_lines(planned: "Plan") -> Iterator[tuple[str, str]]:
-    """Name and value of each line below the clients of a plan."""
+    """Yield name and value of each line below the clients of a plan."""
     from fedamole.planning import PlanWithoutData
 
     mib = planned.bytes_down / 2**20
     total = 2 * mib * planned.clients_per_round * planned.rounds
-    yield "base", f"{planned.base}: {planned.base_parameters:,} parameters, {planned.targets} linears adapted"
+    yield "base", f"{planned.base}: {planned.base_parameters:,} parameters, {planned.targets} linear modules adapted"
     yield "adapter", f"{planned.adapter_parameters:,.0f} trainable parameters per client on average"
-    yield "traffic", f"{mib:.2f} MiB to a client and about as much back per round, {total:,.0f} MiB in all"
+    yield "traffic", f"{mib:.2f} MiB to a client and about as much back per round, {total:,.0f} MiB in total"
     yield "work", f"{planned.rounds} rounds x {planned.clients_per_round} clients x {planned.steps:.0f} steps"
     if isinstance(planned, PlanWithoutData):
         parts = f"base {planned.base_mib:,.0f}, {planned.mib_per_client:,.0f} for each client in lock-step"
         yield "memory", f"about {planned.memory_mib:,.0f} MiB on a GPU with run.group = {planned.group} ({parts})"
-        yield "not in it", planned.not_included
-        yield "assumed", planned.assumed
+        yield "not included", planned.not_included
+        yield "assumptions", planned.assumed
     else:
         yield "memory", f"about {planned.memory_mib:,.0f} MiB with {planned.group} clients in lock-step (run.group)"
     yield "assignment", "feasible"
@@ -65,11 +71,18 @@ def _plan_lines(planned: "Plan") -> Iterator[tuple[str, str]]:
 def partition(
     config: ConfigPath = None,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Write the manifest here; use it by data.manifest.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the manifest to this file; data.manifest=FILE uses it again.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw (or check) the partition of a config: which client has how much of what."""
-    from fedamole.cli.console import sizes
+    """Draw the partition of a config, or check a stored one, and show the data of each client.
+
+    fedamole partition my.toml
+
+    fedamole partition my.toml --out my-manifest.json
+    """
+    from fedamole.cli.console import show_sizes
     from fedamole.data.manifest import load_federation
     from fedamole.files import new_file, write_atomic
 
@@ -79,28 +92,28 @@ def partition(
         if out is not None:
             write_atomic(out, federation.manifest.to_json())
     values = federation.manifest.values()
-    rows = [
+    clients = [
         {
             "client": shard.client,
             **({"value": values.get(shard.client, "")} if values else {}),
             "task": shard.task,
             **{split: len(getattr(shard, split)) for split in ("train", "embedding", "validation", "test")},
-            "answers": _mix([example.answer for example in shard.train]),
+            "answers": _label_shares([example.answer for example in shard.train]),
         }
         for shard in federation.shards
     ]
     if as_json:
-        say_json(rows)
+        say_json(clients)
     else:
-        sizes(screen(wide=140), rows, "partition (examples per split)")
+        show_sizes(screen(wide=140), clients, "partition (examples per split)")
 
 
-def _mix(answers: list[str], most: int = 4) -> str:
-    """The most frequent answers with their shares."""
+def _label_shares(answers: list[str], max_shown: int = 4) -> str:
+    """Return the most frequent answers with their shares, or "free text"."""
     from collections import Counter
 
     counts = Counter(answers)
     if len(counts) > len(answers) / 2:
         return "free text"
-    top = [f"{answer[:20]} {count / len(answers):.0%}" for answer, count in counts.most_common(most)]
-    return ", ".join(top) + (f", {len(counts) - most} more" if len(counts) > most else "")
+    shares = [f"{answer[:20]} {count / len(answers):.0%}" for answer, count in counts.most_common(max_shown)]
+    return ", ".join(shares) + (f", {len(counts) - max_shown} more" if len(counts) > max_shown else "")

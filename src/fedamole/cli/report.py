@@ -1,4 +1,4 @@
-"""The command `report`. Nothing heavy is imported before it is used."""
+"""`fedamole report`. Heavy packages are imported inside the command."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -10,73 +10,79 @@ import typer
 from fedamole.terminal import Screen, say, screen
 
 if TYPE_CHECKING:
-    from fedamole.reporting.page.reading import Told
+    from fedamole.reporting.page.reading import RunData
 
-LOOK, RELOAD = 2.0, 5
-"""Seconds between two looks at the files of a running run, and between two reloads of its page."""
+POLL_SECONDS, RELOAD_SECONDS = 2.0, 5
+"""Seconds between two checks of the files of an unfinished run, and between two reloads of its page."""
 
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders of one federation, or a folder with them in it.")],
-    out: Annotated[Path, typer.Option(help="The page to write; an older report there is written over.")] = Path(
+    out: Annotated[Path, typer.Option(help="The HTML file to write; an older report is replaced.")] = Path(
         "report.html"
     ),
     figures: Annotated[
-        Path | None, typer.Option(help="Also write the figures into this folder, as SVG and PNG for a paper.")
+        Path | None, typer.Option(help="Also write the figures to this folder, as SVG and PNG for a paper.")
     ] = None,
     live: Annotated[
-        bool, typer.Option("--live", help="Follow runs that are under way: the page grows with them until they end.")
+        bool, typer.Option("--live", help="Follow unfinished runs: update the page until they are finished.")
     ] = False,
 ) -> None:
-    """Write one HTML page on runs: scores, gains, who holds which expert, data, costs.
+    """Write an HTML report on runs: learning curves, test scores, gains, assignment of experts, data, costs.
 
-    The page needs no network and nothing beside it: open it in a browser, send it on, print it.
-    Unfinished runs and the folders of a deployment's server and clients are fine.
+    The page is one file that needs no network. Unfinished runs and the folders of a deployment's server and clients can
+    be reported too.
+
+    Examples:
+
+      fedamole report runs/demo                         report.html on all runs in a folder
+      fedamole report runs/mine --live                  follow a run
+      fedamole report runs/demo --figures figures       figures for a paper
     """
     from fedamole.reporting.figures import check_folder, draw_all
     from fedamole.reporting.page.content import content
-    from fedamole.reporting.page.document import check_place, write_page
+    from fedamole.reporting.page.document import check_output, write_page
     from fedamole.reporting.page.reading import read_folders
 
-    check_place(out)
+    check_output(out)
     if figures is not None:
         check_folder(figures)
-    said = screen(error=True)
+    console = screen(error=True)
 
-    def write() -> "list[Told]":
-        told = read_folders(runs)
-        going_on = live and not all(one.finished for one in told)
-        write_page(out, content(told), RELOAD if going_on else 0)
-        return told
+    def write() -> "list[RunData]":
+        current = read_folders(runs)
+        unfinished = live and not all(data.finished for data in current)
+        write_page(out, content(current), RELOAD_SECONDS if unfinished else 0)
+        return current
 
-    told = write()
+    data = write()
     say(out.resolve().as_uri() if live else out)
     if live:
         try:
-            _follow(told, write, said)
+            _follow(data, write, console)
         except KeyboardInterrupt:
-            write_page(out, content(read_folders(runs)))  # a page that nobody writes any more need not reload
-            said.print("stopped following; the page stays as it is")
+            write_page(out, content(read_folders(runs)))  # without reloading
+            console.print("stopped following; the page is no longer updated")
     if figures is not None:
         for path in draw_all(figures, content(read_folders(runs))):
             say(path)
 
 
-def _follow(told: "Sequence[Told]", write: "Callable[[], list[Told]]", said: Screen) -> None:
-    """Write the page anew whenever a file of an unfinished run has changed, until there is none."""
-    seen = _sizes(told)
-    while not all(one.finished for one in told):
-        time.sleep(LOOK)
-        if (now := _sizes(told)) == seen:
+def _follow(runs: "Sequence[RunData]", write: "Callable[[], list[RunData]]", console: Screen) -> None:
+    """Write the page again whenever a file of the runs has changed, until all runs are finished."""
+    before = _file_states(runs)
+    while not all(data.finished for data in runs):
+        time.sleep(POLL_SECONDS)
+        if (now := _file_states(runs)) == before:
             continue
-        seen, told = now, write()
-        done = "; ".join(f"{one.label}: {one.done} of {one.rounds} rounds" for one in told)
-        said.print(f"{done} -> page written", soft_wrap=True)
+        before, runs = now, write()
+        progress = "; ".join(f"{data.label}: {data.done} of {data.rounds} rounds" for data in runs)
+        console.print(f"{progress} -> page written", soft_wrap=True)
 
 
-def _sizes(told: "Sequence[Told]") -> list[tuple[int, int] | None]:
-    """Size and time of change of each file that a page depends on."""
+def _file_states(runs: "Sequence[RunData]") -> list[tuple[int, int] | None]:
+    """Return size and modification time of each file that the page depends on."""
     from fedamole.runs.run_folder import ASSIGNMENT, METRICS, ROUTING, SUMMARY
 
-    files = [one.run.path / name for one in told for name in (METRICS, ASSIGNMENT, SUMMARY, ROUTING)]
-    return [(found.stat().st_size, found.stat().st_mtime_ns) if found.exists() else None for found in files]
+    paths = [data.run.path / name for data in runs for name in (METRICS, ASSIGNMENT, SUMMARY, ROUTING)]
+    return [(path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else None for path in paths]

@@ -1,1 +1,1 @@
-"""`fedamole compare`: methods x seeds x scenarios from one file, each cell an ordinary run folder (docs/compare.md)."""
+"""`fedamole compare`: methods x seeds x scenarios from one file, each trial a run folder (docs/compare.md)."""

@@ -1,4 +1,4 @@
-"""The arms of a comparison: which method runs with which config in which scenario, and which two share one run."""
+"""The arms of a comparison: one method (or two that share a run) in one scenario, with its config."""
 
 import re
 import unicodedata
@@ -14,76 +14,80 @@ from fedamole.experiment import variants_of
 from fedamole.methods import METHODS
 from fedamole.received.names import not_on_windows
 
-GIVEN_BY_CELLS = ("run.seed", "run.folder", "run.name", "method.name", "evaluation.pre_aggregation")
-"""Settings that a comparison sets in every cell, so that `overrides` cannot."""
+SET_BY_COMPARISON = ("run.seed", "run.folder", "run.name", "method.name", "evaluation.pre_aggregation")
+"""Settings that a comparison sets in every trial, so `overrides` must not."""
 PAPER = "-paper"
-"""What the name of a method's arm with the budget of its paper ends with, under budget = "both"."""
+"""Suffix of the second arm of a method under budget = "both", which has the budget of the method's paper."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A method in a scenario, over all seeds; with X and X_ft asked for together, both of them."""
+    """A method in a scenario, over all seeds. X and X_ft share one arm if both are compared with equal settings."""
 
     scenario: str
-    rows: Mapping[str, str]
-    """Row of the run's summary by method as the comparison calls it."""
+    variants: Mapping[str, str]
+    """For each method name of the comparison, the variant (scored model) of the run that belongs to it."""
     tables: Table
-    """The config without what differs between cells: seed, learning rate, folder."""
+    """The config without the settings that differ between trials: seed, learning rate, folder."""
 
     @property
     def name(self) -> str:
-        """The method that the runs are named after."""
-        return next(iter(self.rows))
+        """The method that the run folders are named after."""
+        return next(iter(self.variants))
 
 
 def check_names(where: str, names: Iterable[str]) -> None:
-    """Raise ConfigError for names that cannot be folders beside each other; case does not tell folders apart."""
+    """Raise ConfigError for names that cannot be folders side by side (also on systems that ignore case)."""
     seen: dict[str, str] = {}
     for name in names:
         if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
-            raise ConfigError(f"{where}.{name}: letters, digits, _ + - and . only, as it names a folder")
-        if why := not_on_windows(name):
-            raise ConfigError(f"{where}.{name}: {why}")
+            raise ConfigError(f"{where}.{name}: the name becomes a folder; use only letters, digits, _, +, - and .")
+        if reason := not_on_windows(name):
+            raise ConfigError(f"{where}.{name}: {reason}")
         if (other := seen.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)) != name:
-            raise ConfigError(f"{where}.{name}: it is the folder of {other!r} on some systems; choose another name")
+            raise ConfigError(f"{where}.{name}: the same folder as {other!r} on some systems; choose another name")
 
 
-def tables_of_methods(settings: ComparisonSettings, variants: Any) -> dict[str, Table]:
-    """Return for every method of the comparison, by its name there, the tables of its own: [method] and the budget.
+def tables_of_methods(settings: ComparisonSettings, custom: Any) -> dict[str, Table]:
+    """Return for every method name of the comparison its own config tables: [method], and [training] for the budget.
 
-    Under budget = "both" each method whose paper takes other steps is followed by a second one, NAME-paper.
+    Under budget = "both", each method whose paper takes other steps is followed by a second one, NAME-paper.
+
+    Args:
+        settings: The comparison file without [variants].
+        custom: The content of [variants], not checked yet.
     """
-    methods = _method_tables(settings, variants)
+    methods = _method_tables(settings, custom)
     if settings.budget == "bytes":
         return {label: {"method": method} for label, method in methods.items()}
     first = "paper" if settings.budget == "paper" else "steps"
-    found: dict[str, Table] = {}
+    tables: dict[str, Table] = {}
     for label, method in methods.items():
-        found[label] = {"method": method, "training": {"budget": first}}
+        tables[label] = {"method": method, "training": {"budget": first}}
         if settings.budget == "both" and METHODS[method["name"]].budgets_differ:
             second = label + PAPER
             if second in methods:
-                raise ConfigError(f'methods: budget = "both" makes {second!r} out of {label!r}; rename the variant')
-            found[second] = {"method": method, "training": {"budget": "paper"}}
-    return found
+                raise ConfigError(f'methods: budget = "both" adds {second!r} for {label!r}; rename the variant')
+            tables[second] = {"method": method, "training": {"budget": "paper"}}
+    return tables
 
 
-def _method_tables(settings: ComparisonSettings, variants: Any) -> dict[str, Table]:
-    """The [method] table of every method asked for."""
-    if not isinstance(variants, dict):
-        raise ConfigError(f"variants = {variants!r}: must be tables, write [variants.NAME]")
-    check_names("variants", (*METHODS, *variants))
-    for label, table in variants.items():
+def _method_tables(settings: ComparisonSettings, custom: Any) -> dict[str, Table]:
+    """Return the [method] table of every method of the comparison."""
+    if not isinstance(custom, dict):
+        raise ConfigError(f"variants = {custom!r}: must be tables, write [variants.NAME]")
+    check_names("variants", (*METHODS, *custom))
+    for label, table in custom.items():
         if label in METHODS:
-            raise ConfigError(f"variants.{label}: a method is called so already; choose another name")
+            raise ConfigError(f"variants.{label}: this is the name of a method; choose another name")
         if not isinstance(table, dict) or "name" not in table:
-            raise ConfigError(f'variants.{label} has no method: add name = "fedamole", say')
+            raise ConfigError(f'variants.{label} has no method: add, for example, name = "fedamole"')
         if table["name"] not in METHODS:
-            close = nearest(str(table["name"]), METHODS)
-            raise ConfigError(f"variants.{label}.name = {table['name']!r}: there is no such method{close}")
+            suggestion = nearest(str(table["name"]), METHODS)
+            raise ConfigError(f"variants.{label}.name = {table['name']!r}: there is no such method{suggestion}")
         if label not in settings.methods:
             raise ConfigError(f"variants.{label} is not compared: add it to methods or remove it")
-    known = {**{name: {"name": name} for name in METHODS}, **variants}
+    known = {**{name: {"name": name} for name in METHODS}, **custom}
     for label in settings.methods:
         if label not in known:
             raise ConfigError(f"methods: {label!r} is neither a method nor one of [variants]{nearest(label, known)}")
@@ -91,14 +95,14 @@ def _method_tables(settings: ComparisonSettings, variants: Any) -> dict[str, Tab
 
 
 def tables_of_overrides(settings: ComparisonSettings, folder: Path) -> Table:
-    """Return the settings of every cell as tables, paths made absolute."""
-    for word in settings.overrides:
-        key = word.partition("=")[0]
-        if key in GIVEN_BY_CELLS or (key == "training.budget" and settings.budget != "bytes"):
-            by = "; set `budget` in its place" if key == "training.budget" else ""
-            raise ConfigError(f"overrides: {word!r}: the comparison sets {key} itself; remove it{by}")
+    """Return the overrides as tables; relative paths are taken from `folder` and made absolute."""
+    for override in settings.overrides:
+        key = override.partition("=")[0]
+        if key in SET_BY_COMPARISON or (key == "training.budget" and settings.budget != "bytes"):
+            instead = "; set `budget` instead" if key == "training.budget" else ""
+            raise ConfigError(f"overrides: {override!r}: the comparison sets {key} itself; remove it{instead}")
         if key == "training.learning_rate" and settings.learning_rates:
-            raise ConfigError(f"overrides: {word!r}: learning_rates chooses it; remove one of the two")
+            raise ConfigError(f"overrides: {override!r}: learning_rates sets it too; remove one of the two")
     try:
         return overridden({}, settings.overrides, folder)
     except ConfigError as error:
@@ -110,7 +114,12 @@ def arms_of(
 ) -> list[Arm]:
     """Return the arms of one scenario, in the order of the methods.
 
-    `methods` holds each method's own tables, `path` the scenario's config, `overrides` what is laid over it.
+    Args:
+        settings: The comparison file without [variants].
+        scenario: Name of the scenario.
+        path: Config of the scenario.
+        methods: The config tables of each method, by its name in the comparison.
+        overrides: Config tables that replace those of the scenario.
     """
     where = f"scenarios.{scenario}"
     try:
@@ -118,29 +127,29 @@ def arms_of(
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     if "method" in tables:
-        raise ConfigError(f"{where}: {path} has a [method]; remove it, `methods` and [variants] name them")
+        raise ConfigError(f"{where}: {path} has a [method]; remove it, `methods` and [variants] name the methods")
     training = tables.get("training")
     if settings.budget != "bytes" and isinstance(training, dict) and "budget" in training:
-        raise ConfigError(f"{where}: {path} sets training.budget, which the comparison's `budget` does; remove it")
-    run = merged({"run": {"threads": 1}}, merged(tables, overrides))
-    asked, configs = {}, {}
+        raise ConfigError(f"{where}: {path} sets training.budget, which the comparison sets by `budget`; remove it")
+    shared = merged({"run": {"threads": 1}}, merged(tables, overrides))
+    by_label, configs = {}, {}
     for label, own in methods.items():
-        asked[label] = merged(run, merged(own, {"evaluation": {"pre_aggregation": False}}))
-        configs[label] = _checked(asked[label], f"{where} ({path}), method {label!r}")
-    seen_before = {
-        label: trained for label in methods for trained in methods if _looks_before(configs[label], configs[trained])
+        by_label[label] = merged(shared, merged(own, {"evaluation": {"pre_aggregation": False}}))
+        configs[label] = _checked(by_label[label], f"{where} ({path}), method {label!r}")
+    same_run_as = {
+        label: other for label in methods for other in methods if _is_same_run(configs[label], configs[other])
     }
     arms = []
     for label in methods:
-        if label in seen_before:
+        if label in same_run_as:
             continue
-        rows = {label: configs[label].method_name}
-        rows |= {other: configs[other].method_name for other, trained in seen_before.items() if trained == label}
-        own = merged(asked[label], {"evaluation": {"pre_aggregation": len(rows) > 1}})
-        config = _checked(own, f"{where} ({path}), method {label!r}")
-        if not set(rows.values()) <= set(variants_of(config)):
-            raise RuntimeError(f"{label}: rows {rows} are not those of its run")
-        arms.append(Arm(scenario, rows, own))
+        variants = {label: configs[label].method_name}
+        variants |= {other: configs[other].method_name for other, first in same_run_as.items() if first == label}
+        arm_tables = merged(by_label[label], {"evaluation": {"pre_aggregation": len(variants) > 1}})
+        config = _checked(arm_tables, f"{where} ({path}), method {label!r}")
+        if not set(variants.values()) <= set(variants_of(config)):
+            raise RuntimeError(f"{label}: the run does not score all of {variants}")
+        arms.append(Arm(scenario, variants, arm_tables))
     return arms
 
 
@@ -153,8 +162,8 @@ def _checked(tables: Table, where: str) -> Config:
     return config
 
 
-def _looks_before(config: Config, trained: Config) -> bool:
-    """Whether a config is the training of another looked at before the aggregation, so that one run gives both."""
-    same = {**config.tables()["method"], "name": ""} == {**trained.tables()["method"], "name": ""}
-    after = trained.method.evaluates == "post_aggregation"
-    return same and after and config.training == trained.training and config.method_name == f"{trained.method_name}_ft"
+def _is_same_run(config: Config, other: Config) -> bool:
+    """Return whether `config` trains as `other` and only scores before the aggregation, so that one run gives both."""
+    same = {**config.tables()["method"], "name": ""} == {**other.tables()["method"], "name": ""}
+    after = other.method.evaluates == "post_aggregation"
+    return same and after and config.training == other.training and config.method_name == f"{other.method_name}_ft"

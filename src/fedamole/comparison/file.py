@@ -1,4 +1,4 @@
-"""A comparison read from its file, and its cells."""
+"""A comparison read from its TOML file, and the trials it consists of."""
 
 import dataclasses
 import logging
@@ -10,136 +10,142 @@ from fedamole.comparison import learning_rates
 from fedamole.comparison.arms import Arm, arms_of, check_names, tables_of_methods, tables_of_overrides
 from fedamole.comparison.learning_rates import Choice
 from fedamole.comparison.settings import ComparisonSettings
-from fedamole.comparison.trials import Cell
+from fedamole.comparison.trials import Trial
 from fedamole.config import Table, build, check_run_name, merged, nearest, to_config
 from fedamole.config import refuse_unknown as refuse_unknown_keys
 from fedamole.errors import ConfigError
 from fedamole.received.files import read_toml
-from fedamole.reporting.results import Entry, best_validation_loss
+from fedamole.reporting.results import TrialResult, best_validation_loss
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A checked comparison: its arms, each of which has been loaded as a config."""
+    """A checked comparison; the config of every arm has been loaded once."""
 
     path: Path
     settings: ComparisonSettings
     methods: tuple[str, ...]
-    """Names of the compared methods in the order of the tables, those of budget = "both" included."""
+    """Names of the compared methods in the order of the tables, those added by budget = "both" included."""
     folder: Path
     arms: tuple[Arm, ...]
 
     @property
     def reference(self) -> str:
-        """The method whose gain over every other is tested."""
+        """The method whose gain over every other method is tested."""
         return self.settings.reference or self.settings.methods[0]
 
-    def grid(self, arm: Arm) -> dict[float, Cell]:
-        """Return the cells that choose an arm's learning rate, by rate; none without learning_rates.
+    def grid_trials(self, arm: Arm) -> dict[float, Trial]:
+        """Return the trials of an arm's grid search over learning rates, by rate; empty without `learning_rates`.
 
-        While the best rate of one of the arm's methods is at an edge, the next rate beyond it is added. That is worked
-        out from the files of the finished cells each time, so an interrupted comparison goes on where it was.
+        If the best rate of a method of the arm is at an edge of the grid, the next rate beyond the edge is added. This
+        is computed from the files of the finished trials each time, so an interrupted comparison continues where it
+        stopped.
         """
-        return self._tried(arm)[0]
+        return self._grid_search(arm)[0]
 
-    def _tried(self, arm: Arm) -> tuple[dict[float, Cell], dict[str, dict[float, float]]]:
-        """The grid's cells, and the validation loss of each method by rate as far as its cells are finished."""
-        cells: dict[float, Cell] = {}
-        losses: dict[str, dict[float, float]] = {label: {} for label in arm.rows}
+    def _grid_search(self, arm: Arm) -> tuple[dict[float, Trial], dict[str, dict[float, float]]]:
+        """Return the grid's trials by rate, and the validation losses of finished ones by method and rate."""
+        trials: dict[float, Trial] = {}
+        losses: dict[str, dict[float, float]] = {label: {} for label in arm.variants}
 
         def best(rates: Sequence[float]) -> list[float]:
             for rate in rates:
-                if rate not in cells:
-                    cells[rate] = self._cell(arm, f"grid/{arm.name}-lr{rate!r}", arm.rows, rate)
-            for rate, cell in cells.items():
-                for label, row in arm.rows.items():
-                    if rate not in losses[label] and cell.state == "finished":
-                        losses[label][rate] = best_validation_loss(cell.path, row)
-            known = all(len(found) == len(rates) for found in losses.values())
-            return [learning_rates.chosen(found).rate for found in losses.values()] if known else []
+                if rate not in trials:
+                    trials[rate] = self._trial(arm, f"grid/{arm.name}-lr{rate!r}", arm.variants, rate)
+            for rate, trial in trials.items():
+                for label, variant in arm.variants.items():
+                    if rate not in losses[label] and trial.state == "finished":
+                        losses[label][rate] = best_validation_loss(trial.path, variant)
+            complete = all(len(by_rate) == len(rates) for by_rate in losses.values())
+            return [learning_rates.chosen(by_rate).rate for by_rate in losses.values()] if complete else []
 
         rates = learning_rates.widened(self.settings.learning_rates, self.settings.widen, best)
-        return {rate: cells[rate] for rate in rates}, losses
+        return {rate: trials[rate] for rate in rates}, losses
 
-    def cells(self, arm: Arm) -> list[Cell]:
-        """Return the cells of an arm, one per seed; none as long as its grid is not finished.
+    def trials(self, arm: Arm) -> list[Trial]:
+        """Return the trials of an arm, one per seed; empty while its grid search is unfinished.
 
-        Two methods of one run that choose different rates are run apart, each at its own.
+        Two methods that share a run but choose different learning rates get separate trials.
         """
         settings, choices = self.settings, self.chosen(arm)
         if settings.learning_rates and not choices:
             return []
         rates = {label: choice.rate for label, choice in choices.items()}
-        found = []
-        for rate in dict.fromkeys(rates.get(label) for label in arm.rows):
-            rows = {label: row for label, row in arm.rows.items() if rates.get(label) == rate}
-            name = next(iter(rows))
-            found += [self._cell(arm, f"{name}-s{seed}", rows, rate, seed) for seed in settings.seeds]
-        return found
+        trials = []
+        for rate in dict.fromkeys(rates.get(label) for label in arm.variants):
+            variants = {label: variant for label, variant in arm.variants.items() if rates.get(label) == rate}
+            name = next(iter(variants))
+            trials += [self._trial(arm, f"{name}-s{seed}", variants, rate, seed) for seed in settings.seeds]
+        return trials
 
     def chosen(self, arm: Arm) -> dict[str, Choice]:
-        """Return the learning rate of each method of an arm; none as long as its grid is not finished.
+        """Return the learning rate of each method of an arm; empty while its grid search is unfinished.
 
-        It is the one with the lowest validation loss at the best round, a diverged run counting as infinitely bad;
-        test is not read.
+        The rate with the lowest validation loss at the best round is chosen. A diverged run has an infinite loss. The
+        test split is not read.
         """
-        grid, losses = self._tried(arm)
-        if not grid or any(len(found) < len(grid) for found in losses.values()):
+        trials, losses = self._grid_search(arm)
+        if not trials or any(len(by_rate) < len(trials) for by_rate in losses.values()):
             return {}
-        return {label: learning_rates.chosen(found) for label, found in losses.items()}
+        return {label: learning_rates.chosen(by_rate) for label, by_rate in losses.items()}
 
-    def _cell(self, arm: Arm, name: str, rows: Mapping[str, str], rate: float | None, seed: int | None = None) -> Cell:
+    def _trial(
+        self, arm: Arm, name: str, variants: Mapping[str, str], rate: float | None, seed: int | None = None
+    ) -> Trial:
         seed = self.settings.seeds[0] if seed is None else seed
         path = self.folder / arm.scenario / name
         own: Table = {"run": {"seed": seed, "name": arm.name, "folder": str(path.resolve())}}
         if rate is not None:
             own["training"] = {"learning_rate": rate}
         config = to_config(merged(arm.tables, own))
-        return Cell(f"{arm.scenario}/{name}", path, arm.scenario, seed, rows, config)
+        return Trial(f"{arm.scenario}/{name}", path, arm.scenario, seed, variants, config)
 
-    def all_cells(self) -> Iterator[Cell]:
-        """Yield every cell that is known by now, grids first."""
+    def all_trials(self) -> Iterator[Trial]:
+        """Yield every trial that is known so far, the grid search of each arm first."""
         for arm in self.arms:
-            yield from self.grid(arm).values()
-            yield from self.cells(arm)
+            yield from self.grid_trials(arm).values()
+            yield from self.trials(arm)
 
-    def entries(self) -> list[Entry]:
-        """Return the finished cells as the tables read them."""
-        found = []
+    def results(self) -> list[TrialResult]:
+        """Return the finished trials, one entry per method, for `read_scenarios`."""
+        results = []
         for arm in self.arms:
             at_edge = {label: choice.at_edge for label, choice in self.chosen(arm).items()}
-            found += [
-                Entry(cell.scenario, label, cell.rows[label], cell.seed, cell.path, at_edge.get(label, False))
-                for cell in self.cells(arm)
-                if cell.state == "finished"
-                for label in cell.rows
+            results += [
+                TrialResult(trial.scenario, label, variant, trial.seed, trial.path, at_edge.get(label, False))
+                for trial in self.trials(arm)
+                if trial.state == "finished"
+                for label, variant in trial.variants.items()
             ]
-        return sorted(found, key=lambda entry: self.methods.index(entry.method))
+        return sorted(results, key=lambda result: self.methods.index(result.method))
 
 
 def load_comparison(path: Path) -> Comparison:
-    """Read a comparison and load the config of every arm, so that a mistake anywhere is found before anything runs.
+    """Read a comparison file and load the config of every arm, so that all mistakes are found before anything runs.
 
-    Raises ConfigError. Warns of a narrow grid of learning rates.
+    Logs a warning if the grid of learning rates is narrow.
+
+    Raises:
+        ConfigError: The file, a scenario's config or a setting is invalid.
     """
     try:
         tables: Table = read_toml(path, ConfigError)
-    except ConfigError as error:  # it names the file
+    except ConfigError as error:  # its text names the file
         raise ConfigError(f"comparison {error}") from error
     try:
         refuse_unknown_keys(tables, [item.name for item in dataclasses.fields(ComparisonSettings)] + ["variants"], "")
-        variants = tables.pop("variants", {})
+        custom = tables.pop("variants", {})
         settings: ComparisonSettings = build(ComparisonSettings, tables, "")
         if not settings.folder:
             check_run_name(settings.name, "name")
         check_names("scenarios", settings.scenarios)
-        methods = tables_of_methods(settings, variants)
+        methods = tables_of_methods(settings, custom)
         for key in ("reference", "bytes_of"):
             value = getattr(settings, key)
             if value and value not in methods:
-                raise ConfigError(f"{key} = {value!r} is none of methods{nearest(value, methods)}")
+                raise ConfigError(f"{key} = {value!r} is not one of methods{nearest(value, methods)}")
         overrides = tables_of_overrides(settings, path.parent)
         arms = [
             arm

@@ -12,47 +12,48 @@ class ComparisonSettings:
 
     name: str
     methods: tuple[str, ...]
-    """Names of the registry or of [variants], in the order of the tables."""
+    """Methods to compare, from the registry or from [variants], in the order of the tables."""
     scenarios: dict[str, str]
-    """Configs without a [method] by the scenario's name; relative to the comparison file."""
+    """Config file of each scenario, without a [method]; relative to the comparison file."""
     reference: str = ""
-    """The method whose gain over every other is tested; unset: the first."""
+    """Method whose gain over every other method is tested; default: the first."""
     seeds: tuple[int, ...] = (0,)
-    """Values of run.seed; the partition has its own seed and stays."""
+    """Values of run.seed. The partition has its own seed and does not change."""
     budget: Literal["steps", "paper", "both", "bytes"] = "steps"
-    """What is the same for all methods. steps: local steps and rounds. paper: rounds, with the local steps that each
-    method's paper takes (training.budget = "paper"). both: the first, and an arm X-paper of each method X whose paper
-    takes other steps. bytes: the bytes sent to clients in all rounds together."""
+    """What is equal for all methods. steps: local steps and rounds. paper: rounds, with the local steps of each
+    method's paper (training.budget = "paper"). both: as steps, and an arm X-paper for each method X whose paper takes
+    other steps. bytes: the bytes sent to clients in all rounds together."""
     bytes_of: str = ""
-    """The method whose traffic is the budget "bytes"; unset: the reference."""
+    """Method whose traffic is the budget of budget = "bytes"; default: the reference."""
     match: Literal["nothing", "parameters"] = "nothing"
-    """parameters: each method's rank, or number of virtual tokens, is set so that a client trains about as many numbers
-    as one of the reference does in round 0. nothing: sizes are those of the methods' settings."""
+    """parameters: set the rank, or number of virtual tokens, of each method so that a client trains about as many
+    parameters as with the reference in round 0. nothing: keep the sizes of the methods' settings."""
     workers: int = 1
-    """Cells at once."""
+    """Number of trials that run at the same time."""
     overrides: tuple[str, ...] = ()
-    """Settings for every cell, as on the command line; a variant's own win."""
+    """Settings for every trial, as on the command line; settings of a variant take precedence."""
     learning_rates: tuple[float, ...] = ()
-    """Rates to choose from, by scenario and method, on validation with the first seed; unset: the scenario's."""
+    """Learning rates to choose from, for each scenario and method, on validation with the first seed; default: the
+    rate of the scenario."""
     widen: int = 4
-    """Most rates that are added on each side of learning_rates while the best rate is at an edge; 0: none."""
+    """Maximum number of rates added on each side of learning_rates while the best rate is at an edge; 0: none."""
     folder: str = ""
-    """Where the cells are written; unset: runs/<name>."""
+    """Folder for the trials; default: runs/<name>."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for settings that make no table."""
+        """Raise ConfigError for invalid settings."""
         for key in ("methods", "seeds", "scenarios"):
             if not getattr(self, key):
-                raise ConfigError(f"{key} is empty: name at least one")
+                raise ConfigError(f"{key} is empty: give at least one")
         for key in ("methods", "seeds", "learning_rates"):
             values = getattr(self, key)
-            if double := [value for value in values if values.count(value) > 1]:
-                raise ConfigError(f"{key}: {double[0]!r} stands there twice; remove one")
+            if repeated := [value for value in values if values.count(value) > 1]:
+                raise ConfigError(f"{key}: {repeated[0]!r} occurs twice; remove one")
         if self.workers < 1:
-            raise ConfigError(f"workers = {self.workers}: at least 1")
+            raise ConfigError(f"workers = {self.workers}: must be at least 1")
         if self.bytes_of and self.budget != "bytes":
-            raise ConfigError(f'bytes_of = {self.bytes_of!r} is read with budget = "bytes" only; set that or remove it')
+            raise ConfigError(f'bytes_of = {self.bytes_of!r} needs budget = "bytes"; set it or remove bytes_of')
         if wrong := [rate for rate in self.learning_rates if rate <= 0]:
             raise ConfigError(f"learning_rates: {wrong[0]:g} must be above 0")
         if self.widen < 0:
-            raise ConfigError(f"widen = {self.widen}: the number of rates to add on each side, at least 0")
+            raise ConfigError(f"widen = {self.widen}: must be at least 0 (rates to add on each side)")

@@ -1,4 +1,4 @@
-"""One readable file per published method. METHODS is the only registry: a method is added by one line here."""
+"""The federated fine-tuning methods, one file each. METHODS is the registry: adding a method takes one line here."""
 
 import dataclasses
 import sys
@@ -31,13 +31,13 @@ MethodClass = type[Method[Any, Any, Any, Any]]
 
 
 def with_variants(methods: Mapping[str, MethodClass]) -> dict[str, MethodClass]:
-    """Add `<name>_ft`, scored before the aggregation, after each method that is scored after it."""
-    found: dict[str, MethodClass] = {}
+    """Add `<name>_ft`, scored before the aggregation, after each method that is scored after the aggregation."""
+    registry: dict[str, MethodClass] = {}
     for name, method in methods.items():
-        found[name] = method
+        registry[name] = method
         if method.evaluates == "post_aggregation":
-            found[f"{name}_ft"] = pre_aggregation(method)
-    return found
+            registry[f"{name}_ft"] = pre_aggregation(method)
+    return registry
 
 
 METHODS = with_variants(
@@ -54,7 +54,7 @@ METHODS = with_variants(
         "ffa_lora": FfaLora,
         "feddpa": FedDpa,
         "fedalt": FedAlt,
-        # exact aggregation, ranks of their own
+        # exact aggregation, individual ranks
         "flora": Flora,
         "flexlora": FlexLora,
         "hetlora": HetLora,
@@ -68,13 +68,18 @@ METHODS = with_variants(
         "fedrep": FedRep,
     }
 )
-"""Every method by its name in a config. A method is added by one line; its variant `_ft` is made here."""
+"""Every method by its name in a config, including the `_ft` variants."""
 
 
-def described(name: str) -> dict[str, Any]:
-    """What there is to say of a method: paper, what travels and stays, hyper-parameters, the text of its file."""
+def describe(name: str) -> dict[str, Any]:
+    """Return the description of a method for `fedamole methods`, with JSON values only.
+
+    Its keys: name, paper, communicates (what client and server exchange), stays_local (what stays with the client),
+    scored (evaluation before or after the aggregation), parameters (defaults of the settings) and about (docstring of
+    the method's file).
+    """
     method = METHODS[name]
-    home = method.__mro__[1] if name.endswith("_ft") else method
+    documented = method.__mro__[1] if name.endswith("_ft") else method
     return {
         "name": name,
         "paper": method.paper,
@@ -82,5 +87,5 @@ def described(name: str) -> dict[str, Any]:
         "stays_local": method.stays_local,
         "scored": method.evaluates,
         "parameters": {field.name: field.default for field in dataclasses.fields(method)},
-        "about": (sys.modules[home.__module__].__doc__ or "").strip(),
+        "about": (sys.modules[documented.__module__].__doc__ or "").strip(),
     }

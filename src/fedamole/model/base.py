@@ -14,11 +14,10 @@ import torch
 from fedamole.errors import BaseModelError, ConfigError
 from fedamole.model.causality import language_model, modules_run_by_text, refuse_encoder_decoder, refuse_unreached
 from fedamole.model.recomputation import Recomputation
+from fedamole.runs.identity import BUNDLED as BUNDLED
 from fedamole.runs.identity import Identity
 
 log = logging.getLogger(__name__)
-
-BUNDLED = "bundled"
 
 
 @dataclass(frozen=True)

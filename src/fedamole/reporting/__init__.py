@@ -1,1 +1,1 @@
-"""Tables from run folders; reads run files only."""
+"""Tables, figures, model cards and the HTML report, computed from run folders. Needs no PyTorch (cards apart)."""

@@ -1,4 +1,4 @@
-"""The figures of a report as files for a paper: the same data, titles and colours as on the page."""
+"""The figures of a report as SVG and PNG files for a paper, with the data, titles and colours of the page."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,25 +13,25 @@ from fedamole.reporting.plot_style import STYLE, save_figure
 Json = Mapping[str, Any]
 MARKS = ("o", "D", "s", "^", "v")
 DASHES = ("-", (0, (5, 2)), ":", (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
-KINDS = (".svg", ".png")
+FORMATS = (".svg", ".png")
 UNITS = {"loss": "validation loss, nats per answer token", "score": "validation score, 0 to 100"}
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ConfigError or RunError where figures cannot be drawn, before anything has been computed."""
+    """Raise ConfigError or RunError if figures cannot be written to the folder, before anything is computed."""
     if folder.exists() and not folder.is_dir():
         raise RunError(f"--figures {folder}: this is a file; name a folder")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ConfigError("--figures needs `pip install matplotlib`; or leave it out") from error
+        raise ConfigError("--figures needs matplotlib: pip install matplotlib") from error
 
 
 def draw_all(folder: Path, content: Json) -> list[Path]:
-    """Write every figure that the content has data for, over older ones, as SVG and PNG; return the files.
+    """Write every figure for which the content has data, as SVG and PNG; return the files. Existing files are replaced.
 
-    Where two figures would have one name, as of runs that are called by other letters than ASCII, the later one gets a
-    number: `unnamed-sizes-2.svg`.
+    If two figures would have the same name (runs with non-ASCII names, for example), the second gets a number:
+    `unnamed-sizes-2.svg`.
     """
     from matplotlib import rc_context
 
@@ -40,10 +40,10 @@ def draw_all(folder: Path, content: Json) -> list[Path]:
     with rc_context(STYLE):
         for name, figure in _figures(content):
             candidates = chain([name], (f"{name}-{number}" for number in count(2)))
-            free = next(one for one in candidates if one.lower() not in taken)
+            free = next(candidate for candidate in candidates if candidate.lower() not in taken)
             taken.add(free.lower())
-            for kind in KINDS:
-                written.append(folder / f"{free}{kind}")
+            for suffix in FORMATS:
+                written.append(folder / f"{free}{suffix}")
                 save_figure(figure, written[-1])
     return written
 
@@ -72,7 +72,7 @@ def _figures(content: Json) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(name: str) -> str:
-    """A name as a part of a file's name."""
+    """Return a name as part of a file name."""
     return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.") or "unnamed"
 
 
@@ -92,21 +92,21 @@ def _tidy(panel: Any, grid: str) -> None:
 
 
 def _panels(figure: Any, down: int, across: int, shown: Sequence[Any], **shared: bool) -> list[tuple[Any, Any]]:
-    """A panel for each of what is shown, line by line; those that remain are hidden."""
+    """Return a panel for each item of `shown`, row by row; unused panels are hidden."""
     panels = list(figure.subplots(down, across, squeeze=False, **shared).flat)
     for panel in panels[len(shown) :]:
         panel.set_visible(False)
     return list(zip(panels, shown, strict=False))
 
 
-def _place(content: Json, label: str) -> int:
-    """Place of a model's colour and mark: the last model has the first of both, as on the page."""
+def _style_index(content: Json, label: str) -> int:
+    """Return the index of a model's colour and mark; the last model has index 0, as on the page, yardsticks -1."""
     models = content["models"]
     return len(models) - 1 - models.index(label) if label in models else -1
 
 
 def _learning(content: Json, measure: str) -> Any:
-    """A panel per client that was ever scored, and one of their mean."""
+    """Draw a panel for the mean and for each client that was scored."""
     lines = content["learning"]["lines"]
     scored = [
         name
@@ -117,22 +117,22 @@ def _learning(content: Json, measure: str) -> Any:
     across = min(5, len(names))
     down = -(-len(names) // across)
     figure = _figure(content, "learning", 9, 1.5 * down + 0.7)
-    for place, (panel, name) in enumerate(_panels(figure, down, across, names, sharex=True)):
+    for index, (panel, name) in enumerate(_panels(figure, down, across, names, sharex=True)):
         for line in lines:
             label = content["models"][line["model"]]
-            look = _place(content, label)
+            style = _style_index(content, label)
             points = [
                 (round_, value)
                 for round_, value in enumerate(line["values"].get(measure, {}).get(name, []))
                 if value is not None
             ]
-            colour, dashes = LIGHT[look % len(LIGHT)], DASHES[look % len(DASHES)]
+            colour, dashes = LIGHT[style % len(LIGHT)], DASHES[style % len(DASHES)]
             panel.plot(*zip(*points, strict=True), color=colour, linestyle=dashes, linewidth=1.3, label=label)
         panel.set_title(name or "mean", fontsize=8, loc="left")
         panel.set_ylim(bottom=0)
         panel.xaxis.get_major_locator().set_params(integer=True)
         _tidy(panel, "y")
-        if place >= len(names) - across:
+        if index >= len(names) - across:
             panel.tick_params(labelbottom=True)
             panel.set_xlabel("round", fontsize=8)
     by_label = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
@@ -142,24 +142,24 @@ def _learning(content: Json, measure: str) -> Any:
 
 
 def _test(content: Json) -> Any:
-    """A line per client, a mark per method."""
+    """Draw a row per client and a mark per method."""
     clients, marks = content["test"]["clients"], content["test"]["marks"]
     figure = _figure(content, "test", 7, 0.24 * len(clients) + 1.3)
     panel = figure.subplots()
     for label, by_client in marks.items():
-        place = _place(content, label)
-        colour = PLAIN_LIGHT if place < 0 else LIGHT[place % len(LIGHT)]
-        form = MARKS[place % len(MARKS)] if place >= 0 else "+" if label != next(iter(marks)) else "o"
-        look = {"markerfacecolor": "white"} if place < 0 else {}
+        style = _style_index(content, label)
+        colour = PLAIN_LIGHT if style < 0 else LIGHT[style % len(LIGHT)]
+        mark = MARKS[style % len(MARKS)] if style >= 0 else "+" if label != next(iter(marks)) else "o"
+        face = {"markerfacecolor": "white"} if style < 0 else {}
         panel.plot(
             [by_client[name] for name in clients],
             range(len(clients)),
-            form,
+            mark,
             color=colour,
             label=label,
             markersize=5,
             linestyle="none",
-            **look,
+            **face,
         )
     panel.set_yticks(range(len(clients)), clients)
     panel.invert_yaxis()
@@ -171,9 +171,9 @@ def _test(content: Json) -> Any:
 
 
 def _gain(content: Json) -> Any:
-    """A panel of bars per other method, for the last model."""
-    found, clients = content["gain"][-1], content["test"]["clients"]
-    columns = found["columns"]
+    """Draw a panel of bars per other method, for the last model."""
+    gains, clients = content["gain"][-1], content["test"]["clients"]
+    columns = gains["columns"]
     across = min(5, len(columns))
     down = -(-len(columns) // across)
     figure = _figure(content, "gain", 1.6 * across + 1.5, (0.2 * len(clients) + 0.6) * down + 0.6)
@@ -185,12 +185,12 @@ def _gain(content: Json) -> Any:
         panel.set_yticks(range(len(clients)), clients)
         _tidy(panel, "x")
     figure.axes[0].invert_yaxis()
-    figure.supxlabel(f"points of test score that {found['reference']} gains", fontsize=9)
+    figure.supxlabel(f"points of test score gained by {gains['reference']}", fontsize=9)
     return figure
 
 
-def _map(figure: Any, lines: Sequence[str], columns: Sequence[str], values: Any, say: str) -> None:
-    """A heat map; NaN is left blank."""
+def _map(figure: Any, lines: Sequence[str], columns: Sequence[str], values: Any, label: str) -> None:
+    """Draw a heat map; NaN is left blank."""
     from matplotlib.colors import LinearSegmentedColormap
 
     panel = figure.subplots()
@@ -201,12 +201,12 @@ def _map(figure: Any, lines: Sequence[str], columns: Sequence[str], values: Any,
     panel.set_xticks(range(0, len(columns), every), columns[::every], rotation=90 if long else 0, fontsize=7)
     panel.set_yticks(range(len(lines)), lines, fontsize=8)
     panel.tick_params(length=0)
-    panel.set_xticks([place - 0.5 for place in range(1, len(columns))], minor=True)
-    panel.set_yticks([place - 0.5 for place in range(1, len(lines))], minor=True)
+    panel.set_xticks([index - 0.5 for index in range(1, len(columns))], minor=True)
+    panel.set_yticks([index - 0.5 for index in range(1, len(lines))], minor=True)
     panel.grid(which="minor", color="white", linewidth=1)
     panel.tick_params(which="minor", length=0)
     panel.spines[:].set_color("0.85")
-    figure.colorbar(drawn, ax=panel, label=say, pad=0.01).outline.set_visible(False)
+    figure.colorbar(drawn, ax=panel, label=label, pad=0.01).outline.set_visible(False)
 
 
 def _size(lines: int, columns: int) -> tuple[float, float]:
@@ -214,7 +214,7 @@ def _size(lines: int, columns: int) -> tuple[float, float]:
 
 
 def _experts(content: Json, run: Json, module: int) -> Any:
-    """Who holds which expert of one module, in the last round."""
+    """Draw the assignment of one module's experts in the last round."""
     import numpy as np
 
     clients = content["clients"]
@@ -228,37 +228,37 @@ def _experts(content: Json, run: Json, module: int) -> Any:
 
 
 def _sizes(content: Json, run: Json) -> Any:
-    """How many experts each client holds in each module, in the last round."""
+    """Draw the number of experts of each client in each module, in the last round."""
     import numpy as np
 
-    values = np.array([[len(flat) / 2 for flat in found] for found in run["held"][-1]]).T
+    values = np.array([[len(flat) / 2 for flat in by_client] for by_client in run["held"][-1]]).T
     figure = _figure(content, "sizes", *_size(len(content["clients"]), len(run["modules"])))
     _map(figure, content["clients"], run["modules"], values, "experts")
     return figure
 
 
 def _routing(content: Json, run: Json, module: int) -> Any:
-    """Shares of the tokens that go to each expert of one module."""
+    """Draw the shares of the tokens that are routed to each expert of one module."""
     import numpy as np
 
     shares = run["shares"][module]
-    found = [shares.get(name, {}) for name in run["clients"]]
-    values = np.array([[one.get(expert, np.nan) for expert in run["experts"]] for one in found])
+    by_client = [shares.get(name, {}) for name in run["clients"]]
+    values = np.array([[by_expert.get(expert, np.nan) for expert in run["experts"]] for by_expert in by_client])
     figure = _figure(content, "routing", *_size(*values.shape))
-    _map(figure, run["clients"], run["experts"], values, "share of the words")
+    _map(figure, run["clients"], run["experts"], values, "share of the tokens")
     figure.supxlabel(f"expert in {run['modules'][module]}", fontsize=9)
     return figure
 
 
 def _data(content: Json) -> Any:
-    """A bar per client, a piece per split."""
+    """Draw a bar per client with a segment per split."""
     lines = content["data"]["lines"]
     figure = _figure(content, "data", 7, 0.24 * len(lines) + 1.2)
     panel = figure.subplots()
     start = [0.0] * len(lines)
-    for place, split in enumerate(content["data"]["splits"]):
-        counts = [counts[place] for *_, counts in lines]
-        panel.barh(range(len(lines)), counts, left=start, color=LIGHT[(0, 3, 2, 4)[place]], label=split, height=0.7)
+    for index, split in enumerate(content["data"]["splits"]):
+        counts = [by_split[index] for *_, by_split in lines]
+        panel.barh(range(len(lines)), counts, left=start, color=LIGHT[(0, 3, 2, 4)[index]], label=split, height=0.7)
         start = [before + count for before, count in zip(start, counts, strict=True)]
     panel.set_yticks(range(len(lines)), [name for name, *_ in lines])
     panel.invert_yaxis()
@@ -269,14 +269,14 @@ def _data(content: Json) -> Any:
 
 
 def _costs(content: Json) -> Any:
-    """A panel per kind of cost, a bar per method."""
+    """Draw a panel per kind of cost with a bar per method."""
     columns, lines = content["costs"]["columns"], content["costs"]["lines"]
     figure = _figure(content, "costs", 2 * len(columns) + 1, 0.3 * len(lines) + 1)
     panels = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
-    for place, (panel, title) in enumerate(zip(panels, columns, strict=True)):
-        values = [values[place] for _, values, _ in lines]
+    for index, (panel, title) in enumerate(zip(panels, columns, strict=True)):
+        values = [means[index] for _, means, _ in lines]
         bars = panel.barh(range(len(lines)), values, color=LIGHT[0], height=0.6)
-        panel.bar_label(bars, [texts[place] for *_, texts in lines], padding=2, fontsize=7)
+        panel.bar_label(bars, [texts[index] for *_, texts in lines], padding=2, fontsize=7)
         panel.margins(x=0.25)
         panel.set_title(title, fontsize=7, loc="left")
         panel.set_yticks(range(len(lines)), [label for label, *_ in lines])

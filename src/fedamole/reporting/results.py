@@ -1,4 +1,4 @@
-"""What the runs of a comparison say, by scenario and method: from run folders alone."""
+"""Results of finished runs, grouped by scenario and method; computed from run folders."""
 
 import math
 import statistics
@@ -14,45 +14,47 @@ from fedamole.reporting.runs import Run, read_run
 from fedamole.reporting.significance import Gain, gain
 from fedamole.reporting.work import work_of
 from fedamole.runs.run_files import BASE, MAJORITY
-from fedamole.runs.run_folder import METRICS, RunFolder
+from fedamole.runs.run_folder import METRICS, SUMMARY, RunFolder
 
 MIB = 2**20
 ALL = "all scenarios"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A finished run seen as one method: which row of its summary to read."""
+class TrialResult:
+    """A finished run as the result of one method with one seed."""
 
     scenario: str
     method: str
-    row: str
+    """Name of the method in the comparison."""
+    variant: str
+    """Variant (scored model) of the run to read."""
     seed: int
     path: Path
     at_edge: bool = False
-    """Whether its learning rate is the lowest or the highest of those that were tried for it."""
+    """Whether the learning rate is the lowest or the highest that was tried for the method."""
 
 
 @dataclass(frozen=True)
-class Result:
-    """One method with one seed in one scenario, at its best validation round."""
+class SeedResult:
+    """Test results of one method with one seed in one scenario, at the best validation round."""
 
     seed: int
     scores: dict[str, float]
     """Test score of each client, 0 to 100."""
     losses: dict[str, float]
-    """Test loss of each client, nats per answer token; empty for a constant answer."""
+    """Test loss of each client in nats per answer token; empty for the constant answer."""
     measures: dict[str, float]
-    """Values of MEASURES; those of training are missing for the base and the constant answer."""
+    """Values of MEASURES; those about training are missing for the untuned base and the constant answer."""
     rounds: int
     learning_rate: float
     at_edge: bool = False
-    """Whether the learning rate is the lowest or the highest of those that were tried."""
+    """Whether the learning rate is the lowest or the highest that was tried."""
     untrained: bool = False
-    """Whether every update of its run failed."""
+    """Whether every update of the run failed."""
 
     def values(self, measure: str) -> dict[tuple[Any, ...], float]:
-        """Its values by (client, seed) for score and loss, and by (seed,) for every other measure that it has."""
+        """Return the values of a measure: by (client, seed) for score and loss, by (seed,) for the others."""
         if measure in ("score", "loss"):
             by_client = self.scores if measure == "score" else self.losses
             return {(client, self.seed): value for client, value in by_client.items()}
@@ -67,9 +69,9 @@ class Measure:
     title: str
     digits: int
     best: Literal["highest", "lowest"] | None = None
-    """Which value is the best one, where it can get a star."""
+    """Which value is the best; None if the column has no star."""
     varies: bool = True
-    """Whether the deviation over the seeds is shown; costs hardly vary."""
+    """Whether to show the standard deviation over seeds."""
     short: bool = False
     """Whether it is a large count, shown with k, M or G."""
 
@@ -90,109 +92,117 @@ MEASURES = (
     Measure("seconds", "seconds", 0, varies=False),
     Measure("memory", "memory MiB", 0, varies=False),
 )
-"""Over the clients: mean score, worst score, standard deviation of the scores, mean loss; then the run's costs: those
-of `work_of`, traffic per client and round, seconds and peak memory."""
+"""Over the clients: mean score, worst score, standard deviation of the scores, mean loss. For the run: best round, the
+work (see `work_of`), traffic per client and round, seconds and peak memory."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """All finished runs of one scenario; every one of them had the same data in the same splits."""
+    """All finished runs of one scenario, which have the same data in the same splits."""
 
     name: str
     clients: tuple[str, ...]
-    methods: dict[str, tuple[Result, ...]]
-    """Results by method, one per seed; base and majority first, there once."""
+    methods: dict[str, tuple[SeedResult, ...]]
+    """Results by method, one per seed; first those of the untuned base and of the constant answer, once each."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """What clients are called in tables, where that is not their name."""
+    """Labels of clients in tables, for those whose label is not their name."""
 
     @property
-    def trained(self) -> dict[str, tuple[Result, ...]]:
-        """The methods without base and majority."""
-        return {name: found for name, found in self.methods.items() if name not in (BASE, MAJORITY)}
+    def trained(self) -> dict[str, tuple[SeedResult, ...]]:
+        """The methods without the untuned base and the constant answer."""
+        return {name: results for name, results in self.methods.items() if name not in (BASE, MAJORITY)}
 
     @property
-    def candidates(self) -> dict[str, tuple[Result, ...]]:
-        """The methods that can get a star: trained ones, without those of which every update of a run failed."""
-        return {name: found for name, found in self.trained.items() if not any(result.untrained for result in found)}
+    def candidates(self) -> dict[str, tuple[SeedResult, ...]]:
+        """The methods that can get a star: the trained ones without runs in which every update failed."""
+        return {
+            name: results for name, results in self.trained.items() if not any(result.untrained for result in results)
+        }
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Seeds that any method has a finished run of."""
-        return tuple(sorted({result.seed for found in self.trained.values() for result in found}))
+        """Seeds of which any method has a finished run."""
+        return tuple(sorted({result.seed for results in self.trained.values() for result in results}))
 
     def label(self, method: str) -> str:
-        """A method's name in a table, with how many seeds it has where some are missing."""
-        have = len(self.methods[method])
-        missing = method in self.trained and have < len(self.seeds)
-        return f"{method} ({have} of {len(self.seeds)} seeds)" if missing else method
+        """Return a method's name in a table, with its number of seeds if some are missing."""
+        count = len(self.methods[method])
+        missing = method in self.trained and count < len(self.seeds)
+        return f"{method} ({count} of {len(self.seeds)} seeds)" if missing else method
 
 
-def read_scenarios(entries: Sequence[Entry]) -> list[Scenario]:
-    """Read finished runs, in the order of the entries; runs of a scenario on different data are a RunError."""
-    grouped: dict[str, list[Entry]] = {}
-    for entry in entries:
-        grouped.setdefault(entry.scenario, []).append(entry)
-    return [_scenario(name, found) for name, found in grouped.items()]
+def read_scenarios(trials: Sequence[TrialResult]) -> list[Scenario]:
+    """Read finished runs, grouped by scenario in the order of `trials`.
+
+    Raises:
+        RunError: Runs of one scenario have different data, splits or bases.
+    """
+    grouped: dict[str, list[TrialResult]] = {}
+    for trial in trials:
+        grouped.setdefault(trial.scenario, []).append(trial)
+    return [_scenario(name, of_scenario) for name, of_scenario in grouped.items()]
 
 
-def _scenario(name: str, entries: Sequence[Entry]) -> Scenario:
-    runs = {entry.path: read_run(entry.path) for entry in entries}
-    first = runs[entries[0].path]
+def _scenario(name: str, trials: Sequence[TrialResult]) -> Scenario:
+    runs = {trial.path: read_run(trial.path) for trial in trials}
+    first = runs[trials[0].path]
     for run in runs.values():
         if run.partition != first.partition:
             raise RunError(
-                f"{run.path} and {first.path} had different data, splits or base, so scenario {name} makes no table; "
-                "move the older ones away and call again"
+                f"{run.path} and {first.path} had different data, splits or base, so there is no table of scenario "
+                f"{name}; move the older runs away and repeat the command"
             )
-    # Neither depends on the seed: they count as seed 0, so that scenarios whose first runs differ in it fit together.
-    methods: dict[str, tuple[Result, ...]] = {
-        row: (replace(_result(first, row), seed=0),) for row in (BASE, MAJORITY) if row in first.summary["rows"]
+    # Base and constant answer do not depend on the seed. They count as seed 0, so that scenarios can be averaged.
+    methods: dict[str, tuple[SeedResult, ...]] = {
+        variant: (replace(_seed_result(first, variant), seed=0),)
+        for variant in (BASE, MAJORITY)
+        if variant in first.summary["rows"]
     }
-    found: dict[str, list[Result]] = {}
-    for entry in entries:
-        found.setdefault(entry.method, []).append(_result(runs[entry.path], entry.row, entry.at_edge))
-    methods |= {method: tuple(sorted(rows, key=lambda row: row.seed)) for method, rows in found.items()}
+    by_method: dict[str, list[SeedResult]] = {}
+    for trial in trials:
+        by_method.setdefault(trial.method, []).append(_seed_result(runs[trial.path], trial.variant, trial.at_edge))
+    methods |= {method: tuple(sorted(results, key=lambda result: result.seed)) for method, results in by_method.items()}
     return Scenario(name, tuple(sorted(first.summary["rows"][BASE]["clients"])), methods, first.labels)
 
 
-def _result(run: Run, row: str, at_edge: bool = False) -> Result:
-    summary, found = run.summary, run.summary["rows"][row]
+def _seed_result(run: Run, variant: str, at_edge: bool = False) -> SeedResult:
+    summary, row = run.summary, run.summary["rows"][variant]
     config = RunFolder(run.path).tables()
-    scores = {client: values["score"] for client, values in found["clients"].items()}
-    losses = {client: values["loss"] for client, values in found["clients"].items() if "loss" in values}
-    measures = {"score": found["mean"], "worst": found["worst"], "spread": found["spread"]}
+    scores = {client: values["score"] for client, values in row["clients"].items()}
+    losses = {client: values["loss"] for client, values in row["clients"].items() if "loss" in values}
+    measures = {"score": row["mean"], "worst": row["worst"], "spread": row["spread"]}
     if losses:
         measures["loss"] = statistics.fmean(losses.values())
-    if row not in (BASE, MAJORITY):
+    if variant not in (BASE, MAJORITY):
         measures |= {
-            "best_round": mean_best_round(found),
-            **work_of(RunFolder(run.path).lines(METRICS), row, len(scores), summary["rounds"]),
+            "best_round": mean_best_round(row),
+            **work_of(RunFolder(run.path).lines(METRICS), variant, len(scores), summary["rounds"]),
             "mib_down": summary["bytes_down_per_client_round"] / MIB,
             "mib_up": summary["bytes_up_per_client_round"] / MIB,
             "seconds": summary["seconds_update"] + summary["seconds_evaluate"],
             "memory": summary["peak_memory_mib"],
         }
     rate = config["training"]["learning_rate"]
-    return Result(run.seed, scores, losses, measures, summary["rounds"], rate, at_edge, run.untrained)
+    return SeedResult(run.seed, scores, losses, measures, summary["rounds"], rate, at_edge, run.untrained)
 
 
-def best_validation_loss(path: Path, row: str) -> float:
-    """Mean validation loss over all clients of a finished run's best rounds; infinite for a run that diverged.
+def best_validation_loss(path: Path, variant: str) -> float:
+    """Return the mean validation loss over the clients at the best round of a finished run; infinite if it diverged.
 
-    A run diverged where that mean is not a finite number, or where every update of every client failed: what was scored
-    then is the untrained model. A client that did not train in that round counts with its model of the round before, in
-    the end with the base. The test split is not read.
+    A run has diverged if that mean is not finite, or if every update failed (it then scored the untrained model). A
+    client that did not train in the best round counts with its latest earlier model, at first the untuned base. The
+    test split is not read.
     """
     folder = RunFolder.open(path)
-    found = folder.read_json("summary.json")["rows"][row]
+    row = folder.read_json(SUMMARY)["rows"][variant]
     lines = list(folder.lines(METRICS))
     if nothing_trained(updates_of(lines)):
         return math.inf
     latest: dict[str, float] = {}
     for line in lines:
-        if line["split"] != "validation" or line["method"] not in (BASE, row):
+        if line["split"] != "validation" or line["method"] not in (BASE, variant):
             continue
-        best = best_round_of(found, line["client"])
+        best = best_round_of(row, line["client"])
         if line["method"] == BASE if best is None else line["round"] <= best:
             latest[line["client"]] = line["loss"]
     mean = sum(latest.values()) / len(latest)
@@ -200,45 +210,44 @@ def best_validation_loss(path: Path, row: str) -> float:
 
 
 @dataclass(frozen=True)
-class Against:
-    """The reference against one other method, in one scenario or in all of them together."""
+class MethodGain:
+    """The gain of the reference over one other method, in one scenario or over all of them."""
 
     scenario: str
     method: str
     measure: str
-    """score (higher is better) or loss (lower is)."""
+    """score (higher is better) or loss (lower is better)."""
     gain: Gain
 
 
-def gains(scenarios: Sequence[Scenario], reference: str) -> list[Against]:
-    """Reference minus every other method, over the pairs (client, seed) that both have; then over all scenarios."""
-    others = list(dict.fromkeys(name for found in scenarios for name in found.trained if name != reference))
-    listed = []
+def gains(scenarios: Sequence[Scenario], reference: str) -> list[MethodGain]:
+    """Return the gain of the reference over every other method: per scenario, then over all scenarios.
+
+    Pairs are (client, seed); only those that both methods have count.
+    """
+    others = list(dict.fromkeys(name for scenario in scenarios for name in scenario.trained if name != reference))
+    method_gains = []
     for other in others:
         for measure in ("score", "loss"):
-            pairs = {found.name: _pairs(found, reference, other, measure) for found in scenarios}
-            listed += [
-                Against(name, other, measure, gain(found, higher=measure == "score"))
-                for name, found in pairs.items()
-                if found
+            higher = measure == "score"
+            pairs = {scenario.name: _differences(scenario, reference, other, measure) for scenario in scenarios}
+            method_gains += [
+                MethodGain(name, other, measure, gain(differences, higher=higher))
+                for name, differences in pairs.items()
+                if differences
             ]
-            together = {(name, *key): value for name, found in pairs.items() for key, value in found.items()}
+            pooled = {(name, *key): value for name, by_pair in pairs.items() for key, value in by_pair.items()}
             if sum(map(bool, pairs.values())) > 1:
-                listed.append(Against(ALL, other, measure, gain(together, higher=measure == "score")))
-    order = [*(found.name for found in scenarios), ALL]
-    return sorted(listed, key=lambda found: order.index(found.scenario))
+                method_gains.append(MethodGain(ALL, other, measure, gain(pooled, higher=higher)))
+    order = [*(scenario.name for scenario in scenarios), ALL]
+    return sorted(method_gains, key=lambda line: order.index(line.scenario))
 
 
-def _pairs(scenario: Scenario, reference: str, other: str, measure: str) -> dict[tuple[Any, ...], float]:
-    """Differences by (client, seed)."""
+def _differences(scenario: Scenario, reference: str, other: str, measure: str) -> dict[tuple[Any, ...], float]:
+    """Return reference minus other method by (client, seed)."""
     ours, theirs = (
-        {result.seed: result.scores if measure == "score" else result.losses for result in scenario.methods[name]}
-        if name in scenario.methods
-        else {}
+        {key: value for result in scenario.methods.get(name, ()) for key, value in result.values(measure).items()}
         for name in (reference, other)
     )
-    return {
-        (client, seed): ours[seed][client] - theirs[seed][client]
-        for seed in sorted(ours.keys() & theirs.keys())
-        for client in sorted(ours[seed].keys() & theirs[seed].keys())
-    }
+    pairs = sorted(ours.keys() & theirs.keys(), key=lambda pair: (pair[1], pair[0]))
+    return {pair: ours[pair] - theirs[pair] for pair in pairs}

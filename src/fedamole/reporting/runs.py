@@ -1,4 +1,4 @@
-"""Finished runs as their folders tell them; nothing but run files is read here."""
+"""Finished runs read from their folders."""
 
 import hashlib
 import json
@@ -25,50 +25,55 @@ class Run:
     name: str
     seed: int
     partition: str
-    """Hash of manifest and base: runs with the same hash had the same data in the same splits on the same base."""
+    """Hash of manifest and base. Runs with the same hash had the same data in the same splits on the same base."""
     summary: dict[str, Any]
+    """Content of summary.json."""
     labels: dict[str, str] = field(default_factory=dict)
-    """What clients are called in tables, where that is not their name."""
+    """Labels of clients in tables, for those whose label is not their name."""
 
     @property
     def untrained(self) -> bool:
-        """Whether every update failed: its scores are those of models that were never trained."""
+        """Whether every update failed, so that the scores are those of untrained models."""
         return nothing_trained(self.summary)
 
-    def label(self, row: str) -> str:
-        """What a row of this run is called in a table: the run's name, where it has one, for its own method."""
-        own = row == self.summary["method"]
-        return self.name if own and self.name != "run" else row
+    def label(self, variant: str) -> str:
+        """Return the name of a variant of this run in tables: the run's name, if set, for the run's own method."""
+        own = variant == self.summary["method"]
+        return self.name if own and self.name != "run" else variant
 
 
 def read_run(path: Path) -> Run:
-    """Read a finished run; an unfinished one is a RunError that says how to go on."""
+    """Read a finished run.
+
+    Raises:
+        RunError: The run is not finished, or its folder is damaged.
+    """
     folder = RunFolder.open(path)
     if not folder.finished:
         raise RunError(f"{path} is not finished: {SUMMARY} is missing; `fedamole resume {path}` continues it")
     config = folder.tables()
     summary = folder.read_json(SUMMARY)
-    for row in (BASE, MAJORITY, summary["method"]):
-        if row not in summary["rows"]:
-            raise RunError(f"{path / SUMMARY} is damaged: it has no row {row!r}; put it back from a copy")
+    for variant in (BASE, MAJORITY, summary["method"]):
+        if variant not in summary["rows"]:
+            raise RunError(f"{path / SUMMARY} is damaged: {variant!r} is missing in `rows`; restore it from a copy")
     if not summary["rows"][BASE]["clients"]:
-        raise RunError(f"{path / SUMMARY} is damaged: it has no clients; put it back from a copy")
+        raise RunError(f"{path / SUMMARY} is damaged: it has no clients; restore it from a copy")
     return Run(path, config["run"]["name"], config["run"]["seed"], partition_of(folder), summary, labels_of(folder))
 
 
 def untrained_warning(path: Path, summary: dict[str, Any]) -> str:
-    """A sentence on a run in which every update failed, for the top of what shows it; empty for any other run."""
+    """Return a warning for a run in which every update failed; empty for any other run."""
     if not nothing_trained(summary):
         return ""
-    return f"{path}: all {summary['updates']} updates failed, so nothing was trained and its scores say nothing"
+    return f"{path}: all {summary['updates']} updates failed, so nothing was trained and the scores are meaningless"
 
 
 def refuse_untrained(path: Path) -> None:
-    """Raise RunError for a finished run in which every update failed; it says why the first one did."""
+    """Raise RunError for a finished run in which every update failed, with the reason of the first failure."""
     folder = RunFolder.open(path)
     if warning := untrained_warning(path, folder.read_json(SUMMARY)):
         first = next(line["failed"] for line in folder.lines(METRICS) if "failed" in line)
-        raise RunError(f"{warning}; the first failed as follows: {first}")
+        raise RunError(f"{warning}; reason of the first failure: {first}")
 
 
 def labels_of(folder: RunFolder) -> dict[str, str]:
@@ -77,32 +82,37 @@ def labels_of(folder: RunFolder) -> dict[str, str]:
 
 
 def partition_of(folder: RunFolder) -> str:
-    """Hash of what makes two runs comparable: who has which rows, not where the files lie, and which base."""
-    ground = json.dumps([folder.read_json(MANIFEST)["clients"], folder.about["base"]], sort_keys=True)
-    return hashlib.sha256(ground.encode()).hexdigest()
+    """Return the hash of what makes two runs comparable: the rows of each client and the base, not file paths."""
+    content = json.dumps([folder.read_json(MANIFEST)["clients"], folder.about["base"]], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def folders_in(path: Path) -> list[Path]:
-    """The run folders in a folder; RunError where there is none."""
-    inside = sorted(child.parent for child in path.glob(f"*/{RUN}"))
-    if not inside:
+    """Return the run folders directly inside a folder; RunError if there are none."""
+    folders = sorted(child.parent for child in path.glob(f"*/{RUN}"))
+    if not folders:
         raise RunError(f"{path} is neither a run folder nor a folder with runs in it")
-    return inside
+    return folders
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read runs named one by one, or by a folder of them; there unfinished ones are left out, with a warning."""
-    found: list[Run] = []
+    """Read finished runs.
+
+    Args:
+        paths: Run folders, or folders with run folders in them. Unfinished runs in the latter are skipped with a
+            warning; an unfinished run that is named itself is a RunError.
+    """
+    runs: list[Run] = []
     for path in paths:
         if (path / RUN).exists() or not path.is_dir():
-            found.append(read_run(path))
+            runs.append(read_run(path))
             continue
-        inside = folders_in(path)
-        finished = [child for child in inside if RunFolder.open(child).finished]
-        for child in inside:
-            if child not in finished:
-                log.warning("%s is not finished and not shown; `fedamole resume %s` continues it", child, child)
-        found += map(read_run, finished)
-    if not found:
+        folders = folders_in(path)
+        finished = [folder for folder in folders if RunFolder.open(folder).finished]
+        for folder in folders:
+            if folder not in finished:
+                log.warning("%s is not finished and not shown; `fedamole resume %s` continues it", folder, folder)
+        runs += map(read_run, finished)
+    if not runs:
         raise RunError(f"no finished run in {', '.join(map(str, paths))}")
-    return found
+    return runs

@@ -1,4 +1,4 @@
-"""Lines of metrics.jsonl as TensorBoard scalars, for those who watch runs there."""
+"""TensorBoard output: writes the lines of metrics.jsonl as scalars."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,10 +8,14 @@ from fedamole.errors import ConfigError, how_to_install
 
 
 class TensorBoardSink:
-    """Writes what the loop logs to event files; a repeated round overwrites its first try (same step)."""
+    """Writes metrics to TensorBoard event files. A repeated round has the same step and replaces its first attempt."""
 
     def __init__(self, folder: Path) -> None:
-        """Open event files in a folder; without the extra installed this is a ConfigError."""
+        """Open event files in a folder.
+
+        Raises:
+            ConfigError: TensorBoard is not installed.
+        """
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -21,12 +25,10 @@ class TensorBoardSink:
         self.writer = SummaryWriter(str(folder))
 
     def __call__(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Write the numbers of some lines."""
+        """Write the numbers of some lines of metrics.jsonl."""
         for line in lines:
-            place = "/".join(
-                str(line[key]) for key in ("split", "method", "which", "client", "exchange") if key in line
-            )
+            tag = "/".join(str(line[key]) for key in ("split", "method", "which", "client", "exchange") if key in line)
             for name, value in line.items():
                 if name not in ("round", "exchange") and isinstance(value, int | float):
-                    self.writer.add_scalar(f"{place}/{name}", value, line["round"])
+                    self.writer.add_scalar(f"{tag}/{name}", value, line["round"])
         self.writer.flush()

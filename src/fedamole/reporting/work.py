@@ -1,4 +1,4 @@
-"""What a run's training took, from the lines of its metrics.jsonl."""
+"""Work done by the clients of a run (steps, tokens, parameters), computed from its metrics.jsonl."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -7,28 +7,31 @@ from typing import Any
 UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def work_of(lines: Iterable[Mapping[str, Any]], row: str, clients: int, rounds: int) -> dict[str, float]:
-    """Work of one method (a row of the run's summary), as means over the clients of the federation.
+def work_of(lines: Iterable[Mapping[str, Any]], variant: str, clients: int, rounds: int) -> dict[str, float]:
+    """Return the work of one variant (scored model) of a run, as means over the clients of the federation.
 
-    steps, probed: optimiser steps, and examples read in forward passes alone, per client and round.
-    forward_tokens, backward_tokens: tokens without padding that a client reads in forward passes alone, and in forward
-    and backward passes, in the whole run. parameters: numbers that a client trains in a round in which it trains.
-
-    Forward passes without training count during a round and where a model is assembled before it is scored. Keys that
+    Forward passes without training count during a round, and where a model is assembled before it is scored. Keys that
     no line has, as in runs of earlier versions, are left out.
+
+    Returns:
+        steps: optimiser steps per client and round.
+        probed: examples read in forward passes only, per client and round.
+        forward_tokens: tokens, without padding, that a client reads in forward passes only, in the whole run.
+        backward_tokens: tokens, without padding, that a client reads in forward and backward passes, in the whole run.
+        parameters: parameters that a client trains in a round in which it trains.
     """
-    train, found = [], []
+    train, counted = [], []
     for line in lines:
         if line["split"] == "train":
             train.append(line)
-        if line["split"] == "train" or (line["split"] == "validation" and line["method"] == row):
-            found.append(line)
+        if line["split"] == "train" or (line["split"] == "validation" and line["method"] == variant):
+            counted.append(line)
 
     def total(key: str) -> float:
-        return float(sum(line.get(key, 0) for line in found))
+        return float(sum(line.get(key, 0) for line in counted))
 
     work = {"steps": total("steps") / (clients * rounds)}
-    if any("probed" in line for line in found):
+    if any("probed" in line for line in counted):
         work["probed"] = total("probed") / (clients * rounds)
     if any("backward_tokens" in line for line in train):
         work |= {key: total(key) / clients for key in ("forward_tokens", "backward_tokens")}
@@ -37,8 +40,8 @@ def work_of(lines: Iterable[Mapping[str, Any]], row: str, clients: int, rounds: 
     return work
 
 
-def short(value: float) -> str:
-    """A count in three digits, with k for thousands, M for millions and G for 10^9."""
+def short_count(value: float) -> str:
+    """Format a count with three digits, with k for thousands, M for millions and G for 10^9."""
     if not math.isfinite(value):
         return str(value)
     for unit, letter in UNITS:

@@ -1,4 +1,4 @@
-"""The files of an adapter folder, and the largest number of experts in one."""
+"""Names of the files in an adapter folder, and the maximum number of experts in a module."""
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 IDENTITY = "base_identity.json"
@@ -7,4 +7,5 @@ FILES = (CONFIG, WEIGHTS, IDENTITY, CARD)
 """All files that fedamole writes into an adapter folder."""
 
 MOST_EXPERTS = 30_000
-"""Most domain experts of a module; their ids run from 0 to one less. FedAMoLE's default pool has three per client."""
+"""Maximum number of domain experts in a module; their ids are 0 to MOST_EXPERTS - 1. The default pool of FedAMoLE has
+three experts per client."""

@@ -1,27 +1,30 @@
-"""The identity of a base model: runs and adapters store it, and every load compares it."""
+"""Identity of a base model: hashes that runs and adapters store, and that are compared at every load."""
 
 from dataclasses import asdict, dataclass
 
 from fedamole.errors import BaseModelError
 
+BUNDLED = "bundled"
+"""Value of base.model for the tiny base that comes with this package."""
+
 
 @dataclass(frozen=True)
 class Identity:
-    """Hashes that are equal for equal base models. Adapters and runs store them, and every load compares them."""
+    """Hashes of a base model; equal base models have equal hashes."""
 
     weights: str
     """Hash of all weights as stored."""
     tokenizer: str
     """Hash of vocabulary, merges and special tokens."""
     targets: str
-    """Hash of the adapted modules' names and shapes."""
+    """Hash of the names and shapes of the adapted modules."""
 
     def check(self, other: "Identity", what: str) -> None:
-        """Raise BaseModelError naming the part that differs when `what` was made on another base."""
-        for part, theirs in asdict(other).items():
-            mine = getattr(self, part)
-            if mine != theirs:
+        """Raise BaseModelError if `what`, which was made on the base `other`, does not fit this base."""
+        for part, other_hash in asdict(other).items():
+            own_hash = getattr(self, part)
+            if own_hash != other_hash:
                 raise BaseModelError(
-                    f"{what} was made on another base: its {part} hash is {theirs}, this base has {mine}. "
+                    f"{what} was made on another base: its {part} hash is {other_hash}, this base has {own_hash}. "
                     "Name a copy of the base it was trained on by --base (see [base] in its run's config.toml)"
                 )

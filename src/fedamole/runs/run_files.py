@@ -1,6 +1,6 @@
-"""What the JSON files of a run's folder look like; docs/run-folder.md tells what their fields mean.
+"""Formats of the JSON files in a run folder; docs/run-folder.md explains their fields.
 
-Keys that are not named here are left alone: a newer version may write more of them.
+Unknown keys are allowed, because a newer version may write more of them.
 """
 
 import re
@@ -25,19 +25,19 @@ from fedamole.runs.adapter_folder import MOST_EXPERTS
 RUN, CONFIG, MANIFEST = "run.json", "config.toml", "manifest.json"
 METRICS, ASSIGNMENT, SUMMARY = "metrics.jsonl", "assignment.jsonl", "summary.json"
 CLIENTS = "clients.json"
-"""What the clients of a deployment told of themselves: amounts, device, and labels where they share them."""
+"""Data that the clients of a deployment report: amounts of data, device, and labels if they share them."""
 ROUTING = "routing.json"
-"""How the tokens of each client's data are routed, where it has been worked out."""
+"""Shares of each client's tokens by expert, written by `fedamole explain`."""
 
 SPLITS = ("train", "embedding", "validation", "test")
-"""The four parts of a client's data."""
+"""The four splits of a client's data."""
 LONGEST_VALUE = 200
-"""Characters of a client's `value` that are kept."""
+"""Maximum number of characters of a client's `value`."""
 BASE, MAJORITY = "base", "majority"
-"""Columns of every table: the untuned base, and the most frequent training answer."""
+"""Columns of every table: the untuned base, and a constant answer (the most frequent training answer)."""
 
 MOST_ROUNDS = 100_000
-"""Rounds of a run that are read."""
+"""Maximum number of rounds of a run."""
 
 _number = number(finite=False)
 _round = whole(-1, MOST_ROUNDS)
@@ -57,7 +57,7 @@ client_form = record(
     {"client": name, "source": name, **dict.fromkeys(SPLITS, _split_form)},
     {"value": text(LONGEST_VALUE)},
 )
-"""What a client of a manifest looks like in JSON."""
+"""Format of a client in a manifest."""
 
 _about = record(
     {
@@ -69,7 +69,7 @@ _about = record(
     },
     {"kind": choice("simulation", "server", "client"), "base_model": text(4096)},
 )
-_row_of_summary = record(
+_summary_row = record(
     {
         "best_round": either(nothing, mapping(_round), _round),
         "mean": _number,
@@ -91,12 +91,12 @@ _costs = dict.fromkeys(
     _amount,
 )
 _summary = record(
-    {"format": whole(), "method": name, "rounds": whole(0, MOST_ROUNDS), "rows": mapping(_row_of_summary), **_costs},
+    {"format": whole(), "method": name, "rounds": whole(0, MOST_ROUNDS), "rows": mapping(_summary_row), **_costs},
     {"updates": whole(), "left_out": whole()},
 )
 
 _client = {"client": name}
-_line = {
+_line_forms = {
     "train": record(
         {**_client, "bytes_down": _amount},
         {
@@ -127,16 +127,16 @@ _line = {
     "round": record({"seconds_update": _amount, "seconds_evaluate": _amount}, {"cohort": listed(name)}),
     "test": record({**_client, "method": name}, {"which": choice("best", "last"), "loss": _number, "score": _number}),
 }
-_any_line = record({"round": _round, "split": choice(*_line)})
+_line_head = record({"round": _round, "split": choice(*_line_forms)})
 
 
 def _metrics(value: object, where: str) -> None:
-    _any_line(value, where)
-    assert isinstance(value, dict)  # the form before saw to it
-    _line[value["split"]](value, where)
+    _line_head(value, where)
+    assert isinstance(value, dict)  # checked by the form above
+    _line_forms[value["split"]](value, where)
 
 
-_held = record(
+_assignment_line = record(
     {
         "round": _round,
         "module": _module,
@@ -148,13 +148,13 @@ _held = record(
 
 
 def _assignment(value: object, where: str) -> None:
-    _held(value, where)
-    assert isinstance(value, dict)  # the form before saw to it
+    _assignment_line(value, where)
+    assert isinstance(value, dict)  # checked by the form above
     if len(value["experts"]) != len(value["relevance"]):
-        raise FormError(f"there are {len(value['experts'])} experts and {len(value['relevance'])} numbers of relevance")
+        raise FormError(f"{len(value['experts'])} experts, but {len(value['relevance'])} values of relevance")
 
 
-_STATE = re.compile(r"clients/[A-Za-z0-9][A-Za-z0-9._-]*/state/round-\d{4,6}(-exchange-\d{1,2})?\.safetensors")
+_STATE_PATH = re.compile(r"clients/[A-Za-z0-9][A-Za-z0-9._-]*/state/round-\d{4,6}(-exchange-\d{1,2})?\.safetensors")
 _progress = record(
     {"best_round": _round, "best": _number, "latest": mapping(_scores)},
     {"own_rounds": mapping(_round), "own_best": mapping(_number)},
@@ -164,13 +164,13 @@ checkpoint_form = record(
         "run": text(64),
         "round": whole(0, MOST_ROUNDS),
         "server_sha256": _hash,
-        "clients": mapping(_hash, text(500, _STATE)),
+        "clients": mapping(_hash, text(500, _STATE_PATH)),
         "progress": record(
             {}, {"rows": mapping(_progress), "answered": mapping(listed(_round, 2)), "examples": mapping(whole())}
         ),
     },
 )
-"""The end of a round; `progress` is the loop's, and of what it adds to it nothing is known here."""
+"""Format of a checkpoint. `progress` belongs to the training loop, which may store more keys in it."""
 
 config_form = record(
     {
@@ -192,7 +192,7 @@ config_form = record(
     },
     {"deployment": record({}, {"clients": listed(name)})},
 )
-"""What reports and cards read of a run's config; `fedamole.config` checks the whole of it."""
+"""The part of a run's config that reports and cards read; `fedamole.config` checks all of it."""
 
 _labels = mapping(whole(), text(1000))
 FORMS: dict[str, Form] = {
@@ -205,4 +205,4 @@ FORMS: dict[str, Form] = {
     ASSIGNMENT: _assignment,
     "best.json": mapping(_round),
 }
-"""By name of the file; of a file of lines, the form of each."""
+"""Format of each file by its name; for .jsonl files, the format of a line."""

@@ -1,13 +1,13 @@
-"""A run's folder: what lies where, written atomically and never overwritten.
+"""The folder of a run. Its files are written atomically and never overwritten.
 
-run.json            format, version, run id, whose it is, method, identity of the base, its place if it has moved
+run.json            format, version, run id, kind, method, identity of the base, its path if it has moved
 config.toml         the resolved config; `fedamole resume` starts from it
 manifest.json       the partition, with hashes
-metrics.jsonl       one line per client and split and round        (docs/run-folder.md has the fields)
-assignment.jsonl    who held which expert, in which module, with what relevance
-summary.json        the headline numbers; written last, its presence means the run is finished
+metrics.jsonl       one line per client, split and round (docs/run-folder.md explains the fields)
+assignment.jsonl    experts of each client by round and module, with their relevance
+summary.json        the main results; written last, so a run with this file is finished
 checkpoints/        server state and progress of the last two rounds
-clients/<name>/     state/ (private, between rounds) and adapter/ (its model of the best validation round)
+clients/<name>/     state/ (private state between rounds) and adapter/ (its model at the best validation round)
 """
 
 import itertools
@@ -59,18 +59,18 @@ __all__ = [
 ]
 
 SERVER = "server"
-"""Folder inside a run's where a deployment's server keeps its own things: made before the run."""
+"""Subfolder with files of a deployment's server; it may exist before the run is created."""
 
 Json = dict[str, Any]
 Kind = Literal["simulation", "server", "client"]
-"""All clients in one process; the coordinator's part of a deployment; one organisation's part."""
+"""simulation: all clients in one process. server: the coordinator of a deployment. client: one of its clients."""
 
 
 class RunFolder:
     """The folder of one run."""
 
     def __init__(self, path: Path) -> None:
-        """Name a folder; `create` or `open` make it usable."""
+        """Refer to a folder without checking it; use `create` or `open` instead."""
         self.path = path
 
     @classmethod
@@ -84,9 +84,19 @@ class RunFolder:
         kind: Kind = "simulation",
         run: str | None = None,
     ) -> "RunFolder":
-        """Start a new run's folder, with the id `run` or a new one; a folder that holds a run is left alone (RunError).
+        """Create the folder of a new run. If several processes create the same folder, only one succeeds.
 
-        Of several processes that create the same folder at once, one succeeds.
+        Args:
+            path: The folder, which must not exist or must be empty (apart from `server/`).
+            config: Content of config.toml.
+            manifest: Content of manifest.json.
+            method: Name of the method.
+            identity: Identity of the base.
+            kind: Whether it is a simulation, or the server's or a client's part of a deployment.
+            run: Id of the run; default: a new one.
+
+        Raises:
+            RunError: The folder is in use.
         """
         folder = cls(path)
         folder.refuse_existing()
@@ -105,8 +115,10 @@ class RunFolder:
         return folder
 
     def refuse_existing(self) -> None:
-        """Raise RunError where there is something already: no run is ever overwritten."""
-        if self.path.exists() and (not self.path.is_dir() or any(one.name != SERVER for one in self.path.iterdir())):
+        """Raise RunError if the folder is in use: a run is never overwritten."""
+        if self.path.exists() and (
+            not self.path.is_dir() or any(child.name != SERVER for child in self.path.iterdir())
+        ):
             raise RunError(
                 f"{self.path} exists already, and no run is overwritten: `fedamole resume {self.path}` continues it, "
                 "run.folder=OTHER starts another, or move it away"
@@ -114,14 +126,18 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """Open an existing run's folder; anything else, and one that holds a link out of it, is a RunError."""
+        """Open the folder of an existing run.
+
+        Raises:
+            RunError: It is not a run folder, has an unknown format, or contains a link that leads out of it.
+        """
         folder = cls(path)
         for name in (RUN, CONFIG, MANIFEST):
             if not (path / name).exists():
                 raise RunError(f"{path} is not a run folder: {name} is missing")
         check_tree(path)
-        if (found := folder.about["format"]) != FORMAT:
-            raise RunError(f"{path} has format {found}; this version of fedamole reads format {FORMAT}")
+        if (version := folder.about["format"]) != FORMAT:
+            raise RunError(f"{path} has format {version}; this version of fedamole reads format {FORMAT}")
         return folder
 
     @property
@@ -130,29 +146,33 @@ class RunFolder:
         return self.read_json(RUN)
 
     def place(self, *parts: str) -> Path:
-        """A path below the folder; a RunError where, with its links followed, it lies outside."""
+        """Return a path below the folder; RunError if it resolves, through links, to a path outside."""
         return inside(self.path, self.path.joinpath(*parts))
 
     def read_json(self, name: str) -> Json:
-        """Read one of the folder's JSON files; one that is damaged, too large or of another form is a RunError."""
+        """Read one of the folder's JSON files.
+
+        Raises:
+            RunError: The file is damaged, too large or has an invalid format.
+        """
         path = self.place(name)
         content: Json = read_json(path)
         if (form := FORMS.get(path.name)) is not None:
             check_form(content, form, path, RunError)
         elif not isinstance(content, dict):
-            raise RunError(f"{path} is damaged: it holds no JSON object; put it back from a copy")
+            raise RunError(f"{path} is damaged: it holds no JSON object; restore it from a copy")
         return content
 
     def tables(self) -> Json:
-        """Read config.toml as plain tables, for what only tells of a run; a damaged one is a RunError."""
+        """Read config.toml as plain tables, without loading the method; RunError if it is damaged."""
         path = self.place(CONFIG)
-        found = read_toml(path)
-        check_form(found, config_form, path, RunError)
-        return found
+        tables = read_toml(path)
+        check_form(tables, config_form, path, RunError)
+        return tables
 
     @property
     def kind(self) -> Kind:
-        """Whose run this is."""
+        """Whether the folder is of a simulation, or of the server or a client of a deployment."""
         kind: Kind = self.about.get("kind", "simulation")
         return kind
 
@@ -164,39 +184,40 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end."""
+        """Whether the run is finished."""
         return (self.path / SUMMARY).exists()
 
     def client(self, name: str) -> Path:
-        """Folder of one client; a RunError for a name that could lead anywhere else."""
+        """Return the folder of a client; RunError for a name that is not a safe folder name."""
         return self.place("clients", checked_name(name, f"client of {self.path}"))
 
     def adapter(self, name: str, method: str) -> Path:
-        """A client's saved model; a second row of the same run (fedit_ft beside fedit) has a folder of its own."""
+        """Return the adapter folder of a client. Another variant of the run, such as fedit_ft, has its own folder."""
         own = method == self.about["method"]
-        row = "adapter" if own else f"adapter-{checked_name(method, f'row of {self.path}')}"
-        return inside(self.path, self.client(name) / row)
+        folder = "adapter" if own else f"adapter-{checked_name(method, f'variant of {self.path}')}"
+        return inside(self.path, self.client(name) / folder)
 
     def remove_adapter(self, path: Path) -> None:
-        """Remove an adapter folder of this run, if it is there; a RunError for anything that is none.
+        """Remove an adapter folder of this run if it exists.
 
-        Only files that such a folder has are removed, one by one.
+        Raises:
+            RunError: The path is not an adapter folder, or contains other files than those that fedamole writes.
         """
         if not os.path.lexists(path):
             return
         inside(self.path, path)
         known = {*FILES, *(f".{name}.writing" for name in FILES)}
         if path.is_symlink() or not path.is_dir():
-            raise RunError(f"{path} is no folder, and an adapter was to be written there: move it away")
-        found = list(path.iterdir())
-        for one in found:
-            if one.name not in known or (one.is_dir() and not one.is_symlink()):
+            raise RunError(f"{path} is not a folder, but an adapter must be written there: move it away")
+        children = list(path.iterdir())
+        for child in children:
+            if child.name not in known or (child.is_dir() and not child.is_symlink()):
                 raise RunError(
-                    f"{path} was to be replaced by a better adapter, but it holds {one.name!a}, which no adapter "
-                    "folder of fedamole does: move that away"
+                    f"{path} cannot be replaced by a better adapter: it contains {child.name!a}, which is not part of "
+                    "an adapter: move it away"
                 )
-        for one in found:
-            one.unlink()
+        for child in children:
+            child.unlink()
         path.rmdir()
 
     def append(self, name: str, records: Iterable[Json]) -> None:
@@ -208,37 +229,38 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def lines(self, name: str) -> Iterator[Json]:
-        """Read the whole lines of metrics.jsonl or assignment.jsonl; a torn last line is left out.
+        """Read the lines of metrics.jsonl or assignment.jsonl; an incomplete last line (after a crash) is left out.
 
-        Any other line that cannot be read, is too long or of another form is a RunError.
+        Raises:
+            RunError: Another line cannot be parsed, is too long or has an invalid format.
         """
         path = self.place(name)
         if not path.exists():
             return
         if not path.is_file():
-            raise RunError(f"{path} is no file: put it back from a copy")
+            raise RunError(f"{path} is not a file: restore it from a copy")
         with path.open("rb") as file:
             for number in itertools.count(1):
                 line = file.readline(MOST_LINE + 1)
                 where = f"{path}, line {number}"
                 if len(line) > MOST_LINE:
-                    raise RunError(f"{where} is longer than {MOST_LINE} bytes: put the file back from a copy")
-                if not line.endswith(b"\n"):  # the end, or what a crash left of a line
+                    raise RunError(f"{where} is longer than {MOST_LINE} bytes: restore the file from a copy")
+                if not line.endswith(b"\n"):  # the end, or an incomplete last line
                     return
                 record = parse_json(as_text(line, where), where)
                 check_form(record, FORMS[name], where, RunError)
                 yield record
 
     def cut(self, name: str, keep: Callable[[Json], bool]) -> None:
-        """Cut a lines file back to the records that `keep` approves of."""
-        kept = [json.dumps(record) + "\n" for record in self.lines(name) if keep(record)]
-        write_atomic(self.path / name, "".join(kept))
+        """Rewrite a .jsonl file with only the records for which `keep` is true."""
+        lines = [json.dumps(record) + "\n" for record in self.lines(name) if keep(record)]
+        write_atomic(self.path / name, "".join(lines))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for one process; a second one is refused (RunError)."""
+        """Lock the folder for this process; RunError if another process holds the lock."""
         lock = self.place(".lock")
         if lock.is_dir():
-            raise RunError(f"{lock} is a folder, and a file of that name is to be locked: remove it")
+            raise RunError(f"{lock} is a folder, but must be a lock file: remove it")
         with exclusive(lock, f"{self.path}: another process is running this run; wait for it or stop it"):
             yield

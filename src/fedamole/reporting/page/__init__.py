@@ -1,1 +1,1 @@
-"""The report: one HTML page on the runs of a federation. Reads run files only; needs no network, ever."""
+"""The HTML report: one self-contained page on the runs of a federation, built from run files only."""

@@ -1,4 +1,4 @@
-"""What is on the page, as plain data: built once from the folders, drawn by page.js and by figures.py."""
+"""Content of a report as plain data: computed once from the folders, drawn by page.js and by figures.py."""
 
 import math
 import statistics
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedamole import __version__
-from fedamole.reporting.page.reading import Told
+from fedamole.reporting.page.reading import RunData
 from fedamole.reporting.page.words import (
     GLOSSARY,
     KINDS,
@@ -15,57 +15,58 @@ from fedamole.reporting.page.words import (
     TITLES,
     method_in_words,
     settings_in_words,
-    short_names,
+    short_module_names,
 )
-from fedamole.reporting.results import Entry, Result, Scenario, read_scenarios
+from fedamole.reporting.results import Scenario, SeedResult, TrialResult, read_scenarios
+from fedamole.reporting.run_table import CAPTION, as_text, mean_and_deviation, run_tables
 from fedamole.reporting.runs import untrained_warning
 from fedamole.reporting.significance import gain
-from fedamole.reporting.table import CAPTION, cell, compare, grid
-from fedamole.reporting.work import short, work_of
+from fedamole.reporting.work import short_count, work_of
 from fedamole.runs.run_files import BASE, MAJORITY, SPLITS
 from fedamole.terminal import printable
 
 Json = dict[str, Any]
+GAIN_KEYS = ("pairs", "mean", "low", "high", "p_clients", "wins", "ties")
 COSTS = (
     ("bytes_down_per_client_round", "KiB to a client per round", 1024, 0),
     ("bytes_up_per_client_round", "KiB from a client per round", 1024, 0),
-    ("seconds_update", "seconds of training and merging", 1, 1),
-    ("seconds_evaluate", "seconds of scoring", 1, 1),
-    ("peak_memory_mib", "MiB of memory at the peak", 1, 0),
-    ("forward_tokens", "tokens read forward only, per client", 1, None),
+    ("seconds_update", "seconds of training and aggregation", 1, 1),
+    ("seconds_evaluate", "seconds of evaluation", 1, 1),
+    ("peak_memory_mib", "peak memory in MiB", 1, 0),
+    ("forward_tokens", "tokens in forward passes only, per client", 1, None),
     ("backward_tokens", "tokens trained on, per client", 1, None),
-    ("parameters", "parameters trained, per client", 1, None),
+    ("parameters", "trained parameters per client", 1, None),
 )
-"""Key in summary.json or of `work_of`, what the column is called, its unit, digits (None: as a large count)."""
+"""Key in summary.json or of `work_of`, title of the column, divisor, digits (None: shown as a large count)."""
 
 
-def content(told: Sequence[Told]) -> Json:
-    """All that a report shows; sections without data are left out."""
-    told = sorted(told, key=lambda one: one.label.startswith("fedamole"))  # as in the table of `fedamole show`
-    clients = sorted(set().union(*(one.clients for one in told)))
-    done = [one for one in told if one.finished]
-    models = _models(told)
+def content(runs: Sequence[RunData]) -> Json:
+    """Return everything that a report shows; sections without data are left out."""
+    runs = sorted(runs, key=lambda data: data.label.startswith("fedamole"))  # the order of `fedamole show`
+    clients = sorted(set().union(*(data.clients for data in runs)))
+    finished = [data for data in runs if data.finished]
+    models = _models(runs)
     sections = {
-        "about": _about(told, len(clients)),
-        "learning": _learning(told, models, clients),
-        **(_tested(done, models) if done else {}),
-        "experts": [_experts(one, clients) for one in told if one.assignment],
-        "routing": [_routing(one) for one in told if one.routing],
-        "data": _data(told, clients),
-        "labels": _labels(told),
-        "costs": _costs(told),
+        "about": _about(runs, len(clients)),
+        "learning": _learning(runs, models, clients),
+        **(_tested(finished, models) if finished else {}),
+        "experts": [_experts(data, clients) for data in runs if data.assignment],
+        "routing": [_routing(data) for data in runs if data.routing],
+        "data": _data(runs, clients),
+        "labels": _labels(runs),
+        "costs": _costs(runs),
         "failed": [
-            [one.label, line["round"], line["client"], line["failed"]]
-            for one in told
-            for line in one.lines
+            [data.label, line["round"], line["client"], line["failed"]]
+            for data in runs
+            for line in data.lines
             if "failed" in line
         ],
     }
-    made: Json = _fit_for_a_page(
+    whole: Json = _for_json(
         {
             "version": __version__,
             "title": f"Report on {_listed(models)}",
-            "states": list(_states(told)),
+            "states": list(_states(runs)),
             "glossary": GLOSSARY,
             "titles": TITLES,
             "random": RANDOM,
@@ -73,9 +74,9 @@ def content(told: Sequence[Told]) -> Json:
             "models": models,
             **{key: value for key, value in sections.items() if value},
         },
-        {name: label for one in told for name, label in one.run.labels.items()},
+        {name: label for data in runs for name, label in data.run.labels.items()},
     )
-    return made
+    return whole
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -83,91 +84,97 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def _fit_for_a_page(value: Any, labels: Mapping[str, str]) -> Any:
-    """Return the same with None for numbers that are not finite, printable texts, and labels in place of client names.
+def _for_json(value: Any, labels: Mapping[str, str]) -> Any:
+    """Replace numbers that are not finite by None, make texts printable, and show labels in place of client names.
 
-    Such a name ends with a hash of the client's value, so that no other text is equal to it.
+    A name that has a label ends with a hash of the client's value, so no other text is equal to it.
     """
     if isinstance(value, dict):
         return {
-            printable(labels.get(key, key)) if isinstance(key, str) else key: _fit_for_a_page(item, labels)
+            printable(labels.get(key, key)) if isinstance(key, str) else key: _for_json(item, labels)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return [_fit_for_a_page(inner, labels) for inner in value]
+        return [_for_json(inner, labels) for inner in value]
     if isinstance(value, str):
         return printable(labels.get(value, value))
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _models(told: Sequence[Told]) -> list[str]:
-    """Labels of all trained models, in the order of `fedamole show`."""
-    labels = dict.fromkeys(one.run.label(row) for one in told for row in one.rows)
+def _models(runs: Sequence[RunData]) -> list[str]:
+    """Return the labels of all trained models, in the order of `fedamole show`."""
+    labels = dict.fromkeys(data.run.label(variant) for data in runs for variant in data.variants)
     return sorted(labels, key=lambda label: label.startswith("fedamole"))
 
 
-def _states(told: Sequence[Told]) -> Iterator[str]:
-    """A sentence for each run that is not finished, and for each in which every update failed."""
-    for one in told:
-        if warning := untrained_warning(one.run.path, one.run.summary):
+def _states(runs: Sequence[RunData]) -> Iterator[str]:
+    """Yield a sentence for each run that is not finished, and for each in which every update failed."""
+    for data in runs:
+        if warning := untrained_warning(data.run.path, data.run.summary):
             yield f"{warning}."
-        if not one.finished:
-            yield f"{one.run.path.name} is not finished: {one.done} of {one.rounds} rounds are done."
+        if not data.finished:
+            yield f"{data.run.path.name} is not finished: {data.done} of {data.rounds} rounds are done."
 
 
-def _about(told: Sequence[Told], clients: int) -> Json:
-    """Settings in words: a column per label, a line per setting, each with one value per column."""
-    columns: dict[str, list[Told]] = {}
-    for one in told:
-        columns.setdefault(one.label, []).append(one)
-    said = []
-    for found in columns.values():
-        config = found[0].config
-        rounds = [f"{one.done} of {one.rounds}" if not one.finished else f"all {one.rounds}" for one in found]
-        said.append(
+def _by_label(runs: Sequence[RunData]) -> dict[str, list[RunData]]:
+    groups: dict[str, list[RunData]] = {}
+    for data in runs:
+        groups.setdefault(data.label, []).append(data)
+    return groups
+
+
+def _about(runs: Sequence[RunData], clients: int) -> Json:
+    """Return the settings in words: a column per label, a line per setting with one value per column."""
+    groups = _by_label(runs)
+    columns = []
+    for of_label in groups.values():
+        first = of_label[0]
+        rounds = [f"{data.done} of {data.rounds}" if not data.finished else f"all {data.rounds}" for data in of_label]
+        columns.append(
             {
-                **method_in_words(config),
-                **settings_in_words(config, 0 if found[0].kind == "client" else clients),
-                "Seed": ", ".join(str(one.run.seed) for one in found),
-                "Seen from": KINDS[found[0].kind],
+                **method_in_words(first.config),
+                **settings_in_words(first.config, 0 if first.kind == "client" else clients),
+                "Seed": ", ".join(str(data.run.seed) for data in of_label),
+                "Kind of run": KINDS[first.kind],
                 "Rounds done": ", ".join(dict.fromkeys(rounds)),
             }
         )
-    names = dict.fromkeys(name for column in said for name in column)
-    return {"head": list(columns), "lines": [[name, [column.get(name, "") for column in said]] for name in names]}
+    names = dict.fromkeys(name for column in columns for name in column)
+    return {"head": list(groups), "lines": [[name, [column.get(name, "") for column in columns]] for name in names]}
 
 
-def _learning(told: Sequence[Told], models: Sequence[str], clients: Sequence[str]) -> Json | None:
-    """Validation by model, seed, client and round; `mean` is over all clients, each with its latest model."""
-    measures, before, lines = dict[str, None](), dict[str, float](), []
-    for one in told:
-        found = [line for line in one.lines if line["split"] == "validation"]
+def _learning(runs: Sequence[RunData], models: Sequence[str], clients: Sequence[str]) -> Json | None:
+    """Return validation values by model, seed, client and round. The client "" is the mean over all clients."""
+    measures, before, curves = dict[str, None](), dict[str, float](), []
+    for data in runs:
+        validation = [line for line in data.lines if line["split"] == "validation"]
         measures |= dict.fromkeys(
-            key for line in found if line["method"] != BASE for key in ("loss", "score") if key in line
+            key for line in validation if line["method"] != BASE for key in ("loss", "score") if key in line
         )
-        start = {line["client"]: line for line in found if line["method"] == BASE}
+        start = {line["client"]: line for line in validation if line["method"] == BASE}
         before |= {name: line["loss"] for name, line in start.items()}
-        for row in one.rows:
+        for variant in data.variants:
             values: dict[str, dict[str, list[float | None]]] = {}
-            scored = [line for line in found if line["method"] == row]
+            scored = [line for line in validation if line["method"] == variant]
             for key in measures:
-                by_client: dict[str, list[float | None]] = {name: [None] * one.done for name in clients}
+                by_client: dict[str, list[float | None]] = {name: [None] * data.done for name in clients}
                 for line in scored:
                     by_client[line["client"]][line["round"]] = line.get(key)
                 first = {name: line[key] for name, line in start.items() if key in line}
                 values[key] = {**by_client, "": _means(by_client, first)}
             if scored:
-                lines.append({"model": models.index(one.run.label(row)), "seed": one.run.seed, "values": values})
-    if not lines:
+                model = models.index(data.run.label(variant))
+                curves.append({"model": model, "seed": data.run.seed, "values": values})
+    if not curves:
         return None
-    rounds = max(one.done for one in told)
-    chosen = {one.config["evaluation"]["select"] for one in told}
-    order = sorted(measures, key=lambda key: key not in chosen)
-    return {"measures": order, "rounds": rounds, "before": before, "lines": lines}
+    rounds = max(data.done for data in runs)
+    selected = {data.config["evaluation"]["select"] for data in runs}
+    order = sorted(measures, key=lambda key: key not in selected)
+    return {"measures": order, "rounds": rounds, "before": before, "lines": curves}
 
 
 def _means(by_client: dict[str, list[float | None]], start: dict[str, float]) -> list[float | None]:
-    """Mean over the clients in each round, a client that was not scored counting with its latest value."""
+    """Return the mean over the clients in each round; a client not scored in a round counts with its latest value."""
     latest, means = dict(start), []
     for values in zip(*by_client.values(), strict=True):
         latest |= {name: value for name, value in zip(by_client, values, strict=True) if value is not None}
@@ -176,153 +183,163 @@ def _means(by_client: dict[str, list[float | None]], start: dict[str, float]) ->
     return means
 
 
-def _tested(done: Sequence[Told], models: Sequence[str]) -> Json:
-    """The table of `fedamole show`, the same as marks, and every model against every other."""
-    [comparison] = compare([one.run for one in done])
-    head, *body = grid(comparison)
-    columns = {column.label: column.clients for column in comparison.columns}
+def _tested(finished: Sequence[RunData], models: Sequence[str]) -> Json:
+    """Return the table of `fedamole show`, the same numbers for marks, and the gains of every model."""
+    [table] = run_tables([data.run for data in finished])
+    head, *body = as_text(table)
     marks = {
-        label: {client: statistics.fmean(values) for client, values in by_client.items() if values}
-        for label, by_client in columns.items()
+        column.label: {client: statistics.fmean(values) for client, values in column.clients.items() if values}
+        for column in table.columns
     }
     [scenario] = read_scenarios(
         [
-            Entry("", one.run.label(row), row, one.run.seed, one.run.path)
-            for one in done
-            for row in one.run.summary["rows"]
-            if row not in (BASE, MAJORITY)
+            TrialResult("", data.run.label(variant), variant, data.run.seed, data.run.path)
+            for data in finished
+            for variant in data.run.summary["rows"]
+            if variant not in (BASE, MAJORITY)
         ]
     )
-    gains = [found for model in models if (found := _gains(scenario, model))]
     return {
         "test": {
             "head": head,
             "body": body,
-            "clients": comparison.clients,
-            "seeds": comparison.seeds,
+            "clients": table.clients,
+            "seeds": table.seeds,
             "marks": marks,
             "caption": CAPTION,
         },
-        "gain": gains,
+        "gain": [gains for model in models if (gains := _gains(scenario, model))],
     }
 
 
 def _gains(scenario: Scenario, reference: str) -> Json | None:
-    """One model against all others: each client's gain, averaged over seeds, and what gains.py says of all pairs."""
+    """Return the gains of one model over all others: of each client, averaged over seeds, and over all pairs."""
     if reference not in scenario.trained:
         return None
     columns = []
-    for other, theirs in scenario.methods.items():
-        pairs = _pairs(scenario.methods[reference], theirs, once=other in (BASE, MAJORITY))
+    for other, results in scenario.methods.items():
+        pairs = _pairs(scenario.methods[reference], results, seedless=other in (BASE, MAJORITY))
         if other == reference or not pairs:
             continue
         by_client: dict[str, list[float]] = {}
         for (client, _), value in pairs.items():
             by_client.setdefault(client, []).append(value)
-        found = gain(pairs, higher=True)
+        over_pairs = gain(pairs, higher=True)
         columns.append(
             {
                 "other": other,
                 "clients": {name: statistics.fmean(values) for name, values in by_client.items()},
-                **{key: getattr(found, key) for key in ("pairs", "mean", "low", "high", "p_clients", "wins", "ties")},
+                **{
+                    key: getattr(over_pairs, key)
+                    for key in ("pairs", "mean", "low", "high", "p_clients", "wins", "ties")
+                },
             }
         )
     return {"reference": reference, "columns": columns}
 
 
-def _pairs(ours: Sequence[Result], theirs: Sequence[Result], once: bool) -> dict[tuple[str, int], float]:
-    """Differences of test scores by (client, seed); base and majority are there `once`, as they know no seed."""
-    known = {result.seed: result.scores for result in theirs}
+def _pairs(ours: Sequence[SeedResult], theirs: Sequence[SeedResult], seedless: bool) -> dict[tuple[str, int], float]:
+    """Return differences of test scores by (client, seed); `seedless` results are the same for every seed."""
+    by_seed = {result.seed: result.scores for result in theirs}
     return {
         (client, result.seed): score - other[client]
         for result in ours
-        if (other := theirs[0].scores if once else known.get(result.seed, {}))
+        if (other := theirs[0].scores if seedless else by_seed.get(result.seed, {}))
         for client, score in sorted(result.scores.items())
         if client in other
     }
 
 
-def _experts(one: Told, clients: Sequence[str]) -> Json:
-    """Who holds what, by round, module and client: expert, 10,000 times its relevance, and so on."""
-    modules = list(dict.fromkeys(line["module"] for line in one.assignment))
-    rounds = sorted({line["round"] for line in one.assignment})
+def _experts(data: RunData, clients: Sequence[str]) -> Json:
+    """Return the experts held, by round, module and client, as a flat list: expert, 10,000 x relevance, and so on."""
+    modules = list(dict.fromkeys(line["module"] for line in data.assignment))
+    rounds = sorted({line["round"] for line in data.assignment})
     held: list[Any] = [[[[] for _ in clients] for _ in modules] for _ in rounds]
-    place = {
+    index_of = {
         name: {key: index for index, key in enumerate(keys)}
         for name, keys in (("module", modules), ("round", rounds), ("client", clients))
     }
-    for line in one.assignment:
+    for line in data.assignment:
         pairs = zip(line["experts"], line["relevance"], strict=True)
         flat = [value for expert, relevance in pairs for value in (expert, round(10_000 * relevance))]
-        indices = [place[key][line[key]] for key in ("round", "module", "client")]
+        indices = [index_of[key][line[key]] for key in ("round", "module", "client")]
         held[indices[0]][indices[1]][indices[2]] = flat
     return {
-        "label": _label(one),
-        "modules": short_names(modules),
+        "label": _label_with_seed(data),
+        "modules": short_module_names(modules),
         "rounds": rounds,
         "held": held,
-        "experts": 1 + max((expert for line in one.assignment for expert in line["experts"]), default=0),
-        "always_random": one.config["method"].get("assignment") == "random",
+        "experts": 1 + max((expert for line in data.assignment for expert in line["experts"]), default=0),
+        "always_random": data.config["method"].get("assignment") == "random",
     }
 
 
-def _label(one: Told) -> str:
-    return f"{one.label}, seed {one.run.seed}"
+def _label_with_seed(data: RunData) -> str:
+    return f"{data.label}, seed {data.run.seed}"
 
 
-def _routing(one: Told) -> Json:
-    """Shares of the tokens by module, client and expert."""
-    modules = list(dict.fromkeys(module for shares in one.routing.values() for module in shares))
-    named = {expert for shares in one.routing.values() for found in shares.values() for expert in found}
-    experts = sorted(named, key=lambda expert: (not expert.isdigit(), int(expert) if expert.isdigit() else 0, expert))
-    shares = [{client: found.get(module, {}) for client, found in one.routing.items()} for module in modules]
+def _routing(data: RunData) -> Json:
+    """Return the shares of the tokens by module, client and expert."""
+    modules = list(dict.fromkeys(module for shares in data.routing.values() for module in shares))
+    names = {expert for shares in data.routing.values() for by_expert in shares.values() for expert in by_expert}
+    experts = sorted(names, key=lambda expert: (not expert.isdigit(), int(expert) if expert.isdigit() else 0, expert))
+    shares = [{client: by_module.get(module, {}) for client, by_module in data.routing.items()} for module in modules]
     return {
-        "label": _label(one),
-        "modules": short_names(modules),
+        "label": _label_with_seed(data),
+        "modules": short_module_names(modules),
         "experts": experts,
         "shares": shares,
-        "clients": sorted(one.routing),
+        "clients": sorted(data.routing),
     }
 
 
-def _data(told: Sequence[Told], clients: Sequence[str]) -> Json | None:
-    amounts = {name: found for one in told for name, found in one.amounts.items()}
+def _data(runs: Sequence[RunData], clients: Sequence[str]) -> Json | None:
+    amounts = {name: counts for data in runs for name, counts in data.amounts.items()}
     if not amounts:
         return None
-    splits = [split for split in SPLITS if any(found.get(split) for found in amounts.values())]
-    sources = {name: source for one in told for name, source in one.sources.items()}
+    splits = [split for split in SPLITS if any(counts.get(split) for counts in amounts.values())]
+    sources = {name: source for data in runs for name, source in data.sources.items()}
     lines = [
         [name, sources.get(name, ""), [amounts[name].get(split, 0) for split in splits]]
         for name in clients
         if name in amounts
     ]
-    told_apart = any(name != source for name, source in sources.items())
-    return {"splits": [SPLIT_NAMES[split] for split in splits], "lines": lines, "sources": told_apart}
+    with_sources = any(name != source for name, source in sources.items())
+    return {"splits": [SPLIT_NAMES[split] for split in splits], "lines": lines, "sources": with_sources}
 
 
-def _labels(told: Sequence[Told]) -> Json | None:
-    shared = {name: found for one in told for name, found in one.labels.items()}
+def _labels(runs: Sequence[RunData]) -> Json | None:
+    shared = {name: counts for data in runs for name, counts in data.labels.items()}
     if not shared:
         return None
-    known = sorted({label for found in shared.values() for label in found})
-    lines = [[name, [found.get(label, 0) for label in known]] for name, found in sorted(shared.items())]
-    return {"labels": known, "lines": lines}
+    labels = sorted({label for counts in shared.values() for label in counts})
+    lines = [[name, [counts.get(label, 0) for label in labels]] for name, counts in sorted(shared.items())]
+    return {"labels": labels, "lines": lines}
 
 
-def _costs(told: Sequence[Told]) -> Json | None:
-    """A line per label, the mean over its seeds; columns that are empty for everybody are left out."""
+def _costs(runs: Sequence[RunData]) -> Json | None:
+    """Return a line per label, the mean over its seeds; columns without any value are left out."""
     grouped: dict[str, list[Json]] = {}
-    for one in told:
-        work = work_of(one.lines, one.run.summary["method"], max(1, len(one.clients)), max(1, one.done))
-        grouped.setdefault(one.label, []).append({**one.costs, **work})
-    known = [found for costs in grouped.values() for found in costs]
-    columns = [one for one in COSTS if any(one[0] in found if one[3] is None else found.get(one[0]) for found in known)]
+    for label, of_label in _by_label(runs).items():
+        for data in of_label:
+            method = data.run.summary["method"]
+            work = work_of(data.lines, method, max(1, len(data.clients)), max(1, data.done))
+            grouped.setdefault(label, []).append({**data.costs, **work})
+    all_costs = [costs for of_label in grouped.values() for costs in of_label]
+    columns = [
+        column
+        for column in COSTS
+        if any(column[0] in costs if column[3] is None else costs.get(column[0]) for costs in all_costs)
+    ]
     lines = []
-    for label, costs in grouped.items():
+    for label, of_runs in grouped.items():
         means, texts = [], []
-        for key, _, unit, digits in columns:
-            numbers = [found[key] / unit for found in costs if key in found]
+        for key, _, divisor, digits in columns:
+            numbers = [costs[key] / divisor for costs in of_runs if key in costs]
             means.append(statistics.fmean(numbers) if numbers else 0.0)
-            texts.append(cell(numbers, digits) if digits is not None else short(means[-1]) if numbers else "")
+            if digits is not None:
+                texts.append(mean_and_deviation(numbers, digits))
+            else:
+                texts.append(short_count(means[-1]) if numbers else "")
         lines.append([label, means, texts])
     return {"columns": [title for _, title, _, _ in columns], "lines": lines} if columns else None

@@ -1,4 +1,4 @@
-"""The page itself: one HTML file with its data, its style and its script inside, and nothing else."""
+"""The report as an HTML file that contains its data, style and script and loads nothing else."""
 
 import base64
 import hashlib
@@ -15,14 +15,18 @@ from fedamole.files import write_atomic
 from fedamole.reporting.page.palette import as_css
 
 MARK = 'content="fedamole report"'
-"""What tells a report from other files of the same name."""
+"""Text by which an existing report is recognised."""
 
 
 def page(content: Mapping[str, Any], reload_seconds: int = 0) -> str:
-    """The page as text. A live one reloads itself every so many seconds.
+    """Return the page as HTML.
 
-    Data reach the page as JSON without any `<`, and the script puts them into text nodes alone; beyond that the page
-    allows no script and no style but its own two, by their hashes, and no connection to anywhere.
+    The data are embedded as JSON without any `<`, and the script writes them into text nodes only. A content security
+    policy allows just the page's own script and style, by their hashes, and no connection.
+
+    Args:
+        content: The content of the report (see `content.content`).
+        reload_seconds: Seconds between two reloads of a live page; 0: it does not reload.
     """
     style, script = as_css() + _part("page.css"), _part("draw.js") + _part("page.js")
     allowed = f"script-src '{_hash(script)}'; style-src '{_hash(style)}'"
@@ -37,21 +41,21 @@ def page(content: Mapping[str, Any], reload_seconds: int = 0) -> str:
         "script": script,
         "data": text,
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _part("page.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _part("page.html"))
 
 
 def write_page(path: Path, content: Mapping[str, Any], reload_seconds: int = 0) -> None:
-    """Write the page, over an older report if there is one; any other file is left alone (RunError)."""
-    check_place(path)
+    """Write the page; replaces an older report, but no other file (RunError)."""
+    check_output(path)
     write_atomic(path, page(content, reload_seconds))
 
 
-def check_place(path: Path) -> None:
-    """Raise RunError where a report cannot be written without harm."""
+def check_output(path: Path) -> None:
+    """Raise RunError if the path is a folder or an existing file that is not a report."""
     if path.is_dir():
         raise RunError(f"{path} is a folder: name a file, for example --out {path / 'report.html'}")
     if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
-        raise RunError(f"{path} exists and is no report, so it is left alone: choose another name by --out")
+        raise RunError(f"{path} exists and is not a report, so it is not overwritten: choose another name by --out")
 
 
 def _part(name: str) -> str:

@@ -1,10 +1,10 @@
 "use strict";
-// Small pieces that all figures are made of. Text from data goes into text nodes and attributes only, never into markup.
+// Building blocks of all figures. Text from data goes into text nodes and attributes only, never into markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
 const append = (node, ...children) => node.append(...children.filter((child) => child !== null && child !== undefined));
-function made(node, attributes, children) {
+function build(node, attributes, children) {
   for (const [key, value] of Object.entries(attributes || {})) {
     if (key === "text") node.textContent = value;
     else if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
@@ -14,12 +14,12 @@ function made(node, attributes, children) {
   append(node, ...children);
   return node;
 }
-const h = (tag, attributes, ...children) => made(document.createElement(tag), attributes, children);
-const s = (tag, attributes, ...children) => made(document.createElementNS(SVG, tag), attributes, children);
+const h = (tag, attributes, ...children) => build(document.createElement(tag), attributes, children);
+const s = (tag, attributes, ...children) => build(document.createElementNS(SVG, tag), attributes, children);
 
 const canvas = (width, height, attributes, ...children) =>
   s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, ...attributes }, ...children);
-const spread = (values) => values.filter((value) => value !== null && value !== undefined);
+const defined = (values) => values.filter((value) => value !== null && value !== undefined);
 const shown = (value, digits = 1) => (value === null || value === undefined ? "–" : value.toFixed(digits));
 const signed = (value, digits = 1) => (value > 0 ? "+" : value < 0 ? "−" : "±") + Math.abs(value).toFixed(digits);
 const cut = (text, most) => (text.length > most ? text.slice(0, most - 1) + "…" : text);
@@ -28,8 +28,8 @@ const cut = (text, most) => (text.length > most ? text.slice(0, most - 1) + "…
 function ticks(top) {
   if (!(top > 0)) return [0, 1];
   const power = 10 ** Math.floor(Math.log10(top / 4));
-  const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((one) => top / one <= 4.001);
-  return Array.from({ length: Math.ceil(top / step - 1e-9) + 1 }, (_, place) => +(place * step).toPrecision(6));
+  const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((candidate) => top / candidate <= 4.001);
+  return Array.from({ length: Math.ceil(top / step - 1e-9) + 1 }, (_, index) => +(index * step).toPrecision(6));
 }
 
 const tip = document.getElementById("tip");
@@ -43,7 +43,7 @@ function showTip(text, x, y) {
 const hideTip = () => { tip.hidden = true; };
 addEventListener("keydown", (event) => { if (event.key === "Escape") hideTip(); });
 
-// A mark of the model in place `index`; the form changes with the colour, so that neither is needed to tell them apart.
+// The mark of the model with style `index`. Shape and colour both differ, so either is enough to distinguish models.
 function mark(index, x, y, size = 4.5) {
   const kind = index < 0 ? "m-plain" : `m${index % 8}`;
   const forms = [
@@ -63,18 +63,18 @@ function legend(models, withLines) {
   const entry = ({ name, index }) => h("li", {}, canvas(30, 14, { "aria-hidden": "true" },
     withLines ? s("path", { class: `model m${index % 8}`, d: "M1 7H29", "stroke-dasharray": dash(index) }) : null,
     withLines ? null : mark(index, 15, 7)), h("span", { text: name }));
-  return h("ul", { class: "legend", "aria-label": "what the colours mean" }, ...models.map(entry));
+  return h("ul", { class: "legend", "aria-label": "legend" }, ...models.map(entry));
 }
 
-// A table of texts; `first` is the line above which a thicker rule stands.
+// A table of texts with a thicker rule above the row `first`.
 function table(head, body, { caption, first = -1, kind = "" } = {}) {
-  const line = (cells, place) => h("tr", { class: place === first ? "first" : null },
+  const line = (cells, index) => h("tr", { class: index === first ? "first" : null },
     ...cells.map((cell, column) => column === 0 ? h("th", { scope: "row", text: cell })
       : h("td", { class: /\*$/.test(cell) ? "best" : null, text: cell })));
   return h("div", { class: "wide" }, h("table", { class: kind }, caption ? h("caption", { text: caption }) : null,
     h("thead", {}, h("tr", {}, ...head.map((text) => h("th", { scope: "col", text })))), h("tbody", {}, ...body.map(line))));
 }
-// The numbers of a figure as a table, made when it is opened first: for screen readers, and to be copied.
+// The numbers of a figure as a table, for screen readers and for copying; filled when it is opened.
 function asTable(what, make) {
   const details = h("details", { class: "table" }, h("summary", { text: `${what} as a table` }));
   const fill = () => { details.querySelector(".wide")?.remove(); if (details.open) details.append(make()); };
@@ -84,17 +84,17 @@ function asTable(what, make) {
 
 function select(name, options, value, change) {
   const box = h("select", { onchange: (event) => change(+event.target.value) },
-    ...options.map((text, place) => h("option", { value: place, text, selected: place === value })));
+    ...options.map((text, index) => h("option", { value: index, text, selected: index === value })));
   return h("label", {}, h("span", { text: name }), box);
 }
 
-// A heat map of lines and columns. `at(line, column)` is null or {value 0..1, text, fresh}, `say` puts a cell into words.
-// The mouse, or the arrow keys once the map has the focus, move from cell to cell.
-function heatMap({ label, lines, columns, at, say, across, slanted = false }) {
-  const figure = h("figure"), map = h("div", { class: "heat", tabindex: 0, role: "group" }), said = h("p", { class: "said soft", role: "status" });
+// A heat map. `at(line, column)` returns null or {value 0..1, text, fresh}, `describe(line, column)` the text of a cell.
+// Cells are selected with the mouse, or with the arrow keys when the map has the focus.
+function heatMap({ label, lines, columns, at, describe, across, slanted = false }) {
+  const figure = h("figure"), map = h("div", { class: "heat", tabindex: 0, role: "group" }), status = h("p", { class: "readout soft", role: "status" });
   map.setAttribute("aria-roledescription", "heat map");
-  figure.append(h("div", { class: "wide" }, map), said);
-  const held = { line: 0, column: 0 };
+  figure.append(h("div", { class: "wide" }, map), status);
+  const selected = { line: 0, column: 0 };
   let side, above, width, height, cursor;
 
   function draw() {
@@ -132,36 +132,36 @@ function heatMap({ label, lines, columns, at, say, across, slanted = false }) {
     cursor = s("rect", { class: "cursor", visibility: "hidden", width: width + 1, height: height + 1 });
     svg.append(cursor);
     map.replaceChildren(svg);
-    map.setAttribute("aria-label", `${label}. Arrow keys move from cell to cell.`);
-    said.textContent = "Point at a square, or press Tab and then the arrow keys, to read it.";
+    map.setAttribute("aria-label", `${label}. Use the arrow keys to move between cells.`);
+    status.textContent = "Point at a cell, or use Tab and the arrow keys, to see its values.";
   }
-  function stand(line, column, x, y) {
-    Object.assign(held, { line, column });
+  function pick(line, column, x, y) {
+    Object.assign(selected, { line, column });
     cursor.setAttribute("x", side + column * width - 0.5);
     cursor.setAttribute("y", above + line * height - 0.5);
     cursor.setAttribute("visibility", "visible");
-    said.textContent = say(line, column);
+    status.textContent = describe(line, column);
     if (x === undefined) {
       const box = cursor.getBoundingClientRect();
       [x, y] = [box.right, box.top];
     }
-    showTip(said.textContent, x, y);
+    showTip(status.textContent, x, y);
   }
   const leave = () => { cursor.setAttribute("visibility", "hidden"); hideTip(); };
   map.addEventListener("mousemove", (event) => {
     const box = map.querySelector("svg").getBoundingClientRect(), zoom = map.querySelector("svg").viewBox.baseVal.width / box.width;
     const column = Math.floor(((event.clientX - box.left) * zoom - side) / width), line = Math.floor(((event.clientY - box.top) * zoom - above) / height);
-    if (line >= 0 && line < lines.length && column >= 0 && column < columns.length) stand(line, column, event.clientX, event.clientY);
+    if (line >= 0 && line < lines.length && column >= 0 && column < columns.length) pick(line, column, event.clientX, event.clientY);
     else leave();
   });
   map.addEventListener("mouseleave", leave);
   map.addEventListener("blur", leave);
-  map.addEventListener("focus", () => { if (map.matches(":focus-visible")) stand(held.line, held.column); });
+  map.addEventListener("focus", () => { if (map.matches(":focus-visible")) pick(selected.line, selected.column); });
   map.addEventListener("keydown", (event) => {
     const step = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0], Home: [0, -1e6], End: [0, 1e6] }[event.key];
     if (!step || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
-    stand(Math.max(0, Math.min(lines.length - 1, held.line + step[0])), Math.max(0, Math.min(columns.length - 1, held.column + step[1])));
+    pick(Math.max(0, Math.min(lines.length - 1, selected.line + step[0])), Math.max(0, Math.min(columns.length - 1, selected.column + step[1])));
   });
   return Object.assign(figure, { draw });
 }

@@ -1,18 +1,18 @@
-// The sections of the page, in the order in which they stand. Each is left out where the data have nothing for it.
+// The sections of the page in their order. A section without data is left out.
 
 const data = JSON.parse(document.getElementById("content").textContent);
 const main = document.getElementById("main");
 const redraws = [];
-const place = (label) => (data.models.includes(label) ? data.models.length - 1 - data.models.indexOf(label) : label === "base" ? -1 : -2);
-const legendOf = (labels, withLines) => legend(labels.map((name) => ({ name, index: place(name) })), withLines);
+const styleIndex = (label) => (data.models.includes(label) ? data.models.length - 1 - data.models.indexOf(label) : label === "base" ? -1 : -2);
+const legendOf = (labels, withLines) => legend(labels.map((name) => ({ name, index: styleIndex(name) })), withLines);
 
-// What the reader has chosen survives the reloads of a live page.
+// The selections of the reader survive the reloads of a live page.
 const store = `fedamole ${document.title}`;
 let chosen = {};
-try { chosen = (data.live && JSON.parse(sessionStorage.getItem(store))) || {}; } catch { /* no storage, no memory */ }
+try { chosen = (data.live && JSON.parse(sessionStorage.getItem(store))) || {}; } catch { /* no session storage */ }
 function choose(key, value) {
   chosen[key] = value;
-  try { if (data.live) sessionStorage.setItem(store, JSON.stringify(chosen)); } catch { /* the same */ }
+  try { if (data.live) sessionStorage.setItem(store, JSON.stringify(chosen)); } catch { /* no session storage */ }
 }
 const recalled = (key, fallback, count) => (Number.isInteger(chosen[key]) && chosen[key] < count ? chosen[key] : fallback);
 
@@ -31,17 +31,17 @@ function opening() {
     h("p", { class: "soft", text: `${count} client${count === 1 ? "" : "s"}` + (rounds ? `, ${rounds} round${rounds === 1 ? "" : "s"}` : "") + ". " + summary() }),
     ...data.states.map((text) => h("p", { class: "state", text })),
     data.live ? follow() : null,
-    h("details", {}, h("summary", { text: "What the words mean" }),
+    h("details", {}, h("summary", { text: "Glossary" }),
       h("dl", {}, ...data.glossary.flatMap(([word, text]) => [h("dt", { text: word }), h("dd", { text })]))),
     h("nav", { "aria-label": "figures" }, ...Object.keys(data.titles).filter((key) => document.getElementById(key))
       .map((key) => h("a", { href: `#${key}`, text: data.titles[key][0] }))));
-  document.getElementById("bottom").append(`Written by fedamole ${data.version} from the files of the runs; nothing on this page is loaded from elsewhere.`);
+  document.getElementById("bottom").append(`Written by fedamole ${data.version} from the files of the runs. This page loads nothing from other places.`);
 }
 function summary() {
   if (!data.test) return "";
   const mean = (label) => Object.values(data.test.marks[label]).reduce((sum, value) => sum + value, 0) / data.test.clients.length;
-  const said = Object.keys(data.test.marks).map((label) => [mean(label), label]).sort((one, other) => other[0] - one[0]);
-  return "Mean test score: " + said.map(([value, label]) => `${label} ${value.toFixed(1)}`).join(", ") + ".";
+  const means = Object.keys(data.test.marks).map((label) => [mean(label), label]).sort((one, other) => other[0] - one[0]);
+  return "Mean test score: " + means.map(([value, label]) => `${label} ${value.toFixed(1)}`).join(", ") + ".";
 }
 function follow() {
   const button = h("button", { type: "button", text: "Stop reloading" });
@@ -50,7 +50,7 @@ function follow() {
     if (timer === null) return location.reload();
     clearTimeout(timer);
     timer = null;
-    button.textContent = "Reload, and go on reloading";
+    button.textContent = "Resume reloading";
   });
   return h("p", { class: "state" }, `This page follows the run and reloads itself every ${data.live} seconds. `, button);
 }
@@ -70,7 +70,7 @@ function learning() {
   const { measures, rounds, lines, before } = data.learning;
   const panels = h("div", { class: `panels${data.clients.length > 16 ? " many" : ""}` });
   const state = { measure: 0, same: false };
-  const scored = data.clients.filter((name) => lines.some((line) => Object.values(line.values).some((values) => spread(values[name]).length)));
+  const scored = data.clients.filter((name) => lines.some((line) => Object.values(line.values).some((values) => defined(values[name]).length)));
   const names = scored.length > 1 ? ["", ...scored] : scored;
   const labels = data.models.filter((_, model) => lines.some((line) => line.model === model));
 
@@ -85,40 +85,40 @@ function learning() {
     for (let round = 0; round < rounds; round += every) svg.append(s("text", { x: x(round), y: height - 5, "text-anchor": "middle", text: round }));
     for (const { model, values } of lines) {
       const points = values[key]?.[name]?.map((value, round) => (value === null ? null : [x(round), y(Math.min(value, steps.at(-1) * 1.02))])) || [];
-      const there = spread(points), index = place(data.models[model]);
-      svg.append(s("path", { class: `model m${index % 8}`, "stroke-dasharray": dash(index), d: there.map((point, step) => (step ? "L" : "M") + point.map((v) => v.toFixed(1)).join(" ")).join("") }));
-      if (there.length === 1 || rounds <= 12) there.forEach(([a, b]) => svg.append(s("circle", { class: `mark m${index % 8}`, cx: a, cy: b, r: 2.6 })));
+      const present = defined(points), index = styleIndex(data.models[model]);
+      svg.append(s("path", { class: `model m${index % 8}`, "stroke-dasharray": dash(index), d: present.map((point, step) => (step ? "L" : "M") + point.map((v) => v.toFixed(1)).join(" ")).join("") }));
+      if (present.length === 1 || rounds <= 12) present.forEach(([a, b]) => svg.append(s("circle", { class: `mark m${index % 8}`, cx: a, cy: b, r: 2.6 })));
     }
     svg.addEventListener("mousemove", (event) => {
       const box = svg.getBoundingClientRect(), at = ((event.clientX - box.left) / box.width * width - left) / (width - left - right);
       const round = Math.max(0, Math.min(rounds - 1, Math.round(at * (rounds - 1))));
-      const said = lines.map(({ model, seed, values }) => `${data.models[model]}${several ? `, seed ${seed}` : ""}: ${shown(values[key]?.[name]?.[round], key === "loss" ? 3 : 1)}`);
-      const base = key === "loss" && name in before ? `\nbefore any training: ${shown(before[name], 3)}` : "";
-      showTip(`${title}, round ${round}\n${said.join("\n")}${base}`, event.clientX, event.clientY);
+      const texts = lines.map(({ model, seed, values }) => `${data.models[model]}${several ? `, seed ${seed}` : ""}: ${shown(values[key]?.[name]?.[round], key === "loss" ? 3 : 1)}`);
+      const base = key === "loss" && name in before ? `\nuntuned base: ${shown(before[name], 3)}` : "";
+      showTip(`${title}, round ${round}\n${texts.join("\n")}${base}`, event.clientX, event.clientY);
     });
     svg.addEventListener("mouseleave", hideTip);
     return svg;
   }
   const several = new Set(lines.map((line) => line.seed)).size > 1;
-  const highest = (key, name) => Math.max(0, ...lines.flatMap((line) => spread(line.values[key]?.[name] || [])));
+  const highest = (key, name) => Math.max(0, ...lines.flatMap((line) => defined(line.values[key]?.[name] || [])));
   function draw() {
     const key = measures[state.measure];
     const most = Math.max(...names.map((name) => highest(key, name)));
     panels.replaceChildren(...names.map((name) => panel(name, key, state.same ? most : highest(key, name))));
-    unit.textContent = `Across: rounds, from 0. Upwards: ${MEASURES[key]}.` + (key === "loss" ? " The base before any training is not drawn; it stands in the table." : "");
+    unit.textContent = `x: round, from 0. y: ${MEASURES[key]}.` + (key === "loss" ? " The loss of the untuned base is in the table." : "");
     numbers.fill();
   }
   const unit = h("figcaption");
-  const numbers = asTable("These lines", () => {
+  const numbers = asTable("Values", () => {
     const key = measures[state.measure], digits = key === "loss" ? 3 : 1;
     const body = names.flatMap((name) => lines.map(({ model, seed, values }) => [name || "mean of all clients", data.models[model] + (several ? `, seed ${seed}` : ""),
       key === "loss" && name in before ? shown(before[name], digits) : "", ...(values[key]?.[name] || []).map((value) => shown(value, digits))]));
-    return table(["client", "method", "before", ...Array.from({ length: rounds }, (_, round) => `round ${round}`)], body);
+    return table(["client", "method", "untuned base", ...Array.from({ length: rounds }, (_, round) => `round ${round}`)], body);
   });
   const same = h("input", { type: "checkbox", onchange: (event) => { state.same = event.target.checked; draw(); } });
   section("learning", h("div", { class: "controls" },
     measures.length > 1 ? select("measure", measures.map((key) => `validation ${key}`), 0, (value) => { state.measure = value; draw(); }) : null,
-    names.length > 1 ? h("label", {}, same, h("span", { text: "the same scale in all pictures" })) : null), legendOf(labels, true), h("figure", {}, panels, unit), numbers);
+    names.length > 1 ? h("label", {}, same, h("span", { text: "same scale in all panels" })) : null), legendOf(labels, true), h("figure", {}, panels, unit), numbers);
   draw();
 }
 
@@ -136,26 +136,26 @@ function test() {
       const y = over + (line + 0.5) * step, values = labels.map((label) => marks[label][name]);
       svg.append(s("text", { class: "name", x: side - 10, y: y + 4, "text-anchor": "end", text: cut(name, 26) }),
         s("path", { class: "axis", d: `M${x(Math.min(...values))} ${y}H${x(Math.max(...values))}` }),
-        ...apart(labels.map((label) => [x(marks[label][name]), place(label)]), 2 * size).map(([across, aside, index]) => mark(index, across, y + aside * size, size)));
-      const said = labels.map((label) => [marks[label][name], label]).sort((one, other) => other[0] - one[0]).map(([value, label]) => `${label}: ${value.toFixed(1)}`);
+        ...apart(labels.map((label) => [x(marks[label][name]), styleIndex(label)]), 2 * size).map(([across, aside, index]) => mark(index, across, y + aside * size, size)));
+      const scores = labels.map((label) => [marks[label][name], label]).sort((one, other) => other[0] - one[0]).map(([value, label]) => `${label}: ${value.toFixed(1)}`);
       svg.append(s("rect", { x: 0, y: y - step / 2, width, height: step, opacity: 0,
-        onmousemove: (event) => showTip(`${name}\n${said.join("\n")}`, event.clientX, event.clientY), onmouseleave: hideTip }));
+        onmousemove: (event) => showTip(`${name}\n${scores.join("\n")}`, event.clientX, event.clientY), onmouseleave: hideTip }));
     });
     box.replaceChildren(svg);
   });
-  const caption = `Test score, 0 to 100, at the round that was best on validation (seed ${seeds.join(", ")}): accuracy, or ROUGE-L for free text.`;
+  const caption = `Test score, 0 to 100, at the best validation round (seed ${seeds.join(", ")}): accuracy, or ROUGE-L for free text.`;
   section("test", legendOf(labels, false), h("figure", {}, box, h("figcaption", { text: caption })),
-    h("h3", { text: "The same in numbers" }), h("p", { class: "soft", text: data.test.caption }), table(head, body, { first: clients.length }));
+    h("h3", { text: "Table of scores" }), h("p", { class: "soft", text: data.test.caption }), table(head, body, { first: clients.length }));
 }
 
-// Marks that would hide each other stand above each other: [x, index] becomes [x, steps aside, index].
+// Shift marks that overlap vertically: [x, index] becomes [x, vertical steps, index].
 function apart(marks, near) {
-  const heaps = [];
-  for (const one of marks.sort((a, b) => a[0] - b[0])) {
-    if (heaps.length && one[0] - heaps.at(-1).at(-1)[0] < near * 0.6) heaps.at(-1).push(one);
-    else heaps.push([one]);
+  const groups = [];
+  for (const point of marks.sort((a, b) => a[0] - b[0])) {
+    if (groups.length && point[0] - groups.at(-1).at(-1)[0] < near * 0.6) groups.at(-1).push(point);
+    else groups.push([point]);
   }
-  return heaps.flatMap((heap) => heap.map(([x, index], step) => [x, (step - (heap.length - 1) / 2) * Math.min(1.7, 5 / heap.length), index]));
+  return groups.flatMap((group) => group.map(([x, index], step) => [x, (step - (group.length - 1) / 2) * Math.min(1.7, 5 / group.length), index]));
 }
 
 function gain() {
@@ -165,22 +165,22 @@ function gain() {
     choose("reference", which);
     const { reference, columns } = data.gain[which];
     const most = Math.max(1, ...columns.flatMap((column) => Object.values(column.clients).map(Math.abs)));
-    const line = (name, say) => h("tr", {}, h("th", { scope: "row", text: name }), ...columns.map((column) => h("td", { text: say(column) })));
+    const line = (name, format) => h("tr", {}, h("th", { scope: "row", text: name }), ...columns.map((column) => h("td", { text: format(column) })));
     const cell = (name, { other, clients: found }) => name in found ? h("td", { "data-client": true, text: signed(found[name]), title: `${name}: ${reference} ${signed(found[name])} against ${other}`,
       class: found[name] > 0 ? "better" : found[name] < 0 ? "worse" : null, "--much": Math.round(8 + 52 * Math.abs(found[name]) / most) }) : h("td", { text: "–" });
     const rows = clients.map((name) => h("tr", {}, h("th", { scope: "row", text: name }), ...columns.map((column) => cell(name, column))));
-    const after = [line("mean", (column) => signed(column.mean)), line("95 % interval of it", (column) => column.low === null ? "–" : `${signed(column.low)} to ${signed(column.high)}`),
-      line("better / equal / worse", (column) => `${column.wins} / ${column.ties} / ${column.pairs - column.wins - column.ties}`), line("p over the clients", (column) => shown(column.p_clients, 3))];
+    const after = [line("mean", (column) => signed(column.mean)), line("95 % interval of the mean", (column) => column.low === null ? "–" : `${signed(column.low)} to ${signed(column.high)}`),
+      line("better / equal / worse", (column) => `${column.wins} / ${column.ties} / ${column.pairs - column.wins - column.ties}`), line("Wilcoxon p (clients)", (column) => shown(column.p_clients, 3))];
     after[0].className = "first";
-    box.replaceChildren(h("table", { class: "gains" }, h("caption", { text: `Test score of ${reference} minus that of …` }), h("thead", {}, h("tr", {}, h("th", { scope: "col", text: "client" }),
+    box.replaceChildren(h("table", { class: "gains" }, h("caption", { text: `Test score of ${reference} minus that of the method of the column` }), h("thead", {}, h("tr", {}, h("th", { scope: "col", text: "client" }),
       ...columns.map(({ other }) => h("th", { scope: "col", text: other })))), h("tbody", {}, ...rows, ...after)));
   }
-  section("gain", h("div", { class: "controls" }, references.length > 1 ? select("the gain by", references, recalled("reference", references.length - 1, references.length), draw) : null), box,
-    h("p", { class: "soft", text: "p is that of a Wilcoxon signed-rank test. Clients of one federation are no independent draws, so interval and p are optimistic; neither says anything about other data." }));
+  section("gain", h("div", { class: "controls" }, references.length > 1 ? select("gain of", references, recalled("reference", references.length - 1, references.length), draw) : null), box,
+    h("p", { class: "soft", text: "Wilcoxon p: two-sided signed-rank test over the clients, each averaged over its seeds. Clients of one federation are not independent samples, so the interval and p are optimistic. Neither applies to other data." }));
   draw(recalled("reference", references.length - 1, references.length));
 }
 
-// Module and round are chosen once for the three maps of the assignment.
+// Module and round are selected once for the three heat maps of the assignment.
 function experts() {
   const box = h("div"), runs = data.experts;
   const which = recalled("run", 0, runs.length);
@@ -206,34 +206,34 @@ function assignment(box, run) {
 
   const maps = [
     heatMap({
-      label: data.titles.experts[0], lines: clients, columns: Array.from({ length: run.experts }, (_, expert) => String(expert)), across: "number of the expert",
+      label: data.titles.experts[0], lines: clients, columns: Array.from({ length: run.experts }, (_, expert) => String(expert)), across: "expert",
       at: (client, expert) => (expert in here(client) ? { value: (here(client)[expert] - range[0]) / (range[1] - range[0] || 1), fresh: fresh(expert, client) } : null),
-      say: (client, expert) => {
-        const relevance = here(client)[expert], with_ = others(expert, client).join(", ") || "nobody else";
-        if (relevance === undefined) return `${clients[client]} does not hold expert ${expert}; ${others(expert, client).join(" and ") || "nobody"} does.`;
+      describe: (client, expert) => {
+        const relevance = here(client)[expert], with_ = others(expert, client).join(", ") || "no other client";
+        if (relevance === undefined) return `${clients[client]} does not hold expert ${expert}; holders: ${others(expert, client).join(", ") || "none"}.`;
         return `${clients[client]} holds expert ${expert}, relevance P = ${relevance.toFixed(4)}; shared with ${with_}${fresh(expert, client) ? "; new in this round" : ""}.`;
       },
     }),
     heatMap({
       label: data.titles.sizes[0], lines: clients, columns: run.modules, slanted: true,
       at: (client, module) => ({ value: count(client, module) / most, text: count(client, module) }),
-      say: (client, module) => `${clients[client]} holds ${count(client, module)} experts in ${run.modules[module]}.`,
+      describe: (client, module) => `${clients[client]} holds ${count(client, module)} experts in ${run.modules[module]}.`,
     }),
     heatMap({
       label: data.titles.shared[0], lines: clients, columns: clients, slanted: true,
       at: (one, other) => (shares[one][other] ? { value: shares[one][other] / Math.max(1, ...shares.flat()), text: shares[one][other] } : null),
-      say: (one, other) => one === other ? `${clients[one]} itself.` : `${clients[one]} and ${clients[other]} hold ${shares[one][other]} experts in common, over all parts of the model.`,
+      describe: (one, other) => one === other ? `${clients[one]} and itself.` : `${clients[one]} and ${clients[other]} share ${shares[one][other]} experts, over all modules.`,
     }),
   ];
-  const low = h("span"), high = h("span"), even = h("li", { text: `no preference: ${(1 / clients.length).toFixed(3)}` });
+  const low = h("span"), high = h("span"), even = h("li", { text: `uniform (no preference): ${(1 / clients.length).toFixed(3)}` });
   const slider = h("input", { type: "range", min: 0, max: last, value: state.round, "aria-label": "round", oninput: (event) => go(+event.target.value) });
   const where = h("output"), onPaper = h("p", { class: "print-only" }), note = h("p", { class: "soft", role: "status" });
   const step = (text, label, by) => h("button", { type: "button", text, "aria-label": label, onclick: () => go(state.round + by) });
-  const back = step("‹", "round before", -1), on = step("›", "round after", 1);
-  const numbers = asTable("This assignment", () => table(["client", "experts (relevance P)"], clients.map((name, client) =>
+  const back = step("‹", "previous round", -1), on = step("›", "next round", 1);
+  const numbers = asTable("Assignment", () => table(["client", "experts (relevance P)"], clients.map((name, client) =>
     [name, Object.entries(here(client)).map(([expert, relevance]) => `${expert} (${relevance.toFixed(4)})`).join(", ")])));
-  const sizes = asTable("These numbers", () => table(["client", ...run.modules], clients.map((name, client) => [name, ...run.modules.map((_, module) => String(count(client, module)))])));
-  const sharing = asTable("These pairs", () => table(["client", ...clients], clients.map((name, one) => [name, ...shares[one].map((count) => (count === null ? "" : String(count)))])));
+  const sizes = asTable("Counts", () => table(["client", ...run.modules], clients.map((name, client) => [name, ...run.modules.map((_, module) => String(count(client, module)))])));
+  const sharing = asTable("Pairs", () => table(["client", ...clients], clients.map((name, one) => [name, ...shares[one].map((count) => (count === null ? "" : String(count)))])));
   function go(round, module = state.module) {
     Object.assign(state, { round: Math.max(0, Math.min(last, round)), module });
     choose("round", state.round === last ? null : state.round);
@@ -251,7 +251,7 @@ function assignment(box, run) {
     [numbers, sizes, sharing].forEach((one) => one.fill());
   }
   const keys = h("ul", { class: "legend" }, h("li", {}, "relevance P from", low, h("span", { class: "scale" }), "to", high), even, h("li", {}, h("span", { class: "boxed" }), "new in this round"));
-  box.replaceChildren(h("div", { class: "controls" }, run.modules.length > 1 ? select("part of the model", run.modules, state.module, (value) => go(state.round, value)) : null,
+  box.replaceChildren(h("div", { class: "controls" }, run.modules.length > 1 ? select("module", run.modules, state.module, (value) => go(state.round, value)) : null,
     h("label", {}, h("span", { text: "round" }), back, slider, on), where), onPaper, note, keys, maps[0], numbers,
   h("div", { id: "sizes" }, ...heading("sizes", "h3"), maps[1], sizes), ...(clients.length > 1 ? [h("div", { id: "shared" }, ...heading("shared", "h3"), maps[2], sharing)] : []));
   box.maps = maps;
@@ -265,13 +265,13 @@ function routing() {
     const map = heatMap({
       label: data.titles.routing[0], lines: run.clients, columns: run.experts, across: "expert",
       at: (line, column) => (of(line, column) === undefined ? null : { value: of(line, column), text: Math.round(100 * of(line, column)) }),
-      say: (line, column) => of(line, column) === undefined ? `${run.clients[line]} does not hold expert ${run.experts[column]}.`
-        : `${run.clients[line]} sends ${(100 * of(line, column)).toFixed(1)} % to expert ${run.experts[column]}.`,
+      describe: (line, column) => of(line, column) === undefined ? `${run.clients[line]} does not hold expert ${run.experts[column]}.`
+        : `${run.clients[line]} routes ${(100 * of(line, column)).toFixed(1)} % of its tokens to expert ${run.experts[column]}.`,
     });
     box.replaceChildren(h("div", { class: "controls" }, runs.length > 1 ? select("run", runs.map((one) => one.label), which, (value) => show(value)) : null,
-      run.modules.length > 1 ? select("part of the model", run.modules, module, (value) => show(which, value)) : null), h("p", { class: "print-only", text: `${run.label}, ${run.modules[module]}` }),
-    h("ul", { class: "legend" }, h("li", {}, "from 0 %", h("span", { class: "scale" }), "to 100 % of the client's words")), map,
-    asTable("These shares", () => table(["client", "experts"], run.clients.map((name) => [name, run.experts.filter((expert) => shares[name]?.[expert] !== undefined).map((expert) => `${expert} (${(100 * shares[name][expert]).toFixed(1)} %)`).join(", ")]))));
+      run.modules.length > 1 ? select("module", run.modules, module, (value) => show(which, value)) : null), h("p", { class: "print-only", text: `${run.label}, ${run.modules[module]}` }),
+    h("ul", { class: "legend" }, h("li", {}, "from 0 %", h("span", { class: "scale" }), "to 100 % of the client's tokens")), map,
+    asTable("Shares", () => table(["client", "experts"], run.clients.map((name) => [name, run.experts.filter((expert) => shares[name]?.[expert] !== undefined).map((expert) => `${expert} (${(100 * shares[name][expert]).toFixed(1)} %)`).join(", ")]))));
     box.map = map;
     map.draw();
   };
@@ -280,7 +280,7 @@ function routing() {
   show(0);
 }
 
-// Bars of several pieces, one bar per client; `relative` makes all of them equally long.
+// Stacked bars, one per client; `relative` gives all bars the same length.
 function bars(key, head, lines, pieces, relative) {
   const box = h("div"), totals = lines.map(([, , counts]) => counts.reduce((sum, count) => sum + count, 0));
   const names = lines.map(([name, source]) => (source ? `${name} (${source})` : name)), longest = Math.max(...names.map((name) => Math.min(name.length, 34)));
@@ -290,7 +290,7 @@ function bars(key, head, lines, pieces, relative) {
     const most = relative ? 1 : Math.max(...totals), svg = canvas(width, lines.length * step + 4, { role: "img", "aria-label": data.titles[key][0] });
     lines.forEach(([name, , counts], line) => {
       let x = side;
-      const y = line * step + 3, said = counts.map((count, piece) => `${pieces[piece]}: ${count}`).join("\n");
+      const y = line * step + 3, texts = counts.map((count, piece) => `${pieces[piece]}: ${count}`).join("\n");
       svg.append(s("text", { class: "name", x: side - 10, y: y + step / 2, "text-anchor": "end", text: cut(names[line], 34) }));
       counts.forEach((count, piece) => {
         const wide = count / (relative ? totals[line] || 1 : most) * (width - side - 60);
@@ -298,12 +298,12 @@ function bars(key, head, lines, pieces, relative) {
         x += wide;
       });
       svg.append(s("text", { x: x + 6, y: y + step / 2, text: totals[line] }), s("rect", { x: 0, y: y - 3, width, height: step, opacity: 0,
-        onmousemove: (event) => showTip(`${name}\n${said}`, event.clientX, event.clientY), onmouseleave: hideTip }));
+        onmousemove: (event) => showTip(`${name}\n${texts}`, event.clientX, event.clientY), onmouseleave: hideTip }));
     });
     box.replaceChildren(svg);
   });
   section(key, h("ul", { class: "legend" }, ...pieces.map((text, piece) => h("li", {}, h("span", { class: "swatch", "--c": kind(piece) }), text))), h("figure", {}, box),
-    asTable("These amounts", () => table([...head, ...pieces], lines.map(([name, source, counts]) => [name, ...(head.length > 1 ? [source] : []), ...counts.map(String)]))));
+    asTable("Counts", () => table([...head, ...pieces], lines.map(([name, source, counts]) => [name, ...(head.length > 1 ? [source] : []), ...counts.map(String)]))));
 }
 
 function costs() {
@@ -311,7 +311,7 @@ function costs() {
   const cell = (text, value, column) => h("td", {}, text, h("span", { class: "bar", "aria-hidden": "true", "width%": most[column] ? 100 * value / most[column] : 0 }));
   section("costs", h("div", { class: "wide" }, h("table", { class: "costs" }, h("thead", {}, h("tr", {}, h("th", { scope: "col", text: "method" }), ...columns.map((text) => h("th", { scope: "col", text })))),
     h("tbody", {}, ...lines.map(([label, values, texts]) => h("tr", {}, h("th", { scope: "row", text: label }), ...texts.map((text, column) => cell(text, values[column], column))))))),
-  h("p", { class: "soft", text: "Methods that are scored in the same run share its costs. On a CPU, memory is that of the whole process up to then." }));
+  h("p", { class: "soft", text: "Methods that are scored in the same run share its costs. On a CPU, the memory is the peak of the whole process." }));
 }
 
 if (data.about) about();
@@ -323,7 +323,7 @@ if (data.routing) routing();
 if (data.data) bars("data", data.data.sources ? ["client", "source"] : ["client"], data.data.lines.map(([name, source, counts]) => [name, data.data.sources ? source : "", counts]), data.data.splits, false);
 if (data.labels) bars("labels", ["client"], data.labels.lines.map(([name, counts]) => [name, "", counts]), data.labels.labels, true);
 if (data.costs) costs();
-if (data.failed) section("failed", table(["run", "round", "client", "why"], data.failed.map((line) => line.map(String)), { kind: "words" }));
+if (data.failed) section("failed", table(["run", "round", "client", "reason"], data.failed.map((line) => line.map(String)), { kind: "words" }));
 opening();
 const redraw = () => redraws.forEach((draw) => draw());
 redraw();

@@ -1,4 +1,4 @@
-"""What the folders of a report tell: runs, finished or not, whole ones or one side's part of a deployment."""
+"""Data of the runs in a report, read from their folders: finished or not, of simulations and of deployments."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,75 +24,83 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Told:
-    """One run's folder, read once."""
+class RunData:
+    """Content of one run's folder."""
 
     run: Run
-    """Its `summary` holds the method alone while the run is not finished."""
+    """For an unfinished run, its `summary` holds only the method."""
     kind: str
     """simulation, server or client."""
     config: Json
     lines: tuple[Json, ...]
-    """metrics.jsonl."""
+    """Lines of metrics.jsonl."""
     assignment: tuple[Json, ...]
-    """assignment.jsonl; empty for most methods, and at a client."""
+    """Lines of assignment.jsonl; empty for methods without assignment, and in a client's folder."""
     amounts: dict[str, dict[str, int]]
-    """Examples of each client by split, where the folder tells."""
+    """Number of examples by client and split, if known."""
     sources: dict[str, str]
+    """Name of the data source by client, if known."""
     labels: dict[str, dict[str, int]]
-    """How often each answer occurs, of clients of a deployment that share it."""
+    """Number of training examples by client and label, for clients of a deployment that share it."""
     routing: dict[str, dict[str, dict[str, float]]]
-    """Share of the tokens by client, module and expert, where it has been worked out."""
+    """Share of the tokens by client, module and expert, if `fedamole explain` has computed it."""
     costs: Json
     """Traffic, seconds and memory; of an unfinished run, so far."""
     finished: bool
 
     @property
-    def rows(self) -> list[str]:
-        """The run's models, its own method's first."""
+    def variants(self) -> list[str]:
+        """The variants (scored models) of the run, that of its own method first."""
         own = self.run.summary["method"]
-        seen = dict.fromkeys(line["method"] for line in self.lines if line["split"] == "validation")
-        return sorted((row for row in {own: None, **seen} if row != BASE), key=lambda row: row != own)
+        scored = dict.fromkeys(line["method"] for line in self.lines if line["split"] == "validation")
+        return sorted((name for name in {own: None, **scored} if name != BASE), key=lambda name: name != own)
 
     @property
     def label(self) -> str:
-        """What the run's own model is called in tables."""
+        """Name of the run's own model in tables."""
         return self.run.label(self.run.summary["method"])
 
     @property
     def rounds(self) -> int:
-        """Rounds the run is to have."""
+        """Configured number of rounds."""
         return int(self.config["federation"]["rounds"])
 
     @property
     def done(self) -> int:
-        """Rounds that have been scored on validation so far."""
+        """Number of rounds that have been scored on validation so far."""
         return 1 + max((line["round"] for line in self.lines if line["split"] == "validation"), default=-1)
 
     @property
     def clients(self) -> set[str]:
-        """Everybody whom the folder names."""
+        """All clients that occur in the folder."""
         logged = (line["client"] for line in (*self.lines, *self.assignment) if "client" in line)
         return {*logged, *self.amounts, *(self.config["deployment"]["clients"] if self.kind == "server" else ())}
 
 
-def read_folders(paths: Sequence[Path]) -> list[Told]:
-    """Read runs named one by one, or by a folder of them. Runs of different data or bases are a RunError."""
+def read_folders(paths: Sequence[Path]) -> list[RunData]:
+    """Read the runs of a report.
+
+    Args:
+        paths: Run folders, or folders with run folders in them.
+
+    Raises:
+        RunError: A folder is damaged, or the runs have different data, splits or bases.
+    """
     folders: list[Path] = []
     for path in paths:
         folders += [path] if (path / RUN).exists() or not path.is_dir() else folders_in(path)
-    found = [read_folder(path) for path in dict.fromkeys(folders)]
-    for one in found:
-        if one.run.partition != found[0].run.partition:
+    runs = [read_folder(path) for path in dict.fromkeys(folders)]
+    for data in runs:
+        if data.run.partition != runs[0].run.partition:
             raise RunError(
-                f"{one.run.path} and {found[0].run.path} had different data, splits or base, and a report is on one "
+                f"{data.run.path} and {runs[0].run.path} had different data, splits or base, but a report is on one "
                 "federation: write a report for each"
             )
-    return found
+    return runs
 
 
-def read_folder(path: Path) -> Told:
-    """Read one run's folder, whatever state it is in; a damaged one is a RunError."""
+def read_folder(path: Path) -> RunData:
+    """Read one run's folder, finished or not; RunError if it is damaged."""
     folder = RunFolder.open(path)
     config = folder.tables()
     if folder.finished:
@@ -101,35 +109,38 @@ def read_folder(path: Path) -> Told:
         summary = {"method": folder.about["method"]}
         name, seed = config["run"]["name"], config["run"]["seed"]
         run = Run(path, name, seed, partition_of(folder), summary, labels_of(folder))
-    told: Json = folder.read_json(CLIENTS) if (path / CLIENTS).exists() else {}
-    drawn = [one for one in folder.read_json(MANIFEST)["clients"] if isinstance(one, dict)]  # a server knows names only
-    amounts = {one["client"]: {split: len(one[split]["rows"]) for split in SPLITS if split in one} for one in drawn}
-    return Told(
-        run,
-        folder.kind,
-        config,
-        _lines(folder, METRICS, config),
-        _lines(folder, ASSIGNMENT, config),
-        amounts | {name: dict(one["examples"]) for name, one in told.items() if "examples" in one},
-        {one["client"]: one["source"] for one in drawn},
-        {name: dict(one["labels"]) for name, one in told.items() if one.get("labels")},
-        folder.read_json(ROUTING)["clients"] if (path / ROUTING).exists() else {},
-        run.summary if folder.finished else costs(folder),
-        folder.finished,
+    reported: Json = folder.read_json(CLIENTS) if (path / CLIENTS).exists() else {}
+    # The manifest of a deployment's server has only the clients' names.
+    drawn = [client for client in folder.read_json(MANIFEST)["clients"] if isinstance(client, dict)]
+    amounts = {
+        client["client"]: {split: len(client[split]["rows"]) for split in SPLITS if split in client} for client in drawn
+    }
+    return RunData(
+        run=run,
+        kind=folder.kind,
+        config=config,
+        lines=_lines(folder, METRICS, config),
+        assignment=_lines(folder, ASSIGNMENT, config),
+        amounts=amounts | {name: dict(about["examples"]) for name, about in reported.items() if "examples" in about},
+        sources={client["client"]: client["source"] for client in drawn},
+        labels={name: dict(about["labels"]) for name, about in reported.items() if about.get("labels")},
+        routing=folder.read_json(ROUTING)["clients"] if (path / ROUTING).exists() else {},
+        costs=run.summary if folder.finished else costs(folder),
+        finished=folder.finished,
     )
 
 
 def _lines(folder: RunFolder, name: str, config: Json) -> tuple[Json, ...]:
-    """Lines of a file; RunError for a round or an expert that a run with this config does not have."""
+    """Read the lines of a file; RunError for a round or an expert that a run with this config cannot have."""
     rounds, experts = config["federation"]["rounds"], config["method"].get("experts") or MOST_EXPERTS
     lines = tuple(folder.lines(name))
     for number, line in enumerate(lines, 1):
-        beyond = [expert for expert in line.get("experts", ()) if expert >= experts]
+        unknown = [expert for expert in line.get("experts", ()) if expert >= experts]
         # A client that joined a finished run logs one round more.
-        what = f"round {line['round']}" if line["round"] > rounds else f"expert {beyond[0]}" if beyond else ""
-        if what:
+        wrong = f"round {line['round']}" if line["round"] > rounds else f"expert {unknown[0]}" if unknown else ""
+        if wrong:
             raise RunError(
-                f"{folder.path / name}, line {number}, is of {what}, which a run of {rounds} rounds"
-                f"{f' and {experts} experts' if beyond else ''} does not have; put the file back from a copy"
+                f"{folder.path / name}, line {number}: {wrong} does not exist in a run of {rounds} rounds"
+                f"{f' and {experts} experts' if unknown else ''}; restore the file from a copy"
             )
     return lines

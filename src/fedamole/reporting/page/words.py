@@ -1,167 +1,170 @@
-"""Everything a report says in words: titles, one sentence per figure, a glossary, and settings."""
+"""Texts of the report: titles, one sentence per figure, a glossary, and settings in words."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedamole.methods import METHODS, described
-from fedamole.model.base import BUNDLED
+from fedamole.reporting.method_descriptions import method_descriptions
+from fedamole.runs.identity import BUNDLED
 
 TITLES = {
     "about": (
-        "What was run",
-        "The settings that matter, one column per method; what all methods have in common stands there once.",
+        "Settings of the runs",
+        "The main settings, one column per method. A value that all methods share is shown once.",
     ),
     "learning": (
-        "How the models learn",
-        "Each small picture is one client: a falling loss means that its model does better and better on examples it "
+        "Learning curves",
+        "One panel per client. A falling validation loss means that the client's model improves on examples that it "
         "was not trained on.",
     ),
     "test": (
-        "How good the final models are",
-        "Each line is a client, each mark a method: the further to the right, the better the answers on the client's "
+        "Test scores",
+        "Each row is a client, each mark a method. Further to the right means better answers on the client's "
         "test examples.",
     ),
     "gain": (
-        "Who gains, and how much",
-        "A blue cell is a client that is better off with the chosen method than with the one of that column, an "
-        "orange cell one that is worse off; numbers are points of test score.",
+        "Gains per client",
+        "Difference in test score between the selected method and the method of each column, in points. Blue: the "
+        "client is better off with the selected method; orange: it is worse off.",
     ),
     "experts": (
-        "Who holds which expert",
-        "A coloured square means that the client of this line holds the expert of this column, and a stronger "
-        "colour that it suits the client's data better; two squares in one column are clients that share an expert.",
+        "Assignment of experts",
+        "A coloured cell means that the client of this row holds the expert of this column. A stronger colour means a "
+        "higher relevance of the expert to the client's data. Clients with cells in the same column share that expert.",
     ),
     "sizes": (
-        "How many experts each client holds",
-        "Each line is a client, each column a part of the model: the stronger the colour, the more experts the client "
-        "holds there, so the larger its model is.",
+        "Experts per client and module",
+        "Rows are clients, columns modules of the model. A stronger colour means more experts, and so a larger "
+        "adapter.",
     ),
     "shared": (
-        "Who shares experts with whom",
-        "The stronger the colour where two clients meet, the more experts they hold in common, and the more they can "
-        "learn from each other.",
+        "Shared experts",
+        "Number of experts that two clients have in common, over all modules. Clients learn from each other through "
+        "shared experts.",
     ),
     "routing": (
-        "Which expert the words go to",
-        "Each line is a client's words: a stronger colour means that a larger share of them is sent to that expert.",
+        "Routing of tokens",
+        "Each row is a client. A stronger colour means that a larger share of the client's tokens is routed to that "
+        "expert.",
     ),
     "data": (
-        "How much data each client has",
-        "The longer the bar, the more examples the client has; it learns from the training examples alone, and is "
-        "judged by the test examples.",
+        "Data of the clients",
+        "Number of examples per client and split. A client trains on its training examples only; the scores are those "
+        "on its test examples.",
     ),
     "labels": (
-        "Which answers are how frequent",
-        "Each bar is the training data of a client that tells it: the longer a piece, the more often that answer "
-        "is the right one.",
+        "Label distribution",
+        "Share of each label in the training data, for the clients that report it.",
     ),
     "costs": (
-        "What it cost",
-        "The longer a bar, the more bytes every client sends and receives per round, or the more time or memory "
-        "the whole run took.",
+        "Costs",
+        "Traffic per client and round; time, memory and work of the whole run.",
     ),
     "failed": (
-        "Who was left out",
-        "Each line is a client whose work did not count in a round, and why.",
+        "Failed updates",
+        "Updates of clients that were left out of the aggregation of a round, and the reason.",
     ),
 }
-"""Title of each figure, and what to see in it, in one sentence for somebody who has not read the paper."""
+"""Title of each figure, and one sentence on how to read it."""
 
 GLOSSARY = (
-    ("Client", "An organisation with data of its own, which stay with it. Each client gets a model of its own."),
-    ("Base", "The language model that everybody starts from; it is never changed, small additions to it are trained."),
+    ("Client", "An organisation with its own data, which it does not share. Each client gets its own model."),
+    (
+        "Base",
+        "The pretrained language model that all clients start from. Its weights stay frozen; adapters are trained.",
+    ),
     (
         "Expert",
-        "Such an addition (a LoRA adapter) at one part of the base. A client holds several, and shares some of them "
-        "with other clients.",
+        "A LoRA adapter at one module of the base. A client holds several experts, some of which it shares with other "
+        "clients.",
     ),
-    ("Router", "Decides for each word which of the client's experts work on it, and how much each of them counts."),
+    ("Router", "Determines, for each token, which of the client's experts process it and with which weights."),
     (
         "Assignment",
-        "Who holds which expert. It is made anew before each round: each expert chooses the clients whose data it "
-        "suits best.",
+        "The clients that hold each expert. It is recomputed before each round: each expert chooses the clients to "
+        "whose data it is most relevant.",
     ),
-    ("Relevance P", "How well an expert suits a client's data, compared with the other clients: from 0 to 1."),
+    ("Relevance P", "How well an expert fits a client's data compared with the other clients, from 0 to 1."),
     (
         "Round",
-        "Clients train, the server merges what they send, and hands the result out again. Rounds count from 0.",
+        "The clients train, the server aggregates what they send and sends the result back. Rounds count from 0.",
     ),
     (
         "Loss and score",
-        "The loss says how surprised a model is by the right answers (lower is better). The score, 0 to 100, says how "
-        "many answers are right, or how much a free text has in common with the right one (higher is better).",
+        "Loss: mean negative log-likelihood of the correct answers, in nats per token (lower is better). Score, 0 to "
+        "100: accuracy, or the overlap of a generated text with the correct one (higher is better).",
     ),
     (
         "Validation and test",
-        "Examples that are not trained on: by validation the best round is chosen; test is read once, at the end.",
+        "Examples that are not used for training. Validation selects the best round; test is evaluated once, at the "
+        "end.",
     ),
     (
         "base, majority",
-        "Two yardsticks: the base as it was before, and always giving the client's most frequent answer.",
+        "Two yardsticks: the untuned base, and a constant answer, which is the client's most frequent training answer.",
     ),
 )
 
 KINDS = {
     "simulation": "simulation: all clients on one machine",
-    "server": "deployment: what the coordinator knows",
-    "client": "deployment: what one client knows",
+    "server": "deployment: the coordinator's folder",
+    "client": "deployment: the folder of one client",
 }
 SCORED = {
-    "pre_aggregation": "right after a client's own training",
-    "post_aggregation": "after the server has merged the replies",
+    "pre_aggregation": "after a client's local training, before the aggregation",
+    "post_aggregation": "after the aggregation on the server",
 }
 SELECTED = {"loss": "lowest mean validation loss", "score": "highest mean validation score"}
-SPLIT_NAMES = {"train": "training", "embedding": "for the relevance", "validation": "validation", "test": "test"}
-RANDOM = "Relevance is a random draw here: nothing was known of the clients' data yet."
+SPLIT_NAMES = {"train": "training", "embedding": "embedding", "validation": "validation", "test": "test"}
+RANDOM = "The relevance is random here: nothing is known about the clients' data yet."
 
 
 def method_in_words(config: Mapping[str, Any]) -> dict[str, str]:
-    """What a method is: its source, what travels, what stays, which model is scored, its own settings."""
+    """Describe the method of a run: its paper, exchanged and local state, evaluation, and settings."""
     own = dict(config["method"])
     name = own.pop("name")
     settings = ", ".join(f"{key} {value}" for key, value in own.items())
-    if name not in METHODS:
-        return {"Method": name, "Its settings": settings}
-    about = described(name)
+    if (description := method_descriptions().get(name)) is None:
+        return {"Method": name, "Method settings": settings}
     return {
-        "Method": f"{name} ({about['paper']})",
-        "What travels": about["communicates"],
-        "What stays": about["stays_local"],
-        "Scored": SCORED[about["scored"]],
-        "Its settings": settings,
+        "Method": f"{name} ({description['paper']})",
+        "Communicated": description["communicates"],
+        "Stays local": description["stays_local"],
+        "Scored": SCORED[description["scored"]],
+        "Method settings": settings,
     }
 
 
 def settings_in_words(config: Mapping[str, Any], clients: int) -> dict[str, str]:
-    """Base, rounds, local training and selection of a run; 0 clients where nobody here knows how many there are.
+    """Describe base, federation, local training and model selection of a run.
 
-    Folders are told by their names, not by where they lie.
+    Folders are named without their path.
+
+    Args:
+        config: The run's config as tables.
+        clients: Number of clients; 0 if it is not known.
     """
     base, training, federation = config["base"], config["training"], config["federation"]
-    model = "the bundled tiny one" if base["model"] == BUNDLED else base["model"]
-    quantised = "" if base["quantization"] == "none" else f", held in {base['quantization']}"
-    share = "all clients" if federation["cohort"] == 1 else f"{federation['cohort']:.0%} of the clients"
-    who = f"{clients} client{'s'[: clients != 1]}, " if clients else ""
-    passes = (
-        f"{training['local_epochs']} passes over the client's data"
-        if training["local_epochs"]
-        else f"{training['local_steps']} steps"
-    )
-    if training.get("budget", "steps") == "paper":  # runs of earlier versions have no such setting
-        passes += " (of each of its trainings as many as the method's paper takes)"
-    decay = f", times {training['lr_decay']:g} after each round" if training["lr_decay"] != 1 else ""
+    model = "the bundled tiny base" if base["model"] == BUNDLED else base["model"]
+    quantised = "" if base["quantization"] == "none" else f", quantised to {base['quantization']}"
+    cohort = "all clients" if federation["cohort"] == 1 else f"{federation['cohort']:.0%} of the clients"
+    number = f"{clients} client{'s'[: clients != 1]}, " if clients else ""
+    amount = f"{training['local_epochs']} epochs" if training["local_epochs"] else f"{training['local_steps']} steps"
+    if training.get("budget", "steps") == "paper":  # missing in runs of earlier versions
+        amount += " (in each training phase, as many as the method's paper takes)"
+    batch_size = training["batch_size"] * training["accumulation"]
+    decay = f", multiplied by {training['lr_decay']:g} after each round" if training["lr_decay"] != 1 else ""
     return {
         "Base": (Path(model).name if model.startswith("/") else model) + quantised,
-        "Federation": f"{who}{federation['rounds']} rounds, {share} train in a round",
-        "Local training": f"{passes} of {training['batch_size'] * training['accumulation']} examples in a round, "
+        "Federation": f"{number}{federation['rounds']} rounds, {cohort} train in a round",
+        "Local training": f"{amount} per round, effective batch size {batch_size}, "
         f"learning rate {training['learning_rate']:g}{decay}",
         "Best round": SELECTED[config["evaluation"]["select"]],
     }
 
 
-def short_names(modules: list[str]) -> list[str]:
-    """Names of modules as `layer 0 q_proj`; the full ones where that would make two of them equal."""
+def short_module_names(modules: list[str]) -> list[str]:
+    """Shorten module names to `layer 0 q_proj`; return the full names if short ones would not be unique."""
 
     def short(module: str) -> str:
         parts = module.split(".")

@@ -1,4 +1,4 @@
-"""Tables from summaries worked out by hand."""
+"""The table of `fedamole show`, from summaries with known results."""
 
 import json
 from dataclasses import replace
@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from fedamole.errors import RunError
+from fedamole.reporting.run_table import as_markdown, as_text, mean_and_deviation, run_tables
 from fedamole.reporting.runs import Run, read_runs
-from fedamole.reporting.table import cell, compare, grid, markdown
-from fedamole.reporting.work import short
+from fedamole.reporting.work import short_count
 
 
 def row(best_round: int | dict[str, int] | None, last_mean: float, **scores: float) -> dict[str, Any]:
@@ -31,14 +31,16 @@ def run(method: str, seed: int = 0, name: str = "run", partition: str = "p", **s
 
 def test_a_cell_is_mean_and_sample_deviation() -> None:
     """Mean of 10, 20, 30 is 20; the sample deviation is sqrt((100 + 0 + 100) / 2) = 10."""
-    assert cell([]) == ""
-    assert cell([1.25]) == "1.2"
-    assert cell([10.0, 20.0, 30.0]) == "20.0 ± 10.0"
-    assert cell([3.0, 5.0], 0) == "4 ± 1"
+    assert mean_and_deviation([]) == ""
+    assert mean_and_deviation([1.25]) == "1.2"
+    assert mean_and_deviation([10.0, 20.0, 30.0]) == "20.0 ± 10.0"
+    assert mean_and_deviation([3.0, 5.0], 0) == "4 ± 1"
 
 
 def test_seeds_of_one_method_are_one_column() -> None:
-    [found] = compare([run("fedit", 0, a=10.0, b=20.0), run("fedit", 1, a=30.0, b=40.0), run("fedamole", a=5.0, b=5.0)])
+    [found] = run_tables(
+        [run("fedit", 0, a=10.0, b=20.0), run("fedit", 1, a=30.0, b=40.0), run("fedamole", a=5.0, b=5.0)]
+    )
     assert [column.label for column in found.columns] == ["base", "majority", "fedit", "fedamole"]
     assert found.seeds == (0, 1)
     fedit = found.columns[2]
@@ -51,20 +53,20 @@ def test_seeds_of_one_method_are_one_column() -> None:
 def test_best_rounds_of_each_clients_own_are_told_by_their_mean() -> None:
     own = run("fedit", a=10.0, b=20.0)
     own.summary["rows"]["fedit"]["best_round"] = {"a": 1, "b": 4}
-    [found] = compare([own])
+    [found] = run_tables([own])
     assert found.columns[2].lines["best round"] == [2.5]
     nobody = run("fedit", a=10.0, b=20.0)
     nobody.summary["rows"]["fedit"]["best_round"] = {}
-    assert compare([nobody])[0].columns[2].lines["best round"] == [-1.0]
+    assert run_tables([nobody])[0].columns[2].lines["best round"] == [-1.0]
 
 
 def test_named_variants_are_columns_of_their_own() -> None:
-    [found] = compare([run("fedamole", a=1.0, b=1.0), run("fedamole", name="fedamole-static", a=2.0, b=2.0)])
+    [found] = run_tables([run("fedamole", a=1.0, b=1.0), run("fedamole", name="fedamole-static", a=2.0, b=2.0)])
     assert [column.label for column in found.columns][2:] == ["fedamole", "fedamole-static"]
 
 
 def test_runs_on_different_data_are_never_in_one_table() -> None:
-    assert len(compare([run("fedit", a=1.0, b=1.0), run("local_only", partition="q", a=1.0, b=1.0)])) == 2
+    assert len(run_tables([run("fedit", a=1.0, b=1.0), run("local_only", partition="q", a=1.0, b=1.0)])) == 2
 
 
 def test_a_star_needs_a_difference_that_is_clear_over_the_seeds() -> None:
@@ -72,8 +74,8 @@ def test_a_star_needs_a_difference_that_is_clear_over_the_seeds() -> None:
     leads = [(8.0, 9.0), (10.0, 0.0), (12.0, 0.0)]
     ours = [run("fedit", seed, a=20.0 + lead, b=5.0 + other) for seed, (lead, other) in enumerate(leads)]
     theirs = [run("local_only", seed, a=20.0, b=5.0) for seed in range(3)]
-    [found] = compare([*ours, *theirs])
-    table = {line[0]: line[1:] for line in grid(found)}
+    [found] = run_tables([*ours, *theirs])
+    table = {line[0]: line[1:] for line in as_text(found)}
     assert table["a"] == ["1.0", "2.0", "30.0 ± 2.0*", "20.0 ± 0.0"]
     assert table["b"] == ["1.0", "2.0", "8.0 ± 5.2", "5.0 ± 0.0"]
     assert table["mean"] == ["1.0", "2.0", "19.0 ± 1.8*", "12.5 ± 0.0"]
@@ -82,22 +84,22 @@ def test_a_star_needs_a_difference_that_is_clear_over_the_seeds() -> None:
 
 
 def test_one_seed_gets_no_star() -> None:
-    [found] = compare([run("fedit", a=10.0, b=1.0), run("local_only", a=1.0, b=0.5)])
-    table = {line[0]: line[1:] for line in grid(found)}
+    [found] = run_tables([run("fedit", a=10.0, b=1.0), run("local_only", a=1.0, b=0.5)])
+    table = {line[0]: line[1:] for line in as_text(found)}
     assert table["a"] == ["1.0", "2.0", "10.0", "1.0"]
     assert table["mean"] == ["1.0", "2.0", "5.5", "0.8"]
     assert table["spread"] == ["0.0", "0.0", "4.5", "0.2"]
     assert table["best round"] == ["", "", "3", "3"]
     assert table["KiB down / up"] == ["", "", "2 / 1", "2 / 1"]
     assert table["backward tokens"] == ["", "", "", ""], "these runs have no counts"
-    assert "a" not in [line[0] for line in grid(found, with_clients=False)]
+    assert "a" not in [line[0] for line in as_text(found, with_clients=False)]
 
 
 def test_the_yardsticks_take_no_part_in_the_stars() -> None:
     """The constant answer is best at 2.0 and is not trained; of the others one is clearly better."""
     runs = [run(name, seed, a=value, b=value) for seed in (0, 1) for name, value in (("fedit", 1.5), ("ditto", 0.5))]
-    [found] = compare(runs)
-    table = {line[0]: line[1:] for line in grid(found)}
+    [found] = run_tables(runs)
+    table = {line[0]: line[1:] for line in as_text(found)}
     assert table["mean"] == ["1.0", "2.0", "1.5 ± 0.0*", "0.5 ± 0.0"]
 
 
@@ -106,15 +108,15 @@ def test_a_run_in_which_nothing_was_trained_gets_no_star() -> None:
     for found in runs:
         found.summary.update(updates=4, left_out=4 if found.summary["method"] == "fedit" else 0)
     runs += [run("fedrep", seed, a=0.1, b=0.1) for seed in (0, 1)]
-    [table] = compare(runs)
-    lines = {line[0]: line[1:] for line in grid(table)}
+    [table] = run_tables(runs)
+    lines = {line[0]: line[1:] for line in as_text(table)}
     assert lines["mean"] == ["1.0", "2.0", "1.5 ± 0.0", "0.5 ± 0.0*", "0.1 ± 0.0"]
     assert len(table.warnings) == 2
 
 
 def test_markdown_is_a_table() -> None:
-    [found] = compare([run("fedit", a=10.0, b=1.0)])
-    lines = markdown(found).splitlines()
+    [found] = run_tables([run("fedit", a=10.0, b=1.0)])
+    lines = as_markdown(found).splitlines()
     assert lines[0] == "| client | base | majority | fedit |"
     assert {line.count("|") for line in lines} == {5}
 
@@ -149,8 +151,8 @@ def test_the_lowest_mean_loss_is_starred() -> None:
         for name, values in ((found.summary["method"], losses), ("base", (0.5, 0.5))):
             clients = found.summary["rows"][name]["clients"]
             clients["a"]["loss"], clients["b"]["loss"] = values
-    [comparison] = compare(runs)
-    table = {line[0]: line[1:] for line in grid(comparison)}
+    [comparison] = run_tables(runs)
+    table = {line[0]: line[1:] for line in as_text(comparison)}
     assert table["mean loss"] == ["0.500", "", "2.000 ± 0.000", "1.450 ± 0.000*"]
 
 
@@ -159,14 +161,14 @@ def test_the_work_of_a_run_is_in_its_table(runs: Any) -> None:
     folder = runs("fedit", "evaluation.pre_aggregation=true")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if line["split"] == "train"]
-    [found] = compare(read_runs([folder]))
+    [found] = run_tables(read_runs([folder]))
     columns = {column.label: column.lines for column in found.columns}
     tokens = sum(line["backward_tokens"] for line in trained) / 4
     assert tokens > 0
     assert columns["fedit"]["backward tokens"] == columns["fedit_ft"]["backward tokens"] == [tokens]
     assert columns["fedit"]["trained parameters"] == [trained[0]["trained_parameters"]]
-    table = {line[0]: line[1:] for line in grid(found)}
-    assert table["backward tokens"] == ["", "", short(tokens), short(tokens)]
+    table = {line[0]: line[1:] for line in as_text(found)}
+    assert table["backward tokens"] == ["", "", short_count(tokens), short_count(tokens)]
     assert table["forward tokens"] == ["", "", "0", "0"]
     told: Any = found.as_json()["columns"]
     assert told["fedit"]["backward tokens"] == [tokens]
