@@ -117,7 +117,7 @@ def test_finished_runs_are_used_again(demo: Demo) -> None:
     more = demo("--seeds", 2)
     assert run_names() == sorted(TWO_SEEDS)
     assert {name: ids()[name] for name in METHODS} == before
-    assert "run 3 of 6: fedamole, seed 0: was finished before, in runs/demo/fedamole" in more.err
+    assert "run 3 of 6: fedamole, seed 0: already finished, in runs/demo/fedamole" in more.err
     assert "run 4 of 6: local_only, seed 1 -> runs/demo/local_only-s1" in more.err
     assert demo().out == first.out, "the table of one seed, although runs of two are there"
 
@@ -133,7 +133,7 @@ def test_an_interrupted_demo_is_continued(demo: Demo, monkeypatch: pytest.Monkey
         patch.setattr(PlainProgress, "round_done", interrupt)
         stopped = demo()
     assert stopped.code == 130
-    assert stopped.err.splitlines()[-1] == "interrupted; the same command goes on from the last finished round"
+    assert stopped.err.splitlines()[-1] == "interrupted; repeat the command to continue after the last finished round"
     assert run_names() == ["fedit", "local_only"]
     before = ids()
     done = demo()
@@ -149,7 +149,7 @@ def test_runs_with_other_settings_are_refused(demo: Demo, tiny: Path, tmp_path: 
     refused = demo("--seeds", 2)
     assert (refused.code, refused.out) == (5, "")
     assert refused.err.startswith(
-        "error: runs/demo/local_only: federation.rounds = 1 there, but `fedamole demo` now asks for 2; nothing is "
+        "error: runs/demo/local_only: the stored run has federation.rounds = 1, but `fedamole demo` now has 2; nothing is "
         "overwritten"
     )
     assert len(refused.err.splitlines()) == 1
@@ -160,7 +160,7 @@ def test_runs_with_other_settings_are_refused(demo: Demo, tiny: Path, tmp_path: 
 def test_what_else_is_refused(kind: str, demo: Demo) -> None:
     place = Path("runs/demo")
     words: list[object] = []
-    code, says = 5, "error: runs/demo exists already and holds no run of the demo: choose --folder OTHER"
+    code, says = 5, "error: runs/demo exists already and contains no run of the demo: choose --folder OTHER"
     place.parent.mkdir()
     if kind == "a folder with other things":
         place.mkdir()
