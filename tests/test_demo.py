@@ -149,8 +149,8 @@ def test_runs_with_other_settings_are_refused(demo: Demo, tiny: Path, tmp_path: 
     refused = demo("--seeds", 2)
     assert (refused.code, refused.out) == (5, "")
     assert refused.err.startswith(
-        "error: runs/demo/local_only: the stored run has federation.rounds = 1, but `fedamole demo` now has 2; nothing is "
-        "overwritten"
+        "error: runs/demo/local_only: the stored run has federation.rounds = 1, but `fedamole demo` now has 2; "
+        "nothing is overwritten"
     )
     assert len(refused.err.splitlines()) == 1
     assert ids() == before
