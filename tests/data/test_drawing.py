@@ -59,7 +59,7 @@ def test_clients_by_value_share_options_and_unread_test_values_are_noted(write: 
     write("test.jsonl", rows(9, start=1000))
     clients, notes = draw(tmp_path, test="test.jsonl", partition=PartitionSettings("value", by="label_text"))
     assert [(client.client, client.test) for client in clients] == [("s-a", (0, 3, 6)), ("s-b", (1, 4, 7))]
-    assert notes == ["source 's': 3 official test rows have values of 'label_text' nobody trains on"]
+    assert notes == ["source 's': 3 official test rows are not used: no client trains on their 'label_text'"]
     one = SourceSettings("s", path="train.jsonl", test="test.jsonl")
     assert open_source(DataSettings((one,)), one, tmp_path).options == ("a", "b", "c")
 
@@ -68,7 +68,7 @@ def test_rows_of_classes_that_no_client_was_given_are_noted(write: Write, tmp_pa
     write("train.jsonl", rows(90))
     settings = PartitionSettings("classes", by="label_text", clients=1, classes_per_client=2)
     _, notes = draw(tmp_path, partition=settings)
-    assert notes == ["source 's': 30 rows have values of 'label_text' that no client was given"]
+    assert notes == ["source 's': 30 rows are not used: no client has their value of 'label_text'"]
 
 
 def test_dirichlet_is_redrawn_until_the_training_splits_suffice(write: Write, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_the_column_to_partition_by_must_be_there_and_filled(write: Write, tmp_p
     write("train.jsonl", [{**row, "site": "n" if index else None} for index, row in enumerate(rows(30))])
     with pytest.raises(DataError, match=r"train.jsonl: there is no column 'sites' \(did you mean 'site'\?\)"):
         draw(tmp_path, partition=PartitionSettings("value", by="sites"))
-    with pytest.raises(DataError, match=r"train.jsonl, row 1: column 'site' holds no value, and the partition"):
+    with pytest.raises(DataError, match=r"train.jsonl, row 1: column 'site' has no value, but the partition needs it"):
         draw(tmp_path, partition=PartitionSettings("value", by="site"))
 
 

@@ -79,7 +79,7 @@ def test_the_manifest_of_the_settings_is_used_and_what_it_overrides_is_noted(fol
     (folder / "m.json").write_text(drawn.manifest.to_json())
     again = load_federation(replace(SETTINGS, manifest="m.json", partition_seed=5), folder)
     assert again.shards == drawn.shards
-    assert again.notes == ("data.partition_seed = 5 in the config is not read: the manifest was drawn with 0",)
+    assert again.notes == ("data.partition_seed = 5 in the config has no effect: the manifest was drawn with 0",)
 
 
 def test_a_manifest_holds_no_path(folder: Path) -> None:
@@ -117,7 +117,7 @@ def test_another_template_is_noticed(folder: Path) -> None:
 
 def test_a_manifest_of_other_sources_is_refused(folder: Path) -> None:
     stored = load_federation(SETTINGS, folder).manifest
-    with pytest.raises(DataError, match=r"of the sources \['alpha', 'beta'\], the config has \['beta'\]"):
+    with pytest.raises(DataError, match=r"has the sources \['alpha', 'beta'\], the config has \['beta'\]"):
         load_federation(DataSettings((BETA,)), folder, stored)
     without = DataSettings((replace(ALPHA, test=None), BETA))
     with pytest.raises(DataError, match="source 'alpha': only the manifest has an official test"):
@@ -144,7 +144,7 @@ def test_a_truncated_or_missing_manifest_file_is_refused(folder: Path) -> None:
 
 def test_two_sources_whose_clients_share_a_name_are_refused(folder: Path) -> None:
     twin = SourceSettings("beta-00", path="beta.jsonl")
-    with pytest.raises(ConfigError, match="client 'beta-00' comes from source 'beta' and from source 'beta-00'"):
+    with pytest.raises(ConfigError, match="client 'beta-00' is in source 'beta' and in source 'beta-00'"):
         load_federation(DataSettings((BETA, twin)), folder)
 
 

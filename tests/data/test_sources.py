@@ -110,7 +110,7 @@ def test_a_missing_file_names_the_nearest(write: Callable[..., str], tmp_path: P
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.txt", b"x", r"d.txt: the file's kind is not known; known are .jsonl"),
+        ("d.txt", b"x", r"d.txt: unknown file format; known are .jsonl"),
         ("d.jsonl", b"", "d.jsonl: the file is empty, there are no rows in it"),
         ("d.jsonl.gz", gzip.compress(b"", mtime=0), "d.jsonl.gz: the file is empty"),
         ("d.csv", b"a,b\n", "d.csv: the file is empty, there are no rows"),

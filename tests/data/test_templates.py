@@ -103,7 +103,7 @@ def test_an_empty_prompt_column_is_an_error_and_an_empty_answer_no_example() -> 
 
 
 def test_a_list_is_no_text() -> None:
-    with pytest.raises(DataError, match=r"column 'prompt' holds a list or an object, a template needs text"):
+    with pytest.raises(DataError, match=r"column 'prompt' contains a list or an object; a template requires text"):
         example("plain", {"prompt": ["p"], "completion": "x"})
 
 
@@ -126,11 +126,11 @@ def test_an_own_template_with_labels_and_literal_braces() -> None:
     ("given", "message"),
     [
         ({"prompt": "{q!r}", "answer": "{a}"}, "without format or conversion"),
-        ({"prompt": "{q", "answer": "{a}"}, "literal brace twice"),
+        ({"prompt": "{q", "answer": "{a}"}, "write literal braces as"),
         ({"prompt": "{q}", "answer": "Yes"}, "names no column"),
         ({"prompt": "{q}", "answer": "{a}", "context": "c"}, "exactly once"),
-        ({"prompt": "{q}", "answer": "{a}", "prompt_without_context": "x"}, "needs context"),
-        ({"prompt": "{c}", "answer": "{a}", "context": "c", "prompt_without_context": "{c}"}, "must not hold"),
+        ({"prompt": "{q}", "answer": "{a}", "prompt_without_context": "x"}, "requires context"),
+        ({"prompt": "{c}", "answer": "{a}", "context": "c", "prompt_without_context": "{c}"}, "must not contain"),
         ({"prompt": "{q}", "answer": "{a}", "options": ("x",)}, "at least two"),
         ({"prompt": "{q}", "answer": "{a}", "options": ("x", "y"), "options_from": "a"}, "not both"),
         ({"prompt": "{q}", "answer": "{a}", "options": ("x", "y"), "labels": {"1": "z"}}, r"\['x', 'y'\]"),
@@ -152,7 +152,7 @@ def test_labels_that_differ_by_white_space_are_one_option(caplog: pytest.LogCapt
     options = options_of(template, rows, "f")
     assert options == (" maybe", "no", "yes"), "a label that is always written in one way stays as it is"
     assert [record.getMessage() for record in caplog.records] == [
-        "f: 3 of 7 labels have white space around them; each is taken for the label without it, for example 'yes '"
+        "f: 3 of 7 labels have white space around them; which is removed; for example 'yes '"
     ]
     examples = [render(template, options, row, "f") for row in rows]
     found = [None if example is None else example.answer for example in examples]

@@ -292,7 +292,7 @@ def test_lossless_tokenizers_keep_these_texts(text: str) -> None:
 
 
 def test_text_that_is_no_unicode_is_an_error() -> None:
-    with pytest.raises(DataError, match=r"text 2 of 3 holds half a character \(U\+D83D\) at position 3; correct it"):
+    with pytest.raises(DataError, match=r"text 2 of 3 contains half a character \(U\+D83D\) at position 3; correct it"):
         TextEncoder(byte_level()).encode(["a", "hi\ud83d", "b"])
 
 
@@ -319,5 +319,5 @@ def test_a_normalizer_that_makes_two_secret_names_one_is_refused() -> None:
     raw = byte_level().backend_tokenizer
     raw.normalizer = normalizers.Replace(Regex("[0-9]"), "")
     raw.add_special_tokens([AddedToken(name, normalized=True, special=True) for name in ("<x>", "<y>")])
-    with pytest.raises(BaseModelError, match=r"special token '<[xy]>' cannot be kept apart from text"):
+    with pytest.raises(BaseModelError, match=r"special token '<[xy]>' cannot be distinguished from text"):
         TextEncoder(PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>"))

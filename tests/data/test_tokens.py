@@ -40,7 +40,7 @@ def test_prompt_and_answer_stand_apart_and_only_the_answer_ends(make_tokenizer: 
     assert words(tokenizer, row.prompt) == "<s> q :"
     assert words(tokenizer, row.answer) == "yes </s>"
     assert [words(tokenizer, option) for option in row.options] == ["yes </s>", "no </s>"]
-    assert (found.cut, found.dropped, found.places) == (0, 0, (0,))
+    assert (found.cut, found.dropped, found.indices) == (0, 0, (0,))
 
 
 def test_without_bos_a_prompt_begins_with_its_text(make_tokenizer: Make) -> None:
@@ -78,7 +78,7 @@ def test_an_answer_that_leaves_no_room_drops_its_example(make_tokenizer: Make) -
         tokenizer = make_tokenizer(bos=bos)
         examples = [Example("q", "", "", "x y z"), Example("q", "", "", "x")]
         found = tokenise(examples, tokenizer, 4)
-        assert (len(found.rows), found.dropped, found.places) == (1, 1, (1,))
+        assert (len(found.rows), found.dropped, found.indices) == (1, 1, (1,))
         assert tokenise(examples, tokenizer, 5).dropped == 0
 
 

@@ -54,7 +54,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Shard:
-    """One client's private data. Raises DataError if a split is empty, or if some examples have options and some not."""
+    """One client's private data; DataError if a split is empty, or if only some examples have options."""
 
     client: str
     train: tuple[Example, ...]

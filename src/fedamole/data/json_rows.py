@@ -23,8 +23,8 @@ _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 def read_json(path: Path, where: str, gzipped: bool) -> list[Row]:
     """Read the rows of a JSON Lines file or of a JSON document; the content decides which of the two it is.
 
-    A number becomes a `Number` with the file's literal, and NaN (not part of JSON) becomes None. Rows may have different
-    columns. Raises DataError with file and line, never with a row's content.
+    A number becomes a `Number` with the file's literal, and NaN (not part of JSON) becomes None. Rows may have
+    different columns. Raises DataError with file and line, never with a row's content.
     """
     with open_text(path, where, gzipped) as file:
         lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())

@@ -73,7 +73,7 @@ def client_data(shard: Shard, tokenizer: Any, max_length: int) -> ClientData:
             tokens = tokenise(examples, tokenizer, max_length)
         except DataError as error:
             raise DataError(f"client {shard.client}, {name} data: {error}") from error
-        splits[name] = Split(tokens.rows, tuple(examples[place] for place in tokens.places))
+        splits[name] = Split(tokens.rows, tuple(examples[index] for index in tokens.indices))
         found.append(tokens)
         if not tokens.rows:
             raise DataError(
