@@ -32,7 +32,7 @@ def write(path: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("[training]\nlocal_stepz = 3\n", "unknown key training.local_stepz; did you mean 'local_steps'"),
         ("[trainning]\nlocal_steps = 3\n", "unknown key trainning; did you mean 'training'"),
@@ -61,16 +61,16 @@ def write(path: Path, text: str) -> Path:
         ("[method]\ndropout = 1.0\n", "dropout = 1.0: must be at least 0 and below 1"),
     ],
 )
-def test_a_mistake_names_file_key_and_remedy(text: str, told: str, tmp_path: Path) -> None:
+def test_a_mistake_names_file_key_and_remedy(text: str, message: str, tmp_path: Path) -> None:
     path = write(tmp_path / "mine.toml", text + DATA)
     with pytest.raises(ConfigError) as caught:
         load_config(path)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("[data\n", "is not TOML"),
         ("[run]\nname = 'x'\n", "data.source is empty: add a [[data.source]]"),
@@ -81,10 +81,10 @@ def test_a_mistake_names_file_key_and_remedy(text: str, told: str, tmp_path: Pat
         ('extends = "away.toml"\n' + DATA, "away.toml cannot be read"),
     ],
 )
-def test_a_file_that_is_no_config(text: str, told: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_config(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path / "mine.toml", text))
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "mine.toml" in str(caught.value)
 
 
@@ -223,17 +223,17 @@ def aggregates_differently(*words: str, others: tuple[str, ...] = ()) -> Callabl
     """The server's states of a one-round run differ."""
 
     def check(runs: Runs) -> bool:
-        one, two = (
+        first, second = (
             files(runs("fedit", "federation.rounds=1", *more), "checkpoints/*.safetensors") for more in (others, words)
         )
-        return len(one) > 0 and one != two
+        return len(first) > 0 and first != second
 
     return check
 
 
 def scores(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())["rows"]
-    return found
+    rows: dict[str, Any] = json.loads((folder / "summary.json").read_text())["rows"]
+    return rows
 
 
 def folder_is_named(runs: Runs) -> bool:
@@ -325,16 +325,16 @@ def cohort_is_smaller(runs: Runs) -> bool:
 
 def two_trainings_take_all_steps(runs: Runs) -> bool:
     """Ditto trains twice in a round: 3 steps together, or 3 for each."""
-    found = []
+    steps = []
     for budget in ("steps", "paper"):
         lines = map(json.loads, (runs("ditto", f"training.budget={budget}") / "metrics.jsonl").open())
-        found.append({line["steps"] for line in lines if line["split"] == "train"})
-    return found == [{3}, {6}]
+        steps.append({line["steps"] for line in lines if line["split"] == "train"})
+    return steps == [{3}, {6}]
 
 
 def decay_acts_from_round_1(runs: Runs) -> bool:
-    one, other = (files(runs("local_only", *more), "clients/*/state/*") for more in ((), ("training.lr_decay=0.5",)))
-    return one != other
+    first, second = (files(runs("local_only", *more), "clients/*/state/*") for more in ((), ("training.lr_decay=0.5",)))
+    return first != second
 
 
 def long_prompts_are_cut(runs: Runs) -> bool:
@@ -357,29 +357,29 @@ def headline_is_chosen(runs: Runs) -> bool:
 def answers_are_longer(runs: Runs) -> bool:
     from fedamole.evaluation.generation import generate_answers
 
-    found = prepare(runs.load("fedit"))
-    prompts = [row.prompt for row in found.clients["plain"].test.rows]
+    prepared = prepare(runs.load("fedit"))
+    prompts = [row.prompt for row in prepared.clients["plain"].test.rows]
     lengths = []
     for limit in (runs.load("fedit", f"evaluation.max_new_tokens={n}").evaluation.max_new_tokens for n in (1, 20)):
-        lengths.append(sum(map(len, generate_answers(Bank(found.base), [prompts], limit, 4096)[0])))
-    one, other = scores(runs("local_only")), scores(runs("local_only", "evaluation.max_new_tokens=20"))
-    return lengths[0] < lengths[1] and one["base"]["clients"]["plain"] != other["base"]["clients"]["plain"]
+        lengths.append(sum(map(len, generate_answers(Bank(prepared.base), [prompts], limit, 4096)[0])))
+    first, second = scores(runs("local_only")), scores(runs("local_only", "evaluation.max_new_tokens=20"))
+    return lengths[0] < lengths[1] and first["base"]["clients"]["plain"] != second["base"]["clients"]["plain"]
 
 
 def batches_are_smaller(runs: Runs) -> bool:
     """Counted on the base itself: how many tokens a forward pass of the evaluation has at most."""
     from fedamole.evaluation.personal import losses_of
 
-    found = prepare(runs.load("fedit"))
+    prepared = prepare(runs.load("fedit"))
     sizes: list[int] = []
-    found.base.model.register_forward_pre_hook(
+    prepared.base.model.register_forward_pre_hook(
         lambda _, __, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     most = []
     for tokens in (100, 8192):
         sizes.clear()
         settings = runs.load("fedit", f"evaluation.batch_tokens={tokens}").evaluation
-        losses_of(Bank(found.base), [found.clients["entail"].train.rows], settings)
+        losses_of(Bank(prepared.base), [prepared.clients["entail"].train.rows], settings)
         most.append(max(sizes))
     return most[0] <= 100 < most[1]
 

@@ -63,8 +63,8 @@ def check_run_name(name: str, key: str = "run.name") -> None:
     forbidden = any(letter in "/\\" or unicodedata.category(letter).startswith("C") for letter in name)
     if forbidden or name != name.strip() or not name or name.startswith(".") or len(name.encode()) > LONGEST_NAME:
         raise ConfigError(
-            f"{key} = {quoted(name)}: must be the name of a folder in runs/: 1 to {LONGEST_NAME} bytes without /, \\ and "
-            f"control characters, without a dot at the beginning and spaces at the ends; {folder_key} may be any path"
+            f"{key} = {quoted(name)}: must be the name of a folder in runs/: 1 to {LONGEST_NAME} bytes without /, \\ "
+            f"and control characters, no dot at the beginning and no space at the ends; {folder_key} may be any path"
         )
     if reason := not_on_windows(name):
         raise ConfigError(f"{key} = {quoted(name)}: {reason}; {folder_key} may be any path")

@@ -1,4 +1,4 @@
-"""CSV files as people save them: every value is text, and what is wrong is told by its line."""
+"""CSV files: every value is text, and errors give the line."""
 
 import csv
 import gzip
@@ -150,7 +150,7 @@ def test_quotes_that_are_right_are_no_reason_to_warn(name: str, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "warning"),
     [
         ('id,text,label\n1,x,a\n2,"oops,b\n3,y,a\n4,z,b\n5,he said ""hi"",a\n6,end",b\n', "lines 3 to 7"),
         ('text,label\nx,"a\ny,b\nz,a"\nv,b\n', "lines 2 to 4"),
@@ -159,14 +159,14 @@ def test_quotes_that_are_right_are_no_reason_to_warn(name: str, tmp_path: Path, 
         ('id,text,label\n1,x,a\n2,"oops,b\n3,y,a\n', "line 3: .* a quote that is not closed"),
     ],
 )
-def test_a_stray_quote_is_told_with_its_line(content: str, told: str, tmp_path: Path, caplog: Any) -> None:
+def test_a_stray_quote_is_reported_with_its_line(content: str, warning: str, tmp_path: Path, caplog: Any) -> None:
     """A warning where rows were joined, an error where the file cannot be read."""
     try:
         read(tmp_path, content)
-        said = " ".join(record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
+        message = " ".join(record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
     except DataError as error:
-        said = str(error)
-    assert re.search(told, said), said
+        message = str(error)
+    assert re.search(warning, message), message
 
 
 def test_a_header_alone_decides_the_delimiter(tmp_path: Path) -> None:

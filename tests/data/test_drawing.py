@@ -17,9 +17,9 @@ def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
 
 
 def draw(folder: Path, least: int = 1, seed: int = 0, **source: Any) -> tuple[list[ClientRows], list[str]]:
-    one = SourceSettings("s", **{"path": "train.jsonl", **source})
-    settings = DataSettings((one,), min_examples=least, partition_seed=seed)
-    return draw_clients(settings, open_source(settings, one, folder))
+    source_settings = SourceSettings("s", **{"path": "train.jsonl", **source})
+    settings = DataSettings((source_settings,), min_examples=least, partition_seed=seed)
+    return draw_clients(settings, open_source(settings, source_settings, folder))
 
 
 def test_training_rows_that_stand_in_the_official_test_are_dropped(write: Write, tmp_path: Path) -> None:
@@ -60,8 +60,8 @@ def test_clients_by_value_share_options_and_unread_test_values_are_noted(write: 
     clients, notes = draw(tmp_path, test="test.jsonl", partition=PartitionSettings("value", by="label_text"))
     assert [(client.client, client.test) for client in clients] == [("s-a", (0, 3, 6)), ("s-b", (1, 4, 7))]
     assert notes == ["source 's': 3 official test rows are not used: no client trains on their 'label_text'"]
-    one = SourceSettings("s", path="train.jsonl", test="test.jsonl")
-    assert open_source(DataSettings((one,)), one, tmp_path).options == ("a", "b", "c")
+    source_settings = SourceSettings("s", path="train.jsonl", test="test.jsonl")
+    assert open_source(DataSettings((source_settings,)), source_settings, tmp_path).options == ("a", "b", "c")
 
 
 def test_rows_of_classes_that_no_client_was_given_are_noted(write: Write, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_messages_beside_prompt(write: Write, tmp_path: Path, how: dict[str, Any
     write("train.jsonl", [{"prompt": f"q {i}", "prompt_id": str(i), "messages": turn} for i, turn in enumerate(turns)])
     with pytest.raises(DataError, match=r'train.jsonl: .* template = "messages" .* columns = \{prompt = ""\}'):
         draw(tmp_path)
-    one = SourceSettings("s", path="train.jsonl", **how)
-    example = open_source(DataSettings((one,)), one, tmp_path).example("train", 3)
+    source_settings = SourceSettings("s", path="train.jsonl", **how)
+    example = open_source(DataSettings((source_settings,)), source_settings, tmp_path).example("train", 3)
     assert example is not None
     assert (example.prompt, example.answer) == ("### User:\nq 3\n\n### Assistant:\n", "a 3")

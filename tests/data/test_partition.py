@@ -206,13 +206,13 @@ ALIKE = st.text(st.sampled_from("aA1-_./ éÉe\u0301ſsK\u212a北\0"), max_size=
 
 
 @given(ALIKE | st.text(max_size=200), ALIKE | st.text(max_size=200))
-def test_different_values_have_different_safe_names(one: str, other: str) -> None:
-    first, second = joined_name("s", one), joined_name("s", other)
+def test_different_values_have_different_safe_names(value: str, other: str) -> None:
+    first, second = joined_name("s", value), joined_name("s", other)
     for name in (first, second):
         assert checked_name(name, "x") == name
         assert name.isascii()
         assert not name.endswith(".")
-    assert (first.lower() == second.lower()) == (one == other)
+    assert (first.lower() == second.lower()) == (value == other)
 
 
 def test_two_values_whose_hashes_begin_alike_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,10 @@ def test_partition_settings_refuse(given: dict[str, Any], message: str) -> None:
         ({"name": "a/b", "path": "x"}, r"data.source.name = 'a/b'"),
         ({"name": "医院", "path": "x"}, "use ASCII letters, digits"),
         ({"name": "s" * 121, "path": "x"}, "at most 120 characters$"),
-        ({"name": "s" * 81, "path": "x", "partition": PartitionSettings("value", by="l")}, "at most 80 characters, because"),
+        (
+            {"name": "s" * 81, "path": "x", "partition": PartitionSettings("value", by="l")},
+            "at most 80 characters, because",
+        ),
         ({"name": "s"}, "either path"),
         ({"name": "s", "path": "x", "hub": "y"}, "not both"),
         ({"name": "s", "hub": "y"}, r"data.source\[s\].split is missing"),
@@ -56,7 +59,10 @@ def test_source_settings_refuse(given: dict[str, Any], message: str) -> None:
         ({"source": (SOURCE,), "validation_cap_generation": 0}, "validation_cap_generation = 0: must be at"),
         ({"source": (SOURCE,), "test_cap_generation": 0}, "test_cap_generation = 0: must be at"),
         ({"source": (SOURCE,), "partition_seed": -1}, "partition_seed = -1"),
-        ({"source": (SOURCE,), "templates": {"snli": TemplateSettings("{a}", "{b}")}}, "a built-in template has this name"),
+        (
+            {"source": (SOURCE,), "templates": {"snli": TemplateSettings("{a}", "{b}")}},
+            "a built-in template has this name",
+        ),
         ({"source": (SourceSettings("s", path="x", template="snlii"),)}, "did you mean 'snli'"),
     ],
 )

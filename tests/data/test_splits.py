@@ -78,9 +78,9 @@ def test_identical_rows_never_straddle_splits(kinds: list[int], seed: int) -> No
     client = split_client("c", range(len(kinds)), dict(enumerate(kinds)), None, "classification", chosen)
     splits = [client.train, client.embedding, client.validation, client.test]
     where = [{kinds[row] for row in split} for split in splits]
-    for one in range(4):
-        for other in range(one):
-            assert not where[one] & where[other]
+    for first in range(4):
+        for second in range(first):
+            assert not where[first] & where[second]
     assert all(amount == 1 for amount in Counter(row for split in splits for row in split).values())
 
 

@@ -135,7 +135,7 @@ def pair(kind: str) -> tuple[Any, TextEncoder]:
 
 
 @pytest.fixture(params=MAKERS)
-def made(request: pytest.FixtureRequest) -> tuple[Any, TextEncoder]:
+def tokenizer_and_encoder(request: pytest.FixtureRequest) -> tuple[Any, TextEncoder]:
     return pair(request.param)
 
 
@@ -156,8 +156,8 @@ def control_ids(tokenizer: Any) -> set[int]:
 few_examples = hypothesis_settings(max_examples=40, deadline=None)
 
 
-def test_text_without_special_tokens_is_read_as_before(made: tuple[Any, TextEncoder]) -> None:
-    tokenizer, encoder = made
+def test_text_without_special_tokens_is_read_as_before(tokenizer_and_encoder: tuple[Any, TextEncoder]) -> None:
+    tokenizer, encoder = tokenizer_and_encoder
 
     @few_examples
     @given(st.lists(st.sampled_from(["the cat", " sat", "  ", "\n", "<", "mat"]) | st.text(max_size=9)).map("".join))
@@ -169,8 +169,8 @@ def test_text_without_special_tokens_is_read_as_before(made: tuple[Any, TextEnco
     check()
 
 
-def test_no_text_of_data_becomes_a_special_token(made: tuple[Any, TextEncoder]) -> None:
-    tokenizer, encoder = made
+def test_no_text_of_data_becomes_a_special_token(tokenizer_and_encoder: tuple[Any, TextEncoder]) -> None:
+    tokenizer, encoder = tokenizer_and_encoder
     specials = names_of_specials(tokenizer)
     assert any(control_ids(tokenizer) & set(own_ids(tokenizer, f"the {name} cat")) for name in specials)
 
@@ -184,8 +184,8 @@ def test_no_text_of_data_becomes_a_special_token(made: tuple[Any, TextEncoder]) 
     check()
 
 
-def test_what_a_template_writes_is_read_as_before(made: tuple[Any, TextEncoder]) -> None:
-    tokenizer, encoder = made
+def test_what_a_template_writes_is_read_as_before(tokenizer_and_encoder: tuple[Any, TextEncoder]) -> None:
+    tokenizer, encoder = tokenizer_and_encoder
     specials = names_of_specials(tokenizer)
 
     @few_examples
