@@ -1,4 +1,4 @@
-"""Configs: strict to read, the same when read back, and every key does something."""
+"""Configs are read strictly, can be written and read back, and every key has an effect."""
 
 import dataclasses
 import json
@@ -99,7 +99,7 @@ def test_a_circle_of_extends(tmp_path: Path) -> None:
 
 
 def test_extends_across_folders(tmp_path: Path) -> None:
-    """Each path is relative to the file it stands in; nearer keys win, tables are merged, lists replaced."""
+    """Paths are relative to their file; keys of the extending file win, tables are merged, lists replaced."""
     (tmp_path / "models" / "tiny").mkdir(parents=True)
     write(tmp_path / "base.toml", '[base]\nmodel = "models/tiny"\n[training]\nlocal_steps = 5\nbatch_size = 3\n')
     write(
@@ -139,7 +139,7 @@ def test_overrides(tmp_path: Path) -> None:
 
 
 def test_paths_of_overrides_are_relative_to_the_working_folder(tmp_path: Path, monkeypatch: Any) -> None:
-    """As a shell completes them; what is no path, and what stands in the config file, stays as it is."""
+    """Paths of overrides are relative to the working folder; other values and the config file's paths are unchanged."""
     path = write(tmp_path / "configs" / "c.toml", '[base]\nmodel = "./tiny"\n' + DATA)
     here = tmp_path / "here"
     (here / "models" / "own").mkdir(parents=True)
@@ -163,7 +163,7 @@ def test_paths_of_overrides_are_relative_to_the_working_folder(tmp_path: Path, m
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_round_trip(name: str, runs: Any) -> None:
-    """config.toml of a run, with every default spelled out, is the same config again."""
+    """The config.toml of a run, which includes all defaults, loads as the same config."""
     folder = runs(name)
     again = load_config(folder / "config.toml")
     assert to_config(again.tables()) == again
@@ -324,7 +324,7 @@ def cohort_is_smaller(runs: Runs) -> bool:
 
 
 def two_trainings_take_all_steps(runs: Runs) -> bool:
-    """Ditto trains twice in a round: 3 steps together, or 3 for each."""
+    """Ditto trains twice in a round: 3 steps in total, or 3 each."""
     steps = []
     for budget in ("steps", "paper"):
         lines = map(json.loads, (runs("ditto", f"training.budget={budget}") / "metrics.jsonl").open())
@@ -345,7 +345,7 @@ def long_prompts_are_cut(runs: Runs) -> bool:
 def selects_by_score(runs: Runs) -> bool:
     by_score, by_loss = runs("local_only", "evaluation.select=score"), runs("local_only")
     lines = [list(map(json.loads, (folder / "metrics.jsonl").open())) for folder in (by_score, by_loss)]
-    scored = [all("score" in line for line in found if line["split"] == "validation") for found in lines]
+    scored = [all("score" in line for line in of_run if line["split"] == "validation") for of_run in lines]
     return scored == [True, False]
 
 
@@ -367,7 +367,7 @@ def answers_are_longer(runs: Runs) -> bool:
 
 
 def batches_are_smaller(runs: Runs) -> bool:
-    """Counted on the base itself: how many tokens a forward pass of the evaluation has at most."""
+    """The maximum number of tokens per forward pass of the evaluation, counted at the base model."""
     from fedamole.evaluation.personal import losses_of
 
     prepared = prepare(runs.load("fedit"))

@@ -1,4 +1,4 @@
-"""Every file under experiments/: found, loaded, and, of the paper's, planned without data or weights."""
+"""All files under experiments/ load, and those of the paper can be planned without data or weights."""
 
 import tomllib
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def name(path: Path) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def shapes_once() -> Iterator[None]:
-    """Builds the shapes of a base once for all plans: they depend on nothing but its settings."""
+    """Create the shapes of a base once for all plans; they depend only on its settings."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "weightless_base", cache(weightless_base))
         yield
@@ -40,7 +40,7 @@ comparison_of = cache(load_comparison)
 
 
 def test_all_files_are_found() -> None:
-    """A file that is neither a config nor a comparison is a part that others extend, and called base."""
+    """Files that are neither configs nor comparisons are named base.toml, and others extend them."""
     parts = set(FILES) - set(CONFIGS) - set(COMPARISONS)
     assert {path.stem for path in parts} == {"base"}
     assert len([path for path in CONFIGS if path.is_relative_to(PAPER)]) == 7 + 5 + 5
@@ -107,7 +107,7 @@ def test_the_papers_settings(scenario: str) -> None:
 
 
 def test_the_papers_method_settings() -> None:
-    """They are the defaults: a config of the paper names none of them."""
+    """They are the defaults, so the paper's configs do not set them."""
     method: Any = load_config(PAPER / "snli_01.toml").method
     assert (method.pool_size(10), method.bounds(10).expert_choices) == (30, 2)
     assert (method.min_experts, method.max_experts, method.top_k, method.balance_weight) == (2, 8, 2, 0.001)

@@ -139,7 +139,7 @@ REAL = {
         ['She said "no", then left', '"x"', 'a 5" disk,\nor "two"'],
     ),
 }
-"""Files as people save them, with the texts that stand in them."""
+"""Contents of CSV files, and the texts in them."""
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -160,7 +160,7 @@ def test_quotes_that_are_right_are_no_reason_to_warn(name: str, tmp_path: Path, 
     ],
 )
 def test_a_stray_quote_is_reported_with_its_line(content: str, warning: str, tmp_path: Path, caplog: Any) -> None:
-    """A warning where rows were joined, an error where the file cannot be read."""
+    """A warning if rows were joined, an error if the file cannot be read."""
     try:
         read(tmp_path, content)
         message = " ".join(record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)

@@ -24,7 +24,7 @@ def draw(folder: Path, least: int = 1, seed: int = 0, **source: Any) -> tuple[li
 
 def test_training_rows_that_stand_in_the_official_test_are_dropped(write: Write, tmp_path: Path) -> None:
     write("train.jsonl", rows(60))
-    # Rows 0 to 5 of the training file; the same text with another label is another example.
+    # Rows 0 to 5 of the training file, and one of its texts with a different label, which is a different example.
     write("test.jsonl", [*rows(6), {"text": "text 6", "label_text": "b"}])
     (client,), notes = draw(tmp_path, test="test.jsonl")
     assert client.test == tuple(range(7))
@@ -97,7 +97,7 @@ def test_values_that_differ_by_white_space_are_one_client(
 
 
 def test_white_space_around_a_value_of_the_test_file_alone(write: Write, tmp_path: Path) -> None:
-    """Each file's values lose their white space, so that a test row reaches the client of its value."""
+    """White space is removed from values of both files, so that test rows go to the client with the same value."""
     write("train.jsonl", [{**row, "site": "ns"[at % 2]} for at, row in enumerate(rows(60))])
     write("test.jsonl", [{**row, "site": "ns"[at % 2] + " "} for at, row in enumerate(rows(20, start=100))])
     clients, _ = draw(tmp_path, test="test.jsonl", partition=PartitionSettings("value", by="site"))
@@ -142,7 +142,7 @@ def test_rows_that_were_left_out_are_named_where_too_few_are_left(write: Write, 
 
 @pytest.mark.parametrize("how", [{"template": "messages"}, {"columns": {"prompt": ""}}])
 def test_messages_beside_prompt(write: Write, tmp_path: Path, how: dict[str, Any]) -> None:
-    """A common layout of the hub: the prompt of the first turn stands beside the whole conversation."""
+    """A common format on the Hub: the first turn's prompt is a column beside the conversation."""
     turns = [[{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": f"a {i}"}] for i in range(30)]
     write("train.jsonl", [{"prompt": f"q {i}", "prompt_id": str(i), "messages": turn} for i, turn in enumerate(turns)])
     with pytest.raises(DataError, match=r'train.jsonl: .* template = "messages" .* columns = \{prompt = ""\}'):

@@ -1,4 +1,4 @@
-"""JSON and JSON Lines: values as the file writes them, and errors that name the place and never the content."""
+"""JSON and JSON Lines: values keep their literals; errors name the line, never the content."""
 
 import gzip
 import json
@@ -67,7 +67,7 @@ def test_nan_is_a_missing_value(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("late", [{"response": "text"}, {"response": "r", "context": "late"}])
 def test_a_large_file_whose_late_rows_differ(tmp_path: Path, late: dict[str, Any]) -> None:
-    """The library fixes the columns and their types by the first 10 MB."""
+    """The `datasets` library would determine columns and types from the first 10 MB."""
     line = json.dumps({"instruction": "x" * 60_000, "response": None if "context" not in late else "r"}) + "\n"
     table = read(tmp_path, "d.jsonl.gz", line * 180 + json.dumps({"instruction": "last", **late}) + "\n")
     assert len(table.rows) == 181
@@ -168,7 +168,7 @@ def test_a_damaged_gzip_file(tmp_path: Path) -> None:
 
 
 def test_the_hash_is_as_before_where_the_values_are(tmp_path: Path) -> None:
-    """Manifests of runs that an earlier version drew stay usable: the library read these values as they are."""
+    """Manifests of earlier versions remain valid: the library read these values unchanged."""
     rows = [{"a": "x", "n": 1, "f": 2.5}, {"a": "y", "n": -2, "f": 0.1}]
     assert read(tmp_path, "d.jsonl", "\n".join(map(json.dumps, rows))).sha256 == digest(rows)
 

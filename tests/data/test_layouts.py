@@ -55,7 +55,7 @@ def talk(*texts: str) -> list[dict[str, str]]:
 
 
 BESIDE = {"prompt": "raw", "prompt_id": "7", "messages": talk("Hi", "Hello")}
-"""A common layout of chat data on the hub."""
+"""A common format of chat data on the Hub."""
 
 
 def test_an_empty_old_name_drops_a_column() -> None:

@@ -1,4 +1,4 @@
-"""Real public text from ../shared/data, which is beside the repository only where it is developed."""
+"""Real public text from ../shared/data, which exists beside the repository only during development."""
 
 from pathlib import Path
 

@@ -87,7 +87,7 @@ def test_an_official_test_file_and_renamed_columns(write: Callable[..., str], tm
 
 
 def test_a_hub_data_set_gets_the_names_of_its_classes(tmp_path: Path) -> None:
-    """A folder with Parquet files is read like a data set of the hub, without a network."""
+    """A folder of Parquet files is read like a Hub data set, without a network."""
     from datasets import ClassLabel, Dataset, Features, Value
 
     features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})

@@ -196,7 +196,7 @@ def test_the_template_messages_reads_what_was_made_of_messages() -> None:
 
 
 def test_a_single_label_shows_the_template_that_lists_all_answers() -> None:
-    """The table in the error is TOML that gives the same template, once the other answers are written into it."""
+    """The table in the error is TOML of the same template, once the other answers are added."""
     label = 'no "way"\n\x7f'
     template = replace(BUILT_IN["pubmedqa"], options=(), options_from="label_text")
     with pytest.raises(DataError) as caught:

@@ -51,7 +51,7 @@ def test_without_bos_a_prompt_begins_with_its_text(make_tokenizer: Make) -> None
 
 
 def test_a_long_prompt_loses_the_end_of_its_context(make_tokenizer: Make) -> None:
-    """12 tokens: 3 for "x y" and its end, 1 BOS, 3 around the context; 5 stay of the context's 10."""
+    """12 tokens: 3 for "x y" and EOS, 1 BOS, 3 around the context, which leaves 5 of the context's 10."""
     tokenizer = make_tokenizer()
     tokenised = tokenise([LONG], tokenizer, 12)
     assert words(tokenizer, tokenised.rows[0].prompt) == "<s> q c0 c1 c2 c3 c4 end :"
@@ -73,7 +73,7 @@ def test_the_longest_option_decides_the_room(make_tokenizer: Make) -> None:
 
 
 def test_an_answer_that_leaves_no_room_drops_its_example(make_tokenizer: Make) -> None:
-    """ "x y z" and its end are 4 tokens; with BOS they fit in 5, without BOS one token of the prompt must fit."""
+    """ "x y z" and EOS are 4 tokens. With BOS they fit in 5; without BOS one token of the prompt must fit."""
     for bos in (True, False):
         tokenizer = make_tokenizer(bos=bos)
         examples = [Example("q", "", "", "x y z"), Example("q", "", "", "x")]
@@ -93,7 +93,7 @@ def test_a_tokenizer_without_an_end_is_refused(make_tokenizer: Make) -> None:
 
 @pytest.mark.parametrize("limit", range(8, 40, 3))
 def test_bytes_that_merge_over_the_seam_still_fit(limit: int) -> None:
-    """A byte-level BPE, where a cut inside a word or a character makes other tokens than the ones counted."""
+    """A byte-level BPE: truncation within a word or character changes tokens."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -116,7 +116,7 @@ INSTRUCT = TemplateSettings(prompt="<s>[INST] {x} [/INST]\n", answer="{y}")
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """Byte-level BPE that sets <s> before a text; it loses nothing."""
+    """A lossless byte-level BPE that prepends <s>."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -155,7 +155,7 @@ def test_an_eos_that_the_template_writes_is_not_doubled() -> None:
 
 
 def test_bos_and_eos_in_data_are_text_beside_one_of_each() -> None:
-    """As rows made for Llama 2 come: "<s>[INST] ..." and "... </s>"; and an answer with struck-out text."""
+    """Rows in the format of Llama 2, "<s>[INST] ..." and "... </s>", and an answer with struck-out text."""
     tokenizer = byte_level()
     rows = [{"prompt": "<s>[INST] q [/INST] ", "completion": "a </s>"}, {"prompt": "q", "completion": "<s>9</s> 7"}]
     tokenised = tokenise([rendered(BUILT_IN["plain"], **row) for row in rows], tokenizer, 99)
@@ -226,12 +226,12 @@ def test_options_that_become_the_same_tokens_are_an_error_that_names_them(make_t
     example = Example("q", "", "", "是", ("yes", "是", "否"))
     with pytest.raises(DataError, match=r"options '是' and '否' become the same tokens \['<unk>', '</s>'\]"):
         tokenise([example], make_tokenizer(), 20)
-    # One option may begin like another: each ends with the end-of-sequence token.
+    # An option may be a prefix of another one: each ends with the end-of-sequence token.
     assert len(tokenise([Example("q", "", "", "x", ("x", "x y"))], make_tokenizer(), 20).rows[0].options) == 2
 
 
 def test_text_that_a_tokenizer_does_not_keep_is_counted(make_tokenizer: Make) -> None:
-    """Unknown words, two spaces, a line end. A tokenizer that sets or takes a space at the beginning loses nothing."""
+    """Unknown words, two spaces, a line end. Adding or removing a leading space does not count."""
     texts = ["q x", "q  x", "q café", "q x\n", " q x"]
     tokenised = tokenise([Example(text, "", "", "yes") for text in texts], make_tokenizer(), 20)
     assert tokenised.changed == 3
@@ -272,7 +272,7 @@ NASTY = [
 @hypothesis_settings(deadline=None)
 @given(st.sampled_from(["alpaca", "plain"]), st.text(), st.text(), st.sampled_from(NASTY))
 def test_what_is_tokenised_is_what_stands_in_the_row(template: str, first: str, second: str, nasty: str) -> None:
-    """Row to example to tokens and back, with two tokenizers that lose nothing."""
+    """Row to example to tokens and back, with two lossless tokenizers."""
     row = {"instruction": first, "context": second + nasty, "response": nasty + second}
     row |= {"prompt": first + nasty, "completion": nasty + first}
     example = rendered(BUILT_IN[template], **row)
@@ -304,7 +304,7 @@ def test_what_is_tokenised_is_what_stands_in_the_file(tmp_path: Path) -> None:
 
 
 def test_examples_and_tokens_import_no_data_library() -> None:
-    """They serve benchmarks on machines without these, which also take seconds to import."""
+    """These libraries take seconds to import, and benchmarks run on machines without them."""
     code = (
         "import sys, fedamole.data.tokens, fedamole.data.examples, fedamole.data.settings;"
         "assert not {'datasets', 'flwr_datasets', 'transformers', 'torch'} & set(sys.modules)"
