@@ -292,7 +292,7 @@ def test_lossless_tokenizers_keep_these_texts(text: str) -> None:
 
 
 def test_text_that_is_no_unicode_is_an_error() -> None:
-    with pytest.raises(DataError, match=r"text 2 of 3 contains half a character \(U\+D83D\) at position 3; correct it"):
+    with pytest.raises(DataError, match=r"text 2 of 3 holds half a character \(U\+D83D\) at position 3; correct it"):
         TextEncoder(byte_level()).encode(["a", "hi\ud83d", "b"])
 
 

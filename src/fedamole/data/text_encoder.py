@@ -136,6 +136,6 @@ def _check_unicode(text: str, number: int, count: int) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"text {number} of {count} contains half a character (U+{ord(text[error.start]):04X}) at position "
+            f"text {number} of {count} holds half a character (U+{ord(text[error.start]):04X}) at position "
             f"{error.start + 1}; correct it"
         ) from error
