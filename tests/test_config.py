@@ -1,4 +1,4 @@
-"""Configs: strict to read, the same when read back, and every key does something."""
+"""Configs are read strictly, can be written and read back, and every key has an effect."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def write(path: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("[training]\nlocal_stepz = 3\n", "unknown key training.local_stepz; did you mean 'local_steps'"),
         ("[trainning]\nlocal_steps = 3\n", "unknown key trainning; did you mean 'training'"),
@@ -49,9 +49,9 @@ def write(path: Path, text: str) -> Path:
         ("[base]\ndtype = 'half'\n", "base.dtype = 'half': must be one of 'auto', 'float32', 'bfloat16'"),
         ("[run]\nname = 3\n", "run.name = 3: must be text in quotes, not int"),
         ("[method]\nexperts = 'x'\n", "method.experts = 'x': must be a whole number"),
-        ("training = 3\n", "training = 3: must be a table, write [training]"),
+        ("training = 3\n", "training = 3: must be a table; write [training]"),
         ("[federation]\nrounds = 0\n", "federation.rounds = 0: must be at least 1"),
-        ("[run]\ngroup = -1\n", "run.group = -1: at least 1, or 0 to fill the free memory"),
+        ("[run]\ngroup = -1\n", "run.group = -1: must be at least 1, or 0 to fill the free memory"),
         ("[federation]\ncohort = 1.5\n", "federation.cohort = 1.5: a fraction of the clients"),
         ("[training]\nlr_decay = 0.0\n", "training.lr_decay = 0.0 above 0"),
         ("[training]\nmax_length = 3\n", "training.max_length = 3: must be at least 8 tokens"),
@@ -61,16 +61,16 @@ def write(path: Path, text: str) -> Path:
         ("[method]\ndropout = 1.0\n", "dropout = 1.0: must be at least 0 and below 1"),
     ],
 )
-def test_a_mistake_names_file_key_and_remedy(text: str, told: str, tmp_path: Path) -> None:
+def test_a_mistake_names_file_key_and_remedy(text: str, message: str, tmp_path: Path) -> None:
     path = write(tmp_path / "mine.toml", text + DATA)
     with pytest.raises(ConfigError) as caught:
         load_config(path)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("[data\n", "is not TOML"),
         ("[run]\nname = 'x'\n", "data.source is empty: add a [[data.source]]"),
@@ -81,10 +81,10 @@ def test_a_mistake_names_file_key_and_remedy(text: str, told: str, tmp_path: Pat
         ('extends = "away.toml"\n' + DATA, "away.toml cannot be read"),
     ],
 )
-def test_a_file_that_is_no_config(text: str, told: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_config(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path / "mine.toml", text))
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "mine.toml" in str(caught.value)
 
 
@@ -99,7 +99,7 @@ def test_a_circle_of_extends(tmp_path: Path) -> None:
 
 
 def test_extends_across_folders(tmp_path: Path) -> None:
-    """Each path is relative to the file it stands in; nearer keys win, tables are merged, lists replaced."""
+    """Paths are relative to their file; keys of the extending file win, tables are merged, lists replaced."""
     (tmp_path / "models" / "tiny").mkdir(parents=True)
     write(tmp_path / "base.toml", '[base]\nmodel = "models/tiny"\n[training]\nlocal_steps = 5\nbatch_size = 3\n')
     write(
@@ -139,7 +139,7 @@ def test_overrides(tmp_path: Path) -> None:
 
 
 def test_paths_of_overrides_are_relative_to_the_working_folder(tmp_path: Path, monkeypatch: Any) -> None:
-    """As a shell completes them; what is no path, and what stands in the config file, stays as it is."""
+    """Paths of overrides are relative to the working folder; other values and the config file's paths are unchanged."""
     path = write(tmp_path / "configs" / "c.toml", '[base]\nmodel = "./tiny"\n' + DATA)
     here = tmp_path / "here"
     (here / "models" / "own").mkdir(parents=True)
@@ -163,7 +163,7 @@ def test_paths_of_overrides_are_relative_to_the_working_folder(tmp_path: Path, m
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_round_trip(name: str, runs: Any) -> None:
-    """config.toml of a run, with every default spelled out, is the same config again."""
+    """The config.toml of a run, which includes all defaults, loads as the same config."""
     folder = runs(name)
     again = load_config(folder / "config.toml")
     assert to_config(again.tables()) == again
@@ -223,17 +223,17 @@ def aggregates_differently(*words: str, others: tuple[str, ...] = ()) -> Callabl
     """The server's states of a one-round run differ."""
 
     def check(runs: Runs) -> bool:
-        one, two = (
+        first, second = (
             files(runs("fedit", "federation.rounds=1", *more), "checkpoints/*.safetensors") for more in (others, words)
         )
-        return len(one) > 0 and one != two
+        return len(first) > 0 and first != second
 
     return check
 
 
 def scores(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())["rows"]
-    return found
+    rows: dict[str, Any] = json.loads((folder / "summary.json").read_text())["rows"]
+    return rows
 
 
 def folder_is_named(runs: Runs) -> bool:
@@ -324,17 +324,17 @@ def cohort_is_smaller(runs: Runs) -> bool:
 
 
 def two_trainings_take_all_steps(runs: Runs) -> bool:
-    """Ditto trains twice in a round: 3 steps together, or 3 for each."""
-    found = []
+    """Ditto trains twice in a round: 3 steps in total, or 3 each."""
+    steps = []
     for budget in ("steps", "paper"):
         lines = map(json.loads, (runs("ditto", f"training.budget={budget}") / "metrics.jsonl").open())
-        found.append({line["steps"] for line in lines if line["split"] == "train"})
-    return found == [{3}, {6}]
+        steps.append({line["steps"] for line in lines if line["split"] == "train"})
+    return steps == [{3}, {6}]
 
 
 def decay_acts_from_round_1(runs: Runs) -> bool:
-    one, other = (files(runs("local_only", *more), "clients/*/state/*") for more in ((), ("training.lr_decay=0.5",)))
-    return one != other
+    first, second = (files(runs("local_only", *more), "clients/*/state/*") for more in ((), ("training.lr_decay=0.5",)))
+    return first != second
 
 
 def long_prompts_are_cut(runs: Runs) -> bool:
@@ -345,7 +345,7 @@ def long_prompts_are_cut(runs: Runs) -> bool:
 def selects_by_score(runs: Runs) -> bool:
     by_score, by_loss = runs("local_only", "evaluation.select=score"), runs("local_only")
     lines = [list(map(json.loads, (folder / "metrics.jsonl").open())) for folder in (by_score, by_loss)]
-    scored = [all("score" in line for line in found if line["split"] == "validation") for found in lines]
+    scored = [all("score" in line for line in of_run if line["split"] == "validation") for of_run in lines]
     return scored == [True, False]
 
 
@@ -357,29 +357,29 @@ def headline_is_chosen(runs: Runs) -> bool:
 def answers_are_longer(runs: Runs) -> bool:
     from fedamole.evaluation.generation import generate_answers
 
-    found = prepare(runs.load("fedit"))
-    prompts = [row.prompt for row in found.clients["plain"].test.rows]
+    prepared = prepare(runs.load("fedit"))
+    prompts = [row.prompt for row in prepared.clients["plain"].test.rows]
     lengths = []
     for limit in (runs.load("fedit", f"evaluation.max_new_tokens={n}").evaluation.max_new_tokens for n in (1, 20)):
-        lengths.append(sum(map(len, generate_answers(Bank(found.base), [prompts], limit, 4096)[0])))
-    one, other = scores(runs("local_only")), scores(runs("local_only", "evaluation.max_new_tokens=20"))
-    return lengths[0] < lengths[1] and one["base"]["clients"]["plain"] != other["base"]["clients"]["plain"]
+        lengths.append(sum(map(len, generate_answers(Bank(prepared.base), [prompts], limit, 4096)[0])))
+    first, second = scores(runs("local_only")), scores(runs("local_only", "evaluation.max_new_tokens=20"))
+    return lengths[0] < lengths[1] and first["base"]["clients"]["plain"] != second["base"]["clients"]["plain"]
 
 
 def batches_are_smaller(runs: Runs) -> bool:
-    """Counted on the base itself: how many tokens a forward pass of the evaluation has at most."""
+    """The maximum number of tokens per forward pass of the evaluation, counted at the base model."""
     from fedamole.evaluation.personal import losses_of
 
-    found = prepare(runs.load("fedit"))
+    prepared = prepare(runs.load("fedit"))
     sizes: list[int] = []
-    found.base.model.register_forward_pre_hook(
+    prepared.base.model.register_forward_pre_hook(
         lambda _, __, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     most = []
     for tokens in (100, 8192):
         sizes.clear()
         settings = runs.load("fedit", f"evaluation.batch_tokens={tokens}").evaluation
-        losses_of(Bank(found.base), [found.clients["entail"].train.rows], settings)
+        losses_of(Bank(prepared.base), [prepared.clients["entail"].train.rows], settings)
         most.append(max(sizes))
     return most[0] <= 100 < most[1]
 

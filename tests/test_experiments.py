@@ -1,4 +1,4 @@
-"""Every file under experiments/: found, loaded, and, of the paper's, planned without data or weights."""
+"""All files under experiments/ load, and those of the paper can be planned without data or weights."""
 
 import tomllib
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def name(path: Path) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def shapes_once() -> Iterator[None]:
-    """Builds the shapes of a base once for all plans: they depend on nothing but its settings."""
+    """Create the shapes of a base once for all plans; they depend only on its settings."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "weightless_base", cache(weightless_base))
         yield
@@ -40,7 +40,7 @@ comparison_of = cache(load_comparison)
 
 
 def test_all_files_are_found() -> None:
-    """A file that is neither a config nor a comparison is a part that others extend, and called base."""
+    """Files that are neither configs nor comparisons are named base.toml, and others extend them."""
     parts = set(FILES) - set(CONFIGS) - set(COMPARISONS)
     assert {path.stem for path in parts} == {"base"}
     assert len([path for path in CONFIGS if path.is_relative_to(PAPER)]) == 7 + 5 + 5
@@ -107,12 +107,12 @@ def test_the_papers_settings(scenario: str) -> None:
 
 
 def test_the_papers_method_settings() -> None:
-    """They are the defaults: a config of the paper names none of them."""
+    """They are the defaults, so the paper's configs do not set them."""
     method: Any = load_config(PAPER / "snli_01.toml").method
     assert (method.pool_size(10), method.bounds(10).expert_choices) == (30, 2)
     assert (method.min_experts, method.max_experts, method.top_k, method.balance_weight) == (2, 8, 2, 0.001)
     assert (method.rank, method.alpha, method.dropout, method.assignment) == (8, 16.0, 0.05, "reverse")
-    prompt, encoder, fdlora = (METHODS[one]() for one in ("fedprompt", "fedptuning", "fdlora"))
+    prompt, encoder, fdlora = (METHODS[method]() for method in ("fedprompt", "fedptuning", "fdlora"))
     assert getattr(prompt, "virtual_tokens", None) == 20
     assert getattr(encoder, "encoder_hidden_size", None) == 1024
     assert getattr(fdlora, "sync_every", None) == 5
@@ -139,25 +139,25 @@ def test_a_scenario_is_planned_with_the_papers_numbers(scenario: str) -> None:
     mixture, lora = (plan_without_data(load_config(path, [f"method.name={it}"])) for it in ("fedamole", "fedit"))
     assert len(mixture.clients) == mixture.clients_per_round == 10
     assert (mixture.base_parameters, mixture.targets, mixture.rounds, mixture.steps) == (1_235_814_400, 32, 30, 200)
-    one = 16 * 8 * ((2048 + 2048) + (2048 + 512))
-    assert lora.adapter_parameters == one == 851_968
-    assert mixture.adapter_parameters == 7 * one + 32 * 8 * 2048 == 6_488_064
+    lora_parameters = 16 * 8 * ((2048 + 2048) + (2048 + 512))
+    assert lora.adapter_parameters == lora_parameters == 851_968
+    assert mixture.adapter_parameters == 7 * lora_parameters + 32 * 8 * 2048 == 6_488_064
     assert mixture.bytes_down / lora.bytes_down == pytest.approx(7.6, abs=0.05), "7.6 x FedIT in the paper"
     assert mixture.base_mib == pytest.approx(1_235_814_400 * 2 / 2**20)
 
 
 def test_the_ablations_cost_what_the_method_costs() -> None:
-    found = plans("ablations", ("snli_01", "natural"))
-    assert len(found) == 4 * 2
-    assert {plan.adapter_parameters for plan in found.values()} == {6_488_064}
+    all_plans = plans("ablations", ("snli_01", "natural"))
+    assert len(all_plans) == 4 * 2
+    assert {plan.adapter_parameters for plan in all_plans.values()} == {6_488_064}
 
 
 def test_the_papers_methods_cost_what_their_adapters_cost() -> None:
-    found = plans("comparison", ("snli_01",))
-    sizes = {arm: plan.adapter_parameters for (_, arm), plan in found.items()}
+    all_plans = plans("comparison", ("snli_01",))
+    sizes = {arm: plan.adapter_parameters for (_, arm), plan in all_plans.items()}
     assert sizes["fedprompt"] == 20 * 2048
     assert sizes["local_only"] == sizes["fedit"] == 851_968
-    assert found["snli_01", "local_only"].bytes_down < 1024
+    assert all_plans["snli_01", "local_only"].bytes_down < 1024
     assert set(sizes) == {"fedamole", "fedit", "fedprompt", "fedptuning", "fdlora", "local_only"}, "_ft is the same run"
 
 

@@ -1,4 +1,4 @@
-"""Fetch the tasks that natural.toml names from the hub, each into the file that its source reads."""
+"""Download the tasks of natural.toml from the Hugging Face Hub, each into the file that its source reads."""
 
 import tomllib
 from pathlib import Path
@@ -9,12 +9,13 @@ HUB = "Muennighoff/natural-instructions"
 
 
 def main() -> None:
-    """Download what is not there yet; the data set keeps a file per task."""
+    """Download the tasks whose files do not exist yet."""
     folder = Path(__file__).parent
     for source in tomllib.loads((folder / "natural.toml").read_text())["data"]["source"]:
         path = (folder / source["path"]).resolve()
         if path.exists():
             continue
+        # The data set has one file per task.
         rows = load_dataset(HUB, data_files=f"train/{source['name']}*", split="train")
         path.parent.mkdir(parents=True, exist_ok=True)
         rows.to_json(path)

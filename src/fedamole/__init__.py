@@ -1,6 +1,6 @@
 """FedAMoLE: personalised federated fine-tuning of large language models.
 
-Importing this package teaches PEFT the AMoLE adapter type, as soon as PEFT itself is imported.
+Importing this package registers the AMoLE adapter type with PEFT, as soon as PEFT is imported.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,17 +15,17 @@ __all__ = ["load_personal_model"]
 
 
 def __getattr__(name: str) -> Any:
-    # Deferred, as importing this package must not wait seconds for torch.
+    # Imported lazily, because importing torch takes seconds.
     if name in __all__:
-        from fedamole.personal import saved_models as models
+        from fedamole.personal import saved_models
 
-        return getattr(models, name)
+        return getattr(saved_models, name)
     raise AttributeError(f"module 'fedamole' has no attribute {name!r}")
 
 
 @wrapt.when_imported("peft")
 def _register(_: Any) -> None:
-    # Deferred so that `fedamole --help` does not wait seconds for PEFT and torch.
+    # Imported lazily, because importing PEFT and torch takes seconds.
     from fedamole.model.peft_tuner import register
 
     register()

@@ -1,4 +1,4 @@
-"""A run's config: strict TOML -> frozen settings, and back. It stops at `experiment.py`."""
+"""Read configs: strict TOML to frozen settings dataclasses, and back."""
 
 import dataclasses
 import difflib
@@ -30,48 +30,49 @@ Table = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunSettings:
-    """`[run]`: where a run goes and what it runs on."""
+    """`[run]`: name, folder, seed and device of a run."""
 
     name: str = "run"
-    """Name shown in tables, and the folder's default name."""
+    """Name of the run in tables, and of its default folder. Not a path: no `/` or `\\`, and no dot at the beginning."""
     folder: str = ""
-    """Where the run is written; unset: runs/<name>, or runs/<name>-2 and so on where that exists."""
+    """Folder of the run. Empty: `runs/NAME`, or `runs/NAME-2` and so on if that exists."""
     seed: int = 0
-    """Seed of initial adapters, order, dropout, cohorts; the partition has its own, data.partition_seed."""
+    """Seed of initial adapters, batch order, dropout and cohorts. The partition's seed is `data.partition_seed`."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N; auto takes the GPU if there is one."""
+    """`auto`, `cpu`, `cuda` or `cuda:N`. `auto` uses the GPU if there is one."""
     threads: int = 0
-    """Threads of PyTorch on a CPU; 0 = PyTorch's own choice. On a busy or small machine 1 is often fastest."""
+    """Number of PyTorch's CPU threads, 1 to 4096; 0 = PyTorch's default. On a busy or small machine 1 is often
+    fastest."""
     group: int = 0
-    """Clients trained and evaluated in lock-step on the one base; 0 = as many as fit into the free memory."""
+    """Number of clients that are trained and evaluated in lock-step; 0 = as many as fit into the free memory."""
     tensorboard: bool = False
-    """Also write losses and scores for TensorBoard (needs this package's extra `tensorboard`)."""
+    """Also write losses and scores for TensorBoard. Requires the extra `tensorboard` of this package."""
 
     def __post_init__(self) -> None:
-        """Refuse names that are no folder's, and numbers that no machine has."""
+        """Check the name and the ranges of numbers."""
         check_run_name(self.name)
         if self.group < 0:
-            raise ConfigError(f"run.group = {self.group}: at least 1, or 0 to fill the free memory")
+            raise ConfigError(f"run.group = {self.group}: must be at least 1, or 0 to fill the free memory")
         if not 0 <= self.threads <= 4096:
-            raise ConfigError(f"run.threads = {self.threads}: 1 to 4096, or 0 for PyTorch's own choice")
+            raise ConfigError(f"run.threads = {self.threads}: must be 1 to 4096, or 0 for PyTorch's default")
 
 
 def check_run_name(name: str, key: str = "run.name") -> None:
-    """Refuse a name, the value of `key`, that could not be a folder inside runs/ or be shown by a terminal as it is."""
-    folder = key.replace("name", "folder")
-    odd = any(letter in "/\\" or unicodedata.category(letter).startswith("C") for letter in name)
-    if odd or name != name.strip() or not name or name.startswith(".") or len(name.encode()) > LONGEST_NAME:
+    """Raise ConfigError if a name, the value of `key`, cannot be the name of a folder in runs/."""
+    folder_key = key.replace("name", "folder")
+    forbidden = any(letter in "/\\" or unicodedata.category(letter).startswith("C") for letter in name)
+    if forbidden or name != name.strip() or not name or name.startswith(".") or len(name.encode()) > LONGEST_NAME:
         raise ConfigError(
-            f"{key} = {quoted(name)}: it names a folder inside runs/, so it is 1 to {LONGEST_NAME} bytes without /, "
-            f"\\ and control characters, and neither begins with a dot nor with a space; {folder} may be any path"
+            f"{key} = {quoted(name)}: must be the name of a folder in runs/: 1 to {LONGEST_NAME} bytes without /, \\ "
+            f"and control characters, no dot at the beginning and no space at the ends; {folder_key} may be any path"
         )
-    if why := not_on_windows(name):
-        raise ConfigError(f"{key} = {quoted(name)}: {why}; {folder} may be any path")
+    if reason := not_on_windows(name):
+        raise ConfigError(f"{key} = {quoted(name)}: {reason}; {folder_key} may be any path")
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """All settings of a run."""
 
     method: Method[Any, Any, Any, Any]
     method_name: str
@@ -84,17 +85,17 @@ class Config:
     deployment: DeploymentSettings = field(default_factory=DeploymentSettings)
 
     def __post_init__(self) -> None:
-        """Refuse a run that has no data anywhere, and replies that the method could not aggregate."""
+        """Check that there are data, and that the method supports the aggregation."""
         if not self.data.source and not self.deployment.clients:
             raise ConfigError("data.source is empty: add a [[data.source]] with name and path")
         check_aggregation(self.federation.aggregation, self.method_name, self.method)
 
     def on_base(self, model: str) -> "Config":
-        """Return the same config with another `base.model`."""
+        """Return a copy with another `base.model`."""
         return dataclasses.replace(self, base=dataclasses.replace(self.base, model=model))
 
     def tables(self) -> Table:
-        """The config as TOML tables, every default spelled out."""
+        """Return the config as TOML tables, including all defaults."""
         tables = {name: plain(getattr(self, name)) for name in SECTIONS if name != "method"}
         return {"method": {"name": self.method_name, **plain(self.method)}, **tables}
 
@@ -112,24 +113,29 @@ SECTIONS: dict[str, Any] = {
 
 
 def read_tables(path: Path, extended_by: tuple[Path, ...] = ()) -> Table:
-    """Read a TOML file and what it extends: the nearer file's keys win, tables are merged, lists replaced."""
+    """Read a TOML file and the files it extends. Its keys take precedence; tables are merged, lists replaced.
+
+    `extended_by` are the files that lead to this one, to detect cycles.
+    """
     tables: Table = read_toml(path, ConfigError)
     parent = tables.pop("extends", None)
     if parent is None:
         return rebased(tables, path.parent)
     if not isinstance(parent, str):
-        raise ConfigError(f"{path}: extends = {parent!r} must be the path of a config, relative to this one")
+        raise ConfigError(f"{path}: extends = {parent!r} must be the path of a config, relative to this file")
     chain = (*extended_by, path.resolve())
     if (path.parent / parent).resolve() in chain:
-        raise ConfigError(f"{path}: extends = {parent!r} leads back to a file that extends this one, or to itself")
+        raise ConfigError(
+            f"{path}: extends = {parent!r} leads back to a file that extends this one, or to itself; remove it"
+        )
     return merged(read_tables(path.parent / parent, chain), rebased(tables, path.parent))
 
 
 def rebased(tables: Table, folder: Path) -> Table:
-    """Make paths that are relative to `folder` absolute, in place; return the tables.
+    """Resolve relative paths in tables against `folder`, in place; return the tables.
 
-    `folder` is that of the config file, so that `extends` may cross folders; for words of the command line it is the
-    working folder.
+    `folder` is the folder of the config file, so that `extends` works across folders, or the working folder for
+    overrides of the command line.
     """
 
     def absolute(table: Any, key: str) -> None:
@@ -140,7 +146,7 @@ def rebased(tables: Table, folder: Path) -> Table:
     base = tables.get("base")
     model = base.get("model") if isinstance(base, dict) else None
     if isinstance(model, str) and (model.startswith((".", "/", "~")) or (folder / model).is_dir()):
-        absolute(base, "model")  # anything else is a hub id, or the bundled base
+        absolute(base, "model")  # otherwise a Hub id, or the bundled base
     data = tables.get("data")
     absolute(data, "manifest")
     if isinstance(data, dict) and isinstance(data.get("source"), list):
@@ -150,31 +156,31 @@ def rebased(tables: Table, folder: Path) -> Table:
     return tables
 
 
-def merged(below: Table, above: Table) -> Table:
-    """Lay one set of tables over another."""
-    result = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged(result[key], value) if both else value
+def merged(base: Table, updates: Table) -> Table:
+    """Return `base` updated with `updates`; tables are merged, other values replaced."""
+    result = dict(base)
+    for key, value in updates.items():
+        are_tables = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if are_tables else value
     return result
 
 
 def overridden(tables: Table, overrides: Sequence[str], folder: Path) -> Table:
-    """Apply `table.key=value` words of the command line; paths are relative to `folder`.
+    """Apply overrides of the form `table.key=value` from the command line; paths are relative to `folder`.
 
-    Values are TOML, and bare words count as text. Where a key holds text, so do words that TOML reads as a number, a
-    date or a truth value: run.name=2025-11-27.
+    Values are TOML; a value that is not valid TOML is a string. If the key requires a string, numbers, dates and
+    booleans are strings too: run.name=2025-11-27.
     """
-    for word in overrides:
-        name, equals, text = word.partition("=")
+    for override in overrides:
+        name, equals, text = override.partition("=")
         keys = name.split(".")
         if not equals or len(keys) < 2 or not all(keys):
-            raise ConfigError(f"override {word!r}: write table.key=value, for example federation.rounds=5")
+            raise ConfigError(f"override {override!r}: write table.key=value, for example federation.rounds=5")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
-        if not isinstance(value, str | list | dict) and _holds_text(keys):
+        if not isinstance(value, str | list | dict) and _is_string_setting(keys):
             value = text
         for key in reversed(keys):
             value = {key: value}
@@ -182,8 +188,8 @@ def overridden(tables: Table, overrides: Sequence[str], folder: Path) -> Table:
     return tables
 
 
-def _holds_text(keys: Sequence[str]) -> bool:
-    """Whether a setting, named by the keys of its tables, holds nothing but text."""
+def _is_string_setting(keys: Sequence[str]) -> bool:
+    """Whether a setting, given by its path of keys, accepts strings only."""
     kinds = [*METHODS.values()] if keys[0] == "method" else [SECTIONS.get(keys[0])]
     for key in keys[1:]:
         hints: list[Any] = []
@@ -201,7 +207,10 @@ def _is_union(hint: Any) -> bool:
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read, override and check a config; every error names the file, the key and the remedy."""
+    """Read a config, apply overrides and check it.
+
+    Raises ConfigError, which names the file and the key and how to correct it.
+    """
     try:
         return to_config(overridden(read_tables(path), overrides, Path.cwd()))
     except ConfigError as error:
@@ -210,46 +219,50 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_run_config(folder: RunFolder) -> Config:
-    """The config of a run's folder, which may come from elsewhere: it extends nothing, and links lead nowhere else.
+    """Read the config of a run folder, which is not trusted: it may not extend other files or be a link to outside.
 
-    If the base has moved, `base.model` is its new place, which run.json records.
+    If the base has moved, `base.model` is its new path, which run.json records.
     """
     path = folder.place(CONFIG)
     if "extends" in read_toml(path, ConfigError):
-        raise ConfigError(f"{path}: a run's config is whole and extends no other file; put it back from a copy")
-    config, moved = load_config(path), folder.about.get("base_model")
-    return config if moved is None else config.on_base(moved)
+        raise ConfigError(f"{path}: the config of a run folder extends no other file; restore it from a copy")
+    config = load_config(path)
+    moved_base = folder.about.get("base_model")
+    return config if moved_base is None else config.on_base(moved_base)
 
 
 def to_config(tables: Table) -> Config:
-    """Turn tables into a checked config."""
+    """Convert tables to a checked config."""
     refuse_unknown(tables, [*SECTIONS, "extends"], "")
     for name, table in tables.items():
         if not isinstance(table, dict):
-            raise ConfigError(f"{name} = {table!r}: must be a table, write [{name}]")
-    chosen = dict(tables.get("method", {}))
-    name = chosen.pop("name", "fedamole")
+            raise ConfigError(f"{name} = {table!r}: must be a table; write [{name}]")
+    method = dict(tables.get("method", {}))
+    name = method.pop("name", "fedamole")
     if name not in METHODS:
         raise ConfigError(f"method.name = {name!r}: there is no such method{nearest(str(name), METHODS)}")
     sections = {key: build(kind, tables.get(key, {}), key) for key, kind in SECTIONS.items() if kind}
-    return Config(method=build(METHODS[name], chosen, "method"), method_name=name, **sections)
+    return Config(method=build(METHODS[name], method, "method"), method_name=name, **sections)
 
 
 def refuse_unknown(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    """Raise ConfigError for a key that is not known; `where` is the table's name, empty for a file's top level."""
+    """Raise ConfigError for an unknown key; `where` is the table's name, empty at the top level of a file."""
     for key in table:
         if key not in known:
             raise ConfigError(f"unknown key {f'{where}.{key}' if where else key}{nearest(key, known)}")
 
 
 def nearest(word: str, known: Any) -> str:
-    """What an error about an unknown word ends with: the known word that was probably meant, or all of them."""
+    """Return the end of an error about an unknown word: the closest known word, or all of them."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
 
 
 def build(kind: Any, table: Any, where: str) -> Any:
-    """Build a settings dataclass from a table, refusing unknown keys and wrong types; `where` is the table's name."""
+    """Create a settings dataclass from a table; `where` is the table's name.
+
+    Raises ConfigError for unknown and missing keys and for wrong types.
+    """
     if not isinstance(table, dict):
         raise ConfigError(f"{where} = {table!r}: must be a table")
     hints = get_type_hints(kind)
@@ -263,7 +276,7 @@ def build(kind: Any, table: Any, where: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Check a TOML value against a field's type; whole numbers may stand where a number with a point is meant."""
+    """Return a TOML value as a field's type; ConfigError if it has another type. Integers are accepted as floats."""
     origin, arguments = get_origin(hint), get_args(hint)
     if _is_union(hint):
         options = [option for option in arguments if option is not type(None)]
@@ -280,7 +293,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where} = {value!r}: must be one of {', '.join(map(repr, arguments))}")
         return value
     if origin is tuple and isinstance(value, list):
-        return tuple(_convert(arguments[0], item, f"{where}[{place}]") for place, item in enumerate(value))
+        return tuple(_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
@@ -291,18 +304,18 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    wanted = {tuple: "a list", dict: "a table"}.get(origin) or {
+    expected = {tuple: "a list", dict: "a table"}.get(origin) or {
         int: "a whole number",
         float: "a number",
         str: "text in quotes",
         bool: "true or false",
     }.get(hint, str(hint))
     shown = f"{value.isoformat()} (a date or time)" if isinstance(value, date | time) else repr(value)
-    raise ConfigError(f"{where} = {shown}: must be {wanted}, not {type(value).__name__}")
+    raise ConfigError(f"{where} = {shown}: must be {expected}, not {type(value).__name__}")
 
 
 def plain(value: Any) -> Any:
-    """Turn settings into what TOML and JSON can hold; unset keys are left out."""
+    """Convert settings to values of TOML and JSON; keys with the value None are left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         items = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
         return {key: plain(item) for key, item in items.items() if item is not None}

@@ -1,4 +1,4 @@
-"""Small files and a real tokenizer made on the spot; nothing is downloaded."""
+"""Small files and real tokenizers, created by the tests; nothing is downloaded."""
 
 import gzip
 import json
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[str, Sequence[dict[str, Any]]], str]:
-    """Write rows as JSON lines (gzip by the name) and give the file's name, relative to tmp_path."""
+    """Write rows as JSON Lines (gzip if the name ends in .gz); return the file's name, relative to tmp_path."""
 
     def writer(name: str, rows: Sequence[dict[str, Any]]) -> str:
         text = "".join(json.dumps(row) + "\n" for row in rows).encode()

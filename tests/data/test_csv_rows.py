@@ -1,4 +1,4 @@
-"""CSV files as people save them: every value is text, and what is wrong is told by its line."""
+"""CSV files: every value is text, and errors give the line."""
 
 import csv
 import gzip
@@ -76,14 +76,14 @@ def test_a_first_row_of_any_length(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (f"a,b\nx,y\n{SECRET}\n", "line 3: the row has 1 fields and the header has 2; .*holds a comma between double"),
+        (f"a,b\nx,y\n{SECRET}\n", "line 3: the row has 1 fields and the header has 2; .*contains a comma in double"),
         (f"\na,b\nx,y\n\n{SECRET},y,z\n", "line 5: the row has 3 fields"),
-        (f'a,b\n"{SECRET}\n\n",y,z\n', "line 2: .*goes on to line 4, so look for a stray quote"),
-        (f"a;b\nx;y\n{SECRET}\n", "line 3: the row has 1 fields .*holds a semicolon"),
-        (f'a,b\nx,y\n"{SECRET},y\nx,y\n', "line 3: a field of this row begins with a quote that is never closed"),
+        (f'a,b\n"{SECRET}\n\n",y,z\n', "line 2: .*extends to line 4, so look for a stray quote"),
+        (f"a;b\nx;y\n{SECRET}\n", "line 3: the row has 1 fields .*contains a semicolon"),
+        (f'a,b\nx,y\n"{SECRET},y\nx,y\n', "line 3: a field of this row begins with a quote that is not closed"),
         (f'a,b\nx,y\n"{SECRET}" said,y\n', "line 3: text follows the closing quote of a field"),
         (f'a,b\nx,y\n"she said \\"{SECRET}\\"",y\n', "line 3: text follows the closing quote of a field"),
-        (f"a,,b\nx,{SECRET},y\n", "column 2 has values and no name"),
+        (f"a,,b\nx,{SECRET},y\n", "column 2 has values but no name"),
         (f"a,b,a\n{SECRET},y,z\n", "the header has the column 'a' twice"),
         (f"a,b\nx,y\n{SECRET} é,z\n".encode("latin-1"), "line 3: cannot be read as UTF-8 text: it has another encod"),
         (f"a,b\nx,{SECRET}\n".encode("utf-16"), "cannot be read as UTF-8 text: it is UTF-16 or UTF-32; save it as UT"),
@@ -139,7 +139,7 @@ REAL = {
         ['She said "no", then left', '"x"', 'a 5" disk,\nor "two"'],
     ),
 }
-"""Files as people save them, with the texts that stand in them."""
+"""Contents of CSV files, and the texts in them."""
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -150,23 +150,23 @@ def test_quotes_that_are_right_are_no_reason_to_warn(name: str, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "warning"),
     [
         ('id,text,label\n1,x,a\n2,"oops,b\n3,y,a\n4,z,b\n5,he said ""hi"",a\n6,end",b\n', "lines 3 to 7"),
         ('text,label\nx,"a\ny,b\nz,a"\nv,b\n', "lines 2 to 4"),
         ('id,text,label\n1,"5, or 6" long,b\n2,y,a\n', "line 2: text follows the closing quote"),
         ('id,text,label\n1,x,a\n2,"oops,b\n3,y,a\n4,"yes, really",b\n', "line 3: text follows the closing quote"),
-        ('id,text,label\n1,x,a\n2,"oops,b\n3,y,a\n', "line 3: .* a quote that is never closed"),
+        ('id,text,label\n1,x,a\n2,"oops,b\n3,y,a\n', "line 3: .* a quote that is not closed"),
     ],
 )
-def test_a_stray_quote_is_told_with_its_line(content: str, told: str, tmp_path: Path, caplog: Any) -> None:
-    """A warning where rows were joined, an error where the file cannot be read."""
+def test_a_stray_quote_is_reported_with_its_line(content: str, warning: str, tmp_path: Path, caplog: Any) -> None:
+    """A warning if rows were joined, an error if the file cannot be read."""
     try:
         read(tmp_path, content)
-        said = " ".join(record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
+        message = " ".join(record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
     except DataError as error:
-        said = str(error)
-    assert re.search(told, said), said
+        message = str(error)
+    assert re.search(warning, message), message
 
 
 def test_a_header_alone_decides_the_delimiter(tmp_path: Path) -> None:

@@ -17,14 +17,14 @@ def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
 
 
 def draw(folder: Path, least: int = 1, seed: int = 0, **source: Any) -> tuple[list[ClientRows], list[str]]:
-    one = SourceSettings("s", **{"path": "train.jsonl", **source})
-    settings = DataSettings((one,), min_examples=least, partition_seed=seed)
-    return draw_clients(settings, open_source(settings, one, folder))
+    source_settings = SourceSettings("s", **{"path": "train.jsonl", **source})
+    settings = DataSettings((source_settings,), min_examples=least, partition_seed=seed)
+    return draw_clients(settings, open_source(settings, source_settings, folder))
 
 
 def test_training_rows_that_stand_in_the_official_test_are_dropped(write: Write, tmp_path: Path) -> None:
     write("train.jsonl", rows(60))
-    # Rows 0 to 5 of the training file; the same text with another label is another example.
+    # Rows 0 to 5 of the training file, and one of its texts with a different label, which is a different example.
     write("test.jsonl", [*rows(6), {"text": "text 6", "label_text": "b"}])
     (client,), notes = draw(tmp_path, test="test.jsonl")
     assert client.test == tuple(range(7))
@@ -59,16 +59,16 @@ def test_clients_by_value_share_options_and_unread_test_values_are_noted(write: 
     write("test.jsonl", rows(9, start=1000))
     clients, notes = draw(tmp_path, test="test.jsonl", partition=PartitionSettings("value", by="label_text"))
     assert [(client.client, client.test) for client in clients] == [("s-a", (0, 3, 6)), ("s-b", (1, 4, 7))]
-    assert notes == ["source 's': 3 official test rows have values of 'label_text' nobody trains on"]
-    one = SourceSettings("s", path="train.jsonl", test="test.jsonl")
-    assert open_source(DataSettings((one,)), one, tmp_path).options == ("a", "b", "c")
+    assert notes == ["source 's': 3 official test rows are not used: no client trains on their 'label_text'"]
+    source_settings = SourceSettings("s", path="train.jsonl", test="test.jsonl")
+    assert open_source(DataSettings((source_settings,)), source_settings, tmp_path).options == ("a", "b", "c")
 
 
 def test_rows_of_classes_that_no_client_was_given_are_noted(write: Write, tmp_path: Path) -> None:
     write("train.jsonl", rows(90))
     settings = PartitionSettings("classes", by="label_text", clients=1, classes_per_client=2)
     _, notes = draw(tmp_path, partition=settings)
-    assert notes == ["source 's': 30 rows have values of 'label_text' that no client was given"]
+    assert notes == ["source 's': 30 rows are not used: no client has their value of 'label_text'"]
 
 
 def test_dirichlet_is_redrawn_until_the_training_splits_suffice(write: Write, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_values_that_differ_by_white_space_are_one_client(
 
 
 def test_white_space_around_a_value_of_the_test_file_alone(write: Write, tmp_path: Path) -> None:
-    """Each file's values lose their white space, so that a test row reaches the client of its value."""
+    """White space is removed from values of both files, so that test rows go to the client with the same value."""
     write("train.jsonl", [{**row, "site": "ns"[at % 2]} for at, row in enumerate(rows(60))])
     write("test.jsonl", [{**row, "site": "ns"[at % 2] + " "} for at, row in enumerate(rows(20, start=100))])
     clients, _ = draw(tmp_path, test="test.jsonl", partition=PartitionSettings("value", by="site"))
@@ -108,7 +108,7 @@ def test_the_column_to_partition_by_must_be_there_and_filled(write: Write, tmp_p
     write("train.jsonl", [{**row, "site": "n" if index else None} for index, row in enumerate(rows(30))])
     with pytest.raises(DataError, match=r"train.jsonl: there is no column 'sites' \(did you mean 'site'\?\)"):
         draw(tmp_path, partition=PartitionSettings("value", by="sites"))
-    with pytest.raises(DataError, match=r"train.jsonl, row 1: column 'site' holds no value, and the partition"):
+    with pytest.raises(DataError, match=r"train.jsonl, row 1: column 'site' has no value, but the partition needs it"):
         draw(tmp_path, partition=PartitionSettings("value", by="site"))
 
 
@@ -142,12 +142,12 @@ def test_rows_that_were_left_out_are_named_where_too_few_are_left(write: Write, 
 
 @pytest.mark.parametrize("how", [{"template": "messages"}, {"columns": {"prompt": ""}}])
 def test_messages_beside_prompt(write: Write, tmp_path: Path, how: dict[str, Any]) -> None:
-    """A common layout of the hub: the prompt of the first turn stands beside the whole conversation."""
+    """A common format on the Hub: the first turn's prompt is a column beside the conversation."""
     turns = [[{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": f"a {i}"}] for i in range(30)]
     write("train.jsonl", [{"prompt": f"q {i}", "prompt_id": str(i), "messages": turn} for i, turn in enumerate(turns)])
     with pytest.raises(DataError, match=r'train.jsonl: .* template = "messages" .* columns = \{prompt = ""\}'):
         draw(tmp_path)
-    one = SourceSettings("s", path="train.jsonl", **how)
-    example = open_source(DataSettings((one,)), one, tmp_path).example("train", 3)
+    source_settings = SourceSettings("s", path="train.jsonl", **how)
+    example = open_source(DataSettings((source_settings,)), source_settings, tmp_path).example("train", 3)
     assert example is not None
     assert (example.prompt, example.answer) == ("### User:\nq 3\n\n### Assistant:\n", "a 3")

@@ -19,5 +19,5 @@ def test_options_make_the_task() -> None:
 def test_a_shard_refuses_an_empty_split_and_mixed_tasks() -> None:
     with pytest.raises(DataError, match=r"client 'a' has an empty split: train 1, embedding 0, validation 1"):
         Shard("a", (FREE,), (), (FREE,), (FREE,))
-    with pytest.raises(DataError, match="mixes"):
+    with pytest.raises(DataError, match="has examples with options and examples without"):
         Shard("a", (FREE,), (FREE,), (CHOICE,), (FREE,))

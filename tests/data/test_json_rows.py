@@ -1,4 +1,4 @@
-"""JSON and JSON Lines: values as the file writes them, and errors that name the place and never the content."""
+"""JSON and JSON Lines: values keep their literals; errors name the line, never the content."""
 
 import gzip
 import json
@@ -67,7 +67,7 @@ def test_nan_is_a_missing_value(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("late", [{"response": "text"}, {"response": "r", "context": "late"}])
 def test_a_large_file_whose_late_rows_differ(tmp_path: Path, late: dict[str, Any]) -> None:
-    """The library fixes the columns and their types by the first 10 MB."""
+    """The `datasets` library would determine columns and types from the first 10 MB."""
     line = json.dumps({"instruction": "x" * 60_000, "response": None if "context" not in late else "r"}) + "\n"
     table = read(tmp_path, "d.jsonl.gz", line * 180 + json.dumps({"instruction": "last", **late}) + "\n")
     assert len(table.rows) == 181
@@ -107,7 +107,7 @@ def test_one_row_over_several_lines(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("indent", [None, 1])
 def test_an_object_of_columns_is_a_short_error_without_data(tmp_path: Path, shape: Any, indent: int | None) -> None:
-    with pytest.raises(DataError, match=r"source 's', d.json: is one object that holds columns") as error:
+    with pytest.raises(DataError, match=r"source 's', d.json: the file is one object with columns") as error:
         read(tmp_path, "d.json", json.dumps(shape, indent=indent))
     assert "one object per line" in str(error.value)
     assert str(error.value).count("\n") <= 1
@@ -126,10 +126,10 @@ def test_the_remedy_for_columns_makes_rows(tmp_path: Path, shape: Any, monkeypat
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.json", f'["{SECRET}"]', "entry 1 of the list is a text, not an object"),
+        ("d.json", f'["{SECRET}"]', "entry 1 of the list is a string, not an object"),
         ("d.json", f'[{{"a": "{SECRET}"}}, 1]', "entry 2 of the list is a number"),
-        ("d.json", f'"{SECRET}"', "holds a text, not rows"),
-        ("d.jsonl", f'{{"a": "x"}}\n["{SECRET}"]\n', "line 2: holds a list, not an object"),
+        ("d.json", f'"{SECRET}"', "contains a string, not rows"),
+        ("d.jsonl", f'{{"a": "x"}}\n["{SECRET}"]\n', "line 2: contains a list, not an object"),
         ("d.jsonl", f'{{"a": "x"}}\n\n{{"a": "{SECRET}\n', "line 3: cannot be read as JSON: Invalid control"),
         ("d.jsonl", f'{{"a": "{SECRET}"\n{{"a": "y"}}\n', "line 1: cannot be read as JSON: Expecting ',' delimiter"),
         ("d.jsonl.gz", f'{{"a": "x"}}\n{{"a": "{SECRET}"', "line 2: cannot be read as JSON: Expecting ',' delimiter"),
@@ -163,12 +163,12 @@ def test_pairs_of_surrogates_are_characters(tmp_path: Path) -> None:
 
 def test_a_damaged_gzip_file(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"a": "x"}\n' * 1000)[:-20])
-    with pytest.raises(DataError, match=r"d.jsonl.gz: cannot be read: it is no gzip file, or a damaged one"):
+    with pytest.raises(DataError, match=r"d.jsonl.gz: cannot be read: it is not a gzip file, or it is damaged"):
         read_source(SourceSettings("s", path="d.jsonl.gz"), tmp_path)
 
 
 def test_the_hash_is_as_before_where_the_values_are(tmp_path: Path) -> None:
-    """Manifests of runs that an earlier version drew stay usable: the library read these values as they are."""
+    """Manifests of earlier versions remain valid: the library read these values unchanged."""
     rows = [{"a": "x", "n": 1, "f": 2.5}, {"a": "y", "n": -2, "f": 0.1}]
     assert read(tmp_path, "d.jsonl", "\n".join(map(json.dumps, rows))).sha256 == digest(rows)
 

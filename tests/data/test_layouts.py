@@ -42,7 +42,7 @@ def test_the_last_assistant_turn_is_the_answer() -> None:
         ([{"role": "user"}], "each turn must be"),
         ([{"role": "robot", "content": "x"}], "role 'robot'; known are system, user, assistant"),
         ([{"role": "user", "content": "x"}], "no assistant turn"),
-        ([{"role": "assistant", "content": "x"}], "no assistant turn that answers another"),
+        ([{"role": "assistant", "content": "x"}], "no assistant turn after another turn"),
     ],
 )
 def test_unreadable_messages_name_the_row(messages: Any, message: str) -> None:
@@ -55,7 +55,7 @@ def talk(*texts: str) -> list[dict[str, str]]:
 
 
 BESIDE = {"prompt": "raw", "prompt_id": "7", "messages": talk("Hi", "Hello")}
-"""A common layout of chat data on the hub."""
+"""A common format of chat data on the Hub."""
 
 
 def test_an_empty_old_name_drops_a_column() -> None:
@@ -74,7 +74,7 @@ def test_a_dropped_column_may_be_renamed_and_a_drop_comes_before_the_layouts() -
 def test_a_column_to_drop_must_be_there_and_one_must_stay() -> None:
     with pytest.raises(DataError, match=r"f: there is no column 'promt' \(did you mean 'prompt'\?\)"):
         arrange([BESIDE], {"promt": ""}, "f")
-    with pytest.raises(DataError, match="f: columns drops every column of the file"):
+    with pytest.raises(DataError, match="f: columns drops all columns of the file"):
         arrange([{"a": 1}], {"a": ""}, "f")
 
 

@@ -1,4 +1,4 @@
-"""Parquet files and data sets of the hub."""
+"""Parquet files and Hub data sets."""
 
 import datetime
 import decimal
@@ -69,7 +69,7 @@ def hub(folder: Path, split: str) -> tuple[dict[str, Any], ...]:
     [("train.jsonl", ["2024-03-01", "2024-03-02", "2024-03-03", "2024-03-04"]), ("train.csv", ["1", "007", "2", "3"])],
 )
 def test_text_files_of_a_hub_data_set_are_read_as_local_ones(tmp_path: Path, name: str, values: list[str]) -> None:
-    """A folder of files is read like a data set of the hub, without a network."""
+    """A folder of files is read like a Hub data set, without a network."""
     lines = ["a,b", *(f"{value},x" for value in values)]
     if name.endswith(".jsonl"):
         lines = [json.dumps({"a": value, "b": "x"}) for value in values]

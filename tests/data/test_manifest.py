@@ -27,7 +27,7 @@ def labelled(count: int, word: str) -> list[dict[str, Any]]:
     return [{"text": f"{word} {index}", "label": "xyz"[index % 3]} for index in range(count)]
 
 
-def told(count: int) -> list[dict[str, Any]]:
+def rows_of_text(count: int) -> list[dict[str, Any]]:
     return [{"instruction": f"ask {i}", "context": "", "response": f"say {i}"} for i in range(count)]
 
 
@@ -35,7 +35,7 @@ def told(count: int) -> list[dict[str, Any]]:
 def folder(write: Write, tmp_path: Path) -> Path:
     write("alpha.jsonl.gz", labelled(150, "train"))
     write("alpha.test.jsonl.gz", labelled(30, "test"))
-    write("beta.jsonl", told(60))
+    write("beta.jsonl", rows_of_text(60))
     return tmp_path
 
 
@@ -79,7 +79,7 @@ def test_the_manifest_of_the_settings_is_used_and_what_it_overrides_is_noted(fol
     (folder / "m.json").write_text(drawn.manifest.to_json())
     again = load_federation(replace(SETTINGS, manifest="m.json", partition_seed=5), folder)
     assert again.shards == drawn.shards
-    assert again.notes == ("data.partition_seed = 5 in the config is not read: the manifest was drawn with 0",)
+    assert again.notes == ("data.partition_seed = 5 in the config has no effect: the manifest was drawn with 0",)
 
 
 def test_a_manifest_holds_no_path(folder: Path) -> None:
@@ -97,14 +97,14 @@ def test_changed_data_are_noticed_by_source_and_file(folder: Path, write: Write)
 
 
 def test_an_edited_manifest_is_noticed_by_client_and_split(folder: Path) -> None:
-    found = json.loads(load_federation(SETTINGS, folder).manifest.to_json())
-    split = found["clients"][1]["validation"]
-    split["rows"][0] = found["clients"][0]["train"]["rows"][0]
+    content = json.loads(load_federation(SETTINGS, folder).manifest.to_json())
+    split = content["clients"][1]["validation"]
+    split["rows"][0] = content["clients"][0]["train"]["rows"][0]
     with pytest.raises(DataError, match="client 'alpha-01', split 'validation': the hash"):
-        load_federation(SETTINGS, folder, Manifest.from_json(json.dumps(found), "m"))
+        load_federation(SETTINGS, folder, Manifest.from_json(json.dumps(content), "m"))
     split["rows"][0] = 150
     with pytest.raises(DataError, match="split 'validation' has row 150, the table has rows 0 to 149"):
-        load_federation(SETTINGS, folder, Manifest.from_json(json.dumps(found), "m"))
+        load_federation(SETTINGS, folder, Manifest.from_json(json.dumps(content), "m"))
 
 
 def test_another_template_is_noticed(folder: Path) -> None:
@@ -117,7 +117,7 @@ def test_another_template_is_noticed(folder: Path) -> None:
 
 def test_a_manifest_of_other_sources_is_refused(folder: Path) -> None:
     stored = load_federation(SETTINGS, folder).manifest
-    with pytest.raises(DataError, match=r"of the sources \['alpha', 'beta'\], the config has \['beta'\]"):
+    with pytest.raises(DataError, match=r"has the sources \['alpha', 'beta'\], the config has \['beta'\]"):
         load_federation(DataSettings((BETA,)), folder, stored)
     without = DataSettings((replace(ALPHA, test=None), BETA))
     with pytest.raises(DataError, match="source 'alpha': only the manifest has an official test"):
@@ -144,7 +144,7 @@ def test_a_truncated_or_missing_manifest_file_is_refused(folder: Path) -> None:
 
 def test_two_sources_whose_clients_share_a_name_are_refused(folder: Path) -> None:
     twin = SourceSettings("beta-00", path="beta.jsonl")
-    with pytest.raises(ConfigError, match="client 'beta-00' comes from source 'beta' and from source 'beta-00'"):
+    with pytest.raises(ConfigError, match="client 'beta-00' is in source 'beta' and in source 'beta-00'"):
         load_federation(DataSettings((BETA, twin)), folder)
 
 
@@ -153,7 +153,7 @@ BY_CLINIC = DataSettings((SourceSettings("c", path="c.jsonl", partition=Partitio
 
 
 def test_a_manifest_keeps_the_values_that_names_do_not_hold(write: Write, tmp_path: Path) -> None:
-    write("c.jsonl", [{**row, "clinic": CLINICS[index % 3]} for index, row in enumerate(told(90))])
+    write("c.jsonl", [{**row, "clinic": CLINICS[index % 3]} for index, row in enumerate(rows_of_text(90))])
     drawn = load_federation(BY_CLINIC, tmp_path)
     assert drawn.manifest.values() == {"c--4ab55f75229f": CLINICS[0], "c--6978bcde3af4": CLINICS[1]}
     stored = Manifest.from_json(drawn.manifest.to_json(), "m")
@@ -167,7 +167,7 @@ def test_a_manifest_keeps_the_values_that_names_do_not_hold(write: Write, tmp_pa
 
 def test_a_long_value_is_kept_in_part(write: Write, tmp_path: Path) -> None:
     long = ["医" * 5000, "医" * 5001]
-    write("c.jsonl", [{**row, "clinic": long[index % 2]} for index, row in enumerate(told(60))])
+    write("c.jsonl", [{**row, "clinic": long[index % 2]} for index, row in enumerate(rows_of_text(60))])
     manifest = load_federation(BY_CLINIC, tmp_path).manifest
     assert list(manifest.values().values()) == ["医" * 200] * 2
     assert len(set(manifest.values())) == 2
@@ -179,8 +179,11 @@ def test_options_that_differ_between_sources_of_one_task_are_noted(
 ) -> None:
     def drawn(*labels: str, template: str = "auto", **more: Any) -> tuple[str, ...]:
         caplog.clear()
-        for name, found in zip("ab", labels, strict=True):
-            rows = [{"text": f"{name} {i}", "label": found.split()[i % len(found.split())]} for i in range(60)]
+        for name, source_labels in zip("ab", labels, strict=True):
+            rows = [
+                {"text": f"{name} {i}", "label": source_labels.split()[i % len(source_labels.split())]}
+                for i in range(60)
+            ]
             write(f"{name}.jsonl", rows)
         sources = tuple(SourceSettings(name, path=f"{name}.jsonl", template=template) for name in "ab")
         notes = load_federation(DataSettings(sources, **more), tmp_path).notes

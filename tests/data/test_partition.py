@@ -201,18 +201,18 @@ def test_a_source_of_the_longest_name_has_usable_client_names() -> None:
     assert len({part.client for part in parts}) == len(ODD)
 
 
-# Characters among which texts are easily alike: in case, in normal form, in what names may hold, and all others.
+# Characters that make texts similar: in case, in Unicode normal form, and in the characters allowed in names.
 ALIKE = st.text(st.sampled_from("aA1-_./ éÉe\u0301ſsK\u212a北\0"), max_size=6)
 
 
 @given(ALIKE | st.text(max_size=200), ALIKE | st.text(max_size=200))
-def test_different_values_have_different_safe_names(one: str, other: str) -> None:
-    first, second = joined_name("s", one), joined_name("s", other)
+def test_different_values_have_different_safe_names(value: str, other: str) -> None:
+    first, second = joined_name("s", value), joined_name("s", other)
     for name in (first, second):
         assert checked_name(name, "x") == name
         assert name.isascii()
         assert not name.endswith(".")
-    assert (first.lower() == second.lower()) == (one == other)
+    assert (first.lower() == second.lower()) == (value == other)
 
 
 def test_two_values_whose_hashes_begin_alike_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,7 @@ def test_two_values_whose_hashes_begin_alike_are_an_error(monkeypatch: pytest.Mo
 
 
 def test_values_that_differ_in_a_nul_are_two_classes() -> None:
-    """As NumPy strings they would be one, and the partition would fail or mix them up."""
+    """As NumPy strings they would be equal, and the partition would fail or merge them."""
     values = ["a", "a\0"] * 40
     parts = draw(PartitionSettings("classes", by="l", clients=2, classes_per_client=1), values)
     assert [{values[row] for row in part.rows} for part in parts] == [{"a"}, {"a\0"}]
@@ -234,13 +234,13 @@ def test_an_error_of_the_partitioner_names_the_value() -> None:
 
 
 def test_largest_remainder() -> None:
-    """10 in 1:1:1 are 3.33 each, the first gets the odd one; 7 in 5:1:0 are 5.83, 1.17 and 0."""
+    """10 in the ratio 1:1:1 is 3.33 each and the first gets the remainder; 7 in 5:1:0 is 5.83, 1.17 and 0."""
     assert largest_remainder(10, [1, 1, 1]) == [4, 3, 3]
     assert largest_remainder(7, [5, 1, 0]) == [6, 1, 0]
 
 
 def test_test_rows_follow_the_training_rows_value_by_value() -> None:
-    """Client 0 trains on 3 a, client 1 on 1 a and 2 b; of 8 test a's they get 6 and 2, of 3 b's 0 and 3."""
+    """Client 0 has 3 training rows of a, client 1 1 of a and 2 of b: of 8 test a they get 6 and 2, of 3 b 0 and 3."""
     values = ["a", "a", "a", "a", "b", "b"]
     parts = [Part("0", (0, 1, 2)), Part("1", (3, 4, 5))]
     test = ["a"] * 8 + ["b"] * 3 + ["c"]

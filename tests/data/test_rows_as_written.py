@@ -1,4 +1,4 @@
-"""Whatever text the rows hold, it is read back as it was written, in every format and by every reader of rows."""
+"""Text of any kind is read back exactly, in every format and by every reader of rows."""
 
 import csv
 import gzip
@@ -100,28 +100,28 @@ def test_rows_are_read_back_as_written(tmp_path: Path, name: str, write: Callabl
         assert list(table.rows) == rows
         assert table.sha256 == digest(rows)
         for row in rows:
-            made = render(BUILT_IN["plain"], (), row, "f")
-            assert made is None or (made.prompt, made.answer) == (row["prompt"], row["completion"])
+            example = render(BUILT_IN["plain"], (), row, "f")
+            assert example is None or (example.prompt, example.answer) == (row["prompt"], row["completion"])
 
     check()
 
 
 def test_rows_are_read_in_one_place() -> None:
-    """Every command reads rows through read_source; a library that guesses types is asked in one file alone."""
+    """All commands read rows with `read_source`; only one module calls a library that infers types."""
     package = Path(module.__file__).parents[1]
     for path in package.rglob("*.py"):
-        found = [word for word in ("load_dataset(", "import pandas", "csv.reader(") if word in path.read_text()]
-        assert not found or path.name in ("library_rows.py", "csv_rows.py"), path
+        calls = [word for word in ("load_dataset(", "import pandas", "csv.reader(") if word in path.read_text()]
+        assert not calls or path.name in ("library_rows.py", "csv_rows.py"), path
 
 
 def test_all_clients_read_alike_whatever_their_other_rows_hold(tmp_path: Path) -> None:
-    """Case 01: a date became a timestamp and 1 became 1.0 at the client whose other rows suggested it."""
+    """Type inference made a date a timestamp and 1 1.0 at clients with certain other rows."""
     day = '"2024-03-01"'
     values = {"one": [day, "1"], "two": [day, "1", "2.5", '"x"'], "three": [day, "1e0"]}
-    for name, found in values.items():
-        lines = [f'{{"instruction": "q {at}", "response": {found[at % len(found)]}}}' for at in range(60)]
+    for name, literals in values.items():
+        lines = [f'{{"instruction": "q {at}", "response": {literals[at % len(literals)]}}}' for at in range(60)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     sources = tuple(SourceSettings(name, path=f"{name}.jsonl") for name in values)
     for shard in load_federation(DataSettings(sources), tmp_path).shards:
-        answers = {one.answer for one in shard.train}
+        answers = {example.answer for example in shard.train}
         assert answers == {literal.strip('"') for literal in values[shard.client]}

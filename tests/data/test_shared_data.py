@@ -1,4 +1,4 @@
-"""Real public text from ../shared/data, which is beside the repository only where it is developed."""
+"""Real public text from ../shared/data, which exists beside the repository only during development."""
 
 from pathlib import Path
 
@@ -44,10 +44,10 @@ def test_a_real_llama_tokenizer() -> None:
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(SHARED / "models" / "stories260K")
     (shard,) = load_federation(DataSettings((source("pubmedqa", template="pubmedqa"),)), REPOSITORY).shards
-    found = tokenise(shard.test, tokenizer, 256)
-    assert found.dropped == 0
-    assert found.cut > 100
-    for row in found.rows:
+    tokenised = tokenise(shard.test, tokenizer, 256)
+    assert tokenised.dropped == 0
+    assert tokenised.cut > 100
+    for row in tokenised.rows:
         assert row.prompt[0] == tokenizer.bos_token_id
         assert row.answer[-1] == tokenizer.eos_token_id
         assert row.answer in row.options

@@ -87,7 +87,7 @@ def test_an_official_test_file_and_renamed_columns(write: Callable[..., str], tm
 
 
 def test_a_hub_data_set_gets_the_names_of_its_classes(tmp_path: Path) -> None:
-    """A folder with Parquet files is read like a data set of the hub, without a network."""
+    """A folder of Parquet files is read like a Hub data set, without a network."""
     from datasets import ClassLabel, Dataset, Features, Value
 
     features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
@@ -110,7 +110,7 @@ def test_a_missing_file_names_the_nearest(write: Callable[..., str], tmp_path: P
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.txt", b"x", r"d.txt: the file's kind is not known; known are .jsonl"),
+        ("d.txt", b"x", r"d.txt: unknown file format; known are .jsonl"),
         ("d.jsonl", b"", "d.jsonl: the file is empty, there are no rows in it"),
         ("d.jsonl.gz", gzip.compress(b"", mtime=0), "d.jsonl.gz: the file is empty"),
         ("d.csv", b"a,b\n", "d.csv: the file is empty, there are no rows"),

@@ -22,7 +22,7 @@ def different(count: int) -> dict[int, int]:
 
 
 def test_shares_of_a_hundred_rows() -> None:
-    """10 test, 10 validation; of the other 80 5 % are 4; 76 to train on."""
+    """100 rows: 10 test, 10 validation, 4 embedding (5 % of the other 80), 76 train."""
     client = split_client("c", range(100), different(100), None, "classification", DEFAULTS)
     assert sizes(client) == (76, 4, 10, 10)
     assert client.test_table == "train"
@@ -30,21 +30,21 @@ def test_shares_of_a_hundred_rows() -> None:
 
 
 def test_an_official_test_is_the_test_and_none_is_cut() -> None:
-    """No test cut: 10 validation; of the other 90 5 % are 4.5, rounded to even 4."""
+    """No test rows are taken: 10 validation, 4 embedding (5 % of 90 is 4.5, rounded to even)."""
     client = split_client("c", range(100), different(100), [7, 8], "classification", DEFAULTS)
     assert sizes(client) == (86, 4, 10, 2)
     assert (client.test, client.test_table) == ((7, 8), "test")
 
 
 def test_what_the_embedding_cap_cuts_off_is_trained_on() -> None:
-    """1,000 rows: 100 + 100, 5 % of 800 are 40, capped at 15; 785 to train on."""
+    """1,000 rows: 100 test, 100 validation, 15 embedding (5 % of 800 is 40, capped), 785 train."""
     capped = DataSettings(SOURCE, embedding_cap=15)
     assert sizes(split_client("c", range(1000), different(1000), None, "classification", capped))[:2] == (785, 15)
 
 
 @pytest.mark.parametrize(("task", "cap"), [("classification", 200), ("generation", 50)])
 def test_test_is_capped_by_task_and_the_surplus_stays_unread(task: Task, cap: int) -> None:
-    """3,000 rows: 300 + 300 cut, of which 200 validation rows and `cap` test rows are read; 5 % of 2,400 are 120."""
+    """3,000 rows: 300 + 300, of which 200 validation and `cap` test rows are used; 5 % of 2,400 is 120."""
     client = split_client("c", range(3000), different(3000), None, task, DEFAULTS)
     assert sizes(client) == (2280, 120, 200, cap)
     official = split_client("c", range(3000), different(3000), range(900), task, DEFAULTS)
@@ -78,14 +78,14 @@ def test_identical_rows_never_straddle_splits(kinds: list[int], seed: int) -> No
     client = split_client("c", range(len(kinds)), dict(enumerate(kinds)), None, "classification", chosen)
     splits = [client.train, client.embedding, client.validation, client.test]
     where = [{kinds[row] for row in split} for split in splits]
-    for one in range(4):
-        for other in range(one):
-            assert not where[one] & where[other]
+    for first in range(4):
+        for second in range(first):
+            assert not where[first] & where[second]
     assert all(amount == 1 for amount in Counter(row for split in splits for row in split).values())
 
 
 def test_a_group_beyond_the_target_is_passed_over() -> None:
-    """20 rows, 12 of them the same: the 2 test rows come from the 8 others."""
+    """20 rows, 12 of them equal: the 2 test rows are among the 8 others."""
     identity = {row: min(row, 8) for row in range(20)}
     client = split_client("c", range(20), identity, None, "classification", DEFAULTS)
     assert len(client.test) == 2
@@ -102,7 +102,7 @@ def test_a_client_with_an_empty_split_or_too_little_is_refused_with_its_sizes() 
 
 
 def test_identical_rows_are_named_as_the_cause() -> None:
-    """55 of 60 rows are the same: they are one group, and only six different rows are there to be shared out."""
+    """55 of 60 rows are equal: they are one group, so there are only six different rows."""
     identity = {row: min(row, 5) for row in range(60)}
     client = split_client("c", range(60), identity, None, "classification", DEFAULTS)
     assert (client.count, client.distinct) == (60, 6)

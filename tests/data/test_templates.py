@@ -14,28 +14,28 @@ def example(name: str, row: dict[str, Any], others: tuple[dict[str, Any], ...] =
 
 
 def test_alpaca_with_a_context_that_alone_may_be_cut() -> None:
-    found = example("alpaca", {"instruction": "Sum up.", "context": "Long text.", "response": "Short."})
-    assert found.context == "Long text."
-    assert found.before.endswith("### Instruction:\nSum up.\n\n### Input:\n")
-    assert found.after == "\n\n### Response:\n"
-    assert (found.answer, found.options) == ("Short.", ())
+    rendered = example("alpaca", {"instruction": "Sum up.", "context": "Long text.", "response": "Short."})
+    assert rendered.context == "Long text."
+    assert rendered.before.endswith("### Instruction:\nSum up.\n\n### Input:\n")
+    assert rendered.after == "\n\n### Response:\n"
+    assert (rendered.answer, rendered.options) == ("Short.", ())
 
 
 @pytest.mark.parametrize("empty", ["", " ", None])
 def test_alpaca_without_context_has_no_input_heading(empty: str | None) -> None:
-    found = example("alpaca", {"instruction": "Run.", "context": empty, "response": "Done."})
-    assert "### Input" not in found.prompt
-    assert found.context == ""
-    assert found.prompt.endswith("### Instruction:\nRun.\n\n### Response:\n")
+    rendered = example("alpaca", {"instruction": "Run.", "context": empty, "response": "Done."})
+    assert "### Input" not in rendered.prompt
+    assert rendered.context == ""
+    assert rendered.prompt.endswith("### Instruction:\nRun.\n\n### Response:\n")
 
 
 @pytest.mark.parametrize(
     ("label", "answer"), [(0, "Yes"), (1, "Maybe"), (2, "No"), ("2", "No"), ("contradiction", "No")]
 )
 def test_snli(label: int | str, answer: str) -> None:
-    found = example("snli", {"premise": "A man runs.", "hypothesis": "He sleeps.", "label": label})
-    assert (found.answer, found.options) == (answer, ("Yes", "Maybe", "No"))
-    assert found.prompt == "Premise: A man runs.\nHypothesis: He sleeps.\nDoes the premise imply it?\nAnswer:\n"
+    rendered = example("snli", {"premise": "A man runs.", "hypothesis": "He sleeps.", "label": label})
+    assert (rendered.answer, rendered.options) == (answer, ("Yes", "Maybe", "No"))
+    assert rendered.prompt == "Premise: A man runs.\nHypothesis: He sleeps.\nDoes the premise imply it?\nAnswer:\n"
 
 
 def test_snli_pairs_without_a_gold_label_have_no_example() -> None:
@@ -44,25 +44,25 @@ def test_snli_pairs_without_a_gold_label_have_no_example() -> None:
 
 def test_banking77_takes_its_options_from_all_rows() -> None:
     others = ({"text": "u", "label_text": "b"}, {"text": "v", "label_text": "a"})
-    found = example("banking77", {"text": "t", "label_text": "c"}, others)
-    assert (found.answer, found.options) == ("c", ("a", "b", "c"))
+    rendered = example("banking77", {"text": "t", "label_text": "c"}, others)
+    assert (rendered.answer, rendered.options) == ("c", ("a", "b", "c"))
 
 
 def test_pubmedqa_cuts_only_the_abstract() -> None:
-    found = example("pubmedqa", {"question": "Does it?", "context": "We saw.", "label_text": "maybe"})
-    assert (found.before, found.context) == ("Abstract: ", "We saw.")
-    assert found.after == "\n\nQuestion: Does it?\nAnswer with yes, no or maybe.\nAnswer:\n"
-    assert (found.answer, found.options) == ("maybe", ("yes", "no", "maybe"))
+    rendered = example("pubmedqa", {"question": "Does it?", "context": "We saw.", "label_text": "maybe"})
+    assert (rendered.before, rendered.context) == ("Abstract: ", "We saw.")
+    assert rendered.after == "\n\nQuestion: Does it?\nAnswer with yes, no or maybe.\nAnswer:\n"
+    assert (rendered.answer, rendered.options) == ("maybe", ("yes", "no", "maybe"))
 
 
 def test_plain_is_as_it_stands() -> None:
-    found = example("plain", {"prompt": "1 + 1 = ", "completion": "2"})
-    assert (found.prompt, found.answer) == ("1 + 1 = ", "2")
+    rendered = example("plain", {"prompt": "1 + 1 = ", "completion": "2"})
+    assert (rendered.prompt, rendered.answer) == ("1 + 1 = ", "2")
 
 
 def test_classification_falls_back_to_the_bare_label() -> None:
-    found = example("classification", {"text": "t", "label": 3}, ({"text": "u", "label": 1},))
-    assert (found.answer, found.options) == ("3", ("1", "3"))
+    rendered = example("classification", {"text": "t", "label": 3}, ({"text": "u", "label": 1},))
+    assert (rendered.answer, rendered.options) == ("3", ("1", "3"))
 
 
 @pytest.mark.parametrize(
@@ -103,34 +103,34 @@ def test_an_empty_prompt_column_is_an_error_and_an_empty_answer_no_example() -> 
 
 
 def test_a_list_is_no_text() -> None:
-    with pytest.raises(DataError, match=r"column 'prompt' holds a list or an object, a template needs text"):
+    with pytest.raises(DataError, match=r"column 'prompt' contains a list or an object; a template requires text"):
         example("plain", {"prompt": ["p"], "completion": "x"})
 
 
 def test_braces_in_the_data_stay_plain_text() -> None:
     row = {"instruction": "{response} {0} {{", "context": "{instruction}", "response": "}{"}
-    found = example("alpaca", row)
-    assert "### Instruction:\n{response} {0} {{\n\n### Input:\n{instruction}\n" in found.prompt
-    assert found.answer == "}{"
+    rendered = example("alpaca", row)
+    assert "### Instruction:\n{response} {0} {{\n\n### Input:\n{instruction}\n" in rendered.prompt
+    assert rendered.answer == "}{"
 
 
 def test_an_own_template_with_labels_and_literal_braces() -> None:
     own = TemplateSettings(prompt="{{Q}} {q}\n", answer="{a}", labels={"1": "Yes", "0": "No"})
     template = choose("mine", {"mine": own}, ("q", "a"), "f")
-    found = render(template, options_of(template, [], "f"), {"q": "Really?", "a": 1}, "f")
-    assert found is not None
-    assert (found.prompt, found.answer, found.options) == ("{Q} Really?\n", "Yes", ("Yes", "No"))
+    rendered = render(template, options_of(template, [], "f"), {"q": "Really?", "a": 1}, "f")
+    assert rendered is not None
+    assert (rendered.prompt, rendered.answer, rendered.options) == ("{Q} Really?\n", "Yes", ("Yes", "No"))
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"prompt": "{q!r}", "answer": "{a}"}, "without format or conversion"),
-        ({"prompt": "{q", "answer": "{a}"}, "literal brace twice"),
+        ({"prompt": "{q", "answer": "{a}"}, "write literal braces as"),
         ({"prompt": "{q}", "answer": "Yes"}, "names no column"),
         ({"prompt": "{q}", "answer": "{a}", "context": "c"}, "exactly once"),
-        ({"prompt": "{q}", "answer": "{a}", "prompt_without_context": "x"}, "needs context"),
-        ({"prompt": "{c}", "answer": "{a}", "context": "c", "prompt_without_context": "{c}"}, "must not hold"),
+        ({"prompt": "{q}", "answer": "{a}", "prompt_without_context": "x"}, "requires context"),
+        ({"prompt": "{c}", "answer": "{a}", "context": "c", "prompt_without_context": "{c}"}, "must not contain"),
         ({"prompt": "{q}", "answer": "{a}", "options": ("x",)}, "at least two"),
         ({"prompt": "{q}", "answer": "{a}", "options": ("x", "y"), "options_from": "a"}, "not both"),
         ({"prompt": "{q}", "answer": "{a}", "options": ("x", "y"), "labels": {"1": "z"}}, r"\['x', 'y'\]"),
@@ -152,11 +152,11 @@ def test_labels_that_differ_by_white_space_are_one_option(caplog: pytest.LogCapt
     options = options_of(template, rows, "f")
     assert options == (" maybe", "no", "yes"), "a label that is always written in one way stays as it is"
     assert [record.getMessage() for record in caplog.records] == [
-        "f: 3 of 7 labels have white space around them; each is taken for the label without it, for example 'yes '"
+        "f: 3 of 7 labels have white space around them; which is removed; for example 'yes '"
     ]
     examples = [render(template, options, row, "f") for row in rows]
-    found = [None if example is None else example.answer for example in examples]
-    assert found == ["yes", "yes", "yes", "no", "no", " maybe", None]
+    answers = [None if example is None else example.answer for example in examples]
+    assert answers == ["yes", "yes", "yes", "no", "no", " maybe", None]
 
 
 def test_white_space_around_a_label_of_a_fixed_list(caplog: pytest.LogCaptureFixture) -> None:
@@ -184,11 +184,11 @@ def test_errors_list_a_few_columns_alone() -> None:
 def test_messages_beside_another_column_names_both_remedies(beside: str) -> None:
     with pytest.raises(DataError) as caught:
         choose("auto", {}, (beside, "prompt_id", "messages"), "f")
-    told = str(caught.value)
-    assert told.startswith(f"f: there are the columns messages and {beside}")
-    assert 'set template = "messages"' in told
-    assert f'columns = {{{beside} = ""}}' in told
-    assert f"--template messages or --column {beside}=" in told
+    message = str(caught.value)
+    assert message.startswith(f"f: both of the columns messages and {beside} could")
+    assert 'set template = "messages"' in message
+    assert f'columns = {{{beside} = ""}}' in message
+    assert f"--template messages or --column {beside}=" in message
 
 
 def test_the_template_messages_reads_what_was_made_of_messages() -> None:
@@ -196,16 +196,16 @@ def test_the_template_messages_reads_what_was_made_of_messages() -> None:
 
 
 def test_a_single_label_shows_the_template_that_lists_all_answers() -> None:
-    """The table in the error is TOML that gives the same template, once the other answers are written into it."""
+    """The table in the error is TOML of the same template, once the other answers are added."""
     label = 'no "way"\n\x7f'
     template = replace(BUILT_IN["pubmedqa"], options=(), options_from="label_text")
     with pytest.raises(DataError) as caught:
         options_of(template, [{"label_text": label}, {"label_text": None}], "f")
-    told = str(caught.value)
-    assert "in a deployment is the coordinator's" in told
-    assert "--template task for a client's own file" in told
-    table = told.partition("under [data.templates], ")[2].partition(". Then use it")[0]
+    message = str(caught.value)
+    assert "in a deployment, the coordinator's" in message
+    assert "--template task for a client's own file" in message
+    table = message.partition("under [data.templates], ")[2].partition(". Then use it")[0]
     assert table.endswith(", ...] }"), "as it stands it is no TOML, so that nobody forgets the other answers"
-    found = tomllib.loads(table.replace("...", '"yes"'))["task"]
-    made = TemplateSettings(**{**found, "options": tuple(found["options"])})
-    assert made == replace(template, options=(label, "yes"), options_from=None)
+    table_settings = tomllib.loads(table.replace("...", '"yes"'))["task"]
+    suggested = TemplateSettings(**{**table_settings, "options": tuple(table_settings["options"])})
+    assert suggested == replace(template, options=(label, "yes"), options_from=None)

@@ -1,4 +1,4 @@
-"""Text of data stays text, with every kind of tokenizer; what a template writes is as the tokenizer itself reads it."""
+"""With every kind of tokenizer, data stay text, and template text is encoded as by the tokenizer itself."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from fedamole.data.text_encoder import TextEncoder
 from fedamole.errors import BaseModelError, DataError
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>"]
-# Special tokens stand in the training text too, so that merges and pieces for them are learned where that is possible.
+# The training text contains special tokens, so that the models learn merges and pieces for them if possible.
 CORPUS = ["the cat sat on the mat <s> [INST] hi [/INST] </s> <|im_start|> user"] * 4
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 FRAGMENTS = [*SPECIAL, "<", "s>", "</", "s", ">", "<|im_", "start|>", " ", "  ", "\n", "the cat", "[INST]", "á", "病"]
@@ -50,7 +50,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def byte_level_without_splits() -> PreTrainedTokenizerFast:
-    """Whole texts go through the merges, and a text that is in the vocabulary is one token: as in Llama 3."""
+    """Merges apply to whole texts, and a text in the vocabulary is one token, as in Llama 3."""
     raw = Tokenizer(models.BPE(ignore_merges=True))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.decoder = decoders.ByteLevel()
@@ -83,7 +83,7 @@ def word_piece() -> PreTrainedTokenizerFast:
 
 
 def sentencepiece_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges as Llama 2 and Gemma have them: special tokens and bytes first."""
+    """Vocabulary and merges as in Llama 2 and Gemma: special tokens and bytes first."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.Metaspace()
     raw.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=120, show_progress=False))
@@ -135,12 +135,12 @@ def pair(kind: str) -> tuple[Any, TextEncoder]:
 
 
 @pytest.fixture(params=MAKERS)
-def made(request: pytest.FixtureRequest) -> tuple[Any, TextEncoder]:
+def tokenizer_and_encoder(request: pytest.FixtureRequest) -> tuple[Any, TextEncoder]:
     return pair(request.param)
 
 
 def own_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """What the tokenizer makes of a text by itself, special tokens and all."""
+    """Return the ids of the tokenizer itself, including special tokens."""
     return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -149,15 +149,15 @@ def names_of_specials(tokenizer: Any) -> list[str]:
 
 
 def control_ids(tokenizer: Any) -> set[int]:
-    """Ids of special tokens but the one that unknown text rightly becomes."""
+    """Return the ids of special tokens, except that of unknown text."""
     return set(tokenizer.convert_tokens_to_ids([name for name in names_of_specials(tokenizer) if name != "<unk>"]))
 
 
 few_examples = hypothesis_settings(max_examples=40, deadline=None)
 
 
-def test_text_without_special_tokens_is_read_as_before(made: tuple[Any, TextEncoder]) -> None:
-    tokenizer, encoder = made
+def test_text_without_special_tokens_is_read_as_before(tokenizer_and_encoder: tuple[Any, TextEncoder]) -> None:
+    tokenizer, encoder = tokenizer_and_encoder
 
     @few_examples
     @given(st.lists(st.sampled_from(["the cat", " sat", "  ", "\n", "<", "mat"]) | st.text(max_size=9)).map("".join))
@@ -169,8 +169,8 @@ def test_text_without_special_tokens_is_read_as_before(made: tuple[Any, TextEnco
     check()
 
 
-def test_no_text_of_data_becomes_a_special_token(made: tuple[Any, TextEncoder]) -> None:
-    tokenizer, encoder = made
+def test_no_text_of_data_becomes_a_special_token(tokenizer_and_encoder: tuple[Any, TextEncoder]) -> None:
+    tokenizer, encoder = tokenizer_and_encoder
     specials = names_of_specials(tokenizer)
     assert any(control_ids(tokenizer) & set(own_ids(tokenizer, f"the {name} cat")) for name in specials)
 
@@ -184,8 +184,8 @@ def test_no_text_of_data_becomes_a_special_token(made: tuple[Any, TextEncoder]) 
     check()
 
 
-def test_what_a_template_writes_is_read_as_before(made: tuple[Any, TextEncoder]) -> None:
-    tokenizer, encoder = made
+def test_what_a_template_writes_is_read_as_before(tokenizer_and_encoder: tuple[Any, TextEncoder]) -> None:
+    tokenizer, encoder = tokenizer_and_encoder
     specials = names_of_specials(tokenizer)
 
     @few_examples
@@ -199,7 +199,7 @@ def test_what_a_template_writes_is_read_as_before(made: tuple[Any, TextEncoder])
 
 
 def test_a_special_token_must_stand_in_one_literal_as_a_whole() -> None:
-    """Half of it in the template and half in a value, or in two literals with a value between, is text."""
+    """A name that is split between template and value, or between two literals, is text."""
     tokenizer = byte_level()
     encoder = TextEncoder(tokenizer)
     text = "<s>"
@@ -229,7 +229,7 @@ def test_of_special_tokens_that_begin_alike_the_longest_counts() -> None:
 
 
 def test_added_tokens_that_are_not_special_are_read_as_before() -> None:
-    """Runs of spaces in GPT-NeoX, say. And a special token of white space alone, which every text holds, is text."""
+    """For example runs of spaces in GPT-NeoX. A special token of white space only is text as well."""
     tokenizer = byte_level()
     tokenizer.add_tokens([AddedToken("    ", normalized=False), AddedToken("<tool>", normalized=False)])
     tokenizer.add_tokens([AddedToken("\n\n", normalized=False, special=True)], special_tokens=True)
@@ -240,7 +240,7 @@ def test_added_tokens_that_are_not_special_are_read_as_before() -> None:
 
 
 def test_truncation_and_padding_of_a_tokenizer_are_left_aside() -> None:
-    """A tokenizer file may hold them, for instance from the last training; lengths are set in the config."""
+    """A tokenizer file may contain truncation and padding, for example from training; the config sets lengths."""
     tokenizer = byte_level()
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=3)
@@ -305,7 +305,7 @@ def test_a_slow_tokenizer_is_refused() -> None:
 
 
 def test_a_normalizer_that_changes_a_special_token_itself() -> None:
-    """It is sought in the normalised text, and its secret name is changed in the same way wherever it stands."""
+    """The tokenizer searches the normalised text for it, so its secret name would be normalised as well."""
     raw = byte_level().backend_tokenizer
     raw.normalizer = normalizers.Sequence([normalizers.Replace("0", ""), normalizers.Lowercase()])
     raw.add_special_tokens([AddedToken("<X0>", normalized=True, special=True)])
@@ -319,5 +319,5 @@ def test_a_normalizer_that_makes_two_secret_names_one_is_refused() -> None:
     raw = byte_level().backend_tokenizer
     raw.normalizer = normalizers.Replace(Regex("[0-9]"), "")
     raw.add_special_tokens([AddedToken(name, normalized=True, special=True) for name in ("<x>", "<y>")])
-    with pytest.raises(BaseModelError, match=r"special token '<[xy]>' cannot be kept apart from text"):
+    with pytest.raises(BaseModelError, match=r"special token '<[xy]>' cannot be distinguished from text"):
         TextEncoder(PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>"))

@@ -35,12 +35,12 @@ def words(tokenizer: PreTrainedTokenizerFast, ids: tuple[int, ...]) -> str:
 
 def test_prompt_and_answer_stand_apart_and_only_the_answer_ends(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer(trailing_eos=True)
-    found = tokenise([Example("q :", "", "", "yes", ("yes", "no"))], tokenizer, 20)
-    (row,) = found.rows
+    tokenised = tokenise([Example("q :", "", "", "yes", ("yes", "no"))], tokenizer, 20)
+    (row,) = tokenised.rows
     assert words(tokenizer, row.prompt) == "<s> q :"
     assert words(tokenizer, row.answer) == "yes </s>"
     assert [words(tokenizer, option) for option in row.options] == ["yes </s>", "no </s>"]
-    assert (found.cut, found.dropped, found.places) == (0, 0, (0,))
+    assert (tokenised.cut, tokenised.dropped, tokenised.indices) == (0, 0, (0,))
 
 
 def test_without_bos_a_prompt_begins_with_its_text(make_tokenizer: Make) -> None:
@@ -51,12 +51,12 @@ def test_without_bos_a_prompt_begins_with_its_text(make_tokenizer: Make) -> None
 
 
 def test_a_long_prompt_loses_the_end_of_its_context(make_tokenizer: Make) -> None:
-    """12 tokens: 3 for "x y" and its end, 1 BOS, 3 around the context; 5 stay of the context's 10."""
+    """12 tokens: 3 for "x y" and EOS, 1 BOS, 3 around the context, which leaves 5 of the context's 10."""
     tokenizer = make_tokenizer()
-    found = tokenise([LONG], tokenizer, 12)
-    assert words(tokenizer, found.rows[0].prompt) == "<s> q c0 c1 c2 c3 c4 end :"
-    assert words(tokenizer, found.rows[0].answer) == "x y </s>"
-    assert found.cut == 1
+    tokenised = tokenise([LONG], tokenizer, 12)
+    assert words(tokenizer, tokenised.rows[0].prompt) == "<s> q c0 c1 c2 c3 c4 end :"
+    assert words(tokenizer, tokenised.rows[0].answer) == "x y </s>"
+    assert tokenised.cut == 1
 
 
 def test_where_the_context_is_not_enough_the_front_goes_but_not_bos(make_tokenizer: Make) -> None:
@@ -73,12 +73,12 @@ def test_the_longest_option_decides_the_room(make_tokenizer: Make) -> None:
 
 
 def test_an_answer_that_leaves_no_room_drops_its_example(make_tokenizer: Make) -> None:
-    """ "x y z" and its end are 4 tokens; with BOS they fit in 5, without BOS one token of the prompt must fit."""
+    """ "x y z" and EOS are 4 tokens. With BOS they fit in 5; without BOS one token of the prompt must fit."""
     for bos in (True, False):
         tokenizer = make_tokenizer(bos=bos)
         examples = [Example("q", "", "", "x y z"), Example("q", "", "", "x")]
-        found = tokenise(examples, tokenizer, 4)
-        assert (len(found.rows), found.dropped, found.places) == (1, 1, (1,))
+        tokenised = tokenise(examples, tokenizer, 4)
+        assert (len(tokenised.rows), tokenised.dropped, tokenised.indices) == (1, 1, (1,))
         assert tokenise(examples, tokenizer, 5).dropped == 0
 
 
@@ -93,7 +93,7 @@ def test_a_tokenizer_without_an_end_is_refused(make_tokenizer: Make) -> None:
 
 @pytest.mark.parametrize("limit", range(8, 40, 3))
 def test_bytes_that_merge_over_the_seam_still_fit(limit: int) -> None:
-    """A byte-level BPE, where a cut inside a word or a character makes other tokens than the ones counted."""
+    """A byte-level BPE: truncation within a word or character changes tokens."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -103,11 +103,11 @@ def test_bytes_that_merge_over_the_seam_still_fit(limit: int) -> None:
     raw.train_from_iterator(["the cat sat on the mat, the rat ate the hat"], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
     example = Example("the ", "cat sät on 病院 the mat 🙂 the rat", "te hat\n", "cat")
-    found = tokenise([example], tokenizer, limit)
-    (row,) = found.rows
+    tokenised = tokenise([example], tokenizer, limit)
+    (row,) = tokenised.rows
     assert len(row.prompt) + len(row.answer) <= limit
     text = tokenizer.decode(list(row.prompt))
-    if found.cut and limit > 20:
+    if tokenised.cut and limit > 20:
         assert text.startswith("the cat")
         assert text.endswith("te hat\n")
 
@@ -116,7 +116,7 @@ INSTRUCT = TemplateSettings(prompt="<s>[INST] {x} [/INST]\n", answer="{y}")
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """Byte-level BPE that sets <s> before a text; it loses nothing."""
+    """A lossless byte-level BPE that prepends <s>."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -155,17 +155,17 @@ def test_an_eos_that_the_template_writes_is_not_doubled() -> None:
 
 
 def test_bos_and_eos_in_data_are_text_beside_one_of_each() -> None:
-    """As rows made for Llama 2 come: "<s>[INST] ..." and "... </s>"; and an answer with struck-out text."""
+    """Rows in the format of Llama 2, "<s>[INST] ..." and "... </s>", and an answer with struck-out text."""
     tokenizer = byte_level()
     rows = [{"prompt": "<s>[INST] q [/INST] ", "completion": "a </s>"}, {"prompt": "q", "completion": "<s>9</s> 7"}]
-    found = tokenise([rendered(BUILT_IN["plain"], **row) for row in rows], tokenizer, 99)
-    for row, given_row in zip(found.rows, rows, strict=True):
+    tokenised = tokenise([rendered(BUILT_IN["plain"], **row) for row in rows], tokenizer, 99)
+    for row, given_row in zip(tokenised.rows, rows, strict=True):
         assert row.prompt[0] == tokenizer.bos_token_id
         assert row.answer[-1] == tokenizer.eos_token_id
         assert not {0, 1, 2, 3} & {*row.prompt[1:], *row.answer[:-1]}
         assert tokenizer.decode(row.prompt[1:]) == given_row["prompt"]
         assert tokenizer.decode(row.answer[:-1]) == given_row["completion"]
-    assert (found.special, found.changed) == (2, 0)
+    assert (tokenised.special, tokenised.changed) == (2, 0)
 
 
 def test_options_and_labels_of_a_template_are_its_own_text_and_those_of_a_column_are_not() -> None:
@@ -211,10 +211,10 @@ def test_cutting_keeps_special_tokens_of_the_template_and_makes_none_of_data(lim
     tokenizer = byte_level()
     template = TemplateSettings(prompt="<s><|x|> {c} <|y|>\n", context="c", answer="{y}")
     example = rendered(template, c="the </s> cat <|x|> sät 🙂 " * 4, y="ok")
-    found = tokenise([example], tokenizer, limit)
-    (row,) = found.rows
+    tokenised = tokenise([example], tokenizer, limit)
+    (row,) = tokenised.rows
     assert len(row.prompt) + len(row.answer) <= limit
-    assert (found.cut, found.special) == (1, 1)
+    assert (tokenised.cut, tokenised.special) == (1, 1)
     controls = [index for index in row.prompt if index in (0, 1, 2, 3)]
     assert controls == [0, 2, 3]
     text = tokenizer.decode(row.prompt)
@@ -226,23 +226,23 @@ def test_options_that_become_the_same_tokens_are_an_error_that_names_them(make_t
     example = Example("q", "", "", "是", ("yes", "是", "否"))
     with pytest.raises(DataError, match=r"options '是' and '否' become the same tokens \['<unk>', '</s>'\]"):
         tokenise([example], make_tokenizer(), 20)
-    # One option may begin like another: each ends with the end-of-sequence token.
+    # An option may be a prefix of another one: each ends with the end-of-sequence token.
     assert len(tokenise([Example("q", "", "", "x", ("x", "x y"))], make_tokenizer(), 20).rows[0].options) == 2
 
 
 def test_text_that_a_tokenizer_does_not_keep_is_counted(make_tokenizer: Make) -> None:
-    """Unknown words, two spaces, a line end. A tokenizer that sets or takes a space at the beginning loses nothing."""
+    """Unknown words, two spaces, a line end. Adding or removing a leading space does not count."""
     texts = ["q x", "q  x", "q café", "q x\n", " q x"]
-    found = tokenise([Example(text, "", "", "yes") for text in texts], make_tokenizer(), 20)
-    assert found.changed == 3
+    tokenised = tokenise([Example(text, "", "", "yes") for text in texts], make_tokenizer(), 20)
+    assert tokenised.changed == 3
     assert tokenise([Example("q", "", "", "yes"), Example("q", "", "", "Yes")], make_tokenizer(), 20).changed == 1
 
 
 def test_warnings_count_examples_and_show_no_text(caplog: Any, make_tokenizer: Make) -> None:
     examples = [Example("q", "", "", "yes"), Example("q </s>", "", "", "x"), Example("q", "", "", "<s> no")]
-    found = tokenise(examples, make_tokenizer(), 20)
+    tokenised = tokenise(examples, make_tokenizer(), 20)
     with caplog.at_level(logging.WARNING):
-        warn_of_text("client mia", [found, found])
+        warn_of_text("client mia", [tokenised, tokenised])
     special, changed = (record.getMessage() for record in caplog.records)
     assert special.startswith("client mia: 4 of 6 examples hold the text of a special token of the base's tokenizer.")
     assert changed.startswith("client mia: the base's tokenizer does not keep all text of 4 of 6 examples")
@@ -272,7 +272,7 @@ NASTY = [
 @hypothesis_settings(deadline=None)
 @given(st.sampled_from(["alpaca", "plain"]), st.text(), st.text(), st.sampled_from(NASTY))
 def test_what_is_tokenised_is_what_stands_in_the_row(template: str, first: str, second: str, nasty: str) -> None:
-    """Row to example to tokens and back, with two tokenizers that lose nothing."""
+    """Row to example to tokens and back, with two lossless tokenizers."""
     row = {"instruction": first, "context": second + nasty, "response": nasty + second}
     row |= {"prompt": first + nasty, "completion": nasty + first}
     example = rendered(BUILT_IN[template], **row)
@@ -280,12 +280,12 @@ def test_what_is_tokenised_is_what_stands_in_the_row(template: str, first: str, 
     if template == "alpaca":
         assert f"### Instruction:\n{first}\n\n### Input:\n{second + nasty}\n\n### Response:\n" in wanted
     for tokenizer in LOSSLESS:
-        found = tokenise([example], tokenizer, 10**6)
-        (tokens,) = found.rows
+        tokenised = tokenise([example], tokenizer, 10**6)
+        (tokens,) = tokenised.rows
         lead = len(text_encoder(tokenizer).leading_specials)
         assert tokenizer.decode(tokens.prompt[lead:]) == wanted
         assert tokenizer.decode(tokens.answer[:-1]) == example.answer
-        assert found.changed == 0
+        assert tokenised.changed == 0
 
 
 LOSSLESS = (byte_level(), AutoTokenizer.from_pretrained(str(files("fedamole") / "bundled/base")))
@@ -297,14 +297,14 @@ def test_what_is_tokenised_is_what_stands_in_the_file(tmp_path: Path) -> None:
     )
     table, _ = read_source(SourceSettings("s", path="rows.jsonl"), tmp_path)
     for tokenizer in LOSSLESS:
-        found = tokenise([rendered(BUILT_IN["plain"], **row) for row in table.rows], tokenizer, 1000)
+        tokenised = tokenise([rendered(BUILT_IN["plain"], **row) for row in table.rows], tokenizer, 1000)
         lead = len(text_encoder(tokenizer).leading_specials)
-        assert [tokenizer.decode(row.prompt[lead:]) for row in found.rows] == NASTY
-        assert [tokenizer.decode(row.answer[:-1]) for row in found.rows] == NASTY
+        assert [tokenizer.decode(row.prompt[lead:]) for row in tokenised.rows] == NASTY
+        assert [tokenizer.decode(row.answer[:-1]) for row in tokenised.rows] == NASTY
 
 
 def test_examples_and_tokens_import_no_data_library() -> None:
-    """They serve benchmarks on machines without these, which also take seconds to import."""
+    """These libraries take seconds to import, and benchmarks run on machines without them."""
     code = (
         "import sys, fedamole.data.tokens, fedamole.data.examples, fedamole.data.settings;"
         "assert not {'datasets', 'flwr_datasets', 'transformers', 'torch'} & set(sys.modules)"

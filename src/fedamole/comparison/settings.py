@@ -11,6 +11,7 @@ class ComparisonSettings:
     """A comparison file without its [variants]."""
 
     name: str
+    """Name of the comparison, and of its default folder runs/<name>."""
     methods: tuple[str, ...]
     """Methods to compare, from the registry or from [variants], in the order of the tables."""
     scenarios: dict[str, str]

@@ -1,7 +1,7 @@
-"""Private instruction data: sources, templates, partitions, splits and tokens.
+"""Client data: reading rows, rendering examples, partitioning, splitting and tokenising.
 
-Read in this order: `examples` (what everything turns into), `settings` (the `[data]` table), `sources` (files
-to rows), `layouts` and `templates` (rows to examples), `partition` and `splits` (examples to clients),
-`drawing` (one source's clients), `manifest` (`load_federation`, the way in), `text_encoder` (text to token
-ids), `tokens` (examples to token ids).
+`manifest.load_federation` is the entry point. Suggested reading order: `examples` (the result), `settings` (the
+`[data]` table), `sources` (files to rows), `layouts` and `templates` (rows to examples), `partition` and `splits`
+(rows to clients and splits), `drawing` (the clients of one source), `manifest` (all clients, and the stored
+partition), `text_encoder` and `tokens` (examples to token ids).
 """

@@ -1,4 +1,4 @@
-"""Rows of a CSV file, every value as the text that stands there."""
+"""Read rows of CSV files; all values are text."""
 
 import csv
 import logging
@@ -14,61 +14,62 @@ from fedamole.errors import DataError
 from fedamole.received.names import quoted
 
 DELIMITERS = (",", ";", "\t")
-"""Tried in this order: the first that divides the header. Spreadsheets of many countries write semicolons."""
-LONGEST_FIELD = 2**31 - 1
-"""Characters; the largest that the csv module takes on every system. Its own limit is 131,072."""
+"""Delimiters in the order they are tried: the first that splits the header is used."""
+MAX_FIELD_LENGTH = 2**31 - 1
+"""Maximum length of a field: the largest value the csv module accepts on every system. Its default is 131,072."""
 
 log = logging.getLogger(__name__)
 
 
 def read_csv(path: Path, where: str, gzipped: bool) -> list[Row]:
-    """Read the rows below the header, which is the first line that is not blank; blank lines are left out.
+    """Read the rows of a CSV file; its first line that is not blank is the header.
 
-    A first column without a name, as tables with an index are saved, is left out, and so are empty columns without a
-    name. A warning counts rows that a stray quote seems to have joined. Raises DataError, with the line and without
-    its content, for a row with more or fewer fields than the header, wrong quotes, and columns without a name or with
-    the same name.
+    Blank lines are skipped. A first column without a name (the index of a saved table) is left out, and so are empty
+    columns without a name. A warning counts rows that a stray quote seems to have joined. Raises DataError, with the
+    line number and without the content, for a row with more or fewer fields than the header, for wrong quotes, and for
+    columns without a name or with the same name.
     """
     with open_text(path, where, gzipped) as file, _long_fields():
         lines = enumerate(file, start=1)
         number, first = next(((number, line) for number, line in lines if line.strip(" ,;\t\r\n")), (0, ""))
         if not first:
             return []
-        delimiter = next((mark for mark in DELIMITERS if len(next(csv.reader([first], delimiter=mark))) > 1), ",")
+        splitting = (mark for mark in DELIMITERS if len(next(csv.reader([first], delimiter=mark))) > 1)
+        delimiter = next(splitting, ",")
         reader = csv.reader(chain([first], (line for _, line in lines)), delimiter=delimiter, strict=True)
         records = _records(reader, where, number - 1)
         _, _, header = next(records)
-        found: list[list[str]] = []
+        rows: list[list[str]] = []
         joined: list[tuple[int, int]] = []
         last = number
         for start, last, fields in records:
             if len(fields) == 1 < len(header) and not fields[0].strip():
                 continue
             if len(fields) != len(header):
-                spans = f"; the row goes on to line {last}, so look for a stray quote" if last > start else ""
+                spans = f"; the row extends to line {last}, so look for a stray quote" if last > start else ""
                 raise DataError(
                     f"{where}, line {start}: the row has {len(fields)} fields and the header has {len(header)}{spans}; "
-                    f"correct the row, and put text that holds a {_name(delimiter)} between double quotes"
+                    f"correct the row, and write text that contains a {_name(delimiter)} in double quotes"
                 )
             if last > start and _looks_joined(fields, delimiter):
                 joined.append((start, last))
-            found.append(fields)
+            rows.append(fields)
     if joined:
         log.warning(
-            "%s: %d lines were read as %d rows; %d of the rows look like several that a stray quote has joined, the "
+            "%s: %d lines were read as %d rows; %d of the rows look like several rows joined by a stray quote, the "
             "first at lines %d to %d: check the quotes there",
             where,
             last,
-            len(found),
+            len(rows),
             len(joined),
             *joined[0],
         )
-    columns = _columns(header, found, where)
-    return [{name: fields[place] for place, name in columns.items()} for fields in found]
+    columns = _columns(header, rows, where)
+    return [{name: fields[index] for index, name in columns.items()} for fields in rows]
 
 
 def _records(reader: "Iterator[list[str]]", where: str, skipped: int) -> Iterator[tuple[int, int, list[str]]]:
-    """First line, last line and fields of each record that is not an empty line."""
+    """Yield first line number, last line number and fields of each record; empty lines are skipped."""
     last = skipped
     while True:
         start = last + 1
@@ -78,7 +79,7 @@ def _records(reader: "Iterator[list[str]]", where: str, skipped: int) -> Iterato
             return
         except csv.Error as error:
             if "end of data" in str(error):
-                problem = "a field of this row begins with a quote that is never closed"
+                problem = "a field of this row begins with a quote that is not closed"
             else:
                 problem = "text follows the closing quote of a field"
             raise DataError(
@@ -90,33 +91,34 @@ def _records(reader: "Iterator[list[str]]", where: str, skipped: int) -> Iterato
 
 
 def _looks_joined(fields: Sequence[str], delimiter: str) -> bool:
-    """Whether each line of a record with line breaks, read by itself, would be a whole row.
+    """Whether each line of a record with line breaks would be a complete row by itself.
 
-    A quote that is opened by mistake takes in what follows until the next quote: the end of one row, whole rows, and
-    the beginning of another one. A delimiter before a space, or at the end of a line, is that of a sentence.
+    A stray quote makes a field extend to the next quote: over the end of one row, complete rows, and the beginning of
+    another one. Delimiters before a space or at the end of a line count as punctuation.
     """
-    wanted = len(fields) - 1
-    for place, field in enumerate(fields):
+    delimiters = len(fields) - 1
+    for index, field in enumerate(fields):
         counts = [len(re.findall(rf"{delimiter}(?=\S)", line)) for line in re.split(r"\r\n|\r|\n", field)]
-        counts[-1] += field.endswith(delimiter)  # what follows it is the quote
-        # The fields before this one are in its first line, those after it in its last.
-        ends = counts[0] == wanted - place and counts[-1] == place
-        if wanted and len(counts) > 1 and ends and set(counts[1:-1]) <= {wanted}:
+        counts[-1] += field.endswith(delimiter)  # a closing quote follows
+        # The field's first line completes the row that began with the fields before it; its last line begins the row
+        # that the fields after it complete.
+        ends_fit = counts[0] == delimiters - index and counts[-1] == index
+        if delimiters and len(counts) > 1 and ends_fit and set(counts[1:-1]) <= {delimiters}:
             return True
     return False
 
 
-def _columns(header: Sequence[str], found: Sequence[Sequence[str]], where: str) -> dict[int, str]:
-    """Place and name of the columns to keep."""
-    columns = {place: name for place, name in enumerate(header) if name.strip()}
-    for place in set(range(1, len(header))) - set(columns):
-        if any(fields[place].strip() for fields in found):
-            raise DataError(f"{where}: column {place + 1} has values and no name; give it one in the header")
+def _columns(header: Sequence[str], records: Sequence[Sequence[str]], where: str) -> dict[int, str]:
+    """Return index and name of the columns to keep."""
+    columns = {index: name for index, name in enumerate(header) if name.strip()}
+    for index in set(range(1, len(header))) - set(columns):
+        if any(fields[index].strip() for fields in records):
+            raise DataError(f"{where}: column {index + 1} has values but no name; name it in the header")
     if len(columns) < len(header):
         log.info("%s: %d columns without a name were left out", where, len(header) - len(columns))
     names = list(columns.values())
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise DataError(f"{where}: the header has the column {quoted(twice, 60)} twice; rename one of them")
+    if duplicate := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"{where}: the header has the column {quoted(duplicate, 60)} twice; rename one of them")
     return columns
 
 
@@ -126,8 +128,8 @@ def _name(delimiter: str) -> str:
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """Take long fields; the csv module's limit is a setting of the whole process, so it is put back afterwards."""
-    limit = csv.field_size_limit(LONGEST_FIELD)
+    """Allow long fields, and restore the csv module's limit afterwards: it applies to the whole process."""
+    limit = csv.field_size_limit(MAX_FIELD_LENGTH)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What all data turn into: an example (prompt, answer, options) and a shard (one client's private splits)."""
+"""`Example`: a prompt with its answer and options. `Shard`: the examples of one client, by split."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,51 +8,53 @@ from fedamole.runs.run_files import SPLITS
 
 Task = Literal["classification", "generation"]
 Span = tuple[int, int]
-"""Start and end of a part of a text, in characters."""
+"""Start and end of a substring, in characters."""
 
 
 @dataclass(frozen=True)
 class Literals:
-    """Which parts of an example are the template's own text; the rest comes from data.
+    """Spans of an example's texts that come from the template, not from data.
 
-    Special tokens are parsed in the template's own text alone. Without a template all is data.
+    Special tokens are recognised only in these spans. Without a template all text is data.
     """
 
-    # Ascending positions in the text of the same name.
     before: tuple[Span, ...] = ()
+    """Spans of `Example.before`, ascending."""
     after: tuple[Span, ...] = ()
+    """Spans of `Example.after`, ascending."""
     answer: tuple[Span, ...] = ()
-    # Whether the options stand in the template, and not in a column.
+    """Spans of `Example.answer`, ascending."""
     options: bool = False
+    """Whether the template lists the options, in place of a column of the data."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with its answer; the prompt is `before + context + after`, only `context` may be shortened."""
+    """A prompt with its answer. The prompt is `before + context + after`; `context` is truncated first."""
 
     before: str
     context: str
     after: str
     answer: str
-    # All answers there are, for an answer chosen by likelihood; empty means free text.
     options: tuple[str, ...] = ()
-    # Where these texts are from. Examples with the same texts are equal.
+    """Answers to choose from by likelihood; empty for free text."""
     literals: Literals = field(default=Literals(), compare=False)
+    """Template text in this example; not compared."""
 
     @property
     def prompt(self) -> str:
-        """The whole prompt, uncut."""
+        """The complete prompt."""
         return self.before + self.context + self.after
 
     @property
     def task(self) -> Task:
-        """Classification where there are options to choose from, else generation."""
+        """`classification` if there are options to choose from, else `generation`."""
         return "classification" if self.options else "generation"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One client's private data; DataError if a split is empty or its examples are of two kinds of task."""
+    """One client's private data; DataError if a split is empty, or if only some examples have options."""
 
     client: str
     train: tuple[Example, ...]
@@ -64,11 +66,13 @@ class Shard:
         splits = (self.train, self.embedding, self.validation, self.test)
         if not all(splits):
             sizes = ", ".join(f"{name} {len(rows)}" for name, rows in zip(SPLITS, splits, strict=True))
-            raise DataError(f"client {self.client!r} has an empty split: {sizes}; give it more rows")
+            raise DataError(f"client {self.client!r} has an empty split: {sizes}; it needs more rows")
         if len({example.task for rows in splits for example in rows}) > 1:
-            raise DataError(f"client {self.client!r} mixes examples with and without options; split them in two")
+            raise DataError(
+                f"client {self.client!r} has examples with options and examples without; make two clients of them"
+            )
 
     @property
     def task(self) -> Task:
-        """The one kind of task that all examples of the shard share."""
+        """Task of all examples."""
         return self.train[0].task

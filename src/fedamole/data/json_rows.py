@@ -1,4 +1,4 @@
-"""Rows of JSON Lines, or of a JSON list of objects, with every value as the file writes it."""
+"""Read rows of JSON Lines files and of JSON lists of objects; numbers keep their literal."""
 
 import json
 import re
@@ -21,10 +21,10 @@ _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_json(path: Path, where: str, gzipped: bool) -> list[Row]:
-    """Read the rows of a JSON Lines file or of a JSON document; which of the two it is depends on the content alone.
+    """Read the rows of a JSON Lines file or of a JSON document; the content decides which of the two it is.
 
-    Text stays as it is, a number is a `Number` with the literal of the file, and NaN, which JSON does not have, is
-    None. Rows may have different columns. Errors (DataError) give file and line, never a row's content.
+    A number becomes a `Number` with the file's literal, and NaN (not part of JSON) becomes None. Rows may have
+    different columns. Raises DataError with file and line, never with a row's content.
     """
     with open_text(path, where, gzipped) as file:
         lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
@@ -50,10 +50,10 @@ def read_json(path: Path, where: str, gzipped: bool) -> list[Row]:
     if isinstance(document, dict):
         return [_the_only_row(document, where)]
     if not isinstance(document, list):
-        raise DataError(f"{where}: holds {_kind(document)}, not rows; {SHAPE}")
-    for place, value in enumerate(document, start=1):
+        raise DataError(f"{where}: contains {_kind(document)}, not rows; {SHAPE}")
+    for number, value in enumerate(document, start=1):
         if not isinstance(value, dict):
-            raise DataError(f"{where}: entry {place} of the list is {_kind(value)}, not an object; {SHAPE}")
+            raise DataError(f"{where}: entry {number} of the list is {_kind(value)}, not an object; {SHAPE}")
     return document
 
 
@@ -65,16 +65,16 @@ def _lines(lines: Iterator[tuple[int, str]], where: str) -> list[Row]:
         except ValueError as error:
             raise _broken(error, where, number) from error
         if not isinstance(row, dict):
-            raise DataError(f"{where}, line {number}: holds {_kind(row)}, not an object; {SHAPE}")
+            raise DataError(f"{where}, line {number}: contains {_kind(row)}, not an object; {SHAPE}")
         rows.append(row)
     return [_the_only_row(rows[0], where)] if len(rows) == 1 else rows
 
 
 def _the_only_row(row: Row, where: str) -> Row:
-    """Return the only object of a file; DataError where it holds columns, or rows under keys, in place of a row."""
+    """Return the only object of a file; DataError if it contains columns, or rows by key, instead of one row."""
     if row and all(isinstance(value, list | dict) for value in row.values()) and not _are_turns(row.get("messages")):
         raise DataError(
-            f"{where}: is one object that holds columns (or rows under keys), not rows; {SHAPE}\n{BY_PANDAS}"
+            f"{where}: the file is one object with columns (or rows by key), not rows; {SHAPE}\n{BY_PANDAS}"
         )
     return row
 
@@ -84,16 +84,17 @@ def _are_turns(value: Any) -> bool:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    """Return the pairs of an object as a dict; ValueError if a key occurs twice."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"an object has the key {quoted(twice, 60)} twice")
-    return found
+        duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"an object has the key {quoted(duplicate, 60)} twice")
+    return entries
 
 
 def _constant(literal: str) -> Number | None:
-    """NaN is how several libraries write a missing value; JSON itself has neither it nor Infinity."""
+    """Convert NaN, which several libraries write for a missing value, to None. JSON has neither NaN nor Infinity."""
     return None if literal == "NaN" else Number(literal)
 
 
@@ -101,32 +102,32 @@ _DECODER = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant
 
 
 def parse_json_literally(text: str) -> Any:
-    """Return the value of a JSON text, with each number as a `Number` and NaN as None.
+    """Parse a JSON text, with each number as a `Number` and NaN as None.
 
-    Raises ValueError for text that is no JSON, and for an object that has a key twice.
+    Raises ValueError if the text is not JSON, or if an object has a key twice.
     """
     try:
         value = _DECODER.decode(text)
-        if _HALF_CHARACTER.search(text):  # most are whole pairs, which encode well
+        if _HALF_CHARACTER.search(text):  # most are complete pairs, which can be encoded
             json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
     except RecursionError as error:
         raise ValueError("the values are nested too deeply") from error
     except UnicodeEncodeError as error:
-        raise ValueError("half of a surrogate pair (\\ud800 to \\udfff) is no character") from error
+        raise ValueError("half of a surrogate pair (\\ud800 to \\udfff) is not a character") from error
     return value
 
 
 def _broken(error: ValueError, where: str, line: int | None) -> DataError:
-    """The error for text that is no JSON; `line` is that of a row, None takes it from the parser."""
+    """Return the error for text that is not JSON; `line` is the row's line, None uses the parser's."""
     reason = str(error)
     if isinstance(error, json.JSONDecodeError):
-        told = "more text follows the value" if error.msg == "Extra data" else error.msg
-        reason, line = f"{told} (column {error.colno})", line or error.lineno
-    at = "" if line is None else f", line {line}"
-    return DataError(f"{where}{at}: cannot be read as JSON: {reason}; correct it, or write the file anew")
+        message = "more text follows the value" if error.msg == "Extra data" else error.msg
+        reason, line = f"{message} (column {error.colno})", line or error.lineno
+    position = "" if line is None else f", line {line}"
+    return DataError(f"{where}{position}: cannot be read as JSON: {reason}; correct it, or write the file again")
 
 
 def _kind(value: Any) -> str:
     if isinstance(value, bool | None):
         return "null" if value is None else "true or false"
-    return {str: "a text", Number: "a number", list: "a list", dict: "an object"}[type(value)]
+    return {str: "a string", Number: "a number", list: "a list", dict: "an object"}[type(value)]

@@ -1,4 +1,7 @@
-"""Column layouts of instruction data, brought to two: instruction/context/response and prompt/completion."""
+"""Rename the columns of instruction data to the names that templates use.
+
+Common layouts become one of two: instruction/context/response, or prompt/completion.
+"""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,13 +12,13 @@ from fedamole.errors import DataError
 from fedamole.received.names import cut
 
 Row = dict[str, Any]
-MOST_NAMES = 20
-"""Columns that an error lists; a file of a wrong shape may have its data where the names belong."""
+MAX_LISTED = 20
+"""Maximum number of columns that an error lists; in a malformed file the names may be data."""
 
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A number of a JSON file, kept as the file writes it: `1`, `1.10` and `1e5` do not become other numbers."""
+    """A number of a JSON file with the file's literal, so that `1`, `1.10` and `1e5` are reproduced exactly."""
 
     literal: str
 
@@ -23,23 +26,23 @@ class Number:
         return self.literal
 
 
-def shortened(value: object, most: int = 60) -> str:
-    """Return a label or a name for an error's text: as Python writes it, cut to `most` characters."""
-    return cut(repr(str(value)), most)
+def shortened(value: object, max_length: int = 60) -> str:
+    """Return the `repr` of a label or name for an error message, truncated to `max_length` characters."""
+    return cut(repr(str(value)), max_length)
 
 
 def listed(columns: Iterable[str]) -> str:
-    """Return the sorted names of columns for an error's text: each shortened, at most MOST_NAMES of them."""
+    """Return the sorted column names for an error message: each truncated, at most MAX_LISTED of them."""
     names = sorted(columns)
-    shown = [cut(name, 40) for name in names[:MOST_NAMES]]
-    return ", ".join(shown) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
+    shown = [cut(name, 40) for name in names[:MAX_LISTED]]
+    return ", ".join(shown) + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
 
 
 ROLE_HEADINGS = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 
 def missing_column(column: str, columns: Iterable[str], where: str) -> DataError:
-    """The error for a column that a file does not have: names the file, its columns and the nearest name."""
+    """Return the error for a missing column. It names the file, its columns and the closest name."""
     present = list(columns)
     near = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
     guess = f" (did you mean {near[0]!r}?)" if near else ""
@@ -50,12 +53,12 @@ def missing_column(column: str, columns: Iterable[str], where: str) -> DataError
 
 
 def arrange(rows: Sequence[Row], columns: Mapping[str, str], where: str, template: str = "auto") -> tuple[Row, ...]:
-    """Rows with the columns that templates know.
+    """Add the columns that templates use to rows, and drop the ones that `columns` maps to an empty text.
 
-    `columns` names for each new column the file's own one, which stays beside it; an empty text drops the column.
-    Then `messages` become prompt/completion, unless there is a column prompt or completion; the template "messages"
-    uses `messages` in any case. Instruction/input/output become instruction/context/response, unless these are there.
-    Raises DataError for a column to rename, drop or use that is not there and for unreadable messages.
+    `columns` maps new names to the file's names; the original columns stay. Then `messages` becomes prompt/completion
+    unless one of these columns exists; the template "messages" always uses `messages`. Instruction/input/output becomes
+    instruction/context/response unless these exist. Raises DataError if a column to rename, drop or use is missing, and
+    for malformed messages.
     """
     have = set(rows[0])
     renamed = {new: old for new, old in columns.items() if old}
@@ -65,7 +68,7 @@ def arrange(rows: Sequence[Row], columns: Mapping[str, str], where: str, templat
             raise missing_column(column, have, where)
     have = have - dropped | set(renamed)
     if not have:
-        raise DataError(f"{where}: columns drops every column of the file; keep those that the template needs")
+        raise DataError(f"{where}: columns drops all columns of the file; keep those that the template needs")
     if template == "messages" and "messages" not in have:
         raise missing_column("messages", have, where)
     arranged = [
@@ -89,32 +92,31 @@ def arrange(rows: Sequence[Row], columns: Mapping[str, str], where: str, templat
 
 
 def from_messages(messages: Any, where: str) -> tuple[str, str]:
-    """Prompt and answer of a conversation: the last assistant turn answers, what follows is left out.
+    """Return prompt and answer of a conversation. The last assistant turn is the answer; later turns are left out.
 
-    `messages` is a list of {role, content} with roles system, user and assistant. Raises DataError, with
-    `where`, for anything else and for a conversation without an assistant turn after another one.
+    `messages` is a list of {role, content} with the roles system, user and assistant. Raises DataError, which begins
+    with `where`, for anything else, and if no assistant turn follows another turn.
     """
     turns: list[tuple[str, str]] = []
     for turn in messages if isinstance(messages, list) else [messages]:
         if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
             raise DataError(
-                f"{where}: messages is not a list of turns; each turn must be {{role, content}} with text in both"
+                f"{where}: messages is not a list of turns; each turn must be {{role, content}}, both of them strings"
             )
         if turn.get("role") not in ROLE_HEADINGS:
             role = shortened(turn.get("role"))
             raise DataError(f"{where}: messages has the role {role}; known are {', '.join(ROLE_HEADINGS)}")
         turns.append((turn["role"], turn["content"]))
-    last = max((at for at, (role, _) in enumerate(turns) if role == "assistant"), default=0)
+    last = max((index for index, (role, _) in enumerate(turns) if role == "assistant"), default=0)
     if last == 0:
-        raise DataError(f"{where}: messages has no assistant turn that answers another; remove the row")
+        raise DataError(f"{where}: messages has no assistant turn after another turn; remove the row")
     return conversation_prompt(turns[:last]), turns[last][1]
 
 
 def conversation_prompt(turns: Sequence[tuple[str, str]]) -> str:
-    """A conversation in a plain layout, ending where the assistant speaks; `turns` are (role, content).
+    """Return a conversation as a prompt for the assistant's next turn; `turns` are (role, content).
 
-    The one place that lays out a conversation: a base with a chat template of its own would be served from
-    here.
+    All conversations use this format. The base model's own chat template is not used.
     """
-    told = "".join(f"### {ROLE_HEADINGS[role]}:\n{content}\n\n" for role, content in turns)
-    return told + f"### {ROLE_HEADINGS['assistant']}:\n"
+    text = "".join(f"### {ROLE_HEADINGS[role]}:\n{content}\n\n" for role, content in turns)
+    return text + f"### {ROLE_HEADINGS['assistant']}:\n"

@@ -1,4 +1,4 @@
-"""Rows read by the `datasets` library: Parquet files, and data sets of the Hugging Face hub."""
+"""Read rows with the `datasets` library: Parquet files, and data sets of the Hugging Face Hub."""
 
 import dataclasses
 import glob
@@ -22,71 +22,72 @@ TEXT_READERS: Mapping[str, Callable[[Path, str, bool], list[Row]]] = {
     ".json": read_json,
     ".csv": read_csv,
 }
-"""Kinds of text files by their ending; each may also be packed, with .gz behind it."""
+"""Readers of text files by suffix; each file may also be compressed, with the suffix .gz appended."""
 ClassNames = dict[str, list[str]]
-"""Names of the classes of a column that holds their numbers."""
+"""Class names of each column that contains class numbers."""
 
 
 def read_parquet(path: Path, where: str) -> tuple[list[Row], ClassNames]:
-    """Read a Parquet file, whose columns have declared types: nothing is guessed. See `plain_value` for the values."""
-    # The library caches what it reads as Arrow files, under names made from path and time. A folder of our own that
-    # goes away leaves nothing behind and never serves an old reading; reading again costs far less than training.
+    """Read a Parquet file. Its columns have declared types; `plain_value` converts their values."""
+    # The library caches Arrow files under names made from path and time. A temporary cache leaves nothing behind and is
+    # never stale; reading again costs far less than training.
     with tempfile.TemporaryDirectory(prefix="fedamole-") as cache:
-        # The library takes a path for a pattern, in which brackets and stars have a meaning.
+        # The library interprets a path as a glob pattern.
         files = glob.escape(str(path.resolve()))
         return _load(where, {"path": "parquet", "split": "train", "data_files": files, "cache_dir": cache})
 
 
 def read_hub(hub: str, config: str | None, split: str, where: str) -> tuple[list[Row], ClassNames]:
-    """Read a split of a data set of the hub, or of a folder laid out like one.
+    """Read a split of a Hub data set, or of a local folder with the structure of one.
 
-    JSON and CSV files whose types the data set does not declare are downloaded and read as local files are; the
-    library would guess the types of their columns. Downloads stay in the library's usual cache.
+    JSON and CSV files for which the data set declares no types are downloaded and read like local files, because the
+    library would guess the types of their columns. Downloads stay in the library's cache.
     """
     from datasets import DownloadManager, ReadInstruction, load_dataset_builder
 
     with _errors(where), _quiet():
         files = _undeclared_text_files(load_dataset_builder(hub, config))
-        wanted = {name: found for name, found in files.items() if re.search(rf"\b{re.escape(name)}\b", split)}
-        local = {name: DownloadManager().download(found) for name, found in wanted.items()}
-    if not wanted:
+        needed = {name: urls for name, urls in files.items() if re.search(rf"\b{re.escape(name)}\b", split)}
+        local = {name: DownloadManager().download(urls) for name, urls in needed.items()}
+    if not needed:
         return _load(where, {"path": hub, "name": config, "split": split})
     rows = {
         name: [
             row
-            for url, path in zip(found, local[name], strict=True)
+            for url, path in zip(urls, local[name], strict=True)
             for row in read_text_rows(Path(path), url, f"{where}, {Path(url).name}")
         ]
-        for name, found in wanted.items()
+        for name, urls in needed.items()
     }
     with _errors(where):
-        parts = ReadInstruction.from_spec(split).to_absolute({name: len(found) for name, found in rows.items()})
+        sizes = {name: len(split_rows) for name, split_rows in rows.items()}
+        parts = ReadInstruction.from_spec(split).to_absolute(sizes)
     return [row for part in parts for row in rows[part.splitname][part.from_ : part.to]], {}
 
 
 def read_text_rows(path: Path, name: str, where: str) -> list[Row]:
-    """Read a JSON or CSV file, the kind of which its `name` tells."""
+    """Read a JSON or CSV file; the suffix of `name` selects the reader."""
     plain = name.removesuffix(".gz")
     reader = next(reader for suffix, reader in TEXT_READERS.items() if plain.endswith(suffix))
     return reader(path, where, plain != name)
 
 
 def _undeclared_text_files(builder: Any) -> dict[str, list[str]]:
-    """The JSON or CSV files of each split; nothing where the data set declares types or a layout of its own."""
+    """Return the JSON or CSV files by split; empty if the data set declares types or reader options."""
     from datasets.packaged_modules.csv.csv import Csv
     from datasets.packaged_modules.json.json import Json
 
     config = builder.config
     if not isinstance(builder, Json | Csv) or builder.info.features is not None:
         return {}
-    standard = type(config)()
-    named = {"name", "version", "data_dir", "data_files", "description"}
-    options = [field.name for field in dataclasses.fields(config) if field.name not in named]
-    files = {str(split): [str(file) for file in found] for split, found in config.data_files.items()}
-    every = [file.removesuffix(".gz") for found in files.values() for file in found]
-    if any(getattr(config, name) != getattr(standard, name) for name in options):
+    default_config = type(config)()
+    other_fields = {"name", "version", "data_dir", "data_files", "description"}
+    options = [field.name for field in dataclasses.fields(config) if field.name not in other_fields]
+    files = {str(split): [str(file) for file in split_files] for split, split_files in config.data_files.items()}
+    names = [file.removesuffix(".gz") for split_files in files.values() for file in split_files]
+    if any(getattr(config, name) != getattr(default_config, name) for name in options):
         return {}
-    return files if all(file.endswith(tuple(TEXT_READERS)) for file in every) else {}
+    return files if all(name.endswith(tuple(TEXT_READERS)) for name in names) else {}
 
 
 def _load(where: str, options: Mapping[str, Any]) -> tuple[list[Row], ClassNames]:
@@ -104,10 +105,10 @@ def _load(where: str, options: Mapping[str, Any]) -> tuple[list[Row], ClassNames
 
 
 def plain_value(value: Any, dtype: str) -> Any:
-    """Return a number of a typed column as a value whose text is the shortest that gives the same number.
+    """Convert a number of a typed column to a value with the shortest text that represents it.
 
-    A float of 16 or 32 bits becomes the float whose text is the short one (0.1, not 0.10000000149011612), NaN becomes
-    None (a missing value), and a decimal its digits, all of them.
+    A 16- or 32-bit float becomes the Python float with the same short text (0.1, not 0.10000000149011612), NaN becomes
+    None (a missing value), and a decimal becomes a string with all its digits.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
@@ -118,9 +119,9 @@ def plain_value(value: Any, dtype: str) -> Any:
 
 @contextmanager
 def _errors(where: str) -> Iterator[None]:
-    """Turn the library's errors, and those of pyarrow and the network that it lets through, into a DataError.
+    """Convert errors of the library, of pyarrow and of the network to DataError.
 
-    Those that come up while rows are read may quote them, so only their kind is told.
+    Errors raised while rows are read may quote rows, so only their type is reported.
     """
     from datasets.exceptions import DatasetGenerationError
 
@@ -128,25 +129,25 @@ def _errors(where: str) -> Iterator[None]:
         yield
     except Exception as error:
         kind = type(error.__cause__ or error).__name__
-        told = "" if isinstance(error, DatasetGenerationError) else str(error).strip()
-        first_line = told.partition("\n")[0][:300]
+        message = "" if isinstance(error, DatasetGenerationError) else str(error).strip()
+        first_line = message.partition("\n")[0][:300]
         raise DataError(f"{where}: cannot be read: {kind}{': ' if first_line else ''}{first_line}") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's progress bars and log, which are settings of the whole process: put back afterwards.
+    """Disable the library's progress bars and log, and restore these process-wide settings afterwards.
 
-    Its log repeats errors that this module reports, and may quote rows.
+    The log repeats errors that this module reports, and may quote rows.
     """
     import datasets
 
-    shown, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    had_progress_bar, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
         datasets.logging.set_verbosity(level)
-        if shown:
+        if had_progress_bar:
             datasets.enable_progress_bars()

@@ -1,4 +1,4 @@
-"""A federation's data: drawn once, stored as a hashed manifest, and reproduced from it exactly."""
+"""Load the data of all clients: draw a partition, or reproduce one from a stored manifest with hashes."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from fedamole.received.names import checked_names, quoted
 from fedamole.runs.run_files import LONGEST_VALUE, SPLITS, client_form
 
 FORMAT = 1
-"""Version of the manifest's layout; a file of another version is refused."""
+"""Version of the manifest's format; files of other versions are rejected."""
 _table_form = forms.record({"name": forms.text(1000), "rows": forms.whole(), "sha256": forms.text(100)})
 _source_form = forms.record(
     {"name": forms.name, "train": _table_form, "test": forms.either(forms.nothing, _table_form)}
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TableRecord:
-    """A file, or a split on the hub, as it was when the partition was drawn."""
+    """Name, size and hash of a file or Hub split when the partition was drawn."""
 
     name: str
     rows: int
@@ -48,7 +48,7 @@ class TableRecord:
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """The tables of a source."""
+    """The tables of a source; `test` is None without an official test set."""
 
     name: str
     train: TableRecord
@@ -57,7 +57,7 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class SplitRecord:
-    """One split of a client: which rows of which table, and a hash of the examples they make."""
+    """One split of a client: table, row numbers, and a hash of the rendered examples."""
 
     table: Literal["train", "test"]
     rows: tuple[int, ...]
@@ -74,27 +74,27 @@ class ClientRecord:
     embedding: SplitRecord
     validation: SplitRecord
     test: SplitRecord
-    # The beginning of its value in a partition by value, for people; None where the client's name holds the value.
     value: str | None = None
+    """In a partition by value, the beginning of the client's value; None if the client's name contains the value."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON has it: without `value` where there is none."""
-        found = asdict(self)
-        return found if self.value is not None else {key: item for key, item in found.items() if key != "value"}
+        """Return the record as a JSON object, without `value` if it is None."""
+        record = asdict(self)
+        return record if self.value is not None else {key: item for key, item in record.items() if key != "value"}
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A stored partition: what it takes to have the same splits again and to notice changed data."""
+    """A stored partition: the rows of every split, and hashes that reveal changed data."""
 
     partition_seed: int
-    # The settings it was drawn with, for people and for the note where a config says otherwise.
     settings: dict[str, Any]
+    """The settings that the partition was drawn with; a warning reports different settings of a config."""
     sources: tuple[SourceRecord, ...]
     clients: tuple[ClientRecord, ...]
 
     def to_json(self) -> str:
-        """The manifest as text, one line a client, which `from_json` turns back."""
+        """Return the manifest as JSON, one line per client; `from_json` is the inverse."""
         head = {"format": FORMAT, "partition_seed": self.partition_seed, "settings": self.settings}
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
         tables = {"sources": map(asdict, self.sources), "clients": (client.to_dict() for client in self.clients)}
@@ -103,60 +103,61 @@ class Manifest:
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     def values(self) -> dict[str, str]:
-        """By client, the value that its name does not hold; see `ClientRecord.value`."""
+        """Return values by client, for clients whose name does not contain the value; see `ClientRecord.value`."""
         return {client.client: client.value for client in self.clients if client.value is not None}
 
     def only(self, client: str) -> "Manifest":
-        """The part of one client, its splits and its source alone; DataError where there is no such client."""
-        mine = tuple(record for record in self.clients if record.client == client)
-        if not mine:
+        """Return a manifest with one client and its source only; DataError if there is no such client."""
+        clients = tuple(record for record in self.clients if record.client == client)
+        if not clients:
             known = ", ".join(record.client for record in self.clients)
             raise DataError(f"the manifest has no client {client!r}; it has {known}")
-        source = mine[0].source
+        source = clients[0].source
         settings = {**self.settings, "source": {source: self.settings.get("source", {}).get(source)}}
-        kept = tuple(record for record in self.sources if record.name == source)
-        return replace(self, settings=settings, sources=kept, clients=mine)
+        sources = tuple(record for record in self.sources if record.name == source)
+        return replace(self, settings=settings, sources=sources, clients=clients)
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Manifest":
-        """The manifest in a text; `where` names its file in the DataError for a corrupt or foreign one."""
-        found = parse_json(text, where, DataError)
-        version = found.get("format") if isinstance(found, dict) else None
+        """Parse a manifest; `where` names its file in the DataError for an invalid one."""
+        content = parse_json(text, where, DataError)
+        version = content.get("format") if isinstance(content, dict) else None
         if version != FORMAT:
             raise DataError(
                 f"{where} is no usable manifest: its format is {quoted(version)}, this version reads {FORMAT}; restore "
-                "it, or leave it out to draw the partition anew"
+                "it, or remove the key to draw a new partition"
             )
-        forms.check_form(found, _form, where, DataError)
-        checked_names((client["client"] for client in found["clients"]), f"clients of {where}", DataError)
-        checked_names((source["name"] for source in found["sources"]), f"sources of {where}", DataError)
+        forms.check_form(content, _form, where, DataError)
+        checked_names((client["client"] for client in content["clients"]), f"clients of {where}", DataError)
+        checked_names((source["name"] for source in content["sources"]), f"sources of {where}", DataError)
         return cls(
-            partition_seed=found["partition_seed"],
-            settings=found["settings"],
-            sources=tuple(_source_record(source) for source in found["sources"]),
-            clients=tuple(_client_record(client) for client in found["clients"]),
+            partition_seed=content["partition_seed"],
+            settings=content["settings"],
+            sources=tuple(_source_record(source) for source in content["sources"]),
+            clients=tuple(_client_record(client) for client in content["clients"]),
         )
 
 
-def _table_record(found: Mapping[str, Any]) -> TableRecord:
-    return TableRecord(found["name"], found["rows"], found["sha256"])
+def _table_record(table: Mapping[str, Any]) -> TableRecord:
+    return TableRecord(table["name"], table["rows"], table["sha256"])
 
 
-def _source_record(found: Mapping[str, Any]) -> SourceRecord:
-    test = None if found["test"] is None else _table_record(found["test"])
-    return SourceRecord(found["name"], _table_record(found["train"]), test)
+def _source_record(source: Mapping[str, Any]) -> SourceRecord:
+    test = None if source["test"] is None else _table_record(source["test"])
+    return SourceRecord(source["name"], _table_record(source["train"]), test)
 
 
-def _client_record(found: Mapping[str, Any]) -> ClientRecord:
+def _client_record(client: Mapping[str, Any]) -> ClientRecord:
     splits = {
-        name: SplitRecord(found[name]["table"], tuple(found[name]["rows"]), found[name]["sha256"]) for name in SPLITS
+        name: SplitRecord(split["table"], tuple(split["rows"]), split["sha256"])
+        for name, split in ((name, client[name]) for name in SPLITS)
     }
-    return ClientRecord(client=found["client"], source=found["source"], value=found.get("value"), **splits)
+    return ClientRecord(client=client["client"], source=client["source"], value=client.get("value"), **splits)
 
 
 @dataclass(frozen=True)
 class Federation:
-    """Every client's data, the manifest that gives them again, and notes for people on what was left out."""
+    """The data of all clients, their manifest, and notes about rows that were left out."""
 
     shards: tuple[Shard, ...]
     manifest: Manifest
@@ -164,17 +165,16 @@ class Federation:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest stored in a file; DataError if it is missing or corrupt."""
+    """Read a manifest file; DataError if it is missing or invalid."""
     return Manifest.from_json(read_text(path, MOST_JSON, DataError), str(path))
 
 
 def load_federation(settings: DataSettings, base_folder: Path, manifest: Manifest | None = None) -> Federation:
-    """The shards of all clients, sources in the order of the config.
+    """Load the data of all clients, in the order of the config's sources.
 
-    Relative paths start at `base_folder`. With a manifest (the argument, else the file `settings.manifest`)
-    exactly its splits, and nothing random; without one the partition is drawn. Raises DataError for data that
-    cannot be read or used, or that are not what the manifest says, and ConfigError for two clients of one
-    name.
+    Relative paths start at `base_folder`. With a manifest (the argument, else the file `settings.manifest`) its splits
+    are reproduced exactly; otherwise a partition is drawn. Raises DataError if data cannot be read or used or differ
+    from the manifest, and ConfigError if two clients have the same name.
     """
     if manifest is None and settings.manifest is not None:
         manifest = read_manifest(base_folder / settings.manifest)
@@ -191,13 +191,13 @@ def _draw(settings: DataSettings, sources: Mapping[str, SourceData]) -> Federati
     for note in notes:
         log.warning("%s", note)
     for name, data in sources.items():
-        clients, remarks = draw_clients(settings, data)
-        notes += remarks
+        clients, source_notes = draw_clients(settings, data)
+        notes += source_notes
         for client in clients:
             if client.client in records:
                 raise ConfigError(
-                    f"client {client.client!r} comes from source {records[client.client].source!r} and "
-                    f"from source {name!r}; rename one of the sources"
+                    f"client {client.client!r} is in source {records[client.client].source!r} and in source {name!r}; "
+                    "rename one of the sources"
                 )
             examples = examples_of(data, client)
             records[client.client] = _record(client, name, examples)
@@ -209,15 +209,15 @@ def _draw(settings: DataSettings, sources: Mapping[str, SourceData]) -> Federati
 
 
 def _different_options(sources: Iterable[SourceData]) -> list[str]:
-    """Notes on sources whose options were found in their own rows alone, though they seem to be of one task."""
+    """Return notes on sources that seem to share a task, but whose rows contain different answer options."""
     notes: list[str] = []
-    for one, other in combinations([data for data in sources if data.template.options_from is not None], 2):
-        alone = sorted(set(one.options) ^ set(other.options))
-        if one.template == other.template and alone and set(one.options) & set(other.options):
+    for first, second in combinations([data for data in sources if data.template.options_from is not None], 2):
+        unshared = sorted(set(first.options) ^ set(second.options))
+        if first.template == second.template and unshared and set(first.options) & set(second.options):
             notes.append(
-                f"sources {one.source.name!r} and {other.source.name!r} have one template and share options, but "
-                f"{alone[0][:200]!r} is an option of one of them alone; if they are one task, list all its answers as "
-                "`options` of a template under [data.templates]"
+                f"sources {first.source.name!r} and {second.source.name!r} have the same template and share options, "
+                f"but only one of them has the option {unshared[0][:200]!r}; if they are the same task, list all its "
+                "answers as `options` of a template under [data.templates]"
             )
     return notes
 
@@ -225,20 +225,19 @@ def _different_options(sources: Iterable[SourceData]) -> list[str]:
 def _reproduce(settings: DataSettings, sources: Mapping[str, SourceData], manifest: Manifest) -> Federation:
     for record in manifest.sources:
         data = sources[record.name]
-        for now, then in ((data.train, record.train), (data.test, record.test)):
-            _check_table(record.name, now, then)
+        for table, table_record in ((data.train, record.train), (data.test, record.test)):
+            _check_table(record.name, table, table_record)
     shards: list[Shard] = []
     for client in manifest.clients:
         data = sources[client.source]
         splits = {split: getattr(client, split) for split in SPLITS}
         examples = {split: _examples(data, client, split, record) for split, record in splits.items()}
         shards.append(Shard(client.client, **examples))
-    now_with = drawn_with(settings)
     notes = [
-        f"data.{key} = {now_with[key]!r} in the config is not read: the manifest was drawn with "
+        f"data.{key} = {value!r} in the config has no effect: the manifest was drawn with "
         f"{manifest.settings.get(key)!r}"
-        for key in now_with
-        if now_with[key] != manifest.settings.get(key)
+        for key, value in drawn_with(settings).items()
+        if value != manifest.settings.get(key)
     ]
     for note in notes:
         log.warning("%s", note)
@@ -246,10 +245,10 @@ def _reproduce(settings: DataSettings, sources: Mapping[str, SourceData], manife
 
 
 def drawn_with(settings: DataSettings) -> dict[str, Any]:
-    """The settings that decide a partition, as a manifest holds them; sources by name, without paths."""
-    found = asdict(replace(settings, manifest=None))
-    del found["manifest"], found["templates"]
-    found["source"] = {
+    """Return the settings that determine a partition, as a manifest stores them: sources by name, without paths."""
+    tables = asdict(replace(settings, manifest=None))
+    del tables["manifest"], tables["templates"]
+    tables["source"] = {
         source.name: {
             "template": source.template,
             "limit": source.limit,
@@ -257,7 +256,7 @@ def drawn_with(settings: DataSettings) -> dict[str, Any]:
         }
         for source in settings.source
     }
-    return found
+    return tables
 
 
 def _source_tables(name: str, data: SourceData) -> SourceRecord:
@@ -287,33 +286,33 @@ def _digest(examples: Sequence[Example]) -> str:
 
 
 def _check_sources(settings: DataSettings, manifest: Manifest) -> None:
-    """Raise DataError unless config and manifest name the same sources, and each client is of one of them."""
+    """Raise DataError unless config and manifest have the same sources, and each client has one of them."""
     config = {source.name for source in settings.source}
     stored = {record.name for record in manifest.sources}
     if config != stored:
         raise DataError(
-            f"the manifest is of the sources {sorted(stored)}, the config has {sorted(config)}; use the "
-            f"config it was drawn with, or leave the manifest out to draw anew"
+            f"the manifest has the sources {sorted(stored)}, the config has {sorted(config)}; use the config that the "
+            "manifest was drawn with, or remove data.manifest to draw a new partition"
         )
     for client in manifest.clients:
         if client.source not in stored:
             raise DataError(f"manifest: client {client.client!r} has no source; the file is damaged")
 
 
-def _check_table(source: str, now: Table | None, then: TableRecord | None) -> None:
-    if now is None or then is None:
-        if (now is None) != (then is None):
+def _check_table(source: str, table: Table | None, record: TableRecord | None) -> None:
+    """Raise DataError if a table differs from its record in the manifest."""
+    if table is None or record is None:
+        if (table is None) != (record is None):
             raise DataError(
-                f"source {source!r}: only {'the config' if then is None else 'the manifest'} has an "
-                f"official test; use "
-                f"the config the manifest was drawn with, or leave the manifest out to draw anew"
+                f"source {source!r}: only {'the config' if record is None else 'the manifest'} has an official test; "
+                "use the config that the manifest was drawn with, or remove data.manifest to draw a new partition"
             )
-    elif now.sha256 != then.sha256:
+    elif table.sha256 != record.sha256:
         raise DataError(
-            f"source {source!r}: {now.where} is not what the partition was drawn from: {len(now.rows)} "
-            f"rows with hash {now.sha256[:12]}, the manifest has {then.name} with {then.rows} rows and "
-            f"{then.sha256[:12]}; restore the data, or leave the manifest out to draw anew. If the file is unchanged, "
-            f"an earlier version read its numbers or dates as other values: start the run anew"
+            f"source {source!r}: {table.where} is not what the partition was drawn from: {len(table.rows)} rows with "
+            f"hash {table.sha256[:12]}, the manifest has {record.name} with {record.rows} rows and hash "
+            f"{record.sha256[:12]}; restore the data, or remove data.manifest to draw a new partition. If the file is "
+            "unchanged, an earlier version read its numbers or dates as other values: start a new run"
         )
 
 
@@ -322,17 +321,16 @@ def _examples(data: SourceData, client: ClientRecord, split: str, record: SplitR
     try:
         count = len(data.table(record.table).rows)
     except KeyError:
-        raise DataError(f"{where} is of an official test, which source {client.source!r} does not have") from None
-    strangers = [row for row in record.rows if not 0 <= row < count]
-    if strangers:
-        raise DataError(f"{where} has row {strangers[0]}, the table has rows 0 to {count - 1}; the file is damaged")
-    found = [data.example(record.table, row) for row in record.rows]
-    examples = tuple(example for example in found if example is not None)
+        raise DataError(f"{where} uses an official test, which source {client.source!r} does not have") from None
+    invalid = [row for row in record.rows if not 0 <= row < count]
+    if invalid:
+        raise DataError(f"{where} has row {invalid[0]}, the table has rows 0 to {count - 1}; the file is damaged")
+    rendered = [data.example(record.table, row) for row in record.rows]
+    examples = tuple(example for example in rendered if example is not None)
     if _digest(examples) != record.sha256:
         raise DataError(
-            f"{where}: the hash of its examples does not match, though the data of source "
-            f"{client.source!r} are the "
-            f"same: the template or its options changed, or the manifest was edited; restore them, or draw "
-            f"anew"
+            f"{where}: the hash of its examples does not match, though the data of source {client.source!r} are the "
+            "same: the template or its options changed, or the manifest was edited; restore them, or remove "
+            "data.manifest to draw a new partition"
         )
     return examples

@@ -1,4 +1,4 @@
-"""One source's rows shared out among clients, by the partitioners of `flwr_datasets`."""
+"""Partition the rows of one source among its clients, with the partitioners of `flwr_datasets`."""
 
 import contextlib
 import io
@@ -16,20 +16,20 @@ from fedamole.data.settings import PartitionSettings
 from fedamole.errors import DataError
 from fedamole.received.names import joined_name, quoted
 
-DRAWS = 100
-"""Dirichlet partitions drawn before giving up on `min_examples`."""
+MAX_DRAWS = 100
+"""Maximum number of Dirichlet partitions to draw until one meets `min_examples`."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one client, as ascending positions in the list that was partitioned."""
+    """The rows of one client, as ascending indices into the list that was partitioned."""
 
     client: str
     rows: tuple[int, ...]
-    # In a partition by value, the value where the client's name does not hold it letter by letter.
     value: str | None = None
+    """In a partition by value, the client's value if the client's name does not contain it unchanged."""
 
 
 def partition(
@@ -42,12 +42,17 @@ def partition(
     training_sizes: Callable[[list[Part]], list[int]],
     distinct: int | None = None,
 ) -> list[Part]:
-    """Share `count` rows out among the clients of a source; the same arguments give the same parts.
+    """Partition `count` rows among the clients of a source. The result depends only on the arguments.
 
-    `values` holds the text of the column `by`, one per row, where the kind has one. `training_sizes` says how
-    many training examples each part would leave; a Dirichlet partition is drawn until all are >=
-    `min_examples`. `distinct` is the number of different rows, for the error. Raises DataError after 100 draws, with
-    the sizes of the best one, and for more clients or classes than rows can serve.
+    Args:
+        values: The text of the column `by` of each row, if the kind of partition has one.
+        training_sizes: Returns the number of training examples of each part. A Dirichlet partition is drawn again until
+            all are at least `min_examples`.
+        distinct: The number of different rows, for the error message.
+
+    Raises:
+        DataError: After `MAX_DRAWS` draws, with the sizes of the best one; or if there are more clients or classes than
+            the rows allow.
     """
     if settings.kind == "whole":
         return [Part(source, tuple(range(count)))]
@@ -56,19 +61,17 @@ def partition(
     if settings.kind != "dirichlet":
         return _draw(source, settings, count, values, seed, 0)
     best: list[int] = []
-    for attempt in range(DRAWS):
+    for attempt in range(MAX_DRAWS):
         parts = _draw(source, settings, count, values, seed, attempt)
         sizes = training_sizes(parts)
         if min(sizes) >= min_examples:
             log.info("source %s: Dirichlet partition met min_examples at draw %d", source, attempt + 1)
             return parts
-        best = max(best, sizes, key=lambda found: min(found, default=-1))
+        best = max(best, sizes, key=lambda candidate: min(candidate, default=-1))
     raise DataError(
-        f"source {source!r}: none of {DRAWS} Dirichlet({settings.alpha}) draws gave each of "
-        f"{settings.clients} clients "
-        f"{min_examples} training examples and no empty split; the best draw gave {best}. "
-        f"{_identical_rows(count, distinct)}"
-        f"Raise alpha, or lower clients or data.min_examples"
+        f"source {source!r}: none of {MAX_DRAWS} Dirichlet({settings.alpha}) draws gave each of {settings.clients} "
+        f"clients {min_examples} training examples and no empty split; the best draw gave {best}. "
+        f"{_identical_rows(count, distinct)}Raise alpha, or lower clients or data.min_examples"
     )
 
 
@@ -86,29 +89,29 @@ def _draw(
     seed: int,
     attempt: int,
 ) -> list[Part]:
-    """One draw; attempts differ only in their seed."""
+    """Draw a partition; attempts differ only in their seed."""
     from datasets import Dataset
 
-    # The partitioners cut the rows of a class, or all of them, into consecutive pieces: in the file's order
-    # neighbours (SNLI's three hypotheses of one premise) would stay together, so they get the rows shuffled.
+    # The partitioners cut rows into consecutive pieces. Shuffle the rows first, so that neighbours in the file do not
+    # stay together (SNLI has three hypotheses of each premise).
     order = generator(seed, "partition order", source, attempt).permutation(count)
     columns = {"row": order.tolist()}
-    # The partitioners get numbers in place of the texts. As NumPy strings, texts that differ only in a NUL character
-    # at the end would be the same, and each would take as much memory as the longest.
-    known = sorted(set(values or ()))
+    # Pass numbers instead of texts: as NumPy strings, texts that differ only in a trailing NUL character would be
+    # equal, and each would take as much memory as the longest.
+    unique_values = sorted(set(values or ()))
     if values is not None:
-        numbers = {value: number for number, value in enumerate(known)}
+        numbers = {value: number for number, value in enumerate(unique_values)}
         columns["value"] = [numbers[values[row]] for row in order]
     partitioner = _partitioner(settings, derived_seed(seed, "partition", source, attempt))
     partitioner.dataset = Dataset.from_dict(columns)
     try:
-        # One partitioner shows a progress bar that it offers no way to turn off; another warns of unused
-        # classes, which the caller counts and reports itself.
+        # One partitioner shows a progress bar without an option to disable it; another warns about unused classes,
+        # which the caller reports.
         with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pieces = [partitioner.load_partition(index)["row"] for index in range(partitioner.num_partitions)]
     except ValueError as error:
-        text = re.sub(r"(?<=Label: )\d+", lambda found: repr(known[int(found[0])])[:80], str(error))
+        text = re.sub(r"(?<=Label: )\d+", lambda match: repr(unique_values[int(match[0])])[:80], str(error))
         raise DataError(f"source {source!r}: partition {settings.kind!r} by {settings.by!r}: {text}") from error
     rows = [tuple(sorted(int(row) for row in piece)) for piece in pieces]
     if settings.kind != "value" or values is None:
@@ -117,7 +120,7 @@ def _draw(
 
 
 def _partitioner(settings: PartitionSettings, seed: int):  # type: ignore[no-untyped-def]  # the library's base class
-    # Imported here because it takes seconds, and only those who draw a partition need it.
+    # Imported here because the import takes seconds, and only drawing a partition needs it.
     from flwr_datasets.partitioner import (
         DirichletPartitioner,
         IidPartitioner,
@@ -130,7 +133,7 @@ def _partitioner(settings: PartitionSettings, seed: int):  # type: ignore[no-unt
     if settings.kind == "value":
         return NaturalIdPartitioner(partition_by="value")
     if settings.kind == "dirichlet":
-        # Its own redrawing gives up after 10 draws and knows nothing of our splits, hence the size of 0.
+        # 0 disables its own redrawing, which stops after 10 draws and does not consider the splits.
         return DirichletPartitioner(
             num_partitions=settings.clients,
             partition_by="value",
@@ -144,7 +147,7 @@ def _partitioner(settings: PartitionSettings, seed: int):  # type: ignore[no-unt
         num_partitions=settings.clients,
         partition_by="value",
         num_classes_per_partition=settings.classes_per_client,
-        # The first class of client i is class i: no class is left over while there are enough clients.
+        # The first class of client i is class i, so that every class is used if there are enough clients.
         class_assignment_mode="first-deterministic",
         shuffle=False,
         seed=seed,
@@ -152,13 +155,13 @@ def _partitioner(settings: PartitionSettings, seed: int):  # type: ignore[no-unt
 
 
 def numbered(source: str, clients: int) -> list[str]:
-    """Names of a source's clients where no value of a column names them: source-00, source-01 and so on."""
+    """Return numbered client names: source-00, source-01, ..."""
     width = max(2, len(str(clients - 1)))
     return [f"{source}-{index:0{width}d}" for index in range(clients)]
 
 
 def _named(source: str, settings: PartitionSettings, rows: Mapping[str, tuple[int, ...]]) -> list[Part]:
-    """The clients of a partition by value, each named by source and value."""
+    """Return the parts of a partition by value; clients are named after source and value."""
     parts: dict[str, Part] = {}
     for value, piece in rows.items():
         name = joined_name(source, value)
@@ -166,7 +169,7 @@ def _named(source: str, settings: PartitionSettings, rows: Mapping[str, tuple[in
         if (other := parts.setdefault(part.client, part)) is not part:
             raise DataError(
                 f"source {source!r}: the values {quoted(other.value)} and {quoted(value)} of column {settings.by!r} "
-                f"would both be client {part.client!r}, as their hashes begin alike; change one of the two"
+                f"would both be client {part.client!r}, because their hashes begin alike; change one of them"
             )
     return list(parts.values())
 
@@ -178,37 +181,37 @@ def allot_test(
     test_values: Sequence[str] | None,
     rng: np.random.Generator,
 ) -> list[tuple[int, ...]]:
-    """Share the official test rows out among a source's clients as its training rows are; one tuple per part.
+    """Divide the official test rows among a source's clients like its training rows; return one tuple per part.
 
-    With values: the test rows of each value in proportion to the clients' shares of its training rows
-    (largest remainder), which for a partition by value is one client. Rows of a value that nobody trains on
-    go to nobody. Without: evenly. Which rows go where is a seeded shuffle.
+    With values, the test rows of each value are divided in proportion to the clients' numbers of training rows with it
+    (largest remainder method). Test rows whose value no client has are not used. Without values, rows are divided
+    evenly. Rows are shuffled with `rng` first.
     """
-    given: list[list[int]] = [[] for _ in parts]
+    allotted: list[list[int]] = [[] for _ in parts]
     groups: dict[str | None, list[int]] = {}
     for row in range(test_count):
         groups.setdefault(test_values[row] if test_values is not None else None, []).append(row)
     if values is None:
-        held = [Counter[str | None]({None: 1}) for _ in parts]
+        client_counts = [Counter[str | None]({None: 1}) for _ in parts]
     else:
-        held = [Counter[str | None](values[row] for row in part.rows) for part in parts]
+        client_counts = [Counter[str | None](values[row] for row in part.rows) for part in parts]
     for value, rows in groups.items():
-        weights = [counts[value] for counts in held]
+        weights = [counts[value] for counts in client_counts]
         if sum(weights) == 0:
             continue
         shuffled = rng.permutation(rows).tolist()
         start = 0
         for client, amount in enumerate(largest_remainder(len(rows), weights)):
-            given[client] += shuffled[start : start + amount]
+            allotted[client] += shuffled[start : start + amount]
             start += amount
-    return [tuple(sorted(rows)) for rows in given]
+    return [tuple(sorted(rows)) for rows in allotted]
 
 
 def largest_remainder(total: int, weights: Sequence[int]) -> list[int]:
-    """Whole numbers in proportion to the weights that add up to `total`; ties go to the earlier place."""
-    whole = sum(weights)
-    amounts = [total * weight // whole for weight in weights]
-    by_remainder = sorted(range(len(weights)), key=lambda place: -(total * weights[place] % whole))
-    for place in by_remainder[: total - sum(amounts)]:
-        amounts[place] += 1
+    """Return integers in proportion to the weights, with sum `total`; ties go to the lower index."""
+    weight_sum = sum(weights)
+    amounts = [total * weight // weight_sum for weight in weights]
+    by_remainder = sorted(range(len(weights)), key=lambda index: -(total * weights[index] % weight_sum))
+    for index in by_remainder[: total - sum(amounts)]:
+        amounts[index] += 1
     return amounts

@@ -1,4 +1,4 @@
-"""The `[data]` table of a config as frozen dataclasses that refuse what cannot be run."""
+"""Settings of the `[data]` table of a config: data sources, partitions, splits and templates."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,8 +8,8 @@ from fedamole.data.templates import BUILT_IN, TemplateSettings, check_name
 from fedamole.errors import ConfigError
 from fedamole.received.names import LONGEST_NAME, NAME, not_on_windows
 
-LONGEST_PREFIX = 80
-"""Characters of the name of a source that has several clients: their names are longer and have to stay usable."""
+MAX_SOURCE_NAME = 80
+"""Maximum length of a source's name when it has several clients; their names append a number or a value to it."""
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "whole": (),
@@ -18,24 +18,28 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "classes": ("by", "classes_per_client", "clients"),
     "value": ("by",),
 }
-"""The keys that each kind of partition reads; it needs all of these and takes no other."""
+"""Keys of each kind of partition: all of them are required, and no others are allowed."""
 
 
 @dataclass(frozen=True)
 class PartitionSettings:
-    """`[data.source.partition]`: how the rows of a source become clients."""
+    """`[data.source.partition]`: how a source's rows are divided among clients."""
 
-    # whole: one client; iid: equal random parts; dirichlet: the rows of each value of `by` shared out by
-    # Dirichlet(alpha); classes: a few values of `by` per client; value: one client per value of `by`.
     kind: Literal["whole", "iid", "dirichlet", "classes", "value"] = "whole"
-    # The column that decides: a label, a category, an id.
+    """`whole`: one client gets all rows. `iid`: random parts of equal size. `dirichlet`: the rows of each value of the
+    column `by` are divided by Dirichlet(`alpha`). `classes`: each client gets rows of `classes_per_client` values of
+    `by`. `value`: one client per value of `by`."""
     by: str | None = None
-    # Concentration of the Dirichlet distribution: 0.1 gives very unequal clients, 100 nearly equal ones.
+    """Name of the column to partition by, for example a label, a category or an id. Required for `dirichlet`, `classes`
+    and `value`, otherwise not allowed."""
     alpha: float | None = None
-    # How many clients.
+    """Concentration of the Dirichlet distribution, above 0: 0.1 gives very different clients, 100 nearly equal ones.
+    Required for `dirichlet`, otherwise not allowed."""
     clients: int | None = None
-    # How many values of `by` a client has.
+    """Number of clients, at least 1 and at most the number of rows. Required for `iid`, `dirichlet` and `classes`,
+    otherwise not allowed."""
     classes_per_client: int | None = None
+    """Number of values of `by` that each client has, at least 1. Required for `classes`, otherwise not allowed."""
 
     def __post_init__(self) -> None:
         key = "data.source.partition"
@@ -44,9 +48,9 @@ class PartitionSettings:
         for name in ("by", "alpha", "clients", "classes_per_client"):
             value, needed = getattr(self, name), name in NEEDS[self.kind]
             if value is None and needed:
-                raise ConfigError(f"{key}.{name} is not set: kind = {self.kind!r} needs it")
+                raise ConfigError(f"{key}.{name} is missing: kind = {self.kind!r} requires it")
             if value is not None and not needed:
-                raise ConfigError(f"{key}.{name} = {value!r}: kind = {self.kind!r} does not read it; remove it")
+                raise ConfigError(f"{key}.{name} = {value!r}: kind = {self.kind!r} does not use it; remove this key")
         if self.alpha is not None and not (self.alpha > 0 and math.isfinite(self.alpha)):
             raise ConfigError(f"{key}.alpha = {self.alpha}: must be a number above 0, for example 0.1 or 100.0")
         for name in ("clients", "classes_per_client"):
@@ -57,31 +61,36 @@ class PartitionSettings:
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """`[[data.source]]`: one data set, from files or from the Hugging Face hub."""
+    """`[[data.source]]`: one data set, from local files or from the Hugging Face Hub."""
 
-    # ASCII letters, digits, dot, dash and underscore; the clients' names begin with it.
     name: str
-    # The file with the rows: .jsonl, .json, .csv (each also .gz) or .parquet; relative to the config's
-    # folder.
+    """Name of the source, unique in the config. The names of its clients begin with it. It consists of ASCII letters,
+    digits, dot, dash and underscore, and begins with a letter or a digit."""
     path: str | None = None
-    # The official test file, same formats; without it test rows are cut from each client's own.
+    """File with the rows: .jsonl, .json or .csv (each also with .gz), or .parquet. A relative path starts at the
+    config's folder. Set either `path` or `hub`."""
     test: str | None = None
-    # A data set's id on the hub, in place of `path`.
+    """File with the official test set, in the same formats. Unset: each client's test rows are taken from its own rows.
+    Only with `path`."""
     hub: str | None = None
-    # Its split that holds the rows, for example "train".
+    """Id of a data set on the Hugging Face Hub, instead of `path`."""
     split: str | None = None
-    # Its split that serves as the official test.
+    """Split of the Hub data set that contains the rows, for example `"train"`. Required with `hub`."""
     test_split: str | None = None
-    # Its configuration, where it has several.
+    """Split of the Hub data set that is the official test set. Unset: as for `test`. Only with `hub`."""
     config: str | None = None
-    # A built-in template, one of [data.templates], or "auto": chosen by the columns.
+    """Configuration (subset) of the Hub data set, if it has several. Only with `hub`."""
     template: str = "auto"
-    # Columns to rename, new = old: {instruction = "question"}. An empty text drops a column: {prompt = ""}.
+    """Template that turns rows into examples: `alpaca`, `snli`, `banking77`, `pubmedqa`, `plain`, `messages`,
+    `classification`, a name from `[data.templates]`, or `auto`, which selects a built-in template by the columns."""
     columns: dict[str, str] = field(default_factory=dict)
-    # Rows used at most, drawn with the partition's seed; test rows are not counted. Unset: all.
+    """Columns to rename, new name = old name: `{instruction = "question"}`. An empty value drops a column:
+    `{prompt = ""}`."""
     limit: int | None = None
-    # How the rows become clients.
+    """Maximum number of rows to use, at least 1, sampled with `data.partition_seed`. An official test set is used
+    completely. Unset: all rows."""
     partition: PartitionSettings = PartitionSettings()
+    """How the rows are divided among clients; see `[data.source.partition]`."""
 
     def __post_init__(self) -> None:
         key = f"data.source[{self.name}]"
@@ -94,59 +103,67 @@ class SourceSettings:
             raise ConfigError(f"data.source.name = {self.name!r}: {unusable}")
         longest, why = LONGEST_NAME, ""
         if self.partition.kind != "whole":
-            longest, why = LONGEST_PREFIX, f", as the clients of partition {self.partition.kind!r} have longer names"
+            longest, why = (
+                MAX_SOURCE_NAME,
+                f", because the names of its clients (partition {self.partition.kind!r}) append to it",
+            )
         if len(self.name) > longest:
             raise ConfigError(f"data.source.name = {self.name!r}: at most {longest} characters{why}")
         if (self.path is None) == (self.hub is None):
-            raise ConfigError(f"{key}: give either path = <file> or hub = <data set id>, and not both")
+            raise ConfigError(f"{key}: set either path = <file> or hub = <data set id>, not both")
         if self.hub is not None and self.split is None:
-            raise ConfigError(f'{key}.split is not set: a hub data set needs it, for example split = "train"')
-        foreign = ("test",) if self.hub is not None else ("split", "test_split", "config")
-        for name in foreign:
+            raise ConfigError(f'{key}.split is missing: a hub data set requires it, for example split = "train"')
+        not_allowed = ("test",) if self.hub is not None else ("split", "test_split", "config")
+        for name in not_allowed:
             if getattr(self, name) is not None:
                 kind = "hub" if self.hub is not None else "path"
-                raise ConfigError(f"{key}.{name} = {getattr(self, name)!r}: not read beside {kind}; remove it")
+                raise ConfigError(f"{key}.{name} = {getattr(self, name)!r}: not used with {kind}; remove this key")
         if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"{key}.limit = {self.limit}: must be at least 1; leave it out for all rows")
+            raise ConfigError(f"{key}.limit = {self.limit}: must be at least 1; remove this key to use all rows")
 
 
 @dataclass(frozen=True)
 class DataSettings:
     """The `[data]` table."""
 
-    # The data sets, each with a partition of its own; none where every organisation brings its own.
     source: tuple[SourceSettings, ...] = ()
-    # Seed of everything drawn here; apart from the run's seed, so that runs with several seeds share a
-    # partition.
+    """Data sets, each with its own partition; see `[[data.source]]`. Empty only in a deployment, where each client
+    provides its own data."""
     partition_seed: int = 0
-    # A stored partition to use instead of drawing one; relative to the config's folder.
+    """Seed of partitions and splits, 0 or more. It is independent of `run.seed`, so that runs with different seeds use
+    the same partition."""
     manifest: str | None = None
-    # Fewest training examples a client may end up with; a Dirichlet partition is redrawn until all have them.
+    """Path of a stored partition to use instead of drawing one. A relative path starts at the config's folder."""
     min_examples: int = 10
-    # Share of a client's rows for validation.
+    """Minimum number of training examples per client, at least 1. A Dirichlet partition is drawn again, at most 100
+    times, until every client has that many; with the other kinds of partition too few are an error."""
     validation_share: float = 0.1
-    # Share of a client's rows for the test, where the source has no official one.
+    """Fraction of a client's rows for validation, between 0 and 1."""
     test_share: float = 0.1
-    # Share of what is left for the embedding split.
+    """Fraction of a client's rows for testing, between 0 and 1; not used if the source has an official test set.
+    `validation_share + test_share` must be below 1."""
     embedding_share: float = 0.05
-    # Most examples in an embedding split; what this cuts off stays training data.
+    """Fraction of the remaining rows for the embedding split, between 0 and 1."""
     embedding_cap: int = 200
-    # Most test examples of a client whose answers are chosen from options.
+    """Maximum number of examples in a client's embedding split, at least 1. Further rows stay in the training split."""
     test_cap_classification: int = 200
-    # Most test examples of a client whose answers are free text.
+    """Maximum number of test examples per client for classification (answers from options), at least 1."""
     test_cap_generation: int = 50
-    # Most validation examples of a client whose answers are chosen from options.
+    """Maximum number of test examples per client for generation (free text), at least 1."""
     validation_cap_classification: int = 200
-    # Most validation examples of a client whose answers are free text.
+    """Maximum number of validation examples per client for classification, at least 1."""
     validation_cap_generation: int = 200
-    # The config's own templates by name.
+    """Maximum number of validation examples per client for generation, at least 1."""
     templates: dict[str, TemplateSettings] = field(default_factory=dict)
+    """Templates by name; see `[data.templates.NAME]`. The names of built-in templates and `auto` are not allowed."""
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.source]
         for name in names:
             if names.count(name) > 1:
-                raise ConfigError(f"data.source.name = {name!r} is given {names.count(name)} times: names must differ")
+                raise ConfigError(
+                    f"data.source.name = {name!r} appears {names.count(name)} times: give each source its own name"
+                )
         if self.partition_seed < 0:
             raise ConfigError(f"data.partition_seed = {self.partition_seed}: must be 0 or more")
         caps = [f"{split}_cap_{task}" for split in ("test", "validation") for task in ("classification", "generation")]
@@ -155,12 +172,14 @@ class DataSettings:
                 raise ConfigError(f"data.{key} = {getattr(self, key)}: must be at least 1")
         for key in ("validation_share", "test_share", "embedding_share"):
             if not 0 < getattr(self, key) < 1:
-                raise ConfigError(f"data.{key} = {getattr(self, key)}: must lie between 0 and 1, for example 0.1")
+                raise ConfigError(f"data.{key} = {getattr(self, key)}: must be between 0 and 1, for example 0.1")
         if self.validation_share + self.test_share >= 1:
-            together = self.validation_share + self.test_share
-            raise ConfigError(f"data.validation_share + data.test_share = {together}: must leave rows to train on")
+            total = self.validation_share + self.test_share
+            raise ConfigError(
+                f"data.validation_share + data.test_share = {total}: must be below 1, to leave training rows"
+            )
         for name in self.templates:
             if name == "auto" or name in BUILT_IN:
-                raise ConfigError(f"data.templates.{name}: this name is built in; choose another")
+                raise ConfigError(f"data.templates.{name}: a built-in template has this name; choose another name")
         for source in self.source:
             check_name(source.template, self.templates)

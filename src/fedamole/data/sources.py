@@ -1,4 +1,4 @@
-"""Rows of a source: JSON lines, CSV and Parquet files, or a data set of the Hugging Face hub."""
+"""Read the rows of a source: JSON, CSV or Parquet files, or a data set of the Hugging Face Hub."""
 
 import difflib
 import hashlib
@@ -14,50 +14,50 @@ from fedamole.data.settings import SourceSettings
 from fedamole.errors import DataError
 
 FORMATS = (*(f"{suffix}{gz}" for suffix in TEXT_READERS for gz in ("", ".gz")), ".parquet")
-"""Endings of the files that can be read."""
-MOST_COLUMNS = 2000
-"""Different keys of a JSON file's rows: a file with more has data where the names of columns belong."""
+"""Suffixes of supported files."""
+MAX_COLUMNS = 2000
+"""Maximum number of different keys in a JSON file's rows; a file with more has data as keys."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one file or hub split in the column layouts that templates know."""
+    """The rows of one file or Hub split, with the columns that templates use."""
 
-    # Base name of the file, or the hub id with its split: what errors and manifests call it.
     where: str
+    """Name in errors and manifests: the file's base name, or the Hub id with the split."""
     rows: tuple[Row, ...]
-    # Over the rows as they were read, before columns were renamed.
     sha256: str
+    """Hash of the rows as read, before columns were renamed."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns, which all rows share."""
+        """Names of the columns; they are the same in all rows."""
         return tuple(self.rows[0])
 
     def row_name(self, index: int) -> str:
-        """How errors call a row; they count from 1."""
+        """Return the name of a row for error messages, which count from 1."""
         return f"{self.where}, row {index + 1}"
 
 
 def read_source(source: SourceSettings, base_folder: Path) -> tuple[Table, Table | None]:
-    """The rows of a source and of its official test, if it has one.
+    """Read the rows of a source, and those of its official test set if it has one.
 
-    Relative paths start at `base_folder`. All rows are held in memory. Raises DataError for a file that is
-    missing, empty, of an unknown kind or unreadable, and for a column to rename that is not there.
+    Relative paths start at `base_folder`. All rows are loaded into memory. Raises DataError if a file is missing,
+    empty, unreadable or of an unknown format, or if a column to rename is missing.
     """
     if source.path is not None:
         train = _read_file(source, base_folder / source.path)
         return train, None if source.test is None else _read_file(source, base_folder / source.test)
-    assert source.split is not None  # SourceSettings saw to it
+    assert source.split is not None  # checked by SourceSettings
     train = _read_hub(source, source.split)
     return train, None if source.test_split is None else _read_hub(source, source.test_split)
 
 
 def digest(rows: Sequence[Any]) -> str:
-    """SHA-256 over rows in canonical JSON, one a line: the same values give the same in any format.
+    """Return the SHA-256 of rows in canonical JSON, one per line. It does not depend on the file format.
 
-    A number counts as a number if Python writes it as the file does (`1`, `2.5`), else as the text of its literal
-    (`1.10`). CSV holds text alone, so its `1` is the text and not the number.
+    A JSON number is hashed as a number if Python writes it like the file (`1`, `2.5`), else as the text of its literal
+    (`1.10`). CSV values are always text.
     """
     total = hashlib.sha256()
     for row in rows:
@@ -68,7 +68,7 @@ def digest(rows: Sequence[Any]) -> str:
 
 def _canonical(value: object) -> object:
     text = str(value)
-    if isinstance(value, Number) and len(text) < 4000:  # Python refuses to convert longer ones
+    if isinstance(value, Number) and len(text) < 4000:  # Python does not convert longer ones
         number: object = json.loads(text)
         return number if str(number) == text else text
     return text
@@ -78,11 +78,11 @@ def _read_file(source: SourceSettings, path: Path) -> Table:
     where = f"source {source.name!r}, {path.name}"
     if not path.is_file():
         names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, n=1)
-        guess = f"; did you mean {near[0]!r}?" if near else "; paths are relative to the config file's folder"
+        close = difflib.get_close_matches(path.name, names, n=1)
+        guess = f"; did you mean {close[0]!r}?" if close else "; paths are relative to the config file's folder"
         raise DataError(f"source {source.name!r}: there is no file {path}{guess}")
     if not path.name.endswith(FORMATS):
-        raise DataError(f"{where}: the file's kind is not known; known are {', '.join(FORMATS)}")
+        raise DataError(f"{where}: unknown file format; known are {', '.join(FORMATS)}")
     if path.suffix == ".parquet":
         rows, classes = read_parquet(path, where)
     else:
@@ -102,17 +102,17 @@ def _table(source: SourceSettings, name: str, where: str, rows: list[Row], class
     if not columns:
         problem = "its rows have no columns" if rows else "the file is empty, there are no rows in it"
         raise DataError(f"{where}: {problem}")
-    if len(columns) > MOST_COLUMNS:
+    if len(columns) > MAX_COLUMNS:
         raise DataError(
-            f"{where}: its {len(rows)} rows have {len(columns)} different keys, at most {MOST_COLUMNS} can be read; "
+            f"{where}: its {len(rows)} rows have {len(columns)} different keys, at most {MAX_COLUMNS} are allowed; "
             "write rows that share their keys"
         )
-    # Every row has every column. The rows also share the names: JSON Lines bring each row's own.
+    # Give every row every column. All rows then share the key strings, which saves memory for JSON Lines.
     for index, row in enumerate(rows):
         rows[index] = {column: row.get(column) for column in columns}
     sha256 = digest(rows)
     for column, names in classes.items():
-        # Hub data sets keep the names of their classes apart from the numbers; templates want the names.
+        # Hub data sets store class names separately from class numbers; templates use the names.
         if f"{column}_text" not in columns:
             for row in rows:
                 label = row[column]

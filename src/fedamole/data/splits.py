@@ -1,4 +1,4 @@
-"""One client's rows cut into train, embedding, validation and test."""
+"""Split one client's rows into train, embedding, validation and test."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,30 +13,31 @@ from fedamole.runs.run_files import SPLITS
 
 @dataclass(frozen=True)
 class ClientRows:
-    """Which rows of its source a client has, by split: ascending row numbers from 0."""
+    """The rows of a client by split, as ascending row numbers of its source, from 0."""
 
     client: str
     train: tuple[int, ...]
     embedding: tuple[int, ...]
     validation: tuple[int, ...]
     test: tuple[int, ...]
-    # Whether the test rows stand in the source's own file or in its official test file.
     test_table: Literal["train", "test"]
-    # The client's rows, and how many of them are different; an official test is not counted.
+    """`test` if the test rows come from the source's official test set, `train` if from its own rows."""
     count: int
+    """Number of the client's rows, without an official test set."""
     distinct: int
-    # The value of a partition by value, where the client's name does not hold it letter by letter.
+    """Number of different rows among them."""
     value: str | None = None
+    """In a partition by value, the client's value if the client's name does not contain it unchanged."""
 
     @property
     def training_size(self) -> int:
-        """The number of training examples, 0 if any split is empty: such a client cannot take part."""
+        """Number of training examples, or 0 if any split is empty: the client cannot take part then."""
         return len(self.train) if self.embedding and self.validation and self.test else 0
 
     def check(self, min_examples: int, notes: Sequence[str] = ()) -> None:
-        """Raise DataError for a client with an empty split or fewer training examples than `min_examples`.
+        """Raise DataError if a split is empty or there are fewer than `min_examples` training examples.
 
-        The error repeats the notes, which say what rows of the source were left out.
+        The error includes the notes, which describe rows of the source that were left out.
         """
         if self.training_size >= max(1, min_examples):
             return
@@ -45,7 +46,7 @@ class ClientRows:
             problem, remedy = "an empty split", "give it more rows"
         else:
             problem, remedy = f"fewer training examples than data.min_examples = {min_examples}", "lower min_examples"
-        remedy += ", have fewer clients, or partition more evenly"
+        remedy += ", use fewer clients, or partition more evenly"
         if self.distinct < self.count:
             remedy = (
                 f"only {self.distinct} of its {self.count} rows are different, and rows with the same prompt and "
@@ -62,26 +63,25 @@ def split_client(
     task: Task,
     settings: DataSettings,
 ) -> ClientRows:
-    """Cut a client's rows into its splits; splits that cannot be filled come back empty.
+    """Split a client's rows; a split that cannot be filled is empty.
 
-    `identity` says which rows are the same example: such rows stay in one split. With an official test that
-    is the test and none is cut. Shares of test and validation are of all the client's rows, the share of the
-    embedding split is of the rest. Depends on nothing but the partition's seed and the client's own name and
-    rows.
+    Rows with equal `identity` are the same example and stay in one split. With an official test set, no rows are taken
+    for the test split. Test and validation shares are fractions of all rows of the client, the embedding share is a
+    fraction of the remaining rows. The result depends only on the settings and the client's name and rows.
     """
     rng = generator(settings.partition_seed, "splits", client)
     groups: dict[Hashable, list[int]] = {}
     for row in rows:
         groups.setdefault(identity[row], []).append(row)
-    in_order = list(groups.values())
-    shuffled = [in_order[place] for place in rng.permutation(len(in_order))]
+    ordered = list(groups.values())
+    shuffled = [ordered[index] for index in rng.permutation(len(ordered))]
     if official_test is None:
         test, shuffled = _take(shuffled, round(settings.test_share * len(rows)))
     else:
         test = list(official_test)
     validation, shuffled = _take(shuffled, round(settings.validation_share * len(rows)))
-    left = sum(len(group) for group in shuffled)
-    embedding, shuffled = _take(shuffled, min(round(settings.embedding_share * left), settings.embedding_cap))
+    remaining = sum(len(group) for group in shuffled)
+    embedding, shuffled = _take(shuffled, min(round(settings.embedding_share * remaining), settings.embedding_cap))
     return ClientRows(
         client=client,
         train=tuple(sorted(row for group in shuffled for row in group)),
@@ -95,27 +95,27 @@ def split_client(
 
 
 def _take(groups: list[list[int]], target: int) -> tuple[list[int], list[list[int]]]:
-    """Take whole groups, in order, up to `target` rows but at least one; and the groups that stay.
+    """Take groups in order, up to `target` rows but at least one group; return their rows and the remaining groups.
 
-    A group that would go past the target is passed over. If all would, the smallest is taken, whole.
+    A group that would exceed the target is skipped. If all would, the smallest is taken.
     """
     target = max(target, 1)
     taken: list[int] = []
-    left: list[list[int]] = []
+    remaining: list[list[int]] = []
     for group in groups:
         if len(taken) + len(group) <= target:
             taken += group
         else:
-            left.append(group)
-    if not taken and left:
-        taken = left.pop(min(range(len(left)), key=lambda place: len(left[place])))
-    return taken, left
+            remaining.append(group)
+    if not taken and remaining:
+        taken = remaining.pop(min(range(len(remaining)), key=lambda index: len(remaining[index])))
+    return taken, remaining
 
 
 def _capped(rows: list[int], split: str, client: str, task: Task, settings: DataSettings) -> tuple[int, ...]:
-    """At most as many of the rows as the split's cap says, a seeded draw; the others stay unread.
+    """Return a seeded sample of at most as many rows as the split's cap; the others are not used.
 
-    Each split has random numbers of its own, so that the validation cap does not decide which test rows are read.
+    Each split has its own random generator, so that the validation cap does not affect the test rows.
     """
     cap: int = getattr(settings, f"{split}_cap_{task}")
     if len(rows) > cap:

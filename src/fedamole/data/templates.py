@@ -1,4 +1,4 @@
-"""Task templates: how a row of columns becomes a prompt, an answer and the options to choose from."""
+"""Templates: turn a row of a data file into a prompt, an answer and the options to choose from."""
 
 import difflib
 import logging
@@ -17,55 +17,58 @@ from fedamole.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 Piece = tuple[str, str | None]
-"""Literal text and the column whose value follows it (None: nothing follows)."""
+"""Literal text and the name of the column whose value follows it; None at the end of the template."""
 
 
 @dataclass(frozen=True)
 class TemplateSettings:
-    """A `[data.templates.<name>]` table; `{column}` stands for the row's value, `{{` and `}}` for braces."""
+    """`[data.templates.NAME]`: a template. A row's value replaces `{column}`; `{{` and `}}` are literal braces."""
 
-    # The prompt; end it with a newline, because prompt and answer are turned into tokens apart.
     prompt: str
-    # The answer, usually one column: "{response}".
+    """Text of the prompt. End it with a newline, because prompt and answer are tokenised separately."""
     answer: str
-    # The column of the prompt that may be shortened where the prompt is too long for the base.
+    """Text of the answer, usually one column: `"{response}"`. It must contain at least one column."""
     context: str | None = None
-    # The prompt of rows whose context is empty; unset: `prompt` serves them too.
+    """Column of the prompt that may be truncated if the prompt is too long. `prompt` must contain it exactly once."""
     prompt_without_context: str | None = None
-    # The answers there are, for classification; none here, nor by the next two: free text.
+    """Prompt of rows whose context is empty; it must not contain the context column. Requires `context`. Unset:
+    `prompt`."""
     options: tuple[str, ...] = ()
-    # The column whose distinct values, sorted, over train and test rows, are the options.
+    """Answers to choose from, at least two, each once (classification). Without `options`, `options_from` and `labels`
+    answers are free text."""
     options_from: str | None = None
-    # From the answer in the data to the answer as written; "" leaves such rows out. Without `options` they
-    # are these.
+    """Column whose distinct values in the train and test rows, sorted, are the options. Not allowed with `options` or
+    `labels`."""
     labels: dict[str, str] = field(default_factory=dict)
+    """Answers as the data contain them, each mapped to the answer to write, for example `{"0" = "Yes", "1" = "No"}`.
+    Rows mapped to `""` are left out. Without `options` the mapped answers are the options."""
 
     def __post_init__(self) -> None:
-        wanted = columns_of(self.prompt, "prompt")
+        prompt_columns = columns_of(self.prompt, "prompt")
         if not columns_of(self.answer, "answer"):
             _refuse("answer", self.answer, 'it names no column; write one as "{response}"')
-        if self.context is not None and wanted.count(self.context) != 1:
+        if self.context is not None and prompt_columns.count(self.context) != 1:
             _refuse(
                 "context",
                 self.context,
-                "prompt must hold this column exactly once, as {" + self.context + "}",
+                "prompt must contain this column exactly once, as {" + self.context + "}",
             )
         if self.prompt_without_context is not None:
             if self.context is None:
-                _refuse("prompt_without_context", self.prompt_without_context, "it needs context = <column>")
+                _refuse("prompt_without_context", self.prompt_without_context, "it requires context = <column>")
             if self.context in columns_of(self.prompt_without_context, "prompt_without_context"):
                 _refuse(
                     "prompt_without_context",
                     self.prompt_without_context,
-                    "it must not hold the context column",
+                    "it must not contain the context column",
                 )
         if self.options_from is not None and (self.options or self.labels):
-            _refuse("options_from", self.options_from, "give either options_from or options/labels, not both")
+            _refuse("options_from", self.options_from, "set either options_from or options/labels, not both")
         if self.options and len(set(self.options)) < max(2, len(self.options)):
-            _refuse("options", self.options, "give at least two, each once")
-        strangers = sorted({text for text in self.labels.values() if text} - set(self.options)) if self.options else []
-        if strangers:
-            _refuse("labels", strangers, f"every written label must be one of the options {list(self.options)}")
+            _refuse("options", self.options, "set at least two different options")
+        unknown = sorted({text for text in self.labels.values() if text} - set(self.options)) if self.options else []
+        if unknown:
+            _refuse("labels", unknown, f"every label must be mapped to one of the options {list(self.options)}")
 
 
 def _refuse(key: str, value: object, remedy: str) -> None:
@@ -74,11 +77,13 @@ def _refuse(key: str, value: object, remedy: str) -> None:
 
 @lru_cache(maxsize=256)
 def pieces_of(text: str, key: str) -> tuple[Piece, ...]:
-    """A template's text cut into literals and columns; read once, so braces in the data stay plain text."""
+    """Split a template's text into literals and columns. Braces in the data are not interpreted."""
     try:
         parsed = list(string.Formatter().parse(text))
     except ValueError as error:
-        raise ConfigError(f"data.templates.<name>.{key} = {text!r}: {error}; write a literal brace twice") from error
+        raise ConfigError(
+            f"data.templates.<name>.{key} = {text!r}: {error}; write literal braces as {{{{ and }}}}"
+        ) from error
     pieces: list[Piece] = []
     before = ""
     for literal, column, spec, conversion in parsed:
@@ -86,9 +91,9 @@ def pieces_of(text: str, key: str) -> tuple[Piece, ...]:
             _refuse(
                 key,
                 text,
-                "a place must be {column}, without format or conversion; write a literal brace twice",
+                "a column must be written as {column}, without format or conversion; write literal braces as {{ and }}",
             )
-        # A doubled brace divides a literal, which is put together again: it may be part of a special token.
+        # The parser splits a literal at a doubled brace. Join the parts again: a special token may contain a brace.
         before += literal
         if column is not None:
             pieces.append((before, column))
@@ -97,12 +102,12 @@ def pieces_of(text: str, key: str) -> tuple[Piece, ...]:
 
 
 def columns_of(text: str, key: str) -> list[str]:
-    """The columns that a template's text asks for, in order and with repeats."""
+    """Return the columns in a template's text, in order and with repeats."""
     return [column for _, column in pieces_of(text, key) if column is not None]
 
 
 BUILT_IN: dict[str, TemplateSettings] = {
-    # The Alpaca layout: a preamble, then the parts under headings; the wording is this project's.
+    # The Alpaca format: an introduction, then the parts under headings. The wording is this project's own.
     "alpaca": TemplateSettings(
         prompt=(
             "The instruction below describes a task; the input after it gives further context. "
@@ -119,7 +124,7 @@ BUILT_IN: dict[str, TemplateSettings] = {
     "snli": TemplateSettings(
         prompt="Premise: {premise}\nHypothesis: {hypothesis}\nDoes the premise imply it?\nAnswer:\n",
         answer="{label}",
-        # -1 marks pairs on which SNLI's annotators did not agree: they have no answer.
+        # -1 marks pairs on which SNLI's annotators did not agree. They have no answer.
         labels={
             "0": "Yes",
             "1": "Maybe",
@@ -142,7 +147,7 @@ BUILT_IN: dict[str, TemplateSettings] = {
         options=("yes", "no", "maybe"),
     ),
     "plain": TemplateSettings(prompt="{prompt}", answer="{completion}"),
-    # The same, for rows whose prompt and completion are made of `messages` even where the file has such columns too.
+    # The same for files that also have a prompt or completion column: `messages` is used instead.
     "messages": TemplateSettings(prompt="{prompt}", answer="{completion}"),
     "classification": TemplateSettings(
         prompt="Text: {text}\nWhich class does the text belong to?\nClass:\n",
@@ -150,26 +155,25 @@ BUILT_IN: dict[str, TemplateSettings] = {
         options_from="label_text",
     ),
 }
-# Texts whose labels come without names: the same, with the labels themselves as options.
-_BARE_CLASSIFICATION = TemplateSettings(
+# The same for files without a column of label names: the labels themselves are the options.
+_UNNAMED_CLASSIFICATION = TemplateSettings(
     prompt=BUILT_IN["classification"].prompt, answer="{label}", options_from="label"
 )
 
 
 def check_name(name: str, own: Mapping[str, TemplateSettings]) -> None:
-    """Raise ConfigError for a template that is neither built in nor among the config's own."""
+    """Raise ConfigError if a template is neither built in nor defined in the config (`own`)."""
     known = ["auto", *BUILT_IN, *own]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         guess = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"data.source.template = {name!r}: known are {', '.join(known)}{guess}")
+        raise ConfigError(f"data.source.template = {name!r}: unknown template; known are {', '.join(known)}{guess}")
 
 
 def choose(name: str, own: Mapping[str, TemplateSettings], columns: Iterable[str], where: str) -> TemplateSettings:
-    """The template of this name for a file with these columns; "auto" goes by the columns alone.
+    """Return the template with this name for a file with these columns; "auto" selects one by the columns.
 
-    Raises DataError where "auto" finds no template, or where the template asks for a column that is not
-    there.
+    Raises DataError if "auto" finds no template, or if the file lacks a column of the template.
     """
     check_name(name, own)
     have = set(columns)
@@ -177,21 +181,21 @@ def choose(name: str, own: Mapping[str, TemplateSettings], columns: Iterable[str
         name = _by_columns(have, where)
     template = own[name] if name in own else BUILT_IN[name]
     if name == "classification" and name not in own and "label_text" not in have and "label" in have:
-        template = _BARE_CLASSIFICATION
+        template = _UNNAMED_CLASSIFICATION
     check_columns(template, have, where)
     return template
 
 
 def check_columns(template: TemplateSettings, columns: Iterable[str], where: str) -> None:
-    """Raise DataError for a column that the template asks for and a file does not have."""
+    """Raise DataError if a file lacks a column of the template."""
     have = set(columns)
     texts = {
         "prompt": template.prompt,
         "prompt_without_context": template.prompt_without_context or "",
         "answer": template.answer,
     }
-    wanted = [column for key, text in texts.items() for column in columns_of(text, key)]
-    for column in (*wanted, *([template.options_from] if template.options_from is not None else [])):
+    needed = [column for key, text in texts.items() for column in columns_of(text, key)]
+    for column in (*needed, *([template.options_from] if template.options_from is not None else [])):
         if column not in have:
             raise missing_column(column, have, where)
 
@@ -205,10 +209,10 @@ def _by_columns(have: set[str], where: str) -> str:
         return "plain"
     if "text" in have and {"label", "label_text"} & have:
         return "classification"
-    if "messages" in have:  # not used by `arrange`, so the file has one of the two columns
+    if "messages" in have:  # `arrange` did not use it, so the file has one of the two columns
         beside = "prompt" if "prompt" in have else "completion"
         raise DataError(
-            f"{where}: there are the columns messages and {beside}, and either could make the prompts. In this "
+            f"{where}: both of the columns messages and {beside} could provide the prompts. In this "
             f'[[data.source]], set template = "messages" to use messages, or drop the other column with columns = '
             f'{{{beside} = ""}}; for a client\'s own file, --template messages or --column {beside}='
         )
@@ -219,10 +223,10 @@ def _by_columns(have: set[str], where: str) -> str:
 
 
 def options_of(template: TemplateSettings, rows: Iterable[Mapping[str, Any]], where: str) -> tuple[str, ...]:
-    """The options of a whole source; `rows` are all its rows, train and test: its clients share the list.
+    """Return the answer options of a source, which all its clients share; empty for free text.
 
-    Empty for free text. Values that differ only by the white space around them are one option, without it; a warning
-    counts the rows that have it. Raises DataError if `options_from` finds fewer than two values.
+    `rows` are all rows of the source, train and test. Values that differ only in leading or trailing white space are
+    one option, without it; a warning counts such rows. Raises DataError if `options_from` finds fewer than two values.
     """
     rows = list(rows)
     options = template.options
@@ -243,33 +247,33 @@ def options_of(template: TemplateSettings, rows: Iterable[Mapping[str, Any]], wh
 def _warn_of_white_space(
     template: TemplateSettings, known: Collection[str], rows: Iterable[Mapping[str, Any]], where: str
 ) -> None:
-    """Count the rows whose label is a known one but for the white space around it; `render` takes it for that one."""
+    """Log the number of labels that are known only without white space around them; `render` strips it."""
     columns = columns_of(template.answer, "answer")
     if not known or len(columns) > 1:
         return
     labels = [row[columns[0]] for row in rows if isinstance(row.get(columns[0]), str)]
-    spaced = [label for label in labels if label not in known and label.strip() in known]
-    if spaced:
+    padded = [label for label in labels if label not in known and label.strip() in known]
+    if padded:
         log.warning(
-            "%s: %d of %d labels have white space around them; each is taken for the label without it, for example %s",
+            "%s: %d of %d labels have white space around them, which is removed; for example %s",
             where,
-            len(spaced),
+            len(padded),
             len(labels),
-            shortened(spaced[0]),
+            shortened(padded[0]),
         )
 
 
-def _too_few_options(template: TemplateSettings, column: str, found: Sequence[str], where: str) -> DataError:
-    """The error for a file with a single label: shows the template that lists the answers of the whole task."""
+def _too_few_options(template: TemplateSettings, column: str, values: Sequence[str], where: str) -> DataError:
+    """Return the error for a file with fewer than two labels. It shows a template that lists all answers."""
     keys = {"prompt": template.prompt, "prompt_without_context": template.prompt_without_context}
     keys |= {"context": template.context, "answer": template.answer}
     table = "".join(f"{key} = {_as_toml(text)}, " for key, text in keys.items() if text is not None)
-    options = "".join(f"{_as_toml(text[:200])}, " for text in found)
+    options = "".join(f"{_as_toml(text[:200])}, " for text in values)
     return DataError(
-        f"{where}: column {column!r} has only the values {[text[:200] for text in found]}; options need at least two. "
-        "If other clients have other answers, list all answers of the task in the config, which in a deployment is the "
-        f"coordinator's: under [data.templates], task = {{ {table}options = [{options}...] }}. Then use it: template = "
-        '"task" in each [[data.source]] of the task, or --template task for a client\'s own file'
+        f"{where}: column {column!r} has only the values {[text[:200] for text in values]}; at least two are "
+        "required. If other clients have other answers, list all answers of the task in the config (in a deployment, "
+        f"the coordinator's): under [data.templates], task = {{ {table}options = [{options}...] }}. Then use it: "
+        'template = "task" in each [[data.source]] of the task, or --template task for a client\'s own file'
     )
 
 
@@ -278,10 +282,9 @@ def _as_toml(text: str) -> str:
 
 
 def render(template: TemplateSettings, options: Sequence[str], row: Mapping[str, Any], where: str) -> Example | None:
-    """The example of one row, or None for a row without an answer; `where` names file and row in errors.
+    """Return the example of one row, or None if the row has no answer; `where` names file and row in errors.
 
-    Raises DataError for an empty column of the prompt other than the context and for an answer that is not
-    among the options.
+    Raises DataError if a column of the prompt other than the context is empty, or if the answer is not an option.
     """
     answer, answer_literals = _fill(pieces_of(template.answer, "answer"), row, where, missing="")
     if not answer.strip():
@@ -293,15 +296,17 @@ def render(template: TemplateSettings, options: Sequence[str], row: Mapping[str,
         if answer not in template.labels:
             raise DataError(
                 f"{where}: the label {shortened(answer)} is outside the template's labels {list(template.labels)}; "
-                f'correct the row or add it to labels (to "" to leave such rows out)'
+                f'correct the row, or add the label to labels (mapped to "", such rows are left out)'
             )
         answer = template.labels[answer]
         if not answer:
             return None
     if options and answer not in options:
-        raise DataError(f"{where}: the label {shortened(answer)} is outside the template's options {list(options)}")
+        raise DataError(
+            f"{where}: the label {shortened(answer)} is outside the template's options {list(options)}; correct the row"
+        )
     before, context, after = _prompt(template, row, where)
-    # Options of the template and the labels that it writes are its own text, whatever row chose among them.
+    # Options and labels of the template are its own text, even though the row selects one of them.
     own_options = bool(options) and template.options_from is None
     if options:
         answer_literals = ((0, len(answer)),) if own_options else ()
@@ -310,28 +315,30 @@ def render(template: TemplateSettings, options: Sequence[str], row: Mapping[str,
 
 
 class _Filled(NamedTuple):
-    """A template's text with the values of a row in it, and where its own text stands."""
+    """A template's text with the values of a row, and the spans of the template's own text in it."""
 
     text: str
     literals: tuple[Span, ...]
 
 
 def _prompt(template: TemplateSettings, row: Mapping[str, Any], where: str) -> tuple[_Filled, str, _Filled]:
-    pieces, nothing = pieces_of(template.prompt, "prompt"), _Filled("", ())
+    """Return the prompt before the context, the context, and the prompt after it."""
+    pieces = pieces_of(template.prompt, "prompt")
+    empty = _Filled("", ())
     if template.context is None:
-        return _fill(pieces, row, where), "", nothing
+        return _fill(pieces, row, where), "", empty
     value = row[template.context]
     context = "" if value is None else text_of(value, template.context, where)
     if not context.strip() and template.prompt_without_context is not None:
         without = pieces_of(template.prompt_without_context, "prompt_without_context")
-        return _fill(without, row, where), "", nothing
-    at = [column for _, column in pieces].index(template.context)
-    before = _fill((*pieces[:at], (pieces[at][0], None)), row, where)
-    return before, context, _fill(pieces[at + 1 :], row, where)
+        return _fill(without, row, where), "", empty
+    index = [column for _, column in pieces].index(template.context)
+    before = _fill((*pieces[:index], (pieces[index][0], None)), row, where)
+    return before, context, _fill(pieces[index + 1 :], row, where)
 
 
 def _fill(pieces: Iterable[Piece], row: Mapping[str, Any], where: str, missing: str | None = None) -> _Filled:
-    """Literals and values in order; `missing` stands for an empty value, without it that is a DataError."""
+    """Join literals and values; `missing` replaces empty values, which otherwise raise DataError."""
     parts: list[str] = []
     literals: list[Span] = []
     length = 0
@@ -350,10 +357,10 @@ def _fill(pieces: Iterable[Piece], row: Mapping[str, Any], where: str, missing: 
 
 
 def text_of(value: Any, column: str, where: str) -> str:
-    """Return a value as text; DataError for one that a template cannot show.
+    """Return a value as text; raise DataError if it is missing, bytes, a list or an object.
 
-    Text stays as it is, a number of a JSON file keeps its literal, truth values become true/false, and values of typed
-    columns (Parquet) are written as Python writes them: `1`, `2.5`, `2024-03-01 08:30:00`.
+    Strings are unchanged, numbers of a JSON file keep their literal, booleans become true/false, and values of typed
+    columns (Parquet) use Python's `str`: `1`, `2.5`, `2024-03-01 08:30:00`.
     """
     if isinstance(value, str):
         return value
@@ -361,5 +368,5 @@ def text_of(value: Any, column: str, where: str) -> str:
         return "true" if value else "false"
     if value is None or isinstance(value, list | dict | bytes):
         kind = "no value" if value is None else "bytes" if isinstance(value, bytes) else "a list or an object"
-        raise DataError(f"{where}: column {column!r} holds {kind}, a template needs text or a number")
+        raise DataError(f"{where}: column {column!r} contains {kind}; a template requires text or a number")
     return str(value)

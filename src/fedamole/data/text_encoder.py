@@ -1,8 +1,8 @@
-"""Text as token ids, where special tokens come from a template's own text and never from data.
+"""Encode text as token ids. Special tokens are recognised in template text only, never in data.
 
-`split_special_tokens=True` of transformers is not enough. It stops the search for special tokens in a text, but
-Unigram, WordLevel and WordPiece models still find them in their vocabulary. It is also a state of the tokenizer,
-which threads share. So text is read by a copy of the tokenizer in which every special token has a secret name.
+`split_special_tokens=True` of transformers is not sufficient. It disables the search for special tokens in a text, but
+Unigram, WordLevel and WordPiece models still find them in their vocabulary. It is also state of the tokenizer, which
+threads share. Therefore a copy of the tokenizer encodes the text, in which every special token has a secret name.
 """
 
 import json
@@ -22,14 +22,14 @@ Ids = tuple[int, ...]
 
 
 class TextEncoder:
-    """Token ids of texts by a fast tokenizer. Ids are the tokenizer's own; threads may share an encoder.
+    """Encode texts with a copy of a fast tokenizer. The ids are the tokenizer's own; the encoder is thread-safe.
 
     Special tokens are the tokenizer's added tokens that are marked as special, and those with a role (BOS, EOS,
-    padding, ...). A special token that is nothing but white space is treated as text.
+    padding, ...). Special tokens that consist of white space are treated as text.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Copy the tokenizer; BaseModelError for one that is not fast or whose special tokens cannot be renamed."""
+        """Copy the tokenizer; BaseModelError if it is not fast or its special tokens cannot be renamed."""
         if not tokenizer.is_fast:
             raise BaseModelError(
                 f"tokenizer {tokenizer.name_or_path!r} gives no character offsets; use its fast version"
@@ -42,53 +42,55 @@ class TextEncoder:
             for token in description["added_tokens"]
             if (token["special"] or token["content"] in roles) and token["content"].strip()
         )
-        # Nobody who writes data can know the secret, so no data can hold a secret name.
+        # The secret is random, so that data cannot contain a secret name.
         secret = secrets.token_hex(16)
         self._secret_names = {name: f"{secret}{index:08x}" for index, name in enumerate(names)}
         _rename(description, self._secret_names)
         self._tokenizer = type(backend).from_str(json.dumps(description, ensure_ascii=False))
-        # Of two names that begin alike the longer one counts, as in the tokenizer itself.
+        # Match the longest name first, as the tokenizer does.
         longest_first = sorted(map(re.escape, names), key=len, reverse=True)
         self._names = re.compile("|".join(longest_first) or r"(?!)")
         for name, secret_name in self._secret_names.items():
             if self.encode([secret_name])[0] != (backend.token_to_id(name),):
                 raise BaseModelError(
-                    f"tokenizer {tokenizer.name_or_path!r}: its special token {name!r} cannot be kept apart from "
-                    f"text, because its normalizer changes the names of special tokens; use another base"
+                    f"tokenizer {tokenizer.name_or_path!r}: its special token {name!r} cannot be distinguished "
+                    f"from text, because its normalizer changes the names of special tokens; use another base"
                 )
         self.leading_specials = self._leading_specials(tokenizer)
-        """The special tokens that the tokenizer itself sets before a text: its BOS, or nothing."""
+        """Special tokens that the tokenizer prepends to a text: its BOS token, or none."""
 
     def marked(self, text: str, literals: Sequence[Span] = ()) -> str:
-        """Return the text with the special tokens inside `literals` written so that `encode` reads them as tokens.
+        """Replace special tokens within the spans `literals` by their secret names, which `encode` reads as tokens.
 
         `literals` are (start, end) character positions in ascending order.
         """
-        parts, read = list[str](), 0
+        parts: list[str] = []
+        position = 0
         for start, end in literals:
-            own = self._names.sub(lambda found: self._secret_names[found[0]], text[start:end])
-            parts += [text[read:start], own]
-            read = end
-        return "".join(parts) + text[read:]
+            literal = self._names.sub(lambda match: self._secret_names[match[0]], text[start:end])
+            parts += [text[position:start], literal]
+            position = end
+        return "".join(parts) + text[position:]
 
     def holds_special_text(self, marked: str) -> bool:
-        """Whether a text that went through `marked` still holds the name of a special token, which is then text."""
+        """Whether a text returned by `marked` still contains the name of a special token, which is then text."""
         return self._names.search(marked) is not None
 
     def encode(self, marked: Sequence[str]) -> list[Ids]:
-        """Token ids of texts that went through `marked`, nothing added before or after them.
+        """Return the token ids of texts returned by `marked`, without additional special tokens.
 
-        Raises DataError for a text that is no valid Unicode.
+        Raises DataError if a text is not valid Unicode.
         """
         try:
-            return [tuple(found.ids) for found in self._tokenizer.encode_batch_fast(marked, add_special_tokens=False)]
+            encodings = self._tokenizer.encode_batch_fast(marked, add_special_tokens=False)
+            return [tuple(encoding.ids) for encoding in encodings]
         except TypeError as error:
             for number, text in enumerate(marked, start=1):
                 _check_unicode(text, number, len(marked))
             raise BaseModelError(f"the tokenizer cannot read these texts: {error}") from error
 
     def token_ends(self, text: str) -> list[int]:
-        """The character position after each token of a text without special tokens."""
+        """Return the end position, in characters, of each token of a text without special tokens."""
         return [end for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets]
 
     def _leading_specials(self, tokenizer: "PreTrainedTokenizerBase") -> Ids:
@@ -103,15 +105,15 @@ class TextEncoder:
 
 @lru_cache(maxsize=4)
 def text_encoder(tokenizer: "PreTrainedTokenizerBase") -> TextEncoder:
-    """The encoder of a tokenizer, made once: for a vocabulary of 256,000 that takes 2 seconds."""
+    """Return the cached encoder of a tokenizer. Creating one takes 2 seconds for a vocabulary of 256,000."""
     return TextEncoder(tokenizer)
 
 
 def _rename(description: dict[str, Any], names: dict[str, str]) -> None:
-    """Give tokens other names in a tokenizer's JSON description; ids stay, and no merge makes such a token."""
+    """Rename tokens in a tokenizer's JSON description, in place; remove merges that produce them. Ids stay."""
     for token in description["added_tokens"]:
         if token["content"] in names:
-            # The template's author decides where a token stands, so it needs no space around it.
+            # A template may contain the token anywhere, also without spaces around it.
             token.update(content=names[token["content"]], single_word=False)
     model = description["model"]
     vocabulary = model["vocab"]
@@ -124,11 +126,12 @@ def _rename(description: dict[str, Any], names: dict[str, str]) -> None:
     if "merges" in model:
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & names.keys()]
-    # Lengths are the caller's concern.
+    # The caller truncates and pads.
     description["truncation"] = description["padding"] = None
 
 
 def _check_unicode(text: str, number: int, count: int) -> None:
+    """Raise DataError for a text that is not valid Unicode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

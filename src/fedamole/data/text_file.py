@@ -1,4 +1,4 @@
-"""Text files of rows: UTF-8, with or without a byte order mark, gzip or not; anything else is one clear error."""
+"""Open UTF-8 text files, optionally with a byte order mark or compressed with gzip."""
 
 import codecs
 import gzip
@@ -10,20 +10,20 @@ from typing import IO, cast
 
 from fedamole.errors import DataError
 
-REMEDY = "save it as UTF-8 (a spreadsheet calls this 'CSV UTF-8')"
+REMEDY = "save it as UTF-8 (in spreadsheets: 'CSV UTF-8')"
 
 
 @contextmanager
 def open_text(path: Path, where: str, gzipped: bool) -> Iterator[IO[str]]:
-    """Open a file as UTF-8 text; every line end stays as it is.
+    """Open a file as UTF-8 text, without newline translation.
 
-    Raises DataError, beginning with `where`, for a file in another encoding, a damaged gzip file, and a file that
-    the system does not let us read, also while the file is read.
+    Raises DataError, which begins with `where`, on opening and on reading: for another encoding, a damaged gzip file,
+    and errors of the operating system.
     """
     try:
         with _open_bytes(path, gzipped) as raw:
             head = raw.read(2)
-        # ASCII text in UTF-16 has a zero in every second byte, so this finds files without a mark as well.
+        # In UTF-16 every second byte of ASCII text is zero, so this detects files without a byte order mark as well.
         if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in head:
             raise DataError(f"{where}: cannot be read as UTF-8 text: it is UTF-16 or UTF-32; {REMEDY}")
         opener = gzip.open if gzipped else open
@@ -35,7 +35,9 @@ def open_text(path: Path, where: str, gzipped: bool) -> Iterator[IO[str]]:
             f"{where}, line {line}: cannot be read as UTF-8 text: it has another encoding, such as Latin-1; {REMEDY}"
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{where}: cannot be read: it is no gzip file, or a damaged one; compress it anew") from error
+        raise DataError(
+            f"{where}: cannot be read: it is not a gzip file, or it is damaged; compress it again"
+        ) from error
     except OSError as error:
         raise DataError(f"{where}: cannot be read: {error.strerror or type(error).__name__}") from error
 
@@ -45,7 +47,7 @@ def _open_bytes(path: Path, gzipped: bool) -> IO[bytes]:
 
 
 def _first_bad_line(path: Path, gzipped: bool) -> int:
-    """Number of the first line that is not UTF-8; lines are decoded in blocks, so the error does not know it."""
+    """Return the number of the first line that is not UTF-8; the decoder's error lacks it."""
     number = 0
     with _open_bytes(path, gzipped) as file:
         for number, line in enumerate(file, start=1):  # noqa: B007

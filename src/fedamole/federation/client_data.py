@@ -51,7 +51,7 @@ def client_data(shard: Shard, tokenizer: Any, max_length: int) -> ClientData:
             tokens = tokenise(examples, tokenizer, max_length)
         except DataError as error:
             raise DataError(f"client {shard.client}, {name} data: {error}") from error
-        splits[name] = Split(tokens.rows, tuple(examples[i] for i in tokens.places))
+        splits[name] = Split(tokens.rows, tuple(examples[i] for i in tokens.indices))
         results.append(tokens)
         if not tokens.rows:
             raise DataError(
