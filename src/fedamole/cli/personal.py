@@ -257,7 +257,7 @@ def source_of_file(
 
     for file in (path, test):
         if file is not None and not file.exists():
-            raise DataError(f"{file} does not exist")
+            raise DataError(f"there is no file {file}")
     return SourceSettings(
         name,
         str(path.resolve()),
