@@ -180,7 +180,7 @@ def test_where_all_rates_diverge_lower_ones_are_tried() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rates", "told"),
+    ("rates", "expected"),
     [
         ([], ""),
         (FIVE, ""),
@@ -191,12 +191,14 @@ def test_where_all_rates_diverge_lower_ones_are_tried() -> None:
         ([1e-3], "1 value from"),
     ],
 )
-def test_a_narrow_grid_is_told(rates: list[float], told: str, write: Write, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_narrow_grid_gives_a_warning(
+    rates: list[float], expected: str, write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
     path = write(["fedit"], learning_rates=rates)
     load_comparison(path)
-    assert bool(caplog.text) == bool(told) == bool(narrowness(rates))
-    assert told in caplog.text
-    assert not told or str(path) in caplog.text
+    assert bool(caplog.text) == bool(expected) == bool(narrowness(rates))
+    assert expected in caplog.text
+    assert not expected or str(path) in caplog.text
 
 
 def test_one_rate_is_not_widened_and_is_at_an_edge(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,13 +293,13 @@ def small_setting(method: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "expected"),
     [
         ({"learning_rates": [0.0, 1.0]}, "learning_rates: 0 must be above 0"),
         ({"widen": -1}, "widen = -1: must be at least 0"),
         ({"reference": "ditto-paper"}, "reference = 'ditto-paper' is not one of methods; did you mean 'ditto'"),
     ],
 )
-def test_mistakes_are_told(settings: dict[str, Any], told: str, write: Write) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_invalid_settings_are_refused(settings: dict[str, Any], expected: str, write: Write) -> None:
+    with pytest.raises(ConfigError, match=expected):
         load_comparison(write(["ditto"], **settings))

@@ -1,4 +1,4 @@
-"""What a report says is what the folders say, whatever they hold; nothing in them can do harm to its reader."""
+"""The report shows the content of the run folders, and escapes everything in them."""
 
 import base64
 import fnmatch
@@ -39,16 +39,16 @@ SOURCE = Path(__file__).parents[2] / "src" / "fedamole"
 CLIENTS = ["chat", "entail", "mood", "plain"]
 
 
-def told(*paths: Path) -> dict[str, Any]:
+def content_of(*paths: Path) -> dict[str, Any]:
     return content(read_folders(paths))
 
 
 @pytest.fixture
-def copied(tmp_path: Path) -> Callable[..., Path]:
-    """A run's folder to be meddled with; `unfinished` as it was after its first two rounds."""
+def copy_of(tmp_path: Path) -> Callable[..., Path]:
+    """Copy a run's folder, to be changed by a test; `unfinished`: with its first two rounds only."""
 
     def copy(run: Path, unfinished: bool = False) -> Path:
-        folder = Path(shutil.copytree(run, tmp_path / "meddled" / run.name, ignore=shutil.ignore_patterns("clients")))
+        folder = Path(shutil.copytree(run, tmp_path / "copies" / run.name, ignore=shutil.ignore_patterns("clients")))
         if unfinished:
             (folder / "summary.json").unlink()
             for name in ("metrics.jsonl", "assignment.jsonl"):
@@ -66,7 +66,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 def test_scores_and_gains_are_those_of_the_tables(runs: Any) -> None:
     paths = [runs("fedamole"), runs("fedit")]
-    found = told(*paths)
+    found = content_of(*paths)
     [comparison] = run_tables(read_runs(paths))
     assert [found["test"]["head"], *found["test"]["body"]] == as_text(comparison)
     assert found["models"] == ["fedit", "fedamole"]
@@ -84,7 +84,7 @@ def test_scores_and_gains_are_those_of_the_tables(runs: Any) -> None:
 
 
 def test_seeds_of_a_method_are_one_column_and_pairs_by_seed(runs: Any) -> None:
-    found = told(runs("fedit"), runs("fedit", "run.seed=1"), runs("local_only"))
+    found = content_of(runs("fedit"), runs("fedit", "run.seed=1"), runs("local_only"))
     assert found["about"]["head"] == ["fedit", "local_only"]
     assert {(line["model"], line["seed"]) for line in found["learning"]["lines"]} == {(0, 0), (0, 1), (1, 0)}
     [against] = [one for one in found["gain"] if one["reference"] == "fedit"]
@@ -95,9 +95,9 @@ def test_seeds_of_a_method_are_one_column_and_pairs_by_seed(runs: Any) -> None:
     }
 
 
-def test_lines_and_assignment_are_what_the_run_wrote(runs: Any) -> None:
+def test_learning_curves_and_assignment_equal_the_run_files(runs: Any) -> None:
     path = runs("fedamole")
-    found = told(path)
+    found = content_of(path)
     for line in json_lines(path / "metrics.jsonl"):
         if line["split"] == "validation" and line["method"] == "fedamole":
             assert found["learning"]["lines"][0]["values"]["loss"][line["client"]][line["round"]] == line["loss"]
@@ -116,24 +116,24 @@ def test_lines_and_assignment_are_what_the_run_wrote(runs: Any) -> None:
 
 
 def test_a_method_without_experts_has_no_section_on_them(runs: Any) -> None:
-    found = told(runs("fedit"))
+    found = content_of(runs("fedit"))
     assert "experts" not in found
     assert "routing" not in found
     assert "labels" not in found, "a simulation's folder tells amounts, but no labels"
     assert set(found) & set(TITLES) == {"about", "learning", "test", "gain", "data", "costs"}
 
 
-def test_the_work_of_clients_is_among_the_costs(runs: Any, copied: Any) -> None:
+def test_the_work_of_clients_is_among_the_costs(runs: Any, copy_of: Any) -> None:
     """As metrics.jsonl has it, a mean over the clients; a run of an earlier version has empty cells."""
     paper = runs("ditto", "training.budget=paper", "federation.rounds=1")
     lines = [json.loads(line) for line in (paper / "metrics.jsonl").read_text().splitlines()]
     tokens = sum(line.get("backward_tokens", 0) for line in lines) / 4
-    older = copied(runs("local_only"))
+    older = copy_of(runs("local_only"))
     counts = ("forward_tokens", "backward_tokens", "trained_parameters")
     kept = [json.loads(line) for line in (older / "metrics.jsonl").read_text().splitlines()]
     kept = [{key: value for key, value in line.items() if key not in counts} for line in kept]
     (older / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
-    found = told(paper, older)
+    found = content_of(paper, older)
     costs = found["costs"]
     place = costs["columns"].index("tokens trained on, per client")
     (label, values, texts), (_, _, others) = costs["lines"]
@@ -146,63 +146,63 @@ def test_the_work_of_clients_is_among_the_costs(runs: Any, copied: Any) -> None:
     assert "no star with one seed" in found["test"]["caption"]
 
 
-def test_an_unfinished_run_is_shown_as_far_as_it_is(runs: Any, copied: Any) -> None:
-    found = told(copied(runs("fedamole"), unfinished=True), runs("fedit"))
+def test_an_unfinished_run_is_shown_as_far_as_it_is(runs: Any, copy_of: Any) -> None:
+    found = content_of(copy_of(runs("fedamole"), unfinished=True), runs("fedit"))
     assert found["states"] == [f"{runs('fedamole').name} is not finished: 2 of 3 rounds are done."]
     assert found["test"]["head"] == ["client", "base", "majority", "fedit"]
     assert found["experts"][0]["rounds"] == [0, 1]
     assert len(found["learning"]["lines"]) == 2
     assert dict(found["about"]["lines"])["Rounds done"] == ["all 3", "2 of 3"]
-    alone = told(copied(runs("local_only"), unfinished=True))
+    alone = content_of(copy_of(runs("local_only"), unfinished=True))
     assert "test" not in alone
     assert "costs" in alone
 
 
 def test_the_folders_of_a_deployment(tiny: Path, tmp_path: Path) -> None:
     """A coordinator knows who holds what and what clients tell; a client knows itself."""
-    made = town(tiny / "config.toml", tmp_path, "federation.rounds=2", "method.rank=2", "training.local_steps=1")
-    made.run()
-    server = made.server_folder
-    (server / "config.toml").write_text(tomli_w.dumps(made.config.tables()))
+    written = town(tiny / "config.toml", tmp_path, "federation.rounds=2", "method.rank=2", "training.local_steps=1")
+    written.run()
+    server = written.server_folder
+    (server / "config.toml").write_text(tomli_w.dumps(written.config.tables()))
     (server / "manifest.json").write_text(json.dumps({"clients": CLIENTS}))
     mood = {"examples": {"train": 30, "test": 4}, "labels": {"glad": 20, "sad": 10}}
     (server / "clients.json").write_text(json.dumps({"mood": mood, "chat": {"examples": {"train": 38}}}))
-    found = told(server)
+    found = content_of(server)
     assert found["clients"] == CLIENTS
     assert [one["label"] for one in found["experts"]] == ["fedamole, seed 0"]
     assert found["labels"] == {"labels": ["glad", "sad"], "lines": [["mood", [20, 10]]]}
     assert found["data"]["lines"] == [["chat", "", [38, 0]], ["mood", "", [30, 4]]]
     [own] = (tmp_path / "mood").glob("*/run.json")
-    at_client = told(own.parent)
+    at_client = content_of(own.parent)
     assert at_client["clients"] == ["mood"]
     assert "experts" not in at_client
     assert {"learning", "test", "data", "costs"} <= set(at_client)
     page(found), page(at_client)
 
 
-def test_who_was_left_out_is_told_and_no_number_is_no_trouble(runs: Any, copied: Any) -> None:
-    folder = copied(runs("fedit"), unfinished=True)
+def test_failed_updates_and_values_that_are_not_finite(runs: Any, copy_of: Any) -> None:
+    folder = copy_of(runs("fedit"), unfinished=True)
     lost = {"round": 1, "client": "mood", "split": "train", "failed": "diverged", "bytes_down": 1, "bytes_up": 0}
     bad = {"round": 1, "client": "mood", "split": "validation", "method": "fedit", "loss": float("nan")}
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(lost) + "\n" + json.dumps(bad) + "\n")
-    found = told(folder)
+    found = content_of(folder)
     assert found["failed"] == [["fedit", 1, "mood", "diverged"]]
     assert found["learning"]["lines"][0]["values"]["loss"]["mood"][1] is None
     page(found)
 
 
-def test_routing_is_shown_where_it_was_worked_out(runs: Any, copied: Any) -> None:
-    folder = copied(runs("fedamole"))
+def test_routing_is_shown_where_it_was_worked_out(runs: Any, copy_of: Any) -> None:
+    folder = copy_of(runs("fedamole"))
     modules = {"model.layers.0.self_attn.q_proj": {"10": 0.25, "2": 0.75}, "model.layers.1.self_attn.q_proj": {"2": 1}}
     (folder / "routing.json").write_text(json.dumps({"clients": {"mood": modules}}))
-    [found] = told(folder)["routing"]
+    [found] = content_of(folder)["routing"]
     assert found["experts"] == ["2", "10"], "by number"
     assert found["modules"] == ["layer 0 q_proj", "layer 1 q_proj"]
     assert found["shares"][0] == {"mood": {"10": 0.25, "2": 0.75}}
     (folder / "routing.json").write_text('{"clients": ["mood"]}')
     with pytest.raises(RunError, match=r"routing\.json is damaged"):
-        told(folder)
+        content_of(folder)
 
 
 def test_names_of_modules_stay_apart() -> None:
@@ -230,18 +230,18 @@ EVIL = "</script><img src=x onerror=alert(1)>&amp;[link=http://x]\x1b[31m\u202e\
 SHOWN = "</script><img src=x onerror=alert(1)>&amp;[link=http://x]\\x1b[31m\\u202e\\u2028"
 
 
-def test_a_client_has_no_such_name(runs: Any, copied: Any) -> None:
+def test_client_names_with_markup_are_refused(runs: Any, copy_of: Any) -> None:
     for name in ("metrics.jsonl", "assignment.jsonl", "summary.json", "manifest.json"):
-        folder = copied(runs("fedamole"))
+        folder = copy_of(runs("fedamole"))
         text = (folder / name).read_text()
         (folder / name).write_text(text.replace('"mood"', json.dumps(EVIL)))
         with pytest.raises(RunError, match=rf"{name}.* is damaged"):
-            told(folder)
+            content_of(folder)
         shutil.rmtree(folder)
 
 
-def test_what_comes_from_data_stays_data(runs: Any, copied: Any) -> None:
-    folder = copied(runs("fedamole"))
+def test_texts_from_a_run_are_escaped(runs: Any, copy_of: Any) -> None:
+    folder = copy_of(runs("fedamole"))
     (folder / "clients.json").write_text(json.dumps({"mood": {"labels": {EVIL: 3}}}))
     (folder / "routing.json").write_text(json.dumps({"clients": {"mood": {EVIL: {EVIL: 0.5}}}}))
     text = (folder / "assignment.jsonl").read_text()
@@ -253,7 +253,7 @@ def test_what_comes_from_data_stays_data(runs: Any, copied: Any) -> None:
     config["run"]["name"], config["base"]["model"] = "</title><script>alert(2)</script>", EVIL
     config["method"][EVIL] = EVIL
     (folder / "config.toml").write_text(tomli_w.dumps(config))
-    found = told(folder)
+    found = content_of(folder)
     text = page(found)
     reader = Reader()
     reader.feed(text)
@@ -268,7 +268,7 @@ def test_what_comes_from_data_stays_data(runs: Any, copied: Any) -> None:
 
 
 def test_only_its_own_script_and_style_run_and_nothing_is_loaded(runs: Any) -> None:
-    text = page(told(runs("fedamole")))
+    text = page(content_of(runs("fedamole")))
     [policy] = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)
     assert policy.startswith("default-src 'none'; ")
     for tag in ("style", "script"):
@@ -278,12 +278,12 @@ def test_only_its_own_script_and_style_run_and_nothing_is_loaded(runs: Any) -> N
     assert not re.search(r"\b(src|href)\s*=\s*[\"'](?!#)", text)
     assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|innerHTML|eval\(", text)
     assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)\S+", text)
-    assert page(told(runs("fedamole"))) == text, "the same runs make the same page"
+    assert page(content_of(runs("fedamole"))) == text, "the same runs make the same page"
 
 
 def test_no_path_of_this_machine_is_told(runs: Any, tiny: Path) -> None:
     """A page is sent on: it names the base and the run, but not where they lie."""
-    text = page(told(runs("fedamole")))
+    text = page(content_of(runs("fedamole")))
     assert str(tiny.parent) not in text
     assert str(runs.folder) not in text
 
@@ -325,13 +325,13 @@ def test_colours_and_text_stand_out_in_both_schemes() -> None:
 
 
 def test_figures_for_a_paper(runs: Any, tmp_path: Path) -> None:
-    found = told(runs("fedamole", "federation.rounds=1"))
+    found = content_of(runs("fedamole", "federation.rounds=1"))
     found["experts"][0]["modules"] = found["experts"][0]["modules"][:1]  # one of the maps is enough here
-    made = draw_all(tmp_path / "one", found)
-    names = {path.stem for path in made}
+    written = draw_all(tmp_path / "one", found)
+    names = {path.stem for path in written}
     assert {"learning-loss", "test", "gain", "sizes", "experts-layer-0-q_proj", "data", "costs"} <= names
-    assert {path.suffix for path in made} == {".svg", ".png"}
-    for path in made:
+    assert {path.suffix for path in written} == {".svg", ".png"}
+    for path in written:
         if path.suffix == ".svg":
             assert ElementTree.parse(path).getroot().tag.endswith("svg")
         else:
@@ -345,9 +345,9 @@ def test_figures_of_runs_in_other_scripts_do_not_replace_each_other(tmp_path: Pa
     drawn = [(f"{figures._plain(label)}-sizes", label) for label in labels]
     monkeypatch.setattr(figures, "_figures", lambda content: iter(drawn))
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: path.write_text(figure))
-    made = draw_all(tmp_path, {})
-    assert len({path.name.lower() for path in made}) == 2 * len(labels)
-    assert [path.read_text() for path in made if path.suffix == ".svg"] == list(labels)
+    written = draw_all(tmp_path, {})
+    assert len({path.name.lower() for path in written}) == 2 * len(labels)
+    assert [path.read_text() for path in written if path.suffix == ".svg"] == list(labels)
 
 
 def report(*words: object) -> Any:
@@ -375,9 +375,11 @@ def test_the_command(runs: Any, tmp_path: Path) -> None:
     assert other.read_text() == "precious"
 
 
-def test_live_follows_a_run_to_its_end(runs: Any, copied: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_live_follows_a_run_to_its_end(
+    runs: Any, copy_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(commands, "POLL_SECONDS", 0.05)
-    folder, whole, out = copied(runs("fedit"), unfinished=True), runs("fedit"), tmp_path / "r.html"
+    folder, whole, out = copy_of(runs("fedit"), unfinished=True), runs("fedit"), tmp_path / "r.html"
     seen: list[str] = []
 
     def go_on() -> None:
@@ -406,16 +408,16 @@ def test_live_follows_a_run_to_its_end(runs: Any, copied: Any, tmp_path: Path, m
     assert '"test":' in final
 
 
-def test_ctrl_c_leaves_a_page_that_is_at_rest(runs: Any, copied: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_ctrl_c_leaves_a_page_that_does_not_reload(runs: Any, copy_of: Any, tmp_path: Path, monkeypatch: Any) -> None:
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(time, "sleep", interrupted)
-    done = report(copied(runs("fedit"), unfinished=True), "--out", tmp_path / "r.html", "--live")
+    done = report(copy_of(runs("fedit"), unfinished=True), "--out", tmp_path / "r.html", "--live")
     assert done.exit_code == 0
     assert '"live":0' in (tmp_path / "r.html").read_text()
 
 
-def test_a_live_page_says_so(runs: Any, tmp_path: Path) -> None:
-    write_page(tmp_path / "r.html", told(runs("fedit")), reload_seconds=7)
+def test_a_live_page_has_its_reload_interval(runs: Any, tmp_path: Path) -> None:
+    write_page(tmp_path / "r.html", content_of(runs("fedit")), reload_seconds=7)
     assert '"live":7' in (tmp_path / "r.html").read_text()

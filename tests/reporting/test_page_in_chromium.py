@@ -148,7 +148,7 @@ def test_module_and_round_are_chosen(visit: Any, report: Path, runs: Any) -> Non
     page.keyboard.press("ArrowLeft")
     assert page.locator("#experts output").inner_text() == "round 0 of 0 to 2"
     assert re.split(r"\t", line())[1] == expected(0, 3)
-    assert "random draw" in page.locator("#experts").inner_text()
+    assert "The relevance is random" in page.locator("#experts").inner_text()
     assert page.get_by_role("button", name="previous round").is_disabled()
 
 

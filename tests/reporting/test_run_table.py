@@ -50,7 +50,7 @@ def test_seeds_of_one_method_are_one_column() -> None:
     assert found.columns[0].clients == {"a": [1.0], "b": [1.0]}, "the base is the same for all, and there once"
 
 
-def test_best_rounds_of_each_clients_own_are_told_by_their_mean() -> None:
+def test_individual_best_rounds_are_shown_as_their_mean() -> None:
     own = run("fedit", a=10.0, b=20.0)
     own.summary["rows"]["fedit"]["best_round"] = {"a": 1, "b": 4}
     [found] = run_tables([own])
@@ -170,5 +170,5 @@ def test_the_work_of_a_run_is_in_its_table(runs: Any) -> None:
     table = {line[0]: line[1:] for line in as_text(found)}
     assert table["backward tokens"] == ["", "", short_count(tokens), short_count(tokens)]
     assert table["forward tokens"] == ["", "", "0", "0"]
-    told: Any = found.as_json()["columns"]
-    assert told["fedit"]["backward tokens"] == [tokens]
+    as_json: Any = found.as_json()["columns"]
+    assert as_json["fedit"]["backward tokens"] == [tokens]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedamole.errors import ConfigError
-from fedamole.reporting.plot_style import STYLE, save_figure
+from fedamole.reporting.plot_style import STYLE, require_matplotlib, save_figure, style_panel
 from fedamole.reporting.results import Scenario, SeedResult
 from fedamole.reporting.significance import deviation
 
@@ -17,10 +17,7 @@ def check_plot(path: Path) -> None:
     """Raise ConfigError if the plot cannot be drawn (file format, matplotlib), before anything is computed."""
     if path.suffix not in FORMATS:
         raise ConfigError(f"--plot {path}: the name must end with {', '.join(FORMATS)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from error
+    require_matplotlib("--plot")
 
 
 def draw(path: Path, scenarios: Sequence[Scenario]) -> None:
@@ -51,10 +48,7 @@ def _draw_scenario(panels: Any, scenario: Scenario) -> None:
     score.set_xlabel("test score, 0 to 100 (right is better)")
     loss.set_xlabel("test loss, nats per answer token (left is better)")
     for panel in panels:
-        panel.grid(axis="x", color="0.9")
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right", "left"]].set_visible(False)
-        panel.tick_params(axis="y", length=0)
+        style_panel(panel, "x")
     for height, method in enumerate(order):
         colour = "C0" if method in scenario.trained else "0.35"
         for panel, measure in ((score, "score"), (loss, "loss")):

@@ -70,7 +70,7 @@ def build_tables(scenarios: Sequence[Scenario], reference: str, matched: bool = 
         matched: Whether sizes were matched to the reference; methods that differ from it are then marked.
     """
     size_reference = reference if matched else ""
-    tables = [table for found in scenarios for table in (_methods(found, size_reference), _clients(found))]
+    tables = [table for scenario in scenarios for table in (_methods(scenario, size_reference), _clients(scenario))]
     if len(scenarios) > 1:
         tables.append(_over_scenarios(scenarios))
     method_gains = gains(scenarios, reference)

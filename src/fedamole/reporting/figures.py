@@ -6,9 +6,9 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from fedamole.errors import ConfigError, RunError
+from fedamole.errors import RunError
 from fedamole.reporting.page.palette import HEAT_LIGHT, LIGHT, PLAIN_LIGHT
-from fedamole.reporting.plot_style import STYLE, save_figure
+from fedamole.reporting.plot_style import STYLE, require_matplotlib, save_figure, style_panel
 
 Json = Mapping[str, Any]
 MARKS = ("o", "D", "s", "^", "v")
@@ -21,10 +21,7 @@ def check_folder(folder: Path) -> None:
     """Raise ConfigError or RunError if figures cannot be written to the folder, before anything is computed."""
     if folder.exists() and not folder.is_dir():
         raise RunError(f"--figures {folder}: this is a file; name a folder")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("--figures needs matplotlib: pip install matplotlib") from error
+    require_matplotlib("--figures")
 
 
 def draw_all(folder: Path, content: Json) -> list[Path]:
@@ -84,13 +81,6 @@ def _figure(content: Json, key: str, width: float, height: float) -> Any:
     return figure
 
 
-def _tidy(panel: Any, grid: str) -> None:
-    panel.grid(axis=grid, color="0.9")
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right", "left"]].set_visible(False)
-    panel.tick_params(axis="y", length=0)
-
-
 def _panels(figure: Any, down: int, across: int, shown: Sequence[Any], **shared: bool) -> list[tuple[Any, Any]]:
     """Return a panel for each item of `shown`, row by row; unused panels are hidden."""
     panels = list(figure.subplots(down, across, squeeze=False, **shared).flat)
@@ -131,7 +121,7 @@ def _learning(content: Json, measure: str) -> Any:
         panel.set_title(name or "mean", fontsize=8, loc="left")
         panel.set_ylim(bottom=0)
         panel.xaxis.get_major_locator().set_params(integer=True)
-        _tidy(panel, "y")
+        style_panel(panel, "y")
         if index >= len(names) - across:
             panel.tick_params(labelbottom=True)
             panel.set_xlabel("round", fontsize=8)
@@ -165,7 +155,7 @@ def _test(content: Json) -> Any:
     panel.invert_yaxis()
     panel.set_xlim(-2, 102)
     panel.set_xlabel("test score, 0 to 100")
-    _tidy(panel, "both")
+    style_panel(panel, "both")
     figure.legend(loc="outside lower center", ncols=6, frameon=False)
     return figure
 
@@ -183,7 +173,7 @@ def _gain(content: Json) -> Any:
         panel.axvline(0, color="0.4", linewidth=0.8)
         panel.set_title(f"over {column['other']}: {column['mean']:+.1f}", fontsize=8, loc="left")
         panel.set_yticks(range(len(clients)), clients)
-        _tidy(panel, "x")
+        style_panel(panel, "x")
     figure.axes[0].invert_yaxis()
     figure.supxlabel(f"points of test score gained by {gains['reference']}", fontsize=9)
     return figure
@@ -263,7 +253,7 @@ def _data(content: Json) -> Any:
     panel.set_yticks(range(len(lines)), [name for name, *_ in lines])
     panel.invert_yaxis()
     panel.set_xlabel("examples")
-    _tidy(panel, "x")
+    style_panel(panel, "x")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure
 
@@ -280,6 +270,6 @@ def _costs(content: Json) -> Any:
         panel.margins(x=0.25)
         panel.set_title(title, fontsize=7, loc="left")
         panel.set_yticks(range(len(lines)), [label for label, *_ in lines])
-        _tidy(panel, "x")
+        style_panel(panel, "x")
     panels[0].invert_yaxis()
     return figure
