@@ -18,7 +18,7 @@ from fedamole.federation.local import embed
 from fedamole.federation.method import Client, Server, TrainingRequest, TrainingResult
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.randomness import torch_generator
-from fedamole.federation.record import Nothing, pack, unpack
+from fedamole.federation.record import Nothing, named_tensors, pack, unpack
 from fedamole.federation.worker import Private, Worker
 from fedamole.methods.fedamole import FedAmole, TrainedExperts
 from fedamole.methods.fedit import FedIT, GlobalLora
@@ -174,11 +174,10 @@ def test_everybody_reads_his_own_embeddings_whoever_takes_more_steps(runs: Any, 
         assert steps != sorted(steps, reverse=True), "the order of steps is not that of names"
         replies.append({name: unpack(TrainedExperts, answer.payload or b"") for name, answer in answers.items()})
     for name, alone in replies[0].items():
-        for part in ("tensors", "token_embedding", "expert_embeddings"):
-            mine, theirs = getattr(replies[1][name], part), getattr(alone, part)
-            assert mine.keys() == theirs.keys()
-            for key, tensor in mine.items():
-                torch.testing.assert_close(tensor, theirs[key], rtol=0, atol=5e-3)
+        mine, theirs = named_tensors(replies[1][name]), named_tensors(alone)
+        assert mine.keys() == theirs.keys()
+        for key, tensor in mine.items():
+            torch.testing.assert_close(tensor, theirs[key], rtol=0, atol=5e-3)
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,13 @@ every method, without a line about the wire in any of them.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from fedamole.federation.method import Client, ClientInfo, Method, Server, TrainingResult
-from fedamole.federation.record import PayloadError
-from fedamole.federation.robust import flattened
+from fedamole.federation.record import PayloadError, holds_tensors, named_tensors
 from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.params import Adapter, expert_ids
 
@@ -76,7 +75,7 @@ def check_reply(method: Method[Any, Any, Any, Any], template: Any, reply: Any, m
 
 def usual_norm(template: Any) -> float:
     """Largest norm that a reply may have: 10 times that of the rehearsed one, or of as many numbers of size SMALL."""
-    tensors = flattened(template).values()
+    tensors = named_tensors(template).values()
     squares = sum(float(tensor.double().square().sum()) for tensor in tensors)
     numbers = sum(tensor.numel() for tensor in tensors)
     return GROWTH * math.sqrt(max(squares, numbers * SMALL**2))
@@ -92,35 +91,37 @@ def _compare_kinds(template: Any, got: Any, path: str) -> None:
             _compare_kinds(this, that, f"{path}{field.name}.")
 
 
-def _compare(wanted: Any, got: Any, path: str) -> float:
-    """Check a record against another of the same type; return the sum of its squares."""
-    squares = 0.0
-    for field in dataclasses.fields(wanted):
-        name, this, that = f"{path}{field.name}", getattr(wanted, field.name), getattr(got, field.name)
-        if dataclasses.is_dataclass(this):
-            squares += _compare(this, that, f"{name}.")
-        elif _tensors(this) and _tensors(that) and (this or that):
-            squares += _compare_tensors(this, that, name)
-        elif this != that:
-            raise PayloadError(f"{name} is not what it has to be")
+def _compare(expected: Any, reply: Any, path: str) -> float:
+    """Compare two records of one type; return the sum of the squares of the reply's tensors."""
+    hints, squares = get_type_hints(type(expected)), 0.0
+    for field in dataclasses.fields(expected):
+        name, wanted, got = f"{path}{field.name}", getattr(expected, field.name), getattr(reply, field.name)
+        if dataclasses.is_dataclass(wanted):
+            squares += _compare(wanted, got, f"{name}.")
+        elif holds_tensors(hints[field.name]):
+            squares += _compare_tensors(wanted, got, name, ":")
+        elif wanted != got:
+            raise PayloadError(f"{name} has an unexpected value")
     return squares
 
 
-def _tensors(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(item, Tensor) for item in value.values())
-
-
-def _compare_tensors(wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], name: str) -> float:
-    foreign, missing = sorted(set(got) - set(wanted)), sorted(set(wanted) - set(got))
-    if foreign or missing:
-        what = f"{len(foreign)} tensors it was not given" if foreign else f"{missing[0]} is missing"
-        raise PayloadError(f"{name}: {what}")
+def _compare_tensors(expected: Mapping[str, Any], reply: Mapping[str, Any], path: str, separator: str) -> float:
+    """Compare two mappings of tensors of one depth: keys, shapes and dtypes; return the sum of squares of `reply`."""
+    foreign, missing = sorted(set(reply) - set(expected)), sorted(set(expected) - set(reply))
+    if foreign:
+        raise PayloadError(f"{path}: {len(foreign)} keys that were not sent to this client")
+    if missing:
+        raise PayloadError(f"{path}: {missing[0]} is missing")
     squares = 0.0
-    for key, tensor in got.items():
-        if tensor.shape != wanted[key].shape or tensor.dtype != wanted[key].dtype:
-            was, has = (f"{list(one.shape[:4])} {one.dtype}" for one in (wanted[key], tensor))
-            raise PayloadError(f"{name}:{key} is {has} where {was} was expected")
-        if not tensor.isfinite().all():
-            raise PayloadError(f"{name}:{key} holds NaN or infinity")
-        squares += float(tensor.double().square().sum())
+    for key, wanted in expected.items():
+        name, got = f"{path}{separator}{key}", reply[key]
+        if not isinstance(wanted, Tensor):
+            squares += _compare_tensors(wanted, got, name, "/")
+            continue
+        if got.shape != wanted.shape or got.dtype != wanted.dtype:
+            was, has = (f"{list(tensor.shape[:4])} {tensor.dtype}" for tensor in (wanted, got))
+            raise PayloadError(f"{name} is {has} where {was} was expected")
+        if not got.isfinite().all():
+            raise PayloadError(f"{name} holds NaN or infinity")
+        squares += float(got.double().square().sum())
     return squares

@@ -28,9 +28,9 @@ OWN, REST = 0, 1
 
 @dataclass(frozen=True)
 class Everybody:
-    """The server's state: the LoRA that each client sent last, by <client>/<name>, and one that does nothing."""
+    """Server state: the LoRA that each client sent last, by client, and a LoRA with B = 0."""
 
-    latest: Mapping[str, Tensor]
+    latest: Mapping[str, Mapping[str, Tensor]]
     nothing: Mapping[str, Tensor]
     weights: dict[str, float]
 
@@ -77,17 +77,12 @@ class FedAlt(DecayedLoraMethod[Everybody, RestOfWorld, OwnAndMixer, SentLora]):
 
     def message(self, state: Everybody, client: ClientInfo) -> RestOfWorld:
         """Send the mean of all others."""
-        others: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in state.latest.items():
-            owner, _, rest = name.partition("/")
-            if owner != client.name:
-                others.setdefault(owner, {})[rest] = tensor
+        others = {name: lora for name, lora in state.latest.items() if name != client.name}
         return RestOfWorld(mean_by_key(others, state.weights, state.nothing))
 
     def aggregate(self, server: Server, state: Everybody, replies: Mapping[str, SentLora]) -> Everybody:
         """Remember what each client sent last."""
-        sent = {f"{client}/{name}": t for client, reply in replies.items() for name, t in reply.tensors.items()}
-        latest = dict(sorted({**state.latest, **sent}.items()))
+        latest = {**state.latest, **{name: reply.tensors for name, reply in replies.items()}}
         return replace(state, latest=latest, weights=server.weights(self.weighting))
 
     # client

@@ -12,9 +12,10 @@ A client's model is what it trained with the architecture it was given, never th
 Deviations: an expert never heard of has a uniform row, a client its row's mean (`select_for_remaining`). What fewer
 than `min_holders` clients return keeps its value; where that is unset, an expert with one holder in a partial cohort is
 updated by that one, as in the paper, but never by the last of several that did not fail. Embeddings are clipped
-(`no_louder`). A module's experts share a dropout mask (the authors: one each). Adam's eps is 1e-8 (1e-6 there in fp16).
+(`limit_norms`). A module's experts share a dropout mask (authors: one each). Adam's eps is 1e-8 (1e-6 there in fp16).
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,11 +27,13 @@ from fedamole.errors import ConfigError
 from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, TrainingResult, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
-from fedamole.methods.shared.architectures import Assignment, next_architectures
+from fedamole.methods.shared.architectures import Assignment, expert_name, next_architectures
 from fedamole.methods.shared.averaging import mean_by_key
-from fedamole.methods.shared.holders import fewest_replies, group_exposure, held_together, no_louder
+from fedamole.methods.shared.holders import fewest_replies, group_exposure, limit_norms, with_enough_replies
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.params import Adapter, Shapes, expert_keys, new_pool, router_key, shared_keys
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class Pool:
     """The server's state: all experts, what is known of experts and clients, and who holds what next."""
 
     tensors: Mapping[str, Tensor]
-    expert_embeddings: Mapping[str, Tensor]  # e_i (r) by <module>/expert-07, of experts that came back once
-    client_embeddings: Mapping[str, Tensor]  # t_c (r) by <module>/<client>, of clients that answered once
+    expert_embeddings: Mapping[str, Mapping[str, Tensor]]  # e_i (r) by module and expert-07, once it was returned
+    client_embeddings: Mapping[str, Mapping[str, Tensor]]  # t_c (r) by module and client, once it answered
     probabilities: Mapping[str, Tensor]  # P (E, C) by module, clients by name: what the assignment is solved for
     held: dict[str, dict[str, list[int]]]  # experts of each client by module: the coming round's architectures
 
@@ -57,7 +60,7 @@ class TrainedExperts:
 
     tensors: Mapping[str, Tensor]
     token_embedding: Mapping[str, Tensor]  # t_c (r) by module
-    expert_embeddings: Mapping[str, Tensor]  # e_{i,c} (r) by <module>/expert-07
+    expert_embeddings: Mapping[str, Mapping[str, Tensor]]  # e_{i,c} (r) by module and expert-07
 
 
 @dataclass(frozen=True)
@@ -150,18 +153,23 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
         """Average what came back (step 5) and let the experts choose their clients anew (step 6)."""
         weights = server.weights(self.weighting)
         asked = server.asked or tuple(client.name for client in server.clients)
-        needed, modules = fewest_replies(state.held, asked, self.min_holders), list(server.shapes)
-        trained = held_together({name: reply.tensors for name, reply in replies.items()}, needed)
-        told = no_louder({name: reply.expert_embeddings for name, reply in replies.items()}, modules)
-        embedded, clients = held_together(told, needed), dict(state.client_embeddings)
-        for name, rows in no_louder({name: one.token_embedding for name, one in replies.items()}, modules).items():
-            clients.update({f"{module}/{name}": row for module, row in rows.items()})
-        after = replace(
-            state,
-            tensors=mean_by_key(trained, weights, state.tensors),
-            expert_embeddings=mean_by_key(embedded, weights, state.expert_embeddings),
-            client_embeddings=clients,
-        )
+        needed = fewest_replies(state.held, asked, self.min_holders)
+        trained = with_enough_replies({name: reply.tensors for name, reply in replies.items()}, needed)
+        if not any(trained.values()):
+            log.warning(
+                "%d clients answered, too few to average anything (method.min_holders); shared values stay unchanged",
+                len(replies),
+            )
+        experts, clients = dict(state.expert_embeddings), dict(state.client_embeddings)
+        for module in server.shapes:
+            rows = limit_norms({name: reply.expert_embeddings.get(module, {}) for name, reply in replies.items()})
+            enough = with_enough_replies(rows, needed, prefix=f"{module}/")
+            experts[module] = mean_by_key(enough, weights, experts.get(module, {}))
+            means = {name: reply.token_embedding for name, reply in replies.items() if module in reply.token_embedding}
+            clipped = limit_norms({name: {module: mean[module]} for name, mean in means.items()})
+            clients[module] = {**clients.get(module, {}), **{name: mean[module] for name, mean in clipped.items()}}
+        tensors = mean_by_key(trained, weights, state.tensors)
+        after = replace(state, tensors=tensors, expert_embeddings=experts, client_embeddings=clients)
         return after if self.assignment == "static" else self._assign(server, after, server.round + 1)
 
     def _assign(self, server: Server, state: Pool, round_: int) -> Pool:
@@ -202,5 +210,5 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
         tokens, experts = {}, {}
         for module, means in trained.embeddings.items():
             tokens[module] = means.token
-            experts.update({f"{module}/expert-{expert:02d}": row for expert, row in means.experts.items()})
+            experts[module] = {expert_name(expert): row for expert, row in means.experts.items()}
         return client_state, TrainedExperts(trained.adapter.tensors, tokens, experts)

@@ -77,7 +77,8 @@ class FedExLora(LoraMethod[Averaged, LoraAndResiduals, Merged, TrainedLora]):
         for module in sorted(server.shapes):
             a, b = stacked(trained, weights, shared_keys(module))
             mean_a, mean_b = (means[key] for key in shared_keys(module))
-            change[module] = torch.cat([a, mean_a]), torch.cat([b, -mean_b], dim=1) * self.spec().scaling
+            difference = torch.cat([b, -mean_b], dim=1) * self.spec().scaling
+            change[module] = {"A": torch.cat([a, mean_a]), "B": difference}
         merged = {name: reply.merged for name, reply in replies.items()}
         return Averaged(means, state.log.add(change, merged, server.clients))
 

@@ -33,14 +33,25 @@ from fedamole.model.params import OWN, Adapter, expert_ids, expert_keys, mixer_k
 
 @dataclass(frozen=True)
 class Lease:
-    """The server's state."""
+    """Server state."""
 
-    first: Mapping[str, Tensor]  # the LoRA that everybody begins with
-    warm: Mapping[str, Tensor]  # <client>/<name> of those warming up
-    tensors: Mapping[str, Tensor]  # experts, and mixers by cluster-0/<name>
-    cluster: dict[str, int]  # of each client that has one
-    clusters: int  # M, 0 before there are any
-    rounds: int  # with replies so far
+    first: Mapping[str, Tensor]
+    """LoRA that all clients start from."""
+    warm: Mapping[str, Mapping[str, Tensor]]
+    """LoRAs of the clients that are warming up, by client."""
+    experts: Mapping[str, Tensor]
+    """One expert per cluster."""
+    mixers: Mapping[str, Mapping[str, Tensor]]
+    """Mixers, by the index of the cluster."""
+    cluster: dict[str, int]
+    """Cluster of each client that has one."""
+    rounds: int
+    """Rounds with replies so far."""
+
+    @property
+    def clusters(self) -> int:
+        """Number of clusters M; 0 before the first clustering."""
+        return len(self.mixers)
 
 
 @dataclass(frozen=True)
@@ -87,63 +98,63 @@ class FedLease(DecayedLoraMethod[Lease, Leased, OwnLora, Returned]):
     # server
     def init(self, server: Server) -> Lease:
         """Draw the LoRA that everybody warms up with."""
-        return Lease(new_shared(server.shapes, self.rank, torch_generator(server.seed, "lora")), {}, {}, {}, 0, 0)
+        first = new_shared(server.shapes, self.rank, torch_generator(server.seed, "lora"))
+        return Lease(first, {}, {}, {}, {}, 0)
 
     def message(self, state: Lease, client: ClientInfo) -> Leased:
         """Send experts and mixers to whoever has a cluster."""
         own = state.cluster.get(client.name, -1)
         if own < 0:
             return Leased(state.first, -1)
-        mine = f"cluster-{own}/"
-        client_state = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("cluster-")}
-        mixers = {name.removeprefix(mine): t for name, t in state.tensors.items() if name.startswith(mine)}
-        return Leased({**client_state, **mixers}, own)
+        return Leased({**state.experts, **state.mixers[str(own)]}, own)
 
     def aggregate(self, server: Server, state: Lease, replies: Mapping[str, Returned]) -> Lease:
         """Average within clusters; cluster those that have warmed up when it is time to."""
-        weights = server.weights(self.weighting)
-        settled = {name: _named(reply) for name, reply in replies.items() if reply.cluster >= 0}
-        warm = {
-            f"{name}/{key}": t
+        weights, mixer_keys = server.weights(self.weighting), {mixer_key(module) for module in server.shapes}
+        warm = {name: reply.tensors for name, reply in replies.items() if reply.cluster < 0}
+        experts = {
+            name: {key: tensor for key, tensor in reply.tensors.items() if key not in mixer_keys}
             for name, reply in replies.items()
-            if reply.cluster < 0
-            for key, t in reply.tensors.items()
+            if reply.cluster >= 0
         }
+        mixers = {}
+        for cluster, previous in state.mixers.items():
+            members = {name: reply.tensors for name, reply in replies.items() if str(reply.cluster) == cluster}
+            own = {name: {key: tensors[key] for key in mixer_keys} for name, tensors in members.items()}
+            mixers[cluster] = mean_by_key(own, weights, previous)
         after = replace(
             state,
             rounds=state.rounds + 1,
-            warm=dict(sorted({**state.warm, **warm}.items())),
-            tensors=mean_by_key(settled, weights, state.tensors),
+            warm={**state.warm, **warm},
+            experts=mean_by_key(experts, weights, state.experts),
+            mixers=mixers,
         )
         warm_enough = after.rounds >= max(1, round(self.warmup_share * server.rounds))
         return self._allocate(server, after, weights) if warm_enough and after.warm else after
 
     def _allocate(self, server: Server, state: Lease, weights: Mapping[str, float]) -> Lease:
         """Give those that have warmed up a cluster, and each new cluster its expert."""
-        loras: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in state.warm.items():
-            client, _, key = name.partition("/")
-            loras.setdefault(client, {})[key] = tensor
-        modules = sorted(server.shapes)
+        loras, modules = state.warm, sorted(server.shapes)
         names, found = sorted(loras), [[loras[n][shared_keys(m)[1]] for m in modules] for n in sorted(loras)]
         if state.clusters:
-            experts = [[state.tensors[expert_keys(m, k)[1]] for m in modules] for k in range(state.clusters)]
+            experts = [[state.experts[expert_keys(m, k)[1]] for m in modules] for k in range(state.clusters)]
             nearest = cosine_distances(found, experts).argmin(1)
             joined = dict(zip(names, nearest.tolist(), strict=True))
             return replace(state, warm={}, cluster={**state.cluster, **joined})
         labels = silhouette_clusters(cosine_distances(found, found), self.most_clusters)
         clusters, tensors = int(labels.max()) + 1, dict[str, Tensor]()
+        mixers: dict[str, dict[str, Tensor]] = {}
         for k in range(clusters):
             members = {name: loras[name] for name, label in zip(names, labels, strict=True) if label == k}
             mean = mean_by_key(members, weights, {})
-            generator = torch_generator(server.seed, f"mixer/{k}")
+            generator, mixers[str(k)] = torch_generator(server.seed, f"mixer/{k}"), {}
             for module in modules:
                 tensors.update(zip(expert_keys(module, k), (mean[key] for key in shared_keys(module)), strict=True))
                 d_in = server.shapes[module][0]
                 drawn = torch.empty(2 * clusters - 1, d_in).uniform_(-1, 1, generator=generator) / np.sqrt(d_in)
-                tensors[f"cluster-{k}/{mixer_key(module)}"] = drawn
+                mixers[str(k)][mixer_key(module)] = drawn
         held = dict(zip(names, labels.tolist(), strict=True))
-        return replace(state, warm={}, tensors=tensors, cluster=held, clusters=clusters)
+        return replace(state, warm={}, experts=tensors, mixers=mixers, cluster=held)
 
     # client
     def init_client_state(self, client: Client) -> OwnLora:
@@ -167,9 +178,3 @@ class FedLease(DecayedLoraMethod[Lease, Leased, OwnLora, Returned]):
         tensors, frozen = trained.adapter.tensors, self.adapter(client, client_state, message).frozen
         sent = {name: tensor for name, tensor in tensors.items() if name not in frozen}
         return OwnLora(sent if message.cluster < 0 else {}), Returned(sent, message.cluster)
-
-
-def _named(reply: Returned) -> dict[str, Tensor]:
-    """A reply under the server's names: mixers belong to their cluster, experts have names of their own."""
-    mixers = {name for name in reply.tensors if name.endswith("/mixer/W")}
-    return {f"cluster-{reply.cluster}/{n}" if n in mixers else n: tensor for n, tensor in reply.tensors.items()}

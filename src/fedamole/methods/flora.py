@@ -76,7 +76,7 @@ class Flora(RankedMethod[FloraState, Stack, Merged, FreshLora]):
         trained = {name: reply.tensors for name, reply in replies.items()}
         for module in sorted(server.shapes):
             a, b = stacked(trained, weights, shared_keys(module))
-            change[module] = a, b * (self.alpha / self.rank)
+            change[module] = {"A": a, "B": b * (self.alpha / self.rank)}
         merged = {name: reply.merged for name, reply in replies.items()}
         return FloraState(state.log.add(change, merged, server.clients), state.ranks)
 

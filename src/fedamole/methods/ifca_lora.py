@@ -35,9 +35,9 @@ from fedamole.model.params import Adapter, new_shared
 
 @dataclass(frozen=True)
 class Clusters:
-    """The LoRAs of all clusters by cluster-0/<name>: the server's state and the message down."""
+    """Server state and message: the LoRA of each cluster, by its index."""
 
-    tensors: Mapping[str, Tensor]
+    loras: Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,12 @@ class IfcaLora(LoraMethod[Clusters, Clusters, Choice, ClusterLora]):
     # server
     def init(self, server: Server) -> Clusters:
         """Draw the LoRAs of all clusters."""
-        tensors: dict[str, Tensor] = {}
-        for cluster in range(self.clusters):
-            drawn = new_shared(server.shapes, self.rank, torch_generator(server.seed, f"lora/{cluster}"))
-            tensors.update(_named(cluster, drawn))
-        return Clusters(tensors)
+        return Clusters(
+            {
+                str(cluster): new_shared(server.shapes, self.rank, torch_generator(server.seed, f"lora/{cluster}"))
+                for cluster in range(self.clusters)
+            }
+        )
 
     def message(self, state: Clusters, client: ClientInfo) -> Clusters:
         """Send all LoRAs."""
@@ -95,8 +96,11 @@ class IfcaLora(LoraMethod[Clusters, Clusters, Choice, ClusterLora]):
 
     def aggregate(self, server: Server, state: Clusters, replies: Mapping[str, ClusterLora]) -> Clusters:
         """Average within each cluster; one that nobody chose keeps its LoRA."""
-        returned = {name: _named(reply.cluster, reply.tensors) for name, reply in replies.items()}
-        return Clusters(mean_by_key(returned, server.weights(self.weighting), state.tensors))
+        weights, loras = server.weights(self.weighting), {}
+        for cluster, lora in state.loras.items():
+            members = {name: reply.tensors for name, reply in replies.items() if str(reply.cluster) == cluster}
+            loras[cluster] = mean_by_key(members, weights, lora)
+        return Clusters(loras)
 
     def expected_reply(self, template: ClusterLora, reply: ClusterLora) -> ClusterLora:
         """A client chooses its cluster."""
@@ -114,7 +118,8 @@ class IfcaLora(LoraMethod[Clusters, Clusters, Choice, ClusterLora]):
     def choose(self, client: Client, message: Clusters) -> int:
         """The cluster with the lowest loss on the client's examples set aside."""
         adapters = self._adapters(message)
-        if not any(tensor.any() for name, tensor in message.tensors.items() if name.endswith("/B")):
+        changes = [tensor for lora in message.loras.values() for name, tensor in lora.items() if name.endswith("/B")]
+        if not any(tensor.any() for tensor in changes):
             generator = torch_generator(client.seed, "cluster", client.name)
             return int(torch.randint(self.clusters, (), generator=generator))
         losses = client.losses(adapters, self.probe_examples)
@@ -135,12 +140,4 @@ class IfcaLora(LoraMethod[Clusters, Clusters, Choice, ClusterLora]):
         return client_state, ClusterLora(client_state.cluster, trained.adapter.tensors)
 
     def _adapters(self, message: Clusters) -> list[Adapter]:
-        parts: list[dict[str, Tensor]] = [{} for _ in range(self.clusters)]
-        for name, tensor in message.tensors.items():
-            cluster, _, rest = name.partition("/")
-            parts[int(cluster.removeprefix("cluster-"))][rest] = tensor
-        return [Adapter(self.spec(), part) for part in parts]
-
-
-def _named(cluster: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"cluster-{cluster}/{name}": tensor for name, tensor in tensors.items()}
+        return [Adapter(self.spec(), message.loras[str(cluster)]) for cluster in range(self.clusters)]

@@ -1,5 +1,6 @@
 """Who holds which expert next: reverse selection, or one of its ablations, for all modules of a mixture of experts."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -11,17 +12,26 @@ from fedamole.assignment.relevance import Floats, Mask, Scores, choice_probabili
 from fedamole.assignment.reverse_selection import Bounds, select_for_remaining
 from fedamole.federation.method import Server
 from fedamole.federation.randomness import numpy_generator
-from fedamole.methods.shared.averaging import Tensors
+from fedamole.model.params import Tensors
 
 Assignment = Literal["reverse", "random", "static", "homogeneous"]
 Held = dict[str, dict[str, list[int]]]
 """Experts of each client, by module."""
 
 
+Embeddings = Mapping[str, Mapping[str, Tensor]]
+"""Embeddings (r) by module, and in it by expert or client."""
+
+
+def expert_name(expert: int) -> str:
+    """Return the key of an expert's embeddings, such as expert-07."""
+    return f"expert-{expert:02d}"
+
+
 def next_architectures(
     server: Server,
-    expert_embeddings: Tensors,
-    client_embeddings: Tensors,
+    expert_embeddings: Embeddings,
+    client_embeddings: Embeddings,
     *,
     kind: Assignment,
     rank: int,
@@ -35,12 +45,17 @@ def next_architectures(
     `select_for_remaining` and `relevance`.
     """
     names = sorted(client.name for client in server.clients)
-    ids = [f"expert-{expert:02d}" for expert in range(experts)]
+    ids = [expert_name(expert) for expert in range(experts)]
 
     def choices(module: str) -> Scores:
         if round_ > 0 and kind != "random":
             scores = _known_relevance(
-                expert_embeddings, client_embeddings, rank=rank, module=module, experts=ids, clients=names
+                expert_embeddings.get(module, {}),
+                client_embeddings.get(module, {}),
+                rank=rank,
+                module=module,
+                experts=ids,
+                clients=names,
             )
             return choice_probabilities(scores)
         rng = numpy_generator(server.seed, f"assignment/{module}", "server", round_)
@@ -65,10 +80,10 @@ def _known_relevance(
     experts: list[str],
     clients: list[str],
 ) -> Scores:
-    """Scores (E, C) of one module from the last known embeddings, by <module>/<expert> and <module>/<client>."""
+    """Scores (E, C) of one module from the last known embeddings of its experts and clients."""
 
     def rows(known: Tensors, ids: list[str]) -> tuple[Floats, Mask]:
-        found = [known.get(f"{module}/{name}") for name in ids]
+        found = [known.get(name) for name in ids]
         stacked = torch.stack([torch.zeros(rank) if row is None else row for row in found])
         return stacked.numpy(), np.array([row is not None for row in found])
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-Tensors = Mapping[str, Tensor]
+from fedamole.model.params import Tensors
 
 
 def mean_by_key(replies: Mapping[str, Tensors], weights: Mapping[str, float], previous: Tensors) -> dict[str, Tensor]:

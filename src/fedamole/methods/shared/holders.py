@@ -3,18 +3,14 @@
 The average over few reveals each: of two, either can subtract its own part and has the other's.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import Tensor
 
-from fedamole.methods.shared.averaging import Tensors
-from fedamole.model.params import Shapes
+from fedamole.model.params import Shapes, Tensors
 
-log = logging.getLogger(__name__)
-
-LOUDEST = 4.0
+MAX_NORM_RATIO = 4.0
 """Largest norm of a client's embeddings of a module, as a multiple of the median client's."""
 FIRST_LINEARS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value")
 """Linears that read the normalised word embeddings themselves, in the first layer."""
@@ -44,43 +40,35 @@ def fewest_replies(
     return needed
 
 
-def held_together(replies: Mapping[str, Tensors], needed: Callable[[str], int]) -> dict[str, dict[str, Tensor]]:
-    """Leave out the tensors that too few clients returned; replies by client, tensors by name."""
-    returned = Counter(key for tensors in replies.values() for key in tensors)
-    if returned and not any(count >= needed(key) for key, count in returned.items()):
-        log.warning(
-            "%d clients answered, too few to average anything (method.min_holders): shared values stay as they were",
-            len(replies),
-        )
+def with_enough_replies(
+    replies: Mapping[str, Tensors], needed: Callable[[str], int], prefix: str = ""
+) -> dict[str, dict[str, Tensor]]:
+    """Leave out the tensors that fewer than `needed(prefix + key)` clients returned; replies by client, then key."""
+    counts = Counter(key for tensors in replies.values() for key in tensors)
     return {
-        client: {key: tensor for key, tensor in tensors.items() if returned[key] >= needed(key)}
+        client: {key: tensor for key, tensor in tensors.items() if counts[key] >= needed(prefix + key)}
         for client, tensors in replies.items()
     }
 
 
-def no_louder(embeddings: Mapping[str, Tensors], modules: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """Clip embeddings so that no client attracts experts by their size: in each module to `LOUDEST` medians.
+def limit_norms(embeddings: Mapping[str, Tensors]) -> dict[str, dict[str, Tensor]]:
+    """Scale down embeddings of one module so that no client attracts experts by large values.
 
-    Embeddings by client, then by <module> or <module>/expert-07. A client's size is the largest of its norms in the
-    module, and the median is over the clients. What is not above the limit is returned as it is, to the bit. With fewer
-    than three clients there is no median to trust, and nothing is clipped.
+    Embeddings by client and key. A client's size is the largest norm of its embeddings. The limit is `MAX_NORM_RATIO`
+    times the median size; larger embeddings are scaled to it, all others are returned unchanged. With fewer than three
+    clients nothing is scaled, because the median of two says nothing about which is wrong.
     """
     result = {client: dict(rows) for client, rows in embeddings.items()}
     if len(result) < 3:
         return result
-    for module in modules:
-        keys = {
-            client: [key for key in rows if key == module or key.startswith(f"{module}/")]
-            for client, rows in result.items()
-        }
-        norms = {client: {key: float(result[client][key].double().norm()) for key in keys[client]} for client in result}
-        sizes = sorted(max(one.values(), default=0.0) for one in norms.values())
-        limit = LOUDEST * sizes[(len(sizes) - 1) // 2]
-        for client, one in norms.items():
-            for key, norm in one.items():
-                if norm > limit:
-                    row = result[client][key]
-                    result[client][key] = (row.double() * (limit / norm)).to(row.dtype)
+    norms = {client: {key: float(row.double().norm()) for key, row in rows.items()} for client, rows in result.items()}
+    sizes = sorted(max(client_norms.values(), default=0.0) for client_norms in norms.values())
+    limit = MAX_NORM_RATIO * sizes[(len(sizes) - 1) // 2]
+    for client, client_norms in norms.items():
+        for key, norm in client_norms.items():
+            if norm > limit:
+                row = result[client][key]
+                result[client][key] = (row.double() * (limit / norm)).to(row.dtype)
     return result
 
 
