@@ -17,7 +17,7 @@ from fedamole.engine.in_process import InProcess
 from fedamole.errors import BaseModelError, ConfigError, RunError
 from fedamole.federation.engine import Engine
 from fedamole.federation.loop import Loop, MetricsSink
-from fedamole.federation.method import ClientInfo, Evaluates, Server
+from fedamole.federation.method import BaseInfo, ClientInfo, Evaluates, Server
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.robust import Robust
 from fedamole.federation.worker import ClientData, Worker, client_data
@@ -206,7 +206,7 @@ def worker_of(config: Config, bank: Bank, folder: RunFolder) -> Worker:
 def server_of(config: Config, base: Base, clients: Sequence[ClientInfo] = ()) -> Server:
     """What a method's server side is told: the base's sizes, the seed, and the clients that are known by now."""
     rounds = config.federation.rounds
-    return Server(base.shapes, tuple(clients), config.run.seed, 0, base.width, base.embedding_std, rounds=rounds)
+    return Server(BaseInfo.of(base), tuple(clients), config.run.seed, rounds=rounds)
 
 
 def loop_of(
@@ -235,7 +235,7 @@ def loop_of(
         listener=listener,
         best_round=evaluation.best_round,
         metrics_sink=metrics_sink,
-        robust=Robust(federation.aggregation, federation.clip_factor, config.method.averaged),
+        robust=Robust(federation.aggregation, federation.clip_factor, config.method.averaged_fields),
     )
 
 

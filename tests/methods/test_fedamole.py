@@ -18,7 +18,7 @@ import torch
 
 from fedamole.assignment.reverse_selection import Bounds
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.federation.record import pack
 from fedamole.methods.fedamole import Experts, FedAmole, Pool, TrainedExperts
 from fedamole.methods.shared.architectures import Embeddings
@@ -30,7 +30,7 @@ METHOD = FedAmole(rank=1, experts=3, expert_choices=2, min_experts=2, max_expert
 
 
 def server(round_: int = 0, modules: tuple[str, ...] = ("m",), asked: tuple[str, ...] = ()) -> Server:
-    return Server(dict.fromkeys(modules, (2, 2)), INFOS, seed=0, round=round_, asked=asked)
+    return Server(BaseInfo(dict.fromkeys(modules, (2, 2))), INFOS, seed=0, round=round_, asked=asked)
 
 
 def pool(**known: Embeddings) -> Pool:
@@ -259,7 +259,7 @@ def test_round_0_is_drawn_and_depends_on_the_seed() -> None:
     """No embeddings exist yet: P is random, and the bounds hold."""
     draws = []
     for seed in range(4):
-        state = FedAmole(rank=1, experts=9).init(Server({"m": (2, 2)}, INFOS, seed))
+        state = FedAmole(rank=1, experts=9).init(Server(BaseInfo({"m": (2, 2)}), INFOS, seed))
         counts = [len(experts) for experts in state.held["m"].values()]
         assert sum(counts) == 18
         assert min(counts) >= 2
@@ -521,5 +521,5 @@ def test_the_assignment_is_solved_over_all_clients_whoever_trains(runs: Any) -> 
 
 
 def test_one_state_for_whatever_order_clients_are_named_in() -> None:
-    turned = Server({"m": (2, 2)}, INFOS[::-1], seed=0)
+    turned = Server(BaseInfo({"m": (2, 2)}), INFOS[::-1], seed=0)
     assert pack(METHOD.aggregate(turned, pool(), REPLIES)) == pack(METHOD.aggregate(server(), pool(), REPLIES))

@@ -11,15 +11,16 @@ from tests.methods.by_hand import client, driven
 from torch import Tensor
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Server, TrainingRequest
+from fedamole.federation.method import BaseInfo, ClientInfo, Server, TrainingRequest
 from fedamole.methods.fedex_lora import FedExLora, LoraAndResiduals, TrainedLora
-from fedamole.methods.fedit import FedIT, GlobalLora
+from fedamole.methods.fedit import FedIT
+from fedamole.methods.shared.averaging import SharedTensors
 from fedamole.methods.shared.stacks import Changes, Merged
 from fedamole.model.params import delta_key, shared_keys
 
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
-SMALL = Server({"m": (2, 2)}, INFOS, seed=0)
-SERVER = Server({"m": (3, 2), "n": (2, 4)}, INFOS, seed=0)
+SMALL = Server(BaseInfo({"m": (2, 2)}), INFOS, seed=0)
+SERVER = Server(BaseInfo({"m": (3, 2), "n": (2, 4)}), INFOS, seed=0)
 REPLIES = {
     "a": {"m/shared/A": torch.tensor([[1.0, 0.0]]), "m/shared/B": torch.tensor([[1.0], [2.0]])},
     "b": {"m/shared/A": torch.tensor([[0.0, 3.0]]), "m/shared/B": torch.tensor([[1.0], [0.0]])},
@@ -54,7 +55,7 @@ def test_the_residual_by_hand(
 
 def test_the_averages_are_fedits() -> None:
     means = FedIT(weighting="examples").aggregate(
-        SMALL, GlobalLora({}), {name: GlobalLora(tensors) for name, tensors in REPLIES.items()}
+        SMALL, SharedTensors({}), {name: SharedTensors(tensors) for name, tensors in REPLIES.items()}
     )
     method = FedExLora(weighting="examples")
     state = method.aggregate(SMALL, method.init(SMALL), {name: TrainedLora(t, 0) for name, t in REPLIES.items()})

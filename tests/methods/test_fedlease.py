@@ -9,14 +9,14 @@ from tests.methods.by_hand import client, driven
 from tests.training import lora_spec
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.methods.fedlease import FedLease, Lease, Returned
 from fedamole.methods.local_only import OwnLora
 from fedamole.model.params import OWN, expert_keys, mixer_key
 
 SHAPES = {"m": (2, 2)}
 INFOS = tuple(ClientInfo(name, 10 * place + 10) for place, name in enumerate("abcde"))
-SERVER = Server(SHAPES, INFOS, seed=0)
+SERVER = Server(BaseInfo(SHAPES), INFOS, seed=0)
 A, B, MIXER = "m/shared/A", "m/shared/B", mixer_key("m")
 
 

@@ -11,7 +11,7 @@ from tests.methods.by_hand import client, driven
 from tests.training import lora_spec
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Server, TrainingRequest
+from fedamole.federation.method import BaseInfo, ClientInfo, Server, TrainingRequest
 from fedamole.methods.fedex_lora import FedExLora
 from fedamole.methods.flora import Flora, FreshLora, Stack
 from fedamole.methods.shared.stacks import Changes, Merged
@@ -19,7 +19,7 @@ from fedamole.model.params import delta_key
 
 SHAPES = {"m": (3, 2)}
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30))
-SERVER = Server(SHAPES, INFOS, seed=0)
+SERVER = Server(BaseInfo(SHAPES), INFOS, seed=0)
 A, B = "m/shared/A", "m/shared/B"
 
 
@@ -92,8 +92,8 @@ def test_every_client_draws_its_own_lora_each_round() -> None:
 
 # --- FLoRA by hand, and with clients missing --------------------------------------------------------------------
 
-TWO = Server({"m": (2, 2)}, INFOS, seed=0)
-THREE = Server({"m": (3, 2), "n": (2, 4)}, (*INFOS, ClientInfo("c", 20)), seed=0)
+TWO = Server(BaseInfo({"m": (2, 2)}), INFOS, seed=0)
+THREE = Server(BaseInfo({"m": (3, 2), "n": (2, 4)}), (*INFOS, ClientInfo("c", 20)), seed=0)
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from tests.methods.by_hand import client, driven, full
+from tests.methods.by_hand import CallProbe, client, driven, full
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import Client, ClientInfo, Server
+from fedamole.federation.method import BaseInfo, Client, ClientInfo, Server
 from fedamole.methods.ifca_lora import Choice, ClusterLora, Clusters, IfcaLora
 from fedamole.model.params import Adapter
 
 SHAPES = {"m": (2, 2)}
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
-SERVER = Server(SHAPES, INFOS, seed=0)
+SERVER = Server(BaseInfo(SHAPES), INFOS, seed=0)
 A, B = "m/shared/A", "m/shared/B"
 
 
@@ -89,7 +89,7 @@ def test_the_lowest_loss_is_chosen_the_first_among_equals(losses: tuple[float, .
     (asked,), (client_state, reply, trained) = driven(work, lora(9.0))
     assert torch.equal(asked.adapter.tensors[A], full(chosen + 1.0, 1, 2))
     assert set(asked.adapter.tensors) == {A, B}
-    assert (asked.share, asked.adapter.frozen, asked.anchor, asked.anchor_weight) == (1.0, (), {}, 0.0)
+    assert (asked.step_fraction, asked.adapter.frozen, asked.penalty) == (1.0, (), None)
     assert client_state == Choice(chosen)
     assert reply.cluster == chosen
     assert {name: tensor.tolist() for name, tensor in reply.tensors.items()} == {
@@ -113,7 +113,7 @@ def test_the_look_is_at_every_cluster_and_as_many_examples_as_allowed() -> None:
         looks.append(([float(adapter.tensors[A][0, 0]) for adapter in adapters], most))
         return [0.3, 0.1]
 
-    one: Client = replace(client(SHAPES), losses=look)
+    one: Client = client(SHAPES, probe=CallProbe(look))
     method = IfcaLora(rank=1, clusters=2, probe_examples=5)
     assert method.choose(one, clusters(4.0, 6.0)) == 1
     assert looks == [([4.0, 6.0], 5)]

@@ -50,7 +50,7 @@ def check_aggregation(aggregation: str, name: str, method: Method[Any, Any, Any,
     """Refuse with a ConfigError an aggregation that this method cannot have."""
     if aggregation not in ("median", "trimmed"):
         return
-    if not method.averaged:
+    if not method.averaged_fields:
         raise ConfigError(
             f"federation.aggregation = {aggregation!r}: {name} does not average tensors by key alone, so that a "
             f"{aggregation} of them has no meaning; use 'clipped' or 'mean'"

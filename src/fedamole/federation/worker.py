@@ -16,11 +16,10 @@ from torch import Tensor
 from fedamole.data.examples import Example, Shard
 from fedamole.data.tokens import Tokenised, TokenRow, tokenise, warn_of_text
 from fedamole.errors import DataError, RunError
-from fedamole.evaluation.likelihood import mean_losses
 from fedamole.evaluation.personal import EvaluationSettings, losses_of, majority_scores, scores_of
 from fedamole.federation.local import DivergedError, LocalTask, OnStep, embed, fit
-from fedamole.federation.looks import Looks, drawn
-from fedamole.federation.method import Client, ClientInfo, Evaluates, Method, TrainingRequest, TrainingResult
+from fedamole.federation.method import BaseInfo, Client, ClientInfo, Evaluates, Method, TrainingRequest, TrainingResult
+from fedamole.federation.probe import ClientProbe, ProbeCounts
 from fedamole.federation.record import PayloadError, bytes_as_tensor, non_finite, pack, tensor_as_bytes, unpack
 from fedamole.federation.settings import TrainingSettings
 from fedamole.files import write_atomic
@@ -128,8 +127,8 @@ class Worker:
         """Put a worker beside a resident base; `rows` names the models to score and when each comes to be."""
         self.bank, self.method, self.rows, self.folder, self.seed = bank, method, rows, folder, seed
         self.training, self.evaluation = training, evaluation
-        self.looks: dict[str, Looks] = {}
-        """By client, in this round: `Client.losses`, `Client.last_hidden`, and embedding splits (`Method.embeds`)."""
+        self.probed: dict[str, ProbeCounts] = {}
+        """By client, in this round: `Client.probe`, and embedding splits (`Method.needs_embeddings`)."""
 
     def update(
         self, group: Sequence[ClientData], round_: int, payloads: Mapping[str, bytes], on_step: OnStep | None = None
@@ -141,7 +140,7 @@ class Worker:
         """
         started = time.perf_counter()
         reset_peak_memory(self.bank.base.device)
-        self.looks = {}
+        self.probed = {}
         clients = [self._client(data, round_) for data in group]
         works = [
             self.method.update(
@@ -159,10 +158,10 @@ class Worker:
         }
         answers = {}
         for place, client in enumerate(clients):
-            looks = self.looks.get(client.name, Looks())
-            work = {"steps": steps[place], "forward_tokens": looks.tokens, "backward_tokens": tokens[place]}
+            counts = self.probed.get(client.name, ProbeCounts())
+            work = {"steps": steps[place], "forward_tokens": counts.tokens, "backward_tokens": tokens[place]}
             work["trained_parameters"] = sum(sizes[place].values())
-            probed = {"probed": looks.examples} if looks.examples else {}
+            probed = {"probed": counts.examples} if counts.examples else {}
             answers[client.name] = self._answer(client, results[place], {**work, **report, **probed})
         return answers
 
@@ -198,7 +197,7 @@ class Worker:
             for place in sorted(fits):
                 outcome = outcomes[place]
                 sizes[place].update(fits[place].adapter.trained_sizes())
-                shares[place] += fits[place].share_in(self.training.budget)
+                shares[place] += fits[place].fraction_for(self.training.budget)
                 if isinstance(outcome, DivergedError):
                     results[place] = outcome
                 else:
@@ -239,15 +238,15 @@ class Worker:
         """
         training, outcomes = self.training, dict[int, TrainingResult | DivergedError]()
         rate = training.learning_rate * training.lr_decay**round_
-        kinds = {place: (*one.adapter.kind(), one.tail, one.tail_weight) for place, one in fits.items()}
+        kinds = {place: one.adapter.kind() for place, one in fits.items()}
         for places in _by_kind(kinds):
             tasks = [
                 LocalTask(group[place].info.name, fits[place], group[place].train.pairs(), rate, shares[place])
                 for place in places
             ]
-            found = fit(self.bank, tasks, training, seed=self.seed, round_=round_, turn=turn, on_step=on_step)
+            found = fit(self.bank, tasks, training, seed=self.seed, round_=round_, fit_index=turn, on_step=on_step)
             outcomes.update(zip(places, found, strict=True))
-            if self.method.embeds:
+            if self.method.needs_embeddings:
                 trained = {
                     place: one for place, one in zip(places, found, strict=True) if isinstance(one, TrainingResult)
                 }
@@ -264,7 +263,7 @@ class Worker:
         self.bank.load([outcome.adapter for outcome in outcomes.values()])
         rows = [group[place].embedding.pairs() for place in outcomes]
         for place, read in zip(outcomes, rows, strict=True):
-            self.looks.setdefault(group[place].info.name, Looks()).add(read)
+            self.probed.setdefault(group[place].info.name, ProbeCounts()).add(read)
         means = embed(self.bank, rows, self.evaluation.batch_tokens)
         return {
             place: replace(outcome, embeddings=mean)
@@ -278,14 +277,15 @@ class Worker:
 
         `probed` and `forward_tokens` are added for clients that had to look at examples to put their model together.
         """
-        adapters, self.looks = [], dict[str, Looks]()
+        adapters, self.probed = [], dict[str, ProbeCounts]()
         for data in group:
             adapters.append(self._present(data, round_, row, payloads[data.info.name]))
             if self.rows[row] == "post_aggregation":
                 write_atomic(self._candidate(data, row), pack(Private({}, adapters[-1])))
         scores = self._scores(group, adapters, "validation", with_scores=self.evaluation.select == "score")
-        for name, looks in self.looks.items():
-            scores[name] |= {"probed": looks.examples, "forward_tokens": looks.tokens}
+        for name, counts in self.probed.items():
+            if counts.examples:
+                scores[name] |= {"probed": counts.examples, "forward_tokens": counts.tokens}
         return scores
 
     def save_best(self, data: ClientData, row: str) -> None:
@@ -340,27 +340,9 @@ class Worker:
         return scores
 
     def _client(self, data: ClientData, round_: int) -> Client:
-        bank, me = self.bank, data.info.name
-
-        def losses(adapters: Sequence[Adapter], most: int) -> list[float]:
-            rows = drawn(data.embedding.pairs(), most, self.seed, "losses", me)
-            found = [0.0] * len(adapters)
-            for places in _by_kind({place: adapter.kind() for place, adapter in enumerate(adapters)}):
-                bank.load([adapters[place] for place in places])
-                self.looks.setdefault(me, Looks()).add(bank.prefixed([rows])[0], len(places))
-                values = mean_losses(bank, [rows] * len(places), self.evaluation.batch_tokens)
-                for place, value in zip(places, values, strict=True):
-                    found[place] = value
-            return found
-
-        def last_hidden(adapter: Adapter, most: int) -> Tensor:
-            prompts = [row[0] for row in drawn(data.embedding.pairs(), most, self.seed, "hidden", me)]
-            self.looks.setdefault(me, Looks()).add([(prompt, (0,)) for prompt in prompts])
-            bank.load([adapter])
-            return bank.last_hidden([prompts]).cpu()
-
-        base = bank.base
-        return Client(data.info, base.shapes, self.seed, round_, losses, last_hidden, base.width, base.embedding_std)
+        name, counts = data.info.name, self.probed.setdefault(data.info.name, ProbeCounts())
+        probe = ClientProbe(self.bank, data.embedding.rows, name, self.seed, self.evaluation.batch_tokens, counts)
+        return Client(data.info, BaseInfo.of(self.bank.base), self.seed, round_, probe)
 
     def _private(self, client: Client) -> tuple[Any, Adapter | None]:
         path = latest_state(self.folder, client.name)
@@ -368,7 +350,7 @@ class Worker:
             return self.method.init_client_state(client), None
         try:
             private = self._stored(path)
-            return unpack(self.method.records.keep, tensor_as_bytes(private.kept) or b""), private.trained
+            return unpack(self.method.records.client_state, tensor_as_bytes(private.kept) or b""), private.trained
         except PayloadError as error:
             raise RunError(
                 f"{path} is damaged ({error}): put it back from a copy, or remove the folder it is in; then "

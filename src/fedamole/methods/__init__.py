@@ -1,4 +1,4 @@
-"""One readable file per published method. METHODS is the only registry: a method is added by one line here."""
+"""One file per published method, and their registry METHODS."""
 
 import dataclasses
 import sys
@@ -31,13 +31,13 @@ MethodClass = type[Method[Any, Any, Any, Any]]
 
 
 def with_variants(methods: Mapping[str, MethodClass]) -> dict[str, MethodClass]:
-    """Add `<name>_ft`, scored before the aggregation, after each method that is scored after it."""
-    found: dict[str, MethodClass] = {}
+    """Add the variant `<name>_ft`, scored before the aggregation, after each method that is scored after it."""
+    variants: dict[str, MethodClass] = {}
     for name, method in methods.items():
-        found[name] = method
+        variants[name] = method
         if method.evaluates == "post_aggregation":
-            found[f"{name}_ft"] = pre_aggregation(method)
-    return found
+            variants[f"{name}_ft"] = pre_aggregation(method)
+    return variants
 
 
 METHODS = with_variants(
@@ -54,7 +54,7 @@ METHODS = with_variants(
         "ffa_lora": FfaLora,
         "feddpa": FedDpa,
         "fedalt": FedAlt,
-        # exact aggregation, ranks of their own
+        # exact aggregation, different ranks
         "flora": Flora,
         "flexlora": FlexLora,
         "hetlora": HetLora,
@@ -68,11 +68,11 @@ METHODS = with_variants(
         "fedrep": FedRep,
     }
 )
-"""Every method by its name in a config. A method is added by one line; its variant `_ft` is made here."""
+"""All methods by their names in a config. Adding a method takes one line; its variant `_ft` is added here."""
 
 
 def described(name: str) -> dict[str, Any]:
-    """What there is to say of a method: paper, what travels and stays, hyper-parameters, the text of its file."""
+    """Describe a method: paper, what is sent and what stays local, hyper-parameters, docstring of its file."""
     method = METHODS[name]
     home = method.__mro__[1] if name.endswith("_ft") else method
     return {

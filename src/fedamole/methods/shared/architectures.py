@@ -1,6 +1,6 @@
-"""Who holds which expert next: reverse selection, or one of its ablations, for all modules of a mixture of experts."""
+"""Assignment of experts to clients, for all modules of a mixture: reverse selection or one of its ablations."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -39,9 +39,9 @@ def next_architectures(
     bounds: Bounds,
     round_: int,
 ) -> tuple[Held, dict[str, Tensor]]:
-    """Solve the assignment of every module for a round; return who holds what, and P (E, C) by module.
+    """Solve the assignment of every module for a round; return the experts of each client and P (E, C), by module.
 
-    P is drawn at random in round 0, where no embeddings exist yet, and for the kind "random". Errors: as
+    P is random in round 0, when no embeddings exist, and for the kind "random". Errors: as
     `select_for_remaining` and `relevance`.
     """
     names = sorted(client.name for client in server.clients)
@@ -71,6 +71,21 @@ def next_architectures(
     return held, {module: torch.from_numpy(p) for module, p in P.items()}
 
 
+def add_most_relevant(
+    chosen: Mapping[str, Sequence[int]], probabilities: Mapping[str, Tensor], client: int, min_experts: int
+) -> dict[str, list[int]]:
+    """Add the most relevant experts of a client, by module, until it holds `min_experts`; return sorted experts.
+
+    `probabilities` are P (E, C) by module, and `client` is the client's column.
+    """
+    held = {}
+    for module, experts in chosen.items():
+        relevance_of = probabilities[module][:, client].tolist()
+        others = sorted(set(range(len(relevance_of))) - set(experts), key=lambda i: (-relevance_of[i], i))
+        held[module] = sorted([*experts, *others[: max(0, min_experts - len(experts))]])
+    return held
+
+
 def _known_relevance(
     expert_embeddings: Tensors,
     client_embeddings: Tensors,
@@ -80,21 +95,21 @@ def _known_relevance(
     experts: list[str],
     clients: list[str],
 ) -> Scores:
-    """Scores (E, C) of one module from the last known embeddings of its experts and clients."""
+    """Return scores (E, C) of one module from the last known embeddings of its experts and clients."""
 
     def rows(known: Tensors, ids: list[str]) -> tuple[Floats, Mask]:
-        found = [known.get(name) for name in ids]
-        stacked = torch.stack([torch.zeros(rank) if row is None else row for row in found])
-        return stacked.numpy(), np.array([row is not None for row in found])
+        embeddings = [known.get(name) for name in ids]
+        stacked = torch.stack([torch.zeros(rank) if row is None else row for row in embeddings])
+        return stacked.numpy(), np.array([row is not None for row in embeddings])
 
-    e, known = rows(expert_embeddings, experts)
-    t, heard = rows(client_embeddings, clients)
+    e, experts_known = rows(expert_embeddings, experts)
+    t, clients_known = rows(client_embeddings, clients)
     return relevance(
         e,
         t,
         rank=rank,
-        experts_known=known,
-        clients_known=heard,
+        experts_known=experts_known,
+        clients_known=clients_known,
         module=module,
         expert_ids=experts,
         client_ids=clients,

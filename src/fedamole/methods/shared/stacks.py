@@ -1,8 +1,8 @@
-"""Changes of the base that add up exactly: what a server logs, what travels, what a client merges.
+"""Exact changes of the base: the server's log, the messages, and their sum at a client.
 
 A change of a module's frozen linear is a product of stacked factors, B (d_out, R) A (R, d_in). The server keeps every
-change until each client has merged it; a client is sent what it has not merged yet, once, and adds it to a matrix of
-its own. The base itself is never written.
+change until all clients have merged it. A client is sent the changes that it has not merged yet and adds them to a
+matrix of its own. The base itself is not changed.
 """
 
 from collections.abc import Mapping
@@ -88,10 +88,10 @@ def stacked(
 
 
 def truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best factors of a rank for the product B A (d_out, d_in) of stacked factors: A = V^T, B = U S, in float32.
+    """Return the best factors of a rank for the product B A (d_out, d_in) of stacks: A = V^T, B = U S, float32.
 
-    Computed on the R x R core of two QR decompositions in float64: the product itself is never formed. Where the
-    product has fewer dimensions than `rank`, B's rest is 0 and A's orthonormal to what is there, so that it can learn.
+    Computed from the R x R core of two QR decompositions in float64, without forming the product. If the product has
+    fewer dimensions than `rank`, the other columns of B are 0 and the other rows of A orthonormal to the first.
     """
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().T)
