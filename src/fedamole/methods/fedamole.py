@@ -164,11 +164,9 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
         asked = server.asked or tuple(client.name for client in server.clients)
         needed = fewest_replies(state.held, asked, self.min_holders)
         trained = with_enough_replies({name: reply.tensors for name, reply in replies.items()}, needed)
-        if not any(trained.values()):
-            log.warning(
-                "%d clients answered, too few to average anything (method.min_holders); shared values stay unchanged",
-                len(replies),
-            )
+        if not any(trained.values()) and any(reply.tensors for reply in replies.values()):
+            text = "%d clients answered, too few to average anything (method.min_holders); shared values stay unchanged"
+            log.warning(text, len(replies))
         experts, clients = dict(state.expert_embeddings), dict(state.client_embeddings)
         for module in server.shapes:
             rows = limit_norms({name: reply.expert_embeddings.get(module, {}) for name, reply in replies.items()})
@@ -224,17 +222,15 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
             min_experts=at_least,
             assignment="reverse" if self.assignment == "static" else self.assignment,
         )
-        # A reply of embeddings alone changes no tensor.
-        reply = TrainedExperts({}, {module: mean.token for module, mean in means.items()}, {})
-        after = choosing.aggregate(server, state, {info.name: reply})
-        chosen = {module: holders[info.name] for module, holders in after.held.items()}
-        held = add_most_relevant(chosen, after.probabilities, server.clients.index(info), self.min_experts)
+        embeddings = TrainedExperts({}, {module: mean.token for module, mean in means.items()}, {})
+        after = choosing.aggregate(server, state, {info.name: embeddings})
+        chosen, column = {m: holders[info.name] for m, holders in after.held.items()}, server.clients.index(info)
+        held = add_most_relevant(chosen, after.probabilities, column, self.min_experts)
         final = replace(after, held={module: {info.name: experts} for module, experts in held.items()})
-        count = sum(map(len, chosen.values()))
-        added = sum(map(len, held.values())) - count
-        columns = {module: P[:, [server.clients.index(info)]] for module, P in after.probabilities.items()}
+        columns = {module: P[:, [column]] for module, P in after.probabilities.items()}
         log_lines = tuple(self.assignment_log(replace(final, probabilities=columns)))
-        return Newcomer(self.message(final, info), log_lines, {"chosen_by": count, "added": added})
+        counts = [sum(map(len, experts.values())) for experts in (chosen, held)]
+        return Newcomer(self.message(final, info), log_lines, {"chosen_by": counts[0], "added": counts[1] - counts[0]})
 
     # client
     @override

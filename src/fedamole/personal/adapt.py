@@ -1,13 +1,14 @@
-"""A new client joins a federation that is finished: it gets a model of its own, and nothing of the run changes.
+"""Lets a new client join a finished federation: it gets a model of its own, and the run does not change.
 
 With FedAMoLE, in the order of a round (algorithm: arXiv 2411.19128):
-    the client reads its embedding split with all experts of the pool in place, as it has no architecture yet;
-    its mean token embeddings join those of the other clients, and the experts choose among all of them anew;
-    of the outcome only its own column counts: where fewer experts chose it than a client must hold, those that are most
-    relevant to it are added;
-    it trains the experts it got for one round, and keeps what is better on its validation split: as sent, or trained.
+    1. The client computes its mean token embeddings over its embedding split with all experts of the pool, because it
+       has no architecture yet.
+    2. The experts choose among all clients, of which the others keep their last embeddings. Only the new client's
+       column of the result is used. If fewer experts chose it than a client must hold, the most relevant are added.
+    3. The client trains its experts for one round and keeps the better model on its validation split: as sent, or
+       trained.
 
-Where the server sends the same adapter to all (FedIT, prompts), a new client begins with that one.
+With a method that sends the same adapter to all clients (FedIT, prompts), the new client starts from that adapter.
 """
 
 import hashlib
@@ -49,7 +50,7 @@ from fedamole.runs.run_files import BASE, MAJORITY
 from fedamole.runs.run_folder import ASSIGNMENT, METRICS, RunFolder
 
 ORIGIN = "adapted.json"
-"""File of the new client's folder that names the run it joined."""
+"""File in the new client's folder that names the run it joined."""
 SENT, TRAINED = "as sent", "trained"
 
 Say = Callable[[str], None]
@@ -65,12 +66,12 @@ def adapt(
     base: str | None = None,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
-    """Let a client with the data `source`, which names it, join the finished run in `path`; return the report.
+    """Let a new client join the finished run in `path`; return the report.
 
-    `steps` is the number of training steps; unset: those of a round. Its own run folder is `folder`/<run>-<name>, with
-    adapter, scores and a manifest; the report has its path, losses in nats per answer token and scores 0 .. 100.
-    Errors: RunError where the run is not finished or has no server state, ConfigError for a name that is taken and
-    for methods that have nothing for a new client; those of data and base.
+    `source` is the client's data and name, `steps` the number of training steps (unset: those of a round). The client
+    gets a run folder `folder`/<run>-<name> with adapter, scores and a manifest. The report has its path, losses in nats
+    per answer token and scores 0 .. 100. Raises RunError if the run is not finished or has no server state, ConfigError
+    for a name that is taken and for methods whose runs a new client cannot join, and the errors of data and base.
     """
     name = as_name(load_run_config(RunFolder.open(path)).run.name)
     with new_folder(folder / f"{name}-{source.name}", numbered=True) as target:
@@ -80,7 +81,7 @@ def adapt(
 def _adapt(
     path: Path, source: SourceSettings, target: Path, steps: int | None, device: str, base: str | None, say: Say
 ) -> dict[str, Any]:
-    """Let the client join, in the new folder `target`."""
+    """Let the client join; `target` is its new, empty folder."""
     run = RunFolder.open(path)
     state, clients = final_state(run)
     config = load_run_config(run)
@@ -136,7 +137,7 @@ def _adapt(
 
 
 def final_state(run: RunFolder) -> tuple[bytes, tuple[ClientInfo, ...]]:
-    """The server's packed state after the last round and the clients it knew; nothing is touched.
+    """Return the server's packed state after the last round and its clients; nothing is changed.
 
     Raises RunError for a run that is not finished, has no such state (a client's folder), or whose state is damaged.
     """
@@ -172,10 +173,10 @@ def check_method(config: Config) -> None:
 
 
 def _own_config(config: Config, source: SourceSettings, target: Path, device: str, base: str | None) -> Config:
-    """The run's config with the new client's own data, machine and copy of the base."""
+    """Return the run's config with the new client's data, device and copy of the base."""
     model = config.base.model if base is None else base
     if base is None and is_elsewhere(model):
-        model = BUNDLED  # which lies elsewhere on another machine; whether it is the right one its identity tells
+        model = BUNDLED  # its path differs between machines; the identity is checked later
     config = replace(
         config,
         base=replace(config.base, model=model),
@@ -212,7 +213,7 @@ def begin(
 
 
 def _trained(config: Config, bank: Bank, adapter: Adapter, data: ClientData, steps: int | None) -> Adapter:
-    """The adapter after local training as in the round that would have come next."""
+    """Return the adapter after local training as in the next round of the run."""
     training, round_ = config.training, config.federation.rounds
     if steps is not None:
         training = replace(training, local_steps=steps, local_epochs=0)
@@ -239,7 +240,7 @@ def _scores(config: Config, bank: Bank, adapter: Adapter | None, data: ClientDat
 
 
 def _log(own: RunFolder, name: str, config: Config, newcomer: Newcomer[Any], report: Mapping[str, Any]) -> None:
-    """Write the files that a client's folder has after a run, as docs/run-folder.md tells; the summary last."""
+    """Write the files of a client's run folder (docs/run-folder.md), the summary last."""
     round_, row, client_state = config.federation.rounds, config.method_name, report["kept"]
     validation = report["validation"]
     test = {row if one == client_state else one: scores for one, scores in report["test"].items()}

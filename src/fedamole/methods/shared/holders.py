@@ -1,6 +1,6 @@
-"""Which tensors may be averaged in a round, and how far one client's embeddings may influence the assignment.
+"""Which tensors may be averaged in a round, and limits on the influence of one client's embeddings.
 
-The average over few reveals each: of two, either can subtract its own part and has the other's.
+An average over few clients reveals each of them: of two, either can subtract its own part and has the other's.
 """
 
 from collections import Counter
@@ -13,16 +13,17 @@ from fedamole.model.params import Shapes, Tensors
 MAX_NORM_RATIO = 4.0
 """Largest norm of a client's embeddings of a module, as a multiple of the median client's."""
 FIRST_LINEARS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value")
-"""Linears that read the normalised word embeddings themselves, in the first layer."""
+"""Linears whose input in the first layer is the normalised word embeddings."""
 
 
 def fewest_replies(
     held: Mapping[str, Mapping[str, Sequence[int]]], asked: Collection[str], min_holders: int | None
 ) -> Callable[[str], int]:
-    """Return how many replies a key needs to be averaged, as a function of the key.
+    """Return the number of replies that a key needs to be averaged, as a function of the key.
 
-    That is `min_holders`. Where it is None (a simulation), 2, or 1 for an expert of which one holder alone was asked
-    this round. `held` has the experts by module and client; keys are <module>/expert-07/A, or without the last part.
+    This is `min_holders`. If it is None (a simulation), it is 2, or 1 for an expert of which only one holder was sent a
+    message in this round. `held` has the experts by module and client; keys are <module>/expert-07/A, or without the
+    last part.
     """
     if min_holders is not None:
         return lambda key: min_holders
@@ -75,48 +76,48 @@ def limit_norms(embeddings: Mapping[str, Tensors]) -> dict[str, dict[str, Tensor
 def group_exposure(
     clients: int | None, shapes: Shapes | None, *, experts: float, choices: int, min_holders: int | None, rank: int
 ) -> list[str]:
-    """Say what co-holders and the coordinator can compute of experts and mean embeddings.
+    """Return sentences about what other holders and the coordinator can compute of experts and mean embeddings.
 
     A client holds `experts` per module on average, and each expert is held by `choices` clients. `clients` and `shapes`
-    are None where they are not known yet, `min_holders` where no number is set.
+    are None if not known yet, `min_holders` if no number is set.
     """
     by = f"In each module every expert is held by {choices} clients, who get the mean of their updates back"
     few = {
-        1: "In each module every expert is held by one client alone: whoever holds it next gets that client's update.",
+        1: "In each module every expert is held by one client alone: the next holder gets that client's update.",
         2: f"{by}. Either of the two can subtract its own and has the other's update.",
     }
-    said = [
+    sentences = [
         few.get(choices, f"{by}. {choices - 1} of them together can subtract theirs and have that of the last one.")
     ]
     if clients is not None and clients > 1:
         others = "one client alone" if clients == 2 else f"{clients - 1} clients together"
-        said.append(
+        sentences.append(
             f"Shared expert and router are means over all {clients} clients: {others} can compute the last one's part."
         )
     if min_holders is not None:
-        said.append(
-            f"What fewer than {min_holders} clients return in a round is not averaged and keeps its value "
+        sentences.append(
+            f"Tensors that fewer than {min_holders} clients return in a round are not averaged and keep their values "
             f"(method.min_holders = {min_holders})."
         )
     each = round(rank * (1 + experts))
-    told = (
+    disclosed = (
         "The coordinator gets the mean embeddings of each client's embedding split: in each round about "
         f"{each} linear equations per adapted linear for the mean of that linear's inputs over the split"
     )
     first = sorted(shapes, key=_layer)[0] if shapes else None
     if shapes is None or first is None:
-        return [*said, f"{told}."]
-    alike = [name for name in shapes if _layer(name) == _layer(first) and name.endswith(FIRST_LINEARS)] or [first]
+        return [*sentences, f"{disclosed}."]
+    same_input = [name for name in shapes if _layer(name) == _layer(first) and name.endswith(FIRST_LINEARS)] or [first]
     width = shapes[first][0]
-    rounds = max(1, -(-width // (each * len(alike))))
+    rounds = max(1, -(-width // (each * len(same_input))))
     return [
-        *said,
-        f"{told}. In the first layer ({len(alike)} of them have the same input of width {width}) these determine it "
-        f"after {rounds} round{'s' if rounds > 1 else ''} at the earliest; it is the mean of the embeddings of the "
-        "split's words, a bag of words.",
+        *sentences,
+        f"{disclosed}. In the first layer ({len(same_input)} of them have the same input of width {width}) these "
+        f"determine it after {rounds} round{'s' if rounds > 1 else ''} at the earliest; it is the mean of the embeddings "
+        "of the split's words, a bag of words.",
     ]
 
 
 def _layer(name: str) -> int:
-    """The number of the layer that a module is in."""
+    """Return the number of the layer that a module is in."""
     return next((int(part) for part in name.split(".") if part.isdigit()), 0)
