@@ -113,8 +113,8 @@ def group_exposure(
     return [
         *sentences,
         f"{disclosed}. In the first layer ({len(same_input)} of them have the same input of width {width}) these "
-        f"determine it after {rounds} round{'s' if rounds > 1 else ''} at the earliest; it is the mean of the embeddings "
-        "of the split's words, a bag of words.",
+        f"determine it after {rounds} round{'s' if rounds > 1 else ''} at the earliest; it is the mean of the "
+        "embeddings of the split's words, a bag of words.",
     ]
 
 
