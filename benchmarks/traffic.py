@@ -13,7 +13,7 @@ is names and headers); and the bytes divided by those of FedIT on the same way.
 Target: within 1 % of the minimum.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from statistics import fmean
@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from measure import arguments, report
 from safetensors.torch import load
-from torch import Tensor
 
-from fedamole.federation.method import Client, ClientInfo, Method, Server, TrainingResult
+from fedamole.engine.reply_template import dry_client
+from fedamole.federation.method import BaseInfo, ClientInfo, Method, Server, TrainingResult
 from fedamole.federation.record import pack
 from fedamole.methods import METHODS
 from fedamole.model.amole import AdapterSpec
@@ -73,7 +73,7 @@ class Round:
     def run(self) -> None:
         """Let the method run its rounds, whatever it exchanges."""
         clients = tuple(ClientInfo(f"client-{place:02d}", 1000) for place in range(CLIENTS))
-        server = Server(self.shapes, clients, SEED, width=HIDDEN)
+        server = Server(BaseInfo(self.shapes, HIDDEN), clients, SEED)
         state = self.method.round(server, self.method.init(server), clients, self._exchange)
         self.down, self.up = Traffic(), Traffic()
         self.method.round(replace(server, round=1), state, clients, self._exchange)
@@ -82,7 +82,7 @@ class Round:
         """Carry messages down, do the clients' work, carry the replies up."""
         replies = {}
         for name, message in messages.items():
-            client = Client(ClientInfo(name, 1000), self.shapes, SEED, 0, self._losses, self._hidden, width=HIDDEN)
+            client = dry_client(BaseInfo(self.shapes, HIDDEN), ClientInfo(name, 1000), SEED, 0)
             self.down.send(name, message)
             kept = self.kept.get(name) or self.method.init_client_state(client)
             work = self.method.update(client, kept, message)
@@ -99,17 +99,11 @@ class Round:
     def _fit(self, adapter: Adapter) -> TrainingResult:
         """Stand in for training and for reading the embedding split."""
         generator, means, spec = torch.Generator().manual_seed(SEED), {}, self.method.spec()
-        for module, held in expert_ids(adapter.tensors).items() if self.method.embeds else ():
+        for module, held in expert_ids(adapter.tensors).items() if self.method.needs_embeddings else ():
             assert isinstance(spec, AdapterSpec), "only mixtures of experts have router embeddings"
             token, *experts = torch.randn(1 + len(held), spec.rank, generator=generator)
             means[module] = MeanEmbeddings(token, dict(zip(held, experts, strict=True)))
         return TrainingResult(adapter, steps=1, loss=0.0, embeddings=means)
-
-    def _losses(self, adapters: Sequence[Adapter], most: int) -> list[float]:
-        return [0.0] * len(adapters)
-
-    def _hidden(self, adapter: Adapter, most: int) -> Tensor:
-        return torch.zeros(most, HIDDEN)
 
 
 def lines_of(name: str, watched: Round, fedit: Round | None, size: str) -> tuple[list[list[object]], dict[str, float]]:

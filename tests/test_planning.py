@@ -269,9 +269,7 @@ def test_a_plan_says_what_others_can_compute(runs: Any) -> None:
     assert f"mean embeddings are about {few['embedding']} rows" in said
     assert "mean embeddings" not in " ".join(plan(runs.load("fedit")).exposure)
     alone = planning.exposure(runs.load("local_only"), 4)
-    assert alone == [
-        "Nothing of the training travels: the coordinator gets the losses and scores of each client alone."
-    ]
+    assert alone == ["Nothing of the training is sent: the coordinator gets only the losses and scores of each client."]
     two = " ".join(planning.exposure(runs.load("fedit"), 2))
     assert "Two clients take part" in two
     assert "Two clients take part" not in " ".join(planning.exposure(runs.load("fedit"), 3))

@@ -18,7 +18,7 @@ from fedamole.errors import BaseModelError, ConfigError, RunError
 from fedamole.federation.client_data import ClientData, client_data
 from fedamole.federation.engine import Engine
 from fedamole.federation.loop import Loop, MetricsSink
-from fedamole.federation.method import ClientInfo, Evaluates, Server
+from fedamole.federation.method import BaseInfo, ClientInfo, Evaluates, Server
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.robust import Robust
 from fedamole.federation.worker import Worker
@@ -228,7 +228,7 @@ def worker_of(config: Config, bank: Bank, folder: RunFolder) -> Worker:
 def server_of(config: Config, base: Base, clients: Sequence[ClientInfo] = ()) -> Server:
     """Return the `Server` that the server's half of a method works with before round 0."""
     rounds = config.federation.rounds
-    return Server(base.shapes, tuple(clients), config.run.seed, 0, base.width, base.embedding_std, rounds=rounds)
+    return Server(BaseInfo.of(base), tuple(clients), config.run.seed, rounds=rounds)
 
 
 def loop_of(
@@ -257,7 +257,7 @@ def loop_of(
         listener=listener,
         best_round=evaluation.best_round,
         metrics_sink=metrics_sink,
-        robust=Robust(federation.aggregation, federation.clip_factor, config.method.averaged),
+        robust=Robust(federation.aggregation, federation.clip_factor, config.method.averaged_fields),
     )
 
 

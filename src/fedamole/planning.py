@@ -1,4 +1,4 @@
-"""What a run would take, worked out before it starts: clients, traffic, steps, memory, and how many train at once."""
+"""Plan of a run before it starts: clients, traffic, steps, memory, and how many clients train at once."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -6,36 +6,34 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from fedamole.config import Config
 from fedamole.data.manifest import read_manifest
 from fedamole.data.partition import numbered
 from fedamole.data.settings import DataSettings, SourceSettings
+from fedamole.engine.reply_template import dry_client
 from fedamole.errors import ConfigError
 from fedamole.federation.client_data import ClientData
-from fedamole.federation.local import TOKENS_AT_ONCE
-from fedamole.federation.method import Client, ClientInfo, Server, TrainingResult
+from fedamole.federation.method import BaseInfo, ClientInfo, Server, TrainingResult
+from fedamole.federation.passes import TOKENS_AT_ONCE
 from fedamole.federation.record import pack
 from fedamole.model.base import Base
 from fedamole.model.memory import HEADROOM, free_bytes, group_bytes, used_bytes
-from fedamole.model.params import Adapter, Shapes
+from fedamole.model.params import Shapes
 from fedamole.model.prompt import PromptSpec
 from fedamole.model.weightless import WeightlessBase, weight_bytes
 from fedamole.runs.run_files import SPLITS
 
 MOST_ON_CPU = 16
-"""Clients at once on a CPU: more gain little, on short texts alone, and take memory; `run.group` sets more."""
+"""Largest group on a CPU; larger ones are hardly faster and take memory. `run.group` overrides it."""
 ASSUMED_EXAMPLES = 1000
-"""Training examples of each client where no data are looked at."""
+"""Training examples assumed for each client in a plan without data."""
 NOT_INCLUDED = "the GPU's own context, what PyTorch keeps in reserve, evaluation, and on the server the method's state"
-"""What the memory of a plan without data leaves out."""
+"""What the memory of a plan without data does not include."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do, without running it."""
+    """Plan of a run."""
 
     clients: tuple[dict[str, Any], ...]
     """Name, task, and size of each split."""
@@ -46,35 +44,35 @@ class Plan:
     adapter_parameters: float
     """Mean over the clients, in round 0."""
     bytes_down: float
-    """Mean per client and round; what comes back up is about as much."""
+    """Mean per client and round; replies are about as large."""
     group: int
-    """Clients that train in lock-step."""
+    """Number of clients that train in lock-step."""
     memory_mib: float
-    """Estimate for local training: what is held now (base and data; on a CPU the whole process), and a group."""
+    """Estimate for local training: memory in use now (base and data; on a CPU the whole process), and a group."""
     steps: float
     """Mean optimiser steps of a client per round."""
     rounds: int
     clients_per_round: int
     exposure: tuple[str, ...]
-    """What others can compute from what travels, in sentences."""
+    """What others can compute from what is sent, in sentences."""
 
 
 @dataclass(frozen=True)
 class PlanWithoutData(Plan):
-    """What a run on a GPU would do, from its config and the shapes of its base alone."""
+    """Plan of a run on a GPU from its config and the shapes of its base alone."""
 
     assumed: str
-    """What stands in for the data."""
+    """What was assumed in place of the data."""
     base_mib: float
     """The frozen weights."""
     mib_per_client: float
-    """What each client in lock-step takes beside them: `memory_mib` is the sum for `group` clients."""
+    """Memory of each client in lock-step; `memory_mib` is the base plus this for `group` clients."""
     not_included: str
-    """What `memory_mib` leaves out."""
+    """What `memory_mib` does not include."""
 
 
 def planned(config: Config, base: Base, clients: Mapping[str, ClientData]) -> Plan:
-    """Plan a prepared run, whose group has been chosen."""
+    """Plan a prepared run with a known group size."""
     infos = _infos(clients)
     sizes, traffic = _sizes(config, base, infos)
     group = config.run.group
@@ -96,12 +94,12 @@ def planned(config: Config, base: Base, clients: Mapping[str, ClientData]) -> Pl
 
 
 def _steps(config: Config, examples: int) -> float:
-    """Optimiser steps of a round at a client with this many training examples."""
+    """Return the optimiser steps of a round of a client with this many training examples."""
     return config.training.steps(examples) * config.method.round_share(config.training.budget)
 
 
 def chosen_group(config: Config, base: Base, clients: Mapping[str, ClientData]) -> int:
-    """Most clients of a cohort whose training fits into the memory that is free now; at least one."""
+    """Return the largest group of a cohort whose training fits into free memory; at least 1."""
     most = _cohort(config, len(clients))
     if base.device.type == "cpu":
         most = min(most, MOST_ON_CPU)
@@ -147,7 +145,7 @@ def planned_without_data(
 def clients_without_data(
     data: DataSettings, folder: Path, elsewhere: Sequence[str] = ()
 ) -> tuple[tuple[dict[str, Any], ...], str]:
-    """Clients and their example counts from the [data] table alone, and in words what was assumed.
+    """Return clients and their example counts from the [data] table alone, and a sentence about what was assumed.
 
     With `data.manifest` (relative to `folder`) clients and counts are those stored there; where no source is named,
     clients are those of a deployment, whose data are `elsewhere`. Errors: ConfigError for a partition by value, whose
@@ -167,35 +165,35 @@ def clients_without_data(
 def exposure(
     config: Config, clients: int | None, rows: Sequence[Mapping[str, Any]] = (), shapes: Shapes | None = None
 ) -> list[str]:
-    """Say in plain sentences what the coordinator and other clients can compute from what travels in a run.
+    """Return sentences about what the coordinator and other clients can compute from what is sent in a run.
 
     `clients` is how many there are; None where that is not known, as at a client. `rows` are those of a plan: names and
     sizes of splits, as far as they are known here. `shapes` are those of the base's adapted linears, if it is loaded.
     """
     method = config.method
     if method.communicates == "nothing":
-        return ["Nothing of the training travels: the coordinator gets the losses and scores of each client alone."]
-    said = [
+        return ["Nothing of the training is sent: the coordinator gets only the losses and scores of each client."]
+    sentences = [
         f"Exchanged with the coordinator: {method.communicates}. Kept at the client: {method.stays_local}. "
         "The coordinator gets each client's own part before it is averaged, and the losses and scores of each client."
     ]
     if method.stays_local == "the data":
-        said.append("So the coordinator can have the personal model of every client.")
-    said += method.exposes(clients, shapes)
+        sentences.append("So the coordinator can have the personal model of every client.")
+    sentences += method.exposes(clients, shapes)
     known = [row for row in rows if "embedding" in row]
     if known:
         training = config.training
         few = min(known, key=lambda row: (row["train"], row["client"]))
         read = min(few["train"], round(_steps(config, few["train"])) * training.batch_size * training.accumulation)
-        said.append(
-            f"The fewer rows, the more is told of each: an update of {few['client']} is about {read} of its "
+        sentences.append(
+            f"The fewer rows, the more an update reveals of each: an update of {few['client']} is about {read} of its "
             f"{few['train']} training rows, its scores about {few['validation']} and {few['test']} rows."
         )
-    if known and (method.embeds or method.looks):
+    if known and (method.needs_embeddings or method.probes):
         few = min(known, key=lambda row: (row["embedding"], row["client"]))
-        what = "mean embeddings are" if method.embeds else "choice is"
-        said.append(f"The {what} about {few['embedding']} rows at {few['client']}.")
-    return said
+        what = "mean embeddings are" if method.needs_embeddings else "choice is"
+        sentences.append(f"The {what} about {few['embedding']} rows at {few['client']}.")
+    return sentences
 
 
 def _names_without_data(source: SourceSettings) -> list[str]:
@@ -215,39 +213,37 @@ def _infos(clients: Mapping[str, ClientData]) -> tuple[ClientInfo, ...]:
 
 
 def _sizes(config: Config, base: Base, infos: tuple[ClientInfo, ...]) -> tuple[list[int], list[int]]:
-    """Adapter parameters, and bytes of the message, of each client in round 0."""
-    method = config.method
-    state = method.init(Server(base.shapes, infos, config.run.seed, 0, base.width, base.embedding_std))
+    """Return the adapter parameters and the bytes of the message of each client in round 0."""
+    method, state = config.method, _initial_state(config, base, infos)
     sizes, traffic = [], []
     for info in infos:
-        client = Client(info, base.shapes, config.run.seed, 0, _no_losses, _no_hidden, base.width, base.embedding_std)
-        message = method.message(state, info)
+        client, message = dry_client(BaseInfo.of(base), info, config.run.seed, 0), method.message(state, info)
         sizes.append(method.adapter(client, method.init_client_state(client), message).parameters())
         traffic.append(len(pack(message)))
     return sizes, traffic
 
 
 def trained_parameters(config: Config, base: Base, clients: Mapping[str, ClientData]) -> dict[str, int]:
-    """Count the numbers that each client trains in round 0, by client: the shapes are made, nothing is trained.
+    """Return how many parameters each client trains in round 0, by a dry run.
 
-    A tensor that a round trains twice, as Ditto's LoRA, counts once.
+    A tensor that is trained twice in a round, as Ditto's LoRA, counts once.
     """
-    method, infos, found = config.method, _infos(clients), {}
-    state = method.init(Server(base.shapes, infos, config.run.seed, 0, base.width, base.embedding_std))
-
-    def hidden(adapter: Adapter, most: int) -> Tensor:
-        return torch.zeros(most, base.width)
-
+    method, infos, counts = config.method, _infos(clients), {}
+    state = _initial_state(config, base, infos)
     for info in infos:
-        client = Client(info, base.shapes, config.run.seed, 0, _no_losses, hidden, base.width, base.embedding_std)
+        client = dry_client(BaseInfo.of(base), info, config.run.seed, 0)
         work = method.update(client, method.init_client_state(client), method.message(state, info))
-        sizes, fit = dict[str, int](), next(work)
+        sizes, request = dict[str, int](), next(work)
         with contextlib.suppress(StopIteration):
             while True:
-                sizes |= fit.adapter.trained_sizes()
-                fit = work.send(TrainingResult(fit.adapter, steps=1, loss=0.0))
-        found[info.name] = sum(sizes.values())
-    return found
+                sizes |= request.adapter.trained_sizes()
+                request = work.send(TrainingResult(request.adapter, steps=1, loss=0.0))
+        counts[info.name] = sum(sizes.values())
+    return counts
+
+
+def _initial_state(config: Config, base: Base, infos: tuple[ClientInfo, ...]) -> Any:
+    return config.method.init(Server(BaseInfo.of(base), infos, config.run.seed, rounds=config.federation.rounds))
 
 
 def _group_bytes(config: Config, base: Base, group: int, adapter_parameters: int) -> int:
@@ -262,15 +258,6 @@ def _group_bytes(config: Config, base: Base, group: int, adapter_parameters: int
 
 def _cohort(config: Config, clients: int) -> int:
     return max(1, round(config.federation.cohort * clients))
-
-
-def _no_losses(adapters: Sequence[Adapter], most: int) -> list[float]:
-    """A plan looks at no data, and whatever a client chooses by looking has the same size."""
-    return [0.0] * len(adapters)
-
-
-def _no_hidden(adapter: Adapter, most: int) -> Tensor:
-    raise RuntimeError("a plan runs no model")
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -8,18 +8,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fedamole.federation.method import (
-    Client,
-    ClientInfo,
-    Exchange,
-    LoraMethod,
-    Records,
-    Server,
-    TrainingRequest,
-    TrainingResult,
-)
+from fedamole.federation.method import Client, ClientInfo, Exchange, Records, Server, TrainingRequest, TrainingResult
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.averaging import mean_by_key
+from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.params import Adapter, new_shared
 
 
@@ -96,9 +88,9 @@ class ThreeExchanges(LoraMethod[Average, Average, Trained, Trained]):
     ) -> Generator[TrainingRequest, TrainingResult, tuple[Trained, Trained, TrainingResult]]:
         adapter = self.adapter(client, client_state, message)
         if message.measure:
-            loss = torch.tensor(client.losses([adapter], 4)[0])
+            loss = torch.tensor(client.probe.losses([adapter], 4)[0])
             return client_state, Trained({}, {"loss": loss}), TrainingResult(adapter, 0, 0.0)
-        result = yield TrainingRequest(adapter, share=0.5)
+        result = yield TrainingRequest(adapter, step_fraction=0.5)
         return (*self.reply(client, client_state, message, result), result)
 
     @override

@@ -22,7 +22,7 @@ from fedamole.engine.messages import JOIN, UPDATE, Reply, Request
 from fedamole.errors import RunError
 from fedamole.experiment import prepare, resume, worker_of
 from fedamole.federation.client_state import PrivateState
-from fedamole.federation.method import ClientInfo, Exchange, Server
+from fedamole.federation.method import BaseInfo, ClientInfo, Exchange, Server
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import bytes_as_tensor, pack, unpack
 from fedamole.methods import METHODS
@@ -70,7 +70,7 @@ def test_each_exchange_has_batches_of_its_own(runs: Any, tmp_path: Path) -> None
     folder = RunFolder.create(tmp_path / "run", "", "", NAME, prepared.base.identity)
     engine = InProcess(worker_of(prepared.config, Bank(prepared.base), folder), prepared.clients, ProgressListener(), 4)
     method = prepared.config.method
-    message = pack(method.init(Server(prepared.base.shapes, engine.clients, 0)))
+    message = pack(method.init(Server(BaseInfo.of(prepared.base), engine.clients, 0)))
     tensors = []
     for exchange in (0, 1, 0):
         (result,) = engine.update(0, {"mood": message}, exchange).values()

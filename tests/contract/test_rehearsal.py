@@ -13,8 +13,8 @@ from fedamole.engine.reply_template import check_reply, dry_run, usual_norm
 from fedamole.experiment import loop_of, prepare, server_of, worker_of
 from fedamole.federation.method import Server
 from fedamole.federation.progress import ProgressListener
-from fedamole.federation.record import PayloadError, unpack
-from fedamole.federation.robust import flattened, with_tensors
+from fedamole.federation.record import PayloadError, named_tensors, unpack
+from fedamole.federation.robust import with_tensors
 from fedamole.federation.worker import UpdateResult
 from fedamole.methods import METHODS
 from fedamole.model.bank import Bank
@@ -104,10 +104,12 @@ def test_real_replies_pass_and_spoiled_ones_do_not(name: str, compared: Any) -> 
             assert name == "local_only"
             continue
         assert refused(method, wanted, bad), f"{kind} went through"
-    norms = [sum(float(tensor.double().square().sum()) for tensor in flattened(got).values()) ** 0.5 for _, got in seen]
+    norms = [
+        sum(float(tensor.double().square().sum()) for tensor in named_tensors(got).values()) ** 0.5 for _, got in seen
+    ]
     for (wanted, got), norm in zip(seen, norms, strict=True):
         assert norm <= 0.2 * usual_norm(wanted), "an honest reply comes near the bound that holds without max_norm"
-        poisoned = with_tensors(got, {key: tensor * 0 + 500 for key, tensor in flattened(got).items()})
+        poisoned = with_tensors(got, {key: tensor * 0 + 500 for key, tensor in named_tensors(got).items()})
         assert name == "local_only" or refused(method, wanted, poisoned, None)
         assert name == "local_only" or refused(method, wanted, got, 0.99 * norm)
         assert not refused(method, wanted, got, 1.01 * norm + 1e-9)

@@ -9,11 +9,12 @@ from typing import Any
 from fedamole.engine.messages import EVALUATE, JOIN, UPDATE, Reply, Request, read_request
 from fedamole.engine.remote import Remote
 from fedamole.federation.loop import Loop
-from fedamole.federation.method import Evaluates, Server
+from fedamole.federation.method import BaseInfo, Evaluates, Server
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import bytes_as_tensor, pack, tensor_as_bytes, unpack
 from fedamole.federation.settings import DeploymentSettings, FederationSettings
-from fedamole.methods.fedit import FedIT, GlobalLora
+from fedamole.methods.fedit import FedIT
+from fedamole.methods.shared.averaging import SharedTensors
 from fedamole.runs.identity import Identity
 from fedamole.runs.run_files import BASE, MAJORITY
 from fedamole.runs.run_folder import RunFolder
@@ -33,10 +34,12 @@ def honest(name: str, request: Request) -> Reply:
         report: dict[str, Any] = {"examples": EXAMPLES, "base": asdict(IDENTITY), "device": "cpu"}
         return Reply(*about, report=report, scores={BASE: {"loss": 3.0}})
     if request.operation == UPDATE:
-        message = unpack(GlobalLora, tensor_as_bytes(request.message) or b"")
+        message = unpack(SharedTensors, tensor_as_bytes(request.message) or b"")
         tensors = {key: tensor + 1 + ord(name[0]) / 100 for key, tensor in message.tensors.items()}
         report = {"loss": 1.0, "steps": 3, "seconds": 0.1, "group": 1, "peak_memory_mib": 4.0}
-        return Reply(*about, report=report, scores={"fedit_ft": loss}, reply=bytes_as_tensor(pack(GlobalLora(tensors))))
+        return Reply(
+            *about, report=report, scores={"fedit_ft": loss}, reply=bytes_as_tensor(pack(SharedTensors(tensors)))
+        )
     if request.operation == EVALUATE:
         return Reply(*about, scores={"fedit": loss})
     rows = [f"{row}/{which}" for row in ("fedit", "fedit_ft") for which in ("best", "last")]
@@ -77,7 +80,7 @@ def engine(link: Stub, listener: ProgressListener | None = None, **settings: Any
     )
     tables = {"identity": asdict(IDENTITY), "config": {"evaluation": {"select": "loss"}}}
     rows: dict[str, Evaluates] = {"fedit": "post_aggregation", "fedit_ft": "pre_aggregation"}
-    server = Server(SHAPES, (), 0, 0, 4)
+    server = Server(BaseInfo(SHAPES, 4), (), 0)
     return Remote(link, FedIT(rank=2), rows, server, "run1", tables, deployed, listener or ProgressListener())
 
 

@@ -19,7 +19,7 @@ from fedamole.deployment.security.policy import UNBOUNDED
 from fedamole.deployment.shared_config import own_tables, shared_tables
 from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, unpacked
 from fedamole.errors import BaseModelError, ConfigError
-from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import bytes_as_tensor, pack, tensor_as_bytes, unpack
 from fedamole.model.base import load_base
@@ -40,7 +40,9 @@ class ByHand:
         self.settings = shared_tables(self.config, base.identity)
         self.settings["config"]["base"]["model"] = "bundled"
         info = ClientInfo("entail", 40)
-        self.first = self.config.method.message(self.config.method.init(Server(base.shapes, (info,), 0, 0, 32)), info)
+        self.first = self.config.method.message(
+            self.config.method.init(Server(BaseInfo(base.shapes, 32), (info,), 0)), info
+        )
 
     def join(self, **changes: Any) -> Request:
         return Request(RUN_ID, -1, JOIN, settings={**self.settings, **changes})

@@ -23,7 +23,7 @@ from fedamole.deployment.security.policy import UNBOUNDED, PolicySettings, asked
 from fedamole.deployment.shared_config import agreed_hash, check_agree, shared_tables
 from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, unpacked
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import bytes_as_tensor, pack, tensor_as_bytes, unpack
 from fedamole.model.base import load_base
@@ -65,7 +65,7 @@ class Asks:
         self.settings["config"]["base"]["model"] = "bundled"
         info = ClientInfo("north", 50)
         self.first = self.config.method.message(
-            self.config.method.init(Server(self.base.shapes, (info,), 0, 0, 32)), info
+            self.config.method.init(Server(BaseInfo(self.base.shapes, 32), (info,), 0)), info
         )
 
     def join(self, change: Callable[[dict[str, Any]], None] = lambda config: None, run: str = RUN_ID) -> Request:

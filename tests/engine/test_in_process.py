@@ -16,14 +16,15 @@ from fedamole.errors import FedamoleError
 from fedamole.experiment import prepare, variants_of, worker_of
 from fedamole.federation.client_state import PrivateState
 from fedamole.federation.local import embed
-from fedamole.federation.method import Client, Evaluates, Server, TrainingRequest, TrainingResult
+from fedamole.federation.method import BaseInfo, Client, Evaluates, Server, TrainingRequest, TrainingResult
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.randomness import torch_generator
-from fedamole.federation.record import Nothing, pack, unpack
+from fedamole.federation.record import Nothing, named_tensors, pack, unpack
 from fedamole.federation.worker import Worker
 from fedamole.methods.fedamole import FedAmole, TrainedExperts
-from fedamole.methods.fedit import FedIT, GlobalLora
+from fedamole.methods.fedit import FedIT
 from fedamole.methods.local_only import LocalOnly, OwnLora
+from fedamole.methods.shared.averaging import SharedTensors
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.params import Adapter, new_shared
@@ -74,7 +75,7 @@ def test_memory_that_runs_out_in_a_run_changes_nothing(runs: Any, facts: Any, mo
         folder = runs.fresh("fedamole", "run.group=4")
     assert passes == [4] + [2, 2] * 9, "nine steps: three rounds of three"
     assert caplog.text.count("out of memory") == 1
-    assert "out of memory with 4 clients in a pass, going on with 2" in caplog.text
+    assert "out of memory with 4 clients in a pass, continuing with 2" in caplog.text
     assert_same(facts(folder), facts(wanted))
     assert_same(journal(folder), journal(wanted))
 
@@ -99,13 +100,13 @@ def engine(
     worker = Worker(Bank(prepared.base), method, variants, config.training, config.evaluation, run, 0)
     diary = Diary()
     clients = InProcess(worker, prepared.clients, diary, group)
-    state = method.init(Server(prepared.base.shapes, clients.clients, 0))
+    state = method.init(Server(BaseInfo(prepared.base.shapes), clients.clients, 0))
     return clients, {info.name: pack(method.message(state, info)) for info in clients.clients}, diary
 
 
 def tensors(payload: bytes | None) -> dict[str, torch.Tensor]:
     assert payload is not None
-    return dict(unpack(GlobalLora, payload).tensors)
+    return dict(unpack(SharedTensors, payload).tensors)
 
 
 SMALL = FedIT(rank=2, alpha=4.0)
@@ -125,10 +126,10 @@ class Twice(FedIT):
     """A method with local work of its own: it trains, and trains again from there."""
 
     def update(
-        self, client: Client, kept: Nothing, message: GlobalLora
+        self, client: Client, kept: Nothing, message: SharedTensors
     ) -> Generator[TrainingRequest, TrainingResult, Any]:
-        first = yield TrainingRequest(Adapter(self.spec(), message.tensors), share=0.5)
-        second = yield TrainingRequest(first.adapter, share=0.5)
+        first = yield TrainingRequest(Adapter(self.spec(), message.tensors), step_fraction=0.5)
+        second = yield TrainingRequest(first.adapter, step_fraction=0.5)
         return (*self.reply(client, kept, message, second), second)
 
 
@@ -145,7 +146,7 @@ def test_a_method_with_its_own_update_trains_in_lockstep_too(runs: Any, tmp_path
         torch.testing.assert_close(mine, found[1][name], rtol=0, atol=1e-5)
     once, messages, _ = engine(runs, tmp_path / "once", Once(rank=2, alpha=4.0), 4)
     first = once.update(0, messages)
-    again = once.update(0, {name: pack(GlobalLora(tensors(answer.payload))) for name, answer in first.items()})
+    again = once.update(0, {name: pack(SharedTensors(tensors(answer.payload))) for name, answer in first.items()})
     for name, answer in again.items():
         same = [torch.equal(tensor, found[1][name][key]) for key, tensor in tensors(answer.payload).items()]
         assert not all(same), "the second piece saw the batches and masks of the first again"
@@ -156,9 +157,9 @@ class Once(FedIT):
     """Half a round."""
 
     def update(
-        self, client: Client, kept: Nothing, message: GlobalLora
+        self, client: Client, kept: Nothing, message: SharedTensors
     ) -> Generator[TrainingRequest, TrainingResult, Any]:
-        only = yield TrainingRequest(Adapter(self.spec(), message.tensors), share=0.5)
+        only = yield TrainingRequest(Adapter(self.spec(), message.tensors), step_fraction=0.5)
         return (*self.reply(client, kept, message, only), only)
 
 
@@ -171,18 +172,17 @@ def test_everybody_reads_his_own_embeddings_whoever_takes_more_steps(runs: Any, 
         run = RunFolder.create(tmp_path / f"run{group}", "", "", "fedamole", prepared.base.identity)
         worker = worker_of(config, Bank(prepared.base), run)
         clients = InProcess(worker, prepared.clients, ProgressListener(), group)
-        state = config.method.init(Server(prepared.base.shapes, clients.clients, 0))
+        state = config.method.init(Server(BaseInfo(prepared.base.shapes), clients.clients, 0))
         messages = {info.name: pack(config.method.message(state, info)) for info in clients.clients}
         answers = clients.update(0, messages)
         steps = [answers[name].report["steps"] for name in sorted(answers)]
         assert steps != sorted(steps, reverse=True), "the order of steps is not that of names"
         replies.append({name: unpack(TrainedExperts, answer.payload or b"") for name, answer in answers.items()})
     for name, alone in replies[0].items():
-        for part in ("tensors", "token_embedding", "expert_embeddings"):
-            mine, theirs = getattr(replies[1][name], part), getattr(alone, part)
-            assert mine.keys() == theirs.keys()
-            for key, tensor in mine.items():
-                torch.testing.assert_close(tensor, theirs[key], rtol=0, atol=5e-3)
+        mine, theirs = named_tensors(replies[1][name]), named_tensors(alone)
+        assert mine.keys() == theirs.keys()
+        for key, tensor in mine.items():
+            torch.testing.assert_close(tensor, theirs[key], rtol=0, atol=5e-3)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from tests.deployment.stub import NAMES, SHAPES, Answers, Stub, engine, honest, 
 from fedamole.engine import link as timing
 from fedamole.engine.messages import EVALUATE, FAILURES, JOIN, RETRIABLE, TEST, UPDATE, Request, failure
 from fedamole.errors import RunError
-from fedamole.federation.method import Server
+from fedamole.federation.method import BaseInfo, Server
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import pack
 from fedamole.methods.fedit import FedIT
@@ -88,7 +88,7 @@ def test_at_first_all_are_waited_for_a_while_also_after_a_restart() -> None:
 
 
 def message() -> bytes:
-    return pack(FedIT(rank=2).init(Server(SHAPES, (), 0)))
+    return pack(FedIT(rank=2).init(Server(BaseInfo(SHAPES), (), 0)))
 
 
 def test_a_server_that_goes_on_tells_best_rounds_and_what_counted_last() -> None:

@@ -28,11 +28,11 @@ from fedamole.engine.messages import (
     read_request,
 )
 from fedamole.engine.reply_template import check_reply, dry_run
-from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.federation.record import PayloadError, bytes_as_tensor, pack, tensor_as_bytes, unpack
-from fedamole.methods.fedit import GlobalLora
 from fedamole.methods.hetlora import HetLora
 from fedamole.methods.ifca_lora import IfcaLora
+from fedamole.methods.shared.averaging import SharedTensors
 from fedamole.runs.run_files import BASE, MAJORITY
 
 SECRET = "Mrs Miller has the flu"
@@ -74,9 +74,9 @@ def spaced(payload: bytes) -> bytes:
 
 def sent(reply: Reply, change: Callable[[dict[str, torch.Tensor]], Any]) -> bytes:
     """A reply whose tensors are changed."""
-    tensors = dict(unpack(GlobalLora, tensor_as_bytes(reply.reply) or b"").tensors)
+    tensors = dict(unpack(SharedTensors, tensor_as_bytes(reply.reply) or b"").tensors)
     change(tensors)
-    return pack(replace(reply, reply=bytes_as_tensor(pack(GlobalLora(tensors)))))
+    return pack(replace(reply, reply=bytes_as_tensor(pack(SharedTensors(tensors)))))
 
 
 A = "m/shared/A"
@@ -316,7 +316,7 @@ def test_a_liar_is_left_out_and_nothing_else_happens(
 def test_methods_that_let_clients_decide(method: Any) -> None:
     """True is in range(3), and a reply without any A has no rank."""
     info = ClientInfo("ann", 5)
-    server = Server(SHAPES, (info,), 0, 0, 4)
+    server = Server(BaseInfo(SHAPES, 4), (info,), 0)
     wanted = dry_run(method, server, info, method.message(method.init(server), info))
     check_reply(method, wanted, wanted, 1e4)
     bad = [replace(wanted, tensors={}), replace(wanted, tensors={"m/shared/B": torch.ones(3, 2)})]

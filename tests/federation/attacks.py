@@ -11,8 +11,8 @@ from torch import Tensor
 from fedamole.engine.in_process import InProcess
 from fedamole.experiment import loop_of, prepare, server_of, worker_of
 from fedamole.federation.progress import ProgressListener
-from fedamole.federation.record import pack, unpack
-from fedamole.federation.robust import flattened, with_tensors
+from fedamole.federation.record import named_tensors, pack, unpack
+from fedamole.federation.robust import with_tensors
 from fedamole.federation.worker import UpdateResult
 from fedamole.model.bank import Bank
 from fedamole.runs.run_folder import RunFolder
@@ -48,7 +48,7 @@ class Attacked(InProcess):
             del answers[LIAR]
         elif self.kind != "honest":
             reply = unpack(self.record, answers[LIAR].payload or b"")
-            spoilt = with_tensors(reply, KINDS[self.kind](flattened(reply)))
+            spoilt = with_tensors(reply, KINDS[self.kind](named_tensors(reply)))
             answers[LIAR] = replace(answers[LIAR], payload=pack(spoilt))
         return answers
 

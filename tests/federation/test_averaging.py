@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.federation.weights import capped
 from fedamole.methods.shared.averaging import mean_by_key
 
@@ -93,7 +93,7 @@ def test_no_share_of_the_weights_is_above_the_cap(
 
 def test_a_servers_weights_are_capped_by_examples_only() -> None:
     clients = (ClientInfo("a", 10**9), ClientInfo("b", 3), ClientInfo("c", 1))
-    server = Server({}, clients, 0, max_weight_share=0.5)
+    server = Server(BaseInfo({}), clients, 0, max_weight_share=0.5)
     assert server.weights("examples") == {"a": 4.0, "b": 3.0, "c": 1.0}
     assert server.weights("uniform") == {"a": 1.0, "b": 1.0, "c": 1.0}
-    assert Server({}, clients, 0).weights("examples") == {"a": 1e9, "b": 3.0, "c": 1.0}
+    assert Server(BaseInfo({}), clients, 0).weights("examples") == {"a": 1e9, "b": 3.0, "c": 1.0}

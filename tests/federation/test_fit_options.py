@@ -1,7 +1,7 @@
 """What a `TrainingRequest` can ask for, in float64 against a plain loop with torch's Adam and AdamW written here."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from tests.training import lora_spec
 
 from fedamole.federation.local import LocalTask, fit
 from fedamole.federation.method import TrainingRequest, TrainingResult
+from fedamole.federation.penalties import LossFunction, ParameterLayout, Penalty, Proximal, TailNorm
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.amole import AdapterSpec
@@ -24,6 +25,18 @@ ROWS: dict[str, list[Row]] = {
     "b": [((50, 19), (17, 22, 0)), ((80, 21, 4, 4), (4, 0))],
 }
 SETTINGS = TrainingSettings(local_steps=5, batch_size=2, learning_rate=1e-2, clip_norm=0.5)
+
+
+@dataclass(frozen=True)
+class FourthPower(Penalty):
+    """A penalty that `fit` has never heard of: weight * sum of the fourth powers of all parameters."""
+
+    weight: float
+
+    @classmethod
+    def loss(cls, penalties: Sequence["FourthPower"], layout: ParameterLayout) -> LossFunction:
+        weights = torch.tensor([penalty.weight for penalty in penalties], dtype=torch.float64)
+        return lambda parameters: weights * (parameters**4).sum(1)
 
 
 @pytest.fixture
@@ -68,11 +81,15 @@ def plainly(
             loss = token_losses(logits, batch.labels).mean()
         for handle in handles:
             handle.remove()
-        for name, centre in asked.anchor.items():
-            loss = loss + asked.anchor_weight / 2 * ((tensors[name] - centre) ** 2).sum()
-        if asked.tail_weight:
+        if isinstance(asked.penalty, Proximal):
+            for name, centre in asked.penalty.anchor.items():
+                loss = loss + asked.penalty.weight / 2 * ((tensors[name] - centre) ** 2).sum()
+        if isinstance(asked.penalty, TailNorm):
+            first = asked.penalty.first_rank
             pairs = [[tensors[key] for key in shared_keys(module)] for module in bank.layers]
-            loss = loss + asked.tail_weight * sum(a[asked.tail :].norm() * b[:, asked.tail :].norm() for a, b in pairs)
+            loss = loss + asked.penalty.weight * sum(a[first:].norm() * b[:, first:].norm() for a, b in pairs)
+        if isinstance(asked.penalty, FourthPower):
+            loss = loss + asked.penalty.weight * sum((tensor**4).sum() for tensor in tensors.values())
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, SETTINGS.clip_norm)
@@ -91,13 +108,18 @@ def asked(bank: Bank, kind: str, seed: int, share: float = 1.0, decay: float = 0
     frozen = tuple(sorted(name for name in tensors if name.endswith("A"))) if kind == "frozen" else ()
     anchor = lora(bank, seed + 50) if kind in ("anchor", "anchor of B") else {}
     anchor = {name: t for name, t in anchor.items() if name.endswith("B") or kind == "anchor"}
-    tail: dict[str, Any] = {"tail": 1, "tail_weight": 0.3} if kind == "tail" else {}
+    penalties: dict[str, Penalty] = {
+        "anchor": Proximal(anchor, 0.7 + seed),
+        "anchor of B": Proximal(anchor, 0.7 + seed),
+        "tail": TailNorm(1, 0.3 + seed),
+        "fourth power": FourthPower(20.0 + seed),
+    }
     return TrainingRequest(
-        Adapter(spec, tensors, frozen=frozen), share, anchor, 0.7 if anchor else 0.0, **tail, weight_decay=decay
+        Adapter(spec, tensors, frozen=frozen), share, penalty=penalties.get(kind), weight_decay=decay
     )
 
 
-@pytest.mark.parametrize("kind", ["plain", "frozen", "anchor", "anchor of B", "tail"])
+@pytest.mark.parametrize("kind", ["plain", "frozen", "anchor", "anchor of B", "tail", "fourth power"])
 def test_equals_a_plain_loop_with_adam(kind: str, bank: Bank) -> None:
     fits = {name: asked(bank, kind, seed) for seed, name in enumerate(ROWS)}
     wanted = {name: plainly(bank, name, one, 5) for name, one in fits.items()}
@@ -128,6 +150,16 @@ def test_clients_of_a_group_may_ask_for_different_things(decays: tuple[float, fl
             torch.testing.assert_close(found.adapter.tensors[name], tensor, rtol=0, atol=1e-9)
 
 
+def test_clients_of_a_group_may_have_penalties_of_different_classes(bank: Bank) -> None:
+    for kinds in (("tail", "anchor"), ("fourth power", "tail"), ("anchor", "plain")):
+        fits = {name: asked(bank, kind, seed) for seed, (name, kind) in enumerate(zip("ab", kinds, strict=True))}
+        tasks = [LocalTask(name, one, ROWS[name], SETTINGS.learning_rate) for name, one in fits.items()]
+        for task, found in zip(tasks, fit(bank, tasks, SETTINGS, seed=3, round_=1), strict=True):
+            assert isinstance(found, TrainingResult)
+            for name, tensor in plainly(bank, task.client, task.fit, 5).items():
+                torch.testing.assert_close(found.adapter.tensors[name], tensor, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("kind", ["plain", "frozen"])
 def test_weight_decay_is_adamws(kind: str, bank: Bank) -> None:
     one = asked(bank, kind, 0, decay=0.9)
@@ -151,12 +183,14 @@ def test_weight_decay_is_adamws(kind: str, bank: Bank) -> None:
 )
 def test_the_budget_says_which_shares_count(budget: Any, steps: list[int], bank: Bank) -> None:
     settings, done, found = TrainingSettings(local_steps=10, budget=budget), 0.0, list[int]()
-    for paper_share in (1.0, 0.3):
-        one = replace(asked(bank, "plain", 0, 0.5), paper_share=paper_share)
+    for paper_step_fraction in (1.0, 0.3):
+        one = replace(asked(bank, "plain", 0, 0.5), paper_step_fraction=paper_step_fraction)
         found.append(LocalTask("a", one, ROWS["a"], 1e-2, done).steps(settings))
-        done += one.share_in(budget)
+        done += one.fraction_for(budget)
     assert found == steps
-    assert LocalTask("a", asked(bank, "plain", 0, 0.5), ROWS["a"], 1e-2).steps(settings) == 5, "no paper_share: share"
+    assert LocalTask("a", asked(bank, "plain", 0, 0.5), ROWS["a"], 1e-2).steps(settings) == 5, (
+        "paper_step_fraction is unset"
+    )
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -186,7 +220,7 @@ def test_shares_of_a_round_add_up(steps: int, bank: Bank) -> None:
 def test_another_turn_sees_other_batches(bank: Bank) -> None:
     one = LocalTask("a", asked(bank, "plain", 0), ROWS["a"], SETTINGS.learning_rate)
     (first,) = fit(bank, [one], SETTINGS, seed=3, round_=1)
-    (second,) = fit(bank, [one], SETTINGS, seed=3, round_=1, turn=1)
+    (second,) = fit(bank, [one], SETTINGS, seed=3, round_=1, fit_index=1)
     assert isinstance(first, TrainingResult)
     assert isinstance(second, TrainingResult)
     wanted = plainly(bank, "a", one.fit, 5, turn=1)

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from fedamole.experiment import prepare, resume
 from fedamole.federation.client_state import PrivateState
-from fedamole.federation.local import DivergedError, LocalTask, _batches, _Group, embed
+from fedamole.federation.local import DivergedError, LocalTask, TrainingGroup, _batches, embed
 from fedamole.federation.method import TrainingRequest
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import pack, unpack
 from fedamole.federation.settings import TrainingSettings
 from fedamole.methods.fedamole import FedAmole
-from fedamole.methods.fedit import FedIT, GlobalLora
+from fedamole.methods.fedit import FedIT
 from fedamole.methods.local_only import OwnLora
+from fedamole.methods.shared.averaging import SharedTensors
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Row, collate, token_losses
 from fedamole.model.params import Adapter, new_pool, new_shared
@@ -125,7 +126,7 @@ def test_a_steps_gradient_is_the_mean_over_its_batches(bank: Bank, rows: list[Ro
     settings = TrainingSettings(local_steps=1, batch_size=2, accumulation=accumulation)
     parts = {"mood": rows[:9], "other": rows[9:20]}
     tasks = [LocalTask(name, TrainingRequest(lora(bank)), part, 1e-2) for name, part in parts.items()]
-    group = _Group(bank, tasks, settings, 0, 0, 0)
+    group = TrainingGroup(bank, tasks, settings, 0, 0, 0)
     group.step(0)
     found = bank.gradients.clone()
     for mine, (name, part) in zip(found, parts.items(), strict=True):
@@ -369,6 +370,6 @@ def test_the_aggregate_is_over_those_that_did_not_diverge(runs: Any, facts: Any)
         private = unpack(PrivateState, (folder / f"clients/{client}/state/round-0000.safetensors").read_bytes())
         assert private.trained is not None
         trained.append(private.trained.tensors)
-    state = unpack(GlobalLora, (folder / "checkpoints/round-0000.safetensors").read_bytes())
+    state = unpack(SharedTensors, (folder / "checkpoints/round-0000.safetensors").read_bytes())
     for key, mean in state.tensors.items():
         torch.testing.assert_close(mean, sum(tensors[key] for tensors in trained) / len(trained))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedamole.experiment import prepare
-from fedamole.federation import local
+from fedamole.federation import local, passes
 from fedamole.federation.local import DivergedError, LocalTask, embed, fit
 from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.settings import TrainingSettings
@@ -113,7 +113,7 @@ def test_a_group_equals_separate_training(
 
 @pytest.mark.parametrize("tokens", [1, 120, 10**9])
 def test_neither_order_nor_windows_matter(bank: Bank, tokens: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr(local, "TOKENS_AT_ONCE", tokens)
+    monkeypatch.setattr(passes, "TOKENS_AT_ONCE", tokens)
     group = tasks(bank, "mixture")
     shuffled = [group[place] for place in (3, 0, 4, 2, 1)]
     found = trained(bank, shuffled)

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from fedamole.errors import RunError
 from fedamole.federation.loop import Loop
-from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import Nothing, pack
 from fedamole.federation.settings import FederationSettings
@@ -90,7 +90,7 @@ def play(
         LocalOnly(),
         {"local_only": "pre_aggregation"},
         engine,
-        Server({}, engine.clients, 0),
+        Server(BaseInfo({}), engine.clients, 0),
         FederationSettings(rounds=len(losses)),
         folder,
         select=select,  # type: ignore[arg-type]
@@ -169,7 +169,7 @@ def test_an_engine_is_told_the_best_rounds_when_a_run_goes_on(best_round: str, t
         LocalOnly(),
         {"local_only": "pre_aggregation"},
         engine,
-        Server({}, engine.clients, 0),
+        Server(BaseInfo({}), engine.clients, 0),
         FederationSettings(rounds=3),
         RunFolder.open(tmp_path / "run"),
         select="loss",
@@ -248,7 +248,7 @@ def test_the_cohort_is_a_share_of_the_clients_drawn_anew(share: float, size: int
         LocalOnly(),
         {"local_only": "pre_aggregation"},
         four,
-        Server({}, four.clients, 0),
+        Server(BaseInfo({}), four.clients, 0),
         FederationSettings(8, share),
         folder,
         select="loss",
@@ -285,7 +285,7 @@ def play_chosen(folder: Path, *names: str) -> Script:
         Chosen(names=names),
         {"local_only": "pre_aggregation"},
         engine,
-        Server({}, engine.clients, 0),
+        Server(BaseInfo({}), engine.clients, 0),
         FederationSettings(rounds=1, cohort=0.5),
         RunFolder.create(folder, "", "{}", "local_only", Identity("w", "t", "x")),
         select="loss",

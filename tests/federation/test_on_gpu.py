@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedamole.deployment import doctor
-from fedamole.federation.local import LocalTask, _Group, fit
+from fedamole.federation.local import LocalTask, TrainingGroup, fit
 from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model import memory
@@ -76,7 +76,7 @@ def waiting_is_an_error(device: str) -> Iterator[None]:
 @each_device
 def test_no_step_waits_for_the_device(open_bank: Callable[[str, str], Bank], device: str) -> None:
     bank = open_bank(device, "bfloat16")
-    group = _Group(bank, tasks(bank), SETTINGS, seed=0, round_=0, turn=0)
+    group = TrainingGroup(bank, tasks(bank), SETTINGS, seed=0, round_=0, fit_index=0)
     bank.base.training(True)
     try:
         group.step(0)
@@ -85,8 +85,8 @@ def test_no_step_waits_for_the_device(open_bank: Callable[[str, str], Bank], dev
     finally:
         bank.base.training(False)
     assert not group.check(1)
-    assert group.loss.isfinite().all()
-    assert bool((group.loss > 0).all())
+    assert group.loss_sums.isfinite().all()
+    assert bool((group.loss_sums > 0).all())
 
 
 class FakeCuda:

@@ -32,6 +32,8 @@ class Sample:
     inner: Inner
     note: str
     maybe: int | None
+    nested: Mapping[str, Mapping[str, Tensor]]
+    deep: Mapping[str, Mapping[str, Mapping[str, Tensor]]]
     spare: Inner | None = None
 
 
@@ -51,6 +53,7 @@ def tables(draw: st.DrawFn) -> dict[str, Tensor]:
 
 inners = st.builds(Inner, tables(), st.floats(allow_nan=False))
 held = st.dictionaries(KEYS, st.dictionaries(KEYS, st.lists(st.integers(0, 99)), max_size=3), max_size=3)
+nested = st.dictionaries(KEYS, tables(), max_size=3)
 samples = st.builds(
     Sample,
     tables(),
@@ -59,6 +62,8 @@ samples = st.builds(
     inners,
     st.text(st.characters(codec="utf-8")),
     st.none() | st.integers(),
+    nested,
+    st.dictionaries(KEYS, nested, max_size=2),
     st.none() | inners,
 )
 
@@ -68,6 +73,10 @@ def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
         one[key].dtype == other[key].dtype and one[key].shape == other[key].shape and torch.equal(one[key], other[key])
         for key in one
     )
+
+
+def same_nested(one: Mapping[str, Mapping[str, Tensor]], other: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
 
 
 relaxed = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -80,6 +89,9 @@ def test_round_trip(record: Sample) -> None:
     assert same(again.tensors, record.tensors)
     assert same(again.others, record.others)
     assert same(again.inner.tensors, record.inner.tensors)
+    assert same_nested(again.nested, record.nested)
+    assert again.deep.keys() == record.deep.keys()
+    assert all(same_nested(again.deep[key], record.deep[key]) for key in again.deep)
     assert (again.held, again.note, again.maybe, again.inner.scale) == (
         record.held,
         record.note,
@@ -93,7 +105,10 @@ def test_round_trip(record: Sample) -> None:
 
 def sample() -> Sample:
     tensors = {"m/x": torch.arange(6.0).reshape(2, 3), "half": torch.ones(3, dtype=torch.bfloat16)}
-    return Sample(tensors, {}, {"m": {"a": [1, 2]}}, Inner({}, 2.0), "note", None)
+    nested = {"b": {"x": torch.ones(2)}, "a:b/c": {"x": torch.zeros(1), "y:z": torch.ones(1)}, "empty": {}}
+    return Sample(
+        tensors, {}, {"m": {"a": [1, 2]}}, Inner({}, 2.0), "note", None, nested, {"k": {"n": {"x": torch.ones(1)}}}
+    )
 
 
 @relaxed
@@ -115,6 +130,9 @@ def test_a_changed_byte_is_refused_or_only_changes_values(place: int, flip: int)
         return
     assert isinstance(again.tensors, dict)
     assert isinstance(again.inner, Inner)
+    for inner in (*again.nested.values(), *(part for parts in again.deep.values() for part in parts.values())):
+        assert isinstance(inner, dict)
+        assert all(isinstance(tensor, Tensor) for tensor in inner.values())
 
 
 @relaxed
@@ -135,7 +153,15 @@ def crafted(name: str, fields: object) -> bytes:
     return save({"x": torch.zeros(1)}, {"record": json.dumps([name, fields])})
 
 
-GOOD = {"held": {}, "inner": {"scale": 1.0}, "note": "n", "maybe": 3, "spare": None}
+GOOD: dict[str, object] = {
+    "held": {},
+    "inner": {"scale": 1.0},
+    "note": "n",
+    "maybe": 3,
+    "spare": None,
+    "nested": {"a": {}},
+    "deep": {"a": {"b": {}}},
+}
 
 
 @pytest.mark.parametrize(
@@ -150,6 +176,13 @@ GOOD = {"held": {}, "inner": {"scale": 1.0}, "note": "n", "maybe": 3, "spare": N
         ({"inner": {"scale": "x"}}, "inner.scale: str where"),
         ({"inner": {}}, "Inner: expected the fields"),
         ({"more": 1}, "Sample: expected the fields"),
+        ({"tensors": {}}, "Sample: expected the fields"),
+        ({"nested": None}, "nested: NoneType where a mapping"),
+        ({"nested": ["a"]}, "nested: list where a mapping"),
+        ({"nested": {"a": {"b": {}}}}, "nested: nested too deeply"),
+        ({"nested": {"a": ["b"]}}, "nested: nested too deeply"),
+        ({"deep": {"a": None}}, "deep: NoneType where a mapping"),
+        ({"deep": {"a": {"b": {"c": {}}}}}, "deep: nested too deeply"),
         ({"spare": {"scale": 1.0, "more": 2}}, "Inner: expected the fields"),
     ],
 )
@@ -173,7 +206,7 @@ def test_safetensors_without_a_record_are_refused() -> None:
 def test_views_are_packed_as_what_they_show() -> None:
     """Rows and transposes of one tensor share storage; the bytes hold each alone."""
     whole = torch.arange(12.0).reshape(3, 4)
-    record = Sample({"row": whole[1], "turned": whole[2:].T}, {}, {}, Inner({}, 1.0), "", 1)
+    record = Sample({"row": whole[1], "turned": whole[2:].T}, {}, {}, Inner({}, 1.0), "", 1, {}, {})
     again = unpack(Sample, pack(record))
     assert again.tensors["row"].tolist() == [4.0, 5.0, 6.0, 7.0]
     assert again.tensors["turned"].tolist() == [[8.0], [9.0], [10.0], [11.0]]
@@ -186,8 +219,10 @@ def test_the_first_tensor_that_is_not_finite_is_named() -> None:
     bad = Inner({"good": torch.ones(2), "bad": torch.tensor([1.0, float("nan")])}, 1.0)
     assert non_finite(bad) == "tensors:bad"
     assert non_finite(Inner({"huge": torch.tensor([float("inf")])}, 1.0)) == "tensors:huge"
-    nested = Sample({}, {}, {}, bad, "", None)
-    assert non_finite(nested) == "inner.tensors:bad"
+    assert non_finite(Sample({}, {}, {}, bad, "", None, {}, {})) == "inner.tensors:bad"
+    good = Inner({}, 1.0)
+    assert non_finite(Sample({}, {}, {}, good, "", None, {"north": bad.tensors}, {})) == "nested:north/bad"
+    assert non_finite(Sample({}, {}, {}, good, "", None, {}, {"m": {"north": bad.tensors}})) == "deep:m/north/bad"
 
 
 def test_a_private_state_with_and_without_an_adapter() -> None:
@@ -210,3 +245,42 @@ def test_a_field_of_several_record_kinds_comes_back_as_its_own(spec: AdapterSpec
     assert again.kind() == adapter.kind()
     assert same(again.tensors, adapter.tensors)
     assert same(again.fixed, adapter.fixed)
+
+
+@dataclass(frozen=True)
+class Flat:
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Nested:
+    tensors: Mapping[str, Mapping[str, Tensor]]
+
+
+def test_nesting_costs_no_more_bytes_than_names_with_a_prefix() -> None:
+    clients = [f"client-number-{i:03d}" for i in range(20)]
+    keys = [f"layers.{i}.q_proj/shared/A" for i in range(10)]
+    flat = Flat({f"{client}/{key}": torch.zeros(8, 16) for client in clients for key in keys})
+    nested = Nested({client: {key: torch.zeros(8, 16) for key in keys} for client in clients})
+    numbers = 4 * 8 * 16 * len(clients) * len(keys)
+    assert numbers < len(pack(nested)) < len(pack(flat))
+
+
+def test_an_inner_mapping_without_tensors_survives() -> None:
+    again = unpack(Nested, pack(Nested({"north": {}, "south": {"x": torch.ones(1)}})))
+    assert again.tensors["north"] == {}
+    assert set(again.tensors) == {"north", "south"}
+
+
+def test_tensors_of_an_outer_key_that_is_not_listed_are_not_read() -> None:
+    """The index 1 has no key; the tensor is in no field, so nothing of it reaches the receiver."""
+    fields = json.dumps(["Nested", {"tensors": {"north": {}}}])
+    payload = save({"tensors.0:x": torch.ones(1), "tensors.1:y": torch.ones(1)}, {"record": fields})
+    again = unpack(Nested, payload)
+    assert {key: set(inner) for key, inner in again.tensors.items()} == {"north": {"x"}}
+
+
+def test_deep_json_is_refused() -> None:
+    text = '["Nested", {"tensors": ' + '{"a": ' * 100_000 + "{}" + "}" * 100_002 + "]"
+    with pytest.raises(PayloadError):
+        unpack(Nested, save({"x": torch.zeros(1)}, {"record": text}))

@@ -12,7 +12,7 @@ from fedamole.data.examples import Example, Shard
 from fedamole.errors import DataError
 from fedamole.experiment import prepare, worker_of
 from fedamole.federation.client_data import client_data
-from fedamole.federation.looks import Looks, drawn
+from fedamole.federation.probe import ProbeCounts, draw_examples
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, Row
@@ -131,18 +131,18 @@ def test_a_look_is_at_drawn_examples_the_same_in_every_round(runs: Any, tmp_path
         return torch.ones(1)
 
     data, bank = prepared.clients["entail"], Bank(prepared.base)
-    monkeypatch.setattr("fedamole.federation.client_factory.mean_losses", losses)
+    monkeypatch.setattr("fedamole.federation.probe.mean_losses", losses)
     monkeypatch.setattr(bank, "last_hidden", last_hidden)
     adapter = Adapter(AdapterSpec(2), new_shared(prepared.base.shapes, 2, torch.Generator()))
     for seed, round_ in ((0, 0), (0, 5), (1, 0)):
         folder = RunFolder.create(tmp_path / f"{seed}-{round_}", "", "", "ifca_lora", prepared.base.identity)
         worker = worker_of(replace(config, run=replace(config.run, seed=seed)), bank, folder)
-        client = worker.factory.client(data, round_, Looks())
-        client.losses([adapter], 3)
-        client.last_hidden(adapter, 2)
+        client = worker.factory.client(data, round_, ProbeCounts())
+        client.probe.losses([adapter], 3)
+        client.probe.hidden_states(adapter, 2)
     rows = data.embedding.pairs()
-    assert seen[0] == seen[2] == drawn(rows, 3, 0, "losses", "entail")
-    assert seen[1] == seen[3] == [(prompt, ()) for prompt, _ in drawn(rows, 2, 0, "hidden", "entail")]
+    assert seen[0] == seen[2] == draw_examples(rows, 3, 0, "losses", "entail")
+    assert seen[1] == seen[3] == [(prompt, ()) for prompt, _ in draw_examples(rows, 2, 0, "hidden", "entail")]
     assert seen[4] != seen[0]
     assert [len(one) for one in seen] == [3, 2] * 3
 

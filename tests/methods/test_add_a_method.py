@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedamole.federation.method import ClientInfo, Method, Server, TrainingRequest
+from fedamole.federation.method import BaseInfo, ClientInfo, Method, Server, TrainingRequest
 from fedamole.methods import METHODS, with_variants
 
 PAGE = Path(__file__).parents[2] / "docs" / "add-a-method.md"
@@ -33,7 +33,7 @@ def toy(tmp_path_factory: Any) -> Any:
 
 def test_the_toy_takes_the_median_by_hand(toy: Any) -> None:
     """Of 1, 2 and 90 it is 2; of 1 and 2 it is 1.5."""
-    server = Server({"m": (2, 2)}, tuple(ClientInfo(name, 1) for name in "abc"), 0)
+    server = Server(BaseInfo({"m": (2, 2)}), tuple(ClientInfo(name, 1) for name in "abc"), 0)
     values = {"a": 1.0, "b": 90.0, "c": 2.0}
     sent = {name: toy.Median({"m/shared/A": torch.full((1, 2), value)}) for name, value in values.items()}
     state = toy.Median({"m/shared/A": torch.zeros(1, 2)})

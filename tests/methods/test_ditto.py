@@ -7,15 +7,17 @@ import torch
 from tests.methods.by_hand import client, driven, full
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.method import BaseInfo, ClientInfo, Server
+from fedamole.federation.penalties import Proximal
 from fedamole.methods.ditto import Ditto
-from fedamole.methods.fedit import FedIT, GlobalLora
+from fedamole.methods.fedit import FedIT
 from fedamole.methods.local_only import OwnLora
+from fedamole.methods.shared.averaging import SharedTensors
 from fedamole.model.params import Adapter
 
 SHAPES = {"m": (2, 2)}
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
-SERVER = Server(SHAPES, INFOS, seed=0)
+SERVER = Server(BaseInfo(SHAPES), INFOS, seed=0)
 A, B = "m/shared/A", "m/shared/B"
 
 
@@ -42,13 +44,15 @@ def test_the_global_lora_trains_freely_then_the_own_one_near_what_was_sent() -> 
     """Sent 2, own 3. The first training turns 2 into 5: that goes up. The second turns 3 into 7: that is kept, and it
     is held near 2, not near 5.
     """
-    work = Ditto(rank=1, proximal=0.4).update(client(SHAPES), OwnLora(both(3.0)), GlobalLora(both(2.0)))
+    work = Ditto(rank=1, proximal=0.4).update(client(SHAPES), OwnLora(both(3.0)), SharedTensors(both(2.0)))
     (first, second), (client_state, reply, trained) = driven(work, both(5.0), both(7.0))
     assert values(first.adapter.tensors) == {A: 2.0, B: -2.0}
-    assert (first.share, first.adapter.frozen, first.anchor, first.anchor_weight) == (0.5, (), {}, 0.0)
+    assert (first.step_fraction, first.adapter.frozen, first.penalty) == (0.5, (), None)
     assert values(second.adapter.tensors) == {A: 3.0, B: -3.0}
-    assert (second.share, second.adapter.frozen, second.anchor_weight) == (0.5, (), 0.4)
-    assert values(second.anchor) == {A: 2.0, B: -2.0}
+    assert (second.step_fraction, second.adapter.frozen) == (0.5, ())
+    assert isinstance(second.penalty, Proximal)
+    assert second.penalty.weight == 0.4
+    assert values(second.penalty.anchor) == {A: 2.0, B: -2.0}
     assert values(client_state.tensors) == {A: 7.0, B: -7.0}
     assert values(reply.tensors) == {A: 5.0, B: -5.0}
     assert values(trained.adapter.tensors) == {A: 7.0, B: -7.0}
@@ -64,8 +68,8 @@ def test_the_global_lora_trains_freely_then_the_own_one_near_what_was_sent() -> 
     ],
 )
 def test_the_average_by_hand(weighting: Any, answered: str, mean: float) -> None:
-    replies = {name: GlobalLora(both(v)) for name, v in (("a", 1.0), ("b", 5.0), ("c", 0.0)) if name in answered}
-    after = Ditto(weighting=weighting).aggregate(SERVER, GlobalLora(both(100.0)), replies)
+    replies = {name: SharedTensors(both(v)) for name, v in (("a", 1.0), ("b", 5.0), ("c", 0.0)) if name in answered}
+    after = Ditto(weighting=weighting).aggregate(SERVER, SharedTensors(both(100.0)), replies)
     torch.testing.assert_close(after.tensors[A], full(mean, 1, 2))
     torch.testing.assert_close(after.tensors[B], full(-mean, 2, 1))
 
@@ -73,7 +77,7 @@ def test_the_average_by_hand(weighting: Any, answered: str, mean: float) -> None
 def test_the_personal_model_is_the_own_lora_whatever_is_sent() -> None:
     method = Ditto(rank=1)
     mine = Adapter(method.spec(), both(7.0))
-    for message in (None, GlobalLora(both(2.0))):
+    for message in (None, SharedTensors(both(2.0))):
         assert method.personal(client(SHAPES), OwnLora(both(7.0)), message, mine) is mine
     assert method.evaluates == "pre_aggregation"
 

@@ -2,27 +2,26 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import pytest
 import torch
-from tests.methods.by_hand import client, driven
+from tests.methods.by_hand import CallProbe, client, driven
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import Client, ClientInfo, Server
+from fedamole.federation.method import BaseInfo, Client, ClientInfo, Server
 from fedamole.methods.fdlora import BEGINNINGS, L1, FdLora, Outer, Shared
-from fedamole.methods.fedit import GlobalLora
 from fedamole.methods.local_only import OwnLora
+from fedamole.methods.shared.averaging import SharedTensors
 from fedamole.model.params import Adapter
 
 SHAPES = {"m": (2, 2)}
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30))
-SERVER = Server(SHAPES, INFOS, seed=0)
+SERVER = Server(BaseInfo(SHAPES), INFOS, seed=0)
 A = "m/shared/A"
 
 
-def one(value: float) -> GlobalLora:
-    return GlobalLora({A: torch.full((1, 2), value)})
+def one(value: float) -> SharedTensors:
+    return SharedTensors({A: torch.full((1, 2), value)})
 
 
 def value(tensors: object) -> float:
@@ -53,7 +52,7 @@ def test_the_outer_optimiser_is_torchs_sgd() -> None:
         sent = torch.randn(1, 2, generator=draw)
         parameter.grad = parameter.detach() - sent
         sgd.step()
-        state = method.aggregate(SERVER, state, {"a": GlobalLora({A: sent})})
+        state = method.aggregate(SERVER, state, {"a": SharedTensors({A: sent})})
         torch.testing.assert_close(state.tensors[A], parameter.detach())
 
 
@@ -84,12 +83,12 @@ def test_it_synchronises_every_fifth_round_first_in_round_1() -> None:
 def searcher(best: tuple[float, float], seen: list[int]) -> Client:
     """A client whose loss is the squared distance of the fused numbers from those of some weights: A = (w1, w2)."""
 
-    def losses(adapters: list[Adapter], most: int) -> list[float]:
+    def losses(adapters: Sequence[Adapter], most: int) -> list[float]:
         seen.append(len(adapters))
         assert most == 16
         return [float(((one.tensors[A] - torch.tensor([best])) ** 2).sum()) for one in adapters]
 
-    return replace(client(SHAPES), losses=losses)  # type: ignore[arg-type]
+    return client(SHAPES, probe=CallProbe(losses))
 
 
 @pytest.mark.parametrize("best", [(0.9, -0.4), (-1.2, 1.3), (0.0, 1.0), (0.5, 0.5)])
@@ -104,7 +103,7 @@ def test_the_search_finds_the_weights(best: tuple[float, float]) -> None:
         assert sum(seen) == trials if trials < 400 else sum(seen) <= trials  # it may end where all five agree
 
         def score(weights: tuple[float, float], me: Client = me, method: FdLora = method) -> float:
-            (loss,) = me.losses([method.fused(client_state, message, weights)], 16)
+            (loss,) = me.probe.losses([method.fused(client_state, message, weights)], 16)
             return loss + L1 * (abs(weights[0]) + abs(weights[1])) / 2
 
         assert score(found) <= min(map(score, BEGINNINGS)) + 1e-6
@@ -168,7 +167,7 @@ def landscape(loss: Callable[[float, float], float], trials: int, examples: int 
 
     client_state, message = OwnLora({A: torch.tensor([[1.0, 0.0]])}), Shared({A: torch.tensor([[0.0, 1.0]])}, True)
     method = FdLora(rank=1, fusion_trials=trials, fusion_examples=examples)
-    return method.search(replace(client(SHAPES), losses=losses), client_state, message)
+    return method.search(client(SHAPES, probe=CallProbe(losses)), client_state, message)
 
 
 @pytest.mark.parametrize("beginning", BEGINNINGS)

@@ -6,14 +6,14 @@ from tests.methods.by_hand import client, driven
 from tests.training import lora_spec
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Server, TrainingRequest
-from fedamole.methods.fedalt import Everybody, FedAlt, OwnAndMixer, RestOfWorld, SentLora
+from fedamole.federation.method import BaseInfo, ClientInfo, Server, TrainingRequest
+from fedamole.methods.fedalt import FedAlt, LatestLoras, OwnAndMixer, RestOfWorld, SentLora
 from fedamole.methods.fedit import FedIT
 from fedamole.model.params import expert_keys, mixer_key
 
 SHAPES = {"m": (2, 2)}
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
-SERVER = Server(SHAPES, INFOS, seed=0)
+SERVER = Server(BaseInfo(SHAPES), INFOS, seed=0)
 A, B = "m/shared/A", "m/shared/B"
 OWN_A, OWN_B = expert_keys("m", 0)
 REST_A, REST_B = expert_keys("m", 1)
@@ -23,7 +23,7 @@ def lora(value: float) -> SentLora:
     return SentLora({A: torch.full((1, 2), value), B: torch.full((2, 1), value)})
 
 
-def rest(method: FedAlt, state: Everybody, name: str) -> float:
+def rest(method: FedAlt, state: LatestLoras, name: str) -> float:
     return float(method.message(state, next(info for info in INFOS if info.name == name)).tensors[B][0, 0])
 
 

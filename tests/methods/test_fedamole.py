@@ -6,6 +6,7 @@ The setting of most tests: one module m (2 -> 2), rank 1, three experts, three c
     expert 0 by a, b      expert 1 by b, c      expert 2 by a, c
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping
@@ -17,10 +18,11 @@ import torch
 
 from fedamole.assignment.reverse_selection import Bounds
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.federation.record import pack
 from fedamole.methods.fedamole import Experts, FedAmole, Pool, TrainedExperts
-from fedamole.methods.shared.holders import no_louder
+from fedamole.methods.shared.architectures import Embeddings
+from fedamole.methods.shared.holders import limit_norms
 
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
 HELD = {"a": [0, 2], "b": [0, 1], "c": [1, 2]}
@@ -28,10 +30,10 @@ METHOD = FedAmole(rank=1, experts=3, expert_choices=2, min_experts=2, max_expert
 
 
 def server(round_: int = 0, modules: tuple[str, ...] = ("m",), asked: tuple[str, ...] = ()) -> Server:
-    return Server(dict.fromkeys(modules, (2, 2)), INFOS, seed=0, round=round_, asked=asked)
+    return Server(BaseInfo(dict.fromkeys(modules, (2, 2))), INFOS, seed=0, round=round_, asked=asked)
 
 
-def pool(**known: Mapping[str, torch.Tensor]) -> Pool:
+def pool(**known: Embeddings) -> Pool:
     """A pool in which every tensor of expert i holds the number 100 + i, the shared ones 200, W_t 300."""
     tensors = {"m/router/W": torch.full((1, 2), 300.0)}
     for owner, value in (("expert-00", 100.0), ("expert-01", 101.0), ("expert-02", 102.0), ("shared", 200.0)):
@@ -45,8 +47,8 @@ def reply(value: float, t: float, **e: float) -> TrainedExperts:
     tensors = {"m/router/W": torch.full((1, 2), value)}
     for owner in (*(name.replace("_", "-") for name in e), "shared"):
         tensors |= {f"m/{owner}/A": torch.full((1, 2), value), f"m/{owner}/B": torch.full((2, 1), value)}
-    means = {f"m/{name.replace('_', '-')}": torch.tensor([row]) for name, row in e.items()}
-    return TrainedExperts(tensors, {"m": torch.tensor([t])}, means)
+    means = {name.replace("_", "-"): torch.tensor([row]) for name, row in e.items()}
+    return TrainedExperts(tensors, {"m": torch.tensor([t])}, {"m": means})
 
 
 REPLIES = {
@@ -85,15 +87,15 @@ def test_a_round_by_hand() -> None:
         assert number(after.tensors, f"m/{owner}/A") == mean
         assert number(after.tensors, f"m/{owner}/B") == mean
     assert number(after.tensors, "m/router/W") == 3.0
-    assert {key: float(row) for key, row in after.expert_embeddings.items()} == {
-        "m/expert-00": 1.0,
-        "m/expert-01": -1.0,
-        "m/expert-02": 2.0,
+    assert {key: float(row) for key, row in after.expert_embeddings["m"].items()} == {
+        "expert-00": 1.0,
+        "expert-01": -1.0,
+        "expert-02": 2.0,
     }
-    assert {key: float(row) for key, row in after.client_embeddings.items()} == {
-        "m/a": 0.0,
-        "m/b": pytest.approx(math.log(2)),
-        "m/c": pytest.approx(math.log(3)),
+    assert {key: float(row) for key, row in after.client_embeddings["m"].items()} == {
+        "a": 0.0,
+        "b": pytest.approx(math.log(2)),
+        "c": pytest.approx(math.log(3)),
     }
     P = np.array([[1 / 6, 2 / 6, 3 / 6], [6 / 11, 3 / 11, 2 / 11], [1 / 14, 4 / 14, 9 / 14]])
     np.testing.assert_allclose(after.probabilities["m"].numpy(), P, atol=1e-6)
@@ -111,24 +113,24 @@ def test_weighting_by_examples() -> None:
     assert number(after.tensors, "m/expert-02/A") == pytest.approx(13 / 3)
     assert number(after.tensors, "m/shared/A") == pytest.approx(19 / 6)
     assert number(after.tensors, "m/router/W") == pytest.approx(19 / 6)
-    assert float(after.expert_embeddings["m/expert-00"]) == 1.25
+    assert float(after.expert_embeddings["m"]["expert-00"]) == 1.25
 
 
 def test_what_nobody_returned_keeps_weights_and_embedding() -> None:
     """Only a was drawn: expert 1, which it does not hold, keeps 101 and its old embedding; t of b and c stay."""
     known = pool(
-        expert_embeddings={"m/expert-01": torch.tensor([9.0]), "m/expert-00": torch.tensor([8.0])},
-        client_embeddings={"m/b": torch.tensor([7.0]), "m/a": torch.tensor([6.0])},
+        expert_embeddings={"m": {"expert-01": torch.tensor([9.0]), "expert-00": torch.tensor([8.0])}},
+        client_embeddings={"m": {"b": torch.tensor([7.0]), "a": torch.tensor([6.0])}},
     )
     after = METHOD.aggregate(server(asked=("a",)), known, {"a": REPLIES["a"]})
     assert number(after.tensors, "m/expert-01/A") == number(after.tensors, "m/expert-01/B") == 101.0
     assert number(after.tensors, "m/expert-00/A") == 1.0
-    assert {key: float(row) for key, row in after.expert_embeddings.items()} == {
-        "m/expert-00": 0.5,
-        "m/expert-01": 9.0,
-        "m/expert-02": 1.0,
+    assert {key: float(row) for key, row in after.expert_embeddings["m"].items()} == {
+        "expert-00": 0.5,
+        "expert-01": 9.0,
+        "expert-02": 1.0,
     }
-    assert {key: float(row) for key, row in after.client_embeddings.items()} == {"m/a": 0.0, "m/b": 7.0}
+    assert {key: float(row) for key, row in after.client_embeddings["m"].items()} == {"a": 0.0, "b": 7.0}
 
 
 def test_the_unknown() -> None:
@@ -172,9 +174,8 @@ def test_the_next_assignment_is_the_optimum(seed: int) -> None:
     for info in INFOS:
         tensors = method.message(state, info).tensors
         experts = {
-            f"{module}/expert-{i:02d}": 3 * torch.randn(2, generator=generator)
+            module: {f"expert-{i:02d}": 3 * torch.randn(2, generator=generator) for i in state.held[module][info.name]}
             for module in ("m", "n")
-            for i in state.held[module][info.name]
         }
         tokens = {module: torch.randn(2, generator=generator) for module in ("m", "n")}
         replies[info.name] = TrainedExperts(tensors, tokens, experts)
@@ -242,7 +243,9 @@ def test_homogeneous_gives_floor_or_ceil_by_relevance() -> None:
         ids = [f"expert-{i:02d}" for i in range(8)]
         replies = {
             info.name: TrainedExperts(
-                {}, {"m": REPLIES[info.name].token_embedding["m"]}, {f"m/{name}": torch.tensor([1.0]) for name in ids}
+                {},
+                {"m": REPLIES[info.name].token_embedding["m"]},
+                {"m": {name: torch.tensor([1.0]) for name in ids}},
             )
             for info in INFOS
         }
@@ -256,7 +259,7 @@ def test_round_0_is_drawn_and_depends_on_the_seed() -> None:
     """No embeddings exist yet: P is random, and the bounds hold."""
     draws = []
     for seed in range(4):
-        state = FedAmole(rank=1, experts=9).init(Server({"m": (2, 2)}, INFOS, seed))
+        state = FedAmole(rank=1, experts=9).init(Server(BaseInfo({"m": (2, 2)}), INFOS, seed))
         counts = [len(experts) for experts in state.held["m"].values()]
         assert sum(counts) == 18
         assert min(counts) >= 2
@@ -358,17 +361,17 @@ def client_state(after: Pool) -> set[str]:
 )
 def test_no_update_is_handed_out_alone(min_holders: int | None, asked: str, answered: str, unchanged: set[str]) -> None:
     """Held: expert 0 by a, b; expert 1 by b, c; expert 2 by a, c; shared and router by all."""
-    known = {f"m/expert-0{i}": torch.tensor([float(70 + i)]) for i in range(3)}
+    known = {f"expert-0{i}": torch.tensor([float(70 + i)]) for i in range(3)}
     method = FedAmole(
         rank=1, experts=3, expert_choices=2, min_experts=2, max_experts=2, top_k=1, min_holders=min_holders
     )
     after = method.aggregate(
-        server(asked=tuple(asked)), pool(expert_embeddings=known), {name: REPLIES[name] for name in answered}
+        server(asked=tuple(asked)), pool(expert_embeddings={"m": known}), {name: REPLIES[name] for name in answered}
     )
     assert client_state(after) == unchanged
-    same = {key for key, row in after.expert_embeddings.items() if torch.equal(row, known[key])}
-    assert same == {f"m/{owner}" for owner in unchanged if owner.startswith("expert")}
-    assert {key for key in after.client_embeddings} == {f"m/{name}" for name in answered}
+    same = {key for key, row in after.expert_embeddings["m"].items() if torch.equal(row, known[key])}
+    assert same == {owner for owner in unchanged if owner.startswith("expert")}
+    assert set(after.client_embeddings["m"]) == set(answered)
 
 
 def test_what_is_averaged_is_so_over_whoever_answered() -> None:
@@ -403,7 +406,7 @@ def test_organisations_hold_experts_by_three() -> None:
 LIE = TrainedExperts(
     reply(6.0, 0.0, expert_01=0.0, expert_02=3.0).tensors,
     {"m": torch.tensor([1e3])},
-    {"m/expert-01": torch.tensor([1e3]), "m/expert-02": torch.tensor([1e3])},
+    {"m": {"expert-01": torch.tensor([1e3]), "expert-02": torch.tensor([1e3])}},
 )
 """What c says when it wants every expert: that its tokens, and the experts' of them, are large and alike."""
 
@@ -426,11 +429,11 @@ def test_who_says_that_all_experts_fit_does_not_get_them() -> None:
     }
     method = FedAmole(rank=1, experts=3, min_experts=1, max_experts=2, top_k=1)
     after = method.aggregate(server(), pool(), replies)
-    assert {key: float(row) for key, row in after.client_embeddings.items()} == {"m/a": 1.0, "m/b": 2.0, "m/c": 8.0}
-    assert {key: float(row) for key, row in after.expert_embeddings.items()} == {
-        "m/expert-00": 1.0,
-        "m/expert-01": 3.0,
-        "m/expert-02": 4.5,
+    assert {key: float(row) for key, row in after.client_embeddings["m"].items()} == {"a": 1.0, "b": 2.0, "c": 8.0}
+    assert {key: float(row) for key, row in after.expert_embeddings["m"].items()} == {
+        "expert-00": 1.0,
+        "expert-01": 3.0,
+        "expert-02": 4.5,
     }
     P = after.probabilities["m"].numpy()
     for row, e in zip(P, (1.0, 3.0, 4.5), strict=True):
@@ -446,15 +449,28 @@ def test_honest_embeddings_are_not_touched() -> None:
     """Up to four times the median they are what was sent, to the bit; with two clients there is no median to trust."""
     values = {"a": [0.1, 0.2], "b": [0.1, 0.1], "c": [0.5, 0.6]}
     rows = {name: {"m": torch.tensor(row)} for name, row in values.items()}
-    found = no_louder(rows, ["m"])
+    found = limit_norms(rows)
     assert all(found[name]["m"] is rows[name]["m"] for name in rows)
-    louder = no_louder({**rows, "c": {"m": torch.tensor([3.0, 4.0])}}, ["m"])["c"]["m"]
+    louder = limit_norms({**rows, "c": {"m": torch.tensor([3.0, 4.0])}})["c"]["m"]
     assert float(louder.norm()) == pytest.approx(4 * math.sqrt(0.05))
     assert float(louder[0] / louder[1]) == pytest.approx(0.75), "the direction stays"
     two = {"a": rows["a"], "b": {"m": torch.tensor([1e9, 0.0])}}
-    assert no_louder(two, ["m"])["b"]["m"] is two["b"]["m"]
-    apart = no_louder({**rows, "c": {"m": rows["c"]["m"], "mm": torch.tensor([1e6, 0.0])}}, ["m", "mm"])
-    assert apart["c"]["m"] is rows["c"]["m"], "a module's limit is its own"
+    assert limit_norms(two)["b"]["m"] is two["b"]["m"]
+
+
+def test_each_module_has_its_own_limit() -> None:
+    """c's embeddings of module n are 1e6; those of m stay."""
+    replies = {
+        name: TrainedExperts({}, {"m": torch.tensor([1.0]), "n": torch.tensor([1e6 if name == "c" else 1.0])}, {})
+        for name in "abc"
+    }
+    after = METHOD.aggregate(
+        server(modules=("m", "n")), dataclasses.replace(pool(), held={"m": HELD, "n": HELD}), replies
+    )
+    found = {
+        module: {name: float(row) for name, row in rows.items()} for module, rows in after.client_embeddings.items()
+    }
+    assert found == {"m": {"a": 1.0, "b": 1.0, "c": 1.0}, "n": {"a": 1.0, "b": 1.0, "c": 4.0}}
 
 
 # --- what others can compute -----------------------------------------------------------------------------------
@@ -505,5 +521,5 @@ def test_the_assignment_is_solved_over_all_clients_whoever_trains(runs: Any) -> 
 
 
 def test_one_state_for_whatever_order_clients_are_named_in() -> None:
-    turned = Server({"m": (2, 2)}, INFOS[::-1], seed=0)
+    turned = Server(BaseInfo({"m": (2, 2)}), INFOS[::-1], seed=0)
     assert pack(METHOD.aggregate(turned, pool(), REPLIES)) == pack(METHOD.aggregate(server(), pool(), REPLIES))

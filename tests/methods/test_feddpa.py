@@ -1,28 +1,26 @@
 """FedDPA: two trainings, and a model that is weighted anew for every prompt."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from tests.methods.by_hand import client, driven
+from tests.methods.by_hand import CallProbe, client, driven
 from tests.training import lora_spec
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.methods.feddpa import FedDpa, LocalLora
-from fedamole.methods.fedit import GlobalLora
+from fedamole.methods.shared.averaging import SharedTensors
 from fedamole.model.params import REFERENCES, Adapter, expert_keys
 
 SHAPES = {"m": (2, 2)}
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30))
-SERVER = Server(SHAPES, INFOS, seed=0)
+SERVER = Server(BaseInfo(SHAPES), INFOS, seed=0)
 A, B = "m/shared/A", "m/shared/B"
 LOCAL_A, LOCAL_B = expert_keys("m", 0)
 GLOBAL_A, GLOBAL_B = expert_keys("m", 1)
 
 
-def lora(value: float) -> GlobalLora:
-    return GlobalLora({A: torch.full((1, 2), value), B: torch.full((2, 1), value)})
+def lora(value: float) -> SharedTensors:
+    return SharedTensors({A: torch.full((1, 2), value), B: torch.full((2, 1), value)})
 
 
 def test_the_global_lora_is_trained_and_sent_the_local_one_beside_it_kept() -> None:
@@ -32,7 +30,7 @@ def test_the_global_lora_is_trained_and_sent_the_local_one_beside_it_kept() -> N
     (first, second), (client_state, reply, trained) = driven(
         work, lora(3.0).tensors, {LOCAL_A: torch.full((1, 2), 8.0)}
     )
-    assert first.share == second.share == 0.5
+    assert first.step_fraction == second.step_fraction == 0.5
     assert lora_spec(first.adapter.spec).router == "embedding"
     assert set(first.adapter.tensors) == {A, B}
     weighed = lora_spec(second.adapter.spec)
@@ -79,7 +77,7 @@ def test_the_local_lora_is_trained_with_fixed_weights_and_what_prompts_look_like
         looks.append((adapter, most))
         return torch.full((most, 4), 2.0)
 
-    me = replace(client(SHAPES), last_hidden=last_hidden)
+    me = client(SHAPES, probe=CallProbe(hidden=last_hidden))
     client_state = LocalLora(
         {LOCAL_A: torch.full((1, 2), 6.0), LOCAL_B: torch.zeros(2, 1)}, {REFERENCES: torch.ones(3, 4)}
     )

@@ -11,15 +11,16 @@ from tests.methods.by_hand import client, driven
 from torch import Tensor
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Server, TrainingRequest
+from fedamole.federation.method import BaseInfo, ClientInfo, Server, TrainingRequest
 from fedamole.methods.fedex_lora import FedExLora, LoraAndResiduals, TrainedLora
-from fedamole.methods.fedit import FedIT, GlobalLora
+from fedamole.methods.fedit import FedIT
+from fedamole.methods.shared.averaging import SharedTensors
 from fedamole.methods.shared.stacks import Changes, Merged
 from fedamole.model.params import delta_key, shared_keys
 
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
-SMALL = Server({"m": (2, 2)}, INFOS, seed=0)
-SERVER = Server({"m": (3, 2), "n": (2, 4)}, INFOS, seed=0)
+SMALL = Server(BaseInfo({"m": (2, 2)}), INFOS, seed=0)
+SERVER = Server(BaseInfo({"m": (3, 2), "n": (2, 4)}), INFOS, seed=0)
 REPLIES = {
     "a": {"m/shared/A": torch.tensor([[1.0, 0.0]]), "m/shared/B": torch.tensor([[1.0], [2.0]])},
     "b": {"m/shared/A": torch.tensor([[0.0, 3.0]]), "m/shared/B": torch.tensor([[1.0], [0.0]])},
@@ -49,12 +50,12 @@ def test_the_residual_by_hand(
         assert personal.tensors["m/shared/A"].flatten().tolist() == mean_a
         assert personal.tensors["m/shared/B"].flatten().tolist() == mean_b
         torch.testing.assert_close(personal.fixed["m/delta"], torch.tensor(residual))
-    assert state.log.changes.factors["00000/m/A"].shape == (len(answered) + 1, 2), "of rank (C + 1) r"
+    assert state.log.changes.factors["0"]["m"]["A"].shape == (len(answered) + 1, 2), "of rank (C + 1) r"
 
 
 def test_the_averages_are_fedits() -> None:
     means = FedIT(weighting="examples").aggregate(
-        SMALL, GlobalLora({}), {name: GlobalLora(tensors) for name, tensors in REPLIES.items()}
+        SMALL, SharedTensors({}), {name: SharedTensors(tensors) for name, tensors in REPLIES.items()}
     )
     method = FedExLora(weighting="examples")
     state = method.aggregate(SMALL, method.init(SMALL), {name: TrainedLora(t, 0) for name, t in REPLIES.items()})
@@ -74,10 +75,8 @@ def test_begins_where_fedit_begins_with_no_residual() -> None:
 def test_the_lora_is_trained_on_the_changed_base_and_sent() -> None:
     """One residual is merged already, the other is [1 2]^T [1 1]."""
     factors = {
-        "00000/m/A": torch.ones(1, 2),
-        "00000/m/B": torch.full((2, 1), 100.0),
-        "00001/m/A": torch.ones(1, 2),
-        "00001/m/B": torch.tensor([[1.0], [2.0]]),
+        "0": {"m": {"A": torch.ones(1, 2), "B": torch.full((2, 1), 100.0)}},
+        "1": {"m": {"A": torch.ones(1, 2), "B": torch.tensor([[1.0], [2.0]])}},
     }
     client_state = Merged({"m/delta": torch.full((2, 2), 5.0)}, 1)
     method = FedExLora(rank=1)
@@ -171,5 +170,5 @@ def test_what_everybody_has_merged_is_logged_no_more_and_what_c_lacks_is() -> No
                 )
                 _, (client_state[info.name], replies[info.name], _) = driven(work, random(SMALL.shapes, number))
         state = method.aggregate(SMALL, state, replies)
-        seen.append([int(number) for number in sorted({name.split("/")[0] for name in state.log.changes.factors})])
+        seen.append([int(number) for number in sorted(state.log.changes.factors)])
     assert seen == [[0], [0, 1], [0, 1, 2], [3], [4]]

@@ -7,16 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.methods import METHODS
-from fedamole.methods.fedit import FedIT, GlobalLora
+from fedamole.methods.fedit import FedIT
+from fedamole.methods.shared.averaging import SharedTensors
 
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
-SERVER = Server({"m": (2, 2)}, INFOS, seed=0)
+SERVER = Server(BaseInfo({"m": (2, 2)}), INFOS, seed=0)
 
 
-def lora(value: float) -> GlobalLora:
-    return GlobalLora({"m/shared/A": torch.full((1, 2), value), "m/shared/B": torch.full((2, 1), -value)})
+def lora(value: float) -> SharedTensors:
+    return SharedTensors({"m/shared/A": torch.full((1, 2), value), "m/shared/B": torch.full((2, 1), -value)})
 
 
 @pytest.mark.parametrize(

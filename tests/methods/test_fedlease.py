@@ -9,14 +9,14 @@ from tests.methods.by_hand import client, driven
 from tests.training import lora_spec
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.methods.fedlease import FedLease, Lease, Returned
 from fedamole.methods.local_only import OwnLora
 from fedamole.model.params import OWN, expert_keys, mixer_key
 
 SHAPES = {"m": (2, 2)}
 INFOS = tuple(ClientInfo(name, 10 * place + 10) for place, name in enumerate("abcde"))
-SERVER = Server(SHAPES, INFOS, seed=0)
+SERVER = Server(BaseInfo(SHAPES), INFOS, seed=0)
 A, B, MIXER = "m/shared/A", "m/shared/B", mixer_key("m")
 
 
@@ -37,10 +37,10 @@ def test_clusters_and_their_experts_by_hand() -> None:
     assert state.cluster == {"a": 0, "b": 0, "c": 1, "d": 1, "e": 0}
     assert state.clusters == 2
     assert not state.warm
-    assert state.tensors[expert_keys("m", 0)[0]].tolist() == [[3.0, 3.0]]
-    assert state.tensors[expert_keys("m", 1)[1]].flatten().tolist() == pytest.approx([0.05, 4.0])
-    assert state.tensors[f"cluster-0/{MIXER}"].shape == (3, 2), "2 M - 1 logits"
-    assert not torch.equal(state.tensors[f"cluster-0/{MIXER}"], state.tensors[f"cluster-1/{MIXER}"])
+    assert state.experts[expert_keys("m", 0)[0]].tolist() == [[3.0, 3.0]]
+    assert state.experts[expert_keys("m", 1)[1]].flatten().tolist() == pytest.approx([0.05, 4.0])
+    assert state.mixers["0"][MIXER].shape == (3, 2), "2 M - 1 logits"
+    assert not torch.equal(state.mixers["0"][MIXER], state.mixers["1"][MIXER])
 
 
 def test_everybody_gets_all_experts_and_the_mixers_of_its_cluster_and_trains_its_own() -> None:
@@ -48,7 +48,7 @@ def test_everybody_gets_all_experts_and_the_mixers_of_its_cluster_and_trains_its
     state = warmed(method)
     message = method.message(state, INFOS[2])
     assert message.cluster == 1
-    assert torch.equal(message.tensors[MIXER], state.tensors[f"cluster-1/{MIXER}"])
+    assert torch.equal(message.tensors[MIXER], state.mixers["1"][MIXER])
     own, other = expert_keys("m", 1), expert_keys("m", 0)
     assert set(message.tensors) == {MIXER, *own, *other}
     trained = {own[0]: torch.full((1, 2), 6.0), MIXER: torch.ones(3, 2)}
@@ -60,10 +60,10 @@ def test_everybody_gets_all_experts_and_the_mixers_of_its_cluster_and_trains_its
     assert not client_state.tensors
     sent = {"c": reply, "d": Returned({**reply.tensors, own[0]: torch.full((1, 2), 8.0)}, 1)}
     after = method.aggregate(SERVER, state, sent)
-    assert after.tensors[own[0]].tolist() == [[7.0, 7.0]]
-    assert torch.equal(after.tensors[f"cluster-1/{MIXER}"], torch.ones(3, 2))
-    assert torch.equal(after.tensors[f"cluster-0/{MIXER}"], state.tensors[f"cluster-0/{MIXER}"])
-    assert torch.equal(after.tensors[other[0]], state.tensors[other[0]])
+    assert after.experts[own[0]].tolist() == [[7.0, 7.0]]
+    assert torch.equal(after.mixers["1"][MIXER], torch.ones(3, 2))
+    assert torch.equal(after.mixers["0"][MIXER], state.mixers["0"][MIXER])
+    assert torch.equal(after.experts[other[0]], state.experts[other[0]])
 
 
 def test_a_client_that_comes_late_warms_up_and_joins_the_nearest() -> None:
@@ -83,7 +83,7 @@ def test_a_client_that_comes_late_warms_up_and_joins_the_nearest() -> None:
     after = method.aggregate(SERVER, state, {"d": reply})
     assert after.cluster["d"] == state.cluster["c"]
     assert after.clusters == state.clusters
-    assert torch.equal(after.tensors[expert_keys("m", 0)[0]], state.tensors[expert_keys("m", 0)[0]])
+    assert torch.equal(after.experts[expert_keys("m", 0)[0]], state.experts[expert_keys("m", 0)[0]])
 
 
 TEN = replace(SERVER, rounds=10)
@@ -123,7 +123,7 @@ def test_two_clients_are_one_cluster_with_one_logit() -> None:
     method = FedLease(rank=1)
     state = method.aggregate(SERVER, method.init(SERVER), {"a": warm(1.0, 0.0), "b": warm(0.0, 1.0)})
     assert state.cluster == {"a": 0, "b": 0}
-    assert state.tensors[f"cluster-0/{MIXER}"].shape == (1, 2)
+    assert state.mixers["0"][MIXER].shape == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -145,15 +145,15 @@ def test_by_examples() -> None:
     """a, b, e have 10, 20 and 50: A (10 * 2 + 20 * 4 + 50 * 3) / 80 = 3.125. Then a sends 1, e 7: 360 / 60."""
     method = FedLease(rank=1, weighting="examples")
     state, own = warmed(method), expert_keys("m", 0)[0]
-    assert state.tensors[own].tolist() == [[3.125, 3.125]]
+    assert state.experts[own].tolist() == [[3.125, 3.125]]
     sent = {
         name: Returned({own: torch.full((1, 2), size), MIXER: torch.full((3, 2), size)}, 0)
         for name, size in (("e", 7.0), ("a", 1.0))
     }
     after = method.aggregate(SERVER, state, sent)
-    assert after.tensors[own].tolist() == [[6.0, 6.0]]
-    assert torch.equal(after.tensors[f"cluster-0/{MIXER}"], torch.full((3, 2), 6.0))
-    assert torch.equal(after.tensors[f"cluster-1/{MIXER}"], state.tensors[f"cluster-1/{MIXER}"])
+    assert after.experts[own].tolist() == [[6.0, 6.0]]
+    assert torch.equal(after.mixers["0"][MIXER], torch.full((3, 2), 6.0))
+    assert torch.equal(after.mixers["1"][MIXER], state.mixers["1"][MIXER])
 
 
 def test_whoever_warmed_up_in_an_earlier_round_is_remembered_and_goes_on_with_its_own_lora() -> None:
@@ -166,7 +166,7 @@ def test_whoever_warmed_up_in_an_earlier_round_is_remembered_and_goes_on_with_it
     assert asked.adapter.frozen == ()
     state = method.aggregate(TEN, state, {"a": warm(5.0, 0.1), "d": warm(0.0, 5.0)})
     assert state.cluster == {"a": 0, "b": 0, "c": 1, "d": 1}
-    assert state.tensors[expert_keys("m", 0)[0]].tolist() == [[4.5, 4.5]], "of a what it sent last"
+    assert state.experts[expert_keys("m", 0)[0]].tolist() == [[4.5, 4.5]], "of a what it sent last"
 
 
 def test_latecomers_take_nobodys_place() -> None:
@@ -179,7 +179,9 @@ def test_latecomers_take_nobodys_place() -> None:
     after = method.aggregate(SERVER, state, {"e": late, "c": Returned(onward, 1)})
     assert after.cluster == {"a": 0, "b": 0, "c": 1, "d": 1, "e": 1}
     assert not after.warm
-    assert all(torch.allclose(after.tensors[name], tensor) for name, tensor in state.tensors.items())
+    assert all(torch.allclose(after.experts[name], tensor) for name, tensor in state.experts.items())
+    for cluster, mixers in state.mixers.items():
+        assert all(torch.allclose(after.mixers[cluster][name], tensor) for name, tensor in mixers.items())
 
 
 @pytest.mark.parametrize(("most", "clusters"), [(1, 1), (2, 2), (4, 3)])

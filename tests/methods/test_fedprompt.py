@@ -8,16 +8,17 @@ from tests.methods.by_hand import client, driven, full
 
 from fedamole.errors import ConfigError
 from fedamole.experiment import plan_without_data, prepare
-from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.federation.record import Nothing
 from fedamole.methods import METHODS
-from fedamole.methods.fedprompt import FedPrompt, GlobalPrompt
+from fedamole.methods.fedprompt import FedPrompt
 from fedamole.methods.fedptuning import FedPTuning
+from fedamole.methods.shared.averaging import SharedTensors
 from fedamole.model.params import Adapter
 from fedamole.model.prompt import MLP, PROMPT, PromptSpec
 
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
-SERVER = Server({"m": (2, 2)}, INFOS, seed=0, width=4, embedding_std=0.5)
+SERVER = Server(BaseInfo({"m": (2, 2)}, 4, 0.5), INFOS, seed=0)
 both = pytest.mark.parametrize("kind", [FedPrompt, FedPTuning])
 
 
@@ -29,14 +30,14 @@ def spec(kind: type[FedPrompt], tokens: int) -> PromptSpec:
     return PromptSpec(tokens, mlp=True, hidden=1024) if kind is FedPTuning else PromptSpec(tokens)
 
 
-def prompt(kind: type[FedPrompt], value: float) -> GlobalPrompt:
+def prompt(kind: type[FedPrompt], value: float) -> SharedTensors:
     """The embedding has the value, the MLP's six tensors twice, three times, ... seven times as much."""
-    return GlobalPrompt({name: full(value * factor, 2, 4) for factor, name in enumerate(names(kind), start=1)})
+    return SharedTensors({name: full(value * factor, 2, 4) for factor, name in enumerate(names(kind), start=1)})
 
 
 def test_a_soft_prompt_begins_with_the_deviation_of_the_bases_embeddings() -> None:
     """500 tokens of width 200 drawn at 0.5: the deviation of 100,000 numbers is 0.5 +- 0.5 / sqrt(200,000) = 0.001."""
-    server = Server({}, INFOS, seed=0, width=200, embedding_std=0.5)
+    server = Server(BaseInfo({}, 200, 0.5), INFOS, seed=0)
     tensors = FedPrompt(virtual_tokens=500).init(server).tensors
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {PROMPT: (500, 200)}
     assert float(tensors[PROMPT].std()) == pytest.approx(0.5, abs=0.005)
@@ -45,7 +46,7 @@ def test_a_soft_prompt_begins_with_the_deviation_of_the_bases_embeddings() -> No
 
 def test_a_prompt_encoder_begins_as_pefts() -> None:
     """Embeddings from N(0, 1); weights and biases uniform within 1 / sqrt(d_in), as nn.Linear's: 64, then 256 twice."""
-    server = Server({}, INFOS, seed=0, width=64, embedding_std=0.5)
+    server = Server(BaseInfo({}, 64, 0.5), INFOS, seed=0)
     tensors = FedPTuning(virtual_tokens=100, encoder_hidden_size=256).init(server).tensors
     shapes = dict(zip(MLP, [(256, 64), (1, 256), (256, 256), (1, 256), (64, 256), (1, 64)], strict=True))
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {PROMPT: (100, 64), **shapes}
@@ -65,7 +66,7 @@ def test_a_network_without_hidden_units_is_refused(wrong: int) -> None:
 def test_all_are_sent_the_same_and_the_seed_draws_it(kind: type[FedPrompt]) -> None:
     method = kind(virtual_tokens=3)
     state, again = method.init(SERVER), method.init(SERVER)
-    other = method.init(Server({}, INFOS, seed=1, width=4, embedding_std=0.5))
+    other = method.init(Server(BaseInfo({}, 4, 0.5), INFOS, seed=1))
     assert set(state.tensors) == set(names(kind))
     for name, tensor in state.tensors.items():
         assert torch.equal(tensor, again.tensors[name])
@@ -78,8 +79,8 @@ def test_all_are_sent_the_same_and_the_seed_draws_it(kind: type[FedPrompt]) -> N
 def test_everything_that_was_sent_trains_and_goes_up(kind: type[FedPrompt]) -> None:
     work = kind(virtual_tokens=2).update(client({}), Nothing(), prompt(kind, 1.0))
     (asked,), (client_state, reply, _) = driven(work, {PROMPT: full(9.0, 2, 4)})
-    assert (asked.share, asked.adapter.frozen, asked.adapter.fixed) == (1.0, (), {})
-    assert (asked.anchor, asked.anchor_weight, asked.tail_weight) == ({}, 0.0, 0.0)
+    assert (asked.step_fraction, asked.adapter.frozen, asked.adapter.fixed) == (1.0, (), {})
+    assert asked.penalty is None
     assert asked.adapter.spec == spec(kind, 2)
     assert {name: float(tensor[0, 0]) for name, tensor in asked.adapter.tensors.items()} == {
         name: float(place) for place, name in enumerate(names(kind), start=1)

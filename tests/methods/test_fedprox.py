@@ -9,21 +9,22 @@ from tests.methods.by_hand import client, driven, full
 from fedamole.errors import ConfigError
 from fedamole.experiment import prepare
 from fedamole.federation.local import LocalTask, fit
-from fedamole.federation.method import ClientInfo, Server, TrainingRequest
+from fedamole.federation.method import BaseInfo, ClientInfo, Server, TrainingRequest
+from fedamole.federation.penalties import Proximal
 from fedamole.federation.record import Nothing
-from fedamole.methods.fedit import GlobalLora
 from fedamole.methods.fedprox import FedProx
+from fedamole.methods.shared.averaging import SharedTensors
 from fedamole.model.bank import Bank
 from fedamole.model.params import Adapter, new_shared
 
 SHAPES = {"m": (2, 2)}
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
-SERVER = Server(SHAPES, INFOS, seed=0)
+SERVER = Server(BaseInfo(SHAPES), INFOS, seed=0)
 A, B = "m/shared/A", "m/shared/B"
 
 
-def lora(value: float) -> GlobalLora:
-    return GlobalLora({A: full(value, 1, 2), B: full(-value, 2, 1)})
+def lora(value: float) -> SharedTensors:
+    return SharedTensors({A: full(value, 1, 2), B: full(-value, 2, 1)})
 
 
 def test_everything_trains_near_what_was_sent() -> None:
@@ -31,14 +32,14 @@ def test_everything_trains_near_what_was_sent() -> None:
     sent = lora(2.0)
     work = FedProx(rank=1, proximal=0.3).update(client(SHAPES), Nothing(), sent)
     (asked,), (client_state, reply, trained) = driven(work, {A: full(5.0, 1, 2)})
-    assert asked.share == 1.0
+    assert asked.step_fraction == 1.0
     assert asked.adapter.frozen == ()
-    assert asked.adapter.tensors.keys() == asked.anchor.keys() == {A, B}
+    assert isinstance(asked.penalty, Proximal)
+    assert asked.adapter.tensors.keys() == asked.penalty.anchor.keys() == {A, B}
     for name in (A, B):
         assert torch.equal(asked.adapter.tensors[name], sent.tensors[name])
-        assert torch.equal(asked.anchor[name], lora(2.0).tensors[name])
-    assert asked.anchor_weight == 0.3
-    assert asked.tail_weight == 0.0
+        assert torch.equal(asked.penalty.anchor[name], lora(2.0).tensors[name])
+    assert asked.penalty.weight == 0.3
     assert client_state == Nothing()
     assert torch.equal(reply.tensors[A], full(5.0, 1, 2))
     assert torch.equal(reply.tensors[B], full(-2.0, 2, 1))
@@ -93,7 +94,7 @@ def test_the_term_adds_mu_times_the_distance_to_the_gradient(training: Any) -> N
     anchor = {name: start[name] - apart[name] for name in start}
     adapter = Adapter(method.spec(), start)
     _, plain, _ = train(TrainingRequest(adapter))
-    _, held, row = train(TrainingRequest(adapter, anchor=anchor, anchor_weight=3.0))
+    _, held, row = train(TrainingRequest(adapter, penalty=Proximal(anchor, 3.0)))
     assert plain.abs().max() > 1e-4
     torch.testing.assert_close(held - plain, 3 * row(0, apart), rtol=0, atol=1e-5)
 
@@ -103,7 +104,7 @@ def test_a_strong_term_leads_back_to_the_anchor(training: Any) -> None:
     shapes, train = training
     start = {name: tensor + 0.1 for name, tensor in new_shared(shapes, 2, torch.Generator().manual_seed(0)).items()}
     anchor = {name: tensor + (1.0 if name.endswith("/A") else -1.0) for name, tensor in start.items()}
-    done, _, _ = train(TrainingRequest(Adapter(FedProx(rank=2).spec(), start), anchor=anchor, anchor_weight=1e6))
+    done, _, _ = train(TrainingRequest(Adapter(FedProx(rank=2).spec(), start), penalty=Proximal(anchor, 1e6)))
     for name, tensor in start.items():
         wanted = tensor + (0.01 if name.endswith("/A") else -0.01)
         torch.testing.assert_close(done.adapter.tensors[name], wanted, rtol=0, atol=1e-5)

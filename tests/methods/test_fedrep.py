@@ -7,15 +7,16 @@ import torch
 from tests.methods.by_hand import client, driven, full
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.methods.fedit import FedIT
-from fedamole.methods.fedrep import Body, FedRep, Head
+from fedamole.methods.fedrep import FedRep, Head
+from fedamole.methods.shared.averaging import SharedTensors
 from fedamole.model.params import Adapter
 
 LOW, HIGH = "model.layers.0.q", "model.layers.1.q"
 SHAPES = {LOW: (2, 2), HIGH: (2, 2)}
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
-SERVER = Server(SHAPES, INFOS, seed=0)
+SERVER = Server(BaseInfo(SHAPES), INFOS, seed=0)
 
 
 def half(module: str, value: float) -> dict[str, torch.Tensor]:
@@ -89,14 +90,14 @@ def test_body_and_head_begin_as_the_two_parts_of_one_lora() -> None:
 
 def test_the_head_trains_under_a_frozen_body_then_the_body_under_the_new_head() -> None:
     """Sent body 2, own head 3. First the head becomes 5, then, with that head frozen, the body becomes 7."""
-    work = FedRep(rank=1).update(client(SHAPES), Head(half(HIGH, 3.0)), Body(half(LOW, 2.0)))
+    work = FedRep(rank=1).update(client(SHAPES), Head(half(HIGH, 3.0)), SharedTensors(half(LOW, 2.0)))
     (first, second), (client_state, reply, trained) = driven(work, half(HIGH, 5.0), half(LOW, 7.0))
     assert values(first.adapter.tensors) == {LOW: 2.0, HIGH: 3.0}
     assert set(first.adapter.frozen) == {f"{LOW}/shared/A", f"{LOW}/shared/B"}
     assert values(second.adapter.tensors) == {LOW: 2.0, HIGH: 5.0}
     assert set(second.adapter.frozen) == {f"{HIGH}/shared/A", f"{HIGH}/shared/B"}
     for asked in (first, second):
-        assert (asked.share, asked.anchor, asked.anchor_weight) == (0.5, {}, 0.0)
+        assert (asked.step_fraction, asked.penalty) == (0.5, None)
     assert values(client_state.tensors) == {HIGH: 5.0}
     assert values(reply.tensors) == {LOW: 7.0}
     assert values(trained.adapter.tensors) == {LOW: 7.0, HIGH: 5.0}
@@ -112,8 +113,10 @@ def test_the_head_trains_under_a_frozen_body_then_the_body_under_the_new_head() 
     ],
 )
 def test_the_average_by_hand(weighting: Any, answered: str, mean: float) -> None:
-    replies = {name: Body(half(LOW, v)) for name, v in (("a", 3.0), ("b", 1.0), ("c", 8.0)) if name in answered}
-    after = FedRep(weighting=weighting).aggregate(SERVER, Body(half(LOW, 100.0)), replies)
+    replies = {
+        name: SharedTensors(half(LOW, v)) for name, v in (("a", 3.0), ("b", 1.0), ("c", 8.0)) if name in answered
+    }
+    after = FedRep(weighting=weighting).aggregate(SERVER, SharedTensors(half(LOW, 100.0)), replies)
     assert {name.split("/")[0] for name in after.tensors} == {LOW}
     torch.testing.assert_close(after.tensors[f"{LOW}/shared/A"], full(mean, 1, 2))
     torch.testing.assert_close(after.tensors[f"{LOW}/shared/B"], full(-mean, 2, 1))
@@ -122,7 +125,7 @@ def test_the_average_by_hand(weighting: Any, answered: str, mean: float) -> None
 def test_the_personal_model_is_the_averaged_body_with_the_own_head() -> None:
     method = FedRep(rank=1)
     mine = Adapter(method.spec(), {**half(LOW, 9.0), **half(HIGH, 5.0)})
-    found = method.personal(client(SHAPES), Head(half(HIGH, 5.0)), Body(half(LOW, 4.0)), mine)
+    found = method.personal(client(SHAPES), Head(half(HIGH, 5.0)), SharedTensors(half(LOW, 4.0)), mine)
     assert found is not None
     assert values(found.tensors) == {LOW: 4.0, HIGH: 5.0}
     assert found.frozen == ()

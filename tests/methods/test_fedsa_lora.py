@@ -7,19 +7,20 @@ import torch
 from tests.methods.by_hand import client, driven, full
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.methods.fedit import FedIT
-from fedamole.methods.fedsa_lora import FedSaLora, OwnB, SharedA
+from fedamole.methods.fedsa_lora import FedSaLora, OwnB
+from fedamole.methods.shared.averaging import SharedTensors
 from fedamole.model.params import Adapter
 
 SHAPES = {"m": (2, 3)}
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
-SERVER = Server(SHAPES, INFOS, seed=0)
+SERVER = Server(BaseInfo(SHAPES), INFOS, seed=0)
 A, B = "m/shared/A", "m/shared/B"
 
 
-def down(value: float) -> SharedA:
-    return SharedA({A: full(value, 1, 2)})
+def down(value: float) -> SharedTensors:
+    return SharedTensors({A: full(value, 1, 2)})
 
 
 def test_begins_where_fedit_begins() -> None:
@@ -38,7 +39,7 @@ def test_both_train_a_goes_up_and_b_is_kept() -> None:
     """Sent A = 2, own B = 3; trained to A = 5, B = 7."""
     work = FedSaLora(rank=1).update(client(SHAPES), OwnB({B: full(3.0, 3, 1)}), down(2.0))
     (asked,), (client_state, reply, trained) = driven(work, {A: full(5.0, 1, 2), B: full(7.0, 3, 1)})
-    assert (asked.share, asked.adapter.frozen, asked.anchor, asked.anchor_weight) == (1.0, (), {}, 0.0)
+    assert (asked.step_fraction, asked.adapter.frozen, asked.penalty) == (1.0, (), None)
     assert torch.equal(asked.adapter.tensors[A], full(2.0, 1, 2))
     assert torch.equal(asked.adapter.tensors[B], full(3.0, 3, 1))
     assert {name: tensor.tolist() for name, tensor in client_state.tensors.items()} == {B: [[7.0]] * 3}

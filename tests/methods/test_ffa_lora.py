@@ -8,20 +8,21 @@ from safetensors.torch import load_file
 from tests.methods.by_hand import client, driven, full
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.federation.record import Nothing
-from fedamole.methods.fedit import FedIT, GlobalLora
+from fedamole.methods.fedit import FedIT
 from fedamole.methods.ffa_lora import FfaLora
+from fedamole.methods.shared.averaging import SharedTensors
 from fedamole.model.params import Adapter
 
 SHAPES = {"m": (2, 3), "n": (2, 2)}
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
-SERVER = Server(SHAPES, INFOS, seed=0)
+SERVER = Server(BaseInfo(SHAPES), INFOS, seed=0)
 A, B = ("m/shared/A", "n/shared/A"), ("m/shared/B", "n/shared/B")
 
 
-def ups(value: float) -> GlobalLora:
-    return GlobalLora({"m/shared/B": full(value, 3, 1), "n/shared/B": full(-value, 2, 1)})
+def ups(value: float) -> SharedTensors:
+    return SharedTensors({"m/shared/B": full(value, 3, 1), "n/shared/B": full(-value, 2, 1)})
 
 
 def test_only_b_travels_and_it_begins_as_0() -> None:
@@ -46,7 +47,7 @@ def test_a_is_one_draw_for_all_clients_and_rounds_and_frozen() -> None:
 def test_b_trains_and_goes_up_alone() -> None:
     work = FfaLora(rank=1).update(client(SHAPES), Nothing(), ups(2.0))
     (asked,), (client_state, reply, _) = driven(work, {"m/shared/B": full(5.0, 3, 1)})
-    assert (asked.share, asked.anchor, asked.anchor_weight, asked.tail_weight) == (1.0, {}, 0.0, 0.0)
+    assert (asked.step_fraction, asked.penalty) == (1.0, None)
     assert torch.equal(asked.adapter.tensors["m/shared/B"], full(2.0, 3, 1))
     assert client_state == Nothing()
     assert set(reply.tensors) == set(B)
@@ -74,8 +75,8 @@ def test_the_average_by_hand(weighting: Any, answered: str, mean: float) -> None
 def test_the_average_of_b_is_the_average_of_the_products() -> None:
     """Random B's: mean(B_i) A = mean(B_i A), which FedIT's mean(B_i) mean(A_i) is not where the A's differ."""
     method, g = FfaLora(rank=2), torch.Generator().manual_seed(0)
-    replies = {name: GlobalLora({"m/shared/B": torch.randn(3, 2, generator=g)}) for name in "abc"}
-    after = method.aggregate(SERVER, GlobalLora({}), replies)
+    replies = {name: SharedTensors({"m/shared/B": torch.randn(3, 2, generator=g)}) for name in "abc"}
+    after = method.aggregate(SERVER, SharedTensors({}), replies)
     adapter = method.adapter(client(SHAPES), Nothing(), after)
     a, b = adapter.tensors["m/shared/A"], adapter.tensors["m/shared/B"]
     products = torch.stack([reply.tensors["m/shared/B"] @ a for reply in replies.values()])
@@ -102,7 +103,7 @@ def test_in_a_real_run_a_stays_as_it_was_drawn_and_b_moves(runs: Any, facts: Any
     assert modules == {f"model.layers.{layer}.self_attn.{part}_proj" for layer in (0, 1) for part in "qv"}
     whole = {name: (32, 32 if name.endswith("q_proj") else 16) for name in modules}
     assert whole.items() >= shapes.items()
-    drawn = FedIT(rank=2).init(Server(whole, (), seed=0)).tensors
+    drawn = FedIT(rank=2).init(Server(BaseInfo(whole), (), seed=0)).tensors
     for tensors in saved:
         for name in modules:
             assert torch.equal(tensors[f"base_model.model.{name}.lora_A.weight"], drawn[f"{name}/shared/A"])

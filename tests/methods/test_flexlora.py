@@ -6,14 +6,14 @@ from tests.methods.by_hand import client, driven
 from tests.training import lora_spec
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Server, TrainingRequest
+from fedamole.federation.method import BaseInfo, ClientInfo, Server, TrainingRequest
 from fedamole.federation.record import Nothing
-from fedamole.methods.fedit import GlobalLora
 from fedamole.methods.flexlora import FlexLora, RankedLora, cut
+from fedamole.methods.shared.averaging import SharedTensors
 
 SHAPES = {"m": (2, 2)}
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
-SERVER = Server(SHAPES, INFOS, seed=0)
+SERVER = Server(BaseInfo(SHAPES), INFOS, seed=0)
 A, B = "m/shared/A", "m/shared/B"
 
 
@@ -21,8 +21,8 @@ def test_the_mean_of_the_products_is_decomposed() -> None:
     """Products diag(4, 0) and [[0, 0], [0, 2]]: their mean is diag(2, 1), and its best rank 1 is diag(2, 0)."""
     method = FlexLora(rank=1, ranks=(1, 2))
     state = method.init(SERVER)
-    one = GlobalLora({A: torch.tensor([[2.0, 0.0]]), B: torch.tensor([[2.0], [0.0]])})
-    other = GlobalLora({A: torch.tensor([[0.0, 1.0], [0.0, 0.0]]), B: torch.tensor([[0.0, 5.0], [2.0, 5.0]])})
+    one = SharedTensors({A: torch.tensor([[2.0, 0.0]]), B: torch.tensor([[2.0], [0.0]])})
+    other = SharedTensors({A: torch.tensor([[0.0, 1.0], [0.0, 0.0]]), B: torch.tensor([[0.0, 5.0], [2.0, 5.0]])})
     after = method.aggregate(SERVER, state, {"a": one, "b": other})
     torch.testing.assert_close(after.tensors[B] @ after.tensors[A], torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
     small = method.message(after, INFOS[0]).tensors
@@ -35,7 +35,7 @@ def test_by_examples() -> None:
     """10 and 30 examples: a quarter of 4 and three quarters of 8."""
     method = FlexLora(rank=1, ranks=(1,), weighting="examples")
     parts = {
-        name: GlobalLora({A: torch.tensor([[1.0, 0.0]]), B: torch.tensor([[size], [0.0]])})
+        name: SharedTensors({A: torch.tensor([[1.0, 0.0]]), B: torch.tensor([[size], [0.0]])})
         for name, size in (("a", 4.0), ("b", 8.0))
     }
     after = method.aggregate(SERVER, method.init(SERVER), parts)
@@ -63,7 +63,7 @@ def test_cut_takes_the_first_ranks() -> None:
 
 
 def test_the_lora_at_the_clients_rank_is_trained_sent_and_scored() -> None:
-    method, message = FlexLora(rank=1, alpha=3.0), GlobalLora({A: torch.ones(2, 2), B: torch.ones(2, 2)})
+    method, message = FlexLora(rank=1, alpha=3.0), SharedTensors({A: torch.ones(2, 2), B: torch.ones(2, 2)})
     work = method.update(client(SHAPES), Nothing(), message)
     (asked,), (client_state, reply, _) = driven(work, {A: torch.full((2, 2), 7.0)})
     assert asked == TrainingRequest(asked.adapter)
@@ -72,7 +72,7 @@ def test_the_lora_at_the_clients_rank_is_trained_sent_and_scored() -> None:
     assert client_state == Nothing()
     assert torch.equal(reply.tensors[A], torch.full((2, 2), 7.0))
     assert torch.equal(reply.tensors[B], torch.ones(2, 2))
-    message = GlobalLora({A: torch.zeros(2, 2), B: torch.ones(2, 2)})
+    message = SharedTensors({A: torch.zeros(2, 2), B: torch.ones(2, 2)})
     model = method.personal(client(SHAPES), client_state, message, asked.adapter)
     assert model is not None
     assert not model.tensors[A].any(), "what was sent after the aggregation"
@@ -83,14 +83,14 @@ def test_the_lora_at_the_clients_rank_is_trained_sent_and_scored() -> None:
 @pytest.mark.parametrize("weighting", ["uniform", "examples"])
 def test_equals_the_decomposition_of_the_dense_mean(answered: str, weighting: str) -> None:
     """Ranks 1, 2 and 4 of two modules; each client's next LoRA is the best of its rank for the mean."""
-    server = Server({"m": (5, 6), "n": (4, 3)}, INFOS, seed=0)
+    server = Server(BaseInfo({"m": (5, 6), "n": (4, 3)}), INFOS, seed=0)
     method = FlexLora(rank=2, weighting=weighting)  # type: ignore[arg-type]
     state, draw, weights = method.init(server), torch.Generator().manual_seed(0), server.weights(method.weighting)
     replies = {}
     for info in INFOS:
         sent = method.message(state, info).tensors
         trained = {name: torch.randn(tensor.shape, generator=draw) for name, tensor in sent.items()}
-        replies.update({info.name: GlobalLora(trained)} if info.name in answered else {})
+        replies.update({info.name: SharedTensors(trained)} if info.name in answered else {})
     after = method.aggregate(server, state, dict(reversed(replies.items())))
     assert after.ranks == state.ranks == {"a": 1, "b": 2, "c": 4}
     for module, (d_in, d_out) in server.shapes.items():

@@ -8,28 +8,29 @@ from tests.methods.by_hand import client, driven
 from tests.training import lora_spec
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, Server, TrainingRequest
+from fedamole.federation.method import BaseInfo, ClientInfo, Server, TrainingRequest
+from fedamole.federation.penalties import TailNorm
 from fedamole.federation.record import Nothing
-from fedamole.methods.fedit import GlobalLora
 from fedamole.methods.flexlora import RankedLora
 from fedamole.methods.hetlora import HetLora, tail_norm
+from fedamole.methods.shared.averaging import SharedTensors
 
 SHAPES = {"m": (2, 2)}
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30))
-SERVER = Server(SHAPES, INFOS, seed=0)
+SERVER = Server(BaseInfo(SHAPES), INFOS, seed=0)
 A, B = "m/shared/A", "m/shared/B"
 
 
-def lora(*sizes: float) -> GlobalLora:
+def lora(*sizes: float) -> SharedTensors:
     """A LoRA whose ranks have these sizes: each a row (s, 0) of A and a column (s, 0) of B."""
     a = torch.tensor([[size, 0.0] for size in sizes])
-    return GlobalLora({A: a, B: a.T.contiguous()})
+    return SharedTensors({A: a, B: a.T.contiguous()})
 
 
 def test_the_average_is_weighted_by_the_norms_and_padded_with_zeros() -> None:
     """Products of norm 3 and 1: weights 3/4 and 1/4. The second rank is 3/4 of the first client's alone."""
-    first = GlobalLora({A: torch.tensor([[1.0, 0.0], [0.0, 2.0]]), B: torch.tensor([[3.0, 0.0], [0.0, 0.0]])})
-    second = GlobalLora({A: torch.tensor([[1.0, 0.0]]), B: torch.tensor([[1.0], [0.0]])})
+    first = SharedTensors({A: torch.tensor([[1.0, 0.0], [0.0, 2.0]]), B: torch.tensor([[3.0, 0.0], [0.0, 0.0]])})
+    second = SharedTensors({A: torch.tensor([[1.0, 0.0]]), B: torch.tensor([[1.0], [0.0]])})
     state = RankedLora({A: torch.full((2, 2), 9.0), B: torch.full((2, 2), 9.0)}, {"a": 2, "b": 1})
     after = HetLora().aggregate(SERVER, state, {"b": second, "a": first})
     assert after.tensors[A].tolist() == [[1.0, 0.0], [0.0, 1.5]]
@@ -39,7 +40,8 @@ def test_the_average_is_weighted_by_the_norms_and_padded_with_zeros() -> None:
 
 def test_without_any_product_clients_count_alike() -> None:
     parts = {
-        name: GlobalLora({A: torch.full((1, 2), size), B: torch.zeros(2, 1)}) for name, size in (("a", 1.0), ("b", 3.0))
+        name: SharedTensors({A: torch.full((1, 2), size), B: torch.zeros(2, 1)})
+        for name, size in (("a", 1.0), ("b", 3.0))
     }
     state = RankedLora({A: torch.zeros(1, 2), B: torch.zeros(2, 1)}, {"a": 1, "b": 1})
     assert HetLora().aggregate(SERVER, state, parts).tensors[A].tolist() == [[2.0, 2.0]]
@@ -52,7 +54,7 @@ def test_a_tail_that_became_smaller_is_dropped(tail: float, rank: int) -> None:
     assert tail_norm(message.tensors, SHAPES, 2) == pytest.approx(1.0)
     method = HetLora(rank=3, tail_weight=0.25)
     (asked,), (_, reply, trained) = driven(method.update(client(SHAPES), Nothing(), message), after.tensors)
-    assert (asked.tail, asked.tail_weight) == (2, 0.25)
+    assert asked.penalty == TailNorm(2, 0.25)
     assert len(reply.tensors[A]) == reply.tensors[B].shape[1] == rank
     assert trained.adapter.spec.rank == rank
     assert trained.adapter.spec.scaling == method.spec().scaling
@@ -61,7 +63,7 @@ def test_a_tail_that_became_smaller_is_dropped(tail: float, rank: int) -> None:
 
 def test_one_rank_is_never_pruned() -> None:
     (asked,), (_, reply, _) = driven(HetLora(rank=1).update(client(SHAPES), Nothing(), lora(2.0)), lora(0.1).tensors)
-    assert asked.tail_weight == 0.0
+    assert asked.penalty is None
     assert len(reply.tensors[A]) == 1
 
 
@@ -79,19 +81,19 @@ def test_the_tail_is_that_of_the_clients_own_rank(rank: int, pruned_to: float, t
     """gamma r_k, rounded down, but at least one rank is kept; the method's own rank is 16."""
     method, message = HetLora(rank=16, pruned_to=pruned_to), lora(*[1.0] * rank)
     (asked,), (_, reply, _) = driven(method.update(client(SHAPES), Nothing(), message), lora(*[0.5] * rank).tensors)
-    assert asked == TrainingRequest(asked.adapter, tail=tail, tail_weight=0.001)
+    assert asked == TrainingRequest(asked.adapter, penalty=TailNorm(tail, 0.001))
     assert asked.adapter.frozen == ()
     assert reply.tensors[A].tolist() == [[0.5, 0.0]] * tail, "the trained ranks before the tail"
     assert reply.tensors[B].tolist() == [[0.5] * tail, [0.0] * tail]
 
 
-def two(first: float, second: float) -> GlobalLora:
+def two(first: float, second: float) -> SharedTensors:
     """Two modules of rank 2 whose last ranks have these norms: |A[1:]| = 5 times |B[:, 1:]| = a fifth of it."""
     tensors = {}
     for module, size in (("m", first), ("n", second)):
         tensors[f"{module}/shared/A"] = torch.tensor([[9.0, 9.0], [3.0, 4.0]])
         tensors[f"{module}/shared/B"] = torch.tensor([[9.0, 0.0], [9.0, size / 5]])
-    return GlobalLora(tensors)
+    return SharedTensors(tensors)
 
 
 @pytest.mark.parametrize(("after", "rank"), [((12.0, 2.0), 1), ((2.0, 19.0), 2), ((7.9, 8.0), 1), ((8.1, 8.0), 2)])
@@ -105,14 +107,14 @@ def test_all_modules_are_pruned_together(after: tuple[float, float], rank: int) 
 
 def test_the_weight_is_the_norm_of_all_products_together() -> None:
     """a: two ranks that cancel in part, [[3, 0], [4, 0]] and 12 in the other module: 13. b: 39, three times that."""
-    server = Server({"m": (2, 2), "n": (1, 1)}, INFOS, seed=0)
+    server = Server(BaseInfo({"m": (2, 2), "n": (1, 1)}), INFOS, seed=0)
     first = {A: torch.tensor([[1.0, 0.0], [1.0, 0.0]]), B: torch.tensor([[5.0, -2.0], [4.0, 0.0]])}
     first |= {"n/shared/A": torch.tensor([[12.0], [0.0]]), "n/shared/B": torch.tensor([[1.0, 0.0]])}
     second = {A: torch.tensor([[5.0, 0.0]]), B: torch.tensor([[0.0], [0.0]])}
     second |= {"n/shared/A": torch.tensor([[39.0]]), "n/shared/B": torch.tensor([[1.0]])}
     before = {name: torch.full_like(tensor, 50.0) for name, tensor in first.items()}
     state = RankedLora(before, {"a": 2, "b": 2, "c": 4})
-    after = HetLora().aggregate(server, state, {"a": GlobalLora(first), "b": GlobalLora(second)})
+    after = HetLora().aggregate(server, state, {"a": SharedTensors(first), "b": SharedTensors(second)})
     assert after.tensors[A].tolist() == [[4.0, 0.0], [0.25, 0.0]]
     assert after.tensors[B].tolist() == [[1.25, -0.5], [1.0, 0.0]]
     assert after.tensors["n/shared/A"].tolist() == [[32.25], [0.0]]

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from tests.methods.by_hand import client, driven, full
+from tests.methods.by_hand import CallProbe, client, driven, full
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import Client, ClientInfo, Server
+from fedamole.federation.method import BaseInfo, Client, ClientInfo, Server
 from fedamole.methods.ifca_lora import Choice, ClusterLora, Clusters, IfcaLora
 from fedamole.model.params import Adapter
 
 SHAPES = {"m": (2, 2)}
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
-SERVER = Server(SHAPES, INFOS, seed=0)
+SERVER = Server(BaseInfo(SHAPES), INFOS, seed=0)
 A, B = "m/shared/A", "m/shared/B"
 
 
@@ -25,23 +25,23 @@ def lora(value: float) -> dict[str, torch.Tensor]:
 
 
 def clusters(*loras: float) -> Clusters:
-    return Clusters({f"cluster-{k}/{name}": t for k, value in enumerate(loras) for name, t in lora(value).items()})
+    return Clusters({str(k): lora(value) for k, value in enumerate(loras)})
 
 
 def values(state: Clusters) -> list[float]:
     """The value of each cluster's A."""
-    count = len(state.tensors) // 2
+    count = len(state.loras)
     for k in range(count):
-        assert torch.equal(state.tensors[f"cluster-{k}/{B}"].flatten(), -state.tensors[f"cluster-{k}/{A}"].flatten())
-    return [float(state.tensors[f"cluster-{k}/{A}"][0, 0]) for k in range(count)]
+        assert torch.equal(state.loras[str(k)][B].flatten(), -state.loras[str(k)][A].flatten())
+    return [float(state.loras[str(k)][A][0, 0]) for k in range(count)]
 
 
 def test_the_clusters_begin_as_different_loras_that_are_all_the_bare_base() -> None:
     method = IfcaLora(rank=2, clusters=4)
     state = method.init(SERVER)
-    assert set(state.tensors) == {f"cluster-{k}/{name}" for k in range(4) for name in (A, B)}
-    assert not any(tensor.any() for name, tensor in state.tensors.items() if name.endswith("/B"))
-    assert len({tuple(state.tensors[f"cluster-{k}/{A}"].flatten().tolist()) for k in range(4)}) == 4
+    assert {cluster: set(one) for cluster, one in state.loras.items()} == {str(k): {A, B} for k in range(4)}
+    assert not any(one[B].any() for one in state.loras.values())
+    assert len({tuple(state.loras[str(k)][A].flatten().tolist()) for k in range(4)}) == 4
     assert all(method.message(state, info) is state for info in INFOS)
 
 
@@ -57,7 +57,7 @@ def test_while_all_are_0_a_client_draws_without_a_look_and_stays_with_it() -> No
         assert chosen == method.choose(client(SHAPES, name, round_=7), state)
         found = method.personal(client(SHAPES, name), Choice(-1), state, None)
         assert found is not None
-        assert torch.equal(found.tensors[A], state.tensors[f"cluster-{chosen}/{A}"])
+        assert torch.equal(found.tensors[A], state.loras[str(chosen)][A])
 
 
 def test_another_seed_draws_anew() -> None:
@@ -70,9 +70,11 @@ def test_another_seed_draws_anew() -> None:
 def test_one_b_that_is_not_0_is_enough_to_look() -> None:
     """The others' losses are those of the bare base, here 0.5: a client for whom cluster 2 is worse takes the first."""
     method = IfcaLora(rank=1)
-    sent = clusters(1, 2, 3).tensors
-    tensors = {name: tensor * 0 if name.endswith("/B") else tensor for name, tensor in sent.items()}
-    tensors[f"cluster-2/{B}"] = torch.tensor([[0.0], [1e-6]])
+    tensors = {
+        cluster: {name: tensor * 0 if name.endswith("/B") else tensor for name, tensor in one.items()}
+        for cluster, one in clusters(1, 2, 3).loras.items()
+    }
+    tensors["2"][B] = torch.tensor([[0.0], [1e-6]])
     assert method.choose(client(SHAPES, losses=(0.5, 0.5, 0.4)), Clusters(tensors)) == 2
     assert method.choose(client(SHAPES, losses=(0.5, 0.5, 0.6)), Clusters(tensors)) == 0
 
@@ -87,7 +89,7 @@ def test_the_lowest_loss_is_chosen_the_first_among_equals(losses: tuple[float, .
     (asked,), (client_state, reply, trained) = driven(work, lora(9.0))
     assert torch.equal(asked.adapter.tensors[A], full(chosen + 1.0, 1, 2))
     assert set(asked.adapter.tensors) == {A, B}
-    assert (asked.share, asked.adapter.frozen, asked.anchor, asked.anchor_weight) == (1.0, (), {}, 0.0)
+    assert (asked.step_fraction, asked.adapter.frozen, asked.penalty) == (1.0, (), None)
     assert client_state == Choice(chosen)
     assert reply.cluster == chosen
     assert {name: tensor.tolist() for name, tensor in reply.tensors.items()} == {
@@ -111,7 +113,7 @@ def test_the_look_is_at_every_cluster_and_as_many_examples_as_allowed() -> None:
         looks.append(([float(adapter.tensors[A][0, 0]) for adapter in adapters], most))
         return [0.3, 0.1]
 
-    one: Client = replace(client(SHAPES), losses=look)
+    one: Client = client(SHAPES, probe=CallProbe(look))
     method = IfcaLora(rank=1, clusters=2, probe_examples=5)
     assert method.choose(one, clusters(4.0, 6.0)) == 1
     assert looks == [([4.0, 6.0], 5)]
@@ -147,7 +149,7 @@ def test_the_personal_model_is_the_averaged_lora_that_fits_best_now() -> None:
 
 
 def test_more_than_ten_clusters_are_told_apart() -> None:
-    """cluster-1 is the beginning of cluster-10's name."""
+    """The key "1" is a prefix of "10"."""
     method = IfcaLora(rank=1, clusters=12)
     losses = [1.0] * 12
     losses[10] = 0.5

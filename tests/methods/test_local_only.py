@@ -8,7 +8,7 @@ from tests.methods.by_hand import client, driven
 
 from fedamole.config import load_config
 from fedamole.experiment import start
-from fedamole.federation.method import ClientInfo, Server
+from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import Nothing
 from fedamole.methods.fedit import FedIT
@@ -29,14 +29,14 @@ def test_a_client_goes_on_from_its_own_lora_and_sends_nothing() -> None:
 
 
 def test_the_server_knows_nothing() -> None:
-    method, server = LocalOnly(), Server(SHAPES, (INFO,), 0)
+    method, server = LocalOnly(), Server(BaseInfo(SHAPES), (INFO,), 0)
     assert method.init(server) == method.message(Nothing(), INFO) == Nothing()
     assert method.aggregate(server, Nothing(), {"a": Nothing()}) == Nothing()
 
 
 def test_starts_where_fedit_starts() -> None:
     client_state = LocalOnly(rank=2).init_client_state(client(SHAPES))
-    first = FedIT(rank=2).init(Server(SHAPES, (INFO,), 0))
+    first = FedIT(rank=2).init(Server(BaseInfo(SHAPES), (INFO,), 0))
     assert client_state.tensors.keys() == first.tensors.keys()
     assert all(torch.equal(client_state.tensors[key], first.tensors[key]) for key in client_state.tensors)
 

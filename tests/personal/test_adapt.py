@@ -104,10 +104,10 @@ def test_the_experts_choose_among_all_clients(runs: Any, rows: Path, fedamole: A
     lines = {line["module"]: line for line in RunFolder.open(folder).lines("assignment.jsonl")}
     assert set(lines) == set(bank.base.shapes)
     for module in bank.base.shapes:
-        known = {name: state.client_embeddings[f"{module}/{name}"] for name in names if name != NEW}
+        known = {name: state.client_embeddings[module][name] for name in names if name != NEW}
         client = {**known, NEW: means[module].token}
         t = torch.stack([client[name] for name in names])
-        e = torch.stack([state.expert_embeddings[f"{module}/{expert}"] for expert in experts])
+        e = torch.stack([state.expert_embeddings[module][expert] for expert in experts])
         P = choice_probabilities((e.double() @ t.double().T / np.sqrt(2)).numpy())
         X = select(P, Bounds(2, 2, 8), expert_ids=experts, client_ids=names)
         wanted = np.flatnonzero(X[:, names.index(NEW)]).tolist()

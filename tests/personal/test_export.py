@@ -18,9 +18,10 @@ from fedamole.errors import BaseModelError
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, BaseSettings, load_base
 from fedamole.model.batch import Row, collate
+from fedamole.model.moments import collect_moments
 from fedamole.model.params import Adapter, expert_ids, expert_keys
 from fedamole.model.pretrained import load_adapter, save_adapter
-from fedamole.personal.export import Texts, as_lora, merge, refuse_unmergeable, watched
+from fedamole.personal.export import Texts, as_lora, merge, refuse_unmergeable
 from fedamole.personal.export_settings import ExportSettings
 from fedamole.personal.saved_models import find_model, load_base_for
 from tests.model.conftest import mixture
@@ -125,7 +126,8 @@ def test_what_is_linear_is_found_exactly(change: Any, packs: bool, trained: Path
     lora, about = as_lora(bank, personal, Texts(rows, rows, 200), ExportSettings(rank=4, ridge=1e-9))
     assert max(about["unexplained"].values()) < 1e-6
     assert torch.allclose(logits(bank, lora), logits(bank, personal), atol=1e-4)
-    seen = watched(bank, personal, sorted(bank.base.shapes), Texts(rows, rows, 200))
+    bank.load([personal])
+    seen = collect_moments(bank, sorted(bank.base.shapes), rows, 200, outputs=True)
     assert {sums.tokens for sums in seen.values()} == {about["tokens"]}, "padding does not count"
     assert about["tokens"] == sum(len(prompt) + len(answer) for prompt, answer in rows)
 
@@ -148,7 +150,8 @@ def test_other_mixtures_are_watched_alike(method: str, runs: Any) -> None:
     bank, personal = Bank(load_base_for(model, "cpu")), load_adapter(model.folder)
     rows: list[Row] = [((5, 9, 60, 33, 21), IDS), ((7, 8), IDS)]
     texts = Texts(rows, rows, 200)
-    seen = watched(bank, personal, sorted(bank.base.shapes), texts)
+    bank.load([personal])
+    seen = collect_moments(bank, sorted(bank.base.shapes), rows, 200, outputs=True)
     assert {sums.tokens for sums in seen.values()} == {5 + 2 + 2 * len(IDS)}
     lora, about = as_lora(bank, personal, texts, ExportSettings(ridge=1e-9))
     assert about["rank"] == 4, "two experts of rank 2"

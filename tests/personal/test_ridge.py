@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from fedamole.personal.ridge import Moments, best_lora
+from fedamole.model.moments import Moments
+from fedamole.personal.ridge import best_lora
 
 CPU = torch.device("cpu")
 

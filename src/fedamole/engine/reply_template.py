@@ -1,126 +1,123 @@
-"""What a client's reply has to look like, found by rehearsing its work without training; and the check against it.
+"""Checks a client's reply against a template, the reply of a dry run.
 
-The rehearsal runs the client's half of the method on the very message that was sent, and every training it asks for
-returns what it was given. The reply that comes of it has the names, shapes, dtypes and fields of the real one, for
-every method, without a line about the wire in any of them.
+The dry run runs the client's half of the method on the message that was sent. Each training returns the adapter that it
+was given, and probes return zeros. Its reply has the names, shapes, dtypes and fields of the real one, for every
+method.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
-from fedamole.federation.method import Client, ClientInfo, Method, Server, TrainingResult
-from fedamole.federation.record import PayloadError
-from fedamole.federation.robust import flattened
+from fedamole.federation.method import BaseInfo, Client, ClientInfo, Method, Server, TrainingResult
+from fedamole.federation.probe import DryProbe
+from fedamole.federation.record import PayloadError, holds_tensors, named_tensors
 from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.params import Adapter, expert_ids
 
 GROWTH, SMALL = 10.0, 0.1
-"""How many times larger than what was sent a reply may be, and the size of a number where what was sent is smaller."""
+"""Largest norm of a reply as a multiple of the message's, and the value that counts where the message is smaller."""
+
+
+def dry_client(base: BaseInfo, info: ClientInfo, seed: int, round_: int) -> Client:
+    """Return a `Client` whose probe reads nothing and returns zeros."""
+    return Client(info, base, seed, round_, DryProbe(base.shapes, base.width))
 
 
 def dry_run(method: Method[Any, Any, Any, Any], server: Server, info: ClientInfo, message: Any) -> Any:
-    """Return a reply of the form that a client which got this message will send."""
-
-    def no_losses(adapters: Sequence[Adapter], most: int) -> list[float]:
-        return [0.0] * len(adapters)
-
-    def no_hidden(adapter: Adapter, most: int) -> Tensor:
-        return torch.ones(1, server.width)
-
-    client = Client(
-        info, server.shapes, server.seed, server.round, no_losses, no_hidden, server.width, server.embedding_std
-    )
+    """Run a client's half of a round without training or data; return the reply."""
+    client = dry_client(server.base, info, server.seed, server.round)
     work = method.update(client, method.init_client_state(client), message)
     try:
-        fit = next(work)
+        request = next(work)
         while True:
-            embeddings = _embeddings(method, server, fit.adapter) if method.embeds else {}
-            fit = work.send(TrainingResult(fit.adapter, 1, 0.0, embeddings))
+            embeddings = _zero_embeddings(method, server, request.adapter) if method.needs_embeddings else {}
+            request = work.send(TrainingResult(request.adapter, 1, 0.0, embeddings))
     except StopIteration as end:
         return end.value[1]
 
 
-def _embeddings(method: Any, server: Server, adapter: Adapter) -> Mapping[str, MeanEmbeddings]:
-    """Zeros in the form of what reading the embedding split gives."""
-    rank, held = method.spec().rank, expert_ids(adapter.tensors)
+def _zero_embeddings(method: Any, server: Server, adapter: Adapter) -> Mapping[str, MeanEmbeddings]:
+    rank, experts = method.spec().rank, expert_ids(adapter.tensors)
     return {
-        module: MeanEmbeddings(torch.zeros(rank), {expert: torch.zeros(rank) for expert in held.get(module, ())})
+        module: MeanEmbeddings(torch.zeros(rank), {expert: torch.zeros(rank) for expert in experts.get(module, ())})
         for module in server.shapes
     }
 
 
 def check_reply(method: Method[Any, Any, Any, Any], template: Any, reply: Any, max_norm: float | None) -> None:
-    """Compare a reply with the rehearsed one: names, shapes, dtypes, fields; finite; not too large.
+    """Compare a reply with the template: names, shapes, dtypes and fields; all values finite and the norm in bounds.
 
-    Without a `max_norm` the rehearsed reply, which holds what was sent, gives one. Raises PayloadError that names what
-    is wrong, with nothing of the content in it.
+    Without `max_norm` the bound comes from the template, which holds the tensors of the message. Raises a PayloadError
+    that names what is wrong and contains no values.
     """
-    _compare_kinds(template, reply, "")
+    _compare_types(template, reply, "")
     try:
-        wanted = method.expected_reply(template, reply)
-    except Exception as error:  # a method reads what no one has checked yet
+        expected = method.expected_reply(template, reply)
+    except Exception as error:  # the method reads values that are not checked yet
         raise PayloadError(f"not a reply of this method ({type(error).__name__})") from error
-    squares = _compare(wanted, reply, "")
+    squares = _compare(expected, reply, "")
     if max_norm is None:
-        most, source = usual_norm(wanted), "10 times what was sent; it is unset"
+        limit, source = usual_norm(expected), "10 times what was sent; it is unset"
     else:
-        most, source = max_norm, "as it is set"
-    if not squares <= most**2:
-        raise PayloadError(f"its norm, {squares**0.5:.3g}, is above deployment.max_norm = {most:.3g} ({source})")
+        limit, source = max_norm, "as it is set"
+    if not squares <= limit**2:
+        raise PayloadError(f"its norm, {squares**0.5:.3g}, is above deployment.max_norm = {limit:.3g} ({source})")
 
 
 def usual_norm(template: Any) -> float:
-    """Largest norm that a reply may have: 10 times that of the rehearsed one, or of as many numbers of size SMALL."""
-    tensors = flattened(template).values()
+    """Return the default bound: `GROWTH` times the template's norm, or that of as many values of size `SMALL`."""
+    tensors = named_tensors(template).values()
     squares = sum(float(tensor.double().square().sum()) for tensor in tensors)
     numbers = sum(tensor.numel() for tensor in tensors)
     return GROWTH * math.sqrt(max(squares, numbers * SMALL**2))
 
 
-def _compare_kinds(template: Any, got: Any, path: str) -> None:
-    """Check that plain fields are of the same type: for Python, True is a 1 and is in range(3)."""
+def _compare_types(template: Any, reply: Any, path: str) -> None:
+    """Check the types of JSON values; in Python, True equals 1 and is in range(3)."""
     for field in dataclasses.fields(template):
-        this, that = getattr(template, field.name), getattr(got, field.name)
-        if type(this) is not type(that) and not isinstance(this, Mapping):
-            raise PayloadError(f"{path}{field.name} is not what it has to be")
-        if dataclasses.is_dataclass(this):
-            _compare_kinds(this, that, f"{path}{field.name}.")
+        wanted, got = getattr(template, field.name), getattr(reply, field.name)
+        if type(wanted) is not type(got) and not isinstance(wanted, Mapping):
+            raise PayloadError(f"{path}{field.name} has an unexpected type")
+        if dataclasses.is_dataclass(wanted):
+            _compare_types(wanted, got, f"{path}{field.name}.")
 
 
-def _compare(wanted: Any, got: Any, path: str) -> float:
-    """Check a record against another of the same type; return the sum of its squares."""
-    squares = 0.0
-    for field in dataclasses.fields(wanted):
-        name, this, that = f"{path}{field.name}", getattr(wanted, field.name), getattr(got, field.name)
-        if dataclasses.is_dataclass(this):
-            squares += _compare(this, that, f"{name}.")
-        elif _tensors(this) and _tensors(that) and (this or that):
-            squares += _compare_tensors(this, that, name)
-        elif this != that:
-            raise PayloadError(f"{name} is not what it has to be")
+def _compare(expected: Any, reply: Any, path: str) -> float:
+    """Compare two records of one type; return the sum of the squares of the reply's tensors."""
+    hints, squares = get_type_hints(type(expected)), 0.0
+    for field in dataclasses.fields(expected):
+        name, wanted, got = f"{path}{field.name}", getattr(expected, field.name), getattr(reply, field.name)
+        if dataclasses.is_dataclass(wanted):
+            squares += _compare(wanted, got, f"{name}.")
+        elif holds_tensors(hints[field.name]):
+            squares += _compare_tensors(wanted, got, name, ":")
+        elif wanted != got:
+            raise PayloadError(f"{name} has an unexpected value")
     return squares
 
 
-def _tensors(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(item, Tensor) for item in value.values())
-
-
-def _compare_tensors(wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], name: str) -> float:
-    foreign, missing = sorted(set(got) - set(wanted)), sorted(set(wanted) - set(got))
-    if foreign or missing:
-        what = f"{len(foreign)} tensors it was not given" if foreign else f"{missing[0]} is missing"
-        raise PayloadError(f"{name}: {what}")
+def _compare_tensors(expected: Mapping[str, Any], reply: Mapping[str, Any], path: str, separator: str) -> float:
+    """Compare two mappings of tensors of one depth: keys, shapes and dtypes; return the sum of squares of `reply`."""
+    foreign, missing = sorted(set(reply) - set(expected)), sorted(set(expected) - set(reply))
+    if foreign:
+        raise PayloadError(f"{path}: {len(foreign)} keys that were not sent to this client")
+    if missing:
+        raise PayloadError(f"{path}: {missing[0]} is missing")
     squares = 0.0
-    for key, tensor in got.items():
-        if tensor.shape != wanted[key].shape or tensor.dtype != wanted[key].dtype:
-            was, has = (f"{list(one.shape[:4])} {one.dtype}" for one in (wanted[key], tensor))
-            raise PayloadError(f"{name}:{key} is {has} where {was} was expected")
-        if not tensor.isfinite().all():
-            raise PayloadError(f"{name}:{key} holds NaN or infinity")
-        squares += float(tensor.double().square().sum())
+    for key, wanted in expected.items():
+        name, got = f"{path}{separator}{key}", reply[key]
+        if not isinstance(wanted, Tensor):
+            squares += _compare_tensors(wanted, got, name, "/")
+            continue
+        if got.shape != wanted.shape or got.dtype != wanted.dtype:
+            was, has = (f"{list(tensor.shape[:4])} {tensor.dtype}" for tensor in (wanted, got))
+            raise PayloadError(f"{name} is {has} where {was} was expected")
+        if not got.isfinite().all():
+            raise PayloadError(f"{name} holds NaN or infinity")
+        squares += float(got.double().square().sum())
     return squares

@@ -28,7 +28,7 @@ class PrivateState:
     """The file of one client's state."""
 
     client_state: Mapping[str, Tensor]
-    """The method's own record (`Records.keep`), packed, as one tensor of bytes; empty for none."""
+    """The method's own record (`Records.client_state`), packed, as one tensor of bytes; empty for none."""
     trained: Adapter | None
     """The adapter after the client's last local training, if the run scores it."""
     step_fraction: float = 0.0
@@ -64,7 +64,7 @@ class ClientStates:
             return ClientState(self.method.init_client_state(client), None, 0.0)
         try:
             private = self._read(path)
-            client_state = unpack(self.method.records.keep, tensor_as_bytes(private.client_state) or b"")
+            client_state = unpack(self.method.records.client_state, tensor_as_bytes(private.client_state) or b"")
         except PayloadError as error:
             raise RunError(
                 f"{path} is damaged ({error}): put it back from a copy, or remove the folder it is in; then "

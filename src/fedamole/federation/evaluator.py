@@ -8,8 +8,8 @@ from fedamole.federation.client_data import ClientData, Split
 from fedamole.federation.client_factory import ClientFactory
 from fedamole.federation.client_state import ClientStates
 from fedamole.federation.lock_step import indices_by_kind
-from fedamole.federation.looks import Looks
 from fedamole.federation.method import Evaluates, Method
+from fedamole.federation.probe import ProbeCounts
 from fedamole.federation.record import unpack
 from fedamole.model.adapter_files import check_fits
 from fedamole.model.bank import Bank
@@ -45,14 +45,14 @@ class Evaluator:
         `payloads` are the packed messages that the models of a post-aggregation variant are made from. The result has
         `probed` and `forward_tokens` for clients that read examples to assemble their model.
         """
-        adapters, looks = [], {data.info.name: Looks() for data in group}
+        adapters, probe_counts = [], {data.info.name: ProbeCounts() for data in group}
         for data in group:
             name = data.info.name
-            adapters.append(self._current_model(data, round_, variant, payloads[name], looks[name]))
+            adapters.append(self._current_model(data, round_, variant, payloads[name], probe_counts[name]))
             if self.variants[variant] == "post_aggregation":
                 self.states.save_candidate(name, variant, adapters[-1])
         scores = self._scores(group, adapters, "validation", with_scores=self.evaluation.select == "score")
-        for name, counts in looks.items():
+        for name, counts in probe_counts.items():
             if counts.examples:
                 scores[name] |= {"probed": counts.examples, "forward_tokens": counts.tokens}
         return scores
@@ -109,9 +109,9 @@ class Evaluator:
         return scores
 
     def _current_model(
-        self, data: ClientData, round_: int, variant: str, payload: bytes | None, looks: Looks
+        self, data: ClientData, round_: int, variant: str, payload: bytes | None, counts: ProbeCounts
     ) -> Adapter | None:
-        client = self.factory.client(data, round_, looks)
+        client = self.factory.client(data, round_, counts)
         state = self.states.load(client)
         if self.variants[variant] != self.method.evaluates:
             return state.trained
@@ -121,4 +121,4 @@ class Evaluator:
     def _last_model(self, data: ClientData, variant: str) -> Adapter | None:
         if self.variants[variant] == "post_aggregation":
             return self.states.load_candidate(data.info.name, variant)
-        return self._current_model(data, 0, variant, None, Looks())
+        return self._current_model(data, 0, variant, None, ProbeCounts())

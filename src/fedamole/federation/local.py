@@ -1,10 +1,9 @@
-"""fit(): the only training loop. It belongs to nobody: no method copies or overrides it.
+"""The training loop, `fit`, which all methods share.
 
-It trains a group of clients in lock-step on one resident base: in each step one forward and one backward pass work on
-the batches of all of them, each client's rows under its own adapter. One client is a group of one.
+It trains a group of clients in lock-step on one resident base: one forward and one backward pass of a step work on the
+batches of all clients, each client's examples under its own adapter. A single client is a group of one.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,47 +12,48 @@ import torch
 from torch import Tensor
 
 from fedamole.errors import FedamoleError
-from fedamole.federation.looks import count_tokens
 from fedamole.federation.method import TrainingRequest, TrainingResult
+from fedamole.federation.passes import in_passes
+from fedamole.federation.penalties import LossFunction, ParameterLayout, Penalty
+from fedamole.federation.probe import count_tokens
 from fedamole.federation.randomness import derived_seed, torch_generator
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
-from fedamole.model.batch import Row, batches, collate, token_losses
+from fedamole.model.batch import Batch, Row, batches, collate, token_losses
 from fedamole.model.layers import EmbeddingSum, MeanEmbeddings
-from fedamole.model.memory import out_of_memory, release_memory
 from fedamole.model.segments import totals
 
-log = logging.getLogger(__name__)
-
 OnStep = Callable[[int, int], None]
-"""Called with (steps done, steps to do)."""
+"""Called with (steps done, steps in all)."""
 
 NAN_EVERY = 16
-"""Steps between two looks at the losses; each look waits for the device."""
-TOKENS_AT_ONCE = 2048
-"""Tokens of a forward pass on a CPU beyond which more clients at once no longer gain (docs/performance.md)."""
+"""Steps between two checks for NaN; each waits for the device."""
 
 
 class DivergedError(FedamoleError):
-    """The loss became NaN or infinite in local training."""
+    """The loss or the adapter became NaN or infinite in local training."""
 
 
 @dataclass(frozen=True)
 class LocalTask:
-    """One client's local training: what it starts from and what it learns from."""
+    """One training of one client."""
 
     client: str
     fit: TrainingRequest
     rows: Sequence[Row]
+    """Training examples."""
     learning_rate: float
-    """Adam's learning rate in this round."""
+    """Learning rate of Adam in this round."""
     done: float = 0.0
-    """Share of the round's steps that earlier pieces of training took, under the budget in force."""
+    """Fraction of the round's steps that the client has taken before."""
 
     def steps(self, settings: TrainingSettings) -> int:
-        """Optimiser steps of this piece of training, at least 1: those of a round's pieces add up to the round's."""
-        steps, share = settings.steps(len(self.rows)), self.fit.share_in(settings.budget)
-        return max(1, round((self.done + share) * steps) - round(self.done * steps))
+        """Return the optimiser steps of this training, at least 1.
+
+        The steps of a round's trainings add up to those of the round, whatever the rounding.
+        """
+        steps, fraction = settings.steps(len(self.rows)), self.fit.fraction_for(settings.budget)
+        return max(1, round((self.done + fraction) * steps) - round(self.done * steps))
 
 
 def fit(
@@ -63,20 +63,21 @@ def fit(
     *,
     seed: int,
     round_: int,
-    turn: int = 0,
+    fit_index: int = 0,
     on_step: OnStep | None = None,
 ) -> list[TrainingResult | DivergedError]:
-    """Train a group of clients for one round (step 2 of a round); return what each became, in the order given.
+    """Train a group of clients and return one result per task, in the order of the tasks.
 
-    Adapters must be of one kind. Adam starts anew each time. A client's loss is the mean over its batch's answer
-    tokens plus balance_weight times the sum of the modules' balance losses, and the penalties of its request.
-    The `turn` tells several trainings of a round apart. Order and dropout come from (seed, client,
-    round) alone, so a group changes no result beyond the order of floating-point sums. A client that has taken all its
-    steps leaves; one whose training diverges changes no bit of the others and ends as a DivergedError that names
-    client, round and step.
+    The adapters must be of one kind. A client's loss is the mean over its batch's answer tokens, plus balance_weight
+    times the sum of the modules' balance losses, plus the penalty of its request. The optimiser is Adam with a new
+    state. `fit_index` tells the trainings of a round apart.
+
+    Batch order and dropout depend on (seed, client, round, fit_index) alone, so that the composition of a group changes
+    results only by the rounding of floating-point sums. A client that has taken all its steps leaves the group. One
+    that diverges yields a DivergedError and does not affect the others.
     """
     order = sorted(range(len(tasks)), key=lambda i: -tasks[i].steps(settings))
-    group = _Group(bank, [tasks[i] for i in order], settings, seed, round_, turn)
+    group = TrainingGroup(bank, [tasks[i] for i in order], settings, seed, round_, fit_index)
     bank.base.training(True)
     try:
         for step in range(group.steps[0]):
@@ -91,196 +92,186 @@ def fit(
     return [results[order.index(i)] for i in range(len(tasks))]
 
 
-class _Group:
-    """Clients in lock-step, those with the most steps first: the ones still at work are always the first few."""
+class TrainingGroup:
+    """Clients in lock-step, those with the most steps first, so that the first ones are those still training."""
 
     def __init__(
-        self, bank: Bank, tasks: Sequence[LocalTask], settings: TrainingSettings, seed: int, round_: int, turn: int
+        self, bank: Bank, tasks: Sequence[LocalTask], settings: TrainingSettings, seed: int, round_: int, fit_index: int
     ) -> None:
+        """Load the tasks' adapters into the bank and prepare optimiser, batches, penalties and masks."""
         self.bank, self.tasks, self.settings, self.seed, self.round = bank, tasks, settings, seed, round_
-        self.turn = f"/{turn}" if turn else ""
+        self.purpose_suffix = f"/{fit_index}" if fit_index else ""
         self.steps = [task.steps(settings) for task in tasks]
         bank.load([task.fit.adapter for task in tasks])
-        self.flat = bank.trainable()
-        self.learning = self._learning()
-        self.anchors = self._anchors()
-        self.decay = self._decay()
-        rates = sorted({task.learning_rate for task in tasks})
-        self.optimiser = torch.optim.Adam(
-            [
-                {
-                    "params": [row for row, task in zip(self.flat, tasks, strict=True) if task.learning_rate == rate],
-                    "lr": rate,
-                }
-                for rate in rates
-            ],
-            fused=True,
-        )
+        self.parameters = bank.trainable()
+        self.trainable = self._trainable_mask()
+        self.penalties = self._penalty_losses()
+        self.decay = self._decay_factors()
+        self.optimiser = self._new_optimiser()
         self.batches = [
-            _batches(rows, settings, torch_generator(seed, f"order{self.turn}", task.client, round_))
+            _batches(rows, settings, torch_generator(seed, f"order{self.purpose_suffix}", task.client, round_))
             for task, rows in zip(tasks, bank.prefixed([task.rows for task in tasks]), strict=True)
         ]
         self.tokens = [0] * len(tasks)
-        self.loss = torch.zeros(len(tasks), dtype=torch.float64, device=bank.base.device)
+        self.loss_sums = torch.zeros(len(tasks), dtype=torch.float64, device=bank.base.device)
         self.diverged: dict[int, DivergedError] = {}
 
-    def _learning(self) -> Tensor | None:
-        """1 for the numbers of each client's row that train, 0 for those that do not, (C, P); None where all do."""
-        if not any(task.fit.adapter.frozen for task in self.tasks):
-            return None
-        rows = [
-            {
-                name: torch.full_like(tensor, name not in task.fit.adapter.frozen)
-                for name, tensor in task.fit.adapter.tensors.items()
-            }
-            for task in self.tasks
-        ]
-        return torch.stack([self.bank.row(place, row) for place, row in enumerate(rows)]).to(self.bank.weights)
-
-    def _anchors(self) -> tuple[Tensor, Tensor] | None:
-        """Centres and weights of the proximal terms, (C, P) each, 0 for what has none; None where nobody has any."""
-        if not any(task.fit.anchor for task in self.tasks):
-            return None
-        centres, weights = [], []
-        for place, asked in enumerate(task.fit for task in self.tasks):
-            tensors = asked.adapter.tensors
-            pull = {name: asked.anchor_weight if name in asked.anchor else 0.0 for name in tensors}
-            centres.append(self.bank.row(place, {**tensors, **asked.anchor}))
-            weights.append(
-                self.bank.row(
-                    place, {name: torch.full_like(t, pull[name], dtype=torch.float64) for name, t in tensors.items()}
-                )
-            )
-        return torch.stack(centres).to(self.bank.weights), torch.stack(weights).to(self.bank.weights)
-
-    def _decay(self) -> Tensor | None:
-        """What a step leaves of each number by decoupled weight decay, (C, 1) or (C, P); None where nothing decays."""
-        lost = torch.tensor([[task.learning_rate * task.fit.weight_decay] for task in self.tasks], dtype=torch.float64)
-        if not lost.any():
-            return None
-        lost = lost.to(self.bank.weights)
-        return 1 - (lost if self.learning is None else lost * self.learning)
-
     def step(self, step: int) -> None:
-        """Take one optimiser step for every client that is still at work."""
+        """Take one optimiser step for every client that has steps left."""
+        bank, accumulation = self.bank, self.settings.accumulation
         active = sum(step < steps for steps in self.steps)
-        for row in self.flat[active:]:
-            row.grad = None  # Adam would move even a zero gradient on by its momentum
-        self.bank.gradients.zero_()
-        parts = [[next(self.batches[place]) for place in range(active)] for _ in range(self.settings.accumulation)]
-        for part in parts:
-            for place, rows in enumerate(part):
-                self.tokens[place] += count_tokens(rows)
-        self._backward(step, parts, 0, active)
-        if self.anchors is not None:
-            centres, weights = self.anchors
-            self.bank.gradients.add_((self.bank.weights - centres) * weights)
-        if self.learning is not None:
-            self.bank.gradients.mul_(self.learning)
+        micro_batches = [[next(self.batches[client]) for client in range(active)] for _ in range(accumulation)]
+        bank.gradients.zero_()
+
+        def forward_backward(first: int, last: int) -> None:
+            for index, rows in enumerate(micro_batches):
+                batch = self._collate(rows[first:last], first, f"{step}/{index}")
+                balance_losses: list[Tensor] = []
+                bank.window(first, last)
+                with bank.reading(batch, balance=balance_losses if self.balance_weight else None) as logits:
+                    losses = totals(token_losses(logits, batch.labels), batch.answers) / batch.answers.counts
+                    balance = self.balance_weight * torch.stack(balance_losses).sum(0) if balance_losses else 0.0
+                    bank.backward((losses + balance).sum() / accumulation)
+                self.loss_sums[first:last] += losses.detach().double()
+
+        losses_before = self.loss_sums.clone()
+
+        def undo(first: int, last: int) -> None:
+            bank.gradients[first:last].zero_()
+            self.loss_sums[first:last] = losses_before[first:last]
+
+        in_passes(bank, [count_tokens(rows) for rows in micro_batches[0]], forward_backward, undo)
+        self._add_penalty_gradients()
+        self._update(active)
+        for rows_of_clients in micro_batches:
+            for client, rows in enumerate(rows_of_clients):
+                self.tokens[client] += count_tokens(rows)
+
+    def _add_penalty_gradients(self) -> None:
+        for clients, loss in self.penalties:
+            parameters = self.bank.weights.index_select(0, clients).requires_grad_()
+            (gradients,) = torch.autograd.grad(loss(parameters).sum(), parameters)
+            self.bank.gradients.index_add_(0, clients, gradients)
+
+    def _update(self, active: int) -> None:
+        """Mask, clip and apply the gradients of the first `active` clients."""
+        for parameters in self.parameters[active:]:
+            parameters.grad = None  # with a gradient of zero, Adam would still move them by its momentum
+        gradients = self.bank.gradients
+        if self.trainable is not None:
+            gradients.mul_(self.trainable)
         if self.settings.clip_norm:
-            norms = torch.linalg.vector_norm(self.bank.gradients, dim=1, keepdim=True)
-            self.bank.gradients.mul_((self.settings.clip_norm / (norms + 1e-6)).clamp(max=1.0))
+            norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
+            gradients.mul_((self.settings.clip_norm / (norms + 1e-6)).clamp(max=1.0))
         if self.decay is not None:
             self.bank.weights[:active].mul_(self.decay[:active])
         self.optimiser.step()
 
-    def _backward(self, step: int, parts: list[list[list[Row]]], first: int, last: int) -> None:
-        """Add the gradients of the clients `first` .. `last` - 1, in as many passes as device and speed ask for."""
-        for begin, end in self._windows(parts[0], first, last):
-            before = self.loss[begin:end].clone()
-            try:
-                for part, rows in enumerate(parts):
-                    self._pass(step, part, rows, begin, end)
-                continue
-            except RuntimeError as error:
-                if end - begin == 1 or not out_of_memory(error):
-                    raise
-            # Outside the handler, where the error no longer holds on to the pass that failed.
-            release_memory(self.bank.base.device)
-            self.bank.at_once = (end - begin + 1) // 2
-            log.warning("out of memory with %d clients in a pass, going on with %d", end - begin, self.bank.at_once)
-            self.bank.gradients[begin:end].zero_()
-            self.loss[begin:end] = before
-            self._backward(step, parts, begin, end)
+    @property
+    def balance_weight(self) -> float:
+        """Weight of the balance losses, which is the same for all clients of a group."""
+        return self.tasks[0].fit.adapter.spec.balance_weight
 
-    def _windows(self, rows: list[list[Row]], first: int, last: int) -> Iterator[tuple[int, int]]:
-        """Cut the clients at work into runs that are worth one pass together."""
-        most = TOKENS_AT_ONCE if self.bank.base.device.type == "cpu" else None
-        begin, tokens = first, 0
-        for place in range(first, last):
-            more = count_tokens(rows[place])
-            full = most is not None and tokens + more > most
-            if place > begin and (full or place - begin >= self.bank.at_once):
-                yield begin, place
-                begin, tokens = place, 0
-            tokens += more
-        yield begin, last
+    def _collate(self, rows: list[list[Row]], first: int, part: str) -> Batch:
+        """Make one batch of the examples of the clients from `first` on, with their dropout seeds."""
+        seeds = None
+        if self.tasks[0].fit.adapter.spec.dropout:
+            purpose = f"dropout{self.purpose_suffix}/{part}"
+            names = [task.client for task in self.tasks[first : first + len(rows)]]
+            seeds = [derived_seed(self.seed, purpose, name, self.round) for name in names]
+        return collate(rows, self.bank.base.pad_id, self.bank.packs, seeds).to(self.bank.base.device)
 
-    def _pass(self, step: int, part: int, rows: list[list[Row]], begin: int, end: int) -> None:
-        """One forward and backward pass of some clients."""
-        bank, names = self.bank, [task.client for task in self.tasks[begin:end]]
-        first, seeds = self.tasks[begin].fit, None
-        spec = first.adapter.spec
-        if spec.dropout:
-            seeds = [derived_seed(self.seed, f"dropout{self.turn}/{step}/{part}", name, self.round) for name in names]
-        batch = collate(rows[begin:end], bank.base.pad_id, bank.packs, seeds).to(bank.base.device)
-        balance: list[Tensor] | None = [] if spec.balance_weight else None
-        bank.window(begin, end)
-        with bank.reading(batch, balance=balance) as logits:
-            losses = totals(token_losses(logits, batch.labels), batch.answers) / batch.answers.counts
-            total = losses + spec.balance_weight * torch.stack(balance).sum(0) if balance else losses
-            if first.tail_weight:
-                total = total + first.tail_weight * bank.tail_norms(first.tail)
-            bank.backward(total.sum() / self.settings.accumulation)
-        self.loss[begin:end] += losses.detach().double()
+    def _new_optimiser(self) -> torch.optim.Adam:
+        """Adam with one parameter per client, and a parameter group per learning rate."""
+        groups: dict[float, list[Tensor]] = {}
+        for parameters, task in zip(self.parameters, self.tasks, strict=True):
+            groups.setdefault(task.learning_rate, []).append(parameters)
+        return torch.optim.Adam([{"params": groups[rate], "lr": rate} for rate in sorted(groups)], fused=True)
+
+    def _trainable_mask(self) -> Tensor | None:
+        """1 for parameters that train, 0 for frozen ones, (C, P); None if all train."""
+        if not any(task.fit.adapter.frozen for task in self.tasks):
+            return None
+        adapters = [task.fit.adapter for task in self.tasks]
+        masks = [
+            {name: torch.full_like(tensor, name not in adapter.frozen) for name, tensor in adapter.tensors.items()}
+            for adapter in adapters
+        ]
+        return torch.stack([self.bank.row(i, mask) for i, mask in enumerate(masks)]).to(self.bank.weights)
+
+    def _penalty_losses(self) -> list[tuple[Tensor, LossFunction]]:
+        """For each class of penalties the indices of its clients, and the function that computes their terms."""
+        by_class: dict[type[Penalty], dict[int, Penalty]] = {}
+        for i, task in enumerate(self.tasks):
+            if task.fit.penalty is not None:
+                by_class.setdefault(type(task.fit.penalty), {})[i] = task.fit.penalty
+        adapters = [task.fit.adapter for task in self.tasks]
+        return [
+            (
+                torch.tensor([*penalties], device=self.bank.base.device),
+                penalty_class.loss([*penalties.values()], ParameterLayout(self.bank, adapters, [*penalties])),
+            )
+            for penalty_class, penalties in by_class.items()
+        ]
+
+    def _decay_factors(self) -> Tensor | None:
+        """Factors of the parameters in a step with decoupled weight decay, (C, 1) or (C, P); None without decay."""
+        loss = torch.tensor([[task.learning_rate * task.fit.weight_decay] for task in self.tasks], dtype=torch.float64)
+        if not loss.any():
+            return None
+        loss = loss.to(self.bank.weights)
+        return 1 - (loss if self.trainable is None else loss * self.trainable)
 
     def check(self, step: int) -> dict[int, DivergedError]:
-        """Look which clients have diverged; they stay in the group, so that the others' sums keep their order."""
-        losses, finite = self.loss.tolist(), self.bank.weights.isfinite().all(1).tolist()
-        for place, (loss, whole) in enumerate(zip(losses, finite, strict=True)):
-            if place not in self.diverged and not (math.isfinite(loss) and whole):
-                last = min(step + 1, self.steps[place])
+        """Return the clients that have diverged by now.
+
+        They stay in the group, so that the sums of the others keep their order.
+        """
+        losses, finite = self.loss_sums.tolist(), self.bank.weights.isfinite().all(1).tolist()
+        for client, (loss, all_finite) in enumerate(zip(losses, finite, strict=True)):
+            if client not in self.diverged and not (math.isfinite(loss) and all_finite):
+                last = min(step + 1, self.steps[client])
                 first = (last - 1) // NAN_EVERY * NAN_EVERY + 1
                 what = "its adapter is no longer finite" if math.isfinite(loss) else f"its loss became {loss}"
-                self.diverged[place] = DivergedError(
-                    f"client {self.tasks[place].client}, round {self.round}: {what} within steps {first} to {last} of "
+                self.diverged[client] = DivergedError(
+                    f"client {self.tasks[client].client}, round {self.round}: {what} within steps {first} to {last} of "
                     "local training; lower training.learning_rate or set training.clip_norm"
                 )
         return self.diverged
 
     def results(self) -> list[TrainingResult | DivergedError]:
-        """What became of each client."""
+        """Return the result of each client."""
         self.check(self.steps[0] - 1)
-        means = self.loss.tolist()
+        sums = self.loss_sums.tolist()
         return [
-            self.diverged.get(place)
+            self.diverged.get(client)
             or TrainingResult(
-                self.bank.adapter(place),
+                self.bank.adapter(client),
                 steps,
-                means[place] / (steps * self.settings.accumulation),
-                tokens=self.tokens[place],
+                sums[client] / (steps * self.settings.accumulation),
+                tokens=self.tokens[client],
             )
-            for place, steps in enumerate(self.steps)
+            for client, steps in enumerate(self.steps)
         ]
 
 
-def embed(bank: Bank, clients: Sequence[Sequence[Row]], most_tokens: int) -> list[dict[str, MeanEmbeddings]]:
-    """Mean router embeddings of the loaded adapters over all tokens of each client's rows (step 3 of a round).
+def embed(bank: Bank, clients: Sequence[Sequence[Row]], batch_tokens: int) -> list[dict[str, MeanEmbeddings]]:
+    """Return the mean router embeddings, by module, of each loaded adapter over all tokens of its client's examples.
 
-    At most `most_tokens` tokens are read at a time.
+    At most `batch_tokens` tokens are read at once.
     """
     tokens = [count_tokens(rows) for rows in clients]
-    found: dict[str, EmbeddingSum] = {}
+    sums: dict[str, EmbeddingSum] = {}
     bank.window(0, bank.clients)
     with torch.no_grad():
-        for batch in batches(clients, bank.base.pad_id, bank.packs, most_tokens):
-            with bank.reading(batch.to(bank.base.device), embeddings=found):
+        for batch in batches(clients, bank.base.pad_id, bank.packs, batch_tokens):
+            with bank.reading(batch.to(bank.base.device), embeddings=sums):
                 pass
-    return bank.mean_embeddings(found, tokens)
+    return bank.mean_embeddings(sums, tokens)
 
 
 def _batches(rows: Sequence[Row], settings: TrainingSettings, generator: torch.Generator) -> Iterator[list[Row]]:
-    """Endless batches: every row once per pass, a new order each pass, passes joined without a short batch."""
+    """Yield batches without end: every example once per epoch in a new order, epochs joined without a short batch."""
 
     def order() -> Iterator[int]:
         while True:

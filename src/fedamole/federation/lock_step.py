@@ -47,7 +47,7 @@ class ClientWork:
         """Count a finished training, and continue unless it diverged."""
         assert self.request is not None
         self.trained_sizes.update(self.request.adapter.trained_sizes())
-        self.step_fraction += self.request.share_in(budget)
+        self.step_fraction += self.request.fraction_for(budget)
         if isinstance(result, DivergedError):
             self.request, self.outcome = None, result
             return

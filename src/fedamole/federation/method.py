@@ -1,36 +1,37 @@
-"""The one interface: what a federated method is.
+"""The interface of a federated method.
 
-A method is a frozen dataclass without state; its fields are its hyper-parameters. State is an argument and a result.
-Both halves, server and client, stand in one file in the order in which they run:
+A method is a frozen dataclass without state; its fields are its hyper-parameters. State is passed in and returned. The
+server's and the client's half stand in one file, in the order in which they run:
 
     state = method.init(server)                                   # server, once
     each round:
-        message = method.message(state, client)                   # server, one per client of the cohort
-        adapter = method.adapter(client, kept, message)           # client
-        trained = fit(Fit(adapter))                               # client; belongs to nobody
-        kept, reply = method.reply(client, kept, message, trained)
-        state = method.aggregate(server, state, replies)          # server; replies of whoever answered
+        message = method.message(state, client)                   # server, per selected client
+        adapter = method.adapter(client, client_state, message)   # client
+        trained = fit(TrainingRequest(adapter))                   # client, done by the framework
+        client_state, reply = method.reply(client, client_state, message, trained)
+        state = method.aggregate(server, state, replies)          # server
 
-The three lines of the client are its `update`. A method whose clients do more overrides it and yields
-one `TrainingRequest` per piece of training. The clients of a group are trained in lock-step in either case.
+The three lines of the client are `update`. A method whose clients do more in a round overrides it and yields one
+`TrainingRequest` per training. The clients of a group are trained in lock-step in either case.
 
-What crosses a wire or a round is a frozen record declared at the top of the method's file and named in `records`.
+State, messages and replies are frozen dataclasses of tensors and JSON values (`federation/record.py`).
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar, cast, get_args, get_origin
 
-from torch import Tensor
-
-from fedamole.errors import ConfigError
+from fedamole.federation.penalties import Penalty
+from fedamole.federation.probe import Probe
 from fedamole.federation.randomness import numpy_generator
+from fedamole.federation.record import Nothing
 from fedamole.federation.settings import Budget
 from fedamole.federation.weights import capped
 from fedamole.model.amole import AdapterSpec
+from fedamole.model.base import Base
 from fedamole.model.layers import MeanEmbeddings
-from fedamole.model.params import Adapter, Shapes, Tensors
+from fedamole.model.params import Adapter, Shapes
 from fedamole.model.prompt import PromptSpec
 
 S = TypeVar("S")
@@ -43,12 +44,16 @@ Weighting = Literal["uniform", "examples"]
 
 
 class Records(NamedTuple):
-    """The record types of a method: server state, message down, what a client keeps, reply up."""
+    """The record types of a method."""
 
     state: type[Any]
+    """Server state."""
     message: type[Any]
-    keep: type[Any]
+    """Server to client."""
+    client_state: type[Any]
+    """Kept by a client between rounds."""
     reply: type[Any]
+    """Client to server."""
 
 
 @dataclass(frozen=True)
@@ -61,30 +66,47 @@ class ClientInfo:
 
 
 @dataclass(frozen=True)
+class BaseInfo:
+    """Sizes of the frozen base model."""
+
+    shapes: Shapes
+    """(d_in, d_out) of the adapted modules, by name."""
+    width: int = 0
+    """Width d of the input embeddings."""
+    embedding_std: float = 0.02
+    """Standard deviation of the input embeddings' values."""
+
+    @staticmethod
+    def of(base: Base) -> "BaseInfo":
+        """Return the sizes of a loaded base."""
+        return BaseInfo(base.shapes, base.width, base.embedding_std)
+
+
+@dataclass(frozen=True)
 class Server:
     """What the server's half of a method may use."""
 
-    shapes: Shapes
-    """(d_in, d_out) of the adapted modules."""
+    base: BaseInfo
     clients: tuple[ClientInfo, ...]
-    """All known clients, in the order of their names; a cohort is a part of them."""
+    """All known clients, sorted by name."""
     seed: int
     round: int = 0
-    width: int = 0
-    """Width d of the base's input embeddings."""
-    embedding_std: float = 0.02
-    """Standard deviation of their numbers."""
     asked: tuple[str, ...] = ()
-    """While replies are aggregated: names of the clients that were asked in this round; empty: of all."""
+    """During `aggregate`: names of the clients that were sent a message in this round; empty: all."""
     max_weight_share: float = 1.0
     """Largest share of one client in weights by examples."""
     rounds: int = 0
     """Rounds R of the run."""
 
-    def weights(self, weighting: "Weighting") -> dict[str, float]:
-        """Weight of each client in an average: all equal, or by the size of the training splits.
+    @property
+    def shapes(self) -> Shapes:
+        """(d_in, d_out) of the adapted modules, by name."""
+        return self.base.shapes
 
-        Where a client's share of all examples is above `max_weight_share`, its weight is the one with that share.
+    def weights(self, weighting: "Weighting") -> dict[str, float]:
+        """Return the weight of each client in an average: all equal, or by the size of the training splits.
+
+        A client whose share of all examples is above `max_weight_share` gets the weight that has this share.
         """
         if weighting == "uniform":
             return dict.fromkeys((client.name for client in self.clients), 1.0)
@@ -92,71 +114,72 @@ class Server:
 
 
 @dataclass(frozen=True)
-class TrainingResult:
-    """What local training returns."""
-
-    adapter: Adapter
-    steps: int
-    loss: float
-    """Mean training loss per answer token over the steps, without the balance loss."""
-    embeddings: Mapping[str, MeanEmbeddings] = field(default_factory=dict)
-    """Mean router embeddings over the embedding split by module, for methods with `embeds`."""
-    tokens: int = 0
-    """Tokens without padding that went through a forward and a backward pass."""
-
-
-@dataclass(frozen=True)
-class TrainingRequest:
-    """A piece of local training that a method asks for."""
-
-    adapter: Adapter
-    """What it starts from, and which of its tensors are left as they are."""
-    share: float = 1.0
-    """Share of the round's steps S under `training.budget = "steps"`: the shares of a round add up to 1, so that all
-    methods have the same budget."""
-    anchor: Tensors = field(default_factory=dict)
-    """Centre of a proximal term, by the names of the adapter's tensors; empty for none."""
-    anchor_weight: float = 0.0
-    """Weight mu of the term mu / 2 |w - anchor|^2."""
-    tail: int = 0
-    """First rank of the tail that is penalised by tail_weight * sum over modules |A[tail:]| |B[:, tail:]|."""
-    tail_weight: float = 0.0
-    weight_decay: float = 0.0
-    """Decoupled weight decay, as in AdamW: each step first multiplies what trains by 1 - learning rate * this."""
-    paper_share: float | None = None
-    """What the method's paper gives this training, as a multiple of S: `share` under `training.budget = "paper"`. None:
-    the same as `share`. The method names the sum over a round in `paper_steps`."""
-
-    def share_in(self, budget: Budget) -> float:
-        """Share of the round's steps under this budget."""
-        return self.share if budget == "steps" or self.paper_share is None else self.paper_share
-
-
-@dataclass(frozen=True)
 class Client:
     """What the client's half of a method may use."""
 
     info: ClientInfo
-    shapes: Shapes
-    """(d_in, d_out) of the adapted modules."""
+    base: BaseInfo
     seed: int
     round: int
-    losses: Callable[[Sequence[Adapter], int], list[float]]
-    """losses(adapters, most): mean loss per answer token of each adapter on the client's examples that are set aside
-    from training for such looks, the embedding split. Of more than `most` examples a draw is taken, the same in every
-    round. No step is taken."""
-    last_hidden: Callable[[Adapter, int], Tensor]
-    """last_hidden(adapter, most): last hidden states (S, d) at the ends of these examples' prompts, under the first of
-    the adapter's two experts; of more than `most` a draw is taken, the same in every round."""
-    width: int = 0
-    """Width d of the base's input embeddings."""
-    embedding_std: float = 0.02
-    """Standard deviation of their numbers."""
+    probe: Probe
+    """Forward passes without training on the examples that are set aside."""
 
     @property
     def name(self) -> str:
-        """The client's name."""
+        """Name of the client."""
         return self.info.name
+
+    @property
+    def shapes(self) -> Shapes:
+        """(d_in, d_out) of the adapted modules, by name."""
+        return self.base.shapes
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """A local training that a method asks for."""
+
+    adapter: Adapter
+    """Where training starts, and which tensors stay frozen."""
+    step_fraction: float = 1.0
+    """Fraction of the round's steps S under `training.budget = "steps"`. The fractions of a round add up to 1, so that
+    all methods have the same budget."""
+    penalty: Penalty | None = None
+    """Term that is added to the loss."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay as in AdamW: each step first multiplies trained values by 1 - learning rate * this."""
+    paper_step_fraction: float | None = None
+    """Steps of this training in the method's paper, as a multiple of S, for `training.budget = "paper"`; None: as
+    `step_fraction`. Their sum over a round is the method's `paper_steps`."""
+
+    def fraction_for(self, budget: Budget) -> float:
+        """Return the steps of this training under a budget, as a multiple of S."""
+        return self.step_fraction if budget == "steps" or self.paper_step_fraction is None else self.paper_step_fraction
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a local training returns."""
+
+    adapter: Adapter
+    steps: int
+    loss: float
+    """Mean training loss per answer token over the steps, in nats, without balance loss and penalty."""
+    embeddings: Mapping[str, MeanEmbeddings] = field(default_factory=dict)
+    """Mean router embeddings over the embedding split by module, for methods with `needs_embeddings`."""
+    tokens: int = 0
+    """Tokens, without padding, of the forward and backward passes."""
+
+
+@dataclass(frozen=True)
+class Newcomer(Generic[D]):
+    """What a client starts from that joins a finished run."""
+
+    message: D
+    assignment_log: tuple[dict[str, Any], ...] = ()
+    """Lines for its assignment.jsonl."""
+    report: Mapping[str, int] = field(default_factory=dict)
+    """Counts for the report of `fedamole adapt`."""
 
 
 Exchange = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -165,55 +188,63 @@ Exchange = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Method(ABC, Generic[S, D, K, U]):
-    """A federated method; see the top of this file for the order of the calls."""
+    """A federated method with server state S, message D, client state K and reply U; see the head of this file."""
 
     paper: ClassVar[str] = ""
     """Authors, title, venue, link."""
     communicates: ClassVar[str] = ""
-    """In words: what crosses the wire."""
+    """What is sent, in words."""
     stays_local: ClassVar[str] = ""
-    """In words: what never leaves a client."""
+    """What never leaves a client, in words."""
     records: ClassVar[Records]
+    """Record types; set from the generic parameters of the class."""
     evaluates: ClassVar[Evaluates]
-    """Which personal model is scored and saved: right after local training, or after the aggregation."""
-    averaged: ClassVar[tuple[str, ...]] = ()
-    """Fields of a reply of which `aggregate` takes nothing but the mean by key over the clients that returned the key;
-    without any, `federation.aggregation` cannot be median or trimmed."""
-    embeds: ClassVar[bool] = False
-    """Whether `fit` also reads the embedding split (`TrainingResult.embeddings`)."""
-    looks: ClassVar[bool] = False
-    """Whether what a client sends depends on a look at its embedding split (`Client.losses`) before training."""
+    """Which model of a client is scored and saved: the one before or after the aggregation."""
+    averaged_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields of a reply of which `aggregate` uses only the mean by key over the clients that returned the key; without
+    any, `federation.aggregation` cannot be median or trimmed."""
+    needs_embeddings: ClassVar[bool] = False
+    """Whether the embedding split is read after each training (`TrainingResult.embeddings`)."""
+    probes: ClassVar[bool] = False
+    """Whether a client's reply depends on `Client.probe` before training."""
+    accepts_newcomers: ClassVar[bool] = False
+    """Whether a client can join a finished run (`newcomer`); by default where all clients get the server state."""
     paper_steps: ClassVar[float] = 1.0
     """Steps of a client's round under `training.budget = "paper"`, as a multiple of those under "steps"."""
     budgets_differ: ClassVar[bool] = False
     """Whether the two budgets give different steps; set from `paper_steps`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Set `budgets_differ`."""
+        """Set the class variables that follow from others."""
         super().__init_subclass__(**kwargs)
         cls.budgets_differ = cls.paper_steps != 1
+        types = _record_types(cls, {})
+        if types is not None:
+            cls.records = Records(*types)
+            if "accepts_newcomers" not in vars(cls):
+                cls.accepts_newcomers = cls.records.state is cls.records.message and types[2] is Nothing
 
     def __post_init__(self) -> None:
-        """Refuse hyper-parameters that no adapter can have."""
+        """Raise a ConfigError for hyper-parameters out of range."""
         self.spec()
 
     @abstractmethod
     def spec(self) -> AdapterSpec | PromptSpec:
-        """What all adapters of this method share."""
+        """Return the settings that all adapters of this method share."""
 
     def round_share(self, budget: Budget) -> float:
-        """Steps of a client's round under this budget, as a multiple of `TrainingSettings.steps`."""
+        """Return the steps of a client's round under a budget, as a multiple of `TrainingSettings.steps`."""
         return self.paper_steps if budget == "paper" else 1.0
 
     def check(self, clients: int) -> None:
-        """Raise a ConfigError before anything runs when this many clients cannot be served."""
+        """Raise a ConfigError if the method cannot run with this number of clients."""
 
     def for_deployment(self) -> Self:
-        """Return the method as organisations should run it that do not trust each other; called before `check`."""
+        """Return the method with defaults for organisations that do not trust each other; called before `check`."""
         return self
 
     def exposes(self, clients: int | None, shapes: Shapes | None) -> list[str]:
-        """Say in sentences what others can compute from what travels; `clients`, `shapes`: None where not known yet."""
+        """Return sentences about what others can compute from what is sent; None for what is not known yet."""
         if clients == 2 and self.communicates != "nothing":
             return [
                 "Two clients take part. In every average of the two each can subtract its own part, and has the "
@@ -228,11 +259,11 @@ class Method(ABC, Generic[S, D, K, U]):
 
     @abstractmethod
     def message(self, state: S, client: ClientInfo) -> D:
-        """Return what one client is sent; messages may differ."""
+        """Return the message to one client; messages may differ."""
 
     @abstractmethod
     def aggregate(self, server: Server, state: S, replies: Mapping[str, U]) -> S:
-        """Return the next state from the replies of whoever answered: any subset, in any order."""
+        """Return the next state, given the replies by client: of any subset of the clients, in any order."""
 
     def exchanges(self) -> int:
         """Return how often `round` calls `exchange` at most; an upper bound that clients can check."""
@@ -261,20 +292,33 @@ class Method(ABC, Generic[S, D, K, U]):
         return self.aggregate(server, state, replies) if replies else state
 
     def expected_reply(self, template: U, reply: U) -> U:
-        """What a client's reply has to look like: names, shapes and fields of a reply that the server has rehearsed.
+        """Return a record with the names, shapes and fields that a reply must have.
 
-        Overridden where a client decides some of it; the rest must not be taken from `reply`, which is not trusted.
+        `template` is the reply of a dry run. A method overrides this where a client decides some of it; nothing else
+        may be taken from `reply`, which is not trusted.
         """
         return template
 
     def assignment_log(self, state: S) -> Iterator[dict[str, Any]]:
-        """Yield lines about the architecture in force for the next round (who holds what)."""
+        """Yield lines for assignment.jsonl: which client holds which experts in the next round."""
         return iter(())
 
+    def newcomer(
+        self, server: Server, state: S, info: ClientInfo, embed: Callable[[Adapter], Mapping[str, MeanEmbeddings]]
+    ) -> Newcomer[D]:
+        """Return what a client gets that joins a finished run, for methods with `accepts_newcomers`.
+
+        `server.clients` includes the new client. `embed(adapter)` returns the mean router embeddings of an adapter over
+        the new client's embedding split, by module. The default is the message of any other client.
+        """
+        return Newcomer(self.message(state, info))
+
     # client
-    @abstractmethod
     def init_client_state(self, client: Client) -> K:
-        """Return what a client keeps before its first round."""
+        """Return the client state before the client's first round; the default is for methods that keep nothing."""
+        if self.records.client_state is not Nothing:
+            raise NotImplementedError(f"{type(self).__name__}.init_client_state")
+        return cast(K, Nothing())
 
     @abstractmethod
     def adapter(self, client: Client, client_state: K, message: D) -> Adapter:
@@ -282,64 +326,36 @@ class Method(ABC, Generic[S, D, K, U]):
 
     @abstractmethod
     def reply(self, client: Client, client_state: K, message: D, trained: TrainingResult) -> tuple[K, U]:
-        """Return what the client keeps and what it sends back."""
+        """Return the next client state and the reply."""
 
     def update(
         self, client: Client, client_state: K, message: D
     ) -> Generator[TrainingRequest, TrainingResult, tuple[K, U, TrainingResult]]:
-        """Do a round's work at the client: ask for training, return what is kept, sent back and (last) was trained."""
+        """Run a client's round: yield requests for training, return client state, reply and the last result."""
         trained = yield TrainingRequest(self.adapter(client, client_state, message))
         return (*self.reply(client, client_state, message, trained), trained)
 
     def personal(self, client: Client, client_state: K, message: D | None, trained: Adapter | None) -> Adapter | None:
-        """Return the model that is scored and saved, or None for the bare base; changes nothing.
+        """Return the client's model that is scored and saved, or None for the untuned base.
 
-        `trained` is the adapter of the client's last local training, `message` one sent after the aggregation
-        (for methods that are scored after it).
+        `trained` is the adapter of the client's last local training, `message` one sent after the aggregation, for
+        methods that are scored after it.
         """
         if self.evaluates == "pre_aggregation" or message is None:
             return trained
         return self.adapter(client, client_state, message)
 
 
-@dataclass(frozen=True)
-class LoraMethod(Method[S, D, K, U]):
-    """A method whose adapters are LoRAs, or mixtures of them."""
-
-    rank: int = AdapterSpec.rank
-    """Rank r of a LoRA or an expert."""
-    alpha: float = AdapterSpec.alpha
-    """The scaling is alpha / rank."""
-    dropout: float = AdapterSpec.dropout
-    """Dropout on the input of a LoRA or an expert while training."""
-    dropout_kind: Literal["exact", "rank"] = AdapterSpec.dropout_kind
-    """exact: on the module's input, as in the paper; rank: on the rank-r activations, cheaper."""
-
-    def spec(self) -> AdapterSpec:
-        """What all adapters of this method share."""
-        return AdapterSpec(self.rank, self.alpha, self.dropout, self.dropout_kind)
-
-
-@dataclass(frozen=True)
-class DecayedLoraMethod(LoraMethod[S, D, K, U]):
-    """A method whose local training has weight decay."""
-
-    weight_decay: float = 0.05
-    """Decoupled weight decay of local training, as in the authors' code."""
-
-    def __post_init__(self) -> None:
-        """Raise a ConfigError for a decay outside 0 .. 1.
-
-        A decay near 1 / learning rate would make a client forget all steps but the last, whose few rows its update
-        tells.
-        """
-        super().__post_init__()
-        if not 0 <= self.weight_decay <= 1:
-            raise ConfigError(f"method.weight_decay = {self.weight_decay}: must be at least 0 and at most 1")
-
-    def update(
-        self, client: Client, client_state: K, message: D
-    ) -> Generator[TrainingRequest, TrainingResult, tuple[K, U, TrainingResult]]:
-        """Train with weight decay; return what is kept, sent back and was trained."""
-        trained = yield TrainingRequest(self.adapter(client, client_state, message), weight_decay=self.weight_decay)
-        return (*self.reply(client, client_state, message, trained), trained)
+def _record_types(cls: type, arguments: Mapping[Any, Any]) -> tuple[type[Any], ...] | None:
+    """Return the generic parameters of `Method` in a class; None if its own bases do not fix all of them."""
+    for base in vars(cls).get("__orig_bases__", ()):
+        origin = get_origin(base)
+        if not (isinstance(origin, type) and issubclass(origin, Method)):
+            continue
+        values = tuple(arguments.get(argument, argument) for argument in get_args(base))
+        if origin is Method:
+            return values if all(isinstance(value, type) for value in values) else None
+        types = _record_types(origin, dict(zip(vars(origin)["__parameters__"], values, strict=True)))
+        if types is not None:
+            return types
+    return None

@@ -1,8 +1,11 @@
-"""Typed records <-> bytes: what crosses a wire or a round.
+"""Serialise typed records: server state, messages, client state and replies.
 
-A record is a frozen dataclass of tensors by name (`Mapping[str, Tensor]`), nested records, and JSON values. The
-bytes are one safetensors file whose metadata holds the JSON part: nothing is ever unpickled, bfloat16 survives, and
-its length is what a message costs.
+A record is a frozen dataclass. Its fields are tensors by name (`Mapping[str, Tensor]`, nested to any depth, such as
+`Mapping[str, Mapping[str, Tensor]]`), other records, and JSON values. The bytes are one safetensors file whose metadata
+holds the JSON part, so that nothing is ever unpickled and every dtype survives. Their number is the reported traffic.
+
+A tensor of a field is stored as `field:key`. In a nested mapping the outer keys are stored once, in the JSON part, and
+the tensor as `field.0:key`, where 0 is the index of its outer key in sorted order.
 """
 
 import dataclasses
@@ -16,63 +19,69 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+from typing_extensions import override
 
 from fedamole.errors import FedamoleError
+from fedamole.model.params import Tensors
 
 R = TypeVar("R")
-Tensors = Mapping[str, Tensor]
 
 
 class PayloadError(FedamoleError):
-    """Bytes that are not the record that was expected."""
+    """The bytes are not a record of the expected type."""
 
 
 @dataclass(frozen=True)
 class Nothing:
-    """The record of a method that keeps, sends or returns nothing."""
+    """An empty record."""
 
 
 def pack(record: object) -> bytes:
-    """Turn a record into bytes."""
+    """Serialise a record."""
     tensors: dict[str, Tensor] = {}
     fields = _encode(record, "", tensors)
     return save(tensors, {"record": json.dumps([type(record).__name__, fields], sort_keys=True)})
 
 
 class Packed(Mapping[str, bytes]):
-    """A record for each of many clients, packed when it is read: a cohort's payloads are never in memory together."""
+    """Records by client, each serialised when it is read, so that the payloads are never all in memory."""
 
     def __init__(self, records: Mapping[str, object]) -> None:
-        """Hold the records by client."""
+        """Wrap the records, by client."""
         self.records = records
         self.sizes = dict.fromkeys(records, 0)
-        """Bytes of each payload that has been read."""
+        """Bytes of each payload that has been read, by client."""
 
+    @override
     def __getitem__(self, client: str) -> bytes:
-        """Pack one client's record."""
         payload = pack(self.records[client])
         self.sizes[client] = len(payload)
         return payload
 
+    @override
     def __iter__(self) -> Iterator[str]:
-        """The clients."""
         return iter(self.records)
 
+    @override
     def __len__(self) -> int:
-        """How many clients there are."""
         return len(self.records)
 
 
-def unpack(kind: type[R], payload: bytes) -> R:
-    """Turn bytes back into a record of the expected kind; anything else is a PayloadError."""
+def unpack(record_type: type[R], payload: bytes) -> R:
+    """Deserialise a record; raise a PayloadError for anything but a record of this type."""
     try:
         name, fields = _head(payload)
         tensors = load(payload)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise PayloadError(f"not a {kind.__name__}: damaged or truncated bytes ({type(error).__name__})") from error
-    if name != kind.__name__:
-        raise PayloadError(f"expected a {kind.__name__}, got a {name}")
-    record: R = _decode(kind, fields, "", tensors)
+        text = f"not a {record_type.__name__}: damaged or truncated bytes ({type(error).__name__})"
+        raise PayloadError(text) from error
+    if name != record_type.__name__:
+        raise PayloadError(f"expected a {record_type.__name__}, got a {name}")
+    by_path: dict[str, dict[str, Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        path, _, key = full_name.partition(":")
+        by_path.setdefault(path, {})[key] = tensor
+    record: R = _decode(record_type, fields, "", by_path)
     return record
 
 
@@ -94,36 +103,74 @@ def whole_number(payload: bytes, name: str) -> int | None:
 
 
 def bytes_as_tensor(payload: bytes | None) -> dict[str, Tensor]:
-    """Put packed bytes into another record, as one tensor of bytes."""
+    """Wrap serialised bytes as a field of another record: one tensor of bytes, or none."""
     return {} if payload is None else {"record": torch.frombuffer(bytearray(payload), dtype=torch.uint8)}
 
 
-def tensor_as_bytes(tensors: Mapping[str, Tensor]) -> bytes | None:
-    """Take packed bytes out of a record again; PayloadError for anything else than what `bytes_as_tensor` makes."""
+def tensor_as_bytes(tensors: Tensors) -> bytes | None:
+    """Undo `bytes_as_tensor`; raise a PayloadError for any other tensors."""
     if not tensors:
         return None
     if set(tensors) != {"record"} or tensors["record"].dtype != torch.uint8 or tensors["record"].dim() != 1:
-        raise PayloadError("a message holds one tensor of bytes and nothing else")
+        raise PayloadError("a message must hold exactly one tensor of bytes")
     return tensors["record"].numpy().tobytes()
+
+
+def named_tensors(record: object, prefix: str = "") -> dict[str, Tensor]:
+    """Return all tensors of a record by `field:key`, or `field:outer key/key`; in a nested record `field.field:key`."""
+    hints, tensors = get_type_hints(type(record)), dict[str, Tensor]()
+    for field in dataclasses.fields(record):  # type: ignore[arg-type]
+        value = getattr(record, field.name)
+        if dataclasses.is_dataclass(value):
+            tensors |= named_tensors(value, f"{prefix}{field.name}.")
+        elif holds_tensors(hints[field.name]):
+            tensors |= joined_keys(value, f"{prefix}{field.name}:")
+    return tensors
+
+
+def joined_keys(tensors: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Flatten a mapping of tensors of any depth; keys are joined by slashes."""
+    flat: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        flat |= {prefix + key: value} if isinstance(value, Tensor) else joined_keys(value, f"{prefix}{key}/")
+    return flat
 
 
 def non_finite(record: object) -> str | None:
     """Return the name of the first tensor of a record that holds NaN or infinity, or None."""
-    tensors: dict[str, Tensor] = {}
-    _encode(record, "", tensors)
-    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    return next((name for name, tensor in named_tensors(record).items() if not tensor.isfinite().all()), None)
 
 
-def _is_tensors(hint: Any) -> bool:
-    return get_origin(hint) in (Mapping, dict) and get_args(hint)[1] is Tensor
+def holds_tensors(hint: Any) -> bool:
+    """Whether this type annotation is a mapping of tensors, nested or not."""
+    return _depth(hint) > 0
+
+
+def _depth(hint: Any) -> int:
+    """How deep a mapping of tensors is nested: 1 for Mapping[str, Tensor], 0 for any other type."""
+    if get_origin(hint) not in (Mapping, dict):
+        return 0
+    value = get_args(hint)[1]
+    if value is Tensor:
+        return 1
+    inner = _depth(value)
+    return inner + 1 if inner else 0
+
+
+def _in_json(hint: Any) -> bool:
+    """Whether a field of this type has a part in the JSON."""
+    return _depth(hint) != 1
 
 
 def _encode(record: Any, path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the JSON part of a record and add its tensors to `tensors`."""
     hints, fields = get_type_hints(type(record)), {}
     for field in dataclasses.fields(record):
         value, name = getattr(record, field.name), f"{path}{field.name}"
-        if _is_tensors(hints[field.name]):
-            tensors.update({f"{name}:{key}": tensor.contiguous() for key, tensor in value.items()})
+        if depth := _depth(hints[field.name]):
+            outer_keys = _encode_tensors(value, depth, name, tensors)
+            if depth > 1:
+                fields[field.name] = outer_keys
         elif dataclasses.is_dataclass(value):
             fields[field.name] = _encode(value, f"{name}.", tensors)
         else:
@@ -131,31 +178,56 @@ def _encode(record: Any, path: str, tensors: dict[str, Tensor]) -> dict[str, Any
     return fields
 
 
-def _decode(kind: Any, fields: Any, path: str, tensors: Mapping[str, Tensor]) -> Any:
-    values = {}
-    hints = get_type_hints(kind)
-    expected_reply = {field.name for field in dataclasses.fields(kind) if not _is_tensors(hints[field.name])}
-    if not isinstance(fields, dict) or set(fields) != expected_reply:
-        raise PayloadError(f"{kind.__name__}: expected the fields {sorted(expected_reply)}")
-    for field in dataclasses.fields(kind):
+def _encode_tensors(value: Mapping[str, Any], depth: int, path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Add the tensors of a mapping of this depth to `tensors`; return its outer keys, nested like the mapping."""
+    if depth == 1:
+        tensors.update({f"{path}:{key}": tensor.contiguous() for key, tensor in value.items()})
+        return {}
+    return {
+        key: _encode_tensors(value[key], depth - 1, f"{path}.{index}", tensors)
+        for index, key in enumerate(sorted(value))
+    }
+
+
+def _decode(record_type: Any, fields: Any, path: str, tensors: Mapping[str, Tensors]) -> Any:
+    """Build a record from its JSON part and its tensors by path and key."""
+    values, hints = {}, get_type_hints(record_type)
+    expected = {field.name for field in dataclasses.fields(record_type) if _in_json(hints[field.name])}
+    if not isinstance(fields, dict) or set(fields) != expected:
+        raise PayloadError(f"{record_type.__name__}: expected the fields {sorted(expected)}")
+    for field in dataclasses.fields(record_type):
         hint, name = hints[field.name], f"{path}{field.name}"
-        if _is_tensors(hint):
-            prefix = f"{name}:"
-            values[field.name] = {
-                key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)
-            }
+        if depth := _depth(hint):
+            values[field.name] = _decode_tensors(fields.get(field.name), depth, name, name, tensors)
         else:
             values[field.name] = _decode_value(hint, fields[field.name], name, tensors)
-    return kind(**values)
+    return record_type(**values)
 
 
-def _fits(kind: Any, fields: dict[str, Any]) -> bool:
-    """Whether these are the JSON fields of a record, to tell several kinds apart."""
-    hints = get_type_hints(kind)
-    return set(fields) == {field.name for field in dataclasses.fields(kind) if not _is_tensors(hints[field.name])}
+def _decode_tensors(
+    outer_keys: Any, depth: int, path: str, name: str, tensors: Mapping[str, Tensors]
+) -> dict[str, Any]:
+    """Build a mapping of tensors of this depth; `outer_keys` is what `_encode_tensors` returned."""
+    if depth == 1:
+        if outer_keys:
+            raise PayloadError(f"{name}: nested too deeply")
+        return dict(tensors.get(path, {}))
+    if not isinstance(outer_keys, dict):
+        raise PayloadError(f"{name}: {type(outer_keys).__name__} where a mapping was expected")
+    return {
+        key: _decode_tensors(outer_keys[key], depth - 1, f"{path}.{index}", name, tensors)
+        for index, key in enumerate(sorted(outer_keys))
+    }
 
 
-def _decode_value(hint: Any, value: Any, name: str, tensors: Mapping[str, Tensor]) -> Any:
+def _has_fields(record_type: Any, fields: dict[str, Any]) -> bool:
+    """Whether these are the JSON fields of a record of this type."""
+    hints = get_type_hints(record_type)
+    return set(fields) == {field.name for field in dataclasses.fields(record_type) if _in_json(hints[field.name])}
+
+
+def _decode_value(hint: Any, value: Any, name: str, tensors: Mapping[str, Tensors]) -> Any:
+    """Check a JSON value against a type annotation; decode it where it is a record."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     records = sum(map(dataclasses.is_dataclass, options))
     for option in options:
@@ -163,7 +235,7 @@ def _decode_value(hint: Any, value: Any, name: str, tensors: Mapping[str, Tensor
             if value is None:
                 return None
         elif dataclasses.is_dataclass(option):
-            if isinstance(value, dict) and (records == 1 or _fits(option, value)):
+            if isinstance(value, dict) and (records == 1 or _has_fields(option, value)):
                 return _decode(option, value, f"{name}.", tensors)
         else:
             origin = get_origin(option)

@@ -23,13 +23,15 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 from torch import Tensor
 
 from fedamole.errors import ConfigError
 from fedamole.federation.method import Method
+from fedamole.federation.record import holds_tensors, named_tensors
+from fedamole.model.params import Tensors
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ def check_aggregation(aggregation: str, name: str, method: Method[Any, Any, Any,
     """Raise ConfigError if a method does not support an aggregation."""
     if aggregation not in ("median", "trimmed"):
         return
-    if not method.averaged:
+    if not method.averaged_fields:
         raise ConfigError(
             f"federation.aggregation = {aggregation!r}: {name} does not average tensors by key alone, so that a "
             f"{aggregation} of them has no meaning; use 'clipped' or 'mean'"
@@ -136,7 +138,7 @@ class Robust:
 
     def _centred(self, round_: int, replies: Mapping[str, Any], centre: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         holders: dict[str, list[str]] = {}
-        tensors = {name: flattened(replies[name]) for name in sorted(replies)}
+        tensors = {name: named_tensors(replies[name]) for name in sorted(replies)}
         for name, own in tensors.items():
             for key in own:
                 if key.partition(":")[0] in self.averaged:
@@ -172,8 +174,8 @@ class _Change:
     """Difference of a reply from the message that was sent, by group."""
 
     def __init__(self, sent: Any, reply: Any) -> None:
-        self.reply, self.before = reply, flattened(sent)
-        self.tensors = flattened(reply)
+        self.reply, self.before = reply, named_tensors(sent)
+        self.tensors = named_tensors(reply)
         self.groups: dict[str, list[str]] = {}
         for key in sorted(self.tensors):  # the order of an unpacked record is not deterministic
             origin = self._origin(key)
@@ -217,33 +219,25 @@ def group_of(key: str) -> str:
     return "/".join([field, *(re.sub(r"-\d+$", "", part) for part in kind)])
 
 
-def flattened(record: Any, path: str = "") -> dict[str, Tensor]:
-    """Return all tensors of a record by <field>:<key>, in nested records by <field>.<field>:<key>."""
-    tensors: dict[str, Tensor] = {}
+def with_tensors(record: Any, changed: Tensors, prefix: str = "") -> Any:
+    """Return a record with some of its tensors replaced; names are those of `named_tensors`."""
+    hints, fields = get_type_hints(type(record)), dict[str, Any]()
     for field in dataclasses.fields(record):
-        value = getattr(record, field.name)
+        value, name = getattr(record, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
-            tensors.update(flattened(value, f"{path}{field.name}."))
-        elif _holds_tensors(value):
-            tensors.update({f"{path}{field.name}:{key}": tensor for key, tensor in value.items()})
-    return tensors
-
-
-def with_tensors(record: Any, changed: Mapping[str, Tensor], path: str = "") -> Any:
-    """Return a copy of a record with some of its tensors, named as in `flattened`, replaced."""
-    fields: dict[str, Any] = {}
-    for field in dataclasses.fields(record):
-        value = getattr(record, field.name)
-        if dataclasses.is_dataclass(value):
-            fields[field.name] = with_tensors(value, changed, f"{path}{field.name}.")
-        elif _holds_tensors(value):
-            prefix = f"{path}{field.name}:"
-            fields[field.name] = {key: changed.get(prefix + key, tensor) for key, tensor in value.items()}
+            fields[field.name] = with_tensors(value, changed, f"{name}.")
+        elif holds_tensors(hints[field.name]):
+            fields[field.name] = _replaced(value, changed, f"{name}:")
     return dataclasses.replace(record, **fields) if changed else record
 
 
-def _holds_tensors(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
+def _replaced(values: Mapping[str, Any], changed: Tensors, prefix: str) -> dict[str, Any]:
+    return {
+        key: changed.get(prefix + key, value)
+        if isinstance(value, Tensor)
+        else _replaced(value, changed, f"{prefix}{key}/")
+        for key, value in values.items()
+    }
 
 
 def median(values: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 
 def capped(weights: Mapping[str, float], share: float) -> dict[str, float]:
-    """Lower the largest weights to one common level, so that nobody's share of their sum is above `share`.
+    """Lower the largest weights to a common level, so that no client's share of the sum is above `share`.
 
-    Weights of 0 stay 0. Where `share` is too small for the clients that have a weight, all of them weigh alike.
+    Weights of 0 stay 0. If `share` is too small for the number of clients with a weight, all of these get the same.
     """
     order = sorted((weight for weight in weights.values() if weight > 0), reverse=True)
     rest, level = sum(order), math.inf

@@ -13,8 +13,8 @@ from fedamole.federation.client_state import ClientState, ClientStates
 from fedamole.federation.evaluator import Evaluator
 from fedamole.federation.local import DivergedError, LocalTask, OnStep, embed, fit
 from fedamole.federation.lock_step import ClientWork, LockStep, indices_by_kind
-from fedamole.federation.looks import Looks
 from fedamole.federation.method import Client, Evaluates, Method, TrainingRequest, TrainingResult
+from fedamole.federation.probe import ProbeCounts
 from fedamole.federation.randomness import exchange_seed
 from fedamole.federation.record import non_finite, pack, unpack
 from fedamole.federation.settings import TrainingSettings
@@ -70,22 +70,22 @@ class Worker:
         """
         started = time.perf_counter()
         reset_peak_memory(self.bank.base.device)
-        seed, looks = exchange_seed(self.seed, exchange), [Looks() for _ in group]
-        clients = [self.factory.client(data, round_, counts) for data, counts in zip(group, looks, strict=True)]
+        seed, probe_counts = exchange_seed(self.seed, exchange), [ProbeCounts() for _ in group]
+        clients = [self.factory.client(data, round_, counts) for data, counts in zip(group, probe_counts, strict=True)]
         works = [self._work(client, payloads[client.name]) for client in clients]
 
         def train(requests: Mapping[int, TrainingRequest], fit_index: int) -> dict[int, TrainingResult | DivergedError]:
             tasks = {i: self._task(group[i], round_, request, works[i]) for i, request in requests.items()}
             results: dict[int, TrainingResult | DivergedError] = {}
-            for indices in indices_by_kind({i: _kind(task.fit) for i, task in tasks.items()}):
+            for indices in indices_by_kind({i: task.fit.adapter.kind() for i, task in tasks.items()}):
                 together = [tasks[i] for i in indices]
                 outcomes = fit(
-                    self.bank, together, self.training, seed=seed, round_=round_, turn=fit_index, on_step=on_step
+                    self.bank, together, self.training, seed=seed, round_=round_, fit_index=fit_index, on_step=on_step
                 )
                 results.update(zip(indices, outcomes, strict=True))
-                if self.method.embeds:
+                if self.method.needs_embeddings:
                     trained = {i: result for i in indices if isinstance(result := results[i], TrainingResult)}
-                    results.update(self._embed(group, looks, trained))
+                    results.update(self._embed(group, probe_counts, trained))
             return results
 
         lock_step = LockStep(works, self.training.budget, train)
@@ -97,7 +97,7 @@ class Worker:
             "peak_memory_mib": peak_memory_mib(self.bank.base.device),
         }
         results = {}
-        for client, work, counts in zip(clients, works, looks, strict=True):
+        for client, work, counts in zip(clients, works, probe_counts, strict=True):
             report = {
                 "steps": work.steps,
                 "forward_tokens": counts.tokens,
@@ -120,7 +120,7 @@ class Worker:
         return LocalTask(data.info.name, request, data.train.pairs(), learning_rate, work.step_fraction)
 
     def _embed(
-        self, group: Sequence[ClientData], looks: Sequence[Looks], results: Mapping[int, TrainingResult]
+        self, group: Sequence[ClientData], counts: Sequence[ProbeCounts], results: Mapping[int, TrainingResult]
     ) -> dict[int, TrainingResult]:
         """Add the mean embeddings of the embedding splits to the results of some clients of a group."""
         if not results:
@@ -129,7 +129,7 @@ class Worker:
         self.bank.load([result.adapter for result in results.values()])
         rows = [group[i].embedding.pairs() for i in results]
         for i, read in zip(results, rows, strict=True):
-            looks[i].add(read)
+            counts[i].add(read)
         means = embed(self.bank, rows, self.batch_tokens)
         return {i: replace(result, embeddings=mean) for (i, result), mean in zip(results.items(), means, strict=True)}
 
@@ -147,8 +147,3 @@ class Worker:
         self.states.save(client, exchange, ClientState(client_state, adapter, work.step_fraction))
         loss = {"loss": trained.loss} if work.steps else {}
         return UpdateResult(pack(reply), {**loss, **report})
-
-
-def _kind(request: TrainingRequest) -> tuple[object, ...]:
-    """What requests must have in common to be trained together."""
-    return (*request.adapter.kind(), request.tail, request.tail_weight)

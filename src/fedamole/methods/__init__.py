@@ -54,7 +54,7 @@ METHODS = with_variants(
         "ffa_lora": FfaLora,
         "feddpa": FedDpa,
         "fedalt": FedAlt,
-        # exact aggregation, individual ranks
+        # exact aggregation, different ranks
         "flora": Flora,
         "flexlora": FlexLora,
         "hetlora": HetLora,

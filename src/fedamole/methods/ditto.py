@@ -2,97 +2,77 @@
 2021, https://arxiv.org/abs/2012.04221.
 
 One round:
-    the server sends the one global LoRA w to the cohort;
-    every client trains it and sends it back (FedAvg),
-    and trains a LoRA v of its own with lambda / 2 |v - w|^2 added to its loss, which it keeps;
-    the server averages what came back.
-A client's model is its own v.
-Deviations: the distance is that of the factors A and B; lambda is one for all, where the paper lets clients choose on
-validation data. With `training.budget = "steps"` the two trainings share the round's steps, half each, so that a round
-costs as much as that of any other method; with "paper" each has all of them.
+    1. The server sends the global LoRA w to the selected clients.
+    2. Each client trains w and sends it back.
+    3. It also trains a LoRA v of its own, which it keeps, with lambda / 2 |v - w|^2 added to the loss.
+    4. The server averages the global LoRAs (FedAvg).
+The model of a client is its own v.
+Deviations: the distance is that of the factors A and B; all clients have the same lambda, where in the paper each may
+choose it on validation data. With `training.budget = "steps"` each of the two trainings takes half of the round's
+steps, so that a round costs as much as with any other method; with "paper" each takes all of them.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from fedamole.errors import ConfigError
-from fedamole.federation.method import (
-    Client,
-    ClientInfo,
-    LoraMethod,
-    Records,
-    Server,
-    TrainingRequest,
-    TrainingResult,
-    Weighting,
-)
+from fedamole.federation.method import Client, TrainingRequest, TrainingResult
+from fedamole.federation.penalties import Proximal
 from fedamole.federation.randomness import torch_generator
-from fedamole.methods.fedit import GlobalLora
 from fedamole.methods.local_only import OwnLora
-from fedamole.methods.shared.averaging import mean_by_key
+from fedamole.methods.shared.averaging import AveragedLora, SharedTensors
 from fedamole.model.params import Adapter, new_shared
 
 
 @dataclass(frozen=True)
-class Ditto(LoraMethod[GlobalLora, GlobalLora, OwnLora, GlobalLora]):
-    """A global LoRA, and one per client that is held near it."""
+class Ditto(AveragedLora[OwnLora]):
+    """A global LoRA, and one per client that is kept near it."""
 
-    weighting: Weighting = "uniform"
-    """Weight of a client in the average: uniform, or by its training examples."""
     proximal: float = 0.1
-    """Weight lambda that holds the client's own LoRA near the global one (the paper tries 0.05 to 2)."""
+    """Weight lambda of the distance to the global LoRA (the paper tries 0.05 to 2)."""
 
     paper = "Li et al., Ditto: Fair and Robust Federated Learning Through Personalization, ICML 2021, arXiv 2012.04221"
     communicates = "one LoRA down, one LoRA up"
     stays_local = "the data and the client's own LoRA"
-    records = Records(GlobalLora, GlobalLora, OwnLora, GlobalLora)
     evaluates = "pre_aggregation"
-    averaged = ("tensors",)
     paper_steps = 2.0
 
+    @override
     def __post_init__(self) -> None:
-        """Refuse a negative weight."""
         super().__post_init__()
         if self.proximal < 0:
             raise ConfigError(f"method.proximal = {self.proximal}: must not be negative")
 
-    # server
-    def init(self, server: Server) -> GlobalLora:
-        """Draw the first global LoRA."""
-        return GlobalLora(new_shared(server.shapes, self.rank, torch_generator(server.seed, "lora")))
-
-    def message(self, state: GlobalLora, client: ClientInfo) -> GlobalLora:
-        """Send the global LoRA."""
-        return state
-
-    def aggregate(self, server: Server, state: GlobalLora, replies: Mapping[str, GlobalLora]) -> GlobalLora:
-        """Average the global LoRAs that came back."""
-        returned = {name: reply.tensors for name, reply in replies.items()}
-        return GlobalLora(mean_by_key(returned, server.weights(self.weighting), state.tensors))
-
-    # client
+    @override
     def init_client_state(self, client: Client) -> OwnLora:
-        """Begin where the global LoRA begins."""
         return OwnLora(new_shared(client.shapes, self.rank, torch_generator(client.seed, "lora")))
 
-    def adapter(self, client: Client, client_state: OwnLora, message: GlobalLora) -> Adapter:
-        """Go on from the client's own LoRA."""
+    @override
+    def adapter(self, client: Client, client_state: OwnLora, message: SharedTensors) -> Adapter:
+        """Return the client's own LoRA."""
         return Adapter(self.spec(), client_state.tensors)
 
+    @override
     def update(
-        self, client: Client, client_state: OwnLora, message: GlobalLora
-    ) -> Generator[TrainingRequest, TrainingResult, tuple[OwnLora, GlobalLora, TrainingResult]]:
-        """Train the global LoRA, then the client's own near the one that was sent."""
-        shared = yield TrainingRequest(Adapter(self.spec(), message.tensors), share=0.5, paper_share=1.0)
-        start = self.adapter(client, client_state, message)
+        self, client: Client, client_state: OwnLora, message: SharedTensors
+    ) -> Generator[TrainingRequest, TrainingResult, tuple[OwnLora, SharedTensors, TrainingResult]]:
+        shared = yield TrainingRequest(
+            Adapter(self.spec(), message.tensors), step_fraction=0.5, paper_step_fraction=1.0
+        )
         own = yield TrainingRequest(
-            start, share=0.5, paper_share=1.0, anchor=message.tensors, anchor_weight=self.proximal
+            self.adapter(client, client_state, message),
+            step_fraction=0.5,
+            paper_step_fraction=1.0,
+            penalty=Proximal(message.tensors, self.proximal),
         )
         _, reply = self.reply(client, client_state, message, shared)
         return OwnLora(own.adapter.tensors), reply, own
 
+    @override
     def reply(
-        self, client: Client, client_state: OwnLora, message: GlobalLora, trained: TrainingResult
-    ) -> tuple[OwnLora, GlobalLora]:
-        """Send back the trained global LoRA."""
-        return client_state, GlobalLora(trained.adapter.tensors)
+        self, client: Client, client_state: OwnLora, message: SharedTensors, trained: TrainingResult
+    ) -> tuple[OwnLora, SharedTensors]:
+        """Return the trained global LoRA as the reply."""
+        return client_state, SharedTensors(trained.adapter.tensors)

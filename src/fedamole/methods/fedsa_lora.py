@@ -2,85 +2,61 @@
 ICLR 2025, https://arxiv.org/abs/2410.01463.
 
 One round:
-    the server sends the global A to the cohort;
-    every client puts its own B beside it, trains both, keeps B and sends A back;
-    the server averages the A's.
-A client's model is the global A with its own B, scored after the aggregation.
+    1. The server sends the global factors A to the selected clients.
+    2. Each client trains them together with its own factors B, keeps B and sends A back.
+    3. The server averages the A's.
+The model of a client is the global A with its own B, scored after the aggregation.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import override
 
-from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, TrainingResult, Weighting
+from fedamole.federation.method import Client, Server, TrainingResult
 from fedamole.federation.randomness import torch_generator
-from fedamole.methods.shared.averaging import mean_by_key
-from fedamole.model.params import Adapter, new_shared
-
-
-@dataclass(frozen=True)
-class SharedA:
-    """The A of all: the server's state, and what travels both ways."""
-
-    tensors: Mapping[str, Tensor]
+from fedamole.methods.shared.averaging import AveragedLora, SharedTensors
+from fedamole.model.params import Adapter, Tensors, new_shared
 
 
 @dataclass(frozen=True)
 class OwnB:
-    """A client's own B."""
+    """Client state: the client's own B's."""
 
     tensors: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class FedSaLora(LoraMethod[SharedA, SharedA, OwnB, SharedA]):
-    """A is shared, B is the client's own."""
-
-    weighting: Weighting = "uniform"
-    """Weight of a client in the average: uniform, or by its training examples."""
+class FedSaLora(AveragedLora[OwnB]):
+    """A LoRA whose factors A are shared, and B the client's own."""
 
     paper = "Guo et al., Selective Aggregation for LoRA in Federated Learning (FedSA-LoRA), ICLR 2025, arXiv 2410.01463"
     communicates = "A of one LoRA down, A up"
     stays_local = "the data and the client's B"
-    records = Records(SharedA, SharedA, OwnB, SharedA)
     evaluates = "post_aggregation"
-    averaged = ("tensors",)
 
-    # server
-    def init(self, server: Server) -> SharedA:
-        """Draw the first A."""
-        drawn = new_shared(server.shapes, self.rank, torch_generator(server.seed, "lora"))
-        return SharedA(_split(drawn)[0])
+    @override
+    def initial(self, server: Server) -> Tensors:
+        return _split(super().initial(server))[0]
 
-    def message(self, state: SharedA, client: ClientInfo) -> SharedA:
-        """Send the global A."""
-        return state
-
-    def aggregate(self, server: Server, state: SharedA, replies: Mapping[str, SharedA]) -> SharedA:
-        """Average the A's that came back."""
-        returned = {name: reply.tensors for name, reply in replies.items()}
-        return SharedA(mean_by_key(returned, server.weights(self.weighting), state.tensors))
-
-    # client
+    @override
     def init_client_state(self, client: Client) -> OwnB:
-        """Begin with B = 0."""
-        drawn = new_shared(client.shapes, self.rank, torch_generator(client.seed, "lora"))
-        return OwnB(_split(drawn)[1])
+        return OwnB(_split(new_shared(client.shapes, self.rank, torch_generator(client.seed, "lora")))[1])
 
-    def adapter(self, client: Client, client_state: OwnB, message: SharedA) -> Adapter:
-        """Put the client's B beside the global A."""
+    @override
+    def adapter(self, client: Client, client_state: OwnB, message: SharedTensors) -> Adapter:
         return Adapter(self.spec(), {**message.tensors, **client_state.tensors})
 
+    @override
     def reply(
-        self, client: Client, client_state: OwnB, message: SharedA, trained: TrainingResult
-    ) -> tuple[OwnB, SharedA]:
-        """Keep B, send A."""
+        self, client: Client, client_state: OwnB, message: SharedTensors, trained: TrainingResult
+    ) -> tuple[OwnB, SharedTensors]:
         a, b = _split(trained.adapter.tensors)
-        return OwnB(b), SharedA(a)
+        return OwnB(b), SharedTensors(a)
 
 
-def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The A's and the B's of a LoRA."""
+def _split(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split a LoRA into its A's and its B's."""
     a = {name: tensor for name, tensor in tensors.items() if name.endswith("/A")}
     return a, {name: tensor for name, tensor in tensors.items() if name not in a}

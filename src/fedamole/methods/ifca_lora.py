@@ -2,13 +2,13 @@
 Learning", NeurIPS 2020, https://arxiv.org/abs/2006.04088.
 
 One round:
-    the server sends the LoRAs of all K clusters to the cohort;
-    every client looks which has the lowest loss on its data, trains that one and sends it back;
-    the server averages within each cluster.
-A client's model is the LoRA of the cluster that fits it best, scored after the aggregation.
-Deviations: the look is at a draw of the examples set aside from training (the paper: at the training data), and
-while all LoRAs are still 0, and their losses equal, a client draws its cluster (the paper begins with distinct models).
-A cluster that nobody has chosen yet competes as the bare base.
+    1. The server sends the LoRAs of all K clusters to the selected clients.
+    2. Each client computes the loss of every LoRA on its data, trains the one with the lowest loss and sends it back.
+    3. The server averages within each cluster.
+The model of a client is the LoRA with the lowest loss on its data, scored after the aggregation.
+Deviations: losses are computed on a draw from the embedding split (the paper: on the training data). While all LoRAs
+are 0, so that their losses are equal, a client draws its cluster at random (the paper starts from different models). A
+cluster that no client has chosen yet takes part as the untuned base.
 """
 
 from collections.abc import Generator, Mapping
@@ -16,40 +16,33 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import (
-    Client,
-    ClientInfo,
-    LoraMethod,
-    Records,
-    Server,
-    TrainingRequest,
-    TrainingResult,
-    Weighting,
-)
+from fedamole.federation.method import Client, ClientInfo, Server, TrainingRequest, TrainingResult, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.averaging import mean_by_key
+from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.params import Adapter, new_shared
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """The LoRAs of all clusters by cluster-0/<name>: the server's state and the message down."""
+    """Server state and message: the LoRA of each cluster, by its index."""
 
-    tensors: Mapping[str, Tensor]
+    loras: Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The cluster that a client trained last; -1 before its first round."""
+    """Client state: the cluster that it trained last; -1 before its first round."""
 
     cluster: int
 
 
 @dataclass(frozen=True)
 class ClusterLora:
-    """Reply up: the trained LoRA of the chosen cluster."""
+    """Reply: the trained LoRA of the chosen cluster."""
 
     cluster: int
     tensors: Mapping[str, Tensor]
@@ -57,90 +50,87 @@ class ClusterLora:
 
 @dataclass(frozen=True)
 class IfcaLora(LoraMethod[Clusters, Clusters, Choice, ClusterLora]):
-    """K LoRAs, of which each client trains the one that fits its data."""
+    """K LoRAs, of which each client trains the one with the lowest loss on its data."""
 
     clusters: int = 3
-    """Clusters K."""
+    """Number of clusters K."""
     probe_examples: int = 64
-    """Most examples that a client looks at to choose."""
+    """Largest number of examples on which a client compares the clusters."""
     weighting: Weighting = "uniform"
     """Weight of a client in its cluster's average: uniform, or by its training examples."""
 
     paper = "Ghosh et al., A Framework for Clustered Federated Learning (IFCA), NeurIPS 2020, arXiv 2006.04088"
     communicates = "all K LoRAs down, one LoRA up"
     stays_local = "the data"
-    records = Records(Clusters, Clusters, Choice, ClusterLora)
     evaluates = "post_aggregation"
-    looks = True
+    probes = True
 
+    @override
     def __post_init__(self) -> None:
-        """Refuse no clusters, or no look."""
         super().__post_init__()
         for key in ("clusters", "probe_examples"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"method.{key} = {getattr(self, key)}: must be at least 1")
 
     # server
+    @override
     def init(self, server: Server) -> Clusters:
-        """Draw the LoRAs of all clusters."""
-        tensors: dict[str, Tensor] = {}
-        for cluster in range(self.clusters):
-            drawn = new_shared(server.shapes, self.rank, torch_generator(server.seed, f"lora/{cluster}"))
-            tensors.update(_named(cluster, drawn))
-        return Clusters(tensors)
+        return Clusters(
+            {
+                str(cluster): new_shared(server.shapes, self.rank, torch_generator(server.seed, f"lora/{cluster}"))
+                for cluster in range(self.clusters)
+            }
+        )
 
+    @override
     def message(self, state: Clusters, client: ClientInfo) -> Clusters:
-        """Send all LoRAs."""
         return state
 
+    @override
     def aggregate(self, server: Server, state: Clusters, replies: Mapping[str, ClusterLora]) -> Clusters:
-        """Average within each cluster; one that nobody chose keeps its LoRA."""
-        returned = {name: _named(reply.cluster, reply.tensors) for name, reply in replies.items()}
-        return Clusters(mean_by_key(returned, server.weights(self.weighting), state.tensors))
+        """Average within each cluster; a cluster that no client chose keeps its LoRA."""
+        weights, loras = server.weights(self.weighting), {}
+        for cluster, lora in state.loras.items():
+            members = {name: reply.tensors for name, reply in replies.items() if str(reply.cluster) == cluster}
+            loras[cluster] = mean_by_key(members, weights, lora)
+        return Clusters(loras)
 
+    @override
     def expected_reply(self, template: ClusterLora, reply: ClusterLora) -> ClusterLora:
-        """A client chooses its cluster."""
         return replace(template, cluster=reply.cluster if reply.cluster in range(self.clusters) else 0)
 
     # client
+    @override
     def init_client_state(self, client: Client) -> Choice:
-        """Have chosen nothing."""
         return Choice(-1)
 
+    @override
     def adapter(self, client: Client, client_state: Choice, message: Clusters) -> Adapter:
-        """Start from the LoRA of the cluster that fits best."""
         return self._adapters(message)[self.choose(client, message)]
 
     def choose(self, client: Client, message: Clusters) -> int:
-        """The cluster with the lowest loss on the client's examples set aside."""
+        """Return the cluster with the lowest loss on the client's embedding split."""
         adapters = self._adapters(message)
-        if not any(tensor.any() for name, tensor in message.tensors.items() if name.endswith("/B")):
+        changes = [tensor for lora in message.loras.values() for name, tensor in lora.items() if name.endswith("/B")]
+        if not any(tensor.any() for tensor in changes):
             generator = torch_generator(client.seed, "cluster", client.name)
             return int(torch.randint(self.clusters, (), generator=generator))
-        losses = client.losses(adapters, self.probe_examples)
+        losses = client.probe.losses(adapters, self.probe_examples)
         return min(range(self.clusters), key=losses.__getitem__)
 
+    @override
     def update(
         self, client: Client, client_state: Choice, message: Clusters
     ) -> Generator[TrainingRequest, TrainingResult, tuple[Choice, ClusterLora, TrainingResult]]:
-        """Choose a cluster and train its LoRA."""
         chosen = Choice(self.choose(client, message))
         trained = yield TrainingRequest(self._adapters(message)[chosen.cluster])
         return (*self.reply(client, chosen, message, trained), trained)
 
+    @override
     def reply(
         self, client: Client, client_state: Choice, message: Clusters, trained: TrainingResult
     ) -> tuple[Choice, ClusterLora]:
-        """Send back the trained LoRA of the cluster that was chosen."""
         return client_state, ClusterLora(client_state.cluster, trained.adapter.tensors)
 
     def _adapters(self, message: Clusters) -> list[Adapter]:
-        parts: list[dict[str, Tensor]] = [{} for _ in range(self.clusters)]
-        for name, tensor in message.tensors.items():
-            cluster, _, rest = name.partition("/")
-            parts[int(cluster.removeprefix("cluster-"))][rest] = tensor
-        return [Adapter(self.spec(), part) for part in parts]
-
-
-def _named(cluster: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"cluster-{cluster}/{name}": tensor for name, tensor in tensors.items()}
+        return [Adapter(self.spec(), message.loras[str(cluster)]) for cluster in range(self.clusters)]

@@ -1,61 +1,62 @@
-"""Local only: every client trains a LoRA of its own on its own data; nobody learns from anybody.
+"""Local only: every client trains a LoRA of its own on its own data, without federation.
 
-The floor that a federation has to beat. One round: each client of the cohort goes on training its LoRA where it
-stopped. All clients start from the same draw, the one FedIT starts from.
+One round: each selected client continues to train its LoRA. All clients start from the same random LoRA, that of
+FedIT. This is the baseline that a federated method has to beat.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import override
 
-from fedamole.federation.method import Client, ClientInfo, LoraMethod, Records, Server, TrainingResult
+from fedamole.federation.method import Client, ClientInfo, Server, TrainingResult
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
+from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.params import Adapter, new_shared
 
 
 @dataclass(frozen=True)
 class OwnLora:
-    """A client's own LoRA."""
+    """Client state: the client's own LoRA."""
 
     tensors: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class LocalOnly(LoraMethod[Nothing, Nothing, OwnLora, Nothing]):
-    """A LoRA per client, trained alone."""
+    """A LoRA per client, trained without federation."""
 
     paper = "baseline: no federation"
     communicates = "nothing"
     stays_local = "the data and the client's LoRA"
-    records = Records(Nothing, Nothing, OwnLora, Nothing)
     evaluates = "pre_aggregation"
 
     # server
+    @override
     def init(self, server: Server) -> Nothing:
-        """Know nothing."""
         return Nothing()
 
+    @override
     def message(self, state: Nothing, client: ClientInfo) -> Nothing:
-        """Say only that a round has begun."""
         return Nothing()
 
+    @override
     def aggregate(self, server: Server, state: Nothing, replies: Mapping[str, Nothing]) -> Nothing:
-        """Learn nothing."""
         return state
 
     # client
+    @override
     def init_client_state(self, client: Client) -> OwnLora:
-        """Draw the LoRA."""
         return OwnLora(new_shared(client.shapes, self.rank, torch_generator(client.seed, "lora")))
 
+    @override
     def adapter(self, client: Client, client_state: OwnLora, message: Nothing) -> Adapter:
-        """Go on from the client's own LoRA."""
         return Adapter(self.spec(), client_state.tensors)
 
+    @override
     def reply(
         self, client: Client, client_state: OwnLora, message: Nothing, trained: TrainingResult
     ) -> tuple[OwnLora, Nothing]:
-        """Keep the trained LoRA, send nothing."""
         return OwnLora(trained.adapter.tensors), Nothing()

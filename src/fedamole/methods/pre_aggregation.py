@@ -1,7 +1,7 @@
-"""The "-FT" of a method: the very same training, each client's model looked at before the aggregation.
+"""The variant `<method>_ft` of a method: the same training, each client's model scored before the aggregation.
 
-No extra steps are taken: the personal model is what the client has just trained, instead of what the server made of
-all of them. It serves any method that is scored after the aggregation.
+No extra steps are taken. The model of a client is the one that it has just trained, instead of the aggregate. The
+variant exists for every method that is scored after the aggregation.
 """
 
 import types
@@ -12,7 +12,7 @@ from fedamole.federation.method import Method
 
 
 def pre_aggregation(method: type[Method[Any, Any, Any, Any]]) -> type[Method[Any, Any, Any, Any]]:
-    """Return the method class that trains like `method` and is scored right after local training."""
+    """Return a method class that trains like `method` and is scored before the aggregation."""
     doc = f"{method.__name__}, each client's model scored before the aggregation."
     variant = types.new_class(
         f"{method.__name__}FT", (method,), exec_body=lambda body: body.update(evaluates="pre_aggregation", __doc__=doc)

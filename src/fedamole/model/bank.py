@@ -206,14 +206,6 @@ class Bank:
         layers: list[BankLinear | BankPrompt] = [*self.layers.values(), self.prompt]
         return [layer.loaded for layer in layers if layer.loaded is not None]
 
-    def tail_norms(self, first: int) -> Tensor:
-        """Sum over the modules of |A[first:]| |B[:, first:]|, Frobenius norms, of each client at work's LoRA, (C)."""
-        sums = [
-            torch.linalg.vector_norm(down[:, first:], dim=(1, 2)) * torch.linalg.vector_norm(up[:, first:], dim=(1, 2))
-            for down, up in (loaded.parts for loaded in self._at_work())
-        ]
-        return torch.stack(sums).sum(0)
-
     def prefixed(self, clients: Sequence[Sequence[Row]]) -> list[list[Row]]:
         """(prompt, answer) rows with the loaded prompts' virtual tokens before each."""
         return [[(self.prefix(prompt), answer) for prompt, answer in rows] for rows in clients]

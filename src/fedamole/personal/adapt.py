@@ -1,21 +1,22 @@
-"""A new client joins a federation that is finished: it gets a model of its own, and nothing of the run changes.
+"""Lets a new client join a finished federation: it gets a model of its own, and the run does not change.
 
 With FedAMoLE, in the order of a round (algorithm: arXiv 2411.19128):
-    the client reads its embedding split with all experts of the pool in place, as it has no architecture yet;
-    its mean token embeddings join those of the other clients, and the experts choose among all of them anew;
-    of the outcome only its own column counts: where fewer experts chose it than a client must hold, those that are most
-    relevant to it are added;
-    it trains the experts it got for one round, and keeps what is better on its validation split: as sent, or trained.
+    1. The client computes its mean token embeddings over its embedding split with all experts of the pool, because it
+       has no architecture yet.
+    2. The experts choose among all clients, of which the others keep their last embeddings. Only the new client's
+       column of the result is used. If fewer experts chose it than a client must hold, the most relevant are added.
+    3. The client trains its experts for one round and keeps the better model on its validation split: as sent, or
+       trained.
 
-Where the server sends the same adapter to all (FedIT, prompts), a new client begins with that one.
+With a method that sends the same adapter to all clients (FedIT, prompts), the new client starts from that adapter.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any
 
 import tomli_w
 import torch
@@ -28,15 +29,16 @@ from fedamole.evaluation.personal import losses_of, majority_scores, scores_of
 from fedamole.experiment import reads_outside, resolved, server_of
 from fedamole.federation.client_data import ClientData, client_data
 from fedamole.federation.local import DivergedError, LocalTask, embed, fit
-from fedamole.federation.method import Client, ClientInfo, Records, TrainingRequest
-from fedamole.federation.record import Nothing, PayloadError, unpack
+from fedamole.federation.method import BaseInfo, Client, ClientInfo, Newcomer, TrainingRequest
+from fedamole.federation.probe import ClientProbe, ProbeCounts
+from fedamole.federation.record import PayloadError, unpack
 from fedamole.federation.summary import summarise
 from fedamole.files import new_folder, write_atomic
 from fedamole.methods import METHODS
-from fedamole.methods.fedamole import FedAmole, Pool, TrainedExperts
 from fedamole.model.bank import Bank
 from fedamole.model.base import BUNDLED, is_elsewhere
-from fedamole.model.params import Adapter, expert_ids
+from fedamole.model.layers import MeanEmbeddings
+from fedamole.model.params import Adapter
 from fedamole.model.pretrained import save_adapter
 from fedamole.personal.saved_models import load_named
 from fedamole.received.names import as_name
@@ -48,23 +50,10 @@ from fedamole.runs.run_files import BASE, MAJORITY
 from fedamole.runs.run_folder import ASSIGNMENT, METRICS, RunFolder
 
 ORIGIN = "adapted.json"
-"""File of the new client's folder that names the run it joined."""
+"""File in the new client's folder that names the run it joined."""
 SENT, TRAINED = "as sent", "trained"
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What a new client begins with."""
-
-    adapter: Adapter
-    assignment_log: list[dict[str, Any]]
-    """Lines for assignment.jsonl: the experts it holds, those that chose it first, with their relevance."""
-    chosen_by: int = 0
-    """Experts that chose it, over all modules."""
-    added: int = 0
-    """Experts that were added because too few chose it."""
 
 
 def adapt(
@@ -77,12 +66,12 @@ def adapt(
     base: str | None = None,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
-    """Let a client with the data `source`, which names it, join the finished run in `path`; return the report.
+    """Let a new client join the finished run in `path`; return the report.
 
-    `steps` is the number of training steps; unset: those of a round. Its own run folder is `folder`/<run>-<name>, with
-    adapter, scores and a manifest; the report has its path, losses in nats per answer token and scores 0 .. 100.
-    Errors: RunError where the run is not finished or has no server state, ConfigError for a name that is taken and
-    for methods that have nothing for a new client; those of data and base.
+    `source` is the client's data and name, `steps` the number of training steps (unset: those of a round). The client
+    gets a run folder `folder`/<run>-<name> with adapter, scores and a manifest. The report has its path, losses in nats
+    per answer token and scores 0 .. 100. Raises RunError if the run is not finished or has no server state, ConfigError
+    for a name that is taken and for methods whose runs a new client cannot join, and the errors of data and base.
     """
     name = as_name(load_run_config(RunFolder.open(path)).run.name)
     with new_folder(folder / f"{name}-{source.name}", numbered=True) as target:
@@ -92,7 +81,7 @@ def adapt(
 def _adapt(
     path: Path, source: SourceSettings, target: Path, steps: int | None, device: str, base: str | None, say: Say
 ) -> dict[str, Any]:
-    """Let the client join, in the new folder `target`."""
+    """Let the client join; `target` is its new, empty folder."""
     run = RunFolder.open(path)
     state, clients = final_state(run)
     config = load_run_config(run)
@@ -113,11 +102,11 @@ def _adapt(
     data = client_data(federation.shards[0], resident.tokenizer, config.training.max_length)
     bank = Bank(resident)
 
-    chosen = begin(config, bank, state, clients, data, say)
-    candidates = {SENT: chosen.adapter}
+    adapter, newcomer = begin(config, bank, state, clients, data, say)
+    candidates = {SENT: adapter}
     if steps != 0:
         say("training")
-        candidates[TRAINED] = _trained(config, bank, chosen.adapter, data, steps)
+        candidates[TRAINED] = _trained(config, bank, adapter, data, steps)
     say("scoring on validation")
     validation = {BASE: _loss(config, bank, None, data)}
     validation |= {name: _loss(config, bank, adapter, data) for name, adapter in candidates.items()}
@@ -137,18 +126,18 @@ def _adapt(
         "folder": str(target),
         "from": run.about["id"],
         "kept": best,
-        "chosen_by": chosen.chosen_by,
-        "added": chosen.added,
+        "chosen_by": newcomer.report.get("chosen_by", 0),
+        "added": newcomer.report.get("added", 0),
         "validation": validation,
         "test": test,
     }
     save_adapter(candidates[best], own.adapter(source.name, config.method_name), resident.name, identity)
-    _log(own, source.name, config, chosen, report)
+    _log(own, source.name, config, newcomer, report)
     return report
 
 
 def final_state(run: RunFolder) -> tuple[bytes, tuple[ClientInfo, ...]]:
-    """The server's packed state after the last round and the clients it knew; nothing is touched.
+    """Return the server's packed state after the last round and its clients; nothing is changed.
 
     Raises RunError for a run that is not finished, has no such state (a client's folder), or whose state is damaged.
     """
@@ -174,25 +163,20 @@ def final_state(run: RunFolder) -> tuple[bytes, tuple[ClientInfo, ...]]:
 
 
 def check_method(config: Config) -> None:
-    """Raise ConfigError for a method whose finished run has nothing for a client that comes afterwards."""
-
-    def serves(records: Records) -> bool:
-        # A pool of experts, or one adapter that all are sent, beside which clients keep nothing.
-        return records.state is Pool or (records.state is records.message and records.keep is Nothing)
-
-    if not serves(config.method.records):
-        fitting = ", ".join(name for name, known in METHODS.items() if serves(known.records))
+    """Raise ConfigError for a method whose finished runs a new client cannot join."""
+    if not config.method.accepts_newcomers:
+        fitting = ", ".join(name for name, method in METHODS.items() if method.accepts_newcomers)
         raise ConfigError(
-            f"a run of {config.method_name} has nothing for a new client to begin with, as part of each client's model "
-            f"is its own; this works with runs of {fitting}"
+            f"a new client cannot join a run of {config.method_name}, because part of each client's model is its own; "
+            f"this works with runs of {fitting}"
         )
 
 
 def _own_config(config: Config, source: SourceSettings, target: Path, device: str, base: str | None) -> Config:
-    """The run's config with the new client's own data, machine and copy of the base."""
+    """Return the run's config with the new client's data, device and copy of the base."""
     model = config.base.model if base is None else base
     if base is None and is_elsewhere(model):
-        model = BUNDLED  # which lies elsewhere on another machine; whether it is the right one its identity tells
+        model = BUNDLED  # its path differs between machines; the identity is checked later
     config = replace(
         config,
         base=replace(config.base, model=model),
@@ -204,82 +188,32 @@ def _own_config(config: Config, source: SourceSettings, target: Path, device: st
 
 def begin(
     config: Config, bank: Bank, packed: bytes, clients: tuple[ClientInfo, ...], data: ClientData, say: Say
-) -> Chosen:
-    """What a new client gets of the server's last state."""
-    method, base = config.method, bank.base
+) -> tuple[Adapter, Newcomer[Any]]:
+    """Return the adapter that a new client starts from, given the server's last state, and what the method sent it."""
+    method, base, rounds = config.method, BaseInfo.of(bank.base), config.federation.rounds
     try:
         state = unpack(method.records.state, packed)
     except PayloadError as error:
         raise RunError(f"the server's state does not fit the run's method ({error})") from error
-    if isinstance(state, Pool):
+
+    def embeddings(adapter: Adapter) -> Mapping[str, MeanEmbeddings]:
         say("reading the embedding split")
-        return _chosen_by_experts(config, bank, state, clients, data)
-    client = Client(
-        data.info,
-        base.shapes,
-        config.run.seed,
-        config.federation.rounds,
-        _no_look,
-        _no_look,
-        base.width,
-        base.embedding_std,
-    )
-    return Chosen(method.adapter(client, Nothing(), method.message(state, data.info)), [])
+        bank.load([adapter])
+        return embed(bank, [data.embedding.pairs()], config.evaluation.batch_tokens)[0]
 
-
-def _no_look(*_: Any) -> NoReturn:
-    raise ConfigError("this method looks at a client's examples before it trains, which a new client does not do")
-
-
-def _chosen_by_experts(
-    config: Config, bank: Bank, state: Pool, clients: tuple[ClientInfo, ...], data: ClientData
-) -> Chosen:
-    """Let the experts choose among all clients and the new one; its bounds are those of the run.
-
-    The other clients' last embeddings stand for them. What would change for them is not looked at.
-    """
-    method, name = cast(FedAmole, config.method), data.info.name
-    pool = max(len(ids) for ids in expert_ids(state.tensors).values())
-    bank.load([Adapter(method.spec(), state.tensors)])
-    means = embed(bank, [data.embedding.pairs()], config.evaluation.batch_tokens)[0]
-    newcomer = TrainedExperts({}, {module: mean.token for module, mean in means.items()}, {})
-    bounds = method.bounds(len(clients))
-    # One client more, and not one expert: the fewest that all can hold may have become less.
-    fewest = min(bounds.min_experts, pool * bounds.expert_choices // (len(clients) + 1))
-    among = replace(
-        method,
-        experts=pool,
-        expert_choices=bounds.expert_choices,
-        min_experts=fewest,
-        assignment="reverse" if method.assignment == "static" else method.assignment,
-    )
     everybody = tuple(sorted((*clients, data.info), key=lambda client: client.name))
-    server = replace(server_of(config, bank.base, everybody), round=config.federation.rounds - 1)
-    # A reply of embeddings alone: every tensor keeps its value, and the assignment is solved with one client more.
-    after = among.aggregate(server, state, {name: newcomer})
-    column = [client.name for client in everybody].index(name)
-    assignment_log, held, chosen_by, added = [], {}, 0, 0
-    for module, holders in after.held.items():
-        relevance = after.probabilities[module][:, column].tolist()
-        chosen = holders[name]
-        others = sorted(set(range(pool)) - set(chosen), key=lambda expert: (-relevance[expert], expert))
-        more = others[: max(0, method.min_experts - len(chosen))]
-        held[module] = {name: sorted(chosen + more)}
-        assignment_log.append(
-            {
-                "module": module,
-                "client": name,
-                "experts": held[module][name],
-                "relevance": [round(relevance[expert], 6) for expert in held[module][name]],
-            }
-        )
-        chosen_by, added = chosen_by + len(chosen), added + len(more)
-    message = method.message(replace(after, held=held), data.info)
-    return Chosen(Adapter(method.spec(), message.tensors), assignment_log, chosen_by, added)
+    server = replace(server_of(config, bank.base, everybody), round=rounds - 1)
+    newcomer = method.newcomer(server, state, data.info, embeddings)
+    counts = ProbeCounts()
+    probe = ClientProbe(
+        bank, data.embedding.rows, data.info.name, config.run.seed, config.evaluation.batch_tokens, counts
+    )
+    client = Client(data.info, base, config.run.seed, rounds, probe)
+    return method.adapter(client, method.init_client_state(client), newcomer.message), newcomer
 
 
 def _trained(config: Config, bank: Bank, adapter: Adapter, data: ClientData, steps: int | None) -> Adapter:
-    """The adapter after local training as in the round that would have come next."""
+    """Return the adapter after local training as in the next round of the run."""
     training, round_ = config.training, config.federation.rounds
     if steps is not None:
         training = replace(training, local_steps=steps, local_epochs=0)
@@ -305,13 +239,13 @@ def _scores(config: Config, bank: Bank, adapter: Adapter | None, data: ClientDat
     }
 
 
-def _log(own: RunFolder, name: str, config: Config, chosen: Chosen, report: Mapping[str, Any]) -> None:
-    """Write the files that a client's folder has after a run, as docs/run-folder.md tells; the summary last."""
+def _log(own: RunFolder, name: str, config: Config, newcomer: Newcomer[Any], report: Mapping[str, Any]) -> None:
+    """Write the files of a client's run folder (docs/run-folder.md), the summary last."""
     round_, row, client_state = config.federation.rounds, config.method_name, report["kept"]
     validation = report["validation"]
     test = {row if one == client_state else one: scores for one, scores in report["test"].items()}
     rounds = {one: round_ if one == row else -1 for one in test}
-    own.append(ASSIGNMENT, ({"round": round_, **line} for line in chosen.assignment_log))
+    own.append(ASSIGNMENT, ({"round": round_, **line} for line in newcomer.assignment_log))
     own.append(
         METRICS,
         [

@@ -6,7 +6,7 @@ that it has while the mixture is active. The loss of quality is measured; if it 
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,16 +29,15 @@ from fedamole.files import new_folder, write_atomic
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, BaseSettings, auto_class, load_base
-from fedamole.model.batch import Row, batches
-from fedamole.model.params import Adapter, Shapes, expert_ids, shared_keys
+from fedamole.model.batch import Row
+from fedamole.model.moments import collect_moments, module_runs
+from fedamole.model.params import Adapter, expert_ids, shared_keys
 from fedamole.model.pretrained import load_adapter, save_adapter, without_deltas
 from fedamole.personal.export_settings import MAX_DEFAULT_RANK, ExportSettings
-from fedamole.personal.ridge import Moments, best_lora
+from fedamole.personal.ridge import best_lora
 from fedamole.personal.saved_models import SavedModel, client_shard, load_base_for, read_adapter
 
 REPORT = "export.json"
-SUMS_AT_ONCE = 2**31
-"""Bytes of sums held at a time; more modules than that allows are seen in further passes over the text."""
 
 
 class LossyError(FedamoleError):
@@ -205,8 +204,10 @@ def as_lora(bank: Bank, personal: Adapter, texts: Texts, settings: ExportSetting
     rank = settings.rank or min(MAX_DEFAULT_RANK, _rank_of(personal, held))
     tensors, missed = dict[str, Tensor](), dict[str, float]()
     tokens = sum(len(prompt) + len(answer) for prompt, answer in texts.calibration)
-    for modules in _passes({name: bank.base.shapes[name] for name in held}):
-        for module, sums in watched(bank, personal, modules, texts).items():
+    bank.load([personal])
+    for modules in module_runs({name: bank.base.shapes[name] for name in held}, outputs=True):
+        moments = collect_moments(bank, modules, texts.calibration, texts.batch_tokens, outputs=True)
+        for module, sums in moments.items():
             factors = best_lora(sums, rank, settings.ridge)
             a, b = shared_keys(module)
             tensors[a], tensors[b], missed[module] = factors.a, factors.b, factors.unexplained
@@ -222,52 +223,6 @@ def _rank_of(personal: Adapter, held: dict[str, list[int]]) -> int:
         if factor == "A" and (kind == "shared" or kind.startswith("expert-")):
             ranks[module] += len(tensor)
     return max(ranks.values())
-
-
-def _passes(shapes: Shapes) -> Iterator[list[str]]:
-    """Cut the modules into runs whose sums are held together."""
-    run, size = list[str](), 0
-    for name, (d_in, d_out) in shapes.items():
-        more = 8 * d_in * (d_in + d_out)
-        if run and size + more > SUMS_AT_ONCE:
-            yield run
-            run, size = [], 0
-        run.append(name)
-        size += more
-    yield run
-
-
-def watched(bank: Bank, personal: Adapter, modules: Sequence[str], texts: Texts) -> dict[str, Moments]:
-    """Sums of some modules' inputs and of what the mixture adds there, over all tokens of the calibration rows."""
-    base = bank.base
-    sums = {name: Moments(*base.shapes[name], base.device) for name in modules}
-    plain: dict[str, Tensor] = {}
-
-    def watch(name: str) -> list[torch.utils.hooks.RemovableHandle]:
-        def linear(_: torch.nn.Module, __: tuple[Any, ...], out: Tensor) -> None:
-            plain[name] = out
-
-        def mixture(_: torch.nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
-            if bank.tape.hidden is not None:
-                return  # a first look at the prompts, for weights by instance
-            x, added = inputs[0].flatten(0, -2), (out - plain.pop(name)).flatten(0, -2)
-            counted = bank.tape.counted
-            sums[name].add(*((x, added) if counted is None else (x[counted], added[counted])))
-
-        layer = bank.layers[name]
-        return [layer.base_layer.register_forward_hook(linear), layer.register_forward_hook(mixture)]
-
-    bank.load([personal])
-    handles = [handle for name in modules for handle in watch(name)]
-    try:
-        with torch.no_grad():
-            for batch in batches([texts.calibration], base.pad_id, bank.packs, texts.batch_tokens):
-                with bank.reading(batch.to(base.device)):
-                    pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sums
 
 
 def refuse_unmergeable(base: Base, modules: Sequence[str]) -> None:

@@ -19,27 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-class Moments:
-    """Sums over tokens of one module's inputs and of a mixture's outputs, in float64."""
-
-    def __init__(self, d_in: int, d_out: int, device: torch.device) -> None:
-        """Begin with no tokens."""
-        self.xx = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
-        """X^T X (d_in, d_in)."""
-        self.xy = torch.zeros(d_in, d_out, dtype=torch.float64, device=device)
-        """X^T Delta (d_in, d_out)."""
-        self.yy = torch.zeros((), dtype=torch.float64, device=device)
-        """Sum of |delta|^2."""
-        self.tokens = 0
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Count T more tokens: inputs x (T, d_in), outputs y (T, d_out)."""
-        x, y = x.double(), y.double()
-        self.xx.addmm_(x.T, x)
-        self.xy.addmm_(x.T, y)
-        self.yy += y.square().sum()
-        self.tokens += len(x)
+from fedamole.model.moments import Moments
 
 
 @dataclass(frozen=True)

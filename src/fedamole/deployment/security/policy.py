@@ -193,7 +193,7 @@ def asked_of_rows(config: Config, rows: Mapping[str, int], policy: PolicySetting
     read = steps * training.batch_size * training.accumulation
     different = min(read, rows["train"])
     leaving = ["train", "validation", "test"]
-    if config.method.embeds or config.method.looks:
+    if config.method.needs_embeddings or config.method.probes:
         leaving.insert(1, "embedding")
     return [
         *(_least(f"rows in the {split} split", rows[split], "min_rows", policy) for split in leaving),

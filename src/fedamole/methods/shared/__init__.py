@@ -1,1 +1,1 @@
-"""Functions that several methods share: averages, stacked changes, ranks, clusters, architectures."""
+"""Code that several methods share: averages, stacked changes, ranks, clusters, architectures."""

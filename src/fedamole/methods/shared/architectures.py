@@ -1,5 +1,6 @@
-"""Who holds which expert next: reverse selection, or one of its ablations, for all modules of a mixture of experts."""
+"""Assignment of experts to clients, for all modules of a mixture: reverse selection or one of its ablations."""
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -11,17 +12,26 @@ from fedamole.assignment.relevance import Floats, Mask, Scores, choice_probabili
 from fedamole.assignment.reverse_selection import Bounds, select_for_remaining
 from fedamole.federation.method import Server
 from fedamole.federation.randomness import numpy_generator
-from fedamole.methods.shared.averaging import Tensors
+from fedamole.model.params import Tensors
 
 Assignment = Literal["reverse", "random", "static", "homogeneous"]
 Held = dict[str, dict[str, list[int]]]
 """Experts of each client, by module."""
 
 
+Embeddings = Mapping[str, Mapping[str, Tensor]]
+"""Embeddings (r) by module, and in it by expert or client."""
+
+
+def expert_name(expert: int) -> str:
+    """Return the key of an expert's embeddings, such as expert-07."""
+    return f"expert-{expert:02d}"
+
+
 def next_architectures(
     server: Server,
-    expert_embeddings: Tensors,
-    client_embeddings: Tensors,
+    expert_embeddings: Embeddings,
+    client_embeddings: Embeddings,
     *,
     kind: Assignment,
     rank: int,
@@ -29,18 +39,23 @@ def next_architectures(
     bounds: Bounds,
     round_: int,
 ) -> tuple[Held, dict[str, Tensor]]:
-    """Solve the assignment of every module for a round; return who holds what, and P (E, C) by module.
+    """Solve the assignment of every module for a round; return the experts of each client and P (E, C), by module.
 
-    P is drawn at random in round 0, where no embeddings exist yet, and for the kind "random". Errors: as
+    P is random in round 0, when no embeddings exist, and for the kind "random". Errors: as
     `select_for_remaining` and `relevance`.
     """
     names = sorted(client.name for client in server.clients)
-    ids = [f"expert-{expert:02d}" for expert in range(experts)]
+    ids = [expert_name(expert) for expert in range(experts)]
 
     def choices(module: str) -> Scores:
         if round_ > 0 and kind != "random":
             scores = _known_relevance(
-                expert_embeddings, client_embeddings, rank=rank, module=module, experts=ids, clients=names
+                expert_embeddings.get(module, {}),
+                client_embeddings.get(module, {}),
+                rank=rank,
+                module=module,
+                experts=ids,
+                clients=names,
             )
             return choice_probabilities(scores)
         rng = numpy_generator(server.seed, f"assignment/{module}", "server", round_)
@@ -56,6 +71,21 @@ def next_architectures(
     return held, {module: torch.from_numpy(p) for module, p in P.items()}
 
 
+def add_most_relevant(
+    chosen: Mapping[str, Sequence[int]], probabilities: Mapping[str, Tensor], client: int, min_experts: int
+) -> dict[str, list[int]]:
+    """Add the most relevant experts of a client, by module, until it holds `min_experts`; return sorted experts.
+
+    `probabilities` are P (E, C) by module, and `client` is the client's column.
+    """
+    held = {}
+    for module, experts in chosen.items():
+        relevance_of = probabilities[module][:, client].tolist()
+        others = sorted(set(range(len(relevance_of))) - set(experts), key=lambda i: (-relevance_of[i], i))
+        held[module] = sorted([*experts, *others[: max(0, min_experts - len(experts))]])
+    return held
+
+
 def _known_relevance(
     expert_embeddings: Tensors,
     client_embeddings: Tensors,
@@ -65,21 +95,21 @@ def _known_relevance(
     experts: list[str],
     clients: list[str],
 ) -> Scores:
-    """Scores (E, C) of one module from the last known embeddings, by <module>/<expert> and <module>/<client>."""
+    """Return scores (E, C) of one module from the last known embeddings of its experts and clients."""
 
     def rows(known: Tensors, ids: list[str]) -> tuple[Floats, Mask]:
-        found = [known.get(f"{module}/{name}") for name in ids]
-        stacked = torch.stack([torch.zeros(rank) if row is None else row for row in found])
-        return stacked.numpy(), np.array([row is not None for row in found])
+        embeddings = [known.get(name) for name in ids]
+        stacked = torch.stack([torch.zeros(rank) if row is None else row for row in embeddings])
+        return stacked.numpy(), np.array([row is not None for row in embeddings])
 
-    e, known = rows(expert_embeddings, experts)
-    t, heard = rows(client_embeddings, clients)
+    e, experts_known = rows(expert_embeddings, experts)
+    t, clients_known = rows(client_embeddings, clients)
     return relevance(
         e,
         t,
         rank=rank,
-        experts_known=known,
-        clients_known=heard,
+        experts_known=experts_known,
+        clients_known=clients_known,
         module=module,
         expert_ids=experts,
         client_ids=clients,

@@ -1,4 +1,4 @@
-"""Clusters of clients by what they have learned."""
+"""Clusters of clients by the similarity of their trained tensors."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ Distances = NDArray[np.float64]
 
 
 def cosine_distances(rows: Sequence[Sequence[Tensor]], columns: Sequence[Sequence[Tensor]]) -> Distances:
-    """Mean over the modules of 1 - cosine, (rows, columns), between what each holds in every module."""
+    """Return (rows, columns): the mean over modules of 1 - cosine similarity; an entry is a tensor per module."""
     return np.array(
         [
             [
@@ -28,10 +28,11 @@ def cosine_distances(rows: Sequence[Sequence[Tensor]], columns: Sequence[Sequenc
     )
 
 
-def silhouette_clusters(distances: Distances, most: int) -> NDArray[np.int64]:
-    """Labels 0 .. M - 1 by agglomerative clustering with the M from 2 to `most` of the highest mean silhouette.
+def silhouette_clusters(distances: Distances, max_clusters: int) -> NDArray[np.int64]:
+    """Cluster agglomeratively into the number M of clusters with the highest mean silhouette; return labels 0 .. M - 1.
 
-    Fewer than three clients, or `most` = 1, are one cluster. Labels are numbered in the order of their first client.
+    M is from 2 to `max_clusters`; with fewer than three clients or `max_clusters` = 1 there is one cluster. Labels are
+    numbered in the order of their first client.
     """
     from sklearn.cluster import AgglomerativeClustering
     from sklearn.metrics import silhouette_score
@@ -40,10 +41,10 @@ def silhouette_clusters(distances: Distances, most: int) -> NDArray[np.int64]:
     best, labels = -np.inf, np.zeros(count, dtype=np.int64)
     square = (distances + distances.T) / 2
     np.fill_diagonal(square, 0)
-    for clusters in range(2, min(most, count - 1) + 1):
-        found = AgglomerativeClustering(clusters, metric="precomputed", linkage="average").fit_predict(square)
-        score = silhouette_score(square, found, metric="precomputed")
+    for clusters in range(2, min(max_clusters, count - 1) + 1):
+        candidate = AgglomerativeClustering(clusters, metric="precomputed", linkage="average").fit_predict(square)
+        score = silhouette_score(square, candidate, metric="precomputed")
         if score > best:
-            best, labels = score, found
-    order = {label: place for place, label in enumerate(dict.fromkeys(labels.tolist()))}
+            best, labels = score, candidate
+    order = {label: i for i, label in enumerate(dict.fromkeys(labels.tolist()))}
     return np.array([order[label] for label in labels.tolist()], dtype=np.int64)

@@ -1,34 +1,37 @@
-"""What methods share whose clients have LoRAs of different ranks."""
+"""Base class of methods whose clients have LoRAs of different ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, D, K, LoraMethod, S, U
+from fedamole.federation.method import ClientInfo, D, K, S, U
+from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.amole import AdapterSpec
 
 
 @dataclass(frozen=True)
 class RankedMethod(LoraMethod[S, D, K, U]):
-    """A method whose clients have ranks of their own; the scaling alpha / rank is the same for all."""
+    """A method with a LoRA rank per client; the scaling alpha / rank is the same for all."""
 
     ranks: tuple[int, ...] = ()
-    """Ranks given to the clients in turn, by name; what empty means is the method's."""
+    """Ranks assigned to the clients in turn, by name; the method defines what empty means."""
 
+    @override
     def __post_init__(self) -> None:
-        """Refuse ranks that are none."""
         super().__post_init__()
         if self.ranks and min(self.ranks) < 1:
             raise ConfigError(f"method.ranks = {list(self.ranks)}: ranks must be at least 1")
 
     def in_turn(self, clients: Sequence[ClientInfo], ranks: Sequence[int]) -> dict[str, int]:
-        """Give ranks to the clients in turn, in the order of their names."""
-        return {client.name: ranks[place % len(ranks)] for place, client in enumerate(clients)}
+        """Assign ranks to the clients in turn, in the order of their names."""
+        return {client.name: ranks[i % len(ranks)] for i, client in enumerate(clients)}
 
     def spec_of(self, rank: int) -> AdapterSpec:
-        """What adapters of one rank share."""
+        """Return the settings of adapters of one rank."""
         return AdapterSpec(rank, self.alpha * rank / self.rank, self.dropout, self.dropout_kind)
 
     def half_once_twice(self) -> tuple[int, ...]:
-        """The ranks that clients have in turn where none are named."""
+        """Return the default ranks: half, once and twice `rank`."""
         return max(1, self.rank // 2), self.rank, 2 * self.rank

@@ -1,8 +1,8 @@
-"""Changes of the base that add up exactly: what a server logs, what travels, what a client merges.
+"""Exact changes of the base: the server's log, the messages, and their sum at a client.
 
 A change of a module's frozen linear is a product of stacked factors, B (d_out, R) A (R, d_in). The server keeps every
-change until each client has merged it; a client is sent what it has not merged yet, once, and adds it to a matrix of
-its own. The base itself is never written.
+change until all clients have merged it. A client is sent the changes that it has not merged yet and adds them to a
+matrix of its own. The base itself is not changed.
 """
 
 from collections.abc import Mapping
@@ -15,66 +15,62 @@ from torch.nn import functional as F
 from fedamole.federation.method import ClientInfo
 from fedamole.model.params import Shapes, delta_key
 
+Change = Mapping[str, Mapping[str, Tensor]]
+"""The factors "A" (R, d_in) and "B" (d_out, R) of a change, by module."""
+
 
 @dataclass(frozen=True)
 class Changes:
-    """Changes `first` .. `count` - 1 of the base, one per round that had replies."""
+    """Changes of the base, one per round with replies; the last has the number `count` - 1."""
 
-    factors: Mapping[str, Tensor]
-    """By <number>/<module>/A (R, d_in) and /B (d_out, R)."""
+    factors: Mapping[str, Mapping[str, Mapping[str, Tensor]]]
+    """A `Change` by its number."""
     count: int = 0
+
+    def since(self, number: int) -> "Changes":
+        """Return the changes from this number on."""
+        return Changes({key: change for key, change in self.factors.items() if int(key) >= number}, self.count)
 
 
 @dataclass(frozen=True)
 class Log:
-    """The server's changes, and how many of them each client has merged."""
+    """The changes that not all clients have merged yet, and how many each client has merged."""
 
     changes: Changes
     merged: dict[str, int] = field(default_factory=dict)
 
     def pending(self, client: str) -> Changes:
-        """What a client has not merged yet."""
-        done = self.merged.get(client, 0)
-        factors = {name: value for name, value in self.changes.factors.items() if _number(name) >= done}
-        return Changes(factors, self.changes.count)
+        """Return the changes that a client has not merged yet."""
+        return self.changes.since(self.merged.get(client, 0))
 
-    def add(
-        self, change: Mapping[str, tuple[Tensor, Tensor]], merged: Mapping[str, int], clients: tuple[ClientInfo, ...]
-    ) -> "Log":
-        """Log a change, (A, B) by module, note what clients have merged and drop what everybody has."""
-        known = {**self.merged, **merged}
-        done, number = min(known.get(client.name, 0) for client in clients), self.changes.count
-        factors = {name: value for name, value in self.changes.factors.items() if _number(name) >= done}
-        for module, (a, b) in change.items():
-            factors[f"{number:05d}/{module}/A"], factors[f"{number:05d}/{module}/B"] = a, b
-        return Log(Changes(factors, number + 1), known)
+    def add(self, change: Change, merged: Mapping[str, int], clients: tuple[ClientInfo, ...]) -> "Log":
+        """Append a change, update the counts `merged` of some clients, and drop the changes that all have merged."""
+        counts = {**self.merged, **merged}
+        pending = self.changes.since(min(counts.get(client.name, 0) for client in clients))
+        number = self.changes.count
+        return Log(Changes({**pending.factors, str(number): change}, number + 1), counts)
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What a client has merged: by <module>/delta, (d_out, d_in), of the first `count` changes."""
+    """The sum of the first `count` changes at a client: <module>/delta, (d_out, d_in), by name."""
 
     deltas: Mapping[str, Tensor]
     count: int = 0
 
     @staticmethod
     def nothing(shapes: Shapes) -> "Merged":
-        """Before the first change."""
+        """Return the zeros before the first change."""
         return Merged({delta_key(name): torch.zeros(d_out, d_in) for name, (d_in, d_out) in shapes.items()})
 
     def merge(self, changes: Changes) -> "Merged":
         """Add the changes that are not merged yet."""
         deltas = dict(self.deltas)
-        for name in sorted(changes.factors):
-            number, module, factor = name.split("/")
-            if factor == "A" and int(number) >= self.count:
-                a, b = changes.factors[name], changes.factors[f"{number}/{module}/B"]
-                deltas[delta_key(module)] = deltas[delta_key(module)] + b @ a
+        new = changes.since(self.count).factors
+        for number in sorted(new, key=int):
+            for module, factors in new[number].items():
+                deltas[delta_key(module)] = deltas[delta_key(module)] + factors["B"] @ factors["A"]
         return Merged(deltas, max(self.count, changes.count))
-
-
-def _number(name: str) -> int:
-    return int(name.partition("/")[0])
 
 
 def stacked(
@@ -92,10 +88,10 @@ def stacked(
 
 
 def truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best factors of a rank for the product B A (d_out, d_in) of stacked factors: A = V^T, B = U S, in float32.
+    """Return the best factors of a rank for the product B A (d_out, d_in) of stacks: A = V^T, B = U S, float32.
 
-    Computed on the R x R core of two QR decompositions in float64: the product itself is never formed. Where the
-    product has fewer dimensions than `rank`, B's rest is 0 and A's orthonormal to what is there, so that it can learn.
+    Computed from the R x R core of two QR decompositions in float64, without forming the product. If the product has
+    fewer dimensions than `rank`, the other columns of B are 0 and the other rows of A orthonormal to the first.
     """
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().T)
