@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import textwrap
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -113,7 +113,7 @@ def _default(field: "dataclasses.Field[Any]") -> str:
     return f"`{value}`"
 
 
-def _table(heads: tuple[str, ...], lines: list[tuple[str, ...]]) -> Iterator[str]:
+def _table(heads: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> Iterator[str]:
     yield f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
     yield from (f"| {' | '.join(cells)} |" for cells in lines)
 
