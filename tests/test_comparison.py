@@ -293,7 +293,7 @@ def test_an_interrupt_stops_everything_and_says_how_to_go_on(write: Write, tmp_p
     path = write(["local_only"], overrides=[*SMALL, "federation.rounds=500"])
     words = [sys.executable, "-m", "fedamole", "compare", str(path)]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=heeding_interrupts)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not list(tmp_path.glob("out/tiny/*/checkpoints/*.json")) and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.02)

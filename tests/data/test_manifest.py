@@ -191,7 +191,9 @@ def test_options_that_differ_between_sources_of_one_task_are_noted(
         return notes
 
     (note,) = drawn("yes no", "yes no maybe")
-    assert note.startswith("sources 'a' and 'b' have one template and share options, but 'maybe' is an option of one")
+    assert note.startswith(
+        "sources 'a' and 'b' have the same template and share options, but only one of them has the option 'maybe'"
+    )
     assert drawn("yes no", "no yes") == ()
     assert drawn("yes no", "red blue") == (), "these are two tasks"
     task = TemplateSettings(prompt="{text}\n", answer="{label}", options=("maybe", "no", "yes"))

@@ -152,7 +152,7 @@ def test_labels_that_differ_by_white_space_are_one_option(caplog: pytest.LogCapt
     options = options_of(template, rows, "f")
     assert options == (" maybe", "no", "yes"), "a label that is always written in one way stays as it is"
     assert [record.getMessage() for record in caplog.records] == [
-        "f: 3 of 7 labels have white space around them; which is removed; for example 'yes '"
+        "f: 3 of 7 labels have white space around them, which is removed; for example 'yes '"
     ]
     examples = [render(template, options, row, "f") for row in rows]
     answers = [None if example is None else example.answer for example in examples]
