@@ -15,6 +15,7 @@ from fedamole.assignment.reverse_selection import Bounds, select
 from fedamole.federation.client_data import client_data
 from fedamole.federation.local import embed
 from fedamole.federation.record import unpack
+from fedamole.methods import METHODS
 from fedamole.methods.fedamole import Pool
 from fedamole.model.bank import Bank
 from fedamole.model.params import Adapter, expert_ids, expert_keys
@@ -211,3 +212,10 @@ def test_a_run_without_its_last_state(runs: Any, rows: Path, tmp_path: Path, fed
     assert "not finished" in told(lambda run: (run / "summary.json").unlink())
     assert "no checkpoints" in told(lambda run: shutil.rmtree(run / "checkpoints"))
     assert "damaged" in told(lambda run: (run / "checkpoints" / state).write_bytes(b"something else"))
+
+
+def test_which_methods_accept_newcomers() -> None:
+    """A pool of experts, or one set of tensors for all clients, which keep nothing else."""
+    accepting = {name for name, method in METHODS.items() if method.accepts_newcomers and not name.endswith("_ft")}
+    assert accepting == {"fedamole", "fedit", "fedprompt", "fedptuning", "fedprox", "ffa_lora"}
+    assert METHODS["fedit_ft"].accepts_newcomers
