@@ -308,7 +308,7 @@ def test_partition(fedamole: Any, own: Path, tmp_path: Path, runs: Any) -> None:
     }
     assert sum(row[split] for row in rows for split in ("train", "embedding", "validation", "test")) == 195
     assert fedamole("partition", own, "--out", tmp_path / "m.json").code == 0
-    refused(fedamole("partition", own, "--out", tmp_path / "m.json"), 5, "exists already")
+    refused(fedamole("partition", own, "--out", tmp_path / "m.json"), 5, "already exists")
     drawn, stored = (json.loads(path.read_text()) for path in (tmp_path / "m.json", runs("fedit") / "manifest.json"))
     assert drawn["clients"] == stored["clients"]
     assert json.loads(fedamole("partition", own, f"data.manifest={tmp_path / 'm.json'}", "--json").out) == rows

@@ -15,9 +15,9 @@ from fedamole.deployment.security.policy import (
     PolicyError,
     PolicySettings,
     asked,
-    asked_of_rows,
+    enforce,
     read_policy,
-    refuse_breaches,
+    row_checks,
 )
 from fedamole.runs.run_files import SPLITS
 
@@ -60,9 +60,9 @@ def test_a_hospitals_policy_allows_what_the_config_asks(name: str) -> None:
     source = SourceSettings(name, path=str(HOSPITALS / "data" / f"{name}.jsonl"), columns=COLUMNS.get(name, {}))
     (shard,) = load_federation(replace(config.data, source=(source,)), ROOT).shards
     rows = {split: len(getattr(shard, split)) for split in SPLITS}
-    refuse_breaches([*asked(config, source, policy, None), *asked_of_rows(config, rows, policy)])
+    enforce([*asked(config, source, policy, None), *row_checks(config, rows, policy)])
     with pytest.raises(PolicyError, match="embedding split"):
-        refuse_breaches(asked_of_rows(config, rows, PolicySettings()))
+        enforce(row_checks(config, rows, PolicySettings()))
     assert "--policy" in SCRIPT.read_text()
 
 

@@ -10,7 +10,7 @@ import torch
 
 from fedamole.config import build, load_config
 from fedamole.data.settings import SourceSettings
-from fedamole.deployment.client_handler import Host
+from fedamole.deployment.client_handler import ClientHandler
 from fedamole.deployment.run_session import ClientSettings
 from fedamole.deployment.security.policy import UNBOUNDED
 from fedamole.deployment.shared_config import shared_tables
@@ -64,7 +64,7 @@ class Calendar(ProgressListener):
 class Direct:
     """Nodes are hosts; what comes before and after their work can be meddled with."""
 
-    hosts: dict[int, Host]
+    hosts: dict[int, ClientHandler]
     registered: dict[int, str]
     calendar: Calendar = field(default_factory=Calendar)
     before: Callable[[str, Request], None] = lambda name, request: None
@@ -82,13 +82,13 @@ class Direct:
     def nodes(self) -> Mapping[int, str]:
         return {node: name for node, name in self.registered.items() if name not in self.calendar.away}
 
-    def restart(self, name: str) -> Host:
+    def restart(self, name: str) -> ClientHandler:
         """Another process with the same settings; the operating system has let go of the old one's lock."""
         node = self.node(name)
         old = self.hosts[node]
-        if old.seat is not None:
-            old.seat.hold.close()
-        self.hosts[node] = Host(old.settings, old.listener)
+        if old.session is not None:
+            old.session.lock.close()
+        self.hosts[node] = ClientHandler(old.settings, old.listener)
         return self.hosts[node]
 
     def send(self, node: int, payload: bytes, round_: int, seconds: float) -> str:
@@ -155,7 +155,7 @@ def town(config_file: Path, folder: Path, *overrides: str) -> Town:
     roster = f"deployment.clients={names}".replace("'", '"')
     config = load_config(config_file, [roster, "deployment.gathering=0", "deployment.patience=5", *overrides])
     hosts = {
-        10 + place: Host(
+        10 + place: ClientHandler(
             ClientSettings(
                 source,
                 folder=str(folder / source.name),

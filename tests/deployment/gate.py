@@ -29,9 +29,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from fedamole.deployment.gateway.guard import BODY_LIMITS, MIB, PUSH_OBJECT, Complaints
+from fedamole.deployment.gateway.connection_slots import ConnectionSlots
+from fedamole.deployment.gateway.guard import BODY_LIMITS, MIB, PUSH_OBJECT, RateLimitedLog
 from fedamole.deployment.gateway.listener import Certificate, listener
-from fedamole.deployment.gateway.places import Places
 from fedamole.deployment.gateway.proxy import LOG, Gateway, superlink_client
 from fedamole.deployment.security.keys import load_private
 from fedamole.deployment.security.roster import Roster
@@ -240,7 +240,7 @@ class Door:
 
 @contextmanager
 def impatient(
-    tls: Path, superlink: StandIn, idle_s: float = 30.0, call_s: float = 30.0, stranger_s: float = 15.0
+    tls: Path, superlink: StandIn, idle_s: float = 30.0, call_s: float = 30.0, first_call_s: float = 15.0
 ) -> Iterator[Door]:
     """A gateway in this process, with clocks that a test can wait for."""
     port = free_port()
@@ -251,13 +251,13 @@ def impatient(
                 client,
                 f"{HOST}:{superlink.port}",
                 Roster(tls / "nodes"),
-                places=Places(stranger_s),
+                slots=ConnectionSlots(first_call_s),
                 idle_s=idle_s,
                 call_s=call_s,
                 limits={**BODY_LIMITS, PUSH_OBJECT: LIMIT_MIB * MIB},
             )
             certificate = Certificate(tls / "server.crt", tls / "server.key")
-            server = listener(app, HOST, port, certificate, app.places, Complaints(LOG))
+            server = listener(app, HOST, port, certificate, app.slots, RateLimitedLog(LOG))
             server.config.timeout_keep_alive = 1
             servers.append(server)
             await server.serve()

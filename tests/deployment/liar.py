@@ -17,7 +17,7 @@ import torch
 
 from fedamole.deployment import client_processes as client
 from fedamole.deployment import warm_worker
-from fedamole.deployment.client_handler import Host
+from fedamole.deployment.client_handler import ClientHandler
 from fedamole.engine.messages import JOIN, UPDATE, Reply, read_request
 from fedamole.federation.record import bytes_as_tensor, pack, tensor_as_bytes, unpack
 
@@ -27,7 +27,7 @@ LATE = 40.0
 """Seconds that a slow client takes longer."""
 
 
-class Liar(Host):
+class Liar(ClientHandler):
     """Does what it is asked to, and spoils updates, or what it says of itself and of its scores."""
 
     def answer(self, payload: bytes) -> bytes:
@@ -46,9 +46,9 @@ class Liar(Host):
 
     def spoilt(self, payload: bytes, change: Callable[[dict[str, torch.Tensor]], None]) -> bytes:
         """An answer whose first table of tensors has been changed."""
-        assert self.seat is not None
+        assert self.session is not None
         answer = unpack(Reply, self.honest(payload))
-        inner = unpack(self.seat.config.method.records.reply, tensor_as_bytes(answer.reply) or b"")
+        inner = unpack(self.session.config.method.records.reply, tensor_as_bytes(answer.reply) or b"")
         name = next(one.name for one in fields(inner) if getattr(inner, one.name))
         tensors = {key: tensor.clone() for key, tensor in getattr(inner, name).items()}
         change(tensors)
@@ -119,8 +119,8 @@ SAYINGS: dict[str, Callable[[Reply], Reply]] = {
 
 
 def _raise(host: Liar, payload: bytes) -> bytes:
-    assert host.seat is not None
-    worker = host.seat.worker
+    assert host.session is not None
+    worker = host.session.worker
     train = worker.update
 
     def update(*words: Any) -> Any:
@@ -174,14 +174,14 @@ LIES: dict[str, Callable[[Liar, bytes], bytes]] = {
 def _lying_client() -> None:
     from fedamole.cli.main import main
 
-    init = client.Client.__init__
+    init = client.ClientProcesses.__init__
 
-    def lying(self: client.Client, *words: Any) -> None:
+    def lying(self: client.ClientProcesses, *words: Any) -> None:
         init(self, *words)
         assert self.worker.words[1:3] == ["-m", "fedamole.deployment.warm_worker"]
         self.worker.words[1:3] = [__file__]
 
-    setattr(client.Client, "__init__", lying)  # noqa: B010
+    setattr(client.ClientProcesses, "__init__", lying)  # noqa: B010
     main()
 
 
@@ -189,5 +189,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "client":
         _lying_client()
     else:
-        setattr(warm_worker, "Host", Liar)  # noqa: B010
+        setattr(warm_worker, "ClientHandler", Liar)  # noqa: B010
         warm_worker.main()

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from fedamole.cli.main import app
 from fedamole.data.settings import SourceSettings
 from fedamole.deployment import warm_worker
-from fedamole.deployment.client_handler import Host
+from fedamole.deployment.client_handler import ClientHandler
 from fedamole.deployment.run_session import ClientSettings
 from fedamole.deployment.security.audit_log import FIRST, AuditError, AuditLog, read_audit
 from fedamole.deployment.security.policy import UNBOUNDED, PolicySettings
@@ -26,13 +26,13 @@ from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Reques
 from fedamole.errors import RunError
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import bytes_as_tensor, pack, tensor_as_bytes
-from tests.deployment.test_host import RUN_ID, ByHand
+from tests.deployment.test_client_handler import RUN_ID, ByHand
 
 
-def host_of(tiny: Path, folder: Path, **settings: Any) -> Host:
+def host_of(tiny: Path, folder: Path, **settings: Any) -> ClientHandler:
     source = SourceSettings("entail", path=str(tiny / "entail.jsonl"), template="entail")
     own = {"base": str(tiny / "base"), "device": "cpu", "threads": 1, "policy": UNBOUNDED, **settings}
-    return Host(
+    return ClientHandler(
         ClientSettings(source, folder=str(folder), audit=str(folder / ".client-entail/audit.jsonl"), **own),
         ProgressListener(),
     )
@@ -223,12 +223,12 @@ def test_what_cannot_be_logged_is_not_answered(tiny: Path, tmp_path: Path, monke
         written(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    assert host.seat is not None
+    assert host.session is not None
     for lines_that_fit, done in ((0, False), (1, True)):
         room = lines_that_fit
         with pytest.raises(AuditError, match=r"No space left on device.*nothing is answered"):
             host.answer(pack(server.update(0, -1)))
-        assert host.seat.answer_path(0).exists() == done, "the second time it was trained, and is not answered"
+        assert host.session.answer_path(0).exists() == done, "the second time it was trained, and is not answered"
     monkeypatch.undo()
     assert unpacked(Reply, host.answer(pack(server.update(0, -1)))).failed is None
 

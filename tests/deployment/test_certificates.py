@@ -24,10 +24,10 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from fedamole.deployment.security import dates
 from fedamole.deployment.security.certificates import make_certificates, make_loopback
-from fedamole.deployment.security.client_keys import admit, extend, make_own_key, roster
+from fedamole.deployment.security.client_keys import admit, admitted_keys, extend, make_own_key
 from fedamole.deployment.security.inspection import check_server, inspect_client
 from fedamole.deployment.security.keys import load_public, write
-from fedamole.deployment.server_processes import Door
+from fedamole.deployment.server_processes import ListenSettings
 from fedamole.errors import ConfigError
 
 HOSTS = ("fed.example.org", "192.0.2.7", "2001:db8::7")
@@ -54,32 +54,32 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 @pytest.fixture
 def greeting(certs: Path) -> Iterator[Callable[..., str]]:
     """`greeting(ca, name)`: a TLS handshake on loopback with a server that shows server.crt; its TLS version."""
-    places: list[socket.socket] = []
+    slots: list[socket.socket] = []
 
-    def serve(place: socket.socket, crt: Path, key: Path) -> None:
+    def serve(slot: socket.socket, crt: Path, key: Path) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(crt, key)
         try:
-            with place.accept()[0] as stream, context.wrap_socket(stream, server_side=True) as secured:
+            with slot.accept()[0] as stream, context.wrap_socket(stream, server_side=True) as secured:
                 secured.recv(1)
         except OSError:
             pass  # the client did not like the certificate
 
     def greet(ca: Path, name: str, crt: Path = certs / "server.crt", key: Path = certs / "server.key") -> str:
-        place = socket.create_server(("127.0.0.1", 0))
-        places.append(place)
-        threading.Thread(target=serve, args=(place, crt, key), daemon=True).start()
+        slot = socket.create_server(("127.0.0.1", 0))
+        slots.append(slot)
+        threading.Thread(target=serve, args=(slot, crt, key), daemon=True).start()
         context = ssl.create_default_context(cafile=ca)
         context.verify_flags |= ssl.VERIFY_X509_STRICT  # the default from Python 3.13 on
         with (
-            socket.create_connection(place.getsockname(), timeout=5) as stream,
+            socket.create_connection(slot.getsockname(), timeout=5) as stream,
             context.wrap_socket(stream, server_hostname=name) as secured,
         ):
             return str(secured.version())
 
     yield greet
-    for place in places:
-        place.close()
+    for slot in slots:
+        slot.close()
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -235,7 +235,7 @@ def test_more_clients_leave_everything_else_as_it_was(certs: Path) -> None:
     assert set(after) - set(before) == new
     assert {str(path.relative_to(certs)) for path in made.written} == new
     assert {str(path.relative_to(certs)) for path in made.kept} == set(before)
-    assert list(roster(certs)) == ["bank", "clinic", "shop"]
+    assert list(admitted_keys(certs)) == ["bank", "clinic", "shop"]
     assert make_certificates(certs, HOSTS, ("clinic",)).written == []
 
 
@@ -274,7 +274,7 @@ def test_renewing_issues_the_server_certificate_alone(certs: Path, greeting: Cal
 def test_an_authority_without_its_key_still_takes_clients(certs: Path) -> None:
     (certs / "ca.key").rename(certs.parent / "ca.key")
     make_certificates(certs, HOSTS, ("shop",))
-    assert "shop" in roster(certs)
+    assert "shop" in admitted_keys(certs)
     before = snapshot(certs)
     with pytest.raises(ConfigError, match=r"ca\.key is missing"):
         make_certificates(certs, HOSTS, (), renew_server=True)
@@ -366,8 +366,8 @@ def test_an_own_key_is_admitted_and_never_travels(certs: Path, tmp_path: Path) -
     assert make_own_key(tmp_path / "shop", "shop") == request
     assert snapshot(tmp_path / "shop") == before
     placed = admit(certs, "shop", request)
-    assert roster(certs)["shop"].path == placed == certs / "nodes" / "shop.pub"
-    assert roster(certs)["shop"].key == load_public(pub)
+    assert admitted_keys(certs)["shop"].path == placed == certs / "nodes" / "shop.pub"
+    assert admitted_keys(certs)["shop"].key == load_public(pub)
     line = placed.read_bytes()
     assert admit(certs, "shop", pub, days=900) == placed
     # Asked for among the others it is handed the coordinator's public files, and no second key.
@@ -381,7 +381,7 @@ def test_one_key_has_one_name_and_one_name_one_key(certs: Path, tmp_path: Path) 
         admit(certs, "shop", certs / "clients" / "clinic" / "node.pub")
     with pytest.raises(ConfigError, match=r"admitted with another key.*clients replace clinic"):
         admit(certs, "clinic", make_own_key(tmp_path / "own", "clinic"))
-    assert list(roster(certs)) == ["bank", "clinic"]
+    assert list(admitted_keys(certs)) == ["bank", "clinic"]
 
 
 def other_keys() -> dict[str, bytes]:
@@ -415,7 +415,7 @@ def test_only_public_keys_of_the_right_kind_are_admitted(certs: Path, tmp_path: 
         admit(certs, "shop", tmp_path / "absent.pub")
     with pytest.raises(ConfigError, match="there is no folder"):
         admit(tmp_path / "elsewhere", "shop", tmp_path / "own" / "node.pub")
-    assert "shop" not in roster(certs)
+    assert "shop" not in admitted_keys(certs)
 
 
 def test_check_server_finds_nothing_wrong(certs: Path) -> None:
@@ -451,24 +451,24 @@ def test_check_server_finds_what_is_wrong(certs: Path, tmp_path: Path, at: Calla
 def test_a_server_starts_with_a_warning_and_not_with_an_error(
     certs: Path, at: Callable[[int], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    Door("localhost", 9092, certs)
+    ListenSettings("localhost", 9092, certs)
     assert not caplog.records
     extend(certs, "clinic", 2000)
     extend(certs, "bank", 2000)
     at(825 - 29)
-    Door("localhost", 9092, certs)
+    ListenSettings("localhost", 9092, certs)
     assert ["server.crt expires within 30 days" in text for text in caplog.messages] == [True]
     at(826)
     with pytest.raises(ConfigError, match=r"server\.crt expired on"):
-        Door("localhost", 9092, certs)
+        ListenSettings("localhost", 9092, certs)
 
 
 def test_a_server_reads_the_passphrase_of_the_order_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_certificates(tmp_path / "c", (), (), passphrase=b"six words that nobody knows")
     with pytest.raises(ConfigError, match=r"coordinator\.key: is locked by a passphrase"):
-        Door("localhost", 9092, tmp_path / "c")
+        ListenSettings("localhost", 9092, tmp_path / "c")
     monkeypatch.setenv("FEDAMOLE_KEY_PASSPHRASE", "six words that nobody knows")
-    Door("localhost", 9092, tmp_path / "c")
+    ListenSettings("localhost", 9092, tmp_path / "c")
 
 
 def test_dates_near_the_end_are_warnings_and_stop_nothing(tmp_path: Path, at: Callable[[int], None]) -> None:

@@ -16,11 +16,11 @@ import httpx
 import pytest
 
 from fedamole.deployment import client_processes as client
-from fedamole.deployment.client_processes import Client, Connection, rendezvous
+from fedamole.deployment.client_processes import ClientProcesses, ServerConnection, socket_folder
 from fedamole.deployment.flower.fleet import FleetError, Incoming
 from fedamole.deployment.security.certificates import make_certificates
 from fedamole.deployment.security.keys import load_private, new_key
-from fedamole.deployment.security.orders import signed
+from fedamole.deployment.security.orders import sign_order
 from fedamole.errors import ConfigError, RunError
 
 
@@ -35,7 +35,7 @@ def test_what_a_killed_client_left_behind_is_removed_by_the_next(
     (tmp_path / "fedamole-²-x").symlink_to("/")  # what another account may put there
     (tmp_path / f"fedamole-{ended.pid}-link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").mkdir()
-    made = rendezvous()
+    made = socket_folder()
     left = {path.name for path in tmp_path.iterdir()}
     foreign = {"fedamole-²-x", f"fedamole-{ended.pid}-link", "elsewhere"}
     assert left == {f"fedamole-{os.getpid()}-mine", "fedamole-notes-x", made.name, *foreign}
@@ -81,10 +81,10 @@ class Script:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "AGAIN", 0.05)
-    monkeypatch.setattr(client, "READY", 0.0)
-    monkeypatch.setattr(client, "SOONEST", 0.01)
-    monkeypatch.setattr(client, "STALE", 0.5)
+    monkeypatch.setattr(client, "RESTART_S", 0.05)
+    monkeypatch.setattr(client, "WORKER_START_S", 0.0)
+    monkeypatch.setattr(client, "MIN_POLL_S", 0.01)
+    monkeypatch.setattr(client, "STALE_CONNECTION_S", 0.5)
 
 
 def tried(script: Script, folder: Path, monkeypatch: pytest.MonkeyPatch, until: str) -> list[str]:
@@ -97,13 +97,13 @@ def tried(script: Script, folder: Path, monkeypatch: pytest.MonkeyPatch, until: 
         if until in text:
             os.kill(os.getpid(), signal.SIGINT)
 
-    made = Client(Connection("127.0.0.1:1", None, insecure=True), "north", {}, folder, say)
+    made = ClientProcesses(ServerConnection("127.0.0.1:1", None, insecure=True), "north", {}, folder, say)
     made.worker.words = ["sleep", "60"]
     try:
         made.run()
     finally:
         assert not made.worker.running
-        assert not made.rendezvous.exists()
+        assert not made.socket_folder.exists()
     return said
 
 
@@ -112,7 +112,7 @@ BUSY = FleetError("busy", "x")
 
 @pytest.mark.usefixtures("quick")
 def test_a_client_that_was_taken_once_is_given_any_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "STALE", 60.0)
+    monkeypatch.setattr(client, "STALE_CONNECTION_S", 60.0)
     script = Script(BUSY, "lost", *[BUSY] * 30, "fine")
     said: list[str] = []
     monkeypatch.setattr(client, "Fleet", script)
@@ -122,7 +122,7 @@ def test_a_client_that_was_taken_once_is_given_any_patience(tmp_path: Path, monk
         if said.count("connected") == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    made = Client(Connection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, say)
+    made = ClientProcesses(ServerConnection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, say)
     made.worker.words = ["sleep", "60"]
     made.run()
     assert [text.split(":")[0] for text in said] == [
@@ -169,7 +169,7 @@ def test_a_server_that_is_away_is_waited_for(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.usefixtures("quick")
 def test_a_client_that_is_not_asked_for_long_connects_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "QUIET", 0.2)
+    monkeypatch.setattr(client, "IDLE_RECONNECT_S", 0.2)
     script = Script("fine")
     said = tried(script, tmp_path, monkeypatch, "no order for")
     assert "connected" in said
@@ -197,7 +197,7 @@ def test_a_client_obeys_its_coordinator_alone_and_each_order_once(tmp_path: Path
     """The worker here is an echo; what reaches it is what was obeyed."""
     make_certificates(tmp_path / "certs", ["localhost"], ["north", "south"])
     certs, said = tmp_path / "certs" / "clients" / "north", list[str]()
-    made = Client(Connection("localhost:1", certs), "north", {}, tmp_path / "home", said.append)
+    made = ClientProcesses(ServerConnection("localhost:1", certs), "north", {}, tmp_path / "home", said.append)
     coordinator = load_private(tmp_path / "certs" / "coordinator.key")
     reached: list[bytes] = []
 
@@ -213,20 +213,20 @@ def test_a_client_obeys_its_coordinator_alone_and_each_order_once(tmp_path: Path
     while not Path(made.socket).exists():
         time.sleep(0.01)
     script = Script("fine")
-    good, later = signed(coordinator, "north", 5, b"train"), signed(coordinator, "north", 6, b"test")
+    good, later = sign_order(coordinator, "north", 5, b"train"), sign_order(coordinator, "north", 6, b"test")
     orders = [
         good,
         good,
-        signed(coordinator, "north", 4, b"old"),
-        signed(coordinator, "south", 9, b"south's"),
-        signed(new_key(), "north", 9, b"forged"),
-        signed(None, "north", 9, b"unsigned"),
-        signed(load_private(certs / "node.key"), "north", 9, b"by a client"),
+        sign_order(coordinator, "north", 4, b"old"),
+        sign_order(coordinator, "south", 9, b"south's"),
+        sign_order(new_key(), "north", 9, b"forged"),
+        sign_order(None, "north", 9, b"unsigned"),
+        sign_order(load_private(certs / "node.key"), "north", 9, b"by a client"),
         b"go",
         later,
     ]
     for order in orders:
-        made._carry_out(script, Incoming(None, order))  # type: ignore[arg-type]
+        made._handle_order(script, Incoming(None, order))  # type: ignore[arg-type]
     worker.join(10)
     assert reached == [b"train", b"test"]
     assert script.replies == [b"done", b"done"], "what is no order gets no answer"
@@ -236,18 +236,20 @@ def test_a_client_obeys_its_coordinator_alone_and_each_order_once(tmp_path: Path
 
 
 def test_a_worker_that_is_not_there_is_an_answer(tmp_path: Path) -> None:
-    made = Client(Connection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, print)
+    made = ClientProcesses(ServerConnection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, print)
     script = Script("fine")
-    made._carry_out(script, Incoming(None, signed(None, "", 1, b"x")))  # type: ignore[arg-type]
+    made._handle_order(script, Incoming(None, sign_order(None, "", 1, b"x")))  # type: ignore[arg-type]
     assert script.replies == [None]
 
 
 def test_a_full_disk_is_an_answer_and_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = list[str]()
-    made = Client(Connection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, said.append)
-    monkeypatch.setattr(made.taken, "take", lambda order: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    made = ClientProcesses(ServerConnection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, said.append)
+    monkeypatch.setattr(
+        made.order_counter, "accept", lambda order: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     script = Script("fine")
-    made._carry_out(script, Incoming(None, signed(None, "", 1, b"x")))  # type: ignore[arg-type]
+    made._handle_order(script, Incoming(None, sign_order(None, "", 1, b"x")))  # type: ignore[arg-type]
     assert script.replies == [None]
     assert said == [f"an order is not carried out, as {tmp_path} cannot be written (No space left on device)"]
 
@@ -257,4 +259,4 @@ def test_a_folder_without_one_of_its_files_is_told(left: str, tmp_path: Path) ->
     for name in {"ca.crt", "coordinator.pub", "node.key"} - {left}:
         (tmp_path / name).touch()
     with pytest.raises(ConfigError, match=f"{left} is missing"):
-        Connection("localhost:1", tmp_path)
+        ServerConnection("localhost:1", tmp_path)

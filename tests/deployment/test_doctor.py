@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from fedamole.deployment import connection_check as reach
-from fedamole.deployment import doctor
+from fedamole.deployment import connection_check, doctor
 from fedamole.deployment.doctor import Finding, examine_client, examine_server
 from fedamole.deployment.security import dates
 from fedamole.deployment.security.certificates import make_certificates
@@ -154,7 +153,7 @@ def test_nothing_listens(certs: Path) -> None:
 
 def test_no_answer_to_the_first_packet(certs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A listener whose queue is full drops packets as a firewall does."""
-    monkeypatch.setattr(reach, "PATIENCE", 0.4)
+    monkeypatch.setattr(connection_check, "TIMEOUT_S", 0.4)
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         place.listen(0)
@@ -203,7 +202,7 @@ def test_a_port_that_speaks_no_tls(certs: Path, serve: Serve, monkeypatch: pytes
     finding = asked(f"127.0.0.1:{serve(None, b'HTTP/1.1 400 Bad Request')}", certs)
     assert "TLS fails" in finding.text
     assert "speaks no TLS" in finding.remedy
-    monkeypatch.setattr(reach, "PATIENCE", 0.3)
+    monkeypatch.setattr(connection_check, "TIMEOUT_S", 0.3)
     assert "no TLS answer" in asked(f"127.0.0.1:{serve(None)}", certs).text
 
 

@@ -32,7 +32,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedamole.deployment.flower import fleet as flower_fleet
-from fedamole.deployment.flower.content import bytes_of, sealed
+from fedamole.deployment.flower.content import from_array_record, to_array_record
 from fedamole.deployment.flower.fleet import Fleet, FleetError, UnusableMessageError
 from fedamole.deployment.processes import environment
 from fedamole.deployment.security.certificates import make_certificates
@@ -137,7 +137,7 @@ def request(content: RecordDict, kind: str = "query") -> Message:
 
 def test_a_message_comes_whole_and_is_answered(superlink: Superlink, fleet: Fleet) -> None:
     payload = bytes(range(256)) * 50_000  # more than one of Flower's pieces
-    superlink.queue(request(RecordDict({"request": sealed(payload)})))
+    superlink.queue(request(RecordDict({"request": to_array_record(payload)})))
     incoming = fleet.receive()
     assert incoming is not None
     assert incoming.payload == payload
@@ -151,24 +151,26 @@ def test_a_message_comes_whole_and_is_answered(superlink: Superlink, fleet: Flee
 
 
 def change_a_piece(it: Superlink) -> None:
-    it.queue(request(RecordDict({"request": sealed(b"x")})))
+    it.queue(request(RecordDict({"request": to_array_record(b"x")})))
     it.pieces = {name: piece + b"x" for name, piece in it.pieces.items()}
 
 
 def lose_the_pieces(it: Superlink) -> None:
-    it.queue(request(RecordDict({"request": sealed(b"x")})))
+    it.queue(request(RecordDict({"request": to_array_record(b"x")})))
     it.pieces = {}
 
 
 AGENT = RecordDict({"flwr.agentapp.message": ConfigRecord({"payload": "go"})})
 FOREIGN: dict[str, Callable[[Superlink], None]] = {
     "an agent's message": lambda it: it.queue(request(AGENT)),
-    "another kind of message": lambda it: it.queue(request(RecordDict({"request": sealed(b"x")}), "train")),
+    "another kind of message": lambda it: it.queue(request(RecordDict({"request": to_array_record(b"x")}), "train")),
     "a record beside the request": lambda it: it.queue(
-        request(RecordDict({"request": sealed(b"x"), "more": ConfigRecord({"a": 1})}))
+        request(RecordDict({"request": to_array_record(b"x"), "more": ConfigRecord({"a": 1})}))
     ),
-    "another node's message": lambda it: it.queue(request(RecordDict({"request": sealed(b"x")})), source=78),
-    "a message to another node": lambda it: it.queue(request(RecordDict({"request": sealed(b"x")})), target=78),
+    "another node's message": lambda it: it.queue(request(RecordDict({"request": to_array_record(b"x")})), source=78),
+    "a message to another node": lambda it: it.queue(
+        request(RecordDict({"request": to_array_record(b"x")})), target=78
+    ),
     "a changed piece": change_a_piece,
     "a missing piece": lose_the_pieces,
 }
@@ -196,19 +198,19 @@ def test_a_message_without_metadata_is_refused(superlink: Superlink, fleet: Flee
 def test_too_many_pieces_and_too_many_bytes_are_not_fetched(
     superlink: Superlink, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    superlink.queue(request(RecordDict({"request": sealed(b"x" * 1000)})))
-    monkeypatch.setattr(flower_fleet, "MOST_OBJECTS", 2)
+    superlink.queue(request(RecordDict({"request": to_array_record(b"x" * 1000)})))
+    monkeypatch.setattr(flower_fleet, "MAX_OBJECTS", 2)
     with pytest.raises(UnusableMessageError, match="more than 2 pieces"):
         fleet.receive()
     assert "pull-object" not in superlink.asked
-    monkeypatch.setattr(flower_fleet, "MOST_OBJECTS", 100)
-    monkeypatch.setattr(flower_fleet, "LARGEST_MESSAGE", 500)
+    monkeypatch.setattr(flower_fleet, "MAX_OBJECTS", 100)
+    monkeypatch.setattr(flower_fleet, "MAX_MESSAGE_BYTES", 500)
     with pytest.raises(UnusableMessageError, match="larger than 500 bytes"):
         fleet.receive()
 
 
 def test_an_answer_without_end_is_cut(superlink: Superlink, fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flower_fleet, "LARGEST_ANSWER", 1000)
+    monkeypatch.setattr(flower_fleet, "MAX_RESPONSE_BYTES", 1000)
     superlink.answers["send-node-heartbeat"] = b"x" * 2000
     with pytest.raises(httpx.DecodingError, match="too large"):
         fleet.heartbeat()
@@ -275,7 +277,7 @@ def test_a_former_node_is_ended_first(superlink: Superlink) -> None:
     made = Fleet(f"127.0.0.1:{superlink.port}", None, None, threading.Event())
     made.activate(former=5)
     assert superlink.asked == ["deactivate-node", "register-node", "activate-node"]
-    assert bytes_of(sealed(b"abc")) == b"abc"
+    assert from_array_record(to_array_record(b"abc")) == b"abc"
     made.close()
 
 

@@ -23,15 +23,15 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from starlette.datastructures import Headers
 
-from fedamole.deployment.flower.messages import MOST_OBJECTS, push_fault
+from fedamole.deployment.flower.messages import MAX_OBJECTS, push_fault
 from fedamole.deployment.gateway import guard as gateway_guard
 from fedamole.deployment.gateway.guard import (
     KEY_BYTES,
-    LINES,
-    LINES_S,
+    LINES_WINDOW_S,
+    MAX_LINES,
     MIB,
     Budget,
-    Complaints,
+    RateLimitedLog,
     RefusedError,
     check_signature,
 )
@@ -90,8 +90,8 @@ def test_names_and_window_are_those_of_flower() -> None:
     assert gateway_guard.KEY_HEADER == FLEET_HTTP_PUBLIC_KEY_HEADER
     assert gateway_guard.SIGNATURE_HEADER == FLEET_HTTP_SIGNATURE_HEADER
     assert gateway_guard.TIMESTAMP_HEADER == TIMESTAMP_HEADER
-    assert gateway_guard.OLDEST_S == TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
-    assert gateway_guard.NEWEST_S == -SYSTEM_TIME_TOLERANCE
+    assert gateway_guard.MAX_AGE_S == TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
+    assert gateway_guard.MIN_AGE_S == -SYSTEM_TIME_TOLERANCE
 
 
 @pytest.fixture
@@ -261,8 +261,8 @@ def test_a_message_has_a_bounded_number_of_objects() -> None:
         request.message_object_trees[0].CopyFrom(ObjectTree(children=children))
         return bytes(request.SerializeToString())
 
-    assert push_fault(tree(MOST_OBJECTS - 1)) is None
-    assert push_fault(tree(MOST_OBJECTS + 1)) == f"its message has more than {MOST_OBJECTS} objects"
+    assert push_fault(tree(MAX_OBJECTS - 1)) is None
+    assert push_fault(tree(MAX_OBJECTS + 1)) == f"its message has more than {MAX_OBJECTS} objects"
 
 
 def test_the_budget_bounds_a_key_and_all_and_is_given_back() -> None:
@@ -303,13 +303,13 @@ def test_bytes_on_their_way_are_bounded_and_others_go_on(door: Door) -> None:
 def test_nobody_fills_the_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    complaints = Complaints(logging.getLogger("fedamole.gateway"))
-    for number in range(10 * LINES):
-        complaints.say("strangers", f"line {number}")
-    assert len(caplog.records) == LINES + 1
+    limited_log = RateLimitedLog(logging.getLogger("fedamole.gateway"))
+    for number in range(10 * MAX_LINES):
+        limited_log.warning("strangers", f"line {number}")
+    assert len(caplog.records) == MAX_LINES + 1
     assert caplog.messages[-1] == "further lines about strangers are left out for 10 s"
-    complaints.say("anna", "a client's line")
+    limited_log.warning("anna", "a client's line")
     assert caplog.messages[-1] == "a client's line"
-    now[0] += LINES_S
-    complaints.say("strangers", "later")
+    now[0] += LINES_WINDOW_S
+    limited_log.warning("strangers", "later")
     assert caplog.messages[-1] == "later"

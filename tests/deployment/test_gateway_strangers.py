@@ -19,18 +19,18 @@ pytest.importorskip("flwr")
 from cryptography import x509
 
 from fedamole.deployment.gateway import listener as gateway_listener
-from fedamole.deployment.gateway.guard import MIB, RefusedError
-from fedamole.deployment.gateway.places import (
-    LEAST_PER_KEY,
-    MOST_PER_KEY,
-    NEIGHBOURS,
-    PER_ADDRESS,
-    REGISTERED,
-    STRANGERS,
-    Place,
-    Places,
+from fedamole.deployment.gateway.connection_slots import (
+    MAX_KNOWN_ADDRESSES,
+    MAX_PER_ADDRESS,
+    MAX_PER_KEY,
+    MAX_REGISTERED,
+    MAX_UNKNOWN,
+    MIN_PER_KEY,
+    ConnectionSlot,
+    ConnectionSlots,
     network_of,
 )
+from fedamole.deployment.gateway.guard import MIB, RefusedError
 from fedamole.deployment.security.certificates import make_certificates
 from fedamole.deployment.security.keys import new_key
 from tests.deployment.gate import (
@@ -149,7 +149,7 @@ def test_many_calls_of_strangers_are_few_lines_and_no_memory(tls: Path, superlin
 @pytest.mark.parametrize("what", ["tcp", "tls", "half a head", "calls"])
 def test_a_stranger_has_a_deadline(tls: Path, superlink: StandIn, what: str) -> None:
     """Also one that calls for what needs no key again and again, or sends its head byte by byte."""
-    with impatient(tls, superlink, stranger_s=0.6) as door:
+    with impatient(tls, superlink, first_call_s=0.6) as door:
         start = time.monotonic()
         stranger = socket.create_connection((HOST, door.port), 5) if what == "tcp" else opened(door, HOST)
         with stranger, suppress(OSError):
@@ -171,14 +171,14 @@ def test_a_stranger_has_a_deadline(tls: Path, superlink: StandIn, what: str) -> 
         assert call.sock is not None, "a client's connection outlives the strangers' deadline"
 
 
-def held(places: Places, *addresses: str) -> tuple[list[Place], set[int]]:
+def held(slots: ConnectionSlots, *addresses: str) -> tuple[list[ConnectionSlot], set[int]]:
     """Places for these addresses, and which of them have been closed, by number."""
     ended: set[int] = set()
     entered = []
     for number, address in enumerate(addresses):
-        place = places.enter(address)
-        place.close = lambda number=number: ended.add(number)  # type: ignore[misc]
-        entered.append(place)
+        slot = slots.acquire(address)
+        slot.close = lambda number=number: ended.add(number)  # type: ignore[misc]
+        entered.append(slot)
     return entered, ended
 
 
@@ -191,8 +191,8 @@ def within(scenario: Callable[[], None]) -> None:
 
 def test_the_oldest_stranger_of_the_address_makes_room() -> None:
     def scenario() -> None:
-        places = Places()
-        _, ended = held(places, "9.9.9.9", *(PER_ADDRESS + 2) * ["1.1.1.1"])
+        slots = ConnectionSlots()
+        _, ended = held(slots, "9.9.9.9", *(MAX_PER_ADDRESS + 2) * ["1.1.1.1"])
         assert ended == {1, 2}
 
     within(scenario)
@@ -200,28 +200,28 @@ def test_the_oldest_stranger_of_the_address_makes_room() -> None:
 
 def test_the_address_with_most_strangers_makes_room() -> None:
     def scenario() -> None:
-        many = [f"1.1.1.{number // PER_ADDRESS}" for number in range(STRANGERS - 1)]
-        places = Places()
-        _, ended = held(places, "9.9.9.9", *many, "8.8.8.8", "7.7.7.7")
-        assert ended == {1, 1 + PER_ADDRESS}, "neither the single caller, though it is the oldest, nor the new ones"
+        many = [f"1.1.1.{number // MAX_PER_ADDRESS}" for number in range(MAX_UNKNOWN - 1)]
+        slots = ConnectionSlots()
+        _, ended = held(slots, "9.9.9.9", *many, "8.8.8.8", "7.7.7.7")
+        assert ended == {1, 1 + MAX_PER_ADDRESS}, "neither the single caller, though it is the oldest, nor the new ones"
 
     within(scenario)
 
 
 def test_a_clients_address_has_waiting_places_of_its_own() -> None:
     def scenario() -> None:
-        places = Places()
-        (first,), gone = held(places, "9.9.9.9")
-        places.admit(first, "anna", 1)
-        (new,), closed = held(places, "9.9.9.9")
-        held(places, *(f"1.{number // 256}.{number % 256}.1" for number in range(3 * STRANGERS)))
+        slots = ConnectionSlots()
+        (first,), gone = held(slots, "9.9.9.9")
+        slots.authenticate(first, "anna", 1)
+        (new,), closed = held(slots, "9.9.9.9")
+        held(slots, *(f"1.{number // 256}.{number % 256}.1" for number in range(3 * MAX_UNKNOWN)))
         assert not gone
         assert not closed
-        places.admit(new, "anna", 1)
+        slots.authenticate(new, "anna", 1)
         # Registered clients have many addresses too; the places beside strangers' are bounded as well.
-        for number in range(NEIGHBOURS + 1):
-            places.admit(places.enter(f"2.2.{number}.2"), f"client-{number}", 1)
-        _, ended = held(places, *(f"2.2.{number}.2" for number in range(NEIGHBOURS + 1)))
+        for number in range(MAX_KNOWN_ADDRESSES + 1):
+            slots.authenticate(slots.acquire(f"2.2.{number}.2"), f"client-{number}", 1)
+        _, ended = held(slots, *(f"2.2.{number}.2" for number in range(MAX_KNOWN_ADDRESSES + 1)))
         assert len(ended) == 1
 
     within(scenario)
@@ -229,32 +229,32 @@ def test_a_clients_address_has_waiting_places_of_its_own() -> None:
 
 def test_a_key_has_its_share_of_the_places_and_no_more() -> None:
     def scenario() -> None:
-        places = Places()
-        own = [places.enter("1.1.1.1") for _ in range(MOST_PER_KEY)]
-        for place in own:
-            places.admit(place, "anna", 3)
-            places.admit(place, "anna", 3)
-        with pytest.raises(RefusedError, match=f"at most {MOST_PER_KEY} per key"):
-            places.admit(places.enter("1.1.1.1"), "anna", 3)
-        places.leave(own[0])
-        places.leave(own[0])
-        places.admit(places.enter("1.1.1.1"), "anna", 3)
-        keys = REGISTERED // LEAST_PER_KEY
-        for number in range(LEAST_PER_KEY):
-            places.admit(places.enter(f"1.1.2.{number}"), "ben", keys)
-        with pytest.raises(RefusedError, match=f"at most {LEAST_PER_KEY} per key"):
-            places.admit(places.enter("1.1.2.9"), "ben", keys)
+        slots = ConnectionSlots()
+        own = [slots.acquire("1.1.1.1") for _ in range(MAX_PER_KEY)]
+        for slot in own:
+            slots.authenticate(slot, "anna", 3)
+            slots.authenticate(slot, "anna", 3)
+        with pytest.raises(RefusedError, match=f"at most {MAX_PER_KEY} per key"):
+            slots.authenticate(slots.acquire("1.1.1.1"), "anna", 3)
+        slots.release(own[0])
+        slots.release(own[0])
+        slots.authenticate(slots.acquire("1.1.1.1"), "anna", 3)
+        keys = MAX_REGISTERED // MIN_PER_KEY
+        for number in range(MIN_PER_KEY):
+            slots.authenticate(slots.acquire(f"1.1.2.{number}"), "ben", keys)
+        with pytest.raises(RefusedError, match=f"at most {MIN_PER_KEY} per key"):
+            slots.authenticate(slots.acquire("1.1.2.9"), "ben", keys)
 
     within(scenario)
 
 
 def test_registered_clients_together_have_a_bound() -> None:
     def scenario() -> None:
-        places = Places()
-        for number in range(REGISTERED):
-            places.admit(places.enter(f"1.1.{number}.1"), f"client-{number}", 1000)
+        slots = ConnectionSlots()
+        for number in range(MAX_REGISTERED):
+            slots.authenticate(slots.acquire(f"1.1.{number}.1"), f"client-{number}", 1000)
         with pytest.raises(RefusedError, match="the most there are"):
-            places.admit(places.enter("1.2.1.1"), "another", 1000)
+            slots.authenticate(slots.acquire("1.2.1.1"), "another", 1000)
 
     within(scenario)
 
@@ -275,7 +275,7 @@ def test_an_ipv6_network_counts_as_one_address(address: str, network: str) -> No
 
 def test_one_key_does_not_take_all_connections(tls: Path, superlink: StandIn) -> None:
     with impatient(tls, superlink) as door, ExitStack() as stack:
-        for _ in range(MOST_PER_KEY):
+        for _ in range(MAX_PER_KEY):
             stack.callback(door.begin(PUSH, content_length=10).close)
         time.sleep(0.2)
         assert door.call(PULL) == (503, b'{"error": "busy"}')
@@ -309,7 +309,7 @@ def serial(door: Door) -> int:
 
 @pytest.fixture
 def hasty_watch(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(gateway_listener, "WATCH_S", 0.1)
+    monkeypatch.setattr(gateway_listener, "CERTIFICATE_CHECK_S", 0.1)
     caplog.set_level(logging.INFO, "fedamole.gateway")
 
 
@@ -398,8 +398,8 @@ def test_health_is_cheap_and_within_the_strangers_rules(tls: Path, tmp_path: Pat
 
 
 def test_an_unknown_key_takes_no_registered_place(tls: Path, superlink: StandIn) -> None:
-    with impatient(tls, superlink, stranger_s=0.5) as door:
+    with impatient(tls, superlink, first_call_s=0.5) as door:
         signed = signature(new_key())
-        for _ in range(2 * MOST_PER_KEY):
+        for _ in range(2 * MAX_PER_KEY):
             assert door.call(PULL, b"abc", signed=signed)[0] == 401
         assert door.call(PULL, b"abc") == (200, b"abc")

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from fedamole.cli.main import app
 from fedamole.config import load_config, plain
 from fedamole.data.settings import SourceSettings
-from fedamole.deployment.client_handler import Host
+from fedamole.deployment.client_handler import ClientHandler
 from fedamole.deployment.run_session import ClientSettings
-from fedamole.deployment.security.policy import UNBOUNDED, PolicySettings, asked_of_rows, default_text, read_policy
+from fedamole.deployment.security.policy import UNBOUNDED, PolicySettings, default_text, read_policy, row_checks
 from fedamole.deployment.shared_config import agreed_hash, check_agree, shared_tables
 from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, unpacked
 from fedamole.errors import ConfigError
@@ -126,18 +126,22 @@ def asks(tiny: Path) -> Callable[..., Asks]:
 
 
 @pytest.fixture
-def client(tiny: Path, rows: Path, tmp_path: Path) -> Callable[..., Host]:
+def client(tiny: Path, rows: Path, tmp_path: Path) -> Callable[..., ClientHandler]:
     """Hosts with the default policy, unless another is given."""
 
-    def of(folder: str = "one", template: str = "classification", listener: Any = None, **settings: Any) -> Host:
+    def of(
+        folder: str = "one", template: str = "classification", listener: Any = None, **settings: Any
+    ) -> ClientHandler:
         source = SourceSettings("north", path=str(rows), template=template)
         own = {"base": str(tiny / "base"), "device": "cpu", "threads": 1, **settings}
-        return Host(ClientSettings(source, folder=str(tmp_path / folder), **own), listener or ProgressListener())
+        return ClientHandler(
+            ClientSettings(source, folder=str(tmp_path / folder), **own), listener or ProgressListener()
+        )
 
     return of
 
 
-def ask(host: Host, request: Request) -> Reply:
+def ask(host: ClientHandler, request: Request) -> Reply:
     return unpacked(Reply, host.answer(pack(request)))
 
 
@@ -219,9 +223,9 @@ def test_the_steps_that_a_policy_bounds_are_those_of_the_budget(
 ) -> None:
     words = [*small(method), "training.local_steps=1200", f"training.budget={budget}"]
     rows = {"train": 500, "embedding": 50, "validation": 50, "test": 50}
-    items = asked_of_rows(load_config(tiny / "config.toml", words), rows, PolicySettings())
+    items = row_checks(load_config(tiny / "config.toml", words), rows, PolicySettings())
     (most,) = [item for item in items if item.setting == "steps of a round" and "max_steps" in item.allowed]
-    assert (most.asked, most.fits) == (str(steps), steps <= 2000)
+    assert (most.asked, most.passes) == (str(steps), steps <= 2000)
     (read,) = [item for item in items if "max_examples_per_update" in item.allowed]
     assert read.asked == str(2 * steps), "batches of two rows"
 
@@ -319,11 +323,11 @@ def test_a_client_with_a_single_label_says_what_the_coordinator_has_to_write(
     path = tmp_path / "glad.jsonl"
     path.write_text("".join(line for line in rows.read_text().splitlines(keepends=True) if '"glad"' in line))
 
-    def host(folder: str, template: str) -> Host:
-        found: Host = client(folder, template)
+    def host(folder: str, template: str) -> ClientHandler:
+        found: ClientHandler = client(folder, template)
         policy = PolicySettings(min_rows=1, min_examples_per_update=1)
         source = replace(found.settings.source, path=str(path))
-        return Host(replace(found.settings, source=source, policy=policy), ProgressListener())
+        return ClientHandler(replace(found.settings, source=source, policy=policy), ProgressListener())
 
     refused = ask(host("a", "classification"), asks("fedit").join())
     assert refused.failed is not None
@@ -338,7 +342,7 @@ def test_a_client_with_a_single_label_says_what_the_coordinator_has_to_write(
 def test_a_dropped_column_is_none_that_a_template_may_read(asks: Any, client: Any, caplog: Any) -> None:
     template = put("data", "templates", value={"triage": {"prompt": "{patient}", "answer": "{label}"}})
     host = client("drop", template="triage")
-    host = Host(
+    host = ClientHandler(
         replace(host.settings, source=replace(host.settings.source, columns={"patient": ""})), ProgressListener()
     )
     assert ask(host, asks("fedit").join(template)).failed == "policy"
@@ -507,7 +511,7 @@ def test_what_is_no_hash_cannot_be_agreed_on(given: str) -> None:
 # --- reading words by settings alone -----------------------------------------------------------------------------
 
 
-def read_words(host: Host, tiny: Path, **settings: Any) -> tuple[str | None, list[int]]:
+def read_words(host: ClientHandler, tiny: Path, **settings: Any) -> tuple[str | None, list[int]]:
     """The attack: LoRAs with A = 0 and random B, trained so little that what comes back is a sum of outer products of
     the words read. Returns why the client refused, or the token ids whose embedding lies in the row space of A.
     """

@@ -11,7 +11,7 @@ import pytest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor.types import ExecutionSpec
 
-from fedamole.deployment.flower.commands import KNOWN, SERVERAPP, allow_only
+from fedamole.deployment.flower.command_allowlist import KNOWN, SERVERAPP, allow_only
 from fedamole.deployment.flower.executor import arguments
 from fedamole.deployment.flower.superlink import TokenCheck
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from tests.deployment.test_host import RUN_ID, ByHand, ask, client
+from tests.deployment.test_client_handler import RUN_ID, ByHand, ask, client
 
 from fedamole.data.manifest import ClientRecord, read_manifest
 from fedamole.engine.messages import TEST, Request

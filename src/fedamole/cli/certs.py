@@ -11,7 +11,7 @@ from fedamole.deployment.requirements import require_flower
 from fedamole.terminal import screen
 
 if TYPE_CHECKING:
-    from fedamole.deployment.security.certificates import Made
+    from fedamole.deployment.security.certificates import FileChanges
 
 Say = Callable[[str], None]
 
@@ -121,7 +121,7 @@ def _passphrase(ask: bool, file: Path | None) -> bytes | None:
     return str(typer.prompt("Passphrase", hide_input=True, confirmation_prompt=True)).encode()
 
 
-def _tell(made: "Made", say: Say) -> None:
+def _tell(made: "FileChanges", say: Say) -> None:
     """Each file, and of each private key whether it is locked."""
     from fedamole.deployment.security.keys import is_locked
 

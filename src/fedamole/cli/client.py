@@ -77,7 +77,7 @@ def client(
     from dataclasses import replace
 
     from fedamole.config import plain
-    from fedamole.deployment.client_processes import Client, Connection, client_home
+    from fedamole.deployment.client_processes import ClientProcesses, ServerConnection, client_home
     from fedamole.deployment.processes import without_proxy
     from fedamole.deployment.security.audit_log import AUDIT
     from fedamole.deployment.security.keys import read_passphrase
@@ -107,8 +107,8 @@ def client(
     }
     console = screen(error=True)
     os.environ.update(without_proxy())
-    Client(
-        Connection(server, certs, insecure),
+    ClientProcesses(
+        ServerConnection(server, certs, insecure),
         name,
         settings,
         home,

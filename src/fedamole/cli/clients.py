@@ -87,9 +87,9 @@ def _say(text: str) -> None:
 
 def _rows(folder: Path) -> list[dict[str, str]]:
     """A row for each admitted key, then one for each removed key that is not admitted again."""
-    from fedamole.deployment.security.client_keys import paths, removed
+    from fedamole.deployment.security.client_keys import key_files, removed
 
-    rows = [_row(name, path) for name, path in paths(folder).items()]
+    rows = [_row(name, path) for name, path in key_files(folder).items()]
     admitted = {row["fingerprint"] for row in rows}
     gone = [_row(name, path, is_removed=True) for name, path in removed(folder)]
     return rows + [row for row in gone if row["fingerprint"] not in admitted]

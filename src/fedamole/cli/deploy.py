@@ -32,10 +32,10 @@ def server(
     """
     require_flower()
     from fedamole.cli.console import show_runs
+    from fedamole.cli.server_progress import show_progress
     from fedamole.config import load_config
     from fedamole.deployment.processes import without_proxy
-    from fedamole.deployment.progress import watching
-    from fedamole.deployment.server_processes import Door, Server, finished, prepare_folder
+    from fedamole.deployment.server_processes import ListenSettings, ServerProcesses, finished, prepare_folder
     from fedamole.errors import ConfigError
     from fedamole.experiment import new_run_folder
     from fedamole.reporting.runs import refuse_untrained
@@ -43,7 +43,7 @@ def server(
     if (config is None) == (resume is None):
         raise ConfigError("give either a config to start a run, or --resume FOLDER to go on with one")
     os.environ.update(without_proxy())
-    door = Door(host, port, certs, insecure)
+    listen = ListenSettings(host, port, certs, insecure)
     if config is not None:
         settings = load_config(config, list(overrides or []))
         with new_run_folder(settings) as folder:
@@ -56,8 +56,8 @@ def server(
         signal.signal(number, lambda *_: stop.set())
     console = screen(error=True)
     if resume is None or not finished(folder):
-        with watching(console, folder) as (say, show):
-            Server(folder, door, say, show).run(stop)
+        with show_progress(console, folder) as (say, show):
+            ServerProcesses(folder, listen, say, show).run(stop)
     if stop.is_set():
         raise typer.Exit(130)
     show_runs([folder])
@@ -76,12 +76,12 @@ def simulate(
     On one machine `fedamole run` is faster, as its clients share one base and train in lock-step. The result is a
     coordinator's folder, with each client's own run folder in server/sites/.
     """
-    require_flower("ray")
+    require_flower(simulation=True)
     from fedamole.cli.console import show_runs
+    from fedamole.cli.server_progress import show_progress
     from fedamole.config import load_config
     from fedamole.deployment.flower.simulation import prepare_simulation
     from fedamole.deployment.flower.simulation import simulate as run_simulation
-    from fedamole.deployment.progress import watching
     from fedamole.deployment.server_processes import finished
     from fedamole.errors import ConfigError
     from fedamole.experiment import new_run_folder
@@ -97,7 +97,7 @@ def simulate(
         assert resume is not None
         folder = resume
     if not finished(folder):
-        with watching(screen(error=True), folder) as (_, show):
+        with show_progress(screen(error=True), folder) as (_, show):
             run_simulation(folder, show, cpus, gpus)
     show_runs([folder])
     refuse_untrained(folder)

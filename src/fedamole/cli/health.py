@@ -36,10 +36,12 @@ def health(
     For health checks of containers and for monitors. A coordinator is asked over TLS; of a client the file is read that
     it writes at every contact. `fedamole doctor` says more about what is wrong with a set-up.
     """
-    from fedamole.deployment.connection_check import parsed
+    from fedamole.deployment.connection_check import parse_address
     from fedamole.deployment.health import client_health, coordinator_health
 
-    verdict = client_health(Path(target), within) if parsed(target) is None else coordinator_health(target, certs)
+    verdict = (
+        client_health(Path(target), within) if parse_address(target) is None else coordinator_health(target, certs)
+    )
     say(f"{'healthy' if verdict.healthy else 'not healthy'}: {verdict.text}")
     if not verdict.healthy:
         raise typer.Exit(1)

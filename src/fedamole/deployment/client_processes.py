@@ -27,46 +27,45 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedamole.deployment.flower.fleet import HEARTBEAT_S, Fleet, FleetError, Incoming, UnusableMessageError
 from fedamole.deployment.health import ClientHealth
-from fedamole.deployment.processes import LOOPBACK, Process, alive, environment, secret_file
-from fedamole.deployment.progress import Say
+from fedamole.deployment.processes import LOOPBACK, PrintLine, Process, alive, environment, secret_file
 from fedamole.deployment.security.keys import PASSPHRASE, fingerprint, load_private, load_public
-from fedamole.deployment.security.orders import OrderError, Taken, opened
+from fedamole.deployment.security.orders import OrderCounter, OrderError, open_order
 from fedamole.errors import ConfigError, FedamoleError, RunError
 from fedamole.files import exclusive, write_atomic
 
 log = logging.getLogger(__name__)
 
-PAUSE = 0.2
+CHECK_S = 0.2
 """Seconds between two looks at the worker."""
-AGAIN = 5.0
+RESTART_S = 5.0
 """Seconds before a worker that ended, or a connection that was lost, is started again."""
-READY = 120.0
+WORKER_START_S = 120.0
 """Seconds to wait for the worker to start. After that the client connects anyway and answers that it has no worker."""
-STALE = 120.0
+STALE_CONNECTION_S = 120.0
 """Seconds for which a server may still count a killed client as connected."""
-SOONEST, LATEST, SHARE = 0.3, 3.0, 0.05
+MIN_POLL_S, MAX_POLL_S, POLL_FRACTION = 0.3, 3.0, 0.05
 """Seconds between two questions for work: a share of the time without work, at least and at most so many."""
-QUIET = 600.0
+IDLE_RECONNECT_S = 600.0
 """Seconds without an order after which a client connects anew, as its place at the server may have been lost."""
 NODE, LAST_ORDER, LOCK = "node", "last-order", "lock"
 """Files in a client's home: the id it has at the server; the last order's counter; held while it runs."""
-NOTED = 5.0
+CONTACT_WRITE_S = 5.0
 """Seconds after which a contact is worth being written down for monitors again."""
 
-KEY_TROUBLES = {
+KEY_ERRORS = {
     "expired-key": "this key has expired at the coordinator: ask it to extend the key, or send it a new one",
     "clock": "the coordinator refuses this machine's clock: set the right time",
     "bad-signature": "the coordinator cannot verify this key's signature: ask it for `fedamole clients list`",
     "no-key": "this server wants a key: give the folder that the coordinator made by --certs",
 }
-UNKNOWN_KEY = (
+UNKNOWN_KEY_ERROR = (
     "the coordinator does not know this key, or has removed it: send it your node.pub (`fedamole certs --own` makes "
     "one), or ask for what `fedamole clients list` says there"
 )
 
 
 @dataclass(frozen=True)
-class Connection:
+class ServerConnection:
     """How a client reaches its server."""
 
     server: str
@@ -104,7 +103,7 @@ class Connection:
         return load_private(self.certs / "node.key", passphrase), load_public(self.certs / "coordinator.pub")
 
 
-def rendezvous() -> Path:
+def socket_folder() -> Path:
     """A new folder for sockets and the secret, with a short path as a Unix socket's must be.
 
     Those of this user's clients that were killed are removed: their names say which process they belonged to.
@@ -119,38 +118,38 @@ def rendezvous() -> Path:
     return Path(tempfile.mkdtemp(prefix=f"fedamole-{os.getpid()}-"))
 
 
-class Client:
+class ClientProcesses:
     """The connection of one client, and its worker."""
 
     def __init__(
         self,
-        connection: Connection,
+        connection: ServerConnection,
         name: str,
         settings: dict[str, Any],
         home: Path,
-        say: Say,
+        print_line: PrintLine,
         passphrase: bytes | None = None,
     ) -> None:
         """Set up; `home` is where logs and state of these processes go."""
-        self.connection, self.name, self.say, self.home = connection, name, say, home
+        self.connection, self.name, self.print_line, self.home = connection, name, print_line, home
         self.keys = connection.keys(passphrase)
         home.mkdir(parents=True, exist_ok=True)
-        self.taken = Taken(home / LAST_ORDER, "" if self.keys is None else fingerprint(self.keys[1]))
-        self.rendezvous = rendezvous()
-        self.secret = secret_file(self.rendezvous / "secret")
-        self.socket = str(self.rendezvous / "worker")
+        self.order_counter = OrderCounter(home / LAST_ORDER, "" if self.keys is None else fingerprint(self.keys[1]))
+        self.socket_folder = socket_folder()
+        self.secret = secret_file(self.socket_folder / "secret")
+        self.socket = str(self.socket_folder / "worker")
         about = json.dumps({"client": settings, "socket": self.socket, "secret": str(self.secret)})
         (home / "worker.json").write_text(about, encoding="utf-8")
-        words = [sys.executable, "-m", "fedamole.deployment.warm_worker", str(home / "worker.json")]
+        arguments = [sys.executable, "-m", "fedamole.deployment.warm_worker", str(home / "worker.json")]
         env = {name: value for name, value in environment(home / "flwr").items() if name != PASSPHRASE}
-        self.worker = Process("worker", words, env, None)
+        self.worker = Process("worker", arguments, env, None)
         self.stop = threading.Event()
         self.error: FedamoleError | None = None
         self._accepted = False
         """Whether the server has ever taken this client."""
-        self._failing: tuple[str, float] = ("", 0.0)
+        self._failure: tuple[str, float] = ("", 0.0)
         """The trouble that keeps this client from connecting, and since when."""
-        self._restart_at = 0.0
+        self._restart_due = 0.0
         self._health = ClientHealth("connecting", time.time())
 
     def run(self) -> None:
@@ -163,56 +162,56 @@ class Client:
         try:
             refusal = f"another client runs as {self.name} in {self.home.parent}: stop that one first"
             with exclusive(self.home / LOCK, refusal):
-                self.say(f"connecting to {self.connection.server}; Ctrl-C stops")
+                self.print_line(f"connecting to {self.connection.server}; Ctrl-C stops")
                 self.worker.start()
-                speaker = threading.Thread(target=self._speak, daemon=True)
-                speaker.start()
+                communication = threading.Thread(target=self._communicate, daemon=True)
+                communication.start()
                 while not self.stop.is_set():
-                    self._look()
-                    self.stop.wait(PAUSE)
-                self.say("stopping")
-                speaker.join(AGAIN)
+                    self._restart_worker()
+                    self.stop.wait(CHECK_S)
+                self.print_line("stopping")
+                communication.join(RESTART_S)
         finally:
             self.stop.set()
             self.worker.stop()
-            self._note(state="stopped")
-            shutil.rmtree(self.rendezvous, ignore_errors=True)
+            self._update_health(state="stopped")
+            shutil.rmtree(self.socket_folder, ignore_errors=True)
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self.error is not None:
             raise self.error
 
-    def _look(self) -> None:
+    def _restart_worker(self) -> None:
         """Start the worker again when it has ended, after a while; give up where it cannot start."""
         if self.worker.running:
-            self._restart_at = 0.0
+            self._restart_due = 0.0
             return
         if self.worker.exit_code in (2, 3, 4):
             error = FedamoleError("the worker cannot start; its own words are above")
             error.exit_code = self.worker.exit_code
             raise error
         now = time.monotonic()
-        self._restart_at = self._restart_at or now + AGAIN
-        if now >= self._restart_at:
-            self.say("the worker has ended; starting it again (what it was doing is lost, its state is not)")
+        self._restart_due = self._restart_due or now + RESTART_S
+        if now >= self._restart_due:
+            self.print_line("the worker has ended; starting it again (what it was doing is lost, its state is not)")
             self.worker.start()
 
-    def _speak(self) -> None:
+    def _communicate(self) -> None:
         """Connect, carry out orders, and connect again, until the end."""
-        end = time.monotonic() + READY
+        end = time.monotonic() + WORKER_START_S
         while not (Path(self.socket).exists() or self.stop.is_set() or time.monotonic() > end):
-            self.stop.wait(PAUSE)
+            self.stop.wait(CHECK_S)
         try:
             while not self.stop.is_set():
                 try:
-                    self._connected()
+                    self._connect_and_serve()
                 except FleetError as error:
-                    self._judge(error.kind, str(error))
+                    self._report_failure(error.kind, str(error))
                 except OSError as error:
-                    self._judge("disk", f"{self.home} cannot be written ({error.strerror})")
+                    self._report_failure("disk", f"{self.home} cannot be written ({error.strerror})")
                 except httpx.HTTPError as error:
-                    self._judge("away", f"{self.connection.server} cannot be reached ({type(error).__name__})")
-                self.stop.wait(AGAIN)
+                    self._report_failure("away", f"{self.connection.server} cannot be reached ({type(error).__name__})")
+                self.stop.wait(RESTART_S)
         except FedamoleError as error:
             self.error = error
         except Exception:  # said in full here, as nobody else sees this thread
@@ -221,7 +220,7 @@ class Client:
         finally:
             self.stop.set()
 
-    def _connected(self) -> None:
+    def _connect_and_serve(self) -> None:
         """Serve one connection until it is lost; FleetError and httpx.HTTPError say why."""
         key = None if self.keys is None else self.keys[0]
         fleet = Fleet(self.connection.server, self.connection.ca, key, self.stop)
@@ -231,17 +230,17 @@ class Client:
             former = node.read_text(encoding="utf-8") if node.exists() and key is not None else ""
             fleet.activate(int(former) if former.isdigit() else 0)
             write_atomic(node, str(fleet.node))
-            self._accepted, self._failing = True, ("", 0.0)
-            self.say("connected")
-            self._note(state="connected", since=time.time(), last_contact=time.time())
-            threading.Thread(target=self._stay_alive, args=(fleet, lost), daemon=True).start()
+            self._accepted, self._failure = True, ("", 0.0)
+            self.print_line("connected")
+            self._update_health(state="connected", since=time.time(), last_contact=time.time())
+            threading.Thread(target=self._send_heartbeats, args=(fleet, lost), daemon=True).start()
             self._serve(fleet, lost)
         finally:
             lost.set()
-            self._note(state="connecting", since=time.time())
+            self._update_health(state="connecting", since=time.time())
             fleet.close()
 
-    def _stay_alive(self, fleet: Fleet, lost: threading.Event) -> None:
+    def _send_heartbeats(self, fleet: Fleet, lost: threading.Event) -> None:
         """Tell the server now and then that this client is there."""
         pause = HEARTBEAT_S * 0.7
         while not lost.wait(pause):
@@ -250,13 +249,13 @@ class Client:
                     log.info("the server does not know this node any more")
                     lost.set()
                 pause = HEARTBEAT_S * 0.7
-                self._note(last_contact=time.time())
+                self._update_health(last_contact=time.time())
             except FleetError as error:
                 log.info("the server refuses a sign of life: %s", error)
                 lost.set()
             except httpx.HTTPError as error:
                 log.debug("a sign of life did not arrive (%s)", type(error).__name__)
-                pause = AGAIN
+                pause = RESTART_S
 
     def _serve(self, fleet: Fleet, lost: threading.Event) -> None:
         """Ask for orders and carry them out, one after the other."""
@@ -265,37 +264,37 @@ class Client:
             try:
                 incoming = fleet.receive()
             except UnusableMessageError as error:
-                self.say(f"refused: {error}")
-                self.stop.wait(AGAIN)
+                self.print_line(f"refused: {error}")
+                self.stop.wait(RESTART_S)
                 continue
             if incoming is not None:
-                self._carry_out(fleet, incoming)
+                self._handle_order(fleet, incoming)
                 worked = time.monotonic()
                 continue
             idle = time.monotonic() - worked
-            if idle > QUIET:
-                self.say(f"no order for {QUIET / 60:.0f} minutes; connecting anew")
+            if idle > IDLE_RECONNECT_S:
+                self.print_line(f"no order for {IDLE_RECONNECT_S / 60:.0f} minutes; connecting anew")
                 return
-            if fleet.troubled != told:
-                told = fleet.troubled
+            if fleet.call_failure != told:
+                told = fleet.call_failure
                 if told:
-                    self.say(f"{told}; trying again")
-            self._note(last_contact=time.time())
-            self.stop.wait(min(LATEST, max(SOONEST, SHARE * idle)))
+                    self.print_line(f"{told}; trying again")
+            self._update_health(last_contact=time.time())
+            self.stop.wait(min(MAX_POLL_S, max(MIN_POLL_S, POLL_FRACTION * idle)))
 
-    def _carry_out(self, fleet: Fleet, incoming: Incoming) -> None:
+    def _handle_order(self, fleet: Fleet, incoming: Incoming) -> None:
         """Check an order, have the worker do it, and answer. What is no order for this client gets no answer."""
         try:
-            order = opened(None if self.keys is None else self.keys[1], self.name, incoming.payload)
-            self.taken.take(order)
+            order = open_order(None if self.keys is None else self.keys[1], self.name, incoming.payload)
+            self.order_counter.accept(order)
         except OrderError as error:
-            self.say(f"refused an order: {error}")
+            self.print_line(f"refused an order: {error}")
             return
         except OSError as error:
-            self.say(f"an order is not carried out, as {self.home} cannot be written ({error.strerror})")
+            self.print_line(f"an order is not carried out, as {self.home} cannot be written ({error.strerror})")
             answer = None
         else:
-            self._note(last_order=time.time())
+            self._update_health(last_order=time.time())
             answer = self._ask_worker(order.request)
         try:
             fleet.reply(incoming, answer)
@@ -314,21 +313,21 @@ class Client:
             log.error("the worker is not there, or has stopped: %s", type(error).__name__)
             return None
 
-    def _judge(self, kind: str, text: str) -> None:
+    def _report_failure(self, kind: str, text: str) -> None:
         """Tell the user why the connection failed. RunError where retrying cannot help and none has ever succeeded."""
         if kind == "stopped":
             return
-        text, patience = self._meaning(kind, text)
-        since = self._failing[1] if self._failing[0] == text else time.monotonic()
-        if self._failing[0] != text:
-            self._failing = (text, since)
+        text, patience = self.diagnose(kind, text)
+        since = self._failure[1] if self._failure[0] == text else time.monotonic()
+        if self._failure[0] != text:
+            self._failure = (text, since)
             if self._accepted or patience > 0:
                 limit = "" if self._accepted or patience == float("inf") else f" for {patience:.0f} s"
-                self.say(f"{text}; trying again{limit}")
+                self.print_line(f"{text}; trying again{limit}")
         if time.monotonic() - since >= patience and not self._accepted:
             raise RunError(text)
 
-    def _meaning(self, kind: str, text: str) -> tuple[str, float]:
+    def diagnose(self, kind: str, text: str) -> tuple[str, float]:
         """What a trouble means to a person, and the seconds after which it will not pass any more."""
         if kind == "certificate":
             return (
@@ -340,24 +339,27 @@ class Client:
         if kind == "tls":
             return "no TLS 1.3 with this server: has it another port, or does it run with --insecure?", 0.0
         if kind == "key":
-            return KEY_TROUBLES.get(text, UNKNOWN_KEY), 0.0
+            return KEY_ERRORS.get(text, UNKNOWN_KEY_ERROR), 0.0
         if kind == "busy":
             return (
                 "the server does not take this key now: another client with the same key is connected, or was a "
                 "minute ago",
-                STALE,
+                STALE_CONNECTION_S,
             )
         if kind == "proxy":
-            return text, STALE
+            return text, STALE_CONNECTION_S
         if kind == "refused":
-            return f"the server refuses to connect this client ({text}): is it a server of fedamole?", STALE
+            return (
+                f"the server refuses to connect this client ({text}): is it a server of fedamole?",
+                STALE_CONNECTION_S,
+            )
         return text, float("inf")
 
-    def _note(self, **changes: Any) -> None:
-        """Update health.json. If only the time of the last contact changed, write at most every `NOTED` seconds."""
+    def _update_health(self, **changes: Any) -> None:
+        """Update health.json. If only the time of the last contact changed, write at most every `CONTACT_WRITE_S` seconds."""
         before = self._health.last_contact or 0.0
         self._health = replace(self._health, **changes)
-        if set(changes) != {"last_contact"} or changes["last_contact"] - before >= NOTED:
+        if set(changes) != {"last_contact"} or changes["last_contact"] - before >= CONTACT_WRITE_S:
             with suppress(OSError):  # a full disk is told of by whoever has to write results
                 self._health.write(self.home)
         else:

@@ -18,13 +18,13 @@ import httpx
 
 from fedamole.deployment.security.dates import SOON
 from fedamole.deployment.security.inspection import Fault
-from fedamole.deployment.security.tls import trusting
+from fedamole.deployment.security.tls import client_context
 
-PATIENCE = 5.0
+TIMEOUT_S = 5.0
 """Seconds that one step of a connection may take."""
-HEALTH = "/health"
+HEALTH_PATH = "/health"
 """What a gateway answers with `{"status": "ok"}`, to anybody."""
-_MOST_BYTES = 4096
+_MAX_BYTES = 4096
 """Bytes of the answer that are looked at."""
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:/\[\]]+)):(\d{1,5})")
 # OpenSSL's X509_V_ERR_...: what its verification stopped at.
@@ -33,7 +33,7 @@ _WRONG_AUTHORITY = (2, 7, 18, 19, 20, 21, 24, 30)
 _UNREACHED_BY_PROXY = (500, 502, 503, 504)
 
 
-class Steps:
+class RequestTrace:
     """How far a request has come; httpx's `trace` extension calls it at each step."""
 
     def __init__(self, host: str, port: int) -> None:
@@ -63,7 +63,7 @@ class Steps:
         return self.name == ("connection.start_tls" if self.proxy is None else "proxy.start_tls")
 
 
-def parsed(server: str) -> tuple[str, int] | None:
+def parse_address(server: str) -> tuple[str, int] | None:
     """Host and port of HOST:PORT, an IPv6 address in brackets; None for anything else."""
     match = _ADDRESS.fullmatch(server)
     if match is None or not 0 < int(match[3]) < 65536:
@@ -71,7 +71,7 @@ def parsed(server: str) -> tuple[str, int] | None:
     return match[1] or match[2], int(match[3])
 
 
-def on_this_machine(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     """Whether a host is this machine's loopback: such a connection never goes to a proxy."""
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -79,39 +79,39 @@ def on_this_machine(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def reach(server: str, ca: Path | None) -> tuple[str, list[Fault]]:
+def check_connection(server: str, ca: Path | None) -> tuple[str, list[Fault]]:
     """Try TCP, then TLS 1.3 against `ca`, then GET /health, through a proxy where the environment names one.
 
     `server` is HOST:PORT, an IPv6 address in brackets; without `ca` TCP alone is tried. Returns what to say where
     nothing is wrong, and what is wrong.
     """
-    place = parsed(server)
+    place = parse_address(server)
     if place is None:
         return "", [Fault(f"{server!r} is not HOST:PORT", "give these two alone, for example fed.example.org:8443")]
     host, port = place
     if ca is None:
         try:
-            socket.create_connection((host, port), timeout=PATIENCE).close()
+            socket.create_connection((host, port), timeout=TIMEOUT_S).close()
         except OSError as error:
-            return "", [_unreached(server, error)]
+            return "", [_explain_tcp_failure(server, error)]
         return f"{server} answers", [without_tls(host)]
     try:
-        context = trusting(ca)
+        context = client_context(ca)
     except OSError:
         text = f"{ca} cannot be read, so the identity of {server} cannot be checked"
         return "", [Fault(text, "ask the coordinator for ca.crt")]
-    return _asked(server, host, port, context)
+    return _request_health(server, host, port, context)
 
 
-def _asked(server: str, host: str, port: int, context: ssl.SSLContext) -> tuple[str, list[Fault]]:
+def _request_health(server: str, host: str, port: int, context: ssl.SSLContext) -> tuple[str, list[Fault]]:
     """GET /health, and what it tells."""
-    steps = Steps(host, port)
+    steps = RequestTrace(host, port)
     try:
-        client = httpx.Client(verify=context, timeout=PATIENCE, trust_env=not on_this_machine(host))
+        client = httpx.Client(verify=context, timeout=TIMEOUT_S, trust_env=not is_loopback(host))
     except (ValueError, ImportError, httpx.InvalidURL):  # their texts may hold the proxy's password
         text = "the proxy in HTTPS_PROXY or ALL_PROXY cannot be used"
         return "", [Fault(text, "write it as http://USER:PASSWORD@HOST:PORT (SOCKS is not supported)")]
-    address = f"https://[{host}]:{port}{HEALTH}" if ":" in host else f"https://{host}:{port}{HEALTH}"
+    address = f"https://[{host}]:{port}{HEALTH_PATH}" if ":" in host else f"https://{host}:{port}{HEALTH_PATH}"
     try:
         with client, client.stream("GET", address, extensions={"trace": steps}) as response:
             secured: ssl.SSLObject = response.extensions["network_stream"].get_extra_info("ssl_object")
@@ -121,14 +121,14 @@ def _asked(server: str, host: str, port: int, context: ssl.SSLContext) -> tuple[
     except httpx.InvalidURL:
         return "", [Fault(f"{server}: this is no host name", "correct the name")]
     except httpx.HTTPError as error:
-        return "", [_failed(server, error, steps)]
+        return "", [_explain_failure(server, error, steps)]
     way = "" if steps.proxy is None else f" through the proxy {steps.proxy}"
     faults = []
     if status == 503:
         text = f"{server} has the right certificate, but says that it cannot serve now (503): its SuperLink is down"
         faults.append(Fault(text, "wait a minute, then look at the coordinator's logs"))
     elif not healthy:
-        text = f"{server} has the right certificate, but its answer to GET {HEALTH} is not the expected one ({status})"
+        text = f"{server} has the right certificate, but its answer to GET {HEALTH_PATH} is not the expected one ({status})"
         faults.append(Fault(text, "use the same version of fedamole at the coordinator and here"))
     until = time.strftime("%Y-%m-%d", time.gmtime(end))
     if end - time.time() < SOON.total_seconds():
@@ -138,10 +138,10 @@ def _asked(server: str, host: str, port: int, context: ssl.SSLContext) -> tuple[
 
 def _says_ok(response: httpx.Response) -> bool:
     """Whether a body, of which a few bytes are read, is the gateway's."""
-    body, end = b"", time.monotonic() + PATIENCE
-    for piece in response.iter_raw(_MOST_BYTES):
+    body, end = b"", time.monotonic() + TIMEOUT_S
+    for piece in response.iter_raw(_MAX_BYTES):
         body += piece
-        if len(body) > _MOST_BYTES or time.monotonic() > end:
+        if len(body) > _MAX_BYTES or time.monotonic() > end:
             return False
     try:
         said = json.loads(body)
@@ -158,32 +158,32 @@ def without_tls(host: str) -> Fault:
     return Fault(text, "name the folder with the certificates")
 
 
-def _failed(server: str, error: httpx.HTTPError, steps: Steps) -> Fault:
+def _explain_failure(server: str, error: httpx.HTTPError, steps: RequestTrace) -> Fault:
     """Why there is no answer, by the step that failed and the error below httpx's own."""
-    cause = next((below for below in _chain(error) if isinstance(below, OSError)), None)
+    cause = next((below for below in _causes(error) if isinstance(below, OSError)), None)
     if isinstance(error, httpx.ProxyError):
-        return _refused_by_proxy(server, str(error), steps)
+        return _explain_proxy_refusal(server, str(error), steps)
     if steps.name == "connection.connect_tcp":
-        return _unreached(server, cause, steps.proxy)
+        return _explain_tcp_failure(server, cause, steps.proxy)
     if steps.with_server and not steps.secured:
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return _distrusted(server, cause, steps.proxy)
-        return _no_tls(server, cause)
+            return _explain_untrusted(server, cause, steps.proxy)
+        return _explain_tls_failure(server, cause)
     if not steps.secured:
         text = f"the proxy {steps.proxy} accepts connections, but does not answer as an HTTP proxy"
         return Fault(text, "correct HTTPS_PROXY: its host, its port, and http:// or https:// before them")
-    text = f"{server} has the right certificate, but does not answer GET {HEALTH} ({type(error).__name__})"
+    text = f"{server} has the right certificate, but does not answer GET {HEALTH_PATH} ({type(error).__name__})"
     return Fault(text, "look at the coordinator's logs; the port may be another program's")
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def _causes(error: BaseException) -> Iterator[BaseException]:
     below: BaseException | None = error
     while below is not None:
         yield below
         below = below.__cause__ or below.__context__
 
 
-def _refused_by_proxy(server: str, answer: str, steps: Steps) -> Fault:
+def _explain_proxy_refusal(server: str, answer: str, steps: RequestTrace) -> Fault:
     """What a proxy's answer to CONNECT means; of its words the number alone is used."""
     status = int(answer[:3]) if answer[:3].isdigit() else 0
     where = f"the proxy {steps.proxy}"
@@ -196,14 +196,14 @@ def _refused_by_proxy(server: str, answer: str, steps: Steps) -> Fault:
     return Fault(text, f"ask for CONNECT to {server} to be allowed, or add the host to NO_PROXY if no proxy is needed")
 
 
-def _unreached(server: str, error: OSError | None, proxy: str | None = None) -> Fault:
+def _explain_tcp_failure(server: str, error: OSError | None, proxy: str | None = None) -> Fault:
     """Why there is no TCP connection, to the server or to the proxy before it."""
     if isinstance(error, socket.gaierror):
         text, remedy = "the name has no address", "correct the name, or ask for the server's address"
     elif isinstance(error, ConnectionRefusedError):
         text, remedy = "refused: nothing listens there", "start the server, or correct the port"
     elif isinstance(error, TimeoutError):
-        text = f"no answer within {PATIENCE:.0f} s (timeout)"
+        text = f"no answer within {TIMEOUT_S:.0f} s (timeout)"
         remedy = "a firewall may drop the packets: ask for this port to be opened, or correct the address"
     else:
         text = f"no connection: {getattr(error, 'strerror', None) or type(error).__name__}"
@@ -215,17 +215,17 @@ def _unreached(server: str, error: OSError | None, proxy: str | None = None) -> 
     return Fault(f"the proxy {proxy} (HTTPS_PROXY) cannot be reached: {text}", remedy)
 
 
-def _no_tls(server: str, error: OSError | None) -> Fault:
+def _explain_tls_failure(server: str, error: OSError | None) -> Fault:
     """A TLS handshake that is cut off or never answered."""
     if isinstance(error, TimeoutError):
-        text = f"{server} accepts connections, no TLS answer within {PATIENCE:.0f} s"
+        text = f"{server} accepts connections, no TLS answer within {TIMEOUT_S:.0f} s"
         return Fault(text, "it may be no FedAMoLE server; correct the port")
     reason = getattr(error, "reason", None) or type(error).__name__
     remedy = "the port speaks no TLS 1.3: the server runs without certificates, or the port is another program's"
     return Fault(f"{server} accepts connections, TLS fails: {reason}", remedy)
 
 
-def _distrusted(server: str, error: ssl.SSLCertVerificationError, proxy: str | None) -> Fault:
+def _explain_untrusted(server: str, error: ssl.SSLCertVerificationError, proxy: str | None) -> Fault:
     """Why the certificate shown is not accepted."""
     code = error.verify_code
     if code in _WRONG_NAME:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from fedamole.deployment.connection_check import PATIENCE, reach, without_tls
+from fedamole.deployment.connection_check import TIMEOUT_S, check_connection, without_tls
 from fedamole.deployment.security.inspection import Fault, inspect_client, inspect_server
 from fedamole.deployment.security.keys import read_passphrase
 from fedamole.errors import ConfigError, DataError, FedamoleError
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from fedamole.data.sources import Table
     from fedamole.data.templates import TemplateSettings
 
-State = Literal["ok", "warning", "problem"]
+FindingState = Literal["ok", "warning", "problem"]
 
 FLOWER = SpecifierSet("==1.41.*")
 """Flower's wire format and commands change between minor versions; these are the ones this room was written for."""
 PACKAGES = ("torch", "transformers", "peft")
 COMMANDS = ("flower-superexec", "flwr-serverapp")
 """Flower's commands that a server starts; a client starts none."""
-LEAST_DISK = 5 * 2**30
+MIN_DISK = 5 * 2**30
 """Bytes: a small base and its checkpoints."""
 
 
@@ -46,7 +46,7 @@ class Finding:
     """One thing that was looked at; `remedy` is empty where there is nothing to do, or the text ends with it."""
 
     what: str
-    state: State
+    state: FindingState
     text: str
     remedy: str = ""
 
@@ -70,7 +70,7 @@ def examine_server(config: Path | None, certs: Path | None, host: str, port: int
     if config is not None:
         checks.append(("base", lambda: base_of_config(config)))
         checks.append(("exposure", lambda: exposed_by(config)))
-    return _all(checks)
+    return _run_checks(checks)
 
 
 def exposed_by(path: Path) -> list[Finding]:
@@ -114,14 +114,14 @@ def examine_client(
         checks.append(("base", lambda: base_is_there(base, Path.cwd())))
     if data is not None:
         checks.append(("data", lambda: data_fit(data, template, columns or {}, config)))
-    return _all(checks)
+    return _run_checks(checks)
 
 
-def _all(checks: Sequence[tuple[str, Check]]) -> list[Finding]:
-    return [finding for what, check in checks for finding in _guarded(what, check)]
+def _run_checks(checks: Sequence[tuple[str, Check]]) -> list[Finding]:
+    return [finding for what, check in checks for finding in _run_check(what, check)]
 
 
-def _guarded(what: str, check: Check) -> list[Finding]:
+def _run_check(what: str, check: Check) -> list[Finding]:
     """The findings of a check; whatever it raises becomes one."""
     try:
         return list(check())
@@ -141,17 +141,17 @@ def _findings(what: str, faults: Sequence[Fault], fine: str) -> list[Finding]:
 
 def python_version() -> list[Finding]:
     """Python, against what the package asks for."""
-    asked = SpecifierSet(metadata("fedamole")["Requires-Python"])
+    required = SpecifierSet(metadata("fedamole")["Requires-Python"])
     found = f"Python {platform.python_version()} at {sys.executable}"
-    if asked.contains(platform.python_version(), prereleases=True):
+    if required.contains(platform.python_version(), prereleases=True):
         return [Finding("python", "ok", found)]
-    return [Finding("python", "problem", f"{found} is outside {asked}", "make an environment with another Python")]
+    return [Finding("python", "problem", f"{found} is outside {required}", "make an environment with another Python")]
 
 
 def package_versions() -> list[Finding]:
     """Flower and the large packages, in the ranges of pyproject.toml; none of them is imported."""
-    asked = {need.name: need.specifier for need in map(Requirement, requires("fedamole") or ())}
-    return [_package(name, asked[name]) for name in PACKAGES] + [_package("flwr", FLOWER)]
+    required = {need.name: need.specifier for need in map(Requirement, requires("fedamole") or ())}
+    return [_package(name, required[name]) for name in PACKAGES] + [_package("flwr", FLOWER)]
 
 
 def _package(name: str, allowed: SpecifierSet) -> Finding:
@@ -192,9 +192,9 @@ def disk(folder: Path) -> list[Finding]:
     """Free space where runs are written."""
     free = shutil.disk_usage(folder).free
     text = f"{free / 2**30:.1f} GiB free at {folder}"
-    if free >= LEAST_DISK:
+    if free >= MIN_DISK:
         return [Finding("disk", "ok", text)]
-    return [Finding("disk", "warning", text, f"make room: {LEAST_DISK / 2**30:.0f} GiB hold a base and its runs")]
+    return [Finding("disk", "warning", text, f"make room: {MIN_DISK / 2**30:.0f} GiB hold a base and its runs")]
 
 
 def port_is_free(host: str, port: int) -> list[Finding]:
@@ -240,7 +240,7 @@ def client_certificates(certs: Path) -> list[Finding]:
 
 def server_answers(server: str, certs: Path | None) -> list[Finding]:
     """Whether the server at HOST:PORT can be reached and trusted; without `certs`, reached alone."""
-    fine, faults = reach(server, None if certs is None else certs / "ca.crt")
+    fine, faults = check_connection(server, None if certs is None else certs / "ca.crt")
     return _findings("server", faults, fine)
 
 
@@ -280,7 +280,7 @@ def _hub_base(base: str) -> Finding:
         if isinstance(cached, str):
             return _folder_base(base, Path(cached).parent)
         if not constants.HF_HUB_OFFLINE:
-            get_hf_file_metadata(hf_hub_url(base, "config.json"), timeout=PATIENCE)
+            get_hf_file_metadata(hf_hub_url(base, "config.json"), timeout=TIMEOUT_S)
             return Finding("base", "ok", f"{base}: on the hub; it will be downloaded at the first start")
     except HFValidationError:
         return Finding("base", "problem", f"{base!r} is neither a folder nor a hub id", "correct base.model")
@@ -320,7 +320,7 @@ def data_fit(
         source = SourceSettings(name="data", path=str(path.resolve()), template=template, columns=dict(columns or {}))
         table, _ = read_source(source, path.parent)
     except Exception as error:  # its text may quote a row
-        return [_unread(path, error)]
+        return [_unreadable(path, error)]
     facts = f"{path.name}: {len(table.rows)} rows with the columns {', '.join(table.columns)}"
     own = {} if config is None else templates_of(config)
     if config is None and template not in ("auto", *BUILT_IN):
@@ -382,7 +382,7 @@ def _rows_fit(table: "Table", template: "TemplateSettings") -> list[Finding]:
     return [Finding("data", "ok", f"{usable} of {len(table.rows)} rows have an answer")]
 
 
-def _unread(path: Path, error: Exception) -> Finding:
+def _unreadable(path: Path, error: Exception) -> Finding:
     """A file that cannot be read: the kind of error and the row, without the text, which may quote it."""
     cause: BaseException = error
     while cause.__cause__ is not None:

@@ -7,23 +7,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from fedamole.deployment.connection_check import reach
+from fedamole.deployment.connection_check import check_connection
 from fedamole.errors import RunError
 from fedamole.files import write_atomic
 
 HEALTH_FILE = "health.json"
 """In a client's home, FOLDER/.client-NAME: what the client last wrote of itself."""
-State = Literal["connecting", "connected", "stopped"]
-CLOCK = 60.0
+ConnectionState = Literal["connecting", "connected", "stopped"]
+CLOCK_SKEW_S = 60.0
 """Seconds that a time in the file may lie in the future: clocks are set."""
-_MOST_BYTES = 4096
+_MAX_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class ClientHealth:
     """What a client writes of itself; times are seconds since 1970."""
 
-    state: State
+    state: ConnectionState
     since: float
     """When this state began."""
     last_contact: float | None = None
@@ -37,7 +37,7 @@ class ClientHealth:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class HealthStatus:
     """Whether something works, and why."""
 
     healthy: bool
@@ -48,14 +48,14 @@ def read_health(path: Path) -> ClientHealth:
     """Read a client's health.json; RunError where it is missing or is none."""
     try:
         with path.open("rb") as file:
-            text = file.read(_MOST_BYTES + 1)
-        found = json.loads(text) if len(text) <= _MOST_BYTES else None
+            text = file.read(_MAX_BYTES + 1)
+        found = json.loads(text) if len(text) <= _MAX_BYTES else None
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror}): start the client, or correct the folder") from error
     except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is not a health file of `fedamole client`") from error
     names = ("state", "since", "last_contact", "last_order")
-    if not isinstance(found, dict) or set(found) != set(names) or found["state"] not in get_args(State):
+    if not isinstance(found, dict) or set(found) != set(names) or found["state"] not in get_args(ConnectionState):
         raise RunError(f"{path} is not a health file of `fedamole client`")
     for name in names[1:]:
         value = found[name]
@@ -65,7 +65,7 @@ def read_health(path: Path) -> ClientHealth:
     return ClientHealth(**found)
 
 
-def client_health(place: Path, within: float) -> Verdict:
+def client_health(place: Path, within: float) -> HealthStatus:
     """Judge a client by its home (FOLDER/.client-NAME) or its health.json.
 
     Healthy is a client that is connected and has heard from its coordinator in the last `within` seconds. A client that
@@ -74,30 +74,30 @@ def client_health(place: Path, within: float) -> Verdict:
     try:
         found = read_health(place / HEALTH_FILE if place.is_dir() else place)
     except RunError as error:
-        return Verdict(False, str(error))
+        return HealthStatus(False, str(error))
     now = time.time()
     times = [value for value in (found.since, found.last_contact, found.last_order) if value is not None]
-    if max(times) > now + CLOCK:
-        return Verdict(False, f"{place}: a time lies {max(times) - now:.0f} s in the future; set this clock right")
+    if max(times) > now + CLOCK_SKEW_S:
+        return HealthStatus(False, f"{place}: a time lies {max(times) - now:.0f} s in the future; set this clock right")
     told = f"{found.state} since {_utc(found.since)}"
     if found.last_contact is not None:
         told += f", last contact {max(0.0, now - found.last_contact):.0f} s ago"
     if found.last_order is not None:
         told += f", last order {max(0.0, now - found.last_order):.0f} s ago"
     if found.state != "connected":
-        return Verdict(False, told)
+        return HealthStatus(False, told)
     if found.last_contact is None or now - found.last_contact > within:
-        return Verdict(False, f"{told}; more than {within:.0f} s without contact")
-    return Verdict(True, told)
+        return HealthStatus(False, f"{told}; more than {within:.0f} s without contact")
+    return HealthStatus(True, told)
 
 
-def coordinator_health(server: str, certs: Path) -> Verdict:
+def coordinator_health(server: str, certs: Path) -> HealthStatus:
     """Ask a coordinator's gateway at HOST:PORT for its health, with TLS against `certs`/ca.crt."""
-    fine, faults = reach(server, certs / "ca.crt")
+    fine, faults = check_connection(server, certs / "ca.crt")
     urgent = [fault for fault in faults if fault.urgent]
     if urgent:
-        return Verdict(False, "; ".join(f"{fault.text} ({fault.remedy})" for fault in urgent))
-    return Verdict(True, fine)
+        return HealthStatus(False, "; ".join(f"{fault.text} ({fault.remedy})" for fault in urgent))
+    return HealthStatus(True, fine)
 
 
 def _utc(seconds: float) -> str:

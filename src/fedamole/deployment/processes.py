@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -25,7 +25,9 @@ OFFLINE = {
 """Flower asks nobody but its own parts, installs nothing, and looks for work often."""
 
 LOOPBACK = "127.0.0.1"
-PRIVATE = 0o077
+PrintLine = Callable[[str], None]
+"""Prints one line for the user."""
+PRIVATE_UMASK = 0o077
 """The umask of a deployment's processes: what they write is read by nobody else on this machine."""
 _PR_SET_PDEATHSIG = 1
 
@@ -176,5 +178,5 @@ class Process:
 def _ready() -> None:
     """In the child: a group of its own, so that Ctrl-C is for the parent to handle; files for this user's eyes only."""
     os.setpgid(0, 0)
-    os.umask(PRIVATE)
+    os.umask(PRIVATE_UMASK)
     die_with_parent()

@@ -22,7 +22,7 @@ from fedamole.runs.run_folder import METRICS, RunFolder
 
 log = logging.getLogger(__name__)
 
-WORK = "work.json"
+REQUEST_COUNTS = "work.json"
 """In the client's folder: how often it has trained and been scored for this run, whatever counted."""
 
 
@@ -51,7 +51,7 @@ class ClientSettings:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredReply:
     """An answer on disk, and the hash of what it answers: the message, and the round that counted before."""
 
     digest: str
@@ -59,14 +59,14 @@ class Stored:
 
 
 @dataclass
-class Seat:
+class RunSession:
     """A client's place in one run."""
 
     config: Config
     worker: Worker
     data: ClientData
     labels: dict[str, int]
-    hold: ExitStack = field(default_factory=ExitStack)
+    lock: ExitStack = field(default_factory=ExitStack)
     """Holds the run folder for this process."""
 
     @property
@@ -80,7 +80,7 @@ class Seat:
         return self.data.info.name
 
     @property
-    def tested(self) -> Path:
+    def test_reply_path(self) -> Path:
         """Where its answer to the test lies, once it has been given."""
         return self.folder.client(self.name) / "test.safetensors"
 
@@ -88,26 +88,26 @@ class Seat:
         """Where its answer of a round lies."""
         return self.folder.client(self.name) / "answers" / f"round-{round_:04d}.safetensors"
 
-    def stored(self, path: Path) -> Stored | None:
+    def read_stored(self, path: Path) -> StoredReply | None:
         """The answer in a file, if there is one that can be read."""
         try:
-            return unpacked(Stored, path.read_bytes()) if path.exists() else None
+            return unpacked(StoredReply, path.read_bytes()) if path.exists() else None
         except PayloadError as error:
             log.warning("%s is damaged (%s); that round is done again", path, error)
             return None
 
-    def done(self) -> tuple[list[Path], list[Path]]:
+    def round_files(self) -> tuple[list[Path], list[Path]]:
         """Files of private states and of answers, each by round."""
         states, answers = state_path(self.folder, self.name, 0).parent, self.answer_path(0).parent
         return sorted(states.glob("round-*.safetensors")), sorted(answers.glob("round-*.safetensors"))
 
-    def count(self, operation: str, most: int) -> None:
+    def count_request(self, operation: str, most: int) -> None:
         """Count a piece of work before it is done; PolicyError where it is one more than `most`.
 
         A coordinator may ask for a round again, with another message, after a restart. Each answer tells something,
         so that all of them are counted, not rounds alone.
         """
-        path = self.folder.client(self.name) / WORK
+        path = self.folder.client(self.name) / REQUEST_COUNTS
         work = self.folder.read_json(str(path.relative_to(self.folder.path))) if path.exists() else {}
         if work.get(operation, 0) >= most:
             raise PolicyError(
@@ -116,9 +116,9 @@ class Seat:
             )
         write_atomic(path, json.dumps({**work, operation: work.get(operation, 0) + 1}))
 
-    def undo(self, request: Request) -> None:
+    def discard_after(self, request: Request) -> None:
         """Forget what was done in rounds after the last one that counted."""
-        for path in chain(*self.done()):
+        for path in chain(*self.round_files()):
             if int(path.stem.removeprefix("round-")) > request.last:
                 log.info("%s is undone: that round did not count", path.name)
                 path.unlink()
@@ -130,7 +130,7 @@ class Seat:
 
         self.folder.cut(METRICS, counts)
 
-    def keep(self, request: Request) -> None:
+    def save_best_models(self, request: Request) -> None:
         """Save the present model of every row whose best round is a new one."""
         path = self.folder.client(self.name) / "best.json"
         kept = self.folder.read_json(str(path.relative_to(self.folder.path))) if path.exists() else {}
@@ -144,12 +144,12 @@ class Seat:
         """Add lines to the client's own metrics."""
         self.folder.append(METRICS, ({"round": line.pop("round"), "client": self.name, **line} for line in lines))
 
-    def log_validation(self, round_: int, scores: dict[str, Scores]) -> None:
+    def append_validation(self, round_: int, scores: dict[str, Scores]) -> None:
         """Add validation scores by row to the client's own metrics."""
         self.log([{"round": round_, "split": "validation", "method": row, **one} for row, one in scores.items()])
 
 
-def counted_labels(config: Config, data: ClientData) -> dict[str, int]:
+def count_labels(config: Config, data: ClientData) -> dict[str, int]:
     """How often each answer occurs among the training rows; empty where answers are texts of all kinds."""
     examples = data.train.examples
     if score_name(examples[0], config.evaluation) != "accuracy":

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import tomli_w
 import torch
 
 from fedamole.config import load_config
-from fedamole.deployment.progress import Show
 from fedamole.deployment.shared_config import agreed_hash, shared_tables
 from fedamole.engine.remote import Link, Remote
 from fedamole.experiment import check_length, loop_of, rows_of, server_of
@@ -31,7 +30,11 @@ TICKET = "ticket"
 """Another: which submission of the run counts, as Flower may yet start one that was given up."""
 
 
-class ProgressLog(logging.Handler):
+OnProgress = Callable[[dict[str, Any]], None]
+"""Called with every event of a run, a line of progress.jsonl."""
+
+
+class ProgressLogHandler(logging.Handler):
     """Warnings among the lines of progress, so that whoever watches the run reads why a client is left out."""
 
     def __init__(self, progress: "ProgressFile") -> None:
@@ -47,9 +50,9 @@ class ProgressLog(logging.Handler):
 class ProgressFile(ProgressListener):
     """Writes what goes on as lines of JSON, for whoever shows it."""
 
-    def __init__(self, folder: RunFolder, show: Show | None = None) -> None:
-        """Append to progress.jsonl of a server's folder; `show` is given every line as well."""
-        self.folder, self.show = folder, show
+    def __init__(self, folder: RunFolder, on_progress: OnProgress | None = None) -> None:
+        """Append to progress.jsonl of a server's folder; `on_progress` is given every line as well."""
+        self.folder, self.on_progress = folder, on_progress
         self.path = folder.path / SERVER / PROGRESS
         self.say("started", pid=os.getpid())
 
@@ -58,8 +61,8 @@ class ProgressFile(ProgressListener):
         line = {"what": what, "time": time.time(), **fields}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if self.show is not None:
-            self.show(line)
+        if self.on_progress is not None:
+            self.on_progress(line)
 
     def joined(self, name: str, about: Mapping[str, Any]) -> None:
         """A client has joined; what it told goes into clients.json."""
@@ -94,8 +97,8 @@ class ProgressFile(ProgressListener):
         self.say("done", round=round_, validation=dict(validation))
 
 
-def coordinate(link: Link, path: Path, show: Show | None = None) -> dict[str, Any]:
-    """Begin the run that is set up in a folder, or go on with it; return the summary. `show` is told what goes on.
+def coordinate(link: Link, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
+    """Begin the run that is set up in a folder, or go on with it; return the summary. `on_progress` is told what goes on.
 
     Errors: ConfigError, BaseModelError, RunError; a run that ended with one goes on from its last round when called
     again.
@@ -120,8 +123,8 @@ def coordinate(link: Link, path: Path, show: Show | None = None) -> dict[str, An
     server, tables = server_of(config, base), shared_tables(config, base.identity)
     del base
     with folder.locked():
-        listener = ProgressFile(folder, show)
-        handler = ProgressLog(listener)
+        listener = ProgressFile(folder, on_progress)
+        handler = ProgressLogHandler(listener)
         logging.getLogger("fedamole").addHandler(handler)
         listener.say("agreed", hash=agreed_hash(tables))
         for sentence in exposure(config, len(names), (), server.shapes):

@@ -12,7 +12,7 @@ from multiprocessing.connection import Listener
 from pathlib import Path
 
 from fedamole.config import build
-from fedamole.deployment.client_handler import Host
+from fedamole.deployment.client_handler import ClientHandler
 from fedamole.deployment.run_session import ClientSettings
 from fedamole.deployment.security.audit_log import AuditError
 from fedamole.errors import FedamoleError
@@ -23,7 +23,7 @@ from fedamole.terminal import set_up
 log = logging.getLogger(__name__)
 
 
-def serve(host: Host, address: str, secret: bytes) -> None:
+def serve(host: ClientHandler, address: str, secret: bytes) -> None:
     """Answer requests for ever; a caller without the secret, or one that goes away, is no reason to end.
 
     Where the audit log cannot be written, the caller gets no answer.
@@ -51,7 +51,7 @@ def main() -> None:
     except FedamoleError as error:
         log.error("%s", error)
         sys.exit(error.exit_code)
-    serve(Host(client, PlainProgress(console)), settings["socket"], Path(settings["secret"]).read_bytes())
+    serve(ClientHandler(client, PlainProgress(console)), settings["socket"], Path(settings["secret"]).read_bytes())
 
 
 if __name__ == "__main__":

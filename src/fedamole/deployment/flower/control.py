@@ -16,13 +16,13 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.error import FlowerError
 
 from fedamole.deployment.flower.superlink import CONTROL_HEADER
-from fedamole.deployment.security.tls import trusting
+from fedamole.deployment.security.tls import client_context
 from fedamole.errors import RunError
 
 log = logging.getLogger(__name__)
 
 GONE = "unregistered"
-APP = Path(__file__).parent / "flower-app"
+APP = Path(__file__).parent / "app"
 """What the SuperLink is given to run: names of this package's own modules."""
 
 
@@ -42,7 +42,7 @@ class Control:
 
     def __init__(self, port: int, ca: Path | None, token: str) -> None:
         """Speak to a port of this machine, over TLS where there is an authority."""
-        verify: ssl.SSLContext | bool = False if ca is None else trusting(ca)
+        verify: ssl.SSLContext | bool = False if ca is None else client_context(ca)
         scheme = "http" if ca is None else "https"
         self.client = ControlHttpClient(f"{scheme}://127.0.0.1:{port}", interceptors=[_Token(token)], verify=verify)
 

@@ -16,7 +16,7 @@ from flwr.supercore.constant import TASK_TYPE_TO_APPIO_API_ADDRESS_ARG, TaskType
 from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResult
 
-from fedamole.deployment.flower.commands import SERVERAPP
+from fedamole.deployment.flower.command_allowlist import SERVERAPP
 from fedamole.deployment.processes import private_file
 
 log = logging.getLogger(__name__)

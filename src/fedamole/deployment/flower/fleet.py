@@ -51,9 +51,9 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes, sign_message
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from fedamole.deployment.connection_check import on_this_machine
-from fedamole.deployment.flower.content import LARGEST_MESSAGE, MOST_OBJECTS, answer, bytes_of
-from fedamole.deployment.security.tls import trusting
+from fedamole.deployment.connection_check import is_loopback
+from fedamole.deployment.flower.content import MAX_MESSAGE_BYTES, MAX_OBJECTS, from_array_record, reply_content
+from fedamole.deployment.security.tls import client_context
 
 log = logging.getLogger(__name__)
 
@@ -63,15 +63,15 @@ HEARTBEAT_S = 30.0
 """Seconds between two signs of life; the server takes a client for lost when two are missing."""
 CALL_S, CONNECT_S = 30.0, 10.0
 """Seconds for one answer of the server, and for a connection."""
-LARGEST_ANSWER = 64 << 20
+MAX_RESPONSE_BYTES = 64 << 20
 """Bytes of the server's answer to one call; Flower's own pieces have 5 MB."""
-PIECES_S = 600.0
+FETCH_TIMEOUT_S = 600.0
 """Seconds that all pieces of a message may take to come."""
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
 """Seconds before a call that failed on its way is tried again; the last is repeated."""
-MOST_FAULTS = 20
+MAX_SERVER_ERRORS = 20
 """Times that a server may answer one call with a fault of its own; a server that is away is waited for."""
-PASSING = frozenset({408, 429, 500, 502, 503, 504})
+RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 """Statuses that say nothing about this client and may be gone a moment later."""
 
 
@@ -110,7 +110,7 @@ class _BoundedClient(FleetHttpClient):
         host = httpx.URL(base_url).host
         self._client = httpx.Client(
             verify=verify,
-            trust_env=not on_this_machine(host),
+            trust_env=not is_loopback(host),
             follow_redirects=False,
             timeout=httpx.Timeout(CALL_S, connect=CONNECT_S),
             headers={"accept-encoding": "identity", "user-agent": "fedamole"},
@@ -136,7 +136,7 @@ class _BoundedClient(FleetHttpClient):
             parts, length = [], 0
             for part in answer.iter_raw():
                 length += len(part)
-                if length > LARGEST_ANSWER:
+                if length > MAX_RESPONSE_BYTES:
                     raise httpx.DecodingError("an answer of the server is too large", request=call)
                 parts.append(part)
         finally:
@@ -167,10 +167,10 @@ class Fleet:
         self.registers = key is None
         self.key = key or generate_key_pairs()[0]
         self.stop = stop
-        scheme, verify = ("http", False) if ca is None else ("https", trusting(ca))
+        scheme, verify = ("http", False) if ca is None else ("https", client_context(ca))
         self.client = _BoundedClient(f"{scheme}://{server}", verify, self.key)
         self.node = 0
-        self.troubled: str = ""
+        self.call_failure: str = ""
         """Why calls are failing just now; empty where they do not."""
 
     def activate(self, former: int = 0) -> int:
@@ -216,7 +216,7 @@ class Fleet:
             record = content.array_records["request"]
             if message.metadata.message_type != "query" or len(content) != 1 or len(record) != 1:
                 raise UnusableMessageError("a message came that is no request of fedamole")
-            payload = bytes_of(record)
+            payload = from_array_record(record)
         except (FleetError, UnusableMessageError):
             raise
         except Exception as error:  # whatever Flower's classes make of bytes that are not theirs
@@ -228,16 +228,16 @@ class Fleet:
     def _content(self, run: int, tree: ObjectTree) -> RecordDict:
         """Fetch the pieces of a message, each checked against its hash, and put them together."""
         names = list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))
-        if len(names) > MOST_OBJECTS:
-            raise UnusableMessageError(f"a message came in more than {MOST_OBJECTS} pieces")
-        pieces, length, end = dict[str, bytes](), 0, time.monotonic() + PIECES_S
+        if len(names) > MAX_OBJECTS:
+            raise UnusableMessageError(f"a message came in more than {MAX_OBJECTS} pieces")
+        pieces, length, end = dict[str, bytes](), 0, time.monotonic() + FETCH_TIMEOUT_S
         for name in names:
             content = self._piece(run, name, end)
             length += len(content)
             if get_object_id(content) != name:
                 raise UnusableMessageError("a piece of a message is damaged")
-            if length > LARGEST_MESSAGE:
-                raise UnusableMessageError(f"a message came that is larger than {LARGEST_MESSAGE} bytes")
+            if length > MAX_MESSAGE_BYTES:
+                raise UnusableMessageError(f"a message came that is larger than {MAX_MESSAGE_BYTES} bytes")
             pieces[name] = content
         whole = inflate_object_from_contents(tree.object_id, pieces)
         if not isinstance(whole, Message):
@@ -268,7 +268,7 @@ class Fleet:
 
     def reply(self, incoming: Incoming, payload: bytes | None) -> None:
         """Answer a message; None says that the worker is not there. FleetError "refused": nobody waits any more."""
-        message = Message(answer(payload), reply_to=incoming.message)
+        message = Message(reply_content(payload), reply_to=incoming.message)
         run = message.metadata.run_id
         with no_object_id_recompute():
             message.metadata.__dict__["_message_id"] = message.object_id
@@ -311,13 +311,13 @@ class Fleet:
                 raise FleetError("stopped", "this client is being ended")
             try:
                 answer = self._once(call, request)
-                self.troubled = ""
+                self.call_failure = ""
                 return answer
             except httpx.HTTPError as error:
-                self.troubled = f"the server cannot be reached ({_cause(error)})"
-                if isinstance(error, httpx.HTTPStatusError) and tries >= MOST_FAULTS:
+                self.call_failure = f"the server cannot be reached ({_cause(error)})"
+                if isinstance(error, httpx.HTTPStatusError) and tries >= MAX_SERVER_ERRORS:
                     raise FleetError("refused", f"the server fails at this call again and again ({error})") from error
-                log.debug("%s; trying again", self.troubled)
+                log.debug("%s; trying again", self.call_failure)
             self.stop.wait(PAUSES[min(tries, len(PAUSES) - 1)])
             tries += 1
 
@@ -326,7 +326,7 @@ class Fleet:
         try:
             return call(request)
         except httpx.HTTPStatusError as error:
-            if error.response.status_code in PASSING:
+            if error.response.status_code in RETRYABLE:
                 raise
             raise _refusal(error.response) from error
         except httpx.ProxyError as error:

@@ -20,22 +20,22 @@ from flwr.supercore.inflatable.inflatable_object import get_object_id, iterate_o
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from fedamole.deployment.flower.content import LARGEST_MESSAGE, MOST_OBJECTS, failure_of, opened
+from fedamole.deployment.flower.content import MAX_MESSAGE_BYTES, MAX_OBJECTS, failure_of, read_content
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 16
+MAX_FETCHES = 16
 """Answers that are fetched at once."""
-LOOK = 0.2
+FETCH_RETRY_S = 0.2
 """Seconds between two looks for a piece that has not come yet."""
-PIECES_S = 600.0
+FETCH_TIMEOUT_S = 600.0
 """Seconds after which an answer whose pieces have not all come is given up."""
-KEPT_S = 24 * 3600.0
+FORGET_S = 24 * 3600.0
 """Seconds after which an answer that nobody has asked for is forgotten."""
 
 
 @dataclass
-class _Coming:
+class _PendingReply:
     """An answer of which not all has come, or been asked for, yet."""
 
     run: int
@@ -57,8 +57,8 @@ class Inbox:
     def __init__(self, grid: HttpGrid) -> None:
         """Use the grid's own connection to the SuperLink."""
         self.grid = grid
-        self.pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="answer")
-        self.coming: dict[str, _Coming] = {}
+        self.pool = ThreadPoolExecutor(MAX_FETCHES, thread_name_prefix="answer")
+        self.pending: dict[str, _PendingReply] = {}
 
     def receive(self, tickets: Collection[str]) -> dict[str, bytes | str]:
         """What has come of these tickets: bytes, or why there will be none; each once.
@@ -66,8 +66,8 @@ class Inbox:
         Tickets of another call are not given up: what has been announced for them is asked for later.
         """
         now, found = time.monotonic(), self._announced(tickets)
-        for ticket in [ticket for ticket in tickets if ticket in self.coming]:
-            one = self.coming[ticket]
+        for ticket in [ticket for ticket in tickets if ticket in self.pending]:
+            one = self.pending[ticket]
             one.asked = now
             if one.work is None:
                 if now >= one.look:
@@ -75,20 +75,20 @@ class Inbox:
                 continue
             if not one.work.done():
                 continue
-            content, one.work, one.look = one.work.result(), None, now + LOOK
-            if content is None and now - one.begun > PIECES_S:
+            content, one.work, one.look = one.work.result(), None, now + FETCH_RETRY_S
+            if content is None and now - one.begun > FETCH_TIMEOUT_S:
                 content = "lost"
             if content is not None:
                 found[ticket] = content
-                del self.coming[ticket]
-        forgotten = [ticket for ticket, one in self.coming.items() if one.work is None and now - one.asked > KEPT_S]
+                del self.pending[ticket]
+        forgotten = [ticket for ticket, one in self.pending.items() if one.work is None and now - one.asked > FORGET_S]
         for ticket in forgotten:
-            del self.coming[ticket]
+            del self.pending[ticket]
         return found
 
     def _announced(self, tickets: Collection[str]) -> dict[str, bytes | str]:
         """Ask which answers there are; return those that are errors."""
-        asked, failed = [ticket for ticket in tickets if ticket not in self.coming], dict[str, bytes | str]()
+        asked, failed = [ticket for ticket in tickets if ticket not in self.pending], dict[str, bytes | str]()
         if not asked:
             return failed
         found = self.grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=asked))
@@ -98,14 +98,14 @@ class Inbox:
             if message.HasField("error"):
                 failed[about.reply_to_message_id] = failure_of(message.error.code)
                 continue
-            self.coming[about.reply_to_message_id] = _Coming(about.run_id, about.message_id, tree, now, now)
+            self.pending[about.reply_to_message_id] = _PendingReply(about.run_id, about.message_id, tree, now, now)
         return failed
 
-    def _fetch(self, one: _Coming) -> bytes | str | None:
+    def _fetch(self, one: _PendingReply) -> bytes | str | None:
         """Fetch what there is of an answer; its content, None where pieces are missing, or why there will be none."""
         try:
             names = list(dict.fromkeys(part.object_id for part in iterate_object_tree(one.tree)))
-            if len(names) > MOST_OBJECTS:
+            if len(names) > MAX_OBJECTS:
                 raise ValueError("too many pieces")
             for name in names:
                 if name in one.pieces:
@@ -117,7 +117,7 @@ class Inbox:
                 if not found.object_available:
                     return None
                 one.pieces[name] = bytes(found.object_content)
-                if get_object_id(one.pieces[name]) != name or sum(map(len, one.pieces.values())) > LARGEST_MESSAGE:
+                if get_object_id(one.pieces[name]) != name or sum(map(len, one.pieces.values())) > MAX_MESSAGE_BYTES:
                     raise ValueError("a damaged piece, or too many bytes")
             self.grid._runtime_client.ConfirmMessageReceived(
                 ConfirmMessageReceivedRequest(node=self.grid.node, run_id=one.run, message_object_id=one.message)
@@ -125,7 +125,7 @@ class Inbox:
             whole: Any = inflate_object_from_contents(one.tree.object_id, one.pieces)
             if not isinstance(whole, Message):
                 raise ValueError("no message")
-            return opened(whole)
+            return read_content(whole)
         except httpx.HTTPError:
             return "lost"
         except Exception as error:  # whatever Flower's classes make of bytes that a client made

@@ -9,7 +9,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
-from fedamole.deployment.flower.content import opened, sealed
+from fedamole.deployment.flower.content import read_content, to_array_record
 from fedamole.deployment.flower.inbox import Inbox
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class FlowerLink:
     def send(self, node: int, payload: bytes, round_: int, seconds: float) -> str:
         """Send bytes to a node that has so many seconds to answer; return a ticket for the answer."""
         message = Message(
-            RecordDict({"request": sealed(payload)}),
+            RecordDict({"request": to_array_record(payload)}),
             dst_node_id=node,
             message_type="query",
             group_id=str(round_),
@@ -64,5 +64,5 @@ class FlowerLink:
             log.warning("the SuperLink does not answer (%s); trying again", type(error).__name__)
             return found
         for message in messages:
-            found[message.metadata.reply_to_message_id] = opened(message)
+            found[message.metadata.reply_to_message_id] = read_content(message)
         return found

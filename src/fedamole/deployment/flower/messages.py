@@ -12,7 +12,7 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import ObjectTree
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-MOST_OBJECTS = 16_384
+MAX_OBJECTS = 16_384
 """Objects of one message. Flower cuts arrays into objects of 5 MiB, so this allows for 80 GiB."""
 
 
@@ -40,15 +40,15 @@ def push_fault(body: bytes) -> str | None:
         math.isfinite(seconds) and seconds >= 0 for seconds in request.clientapp_runtime_list
     ):
         return "its running time is no number of seconds"
-    if _objects(request.message_object_trees[0]) > MOST_OBJECTS:
-        return f"its message has more than {MOST_OBJECTS} objects"
+    if _objects(request.message_object_trees[0]) > MAX_OBJECTS:
+        return f"its message has more than {MAX_OBJECTS} objects"
     return None
 
 
 def _objects(root: ObjectTree) -> int:
     """Number of objects of a tree, counted no further than just beyond the limit."""
     count, waiting = 0, [root]
-    while waiting and count <= MOST_OBJECTS:
+    while waiting and count <= MAX_OBJECTS:
         tree = waiting.pop()
         count += 1
         waiting.extend(tree.children)

@@ -19,9 +19,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedamole.config import Config, load_config
 from fedamole.data.manifest import load_federation, read_manifest
-from fedamole.deployment.client_handler import Host
-from fedamole.deployment.flower.content import answer as answered
-from fedamole.deployment.flower.content import bytes_of
+from fedamole.deployment.client_handler import ClientHandler
+from fedamole.deployment.flower.content import from_array_record, reply_content
 from fedamole.deployment.flower.link import FlowerLink
 from fedamole.deployment.processes import OFFLINE
 from fedamole.deployment.run_session import ClientSettings
@@ -39,7 +38,7 @@ SITES = f"{SERVER}/sites"
 """Where the clients' own run folders and partitions lie, in the run's folder."""
 
 
-class Guest(Host):
+class StatelessClientHandler(ClientHandler):
     """A client for one message: its state is on disk, so that any process can take the next one."""
 
     def answer(self, payload: bytes) -> bytes:
@@ -47,9 +46,9 @@ class Guest(Host):
         try:
             return super().answer(payload)
         finally:
-            self._stand_up()
+            self._close_session()
 
-    def _bank(self, config: Config) -> Bank:
+    def _load_bank(self, config: Config) -> Bank:
         return _resident(config.base, config.run.device)
 
 
@@ -91,7 +90,7 @@ def _settings_of(folder: Path, name: str) -> ClientSettings:
     )
 
 
-def simulate(folder: Path, show: Callable[[dict[str, Any]], None], cpus: int, gpus: float) -> None:
+def simulate(folder: Path, on_progress: Callable[[dict[str, Any]], None], cpus: int, gpus: float) -> None:
     """Begin the run that lies ready in a folder, or go on with it; `cpus` and `gpus` are what each client is given.
 
     Errors are those of the run.
@@ -107,17 +106,17 @@ def simulate(folder: Path, show: Callable[[dict[str, Any]], None], cpus: int, gp
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            coordinate(FlowerLink(grid), folder, show)
+            coordinate(FlowerLink(grid), folder, on_progress)
         except Exception as error:  # raised again where somebody reads it, as this is a thread of Flower's
             errors.append(error)
 
     @client.query()
     def answer(message: Message, context: Context) -> Message:
         name = names[int(str(context.node_config["partition-id"]))]
-        reply = Guest(_settings_of(folder, name), ProgressListener()).answer(
-            bytes_of(message.content.array_records["request"])
+        reply = StatelessClientHandler(_settings_of(folder, name), ProgressListener()).answer(
+            from_array_record(message.content.array_records["request"])
         )
-        return Message(answered(reply), reply_to=message)
+        return Message(reply_content(reply), reply_to=message)
 
     resources: dict[str, Any] = {"client_resources": {"num_cpus": cpus, "num_gpus": gpus}}
     run_simulation(server, client, len(names), backend_config=resources)

@@ -20,7 +20,7 @@ from flwr.superlink import extensions
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fedamole.deployment.security.tls import at_least_tls_1_3
+from fedamole.deployment.security.tls import require_tls_1_3
 from fedamole.errors import FedamoleError
 
 CONTROL, GATEWAY = "control", "gateway"
@@ -68,7 +68,7 @@ def _run(**options: Any) -> None:
     config = uvicorn.Config(**options)
     config.load()
     if config.ssl is not None:
-        at_least_tls_1_3(config.ssl)
+        require_tls_1_3(config.ssl)
     uvicorn.Server(config).run()
 
 

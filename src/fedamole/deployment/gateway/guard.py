@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from starlette.datastructures import Headers
 
-from fedamole.deployment.security.roster import Client, Roster
+from fedamole.deployment.security.roster import RegisteredClient, Roster
 
 KIB, MIB = 2**10, 2**20
 
@@ -45,10 +45,10 @@ KEY_BYTES, TOTAL_BYTES = 48 * MIB, 256 * MIB
 KEY_HEADER, TIMESTAMP_HEADER, SIGNATURE_HEADER = "flwr-public-key", "flwr-timestamp", "flwr-signature"
 """The headers of a node's signature. They and the window repeat Flower's constants; a test compares them."""
 
-OLDEST_S, NEWEST_S = 305, -5
+MAX_AGE_S, MIN_AGE_S = 305, -5
 """The age in seconds that a signed timestamp may have; a negative age is a clock that is ahead. Both are excluded."""
 
-LINES, LINES_S = 30, 10.0
+MAX_LINES, LINES_WINDOW_S = 30, 10.0
 """Most log lines about one source in so many seconds."""
 
 
@@ -82,7 +82,7 @@ def _head_bytes(path: bytes, query: bytes, headers: Headers) -> int:
     return len(path) + len(query) + sum(len(name) + len(value) for name, value in headers.raw)
 
 
-def check_signature(headers: Headers, roster: Roster, now: datetime) -> Client:
+def check_signature(headers: Headers, roster: Roster, now: datetime) -> RegisteredClient:
     """The registered client whose key has signed the head's timestamp; RefusedError (401) otherwise.
 
     `now` is the time with its zone. The key that verifies is the roster's own; nothing that a stranger sends is parsed
@@ -101,7 +101,7 @@ def check_signature(headers: Headers, roster: Roster, now: datetime) -> Client:
         age = (now - datetime.fromisoformat(timestamp)).total_seconds()
     except (ValueError, TypeError, OverflowError) as error:
         raise RefusedError(401, "bad-signature", f"{client.name} has signed what is no time with a zone") from error
-    if not NEWEST_S < age < OLDEST_S:
+    if not MIN_AGE_S < age < MAX_AGE_S:
         raise RefusedError(401, "clock", f"signed by {client.name} {age:.0f} s ago: its clock, or this one, is wrong")
     return client
 
@@ -127,26 +127,26 @@ class Budget:
     def __init__(self, total: int = TOTAL_BYTES, per_key: int = KEY_BYTES) -> None:
         """Allow `total` bytes in all and `per_key` of each client."""
         self.total, self.per_key = total, min(per_key, total)
-        self._held: dict[str, int] = {}
+        self._reserved: dict[str, int] = {}
 
     @contextmanager
     def reserved(self, name: str, size: int) -> Iterator[None]:
         """Hold `size` bytes for a client; RefusedError (503) where its share or the whole is used up."""
-        held, in_all = self._held.get(name, 0), sum(self._held.values())
+        held, in_all = self._reserved.get(name, 0), sum(self._reserved.values())
         if held + size > self.per_key:
             raise RefusedError(503, "busy", f"{name} has {held} bytes on their way; at most {self.per_key} per key")
         if in_all + size > self.total:
             raise RefusedError(503, "busy", f"{in_all} bytes of all clients are on their way; at most {self.total}")
-        self._held[name] = held + size
+        self._reserved[name] = held + size
         try:
             yield
         finally:
-            self._held[name] -= size
-            if not self._held[name]:
-                del self._held[name]
+            self._reserved[name] -= size
+            if not self._reserved[name]:
+                del self._reserved[name]
 
 
-class Complaints:
+class RateLimitedLog:
     """Writes lines about callers to a log, so few that no caller can fill the disk with them."""
 
     def __init__(self, log: logging.Logger) -> None:
@@ -154,14 +154,14 @@ class Complaints:
         self._log = log
         self._counts: dict[str, tuple[float, int]] = {}
 
-    def say(self, source: str, text: str) -> None:
-        """Write a warning about `source`, a client's name or "strangers"; leave it out after `LINES` in `LINES_S`."""
+    def warning(self, source: str, text: str) -> None:
+        """Write a warning about `source`, a client's name or "strangers"; leave it out after `MAX_LINES` in `LINES_WINDOW_S`."""
         now = time.monotonic()
         since, count = self._counts.get(source, (now, 0))
-        if now - since >= LINES_S:
+        if now - since >= LINES_WINDOW_S:
             since, count = now, 0
         self._counts[source] = since, count + 1
-        if count < LINES:
+        if count < MAX_LINES:
             self._log.warning("%s", text)
-        elif count == LINES:
-            self._log.warning("further lines about %s are left out for %.0f s", source, LINES_S - (now - since))
+        elif count == MAX_LINES:
+            self._log.warning("further lines about %s are left out for %.0f s", source, LINES_WINDOW_S - (now - since))

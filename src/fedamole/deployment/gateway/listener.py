@@ -12,18 +12,18 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from fedamole.deployment.gateway.guard import HEAD_BYTES, Complaints
-from fedamole.deployment.gateway.places import Place, Places
+from fedamole.deployment.gateway.connection_slots import ConnectionSlot, ConnectionSlots
+from fedamole.deployment.gateway.guard import HEAD_BYTES, RateLimitedLog
 
 LOG = logging.getLogger("fedamole.gateway")
 
 KEEP_ALIVE_S = 15
 """Longest wait for a complete head of a request, in seconds; longer than the 5 s after which httpx lets go."""
 
-GOODBYE_S = 2.0
+CLOSE_S = 2.0
 """Longest wait for the other side's end of TLS when a connection is closed, in seconds."""
 
-WATCH_S = 1.0
+CERTIFICATE_CHECK_S = 1.0
 """Seconds between two looks at the certificate's files."""
 
 STOP_S = 10
@@ -39,7 +39,7 @@ class Certificate:
         self._loaded = self._last = self._state()
         self.context = self._load()
 
-    def look(self) -> None:
+    def reload(self) -> None:
         """Load the files again if they have changed and are no longer being written.
 
         Files that cannot be used leave the former certificate in use; that is logged once for each change.
@@ -84,18 +84,18 @@ class Protocol(H11Protocol):
     nothing, would hold a connection for ever.
     """
 
-    place: Place
-    places: Places
+    slot: ConnectionSlot
+    slots: ConnectionSlots
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock with the connection."""
         super().connection_made(transport)
-        self.place.close = transport.abort
+        self.slot.close = transport.abort
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Give the place back."""
-        self.places.leave(self.place)
+        self.slots.release(self.slot)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -112,22 +112,22 @@ class Protocol(H11Protocol):
             self.transport.abort()
 
 
-class Door:
+class ConnectionAcceptor:
     """Accepts connections on listening sockets: a place first, then TLS, then HTTP."""
 
     def __init__(self, server: "GatewayServer", listening: list[socket.socket]) -> None:
         """Begin to accept; within the event loop."""
         self._server, self._listening = server, listening
         loop = asyncio.get_running_loop()
-        self._tasks = {loop.create_task(self._accept(own)) for own in listening}
+        self._tasks = {loop.create_task(self._accept(sock)) for sock in listening}
         self._tasks.add(loop.create_task(self._watch()))
 
     def close(self) -> None:
         """Accept nobody more, and end handshakes that are under way."""
         for task in self._tasks:
             task.cancel()
-        for own in self._listening:
-            asyncio.get_running_loop().call_soon(own.close)  # once the loop no longer waits for it
+        for sock in self._listening:
+            asyncio.get_running_loop().call_soon(sock.close)  # once the loop no longer waits for it
 
     async def wait_closed(self) -> None:
         """Wait until that is done."""
@@ -135,8 +135,8 @@ class Door:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(WATCH_S)
-            self._server.certificate.look()
+            await asyncio.sleep(CERTIFICATE_CHECK_S)
+            self._server.certificate.reload()
 
     async def _accept(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -147,45 +147,45 @@ class Door:
                 LOG.error("no connection can be accepted: %s", error.strerror)
                 await asyncio.sleep(1)
                 continue
-            place = self._server.places.enter(address)
-            task = loop.create_task(self._greet(connection, place, address))
-            place.close = task.cancel  # type: ignore[assignment]
+            slot = self._server.slots.acquire(address)
+            task = loop.create_task(self._handshake(connection, slot, address))
+            slot.close = task.cancel  # type: ignore[assignment]
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             await asyncio.sleep(0)  # sock_accept does not wait while connections are queued
 
-    async def _greet(self, connection: socket.socket, place: Place, address: str) -> None:
+    async def _handshake(self, connection: socket.socket, slot: ConnectionSlot, address: str) -> None:
         """The TLS handshake; afterwards the connection is the protocol's."""
         server = self._server
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: server.protocol(place),
+                lambda: server.protocol(slot),
                 connection,
                 ssl=server.certificate.context,
-                ssl_handshake_timeout=server.places.stranger_s,
-                ssl_shutdown_timeout=GOODBYE_S,
+                ssl_handshake_timeout=server.slots.first_call_s,
+                ssl_shutdown_timeout=CLOSE_S,
             )
         except ssl.SSLError as error:
-            server.places.leave(place)
-            server.complaints.say("strangers", f"no TLS with {address}: {error.reason}")
+            server.slots.release(slot)
+            server.limited_log.warning("strangers", f"no TLS with {address}: {error.reason}")
         except OSError:  # gone again, or too slow
-            server.places.leave(place)
+            server.slots.release(slot)
 
 
 class GatewayServer(uvicorn.Server):
     """uvicorn's server, but with its own way to accept connections."""
 
     def __init__(
-        self, config: uvicorn.Config, certificate: Certificate, places: Places, complaints: Complaints
+        self, config: uvicorn.Config, certificate: Certificate, slots: ConnectionSlots, limited_log: RateLimitedLog
     ) -> None:
         """Serve the application of `config`, whose TLS settings are not used."""
         super().__init__(config)
-        self.certificate, self.places, self.complaints = certificate, places, complaints
+        self.certificate, self.slots, self.limited_log = certificate, slots, limited_log
 
-    def protocol(self, place: Place) -> Protocol:
+    def protocol(self, slot: ConnectionSlot) -> Protocol:
         """The protocol of a new connection; calls find its place in their `state`."""
-        protocol = Protocol(config=self.config, server_state=self.server_state, app_state={"place": place})
-        protocol.place, protocol.places = place, self.places
+        protocol = Protocol(config=self.config, server_state=self.server_state, app_state={"slot": slot})
+        protocol.slot, protocol.slots = slot, self.slots
         return protocol
 
     async def startup(self, sockets: Any = None) -> None:
@@ -202,14 +202,14 @@ class GatewayServer(uvicorn.Server):
         except OSError as error:
             LOG.error("%s port %d cannot be listened on: %s", self.config.host, self.config.port, error.strerror)
             sys.exit(1)
-        for own in listening:
-            own.setblocking(False)
-        self.servers = [Door(self, listening)]  # type: ignore[list-item]
+        for sock in listening:
+            sock.setblocking(False)
+        self.servers = [ConnectionAcceptor(self, listening)]  # type: ignore[list-item]
         self.started = True
 
 
 def listener(
-    app: ASGIApp, host: str, port: int, certificate: Certificate, places: Places, complaints: Complaints
+    app: ASGIApp, host: str, port: int, certificate: Certificate, slots: ConnectionSlots, limited_log: RateLimitedLog
 ) -> GatewayServer:
     """A server that is not yet started, with nothing of uvicorn's in the answers and no line for a normal request."""
     config = uvicorn.Config(
@@ -229,4 +229,4 @@ def listener(
         timeout_graceful_shutdown=STOP_S,
         h11_max_incomplete_event_size=2 * HEAD_BYTES,
     )
-    return GatewayServer(config, certificate, places, complaints)
+    return GatewayServer(config, certificate, slots, limited_log)

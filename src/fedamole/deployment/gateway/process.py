@@ -46,7 +46,7 @@ async def serve(app: Gateway, host: str, port: int, certificate: Certificate) ->
     async with app.superlink:
         LOG.info("from https://%s:%d to the SuperLink at %s", host, port, app.address)
         LOG.info("%d registered clients; bodies on their way up to %d bytes", len(app.roster), app.budget.total)
-        await listener(app, host, port, certificate, app.places, app.complaints).serve()
+        await listener(app, host, port, certificate, app.slots, app.limited_log).serve()
 
 
 def host_and_port(text: str) -> str:

@@ -16,16 +16,16 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from fedamole.deployment.flower.messages import push_fault
+from fedamole.deployment.gateway.connection_slots import MAX_REGISTERED, ConnectionSlots
 from fedamole.deployment.gateway.guard import (
     BODY_LIMITS,
     PUSH_MESSAGES,
     Budget,
-    Complaints,
+    RateLimitedLog,
     RefusedError,
     check_head,
     check_signature,
 )
-from fedamole.deployment.gateway.places import REGISTERED, Places
 from fedamole.deployment.security.roster import Roster
 
 LOG = logging.getLogger("fedamole.gateway")
@@ -128,8 +128,8 @@ class Gateway:
     address: str
     roster: Roster
     budget: Budget = field(default_factory=Budget)
-    places: Places = field(default_factory=Places)
-    complaints: Complaints = field(default_factory=lambda: Complaints(LOG))
+    slots: ConnectionSlots = field(default_factory=ConnectionSlots)
+    limited_log: RateLimitedLog = field(default_factory=lambda: RateLimitedLog(LOG))
     limits: dict[bytes, int] = field(default_factory=lambda: dict(BODY_LIMITS))
     token: str = field(default="", repr=False)
     idle_s: float = IDLE_S
@@ -162,7 +162,7 @@ class Gateway:
             length = check_head(scope["method"], path, scope["query_string"], request.headers, self.limits)
             client = check_signature(request.headers, self.roster, datetime.now(UTC))
             caller = client.name
-            self.places.admit(scope["state"]["place"], caller, len(self.roster))
+            self.slots.authenticate(scope["state"]["slot"], caller, len(self.roster))
             with self.budget.reserved(caller, length):
                 await self._forward(request, length, sending)
             return
@@ -180,7 +180,7 @@ class Gateway:
             status, why = 503, "the gateway stops"  # uvicorn would say 500, which is no passing fault
         path = scope["raw_path"][:100].decode("ascii", "backslashreplace")
         who = f"{caller} at {address(request)}" if caller else address(request)
-        self.complaints.say(caller or "strangers", f"{status} {request.method[:20]} {path} from {who}: {why}")
+        self.limited_log.warning(caller or "strangers", f"{status} {request.method[:20]} {path} from {who}: {why}")
         if not started:  # else the answer stays incomplete: uvicorn closes the connection and the client retries
             await _answer(status, {"error": word} if word else None)(scope, receive, send)
 
@@ -245,6 +245,6 @@ def superlink_client(ca: Path) -> httpx.AsyncClient:
     return httpx.AsyncClient(
         verify=context,
         trust_env=False,
-        limits=httpx.Limits(max_connections=REGISTERED, keepalive_expiry=SUPERLINK_KEEP_ALIVE_S),
+        limits=httpx.Limits(max_connections=MAX_REGISTERED, keepalive_expiry=SUPERLINK_KEEP_ALIVE_S),
         timeout=httpx.Timeout(None, connect=5.0, pool=5.0),  # the gateway's own clock watches the rest
     )

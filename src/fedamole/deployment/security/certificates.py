@@ -25,7 +25,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedamole.deployment.security import dates
 from fedamole.deployment.security.certificate_names import ALWAYS, listed, names_of, server_names
-from fedamole.deployment.security.client_keys import CLIENT_DAYS, admit_made, checked_names, make_pair, paths
+from fedamole.deployment.security.client_keys import CLIENT_DAYS, admit_pair, checked_names, key_files, make_pair
 from fedamole.deployment.security.keys import (
     load_certificates,
     load_private,
@@ -44,7 +44,7 @@ BACKDATED = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
-class Made:
+class FileChanges:
     """What was done in a folder of certificates."""
 
     written: list[Path] = field(default_factory=list)
@@ -78,7 +78,7 @@ def make_certificates(
     client_days: int = CLIENT_DAYS,
     again: bool = False,
     passphrase: bytes | None = None,
-) -> Made:
+) -> FileChanges:
     """Make what is missing of the CA, the server's certificate, the order key and the clients' keys.
 
     `hosts` are the DNS names and IP addresses by which clients reach the server; none given means localhost alone,
@@ -91,7 +91,7 @@ def make_certificates(
     Raises ConfigError for a host or name that cannot be used, for other hosts than an existing certificate has, for
     half a key pair, and for a folder that waits for a certificate of the organisation's own CA.
     """
-    names = checked_names(clients, paths(folder))
+    names = checked_names(clients, key_files(folder))
     wanted = server_names(hosts)
     dates.checked_days(days, "--days")
     dates.last_day(client_days)
@@ -100,26 +100,26 @@ def make_certificates(
             f"{folder} waits for a certificate of the organisation's CA: `fedamole certs --install SIGNED.crt --ca "
             f"CA.crt` installs it. To make a CA here instead, move {folder / 'server.csr'} away"
         )
-    made = Made()
-    _make_authority(folder, passphrase, made)
-    _make_server(folder, wanted if hosts else None, days, renew_server, passphrase, made)
-    make_order_key(folder, passphrase, made)
+    changes = FileChanges()
+    _make_authority(folder, passphrase, changes)
+    _make_server(folder, wanted if hosts else None, days, renew_server, passphrase, changes)
+    make_order_key(folder, passphrase, changes)
     for name in names:
-        _make_client(folder, name, client_days, again, made)
-    hand_out(folder, names, made)
-    return made
+        _make_client(folder, name, client_days, again, changes)
+    hand_out(folder, names, changes)
+    return changes
 
 
-def make_order_key(folder: Path, passphrase: bytes | None, made: Made) -> None:
+def make_order_key(folder: Path, passphrase: bytes | None, changes: FileChanges) -> None:
     """Make coordinator.key, which signs the orders that clients obey, and coordinator.pub where they are missing.
 
     With a passphrase a new coordinator.key is locked by it. ConfigError for one that does not belong to the other.
     """
     key_file, pub = folder / "coordinator.key", folder / "coordinator.pub"
     if key_file.exists():
-        made.kept.append(key_file)
+        changes.kept.append(key_file)
         if pub.exists():
-            made.kept.append(pub)
+            changes.kept.append(pub)
             return
         key = load_private(key_file, passphrase)
     elif pub.exists():
@@ -130,17 +130,17 @@ def make_order_key(folder: Path, passphrase: bytes | None, made: Made) -> None:
     else:
         key = new_key()
         write_private(key_file, key, PrivateFormat.PKCS8, passphrase)
-        made.written.append(key_file)
+        changes.written.append(key_file)
     write(pub, public_line(key.public_key(), "coordinator"))
-    made.written.append(pub)
+    changes.written.append(pub)
 
 
-def hand_out(folder: Path, names: Sequence[str], made: Made) -> None:
+def hand_out(folder: Path, names: Sequence[str], changes: FileChanges) -> None:
     """Put the present ca.crt and coordinator.pub into clients/NAME/ for these clients and those that have a folder."""
     there = {path.name for path in (folder / "clients").glob("*") if path.is_dir()}
     for name in sorted(there | set(names)):
         for file in ("ca.crt", "coordinator.pub"):
-            made.replace(folder / "clients" / name / file, (folder / file).read_bytes())
+            changes.replace(folder / "clients" / name / file, (folder / file).read_bytes())
 
 
 def make_loopback(folder: Path) -> tuple[Path, Path]:
@@ -153,7 +153,7 @@ def make_loopback(folder: Path) -> tuple[Path, Path]:
     key = new_key()
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"FedAMoLE loopback {os.urandom(4).hex()}")])
     certificate = (
-        _begun(subject, subject, key.public_key(), dates.now() + timedelta(days=AUTHORITY_DAYS))
+        _certificate_builder(subject, subject, key.public_key(), dates.now() + timedelta(days=AUTHORITY_DAYS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(digital_signature=True, key_cert_sign=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -168,7 +168,7 @@ def make_loopback(folder: Path) -> tuple[Path, Path]:
     return crt, key_file
 
 
-def issued(child: x509.Certificate, parent: x509.Certificate) -> bool:
+def is_issued_by(child: x509.Certificate, parent: x509.Certificate) -> bool:
     """Whether one certificate names the other as its issuer and is signed by its key."""
     try:
         child.verify_directly_issued_by(parent)
@@ -177,11 +177,11 @@ def issued(child: x509.Certificate, parent: x509.Certificate) -> bool:
     return True
 
 
-def _make_authority(folder: Path, passphrase: bytes | None, made: Made) -> None:
+def _make_authority(folder: Path, passphrase: bytes | None, changes: FileChanges) -> None:
     crt, key_file = folder / "ca.crt", folder / "ca.key"
     if crt.exists():
         # Without its key a CA signs nothing more, but the coordinator may keep that key elsewhere.
-        made.kept.extend(path for path in (crt, key_file) if path.exists())
+        changes.kept.extend(path for path in (crt, key_file) if path.exists())
         return
     if key_file.exists():
         raise ConfigError(f"{key_file} is there without ca.crt; put that back, or move ca.key away to start anew")
@@ -189,18 +189,23 @@ def _make_authority(folder: Path, passphrase: bytes | None, made: Made) -> None:
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"FedAMoLE authority {os.urandom(4).hex()}")])
     usage = _usage(key_cert_sign=True, crl_sign=True)
     certificate = (
-        _begun(subject, subject, key.public_key(), dates.now() + timedelta(days=AUTHORITY_DAYS))
+        _certificate_builder(subject, subject, key.public_key(), dates.now() + timedelta(days=AUTHORITY_DAYS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
         .sign(key, hashes.SHA384())
     )
     write_private(key_file, key, PrivateFormat.PKCS8, passphrase)
     write(crt, certificate.public_bytes(Encoding.PEM))
-    made.written.extend((crt, key_file))
+    changes.written.extend((crt, key_file))
 
 
 def _make_server(
-    folder: Path, names: list[x509.GeneralName] | None, days: int, renew: bool, passphrase: bytes | None, made: Made
+    folder: Path,
+    names: list[x509.GeneralName] | None,
+    days: int,
+    renew: bool,
+    passphrase: bytes | None,
+    changes: FileChanges,
 ) -> None:
     """`names` is None where nobody said which: those of the existing certificate, or localhost alone."""
     crt, key_file = folder / "server.crt", folder / "server.key"
@@ -214,20 +219,20 @@ def _make_server(
                     f"{crt} is for {listed(present)}, asked for is {listed(names)}; give the same hosts, or renew the "
                     "server's certificate (--renew): clients keep what they have"
                 )
-            made.kept.extend((crt, key_file))
+            changes.kept.extend((crt, key_file))
             return
         names = names or present
     if key_file.exists():
         key = load_private(key_file, passphrase)
-        made.kept.append(key_file)
+        changes.kept.append(key_file)
     else:
         key = new_key()
     pem = _issue(folder, key.public_key(), names or server_names(()), days, passphrase)
     if not key_file.exists():
         # Never locked: the gateway reads it unattended.
         write_private(key_file, key, PrivateFormat.PKCS8)
-        made.written.append(key_file)
-    made.replace(crt, pem)
+        changes.written.append(key_file)
+    changes.replace(crt, pem)
 
 
 def _issue(
@@ -247,7 +252,7 @@ def _issue(
         raise ConfigError(f"{folder / 'ca.crt'} expired on {end:%Y-%m-%d}; make new certificates in another folder")
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "FedAMoLE server")])
     certificate = (
-        _begun(subject, authority.subject, key, end)
+        _certificate_builder(subject, authority.subject, key, end)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(digital_signature=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -258,19 +263,19 @@ def _issue(
     return certificate.public_bytes(Encoding.PEM)
 
 
-def _make_client(folder: Path, name: str, days: int, again: bool, made: Made) -> None:
+def _make_client(folder: Path, name: str, days: int, again: bool, changes: FileChanges) -> None:
     own, admitted = folder / "clients" / name, folder / "nodes" / f"{name}.pub"
     there = admitted.exists()
     if (own / "node.key").exists() or not there:
-        make_pair(own, name, made.written, made.kept)
-        admit_made(folder, name, own / "node.pub", days, again)
+        make_pair(own, name, changes.written, changes.kept)
+        admit_pair(folder, name, own / "node.pub", days, again)
     else:
         # The key was made elsewhere, or handed over and removed here: another would not be let in.
         load_public(admitted)
-    (made.kept if there else made.written).append(admitted)
+    (changes.kept if there else changes.written).append(admitted)
 
 
-def _begun(
+def _certificate_builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, end: datetime
 ) -> x509.CertificateBuilder:
     builder = x509.CertificateBuilder(issuer, subject, key, x509.random_serial_number())

@@ -45,7 +45,7 @@ CLIENT_DAYS = 365
 _COMMENT = re.compile(r"(\S+?)(?: until=([0-9]{4}-[0-9]{2}-[0-9]{2}))?")
 """What follows the key on its line; the gateway reads the same and ignores a file that says anything else."""
 
-State = Literal["valid", "ends soon", "expired", "removed"]
+KeyState = Literal["valid", "ends soon", "expired", "removed"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ClientKey:
     removed: bool = False
 
     @property
-    def state(self) -> State:
+    def state(self) -> KeyState:
         """What a server makes of the key today."""
         if self.removed:
             return "removed"
@@ -70,15 +70,15 @@ class ClientKey:
         return "expired" if left.days < 0 else "ends soon" if left < dates.SOON else "valid"
 
 
-def paths(folder: Path) -> dict[str, Path]:
+def key_files(folder: Path) -> dict[str, Path]:
     """Return the files of the admitted keys by client name; nothing is read."""
     found = {path.name.removesuffix(".pub"): path for path in sorted((folder / "nodes").glob("*.pub"))}
     return {name: path for name, path in found.items() if NAME.fullmatch(name)}
 
 
-def roster(folder: Path) -> dict[str, ClientKey]:
+def admitted_keys(folder: Path) -> dict[str, ClientKey]:
     """Return the admitted keys by client name, expired ones too; ConfigError for a file that is no such key."""
-    return {name: read(name, path) for name, path in paths(folder).items()}
+    return {name: read(name, path) for name, path in key_files(folder).items()}
 
 
 def read(name: str, path: Path, removed: bool = False) -> ClientKey:
@@ -153,7 +153,7 @@ def make_pair(
     return key
 
 
-def offered(name: str, file: Path) -> ec.EllipticCurvePublicKey:
+def read_sent_key(name: str, file: Path) -> ec.EllipticCurvePublicKey:
     """Return the public key that a client sent, from its node.csr (checked: signature and name) or its node.pub."""
     if not is_request(file):
         return load_public(file)
@@ -172,9 +172,9 @@ def admit(folder: Path, name: str, file: Path, days: int = CLIENT_DAYS, again: b
     """
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {folder}; `fedamole certs` makes it, or correct the folder")
-    present = paths(folder)
+    present = key_files(folder)
     checked_names([name], {other: path for other, path in present.items() if other != name})
-    until, key = dates.last_day(days), offered(name, file)
+    until, key = dates.last_day(days), read_sent_key(name, file)
     target = folder / "nodes" / f"{name}.pub"
     if target.exists() and load_public(target) == key:
         return target
@@ -184,13 +184,13 @@ def admit(folder: Path, name: str, file: Path, days: int = CLIENT_DAYS, again: b
             f"{name!r} is admitted with another key ({target}); `fedamole clients replace {name} {file}` takes the new "
             "key in its place"
         )
-    write(target, _line(key, name, until))
+    write(target, _key_line(key, name, until))
     return target
 
 
 def check_new(folder: Path, name: str, key: ec.EllipticCurvePublicKey, source: Path, again: bool = False) -> None:
     """Raise ConfigError where a key that is new for this name belongs to another client or was removed before."""
-    for other, path in paths(folder).items():
+    for other, path in key_files(folder).items():
         if other != name and load_public(path) == key:
             raise ConfigError(
                 f"{source}: {other!r} has this key already ({path}), and the server tells clients apart by their "
@@ -213,7 +213,7 @@ def extend(folder: Path, name: str, days: int) -> ClientKey:
             f"the key of {name!r} is valid until {old.until}, which is not before {until}; give more days, or end it "
             f"now by `fedamole clients remove {name}`"
         )
-    replace(old.path, _line(old.key, name, until))
+    replace(old.path, _key_line(old.key, name, until))
     return read(name, old.path)
 
 
@@ -234,13 +234,13 @@ def replace_key(folder: Path, name: str, file: Path, days: int = CLIENT_DAYS) ->
     Everything about the new key is checked before. ConfigError as `admit`, and for the key that the client has now.
     """
     path = _admitted(folder, name)
-    until, key = dates.last_day(days, "--days"), offered(name, file)
+    until, key = dates.last_day(days, "--days"), read_sent_key(name, file)
     if _is_key(path, key):
         raise ConfigError(f"{file}: is the key that {name!r} has already; `fedamole clients extend` lets it end later")
     check_new(folder, name, key, file)
     target = _removed_name(folder, name)
     write(target, path.read_bytes())
-    replace(path, _line(key, name, until))
+    replace(path, _key_line(key, name, until))
     return read(name, path), target
 
 
@@ -266,7 +266,7 @@ def checked_names(names: Sequence[str], present: dict[str, Path]) -> list[str]:
     return list(names)
 
 
-def admit_made(folder: Path, name: str, pub: Path, days: int, again: bool = False) -> Path:
+def admit_pair(folder: Path, name: str, pub: Path, days: int, again: bool = False) -> Path:
     """Admit the key of a pair that the coordinator made; see `admit`."""
     target = folder / "nodes" / f"{name}.pub"
     if target.exists() and not _is_key(target, load_public(pub)):
@@ -276,7 +276,7 @@ def admit_made(folder: Path, name: str, pub: Path, days: int, again: bool = Fals
 
 def _admitted(folder: Path, name: str) -> Path:
     check_name(name)
-    known = paths(folder)
+    known = key_files(folder)
     if name not in known:
         raise ConfigError(
             f"{folder}: no key of {name!r} is admitted (admitted: {', '.join(known) or 'none'}); "
@@ -303,7 +303,7 @@ def _is_key(path: Path, key: ec.EllipticCurvePublicKey) -> bool:
         return False
 
 
-def _line(key: ec.EllipticCurvePublicKey, name: str, until: date) -> bytes:
+def _key_line(key: ec.EllipticCurvePublicKey, name: str, until: date) -> bytes:
     return public_line(key, f"{name} until={until.isoformat()}")
 
 

@@ -9,8 +9,8 @@ from cryptography import x509
 
 from fedamole.deployment.security import dates
 from fedamole.deployment.security.certificate_names import general_name, listed, names_of
-from fedamole.deployment.security.certificates import issued
-from fedamole.deployment.security.client_keys import paths, read
+from fedamole.deployment.security.certificates import is_issued_by
+from fedamole.deployment.security.client_keys import key_files, read
 from fedamole.deployment.security.keys import (
     is_locked,
     load_certificates,
@@ -61,8 +61,8 @@ def inspect_server(folder: Path, host: str, passphrase: bytes | None = None) -> 
             faults += _server_key(key, chain[0])
     except ConfigError as error:
         return [*faults, Fault(str(error), "or `fedamole certs` in another folder")]
-    links = all(issued(child, parent) for child, parent in pairwise(chain))
-    if not (links and any(issued(chain[-1], authority) for authority in authorities)):
+    links = all(is_issued_by(child, parent) for child, parent in pairwise(chain))
+    if not (links and any(is_issued_by(chain[-1], authority) for authority in authorities)):
         text = f"{crt} is not signed by ca.crt beside it, so clients will refuse the server"
         remedy = "put the ca.crt back that it was made with, or renew the server's certificate"
         faults.append(Fault(text, remedy))
@@ -127,7 +127,7 @@ def _order_key(folder: Path, passphrase: bytes | None) -> list[Fault]:
 
 
 def _client_keys(folder: Path) -> Iterator[Fault]:
-    for name, path in paths(folder).items():
+    for name, path in key_files(folder).items():
         try:
             found = read(name, path)
         except ConfigError as error:

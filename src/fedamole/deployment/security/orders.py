@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 MAGIC = b"fedamole-order-1\n"
 SIGNATURE = ec.ECDSA(hashes.SHA384())
-AHEAD = 24 * 3600 * 10**9
+MAX_AHEAD_NS = 24 * 3600 * 10**9
 """Nanoseconds that a counter, which comes from the coordinator's clock, may lie ahead of this machine's clock."""
-LARGEST_HEAD = 4096
+MAX_HEAD_BYTES = 4096
 """Bytes of a head; a longer one is no order."""
 
 
@@ -48,7 +48,7 @@ class Order:
     request: bytes
 
 
-def signed(key: ec.EllipticCurvePrivateKey | None, client: str, counter: int, request: bytes) -> bytes:
+def sign_order(key: ec.EllipticCurvePrivateKey | None, client: str, counter: int, request: bytes) -> bytes:
     """Return the bytes of an order; without a key (--insecure, on loopback) its signature is empty."""
     head = json.dumps(
         {"client": client, "counter": counter, "sha256": hashlib.sha256(request).hexdigest()}, sort_keys=True
@@ -57,15 +57,15 @@ def signed(key: ec.EllipticCurvePrivateKey | None, client: str, counter: int, re
     return b"".join((MAGIC, len(signature).to_bytes(2, "big"), signature, len(head).to_bytes(2, "big"), head, request))
 
 
-def opened(key: ec.EllipticCurvePublicKey | None, client: str, order: bytes) -> Order:
+def open_order(key: ec.EllipticCurvePublicKey | None, client: str, order: bytes) -> Order:
     """Check an order and take it apart; OrderError says what is wrong with it.
 
     `key` is the coordinator's; None accepts an empty signature, which only a client with --insecure does. The
     signature is checked before anything that it covers is read.
     """
-    head_at, signature = _part(order, len(MAGIC))
-    request_at, head = _part(order, head_at)
-    if not order.startswith(MAGIC) or not 0 < len(head) <= LARGEST_HEAD:
+    head_at, signature = _read_part(order, len(MAGIC))
+    request_at, head = _read_part(order, head_at)
+    if not order.startswith(MAGIC) or not 0 < len(head) <= MAX_HEAD_BYTES:
         raise OrderError("it is no signed order: use one version of fedamole everywhere")
     if key is not None:
         try:
@@ -85,14 +85,14 @@ def opened(key: ec.EllipticCurvePublicKey | None, client: str, order: bytes) -> 
     return Order(counter, request)
 
 
-def _part(order: bytes, at: int) -> tuple[int, bytes]:
+def _read_part(order: bytes, at: int) -> tuple[int, bytes]:
     """Return where the next part begins, and a part with its length in two bytes before it."""
     begin = at + 2
     end = begin + int.from_bytes(order[at:begin], "big")
     return end, order[begin:end]
 
 
-class Taken:
+class OrderCounter:
     """The highest counter that a client has taken from a coordinator's key, kept in a file."""
 
     def __init__(self, path: Path, key: str, clock: Callable[[], int] = time.time_ns) -> None:
@@ -111,11 +111,11 @@ class Taken:
                     "that nobody has put it there"
                 ) from error
 
-    def take(self, order: Order) -> None:
+    def accept(self, order: Order) -> None:
         """Note an order before it is carried out; OrderError where it, or a later one, was taken before."""
         if order.counter <= self.counter:
             raise OrderError("it was taken before, or is older than one that was")
-        if order.counter > self.clock() + AHEAD:
+        if order.counter > self.clock() + MAX_AHEAD_NS:
             raise OrderError("it is of more than a day in the future: one of the two clocks is wrong")
         write_atomic(self.path, json.dumps({"key": self.key, "counter": order.counter}))
         self.counter = order.counter
@@ -143,7 +143,7 @@ class SignedLink:
         Counters come from the clock, so that they grow from one process of the coordinator to the next.
         """
         self._counter = max(self._counter + 1, self.clock())
-        order = signed(self.key, self._names.get(node, ""), self._counter, payload)
+        order = sign_order(self.key, self._names.get(node, ""), self._counter, payload)
         return self.link.send(node, order, round_, seconds)
 
     def receive(self, tickets: Collection[str]) -> Mapping[str, bytes | str]:

@@ -169,16 +169,16 @@ def default_text() -> str:
 
 
 @dataclass(frozen=True)
-class Item:
+class PolicyCheck:
     """One thing that a coordinator asks, beside what the policy allows."""
 
     setting: str
     asked: str
     allowed: str
-    fits: bool
+    passes: bool
 
 
-def asked(config: Config, source: SourceSettings, policy: PolicySettings, own_base: str | None) -> list[Item]:
+def asked(config: Config, source: SourceSettings, policy: PolicySettings, own_base: str | None) -> list[PolicyCheck]:
     """What a run's settings ask of a client, beside its policy; nothing of its data is looked at.
 
     `source` is the client's own data, `own_base` the base that it has named itself, if it has.
@@ -186,7 +186,7 @@ def asked(config: Config, source: SourceSettings, policy: PolicySettings, own_ba
     return [*_of_method(config, policy), *_of_work(config, policy), *_of_data(config, source, policy, own_base)]
 
 
-def asked_of_rows(config: Config, rows: Mapping[str, int], policy: PolicySettings) -> list[Item]:
+def row_checks(config: Config, rows: Mapping[str, int], policy: PolicySettings) -> list[PolicyCheck]:
     """The same for what depends on the client's numbers of rows by split."""
     training = config.training
     steps = round(training.steps(rows["train"]) * config.method.round_share(training.budget))
@@ -196,17 +196,17 @@ def asked_of_rows(config: Config, rows: Mapping[str, int], policy: PolicySetting
     if config.method.embeds or config.method.looks:
         leaving.insert(1, "embedding")
     return [
-        *(_least(f"rows in the {split} split", rows[split], "min_rows", policy) for split in leaving),
-        _least("steps of a round", steps, "min_steps", policy),
-        _most("steps of a round", steps, "max_steps", policy),
-        _least("different training rows that a round reads", different, "min_examples_per_update", policy),
-        _most("training rows that a round reads", read, "max_examples_per_update", policy),
+        *(_at_least(f"rows in the {split} split", rows[split], "min_rows", policy) for split in leaving),
+        _at_least("steps of a round", steps, "min_steps", policy),
+        _at_most("steps of a round", steps, "max_steps", policy),
+        _at_least("different training rows that a round reads", different, "min_examples_per_update", policy),
+        _at_most("training rows that a round reads", read, "max_examples_per_update", policy),
     ]
 
 
-def refuse_breaches(items: list[Item]) -> None:
+def enforce(items: list[PolicyCheck]) -> None:
     """Raise PolicyError that names everything that the policy forbids."""
-    broken = [f"{item.setting}: asked {item.asked}, allowed {item.allowed}" for item in items if not item.fits]
+    broken = [f"{item.setting}: asked {item.asked}, allowed {item.allowed}" for item in items if not item.passes]
     if broken:
         raise PolicyError(
             f"the coordinator asks for what this client's policy forbids: {'; '.join(broken)}. Ask the coordinator to "
@@ -214,55 +214,57 @@ def refuse_breaches(items: list[Item]) -> None:
         )
 
 
-def _of_method(config: Config, policy: PolicySettings) -> Iterator[Item]:
+def _of_method(config: Config, policy: PolicySettings) -> Iterator[PolicyCheck]:
     allowed = METHODS if policy.methods is None else policy.methods
     told = "every known method" if policy.methods is None else f"{', '.join(allowed)} (methods)"
-    yield Item("method", config.method_name, told, config.method_name in allowed)
+    yield PolicyCheck("method", config.method_name, told, config.method_name in allowed)
     method, spec = config.method, config.method.spec()
     if isinstance(spec, AdapterSpec):
         rank = max(method.ranks or method.half_once_twice()) if isinstance(method, RankedMethod) else spec.rank
-        yield _most("rank", max(rank, spec.rank), "max_rank", policy)
-        yield _least("alpha / rank", spec.alpha / spec.rank, "min_scaling", policy)
-        yield _most("alpha / rank", spec.alpha / spec.rank, "max_scaling", policy)
+        yield _at_most("rank", max(rank, spec.rank), "max_rank", policy)
+        yield _at_least("alpha / rank", spec.alpha / spec.rank, "min_scaling", policy)
+        yield _at_most("alpha / rank", spec.alpha / spec.rank, "max_scaling", policy)
     if (probed := getattr(method, "probe_examples", None)) is not None:
-        yield _least("method.probe_examples", probed, "min_rows", policy)
+        yield _at_least("method.probe_examples", probed, "min_rows", policy)
 
 
-def _of_work(config: Config, policy: PolicySettings) -> Iterator[Item]:
+def _of_work(config: Config, policy: PolicySettings) -> Iterator[PolicyCheck]:
     training = config.training
-    yield _most("rounds", config.federation.rounds, "max_rounds", policy)
-    yield _most("training.learning_rate", training.learning_rate, "max_learning_rate", policy)
+    yield _at_most("rounds", config.federation.rounds, "max_rounds", policy)
+    yield _at_most("training.learning_rate", training.learning_rate, "max_learning_rate", policy)
     if training.clip_norm > 0:
-        yield _least("training.clip_norm", training.clip_norm, "min_clip_norm", policy)
-    yield _most("tokens of a forward pass", training.batch_size * training.max_length, "max_batch_tokens", policy)
+        yield _at_least("training.clip_norm", training.clip_norm, "min_clip_norm", policy)
+    yield _at_most("tokens of a forward pass", training.batch_size * training.max_length, "max_batch_tokens", policy)
     chosen = config.evaluation.select
-    fits = chosen == "loss" or policy.share_majority
-    yield Item("evaluation.select", chosen, "loss, or score with share_majority", fits)
-    yield _most("training.max_length", config.training.max_length, "max_length", policy)
-    yield _most("evaluation.max_new_tokens", config.evaluation.max_new_tokens, "max_new_tokens", policy)
+    passes = chosen == "loss" or policy.share_majority
+    yield PolicyCheck("evaluation.select", chosen, "loss, or score with share_majority", passes)
+    yield _at_most("training.max_length", config.training.max_length, "max_length", policy)
+    yield _at_most("evaluation.max_new_tokens", config.evaluation.max_new_tokens, "max_new_tokens", policy)
 
 
-def _of_data(config: Config, source: SourceSettings, policy: PolicySettings, own_base: str | None) -> Iterator[Item]:
+def _of_data(
+    config: Config, source: SourceSettings, policy: PolicySettings, own_base: str | None
+) -> Iterator[PolicyCheck]:
     if own_base is None:
         named = config.base.model
         told = "any of the hub" if policy.hub_base else "the bundled one, or your own by --base (hub_base)"
-        yield Item("base", named, told, policy.hub_base or named == BUNDLED)
+        yield PolicyCheck("base", named, told, policy.hub_base or named == BUNDLED)
     names = (*BUILT_IN, "auto", source.template) if policy.templates is None else policy.templates
     told = ", ".join(dict.fromkeys(names)) + ("" if policy.templates is None else " (templates)")
-    yield Item("template", source.template, told, source.template in names)
+    yield PolicyCheck("template", source.template, told, source.template in names)
     if (template := config.data.templates.get(source.template)) is not None:
         renamed = {new for new, old in source.columns.items() if old}  # without those that are dropped
         columns = KNOWN_COLUMNS | renamed if policy.columns is None else set(policy.columns)
         read = read_columns(template)
         told = f"{', '.join(sorted(columns))} (columns)"
-        yield Item(f"columns of template {source.template}", ", ".join(sorted(read)), told, read <= columns)
+        yield PolicyCheck(f"columns of template {source.template}", ", ".join(sorted(read)), told, read <= columns)
 
 
-def _most(setting: str, asked: float, key: str, policy: PolicySettings) -> Item:
+def _at_most(setting: str, asked: float, key: str, policy: PolicySettings) -> PolicyCheck:
     limit = getattr(policy, key)
-    return Item(setting, f"{asked:g}", f"at most {limit:g} ({key})", asked <= limit)
+    return PolicyCheck(setting, f"{asked:g}", f"at most {limit:g} ({key})", asked <= limit)
 
 
-def _least(setting: str, asked: float, key: str, policy: PolicySettings) -> Item:
+def _at_least(setting: str, asked: float, key: str, policy: PolicySettings) -> PolicyCheck:
     limit = getattr(policy, key)
-    return Item(setting, f"{asked:g}", f"at least {limit:g} ({key})", asked >= limit)
+    return PolicyCheck(setting, f"{asked:g}", f"at least {limit:g} ({key})", asked >= limit)

@@ -25,19 +25,19 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 LOG = logging.getLogger("fedamole.roster")
 
-CHECK_S = 0.5
+RESCAN_S = 0.5
 """Seconds between two looks at the folder: a change is noticed after this time at the latest."""
 
-LARGEST = 16 * 1024
+MAX_BYTES = 16 * 1024
 """Bytes; no file of a public key is longer."""
 
 COMMENT = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?: until=(?P<until>\d{4}-\d{2}-\d{2}))?")
 
-State = Mapping[str, tuple[int, ...]]
+FolderState = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Client:
+class RegisteredClient:
     """A registered client: its name, its public key, and the last day (UTC) on which the key is accepted."""
 
     name: str
@@ -55,12 +55,12 @@ class Roster:
     def __init__(self, folder: Path) -> None:
         """Read the folder. Files that are no valid line of a key are skipped, each with one line in the log."""
         self.folder = folder
-        self._clients: dict[bytes, Client] = {}
-        self._state: State | None = {"": ()}  # of no folder, so that the first look reads
+        self._clients: dict[bytes, RegisteredClient] = {}
+        self._scanned: FolderState | None = {"": ()}  # of no folder, so that the first look reads
         self._checked = float("-inf")
         self._refresh()
 
-    def find(self, key: bytes) -> Client | None:
+    def find(self, key: bytes) -> RegisteredClient | None:
         """The client that has this public key, or None.
 
         `key` is the key as Flower's nodes send it: PEM (SubjectPublicKeyInfo), not base64-encoded.
@@ -75,20 +75,20 @@ class Roster:
 
     def _refresh(self) -> None:
         now = time.monotonic()
-        if now - self._checked < CHECK_S:
+        if now - self._checked < RESCAN_S:
             return
         self._checked = now
         try:
-            state = self._look()
+            state = self._scan()
         except OSError as error:
-            if self._state is not None:
+            if self._scanned is not None:
                 LOG.error("%s cannot be read (%s): nobody is let in", self.folder, error.strerror)
-            self._clients, self._state = {}, None
+            self._clients, self._scanned = {}, None
             return
-        if state != self._state:
-            self._clients, self._state = self._read(state), state
+        if state != self._scanned:
+            self._clients, self._scanned = self._read(state), state
 
-    def _look(self) -> State:
+    def _scan(self) -> FolderState:
         """What tells one content of the folder from another, by file name."""
         state = {}
         with os.scandir(self.folder) as entries:
@@ -99,12 +99,12 @@ class Roster:
                         state[entry.name] = (found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
         return state
 
-    def _read(self, state: State) -> dict[bytes, Client]:
-        clients: dict[bytes, Client] = {}
+    def _read(self, state: FolderState) -> dict[bytes, RegisteredClient]:
+        clients: dict[bytes, RegisteredClient] = {}
         for name in sorted(state):
             path = self.folder / name
             try:
-                client = _client(path)
+                client = _read_client(path)
             except ValueError as error:
                 LOG.warning("%s is skipped: %s", path, error)
                 continue
@@ -117,16 +117,16 @@ class Roster:
         return clients
 
 
-def _client(path: Path) -> Client:
+def _read_client(path: Path) -> RegisteredClient:
     """The client of a file; a ValueError that says what is wrong with it, without quoting it."""
     try:
         if not path.is_file():
             raise ValueError("it is no file")
         with path.open("rb") as file:
-            content = file.read(LARGEST + 1)
+            content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ValueError(f"it cannot be read ({error.strerror})") from error
-    if len(content) > LARGEST:
+    if len(content) > MAX_BYTES:
         raise ValueError("it is too long for a public key")
     lines = [line.strip() for line in content.splitlines() if line.strip()]
     if len(lines) != 1:
@@ -147,4 +147,4 @@ def _client(path: Path) -> Client:
         until = date.fromisoformat(comment["until"]) if comment["until"] else None
     except ValueError as error:
         raise ValueError("its last day is no date") from error
-    return Client(comment["name"], key, until)
+    return RegisteredClient(comment["name"], key, until)

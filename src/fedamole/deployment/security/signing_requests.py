@@ -16,7 +16,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedamole.deployment.security import dates
 from fedamole.deployment.security.certificate_names import general_name, listed, names_of
-from fedamole.deployment.security.certificates import Made, hand_out, issued, make_order_key
+from fedamole.deployment.security.certificates import FileChanges, hand_out, is_issued_by, make_order_key
 from fedamole.deployment.security.keys import (
     load_certificates,
     load_private,
@@ -28,7 +28,7 @@ from fedamole.deployment.security.keys import (
 from fedamole.errors import ConfigError
 
 
-def request_server(folder: Path, hosts: Sequence[str], passphrase: bytes | None = None) -> Made:
+def request_server(folder: Path, hosts: Sequence[str], passphrase: bytes | None = None) -> FileChanges:
     """Write server.key, where it is missing, and server.csr, a PKCS#10 request for these hosts; makes the order key.
 
     `hosts` are the names and addresses by which clients reach the server; none given means those of the existing
@@ -42,22 +42,22 @@ def request_server(folder: Path, hosts: Sequence[str], passphrase: bytes | None 
         names = names_of(load_certificates(crt)[0])
     if not names:
         raise ConfigError("--request: give each name by which clients reach the server, such as --host fl.example.org")
-    made = Made()
+    changes = FileChanges()
     if key_file.exists():
         key = load_private(key_file, passphrase)
-        made.kept.append(key_file)
+        changes.kept.append(key_file)
     elif crt.exists():
         raise ConfigError(f"{crt} is there without server.key; put that back, or move server.crt away")
     else:
         key = new_key()
         write_private(key_file, key, PrivateFormat.PKCS8)
-        made.written.append(key_file)
-    make_order_key(folder, passphrase, made)
+        changes.written.append(key_file)
+    make_order_key(folder, passphrase, changes)
     if csr.exists():
         present = load_request(csr)
         if present.public_key() == key.public_key() and set(names_of(present)) == set(names):
-            made.kept.append(csr)
-            return made
+            changes.kept.append(csr)
+            return changes
     common = str(names[0].value)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)] if len(common) <= 64 else [])
     request = (
@@ -66,13 +66,13 @@ def request_server(folder: Path, hosts: Sequence[str], passphrase: bytes | None 
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .sign(key, hashes.SHA384())
     )
-    made.replace(csr, request.public_bytes(Encoding.PEM))
-    return made
+    changes.replace(csr, request.public_bytes(Encoding.PEM))
+    return changes
 
 
 def install_server(
     folder: Path, signed: Path, ca: Path, hosts: Sequence[str] = (), passphrase: bytes | None = None
-) -> Made:
+) -> FileChanges:
     """Check a certificate that the organisation's CA signed, then install it as server.crt and its CA as ca.crt.
 
     `signed` and `ca` are PEM files; intermediate certificates may be in either, the root has to be in `ca`. server.crt
@@ -90,19 +90,19 @@ def install_server(
         raise ConfigError(f"{signed} does not belong to {key_file}: have the CA sign {folder / 'server.csr'}")
     wanted = _wanted(folder, hosts) or names_of(leaf)
     _check_leaf(leaf, signed, wanted)
-    roots = [certificate for certificate in trusted if issued(certificate, certificate)]
+    roots = [certificate for certificate in trusted if is_issued_by(certificate, certificate)]
     chain = _chain(leaf, [*(one for one in sent if one is not leaf), *trusted], roots, signed, ca)
     for certificate in chain:
         _check_dates(certificate, signed)
     crt_pem, ca_pem = _pem(chain[:-1]), _pem([chain[-1], *(root for root in roots if root != chain[-1])])
     _check_handshake(crt_pem, key_file, passphrase, ca_pem, wanted[0])
-    made = Made()
-    make_order_key(folder, passphrase, made)
-    made.replace(folder / "ca.crt", ca_pem)
-    made.replace(folder / "server.crt", crt_pem)
-    made.kept.append(key_file)
-    hand_out(folder, (), made)
-    return made
+    changes = FileChanges()
+    make_order_key(folder, passphrase, changes)
+    changes.replace(folder / "ca.crt", ca_pem)
+    changes.replace(folder / "server.crt", crt_pem)
+    changes.kept.append(key_file)
+    hand_out(folder, (), changes)
+    return changes
 
 
 def _refuse_own_ca(folder: Path) -> None:
@@ -149,9 +149,9 @@ def _chain(
 ) -> list[x509.Certificate]:
     """The certificates from the server's to the root, each issued by the next."""
     chain = [leaf]
-    while not issued(chain[-1], chain[-1]):
+    while not is_issued_by(chain[-1], chain[-1]):
         child = chain[-1]
-        parents = [one for one in pool if one not in chain and issued(child, one)]
+        parents = [one for one in pool if one not in chain and is_issued_by(child, one)]
         if not parents:
             raise ConfigError(
                 f"{signed}: the certificate of its issuer, {child.issuer.rfc4514_string()!r}, is in neither file; "

@@ -13,7 +13,7 @@ import torch
 
 from fedamole.config import load_config
 from fedamole.data.settings import SourceSettings
-from fedamole.deployment.client_handler import Host
+from fedamole.deployment.client_handler import ClientHandler
 from fedamole.deployment.run_session import ClientSettings
 from fedamole.deployment.security.policy import UNBOUNDED
 from fedamole.deployment.shared_config import own_tables, shared_tables
@@ -66,25 +66,25 @@ def served(tiny: Path) -> Callable[..., ByHand]:
 
 
 @pytest.fixture
-def client(tiny: Path, tmp_path: Path) -> Callable[..., Host]:
-    def of(folder: str, **settings: Any) -> Host:
+def client(tiny: Path, tmp_path: Path) -> Callable[..., ClientHandler]:
+    def of(folder: str, **settings: Any) -> ClientHandler:
         source = SourceSettings("entail", path=str(tiny / "entail.jsonl"), template="entail")
         own = {"base": str(tiny / "base"), "device": "cpu", "threads": 1, "policy": UNBOUNDED, **settings}
-        return Host(ClientSettings(source, folder=str(tmp_path / folder), **own), ProgressListener())
+        return ClientHandler(ClientSettings(source, folder=str(tmp_path / folder), **own), ProgressListener())
 
     return of
 
 
-def ask(host: Host, request: Request) -> Reply:
+def ask(host: ClientHandler, request: Request) -> Reply:
     return unpacked(Reply, host.answer(pack(request)))
 
 
-def on_disk(host: Host) -> dict[str, tuple[int, bytes]]:
+def on_disk(host: ClientHandler) -> dict[str, tuple[int, bytes]]:
     files = [path for path in Path(host.settings.folder).rglob("*") if path.is_file()]
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
-def state(host: Host) -> tuple[str, bytes]:
+def state(host: ClientHandler) -> tuple[str, bytes]:
     path = max(Path(host.settings.folder).glob("*/clients/entail/state/*"))
     return path.name, path.read_bytes()
 
@@ -216,23 +216,25 @@ BAD: dict[str, tuple[str, Callable[[ByHand], bytes]]] = {
 
 
 @pytest.fixture(scope="module")
-def seated(tiny: Path, served: Any, tmp_path_factory: pytest.TempPathFactory) -> Host:
+def seated(tiny: Path, served: Any, tmp_path_factory: pytest.TempPathFactory) -> ClientHandler:
     source = SourceSettings("entail", path=str(tiny / "entail.jsonl"), template="entail")
     folder = tmp_path_factory.mktemp("seated") / "private-place"
     settings = ClientSettings(source, str(folder), str(tiny / "base"), device="cpu", threads=1, policy=UNBOUNDED)
-    host = Host(settings, ProgressListener())
+    host = ClientHandler(settings, ProgressListener())
     assert ask(host, served("fedit").join()).failed is None
     return host
 
 
-def secrets(host: Host, tiny: Path) -> list[bytes]:
+def secrets(host: ClientHandler, tiny: Path) -> list[bytes]:
     rows = [json.loads(line) for line in (tiny / "entail.jsonl").read_text().splitlines()]
     texts = [row[column] for row in rows for column in ("premise", "hypothesis")]
     return [text.encode() for text in [*texts, "Yes", "Maybe", str(tiny), "private-place", "Error", "Traceback"]]
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_done_is_refused_by_a_code_alone(name: str, seated: Host, served: Any, tiny: Path) -> None:
+def test_what_cannot_be_done_is_refused_by_a_code_alone(
+    name: str, seated: ClientHandler, served: Any, tiny: Path
+) -> None:
     code, made = BAD[name]
     answer = seated.answer(made(served("fedit")))
     reply = unpacked(Reply, answer)
@@ -259,7 +261,7 @@ def test_answers_hold_nothing_of_the_data_and_no_path(served: Any, client: Any, 
 
 
 @pytest.mark.parametrize("error", [RuntimeError, OSError, MemoryError, RecursionError, KeyError])
-def test_no_word_of_an_error_travels(error: Any, seated: Host, served: Any, tiny: Path, caplog: Any) -> None:
+def test_no_word_of_an_error_travels(error: Any, seated: ClientHandler, served: Any, tiny: Path, caplog: Any) -> None:
     def fail(done: int, steps: int) -> None:
         raise error("On day 3 Dan buys a red cup, says private-place")
 
@@ -283,7 +285,7 @@ def test_labels_are_told_only_where_they_are_shared(served: Any, client: Any, ti
     assert sum(told["labels"].values()) == told["examples"]["train"]
     source = SourceSettings("entail", path=str(tiny / "plain.jsonl"))
     settings = client("free", policy=replace(UNBOUNDED, share_labels=True)).settings
-    free = Host(replace(settings, source=source), ProgressListener())
+    free = ClientHandler(replace(settings, source=source), ProgressListener())
     assert "labels" not in ask(free, served("fedit").join()).report, "free text is no label"
 
 
@@ -379,8 +381,8 @@ def test_a_restarted_client_finds_its_seat_among_other_folders(
     server, host = served("fedit"), client("one", base="./base")
     assert ask(host, server.join()).failed is None
     before = ask(host, server.update(0, -1))
-    assert host.seat is not None
-    host.seat.hold.close()
+    assert host.session is not None
+    host.session.hold.close()
     broken = Path(host.settings.folder) / "a-broken-one"
     broken.mkdir()
     (broken / "run.json").write_text("{}")
@@ -398,8 +400,8 @@ def test_a_folder_that_another_process_holds(served: Any, client: Any, caplog: A
     caplog.set_level(logging.ERROR)
     for _ in range(2):
         assert ask(second, server.update(0, -1)).failed == "config"
-    assert first.seat is not None
-    first.seat.hold.close()
+    assert first.session is not None
+    first.session.hold.close()
     assert ask(second, server.update(0, -1)).failed is None
 
 

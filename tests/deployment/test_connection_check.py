@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from fedamole.cli.main import app
 from fedamole.deployment import connection_check as reach_module
-from fedamole.deployment.connection_check import on_this_machine, reach
+from fedamole.deployment.connection_check import check_connection, is_loopback
 from fedamole.deployment.security.certificates import make_certificates
 from tests.deployment.proxy import Gateway, Proxy, listening
 
@@ -39,7 +39,7 @@ def gateway(certs: Path) -> Iterator[Gateway]:
 
 def found(certs: Path, server: str = f"{HOST}:9092") -> tuple[str, list[str], list[str]]:
     """What is said where nothing is wrong; texts; remedies. The password stands in none of them."""
-    fine, faults = reach(server, certs / "ca.crt")
+    fine, faults = check_connection(server, certs / "ca.crt")
     told = [fine, *(fault.text for fault in faults), *(fault.remedy for fault in faults)]
     assert not any(word in text for text in told for word in (PASSWORD, "p%40ss", "secret-user")), told
     return fine, [fault.text for fault in faults], [fault.remedy for fault in faults]
@@ -83,7 +83,7 @@ def test_loopback_never_goes_to_a_proxy(certs: Path, gateway: Gateway, monkeypat
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
     for host in ("localhost", "127.0.0.1"):
         assert found(certs, f"{host}:{gateway.port}")[1] == []
-    assert [on_this_machine(host) for host in ("::1", "127.9.9.9", "LOCALHOST", "10.0.0.1", HOST)] == [
+    assert [is_loopback(host) for host in ("::1", "127.9.9.9", "LOCALHOST", "10.0.0.1", HOST)] == [
         True,
         True,
         True,
@@ -144,7 +144,7 @@ def test_a_port_that_is_no_proxy(certs: Path, monkeypatch: pytest.MonkeyPatch, a
 
 
 def test_a_server_that_is_not_there_behind_a_proxy_that_is_silent(certs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reach_module, "PATIENCE", 0.3)
+    monkeypatch.setattr(reach_module, "TIMEOUT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("HTTPS_PROXY", f"http://localhost:{silent.getsockname()[1]}")
         assert "does not answer as an HTTP proxy" in found(certs)[1][0]
