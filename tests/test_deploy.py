@@ -16,7 +16,7 @@ import typer
 import yaml
 
 from fedamole.cli.main import app
-from fedamole.deployment.log_files import KEEP, MOST_BYTES
+from fedamole.deployment.log_files import MAX_BYTES, MAX_OLD_LOGS
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -220,7 +220,7 @@ def test_the_files_and_numbers_of_the_page() -> None:
     assert len(named) >= 6
     for name in named:
         assert (ROOT / name).exists(), name
-    assert (MOST_BYTES, KEEP) == (10 * 2**20, 3)
+    assert (MAX_BYTES, MAX_OLD_LOGS) == (10 * 2**20, 3)
     assert "larger than 10 MiB" in text
     assert "three older files are kept" in text
     within = next(it for it in COMMAND.commands["health"].params if it.name == "within")  # type: ignore[attr-defined]

@@ -14,10 +14,10 @@ from fedamole.data.settings import DataSettings, SourceSettings
 from fedamole.deployment.security.policy import (
     PolicyError,
     PolicySettings,
-    asked,
     enforce,
     read_policy,
     row_checks,
+    settings_checks,
 )
 from fedamole.runs.run_files import SPLITS
 
@@ -60,7 +60,7 @@ def test_a_hospitals_policy_allows_what_the_config_asks(name: str) -> None:
     source = SourceSettings(name, path=str(HOSPITALS / "data" / f"{name}.jsonl"), columns=COLUMNS.get(name, {}))
     (shard,) = load_federation(replace(config.data, source=(source,)), ROOT).shards
     rows = {split: len(getattr(shard, split)) for split in SPLITS}
-    enforce([*asked(config, source, policy, None), *row_checks(config, rows, policy)])
+    enforce([*settings_checks(config, source, policy, None), *row_checks(config, rows, policy)])
     with pytest.raises(PolicyError, match="embedding split"):
         enforce(row_checks(config, rows, PolicySettings()))
     assert "--policy" in SCRIPT.read_text()

@@ -158,7 +158,7 @@ def test_paths_of_a_folder_stay_in_it(received: Arena) -> None:
         with pytest.raises(RunError):
             folder.adapter("mood", wrong)
         if wrong != "a" * (LONGEST_NAME + 1):
-            with pytest.raises(RunError, match="leads out of"):
+            with pytest.raises(RunError, match="points outside"):
                 folder.place(wrong)
     assert folder.client("mood") == received.run / "clients" / "mood"
 
@@ -209,8 +209,8 @@ def test_json_is_read_within_bounds(received: Arena, monkeypatch: pytest.MonkeyP
     good = path.read_text()
     for text, why in {
         "[" * 100_000: "nested too deeply",
-        good.replace('"rounds"', '"method": "fedit", "rounds"', 1): "stands there twice",
-        good.replace('"fedamole"', '"\\ud800"', 1): "half a character",
+        good.replace('"rounds"', '"method": "fedit", "rounds"', 1): "is repeated",
+        good.replace('"fedamole"', '"\\ud800"', 1): "a lone surrogate",
         good[:-9]: "not the JSON",
         "": "not the JSON",
         good.replace('"best_round": 1', '"best_round": 1e999', 1): "a whole number from -1",
@@ -225,7 +225,7 @@ def test_json_is_read_within_bounds(received: Arena, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("fedamole.received.files.MIB", 1)
     monkeypatch.setattr(RunFolder.read_json.__globals__["read_json"], "__defaults__", (100, RunError))
     path.write_text(good)
-    assert "which is the most that is read" in call("show", received.run).error
+    assert "the maximum for such a file" in call("show", received.run).error
 
 
 def test_a_line_of_metrics_is_checked(received: Arena) -> None:

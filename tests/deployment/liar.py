@@ -178,8 +178,8 @@ def _lying_client() -> None:
 
     def lying(self: client.ClientProcesses, *words: Any) -> None:
         init(self, *words)
-        assert self.worker.words[1:3] == ["-m", "fedamole.deployment.warm_worker"]
-        self.worker.words[1:3] = [__file__]
+        assert self.worker.arguments[1:3] == ["-m", "fedamole.deployment.warm_worker"]
+        self.worker.arguments[1:3] = [__file__]
 
     setattr(client.ClientProcesses, "__init__", lying)  # noqa: B010
     main()

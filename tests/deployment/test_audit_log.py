@@ -20,7 +20,7 @@ from fedamole.data.settings import SourceSettings
 from fedamole.deployment import warm_worker
 from fedamole.deployment.client_handler import ClientHandler
 from fedamole.deployment.run_session import ClientSettings
-from fedamole.deployment.security.audit_log import FIRST, AuditError, AuditLog, read_audit
+from fedamole.deployment.security.audit_log import FIRST_HASH, AuditError, AuditLog, read_audit
 from fedamole.deployment.security.policy import UNBOUNDED, PolicySettings
 from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, failure, unpacked
 from fedamole.errors import RunError
@@ -151,7 +151,7 @@ def test_a_whole_log_is_chained(tmp_path: Path) -> None:
     some(path, 2)  # another process goes on
     raw = path.read_bytes().splitlines()
     assert [json.loads(line)["previous"] for line in raw] == [
-        FIRST,
+        FIRST_HASH,
         *(hashlib.sha256(line).hexdigest() for line in raw[:-1]),
     ]
     found = read_audit(path)

@@ -98,7 +98,7 @@ def tried(script: Script, folder: Path, monkeypatch: pytest.MonkeyPatch, until: 
             os.kill(os.getpid(), signal.SIGINT)
 
     made = ClientProcesses(ServerConnection("127.0.0.1:1", None, insecure=True), "north", {}, folder, say)
-    made.worker.words = ["sleep", "60"]
+    made.worker.arguments = ["sleep", "60"]
     try:
         made.run()
     finally:
@@ -123,7 +123,7 @@ def test_a_client_that_was_taken_once_is_given_any_patience(tmp_path: Path, monk
             os.kill(os.getpid(), signal.SIGINT)
 
     made = ClientProcesses(ServerConnection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, say)
-    made.worker.words = ["sleep", "60"]
+    made.worker.arguments = ["sleep", "60"]
     made.run()
     assert [text.split(":")[0] for text in said] == [
         "connecting to 127.0.0.1",

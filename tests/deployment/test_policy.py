@@ -225,9 +225,9 @@ def test_the_steps_that_a_policy_bounds_are_those_of_the_budget(
     rows = {"train": 500, "embedding": 50, "validation": 50, "test": 50}
     items = row_checks(load_config(tiny / "config.toml", words), rows, PolicySettings())
     (most,) = [item for item in items if item.setting == "steps of a round" and "max_steps" in item.allowed]
-    assert (most.asked, most.passes) == (str(steps), steps <= 2000)
+    assert (most.requested, most.passes) == (str(steps), steps <= 2000)
     (read,) = [item for item in items if "max_examples_per_update" in item.allowed]
-    assert read.asked == str(2 * steps), "batches of two rows"
+    assert read.requested == str(2 * steps), "batches of two rows"
 
 
 ASKED: dict[str, tuple[str, Callable[[dict[str, Any]], None], str, str]] = {

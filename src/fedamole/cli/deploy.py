@@ -1,65 +1,61 @@
-"""`fedamole server` and `fedamole simulate`. Nothing heavy is imported before a command needs it."""
+"""`fedamole server` and `fedamole simulate`. Large packages are imported only when a command runs."""
 
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedamole.cli.options import INTERRUPTED, Overrides
 from fedamole.deployment.requirements import require_flower
 from fedamole.terminal import screen
 
-ConfigPath = Annotated[Path | None, typer.Argument(help="A TOML config with [deployment] clients (docs/deploy.md).")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that differ, e.g. federation.rounds=5.")]
-Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS and no keys; on 127.0.0.1 only, to try things out.")]
+if TYPE_CHECKING:
+    from fedamole.config import Config
+
+ServerConfig = Annotated[Path | None, typer.Argument(help="A TOML config with [deployment] clients (docs/deploy.md).")]
+Resume = Annotated[Path | None, typer.Option(help="Continue the run in this folder; then give no config.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS and no keys; only on 127.0.0.1, for tests.")]
+Port = Annotated[int, typer.Option(min=1, max=65535, help="Server: port to listen on, open in the firewall.")]
+HOST, PORT = "127.0.0.1", 9092
+"""Defaults of `fedamole server` and `fedamole doctor`."""
 
 
 def server(
-    config: ConfigPath = None,
+    config: ServerConfig = None,
     overrides: Overrides = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder; no config then.")] = None,
+    resume: Resume = None,
     certs: Annotated[Path | None, typer.Option(help="Folder made by `fedamole certs`.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on, as clients name it or 0.0.0.0.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The one port that a firewall lets in.")] = 9092,
+    host: Annotated[str, typer.Option(help="Address to listen on: the name that clients use, or 0.0.0.0.")] = HOST,
+    port: Port = PORT,
     insecure: Insecure = False,
 ) -> None:
-    """Coordinate a run across organisations: wait for the clients, run the rounds, survive faults.
+    """Coordinate a run across organisations: wait for clients, run the rounds, recover from failures.
 
-    Ends with the run's table. A server that was stopped or killed goes on by --resume FOLDER with the round that was
-    under way; clients reconnect by themselves.
+    Prints the table of results at the end. Continue a stopped or killed server with --resume FOLDER; it repeats the
+    interrupted round, and clients reconnect automatically.
     """
     require_flower()
     from fedamole.cli.console import show_runs
     from fedamole.cli.server_progress import show_progress
-    from fedamole.config import load_config
     from fedamole.deployment.processes import without_proxy
     from fedamole.deployment.server_processes import ListenSettings, ServerProcesses, finished, prepare_folder
-    from fedamole.errors import ConfigError
-    from fedamole.experiment import new_run_folder
     from fedamole.reporting.runs import refuse_untrained
 
-    if (config is None) == (resume is None):
-        raise ConfigError("give either a config to start a run, or --resume FOLDER to go on with one")
     os.environ.update(without_proxy())
     listen = ListenSettings(host, port, certs, insecure)
-    if config is not None:
-        settings = load_config(config, list(overrides or []))
-        with new_run_folder(settings) as folder:
-            prepare_folder(settings, folder)
-    else:
-        assert resume is not None
-        folder = resume
+    folder = _run_folder(config, overrides, resume, prepare_folder)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    console = screen(error=True)
     if resume is None or not finished(folder):
-        with show_progress(console, folder) as (say, show):
-            ServerProcesses(folder, listen, say, show).run(stop)
+        with show_progress(screen(error=True), folder) as (print_line, on_progress):
+            ServerProcesses(folder, listen, print_line, on_progress).run(stop)
     if stop.is_set():
-        raise typer.Exit(130)
+        raise typer.Exit(INTERRUPTED)
     show_runs([folder])
     refuse_untrained(folder)
 
@@ -67,37 +63,45 @@ def server(
 def simulate(
     config: Annotated[Path | None, typer.Argument(help="A TOML config, as for `fedamole run`.")] = None,
     overrides: Overrides = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder; no config then.")] = None,
-    cpus: Annotated[int, typer.Option(min=1, help="Processors that each client is given.")] = 1,
-    gpus: Annotated[float, typer.Option(min=0.0, help="GPUs that each client is given; 0.5: two share one.")] = 0.0,
+    resume: Resume = None,
+    cpus: Annotated[int, typer.Option(min=1, help="CPU cores per client.")] = 1,
+    gpus: Annotated[float, typer.Option(min=0.0, help="GPUs per client; 0.5: two clients share one.")] = 0.0,
 ) -> None:
-    """Run a config on Flower's simulation: clients in Ray's processes, for several GPUs or a cluster.
+    """Run a config in Flower's simulation: clients are processes of Ray, for several GPUs or a cluster.
 
     On one machine `fedamole run` is faster, as its clients share one base and train in lock-step. The result is a
-    coordinator's folder, with each client's own run folder in server/sites/.
+    coordinator's run folder, with each client's own run folder in server/sites/.
     """
     require_flower(simulation=True)
     from fedamole.cli.console import show_runs
     from fedamole.cli.server_progress import show_progress
-    from fedamole.config import load_config
     from fedamole.deployment.flower.simulation import prepare_simulation
     from fedamole.deployment.flower.simulation import simulate as run_simulation
     from fedamole.deployment.server_processes import finished
-    from fedamole.errors import ConfigError
-    from fedamole.experiment import new_run_folder
     from fedamole.reporting.runs import refuse_untrained
 
-    if (config is None) == (resume is None):
-        raise ConfigError("give either a config to start a run, or --resume FOLDER to go on with one")
-    if config is not None:
-        settings = load_config(config, list(overrides or []))
-        with new_run_folder(settings) as folder:
-            prepare_simulation(settings, folder)
-    else:
-        assert resume is not None
-        folder = resume
+    folder = _run_folder(config, overrides, resume, prepare_simulation)
     if not finished(folder):
-        with show_progress(screen(error=True), folder) as (_, show):
-            run_simulation(folder, show, cpus, gpus)
+        with show_progress(screen(error=True), folder) as (_, on_progress):
+            run_simulation(folder, on_progress, cpus, gpus)
     show_runs([folder])
     refuse_untrained(folder)
+
+
+def _run_folder(
+    config: Path | None, overrides: list[str] | None, resume: Path | None, prepare: "Callable[[Config, Path], None]"
+) -> Path:
+    """Prepare the folder of a new run, or return that of the run to resume; ConfigError unless exactly one is given."""
+    from fedamole.config import load_config
+    from fedamole.errors import ConfigError
+    from fedamole.experiment import new_run_folder
+
+    if (config is None) == (resume is None):
+        raise ConfigError("give either a config to start a run, or --resume FOLDER to continue one")
+    if resume is not None:
+        return resume
+    assert config is not None
+    settings = load_config(config, list(overrides or []))
+    with new_run_folder(settings) as folder:
+        prepare(settings, folder)
+    return folder

@@ -1,4 +1,4 @@
-"""A client's place in one run: its settings, what it has on disk of the run, and what it puts there."""
+"""A client's session in one run: settings, worker, data, and its files in the run folder."""
 
 import json
 import logging
@@ -23,36 +23,36 @@ from fedamole.runs.run_folder import METRICS, RunFolder
 log = logging.getLogger(__name__)
 
 REQUEST_COUNTS = "work.json"
-"""In the client's folder: how often it has trained and been scored for this run, whatever counted."""
+"""File in the client's folder: numbers of trainings and validations done for this run, whether they counted or not."""
 
 
 @dataclass(frozen=True)
 class ClientSettings:
-    """What an organisation decides for itself."""
+    """The settings that an organisation chooses for itself."""
 
     source: SourceSettings
-    """Its data; the source's name is the client's, unless it is a part of a source alone."""
+    """The client's data. The source's name is the client's name, unless the client is one part of a source."""
     folder: str = "runs"
-    """Where its run folders are written."""
+    """Folder for the client's run folders."""
     base: str | None = None
-    """Its own copy of the base model, a folder or hub id; unset: what the server names."""
+    """The client's own copy of the base model, a folder or hub id; unset: the one that the server names."""
     device: str = "auto"
     threads: int = 0
     name: str = ""
-    """Name of a client that is a part of a source; then `manifest` says which."""
+    """Name of a client that is one part of a source; `manifest` then defines the part."""
     manifest: str | None = None
-    """A stored partition of the source: the file that names this client's rows."""
+    """File of a stored partition of the source, which lists this client's rows."""
     policy: PolicySettings = field(default_factory=PolicySettings)
-    """What it consents to."""
+    """What the client consents to."""
     agree: str = ""
-    """First characters of the hash of the only run's settings that it takes part in; empty: of any."""
+    """Hash of the settings of the only run to take part in; empty: any run."""
     audit: str = ""
-    """Its audit log; empty: none is written, for clients that are the coordinator's own."""
+    """Path of the audit log; empty: no log, for clients that belong to the coordinator."""
 
 
 @dataclass(frozen=True)
 class StoredReply:
-    """An answer on disk, and the hash of what it answers: the message, and the round that counted before."""
+    """A reply on disk, with the hash of its request: the message and the last round that counted."""
 
     digest: str
     reply: Reply
@@ -60,14 +60,14 @@ class StoredReply:
 
 @dataclass
 class RunSession:
-    """A client's place in one run."""
+    """A client's session in one run."""
 
     config: Config
     worker: Worker
     data: ClientData
     labels: dict[str, int]
     lock: ExitStack = field(default_factory=ExitStack)
-    """Holds the run folder for this process."""
+    """Holds the lock of the run folder."""
 
     @property
     def folder(self) -> RunFolder:
@@ -81,81 +81,83 @@ class RunSession:
 
     @property
     def test_reply_path(self) -> Path:
-        """Where its answer to the test lies, once it has been given."""
+        """Path of the stored reply to the test request."""
         return self.folder.client(self.name) / "test.safetensors"
 
     def answer_path(self, round_: int) -> Path:
-        """Where its answer of a round lies."""
+        """Path of the stored reply of a round."""
         return self.folder.client(self.name) / "answers" / f"round-{round_:04d}.safetensors"
 
     def read_stored(self, path: Path) -> StoredReply | None:
-        """The answer in a file, if there is one that can be read."""
+        """Return the stored reply in a file, or None if it is missing or damaged."""
         try:
             return unpacked(StoredReply, path.read_bytes()) if path.exists() else None
         except PayloadError as error:
-            log.warning("%s is damaged (%s); that round is done again", path, error)
+            log.warning("%s is damaged (%s); that round is repeated", path, error)
             return None
 
     def round_files(self) -> tuple[list[Path], list[Path]]:
-        """Files of private states and of answers, each by round."""
+        """Return the files of private states and of replies, each ordered by round."""
         states, answers = state_path(self.folder, self.name, 0).parent, self.answer_path(0).parent
         return sorted(states.glob("round-*.safetensors")), sorted(answers.glob("round-*.safetensors"))
 
     def count_request(self, operation: str, most: int) -> None:
-        """Count a piece of work before it is done; PolicyError where it is one more than `most`.
+        """Count a training or validation before it is done; PolicyError if it exceeds `most`.
 
-        A coordinator may ask for a round again, with another message, after a restart. Each answer tells something,
-        so that all of them are counted, not rounds alone.
+        After a restart a coordinator may repeat a round with another message. Each reply reveals something, so replies
+        are counted rather than rounds.
         """
         path = self.folder.client(self.name) / REQUEST_COUNTS
-        work = self.folder.read_json(str(path.relative_to(self.folder.path))) if path.exists() else {}
-        if work.get(operation, 0) >= most:
+        counts = self.folder.read_json(str(path.relative_to(self.folder.path))) if path.exists() else {}
+        if counts.get(operation, 0) >= most:
             raise PolicyError(
-                f"the coordinator has asked for {most} times {operation} in this run, the most that the policy allows "
-                "(max_rounds)"
+                f"the coordinator has requested {operation} {most} times in this run, the maximum that the policy "
+                "allows (max_rounds)"
             )
-        write_atomic(path, json.dumps({**work, operation: work.get(operation, 0) + 1}))
+        write_atomic(path, json.dumps({**counts, operation: counts.get(operation, 0) + 1}))
 
     def discard_after(self, request: Request) -> None:
-        """Forget what was done in rounds after the last one that counted."""
+        """Delete everything done in rounds after the last one that counted."""
         for path in chain(*self.round_files()):
             if int(path.stem.removeprefix("round-")) > request.last:
-                log.info("%s is undone: that round did not count", path.name)
+                log.info("%s is discarded: that round did not count", path.name)
                 path.unlink()
 
-        def counts(line: dict[str, Any]) -> bool:
+        def counted(line: dict[str, Any]) -> bool:
             if line["split"] == "validation" and self.worker.rows.get(line["method"]) == "post_aggregation":
                 return (line["round"], line["method"] == request.row) < (request.round, True)
             return bool(line["round"] <= request.last)
 
-        self.folder.cut(METRICS, counts)
+        self.folder.cut(METRICS, counted)
 
     def save_best_models(self, request: Request) -> None:
-        """Save the present model of every row whose best round is a new one."""
+        """Save the current model of every variant whose best round is new."""
         path = self.folder.client(self.name) / "best.json"
-        kept = self.folder.read_json(str(path.relative_to(self.folder.path))) if path.exists() else {}
-        for row, round_ in request.best.items():
-            if row in self.worker.rows and kept.get(row) != round_:
-                self.worker.save_best(self.data, row)
-                kept[row] = round_
-                write_atomic(path, json.dumps(kept))
+        saved = self.folder.read_json(str(path.relative_to(self.folder.path))) if path.exists() else {}
+        for name, round_ in request.best.items():
+            if name in self.worker.rows and saved.get(name) != round_:
+                self.worker.save_best(self.data, name)
+                saved[name] = round_
+                write_atomic(path, json.dumps(saved))
 
     def log(self, lines: list[dict[str, Any]]) -> None:
-        """Add lines to the client's own metrics."""
+        """Append lines to the client's metrics."""
         self.folder.append(METRICS, ({"round": line.pop("round"), "client": self.name, **line} for line in lines))
 
     def append_validation(self, round_: int, scores: dict[str, Scores]) -> None:
-        """Add validation scores by row to the client's own metrics."""
-        self.log([{"round": round_, "split": "validation", "method": row, **one} for row, one in scores.items()])
+        """Append validation scores by variant to the client's metrics."""
+        self.log(
+            [{"round": round_, "split": "validation", "method": name, **values} for name, values in scores.items()]
+        )
 
 
 def count_labels(config: Config, data: ClientData) -> dict[str, int]:
-    """How often each answer occurs among the training rows; empty where answers are texts of all kinds."""
+    """Count the answers among the training rows; empty if answers are free text."""
     examples = data.train.examples
     if score_name(examples[0], config.evaluation) != "accuracy":
         return {}
     labels = Counter(example.answer for example in examples)
     if len(labels) > MOST_LABELS or max(map(len, labels)) > LONGEST_LABEL:
-        log.warning("labels are not shared: there are more than %d, or some are very long", MOST_LABELS)
+        log.warning("labels are not shared: there are more than %d, or some are too long", MOST_LABELS)
         return {}
     return dict(labels)

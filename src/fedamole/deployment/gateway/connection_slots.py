@@ -1,8 +1,8 @@
-"""Places for connections: strangers have few and for a short time, registered clients have their own.
+"""Limits on connections: few and short-lived ones before authentication, separate ones for registered clients.
 
-A connection is a stranger's until it makes a call that a registered key has signed. Strangers' places are bounded by
-address and in all; where they are full, an older stranger is closed for the new one, so that holding places keeps
-nobody out. Addresses from which registered clients have called have waiting places apart from everybody else's.
+A connection is unauthenticated until its first call that is signed by a registered key. Unauthenticated connections are
+limited per address and in total; if no slot is free, an older one is closed, so nobody can be locked out by idle
+connections. Addresses from which registered clients have called have separate slots.
 """
 
 import asyncio
@@ -14,50 +14,50 @@ from dataclasses import dataclass, field
 from fedamole.deployment.gateway.guard import RefusedError
 
 MAX_PER_ADDRESS = 16
-"""Connections of one address (IPv6: of one /56 network) that have not yet made a signed call."""
+"""Maximum unauthenticated connections per address (IPv6: per /56 network)."""
 
 MAX_UNKNOWN, MAX_KNOWN_ADDRESSES = 128, 64
-"""Such connections in all: of unknown addresses, and of addresses from which registered clients have called."""
+"""Maximum unauthenticated connections in total: from unknown addresses, and from addresses of registered clients."""
 
 MAX_REGISTERED = 256
-"""Connections of registered clients in all."""
+"""Maximum authenticated connections in total."""
 
 MIN_PER_KEY, MAX_PER_KEY = 2, 8
-"""Connections of one key: its share of `MAX_REGISTERED`, but within these bounds. A client uses up to five."""
+"""Connections per key: an equal share of `MAX_REGISTERED` within these bounds. A client uses up to five."""
 
 FIRST_CALL_S = 15.0
-"""Seconds in which a connection has to make its first signed call; its TLS handshake is part of that."""
+"""Seconds until a connection must make its first signed call, including the TLS handshake."""
 
 ADDRESSES = 4
-"""Addresses that are remembered of each key, the latest ones."""
+"""Number of recent addresses that are remembered per key."""
 
 
 def network_of(address: str) -> str:
-    """What counts as one address: an IPv4 address, or the /56 network of an IPv6 address."""
+    """Return the unit that counts as one address: an IPv4 address, or the /56 network of an IPv6 address."""
     try:
-        found = ipaddress.ip_address(address.partition("%")[0])
+        parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return address
-    if isinstance(found, ipaddress.IPv4Address):
-        return str(found)
-    return str(found.ipv4_mapped or ipaddress.ip_network((found, 56), strict=False))
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return str(parsed)
+    return str(parsed.ipv4_mapped or ipaddress.ip_network((parsed, 56), strict=False))
 
 
 @dataclass(eq=False)
 class ConnectionSlot:
-    """What one connection holds: a stranger's place at first, a registered client's from its first signed call on."""
+    """One connection's slot: unauthenticated at first, a registered client's from its first signed call on."""
 
     network: str
     close: Callable[[], None] = lambda: None
-    """Ends the connection at once."""
+    """Closes the connection immediately."""
     name: str = ""
-    """The registered client, once it is known."""
+    """Name of the registered client; empty before authentication."""
     deadline: asyncio.TimerHandle | None = None
 
 
 @dataclass
 class UnauthenticatedSlots:
-    """The places of connections that have not yet made a signed call, by network, the oldest first."""
+    """Slots of unauthenticated connections by network, oldest first."""
 
     most: int
     per_network: int
@@ -67,31 +67,31 @@ class UnauthenticatedSlots:
         """Number of connections."""
         return sum(map(len, self.slots.values()))
 
-    def full(self, network: str) -> ConnectionSlot | None:
-        """The connection that has to make room for another one of a network, if there is none left.
+    def to_close(self, network: str) -> ConnectionSlot | None:
+        """Return the connection to close for a new one of `network`; None while a slot is free.
 
-        It is the oldest of the same network, or the oldest of the network that has the most.
+        It is the oldest of the same network, or the oldest of the network with the most connections.
         """
-        sock = self.slots.get(network, [])
-        if len(sock) >= self.per_network:
-            return sock[0]
+        same_network = self.slots.get(network, [])
+        if len(same_network) >= self.per_network:
+            return same_network[0]
         return max(self.slots.values(), key=len)[0] if len(self) >= self.most else None
 
     def add(self, slot: ConnectionSlot) -> None:
-        """Note a new connection."""
+        """Add a connection."""
         self.slots.setdefault(slot.network, []).append(slot)
 
     def discard(self, slot: ConnectionSlot) -> None:
-        """Forget a connection, if it is among these."""
-        sock = self.slots.get(slot.network, [])
-        if slot in sock:
-            sock.remove(slot)
-            if not sock:
+        """Remove a connection if present."""
+        same_network = self.slots.get(slot.network, [])
+        if slot in same_network:
+            same_network.remove(slot)
+            if not same_network:
                 del self.slots[slot.network]
 
 
 class ConnectionSlots:
-    """All connections of the gateway. Its methods are called within the event loop."""
+    """All connections of the gateway. Call its methods from the event loop only."""
 
     def __init__(self, first_call_s: float = FIRST_CALL_S) -> None:
         """`first_call_s` is the time to a connection's first signed call, see `FIRST_CALL_S`."""
@@ -102,46 +102,46 @@ class ConnectionSlots:
         self._addresses: dict[str, deque[str]] = {}
 
     def acquire(self, address: str) -> ConnectionSlot:
-        """A stranger's place for a new connection; an older stranger may be closed for it."""
+        """Return an unauthenticated slot for a new connection; an older connection may be closed for it."""
         slot = ConnectionSlot(network_of(address))
-        near = any(slot.network in networks for networks in self._addresses.values())
-        waiting = self._known_addresses if near else self._unknown
-        if (oldest := waiting.full(slot.network)) is not None:
+        is_known = any(slot.network in networks for networks in self._addresses.values())
+        pool = self._known_addresses if is_known else self._unknown
+        if (oldest := pool.to_close(slot.network)) is not None:
             self._end(oldest)
-        waiting.add(slot)
+        pool.add(slot)
         slot.deadline = asyncio.get_running_loop().call_later(self.first_call_s, self._end, slot)
         return slot
 
     def authenticate(self, slot: ConnectionSlot, name: str, keys: int) -> None:
-        """Make a place that of the registered client `name`, of `keys` in the roster.
+        """Assign a slot to the registered client `name`; `keys` is the number of registered keys.
 
-        Raises RefusedError (503) where the client, or all together, have as many connections as they may have.
+        Raises RefusedError (503) if the client, or all clients together, have reached their limit.
         """
         if slot.name == name:
             return
-        sock = self._registered.get(name, set())
-        most = max(MIN_PER_KEY, min(MAX_PER_KEY, MAX_REGISTERED // max(keys, 1)))
-        if len(sock) >= most:
-            raise RefusedError(503, "busy", f"{name} has {len(sock)} connections; at most {most} per key")
+        client_slots = self._registered.get(name, set())
+        limit = max(MIN_PER_KEY, min(MAX_PER_KEY, MAX_REGISTERED // max(keys, 1)))
+        if len(client_slots) >= limit:
+            raise RefusedError(503, "busy", f"{name} has {len(client_slots)} connections; the limit is {limit} per key")
         if sum(map(len, self._registered.values())) >= MAX_REGISTERED:
-            raise RefusedError(503, "busy", f"registered clients have {MAX_REGISTERED} connections, the most there are")
+            raise RefusedError(503, "busy", f"registered clients have {MAX_REGISTERED} connections, which is the limit")
         self.release(slot)
         slot.name = name
         self._registered.setdefault(name, set()).add(slot)
-        known = self._addresses.setdefault(name, deque(maxlen=ADDRESSES))
-        if slot.network in known:
-            known.remove(slot.network)
-        known.append(slot.network)
+        addresses = self._addresses.setdefault(name, deque(maxlen=ADDRESSES))
+        if slot.network in addresses:
+            addresses.remove(slot.network)
+        addresses.append(slot.network)
 
     def release(self, slot: ConnectionSlot) -> None:
-        """Give a place back; once more does nothing."""
+        """Release a slot; releasing it again has no effect."""
         if slot.deadline is not None:
             slot.deadline.cancel()
         self._unknown.discard(slot)
         self._known_addresses.discard(slot)
-        sock = self._registered.get(slot.name, set())
-        sock.discard(slot)
-        if slot.name in self._registered and not sock:
+        client_slots = self._registered.get(slot.name, set())
+        client_slots.discard(slot)
+        if slot.name in self._registered and not client_slots:
             del self._registered[slot.name]
 
     def _end(self, slot: ConnectionSlot) -> None:
