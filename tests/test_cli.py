@@ -392,7 +392,7 @@ def test_show_without_clients(fedamole: Any, runs: Any) -> None:
 
 def test_a_client_that_brings_a_key_and_is_made_one(fedamole: Any, tmp_path: Path) -> None:
     result = fedamole("certs", "--client", "a", "--admit", "a=a.pub")
-    refused(result, 2, "a: --admit brings a key", "give one of the two")
+    refused(result, 2, "a: --admit uses the client's key", "give one of the two")
     assert not (tmp_path / "certs").exists()
 
 

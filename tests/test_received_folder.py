@@ -211,8 +211,8 @@ def test_json_is_read_within_bounds(received: Arena, monkeypatch: pytest.MonkeyP
         "[" * 100_000: "nested too deeply",
         good.replace('"rounds"', '"method": "fedit", "rounds"', 1): "is repeated",
         good.replace('"fedamole"', '"\\ud800"', 1): "a lone surrogate",
-        good[:-9]: "not the JSON",
-        "": "not the JSON",
+        good[:-9]: "not valid JSON",
+        "": "not valid JSON",
         good.replace('"best_round": 1', '"best_round": 1e999', 1): "a whole number from -1",
         good.replace('"best_round": 1', f'"best_round": {10**30}', 1): "a whole number from -1",
     }.items():

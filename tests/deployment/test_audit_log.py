@@ -116,7 +116,7 @@ def test_a_refusal_is_logged_with_its_reason(tiny: Path, tmp_path: Path) -> None
     assert unpacked(Reply, host.answer(pack(server.join()))).failed == "policy"
     line = lines(tmp_path / ".client-entail/audit.jsonl")[-1]
     assert line["failed"] == "policy"
-    assert "steps of a round: asked 1, allowed at least 5 (min_steps)" in line["reason"]
+    assert "steps of a round: requested 1, allowed at least 5 (min_steps)" in line["reason"]
     assert "scores" not in line
 
 
@@ -177,7 +177,7 @@ def test_a_change_is_noticed(change: str, tmp_path: Path) -> None:
     assert read_audit(path).faults
     result = CliRunner().invoke(app, ["audit-log", str(path)])
     assert isinstance(result.exception, RunError)
-    assert "NOT WHOLE: line" in result.output
+    assert "NOT INTACT: line" in result.output
 
 
 def test_a_line_torn_by_a_crash_is_told_and_the_chain_goes_on(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_line_torn_by_a_crash_is_told_and_the_chain_goes_on(tmp_path: Path) ->
     some(path, 2)
     os.truncate(path, path.stat().st_size - 9)
     some(path, 2)
-    assert read_audit(path).faults == ("line 2 is damaged, as a crash or a full disk leaves it",)
+    assert read_audit(path).faults == ("line 2 is damaged, as after a crash or a full disk",)
     assert read_audit(path).lines == 4
 
 
@@ -226,7 +226,7 @@ def test_what_cannot_be_logged_is_not_answered(tiny: Path, tmp_path: Path, monke
     assert host.session is not None
     for lines_that_fit, done in ((0, False), (1, True)):
         room = lines_that_fit
-        with pytest.raises(AuditError, match=r"No space left on device.*nothing is answered"):
+        with pytest.raises(AuditError, match=r"No space left on device.*no reply is sent"):
             host.answer(pack(server.update(0, -1)))
         assert host.session.answer_path(0).exists() == done, "the second time it was trained, and is not answered"
     monkeypatch.undo()
@@ -293,10 +293,10 @@ def test_the_command_shows_what_left_in_totals_and_by_round(logged: Any) -> None
         assert sum(one["bytes"] for one in found["sent"]) == sum(map(len, logged[2]))
         assert found["came"] == 5
     text = CliRunner().invoke(app, ["audit-log", str(folder)]).output
-    assert "before the first" in text
-    assert "in all" in text
+    assert "before round 1" in text
+    assert "total" in text
     assert str(sum(map(len, logged[2]))) in text
-    assert "the log is whole" in text
+    assert "the log is intact" in text
     assert hashlib.sha256(path.read_bytes().splitlines()[-1]).hexdigest() in text.replace("\n", "")
 
 

@@ -127,9 +127,9 @@ def test_a_client_that_was_taken_once_is_given_any_patience(tmp_path: Path, monk
     made.run()
     assert [text.split(":")[0] for text in said] == [
         "connecting to 127.0.0.1",
-        "the server does not take this key now",
+        "the server does not accept this key now",
         "connected",
-        "the server does not take this key now",
+        "the server does not accept this key now",
         "connected",
         "stopping",
     ]
@@ -142,13 +142,13 @@ def test_a_client_that_was_taken_once_is_given_any_patience(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (FleetError("certificate", "x"), "does not come from the CA"),
+        (FleetError("certificate", "x"), "was not issued by the CA"),
         (FleetError("tls", "x"), "no TLS 1.3 with this server"),
         (FleetError("key", "expired-key"), "this key has expired"),
         (FleetError("key", "unknown-key"), "does not know this key, or has removed it"),
         (FleetError("proxy", "407"), "407"),
-        (BUSY, "does not take this key now"),
-        (FleetError("refused", "status 404"), "is it a server of fedamole?"),
+        (BUSY, "does not accept this key now"),
+        (FleetError("refused", "status 404"), "check that it is a server of fedamole"),
     ],
 )
 def test_a_client_that_will_never_be_taken_ends_with_the_reason(
@@ -163,7 +163,7 @@ def test_a_server_that_is_away_is_waited_for(tmp_path: Path, monkeypatch: pytest
     script = Script(*[httpx.ConnectError("x")] * 30, "fine")
     said = tried(script, tmp_path, monkeypatch, "connected")
     assert [text for text in said if "cannot be reached" in text] == [
-        "127.0.0.1:1 cannot be reached (ConnectError); trying again"
+        "cannot reach 127.0.0.1:1 (ConnectError); retrying"
     ]
 
 
@@ -186,7 +186,7 @@ def test_two_clients_of_one_name_and_folder_are_one_too_many(tmp_path: Path, mon
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"
     try:
-        with pytest.raises(RunError, match=r"another client runs as north in .*: stop that one first"):
+        with pytest.raises(RunError, match=r"another client named north is running in .*: stop it first"):
             tried(Script("fine"), tmp_path, monkeypatch, "connected")
     finally:
         holder.kill()
@@ -230,9 +230,9 @@ def test_a_client_obeys_its_coordinator_alone_and_each_order_once(tmp_path: Path
     worker.join(10)
     assert reached == [b"train", b"test"]
     assert script.replies == [b"done", b"done"], "what is no order gets no answer"
-    assert [text.split(":")[1] for text in said] == [" it was taken before, or is older than one that was"] * 2 + [
+    assert [text.split(":")[1] for text in said] == [" it was accepted before, or is older than one that was"] * 2 + [
         " it is signed for another client"
-    ] + [" its signature is not that of the coordinator whose coordinator.pub is here"] * 3 + [" it is no signed order"]
+    ] + [" its signature is not that of the coordinator whose coordinator.pub is here"] * 3 + [" it is not a signed order"]
 
 
 def test_a_worker_that_is_not_there_is_an_answer(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_full_disk_is_an_answer_and_no_end(tmp_path: Path, monkeypatch: pytest
     script = Script("fine")
     made._handle_order(script, Incoming(None, sign_order(None, "", 1, b"x")))  # type: ignore[arg-type]
     assert script.replies == [None]
-    assert said == [f"an order is not carried out, as {tmp_path} cannot be written (No space left on device)"]
+    assert said == [f"an order was not carried out, because {tmp_path} cannot be written (No space left on device)"]
 
 
 @pytest.mark.parametrize("left", ["ca.crt", "coordinator.pub", "node.key"])

@@ -382,7 +382,7 @@ def test_a_restarted_client_finds_its_seat_among_other_folders(
     assert ask(host, server.join()).failed is None
     before = ask(host, server.update(0, -1))
     assert host.session is not None
-    host.session.hold.close()
+    host.session.lock.close()
     broken = Path(host.settings.folder) / "a-broken-one"
     broken.mkdir()
     (broken / "run.json").write_text("{}")
@@ -401,7 +401,7 @@ def test_a_folder_that_another_process_holds(served: Any, client: Any, caplog: A
     for _ in range(2):
         assert ask(second, server.update(0, -1)).failed == "config"
     assert first.session is not None
-    first.session.hold.close()
+    first.session.lock.close()
     assert ask(second, server.update(0, -1)).failed is None
 
 

@@ -56,7 +56,7 @@ def test_through_a_proxy_with_a_password(certs: Path, gateway: Gateway, monkeypa
         for url in (f"http://localhost:{proxy.port}", f"http://secret-user:wrong@localhost:{proxy.port}"):
             monkeypatch.setenv("HTTPS_PROXY", url)
             _, faults, remedies = found(certs)
-            assert "asks for a user name and password, or does not accept those given (407)" in faults[0]
+            assert "requires a user name and password, or rejects the given ones (407)" in faults[0]
             assert "http://USER:PASSWORD@HOST:PORT" in remedies[0]
 
 
@@ -124,15 +124,15 @@ def test_a_proxy_that_opens_tls(certs: Path, tmp_path: Path, monkeypatch: pytest
     with listening(proxy, inspector):
         monkeypatch.setenv("HTTPS_PROXY", f"http://localhost:{proxy.port}")
         _, faults, remedies = found(certs)
-        assert f"the proxy localhost:{proxy.port} opens TLS itself" in faults[0]
-        assert "pass this server through unopened" in remedies[0]
+        assert f"the proxy localhost:{proxy.port} intercepts TLS" in faults[0]
+        assert "not to intercept this server" in remedies[0]
 
 
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "does not answer as an HTTP proxy"),
-        (b"", "does not answer as an HTTP proxy"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "is not an HTTP proxy"),
+        (b"", "is not an HTTP proxy"),
         (b"HTTP/1.1 200 OK\r\n\r\nrubbish that is no TLS", "TLS fails"),
     ],
 )
@@ -147,13 +147,13 @@ def test_a_server_that_is_not_there_behind_a_proxy_that_is_silent(certs: Path, m
     monkeypatch.setattr(reach_module, "TIMEOUT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("HTTPS_PROXY", f"http://localhost:{silent.getsockname()[1]}")
-        assert "does not answer as an HTTP proxy" in found(certs)[1][0]
+        assert "is not an HTTP proxy" in found(certs)[1][0]
 
 
 @pytest.mark.parametrize("url", ["ftp://u:p%40ssword@proxy:1", "http://u:p@ss@[::1"])
 def test_a_proxy_that_cannot_be_meant(certs: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("HTTPS_PROXY", url)
-    assert found(certs)[1] == ["the proxy in HTTPS_PROXY or ALL_PROXY cannot be used"]
+    assert found(certs)[1] == ["the proxy setting in HTTPS_PROXY or ALL_PROXY is invalid"]
 
 
 def test_the_command_line_prints_no_password(certs: Path, gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,7 +251,7 @@ def test_what_is_no_reply_of_ones_own_is_refused(door: Door, what: str) -> None:
 def test_a_running_time_is_a_number_of_seconds(seconds: float) -> None:
     request = PushMessagesRequest.FromString(reply())
     request.clientapp_runtime_list[0] = seconds
-    assert push_fault(request.SerializeToString()) == "its running time is no number of seconds"
+    assert push_fault(request.SerializeToString()) == "its running time is not a number of seconds"
 
 
 def test_a_message_has_a_bounded_number_of_objects() -> None:
@@ -297,7 +297,7 @@ def test_bytes_on_their_way_are_bounded_and_others_go_on(door: Door) -> None:
         assert call.getresponse().status == 200
         call.close()
     until(lambda: door.call(PUSH, bytes(LIMIT_MIB * MIB))[0] == 200, 5)
-    assert "bytes on their way; at most" in door.log.read_text()
+    assert "bytes in transit; the limit is" in door.log.read_text()
 
 
 def test_nobody_fills_the_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -253,7 +253,7 @@ def test_registered_clients_together_have_a_bound() -> None:
         slots = ConnectionSlots()
         for number in range(MAX_REGISTERED):
             slots.authenticate(slots.acquire(f"1.1.{number}.1"), f"client-{number}", 1000)
-        with pytest.raises(RefusedError, match="the most there are"):
+        with pytest.raises(RefusedError, match="which is the limit"):
             slots.authenticate(slots.acquire("1.2.1.1"), "another", 1000)
 
     within(scenario)
@@ -325,7 +325,7 @@ def test_a_renewed_certificate_is_used_without_a_restart(tmp_path: Path, caplog:
         make_certificates(certs, hosts=[HOST], clients=[], renew_server=True)
         until(lambda: serial(door) != first, 6)
         second = serial(door)
-        assert "new connections are shown the new certificate" in caplog.text
+        assert "new connections use the new certificate" in caplog.text
         assert door.call(PULL, b"abc") == (200, b"abc")
         running.send(b"def")
         assert running.getresponse().read() == b"abcdef"
@@ -342,7 +342,7 @@ def test_a_renewed_certificate_is_used_without_a_restart(tmp_path: Path, caplog:
         time.sleep(0.5)
         assert caplog.text.count("stays in use") == 2, "one line for each change"
         (certs / "server.crt").write_bytes(good)
-        until(lambda: caplog.text.count("shown the new certificate") == 2, 6)
+        until(lambda: caplog.text.count("use the new certificate") == 2, 6)
         assert serial(door) == second
 
 

@@ -176,7 +176,7 @@ def test_the_document_has_every_key_with_its_default() -> None:
         ("max_rank = 0", "policy.max_rank = 0: must be at least 1"),
         ("min_steps = 9\nmax_steps = 8", "policy.min_steps = 9 is above policy.max_steps = 8"),
         ("min_rows = -1", "policy.min_rows = -1: must not be negative"),
-        ("methods = ['fedmole']", "there is no such method; did you mean 'fedamole'"),
+        ("methods = ['fedmole']", "there is no method 'fedmole'; did you mean 'fedamole'"),
         ("min_rows = ", "is not TOML"),
     ],
 )
@@ -203,7 +203,7 @@ def test_an_honest_run_passes_the_default_policy_and_is_shown(asks: Any, client:
     assert all(joined.report["examples"][split] >= 20 for split in ("train", "validation", "test"))
     assert heard.lines[0] == f"run fedit, settings {agreed_hash(server.settings)}"
     shown = "\n".join(heard.lines)
-    assert "ok       rank: asked 2; allowed at most 64 (max_rank)" in shown
+    assert "ok       rank: requested 2; allowed at most 64 (max_rank)" in shown
     assert "ok       rows in the train split: asked" in shown
     assert "REFUSED" not in shown
     assert "The coordinator gets each client's own part before it is averaged" in shown
@@ -249,18 +249,18 @@ ASKED: dict[str, tuple[str, Callable[[dict[str, Any]], None], str, str]] = {
         "method.weight_decay = 100.0",
     ),
     "a scaling beyond all measure": ("fedit", put("method", "alpha", value=1e30), "policy", "max_scaling"),
-    "accuracy in every round": ("fedit", put("evaluation", "select", value="score"), "policy", "share_majority"),
+    "accuracy of every round": ("fedit", put("evaluation", "select", value="score"), "policy", "share_majority"),
     "no scaling": ("fedit", put("method", "alpha", value=1e-9), "policy", "min_scaling"),
     "one row of validation": ("fedit", put("data", "validation_share", value=0.001), "policy", "validation split"),
     "one row of test": ("fedit", put("data", "test_share", value=0.001), "policy", "rows in the test split"),
     "nearly all for validation": ("fedit", put("data", "validation_share", value=0.7), "policy", "train split"),
     "an embedding split of one row": ("fedamole", put("data", "embedding_cap", value=1), "policy", "embedding split"),
     "a look at one row": ("ifca_lora", put("method", "probe_examples", value=1), "policy", "probe_examples"),
-    "base = /etc": ("fedit", put("base", "model", value="/etc"), "base", "lies in a folder"),
-    "base = ../../etc": ("fedit", put("base", "model", value="../../etc"), "base", "lies in a folder"),
-    "base = ~/x": ("fedit", put("base", "model", value="~/x"), "base", "lies in a folder"),
-    "base = file:///etc": ("fedit", put("base", "model", value="file:///etc"), "base", "lies in a folder"),
-    "a base of the hub": ("fedit", put("base", "model", value="evil/model"), "policy", "hub_base"),
+    "base = /etc": ("fedit", put("base", "model", value="/etc"), "base", "is in a folder"),
+    "base = ../../etc": ("fedit", put("base", "model", value="../../etc"), "base", "is in a folder"),
+    "base = ~/x": ("fedit", put("base", "model", value="~/x"), "base", "is in a folder"),
+    "base = file:///etc": ("fedit", put("base", "model", value="file:///etc"), "base", "is in a folder"),
+    "a base from the hub": ("fedit", put("base", "model", value="evil/model"), "policy", "hub_base"),
     "the client's source": ("fedit", put("data", "source", value=[{"name": "x", "path": "x"}]), "config", "data."),
     "a manifest": ("fedit", put("data", "manifest", value="/etc/passwd"), "config", "data.manifest"),
     "the client's folder": ("fedit", put("run", "folder", value="/tmp/x"), "config", "run.folder"),
@@ -290,13 +290,13 @@ def test_what_is_asked_and_harmless(asks: Any, client: Any, tmp_path: Path) -> N
         host = client(f"in/{number}", listener=heard)
         assert ask(host, asks("fedit").join(put("run", "name", value=name))).failed == "config"
         assert "\x1b" not in "".join(heard.lines)
-        assert host.seat is None
+        assert host.session is None
         assert not list(tmp_path.rglob("run.json"))
     foreign = put("data", "templates", value={"triage": {"prompt": "{patient}", "answer": "{label}"}})
     host = client("in/t")
     assert ask(host, asks("fedit").join(foreign)).failed is None
-    assert host.seat is not None
-    assert not any("patient" in one.prompt for one in host.seat.data.train.examples)
+    assert host.session is not None
+    assert not any("patient" in one.prompt for one in host.session.data.train.examples)
 
 
 def test_a_template_of_the_coordinators_reads_allowed_columns_only(asks: Any, client: Any, caplog: Any) -> None:
@@ -307,7 +307,7 @@ def test_a_template_of_the_coordinators_reads_allowed_columns_only(asks: Any, cl
         return whole
 
     assert ask(client("a", template="triage"), sent("{patient}: {text}")).failed == "policy"
-    assert "columns of template triage: asked label, patient, text" in caplog.text
+    assert "columns of template triage: requested label, patient, text" in caplog.text
     assert ask(client("b", template="triage"), sent("{text}")).failed is None
     allowed = PolicySettings(columns=("text", "label", "patient"))
     assert ask(client("c", template="triage", policy=allowed), sent("{patient}: {text}")).failed is None
@@ -346,7 +346,7 @@ def test_a_dropped_column_is_none_that_a_template_may_read(asks: Any, client: An
         replace(host.settings, source=replace(host.settings.source, columns={"patient": ""})), ProgressListener()
     )
     assert ask(host, asks("fedit").join(template)).failed == "policy"
-    assert "columns of template triage: asked label, patient" in caplog.text
+    assert "columns of template triage: requested label, patient" in caplog.text
 
 
 def test_every_key_of_the_policy_forbids_something(asks: Any, client: Any) -> None:
@@ -403,8 +403,8 @@ def test_every_key_of_the_policy_forbids_something(asks: Any, client: Any) -> No
 def test_a_stricter_policy_ends_a_run_that_is_under_way(asks: Any, client: Any) -> None:
     server, host = asks("fedit"), client()
     ask(host, server.join())
-    assert host.seat is not None
-    host.seat.hold.close()
+    assert host.session is not None
+    host.session.lock.close()
     assert ask(client(policy=PolicySettings(max_rank=1)), server.update(0, -1)).failed == "policy"
     assert ask(client(), server.update(0, -1)).failed is None
 
@@ -433,14 +433,14 @@ def test_the_test_split_is_answered_once(asks: Any, client: Any, caplog: Any) ->
     evaluated = Request(RUN_ID, 1, EVALUATE, "fedit", last=1, message=server.update(0, -1, plus=0.3).message)
     assert ask(host, server.update(1, 0, plus=0.3)).failed is None
     assert ask(host, evaluated).failed is None
-    assert host.seat is not None
-    fresh = host.seat.worker.test_last([host.seat.data], "fedit")["north"]
+    assert host.session is not None
+    fresh = host.session.worker.test_last([host.session.data], "fedit")["north"]
     again = ask(host, Request(RUN_ID, 1, TEST, last=1, best={"fedit": 1}))
     assert again == replace(first, round=1)
     assert again.scores["fedit/last"] != fresh, "another model has another score, which is not told"
-    host.seat.hold.close()
+    host.session.lock.close()
     assert ask(client(), Request(RUN_ID, 1, TEST, last=1)).scores == first.scores
-    assert "answered as before" in caplog.text
+    assert "sending the stored reply" in caplog.text
 
 
 def test_the_mix_of_labels_stays_here_unless_it_is_shared(asks: Any, client: Any) -> None:
@@ -463,18 +463,18 @@ def test_only_the_run_that_was_agreed_on(asks: Any, client: Any, caplog: Any, tm
     assert len(whole) == 64
     host = client("a", agree=check_agree(whole.upper()))
     assert ask(host, server.join(put("training", "learning_rate", value=0.02))).failed == "policy"
-    assert f"--agree {whole} allows another run only" in caplog.text
+    assert f"--agree {whole} allows only" in caplog.text
     assert not (tmp_path / "a").exists()
     assert ask(host, server.join()).failed is None
-    assert host.seat is not None
-    host.seat.hold.close()
+    assert host.session is not None
+    host.session.lock.close()
     log = str(tmp_path / "home" / "audit.jsonl")
     for run, failed in (("b" * 32, None), ("c" * 32, "policy"), ("b" * 32, None)):
         again = client("again", agree=whole, audit=log)
         join = dataclasses.replace(server.join(), run=run)
         assert ask(again, join).failed == failed, "one run with the agreed settings, and no second one"
-        if again.seat is not None:
-            again.seat.hold.close()
+        if again.session is not None:
+            again.session.lock.close()
     other = client("a", agree="0" * 64)
     assert ask(other, server.update(0, -1)).failed == "policy", "also for a run that is under way"
 
@@ -484,7 +484,7 @@ def test_settings_do_not_change_under_way(asks: Any, client: Any, caplog: Any) -
     assert ask(host, server.join()).failed is None
     assert ask(host, server.join()).failed is None
     assert ask(host, server.join(put("training", "local_steps", value=6))).failed == "policy"
-    assert "tells other settings than those that this run began with" in caplog.text
+    assert "settings differ from those this run began with" in caplog.text
 
 
 def test_the_hash_is_of_everything_that_is_told(asks: Any) -> None:
@@ -504,7 +504,7 @@ def test_the_hash_is_of_everything_that_is_told(asks: Any) -> None:
 
 @pytest.mark.parametrize("given", ["abc", "0" * 63, "g" * 64, "0" * 65, "../../x", " " * 64])
 def test_what_is_no_hash_cannot_be_agreed_on(given: str) -> None:
-    with pytest.raises(ConfigError, match="give the whole hash"):
+    with pytest.raises(ConfigError, match="give the complete hash"):
         check_agree(given)
 
 
@@ -568,8 +568,8 @@ def test_words_cannot_be_read_by_settings(tiny: Path, client: Any) -> None:
     host = client("open", template="triage", base=None, policy=UNBOUNDED)
     refused, tokens = read_words(host, tiny, **ATTACK)
     assert refused is None
-    assert host.seat is not None
-    read = [{*row.prompt, *row.answer} for row in host.seat.data.train.rows]
+    assert host.session is not None
+    read = [{*row.prompt, *row.answer} for row in host.session.data.train.rows]
     assert 8 < len(tokens) < 40
     assert any(set(tokens) <= one for one in read), "all of them are words of one and the same record"
 

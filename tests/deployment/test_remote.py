@@ -230,8 +230,8 @@ def test_whoever_lost_its_folder_joins_again(settle: Any, caplog: Any) -> None:
     assert asked(there, "mood", UPDATE) == [0, 1, 2]
     failed = [(line["client"], line["round"]) for line in lines(there.server_folder) if "failed" in line]
     assert failed == [("chat", 1), ("mood", 1)]
-    assert "is gone, or a part of it" in caplog.text
-    assert "what was kept from earlier rounds is gone" in caplog.text
+    assert "is missing or incomplete" in caplog.text
+    assert "the state of earlier rounds is missing" in caplog.text
     assert set(summary["rows"]["fedit"]["clients"]) == set(NAMES)
 
 

@@ -139,7 +139,7 @@ DAMAGED: dict[str, Callable[[], bytes]] = {
     "a name with a space": lambda: line("eve adams"),
     "a name that is a path": lambda: line("../eve"),
     "an escape": lambda: line("eve\x1b[2J"),
-    "no date": lambda: line("eve until=soon"),
+    "not a date": lambda: line("eve until=soon"),
     "no such date": lambda: line("eve until=2027-02-30"),
     "more behind the date": lambda: line("eve until=2027-02-03 x"),
     "too long": lambda: line() + 20_000 * b" ",

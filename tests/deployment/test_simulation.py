@@ -46,5 +46,5 @@ def test_a_config_without_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "d.toml").write_text('[deployment]\nclients = ["a", "b"]\n')
     done = subprocess.run([FEDAMOLE, "simulate", "d.toml"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
-    assert "a simulation takes its clients from there" in done.stderr
+    assert "it defines the clients of a simulation" in done.stderr
     assert not (tmp_path / "runs").exists()

@@ -64,7 +64,7 @@ def certs(
     _one_of({"--request": request, "--install": install is not None, "--own": own is not None}, changes)
     if (install is None) != (ca is None):
         raise ConfigError("--install SIGNED.crt and --ca CA.crt must be given together")
-    admitted = [passphrase_bytes.partition("=")[::2] for passphrase_bytes in admit or []]
+    admitted = [argument.partition("=")[::2] for argument in admit or []]
     if not all(path for _, path in admitted):
         raise ConfigError("--admit: write NAME=FILE, where FILE is the client's node.csr or node.pub")
     if both := sorted({name for name, _ in admitted} & set(client or [])):
@@ -82,10 +82,10 @@ def certs(
         say("A running server uses the new certificate for new connections, without a restart.")
         say("Each client needs ca.crt and coordinator.pub.")
     else:
-        made = make_certificates(
+        file_changes = make_certificates(
             folder, hosts, client or [], days, renew, client_days=client_days, again=again, passphrase=passphrase_bytes
         )
-        _print_changes(made)
+        _print_changes(file_changes)
         if renew:
             say("A running server uses the new certificate for new connections, without a restart.")
         for name in client or []:
@@ -110,9 +110,9 @@ def _passphrase(ask: bool, file: Path | None) -> bytes | None:
     from fedamole.deployment.security.keys import PASSPHRASE, read_passphrase
     from fedamole.errors import ConfigError
 
-    found = read_passphrase(file)
-    if found is not None or not ask:
-        return found
+    value = read_passphrase(file)
+    if value is not None or not ask:
+        return value
     if not sys.stdin.isatty():
         raise ConfigError(f"--passphrase needs a terminal: give --passphrase-file or set {PASSPHRASE} instead")
     return str(typer.prompt("Passphrase", hide_input=True, confirmation_prompt=True)).encode()
