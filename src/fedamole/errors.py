@@ -69,9 +69,7 @@ def describe_os_error(error: OSError) -> str:
 
 
 def how_to_install(extra: str) -> str:
-    """Return how to install an optional extra of this package: from a clone or from a wheel (it is on no package
-    index).
-    """
+    """Return how to install an optional extra of this package, from a clone or from a wheel."""
     return f'in the clone: pip install -e ".[{extra}]"; from a wheel: pip install "PATH-TO-WHEEL[{extra}]"'
 
 

@@ -18,8 +18,7 @@ NAME_TAKEN = "{} already exists and is not overwritten: remove it or choose anot
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a file so that a reader, or a run after a crash, sees either the old content or the new, never a partial
-    file.
+    """Write a file so that a reader, or a run after a crash, sees the complete old or new content.
 
     Concurrent writers of the same file take turns. If writing fails (OSError, which names `path`), the old content
     stays and no temporary file is left behind. Text is written as UTF-8.

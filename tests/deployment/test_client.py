@@ -49,7 +49,7 @@ class Script:
         self.attempts, self.made, self.stop = list(attempts), 0, threading.Event()
         self.queue: list[Incoming] = []
         self.replies: list[bytes | None] = []
-        self.node, self.troubled = 7, ""
+        self.node, self.call_failure = 7, ""
 
     def __call__(self, server: str, ca: Any, key: Any, stop: threading.Event) -> "Script":
         return self
@@ -162,9 +162,7 @@ def test_a_client_that_will_never_be_taken_ends_with_the_reason(
 def test_a_server_that_is_away_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = Script(*[httpx.ConnectError("x")] * 30, "fine")
     said = tried(script, tmp_path, monkeypatch, "connected")
-    assert [text for text in said if "cannot be reached" in text] == [
-        "cannot reach 127.0.0.1:1 (ConnectError); retrying"
-    ]
+    assert [text for text in said if "cannot reach" in text] == ["cannot reach 127.0.0.1:1 (ConnectError); retrying"]
 
 
 @pytest.mark.usefixtures("quick")
@@ -232,7 +230,7 @@ def test_a_client_obeys_its_coordinator_alone_and_each_order_once(tmp_path: Path
     assert script.replies == [b"done", b"done"], "what is no order gets no answer"
     assert [text.split(":")[1] for text in said] == [" it was accepted before, or is older than one that was"] * 2 + [
         " it is signed for another client"
-    ] + [" its signature is not that of the coordinator whose coordinator.pub is here"] * 3 + [" it is not a signed order"]
+    ] + [" its signature does not match the coordinator.pub of this client"] * 3 + [" it is not a signed order"]
 
 
 def test_a_worker_that_is_not_there_is_an_answer(tmp_path: Path) -> None:

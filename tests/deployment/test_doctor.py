@@ -259,7 +259,7 @@ def test_ports() -> None:
     with socket.create_server(("127.0.0.1", 0)) as place:
         taken = place.getsockname()[1]
         finding = only("port", list(doctor.port_is_free("127.0.0.1", taken)))
-        assert (finding.state, "taken" in finding.text) == ("problem", True)
+        assert (finding.state, "in use" in finding.text) == ("problem", True)
         assert only("port", list(doctor.port_is_free("0.0.0.0", taken))).state == "problem"
     assert only("port", list(doctor.port_is_free("127.0.0.1", taken))).state == "ok"
     elsewhere = only("port", list(doctor.port_is_free("192.0.2.1", taken)))
@@ -496,7 +496,7 @@ def test_data_that_do_not_fit_are_never_quoted(tmp_path: Path) -> None:
         rows(
             tmp_path / "label.jsonl",
             *({"premise": SECRET, "hypothesis": "b", "label": word} for word in ("neutral", SECRET)),
-        ): "1 of 2 rows do not fit the template, the first is label.jsonl, row 2",
+        ): "1 of 2 rows do not match the template, the first is label.jsonl, row 2",
         rows(tmp_path / "one.jsonl", {"text": "a", "label": SECRET}): "fewer than two values",
         rows(tmp_path / "blank.jsonl", *no_answer): "no row has an answer",
         rows(tmp_path / "turns.jsonl", turns, wrong): "turns.jsonl, row 2: cannot be read",

@@ -200,7 +200,7 @@ def test_too_many_pieces_and_too_many_bytes_are_not_fetched(
 ) -> None:
     superlink.queue(request(RecordDict({"request": to_array_record(b"x" * 1000)})))
     monkeypatch.setattr(flower_fleet, "MAX_OBJECTS", 2)
-    with pytest.raises(UnusableMessageError, match="more than 2 pieces"):
+    with pytest.raises(UnusableMessageError, match="more than 2 objects"):
         fleet.receive()
     assert "pull-object" not in superlink.asked
     monkeypatch.setattr(flower_fleet, "MAX_OBJECTS", 100)

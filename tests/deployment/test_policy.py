@@ -204,7 +204,7 @@ def test_an_honest_run_passes_the_default_policy_and_is_shown(asks: Any, client:
     assert heard.lines[0] == f"run fedit, settings {agreed_hash(server.settings)}"
     shown = "\n".join(heard.lines)
     assert "ok       rank: requested 2; allowed at most 64 (max_rank)" in shown
-    assert "ok       rows in the train split: asked" in shown
+    assert "ok       rows in the train split: requested" in shown
     assert "REFUSED" not in shown
     assert "The coordinator gets each client's own part before it is averaged" in shown
     assert ask(host, server.update(0, -1)).failed is None
@@ -415,7 +415,7 @@ def test_rounds_are_counted_however_they_are_called(asks: Any, client: Any, capl
     ask(host, server.join())
     done = [ask(host, server.update(0, -1, plus=number / 10)).failed for number in range(4)]
     assert done == [None, None, None, "policy"]
-    assert "3 times update" in caplog.text
+    assert "requested update 3 times" in caplog.text
     assert ask(host, server.update(0, -1, plus=0.2)).failed is None, "the last answer is repeated, which tells nothing"
     message = server.update(0, -1).message
     scored = [ask(host, Request(RUN_ID, 0, EVALUATE, "fedit", last=0, message=message)).failed for _ in range(4)]
@@ -463,7 +463,7 @@ def test_only_the_run_that_was_agreed_on(asks: Any, client: Any, caplog: Any, tm
     assert len(whole) == 64
     host = client("a", agree=check_agree(whole.upper()))
     assert ask(host, server.join(put("training", "learning_rate", value=0.02))).failed == "policy"
-    assert f"--agree {whole} allows only" in caplog.text
+    assert f"--agree allows only {whole}" in caplog.text
     assert not (tmp_path / "a").exists()
     assert ask(host, server.join()).failed is None
     assert host.session is not None

@@ -1,9 +1,9 @@
-"""`fedamole client`: the connection to the coordinator and a worker process, both restarted until the client is
-stopped.
+"""`fedamole client`: maintains the connection to the coordinator and a worker process.
 
 This process communicates with the coordinator and holds the client's key. It checks that an order is signed for this
 client and not yet used, and passes the request in it to the worker, a separate process that holds the base model and
-the data. The connection never carries code, and this process starts no program except the worker.
+the data. The connection never carries code, and this process starts no program except the worker. Connection and worker
+are restarted until the client is stopped.
 """
 
 import json
@@ -297,9 +297,7 @@ class ClientProcesses:
             self.stop.wait(min(MAX_POLL_S, max(MIN_POLL_S, POLL_FRACTION * idle)))
 
     def _handle_order(self, fleet: Fleet, incoming: Incoming) -> None:
-        """Check an order, pass it to the worker and reply. A message that is not an order for this client gets no
-        reply.
-        """
+        """Check an order, pass it to the worker and reply; anything but an order for this client gets no reply."""
         try:
             order = open_order(None if self.keys is None else self.keys[1], self.name, incoming.payload)
             self.order_counter.accept(order)

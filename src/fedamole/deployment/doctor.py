@@ -74,9 +74,7 @@ def examine_server(config: Path | None, certs: Path | None, host: str, port: int
 
 
 def exposed_by(path: Path) -> list[Finding]:
-    """List what the coordinator and other clients can compute from the exchanged data, for a config that names its
-    clients.
-    """
+    """List what the coordinator and other clients can compute from the exchanged data of a config."""
     from fedamole.config import load_config, read_tables
     from fedamole.planning import exposure
 
@@ -196,11 +194,7 @@ def disk(folder: Path) -> list[Finding]:
     text = f"{free / 2**30:.1f} GiB free at {folder}"
     if free >= MIN_DISK:
         return [Finding("disk", "ok", text)]
-    return [
-        Finding(
-            "disk", "warning", text, f"free some space: {MIN_DISK / 2**30:.0f} GiB are enough for a base and its runs"
-        )
-    ]
+    return [Finding("disk", "warning", text, f"free some space: a base and its runs need {MIN_DISK / 2**30:.0f} GiB")]
 
 
 def port_is_free(host: str, port: int) -> list[Finding]:
@@ -260,9 +254,7 @@ def base_of_config(config: Path) -> list[Finding]:
 
 
 def base_is_there(base: str, folder: Path) -> list[Finding]:
-    """Check whether a base is in its folder or the hub's cache, or can be downloaded; `folder` is the root of relative
-    paths.
-    """
+    """Check whether a base is in `folder` or the hub's cache, or can be downloaded."""
     from fedamole.model.base import locate
 
     location = locate(base, folder)

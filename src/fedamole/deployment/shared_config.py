@@ -90,8 +90,6 @@ def _is_public(base_name: str) -> bool:
 
 
 def _own_base(base: str) -> str:
-    """Return the client's own base for its config; the path of a folder becomes absolute, as the config is stored
-    elsewhere.
-    """
+    """Return the client's own base for its config; the path of a folder is made absolute."""
     path = Path(base).expanduser()
     return str(path.resolve()) if path.is_dir() else base

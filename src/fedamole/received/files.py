@@ -33,8 +33,7 @@ def inside(root: Path, path: Path) -> Path:
 
 
 def check_tree(root: Path) -> None:
-    """Raise RunError if a folder holds a link that points outside of it, or an entry that is neither a file nor a
-    folder.
+    """Raise RunError if a folder holds a link that points outside of it, or a special file.
 
     A link out of a received folder would redirect reads, writes and deletions; opening a pipe would block.
     """
@@ -60,9 +59,7 @@ def check_tree(root: Path) -> None:
 
 
 def read_bytes(path: Path, most: int, error: type[FedamoleError] = RunError) -> bytes:
-    """Return the content of a regular file of at most `most` bytes; raise `error`, which names the file, for anything
-    else.
-    """
+    """Return the content of a regular file of at most `most` bytes; raise `error` for anything else."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):

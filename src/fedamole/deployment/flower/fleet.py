@@ -266,8 +266,9 @@ class Fleet:
             log.debug("the server did not accept a receipt: %s", error)
 
     def reply(self, incoming: Incoming, payload: bytes | None) -> None:
-        """Reply to a message; None means that the worker is not running. FleetError "refused": the reply is not
-        expected any more.
+        """Reply to a message; None means that the worker is not running.
+
+        Raises FleetError of kind "refused" if the reply is no longer expected.
         """
         message = Message(reply_content(payload), reply_to=incoming.message)
         run = message.metadata.run_id

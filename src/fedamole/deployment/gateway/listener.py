@@ -211,9 +211,7 @@ class GatewayServer(uvicorn.Server):
 def listener(
     app: ASGIApp, host: str, port: int, certificate: Certificate, slots: ConnectionSlots, limited_log: RateLimitedLog
 ) -> GatewayServer:
-    """Create a server that reveals nothing about uvicorn in responses and logs no successful requests; it is not yet
-    started.
-    """
+    """Create a server, not yet started, that hides uvicorn in responses and logs no successful requests."""
     config = uvicorn.Config(
         app,
         host=host,

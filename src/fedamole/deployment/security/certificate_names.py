@@ -19,9 +19,7 @@ def server_names(hosts: Sequence[str]) -> list[x509.GeneralName]:
 
 
 def general_name(host: str) -> x509.GeneralName:
-    """Return the certificate name of a host; ConfigError for a URL, a port, or an address that only a server listens
-    on.
-    """
+    """Return the certificate name of a host; ConfigError for a URL, a port, or a listen-only address."""
     host = host.lower()
     try:
         address = ipaddress.ip_address(host)
