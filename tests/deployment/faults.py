@@ -33,7 +33,7 @@ from tests.conftest import heeding_interrupts, small
 
 MARK = "FEDAMOLE_TEST_MARK"
 FEDAMOLE = Path(sys.executable).parent / "fedamole"
-LIAR = Path(__file__).parent / "liar.py"
+LIAR = Path(__file__).parent / "dishonest_client.py"
 NAMES = ("chat", "entail", "mood")
 ENDLESS = 1000
 """Rounds of a run that a test ends itself."""

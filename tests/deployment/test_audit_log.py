@@ -26,7 +26,7 @@ from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Reques
 from fedamole.errors import RunError
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import bytes_as_tensor, pack, tensor_as_bytes
-from tests.deployment.test_client_handler import RUN_ID, ByHand
+from tests.deployment.test_client_handler import RUN_ID, ManualServer
 
 
 def host_of(tiny: Path, folder: Path, **settings: Any) -> ClientHandler:
@@ -46,7 +46,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def logged(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes], list[bytes]]:
     """A folder with the log of a short run of FedAMoLE; the requests and the answers."""
     folder = tmp_path_factory.mktemp("logged")
-    server = ByHand(tiny / "config.toml", "fedamole", "method.experts=4", "method.expert_choices=1", "method.top_k=1")
+    server = ManualServer(
+        tiny / "config.toml", "fedamole", "method.experts=4", "method.expert_choices=1", "method.top_k=1"
+    )
     host = host_of(tiny, folder)
     requests = [
         pack(server.join()),
@@ -112,7 +114,7 @@ def test_nothing_of_the_data_is_in_the_log(logged: Any, tiny: Path) -> None:
 
 
 def test_a_refusal_is_logged_with_its_reason(tiny: Path, tmp_path: Path) -> None:
-    server, host = ByHand(tiny / "config.toml", "fedit"), host_of(tiny, tmp_path, policy=PolicySettings())
+    server, host = ManualServer(tiny / "config.toml", "fedit"), host_of(tiny, tmp_path, policy=PolicySettings())
     assert unpacked(Reply, host.answer(pack(server.join()))).failed == "policy"
     line = lines(tmp_path / ".client-entail/audit.jsonl")[-1]
     assert line["failed"] == "policy"
@@ -121,7 +123,7 @@ def test_a_refusal_is_logged_with_its_reason(tiny: Path, tmp_path: Path) -> None
 
 
 def test_an_answer_repeated_from_disk_is_logged_again(tiny: Path, tmp_path: Path) -> None:
-    server, host = ByHand(tiny / "config.toml", "fedit"), host_of(tiny, tmp_path)
+    server, host = ManualServer(tiny / "config.toml", "fedit"), host_of(tiny, tmp_path)
     for _ in range(2):
         host.answer(pack(server.join()))
         host.answer(pack(server.update(0, -1)))
@@ -210,7 +212,7 @@ def test_a_record_that_cannot_be_read_is_logged_as_such(message: bytes, tmp_path
 
 def test_what_cannot_be_logged_is_not_answered(tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Neither done where its coming cannot be logged, nor answered where its answer cannot."""
-    server, host = ByHand(tiny / "config.toml", "fedit"), host_of(tiny, tmp_path)
+    server, host = ManualServer(tiny / "config.toml", "fedit"), host_of(tiny, tmp_path)
     host.answer(pack(server.join()))
     path, written, room = tmp_path / ".client-entail/audit.jsonl", os.fsync, 0
 

@@ -29,8 +29,8 @@ from tests.conftest import small
 RUN_ID = "c0ffee"
 
 
-class ByHand:
-    """What a server of one client does by hand: messages of a method, changed by a number."""
+class ManualServer:
+    """Creates the requests of a server with one client: messages of a method, shifted by a number."""
 
     def __init__(self, config_file: Path, method: str, *overrides: str) -> None:
         words = ("deployment.clients=['entail']", "deployment.min_clients=1", "training.local_steps=1")
@@ -54,12 +54,12 @@ class ByHand:
 
 
 @pytest.fixture(scope="module")
-def served(tiny: Path) -> Callable[..., ByHand]:
-    made: dict[tuple[str, ...], ByHand] = {}
+def served(tiny: Path) -> Callable[..., ManualServer]:
+    made: dict[tuple[str, ...], ManualServer] = {}
 
-    def of(*words: str) -> ByHand:
+    def of(*words: str) -> ManualServer:
         if words not in made:
-            made[words] = ByHand(tiny / "config.toml", *words)
+            made[words] = ManualServer(tiny / "config.toml", *words)
         return made[words]
 
     return of
@@ -192,7 +192,7 @@ def test_a_damaged_private_state_is_named_with_the_remedy(served: Any, client: A
     assert ask(host, server.update(1, 0)).failed is None
 
 
-BAD: dict[str, tuple[str, Callable[[ByHand], bytes]]] = {
+BAD: dict[str, tuple[str, Callable[[ManualServer], bytes]]] = {
     "random bytes": ("bad_request", lambda s: b"\x01" * 50),
     "nothing": ("bad_request", lambda s: b""),
     "deep": ("bad_request", lambda s: pack(s.join()).replace(b'"identity', b"[" * 9000 + b'"identity')),
@@ -216,7 +216,7 @@ BAD: dict[str, tuple[str, Callable[[ByHand], bytes]]] = {
 
 
 @pytest.fixture(scope="module")
-def seated(tiny: Path, served: Any, tmp_path_factory: pytest.TempPathFactory) -> ClientHandler:
+def joined_client(tiny: Path, served: Any, tmp_path_factory: pytest.TempPathFactory) -> ClientHandler:
     source = SourceSettings("entail", path=str(tiny / "entail.jsonl"), template="entail")
     folder = tmp_path_factory.mktemp("seated") / "private-place"
     settings = ClientSettings(source, str(folder), str(tiny / "base"), device="cpu", threads=1, policy=UNBOUNDED)
@@ -233,16 +233,16 @@ def secrets(host: ClientHandler, tiny: Path) -> list[bytes]:
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_done_is_refused_by_a_code_alone(
-    name: str, seated: ClientHandler, served: Any, tiny: Path
+    name: str, joined_client: ClientHandler, served: Any, tiny: Path
 ) -> None:
     code, made = BAD[name]
-    answer = seated.answer(made(served("fedit")))
+    answer = joined_client.answer(made(served("fedit")))
     reply = unpacked(Reply, answer)
     assert (reply.failed, reply.client) == (code, "entail")
     assert not reply.report
     assert not reply.scores
     assert not reply.reply
-    assert not [text for text in secrets(seated, tiny) if text in answer]
+    assert not [text for text in secrets(joined_client, tiny) if text in answer]
 
 
 def test_answers_hold_nothing_of_the_data_and_no_path(served: Any, client: Any, tiny: Path) -> None:
@@ -261,19 +261,21 @@ def test_answers_hold_nothing_of_the_data_and_no_path(served: Any, client: Any, 
 
 
 @pytest.mark.parametrize("error", [RuntimeError, OSError, MemoryError, RecursionError, KeyError])
-def test_no_word_of_an_error_travels(error: Any, seated: ClientHandler, served: Any, tiny: Path, caplog: Any) -> None:
+def test_no_word_of_an_error_travels(
+    error: Any, joined_client: ClientHandler, served: Any, tiny: Path, caplog: Any
+) -> None:
     def fail(done: int, steps: int) -> None:
         raise error("On day 3 Dan buys a red cup, says private-place")
 
-    seated.listener.step = fail  # type: ignore[method-assign]
+    joined_client.listener.step = fail  # type: ignore[method-assign]
     try:
-        answer = seated.answer(pack(served("fedit").update(0, -1)))
+        answer = joined_client.answer(pack(served("fedit").update(0, -1)))
     finally:
-        del seated.listener.step
+        del joined_client.listener.step
     codes, reply = {OSError: "disk", MemoryError: "out_of_memory"}, unpacked(Reply, answer)
     assert reply.failed == codes.get(error, "internal")
     assert not reply.report
-    assert not [text for text in secrets(seated, tiny) if text in answer]
+    assert not [text for text in secrets(joined_client, tiny) if text in answer]
     assert "On day 3" in caplog.text, "the client's own log has it"
 
 
@@ -372,7 +374,7 @@ def test_the_runs_name_does_not_lead_out_of_the_clients_folder(
     assert not list(tmp_path.parent.glob("away*"))
 
 
-def test_a_restarted_client_finds_its_seat_among_other_folders(
+def test_a_restarted_client_finds_its_session_among_other_folders(
     served: Any, client: Any, tiny: Path, monkeypatch: Any, caplog: Any
 ) -> None:
     """Its own copy of the base was named relative to where it was started; a broken folder lies beside its own."""

@@ -14,8 +14,8 @@ from fedamole.deployment import client_processes as client
 from fedamole.deployment.security.certificates import make_certificates
 from fedamole.experiment import start
 from fedamole.federation.progress import ProgressListener
+from tests.deployment.dishonest_client import SECRET
 from tests.deployment.faults import NAMES, Command, Site, killed, site, wait_until, working
-from tests.deployment.liar import SECRET
 
 STARTING = 300.0
 """Seconds that a busy machine may take to start a server and its clients."""

@@ -38,15 +38,15 @@ from fedamole.deployment.gateway.guard import (
 from fedamole.deployment.security.certificates import make_certificates
 from fedamole.deployment.security.keys import new_key, public_line
 from fedamole.deployment.security.roster import Roster
-from tests.deployment.gate import (
+from tests.deployment.gateway import (
     HOST,
     LIMIT_MIB,
     PULL,
     PUSH,
     PUSH_MESSAGES,
-    Door,
+    FakeSuperLink,
+    GatewayUnderTest,
     Key,
-    StandIn,
     gateway,
     reply,
     signature,
@@ -65,19 +65,19 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_door(tls: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
-    superlink, folder = StandIn(), tmp_path_factory.mktemp("gateway")
+def one_door(tls: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayUnderTest]:
+    superlink, folder = FakeSuperLink(), tmp_path_factory.mktemp("gateway")
     (folder / "token").write_text("T0ken-of-the-gateway\n")
     (folder / "token").chmod(0o600)
     more = ("--superlink-token", str(folder / "token"), "--max-total-mib", "20")
     with ExitStack() as stack:
         stack.enter_context(threaded(superlink.server(tls), superlink.port))
         port, _ = stack.enter_context(gateway(tls, superlink.port, folder / "log", *more))
-        yield Door(port, tls, folder / "log", superlink)
+        yield GatewayUnderTest(port, tls, folder / "log", superlink)
 
 
 @pytest.fixture
-def door(one_door: Door) -> Door:
+def door(one_door: GatewayUnderTest) -> GatewayUnderTest:
     one_door.superlink.seen.clear()
     one_door.log.write_text("")
     return one_door
@@ -158,7 +158,7 @@ def test_another_digest_is_no_signature(key: Key, nodes: Roster) -> None:
     assert word({**good, "flwr-signature": b64encode(signed).decode()}, nodes) == "bad-signature"
 
 
-def test_strangers_get_a_word_and_the_superlink_hears_nothing(door: Door) -> None:
+def test_strangers_get_a_word_and_the_superlink_hears_nothing(door: GatewayUnderTest) -> None:
     for signed, told in (
         ({}, "unknown-key"),
         (signature(new_key()), "unknown-key"),
@@ -178,8 +178,8 @@ def test_strangers_get_a_word_and_the_superlink_hears_nothing(door: Door) -> Non
     assert door.call(PUSH, b"abc") == (200, b"abc")
 
 
-def flowers(door: Door, name: str) -> FleetHttpClient:
-    key = Door(door.port, door.tls, door.log, door.superlink).key
+def flowers(door: GatewayUnderTest, name: str) -> FleetHttpClient:
+    key = GatewayUnderTest(door.port, door.tls, door.log, door.superlink).key
     assert name == "anna"
     authority = (door.tls / "ca.crt").read_bytes()
     return FleetHttpClient.from_server_address(
@@ -187,7 +187,7 @@ def flowers(door: Door, name: str) -> FleetHttpClient:
     )
 
 
-def test_a_removed_key_is_refused_at_once_and_flowers_client_is_told_so(door: Door) -> None:
+def test_a_removed_key_is_refused_at_once_and_flowers_client_is_told_so(door: GatewayUnderTest) -> None:
     """Also in the middle of a connection, and with a body that the gateway does not read."""
     file = door.tls / "nodes" / "anna.pub"
     body = PushObjectRequest(object_content=os.urandom(5_000_000))
@@ -207,14 +207,14 @@ def test_a_removed_key_is_refused_at_once_and_flowers_client_is_told_so(door: Do
         client.PullMessages(PullMessagesRequest())
 
 
-def test_the_superlink_gets_the_gateways_token_and_no_other(door: Door) -> None:
+def test_the_superlink_gets_the_gateways_token_and_no_other(door: GatewayUnderTest) -> None:
     assert door.call(PULL, b"abc", x_fedamole_gateway="T0ken-of-a-caller") == (200, b"abc")
     _, headers, _ = door.superlink.seen[0]
     assert headers["x-fedamole-gateway"] == "T0ken-of-the-gateway"
     assert "T0ken" not in door.log.read_text()
 
 
-def test_an_honest_reply_passes(door: Door) -> None:
+def test_an_honest_reply_passes(door: GatewayUnderTest) -> None:
     assert push_fault(reply()) is None
     assert door.call(PUSH_MESSAGES, reply()) == (200, reply())
     assert door.superlink.seen[0][2] == reply()
@@ -241,7 +241,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize("what", FORGED)
-def test_what_is_no_reply_of_ones_own_is_refused(door: Door, what: str) -> None:
+def test_what_is_no_reply_of_ones_own_is_refused(door: GatewayUnderTest, what: str) -> None:
     assert door.call(PUSH_MESSAGES, FORGED[what]) == (403, b'{"error": "not-a-reply"}')
     assert door.superlink.seen == []
     until(lambda: "from anna at 127.0.0.1: a pushed message is refused: " in door.log.read_text(), 5)
@@ -283,7 +283,7 @@ def test_the_budget_bounds_a_key_and_all_and_is_given_back() -> None:
     assert Budget().per_key == KEY_BYTES
 
 
-def test_bytes_on_their_way_are_bounded_and_others_go_on(door: Door) -> None:
+def test_bytes_on_their_way_are_bounded_and_others_go_on(door: GatewayUnderTest) -> None:
     """The total is 20 MiB here: two bodies of 8 MiB are taken in part, a third one and more do not fit."""
     held = [door.begin(PUSH, content_length=LIMIT_MIB * MIB) for _ in range(2)]
     for call in held:

@@ -33,14 +33,14 @@ from fedamole.deployment.gateway.connection_slots import (
 from fedamole.deployment.gateway.guard import MIB, RefusedError
 from fedamole.deployment.security.certificates import make_certificates
 from fedamole.deployment.security.keys import new_key
-from tests.deployment.gate import (
+from tests.deployment.gateway import (
     HOST,
     PULL,
     PUSH,
-    Door,
-    StandIn,
+    FakeSuperLink,
+    GatewayUnderTest,
     gateway,
-    impatient,
+    gateway_with_short_timeouts,
     signature,
     threaded,
     until,
@@ -58,17 +58,17 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def superlink(tls: Path) -> Iterator[StandIn]:
-    stand_in = StandIn()
+def superlink(tls: Path) -> Iterator[FakeSuperLink]:
+    stand_in = FakeSuperLink()
     with threaded(stand_in.server(tls), stand_in.port):
         yield stand_in
 
 
 @contextmanager
-def guarded(tls: Path, superlink: StandIn, log: Path) -> Iterator[tuple[Door, Callable[[], float]]]:
+def guarded(tls: Path, superlink: FakeSuperLink, log: Path) -> Iterator[tuple[GatewayUnderTest, Callable[[], float]]]:
     """A gateway of its own, and by how many MiB it has grown since it served a client."""
     with gateway(tls, superlink.port, log) as (port, running):
-        door = Door(port, tls, log, superlink)
+        door = GatewayUnderTest(port, tls, log, superlink)
         assert door.call(PUSH, bytes(4 * MIB))[0] == 200
         superlink.seen.clear()
         process = psutil.Process(running.pid)
@@ -76,7 +76,7 @@ def guarded(tls: Path, superlink: StandIn, log: Path) -> Iterator[tuple[Door, Ca
         yield door, lambda: (process.memory_info().rss - before) / MIB
 
 
-def opened(door: Door, source: str) -> ssl.SSLSocket:
+def opened(door: GatewayUnderTest, source: str) -> ssl.SSLSocket:
     context = ssl.create_default_context(cafile=door.tls / "ca.crt")
     plain = socket.create_connection((HOST, door.port), 10, source_address=(source, 0))
     return context.wrap_socket(plain, server_hostname=HOST)
@@ -87,7 +87,7 @@ def sources(number: int) -> str:
     return f"127.0.0.{10 + number // 8}"
 
 
-def test_large_bodies_of_strangers_are_not_taken(tls: Path, superlink: StandIn, tmp_path: Path) -> None:
+def test_large_bodies_of_strangers_are_not_taken(tls: Path, superlink: FakeSuperLink, tmp_path: Path) -> None:
     """Ten strangers send as much as they can of 60 MiB each; nothing of it is kept, and the client is served."""
     with guarded(tls, superlink, tmp_path / "log") as (door, grown), ExitStack() as stack:
         head = b"POST /v1/fleet/push-object HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (60 * MIB)
@@ -108,7 +108,7 @@ def test_large_bodies_of_strangers_are_not_taken(tls: Path, superlink: StandIn, 
 
 @pytest.mark.parametrize("source", [lambda number: "127.0.0.9", sources, lambda number: HOST])
 def test_silent_strangers_keep_nobody_out(
-    tls: Path, superlink: StandIn, tmp_path: Path, source: Callable[[int], str]
+    tls: Path, superlink: FakeSuperLink, tmp_path: Path, source: Callable[[int], str]
 ) -> None:
     """From one address, from many, and from the client's own: a third with half a head, a third with TLS alone, a
     third without. The client calls on connections of its own meanwhile, old ones and new ones."""
@@ -135,7 +135,9 @@ def test_silent_strangers_keep_nobody_out(
         assert grown() < MOST_MIB
 
 
-def test_many_calls_of_strangers_are_few_lines_and_no_memory(tls: Path, superlink: StandIn, tmp_path: Path) -> None:
+def test_many_calls_of_strangers_are_few_lines_and_no_memory(
+    tls: Path, superlink: FakeSuperLink, tmp_path: Path
+) -> None:
     with guarded(tls, superlink, tmp_path / "log") as (door, grown):
         for number in range(60):
             with suppress(OSError), opened(door, sources(number)) as stranger:
@@ -147,9 +149,9 @@ def test_many_calls_of_strangers_are_few_lines_and_no_memory(tls: Path, superlin
 
 
 @pytest.mark.parametrize("what", ["tcp", "tls", "half a head", "calls"])
-def test_a_stranger_has_a_deadline(tls: Path, superlink: StandIn, what: str) -> None:
+def test_a_stranger_has_a_deadline(tls: Path, superlink: FakeSuperLink, what: str) -> None:
     """Also one that calls for what needs no key again and again, or sends its head byte by byte."""
-    with impatient(tls, superlink, first_call_s=0.6) as door:
+    with gateway_with_short_timeouts(tls, superlink, first_call_s=0.6) as door:
         start = time.monotonic()
         stranger = socket.create_connection((HOST, door.port), 5) if what == "tcp" else opened(door, HOST)
         with stranger, suppress(OSError):
@@ -273,16 +275,16 @@ def test_an_ipv6_network_counts_as_one_address(address: str, network: str) -> No
     assert network_of(address) == network
 
 
-def test_one_key_does_not_take_all_connections(tls: Path, superlink: StandIn) -> None:
-    with impatient(tls, superlink) as door, ExitStack() as stack:
+def test_one_key_does_not_take_all_connections(tls: Path, superlink: FakeSuperLink) -> None:
+    with gateway_with_short_timeouts(tls, superlink) as door, ExitStack() as stack:
         for _ in range(MAX_PER_KEY):
             stack.callback(door.begin(PUSH, content_length=10).close)
         time.sleep(0.2)
         assert door.call(PULL) == (503, b'{"error": "busy"}')
 
 
-def test_tls_1_3_is_the_least_to_clients(tls: Path, superlink: StandIn) -> None:
-    with impatient(tls, superlink) as door:
+def test_tls_1_3_is_the_least_to_clients(tls: Path, superlink: FakeSuperLink) -> None:
+    with gateway_with_short_timeouts(tls, superlink) as door:
         context = ssl.create_default_context(cafile=tls / "ca.crt")
         context.maximum_version = ssl.TLSVersion.TLSv1_2
         with socket.create_connection((HOST, door.port), 5) as plain, pytest.raises(ssl.SSLError):
@@ -292,13 +294,13 @@ def test_tls_1_3_is_the_least_to_clients(tls: Path, superlink: StandIn) -> None:
 
 
 def test_tls_1_3_is_the_least_to_the_superlink(tls: Path) -> None:
-    old = StandIn()
-    with threaded(old.server(tls, ssl.TLSVersion.TLSv1_2), old.port), impatient(tls, old) as door:
+    old = FakeSuperLink()
+    with threaded(old.server(tls, ssl.TLSVersion.TLSv1_2), old.port), gateway_with_short_timeouts(tls, old) as door:
         assert door.call(PULL, b"abc") == (503, b"")
     assert old.seen == []
 
 
-def serial(door: Door) -> int:
+def serial(door: GatewayUnderTest) -> int:
     """The serial number of the certificate that a new connection is shown."""
     context = ssl._create_unverified_context()
     with socket.create_connection((HOST, door.port), 5) as plain, context.wrap_socket(plain) as secured:
@@ -315,9 +317,9 @@ def hasty_watch(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixtur
 
 @pytest.mark.usefixtures("hasty_watch")
 def test_a_renewed_certificate_is_used_without_a_restart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    certs, own = tmp_path / "certs", StandIn()
+    certs, own = tmp_path / "certs", FakeSuperLink()
     make_certificates(certs, hosts=[HOST], clients=["anna"])
-    with threaded(own.server(certs), own.port), impatient(certs, own) as door:
+    with threaded(own.server(certs), own.port), gateway_with_short_timeouts(certs, own) as door:
         first = serial(door)
         running = door.begin(PUSH, content_length=6)
         running.send(b"abc")
@@ -348,12 +350,12 @@ def test_a_renewed_certificate_is_used_without_a_restart(tmp_path: Path, caplog:
 
 @pytest.mark.usefixtures("hasty_watch")
 def test_a_key_that_does_not_belong_is_not_used(
-    superlink: StandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    superlink: FakeSuperLink, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     certs, others = tmp_path / "certs", tmp_path / "others"
     for folder in (certs, others):
         make_certificates(folder, hosts=[HOST], clients=["anna"])
-    with impatient(certs, superlink) as door:
+    with gateway_with_short_timeouts(certs, superlink) as door:
         first = serial(door)
         shutil.copy(others / "server.key", certs / "server.key")
         until(lambda: "stays in use" in caplog.text, 6)
@@ -361,9 +363,9 @@ def test_a_key_that_does_not_belong_is_not_used(
 
 
 def test_health_needs_no_key_and_asks_the_superlink(tls: Path, tmp_path: Path) -> None:
-    own = StandIn()
+    own = FakeSuperLink()
     with gateway(tls, own.port, tmp_path / "log") as (port, _):
-        door = Door(port, tls, tmp_path / "log", own)
+        door = GatewayUnderTest(port, tls, tmp_path / "log", own)
         assert door.call("/health", method="GET", signed={}) == (503, b'{"status": "superlink-down"}')
         with threaded(own.server(tls), own.port):
             until(lambda: door.call("/health", method="GET", signed={}) == (200, b'{"status": "ok"}'), 3)
@@ -387,7 +389,7 @@ def test_health_is_cheap_and_within_the_strangers_rules(tls: Path, tmp_path: Pat
                     asked += 1
 
         port, _ = stack.enter_context(gateway(tls, listening.getsockname()[1], tmp_path / "log"))
-        door = Door(port, tls, tmp_path / "log", StandIn(port=0))
+        door = GatewayUnderTest(port, tls, tmp_path / "log", FakeSuperLink(port=0))
         start = time.monotonic()
         for _ in range(15):
             assert door.call("/health", method="GET", signed={}) == (200, b'{"status": "ok"}')
@@ -397,8 +399,8 @@ def test_health_is_cheap_and_within_the_strangers_rules(tls: Path, tmp_path: Pat
         assert answer.getheader("connection") == "close"
 
 
-def test_an_unknown_key_takes_no_registered_place(tls: Path, superlink: StandIn) -> None:
-    with impatient(tls, superlink, first_call_s=0.5) as door:
+def test_an_unknown_key_takes_no_registered_place(tls: Path, superlink: FakeSuperLink) -> None:
+    with gateway_with_short_timeouts(tls, superlink, first_call_s=0.5) as door:
         signed = signature(new_key())
         for _ in range(2 * MAX_PER_KEY):
             assert door.call(PULL, b"abc", signed=signed)[0] == 401

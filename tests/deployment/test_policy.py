@@ -35,7 +35,7 @@ RUN_ID = "c0ffee"
 FIELDS = [item.name for item in fields(PolicySettings)]
 
 
-class Heard(ProgressListener):
+class RecordingListener(ProgressListener):
     """Keeps what the client is shown."""
 
     def __init__(self) -> None:
@@ -195,14 +195,14 @@ def test_a_wrong_key_or_value_is_named(text: str, error: str, tmp_path: Path) ->
 
 def test_an_honest_run_passes_the_default_policy_and_is_shown(asks: Any, client: Any) -> None:
     """Train 46, embedding 16 .. by these shares of 130 rows every split has 20 rows, but for fedamole's embedding."""
-    heard = Heard()
-    host = client(listener=heard)
+    listener = RecordingListener()
+    host = client(listener=listener)
     server = asks("fedit")
     joined = ask(host, server.join())
     assert joined.failed is None
     assert all(joined.report["examples"][split] >= 20 for split in ("train", "validation", "test"))
-    assert heard.lines[0] == f"run fedit, settings {agreed_hash(server.settings)}"
-    shown = "\n".join(heard.lines)
+    assert listener.lines[0] == f"run fedit, settings {agreed_hash(server.settings)}"
+    shown = "\n".join(listener.lines)
     assert "ok       rank: requested 2; allowed at most 64 (max_rank)" in shown
     assert "ok       rows in the train split: requested" in shown
     assert "REFUSED" not in shown
@@ -286,10 +286,10 @@ def test_what_is_asked_too_much_is_refused_and_named_here_alone(what: str, asks:
 def test_what_is_asked_and_harmless(asks: Any, client: Any, tmp_path: Path) -> None:
     """Names that lead out or steer a terminal are refused; a template that the client did not name is not used."""
     for number, name in enumerate(("../../../../tmp/pwn/x", "\x1b]0;pwned\x07\x1b[31m[link=http://evil]x")):
-        heard = Heard()
-        host = client(f"in/{number}", listener=heard)
+        listener = RecordingListener()
+        host = client(f"in/{number}", listener=listener)
         assert ask(host, asks("fedit").join(put("run", "name", value=name))).failed == "config"
-        assert "\x1b" not in "".join(heard.lines)
+        assert "\x1b" not in "".join(listener.lines)
         assert host.session is None
         assert not list(tmp_path.rglob("run.json"))
     foreign = put("data", "templates", value={"triage": {"prompt": "{patient}", "answer": "{label}"}})

@@ -18,8 +18,8 @@ from fedamole.federation.record import pack, unpack
 from fedamole.runs.run_files import BASE, MAJORITY
 from fedamole.runs.run_folder import RunFolder, write_atomic
 from tests.conftest import small
-from tests.deployment.direct import Calendar, Killed, Town, in_one_process, town
-from tests.deployment.liar import Liar
+from tests.deployment.direct import ClientSchedule, DirectDeployment, Killed, direct_deployment, in_one_process
+from tests.deployment.dishonest_client import DishonestClient
 
 TIMES = ("seconds", "peak_memory", "group", "bytes")
 NAMES = ("chat", "entail", "mood", "plain")
@@ -42,7 +42,7 @@ def left(client: Path) -> dict[str, bytes]:
     return {str(file.relative_to(client)): file.read_bytes() for file in sorted(files)}
 
 
-def assert_same(there: Town, here: Path) -> None:
+def assert_same(there: DirectDeployment, here: Path) -> None:
     """A deployed run and one in one process came to the same, bit by bit, at the server and at every client."""
     assert states(there.server_folder) == states(here)
     assert facts(there.server_folder) == facts(here)
@@ -61,8 +61,8 @@ def settle(tiny: Path, tmp_path: Path, monkeypatch: Any) -> Any:
     monkeypatch.setattr(remote, "SOON", 0.01)
     monkeypatch.setattr(remote, "PAUSE", 0.01)
 
-    def make(method: str, *overrides: str, folder: str = ".") -> Town:
-        return town(tiny / "config.toml", tmp_path / folder, *small(method), *overrides)
+    def make(method: str, *overrides: str, folder: str = ".") -> DirectDeployment:
+        return direct_deployment(tiny / "config.toml", tmp_path / folder, *small(method), *overrides)
 
     return make
 
@@ -95,14 +95,14 @@ def test_equals_it_also_where_replies_are_clipped_and_the_best_round_is_one_for_
 def test_without_a_word_in_the_config_best_rounds_are_each_clients_own(settle: Any) -> None:
     """mood says in round 0 that its loss is 0: its own model is then that of round 0, and all else is as without it."""
 
-    def models(there: Town) -> dict[str, dict[str, bytes]]:
+    def models(there: DirectDeployment) -> dict[str, dict[str, bytes]]:
         return {name: left(there.client_folder(name)) for name in NAMES if name != "mood"}
 
     options = (*QUICK[:3], "training.learning_rate=0.003")
     there = settle("local_only", *options)
     rows = there.run()["rows"]["local_only"]["best_round"]
     assert max(rows.values()) > 0, "choose another rate: this test wants a best round that is not the first"
-    honest = models(there)
+    honest_reply = models(there)
 
     def lie(name: str, request: Request, answer: bytes) -> bytes:
         reply = unpack(Reply, answer)
@@ -113,7 +113,7 @@ def test_without_a_word_in_the_config_best_rounds_are_each_clients_own(settle: A
     other = settle("local_only", *options, folder="lied")
     other.link.meddle = lie
     assert other.run()["rows"]["local_only"]["best_round"] == {**rows, "mood": 0}
-    assert models(other) == honest
+    assert models(other) == honest_reply
 
 
 def test_one_liar_with_a_key_harms_itself_alone(settle: Any, tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
@@ -123,7 +123,7 @@ def test_one_liar_with_a_key_harms_itself_alone(settle: Any, tmp_path: Path, mon
     file, node = tmp_path / "lie", there.link.node("mood")
     monkeypatch.setenv("LIE", str(file))
     old = there.link.hosts[node]
-    there.link.hosts[node] = Liar(old.settings, old.listener)
+    there.link.hosts[node] = DishonestClient(old.settings, old.listener)
     there.link.before = lambda name, request: file.write_text(kinds[max(request.round, 0)]) and None
     rows = there.run()["rows"]["fedit"]["best_round"]
     told = [line for line in lines(there.server_folder) if line.get("client") == "mood" and line["round"] >= 0]
@@ -140,12 +140,12 @@ def test_one_liar_with_a_key_harms_itself_alone(settle: Any, tmp_path: Path, mon
     assert clients["mood"] == 10**9
     known = tuple(ClientInfo(name, count) for name, count in clients.items())
     folder = RunFolder.open(there.server_folder)
-    loop = loop_of(there.config, there.engine("a1b2", Calendar()), there.server, folder, Calendar())
+    loop = loop_of(there.config, there.engine("a1b2", ClientSchedule()), there.server, folder, ClientSchedule())
     weights = replace(loop.server, clients=known).weights("examples")
     assert weights["mood"] == pytest.approx(sum(weights.values()) / 2)
 
 
-def asked(there: Town, name: str, operation: str) -> list[int]:
+def asked(there: DirectDeployment, name: str, operation: str) -> list[int]:
     """Rounds in which a client was asked for something, in order."""
     return [request.round for who, request in there.link.asked if (who, request.operation) == (name, operation)]
 
@@ -240,7 +240,7 @@ def test_late_joins_and_absences(method: str, options: list[str], settle: Any, t
     """An absent client keeps its model of the best round as the server saw it: what it had. Latecomers count then."""
     away = {0: ("mood", "plain"), 1: ("chat", "mood"), 2: ("chat",)}
     there = settle(method, *options, *QUICK, "federation.rounds=4")
-    there.run(calendar=Calendar(away))
+    there.run(schedule=ClientSchedule(away))
     assert [asked(there, name, JOIN) for name in NAMES] == [[-1]] * 4
     assert [asked(there, name, UPDATE) for name in NAMES] == [[0, 3], [0, 1, 2, 3], [2, 3], [1, 2, 3]]
     here = in_one_process(there.config, tmp_path / "here", away)
@@ -270,7 +270,7 @@ def test_a_server_that_was_killed_goes_on(
             raise Killed
 
     with pytest.raises(Killed):
-        there.run(calendar=Calendar(stop=strike))
+        there.run(schedule=ClientSchedule(stop=strike))
     if damaged:
         path = max((there.server_folder / "checkpoints").glob("*.safetensors"))
         content = bytearray(path.read_bytes())

@@ -140,13 +140,13 @@ def threaded(server: uvicorn.Server, port: int) -> Iterator[None]:
 
 
 @dataclass
-class StandIn:
-    """In place of the SuperLink: notes what arrives, and answers as the header `flwr-ask` of the call says."""
+class FakeSuperLink:
+    """Replaces the SuperLink: records calls, and answers according to the header `flwr-ask`."""
 
     port: int = field(default_factory=free_port)
     seen: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
     arrived: int = 0
-    """Bytes of the body of the latest call."""
+    """Number of received bytes of the latest body."""
     go_on: threading.Event = field(default_factory=threading.Event)
 
     async def answer(self, request: Request) -> Response:
@@ -184,20 +184,20 @@ class StandIn:
 
 
 @dataclass
-class Door:
-    """A gateway in front of a stand-in, and what the client anna needs to call it."""
+class GatewayUnderTest:
+    """A gateway in front of a fake SuperLink, and the credentials of the client anna."""
 
     port: int
     tls: Path
     log: Path
-    superlink: StandIn
+    superlink: FakeSuperLink
 
     @property
     def key(self) -> Key:
         return load_private(self.tls / "clients" / "anna" / "node.key")
 
     def connect(self, source: str = HOST) -> http.client.HTTPSConnection:
-        """A connection from an address of the loopback network, not yet opened."""
+        """Create a connection from a loopback address, not yet opened."""
         context = ssl.create_default_context(cafile=self.tls / "ca.crt")
         return http.client.HTTPSConnection(HOST, self.port, timeout=20, context=context, source_address=(source, 0))
 
@@ -209,7 +209,7 @@ class Door:
         signed: dict[str, str] | None = None,
         **headers: object,
     ) -> http.client.HTTPSConnection:
-        """A call of which only the head is sent, its path as it stands; signed by anna unless `signed` is given."""
+        """Send only the header of a call, with an unmodified path; signed by anna unless `signed` is given."""
         call = self.connect(source)
         call.putrequest(method, path, skip_accept_encoding=True)
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -239,10 +239,10 @@ class Door:
 
 
 @contextmanager
-def impatient(
-    tls: Path, superlink: StandIn, idle_s: float = 30.0, call_s: float = 30.0, first_call_s: float = 15.0
-) -> Iterator[Door]:
-    """A gateway in this process, with clocks that a test can wait for."""
+def gateway_with_short_timeouts(
+    tls: Path, superlink: FakeSuperLink, idle_s: float = 30.0, call_s: float = 30.0, first_call_s: float = 15.0
+) -> Iterator[GatewayUnderTest]:
+    """A gateway in this process with short timeouts."""
     port = free_port()
 
     async def run() -> None:
@@ -267,7 +267,7 @@ def impatient(
     thread.start()
     until(lambda: listens(port))
     try:
-        yield Door(port, tls, Path(os.devnull), superlink)
+        yield GatewayUnderTest(port, tls, Path(os.devnull), superlink)
     finally:
         servers[0].should_exit = servers[0].force_exit = True
         thread.join(10)
