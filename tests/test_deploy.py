@@ -27,7 +27,7 @@ needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reas
 
 
 def parsed(words: list[str]) -> None:
-    """Have the real command line read the words after `fedamole`; it raises what a user would be told."""
+    """Parse the words after `fedamole` with the real command line; raises the user's error."""
     if words[0].startswith("-"):
         COMMAND.make_context("fedamole", list(words), resilient_parsing=True).close()
         return
@@ -35,7 +35,7 @@ def parsed(words: list[str]) -> None:
 
 
 def coordinated(words: list[str], folder: Path) -> list[list[str]]:
-    """What coordinate.sh starts for these words before the run exists, and when it does; [] is the program's name."""
+    """The commands that coordinate.sh starts before and after the run exists."""
     fake = folder / "bin" / "fedamole"
     fake.parent.mkdir()
     fake.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done\n')
@@ -81,7 +81,7 @@ def last_stage() -> list[tuple[str, str]]:
 
 
 def ignored(path: str) -> bool:
-    """Whether the build does not see a path, by .dockerignore: the last pattern that fits decides."""
+    """Whether .dockerignore excludes a path; the last matching pattern decides."""
     found = False
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         if not line or line.startswith("#"):

@@ -1,4 +1,4 @@
-"""What the examples' scripts and texts say can be done, word by word, with the real command line."""
+"""The commands of the examples' scripts and texts work with the real command line."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Files and folders that several processes want at the same moment, and disks that refuse them."""
+"""Concurrent creation of files and folders, and failing disks."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from fedamole.runs.run_folder import RunFolder
 
 
 def just_before(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, act: Callable[[Any], object]) -> None:
-    """Let another process act once, just before this one calls a function."""
+    """Simulate another process that acts just before this one calls a function."""
     real, acted = getattr(owner, name), list[bool]()
 
     def call(*words: Any, **options: Any) -> Any:
@@ -80,7 +80,7 @@ def test_a_file_is_taken_before_the_work_and_given_back_after_a_failure(tmp_path
 
 
 def test_two_runs_in_one_named_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both found it free; the second one changes nothing of the first."""
+    """Both processes found the name free; the second does not change the file of the first."""
     identity = Identity("w", "t", "x")
 
     def begin(config: str) -> RunFolder:

@@ -64,7 +64,7 @@ def test_lines_of_progress_are_lines() -> None:
 
 
 def test_on_a_real_terminal() -> None:
-    """The same through a pseudo terminal, where the table is drawn again and again."""
+    """The same on a pseudo-terminal, where the table is redrawn repeatedly."""
     main, other = pty.openpty()
     with os.fdopen(other, "w") as file:
         console = Screen(file=file, force_terminal=True, width=120, color_system="truecolor")

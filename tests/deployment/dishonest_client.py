@@ -115,7 +115,7 @@ SAYINGS: dict[str, Callable[[Reply], Reply]] = {
     "examples": _many_examples,
     "seconds": _no_time,
 }
-"""Lies about numbers, in whatever answer they stand; the tensors are honest."""
+"""Changes of the numbers in a reply; the tensors are unchanged."""
 
 
 def _raise(host: DishonestClient, payload: bytes) -> bytes:

@@ -82,7 +82,7 @@ def engine(link: FakeLink, listener: ProgressListener | None = None, **settings:
 
 
 def run(folder: Path, link: FakeLink, rounds: int = 1) -> dict[str, Any]:
-    """A run over a link; returns its rows, the server's states, who was left out when and what was scored."""
+    """Run over a link; return its variants, the server's states, the clients left out and the scores."""
     there = engine(link)
     run_folder = RunFolder.create(folder, "", "{}", "fedit", IDENTITY, "server", "run1")
     loop = Loop(

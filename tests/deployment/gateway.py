@@ -1,4 +1,4 @@
-"""What the tests of the gateway share: a stand-in for the SuperLink, the gateway as a process, and callers."""
+"""Shared by the gateway tests: a fake SuperLink, the gateway as a process, and callers."""
 
 import asyncio
 import http.client
@@ -41,7 +41,7 @@ PUSH = PUSH_OBJECT.decode()
 PULL = "/v1/fleet/pull-messages"
 PUSH_MESSAGES = "/v1/fleet/push-messages"
 LIMIT_MIB = 8
-"""What the gateways of these tests take as the largest body of push-object."""
+"""Maximum body size of push-object in these tests."""
 HALF = 400_000
 Running = tuple[int, subprocess.Popen[bytes]]
 Key = ec.EllipticCurvePrivateKey
@@ -81,7 +81,7 @@ def signature(key: Key, age: float = 0.0, stamp: str | None = None) -> dict[str,
 def reply(
     node: int = 7, source: int = 7, to: int = 1, answers: str = "order", messages: int = 1, trees: int = 1
 ) -> bytes:
-    """The body of a push-messages call; an honest one as it stands."""
+    """The body of a push-messages call; valid by default."""
     metadata = Metadata(
         run_id=5, message_id="m", src_node_id=source, dst_node_id=to, reply_to_message_id=answers, message_type="query"
     )
@@ -96,7 +96,7 @@ def reply(
 
 @contextmanager
 def process(log: Path, *command: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process with its own group, whose output goes to `log`; the whole group is killed in the end."""
+    """A process with its own group, whose output goes to `log`; the group is killed at the end."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with log.open("ab") as out:
         running = subprocess.Popen(
@@ -114,7 +114,7 @@ def process(log: Path, *command: str, **environment: str) -> Iterator[subprocess
 def gateway(
     tls: Path, superlink: int, log: Path, *more: str, ca: Path | None = None, port: int = 0
 ) -> Iterator[Running]:
-    """Its port and process, once it listens; a free port unless one is given. `more` are arguments."""
+    """Start a gateway; return port and process once it listens. `more` are arguments."""
     port = port or free_port()
     command = (
         f"{sys.executable} -m fedamole.deployment.gateway.process --host {HOST} --port {port} "

@@ -36,7 +36,7 @@ from tests.deployment.faults import FEDAMOLE, NAMES, Command, Site, site, wait_u
 
 STARTING, ROUND = 300.0, 120.0
 AGENT = '''
-"""Foreign code: it leaves a mark, and must never run."""
+"""Foreign code that creates a file; it must never run."""
 import os
 from pathlib import Path
 from flwr.agentapp import AgentApp
@@ -109,7 +109,7 @@ def node_of(there: Site, name: str) -> int:
 
 
 def goes_on(there: Site, names: tuple[str, ...] = NAMES) -> None:
-    """Make sure that all train in a round from now on."""
+    """Wait for a round in which all train."""
     now = time.time()
     for name in names:
         there.trained(name, ROUND, since=now)
@@ -177,7 +177,7 @@ def test_not_even_the_coordinator_runs_another_app(attacked: Site, tmp_path: Pat
 
 
 def test_one_client_gives_no_orders_to_another(attacked: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """North knows south's node id and how an order looks; the gateway refuses what is not an answer of its own."""
+    """North knows south's node id and the format of an order; the gateway refuses all but north's own replies."""
     certs = attacked.certs
     assert certs is not None
     key, me, other = (
@@ -219,7 +219,7 @@ def test_one_client_gives_no_orders_to_another(attacked: Site, monkeypatch: pyte
 
 
 def test_a_removed_key_is_refused_at_once_and_the_others_go_on(attacked: Site) -> None:
-    """The last test of this run: mood is out, and does not come back with its old key."""
+    """The last test of this run: mood is removed, and cannot return with its old key."""
     assert attacked.certs is not None
     found = subprocess.run(
         [str(FEDAMOLE), "clients", "remove", "mood", "--certs", str(attacked.certs)],

@@ -1,4 +1,4 @@
-"""The client's audit log: everything that comes and goes, chained, and written before a reply leaves."""
+"""The client's audit log: all messages, in a chain of hashes, written before a reply is sent."""
 
 import contextlib
 import hashlib
@@ -211,7 +211,7 @@ def test_a_record_that_cannot_be_read_is_logged_as_such(message: bytes, tmp_path
 
 
 def test_what_cannot_be_logged_is_not_answered(tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """Neither done where its coming cannot be logged, nor answered where its answer cannot."""
+    """A request that cannot be logged is not carried out, and a reply that cannot be logged is not sent."""
     server, host = ManualServer(tiny / "config.toml", "fedit"), host_of(tiny, tmp_path)
     host.answer(pack(server.join()))
     path, written, room = tmp_path / ".client-entail/audit.jsonl", os.fsync, 0
@@ -236,11 +236,11 @@ def test_what_cannot_be_logged_is_not_answered(tiny: Path, tmp_path: Path, monke
 
 
 class Enough(BaseException):
-    """Ends a worker."""
+    """Stops a worker."""
 
 
 def test_the_worker_hangs_up_where_it_cannot_log(tmp_path: Path) -> None:
-    """A caller gets no bytes at all; the next one is served."""
+    """The caller gets no bytes; the next one is served."""
 
     class Answers:
         calls = 0

@@ -23,7 +23,7 @@ from tests.test_docs import blocks
 def fedamole(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Iterator[Callable[..., tuple[int, str]]]:
-    """Call the command in this process, in an empty folder; its exit code, and all that it said."""
+    """Call the command in this process, in an empty folder; returns its exit code and output."""
     before = os.umask(0o022)  # the commands set their own, which the tests after these must not keep
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
@@ -264,7 +264,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "certificates.md"
 def test_the_steps_of_the_page_work_as_they_stand(
     fedamole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Coordinator and client have a folder each; after each block the public files are sent as the page says."""
+    """Coordinator and client have separate folders; after each block the public files are sent as on the page."""
     coordinator, client = tmp_path / "coordinator", tmp_path / "client"
     for place in (coordinator, client):
         place.mkdir()

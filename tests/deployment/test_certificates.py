@@ -42,7 +42,7 @@ def certs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """`at(-900)`: from now on certificates are made, and looked at, 900 days ago."""
+    """`at(-900)`: set the clock for certificates to 900 days ago."""
 
     def move(days: int) -> None:
         moment = datetime.now(UTC).replace(microsecond=0) + timedelta(days=days)
@@ -488,7 +488,7 @@ def test_dates_near_the_end_are_warnings_and_stop_nothing(tmp_path: Path, at: Ca
 
 
 def test_a_key_of_another_making_is_checked_too(certs: Path) -> None:
-    """An organisation's own certificates may be RSA, and their key locked by a passphrase."""
+    """An organisation's own certificates may be RSA, and their key encrypted."""
     key = rsa.generate_private_key(65537, 2048)
     (certs / "server.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     assert ["does not belong" in text for text in errors(certs, "localhost")] == [True]

@@ -1,4 +1,4 @@
-"""`fedamole client`: what keeps it from connecting, what it obeys, and what it leaves behind."""
+"""`fedamole client`: connection failures, accepted orders, and clean-up."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_what_a_killed_client_left_behind_is_removed_by_the_next(
 
 
 class Script:
-    """Stands for the connection: what becomes of each attempt, one after the other, the last for ever."""
+    """A fake connection: the outcome of each attempt, in order; the last is repeated."""
 
     def __init__(self, *attempts: Any) -> None:
         self.attempts, self.made, self.stop = list(attempts), 0, threading.Event()
@@ -76,7 +76,7 @@ class Script:
         self.replies.append(payload)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """There is nothing to close."""
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tried(script: Script, folder: Path, monkeypatch: pytest.MonkeyPatch, until: str) -> list[str]:
-    """What a client says until it has said a thing, or fails; its worker sleeps."""
+    """The lines a client prints until a given one, or until it fails; its worker sleeps."""
     monkeypatch.setattr(client, "Fleet", script)
     said: list[str] = []
 
@@ -192,7 +192,7 @@ def test_two_clients_of_one_name_and_folder_are_one_too_many(tmp_path: Path, mon
 
 
 def test_a_client_obeys_its_coordinator_alone_and_each_order_once(tmp_path: Path) -> None:
-    """The worker here is an echo; what reaches it is what was obeyed."""
+    """The worker is an echo; it receives only accepted orders."""
     make_certificates(tmp_path / "certs", ["localhost"], ["north", "south"])
     certs, said = tmp_path / "certs" / "clients" / "north", list[str]()
     made = ClientProcesses(ServerConnection("localhost:1", certs), "north", {}, tmp_path / "home", said.append)

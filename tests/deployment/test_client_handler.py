@@ -1,4 +1,4 @@
-"""The client's side: each request is done once, what did not count is undone, and nothing private is told."""
+"""The client handler: each request is carried out once, uncounted work is discarded, and nothing private is sent."""
 
 import json
 import logging
@@ -90,7 +90,7 @@ def state(host: ClientHandler) -> tuple[str, bytes]:
 
 
 def same_answer(one: Reply, other: Reply) -> bool:
-    """Times apart."""
+    """Except times."""
     loss = [reply.report["loss"] for reply in (one, other)]
     return (
         tensor_as_bytes(one.reply) == tensor_as_bytes(other.reply) and loss[0] == loss[1] and one.scores == other.scores
@@ -99,7 +99,7 @@ def same_answer(one: Reply, other: Reply) -> bool:
 
 @pytest.mark.parametrize("method", ["fedalt", "fdlora", "local_only", "fedsa_lora"])
 def test_each_request_is_done_once_and_what_did_not_count_is_undone(method: str, served: Any, client: Any) -> None:
-    """The first host sees requests repeated, replaced and not counted; the second only those that count."""
+    """The first handler gets repeated, replaced and uncounted requests; the second only those that count."""
     often = ["method.sync_every=1"] if method == "fdlora" else []
     server, one, other = served(method, *often), client("one"), client("other")
     for host in (one, other):
@@ -148,7 +148,7 @@ def test_the_best_model_is_kept_when_it_is_told_and_not_what_came_after(served: 
 
 
 def test_a_client_keeps_its_own_record(served: Any, client: Any) -> None:
-    """Evaluations in rounds in which it did not train stay in its metrics, once each; so does the untuned base."""
+    """Evaluations in rounds without training stay in its metrics, once each; so does the untuned base."""
     server, host = served("fedit"), client("one")
     for _ in range(2):
         ask(host, server.join())
@@ -377,7 +377,7 @@ def test_the_runs_name_does_not_lead_out_of_the_clients_folder(
 def test_a_restarted_client_finds_its_session_among_other_folders(
     served: Any, client: Any, tiny: Path, monkeypatch: Any, caplog: Any
 ) -> None:
-    """Its own copy of the base was named relative to where it was started; a broken folder lies beside its own."""
+    """Its base has a path relative to the start folder; a broken run folder is next to its own."""
     shutil.copytree(tiny / "base", Path(client("x").settings.folder).parent / "mine/base")
     monkeypatch.chdir(Path(client("x").settings.folder).parent / "mine")
     server, host = served("fedit"), client("one", base="./base")
@@ -395,7 +395,7 @@ def test_a_restarted_client_finds_its_session_among_other_folders(
 
 
 def test_a_folder_that_another_process_holds(served: Any, client: Any, caplog: Any) -> None:
-    """A second client with the same folder is refused until the first has ended; it may try again and again."""
+    """A second client with the same folder is refused until the first has ended, at every attempt."""
     server, first = served("fedit"), client("one")
     ask(first, server.join())
     second = client("one")

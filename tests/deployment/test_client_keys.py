@@ -1,4 +1,4 @@
-"""Admitted keys: last days, removal, replacement; each change is one step for whoever reads the folder."""
+"""Admitted keys: expiry, removal, replacement; each change is atomic for readers of the folder."""
 
 import re
 import subprocess
@@ -38,7 +38,7 @@ def certs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """`at(400)`: from now on it is 400 days later."""
+    """`at(400)`: advance the clock by 400 days."""
 
     def move(days: int) -> None:
         moment = datetime.now(UTC).replace(microsecond=0) + timedelta(days=days)
@@ -282,7 +282,7 @@ def test_the_fingerprint_is_the_one_of_openssh(certs: Path) -> None:
 
 
 def test_a_reader_sees_a_whole_key_of_each_client_at_any_moment(certs: Path, tmp_path: Path) -> None:
-    """As the gateway of a running server, which looks at the folder again and again."""
+    """Reads the folder repeatedly, as the gateway of a running server does."""
     pairs = [request(tmp_path / str(number), "clinic") for number in range(12)]
     wrong: list[object] = []
     stop = threading.Event()

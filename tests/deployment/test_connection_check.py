@@ -1,4 +1,4 @@
-"""The way to a server through a proxy, over real sockets, asked as the client's own connection asks it."""
+"""The connection check through a proxy, over real sockets."""
 
 import socket
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def gateway(certs: Path) -> Iterator[Gateway]:
 
 
 def found(certs: Path, server: str = f"{HOST}:9092") -> tuple[str, list[str], list[str]]:
-    """What is said where nothing is wrong; texts; remedies. The password stands in none of them."""
+    """The text for success, the problems and the remedies; asserts that none contains the password."""
     fine, faults = check_connection(server, certs / "ca.crt")
     told = [fine, *(fault.text for fault in faults), *(fault.remedy for fault in faults)]
     assert not any(word in text for text in told for word in (PASSWORD, "p%40ss", "secret-user")), told

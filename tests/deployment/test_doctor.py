@@ -97,7 +97,7 @@ def only(what: str, findings: list[Finding]) -> Finding:
 
 
 def asked(server: str, certs: Path | None) -> Finding:
-    """What a client finds out about its server."""
+    """The finding about the server at a client."""
     finding = only("server", list(doctor.server_answers(server, certs)))
     assert (finding.state == "ok") == (finding.remedy == "")
     return finding

@@ -1,4 +1,4 @@
-"""Faults of a deployment, one after the other, in real processes on loopback. Most are slow: `make test-faults`."""
+"""Failures of a deployment with real processes on loopback. Most tests are slow: `make test-faults`."""
 
 import os
 import subprocess
@@ -18,11 +18,11 @@ from tests.deployment.dishonest_client import SECRET
 from tests.deployment.faults import NAMES, Command, Site, killed, site, wait_until, working
 
 STARTING = 300.0
-"""Seconds that a busy machine may take to start a server and its clients."""
+"""Maximum seconds to start a server and its clients on a busy machine."""
 ROUND = 120.0
-"""Seconds that a busy machine may take for a round."""
+"""Maximum seconds for a round on a busy machine."""
 LOST = 150.0
-"""Seconds after which a lost client has been noticed, and has come back."""
+"""Maximum seconds until a lost client is noticed and has rejoined."""
 
 
 class Enough(Exception):  # noqa: N818  not an error
@@ -52,7 +52,7 @@ def undisturbed(there: Site, rounds: int) -> dict[str, bytes]:
 
 
 def collected(there: Site, rounds: int, seconds: float) -> dict[str, bytes]:
-    """The server's states after each round of a deployed run, read as they come, as old ones are removed."""
+    """The server's states after each round of a deployed run, read before they are removed."""
     found: dict[str, bytes] = {}
 
     def enough() -> bool:
@@ -149,7 +149,7 @@ def command_of(there: Site, name: str) -> Command:
 
 
 def all_train(there: Site, seconds: float) -> None:
-    """Make sure that all take part in some round from now on."""
+    """Wait for a round in which all take part."""
     now = time.time()
     for name in NAMES:
         there.trained(name, seconds, since=now)
@@ -195,7 +195,7 @@ def test_who_cannot_be_trusted_is_told_why_and_the_run_goes_on(living: Site) -> 
 
 
 def test_a_killed_client_that_is_started_again_takes_part_at_once(living: Site) -> None:
-    """It ends the node that it was before, which the server takes for alive for another minute."""
+    """It deactivates its earlier node, which the server considers alive for another minute."""
     mood = command_of(living, "mood")
     working(mood.part("warm_worker"))
     mood.kill_all()

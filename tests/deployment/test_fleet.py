@@ -1,4 +1,4 @@
-"""A client's connection, against servers that send what they should not, and one that comes and goes."""
+"""A client's connection to servers that send invalid data or are temporarily unavailable."""
 
 import gzip
 import ssl
@@ -43,7 +43,7 @@ NODE, SUPERLINK = 77, 1
 
 
 class Superlink:
-    """A server whose answers a test decides on: bytes, a status, or a function of the request's body."""
+    """A server with configurable responses: bytes, a status, or a function of the request's body."""
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.asked: list[str] = []
@@ -83,7 +83,7 @@ class Superlink:
                     self.close_connection = True
 
             def log_message(self, *_: Any) -> None:
-                """Say nothing."""
+                """Do not log."""
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         if tls is not None:
@@ -103,7 +103,7 @@ class Superlink:
         return PushMessagesResponse(objects_to_push=names, session_id="s")
 
     def queue(self, message: Message, source: int = SUPERLINK, target: int = NODE) -> None:
-        """Have a message wait for the node."""
+        """Queue a message for the node."""
         message.metadata.__dict__.update(_src_node_id=source, _dst_node_id=target, _message_id=message.object_id)
         self.pieces = {name: thing.deflate() for name, thing in get_all_nested_objects(message).items()}
         proto = message_to_proto(remove_content_from_message(message))
@@ -217,7 +217,7 @@ def test_an_answer_without_end_is_cut(superlink: Superlink, fleet: Fleet, monkey
 
 
 def test_an_answer_is_never_unpacked(superlink: Superlink, fleet: Fleet) -> None:
-    """A small compressed answer could become gigabytes."""
+    """A small compressed response could expand to gigabytes."""
     superlink.answers["send-node-heartbeat"] = (
         200,
         {"content-encoding": "gzip"},

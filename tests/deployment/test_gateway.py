@@ -1,4 +1,4 @@
-"""The gateway as a process of its own, in front of a stand-in for the SuperLink and, at the end, of Flower itself."""
+"""The gateway as a separate process, in front of a fake SuperLink and finally of Flower itself."""
 
 import http.client
 import json
@@ -59,7 +59,7 @@ def one_door(tls: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ga
 
 @pytest.fixture
 def door(one_door: GatewayUnderTest) -> GatewayUnderTest:
-    """The module's one gateway, with an empty notebook and log."""
+    """The module's shared gateway, with cleared records and log."""
     one_door.superlink.seen.clear()
     one_door.superlink.go_on.clear()
     one_door.log.write_text("")
@@ -122,7 +122,7 @@ def test_only_post_is_there(door: GatewayUnderTest, method: str) -> None:
 
 
 def test_the_list_is_that_of_flower() -> None:
-    """A change in Flower's list must be seen here before it is met by a client."""
+    """Fails if another version of Flower has other calls."""
     from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 
     fleet = {path.encode() for method, path in PROTOBUF_REQUEST_TYPES if path.startswith("/v1/fleet/")}

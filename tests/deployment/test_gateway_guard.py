@@ -1,4 +1,4 @@
-"""Who is let through the gateway: signatures of registered keys, replies of one's own, and a share of the bytes."""
+"""The gateway's checks: signatures of registered keys, replies of the calling node, and limits on bytes."""
 
 import logging
 import os
@@ -106,7 +106,7 @@ def nodes(tmp_path: Path, key: Key) -> Roster:
 
 
 def word(headers: dict[str, str] | list[tuple[str, str]], nodes: Roster, now: datetime = NOW) -> str:
-    """The client's name, or the word with which it is refused."""
+    """The client's name, or the error word of the refusal."""
     pairs = headers.items() if isinstance(headers, dict) else headers
     raw = [(name.encode(), value.encode("latin-1")) for name, value in pairs]
     try:

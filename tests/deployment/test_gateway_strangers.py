@@ -1,4 +1,4 @@
-"""What strangers and slow or greedy callers can hold of the gateway, its TLS, its certificate and its health."""
+"""Limits on strangers and slow or greedy callers; the gateway's TLS, certificate renewal and health."""
 
 import asyncio
 import logging
@@ -47,7 +47,7 @@ from tests.deployment.gateway import (
 )
 
 MOST_MIB = 96
-"""MiB by which the gateway may grow in whatever strangers do, docs/deploy.md says so; 0 to 40 were measured."""
+"""Maximum growth of the gateway in MiB through strangers, as in docs/deploy.md; 0 to 40 were measured."""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def superlink(tls: Path) -> Iterator[FakeSuperLink]:
 
 @contextmanager
 def guarded(tls: Path, superlink: FakeSuperLink, log: Path) -> Iterator[tuple[GatewayUnderTest, Callable[[], float]]]:
-    """A gateway of its own, and by how many MiB it has grown since it served a client."""
+    """A separate gateway, and its growth in MiB since it served a client."""
     with gateway(tls, superlink.port, log) as (port, running):
         door = GatewayUnderTest(port, tls, log, superlink)
         assert door.call(PUSH, bytes(4 * MIB))[0] == 200
@@ -88,7 +88,7 @@ def sources(number: int) -> str:
 
 
 def test_large_bodies_of_strangers_are_not_taken(tls: Path, superlink: FakeSuperLink, tmp_path: Path) -> None:
-    """Ten strangers send as much as they can of 60 MiB each; nothing of it is kept, and the client is served."""
+    """Ten strangers try to send 60 MiB each; nothing is stored, and the client is served."""
     with guarded(tls, superlink, tmp_path / "log") as (door, grown), ExitStack() as stack:
         head = b"POST /v1/fleet/push-object HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (60 * MIB)
         sent = 0
@@ -150,7 +150,7 @@ def test_many_calls_of_strangers_are_few_lines_and_no_memory(
 
 @pytest.mark.parametrize("what", ["tcp", "tls", "half a head", "calls"])
 def test_a_stranger_has_a_deadline(tls: Path, superlink: FakeSuperLink, what: str) -> None:
-    """Also one that calls for what needs no key again and again, or sends its head byte by byte."""
+    """Also one that repeatedly calls /health, or sends its header byte by byte."""
     with gateway_with_short_timeouts(tls, superlink, first_call_s=0.6) as door:
         start = time.monotonic()
         stranger = socket.create_connection((HOST, door.port), 5) if what == "tcp" else opened(door, HOST)
@@ -174,7 +174,7 @@ def test_a_stranger_has_a_deadline(tls: Path, superlink: FakeSuperLink, what: st
 
 
 def held(slots: ConnectionSlots, *addresses: str) -> tuple[list[ConnectionSlot], set[int]]:
-    """Places for these addresses, and which of them have been closed, by number."""
+    """Slots for these addresses, and the indices of the closed ones."""
     ended: set[int] = set()
     entered = []
     for number, address in enumerate(addresses):
@@ -301,7 +301,7 @@ def test_tls_1_3_is_the_least_to_the_superlink(tls: Path) -> None:
 
 
 def serial(door: GatewayUnderTest) -> int:
-    """The serial number of the certificate that a new connection is shown."""
+    """The serial number of the certificate of a new connection."""
     context = ssl._create_unverified_context()
     with socket.create_connection((HOST, door.port), 5) as plain, context.wrap_socket(plain) as secured:
         shown = secured.getpeercert(binary_form=True)
@@ -376,7 +376,7 @@ def test_health_needs_no_key_and_asks_the_superlink(tls: Path, tmp_path: Path) -
 
 
 def test_health_is_cheap_and_within_the_strangers_rules(tls: Path, tmp_path: Path) -> None:
-    """A SuperLink whose queue is full does not answer a TCP connection; it is asked once a second, not by each call."""
+    """A SuperLink with a full queue does not accept TCP connections; it is checked once a second, not per call."""
     with socket.create_server((HOST, 0)) as listening, ExitStack() as stack:
         listening.settimeout(0.01)
         asked = 0

@@ -1,4 +1,4 @@
-"""Answers are fetched one beside the other: half an answer, or a damaged one, is its sender's trouble alone."""
+"""Replies are fetched concurrently: an incomplete or damaged reply affects only its sender."""
 
 import time
 from typing import Any
@@ -19,7 +19,7 @@ from fedamole.deployment.flower.inbox import Inbox
 
 
 class Superlink:
-    """Holds answers; what a test takes away of them does not come."""
+    """A fake grid with replies; tests remove objects that then do not arrive."""
 
     def __init__(self) -> None:
         self.node, self._runtime_client = Node(node_id=1), self
@@ -28,7 +28,7 @@ class Superlink:
         self.confirmed: list[str] = []
 
     def put(self, ticket: str, content: RecordDict | Error) -> list[str]:
-        """Store an answer; return the names of its pieces."""
+        """Store a reply; return the ids of its objects."""
         order = Message(RecordDict(), dst_node_id=7, message_type="query", ttl=100.0)
         order.metadata.__dict__["_message_id"] = ticket
         message = Message(content, reply_to=order)
@@ -67,7 +67,7 @@ def superlink(monkeypatch: pytest.MonkeyPatch) -> Superlink:
 
 
 def received(inbox: Inbox, tickets: list[str], count: int) -> dict[str, bytes | str]:
-    """What has come of tickets once there are so many."""
+    """Wait until `count` replies have arrived."""
     found, end = dict[str, bytes | str](), time.monotonic() + 10
     while len(found) < count and time.monotonic() < end:
         found |= inbox.receive([ticket for ticket in tickets if ticket not in found])
@@ -94,7 +94,7 @@ def test_half_an_answer_holds_up_nobody_else_and_is_given_up(
 
 
 def test_tickets_of_one_call_do_not_cost_those_of_another(superlink: Superlink) -> None:
-    """Whoever comes late is asked to join while others train: the two are asked for in turns."""
+    """A late client joins while others train: both kinds of tickets are polled in turns."""
     inbox: Inbox = Inbox(superlink)  # type: ignore[arg-type]
     superlink.put("join", reply_content(b"j"))
     inbox.receive(["join"])

@@ -25,7 +25,7 @@ def contents(path: Path) -> dict[str, str]:
 
 
 def test_a_log_that_another_process_holds_open(tmp_path: Path) -> None:
-    """Nothing is lost, there is no hole, and the writer goes on in the file that is now empty."""
+    """Nothing is lost, there is no hole, and the writer continues in the truncated file."""
     path = tmp_path / "superlink.log"
     writer = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

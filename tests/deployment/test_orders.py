@@ -1,4 +1,4 @@
-"""Orders: only the coordinator gives them, to one client, and each is taken once."""
+"""Signed orders: only the coordinator can issue them, for one client, and each is accepted once."""
 
 import itertools
 from collections.abc import Collection, Mapping
@@ -87,7 +87,7 @@ def test_a_damaged_counter_is_not_taken_for_none(tmp_path: Path) -> None:
 
 
 class Wire:
-    """A link that keeps what is sent."""
+    """A link that records what is sent."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[int, bytes]] = []

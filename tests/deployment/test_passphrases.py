@@ -1,4 +1,4 @@
-"""Private keys that are locked by a passphrase: who can open them, and what is said when they cannot be opened."""
+"""Private keys encrypted with a passphrase, and the errors if they cannot be decrypted."""
 
 import fcntl
 import os
@@ -142,7 +142,7 @@ def test_where_a_passphrase_is_read_from(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_prompt_asks_twice_and_shows_nothing(tmp_path: Path) -> None:
-    """With a terminal of its own, as the prompt reads from there."""
+    """Runs in a pseudo-terminal, from which the prompt reads."""
     ours, theirs = pty.openpty()
     words = [sys.executable, "-m", "fedamole", "certs", "--own", "clinic", "--passphrase"]
     process = subprocess.Popen(

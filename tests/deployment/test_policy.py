@@ -1,4 +1,4 @@
-"""What a client consents to: everything that a coordinator may ask is compared with the client's own policy."""
+"""The policy: all settings that a coordinator may request are compared with the client's own limits."""
 
 import copy
 import dataclasses
@@ -36,7 +36,7 @@ FIELDS = [item.name for item in fields(PolicySettings)]
 
 
 class RecordingListener(ProgressListener):
-    """Keeps what the client is shown."""
+    """Records what the client prints."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -46,7 +46,7 @@ class RecordingListener(ProgressListener):
 
 
 class Asks:
-    """An honest coordinator's settings, to be changed; and requests as it sends them."""
+    """An honest coordinator's settings, which tests change, and its requests."""
 
     def __init__(self, tiny: Path, method: str, *overrides: str) -> None:
         words = [
@@ -92,7 +92,7 @@ def put(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows enough for 20 in each split, with a column that no template of the package reads."""
+    """Enough rows for 20 in each split, with a column that no built-in template reads."""
     path = tmp_path_factory.mktemp("rows") / "north.jsonl"
     labels, things = ("glad", "sad"), ("a red cup", "a blue hat", "two pens", "an old map")
     path.write_text(
@@ -127,7 +127,7 @@ def asks(tiny: Path) -> Callable[..., Asks]:
 
 @pytest.fixture
 def client(tiny: Path, rows: Path, tmp_path: Path) -> Callable[..., ClientHandler]:
-    """Hosts with the default policy, unless another is given."""
+    """Client handlers with the default policy, unless another is given."""
 
     def of(
         folder: str = "one", template: str = "classification", listener: Any = None, **settings: Any
@@ -284,7 +284,7 @@ def test_what_is_asked_too_much_is_refused_and_named_here_alone(what: str, asks:
 
 
 def test_what_is_asked_and_harmless(asks: Any, client: Any, tmp_path: Path) -> None:
-    """Names that lead out or steer a terminal are refused; a template that the client did not name is not used."""
+    """Names that are paths or control a terminal are refused; a template that the client did not select is not used."""
     for number, name in enumerate(("../../../../tmp/pwn/x", "\x1b]0;pwned\x07\x1b[31m[link=http://evil]x")):
         listener = RecordingListener()
         host = client(f"in/{number}", listener=listener)
@@ -350,7 +350,7 @@ def test_a_dropped_column_is_none_that_a_template_may_read(asks: Any, client: An
 
 
 def test_every_key_of_the_policy_forbids_something(asks: Any, client: Any) -> None:
-    """The honest run of the first test, and a key of the policy just below or above what it asks."""
+    """The honest run of the first test, with one limit of the policy just below or above its value."""
     limits: dict[str, Any] = {
         "methods": ("fedamole",),
         "max_rank": 1,
@@ -410,7 +410,7 @@ def test_a_stricter_policy_ends_a_run_that_is_under_way(asks: Any, client: Any) 
 
 
 def test_rounds_are_counted_however_they_are_called(asks: Any, client: Any, caplog: Any) -> None:
-    """Three rounds, and each may be asked again with another message; but not more answers than the policy allows."""
+    """A round may be repeated with another message, but the total number of replies is limited."""
     server, host = asks("fedit"), client(policy=PolicySettings(max_rounds=3))
     ask(host, server.join())
     done = [ask(host, server.update(0, -1, plus=number / 10)).failed for number in range(4)]
@@ -423,7 +423,7 @@ def test_rounds_are_counted_however_they_are_called(asks: Any, client: Any, capl
 
 
 def test_the_test_split_is_answered_once(asks: Any, client: Any, caplog: Any) -> None:
-    """Asked for other models, later, or after a restart: the first answer again, to the bit but for the round."""
+    """Requests for other models, later, or after a restart, get the first reply again, except for the round."""
     caplog.set_level(logging.INFO)
     server, host = asks("fedit"), client()
     ask(host, server.join())

@@ -24,26 +24,26 @@ from tests.deployment.dishonest_client import DishonestClient
 TIMES = ("seconds", "peak_memory", "group", "bytes")
 NAMES = ("chat", "entail", "mood", "plain")
 RULES = ("evaluation.best_round=client", "federation.aggregation=clipped")
-"""What a deployment does unless it is told otherwise; said here, so that runs in one process do it too."""
+"""Defaults of a deployment, set explicitly so that in-process runs use them too."""
 QUICK = ("federation.rounds=3", "training.local_steps=1", "run.group=1", *RULES)
 
 
 def facts(folder: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl without times and sizes, and without what went wrong where something did."""
+    """Lines of metrics.jsonl without times, sizes and failures."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     told = [{**line, "failed": True} if "failed" in line else line for line in lines]
     return [{key: value for key, value in line.items() if not key.startswith(TIMES)} for line in told]
 
 
 def left(client: Path) -> dict[str, bytes]:
-    """What a client has in the end: its last private state, and its personal models of the best round."""
+    """A client's final state: its last private state, and its personal models of the best round."""
     state = max(client.glob("state/*.safetensors"), default=None)
     files = [*client.glob("adapter*/*.safetensors"), *([] if state is None else [state])]
     return {str(file.relative_to(client)): file.read_bytes() for file in sorted(files)}
 
 
 def assert_same(there: DirectDeployment, here: Path) -> None:
-    """A deployed run and one in one process came to the same, bit by bit, at the server and at every client."""
+    """Assert that a deployed and an in-process run are bit-identical at the server and at every client."""
     assert states(there.server_folder) == states(here)
     assert facts(there.server_folder) == facts(here)
     for name in NAMES:
@@ -93,7 +93,7 @@ def test_equals_it_also_where_replies_are_clipped_and_the_best_round_is_one_for_
 
 
 def test_without_a_word_in_the_config_best_rounds_are_each_clients_own(settle: Any) -> None:
-    """mood says in round 0 that its loss is 0: its own model is then that of round 0, and all else is as without it."""
+    """mood reports loss 0 in round 0: its best model is then that of round 0, and nothing else changes."""
 
     def models(there: DirectDeployment) -> dict[str, dict[str, bytes]]:
         return {name: left(there.client_folder(name)) for name in NAMES if name != "mood"}
@@ -117,7 +117,7 @@ def test_without_a_word_in_the_config_best_rounds_are_each_clients_own(settle: A
 
 
 def test_one_liar_with_a_key_harms_itself_alone(settle: Any, tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
-    """mood tells another lie in each round; nothing in the config asks for protection."""
+    """mood sends another false value in each round; the config has only the default protection."""
     there = settle("fedit", "federation.rounds=6", "training.local_steps=2", "method.weighting=examples")
     kinds = ("examples", "lowest loss", "poison", "flip", "false loss", "seconds")
     file, node = tmp_path / "lie", there.link.node("mood")
@@ -146,7 +146,7 @@ def test_one_liar_with_a_key_harms_itself_alone(settle: Any, tmp_path: Path, mon
 
 
 def asked(there: DirectDeployment, name: str, operation: str) -> list[int]:
-    """Rounds in which a client was asked for something, in order."""
+    """Rounds in which a client got a request, in order."""
     return [request.round for who, request in there.link.asked if (who, request.operation) == (name, operation)]
 
 
@@ -156,7 +156,7 @@ def asked(there: DirectDeployment, name: str, operation: str) -> list[int]:
 def test_rounds_that_did_not_count_are_undone(
     method: str, options: list[str], settle: Any, tmp_path: Path, monkeypatch: Any, caplog: Any
 ) -> None:
-    """In round 1 one answer gets lost, one disk is full, one memory is short: as if three had not been asked."""
+    """In round 1 one reply is lost, one disk is full, one client is out of memory: as if three had been left out."""
     there = settle(method, *options, *QUICK, "deployment.min_clients=1")
     failing = {"disk": "plain", "memory": "mood"}
     write = write_atomic
@@ -190,7 +190,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("method", ["fedalt", "fedamole"])
 def test_workers_that_end_and_start_again_change_nothing(method: str, settle: Any, tmp_path: Path) -> None:
-    """Killed in training and asked again, or replaced between two requests of any kind: nobody joins anew."""
+    """Killed during training, or replaced between two requests of any kind: no client joins again."""
     there = settle(method, *QUICK, "deployment.min_clients=4")
     killed: list[bool] = []
 
@@ -215,7 +215,7 @@ def test_workers_that_end_and_start_again_change_nothing(method: str, settle: An
 
 
 def test_whoever_lost_its_folder_joins_again(settle: Any, caplog: Any) -> None:
-    """mood's folder goes while its worker lives, chat's with its worker: a round later both are back."""
+    """mood's folder is deleted while its worker runs, chat's together with its worker: both rejoin a round later."""
     there = settle("fedit", *QUICK)
 
     def deleted(name: str, request: Request) -> None:
@@ -237,7 +237,7 @@ def test_whoever_lost_its_folder_joins_again(settle: Any, caplog: Any) -> None:
 
 @pytest.mark.parametrize(("method", "options"), [("fedit", ["evaluation.pre_aggregation=true"]), ("fdlora", [])])
 def test_late_joins_and_absences(method: str, options: list[str], settle: Any, tmp_path: Path) -> None:
-    """An absent client keeps its model of the best round as the server saw it: what it had. Latecomers count then."""
+    """An absent client keeps its model of the best round that the server knows; late clients count from then on."""
     away = {0: ("mood", "plain"), 1: ("chat", "mood"), 2: ("chat",)}
     there = settle(method, *options, *QUICK, "federation.rounds=4")
     there.run(schedule=ClientSchedule(away))

@@ -1,4 +1,4 @@
-"""The registered clients as a folder of public keys that may change at any time."""
+"""The registered clients: a folder of public keys that may change at any time."""
 
 import logging
 import os
@@ -40,7 +40,7 @@ def add(folder: Path) -> Add:
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time that the roster sees; it stands still."""
+    """A clock for the roster that tests advance."""
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now

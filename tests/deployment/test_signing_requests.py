@@ -1,4 +1,4 @@
-"""The organisation's own CA: a request goes out, a certificate comes back, and only a right one is installed."""
+"""The organisation's own CA: a signing request is made, and only a valid certificate is installed."""
 
 import subprocess
 from collections.abc import Callable
@@ -26,7 +26,7 @@ HOST = "fl.example.org"
 
 @dataclass
 class Authority:
-    """A CA as an organisation has it, perhaps below another one."""
+    """An organisation's CA, optionally below another one."""
 
     name: str
     above: "Authority | None" = None
@@ -274,7 +274,7 @@ def test_two_roots_while_one_follows_another(folder: Path, install: Callable[...
 
 
 def test_openssl_signs_a_request(folder: Path, tmp_path: Path) -> None:
-    """As docs/certificates.md shows it."""
+    """The command in docs/certificates.md."""
     words = [
         [
             "req",

@@ -1,4 +1,4 @@
-"""Flower's simulation comes to what the run in one process comes to, also where clients are parts of a source."""
+"""Flower's simulation equals the in-process run, also if clients are parts of a source."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Flower's SuperLink behind its token check, and the commands that a process of Flower's may start."""
+"""The token check of Flower's SuperLink, and the commands that Flower's processes may start."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ async def reached(scope: Any, receive: Any, send: Any) -> None:
 
 
 def status(path: str, headers: list[tuple[str, str]], gateway: bytes | None = b"gate") -> int:
-    """Status of a call through the check, with 200 for one that passes."""
+    """Status of a call through the check; 200 if it passes."""
     import asyncio
 
     async def ask() -> int:
@@ -80,7 +80,7 @@ def test_the_executor_starts_the_runs_process_alone(kind: TaskType, tmp_path: Pa
 
 
 def test_every_command_of_flower_is_known() -> None:
-    """A later version that brings another command fails here: look at what it starts, then add it."""
+    """Fails if another version of Flower has more commands: check what they start, then add them."""
     found = {entry.name for entry in distribution("flwr").entry_points if entry.group == "console_scripts"}
     assert found == KNOWN
 
