@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 import pytest
 import tomli_w
-from tests.deployment.direct import town
+from tests.deployment.direct import direct_deployment
 from typer.testing import CliRunner
 
 from fedamole.cli import main as cli
@@ -160,7 +160,9 @@ def test_an_unfinished_run_is_shown_as_far_as_it_is(runs: Any, copied: Any) -> N
 
 def test_the_folders_of_a_deployment(tiny: Path, tmp_path: Path) -> None:
     """A coordinator knows who holds what and what clients tell; a client knows itself."""
-    made = town(tiny / "config.toml", tmp_path, "federation.rounds=2", "method.rank=2", "training.local_steps=1")
+    made = direct_deployment(
+        tiny / "config.toml", tmp_path, "federation.rounds=2", "method.rank=2", "training.local_steps=1"
+    )
     made.run()
     server = made.server_folder
     (server / "config.toml").write_text(tomli_w.dumps(made.config.tables()))
