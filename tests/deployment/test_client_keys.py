@@ -222,7 +222,7 @@ def test_a_replacement_that_is_wrong_changes_nothing(certs: Path, tmp_path: Path
     (tmp_path / "rubbish").write_text("rubbish")
     wrong = {
         "'clinic' already has this key": tmp_path / "now" / "node.pub",
-        "'bank' has this key already": certs / "nodes" / "bank.pub",
+        "'bank' already has this key": certs / "nodes" / "bank.pub",
         "for the client 'shop', not for 'clinic'": request(tmp_path / "shop", "shop"),
         "this key was removed": gone,
         "OpenSSH format": tmp_path / "rubbish",

@@ -307,7 +307,7 @@ def test_nobody_fills_the_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     for number in range(10 * MAX_LINES):
         limited_log.warning("strangers", f"line {number}")
     assert len(caplog.records) == MAX_LINES + 1
-    assert caplog.messages[-1] == "further lines about strangers are left out for 10 s"
+    assert caplog.messages[-1] == "further messages about strangers are suppressed for 10 s"
     limited_log.warning("anna", "a client's line")
     assert caplog.messages[-1] == "a client's line"
     now[0] += LINES_WINDOW_S

@@ -236,7 +236,7 @@ def test_a_key_has_its_share_of_the_places_and_no_more() -> None:
         for slot in own:
             slots.authenticate(slot, "anna", 3)
             slots.authenticate(slot, "anna", 3)
-        with pytest.raises(RefusedError, match=f"at most {MAX_PER_KEY} per key"):
+        with pytest.raises(RefusedError, match=f"the limit is {MAX_PER_KEY} per key"):
             slots.authenticate(slots.acquire("1.1.1.1"), "anna", 3)
         slots.release(own[0])
         slots.release(own[0])
@@ -244,7 +244,7 @@ def test_a_key_has_its_share_of_the_places_and_no_more() -> None:
         keys = MAX_REGISTERED // MIN_PER_KEY
         for number in range(MIN_PER_KEY):
             slots.authenticate(slots.acquire(f"1.1.2.{number}"), "ben", keys)
-        with pytest.raises(RefusedError, match=f"at most {MIN_PER_KEY} per key"):
+        with pytest.raises(RefusedError, match=f"the limit is {MIN_PER_KEY} per key"):
             slots.authenticate(slots.acquire("1.1.2.9"), "ben", keys)
 
     within(scenario)
