@@ -1,6 +1,6 @@
 #!/bin/sh
-# Start the run of a config, or go on with it if it was started before. A service manager repeats the same command after a
-# fault, and `fedamole server CONFIG` alone would then begin a second run.
+# Start the run of a config, or continue it if it was started before. A service manager repeats the same command after a
+# failure, and `fedamole server CONFIG` alone would then start a second run.
 #
 #     coordinate.sh CONFIG FOLDER [OPTIONS of `fedamole server`]
 set -eu

@@ -1,4 +1,4 @@
-"""A run folder from elsewhere beside things that it must not touch, and the command as people call it."""
+"""A received run folder next to files that must not change, and calls of the command line."""
 
 import contextlib
 import hashlib
@@ -19,8 +19,8 @@ STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a call of the command said, and how it ended."""
+class CommandResult:
+    """Output and exit code of a command."""
 
     code: int
     out: str
@@ -28,14 +28,14 @@ class Said:
 
     @property
     def error(self) -> str:
-        """The one error, or nothing where it went well."""
+        """The error line; empty on success."""
         lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
         assert len(lines) == (self.code != 0), (self.code, self.err)
         return lines[0] if lines else ""
 
 
-def call(*words: object) -> Said:
-    """Call `fedamole` in this process; it works, or says one error and nothing that steers a terminal."""
+def call(*words: object) -> CommandResult:
+    """Call `fedamole` in this process; asserts that it succeeds or prints one error, without control characters."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     threads = torch.get_num_threads()
     with (
@@ -50,7 +50,7 @@ def call(*words: object) -> Said:
             code = exit_.code if isinstance(exit_.code, int) else 1
         finally:
             torch.set_num_threads(threads)
-    said = Said(code, out.getvalue(), err.getvalue())
+    said = CommandResult(code, out.getvalue(), err.getvalue())
     assert "Traceback" not in said.err, said.err
     assert code in (0, 1, 2, 3, 4, 5)
     # A library's progress bar goes back to the beginning of its line.
@@ -62,8 +62,8 @@ def call(*words: object) -> Said:
 
 
 @dataclass(frozen=True)
-class Arena:
-    """A folder with the received run, and beside it somebody else's."""
+class ReceivedRun:
+    """A folder with the received run, and next to it another client's."""
 
     path: Path
 
@@ -74,11 +74,11 @@ class Arena:
 
     @property
     def outside(self) -> Path:
-        """What must stay as it is: it looks as much like a client's folder as it can."""
+        """Files that must not change; they resemble a client's folder."""
         return self.path / "outside"
 
     def seen(self) -> dict[str, str]:
-        """Everything beside the run: its kind, content and rights."""
+        """All files next to the run: type, content and mode."""
         found = {}
         for path in sorted(self.path.rglob("*")):
             if self.run in (path, *path.parents) or self.path / "out" in (path, *path.parents):
@@ -88,9 +88,9 @@ class Arena:
         return found
 
 
-def arena(path: Path, run: Path) -> Arena:
-    """Lay out a copy of a run, and what lies outside of it."""
-    made = Arena(path)
+def received_run(path: Path, run: Path) -> ReceivedRun:
+    """Create a copy of a run, and files outside of it."""
+    made = ReceivedRun(path)
     shutil.copytree(run, made.run, ignore=shutil.ignore_patterns(".lock"))
     for folder in ("adapter", "state"):
         (made.outside / folder).mkdir(parents=True)

@@ -337,7 +337,7 @@ def test_partition(fedamole: Any, own: Path, tmp_path: Path, runs: Any) -> None:
     }
     assert sum(row[split] for row in rows for split in ("train", "embedding", "validation", "test")) == 195
     assert fedamole("partition", own, "--out", tmp_path / "m.json").code == 0
-    refused(fedamole("partition", own, "--out", tmp_path / "m.json"), 5, "exists already")
+    refused(fedamole("partition", own, "--out", tmp_path / "m.json"), 5, "already exists")
     drawn, stored = (json.loads(path.read_text()) for path in (tmp_path / "m.json", runs("fedit") / "manifest.json"))
     assert drawn["clients"] == stored["clients"]
     assert json.loads(fedamole("partition", own, f"data.manifest={tmp_path / 'm.json'}", "--json").out) == rows
@@ -430,7 +430,7 @@ def test_show_without_clients(fedamole: Any, runs: Any) -> None:
 
 def test_a_client_that_brings_a_key_and_is_made_one(fedamole: Any, tmp_path: Path) -> None:
     result = fedamole("certs", "--client", "a", "--admit", "a=a.pub")
-    refused(result, 2, "a: --admit brings a key", "give one of the two")
+    refused(result, 2, "a: --admit uses the client's key", "give one of the two")
     assert not (tmp_path / "certs").exists()
 
 

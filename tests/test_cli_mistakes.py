@@ -212,11 +212,11 @@ def test_a_byte_order_mark_is_skipped_in_every_toml(own: Path, tiny: Path, tmp_p
 def test_folders_that_cannot_be_made(own: Path, fedamole: Any) -> None:
     words = ("run", own, *SMALL)
     inside_a_file = own.parent / "plain.jsonl" / "run"
-    refused(fedamole(*words, f"run.folder={inside_a_file}"), 1 + 4, str(inside_a_file), "is no folder")
+    refused(fedamole(*words, f"run.folder={inside_a_file}"), 1 + 4, str(inside_a_file), "is not a folder")
     if sys.platform == "linux":
         refused(fedamole(*words, "run.folder=/proc/run"), 1, "/proc/run: ", "; ")
-    refused(fedamole("partition", own, "--out", own.parent / "plain.jsonl" / "x.json"), 5, "is no folder")
-    refused(fedamole("partition", own, "--out", own), 5, "exists already")
+    refused(fedamole("partition", own, "--out", own.parent / "plain.jsonl" / "x.json"), 5, "is not a folder")
+    refused(fedamole("partition", own, "--out", own), 5, "already exists")
 
 
 def test_a_place_without_permission(own: Path, fedamole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def test_a_place_without_permission(own: Path, fedamole: Any, monkeypatch: pytes
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     monkeypatch.setattr(os, "mkdir", mkdir)
-    refused(fedamole("run", own, *SMALL), 1, "runs: Permission denied; choose another place")
+    refused(fedamole("run", own, *SMALL), 1, "runs: Permission denied; choose another folder")
 
 
 def test_a_disk_that_gets_full_and_then_the_run_goes_on(

@@ -16,7 +16,7 @@ import typer
 import yaml
 
 from fedamole.cli.main import app
-from fedamole.deployment.log_files import KEEP, MOST_BYTES
+from fedamole.deployment.log_files import MAX_BYTES, MAX_OLD_LOGS
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -27,7 +27,7 @@ needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reas
 
 
 def parsed(words: list[str]) -> None:
-    """Have the real command line read the words after `fedamole`; it raises what a user would be told."""
+    """Parse the words after `fedamole` with the real command line; raises the user's error."""
     if words[0].startswith("-"):
         COMMAND.make_context("fedamole", list(words), resilient_parsing=True).close()
         return
@@ -35,7 +35,7 @@ def parsed(words: list[str]) -> None:
 
 
 def coordinated(words: list[str], folder: Path) -> list[list[str]]:
-    """What coordinate.sh starts for these words before the run exists, and when it does; [] is the program's name."""
+    """The commands that coordinate.sh starts before and after the run exists."""
     fake = folder / "bin" / "fedamole"
     fake.parent.mkdir()
     fake.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done\n')
@@ -81,7 +81,7 @@ def last_stage() -> list[tuple[str, str]]:
 
 
 def ignored(path: str) -> bool:
-    """Whether the build does not see a path, by .dockerignore: the last pattern that fits decides."""
+    """Whether .dockerignore excludes a path; the last matching pattern decides."""
     found = False
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         if not line or line.startswith("#"):
@@ -220,7 +220,7 @@ def test_the_files_and_numbers_of_the_page() -> None:
     assert len(named) >= 6
     for name in named:
         assert (ROOT / name).exists(), name
-    assert (MOST_BYTES, KEEP) == (10 * 2**20, 3)
+    assert (MAX_BYTES, MAX_OLD_LOGS) == (10 * 2**20, 3)
     assert "larger than 10 MiB" in text
     assert "three older files are kept" in text
     within = next(it for it in COMMAND.commands["health"].params if it.name == "within")  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What the examples' scripts and texts say can be done, word by word, with the real command line."""
+"""The commands of the examples' scripts and texts work with the real command line."""
 
 import json
 import shutil
@@ -14,10 +14,10 @@ from fedamole.data.settings import DataSettings, SourceSettings
 from fedamole.deployment.security.policy import (
     PolicyError,
     PolicySettings,
-    asked,
-    asked_of_rows,
+    enforce,
     read_policy,
-    refuse_breaches,
+    row_checks,
+    settings_checks,
 )
 from fedamole.runs.run_files import SPLITS
 
@@ -60,9 +60,9 @@ def test_a_hospitals_policy_allows_what_the_config_asks(name: str) -> None:
     source = SourceSettings(name, path=str(HOSPITALS / "data" / f"{name}.jsonl"), columns=COLUMNS.get(name, {}))
     (shard,) = load_federation(replace(config.data, source=(source,)), ROOT).shards
     rows = {split: len(getattr(shard, split)) for split in SPLITS}
-    refuse_breaches([*asked(config, source, policy, None), *asked_of_rows(config, rows, policy)])
+    enforce([*settings_checks(config, source, policy, None), *row_checks(config, rows, policy)])
     with pytest.raises(PolicyError, match="embedding split"):
-        refuse_breaches(asked_of_rows(config, rows, PolicySettings()))
+        enforce(row_checks(config, rows, PolicySettings()))
     assert "--policy" in SCRIPT.read_text()
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that several processes want at the same moment, and disks that refuse them."""
+"""Concurrent creation of files and folders, and failing disks."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from fedamole.runs.run_folder import RunFolder
 
 
 def just_before(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, act: Callable[[Any], object]) -> None:
-    """Let another process act once, just before this one calls a function."""
+    """Simulate another process that acts just before this one calls a function."""
     real, acted = getattr(owner, name), list[bool]()
 
     def call(*words: Any, **options: Any) -> Any:
@@ -32,7 +32,7 @@ def test_a_folder_that_another_process_makes_meanwhile(tmp_path: Path, monkeypat
     just_before(monkeypatch, os, "mkdir", lambda path: (mkdir(path), True) if str(path).endswith("run") else False)
     with new_folder(tmp_path / "run", numbered=True) as folder:
         assert folder == tmp_path / "run-2"
-    with pytest.raises(RunError, match="exists already"), new_folder(tmp_path / "run"):
+    with pytest.raises(RunError, match="already exists"), new_folder(tmp_path / "run"):
         pass
 
 
@@ -68,7 +68,7 @@ def test_a_folder_in_which_nothing_was_written_is_removed_again(tmp_path: Path) 
 def test_a_file_that_another_process_makes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "out.jsonl"
     just_before(monkeypatch, os, "open", lambda _: path.write_text("theirs"))
-    with pytest.raises(RunError, match="exists already, and nothing is overwritten"), new_file(path):
+    with pytest.raises(RunError, match="already exists and is not overwritten"), new_file(path):
         pass
     assert path.read_text() == "theirs"
 
@@ -80,7 +80,7 @@ def test_a_file_is_taken_before_the_work_and_given_back_after_a_failure(tmp_path
 
 
 def test_two_runs_in_one_named_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both found it free; the second one changes nothing of the first."""
+    """Both processes found the name free; the second does not change the file of the first."""
     identity = Identity("w", "t", "x")
 
     def begin(config: str) -> RunFolder:
@@ -89,7 +89,7 @@ def test_two_runs_in_one_named_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(RunFolder, "refuse_existing", lambda _: None)
     begin("a = 1\n")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    with pytest.raises(RunError, match="exists already"):
+    with pytest.raises(RunError, match="already exists"):
         begin("a = 2\n")
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
@@ -126,7 +126,7 @@ def test_a_full_disk_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="No space") as caught:
         write_atomic(path, "new")
     assert describe_os_error(caught.value) == (
-        f"{path}: No space left on device; free some space, or choose a place on another disk"
+        f"{path}: No space left on device; free some space, or choose a folder on another disk"
     )
     assert path.read_text() == "old"
     assert [one.name for one in tmp_path.iterdir()] == ["summary.json"]

@@ -91,7 +91,7 @@ def test_a_missing_extra_is_named_with_both_ways_to_get_it(monkeypatch: pytest.M
     with pytest.raises(FedamoleError) as caught:
         require_flower()
     assert str(caught.value) == (
-        'this needs flwr, which is not installed; in the clone: pip install -e ".[flower]"; '
+        'this command needs flwr, which is not installed; in the clone: pip install -e ".[flower]"; '
         'from a wheel: pip install "PATH-TO-WHEEL[flower]"'
     )
     from fedamole.cli.main import app

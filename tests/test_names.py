@@ -21,7 +21,7 @@ WINDOWS = ("con", "CON", "nul", "Aux.txt", "prn.", "com1", "LPT9.jsonl", "a.", "
 @pytest.mark.parametrize("name", WINDOWS)
 def test_names_that_no_folder_can_have_on_windows(name: str) -> None:
     """Refused alike for runs, comparisons, sources, clients of a config, clients with a key, and whatever is read."""
-    with pytest.raises(RunError, match=f"x: the name '{name}' cannot be used: on Windows"):
+    with pytest.raises(RunError, match=f"x: the name '{name}' is invalid: on Windows"):
         checked_name(name, "x")
     refusals: tuple[tuple[str, Callable[[], object]], ...] = (
         (r"run\.name", lambda: RunSettings(name)),
@@ -33,8 +33,8 @@ def test_names_that_no_folder_can_have_on_windows(name: str) -> None:
     for key, refused in refusals:
         with pytest.raises(ConfigError, match=f"{key}.*on Windows"):
             refused()
-    made = as_name(name)
-    assert checked_name(made, "x") == made
+    converted = as_name(name)
+    assert checked_name(converted, "x") == converted
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A run folder that somebody else made: what it names is checked, and nothing outside of it is touched."""
+"""Run folders from elsewhere: their content is checked, and nothing outside of them is touched."""
 
 import json
 import os
@@ -27,14 +27,14 @@ from fedamole.runs import checkpoint
 from fedamole.runs.adapter_folder import MOST_EXPERTS
 from fedamole.runs.run_files import MOST_ROUNDS
 from fedamole.runs.run_folder import RunFolder
-from tests.received import Arena, arena, call
+from tests.received import ReceivedRun, call, received_run
 
 WORD = ["federation.rounds=2"]
 
 
 @pytest.fixture
-def received(runs: Any, tmp_path: Path) -> Arena:
-    return arena(tmp_path / "arena", runs("fedamole", *WORD))
+def received(runs: Any, tmp_path: Path) -> ReceivedRun:
+    return received_run(tmp_path / "arena", runs("fedamole", *WORD))
 
 
 def edit(path: Path, change: Callable[[Any], Any]) -> None:
@@ -44,7 +44,7 @@ def edit(path: Path, change: Callable[[Any], Any]) -> None:
 
 
 def begin_again(run: Path) -> None:
-    """Make a finished run one that has done nothing yet."""
+    """Reset a finished run to its start."""
     (run / "summary.json").unlink()
     for name in ("clients", "checkpoints"):
         shutil.rmtree(run / name)
@@ -57,7 +57,7 @@ def begin_again(run: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["{outside}", "../../outside", "..", "a/b", "a\\b", "", "\u202egnp", "x\x1b[2J", "-rf"]
 )
-def test_a_name_in_a_manifest_leads_nowhere(received: Arena, name: str) -> None:
+def test_a_name_in_a_manifest_leads_nowhere(received: ReceivedRun, name: str) -> None:
     before, name = received.seen(), name.format(outside=received.outside)
     begin_again(received.run)
     text = (received.run / "manifest.json").read_text()
@@ -69,7 +69,7 @@ def test_a_name_in_a_manifest_leads_nowhere(received: Arena, name: str) -> None:
     assert received.seen() == before
 
 
-def test_names_that_differ_in_case_alone_would_be_one_folder(received: Arena) -> None:
+def test_names_that_differ_in_case_alone_would_be_one_folder(received: ReceivedRun) -> None:
     begin_again(received.run)
     text = (received.run / "manifest.json").read_text()
     (received.run / "manifest.json").write_text(text.replace('"client": "chat"', '"client": "MOOD"'))
@@ -79,7 +79,7 @@ def test_names_that_differ_in_case_alone_would_be_one_folder(received: Arena) ->
     assert "upper and lower case" in said.error
 
 
-def test_a_better_adapter_replaces_an_adapter_and_nothing_else(runs: Any, received: Arena) -> None:
+def test_a_better_adapter_replaces_an_adapter_and_nothing_else(runs: Any, received: ReceivedRun) -> None:
     """`worker.keep` removes the folder of the model that was the best before: what is no adapter folder stays."""
     begin_again(received.run)
     other = received.run / "clients" / "mood" / "adapter"
@@ -111,11 +111,11 @@ PLACES = (
 
 @pytest.mark.parametrize("command", ["resume", "show", "report"])
 def test_a_link_out_of_the_folder_is_named_and_not_followed(
-    received: Arena, command: str, monkeypatch: pytest.MonkeyPatch
+    received: ReceivedRun, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(received.path.parent)
     for place in PLACES:
-        folder = arena(received.path.parent / place.replace("/", "-"), received.run)
+        folder = received_run(received.path.parent / place.replace("/", "-"), received.run)
         path = folder.run / place
         if path.is_dir():
             shutil.rmtree(path)
@@ -131,13 +131,13 @@ def test_a_link_out_of_the_folder_is_named_and_not_followed(
         assert folder.seen() == before, place
 
 
-def test_a_link_that_stays_inside_and_a_linked_folder_itself_are_fine(received: Arena) -> None:
+def test_a_link_that_stays_inside_and_a_linked_folder_itself_are_fine(received: ReceivedRun) -> None:
     (received.run / "notes.json").symlink_to("run.json")
     (received.path / "named").symlink_to("run")
     assert call("show", received.path / "named").code == 0
 
 
-def test_a_pipe_does_not_hold_a_command_up(received: Arena) -> None:
+def test_a_pipe_does_not_hold_a_command_up(received: ReceivedRun) -> None:
     (received.run / "metrics.jsonl").unlink()
     os.mkfifo(received.run / "metrics.jsonl")
     assert "neither a file nor a folder" in call("show", received.run).error
@@ -150,7 +150,7 @@ def test_a_temporary_file_that_is_a_link_is_not_written_through(tmp_path: Path) 
     assert ((tmp_path / "precious").read_text(), (tmp_path / "a.json").read_text()) == ("precious", "new")
 
 
-def test_paths_of_a_folder_stay_in_it(received: Arena) -> None:
+def test_paths_of_a_folder_stay_in_it(received: ReceivedRun) -> None:
     folder = RunFolder.open(received.run)
     for wrong in ("../outside", str(received.outside), "..", ".", "a/../../x", "a" * (LONGEST_NAME + 1)):
         with pytest.raises(RunError):
@@ -158,7 +158,7 @@ def test_paths_of_a_folder_stay_in_it(received: Arena) -> None:
         with pytest.raises(RunError):
             folder.adapter("mood", wrong)
         if wrong != "a" * (LONGEST_NAME + 1):
-            with pytest.raises(RunError, match="leads out of"):
+            with pytest.raises(RunError, match="points outside"):
                 folder.place(wrong)
     assert folder.client("mood") == received.run / "clients" / "mood"
 
@@ -166,7 +166,7 @@ def test_paths_of_a_folder_stay_in_it(received: Arena) -> None:
 def test_names() -> None:
     assert checked_names(["a", "b.c-d_E", "9"], "x") == ("a", "b.c-d_E", "9")
     for wrong in ("", ".", "..", ".a", "-a", "a/b", "a b", "é", "a\n", 3, None, "a" * (LONGEST_NAME + 1)):
-        with pytest.raises(RunError, match="cannot be used"):
+        with pytest.raises(RunError, match="is invalid"):
             checked_name(wrong, "x")
     with pytest.raises(RunError, match="1 to 120 ASCII letters"):
         checked_name("é", "x")
@@ -177,7 +177,7 @@ def test_names() -> None:
     assert as_name("//") == "run"
 
 
-def test_the_name_of_a_run_leads_nowhere(received: Arena, tiny: Path) -> None:
+def test_the_name_of_a_run_leads_nowhere(received: ReceivedRun, tiny: Path) -> None:
     """`adapt` names the newcomer's folder after the run, whose config may name no other place."""
     config = tomllib.loads((received.run / "config.toml").read_text())
     config["run"]["name"] = "../../outside/x"
@@ -204,15 +204,15 @@ def test_the_name_of_a_run_leads_nowhere(received: Arena, tiny: Path) -> None:
 # --- files ----------------------------------------------------------------------------------------------------
 
 
-def test_json_is_read_within_bounds(received: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_is_read_within_bounds(received: ReceivedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     path = received.run / "summary.json"
     good = path.read_text()
     for text, why in {
         "[" * 100_000: "nested too deeply",
-        good.replace('"rounds"', '"method": "fedit", "rounds"', 1): "stands there twice",
-        good.replace('"fedamole"', '"\\ud800"', 1): "half a character",
-        good[:-9]: "not the JSON",
-        "": "not the JSON",
+        good.replace('"rounds"', '"method": "fedit", "rounds"', 1): "is repeated",
+        good.replace('"fedamole"', '"\\ud800"', 1): "a lone surrogate",
+        good[:-9]: "not valid JSON",
+        "": "not valid JSON",
         good.replace('"best_round": 1', '"best_round": 1e999', 1): "a whole number from -1",
         good.replace('"best_round": 1', f'"best_round": {10**30}', 1): "a whole number from -1",
     }.items():
@@ -225,10 +225,10 @@ def test_json_is_read_within_bounds(received: Arena, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("fedamole.received.files.MIB", 1)
     monkeypatch.setattr(RunFolder.read_json.__globals__["read_json"], "__defaults__", (100, RunError))
     path.write_text(good)
-    assert "which is the most that is read" in call("show", received.run).error
+    assert "the maximum for such a file" in call("show", received.run).error
 
 
-def test_a_line_of_metrics_is_checked(received: Arena) -> None:
+def test_a_line_of_metrics_is_checked(received: ReceivedRun) -> None:
     path = received.run / "metrics.jsonl"
     good = path.read_text()
     for key, value, why in (
@@ -249,7 +249,7 @@ def test_a_line_of_metrics_is_checked(received: Arena) -> None:
     assert call("report", received.run, "--out", received.path / "out").code == 0, "a torn last line is left out"
 
 
-def test_expert_ids_are_bounded(received: Arena) -> None:
+def test_expert_ids_are_bounded(received: ReceivedRun) -> None:
     path = received.run / "assignment.jsonl"
     good = path.read_text()
     for experts, why in (([MOST_EXPERTS], "experts[0] is"), ([-1], "experts[0] is"), (["0"], "experts[0] is")):
@@ -273,7 +273,7 @@ def test_expert_ids_are_bounded(received: Arena) -> None:
     assert expert_ids(["m/expert-00/A", "m/expert-120/B", "n/shared/A"]) == {"m": [0, 120], "n": []}
 
 
-def test_a_checkpoint_names_states_of_its_own_run_alone(received: Arena) -> None:
+def test_a_checkpoint_names_states_of_its_own_run_alone(received: ReceivedRun) -> None:
     """A path in it is opened to be hashed."""
     (received.run / "summary.json").unlink()
     for path in (received.run / "checkpoints").glob("*.json"):
@@ -283,7 +283,7 @@ def test_a_checkpoint_names_states_of_its_own_run_alone(received: Arena) -> None
     assert "no checkpoint is intact" in said.error
 
 
-def test_files_that_are_no_rounds_are_left_alone(received: Arena) -> None:
+def test_files_that_are_no_rounds_are_left_alone(received: ReceivedRun) -> None:
     (received.run / "summary.json").unlink()
     odd = [
         received.run / "checkpoints" / "round-final.safetensors",
@@ -306,7 +306,7 @@ def test_files_that_are_no_rounds_are_left_alone(received: Arena) -> None:
         "metrics.jsonl",
     ],
 )
-def test_a_folder_in_the_place_of_a_file_is_one_error(received: Arena, place: str) -> None:
+def test_a_folder_in_the_place_of_a_file_is_one_error(received: ReceivedRun, place: str) -> None:
     (received.run / "summary.json").unlink()
     path = received.run / place
     path.unlink(missing_ok=True)
@@ -404,7 +404,7 @@ def test_weights_that_do_not_fit_are_refused(runs: Any, tmp_path: Path) -> None:
 # --- what a config names --------------------------------------------------------------------------------------
 
 
-def test_a_run_config_extends_nothing(received: Arena) -> None:
+def test_a_run_config_extends_nothing(received: ReceivedRun) -> None:
     text = (received.run / "config.toml").read_text()
     (received.run / "config.toml").write_text(f'extends = "{received.outside}/secret.json"\n' + text)
     for words in (("resume", received.run), ("generate", received.run, "x", "--client", "mood")):
@@ -416,7 +416,7 @@ def test_a_run_config_extends_nothing(received: Arena) -> None:
         assert "hunter2" not in said.err
 
 
-def test_what_is_read_outside_is_said_before_it_is_read(received: Arena, tiny: Path) -> None:
+def test_what_is_read_outside_is_said_before_it_is_read(received: ReceivedRun, tiny: Path) -> None:
     (received.run / "summary.json").unlink()
     config = tomllib.loads((received.run / "config.toml").read_text())
     config["data"]["source"][0]["path"] = str(received.outside / "secret.json")
@@ -452,7 +452,9 @@ def test_data_and_hub_names_are_told_too(tmp_path: Path) -> None:
         ("export", "--client", "mood", "--out", "{out}"),
     ],
 )
-def test_no_config_starts_a_download(received: Arena, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
+def test_no_config_starts_a_download(
+    received: ReceivedRun, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
     """A base on the hub is taken from what was downloaded before, or named by the user."""
     config = tomllib.loads((received.run / "config.toml").read_text())
     config["base"]["model"] = "somebody/model"
@@ -475,7 +477,7 @@ def test_no_config_starts_a_download(received: Arena, monkeypatch: pytest.Monkey
         assert "no file of a run starts a download" in said.error
 
 
-def test_numbers_of_a_config_are_bounded(received: Arena) -> None:
+def test_numbers_of_a_config_are_bounded(received: ReceivedRun) -> None:
     text = (received.run / "config.toml").read_text()
     for wrong in (str(10**30), "nan", "inf", "-inf"):
         (received.run / "config.toml").write_text(re.sub(r"learning_rate = \S+", f"learning_rate = {wrong}", text))

@@ -14,7 +14,7 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.received import Arena, arena, call
+from tests.received import ReceivedRun, call, received_run
 
 CLIENT = "clients/mood"
 FILES = (
@@ -167,7 +167,7 @@ def _parsed(path: Path) -> tuple[Any, Callable[[Any], bytes]]:
     return json.loads(content), lambda value: json.dumps(value).encode()
 
 
-def spoil(folder: Arena, name: str, damage: tuple[Any, ...]) -> None:
+def spoil(folder: ReceivedRun, name: str, damage: tuple[Any, ...]) -> None:
     """Damage a file of the run; what cannot be done to it leaves it as it is."""
     path, (kind, *how) = folder.run / name, damage
     if kind == "place":
@@ -191,7 +191,7 @@ def spoil(folder: Arena, name: str, damage: tuple[Any, ...]) -> None:
         _rewrite(folder, path, kind, how)
 
 
-def _misplace(folder: Arena, path: Path, how: str) -> None:
+def _misplace(folder: ReceivedRun, path: Path, how: str) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -206,7 +206,7 @@ def _misplace(folder: Arena, path: Path, how: str) -> None:
         path.symlink_to(target.get(how, path if "itself" in how else folder.path / "nothing"))
 
 
-def _rewrite(folder: Arena, path: Path, kind: str, how: list[Any]) -> None:
+def _rewrite(folder: ReceivedRun, path: Path, kind: str, how: list[Any]) -> None:
     value, write = _parsed(path)
     nodes = _nodes(value)
     if not nodes:
@@ -266,7 +266,7 @@ def unfinished(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check(run: Path, name: str, damage: tuple[Any, ...], *commands: tuple[str, ...]) -> None:
     """Call commands on a damaged copy; `{run}` and `{out}` in them are its path and that of what is written."""
     with tempfile.TemporaryDirectory() as place:
-        folder = arena(Path(place) / "arena", run)
+        folder = received_run(Path(place) / "arena", run)
         spoil(folder, name, damage)
         before = folder.seen()
         for words in commands:
@@ -321,7 +321,7 @@ def test_going_on_at_length(unfinished: Path, name: str, damage: Any) -> None:
 def test_an_undamaged_folder_passes(whole: Path, unfinished: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         for at, (run, commands) in enumerate([(whole, (*SHOW, *GENERATE)), (unfinished, RESUME)]):
-            folder = arena(Path(place) / str(at), run)
+            folder = received_run(Path(place) / str(at), run)
             for words in commands:
                 said = call(*(word.format(run=folder.run, out=folder.path / "out") for word in words))
                 assert said.code == 0, said.err

@@ -1,4 +1,4 @@
-"""What is said to people cannot steer their terminal, and says what it means."""
+"""Output for people cannot control the terminal, and keeps its meaning."""
 
 import io
 import json

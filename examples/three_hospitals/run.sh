@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A federation of a coordinator and three hospitals on this machine, with TLS and keys, as it would be on four hosts.
+# Run a federation of a coordinator and three hospitals on this machine, with TLS and keys, as on four hosts.
 #   examples/three_hospitals/run.sh [FOLDER]     # FOLDER (default: runs/three_hospitals) gets a folder per site
-# PORT=9092 is the one port that is opened, on 127.0.0.1. Ctrl-C stops everything.
+# Only PORT (default: 9092) is opened, on 127.0.0.1. Ctrl-C stops all processes.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 fedamole=$(command -v fedamole) || fedamole=$here/../../.venv/bin/fedamole
-[ -x "$fedamole" ] || { echo "there is no fedamole here: \`make demo\` sets up .venv" >&2; exit 1; }
+[ -x "$fedamole" ] || { echo "fedamole is not installed: set up .venv with \`make demo\`" >&2; exit 1; }
 mkdir -p "${1:-runs/three_hospitals}"
 sites=$(cd "${1:-runs/three_hospitals}" && pwd)
 port=${PORT:-9092}
@@ -23,7 +23,7 @@ stop() {
 trap stop EXIT
 trap 'exit 130' INT TERM
 
-# The coordinator makes the certificates; certs/clients/NAME is what it would hand to the hospital NAME.
+# The coordinator makes the certificates; certs/clients/NAME is the folder for the hospital NAME.
 "$fedamole" certs --folder "$certs" --host 127.0.0.1 \
   --client cancer_centre --client eye_hospital --client genetics_clinic > /dev/null
 
@@ -34,7 +34,7 @@ running=$server
 
 for hospital in $hospitals; do
   columns=""
-  # This hospital's file has columns of its own.
+  # This hospital's file has other column names.
   [ "$hospital" != genetics_clinic ] || columns="--column instruction=question --column response=answer"
   mkdir -p "$sites/$hospital"
   (
@@ -45,10 +45,10 @@ for hospital in $hospitals; do
   running="$running $!"
 done
 
-wait "$server" || { echo "the run did not end well; what the hospitals say is in $sites/*/client.log" >&2; exit 1; }
+wait "$server" || { echo "the run failed; the hospitals' output is in $sites/*/client.log" >&2; exit 1; }
 
 for hospital in $hospitals; do
   echo
-  echo "$hospital has a model of its own:"
+  echo "the personal model of $hospital:"
   ls -d "$(ls -td "$sites/$hospital"/runs/three_hospitals-"$hospital"* | head -n 1)/clients/$hospital/adapter"/*
 done

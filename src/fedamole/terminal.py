@@ -1,8 +1,8 @@
-"""Everything that this package says to people goes through here: text from elsewhere cannot steer a terminal.
+"""Output for people: text from other sources is escaped so that it cannot control a terminal.
 
-`screen` makes the only kind of console there is. What it is given as `str` (printed, in cells, titles and captions of a
-table) stands there as it is: no markup, and no character that a terminal would obey or that nobody would see. Style
-comes as an argument, or in a `rich.text.Text`. Results that are no table go through `say`, JSON through `say_json`.
+`screen` creates the only kind of console in use. A `str` given to it (printed text, table cells, titles and captions)
+is shown literally: no markup, no control characters, no invisible characters. Style is given as an argument or in a
+`rich.text.Text`. Results that are not tables are written by `say`, JSON by `say_json`.
 """
 
 import codecs
@@ -20,112 +20,117 @@ from rich.logging import RichHandler
 from rich.segment import Segment
 from rich.text import Text
 
-KEPT = frozenset("\n\t")
-"""Control characters that stay as they are."""
-UNSAFE = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
-"""Unicode categories of characters that steer, cannot be seen, or end a line unnoticed."""
+ALLOWED_CONTROLS = frozenset("\n\t")
+"""Control characters that are not escaped."""
+UNSAFE_CATEGORIES = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+"""Unicode categories of control characters, invisible characters and line separators."""
 NON_JOINER, JOINER = "\u200c", "\u200d"
-_BEFORE_JOINER = frozenset(("So", "Sk", "Mn"))
-"""Categories of what an emoji consists of before a joiner: a picture, a skin tone, a variation selector."""
+_BEFORE_JOINER_CATEGORIES = frozenset(("So", "Sk", "Mn"))
+"""Categories that an emoji may have before a joiner: pictograph, skin tone, variation selector."""
 
 
 def printable(text: object) -> str:
-    """Return text from elsewhere in a form that cannot steer a terminal.
+    """Return untrusted text in a form that cannot control a terminal.
 
-    Control characters (escape sequences among them), surrogates, line separators and invisible direction marks are
+    Control characters (including escape sequences), surrogates, line separators and invisible direction marks are
     written as ``\\x1b`` or ``\\u202e``. Line breaks and tabs stay, and so do joiners where a script or an emoji needs
-    them: between two pictures, behind a virama, between two Arabic letters.
+    them: between two pictographs, after a virama, between two Arabic letters.
     """
-    whole = str(text)
-    if whole.isascii() and whole.isprintable():
-        return whole
+    string = str(text)
+    if string.isascii() and string.isprintable():
+        return string
     return "".join(
-        letter
-        if letter in KEPT or unicodedata.category(letter) not in UNSAFE or _joins(whole, place)
-        else _escaped(letter)
-        for place, letter in enumerate(whole)
+        character
+        if character in ALLOWED_CONTROLS
+        or unicodedata.category(character) not in UNSAFE_CATEGORIES
+        or _joins(string, index)
+        else _escaped(character)
+        for index, character in enumerate(string)
     )
 
 
-def _joins(text: str, place: int) -> bool:
-    """Whether the character is a joiner that stands where joiners belong."""
-    if text[place] not in (NON_JOINER, JOINER) or not 0 < place < len(text) - 1:
+def _joins(text: str, index: int) -> bool:
+    """Return whether the character at `index` is a joiner in a valid position."""
+    if text[index] not in (NON_JOINER, JOINER) or not 0 < index < len(text) - 1:
         return False
-    before, after = text[place - 1], text[place + 1]
-    if unicodedata.combining(before) == 9:  # a virama, of the scripts of India
+    before, after = text[index - 1], text[index + 1]
+    if unicodedata.combining(before) == 9:  # a virama (Indic scripts)
         return True
-    if text[place] == NON_JOINER:
+    if text[index] == NON_JOINER:
         return unicodedata.bidirectional(before) == unicodedata.bidirectional(after) == "AL"
-    pictures = unicodedata.category(before) in _BEFORE_JOINER and unicodedata.category(after) == "So"
+    pictures = unicodedata.category(before) in _BEFORE_JOINER_CATEGORIES and unicodedata.category(after) == "So"
     return pictures and not before.isascii()
 
 
-def _escaped(letter: str) -> str:
-    number = ord(letter)
+def _escaped(character: str) -> str:
+    number = ord(character)
     return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}" if number < 65536 else f"\\U{number:08x}"
 
 
 def printable_json(value: Any) -> str:
-    """JSON on one line that says the same to a machine and cannot steer a terminal.
+    """Return one line of JSON that cannot control a terminal.
 
-    Letters of all languages stay; what `printable` would escape is escaped as JSON does it.
+    Letters of all languages stay; characters that `printable` would escape are escaped as in JSON.
     """
-    written = json.dumps(value, ensure_ascii=False)
-    if written.isascii() and written.isprintable():
-        return written
-    return "".join(json.dumps(letter)[1:-1] if unicodedata.category(letter) in UNSAFE else letter for letter in written)
+    encoded = json.dumps(value, ensure_ascii=False)
+    if encoded.isascii() and encoded.isprintable():
+        return encoded
+    return "".join(
+        json.dumps(character)[1:-1] if unicodedata.category(character) in UNSAFE_CATEGORIES else character
+        for character in encoded
+    )
 
 
 class Screen(Console):
-    """A console that shows every `str` as it is, and lets nothing through that steers a terminal."""
+    """A console that shows every `str` literally and escapes control characters."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Turn a text into what is shown, without markup, emoji codes or guesses at what to highlight."""
+        """Convert a string to text without markup, emoji codes or highlighting."""
         options |= {"markup": False, "emoji": False, "highlight": False, "highlighter": None}
         return super().render_str(printable(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Make sure of what did not come as a `str`."""
+        """Escape text that was not given as a `str`."""
         for segment in super().render(renderable, options):
-            # Control codes are the program's own: of a progress bar, of the cursor.
+            # Control segments come from rich itself, such as cursor movements of a progress bar.
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def screen(error: bool = False, wide: int | None = None) -> Screen:
-    """The console of standard output, or of standard error; `wide` columns where the output goes into a file."""
+    """Return a console for standard output or standard error; `wide` is the width when the output is not a terminal."""
     stream = sys.stderr if error else sys.stdout
     return Screen(stderr=error, width=None if wide is None or stream.isatty() else wide, highlight=False)
 
 
 def say(text: object, end: str = "\n") -> None:
-    """Write a line of results to standard output."""
+    """Write one line of results to standard output."""
     sys.stdout.write(printable(text) + end)
     sys.stdout.flush()
 
 
 def say_json(value: Any) -> None:
-    """Write a line of JSON to standard output; letters that its encoding lacks are escaped as JSON does it."""
-    written = printable_json(value)
+    """Write one line of JSON to standard output; characters that its encoding lacks are escaped as in JSON."""
+    encoded = printable_json(value)
     try:
-        written.encode(sys.stdout.encoding or "utf-8")
+        encoded.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
-        written = json.dumps(value)
-    say(written)
+        encoded = json.dumps(value)
+    say(encoded)
 
 
 class PrintableFormatter(logging.Formatter):
-    """Makes whole records printable, their tracebacks too; for every handler that writes for people."""
+    """Formats log records with `printable`, including their tracebacks; for every handler that people read."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record as one text."""
+        """Return the record as escaped text."""
         return printable(super().format(record))
 
 
 def set_up() -> Screen:
-    """Set the environment, standard output and logging up; return the console of standard error.
+    """Configure the environment, standard streams and logging; return the console of standard error.
 
-    Where the locale's encoding is not UTF-8, letters that it lacks are printed as escapes, and never end a command.
-    Where it is ASCII, which UTF-8 includes, standard input is read as UTF-8.
+    If the locale's encoding is not UTF-8, characters that it lacks are printed as escapes instead of raising an error.
+    If it is ASCII, standard input is read as UTF-8, which includes ASCII.
     """
     if isinstance(sys.stdin, io.TextIOWrapper) and codecs.lookup(sys.stdin.encoding).name == "ascii":
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from tests.conftest import small
 from tests.contract.exchanges import Average, ThreeExchanges, Trained, steps_by_exchange
-from tests.deployment.direct import Calendar, Killed, Town, town
+from tests.deployment.direct import ClientSchedule, DirectDeployment, Killed, direct_deployment
 from typing_extensions import override
 
-from fedamole.deployment.client_handler import Host as ClientHandler
+from fedamole.deployment.client_handler import ClientHandler
 from fedamole.deployment.security.policy import UNBOUNDED
 from fedamole.deployment.shared_config import shared_tables
 from fedamole.engine import link as timing
@@ -183,16 +183,16 @@ def wanted(runs: Any) -> dict[str, Any]:
     return outcome(folder, {name: folder / "clients" / name for name in NAMES})
 
 
-def found(there: Town) -> dict[str, Any]:
+def found(there: DirectDeployment) -> dict[str, Any]:
     return outcome(there.server_folder, {name: there.client_folder(name) for name in NAMES})
 
 
 @pytest.fixture
-def there(tiny: Path, tmp_path: Path) -> Town:
-    return town(tiny / "config.toml", tmp_path, *small(NAME), *QUICK)
+def there(tiny: Path, tmp_path: Path) -> DirectDeployment:
+    return direct_deployment(tiny / "config.toml", tmp_path, *small(NAME), *QUICK)
 
 
-def test_a_deployment_equals_the_run_in_one_process(there: Town, wanted: dict[str, Any]) -> None:
+def test_a_deployment_equals_the_run_in_one_process(there: DirectDeployment, wanted: dict[str, Any]) -> None:
     there.run()
     assert found(there) == wanted
     own = [json.loads(line) for line in (there.client_folder("mood").parents[1] / "metrics.jsonl").open()]
@@ -201,7 +201,7 @@ def test_a_deployment_equals_the_run_in_one_process(there: Town, wanted: dict[st
 
 @pytest.mark.parametrize("nth", [16, 18, 21])
 def test_a_server_killed_between_exchanges_goes_on_as_if_it_had_not_been(
-    nth: int, there: Town, wanted: dict[str, Any]
+    nth: int, there: DirectDeployment, wanted: dict[str, Any]
 ) -> None:
     """12 updates a round: in round 1 all have trained once, two have trained twice, one has measured."""
 
@@ -210,7 +210,7 @@ def test_a_server_killed_between_exchanges_goes_on_as_if_it_had_not_been(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        there.run(calendar=Calendar(stop=stop))
+        there.run(schedule=ClientSchedule(stop=stop))
     there.run(resumed=True)
     assert found(there) == wanted
 
@@ -218,7 +218,7 @@ def test_a_server_killed_between_exchanges_goes_on_as_if_it_had_not_been(
 @pytest.mark.parametrize("exchange", [0, 1, 2])
 @pytest.mark.parametrize("lost", ["state", "answer"])
 def test_a_client_killed_in_an_exchange_does_this_exchange_again(
-    lost: str, exchange: int, there: Town, wanted: dict[str, Any], monkeypatch: Any
+    lost: str, exchange: int, there: DirectDeployment, wanted: dict[str, Any], monkeypatch: Any
 ) -> None:
     """Killed after its state was written and before its answer was, or after both and before the answer was sent."""
     killed: list[str] = []
@@ -231,7 +231,7 @@ def test_a_client_killed_in_an_exchange_does_this_exchange_again(
         if once(name, request):
             killed.append(name)
             if lost == "answer":
-                session = there.link.hosts[there.link.node("mood")].seat
+                session = there.link.hosts[there.link.node("mood")].session
                 assert session is not None
                 session.answer_path(1, exchange).unlink()
             raise Killed
@@ -243,7 +243,7 @@ def test_a_client_killed_in_an_exchange_does_this_exchange_again(
     assert found(there) == wanted
 
 
-def with_policy(there: Town, **changes: Any) -> ClientHandler:
+def with_policy(there: DirectDeployment, **changes: Any) -> ClientHandler:
     """The client mood, started again with another policy."""
     node = there.link.node("mood")
     old = there.link.hosts[node]
@@ -252,24 +252,24 @@ def with_policy(there: Town, **changes: Any) -> ClientHandler:
     return there.link.hosts[node]
 
 
-def join(there: Town, client: ClientHandler) -> Reply:
-    there.engine("a1b2", Calendar())
+def join(there: DirectDeployment, client: ClientHandler) -> Reply:
+    there.engine("a1b2", ClientSchedule())
     tables = shared_tables(there.config, there.identity)
     return unpack(Reply, client.answer(pack(Request("a1b2", -1, JOIN, settings=tables))))
 
 
-def update(there: Town, client: ClientHandler, exchange: int, last: int, last_exchange: int = 0) -> Reply:
+def update(there: DirectDeployment, client: ClientHandler, exchange: int, last: int, last_exchange: int = 0) -> Reply:
     message = bytes_as_tensor(pack(there.config.method.init(there.server)))
     request = Request("a1b2", 0, UPDATE, last=last, last_exchange=last_exchange, exchange=exchange, message=message)
     return unpack(Reply, client.answer(pack(request)))
 
 
 @pytest.mark.parametrize(("most", "failed"), [(5, "policy"), (6, None)])
-def test_a_policy_counts_rounds_times_exchanges(most: int, failed: str | None, there: Town) -> None:
+def test_a_policy_counts_rounds_times_exchanges(most: int, failed: str | None, there: DirectDeployment) -> None:
     assert join(there, with_policy(there, max_rounds=most)).failed == failed
 
 
-def test_a_client_sends_no_update_of_fewer_steps_than_its_policy_allows(there: Town) -> None:
+def test_a_client_sends_no_update_of_fewer_steps_than_its_policy_allows(there: DirectDeployment) -> None:
     """The second exchange takes 1 of the 3 steps of a round; one without any step is allowed."""
     client = with_policy(there, min_steps=2)
     assert join(there, client).failed is None

@@ -1,4 +1,4 @@
-"""A link without a network: real hosts with data, base and disk of their own, in this process."""
+"""A link without a network: real client handlers with their own data, base and disk, in this process."""
 
 import tomllib
 from collections.abc import Callable, Collection, Mapping
@@ -10,7 +10,7 @@ import torch
 
 from fedamole.config import build, load_config
 from fedamole.data.settings import SourceSettings
-from fedamole.deployment.client_handler import Host
+from fedamole.deployment.client_handler import ClientHandler
 from fedamole.deployment.run_session import ClientSettings
 from fedamole.deployment.security.policy import UNBOUNDED
 from fedamole.deployment.shared_config import shared_tables
@@ -25,29 +25,31 @@ from fedamole.model.bank import Bank
 from fedamole.model.base import load_base
 from fedamole.runs.run_folder import RunFolder
 
-Names = Collection[str]
+ClientNames = Collection[str]
 
 
 class Killed(BaseException):
-    """The end of a client's worker in the midst of its work: nothing of it goes on, its folder stays."""
+    """Simulates the death of a client's worker during its work; its folder stays."""
 
 
-class Calendar(ProgressListener):
-    """Counts rounds, says who is away in which, and can stop the run where a test wants it."""
+class ClientSchedule(ProgressListener):
+    """Counts rounds, lists absent clients by round, and can stop the run at a given event."""
 
-    def __init__(self, away: Mapping[int, Names] | None = None, stop: Callable[[str, int], None] | None = None) -> None:
+    def __init__(
+        self, away: Mapping[int, ClientNames] | None = None, stop: Callable[[str, int], None] | None = None
+    ) -> None:
         self.plan, self.stop, self.round, self.told = away or {}, stop or (lambda what, nth: None), 0, dict[str, int]()
         self.waiting: list[int] = []
 
     @property
-    def away(self) -> Names:
+    def away(self) -> ClientNames:
         return self.plan.get(self.round, ())
 
     def _note(self, what: str) -> None:
         self.told[what] = self.told.get(what, 0) + 1
         self.stop(what, self.told[what])
 
-    def present(self, names: Names, waiting_for: int) -> None:
+    def present(self, names: ClientNames, waiting_for: int) -> None:
         self.waiting.append(waiting_for)
 
     def client_done(self, round_: int, name: str, report: Mapping[str, Any]) -> None:
@@ -62,16 +64,16 @@ class Calendar(ProgressListener):
 
 
 @dataclass
-class Direct:
-    """Nodes are hosts; what comes before and after their work can be meddled with."""
+class DirectLink:
+    """A link whose nodes are client handlers; tests can act before and after their work."""
 
-    hosts: dict[int, Host]
+    hosts: dict[int, ClientHandler]
     registered: dict[int, str]
-    calendar: Calendar = field(default_factory=Calendar)
+    schedule: ClientSchedule = field(default_factory=ClientSchedule)
     before: Callable[[str, Request], None] = lambda name, request: None
-    """Called before a host sees a request; what it raises befalls the worker."""
+    """Called before a handler gets a request; exceptions it raises end the worker."""
     meddle: Callable[[str, Request, bytes], bytes | str | None] = lambda name, request, answer: answer
-    """Of name, request and answer: the answer that arrives, a failure, or None for never."""
+    """Returns the reply to deliver, a failure code, or None for none."""
     asked: list[tuple[str, Request]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -81,15 +83,15 @@ class Direct:
         return next(node for node, other in self.registered.items() if other == name)
 
     def nodes(self) -> Mapping[int, str]:
-        return {node: name for node, name in self.registered.items() if name not in self.calendar.away}
+        return {node: name for node, name in self.registered.items() if name not in self.schedule.away}
 
-    def restart(self, name: str) -> Host:
-        """Another process with the same settings; the operating system has let go of the old one's lock."""
+    def restart(self, name: str) -> ClientHandler:
+        """Replace a handler by a new one with the same settings, as after a restart; the lock is released."""
         node = self.node(name)
         old = self.hosts[node]
-        if old.seat is not None:
-            old.seat.hold.close()
-        self.hosts[node] = Host(old.settings, old.listener)
+        if old.session is not None:
+            old.session.lock.close()
+        self.hosts[node] = ClientHandler(old.settings, old.listener)
         return self.hosts[node]
 
     def send(self, node: int, payload: bytes, round_: int, seconds: float) -> str:
@@ -110,19 +112,19 @@ class Direct:
 
 
 @dataclass
-class Town:
-    """A server and its clients, made from a config that could as well run in one process."""
+class DirectDeployment:
+    """A server and its clients, built from a config that could also run in one process."""
 
     folder: Path
     config: Any
-    link: Direct
+    link: DirectLink
 
     @property
     def server_folder(self) -> Path:
         return self.folder / "server-run"
 
     def client_folder(self, name: str) -> Path:
-        """What a client has on its disk: its own part of its own run folder, the newest where there are several."""
+        """The client's part of its newest run folder."""
         return max((self.folder / name).glob(f"*/clients/{name}"), key=lambda path: (len(str(path)), str(path)))
 
     def engine(self, run: str, listener: ProgressListener) -> Remote:
@@ -134,21 +136,21 @@ class Town:
             self.link, config.method, variants_of(config), self.server, run, tables, config.deployment, listener
         )
 
-    def run(self, resumed: bool = False, calendar: Calendar | None = None) -> dict[str, Any]:
-        config, self.link.calendar = self.config, calendar or Calendar()
+    def run(self, resumed: bool = False, schedule: ClientSchedule | None = None) -> dict[str, Any]:
+        config, self.link.schedule = self.config, schedule or ClientSchedule()
         run = RunFolder.open(self.server_folder).about["id"] if resumed else "a1b2"
-        engine = self.engine(run, self.link.calendar)
+        engine = self.engine(run, self.link.schedule)
         if resumed:
             folder = RunFolder.open(self.server_folder)
         else:
             folder = RunFolder.create(
                 self.server_folder, "", '{"clients": {}}', config.method_name, self.identity, "server", run
             )
-        return loop_of(config, engine, self.server, folder, self.link.calendar).run()
+        return loop_of(config, engine, self.server, folder, self.link.schedule).run()
 
 
-def town(config_file: Path, folder: Path, *overrides: str) -> Town:
-    """One host per source of a config; all sources must be whole clients."""
+def direct_deployment(config_file: Path, folder: Path, *overrides: str) -> DirectDeployment:
+    """One client handler per source of a config; every source must be a whole client."""
     tables = tomllib.loads(config_file.read_text())
     sources = [
         build(SourceSettings, {**source, "path": str(config_file.parent / source["path"])}, "source")
@@ -158,7 +160,7 @@ def town(config_file: Path, folder: Path, *overrides: str) -> Town:
     roster = f"deployment.clients={names}".replace("'", '"')
     config = load_config(config_file, [roster, "deployment.gathering=0", "deployment.patience=5", *overrides])
     hosts = {
-        10 + place: Host(
+        10 + place: ClientHandler(
             ClientSettings(
                 source,
                 folder=str(folder / source.name),
@@ -171,17 +173,17 @@ def town(config_file: Path, folder: Path, *overrides: str) -> Town:
         )
         for place, source in enumerate(sources)
     }
-    return Town(folder, config, Direct(hosts, {10 + place: name for place, name in enumerate(names)}))
+    return DirectDeployment(folder, config, DirectLink(hosts, {10 + place: name for place, name in enumerate(names)}))
 
 
-class Scripted(InProcess):
-    """All clients in one process, of whom some are away in some rounds, and some give no answer in some."""
+class ScheduledInProcess(InProcess):
+    """All clients in one process, with absences and lost replies by round."""
 
-    def expect(self, calendar: Calendar, lost: Mapping[int, Names]) -> None:
-        self.calendar, self.lost = calendar, lost
+    def expect(self, schedule: ClientSchedule, lost: Mapping[int, ClientNames]) -> None:
+        self.schedule, self.lost = schedule, lost
 
     def wait_for_clients(self) -> list[str]:
-        return [name for name in sorted(self.data) if name not in self.calendar.away]
+        return [name for name in sorted(self.data) if name not in self.schedule.away]
 
     def update(self, round_: int, messages: Mapping[str, bytes], exchange: int = 0) -> dict[str, UpdateResult]:
         return super().update(
@@ -189,18 +191,21 @@ class Scripted(InProcess):
         )
 
     def evaluate(self, round_: int, row: str, messages: Mapping[str, bytes | None]) -> dict[str, Scores]:
-        return super().evaluate(round_, row, {n: messages[n] for n in messages if n not in self.calendar.away})
+        return super().evaluate(round_, row, {n: messages[n] for n in messages if n not in self.schedule.away})
 
 
 def in_one_process(
-    config: Any, path: Path, away: Mapping[int, Names] | None = None, lost: Mapping[int, Names] | None = None
+    config: Any,
+    path: Path,
+    away: Mapping[int, ClientNames] | None = None,
+    lost: Mapping[int, ClientNames] | None = None,
 ) -> Path:
-    """The same run without a wire; returns its folder."""
-    config, calendar = resolved(config, path), Calendar(away)
+    """The same run in process; returns its folder."""
+    config, schedule = resolved(config, path), ClientSchedule(away)
     prepared = prepare(config)
     base = prepared.base
     folder = RunFolder.create(path, "", prepared.federation.manifest.to_json(), config.method_name, base.identity)
-    engine = Scripted(worker_of(config, Bank(base), folder), prepared.clients, calendar, 1)
-    engine.expect(calendar, lost or {})
-    loop_of(config, engine, server_of(config, base, engine.clients), folder, calendar).run()
+    engine = ScheduledInProcess(worker_of(config, Bank(base), folder), prepared.clients, schedule, 1)
+    engine.expect(schedule, lost or {})
+    loop_of(config, engine, server_of(config, base, engine.clients), folder, schedule).run()
     return path

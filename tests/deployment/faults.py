@@ -1,4 +1,4 @@
-"""A deployment of real processes on loopback, to be broken: servers, clients, a network that can be cut.
+"""A deployment of real processes on loopback for failure tests: servers, clients, a network that can be cut.
 
 Every process carries a mark in its environment, which its children inherit: so that all of them can be found, and
 ended, whatever has become of their parents.
@@ -33,14 +33,14 @@ from tests.conftest import heeding_interrupts, small
 
 MARK = "FEDAMOLE_TEST_MARK"
 FEDAMOLE = Path(sys.executable).parent / "fedamole"
-LIAR = Path(__file__).parent / "liar.py"
+LIAR = Path(__file__).parent / "dishonest_client.py"
 NAMES = ("chat", "entail", "mood")
 ENDLESS = 1000
-"""Rounds of a run that a test ends itself."""
+"""Number of rounds of a run that the test stops."""
 
 
 def marked(mark: str) -> list[psutil.Process]:
-    """Living processes that carry a mark."""
+    """Running processes with a mark."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -52,7 +52,7 @@ def marked(mark: str) -> list[psutil.Process]:
 
 
 def wait_until(true: Callable[[], Any], seconds: float, what: str, told: Callable[[], str] = str) -> Any:
-    """What a condition becomes; AssertionError where it does not come true in time, with what is told then."""
+    """Wait until a condition is true and return its value; AssertionError, with the text of `told`, after `seconds`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := true():
@@ -62,7 +62,7 @@ def wait_until(true: Callable[[], Any], seconds: float, what: str, told: Callabl
 
 
 class Command:
-    """A `fedamole` command that runs, with all that it has started."""
+    """A running `fedamole` command with all its child processes."""
 
     def __init__(self, words: Sequence[str], output: Path, mark: str, **env: str) -> None:
         self.mark, self.output = f"{mark}-{uuid.uuid4().hex[:6]}", output
@@ -78,40 +78,40 @@ class Command:
 
     @property
     def text(self) -> str:
-        """All it has written."""
+        """Its output."""
         return self.output.read_text(errors="replace")
 
     def part(self, sign: str) -> psutil.Process:
-        """The process among those of this command whose command line holds a sign."""
+        """The process of this command whose command line contains `sign`."""
         found = [one for one in self.alive() if sign in " ".join(_words(one))]
         assert found, f"{sign} does not run; there are {list(map(_words, self.alive()))}"
         return found[0]
 
     def alive(self) -> list[psutil.Process]:
-        """Its processes, itself and orphans among them."""
+        """Its processes, including itself and orphans."""
         return marked(self.mark)
 
     def says(self, text: str, seconds: float) -> None:
-        """Wait until it has written a text, which may have been wrapped."""
+        """Wait until its output contains a text, which may be wrapped."""
         wait_until(lambda: text in self.text, seconds, f"it writes {text!r}", lambda: self.text[-3000:])
 
     def interrupt(self, seconds: float = 30.0) -> int:
-        """Ctrl-C; return how it ended."""
+        """Send Ctrl-C; return the exit code."""
         self.process.send_signal(signal.SIGINT)
         return self.ended(seconds)
 
     def ended(self, seconds: float) -> int:
-        """Wait for its end; return how it ended."""
+        """Wait for its end; return the exit code."""
         wait_until(lambda: self.process.poll() is not None, seconds, "ended", lambda: self.text[-3000:])
         assert self.process.returncode is not None
         return self.process.returncode
 
     def gone(self, seconds: float = 10.0) -> None:
-        """Make sure that it has left no process behind."""
+        """Assert that no process is left."""
         wait_until(lambda: not self.alive(), seconds, "gone", lambda: str([_words(one) for one in self.alive()]))
 
     def kill_all(self) -> None:
-        """SIGKILL for it and everything it has started, at once."""
+        """Kill it and all its child processes at once."""
         found = self.alive()
         for process in found:
             process.suspend()  # none sees another one's end
@@ -139,7 +139,7 @@ def killed(process: psutil.Process) -> None:
 
 
 def working(process: psutil.Process, seconds: float = 30.0) -> None:
-    """Wait until a process has used half a second of a processor since now: it is at work."""
+    """Wait until a process has used half a second of CPU time from now on."""
     before = sum(process.cpu_times()[:2])
     wait_until(lambda: sum(process.cpu_times()[:2]) > before + 0.5, seconds, "the process is at work")
 
@@ -186,7 +186,7 @@ class Proxy:
 
     @contextmanager
     def cut(self) -> Iterator[None]:
-        """No byte passes meanwhile; those on their way pass afterwards."""
+        """Hold all bytes during the block, and deliver them afterwards."""
         self.open.clear()
         try:
             yield
@@ -248,7 +248,7 @@ class Site:
         folder: str = "",
         lies: bool = False,
     ) -> Command:
-        """`fedamole client`; one that lies does what `self.lie(name, kind)` says."""
+        """`fedamole client`; a dishonest one behaves as set by `self.lie(name, kind)`."""
         door = ["--insecure"] if self.certs is None else ["--certs", str(certs or self.certs / "clients" / name)]
         host = "localhost" if self.certs else LOOPBACK
         place = folder or f"c-{name}"
@@ -282,7 +282,7 @@ class Site:
         )
 
     def lie(self, name: str, kind: str) -> None:
-        """Say what a lying client does from its next update on."""
+        """Set how a dishonest client behaves from its next request on."""
         file = self.folder / f"{name}.lie"
         file.with_suffix(".new").write_text(kind)
         file.with_suffix(".new").rename(file)
@@ -328,7 +328,7 @@ class Site:
         return dict(wait_until(found, seconds, f"{name} fails", self.told)[0])
 
     def log(self) -> str:
-        """What the run's process has written, as one line."""
+        """The log of the run's process as one line."""
         path = self.run / "server" / "run.log"
         return " ".join(path.read_text(errors="replace").split()) if path.exists() else ""
 
@@ -338,12 +338,12 @@ class Site:
         return [line for line in lines if fields.items() <= line.items()]
 
     def told(self) -> str:
-        """The last of what everybody said, for a person who reads a failure."""
+        """The end of every log, for a failure message."""
         texts = [f"--- {one.output.name}: {one.text[-1500:]}" for one in self.commands]
         return "\n".join([*texts, f"--- run.log: {self.log()[-1500:]}"])
 
     def close(self) -> None:
-        """End whatever is left."""
+        """Kill all remaining processes."""
         for proxy in self.proxies:
             proxy.close()
         for process in marked(self.mark):
@@ -358,7 +358,7 @@ class Site:
 
 @contextmanager
 def site(folder: Path, tiny: Path, *overrides: str, secure: bool = False) -> Iterator[Site]:
-    """A site that is cleared away in any case."""
+    """A site that is always cleaned up."""
     made = Site(folder, tiny, *overrides, secure=secure)
     try:
         yield made

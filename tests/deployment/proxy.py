@@ -1,4 +1,4 @@
-"""A small HTTP proxy on loopback that knows CONNECT and Basic authentication, and a gateway's stand-in behind it."""
+"""A small HTTP proxy on loopback with CONNECT and Basic authentication, and a fake gateway behind it."""
 
 import base64
 import socket
@@ -12,7 +12,7 @@ HEALTHY = b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\nConnection: close\r\n\r\n{"
 
 
 class Listener:
-    """Accepts connections on a free loopback port, each served in a thread of its own."""
+    """Accepts connections on a free loopback port, each served in its own thread."""
 
     def __init__(self) -> None:
         self.place = socket.create_server(("127.0.0.1", 0))

@@ -25,18 +25,18 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedamole.deployment.flower.content import sealed
+from fedamole.deployment.flower.content import to_array_record
 from fedamole.deployment.flower.control import _Token
 from fedamole.deployment.flower.fleet import _BoundedClient
 from fedamole.deployment.security.certificates import make_certificates
 from fedamole.deployment.security.keys import load_private
-from fedamole.deployment.security.orders import signed
-from fedamole.deployment.security.tls import trusting
+from fedamole.deployment.security.orders import sign_order
+from fedamole.deployment.security.tls import client_context
 from tests.deployment.faults import FEDAMOLE, NAMES, Command, Site, site, wait_until
 
 STARTING, ROUND = 300.0, 120.0
 AGENT = '''
-"""Foreign code: it leaves a mark, and must never run."""
+"""Foreign code that creates a file; it must never run."""
 import os
 from pathlib import Path
 from flwr.agentapp import AgentApp
@@ -109,7 +109,7 @@ def node_of(there: Site, name: str) -> int:
 
 
 def goes_on(there: Site, names: tuple[str, ...] = NAMES) -> None:
-    """Make sure that all train in a round from now on."""
+    """Wait for a round in which all train."""
     now = time.time()
     for name in names:
         there.trained(name, ROUND, since=now)
@@ -127,7 +127,7 @@ def agent_app(folder: Path) -> StartRunRequest:
 
 def test_another_account_of_the_coordinators_machine_gets_nothing(attacked: Site, tmp_path: Path) -> None:
     inside = attacked.run / "server" / "loopback" / "loopback.crt"
-    control = ControlHttpClient(f"https://127.0.0.1:{superlink_port(attacked)}", verify=trusting(inside))
+    control = ControlHttpClient(f"https://127.0.0.1:{superlink_port(attacked)}", verify=client_context(inside))
     for call, request in (
         (control.StartRun, agent_app(tmp_path / "app")),
         (control.ListNodes, ListNodesRequest()),
@@ -139,7 +139,7 @@ def test_another_account_of_the_coordinators_machine_gets_nothing(attacked: Site
     certs = attacked.certs
     assert certs is not None
     key = load_private(certs / "clients" / "chat" / "node.key")
-    fleet = _BoundedClient(f"https://127.0.0.1:{superlink_port(attacked)}", trusting(inside), key)
+    fleet = _BoundedClient(f"https://127.0.0.1:{superlink_port(attacked)}", client_context(inside), key)
     with pytest.raises(httpx.HTTPStatusError) as error:
         fleet.PullMessages(PullMessagesRequest(node=Node(node_id=node_of(attacked, "chat"))))
     assert error.value.response.status_code == 401, "not even with a registered key, past the gateway"
@@ -166,7 +166,7 @@ def test_not_even_the_coordinator_runs_another_app(attacked: Site, tmp_path: Pat
     token = (attacked.run / "server" / "tokens" / "control").read_text()
     inside = attacked.run / "server" / "loopback" / "loopback.crt"
     control = ControlHttpClient(
-        f"https://127.0.0.1:{superlink_port(attacked)}", verify=trusting(inside), interceptors=[_Token(token)]
+        f"https://127.0.0.1:{superlink_port(attacked)}", verify=client_context(inside), interceptors=[_Token(token)]
     )
     assert control.StartRun(agent_app(tmp_path / "app")).HasField("run_id")
     log = attacked.run / "server" / "serverapp.log"
@@ -177,7 +177,7 @@ def test_not_even_the_coordinator_runs_another_app(attacked: Site, tmp_path: Pat
 
 
 def test_one_client_gives_no_orders_to_another(attacked: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """North knows south's node id and how an order looks; the gateway refuses what is not an answer of its own."""
+    """North knows south's node id and the format of an order; the gateway refuses all but north's own replies."""
     certs = attacked.certs
     assert certs is not None
     key, me, other = (
@@ -187,13 +187,15 @@ def test_one_client_gives_no_orders_to_another(attacked: Site, monkeypatch: pyte
     )
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
-    ca = trusting(certs / "ca.crt")
+    ca = client_context(certs / "ca.crt")
     gateway = _BoundedClient(f"https://localhost:{attacked.port}", ca, key)
-    order = signed(key, "entail", time.time_ns(), b"undo everything")
+    order = sign_order(key, "entail", time.time_ns(), b"undo everything")
     told = len(command_of(attacked, "entail").text)
 
     def pushed(source: int, target: int, reply_to: str) -> int:
-        message = Message(RecordDict({"request": sealed(order)}), dst_node_id=target, message_type="query", ttl=300.0)
+        message = Message(
+            RecordDict({"request": to_array_record(order)}), dst_node_id=target, message_type="query", ttl=300.0
+        )
         message.metadata.__dict__.update(_src_node_id=source, _message_id=uuid.uuid4().hex * 2)
         message.metadata.__dict__["_reply_to_message_id"] = reply_to
         proto = message_to_proto(remove_content_from_message(message))
@@ -217,7 +219,7 @@ def test_one_client_gives_no_orders_to_another(attacked: Site, monkeypatch: pyte
 
 
 def test_a_removed_key_is_refused_at_once_and_the_others_go_on(attacked: Site) -> None:
-    """The last test of this run: mood is out, and does not come back with its old key."""
+    """The last test of this run: mood is removed, and cannot return with its old key."""
     assert attacked.certs is not None
     found = subprocess.run(
         [str(FEDAMOLE), "clients", "remove", "mood", "--certs", str(attacked.certs)],

@@ -1,4 +1,4 @@
-"""The client's audit log: everything that comes and goes, chained, and written before a reply leaves."""
+"""The client's audit log: all messages, in a chain of hashes, written before a reply is sent."""
 
 import contextlib
 import hashlib
@@ -18,21 +18,21 @@ from typer.testing import CliRunner
 from fedamole.cli.main import app
 from fedamole.data.settings import SourceSettings
 from fedamole.deployment import warm_worker
-from fedamole.deployment.client_handler import Host
+from fedamole.deployment.client_handler import ClientHandler
 from fedamole.deployment.run_session import ClientSettings
-from fedamole.deployment.security.audit_log import FIRST, AuditError, AuditLog, read_audit
+from fedamole.deployment.security.audit_log import FIRST_HASH, AuditError, AuditLog, read_audit
 from fedamole.deployment.security.policy import UNBOUNDED, PolicySettings
 from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, failure, unpacked
 from fedamole.errors import RunError
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import bytes_as_tensor, pack, tensor_as_bytes
-from tests.deployment.test_host import RUN_ID, ByHand
+from tests.deployment.test_client_handler import RUN_ID, ManualServer
 
 
-def host_of(tiny: Path, folder: Path, **settings: Any) -> Host:
+def host_of(tiny: Path, folder: Path, **settings: Any) -> ClientHandler:
     source = SourceSettings("entail", path=str(tiny / "entail.jsonl"), template="entail")
     own = {"base": str(tiny / "base"), "device": "cpu", "threads": 1, "policy": UNBOUNDED, **settings}
-    return Host(
+    return ClientHandler(
         ClientSettings(source, folder=str(folder), audit=str(folder / ".client-entail/audit.jsonl"), **own),
         ProgressListener(),
     )
@@ -46,7 +46,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def logged(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes], list[bytes]]:
     """A folder with the log of a short run of FedAMoLE; the requests and the answers."""
     folder = tmp_path_factory.mktemp("logged")
-    server = ByHand(tiny / "config.toml", "fedamole", "method.experts=4", "method.expert_choices=1", "method.top_k=1")
+    server = ManualServer(
+        tiny / "config.toml", "fedamole", "method.experts=4", "method.expert_choices=1", "method.top_k=1"
+    )
     host = host_of(tiny, folder)
     requests = [
         pack(server.join()),
@@ -112,16 +114,16 @@ def test_nothing_of_the_data_is_in_the_log(logged: Any, tiny: Path) -> None:
 
 
 def test_a_refusal_is_logged_with_its_reason(tiny: Path, tmp_path: Path) -> None:
-    server, host = ByHand(tiny / "config.toml", "fedit"), host_of(tiny, tmp_path, policy=PolicySettings())
+    server, host = ManualServer(tiny / "config.toml", "fedit"), host_of(tiny, tmp_path, policy=PolicySettings())
     assert unpacked(Reply, host.answer(pack(server.join()))).failed == "policy"
     line = lines(tmp_path / ".client-entail/audit.jsonl")[-1]
     assert line["failed"] == "policy"
-    assert "steps of a round: asked 1, allowed at least 5 (min_steps)" in line["reason"]
+    assert "steps of a round: requested 1, allowed at least 5 (min_steps)" in line["reason"]
     assert "scores" not in line
 
 
 def test_an_answer_repeated_from_disk_is_logged_again(tiny: Path, tmp_path: Path) -> None:
-    server, host = ByHand(tiny / "config.toml", "fedit"), host_of(tiny, tmp_path)
+    server, host = ManualServer(tiny / "config.toml", "fedit"), host_of(tiny, tmp_path)
     for _ in range(2):
         host.answer(pack(server.join()))
         host.answer(pack(server.update(0, -1)))
@@ -151,7 +153,7 @@ def test_a_whole_log_is_chained(tmp_path: Path) -> None:
     some(path, 2)  # another process goes on
     raw = path.read_bytes().splitlines()
     assert [json.loads(line)["previous"] for line in raw] == [
-        FIRST,
+        FIRST_HASH,
         *(hashlib.sha256(line).hexdigest() for line in raw[:-1]),
     ]
     found = read_audit(path)
@@ -177,7 +179,7 @@ def test_a_change_is_noticed(change: str, tmp_path: Path) -> None:
     assert read_audit(path).faults
     result = CliRunner().invoke(app, ["audit-log", str(path)])
     assert isinstance(result.exception, RunError)
-    assert "NOT WHOLE: line" in result.output
+    assert "NOT INTACT: line" in result.output
 
 
 def test_a_line_torn_by_a_crash_is_told_and_the_chain_goes_on(tmp_path: Path) -> None:
@@ -185,7 +187,7 @@ def test_a_line_torn_by_a_crash_is_told_and_the_chain_goes_on(tmp_path: Path) ->
     some(path, 2)
     os.truncate(path, path.stat().st_size - 9)
     some(path, 2)
-    assert read_audit(path).faults == ("line 2 is damaged, as a crash or a full disk leaves it",)
+    assert read_audit(path).faults == ("line 2 is damaged, as after a crash or a full disk",)
     assert read_audit(path).lines == 4
 
 
@@ -209,8 +211,8 @@ def test_a_record_that_cannot_be_read_is_logged_as_such(message: bytes, tmp_path
 
 
 def test_what_cannot_be_logged_is_not_answered(tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """Neither done where its coming cannot be logged, nor answered where its answer cannot."""
-    server, host = ByHand(tiny / "config.toml", "fedit"), host_of(tiny, tmp_path)
+    """A request that cannot be logged is not carried out, and a reply that cannot be logged is not sent."""
+    server, host = ManualServer(tiny / "config.toml", "fedit"), host_of(tiny, tmp_path)
     host.answer(pack(server.join()))
     path, written, room = tmp_path / ".client-entail/audit.jsonl", os.fsync, 0
 
@@ -223,22 +225,22 @@ def test_what_cannot_be_logged_is_not_answered(tiny: Path, tmp_path: Path, monke
         written(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    assert host.seat is not None
+    assert host.session is not None
     for lines_that_fit, done in ((0, False), (1, True)):
         room = lines_that_fit
-        with pytest.raises(AuditError, match=r"No space left on device.*nothing is answered"):
+        with pytest.raises(AuditError, match=r"No space left on device.*no reply is sent"):
             host.answer(pack(server.update(0, -1)))
-        assert host.seat.answer_path(0).exists() == done, "the second time it was trained, and is not answered"
+        assert host.session.answer_path(0).exists() == done, "the second time it was trained, and is not answered"
     monkeypatch.undo()
     assert unpacked(Reply, host.answer(pack(server.update(0, -1)))).failed is None
 
 
 class Enough(BaseException):
-    """Ends a worker."""
+    """Stops a worker."""
 
 
 def test_the_worker_hangs_up_where_it_cannot_log(tmp_path: Path) -> None:
-    """A caller gets no bytes at all; the next one is served."""
+    """The caller gets no bytes; the next one is served."""
 
     class Answers:
         calls = 0
@@ -293,10 +295,10 @@ def test_the_command_shows_what_left_in_totals_and_by_round(logged: Any) -> None
         assert sum(one["bytes"] for one in found["sent"]) == sum(map(len, logged[2]))
         assert found["came"] == 5
     text = CliRunner().invoke(app, ["audit-log", str(folder)]).output
-    assert "before the first" in text
-    assert "in all" in text
+    assert "before round 1" in text
+    assert "total" in text
     assert str(sum(map(len, logged[2]))) in text
-    assert "the log is whole" in text
+    assert "the log is intact" in text
     assert hashlib.sha256(path.read_bytes().splitlines()[-1]).hexdigest() in text.replace("\n", "")
 
 

@@ -23,7 +23,7 @@ from tests.test_docs import blocks
 def fedamole(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Iterator[Callable[..., tuple[int, str]]]:
-    """Call the command in this process, in an empty folder; its exit code, and all that it said."""
+    """Call the command in this process, in an empty folder; returns its exit code and output."""
     before = os.umask(0o022)  # the commands set their own, which the tests after these must not keep
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
@@ -89,14 +89,14 @@ def test_an_older_folder_is_given_an_order_key(fedamole: Any, tmp_path: Path) ->
     assert "does not belong to coordinator.pub" in fault.text
     (certs / "coordinator.key").unlink()
     code, said = fedamole("certs")
-    assert (code, "coordinator.pub is there without coordinator.key" in said) == (2, True)
+    assert (code, "coordinator.pub exists without coordinator.key" in said) == (2, True)
 
 
 def test_a_key_made_by_the_coordinator_is_known_to_it_and_that_is_said(fedamole: Any) -> None:
     code, said = fedamole("certs", "--client", "bank")
     assert code == 0
-    assert "You know the private key of bank" in said
-    assert "Safer: --own" in said
+    assert "contains the private key of bank" in said
+    assert "--own is safer" in said
     _, told = fedamole("certs", "--help")
     told = " ".join(re.sub(r"[^\w.,\-']+", " ", told).split())
     assert "With --client the coordinator makes and knows the client's private key" in told
@@ -106,11 +106,11 @@ def test_a_key_made_by_the_coordinator_is_known_to_it_and_that_is_said(fedamole:
 def test_the_own_ca_of_an_organisation(fedamole: Any, tmp_path: Path) -> None:
     code, said = fedamole("certs", "--request", "--host", "fl.example.org")
     assert code == 0
-    assert "Have your CA sign certs/server.csr" in said
+    assert "Ask your CA to sign certs/server.csr" in said
     assert "fedamole certs --folder certs --install SIGNED.crt --ca CA.crt" in said
     assert not list((tmp_path / "certs").glob("ca.*"))
     code, said = fedamole("certs", "--client", "bank")
-    assert (code, "waits for a certificate of the organisation's CA" in said) == (2, True)
+    assert (code, "waits for a certificate from the organisation's CA" in said) == (2, True)
     for words in (
         [
             "req",
@@ -151,7 +151,7 @@ def test_the_own_ca_of_an_organisation(fedamole: Any, tmp_path: Path) -> None:
     assert (code, "not for other.example.org" in said) == (2, True)
     code, said = fedamole("certs", "--install", "signed.crt", "--ca", "org-ca.crt")
     assert code == 0
-    assert "need not be restarted" in said
+    assert "without a restart" in said
     assert inspect_server(tmp_path / "certs", "fl.example.org") == []
 
 
@@ -164,12 +164,12 @@ def test_options_that_exclude_each_other(fedamole: Any, tmp_path: Path) -> None:
         ["--install", "x", "--ca", "y", "--request"],
     ):
         code, said = fedamole("certs", *words)
-        assert (code, "give one of these at a time" in said) == (2, True), words
+        assert (code, "give only one of these" in said) == (2, True), words
     for words in (["--install", "x"], ["--ca", "x"]):
         code, said = fedamole("certs", *words)
-        assert (code, "belong together" in said) == (2, True), words
+        assert (code, "must be given together" in said) == (2, True), words
     code, said = fedamole("certs", "--passphrase")
-    assert (code, "there is none: give --passphrase-file" in said) == (2, True)
+    assert (code, "needs a terminal: give --passphrase-file" in said) == (2, True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -178,7 +178,7 @@ def test_renewing_says_that_nothing_is_restarted(fedamole: Any, tmp_path: Path) 
     key = (tmp_path / "certs" / "server.key").read_bytes()
     code, said = fedamole("certs", "--renew", "--host", "fl.example.org", "--host", "new.example.org", "--days", "90")
     assert code == 0
-    assert "need not be restarted" in said
+    assert "without a restart" in said
     assert "written  certs/server.crt.old" in said
     assert (tmp_path / "certs" / "server.key").read_bytes() == key
     assert inspect_server(tmp_path / "certs", "new.example.org") == []
@@ -195,10 +195,10 @@ def test_a_passphrase_from_a_file(fedamole: Any, tmp_path: Path, monkeypatch: py
     word.chmod(0o600)
     code, said = fedamole("certs", "--passphrase-file", word)
     assert code == 0
-    assert "written  certs/ca.key (locked by a passphrase)" in said
+    assert "written  certs/ca.key (encrypted)" in said
     assert "written  certs/server.key\n" in said
     code, said = fedamole("certs", "--renew")
-    assert (code, "ca.key: is locked by a passphrase: give --passphrase-file or set FEDAMOLE" in said) == (2, True)
+    assert (code, "ca.key: is encrypted: give --passphrase-file or set FEDAMOLE" in said) == (2, True)
     monkeypatch.setenv(PASSPHRASE, "six words that nobody would guess")
     assert fedamole("certs", "--renew")[0] == 0
     monkeypatch.setenv(PASSPHRASE, "six words that are wrong")
@@ -247,7 +247,7 @@ def test_clients_are_extended_removed_and_replaced(fedamole: Any, tmp_path: Path
     assert f"valid until {day(30)}" in said
     assert "refuses the old key at once" in said
     code, said = fedamole("clients", "replace", "bank", "new/node.csr")
-    assert (code, "is the key that 'bank' has already" in said) == (2, True)
+    assert (code, "'bank' already has this key" in said) == (2, True)
     code, said = fedamole("clients", "remove", "bank", "--certs", "certs")
     assert code == 0
     assert "A running server refuses this key at once" in said
@@ -264,7 +264,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "certificates.md"
 def test_the_steps_of_the_page_work_as_they_stand(
     fedamole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Coordinator and client have a folder each; after each block the public files are sent as the page says."""
+    """Coordinator and client have separate folders; after each block the public files are sent as on the page."""
     coordinator, client = tmp_path / "coordinator", tmp_path / "client"
     for place in (coordinator, client):
         place.mkdir()

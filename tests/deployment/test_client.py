@@ -1,4 +1,4 @@
-"""`fedamole client`: what keeps it from connecting, what it obeys, and what it leaves behind."""
+"""`fedamole client`: connection failures, accepted orders, and clean-up."""
 
 import json
 import os
@@ -16,11 +16,11 @@ import httpx
 import pytest
 
 from fedamole.deployment import client_processes as client
-from fedamole.deployment.client_processes import Client, Connection, rendezvous
+from fedamole.deployment.client_processes import ClientProcesses, ServerConnection, socket_folder
 from fedamole.deployment.flower.fleet import FleetError, Incoming
 from fedamole.deployment.security.certificates import make_certificates
 from fedamole.deployment.security.keys import load_private, new_key
-from fedamole.deployment.security.orders import signed
+from fedamole.deployment.security.orders import sign_order
 from fedamole.errors import ConfigError, RunError
 
 
@@ -35,7 +35,7 @@ def test_what_a_killed_client_left_behind_is_removed_by_the_next(
     (tmp_path / "fedamole-²-x").symlink_to("/")  # what another account may put there
     (tmp_path / f"fedamole-{ended.pid}-link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").mkdir()
-    made = rendezvous()
+    made = socket_folder()
     left = {path.name for path in tmp_path.iterdir()}
     foreign = {"fedamole-²-x", f"fedamole-{ended.pid}-link", "elsewhere"}
     assert left == {f"fedamole-{os.getpid()}-mine", "fedamole-notes-x", made.name, *foreign}
@@ -43,13 +43,13 @@ def test_what_a_killed_client_left_behind_is_removed_by_the_next(
 
 
 class Script:
-    """Stands for the connection: what becomes of each attempt, one after the other, the last for ever."""
+    """A fake connection: the outcome of each attempt, in order; the last is repeated."""
 
     def __init__(self, *attempts: Any) -> None:
         self.attempts, self.made, self.stop = list(attempts), 0, threading.Event()
         self.queue: list[Incoming] = []
         self.replies: list[bytes | None] = []
-        self.node, self.troubled = 7, ""
+        self.node, self.call_failure = 7, ""
 
     def __call__(self, server: str, ca: Any, key: Any, stop: threading.Event) -> "Script":
         return self
@@ -76,19 +76,19 @@ class Script:
         self.replies.append(payload)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """There is nothing to close."""
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "AGAIN", 0.05)
-    monkeypatch.setattr(client, "READY", 0.0)
-    monkeypatch.setattr(client, "SOONEST", 0.01)
-    monkeypatch.setattr(client, "STALE", 0.5)
+    monkeypatch.setattr(client, "RESTART_S", 0.05)
+    monkeypatch.setattr(client, "WORKER_START_S", 0.0)
+    monkeypatch.setattr(client, "MIN_POLL_S", 0.01)
+    monkeypatch.setattr(client, "STALE_CONNECTION_S", 0.5)
 
 
 def tried(script: Script, folder: Path, monkeypatch: pytest.MonkeyPatch, until: str) -> list[str]:
-    """What a client says until it has said a thing, or fails; its worker sleeps."""
+    """The lines a client prints until a given one, or until it fails; its worker sleeps."""
     monkeypatch.setattr(client, "Fleet", script)
     said: list[str] = []
 
@@ -97,13 +97,13 @@ def tried(script: Script, folder: Path, monkeypatch: pytest.MonkeyPatch, until: 
         if until in text:
             os.kill(os.getpid(), signal.SIGINT)
 
-    made = Client(Connection("127.0.0.1:1", None, insecure=True), "north", {}, folder, say)
-    made.worker.words = ["sleep", "60"]
+    made = ClientProcesses(ServerConnection("127.0.0.1:1", None, insecure=True), "north", {}, folder, say)
+    made.worker.arguments = ["sleep", "60"]
     try:
         made.run()
     finally:
         assert not made.worker.running
-        assert not made.rendezvous.exists()
+        assert not made.socket_folder.exists()
     return said
 
 
@@ -112,7 +112,7 @@ BUSY = FleetError("busy", "x")
 
 @pytest.mark.usefixtures("quick")
 def test_a_client_that_was_taken_once_is_given_any_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "STALE", 60.0)
+    monkeypatch.setattr(client, "STALE_CONNECTION_S", 60.0)
     script = Script(BUSY, "lost", *[BUSY] * 30, "fine")
     said: list[str] = []
     monkeypatch.setattr(client, "Fleet", script)
@@ -122,14 +122,14 @@ def test_a_client_that_was_taken_once_is_given_any_patience(tmp_path: Path, monk
         if said.count("connected") == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    made = Client(Connection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, say)
-    made.worker.words = ["sleep", "60"]
+    made = ClientProcesses(ServerConnection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, say)
+    made.worker.arguments = ["sleep", "60"]
     made.run()
     assert [text.split(":")[0] for text in said] == [
         "connecting to 127.0.0.1",
-        "the server does not take this key now",
+        "the server does not accept this key now",
         "connected",
-        "the server does not take this key now",
+        "the server does not accept this key now",
         "connected",
         "stopping",
     ]
@@ -142,13 +142,13 @@ def test_a_client_that_was_taken_once_is_given_any_patience(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (FleetError("certificate", "x"), "does not come from the CA"),
+        (FleetError("certificate", "x"), "was not issued by the CA"),
         (FleetError("tls", "x"), "no TLS 1.3 with this server"),
         (FleetError("key", "expired-key"), "this key has expired"),
         (FleetError("key", "unknown-key"), "does not know this key, or has removed it"),
         (FleetError("proxy", "407"), "407"),
-        (BUSY, "does not take this key now"),
-        (FleetError("refused", "status 404"), "is it a server of fedamole?"),
+        (BUSY, "does not accept this key now"),
+        (FleetError("refused", "status 404"), "check that it is a server of fedamole"),
     ],
 )
 def test_a_client_that_will_never_be_taken_ends_with_the_reason(
@@ -162,14 +162,12 @@ def test_a_client_that_will_never_be_taken_ends_with_the_reason(
 def test_a_server_that_is_away_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = Script(*[httpx.ConnectError("x")] * 30, "fine")
     said = tried(script, tmp_path, monkeypatch, "connected")
-    assert [text for text in said if "cannot be reached" in text] == [
-        "127.0.0.1:1 cannot be reached (ConnectError); trying again"
-    ]
+    assert [text for text in said if "cannot reach" in text] == ["cannot reach 127.0.0.1:1 (ConnectError); retrying"]
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_client_that_is_not_asked_for_long_connects_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "QUIET", 0.2)
+    monkeypatch.setattr(client, "IDLE_RECONNECT_S", 0.2)
     script = Script("fine")
     said = tried(script, tmp_path, monkeypatch, "no order for")
     assert "connected" in said
@@ -186,7 +184,7 @@ def test_two_clients_of_one_name_and_folder_are_one_too_many(tmp_path: Path, mon
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"
     try:
-        with pytest.raises(RunError, match=r"another client runs as north in .*: stop that one first"):
+        with pytest.raises(RunError, match=r"another client named north is running in .*: stop it first"):
             tried(Script("fine"), tmp_path, monkeypatch, "connected")
     finally:
         holder.kill()
@@ -194,10 +192,10 @@ def test_two_clients_of_one_name_and_folder_are_one_too_many(tmp_path: Path, mon
 
 
 def test_a_client_obeys_its_coordinator_alone_and_each_order_once(tmp_path: Path) -> None:
-    """The worker here is an echo; what reaches it is what was obeyed."""
+    """The worker is an echo; it receives only accepted orders."""
     make_certificates(tmp_path / "certs", ["localhost"], ["north", "south"])
     certs, said = tmp_path / "certs" / "clients" / "north", list[str]()
-    made = Client(Connection("localhost:1", certs), "north", {}, tmp_path / "home", said.append)
+    made = ClientProcesses(ServerConnection("localhost:1", certs), "north", {}, tmp_path / "home", said.append)
     coordinator = load_private(tmp_path / "certs" / "coordinator.key")
     reached: list[bytes] = []
 
@@ -213,43 +211,45 @@ def test_a_client_obeys_its_coordinator_alone_and_each_order_once(tmp_path: Path
     while not Path(made.socket).exists():
         time.sleep(0.01)
     script = Script("fine")
-    good, later = signed(coordinator, "north", 5, b"train"), signed(coordinator, "north", 6, b"test")
+    good, later = sign_order(coordinator, "north", 5, b"train"), sign_order(coordinator, "north", 6, b"test")
     orders = [
         good,
         good,
-        signed(coordinator, "north", 4, b"old"),
-        signed(coordinator, "south", 9, b"south's"),
-        signed(new_key(), "north", 9, b"forged"),
-        signed(None, "north", 9, b"unsigned"),
-        signed(load_private(certs / "node.key"), "north", 9, b"by a client"),
+        sign_order(coordinator, "north", 4, b"old"),
+        sign_order(coordinator, "south", 9, b"south's"),
+        sign_order(new_key(), "north", 9, b"forged"),
+        sign_order(None, "north", 9, b"unsigned"),
+        sign_order(load_private(certs / "node.key"), "north", 9, b"by a client"),
         b"go",
         later,
     ]
     for order in orders:
-        made._carry_out(script, Incoming(None, order))  # type: ignore[arg-type]
+        made._handle_order(script, Incoming(None, order))  # type: ignore[arg-type]
     worker.join(10)
     assert reached == [b"train", b"test"]
     assert script.replies == [b"done", b"done"], "what is no order gets no answer"
-    assert [text.split(":")[1] for text in said] == [" it was taken before, or is older than one that was"] * 2 + [
+    assert [text.split(":")[1] for text in said] == [" it was accepted before, or is older than one that was"] * 2 + [
         " it is signed for another client"
-    ] + [" its signature is not that of the coordinator whose coordinator.pub is here"] * 3 + [" it is no signed order"]
+    ] + [" its signature does not match the coordinator.pub of this client"] * 3 + [" it is not a signed order"]
 
 
 def test_a_worker_that_is_not_there_is_an_answer(tmp_path: Path) -> None:
-    made = Client(Connection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, print)
+    made = ClientProcesses(ServerConnection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, print)
     script = Script("fine")
-    made._carry_out(script, Incoming(None, signed(None, "", 1, b"x")))  # type: ignore[arg-type]
+    made._handle_order(script, Incoming(None, sign_order(None, "", 1, b"x")))  # type: ignore[arg-type]
     assert script.replies == [None]
 
 
 def test_a_full_disk_is_an_answer_and_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = list[str]()
-    made = Client(Connection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, said.append)
-    monkeypatch.setattr(made.taken, "take", lambda order: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    made = ClientProcesses(ServerConnection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, said.append)
+    monkeypatch.setattr(
+        made.order_counter, "accept", lambda order: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     script = Script("fine")
-    made._carry_out(script, Incoming(None, signed(None, "", 1, b"x")))  # type: ignore[arg-type]
+    made._handle_order(script, Incoming(None, sign_order(None, "", 1, b"x")))  # type: ignore[arg-type]
     assert script.replies == [None]
-    assert said == [f"an order is not carried out, as {tmp_path} cannot be written (No space left on device)"]
+    assert said == [f"an order was not carried out, because {tmp_path} cannot be written (No space left on device)"]
 
 
 @pytest.mark.parametrize("left", ["ca.crt", "coordinator.pub", "node.key"])
@@ -257,4 +257,4 @@ def test_a_folder_without_one_of_its_files_is_told(left: str, tmp_path: Path) ->
     for name in {"ca.crt", "coordinator.pub", "node.key"} - {left}:
         (tmp_path / name).touch()
     with pytest.raises(ConfigError, match=f"{left} is missing"):
-        Connection("localhost:1", tmp_path)
+        ServerConnection("localhost:1", tmp_path)

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from fedamole.deployment import connection_check as reach
-from fedamole.deployment import doctor
+from fedamole.deployment import connection_check, doctor
 from fedamole.deployment.doctor import Finding, examine_client, examine_server
 from fedamole.deployment.security import dates
 from fedamole.deployment.security.certificates import make_certificates
@@ -98,7 +97,7 @@ def only(what: str, findings: list[Finding]) -> Finding:
 
 
 def asked(server: str, certs: Path | None) -> Finding:
-    """What a client finds out about its server."""
+    """The finding about the server at a client."""
     finding = only("server", list(doctor.server_answers(server, certs)))
     assert (finding.state == "ok") == (finding.remedy == "")
     return finding
@@ -154,7 +153,7 @@ def test_nothing_listens(certs: Path) -> None:
 
 def test_no_answer_to_the_first_packet(certs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A listener whose queue is full drops packets as a firewall does."""
-    monkeypatch.setattr(reach, "PATIENCE", 0.4)
+    monkeypatch.setattr(connection_check, "TIMEOUT_S", 0.4)
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         place.listen(0)
@@ -202,8 +201,8 @@ def test_dates(certs: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch, days:
 def test_a_port_that_speaks_no_tls(certs: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     finding = asked(f"127.0.0.1:{serve(None, b'HTTP/1.1 400 Bad Request')}", certs)
     assert "TLS fails" in finding.text
-    assert "speaks no TLS" in finding.remedy
-    monkeypatch.setattr(reach, "PATIENCE", 0.3)
+    assert "does not support TLS" in finding.remedy
+    monkeypatch.setattr(connection_check, "TIMEOUT_S", 0.3)
     assert "no TLS answer" in asked(f"127.0.0.1:{serve(None)}", certs).text
 
 
@@ -238,12 +237,12 @@ def test_a_name_without_address(certs: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
-        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", "not the expected one (404)"),
-        (HEALTHY.replace(b"200 OK", b"503 Down"), "cannot serve now (503)"),
-        (HEALTHY.replace(b'"ok"', b'"no"'), "not the expected one (200)"),
-        (HEALTHY.replace(b"15", b"99999") + b" " * 99984, "not the expected one (200)"),
-        (HEALTHY.replace(b'{"status":"ok"}', b'["status","ok"]'), "not the expected one (200)"),
-        (HEALTHY.replace(b"15", b"4000").replace(b'{"status":"ok"}', b"[" * 4000), "not the expected one (200)"),
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", "is unexpected (404)"),
+        (HEALTHY.replace(b"200 OK", b"503 Down"), "is unavailable (503)"),
+        (HEALTHY.replace(b'"ok"', b'"no"'), "is unexpected (200)"),
+        (HEALTHY.replace(b"15", b"99999") + b" " * 99984, "is unexpected (200)"),
+        (HEALTHY.replace(b'{"status":"ok"}', b'["status","ok"]'), "is unexpected (200)"),
+        (HEALTHY.replace(b"15", b"4000").replace(b'{"status":"ok"}', b"[" * 4000), "is unexpected (200)"),
         (b"nonsense", "does not answer GET /health (RemoteProtocolError)"),
     ],
 )
@@ -260,11 +259,11 @@ def test_ports() -> None:
     with socket.create_server(("127.0.0.1", 0)) as place:
         taken = place.getsockname()[1]
         finding = only("port", list(doctor.port_is_free("127.0.0.1", taken)))
-        assert (finding.state, "taken" in finding.text) == ("problem", True)
+        assert (finding.state, "in use" in finding.text) == ("problem", True)
         assert only("port", list(doctor.port_is_free("0.0.0.0", taken))).state == "problem"
     assert only("port", list(doctor.port_is_free("127.0.0.1", taken))).state == "ok"
     elsewhere = only("port", list(doctor.port_is_free("192.0.2.1", taken)))
-    assert (elsewhere.state, "no address of this machine" in elsewhere.text) == ("warning", True)
+    assert (elsewhere.state, "not an address of this machine" in elsewhere.text) == ("warning", True)
 
 
 def test_certificates_of_a_server_and_of_a_client(certs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +358,7 @@ def test_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     assert state("some/model") == (
         "warning",
-        "some/model: not in this machine's cache, and HF_HUB_OFFLINE forbids a download",
+        "some/model: not in this machine's cache, and HF_HUB_OFFLINE forbids downloads",
     )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
@@ -374,7 +373,7 @@ def test_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(RepositoryNotFoundError.__new__(RepositoryNotFoundError))
     assert state("some/model")[0] == "problem"
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: None)
-    assert "will be downloaded" in state("some/model")[1]
+    assert "is downloaded" in state("some/model")[1]
     refuse(AssertionError("what is cached needs no network"))
     snapshot = tmp_path / "cache" / "models--some--model" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
@@ -437,7 +436,7 @@ def test_a_template_of_the_coordinator(tmp_path: Path) -> None:
     data = rows(tmp_path / "d.jsonl", *({"body": f"{SECRET} {at}", "urgent": "yes"} for at in range(3)))
     found = of("data", examine_client(None, None, None, data, "triage"))
     assert [finding.state for finding in found] == ["ok", "warning"]
-    assert "has to come from the coordinator; it was not checked" in found[1].text
+    assert "the coordinator must define it; it was not checked" in found[1].text
     near = of("data", examine_client(None, None, None, data, "alpcaa"))[1]
     assert "did you mean 'alpaca'" in near.remedy
     config = tmp_path / "run.toml"
@@ -474,7 +473,7 @@ def test_a_single_label_is_told_without_it(tmp_path: Path) -> None:
     data = rows(tmp_path / "d.jsonl", *({"text": str(at), "label": SECRET} for at in range(3)))
     finding = of("data", examine_client(None, None, None, data))[-1]
     assert "fewer than two values" in finding.text
-    assert "options of a template under [data.templates], and name it by --template" in finding.remedy
+    assert "options of a template under [data.templates], and select it with --template" in finding.remedy
     assert SECRET not in repr(finding)
     config = tmp_path / "run.toml"
     config.write_text(
@@ -497,7 +496,7 @@ def test_data_that_do_not_fit_are_never_quoted(tmp_path: Path) -> None:
         rows(
             tmp_path / "label.jsonl",
             *({"premise": SECRET, "hypothesis": "b", "label": word} for word in ("neutral", SECRET)),
-        ): "1 of 2 rows do not fit the template, the first is label.jsonl, row 2",
+        ): "1 of 2 rows do not match the template, the first is label.jsonl, row 2",
         rows(tmp_path / "one.jsonl", {"text": "a", "label": SECRET}): "fewer than two values",
         rows(tmp_path / "blank.jsonl", *no_answer): "no row has an answer",
         rows(tmp_path / "turns.jsonl", turns, wrong): "turns.jsonl, row 2: cannot be read",

@@ -1,4 +1,4 @@
-"""Faults of a deployment, one after the other, in real processes on loopback. Most are slow: `make test-faults`."""
+"""Failures of a deployment with real processes on loopback. Most tests are slow: `make test-faults`."""
 
 import os
 import subprocess
@@ -14,15 +14,15 @@ from fedamole.deployment import client_processes as client
 from fedamole.deployment.security.certificates import make_certificates
 from fedamole.experiment import start
 from fedamole.federation.progress import ProgressListener
+from tests.deployment.dishonest_client import SECRET
 from tests.deployment.faults import NAMES, Command, Site, killed, site, wait_until, working
-from tests.deployment.liar import SECRET
 
 STARTING = 300.0
-"""Seconds that a busy machine may take to start a server and its clients."""
+"""Maximum seconds to start a server and its clients on a busy machine."""
 ROUND = 120.0
-"""Seconds that a busy machine may take for a round."""
+"""Maximum seconds for a round on a busy machine."""
 LOST = 150.0
-"""Seconds after which a lost client has been noticed, and has come back."""
+"""Maximum seconds until a lost client is noticed and has rejoined."""
 
 
 class Enough(Exception):  # noqa: N818  not an error
@@ -52,7 +52,7 @@ def undisturbed(there: Site, rounds: int) -> dict[str, bytes]:
 
 
 def collected(there: Site, rounds: int, seconds: float) -> dict[str, bytes]:
-    """The server's states after each round of a deployed run, read as they come, as old ones are removed."""
+    """The server's states after each round of a deployed run, read before they are removed."""
     found: dict[str, bytes] = {}
 
     def enough() -> bool:
@@ -90,7 +90,7 @@ def test_a_killed_server_goes_on_to_the_same_states_and_a_killed_worker_comes_ba
         line = there.failed("mood", ROUND, since=struck)
         assert line["failed"] == "its worker process stopped or is not running"
         assert round_ <= line["round"] <= round_ + 3, "rounds go on while the worker is looked for"
-        clients["mood"].says("the worker has ended; starting it again", 10)
+        clients["mood"].says("the worker has stopped; restarting it", 10)
         ended = there.event("done", ROUND, since=struck, round=line["round"])
         assert there.trained("mood", ROUND, since=ended["time"])["round"] > line["round"]
         trains = there.metrics(split="train", round=line["round"])
@@ -149,7 +149,7 @@ def command_of(there: Site, name: str) -> Command:
 
 
 def all_train(there: Site, seconds: float) -> None:
-    """Make sure that all take part in some round from now on."""
+    """Wait for a round in which all take part."""
     now = time.time()
     for name in NAMES:
         there.trained(name, seconds, since=now)
@@ -178,13 +178,13 @@ def test_who_cannot_be_trusted_is_told_why_and_the_run_goes_on(living: Site) -> 
     begun, names = time.time(), ("other-ca", "other-host", "twin", "stranger")
     for command in (other_ca, other_host):
         assert command.ended(ROUND) == 5
-        command.says("ask the coordinator for the ca.crt of this federation, and use the host name", 1)
+        command.says("ask the coordinator for the ca.crt of this federation, and use a host name", 1)
     for command in (twin, stranger):
-        command.says("the server does not take this key", ROUND)
-        command.says("trying again", 1)
+        command.says("the server does not accept this key", ROUND)
+        command.says("retrying", 1)
     for command in (twin, stranger):
-        assert command.ended(client.STALE + ROUND) == 5
-        assert time.time() - begun > client.STALE
+        assert command.ended(client.STALE_CONNECTION_S + ROUND) == 5
+        assert time.time() - begun > client.STALE_CONNECTION_S
     for name in names:
         command = command_of(living, name)
         assert "Traceback" not in command.text
@@ -195,14 +195,14 @@ def test_who_cannot_be_trusted_is_told_why_and_the_run_goes_on(living: Site) -> 
 
 
 def test_a_killed_client_that_is_started_again_takes_part_at_once(living: Site) -> None:
-    """It ends the node that it was before, which the server takes for alive for another minute."""
+    """It deactivates its earlier node, which the server considers alive for another minute."""
     mood = command_of(living, "mood")
     working(mood.part("warm_worker"))
     mood.kill_all()
     struck = time.time()
     again = living.client("mood")
     again.says("connected", STARTING)
-    assert "does not take this key" not in again.text.rpartition("connecting to")[2]
+    assert "does not accept this key" not in again.text.rpartition("connecting to")[2]
     assert living.trained("mood", LOST, since=time.time())
     failed = [line for line in living.events("answered", since=struck, client="mood") if "failed" in line]
     assert {line["failed"] for line in failed} <= {"its connection was lost", "no answer in time"}
@@ -226,7 +226,7 @@ def test_a_killed_serverapp_is_submitted_again_and_loses_the_round_in_flight_at_
     asked = living.event("asked", ROUND, since=time.time())
     killed(psutil.Process(living.events("started")[-1]["pid"]))
     started = living.event("started", ROUND, since=asked["time"])
-    command_of(living, "server").says("the run's process has ended; it goes on from its last finished round", 5)
+    command_of(living, "server").says("the run's process has stopped; restarting it from the last finished round", 5)
     done = [line["round"] for line in living.events("done") if line["time"] < started["time"]]
     assert (
         living.event("round", ROUND, since=started["time"])["round"]
@@ -241,7 +241,7 @@ def test_a_killed_superlink_is_started_again(living: Site) -> None:
     struck, server = time.time(), command_of(living, "server")
     rounds = [line["round"] for line in living.events("done")]
     killed(server.part("flower_superlink"))
-    server.says("the SuperLink has ended; starting it again", ROUND)
+    server.says("the SuperLink has stopped; restarting it", ROUND)
     all_train(living, LOST)
     after = [line["round"] for line in living.events("done", since=struck)]
     assert after == list(range(max(rounds) + 1, max(after) + 1)), "no round is left out or done twice"
@@ -251,7 +251,7 @@ def test_a_killed_superlink_is_started_again(living: Site) -> None:
 def test_a_killed_gateway_is_started_again(living: Site) -> None:
     struck, server = time.time(), command_of(living, "server")
     killed(server.part("deployment.gateway"))
-    server.says("the gateway has ended; starting it again", ROUND)
+    server.says("the gateway has stopped; restarting it", ROUND)
     all_train(living, LOST)
     assert {line["failed"] for line in living.events("answered", since=struck) if "failed" in line} <= {
         "its connection was lost",

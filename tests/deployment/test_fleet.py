@@ -1,4 +1,4 @@
-"""A client's connection, against servers that send what they should not, and one that comes and goes."""
+"""A client's connection to servers that send invalid data or are temporarily unavailable."""
 
 import gzip
 import ssl
@@ -32,7 +32,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedamole.deployment.flower import fleet as flower_fleet
-from fedamole.deployment.flower.content import bytes_of, sealed
+from fedamole.deployment.flower.content import from_array_record, to_array_record
 from fedamole.deployment.flower.fleet import Fleet, FleetError, UnusableMessageError
 from fedamole.deployment.processes import environment
 from fedamole.deployment.security.certificates import make_certificates
@@ -43,7 +43,7 @@ NODE, SUPERLINK = 77, 1
 
 
 class Superlink:
-    """A server whose answers a test decides on: bytes, a status, or a function of the request's body."""
+    """A server with configurable responses: bytes, a status, or a function of the request's body."""
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.asked: list[str] = []
@@ -83,7 +83,7 @@ class Superlink:
                     self.close_connection = True
 
             def log_message(self, *_: Any) -> None:
-                """Say nothing."""
+                """Do not log."""
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         if tls is not None:
@@ -103,7 +103,7 @@ class Superlink:
         return PushMessagesResponse(objects_to_push=names, session_id="s")
 
     def queue(self, message: Message, source: int = SUPERLINK, target: int = NODE) -> None:
-        """Have a message wait for the node."""
+        """Queue a message for the node."""
         message.metadata.__dict__.update(_src_node_id=source, _dst_node_id=target, _message_id=message.object_id)
         self.pieces = {name: thing.deflate() for name, thing in get_all_nested_objects(message).items()}
         proto = message_to_proto(remove_content_from_message(message))
@@ -137,7 +137,7 @@ def request(content: RecordDict, kind: str = "query") -> Message:
 
 def test_a_message_comes_whole_and_is_answered(superlink: Superlink, fleet: Fleet) -> None:
     payload = bytes(range(256)) * 50_000  # more than one of Flower's pieces
-    superlink.queue(request(RecordDict({"request": sealed(payload)})))
+    superlink.queue(request(RecordDict({"request": to_array_record(payload)})))
     incoming = fleet.receive()
     assert incoming is not None
     assert incoming.payload == payload
@@ -151,24 +151,26 @@ def test_a_message_comes_whole_and_is_answered(superlink: Superlink, fleet: Flee
 
 
 def change_a_piece(it: Superlink) -> None:
-    it.queue(request(RecordDict({"request": sealed(b"x")})))
+    it.queue(request(RecordDict({"request": to_array_record(b"x")})))
     it.pieces = {name: piece + b"x" for name, piece in it.pieces.items()}
 
 
 def lose_the_pieces(it: Superlink) -> None:
-    it.queue(request(RecordDict({"request": sealed(b"x")})))
+    it.queue(request(RecordDict({"request": to_array_record(b"x")})))
     it.pieces = {}
 
 
 AGENT = RecordDict({"flwr.agentapp.message": ConfigRecord({"payload": "go"})})
 FOREIGN: dict[str, Callable[[Superlink], None]] = {
     "an agent's message": lambda it: it.queue(request(AGENT)),
-    "another kind of message": lambda it: it.queue(request(RecordDict({"request": sealed(b"x")}), "train")),
+    "another kind of message": lambda it: it.queue(request(RecordDict({"request": to_array_record(b"x")}), "train")),
     "a record beside the request": lambda it: it.queue(
-        request(RecordDict({"request": sealed(b"x"), "more": ConfigRecord({"a": 1})}))
+        request(RecordDict({"request": to_array_record(b"x"), "more": ConfigRecord({"a": 1})}))
     ),
-    "another node's message": lambda it: it.queue(request(RecordDict({"request": sealed(b"x")})), source=78),
-    "a message to another node": lambda it: it.queue(request(RecordDict({"request": sealed(b"x")})), target=78),
+    "another node's message": lambda it: it.queue(request(RecordDict({"request": to_array_record(b"x")})), source=78),
+    "a message to another node": lambda it: it.queue(
+        request(RecordDict({"request": to_array_record(b"x")})), target=78
+    ),
     "a changed piece": change_a_piece,
     "a missing piece": lose_the_pieces,
 }
@@ -196,26 +198,26 @@ def test_a_message_without_metadata_is_refused(superlink: Superlink, fleet: Flee
 def test_too_many_pieces_and_too_many_bytes_are_not_fetched(
     superlink: Superlink, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    superlink.queue(request(RecordDict({"request": sealed(b"x" * 1000)})))
-    monkeypatch.setattr(flower_fleet, "MOST_OBJECTS", 2)
-    with pytest.raises(UnusableMessageError, match="more than 2 pieces"):
+    superlink.queue(request(RecordDict({"request": to_array_record(b"x" * 1000)})))
+    monkeypatch.setattr(flower_fleet, "MAX_OBJECTS", 2)
+    with pytest.raises(UnusableMessageError, match="more than 2 objects"):
         fleet.receive()
     assert "pull-object" not in superlink.asked
-    monkeypatch.setattr(flower_fleet, "MOST_OBJECTS", 100)
-    monkeypatch.setattr(flower_fleet, "LARGEST_MESSAGE", 500)
+    monkeypatch.setattr(flower_fleet, "MAX_OBJECTS", 100)
+    monkeypatch.setattr(flower_fleet, "MAX_MESSAGE_BYTES", 500)
     with pytest.raises(UnusableMessageError, match="larger than 500 bytes"):
         fleet.receive()
 
 
 def test_an_answer_without_end_is_cut(superlink: Superlink, fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flower_fleet, "LARGEST_ANSWER", 1000)
+    monkeypatch.setattr(flower_fleet, "MAX_RESPONSE_BYTES", 1000)
     superlink.answers["send-node-heartbeat"] = b"x" * 2000
     with pytest.raises(httpx.DecodingError, match="too large"):
         fleet.heartbeat()
 
 
 def test_an_answer_is_never_unpacked(superlink: Superlink, fleet: Fleet) -> None:
-    """A small compressed answer could become gigabytes."""
+    """A small compressed response could expand to gigabytes."""
     superlink.answers["send-node-heartbeat"] = (
         200,
         {"content-encoding": "gzip"},
@@ -259,7 +261,7 @@ def test_what_passes_is_waited_for_but_not_for_ever(superlink: Superlink, fleet:
     superlink.answers["pull-messages"] = lambda body: next(answers, PullMessagesResponse())
     assert fleet.receive() is None
     superlink.answers["pull-messages"] = (500, {}, b"")
-    with pytest.raises(FleetError, match="fails at this call again and again"):
+    with pytest.raises(FleetError, match="keeps failing at this call"):
         fleet.receive()
 
 
@@ -275,7 +277,7 @@ def test_a_former_node_is_ended_first(superlink: Superlink) -> None:
     made = Fleet(f"127.0.0.1:{superlink.port}", None, None, threading.Event())
     made.activate(former=5)
     assert superlink.asked == ["deactivate-node", "register-node", "activate-node"]
-    assert bytes_of(sealed(b"abc")) == b"abc"
+    assert from_array_record(to_array_record(b"abc")) == b"abc"
     made.close()
 
 

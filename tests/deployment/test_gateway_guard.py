@@ -1,4 +1,4 @@
-"""Who is let through the gateway: signatures of registered keys, replies of one's own, and a share of the bytes."""
+"""The gateway's checks: signatures of registered keys, replies of the calling node, and limits on bytes."""
 
 import logging
 import os
@@ -23,30 +23,30 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from starlette.datastructures import Headers
 
-from fedamole.deployment.flower.messages import MOST_OBJECTS, push_fault
+from fedamole.deployment.flower.messages import MAX_OBJECTS, push_fault
 from fedamole.deployment.gateway import guard as gateway_guard
 from fedamole.deployment.gateway.guard import (
     KEY_BYTES,
-    LINES,
-    LINES_S,
+    LINES_WINDOW_S,
+    MAX_LINES,
     MIB,
     Budget,
-    Complaints,
+    RateLimitedLog,
     RefusedError,
     check_signature,
 )
 from fedamole.deployment.security.certificates import make_certificates
 from fedamole.deployment.security.keys import new_key, public_line
 from fedamole.deployment.security.roster import Roster
-from tests.deployment.gate import (
+from tests.deployment.gateway import (
     HOST,
     LIMIT_MIB,
     PULL,
     PUSH,
     PUSH_MESSAGES,
-    Door,
+    FakeSuperLink,
+    GatewayUnderTest,
     Key,
-    StandIn,
     gateway,
     reply,
     signature,
@@ -65,19 +65,19 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_door(tls: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
-    superlink, folder = StandIn(), tmp_path_factory.mktemp("gateway")
+def one_door(tls: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayUnderTest]:
+    superlink, folder = FakeSuperLink(), tmp_path_factory.mktemp("gateway")
     (folder / "token").write_text("T0ken-of-the-gateway\n")
     (folder / "token").chmod(0o600)
     more = ("--superlink-token", str(folder / "token"), "--max-total-mib", "20")
     with ExitStack() as stack:
         stack.enter_context(threaded(superlink.server(tls), superlink.port))
         port, _ = stack.enter_context(gateway(tls, superlink.port, folder / "log", *more))
-        yield Door(port, tls, folder / "log", superlink)
+        yield GatewayUnderTest(port, tls, folder / "log", superlink)
 
 
 @pytest.fixture
-def door(one_door: Door) -> Door:
+def door(one_door: GatewayUnderTest) -> GatewayUnderTest:
     one_door.superlink.seen.clear()
     one_door.log.write_text("")
     return one_door
@@ -90,8 +90,8 @@ def test_names_and_window_are_those_of_flower() -> None:
     assert gateway_guard.KEY_HEADER == FLEET_HTTP_PUBLIC_KEY_HEADER
     assert gateway_guard.SIGNATURE_HEADER == FLEET_HTTP_SIGNATURE_HEADER
     assert gateway_guard.TIMESTAMP_HEADER == TIMESTAMP_HEADER
-    assert gateway_guard.OLDEST_S == TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
-    assert gateway_guard.NEWEST_S == -SYSTEM_TIME_TOLERANCE
+    assert gateway_guard.MAX_AGE_S == TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
+    assert gateway_guard.MIN_AGE_S == -SYSTEM_TIME_TOLERANCE
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def nodes(tmp_path: Path, key: Key) -> Roster:
 
 
 def word(headers: dict[str, str] | list[tuple[str, str]], nodes: Roster, now: datetime = NOW) -> str:
-    """The client's name, or the word with which it is refused."""
+    """The client's name, or the error word of the refusal."""
     pairs = headers.items() if isinstance(headers, dict) else headers
     raw = [(name.encode(), value.encode("latin-1")) for name, value in pairs]
     try:
@@ -158,7 +158,7 @@ def test_another_digest_is_no_signature(key: Key, nodes: Roster) -> None:
     assert word({**good, "flwr-signature": b64encode(signed).decode()}, nodes) == "bad-signature"
 
 
-def test_strangers_get_a_word_and_the_superlink_hears_nothing(door: Door) -> None:
+def test_strangers_get_a_word_and_the_superlink_hears_nothing(door: GatewayUnderTest) -> None:
     for signed, told in (
         ({}, "unknown-key"),
         (signature(new_key()), "unknown-key"),
@@ -178,8 +178,8 @@ def test_strangers_get_a_word_and_the_superlink_hears_nothing(door: Door) -> Non
     assert door.call(PUSH, b"abc") == (200, b"abc")
 
 
-def flowers(door: Door, name: str) -> FleetHttpClient:
-    key = Door(door.port, door.tls, door.log, door.superlink).key
+def flowers(door: GatewayUnderTest, name: str) -> FleetHttpClient:
+    key = GatewayUnderTest(door.port, door.tls, door.log, door.superlink).key
     assert name == "anna"
     authority = (door.tls / "ca.crt").read_bytes()
     return FleetHttpClient.from_server_address(
@@ -187,7 +187,7 @@ def flowers(door: Door, name: str) -> FleetHttpClient:
     )
 
 
-def test_a_removed_key_is_refused_at_once_and_flowers_client_is_told_so(door: Door) -> None:
+def test_a_removed_key_is_refused_at_once_and_flowers_client_is_told_so(door: GatewayUnderTest) -> None:
     """Also in the middle of a connection, and with a body that the gateway does not read."""
     file = door.tls / "nodes" / "anna.pub"
     body = PushObjectRequest(object_content=os.urandom(5_000_000))
@@ -207,14 +207,14 @@ def test_a_removed_key_is_refused_at_once_and_flowers_client_is_told_so(door: Do
         client.PullMessages(PullMessagesRequest())
 
 
-def test_the_superlink_gets_the_gateways_token_and_no_other(door: Door) -> None:
+def test_the_superlink_gets_the_gateways_token_and_no_other(door: GatewayUnderTest) -> None:
     assert door.call(PULL, b"abc", x_fedamole_gateway="T0ken-of-a-caller") == (200, b"abc")
     _, headers, _ = door.superlink.seen[0]
     assert headers["x-fedamole-gateway"] == "T0ken-of-the-gateway"
     assert "T0ken" not in door.log.read_text()
 
 
-def test_an_honest_reply_passes(door: Door) -> None:
+def test_an_honest_reply_passes(door: GatewayUnderTest) -> None:
     assert push_fault(reply()) is None
     assert door.call(PUSH_MESSAGES, reply()) == (200, reply())
     assert door.superlink.seen[0][2] == reply()
@@ -241,7 +241,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize("what", FORGED)
-def test_what_is_no_reply_of_ones_own_is_refused(door: Door, what: str) -> None:
+def test_what_is_no_reply_of_ones_own_is_refused(door: GatewayUnderTest, what: str) -> None:
     assert door.call(PUSH_MESSAGES, FORGED[what]) == (403, b'{"error": "not-a-reply"}')
     assert door.superlink.seen == []
     until(lambda: "from anna at 127.0.0.1: a pushed message is refused: " in door.log.read_text(), 5)
@@ -251,7 +251,7 @@ def test_what_is_no_reply_of_ones_own_is_refused(door: Door, what: str) -> None:
 def test_a_running_time_is_a_number_of_seconds(seconds: float) -> None:
     request = PushMessagesRequest.FromString(reply())
     request.clientapp_runtime_list[0] = seconds
-    assert push_fault(request.SerializeToString()) == "its running time is no number of seconds"
+    assert push_fault(request.SerializeToString()) == "its running time is not a number of seconds"
 
 
 def test_a_message_has_a_bounded_number_of_objects() -> None:
@@ -261,8 +261,8 @@ def test_a_message_has_a_bounded_number_of_objects() -> None:
         request.message_object_trees[0].CopyFrom(ObjectTree(children=children))
         return bytes(request.SerializeToString())
 
-    assert push_fault(tree(MOST_OBJECTS - 1)) is None
-    assert push_fault(tree(MOST_OBJECTS + 1)) == f"its message has more than {MOST_OBJECTS} objects"
+    assert push_fault(tree(MAX_OBJECTS - 1)) is None
+    assert push_fault(tree(MAX_OBJECTS + 1)) == f"its message has more than {MAX_OBJECTS} objects"
 
 
 def test_the_budget_bounds_a_key_and_all_and_is_given_back() -> None:
@@ -283,7 +283,7 @@ def test_the_budget_bounds_a_key_and_all_and_is_given_back() -> None:
     assert Budget().per_key == KEY_BYTES
 
 
-def test_bytes_on_their_way_are_bounded_and_others_go_on(door: Door) -> None:
+def test_bytes_on_their_way_are_bounded_and_others_go_on(door: GatewayUnderTest) -> None:
     """The total is 20 MiB here: two bodies of 8 MiB are taken in part, a third one and more do not fit."""
     held = [door.begin(PUSH, content_length=LIMIT_MIB * MIB) for _ in range(2)]
     for call in held:
@@ -297,19 +297,19 @@ def test_bytes_on_their_way_are_bounded_and_others_go_on(door: Door) -> None:
         assert call.getresponse().status == 200
         call.close()
     until(lambda: door.call(PUSH, bytes(LIMIT_MIB * MIB))[0] == 200, 5)
-    assert "bytes on their way; at most" in door.log.read_text()
+    assert "bytes in transit; the limit is" in door.log.read_text()
 
 
 def test_nobody_fills_the_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    complaints = Complaints(logging.getLogger("fedamole.gateway"))
-    for number in range(10 * LINES):
-        complaints.say("strangers", f"line {number}")
-    assert len(caplog.records) == LINES + 1
-    assert caplog.messages[-1] == "further lines about strangers are left out for 10 s"
-    complaints.say("anna", "a client's line")
+    limited_log = RateLimitedLog(logging.getLogger("fedamole.gateway"))
+    for number in range(10 * MAX_LINES):
+        limited_log.warning("strangers", f"line {number}")
+    assert len(caplog.records) == MAX_LINES + 1
+    assert caplog.messages[-1] == "further messages about strangers are suppressed for 10 s"
+    limited_log.warning("anna", "a client's line")
     assert caplog.messages[-1] == "a client's line"
-    now[0] += LINES_S
-    complaints.say("strangers", "later")
+    now[0] += LINES_WINDOW_S
+    limited_log.warning("strangers", "later")
     assert caplog.messages[-1] == "later"

@@ -38,13 +38,13 @@ def test_which_client_is_healthy(tmp_path: Path) -> None:
     assert judged(tmp_path)[0]
     assert judged(tmp_path, last_order=time.time() - 1e6)[0]  # nothing to do for days is no fault
     healthy, text = judged(tmp_path, last_contact=time.time() - 181)
-    assert (healthy, "more than 180 s without contact" in text) == (False, True)
+    assert (healthy, "no contact for more than 180 s" in text) == (False, True)
     assert judged(tmp_path, last_contact=time.time() - 170)[0]
     for state in ("connecting", "stopped"):
         assert judged(tmp_path, state=state)[0] is False
     assert judged(tmp_path, last_contact=None)[0] is False
     healthy, text = judged(tmp_path, last_contact=time.time() + 1e9)
-    assert (healthy, "set this clock right" in text) == (False, True)
+    assert (healthy, "correct this machine's clock" in text) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def run(*words: str, **env: str) -> tuple[int, str]:
 def test_the_command_at_a_client(tmp_path: Path) -> None:
     code, text = run(str(tmp_path / ".client-a"))
     assert (code, text.startswith("not healthy: ")) == (1, True)
-    assert "start the client, or correct the folder" in text
+    assert "start the client, or correct the path" in text
     ClientHealth("connected", time.time(), time.time()).write(tmp_path / ".client-a")
     code, text = run(FEDAMOLE_HEALTH=str(tmp_path / ".client-a"))
     assert (code, text.startswith("healthy: connected since ")) == (0, True)

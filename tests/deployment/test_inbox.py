@@ -1,4 +1,4 @@
-"""Answers are fetched one beside the other: half an answer, or a damaged one, is its sender's trouble alone."""
+"""Replies are fetched concurrently: an incomplete or damaged reply affects only its sender."""
 
 import time
 from typing import Any
@@ -14,12 +14,12 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedamole.deployment.flower import inbox as flower_inbox
-from fedamole.deployment.flower.content import answer
+from fedamole.deployment.flower.content import reply_content
 from fedamole.deployment.flower.inbox import Inbox
 
 
 class Superlink:
-    """Holds answers; what a test takes away of them does not come."""
+    """A fake grid with replies; tests remove objects that then do not arrive."""
 
     def __init__(self) -> None:
         self.node, self._runtime_client = Node(node_id=1), self
@@ -28,7 +28,7 @@ class Superlink:
         self.confirmed: list[str] = []
 
     def put(self, ticket: str, content: RecordDict | Error) -> list[str]:
-        """Store an answer; return the names of its pieces."""
+        """Store a reply; return the ids of its objects."""
         order = Message(RecordDict(), dst_node_id=7, message_type="query", ttl=100.0)
         order.metadata.__dict__["_message_id"] = ticket
         message = Message(content, reply_to=order)
@@ -62,12 +62,12 @@ class Superlink:
 def superlink(monkeypatch: pytest.MonkeyPatch) -> Superlink:
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 5)
-    monkeypatch.setattr(flower_inbox, "LOOK", 0.01)
+    monkeypatch.setattr(flower_inbox, "FETCH_RETRY_S", 0.01)
     return Superlink()
 
 
 def received(inbox: Inbox, tickets: list[str], count: int) -> dict[str, bytes | str]:
-    """What has come of tickets once there are so many."""
+    """Wait until `count` replies have arrived."""
     found, end = dict[str, bytes | str](), time.monotonic() + 10
     while len(found) < count and time.monotonic() < end:
         found |= inbox.receive([ticket for ticket in tickets if ticket not in found])
@@ -79,33 +79,33 @@ def test_half_an_answer_holds_up_nobody_else_and_is_given_up(
     superlink: Superlink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inbox: Inbox = Inbox(superlink)  # type: ignore[arg-type]
-    (*_, last) = superlink.put("half", answer(b"h" * 100))
+    (*_, last) = superlink.put("half", reply_content(b"h" * 100))
     superlink.pieces[last] = None  # announced, and never sent
-    superlink.put("whole", answer(b"w" * 100))
+    superlink.put("whole", reply_content(b"w" * 100))
     assert received(inbox, ["half", "whole"], 1) == {"whole": b"w" * 100}
     for _ in range(3):
         assert inbox.receive(["half"]) == {}
         time.sleep(0.02)
-    free = [inbox.pool.submit(lambda: "free") for _ in range(flower_inbox.AT_ONCE)]
+    free = [inbox.pool.submit(lambda: "free") for _ in range(flower_inbox.MAX_FETCHES)]
     assert [one.result(5) for one in free] == ["free"] * len(free), "no thread waits for the missing piece"
-    monkeypatch.setattr(flower_inbox, "PIECES_S", 0.0)
+    monkeypatch.setattr(flower_inbox, "FETCH_TIMEOUT_S", 0.0)
     assert received(inbox, ["half"], 1) == {"half": "lost"}
-    assert not inbox.coming
+    assert not inbox.pending
 
 
 def test_tickets_of_one_call_do_not_cost_those_of_another(superlink: Superlink) -> None:
-    """Whoever comes late is asked to join while others train: the two are asked for in turns."""
+    """A late client joins while others train: both kinds of tickets are polled in turns."""
     inbox: Inbox = Inbox(superlink)  # type: ignore[arg-type]
-    superlink.put("join", answer(b"j"))
+    superlink.put("join", reply_content(b"j"))
     inbox.receive(["join"])
-    superlink.put("train", answer(b"t"))
+    superlink.put("train", reply_content(b"t"))
     assert received(inbox, ["train"], 1) == {"train": b"t"}
     assert received(inbox, ["join"], 1) == {"join": b"j"}
 
 
 def test_a_piece_that_comes_late_completes_an_answer(superlink: Superlink) -> None:
     inbox: Inbox = Inbox(superlink)  # type: ignore[arg-type]
-    (*_, last) = superlink.put("late", answer(b"x"))
+    (*_, last) = superlink.put("late", reply_content(b"x"))
     content, superlink.pieces[last] = superlink.pieces[last], None
     assert inbox.receive(["late"]) == {}
     superlink.pieces[last] = content
@@ -115,15 +115,15 @@ def test_a_piece_that_comes_late_completes_an_answer(superlink: Superlink) -> No
 
 def test_damaged_answers_are_their_senders_alone(superlink: Superlink, monkeypatch: pytest.MonkeyPatch) -> None:
     inbox: Inbox = Inbox(superlink)  # type: ignore[arg-type]
-    (*_, last) = superlink.put("changed", answer(b"x"))
+    (*_, last) = superlink.put("changed", reply_content(b"x"))
     superlink.pieces[last] = (superlink.pieces[last] or b"") + b"more"
-    (first, *_) = superlink.put("taken back", answer(b"a piece that is taken back"))
+    (first, *_) = superlink.put("taken back", reply_content(b"a piece that is taken back"))
     del superlink.pieces[first]
-    superlink.put("worker", answer(None))
+    superlink.put("worker", reply_content(None))
     superlink.put("foreign", RecordDict({"other": ConfigRecord({"a": 1})}))
     superlink.put("error", Error(5, "gone"))
     superlink.put("raises", Error(2, "the patient's name"))
-    superlink.put("good", answer(b"good"))
+    superlink.put("good", reply_content(b"good"))
     tickets = ["changed", "taken back", "worker", "foreign", "error", "raises", "good"]
     assert received(inbox, tickets, len(tickets)) == {
         "changed": "bad_reply",
@@ -134,9 +134,9 @@ def test_damaged_answers_are_their_senders_alone(superlink: Superlink, monkeypat
         "raises": "internal",
         "good": b"good",
     }
-    monkeypatch.setattr(flower_inbox, "LARGEST_MESSAGE", 50)
-    superlink.put("large", answer(b"l" * 100))
+    monkeypatch.setattr(flower_inbox, "MAX_MESSAGE_BYTES", 50)
+    superlink.put("large", reply_content(b"l" * 100))
     assert received(inbox, ["large"], 1) == {"large": "bad_reply"}
-    monkeypatch.setattr(flower_inbox, "MOST_OBJECTS", 2)
-    superlink.put("many", answer(b"m"))
+    monkeypatch.setattr(flower_inbox, "MAX_OBJECTS", 2)
+    superlink.put("many", reply_content(b"m"))
     assert received(inbox, ["many"], 1) == {"many": "bad_reply"}

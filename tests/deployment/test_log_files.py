@@ -25,7 +25,7 @@ def contents(path: Path) -> dict[str, str]:
 
 
 def test_a_log_that_another_process_holds_open(tmp_path: Path) -> None:
-    """Nothing is lost, there is no hole, and the writer goes on in the file that is now empty."""
+    """Nothing is lost, there is no hole, and the writer continues in the truncated file."""
     path = tmp_path / "superlink.log"
     writer = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -41,12 +41,12 @@ def test_a_log_that_another_process_holds_open(tmp_path: Path) -> None:
         assert writer.stdout.readline() == "written\n"
 
     write("a" * 50)
-    assert not rotate(path, most_bytes=51)
-    assert rotate(path, most_bytes=50)
+    assert not rotate(path, max_bytes=51)
+    assert rotate(path, max_bytes=50)
     write("b")
     assert contents(path) == {"superlink.log": "b\n", "superlink.log.1": "a" * 50 + "\n"}
     for letter in "cde":
-        assert rotate(path, most_bytes=1, keep=2)
+        assert rotate(path, max_bytes=1, keep=2)
         write(letter)
     assert contents(path) == {"superlink.log": "e\n", "superlink.log.1": "d\n", "superlink.log.2": "c\n"}
     assert path.with_name("superlink.log.1").stat().st_mode & 0o777 == 0o600
@@ -63,7 +63,7 @@ def test_a_log_that_is_written_all_the_time(tmp_path: Path) -> None:
     writer = subprocess.Popen([sys.executable, "-c", code, str(path)])
     rotations = 0
     while writer.poll() is None:
-        rotations += rotate(path, most_bytes=1000, keep=1000)
+        rotations += rotate(path, max_bytes=1000, keep=1000)
         time.sleep(0.002)
     found = [int(line) for text in contents(path).values() for line in text.splitlines()]
     assert rotations > 10
@@ -92,7 +92,7 @@ def test_a_full_disk_leaves_the_log_as_it_is(
 
     monkeypatch.setattr(shutil, "copyfileobj", full)
     with caplog.at_level(logging.WARNING):
-        assert not rotate(path, most_bytes=10)
+        assert not rotate(path, max_bytes=10)
     assert "No space left" in caplog.text
     assert contents(path) == {"a.log": "x" * 100}
 
@@ -100,15 +100,15 @@ def test_a_full_disk_leaves_the_log_as_it_is(
 def test_a_link_in_the_place_of_a_log_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "other").write_text("x" * 100)
     (tmp_path / "a.log").symlink_to(tmp_path / "other")
-    assert not rotate(tmp_path / "a.log", most_bytes=10)
+    assert not rotate(tmp_path / "a.log", max_bytes=10)
     assert (tmp_path / "other").read_text() == "x" * 100
 
 
 def test_a_log_of_our_own(tmp_path: Path) -> None:
-    handler = rotating(tmp_path / "run.log", most_bytes=30, keep=2)
+    handler = rotating(tmp_path / "run.log", max_bytes=30, keep=2)
     for number in range(8):
         handler.emit(logging.LogRecord("x", logging.WARNING, "", 0, f"line {number} of ten or more", (), None))
     handler.close()
     assert sorted(contents(tmp_path / "run.log")) == ["run.log", "run.log.1", "run.log.2"]
     assert "line 7" in (tmp_path / "run.log").read_text()
-    assert (log_files.MOST_BYTES, log_files.KEEP) == (10 * 2**20, 3)
+    assert (log_files.MAX_BYTES, log_files.MAX_OLD_LOGS) == (10 * 2**20, 3)

@@ -1,4 +1,4 @@
-"""A coordinator's run whose base lies elsewhere now: it is resumed on a copy that --base names."""
+"""A coordinator's run whose base was moved: it is resumed with the new location in --base."""
 
 import json
 import shutil
@@ -20,15 +20,15 @@ from tests.conftest import small
 FEDAMOLE = Path(sys.executable).parent / "fedamole"
 
 
-class GoneError(Exception):
-    """The process of a run has ended."""
+class ProcessEndedError(Exception):
+    """The process of a run ended."""
 
 
-class Nobody:
-    """A link on which nobody ever is: the run begins, and its process ends."""
+class EmptyLink:
+    """A link without clients: the run starts, and its process ends."""
 
     def nodes(self) -> dict[int, str]:
-        raise GoneError
+        raise ProcessEndedError
 
     def send(self, node: int, payload: bytes, round_: int, seconds: float) -> str:
         raise AssertionError
@@ -38,62 +38,64 @@ class Nobody:
 
 
 @pytest.fixture
-def begun(tiny: Path, tmp_path: Path) -> Path:
-    """A run that has begun, on the base in tmp_path/first, and whose process has ended."""
+def started(tiny: Path, tmp_path: Path) -> Path:
+    """A run that started on the base in tmp_path/first, and whose process ended."""
     shutil.copytree(tiny / "base", tmp_path / "first")
     words = [*small("fedit"), "federation.rounds=1", f"base.model={tmp_path / 'first'}"]
     prepare_simulation(load_config(tiny / "config.toml", words), tmp_path / "run")
-    with pytest.raises(RunError, match=r"has not begun yet; start it anew with base\.model=x"):
+    with pytest.raises(RunError, match=r"has not started yet; start a new run with base\.model=x"):
         move_base(tmp_path / "run", "x")
-    with pytest.raises(GoneError):
-        coordinate(Nobody(), tmp_path / "run")
+    with pytest.raises(ProcessEndedError):
+        coordinate(EmptyLink(), tmp_path / "run")
     return tmp_path / "run"
 
 
-def test_a_run_goes_on_with_the_base_at_its_new_place(begun: Path, tmp_path: Path) -> None:
-    """What clients are told of the run's settings stays the same, and so does config.toml."""
+def test_a_run_continues_with_its_base_at_a_new_location(started: Path, tmp_path: Path) -> None:
+    """The settings that clients are sent stay the same, and so does config.toml."""
     first, moved = tmp_path / "first", tmp_path / "moved"
-    config = (begun / "config.toml").read_bytes()
+    config = (started / "config.toml").read_bytes()
     first.rename(moved)
-    with pytest.raises(BaseModelError, match=rf"{first}, the base of {begun}, is not here: name a copy of it by --ba"):
-        coordinate(Nobody(), begun)
-    move_base(begun, str(moved))
-    with pytest.raises(GoneError):
-        coordinate(Nobody(), begun)
-    progress = map(json.loads, (begun / "server" / "progress.jsonl").read_text().splitlines())
+    with pytest.raises(
+        BaseModelError, match=rf"{first}, the base of {started}, is not here: name a copy of it by --ba"
+    ):
+        coordinate(EmptyLink(), started)
+    move_base(started, str(moved))
+    with pytest.raises(ProcessEndedError):
+        coordinate(EmptyLink(), started)
+    progress = map(json.loads, (started / "server" / "progress.jsonl").read_text().splitlines())
     hashes = [line["hash"] for line in progress if line["what"] == "agreed"]
     assert len(hashes) == 2
     assert hashes[0] == hashes[1]
-    assert load_run_config(RunFolder.open(begun)).base.model == str(moved)
-    assert (begun / "config.toml").read_bytes() == config
+    assert load_run_config(RunFolder.open(started)).base.model == str(moved)
+    assert (started / "config.toml").read_bytes() == config
 
 
-def test_another_base_is_refused(begun: Path) -> None:
-    with pytest.raises(BaseModelError, match=f"the run in {begun} was made on another base"):
-        move_base(begun, "bundled")
-    about = RunFolder.open(begun).about
+def test_another_base_is_refused(started: Path) -> None:
+    with pytest.raises(BaseModelError, match=f"the run in {started} was made on another base"):
+        move_base(started, "bundled")
+    about = RunFolder.open(started).about
     assert "base_model" not in about
     about["base"]["weights"] = "0"
-    (begun / "run.json").write_text(json.dumps(about))
-    with pytest.raises(BaseModelError, match=f"the run in {begun} was made on another base: .* by --base"):
-        coordinate(Nobody(), begun)
+    (started / "run.json").write_text(json.dumps(about))
+    with pytest.raises(BaseModelError, match=f"the run in {started} was made on another base: .* by --base"):
+        coordinate(EmptyLink(), started)
 
 
-def test_a_run_that_is_under_way_keeps_its_base(begun: Path, tmp_path: Path) -> None:
-    with RunFolder.open(begun).locked(), pytest.raises(RunError, match="another process is running this run"):
-        move_base(begun, str(tmp_path / "first"))
+def test_the_base_of_an_active_run_is_not_changed(started: Path, tmp_path: Path) -> None:
+    with RunFolder.open(started).locked(), pytest.raises(RunError, match="another process is running this run"):
+        move_base(started, str(tmp_path / "first"))
 
 
 @pytest.mark.parametrize("command", ["server", "simulate"])
-def test_base_goes_with_resume(command: str, tiny: Path, tmp_path: Path) -> None:
+def test_base_needs_resume(command: str, tiny: Path, tmp_path: Path) -> None:
     words: list[str | Path] = [FEDAMOLE, command, tiny / "config.toml", "--base", "x"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
-    assert "--base goes with --resume; a new run takes base.model=x" in done.stderr
+    assert "--base needs --resume; for a new run set base.model=x" in done.stderr
 
 
-def test_a_server_takes_the_base_of_a_run_that_it_resumes(begun: Path, tmp_path: Path) -> None:
-    words: list[str | Path] = [FEDAMOLE, "server", "--resume", begun, "--insecure", "--base", tmp_path / "nowhere"]
+def test_a_server_takes_the_base_of_a_run_that_it_resumes(started: Path, tmp_path: Path) -> None:
+    words: list[str | Path] = [FEDAMOLE, "server", "--resume", started, "--insecure", "--base", tmp_path / "nowhere"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 4
     assert f"there is no folder {tmp_path / 'nowhere'}" in done.stderr

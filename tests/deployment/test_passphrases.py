@@ -1,4 +1,4 @@
-"""Private keys that are locked by a passphrase: who can open them, and what is said when they cannot be opened."""
+"""Private keys encrypted with a passphrase, and the errors if they cannot be decrypted."""
 
 import fcntl
 import os
@@ -41,7 +41,7 @@ def test_a_locked_key_opens_with_its_passphrase_alone(tmp_path: Path) -> None:
     assert is_locked(key)
     assert b"ENCRYPTED" in key.read_bytes()
     assert load_private(key, WORD).public_key() == load_public(tmp_path / "node.pub") == public_half(key, WORD)
-    with pytest.raises(ConfigError, match="is locked by a passphrase: give --passphrase-file or set FEDAMOLE_KEY_PASS"):
+    with pytest.raises(ConfigError, match="is encrypted: give --passphrase-file or set FEDAMOLE_KEY_PASS"):
         load_private(key)
     with pytest.raises(ConfigError, match=r"node\.key: the passphrase is wrong$") as error:
         load_private(key, WRONG)
@@ -49,7 +49,7 @@ def test_a_locked_key_opens_with_its_passphrase_alone(tmp_path: Path) -> None:
     # Whoever runs the command again needs the passphrase, and gets the same files.
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert make_own_key(tmp_path, "clinic", WORD) == tmp_path / "node.csr"
-    with pytest.raises(ConfigError, match="is locked"):
+    with pytest.raises(ConfigError, match="is encrypted"):
         make_own_key(tmp_path, "clinic")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -58,7 +58,7 @@ def test_a_passphrase_for_a_key_that_has_none(tmp_path: Path) -> None:
     make_own_key(tmp_path, "clinic")
     assert not is_locked(tmp_path / "node.key")
     load_private(tmp_path / "node.key", WORD)  # such as one in the environment, for another key
-    with pytest.raises(ConfigError, match=r"exists and is not locked.*ssh-keygen -p -m PKCS8"):
+    with pytest.raises(ConfigError, match=r"exists and is not encrypted.*ssh-keygen -p -m PKCS8"):
         make_own_key(tmp_path, "clinic", WORD)
 
 
@@ -90,10 +90,10 @@ def test_the_coordinators_keys(tmp_path: Path) -> None:
     assert locked == {"ca.key": True, "coordinator.key": True, "server.key": False}
     assert not is_locked(certs / "clients" / "bank" / "node.key")
     assert check_server(certs, "localhost", WORD) == ([], [])
-    assert ["coordinator.key: is locked" in text for text in check_server(certs, "localhost")[0]] == [True]
+    assert ["coordinator.key: is encrypted" in text for text in check_server(certs, "localhost")[0]] == [True]
     assert ["the passphrase is wrong" in text for text in check_server(certs, "localhost", WRONG)[0]] == [True]
     make_certificates(certs, (), ("shop",))  # signs nothing
-    with pytest.raises(ConfigError, match=r"ca\.key: is locked"):
+    with pytest.raises(ConfigError, match=r"ca\.key: is encrypted"):
         make_certificates(certs, (), (), renew_server=True)
     make_certificates(certs, (), (), renew_server=True, passphrase=WORD)
     request_server(tmp_path / "own", ("fl.example.org",), WORD)
@@ -110,7 +110,7 @@ def test_what_a_client_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for name in ("ca.crt", "coordinator.pub"):
         (own / name).write_bytes((tmp_path / "certs" / name).read_bytes())
     assert inspect_client(own, WORD) == []
-    assert ["is locked" in fault.text for fault in inspect_client(own)] == [True]
+    assert ["is encrypted" in fault.text for fault in inspect_client(own)] == [True]
     assert ["passphrase is wrong" in fault.text for fault in inspect_client(own, WRONG)] == [True]
     # `fedamole doctor` reads the environment.
     monkeypatch.setenv(PASSPHRASE, WORD.decode())
@@ -129,10 +129,10 @@ def test_where_a_passphrase_is_read_from(tmp_path: Path, monkeypatch: pytest.Mon
     for content in (b"from a file", b"from a file\n", b"from a file\r\n"):
         assert read_passphrase(private(tmp_path / "word", content)) == b"from a file"
     for content in (b"", b"\n", b"two\nlines\n", b"a\0b"):
-        with pytest.raises(ConfigError, match="on one line"):
+        with pytest.raises(ConfigError, match="exactly one line"):
             read_passphrase(private(tmp_path / "word", content))
     private(tmp_path / "word", b"from a file").chmod(0o640)
-    with pytest.raises(ConfigError, match=r"mode 0600; `chmod 600"):
+    with pytest.raises(ConfigError, match=r"mode 0600; run `chmod 600"):
         read_passphrase(tmp_path / "word")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_passphrase(tmp_path / "absent")
@@ -142,7 +142,7 @@ def test_where_a_passphrase_is_read_from(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_prompt_asks_twice_and_shows_nothing(tmp_path: Path) -> None:
-    """With a terminal of its own, as the prompt reads from there."""
+    """Runs in a pseudo-terminal, from which the prompt reads."""
     ours, theirs = pty.openpty()
     words = [sys.executable, "-m", "fedamole", "certs", "--own", "clinic", "--passphrase"]
     process = subprocess.Popen(

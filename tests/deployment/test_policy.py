@@ -1,4 +1,4 @@
-"""What a client consents to: everything that a coordinator may ask is compared with the client's own policy."""
+"""The policy: all settings that a coordinator may request are compared with the client's own limits."""
 
 import copy
 import dataclasses
@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from fedamole.cli.main import app
 from fedamole.config import load_config, plain
 from fedamole.data.settings import SourceSettings
-from fedamole.deployment.client_handler import Host
+from fedamole.deployment.client_handler import ClientHandler
 from fedamole.deployment.run_session import ClientSettings
-from fedamole.deployment.security.policy import UNBOUNDED, PolicySettings, asked_of_rows, default_text, read_policy
+from fedamole.deployment.security.policy import UNBOUNDED, PolicySettings, default_text, read_policy, row_checks
 from fedamole.deployment.shared_config import agreed_hash, check_agree, shared_tables
 from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, unpacked
 from fedamole.errors import ConfigError
@@ -35,8 +35,8 @@ RUN_ID = "c0ffee"
 FIELDS = [item.name for item in fields(PolicySettings)]
 
 
-class Heard(ProgressListener):
-    """Keeps what the client is shown."""
+class RecordingListener(ProgressListener):
+    """Records what the client prints."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -46,7 +46,7 @@ class Heard(ProgressListener):
 
 
 class Asks:
-    """An honest coordinator's settings, to be changed; and requests as it sends them."""
+    """An honest coordinator's settings, which tests change, and its requests."""
 
     def __init__(self, tiny: Path, method: str, *overrides: str) -> None:
         words = [
@@ -92,7 +92,7 @@ def put(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows enough for 20 in each split, with a column that no template of the package reads."""
+    """Enough rows for 20 in each split, with a column that no built-in template reads."""
     path = tmp_path_factory.mktemp("rows") / "north.jsonl"
     labels, things = ("glad", "sad"), ("a red cup", "a blue hat", "two pens", "an old map")
     path.write_text(
@@ -126,18 +126,22 @@ def asks(tiny: Path) -> Callable[..., Asks]:
 
 
 @pytest.fixture
-def client(tiny: Path, rows: Path, tmp_path: Path) -> Callable[..., Host]:
-    """Hosts with the default policy, unless another is given."""
+def client(tiny: Path, rows: Path, tmp_path: Path) -> Callable[..., ClientHandler]:
+    """Client handlers with the default policy, unless another is given."""
 
-    def of(folder: str = "one", template: str = "classification", listener: Any = None, **settings: Any) -> Host:
+    def of(
+        folder: str = "one", template: str = "classification", listener: Any = None, **settings: Any
+    ) -> ClientHandler:
         source = SourceSettings("north", path=str(rows), template=template)
         own = {"base": str(tiny / "base"), "device": "cpu", "threads": 1, **settings}
-        return Host(ClientSettings(source, folder=str(tmp_path / folder), **own), listener or ProgressListener())
+        return ClientHandler(
+            ClientSettings(source, folder=str(tmp_path / folder), **own), listener or ProgressListener()
+        )
 
     return of
 
 
-def ask(host: Host, request: Request) -> Reply:
+def ask(host: ClientHandler, request: Request) -> Reply:
     return unpacked(Reply, host.answer(pack(request)))
 
 
@@ -172,7 +176,7 @@ def test_the_document_has_every_key_with_its_default() -> None:
         ("max_rank = 0", "policy.max_rank = 0: must be at least 1"),
         ("min_steps = 9\nmax_steps = 8", "policy.min_steps = 9 is above policy.max_steps = 8"),
         ("min_rows = -1", "policy.min_rows = -1: must not be negative"),
-        ("methods = ['fedmole']", "there is no such method; did you mean 'fedamole'"),
+        ("methods = ['fedmole']", "there is no method 'fedmole'; did you mean 'fedamole'"),
         ("min_rows = ", "is not TOML"),
     ],
 )
@@ -191,16 +195,16 @@ def test_a_wrong_key_or_value_is_named(text: str, error: str, tmp_path: Path) ->
 
 def test_an_honest_run_passes_the_default_policy_and_is_shown(asks: Any, client: Any) -> None:
     """Train 46, embedding 16 .. by these shares of 130 rows every split has 20 rows, but for fedamole's embedding."""
-    heard = Heard()
-    host = client(listener=heard)
+    listener = RecordingListener()
+    host = client(listener=listener)
     server = asks("fedit")
     joined = ask(host, server.join())
     assert joined.failed is None
     assert all(joined.report["examples"][split] >= 20 for split in ("train", "validation", "test"))
-    assert heard.lines[0] == f"run fedit, settings {agreed_hash(server.settings)}"
-    shown = "\n".join(heard.lines)
-    assert "ok       rank: asked 2; allowed at most 64 (max_rank)" in shown
-    assert "ok       rows in the train split: asked" in shown
+    assert listener.lines[0] == f"run fedit, settings {agreed_hash(server.settings)}"
+    shown = "\n".join(listener.lines)
+    assert "ok       rank: requested 2; allowed at most 64 (max_rank)" in shown
+    assert "ok       rows in the train split: requested" in shown
     assert "REFUSED" not in shown
     assert "The coordinator gets each client's own part before it is averaged" in shown
     assert ask(host, server.update(0, -1)).failed is None
@@ -219,11 +223,11 @@ def test_the_steps_that_a_policy_bounds_are_those_of_the_budget(
 ) -> None:
     words = [*small(method), "training.local_steps=1200", f"training.budget={budget}"]
     rows = {"train": 500, "embedding": 50, "validation": 50, "test": 50}
-    items = asked_of_rows(load_config(tiny / "config.toml", words), rows, PolicySettings())
+    items = row_checks(load_config(tiny / "config.toml", words), rows, PolicySettings())
     (most,) = [item for item in items if item.setting == "steps of a round" and "max_steps" in item.allowed]
-    assert (most.asked, most.fits) == (str(steps), steps <= 2000)
+    assert (most.requested, most.passes) == (str(steps), steps <= 2000)
     (read,) = [item for item in items if "max_examples_per_update" in item.allowed]
-    assert read.asked == str(2 * steps), "batches of two rows"
+    assert read.requested == str(2 * steps), "batches of two rows"
 
 
 ASKED: dict[str, tuple[str, Callable[[dict[str, Any]], None], str, str]] = {
@@ -245,18 +249,18 @@ ASKED: dict[str, tuple[str, Callable[[dict[str, Any]], None], str, str]] = {
         "method.weight_decay = 100.0",
     ),
     "a scaling beyond all measure": ("fedit", put("method", "alpha", value=1e30), "policy", "max_scaling"),
-    "accuracy in every round": ("fedit", put("evaluation", "select", value="score"), "policy", "share_majority"),
+    "accuracy of every round": ("fedit", put("evaluation", "select", value="score"), "policy", "share_majority"),
     "no scaling": ("fedit", put("method", "alpha", value=1e-9), "policy", "min_scaling"),
     "one row of validation": ("fedit", put("data", "validation_share", value=0.001), "policy", "validation split"),
     "one row of test": ("fedit", put("data", "test_share", value=0.001), "policy", "rows in the test split"),
     "nearly all for validation": ("fedit", put("data", "validation_share", value=0.7), "policy", "train split"),
     "an embedding split of one row": ("fedamole", put("data", "embedding_cap", value=1), "policy", "embedding split"),
     "a look at one row": ("ifca_lora", put("method", "probe_examples", value=1), "policy", "probe_examples"),
-    "base = /etc": ("fedit", put("base", "model", value="/etc"), "base", "lies in a folder"),
-    "base = ../../etc": ("fedit", put("base", "model", value="../../etc"), "base", "lies in a folder"),
-    "base = ~/x": ("fedit", put("base", "model", value="~/x"), "base", "lies in a folder"),
-    "base = file:///etc": ("fedit", put("base", "model", value="file:///etc"), "base", "lies in a folder"),
-    "a base of the hub": ("fedit", put("base", "model", value="evil/model"), "policy", "hub_base"),
+    "base = /etc": ("fedit", put("base", "model", value="/etc"), "base", "is in a folder"),
+    "base = ../../etc": ("fedit", put("base", "model", value="../../etc"), "base", "is in a folder"),
+    "base = ~/x": ("fedit", put("base", "model", value="~/x"), "base", "is in a folder"),
+    "base = file:///etc": ("fedit", put("base", "model", value="file:///etc"), "base", "is in a folder"),
+    "a base from the hub": ("fedit", put("base", "model", value="evil/model"), "policy", "hub_base"),
     "the client's source": ("fedit", put("data", "source", value=[{"name": "x", "path": "x"}]), "config", "data."),
     "a manifest": ("fedit", put("data", "manifest", value="/etc/passwd"), "config", "data.manifest"),
     "the client's folder": ("fedit", put("run", "folder", value="/tmp/x"), "config", "run.folder"),
@@ -280,19 +284,19 @@ def test_what_is_asked_too_much_is_refused_and_named_here_alone(what: str, asks:
 
 
 def test_what_is_asked_and_harmless(asks: Any, client: Any, tmp_path: Path) -> None:
-    """Names that lead out or steer a terminal are refused; a template that the client did not name is not used."""
+    """Names that are paths or control a terminal are refused; a template that the client did not select is not used."""
     for number, name in enumerate(("../../../../tmp/pwn/x", "\x1b]0;pwned\x07\x1b[31m[link=http://evil]x")):
-        heard = Heard()
-        host = client(f"in/{number}", listener=heard)
+        listener = RecordingListener()
+        host = client(f"in/{number}", listener=listener)
         assert ask(host, asks("fedit").join(put("run", "name", value=name))).failed == "config"
-        assert "\x1b" not in "".join(heard.lines)
-        assert host.seat is None
+        assert "\x1b" not in "".join(listener.lines)
+        assert host.session is None
         assert not list(tmp_path.rglob("run.json"))
     foreign = put("data", "templates", value={"triage": {"prompt": "{patient}", "answer": "{label}"}})
     host = client("in/t")
     assert ask(host, asks("fedit").join(foreign)).failed is None
-    assert host.seat is not None
-    assert not any("patient" in one.prompt for one in host.seat.data.train.examples)
+    assert host.session is not None
+    assert not any("patient" in one.prompt for one in host.session.data.train.examples)
 
 
 def test_a_template_of_the_coordinators_reads_allowed_columns_only(asks: Any, client: Any, caplog: Any) -> None:
@@ -303,7 +307,7 @@ def test_a_template_of_the_coordinators_reads_allowed_columns_only(asks: Any, cl
         return whole
 
     assert ask(client("a", template="triage"), sent("{patient}: {text}")).failed == "policy"
-    assert "columns of template triage: asked label, patient, text" in caplog.text
+    assert "columns of template triage: requested label, patient, text" in caplog.text
     assert ask(client("b", template="triage"), sent("{text}")).failed is None
     allowed = PolicySettings(columns=("text", "label", "patient"))
     assert ask(client("c", template="triage", policy=allowed), sent("{patient}: {text}")).failed is None
@@ -319,11 +323,11 @@ def test_a_client_with_a_single_label_says_what_the_coordinator_has_to_write(
     path = tmp_path / "glad.jsonl"
     path.write_text("".join(line for line in rows.read_text().splitlines(keepends=True) if '"glad"' in line))
 
-    def host(folder: str, template: str) -> Host:
-        found: Host = client(folder, template)
+    def host(folder: str, template: str) -> ClientHandler:
+        found: ClientHandler = client(folder, template)
         policy = PolicySettings(min_rows=1, min_examples_per_update=1)
         source = replace(found.settings.source, path=str(path))
-        return Host(replace(found.settings, source=source, policy=policy), ProgressListener())
+        return ClientHandler(replace(found.settings, source=source, policy=policy), ProgressListener())
 
     refused = ask(host("a", "classification"), asks("fedit").join())
     assert refused.failed is not None
@@ -338,15 +342,15 @@ def test_a_client_with_a_single_label_says_what_the_coordinator_has_to_write(
 def test_a_dropped_column_is_none_that_a_template_may_read(asks: Any, client: Any, caplog: Any) -> None:
     template = put("data", "templates", value={"triage": {"prompt": "{patient}", "answer": "{label}"}})
     host = client("drop", template="triage")
-    host = Host(
+    host = ClientHandler(
         replace(host.settings, source=replace(host.settings.source, columns={"patient": ""})), ProgressListener()
     )
     assert ask(host, asks("fedit").join(template)).failed == "policy"
-    assert "columns of template triage: asked label, patient" in caplog.text
+    assert "columns of template triage: requested label, patient" in caplog.text
 
 
 def test_every_key_of_the_policy_forbids_something(asks: Any, client: Any) -> None:
-    """The honest run of the first test, and a key of the policy just below or above what it asks."""
+    """The honest run of the first test, with one limit of the policy just below or above its value."""
     limits: dict[str, Any] = {
         "methods": ("fedamole",),
         "max_rank": 1,
@@ -399,19 +403,19 @@ def test_every_key_of_the_policy_forbids_something(asks: Any, client: Any) -> No
 def test_a_stricter_policy_ends_a_run_that_is_under_way(asks: Any, client: Any) -> None:
     server, host = asks("fedit"), client()
     ask(host, server.join())
-    assert host.seat is not None
-    host.seat.hold.close()
+    assert host.session is not None
+    host.session.lock.close()
     assert ask(client(policy=PolicySettings(max_rank=1)), server.update(0, -1)).failed == "policy"
     assert ask(client(), server.update(0, -1)).failed is None
 
 
 def test_rounds_are_counted_however_they_are_called(asks: Any, client: Any, caplog: Any) -> None:
-    """Three rounds, and each may be asked again with another message; but not more answers than the policy allows."""
+    """A round may be repeated with another message, but the total number of replies is limited."""
     server, host = asks("fedit"), client(policy=PolicySettings(max_rounds=3))
     ask(host, server.join())
     done = [ask(host, server.update(0, -1, plus=number / 10)).failed for number in range(4)]
     assert done == [None, None, None, "policy"]
-    assert "3 times update" in caplog.text
+    assert "requested update 3 times" in caplog.text
     assert ask(host, server.update(0, -1, plus=0.2)).failed is None, "the last answer is repeated, which tells nothing"
     message = server.update(0, -1).message
     scored = [ask(host, Request(RUN_ID, 0, EVALUATE, "fedit", last=0, message=message)).failed for _ in range(4)]
@@ -419,7 +423,7 @@ def test_rounds_are_counted_however_they_are_called(asks: Any, client: Any, capl
 
 
 def test_the_test_split_is_answered_once(asks: Any, client: Any, caplog: Any) -> None:
-    """Asked for other models, later, or after a restart: the first answer again, to the bit but for the round."""
+    """Requests for other models, later, or after a restart, get the first reply again, except for the round."""
     caplog.set_level(logging.INFO)
     server, host = asks("fedit"), client()
     ask(host, server.join())
@@ -429,14 +433,14 @@ def test_the_test_split_is_answered_once(asks: Any, client: Any, caplog: Any) ->
     evaluated = Request(RUN_ID, 1, EVALUATE, "fedit", last=1, message=server.update(0, -1, plus=0.3).message)
     assert ask(host, server.update(1, 0, plus=0.3)).failed is None
     assert ask(host, evaluated).failed is None
-    assert host.seat is not None
-    fresh = host.seat.worker.evaluator.test_last([host.seat.data], "fedit")["north"]
+    assert host.session is not None
+    fresh = host.session.worker.evaluator.test_last([host.session.data], "fedit")["north"]
     again = ask(host, Request(RUN_ID, 1, TEST, last=1, best={"fedit": 1}))
     assert again == replace(first, round=1)
     assert again.scores["fedit/last"] != fresh, "another model has another score, which is not told"
-    host.seat.hold.close()
+    host.session.lock.close()
     assert ask(client(), Request(RUN_ID, 1, TEST, last=1)).scores == first.scores
-    assert "answered as before" in caplog.text
+    assert "sending the stored reply" in caplog.text
 
 
 def test_the_mix_of_labels_stays_here_unless_it_is_shared(asks: Any, client: Any) -> None:
@@ -459,18 +463,18 @@ def test_only_the_run_that_was_agreed_on(asks: Any, client: Any, caplog: Any, tm
     assert len(whole) == 64
     host = client("a", agree=check_agree(whole.upper()))
     assert ask(host, server.join(put("training", "learning_rate", value=0.02))).failed == "policy"
-    assert f"--agree {whole} allows another run only" in caplog.text
+    assert f"--agree allows only {whole}" in caplog.text
     assert not (tmp_path / "a").exists()
     assert ask(host, server.join()).failed is None
-    assert host.seat is not None
-    host.seat.hold.close()
+    assert host.session is not None
+    host.session.lock.close()
     log = str(tmp_path / "home" / "audit.jsonl")
     for run, failed in (("b" * 32, None), ("c" * 32, "policy"), ("b" * 32, None)):
         again = client("again", agree=whole, audit=log)
         join = dataclasses.replace(server.join(), run=run)
         assert ask(again, join).failed == failed, "one run with the agreed settings, and no second one"
-        if again.seat is not None:
-            again.seat.hold.close()
+        if again.session is not None:
+            again.session.lock.close()
     other = client("a", agree="0" * 64)
     assert ask(other, server.update(0, -1)).failed == "policy", "also for a run that is under way"
 
@@ -480,7 +484,7 @@ def test_settings_do_not_change_under_way(asks: Any, client: Any, caplog: Any) -
     assert ask(host, server.join()).failed is None
     assert ask(host, server.join()).failed is None
     assert ask(host, server.join(put("training", "local_steps", value=6))).failed == "policy"
-    assert "tells other settings than those that this run began with" in caplog.text
+    assert "settings differ from those this run began with" in caplog.text
 
 
 def test_the_hash_is_of_everything_that_is_told(asks: Any) -> None:
@@ -500,14 +504,14 @@ def test_the_hash_is_of_everything_that_is_told(asks: Any) -> None:
 
 @pytest.mark.parametrize("given", ["abc", "0" * 63, "g" * 64, "0" * 65, "../../x", " " * 64])
 def test_what_is_no_hash_cannot_be_agreed_on(given: str) -> None:
-    with pytest.raises(ConfigError, match="give the whole hash"):
+    with pytest.raises(ConfigError, match="give the complete hash"):
         check_agree(given)
 
 
 # --- reading words by settings alone -----------------------------------------------------------------------------
 
 
-def read_words(host: Host, tiny: Path, **settings: Any) -> tuple[str | None, list[int]]:
+def read_words(host: ClientHandler, tiny: Path, **settings: Any) -> tuple[str | None, list[int]]:
     """The attack: LoRAs with A = 0 and random B, trained so little that what comes back is a sum of outer products of
     the words read. Returns why the client refused, or the token ids whose embedding lies in the row space of A.
     """
@@ -564,8 +568,8 @@ def test_words_cannot_be_read_by_settings(tiny: Path, client: Any) -> None:
     host = client("open", template="triage", base=None, policy=UNBOUNDED)
     refused, tokens = read_words(host, tiny, **ATTACK)
     assert refused is None
-    assert host.seat is not None
-    read = [{*row.prompt, *row.answer} for row in host.seat.data.train.rows]
+    assert host.session is not None
+    read = [{*row.prompt, *row.answer} for row in host.session.data.train.rows]
     assert 8 < len(tokens) < 40
     assert any(set(tokens) <= one for one in read), "all of them are words of one and the same record"
 

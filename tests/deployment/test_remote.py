@@ -18,32 +18,32 @@ from fedamole.federation.record import pack, unpack
 from fedamole.runs.run_files import BASE, MAJORITY
 from fedamole.runs.run_folder import RunFolder, write_atomic
 from tests.conftest import small
-from tests.deployment.direct import Calendar, Killed, Town, in_one_process, town
-from tests.deployment.liar import Liar
+from tests.deployment.direct import ClientSchedule, DirectDeployment, Killed, direct_deployment, in_one_process
+from tests.deployment.dishonest_client import DishonestClient
 
 TIMES = ("seconds", "peak_memory", "group", "bytes")
 NAMES = ("chat", "entail", "mood", "plain")
 RULES = ("evaluation.best_round=client", "federation.aggregation=clipped")
-"""What a deployment does unless it is told otherwise; said here, so that runs in one process do it too."""
+"""Defaults of a deployment, set explicitly so that in-process runs use them too."""
 QUICK = ("federation.rounds=3", "training.local_steps=1", "run.group=1", *RULES)
 
 
 def facts(folder: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl without times and sizes, and without what went wrong where something did."""
+    """Lines of metrics.jsonl without times, sizes and failures."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     told = [{**line, "failed": True} if "failed" in line else line for line in lines]
     return [{key: value for key, value in line.items() if not key.startswith(TIMES)} for line in told]
 
 
 def left(client: Path) -> dict[str, bytes]:
-    """What a client has in the end: its last private state, and its personal models of the best round."""
+    """A client's final state: its last private state, and its personal models of the best round."""
     state = max(client.glob("state/*.safetensors"), default=None)
     files = [*client.glob("adapter*/*.safetensors"), *([] if state is None else [state])]
     return {str(file.relative_to(client)): file.read_bytes() for file in sorted(files)}
 
 
-def assert_same(there: Town, here: Path) -> None:
-    """A deployed run and one in one process came to the same, bit by bit, at the server and at every client."""
+def assert_same(there: DirectDeployment, here: Path) -> None:
+    """Assert that a deployed and an in-process run are bit-identical at the server and at every client."""
     assert states(there.server_folder) == states(here)
     assert facts(there.server_folder) == facts(here)
     for name in NAMES:
@@ -61,8 +61,8 @@ def settle(tiny: Path, tmp_path: Path, monkeypatch: Any) -> Any:
     monkeypatch.setattr(timing, "RETRY_SECONDS", 0.01)
     monkeypatch.setattr(timing, "POLL_SECONDS", 0.01)
 
-    def make(method: str, *overrides: str, folder: str = ".") -> Town:
-        return town(tiny / "config.toml", tmp_path / folder, *small(method), *overrides)
+    def make(method: str, *overrides: str, folder: str = ".") -> DirectDeployment:
+        return direct_deployment(tiny / "config.toml", tmp_path / folder, *small(method), *overrides)
 
     return make
 
@@ -93,16 +93,16 @@ def test_equals_it_also_where_replies_are_clipped_and_the_best_round_is_one_for_
 
 
 def test_without_a_word_in_the_config_best_rounds_are_each_clients_own(settle: Any) -> None:
-    """mood says in round 0 that its loss is 0: its own model is then that of round 0, and all else is as without it."""
+    """mood reports loss 0 in round 0: its best model is then that of round 0, and nothing else changes."""
 
-    def models(there: Town) -> dict[str, dict[str, bytes]]:
+    def models(there: DirectDeployment) -> dict[str, dict[str, bytes]]:
         return {name: left(there.client_folder(name)) for name in NAMES if name != "mood"}
 
     options = (*QUICK[:3], "training.learning_rate=0.003")
     there = settle("local_only", *options)
     rows = there.run()["rows"]["local_only"]["best_round"]
     assert max(rows.values()) > 0, "choose another rate: this test wants a best round that is not the first"
-    honest = models(there)
+    honest_reply = models(there)
 
     def lie(name: str, request: Request, answer: bytes) -> bytes:
         reply = unpack(Reply, answer)
@@ -113,17 +113,17 @@ def test_without_a_word_in_the_config_best_rounds_are_each_clients_own(settle: A
     other = settle("local_only", *options, folder="lied")
     other.link.meddle = lie
     assert other.run()["rows"]["local_only"]["best_round"] == {**rows, "mood": 0}
-    assert models(other) == honest
+    assert models(other) == honest_reply
 
 
 def test_one_liar_with_a_key_harms_itself_alone(settle: Any, tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
-    """mood tells another lie in each round; nothing in the config asks for protection."""
+    """mood sends another false value in each round; the config has only the default protection."""
     there = settle("fedit", "federation.rounds=6", "training.local_steps=2", "method.weighting=examples")
     kinds = ("examples", "lowest loss", "poison", "flip", "false loss", "seconds")
     file, node = tmp_path / "lie", there.link.node("mood")
     monkeypatch.setenv("LIE", str(file))
     old = there.link.hosts[node]
-    there.link.hosts[node] = Liar(old.settings, old.listener)
+    there.link.hosts[node] = DishonestClient(old.settings, old.listener)
     there.link.before = lambda name, request: file.write_text(kinds[max(request.round, 0)]) and None
     rows = there.run()["rows"]["fedit"]["best_round"]
     told = [line for line in lines(there.server_folder) if line.get("client") == "mood" and line["round"] >= 0]
@@ -140,13 +140,13 @@ def test_one_liar_with_a_key_harms_itself_alone(settle: Any, tmp_path: Path, mon
     assert clients["mood"] == 10**9
     known = tuple(ClientInfo(name, count) for name, count in clients.items())
     folder = RunFolder.open(there.server_folder)
-    loop = loop_of(there.config, there.engine("a1b2", Calendar()), there.server, folder, Calendar())
+    loop = loop_of(there.config, there.engine("a1b2", ClientSchedule()), there.server, folder, ClientSchedule())
     weights = replace(loop.server, clients=known).weights("examples")
     assert weights["mood"] == pytest.approx(sum(weights.values()) / 2)
 
 
-def asked(there: Town, name: str, operation: str) -> list[int]:
-    """Rounds in which a client was asked for something, in order."""
+def asked(there: DirectDeployment, name: str, operation: str) -> list[int]:
+    """Rounds in which a client got a request, in order."""
     return [request.round for who, request in there.link.asked if (who, request.operation) == (name, operation)]
 
 
@@ -156,7 +156,7 @@ def asked(there: Town, name: str, operation: str) -> list[int]:
 def test_rounds_that_did_not_count_are_undone(
     method: str, options: list[str], settle: Any, tmp_path: Path, monkeypatch: Any, caplog: Any
 ) -> None:
-    """In round 1 one answer gets lost, one disk is full, one memory is short: as if three had not been asked."""
+    """In round 1 one reply is lost, one disk is full, one client is out of memory: as if three had been left out."""
     there = settle(method, *options, *QUICK, "deployment.min_clients=1")
     failing = {"disk": "plain", "memory": "mood"}
     write = write_atomic
@@ -190,7 +190,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("method", ["fedalt", "fedamole"])
 def test_workers_that_end_and_start_again_change_nothing(method: str, settle: Any, tmp_path: Path) -> None:
-    """Killed in training and asked again, or replaced between two requests of any kind: nobody joins anew."""
+    """Killed during training, or replaced between two requests of any kind: no client joins again."""
     there = settle(method, *QUICK, "deployment.min_clients=4")
     killed: list[bool] = []
 
@@ -215,7 +215,7 @@ def test_workers_that_end_and_start_again_change_nothing(method: str, settle: An
 
 
 def test_whoever_lost_its_folder_joins_again(settle: Any, caplog: Any) -> None:
-    """mood's folder goes while its worker lives, chat's with its worker: a round later both are back."""
+    """mood's folder is deleted while its worker runs, chat's together with its worker: both rejoin a round later."""
     there = settle("fedit", *QUICK)
 
     def deleted(name: str, request: Request) -> None:
@@ -230,17 +230,17 @@ def test_whoever_lost_its_folder_joins_again(settle: Any, caplog: Any) -> None:
     assert asked(there, "mood", UPDATE) == [0, 1, 2]
     failed = [(line["client"], line["round"]) for line in lines(there.server_folder) if "failed" in line]
     assert failed == [("chat", 1), ("mood", 1)]
-    assert "is gone, or a part of it" in caplog.text
-    assert "what was kept from earlier rounds is gone" in caplog.text
+    assert "is missing or incomplete" in caplog.text
+    assert "the state of earlier rounds is missing" in caplog.text
     assert set(summary["rows"]["fedit"]["clients"]) == set(NAMES)
 
 
 @pytest.mark.parametrize(("method", "options"), [("fedit", ["evaluation.pre_aggregation=true"]), ("fdlora", [])])
 def test_late_joins_and_absences(method: str, options: list[str], settle: Any, tmp_path: Path) -> None:
-    """An absent client keeps its model of the best round as the server saw it: what it had. Latecomers count then."""
+    """An absent client keeps its model of the best round that the server knows; late clients count from then on."""
     away = {0: ("mood", "plain"), 1: ("chat", "mood"), 2: ("chat",)}
     there = settle(method, *options, *QUICK, "federation.rounds=4")
-    there.run(calendar=Calendar(away))
+    there.run(schedule=ClientSchedule(away))
     assert [asked(there, name, JOIN) for name in NAMES] == [[-1]] * 4
     assert [asked(there, name, UPDATE) for name in NAMES] == [[0, 3], [0, 1, 2, 3], [2, 3], [1, 2, 3]]
     here = in_one_process(there.config, tmp_path / "here", away)
@@ -270,7 +270,7 @@ def test_a_server_that_was_killed_goes_on(
             raise Killed
 
     with pytest.raises(Killed):
-        there.run(calendar=Calendar(stop=strike))
+        there.run(schedule=ClientSchedule(stop=strike))
     if damaged:
         path = max((there.server_folder / "checkpoints").glob("*.safetensors"))
         content = bytearray(path.read_bytes())

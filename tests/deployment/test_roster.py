@@ -1,4 +1,4 @@
-"""The registered clients as a folder of public keys that may change at any time."""
+"""The registered clients: a folder of public keys that may change at any time."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedamole.deployment.security.keys import new_key, public_line
-from fedamole.deployment.security.roster import CHECK_S, Roster
+from fedamole.deployment.security.roster import RESCAN_S, Roster
 
 Add = Callable[..., bytes]
 
@@ -40,7 +40,7 @@ def add(folder: Path) -> Add:
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time that the roster sees; it stands still."""
+    """A clock for the roster that tests advance."""
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
@@ -75,17 +75,17 @@ def test_changes_are_noticed(folder: Path, add: Add, clock: list[float]) -> None
     assert found.find(anna)
     ben = add("ben")
     assert found.find(ben) is None, "the folder is not looked at for every call"
-    clock[0] += CHECK_S
+    clock[0] += RESCAN_S
     assert found.find(ben)
     (folder / "anna.pub").rename(folder / "anna.pub.removed")
-    clock[0] += CHECK_S
+    clock[0] += RESCAN_S
     assert found.find(anna) is None
     replaced = add("ben")
-    clock[0] += CHECK_S
+    clock[0] += RESCAN_S
     assert found.find(ben) is None
     assert found.find(replaced)
     (folder / "ben.pub").write_bytes((folder / "ben.pub").read_bytes().replace(b" ben", b" ben until=2020-01-01"))
-    clock[0] += CHECK_S
+    clock[0] += RESCAN_S
     client = found.find(replaced)
     assert client is not None
     assert client.until == date(2020, 1, 1)
@@ -99,7 +99,7 @@ def test_a_file_replaced_by_one_of_the_same_size_and_time_is_noticed(
     (folder / "anna.pub").rename(folder / "kept")
     new = add("anna")
     os.utime(folder / "anna.pub", ns=(old.st_atime_ns, old.st_mtime_ns))
-    clock[0] += CHECK_S
+    clock[0] += RESCAN_S
     assert found.find(anna) is None
     assert found.find(new)
 
@@ -110,11 +110,11 @@ def test_without_the_folder_nobody_is_let_in(
     anna, found = add("anna"), Roster(folder)
     folder.rename(folder.with_name("away"))
     for _ in range(3):
-        clock[0] += CHECK_S
+        clock[0] += RESCAN_S
         assert found.find(anna) is None
     assert [record.levelno for record in caplog.records].count(logging.ERROR) == 1
     folder.with_name("away").rename(folder)
-    clock[0] += CHECK_S
+    clock[0] += RESCAN_S
     assert found.find(anna)
 
 
@@ -139,7 +139,7 @@ DAMAGED: dict[str, Callable[[], bytes]] = {
     "a name with a space": lambda: line("eve adams"),
     "a name that is a path": lambda: line("../eve"),
     "an escape": lambda: line("eve\x1b[2J"),
-    "no date": lambda: line("eve until=soon"),
+    "not a date": lambda: line("eve until=soon"),
     "no such date": lambda: line("eve until=2027-02-30"),
     "more behind the date": lambda: line("eve until=2027-02-03 x"),
     "too long": lambda: line() + 20_000 * b" ",
@@ -155,7 +155,7 @@ def test_damaged_files_are_skipped_with_one_line(
     (folder / "eve.pub").write_bytes(content)
     found = Roster(folder)
     for _ in range(3):
-        clock[0] += CHECK_S
+        clock[0] += RESCAN_S
         assert len(found) == 1
     assert found.find(anna)
     (text,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]

@@ -1,4 +1,4 @@
-"""The organisation's own CA: a request goes out, a certificate comes back, and only a right one is installed."""
+"""The organisation's own CA: a signing request is made, and only a valid certificate is installed."""
 
 import subprocess
 from collections.abc import Callable
@@ -26,7 +26,7 @@ HOST = "fl.example.org"
 
 @dataclass
 class Authority:
-    """A CA as an organisation has it, perhaps below another one."""
+    """An organisation's CA, optionally below another one."""
 
     name: str
     above: "Authority | None" = None
@@ -155,7 +155,7 @@ def test_a_folder_with_its_own_ca_takes_no_other(tmp_path: Path) -> None:
         lambda: install_server(tmp_path / "c", tmp_path / "c" / "server.crt", tmp_path / "c" / "ca.crt"),
     )
     for call in calls:
-        with pytest.raises(ConfigError, match="has a CA of its own"):
+        with pytest.raises(ConfigError, match="has its own CA"):
             call()
 
 
@@ -204,15 +204,15 @@ def test_what_is_wrong_is_named_and_nothing_is_changed(
         "issuer, 'CN=Root', is in neither file": (signed, stranger.pem),
         "issuer, 'CN=Middle', is in neither file": (middle.sign(csr), root.pem),
         "issuer, 'CN=Root', is in neither": (middle.sign(csr), middle.pem),
-        "is in .*signed.crt only; --ca must have it": (signed + root.pem, stranger.pem),
+        "is only in .*signed.crt; it must be in --ca": (signed + root.pem, stranger.pem),
         "expired on": (root.sign(csr, -20, -1), root.pem),
         "is not valid before": (root.sign(csr, 1, 20), root.pem),
         "is a CA certificate": (root.sign(csr, ca=True), root.pem),
         "serverAuth": (root.sign(csr, server=False), root.pem),
         "not for 192.0.2.7, fl.example.org; ask the CA": (root.sign(csr, names=["a.example.org"]), root.pem),
         "is for no name, not for": (root.sign(csr, names=[]), root.pem),
-        "no certificate in PEM format": (b"rubbish", root.pem),
-        "org.crt: is no certificate in PEM": (signed, b"rubbish"),
+        "not a certificate in PEM format": (b"rubbish", root.pem),
+        "org.crt: is not a certificate in PEM": (signed, b"rubbish"),
     }
     before = contents(folder)
     for text, (crt, ca) in wrong.items():
@@ -274,7 +274,7 @@ def test_two_roots_while_one_follows_another(folder: Path, install: Callable[...
 
 
 def test_openssl_signs_a_request(folder: Path, tmp_path: Path) -> None:
-    """As docs/certificates.md shows it."""
+    """The command in docs/certificates.md."""
     words = [
         [
             "req",

@@ -1,4 +1,4 @@
-"""Flower's simulation comes to what the run in one process comes to, also where clients are parts of a source."""
+"""Flower's simulation equals the in-process run, also if clients are parts of a source."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from fedamole.experiment import settled, start
 from fedamole.federation.progress import ProgressListener
 from fedamole.runs.run_folder import RunFolder
 from tests.conftest import small
-from tests.deployment.test_moved_base import GoneError, Nobody
+from tests.deployment.test_moved_base import EmptyLink, ProcessEndedError
 from tests.deployment.test_remote import facts, left, states
 
 pytest.importorskip("ray", reason="Ray is the extra `ray`")
@@ -49,16 +49,16 @@ def test_equals_the_run_in_one_process(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_whose_base_moved_is_resumed_on_it(tiny: Path, tmp_path: Path) -> None:
-    """As a server's run is, whose coordinator this is; what clients are told of the run's settings stays the same."""
+    """The new location of the base is recorded in all run folders; the settings that clients are sent stay the same."""
     first, moved, folder = tmp_path / "first", tmp_path / "moved", tmp_path / "run"
     shutil.copytree(tiny / "base", first)
     words = [*small("fedit"), "federation.rounds=1", "training.local_steps=1", f"base.model={first}"]
     prepare_simulation(load_config(tiny / "config.toml", words), folder)
-    with pytest.raises(GoneError):
-        coordinate(Nobody(), folder)
+    with pytest.raises(ProcessEndedError):
+        coordinate(EmptyLink(), folder)
     first.rename(moved)
     with pytest.raises(BaseModelError, match=rf"{first}, the base of {folder}, is not here: name a copy of it by --ba"):
-        coordinate(Nobody(), folder)
+        coordinate(EmptyLink(), folder)
     config = (folder / "config.toml").read_bytes()
     done = subprocess.run(
         [FEDAMOLE, "simulate", "--resume", folder, "--base", "./moved"], capture_output=True, text=True, cwd=tmp_path
@@ -77,5 +77,5 @@ def test_a_config_without_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "d.toml").write_text('[deployment]\nclients = ["a", "b"]\n')
     done = subprocess.run([FEDAMOLE, "simulate", "d.toml"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
-    assert "a simulation takes its clients from there" in done.stderr
+    assert "it defines the clients of a simulation" in done.stderr
     assert not (tmp_path / "runs").exists()

@@ -1,4 +1,4 @@
-"""Flower's SuperLink behind its token check, and the commands that a process of Flower's may start."""
+"""The token check of Flower's SuperLink, and the commands that Flower's processes may start."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor.types import ExecutionSpec
 
-from fedamole.deployment.flower.commands import KNOWN, SERVERAPP, allow_only
+from fedamole.deployment.flower.command_allowlist import KNOWN, SERVERAPP, allow_only
 from fedamole.deployment.flower.executor import arguments
 from fedamole.deployment.flower.superlink import TokenCheck
 
@@ -22,7 +22,7 @@ async def reached(scope: Any, receive: Any, send: Any) -> None:
 
 
 def status(path: str, headers: list[tuple[str, str]], gateway: bytes | None = b"gate") -> int:
-    """Status of a call through the check, with 200 for one that passes."""
+    """Status of a call through the check; 200 if it passes."""
     import asyncio
 
     async def ask() -> int:
@@ -80,7 +80,7 @@ def test_the_executor_starts_the_runs_process_alone(kind: TaskType, tmp_path: Pa
 
 
 def test_every_command_of_flower_is_known() -> None:
-    """A later version that brings another command fails here: look at what it starts, then add it."""
+    """Fails if another version of Flower has more commands: check what they start, then add them."""
     found = {entry.name for entry in distribution("flwr").entry_points if entry.group == "console_scripts"}
     assert found == KNOWN
 
@@ -94,4 +94,4 @@ def test_one_command_is_real_and_all_others_refuse_loudly(tmp_path: Path) -> Non
     for name in sorted(KNOWN - {SERVERAPP}):
         found = subprocess.run([name, "--token", "x"], env={"PATH": path}, capture_output=True, text=True, check=False)
         assert found.returncode == 1
-        assert f"refused: {name} is a command of Flower's that no run of fedamole uses" in found.stderr
+        assert f"refused: fedamole never uses Flower's command {name}" in found.stderr

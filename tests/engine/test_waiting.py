@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.deployment.stub import NAMES, SHAPES, Answers, Stub, engine, honest, run
+from tests.deployment.fake_link import NAMES, SHAPES, Answers, FakeLink, engine, honest_reply, run
 
 from fedamole.engine import link as timing
 from fedamole.engine.messages import EVALUATE, FAILURES, JOIN, RETRIABLE, TEST, UPDATE, Request, failure
@@ -25,7 +25,7 @@ def hasty(monkeypatch: Any) -> None:
 
 
 def test_a_name_that_is_taken_or_not_on_the_roster(caplog: Any) -> None:
-    link = Stub(registered={1: "ann", 2: "ann", 3: "mallory", 4: "bob"})
+    link = FakeLink(registered={1: "ann", 2: "ann", 3: "mallory", 4: "bob"})
     there = engine(link)
     assert there.wait_for_clients() == ["ann", "bob"]
     assert {name: member.node for name, member in there.membership.members.items()} == {"ann": 1, "bob": 4}
@@ -41,13 +41,13 @@ def test_a_name_that_is_taken_or_not_on_the_roster(caplog: Any) -> None:
 
 
 def test_an_unregistered_node_says_who_it_is() -> None:
-    link = Stub(registered={1: "", 2: "ann"})
+    link = FakeLink(registered={1: "", 2: "ann"})
     assert engine(link).wait_for_clients() == ["ann", "eve"]
 
 
 def test_example_counts_weigh_and_are_kept(tmp_path: Path) -> None:
     """A client that is asked to join again does not lose its weight in between."""
-    link = Stub()
+    link = FakeLink()
     there = engine(link)
     there.wait_for_clients()
     link.answers = lambda name, request: pack(failure(request, name, "not_joined"))
@@ -65,7 +65,7 @@ class Told(ProgressListener):
 
 
 def test_too_few_are_waited_for(caplog: Any) -> None:
-    link, told = Stub(registered={0: "ann"}), Told()
+    link, told = FakeLink(registered={0: "ann"}), Told()
     there = engine(link, told)
     with pytest.raises(RunError, match=r"waited .* for 1 more clients; here are: ann\. .* server --resume"):
         there.wait_for_clients()
@@ -77,7 +77,7 @@ def test_too_few_are_waited_for(caplog: Any) -> None:
 
 
 def test_at_first_all_are_waited_for_a_while_also_after_a_restart() -> None:
-    there = engine(Stub(registered={0: "ann", 1: "bob"}), gathering=0.15)
+    there = engine(FakeLink(registered={0: "ann", 1: "bob"}), gathering=0.15)
     there.restore({}, {"ann": (0, 0), "bob": (0, 0), "eve": (0, 0)}, {})
     began = time.monotonic()
     assert there.wait_for_clients() == ["ann", "bob"]
@@ -92,7 +92,7 @@ def message() -> bytes:
 
 
 def test_a_server_that_goes_on_tells_best_rounds_and_what_counted_last() -> None:
-    link = Stub()
+    link = FakeLink()
     there = engine(link)
     there.restore({"ann": {"fedit": 3}, "bob": {"fedit": 2}}, {"ann": (4, 0), "bob": (2, 1)}, {"ann": 7})
     there.wait_for_clients()
@@ -112,9 +112,9 @@ def test_failures_that_can_pass_are_asked_again_but_not_without_a_pause() -> Non
     def answers(name: str, request: Request) -> bytes | str:
         if request.operation == UPDATE and name != "ann" and time.monotonic() < until:
             return pack(failure(request, name, "worker"))
-        return pack(honest(name, request))
+        return pack(honest_reply(name, request))
 
-    link = Stub(answers)
+    link = FakeLink(answers)
     there = engine(link)
     there.wait_for_clients()
     found = there.update(0, dict.fromkeys(NAMES, message()))
@@ -127,9 +127,9 @@ def test_failures_that_can_pass_are_asked_again_but_not_without_a_pause() -> Non
 def test_a_failure_that_never_passes_ends_the_run_after_patience(code: str) -> None:
     def answers(name: str, request: Request) -> bytes | str:
         fails = request.operation == UPDATE and name != "ann"
-        return pack(failure(request, name, code)) if fails else pack(honest(name, request))
+        return pack(failure(request, name, code)) if fails else pack(honest_reply(name, request))
 
-    link = Stub(answers)
+    link = FakeLink(answers)
     there = engine(link, patience=0.3)
     there.wait_for_clients()
     with pytest.raises(RunError, match=r"round 0: 1 of 2 answers, .* 0 s \(deployment.patience\).* --resume"):
@@ -143,10 +143,10 @@ def test_failures_that_cannot_pass_end_the_run_only_below_min_clients(code: str)
         return lambda name, request: (
             pack(failure(request, name, code))
             if request.operation == UPDATE and name in failing
-            else pack(honest(name, request))
+            else pack(honest_reply(name, request))
         )
 
-    link = Stub(answers(["eve"]))
+    link = FakeLink(answers(["eve"]))
     there = engine(link)
     there.wait_for_clients()
     found = there.update(0, dict.fromkeys(NAMES, message()))
@@ -164,9 +164,9 @@ def test_a_test_that_is_interrupted_is_asked_for_again(tmp_path: Path) -> None:
 
     def answers(name: str, request: Request) -> bytes | str:
         fails = failing and (name, request.operation) == ("eve", TEST)
-        return failing.pop() if fails else pack(honest(name, request))
+        return failing.pop() if fails else pack(honest_reply(name, request))
 
-    link = Stub(answers)
+    link = FakeLink(answers)
     assert set(run(tmp_path / "run", link)["rows"]["fedit"]["clients"]) == set(NAMES)
     assert link.count(TEST) == 5
 
@@ -180,9 +180,9 @@ def test_a_request_that_was_lost_on_its_way_is_sent_once_more(operation: str) ->
         if request.operation == operation and lost.get(name, 0) > 0:
             lost[name] -= 1
             return None
-        return pack(honest(name, request))
+        return pack(honest_reply(name, request))
 
-    link = Stub(answers)
+    link = FakeLink(answers)
     there = engine(link, deadline=1.0)
     there.wait_for_clients()
     found = getattr(there, operation)(0, *(["fedit"] if operation == EVALUATE else []), dict.fromkeys(NAMES, message()))
@@ -193,14 +193,14 @@ def test_a_request_that_was_lost_on_its_way_is_sent_once_more(operation: str) ->
 
 
 def test_a_join_that_is_never_answered_is_asked_again() -> None:
-    link = Stub(lambda name, request: None)
+    link = FakeLink(lambda name, request: None)
     there = engine(link, deadline=0.05)
     with pytest.raises(RunError):
         there.wait_for_clients()
     assert 6 <= len(link.asked) <= 18, "every deadline, not at every look"
 
 
-class Slow(Stub):
+class Slow(FakeLink):
     """Clients whose answer arrives some seconds after they were asked."""
 
     seconds = 0.0
@@ -230,7 +230,7 @@ def test_a_join_that_takes_longer_than_the_pause_between_two_requests_counts(mon
 
 def test_a_node_has_few_open_requests_to_join(monkeypatch: Any) -> None:
     monkeypatch.setattr(timing, "REFUSED_SECONDS", 0.01)
-    link = Stub(lambda name, request: None)
+    link = FakeLink(lambda name, request: None)
     there = engine(link, deadline=10.0, patience=0.2)
     monkeypatch.setattr(timing, "RESEND_AFTER", 0.001)
     with pytest.raises(RunError):
@@ -243,13 +243,13 @@ def test_the_number_of_examples_is_the_one_told_first(caplog: Any) -> None:
     counts = {"ann": 9}
 
     def answers(name: str, request: Request) -> bytes:
-        reply = honest(name, request)
+        reply = honest_reply(name, request)
         if name in counts and request.operation == JOIN:
             examples = {**reply.report["examples"], "train": counts[name]}
             reply = replace(reply, report={**reply.report, "examples": examples})
         return pack(reply)
 
-    link = Stub(answers)
+    link = FakeLink(answers)
     there = engine(link)
     there.wait_for_clients()
     counts["ann"] = 10**9

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save
-from tests.deployment.stub import EXAMPLES, IDENTITY, NAMES, SHAPES, Answers, Stub, honest, run
+from tests.deployment.fake_link import EXAMPLES, IDENTITY, NAMES, SHAPES, Answers, FakeLink, honest_reply, run
 
 from fedamole.engine import link as timing
 from fedamole.engine.messages import (
@@ -270,7 +270,7 @@ LIES = [
 
 def lying(operation: str, lie: Lie) -> Answers:
     def answers(name: str, request: Request) -> bytes | str | None:
-        reply = honest(name, request)
+        reply = honest_reply(name, request)
         return lie(reply) if name == "eve" and request.operation == operation else pack(reply)
 
     return answers
@@ -284,14 +284,14 @@ def without(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[st
     def of(operation: str) -> dict[str, Any]:
         if operation not in found:
             open_ = lying(operation, lambda r: pack(Reply(r.run, r.round, r.operation, r.client, "internal")))
-            found[operation] = run(tmp_path_factory.mktemp(operation) / "run", Stub(open_))
+            found[operation] = run(tmp_path_factory.mktemp(operation) / "run", FakeLink(open_))
         return found[operation]
 
     return of
 
 
 def test_an_honest_run(tmp_path: Path) -> None:
-    found = run(tmp_path / "run", Stub(), rounds=2)
+    found = run(tmp_path / "run", FakeLink(), rounds=2)
     assert not found["left_out"]
     assert set(found["rows"]["fedit"]["clients"]) == set(NAMES)
     assert len(found["scored"]) == 3 + 2 * 2 * 3
@@ -302,7 +302,7 @@ def test_a_liar_is_left_out_and_nothing_else_happens(
     operation: str, lie: Lie, without: Any, tmp_path: Path, caplog: Any
 ) -> None:
     caplog.set_level(logging.INFO)
-    found = run(tmp_path / "run", Stub(lying(operation, lie)))
+    found = run(tmp_path / "run", FakeLink(lying(operation, lie)))
     assert found == without(operation)
     assert found["left_out"] == ([("eve", 0)] if operation == UPDATE else [])
     assert ("eve" in found["rows"]["fedit"]["clients"]) == (operation in (UPDATE, EVALUATE))
@@ -330,7 +330,7 @@ def test_methods_that_let_clients_decide(method: Any) -> None:
 def test_any_changed_byte_is_refused_or_harmless() -> None:
     """Bytes of a reply's JSON changed one at a time: a PayloadError, or a reply that passes all checks."""
     request = Request("run1", 0, EVALUATE, "fedit")
-    good = pack(honest("eve", request))
+    good = pack(honest_reply("eve", request))
     for place in range(0, len(good)):
         for byte in b'\x00"9[{\\':
             changed = bytearray(good)
@@ -405,10 +405,10 @@ def test_the_constant_answer_is_in_the_table_only_where_all_share_it(
     """A client may keep this score to itself, as it tells of the mix of labels; nothing else may be missing."""
 
     def answers(name: str, request: Request) -> bytes:
-        reply = honest(name, request)
+        reply = honest_reply(name, request)
         kept = () if name in sharing else ("majority",)
         return pack(replace(reply, scores={key: value for key, value in reply.scores.items() if key not in kept}))
 
-    rows = run(tmp_path / "r", Stub(answers))["rows"]
+    rows = run(tmp_path / "r", FakeLink(answers))["rows"]
     assert ("majority" in rows) == row
     assert set(rows["base"]["clients"]) == set(NAMES)

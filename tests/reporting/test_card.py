@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from tests.deployment.test_host import RUN_ID, ByHand, ask, client
+from tests.deployment.test_client_handler import RUN_ID, ManualServer, ask, client
 
 from fedamole.data.manifest import ClientRecord, read_manifest
 from fedamole.engine.messages import TEST, Request
@@ -177,7 +177,7 @@ def test_a_server_has_no_model_and_no_card(runs: Any, tmp_path: Path) -> None:
 
 def test_a_deployed_client_writes_its_own(client: Any, tiny: Path, tmp_path: Path) -> None:
     """Once, when it sums the run up; asked for the test again, it leaves the card as it is."""
-    server, host = ByHand(tiny / "config.toml", "local_only"), client("one")
+    server, host = ManualServer(tiny / "config.toml", "local_only"), client("one")
     ask(host, server.join())
     ask(host, server.update(0, -1))
     for _ in range(2):

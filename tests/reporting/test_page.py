@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 import pytest
 import tomli_w
-from tests.deployment.direct import town
+from tests.deployment.direct import direct_deployment
 from typer.testing import CliRunner
 
 from fedamole.cli import main as cli
@@ -160,10 +160,12 @@ def test_an_unfinished_run_is_shown_as_far_as_it_is(runs: Any, copy_of: Any) -> 
 
 def test_the_folders_of_a_deployment(tiny: Path, tmp_path: Path) -> None:
     """A coordinator knows who holds what and what clients tell; a client knows itself."""
-    written = town(tiny / "config.toml", tmp_path, "federation.rounds=2", "method.rank=2", "training.local_steps=1")
-    written.run()
-    server = written.server_folder
-    (server / "config.toml").write_text(tomli_w.dumps(written.config.tables()))
+    made = direct_deployment(
+        tiny / "config.toml", tmp_path, "federation.rounds=2", "method.rank=2", "training.local_steps=1"
+    )
+    made.run()
+    server = made.server_folder
+    (server / "config.toml").write_text(tomli_w.dumps(made.config.tables()))
     (server / "manifest.json").write_text(json.dumps({"clients": CLIENTS}))
     mood = {"examples": {"train": 30, "test": 4}, "labels": {"glad": 20, "sad": 10}}
     (server / "clients.json").write_text(json.dumps({"mood": mood, "chat": {"examples": {"train": 38}}}))

@@ -1,4 +1,4 @@
-"""`fedamole client` and `fedamole audit-log`. Nothing heavy is imported before it is needed."""
+"""`fedamole client` and `fedamole audit-log`. Large packages are imported only when a command runs."""
 
 import os
 from pathlib import Path
@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from fedamole.cli.deploy import Insecure
+from fedamole.cli.options import AsJson
 from fedamole.cli.personal import renamed
 from fedamole.deployment.requirements import require_flower
 from fedamole.terminal import say, say_json, screen
 
 
 def _write_policy(path: Path | None) -> None:
-    """Write the default policy and end; for the option of this name."""
+    """Write the default policy and exit; callback of --write-policy."""
     if path is None:
         return
     from fedamole.deployment.security.policy import default_text
@@ -24,40 +25,44 @@ def _write_policy(path: Path | None) -> None:
             file.write(default_text())
     except OSError as error:
         raise ConfigError(
-            f"--write-policy {path}: cannot be written ({error.strerror}); nothing is overwritten"
+            f"--write-policy {path}: cannot be written ({error.strerror}); existing files are not overwritten"
         ) from error
-    say(f"{path}: the default policy; change what you want and give it by --policy")
+    say(f"{path}: the default policy; edit it and use it with --policy")
     raise typer.Exit
 
 
 def client(
-    server: Annotated[str, typer.Option(help="host:port of the coordinator.")],
-    name: Annotated[str, typer.Option(help="This organisation's name, as in the server's deployment.clients.")],
-    data: Annotated[Path, typer.Option(help="Its rows: .jsonl, .json, .csv (each also .gz) or .parquet.")],
-    certs: Annotated[Path | None, typer.Option(help="Folder with ca.crt and node.key from the coordinator.")] = None,
-    test: Annotated[Path | None, typer.Option(help="Its own test file; else test rows are cut from the data.")] = None,
-    template: Annotated[str, typer.Option(help="How rows become prompts; auto chooses by the columns.")] = "auto",
-    column: Annotated[
-        list[str] | None, typer.Option(help="A column under another name, instruction=question; prompt= drops one.")
+    server: Annotated[str, typer.Option(help="HOST:PORT of the coordinator.")],
+    name: Annotated[str, typer.Option(help="This client's name, as in the server's deployment.clients.")],
+    data: Annotated[Path, typer.Option(help="Data file: .jsonl, .json, .csv (each also .gz) or .parquet.")],
+    certs: Annotated[Path | None, typer.Option(help="Folder with node.key, ca.crt and coordinator.pub.")] = None,
+    test: Annotated[
+        Path | None, typer.Option(help="Separate test file; default: test rows are split off the data.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Use at most so many rows.")] = None,
-    base: Annotated[str | None, typer.Option(help="This machine's copy of the base model: folder or hub id.")] = None,
-    folder: Annotated[Path, typer.Option(help="Where its run folders are written.")] = Path("runs"),
+    template: Annotated[
+        str, typer.Option(help="Template that converts rows to prompts; auto: chosen by the columns.")
+    ] = "auto",
+    column: Annotated[
+        list[str] | None, typer.Option(help="Rename a column, e.g. instruction=question; prompt= drops one.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum number of rows to use.")] = None,
+    base: Annotated[str | None, typer.Option(help="Local copy of the base model: folder or hub id.")] = None,
+    folder: Annotated[Path, typer.Option(help="Folder for run folders.")] = Path("runs"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    threads: Annotated[int, typer.Option(min=0, max=4096, help="PyTorch's threads on a CPU; 0: its own choice.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, max=4096, help="PyTorch's CPU threads; 0: PyTorch's default.")] = 0,
     policy: Annotated[
-        Path | None, typer.Option(help="What it consents to, a TOML file (docs/consent.md); else the safe defaults.")
+        Path | None, typer.Option(help="TOML file with this client's limits (docs/consent.md); default: safe limits.")
     ] = None,
     agree: Annotated[
-        str, typer.Option(help="Take part only in the run whose settings have this hash, as the server prints it.")
+        str, typer.Option(help="Join only the run whose settings have this hash, as printed by the server.")
     ] = "",
     share_labels: Annotated[
-        bool, typer.Option("--share-labels", help="Tell the server how often each answer occurs; as in a policy.")
+        bool, typer.Option("--share-labels", help="Send the server the frequency of each answer; as in a policy.")
     ] = False,
     write_policy: Annotated[
         Path | None,
         typer.Option(
-            help="Write the default policy with comments into this file, and end.",
+            help="Write the default policy with comments to this file, and exit.",
             callback=_write_policy,
             is_eager=True,
         ),
@@ -67,17 +72,17 @@ def client(
     ] = None,
     insecure: Insecure = False,
 ) -> None:
-    """Take part in a federation with data that stay here: only what the method sends leaves this machine.
+    """Take part in a federation with data that stay on this machine: only the method's messages leave it.
 
-    What the coordinator asks is shown, and compared with the policy. Only outgoing connections are made. Runs until
-    Ctrl-C and reconnects by itself; for every run it takes part in there is a folder FOLDER/<run>-NAME, and in it the
-    personal model: clients/NAME/adapter. `fedamole audit-log FOLDER` shows what left.
+    Prints what the coordinator requests, compared with the policy. Makes only outgoing connections. Runs until Ctrl-C
+    and reconnects automatically. Each run gets a folder FOLDER/<run>-NAME with the personal model in
+    clients/NAME/adapter. `fedamole audit-log FOLDER` shows what was sent.
     """
     require_flower()
     from dataclasses import replace
 
     from fedamole.config import plain
-    from fedamole.deployment.client_processes import Client, Connection, client_home
+    from fedamole.deployment.client_processes import ClientProcesses, ServerConnection, client_home
     from fedamole.deployment.processes import without_proxy
     from fedamole.deployment.security.audit_log import AUDIT
     from fedamole.deployment.security.keys import read_passphrase
@@ -93,10 +98,10 @@ def client(
         limits = replace(limits, share_labels=True)
     columns = renamed(column)
     source = {"name": name, "path": str(data.resolve()), "template": template, "columns": columns}
-    more = {"test": None if test is None else str(test.resolve()), "limit": limit}
+    optional = {"test": None if test is None else str(test.resolve()), "limit": limit}
     home = client_home(str(folder), name)
     settings = {
-        "source": source | {key: value for key, value in more.items() if value is not None},
+        "source": source | {key: value for key, value in optional.items() if value is not None},
         "folder": str(folder.resolve()),
         "device": device,
         "threads": threads,
@@ -107,8 +112,8 @@ def client(
     }
     console = screen(error=True)
     os.environ.update(without_proxy())
-    Client(
-        Connection(server, certs, insecure),
+    ClientProcesses(
+        ServerConnection(server, certs, insecure),
         name,
         settings,
         home,
@@ -119,26 +124,26 @@ def client(
 
 def audit_log(
     folder: Annotated[
-        Path, typer.Argument(help="The client's --folder, its home in there (.client-NAME), or an audit.jsonl.")
+        Path, typer.Argument(help="The client's --folder, its home in that folder (.client-NAME), or an audit.jsonl.")
     ] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Show what ever left this client, in totals and by round, and check that the log was not changed.
+    """Show what this client sent, in total and by round, and verify that the log was not changed.
 
-    Ends with 5 where a line is damaged or the chain of hashes is broken.
+    Exits with 5 if a line is damaged or the chain of hashes is broken.
     """
     from dataclasses import asdict
 
     from fedamole.deployment.security.audit_log import audit_files, read_audit
     from fedamole.errors import RunError
 
-    found = {path: read_audit(path) for path in audit_files(folder)}
+    summaries = {path: read_audit(path) for path in audit_files(folder)}
     if as_json:
-        say_json({str(path): asdict(one) for path, one in found.items()})
+        say_json({str(path): asdict(summary) for path, summary in summaries.items()})
     else:
         from fedamole.cli.audit_table import show_audit
 
-        for path, one in found.items():
-            show_audit(screen(wide=160), path, one)
-    if broken := [str(path) for path, one in found.items() if one.faults]:
-        raise RunError(f"{', '.join(broken)}: the log is not whole; what is wrong with it is above")
+        for path, summary in summaries.items():
+            show_audit(screen(wide=160), path, summary)
+    if broken := [str(path) for path, summary in summaries.items() if summary.faults]:
+        raise RunError(f"{', '.join(broken)}: the log is not intact; see the problems above")

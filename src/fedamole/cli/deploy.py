@@ -1,70 +1,66 @@
-"""`fedamole server` and `fedamole simulate`. Nothing heavy is imported before a command needs it."""
+"""`fedamole server` and `fedamole simulate`. Large packages are imported only when a command runs."""
 
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedamole.cli.options import INTERRUPTED, Overrides
 from fedamole.deployment.requirements import require_flower
 from fedamole.terminal import screen
 
-ConfigPath = Annotated[Path | None, typer.Argument(help="A TOML config with [deployment] clients (docs/deploy.md).")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that differ, e.g. federation.rounds=5.")]
-Resume = Annotated[Path | None, typer.Option(help="Go on with the run in this folder; no config then.")]
-BaseName = Annotated[
-    str | None, typer.Option("--base", help="With --resume: where the run's base is now, a folder or hub id.")
+if TYPE_CHECKING:
+    from fedamole.config import Config
+
+ServerConfig = Annotated[Path | None, typer.Argument(help="A TOML config with [deployment] clients (docs/deploy.md).")]
+Resume = Annotated[Path | None, typer.Option(help="Continue the run in this folder; then give no config.")]
+BaseLocation = Annotated[
+    str | None, typer.Option("--base", help="With --resume: the new location of the run's base, a folder or hub id.")
 ]
-Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS and no keys; on 127.0.0.1 only, to try things out.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS and no keys; only on 127.0.0.1, for tests.")]
+Port = Annotated[int, typer.Option(min=1, max=65535, help="Server: port to listen on, open in the firewall.")]
+HOST, PORT = "127.0.0.1", 9092
+"""Defaults of `fedamole server` and `fedamole doctor`."""
 
 
 def server(
-    config: ConfigPath = None,
+    config: ServerConfig = None,
     overrides: Overrides = None,
     resume: Resume = None,
-    base: BaseName = None,
+    base: BaseLocation = None,
     certs: Annotated[Path | None, typer.Option(help="Folder made by `fedamole certs`.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on, as clients name it or 0.0.0.0.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The one port that a firewall lets in.")] = 9092,
+    host: Annotated[str, typer.Option(help="Address to listen on: the name that clients use, or 0.0.0.0.")] = HOST,
+    port: Port = PORT,
     insecure: Insecure = False,
 ) -> None:
-    """Coordinate a run across organisations: wait for the clients, run the rounds, survive faults.
+    """Coordinate a run across organisations: wait for clients, run the rounds, recover from failures.
 
-    Ends with the run's table. A server that was stopped or killed goes on by --resume FOLDER with the round that was
-    under way; clients reconnect by themselves.
+    Prints the table of results at the end. Continue a stopped or killed server with --resume FOLDER; it repeats the
+    interrupted round, and clients reconnect automatically.
     """
-    _check_words(config, resume, base)
+    _check_options(config, resume, base)
     require_flower()
     from fedamole.cli.console import show_runs
-    from fedamole.config import load_config
+    from fedamole.cli.server_progress import show_progress
     from fedamole.deployment.processes import without_proxy
-    from fedamole.deployment.progress import watching
-    from fedamole.deployment.server_processes import Door, Server, finished, move_base, prepare_folder
-    from fedamole.experiment import new_run_folder
+    from fedamole.deployment.server_processes import ListenSettings, ServerProcesses, finished, prepare_folder
     from fedamole.reporting.runs import refuse_untrained
 
     os.environ.update(without_proxy())
-    door = Door(host, port, certs, insecure)
-    if config is not None:
-        settings = load_config(config, list(overrides or []))
-        with new_run_folder(settings) as folder:
-            prepare_folder(settings, folder)
-    else:
-        assert resume is not None
-        folder = resume
-        if base is not None:
-            move_base(folder, base)
+    listen = ListenSettings(host, port, certs, insecure)
+    folder = _run_folder(config, overrides, resume, base, prepare_folder)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    console = screen(error=True)
     if resume is None or not finished(folder):
-        with watching(console, folder) as (say, show):
-            Server(folder, door, say, show).run(stop)
+        with show_progress(screen(error=True), folder) as (print_line, on_progress):
+            ServerProcesses(folder, listen, print_line, on_progress).run(stop)
     if stop.is_set():
-        raise typer.Exit(130)
+        raise typer.Exit(INTERRUPTED)
     show_runs([folder])
     refuse_untrained(folder)
 
@@ -73,47 +69,63 @@ def simulate(
     config: Annotated[Path | None, typer.Argument(help="A TOML config, as for `fedamole run`.")] = None,
     overrides: Overrides = None,
     resume: Resume = None,
-    base: BaseName = None,
-    cpus: Annotated[int, typer.Option(min=1, help="Processors that each client is given.")] = 1,
-    gpus: Annotated[float, typer.Option(min=0.0, help="GPUs that each client is given; 0.5: two share one.")] = 0.0,
+    base: BaseLocation = None,
+    cpus: Annotated[int, typer.Option(min=1, help="CPU cores per client.")] = 1,
+    gpus: Annotated[float, typer.Option(min=0.0, help="GPUs per client; 0.5: two clients share one.")] = 0.0,
 ) -> None:
-    """Run a config on Flower's simulation: clients in Ray's processes, for several GPUs or a cluster.
+    """Run a config in Flower's simulation: clients are processes of Ray, for several GPUs or a cluster.
 
     On one machine `fedamole run` is faster, as its clients share one base and train in lock-step. The result is a
-    coordinator's folder, with each client's own run folder in server/sites/.
+    coordinator's run folder, with each client's own run folder in server/sites/.
     """
-    _check_words(config, resume, base)
-    require_flower("ray")
+    _check_options(config, resume, base)
+    require_flower(simulation=True)
     from fedamole.cli.console import show_runs
-    from fedamole.config import load_config
+    from fedamole.cli.server_progress import show_progress
     from fedamole.deployment.flower.simulation import prepare_simulation
     from fedamole.deployment.flower.simulation import simulate as run_simulation
-    from fedamole.deployment.progress import watching
-    from fedamole.deployment.server_processes import finished, move_base
-    from fedamole.experiment import new_run_folder
+    from fedamole.deployment.server_processes import finished
     from fedamole.reporting.runs import refuse_untrained
 
-    if config is not None:
-        settings = load_config(config, list(overrides or []))
-        with new_run_folder(settings) as folder:
-            prepare_simulation(settings, folder)
-    else:
-        assert resume is not None
-        folder = resume
-        if base is not None:
-            move_base(folder, base)
+    folder = _run_folder(config, overrides, resume, base, prepare_simulation)
     if not finished(folder):
-        with watching(screen(error=True), folder) as (_, show):
-            run_simulation(folder, show, cpus, gpus)
+        with show_progress(screen(error=True), folder) as (_, on_progress):
+            run_simulation(folder, on_progress, cpus, gpus)
     show_runs([folder])
     refuse_untrained(folder)
 
 
-def _check_words(config: Path | None, resume: Path | None, base: str | None) -> None:
-    """Raise ConfigError unless a run is either started or continued, and --base is given with --resume alone."""
+def _check_options(config: Path | None, resume: Path | None, base: str | None) -> None:
+    """Raise ConfigError unless exactly one of config and --resume is given, and --base only with --resume."""
     from fedamole.errors import ConfigError
 
     if (config is None) == (resume is None):
-        raise ConfigError("give either a config to start a run, or --resume FOLDER to go on with one")
+        raise ConfigError("give either a config to start a run, or --resume FOLDER to continue one")
     if base is not None and resume is None:
-        raise ConfigError(f"--base goes with --resume; a new run takes base.model={base}")
+        raise ConfigError(f"--base needs --resume; for a new run set base.model={base}")
+
+
+def _run_folder(
+    config: Path | None,
+    overrides: list[str] | None,
+    resume: Path | None,
+    base: str | None,
+    prepare: "Callable[[Config, Path], None]",
+) -> Path:
+    """Prepare the folder of a new run, or return that of the run to resume, with its base at `base` if that is given.
+
+    The options must have passed `_check_options`.
+    """
+    from fedamole.config import load_config
+    from fedamole.deployment.server_processes import move_base
+    from fedamole.experiment import new_run_folder
+
+    if resume is not None:
+        if base is not None:
+            move_base(resume, base)
+        return resume
+    assert config is not None
+    settings = load_config(config, list(overrides or []))
+    with new_run_folder(settings) as folder:
+        prepare(settings, folder)
+    return folder

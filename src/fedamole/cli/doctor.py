@@ -1,4 +1,4 @@
-"""`fedamole doctor`. Nothing heavy is imported before it is needed."""
+"""`fedamole doctor`. Large packages are imported only when the command runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,26 +6,30 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from fedamole.cli.deploy import HOST, PORT, Port
+from fedamole.cli.options import AsJson
 from fedamole.cli.personal import renamed
 from fedamole.terminal import say_json, screen
 
 
 def doctor(
-    config: Annotated[Path | None, typer.Option(help="The run's config; at a client its templates are read.")] = None,
-    server: Annotated[str | None, typer.Option(help="Client: host:port of the coordinator.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="The run's config; at a client only its templates are read.")
+    ] = None,
+    server: Annotated[str | None, typer.Option(help="Client: HOST:PORT of the coordinator.")] = None,
     certs: Annotated[Path | None, typer.Option(help="Folder with certificates or keys.")] = None,
-    base: Annotated[str | None, typer.Option(help="Client: its copy of the base model.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Client: its data file.")] = None,
-    template: Annotated[str, typer.Option(help="Client: the template that it will name.")] = "auto",
+    base: Annotated[str | None, typer.Option(help="Client: local copy of the base model.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Client: data file.")] = None,
+    template: Annotated[str, typer.Option(help="Client: template of the data.")] = "auto",
     column: Annotated[list[str] | None, typer.Option(help="Client: as for `fedamole client`.")] = None,
-    host: Annotated[str, typer.Option(help="Server: address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Server: port to listen on.")] = 9092,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of lines.")] = False,
+    host: Annotated[str, typer.Option(help="Server: address to listen on.")] = HOST,
+    port: Port = PORT,
+    as_json: AsJson = False,
 ) -> None:
-    """Find out what is wrong with a set-up before it fails: a server's (default), or a client's (with --server).
+    """Check a set-up for problems before it is used: a server's (default), or a client's (with --server or --data).
 
-    Looks at versions, ports, certificates, the way to the server (through a proxy too), base, data columns, disk and
-    device; shows no content of data.
+    Checks versions, ports, certificates, the connection to the server (also through a proxy), base, data columns, disk
+    and device. Prints no content of the data.
     """
     from dataclasses import asdict
 
@@ -33,17 +37,17 @@ def doctor(
 
     at_client = server is not None or data is not None
     if at_client:
-        found = examine_client(server, certs, base, data, template, renamed(column), config)
+        findings = examine_client(server, certs, base, data, template, renamed(column), config)
     else:
-        found = examine_server(config, certs, host, port)
+        findings = examine_server(config, certs, host, port)
     if as_json:
-        say_json([asdict(finding) for finding in found])
+        say_json([asdict(finding) for finding in findings])
     else:
         console = screen()
         marks = {"ok": Text("ok", "green"), "warning": Text("!!", "yellow"), "problem": Text("no", "red")}
-        for finding in found:
+        for finding in findings:
             console.print(marks[finding.state], end=" ")
             remedy = f" -> {finding.remedy}" if finding.remedy else ""
             console.print(f"{finding.what:<12} {finding.text}{remedy}", soft_wrap=True)
-    if any(finding.state == "problem" for finding in found):
+    if any(finding.state == "problem" for finding in findings):
         raise typer.Exit(1)

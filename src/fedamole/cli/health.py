@@ -1,4 +1,4 @@
-"""`fedamole health`. Nothing heavy is imported before it is needed."""
+"""`fedamole health`. Large packages are imported only when the command runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,33 +13,33 @@ def health(
         str,
         typer.Argument(
             envvar="FEDAMOLE_HEALTH",
-            help="HOST:PORT of a coordinator, or a client's folder: runs/.client-NAME.",
+            help="HOST:PORT of a coordinator, or a client's home folder: runs/.client-NAME.",
         ),
     ],
     certs: Annotated[
         Path,
         typer.Option(
             envvar="FEDAMOLE_CERTS",
-            help="Coordinator: folder with the ca.crt to check its certificate against.",
+            help="Coordinator: folder with the ca.crt that its certificate is checked against.",
         ),
     ] = Path("certs"),
     within: Annotated[
         float,
         typer.Option(
             min=1.0,
-            help="Client: seconds since the last contact after which it is unhealthy.",
+            help="Client: maximum seconds since its last contact.",
         ),
     ] = 180.0,
 ) -> None:
-    """Tell whether a coordinator or a client works: one line, and exit code 0 (healthy) or 1 (not healthy).
+    """Report whether a coordinator or a client is healthy: one line, and exit code 0 (healthy) or 1 (not healthy).
 
-    For health checks of containers and for monitors. A coordinator is asked over TLS; of a client the file is read that
-    it writes at every contact. `fedamole doctor` says more about what is wrong with a set-up.
+    For container health checks and monitoring. A coordinator is queried over TLS; for a client, the file is read that
+    it updates at every contact. `fedamole doctor` explains problems in detail.
     """
-    from fedamole.deployment.connection_check import parsed
+    from fedamole.deployment.connection_check import parse_address
     from fedamole.deployment.health import client_health, coordinator_health
 
-    verdict = client_health(Path(target), within) if parsed(target) is None else coordinator_health(target, certs)
-    say(f"{'healthy' if verdict.healthy else 'not healthy'}: {verdict.text}")
-    if not verdict.healthy:
+    status = client_health(Path(target), within) if parse_address(target) is None else coordinator_health(target, certs)
+    say(f"{'healthy' if status.healthy else 'not healthy'}: {status.text}")
+    if not status.healthy:
         raise typer.Exit(1)

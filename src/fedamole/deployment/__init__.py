@@ -1,1 +1,1 @@
-"""Across organisations: servers, clients, certificates, processes."""
+"""Runs across organisations: server and client processes, certificates, and the connection between them."""

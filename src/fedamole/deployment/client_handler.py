@@ -1,7 +1,7 @@
-"""The client's side of a deployment: it does what a server asks, on its own data, and each thing once.
+"""The client side of a deployed run: carries out the server's requests on the client's own data, each exactly once.
 
-Everything private stays in the client's own run folder. A request that comes again gets the answer it got before; what
-was done in a round that did not count is undone; what a round made the best model is kept when the next request tells.
+Private state stays in the client's own run folder. A repeated request gets the stored reply. Work of rounds that did
+not count is discarded. When a request reports a new best round, the current model is saved as the best.
 """
 
 import hashlib
@@ -19,15 +19,15 @@ import torch
 from fedamole.config import Config, Table, load_run_config, plain, to_config
 from fedamole.data.examples import Shard
 from fedamole.data.manifest import load_federation, read_manifest
-from fedamole.deployment.run_session import ClientSettings, Seat, Stored, counted_labels
+from fedamole.deployment.run_session import ClientSettings, RunSession, StoredReply, check_disk, count_labels
 from fedamole.deployment.security.audit_log import AuditLog
 from fedamole.deployment.security.policy import (
-    Item,
+    PolicyCheck,
     PolicyError,
-    asked,
-    asked_of_rows,
-    refuse_breaches,
+    enforce,
     refuse_small_update,
+    row_checks,
+    settings_checks,
 )
 from fedamole.deployment.shared_config import agreed_hash, own_tables
 from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, failure, read_request
@@ -53,17 +53,15 @@ from fedamole.terminal import printable
 
 log = logging.getLogger(__name__)
 
-KEPT = 3
-"""Private states and answers on disk: those of the last rounds, as a server may go back by two."""
+KEPT_ROUNDS = 3
+"""Rounds whose private state and reply are kept on disk, as a server may go back by two rounds."""
 
-AGREEMENT = "agreement.json"
-"""In the client's run folder: all that the coordinator told of the run's settings when the client joined."""
-AGREED = "agreed.json"
-"""In the client's home: which run was the first with settings that were agreed on, by their hash."""
-COPIES = 4
-"""Times that a message, or what comes of it, lies on the client's disk: answer, state, model, and one being written."""
+SHARED_SETTINGS = "agreement.json"
+"""File in the client's run folder: the settings that the coordinator sent when the client joined."""
+AGREED_RUNS = "agreed.json"
+"""File in the client's home: the id of the first run for each hash of agreed settings."""
 
-CAUSES = (
+ERROR_CODES = (
     (PolicyError, "policy"),
     (PayloadError, "bad_request"),
     (ConfigError, "config"),
@@ -73,49 +71,49 @@ CAUSES = (
     (OSError, "disk"),
     (MemoryError, "out_of_memory"),
 )
-"""What a server is told of an error: its kind and nothing else."""
+"""The code that the server gets for an exception; nothing else about it is sent."""
 
 
-class Host:
-    """Answers the requests of a server, one after the other."""
+class ClientHandler:
+    """Handles the requests of a server, one at a time."""
 
     def __init__(self, settings: ClientSettings, listener: ProgressListener) -> None:
-        """Serve one client; base and data are loaded when it joins a run."""
+        """Set up one client; base and data are loaded when it joins a run."""
         self.settings, self.listener, self.name = settings, listener, settings.name or settings.source.name
-        self.seat: Seat | None = None
+        self.session: RunSession | None = None
         self.audit = AuditLog(Path(settings.audit) if settings.audit else None)
 
     def answer(self, payload: bytes) -> bytes:
-        """Do what is asked and return the packed reply; whatever goes wrong is one of FAILURES, told in full here.
+        """Carry out a packed request and return the packed reply; errors are logged here and sent as one of FAILURES.
 
-        Both messages are in the audit log before this returns. Errors: AuditError where that cannot be written; then
-        there is no answer at all.
+        Request and reply are written to the audit log before this returns. AuditError if that fails; then there is no
+        reply.
         """
         try:
             request = read_request(payload)
-        except Exception as error:  # nothing that comes may end the worker
+        except Exception as error:  # no message may end the worker
             self.audit.received(payload, None)
             log.error("request: %s", printable(error))
             request = Request("", -1, "")
-            return self._logged(failure(request, self.name, "bad_request"), request, printable(error))
+            return self._pack_and_log(failure(request, self.name, "bad_request"), request, printable(error))
         self.audit.received(payload, request)
-        reply, reason = self._done(request)
-        return self._logged(reply, request, reason)
+        reply, reason = self._handle_safely(request)
+        return self._pack_and_log(reply, request, reason)
 
-    def _logged(self, reply: Reply, request: Request, reason: str) -> bytes:
-        """Pack a reply once its line is in the audit log."""
+    def _pack_and_log(self, reply: Reply, request: Request, reason: str) -> bytes:
+        """Pack a reply after writing it to the audit log."""
         packed = pack(reply)
         self.audit.answered(packed, reply, request.variant, reason)
         return packed
 
-    def _done(self, request: Request) -> tuple[Reply, str]:
-        """What a request came to, and the reason where that is a refusal by the policy."""
+    def _handle_safely(self, request: Request) -> tuple[Reply, str]:
+        """Return the reply, and the reason if it is a refusal by the policy."""
         reason = ""
         try:
-            return self._do(request), reason
+            return self._handle(request), reason
         except Exception as error:
-            # Nothing of an unforeseen error may travel, and none may end the worker.
-            code = next((code for kind, code in CAUSES if isinstance(error, kind)), "internal")
+            # Exceptions may neither reach the server in detail nor end the worker.
+            code = next((code for error_class, code in ERROR_CODES if isinstance(error, error_class)), "internal")
             if isinstance(error, RuntimeError) and out_of_memory(error):
                 code = "out_of_memory"
             log.error(
@@ -127,97 +125,103 @@ class Host:
             )
             if isinstance(error, PolicyError):
                 reason = printable(error)
-        if code == "out_of_memory" and self.seat is not None:
-            release_memory(self.seat.worker.bank.base.device)
+        if code == "out_of_memory" and self.session is not None:
+            release_memory(self.session.worker.bank.base.device)
         return failure(request, self.name, code), reason
 
-    def _do(self, request: Request) -> Reply:
-        self._check_disk(len(tensor_as_bytes(request.message) or b""))
+    def _handle(self, request: Request) -> Reply:
+        check_disk(self.settings, self.name, len(tensor_as_bytes(request.message) or b""))
         if request.operation == JOIN:
             return self._join(request)
-        seat = self._seat(request.run)
-        if seat is None:
+        session = self._find_session(request.run)
+        if session is None:
             return failure(request, self.name, "not_joined")
-        if request.round >= seat.config.federation.rounds:
-            raise PayloadError(f"the run has only {seat.config.federation.rounds} rounds")
+        if request.round >= session.config.federation.rounds:
+            raise PayloadError(f"the run has only {session.config.federation.rounds} rounds")
         if request.operation == UPDATE:
-            return self._update(seat, request)
-        seat.undo(request)
-        seat.keep(request)
+            return self._update(session, request)
+        session.discard_after(request)
+        session.save_best_models(request)
         if request.operation == EVALUATE:
-            return self._evaluate(seat, request)
+            return self._evaluate(session, request)
         assert request.operation == TEST
-        return self._test(seat, request)
+        return self._test(session, request)
 
     def _join(self, request: Request) -> Reply:
-        """Take a seat in a run, and tell what the server has to know."""
+        """Start or resume the session of a run, and report what the server needs to know."""
         settings: Table = request.settings or {}
-        seat = self._seat(request.run)
-        if seat is None:
-            seat = self._sit_down(request.run, settings)
-        elif settings.get("identity") != seat.folder.about["base"]:
-            raise BaseModelError(f"{seat.folder.path}: the server now has another base than when this run began")
-        elif agreed_hash(settings) != agreed_hash(self._told(seat.folder)):
+        session = self._find_session(request.run)
+        if session is None:
+            session = self._open_session(request.run, settings)
+        elif settings.get("identity") != session.folder.about["base"]:
+            raise BaseModelError(f"{session.folder.path}: the server's base differs from the one this run began with")
+        elif agreed_hash(settings) != agreed_hash(self._shared_settings(session.folder)):
             raise PolicyError(
-                f"{seat.folder.path}: the coordinator now tells other settings than those that this run began with"
+                f"{session.folder.path}: the coordinator's settings differ from those this run began with"
             )
         self.listener.stage("scoring the untuned base on validation")
-        about = {"examples": self._rows(seat.data), "base": seat.folder.about["base"], "device": seat.config.run.device}
-        labels = {"labels": seat.labels} if seat.labels else {}
-        bare = seat.worker.evaluator.score_base([seat.data], "validation")[seat.name]
-        if all(line["round"] >= 0 for line in seat.folder.lines(METRICS)):
-            seat.log([{"round": -1, "split": "validation", "method": BASE, **bare}])
-        return Reply(request.run, request.round, JOIN, self.name, report={**about, **labels}, scores={BASE: bare})
+        report = {
+            "examples": self._row_counts(session.data),
+            "base": session.folder.about["base"],
+            "device": session.config.run.device,
+        }
+        labels = {"labels": session.labels} if session.labels else {}
+        base_scores = session.worker.evaluator.score_base([session.data], "validation")[session.name]
+        if all(line["round"] >= 0 for line in session.folder.lines(METRICS)):
+            session.log([{"round": -1, "split": "validation", "method": BASE, **base_scores}])
+        return Reply(
+            request.run, request.round, JOIN, self.name, report={**report, **labels}, scores={BASE: base_scores}
+        )
 
-    def _seat(self, run: str) -> Seat | None:
-        """The seat in a run: the one taken, or one on disk after a restart; None where there is neither."""
-        if self.seat is not None and not self._there(self.seat.folder):
-            log.warning("%s is gone, or a part of it; the run begins anew here", self.seat.folder.path)
-            self._stand_up()
-        if self.seat is not None and self.seat.folder.about["id"] == run:
-            return self.seat
+    def _find_session(self, run: str) -> RunSession | None:
+        """Return the session of a run, resumed from disk after a restart; None if there is none."""
+        if self.session is not None and not self._folder_exists(self.session.folder):
+            log.warning("%s is missing or incomplete; the run starts over on this client", self.session.folder.path)
+            self._close_session()
+        if self.session is not None and self.session.folder.about["id"] == run:
+            return self.session
         for path in sorted(Path(self.settings.folder).glob(f"*/{RUN}")):
             try:
                 folder = RunFolder.open(path.parent)
-                mine = folder.about["id"] == run and folder.kind == "client" and self._there(folder)
+                matches = folder.about["id"] == run and folder.kind == "client" and self._folder_exists(folder)
             except (RunError, KeyError, TypeError) as error:
-                log.warning("%s is left alone, it is no usable run folder: %s", path.parent, error)
+                log.warning("%s is ignored, as it is not a usable run folder: %s", path.parent, error)
                 continue
-            if mine:
-                config, own = load_run_config(folder), self.settings.base
-                return self._take(config if own is None else config.on_base(named_base(own)), folder)
+            if matches:
+                config, base = load_run_config(folder), self.settings.base
+                return self._resume_session(config if base is None else config.on_base(named_base(base)), folder)
         return None
 
-    def _there(self, folder: RunFolder) -> bool:
+    def _folder_exists(self, folder: RunFolder) -> bool:
         return (folder.path / RUN).exists() and folder.client(self.name).exists()
 
-    def _stand_up(self) -> None:
-        """Give the seat up, and its folder to whoever wants it."""
-        if self.seat is not None:
-            self.seat.hold.close()
-            self.seat = None
+    def _close_session(self) -> None:
+        """Close the session and unlock its run folder."""
+        if self.session is not None:
+            self.session.lock.close()
+            self.session = None
 
-    def _sit_down(self, run: str, settings: Table) -> Seat:
-        """Begin a run folder of one's own for a run."""
-        self._check_agreed(settings)
-        self._bind(run)
+    def _open_session(self, run: str, settings: Table) -> RunSession:
+        """Check the settings of a new run against the policy, and create its run folder."""
+        self._check_agreed_hash(settings)
+        self._record_agreed_run(run)
         machine = {"device": self.settings.device, "threads": self.settings.threads, "group": 1}
         config = to_config(own_tables(settings, plain(self.settings.source), machine, self.settings.base))
-        # The run's name is the server's: it must not lead out of the client's folder.
+        # The server chose the run's name: it must not point outside the client's folder.
         name = as_name(config.run.name)
         config = replace(config, data=replace(config.data, manifest=self.settings.manifest))
-        own = asked(config, self.settings.source, self.settings.policy, self.settings.base)
-        self._show(config, settings, own)
-        refuse_breaches(own)
+        checks = settings_checks(config, self.settings.source, self.settings.policy, self.settings.base)
+        self._show_checks(config, settings, checks)
+        enforce(checks)
         federation = load_federation(config.data, Path.cwd())
-        of_rows = self._asked_of_rows(config, federation.shards[0])
-        self._show(config, settings, of_rows)
-        refuse_breaches(of_rows)
+        checks_of_rows = self._shard_row_checks(config, federation.shards[0])
+        self._show_checks(config, settings, checks_of_rows)
+        enforce(checks_of_rows)
         with new_folder(Path(self.settings.folder) / f"{name}-{self.name}", numbered=True) as path:
             config = resolved(config, path.resolve())
             identity = Identity(**settings["identity"])
-            self._stand_up()
-            bank = self._bank(config)
+            self._close_session()
+            bank = self._load_bank(config)
             identity.check(bank.base.identity, f"the base {config.base.model!r} of this client")
             folder = RunFolder.create(
                 path,
@@ -228,124 +232,118 @@ class Host:
                 "client",
                 run,
             )
-            write_atomic(folder.path / AGREEMENT, json.dumps(settings, indent=1, sort_keys=True) + "\n")
+            write_atomic(folder.path / SHARED_SETTINGS, json.dumps(settings, indent=1, sort_keys=True) + "\n")
             folder.client(self.name).mkdir(parents=True)
-            seat = self._take(config, folder, bank)
-            for sentence in exposure(config, None, [{"client": self.name, **self._rows(seat.data)}], bank.base.shapes):
+            session = self._resume_session(config, folder, bank)
+            for sentence in exposure(
+                config, None, [{"client": self.name, **self._row_counts(session.data)}], bank.base.shapes
+            ):
                 self.listener.stage(printable(f"  {sentence}"))
-            return seat
+            return session
 
-    def _bank(self, config: Config) -> Bank:
+    def _load_bank(self, config: Config) -> Bank:
         self.listener.stage(f"loading {config.base.model}")
         torch.set_num_threads(config.run.threads)
         return Bank(load_base(config.base, torch.device(config.run.device), Path.cwd()))
 
-    def _take(self, config: Config, folder: RunFolder, bank: Bank | None = None) -> Seat:
-        """Load data, and the base unless it is given, and put a worker on them; another run's seat is given up."""
-        self._stand_up()
-        with ExitStack() as hold:
-            hold.enter_context(folder.locked())
+    def _resume_session(self, config: Config, folder: RunFolder, bank: Bank | None = None) -> RunSession:
+        """Load the data, and the base unless given, into a new session; an open session of another run is closed."""
+        self._close_session()
+        with ExitStack() as lock:
+            lock.enter_context(folder.locked())
             shard = load_federation(config.data, Path.cwd(), read_manifest(folder.path / MANIFEST)).shards[0]
-            bank = bank or self._bank(config)
+            bank = bank or self._load_bank(config)
             check_length(config, bank.base)
-            named = f"the base {config.base.model!r} of this client"
-            Identity(**folder.about["base"]).check(bank.base.identity, named)
+            Identity(**folder.about["base"]).check(bank.base.identity, f"the base {config.base.model!r} of this client")
             folder.move_base(config.base.model)
             data = client_data(shard, bank.base.tokenizer, config.training.max_length)
-            self._check_seat(config, folder, data)
-            labels = counted_labels(config, data) if self.settings.policy.share_labels else {}
-            self.seat = Seat(config, worker_of(config, bank, folder), data, labels, hold.pop_all())
-        return self.seat
+            self._check_session(config, folder, data)
+            labels = count_labels(config, data) if self.settings.policy.share_labels else {}
+            self.session = RunSession(config, worker_of(config, bank, folder), data, labels, lock.pop_all())
+        return self.session
 
-    def _check_seat(self, config: Config, folder: RunFolder, data: ClientData) -> None:
-        """Refuse what the policy or --agree forbid now, whatever they allowed when the run began."""
-        self._check_agreed(self._told(folder))
-        policy, own = self.settings.policy, self.settings.base
-        items = asked(config, self.settings.source, policy, own) + asked_of_rows(config, self._rows(data), policy)
-        refuse_breaches(items)
+    def _check_session(self, config: Config, folder: RunFolder, data: ClientData) -> None:
+        """Enforce the current policy and --agree, which may have changed since the run began."""
+        self._check_agreed_hash(self._shared_settings(folder))
+        policy, base = self.settings.policy, self.settings.base
+        checks = settings_checks(config, self.settings.source, policy, base)
+        enforce(checks + row_checks(config, self._row_counts(data), policy))
 
-    def _rows(self, data: ClientData) -> dict[str, int]:
+    def _row_counts(self, data: ClientData) -> dict[str, int]:
         return {split: len(getattr(data, split).rows) for split in SPLITS}
 
-    def _asked_of_rows(self, config: Config, shard: Shard) -> list[Item]:
-        return asked_of_rows(config, {split: len(getattr(shard, split)) for split in SPLITS}, self.settings.policy)
+    def _shard_row_checks(self, config: Config, shard: Shard) -> list[PolicyCheck]:
+        return row_checks(config, {split: len(getattr(shard, split)) for split in SPLITS}, self.settings.policy)
 
-    def _told(self, folder: RunFolder) -> Table:
-        """What the coordinator told of a run's settings when the client joined it."""
-        return folder.read_json(AGREEMENT) if (folder.path / AGREEMENT).exists() else {}
+    def _shared_settings(self, folder: RunFolder) -> Table:
+        """Return the settings that the coordinator sent when the client joined the run."""
+        return folder.read_json(SHARED_SETTINGS) if (folder.path / SHARED_SETTINGS).exists() else {}
 
-    def _check_agreed(self, told: Table) -> None:
-        """Refuse any run but the one that --agree names."""
-        found = agreed_hash(told)
-        if self.settings.agree not in ("", found):
+    def _check_agreed_hash(self, settings: Table) -> None:
+        """Refuse every run except the one given by --agree."""
+        settings_hash = agreed_hash(settings)
+        if self.settings.agree not in ("", settings_hash):
             raise PolicyError(
-                f"the run's settings have the hash {found}, and --agree {self.settings.agree} allows another run only"
+                f"the run's settings have the hash {settings_hash}, but --agree allows only {self.settings.agree}"
             )
 
-    def _bind(self, run: str) -> None:
-        """With --agree, take part in the first run that has the agreed settings, and in no other that has them too."""
+    def _record_agreed_run(self, run: str) -> None:
+        """With --agree, accept only the first run with the agreed settings, not later ones with the same settings."""
         if not self.settings.agree or not self.settings.audit:
             return
-        path = Path(self.settings.audit).with_name(AGREED)
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if known.setdefault(self.settings.agree, run) != run:
+        path = Path(self.settings.audit).with_name(AGREED_RUNS)
+        runs_by_hash = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if runs_by_hash.setdefault(self.settings.agree, run) != run:
             raise PolicyError(
-                f"another run with the agreed settings was joined before ({path} has its id), and --agree allows one; "
-                "agree anew on other settings, such as another seed or name"
+                f"this client has already joined a run with the agreed settings ({path} has its id), and --agree "
+                "allows one; agree on new settings, such as another seed or name"
             )
-        write_atomic(path, json.dumps(known))
+        write_atomic(path, json.dumps(runs_by_hash))
 
-    def _check_disk(self, message: int) -> None:
-        """Refuse work for which the client's run folders would take more than the policy allows."""
-        limit = self.settings.policy.max_disk_mib
-        mine = [path.parent for path in Path(self.settings.folder).glob(f"*/clients/{self.name}")]
-        taken = sum(path.stat().st_size for one in mine for path in one.parent.rglob("*") if path.is_file())
-        if taken + COPIES * message > limit * 2**20:
-            raise PolicyError(
-                f"the client's run folders in {self.settings.folder} take {taken / 2**20:.0f} MiB, and the message "
-                f"{message / 2**20:.0f}; the policy allows {limit} MiB (max_disk_mib): remove old runs or raise it"
-            )
-
-    def _show(self, config: Config, settings: Table, items: Sequence[Item]) -> None:
-        """Show what is asked beside what the policy allows, before it is compared."""
+    def _show_checks(self, config: Config, settings: Table, checks: Sequence[PolicyCheck]) -> None:
+        """Print what is requested and what the policy allows, before the policy is enforced."""
         self.listener.stage(printable(f"run {config.run.name}, settings {agreed_hash(settings)}"))
-        for item in items:
-            sign = "ok     " if item.fits else "REFUSED"
-            self.listener.stage(printable(f"  {sign}  {item.setting}: asked {item.asked}; allowed {item.allowed}"))
+        for check in checks:
+            mark = "ok     " if check.passes else "REFUSED"
+            self.listener.stage(
+                printable(f"  {mark}  {check.setting}: requested {check.requested}; allowed {check.allowed}")
+            )
 
-    def _update(self, seat: Seat, request: Request) -> Reply:
-        """Train on the server's message, unless that was done already: then the answer is the one given before."""
+    def _update(self, session: RunSession, request: Request) -> Reply:
+        """Train on the server's message, or return the stored reply if that was done before."""
         message = tensor_as_bytes(request.message) or b""
-        if request.exchange >= seat.config.method.exchanges():
-            raise PayloadError(f"a round of this method has at most {seat.config.method.exchanges()} exchanges")
+        if request.exchange >= session.config.method.exchanges():
+            raise PayloadError(f"a round of this method has at most {session.config.method.exchanges()} exchanges")
         digest = hashlib.sha256(b"%d %d " % (request.last, request.last_exchange) + message).hexdigest()
-        path = seat.answer_path(request.round, request.exchange)
-        if (found := seat.stored(path)) is not None and found.digest == digest:
-            log.info("round %d: asked again, answered as before", request.round)
-            return found.reply
-        seat.count(UPDATE, self.settings.policy.max_rounds)
-        seat.undo(request)
-        if request.last >= 0 and latest_state(seat.folder, self.name) is None:
-            log.warning("round %d: what was kept from earlier rounds is gone; training begins anew", request.round)
-        seat.keep(request)
-        self.listener.round_started(request.round, seat.config.federation.rounds, [self.name])
+        path = session.answer_path(request.round, request.exchange)
+        if (stored := session.read_stored(path)) is not None and stored.digest == digest:
+            log.info("round %d: repeated request, sending the stored reply", request.round)
+            return stored.reply
+        session.count_request(UPDATE, self.settings.policy.max_rounds)
+        session.discard_after(request)
+        if request.last >= 0 and latest_state(session.folder, self.name) is None:
+            log.warning("round %d: the state of earlier rounds is missing; training starts over", request.round)
+        session.save_best_models(request)
+        self.listener.round_started(request.round, session.config.federation.rounds, [self.name])
         self.listener.group_started(request.round, [self.name])
         messages = {self.name: message}
-        result = seat.worker.update([seat.data], request.round, messages, request.exchange, self.listener.step)
-        answer = result[self.name]
+        results = session.worker.update([session.data], request.round, messages, request.exchange, self.listener.step)
+        answer = results[self.name]
         self.listener.client_done(request.round, self.name, answer.report)
         exchange = {"exchange": request.exchange} if request.exchange else {}
         line = {"round": request.round, "split": "train", **exchange, "bytes_down": len(message)}
-        seat.log([{**line, "bytes_up": len(answer.payload or b""), **answer.report}])
+        session.log([{**line, "bytes_up": len(answer.payload or b""), **answer.report}])
         if answer.payload is None:
             return failure(request, self.name, "diverged")
-        refuse_small_update(seat.config, answer.report["steps"], len(seat.data.train.rows), self.settings.policy)
+        refuse_small_update(session.config, answer.report["steps"], len(session.data.train.rows), self.settings.policy)
         scores = {}
-        evaluator = seat.worker.evaluator
+        evaluator = session.worker.evaluator
         for variant, moment in evaluator.variants.items():
             if moment == "pre_aggregation":
-                scores[variant] = evaluator.evaluate([seat.data], request.round, variant, {self.name: None})[self.name]
-        seat.log_validation(request.round, scores, request.exchange)
+                scores[variant] = evaluator.evaluate([session.data], request.round, variant, {self.name: None})[
+                    self.name
+                ]
+        session.append_validation(request.round, scores, request.exchange)
         reply = Reply(
             request.run,
             request.round,
@@ -356,41 +354,41 @@ class Host:
             reply=bytes_as_tensor(answer.payload),
             exchange=request.exchange,
         )
-        write_atomic(path, pack(Stored(digest, reply)))
-        seat.prune(KEPT)
+        write_atomic(path, pack(StoredReply(digest, reply)))
+        session.prune(KEPT_ROUNDS)
         return reply
 
-    def _evaluate(self, seat: Seat, request: Request) -> Reply:
-        """Score a model that the server's message makes."""
-        variant, evaluator = request.variant or "", seat.worker.evaluator
+    def _evaluate(self, session: RunSession, request: Request) -> Reply:
+        """Score the model that results from the server's message."""
+        variant, evaluator = request.variant or "", session.worker.evaluator
         if evaluator.variants.get(variant) != "post_aggregation":
-            raise PayloadError(f"there is no model {variant!r} to be scored after the aggregation")
-        seat.count(EVALUATE, self.settings.policy.max_rounds)
+            raise PayloadError(f"there is no model {variant!r} to score after aggregation")
+        session.count_request(EVALUATE, self.settings.policy.max_rounds)
         message = tensor_as_bytes(request.message)
-        scores = evaluator.evaluate([seat.data], request.round, variant, {self.name: message})[self.name]
-        seat.log_validation(request.round, {variant: scores})
+        scores = evaluator.evaluate([session.data], request.round, variant, {self.name: message})[self.name]
+        session.append_validation(request.round, {variant: scores})
         return Reply(request.run, request.round, EVALUATE, self.name, scores={variant: scores})
 
-    def _test(self, seat: Seat, request: Request) -> Reply:
-        """Read the test split once, sum the run up, and write the model's card; later the first answer is repeated."""
-        if (found := seat.stored(seat.tested)) is not None:
-            log.info("test: asked again, answered as before")
-            return replace(found.reply, round=request.round)
-        group, evaluator, results = [seat.data], seat.worker.evaluator, dict[str, dict[str, Any]]()
+    def _test(self, session: RunSession, request: Request) -> Reply:
+        """Score the test split once, write the summary and the model's card; later requests get the stored reply."""
+        if (stored := session.read_stored(session.test_reply_path)) is not None:
+            log.info("test: repeated request, sending the stored reply")
+            return replace(stored.reply, round=request.round)
+        group, evaluator, results = [session.data], session.worker.evaluator, dict[str, dict[str, Any]]()
         scores: dict[str, Scores] = {}
         for variant in evaluator.variants:
             self.listener.stage(f"scoring {variant} on test")
             best, last = evaluator.test_best(group, variant), evaluator.test_last(group, variant)
             results[variant] = {"best_round": request.best.get(variant), "best": best, "last": last}
             scores |= {f"{variant}/best": best[self.name], f"{variant}/last": last[self.name]}
-        plain = {BASE: evaluator.score_base(group, "test"), MAJORITY: {self.name: evaluator.majority(seat.data)}}
-        for row, told in plain.items():
-            results[row] = {"best_round": None, "best": told, "last": told}
-            if row != MAJORITY or self.settings.policy.share_majority:
-                scores[row] = told[self.name]
-        summarise(seat.folder, results, seat.config.federation.rounds)
-        write_cards(seat.folder)
-        self.listener.stage(f"done: {seat.folder.adapter(self.name, seat.config.method_name)}")
+        baselines = {BASE: evaluator.score_base(group, "test"), MAJORITY: {self.name: evaluator.majority(session.data)}}
+        for name, test_scores in baselines.items():
+            results[name] = {"best_round": None, "best": test_scores, "last": test_scores}
+            if name != MAJORITY or self.settings.policy.share_majority:
+                scores[name] = test_scores[self.name]
+        summarise(session.folder, results, session.config.federation.rounds)
+        write_cards(session.folder)
+        self.listener.stage(f"done: {session.folder.adapter(self.name, session.config.method_name)}")
         reply = Reply(request.run, request.round, TEST, self.name, scores=scores)
-        write_atomic(seat.tested, pack(Stored("", reply)))
+        write_atomic(session.test_reply_path, pack(StoredReply("", reply)))
         return reply

@@ -1,103 +1,103 @@
-"""Whether a coordinator or a client works now, for a container's health check or a monitor."""
+"""Health of a coordinator or a client, for container health checks and monitoring."""
 
 import json
-import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from fedamole.deployment.connection_check import reach
+from fedamole.deployment.connection_check import check_connection
 from fedamole.errors import RunError
 from fedamole.files import write_atomic
+from fedamole.received.files import read_json
+from fedamole.received.forms import check_form, choice, either, nothing, number, record
 
 HEALTH_FILE = "health.json"
-"""In a client's home, FOLDER/.client-NAME: what the client last wrote of itself."""
-State = Literal["connecting", "connected", "stopped"]
-CLOCK = 60.0
-"""Seconds that a time in the file may lie in the future: clocks are set."""
-_MOST_BYTES = 4096
+"""File in a client's home, FOLDER/.client-NAME, with the client's latest state."""
+ConnectionState = Literal["connecting", "connected", "stopped"]
+CLOCK_SKEW_S = 60.0
+"""Seconds that a time in the file may be in the future, as clocks can be adjusted."""
+_MAX_BYTES = 4096
+_HEALTH = record(
+    {
+        "state": choice(*get_args(ConnectionState)),
+        "since": number(),
+        "last_contact": either(nothing, number()),
+        "last_order": either(nothing, number()),
+    },
+    closed=True,
+)
 
 
 @dataclass(frozen=True)
 class ClientHealth:
-    """What a client writes of itself; times are seconds since 1970."""
+    """The state that a client writes; times are seconds since 1970."""
 
-    state: State
+    state: ConnectionState
     since: float
-    """When this state began."""
+    """Start of this state."""
     last_contact: float | None = None
-    """When the coordinator last answered; None before the first answer."""
+    """Last response of the coordinator; None before the first."""
     last_order: float | None = None
-    """When the coordinator last asked for work; None before the first order."""
+    """Last order of the coordinator; None before the first."""
 
     def write(self, home: Path) -> None:
-        """Write HOME/health.json, atomically."""
+        """Write HOME/health.json atomically."""
         write_atomic(home / HEALTH_FILE, json.dumps(asdict(self)) + "\n")
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Whether something works, and why."""
+class HealthStatus:
+    """Whether a coordinator or client is healthy, and the reason."""
 
     healthy: bool
     text: str
 
 
 def read_health(path: Path) -> ClientHealth:
-    """Read a client's health.json; RunError where it is missing or is none."""
-    try:
-        with path.open("rb") as file:
-            text = file.read(_MOST_BYTES + 1)
-        found = json.loads(text) if len(text) <= _MOST_BYTES else None
-    except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror}): start the client, or correct the folder") from error
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is not a health file of `fedamole client`") from error
-    names = ("state", "since", "last_contact", "last_order")
-    if not isinstance(found, dict) or set(found) != set(names) or found["state"] not in get_args(State):
-        raise RunError(f"{path} is not a health file of `fedamole client`")
-    for name in names[1:]:
-        value = found[name]
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number and (value is not None or name == "since"):
-            raise RunError(f"{path}: {name} must be a time in seconds since 1970")
-    return ClientHealth(**found)
+    """Read a client's health.json; RunError if it is missing or invalid."""
+    if not path.is_file():
+        raise RunError(f"there is no file {path}: start the client, or correct the path")
+    values = read_json(path, _MAX_BYTES)
+    check_form(values, _HEALTH, path, RunError)
+    return ClientHealth(**values)
 
 
-def client_health(place: Path, within: float) -> Verdict:
-    """Judge a client by its home (FOLDER/.client-NAME) or its health.json.
+def client_health(path: Path, within: float) -> HealthStatus:
+    """Return a client's health from its home (FOLDER/.client-NAME) or its health.json.
 
-    Healthy is a client that is connected and has heard from its coordinator in the last `within` seconds. A client that
-    was killed writes nothing more, so it becomes unhealthy after that time.
+    A client is healthy if it is connected and its last contact with the coordinator was within the last `within`
+    seconds. A killed client writes nothing more, so it becomes unhealthy after that time.
     """
     try:
-        found = read_health(place / HEALTH_FILE if place.is_dir() else place)
+        health = read_health(path / HEALTH_FILE if path.is_dir() else path)
     except RunError as error:
-        return Verdict(False, str(error))
+        return HealthStatus(False, str(error))
     now = time.time()
-    times = [value for value in (found.since, found.last_contact, found.last_order) if value is not None]
-    if max(times) > now + CLOCK:
-        return Verdict(False, f"{place}: a time lies {max(times) - now:.0f} s in the future; set this clock right")
-    told = f"{found.state} since {_utc(found.since)}"
-    if found.last_contact is not None:
-        told += f", last contact {max(0.0, now - found.last_contact):.0f} s ago"
-    if found.last_order is not None:
-        told += f", last order {max(0.0, now - found.last_order):.0f} s ago"
-    if found.state != "connected":
-        return Verdict(False, told)
-    if found.last_contact is None or now - found.last_contact > within:
-        return Verdict(False, f"{told}; more than {within:.0f} s without contact")
-    return Verdict(True, told)
+    times = [value for value in (health.since, health.last_contact, health.last_order) if value is not None]
+    if max(times) > now + CLOCK_SKEW_S:
+        return HealthStatus(
+            False, f"{path}: a time is {max(times) - now:.0f} s in the future; correct this machine's clock"
+        )
+    text = f"{health.state} since {_utc(health.since)}"
+    if health.last_contact is not None:
+        text += f", last contact {max(0.0, now - health.last_contact):.0f} s ago"
+    if health.last_order is not None:
+        text += f", last order {max(0.0, now - health.last_order):.0f} s ago"
+    if health.state != "connected":
+        return HealthStatus(False, text)
+    if health.last_contact is None or now - health.last_contact > within:
+        return HealthStatus(False, f"{text}; no contact for more than {within:.0f} s")
+    return HealthStatus(True, text)
 
 
-def coordinator_health(server: str, certs: Path) -> Verdict:
-    """Ask a coordinator's gateway at HOST:PORT for its health, with TLS against `certs`/ca.crt."""
-    fine, faults = reach(server, certs / "ca.crt")
+def coordinator_health(server: str, certs: Path) -> HealthStatus:
+    """Query the health of the gateway at HOST:PORT over TLS, checked against `certs`/ca.crt."""
+    fine, faults = check_connection(server, certs / "ca.crt")
     urgent = [fault for fault in faults if fault.urgent]
     if urgent:
-        return Verdict(False, "; ".join(f"{fault.text} ({fault.remedy})" for fault in urgent))
-    return Verdict(True, fine)
+        return HealthStatus(False, "; ".join(f"{fault.text} ({fault.remedy})" for fault in urgent))
+    return HealthStatus(True, fine)
 
 
 def _utc(seconds: float) -> str:

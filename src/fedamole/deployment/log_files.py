@@ -1,6 +1,6 @@
-"""Log files that do not grow for ever.
+"""Log files of limited size.
 
-PATH is the log now, PATH.1 what came before it, and so on; the last one is removed when another is needed.
+PATH is the current log, PATH.1 the previous one, and so on; the oldest is deleted when a new one is needed.
 """
 
 import logging
@@ -12,25 +12,25 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-MOST_BYTES = 10 * 2**20
-"""Size beyond which a log is rotated."""
-KEEP = 3
-"""Older logs that are kept."""
+MAX_BYTES = 10 * 2**20
+"""Size in bytes above which a log is rotated."""
+MAX_OLD_LOGS = 3
+"""Number of older logs that are kept."""
 
 
-def rotate(path: Path, most_bytes: int = MOST_BYTES, keep: int = KEEP) -> bool:
-    """Move what a log holds to PATH.1 if it is larger than `most_bytes`; return whether that was done.
+def rotate(path: Path, max_bytes: int = MAX_BYTES, keep: int = MAX_OLD_LOGS) -> bool:
+    """Move a log's content to PATH.1 if it is larger than `max_bytes`; return whether it was moved.
 
-    The file is copied and then cut to nothing, so that a process that has it open goes on writing into it. That process
-    must have opened it to append: otherwise it would go on at its old position, behind a hole. What such a process
-    writes between the end of the copy and the cut (some microseconds) is lost. Where the copy fails, as on a full disk,
-    the log stays as it is and a warning says so. ValueError for `keep` below 1.
+    The file is copied and truncated, so a process that has it open keeps writing to it. The process must have opened it
+    in append mode: otherwise it would continue at its old position, after a hole. Anything written between the copy and
+    the truncation (some microseconds) is lost. If the copy fails, for example on a full disk, the log is unchanged and
+    a warning is logged. ValueError for `keep` below 1.
     """
     if keep < 1:
-        raise ValueError(f"keep = {keep}: at least one older log is kept")
+        raise ValueError(f"keep = {keep}: must be at least 1")
     try:
         with open(path, "r+b", buffering=0, opener=_no_link) as file:
-            if os.fstat(file.fileno()).st_size <= most_bytes:
+            if os.fstat(file.fileno()).st_size <= max_bytes:
                 return False
             _shift(path, keep)
             _copy(file, _older(path, 1))
@@ -43,9 +43,9 @@ def rotate(path: Path, most_bytes: int = MOST_BYTES, keep: int = KEEP) -> bool:
     return True
 
 
-def rotating(path: Path, most_bytes: int = MOST_BYTES, keep: int = KEEP) -> RotatingFileHandler:
-    """A handler for a log that one process writes by itself, with the same names and limits; nothing is lost."""
-    return RotatingFileHandler(path, maxBytes=most_bytes, backupCount=keep, encoding="utf-8")
+def rotating(path: Path, max_bytes: int = MAX_BYTES, keep: int = MAX_OLD_LOGS) -> RotatingFileHandler:
+    """Return a handler with the same names and limits for a log that one process writes; it loses nothing."""
+    return RotatingFileHandler(path, maxBytes=max_bytes, backupCount=keep, encoding="utf-8")
 
 
 def _older(path: Path, number: int) -> Path:
@@ -53,7 +53,7 @@ def _older(path: Path, number: int) -> Path:
 
 
 def _shift(path: Path, keep: int) -> None:
-    """Make PATH.1 free."""
+    """Free the name PATH.1."""
     _older(path, keep).unlink(missing_ok=True)
     for number in range(keep - 1, 0, -1):
         if _older(path, number).exists():
@@ -61,7 +61,7 @@ def _shift(path: Path, keep: int) -> None:
 
 
 def _copy(file: FileIO, target: Path) -> None:
-    """Copy to a new file that only this user can read; on an error there is none."""
+    """Copy to a new file that only this user can read; it is deleted if copying fails."""
     try:
         with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0) as out:
             shutil.copyfileobj(file, out)

@@ -1,4 +1,4 @@
-"""Processes beside this one: started, watched, started again, and stopped with it."""
+"""Child processes: start, monitor, restart, and stop them with this process."""
 
 import ctypes
 import os
@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -22,33 +22,35 @@ OFFLINE = {
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
     "PYTHONUNBUFFERED": "1",
 }
-"""Flower asks nobody but its own parts, installs nothing, and looks for work often."""
+"""Environment of Flower's processes: no telemetry, no update check, no package installation, short polling interval."""
 
 LOOPBACK = "127.0.0.1"
-PRIVATE = 0o077
-"""The umask of a deployment's processes: what they write is read by nobody else on this machine."""
+PrintLine = Callable[[str], None]
+"""Prints one line for the user."""
+PRIVATE_UMASK = 0o077
+"""Umask of a deployment's processes: only this user can read the files they write."""
 _PR_SET_PDEATHSIG = 1
 
 
 def without_proxy() -> dict[str, str]:
-    """Environment variables by which no call to this machine itself goes to the proxy of HTTPS_PROXY."""
-    listed = [os.environ[name] for name in ("NO_PROXY", "no_proxy") if os.environ.get(name)]
-    everybody = ",".join([*listed, LOOPBACK, "localhost", "::1"])
-    return {"NO_PROXY": everybody, "no_proxy": everybody}
+    """Return environment variables that exclude this machine from the proxy in HTTPS_PROXY."""
+    configured = [os.environ[name] for name in ("NO_PROXY", "no_proxy") if os.environ.get(name)]
+    hosts = ",".join([*configured, LOOPBACK, "localhost", "::1"])
+    return {"NO_PROXY": hosts, "no_proxy": hosts}
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Environment of the processes beside this one: Flower's home and switches, and no proxy for loopback."""
+    """Return the environment of child processes: Flower's home and settings, and no proxy for loopback."""
     return {**os.environ, **OFFLINE, **without_proxy(), "FLWR_HOME": str(home)}
 
 
 def command(name: str) -> str:
-    """Path of a command that was installed beside this Python."""
+    """Return the path of a command installed next to this Python."""
     return str(Path(sys.executable).parent / name)
 
 
 def alive(pid: int) -> bool:
-    """Whether a process is there and is no zombie."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -56,20 +58,20 @@ def alive(pid: int) -> bool:
 
 
 def die_with_parent() -> None:
-    """Have the kernel end this process when its parent ends in whatever way (Linux; elsewhere nothing)."""
+    """Make the kernel end this process when its parent ends for any reason (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_port() -> int:
-    """A port of the loopback interface that is free now."""
-    with socket.socket() as found:
-        found.bind((LOOPBACK, 0))
-        return int(found.getsockname()[1])
+    """Return a free port of the loopback interface."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
 
 
 def wait_for_free_port(host: str, port: int, seconds: float) -> None:
-    """Wait until nobody listens on a port of this machine; TimeoutError where somebody goes on."""
+    """Wait until a port of this machine is free; TimeoutError if it is still in use after `seconds`."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -82,12 +84,12 @@ def wait_for_free_port(host: str, port: int, seconds: float) -> None:
 
 
 def secret_file(path: Path) -> Path:
-    """A file with a new secret that only this user can read."""
+    """Write a new random secret to a file that only this user can read."""
     return private_file(path, secrets.token_hex(32))
 
 
 def private_file(path: Path, content: str) -> Path:
-    """Write a file that only this user can read; one of that name is replaced."""
+    """Write a file that only this user can read, replacing an existing one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
@@ -96,7 +98,7 @@ def private_file(path: Path, content: str) -> Path:
 
 
 def wait_for_port(port: int, process: "Process", seconds: float = 60.0) -> None:
-    """Wait until a process listens on a port of the loopback interface; TimeoutError where it does not."""
+    """Wait until a process listens on a loopback port; TimeoutError if it does not."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.running:
         with socket.socket() as probe:
@@ -108,52 +110,59 @@ def wait_for_port(port: int, process: "Process", seconds: float = 60.0) -> None:
 
 
 class Process:
-    """One process with a log file of its own."""
+    """A child process with its own log file."""
 
-    def __init__(self, name: str, words: Sequence[str], env: Mapping[str, str], log: Path | None) -> None:
-        """Describe a process; without a log it writes where this one does."""
-        self.name, self.words, self.env, self.log = name, list(words), dict(env), log
+    def __init__(self, name: str, arguments: Sequence[str], env: Mapping[str, str], log: Path | None) -> None:
+        """Describe a process; without a log it inherits this process's output."""
+        self.name, self.arguments, self.env, self.log = name, list(arguments), dict(env), log
         self.starts = 0
         self._begin = 0
         self._child: subprocess.Popen[bytes] | None = None
 
     def start(self) -> "Process":
-        """Start it, for the first time or again."""
+        """Start the process, for the first time or again."""
         self.starts += 1
         if self.log is None:
-            self._child = subprocess.Popen(self.words, env=self.env, stdin=subprocess.DEVNULL, preexec_fn=_ready)
+            self._child = subprocess.Popen(
+                self.arguments, env=self.env, stdin=subprocess.DEVNULL, preexec_fn=_prepare_child
+            )
             return self
         self.log.parent.mkdir(parents=True, exist_ok=True)
         rotate(self.log)
         self._begin = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as out:
             self._child = subprocess.Popen(
-                self.words, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, preexec_fn=_ready
+                self.arguments,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                preexec_fn=_prepare_child,
             )
         return self
 
     def rotate_log(self) -> None:
-        """Move a log that has grown large out of the way, while the process goes on writing."""
+        """Rotate a large log while the process keeps writing."""
         if self.log is not None and rotate(self.log):
             self._begin = 0
 
     @property
     def running(self) -> bool:
-        """Whether it runs now."""
+        """Whether the process is running."""
         return self._child is not None and self._child.poll() is None
 
     @property
     def exit_code(self) -> int | None:
-        """How it ended; None while it runs or before its start."""
+        """Exit code; None while it runs and before its start."""
         return None if self._child is None else self._child.poll()
 
     @property
     def pid(self) -> int:
-        """Its process id, 0 before the start."""
+        """Process id; 0 before the start."""
         return 0 if self._child is None else self._child.pid
 
     def stop(self, seconds: float = 10.0) -> None:
-        """Ask it to end, and after a while end it."""
+        """Terminate the process, and kill it after `seconds`."""
         if self._child is None:
             return
         if self.running:
@@ -165,7 +174,7 @@ class Process:
             self._child.wait()
 
     def tail(self, characters: int = 4000) -> str:
-        """The end of what it has written since its last start."""
+        """Return the end of the output since the last start."""
         if self.log is None or not self.log.exists():
             return ""
         with self.log.open("rb") as file:
@@ -173,8 +182,8 @@ class Process:
             return file.read().decode(errors="replace")
 
 
-def _ready() -> None:
-    """In the child: a group of its own, so that Ctrl-C is for the parent to handle; files for this user's eyes only."""
+def _prepare_child() -> None:
+    """In the child: create a process group, so that the parent handles Ctrl-C, and make new files private."""
     os.setpgid(0, 0)
-    os.umask(PRIVATE)
+    os.umask(PRIVATE_UMASK)
     die_with_parent()

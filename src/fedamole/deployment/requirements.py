@@ -1,16 +1,18 @@
-"""What every command of a deployment does first."""
+"""Checks that every deployment command makes first."""
 
-import importlib.util
 import os
 
+from fedamole.errors import require_extra
 
-def require_flower(*more: str) -> None:
-    """Make sure that what a deployment needs beyond a simulation is here; and write for this user's eyes only."""
-    from fedamole.deployment.processes import PRIVATE
-    from fedamole.errors import FedamoleError, how_to_install
 
-    extra = "ray" if more else "flower"
-    for package in ("flwr", "cryptography", *more):
-        if importlib.util.find_spec(package) is None:
-            raise FedamoleError(f"this needs {package}, which is not installed; {how_to_install(extra)}")
-    os.umask(PRIVATE)
+def require_flower(simulation: bool = False) -> None:
+    """Require the packages of a deployment (FedamoleError names a missing one) and make new files private.
+
+    `simulation` also requires Ray. The umask is set so that only this user can read the files written from here on.
+    """
+    from fedamole.deployment.processes import PRIVATE_UMASK
+
+    require_extra("flower", "flwr", "cryptography")
+    if simulation:
+        require_extra("ray", "ray")
+    os.umask(PRIVATE_UMASK)

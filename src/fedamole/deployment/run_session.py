@@ -1,4 +1,4 @@
-"""A client's place in one run: its settings, what it has on disk of the run, and what it puts there."""
+"""A client's session in one run: settings, worker, data, and its files in the run folder."""
 
 import json
 import logging
@@ -24,52 +24,54 @@ from fedamole.runs.run_folder import METRICS, RunFolder
 
 log = logging.getLogger(__name__)
 
-WORK = "work.json"
-"""In the client's folder: how often it has trained and been scored for this run, whatever counted."""
+REQUEST_COUNTS = "work.json"
+"""File in the client's folder: numbers of trainings and validations done for this run, whether they counted or not."""
+DISK_COPIES = 4
+"""Copies of a message on the client's disk: reply, state, model, and one being written."""
 
 
 @dataclass(frozen=True)
 class ClientSettings:
-    """What an organisation decides for itself."""
+    """The settings that an organisation chooses for itself."""
 
     source: SourceSettings
-    """Its data; the source's name is the client's, unless it is a part of a source alone."""
+    """The client's data. The source's name is the client's name, unless the client is one part of a source."""
     folder: str = "runs"
-    """Where its run folders are written."""
+    """Folder for the client's run folders."""
     base: str | None = None
-    """Its own copy of the base model, a folder or hub id; unset: what the server names."""
+    """The client's own copy of the base model, a folder or hub id; unset: the one that the server names."""
     device: str = "auto"
     threads: int = 0
     name: str = ""
-    """Name of a client that is a part of a source; then `manifest` says which."""
+    """Name of a client that is one part of a source; `manifest` then defines the part."""
     manifest: str | None = None
-    """A stored partition of the source: the file that names this client's rows."""
+    """File of a stored partition of the source, which lists this client's rows."""
     policy: PolicySettings = field(default_factory=PolicySettings)
-    """What it consents to."""
+    """What the client consents to."""
     agree: str = ""
-    """First characters of the hash of the only run's settings that it takes part in; empty: of any."""
+    """Hash of the settings of the only run to take part in; empty: any run."""
     audit: str = ""
-    """Its audit log; empty: none is written, for clients that are the coordinator's own."""
+    """Path of the audit log; empty: no log, for clients that belong to the coordinator."""
 
 
 @dataclass(frozen=True)
-class Stored:
-    """An answer on disk, and the hash of what it answers: the message, and the round that counted before."""
+class StoredReply:
+    """A reply on disk, with the hash of its request: the message and the last round that counted."""
 
     digest: str
     reply: Reply
 
 
 @dataclass
-class Seat:
-    """A client's place in one run."""
+class RunSession:
+    """A client's session in one run."""
 
     config: Config
     worker: Worker
     data: ClientData
     labels: dict[str, int]
-    hold: ExitStack = field(default_factory=ExitStack)
-    """Holds the run folder for this process."""
+    lock: ExitStack = field(default_factory=ExitStack)
+    """Holds the lock of the run folder."""
 
     @property
     def folder(self) -> RunFolder:
@@ -82,92 +84,109 @@ class Seat:
         return self.data.info.name
 
     @property
-    def tested(self) -> Path:
-        """Where its answer to the test lies, once it has been given."""
+    def test_reply_path(self) -> Path:
+        """Path of the stored reply to the test request."""
         return self.folder.client(self.name) / "test.safetensors"
 
     def answer_path(self, round_: int, exchange: int = 0) -> Path:
-        """File of its answer in an exchange of a round."""
+        """Path of the stored reply of an exchange of a round."""
         return answer_path(self.folder, self.name, round_, exchange)
 
-    def stored(self, path: Path) -> Stored | None:
-        """The answer in a file, if there is one that can be read."""
+    def read_stored(self, path: Path) -> StoredReply | None:
+        """Return the stored reply in a file, or None if it is missing or damaged."""
         try:
-            return unpacked(Stored, path.read_bytes()) if path.exists() else None
+            return unpacked(StoredReply, path.read_bytes()) if path.exists() else None
         except PayloadError as error:
-            log.warning("%s is damaged (%s); that round is done again", path, error)
+            log.warning("%s is damaged (%s); that round is repeated", path, error)
             return None
 
-    def done(self) -> tuple[list[Path], list[Path]]:
-        """Files of private states and of answers, oldest first."""
+    def round_files(self) -> tuple[list[Path], list[Path]]:
+        """Return the files of private states and of replies, each ordered by round and exchange."""
         states, answers = state_path(self.folder, self.name, 0).parent, self.answer_path(0).parent
         return files_by_round(states, "safetensors"), files_by_round(answers, "safetensors")
 
     def prune(self, rounds: int) -> None:
-        """Remove private states and answers of all but the last `rounds` rounds that have some."""
-        for paths in self.done():
+        """Delete the private states and the replies of all but the last `rounds` rounds that have any."""
+        for paths in self.round_files():
             kept = sorted({round_and_exchange(path)[0] for path in paths})[-rounds:]
             for path in paths:
                 if round_and_exchange(path)[0] not in kept:
                     path.unlink()
 
-    def count(self, operation: str, most: int) -> None:
-        """Count a piece of work before it is done; PolicyError where it is one more than `most`.
+    def count_request(self, operation: str, most: int) -> None:
+        """Count a training or validation before it is done; PolicyError if it exceeds `most`.
 
-        A coordinator may ask for a round again, with another message, after a restart. Each answer tells something,
-        so that all of them are counted, not rounds alone.
+        After a restart a coordinator may repeat a round with another message. Each reply reveals something, so replies
+        are counted rather than rounds.
         """
-        path = self.folder.client(self.name) / WORK
-        work = self.folder.read_json(str(path.relative_to(self.folder.path))) if path.exists() else {}
-        if work.get(operation, 0) >= most:
+        path = self.folder.client(self.name) / REQUEST_COUNTS
+        counts = self.folder.read_json(str(path.relative_to(self.folder.path))) if path.exists() else {}
+        if counts.get(operation, 0) >= most:
             raise PolicyError(
-                f"the coordinator has asked for {most} times {operation} in this run, the most that the policy allows "
-                "(max_rounds)"
+                f"the coordinator has requested {operation} {most} times in this run, the maximum that the policy "
+                "allows (max_rounds)"
             )
-        write_atomic(path, json.dumps({**work, operation: work.get(operation, 0) + 1}))
+        write_atomic(path, json.dumps({**counts, operation: counts.get(operation, 0) + 1}))
 
-    def undo(self, request: Request) -> None:
-        """Remove what was done after the client's last update that counted."""
+    def discard_after(self, request: Request) -> None:
+        """Delete everything done after the last update that counted."""
         last = request.last, request.last_exchange
-        for path in chain(*self.done()):
+        for path in chain(*self.round_files()):
             if round_and_exchange(path) > last:
-                log.info("%s is undone: that update did not count", path.name)
+                log.info("%s is discarded: that update did not count", path.name)
                 path.unlink()
 
-        def counts(line: dict[str, Any]) -> bool:
+        def counted(line: dict[str, Any]) -> bool:
             if line["split"] == "validation" and self.worker.variants.get(line["method"]) == "post_aggregation":
                 return (line["round"], line["method"] == request.variant) < (request.round, True)
             return (line["round"], line.get("exchange", 0)) <= last
 
-        self.folder.cut(METRICS, counts)
+        self.folder.cut(METRICS, counted)
 
-    def keep(self, request: Request) -> None:
-        """Save the present model of every row whose best round is a new one."""
+    def save_best_models(self, request: Request) -> None:
+        """Save the current model of every variant whose best round is new."""
         path = self.folder.client(self.name) / "best.json"
-        kept = self.folder.read_json(str(path.relative_to(self.folder.path))) if path.exists() else {}
-        for row, round_ in request.best.items():
-            if row in self.worker.variants and kept.get(row) != round_:
-                self.worker.evaluator.save_best(self.data, row)
-                kept[row] = round_
-                write_atomic(path, json.dumps(kept))
+        saved = self.folder.read_json(str(path.relative_to(self.folder.path))) if path.exists() else {}
+        for variant, round_ in request.best.items():
+            if variant in self.worker.variants and saved.get(variant) != round_:
+                self.worker.evaluator.save_best(self.data, variant)
+                saved[variant] = round_
+                write_atomic(path, json.dumps(saved))
 
     def log(self, lines: list[dict[str, Any]]) -> None:
-        """Add lines to the client's own metrics."""
+        """Append lines to the client's metrics."""
         self.folder.append(METRICS, ({"round": line.pop("round"), "client": self.name, **line} for line in lines))
 
-    def log_validation(self, round_: int, scores: dict[str, Scores], exchange: int = 0) -> None:
-        """Add validation scores by variant to the client's own metrics."""
+    def append_validation(self, round_: int, scores: dict[str, Scores], exchange: int = 0) -> None:
+        """Append validation scores by variant to the client's metrics."""
         line = {"round": round_, "split": "validation", **({"exchange": exchange} if exchange else {})}
         self.log([{**line, "method": variant, **values} for variant, values in scores.items()])
 
 
-def counted_labels(config: Config, data: ClientData) -> dict[str, int]:
-    """How often each answer occurs among the training rows; empty where answers are texts of all kinds."""
+def count_labels(config: Config, data: ClientData) -> dict[str, int]:
+    """Count the answers among the training rows; empty if answers are free text."""
     examples = data.train.examples
     if score_name(examples[0], config.evaluation) != "accuracy":
         return {}
     labels = Counter(example.answer for example in examples)
     if len(labels) > MOST_LABELS or max(map(len, labels)) > LONGEST_LABEL:
-        log.warning("labels are not shared: there are more than %d, or some are very long", MOST_LABELS)
+        log.warning("labels are not shared: there are more than %d, or some are too long", MOST_LABELS)
         return {}
     return dict(labels)
+
+
+def check_disk(settings: ClientSettings, name: str, message: int) -> None:
+    """Raise PolicyError if the client's run folders would exceed max_disk_mib with a message of this many bytes."""
+    limit = settings.policy.max_disk_mib
+    client_folders = [path.parent for path in Path(settings.folder).glob(f"*/clients/{name}")]
+    used = sum(
+        path.stat().st_size
+        for client_folder in client_folders
+        for path in client_folder.parent.rglob("*")
+        if path.is_file()
+    )
+    if used + DISK_COPIES * message > limit * 2**20:
+        raise PolicyError(
+            f"the client's run folders in {settings.folder} take {used / 2**20:.0f} MiB and the message "
+            f"{message / 2**20:.0f} MiB; the policy allows {limit} MiB (max_disk_mib): remove old runs or raise it"
+        )

@@ -1,18 +1,18 @@
-"""The coordinator's side of a deployed run: the same loop, over whoever is connected."""
+"""The coordinator's side of a deployed run: the common training loop, with clients connected over a link."""
 
 import json
 import logging
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 import torch
+from typing_extensions import override
 
 from fedamole.config import load_config, load_run_config
-from fedamole.deployment.progress import Show
 from fedamole.deployment.shared_config import agreed_hash, shared_tables
 from fedamole.engine.link import Link
 from fedamole.engine.remote import Remote
@@ -29,77 +29,81 @@ log = logging.getLogger(__name__)
 SETTINGS, PROGRESS, OUTCOME, LOG = "config.toml", "progress.jsonl", "outcome.json", "run.log"
 """Files in the server's own folder."""
 TICKET = "ticket"
-"""Another: which submission of the run counts, as Flower may yet start one that was given up."""
+"""File in the server's own folder: the current submission. Flower may still start an earlier one, which then stops."""
 
 
-class ProgressLog(logging.Handler):
-    """Warnings among the lines of progress, so that whoever watches the run reads why a client is left out."""
+OnProgress = Callable[[dict[str, Any]], None]
+"""Called with every event of a run, a line of progress.jsonl."""
+
+
+class ProgressLogHandler(logging.Handler):
+    """Adds warnings to the progress events, so that the operator sees why a client is left out."""
 
     def __init__(self, progress: "ProgressFile") -> None:
-        """Write to a run's progress."""
+        """Write to a run's progress file."""
         super().__init__(logging.WARNING)
         self.progress = progress
 
+    @override
     def emit(self, record: logging.LogRecord) -> None:
-        """Pass a warning on."""
         self.progress.say("warning", text=record.getMessage())
 
 
 class ProgressFile(ProgressListener):
-    """Writes what goes on as lines of JSON, for whoever shows it."""
+    """Writes progress as lines of JSON, for the process that displays it."""
 
-    def __init__(self, folder: RunFolder, show: Show | None = None) -> None:
-        """Append to progress.jsonl of a server's folder; `show` is given every line as well."""
-        self.folder, self.show = folder, show
+    def __init__(self, folder: RunFolder, on_progress: OnProgress | None = None) -> None:
+        """Append to progress.jsonl in the server's folder; `on_progress` is also called with every event."""
+        self.folder, self.on_progress = folder, on_progress
         self.path = folder.path / SERVER / PROGRESS
         self.say("started", pid=os.getpid())
 
-    def say(self, what: str, **fields: Any) -> None:
-        """Add a line."""
-        line = {"what": what, "time": time.time(), **fields}
+    def say(self, kind: str, **fields: Any) -> None:
+        """Write an event."""
+        line = {"what": kind, "time": time.time(), **fields}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if self.show is not None:
-            self.show(line)
+        if self.on_progress is not None:
+            self.on_progress(line)
 
+    @override
     def joined(self, name: str, about: Mapping[str, Any]) -> None:
-        """A client has joined; what it told goes into clients.json."""
         path = self.folder.path / CLIENTS
-        known = self.folder.read_json(CLIENTS) if path.exists() else {}
-        write_atomic(path, json.dumps({**known, name: dict(about)}, indent=1, sort_keys=True) + "\n")
+        clients = self.folder.read_json(CLIENTS) if path.exists() else {}
+        write_atomic(path, json.dumps({**clients, name: dict(about)}, indent=1, sort_keys=True) + "\n")
         self.say("joined", client=name)
 
+    @override
     def present(self, names: Collection[str], waiting_for: int) -> None:
-        """Who is there, and how many more are needed."""
         self.say("present", clients=sorted(names), waiting_for=waiting_for)
 
+    @override
     def round_started(self, round_: int, rounds: int, cohort: Sequence[str]) -> None:
-        """A round has begun."""
         self.say("round", round=round_, rounds=rounds, cohort=list(cohort))
 
+    @override
     def group_started(self, round_: int, names: Sequence[str]) -> None:
-        """Clients have been asked to train."""
         self.say("asked", round=round_, clients=list(names))
 
+    @override
     def client_done(self, round_: int, name: str, report: Mapping[str, Any]) -> None:
-        """A client has answered, or failed."""
-        told = {key: report[key] for key in ("loss", "seconds", "failed") if key in report}
-        self.say("answered", round=round_, client=name, **told)
+        fields = {key: report[key] for key in ("loss", "seconds", "failed") if key in report}
+        self.say("answered", round=round_, client=name, **fields)
 
+    @override
     def stage(self, text: str) -> None:
-        """Something else has begun."""
         self.say("stage", text=text)
 
+    @override
     def round_done(self, round_: int, validation: Mapping[str, float]) -> None:
-        """A round has been committed."""
         self.say("done", round=round_, validation=dict(validation))
 
 
-def coordinate(link: Link, path: Path, show: Show | None = None) -> dict[str, Any]:
-    """Begin the run that is set up in a folder, or go on with it; return the summary. `show` is told what goes on.
+def coordinate(link: Link, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
+    """Start or resume the run prepared in a folder; return its summary. `on_progress` is called with every event.
 
-    Errors: ConfigError, BaseModelError, RunError; a run that ended with one goes on from its last round when called
-    again.
+    Errors: ConfigError, BaseModelError, RunError. A run that ended with an error continues from its last round when
+    called again.
     """
     config = load_config(path / SERVER / SETTINGS)
     torch.set_num_threads(config.run.threads)
@@ -125,8 +129,8 @@ def coordinate(link: Link, path: Path, show: Show | None = None) -> dict[str, An
     server, tables = server_of(config, base), shared_tables(config, base.identity)
     del base
     with folder.locked():
-        listener = ProgressFile(folder, show)
-        handler = ProgressLog(listener)
+        listener = ProgressFile(folder, on_progress)
+        handler = ProgressLogHandler(listener)
         logging.getLogger("fedamole").addHandler(handler)
         listener.say("agreed", hash=agreed_hash(tables))
         for sentence in exposure(config, len(names), (), server.shapes):

@@ -1,4 +1,4 @@
-"""What all parties of a deployed run agree on: the tables of the server's config that travel, and those that do not."""
+"""The settings that all parties of a deployed run share, and those that each keeps to itself."""
 
 import hashlib
 import json
@@ -12,75 +12,78 @@ from fedamole.model.base import BUNDLED, named_base
 from fedamole.runs.identity import Identity
 
 SHARED = ("method", "base", "data", "federation", "training", "evaluation")
-"""Tables that a server sends whole, but for where its own files lie."""
+"""Tables of the config that the server sends, without its own file locations."""
 OWN = {"data": ("source", "manifest"), "run": ("folder", "device", "threads", "group", "tensorboard")}
-"""Keys that everybody has for itself."""
-FORM = "the server's settings are not in the expected form: use one version of fedamole everywhere"
+"""Keys that every party sets for itself."""
+FORM_ERROR = "the server's settings are not in the expected format: use the same version of fedamole everywhere"
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 
 def shared_tables(config: Config, identity: Identity) -> Table:
-    """What a server tells each client: the identity of the base, and the settings that all share.
+    """Return what a server sends to each client: the identity of the base and the shared settings.
 
-    Where the server's own copy of the base lies in a folder, that stays untold.
+    If the server's copy of the base is in a folder, the folder's name is not sent.
     """
     tables = config.tables()
-    told = {name: dict(tables[name]) for name in (*SHARED, "run")}
+    shared = {name: dict(tables[name]) for name in (*SHARED, "run")}
     for name, keys in OWN.items():
         for key in keys:
-            told[name].pop(key, None)
-    if not _is_public(str(told["base"]["model"])):
-        told["base"]["model"] = ""
-    return {"identity": asdict(identity), "config": told}
+            shared[name].pop(key, None)
+    if not _is_public(str(shared["base"]["model"])):
+        shared["base"]["model"] = ""
+    return {"identity": asdict(identity), "config": shared}
 
 
 def agreed_hash(shared: Table) -> str:
-    """SHA-256 of everything that each client is told of a run's config, as 64 hexadecimal digits.
+    """Return the SHA-256 of the shared settings of a run, as 64 hexadecimal digits.
 
-    The same on all sides: over canonical JSON (sorted keys, no spaces, ASCII) of what `shared_tables` returns.
+    The hash is the same at all parties: it covers the canonical JSON (sorted keys, no spaces, ASCII) of
+    `shared_tables`.
     """
     text = json.dumps(shared, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_agree(given: str) -> str:
-    """Return what --agree was given, in lower case; ConfigError where it is no whole hash.
+    """Return the value of --agree in lower case; ConfigError if it is not a complete hash.
 
-    The beginning of a hash would not do: a coordinator could make two configs that begin alike in minutes.
+    A prefix would be unsafe: a coordinator could find two configs with the same prefix in minutes.
     """
     if not re.fullmatch("[0-9a-fA-F]{64}", given):
-        raise ConfigError(f"--agree {given}: give the whole hash that `fedamole server` prints (64 times 0-9, a-f)")
+        raise ConfigError(
+            f"--agree {given}: give the complete hash that `fedamole server` prints (64 characters, 0-9 and a-f)"
+        )
     return given.lower()
 
 
 def own_tables(settings: Table, source: Table, run: Table, base: str | None) -> Table:
-    """A client's config: what the server told, with the client's own data, machine and copy of the base.
+    """Return a client's config: the shared settings with the client's own data, machine and copy of the base.
 
-    `base` is the client's own name for the base; without one the server may name the bundled base or a hub id, never
-    a path. Raises ConfigError and BaseModelError.
+    `base` is the client's own name of the base. Without it, the server may name the bundled base or a hub id, never a
+    path. Raises ConfigError and BaseModelError.
     """
-    told, identity = settings.get("config"), settings.get("identity")
-    parts = {field.name for field in fields(Identity)}
-    if not isinstance(told, dict) or not isinstance(identity, dict) or set(identity) != parts:
-        raise ConfigError(FORM)
-    if set(told) != {*SHARED, "run"} or not all(isinstance(table, dict) for table in told.values()):
-        raise ConfigError(FORM)
-    tables: Table = {name: dict(table) for name, table in told.items()}
+    shared, identity = settings.get("config"), settings.get("identity")
+    identity_keys = {field.name for field in fields(Identity)}
+    if not isinstance(shared, dict) or not isinstance(identity, dict) or set(identity) != identity_keys:
+        raise ConfigError(FORM_ERROR)
+    if set(shared) != {*SHARED, "run"} or not all(isinstance(table, dict) for table in shared.values()):
+        raise ConfigError(FORM_ERROR)
+    tables: Table = {name: dict(table) for name, table in shared.items()}
     for name, keys in OWN.items():
-        if foreign := sorted(set(keys) & set(tables[name])):
-            raise ConfigError(f"the server sets {name}.{foreign[0]}, which is each client's own")
-    named = str(tables["base"].get("model", BUNDLED))
-    if base is None and not _is_public(named):
+        if forbidden := sorted(set(keys) & set(tables[name])):
+            raise ConfigError(f"the server sets {name}.{forbidden[0]}, which every client sets for itself")
+    base_name = str(tables["base"].get("model", BUNDLED))
+    if base is None and not _is_public(base_name):
         raise BaseModelError(
-            f"the server's base lies in a folder, or there is one here of the same name{named and f' ({named})'}: "
-            "name your copy of the same model by --base"
+            f"the server's base is in a folder, or a folder with its name exists "
+            f"here{base_name and f' ({base_name})'}: give your copy of the same model with --base"
         )
-    tables["base"]["model"] = named_base(base) if base is not None else named
+    tables["base"]["model"] = named_base(base) if base is not None else base_name
     tables["run"] |= run
     tables["data"]["source"] = [source]
     return tables
 
 
-def _is_public(named: str) -> bool:
-    """Whether a base is the bundled one or can be a hub id, which mean the same everywhere."""
-    return named == BUNDLED or (bool(HUB_ID.fullmatch(named)) and not Path(named).exists())
+def _is_public(base_name: str) -> bool:
+    """Return whether a base is the bundled one or may be a hub id, which mean the same on every machine."""
+    return base_name == BUNDLED or (bool(HUB_ID.fullmatch(base_name)) and not Path(base_name).exists())

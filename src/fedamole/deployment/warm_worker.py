@@ -1,7 +1,7 @@
-"""The process of a client that keeps the base in memory and the client's state on its disk.
+"""A client's worker process, which keeps the base in memory and the client's state on disk.
 
-`python -m fedamole.deployment.warm_worker SETTINGS.json`, started by `fedamole client`. It answers one request at a
-time over a Unix socket that only its user, with the secret, can use.
+`python -m fedamole.deployment.warm_worker SETTINGS.json`, started by `fedamole client`. It handles one request at a
+time over a Unix socket, which only its user can use, and only with the secret.
 """
 
 import json
@@ -12,7 +12,7 @@ from multiprocessing.connection import Listener
 from pathlib import Path
 
 from fedamole.config import build
-from fedamole.deployment.client_handler import Host
+from fedamole.deployment.client_handler import ClientHandler
 from fedamole.deployment.run_session import ClientSettings
 from fedamole.deployment.security.audit_log import AuditError
 from fedamole.errors import FedamoleError
@@ -23,22 +23,22 @@ from fedamole.terminal import set_up
 log = logging.getLogger(__name__)
 
 
-def serve(host: Host, address: str, secret: bytes) -> None:
-    """Answer requests for ever; a caller without the secret, or one that goes away, is no reason to end.
+def serve(handler: ClientHandler, address: str, secret: bytes) -> None:
+    """Handle requests forever; a connection without the secret, or one that breaks, does not end the worker.
 
-    Where the audit log cannot be written, the caller gets no answer.
+    If the audit log cannot be written, the connection is closed without a reply.
     """
-    Path(address).unlink(missing_ok=True)  # a worker that was killed has left it behind
+    Path(address).unlink(missing_ok=True)  # left behind by a worker that was killed
     with Listener(address, family="AF_UNIX", authkey=secret) as listener:
         while True:
             try:
-                with listener.accept() as caller:
-                    answer = host.answer(caller.recv_bytes())
-                    caller.send_bytes(answer)
-            except AuditError as error:  # nothing may leave that is not logged
+                with listener.accept() as connection:
+                    answer = handler.answer(connection.recv_bytes())
+                    connection.send_bytes(answer)
+            except AuditError as error:  # no reply without an audit log entry
                 log.error("%s", error)
             except (AuthenticationError, EOFError, OSError) as error:
-                log.warning("a caller went away (%s)", type(error).__name__)
+                log.warning("a connection was lost (%s)", type(error).__name__)
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
     except FedamoleError as error:
         log.error("%s", error)
         sys.exit(error.exit_code)
-    serve(Host(client, PlainProgress(console)), settings["socket"], Path(settings["secret"]).read_bytes())
+    serve(ClientHandler(client, PlainProgress(console)), settings["socket"], Path(settings["secret"]).read_bytes())
 
 
 if __name__ == "__main__":

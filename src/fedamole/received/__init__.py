@@ -1,1 +1,1 @@
-"""What was received from elsewhere is data, not trust: names, paths and JSON are checked before they are used."""
+"""Validation of names, paths, JSON and files that come from other machines."""

@@ -1,4 +1,4 @@
-"""Files of folders from elsewhere: they stay inside their folder, are of a bounded size, and hold what they should."""
+"""Read files of folders that come from elsewhere: inside their folder, of limited size, and well-formed."""
 
 import json
 import os
@@ -12,111 +12,113 @@ from fedamole.received.names import quoted
 
 MIB = 2**20
 MOST_JSON = 64 * MIB
-"""Bytes of a JSON file that is read as a whole."""
+"""Maximum size in bytes of a JSON file."""
 MOST_LINE = 4 * MIB
-"""Bytes of one line of a file of JSON lines."""
+"""Maximum size in bytes of one line of a JSON Lines file."""
 MOST_CONFIG = MIB
-"""Bytes of a config."""
+"""Maximum size in bytes of a config."""
 MOST_FILES = 1_000_000
-"""Entries of a run folder."""
+"""Maximum number of entries of a run folder."""
 
 
 def inside(root: Path, path: Path) -> Path:
-    """Return a path below `root`; a RunError where it, with its links followed, lies elsewhere.
+    """Return a path below `root`; RunError if it resolves to a location outside of it.
 
-    Neither needs to exist. Only the links of `path` below `root` are judged: the root itself may be one.
+    Neither path needs to exist. Only links below `root` are checked: `root` itself may be a link.
     """
     top, real = os.path.realpath(root), os.path.realpath(path)
     if os.path.commonpath([top, real]) != top or real == top:
-        raise RunError(f"{path} leads out of {root}, to {real}: remove that link; nothing of it was touched")
+        raise RunError(f"{path} points outside {root}, to {real}: remove that link; nothing was changed")
     return path
 
 
 def check_tree(root: Path) -> None:
-    """Raise RunError where a folder holds what leads out of it, or what is neither a file nor a folder.
+    """Raise RunError if a folder holds a link that points outside of it, or a special file.
 
-    A link out of a received folder would be read, written or deleted through; opening a pipe would wait for ever.
+    A link out of a received folder would redirect reads, writes and deletions; opening a pipe would block.
     """
-    left, seen = [str(root)], 0
-    while left:
-        folder = left.pop()
+    pending, count = [str(root)], 0
+    while pending:
+        folder = pending.pop()
         try:
             entries = list(os.scandir(folder))
         except OSError as error:
             raise RunError(f"{folder} cannot be read: {error.strerror}; correct its permissions") from error
-        seen += len(entries)
-        if seen > MOST_FILES:
-            raise RunError(f"{root} holds more than {MOST_FILES} files: a run's folder does not; name another folder")
+        count += len(entries)
+        if count > MOST_FILES:
+            raise RunError(
+                f"{root} holds more than {MOST_FILES} files, so it is not a run folder; choose another folder"
+            )
         for entry in entries:
             if entry.is_symlink():
                 inside(root, Path(entry.path))
             elif entry.is_dir(follow_symlinks=False):
-                left.append(entry.path)
+                pending.append(entry.path)
             elif not entry.is_file(follow_symlinks=False):
                 raise RunError(f"{entry.path} is neither a file nor a folder: remove it")
 
 
 def read_bytes(path: Path, most: int, error: type[FedamoleError] = RunError) -> bytes:
-    """Content of a file of at most so many bytes; a folder, a pipe or a larger file is an error that names it."""
+    """Return the content of a regular file of at most `most` bytes; raise `error` for anything else."""
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise error(f"{path} is no file: put the file back from a copy")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise error(f"{path} is not a file: restore it from a copy")
         with path.open("rb") as file:
             content = file.read(most + 1)
     except (OSError, ValueError) as problem:
         reason = getattr(problem, "strerror", None) or problem
         raise error(f"{path} cannot be read: {reason}; {_remedy(error, 'check the path')}") from problem
     if len(content) > most:
-        raise error(f"{path} has more than {most // MIB} MiB, which is the most that is read of such a file")
+        raise error(f"{path} is larger than {most // MIB} MiB, the maximum for such a file")
     return content
 
 
 def read_text(path: Path, most: int, error: type[FedamoleError] = RunError) -> str:
-    """Content of a UTF-8 file of at most so many bytes."""
+    """Return the text of a UTF-8 file of at most `most` bytes."""
     return as_text(read_bytes(path, most, error), path, error)
 
 
 def as_text(content: bytes, where: object, error: type[FedamoleError] = RunError) -> str:
-    """Decode UTF-8; other bytes are an error that names their file."""
+    """Decode UTF-8; raise `error`, which names the file, for other bytes."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as problem:
         raise error(
-            f"{where} is not UTF-8 text ({problem.reason} at byte {problem.start}): put it back from a copy"
+            f"{where} is not UTF-8 text ({problem.reason} at byte {problem.start}): restore it from a copy"
         ) from problem
 
 
 def parse_json(content: str, where: object, error: type[FedamoleError] = RunError) -> Any:
-    """Turn JSON into values; what is no JSON, nested too deeply or has a key twice is an error that names its file."""
+    """Parse JSON; raise `error`, which names the file, for invalid JSON, excessive nesting or a repeated key."""
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
         for key, value in pairs:
-            if key in found:
-                raise ValueError(f"the key {quoted(key)} stands there twice")
-            found[key] = value
-        return found
+            if key in result:
+                raise ValueError(f"the key {quoted(key)} is repeated")
+            result[key] = value
+        return result
 
     try:
-        found = json.loads(content, object_pairs_hook=once)
-        if "\\ud" in content.lower():  # half of a character, which no file or terminal can be given
-            json.dumps(found, ensure_ascii=False).encode()
+        result = json.loads(content, object_pairs_hook=unique_keys)
+        if "\\ud" in content.lower():  # a lone surrogate, which cannot be encoded
+            json.dumps(result, ensure_ascii=False).encode()
     except RecursionError as problem:
-        raise error(f"{where} is nested too deeply for JSON of fedamole: put it back from a copy") from problem
+        raise error(f"{where} is nested too deeply for a JSON file of fedamole: restore it from a copy") from problem
     except ValueError as problem:
-        reason = "half a character" if isinstance(problem, UnicodeEncodeError) else problem
-        raise error(f"{where} is not the JSON that it should be: {reason}; put it back from a copy") from problem
-    return found
+        reason = "a lone surrogate" if isinstance(problem, UnicodeEncodeError) else problem
+        raise error(f"{where} is not valid JSON: {reason}; restore it from a copy") from problem
+    return result
 
 
 def read_json(path: Path, most: int = MOST_JSON, error: type[FedamoleError] = RunError) -> Any:
-    """Values of a JSON file of at most so many bytes."""
+    """Return the value of a JSON file of at most `most` bytes."""
     return parse_json(read_text(path, most, error), path, error)
 
 
 def read_toml(path: Path, error: type[FedamoleError] = RunError) -> dict[str, Any]:
-    """Tables of a TOML file of at most MOST_CONFIG bytes; a byte order mark at its start is skipped."""
+    """Return the tables of a TOML file of at most MOST_CONFIG bytes; a byte order mark at its start is skipped."""
     try:
         return tomllib.loads(read_text(path, MOST_CONFIG, error).removeprefix("\ufeff"))
     except RecursionError as problem:
@@ -126,5 +128,5 @@ def read_toml(path: Path, error: type[FedamoleError] = RunError) -> dict[str, An
 
 
 def _remedy(error: type[FedamoleError], own: str) -> str:
-    """What to do about a file that the user wrote (`own`), or that a run wrote."""
-    return own if error is ConfigError else "put it back from a copy"
+    """Return the remedy: `own` for a config, which the user wrote; otherwise to restore the file, which a run wrote."""
+    return own if error is ConfigError else "restore it from a copy"

@@ -1,8 +1,8 @@
-"""Forms of JSON values: each form is a function that raises FormError for a value of another form.
+"""Schemas of JSON values: each form is a function that raises FormError if a value does not match.
 
     check_form({"round": 3}, record({"round": whole(0, 10)}), "progress.json", RunError)
 
-A form says nothing of keys that it does not name: a newer version may write more of them.
+Keys that a form does not name are ignored, as a newer version may write more of them.
 """
 
 import math
@@ -14,81 +14,81 @@ from fedamole.errors import FedamoleError
 from fedamole.received.names import LONGEST_NAME, NAME, quoted
 
 MOST_WHOLE = 2**53
-"""Largest whole number: the largest up to which every reader of JSON has the same numbers."""
+"""Largest integer that every JSON reader represents exactly (2^53)."""
 MOST_KEYS = 1_000_000
-"""Most entries of a list or a mapping."""
+"""Maximum number of entries of a list or object."""
 
 Form = Callable[[Any, str], None]
-"""Called with a value and the place where it stands."""
+"""Called with a value and its location in the file."""
 
 
 class FormError(ValueError):
-    """A value of another form than the one that was expected."""
+    """A value does not match its form."""
 
 
-def _refuse(value: object, where: str, wanted: str) -> FormError:
-    return FormError(f"{where or 'the whole of it'} is {quoted(value)}, expected {wanted}")
+def _mismatch(value: object, where: str, expected: str) -> FormError:
+    return FormError(f"{where or 'the value'} is {quoted(value)}, expected {expected}")
 
 
 def anything(value: Any, where: str) -> None:
-    """Take whatever there is."""
+    """Accept any value."""
 
 
 def whole(low: int = 0, high: int = MOST_WHOLE) -> Form:
-    """A whole number from `low` to `high`."""
+    """An integer from `low` to `high`."""
 
     def form(value: Any, where: str) -> None:
         if type(value) is not int or not low <= value <= high:
-            raise _refuse(value, where, f"a whole number from {low} to {high}")
+            raise _mismatch(value, where, f"a whole number from {low} to {high}")
 
     return form
 
 
 def number(low: float = -1e300, high: float = 1e300, finite: bool = True) -> Form:
-    """A number from `low` to `high`; without `finite` also NaN and infinity, which losses may be."""
+    """A number from `low` to `high`; with `finite=False` also NaN and infinity, which losses may be."""
 
     def form(value: Any, where: str) -> None:
         if type(value) is float and not finite and not math.isfinite(value):
             return
         if type(value) not in (int, float) or not low <= value <= high:
-            raise _refuse(value, where, f"a number from {low:g} to {high:g}")
+            raise _mismatch(value, where, f"a number from {low:g} to {high:g}")
 
     return form
 
 
 def text(most: int = 10_000, pattern: re.Pattern[str] | None = None) -> Form:
-    """A text of at most so many characters that matches a pattern as a whole."""
+    """A string of at most `most` characters that fully matches the pattern, if one is given."""
 
     def form(value: Any, where: str) -> None:
         if not isinstance(value, str) or len(value) > most or (pattern and not pattern.fullmatch(value)):
-            like = f" like {pattern.pattern}" if pattern else ""
-            raise _refuse(value, where, f"a text of at most {most} characters{like}")
+            like = f" that matches {pattern.pattern}" if pattern else ""
+            raise _mismatch(value, where, f"a text of at most {most} characters{like}")
 
     return form
 
 
 name = text(LONGEST_NAME, NAME)
-"""A name that may become a part of a path."""
+"""A name that may become part of a path."""
 
 
 def boolean(value: Any, where: str) -> None:
     """True or false."""
     if not isinstance(value, bool):
-        raise _refuse(value, where, "true or false")
+        raise _mismatch(value, where, "true or false")
 
 
 def choice(*values: str) -> Form:
-    """One of these texts."""
+    """One of the given strings."""
 
     def form(value: Any, where: str) -> None:
         if not isinstance(value, str) or value not in values:
-            raise _refuse(value, where, f"one of {', '.join(values)}")
+            raise _mismatch(value, where, f"one of {', '.join(values)}")
 
     return form
 
 
 def either(*forms: Form) -> Form:
-    """What any of these forms takes; the last one says what is wrong."""
+    """A value that any of these forms accepts; the error is that of the last form."""
 
     def form(value: Any, where: str) -> None:
         for one in forms[:-1]:
@@ -103,60 +103,60 @@ def either(*forms: Form) -> Form:
 
 
 def nothing(value: Any, where: str) -> None:
-    """The value null."""
+    """Null."""
     if value is not None:
-        raise _refuse(value, where, "null")
+        raise _mismatch(value, where, "null")
 
 
-def listed(one: Form, most: int = MOST_KEYS) -> Form:
-    """A list of at most so many values of one form."""
+def listed(form_of_item: Form, most: int = MOST_KEYS) -> Form:
+    """A list of at most `most` values of one form."""
 
     def form(value: Any, where: str) -> None:
         if not isinstance(value, list) or len(value) > most:
-            raise _refuse(value, where, f"a list of at most {most} values")
-        for place, inner in enumerate(value):
-            one(inner, f"{where}[{place}]")
+            raise _mismatch(value, where, f"a list of at most {most} values")
+        for index, item in enumerate(value):
+            form_of_item(item, f"{where}[{index}]")
 
     return form
 
 
-def mapping(one: Form, key: Form = name, most: int = MOST_KEYS) -> Form:
-    """An object of at most so many entries whose keys and values have one form each."""
+def mapping(form_of_value: Form, key: Form = name, most: int = MOST_KEYS) -> Form:
+    """An object of at most `most` entries, with one form for all keys and one for all values."""
 
     def form(value: Any, where: str) -> None:
         if not isinstance(value, dict) or len(value) > most:
-            raise _refuse(value, where, f"an object of at most {most} entries")
-        for inner, item in value.items():
-            key(inner, f"a key of {where}" if where else "a key")
-            one(item, f"{where}.{inner}".lstrip("."))
+            raise _mismatch(value, where, f"an object of at most {most} entries")
+        for entry_key, item in value.items():
+            key(entry_key, f"a key of {where}" if where else "a key")
+            form_of_value(item, f"{where}.{entry_key}".lstrip("."))
 
     return form
 
 
 def record(required: Mapping[str, Form], optional: Mapping[str, Form] | None = None, closed: bool = False) -> Form:
-    """An object with these entries; those that are optional may be missing.
+    """An object with these entries; optional entries may be missing.
 
-    Others are not looked at, or refused where the object is `closed`.
+    Other entries are ignored, or refused if the object is `closed`.
     """
     known = {**required, **(optional or {})}
 
     def form(value: Any, where: str) -> None:
         if not isinstance(value, dict):
-            raise _refuse(value, where, "an object")
-        for key, one in known.items():
+            raise _mismatch(value, where, "an object")
+        for key, form_of_entry in known.items():
             if key in value:
-                one(value[key], f"{where}.{key}".lstrip("."))
+                form_of_entry(value[key], f"{where}.{key}".lstrip("."))
             elif key in required:
                 raise FormError(f"{f'{where}.{key}'.lstrip('.')} is missing")
-        if closed and (others := [key for key in value if key not in known]):
-            raise FormError(f"{where or 'it'} has the key {quoted(others[0])}, which does not belong there")
+        if closed and (unknown := [key for key in value if key not in known]):
+            raise FormError(f"{where or 'it'} has the unknown key {quoted(unknown[0])}")
 
     return form
 
 
 def check_form(value: Any, form: Form, file: object, error: type[FedamoleError]) -> None:
-    """Raise an error of the given class, which names the file, where a value is not of a form."""
+    """Raise an error of the given class, which names the file, if a value does not match a form."""
     try:
         form(value, "")
-    except FormError as wrong:
-        raise error(f"{file} is damaged or no file of fedamole: {wrong}; put it back from a copy") from wrong
+    except FormError as mismatch:
+        raise error(f"{file} is damaged or not a file of fedamole: {mismatch}; restore it from a copy") from mismatch

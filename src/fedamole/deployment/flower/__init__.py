@@ -1,1 +1,1 @@
-"""Everything that uses Flower."""
+"""Everything that uses Flower: its processes, messages and APIs."""

@@ -1,4 +1,4 @@
-"""Calls of the coordinator to its own SuperLink's Control API, with the token that only it can read."""
+"""The coordinator's calls to the Control API of its own SuperLink, with a token that only it can read."""
 
 import hashlib
 import logging
@@ -16,18 +16,18 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.error import FlowerError
 
 from fedamole.deployment.flower.superlink import CONTROL_HEADER
-from fedamole.deployment.security.tls import trusting
+from fedamole.deployment.security.tls import client_context
 from fedamole.errors import RunError
 
 log = logging.getLogger(__name__)
 
 GONE = "unregistered"
-APP = Path(__file__).parent / "flower-app"
-"""What the SuperLink is given to run: names of this package's own modules."""
+APP = Path(__file__).parent / "app"
+"""The app that the SuperLink runs; it only names modules of this package."""
 
 
 class _Token:
-    """Shows the token with every call."""
+    """Adds the token to every call."""
 
     def __init__(self, token: str) -> None:
         self.token = token
@@ -41,43 +41,45 @@ class Control:
     """The Control API of a SuperLink on loopback."""
 
     def __init__(self, port: int, ca: Path | None, token: str) -> None:
-        """Speak to a port of this machine, over TLS where there is an authority."""
-        verify: ssl.SSLContext | bool = False if ca is None else trusting(ca)
+        """Connect to a port of this machine, over TLS if a CA is given."""
+        verify: ssl.SSLContext | bool = False if ca is None else client_context(ca)
         scheme = "http" if ca is None else "https"
         self.client = ControlHttpClient(f"{scheme}://127.0.0.1:{port}", interceptors=[_Token(token)], verify=verify)
 
     def nodes(self) -> dict[int, tuple[str, bytes]]:
-        """Nodes that are registered, by id: name and public key in PEM."""
-        found = self._call(self.client.ListNodes, ListNodesRequest(), "list its clients")
-        return {node.node_id: (node.name, node.public_key) for node in found.nodes_info if node.status != GONE}
+        """Return name and public key (PEM) of every registered node, by node id."""
+        response = self._call(self.client.ListNodes, ListNodesRequest(), "list its clients")
+        return {node.node_id: (node.name, node.public_key) for node in response.nodes_info if node.status != GONE}
 
     def register(self, name: str, public_key: bytes) -> None:
-        """Let a client with this public key (PEM) in, under a name."""
+        """Register a client's public key (PEM) under a name."""
         self._call(
             self.client.RegisterNode, RegisterNodeRequest(public_key=public_key, name=name), f"register {name}'s key"
         )
 
     def unregister(self, node: int) -> None:
-        """Let a client in no more."""
+        """Unregister a client."""
         self._call(self.client.UnregisterNode, UnregisterNodeRequest(node_id=node), "remove a client's key")
 
     def start_run(self, config: Mapping[str, str]) -> None:
-        """Have the run's process started."""
+        """Start the run's process."""
         app = build_fab_from_disk(APP)
         request = StartRunRequest(
             fab=Fab(hash_str=hashlib.sha256(app).hexdigest(), content=app),
             override_config=user_config_to_proto(dict(config)),
         )
-        found = self._call(self.client.StartRun, request, "start the run")
-        if not found.HasField("run_id"):
+        response = self._call(self.client.StartRun, request, "start the run")
+        if not response.HasField("run_id"):
             raise RunError("Flower's SuperLink could not start the run")
 
     def _call(self, call: Any, request: Any, what: str) -> Any:
         try:
             return call(request)
         except httpx.HTTPStatusError as error:
-            told = FlowerError.from_json(error.response.text)
-            why = told.message if told else f"status {error.response.status_code}"
-            raise RunError(f"Flower's SuperLink did not {what}: {why}") from error
+            flower_error = FlowerError.from_json(error.response.text)
+            reason = flower_error.message if flower_error else f"status {error.response.status_code}"
+            raise RunError(f"Flower's SuperLink did not {what}: {reason}") from error
         except (httpx.HTTPError, ValueError) as error:
-            raise RunError(f"Flower's SuperLink could not be asked to {what} ({type(error).__name__})") from error
+            raise RunError(
+                f"the request to {what} did not reach Flower's SuperLink ({type(error).__name__})"
+            ) from error

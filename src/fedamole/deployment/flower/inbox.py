@@ -1,8 +1,8 @@
-"""Answers of clients, fetched one beside the other: a client that sends half an answer holds up nobody but itself.
+"""Fetches the clients' replies concurrently: a client that sends an incomplete reply delays only itself.
 
-Flower's own grid fetches answers one after the other, waits up to two hours for pieces that a client has announced and
-does not send, and fails for all where one is damaged. Here each answer is fetched by itself, piece by piece as they
-come, and is checked before it is put together. No thread waits for a piece.
+Flower's own grid fetches replies sequentially, waits up to two hours for objects that a client has announced but does
+not send, and fails for all replies if one is damaged. Here each reply is fetched separately, object by object as they
+arrive, and verified before it is assembled. No thread waits for an object.
 """
 
 import logging
@@ -20,114 +20,124 @@ from flwr.supercore.inflatable.inflatable_object import get_object_id, iterate_o
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from fedamole.deployment.flower.content import LARGEST_MESSAGE, MOST_OBJECTS, failure_of, opened
+from fedamole.deployment.flower.content import MAX_MESSAGE_BYTES, MAX_OBJECTS, failure_of, read_content
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 16
-"""Answers that are fetched at once."""
-LOOK = 0.2
-"""Seconds between two looks for a piece that has not come yet."""
-PIECES_S = 600.0
-"""Seconds after which an answer whose pieces have not all come is given up."""
-KEPT_S = 24 * 3600.0
-"""Seconds after which an answer that nobody has asked for is forgotten."""
+MAX_FETCHES = 16
+"""Maximum number of concurrent fetches."""
+FETCH_RETRY_S = 0.2
+"""Seconds between checks for a missing object."""
+FETCH_TIMEOUT_S = 600.0
+"""Seconds after which an incomplete reply counts as lost."""
+FORGET_S = 24 * 3600.0
+"""Seconds after which a reply that nobody has requested is discarded."""
 
 
 @dataclass
-class _Coming:
-    """An answer of which not all has come, or been asked for, yet."""
+class _PendingReply:
+    """A reply that is incomplete or has not been returned yet."""
 
     run: int
     message: str
     tree: ObjectTree
-    begun: float
-    asked: float
-    """When somebody last asked for it."""
-    look: float = 0.0
-    """When to look for missing pieces again."""
-    pieces: dict[str, bytes] = field(default_factory=dict)
-    work: "Future[bytes | str | None] | None" = None
-    """The fetching under way; None while it waits."""
+    started: float
+    last_requested: float
+    """Time of the last request for it."""
+    next_check: float = 0.0
+    """Time of the next check for missing objects."""
+    objects: dict[str, bytes] = field(default_factory=dict)
+    fetch: "Future[bytes | str | None] | None" = None
+    """The running fetch; None between fetches."""
 
 
 class Inbox:
-    """Fetches answers over the grid that Flower hands to a ServerApp."""
+    """Fetches replies over the grid that Flower passes to a ServerApp."""
 
     def __init__(self, grid: HttpGrid) -> None:
-        """Use the grid's own connection to the SuperLink."""
+        """Use the grid's connection to the SuperLink."""
         self.grid = grid
-        self.pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="answer")
-        self.coming: dict[str, _Coming] = {}
+        self.pool = ThreadPoolExecutor(MAX_FETCHES, thread_name_prefix="answer")
+        self.pending: dict[str, _PendingReply] = {}
 
     def receive(self, tickets: Collection[str]) -> dict[str, bytes | str]:
-        """What has come of these tickets: bytes, or why there will be none; each once.
+        """Return the replies that have arrived for these tickets, as bytes or failure code; each once.
 
-        Tickets of another call are not given up: what has been announced for them is asked for later.
+        Tickets that are not requested now stay valid: their announced replies are fetched when they are requested
+        again.
         """
-        now, found = time.monotonic(), self._announced(tickets)
-        for ticket in [ticket for ticket in tickets if ticket in self.coming]:
-            one = self.coming[ticket]
-            one.asked = now
-            if one.work is None:
-                if now >= one.look:
-                    one.work = self.pool.submit(self._fetch, one)
+        now, replies = time.monotonic(), self._announced(tickets)
+        for ticket in [ticket for ticket in tickets if ticket in self.pending]:
+            reply = self.pending[ticket]
+            reply.last_requested = now
+            if reply.fetch is None:
+                if now >= reply.next_check:
+                    reply.fetch = self.pool.submit(self._fetch, reply)
                 continue
-            if not one.work.done():
+            if not reply.fetch.done():
                 continue
-            content, one.work, one.look = one.work.result(), None, now + LOOK
-            if content is None and now - one.begun > PIECES_S:
+            content, reply.fetch, reply.next_check = reply.fetch.result(), None, now + FETCH_RETRY_S
+            if content is None and now - reply.started > FETCH_TIMEOUT_S:
                 content = "lost"
             if content is not None:
-                found[ticket] = content
-                del self.coming[ticket]
-        forgotten = [ticket for ticket, one in self.coming.items() if one.work is None and now - one.asked > KEPT_S]
-        for ticket in forgotten:
-            del self.coming[ticket]
-        return found
+                replies[ticket] = content
+                del self.pending[ticket]
+        expired = [
+            ticket
+            for ticket, reply in self.pending.items()
+            if reply.fetch is None and now - reply.last_requested > FORGET_S
+        ]
+        for ticket in expired:
+            del self.pending[ticket]
+        return replies
 
     def _announced(self, tickets: Collection[str]) -> dict[str, bytes | str]:
-        """Ask which answers there are; return those that are errors."""
-        asked, failed = [ticket for ticket in tickets if ticket not in self.coming], dict[str, bytes | str]()
-        if not asked:
+        """Query which replies have arrived; return the failed ones."""
+        new_tickets, failed = [ticket for ticket in tickets if ticket not in self.pending], dict[str, bytes | str]()
+        if not new_tickets:
             return failed
-        found = self.grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=asked))
+        response = self.grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=new_tickets))
         now = time.monotonic()
-        for message, tree in zip(found.messages_list, found.message_object_trees, strict=True):
-            about = message.metadata
+        for message, tree in zip(response.messages_list, response.message_object_trees, strict=True):
+            metadata = message.metadata
             if message.HasField("error"):
-                failed[about.reply_to_message_id] = failure_of(message.error.code)
+                failed[metadata.reply_to_message_id] = failure_of(message.error.code)
                 continue
-            self.coming[about.reply_to_message_id] = _Coming(about.run_id, about.message_id, tree, now, now)
+            self.pending[metadata.reply_to_message_id] = _PendingReply(
+                metadata.run_id, metadata.message_id, tree, now, now
+            )
         return failed
 
-    def _fetch(self, one: _Coming) -> bytes | str | None:
-        """Fetch what there is of an answer; its content, None where pieces are missing, or why there will be none."""
+    def _fetch(self, reply: _PendingReply) -> bytes | str | None:
+        """Fetch the available objects of a reply; return its content, None if it is incomplete, or a failure code."""
         try:
-            names = list(dict.fromkeys(part.object_id for part in iterate_object_tree(one.tree)))
-            if len(names) > MOST_OBJECTS:
-                raise ValueError("too many pieces")
-            for name in names:
-                if name in one.pieces:
+            object_ids = list(dict.fromkeys(part.object_id for part in iterate_object_tree(reply.tree)))
+            if len(object_ids) > MAX_OBJECTS:
+                raise ValueError("too many objects")
+            for object_id in object_ids:
+                if object_id in reply.objects:
                     continue
-                request = PullObjectRequest(node=self.grid.node, run_id=one.run, object_id=name)
-                found = self.grid._runtime_client.PullObject(request)
-                if not found.object_found:
-                    return "lost"  # its sender has taken it back
-                if not found.object_available:
+                request = PullObjectRequest(node=self.grid.node, run_id=reply.run, object_id=object_id)
+                response = self.grid._runtime_client.PullObject(request)
+                if not response.object_found:
+                    return "lost"  # its sender has withdrawn it
+                if not response.object_available:
                     return None
-                one.pieces[name] = bytes(found.object_content)
-                if get_object_id(one.pieces[name]) != name or sum(map(len, one.pieces.values())) > LARGEST_MESSAGE:
-                    raise ValueError("a damaged piece, or too many bytes")
+                reply.objects[object_id] = bytes(response.object_content)
+                if (
+                    get_object_id(reply.objects[object_id]) != object_id
+                    or sum(map(len, reply.objects.values())) > MAX_MESSAGE_BYTES
+                ):
+                    raise ValueError("a damaged object, or too many bytes")
             self.grid._runtime_client.ConfirmMessageReceived(
-                ConfirmMessageReceivedRequest(node=self.grid.node, run_id=one.run, message_object_id=one.message)
+                ConfirmMessageReceivedRequest(node=self.grid.node, run_id=reply.run, message_object_id=reply.message)
             )
-            whole: Any = inflate_object_from_contents(one.tree.object_id, one.pieces)
-            if not isinstance(whole, Message):
-                raise ValueError("no message")
-            return opened(whole)
+            message: Any = inflate_object_from_contents(reply.tree.object_id, reply.objects)
+            if not isinstance(message, Message):
+                raise ValueError("not a message")
+            return read_content(message)
         except httpx.HTTPError:
             return "lost"
-        except Exception as error:  # whatever Flower's classes make of bytes that a client made
-            log.warning("an answer cannot be read (%s)", type(error).__name__)
+        except Exception as error:  # Flower's classes raise many exception types for untrusted bytes
+            log.warning("a reply cannot be read (%s)", type(error).__name__)
             return "bad_reply"

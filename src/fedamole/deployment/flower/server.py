@@ -1,4 +1,4 @@
-"""The ServerApp: runs the loop over Flower's grid, in a process that Flower starts and ends."""
+"""The ServerApp, which runs the training loop over Flower's grid in a process that Flower starts."""
 
 import json
 import logging
@@ -25,18 +25,18 @@ log = logging.getLogger(__name__)
 
 app = ServerApp()
 no_client = ClientApp()
-"""Flower wants the name of one; clients of fedamole run none."""
+"""Flower requires a ClientApp; clients of fedamole do not run it."""
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run what lies ready in the folder that `fedamole server` named, and say there how it ended."""
+    """Run the run prepared by `fedamole server` in its folder, and write the outcome there."""
     die_with_parent()
     folder = Path(str(context.run_config["folder"]))
     if (folder / SERVER / TICKET).read_text(encoding="utf-8") != context.run_config["ticket"]:
-        return  # another submission has taken this one's place
+        return  # another submission has replaced this one
     outcome = folder / SERVER / OUTCOME
-    # Flower shows nothing of this process; what it has to say goes into files that `fedamole server` reads.
+    # Flower does not show this process's output, so it writes to files that `fedamole server` reads.
     handler = rotating(folder / SERVER / LOG)
     handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("fedamole").addHandler(handler)
@@ -44,13 +44,13 @@ def main(grid: Grid, context: Context) -> None:
         path = str(context.run_config["order_key"])
         key = load_private(Path(path), read_passphrase(None)) if path else None
         if not isinstance(grid, HttpGrid):
-            raise FedamoleError("this version of flwr has another grid: install the one that pyproject.toml asks for")
+            raise FedamoleError("unsupported version of flwr: install the version required in pyproject.toml")
         coordinate(SignedLink(FlowerLink(grid, Inbox(grid)), key), folder)
     except FedamoleError as error:
         write_atomic(outcome, json.dumps({"error": str(error), "exit_code": error.exit_code}))
         return
     except Exception:
-        log.exception("the run ended unexpectedly")
-        write_atomic(outcome, json.dumps({"error": f"an unexpected error; see {SERVER}/{LOG}", "exit_code": 1}))
+        log.exception("the run failed unexpectedly")
+        write_atomic(outcome, json.dumps({"error": f"unexpected error; see {SERVER}/{LOG}", "exit_code": 1}))
         raise
     write_atomic(outcome, json.dumps({"error": None, "exit_code": 0}))

@@ -1,8 +1,8 @@
-"""Flower's simulation: a deployed run whose clients live in Ray's processes, for several GPUs or a cluster.
+"""Flower's simulation: a deployed run whose clients are processes of Ray, for several GPUs or a cluster.
 
-What a deployment does is done here, but for certificates, keys and a network: the coordinator's loop, the clients' half
-of it with a run folder for each, and the messages between them. A client's data are its part of the config's sources,
-drawn as `fedamole run` draws them, so that both ways end in the same models.
+It does the same as a deployment, except for certificates, keys and network: the coordinator's loop, a client handler
+with its own run folder for each client, and the messages between them. A client's data are its part of the config's
+sources, partitioned as by `fedamole run`, so both ways produce the same models.
 """
 
 import functools
@@ -19,9 +19,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedamole.config import Config, load_config, load_run_config
 from fedamole.data.manifest import load_federation, read_manifest
-from fedamole.deployment.client_handler import Host
-from fedamole.deployment.flower.content import answer as answered
-from fedamole.deployment.flower.content import bytes_of
+from fedamole.deployment.client_handler import ClientHandler
+from fedamole.deployment.flower.content import from_array_record, reply_content
 from fedamole.deployment.flower.link import FlowerLink
 from fedamole.deployment.processes import OFFLINE
 from fedamole.deployment.run_session import ClientSettings
@@ -36,35 +35,35 @@ from fedamole.model.base import BaseSettings, load_base, resolve_device
 from fedamole.runs.run_folder import RUN, SERVER, RunFolder
 
 SITES = f"{SERVER}/sites"
-"""Where the clients' own run folders and partitions lie, in the run's folder."""
+"""Folder of the clients' run folders and partitions, relative to the run folder."""
 
 
-class Guest(Host):
-    """A client for one message: its state is on disk, so that any process can take the next one."""
+class StatelessClientHandler(ClientHandler):
+    """A client handler for one message: all state is on disk, so any process can handle the next message."""
 
     def answer(self, payload: bytes) -> bytes:
-        """Do what is asked, and leave the client's folder to whichever process is next."""
+        """Handle a request, then unlock the client's folder for the next process."""
         try:
             return super().answer(payload)
         finally:
-            self._stand_up()
+            self._close_session()
 
-    def _bank(self, config: Config) -> Bank:
-        return _resident(config.base, config.run.device)
+    def _load_bank(self, config: Config) -> Bank:
+        return _cached_bank(config.base, config.run.device)
 
 
 @functools.cache
-def _resident(settings: BaseSettings, device: str) -> Bank:
-    """The base of one of Ray's processes, which all clients that come to it use one after the other."""
+def _cached_bank(settings: BaseSettings, device: str) -> Bank:
+    """Return this Ray process's base, which its clients use one at a time."""
     return Bank(load_base(settings, resolve_device(device), Path.cwd()))
 
 
 def prepare_simulation(config: Config, folder: Path) -> None:
-    """Lay a run ready in a new folder: the server's settings, and each client's part of the data as a partition."""
+    """Prepare a run in a new folder: the server's settings, and each client's part of the data as a partition."""
     federation = load_federation(config.data, Path.cwd())
     names = tuple(shard.client for shard in federation.shards)
     if not names:
-        raise ConfigError("data.source is empty: a simulation takes its clients from there")
+        raise ConfigError("data.source is empty: it defines the clients of a simulation")
     deployment = replace(config.deployment, clients=names, min_clients=min(config.deployment.min_clients, len(names)))
     prepare_folder(replace(config, deployment=deployment), folder, one_owner=True)
     for name in names:
@@ -78,9 +77,9 @@ def _partition_of(folder: Path, name: str) -> Path:
 def _settings_of(folder: Path, name: str, base: str) -> ClientSettings:
     config, manifest = load_config(folder / SERVER / SETTINGS), _partition_of(folder, name)
     source = read_manifest(manifest).clients[0].source
-    (own,) = (one for one in config.data.source if one.name == source)
+    (source_settings,) = (candidate for candidate in config.data.source if candidate.name == source)
     return ClientSettings(
-        own,
+        source_settings,
         str(folder / SITES),
         base,
         config.run.device,
@@ -91,34 +90,34 @@ def _settings_of(folder: Path, name: str, base: str) -> ClientSettings:
     )
 
 
-def simulate(folder: Path, show: Callable[[dict[str, Any]], None], cpus: int, gpus: float) -> None:
-    """Begin the run that lies ready in a folder, or go on with it; `cpus` and `gpus` are what each client is given.
+def simulate(folder: Path, on_progress: Callable[[dict[str, Any]], None], cpus: int, gpus: float) -> None:
+    """Start or resume the run prepared in a folder; `cpus` and `gpus` are the resources of each client.
 
-    Errors are those of the run.
+    Raises the errors of the run.
     """
     os.environ.update(OFFLINE | {"RAY_USAGE_STATS_ENABLED": "0"})
     from flwr.simulation import run_simulation
 
     logging.getLogger("flwr").setLevel(logging.WARNING)
     folder, errors = folder.resolve(), list[Exception]()
-    begun = (folder / RUN).exists()
-    config = load_run_config(RunFolder.open(folder)) if begun else load_config(folder / SERVER / SETTINGS)
+    started = (folder / RUN).exists()
+    config = load_run_config(RunFolder.open(folder)) if started else load_config(folder / SERVER / SETTINGS)
     names, base = config.deployment.clients, config.base.model
     server, client = ServerApp(), ClientApp()
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            coordinate(FlowerLink(grid), folder, show)
-        except Exception as error:  # raised again where somebody reads it, as this is a thread of Flower's
+            coordinate(FlowerLink(grid), folder, on_progress)
+        except Exception as error:  # raised again in the main thread
             errors.append(error)
 
     @client.query()
     def answer(message: Message, context: Context) -> Message:
         name = names[int(str(context.node_config["partition-id"]))]
-        guest = Guest(_settings_of(folder, name, base), ProgressListener())
-        reply = guest.answer(bytes_of(message.content.array_records["request"]))
-        return Message(answered(reply), reply_to=message)
+        handler = StatelessClientHandler(_settings_of(folder, name, base), ProgressListener())
+        reply = handler.answer(from_array_record(message.content.array_records["request"]))
+        return Message(reply_content(reply), reply_to=message)
 
     resources: dict[str, Any] = {"client_resources": {"num_cpus": cpus, "num_gpus": gpus}}
     run_simulation(server, client, len(names), backend_config=resources)

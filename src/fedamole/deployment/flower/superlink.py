@@ -1,11 +1,11 @@
-"""Flower's SuperLink, for the processes of one coordinator alone.
+"""Flower's SuperLink, restricted to the processes of one coordinator.
 
 `python -m fedamole.deployment.flower.superlink TOKENS ...`, where TOKENS is a folder with the files `control` and,
-behind a gateway, `gateway`, and the rest are options of `flower-superlink`. Flower serves three APIs on one port. The
-Control API starts code and registers keys, and asks nobody who he is: here it answers only calls with the token of the
-file `control`. The Fleet API answers only the gateway. The Runtime API has Flower's own secrets. Everything else that
-Flower serves is not there. So another account of the coordinator's machine, which reaches the port on loopback but
-cannot read the files, gets nothing. TLS is 1.3.
+behind a gateway, `gateway`, followed by options of `flower-superlink`. Flower serves three APIs on one port. The
+Control API starts code and registers keys without authentication: here it requires the token in the file `control`. The
+Fleet API requires the gateway's token. The Runtime API has Flower's own secrets. All other paths of Flower are
+disabled. Therefore another account of the coordinator's machine, which can reach the loopback port but cannot read the
+files, has no access. TLS is 1.3.
 """
 
 import hmac
@@ -20,24 +20,24 @@ from flwr.superlink import extensions
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fedamole.deployment.security.tls import at_least_tls_1_3
+from fedamole.deployment.security.tls import require_tls_1_3
 from fedamole.errors import FedamoleError
 
 CONTROL, GATEWAY = "control", "gateway"
-"""Files with tokens, and who shows them."""
+"""Names of the token files, after the processes that present them."""
 CONTROL_HEADER, GATEWAY_HEADER = b"x-fedamole-control", b"x-fedamole-gateway"
 RUNTIME, FLEET, CONTROLS = "/v1/runtime/", "/v1/fleet/", "/v1/control/"
 
 
 class TokenCheck:
-    """ASGI middleware before everything of Flower's: 401 for a call without its token, 404 for any other path."""
+    """ASGI middleware in front of Flower: 401 for a call without its token, 404 for any other path."""
 
     def __init__(self, app: ASGIApp, control: bytes, gateway: bytes | None) -> None:
-        """Guard an application; without a token for the gateway (--insecure) clients come by themselves."""
+        """Guard an application; without a token for the gateway (--insecure) clients connect directly."""
         self.app, self.control, self.gateway = app, control, gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a call on, or refuse it without a body."""
+        """Forward a call, or refuse it without a body."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -51,40 +51,40 @@ class TokenCheck:
     def _refusal(self, scope: Scope) -> int:
         path, headers = scope["path"], scope["headers"]
         if path.startswith(CONTROLS):
-            return 0 if _shown(headers, CONTROL_HEADER, self.control) else 401
+            return 0 if _has_token(headers, CONTROL_HEADER, self.control) else 401
         if path.startswith(FLEET):
-            return 0 if self.gateway is None or _shown(headers, GATEWAY_HEADER, self.gateway) else 401
+            return 0 if self.gateway is None or _has_token(headers, GATEWAY_HEADER, self.gateway) else 401
         return 0 if path.startswith(RUNTIME) else 404
 
 
-def _shown(headers: list[tuple[bytes, bytes]], name: bytes, token: bytes) -> bool:
+def _has_token(headers: list[tuple[bytes, bytes]], name: bytes, token: bytes) -> bool:
     values = [value for header, value in headers if header.lower() == name]
     return len(values) == 1 and hmac.compare_digest(values[0], token)
 
 
-def _run(**options: Any) -> None:
-    """Stands for `uvicorn.run` in Flower's command: the same with TLS 1.3."""
+def _run_uvicorn(**options: Any) -> None:
+    """Replacement of `uvicorn.run` in Flower's command that requires TLS 1.3."""
     options.pop("workers"), options.pop("reload")
     config = uvicorn.Config(**options)
     config.load()
     if config.ssl is not None:
-        at_least_tls_1_3(config.ssl)
+        require_tls_1_3(config.ssl)
     uvicorn.Server(config).run()
 
 
 def main() -> None:
-    """Run Flower's command with the check before it; a version of Flower that cannot be guarded so is refused."""
+    """Run Flower's command with the token check; an unsupported version of Flower is refused."""
     tokens = Path(sys.argv.pop(1))
     control = (tokens / CONTROL).read_bytes()
     gateway = (tokens / GATEWAY).read_bytes() if (tokens / GATEWAY).exists() else None
-    flowers = importlib.import_module("flwr.superlink.cli.flower_superlink")
-    if not hasattr(extensions, "get_middleware") or getattr(flowers, "uvicorn", None) is not uvicorn:
-        raise FedamoleError("this version of flwr cannot be guarded: install the one that pyproject.toml asks for")
+    flower_superlink = importlib.import_module("flwr.superlink.cli.flower_superlink")
+    if not hasattr(extensions, "get_middleware") or getattr(flower_superlink, "uvicorn", None) is not uvicorn:
+        raise FedamoleError("unsupported version of flwr: install the version required in pyproject.toml")
     check = Middleware(TokenCheck, control=control, gateway=gateway)
     extensions.get_middleware = lambda: (check,)
-    flowers.uvicorn = SimpleNamespace(run=_run)  # type: ignore[attr-defined]
+    flower_superlink.uvicorn = SimpleNamespace(run=_run_uvicorn)  # type: ignore[attr-defined]
     sys.argv[0] = "flower-superlink"
-    flowers.flower_superlink()
+    flower_superlink.flower_superlink()
 
 
 if __name__ == "__main__":

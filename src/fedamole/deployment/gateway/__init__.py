@@ -1,1 +1,1 @@
-"""The gateway in front of the SuperLink: the only part of a deployment that is reached from outside."""
+"""The gateway in front of the SuperLink: the only externally reachable part of a deployment."""

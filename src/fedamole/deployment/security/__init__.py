@@ -1,1 +1,1 @@
-"""Keys, certificates, signed requests, the client's policy and its audit log."""
+"""Keys, certificates, signed orders, the client's policy and its audit log."""

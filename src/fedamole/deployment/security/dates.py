@@ -1,24 +1,28 @@
-"""Dates of certificates and of client keys, all in UTC."""
+"""Validity periods of certificates and client keys; all dates are in UTC."""
 
 from datetime import UTC, date, datetime, timedelta
 
 from fedamole.errors import ConfigError
 
+SERVER_DAYS = 825
+"""Default validity of a server certificate in days."""
+CLIENT_DAYS = 365
+"""Default validity of a client key in days."""
 SOON = timedelta(days=30)
-"""A certificate or key that ends within this time is reported."""
-LONGEST = 1_000_000
-"""Days; no validity may be longer, so that every date can be written with a year of four digits."""
+"""Certificates and keys that expire within this time are reported."""
+MAX_DAYS = 1_000_000
+"""Maximum validity in days, so that every date has a year of four digits."""
 
 
 def now() -> datetime:
-    """Return the present moment in UTC, to the second."""
+    """Return the current time in UTC, to the second."""
     return datetime.now(UTC).replace(microsecond=0)
 
 
 def checked_days(days: int, option: str) -> timedelta:
-    """Return a validity that was given in days; ConfigError where it is no sensible number."""
-    if not 1 <= days <= LONGEST:
-        raise ConfigError(f"{option} {days}: give a number of days between 1 and {LONGEST}")
+    """Return a validity given in days; ConfigError if it is not between 1 and MAX_DAYS."""
+    if not 1 <= days <= MAX_DAYS:
+        raise ConfigError(f"{option} {days}: give a number of days between 1 and {MAX_DAYS}")
     return timedelta(days=days)
 
 

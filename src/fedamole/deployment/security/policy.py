@@ -1,4 +1,4 @@
-"""What a client consents to: limits of its own, compared with what a coordinator asks before anything is trained."""
+"""A client's policy: its own limits, which it compares with the coordinator's settings before any training."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -17,12 +17,12 @@ from fedamole.received.files import read_toml
 
 
 def read_columns(template: TemplateSettings) -> set[str]:
-    """The columns that a template reads."""
+    """Return the columns that a template reads."""
     texts = {"prompt": template.prompt, "answer": template.answer}
     if template.prompt_without_context is not None:
         texts["prompt_without_context"] = template.prompt_without_context
-    found = {column for key, text in texts.items() for column in columns_of(text, key)}
-    return found | ({template.options_from} if template.options_from is not None else set())
+    columns = {column for key, text in texts.items() for column in columns_of(text, key)}
+    return columns | ({template.options_from} if template.options_from is not None else set())
 
 
 KNOWN_COLUMNS = frozenset({"label", *(column for one in BUILT_IN.values() for column in read_columns(one))})
@@ -30,74 +30,79 @@ KNOWN_COLUMNS = frozenset({"label", *(column for one in BUILT_IN.values() for co
 
 
 class PolicyError(FedamoleError):
-    """The coordinator asks for what the client's policy forbids."""
+    """The coordinator's settings violate the client's policy."""
 
 
 def _key(default: Any, about: str) -> Any:
-    """A key of the policy with what it means, for the file that `--write-policy` writes."""
+    """Define a policy key with a description, which `--write-policy` writes into the file."""
     return field(default=default, metadata={"about": about})
 
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """A client's `policy.toml`; every key has a safe default."""
+    """A client's `policy.toml`. Every key has a safe default."""
 
-    methods: tuple[str, ...] | None = _key(None, "Methods that may be run; unset: every method of this version.")
+    methods: tuple[str, ...] | None = _key(None, "Allowed methods; unset: every method of this version.")
     max_rank: int = _key(
         64,
-        "Largest rank of a LoRA or an expert: what an update can tell of single rows grows with it.",
+        "Maximum rank of a LoRA or an expert: the higher it is, the more an update can reveal about single rows.",
     )
     min_scaling: float = _key(
-        0.01, "Smallest alpha / rank. Below it an update is no training, but a copy of the gradient of its first rows."
+        0.01, "Minimum alpha / rank. Below it, an update is a copy of the gradient of the first rows."
     )
-    max_scaling: float = _key(16.0, "Largest alpha / rank.")
+    max_scaling: float = _key(16.0, "Maximum alpha / rank.")
     max_learning_rate: float = _key(
         0.1,
-        "Largest learning rate. Far above it the first step destroys the model, and the update is one row's gradient.",
+        "Maximum learning rate. Far above it, the first step destroys the model, and the update is one row's gradient.",
     )
     min_clip_norm: float = _key(
-        0.001, "Smallest norm that gradients may be clipped to, where they are: so small a gradient would be a copy."
+        0.001,
+        "Minimum norm for gradient clipping, if clipping is used: with a lower one, an update is a copy of the "
+        "gradient.",
     )
     max_batch_tokens: int = _key(
-        1_000_000, "Most tokens that one forward pass may hold: training.batch_size times training.max_length."
+        1_000_000, "Maximum number of tokens of a forward pass: training.batch_size times training.max_length."
     )
-    min_steps: int = _key(5, "Fewest optimiser steps of a round: an update of one step is the gradient of a few rows.")
-    max_steps: int = _key(2000, "Most optimiser steps of a round.")
+    min_steps: int = _key(
+        5, "Minimum number of optimiser steps per round: an update of one step is the gradient of a few rows."
+    )
+    max_steps: int = _key(2000, "Maximum number of optimiser steps per round.")
     min_examples_per_update: int = _key(
-        20, "Fewest different training rows that a round reads: an update must be about many rows, not about one."
+        20, "Minimum number of different training rows per round: an update must depend on many rows, not on one."
     )
-    max_examples_per_update: int = _key(100_000, "Most rows that a round reads, the same row counted each time.")
+    max_examples_per_update: int = _key(
+        100_000, "Maximum number of training rows per round; a row counts each time that it is read."
+    )
     min_rows: int = _key(
         20,
-        "Fewest rows of every split of which a mean leaves: train, validation, test, and embedding where it is used.",
+        "Minimum number of rows of every split whose mean is sent: train, validation, test, and embedding if it is "
+        "used.",
     )
-    max_rounds: int = _key(
-        500, "Most rounds of a run; also the most trainings, and the most validations, that are done for it."
-    )
-    max_length: int = _key(4096, "Most tokens of a prompt and its answer.")
-    max_new_tokens: int = _key(1024, "Most tokens of a generated answer.")
-    max_disk_mib: int = _key(10_240, "Most MiB that this client's run folders may take together.")
+    max_rounds: int = _key(500, "Maximum number of rounds of a run, and of trainings and validations done for it.")
+    max_length: int = _key(4096, "Maximum number of tokens of a prompt and its answer.")
+    max_new_tokens: int = _key(1024, "Maximum number of tokens of a generated answer.")
+    max_disk_mib: int = _key(10_240, "Maximum total size of this client's run folders in MiB.")
     templates: tuple[str, ...] | None = _key(
-        None, "Templates that may be used; unset: the built-in ones, and the one that --template names."
+        None, "Allowed templates; unset: the built-in ones and the one given by --template."
     )
     columns: tuple[str, ...] | None = _key(
-        None, "Columns that a template may read; unset: those of the built-in templates, and those that --column names."
+        None, "Columns that a template may read; unset: those of the built-in templates and those given by --column."
     )
     hub_base: bool = _key(
         False,
-        "Whether the coordinator may name a base of the hub, which is then downloaded; --base is your own choice.",
+        "Whether the coordinator may choose a base from the hub, which is then downloaded; --base is always allowed.",
     )
     share_labels: bool = _key(
-        False, "Whether the coordinator is told how often each answer occurs, where answers are chosen from options."
+        False, "Whether to send the coordinator the frequency of each answer, if answers are chosen from options."
     )
     share_majority: bool = _key(
         False,
-        "Whether the test score of the most frequent answer is told, and accuracy in every round: both tell the mix of "
-        "labels.",
+        "Whether to send the test score of the most frequent answer, and the accuracy of every round: both reveal the "
+        "label distribution.",
     )
 
     def __post_init__(self) -> None:
-        """Refuse limits that leave nothing, and names that do not exist."""
+        """Reject limits that allow nothing, and unknown method names."""
         for key in ("max_rank", "max_steps", "max_examples_per_update", "max_rounds", "max_new_tokens", "max_disk_mib"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"policy.{key} = {getattr(self, key)}: must be at least 1")
@@ -118,7 +123,7 @@ class PolicySettings:
                 raise ConfigError(f"policy.{low} = {getattr(self, low)} is above policy.{high} = {getattr(self, high)}")
         for name in self.methods or ():
             if name not in METHODS:
-                raise ConfigError(f"policy.methods names {name!r}: there is no such method{nearest(name, METHODS)}")
+                raise ConfigError(f"policy.methods: there is no method {name!r}{nearest(name, METHODS)}")
 
 
 UNBOUNDED = PolicySettings(
@@ -144,7 +149,7 @@ UNBOUNDED = PolicySettings(
 
 
 def read_policy(path: Path) -> PolicySettings:
-    """Read a policy file; ConfigError names the file, the key and, for an unknown key, the one that was meant."""
+    """Read a policy file; ConfigError names the file, the key and, for an unknown key, the closest known one."""
     try:
         policy: PolicySettings = build(PolicySettings, read_toml(path, ConfigError), "policy")
     except ConfigError as error:
@@ -154,131 +159,142 @@ def read_policy(path: Path) -> PolicySettings:
 
 
 def default_text() -> str:
-    """Content of a policy file with every key, what it means and its default."""
-    default = plain(PolicySettings())
-    lines = ["# What this client consents to (docs/consent.md). A key that is left out has the value given here."]
-    for item in fields(PolicySettings):
-        value = default.get(item.name)
+    """Return a policy file with every key, its description and its default."""
+    defaults = plain(PolicySettings())
+    lines = ["# The policy of a client (docs/consent.md). Keys that are left out have the values given here."]
+    for key in fields(PolicySettings):
+        value = defaults.get(key.name)
         text = str(value).lower() if isinstance(value, bool) else value
         lines += [
             "",
-            f"# {item.metadata['about']}",
-            f"# {item.name} = []" if value is None else f"{item.name} = {text}",
+            f"# {key.metadata['about']}",
+            f"# {key.name} = []" if value is None else f"{key.name} = {text}",
         ]
     return "\n".join(lines) + "\n"
 
 
 @dataclass(frozen=True)
-class Item:
-    """One thing that a coordinator asks, beside what the policy allows."""
+class PolicyCheck:
+    """One setting that the coordinator requests, compared with the policy."""
 
     setting: str
-    asked: str
+    requested: str
     allowed: str
-    fits: bool
+    passes: bool
 
 
-def asked(config: Config, source: SourceSettings, policy: PolicySettings, own_base: str | None) -> list[Item]:
-    """What a run's settings ask of a client, beside its policy; nothing of its data is looked at.
+def settings_checks(
+    config: Config, source: SourceSettings, policy: PolicySettings, own_base: str | None
+) -> list[PolicyCheck]:
+    """Compare a run's settings with the policy; does not read the client's data.
 
-    `source` is the client's own data, `own_base` the base that it has named itself, if it has.
+    `source` is the client's own data, `own_base` the base that the client chose itself, if any.
     """
-    return [*_of_method(config, policy), *_of_work(config, policy), *_of_data(config, source, policy, own_base)]
+    return [
+        *_method_checks(config, policy),
+        *_training_checks(config, policy),
+        *_data_checks(config, source, policy, own_base),
+    ]
 
 
-def asked_of_rows(config: Config, rows: Mapping[str, int], policy: PolicySettings) -> list[Item]:
-    """The same for what depends on the client's numbers of rows by split."""
+def row_checks(config: Config, rows: Mapping[str, int], policy: PolicySettings) -> list[PolicyCheck]:
+    """Compare everything that depends on the client's numbers of rows by split with the policy."""
     training = config.training
     steps = round(training.steps(rows["train"]) * config.method.round_share(training.budget))
-    read = steps * training.batch_size * training.accumulation
-    different = min(read, rows["train"])
-    leaving = ["train", "validation", "test"]
+    rows_read = steps * training.batch_size * training.accumulation
+    rows_read_once = min(rows_read, rows["train"])
+    sent_splits = ["train", "validation", "test"]
     if config.method.needs_embeddings or config.method.probes:
-        leaving.insert(1, "embedding")
+        sent_splits.insert(1, "embedding")
     return [
-        *(_least(f"rows in the {split} split", rows[split], "min_rows", policy) for split in leaving),
-        _least("steps of a round", steps, "min_steps", policy),
-        _most("steps of a round", steps, "max_steps", policy),
-        _least("different training rows that a round reads", different, "min_examples_per_update", policy),
-        _most("training rows that a round reads", read, "max_examples_per_update", policy),
+        *(_at_least(f"rows in the {split} split", rows[split], "min_rows", policy) for split in sent_splits),
+        _at_least("steps of a round", steps, "min_steps", policy),
+        _at_most("steps of a round", steps, "max_steps", policy),
+        _at_least("different training rows that a round reads", rows_read_once, "min_examples_per_update", policy),
+        _at_most("training rows that a round reads", rows_read, "max_examples_per_update", policy),
     ]
 
 
 def refuse_small_update(config: Config, steps: int, train_rows: int, policy: PolicySettings) -> None:
-    """Raise PolicyError for an update of too few steps or rows: one exchange may take a small part of a round's steps.
+    """Raise PolicyError if an update took too few steps or read too few rows.
 
-    An update without any step is allowed.
+    This is checked for every update, as an exchange may take only a few of a round's steps. An update without any step
+    is allowed.
     """
     rows = min(steps * config.training.batch_size * config.training.accumulation, train_rows)
     if steps and (steps < policy.min_steps or rows < policy.min_examples_per_update):
         raise PolicyError(
-            f"the update took {steps} optimiser steps and read at most {rows} different rows; the policy allows no "
-            f"fewer than {policy.min_steps} steps (min_steps) and {policy.min_examples_per_update} rows "
+            f"the update took {steps} optimiser steps and read at most {rows} different rows; the policy requires at "
+            f"least {policy.min_steps} steps (min_steps) and {policy.min_examples_per_update} rows "
             "(min_examples_per_update)"
         )
 
 
-def refuse_breaches(items: list[Item]) -> None:
-    """Raise PolicyError that names everything that the policy forbids."""
-    broken = [f"{item.setting}: asked {item.asked}, allowed {item.allowed}" for item in items if not item.fits]
-    if broken:
+def enforce(checks: list[PolicyCheck]) -> None:
+    """Raise PolicyError, which lists every violation of the policy."""
+    violations = [
+        f"{check.setting}: requested {check.requested}, allowed {check.allowed}" for check in checks if not check.passes
+    ]
+    if violations:
         raise PolicyError(
-            f"the coordinator asks for what this client's policy forbids: {'; '.join(broken)}. Ask the coordinator to "
-            "change it, or allow it in your policy file (fedamole client --policy FILE)"
+            f"this client's policy forbids what the coordinator requests: {'; '.join(violations)}. Ask the coordinator "
+            "to change it, or allow it in your policy file (fedamole client --policy FILE)"
         )
 
 
-def _of_method(config: Config, policy: PolicySettings) -> Iterator[Item]:
+def _method_checks(config: Config, policy: PolicySettings) -> Iterator[PolicyCheck]:
     allowed = METHODS if policy.methods is None else policy.methods
-    told = "every known method" if policy.methods is None else f"{', '.join(allowed)} (methods)"
-    yield Item("method", config.method_name, told, config.method_name in allowed)
+    limit = "every known method" if policy.methods is None else f"{', '.join(allowed)} (methods)"
+    yield PolicyCheck("method", config.method_name, limit, config.method_name in allowed)
     method, spec = config.method, config.method.spec()
     if isinstance(spec, AdapterSpec):
         rank = max(method.ranks or method.half_once_twice()) if isinstance(method, RankedMethod) else spec.rank
-        yield _most("rank", max(rank, spec.rank), "max_rank", policy)
-        yield _least("alpha / rank", spec.alpha / spec.rank, "min_scaling", policy)
-        yield _most("alpha / rank", spec.alpha / spec.rank, "max_scaling", policy)
+        yield _at_most("rank", max(rank, spec.rank), "max_rank", policy)
+        yield _at_least("alpha / rank", spec.alpha / spec.rank, "min_scaling", policy)
+        yield _at_most("alpha / rank", spec.alpha / spec.rank, "max_scaling", policy)
     if (probed := getattr(method, "probe_examples", None)) is not None:
-        yield _least("method.probe_examples", probed, "min_rows", policy)
+        yield _at_least("method.probe_examples", probed, "min_rows", policy)
 
 
-def _of_work(config: Config, policy: PolicySettings) -> Iterator[Item]:
+def _training_checks(config: Config, policy: PolicySettings) -> Iterator[PolicyCheck]:
     training = config.training
     exchanges = config.method.exchanges()
     setting = "rounds" if exchanges == 1 else f"rounds times {exchanges} exchanges"
-    yield _most(setting, config.federation.rounds * exchanges, "max_rounds", policy)
-    yield _most("training.learning_rate", training.learning_rate, "max_learning_rate", policy)
+    yield _at_most(setting, config.federation.rounds * exchanges, "max_rounds", policy)
+    yield _at_most("training.learning_rate", training.learning_rate, "max_learning_rate", policy)
     if training.clip_norm > 0:
-        yield _least("training.clip_norm", training.clip_norm, "min_clip_norm", policy)
-    yield _most("tokens of a forward pass", training.batch_size * training.max_length, "max_batch_tokens", policy)
+        yield _at_least("training.clip_norm", training.clip_norm, "min_clip_norm", policy)
+    yield _at_most("tokens of a forward pass", training.batch_size * training.max_length, "max_batch_tokens", policy)
     chosen = config.evaluation.select
-    fits = chosen == "loss" or policy.share_majority
-    yield Item("evaluation.select", chosen, "loss, or score with share_majority", fits)
-    yield _most("training.max_length", config.training.max_length, "max_length", policy)
-    yield _most("evaluation.max_new_tokens", config.evaluation.max_new_tokens, "max_new_tokens", policy)
+    passes = chosen == "loss" or policy.share_majority
+    yield PolicyCheck("evaluation.select", chosen, "loss, or score with share_majority", passes)
+    yield _at_most("training.max_length", config.training.max_length, "max_length", policy)
+    yield _at_most("evaluation.max_new_tokens", config.evaluation.max_new_tokens, "max_new_tokens", policy)
 
 
-def _of_data(config: Config, source: SourceSettings, policy: PolicySettings, own_base: str | None) -> Iterator[Item]:
+def _data_checks(
+    config: Config, source: SourceSettings, policy: PolicySettings, own_base: str | None
+) -> Iterator[PolicyCheck]:
     if own_base is None:
-        named = config.base.model
-        told = "any of the hub" if policy.hub_base else "the bundled one, or your own by --base (hub_base)"
-        yield Item("base", named, told, policy.hub_base or named == BUNDLED)
+        requested_base = config.base.model
+        limit = "any of the hub" if policy.hub_base else "the bundled one, or your own by --base (hub_base)"
+        yield PolicyCheck("base", requested_base, limit, policy.hub_base or requested_base == BUNDLED)
     names = (*BUILT_IN, "auto", source.template) if policy.templates is None else policy.templates
-    told = ", ".join(dict.fromkeys(names)) + ("" if policy.templates is None else " (templates)")
-    yield Item("template", source.template, told, source.template in names)
+    limit = ", ".join(dict.fromkeys(names)) + ("" if policy.templates is None else " (templates)")
+    yield PolicyCheck("template", source.template, limit, source.template in names)
     if (template := config.data.templates.get(source.template)) is not None:
         renamed = {new for new, old in source.columns.items() if old}  # without those that are dropped
         columns = KNOWN_COLUMNS | renamed if policy.columns is None else set(policy.columns)
         read = read_columns(template)
-        told = f"{', '.join(sorted(columns))} (columns)"
-        yield Item(f"columns of template {source.template}", ", ".join(sorted(read)), told, read <= columns)
+        limit = f"{', '.join(sorted(columns))} (columns)"
+        yield PolicyCheck(f"columns of template {source.template}", ", ".join(sorted(read)), limit, read <= columns)
 
 
-def _most(setting: str, asked: float, key: str, policy: PolicySettings) -> Item:
+def _at_most(setting: str, requested: float, key: str, policy: PolicySettings) -> PolicyCheck:
     limit = getattr(policy, key)
-    return Item(setting, f"{asked:g}", f"at most {limit:g} ({key})", asked <= limit)
+    return PolicyCheck(setting, f"{requested:g}", f"at most {limit:g} ({key})", requested <= limit)
 
 
-def _least(setting: str, asked: float, key: str, policy: PolicySettings) -> Item:
+def _at_least(setting: str, requested: float, key: str, policy: PolicySettings) -> PolicyCheck:
     limit = getattr(policy, key)
-    return Item(setting, f"{asked:g}", f"at least {limit:g} ({key})", asked >= limit)
+    return PolicyCheck(setting, f"{requested:g}", f"at least {limit:g} ({key})", requested >= limit)

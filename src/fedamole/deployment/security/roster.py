@@ -1,12 +1,12 @@
-"""The registered clients: who may call the gateway, read from the public keys in `nodes/*.pub`.
+"""The registered clients that may call the gateway, read from the public keys in `nodes/*.pub`.
 
-Each file holds one OpenSSH public key of kind ecdsa-sha2-nistp384 on one line. The comment of the line is the client's
+Each file holds one OpenSSH public key of type ecdsa-sha2-nistp384 on one line. The comment of the line is the client's
 name, optionally followed by the last day (UTC) on which the key is accepted:
 
     ecdsa-sha2-nistp384 AAAAE2Vj... hospital-a until=2027-06-30
 
-The folder is looked at again while the gateway runs, so a key that is removed, replaced or past its last day is
-refused without a restart.
+The folder is checked again while the gateway runs, so a key that is removed, replaced or expired is refused without a
+restart.
 """
 
 import logging
@@ -25,19 +25,19 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 LOG = logging.getLogger("fedamole.roster")
 
-CHECK_S = 0.5
-"""Seconds between two looks at the folder: a change is noticed after this time at the latest."""
+RESCAN_S = 0.5
+"""Seconds between two scans of the folder: a change takes effect after this time at the latest."""
 
-LARGEST = 16 * 1024
-"""Bytes; no file of a public key is longer."""
+MAX_BYTES = 16 * 1024
+"""Maximum size in bytes of a public key file."""
 
 COMMENT = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(?: until=(?P<until>\d{4}-\d{2}-\d{2}))?")
 
-State = Mapping[str, tuple[int, ...]]
+FolderState = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Client:
+class RegisteredClient:
     """A registered client: its name, its public key, and the last day (UTC) on which the key is accepted."""
 
     name: str
@@ -45,23 +45,23 @@ class Client:
     until: date | None = None
 
     def expired(self, today: date) -> bool:
-        """Whether `today` (UTC) is after the last day of the key."""
+        """Return whether `today` (UTC) is after the last day of the key."""
         return self.until is not None and today > self.until
 
 
 class Roster:
-    """The clients of a folder of public keys, by key; it follows changes of the folder."""
+    """The registered clients of a folder, by public key; follows changes of the folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the folder. Files that are no valid line of a key are skipped, each with one line in the log."""
+        """Read the folder. Invalid files are skipped, each with one log line."""
         self.folder = folder
-        self._clients: dict[bytes, Client] = {}
-        self._state: State | None = {"": ()}  # of no folder, so that the first look reads
+        self._clients: dict[bytes, RegisteredClient] = {}
+        self._scanned: FolderState | None = {"": ()}  # matches no folder, so that the first scan reads it
         self._checked = float("-inf")
         self._refresh()
 
-    def find(self, key: bytes) -> Client | None:
-        """The client that has this public key, or None.
+    def find(self, key: bytes) -> RegisteredClient | None:
+        """Return the client with this public key, or None.
 
         `key` is the key as Flower's nodes send it: PEM (SubjectPublicKeyInfo), not base64-encoded.
         """
@@ -69,42 +69,42 @@ class Roster:
         return self._clients.get(key)
 
     def __len__(self) -> int:
-        """Number of usable keys."""
+        """Return the number of valid keys."""
         self._refresh()
         return len(self._clients)
 
     def _refresh(self) -> None:
         now = time.monotonic()
-        if now - self._checked < CHECK_S:
+        if now - self._checked < RESCAN_S:
             return
         self._checked = now
         try:
-            state = self._look()
+            state = self._scan()
         except OSError as error:
-            if self._state is not None:
-                LOG.error("%s cannot be read (%s): nobody is let in", self.folder, error.strerror)
-            self._clients, self._state = {}, None
+            if self._scanned is not None:
+                LOG.error("%s cannot be read (%s): all clients are refused", self.folder, error.strerror)
+            self._clients, self._scanned = {}, None
             return
-        if state != self._state:
-            self._clients, self._state = self._read(state), state
+        if state != self._scanned:
+            self._clients, self._scanned = self._read(state), state
 
-    def _look(self) -> State:
-        """What tells one content of the folder from another, by file name."""
+    def _scan(self) -> FolderState:
+        """Return inode, times and size of each file, by file name, to detect changes."""
         state = {}
         with os.scandir(self.folder) as entries:
             for entry in entries:
                 if entry.name.endswith(".pub"):
-                    with suppress(OSError):  # it is gone by now, or a link to nothing
-                        found = entry.stat()
-                        state[entry.name] = (found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
+                    with suppress(OSError):  # deleted meanwhile, or a broken link
+                        status = entry.stat()
+                        state[entry.name] = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
         return state
 
-    def _read(self, state: State) -> dict[bytes, Client]:
-        clients: dict[bytes, Client] = {}
+    def _read(self, state: FolderState) -> dict[bytes, RegisteredClient]:
+        clients: dict[bytes, RegisteredClient] = {}
         for name in sorted(state):
             path = self.folder / name
             try:
-                client = _client(path)
+                client = _read_client(path)
             except ValueError as error:
                 LOG.warning("%s is skipped: %s", path, error)
                 continue
@@ -117,34 +117,34 @@ class Roster:
         return clients
 
 
-def _client(path: Path) -> Client:
-    """The client of a file; a ValueError that says what is wrong with it, without quoting it."""
+def _read_client(path: Path) -> RegisteredClient:
+    """Return the client of a file; ValueError states the problem without quoting the file."""
     try:
         if not path.is_file():
-            raise ValueError("it is no file")
+            raise ValueError("it is not a file")
         with path.open("rb") as file:
-            content = file.read(LARGEST + 1)
+            content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ValueError(f"it cannot be read ({error.strerror})") from error
-    if len(content) > LARGEST:
-        raise ValueError("it is too long for a public key")
+    if len(content) > MAX_BYTES:
+        raise ValueError("it is too large for a public key")
     lines = [line.strip() for line in content.splitlines() if line.strip()]
     if len(lines) != 1:
         raise ValueError("it does not hold exactly one line")
     kind, *rest = lines[0].split(None, 2)
     if kind != b"ecdsa-sha2-nistp384" or not rest:
-        raise ValueError("it is no public key of kind ecdsa-sha2-nistp384")
+        raise ValueError("it is not a public key of type ecdsa-sha2-nistp384")
     try:
         key = load_ssh_public_key(b" ".join((kind, rest[0])))
     except (ValueError, UnsupportedAlgorithm) as error:
         raise ValueError("its key is damaged") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp384r1":
-        raise ValueError("it is no public key of kind ecdsa-sha2-nistp384")
+        raise ValueError("it is not a public key of type ecdsa-sha2-nistp384")
     comment = COMMENT.fullmatch(rest[1].decode("ascii", "replace") if len(rest) > 1 else "")
     if comment is None:
         raise ValueError("the text after the key is not `NAME` or `NAME until=YYYY-MM-DD`")
     try:
         until = date.fromisoformat(comment["until"]) if comment["until"] else None
     except ValueError as error:
-        raise ValueError("its last day is no date") from error
-    return Client(comment["name"], key, until)
+        raise ValueError("its last day is not a date") from error
+    return RegisteredClient(comment["name"], key, until)

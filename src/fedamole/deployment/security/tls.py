@@ -1,17 +1,17 @@
-"""TLS as every connection of a deployment has it."""
+"""TLS settings of all connections of a deployment."""
 
 import ssl
 from pathlib import Path
 
 
-def at_least_tls_1_3(context: ssl.SSLContext) -> ssl.SSLContext:
-    """Refuse older versions of TLS in a context, and return it."""
+def require_tls_1_3(context: ssl.SSLContext) -> ssl.SSLContext:
+    """Set TLS 1.3 as the minimum version of a context, and return it."""
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     return context
 
 
-def trusting(ca: Path) -> ssl.SSLContext:
-    """A client's context that trusts the authority in a PEM file alone."""
+def client_context(ca: Path) -> ssl.SSLContext:
+    """Return a client's TLS context that trusts only the certificate authority in a PEM file."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(cafile=ca)
-    return at_least_tls_1_3(context)
+    return require_tls_1_3(context)

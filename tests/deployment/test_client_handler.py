@@ -1,4 +1,4 @@
-"""The client's side: each request is done once, what did not count is undone, and nothing private is told."""
+"""The client handler: each request is carried out once, uncounted work is discarded, and nothing private is sent."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ import torch
 
 from fedamole.config import load_config, load_run_config
 from fedamole.data.settings import SourceSettings
-from fedamole.deployment.client_handler import Host
+from fedamole.deployment.client_handler import ClientHandler
 from fedamole.deployment.run_session import ClientSettings
 from fedamole.deployment.security.policy import UNBOUNDED
 from fedamole.deployment.shared_config import own_tables, shared_tables
@@ -30,8 +30,8 @@ from tests.conftest import small
 RUN_ID = "c0ffee"
 
 
-class ByHand:
-    """What a server of one client does by hand: messages of a method, changed by a number."""
+class ManualServer:
+    """Creates the requests of a server with one client: messages of a method, shifted by a number."""
 
     def __init__(self, config_file: Path, method: str, *overrides: str) -> None:
         words = ("deployment.clients=['entail']", "deployment.min_clients=1", "training.local_steps=1")
@@ -57,43 +57,43 @@ class ByHand:
 
 
 @pytest.fixture(scope="module")
-def served(tiny: Path) -> Callable[..., ByHand]:
-    made: dict[tuple[str, ...], ByHand] = {}
+def served(tiny: Path) -> Callable[..., ManualServer]:
+    made: dict[tuple[str, ...], ManualServer] = {}
 
-    def of(*words: str) -> ByHand:
+    def of(*words: str) -> ManualServer:
         if words not in made:
-            made[words] = ByHand(tiny / "config.toml", *words)
+            made[words] = ManualServer(tiny / "config.toml", *words)
         return made[words]
 
     return of
 
 
 @pytest.fixture
-def client(tiny: Path, tmp_path: Path) -> Callable[..., Host]:
-    def of(folder: str, **settings: Any) -> Host:
+def client(tiny: Path, tmp_path: Path) -> Callable[..., ClientHandler]:
+    def of(folder: str, **settings: Any) -> ClientHandler:
         source = SourceSettings("entail", path=str(tiny / "entail.jsonl"), template="entail")
         own = {"base": str(tiny / "base"), "device": "cpu", "threads": 1, "policy": UNBOUNDED, **settings}
-        return Host(ClientSettings(source, folder=str(tmp_path / folder), **own), ProgressListener())
+        return ClientHandler(ClientSettings(source, folder=str(tmp_path / folder), **own), ProgressListener())
 
     return of
 
 
-def ask(host: Host, request: Request) -> Reply:
+def ask(host: ClientHandler, request: Request) -> Reply:
     return unpacked(Reply, host.answer(pack(request)))
 
 
-def on_disk(host: Host) -> dict[str, tuple[int, bytes]]:
+def on_disk(host: ClientHandler) -> dict[str, tuple[int, bytes]]:
     files = [path for path in Path(host.settings.folder).rglob("*") if path.is_file()]
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
-def state(host: Host) -> tuple[str, bytes]:
+def state(host: ClientHandler) -> tuple[str, bytes]:
     path = max(Path(host.settings.folder).glob("*/clients/entail/state/*"))
     return path.name, path.read_bytes()
 
 
 def same_answer(one: Reply, other: Reply) -> bool:
-    """Times apart."""
+    """Except times."""
     loss = [reply.report["loss"] for reply in (one, other)]
     return (
         tensor_as_bytes(one.reply) == tensor_as_bytes(other.reply) and loss[0] == loss[1] and one.scores == other.scores
@@ -102,7 +102,7 @@ def same_answer(one: Reply, other: Reply) -> bool:
 
 @pytest.mark.parametrize("method", ["fedalt", "fdlora", "local_only", "fedsa_lora"])
 def test_each_request_is_done_once_and_what_did_not_count_is_undone(method: str, served: Any, client: Any) -> None:
-    """The first host sees requests repeated, replaced and not counted; the second only those that count."""
+    """The first handler gets repeated, replaced and uncounted requests; the second only those that count."""
     often = ["method.sync_every=1"] if method == "fdlora" else []
     server, one, other = served(method, *often), client("one"), client("other")
     for host in (one, other):
@@ -151,7 +151,7 @@ def test_the_best_model_is_kept_when_it_is_told_and_not_what_came_after(served: 
 
 
 def test_a_client_keeps_its_own_record(served: Any, client: Any) -> None:
-    """Evaluations in rounds in which it did not train stay in its metrics, once each; so does the untuned base."""
+    """Evaluations in rounds without training stay in its metrics, once each; so does the untuned base."""
     server, host = served("fedit"), client("one")
     for _ in range(2):
         ask(host, server.join())
@@ -195,7 +195,7 @@ def test_a_damaged_private_state_is_named_with_the_remedy(served: Any, client: A
     assert ask(host, server.update(1, 0)).failed is None
 
 
-BAD: dict[str, tuple[str, Callable[[ByHand], bytes]]] = {
+BAD: dict[str, tuple[str, Callable[[ManualServer], bytes]]] = {
     "random bytes": ("bad_request", lambda s: b"\x01" * 50),
     "nothing": ("bad_request", lambda s: b""),
     "deep": ("bad_request", lambda s: pack(s.join()).replace(b'"identity', b"[" * 9000 + b'"identity')),
@@ -219,31 +219,33 @@ BAD: dict[str, tuple[str, Callable[[ByHand], bytes]]] = {
 
 
 @pytest.fixture(scope="module")
-def seated(tiny: Path, served: Any, tmp_path_factory: pytest.TempPathFactory) -> Host:
+def joined_client(tiny: Path, served: Any, tmp_path_factory: pytest.TempPathFactory) -> ClientHandler:
     source = SourceSettings("entail", path=str(tiny / "entail.jsonl"), template="entail")
     folder = tmp_path_factory.mktemp("seated") / "private-place"
     settings = ClientSettings(source, str(folder), str(tiny / "base"), device="cpu", threads=1, policy=UNBOUNDED)
-    host = Host(settings, ProgressListener())
+    host = ClientHandler(settings, ProgressListener())
     assert ask(host, served("fedit").join()).failed is None
     return host
 
 
-def secrets(host: Host, tiny: Path) -> list[bytes]:
+def secrets(host: ClientHandler, tiny: Path) -> list[bytes]:
     rows = [json.loads(line) for line in (tiny / "entail.jsonl").read_text().splitlines()]
     texts = [row[column] for row in rows for column in ("premise", "hypothesis")]
     return [text.encode() for text in [*texts, "Yes", "Maybe", str(tiny), "private-place", "Error", "Traceback"]]
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_done_is_refused_by_a_code_alone(name: str, seated: Host, served: Any, tiny: Path) -> None:
+def test_what_cannot_be_done_is_refused_by_a_code_alone(
+    name: str, joined_client: ClientHandler, served: Any, tiny: Path
+) -> None:
     code, made = BAD[name]
-    answer = seated.answer(made(served("fedit")))
+    answer = joined_client.answer(made(served("fedit")))
     reply = unpacked(Reply, answer)
     assert (reply.failed, reply.client) == (code, "entail")
     assert not reply.report
     assert not reply.scores
     assert not reply.reply
-    assert not [text for text in secrets(seated, tiny) if text in answer]
+    assert not [text for text in secrets(joined_client, tiny) if text in answer]
 
 
 def test_answers_hold_nothing_of_the_data_and_no_path(served: Any, client: Any, tiny: Path) -> None:
@@ -262,19 +264,21 @@ def test_answers_hold_nothing_of_the_data_and_no_path(served: Any, client: Any, 
 
 
 @pytest.mark.parametrize("error", [RuntimeError, OSError, MemoryError, RecursionError, KeyError])
-def test_no_word_of_an_error_travels(error: Any, seated: Host, served: Any, tiny: Path, caplog: Any) -> None:
+def test_no_word_of_an_error_travels(
+    error: Any, joined_client: ClientHandler, served: Any, tiny: Path, caplog: Any
+) -> None:
     def fail(done: int, steps: int) -> None:
         raise error("On day 3 Dan buys a red cup, says private-place")
 
-    seated.listener.step = fail  # type: ignore[method-assign]
+    joined_client.listener.step = fail  # type: ignore[method-assign]
     try:
-        answer = seated.answer(pack(served("fedit").update(0, -1)))
+        answer = joined_client.answer(pack(served("fedit").update(0, -1)))
     finally:
-        del seated.listener.step
+        del joined_client.listener.step
     codes, reply = {OSError: "disk", MemoryError: "out_of_memory"}, unpacked(Reply, answer)
     assert reply.failed == codes.get(error, "internal")
     assert not reply.report
-    assert not [text for text in secrets(seated, tiny) if text in answer]
+    assert not [text for text in secrets(joined_client, tiny) if text in answer]
     assert "On day 3" in caplog.text, "the client's own log has it"
 
 
@@ -286,7 +290,7 @@ def test_labels_are_told_only_where_they_are_shared(served: Any, client: Any, ti
     assert sum(told["labels"].values()) == told["examples"]["train"]
     source = SourceSettings("entail", path=str(tiny / "plain.jsonl"))
     settings = client("free", policy=replace(UNBOUNDED, share_labels=True)).settings
-    free = Host(replace(settings, source=source), ProgressListener())
+    free = ClientHandler(replace(settings, source=source), ProgressListener())
     assert "labels" not in ask(free, served("fedit").join()).report, "free text is no label"
 
 
@@ -341,7 +345,7 @@ def test_settings_in_another_form(settings: dict[str, Any], served: Any, client:
 def test_a_servers_base_is_never_a_path(name: str, served: Any, tiny: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tiny.parent)
     settings = changed(served("fedit").settings, "base", model=name)
-    with pytest.raises(BaseModelError, match="by --base"):
+    with pytest.raises(BaseModelError, match="with --base"):
         own_tables(settings, {"name": "x"}, {}, None)
     assert own_tables(settings, {"name": "x"}, {}, "bundled")["base"]["model"] == "bundled"
 
@@ -373,34 +377,34 @@ def test_the_runs_name_does_not_lead_out_of_the_clients_folder(
     assert not list(tmp_path.parent.glob("away*"))
 
 
-def test_a_restarted_client_finds_its_seat_among_other_folders(
+def test_a_restarted_client_finds_its_session_among_other_folders(
     served: Any, client: Any, tiny: Path, monkeypatch: Any, caplog: Any
 ) -> None:
-    """Its own copy of the base was named relative to where it was started; a broken folder lies beside its own."""
+    """Its base has a path relative to the start folder; a broken run folder is next to its own."""
     shutil.copytree(tiny / "base", Path(client("x").settings.folder).parent / "mine/base")
     monkeypatch.chdir(Path(client("x").settings.folder).parent / "mine")
     server, host = served("fedit"), client("one", base="./base")
     assert ask(host, server.join()).failed is None
     before = ask(host, server.update(0, -1))
-    assert host.seat is not None
-    host.seat.hold.close()
+    assert host.session is not None
+    host.session.lock.close()
     broken = Path(host.settings.folder) / "a-broken-one"
     broken.mkdir()
     (broken / "run.json").write_text("{}")
     monkeypatch.chdir(tiny)
     again = client("one", base="./base")
     assert pack(ask(again, server.update(0, -1))) == pack(before)
-    assert "a-broken-one is left alone" in caplog.text
+    assert "a-broken-one is ignored" in caplog.text
 
 
 def test_a_restarted_client_whose_base_moved(served: Any, client: Any, tiny: Path, tmp_path: Path) -> None:
-    """--base names the new place, which its run folder records; another base is refused."""
+    """The run folder records the new location that --base gives; another base is refused."""
     shutil.copytree(tiny / "base", tmp_path / "base")
     server, host = served("fedit"), client("one", base=str(tmp_path / "base"))
     assert ask(host, server.join()).failed is None
-    assert host.seat is not None
-    host.seat.hold.close()
-    folder, config = host.seat.folder.path, (host.seat.folder.path / "config.toml").read_bytes()
+    assert host.session is not None
+    host.session.lock.close()
+    folder, config = host.session.folder.path, (host.session.folder.path / "config.toml").read_bytes()
     (tmp_path / "base").rename(tmp_path / "moved")
     assert ask(client("one", base=str(tmp_path / "base")), server.update(0, -1)).failed == "base"
     again = client("one", base=str(tmp_path / "moved"))
@@ -410,15 +414,15 @@ def test_a_restarted_client_whose_base_moved(served: Any, client: Any, tiny: Pat
 
 
 def test_a_folder_that_another_process_holds(served: Any, client: Any, caplog: Any) -> None:
-    """A second client with the same folder is refused until the first has ended; it may try again and again."""
+    """A second client with the same folder is refused until the first has ended, at every attempt."""
     server, first = served("fedit"), client("one")
     ask(first, server.join())
     second = client("one")
     caplog.set_level(logging.ERROR)
     for _ in range(2):
         assert ask(second, server.update(0, -1)).failed == "config"
-    assert first.seat is not None
-    first.seat.hold.close()
+    assert first.session is not None
+    first.session.lock.close()
     assert ask(second, server.update(0, -1)).failed is None
 
 

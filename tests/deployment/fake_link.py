@@ -1,4 +1,4 @@
-"""Clients that are functions: what a server sees of them, without models, data or a network."""
+"""A link whose clients are functions: tests a server without models, data or network."""
 
 import json
 from collections.abc import Callable, Collection, Mapping
@@ -26,8 +26,8 @@ NAMES = ("ann", "bob", "eve")
 Answers = Callable[[str, Request], bytes | str | None]
 
 
-def honest(name: str, request: Request) -> Reply:
-    """What a client without a model would say: it sends back what it got."""
+def honest_reply(name: str, request: Request) -> Reply:
+    """The reply of a client without a model: it sends back what it received."""
     about = (request.run, request.round, request.operation, name)
     loss = {"loss": 2.0 - request.round / 10}
     if request.operation == JOIN:
@@ -48,10 +48,10 @@ def honest(name: str, request: Request) -> Reply:
 
 
 @dataclass
-class Stub:
-    """A link to clients that are functions; eve may be another."""
+class FakeLink:
+    """A link whose clients are functions; `answers` can replace the behaviour of "eve"."""
 
-    answers: Answers = lambda name, request: pack(honest(name, request))
+    answers: Answers = lambda name, request: pack(honest_reply(name, request))
     registered: dict[int, str] = field(default_factory=lambda: dict(enumerate(NAMES)))
     asked: list[tuple[int, Request]] = field(default_factory=list)
     waiting: dict[str, bytes | str] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Stub:
         return sum(request.operation == operation for _, request in self.asked)
 
 
-def engine(link: Stub, listener: ProgressListener | None = None, **settings: Any) -> Remote:
+def engine(link: FakeLink, listener: ProgressListener | None = None, **settings: Any) -> Remote:
     deployed = DeploymentSettings(
         NAMES, **{"min_clients": 2, "deadline": 0.1, "patience": 0.2, "gathering": 0.0, **settings}
     )
@@ -84,8 +84,8 @@ def engine(link: Stub, listener: ProgressListener | None = None, **settings: Any
     return Remote(link, FedIT(rank=2), rows, server, "run1", tables, deployed, listener or ProgressListener())
 
 
-def run(folder: Path, link: Stub, rounds: int = 1) -> dict[str, Any]:
-    """A run over a link; returns its rows, the server's states, who was left out when and what was scored."""
+def run(folder: Path, link: FakeLink, rounds: int = 1) -> dict[str, Any]:
+    """Run over a link; return its variants, the server's states, the clients left out and the scores."""
     there = engine(link)
     run_folder = RunFolder.create(folder, "", "{}", "fedit", IDENTITY, "server", "run1")
     loop = Loop(

@@ -1,11 +1,11 @@
-"""Flower's commands: a process of Flower's finds the next one by its name, and finds here only what it may start."""
+"""Restricts the Flower commands that Flower's processes can start: they find commands in the folder created here."""
 
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
 SERVERAPP = "flwr-serverapp"
-"""The only command that a run of fedamole needs to have started by Flower, at the coordinator."""
+"""The only command that Flower must start for a run, at the coordinator."""
 KNOWN = frozenset(
     (
         "flower-superexec",
@@ -20,10 +20,10 @@ KNOWN = frozenset(
         "flwr-simulation",
     )
 )
-"""The commands of Flower 1.41; a test fails where a version has others."""
+"""Commands of Flower 1.41; a test fails if another version has different ones."""
 REFUSAL = """#!{python} -IS
 import sys
-sys.exit("refused: {name} is a command of Flower's that no run of fedamole uses; somebody has asked for another app")
+sys.exit("refused: fedamole never uses Flower's command {name}; somebody has requested another app")
 """
 
 
@@ -34,15 +34,15 @@ os.execv({path!r}, [{path!r}, *sys.argv[1:]])
 
 
 def installed() -> set[str]:
-    """Names of the commands that Flower's distribution brings here."""
+    """Return the names of the commands that the installed Flower provides."""
     return {entry.name for entry in entry_points(group="console_scripts") if entry.dist and entry.dist.name == "flwr"}
 
 
 def allow_only(allowed: str, folder: Path) -> Path:
-    """Make a folder for a PATH: one of Flower's commands is the real one, all others end at once and say so."""
+    """Create a folder for PATH in which one Flower command works and all others exit with an error."""
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.iterdir():
-        old.unlink()
+    for file in folder.iterdir():
+        file.unlink()
     for name in sorted(KNOWN | installed()):
         path = str(Path(sys.executable).parent / name)
         script = REAL if name == allowed else REFUSAL

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedamole.deployment.progress import Board, watching
+from fedamole.cli.server_progress import RunTable, show_progress
 from fedamole.terminal import Screen
 
 EVIL = "\x1b[2J[red]a[/red][link=http://evil.example]b\nround 9/9 done\u202e"
 
 
-def drawn(board: Board) -> str:
+def drawn(board: RunTable) -> str:
     console = Console(file=io.StringIO(), width=200, color_system="truecolor", force_terminal=True)
     console.print(board)
     assert isinstance(console.file, io.StringIO)
@@ -20,11 +20,11 @@ def drawn(board: Board) -> str:
 
 
 def test_foreign_text_in_the_table_is_text(tmp_path: Path) -> None:
-    board = Board(EVIL)
-    board.feed({"what": "joined", "client": EVIL})
-    board.feed({"what": "round", "round": 0, "rounds": 2, "cohort": [EVIL]})
-    board.feed({"what": "answered", "round": 0, "client": EVIL, "failed": EVIL, "seconds": 1.0})
-    board.feed({"what": "stage", "text": EVIL})
+    board = RunTable(EVIL)
+    board.update({"what": "joined", "client": EVIL})
+    board.update({"what": "round", "round": 0, "rounds": 2, "cohort": [EVIL]})
+    board.update({"what": "answered", "round": 0, "client": EVIL, "failed": EVIL, "seconds": 1.0})
+    board.update({"what": "stage", "text": EVIL})
     text = drawn(board)
     assert "\x1b[2J" not in text
     assert "\u202e" not in text
@@ -36,15 +36,15 @@ def test_foreign_text_in_the_table_is_text(tmp_path: Path) -> None:
 
 
 def test_markup_that_is_broken_does_not_break_the_table() -> None:
-    board = Board("[/]")
-    board.feed({"what": "joined", "client": "[/b]"})
+    board = RunTable("[/]")
+    board.update({"what": "joined", "client": "[/b]"})
     assert "[/b]" in drawn(board)
 
 
 def lines(*fed: dict[str, object], terminal: bool = False) -> str:
     file = io.StringIO()
     console = Screen(file=file, width=80, force_terminal=terminal)
-    with watching(console, Path("runs/x")) as (say, show):
+    with show_progress(console, Path("runs/x")) as (say, show):
         for line in fed:
             show(line)
         say(f"bye {EVIL}")
@@ -64,11 +64,11 @@ def test_lines_of_progress_are_lines() -> None:
 
 
 def test_on_a_real_terminal() -> None:
-    """The same through a pseudo terminal, where the table is drawn again and again."""
+    """The same on a pseudo-terminal, where the table is redrawn repeatedly."""
     main, other = pty.openpty()
     with os.fdopen(other, "w") as file:
         console = Screen(file=file, force_terminal=True, width=120, color_system="truecolor")
-        with watching(console, Path("runs/x")) as (_, show):
+        with show_progress(console, Path("runs/x")) as (_, show):
             show({"what": "joined", "client": EVIL})
     seen = b""
     with suppress(OSError):  # the end: nobody writes any more

@@ -1,7 +1,7 @@
-"""A client that is not what it should be: its worker does real work, and then what a file says.
+"""A misbehaving client: its worker does real work, then sends a reply changed according to a file.
 
-`liar.py client ...` is `fedamole client ...` with this worker; `liar.py SETTINGS.json` is the worker. The file that the
-variable LIE names holds one of LIES, read at every update.
+`dishonest_client.py client ...` is `fedamole client ...` with this worker; `dishonest_client.py SETTINGS.json` is the
+worker. The file named by the environment variable LIE contains a key of LIES or SAYINGS, and is read at every request.
 """
 
 import os
@@ -17,21 +17,21 @@ import torch
 
 from fedamole.deployment import client_processes as client
 from fedamole.deployment import warm_worker
-from fedamole.deployment.client_handler import Host
+from fedamole.deployment.client_handler import ClientHandler
 from fedamole.engine.messages import JOIN, UPDATE, Reply, read_request
 from fedamole.federation.record import bytes_as_tensor, pack, tensor_as_bytes, unpack
 
 SECRET = "the patient's name is Ann"
-"""What an error of a client may hold, and nobody else may read."""
+"""Text in a client's error that must not reach anyone else."""
 LATE = 40.0
-"""Seconds that a slow client takes longer."""
+"""Extra seconds that a slow client takes."""
 
 
-class Liar(Host):
-    """Does what it is asked to, and spoils updates, or what it says of itself and of its scores."""
+class DishonestClient(ClientHandler):
+    """Handles requests, and changes the updates, the scores or the information about itself."""
 
     def answer(self, payload: bytes) -> bytes:
-        """An answer to a request, spoiled where the file says so."""
+        """Return the reply, changed according to the file."""
         kind = Path(os.environ["LIE"]).read_text()
         if kind in SAYINGS:
             answer = unpack(Reply, super().answer(payload))
@@ -41,14 +41,14 @@ class Liar(Host):
         return LIES[kind](self, payload)
 
     def honest(self, payload: bytes) -> bytes:
-        """What an honest client answers."""
+        """Return an honest client's reply."""
         return super().answer(payload)
 
-    def spoilt(self, payload: bytes, change: Callable[[dict[str, torch.Tensor]], None]) -> bytes:
-        """An answer whose first table of tensors has been changed."""
-        assert self.seat is not None
+    def with_changed_tensors(self, payload: bytes, change: Callable[[dict[str, torch.Tensor]], None]) -> bytes:
+        """Return a reply whose first table of tensors is changed."""
+        assert self.session is not None
         answer = unpack(Reply, self.honest(payload))
-        inner = unpack(self.seat.config.method.records.reply, tensor_as_bytes(answer.reply) or b"")
+        inner = unpack(self.session.config.method.records.reply, tensor_as_bytes(answer.reply) or b"")
         name = next(one.name for one in fields(inner) if getattr(inner, one.name))
         tensors = {key: tensor.clone() for key, tensor in getattr(inner, name).items()}
         change(tensors)
@@ -115,12 +115,12 @@ SAYINGS: dict[str, Callable[[Reply], Reply]] = {
     "examples": _many_examples,
     "seconds": _no_time,
 }
-"""Lies about numbers, in whatever answer they stand; the tensors are honest."""
+"""Changes of the numbers in a reply; the tensors are unchanged."""
 
 
-def _raise(host: Liar, payload: bytes) -> bytes:
-    assert host.seat is not None
-    worker = host.seat.worker
+def _raise(host: DishonestClient, payload: bytes) -> bytes:
+    assert host.session is not None
+    worker = host.session.worker
     train = worker.update
 
     def update(*words: Any) -> Any:
@@ -131,7 +131,7 @@ def _raise(host: Liar, payload: bytes) -> bytes:
     return host.honest(payload)
 
 
-def _full_disk(host: Liar, payload: bytes) -> bytes:
+def _full_disk(host: DishonestClient, payload: bytes) -> bytes:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
@@ -140,29 +140,29 @@ def _full_disk(host: Liar, payload: bytes) -> bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def _slow(host: Liar, payload: bytes) -> bytes:
+def _slow(host: DishonestClient, payload: bytes) -> bytes:
     time.sleep(LATE)
     return host.honest(payload)
 
 
-def _truncated(host: Liar, payload: bytes) -> bytes:
+def _truncated(host: DishonestClient, payload: bytes) -> bytes:
     answer = host.honest(payload)
     return answer[: len(answer) // 2]
 
 
-def _too_large(host: Liar, payload: bytes) -> bytes:
+def _too_large(host: DishonestClient, payload: bytes) -> bytes:
     answer = host.honest(payload)
     return answer + b"\0" * (10 * (len(answer) + (1 << 20)))
 
 
-LIES: dict[str, Callable[[Liar, bytes], bytes]] = {
-    "nan": lambda host, payload: host.spoilt(payload, _nan),
-    "poison": lambda host, payload: host.spoilt(payload, _poison),
-    "flip": lambda host, payload: host.spoilt(payload, _flip),
-    "zero": lambda host, payload: host.spoilt(payload, _zero),
-    "huge": lambda host, payload: host.spoilt(payload, _huge),
-    "wrong shape": lambda host, payload: host.spoilt(payload, _wrong_shape),
-    "foreign expert": lambda host, payload: host.spoilt(payload, _foreign_expert),
+LIES: dict[str, Callable[[DishonestClient, bytes], bytes]] = {
+    "nan": lambda host, payload: host.with_changed_tensors(payload, _nan),
+    "poison": lambda host, payload: host.with_changed_tensors(payload, _poison),
+    "flip": lambda host, payload: host.with_changed_tensors(payload, _flip),
+    "zero": lambda host, payload: host.with_changed_tensors(payload, _zero),
+    "huge": lambda host, payload: host.with_changed_tensors(payload, _huge),
+    "wrong shape": lambda host, payload: host.with_changed_tensors(payload, _wrong_shape),
+    "foreign expert": lambda host, payload: host.with_changed_tensors(payload, _foreign_expert),
     "raise": _raise,
     "full disk": _full_disk,
     "slow": _slow,
@@ -174,14 +174,14 @@ LIES: dict[str, Callable[[Liar, bytes], bytes]] = {
 def _lying_client() -> None:
     from fedamole.cli.main import main
 
-    init = client.Client.__init__
+    init = client.ClientProcesses.__init__
 
-    def lying(self: client.Client, *words: Any) -> None:
+    def lying(self: client.ClientProcesses, *words: Any) -> None:
         init(self, *words)
-        assert self.worker.words[1:3] == ["-m", "fedamole.deployment.warm_worker"]
-        self.worker.words[1:3] = [__file__]
+        assert self.worker.arguments[1:3] == ["-m", "fedamole.deployment.warm_worker"]
+        self.worker.arguments[1:3] = [__file__]
 
-    setattr(client.Client, "__init__", lying)  # noqa: B010
+    setattr(client.ClientProcesses, "__init__", lying)  # noqa: B010
     main()
 
 
@@ -189,5 +189,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "client":
         _lying_client()
     else:
-        setattr(warm_worker, "Host", Liar)  # noqa: B010
+        setattr(warm_worker, "ClientHandler", DishonestClient)  # noqa: B010
         warm_worker.main()

@@ -1,4 +1,4 @@
-"""What the tests of the gateway share: a stand-in for the SuperLink, the gateway as a process, and callers."""
+"""Shared by the gateway tests: a fake SuperLink, the gateway as a process, and callers."""
 
 import asyncio
 import http.client
@@ -29,9 +29,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from fedamole.deployment.gateway.guard import BODY_LIMITS, MIB, PUSH_OBJECT, Complaints
+from fedamole.deployment.gateway.connection_slots import ConnectionSlots
+from fedamole.deployment.gateway.guard import BODY_LIMITS, MIB, PUSH_OBJECT, RateLimitedLog
 from fedamole.deployment.gateway.listener import Certificate, listener
-from fedamole.deployment.gateway.places import Places
 from fedamole.deployment.gateway.proxy import LOG, Gateway, superlink_client
 from fedamole.deployment.security.keys import load_private
 from fedamole.deployment.security.roster import Roster
@@ -41,7 +41,7 @@ PUSH = PUSH_OBJECT.decode()
 PULL = "/v1/fleet/pull-messages"
 PUSH_MESSAGES = "/v1/fleet/push-messages"
 LIMIT_MIB = 8
-"""What the gateways of these tests take as the largest body of push-object."""
+"""Maximum body size of push-object in these tests."""
 HALF = 400_000
 Running = tuple[int, subprocess.Popen[bytes]]
 Key = ec.EllipticCurvePrivateKey
@@ -81,7 +81,7 @@ def signature(key: Key, age: float = 0.0, stamp: str | None = None) -> dict[str,
 def reply(
     node: int = 7, source: int = 7, to: int = 1, answers: str = "order", messages: int = 1, trees: int = 1
 ) -> bytes:
-    """The body of a push-messages call; an honest one as it stands."""
+    """The body of a push-messages call; valid by default."""
     metadata = Metadata(
         run_id=5, message_id="m", src_node_id=source, dst_node_id=to, reply_to_message_id=answers, message_type="query"
     )
@@ -96,7 +96,7 @@ def reply(
 
 @contextmanager
 def process(log: Path, *command: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process with its own group, whose output goes to `log`; the whole group is killed in the end."""
+    """A process with its own group, whose output goes to `log`; the group is killed at the end."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with log.open("ab") as out:
         running = subprocess.Popen(
@@ -114,7 +114,7 @@ def process(log: Path, *command: str, **environment: str) -> Iterator[subprocess
 def gateway(
     tls: Path, superlink: int, log: Path, *more: str, ca: Path | None = None, port: int = 0
 ) -> Iterator[Running]:
-    """Its port and process, once it listens; a free port unless one is given. `more` are arguments."""
+    """Start a gateway; return port and process once it listens. `more` are arguments."""
     port = port or free_port()
     command = (
         f"{sys.executable} -m fedamole.deployment.gateway.process --host {HOST} --port {port} "
@@ -140,13 +140,13 @@ def threaded(server: uvicorn.Server, port: int) -> Iterator[None]:
 
 
 @dataclass
-class StandIn:
-    """In place of the SuperLink: notes what arrives, and answers as the header `flwr-ask` of the call says."""
+class FakeSuperLink:
+    """Replaces the SuperLink: records calls, and answers according to the header `flwr-ask`."""
 
     port: int = field(default_factory=free_port)
     seen: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
     arrived: int = 0
-    """Bytes of the body of the latest call."""
+    """Number of received bytes of the latest body."""
     go_on: threading.Event = field(default_factory=threading.Event)
 
     async def answer(self, request: Request) -> Response:
@@ -184,20 +184,20 @@ class StandIn:
 
 
 @dataclass
-class Door:
-    """A gateway in front of a stand-in, and what the client anna needs to call it."""
+class GatewayUnderTest:
+    """A gateway in front of a fake SuperLink, and the credentials of the client anna."""
 
     port: int
     tls: Path
     log: Path
-    superlink: StandIn
+    superlink: FakeSuperLink
 
     @property
     def key(self) -> Key:
         return load_private(self.tls / "clients" / "anna" / "node.key")
 
     def connect(self, source: str = HOST) -> http.client.HTTPSConnection:
-        """A connection from an address of the loopback network, not yet opened."""
+        """Create a connection from a loopback address, not yet opened."""
         context = ssl.create_default_context(cafile=self.tls / "ca.crt")
         return http.client.HTTPSConnection(HOST, self.port, timeout=20, context=context, source_address=(source, 0))
 
@@ -209,7 +209,7 @@ class Door:
         signed: dict[str, str] | None = None,
         **headers: object,
     ) -> http.client.HTTPSConnection:
-        """A call of which only the head is sent, its path as it stands; signed by anna unless `signed` is given."""
+        """Send only the header of a call, with an unmodified path; signed by anna unless `signed` is given."""
         call = self.connect(source)
         call.putrequest(method, path, skip_accept_encoding=True)
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -239,10 +239,10 @@ class Door:
 
 
 @contextmanager
-def impatient(
-    tls: Path, superlink: StandIn, idle_s: float = 30.0, call_s: float = 30.0, stranger_s: float = 15.0
-) -> Iterator[Door]:
-    """A gateway in this process, with clocks that a test can wait for."""
+def gateway_with_short_timeouts(
+    tls: Path, superlink: FakeSuperLink, idle_s: float = 30.0, call_s: float = 30.0, first_call_s: float = 15.0
+) -> Iterator[GatewayUnderTest]:
+    """A gateway in this process with short timeouts."""
     port = free_port()
 
     async def run() -> None:
@@ -251,13 +251,13 @@ def impatient(
                 client,
                 f"{HOST}:{superlink.port}",
                 Roster(tls / "nodes"),
-                places=Places(stranger_s),
+                slots=ConnectionSlots(first_call_s),
                 idle_s=idle_s,
                 call_s=call_s,
                 limits={**BODY_LIMITS, PUSH_OBJECT: LIMIT_MIB * MIB},
             )
             certificate = Certificate(tls / "server.crt", tls / "server.key")
-            server = listener(app, HOST, port, certificate, app.places, Complaints(LOG))
+            server = listener(app, HOST, port, certificate, app.slots, RateLimitedLog(LOG))
             server.config.timeout_keep_alive = 1
             servers.append(server)
             await server.serve()
@@ -267,7 +267,7 @@ def impatient(
     thread.start()
     until(lambda: listens(port))
     try:
-        yield Door(port, tls, Path(os.devnull), superlink)
+        yield GatewayUnderTest(port, tls, Path(os.devnull), superlink)
     finally:
         servers[0].should_exit = servers[0].force_exit = True
         thread.join(10)

@@ -1,4 +1,4 @@
-"""The way to a server through a proxy, over real sockets, asked as the client's own connection asks it."""
+"""The connection check through a proxy, over real sockets."""
 
 import socket
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from fedamole.cli.main import app
 from fedamole.deployment import connection_check as reach_module
-from fedamole.deployment.connection_check import on_this_machine, reach
+from fedamole.deployment.connection_check import check_connection, is_loopback
 from fedamole.deployment.security.certificates import make_certificates
 from tests.deployment.proxy import Gateway, Proxy, listening
 
@@ -38,8 +38,8 @@ def gateway(certs: Path) -> Iterator[Gateway]:
 
 
 def found(certs: Path, server: str = f"{HOST}:9092") -> tuple[str, list[str], list[str]]:
-    """What is said where nothing is wrong; texts; remedies. The password stands in none of them."""
-    fine, faults = reach(server, certs / "ca.crt")
+    """The text for success, the problems and the remedies; asserts that none contains the password."""
+    fine, faults = check_connection(server, certs / "ca.crt")
     told = [fine, *(fault.text for fault in faults), *(fault.remedy for fault in faults)]
     assert not any(word in text for text in told for word in (PASSWORD, "p%40ss", "secret-user")), told
     return fine, [fault.text for fault in faults], [fault.remedy for fault in faults]
@@ -56,7 +56,7 @@ def test_through_a_proxy_with_a_password(certs: Path, gateway: Gateway, monkeypa
         for url in (f"http://localhost:{proxy.port}", f"http://secret-user:wrong@localhost:{proxy.port}"):
             monkeypatch.setenv("HTTPS_PROXY", url)
             _, faults, remedies = found(certs)
-            assert "asks for a user name and password, or does not accept those given (407)" in faults[0]
+            assert "requires a user name and password, or rejects the given ones (407)" in faults[0]
             assert "http://USER:PASSWORD@HOST:PORT" in remedies[0]
 
 
@@ -83,7 +83,7 @@ def test_loopback_never_goes_to_a_proxy(certs: Path, gateway: Gateway, monkeypat
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
     for host in ("localhost", "127.0.0.1"):
         assert found(certs, f"{host}:{gateway.port}")[1] == []
-    assert [on_this_machine(host) for host in ("::1", "127.9.9.9", "LOCALHOST", "10.0.0.1", HOST)] == [
+    assert [is_loopback(host) for host in ("::1", "127.9.9.9", "LOCALHOST", "10.0.0.1", HOST)] == [
         True,
         True,
         True,
@@ -124,15 +124,15 @@ def test_a_proxy_that_opens_tls(certs: Path, tmp_path: Path, monkeypatch: pytest
     with listening(proxy, inspector):
         monkeypatch.setenv("HTTPS_PROXY", f"http://localhost:{proxy.port}")
         _, faults, remedies = found(certs)
-        assert f"the proxy localhost:{proxy.port} opens TLS itself" in faults[0]
-        assert "pass this server through unopened" in remedies[0]
+        assert f"the proxy localhost:{proxy.port} intercepts TLS" in faults[0]
+        assert "not to intercept this server" in remedies[0]
 
 
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "does not answer as an HTTP proxy"),
-        (b"", "does not answer as an HTTP proxy"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "is not an HTTP proxy"),
+        (b"", "is not an HTTP proxy"),
         (b"HTTP/1.1 200 OK\r\n\r\nrubbish that is no TLS", "TLS fails"),
     ],
 )
@@ -144,16 +144,16 @@ def test_a_port_that_is_no_proxy(certs: Path, monkeypatch: pytest.MonkeyPatch, a
 
 
 def test_a_server_that_is_not_there_behind_a_proxy_that_is_silent(certs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reach_module, "PATIENCE", 0.3)
+    monkeypatch.setattr(reach_module, "TIMEOUT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("HTTPS_PROXY", f"http://localhost:{silent.getsockname()[1]}")
-        assert "does not answer as an HTTP proxy" in found(certs)[1][0]
+        assert "is not an HTTP proxy" in found(certs)[1][0]
 
 
 @pytest.mark.parametrize("url", ["ftp://u:p%40ssword@proxy:1", "http://u:p@ss@[::1"])
 def test_a_proxy_that_cannot_be_meant(certs: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("HTTPS_PROXY", url)
-    assert found(certs)[1] == ["the proxy in HTTPS_PROXY or ALL_PROXY cannot be used"]
+    assert found(certs)[1] == ["the proxy setting in HTTPS_PROXY or ALL_PROXY is invalid"]
 
 
 def test_the_command_line_prints_no_password(certs: Path, gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
