@@ -28,7 +28,7 @@ from fedamole.federation.record import pack, unpack
 from fedamole.federation.worker import UpdateResult
 from fedamole.methods import METHODS
 from fedamole.model.bank import Bank
-from fedamole.model.batch import Row
+from fedamole.model.batch import TokenPair
 from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.params import Adapter, expert_ids
 from fedamole.runs.run_folder import RunFolder
@@ -61,7 +61,7 @@ class Shop:
     def client(self, name: str, round_: int = 0) -> Client:
         data, base = self.prepared.clients[name], self.prepared.base
 
-        def rows(most: int, purpose: str) -> list[Row]:
+        def rows(most: int, purpose: str) -> list[TokenPair]:
             return drawn(data.embedding.pairs(), most, self.seed, purpose, name)
 
         def losses(adapters: Sequence[Adapter], most: int) -> list[float]:

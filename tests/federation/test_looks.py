@@ -1,13 +1,13 @@
 """Which examples a look reads, and how they are counted."""
 
 from fedamole.federation.looks import Looks, count_tokens, drawn
-from fedamole.model.batch import Row
+from fedamole.model.batch import TokenPair
 
-ROWS: list[Row] = [((place,), (place // 10, 0)) for place in range(100)]
+ROWS: list[TokenPair] = [((place,), (place // 10, 0)) for place in range(100)]
 """Ten labels of ten rows each, sorted by label, as some data sets are."""
 
 
-def labels(rows: list[Row]) -> set[int]:
+def labels(rows: list[TokenPair]) -> set[int]:
     return {row[1][0] for row in rows}
 
 
@@ -35,7 +35,7 @@ def test_fewer_rows_than_asked_for_are_all_read() -> None:
 
 def test_rows_and_tokens_are_counted() -> None:
     """3 + 5 tokens; once, then under two adapters."""
-    rows: list[Row] = [((1, 2), (0,)), ((1, 2, 3), (4, 0))]
+    rows: list[TokenPair] = [((1, 2), (0,)), ((1, 2, 3), (4, 0))]
     looks = Looks()
     looks.add(rows)
     assert (looks.examples, looks.tokens) == (2, 8)

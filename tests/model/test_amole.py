@@ -45,13 +45,13 @@ def inputs(d_in: int, d_out: int, seed: int = 1, dtype: torch.dtype = torch.floa
 
 
 def by_definition(
-    x: Tensor, base_out: Tensor, tensors: dict[str, Tensor], n: int, s: AdapterSpec, counted: Tensor
+    x: Tensor, base_out: Tensor, tensors: dict[str, Tensor], n: int, s: AdapterSpec, not_padding: Tensor
 ) -> tuple[Tensor, Tensor]:
     """y and the balance loss as algorithm.md has them, one token and one expert at a time."""
     shared_a, shared_b = (tensors[key] for key in shared_keys(M))
     experts = [tuple(tensors[key] for key in expert_keys(M, i)) for i in range(n)]
     ys, total, times = [], [torch.zeros((), dtype=x.dtype)] * n, [0] * n
-    for token, out, counts in zip(x.flatten(0, 1), base_out.flatten(0, 1), counted, strict=True):
+    for token, out, counts in zip(x.flatten(0, 1), base_out.flatten(0, 1), not_padding, strict=True):
         y = out + s.alpha / s.rank * (shared_b @ (shared_a @ token))
         if n:
             t = tensors[router_key(M)] @ token
@@ -65,7 +65,7 @@ def by_definition(
                 total = [so_far + value for so_far, value in zip(total, p, strict=True)]
                 times = [time + (i in chosen) for i, time in enumerate(times)]
         ys.append(y)
-    tokens = int(counted.sum())
+    tokens = int(not_padding.sum())
     balance = sum(n * (times[i] / (tokens * s.top_k)) * (total[i] / tokens) for i in range(n))
     return torch.stack(ys).view_as(base_out), torch.as_tensor(balance)
 
@@ -79,11 +79,11 @@ def test_equals_the_definition(n: int, top_k: int, shape: tuple[int, int, int]) 
     rank, d_in, d_out = shape
     s, tensors = spec(rank=rank, top_k=top_k), drawn(n, rank, d_in, d_out)
     x, base_out, pull = inputs(d_in, d_out)
-    counted = torch.tensor([True, True, False, True, True, False])
-    wanted_y, wanted_balance = by_definition(x, base_out, tensors, n, s, counted)
+    not_padding = torch.tensor([True, True, False, True, True, False])
+    wanted_y, wanted_balance = by_definition(x, base_out, tensors, n, s, not_padding)
     y, routing = amole_linear(x, base_out, *stack(tensors, M, list(range(n))), s)
     assert routing is not None
-    balance = balance_loss(routing, counted).squeeze(0)
+    balance = balance_loss(routing, not_padding).squeeze(0)
     torch.testing.assert_close(y, wanted_y, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(balance, wanted_balance, rtol=1e-10, atol=1e-10)
     leaves = [x, *tensors.values()]
@@ -164,11 +164,11 @@ def test_balance_loss_is_1_when_balanced_and_n_when_collapsed() -> None:
     n = 4
     fits = 3 * torch.eye(n, dtype=torch.float64)
     one = torch.ones(n, 1, dtype=torch.float64)
-    counted = torch.ones(n, dtype=torch.bool)
-    assert balance_loss(route(one, fits.unsqueeze(2), 1), counted).item() == pytest.approx(1, abs=1e-12)
+    not_padding = torch.ones(n, dtype=torch.bool)
+    assert balance_loss(route(one, fits.unsqueeze(2), 1), not_padding).item() == pytest.approx(1, abs=1e-12)
     fits = torch.zeros(n, n, dtype=torch.float64)
     fits[:, 2] = 800.0
-    assert balance_loss(route(one, fits.unsqueeze(2), 1), counted).item() == pytest.approx(n, abs=1e-12)
+    assert balance_loss(route(one, fits.unsqueeze(2), 1), not_padding).item() == pytest.approx(n, abs=1e-12)
 
 
 def test_no_gradient_flows_through_the_share_of_routed_tokens() -> None:
@@ -183,16 +183,16 @@ def test_no_gradient_flows_through_the_share_of_routed_tokens() -> None:
 def test_padded_tokens_change_nothing() -> None:
     n, s, tensors = 4, spec(), drawn(4, 2, 5, 7)
     x, base_out, _ = inputs(5, 7)
-    counted = torch.tensor([True, True, False, True, False, False])
+    not_padding = torch.tensor([True, True, False, True, False, False])
     other = x.detach().clone()
-    other.view(6, 5)[~counted] = 9.0
+    other.view(6, 5)[~not_padding] = 9.0
 
     def measured(rows: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         y, routing = amole_linear(rows, base_out, *stack(tensors, M, list(range(n))), s)
         assert routing is not None
-        balance = balance_loss(routing, counted)
+        balance = balance_loss(routing, not_padding)
         routed = [tensors[router_key(M)], *(tensors[expert_keys(M, i)[0]] for i in range(n))]
-        return y.flatten(0, 1)[counted], balance, torch.autograd.grad(balance, routed)
+        return y.flatten(0, 1)[not_padding], balance, torch.autograd.grad(balance, routed)
 
     torch.testing.assert_close(measured(x), measured(other), rtol=0, atol=1e-14)
     assert measured(x)[2][0].abs().max() > 0

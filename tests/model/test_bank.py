@@ -34,8 +34,8 @@ from .conftest import ARCHITECTURES
 
 every_architecture = pytest.mark.parametrize("kind", ARCHITECTURES)
 
-Row = tuple[Sequence[int], Sequence[int]]
-ROWS: list[Row] = [
+TokenPair = tuple[Sequence[int], Sequence[int]]
+ROWS: list[TokenPair] = [
     ((5, 9, 40, 33, 60, 12, 77, 8, 101, 14), (200, 31, 0)),
     ((5, 11), (90, 0)),
     ((5, 66, 67, 68, 69, 70, 71, 72), (19, 20, 21, 22, 23, 0)),
@@ -63,14 +63,14 @@ def random_adapter(shapes: Shapes, experts: int = 3, dtype: torch.dtype = torch.
     return Adapter(settings, {name: tensor.to(dtype) for name, tensor in tensors.items()})
 
 
-def measure(bank: Bank, rows: Sequence[Row], seed: int | None = None, pad: int = 1) -> dict[str, Any]:
+def measure(bank: Bank, rows: Sequence[TokenPair], seed: int | None = None, pad: int = 1) -> dict[str, Any]:
     """Logits, answer losses, balance losses and the gradients of losses + balance of the loaded adapter."""
     batch = collate([rows], pad, seeds=None if seed is None else [seed])
-    whole = replace(batch, predicting=torch.arange(batch.ids.numel()))
+    whole = replace(batch, logit_indices=torch.arange(batch.ids.numel()))
     found: list[Tensor] = []
     with bank.reading(whole, balance=found) as flat:
         logits = flat.unflatten(0, batch.ids.shape)
-        losses = token_losses(flat[batch.predicting], batch.labels)
+        losses = token_losses(flat[batch.logit_indices], batch.labels)
         balance = torch.cat(found or [torch.zeros(1)])
         forwards = len(found)
         parameters = bank.parameters()
@@ -292,7 +292,7 @@ def test_the_balance_loss_is_that_of_the_counted_tokens_of_each_module(open_bank
 
     def read(layer: Any, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         tensors = stack(adapter.tensors, layer.name, layer.loaded.experts[0])
-        rows = inputs[0].flatten(0, 1)[batch.counted]
+        rows = inputs[0].flatten(0, 1)[batch.not_padding]
         _, routing = amole_linear(rows, layer.base_layer(rows), *tensors, lora_spec(adapter.spec))
         assert routing is not None
         wanted.append(balance_loss(routing))

@@ -13,9 +13,9 @@ from fedamole.errors import ConfigError
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base
-from fedamole.model.batch import Row, collate, token_losses
+from fedamole.model.batch import TokenPair, collate, token_losses
 from fedamole.model.params import Adapter, expert_ids, new_pool, new_shared, router_key, shared_keys, unstack
-from fedamole.model.segments import totals
+from fedamole.model.segments import segment_sum
 
 RANK = 2
 CLIENTS = 4
@@ -48,9 +48,9 @@ def adapters(base: Base, kind: str = "mixture", **fields: object) -> list[Adapte
     return found
 
 
-def texts(even: bool) -> list[list[Row]]:
+def texts(even: bool) -> list[list[TokenPair]]:
     """Rows of each client; even ones are packed as many tokens for each."""
-    draw, found = torch.Generator().manual_seed(9), list[list[Row]]()
+    draw, found = torch.Generator().manual_seed(9), list[list[TokenPair]]()
     for client in range(CLIENTS):
         sizes = [(7, 3)] * 2 if even else [(2 + 5 * place + client, 1 + place) for place in range(1 + client % 3)]
         ids = [torch.randint(2, 300, (sum(size),), generator=draw).tolist() for size in sizes]
@@ -72,13 +72,15 @@ Found = tuple[Tensor, Tensor, dict[str, Tensor]]
 """A client's answer logits, balance losses by module, and gradients by name."""
 
 
-def measured(bank: Bank, rows: Sequence[Sequence[Row]], seeds: Sequence[int], first: int, packed: bool) -> list[Found]:
+def measured(
+    bank: Bank, rows: Sequence[Sequence[TokenPair]], seeds: Sequence[int], first: int, packed: bool
+) -> list[Found]:
     """What the clients `first` .. of a loaded bank compute on their rows, and the gradients of their losses."""
     last = first + len(rows)
     bank.window(first, last)
     batch, balance = collate(rows, 1, packed, seeds), list[Tensor]()
     with bank.reading(batch, balance=balance) as logits:
-        losses = totals(token_losses(logits, batch.labels), batch.answers) / batch.answers.counts
+        losses = segment_sum(token_losses(logits, batch.labels), batch.answers) / batch.answers.counts
         by_module = torch.stack(balance or [torch.zeros(len(rows), dtype=torch.float64)])
         gradients = torch.autograd.grad((losses + by_module.sum(0)).sum(), bank.parameters())
     by_client = logits.detach().split(batch.answers.lengths)

@@ -15,15 +15,15 @@ from fedamole.evaluation.likelihood import mean_losses, option_losses
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base
-from fedamole.model.batch import Ids, Row, collate, token_losses
+from fedamole.model.batch import Ids, TokenPair, collate, token_losses
 from fedamole.model.mixer import mixed, mixer_linear
 from fedamole.model.params import OWN, REFERENCES, Adapter, delta_key, expert_keys, mixer_key, new_shared, shared_keys
 from fedamole.model.pretrained import load_adapter, save_adapter
-from fedamole.model.segments import Shares
+from fedamole.model.segments import Segments
 
 R, D_IN, D_OUT = 2, 5, 4
 SPEC = AdapterSpec(rank=R, alpha=6.0, dropout=0.0, router="mixer", balance_weight=0.0)
-ROWS: list[list[Row]] = [[((5, 9, 30), (7, 0)), ((8, 2), (41, 12, 0))], [((50, 19, 3), (17, 22, 0))]]
+ROWS: list[list[TokenPair]] = [[((5, 9, 30), (7, 0)), ((8, 2), (41, 12, 0))], [((50, 19, 3), (17, 22, 0))]]
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:
@@ -69,7 +69,7 @@ def test_equals_a_loop_and_so_do_the_gradients(n: int, logits: int, own: int | N
         else:
             down, up = torch.cat([w, *a])[None], torch.cat([part.T for part in b])[None]
             one_hot = None if own is None else torch.eye(n, dtype=torch.float64)[own][None]
-            y = mixer_linear(x, base_out, down, up, SPEC, None, Shares((7,)), one_hot)
+            y = mixer_linear(x, base_out, down, up, SPEC, None, Segments((7,)), one_hot)
         (y**2).sum().backward()
         results.append([y.detach(), *(leaf.grad for leaf in (w, *rest))])
     for mine, theirs in zip(*results, strict=True):
@@ -126,7 +126,7 @@ KINDS: dict[str, Callable[[Base, int], Adapter]] = {
 }
 
 
-def logits_of(bank: Bank, adapters: list[Adapter], rows: list[list[Row]], packed: bool) -> torch.Tensor:
+def logits_of(bank: Bank, adapters: list[Adapter], rows: list[list[TokenPair]], packed: bool) -> torch.Tensor:
     bank.load(adapters)
     with torch.no_grad(), bank.reading(collate(rows, bank.base.pad_id, packed)) as logits:
         return logits.clone()
@@ -234,7 +234,7 @@ def test_each_client_is_weighted_by_its_own(kind: str, lengths: tuple[int, ...])
         else:
             one_hot = torch.eye(n, dtype=torch.float64)[list(own)] if kind == "own" else None
             given = gates if kind == "gates" else None
-            y = mixer_linear(x, base_out, down, up, SPEC, None, Shares(lengths), one_hot, given)
+            y = mixer_linear(x, base_out, down, up, SPEC, None, Segments(lengths), one_hot, given)
         (y**2).sum().backward()
         results.append([y.detach(), x.grad, down.grad, up.grad])
     for mine, theirs in zip(*results, strict=True):
@@ -250,7 +250,7 @@ def test_experts_see_dropped_inputs_the_mixer_all_of_them() -> None:
     def drop(values: torch.Tensor) -> torch.Tensor:
         return values * torch.tensor([0.0, 1.0])
 
-    y = mixer_linear(x, torch.zeros(1, 1), torch.cat([w, a])[None], b[None], spec, drop, Shares((1,)))
+    y = mixer_linear(x, torch.zeros(1, 1), torch.cat([w, a])[None], b[None], spec, drop, Segments((1,)))
     assert y.item() == pytest.approx(2 * (0.75 * 1 + 0.25 * 2))  # weights 3 : 1
 
 

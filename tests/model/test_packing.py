@@ -13,25 +13,25 @@ from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, BaseSettings, load_base
-from fedamole.model.batch import Row, collate, token_losses
+from fedamole.model.batch import TokenPair, collate, token_losses
 from fedamole.model.packing import ATTENTION, packed_attention
-from fedamole.model.segments import Shares
+from fedamole.model.segments import Segments
 from tests.training import alone
 
 from .conftest import ARCHITECTURES, mixture, write_model, write_tokenizer
 
-ROWS: list[Row] = [
+ROWS: list[TokenPair] = [
     ((5, 9, 40, 33, 60, 12, 77, 8, 101, 14), (200, 31, 0)),
     ((5, 11), (90, 0)),
     ((5, 66, 67, 68, 69), (19, 20, 0)),
 ]
 """13, 4 and 8 tokens; the first is longer than Gemma 3's window of 8."""
-EVEN: list[Row] = [((5, place, 9, 8, 7, 6, 5, 4, 3), (place, 0)) for place in range(10, 14)]
+EVEN: list[TokenPair] = [((5, place, 9, 8, 7, 6, 5, 4, 3), (place, 0)) for place in range(10, 14)]
 
 
 @pytest.mark.parametrize("rows", [ROWS, EVEN, ROWS[:1]], ids=["ragged", "even", "single"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_packed_logits_equal_separate_forwards(base: Callable[..., Base], kind: str, rows: list[Row]) -> None:
+def test_packed_logits_equal_separate_forwards(base: Callable[..., Base], kind: str, rows: list[TokenPair]) -> None:
     """The base's own attention on each sequence by itself, in float64; all but GPT-2 group their heads."""
     bank = Bank(base(kind))
     bank.base.model.double()
@@ -52,7 +52,7 @@ def test_packed_logits_equal_separate_forwards(base: Callable[..., Base], kind: 
 @pytest.mark.parametrize("rows", [ROWS, EVEN], ids=["ragged", "even"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_packed_rows_equal_padded_ones(
-    base: Callable[..., Base], kind: str, rows: list[Row], checkpointing: bool
+    base: Callable[..., Base], kind: str, rows: list[TokenPair], checkpointing: bool
 ) -> None:
     """Two clients; losses, balance losses and gradients, in float64 (norms of Llama's family compute in float32)."""
     bank = Bank(base(kind, gradient_checkpointing=checkpointing))
@@ -90,7 +90,7 @@ def attend(lengths: tuple[int, ...] | None, **options: Any) -> torch.Tensor:
     draw = torch.Generator().manual_seed(0)
     rows = 6 if lengths is None else sum(lengths)
     q, k, v = (torch.randn(1, heads, rows, 4, dtype=torch.float64, generator=draw) for heads in (4, 2, 2))
-    mask, sequences = options.pop("attention_mask", None), None if lengths is None else Shares(lengths)
+    mask, sequences = options.pop("attention_mask", None), None if lengths is None else Segments(lengths)
     out, weights = packed_attention(torch.nn.Module(), q, k, v, mask, sequences=sequences, **options)
     assert weights is None
     return out

@@ -21,7 +21,7 @@ from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base
-from fedamole.model.batch import Ids, Row, collate, token_losses
+from fedamole.model.batch import Ids, TokenPair, collate, token_losses
 from fedamole.model.params import Adapter
 from fedamole.model.pretrained import load_adapter, save_adapter
 from fedamole.model.prompt import MLP, PROMPT, PromptSpec, new_prompt, plain_prompt
@@ -29,7 +29,11 @@ from tests.training import alone
 
 from .conftest import mixture
 
-ROWS: list[Row] = [((5, 9, 40, 33, 60, 12, 77, 8), (200, 31, 0)), ((11,), (90, 0)), ((5, 66, 67), (19, 20, 21, 22, 0))]
+ROWS: list[TokenPair] = [
+    ((5, 9, 40, 33, 60, 12, 77, 8), (200, 31, 0)),
+    ((11,), (90, 0)),
+    ((5, 66, 67), (19, 20, 21, 22, 0)),
+]
 """(prompt, answer) of three lengths."""
 OPTIONS: tuple[Ids, ...] = ((20, 21, 0), (20, 22, 0), (20, 0), (7, 0))
 
@@ -75,12 +79,12 @@ def answers_of(logits: torch.Tensor, prompt: Ids, answer: Ids, before: int) -> t
     return logits[end - len(answer) : end]
 
 
-def of_bank(bank: Bank, clients: Sequence[Sequence[Row]], packed: bool) -> torch.Tensor:
+def of_bank(bank: Bank, clients: Sequence[Sequence[TokenPair]], packed: bool) -> torch.Tensor:
     with bank.reading(collate(bank.prefixed(clients), bank.base.pad_id, packed)) as logits:
         return logits
 
 
-def of_peft(model: PeftModel, rows: Sequence[Row], tokens: int = 3) -> torch.Tensor:
+def of_peft(model: PeftModel, rows: Sequence[TokenPair], tokens: int = 3) -> torch.Tensor:
     whole = [model(input_ids=torch.tensor([[*p, *a]])).logits[0] for p, a in rows]
     assert all(len(logits) == tokens + len(p) + len(a) for logits, (p, a) in zip(whole, rows, strict=True))
     return torch.cat([answers_of(logits, p, a, tokens) for logits, (p, a) in zip(whole, rows, strict=True)])

@@ -8,7 +8,7 @@ import torch
 from fedamole.evaluation.likelihood import by_client, by_length
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, pad_left
-from fedamole.model.segments import Shares
+from fedamole.model.segments import Segments
 
 
 def generate_answers(
@@ -42,7 +42,7 @@ def generate_answers(
                 use_cache=way.caches,
             )
             gates = bank.gates(by_client([prompts[i] for i in indices], amounts))
-            with bank.recording(shares=Shares(amounts, base.device), gates=gates):
+            with bank.recording(segments=Segments(amounts, base.device), gates=gates):
                 out = base.model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
             texts = base.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
             for i, text in zip(indices, texts, strict=True):

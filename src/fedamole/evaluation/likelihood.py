@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from fedamole.model.bank import Bank
-from fedamole.model.batch import Ids, Row, batches, collate, pad_left, token_losses
-from fedamole.model.segments import Shares, totals
+from fedamole.model.batch import Ids, TokenPair, batches, collate, pad_left, token_losses
+from fedamole.model.segments import Segments, segment_sum
 
 LOGITS_AT_ONCE = 2**26
 """Numbers of logits turned into log-probabilities at a time."""
 
 
-def mean_losses(bank: Bank, clients: Sequence[Sequence[Row]], batch_tokens: int) -> list[float]:
+def mean_losses(bank: Bank, clients: Sequence[Sequence[TokenPair]], batch_tokens: int) -> list[float]:
     """Mean loss per answer token, in nats, of each client's rows under its loaded adapter (or the bare base)."""
     bank.window(0, bank.clients)
     total = torch.zeros(len(clients), dtype=torch.float64)
@@ -28,7 +28,7 @@ def mean_losses(bank: Bank, clients: Sequence[Sequence[Row]], batch_tokens: int)
         for batch in batches(bank.prefixed(clients), bank.base.pad_id, bank.packs, batch_tokens):
             batch = batch.to(bank.base.device)
             with bank.reading(batch) as logits:
-                total += totals(token_losses(logits, batch.labels).double(), batch.answers).cpu()
+                total += segment_sum(token_losses(logits, batch.labels).double(), batch.answers).cpu()
             counts += torch.tensor(batch.answers.lengths)
     means: list[float] = (total / counts).tolist()
     return means
@@ -114,10 +114,10 @@ def option_losses(
 
 def _tree_losses(bank: Bank, amounts: list[int], prompts: Sequence[Ids], trees: Sequence[Tree]) -> list[list[float]]:
     """One pass over the prompts, padded on the left so that all end at the same place, and one over their trees."""
-    base, shares = bank.base, Shares(tuple(amounts), bank.base.device)
+    base, segments = bank.base, Segments(tuple(amounts), bank.base.device)
     ids, mask = pad_left(prompts, base.pad_id, base.device)
     gates = bank.gates(by_client(prompts, amounts))
-    with bank.recording(shares=shares, gates=gates):
+    with bank.recording(segments=segments, gates=gates):
         out = base.model(
             input_ids=ids,
             attention_mask=mask,
@@ -137,7 +137,7 @@ def _tree_losses(bank: Bank, amounts: list[int], prompts: Sequence[Ids], trees: 
     tokens = torch.tensor([token for tree in trees for token in tree.tokens])
     gained[nodes[0]] = _log_probabilities(out.logits[:, -1], sources[0], tokens[nodes[0]])
     if nodes[1]:
-        logits = _tree_logits(bank, shares, gates, mask, trees, out.past_key_values)
+        logits = _tree_logits(bank, segments, gates, mask, trees, out.past_key_values)
         gained[nodes[1]] = _log_probabilities(logits, sources[1], tokens[nodes[1]])
     return [
         [-float(gained[start : start + len(tree.tokens)][path].mean()) for path in tree.paths]
@@ -146,7 +146,7 @@ def _tree_losses(bank: Bank, amounts: list[int], prompts: Sequence[Ids], trees: 
 
 
 def _tree_logits(
-    bank: Bank, shares: Shares, gates: Tensor | None, mask: Tensor, trees: Sequence[Tree], cache: object
+    bank: Bank, segments: Segments, gates: Tensor | None, mask: Tensor, trees: Sequence[Tree], cache: object
 ) -> Tensor:
     """Logits (K, V) of all inner nodes of all trees, which go on from the cached prompts; mask (B, L) of prompts."""
     base, width = bank.base, max(tree.inner for tree in trees)
@@ -164,7 +164,7 @@ def _tree_logits(
     additive = torch.zeros(visible.shape, dtype=dtype, device=base.device)
     additive.masked_fill_(~visible, torch.finfo(dtype).min)
     wanted = inside.flatten().nonzero().squeeze(1).to(base.device)
-    with bank.recording(shares=shares, gates=gates, predicting=wanted):
+    with bank.recording(segments=segments, gates=gates, logit_indices=wanted):
         logits: Tensor = base.model(
             input_ids=ids.to(base.device),
             attention_mask=additive,
@@ -195,7 +195,7 @@ def _plain_losses(
         at_once = max(1, batch_tokens // (len(prompt) + max(map(len, tree.options))))
         for start in range(0, len(tree.options), at_once):
             options = tree.options[start : start + at_once]
-            rows: list[list[Row]] = [[] for _ in amounts]
+            rows: list[list[TokenPair]] = [[] for _ in amounts]
             rows[owner] = [(prompt, option) for option in options]
             batch = collate(rows, bank.base.pad_id, bank.packs).to(bank.base.device)
             with bank.reading(batch) as logits:

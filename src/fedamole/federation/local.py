@@ -18,10 +18,10 @@ from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.randomness import derived_seed, torch_generator
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
-from fedamole.model.batch import Row, batches, collate, token_losses
+from fedamole.model.batch import TokenPair, batches, collate, token_losses
 from fedamole.model.layers import EmbeddingSum, MeanEmbeddings
 from fedamole.model.memory import out_of_memory, release_memory
-from fedamole.model.segments import totals
+from fedamole.model.segments import segment_sum
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class LocalTask:
 
     client: str
     fit: TrainingRequest
-    rows: Sequence[Row]
+    rows: Sequence[TokenPair]
     learning_rate: float
     """Adam's learning rate in this round."""
     done: float = 0.0
@@ -184,7 +184,7 @@ class _Group:
             self.bank.weights[:active].mul_(self.decay[:active])
         self.optimiser.step()
 
-    def _backward(self, step: int, parts: list[list[list[Row]]], first: int, last: int) -> None:
+    def _backward(self, step: int, parts: list[list[list[TokenPair]]], first: int, last: int) -> None:
         """Add the gradients of the clients `first` .. `last` - 1, in as many passes as device and speed ask for."""
         for begin, end in self._windows(parts[0], first, last):
             before = self.loss[begin:end].clone()
@@ -203,7 +203,7 @@ class _Group:
             self.loss[begin:end] = before
             self._backward(step, parts, begin, end)
 
-    def _windows(self, rows: list[list[Row]], first: int, last: int) -> Iterator[tuple[int, int]]:
+    def _windows(self, rows: list[list[TokenPair]], first: int, last: int) -> Iterator[tuple[int, int]]:
         """Cut the clients at work into runs that are worth one pass together."""
         most = TOKENS_AT_ONCE if self.bank.base.device.type == "cpu" else None
         begin, tokens = first, 0
@@ -216,7 +216,7 @@ class _Group:
             tokens += more
         yield begin, last
 
-    def _pass(self, step: int, part: int, rows: list[list[Row]], begin: int, end: int) -> None:
+    def _pass(self, step: int, part: int, rows: list[list[TokenPair]], begin: int, end: int) -> None:
         """One forward and backward pass of some clients."""
         bank, names = self.bank, [task.client for task in self.tasks[begin:end]]
         first, seeds = self.tasks[begin].fit, None
@@ -227,7 +227,7 @@ class _Group:
         balance: list[Tensor] | None = [] if spec.balance_weight else None
         bank.window(begin, end)
         with bank.reading(batch, balance=balance) as logits:
-            losses = totals(token_losses(logits, batch.labels), batch.answers) / batch.answers.counts
+            losses = segment_sum(token_losses(logits, batch.labels), batch.answers) / batch.answers.counts
             total = losses + spec.balance_weight * torch.stack(balance).sum(0) if balance else losses
             if first.tail_weight:
                 total = total + first.tail_weight * bank.tail_norms(first.tail)
@@ -264,7 +264,7 @@ class _Group:
         ]
 
 
-def embed(bank: Bank, clients: Sequence[Sequence[Row]], most_tokens: int) -> list[dict[str, MeanEmbeddings]]:
+def embed(bank: Bank, clients: Sequence[Sequence[TokenPair]], most_tokens: int) -> list[dict[str, MeanEmbeddings]]:
     """Mean router embeddings of the loaded adapters over all tokens of each client's rows (step 3 of a round).
 
     At most `most_tokens` tokens are read at a time.
@@ -279,7 +279,9 @@ def embed(bank: Bank, clients: Sequence[Sequence[Row]], most_tokens: int) -> lis
     return bank.mean_embeddings(found, tokens)
 
 
-def _batches(rows: Sequence[Row], settings: TrainingSettings, generator: torch.Generator) -> Iterator[list[Row]]:
+def _batches(
+    rows: Sequence[TokenPair], settings: TrainingSettings, generator: torch.Generator
+) -> Iterator[list[TokenPair]]:
     """Endless batches: every row once per pass, a new order each pass, passes joined without a short batch."""
 
     def order() -> Iterator[int]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedamole.federation.randomness import numpy_generator
-from fedamole.model.batch import Row
+from fedamole.model.batch import TokenPair
 
 
 @dataclass
@@ -15,18 +15,18 @@ class Looks:
     tokens: int = 0
     """Tokens without padding."""
 
-    def add(self, rows: Sequence[Row], times: int = 1) -> None:
+    def add(self, rows: Sequence[TokenPair], times: int = 1) -> None:
         """Count rows that are read in `times` forward passes each."""
         self.examples += len(rows) * times
         self.tokens += count_tokens(rows) * times
 
 
-def count_tokens(rows: Sequence[Row]) -> int:
+def count_tokens(rows: Sequence[TokenPair]) -> int:
     """Tokens of prompts and answers together, without padding."""
     return sum(len(prompt) + len(answer) for prompt, answer in rows)
 
 
-def drawn(rows: Sequence[Row], most: int, seed: int, purpose: str, client: str) -> list[Row]:
+def drawn(rows: Sequence[TokenPair], most: int, seed: int, purpose: str, client: str) -> list[TokenPair]:
     """At most `most` of a client's rows, in their order: a random draw, the same in every round of a run.
 
     The first rows of a file may all have one label.

@@ -26,7 +26,7 @@ from fedamole.federation.settings import TrainingSettings
 from fedamole.files import write_atomic
 from fedamole.model.adapter_files import check_fits
 from fedamole.model.bank import Bank
-from fedamole.model.batch import Row
+from fedamole.model.batch import TokenPair
 from fedamole.model.memory import peak_memory_mib, reset_peak_memory
 from fedamole.model.params import Adapter
 from fedamole.model.pretrained import load_adapter, save_adapter
@@ -48,7 +48,7 @@ class Split:
     rows: tuple[TokenRow, ...]
     examples: tuple[Example, ...]
 
-    def pairs(self) -> list[Row]:
+    def pairs(self) -> list[TokenPair]:
         """(prompt, answer) ids."""
         return [(row.prompt, row.answer) for row in self.rows]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedamole.errors import ConfigError
-from fedamole.model.segments import Shares, add_product, product, spread, totals
+from fedamole.model.segments import Segments, add_product, expand, product, segment_sum
 
 Drop = Callable[[Tensor], Tensor]
 """Sets some values to zero, without scaling the others."""
@@ -88,25 +88,25 @@ def amole_linear(
     up: Tensor,
     spec: AdapterSpec,
     drop: Drop | None = None,
-    shares: Shares | None = None,
+    segments: Segments | None = None,
     absent: Tensor | None = None,
 ) -> tuple[Tensor, Routing | None]:
     """Add the routed mixture of experts to the output of a frozen linear.
 
     Shapes: x (..., d_in), base_out (..., d_out), down (C, (n+2) r, d_in) and up (C, (n+1) r, d_out) stacked as at the
-    top of this file. `shares` divides the T rows of x among the C clients (left out: one client, down and up without
+    top of this file. `segments` divides the T rows of x among the C clients (left out: one client, down and up without
     C), `absent` (C, n) of bool marks the room of experts that a client does not hold. The products run in the dtype of
     x, scores and their softmax in float32 or better; the values that `drop` leaves are scaled by 1 / (1 - dropout).
     Returns y (..., d_out) and, with at least one domain expert, how the tokens were routed. With fewer than `top_k`
     experts it is a ConfigError.
     """
     tokens, r = x.reshape(-1, x.shape[-1]), spec.rank
-    if shares is None:
-        shares, down, up = Shares((tokens.shape[0],), x.device), down.unsqueeze(0), up.unsqueeze(0)
+    if segments is None:
+        segments, down, up = Segments((tokens.shape[0],), x.device), down.unsqueeze(0), up.unsqueeze(0)
     down, up = down.to(x.dtype).transpose(1, 2), up.to(x.dtype)
     n, routing = up.shape[1] // r - 1, None
     if n == 0:
-        values = _values(tokens, None, down, spec, drop, shares)
+        values = _values(tokens, None, down, spec, drop, segments)
     else:
         if n < spec.top_k:
             raise ConfigError(
@@ -114,24 +114,24 @@ def amole_linear(
                 f"lower top_k to {n} or give every client at least {spec.top_k} experts (min_experts)"
             )
         apart = drop is not None and spec.dropout_kind == "exact"
-        clean = product(tokens, down[..., :-r] if apart else down, shares)
+        clean = product(tokens, down[..., :-r] if apart else down, segments)
         embeddings = clean[:, r : (n + 1) * r].unflatten(1, (n, r))
-        hidden = None if absent is None else spread(absent, shares)
+        hidden = None if absent is None else expand(absent, segments)
         routing = route(clean[:, :r], embeddings, spec.top_k, hidden)
-        values = _values(tokens, None if apart else clean[:, r:], down[..., r:], spec, drop, shares)
+        values = _values(tokens, None if apart else clean[:, r:], down[..., r:], spec, drop, segments)
         values = (values.unflatten(1, (n + 1, r)) * mixture_weights(routing).to(x.dtype).unsqueeze(-1)).flatten(1)
     scaling = spec.scaling if drop is None else spec.scaling / (1 - spec.dropout)
-    y = add_product(base_out.reshape(-1, up.shape[2]), values, up, shares, scaling)
+    y = add_product(base_out.reshape(-1, up.shape[2]), values, up, segments, scaling)
     return y.view(*x.shape[:-1], up.shape[2]), routing
 
 
 def _values(
-    tokens: Tensor, clean: Tensor | None, value_down: Tensor, spec: AdapterSpec, drop: Drop | None, shares: Shares
+    tokens: Tensor, clean: Tensor | None, value_down: Tensor, spec: AdapterSpec, drop: Drop | None, segments: Segments
 ) -> Tensor:
     """Rank-r activations of the experts, (T, (n+1) r), with dropout; `clean` is them without it, where known."""
     if drop is not None and spec.dropout_kind == "exact":
-        return product(drop(tokens), value_down, shares)
-    values = product(tokens, value_down, shares) if clean is None else clean
+        return product(drop(tokens), value_down, segments)
+    values = product(tokens, value_down, segments) if clean is None else clean
     return values if drop is None else drop(values)
 
 
@@ -157,21 +157,21 @@ def mixture_weights(routing: Routing) -> Tensor:
 
 
 def balance_loss(
-    routing: Routing, counted: Tensor | None = None, shares: Shares | None = None, held: Tensor | None = None
+    routing: Routing, not_padding: Tensor | None = None, segments: Segments | None = None, held: Tensor | None = None
 ) -> Tensor:
     """Load-balancing loss n * sum_i f_i P_i of one module for each client, (C), over its tokens that count.
 
-    `counted` (T) of bool marks the tokens that are not padding (left out: all), `held` (C) is the number n of domain
-    experts of each client; without `shares` there is one client that holds all. P_i is the mean of p_i, f_i the share
+    `not_padding` (T) of bool marks the tokens that count (left out: all), `held` (C) is the number n of domain
+    experts of each client; without `segments` there is one client that holds all. P_i is the mean of p_i, f_i the share
     of the routed (token, slot) pairs that went to expert i; no gradient flows through f. The value is 1 when both are
     even over the experts.
     """
     p = routing.probabilities
-    shares = Shares((p.shape[0],), p.device) if shares is None else shares
+    segments = Segments((p.shape[0],), p.device) if segments is None else segments
     routed = torch.zeros_like(p).scatter(1, routing.chosen, 1.0 / routing.chosen.shape[1]).detach()
-    tokens = shares.counts
-    if counted is not None:
-        weight = counted.to(p.dtype).unsqueeze(1)
-        p, routed, tokens = p * weight, routed * weight, totals(weight, shares).squeeze(1).clamp(min=1)
-    products = (totals(routed, shares) * totals(p, shares)).sum(1)
+    tokens = segments.counts
+    if not_padding is not None:
+        weight = not_padding.to(p.dtype).unsqueeze(1)
+        p, routed, tokens = p * weight, routed * weight, segment_sum(weight, segments).squeeze(1).clamp(min=1)
+    products = (segment_sum(routed, segments) * segment_sum(p, segments)).sum(1)
     return (p.shape[1] if held is None else held) * products / tokens**2

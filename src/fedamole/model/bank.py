@@ -15,7 +15,7 @@ from fedamole.errors import BaseModelError, ConfigError
 from fedamole.model import packing
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.base import Base
-from fedamole.model.batch import Batch, Ids, Row, collate
+from fedamole.model.batch import Batch, Ids, TokenPair, collate
 from fedamole.model.causality import near
 from fedamole.model.continuation import Continuation, continuation_of
 from fedamole.model.layers import BankLinear, BankPrompt, EmbeddingSum, Loaded, MeanEmbeddings, Tape
@@ -214,7 +214,7 @@ class Bank:
         ]
         return torch.stack(sums).sum(0)
 
-    def prefixed(self, clients: Sequence[Sequence[Row]]) -> list[list[Row]]:
+    def prefixed(self, clients: Sequence[Sequence[TokenPair]]) -> list[list[TokenPair]]:
         """(prompt, answer) rows with the loaded prompts' virtual tokens before each."""
         return [[(self.prefix(prompt), answer) for prompt, answer in rows] for rows in clients]
 
@@ -265,7 +265,12 @@ class Bank:
         """
         config = self.base.model.config.get_text_config()
         attention = config._attn_implementation
-        shared = {"shares": batch.shares, "counted": batch.counted, "keys": batch.keys, "predicting": batch.predicting}
+        shared = {
+            "segments": batch.segments,
+            "counted": batch.not_padding,
+            "keys": batch.dropout_keys,
+            "predicting": batch.logit_indices,
+        }
         options = {} if batch.sequences is None else {"position_ids": batch.positions, "sequences": batch.sequences}
         gates = None if "gates" in fields else self.gates(batch.prompts)
         if gates is not None:
@@ -280,9 +285,9 @@ class Bank:
 
     def _only_wanted(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Keep the output head from logits that nobody reads, the larger part of a prompt's cost on a small base."""
-        if self.tape.predicting is None:
+        if self.tape.logit_indices is None:
             return None
-        hidden = inputs[0].flatten(0, 1).index_select(0, self.tape.predicting)
+        hidden = inputs[0].flatten(0, 1).index_select(0, self.tape.logit_indices)
         if self.tape.hidden is not None:
             self.tape.hidden.append(hidden)
         return (hidden.unsqueeze(0),)

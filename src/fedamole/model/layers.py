@@ -13,20 +13,20 @@ from fedamole.model.amole import AdapterSpec, Drop, Routing, amole_linear, balan
 from fedamole.model.dropout import column_keys, dropped
 from fedamole.model.mixer import mixer_linear, mixer_weights
 from fedamole.model.prompt import PromptSpec, virtual_tokens
-from fedamole.model.segments import Shares, add_product, totals
+from fedamole.model.segments import Segments, add_product, segment_sum
 
 
 @dataclass
 class Tape:
     """What one forward pass tells the layers, and what they write down for it."""
 
-    shares: Shares | None = None
+    segments: Segments | None = None
     """Rows (of tokens, or of whole sequences) of each client; None where one client has all."""
-    counted: Tensor | None = None
+    not_padding: Tensor | None = None
     """(tokens) of bool: the tokens that are not padding; None where all count."""
     keys: Tensor | None = None
     """(tokens): keys of this step's dropout masks; None switches dropout off."""
-    predicting: Tensor | None = None
+    logit_indices: Tensor | None = None
     """(K): places whose logits are wanted; None = all."""
     balance: list[Tensor] | None = None
     """Balance losses (C) of the modules, appended in the forward pass; None when not wanted. Read it before the
@@ -112,10 +112,10 @@ class BankLinear(nn.Module):
         if self.loaded is None or not isinstance(self.spec, AdapterSpec):
             return base_out
         held, tokens = self.loaded, x.numel() // x.shape[-1]
-        shares = Shares((tokens,), x.device) if self.tape.shares is None else self.tape.shares.of(tokens)
+        segments = Segments((tokens,), x.device) if self.tape.segments is None else self.tape.segments.scaled_to(tokens)
         drop = self._drop() if self.tape.keys is not None and self.spec.dropout else None
         if held.delta is not None:
-            changed = add_product(base_out.flatten(0, -2), x.flatten(0, -2), held.delta.to(x.dtype), shares, 1.0)
+            changed = add_product(base_out.flatten(0, -2), x.flatten(0, -2), held.delta.to(x.dtype), segments, 1.0)
             base_out = changed.view_as(base_out)
         down, up = held.parts
         if self.spec.router != "embedding":
@@ -123,11 +123,11 @@ class BankLinear(nn.Module):
             if self.tape.weights is not None:
                 mixer = down[:, : down.shape[1] - up.shape[1]].to(x.dtype).transpose(1, 2)
                 experts, flat = up.shape[1] // self.spec.rank, x.reshape(tokens, -1)
-                self.tape.weights[self.name] = mixer_weights(flat, mixer, experts, shares, held.own, gates)
-            return mixer_linear(x, base_out, down, up, self.spec, drop, shares, held.own, gates)
-        y, routing = amole_linear(x, base_out, down, up, self.spec, drop, shares, held.absent)
+                self.tape.weights[self.name] = mixer_weights(flat, mixer, experts, segments, held.own, gates)
+            return mixer_linear(x, base_out, down, up, self.spec, drop, segments, held.own, gates)
+        y, routing = amole_linear(x, base_out, down, up, self.spec, drop, segments, held.absent)
         if routing is not None:
-            self._collect(routing, shares, held)
+            self._collect(routing, segments, held)
         return y
 
     def _gates(self, tokens: int) -> Tensor:
@@ -158,17 +158,17 @@ class BankLinear(nn.Module):
             self._rank_columns[width] = keys.to(self.columns.device)
         return self._rank_columns[width]
 
-    def _collect(self, routing: Routing, shares: Shares, held: Loaded) -> None:
+    def _collect(self, routing: Routing, segments: Segments, held: Loaded) -> None:
         tape = self.tape
         if tape.weights is not None:
             tape.weights[self.name] = mixture_weights(routing)[:, :-1]
         if tape.balance is not None:
-            tape.balance.append(balance_loss(routing, tape.counted, shares, held.held))
+            tape.balance.append(balance_loss(routing, tape.not_padding, segments, held.held))
         if tape.embeddings is not None:
             token, experts = routing.token_embedding.float(), routing.expert_embeddings.float()
-            if tape.counted is not None:
-                token, experts = token * tape.counted[:, None], experts * tape.counted[:, None, None]
-            found = EmbeddingSum(totals(token, shares), totals(experts, shares))
+            if tape.not_padding is not None:
+                token, experts = token * tape.not_padding[:, None], experts * tape.not_padding[:, None, None]
+            found = EmbeddingSum(segment_sum(token, segments), segment_sum(experts, segments))
             previous = tape.embeddings.get(self.name)
             if previous is not None:
                 found = EmbeddingSum(previous.token + found.token, previous.experts + found.experts)
@@ -196,10 +196,10 @@ class BankPrompt:
         if self.loaded is None:
             return None
         ids, prompts = self._ids, virtual_tokens(self.loaded.parts)
-        if self.tape.shares is None:
+        if self.tape.segments is None:
             owner = torch.zeros(ids.numel(), dtype=torch.long, device=ids.device)
         else:
-            owner = self.tape.shares.of(ids.numel()).owner
+            owner = self.tape.segments.scaled_to(ids.numel()).owner
         places = (-1 - ids).clamp(min=0).flatten()
         chosen = prompts.flatten(0, 1).index_select(0, owner * prompts.shape[1] + places).view_as(embedded)
         return torch.where((ids < 0).unsqueeze(-1), chosen.to(embedded.dtype), embedded)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedamole.model.amole import AdapterSpec, Drop
-from fedamole.model.segments import Shares, add_product, product, spread
+from fedamole.model.segments import Segments, add_product, expand, product
 
 
 def mixer_linear(
@@ -21,7 +21,7 @@ def mixer_linear(
     up: Tensor,
     spec: AdapterSpec,
     drop: Drop | None,
-    shares: Shares,
+    segments: Segments,
     own: Tensor | None = None,
     gates: Tensor | None = None,
 ) -> Tensor:
@@ -34,23 +34,28 @@ def mixer_linear(
     down, up = down.to(x.dtype).transpose(1, 2), up.to(x.dtype)
     n = up.shape[1] // r
     logits = down.shape[2] - up.shape[1]
-    weights = mixer_weights(tokens, down[..., :logits], n, shares, own, gates)
+    weights = mixer_weights(tokens, down[..., :logits], n, segments, own, gates)
     exact = drop is not None and spec.dropout_kind == "exact"
-    values = product(drop(tokens) if exact and drop is not None else tokens, down[..., logits:], shares)
+    values = product(drop(tokens) if exact and drop is not None else tokens, down[..., logits:], segments)
     if drop is not None and not exact:
         values = drop(values)
     values = (values.unflatten(1, (n, r)) * weights.to(x.dtype).unsqueeze(-1)).flatten(1)
     scaling = spec.scaling if drop is None else spec.scaling / (1 - spec.dropout)
-    y = add_product(base_out.reshape(-1, up.shape[2]), values, up, shares, scaling)
+    y = add_product(base_out.reshape(-1, up.shape[2]), values, up, segments, scaling)
     return y.view(*x.shape[:-1], up.shape[2])
 
 
 def mixer_weights(
-    tokens: Tensor, mixer: Tensor, experts: int, shares: Shares, own: Tensor | None = None, gates: Tensor | None = None
+    tokens: Tensor,
+    mixer: Tensor,
+    experts: int,
+    segments: Segments,
+    own: Tensor | None = None,
+    gates: Tensor | None = None,
 ) -> Tensor:
     """Weights (T, n) of the experts for tokens (T, d_in), whose mixer is (C, d_in, g); `gates` where g = 0."""
     if mixer.shape[2]:
-        return mixed(product(tokens, mixer, shares), experts, None if own is None else spread(own, shares))
+        return mixed(product(tokens, mixer, segments), experts, None if own is None else expand(own, segments))
     assert gates is not None
     return gates
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedamole.model.segments import Shares
+from fedamole.model.segments import Segments
 
 ATTENTION = "fedamole_packed"
 """Name in transformers' registry of attention functions. It has no mask function there: no mask is ever built."""
@@ -34,7 +34,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    sequences: Shares | None = None,
+    sequences: Segments | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each sequence of one packed row.
@@ -57,7 +57,7 @@ def packed_attention(
 
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     lengths = sequences.lengths
-    if sequences.even:
+    if sequences.equal:
         out = attend(*(rows.unflatten(0, (len(lengths), -1)) for rows in (q, k, v))).flatten(0, 1)
     elif q.device.type == "cpu":  # as for products: here padding costs more than a loop, on a GPU less
         parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)

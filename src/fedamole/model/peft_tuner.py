@@ -25,7 +25,7 @@ from fedamole.model.amole import AdapterSpec, Drop, amole_linear
 from fedamole.model.mixer import mixer_linear
 from fedamole.model.params import expert_keys, mixer_key, new_pool, stack
 from fedamole.model.peft_gate import InstanceGate
-from fedamole.model.segments import Shares
+from fedamole.model.segments import Segments
 
 
 class _PeftType(str):
@@ -161,7 +161,7 @@ class AmoleLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if self.own[name] is not None:
             chosen = [float(expert == self.own[name]) for expert in self.experts[name]]
             own = torch.tensor([chosen], device=x.device)
-        return mixer_linear(x, y, down[None], up[None], spec, drop, Shares((tokens,), x.device), own, gates)
+        return mixer_linear(x, y, down[None], up[None], spec, drop, Segments((tokens,), x.device), own, gates)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: experts chosen per token have no fixed weight to merge."""

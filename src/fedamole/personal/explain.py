@@ -16,7 +16,7 @@ from rich.text import Text
 from torch import Tensor
 
 from fedamole.model.bank import Bank
-from fedamole.model.batch import Ids, Row
+from fedamole.model.batch import Ids, TokenPair
 from fedamole.model.params import Adapter
 from fedamole.personal.routing import (
     ALL,
@@ -144,13 +144,13 @@ class Teller:
         tokens = tuple(Token(text, place >= len(prompt)) for place, text in enumerate(texts))
         return Story(self.client, "prompt and answer", modules, len(found), self._shared, tokens)
 
-    def use(self, rows: Sequence[Row], batch_tokens: int, progress: Progress) -> dict[str, Use]:
+    def use(self, rows: Sequence[TokenPair], batch_tokens: int, progress: Progress) -> dict[str, Use]:
         """How the tokens of all rows were routed, by module."""
         read = token_weights(self.bank, rows, batch_tokens)
         return uses(weights for _, weights in progress.track(read, len(rows), description=f"reading {self.client}"))
 
     def experts(
-        self, rows: Sequence[Row], about: str, layer: str | None, top: int, batch_tokens: int, progress: Progress
+        self, rows: Sequence[TokenPair], about: str, layer: str | None, top: int, batch_tokens: int, progress: Progress
     ) -> Story:
         """What the experts are for: the `top` tokens of the rows that weigh each of them most."""
         found = self.use(rows, batch_tokens, progress)
@@ -175,7 +175,7 @@ class Teller:
             modules.append(self._module(name, found[name], {}, sights))
         return Story(self.client, about, tuple(modules), len(found), self._shared)
 
-    def table(self, rows: Sequence[Row], batch_tokens: int, progress: Progress) -> dict[str, dict[str, float]]:
+    def table(self, rows: Sequence[TokenPair], batch_tokens: int, progress: Progress) -> dict[str, dict[str, float]]:
         """Mean weight by module and expert id, as routing.json holds it."""
         return as_table(self.held, self.use(rows, batch_tokens, progress))
 

@@ -29,7 +29,7 @@ from fedamole.files import new_folder, write_atomic
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, BaseSettings, auto_class, load_base
-from fedamole.model.batch import Row, batches
+from fedamole.model.batch import TokenPair, batches
 from fedamole.model.params import Adapter, Shapes, expert_ids, shared_keys
 from fedamole.model.pretrained import load_adapter, save_adapter, without_deltas
 from fedamole.personal.ridge import Moments, best_lora
@@ -85,8 +85,8 @@ class ExportSettings:
 class Texts:
     """Token rows: those a mixture is watched on, and those an export is judged by."""
 
-    calibration: list[Row]
-    validation: list[Row]
+    calibration: list[TokenPair]
+    validation: list[TokenPair]
     batch_tokens: int
     """Most tokens read at a time."""
 
@@ -191,7 +191,7 @@ def _texts(place: Place, base: Base, calibration: SourceSettings | None, most: i
         )
     length = min(training.max_length, base.max_positions)
 
-    def rows(shard: Shard, split: str) -> list[Row]:
+    def rows(shard: Shard, split: str) -> list[TokenPair]:
         found = tokenise(getattr(shard, split), base.tokenizer, length).rows
         if not found:
             raise DataError(f"client {shard.client}: no {split} example fits into {length} tokens")
@@ -199,7 +199,7 @@ def _texts(place: Place, base: Base, calibration: SourceSettings | None, most: i
 
     watched = rows(given, "train")
     order = torch.randperm(len(watched), generator=torch_generator(seed, "calibration", place.client)).tolist()
-    chosen, tokens = list[Row](), 0
+    chosen, tokens = list[TokenPair](), 0
     for index in order:
         prompt, answer = watched[index]
         tokens += len(prompt) + len(answer)
@@ -276,8 +276,8 @@ def watched(bank: Bank, personal: Adapter, modules: Sequence[str], texts: Texts)
             if bank.tape.hidden is not None:
                 return  # a first look at the prompts, for weights by instance
             x, added = inputs[0].flatten(0, -2), (out - plain.pop(name)).flatten(0, -2)
-            counted = bank.tape.counted
-            sums[name].add(*((x, added) if counted is None else (x[counted], added[counted])))
+            not_padding = bank.tape.not_padding
+            sums[name].add(*((x, added) if not_padding is None else (x[not_padding], added[not_padding])))
 
         layer = bank.layers[name]
         return [layer.base_layer.register_forward_hook(linear), layer.register_forward_hook(mixture)]

@@ -20,7 +20,7 @@ from fedamole.evaluation.likelihood import by_length
 from fedamole.files import write_atomic
 from fedamole.model.adapter_files import read_config
 from fedamole.model.bank import Bank
-from fedamole.model.batch import Ids, Row, collate
+from fedamole.model.batch import Ids, TokenPair, collate
 from fedamole.model.params import OWN, Adapter, expert_ids
 from fedamole.model.prompt import PromptSpec
 from fedamole.personal.saved_models import Place, own_shard
@@ -128,7 +128,7 @@ def module_named(layer: str, modules: Iterable[str]) -> str:
     raise ConfigError(f"--layer {layer}: the model routes in no such module; it does in {known[0]} .. {known[-1]}")
 
 
-def token_weights(bank: Bank, rows: Sequence[Row], batch_tokens: int = 8192) -> Iterator[tuple[int, Weights]]:
+def token_weights(bank: Bank, rows: Sequence[TokenPair], batch_tokens: int = 8192) -> Iterator[tuple[int, Weights]]:
     """The weights of all tokens of (prompt, answer) rows under the one adapter loaded: a row's index, its weights.
 
     Rows come in the order of their lengths, several in one pass of at most `batch_tokens` tokens.
@@ -168,7 +168,7 @@ def most_telling(found: Mapping[str, Use]) -> str:
     return max(found, key=lambda module: (round(found[module].telling, 6), module))
 
 
-def peaks(weights: Mapping[int, Tensor], rows: Sequence[Row], top: int) -> list[list[Peak]]:
+def peaks(weights: Mapping[int, Tensor], rows: Sequence[TokenPair], top: int) -> list[list[Peak]]:
     """For each expert of a module the `top` tokens, each another one, that give it the largest weights above 0.
 
     `weights` (T, n) by row, as `token_weights` has them.
@@ -239,7 +239,7 @@ def pieces(bank: Bank, ids: Ids) -> list[str]:
     return found
 
 
-def own_rows(place: Place, bank: Bank, split: Split) -> list[Row]:
+def own_rows(place: Place, bank: Bank, split: Split) -> list[TokenPair]:
     """(prompt, answer) of one split of the client's own data, read again as the run's config and manifest say.
 
     Answers are without the end-of-text token, of which nothing is predicted. Raises DataError where the data are gone

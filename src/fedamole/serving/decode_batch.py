@@ -18,7 +18,7 @@ from fedamole.evaluation.likelihood import by_client
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, pad_left
 from fedamole.model.causality import near
-from fedamole.model.segments import Shares
+from fedamole.model.segments import Segments
 
 
 class Row(Protocol):
@@ -107,10 +107,10 @@ class Running(Generic[R]):
         """
         alone = clients[0] == clients[-1]
         first, last = (clients[0], clients[0] + 1) if alone else (0, self.bank.clients)
-        shares = Shares(_amounts(clients, first, last), self.bank.base.device)
+        segments = Segments(_amounts(clients, first, last), self.bank.base.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         self.bank.window(first, last)
-        with torch.no_grad(), self.bank.recording(shares=shares, gates=gates):
+        with torch.no_grad(), self.bank.recording(segments=segments, gates=gates):
             logits: Tensor = self.bank.base.model(
                 input_ids=ids,
                 attention_mask=mask,
