@@ -64,7 +64,7 @@ def plainly(
             for module in bank.layers
         ]
         bank.load([])
-        with bank.reading(batch) as logits:
+        with bank.forward(batch) as logits:
             loss = token_losses(logits, batch.labels).mean()
         for handle in handles:
             handle.remove()

@@ -60,7 +60,7 @@ def train(bank: Bank, adapter: Adapter, rows: Sequence[TokenPair], round_: int =
 def gradients(bank: Bank, adapter: Adapter, batch: Sequence[TokenPair]) -> list[Tensor]:
     bank.load([adapter])
     parts = collate([batch], bank.base.pad_id)
-    with bank.reading(parts) as logits:
+    with bank.forward(parts) as logits:
         return list(torch.autograd.grad(token_losses(logits, parts.labels).mean(), bank.parameters()))
 
 
@@ -200,7 +200,7 @@ def test_the_loss_told_is_the_mean_over_the_steps(bank: Bank, rows: list[TokenPa
     losses = []
     for _ in range(3):
         batch = collate([next(batches)], bank.base.pad_id)
-        with torch.no_grad(), bank.reading(batch) as logits:
+        with torch.no_grad(), bank.forward(batch) as logits:
             losses.append(float(token_losses(logits, batch.labels).mean()))
     told = alone(bank, lora(bank), rows, chosen, seed=0, client="mood", round_=0).loss
     assert told == pytest.approx(sum(losses) / 3, rel=1e-5)

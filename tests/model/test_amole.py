@@ -81,7 +81,7 @@ def test_equals_the_definition(n: int, top_k: int, shape: tuple[int, int, int]) 
     x, base_out, pull = inputs(d_in, d_out)
     not_padding = torch.tensor([True, True, False, True, True, False])
     wanted_y, wanted_balance = by_definition(x, base_out, tensors, n, s, not_padding)
-    y, routing = amole_linear(x, base_out, *stack(tensors, M, list(range(n))), s)
+    y, routing, _ = amole_linear(x, base_out, *stack(tensors, M, list(range(n))), s)
     assert routing is not None
     balance = balance_loss(routing, not_padding).squeeze(0)
     torch.testing.assert_close(y, wanted_y, rtol=1e-10, atol=1e-10)
@@ -109,7 +109,7 @@ def test_without_domain_experts_it_is_peft_s_lora() -> None:
     a.data, b.data = (tensors[key].detach().clone() for key in shared_keys(M))
 
     theirs = lora(x)
-    mine, routing = amole_linear(x, lora.base_layer(x), *stack(tensors, M, []), spec(rank=rank, alpha=7.0))
+    mine, routing, _ = amole_linear(x, lora.base_layer(x), *stack(tensors, M, []), spec(rank=rank, alpha=7.0))
     assert routing is None
     torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
     wanted = torch.autograd.grad((theirs * pull).sum(), [x, a, b])
@@ -143,7 +143,7 @@ def test_a_case_worked_by_hand() -> None:
     Balance: P = (39, 30, 43) / 112, f = (1, 2, 1) / 4, 3 * sum f P = 3 * (39 + 60 + 43) / 448 = 213/224.
     """
     x, down, up, s = worked_example()
-    y, routing = amole_linear(x, torch.full((2, 1), 1000.0, dtype=torch.float64), down, up, s)
+    y, routing, _ = amole_linear(x, torch.full((2, 1), 1000.0, dtype=torch.float64), down, up, s)
     assert routing is not None
     exact = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
     wanted_p = torch.tensor([[4 / 7, 2 / 7, 1 / 7], [1 / 8, 2 / 8, 5 / 8]], dtype=torch.float64)
@@ -188,7 +188,7 @@ def test_padded_tokens_change_nothing() -> None:
     other.view(6, 5)[~not_padding] = 9.0
 
     def measured(rows: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        y, routing = amole_linear(rows, base_out, *stack(tensors, M, list(range(n))), s)
+        y, routing, _ = amole_linear(rows, base_out, *stack(tensors, M, list(range(n))), s)
         assert routing is not None
         balance = balance_loss(routing, not_padding)
         routed = [tensors[router_key(M)], *(tensors[expert_keys(M, i)[0]] for i in range(n))]
@@ -221,10 +221,10 @@ def test_dropout_spares_the_router_and_is_right_on_average(n: int, kind: str) ->
     s, tensors = spec(dropout=0.5, dropout_kind=kind), drawn(n, 2, 3, 4)
     down, up = stack(tensors, M, list(range(n)))
     x, base_out, _ = (tensor[:1, :1] for tensor in inputs(3, 4))
-    clean, routing = amole_linear(x, base_out, down, up, s)
+    clean, routing, _ = amole_linear(x, base_out, down, up, s)
     outputs = []
     for drop in halves(3 if kind == "exact" else (n + 1) * 2):
-        y, dropped = amole_linear(x, base_out, down, up, s, drop)
+        y, dropped, _ = amole_linear(x, base_out, down, up, s, drop)
         outputs.append(y)
         for mine, theirs in zip(dropped or (), routing or (), strict=True):
             assert torch.equal(mine, theirs)
@@ -261,7 +261,7 @@ def test_bfloat16_inputs_with_float32_adapters() -> None:
     x, base_out = (x.detach().bfloat16().float() / 8).requires_grad_(), base_out.bfloat16().float()
 
     def measured(dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
-        y, routing = amole_linear(x.to(dtype), base_out.to(dtype), *stack(tensors, M, list(range(n))), s)
+        y, routing, _ = amole_linear(x.to(dtype), base_out.to(dtype), *stack(tensors, M, list(range(n))), s)
         assert routing is not None
         assert y.dtype == dtype
         assert routing.probabilities.dtype == torch.float32
@@ -286,7 +286,7 @@ def test_experts_that_are_not_held_are_never_chosen() -> None:
     alone, beside = route(token, held, 2), route(token, room, 2, hidden)
     assert alone.probabilities.tolist() == [[1.0, 0.0]]
     assert beside.chosen.tolist() == alone.chosen.tolist() == [[0, 1]]
-    assert balance_loss(beside, held=torch.tensor([2.0])).item() == balance_loss(alone).item() == 1.0
+    assert balance_loss(beside, num_experts=torch.tensor([2.0])).item() == balance_loss(alone).item() == 1.0
 
 
 def test_too_few_experts_for_top_k() -> None:

@@ -44,7 +44,7 @@ def test_packed_logits_equal_separate_forwards(base: Callable[..., Base], kind: 
             for prompt, answer in rows:
                 logits = bank.base.model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0]
                 wanted.append(logits[len(prompt) - 1 : -1])
-            with bank.reading(collate([rows], 1, packed=True)) as found:
+            with bank.forward(collate([rows], 1, packed=True)) as found:
                 torch.testing.assert_close(found, torch.cat(wanted), rtol=0, atol=1e-10)
 
 
@@ -63,7 +63,7 @@ def test_packed_rows_equal_padded_ones(
     found = []
     for packed in (True, False):
         balance: list[torch.Tensor] = []
-        with bank.reading(collate([rows[:1], rows[1:]], 1, packed, seeds=[7, 8]), balance=balance) as logits:
+        with bank.forward(collate([rows[:1], rows[1:]], 1, packed, seeds=[7, 8]), balance_losses=balance) as logits:
             losses = token_losses(logits, torch.tensor([token for _, answer in rows for token in answer]))
             total = losses.mean() + torch.stack(balance).sum()
             first = torch.stack(balance[: len(bank.layers)])
@@ -81,7 +81,7 @@ def test_a_sequence_longer_than_the_window_sees_the_window_alone(base: Callable[
         for module in bank.base.model.modules():
             if getattr(module, "sliding_window", None):
                 module.sliding_window = window
-        with torch.no_grad(), bank.reading(collate([ROWS[:1]], 1, packed=True)) as found:
+        with torch.no_grad(), bank.forward(collate([ROWS[:1]], 1, packed=True)) as found:
             logits.append(found)
     assert not torch.allclose(logits[0], logits[1], atol=1e-4)
 
@@ -186,11 +186,11 @@ def test_where_packing_is_impossible_rows_are_padded(unpackable: Bank) -> None:
     bank.load([adapter])
     apart = []
     for row in ROWS:
-        with bank.reading(collate([[row]], 1)) as logits:
+        with bank.forward(collate([[row]], 1)) as logits:
             losses = token_losses(logits, torch.tensor(row[1]))
             apart.append(torch.autograd.grad(losses.sum(), bank.parameters()))
     batch = collate([ROWS], 1)
-    with bank.reading(batch) as logits:
+    with bank.forward(batch) as logits:
         together = torch.autograd.grad(token_losses(logits, batch.labels).sum(), bank.parameters())
     for place, mine in enumerate(together):
         torch.testing.assert_close(mine, sum(parts[place] for parts in apart), rtol=1e-3, atol=1e-4)

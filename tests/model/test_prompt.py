@@ -80,7 +80,7 @@ def answers_of(logits: torch.Tensor, prompt: Ids, answer: Ids, before: int) -> t
 
 
 def of_bank(bank: Bank, clients: Sequence[Sequence[TokenPair]], packed: bool) -> torch.Tensor:
-    with bank.reading(collate(bank.prefixed(clients), bank.base.pad_id, packed)) as logits:
+    with bank.forward(collate(bank.prefixed(clients), bank.base.pad_id, packed)) as logits:
         return logits
 
 
@@ -127,7 +127,7 @@ def test_gradients_equal_pefts(base: Callable[..., Base], architecture: str, mlp
         bank.load([adapter])
         bank.trainable()
         batch = collate(bank.prefixed([ROWS]), bank.base.pad_id, packed)
-        with bank.reading(batch) as logits:
+        with bank.forward(batch) as logits:
             bank.backward(token_losses(logits, batch.labels).sum())
         (found,) = bank.gradients
         wanted = {name: weight.grad for name, weight in theirs.items() if weight.grad is not None}
@@ -151,9 +151,9 @@ def test_several_clients_at_once_equal_each_alone(base: Callable[..., Base], mlp
             apart.append(of_bank(bank, [rows], packed))
         bank.load(adapters)
         torch.testing.assert_close(of_bank(bank, clients, packed), torch.cat(apart), rtol=0, atol=1e-5)
-        bank.window(1, 3)
+        bank.select_clients(1, 3)
         torch.testing.assert_close(of_bank(bank, clients[1:], packed), torch.cat(apart[1:]), rtol=0, atol=1e-5)
-        bank.window(0, 3)
+        bank.select_clients(0, 3)
         for place, adapter in enumerate(adapters):
             back = bank.adapter(place).tensors
             assert back.keys() == adapter.tensors.keys()

@@ -56,7 +56,7 @@ def trained(runs: Any) -> Path:
 def logits(bank: Bank, adapter: Adapter) -> Tensor:
     bank.load([adapter])
     batch = collate([[(IDS[:1], IDS[1:])]], bank.base.pad_id, bank.packs)
-    with torch.no_grad(), bank.reading(batch) as found:
+    with torch.no_grad(), bank.forward(batch) as found:
         return found.clone()
 
 
@@ -244,7 +244,7 @@ def test_other_architectures_merge_alike(architecture: str, base: Any, tmp_path:
     merge(tmp_path / "lora", fresh, tmp_path / "merged")
     whole = Bank(load_base(BaseSettings(str(tmp_path / "merged")), fresh.device, tmp_path))
     batch = collate([[(IDS[:1], IDS[1:])]], fresh.pad_id, whole.packs)
-    with torch.no_grad(), whole.reading(batch) as found:
+    with torch.no_grad(), whole.forward(batch) as found:
         assert torch.allclose(found, logits(bank, lora), atol=1e-3)
     assert not torch.allclose(logits(bank, lora), logits(bank, replace(lora, tensors=zeros(lora))), atol=1e-3)
 

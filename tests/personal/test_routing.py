@@ -67,7 +67,7 @@ def watched(bank: Bank, row: TokenPair) -> dict[str, tuple[Tensor, Tensor, Tenso
         return hook
 
     hooks = [layer.register_forward_hook(look(name)) for name, layer in bank.layers.items()]
-    with torch.no_grad(), bank.reading(collate([[row]], bank.base.pad_id, bank.packs)):
+    with torch.no_grad(), bank.forward(collate([[row]], bank.base.pad_id, bank.packs)):
         pass
     for hook in hooks:
         hook.remove()
@@ -135,13 +135,13 @@ def test_watching_changes_nothing(kind: str, base: Callable[..., Base]) -> None:
     bank, _ = loaded(base(), kind)
     batch = collate([ROWS], bank.base.pad_id, bank.packs)
     with torch.no_grad():
-        with bank.reading(batch) as logits:
+        with bank.forward(batch) as logits:
             plain = logits.clone()
         found: dict[str, Tensor] = {}
-        with bank.reading(batch, weights=found) as logits:
+        with bank.forward(batch, routing_weights=found) as logits:
             assert torch.equal(logits, plain)
     assert set(found) == set(bank.layers)
-    assert bank.tape.weights is None
+    assert bank.context.routing_weights is None
 
 
 def test_sums_by_hand() -> None:

@@ -225,8 +225,8 @@ class _Group:
             seeds = [derived_seed(self.seed, f"dropout{self.turn}/{step}/{part}", name, self.round) for name in names]
         batch = collate(rows[begin:end], bank.base.pad_id, bank.packs, seeds).to(bank.base.device)
         balance: list[Tensor] | None = [] if spec.balance_weight else None
-        bank.window(begin, end)
-        with bank.reading(batch, balance=balance) as logits:
+        bank.select_clients(begin, end)
+        with bank.forward(batch, balance_losses=balance) as logits:
             losses = segment_sum(token_losses(logits, batch.labels), batch.answers) / batch.answers.counts
             total = losses + spec.balance_weight * torch.stack(balance).sum(0) if balance else losses
             if first.tail_weight:
@@ -271,10 +271,10 @@ def embed(bank: Bank, clients: Sequence[Sequence[TokenPair]], most_tokens: int) 
     """
     tokens = [count_tokens(rows) for rows in clients]
     found: dict[str, EmbeddingSum] = {}
-    bank.window(0, bank.clients)
+    bank.select_clients(0, bank.clients)
     with torch.no_grad():
         for batch in batches(clients, bank.base.pad_id, bank.packs, most_tokens):
-            with bank.reading(batch.to(bank.base.device), embeddings=found):
+            with bank.forward(batch.to(bank.base.device), embedding_sums=found):
                 pass
     return bank.mean_embeddings(found, tokens)
 

@@ -21,6 +21,7 @@ from fedamole.federation.method import Client, ClientInfo, DecayedLoraMethod, Re
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.model.amole import AdapterSpec
+from fedamole.model.mixer import LearnedRouter
 from fedamole.model.params import Adapter, as_expert, expert_keys, mixer_key, new_shared, shared_keys
 
 OWN, REST = 0, 1
@@ -93,7 +94,7 @@ class FedAlt(DecayedLoraMethod[Everybody, RestOfWorld, OwnAndMixer, SentLora]):
     # client
     def spec(self) -> AdapterSpec:
         """What all adapters share, weighted by a mixer."""
-        return replace(super().spec(), router="mixer")
+        return replace(super().spec(), router=LearnedRouter())
 
     def init_client_state(self, client: Client) -> OwnAndMixer:
         """Begin with the LoRA that does nothing, and mixers that weigh both alike."""

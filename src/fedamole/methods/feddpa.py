@@ -35,7 +35,7 @@ from fedamole.federation.method import (
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.fedit import GlobalLora
 from fedamole.methods.shared.averaging import mean_by_key
-from fedamole.model.amole import AdapterSpec
+from fedamole.model.mixer import InstanceWeights
 from fedamole.model.params import REFERENCES, Adapter, as_expert, new_shared
 
 LOCAL, GLOBAL = 0, 1
@@ -55,7 +55,7 @@ class FedDpa(LoraMethod[GlobalLora, GlobalLora, LocalLora, GlobalLora]):
 
     weighting: Weighting = "uniform"
     """Weight of a client in the average: uniform, or by its training examples."""
-    local_weight: float = AdapterSpec.instance_weight
+    local_weight: float = InstanceWeights.max_weight
     """Weight of the local LoRA in training, and the most it can have for a prompt."""
     instances: int = 5
     """Prompts S that a new one is compared with."""
@@ -100,7 +100,7 @@ class FedDpa(LoraMethod[GlobalLora, GlobalLora, LocalLora, GlobalLora]):
     def adapter(self, client: Client, client_state: LocalLora, message: GlobalLora) -> Adapter:
         """Put the client's own LoRA beside the frozen global one."""
         shared = as_expert(message.tensors, GLOBAL)
-        spec = replace(self.spec(), router="instance", instance_weight=self.local_weight)
+        spec = replace(self.spec(), router=InstanceWeights(self.local_weight))
         return Adapter(spec, {**client_state.tensors, **shared}, client_state.references, tuple(sorted(shared)))
 
     def update(

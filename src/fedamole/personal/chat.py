@@ -12,6 +12,7 @@ from fedamole.data.text_encoder import Ids
 from fedamole.data.tokens import prompt_ids
 from fedamole.errors import DataError
 from fedamole.model.bank import Bank
+from fedamole.model.forward_context import ForwardContext
 from fedamole.personal.generate import as_it_is, room_for_prompts
 
 Say = Callable[[str], None]
@@ -78,7 +79,7 @@ class Chat:
             eos_token_id=base.tokenizer.eos_token_id,
             use_cache=bank.continuation.caches,
         )
-        with torch.no_grad(), bank.recording(gates=bank.gates([[prompt]])):
+        with torch.no_grad(), bank.enter(ForwardContext(expert_weights=bank.instance_weights([[prompt]]))):
             base.model.generate(
                 input_ids=row, attention_mask=torch.ones_like(row), generation_config=greedy, streamer=words
             )

@@ -273,10 +273,10 @@ def watched(bank: Bank, personal: Adapter, modules: Sequence[str], texts: Texts)
             plain[name] = out
 
         def mixture(_: torch.nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
-            if bank.tape.hidden is not None:
+            if bank.context.hidden_states is not None:
                 return  # a first look at the prompts, for weights by instance
             x, added = inputs[0].flatten(0, -2), (out - plain.pop(name)).flatten(0, -2)
-            not_padding = bank.tape.not_padding
+            not_padding = bank.context.not_padding
             sums[name].add(*((x, added) if not_padding is None else (x[not_padding], added[not_padding])))
 
         layer = bank.layers[name]
@@ -287,7 +287,7 @@ def watched(bank: Bank, personal: Adapter, modules: Sequence[str], texts: Texts)
     try:
         with torch.no_grad():
             for batch in batches([texts.calibration], base.pad_id, bank.packs, texts.batch_tokens):
-                with bank.reading(batch.to(base.device)):
+                with bank.forward(batch.to(base.device)):
                     pass
     finally:
         for handle in handles:

@@ -1,7 +1,7 @@
 """Which experts the tokens of a text use: the weights that every layer of a mixture gives them in its forward pass.
 
-Weights are read from the layers themselves (`Tape.weights`). Those of a token sum to 1 over the domain experts that the
-client holds, at most `top_k` of them above 0 in AMoLE; its shared expert, weight 1 for every token, is not among them.
+The layers record the weights (`ForwardContext.routing_weights`). A token's weights sum to 1 over the client's domain
+experts, at most `top_k` of them above 0 in AMoLE; its shared expert, weight 1 for every token, is not among them.
 """
 
 import json
@@ -19,8 +19,11 @@ from fedamole.errors import ConfigError, DataError
 from fedamole.evaluation.likelihood import by_length
 from fedamole.files import write_atomic
 from fedamole.model.adapter_files import read_config
+from fedamole.model.amole import EmbeddingRouter
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, TokenPair, collate
+from fedamole.model.forward_context import ForwardContext
+from fedamole.model.mixer import InstanceWeights
 from fedamole.model.params import OWN, Adapter, expert_ids
 from fedamole.model.prompt import PromptSpec
 from fedamole.personal.saved_models import Place, own_shard
@@ -80,12 +83,12 @@ def experts_of(adapter: Adapter, client: str) -> dict[str, list[int]]:
 def roles(adapter: Adapter) -> dict[int, str]:
     """What the experts stand for where a client has one of its own; nothing where all are of one pool."""
     spec = adapter.spec
-    if isinstance(spec, PromptSpec) or spec.router == "embedding":
+    if isinstance(spec, PromptSpec) or isinstance(spec.router, EmbeddingRouter):
         return {}
     if OWN in adapter.fixed:
         ids = next(iter(expert_ids(adapter.tensors).values()))
         return {ids[int(adapter.fixed[OWN].argmax())]: "its own cluster's"}
-    return {0: "its own", 1: "everybody's" if spec.router == "instance" else "the rest of the world's"}
+    return {0: "its own", 1: "everybody's" if isinstance(spec.router, InstanceWeights) else "the rest of the world's"}
 
 
 def holders(place: Place) -> dict[str, dict[int, list[str]]]:
@@ -136,7 +139,7 @@ def token_weights(bank: Bank, rows: Sequence[TokenPair], batch_tokens: int = 819
     for group in by_length([len(prompt) + len(answer) for prompt, answer in rows], batch_tokens):
         batch = collate([[rows[place] for place in group]], bank.base.pad_id, bank.packs).to(bank.base.device)
         found: dict[str, Tensor] = {}
-        with torch.no_grad(), bank.reading(batch, weights=found):
+        with torch.no_grad(), bank.forward(batch, routing_weights=found):
             pass
         lengths = [sum(map(len, rows[place])) for place in group]
         width = [batch.ids.shape[1]] * len(group) if batch.sequences is None else lengths
@@ -214,7 +217,7 @@ def greedy_answer(bank: Bank, prompt: Ids, max_new_tokens: int) -> Ids:
         use_cache=bank.continuation.caches,
     )
     ids = torch.tensor([prompt], device=base.device)
-    with torch.no_grad(), bank.recording(gates=bank.gates([[prompt]])):
+    with torch.no_grad(), bank.enter(ForwardContext(expert_weights=bank.instance_weights([[prompt]]))):
         out = base.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
     made = out[0, len(prompt) :].tolist()
     return tuple(made[: made.index(stop)] if stop in made else made)

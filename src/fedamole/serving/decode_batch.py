@@ -18,6 +18,7 @@ from fedamole.evaluation.likelihood import by_client
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, pad_left
 from fedamole.model.causality import near
+from fedamole.model.forward_context import ForwardContext
 from fedamole.model.segments import Segments
 
 
@@ -69,8 +70,8 @@ class Running(Generic[R]):
         whole = [(*row.prompt, *row.made) for row in joining]
         ids, mask = pad_left(whole, self.bank.base.pad_id, self.bank.base.device)
         cache = _empty_cache()
-        self.bank.window(0, self.bank.clients)
-        gates = self.bank.gates(by_client(prompts, _amounts(clients, 0, self.bank.clients)))
+        self.bank.select_clients(0, self.bank.clients)
+        gates = self.bank.instance_weights(by_client(prompts, _amounts(clients, 0, self.bank.clients)))
         logits = self._forward(clients, ids, mask, cache, gates)
         self._merge(joining, cache, mask, gates)
         return logits[torch.tensor(order, device=logits.device).argsort()]
@@ -103,14 +104,14 @@ class Running(Generic[R]):
     def _forward(self, clients: list[int], ids: Tensor, mask: Tensor, cache: Any, gates: Tensor | None) -> Tensor:
         """Logits (B, V) after the last of the tokens `ids` (B, n), whose clients are given in ascending order.
 
-        `mask` (B, L) covers what the cache holds and the new tokens. A client that is alone needs no shares.
+        `mask` (B, L) covers what the cache holds and the new tokens. A client that is alone needs no segments.
         """
         alone = clients[0] == clients[-1]
         first, last = (clients[0], clients[0] + 1) if alone else (0, self.bank.clients)
         segments = Segments(_amounts(clients, first, last), self.bank.base.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        self.bank.window(first, last)
-        with torch.no_grad(), self.bank.recording(segments=segments, gates=gates):
+        self.bank.select_clients(first, last)
+        with torch.no_grad(), self.bank.enter(ForwardContext(segments, expert_weights=gates)):
             logits: Tensor = self.bank.base.model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -195,10 +196,10 @@ def check(bank: Bank) -> None:
 def _whole(bank: Bank, row: _Probe, made: Ids) -> Tensor:
     """Logits (1, V) after a row's prompt and answer, from one pass over both without a cache."""
     ids = torch.tensor([[*row.prompt, *made]], device=bank.base.device)
-    bank.window(0, bank.clients)
-    gates = bank.gates(by_client([row.prompt], _amounts([row.client], 0, bank.clients)))
-    bank.window(row.client, row.client + 1)
-    with torch.no_grad(), bank.recording(gates=gates):
+    bank.select_clients(0, bank.clients)
+    gates = bank.instance_weights(by_client([row.prompt], _amounts([row.client], 0, bank.clients)))
+    bank.select_clients(row.client, row.client + 1)
+    with torch.no_grad(), bank.enter(ForwardContext(expert_weights=gates)):
         logits: Tensor = bank.base.model(input_ids=ids, use_cache=False).logits
     return logits[:, -1].float()
 
