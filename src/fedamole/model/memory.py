@@ -73,8 +73,8 @@ def group_bytes(base: Base, clients: int, adapter_parameters: int, tokens: int) 
 
     `adapter_parameters` is the size of the largest adapter; each parameter takes 16 bytes (weight, gradient and two
     Adam moments in float32). `tokens` is the number of tokens in one forward pass. The backward pass needs about 24
-    values per token and hidden unit of every layer (of one layer with gradient checkpointing) and the logits of half the
-    tokens.
+    values per token and hidden unit of every layer (of one layer with gradient checkpointing), and the logits of half
+    the tokens.
     """
     config = base.model.config.get_text_config()
     item = torch.empty(0, dtype=base.model.dtype).element_size()
