@@ -31,7 +31,7 @@ from fedamole.federation.settings import TrainingSettings
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base
-from fedamole.model.batch import Row
+from fedamole.model.batch import TokenPair
 from fedamole.model.params import Adapter, new_pool, new_shared
 
 RATE = 1e-4
@@ -58,11 +58,11 @@ def adapters(base: Base, clients: int, kind: str, dropout: float) -> list[Adapte
     return found
 
 
-def texts(base: Base, clients: int, length: int, ragged: bool, rows: int) -> list[list[Row]]:
+def texts(base: Base, clients: int, length: int, ragged: bool, rows: int) -> list[list[TokenPair]]:
     """Random prompts with answers of 8 tokens, for each client."""
     rng = np.random.default_rng(0)
 
-    def row() -> Row:
+    def row() -> TokenPair:
         total = int(rng.integers(length // 2, 3 * length // 2 + 1)) if ragged else length
         tokens = rng.integers(2, base.model.config.vocab_size, total).tolist()
         return tokens[:-8], tokens[-8:]

@@ -56,7 +56,7 @@ def routing(run: Path) -> tuple[float, float]:
         with torch.no_grad():
             for batch in batches([data.validation.pairs()], prepared.base.pad_id, bank.packs, 4096):
                 balance: list[torch.Tensor] = []
-                with bank.reading(batch, balance=balance):
+                with bank.forward(batch, balance_losses=balance):
                     values += [float(value) for value in balance]
     return fmean(values), fmean(counts)
 

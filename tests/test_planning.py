@@ -198,7 +198,7 @@ def test_names_of_clients_without_data() -> None:
     [
         (("method.experts=5",), ConfigError, "expert"),
         (("training.max_length=999",), ConfigError, "training.max_length = 999: this base has 256 positions"),
-        (("base.model=some/model",), BaseModelError, "its shapes do not come with this package, which has meta-llama"),
+        (("base.model=some/model",), BaseModelError, "its shapes are not in this package, which has meta-llama"),
         (("base.targets=['w']",), BaseModelError, "no linear is called 'w'"),
         (("evaluation.pre_aggregation=true",), ConfigError, "scored before the aggregation anyway"),
     ],
@@ -212,7 +212,7 @@ def test_what_cannot_be_planned(words: tuple[str, ...], kind: type[Exception], t
 def test_a_folder_without_shapes(text: str, tmp_path: Path) -> None:
     config = config_without_data(tmp_path, TEN)
     (tmp_path / "shapes" / "config.json").write_text(text)
-    with pytest.raises(BaseModelError, match=r"no shapes from its config.json"):
+    with pytest.raises(BaseModelError, match=r"cannot read shapes from its config.json"):
         plan_without_data(config)
 
 

@@ -389,7 +389,7 @@ def test_weights_that_do_not_fit_are_refused(runs: Any, tmp_path: Path) -> None:
     name = min(good)
     less = {key: tensor for key, tensor in good.items() if key != name}
     for changed, why in (
-        ({**good, "x": good[name].clone()}, "does not belong there"),
+        ({**good, "x": good[name].clone()}, "is not expected"),
         (less, "is missing"),
         ({**less, name: good[name].double()}, "is of F64"),
         ({**less, name: good[name][:1]}, "has the shape"),

@@ -7,7 +7,7 @@ from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
-from fedamole.model.batch import Row
+from fedamole.model.batch import TokenPair
 from fedamole.model.params import Adapter
 from fedamole.model.prompt import PromptSpec
 
@@ -21,7 +21,7 @@ def lora_spec(spec: AdapterSpec | PromptSpec) -> AdapterSpec:
 def alone(
     bank: Bank,
     adapter: Adapter,
-    rows: Sequence[Row],
+    rows: Sequence[TokenPair],
     settings: TrainingSettings,
     *,
     seed: int = 0,

@@ -237,7 +237,7 @@ def test_unusable_p_is_named(bad: float, function: Solve) -> None:
 def test_misfit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"P has shape \(4, 2\) for 4 experts and 3 clients"):
         select(P4, Bounds(1, 1, 3), expert_ids=experts(4), client_ids=clients(3))
-    with pytest.raises(ValueError, match="site-0 stand more than once"):
+    with pytest.raises(ValueError, match="site-0 occur more than once"):
         select(P4, Bounds(1, 1, 3), expert_ids=experts(4), client_ids=["site-0", "site-0"])
     with pytest.raises(InfeasibleError, match="4 x 1 = 4 > 1 x 2 = 2"):
         solve(P4, 1, 1, 1)

@@ -139,10 +139,10 @@ def test_prompts_of_one_length_are_still_generated_together(bank: Bank, monkeypa
     bank.__dict__["continuation"] = Continuation(False, True)
     whole, sizes = bank.base.model.generate, list[tuple[int, ...]]()
 
-    def counted(**more: Any) -> Any:
+    def not_padding(**more: Any) -> Any:
         sizes.append(tuple(more["input_ids"].shape))
         return whole(**more)
 
-    monkeypatch.setattr(bank.base.model, "generate", counted)
+    monkeypatch.setattr(bank.base.model, "generate", not_padding)
     generate_answers(bank, [[*PROMPTS, (40, 41), (50, 51)]], 2, 10_000)
     assert sorted(sizes) == [(1, 4), (1, 15), (3, 2)]

@@ -140,7 +140,7 @@ def test_trees_equal_whole_forward_passes(bank: Bank, monkeypatch: Any) -> None:
     with torch.no_grad():
         mine, theirs = (
             score(bank, list(SIZES), [prompt for prompt, _ in rows], trees)
-            for score in (likelihood._tree_losses, partial(likelihood._plain_losses, batch_tokens=60))
+            for score in (likelihood._tree_losses, partial(likelihood._whole_losses, batch_tokens=60))
         )
     assert_close(mine, theirs)
 
@@ -154,23 +154,23 @@ def test_a_window_is_respected_to_the_token(base: Callable[..., Base], monkeypat
     bank.load([mixture(bank.base)])
     assert bank.continuation.caches  # found out before passes are counted
     long, short = [(7, 8, 9, 0), (7, 3, 0)], [(4,), (0,)]
-    assert Tree(long).inner == 4
+    assert Tree(long).num_inner == 4
     for size, options, with_tree in ((4, long, True), (5, long, False), (8, short, True), (9, short, False)):
         row = (tuple(range(20, 20 + size)), options)
         with watching(bank, monkeypatch) as seen:
             (found,) = option_losses(bank, [[row]], 100)
         assert_close(found, expected(bank, [row]))
         whole = sum(size + len(option) for option in options)
-        assert sum(ids.numel() for ids in seen) == (size + Tree(options).inner if with_tree else whole)
+        assert sum(ids.numel() for ids in seen) == (size + Tree(options).num_inner if with_tree else whole)
 
 
 def test_options_that_go_on_where_others_end() -> None:
     """5 | 5 6 | 5 6 7 | 8 6: nodes 1: 5, 2: 5 6 go on; leaves 5 6 7 and 8 6 after the inner 8."""
     tree = Tree([(5,), (5, 6), (5, 6, 7), (8, 6), (5, 6)])
-    assert tree.inner == 3
+    assert tree.num_inner == 3
     assert [tree.tokens[node] for node in (1, 2, 3)] == [5, 8, 6]
     assert tree.parents[1:4] == [0, 0, 1]
-    assert tree.sees.tolist() == [[True, False, False], [False, True, False], [True, False, True]]
+    assert tree.attends.tolist() == [[True, False, False], [False, True, False], [True, False, True]]
     assert tree.depths.tolist()[:4] == [0, 1, 1, 2]
     assert [[tree.tokens[node] for node in path] for path in tree.paths] == [list(option) for option in tree.options]
     assert tree.paths[1] == tree.paths[4]

@@ -10,7 +10,7 @@ from fedamole.evaluation.generation import generate_answers
 from fedamole.evaluation.likelihood import by_length, mean_losses, option_losses
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base
-from fedamole.model.batch import Row
+from fedamole.model.batch import TokenPair
 
 from ..model.conftest import mixture
 
@@ -77,8 +77,8 @@ def test_several_clients_at_once_equal_each_alone(bank: Bank, base: Callable[...
     adapters = [mixture(bank.base, seed) for seed in range(3)]
     several = [(*option, 0) for option in draw(9, (0, 5), 5)]
     clients = [[(prompt, several[: 3 + place]) for place, prompt in enumerate(draw(n, (1, 7), n))] for n in (4, 0, 3)]
-    only: list[Row] = [((5,), (6, 0))]
-    answers: list[list[Row]] = [[(prompt, (7, 9, 0)) for prompt, _ in rows] or only for rows in clients]
+    only: list[TokenPair] = [((5,), (6, 0))]
+    answers: list[list[TokenPair]] = [[(prompt, (7, 9, 0)) for prompt, _ in rows] or only for rows in clients]
     bank.load(adapters)
     found, means = option_losses(bank, clients, 60), mean_losses(bank, answers, 30)
     texts = generate_answers(bank, [[prompt for prompt, _ in rows] for rows in clients], 5, 60)

@@ -17,10 +17,10 @@ from fedamole.federation.settings import TrainingSettings
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base
-from fedamole.model.batch import Row, collate, token_losses
+from fedamole.model.batch import TokenPair, collate, token_losses
 from fedamole.model.params import Adapter, new_shared, shared_keys
 
-ROWS: dict[str, list[Row]] = {
+ROWS: dict[str, list[TokenPair]] = {
     "a": [((5, 9, 30), (7, 0)), ((8, 2), (41, 12, 0)), ((3, 3, 3, 60), (1, 0))],
     "b": [((50, 19), (17, 22, 0)), ((80, 21, 4, 4), (4, 0))],
 }
@@ -77,7 +77,7 @@ def plainly(
             for module in bank.layers
         ]
         bank.load([])
-        with bank.reading(batch) as logits:
+        with bank.forward(batch) as logits:
             loss = token_losses(logits, batch.labels).mean()
         for handle in handles:
             handle.remove()
@@ -197,7 +197,10 @@ def test_the_budget_says_which_shares_count(budget: Any, steps: list[int], bank:
 def test_tokens_are_those_of_the_batches(accumulation: int, bank: Bank) -> None:
     """Every row of a client is as long: 2 + 3 tokens and 4 + 1; 5 steps of 2 rows, so 5 x 2 x 5 = 50 for each."""
     settings = replace(SETTINGS, accumulation=accumulation)
-    rows: dict[str, list[Row]] = {"a": [((5, 9), (7, 8, 0)), ((8, 2), (41, 12, 0))], "b": [((50, 19, 3, 4), (0,))] * 3}
+    rows: dict[str, list[TokenPair]] = {
+        "a": [((5, 9), (7, 8, 0)), ((8, 2), (41, 12, 0))],
+        "b": [((50, 19, 3, 4), (0,))] * 3,
+    }
     tasks = [
         LocalTask(name, asked(bank, "plain", 0, share), rows[name], 1e-2) for name, share in (("a", 0.4), ("b", 1.0))
     ]

@@ -26,7 +26,7 @@ from fedamole.methods.fedit import FedIT
 from fedamole.methods.local_only import OwnLora
 from fedamole.methods.shared.averaging import SharedTensors
 from fedamole.model.bank import Bank
-from fedamole.model.batch import Row, collate, token_losses
+from fedamole.model.batch import TokenPair, collate, token_losses
 from fedamole.model.params import Adapter, new_pool, new_shared
 
 PLAIN = FedIT(rank=2, alpha=4.0, dropout=0.0).spec()
@@ -38,7 +38,7 @@ def bank(runs: Any) -> Bank:
 
 
 @pytest.fixture(scope="module")
-def rows(runs: Any) -> list[Row]:
+def rows(runs: Any) -> list[TokenPair]:
     return prepare(runs.load("local_only")).clients["mood"].train.pairs()
 
 
@@ -53,20 +53,20 @@ def mixture(bank: Bank, **parameters: Any) -> Adapter:
     return Adapter(FedAmole(rank=2, alpha=4.0, dropout=0.0, **parameters).spec(), tensors)
 
 
-def train(bank: Bank, adapter: Adapter, rows: Sequence[Row], round_: int = 0, **settings: Any) -> Any:
+def train(bank: Bank, adapter: Adapter, rows: Sequence[TokenPair], round_: int = 0, **settings: Any) -> Any:
     chosen = TrainingSettings(**{"local_steps": 3, "learning_rate": 1e-2, **settings})
     return alone(bank, adapter, rows, chosen, seed=0, client="mood", round_=round_)
 
 
-def gradients(bank: Bank, adapter: Adapter, batch: Sequence[Row]) -> list[Tensor]:
+def gradients(bank: Bank, adapter: Adapter, batch: Sequence[TokenPair]) -> list[Tensor]:
     bank.load([adapter])
     parts = collate([batch], bank.base.pad_id)
-    with bank.reading(parts) as logits:
+    with bank.forward(parts) as logits:
         return list(torch.autograd.grad(token_losses(logits, parts.labels).mean(), bank.parameters()))
 
 
 def adam_by_hand(
-    bank: Bank, adapter: Adapter, rows: Sequence[Row], settings: TrainingSettings, round_: int
+    bank: Bank, adapter: Adapter, rows: Sequence[TokenPair], settings: TrainingSettings, round_: int
 ) -> dict[str, Tensor]:
     """Kingma & Ba, algorithm 1, from zero moments: m = .9 m + .1 g, v = .999 v + .001 g^2, both divided by
     1 - beta^t, step = lr_decay^round * lr * m / (sqrt(v) + 1e-8). The gradient of a step is the mean over the
@@ -109,7 +109,9 @@ def close(one: Any, other: Any, tolerance: float = 2e-5) -> bool:
         ({"batch_size": 16, "local_steps": 4}, 0),  # passes joined: 64 rows of 31
     ],
 )
-def test_fit_is_adam_on_the_mean_gradient(bank: Bank, rows: list[Row], settings: dict[str, Any], round_: int) -> None:
+def test_fit_is_adam_on_the_mean_gradient(
+    bank: Bank, rows: list[TokenPair], settings: dict[str, Any], round_: int
+) -> None:
     chosen = TrainingSettings(**{"local_steps": 3, "learning_rate": 1e-2, **settings})
     start = lora(bank)
     wanted = adam_by_hand(bank, start, rows, chosen, round_)
@@ -121,7 +123,7 @@ def test_fit_is_adam_on_the_mean_gradient(bank: Bank, rows: list[Row], settings:
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_steps_gradient_is_the_mean_over_its_batches(bank: Bank, rows: list[Row], accumulation: int) -> None:
+def test_a_steps_gradient_is_the_mean_over_its_batches(bank: Bank, rows: list[TokenPair], accumulation: int) -> None:
     """Read before Adam forgets its scale; each client of a group has its own, whatever the other learns from."""
     settings = TrainingSettings(local_steps=1, batch_size=2, accumulation=accumulation)
     parts = {"mood": rows[:9], "other": rows[9:20]}
@@ -137,7 +139,7 @@ def test_a_steps_gradient_is_the_mean_over_its_batches(bank: Bank, rows: list[Ro
         torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_adam_is_new_each_round(bank: Bank, rows: list[Row]) -> None:
+def test_adam_is_new_each_round(bank: Bank, rows: list[TokenPair]) -> None:
     """A first step of Adam moves every number by the rate (m / sqrt(v) = +-1), whatever was trained before."""
     for _ in range(2):
         first = train(bank, lora(bank), rows, local_steps=1)
@@ -146,14 +148,14 @@ def test_adam_is_new_each_round(bank: Bank, rows: list[Row]) -> None:
         assert moved.median() == pytest.approx(1e-2, rel=1e-2)
 
 
-def test_the_learning_rate_decays_by_the_round(bank: Bank, rows: list[Row]) -> None:
+def test_the_learning_rate_decays_by_the_round(bank: Bank, rows: list[TokenPair]) -> None:
     """A first step moves by lr * decay^round: 0.01 * 0.5^2."""
     done = train(bank, lora(bank), rows, 2, local_steps=1, lr_decay=0.5)
     moved = torch.cat([(done.adapter.tensors[key] - t).abs().flatten() for key, t in lora(bank).tensors.items()])
     assert moved.median() == pytest.approx(0.0025, rel=1e-2)
 
 
-def test_clipping(bank: Bank, rows: list[Row]) -> None:
+def test_clipping(bank: Bank, rows: list[TokenPair]) -> None:
     """Adam forgets the scale of a gradient, but not beside its epsilon of 1e-8: clipped to a norm of 1e-9, no number
     moves by more than lr * 1e-9 / (1e-9 + 1e-8) = lr / 11. A bound that is never reached changes nothing.
     """
@@ -175,13 +177,15 @@ def test_clipping(bank: Bank, rows: list[Row]) -> None:
         ({"local_epochs": 3, "batch_size": 64, "local_steps": 9}, 10, 3),  # epochs win
     ],
 )
-def test_steps_and_epochs(settings: dict[str, int], examples: int, steps: int, bank: Bank, rows: list[Row]) -> None:
+def test_steps_and_epochs(
+    settings: dict[str, int], examples: int, steps: int, bank: Bank, rows: list[TokenPair]
+) -> None:
     assert TrainingSettings(**dict[str, Any](settings)).steps(examples) == steps
     assert train(bank, lora(bank), rows[:examples], **{"local_steps": 3, **settings}).steps == steps
 
 
 def test_an_epoch_is_every_row_once(bank: Bank) -> None:
-    rows: list[Row] = [((2, place), (3,)) for place in range(10, 30)]
+    rows: list[TokenPair] = [((2, place), (3,)) for place in range(10, 30)]
     batches = _batches(rows, TrainingSettings(batch_size=5), torch_generator(0, "order"))
     passes = [[prompt[1] for _ in range(4) for prompt, _ in next(batches)] for _ in range(2)]
     assert sorted(passes[0]) == sorted(passes[1]) == list(range(10, 30))
@@ -189,7 +193,7 @@ def test_an_epoch_is_every_row_once(bank: Bank) -> None:
     assert passes[0] != list(range(10, 30))
 
 
-def test_the_loss_told_is_the_mean_over_the_steps(bank: Bank, rows: list[Row]) -> None:
+def test_the_loss_told_is_the_mean_over_the_steps(bank: Bank, rows: list[TokenPair]) -> None:
     """With a rate next to nothing the adapter stays, so the mean is that of the batches' losses."""
     chosen = TrainingSettings(local_steps=3, batch_size=2, learning_rate=1e-12)
     batches = _batches(rows, chosen, torch_generator(0, "order", "mood", 0))
@@ -197,13 +201,13 @@ def test_the_loss_told_is_the_mean_over_the_steps(bank: Bank, rows: list[Row]) -
     losses = []
     for _ in range(3):
         batch = collate([next(batches)], bank.base.pad_id)
-        with torch.no_grad(), bank.reading(batch) as logits:
+        with torch.no_grad(), bank.forward(batch) as logits:
             losses.append(float(token_losses(logits, batch.labels).mean()))
     told = alone(bank, lora(bank), rows, chosen, seed=0, client="mood", round_=0).loss
     assert told == pytest.approx(sum(losses) / 3, rel=1e-5)
 
 
-def test_steps_are_told(bank: Bank, rows: list[Row]) -> None:
+def test_steps_are_told(bank: Bank, rows: list[TokenPair]) -> None:
     told: list[tuple[int, int]] = []
     settings = TrainingSettings(local_steps=3)
     alone(bank, lora(bank), rows, settings, seed=0, client="a", round_=0, on_step=lambda *step: told.append(step))
@@ -211,12 +215,14 @@ def test_steps_are_told(bank: Bank, rows: list[Row]) -> None:
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"client": "other"}, {"round_": 1}])
-def test_order_and_dropout_come_from_seed_client_and_round(bank: Bank, rows: list[Row], change: dict[str, Any]) -> None:
+def test_order_and_dropout_come_from_seed_client_and_round(
+    bank: Bank, rows: list[TokenPair], change: dict[str, Any]
+) -> None:
     place = {"seed": 0, "client": "mood", "round_": 0}
     settings = TrainingSettings(local_steps=2, learning_rate=1e-2, lr_decay=1.0)
     spec = replace(PLAIN, dropout=0.5)
 
-    def run(rows: list[Row], **where: Any) -> Any:
+    def run(rows: list[TokenPair], **where: Any) -> Any:
         return alone(bank, lora(bank, spec), rows, settings, **where).adapter.tensors
 
     assert all(torch.equal(a, b) for a, b in zip(run(rows, **place).values(), run(rows, **place).values(), strict=True))
@@ -225,7 +231,7 @@ def test_order_and_dropout_come_from_seed_client_and_round(bank: Bank, rows: lis
     assert not close(run(rows[:1], **place), run(rows[:1], **{**place, **change}), 1e-6)
 
 
-def test_the_balance_loss_is_trained_too(bank: Bank, rows: list[Row]) -> None:
+def test_the_balance_loss_is_trained_too(bank: Bank, rows: list[TokenPair]) -> None:
     """While B is zero the answers depend on no router: only the balance loss can move W_t in the first step."""
     key = next(key for key in mixture(bank).tensors if key.endswith("router/W"))
     for weight, moves in ((0.0, False), (1.0, True)):
@@ -235,7 +241,7 @@ def test_the_balance_loss_is_trained_too(bank: Bank, rows: list[Row]) -> None:
         assert done.loss == pytest.approx(train(bank, mixture(bank), rows, local_steps=1).loss)
 
 
-def test_embeddings_are_means_over_all_tokens_whatever_the_batch(bank: Bank, rows: list[Row]) -> None:
+def test_embeddings_are_means_over_all_tokens_whatever_the_batch(bank: Bank, rows: list[TokenPair]) -> None:
     bank.load([mixture(bank)])
     (single,), (together,) = embed(bank, [rows], 1), embed(bank, [rows], 400)
     assert set(single) == set(bank.base.shapes)
@@ -246,7 +252,7 @@ def test_embeddings_are_means_over_all_tokens_whatever_the_batch(bank: Bank, row
             torch.testing.assert_close(means.experts[expert], together[module].experts[expert])
 
 
-def test_local_training_leaves_the_base_and_the_adapter_given_alone(bank: Bank, rows: list[Row]) -> None:
+def test_local_training_leaves_the_base_and_the_adapter_given_alone(bank: Bank, rows: list[TokenPair]) -> None:
     start = lora(bank)
     before = {key: tensor.clone() for key, tensor in start.tensors.items()}
     bank.load([])
@@ -260,25 +266,25 @@ def test_local_training_leaves_the_base_and_the_adapter_given_alone(bank: Bank, 
 # --- divergence -----------------------------------------------------------------------------------------------
 
 
-def test_an_absurd_rate_diverges(bank: Bank, rows: list[Row]) -> None:
+def test_an_absurd_rate_diverges(bank: Bank, rows: list[TokenPair]) -> None:
     with pytest.raises(DivergedError, match=r"client mood, round 0: .*loss became .* within steps 1 to 3 .*lower"):
         train(bank, lora(bank), rows, learning_rate=1e30)
 
 
-def test_a_last_step_that_ends_in_nan_is_seen(bank: Bank, rows: list[Row]) -> None:
+def test_a_last_step_that_ends_in_nan_is_seen(bank: Bank, rows: list[TokenPair]) -> None:
     """The only loss is finite, the adapter after it is not."""
     with pytest.raises(DivergedError, match="its adapter is no longer finite"):
         train(bank, lora(bank), rows, learning_rate=3e38 * 10, local_steps=1)
 
 
-def test_an_adapter_with_nan_diverges(bank: Bank, rows: list[Row]) -> None:
+def test_an_adapter_with_nan_diverges(bank: Bank, rows: list[TokenPair]) -> None:
     start = lora(bank)
     next(iter(start.tensors.values()))[0, 0] = math.nan
     with pytest.raises(DivergedError, match="client mood, round 4: its loss became nan"):
         train(bank, start, rows, 4)
 
 
-def test_training_goes_on_after_a_divergence(bank: Bank, rows: list[Row]) -> None:
+def test_training_goes_on_after_a_divergence(bank: Bank, rows: list[TokenPair]) -> None:
     wanted = train(bank, lora(bank), rows).adapter.tensors
     with pytest.raises(DivergedError):
         train(bank, lora(bank), rows, learning_rate=1e30)

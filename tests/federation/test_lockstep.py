@@ -18,7 +18,7 @@ from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
-from fedamole.model.batch import Row
+from fedamole.model.batch import TokenPair
 from fedamole.model.params import Adapter, new_pool, new_shared
 
 Tensors = dict[str, torch.Tensor]
@@ -33,7 +33,7 @@ def bank(runs: Any) -> Bank:
     return Bank(base)
 
 
-def texts(bank: Bank, client: int, rows: int = 7) -> list[Row]:
+def texts(bank: Bank, client: int, rows: int = 7) -> list[TokenPair]:
     """Rows of 4 to 40 tokens."""
     rng = np.random.default_rng(client)
 

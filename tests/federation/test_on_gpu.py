@@ -16,9 +16,9 @@ from fedamole.model import memory
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.base import BaseSettings, _quantized, load_base, resolve_device
-from fedamole.model.batch import Row
+from fedamole.model.batch import TokenPair
 from fedamole.model.params import Adapter, new_pool
-from fedamole.model.segments import upload
+from fedamole.model.segments import to_device
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
@@ -39,7 +39,7 @@ def tasks(bank: Bank) -> list[LocalTask]:
     found = []
     for client in range(3):
         draw = torch.Generator().manual_seed(client)
-        rows: list[Row] = [(tuple(range(5, 9 + client + 3 * place)), (7, 0)) for place in range(4)]
+        rows: list[TokenPair] = [(tuple(range(5, 9 + client + 3 * place)), (7, 0)) for place in range(4)]
         pool = new_pool(bank.base.shapes, 4, 2 + client, draw)
         tensors = {name: 0.1 * torch.randn(tensor.shape, generator=draw) for name, tensor in pool.items()}
         spec = AdapterSpec(rank=4, alpha=8.0, dropout=0.1, balance_weight=0.01)
@@ -148,7 +148,7 @@ def test_uploads_go_through_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     tensor = torch.ones(3)
-    assert upload(tensor, torch.device("cpu")) is tensor
+    assert to_device(tensor, torch.device("cpu")) is tensor
     assert not pinned
-    assert upload(tensor, torch.device("meta")).device.type == "meta"
+    assert to_device(tensor, torch.device("meta")).device.type == "meta"
     assert [one is tensor for one in pinned] == [True]

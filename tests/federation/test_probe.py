@@ -14,14 +14,14 @@ from fedamole.model import moments
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base
-from fedamole.model.batch import Row
+from fedamole.model.batch import TokenPair
 from fedamole.model.params import Adapter, expert_keys, new_pool, new_shared, router_key
 
-ROWS: list[Row] = [((place,), (place // 10, 0)) for place in range(100)]
+ROWS: list[TokenPair] = [((place,), (place // 10, 0)) for place in range(100)]
 """Ten labels of ten rows each, sorted by label, as some data sets are."""
 
 
-def labels(rows: list[Row]) -> set[int]:
+def labels(rows: list[TokenPair]) -> set[int]:
     return {row[1][0] for row in rows}
 
 
@@ -51,7 +51,7 @@ def test_fewer_rows_than_asked_for_are_all_read() -> None:
 
 def test_rows_and_tokens_are_counted() -> None:
     """3 + 5 tokens; once, then under two adapters."""
-    rows: list[Row] = [((1, 2), (0,)), ((1, 2, 3), (4, 0))]
+    rows: list[TokenPair] = [((1, 2), (0,)), ((1, 2, 3), (4, 0))]
     counts = ProbeCounts()
     counts.add(rows)
     assert (counts.examples, counts.tokens) == (2, 8)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fedamole.federation.client_state import PrivateState
 from fedamole.federation.record import Nothing, PayloadError, non_finite, pack, unpack
-from fedamole.model.amole import AdapterSpec
+from fedamole.model.amole import AdapterSpec, EmbeddingRouter
+from fedamole.model.mixer import InstanceWeights, LearnedRouter
 from fedamole.model.params import Adapter
 from fedamole.model.prompt import PromptSpec
 
@@ -235,7 +236,10 @@ def test_a_private_state_with_and_without_an_adapter() -> None:
     assert unpack(PrivateState, pack(PrivateState(kept, None))).trained is None
 
 
-@pytest.mark.parametrize("spec", [AdapterSpec(rank=3, router="mixer"), PromptSpec(5, mlp=True)])
+ROUTERS = (EmbeddingRouter(), LearnedRouter(extra_own_logits=True), InstanceWeights(0.25))
+
+
+@pytest.mark.parametrize("spec", [*(AdapterSpec(rank=3, router=router) for router in ROUTERS), PromptSpec(5, mlp=True)])
 def test_a_field_of_several_record_kinds_comes_back_as_its_own(spec: AdapterSpec | PromptSpec) -> None:
     adapter = Adapter(spec, {"m/shared/A": torch.ones(3, 2)}, {"m/delta": torch.zeros(2, 2)}, ("m/shared/A",))
     again = unpack(Adapter, pack(adapter))

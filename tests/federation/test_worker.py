@@ -15,7 +15,7 @@ from fedamole.federation.client_data import client_data
 from fedamole.federation.probe import ProbeCounts, draw_examples
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
-from fedamole.model.batch import Ids, Row
+from fedamole.model.batch import Ids, TokenPair
 from fedamole.model.params import Adapter, new_shared
 from fedamole.model.pretrained import load_adapter
 from fedamole.runs.run_folder import RunFolder
@@ -120,9 +120,9 @@ def test_a_look_is_at_drawn_examples_the_same_in_every_round(runs: Any, tmp_path
     """Three of a client's examples set aside, not the first three; the same in all rounds, others with another seed."""
     config = runs.load("ifca_lora", "data.embedding_share=0.5")
     prepared = prepare(config)
-    seen: list[list[Row]] = []
+    seen: list[list[TokenPair]] = []
 
-    def losses(bank: Bank, clients: list[list[Row]], batch_tokens: int) -> list[float]:
+    def losses(bank: Bank, clients: list[list[TokenPair]], batch_tokens: int) -> list[float]:
         seen.append(clients[0])
         return [0.0] * len(clients)
 

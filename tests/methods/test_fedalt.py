@@ -9,6 +9,7 @@ from fedamole.errors import ConfigError
 from fedamole.federation.method import BaseInfo, ClientInfo, Server, TrainingRequest
 from fedamole.methods.fedalt import FedAlt, LatestLoras, OwnAndMixer, RestOfWorld, SentLora
 from fedamole.methods.fedit import FedIT
+from fedamole.model.mixer import LearnedRouter
 from fedamole.model.params import expert_keys, mixer_key
 
 SHAPES = {"m": (2, 2)}
@@ -54,7 +55,7 @@ def test_own_lora_and_mixer_are_trained_and_kept_the_lora_is_sent() -> None:
     trained = {OWN_A: torch.full((1, 2), 7.0), mixer_key("m"): torch.ones(2, 2)}
     work = method.update(client(SHAPES), first, RestOfWorld(lora(5.0).tensors))
     (asked,), (client_state, reply, _) = driven(work, trained)
-    assert lora_spec(asked.adapter.spec).router == "mixer"
+    assert lora_spec(asked.adapter.spec).router == LearnedRouter()
     assert asked.adapter.frozen == (REST_A, REST_B)
     assert float(asked.adapter.tensors[REST_A][0, 0]) == 5.0
     assert set(client_state.tensors) == {OWN_A, OWN_B, mixer_key("m")}

@@ -9,6 +9,8 @@ from fedamole.errors import ConfigError
 from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.methods.feddpa import FedDpa, LocalLora
 from fedamole.methods.shared.averaging import SharedTensors
+from fedamole.model.amole import EmbeddingRouter
+from fedamole.model.mixer import InstanceWeights
 from fedamole.model.params import REFERENCES, Adapter, expert_keys
 
 SHAPES = {"m": (2, 2)}
@@ -31,10 +33,10 @@ def test_the_global_lora_is_trained_and_sent_the_local_one_beside_it_kept() -> N
         work, lora(3.0).tensors, {LOCAL_A: torch.full((1, 2), 8.0)}
     )
     assert first.step_fraction == second.step_fraction == 0.5
-    assert lora_spec(first.adapter.spec).router == "embedding"
+    assert lora_spec(first.adapter.spec).router == EmbeddingRouter()
     assert set(first.adapter.tensors) == {A, B}
     weighed = lora_spec(second.adapter.spec)
-    assert (weighed.router, weighed.instance_weight) == ("instance", 0.4)
+    assert weighed.router == InstanceWeights(0.4)
     assert second.adapter.frozen == (GLOBAL_A, GLOBAL_B)
     assert float(second.adapter.tensors[GLOBAL_A][0, 0]) == 2.0, "the one that was sent"
     assert not second.adapter.fixed

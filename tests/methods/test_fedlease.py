@@ -12,6 +12,8 @@ from fedamole.errors import ConfigError
 from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.methods.fedlease import FedLease, Lease, Returned
 from fedamole.methods.local_only import OwnLora
+from fedamole.model.amole import EmbeddingRouter
+from fedamole.model.mixer import LearnedRouter
 from fedamole.model.params import OWN, expert_keys, mixer_key
 
 SHAPES = {"m": (2, 2)}
@@ -53,7 +55,7 @@ def test_everybody_gets_all_experts_and_the_mixers_of_its_cluster_and_trains_its
     assert set(message.tensors) == {MIXER, *own, *other}
     trained = {own[0]: torch.full((1, 2), 6.0), MIXER: torch.ones(3, 2)}
     (asked,), (client_state, reply, _) = driven(method.update(client(SHAPES, "c"), OwnLora({}), message), trained)
-    assert lora_spec(asked.adapter.spec).router == "mixer"
+    assert lora_spec(asked.adapter.spec).router == LearnedRouter(extra_own_logits=True)
     assert asked.adapter.frozen == tuple(sorted(other))
     assert asked.adapter.fixed[OWN].tolist() == [0.0, 1.0]
     assert set(reply.tensors) == {MIXER, *own}
@@ -75,7 +77,7 @@ def test_a_client_that_comes_late_warms_up_and_joins_the_nearest() -> None:
     (asked,), (client_state, reply, _) = driven(
         method.update(client(SHAPES, "d"), OwnLora({}), message), {B: torch.tensor([[0.0], [5.0]])}
     )
-    assert lora_spec(asked.adapter.spec).router == "embedding"
+    assert lora_spec(asked.adapter.spec).router == EmbeddingRouter()
     assert set(client_state.tensors) == {A, B}
     model = method.personal(client(SHAPES, "d"), client_state, message, None)
     assert model is not None

@@ -45,13 +45,13 @@ def inputs(d_in: int, d_out: int, seed: int = 1, dtype: torch.dtype = torch.floa
 
 
 def by_definition(
-    x: Tensor, base_out: Tensor, tensors: dict[str, Tensor], n: int, s: AdapterSpec, counted: Tensor
+    x: Tensor, base_out: Tensor, tensors: dict[str, Tensor], n: int, s: AdapterSpec, not_padding: Tensor
 ) -> tuple[Tensor, Tensor]:
     """y and the balance loss as algorithm.md has them, one token and one expert at a time."""
     shared_a, shared_b = (tensors[key] for key in shared_keys(M))
     experts = [tuple(tensors[key] for key in expert_keys(M, i)) for i in range(n)]
     ys, total, times = [], [torch.zeros((), dtype=x.dtype)] * n, [0] * n
-    for token, out, counts in zip(x.flatten(0, 1), base_out.flatten(0, 1), counted, strict=True):
+    for token, out, counts in zip(x.flatten(0, 1), base_out.flatten(0, 1), not_padding, strict=True):
         y = out + s.alpha / s.rank * (shared_b @ (shared_a @ token))
         if n:
             t = tensors[router_key(M)] @ token
@@ -65,7 +65,7 @@ def by_definition(
                 total = [so_far + value for so_far, value in zip(total, p, strict=True)]
                 times = [time + (i in chosen) for i, time in enumerate(times)]
         ys.append(y)
-    tokens = int(counted.sum())
+    tokens = int(not_padding.sum())
     balance = sum(n * (times[i] / (tokens * s.top_k)) * (total[i] / tokens) for i in range(n))
     return torch.stack(ys).view_as(base_out), torch.as_tensor(balance)
 
@@ -79,11 +79,11 @@ def test_equals_the_definition(n: int, top_k: int, shape: tuple[int, int, int]) 
     rank, d_in, d_out = shape
     s, tensors = spec(rank=rank, top_k=top_k), drawn(n, rank, d_in, d_out)
     x, base_out, pull = inputs(d_in, d_out)
-    counted = torch.tensor([True, True, False, True, True, False])
-    wanted_y, wanted_balance = by_definition(x, base_out, tensors, n, s, counted)
-    y, routing = amole_linear(x, base_out, *stack(tensors, M, list(range(n))), s)
+    not_padding = torch.tensor([True, True, False, True, True, False])
+    wanted_y, wanted_balance = by_definition(x, base_out, tensors, n, s, not_padding)
+    y, routing, _ = amole_linear(x, base_out, *stack(tensors, M, list(range(n))), s)
     assert routing is not None
-    balance = balance_loss(routing, counted).squeeze(0)
+    balance = balance_loss(routing, not_padding).squeeze(0)
     torch.testing.assert_close(y, wanted_y, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(balance, wanted_balance, rtol=1e-10, atol=1e-10)
     leaves = [x, *tensors.values()]
@@ -109,7 +109,7 @@ def test_without_domain_experts_it_is_peft_s_lora() -> None:
     a.data, b.data = (tensors[key].detach().clone() for key in shared_keys(M))
 
     theirs = lora(x)
-    mine, routing = amole_linear(x, lora.base_layer(x), *stack(tensors, M, []), spec(rank=rank, alpha=7.0))
+    mine, routing, _ = amole_linear(x, lora.base_layer(x), *stack(tensors, M, []), spec(rank=rank, alpha=7.0))
     assert routing is None
     torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
     wanted = torch.autograd.grad((theirs * pull).sum(), [x, a, b])
@@ -143,7 +143,7 @@ def test_a_case_worked_by_hand() -> None:
     Balance: P = (39, 30, 43) / 112, f = (1, 2, 1) / 4, 3 * sum f P = 3 * (39 + 60 + 43) / 448 = 213/224.
     """
     x, down, up, s = worked_example()
-    y, routing = amole_linear(x, torch.full((2, 1), 1000.0, dtype=torch.float64), down, up, s)
+    y, routing, _ = amole_linear(x, torch.full((2, 1), 1000.0, dtype=torch.float64), down, up, s)
     assert routing is not None
     exact = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
     wanted_p = torch.tensor([[4 / 7, 2 / 7, 1 / 7], [1 / 8, 2 / 8, 5 / 8]], dtype=torch.float64)
@@ -164,11 +164,11 @@ def test_balance_loss_is_1_when_balanced_and_n_when_collapsed() -> None:
     n = 4
     fits = 3 * torch.eye(n, dtype=torch.float64)
     one = torch.ones(n, 1, dtype=torch.float64)
-    counted = torch.ones(n, dtype=torch.bool)
-    assert balance_loss(route(one, fits.unsqueeze(2), 1), counted).item() == pytest.approx(1, abs=1e-12)
+    not_padding = torch.ones(n, dtype=torch.bool)
+    assert balance_loss(route(one, fits.unsqueeze(2), 1), not_padding).item() == pytest.approx(1, abs=1e-12)
     fits = torch.zeros(n, n, dtype=torch.float64)
     fits[:, 2] = 800.0
-    assert balance_loss(route(one, fits.unsqueeze(2), 1), counted).item() == pytest.approx(n, abs=1e-12)
+    assert balance_loss(route(one, fits.unsqueeze(2), 1), not_padding).item() == pytest.approx(n, abs=1e-12)
 
 
 def test_no_gradient_flows_through_the_share_of_routed_tokens() -> None:
@@ -183,16 +183,16 @@ def test_no_gradient_flows_through_the_share_of_routed_tokens() -> None:
 def test_padded_tokens_change_nothing() -> None:
     n, s, tensors = 4, spec(), drawn(4, 2, 5, 7)
     x, base_out, _ = inputs(5, 7)
-    counted = torch.tensor([True, True, False, True, False, False])
+    not_padding = torch.tensor([True, True, False, True, False, False])
     other = x.detach().clone()
-    other.view(6, 5)[~counted] = 9.0
+    other.view(6, 5)[~not_padding] = 9.0
 
     def measured(rows: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        y, routing = amole_linear(rows, base_out, *stack(tensors, M, list(range(n))), s)
+        y, routing, _ = amole_linear(rows, base_out, *stack(tensors, M, list(range(n))), s)
         assert routing is not None
-        balance = balance_loss(routing, counted)
+        balance = balance_loss(routing, not_padding)
         routed = [tensors[router_key(M)], *(tensors[expert_keys(M, i)[0]] for i in range(n))]
-        return y.flatten(0, 1)[counted], balance, torch.autograd.grad(balance, routed)
+        return y.flatten(0, 1)[not_padding], balance, torch.autograd.grad(balance, routed)
 
     torch.testing.assert_close(measured(x), measured(other), rtol=0, atol=1e-14)
     assert measured(x)[2][0].abs().max() > 0
@@ -221,10 +221,10 @@ def test_dropout_spares_the_router_and_is_right_on_average(n: int, kind: str) ->
     s, tensors = spec(dropout=0.5, dropout_kind=kind), drawn(n, 2, 3, 4)
     down, up = stack(tensors, M, list(range(n)))
     x, base_out, _ = (tensor[:1, :1] for tensor in inputs(3, 4))
-    clean, routing = amole_linear(x, base_out, down, up, s)
+    clean, routing, _ = amole_linear(x, base_out, down, up, s)
     outputs = []
     for drop in halves(3 if kind == "exact" else (n + 1) * 2):
-        y, dropped = amole_linear(x, base_out, down, up, s, drop)
+        y, dropped, _ = amole_linear(x, base_out, down, up, s, drop)
         outputs.append(y)
         for mine, theirs in zip(dropped or (), routing or (), strict=True):
             assert torch.equal(mine, theirs)
@@ -261,7 +261,7 @@ def test_bfloat16_inputs_with_float32_adapters() -> None:
     x, base_out = (x.detach().bfloat16().float() / 8).requires_grad_(), base_out.bfloat16().float()
 
     def measured(dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
-        y, routing = amole_linear(x.to(dtype), base_out.to(dtype), *stack(tensors, M, list(range(n))), s)
+        y, routing, _ = amole_linear(x.to(dtype), base_out.to(dtype), *stack(tensors, M, list(range(n))), s)
         assert routing is not None
         assert y.dtype == dtype
         assert routing.probabilities.dtype == torch.float32
@@ -286,7 +286,7 @@ def test_experts_that_are_not_held_are_never_chosen() -> None:
     alone, beside = route(token, held, 2), route(token, room, 2, hidden)
     assert alone.probabilities.tolist() == [[1.0, 0.0]]
     assert beside.chosen.tolist() == alone.chosen.tolist() == [[0, 1]]
-    assert balance_loss(beside, held=torch.tensor([2.0])).item() == balance_loss(alone).item() == 1.0
+    assert balance_loss(beside, num_experts=torch.tensor([2.0])).item() == balance_loss(alone).item() == 1.0
 
 
 def test_too_few_experts_for_top_k() -> None:

@@ -18,6 +18,7 @@ from fedamole.model.bank import Bank
 from fedamole.model.base import Base
 from fedamole.model.batch import collate, token_losses
 from fedamole.model.dropout import row_keys
+from fedamole.model.forward_context import ForwardContext
 from fedamole.model.params import (
     Adapter,
     Shapes,
@@ -34,8 +35,8 @@ from .conftest import ARCHITECTURES
 
 every_architecture = pytest.mark.parametrize("kind", ARCHITECTURES)
 
-Row = tuple[Sequence[int], Sequence[int]]
-ROWS: list[Row] = [
+TokenPair = tuple[Sequence[int], Sequence[int]]
+ROWS: list[TokenPair] = [
     ((5, 9, 40, 33, 60, 12, 77, 8, 101, 14), (200, 31, 0)),
     ((5, 11), (90, 0)),
     ((5, 66, 67, 68, 69, 70, 71, 72), (19, 20, 21, 22, 23, 0)),
@@ -63,14 +64,14 @@ def random_adapter(shapes: Shapes, experts: int = 3, dtype: torch.dtype = torch.
     return Adapter(settings, {name: tensor.to(dtype) for name, tensor in tensors.items()})
 
 
-def measure(bank: Bank, rows: Sequence[Row], seed: int | None = None, pad: int = 1) -> dict[str, Any]:
+def measure(bank: Bank, rows: Sequence[TokenPair], seed: int | None = None, pad: int = 1) -> dict[str, Any]:
     """Logits, answer losses, balance losses and the gradients of losses + balance of the loaded adapter."""
     batch = collate([rows], pad, seeds=None if seed is None else [seed])
-    whole = replace(batch, predicting=torch.arange(batch.ids.numel()))
+    whole = replace(batch, logit_indices=torch.arange(batch.ids.numel()))
     found: list[Tensor] = []
-    with bank.reading(whole, balance=found) as flat:
+    with bank.forward(whole, balance_losses=found) as flat:
         logits = flat.unflatten(0, batch.ids.shape)
-        losses = token_losses(flat[batch.predicting], batch.labels)
+        losses = token_losses(flat[batch.logit_indices], batch.labels)
         balance = torch.cat(found or [torch.zeros(1)])
         forwards = len(found)
         parameters = bank.parameters()
@@ -153,7 +154,7 @@ def test_every_module_has_its_own_experts(open_bank: Callable[..., Bank], kind: 
     for name, layer in bank.layers.items():
         x = torch.randn(2, 3, bank.base.shapes[name][0], generator=torch.Generator().manual_seed(1))
         base_out = layer.base_layer(x)
-        wanted, _ = amole_linear(x, base_out, *stack(adapter.tensors, name, held[name]), lora_spec(adapter.spec))
+        wanted, _, _ = amole_linear(x, base_out, *stack(adapter.tensors, name, held[name]), lora_spec(adapter.spec))
         assert torch.equal(layer(x), wanted)
         assert not torch.allclose(wanted, base_out)
 
@@ -250,7 +251,7 @@ def test_gradients_are_the_slopes_of_the_losses(open_bank: Callable[..., Bank], 
 
     def value() -> Tensor:
         balance: list[Tensor] = []
-        with bank.reading(batch, balance=balance) as logits:
+        with bank.forward(batch, balance_losses=balance) as logits:
             losses = token_losses(logits, batch.labels)
             total = losses.sum() if part == "losses" else torch.cat(balance).sum()
             if torch.is_grad_enabled():
@@ -291,9 +292,9 @@ def test_the_balance_loss_is_that_of_the_counted_tokens_of_each_module(open_bank
     wanted, batch = [], collate([ROWS], 1)
 
     def read(layer: Any, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-        tensors = stack(adapter.tensors, layer.name, layer.loaded.experts[0])
-        rows = inputs[0].flatten(0, 1)[batch.counted]
-        _, routing = amole_linear(rows, layer.base_layer(rows), *tensors, lora_spec(adapter.spec))
+        tensors = stack(adapter.tensors, layer.name, layer.adapters.experts[0])
+        rows = inputs[0].flatten(0, 1)[batch.not_padding]
+        _out, routing, _weights = amole_linear(rows, layer.base_layer(rows), *tensors, lora_spec(adapter.spec))
         assert routing is not None
         wanted.append(balance_loss(routing))
 
@@ -324,9 +325,9 @@ def test_every_module_draws_its_own_dropout_mask(open_bank: Callable[..., Bank])
     bank = open_bank("llama")
     bank.load([random_adapter(bank.base.shapes, dropout=0.25)])
     values = torch.ones(100, 32)
-    places = np.arange(100)
-    with bank.recording(keys=row_keys(np.full(100, 3), places * 0, places)):
-        masks = [layer._drop()(values) for layer in bank.layers.values()]
+    positions, spec = np.arange(100), lora_spec(bank.adapter().spec)
+    keys = row_keys(np.full(100, 3), positions * 0, positions)
+    masks = [layer._drop(spec, keys)(values) for layer in bank.layers.values()]
     assert len(masks) == 4
     for mask in masks:
         assert set(mask.unique().tolist()) == {0.0, 1.0}
@@ -364,7 +365,7 @@ def test_mean_embeddings(open_bank: Callable[..., Bank], kind: str, tokens: int)
         assert sorted(mean.experts) == held[name]
         for expert, embedding in mean.experts.items():
             close(embedding.double(), adapter.tensors[expert_keys(name, expert)[0]].double() @ x.mean(0), 1e-5)
-    assert bank.tape.embeddings is None
+    assert bank.context.embedding_sums is None
 
 
 def test_a_plain_lora_has_no_embeddings_and_no_balance_loss(open_bank: Callable[..., Bank]) -> None:
@@ -372,16 +373,18 @@ def test_a_plain_lora_has_no_embeddings_and_no_balance_loss(open_bank: Callable[
     bank.load([random_adapter(bank.base.shapes, experts=0)])
     assert embed(bank, [ROWS], 20) == [{}]
     found: list[Tensor] = []
-    with bank.reading(collate([ROWS], 1), balance=found):
+    with bank.forward(collate([ROWS], 1), balance_losses=found):
         assert found == []
 
 
-def test_a_recording_leaves_nothing_on_the_tape(open_bank: Callable[..., Bank]) -> None:
+def test_a_context_ends_with_its_block(open_bank: Callable[..., Bank]) -> None:
     bank = open_bank("llama")
-    with pytest.raises(KeyError), bank.recording(keys=torch.zeros(1), balance=[]):
-        raise KeyError
-    assert bank.tape.keys is None
-    assert bank.tape.balance is None
+    outer = ForwardContext(balance_losses=[])
+    with bank.enter(outer):
+        with pytest.raises(KeyError), bank.enter(ForwardContext(dropout_keys=torch.zeros(1))):
+            raise KeyError
+        assert bank.context is outer
+    assert bank.context == ForwardContext()
 
 
 def test_without_its_domain_experts_an_adapter_is_its_shared_expert(open_bank: Callable[..., Bank]) -> None:

@@ -13,9 +13,9 @@ from fedamole.errors import ConfigError
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base
-from fedamole.model.batch import Row, collate, token_losses
+from fedamole.model.batch import TokenPair, collate, token_losses
 from fedamole.model.params import Adapter, expert_ids, new_pool, new_shared, router_key, shared_keys, unstack
-from fedamole.model.segments import totals
+from fedamole.model.segments import segment_sum
 
 RANK = 2
 CLIENTS = 4
@@ -48,9 +48,9 @@ def adapters(base: Base, kind: str = "mixture", **fields: object) -> list[Adapte
     return found
 
 
-def texts(even: bool) -> list[list[Row]]:
+def texts(even: bool) -> list[list[TokenPair]]:
     """Rows of each client; even ones are packed as many tokens for each."""
-    draw, found = torch.Generator().manual_seed(9), list[list[Row]]()
+    draw, found = torch.Generator().manual_seed(9), list[list[TokenPair]]()
     for client in range(CLIENTS):
         sizes = [(7, 3)] * 2 if even else [(2 + 5 * place + client, 1 + place) for place in range(1 + client % 3)]
         ids = [torch.randint(2, 300, (sum(size),), generator=draw).tolist() for size in sizes]
@@ -72,13 +72,15 @@ Found = tuple[Tensor, Tensor, dict[str, Tensor]]
 """A client's answer logits, balance losses by module, and gradients by name."""
 
 
-def measured(bank: Bank, rows: Sequence[Sequence[Row]], seeds: Sequence[int], first: int, packed: bool) -> list[Found]:
+def measured(
+    bank: Bank, rows: Sequence[Sequence[TokenPair]], seeds: Sequence[int], first: int, packed: bool
+) -> list[Found]:
     """What the clients `first` .. of a loaded bank compute on their rows, and the gradients of their losses."""
     last = first + len(rows)
-    bank.window(first, last)
+    bank.select_clients(first, last)
     batch, balance = collate(rows, 1, packed, seeds), list[Tensor]()
-    with bank.reading(batch, balance=balance) as logits:
-        losses = totals(token_losses(logits, batch.labels), batch.answers) / batch.answers.counts
+    with bank.forward(batch, balance_losses=balance) as logits:
+        losses = segment_sum(token_losses(logits, batch.labels), batch.answers) / batch.answers.counts
         by_module = torch.stack(balance or [torch.zeros(len(rows), dtype=torch.float64)])
         gradients = torch.autograd.grad((losses + by_module.sum(0)).sum(), bank.parameters())
     by_client = logits.detach().split(batch.answers.lengths)
@@ -162,10 +164,10 @@ def test_backward_adds_to_the_gradients_of_the_clients_at_work(open_bank: Callab
     flat = bank.trainable()
     assert [row.shape for row in flat] == [bank.weights.shape[1:]] * CLIENTS
     assert all(row.grad is not None and not row.grad.any() for row in flat)
-    bank.window(1, 3)
+    bank.select_clients(1, 3)
     batch, after = collate(rows[1:3], 1, packed=True), []
     for _ in range(2):
-        with bank.reading(batch) as logits:
+        with bank.forward(batch) as logits:
             losses = token_losses(logits, batch.labels)
             wanted = torch.autograd.grad(losses.sum(), bank.parameters(), retain_graph=True)
             bank.backward(losses.sum())
@@ -198,8 +200,8 @@ def test_what_an_optimiser_does_to_a_row_is_what_the_client_becomes(open_bank: C
         assert back.keys() == adapter.tensors.keys()
         assert all(torch.equal(back[name], tensor + (client == 2)) for name, tensor in adapter.tensors.items())
     layer = next(iter(bank.layers.values()))
-    assert layer.loaded is not None
-    assert torch.equal(layer.loaded.parts[0][2, :RANK], group[2].tensors[router_key(layer.name)] + 1)
+    assert layer.adapters is not None
+    assert torch.equal(layer.adapters.parts[0][2, :RANK], group[2].tensors[router_key(layer.name)] + 1)
 
 
 @pytest.mark.parametrize("kind", ["mixture", "lora"])
@@ -247,5 +249,5 @@ def test_a_client_with_too_few_experts_is_refused_even_beside_one_with_enough(op
     module, ids = next(iter(expert_ids(other.tensors).items()))
     gone = tuple(f"{module}/expert-{i:02d}/" for i in ids[1:])
     few = {name: tensor for name, tensor in other.tensors.items() if not name.startswith(gone)}
-    with pytest.raises(ConfigError, match=rf"{module}: 1 experts held, top_k = 2 .* raise min_experts"):
+    with pytest.raises(ConfigError, match=rf"{module}: 1 experts, but top_k = 2 .* raise min_experts"):
         bank.load([one, replace(other, tensors=few)])

@@ -16,12 +16,12 @@ def test_collate_predicts_answers_only() -> None:
     """
     batch = collate([[((5, 6), (7, 0)), ((8,), (9,))]], pad_id=1)
     assert batch.ids.tolist() == [[5, 6, 7, 0], [8, 9, 1, 1]]
-    assert batch.counted is not None
-    assert batch.counted.tolist() == [True] * 4 + [True, True, False, False]
-    assert (batch.positions, batch.sequences, batch.keys) == (None, None, None)
-    assert batch.predicting.tolist() == [1, 2, 4]
+    assert batch.not_padding is not None
+    assert batch.not_padding.tolist() == [True] * 4 + [True, True, False, False]
+    assert (batch.positions, batch.sequences, batch.dropout_keys) == (None, None, None)
+    assert batch.logit_indices.tolist() == [1, 2, 4]
     assert batch.labels.tolist() == [7, 0, 9]
-    assert (batch.shares.lengths, batch.answers.lengths) == ((8,), (3,))
+    assert (batch.segments.lengths, batch.answers.lengths) == ((8,), (3,))
 
 
 def test_packed_rows_stand_one_behind_the_other() -> None:
@@ -32,21 +32,25 @@ def test_packed_rows_stand_one_behind_the_other() -> None:
     assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2]]
     assert batch.sequences is not None
     assert batch.sequences.lengths == (4, 2, 3)
-    assert batch.counted is None
-    assert batch.predicting.tolist() == [1, 2, 4, 7]
+    assert batch.not_padding is None
+    assert batch.logit_indices.tolist() == [1, 2, 4, 7]
     assert batch.labels.tolist() == [7, 0, 9, 2]
-    assert (batch.shares.lengths, batch.answers.lengths) == ((6, 0, 3), (3, 0, 1))
+    assert (batch.segments.lengths, batch.answers.lengths) == ((6, 0, 3), (3, 0, 1))
 
 
 def test_keys_of_a_token_are_the_same_packed_padded_and_in_a_group() -> None:
     one, other = [((5, 6), (7,)), ((8,), (9,))], [((1,), (2,))]
     alone, padded = (collate([one], 0, packed, seeds=[11]) for packed in (True, False))
     group = collate([other, one], 0, True, seeds=[12, 11])
-    assert alone.keys is not None
-    assert padded.keys is not None
-    assert group.keys is not None
-    assert padded.keys[padded.counted].tolist() == alone.keys.tolist() == group.keys[2:].tolist()
-    assert len({*group.keys.tolist()}) == 7
+    assert alone.dropout_keys is not None
+    assert padded.dropout_keys is not None
+    assert group.dropout_keys is not None
+    assert (
+        padded.dropout_keys[padded.not_padding].tolist()
+        == alone.dropout_keys.tolist()
+        == group.dropout_keys[2:].tolist()
+    )
+    assert len({*group.dropout_keys.tolist()}) == 7
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -68,15 +72,15 @@ def test_batches_hold_every_row_once_within_the_limit(packed: bool) -> None:
 
 def test_without_a_prompt_the_first_answer_token_cannot_be_predicted() -> None:
     batch = collate([[((), (7, 8, 0))]], pad_id=1)
-    assert batch.predicting.tolist() == [0, 1]
+    assert batch.logit_indices.tolist() == [0, 1]
     assert batch.labels.tolist() == [8, 0]
 
 
 def test_the_padding_token_counts_where_it_is_a_token() -> None:
     """A tokenizer without a padding token pads with its end-of-text token, which real answers end with."""
     batch = collate([[((5,), (0,)), ((5, 6), (7, 0))]], pad_id=0)
-    assert batch.counted is not None
-    assert batch.counted.tolist() == [True, True, False, False, True, True, True, True]
+    assert batch.not_padding is not None
+    assert batch.not_padding.tolist() == [True, True, False, False, True, True, True, True]
 
 
 def test_token_losses() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedamole.model.batch import Row, collate
+from fedamole.model.batch import TokenPair, collate
 from fedamole.model.dropout import column_keys, dropped, row_keys
 
 GOLDEN, MASK = 0x9E3779B97F4A7C15, 2**64 - 1
@@ -99,16 +99,16 @@ def test_keys_of_many_places_do_not_meet() -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_a_token_has_the_same_mask_alone_in_a_group_packed_and_padded(share: float) -> None:
-    one: list[Row] = [((5, 6, 7), (8,)), ((9,), (10, 11))]
-    other: list[Row] = [((1,), (2, 3)), ((4, 5, 6, 7, 8), (9,)), ((2,), (2,))]
+    one: list[TokenPair] = [((5, 6, 7), (8,)), ((9,), (10, 11))]
+    other: list[TokenPair] = [((1,), (2, 3)), ((4, 5, 6, 7, 8), (9,)), ((2,), (2,))]
     columns = column_keys(3, 64)
 
-    def masks(clients: list[list[Row]], seeds: list[int], packed: bool, client: int) -> Tensor:
+    def masks(clients: list[list[TokenPair]], seeds: list[int], packed: bool, client: int) -> Tensor:
         batch = collate(clients, 0, packed, seeds)
-        assert batch.keys is not None
-        owner = batch.shares.owner
-        real = owner == owner if batch.counted is None else batch.counted
-        return dropped(batch.keys, columns, share)[real & (owner == client)]
+        assert batch.dropout_keys is not None
+        owner = batch.segments.owner
+        real = owner == owner if batch.not_padding is None else batch.not_padding
+        return dropped(batch.dropout_keys, columns, share)[real & (owner == client)]
 
     wanted = masks([one], [11], True, 0)
     assert wanted.shape == (7, 64)

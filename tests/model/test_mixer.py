@@ -15,15 +15,16 @@ from fedamole.evaluation.likelihood import mean_losses, option_losses
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base
-from fedamole.model.batch import Ids, Row, collate, token_losses
-from fedamole.model.mixer import mixed, mixer_linear
+from fedamole.model.batch import Ids, TokenPair, collate, token_losses
+from fedamole.model.mixer import InstanceWeights, LearnedRouter, mixer_linear, weights_from_logits
 from fedamole.model.params import OWN, REFERENCES, Adapter, delta_key, expert_keys, mixer_key, new_shared, shared_keys
 from fedamole.model.pretrained import load_adapter, save_adapter
-from fedamole.model.segments import Shares
+from fedamole.model.router import LinearAdapters
+from fedamole.model.segments import Segments
 
 R, D_IN, D_OUT = 2, 5, 4
-SPEC = AdapterSpec(rank=R, alpha=6.0, dropout=0.0, router="mixer", balance_weight=0.0)
-ROWS: list[list[Row]] = [[((5, 9, 30), (7, 0)), ((8, 2), (41, 12, 0))], [((50, 19, 3), (17, 22, 0))]]
+SPEC = AdapterSpec(rank=R, alpha=6.0, dropout=0.0, router=LearnedRouter(), balance_weight=0.0)
+ROWS: list[list[TokenPair]] = [[((5, 9, 30), (7, 0)), ((8, 2), (41, 12, 0))], [((50, 19, 3), (17, 22, 0))]]
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:
@@ -69,7 +70,7 @@ def test_equals_a_loop_and_so_do_the_gradients(n: int, logits: int, own: int | N
         else:
             down, up = torch.cat([w, *a])[None], torch.cat([part.T for part in b])[None]
             one_hot = None if own is None else torch.eye(n, dtype=torch.float64)[own][None]
-            y = mixer_linear(x, base_out, down, up, SPEC, None, Shares((7,)), one_hot)
+            y = mixer_linear(x, base_out, LinearAdapters(down, up, None, one_hot), SPEC, None, Segments((7,))).y
         (y**2).sum().backward()
         results.append([y.detach(), *(leaf.grad for leaf in (w, *rest))])
     for mine, theirs in zip(*results, strict=True):
@@ -79,7 +80,7 @@ def test_equals_a_loop_and_so_do_the_gradients(n: int, logits: int, own: int | N
 def test_the_own_expert_may_take_all() -> None:
     """Logits 0, 1, 0 | 3, 2 with expert 1 the own one: the largest are 3, 2 and 1, all of them the own expert's."""
     logits = torch.tensor([[0.0, 1.0, 0.0, 3.0, 2.0]])
-    assert mixed(logits, 3, torch.tensor([[0.0, 1.0, 0.0]])).tolist() == [[0.0, pytest.approx(1.0), 0.0]]
+    assert weights_from_logits(logits, 3, torch.tensor([[0.0, 1.0, 0.0]])).tolist() == [[0.0, pytest.approx(1.0), 0.0]]
 
 
 # --- in a bank ------------------------------------------------------------------------------------------------
@@ -98,7 +99,9 @@ def mixture(base: Base, seed: int, router: str, own: int | None = None) -> Adapt
             )
         if router == "mixer":
             tensors[mixer_key(module)] = torch.randn(n if own is None else 2 * n - 1, d_in, generator=generator)
-    spec = AdapterSpec(rank=R, alpha=4.0, router=router, instance_weight=0.8)  # type: ignore[arg-type]
+    spec = AdapterSpec(rank=R, alpha=4.0, router=InstanceWeights(0.8))
+    if router == "mixer":
+        spec = AdapterSpec(rank=R, alpha=4.0, router=LearnedRouter(extra_own_logits=own is not None))
     fixed = {} if own is None else {OWN: torch.eye(n)[own]}
     if router == "instance":
         fixed[REFERENCES] = torch.randn(3, base.width, generator=generator)
@@ -126,9 +129,9 @@ KINDS: dict[str, Callable[[Base, int], Adapter]] = {
 }
 
 
-def logits_of(bank: Bank, adapters: list[Adapter], rows: list[list[Row]], packed: bool) -> torch.Tensor:
+def logits_of(bank: Bank, adapters: list[Adapter], rows: list[list[TokenPair]], packed: bool) -> torch.Tensor:
     bank.load(adapters)
-    with torch.no_grad(), bank.reading(collate(rows, bank.base.pad_id, packed)) as logits:
+    with torch.no_grad(), bank.forward(collate(rows, bank.base.pad_id, packed)) as logits:
         return logits.clone()
 
 
@@ -199,7 +202,7 @@ def test_weights_by_instance_by_hand(base: Callable[..., Base]) -> None:
     (hidden,) = bank.last_hidden([[(5, 9, 30)]])
     for references, weight in (([hidden, hidden], 0.8), ([hidden, torch.zeros_like(hidden)], 0.4), ([-hidden], 0.0)):
         bank.load([Adapter(adapter.spec, adapter.tensors, {REFERENCES: torch.stack(references)})])
-        found = bank.gates([[(5, 9, 30)]])
+        found = bank.instance_weights([[(5, 9, 30)]])
         assert found is not None
         assert found[0].tolist() == pytest.approx([weight, 1 - weight], abs=1e-5)
 
@@ -234,7 +237,9 @@ def test_each_client_is_weighted_by_its_own(kind: str, lengths: tuple[int, ...])
         else:
             one_hot = torch.eye(n, dtype=torch.float64)[list(own)] if kind == "own" else None
             given = gates if kind == "gates" else None
-            y = mixer_linear(x, base_out, down, up, SPEC, None, Shares(lengths), one_hot, given)
+            y = mixer_linear(
+                x, base_out, LinearAdapters(down, up, None, one_hot, given), SPEC, None, Segments(lengths)
+            ).y
         (y**2).sum().backward()
         results.append([y.detach(), x.grad, down.grad, up.grad])
     for mine, theirs in zip(*results, strict=True):
@@ -243,14 +248,16 @@ def test_each_client_is_weighted_by_its_own(kind: str, lengths: tuple[int, ...])
 
 def test_experts_see_dropped_inputs_the_mixer_all_of_them() -> None:
     """The first input is dropped, of the mixer's logits nothing is; what is left is scaled by 1 / (1 - 0.5)."""
-    spec = AdapterSpec(rank=1, alpha=1.0, dropout=0.5, router="mixer")
+    spec = AdapterSpec(rank=1, alpha=1.0, dropout=0.5, router=LearnedRouter())
     x, w = torch.tensor([[1.0, 1.0]]), torch.tensor([[torch.log(torch.tensor(3.0)), 0.0], [0.0, 0.0]])
     a, b = torch.tensor([[10.0, 1.0], [10.0, 2.0]]), torch.tensor([[1.0], [1.0]])
 
     def drop(values: torch.Tensor) -> torch.Tensor:
         return values * torch.tensor([0.0, 1.0])
 
-    y = mixer_linear(x, torch.zeros(1, 1), torch.cat([w, a])[None], b[None], spec, drop, Shares((1,)))
+    y = mixer_linear(
+        x, torch.zeros(1, 1), LinearAdapters(torch.cat([w, a])[None], b[None]), spec, drop, Segments((1,))
+    ).y
     assert y.item() == pytest.approx(2 * (0.75 * 1 + 0.25 * 2))  # weights 3 : 1
 
 
@@ -347,7 +354,7 @@ def test_every_prompt_is_weighed_by_its_own_clients_references(
     wanted = [weighed(plain, adapter, prompt) for adapter, prompt in pairs]
     assert len({round(first, 3) for first, _ in wanted}) == 3
     bank.load(adapters)
-    torch.testing.assert_close(bank.gates(PROMPTS), torch.tensor(wanted), rtol=0, atol=1e-5)
+    torch.testing.assert_close(bank.instance_weights(PROMPTS), torch.tensor(wanted), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -386,7 +393,7 @@ def test_losses_options_and_answers_are_weighed_by_the_prompt(
 def test_in_training_the_weights_are_fixed(weight: float, base: Callable[..., Base]) -> None:
     bank, plain = Bank(base()), base()
     one = mixture(plain, 1, "instance")
-    adapter = Adapter(AdapterSpec(rank=R, alpha=4.0, router="instance", instance_weight=weight), one.tensors)
+    adapter = Adapter(AdapterSpec(rank=R, alpha=4.0, router=InstanceWeights(weight)), one.tensors)
     found = logits_of(bank, [adapter, adapter], ROWS, True)
     wanted = []
     with hooked(plain, adapter, (weight, 1 - weight)):

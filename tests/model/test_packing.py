@@ -13,25 +13,25 @@ from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, BaseSettings, load_base
-from fedamole.model.batch import Row, collate, token_losses
+from fedamole.model.batch import TokenPair, collate, token_losses
 from fedamole.model.packing import ATTENTION, packed_attention
-from fedamole.model.segments import Shares
+from fedamole.model.segments import Segments
 from tests.training import alone
 
 from .conftest import ARCHITECTURES, mixture, write_model, write_tokenizer
 
-ROWS: list[Row] = [
+ROWS: list[TokenPair] = [
     ((5, 9, 40, 33, 60, 12, 77, 8, 101, 14), (200, 31, 0)),
     ((5, 11), (90, 0)),
     ((5, 66, 67, 68, 69), (19, 20, 0)),
 ]
 """13, 4 and 8 tokens; the first is longer than Gemma 3's window of 8."""
-EVEN: list[Row] = [((5, place, 9, 8, 7, 6, 5, 4, 3), (place, 0)) for place in range(10, 14)]
+EVEN: list[TokenPair] = [((5, place, 9, 8, 7, 6, 5, 4, 3), (place, 0)) for place in range(10, 14)]
 
 
 @pytest.mark.parametrize("rows", [ROWS, EVEN, ROWS[:1]], ids=["ragged", "even", "single"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_packed_logits_equal_separate_forwards(base: Callable[..., Base], kind: str, rows: list[Row]) -> None:
+def test_packed_logits_equal_separate_forwards(base: Callable[..., Base], kind: str, rows: list[TokenPair]) -> None:
     """The base's own attention on each sequence by itself, in float64; all but GPT-2 group their heads."""
     bank = Bank(base(kind))
     bank.base.model.double()
@@ -44,7 +44,7 @@ def test_packed_logits_equal_separate_forwards(base: Callable[..., Base], kind: 
             for prompt, answer in rows:
                 logits = bank.base.model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0]
                 wanted.append(logits[len(prompt) - 1 : -1])
-            with bank.reading(collate([rows], 1, packed=True)) as found:
+            with bank.forward(collate([rows], 1, packed=True)) as found:
                 torch.testing.assert_close(found, torch.cat(wanted), rtol=0, atol=1e-10)
 
 
@@ -52,7 +52,7 @@ def test_packed_logits_equal_separate_forwards(base: Callable[..., Base], kind: 
 @pytest.mark.parametrize("rows", [ROWS, EVEN], ids=["ragged", "even"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_packed_rows_equal_padded_ones(
-    base: Callable[..., Base], kind: str, rows: list[Row], checkpointing: bool
+    base: Callable[..., Base], kind: str, rows: list[TokenPair], checkpointing: bool
 ) -> None:
     """Two clients; losses, balance losses and gradients, in float64 (norms of Llama's family compute in float32)."""
     bank = Bank(base(kind, gradient_checkpointing=checkpointing))
@@ -63,7 +63,7 @@ def test_packed_rows_equal_padded_ones(
     found = []
     for packed in (True, False):
         balance: list[torch.Tensor] = []
-        with bank.reading(collate([rows[:1], rows[1:]], 1, packed, seeds=[7, 8]), balance=balance) as logits:
+        with bank.forward(collate([rows[:1], rows[1:]], 1, packed, seeds=[7, 8]), balance_losses=balance) as logits:
             losses = token_losses(logits, torch.tensor([token for _, answer in rows for token in answer]))
             total = losses.mean() + torch.stack(balance).sum()
             first = torch.stack(balance[: len(bank.layers)])
@@ -81,7 +81,7 @@ def test_a_sequence_longer_than_the_window_sees_the_window_alone(base: Callable[
         for module in bank.base.model.modules():
             if getattr(module, "sliding_window", None):
                 module.sliding_window = window
-        with torch.no_grad(), bank.reading(collate([ROWS[:1]], 1, packed=True)) as found:
+        with torch.no_grad(), bank.forward(collate([ROWS[:1]], 1, packed=True)) as found:
             logits.append(found)
     assert not torch.allclose(logits[0], logits[1], atol=1e-4)
 
@@ -90,7 +90,7 @@ def attend(lengths: tuple[int, ...] | None, **options: Any) -> torch.Tensor:
     draw = torch.Generator().manual_seed(0)
     rows = 6 if lengths is None else sum(lengths)
     q, k, v = (torch.randn(1, heads, rows, 4, dtype=torch.float64, generator=draw) for heads in (4, 2, 2))
-    mask, sequences = options.pop("attention_mask", None), None if lengths is None else Shares(lengths)
+    mask, sequences = options.pop("attention_mask", None), None if lengths is None else Segments(lengths)
     out, weights = packed_attention(torch.nn.Module(), q, k, v, mask, sequences=sequences, **options)
     assert weights is None
     return out
@@ -186,11 +186,11 @@ def test_where_packing_is_impossible_rows_are_padded(unpackable: Bank) -> None:
     bank.load([adapter])
     apart = []
     for row in ROWS:
-        with bank.reading(collate([[row]], 1)) as logits:
+        with bank.forward(collate([[row]], 1)) as logits:
             losses = token_losses(logits, torch.tensor(row[1]))
             apart.append(torch.autograd.grad(losses.sum(), bank.parameters()))
     batch = collate([ROWS], 1)
-    with bank.reading(batch) as logits:
+    with bank.forward(batch) as logits:
         together = torch.autograd.grad(token_losses(logits, batch.labels).sum(), bank.parameters())
     for place, mine in enumerate(together):
         torch.testing.assert_close(mine, sum(parts[place] for parts in apart), rtol=1e-3, atol=1e-4)

@@ -12,6 +12,8 @@ from fedamole.evaluation.generation import generate_answers
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base
+from fedamole.model.forward_context import ForwardContext
+from fedamole.model.mixer import InstanceWeights
 from fedamole.model.params import REFERENCES, Adapter, expert_keys
 from fedamole.model.pretrained import load_adapter, save_adapter
 
@@ -27,7 +29,7 @@ def pair(base: Base) -> Adapter:
         for expert in (0, 1)
         for key in expert_keys(module, expert)
     }
-    spec, bank = AdapterSpec(router="instance", instance_weight=0.9), Bank(base)
+    spec, bank = AdapterSpec(router=InstanceWeights(0.9)), Bank(base)
     bank.load([Adapter(spec, tensors)])
     return Adapter(spec, tensors, {REFERENCES: bank.last_hidden([PROMPTS])})
 
@@ -56,11 +58,11 @@ def test_peft_gives_the_banks_logits(
     adapter, folder = saved
     bank = Bank(base())
     bank.load([adapter])
-    gates = bank.gates([[prompt]])
+    gates = bank.instance_weights([[prompt]])
     assert gates is not None
     assert 0.01 < float(gates[0, 0]) < 0.99
     ids = torch.tensor([prompt])
-    with torch.no_grad(), bank.recording(gates=gates):
+    with torch.no_grad(), bank.enter(ForwardContext(expert_weights=gates)):
         wanted = bank.base.model(ids).logits
     model = PeftModel.from_pretrained(base().model, str(folder))
     with torch.no_grad():

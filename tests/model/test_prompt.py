@@ -21,7 +21,7 @@ from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base
-from fedamole.model.batch import Ids, Row, collate, token_losses
+from fedamole.model.batch import Ids, TokenPair, collate, token_losses
 from fedamole.model.params import Adapter
 from fedamole.model.pretrained import load_adapter, save_adapter
 from fedamole.model.prompt import MLP, PROMPT, PromptSpec, new_prompt, plain_prompt
@@ -29,7 +29,11 @@ from tests.training import alone
 
 from .conftest import mixture
 
-ROWS: list[Row] = [((5, 9, 40, 33, 60, 12, 77, 8), (200, 31, 0)), ((11,), (90, 0)), ((5, 66, 67), (19, 20, 21, 22, 0))]
+ROWS: list[TokenPair] = [
+    ((5, 9, 40, 33, 60, 12, 77, 8), (200, 31, 0)),
+    ((11,), (90, 0)),
+    ((5, 66, 67), (19, 20, 21, 22, 0)),
+]
 """(prompt, answer) of three lengths."""
 OPTIONS: tuple[Ids, ...] = ((20, 21, 0), (20, 22, 0), (20, 0), (7, 0))
 
@@ -75,12 +79,12 @@ def answers_of(logits: torch.Tensor, prompt: Ids, answer: Ids, before: int) -> t
     return logits[end - len(answer) : end]
 
 
-def of_bank(bank: Bank, clients: Sequence[Sequence[Row]], packed: bool) -> torch.Tensor:
-    with bank.reading(collate(bank.prefixed(clients), bank.base.pad_id, packed)) as logits:
+def of_bank(bank: Bank, clients: Sequence[Sequence[TokenPair]], packed: bool) -> torch.Tensor:
+    with bank.forward(collate(bank.prefixed(clients), bank.base.pad_id, packed)) as logits:
         return logits
 
 
-def of_peft(model: PeftModel, rows: Sequence[Row], tokens: int = 3) -> torch.Tensor:
+def of_peft(model: PeftModel, rows: Sequence[TokenPair], tokens: int = 3) -> torch.Tensor:
     whole = [model(input_ids=torch.tensor([[*p, *a]])).logits[0] for p, a in rows]
     assert all(len(logits) == tokens + len(p) + len(a) for logits, (p, a) in zip(whole, rows, strict=True))
     return torch.cat([answers_of(logits, p, a, tokens) for logits, (p, a) in zip(whole, rows, strict=True)])
@@ -123,7 +127,7 @@ def test_gradients_equal_pefts(base: Callable[..., Base], architecture: str, mlp
         bank.load([adapter])
         bank.trainable()
         batch = collate(bank.prefixed([ROWS]), bank.base.pad_id, packed)
-        with bank.reading(batch) as logits:
+        with bank.forward(batch) as logits:
             bank.backward(token_losses(logits, batch.labels).sum())
         (found,) = bank.gradients
         wanted = {name: weight.grad for name, weight in theirs.items() if weight.grad is not None}
@@ -147,9 +151,9 @@ def test_several_clients_at_once_equal_each_alone(base: Callable[..., Base], mlp
             apart.append(of_bank(bank, [rows], packed))
         bank.load(adapters)
         torch.testing.assert_close(of_bank(bank, clients, packed), torch.cat(apart), rtol=0, atol=1e-5)
-        bank.window(1, 3)
+        bank.select_clients(1, 3)
         torch.testing.assert_close(of_bank(bank, clients[1:], packed), torch.cat(apart[1:]), rtol=0, atol=1e-5)
-        bank.window(0, 3)
+        bank.select_clients(0, 3)
         for place, adapter in enumerate(adapters):
             back = bank.adapter(place).tensors
             assert back.keys() == adapter.tensors.keys()

@@ -187,8 +187,8 @@ def test_all_clients_into_a_file(fedamole: Callable[..., Any], runs: Any, tmp_pa
 @pytest.mark.parametrize(
     ("method", "roles"),
     [
-        ("fedalt", ["its own", "the rest of the world's"]),
-        ("feddpa", ["its own", "everybody's"]),
+        ("fedalt", ["its own", "the mean of the other clients"]),
+        ("feddpa", ["its own", "shared by all clients"]),
         ("fedlease", None),
     ],
 )

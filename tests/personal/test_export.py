@@ -17,7 +17,7 @@ from torch import Tensor
 from fedamole.errors import BaseModelError
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, BaseSettings, load_base
-from fedamole.model.batch import Row, collate
+from fedamole.model.batch import TokenPair, collate
 from fedamole.model.moments import collect_moments
 from fedamole.model.params import Adapter, expert_ids, expert_keys
 from fedamole.model.pretrained import load_adapter, save_adapter
@@ -58,7 +58,7 @@ def trained(runs: Any) -> Path:
 def logits(bank: Bank, adapter: Adapter) -> Tensor:
     bank.load([adapter])
     batch = collate([[(IDS[:1], IDS[1:])]], bank.base.pad_id, bank.packs)
-    with torch.no_grad(), bank.reading(batch) as found:
+    with torch.no_grad(), bank.forward(batch) as found:
         return found.clone()
 
 
@@ -122,7 +122,7 @@ def test_what_is_linear_is_found_exactly(change: Any, packs: bool, trained: Path
     personal = change(load_adapter(model.folder))
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randint(2, 300, (size,), generator=generator).tolist() for size in (20, 5, 40, 11) * 3]
-    rows: list[Row] = [(tuple(ids), IDS) for ids in drawn]
+    rows: list[TokenPair] = [(tuple(ids), IDS) for ids in drawn]
     lora, about = as_lora(bank, personal, Texts(rows, rows, 200), ExportSettings(rank=4, ridge=1e-9))
     assert max(about["unexplained"].values()) < 1e-6
     assert torch.allclose(logits(bank, lora), logits(bank, personal), atol=1e-4)
@@ -148,7 +148,7 @@ def test_other_mixtures_are_watched_alike(method: str, runs: Any) -> None:
     """Weights by instance take a first look at each prompt, which does not count; a learned mixer does not."""
     model = find_model(runs(method, "federation.rounds=1"), CLIENT)
     bank, personal = Bank(load_base_for(model, "cpu")), load_adapter(model.folder)
-    rows: list[Row] = [((5, 9, 60, 33, 21), IDS), ((7, 8), IDS)]
+    rows: list[TokenPair] = [((5, 9, 60, 33, 21), IDS), ((7, 8), IDS)]
     texts = Texts(rows, rows, 200)
     bank.load([personal])
     seen = collect_moments(bank, sorted(bank.base.shapes), rows, 200, outputs=True)
@@ -242,13 +242,13 @@ def test_other_architectures_merge_alike(architecture: str, base: Any, tmp_path:
     """Linears that are stored transposed, and a tied head that is no target: merged does what the LoRA does."""
     fresh: Base = base(architecture)
     bank, personal = Bank(fresh), mixture(fresh)
-    rows: list[Row] = [((3, 9, 14, 60, 30, 21, 77), IDS)] * 3
+    rows: list[TokenPair] = [((3, 9, 14, 60, 30, 21, 77), IDS)] * 3
     lora, _ = as_lora(bank, personal, Texts(rows, rows, 64), ExportSettings(rank=6))
     save_adapter(lora, tmp_path / "lora", fresh.name, fresh.identity)
     merge(tmp_path / "lora", fresh, tmp_path / "merged")
     whole = Bank(load_base(BaseSettings(str(tmp_path / "merged")), fresh.device, tmp_path))
     batch = collate([[(IDS[:1], IDS[1:])]], fresh.pad_id, whole.packs)
-    with torch.no_grad(), whole.reading(batch) as found:
+    with torch.no_grad(), whole.forward(batch) as found:
         assert torch.allclose(found, logits(bank, lora), atol=1e-3)
     assert not torch.allclose(logits(bank, lora), logits(bank, replace(lora, tensors=zeros(lora))), atol=1e-3)
 

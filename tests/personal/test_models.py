@@ -150,5 +150,5 @@ def test_a_base_that_is_not_here(runs: Any, tmp_path: Path) -> None:
 def test_a_folder_without_its_bases_identity(runs: Any, tiny: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(runs("fedamole") / "clients/mood/adapter", tmp_path / "copy"))
     (copy / "base_identity.json").unlink()
-    with pytest.raises(BaseModelError, match="nobody can tell which base"):
+    with pytest.raises(BaseModelError, match="so the adapter's base is unknown"):
         load_personal_model(copy, base=str(tiny / "base"))

@@ -18,7 +18,7 @@ from fedamole.experiment import prepare
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base
-from fedamole.model.batch import Row, collate
+from fedamole.model.batch import TokenPair, collate
 from fedamole.model.params import OWN, Adapter, expert_ids, expert_keys, mixer_key, router_key, shared_keys
 from fedamole.personal.routing import (
     client_rows,
@@ -37,7 +37,7 @@ from fedamole.runs.run_folder import RunFolder
 from tests.model import test_mixer
 from tests.model.conftest import mixture
 
-ROWS: list[Row] = [((5, 9, 40, 33, 60, 12), (200, 31)), ((5, 11), ()), ((5, 66, 67, 68), (19, 20, 21))]
+ROWS: list[TokenPair] = [((5, 9, 40, 33, 60, 12), (200, 31)), ((5, 11), ()), ((5, 66, 67, 68), (19, 20, 21))]
 """(prompt, answer), of 8, 2 and 7 tokens."""
 
 KINDS: dict[str, Callable[[Base], Adapter]] = {
@@ -55,7 +55,7 @@ def loaded(base: Base, kind: str) -> tuple[Bank, Adapter]:
     return bank, adapter
 
 
-def watched(bank: Bank, row: Row) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def watched(bank: Bank, row: TokenPair) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """What goes into every adapted linear for one row, what the frozen linear makes of it, and what comes out."""
     seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -67,7 +67,7 @@ def watched(bank: Bank, row: Row) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         return hook
 
     hooks = [layer.register_forward_hook(look(name)) for name, layer in bank.layers.items()]
-    with torch.no_grad(), bank.reading(collate([[row]], bank.base.pad_id, bank.packs)):
+    with torch.no_grad(), bank.forward(collate([[row]], bank.base.pad_id, bank.packs)):
         pass
     for hook in hooks:
         hook.remove()
@@ -135,13 +135,13 @@ def test_watching_changes_nothing(kind: str, base: Callable[..., Base]) -> None:
     bank, _ = loaded(base(), kind)
     batch = collate([ROWS], bank.base.pad_id, bank.packs)
     with torch.no_grad():
-        with bank.reading(batch) as logits:
+        with bank.forward(batch) as logits:
             plain = logits.clone()
         found: dict[str, Tensor] = {}
-        with bank.reading(batch, weights=found) as logits:
+        with bank.forward(batch, routing_weights=found) as logits:
             assert torch.equal(logits, plain)
     assert set(found) == set(bank.layers)
-    assert bank.tape.weights is None
+    assert bank.context.routing_weights is None
 
 
 def test_sums_by_hand() -> None:
@@ -162,7 +162,7 @@ def test_sums_by_hand() -> None:
 
 def test_the_tokens_that_weigh_an_expert_most() -> None:
     """Token 7 stands twice and counts once, with its larger weight; a weight of 0 is none."""
-    rows: list[Row] = [((7, 8), ()), ((9,), (7,))]
+    rows: list[TokenPair] = [((7, 8), ()), ((9,), (7,))]
     weights = {0: torch.tensor([[0.6, 0.4], [1.0, 0.0]]), 1: torch.tensor([[0.0, 1.0], [0.9, 0.1]])}
     first, second = top_tokens(weights, rows, 3)
     assert [(token.row, token.index) for token in first] == [(0, 1), (1, 1)]

@@ -12,6 +12,7 @@ from fedamole.errors import BaseModelError, ConfigError
 from fedamole.evaluation.generation import generate_answers
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, BaseSettings, load_base
+from fedamole.model.mixer import InstanceWeights
 from fedamole.model.params import REFERENCES, Adapter, new_shared
 from fedamole.model.prompt import PromptSpec, new_prompt
 from fedamole.serving.decode_batch import DecodeBatch, check_batching
@@ -48,7 +49,7 @@ def by_instance(base: Base) -> list[Adapter]:
             for factor, shape in (("A", (4, base.shapes[module][0])), ("B", (base.shapes[module][1], 4)))
         }
         seen = torch.randn(5, base.width, generator=draw)
-        made.append(Adapter(replace(lora_spec(one.spec), router="instance"), tensors, {REFERENCES: seen}))
+        made.append(Adapter(replace(lora_spec(one.spec), router=InstanceWeights()), tensors, {REFERENCES: seen}))
     return made
 
 

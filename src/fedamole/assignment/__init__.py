@@ -1,1 +1,1 @@
-"""Reverse selection: which client holds which expert. Pure functions on arrays."""
+"""Reverse selection: assigns domain experts to clients. Pure functions on arrays."""

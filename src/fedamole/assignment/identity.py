@@ -1,4 +1,4 @@
-"""What makes an assignment depend on who is who and not on who stands where: sorted ids and tie hashes."""
+"""Sorted ids and tie hashes, which make an assignment independent of the order of experts and clients."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,29 +8,29 @@ import numpy as np
 import numpy.typing as npt
 
 Hashes = npt.NDArray[np.uint64]
-Place = tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]
+Index = tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]
 
 
-def sorted_place(expert_ids: Sequence[str], client_ids: Sequence[str]) -> Place:
-    """Give the open mesh that reads (or writes) an (E, C) array in the order of sorted ids.
+def sorted_index(expert_ids: Sequence[str], client_ids: Sequence[str]) -> Index:
+    """Return the index arrays that read or write an (E, C) array in the order of sorted ids.
 
-    Shapes: (E, 1) and (1, C). Errors: `ValueError` where an id stands twice.
+    Shapes: (E, 1) and (1, C). Errors: `ValueError` for duplicate ids.
     """
-    return _place(tuple(expert_ids), tuple(client_ids))
+    return _index(tuple(expert_ids), tuple(client_ids))
 
 
 def tie_hashes(expert_ids: Sequence[str], client_ids: Sequence[str]) -> Hashes:
-    """Give every (expert, client) a 64-bit number that depends on nothing but the two ids.
+    """Return a 64-bit hash of every (expert id, client id) pair.
 
-    Shapes: (E, C), read-only, in the order of the given ids. Python's own `hash` differs from process to
-    process, hence blake2b.
+    Shapes: (E, C), read-only, in the order of the given ids. The hash is blake2b, as Python's `hash` differs between
+    processes.
     """
     return _hashes(tuple(expert_ids), tuple(client_ids))
 
 
-# All modules of a round share their ids, so both are worked out once a round.
+# All modules of a round have the same ids, so the results are cached.
 @lru_cache(maxsize=8)
-def _place(expert_ids: tuple[str, ...], client_ids: tuple[str, ...]) -> Place:
+def _index(expert_ids: tuple[str, ...], client_ids: tuple[str, ...]) -> Index:
     return _order(expert_ids)[:, None], _order(client_ids)[None, :]
 
 
@@ -45,8 +45,8 @@ def _hashes(expert_ids: tuple[str, ...], client_ids: tuple[str, ...]) -> Hashes:
 
 def _order(ids: tuple[str, ...]) -> npt.NDArray[np.intp]:
     if len(set(ids)) != len(ids):
-        twice = sorted({i for i in ids if ids.count(i) > 1})
-        raise ValueError(f"ids must be unique, but {', '.join(twice)} stand more than once")
+        duplicates = sorted({i for i in ids if ids.count(i) > 1})
+        raise ValueError(f"ids must be unique, but {', '.join(duplicates)} occur more than once")
     order = np.array(sorted(range(len(ids)), key=ids.__getitem__), dtype=np.intp)
     order.flags.writeable = False
     return order

@@ -1,4 +1,4 @@
-"""How well each domain expert fits each client's data, from embeddings (arXiv 2411.19128)."""
+"""Relevance of each domain expert for each client's data, computed from embeddings (arXiv 2411.19128)."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ Mask = npt.NDArray[np.bool_]
 
 
 class ScoreError(FedamoleError):
-    """An embedding, a relevance score or a choice probability that is not a usable number."""
+    """An embedding, relevance score or choice probability is not finite or outside its range."""
 
 
 def relevance(
@@ -27,14 +27,14 @@ def relevance(
     expert_ids: Sequence[str],
     client_ids: Sequence[str],
 ) -> Scores:
-    """Score every expert against every client of one module: S[i, c] = e_i . t_c / sqrt(rank).
+    """Compute the relevance of every expert for every client in one module: S[i, c] = e_i . t_c / sqrt(rank).
 
-    Shapes: embeddings (E, rank) and (C, rank); masks (E,) and (C,), false where no embedding was ever
-    received (what stands in such a row is not read); result (E, C) in float64, always finite.
-    A client never heard of has in each row that row's mean over the known clients; an expert without an
-    embedding has a constant row, which is a uniform row of P. The ids serve the error text.
-    Errors: `ScoreError` where a known embedding or its score is not finite; `ValueError` for wrong shapes.
-    Source: arXiv 2411.19128, relevance of the reverse selection; the rules for the unknown are ours.
+    Shapes: embeddings (E, rank) and (C, rank); masks (E,) and (C,), False for experts and clients without an embedding,
+    whose rows are not read; result (E, C) in float64, always finite. A client without an embedding gets, for each
+    expert, the mean over the known clients; an expert without one gets a constant row, that is a uniform row of P. The
+    ids are used in error messages.
+    Errors: `ScoreError` if a known embedding or its score is not finite; `ValueError` for wrong shapes.
+    Source: arXiv 2411.19128, relevance in reverse selection. The rules for unknown embeddings are this project's.
     """
     E, C = len(expert_ids), len(client_ids)
     _check_shape("expert_embeddings", expert_embeddings, (E, rank))
@@ -51,7 +51,7 @@ def relevance(
     S = np.zeros((E, C))
     if len(e) == 0 or len(t) == 0:
         return S
-    # Overflow is not left to a warning: the check below names the pair it happened to.
+    # The check below reports an overflow with the pair that caused it.
     with np.errstate(over="ignore", invalid="ignore"):
         scores = e @ t.T / np.sqrt(rank)
     bad = np.argwhere(~np.isfinite(scores))
@@ -68,10 +68,10 @@ def relevance(
 
 
 def choice_probabilities(scores: Scores) -> Scores:
-    """Turn relevance into the probability that an expert chooses a client: softmax of each row.
+    """Convert relevance to the probability that an expert chooses a client: softmax of each row.
 
     Shapes: (E, C) -> (E, C) in float64; each row sums to 1.
-    Source: arXiv 2411.19128, step 6 of the round; over the clients, since it is the experts that choose.
+    Source: arXiv 2411.19128, step 6 of the round; the softmax is over clients, as experts choose clients.
     """
     S = np.asarray(scores, dtype=np.float64)
     exponentials = np.exp(S - S.max(axis=1, keepdims=True))
@@ -81,7 +81,7 @@ def choice_probabilities(scores: Scores) -> Scores:
 
 def _check_shape(name: str, array: npt.NDArray[np.generic], shape: tuple[int, ...]) -> None:
     if array.shape != shape:
-        raise ValueError(f"{name} has shape {array.shape}, but the ids and the rank say {shape}")
+        raise ValueError(f"{name} has shape {array.shape}, but the ids and the rank require {shape}")
 
 
 def _check_finite(rows: Scores, owners: Sequence[str], module: str) -> None:
@@ -90,5 +90,5 @@ def _check_finite(rows: Scores, owners: Sequence[str], module: str) -> None:
         row, column = bad[0]
         raise ScoreError(
             f"module {module}: {owners[row]} is not finite ({rows[row, column]} at position {column}); "
-            "training there has diverged: lower the learning rate or look at that client's data"
+            "training has diverged: lower the learning rate or check that client's data"
         )

@@ -3,9 +3,9 @@
     maximise    sum P * X,   X in {0,1}^(E x C)
     subject to  every expert chooses k_c clients, every client holds between lo and hi experts.
 
-The paper solves it with a general MILP solver; the constraints are totally unimodular, so a min-cost flow is
-exact. P is quantised to 1e-9 and ties are broken by a hash of (expert id, client id), so that the answer
-depends on identities alone: permuting rows or columns together with their ids permutes the answer.
+The paper uses a general MILP solver. The constraint matrix is totally unimodular, so a min-cost flow gives the exact
+optimum. P is rounded to 1e-9 and ties are broken by a hash of (expert id, client id): permuting rows or columns
+together with their ids permutes the solution.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from fedamole.assignment.identity import Hashes, Place, sorted_place, tie_hashes
+from fedamole.assignment.identity import Hashes, Index, sorted_index, tie_hashes
 from fedamole.assignment.min_cost_flow import Chosen, best_choice
 from fedamole.assignment.relevance import ScoreError, Scores
 from fedamole.errors import ConfigError
@@ -33,10 +33,10 @@ class Bounds:
 
 
 def check_feasible(*, experts: int, clients: int, bounds: Bounds, top_k: int) -> None:
-    """Refuse settings under which no assignment exists, before anything runs.
+    """Raise InfeasibleError for settings under which no assignment exists.
 
-    Feasible iff 0 <= k_c <= C and lo C <= E k_c <= hi C with lo <= hi; the router needs 0 <= top_k <= lo.
-    Errors: `InfeasibleError` with every inequality that failed, its numbers, and values that work.
+    Feasible if and only if 0 <= k_c <= C and lo C <= E k_c <= hi C with lo <= hi; the router needs 0 <= top_k <= lo.
+    The error names every inequality that fails, its numbers, and values that work.
     """
     settings = _Settings(experts, clients, bounds.expert_choices, bounds.min_experts, bounds.max_experts, top_k)
     failures = _failures(settings)
@@ -45,74 +45,71 @@ def check_feasible(*, experts: int, clients: int, bounds: Bounds, top_k: int) ->
 
 
 def check_holders(*, min_holders: int, choices: int, clients: int) -> None:
-    """Refuse a smallest group of holders that experts cannot have, before anything runs.
-
-    Errors: `InfeasibleError` that says why groups have to be so large, and what works.
-    """
-    why = "in a group of two, each can subtract its own update from the average and has the other's"
+    """Raise InfeasibleError if experts cannot have `min_holders` holders; the error names values that work."""
+    why = "in a group of two, each client can compute the other's update from the average and its own"
     if min_holders < 1:
         raise InfeasibleError(f"method.min_holders = {min_holders}: must be at least 1")
     if min_holders > clients:
         raise InfeasibleError(
-            f"method.min_holders = {min_holders}, but there are {clients} clients ({why}): find more clients, or set "
-            f"method.min_holders = {clients} knowingly"
+            f"method.min_holders = {min_holders}, but there are {clients} clients ({why}): add clients, or set "
+            f"method.min_holders = {clients} if you accept this"
         )
     if choices < min_holders:
         raise InfeasibleError(
             f"method.expert_choices = {choices} is below method.min_holders = {min_holders} ({why}): raise "
-            f"expert_choices to {min_holders}, or set method.min_holders = {choices} knowingly"
+            f"expert_choices to {min_holders}, or set method.min_holders = {choices} if you accept this"
         )
 
 
 def select(P: Scores, bounds: Bounds, *, expert_ids: Sequence[str], client_ids: Sequence[str]) -> Chosen:
-    """Solve the assignment of one module, or of each of several, to the optimum.
+    """Compute the optimal assignment of one or several modules.
 
-    Shapes: P (..., E, C) within [0, 1], each of the leading places a module of its own; result X like P, true where
-    the client holds the expert. A module's sum of P * X is within E k_c 1e-9 of the optimum.
-    Errors: `InfeasibleError` for bounds that no X keeps, `ScoreError` for a P that is not finite or outside
-    [0, 1], `ValueError` for ids that repeat or do not fit P, `RuntimeError` for a fault of the solver.
+    Shapes: P (..., E, C) within [0, 1], where leading dimensions are modules; result X like P, True where the client
+    holds the expert. A module's sum of P * X is within E k_c 1e-9 of the optimum.
+    Errors: `InfeasibleError` for bounds that no X satisfies, `ScoreError` for a P that is not finite or outside [0, 1],
+    `ValueError` for ids that repeat or do not fit P, `RuntimeError` for a fault of the solver.
     Source: arXiv 2411.19128, step 6 of the round.
     """
     check_feasible(experts=len(expert_ids), clients=len(client_ids), bounds=bounds, top_k=0)
-    place, values, ties = _by_identity(P, expert_ids, client_ids)
+    index, values, ties = _by_identity(P, expert_ids, client_ids)
     X = np.zeros(P.shape, dtype=bool)
-    X[..., *place] = best_choice(
-        values, ties, picks=bounds.expert_choices, fewest=bounds.min_experts, most=bounds.max_experts
+    X[..., *index] = best_choice(
+        values, ties, k=bounds.expert_choices, min_load=bounds.min_experts, max_load=bounds.max_experts
     )
     return X
 
 
 def select_for_remaining(P: Scores, bounds: Bounds, *, expert_ids: Sequence[str], client_ids: Sequence[str]) -> Chosen:
-    """Solve the assignment over the clients that remain after others left for good.
+    """Compute the assignment over the clients that remain after others left permanently.
 
-    Shapes and errors as `select`, whose answer it is while the bounds can be kept. With few clients left, k_c
-    is cut to C; where max_experts (a limit of memory) still cannot take all choices, it is kept and gives
-    the other side: every client holds max_experts, every expert is held by at most k_c clients, and by at
-    least one if there is room for all. An expert that nobody holds keeps its weights.
-    Source: this project's; the paper's clients never leave. A partial cohort is no reason to call it: that is
-    solved over all known clients.
+    Shapes, errors and result are those of `select` while the bounds can be satisfied. With few clients left, k_c is
+    reduced to C. If max_experts, a memory limit, still does not allow all choices, every client holds max_experts
+    experts, and every expert is held by at most k_c clients, and by at least one if there are enough slots. An expert
+    without holders keeps its weights.
+    Source: this project; clients never leave in the paper. Rounds with a partial cohort use `select` over all known
+    clients.
     """
     E, C = len(expert_ids), len(client_ids)
     choices = min(bounds.expert_choices, C)
     if bounds.min_experts > bounds.max_experts or E * choices <= bounds.max_experts * C:
-        kept = replace(bounds, expert_choices=choices)
-        return select(P, kept, expert_ids=expert_ids, client_ids=client_ids)
-    place, values, ties = _by_identity(P, expert_ids, client_ids)
+        reduced = replace(bounds, expert_choices=choices)
+        return select(P, reduced, expert_ids=expert_ids, client_ids=client_ids)
+    index, values, ties = _by_identity(P, expert_ids, client_ids)
     X = np.zeros(P.shape, dtype=bool)
-    # The same problem with the sides exchanged: now it is the clients whose number of choices is fixed.
+    # The transposed problem: every client chooses max_experts experts.
     transposed = best_choice(
         values.swapaxes(-1, -2),
         ties.T,
-        picks=bounds.max_experts,
-        fewest=int(bounds.max_experts * C >= E),
-        most=choices,
+        k=bounds.max_experts,
+        min_load=int(bounds.max_experts * C >= E),
+        max_load=choices,
     )
-    X[..., *place] = transposed.swapaxes(-1, -2)
+    X[..., *index] = transposed.swapaxes(-1, -2)
     return X
 
 
-def _by_identity(P: Scores, expert_ids: Sequence[str], client_ids: Sequence[str]) -> tuple[Place, Scores, Hashes]:
-    """Where each (expert, client) stands in P when sorted by id, P in that order, and its tie hashes."""
+def _by_identity(P: Scores, expert_ids: Sequence[str], client_ids: Sequence[str]) -> tuple[Index, Scores, Hashes]:
+    """Sort P by ids: the index arrays of the sorted order, P in that order, and its tie hashes."""
     if P.shape[-2:] != (len(expert_ids), len(client_ids)):
         raise ValueError(f"P has shape {P.shape} for {len(expert_ids)} experts and {len(client_ids)} clients")
     usable = (P >= 0) & (P <= 1)
@@ -120,11 +117,11 @@ def _by_identity(P: Scores, expert_ids: Sequence[str], client_ids: Sequence[str]
         *module, i, c = np.argwhere(~usable)[0]
         raise ScoreError(
             f"P of expert {expert_ids[i]} for client {client_ids[c]} is {P[*module, i, c]}, not a probability within "
-            "[0, 1]; give the output of choice_probabilities on finite scores"
+            "[0, 1]; pass the output of choice_probabilities for finite scores"
         )
-    place = sorted_place(expert_ids, client_ids)
+    index = sorted_index(expert_ids, client_ids)
     ties = tie_hashes(expert_ids, client_ids)
-    return place, np.asarray(P[..., *place], dtype=np.float64), ties[place]
+    return index, np.asarray(P[..., *index], dtype=np.float64), ties[index]
 
 
 @dataclass(frozen=True)
@@ -138,9 +135,9 @@ class _Settings:
 
 
 def _failures(s: _Settings) -> list[str]:
-    """The inequalities that fail, each with its numbers; none means that an assignment exists."""
-    given, demand, room = s.experts * s.expert_choices, s.min_experts * s.clients, s.max_experts * s.clients
-    chosen = f"{s.experts} x {s.expert_choices} = {given}"
+    """Return the inequalities that fail, with their numbers; none if an assignment exists."""
+    choices, demand, capacity = s.experts * s.expert_choices, s.min_experts * s.clients, s.max_experts * s.clients
+    product = f"{s.experts} x {s.expert_choices} = {choices}"
     checks = (
         (s.experts >= 1, f"1 <= experts fails: {s.experts}"),
         (s.clients >= 1, f"1 <= clients fails: {s.clients}"),
@@ -153,38 +150,38 @@ def _failures(s: _Settings) -> list[str]:
         (s.expert_choices >= 0, f"0 <= expert_choices fails: {s.expert_choices}"),
         (s.expert_choices <= s.clients, f"expert_choices <= clients fails: {s.expert_choices} > {s.clients}"),
         (
-            demand <= given,
+            demand <= choices,
             "min_experts x clients <= experts x expert_choices fails: "
-            f"{s.min_experts} x {s.clients} = {demand} > {chosen}",
+            f"{s.min_experts} x {s.clients} = {demand} > {product}",
         ),
         (
-            given <= room,
+            choices <= capacity,
             "experts x expert_choices <= max_experts x clients fails: "
-            f"{chosen} > {s.max_experts} x {s.clients} = {room}",
+            f"{product} > {s.max_experts} x {s.clients} = {capacity}",
         ),
     )
     return [text for holds, text in checks if not holds]
 
 
 def _remedy(s: _Settings) -> str:
-    """Every single setting that, set to its nearest working value, is enough; else a set of them."""
+    """Suggest the settings that suffice on their own, each with its nearest working value, else a set of settings."""
     if s.clients < 1:
         return "give at least one client"
-    alone = [f"{name} to {value}" for name, value in _nearest(s).items() if not _failures(replace(s, **{name: value}))]
-    if alone:
-        return f"set {', or '.join(alone)}"
+    single = [f"{name} to {value}" for name, value in _nearest(s).items() if not _failures(replace(s, **{name: value}))]
+    if single:
+        return f"set {', or '.join(single)}"
     k = max(s.top_k, 1)
     E = max(s.experts, k)
     choices = min(max(s.expert_choices, ceil_div(k * s.clients, E)), s.clients)
     lo = min(max(s.min_experts, k), E * choices // s.clients)
     hi = max(s.max_experts, ceil_div(E * choices, s.clients))
-    wanted = _Settings(E, s.clients, choices, lo, hi, k)
-    changed = [f"{n} to {v}" for n, v in asdict(wanted).items() if v != getattr(s, n)]
+    suggested = _Settings(E, s.clients, choices, lo, hi, k)
+    changed = [f"{n} to {v}" for n, v in asdict(suggested).items() if v != getattr(s, n)]
     return f"set {' and '.join(changed)}"
 
 
 def _nearest(s: _Settings) -> dict[str, int]:
-    """For each setting the value nearest to the given one within the range that the others allow."""
+    """Return, for each setting, the value nearest to the given one in the range that the other settings allow."""
     E, C, k_c = max(s.experts, 1), s.clients, max(s.expert_choices, 1)
     ranges = {
         "expert_choices": (ceil_div(s.min_experts * C, E), min(C, s.max_experts * C // E)),
@@ -197,5 +194,5 @@ def _nearest(s: _Settings) -> dict[str, int]:
 
 
 def ceil_div(a: int, b: int) -> int:
-    """Smallest integer not below a / b."""
+    """Return the smallest integer that is at least a / b."""
     return -(-a // b)

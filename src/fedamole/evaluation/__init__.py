@@ -1,1 +1,1 @@
-"""Scores of a personal model: answers by generation, answers by likelihood, summaries over clients."""
+"""Scores of a model: losses, generated answers, answers chosen by likelihood, summaries over clients."""

@@ -1,4 +1,4 @@
-"""Answers by greedy generation."""
+"""Greedy generation of answers for the prompts of several clients at once."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -9,7 +9,8 @@ import torch
 from fedamole.evaluation.likelihood import by_client, by_length
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, pad_left
-from fedamole.model.segments import Shares
+from fedamole.model.forward_context import ForwardContext
+from fedamole.model.segments import Segments
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -18,31 +19,33 @@ if TYPE_CHECKING:
 def generate_answers(
     bank: Bank, clients: Sequence[Sequence[Ids]], max_new_tokens: int, batch_tokens: int
 ) -> list[list[str]]:
-    """Continue each client's prompts greedily up to the end-of-text token or `max_new_tokens`; texts are stripped.
+    """Generate an answer to each prompt of each client; return the stripped texts, in the order of the prompts.
 
-    Prompts of similar length, of whatever clients, are padded on the left and generated together, at most
-    `batch_tokens` tokens at a time; prompts of one length only, if the base reads padding as text. An answer ends early
-    where the base has no positions left for it.
+    An answer ends at the end-of-text token, after `max_new_tokens` tokens, or at the base's last position. Prompts of
+    similar length are padded on the left and processed together, in batches of at most `batch_tokens` tokens. If the
+    base reads padding as text, only prompts of equal length share a batch.
     """
-    rows = [(client, place) for client, part in enumerate(clients) for place in range(len(part))]
-    prompts = [bank.prefix(clients[client][place]) for client, place in rows]
-    base, answers, way = bank.base, [[""] * len(part) for part in clients], bank.continuation
-    bank.window(0, bank.clients)
+    keys = [(client, i) for client, part in enumerate(clients) for i in range(len(part))]
+    prompts = [bank.prefix(clients[client][i]) for client, i in keys]
+    base, answers, continuation = bank.base, [[""] * len(part) for part in clients], bank.continuation
+    bank.select_clients(0, bank.clients)
     with torch.no_grad():
-        for indices in _groups(prompts, max_new_tokens, batch_tokens, base.max_positions, way.pads):
-            indices.sort()  # one client's rows after the other's
-            amounts = tuple(sum(rows[i][0] == client for i in indices) for client in range(len(clients)))
-            ids, mask = pad_left([prompts[i] for i in indices], base.pad_id, base.device)
+        for indices in _groups(prompts, max_new_tokens, batch_tokens, base.max_positions, continuation.pads):
+            indices.sort()  # groups the prompts by client
+            batch = [prompts[i] for i in indices]
+            counts = tuple(sum(keys[i][0] == client for i in indices) for client in range(len(clients)))
+            ids, mask = pad_left(batch, base.pad_id, base.device)
             length = ids.shape[1]
-            room = max(1, min(max_new_tokens, base.max_positions - length))
-            greedy = greedy_config(bank, room)
-            gates = bank.gates(by_client([prompts[i] for i in indices], amounts))
-            with bank.recording(shares=Shares(amounts, base.device), gates=gates):
+            greedy = greedy_config(bank, max(1, min(max_new_tokens, base.max_positions - length)))
+            context = ForwardContext(
+                Segments(counts, base.device), expert_weights=bank.instance_weights(by_client(batch, counts))
+            )
+            with bank.enter(context):
                 out = base.model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
             texts = base.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
-            for i, text in zip(indices, texts, strict=True):
-                client, place = rows[i]
-                answers[client][place] = text.strip()
+            for index, text in zip(indices, texts, strict=True):
+                client, i = keys[index]
+                answers[client][i] = text.strip()
     return answers
 
 
@@ -59,16 +62,19 @@ def greedy_config(bank: Bank, max_new_tokens: int) -> "GenerationConfig":
     )
 
 
-def _groups(prompts: Sequence[Ids], new: int, batch_tokens: int, positions: int, padded: bool) -> Iterator[list[int]]:
-    """Group indices by length; a prompt that leaves less than the whole room goes alone, it would cut others short.
+def _groups(
+    prompts: Sequence[Ids], new_tokens: int, batch_tokens: int, max_positions: int, pads: bool
+) -> Iterator[list[int]]:
+    """Group prompt indices into batches by length.
 
-    Without `padded` the prompts of a group have one length.
+    A prompt with fewer than `new_tokens` positions left forms a batch of its own, as it would shorten the answers of
+    the others. Without `pads` all prompts of a batch have the same length.
     """
-    lengths = [len(prompt) + new for prompt in prompts]
+    lengths = [len(prompt) + new_tokens for prompt in prompts]
     for group in by_length(lengths, batch_tokens):
-        whole = [i for i in group if lengths[i] <= positions]
-        if padded:
-            yield from ([whole] if whole else [])
+        fitting = [i for i in group if lengths[i] <= max_positions]
+        if pads:
+            yield from ([fitting] if fitting else [])
         else:
-            yield from (list(part) for _, part in groupby(whole, key=lambda i: lengths[i]))
-        yield from ([i] for i in group if lengths[i] > positions)
+            yield from (list(part) for _, part in groupby(fitting, key=lambda i: lengths[i]))
+        yield from ([i] for i in group if lengths[i] > max_positions)

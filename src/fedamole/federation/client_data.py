@@ -8,7 +8,7 @@ from fedamole.data.examples import Example, Shard
 from fedamole.data.tokens import Tokenised, TokenRow, tokenise, warn_of_text
 from fedamole.errors import DataError
 from fedamole.federation.method import ClientInfo
-from fedamole.model.batch import Row
+from fedamole.model.batch import TokenPair
 from fedamole.runs.run_files import SPLITS
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ class Split:
     rows: tuple[TokenRow, ...]
     examples: tuple[Example, ...]
 
-    def pairs(self) -> list[Row]:
+    def pairs(self) -> list[TokenPair]:
         """Return the (prompt ids, answer ids) of all rows."""
         return [(row.prompt, row.answer) for row in self.rows]
 

@@ -19,9 +19,9 @@ from fedamole.federation.probe import count_tokens
 from fedamole.federation.randomness import derived_seed, torch_generator
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
-from fedamole.model.batch import Batch, Row, batches, collate, token_losses
+from fedamole.model.batch import Batch, TokenPair, batches, collate, token_losses
 from fedamole.model.layers import EmbeddingSum, MeanEmbeddings
-from fedamole.model.segments import totals
+from fedamole.model.segments import segment_sum
 
 OnStep = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -40,7 +40,7 @@ class LocalTask:
 
     client: str
     fit: TrainingRequest
-    rows: Sequence[Row]
+    rows: Sequence[TokenPair]
     """Training examples."""
     learning_rate: float
     """Learning rate of Adam in this round."""
@@ -127,9 +127,9 @@ class TrainingGroup:
             for index, rows in enumerate(micro_batches):
                 batch = self._collate(rows[first:last], first, f"{step}/{index}")
                 balance_losses: list[Tensor] = []
-                bank.window(first, last)
-                with bank.reading(batch, balance=balance_losses if self.balance_weight else None) as logits:
-                    losses = totals(token_losses(logits, batch.labels), batch.answers) / batch.answers.counts
+                bank.select_clients(first, last)
+                with bank.forward(batch, balance_losses=balance_losses if self.balance_weight else None) as logits:
+                    losses = segment_sum(token_losses(logits, batch.labels), batch.answers) / batch.answers.counts
                     balance = self.balance_weight * torch.stack(balance_losses).sum(0) if balance_losses else 0.0
                     bank.backward((losses + balance).sum() / accumulation)
                 self.loss_sums[first:last] += losses.detach().double()
@@ -172,7 +172,7 @@ class TrainingGroup:
         """Weight of the balance losses, which is the same for all clients of a group."""
         return self.tasks[0].fit.adapter.spec.balance_weight
 
-    def _collate(self, rows: list[list[Row]], first: int, part: str) -> Batch:
+    def _collate(self, rows: list[list[TokenPair]], first: int, part: str) -> Batch:
         """Make one batch of the examples of the clients from `first` on, with their dropout seeds."""
         seeds = None
         if self.tasks[0].fit.adapter.spec.dropout:
@@ -255,22 +255,24 @@ class TrainingGroup:
         ]
 
 
-def embed(bank: Bank, clients: Sequence[Sequence[Row]], batch_tokens: int) -> list[dict[str, MeanEmbeddings]]:
+def embed(bank: Bank, clients: Sequence[Sequence[TokenPair]], batch_tokens: int) -> list[dict[str, MeanEmbeddings]]:
     """Return the mean router embeddings, by module, of each loaded adapter over all tokens of its client's examples.
 
     At most `batch_tokens` tokens are read at once.
     """
     tokens = [count_tokens(rows) for rows in clients]
     sums: dict[str, EmbeddingSum] = {}
-    bank.window(0, bank.clients)
+    bank.select_clients(0, bank.clients)
     with torch.no_grad():
         for batch in batches(clients, bank.base.pad_id, bank.packs, batch_tokens):
-            with bank.reading(batch.to(bank.base.device), embeddings=sums):
+            with bank.forward(batch.to(bank.base.device), embedding_sums=sums):
                 pass
     return bank.mean_embeddings(sums, tokens)
 
 
-def _batches(rows: Sequence[Row], settings: TrainingSettings, generator: torch.Generator) -> Iterator[list[Row]]:
+def _batches(
+    rows: Sequence[TokenPair], settings: TrainingSettings, generator: torch.Generator
+) -> Iterator[list[TokenPair]]:
     """Yield batches without end: every example once per epoch in a new order, epochs joined without a short batch."""
 
     def order() -> Iterator[int]:

@@ -13,7 +13,7 @@ from fedamole.errors import ConfigError
 from fedamole.evaluation.likelihood import mean_losses, option_losses
 from fedamole.federation.randomness import numpy_generator
 from fedamole.model.bank import Bank
-from fedamole.model.batch import Row, batches
+from fedamole.model.batch import TokenPair, batches
 from fedamole.model.moments import collect_moments, module_runs
 from fedamole.model.params import Adapter, expert_ids
 
@@ -68,13 +68,13 @@ class ProbeCounts:
     tokens: int = 0
     """Tokens without padding."""
 
-    def add(self, rows: Sequence[Row], adapters: int = 1) -> None:
+    def add(self, rows: Sequence[TokenPair], adapters: int = 1) -> None:
         """Count examples that are read under this many adapters."""
         self.examples += len(rows) * adapters
         self.tokens += count_tokens(rows) * adapters
 
 
-def count_tokens(rows: Sequence[Row]) -> int:
+def count_tokens(rows: Sequence[TokenPair]) -> int:
     """Count the tokens of prompts and answers, without padding."""
     return sum(len(prompt) + len(answer) for prompt, answer in rows)
 
@@ -137,11 +137,11 @@ class ClientProbe(Probe):
         with torch.no_grad():
             for batch in batches([rows], bank.base.pad_id, bank.packs, self.batch_tokens):
                 weights: dict[str, Tensor] = {}
-                with bank.reading(batch.to(bank.base.device), weights=weights):
+                with bank.forward(batch.to(bank.base.device), routing_weights=weights):
                     pass
-                counted = slice(None) if batch.counted is None else batch.counted.to(bank.base.device)
+                not_padding = slice(None) if batch.not_padding is None else batch.not_padding.to(bank.base.device)
                 for name, values in weights.items():
-                    routed[name] = routed.get(name, 0) + (values[counted] > 0).sum(0)
+                    routed[name] = routed.get(name, 0) + (values[not_padding] > 0).sum(0)
         tokens, held = count_tokens(rows), expert_ids(adapter.tensors)
         return {
             name: dict(zip(held[name], (counts.double() / tokens).tolist(), strict=True))
@@ -159,11 +159,11 @@ class ClientProbe(Probe):
         lengths = [[len(option) for option in row.options] for row in rows]
         return -torch.tensor(losses, dtype=torch.float64) * torch.tensor(lengths)
 
-    def _draw(self, max_examples: int, purpose: str) -> list[Row]:
+    def _draw(self, max_examples: int, purpose: str) -> list[TokenPair]:
         rows = draw_examples(self.rows, max_examples, self.seed, purpose, self.client)
         return [(row.prompt, row.answer) for row in rows]
 
-    def _loaded(self, adapter: Adapter | None, max_examples: int, purpose: str) -> list[Row]:
+    def _loaded(self, adapter: Adapter | None, max_examples: int, purpose: str) -> list[TokenPair]:
         """Load an adapter and return the examples that are read under it, with its virtual tokens, counted."""
         self.bank.load([] if adapter is None else [adapter])
         (rows,) = self.bank.prefixed([self._draw(max_examples, purpose)])

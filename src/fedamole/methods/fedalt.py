@@ -23,6 +23,7 @@ from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.methods.shared.lora import DecayedLoraMethod
 from fedamole.model.amole import AdapterSpec
+from fedamole.model.mixer import LearnedRouter
 from fedamole.model.params import Adapter, as_expert, expert_keys, mixer_key, new_shared, shared_keys
 
 OWN, REST = 0, 1
@@ -89,7 +90,7 @@ class FedAlt(DecayedLoraMethod[LatestLoras, RestOfWorld, OwnAndMixer, SentLora])
     # client
     @override
     def spec(self) -> AdapterSpec:
-        return replace(super().spec(), router="mixer")
+        return replace(super().spec(), router=LearnedRouter())
 
     @override
     def init_client_state(self, client: Client) -> OwnAndMixer:

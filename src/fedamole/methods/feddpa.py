@@ -26,7 +26,7 @@ from fedamole.errors import ConfigError
 from fedamole.federation.method import Client, TrainingRequest, TrainingResult
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.averaging import AveragedLora, SharedTensors
-from fedamole.model.amole import AdapterSpec
+from fedamole.model.mixer import InstanceWeights
 from fedamole.model.params import REFERENCES, Adapter, as_expert, new_shared
 
 LOCAL, GLOBAL = 0, 1
@@ -44,7 +44,7 @@ class LocalLora:
 class FedDpa(AveragedLora[LocalLora]):
     """A global and a local LoRA, weighted for each prompt."""
 
-    local_weight: float = AdapterSpec.instance_weight
+    local_weight: float = InstanceWeights.max_weight
     """Weight of the local LoRA in training, and its largest weight for a prompt."""
     instances: int = 5
     """Number of reference prompts S."""
@@ -73,7 +73,7 @@ class FedDpa(AveragedLora[LocalLora]):
     def adapter(self, client: Client, client_state: LocalLora, message: SharedTensors) -> Adapter:
         """Return the client's own LoRA beside the frozen global one."""
         shared = as_expert(message.tensors, GLOBAL)
-        spec = replace(self.spec(), router="instance", instance_weight=self.local_weight)
+        spec = replace(self.spec(), router=InstanceWeights(self.local_weight))
         return Adapter(spec, {**client_state.tensors, **shared}, client_state.references, tuple(sorted(shared)))
 
     @override

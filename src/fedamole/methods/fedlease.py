@@ -31,6 +31,7 @@ from fedamole.methods.local_only import OwnLora
 from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.methods.shared.clustering import cosine_distances, silhouette_clusters
 from fedamole.methods.shared.lora import DecayedLoraMethod
+from fedamole.model.mixer import LearnedRouter
 from fedamole.model.params import OWN, Adapter, expert_ids, expert_keys, mixer_key, new_shared, shared_keys
 
 
@@ -174,7 +175,7 @@ class FedLease(DecayedLoraMethod[Lease, Leased, OwnLora, Returned]):
         experts = expert_ids(message.tensors)[min(client.shapes)]
         others = [key for m in client.shapes for k in experts if k != message.cluster for key in expert_keys(m, k)]
         own = F.one_hot(torch.tensor(message.cluster), len(experts)).float()
-        spec = replace(self.spec(), router="mixer")
+        spec = replace(self.spec(), router=LearnedRouter(extra_own_logits=True))
         return Adapter(spec, message.tensors, {OWN: own}, tuple(sorted(others)))
 
     @override

@@ -1,1 +1,1 @@
-"""The frozen base and the adapters on it: pure PyTorch on Hugging Face models; knows nothing of federation."""
+"""The frozen base model and its adapters, in PyTorch on Hugging Face models, independent of federated learning."""

@@ -1,4 +1,4 @@
-"""The files of an adapter folder, and the checks that come before any of them is used."""
+"""Validation of adapter folders: adapter_config.json and adapter_model.safetensors are checked before use."""
 
 import re
 from collections.abc import Mapping
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fedamole.errors import BaseModelError, RunError
+from fedamole.model.amole import ROUTERS, EmbeddingRouter
+from fedamole.model.mixer import InstanceWeights, LearnedRouter
 from fedamole.model.params import REFERENCES, Adapter, Shapes, expert_ids
 from fedamole.model.prompt import PROMPT, PromptSpec
 from fedamole.received.files import read_json
@@ -32,7 +34,7 @@ VIRTUAL = "prompt_embeddings"
 MOST_RANK = 65_536
 MOST_VIRTUAL = 65_536
 DTYPES = ("F32", "BF16", "F16")
-"""Kinds of numbers that an adapter's weights may be."""
+"""Dtypes that an adapter's weights may have."""
 
 _module = text(500, re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*"))
 _rank, _share = whole(1, MOST_RANK), number(0, 1)
@@ -67,7 +69,7 @@ _kinds: dict[str, Form] = {
             "expert_pattern": mapping(listed(_id, MOST_EXPERTS), _module),
         },
         {
-            "router": choice("embedding", "mixer", "instance"),
+            "router": choice(*ROUTERS),
             "instance_weight": _share,
             "target_modules": listed(_module, 100_000),
             "own_expert": either(nothing, _id),
@@ -79,7 +81,7 @@ _kinds: dict[str, Form] = {
 identity_form = record(dict.fromkeys(("weights", "tokenizer", "targets"), text(200)), closed=True)
 
 _SHARED = {"peft_type", "base_model_name_or_path", "task_type", "inference_mode", "peft_version"}
-_OWN = {
+_SETTINGS = {
     "LORA": {"r", "lora_alpha", "lora_dropout", "target_modules"},
     "PROMPT_TUNING": {"num_virtual_tokens", "token_dim", "num_transformer_submodules"},
     "AMOLE": {
@@ -102,11 +104,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "PROMPT_TUNING": {"prompt_tuning_init": "RANDOM"},
     "AMOLE": {},
 }
-"""What PEFT writes of settings that fedamole leaves alone, where it is not null, false or empty."""
+"""Values that PEFT writes for settings that fedamole does not use, where they are not null, false or empty."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The checked content of adapter_config.json; RunError for a missing one, and for one of another form."""
+    """Read and validate adapter_config.json; raise RunError if it is missing or not of the expected form."""
     path = folder / CONFIG
     if not path.exists():
         raise RunError(f"{folder}: no personal adapter here ({CONFIG} is missing)")
@@ -114,95 +116,104 @@ def read_config(folder: Path) -> dict[str, Any]:
     check_form(config, _common, path, RunError)
     kind = config["peft_type"]
     check_form(config, _kinds[kind], path, RunError)
-    _check_words(config, kind, path)
+    _check_settings(config, kind, path)
     ids = config.get("expert_pattern", {}).values() if kind == "AMOLE" else ()
-    if any(sorted(set(held)) != held for held in ids):
-        raise RunError(f"{path} is damaged: the experts of a module must be in order, each once; copy the folder again")
+    if any(sorted(set(experts)) != experts for experts in ids):
+        raise RunError(
+            f"{path} is damaged: a module's expert ids must be sorted and without duplicates; copy the folder again"
+        )
     own = config.get("own_expert")
-    if kind == "AMOLE" and own is not None and any(own not in held for held in ids):
-        raise RunError(f"{path} is damaged: own_expert {own} is not held in every module; copy the folder again")
+    if kind == "AMOLE" and own is not None and any(own not in experts for experts in ids):
+        raise RunError(f"{path} is damaged: own_expert {own} is missing in some module; copy the folder again")
     references = config.get("references") or []
-    if len({len(row) for row in references}) > 1:
+    if len({len(vector) for vector in references}) > 1:
         raise RunError(f"{path} is damaged: the references have different lengths; copy the folder again")
     return config
 
 
-def _check_words(config: Mapping[str, Any], kind: str, path: Path) -> None:
-    """Raise RunError for a setting that fedamole does not write: PEFT may import a module or load a file for it."""
+def _check_settings(config: Mapping[str, Any], kind: str, path: Path) -> None:
+    """Raise RunError for settings that fedamole does not write, as PEFT may import modules or load files for them."""
     for key, value in config.items():
-        if key in _OWN[kind] or key in _SHARED or not value or value == _DEFAULTS[kind].get(key):
+        if key in _SETTINGS[kind] or key in _SHARED or not value or value == _DEFAULTS[kind].get(key):
             continue
         raise RunError(
-            f"{path}: {key} = {quoted(value)} is no setting of an adapter that fedamole wrote, so the adapter is not "
-            "loaded; load it with PEFT itself if you trust it"
+            f"{path}: fedamole does not write the setting {key} = {quoted(value)}, so it does not load the adapter; "
+            "load it with PEFT itself if you trust it"
         )
 
 
-def check_weights(folder: Path, config: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raise RunError unless a file's tensors (as slices) have the names, shapes and dtypes that a config asks for."""
+def router_of(config: Mapping[str, Any]) -> EmbeddingRouter | LearnedRouter | InstanceWeights:
+    """Build the router that the content of adapter_config.json describes."""
+    return ROUTERS[config.get("router", EmbeddingRouter.config_name)].from_config(config)
+
+
+def check_weights(folder: Path, config: Mapping[str, Any], slices: Mapping[str, Any]) -> None:
+    """Raise RunError unless the tensors of a file have the names, shapes and dtypes that a config requires.
+
+    `slices` are the safetensors slices of the file, by tensor name.
+    """
     path = folder / WEIGHTS
-    wanted = _wanted(config)
-    for name in sorted(wanted.keys() ^ found.keys()):
-        what = "is missing" if name in wanted else "does not belong there"
-        raise RunError(f"{path}: the tensor {quoted(name, 200)} {what}; copy the adapter again from its run folder")
-    for name, tensor in found.items():
+    expected = _expected_shapes(config)
+    for name in sorted(expected.keys() ^ slices.keys()):
+        problem = "is missing" if name in expected else "is not expected"
+        raise RunError(f"{path}: the tensor {quoted(name, 200)} {problem}; copy the adapter again from its run folder")
+    for name, tensor in slices.items():
         shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
         if dtype not in DTYPES:
             raise RunError(f"{path}: the tensor {quoted(name, 200)} is of {dtype}, expected one of {', '.join(DTYPES)}")
         if (
             len(shape) != 2
             or not all(shape)
-            or not any(all(size in (None, real) for size, real in zip(one, shape, strict=True)) for one in wanted[name])
+            or any(e not in (None, s) for e, s in zip(expected[name], shape, strict=True))
         ):
-            asked = " or ".join(str(one).replace("None", "any") for one in wanted[name])
+            required = str(expected[name]).replace("None", "any")
             raise RunError(
-                f"{path}: the tensor {quoted(name, 200)} has the shape {shape}, by {CONFIG} it is {asked}; copy the "
-                "adapter again from its run folder"
+                f"{path}: the tensor {quoted(name, 200)} has the shape {shape}, but {CONFIG} requires {required}; copy "
+                "the adapter again from its run folder"
             )
 
 
-def _wanted(config: Mapping[str, Any]) -> dict[str, list[tuple[int | None, int | None]]]:
-    """The shapes that each tensor may have; None is any size."""
+def _expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int | None, int | None]]:
+    """The shape of each tensor; None stands for any size."""
     kind = config["peft_type"]
     if kind == "PROMPT_TUNING":
-        return {VIRTUAL: [(config["num_virtual_tokens"], config["token_dim"])]}
-    rank, wanted = config["r"], dict[str, list[tuple[int | None, int | None]]]()
+        return {VIRTUAL: (config["num_virtual_tokens"], config["token_dim"])}
+    rank, shapes = config["r"], dict[str, tuple[int | None, int | None]]()
     if kind == "LORA":
         for module in config["target_modules"]:
-            wanted[f"{PREFIX}{module}.lora_A.weight"] = [(rank, None)]
-            wanted[f"{PREFIX}{module}.lora_B.weight"] = [(None, rank)]
-        return wanted
+            shapes[f"{PREFIX}{module}.lora_A.weight"] = (rank, None)
+            shapes[f"{PREFIX}{module}.lora_B.weight"] = (None, rank)
+        return shapes
+    router = router_of(config)
     for module, ids in config["expert_pattern"].items():
-        router = config.get("router", "embedding")
-        up = (len(ids) + (router == "embedding")) * rank
-        more = {
-            "embedding": [rank if ids else 0],
-            "instance": [0],
-            "mixer": [len(ids), 2 * len(ids) - 1] if ids else [0],
-        }[router]
-        wanted[f"{PREFIX}{module}.amole_up"] = [(up, None)]
-        wanted[f"{PREFIX}{module}.amole_down"] = [(up + size, None) for size in dict.fromkeys(more)]
-    return wanted
+        rows = (len(ids) + router.has_shared_expert) * rank
+        shapes[f"{PREFIX}{module}.amole_up"] = (rows, None)
+        shapes[f"{PREFIX}{module}.amole_down"] = (rows + router.num_rows(len(ids), rank), None)
+    return shapes
 
 
 def check_fits(adapter: Adapter, shapes: Shapes, width: int, where: object) -> None:
-    """Raise BaseModelError unless an adapter's tensors fit the modules of a base, whose embeddings are `width` wide."""
+    """Raise BaseModelError unless an adapter's tensors fit a base.
+
+    `shapes` are (d_in, d_out) of the base's adapted modules, `width` is the width of its embeddings; `where` names the
+    adapter in the error.
+    """
     if isinstance(adapter.spec, PromptSpec):
         tokens = adapter.tensors.get(PROMPT)
         if tokens is None or tokens.dim() != 2 or tokens.shape[1] != width:
-            raise BaseModelError(f"{where}: its virtual tokens do not have the {width} values that the base's have")
+            raise BaseModelError(f"{where}: its virtual tokens must have {width} values each")
         return
-    seen = adapter.fixed.get(REFERENCES)
-    if seen is not None and seen.shape[1] != width:
-        raise BaseModelError(f"{where}: its references are {seen.shape[1]} wide, the base's states {width}")
+    references = adapter.fixed.get(REFERENCES)
+    if references is not None and references.shape[1] != width:
+        raise BaseModelError(f"{where}: its references have {references.shape[1]} values, the base's states {width}")
     for module in expert_ids(adapter.tensors):
         if module not in shapes:
-            raise BaseModelError(f"{where}: it adapts {quoted(module, 200)}, which is no target of this base")
+            raise BaseModelError(f"{where}: it adapts {quoted(module, 200)}, which is not a target of this base")
     for name, tensor in adapter.tensors.items():
         module, _, factor = name.partition("/")
         d_in, d_out = shapes[module]
         if tensor.dim() != 2:
-            raise BaseModelError(f"{where}: {quoted(name, 200)} is no matrix; put it back from a copy")
-        size, wanted = (tensor.shape[0], d_out) if factor.endswith("/B") else (tensor.shape[1], d_in)
-        if size != wanted:
-            raise BaseModelError(f"{where}: {quoted(name, 200)} is for {size} values, this base has {wanted}")
+            raise BaseModelError(f"{where}: {quoted(name, 200)} is not a matrix; restore it from a copy")
+        size, expected = (tensor.shape[0], d_out) if factor.endswith("/B") else (tensor.shape[1], d_in)
+        if size != expected:
+            raise BaseModelError(f"{where}: {quoted(name, 200)} is for {size} values, this base has {expected}")

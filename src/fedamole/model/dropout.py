@@ -1,8 +1,8 @@
-"""Dropout masks as a function of place: of (client, step, example, position in it) and (module, feature) alone.
+"""Counter-based dropout masks: a function of (client, step, example, position) and (module, feature) alone.
 
-A mask from a generator depends on how many numbers were drawn before it, hence on batch, padding and neighbours. Here
-every number of a mask is the hash of a key of its row and a key of its column, so a client's masks are the same
-alone, in a group, padded, packed, on a CPU and on a GPU, and one expression draws them for all clients at once.
+A mask from a random generator depends on how many numbers were drawn before, and so on batch, padding and the other
+clients. Here each element of a mask is a hash of a row key and a column key. A client's masks are therefore the same
+alone and in a group, padded and packed, on a CPU and on a GPU, and one expression computes them for all clients.
 """
 
 import numpy as np
@@ -11,11 +11,11 @@ from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15
 LONGEST = 2**20
-"""More positions than any sequence has."""
+"""Upper bound of the positions of a sequence."""
 
 
-def _mixed(values: np.ndarray) -> Tensor:
-    """Scatter 64-bit integers over all 31-bit ones (the finaliser of SplitMix64), as int32."""
+def _hash(values: np.ndarray) -> Tensor:
+    """Hash 64-bit integers to 31 bits (the finaliser of SplitMix64), as int32."""
     z = values.astype(np.uint64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
@@ -23,20 +23,20 @@ def _mixed(values: np.ndarray) -> Tensor:
 
 
 def row_keys(seeds: np.ndarray, examples: np.ndarray, positions: np.ndarray) -> Tensor:
-    """Keys (T) of tokens: `seeds` (T) stand for (client, step), `examples` and `positions` (T) for the places in it."""
-    place = examples.astype(np.uint64) * np.uint64(LONGEST) + positions.astype(np.uint64) + np.uint64(1)
-    return _mixed(seeds.astype(np.uint64) + place * np.uint64(_GOLDEN))
+    """Return the row keys (T) of tokens, from the seed of (client, step), the example and the position, (T) each."""
+    index = examples.astype(np.uint64) * np.uint64(LONGEST) + positions.astype(np.uint64) + np.uint64(1)
+    return _hash(seeds.astype(np.uint64) + index * np.uint64(_GOLDEN))
 
 
 def column_keys(module: int, features: int) -> Tensor:
-    """Keys (d) of the features of a module, the `module`-th of its base."""
-    place = np.arange(features, dtype=np.uint64) + np.uint64(module + 1) * np.uint64(2**32)
-    return _mixed(place * np.uint64(_GOLDEN))
+    """Return the column keys (d) of the features of the `module`-th adapted module of a base."""
+    index = np.arange(features, dtype=np.uint64) + np.uint64(module + 1) * np.uint64(2**32)
+    return _hash(index * np.uint64(_GOLDEN))
 
 
-def dropped(rows: Tensor, columns: Tensor, share: float) -> Tensor:
-    """Mask (T, d) of bool that is true for about this share of the values, from keys (T) and (d) of int32."""
+def dropped(rows: Tensor, columns: Tensor, probability: float) -> Tensor:
+    """Return a bool mask (T, d) that is True with this probability, from int32 row keys (T) and column keys (d)."""
     z = rows.unsqueeze(1) ^ columns
-    # Multiplications wrap round; two of them with a shift between let every bit of a key reach the highest bits.
+    # Multiplication wraps around. Two of them with a shift between propagate every bit to the highest bits.
     z.mul_(0x7FEB352D).bitwise_xor_(z >> 15).mul_(0x846CA68B - 2**32)
-    return z < round(share * 2**32) - 2**31
+    return z < round(probability * 2**32) - 2**31

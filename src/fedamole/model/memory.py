@@ -1,4 +1,4 @@
-"""How much memory a group of clients takes, how much there is, and how much was taken."""
+"""Memory of a device: free, used, peak, and an estimate for training a group of clients."""
 
 import contextlib
 import ctypes
@@ -11,11 +11,11 @@ import torch
 from fedamole.model.base import Base
 
 HEADROOM = 0.8
-"""Share of the free memory that a group may take: other programs, fragments and evaluation need the rest."""
+"""Fraction of the free memory that a group may use; the rest is for other programs, fragmentation and evaluation."""
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory still free on a device; on a CPU also within the limit of this container, where it has one."""
+    """Return the free bytes of a device; on a CPU at most what the container's memory limit leaves."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -28,24 +28,24 @@ def free_bytes(device: torch.device) -> int:
 
 
 def used_bytes(device: torch.device) -> int:
-    """Memory that this process holds on a device now."""
+    """Return the bytes that this process uses on a device."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     return int(psutil.Process().memory_info().rss)
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start measuring anew, where the device can."""
+    """Reset the peak of a GPU; a CPU's peak cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory: of the device since the last reset, or of the whole process since its start on a CPU."""
+    """Return the peak memory in MiB: of a GPU since the last reset, of a CPU process since its start."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device) / 2**20)
     with contextlib.suppress(OSError):
-        # Not getrusage: there a process that was forked begins with the peak of its parent.
+        # getrusage would include the peak of the parent process after a fork.
         status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
         lines = dict(line.split(":", 1) for line in status.splitlines())
         return int(lines["VmHWM"].split()[0]) / 2**10
@@ -56,7 +56,7 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def release_memory(device: torch.device) -> None:
-    """Hand freed memory back: PyTorch keeps a GPU's, the C library of Linux what many small tensors leave behind."""
+    """Return cached memory to the device: PyTorch's GPU cache and the free lists of the C library on Linux."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     with contextlib.suppress(AttributeError, OSError):
@@ -64,16 +64,17 @@ def release_memory(device: torch.device) -> None:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that memory ran out, on a GPU or in PyTorch's own allocator on a CPU."""
+    """Whether an error reports that memory ran out, on a GPU or in PyTorch's allocator on a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def group_bytes(base: Base, clients: int, adapter_parameters: int, tokens: int) -> int:
-    """Estimate what local training of a group takes beside the base.
+    """Estimate the bytes that local training of a group needs in addition to the base.
 
-    `adapter_parameters` are the numbers of the largest adapter: each takes 16 bytes (weight, gradient, two moments of
-    Adam, in float32). `tokens` are those of one forward pass: about 24 values per token and hidden unit of every layer
-    are kept for the backward pass (of one layer with gradient checkpointing), and the logits of half the tokens.
+    `adapter_parameters` is the size of the largest adapter; each parameter takes 16 bytes (weight, gradient and two
+    Adam moments in float32). `tokens` is the number of tokens in one forward pass. The backward pass needs about 24
+    values per token and hidden unit of every layer (of one layer with gradient checkpointing), and the logits of half
+    the tokens.
     """
     config = base.model.config.get_text_config()
     item = torch.empty(0, dtype=base.model.dtype).element_size()

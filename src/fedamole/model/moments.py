@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from fedamole.model.bank import Bank
-from fedamole.model.batch import Row, batches
+from fedamole.model.batch import TokenPair, batches
 from fedamole.model.params import Shapes
 
 SUMS_AT_ONCE = 2**31
@@ -54,7 +54,7 @@ def module_runs(shapes: Shapes, outputs: bool) -> Iterator[list[str]]:
 
 
 def collect_moments(
-    bank: Bank, modules: Sequence[str], rows: Sequence[Row], batch_tokens: int, outputs: bool
+    bank: Bank, modules: Sequence[str], rows: Sequence[TokenPair], batch_tokens: int, outputs: bool
 ) -> dict[str, Moments]:
     """Sum the moments of some modules over all tokens of (prompt, answer) rows, under the one adapter loaded.
 
@@ -70,12 +70,12 @@ def collect_moments(
             frozen_outputs[name] = out
 
         def after_layer(_: torch.nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
-            if bank.tape.hidden is not None:
+            if bank.context.hidden_states is not None:
                 return  # the pass over the prompts that finds the weights of each instance
-            x, counted = inputs[0].flatten(0, -2), bank.tape.counted
+            x, not_padding = inputs[0].flatten(0, -2), bank.context.not_padding
             y = (out - frozen_outputs.pop(name)).flatten(0, -2) if outputs else None
-            if counted is not None:
-                x, y = x[counted], None if y is None else y[counted]
+            if not_padding is not None:
+                x, y = x[not_padding], None if y is None else y[not_padding]
             sums[name].add(x, y)
 
         layer = bank.layers[name]
@@ -83,11 +83,11 @@ def collect_moments(
         return [*handles, layer.base_layer.register_forward_hook(after_linear)] if outputs else handles
 
     handles = [handle for name in modules for handle in hooks(name)]
-    bank.window(0, bank.clients)
+    bank.select_clients(0, bank.clients)
     try:
         with torch.no_grad():
             for batch in batches([rows], base.pad_id, bank.packs, batch_tokens):
-                with bank.reading(batch.to(base.device)):
+                with bank.forward(batch.to(base.device)):
                     pass
     finally:
         for handle in handles:

@@ -1,20 +1,19 @@
-"""Modules <-> named tensors. The one place that defines the names of adapter tensors.
+"""The named tensors of an adapter: tensor names, stacking for the layers, and fresh initial values.
 
-Identity is a key, place is a value: domain expert 7 of a module is named the same whoever holds it, so that
-aggregation by expert is a mean over whoever returned the key.
+This module alone defines the names. An expert's name does not depend on the client that holds it, so aggregating an
+expert is a mean over the clients that returned its name.
 
-    <module>/router/W      token projection W_t  (r, d_in)
-    <module>/mixer/W       logits of a learned mixer (g, d_in)
+    <module>/router/W      token projection W_t of an EmbeddingRouter (r, d_in)
+    <module>/mixer/W       weights of a LearnedRouter with g logits (g, d_in)
     <module>/expert-07/A   (r, d_in)             <module>/expert-07/B   (d_out, r)
     <module>/shared/A      (r, d_in)             <module>/shared/B      (d_out, r)
-    prompt/embedding       virtual tokens (v, d), and of p-tuning prompt/weight-1 .. prompt/bias-3 of its MLP
+    prompt/embedding       virtual tokens (v, d); p-tuning adds prompt/weight-1 .. prompt/bias-3 of its MLP
 
-A mixture is routed by embeddings (router, shared) or by a mixer; one that has neither is weighted instance by instance.
-What never trains stands apart, in `Adapter.fixed`:
+`Adapter.fixed` holds tensors that are never trained:
 
-    <module>/delta         a change of the frozen linear itself (d_out, d_in)
-    mixer/own              1 for the client's own expert (n), which a mixer with 2n - 1 logits can choose again
-    gate/references        what a client's training prompts look like (S, d), for weights instance by instance
+    <module>/delta         change of the frozen linear itself (d_out, d_in)
+    mixer/own              1 for the client's own expert (n), for a LearnedRouter with extra logits for it
+    gate/references        hidden states of a few training prompts (S, d), for InstanceWeights
 """
 
 import math
@@ -26,8 +25,10 @@ import torch
 from torch import Tensor
 
 from fedamole.errors import RunError
-from fedamole.model.amole import AdapterSpec
+from fedamole.model.amole import AdapterSpec, EmbeddingRouter
+from fedamole.model.mixer import LearnedRouter
 from fedamole.model.prompt import PromptSpec
+from fedamole.model.router import Router
 from fedamole.received.names import quoted
 from fedamole.runs.adapter_folder import MOST_EXPERTS
 
@@ -41,46 +42,49 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Adapter:
-    """A trainable addition to a frozen base, as data: what its layers share and its named tensors."""
+    """A trainable addition to a frozen base: its settings and its named tensors."""
 
     spec: AdapterSpec | PromptSpec
     tensors: Tensors
     fixed: Tensors = field(default_factory=dict)
-    """What belongs to the model and never trains."""
+    """Tensors that belong to the model and are never trained."""
     frozen: tuple[str, ...] = ()
-    """Names of those of `tensors` that this training leaves as they are."""
+    """Names of those `tensors` that are not trained this time."""
 
     def modules(self) -> list[str]:
-        """Names of the adapted modules, sorted."""
+        """Return the sorted names of the adapted modules."""
         return sorted({name.rpartition("/")[0].rpartition("/")[0] for name in self.tensors})
 
     def kind(self) -> tuple[object, ...]:
-        """What adapters must have in common to be in one bank: spec, modules and how those are routed, fixed tensors.
+        """Return a key that is equal for adapters that can be loaded together.
 
-        Clients may hold different experts of a mixture that is routed by embeddings.
+        It consists of the spec, the experts of each module and the names of the fixed tensors. With an
+        `EmbeddingRouter` clients may hold different experts, but not none where others hold some.
         """
-        ragged = isinstance(self.spec, AdapterSpec) and self.spec.router == "embedding"
-        held = expert_ids(self.tensors).items() if isinstance(self.spec, AdapterSpec) else ()
-        modules = tuple((module, bool(ids) if ragged else tuple(ids)) for module, ids in held)
+        if isinstance(self.spec, PromptSpec):
+            return self.spec, (), tuple(sorted(self.fixed))
+        different = self.spec.router.allows_different_experts
+        experts = expert_ids(self.tensors).items()
+        modules = tuple((module, bool(ids) if different else tuple(ids)) for module, ids in experts)
         return self.spec, modules, tuple(sorted(self.fixed))
 
     def parameters(self) -> int:
-        """Count of trainable numbers."""
+        """Return the number of trainable parameters."""
         return sum(self.trained_sizes().values())
 
     def trained_sizes(self) -> dict[str, int]:
-        """Count of numbers of each trainable tensor, by its name."""
+        """Return the number of parameters of each trainable tensor, by name."""
         return {name: tensor.numel() for name, tensor in self.tensors.items() if name not in self.frozen}
 
 
 def router_key(module: str) -> str:
     """Name of a module's token projection W_t."""
-    return f"{module}/router/W"
+    return f"{module}/{EmbeddingRouter.tensor_name}"
 
 
 def mixer_key(module: str) -> str:
-    """Name of the weights of a module's learned mixer."""
-    return f"{module}/mixer/W"
+    """Name of the weights of a module's learned router."""
+    return f"{module}/{LearnedRouter.tensor_name}"
 
 
 def delta_key(module: str) -> str:
@@ -99,7 +103,7 @@ def expert_keys(module: str, expert: int) -> tuple[str, str]:
 
 
 def as_expert(lora: Tensors, expert: int) -> dict[str, Tensor]:
-    """A LoRA's tensors under the names of a mixture's domain expert with this id."""
+    """Rename the tensors of a plain LoRA to those of the domain expert with this id."""
     named = {}
     for name, tensor in lora.items():
         module, _, factor = name.rpartition("/shared/")
@@ -108,53 +112,62 @@ def as_expert(lora: Tensors, expert: int) -> dict[str, Tensor]:
 
 
 def expert_ids(tensors: Iterable[str]) -> dict[str, list[int]]:
-    """Global ids of the domain experts present, sorted, for every module that is present.
+    """Return the sorted global ids of the domain experts of each module, from tensor names.
 
-    Raises RunError for a name that `expert_keys` does not make, or an id that is too large.
+    Raises RunError for a name that `expert_keys` does not produce, or an id that is too large.
     """
-    found: dict[str, set[int]] = {}
+    experts: dict[str, set[int]] = {}
     for name in tensors:
         module, _, rest = name.partition("/")
         owner = rest.partition("/")[0]
-        ids = found.setdefault(module, set())
+        ids = experts.setdefault(module, set())
         if owner.startswith("expert-"):
             match = _EXPERT.fullmatch(owner)
             if match is None or int(match[1]) >= MOST_EXPERTS:
                 raise RunError(f"{quoted(name)} is no tensor of an expert: ids run from 00 to {MOST_EXPERTS - 1}")
             ids.add(int(match[1]))
-    return {module: sorted(ids) for module, ids in sorted(found.items())}
+    return {module: sorted(ids) for module, ids in sorted(experts.items())}
 
 
-def stack(tensors: Tensors, module: str, experts: list[int], room: int | None = None) -> tuple[Tensor, Tensor]:
-    """Stack one module's tensors into (down, up) as its layer reads them for one client.
+def stack(tensors: Tensors, module: str, experts: list[int], slots: int | None = None) -> tuple[Tensor, Tensor]:
+    """Stack one client's tensors of a module into (down, up), as `amole` and `mixer` define them.
 
-    `room` is the number of domain experts to leave room for (left out: as many as there are); it is filled with zeros.
+    `slots` is the number of slots for domain experts (default: one per expert); empty slots are filled with zeros.
     """
-    keys = [expert_keys(module, expert) for expert in experts]
-    has_shared = shared_keys(module)[0] in tensors
-    last = [shared_keys(module)] if has_shared else []
-    first = [name for name in (router_key(module), mixer_key(module)) if experts and name in tensors]
-    some = tensors[(keys + last)[0][0]]
-    empty = 0 if room is None else (room - len(experts)) * len(some)
-    rows = [*(tensors[a] for a, _ in keys), some.new_zeros(empty, some.shape[1]), *(tensors[a] for a, _ in last)]
-    width = len(tensors[(keys + last)[0][1]])
-    columns = [*(tensors[b].T for _, b in keys), some.new_zeros(empty, width), *(tensors[b].T for _, b in last)]
-    return torch.cat([*(tensors[name] for name in first), *rows]), torch.cat(columns)
+    domain = [expert_keys(module, expert) for expert in experts]
+    shared = [shared_keys(module)] if shared_keys(module)[0] in tensors else []
+    router = [name for name in (router_key(module), mixer_key(module)) if experts and name in tensors]
+    first_a, first_b = (tensors[key] for key in (domain + shared)[0])
+    empty = 0 if slots is None else (slots - len(experts)) * len(first_a)
+    down = [
+        *(tensors[name] for name in router),
+        *(tensors[a] for a, _ in domain),
+        first_a.new_zeros(empty, first_a.shape[1]),
+        *(tensors[a] for a, _ in shared),
+    ]
+    up = [
+        *(tensors[b].T for _, b in domain),
+        first_a.new_zeros(empty, len(first_b)),
+        *(tensors[b].T for _, b in shared),
+    ]
+    return torch.cat(down), torch.cat(up)
 
 
 def unstack(
-    down: Tensor, up: Tensor, module: str, experts: list[int], rank: int, router: str = "embedding"
+    down: Tensor, up: Tensor, module: str, experts: list[int], rank: int, router: Router | None = None
 ) -> dict[str, Tensor]:
-    """Invert `stack`, whatever room it left; every tensor is a copy of its own."""
-    pairs = list(zip(down[len(down) - len(up) :].split(rank), up.split(rank), strict=True))
+    """Invert `stack`, with or without empty slots; every tensor is a copy. The default is an `EmbeddingRouter`."""
+    router = EmbeddingRouter() if router is None else router
+    router_rows = len(down) - len(up)
+    pairs = list(zip(down[router_rows:].split(rank), up.split(rank), strict=True))
     named: dict[str, Tensor] = {}
-    if len(down) > len(up):
-        named[router_key(module) if router == "embedding" else mixer_key(module)] = down[: len(down) - len(up)].clone()
-    owners = [expert_keys(module, expert) for expert in experts]
-    chosen = pairs[: len(experts)]
-    if router == "embedding":
-        owners, chosen = [*owners, shared_keys(module)], [*chosen, pairs[-1]]
-    for (a, b), (a_rows, b_rows) in zip(owners, chosen, strict=True):
+    if router_rows:
+        named[f"{module}/{router.tensor_name}"] = down[:router_rows].clone()
+    keys = [expert_keys(module, expert) for expert in experts]
+    stacked = pairs[: len(experts)]
+    if router.has_shared_expert:
+        keys, stacked = [*keys, shared_keys(module)], [*stacked, pairs[-1]]
+    for (a, b), (a_rows, b_rows) in zip(keys, stacked, strict=True):
         named[a], named[b] = a_rows.clone(), b_rows.T.contiguous().clone()
     return named
 
@@ -165,7 +178,7 @@ def _kaiming_uniform(rank: int, d_in: int, generator: torch.Generator) -> Tensor
 
 
 def new_shared(shapes: Shapes, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Fresh shared experts (a plain LoRA) for all modules: A Kaiming-uniform as in LoRA, B zero."""
+    """Initialise a plain LoRA (shared experts only) for all modules: A Kaiming-uniform as in LoRA, B zero."""
     named: dict[str, Tensor] = {}
     for module, (d_in, d_out) in sorted(shapes.items()):
         a, b = shared_keys(module)
@@ -174,7 +187,7 @@ def new_shared(shapes: Shapes, rank: int, generator: torch.Generator) -> dict[st
 
 
 def new_pool(shapes: Shapes, rank: int, experts: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """A fresh pool for all modules: token projection, shared expert and `experts` domain experts, each its own draw."""
+    """Initialise token projections, shared experts and `experts` domain experts for all modules, independently."""
     named = new_shared(shapes, rank, generator)
     for module, (d_in, d_out) in sorted(shapes.items()):
         named[router_key(module)] = _kaiming_uniform(rank, d_in, generator)

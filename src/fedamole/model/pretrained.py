@@ -1,8 +1,8 @@
-"""A personal model as a folder that PEFT loads: adapter_config.json and adapter_model.safetensors.
+"""Save and load personal models as PEFT adapter folders: adapter_config.json and adapter_model.safetensors.
 
-A mixture is saved as an AMoLE adapter (load it after `import fedamole`); a LoRA as PEFT's own LoRA, and virtual tokens
-as PEFT's own prompt tuning, which load without this package. A LoRA on a changed linear (FLoRA, FedEx-LoRA) is saved
-as the one LoRA that does the same, its rank that of the whole change.
+A mixture of experts is saved as an AMoLE adapter, which PEFT loads after `import fedamole`. A plain LoRA is saved as
+PEFT's LoRA and virtual tokens as PEFT's prompt tuning; both load without this package. A LoRA on a changed linear
+(FLoRA, FedEx-LoRA) is saved as one equivalent LoRA, whose rank is that of the whole change.
 """
 
 import json
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from fedamole.errors import BaseModelError, RunError
 from fedamole.files import write_atomic
-from fedamole.model.adapter_files import PREFIX, VIRTUAL, check_weights, identity_form, read_config
+from fedamole.model.adapter_files import PREFIX, VIRTUAL, check_weights, identity_form, read_config, router_of
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.params import (
     OWN,
@@ -48,18 +48,18 @@ def save_adapter(adapter: Adapter, folder: Path, base_name: str, identity: Ident
         "inference_mode": True,
     }
     config, tensors = _to_peft(adapter, common)
-    # Not safetensors' own writing of files, whose error for a full disk is no OSError.
+    # safetensors' own file writing does not raise OSError when the disk is full.
     write_atomic(folder / WEIGHTS, save({key: value.contiguous() for key, value in tensors.items()}, {"format": "pt"}))
     config.save_pretrained(str(folder))
     written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if written.get("target_modules"):
-        written["target_modules"] = sorted(written["target_modules"])  # a set, whose order differs from run to run
+        written["target_modules"] = sorted(written["target_modules"])  # PEFT stores a set in arbitrary order
     write_atomic(folder / CONFIG, json.dumps(written, indent=2, sort_keys=True) + "\n")
     write_atomic(folder / IDENTITY, json.dumps(asdict(identity), indent=2) + "\n")
 
 
 def _to_peft(adapter: Adapter, common: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
-    """Config and weights of a PEFT adapter that does what this one does."""
+    """Convert an adapter to the config and weights of an equivalent PEFT adapter."""
     from peft import LoraConfig, PromptTuningConfig
 
     from fedamole.model.peft_tuner import AmoleConfig
@@ -71,24 +71,23 @@ def _to_peft(adapter: Adapter, common: dict[str, Any]) -> tuple[Any, dict[str, T
             **common, num_virtual_tokens=len(prompt), token_dim=prompt.shape[1], num_transformer_submodules=1
         )
         return config, {VIRTUAL: prompt}
-    held = expert_ids(adapter.tensors)
-    if any(held.values()):
-        own, seen = adapter.fixed.get(OWN), adapter.fixed.get(REFERENCES)
+    experts = expert_ids(adapter.tensors)
+    if any(experts.values()):
+        own_expert, references = adapter.fixed.get(OWN), adapter.fixed.get(REFERENCES)
         config = AmoleConfig(
             **common,
             r=spec.rank,
-            target_modules=list(held),
+            target_modules=list(experts),
             alpha=spec.alpha,
             dropout=spec.dropout,
             dropout_kind=spec.dropout_kind,
             top_k=spec.top_k,
-            expert_pattern=held,
-            router=spec.router,
-            instance_weight=spec.instance_weight,
-            references=None if seen is None else seen.tolist(),
-            own_expert=None if own is None else next(iter(held.values()))[int(own.argmax())],
+            expert_pattern=experts,
+            references=None if references is None else references.tolist(),
+            own_expert=None if own_expert is None else next(iter(experts.values()))[int(own_expert.argmax())],
+            **spec.router.to_config(),
         )
-        for module, ids in held.items():
+        for module, ids in experts.items():
             down, up = stack(adapter.tensors, module, ids)
             tensors[f"{PREFIX}{module}.amole_down"], tensors[f"{PREFIX}{module}.amole_up"] = down, up
         return config, tensors
@@ -97,11 +96,11 @@ def _to_peft(adapter: Adapter, common: dict[str, Any]) -> tuple[Any, dict[str, T
     config = LoraConfig(
         **common,
         r=lora.spec.rank,
-        target_modules=list(held),
+        target_modules=list(experts),
         lora_alpha=lora.spec.alpha,
         lora_dropout=lora.spec.dropout,
     )
-    for module in held:
+    for module in experts:
         a, b = shared_keys(module)
         tensors[f"{PREFIX}{module}.lora_A.weight"] = lora.tensors[a]
         tensors[f"{PREFIX}{module}.lora_B.weight"] = lora.tensors[b]
@@ -109,9 +108,10 @@ def _to_peft(adapter: Adapter, common: dict[str, Any]) -> tuple[Any, dict[str, T
 
 
 def without_deltas(adapter: Adapter) -> Adapter:
-    """Turn a LoRA on changed linears into the one LoRA on the base that does the same.
+    """Convert a LoRA on changed linears to one equivalent LoRA on the base.
 
-    Its rank is the highest that a module needs to represent the change to float32's precision.
+    Its rank is the highest that any module needs to represent its change to the precision of float32. Other adapters
+    are returned unchanged.
     """
     spec, changed = adapter.spec, [name for name in expert_ids(adapter.tensors) if delta_key(name) in adapter.fixed]
     if not changed or not isinstance(spec, AdapterSpec):
@@ -122,10 +122,10 @@ def without_deltas(adapter: Adapter) -> Adapter:
         whole = adapter.fixed[delta_key(module)].double() + spec.scaling * b @ a
         u, s, v = torch.linalg.svd(whole, full_matrices=False)
         factors[module] = u * s.sqrt(), s.sqrt()[:, None] * v, int((s > 1e-7 * s[0]).sum())
-    rank = max(1, *(needed for _, _, needed in factors.values()))
+    rank = max(1, *(module_rank for _, _, module_rank in factors.values()))
     tensors = {}
     for module, (b, a, _) in factors.items():
-        missing = max(0, rank - len(a))  # a module with fewer dimensions than another needs
+        missing = max(0, rank - len(a))  # the module has fewer dimensions than the rank
         key_a, key_b = shared_keys(module)
         tensors[key_a] = F.pad(a[:rank], (0, 0, 0, missing)).float()
         tensors[key_b] = F.pad(b[:, :rank], (0, missing)).float()
@@ -133,10 +133,10 @@ def without_deltas(adapter: Adapter) -> Adapter:
 
 
 def load_adapter(folder: Path, identity: Identity | None = None) -> Adapter:
-    """Read a personal adapter back as data; with an `identity` given, an adapter of another base is refused.
+    """Load a personal adapter; with an `identity`, only an adapter of that base.
 
-    Nothing of the folder is believed: its config is checked first, and then that the weights have the names, shapes and
-    dtypes that the config asks for. Raises RunError for what does not fit, BaseModelError for another base.
+    The folder is not trusted: the config is validated first, then the names, shapes and dtypes of the weights. Raises
+    RunError if validation fails, BaseModelError if the adapter was made for another base.
     """
     config = read_config(folder)
     if identity is not None:
@@ -156,13 +156,13 @@ def load_adapter(folder: Path, identity: Identity | None = None) -> Adapter:
 
 
 def read_identity(folder: Path) -> Identity:
-    """The identity of the base that an adapter was made for; BaseModelError where nothing tells it."""
+    """Read the identity of the base that an adapter was made for; raise BaseModelError if it is missing."""
     path = folder / IDENTITY
     if not path.exists():
-        raise BaseModelError(f"{folder}: {IDENTITY} is missing, so nobody can tell which base it is for")
-    found = read_json(path)
-    check_form(found, identity_form, path, RunError)
-    return Identity(**found)
+        raise BaseModelError(f"{folder}: {IDENTITY} is missing, so the adapter's base is unknown")
+    identity = read_json(path)
+    check_form(identity, identity_form, path, RunError)
+    return Identity(**identity)
 
 
 def _to_adapter(config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
@@ -176,8 +176,7 @@ def _to_adapter(config: dict[str, Any], tensors: dict[str, Tensor]) -> Adapter:
             config["dropout"],
             config["dropout_kind"],
             config["top_k"],
-            router=config.get("router", "embedding"),
-            instance_weight=config.get("instance_weight", 0.5),
+            router=router_of(config),
         )
         for module, ids in config["expert_pattern"].items():
             down, up = tensors[f"{PREFIX}{module}.amole_down"], tensors[f"{PREFIX}{module}.amole_up"]

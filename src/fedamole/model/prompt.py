@@ -1,10 +1,10 @@
-"""Virtual tokens before every prompt: soft prompts, and p-tuning, whose tokens come out of a small network.
+"""Virtual tokens before every prompt: prompt tuning, and p-tuning, whose tokens are the output of a small MLP.
 
 Sources: Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", EMNLP 2021, arXiv 2104.08691; Liu
 et al., "GPT Understands, Too" (p-tuning), arXiv 2103.10385, with the MLP re-parameterisation of PEFT's prompt encoder.
 
-A virtual token is written as a negative id, -1 the first, -2 the second: whatever lays out tokens (packing, trees of
-options, generation) needs to know nothing of them. Only the layer at the input embeddings tells them from real ones.
+Virtual tokens have negative ids: -1 the first, -2 the second. Packing, option trees and generation treat them as any
+other token; only the layer at the input embeddings handles them.
 """
 
 import math
@@ -24,20 +24,20 @@ MLP = tuple(f"prompt/{kind}-{layer}" for layer in (1, 2, 3) for kind in ("weight
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """What all prompts of one method share."""
+    """Settings that all prompts of a method share."""
 
     virtual_tokens: int = 20
-    """Virtual tokens v before each prompt."""
+    """Number of virtual tokens v before each prompt."""
     mlp: bool = False
-    """Whether the tokens come out of a network (p-tuning), else they are trained themselves (prompt tuning)."""
+    """Whether the tokens are the output of an MLP (p-tuning) or trained directly (prompt tuning)."""
     hidden: int | None = None
-    """Width of the network's hidden layers; unset: that of the base's embeddings."""
+    """Width of the MLP's hidden layers; None: the width of the base's embeddings."""
 
     dropout: ClassVar[float] = 0.0
     balance_weight: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse a prompt without tokens, and a network without hidden units."""
+        """Raise ConfigError for a prompt without tokens or an MLP without hidden units."""
         if self.virtual_tokens < 1:
             raise ConfigError(f"virtual_tokens = {self.virtual_tokens}: must be at least 1")
         if self.hidden is not None and self.hidden < 1:
@@ -45,20 +45,20 @@ class PromptSpec:
 
     @property
     def prefix(self) -> tuple[int, ...]:
-        """The ids that stand for the virtual tokens."""
-        return tuple(-1 - place for place in range(self.virtual_tokens))
+        """Ids of the virtual tokens."""
+        return tuple(-1 - i for i in range(self.virtual_tokens))
 
     def names(self) -> tuple[str, ...]:
-        """Names of the tensors, in the order in which a bank stacks them."""
+        """Return the names of the tensors, in the order in which a bank stacks them."""
         return (PROMPT, *MLP) if self.mlp else (PROMPT,)
 
 
 def new_prompt(spec: PromptSpec, width: int, std: float, generator: torch.Generator) -> dict[str, Tensor]:
-    """Fresh virtual tokens for a base of this embedding width.
+    """Initialise virtual tokens for a base with this embedding width.
 
-    A soft prompt is drawn with the deviation `std` of the base's own token embeddings. P-tuning draws as PEFT does:
-    embeddings from N(0, 1), and the layers of the MLP, from the embeddings' width over `hidden` twice and back, as
-    `nn.Linear` does.
+    Prompt tuning draws from N(0, std^2), where `std` is the standard deviation of the base's token embeddings. P-tuning
+    initialises as PEFT does: embeddings from N(0, 1), and an MLP of three layers (width, hidden, hidden, width) as
+    `nn.Linear`.
     """
     tokens = torch.empty(spec.virtual_tokens, width)
     if not spec.mlp:
@@ -73,7 +73,7 @@ def new_prompt(spec: PromptSpec, width: int, std: float, generator: torch.Genera
 
 
 def virtual_tokens(parts: tuple[Tensor, ...]) -> Tensor:
-    """Embeddings (C, v, d) of the virtual tokens from what C clients train: (C, v, d), and the MLP's six, (C, ., .)."""
+    """Compute virtual token embeddings (C, v, d) from trained tensors: (C, v, d) and, for p-tuning, the MLP's six."""
     x, *layers = parts
     for weight, bias in zip(layers[::2], layers[1::2], strict=True):
         x = F.relu(x) if weight is not layers[0] else x
@@ -82,6 +82,6 @@ def virtual_tokens(parts: tuple[Tensor, ...]) -> Tensor:
 
 
 def plain_prompt(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Embeddings (v, d) of one client's virtual tokens: what is left of p-tuning once it is trained."""
+    """Compute the embeddings (v, d) of one client's virtual tokens, without the MLP of p-tuning."""
     parts = tuple(tensors[name].unsqueeze(0) for name in (PROMPT, *MLP) if name in tensors)
     return virtual_tokens(parts).squeeze(0)

@@ -1,8 +1,8 @@
 """Gradient checkpointing that leaves the base in eval mode.
 
-transformers checkpoints activations in train mode alone, which also switches on every dropout of the base, layer
-dropout and the noise of some routers. Models keep these in so many forms (modules, numbers, settings) that they cannot
-all be zeroed. Here the decoder layers are wrapped instead, and the mode never changes.
+transformers checkpoints activations only in train mode, which also enables the base's dropout, layer dropout and router
+noise. Models implement these in too many forms (modules, numbers, settings) to disable them all. This module wraps the
+decoder layers instead and never changes the mode.
 """
 
 from collections.abc import Callable
@@ -17,10 +17,10 @@ from fedamole.errors import ConfigError
 
 
 class Recomputation:
-    """Recomputes the activations of each decoder layer in the backward pass, while `active`."""
+    """Recomputes the activations of each decoder layer in the backward pass while `active` is True."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Wrap the layers of a language model in place; ConfigError if transformers marks none as recomputable."""
+        """Wrap the layers of a language model in place; raise ConfigError if none of them supports it."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         self.active = False

@@ -1,6 +1,6 @@
-"""A base without its weights: what a config.json tells of its shapes, on PyTorch's meta device.
+"""A base without weights: its shapes from config.json, on PyTorch's meta device.
 
-Nothing is downloaded and no memory is taken, so a base of any size can be planned for on any machine.
+Nothing is downloaded and no memory is allocated, so a run with a base of any size can be planned on any machine.
 """
 
 import contextlib
@@ -21,26 +21,26 @@ from fedamole.runs.identity import Identity
 KNOWN = {"meta-llama/Llama-3.2-1B": "llama-3.2-1b", "meta-llama/Llama-3.2-1B-Instruct": "llama-3.2-1b"}
 """Hub ids whose published shapes come with the package, as bundled/shapes/<value>.json."""
 LARGEST_PROBED = 20_000_000
-"""Most weights of the one layer that is drawn to tell an encoder; few encoders have larger layers."""
+"""Largest number of weights of the one layer that is built to detect encoders; few encoders have larger layers."""
 BYTES_IN_4BIT = 0.5 + 4 / 64
-"""Bytes of a weight held in 4 bits: each block of 64 has a scale of 4 bytes."""
+"""Bytes per weight in 4-bit quantisation: each block of 64 weights has a scale of 4 bytes."""
 
 
 class WeightlessBase(Base):
-    """A base that has shapes and nothing else: no weights, no tokenizer, no identity."""
+    """A base that has only shapes: no weights, no tokenizer, no identity."""
 
     @property
     def embedding_std(self) -> float:
-        """What the embeddings were drawn with, as nobody can measure them here."""
+        """Standard deviation of the embeddings' initialisation, in place of the measured one."""
         return float(getattr(self.model.config.get_text_config(), "initializer_range", None) or 0.02)
 
 
 def weightless_base(settings: BaseSettings, folder: Path) -> WeightlessBase:
-    """Build the shapes of a base as a GPU would hold it; `folder` is where relative paths start.
+    """Build the shapes of a base as it would be loaded on a GPU; relative paths start at `folder`.
 
-    Errors: BaseModelError for a hub id whose shapes do not come with the package, and for a config.json that is missing
-    or of no causal language model; ConfigError for settings that it cannot follow. Whether a model is causal is found
-    out as far as its config tells, on one layer with random weights.
+    Errors: BaseModelError for a hub id whose shapes are not in the package, and for a config.json that is missing or
+    not that of a causal language model; ConfigError for settings that the base does not support. Whether a model is
+    causal is tested on one layer with random weights.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -55,8 +55,9 @@ def weightless_base(settings: BaseSettings, folder: Path) -> WeightlessBase:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BaseModelError(
-            f"base.model = {settings.model!r}: no shapes from its config.json ({type(error).__name__}: {reason}); "
-            "it must be that of a causal language model of transformers"
+            f"base.model = {settings.model!r}: cannot read shapes from its config.json "
+            f"({type(error).__name__}: {reason}); "
+            "it must be the config of a causal language model of transformers"
         ) from error
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
     if _one_layer_reads_ahead(config):
@@ -77,11 +78,11 @@ def weightless_base(settings: BaseSettings, folder: Path) -> WeightlessBase:
 
 
 def _one_layer_reads_ahead(config: Any) -> bool:
-    """Whether one layer of an architecture, with few tokens and random weights, reads ahead.
+    """Whether later tokens change the logits of earlier ones in one layer of an architecture with random weights.
 
-    Counts as no where such a layer is too large or cannot be built alone; `load_base` looks at the model itself.
+    Returns False if such a layer is too large or cannot be built; `load_base` tests the model itself.
     """
-    with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):  # configs of some two hundred architectures
+    with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):  # configs of many architectures
         small = copy.deepcopy(config)
         text = small.get_text_config()
         text.num_hidden_layers, text.vocab_size = 1, 4 * LENGTH
@@ -95,7 +96,7 @@ def _one_layer_reads_ahead(config: Any) -> bool:
 
 
 def weight_bytes(base: Base, quantization: str) -> int:
-    """Bytes of the frozen weights: in the base's dtype, or matrices other than embeddings in 4 bits."""
+    """Return the bytes of the frozen weights; with 4bit, all matrices except embeddings are quantised."""
     tables = (base.model.get_input_embeddings(), base.model.get_output_embeddings())
     whole = {id(weight) for table in tables if table is not None for weight in table.parameters()}
 
@@ -111,7 +112,7 @@ def _config_text(name: str) -> str:
         return (Path(name) / "config.json").read_text(encoding="utf-8")
     if name not in KNOWN:
         raise BaseModelError(
-            f"base.model = {name!r}: its shapes do not come with this package, which has {', '.join(KNOWN)}; "
-            "set base.model to a folder that holds its config.json"
+            f"base.model = {name!r}: its shapes are not in this package, which has {', '.join(KNOWN)}; "
+            "set base.model to a folder with its config.json"
         )
     return (files("fedamole") / "bundled" / "shapes" / f"{KNOWN[name]}.json").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from fedamole.model.bank import Bank
-from fedamole.model.batch import Ids, Row
+from fedamole.model.batch import Ids, TokenPair
 from fedamole.model.params import Adapter
 from fedamole.personal.routing import (
     ALL,
@@ -126,14 +126,14 @@ class RoutingExplainer:
         tokens = tuple(Token(text, index >= len(prompt)) for index, text in enumerate(texts))
         return Explanation(self.client, "prompt and answer", modules, len(stats), self._shared, tokens)
 
-    def stats(self, rows: Sequence[Row], batch_tokens: int, progress: Progress) -> dict[str, RoutingStats]:
+    def stats(self, rows: Sequence[TokenPair], batch_tokens: int, progress: Progress) -> dict[str, RoutingStats]:
         """Return routing statistics over the tokens of all rows, by module."""
         weights = token_weights(self.bank, rows, batch_tokens)
         tracked = progress.track(weights, len(rows), description=f"reading {self.client}")
         return routing_stats(by_module for _, by_module in tracked)
 
     def explain_experts(
-        self, rows: Sequence[Row], about: str, layer: str | None, top: int, batch_tokens: int, progress: Progress
+        self, rows: Sequence[TokenPair], about: str, layer: str | None, top: int, batch_tokens: int, progress: Progress
     ) -> Explanation:
         """Describe each expert by the `top` tokens of the rows for which its weight is largest."""
         stats = self.stats(rows, batch_tokens, progress)
@@ -158,7 +158,9 @@ class RoutingExplainer:
             modules.append(self._module(name, stats[name], {}, examples))
         return Explanation(self.client, about, tuple(modules), len(stats), self._shared)
 
-    def mean_weights(self, rows: Sequence[Row], batch_tokens: int, progress: Progress) -> dict[str, dict[str, float]]:
+    def mean_weights(
+        self, rows: Sequence[TokenPair], batch_tokens: int, progress: Progress
+    ) -> dict[str, dict[str, float]]:
         """Return the mean weights by module and expert id, as in routing.json."""
         return mean_weights_table(self.expert_ids, self.stats(rows, batch_tokens, progress))
 

@@ -29,7 +29,7 @@ from fedamole.files import new_folder, write_atomic
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, BaseSettings, auto_class, load_base
-from fedamole.model.batch import Row
+from fedamole.model.batch import TokenPair
 from fedamole.model.moments import collect_moments, module_runs
 from fedamole.model.params import Adapter, expert_ids, shared_keys
 from fedamole.model.pretrained import load_adapter, save_adapter, without_deltas
@@ -53,8 +53,8 @@ class LossyError(FedamoleError):
 class Texts:
     """Token rows to fit the LoRA on, and to measure the loss on."""
 
-    calibration: list[Row]
-    validation: list[Row]
+    calibration: list[TokenPair]
+    validation: list[TokenPair]
     batch_tokens: int
     """Maximum number of tokens per forward pass."""
 
@@ -165,7 +165,7 @@ def _texts(model: SavedModel, base: Base, calibration: SourceSettings | None, ma
         )
     length = min(training.max_length, base.max_positions)
 
-    def rows(shard: Shard, split: str) -> list[Row]:
+    def rows(shard: Shard, split: str) -> list[TokenPair]:
         tokens = tokenise(getattr(shard, split), base.tokenizer, length).rows
         if not tokens:
             raise DataError(f"client {shard.client}: no {split} example fits into {length} tokens")
@@ -173,7 +173,7 @@ def _texts(model: SavedModel, base: Base, calibration: SourceSettings | None, ma
 
     available = rows(shard, "train")
     order = torch.randperm(len(available), generator=torch_generator(seed, "calibration", model.client)).tolist()
-    chosen, tokens = list[Row](), 0
+    chosen, tokens = list[TokenPair](), 0
     for index in order:
         prompt, answer = available[index]
         tokens += len(prompt) + len(answer)

@@ -23,6 +23,7 @@ from fedamole.evaluation.generation import generate_answers, greedy_config
 from fedamole.evaluation.personal import EvaluationSettings
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids
+from fedamole.model.forward_context import ForwardContext
 from fedamole.personal.saved_models import SavedModel
 from fedamole.runs.run_folder import MANIFEST
 
@@ -223,7 +224,7 @@ def generate_ids(bank: Bank, prompt: Ids, max_new_tokens: int, streamer: Any = N
     """
     base, stop = bank.base, bank.base.tokenizer.eos_token_id
     ids = torch.tensor([prompt], device=base.device)
-    with torch.no_grad(), bank.recording(gates=bank.gates([[prompt]])):
+    with torch.no_grad(), bank.enter(ForwardContext(expert_weights=bank.instance_weights([[prompt]]))):
         out = base.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

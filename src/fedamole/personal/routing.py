@@ -19,8 +19,10 @@ from fedamole.errors import ConfigError, DataError
 from fedamole.evaluation.likelihood import by_length
 from fedamole.files import write_atomic
 from fedamole.model.adapter_files import read_config
+from fedamole.model.amole import EmbeddingRouter
 from fedamole.model.bank import Bank
-from fedamole.model.batch import Ids, Row, collate
+from fedamole.model.batch import Ids, TokenPair, collate
+from fedamole.model.mixer import InstanceWeights
 from fedamole.model.params import OWN, Adapter, expert_ids
 from fedamole.model.prompt import PromptSpec
 from fedamole.personal.generate import generate_ids
@@ -83,12 +85,15 @@ def experts_of(adapter: Adapter, client: str) -> dict[str, list[int]]:
 def expert_roles(adapter: Adapter) -> dict[int, str]:
     """Return the roles of experts by id, for methods in which a client has an expert of its own; else empty."""
     spec = adapter.spec
-    if isinstance(spec, PromptSpec) or spec.router == "embedding":
+    if isinstance(spec, PromptSpec) or isinstance(spec.router, EmbeddingRouter):
         return {}
     if OWN in adapter.fixed:
         ids = next(iter(expert_ids(adapter.tensors).values()))
         return {ids[int(adapter.fixed[OWN].argmax())]: "its own cluster's"}
-    return {0: "its own", 1: "everybody's" if spec.router == "instance" else "the rest of the world's"}
+    return {
+        0: "its own",
+        1: "shared by all clients" if isinstance(spec.router, InstanceWeights) else "the mean of the other clients",
+    }
 
 
 def expert_holders(model: SavedModel) -> dict[str, dict[int, list[str]]]:
@@ -133,7 +138,7 @@ def find_module(layer: str, modules: Iterable[str]) -> str:
     raise ConfigError(f"--layer {layer}: no such module; the modules with experts are {names[0]} .. {names[-1]}")
 
 
-def token_weights(bank: Bank, rows: Sequence[Row], batch_tokens: int = 8192) -> Iterator[tuple[int, Weights]]:
+def token_weights(bank: Bank, rows: Sequence[TokenPair], batch_tokens: int = 8192) -> Iterator[tuple[int, Weights]]:
     """Yield the index of each (prompt, answer) row and the weights of its tokens, under the one loaded adapter.
 
     Rows are yielded by length, after passes of at most `batch_tokens` tokens.
@@ -141,7 +146,7 @@ def token_weights(bank: Bank, rows: Sequence[Row], batch_tokens: int = 8192) -> 
     for group in by_length([len(prompt) + len(answer) for prompt, answer in rows], batch_tokens):
         batch = collate([[rows[index] for index in group]], bank.base.pad_id, bank.packs).to(bank.base.device)
         by_module: dict[str, Tensor] = {}
-        with torch.no_grad(), bank.reading(batch, weights=by_module):
+        with torch.no_grad(), bank.forward(batch, routing_weights=by_module):
             pass
         lengths = [sum(map(len, rows[index])) for index in group]
         width = [batch.ids.shape[1]] * len(group) if batch.sequences is None else lengths
@@ -174,7 +179,7 @@ def most_informative_module(stats: Mapping[str, RoutingStats]) -> str:
     return max(stats, key=lambda module: (round(stats[module].mutual_information, 6), module))
 
 
-def top_tokens(weights: Mapping[int, Tensor], rows: Sequence[Row], k: int) -> list[list[TopToken]]:
+def top_tokens(weights: Mapping[int, Tensor], rows: Sequence[TokenPair], k: int) -> list[list[TopToken]]:
     """Return, for each expert of a module, the `k` different tokens with the largest weights above 0.
 
     `weights` are (T, n) by row index, as from `token_weights`.
@@ -233,7 +238,7 @@ def token_texts(bank: Bank, ids: Ids) -> list[str]:
     return texts
 
 
-def client_rows(model: SavedModel, bank: Bank, split: Split) -> list[Row]:
+def client_rows(model: SavedModel, bank: Bank, split: Split) -> list[TokenPair]:
     """Return the (prompt, answer) rows of one split of the client's data, read again as the run specifies.
 
     Answers are without the end-of-text token, after which nothing is predicted. Raises DataError if the data are

@@ -18,7 +18,8 @@ from fedamole.evaluation.likelihood import by_client
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, pad_left
 from fedamole.model.causality import near
-from fedamole.model.segments import Shares
+from fedamole.model.forward_context import ForwardContext
+from fedamole.model.segments import Segments
 
 
 class BatchRow(Protocol):
@@ -67,8 +68,8 @@ class DecodeBatch(Generic[R]):
         texts = [(*row.prompt, *row.generated) for row in joining]
         ids, mask = pad_left(texts, self.bank.base.pad_id, self.bank.base.device)
         cache = _empty_cache()
-        self.bank.window(0, self.bank.clients)
-        gates = self.bank.gates(by_client(prompts, _rows_per_client(clients, 0, self.bank.clients)))
+        self.bank.select_clients(0, self.bank.clients)
+        gates = self.bank.instance_weights(by_client(prompts, _rows_per_client(clients, 0, self.bank.clients)))
         logits = self._forward(clients, ids, mask, cache, gates)
         self._merge(joining, cache, mask, gates)
         return logits[torch.tensor(order, device=logits.device).argsort()]
@@ -106,10 +107,10 @@ class DecodeBatch(Generic[R]):
         """
         single = clients[0] == clients[-1]
         first, last = (clients[0], clients[0] + 1) if single else (0, self.bank.clients)
-        shares = Shares(_rows_per_client(clients, first, last), self.bank.base.device)
+        segments = Segments(_rows_per_client(clients, first, last), self.bank.base.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        self.bank.window(first, last)
-        with torch.no_grad(), self.bank.recording(shares=shares, gates=gates):
+        self.bank.select_clients(first, last)
+        with torch.no_grad(), self.bank.enter(ForwardContext(segments, expert_weights=gates)):
             logits: Tensor = self.bank.base.model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -194,10 +195,10 @@ def check_batching(bank: Bank) -> None:
 def _uncached_logits(bank: Bank, row: _CheckRow, answer: Ids) -> Tensor:
     """Logits (1, V) after a row's prompt and answer, from one forward pass without a cache."""
     ids = torch.tensor([[*row.prompt, *answer]], device=bank.base.device)
-    bank.window(0, bank.clients)
-    gates = bank.gates(by_client([row.prompt], _rows_per_client([row.client], 0, bank.clients)))
-    bank.window(row.client, row.client + 1)
-    with torch.no_grad(), bank.recording(gates=gates):
+    bank.select_clients(0, bank.clients)
+    gates = bank.instance_weights(by_client([row.prompt], _rows_per_client([row.client], 0, bank.clients)))
+    bank.select_clients(row.client, row.client + 1)
+    with torch.no_grad(), bank.enter(ForwardContext(expert_weights=gates)):
         logits: Tensor = bank.base.model(input_ids=ids, use_cache=False).logits
     return logits[:, -1].float()
 
