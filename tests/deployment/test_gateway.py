@@ -354,13 +354,16 @@ def test_it_is_light() -> None:
         "fedamole.errors",
         "fedamole.terminal",
         "gateway",
-        "gateway_guard",
-        "gateway_listener",
-        "gateway_places",
-        "gateway_proxy",
-        "flower_messages",
-        "keys",
-        "roster",
+        "gateway.connection_slots",
+        "gateway.guard",
+        "gateway.listener",
+        "gateway.process",
+        "gateway.proxy",
+        "flower",
+        "flower.messages",
+        "security",
+        "security.keys",
+        "security.roster",
     }
 
 
