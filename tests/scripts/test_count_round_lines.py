@@ -1,0 +1,43 @@
+"""The code that a reader follows through one round does not grow unnoticed."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+from count_round_lines import count, entered_in_second_round, statements
+
+LIMITS = {"fedit": (1600, 1000), "fedamole": (1900, 1250)}
+"""Most statements of the functions that a round enters, with and without model/; lower them when the code shrinks."""
+
+
+@pytest.mark.parametrize("method", LIMITS)
+def test_a_round_enters_no_more_code_than_this(method: str, tiny: Path, tmp_path: Path) -> None:
+    entered = entered_in_second_round(method, tmp_path / "run", tiny / "config.toml")
+    whole, rest = count(entered), count(entered, without="model")
+    limit, limit_without_model = LIMITS[method]
+    assert 0 < whole.code <= limit
+    assert 0 < rest.code <= limit_without_model
+    assert rest.code < whole.code <= whole.lines
+    assert rest.files < whole.files
+
+
+def test_statements_are_counted_by_hand() -> None:
+    text = 'def f(
+    x,
+):
+    """Doc."""
+    # comment
+
+    return g(
+        x,
+    )
+'
+    function = ast.parse(text).body[0]
+        'def f(\n    x,\n):\n    """Doc."""\n    # comment\n\n    return g(\n        x,\n    )\n'
+    ).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    assert statements(function) == 2
