@@ -26,18 +26,7 @@ def test_a_round_enters_no_more_code_than_this(method: str, tiny: Path, tmp_path
 
 
 def test_statements_are_counted_by_hand() -> None:
-    text = 'def f(
-    x,
-):
-    """Doc."""
-    # comment
-
-    return g(
-        x,
-    )
-'
+    text = 'def f(\n    x,\n):\n    """Doc."""\n    # comment\n\n    return g(\n        x,\n    )\n'
     function = ast.parse(text).body[0]
-        'def f(\n    x,\n):\n    """Doc."""\n    # comment\n\n    return g(\n        x,\n    )\n'
-    ).body[0]
     assert isinstance(function, ast.FunctionDef)
     assert statements(function) == 2
