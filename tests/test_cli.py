@@ -186,7 +186,7 @@ def test_a_base_named_relatively_on_the_command_line(fedamole: Any, own: Path, t
     asked = ("generate", "../out", "--client", "mood", "--max-new-tokens", "2", "all is well")
     assert fedamole(*asked).code == 0
     (own.parent / "base").rename(tmp_path / "moved")
-    refused(fedamole(*asked), 4, "is not here", "--base")
+    refused(fedamole(*asked), 4, "is not on this machine", "--base")
     assert fedamole(*asked, "--base", "../moved").code == 0
 
 
@@ -216,7 +216,7 @@ def test_a_run_whose_base_moved_is_resumed_on_it(fedamole: Any, own: Path, crash
     asked = ("generate", folder, "--client", "mood", "--max-new-tokens", "2", "all is well")
     later = fedamole(*asked)
     assert later.code == 0, "the run's folder knows where its base is now"
-    assert f"reads what {folder} names outside that folder: base {moved}" in later.err
+    assert f"reads files outside {folder}: base {moved}" in later.err
     moved.rename(tmp_path / "again")
     refused(fedamole(*asked), 4, f"{moved}, the base of", "--base")
     refused(fedamole("resume", folder, "--base", other), 4, "made on another base")
@@ -357,7 +357,7 @@ def test_methods(fedamole: Any) -> None:
 
 def test_methods_explains_one(fedamole: Any) -> None:
     text = fedamole("methods", "ditto").out
-    assert "half each" in text, "the deviations"
+    assert "takes half of the round's" in text, "the deviations"
     assert '[method]\nname = "ditto"\nrank = 8\n' in text
     assert "fedit" in fedamole("methods", "fedit_ft").out.lower()
     assert [entry["name"] for entry in json.loads(fedamole("methods", "flora", "--json").out)] == ["flora"]

@@ -161,7 +161,7 @@ def test_no_number_of_the_command_line_is_nan_or_infinite(value: str, fedamole: 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "a\\b", "", " ", ".", "..", ".hidden", "a\nb", "x" * 121])
 def test_a_name_of_a_run_stays_inside_runs(name: str, own: Path, fedamole: Any) -> None:
-    refused(fedamole("plan", own, f"run.name={json.dumps(name)}"), 2, "run.name = ", "folder inside runs/")
+    refused(fedamole("plan", own, f"run.name={json.dumps(name)}"), 2, "run.name = ", "the name of a folder in runs/")
     tables = {"run": {"name": name}, "data": SOURCE}
     with pytest.raises(ConfigError, match=r"run\.name"):
         to_config(tables)

@@ -170,7 +170,7 @@ def test_what_else_is_refused(kind: str, demo: Demo) -> None:
     elif kind == "a damaged run":
         assert demo().code == 0
         (place / "fedit" / "summary.json").write_text("{")
-        says = "error: runs/demo/fedit/summary.json is not the JSON that it should be"
+        says = "error: runs/demo/fedit/summary.json is not valid JSON"
     elif kind == "seeds":
         words, code, says = ["--seeds", 0], 2, "0 is not in the range"
     if kind == "another process":

@@ -76,7 +76,7 @@ def test_names_that_differ_in_case_alone_would_be_one_folder(received: ReceivedR
     said = call("resume", received.run)
     assert said.code == 3
     assert "'MOOD'" in said.error
-    assert "upper and lower case" in said.error
+    assert "case-insensitive file system" in said.error
 
 
 def test_a_better_adapter_replaces_an_adapter_and_nothing_else(runs: Any, received: ReceivedRun) -> None:
@@ -170,7 +170,7 @@ def test_names() -> None:
             checked_name(wrong, "x")
     with pytest.raises(RunError, match="1 to 120 ASCII letters"):
         checked_name("é", "x")
-    with pytest.raises(DataError, match="upper and lower case"):
+    with pytest.raises(DataError, match="case-insensitive file system"):
         checked_names(["a", "A"], "x", DataError)
     assert as_name("../../etc/passwd") == "etc-passwd"
     assert as_name("\x1b[31m") == "31m"
@@ -233,7 +233,7 @@ def test_a_line_of_metrics_is_checked(received: ReceivedRun) -> None:
     good = path.read_text()
     for key, value, why in (
         ("round", 10**9, "round is"),
-        ("round", 7, "is of round 7"),
+        ("round", 7, "round 7 does not exist"),
         ("client", "../x", "client is"),
         ("split", "all", "split is"),
         ("loss", "low", "loss is"),
@@ -260,7 +260,7 @@ def test_expert_ids_are_bounded(received: ReceivedRun) -> None:
     config["method"]["experts"] = 5
     (received.run / "config.toml").write_text(tomli_w.dumps(config))
     path.write_text(json.dumps({**line, "experts": [5]}) + "\n")
-    assert "is of expert 5" in call("report", received.run, "--out", received.path / "out").error
+    assert "expert 5 does not exist" in call("report", received.run, "--out", received.path / "out").error
     for name in (
         "m/expert-x/A",
         "m/expert-1/A",
@@ -422,13 +422,13 @@ def test_what_is_read_outside_is_said_before_it_is_read(received: ReceivedRun, t
     config["data"]["source"][0]["path"] = str(received.outside / "secret.json")
     (received.run / "config.toml").write_text(tomli_w.dumps(config))
     said = call("resume", received.run)
-    line = next(line for line in said.err.splitlines() if line.startswith("reads outside "))
+    line = next(line for line in said.err.splitlines() if line.startswith("reads files outside "))
     for path in (received.outside / "secret.json", tiny / "mood.jsonl", tiny / "base"):
         assert str(path) in line
     assert said.code == 3
     assert "hunter2" not in said.err
     said = call("generate", received.run, "x", "--client", "mood")
-    assert f"outside that folder: base {tiny / 'base'}\n" in said.err
+    assert f"reads files outside {received.run}: base {tiny / 'base'}\n" in said.err
     assert "reads " not in call("generate", received.run, "x", "--client", "mood", "--base", tiny / "base").err
 
 
@@ -474,7 +474,7 @@ def test_no_config_starts_a_download(
         assert said.code == 0
     else:
         assert said.code == 4
-        assert "no file of a run starts a download" in said.error
+        assert "a run's files may not start a download" in said.error
 
 
 def test_numbers_of_a_config_are_bounded(received: ReceivedRun) -> None:
@@ -494,9 +494,9 @@ def test_the_document_names_the_bounds() -> None:
     text = " ".join((Path(__file__).parents[1] / "docs" / "run-folder.md").read_text().split())
     for told in (
         f"has 1 to {LONGEST_NAME} ASCII letters",
-        f"may have {files.MOST_JSON // files.MIB} MiB",
-        f"{files.MOST_LINE // files.MIB} MiB, `config.toml` {files.MOST_CONFIG // files.MIB} MiB",
-        f"folder {files.MOST_FILES:,} files",
+        f"{files.MOST_JSON // files.MIB} MiB for a JSON file",
+        f"{files.MOST_LINE // files.MIB} MiB for a line of",
+        f"{files.MOST_CONFIG // files.MIB} MiB for `config.toml`, and {files.MOST_FILES:,} files",
         f"rounds up to {MOST_ROUNDS:,}",
         f"from 0 to {MOST_EXPERTS - 1:,}",
     ):

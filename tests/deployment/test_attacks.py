@@ -100,7 +100,7 @@ def command_of(there: Site, name: str) -> Command:
 
 
 def superlink_port(there: Site) -> int:
-    words = command_of(there, "server").part("flower_superlink").cmdline()
+    words = command_of(there, "server").part("fedamole.deployment.flower.superlink").cmdline()
     return int(words[words.index("--port") + 1])
 
 
@@ -170,7 +170,7 @@ def test_not_even_the_coordinator_runs_another_app(attacked: Site, tmp_path: Pat
     )
     assert control.StartRun(agent_app(tmp_path / "app")).HasField("run_id")
     log = attacked.run / "server" / "serverapp.log"
-    refused = "refused: a task of the kind flwr-agentapp"
+    refused = "refused: a task of type flwr-agentapp"
     wait_until(lambda: refused in log.read_text(), ROUND, "the executor refuses", attacked.told)
     goes_on(attacked)
     assert not list((attacked.folder / "marks").iterdir()), "foreign code was imported"
@@ -230,7 +230,7 @@ def test_a_removed_key_is_refused_at_once_and_the_others_go_on(attacked: Site) -
     assert found.returncode == 0, found.stderr
     struck, mood = time.time(), command_of(attacked, "mood")
     mood.says("the coordinator does not know this key, or has removed it", ROUND)
-    command_of(attacked, "server").says("the key that mood had is refused from now on", ROUND)
+    command_of(attacked, "server").says("the old key of mood is refused from now on", ROUND)
     goes_on(attacked, ("chat", "entail"))
     server = command_of(attacked, "server")
     assert server.interrupt() == 130

@@ -95,8 +95,12 @@ def test_records_are_told_by_fields_and_scores_by_value(logged: Any) -> None:
     from fedamole.methods.fedamole import TrainedExperts
 
     sent = unpack(TrainedExperts, packed)
+    experts = record["fields"]["expert_embeddings"].pop("value")
+    assert set(experts) == set(sent.expert_embeddings), "the keys of the outer mapping"
     for name, one in record["fields"].items():
-        tensors = getattr(sent, name).values()
+        tensors = [*getattr(sent, name).values()]
+        if name == "expert_embeddings":
+            tensors = [tensor for by_expert in tensors for tensor in by_expert.values()]
         norm = sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5
         assert one == {
             "tensors": len(tensors),

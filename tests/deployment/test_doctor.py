@@ -503,7 +503,7 @@ def test_data_that_do_not_fit_are_never_quoted(tmp_path: Path) -> None:
         tmp_path / "torn.jsonl": "torn.jsonl, line 2: cannot be read",
         tmp_path / "ragged.csv": "ragged.csv, line 3: cannot be read",
         tmp_path / "empty.jsonl": "is empty",
-        tmp_path / "d.txt": "kind is not known",
+        tmp_path / "d.txt": "unknown file format",
         tmp_path / "absent.jsonl": "there is no file",
     }
     for path, text in cases.items():

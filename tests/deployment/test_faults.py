@@ -240,7 +240,7 @@ def test_a_killed_serverapp_is_submitted_again_and_loses_the_round_in_flight_at_
 def test_a_killed_superlink_is_started_again(living: Site) -> None:
     struck, server = time.time(), command_of(living, "server")
     rounds = [line["round"] for line in living.events("done")]
-    killed(server.part("flower_superlink"))
+    killed(server.part("fedamole.deployment.flower.superlink"))
     server.says("the SuperLink has stopped; restarting it", ROUND)
     all_train(living, LOST)
     after = [line["round"] for line in living.events("done", since=struck)]

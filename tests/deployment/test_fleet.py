@@ -205,7 +205,7 @@ def test_too_many_pieces_and_too_many_bytes_are_not_fetched(
     assert "pull-object" not in superlink.asked
     monkeypatch.setattr(flower_fleet, "MAX_OBJECTS", 100)
     monkeypatch.setattr(flower_fleet, "MAX_MESSAGE_BYTES", 500)
-    with pytest.raises(UnusableMessageError, match="larger than 500 bytes"):
+    with pytest.raises(UnusableMessageError, match="more than 500 bytes"):
         fleet.receive()
 
 

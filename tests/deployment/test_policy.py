@@ -332,7 +332,7 @@ def test_a_client_with_a_single_label_says_what_the_coordinator_has_to_write(
     refused = ask(host("a", "classification"), asks("fedit").join())
     assert refused.failed is not None
     assert "glad" not in repr(refused), "labels stay here"
-    assert "in a deployment is the coordinator's" in caplog.text
+    assert "in a deployment, the coordinator's" in caplog.text
     assert 'options = ["glad", ...]' in caplog.text
     task = {"prompt": "Text: {text}\nClass:\n", "answer": "{label}", "options": ["glad", "sad"]}
     joined = ask(host("b", "task"), asks("fedit").join(put("data", "templates", value={"task": task})))

@@ -103,7 +103,7 @@ def test_switching_disabling_and_deleting(two: Two) -> None:
 
 
 def test_merging_is_refused(two: Two) -> None:
-    with pytest.raises(ValueError, match="depends on the token"):
+    with pytest.raises(ValueError, match="depend on the token"):
         two[0].merge_adapter()
 
 

@@ -120,7 +120,7 @@ def test_rows_of_a_file_into_a_file(fedamole: Any, runs: Any, tiny: Path) -> Non
     assert [one["answer"] for one in found] == expected_answers(run, "entail", prompts)
     result = fedamole(*words)
     assert result.code == 5
-    assert "nothing is overwritten" in result.line
+    assert "is not overwritten" in result.line
 
 
 def test_one_row_by_its_columns(fedamole: Any, runs: Any) -> None:

@@ -86,7 +86,7 @@ def _adapt(
     state, clients = final_state(run)
     config = load_run_config(run)
     if reads := reads_outside(config, path, sources=(), base=base is None):
-        say(f"reads what {path} names outside that folder: {', '.join(reads)}")
+        say(f"reads files outside {path}: {', '.join(reads)}")
     if source.name in {client.name for client in clients}:
         raise ConfigError(f"{source.name} is a client of {path} already: give the new one another --name")
     if steps is not None and steps < 0:

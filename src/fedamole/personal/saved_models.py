@@ -198,7 +198,7 @@ def outside_reads(model: SavedModel, own_data: bool, base: str | None = None) ->
     config = load_run_config(model.run)
     missing = is_elsewhere(config.base.model)  # the bundled base is loaded instead
     reads = reads_outside(config, model.run.path, sources, base=base is None and not missing)
-    return f"reads what {model.run.path} names outside that folder: {', '.join(reads)}" if reads else ""
+    return f"reads files outside {model.run.path}: {', '.join(reads)}" if reads else ""
 
 
 def _adapter_base(adapter: Path) -> BaseSettings:

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -126,7 +127,7 @@ def _fields(packed: bytes) -> dict[str, Any]:
     squares: dict[str, float] = {}
     summary: dict[str, dict[str, Any]] = {}
     for key, tensor in load(packed).items():
-        field_name = key.partition(":")[0]
+        field_name = re.sub(r"(\.\d+)+$", "", key.partition(":")[0])  # the numbers count the keys of nested mappings
         field_name = field_name if field_name in summary or len(summary) < MAX_FIELDS else OTHERS
         tensor_summary = summary.setdefault(field_name, {"tensors": 0, "numbers": 0})
         tensor_summary["tensors"] += 1
@@ -138,7 +139,8 @@ def _fields(packed: bytes) -> dict[str, Any]:
     for field_name, value in list(values.items())[:MAX_FIELDS]:
         text = _canonical(value)
         is_short = len(text) <= MAX_VALUE
-        summary[field_name] = {"value": value} if is_short else {"value_sha256": hashlib.sha256(text).hexdigest()}
+        described = {"value": value} if is_short else {"value_sha256": hashlib.sha256(text).hexdigest()}
+        summary[field_name] = {**summary.get(field_name, {}), **described}
     return {"kind": name, "sha256": hashlib.sha256(packed).hexdigest(), "fields": summary}
 
 
