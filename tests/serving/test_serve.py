@@ -342,7 +342,7 @@ def test_the_command_serves_until_it_is_interrupted_and_says_nothing_of_texts(
     process = command("--port", "0", "--client", "mood", "--client", "plain", "--keys", str(tmp_path / "keys.json"))
     assert process.stderr is not None
     try:
-        assert process.stderr.readline().startswith("reads what "), "the base lies outside the run's folder"
+        assert process.stderr.readline().startswith("reads files outside "), "the base lies outside the run's folder"
         first = process.stderr.readline()
         assert first.startswith("2 models on http://127.0.0.1:")
         client = openai.OpenAI(base_url=first.split()[3].rstrip(":"), api_key=keys["mood"], max_retries=5)
