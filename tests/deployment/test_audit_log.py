@@ -13,6 +13,8 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 from typer.testing import CliRunner
 
 from fedamole.cli.main import app
@@ -209,6 +211,16 @@ def test_a_record_that_cannot_be_read_is_logged_as_such(message: bytes, tmp_path
     request = Request("a", 0, UPDATE, message=bytes_as_tensor(message or b"x"))
     AuditLog(path).received(pack(request), request)
     assert lines(path)[0]["record"] == {"unreadable": True}
+
+
+def test_a_long_tensor_name_is_summarised_at_once(tmp_path: Path) -> None:
+    """The time grows with the length of the name, not with its square: a squared time would be hours here."""
+    name = "deltas" + ".1" * 250_000
+    packed = save({name + ":x": torch.ones(2)}, metadata={"record": json.dumps(["AverageReply", {}])})
+    request = Request("a", 0, UPDATE, message=bytes_as_tensor(packed))
+    path = tmp_path / "audit.jsonl"
+    AuditLog(path).received(pack(request), request)
+    assert lines(path)[0]["record"]["fields"]["deltas"] == {"tensors": 1, "numbers": 2, "norm": pytest.approx(2**0.5)}
 
 
 # --- a full disk -----------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def run(method: str, seed: int = 0, name: str = "run", partition: str = "p", **s
     shared = {"base": row(None, 1.0, a=1.0, b=1.0), "majority": row(None, 2.0, a=2.0, b=2.0)}
     traffic = {"bytes_down_per_client_round": 2048.0, "bytes_up_per_client_round": 1024.0}
     summary = {"method": method, "rounds": 4, "rows": {method: row(3, 9.0, **scores), **shared}, **traffic}
-    return Run(Path(f"{method}-{seed}"), name, seed, partition, summary)
+    return Run(Path(f"{method}-{seed}"), {"run": {"name": name, "seed": seed}}, partition, summary)
 
 
 def test_a_cell_is_mean_and_sample_deviation() -> None:

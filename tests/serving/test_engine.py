@@ -223,7 +223,7 @@ def test_an_answer_ends_where_the_positions_do(small: Callable[..., InferenceEng
         engine.submit(GenerationRequest(0, tuple(2 + (7 * i) % 300 for i in range(size)), 50), received)
         run_steps(engine)
         assert (received.finish, received.tokens) == ("length", room)
-    assert engine.max_new_tokens((1,) * 129) == 0
+    assert engine.max_new_tokens((1,) * 129, 50) == 0
     short, received = small(max_answer_tokens=3), Received()
     short.submit(GenerationRequest(0, (5, 6), 50), received)
     run_steps(short)

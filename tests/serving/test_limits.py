@@ -134,6 +134,20 @@ def test_a_body_that_was_made_to_harm_is_one_short_error(
     assert post(served, REQUEST)[0] == 200
 
 
+def test_a_large_body_does_not_block_the_event_loop(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A megabyte of numbers beside a row takes seconds to parse, so it is parsed in another thread."""
+    threads: list[threading.Thread] = []
+
+    def parse(kind: type[CompletionRequest], content: bytes) -> CompletionRequest:
+        threads.append(threading.current_thread())
+        return parse_body(kind, content)
+
+    monkeypatch.setattr(service, "parse_body", parse)
+    assert post(served, REQUEST)[0] == 200
+    assert len(threads) == 1
+    assert served.thread not in threads
+
+
 def test_a_prompt_that_cannot_fit_is_refused_before_it_is_made_into_tokens(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,9 +120,7 @@ def serve(
             raise FedamoleError(f"serving needs {package}, which is not installed; {how_to_install('serve')}")
     import torch
 
-    from fedamole.config import load_run_config
-    from fedamole.evaluation.personal import EvaluationSettings
-    from fedamole.personal.generate import prompt_format_of
+    from fedamole.personal.generate import evaluation_settings_of, prompt_format_of
     from fedamole.personal.saved_models import check_finished, open_bank, outside_reads
     from fedamole.serving.connections import listen
     from fedamole.serving.engine import InferenceEngine
@@ -139,9 +137,7 @@ def serve(
     check_finished(models[0], finished)
     _check_access(host, keys, certs)
     api_keys = None if keys is None else read_keys(keys)
-    evaluation = EvaluationSettings()
-    if (folder := models[0].run) is not None:
-        evaluation = load_run_config(folder).evaluation
+    evaluation = evaluation_settings_of(models[0])
     listening = listen(host, port)
     if threads:
         torch.set_num_threads(threads)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedamole.reporting.markdown import literal, literal_table
-from fedamole.reporting.results import MEASURES, Measure, MethodGain, Scenario, SeedResult, gains
+from fedamole.reporting.results import MEASURES, Measure, MethodGain, Scenario, SeedResult, gains, values_of
 from fedamole.reporting.run_table import mean_and_deviation
 from fedamole.reporting.significance import STAR, clear_best, deviation
 from fedamole.reporting.work import short_count
@@ -240,10 +240,7 @@ def _column(scenario: Scenario, measure: Measure) -> dict[str, str]:
     """Return a measure as text by method; the best trained method has a star if it is clearly the best."""
     best = None
     if measure.best is not None:
-        by_method = {
-            method: {key: value for result in results for key, value in result.values(measure.key).items()}
-            for method, results in scenario.candidates.items()
-        }
+        by_method = {method: values_of(results, measure.key) for method, results in scenario.candidates.items()}
         best = clear_best(by_method, higher=measure.best == "highest")
     column = {}
     for method, results in scenario.methods.items():

@@ -2,18 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedamole.evaluation.likelihood import by_client, by_length
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, pad_left
 from fedamole.model.forward_context import ForwardContext
 from fedamole.model.segments import Segments
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig
 
 
 def generate_answers(
@@ -29,37 +27,50 @@ def generate_answers(
     prompts = [bank.prefix(clients[client][i]) for client, i in keys]
     base, answers, continuation = bank.base, [[""] * len(part) for part in clients], bank.continuation
     bank.select_clients(0, bank.clients)
-    with torch.no_grad():
-        for indices in _groups(prompts, max_new_tokens, batch_tokens, base.max_positions, continuation.pads):
-            indices.sort()  # groups the prompts by client
-            batch = [prompts[i] for i in indices]
-            counts = tuple(sum(keys[i][0] == client for i in indices) for client in range(len(clients)))
-            ids, mask = pad_left(batch, base.pad_id, base.device)
-            length = ids.shape[1]
-            greedy = greedy_config(bank, max(1, min(max_new_tokens, base.max_positions - length)))
-            context = ForwardContext(
-                Segments(counts, base.device), expert_weights=bank.instance_weights(by_client(batch, counts))
-            )
-            with bank.enter(context):
-                out = base.model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
-            texts = base.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
-            for index, text in zip(indices, texts, strict=True):
-                client, i = keys[index]
-                answers[client][i] = text.strip()
+    for indices in _groups(prompts, max_new_tokens, batch_tokens, base.max_positions, continuation.pads):
+        indices.sort()  # groups the prompts by client
+        batch = [prompts[i] for i in indices]
+        counts = tuple(sum(keys[i][0] == client for i in indices) for client in range(len(clients)))
+        new_tokens = max(1, min(max_new_tokens, base.max_positions - max(map(len, batch))))
+        generated = generate_tokens(bank, batch, counts, new_tokens)
+        texts = base.tokenizer.batch_decode(generated, skip_special_tokens=True)
+        for index, text in zip(indices, texts, strict=True):
+            client, i = keys[index]
+            answers[client][i] = text.strip()
     return answers
 
 
-def greedy_config(bank: Bank, max_new_tokens: int) -> "GenerationConfig":
-    """Return transformers' settings for greedy generation with a bank's base."""
+def generate_tokens(
+    bank: Bank, prompts: Sequence[Ids], counts: Sequence[int], max_new_tokens: int, streamer: Any = None
+) -> Tensor:
+    """Generate greedily after B prompts in one batch; return the new tokens (B, n), with padding after an answer's end.
+
+    Args:
+        bank: The base and the adapters of C clients.
+        prompts: The ids that the base reads, including virtual tokens; sorted by client.
+        counts: Number of prompts of each of the C clients.
+        max_new_tokens: Maximum length of an answer.
+        streamer: A transformers `BaseStreamer` for a single prompt.
+    """
     from transformers import GenerationConfig
 
-    return GenerationConfig(
+    base = bank.base
+    ids, mask = pad_left(prompts, base.pad_id, base.device)
+    greedy = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        pad_token_id=bank.base.pad_id,
-        eos_token_id=bank.base.tokenizer.eos_token_id,
+        pad_token_id=base.pad_id,
+        eos_token_id=base.tokenizer.eos_token_id,
         use_cache=bank.continuation.caches,
     )
+    context = ForwardContext(
+        Segments(tuple(counts), base.device), expert_weights=bank.instance_weights(by_client(prompts, counts))
+    )
+    with torch.no_grad(), bank.enter(context):
+        out: Tensor = base.model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=greedy, streamer=streamer
+        )
+    return out[:, ids.shape[1] :]
 
 
 def _groups(

@@ -7,13 +7,12 @@ from fedamole.evaluation.personal import EvaluationSettings, losses_of, majority
 from fedamole.federation.client_data import ClientData, Split
 from fedamole.federation.client_factory import ClientFactory
 from fedamole.federation.client_state import ClientStates
-from fedamole.federation.lock_step import indices_by_kind
 from fedamole.federation.method import Evaluates, Method
 from fedamole.federation.probe import ProbeCounts
 from fedamole.federation.record import unpack
 from fedamole.model.adapter_files import check_fits
 from fedamole.model.bank import Bank
-from fedamole.model.params import Adapter
+from fedamole.model.params import Adapter, indices_by_kind
 from fedamole.model.pretrained import load_adapter, save_adapter
 from fedamole.runs.run_folder import RunFolder
 
@@ -96,8 +95,7 @@ class Evaluator:
     ) -> dict[str, Scores]:
         """Score each client's model on its own split; models of one kind share forward passes."""
         scores: dict[str, Scores] = {}
-        kinds = {i: None if adapter is None else adapter.kind() for i, adapter in enumerate(adapters)}
-        for indices in indices_by_kind(kinds):
+        for indices in indices_by_kind(dict(enumerate(adapters))):
             self.bank.load([adapter for i in indices if (adapter := adapters[i]) is not None])
             splits: list[Split] = [getattr(group[i], split) for i in indices]
             rows = [part.rows for part in splits]

@@ -80,11 +80,3 @@ class LockStep:
             for i in requests:
                 self.works[i].receive(results[i], self.budget)
             fit_index += 1
-
-
-def indices_by_kind(kinds: Mapping[int, object]) -> list[list[int]]:
-    """Group indices by kind; adapters of one kind can be in one bank (kind None: the untuned base)."""
-    groups: dict[object, list[int]] = {}
-    for i, kind in kinds.items():
-        groups.setdefault(kind, []).append(i)
-    return list(groups.values())

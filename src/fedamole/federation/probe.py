@@ -15,7 +15,7 @@ from fedamole.federation.randomness import numpy_generator
 from fedamole.model.bank import Bank
 from fedamole.model.batch import TokenPair, batches
 from fedamole.model.moments import collect_moments, module_runs
-from fedamole.model.params import Adapter, expert_ids
+from fedamole.model.params import Adapter, expert_ids, indices_by_kind
 
 T = TypeVar("T")
 
@@ -102,10 +102,7 @@ class ClientProbe(Probe):
     def losses(self, adapters: Sequence[Adapter], max_examples: int) -> list[float]:
         rows = self._draw(max_examples, "losses")
         losses = [0.0] * len(adapters)
-        by_kind: dict[object, list[int]] = {}
-        for i, adapter in enumerate(adapters):
-            by_kind.setdefault(adapter.kind(), []).append(i)
-        for indices in by_kind.values():
+        for indices in indices_by_kind(dict(enumerate(adapters))):
             self.bank.load([adapters[i] for i in indices])
             self.counts.add(self.bank.prefixed([rows])[0], len(indices))
             values = mean_losses(self.bank, [rows] * len(indices), self.batch_tokens)

@@ -70,19 +70,35 @@ class Packed(Mapping[str, bytes]):
 def unpack(record_type: type[R], payload: bytes) -> R:
     """Deserialise a record; raise a PayloadError for anything but a record of this type."""
     try:
-        name, fields = _head(payload)
-        tensors = load(payload)
+        name, fields, tensors = read_parts(payload)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         text = f"not a {record_type.__name__}: damaged or truncated bytes ({type(error).__name__})"
         raise PayloadError(text) from error
     if name != record_type.__name__:
         raise PayloadError(f"expected a {record_type.__name__}, got a {name}")
+    record: R = _decode(record_type, fields, "", tensors)
+    return record
+
+
+def read_parts(payload: bytes) -> tuple[Any, Any, dict[str, dict[str, Tensor]]]:
+    """Return name and JSON part of a packed record of any kind, and its tensors by path (the part before the colon).
+
+    Nothing is checked against a type; bytes that are no record raise exceptions of json and safetensors.
+    """
+    name, fields = _head(payload)
     by_path: dict[str, dict[str, Tensor]] = {}
-    for full_name, tensor in tensors.items():
+    for full_name, tensor in load(payload).items():
         path, _, key = full_name.partition(":")
         by_path.setdefault(path, {})[key] = tensor
-    record: R = _decode(record_type, fields, "", by_path)
-    return record
+    return name, fields, by_path
+
+
+def field_of(path: str) -> str:
+    """Return the field that the tensors of a path belong to: the path without the indices of outer keys."""
+    parts = path.split(".")
+    while len(parts) > 1 and parts[-1].isdecimal():
+        parts.pop()
+    return ".".join(parts)
 
 
 def _head(payload: bytes) -> tuple[Any, Any]:

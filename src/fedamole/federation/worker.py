@@ -12,7 +12,7 @@ from fedamole.federation.client_factory import ClientFactory
 from fedamole.federation.client_state import ClientState, ClientStates
 from fedamole.federation.evaluator import Evaluator
 from fedamole.federation.local import DivergedError, LocalTask, OnStep, embed, fit
-from fedamole.federation.lock_step import ClientWork, LockStep, indices_by_kind
+from fedamole.federation.lock_step import ClientWork, LockStep
 from fedamole.federation.method import Client, Evaluates, Method, TrainingRequest, TrainingResult
 from fedamole.federation.probe import ProbeCounts
 from fedamole.federation.randomness import exchange_seed
@@ -20,6 +20,7 @@ from fedamole.federation.record import non_finite, pack, unpack
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
 from fedamole.model.memory import peak_memory_mib, reset_peak_memory
+from fedamole.model.params import indices_by_kind
 from fedamole.runs.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Worker:
         def train(requests: Mapping[int, TrainingRequest], fit_index: int) -> dict[int, TrainingResult | DivergedError]:
             tasks = {i: self._task(group[i], round_, request, works[i]) for i, request in requests.items()}
             results: dict[int, TrainingResult | DivergedError] = {}
-            for indices in indices_by_kind({i: task.fit.adapter.kind() for i, task in tasks.items()}):
+            for indices in indices_by_kind({i: task.fit.adapter for i, task in tasks.items()}):
                 together = [tasks[i] for i in indices]
                 outcomes = fit(
                     self.bank, together, self.training, seed=seed, round_=round_, fit_index=fit_index, on_step=on_step

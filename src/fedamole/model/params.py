@@ -77,6 +77,14 @@ class Adapter:
         return {name: tensor.numel() for name, tensor in self.tensors.items() if name not in self.frozen}
 
 
+def indices_by_kind(adapters: Mapping[int, Adapter | None]) -> list[list[int]]:
+    """Group the indices of adapters by kind, so that each group can be loaded together; None is the untuned base."""
+    groups: dict[object, list[int]] = {}
+    for i, adapter in adapters.items():
+        groups.setdefault(None if adapter is None else adapter.kind(), []).append(i)
+    return list(groups.values())
+
+
 def router_key(module: str) -> str:
     """Name of a module's token projection W_t."""
     return f"{module}/{EmbeddingRouter.tensor_name}"
@@ -97,9 +105,14 @@ def shared_keys(module: str) -> tuple[str, str]:
     return f"{module}/shared/A", f"{module}/shared/B"
 
 
+def expert_name(expert: int) -> str:
+    """Name of the domain expert with this global id, such as expert-07."""
+    return f"expert-{expert:02d}"
+
+
 def expert_keys(module: str, expert: int) -> tuple[str, str]:
     """Names of A and B of a module's domain expert with this global id."""
-    return f"{module}/expert-{expert:02d}/A", f"{module}/expert-{expert:02d}/B"
+    return f"{module}/{expert_name(expert)}/A", f"{module}/{expert_name(expert)}/B"
 
 
 def as_expert(lora: Tensors, expert: int) -> dict[str, Tensor]:
@@ -107,7 +120,7 @@ def as_expert(lora: Tensors, expert: int) -> dict[str, Tensor]:
     named = {}
     for name, tensor in lora.items():
         module, _, factor = name.rpartition("/shared/")
-        named[f"{module}/expert-{expert:02d}/{factor}"] = tensor
+        named[f"{module}/{expert_name(expert)}/{factor}"] = tensor
     return named
 
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
 from fedamole.config import load_run_config
 from fedamole.data.examples import Example
 from fedamole.data.layouts import Row, arrange, listed
@@ -19,11 +17,10 @@ from fedamole.data.templates import BUILT_IN, TemplateSettings, columns_of, rend
 from fedamole.data.text_file import open_text
 from fedamole.data.tokens import prompt_ids, tokenise, warn_of_text
 from fedamole.errors import ConfigError, DataError
-from fedamole.evaluation.generation import generate_answers, greedy_config
+from fedamole.evaluation.generation import generate_answers, generate_tokens
 from fedamole.evaluation.personal import EvaluationSettings
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids
-from fedamole.model.forward_context import ForwardContext
 from fedamole.personal.saved_models import SavedModel
 from fedamole.runs.run_folder import MANIFEST
 
@@ -60,9 +57,11 @@ def prompt_format_of(model: SavedModel) -> PromptFormat:
     return PromptFormat(source.template, data.templates, source.columns)
 
 
-def evaluation_settings_of(model: SavedModel, positions: int) -> EvaluationSettings:
-    """Return the run's evaluation settings, with answers limited to half of the base's `positions`."""
+def evaluation_settings_of(model: SavedModel, positions: int | None = None) -> EvaluationSettings:
+    """Return the run's evaluation settings, with answers limited to half of the base's `positions` if given."""
     settings = EvaluationSettings() if model.run is None else load_run_config(model.run).evaluation
+    if positions is None:
+        return settings
     return replace(settings, max_new_tokens=min(settings.max_new_tokens, max(1, positions // 2)))
 
 
@@ -222,14 +221,6 @@ def generate_ids(bank: Bank, prompt: Ids, max_new_tokens: int, streamer: Any = N
 
     `prompt` are the ids that the base reads, including virtual tokens; `streamer` is a transformers `BaseStreamer`.
     """
-    base, stop = bank.base, bank.base.tokenizer.eos_token_id
-    ids = torch.tensor([prompt], device=base.device)
-    with torch.no_grad(), bank.enter(ForwardContext(expert_weights=bank.instance_weights([[prompt]]))):
-        out = base.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=greedy_config(bank, max_new_tokens),
-            streamer=streamer,
-        )
-    answer = out[0, len(prompt) :].tolist()
+    answer = generate_tokens(bank, [prompt], (1,), max_new_tokens, streamer)[0].tolist()
+    stop = bank.base.tokenizer.eos_token_id
     return tuple(answer[: answer.index(stop)] if stop in answer else answer)

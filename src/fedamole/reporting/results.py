@@ -12,7 +12,6 @@ from fedamole.federation.best import best_round_of, mean_best_round
 from fedamole.federation.summary import nothing_trained, updates_of
 from fedamole.reporting.runs import Run, read_run
 from fedamole.reporting.significance import Gain, gain
-from fedamole.reporting.work import work_of
 from fedamole.runs.run_files import BASE, MAJORITY
 from fedamole.runs.run_folder import METRICS, SUMMARY, RunFolder
 
@@ -59,6 +58,11 @@ class SeedResult:
             by_client = self.scores if measure == "score" else self.losses
             return {(client, self.seed): value for client, value in by_client.items()}
         return {(self.seed,): self.measures[measure]} if measure in self.measures else {}
+
+
+def values_of(results: Sequence[SeedResult], measure: str) -> dict[tuple[Any, ...], float]:
+    """Return the values of a measure over all seeds; see `SeedResult.values`."""
+    return {key: value for result in results for key, value in result.values(measure).items()}
 
 
 @dataclass(frozen=True)
@@ -140,11 +144,16 @@ def read_scenarios(trials: Sequence[TrialResult]) -> list[Scenario]:
     grouped: dict[str, list[TrialResult]] = {}
     for trial in trials:
         grouped.setdefault(trial.scenario, []).append(trial)
-    return [_scenario(name, of_scenario) for name, of_scenario in grouped.items()]
+    return [
+        scenario_of(
+            name, of_scenario, {path: read_run(path) for path in dict.fromkeys(trial.path for trial in of_scenario)}
+        )
+        for name, of_scenario in grouped.items()
+    ]
 
 
-def _scenario(name: str, trials: Sequence[TrialResult]) -> Scenario:
-    runs = {trial.path: read_run(trial.path) for trial in trials}
+def scenario_of(name: str, trials: Sequence[TrialResult], runs: Mapping[Path, Run]) -> Scenario:
+    """Return a scenario from its trials, whose runs have been read; see `read_scenarios`."""
     first = runs[trials[0].path]
     for run in runs.values():
         if run.partition != first.partition:
@@ -167,7 +176,6 @@ def _scenario(name: str, trials: Sequence[TrialResult]) -> Scenario:
 
 def _seed_result(run: Run, variant: str, at_edge: bool = False) -> SeedResult:
     summary, row = run.summary, run.summary["rows"][variant]
-    config = RunFolder(run.path).tables()
     scores = {client: values["score"] for client, values in row["clients"].items()}
     losses = {client: values["loss"] for client, values in row["clients"].items() if "loss" in values}
     measures = {"score": row["mean"], "worst": row["worst"], "spread": row["spread"]}
@@ -176,13 +184,13 @@ def _seed_result(run: Run, variant: str, at_edge: bool = False) -> SeedResult:
     if variant not in (BASE, MAJORITY):
         measures |= {
             "best_round": mean_best_round(row),
-            **work_of(RunFolder(run.path).lines(METRICS), variant, len(scores), summary["rounds"]),
+            **run.work[variant],
             "mib_down": summary["bytes_down_per_client_round"] / MIB,
             "mib_up": summary["bytes_up_per_client_round"] / MIB,
             "seconds": summary["seconds_update"] + summary["seconds_evaluate"],
             "memory": summary["peak_memory_mib"],
         }
-    rate = config["training"]["learning_rate"]
+    rate = run.config["training"]["learning_rate"]
     return SeedResult(run.seed, scores, losses, measures, summary["rounds"], rate, at_edge, run.untrained)
 
 
@@ -230,11 +238,11 @@ def gains(scenarios: Sequence[Scenario], reference: str) -> list[MethodGain]:
     for other in others:
         for measure in ("score", "loss"):
             higher = measure == "score"
-            pairs = {scenario.name: _differences(scenario, reference, other, measure) for scenario in scenarios}
+            pairs = {scenario.name: differences(scenario, reference, other, measure) for scenario in scenarios}
             method_gains += [
-                MethodGain(name, other, measure, gain(differences, higher=higher))
-                for name, differences in pairs.items()
-                if differences
+                MethodGain(name, other, measure, gain(by_pair, higher=higher))
+                for name, by_pair in pairs.items()
+                if by_pair
             ]
             pooled = {(name, *key): value for name, by_pair in pairs.items() for key, value in by_pair.items()}
             if sum(map(bool, pairs.values())) > 1:
@@ -243,11 +251,14 @@ def gains(scenarios: Sequence[Scenario], reference: str) -> list[MethodGain]:
     return sorted(method_gains, key=lambda line: order.index(line.scenario))
 
 
-def _differences(scenario: Scenario, reference: str, other: str, measure: str) -> dict[tuple[Any, ...], float]:
-    """Return reference minus other method by (client, seed)."""
-    ours, theirs = (
-        {key: value for result in scenario.methods.get(name, ()) for key, value in result.values(measure).items()}
-        for name in (reference, other)
-    )
+def differences(scenario: Scenario, reference: str, other: str, measure: str) -> dict[tuple[Any, ...], float]:
+    """Return reference minus other method by (client, seed); `measure` is score or loss.
+
+    The untuned base and the constant answer do not depend on the seed and are compared with every seed.
+    """
+    ours, theirs = (values_of(scenario.methods.get(name, ()), measure) for name in (reference, other))
+    if other in (BASE, MAJORITY):
+        by_client = {client: value for (client, _), value in theirs.items()}
+        theirs = {pair: by_client[pair[0]] for pair in ours if pair[0] in by_client}
     pairs = sorted(ours.keys() & theirs.keys(), key=lambda pair: (pair[1], pair[0]))
     return {pair: ours[pair] - theirs[pair] for pair in pairs}

@@ -9,9 +9,8 @@ from fedamole.federation.best import mean_best_round
 from fedamole.reporting.markdown import literal, literal_table
 from fedamole.reporting.runs import Run, untrained_warning
 from fedamole.reporting.significance import STAR, clear_best, deviation
-from fedamole.reporting.work import short_count, work_of
+from fedamole.reporting.work import short_count
 from fedamole.runs.run_files import BASE, MAJORITY
-from fedamole.runs.run_folder import METRICS, RunFolder
 
 SCORE_LINES = ("mean", "worst client", "spread", "mean, last round")
 WORK_LINES = {
@@ -108,7 +107,7 @@ def _column(label: str, entries: Sequence[tuple[Run, str]], clients: Sequence[st
     if trained:
         lines["mean, last round"] = [row["last_mean"] for row in rows]
         lines["best round"] = [mean_best_round(row) for row in rows]
-        work = [_work(run, variant) for run, variant in entries]
+        work = [run.work[variant] for run, variant in entries]
         lines |= {name: [of_run[key] for of_run in work if key in of_run] for name, key in WORK_LINES.items()}
     traffic = (first["bytes_down_per_client_round"], first["bytes_up_per_client_round"]) if trained else (0.0, 0.0)
     # A client of a deployment that did not reply in the end has no score.
@@ -119,11 +118,6 @@ def _column(label: str, entries: Sequence[tuple[Run, str]], clients: Sequence[st
     keys = [(seeds[:index].count(seed), seed) for index, seed in enumerate(seeds)]
     untrained = trained and any(run.untrained for run, _ in entries)
     return Column(label, scores, lines, traffic, dict(zip(keys, rows, strict=True)), untrained)
-
-
-def _work(run: Run, variant: str) -> dict[str, float]:
-    clients = len(run.summary["rows"][variant]["clients"])
-    return work_of(RunFolder(run.path).lines(METRICS), variant, clients, run.summary["rounds"])
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:

@@ -1,5 +1,6 @@
 """Finished runs read from their folders."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -11,6 +12,7 @@ from typing import Any
 from fedamole.data.client_labels import client_labels
 from fedamole.errors import RunError
 from fedamole.federation.summary import nothing_trained
+from fedamole.reporting.work import work_of
 from fedamole.runs.run_files import BASE, MAJORITY
 from fedamole.runs.run_folder import MANIFEST, METRICS, RUN, SUMMARY, RunFolder
 
@@ -22,14 +24,24 @@ class Run:
     """One finished run."""
 
     path: Path
-    name: str
-    seed: int
+    config: dict[str, Any]
+    """Content of config.toml."""
     partition: str
     """Hash of manifest and base. Runs with the same hash had the same data in the same splits on the same base."""
     summary: dict[str, Any]
     """Content of summary.json."""
     labels: dict[str, str] = field(default_factory=dict)
     """Labels of clients in tables, for those whose label is not their name."""
+
+    @property
+    def name(self) -> str:
+        """Name of the run in its config."""
+        return str(self.config["run"]["name"])
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return int(self.config["run"]["seed"])
 
     @property
     def untrained(self) -> bool:
@@ -41,6 +53,17 @@ class Run:
         own = variant == self.summary["method"]
         return self.name if own and self.name != "run" else variant
 
+    @functools.cached_property
+    def work(self) -> dict[str, dict[str, float]]:
+        """Work by trained variant, see `work_of`. metrics.jsonl is read once and not kept in memory."""
+        rows, rounds = self.summary["rows"], self.summary["rounds"]
+        lines = list(RunFolder(self.path).lines(METRICS))
+        return {
+            variant: work_of(lines, variant, len(row["clients"]), rounds)
+            for variant, row in rows.items()
+            if variant not in (BASE, MAJORITY)
+        }
+
 
 def read_run(path: Path) -> Run:
     """Read a finished run.
@@ -48,17 +71,32 @@ def read_run(path: Path) -> Run:
     Raises:
         RunError: The run is not finished, or its folder is damaged.
     """
-    folder = RunFolder.open(path)
+    return finished_run(RunFolder.open(path))
+
+
+def finished_run(folder: RunFolder) -> Run:
+    """Return the finished run in an open folder; see `read_run`."""
+    path = folder.path
     if not folder.finished:
         raise RunError(f"{path} is not finished: {SUMMARY} is missing; `fedamole resume {path}` continues it")
-    config = folder.tables()
     summary = folder.read_json(SUMMARY)
     for variant in (BASE, MAJORITY, summary["method"]):
         if variant not in summary["rows"]:
             raise RunError(f"{path / SUMMARY} is damaged: {variant!r} is missing in `rows`; restore it from a copy")
     if not summary["rows"][BASE]["clients"]:
         raise RunError(f"{path / SUMMARY} is damaged: it has no clients; restore it from a copy")
-    return Run(path, config["run"]["name"], config["run"]["seed"], partition_of(folder), summary, labels_of(folder))
+    return run_with_summary(folder, summary)
+
+
+def run_with_summary(folder: RunFolder, summary: dict[str, Any]) -> Run:
+    """Return the run in an open folder, with a summary that the caller has read or, for an unfinished run, created."""
+    clients = folder.read_json(MANIFEST)["clients"]
+    # What makes two runs comparable: the rows of each client and the base, not file paths.
+    content = json.dumps([clients, folder.about["base"]], sort_keys=True)
+    partition = hashlib.sha256(content.encode()).hexdigest()
+    # The manifest of a deployment's server has only the clients' names.
+    labels = client_labels(client for client in clients if isinstance(client, dict))
+    return Run(folder.path, folder.tables(), partition, summary, labels)
 
 
 def untrained_warning(path: Path, summary: dict[str, Any]) -> str:
@@ -76,19 +114,13 @@ def refuse_untrained(path: Path) -> None:
         raise RunError(f"{warning}; reason of the first failure: {first}")
 
 
-def labels_of(folder: RunFolder) -> dict[str, str]:
-    """What clients of a run are called in tables, where that is not their name; a server knows names only."""
-    return client_labels(one for one in folder.read_json(MANIFEST)["clients"] if isinstance(one, dict))
+def run_folders(path: Path) -> list[Path]:
+    """Return the path itself if it is a run folder or not a folder, else the run folders directly inside it.
 
-
-def partition_of(folder: RunFolder) -> str:
-    """Return the hash of what makes two runs comparable: the rows of each client and the base, not file paths."""
-    content = json.dumps([folder.read_json(MANIFEST)["clients"], folder.about["base"]], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def folders_in(path: Path) -> list[Path]:
-    """Return the run folders directly inside a folder; RunError if there are none."""
+    Raises RunError if there are none.
+    """
+    if (path / RUN).exists() or not path.is_dir():
+        return [path]
     folders = sorted(child.parent for child in path.glob(f"*/{RUN}"))
     if not folders:
         raise RunError(f"{path} is neither a run folder nor a folder with runs in it")
@@ -104,15 +136,12 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """
     runs: list[Run] = []
     for path in paths:
-        if (path / RUN).exists() or not path.is_dir():
-            runs.append(read_run(path))
-            continue
-        folders = folders_in(path)
-        finished = [folder for folder in folders if RunFolder.open(folder).finished]
-        for folder in folders:
-            if folder not in finished:
-                log.warning("%s is not finished and not shown; `fedamole resume %s` continues it", folder, folder)
-        runs += map(read_run, finished)
+        for folder in map(RunFolder.open, run_folders(path)):
+            if folder.path == path or folder.finished:
+                runs.append(finished_run(folder))
+            else:
+                warning = "%s is not finished and not shown; `fedamole resume %s` continues it"
+                log.warning(warning, folder.path, folder.path)
     if not runs:
         raise RunError(f"no finished run in {', '.join(map(str, paths))}")
     return runs

@@ -83,13 +83,14 @@ class InferenceEngine:
         """Number of waiting requests."""
         return len(self._queue.waiting)
 
-    def max_new_tokens(self, prompt: Ids) -> int:
-        """Return the number of tokens that the base can generate after a prompt; 0 if the prompt is too long.
+    def max_new_tokens(self, prompt: Ids, requested: int) -> int:
+        """Return `requested` tokens, reduced to the engine's limit and the positions after a prompt.
 
-        A prompt that takes all positions leaves room for one token, because the last token needs no position.
+        0 if the prompt is too long. A prompt that takes all positions leaves room for one token, because the last token
+        needs no position.
         """
         left = self.bank.base.max_positions - len(self.bank.prefix(prompt))
-        return max(1, left) if left >= 0 else 0
+        return min(requested, self.limits.max_answer_tokens, max(1, left)) if left >= 0 else 0
 
     def submit(self, request: GenerationRequest, on_chunk: Callable[[Chunk], object]) -> RequestState:
         """Queue a request. Raises BusyError if the model's queue is full and StoppedError after `stop`."""
@@ -102,7 +103,7 @@ class InferenceEngine:
             request,
             on_chunk,
             self.bank.prefix(request.prompt),
-            min(request.max_new_tokens, self.limits.max_answer_tokens, self.max_new_tokens(request.prompt)),
+            self.max_new_tokens(request.prompt, request.max_new_tokens),
             StreamingText(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), request.stop),
             generator,
         )

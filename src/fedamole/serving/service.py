@@ -171,20 +171,14 @@ class Service:
         try:
             await _receive_body(request, content, caller)
             async with caller.tokenising:
-                body = parse_body(kind, bytes(content))
-                client = self._model_index(body.model, allowed)
-                ids = await asyncio.to_thread(self._tokenise, body, client)
+                # In a thread: parsing and tokenising a body of the maximum size can take seconds.
+                body, client, ids = await asyncio.to_thread(self._parse, kind, bytes(content), allowed)
         finally:
             caller.add_body_bytes(-len(content))
-        max_new_tokens = min(
-            body.max_answer_tokens or self.models.max_new_tokens,
-            self.engine.limits.max_answer_tokens,
-            self.engine.max_new_tokens(ids),
-        )
         generation = GenerationRequest(
             client,
             ids,
-            max_new_tokens,
+            self.engine.max_new_tokens(ids, body.max_answer_tokens or self.models.max_new_tokens),
             body.temperature or 0.0,
             1.0 if body.top_p is None else body.top_p,
             body.seed,
@@ -192,6 +186,12 @@ class Service:
             bool(body.stream),
         )
         return ResponseFormat(body, secrets.token_hex(12)), generation
+
+    def _parse(self, kind: type[RequestBody], content: bytes, allowed: Sequence[str]) -> tuple[RequestBody, int, Ids]:
+        """The body of a request, the engine's index of its model, and the token ids of its prompt."""
+        body = parse_body(kind, content)
+        client = self._model_index(body.model, allowed)
+        return body, client, self._tokenise(body, client)
 
     def _submit(self, generation: GenerationRequest, queue: ChunkQueue, caller: CallerUsage) -> RequestState:
         """Pass a request to the engine. Raises RefusedError if a limit is reached or the engine is stopped."""
@@ -224,7 +224,7 @@ class Service:
         ids = prompt_ids(example, self.tokenizer)
         if not ids:
             raise RefusedError(400, "the prompt is empty", "invalid_value", "prompt")
-        if not self.engine.max_new_tokens(ids):
+        if not self.engine.max_new_tokens(ids, 1):
             limit = positions - len(self.engine.bank.prefix(()))
             text = f"the prompt has {len(ids)} tokens; this model reads at most {limit}"
             raise RefusedError(400, text, "context_length_exceeded")

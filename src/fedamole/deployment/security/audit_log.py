@@ -9,18 +9,15 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load
-
 from fedamole.engine.messages import JOIN, Reply, Request
 from fedamole.errors import FedamoleError, RunError
-from fedamole.federation.record import tensor_as_bytes
+from fedamole.federation.record import field_of, read_parts, tensor_as_bytes
 
 MAX_FIELDS, OTHERS = 50, "(others)"
 """Number of a record's fields that are listed; the tensors of the others are counted together."""
@@ -122,17 +119,17 @@ def describe_record(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fields(packed: bytes) -> dict[str, Any]:
-    size = int.from_bytes(packed[:8], "little")
-    name, values = json.loads(json.loads(packed[8 : 8 + size])["__metadata__"]["record"])
+    name, values, tensors_by_path = read_parts(packed)
     squares: dict[str, float] = {}
     summary: dict[str, dict[str, Any]] = {}
-    for key, tensor in load(packed).items():
-        field_name = re.sub(r"(\.\d+)+$", "", key.partition(":")[0])  # the numbers count the keys of nested mappings
+    for path, tensors in tensors_by_path.items():
+        field_name = field_of(path)
         field_name = field_name if field_name in summary or len(summary) < MAX_FIELDS else OTHERS
         tensor_summary = summary.setdefault(field_name, {"tensors": 0, "numbers": 0})
-        tensor_summary["tensors"] += 1
-        tensor_summary["numbers"] += tensor.numel()
-        squares[field_name] = squares.get(field_name, 0.0) + float(tensor.double().square().sum())
+        tensor_summary["tensors"] += len(tensors)
+        tensor_summary["numbers"] += sum(tensor.numel() for tensor in tensors.values())
+        squared_norms = (float(tensor.double().square().sum()) for tensor in tensors.values())
+        squares[field_name] = sum(squared_norms, squares.get(field_name, 0.0))
     for field_name, total in squares.items():
         norm = total**0.5
         summary[field_name]["norm"] = norm if norm < float("inf") else "not finite"

@@ -12,7 +12,7 @@ from fedamole.assignment.relevance import Floats, Mask, Scores, choice_probabili
 from fedamole.assignment.reverse_selection import Bounds, select_for_remaining
 from fedamole.federation.method import Server
 from fedamole.federation.randomness import numpy_generator
-from fedamole.model.params import Tensors
+from fedamole.model.params import Tensors, expert_name
 
 Assignment = Literal["reverse", "random", "static", "homogeneous"]
 Held = dict[str, dict[str, list[int]]]
@@ -21,11 +21,6 @@ Held = dict[str, dict[str, list[int]]]
 
 Embeddings = Mapping[str, Mapping[str, Tensor]]
 """Embeddings (r) by module, and in it by expert or client."""
-
-
-def expert_name(expert: int) -> str:
-    """Return the key of an expert's embeddings, such as expert-07."""
-    return f"expert-{expert:02d}"
 
 
 def next_architectures(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import Tensor
 
-from fedamole.model.params import Shapes, Tensors
+from fedamole.model.params import Shapes, Tensors, expert_name
 
 MAX_NORM_RATIO = 4.0
 """Largest norm of a client's embeddings of a module, as a multiple of the median client's."""
@@ -28,7 +28,7 @@ def fewest_replies(
     if min_holders is not None:
         return lambda key: min_holders
     holders = Counter(
-        f"{module}/expert-{expert:02d}"
+        f"{module}/{expert_name(expert)}"
         for module, clients in held.items()
         for name in asked
         for expert in clients.get(name, ())

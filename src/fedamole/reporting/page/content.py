@@ -17,7 +17,7 @@ from fedamole.reporting.page.words import (
     settings_in_words,
     short_module_names,
 )
-from fedamole.reporting.results import Scenario, SeedResult, TrialResult, read_scenarios
+from fedamole.reporting.results import Scenario, TrialResult, differences, scenario_of
 from fedamole.reporting.run_table import CAPTION, as_text, mean_and_deviation, run_tables
 from fedamole.reporting.runs import untrained_warning
 from fedamole.reporting.significance import gain
@@ -27,6 +27,7 @@ from fedamole.terminal import printable
 
 Json = dict[str, Any]
 GAIN_KEYS = ("pairs", "mean", "low", "high", "p_clients", "wins", "ties")
+"""Fields of a `Gain` that the page shows."""
 COSTS = (
     ("bytes_down_per_client_round", "KiB to a client per round", 1024, 0),
     ("bytes_up_per_client_round", "KiB from a client per round", 1024, 0),
@@ -191,14 +192,13 @@ def _tested(finished: Sequence[RunData], models: Sequence[str]) -> Json:
         column.label: {client: statistics.fmean(values) for client, values in column.clients.items() if values}
         for column in table.columns
     }
-    [scenario] = read_scenarios(
-        [
-            TrialResult("", data.run.label(variant), variant, data.run.seed, data.run.path)
-            for data in finished
-            for variant in data.run.summary["rows"]
-            if variant not in (BASE, MAJORITY)
-        ]
-    )
+    trials = [
+        TrialResult("", data.run.label(variant), variant, data.run.seed, data.run.path)
+        for data in finished
+        for variant in data.run.summary["rows"]
+        if variant not in (BASE, MAJORITY)
+    ]
+    scenario = scenario_of("", trials, {data.run.path: data.run for data in finished})
     return {
         "test": {
             "head": head,
@@ -217,8 +217,8 @@ def _gains(scenario: Scenario, reference: str) -> Json | None:
     if reference not in scenario.trained:
         return None
     columns = []
-    for other, results in scenario.methods.items():
-        pairs = _pairs(scenario.methods[reference], results, seedless=other in (BASE, MAJORITY))
+    for other in scenario.methods:
+        pairs = differences(scenario, reference, other, "score")
         if other == reference or not pairs:
             continue
         by_client: dict[str, list[float]] = {}
@@ -229,25 +229,10 @@ def _gains(scenario: Scenario, reference: str) -> Json | None:
             {
                 "other": other,
                 "clients": {name: statistics.fmean(values) for name, values in by_client.items()},
-                **{
-                    key: getattr(over_pairs, key)
-                    for key in ("pairs", "mean", "low", "high", "p_clients", "wins", "ties")
-                },
+                **{key: getattr(over_pairs, key) for key in GAIN_KEYS},
             }
         )
     return {"reference": reference, "columns": columns}
-
-
-def _pairs(ours: Sequence[SeedResult], theirs: Sequence[SeedResult], seedless: bool) -> dict[tuple[str, int], float]:
-    """Return differences of test scores by (client, seed); `seedless` results are the same for every seed."""
-    by_seed = {result.seed: result.scores for result in theirs}
-    return {
-        (client, result.seed): score - other[client]
-        for result in ours
-        if (other := theirs[0].scores if seedless else by_seed.get(result.seed, {}))
-        for client, score in sorted(result.scores.items())
-        if client in other
-    }
 
 
 def _experts(data: RunData, clients: Sequence[str]) -> Json:

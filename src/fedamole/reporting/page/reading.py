@@ -7,18 +7,10 @@ from typing import Any
 
 from fedamole.errors import RunError
 from fedamole.federation.summary import costs
-from fedamole.reporting.runs import Run, folders_in, labels_of, partition_of, read_run
+from fedamole.reporting.runs import Run, finished_run, run_folders, run_with_summary
 from fedamole.runs.adapter_folder import MOST_EXPERTS
 from fedamole.runs.run_files import BASE, SPLITS
-from fedamole.runs.run_folder import (
-    ASSIGNMENT,
-    CLIENTS,
-    MANIFEST,
-    METRICS,
-    ROUTING,
-    RUN,
-    RunFolder,
-)
+from fedamole.runs.run_folder import ASSIGNMENT, CLIENTS, MANIFEST, METRICS, ROUTING, RunFolder
 
 Json = dict[str, Any]
 
@@ -31,7 +23,6 @@ class RunData:
     """For an unfinished run, its `summary` holds only the method."""
     kind: str
     """simulation, server or client."""
-    config: Json
     lines: tuple[Json, ...]
     """Lines of metrics.jsonl."""
     assignment: tuple[Json, ...]
@@ -47,6 +38,11 @@ class RunData:
     costs: Json
     """Traffic, seconds and memory; of an unfinished run, so far."""
     finished: bool
+
+    @property
+    def config(self) -> Json:
+        """Content of config.toml."""
+        return self.run.config
 
     @property
     def variants(self) -> list[str]:
@@ -86,10 +82,7 @@ def read_folders(paths: Sequence[Path]) -> list[RunData]:
     Raises:
         RunError: A folder is damaged, or the runs have different data, splits or bases.
     """
-    folders: list[Path] = []
-    for path in paths:
-        folders += [path] if (path / RUN).exists() or not path.is_dir() else folders_in(path)
-    runs = [read_folder(path) for path in dict.fromkeys(folders)]
+    runs = [read_folder(path) for path in dict.fromkeys(folder for path in paths for folder in run_folders(path))]
     for data in runs:
         if data.run.partition != runs[0].run.partition:
             raise RunError(
@@ -102,13 +95,8 @@ def read_folders(paths: Sequence[Path]) -> list[RunData]:
 def read_folder(path: Path) -> RunData:
     """Read one run's folder, finished or not; RunError if it is damaged."""
     folder = RunFolder.open(path)
-    config = folder.tables()
-    if folder.finished:
-        run = read_run(path)
-    else:
-        summary = {"method": folder.about["method"]}
-        name, seed = config["run"]["name"], config["run"]["seed"]
-        run = Run(path, name, seed, partition_of(folder), summary, labels_of(folder))
+    unfinished_summary = {"method": folder.about["method"]}
+    run = finished_run(folder) if folder.finished else run_with_summary(folder, unfinished_summary)
     reported: Json = folder.read_json(CLIENTS) if (path / CLIENTS).exists() else {}
     # The manifest of a deployment's server has only the clients' names.
     drawn = [client for client in folder.read_json(MANIFEST)["clients"] if isinstance(client, dict)]
@@ -118,9 +106,8 @@ def read_folder(path: Path) -> RunData:
     return RunData(
         run=run,
         kind=folder.kind,
-        config=config,
-        lines=_lines(folder, METRICS, config),
-        assignment=_lines(folder, ASSIGNMENT, config),
+        lines=_lines(folder, METRICS, run.config),
+        assignment=_lines(folder, ASSIGNMENT, run.config),
         amounts=amounts | {name: dict(about["examples"]) for name, about in reported.items() if "examples" in about},
         sources={client["client"]: client["source"] for client in drawn},
         labels={name: dict(about["labels"]) for name, about in reported.items() if about.get("labels")},
