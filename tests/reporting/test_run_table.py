@@ -123,7 +123,7 @@ def test_markdown_is_a_table() -> None:
 
 @pytest.mark.parametrize("name", ["run", "mine"])
 def test_a_run_without_a_name_is_called_by_its_method(name: str) -> None:
-    found = replace(run("fedit", a=1.0, b=1.0), name=name)
+    found = run("fedit", name=name, a=1.0, b=1.0)
     assert found.label("fedit") == ("fedit" if name == "run" else "mine")
     assert found.label("fedit_ft") == "fedit_ft"
 
