@@ -1,7 +1,6 @@
 """The table of `fedamole show`, from summaries with known results."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 

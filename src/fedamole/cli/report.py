@@ -70,7 +70,7 @@ def report(
 
 def _follow(runs: "Sequence[RunData]", write: "Callable[[], list[RunData]]", console: Screen) -> None:
     """Write the page again whenever a file of the runs has changed, until all runs are finished."""
-    before = _file_states(runs)
+    before = None  # the files may have changed since `runs` were read, so the first page is written once more
     while not all(data.finished for data in runs):
         time.sleep(POLL_SECONDS)
         if (now := _file_states(runs)) == before:

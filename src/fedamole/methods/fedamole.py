@@ -30,22 +30,13 @@ from fedamole.errors import ConfigError
 from fedamole.federation.method import Client, ClientInfo, Newcomer, Server, TrainingResult, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
-from fedamole.methods.shared.architectures import Assignment, add_most_relevant, next_architectures
+from fedamole.methods.shared.architectures import Assignment, add_most_relevant, by_expert_name, next_architectures
 from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.methods.shared.holders import fewest_replies, group_exposure, limit_norms, with_enough_replies
 from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.layers import MeanEmbeddings
-from fedamole.model.params import (
-    Adapter,
-    Shapes,
-    expert_ids,
-    expert_keys,
-    expert_name,
-    new_pool,
-    router_key,
-    shared_keys,
-)
+from fedamole.model.params import Adapter, Shapes, expert_ids, expert_keys, new_pool, router_key, shared_keys
 
 log = logging.getLogger(__name__)
 
@@ -255,5 +246,5 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
         tokens, experts = {}, {}
         for module, means in trained.embeddings.items():
             tokens[module] = means.token
-            experts[module] = {expert_name(expert): row for expert, row in means.experts.items()}
+            experts[module] = by_expert_name(means.experts)
         return client_state, TrainedExperts(trained.adapter.tensors, tokens, experts)

@@ -18,9 +18,13 @@ Assignment = Literal["reverse", "random", "static", "homogeneous"]
 Held = dict[str, dict[str, list[int]]]
 """Experts of each client, by module."""
 
-
 Embeddings = Mapping[str, Mapping[str, Tensor]]
 """Embeddings (r) by module, and in it by expert or client."""
+
+
+def by_expert_name(rows: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    """Return the embeddings of a module's experts with their names as keys instead of global ids."""
+    return {expert_name(expert): row for expert, row in rows.items()}
 
 
 def next_architectures(
