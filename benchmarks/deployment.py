@@ -57,10 +57,16 @@ class Case:
     """Rows of each client; few, where only the way counts."""
     rounds: int = 6
 
+    def tables(self) -> dict[str, Any]:
+        """Return the example's config; the settings of its method are kept for this method only."""
+        tables = tomllib.loads((EXAMPLE / "config.toml").read_text())
+        if tables["method"]["name"] != self.method:
+            tables["method"] = {"name": self.method}
+        return tables
+
     def settings(self) -> list[str]:
-        """What differs from the example's config."""
+        """Return what differs from the example's config."""
         return [
-            f"method.name={self.method}",
             f"method.rank={self.rank}",
             f"training.local_steps={self.steps}",
             f"federation.rounds={self.rounds}",
@@ -102,7 +108,7 @@ def rounds_of(run: Path) -> list[dict[str, float]]:
 
 def in_process(case: Case, folder: Path) -> list[dict[str, float]]:
     """The run in one process; its rounds."""
-    tables = tomllib.loads((EXAMPLE / "config.toml").read_text())
+    tables = case.tables()
     names = tables.pop("deployment")["clients"]
     tables["data"]["source"] = [
         {
@@ -146,8 +152,9 @@ def family(process: psutil.Process) -> list[psutil.Process]:
 @contextmanager
 def deployed(case: Case, folder: Path) -> Iterator[tuple[Path, dict[str, Callable[[], psutil.Process]]]]:
     """A server that waits for clients, and what starts each of them; all are ended afterwards."""
-    config = tomllib.loads((EXAMPLE / "config.toml").read_text())
-    names = config["deployment"]["clients"]
+    tables, config = case.tables(), folder / "config.toml"
+    names = tables["deployment"]["clients"]
+    config.write_text(tomli_w.dumps(tables))
     certs, started = folder / "certs", list[subprocess.Popen[bytes]]()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -188,7 +195,7 @@ def deployed(case: Case, folder: Path) -> Iterator[tuple[Path, dict[str, Callabl
     try:
         start(
             "server",
-            str(EXAMPLE / "config.toml"),
+            str(config),
             "--certs",
             str(certs),
             "--port",

@@ -10,6 +10,7 @@ from fedamole.methods.ditto import Ditto
 from fedamole.methods.fdlora import FdLora
 from fedamole.methods.fedalt import FedAlt
 from fedamole.methods.fedamole import FedAmole
+from fedamole.methods.fedamole_peers import FedAmolePeers
 from fedamole.methods.feddpa import FedDpa
 from fedamole.methods.fedex_lora import FedExLora
 from fedamole.methods.fedit import FedIT
@@ -43,6 +44,7 @@ def with_variants(methods: Mapping[str, MethodClass]) -> dict[str, MethodClass]:
 METHODS = with_variants(
     {
         "fedamole": FedAmole,
+        "fedamole_peers": FedAmolePeers,
         "local_only": LocalOnly,
         # the paper's baselines
         "fedit": FedIT,
