@@ -1,6 +1,7 @@
 """Contracts over a method with several exchanges in a round: budget, random streams, traffic, and kills in between."""
 
 import json
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from tests.conftest import small
 from tests.contract.exchanges import Average, ThreeExchanges, Trained, steps_by_exchange
 from tests.deployment.direct import ClientSchedule, DirectDeployment, Killed, direct_deployment
+from tests.deployment.server_process import run_server
 from typing_extensions import override
 
 from fedamole.deployment.client_handler import ClientHandler
@@ -212,6 +214,26 @@ def test_a_server_killed_between_exchanges_goes_on_as_if_it_had_not_been(
     with pytest.raises(KeyboardInterrupt):
         there.run(schedule=ClientSchedule(stop=stop))
     there.run(resumed=True)
+    assert found(there) == wanted
+
+
+@pytest.mark.parametrize("exchange", [1, pytest.param(2, marks=pytest.mark.faults)])
+def test_a_server_process_killed_by_sigkill_between_exchanges_resumes(
+    exchange: int, there: DirectDeployment, wanted: dict[str, Any]
+) -> None:
+    """A process of its own is killed before an exchange of round 1, when all have answered the exchange before it."""
+    updates: list[tuple[int, int, str]] = []
+
+    def kill_at(name: str, request: Request) -> bool:
+        if request.operation == UPDATE:
+            updates.append((request.round, request.exchange, name))
+        return (request.operation, request.round, request.exchange) == (UPDATE, 1, exchange)
+
+    assert run_server(there, kill_at) == -signal.SIGKILL
+    answered = [(round_, e, name) for round_ in (0, 1) for e in range(3) for name in NAMES]
+    assert updates == answered[: (3 + exchange) * len(NAMES) + 1]
+    assert [path.name for path in there.server_folder.glob("checkpoints/*.safetensors")] == ["round-0000.safetensors"]
+    assert run_server(there, lambda name, request: False) == 0
     assert found(there) == wanted
 
 
