@@ -22,13 +22,16 @@ from fedamole.engine import link as timing
 from fedamole.engine.in_process import InProcess
 from fedamole.engine.messages import JOIN, UPDATE, Reply, Request
 from fedamole.errors import RunError
-from fedamole.experiment import prepare, resume, worker_of
+from fedamole.experiment import plan, prepare, resume, worker_of
 from fedamole.federation.client_state import PrivateState
-from fedamole.federation.method import BaseInfo, ClientInfo, Exchange, Server
+from fedamole.federation.method import BaseInfo, Client, ClientInfo, Exchange, Server
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import bytes_as_tensor, pack, unpack
 from fedamole.methods import METHODS
 from fedamole.model.bank import Bank
+from fedamole.model.params import Adapter
+from fedamole.planning import trained_parameters
+from fedamole.reporting.work import work_of
 from fedamole.runs.checkpoint import round_and_exchange
 from fedamole.runs.run_folder import RunFolder
 
@@ -55,6 +58,45 @@ def test_exchanges_of_a_round_share_its_steps(runs: Any, facts: Any) -> None:
         if line["split"] == "train":
             assert ("loss" in line) == (line.get("exchange", 0) < 2)
             assert ("probed" in line) == (line.get("exchange", 0) == 2)
+
+
+def test_work_and_plan_are_those_of_all_exchanges_of_a_round(runs: Any, facts: Any) -> None:
+    """The plan equals the first round of the run, to the byte and to the parameter."""
+    config = runs.load(NAME)
+    folder, planned, prepared = runs(NAME), plan(config), prepare(config)
+    lines = [line for line in facts(folder) if line["split"] == "train" and line["round"] == 0]
+    assert planned.bytes_down == sum(line["bytes_down"] for line in lines) / len(NAMES)
+    assert planned.bytes_down > 2.5 * min(line["bytes_down"] for line in lines), "three messages, not one"
+    size = planned.adapter_parameters
+    assert {line["trained_parameters"] for line in lines} == {size}, "the same LoRA in all exchanges"
+    assert trained_parameters(config, prepared.base, prepared.clients) == dict.fromkeys(NAMES, size)
+    work = work_of(facts(folder), NAME, clients=len(NAMES), rounds=3)
+    assert (work["steps"], work["parameters"]) == (planned.steps, size) == (3.0, size)
+
+
+@dataclass(frozen=True)
+class OneFactorEach(ThreeExchanges):
+    """Trains B in the first exchange of a run, and A in all others."""
+
+    @override
+    def adapter(self, client: Client, client_state: Trained, message: Average) -> Adapter:
+        adapter, frozen = super().adapter(client, client_state, message), "/A" if client_state.tensors == {} else "/B"
+        return replace(adapter, frozen=tuple(key for key in adapter.tensors if key.endswith(frozen)))
+
+
+def test_exchanges_that_train_different_tensors_add_up(runs: Any, facts: Any, monkeypatch: Any) -> None:
+    whole_lora = plan(runs.load(NAME)).adapter_parameters
+    monkeypatch.setitem(METHODS, NAME, OneFactorEach)
+    options = (NAME, "federation.rounds=1")
+    config = runs.load(*options)
+    prepared, lines = prepare(config), facts(runs.fresh(*options))
+    counts = trained_parameters(config, prepared.base, prepared.clients)
+    assert counts["mood"] == whole_lora
+    by_exchange = [
+        line["trained_parameters"] for line in lines if line["split"] == "train" and line["client"] == "mood"
+    ]
+    assert 0 < by_exchange[0] < by_exchange[1] == by_exchange[2] == counts["mood"]
+    assert work_of(lines, NAME, clients=len(NAMES), rounds=1)["parameters"] == counts["mood"]
 
 
 def test_the_summary_adds_up_the_traffic_of_a_round(runs: Any, facts: Any) -> None:
