@@ -68,21 +68,21 @@ def _rows() -> dict[str, list[dict[str, Any]]]:
     """Four clients of different tasks, columns and sizes; every row is another."""
     pairs = [(name, thing) for thing in THINGS for name in NAMES]
     rows: dict[str, list[dict[str, Any]]] = {"entail": [], "mood": [], "chat": [], "plain": []}
-    for place, (name, thing) in enumerate(pairs + pairs):
-        day = f"day {place}"
-        if place < 60:
-            label = (place * 7 // 3) % 3
+    for index, (name, thing) in enumerate(pairs + pairs):
+        day = f"day {index}"
+        if index < 60:
+            label = (index * 7 // 3) % 3
             then = (f"{name} has {thing}.", f"{name} likes it.", f"{name} has nothing.")[label]
             rows["entail"].append({"premise": f"On {day} {name} buys {thing}.", "hypothesis": then, "label": label})
-        if place < 40:
-            good = place % 3 > 0
+        if index < 40:
+            good = index % 3 > 0
             text = f"{day}: {thing} is {'good' if good else 'bad'}, says {name}"
             rows["mood"].append({"text": text, "label_text": "glad" if good else "sad"})
-        if place < 50:
+        if index < 50:
             turns = [{"role": "user", "content": f"{day}: who has {thing}? {name} has."}]
             turns.append({"role": "assistant", "content": f"{name} has it"})
             rows["chat"].append({"messages": turns})
-        if place < 45:
+        if index < 45:
             rows["plain"].append({"prompt": f"{name} has {thing} on {day} ->\n", "completion": f"{thing} of {name}"})
     return rows
 

@@ -61,5 +61,5 @@ def test_replaced_phrases_do_not_come_back(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_replaced_names_do_not_come_back(path: Path) -> None:
-    found = set(re.findall(r"\b(?:class|def) (\w+)", path.read_text(encoding="utf-8"))) & set(NAMES)
-    assert not found, f"the glossary (docs/glossary.md) has another term for {', '.join(sorted(found))}"
+    result = set(re.findall(r"\b(?:class|def) (\w+)", path.read_text(encoding="utf-8"))) & set(NAMES)
+    assert not result, f"the glossary (docs/glossary.md) has another term for {', '.join(sorted(result))}"

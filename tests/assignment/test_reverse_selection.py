@@ -198,8 +198,8 @@ def test_several_modules_at_once_are_solved_as_each_alone(bounds: Bounds) -> Non
     names = {"expert_ids": experts(12), "client_ids": clients(7)}
     together = select_for_remaining(P, bounds, **names)
     assert together.shape == P.shape
-    for module, found in zip(P, together, strict=True):
-        assert (found == select_for_remaining(module, bounds, **names)).all()
+    for module, result in zip(P, together, strict=True):
+        assert (result == select_for_remaining(module, bounds, **names)).all()
 
 
 def test_differences_below_the_resolution_do_not_decide() -> None:

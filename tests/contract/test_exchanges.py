@@ -222,12 +222,12 @@ def outcome(server: Path, clients: Mapping[str, Path]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def wanted(runs: Any) -> dict[str, Any]:
+def expected(runs: Any) -> dict[str, Any]:
     folder = runs(NAME, *QUICK)
     return outcome(folder, {name: folder / "clients" / name for name in NAMES})
 
 
-def found(there: DirectDeployment) -> dict[str, Any]:
+def outcome_of(there: DirectDeployment) -> dict[str, Any]:
     return outcome(there.server_folder, {name: there.client_folder(name) for name in NAMES})
 
 
@@ -236,16 +236,16 @@ def there(tiny: Path, tmp_path: Path) -> DirectDeployment:
     return direct_deployment(tiny / "config.toml", tmp_path, *small(NAME), *QUICK)
 
 
-def test_a_deployment_equals_the_run_in_one_process(there: DirectDeployment, wanted: dict[str, Any]) -> None:
+def test_a_deployment_equals_the_run_in_one_process(there: DirectDeployment, expected: dict[str, Any]) -> None:
     there.run()
-    assert found(there) == wanted
+    assert outcome_of(there) == expected
     own = [json.loads(line) for line in (there.client_folder("mood").parents[1] / "metrics.jsonl").open()]
     assert steps_by_exchange([line for line in own]) == {(round_, "mood"): [2, 1, 0] for round_ in range(2)}
 
 
 @pytest.mark.parametrize("nth", [16, 18, 21])
 def test_a_server_killed_between_exchanges_goes_on_as_if_it_had_not_been(
-    nth: int, there: DirectDeployment, wanted: dict[str, Any]
+    nth: int, there: DirectDeployment, expected: dict[str, Any]
 ) -> None:
     """12 updates a round: in round 1 all have trained once, two have trained twice, one has measured."""
 
@@ -256,12 +256,12 @@ def test_a_server_killed_between_exchanges_goes_on_as_if_it_had_not_been(
     with pytest.raises(KeyboardInterrupt):
         there.run(schedule=ClientSchedule(stop=stop))
     there.run(resumed=True)
-    assert found(there) == wanted
+    assert outcome_of(there) == expected
 
 
 @pytest.mark.parametrize("exchange", [1, pytest.param(2, marks=pytest.mark.faults)])
 def test_a_server_process_killed_by_sigkill_between_exchanges_resumes(
-    exchange: int, there: DirectDeployment, wanted: dict[str, Any]
+    exchange: int, there: DirectDeployment, expected: dict[str, Any]
 ) -> None:
     """A process of its own is killed before an exchange of round 1, when all have answered the exchange before it."""
     updates: list[tuple[int, int, str]] = []
@@ -276,13 +276,13 @@ def test_a_server_process_killed_by_sigkill_between_exchanges_resumes(
     assert updates == answered[: (3 + exchange) * len(NAMES) + 1]
     assert [path.name for path in there.server_folder.glob("checkpoints/*.safetensors")] == ["round-0000.safetensors"]
     assert run_server(there, lambda name, request: False) == 0
-    assert found(there) == wanted
+    assert outcome_of(there) == expected
 
 
 @pytest.mark.parametrize("exchange", [0, 1, 2])
 @pytest.mark.parametrize("lost", ["state", "answer"])
 def test_a_client_killed_in_an_exchange_does_this_exchange_again(
-    lost: str, exchange: int, there: DirectDeployment, wanted: dict[str, Any], monkeypatch: Any
+    lost: str, exchange: int, there: DirectDeployment, expected: dict[str, Any], monkeypatch: Any
 ) -> None:
     """Killed after its state was written and before its answer was, or after both and before the answer was sent."""
     killed: list[str] = []
@@ -304,7 +304,7 @@ def test_a_client_killed_in_an_exchange_does_this_exchange_again(
     there.link.meddle = meddle
     there.run()
     assert killed == ["mood"]
-    assert found(there) == wanted
+    assert outcome_of(there) == expected
 
 
 def with_policy(there: DirectDeployment, **changes: Any) -> ClientHandler:

@@ -276,14 +276,14 @@ def test_what_is_tokenised_is_what_stands_in_the_row(template: str, first: str, 
     row = {"instruction": first, "context": second + nasty, "response": nasty + second}
     row |= {"prompt": first + nasty, "completion": nasty + first}
     example = rendered(BUILT_IN[template], **row)
-    wanted = row["prompt"] if template == "plain" else example.prompt
+    expected = row["prompt"] if template == "plain" else example.prompt
     if template == "alpaca":
-        assert f"### Instruction:\n{first}\n\n### Input:\n{second + nasty}\n\n### Response:\n" in wanted
+        assert f"### Instruction:\n{first}\n\n### Input:\n{second + nasty}\n\n### Response:\n" in expected
     for tokenizer in LOSSLESS:
         tokenised = tokenise([example], tokenizer, 10**6)
         (tokens,) = tokenised.rows
         lead = len(text_encoder(tokenizer).leading_specials)
-        assert tokenizer.decode(tokens.prompt[lead:]) == wanted
+        assert tokenizer.decode(tokens.prompt[lead:]) == expected
         assert tokenizer.decode(tokens.answer[:-1]) == example.answer
         assert tokenised.changed == 0
 

@@ -72,7 +72,7 @@ def test_the_order_of_arrival_does_not_matter(values: list[float], weights: list
 
 
 @pytest.mark.parametrize(
-    ("weights", "share", "wanted"),
+    ("weights", "share", "expected"),
     [
         # a may have half of all: as much as b and c together.
         ({"a": 1e9, "b": 3.0, "c": 1.0}, 0.5, {"a": 4.0, "b": 3.0, "c": 1.0}),
@@ -86,9 +86,9 @@ def test_the_order_of_arrival_does_not_matter(values: list[float], weights: list
     ],
 )
 def test_no_share_of_the_weights_is_above_the_cap(
-    weights: dict[str, float], share: float, wanted: dict[str, float]
+    weights: dict[str, float], share: float, expected: dict[str, float]
 ) -> None:
-    assert capped(weights, share) == pytest.approx(wanted)
+    assert capped(weights, share) == pytest.approx(expected)
 
 
 def test_a_servers_weights_are_capped_by_examples_only() -> None:

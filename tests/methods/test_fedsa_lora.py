@@ -38,10 +38,10 @@ def test_begins_where_fedit_begins() -> None:
 def test_both_train_a_goes_up_and_b_is_kept() -> None:
     """Sent A = 2, own B = 3; trained to A = 5, B = 7."""
     work = FedSaLora(rank=1).update(client(SHAPES), OwnB({B: full(3.0, 3, 1)}), down(2.0))
-    (asked,), (client_state, reply, trained) = driven(work, {A: full(5.0, 1, 2), B: full(7.0, 3, 1)})
-    assert (asked.step_fraction, asked.adapter.frozen, asked.penalty) == (1.0, (), None)
-    assert torch.equal(asked.adapter.tensors[A], full(2.0, 1, 2))
-    assert torch.equal(asked.adapter.tensors[B], full(3.0, 3, 1))
+    (request,), (client_state, reply, trained) = driven(work, {A: full(5.0, 1, 2), B: full(7.0, 3, 1)})
+    assert (request.step_fraction, request.adapter.frozen, request.penalty) == (1.0, (), None)
+    assert torch.equal(request.adapter.tensors[A], full(2.0, 1, 2))
+    assert torch.equal(request.adapter.tensors[B], full(3.0, 3, 1))
     assert {name: tensor.tolist() for name, tensor in client_state.tensors.items()} == {B: [[7.0]] * 3}
     assert {name: tensor.tolist() for name, tensor in reply.tensors.items()} == {A: [[5.0, 5.0]]}
     assert set(trained.adapter.tensors) == {A, B}
@@ -66,9 +66,9 @@ def test_the_average_by_hand(weighting: Any, answered: str, mean: float) -> None
 def test_the_personal_model_is_the_averaged_a_with_the_own_b() -> None:
     method, client_state = FedSaLora(rank=1), OwnB({B: full(7.0, 3, 1)})
     mine = Adapter(method.spec(), {A: full(9.0, 1, 2), B: full(7.0, 3, 1)})
-    found = method.personal(client(SHAPES), client_state, down(4.0), mine)
-    assert found is not None
-    assert {name: tensor.flatten().tolist() for name, tensor in found.tensors.items()} == {A: [4.0] * 2, B: [7.0] * 3}
+    result = method.personal(client(SHAPES), client_state, down(4.0), mine)
+    assert result is not None
+    assert {name: tensor.flatten().tolist() for name, tensor in result.tensors.items()} == {A: [4.0] * 2, B: [7.0] * 3}
     assert method.evaluates == "post_aggregation"
 
 

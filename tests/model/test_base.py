@@ -40,15 +40,15 @@ def test_identity_is_of_content_not_of_dtype(base: Callable[..., Base]) -> None:
 def test_an_adapter_on_another_base_is_refused(
     fresh: Path, part: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    here = load(fresh)
+    original = load(fresh)
     adapter = tmp_path_factory.mktemp("adapter") / "a"
-    save_adapter(mixture(here), adapter, here.name, here.identity)
-    assert lora_spec(load_adapter(adapter, here.identity).spec).rank == 4
+    save_adapter(mixture(original), adapter, original.name, original.identity)
+    assert lora_spec(load_adapter(adapter, original.identity).spec).rank == 4
     settings: dict[str, Any] = {}
     if part == "weights":
         write_model(fresh, seed=1)
     elif part == "tokenizer":
-        write_tokenizer(fresh, words=262)
+        write_tokenizer(fresh, vocabulary_size=262)
     else:
         settings = {"targets": ("q_proj",)}
     with pytest.raises(BaseModelError, match=f"its {part} hash is"):

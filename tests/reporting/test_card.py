@@ -40,15 +40,15 @@ def test_every_saved_model_has_a_card_that_the_hub_can_read(runs: Any) -> None:
     folders = sorted(run.glob("clients/*/adapter"))
     assert len(folders) == 4
     for folder in folders:
-        found = ModelCard.load(folder / "README.md")
-        assert found.data.to_dict() == {
+        result = ModelCard.load(folder / "README.md")
+        assert result.data.to_dict() == {
             "library_name": "peft",
             "pipeline_tag": "text-generation",
             "license": "other",
             "license_name": "unspecified",
             "tags": ["fedamole", "federated-learning", "personalised"],
         }
-        assert found.text.strip().startswith(f"# A personal model of {folder.parent.name}\n")
+        assert result.text.strip().startswith(f"# A personal model of {folder.parent.name}\n")
 
 
 def test_its_numbers(runs: Any) -> None:
@@ -85,8 +85,8 @@ def test_a_second_row_has_its_own(runs: Any) -> None:
         assert ("after local training, before the aggregation" in text) == (row == "fedit_ft")
 
 
-@pytest.mark.parametrize("words", [("fedamole",), TWO_ROWS, ("feddpa",)], ids=lambda words: words[0])
-def test_nothing_private(words: tuple[str, ...], runs: Any, tiny: Path) -> None:
+@pytest.mark.parametrize("arguments", [("fedamole",), TWO_ROWS, ("feddpa",)], ids=lambda words: words[0])
+def test_nothing_private(arguments: tuple[str, ...], runs: Any, tiny: Path) -> None:
     """No text or label of any row, no path, no other client's name."""
     values = {
         str(value)
@@ -97,7 +97,7 @@ def test_nothing_private(words: tuple[str, ...], runs: Any, tiny: Path) -> None:
         if not isinstance(cell, int)
     } | {"Maybe"}
     assert len(values) > 200
-    run = runs(*words)
+    run = runs(*arguments)
     for path in run.glob("clients/*/adapter*/README.md"):
         text, own = path.read_text(), path.parts[-3]
         assert not [value for value in values if re.search(rf"\b{re.escape(value)}\b", text)]
@@ -125,16 +125,16 @@ def test_its_ways_to_load_it(method: str, runs: Any, tiny: Path) -> None:
     bank.load(adapters)
     ids = (5, 9, 14, 33)
     with torch.no_grad():
-        wanted = bank.base.model(input_ids=torch.tensor([bank.prefix(ids)])).logits[0, -1]
+        expected = bank.base.model(input_ids=torch.tensor([bank.prefix(ids)])).logits[0, -1]
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:
-        found: dict[str, Any] = {}
-        exec(block.replace("path/to/this/folder", str(folder)).replace("path/to/the/base", str(tiny / "base")), found)
+        results: dict[str, Any] = {}
+        exec(block.replace("path/to/this/folder", str(folder)).replace("path/to/the/base", str(tiny / "base")), results)
         with torch.no_grad():
-            logits = found["model"](input_ids=torch.tensor([ids])).logits[0, -1]
-        assert torch.allclose(logits.cpu(), wanted, atol=1e-4)
-        assert found["tokenizer"].eos_token == "<end>"
+            logits = results["model"](input_ids=torch.tensor([ids])).logits[0, -1]
+        assert torch.allclose(logits.cpu(), expected, atol=1e-4)
+        assert results["tokenizer"].eos_token == "<end>"
 
 
 @pytest.mark.parametrize("name", ["meta-llama/Llama-3.2-1B", "1e3", "no"])
@@ -185,9 +185,9 @@ def test_a_deployed_client_writes_its_own(client: Any, tiny: Path, tmp_path: Pat
         (path,) = (tmp_path / "one").rglob("README.md")
         assert path.parts[-3:] == ("entail", "adapter", "README.md")
         changed = path.stat().st_mtime_ns
-        found = ModelCard.load(path)
-        assert found.text.strip().startswith("# A personal model of entail")
-        assert "saved in round 0 of 0 to 5" in found.text
+        result = ModelCard.load(path)
+        assert result.text.strip().startswith("# A personal model of entail")
+        assert "saved in round 0 of 0 to 5" in result.text
         assert str(tmp_path) not in path.read_text()
     assert path.stat().st_mtime_ns == changed
 
