@@ -111,8 +111,8 @@ def letter(rng: random.Random) -> str:
     rng.shuffle(parts)
     after = [rng.choice(DOCTOR_AFTER[tier_body]), rng.choice(CLERK_AFTER[tier_money])]
     rng.shuffle(after)
-    who, place = person(rng), rng.choice(PLACES)
-    return f"A letter from {who} in {place}: {' '.join(parts)} Yours, {who} in {place}.\n{' '.join(after)}"
+    who, town = person(rng), rng.choice(PLACES)
+    return f"A letter from {who} in {town}: {' '.join(parts)} Yours, {who} in {town}.\n{' '.join(after)}"
 
 
 def shop_prose(rng: random.Random) -> str:

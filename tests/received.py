@@ -1,63 +1,25 @@
-"""A received run folder next to files that must not change, and calls of the command line."""
+"""A received run folder next to files that must not change, and checked calls of the command line."""
 
-import contextlib
 import hashlib
-import io
-import os
 import shutil
-import sys
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
-import torch
-
-from fedamole.cli import main as cli
+from tests.conftest import CommandResult, call_command
 
 STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
-@dataclass(frozen=True)
-class CommandResult:
-    """Output and exit code of a command."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The error line; empty on success."""
-        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
-        assert len(lines) == (self.code != 0), (self.code, self.err)
-        return lines[0] if lines else ""
-
-
 def call(*arguments: object) -> CommandResult:
     """Call `fedamole` in this process; asserts that it succeeds or prints one error, without control characters."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    threads = torch.get_num_threads()
-    with (
-        mock.patch.object(sys, "argv", ["fedamole", *map(str, arguments)]),
-        mock.patch.dict(os.environ, COLUMNS="200"),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 1
-        finally:
-            torch.set_num_threads(threads)
-    result = CommandResult(code, out.getvalue(), err.getvalue())
-    assert "Traceback" not in result.err, result.err
-    assert code in (0, 1, 2, 3, 4, 5)
+    result = call_command(*arguments)
+    assert result.code in (0, 1, 2, 3, 4, 5)
     # A library's progress bar goes back to the beginning of its line.
     text = result.out + "".join(line for line in result.err.split("\n") if "it/s]" not in line)
     steering = {sign for sign in text if unicodedata.category(sign) in STEERING} - {"\n", "\t"}
     assert not steering, steering
-    assert result.error or code == 0
+    assert result.error or result.code == 0
     return result
 
 

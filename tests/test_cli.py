@@ -8,8 +8,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,45 +17,10 @@ import torch
 import typer
 
 from fedamole.cli import main as cli
-from tests.conftest import heeding_interrupts
+from tests.conftest import CommandResult, heeding_interrupts
 
 COMMANDS = ("run", "resume", "show", "compare", "plan", "partition", "methods", "demo")
 SMALL = ["method.rank=2", "method.alpha=4"]
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def line(self) -> str:
-        """The last thing said: the error."""
-        return self.err.strip().splitlines()[-1]
-
-
-@pytest.fixture
-def fedamole(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., Result]:
-    """Call the command in this process, in an empty folder, through the function that the installed script calls."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["fedamole", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 1
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return Result(code, out, err)
-
-    return call
 
 
 @pytest.fixture
@@ -67,7 +30,7 @@ def own(tiny: Path, tmp_path: Path) -> Path:
     return tmp_path / "mine" / "config.toml"
 
 
-def refused(result: Result, code: int, *parts: str) -> None:
+def refused(result: CommandResult, code: int, *parts: str) -> None:
     """One line that begins with error: and holds these parts."""
     assert result.code == code, result.err
     assert result.line.startswith("error: "), result.err

@@ -25,10 +25,10 @@ from fedamole.config import SECTIONS, load_config, to_config
 from fedamole.deployment.security.policy import read_policy
 from fedamole.errors import ConfigError
 from fedamole.methods import METHODS
-from tests.test_cli import SMALL, fedamole, own, refused
+from tests.test_cli import SMALL, own, refused
 from tests.test_comparison import written
 
-__all__ = ["fedamole", "own"]
+__all__ = ["own"]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "COLUMNS": "160"}
 """A locale whose encoding is ASCII, for programs and for names of files alike."""
 

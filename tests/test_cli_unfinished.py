@@ -13,9 +13,9 @@ from fedamole.errors import RunError
 from fedamole.federation.summary import nothing_trained
 from fedamole.reporting.page.content import content
 from fedamole.reporting.page.reading import read_folders
-from tests.test_cli import SMALL, fedamole, own, refused
+from tests.test_cli import SMALL, own, refused
 
-__all__ = ["fedamole", "own"]
+__all__ = ["own"]
 TOLD = "is not finished (round 2 of 3)"
 
 

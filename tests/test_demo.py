@@ -2,10 +2,8 @@
 
 import json
 import re
-import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -13,28 +11,19 @@ from typing import Any
 import pytest
 
 from fedamole.cli import demo_runs
-from fedamole.cli import main as cli
 from fedamole.cli.options import bundled_config
 from fedamole.comparison.trials import LOCK
 from fedamole.config import load_config
 from fedamole.experiment import start
 from fedamole.federation.progress import PlainProgress, ProgressListener
 from fedamole.files import exclusive
+from tests.conftest import CommandResult, call_command
 
 METHODS = ("local_only", "fedit", "fedamole")
 TWO_SEEDS = [*METHODS, *(f"{method}-s1" for method in METHODS)]
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a command printed, and its exit code."""
-
-    code: int
-    out: str
-    err: str
-
-
-Demo = Callable[..., Result]
+Demo = Callable[..., CommandResult]
 
 
 def write_configs(folder: Path, tiny: Path, rounds: int = 1) -> None:
@@ -46,24 +35,14 @@ def write_configs(folder: Path, tiny: Path, rounds: int = 1) -> None:
 
 
 @pytest.fixture
-def demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> Demo:
+def demo(monkeypatch: pytest.MonkeyPatch, tiny: Path, tmp_path: Path) -> Demo:
     """Call a command in an empty folder; `demo` runs the small configs."""
     write_configs(tmp_path, tiny)
     monkeypatch.setattr(demo_runs, "bundled_config", lambda name: tmp_path / f"{name}.toml")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
 
-    def call(*arguments: object, command: str = "demo") -> Result:
-        monkeypatch.setattr(sys, "argv", ["fedamole", command, *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 1
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return Result(code, out, err)
+    def call(*arguments: object, command: str = "demo") -> CommandResult:
+        return call_command(command, *arguments)
 
     return call
 

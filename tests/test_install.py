@@ -30,8 +30,8 @@ PLACES = (
 )
 FILES = sorted(
     path
-    for place in PLACES
-    for path in ([ROOT / place] if (ROOT / place).is_file() else (ROOT / place).rglob("*"))
+    for name in PLACES
+    for path in ([ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*"))
     if path.is_file()
     and path.suffix in KINDS
     and not {"__pycache__", "bundled"} & set(path.parts)

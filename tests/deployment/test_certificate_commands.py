@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,33 +12,22 @@ from typing import Any
 
 import pytest
 
-from fedamole.cli import main as cli
 from fedamole.deployment.security.inspection import inspect_client, inspect_server
 from fedamole.deployment.security.keys import PASSPHRASE, fingerprint, is_locked, load_public
+from tests.conftest import call_command
 from tests.test_docs import blocks
 
 
 @pytest.fixture
-def fedamole(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Callable[..., tuple[int, str]]]:
+def fedamole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., tuple[int, str]]]:
     """Call the command in this process, in an empty folder; returns its exit code and output."""
     before = os.umask(0o022)  # the commands set their own, which the tests after these must not keep
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv(PASSPHRASE, raising=False)
 
     def call(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["fedamole", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 1
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return code, out + err
+        result = call_command(*arguments)
+        return result.code, result.out + result.err
 
     yield call
     os.umask(before)

@@ -17,7 +17,7 @@ from fedamole.model.base import Base
 from fedamole.model.batch import TokenPair
 from fedamole.model.params import Adapter, expert_keys, new_pool, new_shared, router_key
 
-ROWS: list[TokenPair] = [((place,), (place // 10, 0)) for place in range(100)]
+ROWS: list[TokenPair] = [((i,), (i // 10, 0)) for i in range(100)]
 """Ten labels of ten rows each, sorted by label, as some data sets are."""
 
 

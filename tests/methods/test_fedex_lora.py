@@ -125,7 +125,7 @@ def test_every_client_has_the_exact_mean_on_top_of_all_residuals(
     client_state = {name: Merged.nothing(SERVER.shapes) for name in "abc"}
     weights = {"a": 10.0, "b": 30.0, "c": 20.0} if weighting == "examples" else dict.fromkeys("abc", 1.0)
     base = {module: torch.zeros(d_out, d_in, dtype=torch.float64) for module, (d_in, d_out) in SERVER.shapes.items()}
-    whole = dict(base)
+    changes = dict(base)
     for number, (cohort, lost) in enumerate(rounds):
         replies = {}
         for info in INFOS:
@@ -144,8 +144,8 @@ def test_every_client_has_the_exact_mean_on_top_of_all_residuals(
                 mean = sum(
                     weights[n] / total * r.tensors[b].double() @ r.tensors[a].double() for n, r in answers.items()
                 )
-                whole[module] = base[module] + 1.5 * mean
-                base[module] = whole[module] - 1.5 * state.tensors[b].double() @ state.tensors[a].double()
+                changes[module] = base[module] + 1.5 * mean
+                base[module] = changes[module] - 1.5 * state.tensors[b].double() @ state.tensors[a].double()
         for info in INFOS:
             adapter = method.adapter(
                 client(SERVER.shapes, info.name), client_state[info.name], method.message(state, info)
@@ -153,7 +153,7 @@ def test_every_client_has_the_exact_mean_on_top_of_all_residuals(
             for module in SERVER.shapes:
                 A, B = (adapter.tensors[key].double() for key in shared_keys(module))
                 result = adapter.fixed[delta_key(module)].double() + 1.5 * B @ A
-                torch.testing.assert_close(result, whole[module], rtol=1e-5, atol=1e-4)
+                torch.testing.assert_close(result, changes[module], rtol=1e-5, atol=1e-4)
 
 
 def test_what_everybody_has_merged_is_logged_no_more_and_what_c_lacks_is() -> None:

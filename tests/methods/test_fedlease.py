@@ -17,7 +17,7 @@ from fedamole.model.mixer import LearnedRouter
 from fedamole.model.params import OWN, expert_keys, mixer_key
 
 SHAPES = {"m": (2, 2)}
-INFOS = tuple(ClientInfo(name, 10 * place + 10) for place, name in enumerate("abcde"))
+INFOS = tuple(ClientInfo(name, 10 * i + 10) for i, name in enumerate("abcde"))
 SERVER = Server(BaseInfo(SHAPES), INFOS, seed=0)
 A, B, MIXER = "m/shared/A", "m/shared/B", mixer_key("m")
 

@@ -26,7 +26,7 @@ ROWS: list[TokenPair] = [
     ((5, 66, 67, 68, 69), (19, 20, 0)),
 ]
 """13, 4 and 8 tokens; the first is longer than Gemma 3's window of 8."""
-EVEN: list[TokenPair] = [((5, place, 9, 8, 7, 6, 5, 4, 3), (place, 0)) for place in range(10, 14)]
+EVEN: list[TokenPair] = [((5, i, 9, 8, 7, 6, 5, 4, 3), (i, 0)) for i in range(10, 14)]
 
 
 @pytest.mark.parametrize("rows", [ROWS, EVEN, ROWS[:1]], ids=["ragged", "even", "single"])

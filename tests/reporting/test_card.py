@@ -54,7 +54,7 @@ def test_every_saved_model_has_a_card_that_the_hub_can_read(runs: Any) -> None:
 def test_its_numbers(runs: Any) -> None:
     run, names = runs("fedamole"), {"entail": "accuracy", "chat": "rouge_l"}
     rows = json.loads((run / "summary.json").read_text())["rows"]
-    (record,) = (one for one in read_manifest(run / "manifest.json").clients if one.client == "chat")
+    (record,) = (client for client in read_manifest(run / "manifest.json").clients if client.client == "chat")
     for who, headline in names.items():
         scores, own = table(text_of(run, who), "Test scores"), rows["fedamole"]["clients"][who]
         assert scores["model"] == [headline, "loss"]
@@ -143,7 +143,7 @@ def test_a_base_of_the_hub(name: str, runs: Any) -> None:
     folder = RunFolder.open(runs("local_only"))
     at = folder.path / "clients/mood/adapter"
     adapter, identity = (json.loads((at / file).read_text()) for file in ("adapter_config.json", "base_identity.json"))
-    (record,) = (one for one in read_manifest(folder.path / "manifest.json").clients if one.client == "mood")
+    (record,) = (client for client in read_manifest(folder.path / "manifest.json").clients if client.client == "mood")
     config = {**runs.load("local_only").tables()}
     summary = folder.read_json("summary.json")
     text = card(
