@@ -103,7 +103,7 @@ def test_prompts_longer_than_the_base(fedamole: Any, own: Path) -> None:
     refused(fedamole("plan", own, "training.max_length=4096"), 2, "this base has 128 positions")
 
 
-def test_training_that_diverges_is_named_and_the_run_goes_on(fedamole: Any, own: Path, caplog: Any) -> None:
+def test_diverged_training_is_reported_and_the_run_continues(fedamole: Any, own: Path, caplog: Any) -> None:
     result = fedamole("run", own, *SMALL, "method.name=fedit", "training.learning_rate=1e30", "federation.rounds=1")
     assert result.code == 5, "no update was left"
     assert "failed: client mood, round 0: its loss became" in result.err

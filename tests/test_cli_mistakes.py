@@ -232,7 +232,7 @@ def test_a_place_without_permission(own: Path, fedamole: Any, monkeypatch: pytes
     refused(fedamole("run", own, *SMALL), 1, "runs: Permission denied; choose another folder")
 
 
-def test_a_disk_that_gets_full_and_then_the_run_goes_on(
+def test_a_run_resumes_after_a_full_disk(
     own: Path, fedamole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = os.fsync, 0

@@ -98,7 +98,7 @@ def test_a_run_in_which_every_update_failed(own: Path, fedamole: Any, tmp_path: 
         assert "**Not trained: all 4 updates" in card.read_text()
 
 
-def test_runs_that_trained_are_not_said_to_be_lost(runs: Any) -> None:
+def test_runs_that_trained_are_not_reported_as_lost(runs: Any) -> None:
     summary = json.loads((runs("fedit") / "summary.json").read_text())
     assert (summary["updates"], summary["left_out"]) == (12, 0)
     assert not nothing_trained(summary)

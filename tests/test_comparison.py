@@ -145,7 +145,7 @@ def test_a_failed_cell_is_named_not_averaged_and_tried_again(write: Write, tmp_p
     ]
 
 
-def test_a_killed_process_is_a_failed_cell_that_goes_on(write: Write, tmp_path: Path) -> None:
+def test_a_trial_whose_process_was_killed_failed_and_resumes(write: Write, tmp_path: Path) -> None:
     path = write(["local_only"], overrides=[*SMALL, "federation.rounds=10"])
     log = str(tmp_path / "out/tiny/local_only-s0.log")
 

@@ -109,7 +109,7 @@ def test_a_grid_is_widened_while_the_best_rate_is_at_an_edge(
     assert {(result.learning_rate, result.at_edge) for result in scenario.methods["fedit"]} == {tuple(choice)}
 
 
-def test_a_widened_grid_goes_on_after_an_interrupt(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_widened_grid_resumes_after_an_interrupt(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after each number of trials in turn, the comparison comes to the same grid and trains nothing twice."""
     path, names = write(["fedit", "fedit_ft"], learning_rates=FIVE), list[str]()
     for _ in range(30):

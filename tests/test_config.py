@@ -454,5 +454,5 @@ def test_every_field_has_an_effect(field: str, runs: Any) -> None:
     assert EFFECTS[field](runs)
 
 
-def test_no_effect_is_of_a_field_that_is_gone() -> None:
+def test_every_listed_effect_is_of_an_existing_field() -> None:
     assert set(EFFECTS) == set(FIELDS)

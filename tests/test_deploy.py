@@ -55,7 +55,7 @@ def coordinated(arguments: list[str], folder: Path) -> list[list[str]]:
     return [first, said()]
 
 
-def test_the_coordinator_starts_once_and_then_goes_on(tmp_path: Path) -> None:
+def test_the_coordinator_starts_once_and_then_resumes(tmp_path: Path) -> None:
     arguments = ["/etc/run.toml", "runs/a b", "--certs", "c d", "--port", "1"]
     first, then = coordinated(arguments, tmp_path)
     assert first == ["server", "/etc/run.toml", "run.folder=runs/a b", "--certs", "c d", "--port", "1"]

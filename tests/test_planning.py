@@ -80,7 +80,7 @@ def test_memory_is_measured() -> None:
     assert free_bytes(device) > 2**26
 
 
-def test_the_plan_foretells_the_peak(runs: Any) -> None:
+def test_the_planned_memory_is_close_to_the_measured_peak(runs: Any) -> None:
     """A fresh process, as the peak is the whole process's: the estimate is within a quarter of what was measured."""
     config, folder = runs.config, runs.free()
     overrides = ["method.name=fedamole", "run.group=4", f"run.folder={folder}", "federation.rounds=1"]

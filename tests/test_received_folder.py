@@ -419,7 +419,7 @@ def test_a_run_config_extends_nothing(received: ReceivedRun) -> None:
         assert "hunter2" not in result.err
 
 
-def test_what_is_read_outside_is_said_before_it_is_read(received: ReceivedRun, tiny: Path) -> None:
+def test_files_outside_the_folder_are_announced_before_they_are_read(received: ReceivedRun, tiny: Path) -> None:
     (received.run / "summary.json").unlink()
     config = tomllib.loads((received.run / "config.toml").read_text())
     config["data"]["source"][0]["path"] = str(received.outside / "secret.json")
@@ -435,7 +435,7 @@ def test_what_is_read_outside_is_said_before_it_is_read(received: ReceivedRun, t
     assert "reads " not in call("generate", received.run, "x", "--client", "mood", "--base", tiny / "base").err
 
 
-def test_data_and_hub_names_are_told_too(tmp_path: Path) -> None:
+def test_data_and_hub_names_are_reported_too(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(
         '[base]\nmodel = "somebody/model"\n[[data.source]]\nname = "a"\nhub = "somebody/data"\nsplit = "train"\n'
         f'[[data.source]]\nname = "b"\npath = "{tmp_path}/inside.jsonl"\ntest = "/elsewhere/test.jsonl"\n'
@@ -488,7 +488,7 @@ def test_numbers_of_a_config_are_bounded(received: ReceivedRun) -> None:
             load_run_config(RunFolder.open(received.run))
 
 
-def test_a_manifest_of_an_honest_run_is_as_it_was(runs: Any) -> None:
+def test_a_manifest_of_an_honest_run_is_unchanged(runs: Any) -> None:
     path = runs("fedamole", *WORD) / "manifest.json"
     assert read_manifest(path).to_json() == path.read_text()
 

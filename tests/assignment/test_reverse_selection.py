@@ -357,7 +357,7 @@ def test_remaining_fewer_clients_than_choices() -> None:
 
 
 @pytest.mark.parametrize("function", [solve, remain])
-def test_nobody_left_is_an_error(function: Solve) -> None:
+def test_no_remaining_client_is_an_error(function: Solve) -> None:
     with pytest.raises(InfeasibleError, match="1 <= clients fails"):
         function(np.empty((4, 0)), 1, 0, 2)
 

@@ -93,7 +93,7 @@ def test_the_base_that_a_gpu_is_measured_with_trains(monkeypatch: pytest.MonkeyP
     assert alone(Bank(base), adapter, [((5, 6, 7), (8, 9))], TrainingSettings(local_steps=2)).steps == 2
 
 
-def test_all_are_measured_once_and_a_second_run_goes_on(tmp_path: Path) -> None:
+def test_all_are_measured_once_and_a_second_run_resumes(tmp_path: Path) -> None:
     output = run("all", "--quick", "--out", str(tmp_path), "assignment")
     assert "assignment: " in output
     assert {path.name for path in tmp_path.iterdir()} == {"assignment.json", "assignment.txt"}

@@ -147,7 +147,7 @@ def _without_tensors(state: bytes) -> bytes:
         ("client_done", 24),  # all have finished round 1, which is not committed
     ],
 )
-def test_a_run_killed_between_exchanges_resumes_as_if_it_had_not_been(
+def test_a_run_killed_between_exchanges_resumes_with_the_same_result(
     point: str, nth: int, runs: Any, crash: Any, remains: Any
 ) -> None:
     folder = crash(point, nth, NAME)
@@ -244,7 +244,7 @@ def test_a_deployment_equals_the_run_in_one_process(there: DirectDeployment, exp
 
 
 @pytest.mark.parametrize("nth", [16, 18, 21])
-def test_a_server_killed_between_exchanges_goes_on_as_if_it_had_not_been(
+def test_a_server_stopped_between_exchanges_resumes_with_the_same_result(
     nth: int, there: DirectDeployment, expected: dict[str, Any]
 ) -> None:
     """12 updates a round: in round 1 all have trained once, two have trained twice, one has measured."""

@@ -94,7 +94,7 @@ def refused(method: Any, expected: Any, reply: Any, most: float | None = MOST) -
 
 
 @pytest.mark.parametrize("name", sorted(name for name in METHODS if not name.endswith("_ft")))
-def test_real_replies_pass_and_spoiled_ones_do_not(name: str, compared: Any) -> None:
+def test_real_replies_pass_and_changed_ones_are_refused(name: str, compared: Any) -> None:
     method, seen = compared(name)
     assert len(seen) >= 6
     expected, got = seen[-1]

@@ -271,7 +271,7 @@ NASTY = [
 
 @hypothesis_settings(deadline=None)
 @given(st.sampled_from(["alpaca", "plain"]), st.text(), st.text(), st.sampled_from(NASTY))
-def test_what_is_tokenised_is_what_stands_in_the_row(template: str, first: str, second: str, nasty: str) -> None:
+def test_the_text_of_the_row_is_tokenised(template: str, first: str, second: str, nasty: str) -> None:
     """Row to example to tokens and back, with two lossless tokenizers."""
     row = {"instruction": first, "context": second + nasty, "response": nasty + second}
     row |= {"prompt": first + nasty, "completion": nasty + first}
@@ -291,7 +291,7 @@ def test_what_is_tokenised_is_what_stands_in_the_row(template: str, first: str, 
 LOSSLESS = (byte_level(), AutoTokenizer.from_pretrained(str(files("fedamole") / "bundled/base")))
 
 
-def test_what_is_tokenised_is_what_stands_in_the_file(tmp_path: Path) -> None:
+def test_the_text_of_the_file_is_tokenised(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps({"prompt": text, "completion": text}) + "\n" for text in NASTY), encoding="utf-8"
     )

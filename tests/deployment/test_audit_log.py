@@ -84,7 +84,7 @@ def test_every_message_has_a_line_with_what_is_in_it(logged: Any) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_records_are_told_by_fields_and_scores_by_value(logged: Any) -> None:
+def test_records_are_logged_by_field_and_scores_by_value(logged: Any) -> None:
     folder, _, answers = logged
     log_lines = lines(folder / ".client-entail/audit.jsonl")
     join, update, test = log_lines[1], log_lines[3], log_lines[9]
@@ -190,7 +190,7 @@ def test_a_change_is_noticed(change: str, tmp_path: Path) -> None:
     assert "NOT INTACT: line" in result.output
 
 
-def test_a_line_torn_by_a_crash_is_told_and_the_chain_goes_on(tmp_path: Path) -> None:
+def test_an_incomplete_line_after_a_crash_is_reported_and_the_chain_continues(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     some(path, 2)
     os.truncate(path, path.stat().st_size - 9)

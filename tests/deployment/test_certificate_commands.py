@@ -80,7 +80,7 @@ def test_an_older_folder_is_given_an_order_key(fedamole: Any, tmp_path: Path) ->
     assert (code, "coordinator.pub exists without coordinator.key" in output) == (2, True)
 
 
-def test_a_key_made_by_the_coordinator_is_known_to_it_and_that_is_said(fedamole: Any) -> None:
+def test_a_warning_says_that_the_coordinator_knows_a_key_it_made(fedamole: Any) -> None:
     code, output = fedamole("certs", "--client", "bank")
     assert code == 0
     assert "contains the private key of bank" in output

@@ -225,7 +225,7 @@ def test_a_folder_others_can_enter_gets_no_key(tmp_path: Path) -> None:
     assert mode(tmp_path / "empty") == 0o700
 
 
-def test_more_clients_leave_everything_else_as_it_was(certs: Path) -> None:
+def test_adding_clients_changes_no_other_file(certs: Path) -> None:
     before = snapshot(certs)
     created = make_certificates(certs, HOSTS, ("clinic", "bank", "shop"))
     after = snapshot(certs)

@@ -242,7 +242,7 @@ def test_a_worker_that_is_not_there_is_an_answer(tmp_path: Path) -> None:
     assert script.replies == [None]
 
 
-def test_a_full_disk_is_an_answer_and_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_does_not_end_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     messages = list[str]()
     processes = ClientProcesses(
         ServerConnection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, messages.append
@@ -257,7 +257,7 @@ def test_a_full_disk_is_an_answer_and_no_end(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("left", ["ca.crt", "coordinator.pub", "node.key"])
-def test_a_folder_without_one_of_its_files_is_told(left: str, tmp_path: Path) -> None:
+def test_a_missing_file_of_a_folder_is_reported(left: str, tmp_path: Path) -> None:
     for name in {"ca.crt", "coordinator.pub", "node.key"} - {left}:
         (tmp_path / name).touch()
     with pytest.raises(ConfigError, match=f"{left} is missing"):

@@ -138,7 +138,7 @@ def test_each_request_is_done_once_and_what_did_not_count_is_undone(method: str,
     ]
 
 
-def test_the_best_model_is_kept_when_it_is_told_and_not_what_came_after(served: Any, client: Any) -> None:
+def test_the_saved_best_model_is_that_of_the_round_that_the_server_names(served: Any, client: Any) -> None:
     server, host = served("local_only"), client("one")
     ask(host, server.join())
     ask(host, server.update(0, -1))
@@ -286,7 +286,7 @@ def test_no_word_of_an_error_travels(
     assert "On day 3" in caplog.text, "the client's own log has it"
 
 
-def test_labels_are_told_only_where_they_are_shared(served: Any, client: Any, tiny: Path) -> None:
+def test_labels_are_reported_only_where_they_are_shared(served: Any, client: Any, tiny: Path) -> None:
     report = ask(client("shy"), served("fedit").join()).report
     assert set(report) == {"examples", "base", "device"}
     report = ask(client("open", policy=replace(UNBOUNDED, share_labels=True)), served("fedit").join()).report

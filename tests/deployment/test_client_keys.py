@@ -92,7 +92,7 @@ def test_states(certs: Path, at: Callable[[int], None]) -> None:
         assert admitted_keys(certs)["clinic"].state == state, days
 
 
-def test_a_key_of_an_older_version_has_no_end(certs: Path) -> None:
+def test_a_key_of_an_older_version_does_not_expire(certs: Path) -> None:
     path = certs / "nodes" / "clinic.pub"
     path.write_bytes((certs / "clients" / "clinic" / "node.pub").read_bytes())
     assert admitted_keys(certs)["clinic"].until is None
@@ -114,7 +114,7 @@ def test_a_key_of_an_older_version_has_no_end(certs: Path) -> None:
         "until=20270101",
     ],
 )
-def test_an_end_that_cannot_be_read_is_an_error_and_never_no_end(certs: Path, end: str) -> None:
+def test_an_unreadable_expiry_date_is_an_error_and_not_unlimited(certs: Path, end: str) -> None:
     path = certs / "nodes" / "clinic.pub"
     parts = path.read_text().split()
     path.write_text(f"{parts[0]} {parts[1]} clinic {end}\n")

@@ -385,7 +385,7 @@ def test_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert state("some/model")[0] == "ok"
 
 
-def test_what_others_can_compute_is_told(tmp_path: Path) -> None:
+def test_what_others_can_compute_is_listed(tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     config.write_text('[base]\nmodel = "bundled"\n[deployment]\nclients = ["a", "b", "c", "d", "e", "f"]\n')
     findings = [finding for finding in examine_server(config, None, "127.0.0.1", 0) if finding.what == "exposure"]
@@ -469,7 +469,7 @@ def test_messages_beside_a_prompt(tmp_path: Path) -> None:
     assert [finding.state for finding in findings] == ["ok", "ok"]
 
 
-def test_a_single_label_is_told_without_it(tmp_path: Path) -> None:
+def test_a_single_label_is_reported_without_its_text(tmp_path: Path) -> None:
     data = rows(tmp_path / "d.jsonl", *({"text": str(at), "label": SECRET} for at in range(3)))
     finding = of("data", examine_client(None, None, None, data))[-1]
     assert "fewer than two values" in finding.text

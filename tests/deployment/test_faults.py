@@ -64,7 +64,7 @@ def collected(there: Site, rounds: int, seconds: float) -> dict[str, bytes]:
     return {name: state for name, state in states.items() if name <= f"round-{rounds - 1:04d}.safetensors"}
 
 
-def test_a_killed_server_goes_on_to_the_same_states_and_a_killed_worker_comes_back(tmp_path: Path, tiny: Path) -> None:
+def test_a_killed_server_resumes_to_the_same_states_and_a_killed_worker_restarts(tmp_path: Path, tiny: Path) -> None:
     with site(tmp_path, tiny, "training.local_steps=30") as there:
         server = there.server()
         clients = {name: there.client(name) for name in NAMES}
@@ -165,7 +165,7 @@ def test_a_late_client_joins_a_run_that_is_under_way(living: Site) -> None:
 
 
 @pytest.mark.faults
-def test_who_cannot_be_trusted_is_told_why_and_the_run_goes_on(living: Site) -> None:
+def test_an_untrusted_client_gets_the_reason_and_the_run_continues(living: Site) -> None:
     assert living.certs is not None
     foreign = living.folder / "foreign"
     make_certificates(foreign, ["localhost"], ["mood"])

@@ -177,7 +177,7 @@ FOREIGN: dict[str, Callable[[Superlink], None]] = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_anything_but_a_request_is_refused_and_gone(name: str, superlink: Superlink, fleet: Fleet) -> None:
+def test_anything_but_a_request_is_refused_and_disconnected(name: str, superlink: Superlink, fleet: Fleet) -> None:
     FOREIGN[name](superlink)
     with pytest.raises(UnusableMessageError):
         fleet.receive()

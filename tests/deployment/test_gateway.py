@@ -382,7 +382,7 @@ SUPERLINKS = ("nowhere", "127.0.0.1", "a:b", "127.0.0.1:1/v1", "me@127.0.0.1:1",
         ("--max-total-mib", "many"),
     ],
 )
-def test_a_wrong_argument_is_told(
+def test_a_wrong_argument_is_reported(
     option: str, value: str, tls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from fedamole.deployment.gateway.process import main

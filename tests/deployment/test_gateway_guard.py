@@ -158,7 +158,7 @@ def test_another_digest_is_no_signature(key: Key, nodes: Roster) -> None:
     assert word({**good, "flwr-signature": b64encode(signed).decode()}, nodes) == "bad-signature"
 
 
-def test_strangers_get_a_word_and_the_superlink_hears_nothing(door: GatewayUnderTest) -> None:
+def test_strangers_get_an_error_and_do_not_reach_the_superlink(door: GatewayUnderTest) -> None:
     for signed, reason in (
         ({}, "unknown-key"),
         (signature(new_key()), "unknown-key"),
@@ -187,7 +187,7 @@ def flowers(door: GatewayUnderTest, name: str) -> FleetHttpClient:
     )
 
 
-def test_a_removed_key_is_refused_at_once_and_flowers_client_is_told_so(door: GatewayUnderTest) -> None:
+def test_a_removed_key_is_refused_at_once_with_an_error_for_flowers_client(door: GatewayUnderTest) -> None:
     """Also in the middle of a connection, and with a body that the gateway does not read."""
     file = door.tls / "nodes" / "anna.pub"
     body = PushObjectRequest(object_content=os.urandom(5_000_000))
@@ -300,7 +300,7 @@ def test_bytes_on_their_way_are_bounded_and_others_go_on(door: GatewayUnderTest)
     assert "bytes in transit; the limit is" in door.log.read_text()
 
 
-def test_nobody_fills_the_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stranger_cannot_fill_the_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     limited_log = RateLimitedLog(logging.getLogger("fedamole.gateway"))

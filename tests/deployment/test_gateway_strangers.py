@@ -107,7 +107,7 @@ def test_large_bodies_of_strangers_are_not_taken(tls: Path, superlink: FakeSuper
 
 
 @pytest.mark.parametrize("source", [lambda number: "127.0.0.9", sources, lambda number: HOST])
-def test_silent_strangers_keep_nobody_out(
+def test_silent_strangers_do_not_block_clients(
     tls: Path, superlink: FakeSuperLink, tmp_path: Path, source: Callable[[int], str]
 ) -> None:
     """From one address, from many, and from the client's own: a third with half a head, a third with TLS alone, a

@@ -75,7 +75,7 @@ def received(inbox: Inbox, tickets: list[str], count: int) -> dict[str, bytes | 
     return replies
 
 
-def test_half_an_answer_holds_up_nobody_else_and_is_given_up(
+def test_an_incomplete_answer_does_not_delay_others_and_times_out(
     superlink: Superlink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inbox: Inbox = Inbox(superlink)  # type: ignore[arg-type]

@@ -81,7 +81,7 @@ def test_nothing_to_rotate(tmp_path: Path) -> None:
         rotate(tmp_path / "small.log", keep=0)
 
 
-def test_a_full_disk_leaves_the_log_as_it_is(
+def test_a_full_disk_does_not_change_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "a.log"

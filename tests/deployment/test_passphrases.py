@@ -101,7 +101,7 @@ def test_the_coordinators_keys(tmp_path: Path) -> None:
     assert not is_locked(tmp_path / "own" / "server.key")
 
 
-def test_what_a_client_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_to_a_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_certificates(tmp_path / "certs", (), ())
     own = tmp_path / "own"
     admit(tmp_path / "certs", "clinic", make_own_key(own, "clinic", WORD))

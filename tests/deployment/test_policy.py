@@ -487,7 +487,7 @@ def test_settings_do_not_change_under_way(asks: Any, client: Any, caplog: Any) -
     assert "settings differ from those this run began with" in caplog.text
 
 
-def test_the_hash_is_of_everything_that_is_told(asks: Any) -> None:
+def test_the_hash_covers_all_shared_settings(asks: Any) -> None:
     settings = asks("fedit").settings
     wired = json.loads(json.dumps(settings))
     assert agreed_hash(wired) == agreed_hash(settings), "the same on both sides of the wire"

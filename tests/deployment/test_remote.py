@@ -214,7 +214,7 @@ def test_workers_that_end_and_start_again_change_nothing(method: str, settle: An
     assert_same(there, in_one_process(there.config, tmp_path / "here"))
 
 
-def test_whoever_lost_its_folder_joins_again(settle: Any, caplog: Any) -> None:
+def test_a_client_that_lost_its_folder_joins_again(settle: Any, caplog: Any) -> None:
     """mood's folder is deleted while its worker runs, chat's together with its worker: both rejoin a round later."""
     there = settle("fedit", *QUICK)
 
@@ -260,7 +260,7 @@ def test_late_joins_and_absences(method: str, options: list[str], settle: Any, t
         ("fedit", ["federation.clip_factor=1"], ("client_done", 6), False),
     ],
 )
-def test_a_server_that_was_killed_goes_on(
+def test_a_killed_server_resumes_with_the_same_result(
     method: str, options: list[str], point: tuple[str, int], damaged: bool, settle: Any, runs: Any
 ) -> None:
     there = settle(method, *options, *QUICK)

@@ -163,7 +163,7 @@ class Once(FedIT):
         return (*self.reply(client, kept, message, only), only)
 
 
-def test_everybody_reads_his_own_embeddings_whoever_takes_more_steps(runs: Any, tmp_path: Path) -> None:
+def test_each_client_reads_its_own_embeddings_with_different_numbers_of_steps(runs: Any, tmp_path: Path) -> None:
     """Epochs of unequal data: the group trains in the order of steps, the replies are each client's own."""
     replies = []
     for group in (1, 4):
@@ -274,7 +274,7 @@ def test_where_memory_runs_out_groups_are_halved(
         clients.score_base("test", clients.wait_for_clients())
 
 
-def test_memory_that_runs_out_after_training_trains_nobody_twice(runs: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_out_of_memory_after_training_trains_no_client_twice(runs: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """Reading the embedding splits of more than two clients fails, when all four are trained: as groups of two."""
     method = FedAmole(rank=2, alpha=4.0)
     expected, messages, _ = engine(runs, tmp_path / "wanted", method, 2)
@@ -298,7 +298,7 @@ def test_memory_that_runs_out_after_training_trains_nobody_twice(runs: Any, tmp_
 
 
 @pytest.mark.parametrize("method", [SMALL, Twice(rank=2, alpha=4.0)], ids=["shared training", "an update of its own"])
-def test_where_one_client_alone_is_too_much_the_way_out_is_told(
+def test_if_one_client_does_not_fit_the_error_names_the_settings(
     method: FedIT, runs: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """From 4 clients down to 1, in training itself."""

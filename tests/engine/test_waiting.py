@@ -91,7 +91,7 @@ def message() -> bytes:
     return pack(FedIT(rank=2).init(Server(BaseInfo(SHAPES), (), 0)))
 
 
-def test_a_server_that_goes_on_tells_best_rounds_and_what_counted_last() -> None:
+def test_a_resumed_server_sends_best_rounds_and_the_last_answered_exchange() -> None:
     link = FakeLink()
     there = engine(link)
     there.restore({"ann": {"fedit": 3}, "bob": {"fedit": 2}}, {"ann": (4, 0), "bob": (2, 1)}, {"ann": 7})
@@ -243,7 +243,7 @@ def test_a_node_has_few_open_requests_to_join(monkeypatch: Any) -> None:
     assert len(there.membership._open_joins) == 3 * timing.MAX_OPEN_JOINS
 
 
-def test_the_number_of_examples_is_the_one_told_first(caplog: Any) -> None:
+def test_the_number_of_examples_is_the_first_one_reported(caplog: Any) -> None:
     counts = {"ann": 9}
 
     def answers(name: str, request: Request) -> bytes:

@@ -193,7 +193,7 @@ def test_an_epoch_is_every_row_once(bank: Bank) -> None:
     assert passes[0] != list(range(10, 30))
 
 
-def test_the_loss_told_is_the_mean_over_the_steps(bank: Bank, rows: list[TokenPair]) -> None:
+def test_the_reported_loss_is_the_mean_over_the_steps(bank: Bank, rows: list[TokenPair]) -> None:
     """With a rate next to nothing the adapter stays, so the mean is that of the batches' losses."""
     chosen = TrainingSettings(local_steps=3, batch_size=2, learning_rate=1e-12)
     batches = _batches(rows, chosen, torch_generator(0, "order", "mood", 0))
@@ -207,7 +207,7 @@ def test_the_loss_told_is_the_mean_over_the_steps(bank: Bank, rows: list[TokenPa
     assert loss == pytest.approx(sum(losses) / 3, rel=1e-5)
 
 
-def test_steps_are_told(bank: Bank, rows: list[TokenPair]) -> None:
+def test_steps_are_reported(bank: Bank, rows: list[TokenPair]) -> None:
     steps: list[tuple[int, int]] = []
     settings = TrainingSettings(local_steps=3)
     alone(bank, lora(bank), rows, settings, seed=0, client="a", round_=0, on_step=lambda *step: steps.append(step))
@@ -286,7 +286,7 @@ def test_an_adapter_with_nan_diverges(bank: Bank, rows: list[TokenPair]) -> None
         train(bank, start, rows, 4)
 
 
-def test_training_goes_on_after_a_divergence(bank: Bank, rows: list[TokenPair]) -> None:
+def test_training_continues_after_a_divergence(bank: Bank, rows: list[TokenPair]) -> None:
     expected = train(bank, lora(bank), rows).adapter.tensors
     with pytest.raises(DivergedError):
         train(bank, lora(bank), rows, learning_rate=1e30)
@@ -346,7 +346,7 @@ def test_a_diverged_client_is_left_out_and_keeps_its_state(poisoned: Any, caplog
 
 
 @pytest.mark.parametrize("method", ["fedit", "fedamole"])
-def test_where_all_diverge_the_server_stays_as_it_was(method: str, runs: Any, crash: Any, facts: Any) -> None:
+def test_if_all_diverge_the_server_state_is_unchanged(method: str, runs: Any, crash: Any, facts: Any) -> None:
     """A rate of 1e30 from the first round on: nobody answers, every round; the run ends and stays resumable."""
     overrides = ("training.learning_rate=1e30", "federation.rounds=3")
     run = runs(method, *overrides)

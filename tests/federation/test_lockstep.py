@@ -120,7 +120,7 @@ def test_neither_order_nor_windows_matter(bank: Bank, tokens: int, monkeypatch: 
     assert_equal([result[i] for i in (1, 4, 3, 0, 2)], alone(bank, group))
 
 
-def test_whoever_is_done_leaves_and_is_moved_no_more(bank: Bank) -> None:
+def test_a_finished_client_leaves_the_group_and_does_not_change(bank: Bank) -> None:
     """Epochs of 2, 5, 14, 3 and 7 rows are as many steps; momentum would go on for those that are done."""
     group, settings = of_uneven_steps(bank), TrainingSettings(local_epochs=1, batch_size=1)
     result = trained(bank, group, settings)
@@ -128,7 +128,7 @@ def test_whoever_is_done_leaves_and_is_moved_no_more(bank: Bank) -> None:
     assert_equal(result, alone(bank, group, settings))
 
 
-def test_whoever_is_done_keeps_every_bit(bank: Bank) -> None:
+def test_a_finished_client_keeps_every_bit(bank: Bank) -> None:
     """The bank after each step: a client's row changes with each of its own steps, and after the last no more."""
     seen: dict[int, torch.Tensor] = {}
     settings = TrainingSettings(local_epochs=1, batch_size=1)

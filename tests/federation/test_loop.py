@@ -159,7 +159,7 @@ def test_a_false_loss_pins_the_best_round_of_its_author_alone(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("best_round", "rounds"), [("client", {"a": 0, "b": 1}), ("mean", {"a": 1, "b": 1})])
-def test_an_engine_is_told_the_best_rounds_when_a_run_goes_on(best_round: str, rounds: Any, tmp_path: Path) -> None:
+def test_an_engine_gets_the_best_rounds_on_resume(best_round: str, rounds: Any, tmp_path: Path) -> None:
     """Two rounds, then a third in the same folder. A round that does not improve leaves the best rounds as they are."""
     losses = [{"a": 3.0, "b": 5.0}, {"a": 4.0, "b": 1.0}, {"a": 9.0, "b": 9.0}]
     play(tmp_path / "run", losses[:2], best_round=best_round)
@@ -208,7 +208,7 @@ def test_where_the_last_round_is_the_best_it_is_not_scored_twice(tmp_path: Path)
     assert summary["rows"]["local_only"]["last_mean"] == summary["rows"]["local_only"]["mean"]
 
 
-def test_whoever_does_not_answer_is_named(tmp_path: Path) -> None:
+def test_a_client_that_does_not_answer_is_named(tmp_path: Path) -> None:
     play(tmp_path / "run", [{"a": 1.0}, {}])
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     failed = [(line["round"], line["client"]) for line in lines if "failed" in line]
@@ -222,7 +222,7 @@ def cohorts(lines: list[dict[str, Any]]) -> list[list[str]]:
     return [line["cohort"] for line in lines if line["split"] == "round"]
 
 
-def test_whoever_comes_late_counts_with_the_bare_base_until_then(tmp_path: Path) -> None:
+def test_a_late_client_counts_with_the_untuned_base_until_it_joins(tmp_path: Path) -> None:
     """a alone: 30, 20, so round 1 is best with 20. With b's base at 50 it stands at 35 before rounds of 36 and 33."""
     losses = [{"a": 30.0}, {"a": 20.0}, {"a": 36.0, "b": 36.0}, {"a": 36.0, "b": 30.0}]
     summary, calls = play(tmp_path / "run", losses, script=LateComer)

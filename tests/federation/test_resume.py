@@ -149,7 +149,7 @@ def test_a_foreign_checkpoint(runs: Any, crash: Any) -> None:
         resume(folder, ProgressListener())
 
 
-def test_a_finished_run_is_left_as_it_is(runs: Any) -> None:
+def test_a_finished_run_is_not_changed(runs: Any) -> None:
     folder = runs("fedit")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert resume(folder, ProgressListener())["method"] == "fedit"

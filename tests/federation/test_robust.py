@@ -57,7 +57,7 @@ def test_a_change_is_clipped_at_a_multiple_of_the_others_median() -> None:
         assert clipped[name] is replies[name]
 
 
-def test_what_was_not_sent_counts_as_it_is() -> None:
+def test_tensors_that_were_not_sent_count_by_their_own_norm() -> None:
     """Mean embeddings: nothing was sent under their keys. Two rows of one kind are one group."""
 
     def of(x: float) -> Lora:
@@ -107,7 +107,7 @@ def test_a_client_that_sends_back_what_it_got_does_not_clip_the_others() -> None
     assert clip(4.0)(0, sent(replies), replies)[1] == {}
 
 
-def test_of_two_clients_none_is_clipped_and_that_is_said_once(caplog: Any) -> None:
+def test_with_two_clients_nothing_is_clipped_and_one_warning_says_so(caplog: Any) -> None:
     robust = clip()
     replies = {"a": reply(1), "d": reply(9000)}
     with caplog.at_level(logging.WARNING):

@@ -103,7 +103,7 @@ def test_a_strong_term_keeps_the_own_lora_by_the_global_one(runs: Any) -> None:
 
 
 @pytest.mark.parametrize(("field", "message"), [({"proximal": -1.0}, "method.proximal = -1.0"), ({"rank": 0}, "rank")])
-def test_what_cannot_be_is_refused(field: Any, message: str) -> None:
+def test_invalid_values_are_refused(field: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Ditto(**field)
     assert Ditto(proximal=0.0).proximal == 0.0

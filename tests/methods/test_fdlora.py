@@ -138,7 +138,7 @@ def test_means_by_examples() -> None:
 
 
 @pytest.mark.parametrize("round_", [0, 3])
-def test_whoever_begins_late_begins_with_a_personal_lora(round_: int) -> None:
+def test_a_late_client_starts_with_a_personal_lora(round_: int) -> None:
     """Nobody answered before: this is everybody's first round, whatever its number."""
     message = Shared(one(2.0).tensors, False)
     work = FdLora(rank=1).update(client(SHAPES, round_=round_), OwnLora(one(5.0).tensors), message)

@@ -73,7 +73,7 @@ def test_the_model_is_the_own_lora_beside_the_new_rest() -> None:
     assert torch.equal(model.tensors[OWN_A], client_state.tensors[OWN_A])
 
 
-def test_a_second_round_goes_on_from_what_was_kept() -> None:
+def test_a_second_round_continues_from_the_client_state() -> None:
     """Own LoRA 2 and mixer 3 beside the others' 5; a whole round's steps, and only the rest is frozen."""
     method, mixer = FedAlt(rank=1), mixer_key("m")
     client_state = OwnAndMixer(

@@ -116,7 +116,7 @@ def test_weighting_by_examples() -> None:
     assert float(after.expert_embeddings["m"]["expert-00"]) == 1.25
 
 
-def test_what_nobody_returned_keeps_weights_and_embedding() -> None:
+def test_experts_that_no_client_returned_keep_weights_and_embedding() -> None:
     """Only a was drawn: expert 1, which it does not hold, keeps 101 and its old embedding; t of b and c stay."""
     known = pool(
         expert_embeddings={"m": {"expert-01": torch.tensor([9.0]), "expert-00": torch.tensor([8.0])}},
@@ -374,7 +374,7 @@ def test_no_update_is_handed_out_alone(min_holders: int | None, asked: str, answ
     assert set(after.client_embeddings["m"]) == set(answered)
 
 
-def test_what_is_averaged_is_so_over_whoever_answered() -> None:
+def test_the_mean_is_over_the_clients_that_answered() -> None:
     """b fails: expert 2 = (1 + 6) / 2 = 3.5, shared = (1 + 6) / 2 = 3.5, and expert 0 stays 100: not a's 1."""
     after = METHOD.aggregate(server(), pool(), {name: REPLIES[name] for name in "ac"})
     assert number(after.tensors, "m/expert-02/A") == number(after.tensors, "m/shared/B") == 3.5
@@ -476,7 +476,7 @@ def test_each_module_has_its_own_limit() -> None:
 # --- what others can compute -----------------------------------------------------------------------------------
 
 
-def test_what_is_said_of_co_holders_is_computed_from_the_config() -> None:
+def test_the_exposure_to_co_holders_is_computed_from_the_config() -> None:
     """Two layers of width 128 with q and v: rank 8, 6 experts held, so 8 x (1 + 6) = 56 equations per linear and round,
     112 of the two that read the words' embeddings: 128 unknowns in two rounds. At width 2048: 19.
     """
@@ -505,7 +505,7 @@ def test_what_is_said_of_co_holders_is_computed_from_the_config() -> None:
 # --- a partial cohort, through a real run ---------------------------------------------------------------------
 
 
-def test_the_assignment_is_solved_over_all_clients_whoever_trains(runs: Any) -> None:
+def test_the_assignment_is_solved_over_all_clients_not_only_the_cohort(runs: Any) -> None:
     import json
 
     folder = runs("fedamole", "federation.cohort=0.5", "federation.rounds=4")

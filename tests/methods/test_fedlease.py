@@ -158,7 +158,7 @@ def test_by_examples() -> None:
     assert torch.equal(after.mixers["1"][MIXER], state.mixers["1"][MIXER])
 
 
-def test_whoever_warmed_up_in_an_earlier_round_is_remembered_and_goes_on_with_its_own_lora() -> None:
+def test_a_client_that_warmed_up_earlier_continues_with_its_own_lora() -> None:
     method = FedLease(rank=1)
     first = {"a": warm(2.0, 0.1), "b": warm(4.0, 0.0), "c": warm(0.1, 3.0)}
     state = method.aggregate(TEN, method.init(TEN), first)
@@ -171,7 +171,7 @@ def test_whoever_warmed_up_in_an_earlier_round_is_remembered_and_goes_on_with_it
     assert state.experts[expert_keys("m", 0)[0]].tolist() == [[4.5, 4.5]], "of a what it sent last"
 
 
-def test_latecomers_take_nobodys_place() -> None:
+def test_a_late_client_joins_the_nearest_cluster_and_changes_no_expert() -> None:
     """e warms up while c goes on; it joins the cluster whose B is nearest, though its A is like the other's."""
     method = FedLease(rank=1)
     state = warmed(method, "e")

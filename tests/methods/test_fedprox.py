@@ -119,7 +119,7 @@ def test_without_the_term_it_is_fedit(runs: Any) -> None:
 
 
 @pytest.mark.parametrize(("values", "message"), [({"proximal": -0.1}, "method.proximal = -0.1"), ({"rank": 0}, "rank")])
-def test_what_cannot_be_is_refused(values: Any, message: str) -> None:
+def test_invalid_values_are_refused(values: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         FedProx(**values)
     assert FedProx(proximal=0.0).proximal == 0.0

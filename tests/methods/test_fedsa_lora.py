@@ -72,7 +72,7 @@ def test_the_personal_model_is_the_averaged_a_with_the_own_b() -> None:
     assert method.evaluates == "post_aggregation"
 
 
-def test_in_a_real_run_the_clients_share_a_and_nobodys_b_is_anothers(runs: Any) -> None:
+def test_in_a_real_run_clients_share_a_and_have_different_b(runs: Any) -> None:
     from safetensors.torch import load_file
 
     saved = [load_file(path) for path in sorted(runs("fedsa_lora").glob("clients/*/adapter/*.safetensors"))]
@@ -82,7 +82,7 @@ def test_in_a_real_run_the_clients_share_a_and_nobodys_b_is_anothers(runs: Any) 
             assert torch.equal(tensor, other[key]) == ("lora_A" in key), key
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_invalid_values_are_refused() -> None:
     with pytest.raises(ConfigError, match="rank = 0"):
         FedSaLora(rank=0)
     with pytest.raises(ConfigError, match="dropout"):

@@ -93,7 +93,7 @@ def test_the_personal_model_is_the_averaged_b_on_the_frozen_a() -> None:
     assert method.evaluates == "post_aggregation"
 
 
-def test_in_a_real_run_a_stays_as_it_was_drawn_and_b_moves(runs: Any, facts: Any) -> None:
+def test_in_a_real_run_a_is_constant_and_b_changes(runs: Any, facts: Any) -> None:
     """A of a q_proj of 32 x 32 at rank 2, as FedIT draws it in round 0; a message is B alone, half of FedIT's."""
     folder = runs("ffa_lora")
     shapes = {"model.layers.0.self_attn.q_proj": (32, 32)}
@@ -116,7 +116,7 @@ def test_in_a_real_run_a_stays_as_it_was_drawn_and_b_moves(runs: Any, facts: Any
     assert numbers_of_a <= sent("fedit") - sent("ffa_lora") < 2 * numbers_of_a
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_invalid_values_are_refused() -> None:
     with pytest.raises(ConfigError, match="rank = 0"):
         FfaLora(rank=0)
     with pytest.raises(ConfigError, match="alpha = 0"):

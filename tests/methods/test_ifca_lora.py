@@ -99,7 +99,7 @@ def test_the_lowest_loss_is_chosen_the_first_among_equals(losses: tuple[float, .
     assert torch.equal(trained.adapter.tensors[A], full(9.0, 1, 2))
 
 
-def test_the_last_choice_binds_nobody() -> None:
+def test_a_client_may_change_its_cluster_in_every_round() -> None:
     """A client that trained cluster 0 last goes where its loss is lowest now."""
     work = IfcaLora(rank=1).update(client(SHAPES, losses=(0.7, 0.2, 0.9)), Choice(0), clusters(1.0, 2.0, 3.0))
     _, (client_state, reply, _) = driven(work, lora(9.0))
@@ -148,7 +148,7 @@ def test_the_personal_model_is_the_averaged_lora_that_fits_best_now() -> None:
     assert method.evaluates == "post_aggregation"
 
 
-def test_more_than_ten_clusters_are_told_apart() -> None:
+def test_more_than_ten_clusters_are_distinguished() -> None:
     """The key "1" is a prefix of "10"."""
     method = IfcaLora(rank=1, clusters=12)
     losses = [1.0] * 12
@@ -158,6 +158,6 @@ def test_more_than_ten_clusters_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("field", ["clusters", "probe_examples", "rank"])
-def test_what_cannot_be_is_refused(field: str) -> None:
+def test_invalid_values_are_refused(field: str) -> None:
     with pytest.raises(ConfigError, match=f"{field} = 0: must be at least 1"):
         IfcaLora(**dict[str, Any]({field: 0}))

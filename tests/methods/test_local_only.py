@@ -18,7 +18,7 @@ SHAPES = {"m": (2, 2)}
 INFO = ClientInfo("a", 10)
 
 
-def test_a_client_goes_on_from_its_own_lora_and_sends_nothing() -> None:
+def test_a_client_continues_from_its_own_lora_and_sends_nothing() -> None:
     method = LocalOnly(rank=1)
     work = method.update(client(SHAPES), OwnLora({"m/shared/A": torch.ones(1, 2)}), Nothing())
     (request,), (client_state, reply, _) = driven(work, {"m/shared/A": torch.full((1, 2), 5.0)})

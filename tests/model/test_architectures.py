@@ -126,7 +126,7 @@ def test_an_encoder_that_is_a_decoder_is_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["bart", "t5"])
-def test_an_encoder_decoder_is_told_what_it_is(architecture: str, tmp_path: Path) -> None:
+def test_an_encoder_decoder_is_refused_by_name(architecture: str, tmp_path: Path) -> None:
     write_tiny(tmp_path, architecture)
     settings = BaseSettings(str(tmp_path))
     uses: list[Callable[[], Base]] = [lambda: load(tmp_path), lambda: weightless_base(settings, Path("/"))]
@@ -159,7 +159,7 @@ def test_a_linear_that_no_text_passes_through(architecture: str, target: str, me
     trained(Bank(load(tmp_path, targets=(better,))))
 
 
-def test_rwkv_is_told_what_to_change(tmp_path: Path) -> None:
+def test_the_error_for_rwkv_names_the_setting_to_change(tmp_path: Path) -> None:
     """It divides weights of its own by powers of two when it is used, and not where it is trained."""
     write_tiny(tmp_path, "rwkv")
     with pytest.raises(BaseModelError, match=r'changes its own weights .*; set "rescale_every": 0 in its config.json'):

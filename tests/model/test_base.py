@@ -129,7 +129,7 @@ def test_dropout_of_the_base_itself_is_off(base: Callable[..., Base]) -> None:
     assert not any(weight.requires_grad for weight in loaded.model.parameters())
 
 
-def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+def test_a_missing_base_device_or_gpu_is_reported(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="there is no folder"):
         load(tmp_path / "nothing")
     with pytest.raises(BaseModelError, match="cannot be loaded"):
@@ -143,7 +143,7 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_a_missing_gpu_is_said() -> None:
+def test_a_missing_gpu_is_reported() -> None:
     with pytest.raises(ConfigError, match="no GPU"):
         resolve_device("cuda")
 

@@ -42,7 +42,7 @@ def saved(base: Callable[..., Base], tmp_path: Path) -> tuple[Adapter, Path]:
     return adapter, tmp_path / "adapter"
 
 
-def test_it_comes_back_as_it_was(saved: tuple[Adapter, Path]) -> None:
+def test_saving_and_loading_changes_nothing(saved: tuple[Adapter, Path]) -> None:
     adapter, folder = saved
     again = load_adapter(folder)
     assert again.spec == adapter.spec

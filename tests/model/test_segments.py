@@ -144,7 +144,7 @@ def test_nan_stays_with_its_client(lengths: tuple[int, ...], padded: bool) -> No
         assert beside[1].isnan().any()
 
 
-def test_a_client_without_rows_is_padded_by_nobody() -> None:
+def test_a_client_without_rows_adds_no_padding() -> None:
     """As a GPU does it, with client 0 NaN: nothing reaches the weights of client 1, who has no rows."""
     segments = Segments((3, 0, 2))
     x, weights = drawn(5, 4), drawn(3, 4, 6)

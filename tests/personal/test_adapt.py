@@ -54,7 +54,7 @@ def new_adapter(report: dict[str, Any]) -> Adapter:
     return load_adapter(find_model(Path(report["folder"]), report["client"]).folder)
 
 
-def test_the_run_stays_as_it_is_and_the_new_folder_is_one_like_any_other(
+def test_the_run_is_unchanged_and_the_new_folder_is_a_run_folder(
     runs: Any, rows: Path, tmp_path: Path, fedamole: Any
 ) -> None:
     run = runs("fedamole")
@@ -132,7 +132,7 @@ def test_what_no_expert_chooses_is_filled_up_by_relevance(runs: Any, rows: Path,
     assert report["added"] > 0
 
 
-def test_training_goes_on_from_what_was_sent(runs: Any, rows: Path, fedamole: Any) -> None:
+def test_training_starts_from_the_message(runs: Any, rows: Path, fedamole: Any) -> None:
     run = runs("fedamole")
     report = joined(fedamole, run, rows, "--steps", "30")
     assert report["kept"] == "trained"

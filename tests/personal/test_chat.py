@@ -70,7 +70,7 @@ def test_special_tokens_in_a_message_are_text(bank: Bank, monkeypatch: pytest.Mo
     assert bank.base.tokenizer.decode(ids) == conversation_prompt(turns)
 
 
-def test_half_a_character_is_refused_and_the_conversation_goes_on(bank: Bank) -> None:
+def test_half_a_character_is_refused_and_the_conversation_continues(bank: Bank) -> None:
     notes, texts = list[str](), iter(["hi \udc80", "/quit"])
     run_chat(Chat(bank, 2), lambda: next(texts), lambda _: None, notes.append)
     assert notes == ["text 1 of 1 holds half a character (U+DC80) at position 14; correct it"]

@@ -132,7 +132,7 @@ def test_what_is_linear_is_found_exactly(change: Any, packs: bool, trained: Path
     assert about["tokens"] == sum(len(prompt) + len(answer) for prompt, answer in rows)
 
 
-def test_a_lora_is_exported_as_it_is(runs: Any, tmp_path: Path, fedamole: Any) -> None:
+def test_a_lora_is_exported_unchanged(runs: Any, tmp_path: Path, fedamole: Any) -> None:
     run = runs("fedit")
     result = fedamole("export", run, "--client", CLIENT, "--out", "lora", "--json")
     assert result.code == 0, result.err

@@ -217,7 +217,7 @@ def test_holders_are_those_of_the_best_rounds_assignment(runs: Any) -> None:
     assert expert_holders(find_model(folder.path / "clients" / "mood" / "adapter", None)) == {}
 
 
-def test_rows_are_the_clients_own_and_nobody_elses_data_are_read(runs: Any, tmp_path: Path) -> None:
+def test_only_the_clients_own_rows_are_read(runs: Any, tmp_path: Path) -> None:
     run = runs("fedamole")
     copied = tmp_path / "run"
     shutil.copytree(run, copied)

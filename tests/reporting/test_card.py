@@ -107,7 +107,7 @@ def test_nothing_private(arguments: tuple[str, ...], runs: Any, tiny: Path) -> N
         assert "by its folder on the machine that trained it" in text
 
 
-def test_what_an_adapter_holds_beside_weights_is_told(runs: Any) -> None:
+def test_a_card_lists_what_an_adapter_contains_besides_weights(runs: Any) -> None:
     """FedDPA keeps hidden states of prompts in adapter_config.json."""
     seen = json.loads((runs("feddpa") / "clients/mood/adapter/adapter_config.json").read_text())["references"]
     assert f"hidden states for {len(seen)} of the client's own prompts" in text_of(runs("feddpa"), "mood")

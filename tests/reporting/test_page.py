@@ -150,7 +150,7 @@ def test_the_work_of_clients_is_among_the_costs(runs: Any, copy_of: Any) -> None
     assert "no star with one seed" in result["test"]["caption"]
 
 
-def test_an_unfinished_run_is_shown_as_far_as_it_is(runs: Any, copy_of: Any) -> None:
+def test_an_unfinished_run_is_shown_up_to_its_last_round(runs: Any, copy_of: Any) -> None:
     result = content_of(copy_of(runs("fedamole"), unfinished=True), runs("fedit"))
     assert result["states"] == [f"{runs('fedamole').name} is not finished: 2 of 3 rounds are done."]
     assert result["test"]["head"] == ["client", "base", "majority", "fedit"]
@@ -287,7 +287,7 @@ def test_only_its_own_script_and_style_run_and_nothing_is_loaded(runs: Any) -> N
     assert page(content_of(runs("fedamole"))) == text, "the same runs make the same page"
 
 
-def test_no_path_of_this_machine_is_told(runs: Any, tiny: Path) -> None:
+def test_no_path_of_this_machine_is_disclosed(runs: Any, tiny: Path) -> None:
     """A page is sent on: it names the base and the run, but not where they lie."""
     text = page(content_of(runs("fedamole")))
     assert str(tiny.parent) not in text

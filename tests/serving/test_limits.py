@@ -403,7 +403,7 @@ def test_numbers_of_a_row_stay_as_they_are_written() -> None:
     ]
 
 
-def test_a_number_reaches_the_template_as_it_is_written(served: Served) -> None:
+def test_a_number_reaches_the_template_unchanged(served: Served) -> None:
     rows = (
         '{"premise": 1.10, "hypothesis": 7}',
         '{"premise": "1.10", "hypothesis": "7"}',
