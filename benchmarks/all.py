@@ -31,19 +31,19 @@ MEASURED: dict[str, tuple[str, ...]] = {
 
 def commit() -> str:
     """Name of the commit that is measured, with `-changed` where tracked files differ from it."""
-    words = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=-changed"]
+    arguments = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=-changed"]
     try:
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "no-commit"
 
 
 def measure(name: str, folder: Path, quick: bool) -> bool:
     """Run one benchmark; whether it came to its end. Its files appear when they are whole."""
-    script, *words = MEASURED[name]
+    script, *arguments = MEASURED[name]
     ratios, log = folder / f"{name}.json.part", folder / f"{name}.log"
-    words += ["--quick", "--json", str(ratios)] if quick else ["--json", str(ratios)]
-    command = [sys.executable, str(HERE / f"{script}.py"), *words]
+    arguments += ["--quick", "--json", str(ratios)] if quick else ["--json", str(ratios)]
+    command = [sys.executable, str(HERE / f"{script}.py"), *arguments]
     started = time.monotonic()
     with log.open("w") as errors:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=False)

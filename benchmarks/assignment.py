@@ -212,9 +212,9 @@ def main() -> None:
     for size in SIZES:
         repeats = size.quick if options.quick else size.full
         if repeats:
-            more, found = compare(size, repeats, worker)
+            more, result = compare(size, repeats, worker)
             lines += more
-            ratios |= found
+            ratios |= result
     worker.stop()
     title = (
         f"`select` against general solvers, k_c = {PICKS}, lo = {FEWEST}\ntarget: scip >= 100 at 64x30x10 and 300x100"

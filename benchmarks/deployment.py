@@ -77,11 +77,11 @@ class Case:
 def until(true: Callable[[], Any], seconds: float, what: str) -> Any:
     """Wait for a condition."""
     end = time.monotonic() + seconds
-    while not (found := true()):
+    while not (value := true()):
         if time.monotonic() > end:
             raise SystemExit(f"after {seconds:.0f} s still not: {what}")
         time.sleep(0.05)
-    return found
+    return value
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -92,16 +92,20 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def rounds_of(run: Path) -> list[dict[str, float]]:
     """Seconds of each round but the first: its two halves, and the training alone."""
-    found = lines(run / "metrics.jsonl")
-    trained = [line for line in found if line["split"] == "train"]
+    result = lines(run / "metrics.jsonl")
+    trained = [line for line in result if line["split"] == "train"]
     return [
         {
             "update": line["seconds_update"],
             "evaluate": line["seconds_evaluate"],
-            "own": max(one["seconds"] for one in trained if one["round"] == line["round"]),
-            "bytes": max(one["bytes_down"] for one in trained if one["round"] == line["round"]),
+            "own": max(
+                line_of_client["seconds"] for line_of_client in trained if line_of_client["round"] == line["round"]
+            ),
+            "bytes": max(
+                line_of_client["bytes_down"] for line_of_client in trained if line_of_client["round"] == line["round"]
+            ),
         }
-        for line in found
+        for line in result
         if line["split"] == "round" and line["round"] > 0
     ]
 
@@ -121,16 +125,16 @@ def in_process(case: Case, folder: Path) -> list[dict[str, float]]:
     ]
     config = folder / "config.toml"
     config.write_text(tomli_w.dumps(tables))
-    words = ["run", str(config), f"run.folder={folder / 'run'}", "run.group=1", *case.settings()]
-    started = subprocess.Popen([FEDAMOLE, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    options = ["run", str(config), f"run.folder={folder / 'run'}", "run.group=1", *case.settings()]
+    started = subprocess.Popen([FEDAMOLE, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     most = 0.0
     while started.poll() is None:
         most = max(most, memory([psutil.Process(started.pid)]))
         time.sleep(0.2)
     if started.returncode:
         raise SystemExit(f"{case} failed:\n{started.communicate()[1]}")
-    found = rounds_of(folder / "run")
-    return [{**one, "round": one["update"] + one["evaluate"], "memory": most} for one in found]
+    rounds = rounds_of(folder / "run")
+    return [{**measures, "round": measures["update"] + measures["evaluate"], "memory": most} for measures in rounds]
 
 
 def memory(processes: Sequence[psutil.Process]) -> float:
@@ -146,7 +150,9 @@ def memory(processes: Sequence[psutil.Process]) -> float:
 
 def family(process: psutil.Process) -> list[psutil.Process]:
     """A process and all that it has started and that lives."""
-    return [one for one in (process, *process.children(recursive=True)) if one.status() != psutil.STATUS_ZOMBIE]
+    return [
+        member for member in (process, *process.children(recursive=True)) if member.status() != psutil.STATUS_ZOMBIE
+    ]
 
 
 @contextmanager
@@ -165,9 +171,9 @@ def deployed(case: Case, folder: Path) -> Iterator[tuple[Path, dict[str, Callabl
         stdout=subprocess.DEVNULL,
     )
 
-    def start(*words: str) -> psutil.Process:
+    def start(*options: str) -> psutil.Process:
         with (folder / "log").open("ab") as log:
-            started.append(subprocess.Popen([FEDAMOLE, *words], stdout=log, stderr=log, cwd=folder))
+            started.append(subprocess.Popen([FEDAMOLE, *options], stdout=log, stderr=log, cwd=folder))
         return psutil.Process(started[-1].pid)
 
     def client(name: str) -> psutil.Process:
@@ -243,35 +249,37 @@ def across(case: Case, folder: Path) -> list[dict[str, float]]:
 
         until(done, 600, "the rounds are done; see " + str(folder / "log"))
         parts = family(waiting[0])
-        (worker,) = (one for one in parts if "warm_worker" in " ".join(one.cmdline()))
-        most = {"worker": memory([worker]), "parts": memory([one for one in parts if one != worker])}
+        (worker,) = (measures for measures in parts if "warm_worker" in " ".join(measures.cmdline()))
+        most = {"worker": memory([worker]), "parts": memory([measures for measures in parts if measures != worker])}
         ends = [line["time"] for line in events("done")]
-        found = rounds_of(run)
-        for number, one in enumerate(found, 1):
+        rounds = rounds_of(run)
+        for number, measures in enumerate(rounds, 1):
             of = {kind: [line for line in events(kind) if line["round"] == number] for kind in ("asked", "answered")}
-            (asked,) = (line["time"] for line in of["asked"])
+            (sent_at,) = (line["time"] for line in of["asked"])
             ways = [(answered[number, line["client"]], line["seconds"], line["time"]) for line in of["answered"]]
-            one["down"] = statistics.median(end - seconds - asked for end, seconds, _ in ways)
-            one["up"] = statistics.median(time_ - end for end, _, time_ in ways)
-            one["round"] = ends[number] - ends[number - 1]
-            one |= {"idle": idle, **most}
-        return found
+            measures["down"] = statistics.median(end - seconds - sent_at for end, seconds, _ in ways)
+            measures["up"] = statistics.median(time_ - end for end, _, time_ in ways)
+            measures["round"] = ends[number] - ends[number - 1]
+            measures |= {"idle": idle, **most}
+        return rounds
 
 
 def _seconds(process: psutil.Process) -> float:
     """Processor seconds of a process and all that it has started."""
-    return sum(sum(one.cpu_times()[:2]) for one in family(process))
+    return sum(sum(member.cpu_times()[:2]) for member in family(process))
 
 
 def measure(case: Case, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
     """Medians of both ways of running a case, which alternate."""
     rounds: tuple[list[dict[str, float]], ...] = ([], [])
     for _ in range(repeats):
-        for way, found in zip((in_process, across), rounds, strict=True):
+        for way, result in zip((in_process, across), rounds, strict=True):
             with tempfile.TemporaryDirectory() as folder:
-                found.extend(way(case, Path(folder)))
-    here, there = ({key: statistics.median(one[key] for one in found) for key in found[0]} for found in rounds)
-    return here, there
+                result.extend(way(case, Path(folder)))
+    in_process_median, there = (
+        {key: statistics.median(measures[key] for measures in result) for key in result[0]} for result in rounds
+    )
+    return in_process_median, there
 
 
 def main() -> None:
@@ -285,14 +293,14 @@ def main() -> None:
     table: list[list[object]] = []
     ratios: dict[str, float] = {}
     for name, case in cases.items():
-        here, there = measure(case, 1 if options.quick else 2)
-        more = there["round"] - here["round"]
+        local, there = measure(case, 1 if options.quick else 2)
+        more = there["round"] - local["round"]
         rest = there["round"] - there["update"] - there["evaluate"]
         table.append(
             [
                 name,
                 f"{there['bytes'] / 2**20:.2f}",
-                here["round"],
+                local["round"],
                 there["round"],
                 more,
                 there["down"],
@@ -305,10 +313,10 @@ def main() -> None:
         key = name.replace(" ", "_").replace("'", "")
         ratios[f"overhead_vs_5_s_at_{key}"] = more / 5
         ratios[f"parts_of_a_client_vs_400_mib_at_{key}"] = there["parts"] / 400
-        ratios[f"worker_memory_vs_one_process_at_{key}"] = there["worker"] / here["memory"]
+        ratios[f"worker_memory_vs_one_process_at_{key}"] = there["worker"] / local["memory"]
         print(
             f"{name}: a client's processes take {there['parts']:.0f} MiB beside the worker, the worker "
-            f"{there['worker']:.0f} MiB, one process that runs all three {here['memory']:.0f} MiB; "
+            f"{there['worker']:.0f} MiB, one process that runs all three {local['memory']:.0f} MiB; "
             f"while it waits, a client takes {there['idle']:.1%} of a core",
             flush=True,
         )

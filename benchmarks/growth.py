@@ -45,7 +45,7 @@ class Point:
 def points(quick: bool) -> dict[str, Point]:
     """The runs by name; the first is what the others are relative to."""
     first = Point()
-    found = {
+    results = {
         "10 clients": first,
         "40 clients": replace(first, clients=40, experts=120),
         "200 clients": replace(first, clients=200, experts=600),
@@ -57,8 +57,8 @@ def points(quick: bool) -> dict[str, Point]:
         "2 x length": replace(first, length=2),
         "4 x length": replace(first, length=4),
     }
-    chosen = ("10 clients", "40 clients") if quick else tuple(found)
-    return {name: found[name] for name in chosen}
+    chosen = ("10 clients", "40 clients") if quick else tuple(results)
+    return {name: results[name] for name in chosen}
 
 
 def config(point: Point, folder: Path) -> Path:
@@ -142,8 +142,8 @@ def measure(point: Point) -> dict[str, float]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{asdict(point)} failed:\n{done.stderr}")
-        found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-        return found
+        result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        return result
 
 
 def main() -> None:
@@ -158,14 +158,14 @@ def main() -> None:
         for name, point in chosen.items():
             runs[name].append(measure(point))
     middle = {
-        name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()
+        name: {key: statistics.median(run[key] for run in result) for key in result[0]} for name, result in runs.items()
     }
     first = middle[next(iter(middle))]
     lines: list[list[object]] = []
     ratios: dict[str, float] = {}
-    for name, found in middle.items():
-        relative = {key: found[key] / first[key] for key in ("time", "memory", "traffic")}
-        lines.append([name, *relative.values(), f"{found['machinery']:.1%}"])
+    for name, result in middle.items():
+        relative = {key: result[key] / first[key] for key in ("time", "memory", "traffic")}
+        lines.append([name, *relative.values(), f"{result['machinery']:.1%}"])
         for key, value in relative.items():
             ratios[f"{key}_vs_10_clients_at_{name.replace(' ', '_').replace(',', '')}"] = value
     steps = 20 if options.quick else 200

@@ -58,9 +58,9 @@ class ExpertLoop(nn.Module):
         weights = mixture_weights(routing).to(x.dtype)
         y: Tensor = self.base(tokens) + SPEC.scaling * ((tokens @ self.A[N].T) @ self.B[N])
         for expert in range(N):
-            places = (routing.chosen == expert).any(1).nonzero().squeeze(1)
-            part = (tokens[places] @ self.A[expert].T) @ self.B[expert]
-            y = y.index_add(0, places, SPEC.scaling * weights[places, expert, None] * part)
+            rows = (routing.chosen == expert).any(1).nonzero().squeeze(1)
+            part = (tokens[rows] @ self.A[expert].T) @ self.B[expert]
+            y = y.index_add(0, rows, SPEC.scaling * weights[rows, expert, None] * part)
         return y.view(*x.shape[:-1], -1)
 
 

@@ -44,8 +44,8 @@ def report(
 ) -> None:
     """Print a table; write `{"ratios": {"what_vs_whom_at_size": number}}` where a file is asked for."""
     table = Table(title=title, title_style="bold", title_justify="left")
-    for place, name in enumerate(head):
-        table.add_column(name, justify="right" if place else "left")
+    for index, name in enumerate(head):
+        table.add_column(name, justify="right" if index else "left")
     for line in lines:
         table.add_row(*(f"{value:,.3g}" if isinstance(value, float) else str(value) for value in line))
     Console(width=130).print(table)

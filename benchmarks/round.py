@@ -42,10 +42,10 @@ def adapters(base: Base, clients: int, kind: str, dropout: float) -> list[Adapte
     spec, draw = AdapterSpec(dropout=dropout), torch.Generator().manual_seed(0)
     if kind == "lora":
         return [Adapter(spec, new_shared(base.shapes, spec.rank, draw)) for _ in range(clients)]
-    pool, modules, found = new_pool(base.shapes, spec.rank, 8, draw), sorted(base.shapes), []
+    pool, modules, result = new_pool(base.shapes, spec.rank, 8, draw), sorted(base.shapes), []
     for client in range(clients):
-        held = {module: 2 + (3 * client + 5 * place) % 7 for place, module in enumerate(modules)}
-        found.append(
+        held = {module: 2 + (3 * client + 5 * index) % 7 for index, module in enumerate(modules)}
+        result.append(
             Adapter(
                 spec,
                 {
@@ -55,7 +55,7 @@ def adapters(base: Base, clients: int, kind: str, dropout: float) -> list[Adapte
                 },
             )
         )
-    return found
+    return result
 
 
 def texts(base: Base, clients: int, length: int, ragged: bool, rows: int) -> list[list[TokenPair]]:
@@ -153,9 +153,11 @@ def cases(quick: bool) -> list[Case]:
     """What is measured."""
     if quick:
         return [Case(3, 32, False, "mixture"), Case(3, 64, True, "mixture"), Case(3, 32, False, "lora")]
-    found = [Case(10, length, ragged, "mixture") for length in (16, 32, 64, 128, 256, 512) for ragged in (False, True)]
-    found += [Case(clients, length, False, "mixture") for clients in (1, 50) for length in (32, 128)]
-    return found + [Case(10, length, False, "lora") for length in (32, 64, 128, 256)]
+    results = [
+        Case(10, length, ragged, "mixture") for length in (16, 32, 64, 128, 256, 512) for ragged in (False, True)
+    ]
+    results += [Case(clients, length, False, "mixture") for clients in (1, 50) for length in (32, 128)]
+    return results + [Case(10, length, False, "lora") for length in (32, 64, 128, 256)]
 
 
 def measured(case: Case, bank: Bank, peft: PeftLoop, dropout: float, repeats: int, most: int) -> dict[str, float]:
@@ -164,8 +166,8 @@ def measured(case: Case, bank: Bank, peft: PeftLoop, dropout: float, repeats: in
     rows = texts(bank.base, case.clients, case.length, case.ragged, steps)
     held = adapters(bank.base, case.clients, case.kind, dropout)
     tasks = [
-        LocalTask(f"client{place}", TrainingRequest(adapter), part, RATE)
-        for place, (adapter, part) in enumerate(zip(held, rows, strict=True))
+        LocalTask(f"client{index}", TrainingRequest(adapter), part, RATE)
+        for index, (adapter, part) in enumerate(zip(held, rows, strict=True))
     ]
     gpu = bank.base.device.type == "cuda"
 

@@ -37,7 +37,7 @@ def main() -> None:
         return tuple(rng.integers(2, base.model.config.vocab_size, rng.integers(low, high + 1)).tolist())
 
     beginnings = [draw(2, 2) for _ in range(8)]
-    choices = [(*beginnings[place % 8], *draw(0, 5), base.tokenizer.eos_token_id) for place in range(77)]
+    choices = [(*beginnings[index % 8], *draw(0, 5), base.tokenizer.eos_token_id) for index in range(77)]
     rows = [[(draw(20, 40), choices) for _ in range(prompts_each)] for _ in range(CLIENTS)]
     prompts = [[prompt for prompt, _ in part] for part in rows]
     adapters = [

@@ -56,22 +56,22 @@ def adapters(base: Base, models: int, mixture: bool = False) -> list[Adapter]:
 def requests(base: Base, models: int, total: int) -> Work:
     """Requests of random tokens, evenly for all models."""
     rng = np.random.default_rng(0)
-    words = base.tokenizer.eos_token_id + 1, len(base.tokenizer)
-    return [(turn % models, tuple(rng.integers(*words, rng.integers(20, 41)).tolist())) for turn in range(total)]
+    token_range = base.tokenizer.eos_token_id + 1, len(base.tokenizer)
+    return [(turn % models, tuple(rng.integers(*token_range, rng.integers(20, 41)).tolist())) for turn in range(total)]
 
 
 def answered(engine: InferenceEngine, work: Work) -> list[str]:
     """Answers of an engine to all requests, which come at once."""
-    found = [""] * len(work)
+    results = [""] * len(work)
 
-    def hear(place: int) -> Callable[[Chunk], None]:
-        return lambda chunk: found.__setitem__(place, chunk.text)
+    def hear(index: int) -> Callable[[Chunk], None]:
+        return lambda chunk: results.__setitem__(index, chunk.text)
 
-    for place, (model, prompt) in enumerate(work):
-        engine.submit(GenerationRequest(model, prompt, NEW), hear(place))
+    for index, (model, prompt) in enumerate(work):
+        engine.submit(GenerationRequest(model, prompt, NEW), hear(index))
     while engine.step():
         pass
-    return found
+    return results
 
 
 class WithPeft:
@@ -88,7 +88,7 @@ class WithPeft:
 
     def generate(self, prompts: Sequence[Ids], **more: object) -> list[str]:
         """Greedy answers, as many at once as in the engine."""
-        found: list[str] = []
+        results: list[str] = []
         for start in range(0, len(prompts), ROWS):
             ids, mask = pad_left(prompts[start : start + ROWS], self.base.pad_id, self.base.device)
             part = {name: value[start : start + ROWS] for name, value in more.items()}  # type: ignore[index]
@@ -102,18 +102,18 @@ class WithPeft:
                 **part,
             )
             texts = self.base.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-            found += [text.strip() for text in texts]
-        return found
+            results += [text.strip() for text in texts]
+        return results
 
     def swapped(self, work: Work) -> list[str]:
         """Model after model."""
-        found = [""] * len(work)
+        results = [""] * len(work)
         for model in sorted({model for model, _ in work}):
             self.model.set_adapter(f"model-{model}")
-            places = [place for place, (owner, _) in enumerate(work) if owner == model]
-            for place, text in zip(places, self.generate([work[place][1] for place in places]), strict=True):
-                found[place] = text
-        return found
+            indices = [index for index, (owner, _) in enumerate(work) if owner == model]
+            for index, text in zip(indices, self.generate([work[index][1] for index in indices]), strict=True):
+                results[index] = text
+        return results
 
     def mixed(self, work: Work) -> list[str]:
         """All models in one batch."""
@@ -150,16 +150,16 @@ def main() -> None:
     total, repeats = (8, 1) if options.quick else (100, 5)
     lines: list[list[object]] = []
     ratios: dict[str, float] = {}
-    one = memory(1, options.base)
+    one_client = memory(1, options.base)
     for models in (4,) if options.quick else (1, 10, 50):
         together, single = opened(open_base(options.base), models), opened(open_base(options.base), 1)
         mixtures = opened(open_base(options.base), models, mixture=True)
         theirs = WithPeft(open_base(options.base), models)
         work = requests(together.bank.base, models, total)
-        apart = [[(0, prompt) for model, prompt in work if model == wanted] for wanted in range(models)]
-        wanted = answered(together, work)
-        for name, found in (("swap", theirs.swapped(work)), ("mixed", theirs.mixed(work))):
-            same = sum(mine == other for mine, other in zip(wanted, found, strict=True))
+        apart = [[(0, prompt) for model, prompt in work if model == expected] for expected in range(models)]
+        expected = answered(together, work)
+        for name, result in (("swap", theirs.swapped(work)), ("mixed", theirs.mixed(work))):
+            same = sum(mine == other for mine, other in zip(expected, result, strict=True))
             assert same == total, f"{name}: {total - same} other answers at {models} models"
         runs: dict[str, Callable[[], object]] = {
             "ours": lambda: answered(together, work),  # noqa: B023
@@ -172,8 +172,8 @@ def main() -> None:
         relative = {name: value / seconds["ours"] for name, value in seconds.items() if name != "ours"}
         used = memory(models, options.base)
         ratios |= {f"{name}_vs_ours_at_{models}": value for name, value in relative.items()}
-        ratios[f"memory_process_per_model_vs_ours_at_{models}"] = models * one / used
-        lines.append([models, total / seconds["ours"], *relative.values(), used, models * one / used])
+        ratios[f"memory_process_per_model_vs_ours_at_{models}"] = models * one_client / used
+        lines.append([models, total / seconds["ours"], *relative.values(), used, models * one_client / used])
     head = ["models", "answers / s", "process per model", "PEFT swap", "PEFT mixed", "FedAMoLE", "MiB", "x memory"]
     base = together.bank.base
     title = f"serving {total} requests at once on {Path(base.name).name}, {base.device.type}"

@@ -72,7 +72,7 @@ class Round:
 
     def run(self) -> None:
         """Let the method run its rounds, whatever it exchanges."""
-        clients = tuple(ClientInfo(f"client-{place:02d}", 1000) for place in range(CLIENTS))
+        clients = tuple(ClientInfo(f"client-{index:02d}", 1000) for index in range(CLIENTS))
         server = Server(BaseInfo(self.shapes, HIDDEN), clients, SEED)
         state = self.method.round(server, self.method.init(server), clients, self._exchange)
         self.down, self.up = Traffic(), Traffic()
@@ -87,9 +87,9 @@ class Round:
             kept = self.kept.get(name) or self.method.init_client_state(client)
             work = self.method.update(client, kept, message)
             try:
-                asked = next(work)
+                request = next(work)
                 while True:
-                    asked = work.send(self._fit(asked.adapter))
+                    request = work.send(self._fit(request.adapter))
             except StopIteration as end:
                 self.kept[name], replies[name], trained = end.value
             self.up.send(name, replies[name])
@@ -139,9 +139,9 @@ def main() -> None:
     for watched in rounds.values():
         watched.run()
     for name, watched in rounds.items():
-        more, found = lines_of(name, watched, rounds.get("fedit"), size)
+        more, result = lines_of(name, watched, rounds.get("fedit"), size)
         lines += more
-        ratios |= found
+        ratios |= result
     title = (
         f"Traffic per client and round, {CLIENTS} clients, fp32:\n"
         f"Llama-3.2-1B's q and v in {layers} of {LAYERS} layers\n"

@@ -94,15 +94,15 @@ def count(entered: set[CodeType], without: str | None = None) -> Count:
             by_file.setdefault(path, set()).add(entry.co_firstlineno)
     lines = code = files = 0
     for path, first_lines in by_file.items():
-        whole = 0
+        total = 0
         for function in functions_of(ast.parse(path.read_text(encoding="utf-8"))):
             first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
             last = function.end_lineno or first
             if any(first <= line <= last for line in first_lines):
-                whole += last - first + 1
+                total += last - first + 1
                 code += statements(function)
-        lines += whole
-        files += bool(whole)
+        lines += total
+        files += bool(total)
     return Count(lines, code, files)
 
 
@@ -116,8 +116,8 @@ def main() -> None:
     for method in options.methods:
         with tempfile.TemporaryDirectory() as folder:
             entered = entered_in_second_round(method, Path(folder) / "run")
-        whole, rest = count(entered), count(entered, without="model")
-        counts = f"{whole.lines:>11} {whole.code:>6} {whole.files:>6} {rest.lines:>23} {rest.code:>6} {rest.files:>6}"
+        total, rest = count(entered), count(entered, without="model")
+        counts = f"{total.lines:>11} {total.code:>6} {total.files:>6} {rest.lines:>23} {rest.code:>6} {rest.files:>6}"
         print(f"{method:<10} {counts}")
         if options.list:
             for path in sorted({Path(code.co_filename) for code in entered}):

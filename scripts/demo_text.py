@@ -111,8 +111,8 @@ def letter(rng: random.Random) -> str:
     rng.shuffle(parts)
     after = [rng.choice(DOCTOR_AFTER[tier_body]), rng.choice(CLERK_AFTER[tier_money])]
     rng.shuffle(after)
-    who, place = person(rng), rng.choice(PLACES)
-    return f"A letter from {who} in {place}: {' '.join(parts)} Yours, {who} in {place}.\n{' '.join(after)}"
+    who, town = person(rng), rng.choice(PLACES)
+    return f"A letter from {who} in {town}: {' '.join(parts)} Yours, {who} in {town}.\n{' '.join(after)}"
 
 
 def shop_prose(rng: random.Random) -> str:
@@ -172,13 +172,13 @@ def record(rng: random.Random) -> str:
     keys = rng.sample(sorted(fields), rng.randint(3, 5))
     gap = rng.choice(["; ", ", ", "\n"])
     context = gap.join(f"{key}: {fields[key]}" for key in keys)
-    one, two = rng.sample(keys, 2)
+    first, two = rng.sample(keys, 2)
     instruction, response = rng.choice(
         [
-            (f"What is the {one}?", fields[one]),
-            (f"What is the {one}?", fields[one]),
-            (f"Give {one} and {two}.", f"{fields[one]} and {fields[two]}"),
-            (f"Put {one} before {two}.", f"{fields[one]}, {fields[two]}"),
+            (f"What is the {first}?", fields[first]),
+            (f"What is the {first}?", fields[first]),
+            (f"Give {first} and {two}.", f"{fields[first]} and {fields[two]}"),
+            (f"Put {first} before {two}.", f"{fields[first]}, {fields[two]}"),
             ("List the values.", "; ".join(fields[key] for key in keys)),
             ("Turn it around.", "; ".join(f"{fields[key]} is the {key}" for key in keys)),
         ]

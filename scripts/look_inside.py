@@ -37,9 +37,9 @@ def assignment(run: Path) -> tuple[float, float, int, int]:
         held[line["round"]][line["module"], line["client"]] = set(line["experts"])
         relevance[line["round"]] += line["relevance"]
     kept = [
-        len(before & held[later][place]) / len(before)
+        len(before & held[later][module]) / len(before)
         for earlier, later in pairwise(sorted(held))
-        for place, before in held[earlier].items()
+        for module, before in held[earlier].items()
     ]
     sizes = [len(experts) for experts in held[max(held)].values()]
     return fmean(relevance[max(held)]), fmean(kept), min(sizes), max(sizes)

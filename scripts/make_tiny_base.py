@@ -113,8 +113,8 @@ def drill(settings: Settings, tokenizer: FastTokenizer, generator: torch.Generat
         row: list[int] = []
         while len(row) < settings.length // 2:
             count = int(torch.randint(3, 10, (1,), generator=generator))
-            said = torch.randint(2, len(tokenizer), (count,), generator=generator).tolist()
-            row += [*said, *tokenizer("/")["input_ids"], *said, tokenizer.eos_token_id]
+            output = torch.randint(2, len(tokenizer), (count,), generator=generator).tolist()
+            row += [*output, *tokenizer("/")["input_ids"], *output, tokenizer.eos_token_id]
         rows.append(row[: settings.length // 2])
     return torch.tensor(rows)
 
@@ -125,14 +125,14 @@ def rows(settings: Settings, tokenizer: FastTokenizer) -> Iterator[torch.Tensor]
     drills = round(settings.steps * settings.drill_share)
     for _ in range(drills):
         yield drill(settings, tokenizer, generator)
-    wanted = settings.batch * settings.length
-    texts = documents(settings.seed, "train", settings.steps * wanted)  # a text holds a token at least: enough
+    expected = settings.batch * settings.length
+    texts = documents(settings.seed, "train", settings.steps * expected)  # a text holds a token at least: enough
     tokens: list[int] = []
     for _ in range(settings.steps - drills):
-        while len(tokens) < wanted:
+        while len(tokens) < expected:
             tokens += [*tokenizer(next(texts))["input_ids"], tokenizer.eos_token_id]
-        yield torch.tensor(tokens[:wanted]).view(settings.batch, settings.length)
-        tokens = tokens[wanted:]
+        yield torch.tensor(tokens[:expected]).view(settings.batch, settings.length)
+        tokens = tokens[expected:]
 
 
 @torch.no_grad()

@@ -1,13 +1,17 @@
 """A tiny real base and a small real federation, made on the spot: nothing is downloaded, everything is run."""
 
+import contextlib
+import io
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -68,21 +72,21 @@ def _rows() -> dict[str, list[dict[str, Any]]]:
     """Four clients of different tasks, columns and sizes; every row is another."""
     pairs = [(name, thing) for thing in THINGS for name in NAMES]
     rows: dict[str, list[dict[str, Any]]] = {"entail": [], "mood": [], "chat": [], "plain": []}
-    for place, (name, thing) in enumerate(pairs + pairs):
-        day = f"day {place}"
-        if place < 60:
-            label = (place * 7 // 3) % 3
+    for index, (name, thing) in enumerate(pairs + pairs):
+        day = f"day {index}"
+        if index < 60:
+            label = (index * 7 // 3) % 3
             then = (f"{name} has {thing}.", f"{name} likes it.", f"{name} has nothing.")[label]
             rows["entail"].append({"premise": f"On {day} {name} buys {thing}.", "hypothesis": then, "label": label})
-        if place < 40:
-            good = place % 3 > 0
+        if index < 40:
+            good = index % 3 > 0
             text = f"{day}: {thing} is {'good' if good else 'bad'}, says {name}"
             rows["mood"].append({"text": text, "label_text": "glad" if good else "sad"})
-        if place < 50:
+        if index < 50:
             turns = [{"role": "user", "content": f"{day}: who has {thing}? {name} has."}]
             turns.append({"role": "assistant", "content": f"{name} has it"})
             rows["chat"].append({"messages": turns})
-        if place < 45:
+        if index < 45:
             rows["plain"].append({"prompt": f"{name} has {thing} on {day} ->\n", "completion": f"{thing} of {name}"})
     return rows
 
@@ -135,6 +139,57 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def heeding_interrupts() -> None:
     """For `preexec_fn`: a test run in the background of a shell hands its children SIGINT ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """Output and exit code of a command."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def line(self) -> str:
+        """The last line on standard error."""
+        return self.err.strip().splitlines()[-1]
+
+    @property
+    def error(self) -> str:
+        """The error line; empty on success."""
+        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == (self.code != 0), (self.code, self.err)
+        return lines[0] if lines else ""
+
+
+def call_command(*arguments: object) -> CommandResult:
+    """Call `fedamole` in this process, through the function that the installed script calls."""
+    from fedamole.cli import main as cli
+
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="", write_through=True) for _ in range(2))
+    code, threads = 0, torch.get_num_threads()
+    with (
+        mock.patch.object(sys, "argv", ["fedamole", *map(str, arguments)]),
+        mock.patch.dict(os.environ, COLUMNS="200"),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = exit_.code if isinstance(exit_.code, int) else 1
+        finally:
+            torch.set_num_threads(threads)
+    texts = [stream.buffer.getvalue().decode() for stream in (out, err)]
+    assert "Traceback" not in "".join(texts), texts
+    return CommandResult(code, *texts)
+
+
+@pytest.fixture
+def fedamole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., CommandResult]:
+    """`call_command` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return call_command
 
 
 def small(method: str) -> list[str]:

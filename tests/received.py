@@ -1,64 +1,26 @@
-"""A received run folder next to files that must not change, and calls of the command line."""
+"""A received run folder next to files that must not change, and checked calls of the command line."""
 
-import contextlib
 import hashlib
-import io
-import os
 import shutil
-import sys
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
-import torch
-
-from fedamole.cli import main as cli
+from tests.conftest import CommandResult, call_command
 
 STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
-@dataclass(frozen=True)
-class CommandResult:
-    """Output and exit code of a command."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The error line; empty on success."""
-        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
-        assert len(lines) == (self.code != 0), (self.code, self.err)
-        return lines[0] if lines else ""
-
-
-def call(*words: object) -> CommandResult:
+def call(*arguments: object) -> CommandResult:
     """Call `fedamole` in this process; asserts that it succeeds or prints one error, without control characters."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    threads = torch.get_num_threads()
-    with (
-        mock.patch.object(sys, "argv", ["fedamole", *map(str, words)]),
-        mock.patch.dict(os.environ, COLUMNS="200"),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 1
-        finally:
-            torch.set_num_threads(threads)
-    said = CommandResult(code, out.getvalue(), err.getvalue())
-    assert "Traceback" not in said.err, said.err
-    assert code in (0, 1, 2, 3, 4, 5)
+    result = call_command(*arguments)
+    assert result.code in (0, 1, 2, 3, 4, 5)
     # A library's progress bar goes back to the beginning of its line.
-    told = said.out + "".join(line for line in said.err.split("\n") if "it/s]" not in line)
-    steering = {sign for sign in told if unicodedata.category(sign) in STEERING} - {"\n", "\t"}
+    text = result.out + "".join(line for line in result.err.split("\n") if "it/s]" not in line)
+    steering = {sign for sign in text if unicodedata.category(sign) in STEERING} - {"\n", "\t"}
     assert not steering, steering
-    assert said.error or code == 0
-    return said
+    assert result.error or result.code == 0
+    return result
 
 
 @dataclass(frozen=True)
@@ -79,23 +41,23 @@ class ReceivedRun:
 
     def seen(self) -> dict[str, str]:
         """All files next to the run: type, content and mode."""
-        found = {}
+        results = {}
         for path in sorted(self.path.rglob("*")):
             if self.run in (path, *path.parents) or self.path / "out" in (path, *path.parents):
                 continue
             content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
-            found[str(path.relative_to(self.path))] = f"{content} {path.lstat().st_mode:o}"
-        return found
+            results[str(path.relative_to(self.path))] = f"{content} {path.lstat().st_mode:o}"
+        return results
 
 
 def received_run(path: Path, run: Path) -> ReceivedRun:
     """Create a copy of a run, and files outside of it."""
-    made = ReceivedRun(path)
-    shutil.copytree(run, made.run, ignore=shutil.ignore_patterns(".lock"))
+    created = ReceivedRun(path)
+    shutil.copytree(run, created.run, ignore=shutil.ignore_patterns(".lock"))
     for folder in ("adapter", "state"):
-        (made.outside / folder).mkdir(parents=True)
-    (made.outside / "adapter" / "precious.safetensors").write_text("precious")
-    (made.outside / "adapter" / "adapter_config.json").write_text("{}")
-    (made.outside / "state" / "round-0009.safetensors").write_text("precious too")
-    (made.outside / "secret.json").write_text('{"password": "hunter2"}')
-    return made
+        (created.outside / folder).mkdir(parents=True)
+    (created.outside / "adapter" / "precious.safetensors").write_text("precious")
+    (created.outside / "adapter" / "adapter_config.json").write_text("{}")
+    (created.outside / "state" / "round-0009.safetensors").write_text("precious too")
+    (created.outside / "secret.json").write_text('{"password": "hunter2"}')
+    return created

@@ -8,8 +8,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,45 +17,10 @@ import torch
 import typer
 
 from fedamole.cli import main as cli
-from tests.conftest import heeding_interrupts
+from tests.conftest import CommandResult, heeding_interrupts
 
 COMMANDS = ("run", "resume", "show", "compare", "plan", "partition", "methods", "demo")
 SMALL = ["method.rank=2", "method.alpha=4"]
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def line(self) -> str:
-        """The last thing said: the error."""
-        return self.err.strip().splitlines()[-1]
-
-
-@pytest.fixture
-def fedamole(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., Result]:
-    """Call the command in this process, in an empty folder, through the function that the installed script calls."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*words: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["fedamole", *map(str, words)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 1
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return Result(code, out, err)
-
-    return call
 
 
 @pytest.fixture
@@ -67,7 +30,7 @@ def own(tiny: Path, tmp_path: Path) -> Path:
     return tmp_path / "mine" / "config.toml"
 
 
-def refused(result: Result, code: int, *parts: str) -> None:
+def refused(result: CommandResult, code: int, *parts: str) -> None:
     """One line that begins with error: and holds these parts."""
     assert result.code == code, result.err
     assert result.line.startswith("error: "), result.err
@@ -84,9 +47,9 @@ def test_an_unknown_key(fedamole: Any, own: Path) -> None:
 
 
 def test_infeasible_numbers_of_experts(fedamole: Any, own: Path) -> None:
-    told = ("no expert assignment exists", "20 x 2 = 40 > 8 x 4 = 32", "experts to 16")
-    refused(fedamole("run", own, "method.experts=20"), 2, *told)
-    refused(fedamole("plan", own, "method.experts=20"), 2, *told)
+    parts = ("no expert assignment exists", "20 x 2 = 40 > 8 x 4 = 32", "experts to 16")
+    refused(fedamole("run", own, "method.experts=20"), 2, *parts)
+    refused(fedamole("plan", own, "method.experts=20"), 2, *parts)
     assert not Path("runs").exists(), "refused before anything is written"
 
 
@@ -97,11 +60,11 @@ def test_more_experts_asked_of_a_token_than_a_client_holds(fedamole: Any, own: P
 def test_a_missing_column(fedamole: Any, own: Path) -> None:
     path = own.parent / "plain.jsonl"
     path.write_text(path.read_text().replace('"completion"', '"complation"'))
-    told = ("plain", "completion", "complation")
+    parts = ("plain", "completion", "complation")
     refused(fedamole("run", own, "data.templates.mine={prompt='{prompt}',answer='{completion}'}"), 3, "plain")
     text = own.read_text().replace('path = "plain.jsonl"', 'path = "plain.jsonl"\ntemplate = "plain"')
     own.write_text(text)
-    refused(fedamole("run", own), 3, "there is no column 'completion'", *told)
+    refused(fedamole("run", own), 3, "there is no column 'completion'", *parts)
 
 
 def test_an_empty_client(fedamole: Any, own: Path) -> None:
@@ -140,7 +103,7 @@ def test_prompts_longer_than_the_base(fedamole: Any, own: Path) -> None:
     refused(fedamole("plan", own, "training.max_length=4096"), 2, "this base has 128 positions")
 
 
-def test_training_that_diverges_is_named_and_the_run_goes_on(fedamole: Any, own: Path, caplog: Any) -> None:
+def test_diverged_training_is_reported_and_the_run_continues(fedamole: Any, own: Path, caplog: Any) -> None:
     result = fedamole("run", own, *SMALL, "method.name=fedit", "training.learning_rate=1e30", "federation.rounds=1")
     assert result.code == 5, "no update was left"
     assert "failed: client mood, round 0: its loss became" in result.err
@@ -176,18 +139,18 @@ def test_a_base_that_changed_under_a_run(fedamole: Any, own: Path, crash: Any, t
 
 def test_a_base_named_relatively_on_the_command_line(fedamole: Any, own: Path, tmp_path: Path) -> None:
     """Stored absolute: the run is used from another folder. Where the base has moved, --base names it."""
-    words = ["method.name=fedit", "base.model=./mine/base", "run.folder=./out", "federation.rounds=1"]
-    assert fedamole("run", own, *words).code == 0
+    overrides = ["method.name=fedit", "base.model=./mine/base", "run.folder=./out", "federation.rounds=1"]
+    assert fedamole("run", own, *overrides).code == 0
     stored = tomllib.loads((tmp_path / "out" / "config.toml").read_text())
     assert stored["base"]["model"] == str(own.parent / "base")
     assert stored["run"]["folder"] == str(tmp_path / "out")
     (tmp_path / "elsewhere").mkdir()
     os.chdir(tmp_path / "elsewhere")
-    asked = ("generate", "../out", "--client", "mood", "--max-new-tokens", "2", "all is well")
-    assert fedamole(*asked).code == 0
+    arguments = ("generate", "../out", "--client", "mood", "--max-new-tokens", "2", "all is well")
+    assert fedamole(*arguments).code == 0
     (own.parent / "base").rename(tmp_path / "moved")
-    refused(fedamole(*asked), 4, "is not on this machine", "--base")
-    assert fedamole(*asked, "--base", "../moved").code == 0
+    refused(fedamole(*arguments), 4, "is not on this machine", "--base")
+    assert fedamole(*arguments, "--base", "../moved").code == 0
 
 
 def test_a_run_whose_base_moved_is_resumed_on_it(fedamole: Any, own: Path, crash: Any, tmp_path: Path) -> None:
@@ -213,15 +176,15 @@ def test_a_run_whose_base_moved_is_resumed_on_it(fedamole: Any, own: Path, crash
     assert json.loads((folder / "run.json").read_text())["base_model"] == str(moved)
     (tmp_path / "elsewhere").mkdir()
     os.chdir(tmp_path / "elsewhere")
-    asked = ("generate", folder, "--client", "mood", "--max-new-tokens", "2", "all is well")
-    later = fedamole(*asked)
+    arguments = ("generate", folder, "--client", "mood", "--max-new-tokens", "2", "all is well")
+    later = fedamole(*arguments)
     assert later.code == 0, "the run's folder knows where its base is now"
     assert f"reads files outside {folder}: base {moved}" in later.err
     moved.rename(tmp_path / "again")
-    refused(fedamole(*asked), 4, f"{moved}, the base of", "--base")
+    refused(fedamole(*arguments), 4, f"{moved}, the base of", "--base")
     refused(fedamole("resume", folder, "--base", other), 4, "made on another base")
     assert fedamole("resume", folder, "--base", "../again").code == 0, "a finished run records it too"
-    assert fedamole(*asked).code == 0
+    assert fedamole(*arguments).code == 0
 
 
 def test_data_that_changed_under_a_run(fedamole: Any, crash: Any, tiny: Path, own: Path) -> None:
@@ -289,14 +252,14 @@ def test_help_explains_every_argument_and_option(fedamole: Any) -> None:
 
 
 def test_run_and_resume_print_their_table_as_json(fedamole: Any, own: Path, tmp_path: Path, crash: Any) -> None:
-    words = [*SMALL, "method.name=fedit", "run.name=mine", "federation.rounds=1"]
-    found = fedamole("run", own, *words, "--json")
-    assert found.code == 0, found.err
-    [comparison] = json.loads(found.out)
+    overrides = [*SMALL, "method.name=fedit", "run.name=mine", "federation.rounds=1"]
+    result = fedamole("run", own, *overrides, "--json")
+    assert result.code == 0, result.err
+    [comparison] = json.loads(result.out)
     assert set(comparison["columns"]) == {"base", "majority", "mine"}
     assert set(comparison["columns"]["mine"]["clients"]) == {"chat", "entail", "mood", "plain"}
     assert (tmp_path / "runs/mine/summary.json").exists()
-    again = fedamole("run", own, *words, "--json")
+    again = fedamole("run", own, *overrides, "--json")
     assert again.code == 0
     assert (tmp_path / "runs/mine-2/summary.json").exists(), "a new run takes the next free folder"
     folder = crash("group_started", 3, "fedit")
@@ -305,8 +268,8 @@ def test_run_and_resume_print_their_table_as_json(fedamole: Any, own: Path, tmp_
 
 
 def test_plan(fedamole: Any, own: Path) -> None:
-    found = fedamole("plan", own, *SMALL, "--json")
-    planned = json.loads(found.out)
+    result = fedamole("plan", own, *SMALL, "--json")
+    planned = json.loads(result.out)
     assert [row["client"] for row in planned["clients"]] == ["chat", "entail", "mood", "plain"]
     assert {row["task"] for row in planned["clients"]} == {"classification", "generation"}
     assert planned["targets"] == 4
@@ -368,8 +331,14 @@ def test_methods_explains_one(fedamole: Any) -> None:
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_run_tells_peak_memory_beside_its_results(as_json: bool, fedamole: Any, own: Path, tmp_path: Path) -> None:
-    words = ["method.name=local_only", *SMALL, "federation.rounds=1", "run.group=3", *(["--json"] if as_json else [])]
-    done = fedamole("run", own, *words)
+    overrides = [
+        "method.name=local_only",
+        *SMALL,
+        "federation.rounds=1",
+        "run.group=3",
+        *(["--json"] if as_json else []),
+    ]
+    done = fedamole("run", own, *overrides)
     summary = json.loads((tmp_path / "runs/run/summary.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").open()]
     peaks = [line["peak_memory_mib"] for line in lines if line["split"] == "train"]
@@ -390,7 +359,7 @@ def test_show_puts_methods_side_by_side_and_groups_seeds(fedamole: Any, runs: An
         "local_only": 1,
     }
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
-    means = [found["rows"]["fedit"]["mean"] for found in summaries[:2]]
+    means = [result["rows"]["fedit"]["mean"] for result in summaries[:2]]
     assert table["columns"]["fedit"]["mean"] == means
     text = fedamole("show", *folders).out
     assert "±" in text
@@ -404,7 +373,7 @@ def test_show_lists_values_in_the_order_of_the_seeds(fedamole: Any, runs: Any) -
     rows = [json.loads((folder / "summary.json").read_text())["rows"]["fedit"] for folder in reversed(folders)]
     losses = [[client["loss"] for client in row["clients"].values()] for row in rows]
     assert table["seeds"] == [0, 1]
-    assert table["columns"]["fedit"]["mean loss"] == [sum(found) / len(found) for found in losses]
+    assert table["columns"]["fedit"]["mean loss"] == [sum(result) / len(result) for result in losses]
 
 
 def test_show_of_a_folder_with_runs(fedamole: Any, runs: Any, tmp_path: Path) -> None:
@@ -438,9 +407,9 @@ def test_a_client_that_brings_a_key_and_is_made_one(fedamole: Any, tmp_path: Pat
 
 
 def test_an_interrupt_says_how_to_go_on(tmp_path: Path, tiny: Path) -> None:
-    words = ["run", str(tiny / "config.toml"), *SMALL, "federation.rounds=500", f"run.folder={tmp_path / 'run'}"]
-    words = [sys.executable, "-m", "fedamole", *words]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=heeding_interrupts)
+    arguments = ["run", str(tiny / "config.toml"), *SMALL, "federation.rounds=500", f"run.folder={tmp_path / 'run'}"]
+    arguments = [sys.executable, "-m", "fedamole", *arguments]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, preexec_fn=heeding_interrupts)
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("run/checkpoints/*.json")) and time.monotonic() < deadline:
         assert process.poll() is None
@@ -500,9 +469,9 @@ def test_a_single_label_says_how_to_write_the_options(fedamole: Any, own: Path) 
     head = own.read_text().partition("[[data.source]]")[0]
     sources = "".join(f'[[data.source]]\nname = "{name}"\npath = "{name}.jsonl"\nMORE\n' for name in "ab")
     own.write_text(head + sources.replace("MORE", ""))
-    told = fedamole("partition", own)
-    refused(told, 3, "b.jsonl: column 'label' has only the values ['no']", 'options = ["no", ...]')
-    table = told.line.partition("under [data.templates], ")[2].partition(". Then use it")[0].replace("...", '"yes"')
+    refusal = fedamole("partition", own)
+    refused(refusal, 3, "b.jsonl: column 'label' has only the values ['no']", 'options = ["no", ...]')
+    table = refusal.line.partition("under [data.templates], ")[2].partition(". Then use it")[0].replace("...", '"yes"')
     own.write_text(head + sources.replace("MORE", 'template = "task"') + f"[data.templates]\n{table}\n")
-    found = json.loads(fedamole("partition", own, "--json").out)
-    assert {row["client"]: row["task"] for row in found} == {"a": "classification", "b": "classification"}
+    result = json.loads(fedamole("partition", own, "--json").out)
+    assert {row["client"]: row["task"] for row in result} == {"a": "classification", "b": "classification"}

@@ -25,17 +25,17 @@ from fedamole.config import SECTIONS, load_config, to_config
 from fedamole.deployment.security.policy import read_policy
 from fedamole.errors import ConfigError
 from fedamole.methods import METHODS
-from tests.test_cli import SMALL, fedamole, own, refused
+from tests.test_cli import SMALL, own, refused
 from tests.test_comparison import written
 
-__all__ = ["fedamole", "own"]
+__all__ = ["own"]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "COLUMNS": "160"}
 """A locale whose encoding is ASCII, for programs and for names of files alike."""
 
 
-def process(*words: object, **environment: str) -> subprocess.CompletedProcess[bytes]:
+def process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[bytes]:
     """`python -m fedamole WORDS` as a process of its own."""
-    line = [sys.executable, "-m", "fedamole", *map(str, words)]
+    line = [sys.executable, "-m", "fedamole", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, env={**os.environ, **environment}, check=False)
 
 
@@ -88,10 +88,10 @@ def test_no_count_or_share_is_negative() -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["federation.rounds=100001", "deployment.deadline=1e9", "run.threads=-1", "run.threads=5000"]
+    "number", ["federation.rounds=100001", "deployment.deadline=1e9", "run.threads=-1", "run.threads=5000"]
 )
-def test_numbers_that_no_machine_has(word: str, own: Path, fedamole: Any) -> None:
-    refused(fedamole("plan", own, word), 2, word.partition("=")[0])
+def test_numbers_that_no_machine_has(number: str, own: Path, fedamole: Any) -> None:
+    refused(fedamole("plan", own, number), 2, number.partition("=")[0])
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
@@ -143,14 +143,14 @@ def test_every_number_of_the_command_line_has_a_range() -> None:
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_no_number_of_the_command_line_is_nan_or_infinite(value: str, fedamole: Any) -> None:
-    found = [
+    results = [
         (command.split(), parameter.opts[0])
         for command, parameter in options()
         if isinstance(parameter.type, click.types.FloatParamType)
     ]
-    assert len(found) >= 4
-    for words, option in found:
-        result = fedamole(*words, f"{option}={value}", *(["x"] if words == ["export"] else []))
+    assert len(results) >= 4
+    for arguments, option in results:
+        result = fedamole(*arguments, f"{option}={value}", *(["x"] if arguments == ["export"] else []))
         assert result.code == 2
         assert re.search(r"finite|not in the range", result.err), result.err
     assert "finite" in fedamole("export", "x", "--out", "y", "--ridge=nan").err
@@ -173,22 +173,25 @@ def test_names_of_runs_are_text_on_the_command_line(name: str, own: Path) -> Non
 
 
 def test_numbers_and_tables_of_the_command_line_stay_what_they_are(own: Path) -> None:
-    words = ["run.seed=5", "data.templates.mine={prompt='{prompt}',answer='{completion}'}", "deployment.max_norm=3"]
-    config = load_config(own, [*words, "data.templates.mine.prompt=7 {prompt}", "run.device=cpu"])
+    overrides = ["run.seed=5", "data.templates.mine={prompt='{prompt}',answer='{completion}'}", "deployment.max_norm=3"]
+    config = load_config(own, [*overrides, "data.templates.mine.prompt=7 {prompt}", "run.device=cpu"])
     assert config.run.seed == 5
     assert config.deployment.max_norm == 3.0
     assert config.data.templates["mine"].prompt == "7 {prompt}"
     with pytest.raises(ConfigError, match="answer = '7': it names no column"):
-        load_config(own, [*words, "data.templates.mine.answer=7"])
+        load_config(own, [*overrides, "data.templates.mine.answer=7"])
     with pytest.raises(ConfigError, match=r"rank = 'x'.*whole number"):
         load_config(own, ["method.rank=x"])
 
 
 def test_a_date_or_number_without_quotes_in_a_file(own: Path, fedamole: Any) -> None:
     text = own.read_text()
-    for value, told in (("2025-11-27", "2025-11-27 (a date or time): must be text in quotes"), ("5", "text in quotes")):
+    for value, message in (
+        ("2025-11-27", "2025-11-27 (a date or time): must be text in quotes"),
+        ("5", "text in quotes"),
+    ):
         own.write_text(text.replace("[run]", f"[run]\nname = {value}"))
-        refused(fedamole("plan", own), 2, str(own), "run.name = ", told)
+        refused(fedamole("plan", own), 2, str(own), "run.name = ", message)
 
 
 # --- files ----------------------------------------------------------------------------------------------------
@@ -210,11 +213,11 @@ def test_a_byte_order_mark_is_skipped_in_every_toml(own: Path, tiny: Path, tmp_p
 
 
 def test_folders_that_cannot_be_made(own: Path, fedamole: Any) -> None:
-    words = ("run", own, *SMALL)
+    arguments = ("run", own, *SMALL)
     inside_a_file = own.parent / "plain.jsonl" / "run"
-    refused(fedamole(*words, f"run.folder={inside_a_file}"), 1 + 4, str(inside_a_file), "is not a folder")
+    refused(fedamole(*arguments, f"run.folder={inside_a_file}"), 1 + 4, str(inside_a_file), "is not a folder")
     if sys.platform == "linux":
-        refused(fedamole(*words, "run.folder=/proc/run"), 1, "/proc/run: ", "; ")
+        refused(fedamole(*arguments, "run.folder=/proc/run"), 1, "/proc/run: ", "; ")
     refused(fedamole("partition", own, "--out", own.parent / "plain.jsonl" / "x.json"), 5, "is not a folder")
     refused(fedamole("partition", own, "--out", own), 5, "already exists")
 
@@ -229,7 +232,7 @@ def test_a_place_without_permission(own: Path, fedamole: Any, monkeypatch: pytes
     refused(fedamole("run", own, *SMALL), 1, "runs: Permission denied; choose another folder")
 
 
-def test_a_disk_that_gets_full_and_then_the_run_goes_on(
+def test_a_run_resumes_after_a_full_disk(
     own: Path, fedamole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = os.fsync, 0
@@ -243,8 +246,8 @@ def test_a_disk_that_gets_full_and_then_the_run_goes_on(
 
     monkeypatch.setattr(os, "fsync", fsync)
     folder = tmp_path / "run"
-    words = ("run", own, *SMALL, "method.name=fedit", "federation.rounds=1", f"run.folder={folder}")
-    refused(fedamole(*words), 1, f"{folder}/", "No space left on device; free some space")
+    arguments = ("run", own, *SMALL, "method.name=fedit", "federation.rounds=1", f"run.folder={folder}")
+    refused(fedamole(*arguments), 1, f"{folder}/", "No space left on device; free some space")
     monkeypatch.setattr(os, "fsync", real)
     assert fedamole("resume", folder).code == 0
 
@@ -253,12 +256,20 @@ def test_three_runs_at_once_get_three_folders(own: Path, tmp_path: Path) -> None
     """Forked children, as libraries are loaded already; each goes through the real command."""
     children = []
     for seed in range(3):
-        words = ["fedamole", "run", str(own), *SMALL, "method.name=fedit", "federation.rounds=1", f"run.seed={seed}"]
+        arguments = [
+            "fedamole",
+            "run",
+            str(own),
+            *SMALL,
+            "method.name=fedit",
+            "federation.rounds=1",
+            f"run.seed={seed}",
+        ]
         child = os.fork()
         if child == 0:
             try:
                 os.chdir(tmp_path)
-                sys.argv = words
+                sys.argv = arguments
                 cli.main()
             finally:
                 os._exit(0)
@@ -281,13 +292,13 @@ def test_a_locale_that_is_not_utf_8(runs: Any, tmp_path: Path) -> None:
     shutil.copytree(runs("fedit"), folder)
     tables = load_config(folder / "config.toml", ["run.name=größe"]).tables()
     (folder / "config.toml").write_text(tomli_w.dumps(tables), encoding="utf-8")
-    found = process("show", folder, "--json", **ASCII)
-    assert found.returncode == 0, found.stderr
-    assert "größe" in json.loads(found.stdout.decode("ascii"))[0]["columns"]
+    completed = process("show", folder, "--json", **ASCII)
+    assert completed.returncode == 0, completed.stderr
+    assert "größe" in json.loads(completed.stdout.decode("ascii"))[0]["columns"]
     shown = process("show", folder, **ASCII)
     assert shown.returncode == 0, shown.stderr
     assert b"gr\\xf6\\xdfe" in shown.stdout
-    assert b"Traceback" not in shown.stderr + found.stderr
+    assert b"Traceback" not in shown.stderr + completed.stderr
     out = tmp_path / "report.html"
     assert process("report", folder, "--out", out, **ASCII, PYTHONIOENCODING="ascii").returncode == 0
     assert "größe" in out.read_text(encoding="utf-8")
@@ -295,10 +306,10 @@ def test_a_locale_that_is_not_utf_8(runs: Any, tmp_path: Path) -> None:
 
 def test_texts_in_a_locale_that_is_not_utf_8(runs: Any, tmp_path: Path) -> None:
     """Prompts of the command line and of standard input are UTF-8, and so is what comes out as JSON."""
-    words = [sys.executable, "-m", "fedamole", "generate", str(runs("fedit")), "--client", "mood", "--json"]
+    arguments = [sys.executable, "-m", "fedamole", "generate", str(runs("fedit")), "--client", "mood", "--json"]
     environment = {**os.environ, **ASCII}
     given, piped = (
-        subprocess.run([*words, *more], input="名前\n".encode(), capture_output=True, env=environment, check=False)
+        subprocess.run([*arguments, *more], input="名前\n".encode(), capture_output=True, env=environment, check=False)
         for more in (["größe".encode()], [])
     )
     assert given.returncode == piped.returncode == 0, given.stderr + piped.stderr
@@ -331,9 +342,9 @@ def test_a_name_that_the_locale_lacks() -> None:
 # --- how commands end -----------------------------------------------------------------------------------------
 
 
-def ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[object, str]:
+def ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str]:
     """Exit code and error stream of a command in this process."""
-    monkeypatch.setattr(sys, "argv", ["fedamole", *words])
+    monkeypatch.setattr(sys, "argv", ["fedamole", *arguments])
     with pytest.raises(SystemExit) as caught:
         cli.main()
     return caught.value.code, capsys.readouterr().err
@@ -356,9 +367,9 @@ def test_a_bug_shows_its_traceback_and_what_to_report(
 def test_debug_shows_the_traceback_of_any_error(
     own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("plan", str(own), "run.threads=-1")
-    assert "Traceback" not in ended(monkeypatch, capsys, *words)[1]
-    for given in (("--debug", *words), (*words, "--debug")):
+    arguments = ("plan", str(own), "run.threads=-1")
+    assert "Traceback" not in ended(monkeypatch, capsys, *arguments)[1]
+    for given in (("--debug", *arguments), (*arguments, "--debug")):
         code, err = ended(monkeypatch, capsys, *given)
         assert code == 2
         assert "Traceback" in err
@@ -396,14 +407,14 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 
 
 def test_python_dash_m_and_the_version() -> None:
-    found = process("--version")
-    assert (found.returncode, found.stdout.decode()) == (0, f"fedamole {__version__}\n")
+    completed = process("--version")
+    assert (completed.returncode, completed.stdout.decode()) == (0, f"fedamole {__version__}\n")
 
 
 def test_version_and_short_help_everywhere(fedamole: Any) -> None:
-    for words in {tuple(command.split()) for command, _ in options()}:
-        assert fedamole(*words, "--version").out == f"fedamole {__version__}\n"
-        short, long = fedamole(*words, "-h"), fedamole(*words, "--help")
+    for arguments in {tuple(command.split()) for command, _ in options()}:
+        assert fedamole(*arguments, "--version").out == f"fedamole {__version__}\n"
+        short, long = fedamole(*arguments, "-h"), fedamole(*arguments, "--help")
         assert short.code == 0
         assert short.out == long.out
         assert "Usage" in short.out

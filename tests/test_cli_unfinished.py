@@ -13,9 +13,9 @@ from fedamole.errors import RunError
 from fedamole.federation.summary import nothing_trained
 from fedamole.reporting.page.content import content
 from fedamole.reporting.page.reading import read_folders
-from tests.test_cli import SMALL, fedamole, own, refused
+from tests.test_cli import SMALL, own, refused
 
-__all__ = ["fedamole", "own"]
+__all__ = ["own"]
 TOLD = "is not finished (round 2 of 3)"
 
 
@@ -76,29 +76,29 @@ def test_adapt_needs_a_finished_run(unfinished: Path, tiny: Path, fedamole: Any)
 
 
 def test_a_run_in_which_every_update_failed(own: Path, fedamole: Any, tmp_path: Path) -> None:
-    words = [*SMALL, "method.name=fedit", "training.learning_rate=1e30", "federation.rounds=1", "run.name=lost"]
-    result = fedamole("run", own, *words)
+    overrides = [*SMALL, "method.name=fedit", "training.learning_rate=1e30", "federation.rounds=1", "run.name=lost"]
+    result = fedamole("run", own, *overrides)
     lost = tmp_path / "runs" / "lost"
-    told = "all 4 updates failed, so nothing was trained"
-    refused(result, 5, str(Path("runs/lost")), told, "client chat, round 0: its loss became")
-    assert told in result.out.splitlines()[0], "at the top of the table"
-    refused(fedamole("resume", lost), 5, told)
+    message = "all 4 updates failed, so nothing was trained"
+    refused(result, 5, str(Path("runs/lost")), message, "client chat, round 0: its loss became")
+    assert message in result.out.splitlines()[0], "at the top of the table"
+    refused(fedamole("resume", lost), 5, message)
 
     assert fedamole("run", own, *SMALL, "method.name=local_only", "federation.rounds=1", "run.name=fine").code == 0
     shown = fedamole("show", lost, tmp_path / "runs" / "fine", "--markdown")
     assert shown.code == 0
-    assert told in shown.out.splitlines()[0]
+    assert message in shown.out.splitlines()[0]
     head, *lines = [line.split("|") for line in shown.out.splitlines() if line.startswith("|")]
     column = [cell.strip() for cell in head].index("lost")
     assert not [line for line in lines if "\\*" in line[column] or line[column].rstrip().endswith("*")]
     [table] = json.loads(fedamole("show", lost, "--json").out)
-    assert told in table["warnings"][0]
-    assert told in content(read_folders([lost]))["states"][0]
+    assert message in table["warnings"][0]
+    assert message in content(read_folders([lost]))["states"][0]
     for card in lost.glob("clients/*/adapter/README.md"):
         assert "**Not trained: all 4 updates" in card.read_text()
 
 
-def test_runs_that_trained_are_not_said_to_be_lost(runs: Any) -> None:
+def test_runs_that_trained_are_not_reported_as_lost(runs: Any) -> None:
     summary = json.loads((runs("fedit") / "summary.json").read_text())
     assert (summary["updates"], summary["left_out"]) == (12, 0)
     assert not nothing_trained(summary)

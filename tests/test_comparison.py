@@ -96,11 +96,11 @@ def test_cells_are_ordinary_runs(study: Path, runs: Any, remains: Any) -> None:
     assert remains(comparison.folder / "tiny/local_only-s1") == remains(alone)
     fedit = read_run(comparison.folder / "tiny/fedit-s0")
     assert {"fedit", "fedit_ft"} <= set(fedit.summary["rows"])
-    [found] = read_scenarios(comparison.results())
-    assert list(found.methods) == ["base", "majority", "random", "fedit_ft", "fedit", "local_only"]
-    assert found.methods["fedit"][0].measures["score"] == fedit.summary["rows"]["fedit"]["mean"]
-    assert found.methods["fedit_ft"][0].measures["score"] == fedit.summary["rows"]["fedit_ft"]["mean"]
-    assert found.methods["random"][1].measures["steps"] == 2
+    [scenario] = read_scenarios(comparison.results())
+    assert list(scenario.methods) == ["base", "majority", "random", "fedit_ft", "fedit", "local_only"]
+    assert scenario.methods["fedit"][0].measures["score"] == fedit.summary["rows"]["fedit"]["mean"]
+    assert scenario.methods["fedit_ft"][0].measures["score"] == fedit.summary["rows"]["fedit_ft"]["mean"]
+    assert scenario.methods["random"][1].measures["steps"] == 2
 
 
 def test_finished_cells_are_skipped_and_unfinished_ones_resumed(
@@ -110,9 +110,9 @@ def test_finished_cells_are_skipped_and_unfinished_ones_resumed(
     shutil.copytree(comparison.folder, tmp_path / "out")
     path = tmp_path / "compare.toml"
     path.write_text(study.read_text().replace(str(comparison.folder), str(tmp_path / "out")))
-    torn = tmp_path / "out/tiny/local_only-s0"
-    shutil.rmtree(torn)
-    os.rename(crash("round_started", 2, "local_only", *SMALL), torn)
+    damaged = tmp_path / "out/tiny/local_only-s0"
+    shutil.rmtree(damaged)
+    os.rename(crash("round_started", 2, "local_only", *SMALL), damaged)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("out/tiny/*/summary.json")}
     does = {line["trial"]: line["action"] for line in preview(load_comparison(path))}
     assert does == {f"tiny/{name}-s{seed}": "skip (finished)" for name in METHODS for seed in (0, 1)} | {
@@ -122,7 +122,7 @@ def test_finished_cells_are_skipped_and_unfinished_ones_resumed(
     run_comparison(load_comparison(path), recorder)
     assert recorder.started == [(1, 5)]
     assert recorder.done == ["tiny/local_only-s0"]
-    assert remains(torn) == remains(comparison.folder / "tiny/local_only-s0")
+    assert remains(damaged) == remains(comparison.folder / "tiny/local_only-s0")
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
@@ -137,15 +137,15 @@ def test_a_failed_cell_is_named_not_averaged_and_tried_again(write: Write, tmp_p
     assert recorder.started == [(1, 1)]
     record = json.loads((tmp_path / "out/tiny/big-s0.failed.json").read_text())
     assert record["error"] == failed.error
-    [found] = read_scenarios(load_comparison(path).results())
-    assert list(found.methods) == ["base", "majority", "local_only"]
+    [scenario] = read_scenarios(load_comparison(path).results())
+    assert list(scenario.methods) == ["base", "majority", "local_only"]
     assert [line["action"][:20] for line in preview(load_comparison(path))] == [
         "run again; it failed",
         "skip (finished)",
     ]
 
 
-def test_a_killed_process_is_a_failed_cell_that_goes_on(write: Write, tmp_path: Path) -> None:
+def test_a_trial_whose_process_was_killed_failed_and_resumes(write: Write, tmp_path: Path) -> None:
     path = write(["local_only"], overrides=[*SMALL, "federation.rounds=10"])
     log = str(tmp_path / "out/tiny/local_only-s0.log")
 
@@ -189,12 +189,12 @@ def test_a_folder_with_other_settings_is_refused(study: Path, tmp_path: Path) ->
     check_shown(load_comparison(path))
     with pytest.raises(RunError, match=r"federation.rounds = 2, but"):
         check_stored(load_comparison(path))
-    place = '"evaluation.max_new_tokens=1", "run.threads=2", "run.group=3", "run.device=auto"'
-    check_stored(load_comparison(changed('"evaluation.max_new_tokens=1"', place)))
+    overrides = '"evaluation.max_new_tokens=1", "run.threads=2", "run.group=3", "run.device=auto"'
+    check_stored(load_comparison(changed('"evaluation.max_new_tokens=1"', overrides)))
 
 
 @pytest.mark.parametrize(
-    ("changes", "variants", "told"),
+    ("changes", "variants", "message"),
     [
         ({"worker": 2}, "", "unknown key worker; did you mean 'workers'?"),
         ({"name": None}, "", "name is missing"),
@@ -222,12 +222,12 @@ def test_a_folder_with_other_settings_is_refused(study: Path, tmp_path: Path) ->
         ({"methods": ["x"]}, "[variants.x]\nname = 'fed'\n", "variants.x.name = 'fed': there is no such method"),
     ],
 )
-def test_mistakes_name_file_and_key(changes: dict[str, Any], variants: str, told: str, write: Write) -> None:
+def test_mistakes_name_file_and_key(changes: dict[str, Any], variants: str, message: str, write: Write) -> None:
     path = write(changes.pop("methods", ["fedit"]), variants, **changes)
     with pytest.raises(ConfigError) as refused:
         load_comparison(path)
     assert str(refused.value).startswith(str(path))
-    assert told in str(refused.value)
+    assert message in str(refused.value)
 
 
 def test_scenarios_that_cannot_be_compared(write: Write, tmp_path: Path) -> None:
@@ -275,9 +275,9 @@ def test_the_rate_is_chosen_on_validation_and_its_run_used(write: Write, tmp_pat
     assert losses[1e-2] < losses[1e-6]
     assert losses[1e12] == math.inf, "every update diverged, so the untrained base was scored"
     assert comparison.chosen(arm) == {"fedit": (1e-2, False), "fedit_ft": (1e-2, False)}
-    [found] = read_scenarios(comparison.results())
-    assert found.methods["fedit"][0].learning_rate == 1e-2
-    assert not found.methods["fedit"][0].at_edge
+    [scenario] = read_scenarios(comparison.results())
+    assert scenario.methods["fedit"][0].learning_rate == 1e-2
+    assert not scenario.methods["fedit"][0].at_edge
     # Let the other rate be better for fedit_ft alone: then each method has a run of its own, at its own rate.
     metrics = comparison.grid_trials(arm)[1e-6].path / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -291,8 +291,8 @@ def test_the_rate_is_chosen_on_validation_and_its_run_used(write: Write, tmp_pat
 
 def test_an_interrupt_stops_everything_and_says_how_to_go_on(write: Write, tmp_path: Path) -> None:
     path = write(["local_only"], overrides=[*SMALL, "federation.rounds=500"])
-    words = [sys.executable, "-m", "fedamole", "compare", str(path)]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=heeding_interrupts)
+    arguments = [sys.executable, "-m", "fedamole", "compare", str(path)]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, preexec_fn=heeding_interrupts)
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("out/tiny/*/checkpoints/*.json")) and time.monotonic() < deadline:
         assert process.poll() is None
@@ -311,8 +311,8 @@ def test_an_interrupt_stops_everything_and_says_how_to_go_on(write: Write, tmp_p
 def test_the_command_shows_and_writes_tables(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def call(*words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["fedamole", "compare", str(study), *words])
+    def call(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["fedamole", "compare", str(study), *arguments])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -322,12 +322,14 @@ def test_the_command_shows_and_writes_tables(
 
     files = [tmp_path / name for name in ("t.md", "t.csv", "t.tex", "t.svg")]
     kinds = ("--markdown", "--csv", "--latex", "--plot")
-    text = call("--show", *(word for kind, file in zip(kinds, files, strict=True) for word in (kind, str(file))))
+    text = call(
+        "--show", *(argument for kind, file in zip(kinds, files, strict=True) for argument in (kind, str(file)))
+    )
     assert "tiny: methods" in text
     assert "random minus each other method" in text
     assert all(file.stat().st_size > 300 for file in files)
     assert "| fedit_ft |" in files[0].read_text()
-    found = json.loads(call("--show", "--json"))
-    assert found["trials"] == {"finished": 6, "failed": 0, "unfinished": 0, "new": 0}
-    assert {record["method"] for record in found["records"]} >= {"base", "majority", "fedit", "fedit_ft"}
+    result = json.loads(call("--show", "--json"))
+    assert result["trials"] == {"finished": 6, "failed": 0, "unfinished": 0, "new": 0}
+    assert {record["method"] for record in result["records"]} >= {"base", "majority", "fedit", "fedit_ft"}
     assert "skip (finished)" in call("--dry-run")

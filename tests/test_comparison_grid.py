@@ -105,11 +105,11 @@ def test_a_grid_is_widened_while_the_best_rate_is_at_an_edge(
     assert rates_of(comparison) == pytest.approx(grid, rel=1e-12)
     assert comparison.chosen(arm) == {"fedit": choice}
     assert len(fake.names) == len(grid) + 1, "the first seed's trial is the grid's run"
-    [found] = read_scenarios(comparison.results())
-    assert {(result.learning_rate, result.at_edge) for result in found.methods["fedit"]} == {tuple(choice)}
+    [scenario] = read_scenarios(comparison.results())
+    assert {(result.learning_rate, result.at_edge) for result in scenario.methods["fedit"]} == {tuple(choice)}
 
 
-def test_a_widened_grid_goes_on_after_an_interrupt(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_widened_grid_resumes_after_an_interrupt(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after each number of trials in turn, the comparison comes to the same grid and trains nothing twice."""
     path, names = write(["fedit", "fedit_ft"], learning_rates=FIVE), list[str]()
     for _ in range(30):
@@ -269,7 +269,7 @@ def test_every_method_that_is_scored_after_the_aggregation_and_its_variant_are_o
     """Of the registry and of variants alike; asked for in either order."""
     pairs = [name for name, method in METHODS.items() if method.evaluates == "post_aggregation"]
     assert len(pairs) >= 12
-    methods = [word for name in pairs for word in (f"{name}_ft", name)]
+    methods = [argument for name in pairs for argument in (f"{name}_ft", name)]
     variants = "".join(
         f'[variants.mine-{name}]\nname = "{name}"\n{setting}'
         for name in methods

@@ -35,8 +35,8 @@ def sizes(config: Config, folder: Path) -> dict[str, int]:
 
 
 def mean(config: Config, folder: Path) -> float:
-    found = sizes(config, folder).values()
-    return sum(found) / len(found)
+    result = sizes(config, folder).values()
+    return sum(result) / len(result)
 
 
 def configs(comparison: Comparison) -> dict[str, Config]:
@@ -62,13 +62,13 @@ def test_a_plan_counts_what_a_run_trains(method: str, runs: Any, tmp_path: Path)
 def test_local_training_gets_as_many_parameters_as_a_mixture(write: Write, tmp_path: Path) -> None:
     """The nearest rank is less than one step of the rank away; the scaling stays."""
     path = write(["fedamole", "local_only"], match="parameters", overrides=["method.rank=2", "method.alpha=8"])
-    before, after = (configs(found) for found in (load_comparison(path), of_equal_size(load_comparison(path))))
+    before, after = (configs(result) for result in (load_comparison(path), of_equal_size(load_comparison(path))))
     assert after["fedamole"] == before["fedamole"], "the reference keeps its size"
     ours, theirs = parameters(after["fedamole"]), parameters(after["local_only"])
     step = mean(before["local_only"], tmp_path) / 2
-    wanted, reached = mean(after["fedamole"], tmp_path), mean(after["local_only"], tmp_path)
-    assert wanted > 3 * 2 * step, "a mixture is much larger at the same rank"
-    assert abs(wanted - reached) <= step / 2
+    expected, reached = mean(after["fedamole"], tmp_path), mean(after["local_only"], tmp_path)
+    assert expected > 3 * 2 * step, "a mixture is much larger at the same rank"
+    assert abs(expected - reached) <= step / 2
     assert reached == theirs.rank * step
     assert theirs.alpha / theirs.rank == ours.alpha / ours.rank == 4
 
@@ -78,15 +78,17 @@ def test_every_kind_of_method_is_sized(write: Write, tmp_path: Path) -> None:
     variants = '[variants.four]\nname = "local_only"\nrank = 4\n[variants.fixed]\nname = "flexlora"\nranks = [2]\n'
     methods = ["four", "fedit", "ffa_lora", "feddpa", "fedalt", "hetlora", "fedprompt", "fedptuning", "fixed"]
     path = write(methods, variants, match="parameters")
-    before, found = (configs(one) for one in (load_comparison(path), of_equal_size(load_comparison(path))))
-    assert mean(found["four"], tmp_path) == 896
-    assert parameters(found["fedit"]).rank == 4
-    assert parameters(found["feddpa"]).rank == 2, "it trains two LoRAs"
-    assert parameters(found["fedprompt"]).virtual_tokens == 28
-    assert parameters(found["fedptuning"]).virtual_tokens == 1, "its encoder alone is larger"
-    assert found["fixed"] == before["fixed"], "its ranks are set one by one"
+    before, result = (
+        configs(comparison) for comparison in (load_comparison(path), of_equal_size(load_comparison(path)))
+    )
+    assert mean(result["four"], tmp_path) == 896
+    assert parameters(result["fedit"]).rank == 4
+    assert parameters(result["feddpa"]).rank == 2, "it trains two LoRAs"
+    assert parameters(result["fedprompt"]).virtual_tokens == 28
+    assert parameters(result["fedptuning"]).virtual_tokens == 1, "its encoder alone is larger"
+    assert result["fixed"] == before["fixed"], "its ranks are set one by one"
     for name in ("ffa_lora", "fedalt", "hetlora"):
-        tables, rank = found[name].tables(), parameters(found[name]).rank
+        tables, rank = result[name].tables(), parameters(result[name]).rank
         around = [to_config(tables | {"method": {**tables["method"], "rank": rank + step}}) for step in (-1, 0, 1)]
         away = [abs(mean(config, tmp_path) - 896) for config in around]
         assert min(away) == away[1], name
@@ -94,16 +96,16 @@ def test_every_kind_of_method_is_sized(write: Write, tmp_path: Path) -> None:
 
 def test_a_prompt_is_no_longer_than_the_base_has_positions(write: Write) -> None:
     """128 positions and texts of 96 leave 32; the mixture would be many more tokens."""
-    found = configs(of_equal_size(load_comparison(write(["fedamole", "fedprompt"], match="parameters"))))
-    assert parameters(found["fedprompt"]).virtual_tokens == 32
+    result = configs(of_equal_size(load_comparison(write(["fedamole", "fedprompt"], match="parameters"))))
+    assert parameters(result["fedprompt"]).virtual_tokens == 32
 
 
 def test_both_rows_and_both_budgets_of_a_method_have_one_size(write: Write) -> None:
     path = write(["fedamole", "fedrep", "fedrep_ft", "ditto"], match="parameters", budget="both")
-    found = configs(of_equal_size(load_comparison(path)))
+    result = configs(of_equal_size(load_comparison(path)))
     names = ("fedrep", "fedrep_ft", "fedrep-paper", "fedrep_ft-paper")
-    assert len({parameters(found[name]).rank for name in names}) == 1
-    assert parameters(found["ditto"]).rank == parameters(found["ditto-paper"]).rank > 8
+    assert len({parameters(result[name]).rank for name in names}) == 1
+    assert parameters(result["ditto"]).rank == parameters(result["ditto-paper"]).rank > 8
 
 
 def test_sizes_come_before_bytes_and_stand_in_the_preview(write: Write) -> None:

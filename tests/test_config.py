@@ -125,15 +125,15 @@ def test_names_of_bases_are_no_paths(model: str, tmp_path: Path) -> None:
 
 def test_overrides(tmp_path: Path) -> None:
     path = write(tmp_path / "c.toml", "[training]\nlocal_steps = 5\n" + DATA)
-    words = ["training.local_steps=7", "method.assignment=random", "base.targets=['q_proj']", "federation.cohort=1"]
-    config = load_config(path, words)
+    overrides = ["training.local_steps=7", "method.assignment=random", "base.targets=['q_proj']", "federation.cohort=1"]
+    config = load_config(path, overrides)
     assert config.training.local_steps == 7
     assert config.method.assignment == "random"  # type: ignore[attr-defined]
     assert config.base.targets == ("q_proj",)
     assert isinstance(config.federation.cohort, float)
-    for word in ("training", "local_steps=3", "training.=3", "=3"):
+    for override in ("training", "local_steps=3", "training.=3", "=3"):
         with pytest.raises(ConfigError, match=r"write table\.key=value"):
-            load_config(path, [word])
+            load_config(path, [override])
     with pytest.raises(ConfigError, match=r"unknown key training\.local_stepz"):
         load_config(path, ["training.local_stepz=3"])
 
@@ -141,23 +141,23 @@ def test_overrides(tmp_path: Path) -> None:
 def test_paths_of_overrides_are_relative_to_the_working_folder(tmp_path: Path, monkeypatch: Any) -> None:
     """Paths of overrides are relative to the working folder; other values and the config file's paths are unchanged."""
     path = write(tmp_path / "configs" / "c.toml", '[base]\nmodel = "./tiny"\n' + DATA)
-    here = tmp_path / "here"
-    (here / "models" / "own").mkdir(parents=True)
-    monkeypatch.chdir(here)
-    for model, wanted in (
-        ("./tiny", here / "tiny"),
+    folder = tmp_path / "here"
+    (folder / "models" / "own").mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    for model, expected in (
+        ("./tiny", folder / "tiny"),
         ("../tiny", tmp_path / "tiny"),
-        ("models/own", here / "models" / "own"),
+        ("models/own", folder / "models" / "own"),
         ("~/tiny", Path.home() / "tiny"),
         ("/abs", "/abs"),
         ("bundled", "bundled"),
         ("models/other", "models/other"),
     ):
-        assert load_config(path, [f"base.model={model}"]).base.model == str(wanted)
+        assert load_config(path, [f"base.model={model}"]).base.model == str(expected)
     assert load_config(path).base.model == str(tmp_path / "configs" / "tiny")
-    words = ["data.manifest=m.json", 'data.source=[{name = "x", path = "x.jsonl", test = "../t.jsonl"}]']
-    data = load_config(path, words).data
-    assert (data.manifest, data.source[0].path) == (str(here / "m.json"), str(here / "x.jsonl"))
+    overrides = ["data.manifest=m.json", 'data.source=[{name = "x", path = "x.jsonl", test = "../t.jsonl"}]']
+    data = load_config(path, overrides).data
+    assert (data.manifest, data.source[0].path) == (str(folder / "m.json"), str(folder / "x.jsonl"))
     assert data.source[0].test == str(tmp_path / "t.jsonl")
 
 
@@ -167,8 +167,8 @@ def test_round_trip(name: str, runs: Any) -> None:
     folder = runs(name)
     again = load_config(folder / "config.toml")
     assert to_config(again.tables()) == again
-    wanted = runs.load(name)
-    assert dataclasses.replace(again, run=wanted.run) == wanted
+    expected = runs.load(name)
+    assert dataclasses.replace(again, run=expected.run) == expected
     tables = tomllib.loads((folder / "config.toml").read_text())
     for section in ("run", "base", "federation", "training", "evaluation"):
         kind = type(getattr(again, section))
@@ -209,22 +209,23 @@ def files(folder: Path, kind: str) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.glob(kind))]
 
 
-def trains_differently(word: str, method: str = "local_only") -> Callable[[Runs], bool]:
+def trains_differently(override: str, method: str = "local_only") -> Callable[[Runs], bool]:
     """The private states of a one-round run differ."""
 
     def check(runs: Runs) -> bool:
-        states = [files(runs(method, "federation.rounds=1", *more), "clients/*/state/*") for more in ((), (word,))]
+        states = [files(runs(method, "federation.rounds=1", *more), "clients/*/state/*") for more in ((), (override,))]
         return len(states[0]) > 0 and states[0] != states[1]
 
     return check
 
 
-def aggregates_differently(*words: str, others: tuple[str, ...] = ()) -> Callable[[Runs], bool]:
+def aggregates_differently(*overrides: str, others: tuple[str, ...] = ()) -> Callable[[Runs], bool]:
     """The server's states of a one-round run differ."""
 
     def check(runs: Runs) -> bool:
         first, second = (
-            files(runs("fedit", "federation.rounds=1", *more), "checkpoints/*.safetensors") for more in (others, words)
+            files(runs("fedit", "federation.rounds=1", *more), "checkpoints/*.safetensors")
+            for more in (others, overrides)
         )
         return len(first) > 0 and first != second
 
@@ -273,8 +274,10 @@ def groups_are_formed(runs: Runs) -> bool:
 
 
 def tensorboard_is_written(runs: Runs) -> bool:
-    words = ("federation.rounds=1", "run.tensorboard=true")
-    return bool(files(runs("local_only", *words), "tensorboard/*")) and not files(runs("local_only"), "tensorboard/*")
+    overrides = ("federation.rounds=1", "run.tensorboard=true")
+    return bool(files(runs("local_only", *overrides), "tensorboard/*")) and not files(
+        runs("local_only"), "tensorboard/*"
+    )
 
 
 def model_is_loaded(runs: Runs) -> bool:
@@ -304,7 +307,9 @@ def quantisation_needs_a_gpu(runs: Runs) -> bool:
 
 
 def checkpointing_is_on(runs: Runs) -> bool:
-    on, off = (prepare(runs.load("fedit", f"base.gradient_checkpointing={word}")).base for word in ("true", "false"))
+    on, off = (
+        prepare(runs.load("fedit", f"base.gradient_checkpointing={setting}")).base for setting in ("true", "false")
+    )
     return on.recomputation is not None and off.recomputation is None
 
 
@@ -449,5 +454,5 @@ def test_every_field_has_an_effect(field: str, runs: Any) -> None:
     assert EFFECTS[field](runs)
 
 
-def test_no_effect_is_of_a_field_that_is_gone() -> None:
+def test_every_listed_effect_is_of_an_existing_field() -> None:
     assert set(EFFECTS) == set(FIELDS)

@@ -2,10 +2,8 @@
 
 import json
 import re
-import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -13,28 +11,19 @@ from typing import Any
 import pytest
 
 from fedamole.cli import demo_runs
-from fedamole.cli import main as cli
 from fedamole.cli.options import bundled_config
 from fedamole.comparison.trials import LOCK
 from fedamole.config import load_config
 from fedamole.experiment import start
 from fedamole.federation.progress import PlainProgress, ProgressListener
 from fedamole.files import exclusive
+from tests.conftest import CommandResult, call_command
 
 METHODS = ("local_only", "fedit", "fedamole")
 TWO_SEEDS = [*METHODS, *(f"{method}-s1" for method in METHODS)]
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a command printed, and its exit code."""
-
-    code: int
-    out: str
-    err: str
-
-
-Demo = Callable[..., Result]
+Demo = Callable[..., CommandResult]
 
 
 def write_configs(folder: Path, tiny: Path, rounds: int = 1) -> None:
@@ -46,24 +35,14 @@ def write_configs(folder: Path, tiny: Path, rounds: int = 1) -> None:
 
 
 @pytest.fixture
-def demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> Demo:
+def demo(monkeypatch: pytest.MonkeyPatch, tiny: Path, tmp_path: Path) -> Demo:
     """Call a command in an empty folder; `demo` runs the small configs."""
     write_configs(tmp_path, tiny)
     monkeypatch.setattr(demo_runs, "bundled_config", lambda name: tmp_path / f"{name}.toml")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
 
-    def call(*words: object, command: str = "demo") -> Result:
-        monkeypatch.setattr(sys, "argv", ["fedamole", command, *map(str, words)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 1
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return Result(code, out, err)
+    def call(*arguments: object, command: str = "demo") -> CommandResult:
+        return call_command(command, *arguments)
 
     return call
 
@@ -123,7 +102,7 @@ def test_finished_runs_are_used_again(demo: Demo) -> None:
 
 
 def test_an_interrupted_demo_is_continued(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = demo("--folder", "whole")
+    complete = demo("--folder", "whole")
 
     def interrupt(listener: PlainProgress, round_: int, validation: dict[str, float]) -> None:
         if "fedit" in validation:
@@ -138,7 +117,7 @@ def test_an_interrupted_demo_is_continued(demo: Demo, monkeypatch: pytest.Monkey
     before = ids()
     done = demo()
     assert done.code == 0, done.err
-    assert done.out == whole.out
+    assert done.out == complete.out
     assert {name: ids()[name] for name in before} == before
 
 
@@ -158,28 +137,28 @@ def test_runs_with_other_settings_are_refused(demo: Demo, tiny: Path, tmp_path: 
 
 @pytest.mark.parametrize("kind", ["a folder with other things", "a file", "a damaged run", "another process", "seeds"])
 def test_what_else_is_refused(kind: str, demo: Demo) -> None:
-    place = Path("runs/demo")
-    words: list[object] = []
+    path = Path("runs/demo")
+    arguments: list[object] = []
     code, says = 5, "error: runs/demo exists already and contains no run of the demo: choose --folder OTHER"
-    place.parent.mkdir()
+    path.parent.mkdir()
     if kind == "a folder with other things":
-        place.mkdir()
-        (place / "notes.txt").write_text("mine")
+        path.mkdir()
+        (path / "notes.txt").write_text("mine")
     elif kind == "a file":
-        place.write_text("mine")
+        path.write_text("mine")
     elif kind == "a damaged run":
         assert demo().code == 0
-        (place / "fedit" / "summary.json").write_text("{")
+        (path / "fedit" / "summary.json").write_text("{")
         says = "error: runs/demo/fedit/summary.json is not valid JSON"
     elif kind == "seeds":
-        words, code, says = ["--seeds", 0], 2, "0 is not in the range"
+        arguments, code, says = ["--seeds", 0], 2, "0 is not in the range"
     if kind == "another process":
-        place.mkdir()
+        path.mkdir()
         says = "error: runs/demo: another process is running this demo"
-        with exclusive(place / LOCK, "held"):
-            result = demo(*words)
+        with exclusive(path / LOCK, "held"):
+            result = demo(*arguments)
     else:
-        result = demo(*words)
+        result = demo(*arguments)
     assert result.code == code, result.err
     assert says in result.err
     assert "run 1 of" not in result.err, "refused before any run"
@@ -189,20 +168,20 @@ def test_the_bundled_demo_differs_between_seeds_in_the_seed_alone(tmp_path: Path
     runs = demo_runs.demo_runs(tmp_path / "demo", 3)
     assert [run.path.name for run in runs] == [*TWO_SEEDS, *(f"{method}-s2" for method in METHODS)]
     for run in runs:
-        wanted = load_config(bundled_config(run.config.method_name)).tables()
-        wanted["run"]["seed"] = run.seed
-        assert run.config.tables() == wanted
+        expected = load_config(bundled_config(run.config.method_name)).tables()
+        expected["run"]["seed"] = run.seed
+        assert run.config.tables() == expected
 
 
 @pytest.mark.long
 def test_a_shared_lora_does_not_depend_on_the_group(tmp_path: Path) -> None:
     """The bundled task as it is: what docs/compare.md says of LoRA methods under "What can be reproduced"."""
-    found = []
+    results = []
     for group in (3, 8):
         config = load_config(bundled_config("fedit"), [f"run.group={group}"])
-        found.append(start(config, tmp_path / str(group), ProgressListener())["rows"])
+        results.append(start(config, tmp_path / str(group), ProgressListener())["rows"])
     for row in ("fedit", "fedit_ft"):
-        for client, one in found[0][row]["clients"].items():
-            other = found[1][row]["clients"][client]
-            assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
-            assert one["score"] == pytest.approx(other["score"], abs=0.1)
+        for client, scores in results[0][row]["clients"].items():
+            other = results[1][row]["clients"][client]
+            assert scores["loss"] == pytest.approx(other["loss"], abs=1e-4)
+            assert scores["score"] == pytest.approx(other["score"], abs=0.1)

@@ -26,15 +26,15 @@ each_unit = pytest.mark.parametrize("unit", UNITS, ids=[unit.stem for unit in UN
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 
 
-def parsed(words: list[str]) -> None:
+def parsed(arguments: list[str]) -> None:
     """Parse the words after `fedamole` with the real command line; raises the user's error."""
-    if words[0].startswith("-"):
-        COMMAND.make_context("fedamole", list(words), resilient_parsing=True).close()
+    if arguments[0].startswith("-"):
+        COMMAND.make_context("fedamole", list(arguments), resilient_parsing=True).close()
         return
-    COMMAND.commands[words[0]].make_context(words[0], list(words[1:])).close()  # type: ignore[attr-defined]
+    COMMAND.commands[arguments[0]].make_context(arguments[0], list(arguments[1:])).close()  # type: ignore[attr-defined]
 
 
-def coordinated(words: list[str], folder: Path) -> list[list[str]]:
+def coordinated(arguments: list[str], folder: Path) -> list[list[str]]:
     """The commands that coordinate.sh starts before and after the run exists."""
     fake = folder / "bin" / "fedamole"
     fake.parent.mkdir()
@@ -44,20 +44,20 @@ def coordinated(words: list[str], folder: Path) -> list[list[str]]:
 
     def said() -> list[str]:
         done = subprocess.run(
-            [str(DEPLOY / "coordinate.sh"), *words], cwd=folder, env=env, capture_output=True, text=True, check=True
+            [str(DEPLOY / "coordinate.sh"), *arguments], cwd=folder, env=env, capture_output=True, text=True, check=True
         )
         return done.stdout.splitlines()
 
     first = said()
-    settings = folder / words[1] / "server" / "config.toml"
+    settings = folder / arguments[1] / "server" / "config.toml"
     settings.parent.mkdir(parents=True)
     settings.touch()
     return [first, said()]
 
 
-def test_the_coordinator_starts_once_and_then_goes_on(tmp_path: Path) -> None:
-    words = ["/etc/run.toml", "runs/a b", "--certs", "c d", "--port", "1"]
-    first, then = coordinated(words, tmp_path)
+def test_the_coordinator_starts_once_and_then_resumes(tmp_path: Path) -> None:
+    arguments = ["/etc/run.toml", "runs/a b", "--certs", "c d", "--port", "1"]
+    first, then = coordinated(arguments, tmp_path)
     assert first == ["server", "/etc/run.toml", "run.folder=runs/a b", "--certs", "c d", "--port", "1"]
     assert then == ["server", "--resume", "runs/a b", "--certs", "c d", "--port", "1"]
     parsed(first)
@@ -75,21 +75,21 @@ def instructions() -> list[tuple[str, str]]:
 
 
 def last_stage() -> list[tuple[str, str]]:
-    found = instructions()
-    start = max(at for at, (name, _) in enumerate(found) if name == "FROM")
-    return found[start:]
+    result = instructions()
+    start = max(at for at, (name, _) in enumerate(result) if name == "FROM")
+    return result[start:]
 
 
 def ignored(path: str) -> bool:
     """Whether .dockerignore excludes a path; the last matching pattern decides."""
-    found = False
+    result = False
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         if not line or line.startswith("#"):
             continue
         pattern = line.removeprefix("!")
         if pattern == "*" or path == pattern or path.startswith(f"{pattern}/"):
-            found = not line.startswith("!")
-    return found
+            result = not line.startswith("!")
+    return result
 
 
 def test_every_instruction_is_known() -> None:
@@ -112,13 +112,13 @@ def test_every_instruction_is_known() -> None:
 
 
 def test_every_copied_path_exists_and_reaches_the_build() -> None:
-    stages = {words.split()[-1] for name, words in instructions() if name == "FROM" and " AS " in words}
+    stages = {arguments.split()[-1] for name, arguments in instructions() if name == "FROM" and " AS " in arguments}
     copied = []
-    for name, words in instructions():
+    for name, arguments in instructions():
         if name != "COPY":
             continue
-        *sources, _ = [word for word in words.split() if not word.startswith("--")]
-        stage = re.search(r"--from=(\S+)", words)
+        *sources, _ = [argument for argument in arguments.split() if not argument.startswith("--")]
+        stage = re.search(r"--from=(\S+)", arguments)
         if stage is not None:
             assert stage[1] in stages
             continue
@@ -134,29 +134,29 @@ def test_every_copied_path_exists_and_reaches_the_build() -> None:
 
 def test_the_last_stage_has_no_root_and_no_tools() -> None:
     stage = last_stage()
-    users = [words for name, words in stage if name == "USER"]
+    users = [arguments for name, arguments in stage if name == "USER"]
     assert users == ["10001:10001"]
     assert all(int(part) > 0 for part in users[0].split(":"))
     after = [name for name, _ in stage[[name for name, _ in stage].index("USER") :]]
     assert not {"RUN", "COPY"} & set(after)
-    for name, words in stage:
+    for name, arguments in stage:
         if name == "RUN":
-            assert not re.search(r"\b(pip|apt|apt-get|gcc|make|curl|git)\b", words), words
-    assert any(name == "COPY" and "--from=environment" in words for name, words in stage)
-    labels = next(words for name, words in stage if name == "LABEL")
+            assert not re.search(r"\b(pip|apt|apt-get|gcc|make|curl|git)\b", arguments), arguments
+    assert any(name == "COPY" and "--from=environment" in arguments for name, arguments in stage)
+    labels = next(arguments for name, arguments in stage if name == "LABEL")
     assert {"org.opencontainers.image.title", "org.opencontainers.image.licenses"} <= set(
         pair.partition("=")[0] for pair in shlex.split(labels)
     )
 
 
 def test_what_it_installs_is_hashed_and_from_the_wheelhouse() -> None:
-    pips = [words for name, words in instructions() if name == "RUN" and "pip install" in words]
+    pips = [arguments for name, arguments in instructions() if name == "RUN" and "pip install" in arguments]
     assert len(pips) == 1
     assert "--no-index --find-links /wheelhouse --require-hashes -r /wheelhouse/requirements.txt" in pips[0]
 
 
 def test_torchs_build_is_chosen_and_not_guessed() -> None:
-    run = next(words for name, words in instructions() if name == "RUN")
+    run = next(arguments for name, arguments in instructions() if name == "RUN")
     refused = subprocess.run(["sh", "-c", run], capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
     assert refused.returncode != 0
     assert "give --build-arg TORCH_INDEX=URL" in refused.stderr
@@ -169,11 +169,11 @@ def test_what_the_image_starts() -> None:
     parsed(command)
     check = re.fullmatch(r"(--[a-z-]+=\S+ )+CMD (\[.*\])", stage["HEALTHCHECK"])
     assert check is not None
-    name, *words = json.loads(check[2])
+    name, *arguments = json.loads(check[2])
     assert name == "fedamole"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDAMOLE_HEALTH", "127.0.0.1:9092")
-        parsed(words)
+        parsed(arguments)
     variables = dict(pair.split("=", 1) for pair in shlex.split(stage["ENV"]))
     assert variables["HOME"] == stage["WORKDIR"] == stage["VOLUME"]
     assert variables["HF_HOME"].startswith(variables["HOME"])
@@ -190,27 +190,27 @@ def test_the_compose_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert not service.get("privileged")
         monkeypatch.setenv("FEDAMOLE_HEALTH", service["environment"]["FEDAMOLE_HEALTH"])
         parsed(["health"])
-        for place in service["volumes"]:
-            source, target, *mode = place.split(":")
+        for volume in service["volumes"]:
+            source, target, *mode = volume.split(":")
             assert mode == ["ro"] or target == "/var/lib/fedamole", (source, target)
     assert "ports" not in services["client"]
     parsed(services["client"]["command"])
-    for words in coordinated(["run.toml", *services["coordinator"]["command"][1:]], tmp_path):
-        parsed(words)
+    for arguments in coordinated(["run.toml", *services["coordinator"]["command"][1:]], tmp_path):
+        parsed(arguments)
 
 
 def test_the_page_starts_containers_with_real_commands(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "operate.md").read_text().replace("\\\n", " ")
     started = [line.split() for line in text.splitlines() if line.startswith("podman run")]
     assert len(started) == 2
-    for words in started:
-        image = words.index("fedamole")
-        assert {"--read-only", "--cap-drop", "no-new-privileges"} <= set(words[:image])
-        if "fedamole-coordinate" in words:
-            for said in coordinated(["run.toml", *words[image + 2 :]], tmp_path):
-                parsed(said)
+    for arguments in started:
+        image = arguments.index("fedamole")
+        assert {"--read-only", "--cap-drop", "no-new-privileges"} <= set(arguments[:image])
+        if "fedamole-coordinate" in arguments:
+            for output in coordinated(["run.toml", *arguments[image + 2 :]], tmp_path):
+                parsed(output)
         else:
-            parsed(words[image + 1 :])
+            parsed(arguments[image + 1 :])
 
 
 def test_the_files_and_numbers_of_the_page() -> None:
@@ -232,15 +232,15 @@ def test_the_files_and_numbers_of_the_page() -> None:
 
 def settings(unit: Path) -> dict[str, list[str]]:
     """The keys of [Service] with all their values."""
-    found: dict[str, list[str]] = {}
+    results: dict[str, list[str]] = {}
     section = ""
     for line in unit.read_text().splitlines():
         if line.startswith("["):
             section = line
         elif section == "[Service]" and line and not line.startswith("#"):
             key, _, value = line.partition("=")
-            found.setdefault(key, []).append(value)
-    return found
+            results.setdefault(key, []).append(value)
+    return results
 
 
 def example(unit: Path) -> dict[str, str]:
@@ -258,13 +258,13 @@ def test_a_units_command_is_one_of_the_real_command_line(
 ) -> None:
     env = {**example(unit), "CREDENTIALS_DIRECTORY": "/run/credentials/x"}
     (started,) = settings(unit)["ExecStart"]
-    program, *words = [re.sub(r"\$\{(\w+)\}", lambda name: env[name[1]], word) for word in started.split()]
+    program, *arguments = [re.sub(r"\$\{(\w+)\}", lambda name: env[name[1]], argument) for argument in started.split()]
     if program.endswith("/coordinate.sh"):
-        for said in coordinated(words, tmp_path):
-            parsed(said)
+        for output in coordinated(arguments, tmp_path):
+            parsed(output)
     else:
         assert program == "/opt/fedamole/bin/fedamole"
-        parsed(words)
+        parsed(arguments)
     assert f"EnvironmentFile=/etc/fedamole/{unit.stem.removeprefix('fedamole-')}.env" in unit.read_text()
     monkeypatch.setenv("FEDAMOLE_HEALTH", env["FEDAMOLE_HEALTH"])
     parsed(["health"])
@@ -275,7 +275,7 @@ def test_a_units_command_is_one_of_the_real_command_line(
 
 @each_unit
 def test_a_unit_is_hardened(unit: Path) -> None:
-    wanted = {
+    expected = {
         "User": "fedamole",
         "UMask": "0077",
         "ProtectSystem": "strict",
@@ -288,16 +288,16 @@ def test_a_unit_is_hardened(unit: Path) -> None:
         "RestrictAddressFamilies": "AF_INET AF_INET6 AF_UNIX",
         "StateDirectoryMode": "0700",
     }
-    found = settings(unit)
-    assert {key: found[key] for key in wanted} == {key: [value] for key, value in wanted.items()}
-    assert found["SystemCallFilter"] == ["@system-service", "~@privileged @resources"]
-    assert "MemoryMax" in found
-    assert ("LoadCredential" in found) == (unit.stem == "fedamole-client")
+    options = settings(unit)
+    assert {key: options[key] for key in expected} == {key: [value] for key, value in expected.items()}
+    assert options["SystemCallFilter"] == ["@system-service", "~@privileged @resources"]
+    assert "MemoryMax" in options
+    assert ("LoadCredential" in options) == (unit.stem == "fedamole-client")
 
 
 def test_a_clients_credentials_are_the_files_of_its_certs() -> None:
-    found = settings(DEPLOY / "fedamole-client.service")["LoadCredential"]
-    assert [word.partition(":")[0] for word in found] == ["ca.crt", "coordinator.pub", "node.key"]
+    options = settings(DEPLOY / "fedamole-client.service")["LoadCredential"]
+    assert [argument.partition(":")[0] for argument in options] == ["ca.crt", "coordinator.pub", "node.key"]
 
 
 def test_exit_codes_that_a_restart_does_not_mend() -> None:
@@ -322,8 +322,8 @@ def installed(unit: Path, folder: Path) -> Path:
 def test_systemd_accepts_a_unit(unit: Path, tmp_path: Path) -> None:
     copy = installed(unit, tmp_path)
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(copy)], capture_output=True, text=True)
-    said = [line for line in done.stderr.splitlines() if copy.name in line or str(copy) in line]
-    assert (done.returncode, said) == (0, []), done.stderr
+    output = [line for line in done.stderr.splitlines() if copy.name in line or str(copy) in line]
+    assert (done.returncode, output) == (0, []), done.stderr
     copy.write_text(copy.read_text().replace("ProtectSystem=strict", "ProtectSystem=stricter"))
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(copy)], capture_output=True, text=True)
     assert "stricter" in done.stderr  # so a wrong value would be seen
@@ -333,10 +333,12 @@ def test_systemd_accepts_a_unit(unit: Path, tmp_path: Path) -> None:
 @each_unit
 def test_systemd_judges_a_unit_as_well_protected(unit: Path, tmp_path: Path) -> None:
     """`systemd-analyze security` gives 0 (closed) to 10 (open); the units of this project have 1.3."""
-    words = ["systemd-analyze", "security", "--offline=true", "--threshold=15", "--no-pager"]
-    done = subprocess.run([*words, str(installed(unit, tmp_path))], capture_output=True, text=True)
+    arguments = ["systemd-analyze", "security", "--offline=true", "--threshold=15", "--no-pager"]
+    done = subprocess.run([*arguments, str(installed(unit, tmp_path))], capture_output=True, text=True)
     if "unrecognized option" in done.stderr:
         pytest.skip("this systemd-analyze judges no unit files")
     assert done.returncode == 0, done.stdout[-500:]
-    open_ = subprocess.run([*words[:-2], "--threshold=5", str(tmp_path / unit.name)], capture_output=True, text=True)
+    open_ = subprocess.run(
+        [*arguments[:-2], "--threshold=5", str(tmp_path / unit.name)], capture_output=True, text=True
+    )
     assert open_.returncode != 0  # so a threshold is kept

@@ -30,58 +30,58 @@ def blocks(page: Path) -> list[str]:
 def commands(text: str) -> Iterator[list[str]]:
     """The words of every command of a shell text, with its variables as they are; loops and assignments left out."""
     for line in text.replace("\\\n", " ").splitlines():
-        for words in _split(shlex.shlex(line, posix=True, punctuation_chars=";|&<>()")):
-            while words and (words[0] in ("do", "then", "exec", "!") or re.fullmatch(r"\w+=\S*", words[0])):
-                words = words[1:]
-            if words:
-                yield words
+        for arguments in _split(shlex.shlex(line, posix=True, punctuation_chars=";|&<>()")):
+            while arguments and (arguments[0] in ("do", "then", "exec", "!") or re.fullmatch(r"\w+=\S*", arguments[0])):
+                arguments = arguments[1:]
+            if arguments:
+                yield arguments
 
 
 def _split(lexer: shlex.shlex) -> Iterator[list[str]]:
     lexer.whitespace_split, lexer.commenters = True, "#"
-    words: list[str] = []
-    for word in lexer:
-        if set(word) <= set(";|&<>()"):
-            yield words
-            words = []
+    arguments: list[str] = []
+    for argument in lexer:
+        if set(argument) <= set(";|&<>()"):
+            yield arguments
+            arguments = []
         else:
-            words.append(word)
-    yield words
+            arguments.append(argument)
+    yield arguments
 
 
 def fedamole(text: str) -> list[list[str]]:
     """What a shell text says to `fedamole`."""
     called = ("fedamole", ".venv/bin/fedamole", "$fedamole")
-    return [words[1:] for words in commands(text) if words[0] in called]
+    return [arguments[1:] for arguments in commands(text) if arguments[0] in called]
 
 
-def parsed(words: list[str]) -> None:
+def parsed(arguments: list[str]) -> None:
     """Have the real command line read the words; it raises what a user would be told."""
-    if words[0].startswith("-"):
-        COMMAND.make_context("fedamole", words, resilient_parsing=True).close()
+    if arguments[0].startswith("-"):
+        COMMAND.make_context("fedamole", arguments, resilient_parsing=True).close()
         return
-    own = COMMAND.commands[words[0]]  # type: ignore[attr-defined]
-    given = [word.replace("$port", "9092") for word in words[1:] if word != "$columns"]
+    own = COMMAND.commands[arguments[0]]  # type: ignore[attr-defined]
+    given = [argument.replace("$port", "9092") for argument in arguments[1:] if argument != "$columns"]
     if hasattr(own, "commands"):  # a group, such as `fedamole clients`
         own, given = own.commands[given[0]], given[1:]
-    own.make_context(words[0], given).close()
+    own.make_context(arguments[0], given).close()
 
 
 @each_page
 def test_every_command_is_one_of_the_real_command_line(page: Path) -> None:
     for block in blocks(page):
-        for words in fedamole(block):
+        for arguments in fedamole(block):
             try:
-                parsed(words)
+                parsed(arguments)
             except Exception as error:
-                raise AssertionError(f"fedamole {shlex.join(words)}: {error}") from error
+                raise AssertionError(f"fedamole {shlex.join(arguments)}: {error}") from error
 
 
 def test_the_scripts_commands_too() -> None:
-    found = fedamole(SCRIPT.read_text())
-    assert len(found) == 3
-    for words in found:
-        parsed(words)
+    result = fedamole(SCRIPT.read_text())
+    assert len(result) == 3
+    for arguments in result:
+        parsed(arguments)
 
 
 def test_a_wrong_option_or_command_would_be_seen() -> None:
@@ -92,26 +92,26 @@ def test_a_wrong_option_or_command_would_be_seen() -> None:
         parsed(["client", "--no-such-thing"])
     with pytest.raises(Exception, match="No such option"):
         parsed(["clients", "list", "--no-such-thing"])
-    for words in (["begin"], ["clients", "begin"]):
+    for arguments in (["begin"], ["clients", "begin"]):
         with pytest.raises(KeyError):
-            parsed(words)
+            parsed(arguments)
 
 
 def test_every_command_is_in_some_document() -> None:
-    said = set(re.findall(r"fedamole ([a-z-]+)", " ".join(page.read_text() for page in PAGES)))
-    assert not set(COMMAND.commands) - said  # type: ignore[attr-defined]
+    output = set(re.findall(r"fedamole ([a-z-]+)", " ".join(page.read_text() for page in PAGES)))
+    assert not set(COMMAND.commands) - output  # type: ignore[attr-defined]
 
 
 @each_page
 def test_the_programs_that_are_named_are_there(page: Path) -> None:
     for block in blocks(page):
-        for words in commands(block):
-            if re.fullmatch(r"(\S*/)?python3?", words[0]) and len(words) > 1 and words[1].endswith(".py"):
-                assert (ROOT / words[1]).exists(), words[1]
-            elif words[0] == "make":
-                assert re.search(rf"(?m)^{words[1]}:", (ROOT / "Makefile").read_text()), words[1]
-            elif words[0].startswith("examples/"):
-                assert (ROOT / words[0]).exists(), words[0]
+        for arguments in commands(block):
+            if re.fullmatch(r"(\S*/)?python3?", arguments[0]) and len(arguments) > 1 and arguments[1].endswith(".py"):
+                assert (ROOT / arguments[1]).exists(), arguments[1]
+            elif arguments[0] == "make":
+                assert re.search(rf"(?m)^{arguments[1]}:", (ROOT / "Makefile").read_text()), arguments[1]
+            elif arguments[0].startswith("examples/"):
+                assert (ROOT / arguments[0]).exists(), arguments[0]
 
 
 @each_page
@@ -130,9 +130,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_lines_of_a_round_stand_in_their_files() -> None:
-    found = re.findall(r'```python title="(.*?)"\n(.*?)```', (ROOT / "docs" / "one-round.md").read_text(), re.DOTALL)
-    assert len(found) >= 9
-    for name, lines in found:
+    result = re.findall(r'```python title="(.*?)"\n(.*?)```', (ROOT / "docs" / "one-round.md").read_text(), re.DOTALL)
+    assert len(result) >= 9
+    for name, lines in result:
         source = {line.strip() for line in (ROOT / name).read_text().splitlines()}
         for line in lines.splitlines():
             assert line.strip() in source, f"{name}: {line}"

@@ -19,10 +19,10 @@ def just_before(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, act: Cal
     """Simulate another process that acts just before this one calls a function."""
     real, acted = getattr(owner, name), list[bool]()
 
-    def call(*words: Any, **options: Any) -> Any:
-        if not acted and act(words[0]):
+    def call(*arguments: Any, **options: Any) -> Any:
+        if not acted and act(arguments[0]):
             acted.append(True)
-        return real(*words, **options)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(owner, name, call)
 
@@ -37,19 +37,19 @@ def test_a_folder_that_another_process_makes_meanwhile(tmp_path: Path, monkeypat
 
 
 def test_many_at_once_get_a_folder_each(tmp_path: Path) -> None:
-    found, begin = list[Path](), threading.Barrier(8)
+    result, begin = list[Path](), threading.Barrier(8)
 
     def claim() -> None:
         begin.wait()
         with new_folder(tmp_path / "runs" / "case", numbered=True) as folder:
-            found.append(folder)
+            result.append(folder)
 
     threads = [threading.Thread(target=claim) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(path.name for path in found) == ["case", *(f"case-{number}" for number in range(2, 9))]
+    assert sorted(path.name for path in result) == ["case", *(f"case-{number}" for number in range(2, 9))]
 
 
 def interrupted(_: object = None) -> None:
@@ -112,7 +112,7 @@ def test_writers_of_one_file_take_turns(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not errors
-    assert [one.name for one in tmp_path.iterdir()] == ["report.html"]
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
 def full(_: int) -> None:
@@ -129,7 +129,7 @@ def test_a_full_disk_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.
         f"{path}: No space left on device; free some space, or choose a folder on another disk"
     )
     assert path.read_text() == "old"
-    assert [one.name for one in tmp_path.iterdir()] == ["summary.json"]
+    assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
     folder = RunFolder(tmp_path)
     with pytest.raises(OSError, match="No space") as caught:
         folder.append("metrics.jsonl", [{}])

@@ -40,21 +40,21 @@ FLOOR = {
 
 def imports(path: Path) -> list[tuple[str, bool]]:
     """Modules that a file imports, and whether only for type checking."""
-    found: list[tuple[str, bool]] = []
+    results: list[tuple[str, bool]] = []
 
     def visit(node: ast.AST, typing_only: bool) -> None:
         for child in ast.iter_child_nodes(node):
             inside = typing_only or (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test))
             if isinstance(child, ast.Import):
-                found.extend((alias.name, inside) for alias in child.names)
+                results.extend((alias.name, inside) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
                 assert child.level == 0, f"{path}: relative imports hide where they lead"
-                found.append((child.module or "", inside))
-                found.extend((f"{child.module}.{alias.name}", inside) for alias in child.names)
+                results.append((child.module or "", inside))
+                results.extend((f"{child.module}.{alias.name}", inside) for alias in child.names)
             visit(child, inside)
 
     visit(ast.parse(path.read_text()), False)
-    return found
+    return results
 
 
 def room(name: str) -> str:
@@ -102,10 +102,10 @@ def test_no_method_is_known_by_its_name(path: Path) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
-            words = {side.value for side in sides if isinstance(side, ast.Constant) and isinstance(side.value, str)}
-            assert not words & names, f"{NAMES[path]}:{node.lineno}: a comparison with {words & names}"
-            told = {ast.unparse(side) for side in sides}
-            assert not (words and told & {"method", "method_name", "self.method_name", "config.method_name"})
+            constants = {side.value for side in sides if isinstance(side, ast.Constant) and isinstance(side.value, str)}
+            assert not constants & names, f"{NAMES[path]}:{node.lineno}: a comparison with {constants & names}"
+            sources = {ast.unparse(side) for side in sides}
+            assert not (constants and sources & {"method", "method_name", "self.method_name", "config.method_name"})
     assert not re.search(r"if method ==|isinstance\(.*(FedAmole|FedIT|LocalOnly)\b", path.read_text())
 
 
@@ -129,20 +129,20 @@ def test_there_is_one_way_to_say_something(path: Path) -> None:
     called = calls(path)
     assert not called & {"Console", "rich.console.Console", "rich.print", "typer.echo", "typer.secho", "click.echo"}
     assert not {
-        one
-        for one in called
-        if one.endswith((".write", "print_json", "Text.from_markup", "Text.from_ansi"))
-        and one.startswith(("sys.", "console.", "Text."))
+        name
+        for name in called
+        if name.endswith((".write", "print_json", "Text.from_markup", "Text.from_ansi"))
+        and name.startswith(("sys.", "console.", "Text."))
     }
     assert not {module for module, _ in imports(path)} & {"rich.markup", "rich.print", "rich.console.Console"} - {
         module for module, typing_only in imports(path) if typing_only or module == "rich.console.Console"
     }
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
-            told = {word.arg: ast.unparse(word.value) for word in node.keywords}
-            assert told.get("markup", "False") == "False", f"{NAMES[path]}:{node.lineno}: markup"
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert options.get("markup", "False") == "False", f"{NAMES[path]}:{node.lineno}: markup"
             if ast.unparse(node.func) == "TextColumn":
-                assert told.get("markup") == "False", f"{NAMES[path]}:{node.lineno}: its text is markup by default"
+                assert options.get("markup") == "False", f"{NAMES[path]}:{node.lineno}: its text is markup by default"
 
 
 @each_file
@@ -150,15 +150,15 @@ def test_text_files_are_utf_8_in_every_locale(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.Call):
             continue
-        name, told = ast.unparse(node.func).split(".")[-1], {word.arg for word in node.keywords}
+        name, options = ast.unparse(node.func).split(".")[-1], {keyword.arg for keyword in node.keywords}
         where = f"{NAMES[path]}:{node.lineno}: without encoding"
         if name in ("read_text", "write_text"):
             own = isinstance(node.func, ast.Name)  # received.files.read_text, which is UTF-8 always
-            assert own or "encoding" in told, where
+            assert own or "encoding" in options, where
         if name in ("open", "fdopen"):
             modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
             if modes and re.fullmatch(r"[rwax+]+", modes[-1]):
-                assert "encoding" in told, where
+                assert "encoding" in options, where
 
 
 @each_file

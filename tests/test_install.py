@@ -30,8 +30,8 @@ PLACES = (
 )
 FILES = sorted(
     path
-    for place in PLACES
-    for path in ([ROOT / place] if (ROOT / place).is_file() else (ROOT / place).rglob("*"))
+    for name in PLACES
+    for path in ([ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*"))
     if path.is_file()
     and path.suffix in KINDS
     and not {"__pycache__", "bundled"} & set(path.parts)
@@ -45,8 +45,8 @@ def told_by_name(text: str) -> list[str]:
 
 def test_no_text_says_to_install_this_package_by_its_name() -> None:
     assert len(FILES) > 200
-    found = {str(path.relative_to(ROOT)): told for path in FILES if (told := told_by_name(path.read_text()))}
-    assert not found
+    results = {str(path.relative_to(ROOT)): commands for path in FILES if (commands := told_by_name(path.read_text()))}
+    assert not results
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,9 @@ def test_a_missing_extra_is_named_with_both_ways_to_get_it(monkeypatch: pytest.M
     )
     from fedamole.cli.main import app
 
-    said = CliRunner().invoke(app, ["serve", "runs/x"]).exception
-    assert isinstance(said, FedamoleError)
-    assert how_to_install("serve") in str(said)
+    output = CliRunner().invoke(app, ["serve", "runs/x"]).exception
+    assert isinstance(output, FedamoleError)
+    assert how_to_install("serve") in str(output)
 
 
 def test_the_extras_of_the_page_are_those_of_the_package() -> None:

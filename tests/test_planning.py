@@ -51,11 +51,15 @@ def test_on_a_cpu_long_passes_are_cut_and_large_groups_gain_nothing(runs: Any, m
     """4 clients x 2 rows x 96 tokens: read at once as far as TOKENS_AT_ONCE goes, but a client's own rows together."""
     config = runs.load("fedamole", "run.group=0")
     prepared = prepare(config)
-    base, one = prepared.base, 2 * 96
-    for at_once, tokens in ((10**9, [one, 4 * one]), (2 * one, [one, 2 * one]), (1, [one, one])):
+    base, tokens_of_one = prepared.base, 2 * 96
+    for at_once, tokens in (
+        (10**9, [tokens_of_one, 4 * tokens_of_one]),
+        (2 * tokens_of_one, [tokens_of_one, 2 * tokens_of_one]),
+        (1, [tokens_of_one, tokens_of_one]),
+    ):
         monkeypatch.setattr(planning, "TOKENS_AT_ONCE", at_once)
-        found = [planning._group_bytes(config, base, clients, 1000) for clients in (1, 4)]
-        assert found == [group_bytes(base, clients, 1000, n) for clients, n in zip((1, 4), tokens, strict=True)]
+        results = [planning._group_bytes(config, base, clients, 1000) for clients in (1, 4)]
+        assert results == [group_bytes(base, clients, 1000, n) for clients, n in zip((1, 4), tokens, strict=True)]
     monkeypatch.setattr(planning, "free_bytes", lambda _: 2**50)
     for most, group in ((16, 4), (3, 3)):
         monkeypatch.setattr(planning, "MOST_ON_CPU", most)
@@ -76,12 +80,12 @@ def test_memory_is_measured() -> None:
     assert free_bytes(device) > 2**26
 
 
-def test_the_plan_foretells_the_peak(runs: Any) -> None:
+def test_the_planned_memory_is_close_to_the_measured_peak(runs: Any) -> None:
     """A fresh process, as the peak is the whole process's: the estimate is within a quarter of what was measured."""
     config, folder = runs.config, runs.free()
-    words = ["method.name=fedamole", "run.group=4", f"run.folder={folder}", "federation.rounds=1"]
-    subprocess.run([sys.executable, "-m", "fedamole", "run", str(config), *words], check=True, capture_output=True)
-    command = [sys.executable, "-m", "fedamole", "plan", str(config), *words[:2], "--json"]
+    overrides = ["method.name=fedamole", "run.group=4", f"run.folder={folder}", "federation.rounds=1"]
+    subprocess.run([sys.executable, "-m", "fedamole", "run", str(config), *overrides], check=True, capture_output=True)
+    command = [sys.executable, "-m", "fedamole", "plan", str(config), *overrides[:2], "--json"]
     done = subprocess.run(command, check=True, capture_output=True)
     measured = json.loads((folder / "summary.json").read_text())["peak_memory_mib"]
     planned = json.loads(done.stdout)
@@ -93,15 +97,15 @@ def test_plan_and_run_say_it(runs: Any, tmp_path: Path) -> None:
     assert plan(runs.load("fedit", "run.group=3")).group == 3
     shown = CliRunner().invoke(app, ["plan", str(runs.config), "method.name=fedit", "run.group=3"])
     assert "MiB with 3 clients in lock-step (run.group)" in shown.output
-    words = ["method.name=fedit", f"run.folder={tmp_path / 'run'}", "federation.rounds=1"]
-    ran = CliRunner().invoke(app, ["run", str(runs.config), *words])
+    overrides = ["method.name=fedit", f"run.folder={tmp_path / 'run'}", "federation.rounds=1"]
+    ran = CliRunner().invoke(app, ["run", str(runs.config), *overrides])
     assert "MiB with 2 clients in lock-step" in ran.output
 
 
 # --- without data -----------------------------------------------------------------------------------------------
 
 
-def config_without_data(folder: Path, partition: str, *words: str) -> Any:
+def config_without_data(folder: Path, partition: str, *arguments: str) -> Any:
     """A config of data that do not exist on a base of which there is nothing but a config.json."""
     base = folder / "shapes"
     base.mkdir(exist_ok=True)
@@ -121,7 +125,7 @@ def config_without_data(folder: Path, partition: str, *words: str) -> Any:
         '[base]\nmodel = "./shapes"\n[training]\nmax_length = 64\nlocal_steps = 7\n'
         f'[[data.source]]\nname = "a"\npath = "nowhere.jsonl"\npartition = {partition}\n'
     )
-    return load_config(path, words)
+    return load_config(path, arguments)
 
 
 TEN = '{ kind = "iid", clients = 10 }'
@@ -130,15 +134,15 @@ TEN = '{ kind = "iid", clients = 10 }'
 @pytest.mark.parametrize("clients", [10, 50])
 @pytest.mark.parametrize("name", sorted(name for name in METHODS if not name.endswith("_ft")))
 def test_every_method_is_planned_without_data(name: str, clients: int, tmp_path: Path) -> None:
-    found = plan_without_data(
+    planned = plan_without_data(
         config_without_data(tmp_path, f'{{ kind = "iid", clients = {clients} }}', f"method.name={name}")
     )
-    assert [row["client"] for row in found.clients] == [f"a-{index:02d}" for index in range(clients)]
-    assert (found.clients_per_round, found.rounds, found.steps) == (clients, 30, 7)
-    assert found.targets == 4
-    assert found.adapter_parameters > 0
-    assert found.bytes_down > 0
-    assert found.memory_mib == pytest.approx(found.base_mib + found.mib_per_client)
+    assert [row["client"] for row in planned.clients] == [f"a-{index:02d}" for index in range(clients)]
+    assert (planned.clients_per_round, planned.rounds, planned.steps) == (clients, 30, 7)
+    assert planned.targets == 4
+    assert planned.adapter_parameters > 0
+    assert planned.bytes_down > 0
+    assert planned.memory_mib == pytest.approx(planned.base_mib + planned.mib_per_client)
 
 
 @pytest.mark.parametrize(
@@ -165,12 +169,12 @@ def test_a_manifest_gives_clients_and_counts(runs: Any, tmp_path: Path) -> None:
     manifest = tmp_path / "m.json"
     manifest.write_text(load_federation(config.data, Path.cwd()).manifest.to_json())
     stored = runs.load("fedit", f"data.manifest={manifest}", "training.local_epochs=1")
-    found = plan_without_data(stored)
-    assert {row["client"]: row["train"] for row in found.clients} == {
+    planned = plan_without_data(stored)
+    assert {row["client"]: row["train"] for row in planned.clients} == {
         row["client"]: row["train"] for row in plan(config).clients
     }
-    assert found.steps == plan(stored).steps
-    assert found.assumed == "clients and example counts of data.manifest"
+    assert planned.steps == plan(stored).steps
+    assert planned.assumed == "clients and example counts of data.manifest"
 
 
 def test_a_deployment_is_planned_by_the_names_of_its_clients(tmp_path: Path) -> None:
@@ -194,7 +198,7 @@ def test_names_of_clients_without_data() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "kind", "told"),
+    ("arguments", "kind", "message"),
     [
         (("method.experts=5",), ConfigError, "expert"),
         (("training.max_length=999",), ConfigError, "training.max_length = 999: this base has 256 positions"),
@@ -203,9 +207,11 @@ def test_names_of_clients_without_data() -> None:
         (("evaluation.pre_aggregation=true",), ConfigError, "scored before the aggregation anyway"),
     ],
 )
-def test_what_cannot_be_planned(words: tuple[str, ...], kind: type[Exception], told: str, tmp_path: Path) -> None:
-    with pytest.raises(kind, match=re.escape(told)):
-        plan_without_data(config_without_data(tmp_path, TEN, *words))
+def test_what_cannot_be_planned(
+    arguments: tuple[str, ...], kind: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(kind, match=re.escape(message)):
+        plan_without_data(config_without_data(tmp_path, TEN, *arguments))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"model_type": "nothing"}'])
@@ -237,8 +243,8 @@ def test_memory_follows_the_settings(tmp_path: Path) -> None:
     usual, twice = (plan_without_data(config_without_data(tmp_path, TEN, *more)) for more in ((), ("run.group=2",)))
     assert (usual.group, twice.group) == (1, 2)
     assert twice.memory_mib - usual.memory_mib == pytest.approx(usual.mib_per_client)
-    whole = plan_without_data(config_without_data(tmp_path, TEN, "base.dtype=float32"))
-    assert whole.base_mib == pytest.approx(2 * usual.base_mib)
+    full_precision = plan_without_data(config_without_data(tmp_path, TEN, "base.dtype=float32"))
+    assert full_precision.base_mib == pytest.approx(2 * usual.base_mib)
     saved = plan_without_data(config_without_data(tmp_path, TEN, "base.gradient_checkpointing=true"))
     assert saved.mib_per_client < usual.mib_per_client
 
@@ -247,8 +253,8 @@ def test_the_command_says_what_it_assumes(tmp_path: Path) -> None:
     config_without_data(tmp_path, TEN)
     command = ["plan", str(tmp_path / "mine.toml"), "--without-data"]
     shown = CliRunner().invoke(app, command).output
-    for told in ("10 clients", "1,000 training examples for each", "MiB on a GPU with run.group = 1", "feasible"):
-        assert told in shown
+    for part in ("10 clients", "1,000 training examples for each", "MiB on a GPU with run.group = 1", "feasible"):
+        assert part in shown
     assert planning.NOT_INCLUDED in shown
     as_json = json.loads(CliRunner().invoke(app, [*command, "--json"]).output)
     assert as_json["clients"][0] == {"client": "a-00", "train": planning.ASSUMED_EXAMPLES}
@@ -258,15 +264,15 @@ def test_a_plan_says_what_others_can_compute(runs: Any) -> None:
     """Four clients, 12 experts of 2 holders: 6 held on average at rank 2, so 2 x (1 + 6) = 14 equations per linear and
     round, 28 of the two of the first layer; 32 unknowns in two rounds. mood has fewest rows."""
     config = runs.load("fedamole")
-    said = " ".join(plan(config).exposure)
-    assert "Either of the two can subtract its own" in said
-    assert "3 clients together can compute the last one's part" in said
-    assert "about 14 linear equations" in said
-    assert "of width 32) these determine it after 2 rounds" in said
+    output = " ".join(plan(config).exposure)
+    assert "Either of the two can subtract its own" in output
+    assert "3 clients together can compute the last one's part" in output
+    assert "about 14 linear equations" in output
+    assert "of width 32) these determine it after 2 rounds" in output
     rows = {row["client"]: row for row in plan(config).clients}
     few = rows["mood"]
-    assert f"an update of mood is about 6 of its {few['train']} training rows" in said, "3 steps of 2"
-    assert f"mean embeddings are about {few['embedding']} rows" in said
+    assert f"an update of mood is about 6 of its {few['train']} training rows" in output, "3 steps of 2"
+    assert f"mean embeddings are about {few['embedding']} rows" in output
     assert "mean embeddings" not in " ".join(plan(runs.load("fedit")).exposure)
     alone = planning.exposure(runs.load("local_only"), 4)
     assert alone == ["Nothing of the training is sent: the coordinator gets only the losses and scores of each client."]
@@ -278,10 +284,10 @@ def test_a_plan_says_what_others_can_compute(runs: Any) -> None:
 def test_a_deployment_is_planned_as_the_server_runs_it(tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     config.write_text('[deployment]\nclients = ["a", "b", "c", "d", "e", "f"]\n[base]\nmodel = "bundled"\n')
-    found = CliRunner().invoke(app, ["plan", str(config), "--without-data"])
-    assert found.exit_code == 0, found.output
-    said = " ".join(found.output.split())
-    assert "every expert is held by 3 clients" in said
+    result = CliRunner().invoke(app, ["plan", str(config), "--without-data"])
+    assert result.exit_code == 0, result.output
+    output = " ".join(result.output.split())
+    assert "every expert is held by 3 clients" in output
     config.write_text('[deployment]\nclients = ["a", "b"]\n[base]\nmodel = "bundled"\n')
     refused = CliRunner().invoke(app, ["plan", str(config), "--without-data"])
     assert "min_holders" in str(refused.exception)

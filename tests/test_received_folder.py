@@ -63,9 +63,9 @@ def test_a_name_in_a_manifest_leads_nowhere(received: ReceivedRun, name: str) ->
     text = (received.run / "manifest.json").read_text()
     (first, *_) = re.findall(r'"client": "([^"]+)"', text)
     (received.run / "manifest.json").write_text(text.replace(f'"client": "{first}"', f'"client": {json.dumps(name)}'))
-    said = call("resume", received.run)
-    assert said.code == 3
-    assert "manifest.json is damaged" in said.error
+    result = call("resume", received.run)
+    assert result.code == 3
+    assert "manifest.json is damaged" in result.error
     assert received.seen() == before
 
 
@@ -73,10 +73,10 @@ def test_names_that_differ_in_case_alone_would_be_one_folder(received: ReceivedR
     begin_again(received.run)
     text = (received.run / "manifest.json").read_text()
     (received.run / "manifest.json").write_text(text.replace('"client": "chat"', '"client": "MOOD"'))
-    said = call("resume", received.run)
-    assert said.code == 3
-    assert "'MOOD'" in said.error
-    assert "case-insensitive file system" in said.error
+    result = call("resume", received.run)
+    assert result.code == 3
+    assert "'MOOD'" in result.error
+    assert "case-insensitive file system" in result.error
 
 
 def test_a_better_adapter_replaces_an_adapter_and_nothing_else(runs: Any, received: ReceivedRun) -> None:
@@ -85,9 +85,9 @@ def test_a_better_adapter_replaces_an_adapter_and_nothing_else(runs: Any, receiv
     other = received.run / "clients" / "mood" / "adapter"
     other.mkdir(parents=True)
     (other / "thesis.tex").write_text("years of work")
-    said = call("resume", received.run)
-    assert said.code == 5
-    assert "'thesis.tex'" in said.error
+    result = call("resume", received.run)
+    assert result.code == 5
+    assert "'thesis.tex'" in result.error
     assert (other / "thesis.tex").read_text() == "years of work"
 
 
@@ -114,21 +114,21 @@ def test_a_link_out_of_the_folder_is_named_and_not_followed(
     received: ReceivedRun, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(received.path.parent)
-    for place in PLACES:
-        folder = received_run(received.path.parent / place.replace("/", "-"), received.run)
-        path = folder.run / place
+    for location in PLACES:
+        folder = received_run(received.path.parent / location.replace("/", "-"), received.run)
+        path = folder.run / location
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
         os.symlink(
-            "../" * (len(Path(place).parts)) + "outside" + ("" if "." not in path.name else "/secret.json"), path
+            "../" * (len(Path(location).parts)) + "outside" + ("" if "." not in path.name else "/secret.json"), path
         )
         before = folder.seen()
-        said = call(command, folder.run)
-        assert said.code == 5, place
-        assert str(path) in said.error, place
-        assert folder.seen() == before, place
+        result = call(command, folder.run)
+        assert result.code == 5, location
+        assert str(path) in result.error, location
+        assert folder.seen() == before, location
 
 
 def test_a_link_that_stays_inside_and_a_linked_folder_itself_are_fine(received: ReceivedRun) -> None:
@@ -183,7 +183,7 @@ def test_the_name_of_a_run_leads_nowhere(received: ReceivedRun, tiny: Path) -> N
     config["run"]["name"] = "../../outside/x"
     (received.run / "config.toml").write_text(tomli_w.dumps(config))
     before = received.seen()
-    said = call(
+    result = call(
         "adapt",
         received.run,
         "--data",
@@ -195,8 +195,8 @@ def test_the_name_of_a_run_leads_nowhere(received: ReceivedRun, tiny: Path) -> N
         "--folder",
         received.path / "out",
     )
-    assert said.code == 2
-    assert "run.name = '../../outside/x'" in said.err
+    assert result.code == 2
+    assert "run.name = '../../outside/x'" in result.err
     assert not (received.path / "out").exists()
     assert received.seen() == before
 
@@ -218,8 +218,11 @@ def test_json_is_read_within_bounds(received: ReceivedRun, monkeypatch: pytest.M
     }.items():
         assert text != good
         path.write_text(text)
-        said = call("show", received.run)
-        assert (said.code, why in said.error, "summary.json" in said.error) == (5, True, True), (why, said.error)
+        result = call("show", received.run)
+        assert (result.code, why in result.error, "summary.json" in result.error) == (5, True, True), (
+            why,
+            result.error,
+        )
     path.write_bytes(good.encode("utf-16"))
     assert "not UTF-8 text" in call("show", received.run).error
     monkeypatch.setattr("fedamole.received.files.MIB", 1)
@@ -242,9 +245,9 @@ def test_a_line_of_metrics_is_checked(received: ReceivedRun) -> None:
         first, *others = good.splitlines()
         line = {**json.loads(others[0]), "split": "train", "bytes_down": 1, "bytes_up": 1, key: value}
         path.write_text("\n".join([first, json.dumps(line), *others]) + "\n")
-        said = call("report", received.run, "--out", received.path / "out")
-        assert (said.code, why in said.error) == (5, True), (key, said.error)
-        assert "line 2" in said.error
+        result = call("report", received.run, "--out", received.path / "out")
+        assert (result.code, why in result.error) == (5, True), (key, result.error)
+        assert "line 2" in result.error
     path.write_text(good + '{"round": 1, "spl')
     assert call("report", received.run, "--out", received.path / "out").code == 0, "a torn last line is left out"
 
@@ -278,9 +281,9 @@ def test_a_checkpoint_names_states_of_its_own_run_alone(received: ReceivedRun) -
     (received.run / "summary.json").unlink()
     for path in (received.run / "checkpoints").glob("*.json"):
         edit(path, lambda content: content["clients"].update({"../outside/secret.json": "0" * 64}))
-    said = call("resume", received.run)
-    assert said.code == 5
-    assert "no checkpoint is intact" in said.error
+    result = call("resume", received.run)
+    assert result.code == 5
+    assert "no checkpoint is intact" in result.error
 
 
 def test_files_that_are_no_rounds_are_left_alone(received: ReceivedRun) -> None:
@@ -296,7 +299,7 @@ def test_files_that_are_no_rounds_are_left_alone(received: ReceivedRun) -> None:
 
 
 @pytest.mark.parametrize(
-    "place",
+    "location",
     [
         ".lock",
         ".summary.json.writing",
@@ -306,14 +309,14 @@ def test_files_that_are_no_rounds_are_left_alone(received: ReceivedRun) -> None:
         "metrics.jsonl",
     ],
 )
-def test_a_folder_in_the_place_of_a_file_is_one_error(received: ReceivedRun, place: str) -> None:
+def test_a_folder_in_the_place_of_a_file_is_one_error(received: ReceivedRun, location: str) -> None:
     (received.run / "summary.json").unlink()
-    path = received.run / place
+    path = received.run / location
     path.unlink(missing_ok=True)
     path.mkdir()
-    said = call("resume", received.run)
-    assert said.code == 5
-    assert str(path) in said.error
+    result = call("resume", received.run)
+    assert result.code == 5
+    assert str(path) in result.error
 
 
 # --- adapters -------------------------------------------------------------------------------------------------
@@ -407,32 +410,32 @@ def test_weights_that_do_not_fit_are_refused(runs: Any, tmp_path: Path) -> None:
 def test_a_run_config_extends_nothing(received: ReceivedRun) -> None:
     text = (received.run / "config.toml").read_text()
     (received.run / "config.toml").write_text(f'extends = "{received.outside}/secret.json"\n' + text)
-    for words in (("resume", received.run), ("generate", received.run, "x", "--client", "mood")):
-        if words[0] == "resume":
+    for arguments in (("resume", received.run), ("generate", received.run, "x", "--client", "mood")):
+        if arguments[0] == "resume":
             (received.run / "summary.json").rename(received.run / "kept")
-        said = call(*words)
-        assert said.code == 2
-        assert "extends no other file" in said.error
-        assert "hunter2" not in said.err
+        result = call(*arguments)
+        assert result.code == 2
+        assert "extends no other file" in result.error
+        assert "hunter2" not in result.err
 
 
-def test_what_is_read_outside_is_said_before_it_is_read(received: ReceivedRun, tiny: Path) -> None:
+def test_files_outside_the_folder_are_announced_before_they_are_read(received: ReceivedRun, tiny: Path) -> None:
     (received.run / "summary.json").unlink()
     config = tomllib.loads((received.run / "config.toml").read_text())
     config["data"]["source"][0]["path"] = str(received.outside / "secret.json")
     (received.run / "config.toml").write_text(tomli_w.dumps(config))
-    said = call("resume", received.run)
-    line = next(line for line in said.err.splitlines() if line.startswith("reads files outside "))
+    result = call("resume", received.run)
+    line = next(line for line in result.err.splitlines() if line.startswith("reads files outside "))
     for path in (received.outside / "secret.json", tiny / "mood.jsonl", tiny / "base"):
         assert str(path) in line
-    assert said.code == 3
-    assert "hunter2" not in said.err
-    said = call("generate", received.run, "x", "--client", "mood")
-    assert f"reads files outside {received.run}: base {tiny / 'base'}\n" in said.err
+    assert result.code == 3
+    assert "hunter2" not in result.err
+    result = call("generate", received.run, "x", "--client", "mood")
+    assert f"reads files outside {received.run}: base {tiny / 'base'}\n" in result.err
     assert "reads " not in call("generate", received.run, "x", "--client", "mood", "--base", tiny / "base").err
 
 
-def test_data_and_hub_names_are_told_too(tmp_path: Path) -> None:
+def test_data_and_hub_names_are_reported_too(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(
         '[base]\nmodel = "somebody/model"\n[[data.source]]\nname = "a"\nhub = "somebody/data"\nsplit = "train"\n'
         f'[[data.source]]\nname = "b"\npath = "{tmp_path}/inside.jsonl"\ntest = "/elsewhere/test.jsonl"\n'
@@ -444,7 +447,7 @@ def test_data_and_hub_names_are_told_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ("show",),
         ("report", "--out", "{out}"),
@@ -453,7 +456,7 @@ def test_data_and_hub_names_are_told_too(tmp_path: Path) -> None:
     ],
 )
 def test_no_config_starts_a_download(
-    received: ReceivedRun, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+    received: ReceivedRun, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
 ) -> None:
     """A base on the hub is taken from what was downloaded before, or named by the user."""
     config = tomllib.loads((received.run / "config.toml").read_text())
@@ -468,13 +471,13 @@ def test_no_config_starts_a_download(
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    command, *options = (word.format(out=received.path / "out") for word in words)
-    said = call(command, received.run, *options)
+    command, *options = (argument.format(out=received.path / "out") for argument in arguments)
+    result = call(command, received.run, *options)
     if command in ("show", "report"):
-        assert said.code == 0
+        assert result.code == 0
     else:
-        assert said.code == 4
-        assert "a run's files may not start a download" in said.error
+        assert result.code == 4
+        assert "a run's files may not start a download" in result.error
 
 
 def test_numbers_of_a_config_are_bounded(received: ReceivedRun) -> None:
@@ -485,14 +488,14 @@ def test_numbers_of_a_config_are_bounded(received: ReceivedRun) -> None:
             load_run_config(RunFolder.open(received.run))
 
 
-def test_a_manifest_of_an_honest_run_is_as_it_was(runs: Any) -> None:
+def test_a_manifest_of_an_honest_run_is_unchanged(runs: Any) -> None:
     path = runs("fedamole", *WORD) / "manifest.json"
     assert read_manifest(path).to_json() == path.read_text()
 
 
 def test_the_document_names_the_bounds() -> None:
     text = " ".join((Path(__file__).parents[1] / "docs" / "run-folder.md").read_text().split())
-    for told in (
+    for bound in (
         f"has 1 to {LONGEST_NAME} ASCII letters",
         f"{files.MOST_JSON // files.MIB} MiB for a JSON file",
         f"{files.MOST_LINE // files.MIB} MiB for a line of",
@@ -500,4 +503,4 @@ def test_the_document_names_the_bounds() -> None:
         f"rounds up to {MOST_ROUNDS:,}",
         f"from 0 to {MOST_EXPERTS - 1:,}",
     ):
-        assert told in text, told
+        assert bound in text, bound

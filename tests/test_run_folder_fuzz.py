@@ -133,18 +133,18 @@ DAMAGES = st.one_of(
 
 
 def _nested(depth: int) -> Any:
-    found: Any = 1
+    result: Any = 1
     for _ in range(min(depth, 400)):
-        found = [found]
-    return found
+        result = [result]
+    return result
 
 
 def _nodes(value: Any) -> list[tuple[Any, Any]]:
     """Every place of a JSON value, as (container, key)."""
-    found = []
+    results = []
     for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        found += [(value, key), *_nodes(value[key])]
-    return found
+        results += [(value, key), *_nodes(value[key])]
+    return results
 
 
 def _parsed(path: Path) -> tuple[Any, Callable[[Any], bytes]]:
@@ -223,8 +223,8 @@ def _rewrite(folder: ReceivedRun, path: Path, kind: str, how: list[Any]) -> None
     except (TypeError, ValueError):  # TOML has no word for some values
         return
     if kind == "twice" and path.suffix == ".json" and isinstance(container, dict):
-        one = json.dumps(key).encode() + b": "
-        written = written.replace(one, one + b'"first", ' + one, 1)
+        quoted = json.dumps(key).encode() + b": "
+        written = written.replace(quoted, quoted + b'"first", ' + quoted, 1)
     path.write_bytes(written)
 
 
@@ -242,20 +242,20 @@ def damaged(examples: int) -> Callable[[Callable[..., None]], Callable[..., None
 
 
 @pytest.fixture(scope="module")
-def whole(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def complete(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with every file that one may have."""
     run = Path(shutil.copytree(runs("fedamole", "federation.rounds=2"), tmp_path_factory.mktemp("whole") / "run"))
     modules = {"model.layers.0.self_attn.q_proj": {"1": 0.25, "2": 0.75}}
     (run / "routing.json").write_text(json.dumps({"split": "validation", "clients": {"mood": modules}}))
-    told = {"mood": {"examples": {"train": 3}, "labels": {"glad": 2, "sad": 1}}}
-    (run / "clients.json").write_text(json.dumps(told))
+    clients = {"mood": {"examples": {"train": 3}, "labels": {"glad": 2, "sad": 1}}}
+    (run / "clients.json").write_text(json.dumps(clients))
     return run
 
 
 @pytest.fixture(scope="module")
-def unfinished(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unfinished(complete: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with its last round committed and nothing after it."""
-    run = Path(shutil.copytree(whole, tmp_path_factory.mktemp("unfinished") / "run"))
+    run = Path(shutil.copytree(complete, tmp_path_factory.mktemp("unfinished") / "run"))
     (run / "summary.json").unlink()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     kept = [line for line in lines if line["split"] != "test"]
@@ -265,13 +265,13 @@ def unfinished(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check(run: Path, name: str, damage: tuple[Any, ...], *commands: tuple[str, ...]) -> None:
     """Call commands on a damaged copy; `{run}` and `{out}` in them are its path and that of what is written."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = received_run(Path(place) / "arena", run)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = received_run(Path(temporary) / "arena", run)
         spoil(folder, name, damage)
         before = folder.seen()
-        for words in commands:
-            call(*(word.format(run=folder.run, out=folder.path / "out") for word in words))
-            assert folder.seen() == before, f"{words[0]} touched something outside"
+        for arguments in commands:
+            call(*(argument.format(run=folder.run, out=folder.path / "out") for argument in arguments))
+            assert folder.seen() == before, f"{arguments[0]} touched something outside"
 
 
 SHOW = (("show", "{run}"), ("show", "{run}", "--markdown"), ("report", "{run}", "--out", "{out}"))
@@ -281,18 +281,18 @@ RESUME = (("resume", "{run}"), ("show", "{run}"))
 
 
 @damaged(80)
-def test_tables_and_pages(whole: Path, name: str, damage: Any) -> None:
-    check(whole, name, damage, *SHOW)
+def test_tables_and_pages(complete: Path, name: str, damage: Any) -> None:
+    check(complete, name, damage, *SHOW)
 
 
 @damaged(15)
-def test_answers(whole: Path, name: str, damage: Any) -> None:
-    check(whole, name, damage, *GENERATE)
+def test_answers(complete: Path, name: str, damage: Any) -> None:
+    check(complete, name, damage, *GENERATE)
 
 
 @damaged(6)
-def test_exports(whole: Path, name: str, damage: Any) -> None:
-    check(whole, name, damage, *EXPORT)
+def test_exports(complete: Path, name: str, damage: Any) -> None:
+    check(complete, name, damage, *EXPORT)
 
 
 @damaged(10)
@@ -302,14 +302,14 @@ def test_going_on(unfinished: Path, name: str, damage: Any) -> None:
 
 @pytest.mark.faults
 @damaged(2000)
-def test_tables_and_pages_at_length(whole: Path, name: str, damage: Any) -> None:
-    check(whole, name, damage, *SHOW)
+def test_tables_and_pages_at_length(complete: Path, name: str, damage: Any) -> None:
+    check(complete, name, damage, *SHOW)
 
 
 @pytest.mark.faults
 @damaged(500)
-def test_models_at_length(whole: Path, name: str, damage: Any) -> None:
-    check(whole, name, damage, *GENERATE, *EXPORT)
+def test_models_at_length(complete: Path, name: str, damage: Any) -> None:
+    check(complete, name, damage, *GENERATE, *EXPORT)
 
 
 @pytest.mark.faults
@@ -318,10 +318,10 @@ def test_going_on_at_length(unfinished: Path, name: str, damage: Any) -> None:
     check(unfinished, name, damage, *RESUME)
 
 
-def test_an_undamaged_folder_passes(whole: Path, unfinished: Path) -> None:
-    with tempfile.TemporaryDirectory() as place:
-        for at, (run, commands) in enumerate([(whole, (*SHOW, *GENERATE)), (unfinished, RESUME)]):
-            folder = received_run(Path(place) / str(at), run)
-            for words in commands:
-                said = call(*(word.format(run=folder.run, out=folder.path / "out") for word in words))
-                assert said.code == 0, said.err
+def test_an_undamaged_folder_passes(complete: Path, unfinished: Path) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        for at, (run, commands) in enumerate([(complete, (*SHOW, *GENERATE)), (unfinished, RESUME)]):
+            folder = received_run(Path(temporary) / str(at), run)
+            for arguments in commands:
+                result = call(*(argument.format(run=folder.run, out=folder.path / "out") for argument in arguments))
+                assert result.code == 0, result.err

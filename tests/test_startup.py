@@ -26,8 +26,8 @@ def imported(code: str) -> list[str]:
     return marked[0].split()[1:]
 
 
-def command(*words: object) -> str:
-    return f"sys.argv = {['fedamole', *map(str, words)]}\nfrom fedamole.cli.main import main\nmain()"
+def command(*arguments: object) -> str:
+    return f"sys.argv = {['fedamole', *map(str, arguments)]}\nfrom fedamole.cli.main import main\nmain()"
 
 
 def test_a_heavy_import_would_be_seen() -> None:
@@ -35,7 +35,7 @@ def test_a_heavy_import_would_be_seen() -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ("--help",),
         ("methods",),
@@ -46,8 +46,8 @@ def test_a_heavy_import_would_be_seen() -> None:
     ],
     ids=" ".join,
 )
-def test_commands_without_a_run(words: tuple[str, ...]) -> None:
-    assert imported(command(*words)) == []
+def test_commands_without_a_run(arguments: tuple[str, ...]) -> None:
+    assert imported(command(*arguments)) == []
 
 
 def test_show_and_report(runs: Any, tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from fedamole.config import Config
 from fedamole.data.manifest import read_manifest
 from fedamole.data.partition import numbered
 from fedamole.data.settings import DataSettings, SourceSettings
-from fedamole.engine.reply_template import dry_client
+from fedamole.engine.reply_template import dry_client, dry_update
 from fedamole.errors import ConfigError
 from fedamole.federation.client_data import ClientData
-from fedamole.federation.method import BaseInfo, ClientInfo, Server, TrainingResult
+from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.federation.passes import TOKENS_AT_ONCE
 from fedamole.federation.record import pack
 from fedamole.model.base import Base
@@ -42,9 +42,9 @@ class Plan:
     targets: int
     """Adapted linears."""
     adapter_parameters: float
-    """Mean over the clients, in round 0."""
+    """Mean over the clients, in round 0; of several exchanges, the one with the largest adapter counts."""
     bytes_down: float
-    """Mean per client and round; replies are about as large."""
+    """Mean per client and round, over all exchanges of the round; replies are about as large."""
     group: int
     """Number of clients that train in lock-step."""
     memory_mib: float
@@ -213,37 +213,71 @@ def _infos(clients: Mapping[str, ClientData]) -> tuple[ClientInfo, ...]:
 
 
 def _sizes(config: Config, base: Base, infos: tuple[ClientInfo, ...]) -> tuple[list[int], list[int]]:
-    """Return the adapter parameters and the bytes of the message of each client in round 0."""
-    method, state = config.method, _initial_state(config, base, infos)
-    sizes, traffic = [], []
-    for info in infos:
-        client, message = dry_client(BaseInfo.of(base), info, config.run.seed, 0), method.message(state, info)
-        sizes.append(method.adapter(client, method.init_client_state(client), message).parameters())
-        traffic.append(len(pack(message)))
-    return sizes, traffic
+    """Return the adapter parameters and the bytes of the messages of each client in round 0."""
+    dry_round = DryRound(config, base, infos, train=config.method.exchanges() > 1)
+    dry_round.run()
+    return [dry_round.sizes[info.name] for info in infos], [dry_round.bytes_down[info.name] for info in infos]
 
 
 def trained_parameters(config: Config, base: Base, clients: Mapping[str, ClientData]) -> dict[str, int]:
     """Return how many parameters each client trains in round 0, by a dry run.
 
-    A tensor that is trained twice in a round, as Ditto's LoRA, counts once.
+    A tensor that is trained twice in a round, as Ditto's LoRA, counts once, also if that is in several exchanges.
     """
-    method, infos, counts = config.method, _infos(clients), {}
-    state = _initial_state(config, base, infos)
-    for info in infos:
-        client = dry_client(BaseInfo.of(base), info, config.run.seed, 0)
-        work = method.update(client, method.init_client_state(client), method.message(state, info))
-        sizes, request = dict[str, int](), next(work)
-        with contextlib.suppress(StopIteration):
-            while True:
-                sizes |= request.adapter.trained_sizes()
-                request = work.send(TrainingResult(request.adapter, steps=1, loss=0.0))
-        counts[info.name] = sum(sizes.values())
-    return counts
+    dry_round = DryRound(config, base, _infos(clients), train=True)
+    dry_round.run()
+    return {name: sum(sizes.values()) for name, sizes in dry_round.trained_sizes.items()}
 
 
-def _initial_state(config: Config, base: Base, infos: tuple[ClientInfo, ...]) -> Any:
-    return config.method.init(Server(BaseInfo.of(base), infos, config.run.seed, rounds=config.federation.rounds))
+class LastExchange(Exception):  # noqa: N818  not an error
+    """The last exchange of a dry round has ended; what the method does with its replies is not needed."""
+
+
+class DryRound:
+    """Round 0 with all clients, without data: each training returns the adapter it was given, probes return zeros."""
+
+    def __init__(self, config: Config, base: Base, infos: tuple[ClientInfo, ...], train: bool) -> None:
+        """Prepare round 0. Without `train`, clients get a message and do not work, which one exchange allows."""
+        self.method, self.train, self.base, names = config.method, train, BaseInfo.of(base), [i.name for i in infos]
+        self.server = Server(self.base, infos, config.run.seed, rounds=config.federation.rounds)
+        self.bytes_down = dict.fromkeys(names, 0)
+        """Bytes of the messages to each client, over all exchanges."""
+        self.sizes = dict.fromkeys(names, 0)
+        """Parameters of each client's adapter; of several exchanges the largest."""
+        self.trained_sizes: dict[str, dict[str, int]] = {name: {} for name in names}
+        """Number of values of each tensor that a client trains."""
+        self._clients = {info.name: dry_client(self.base, info, config.run.seed, 0) for info in infos}
+        self._states: dict[str, Any] = {}
+        self._count = 0
+
+    def run(self) -> None:
+        """Run the round up to the replies of its last exchange."""
+        state = self.method.init(self.server)
+        with contextlib.suppress(LastExchange):
+            self.method.round(self.server, state, self.server.clients, self._exchange)
+
+    def _exchange(self, messages: Mapping[str, Any]) -> dict[str, Any]:
+        replies = {name: self._update(name, message) for name, message in messages.items()}
+        self._count += 1
+        if self._count == self.method.exchanges():
+            raise LastExchange
+        return replies
+
+    def _update(self, name: str, message: Any) -> Any:
+        """Count what a client is sent and trains; return its reply."""
+        client = self._clients[name]
+        state = self._states[name] if name in self._states else self.method.init_client_state(client)
+        self.bytes_down[name] += len(pack(message))
+        size = self.method.adapter(client, state, message).parameters()
+        self.sizes[name] = max(self.sizes[name], size)
+        if not self.train:
+            return None
+        state, reply, sizes = dry_update(self.method, self.server, client, state, message)
+        self.trained_sizes[name] |= sizes
+        if self._count + 1 == self.method.exchanges():
+            return None  # not needed any more: a plan holds no client's tensors longer than it has to
+        self._states[name] = state
+        return reply
 
 
 def _group_bytes(config: Config, base: Base, group: int, adapter_parameters: int) -> int:

@@ -48,7 +48,7 @@ def test_random_assignment_belongs_to_ids() -> None:
     assert (again == draw(0)[:, order]).all()
 
 
-def test_random_assignment_favours_nobody() -> None:
+def test_random_assignment_favours_no_client() -> None:
     """Over 200 draws every pair is expected 200 * 2 / 10 = 40 times, standard deviation sqrt(32) = 5.7."""
     counts = np.sum([draw(seed) for seed in range(200)], axis=0)
     assert counts.sum() == 200 * 60

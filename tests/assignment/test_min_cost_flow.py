@@ -77,9 +77,9 @@ def test_check_finds_the_one_problem_of_several_that_could_be_cheaper() -> None:
     best, worse = as_choice([0, 1, 0, 1]), as_choice([0, 0, 1, 1])
     several = np.stack([COSTS, COSTS[::-1], COSTS * 2])
     check_optimal(np.stack([best, best[::-1], best]), several, 1, 0, 2)
-    for place, wrong in enumerate((worse, worse[::-1], worse)):
+    for index, wrong in enumerate((worse, worse[::-1], worse)):
         chosen = np.stack([best, best[::-1], best])
-        chosen[place] = wrong
+        chosen[index] = wrong
         with pytest.raises(RuntimeError, match="not optimal"):
             check_optimal(chosen, several, 1, 0, 2)
 
@@ -90,5 +90,5 @@ def test_each_problem_has_its_own_room_for_hashes() -> None:
     ties = rng.integers(0, 2**64, (30, 10), dtype=np.uint64)
     values = np.stack([rng.random((30, 10)), np.full((30, 10), 0.1), 0.1 + 1e-6 * rng.random((30, 10))])
     together = integer_costs(values, ties, 2)
-    for found, alone in zip(together, values, strict=True):
-        assert (found == integer_costs(alone, ties, 2)).all()
+    for result, alone in zip(together, values, strict=True):
+        assert (result == integer_costs(alone, ties, 2)).all()

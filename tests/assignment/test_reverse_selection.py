@@ -198,8 +198,8 @@ def test_several_modules_at_once_are_solved_as_each_alone(bounds: Bounds) -> Non
     names = {"expert_ids": experts(12), "client_ids": clients(7)}
     together = select_for_remaining(P, bounds, **names)
     assert together.shape == P.shape
-    for module, found in zip(P, together, strict=True):
-        assert (found == select_for_remaining(module, bounds, **names)).all()
+    for module, result in zip(P, together, strict=True):
+        assert (result == select_for_remaining(module, bounds, **names)).all()
 
 
 def test_differences_below_the_resolution_do_not_decide() -> None:
@@ -357,7 +357,7 @@ def test_remaining_fewer_clients_than_choices() -> None:
 
 
 @pytest.mark.parametrize("function", [solve, remain])
-def test_nobody_left_is_an_error(function: Solve) -> None:
+def test_no_remaining_client_is_an_error(function: Solve) -> None:
     with pytest.raises(InfeasibleError, match="1 <= clients fails"):
         function(np.empty((4, 0)), 1, 0, 2)
 

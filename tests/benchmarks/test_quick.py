@@ -35,10 +35,10 @@ def run(name: str, *options: str) -> str:
 
 def ratios_in(file: Path) -> dict[str, float]:
     """The ratios that a benchmark wrote, each a finite number above 0."""
-    found: dict[str, Any] = json.loads(file.read_text())["ratios"]
-    assert found
-    assert all(math.isfinite(value) and value > 0 for value in found.values()), found
-    return found
+    result: dict[str, Any] = json.loads(file.read_text())["ratios"]
+    assert result
+    assert all(math.isfinite(value) and value > 0 for value in result.values()), result
+    return result
 
 
 def test_every_benchmark_is_known_here() -> None:
@@ -93,9 +93,9 @@ def test_the_base_that_a_gpu_is_measured_with_trains(monkeypatch: pytest.MonkeyP
     assert alone(Bank(base), adapter, [((5, 6, 7), (8, 9))], TrainingSettings(local_steps=2)).steps == 2
 
 
-def test_all_are_measured_once_and_a_second_run_goes_on(tmp_path: Path) -> None:
-    said = run("all", "--quick", "--out", str(tmp_path), "assignment")
-    assert "assignment: " in said
+def test_all_are_measured_once_and_a_second_run_resumes(tmp_path: Path) -> None:
+    output = run("all", "--quick", "--out", str(tmp_path), "assignment")
+    assert "assignment: " in output
     assert {path.name for path in tmp_path.iterdir()} == {"assignment.json", "assignment.txt"}
     ratios_in(tmp_path / "assignment.json")
     assert "━" in (tmp_path / "assignment.txt").read_text()
@@ -105,4 +105,4 @@ def test_all_are_measured_once_and_a_second_run_goes_on(tmp_path: Path) -> None:
 def test_every_script_is_among_all() -> None:
     tree = ast.parse((FOLDER / "all.py").read_text())
     (measured,) = [node.value for node in tree.body if isinstance(node, ast.AnnAssign) and node.value is not None]
-    assert {words[0] for words in ast.literal_eval(measured).values()} == set(SCRIPTS)
+    assert {arguments[0] for arguments in ast.literal_eval(measured).values()} == set(SCRIPTS)

@@ -1,6 +1,7 @@
 """Contracts over a method with several exchanges in a round: budget, random streams, traffic, and kills in between."""
 
 import json
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from tests.conftest import small
 from tests.contract.exchanges import Average, ThreeExchanges, Trained, steps_by_exchange
 from tests.deployment.direct import ClientSchedule, DirectDeployment, Killed, direct_deployment
+from tests.deployment.server_process import run_server
 from typing_extensions import override
 
 from fedamole.deployment.client_handler import ClientHandler
@@ -20,13 +22,16 @@ from fedamole.engine import link as timing
 from fedamole.engine.in_process import InProcess
 from fedamole.engine.messages import JOIN, UPDATE, Reply, Request
 from fedamole.errors import RunError
-from fedamole.experiment import prepare, resume, worker_of
+from fedamole.experiment import plan, prepare, resume, worker_of
 from fedamole.federation.client_state import PrivateState
-from fedamole.federation.method import BaseInfo, ClientInfo, Exchange, Server
+from fedamole.federation.method import BaseInfo, Client, ClientInfo, Exchange, Server
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import bytes_as_tensor, pack, unpack
 from fedamole.methods import METHODS
 from fedamole.model.bank import Bank
+from fedamole.model.params import Adapter
+from fedamole.planning import trained_parameters
+from fedamole.reporting.work import work_of
 from fedamole.runs.checkpoint import round_and_exchange
 from fedamole.runs.run_folder import RunFolder
 
@@ -53,6 +58,45 @@ def test_exchanges_of_a_round_share_its_steps(runs: Any, facts: Any) -> None:
         if line["split"] == "train":
             assert ("loss" in line) == (line.get("exchange", 0) < 2)
             assert ("probed" in line) == (line.get("exchange", 0) == 2)
+
+
+def test_work_and_plan_are_those_of_all_exchanges_of_a_round(runs: Any, facts: Any) -> None:
+    """The plan equals the first round of the run, to the byte and to the parameter."""
+    config = runs.load(NAME)
+    folder, planned, prepared = runs(NAME), plan(config), prepare(config)
+    lines = [line for line in facts(folder) if line["split"] == "train" and line["round"] == 0]
+    assert planned.bytes_down == sum(line["bytes_down"] for line in lines) / len(NAMES)
+    assert planned.bytes_down > 2.5 * min(line["bytes_down"] for line in lines), "three messages, not one"
+    size = planned.adapter_parameters
+    assert {line["trained_parameters"] for line in lines} == {size}, "the same LoRA in all exchanges"
+    assert trained_parameters(config, prepared.base, prepared.clients) == dict.fromkeys(NAMES, size)
+    work = work_of(facts(folder), NAME, clients=len(NAMES), rounds=3)
+    assert (work["steps"], work["parameters"]) == (planned.steps, size) == (3.0, size)
+
+
+@dataclass(frozen=True)
+class OneFactorEach(ThreeExchanges):
+    """Trains B in the first exchange of a run, and A in all others."""
+
+    @override
+    def adapter(self, client: Client, client_state: Trained, message: Average) -> Adapter:
+        adapter, frozen = super().adapter(client, client_state, message), "/A" if client_state.tensors == {} else "/B"
+        return replace(adapter, frozen=tuple(key for key in adapter.tensors if key.endswith(frozen)))
+
+
+def test_exchanges_that_train_different_tensors_add_up(runs: Any, facts: Any, monkeypatch: Any) -> None:
+    whole_lora = plan(runs.load(NAME)).adapter_parameters
+    monkeypatch.setitem(METHODS, NAME, OneFactorEach)
+    options = (NAME, "federation.rounds=1")
+    config = runs.load(*options)
+    prepared, lines = prepare(config), facts(runs.fresh(*options))
+    counts = trained_parameters(config, prepared.base, prepared.clients)
+    assert counts["mood"] == whole_lora
+    by_exchange = [
+        line["trained_parameters"] for line in lines if line["split"] == "train" and line["client"] == "mood"
+    ]
+    assert 0 < by_exchange[0] < by_exchange[1] == by_exchange[2] == counts["mood"]
+    assert work_of(lines, NAME, clients=len(NAMES), rounds=1)["parameters"] == counts["mood"]
 
 
 def test_the_summary_adds_up_the_traffic_of_a_round(runs: Any, facts: Any) -> None:
@@ -103,7 +147,7 @@ def _without_tensors(state: bytes) -> bytes:
         ("client_done", 24),  # all have finished round 1, which is not committed
     ],
 )
-def test_a_run_killed_between_exchanges_resumes_as_if_it_had_not_been(
+def test_a_run_killed_between_exchanges_resumes_with_the_same_result(
     point: str, nth: int, runs: Any, crash: Any, remains: Any
 ) -> None:
     folder = crash(point, nth, NAME)
@@ -178,12 +222,12 @@ def outcome(server: Path, clients: Mapping[str, Path]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def wanted(runs: Any) -> dict[str, Any]:
+def expected(runs: Any) -> dict[str, Any]:
     folder = runs(NAME, *QUICK)
     return outcome(folder, {name: folder / "clients" / name for name in NAMES})
 
 
-def found(there: DirectDeployment) -> dict[str, Any]:
+def outcome_of(there: DirectDeployment) -> dict[str, Any]:
     return outcome(there.server_folder, {name: there.client_folder(name) for name in NAMES})
 
 
@@ -192,16 +236,16 @@ def there(tiny: Path, tmp_path: Path) -> DirectDeployment:
     return direct_deployment(tiny / "config.toml", tmp_path, *small(NAME), *QUICK)
 
 
-def test_a_deployment_equals_the_run_in_one_process(there: DirectDeployment, wanted: dict[str, Any]) -> None:
+def test_a_deployment_equals_the_run_in_one_process(there: DirectDeployment, expected: dict[str, Any]) -> None:
     there.run()
-    assert found(there) == wanted
+    assert outcome_of(there) == expected
     own = [json.loads(line) for line in (there.client_folder("mood").parents[1] / "metrics.jsonl").open()]
     assert steps_by_exchange([line for line in own]) == {(round_, "mood"): [2, 1, 0] for round_ in range(2)}
 
 
 @pytest.mark.parametrize("nth", [16, 18, 21])
-def test_a_server_killed_between_exchanges_goes_on_as_if_it_had_not_been(
-    nth: int, there: DirectDeployment, wanted: dict[str, Any]
+def test_a_server_stopped_between_exchanges_resumes_with_the_same_result(
+    nth: int, there: DirectDeployment, expected: dict[str, Any]
 ) -> None:
     """12 updates a round: in round 1 all have trained once, two have trained twice, one has measured."""
 
@@ -212,13 +256,33 @@ def test_a_server_killed_between_exchanges_goes_on_as_if_it_had_not_been(
     with pytest.raises(KeyboardInterrupt):
         there.run(schedule=ClientSchedule(stop=stop))
     there.run(resumed=True)
-    assert found(there) == wanted
+    assert outcome_of(there) == expected
+
+
+@pytest.mark.parametrize("exchange", [1, pytest.param(2, marks=pytest.mark.faults)])
+def test_a_server_process_killed_by_sigkill_between_exchanges_resumes(
+    exchange: int, there: DirectDeployment, expected: dict[str, Any]
+) -> None:
+    """A process of its own is killed before an exchange of round 1, when all have answered the exchange before it."""
+    updates: list[tuple[int, int, str]] = []
+
+    def kill_at(name: str, request: Request) -> bool:
+        if request.operation == UPDATE:
+            updates.append((request.round, request.exchange, name))
+        return (request.operation, request.round, request.exchange) == (UPDATE, 1, exchange)
+
+    assert run_server(there, kill_at) == -signal.SIGKILL
+    answered = [(round_, e, name) for round_ in (0, 1) for e in range(3) for name in NAMES]
+    assert updates == answered[: (3 + exchange) * len(NAMES) + 1]
+    assert [path.name for path in there.server_folder.glob("checkpoints/*.safetensors")] == ["round-0000.safetensors"]
+    assert run_server(there, lambda name, request: False) == 0
+    assert outcome_of(there) == expected
 
 
 @pytest.mark.parametrize("exchange", [0, 1, 2])
 @pytest.mark.parametrize("lost", ["state", "answer"])
 def test_a_client_killed_in_an_exchange_does_this_exchange_again(
-    lost: str, exchange: int, there: DirectDeployment, wanted: dict[str, Any], monkeypatch: Any
+    lost: str, exchange: int, there: DirectDeployment, expected: dict[str, Any], monkeypatch: Any
 ) -> None:
     """Killed after its state was written and before its answer was, or after both and before the answer was sent."""
     killed: list[str] = []
@@ -240,7 +304,7 @@ def test_a_client_killed_in_an_exchange_does_this_exchange_again(
     there.link.meddle = meddle
     there.run()
     assert killed == ["mood"]
-    assert found(there) == wanted
+    assert outcome_of(there) == expected
 
 
 def with_policy(there: DirectDeployment, **changes: Any) -> ClientHandler:

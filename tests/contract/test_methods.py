@@ -68,10 +68,10 @@ class Shop:
         probe = RecordedProbe(self.bank, data.embedding.rows, name, self.seed, 4096, ProbeCounts())
         return Client(data.info, BaseInfo.of(base), self.seed, round_, probe)
 
-    def fit(self, method: Some, asked: TrainingRequest, name: str, round_: int, turn: int) -> TrainingResult:
+    def fit(self, method: Some, request: TrainingRequest, name: str, round_: int, turn: int) -> TrainingResult:
         """The real training of one client, and its embeddings where the method wants them."""
         data, training = self.prepared.clients[name], self.prepared.config.training
-        task = LocalTask(name, asked, data.train.pairs(), training.learning_rate)
+        task = LocalTask(name, request, data.train.pairs(), training.learning_rate)
         (done,) = fit(self.bank, [task], training, seed=self.seed, round_=round_, fit_index=turn)
         assert isinstance(done, TrainingResult)
         means = embed(self.bank, [data.embedding.pairs()], 4096)[0] if method.needs_embeddings else {}
@@ -83,9 +83,9 @@ class Shop:
         """A client's work of a round, from its first request for training to its last."""
         work, turn = method.update(self.client(name, round_), client_state, message), 0
         try:
-            asked = next(work)
+            request = next(work)
             while True:
-                asked = work.send(self.fit(method, asked, name, round_, turn))
+                request = work.send(self.fit(method, request, name, round_, turn))
                 turn += 1
         except StopIteration as end:
             done: tuple[Any, Any, TrainingResult] = end.value
@@ -182,12 +182,12 @@ def test_same_seed_same_run(name: str, runs: Any, remains: Callable[[Path], Any]
 
 @every_training
 def test_another_seed_another_run(name: str, runs: Any, facts: Callable[[Path], Any]) -> None:
-    one, other = runs(name), runs(name, "run.seed=1")
-    assert facts(one) != facts(other)
-    for adapter in sorted(one.glob("clients/*/adapter/adapter_model.safetensors")):
-        assert adapter.read_bytes() != (other / adapter.relative_to(one)).read_bytes()
+    first, other = runs(name), runs(name, "run.seed=1")
+    assert facts(first) != facts(other)
+    for adapter in sorted(first.glob("clients/*/adapter/adapter_model.safetensors")):
+        assert adapter.read_bytes() != (other / adapter.relative_to(first)).read_bytes()
     # The partition has a seed of its own.
-    assert (one / "manifest.json").read_bytes() == (other / "manifest.json").read_bytes()
+    assert (first / "manifest.json").read_bytes() == (other / "manifest.json").read_bytes()
 
 
 @every_training
@@ -230,12 +230,12 @@ def test_a_variant_is_the_same_run_scored_before_the_aggregation(name: str, runs
     alone = runs(name, "federation.rounds=2")
     beside = runs(method, "federation.rounds=2", "evaluation.pre_aggregation=true")
     for split, count in (("train", 8), ("validation", 8), ("test", 4)):
-        found, wanted = (
+        result, expected = (
             [line for line in facts(folder) if line["split"] == split and line.get("method", name) == name]
             for folder in (alone, beside)
         )
-        assert found == wanted
-        assert len(found) >= count
+        assert result == expected
+        assert len(result) >= count
     saved = sorted((alone / "clients").glob("*/adapter/adapter_*"))
     assert len(saved) == 8
     for file in saved:
@@ -298,21 +298,23 @@ def test_tokens_are_those_that_go_through_the_base(name: str, runs: Any, tmp_pat
 @every_method
 def test_shares_of_a_round_are_those_that_the_method_says(name: str, shop: Shop) -> None:
     """All trainings of a round make up 1 under "steps" and `paper_steps` under "paper"."""
-    method, asked = made(name), list[TrainingRequest]()
+    method, requests = made(name), list[TrainingRequest]()
     info = shop.server().clients[0]
     client = shop.client(info.name)
     work = method.update(client, method.init_client_state(client), method.message(method.init(shop.server()), info))
     try:
-        asked.append(next(work))
+        requests.append(next(work))
         while True:
-            asked.append(
-                work.send(TrainingResult(asked[-1].adapter, 1, 0.0, _no_embeddings(method, asked[-1].adapter)))
+            requests.append(
+                work.send(TrainingResult(requests[-1].adapter, 1, 0.0, _no_embeddings(method, requests[-1].adapter)))
             )
     except StopIteration:
         pass
-    assert sum(one.fraction_for("steps") for one in asked) == pytest.approx(1.0)
-    assert sum(one.fraction_for("paper") for one in asked) == pytest.approx(method.paper_steps)
-    differ = [one.fraction_for("steps") for one in asked] != [one.fraction_for("paper") for one in asked]
+    assert sum(request.fraction_for("steps") for request in requests) == pytest.approx(1.0)
+    assert sum(request.fraction_for("paper") for request in requests) == pytest.approx(method.paper_steps)
+    differ = [request.fraction_for("steps") for request in requests] != [
+        request.fraction_for("paper") for request in requests
+    ]
     assert method.budgets_differ == differ
 
 
@@ -327,8 +329,8 @@ def _no_embeddings(method: Some, adapter: Adapter) -> Mapping[str, MeanEmbedding
 
 
 def test_those_that_train_twice_are_known() -> None:
-    found = {name.removesuffix("_ft") for name, method in METHODS.items() if method.budgets_differ}
-    assert found == {"ditto", "feddpa", "fedrep"}
+    names = {name.removesuffix("_ft") for name, method in METHODS.items() if method.budgets_differ}
+    assert names == {"ditto", "feddpa", "fedrep"}
 
 
 @pytest.mark.parametrize("name", ["ditto", "feddpa", "fedrep", "fedrep_ft", "fedit", "fdlora", "fedamole"])
@@ -336,13 +338,13 @@ def test_the_steps_that_a_run_reports_differ_where_the_method_says_so(name: str,
     """3 steps a round, or 3 for each of two trainings; tokens in proportion, as batches are of two rows each."""
     small = runs(name, "federation.rounds=1")
     large = runs(name, "federation.rounds=1", "training.budget=paper")
-    found = [[line for line in facts(folder) if line["split"] == "train"] for folder in (small, large)]
-    assert {line["steps"] for line in found[0]} == {3}
-    assert {line["steps"] for line in found[1]} == {6 if METHODS[name].budgets_differ else 3}
-    for less, more in zip(*found, strict=True):
+    trained_lines = [[line for line in facts(folder) if line["split"] == "train"] for folder in (small, large)]
+    assert {line["steps"] for line in trained_lines[0]} == {3}
+    assert {line["steps"] for line in trained_lines[1]} == {6 if METHODS[name].budgets_differ else 3}
+    for less, more in zip(*trained_lines, strict=True):
         assert (more["backward_tokens"] > 1.5 * less["backward_tokens"]) == METHODS[name].budgets_differ
     if not METHODS[name].budgets_differ:
-        assert found[0] == found[1], "nothing else changes"
+        assert trained_lines[0] == trained_lines[1], "nothing else changes"
 
 
 # --- the interface --------------------------------------------------------------------------------------------
@@ -395,9 +397,9 @@ def test_scoring_leaves_private_state_alone(name: str, runs: Any, tmp_path: Path
 @every_training
 def test_replies_in_any_order_give_the_same_state(name: str, shop: Shop, replied: Any) -> None:
     method, state, _, replies = replied(name)
-    wanted = pack(method.aggregate(shop.server(1), state, replies))
+    expected = pack(method.aggregate(shop.server(1), state, replies))
     for order in itertools.permutations(replies):
-        assert pack(method.aggregate(shop.server(1), state, {client: replies[client] for client in order})) == wanted
+        assert pack(method.aggregate(shop.server(1), state, {client: replies[client] for client in order})) == expected
 
 
 @every_training
@@ -414,16 +416,16 @@ def test_any_replies_may_be_missing(name: str, shop: Shop, replied: Any) -> None
 @every_training
 def test_a_round_without_any_reply_changes_nothing(name: str, shop: Shop, replied: Any) -> None:
     method, state, _, _ = replied(name)
-    asked: list[set[str]] = []
+    requests: list[set[str]] = []
 
     def nobody(messages: Mapping[str, Any]) -> Mapping[str, Any]:
-        asked.append(set(messages))
+        requests.append(set(messages))
         return {}
 
     server = shop.server(1)
     after = method.round(server, state, server.clients[:3], nobody)
     assert pack(after) == pack(state)
-    assert asked[0] == {client.name for client in server.clients[:3]}
+    assert requests[0] == {client.name for client in server.clients[:3]}
 
 
 @every_training
@@ -510,8 +512,8 @@ def test_hyper_parameters_come_from_the_method_table(name: str, tiny: Path) -> N
         assert value != field.default
         text = str(value).lower() if isinstance(value, bool) else value
         config = load_config(tiny / "config.toml", [f"method.name={name}", f"method.{field.name}={text}"])
-        wanted = tuple(value) if isinstance(value, list) else value
-        assert config.method == replace(METHODS[name](), **{field.name: wanted})
+        expected = tuple(value) if isinstance(value, list) else value
+        assert config.method == replace(METHODS[name](), **{field.name: expected})
         assert config.tables()["method"][field.name] == value
     with pytest.raises(ConfigError, match=r"unknown key method\.nonsense"):
         load_config(tiny / "config.toml", [f"method.name={name}", "method.nonsense=3"])

@@ -33,10 +33,10 @@ class Checked(InProcess):
         answers = super().update(round_, messages, exchange)
         server = dataclasses.replace(self.server, round=round_)
         for info in self.clients:
-            wanted = dry_run(self.method, server, info, unpack(self.method.records.message, messages[info.name]))
+            expected = dry_run(self.method, server, info, unpack(self.method.records.message, messages[info.name]))
             got = unpack(self.method.records.reply, answers[info.name].payload or b"")
-            check_reply(self.method, wanted, got, None)
-            self.seen.append((wanted, got))
+            check_reply(self.method, expected, got, None)
+            self.seen.append((expected, got))
         return answers
 
 
@@ -85,44 +85,44 @@ SPOILED: dict[str, Callable[[dict[str, Tensor]], Any]] = {
 }
 
 
-def refused(method: Any, wanted: Any, reply: Any, most: float | None = MOST) -> bool:
+def refused(method: Any, expected: Any, reply: Any, most: float | None = MOST) -> bool:
     try:
-        check_reply(method, wanted, reply, most)
+        check_reply(method, expected, reply, most)
     except PayloadError:
         return True
     return False
 
 
 @pytest.mark.parametrize("name", sorted(name for name in METHODS if not name.endswith("_ft")))
-def test_real_replies_pass_and_spoiled_ones_do_not(name: str, compared: Any) -> None:
+def test_real_replies_pass_and_changed_ones_are_refused(name: str, compared: Any) -> None:
     method, seen = compared(name)
     assert len(seen) >= 6
-    wanted, got = seen[-1]
+    expected, got = seen[-1]
     for kind, change in SPOILED.items():
         bad = spoiled(got, change)
         if bad is None:
             assert name == "local_only"
             continue
-        assert refused(method, wanted, bad), f"{kind} went through"
+        assert refused(method, expected, bad), f"{kind} went through"
     norms = [
         sum(float(tensor.double().square().sum()) for tensor in named_tensors(got).values()) ** 0.5 for _, got in seen
     ]
-    for (wanted, got), norm in zip(seen, norms, strict=True):
-        assert norm <= 0.2 * usual_norm(wanted), "an honest reply comes near the bound that holds without max_norm"
+    for (expected, got), norm in zip(seen, norms, strict=True):
+        assert norm <= 0.2 * usual_norm(expected), "an honest reply comes near the bound that holds without max_norm"
         poisoned = with_tensors(got, {key: tensor * 0 + 500 for key, tensor in named_tensors(got).items()})
-        assert name == "local_only" or refused(method, wanted, poisoned, None)
-        assert name == "local_only" or refused(method, wanted, got, 0.99 * norm)
-        assert not refused(method, wanted, got, 1.01 * norm + 1e-9)
+        assert name == "local_only" or refused(method, expected, poisoned, None)
+        assert name == "local_only" or refused(method, expected, got, 0.99 * norm)
+        assert not refused(method, expected, got, 1.01 * norm + 1e-9)
 
 
 def test_fields_must_be_those_that_were_rehearsed(compared: Any) -> None:
     method, seen = compared("flora")
-    wanted, got = seen[-1]
+    expected, got = seen[-1]
     for merged in (99, -1, True):
         with pytest.raises(PayloadError, match="merged"):
-            check_reply(method, wanted, dataclasses.replace(got, merged=merged), MOST)
+            check_reply(method, expected, dataclasses.replace(got, merged=merged), MOST)
     method, seen = compared("ifca_lora")
-    wanted, got = seen[-1]
+    expected, got = seen[-1]
     for cluster in (3, -1):
         with pytest.raises(PayloadError, match="cluster"):
-            check_reply(method, wanted, dataclasses.replace(got, cluster=cluster), MOST)
+            check_reply(method, expected, dataclasses.replace(got, cluster=cluster), MOST)

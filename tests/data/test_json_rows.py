@@ -35,7 +35,7 @@ def as_json(name: str, literals: list[str]) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_text_that_looks_like_a_date_stays_as_it_is(tmp_path: Path, name: str) -> None:
+def test_text_that_looks_like_a_date_is_unchanged(tmp_path: Path, name: str) -> None:
     for values in (["2024-03-01", "2024-03-02"], ["2024-03-01T08:30:00Z", "2024-03-02T08:30:00Z"], ["007", "1e5"]):
         assert texts(read(tmp_path, name, as_json(name, [json.dumps(value) for value in values])), "a") == values
 

@@ -51,7 +51,7 @@ def test_unreadable_messages_name_the_row(messages: Any, message: str) -> None:
 
 
 def talk(*texts: str) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
 
 
 BESIDE = {"prompt": "raw", "prompt_id": "7", "messages": talk("Hi", "Hello")}

@@ -55,7 +55,7 @@ def test_pubmedqa_cuts_only_the_abstract() -> None:
     assert (rendered.answer, rendered.options) == ("maybe", ("yes", "no", "maybe"))
 
 
-def test_plain_is_as_it_stands() -> None:
+def test_the_plain_template_changes_nothing() -> None:
     rendered = example("plain", {"prompt": "1 + 1 = ", "completion": "2"})
     assert (rendered.prompt, rendered.answer) == ("1 + 1 = ", "2")
 

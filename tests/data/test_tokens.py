@@ -271,19 +271,19 @@ NASTY = [
 
 @hypothesis_settings(deadline=None)
 @given(st.sampled_from(["alpaca", "plain"]), st.text(), st.text(), st.sampled_from(NASTY))
-def test_what_is_tokenised_is_what_stands_in_the_row(template: str, first: str, second: str, nasty: str) -> None:
+def test_the_text_of_the_row_is_tokenised(template: str, first: str, second: str, nasty: str) -> None:
     """Row to example to tokens and back, with two lossless tokenizers."""
     row = {"instruction": first, "context": second + nasty, "response": nasty + second}
     row |= {"prompt": first + nasty, "completion": nasty + first}
     example = rendered(BUILT_IN[template], **row)
-    wanted = row["prompt"] if template == "plain" else example.prompt
+    expected = row["prompt"] if template == "plain" else example.prompt
     if template == "alpaca":
-        assert f"### Instruction:\n{first}\n\n### Input:\n{second + nasty}\n\n### Response:\n" in wanted
+        assert f"### Instruction:\n{first}\n\n### Input:\n{second + nasty}\n\n### Response:\n" in expected
     for tokenizer in LOSSLESS:
         tokenised = tokenise([example], tokenizer, 10**6)
         (tokens,) = tokenised.rows
         lead = len(text_encoder(tokenizer).leading_specials)
-        assert tokenizer.decode(tokens.prompt[lead:]) == wanted
+        assert tokenizer.decode(tokens.prompt[lead:]) == expected
         assert tokenizer.decode(tokens.answer[:-1]) == example.answer
         assert tokenised.changed == 0
 
@@ -291,7 +291,7 @@ def test_what_is_tokenised_is_what_stands_in_the_row(template: str, first: str, 
 LOSSLESS = (byte_level(), AutoTokenizer.from_pretrained(str(files("fedamole") / "bundled/base")))
 
 
-def test_what_is_tokenised_is_what_stands_in_the_file(tmp_path: Path) -> None:
+def test_the_text_of_the_file_is_tokenised(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps({"prompt": text, "completion": text}) + "\n" for text in NASTY), encoding="utf-8"
     )

@@ -160,7 +160,7 @@ def direct_deployment(config_file: Path, folder: Path, *overrides: str) -> Direc
     roster = f"deployment.clients={names}".replace("'", '"')
     config = load_config(config_file, [roster, "deployment.gathering=0", "deployment.patience=5", *overrides])
     hosts = {
-        10 + place: ClientHandler(
+        10 + index: ClientHandler(
             ClientSettings(
                 source,
                 folder=str(folder / source.name),
@@ -171,9 +171,9 @@ def direct_deployment(config_file: Path, folder: Path, *overrides: str) -> Direc
             ),
             ProgressListener(),
         )
-        for place, source in enumerate(sources)
+        for index, source in enumerate(sources)
     }
-    return DirectDeployment(folder, config, DirectLink(hosts, {10 + place: name for place, name in enumerate(names)}))
+    return DirectDeployment(folder, config, DirectLink(hosts, {10 + index: name for index, name in enumerate(names)}))
 
 
 class ScheduledInProcess(InProcess):

@@ -49,7 +49,7 @@ class DishonestClient(ClientHandler):
         assert self.session is not None
         answer = unpack(Reply, self.honest(payload))
         inner = unpack(self.session.config.method.records.reply, tensor_as_bytes(answer.reply) or b"")
-        name = next(one.name for one in fields(inner) if getattr(inner, one.name))
+        name = next(field.name for field in fields(inner) if getattr(inner, field.name))
         tensors = {key: tensor.clone() for key, tensor in getattr(inner, name).items()}
         change(tensors)
         return pack(replace(answer, reply=bytes_as_tensor(pack(replace(inner, **{name: tensors})))))
@@ -95,7 +95,8 @@ def _zero(tensors: dict[str, torch.Tensor]) -> None:
 
 def _scored(loss: float) -> Callable[[Reply], Reply]:
     return lambda answer: replace(
-        answer, scores={row: {**one, "loss": loss} if "loss" in one else one for row, one in answer.scores.items()}
+        answer,
+        scores={row: {**values, "loss": loss} if "loss" in values else values for row, values in answer.scores.items()},
     )
 
 
@@ -123,7 +124,7 @@ def _raise(host: DishonestClient, payload: bytes) -> bytes:
     worker = host.session.worker
     train = worker.update
 
-    def update(*words: Any) -> Any:
+    def update(*arguments: Any) -> Any:
         worker.update = train  # type: ignore[method-assign]
         raise ValueError(SECRET)
 
@@ -176,8 +177,8 @@ def _lying_client() -> None:
 
     init = client.ClientProcesses.__init__
 
-    def lying(self: client.ClientProcesses, *words: Any) -> None:
-        init(self, *words)
+    def lying(self: client.ClientProcesses, *arguments: Any) -> None:
+        init(self, *arguments)
         assert self.worker.arguments[1:3] == ["-m", "fedamole.deployment.warm_worker"]
         self.worker.arguments[1:3] = [__file__]
 

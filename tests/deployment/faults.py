@@ -41,34 +41,34 @@ ENDLESS = 1000
 
 def marked(mark: str) -> list[psutil.Process]:
     """Running processes with a mark."""
-    found = []
+    processes = []
     for process in psutil.process_iter():
         try:
             if process.environ().get(MARK, "").startswith(mark) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+                processes.append(process)
         except (psutil.Error, OSError):
             continue
-    return found
+    return processes
 
 
-def wait_until(true: Callable[[], Any], seconds: float, what: str, told: Callable[[], str] = str) -> Any:
+def wait_until(true: Callable[[], Any], seconds: float, what: str, describe: Callable[[], str] = str) -> Any:
     """Wait until a condition is true and return its value; AssertionError, with the text of `told`, after `seconds`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if found := true():
-            return found
+        if value := true():
+            return value
         time.sleep(0.1)
-    raise AssertionError(f"after {seconds:.0f} s still not: {what}\n{told()}")
+    raise AssertionError(f"after {seconds:.0f} s still not: {what}\n{describe()}")
 
 
 class Command:
     """A running `fedamole` command with all its child processes."""
 
-    def __init__(self, words: Sequence[str], output: Path, mark: str, **env: str) -> None:
+    def __init__(self, arguments: Sequence[str], output: Path, mark: str, **env: str) -> None:
         self.mark, self.output = f"{mark}-{uuid.uuid4().hex[:6]}", output
         with output.open("ab") as out:
             self.process = subprocess.Popen(
-                list(words),
+                list(arguments),
                 stdout=out,
                 stderr=out,
                 stdin=subprocess.DEVNULL,
@@ -83,9 +83,9 @@ class Command:
 
     def part(self, sign: str) -> psutil.Process:
         """The process of this command whose command line contains `sign`."""
-        found = [one for one in self.alive() if sign in " ".join(_words(one))]
-        assert found, f"{sign} does not run; there are {list(map(_words, self.alive()))}"
-        return found[0]
+        processes = [process for process in self.alive() if sign in " ".join(_words(process))]
+        assert processes, f"{sign} does not run; there are {list(map(_words, self.alive()))}"
+        return processes[0]
 
     def alive(self) -> list[psutil.Process]:
         """Its processes, including itself and orphans."""
@@ -108,24 +108,26 @@ class Command:
 
     def gone(self, seconds: float = 10.0) -> None:
         """Assert that no process is left."""
-        wait_until(lambda: not self.alive(), seconds, "gone", lambda: str([_words(one) for one in self.alive()]))
+        wait_until(
+            lambda: not self.alive(), seconds, "gone", lambda: str([_words(process) for process in self.alive()])
+        )
 
     def kill_all(self) -> None:
         """Kill it and all its child processes at once."""
-        found = self.alive()
-        for process in found:
+        processes = self.alive()
+        for process in processes:
             process.suspend()  # none sees another one's end
-        for process in found:
+        for process in processes:
             process.kill()
         self.process.wait()
 
 
 def _words(process: psutil.Process) -> list[str]:
     try:
-        found: list[str] = process.cmdline()
+        arguments: list[str] = process.cmdline()
     except psutil.Error:
         return []
-    return found
+    return arguments
 
 
 def _ready() -> None:
@@ -181,8 +183,8 @@ class Proxy:
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
         except OSError:
-            for one in (source, sink):
-                one.close()
+            for end in (source, sink):
+                end.close()
 
     @contextmanager
     def cut(self) -> Iterator[None]:
@@ -228,8 +230,8 @@ class Site:
         config = replace(settled(config, deployed=True), method=config.method.for_deployment())
         return replace(config, data=replace(config.data, source=sources))
 
-    def _start(self, words: Sequence[str], output: str, **env: str) -> Command:
-        command = Command(words, self.folder / output, self.mark, **env)
+    def _start(self, arguments: Sequence[str], output: str, **env: str) -> Command:
+        command = Command(arguments, self.folder / output, self.mark, **env)
         self.commands.append(command)
         return command
 
@@ -242,7 +244,7 @@ class Site:
     def client(
         self,
         name: str,
-        *words: str,
+        *arguments: str,
         address: str | None = None,
         certs: Path | None = None,
         folder: str = "",
@@ -251,7 +253,7 @@ class Site:
         """`fedamole client`; a dishonest one behaves as set by `self.lie(name, kind)`."""
         door = ["--insecure"] if self.certs is None else ["--certs", str(certs or self.certs / "clients" / name)]
         host = "localhost" if self.certs else LOOPBACK
-        place = folder or f"c-{name}"
+        output = folder or f"c-{name}"
         start = [sys.executable, str(LIAR), "client"] if lies else [str(FEDAMOLE), "client"]
         if lies:
             self.lie(name, "honest")
@@ -259,8 +261,8 @@ class Site:
         given = {"--data": str(self.tiny / source["path"]), "--base": str(self.tiny / "base")}
         given |= {"--policy": str(self.policy)}
         given |= {"--template": source["template"]} if "template" in source else {}
-        given |= dict(zip(words[::2], words[1::2], strict=True))
-        options = [word for pair in given.items() for word in pair]
+        given |= dict(zip(arguments[::2], arguments[1::2], strict=True))
+        options = [argument for pair in given.items() for argument in pair]
         return self._start(
             [
                 *start,
@@ -270,14 +272,14 @@ class Site:
                 name,
                 *options,
                 "--folder",
-                str(self.folder / place),
+                str(self.folder / output),
                 "--device",
                 "cpu",
                 "--threads",
                 "1",
                 *door,
             ],
-            f"{place}.out",
+            f"{output}.out",
             LIE=str(self.folder / f"{name}.lie"),
         )
 
@@ -304,8 +306,8 @@ class Site:
 
     def event(self, what: str, seconds: float, since: float = 0.0, **fields: Any) -> dict[str, Any]:
         """Wait for such a line, and return the first one."""
-        found = wait_until(lambda: self.events(what, since, **fields), seconds, f"{what} {fields}", self.told)
-        return dict(found[0])
+        result = wait_until(lambda: self.events(what, since, **fields), seconds, f"{what} {fields}", self.told)
+        return dict(result[0])
 
     def trained(self, name: str, seconds: float, since: float) -> dict[str, Any]:
         """Wait until a client has trained in a round that began since then and is done."""
@@ -339,7 +341,7 @@ class Site:
 
     def told(self) -> str:
         """The end of every log, for a failure message."""
-        texts = [f"--- {one.output.name}: {one.text[-1500:]}" for one in self.commands]
+        texts = [f"--- {command.output.name}: {command.text[-1500:]}" for command in self.commands]
         return "\n".join([*texts, f"--- run.log: {self.log()[-1500:]}"])
 
     def close(self) -> None:
@@ -359,8 +361,8 @@ class Site:
 @contextmanager
 def site(folder: Path, tiny: Path, *overrides: str, secure: bool = False) -> Iterator[Site]:
     """A site that is always cleaned up."""
-    made = Site(folder, tiny, *overrides, secure=secure)
+    created = Site(folder, tiny, *overrides, secure=secure)
     try:
-        yield made
+        yield created
     finally:
-        made.close()
+        created.close()

@@ -75,8 +75,8 @@ class Proxy(Listener):
             stream.sendall(self.answer)
             return
         given = dict(line.partition(": ")[::2] for line in lines[1:])
-        wanted = None if self.login is None else "Basic " + base64.b64encode(self.login.encode()).decode()
-        if given.get("Proxy-Authorization") != wanted:
+        expected = None if self.login is None else "Basic " + base64.b64encode(self.login.encode()).decode()
+        if given.get("Proxy-Authorization") != expected:
             stream.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
         elif self.status is not None:
             stream.sendall(b"HTTP/1.1 %d Refused\r\nContent-Length: 0\r\n\r\n" % self.status)
@@ -94,13 +94,13 @@ class Proxy(Listener):
 
 def head(stream: socket.socket) -> bytes:
     """A request's head."""
-    found = b""
-    while b"\r\n\r\n" not in found:
+    result = b""
+    while b"\r\n\r\n" not in result:
         piece = stream.recv(4096)
         if not piece:
             raise OSError("the connection ended")
-        found += piece
-    return found
+        result += piece
+    return result
 
 
 def _pass(source: socket.socket, target: socket.socket) -> None:

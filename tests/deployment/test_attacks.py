@@ -96,12 +96,12 @@ def attacked(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[S
 
 
 def command_of(there: Site, name: str) -> Command:
-    return next(one for one in reversed(there.commands) if one.output.stem in (name, f"c-{name}"))
+    return next(command for command in reversed(there.commands) if command.output.stem in (name, f"c-{name}"))
 
 
 def superlink_port(there: Site) -> int:
-    words = command_of(there, "server").part("fedamole.deployment.flower.superlink").cmdline()
-    return int(words[words.index("--port") + 1])
+    arguments = command_of(there, "server").part("fedamole.deployment.flower.superlink").cmdline()
+    return int(arguments[arguments.index("--port") + 1])
 
 
 def node_of(there: Site, name: str) -> int:
@@ -145,10 +145,14 @@ def test_another_account_of_the_coordinators_machine_gets_nothing(attacked: Site
     assert error.value.response.status_code == 401, "not even with a registered key, past the gateway"
     readable = [path for path in (attacked.run / "server").rglob("*") if path.stat().st_mode & 0o077]
     assert not readable, "what a deployment writes is for its own account alone"
-    run = [one for one in command_of(attacked, "server").alive() if "flwr-serverapp" in " ".join(one.cmdline())]
+    run = [
+        process for process in command_of(attacked, "server").alive() if "flwr-serverapp" in " ".join(process.cmdline())
+    ]
     tokens = [path.read_text() for path in (attacked.run / "server" / "tokens").iterdir()]
     assert run
-    assert not [token for token in tokens for one in run if token in " ".join(one.cmdline())], "no token is an argument"
+    assert not [token for token in tokens for process in run if token in " ".join(process.cmdline())], (
+        "no token is an argument"
+    )
     assert (attacked.run / "server" / "tokens" / "control").stat().st_mode & 0o777 == 0o600
     goes_on(attacked)
 
@@ -156,9 +160,9 @@ def test_another_account_of_the_coordinators_machine_gets_nothing(attacked: Site
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another account")
 def test_another_account_cannot_read_the_tokens(attacked: Site) -> None:
     token = attacked.run / "server" / "tokens" / "control"
-    found = subprocess.run(["cat", str(token)], user=65534, capture_output=True, text=True, check=False)
-    assert found.returncode == 1
-    assert "Permission denied" in found.stderr
+    completed = subprocess.run(["cat", str(token)], user=65534, capture_output=True, text=True, check=False)
+    assert completed.returncode == 1
+    assert "Permission denied" in completed.stderr
 
 
 def test_not_even_the_coordinator_runs_another_app(attacked: Site, tmp_path: Path) -> None:
@@ -190,7 +194,7 @@ def test_one_client_gives_no_orders_to_another(attacked: Site, monkeypatch: pyte
     ca = client_context(certs / "ca.crt")
     gateway = _BoundedClient(f"https://localhost:{attacked.port}", ca, key)
     order = sign_order(key, "entail", time.time_ns(), b"undo everything")
-    told = len(command_of(attacked, "entail").text)
+    length_before = len(command_of(attacked, "entail").text)
 
     def pushed(source: int, target: int, reply_to: str) -> int:
         message = Message(
@@ -214,21 +218,21 @@ def test_one_client_gives_no_orders_to_another(attacked: Site, monkeypatch: pyte
     assert pushed(me, other, "") == 403, "an order in one's own name"
     assert pushed(me, other, "a" * 64) == 403, "an answer to another client"
     assert pushed(other, superlink, "a" * 64) == 403, "an answer in another's name"
-    assert "refused an order" not in command_of(attacked, "entail").text[told:]
+    assert "refused an order" not in command_of(attacked, "entail").text[length_before:]
     goes_on(attacked)
 
 
 def test_a_removed_key_is_refused_at_once_and_the_others_go_on(attacked: Site) -> None:
     """The last test of this run: mood is removed, and cannot return with its old key."""
     assert attacked.certs is not None
-    found = subprocess.run(
+    completed = subprocess.run(
         [str(FEDAMOLE), "clients", "remove", "mood", "--certs", str(attacked.certs)],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert found.returncode == 0, found.stderr
-    struck, mood = time.time(), command_of(attacked, "mood")
+    assert completed.returncode == 0, completed.stderr
+    start, mood = time.time(), command_of(attacked, "mood")
     mood.says("the coordinator does not know this key, or has removed it", ROUND)
     command_of(attacked, "server").says("the old key of mood is refused from now on", ROUND)
     goes_on(attacked, ("chat", "entail"))
@@ -238,4 +242,4 @@ def test_a_removed_key_is_refused_at_once_and_the_others_go_on(attacked: Site) -
     resumed = time.time()
     goes_on(attacked, ("chat", "entail"))
     assert not [line for line in attacked.events("answered", since=resumed, client="mood") if "failed" not in line]
-    assert struck < resumed
+    assert start < resumed

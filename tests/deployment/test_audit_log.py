@@ -65,27 +65,29 @@ def logged(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 def test_every_message_has_a_line_with_what_is_in_it(logged: Any) -> None:
     folder, requests, answers = logged
     path = folder / ".client-entail/audit.jsonl"
-    found = lines(path)
-    assert [line["direction"] for line in found] == ["in", "out"] * 5
-    for line, payload in zip(found, [one for pair in zip(requests, answers, strict=True) for one in pair], strict=True):
+    log_lines = lines(path)
+    assert [line["direction"] for line in log_lines] == ["in", "out"] * 5
+    for line, payload in zip(
+        log_lines, [message for pair in zip(requests, answers, strict=True) for message in pair], strict=True
+    ):
         assert (line["bytes"], line["sha256"]) == (len(payload), hashlib.sha256(payload).hexdigest())
         assert line["time"].endswith("+00:00")
-    told = [(line["run"], line["round"], line["operation"]) for line in found]
-    assert told[::2] == [
+    records = [(line["run"], line["round"], line["operation"]) for line in log_lines]
+    assert records[::2] == [
         (RUN_ID, -1, JOIN),
         (RUN_ID, 0, UPDATE),
         ("", -1, "unreadable"),
         (RUN_ID, 1, UPDATE),
         (RUN_ID, 1, TEST),
     ]
-    assert found[5]["failed"] == "bad_request"
+    assert log_lines[5]["failed"] == "bad_request"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_records_are_told_by_fields_and_scores_by_value(logged: Any) -> None:
+def test_records_are_logged_by_field_and_scores_by_value(logged: Any) -> None:
     folder, _, answers = logged
-    found = lines(folder / ".client-entail/audit.jsonl")
-    join, update, test = found[1], found[3], found[9]
+    log_lines = lines(folder / ".client-entail/audit.jsonl")
+    join, update, test = log_lines[1], log_lines[3], log_lines[9]
     assert join["report"]["examples"]["train"] > 0
     assert join["scores"] == unpacked(Reply, answers[0]).scores
     assert test["scores"] == unpacked(Reply, answers[4]).scores
@@ -99,17 +101,17 @@ def test_records_are_told_by_fields_and_scores_by_value(logged: Any) -> None:
     sent = unpack(TrainedExperts, packed)
     experts = record["fields"]["expert_embeddings"].pop("value")
     assert set(experts) == set(sent.expert_embeddings), "the keys of the outer mapping"
-    for name, one in record["fields"].items():
+    for name, field in record["fields"].items():
         tensors = [*getattr(sent, name).values()]
         if name == "expert_embeddings":
             tensors = [tensor for by_expert in tensors for tensor in by_expert.values()]
         norm = sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5
-        assert one == {
+        assert field == {
             "tensors": len(tensors),
             "numbers": sum(tensor.numel() for tensor in tensors),
             "norm": pytest.approx(norm),
         }
-    assert found[2]["record"]["fields"]["tensors"]["tensors"] > 0, "what came, too"
+    assert log_lines[2]["record"]["fields"]["tensors"]["tensors"] > 0, "what came, too"
 
 
 def test_nothing_of_the_data_is_in_the_log(logged: Any, tiny: Path) -> None:
@@ -134,12 +136,12 @@ def test_an_answer_repeated_from_disk_is_logged_again(tiny: Path, tmp_path: Path
         host.answer(pack(server.join()))
         host.answer(pack(server.update(0, -1)))
     host.answer(pack(Request(RUN_ID, 0, EVALUATE, "fedit", last=0, message=server.update(0, -1).message)))
-    found = lines(tmp_path / ".client-entail/audit.jsonl")
-    assert found[3]["sha256"] == found[7]["sha256"]
-    assert found[-1]["row"] == "fedit"
-    [round_] = [one for one in read_audit(tmp_path / ".client-entail/audit.jsonl").sent if one.round == 0]
-    assert (round_.answers, round_.bytes) == (3, 2 * found[3]["bytes"] + found[-1]["bytes"])
-    assert round_.numbers == 2 * found[3]["record"]["fields"]["tensors"]["numbers"]
+    log_lines = lines(tmp_path / ".client-entail/audit.jsonl")
+    assert log_lines[3]["sha256"] == log_lines[7]["sha256"]
+    assert log_lines[-1]["row"] == "fedit"
+    [round_] = [sent for sent in read_audit(tmp_path / ".client-entail/audit.jsonl").sent if sent.round == 0]
+    assert (round_.answers, round_.bytes) == (3, 2 * log_lines[3]["bytes"] + log_lines[-1]["bytes"])
+    assert round_.numbers == 2 * log_lines[3]["record"]["fields"]["tensors"]["numbers"]
 
 
 # --- the chain -------------------------------------------------------------------------------------------------
@@ -162,9 +164,9 @@ def test_a_whole_log_is_chained(tmp_path: Path) -> None:
         FIRST_HASH,
         *(hashlib.sha256(line).hexdigest() for line in raw[:-1]),
     ]
-    found = read_audit(path)
-    assert (found.lines, found.faults, found.last) == (4, (), hashlib.sha256(raw[-1]).hexdigest())
-    assert found.refusals == ("reason 0", "reason 1")
+    audit = read_audit(path)
+    assert (audit.lines, audit.faults, audit.last) == (4, (), hashlib.sha256(raw[-1]).hexdigest())
+    assert audit.refusals == ("reason 0", "reason 1")
 
 
 CHANGES: dict[str, Callable[[list[bytes]], list[bytes]]] = {
@@ -188,7 +190,7 @@ def test_a_change_is_noticed(change: str, tmp_path: Path) -> None:
     assert "NOT INTACT: line" in result.output
 
 
-def test_a_line_torn_by_a_crash_is_told_and_the_chain_goes_on(tmp_path: Path) -> None:
+def test_an_incomplete_line_after_a_crash_is_reported_and_the_chain_continues(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     some(path, 2)
     os.truncate(path, path.stat().st_size - 9)
@@ -234,10 +236,10 @@ def test_what_cannot_be_logged_is_not_answered(tiny: Path, tmp_path: Path, monke
 
     def full(descriptor: int) -> None:
         nonlocal room
-        here = os.fstat(descriptor).st_ino == path.stat().st_ino
-        if here and room == 0:
+        is_log = os.fstat(descriptor).st_ino == path.stat().st_ino
+        if is_log and room == 0:
             raise OSError(28, "No space left on device")
-        room -= here
+        room -= is_log
         written(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
@@ -297,19 +299,19 @@ def test_the_worker_hangs_up_where_it_cannot_log(tmp_path: Path) -> None:
 def test_the_command_shows_what_left_in_totals_and_by_round(logged: Any) -> None:
     folder = logged[0]
     path = folder / ".client-entail/audit.jsonl"
-    for place in (folder, path.parent, path):
-        result = CliRunner().invoke(app, ["audit-log", str(place), "--json"])
+    for location in (folder, path.parent, path):
+        result = CliRunner().invoke(app, ["audit-log", str(location), "--json"])
         assert result.exit_code == 0, result.output
-        [(where, found)] = json.loads(result.output).items()
+        [(where, totals)] = json.loads(result.output).items()
         assert where == str(path)
-        assert [(one["round"], one["answers"], one["refused"]) for one in found["sent"]] == [
+        assert [(sent["round"], sent["answers"], sent["refused"]) for sent in totals["sent"]] == [
             (-1, 1, 0),
             (0, 1, 0),
             (-1, 0, 1),
             (1, 2, 0),
         ]
-        assert sum(one["bytes"] for one in found["sent"]) == sum(map(len, logged[2]))
-        assert found["came"] == 5
+        assert sum(sent["bytes"] for sent in totals["sent"]) == sum(map(len, logged[2]))
+        assert totals["came"] == 5
     text = CliRunner().invoke(app, ["audit-log", str(folder)]).output
     assert "before round 1" in text
     assert "total" in text

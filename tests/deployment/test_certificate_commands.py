@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,33 +12,22 @@ from typing import Any
 
 import pytest
 
-from fedamole.cli import main as cli
 from fedamole.deployment.security.inspection import inspect_client, inspect_server
 from fedamole.deployment.security.keys import PASSPHRASE, fingerprint, is_locked, load_public
+from tests.conftest import call_command
 from tests.test_docs import blocks
 
 
 @pytest.fixture
-def fedamole(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Callable[..., tuple[int, str]]]:
+def fedamole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., tuple[int, str]]]:
     """Call the command in this process, in an empty folder; returns its exit code and output."""
     before = os.umask(0o022)  # the commands set their own, which the tests after these must not keep
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv(PASSPHRASE, raising=False)
 
-    def call(*words: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["fedamole", *map(str, words)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 1
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return code, out + err
+    def call(*arguments: object) -> tuple[int, str]:
+        result = call_command(*arguments)
+        return result.code, result.out + result.err
 
     yield call
     os.umask(before)
@@ -50,15 +38,15 @@ def day(days: int) -> str:
 
 
 def test_a_federation_in_which_no_private_key_travels(fedamole: Any, tmp_path: Path) -> None:
-    code, said = fedamole("certs", "--folder", "clinic", "--own", "clinic")
-    assert (code, "Send clinic/node.csr to the coordinator" in said) == (0, True)
+    code, output = fedamole("certs", "--folder", "clinic", "--own", "clinic")
+    assert (code, "Send clinic/node.csr to the coordinator" in output) == (0, True)
     own = fingerprint(load_public(tmp_path / "clinic" / "node.pub"))
-    assert f"Fingerprint: {own}" in said
+    assert f"Fingerprint: {own}" in output
     assert fedamole("certs", "--host", "fl.example.org")[0] == 0
-    code, said = fedamole("certs", "--admit", "clinic=clinic/node.csr", "--client-days", "90")
+    code, output = fedamole("certs", "--admit", "clinic=clinic/node.csr", "--client-days", "90")
     assert code == 0
-    assert f"admitted certs/nodes/clinic.pub until {day(90)}, fingerprint {own}" in said
-    assert "Send clinic these two files: certs/ca.crt and certs/coordinator.pub" in said
+    assert f"admitted certs/nodes/clinic.pub until {day(90)}, fingerprint {own}" in output
+    assert "Send clinic these two files: certs/ca.crt and certs/coordinator.pub" in output
     for name in ("ca.crt", "coordinator.pub"):
         shutil.copy(tmp_path / "certs" / name, tmp_path / "clinic" / name)
     assert inspect_client(tmp_path / "clinic") == []
@@ -88,30 +76,30 @@ def test_an_older_folder_is_given_an_order_key(fedamole: Any, tmp_path: Path) ->
     (fault,) = inspect_server(certs, "localhost")
     assert "does not belong to coordinator.pub" in fault.text
     (certs / "coordinator.key").unlink()
-    code, said = fedamole("certs")
-    assert (code, "coordinator.pub exists without coordinator.key" in said) == (2, True)
+    code, output = fedamole("certs")
+    assert (code, "coordinator.pub exists without coordinator.key" in output) == (2, True)
 
 
-def test_a_key_made_by_the_coordinator_is_known_to_it_and_that_is_said(fedamole: Any) -> None:
-    code, said = fedamole("certs", "--client", "bank")
+def test_a_warning_says_that_the_coordinator_knows_a_key_it_made(fedamole: Any) -> None:
+    code, output = fedamole("certs", "--client", "bank")
     assert code == 0
-    assert "contains the private key of bank" in said
-    assert "--own is safer" in said
-    _, told = fedamole("certs", "--help")
-    told = " ".join(re.sub(r"[^\w.,\-']+", " ", told).split())
-    assert "With --client the coordinator makes and knows the client's private key" in told
-    assert "Recommended each client runs --own" in told
+    assert "contains the private key of bank" in output
+    assert "--own is safer" in output
+    _, help_text = fedamole("certs", "--help")
+    help_text = " ".join(re.sub(r"[^\w.,\-']+", " ", help_text).split())
+    assert "With --client the coordinator makes and knows the client's private key" in help_text
+    assert "Recommended each client runs --own" in help_text
 
 
 def test_the_own_ca_of_an_organisation(fedamole: Any, tmp_path: Path) -> None:
-    code, said = fedamole("certs", "--request", "--host", "fl.example.org")
+    code, output = fedamole("certs", "--request", "--host", "fl.example.org")
     assert code == 0
-    assert "Ask your CA to sign certs/server.csr" in said
-    assert "fedamole certs --folder certs --install SIGNED.crt --ca CA.crt" in said
+    assert "Ask your CA to sign certs/server.csr" in output
+    assert "fedamole certs --folder certs --install SIGNED.crt --ca CA.crt" in output
     assert not list((tmp_path / "certs").glob("ca.*"))
-    code, said = fedamole("certs", "--client", "bank")
-    assert (code, "waits for a certificate from the organisation's CA" in said) == (2, True)
-    for words in (
+    code, output = fedamole("certs", "--client", "bank")
+    assert (code, "waits for a certificate from the organisation's CA" in output) == (2, True)
+    for arguments in (
         [
             "req",
             "-x509",
@@ -146,85 +134,85 @@ def test_the_own_ca_of_an_organisation(fedamole: Any, tmp_path: Path) -> None:
             "signed.crt",
         ],
     ):
-        subprocess.run(["openssl", *words], check=True, capture_output=True)
-    code, said = fedamole("certs", "--install", "signed.crt", "--ca", "org-ca.crt", "--host", "other.example.org")
-    assert (code, "not for other.example.org" in said) == (2, True)
-    code, said = fedamole("certs", "--install", "signed.crt", "--ca", "org-ca.crt")
+        subprocess.run(["openssl", *arguments], check=True, capture_output=True)
+    code, output = fedamole("certs", "--install", "signed.crt", "--ca", "org-ca.crt", "--host", "other.example.org")
+    assert (code, "not for other.example.org" in output) == (2, True)
+    code, output = fedamole("certs", "--install", "signed.crt", "--ca", "org-ca.crt")
     assert code == 0
-    assert "without a restart" in said
+    assert "without a restart" in output
     assert inspect_server(tmp_path / "certs", "fl.example.org") == []
 
 
 def test_options_that_exclude_each_other(fedamole: Any, tmp_path: Path) -> None:
-    for words in (
+    for arguments in (
         ["--request", "--own", "a"],
         ["--request", "--renew"],
         ["--own", "a", "--client", "b"],
         ["--request", "--admit", "a=b"],
         ["--install", "x", "--ca", "y", "--request"],
     ):
-        code, said = fedamole("certs", *words)
-        assert (code, "give only one of these" in said) == (2, True), words
-    for words in (["--install", "x"], ["--ca", "x"]):
-        code, said = fedamole("certs", *words)
-        assert (code, "must be given together" in said) == (2, True), words
-    code, said = fedamole("certs", "--passphrase")
-    assert (code, "needs a terminal: give --passphrase-file" in said) == (2, True)
+        code, output = fedamole("certs", *arguments)
+        assert (code, "give only one of these" in output) == (2, True), arguments
+    for arguments in (["--install", "x"], ["--ca", "x"]):
+        code, output = fedamole("certs", *arguments)
+        assert (code, "must be given together" in output) == (2, True), arguments
+    code, output = fedamole("certs", "--passphrase")
+    assert (code, "needs a terminal: give --passphrase-file" in output) == (2, True)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_renewing_says_that_nothing_is_restarted(fedamole: Any, tmp_path: Path) -> None:
     fedamole("certs", "--host", "fl.example.org")
     key = (tmp_path / "certs" / "server.key").read_bytes()
-    code, said = fedamole("certs", "--renew", "--host", "fl.example.org", "--host", "new.example.org", "--days", "90")
+    code, output = fedamole("certs", "--renew", "--host", "fl.example.org", "--host", "new.example.org", "--days", "90")
     assert code == 0
-    assert "without a restart" in said
-    assert "written  certs/server.crt.old" in said
+    assert "without a restart" in output
+    assert "written  certs/server.crt.old" in output
     assert (tmp_path / "certs" / "server.key").read_bytes() == key
     assert inspect_server(tmp_path / "certs", "new.example.org") == []
     assert {path.name for path in (tmp_path / "certs").glob("*.writing")} == set()
 
 
 def test_a_passphrase_from_a_file(fedamole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    word = tmp_path / "word"
-    word.write_text("six words that nobody would guess\n")
-    word.chmod(0o644)
-    code, said = fedamole("certs", "--passphrase-file", word)
-    assert (code, "chmod 600" in said) == (2, True)
+    passphrase_file = tmp_path / "word"
+    passphrase_file.write_text("six words that nobody would guess\n")
+    passphrase_file.chmod(0o644)
+    code, output = fedamole("certs", "--passphrase-file", passphrase_file)
+    assert (code, "chmod 600" in output) == (2, True)
     assert not (tmp_path / "certs").exists()
-    word.chmod(0o600)
-    code, said = fedamole("certs", "--passphrase-file", word)
+    passphrase_file.chmod(0o600)
+    code, output = fedamole("certs", "--passphrase-file", passphrase_file)
     assert code == 0
-    assert "written  certs/ca.key (encrypted)" in said
-    assert "written  certs/server.key\n" in said
-    code, said = fedamole("certs", "--renew")
-    assert (code, "ca.key: is encrypted: give --passphrase-file or set FEDAMOLE" in said) == (2, True)
+    assert "written  certs/ca.key (encrypted)" in output
+    assert "written  certs/server.key\n" in output
+    code, output = fedamole("certs", "--renew")
+    assert (code, "ca.key: is encrypted: give --passphrase-file or set FEDAMOLE" in output) == (2, True)
     monkeypatch.setenv(PASSPHRASE, "six words that nobody would guess")
     assert fedamole("certs", "--renew")[0] == 0
     monkeypatch.setenv(PASSPHRASE, "six words that are wrong")
-    code, said = fedamole("certs", "--renew")
-    assert (code, "the passphrase is wrong" in said, "that are wrong" in said) == (2, True, False)
+    code, output = fedamole("certs", "--renew")
+    assert (code, "the passphrase is wrong" in output, "that are wrong" in output) == (2, True, False)
     monkeypatch.delenv(PASSPHRASE)
-    assert fedamole("certs", "--folder", "own", "--own", "a", "--passphrase-file", word)[0] == 0
+    assert fedamole("certs", "--folder", "own", "--own", "a", "--passphrase-file", passphrase_file)[0] == 0
     assert is_locked(tmp_path / "own" / "node.key")
 
 
 def test_clients_are_listed(fedamole: Any, tmp_path: Path) -> None:
-    code, said = fedamole("clients", "list")
-    assert (code, "there is no folder certs" in said) == (2, True)
+    code, output = fedamole("clients", "list")
+    assert (code, "there is no folder certs" in output) == (2, True)
     fedamole("certs")
     assert "no key is admitted" in fedamole("clients", "list")[1]
     for name, days in (("bank", 400), ("clinic", 20), ("gone", 400)):
         fedamole("certs", "--client", name, "--client-days", days)
     fedamole("clients", "remove", "gone")
     (tmp_path / "certs" / "nodes" / "spoilt.pub").write_text("\x1b[31mrubbish")
-    code, said = fedamole("clients", "list")
+    code, output = fedamole("clients", "list")
     assert code == 0
     print_of = {
         name: fingerprint(load_public(tmp_path / "certs" / "clients" / name / "node.pub"))
         for name in ("bank", "clinic", "gone")
     }
-    assert [line.split(maxsplit=3) for line in said.splitlines() if "spoilt" not in line] == [
+    assert [line.split(maxsplit=3) for line in output.splitlines() if "spoilt" not in line] == [
         ["bank", print_of["bank"], day(400), "valid"],
         ["clinic", print_of["clinic"], day(20), "ends soon"],
         ["gone", print_of["gone"], day(400), "removed"],
@@ -236,24 +224,24 @@ def test_clients_are_listed(fedamole: Any, tmp_path: Path) -> None:
 
 def test_clients_are_extended_removed_and_replaced(fedamole: Any, tmp_path: Path) -> None:
     fedamole("certs", "--client", "bank", "--client", "clinic")
-    code, said = fedamole("clients", "extend", "bank", "--days", "500")
-    assert (code, f"bank is admitted until {day(500)}" in said) == (0, True)
-    code, said = fedamole("clients", "extend", "bank", "--days", "3")
-    assert (code, "clients remove bank" in said) == (2, True)
+    code, output = fedamole("clients", "extend", "bank", "--days", "500")
+    assert (code, f"bank is admitted until {day(500)}" in output) == (0, True)
+    code, output = fedamole("clients", "extend", "bank", "--days", "3")
+    assert (code, "clients remove bank" in output) == (2, True)
     fedamole("certs", "--folder", "new", "--own", "bank")
-    code, said = fedamole("clients", "replace", "bank", "new/node.csr", "--days", "30")
+    code, output = fedamole("clients", "replace", "bank", "new/node.csr", "--days", "30")
     assert code == 0
-    assert fingerprint(load_public(tmp_path / "new" / "node.pub")) in said
-    assert f"valid until {day(30)}" in said
-    assert "refuses the old key at once" in said
-    code, said = fedamole("clients", "replace", "bank", "new/node.csr")
-    assert (code, "'bank' already has this key" in said) == (2, True)
-    code, said = fedamole("clients", "remove", "bank", "--certs", "certs")
+    assert fingerprint(load_public(tmp_path / "new" / "node.pub")) in output
+    assert f"valid until {day(30)}" in output
+    assert "refuses the old key at once" in output
+    code, output = fedamole("clients", "replace", "bank", "new/node.csr")
+    assert (code, "'bank' already has this key" in output) == (2, True)
+    code, output = fedamole("clients", "remove", "bank", "--certs", "certs")
     assert code == 0
-    assert "A running server refuses this key at once" in said
-    assert "after `fedamole server --resume`" in said
-    code, said = fedamole("certs", "--admit", "bank=new/node.csr")
-    assert (code, "this key was removed" in said, "nodes/removed/bank-" in said) == (2, True, True)
+    assert "A running server refuses this key at once" in output
+    assert "after `fedamole server --resume`" in output
+    code, output = fedamole("certs", "--admit", "bank=new/node.csr")
+    assert (code, "this key was removed" in output, "nodes/removed/bank-" in output) == (2, True, True)
     assert fedamole("certs", "--admit", "bank=new/node.csr", "--again")[0] == 0
     assert [row["client"] for row in json.loads(fedamole("clients", "list", "--json")[1])] == ["bank", "clinic", "bank"]
 
@@ -266,8 +254,8 @@ def test_the_steps_of_the_page_work_as_they_stand(
 ) -> None:
     """Coordinator and client have separate folders; after each block the public files are sent as on the page."""
     coordinator, client = tmp_path / "coordinator", tmp_path / "client"
-    for place in (coordinator, client):
-        place.mkdir()
+    for party in (coordinator, client):
+        party.mkdir()
     monkeypatch.chdir(coordinator)
     _openssl(
         "req -x509 -newkey rsa:2048 -nodes -keyout org-ca.key -out org-ca.crt -subj /CN=Org "
@@ -277,20 +265,20 @@ def test_the_steps_of_the_page_work_as_they_stand(
     private_word(tmp_path / "word")
     for block in blocks(PAGE):
         who, *lines = block.splitlines()
-        here = {"# coordinator": coordinator, "# client": client}[who]
-        monkeypatch.chdir(here)
+        working_folder = {"# coordinator": coordinator, "# client": client}[who]
+        monkeypatch.chdir(working_folder)
         for line in lines:
-            words = line.replace("--passphrase", f"--passphrase-file {tmp_path / 'word'}").split()
-            if words[0] == "fedamole":
-                code, text = fedamole(*words[1:])
+            arguments = line.replace("--passphrase", f"--passphrase-file {tmp_path / 'word'}").split()
+            if arguments[0] == "fedamole":
+                code, text = fedamole(*arguments[1:])
                 assert code == 0, (line, text)
-            elif words[0] == "openssl":
-                _openssl(" ".join(words[1:]))
+            elif arguments[0] == "openssl":
+                _openssl(" ".join(arguments[1:]))
             else:
-                assert words[:4] == ["ssh-keygen", "-p", "-m", "PKCS8"]
-                locking = [*words, "-P", "", "-N", "six words that nobody would guess"]
+                assert arguments[:4] == ["ssh-keygen", "-p", "-m", "PKCS8"]
+                locking = [*arguments, "-P", "", "-N", "six words that nobody would guess"]
                 subprocess.run(locking, check=True, capture_output=True)
-        if here == client:
+        if working_folder == client:
             newest = max(client.rglob("node.csr"), key=lambda path: path.stat().st_mtime_ns)
             shutil.copy(newest, coordinator / "hospital-a.csr")
         elif (client / "certs").exists():
@@ -311,8 +299,8 @@ def test_the_steps_of_the_page_work_as_they_stand(
         [("bank-b", day(365), "valid"), ("hospital-a", day(365), "valid"), ("hospital-a", day(730), "removed")],
     ]
     table = PAGE.read_text().split("## Set up")[0]
-    for place in (coordinator / "certs", coordinator / "org-certs", client / "certs"):
-        for path in place.iterdir():
+    for party in (coordinator / "certs", coordinator / "org-certs", client / "certs"):
+        for path in party.iterdir():
             assert f"`{path.name.removesuffix('.old')}" in table, path
 
 
@@ -321,5 +309,5 @@ def private_word(path: Path) -> None:
     path.chmod(0o600)
 
 
-def _openssl(words: str) -> None:
-    subprocess.run(["openssl", *words.split()], check=True, capture_output=True)
+def _openssl(arguments: str) -> None:
+    subprocess.run(["openssl", *arguments.split()], check=True, capture_output=True)

@@ -225,24 +225,24 @@ def test_a_folder_others_can_enter_gets_no_key(tmp_path: Path) -> None:
     assert mode(tmp_path / "empty") == 0o700
 
 
-def test_more_clients_leave_everything_else_as_it_was(certs: Path) -> None:
+def test_adding_clients_changes_no_other_file(certs: Path) -> None:
     before = snapshot(certs)
-    made = make_certificates(certs, HOSTS, ("clinic", "bank", "shop"))
+    created = make_certificates(certs, HOSTS, ("clinic", "bank", "shop"))
     after = snapshot(certs)
     assert {name: after[name] for name in before} == before
     own = {f"clients/shop/{name}" for name in ("ca.crt", "coordinator.pub", "node.key", "node.pub")}
     new = {*own, "nodes/shop.pub"}
     assert set(after) - set(before) == new
-    assert {str(path.relative_to(certs)) for path in made.written} == new
-    assert {str(path.relative_to(certs)) for path in made.kept} == set(before)
+    assert {str(path.relative_to(certs)) for path in created.written} == new
+    assert {str(path.relative_to(certs)) for path in created.kept} == set(before)
     assert list(admitted_keys(certs)) == ["bank", "clinic", "shop"]
     assert make_certificates(certs, HOSTS, ("clinic",)).written == []
 
 
 def test_first_making_lists_every_file(tmp_path: Path) -> None:
-    made = make_certificates(tmp_path / "c", HOSTS, ("clinic",))
-    assert {str(path.relative_to(tmp_path / "c")) for path in made.written} == set(snapshot(tmp_path / "c"))
-    assert made.kept == []
+    created = make_certificates(tmp_path / "c", HOSTS, ("clinic",))
+    assert {str(path.relative_to(tmp_path / "c")) for path in created.written} == set(snapshot(tmp_path / "c"))
+    assert created.kept == []
 
 
 def test_other_hosts_are_an_error_that_names_the_remedy(certs: Path) -> None:

@@ -35,11 +35,11 @@ def test_what_a_killed_client_left_behind_is_removed_by_the_next(
     (tmp_path / "fedamole-²-x").symlink_to("/")  # what another account may put there
     (tmp_path / f"fedamole-{ended.pid}-link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").mkdir()
-    made = socket_folder()
+    created = socket_folder()
     left = {path.name for path in tmp_path.iterdir()}
     foreign = {"fedamole-²-x", f"fedamole-{ended.pid}-link", "elsewhere"}
-    assert left == {f"fedamole-{os.getpid()}-mine", "fedamole-notes-x", made.name, *foreign}
-    assert made.stat().st_mode & 0o777 == 0o700
+    assert left == {f"fedamole-{os.getpid()}-mine", "fedamole-notes-x", created.name, *foreign}
+    assert created.stat().st_mode & 0o777 == 0o700
 
 
 class Script:
@@ -90,21 +90,21 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def tried(script: Script, folder: Path, monkeypatch: pytest.MonkeyPatch, until: str) -> list[str]:
     """The lines a client prints until a given one, or until it fails; its worker sleeps."""
     monkeypatch.setattr(client, "Fleet", script)
-    said: list[str] = []
+    messages: list[str] = []
 
     def say(text: str) -> None:
-        said.append(text)
+        messages.append(text)
         if until in text:
             os.kill(os.getpid(), signal.SIGINT)
 
-    made = ClientProcesses(ServerConnection("127.0.0.1:1", None, insecure=True), "north", {}, folder, say)
-    made.worker.arguments = ["sleep", "60"]
+    processes = ClientProcesses(ServerConnection("127.0.0.1:1", None, insecure=True), "north", {}, folder, say)
+    processes.worker.arguments = ["sleep", "60"]
     try:
-        made.run()
+        processes.run()
     finally:
-        assert not made.worker.running
-        assert not made.socket_folder.exists()
-    return said
+        assert not processes.worker.running
+        assert not processes.socket_folder.exists()
+    return messages
 
 
 BUSY = FleetError("busy", "x")
@@ -114,18 +114,18 @@ BUSY = FleetError("busy", "x")
 def test_a_client_that_was_taken_once_is_given_any_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "STALE_CONNECTION_S", 60.0)
     script = Script(BUSY, "lost", *[BUSY] * 30, "fine")
-    said: list[str] = []
+    messages: list[str] = []
     monkeypatch.setattr(client, "Fleet", script)
 
     def say(text: str) -> None:
-        said.append(text)
-        if said.count("connected") == 2:
+        messages.append(text)
+        if messages.count("connected") == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    made = ClientProcesses(ServerConnection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, say)
-    made.worker.arguments = ["sleep", "60"]
-    made.run()
-    assert [text.split(":")[0] for text in said] == [
+    processes = ClientProcesses(ServerConnection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, say)
+    processes.worker.arguments = ["sleep", "60"]
+    processes.run()
+    assert [text.split(":")[0] for text in messages] == [
         "connecting to 127.0.0.1",
         "the server does not accept this key now",
         "connected",
@@ -161,17 +161,17 @@ def test_a_client_that_will_never_be_taken_ends_with_the_reason(
 @pytest.mark.usefixtures("quick")
 def test_a_server_that_is_away_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = Script(*[httpx.ConnectError("x")] * 30, "fine")
-    said = tried(script, tmp_path, monkeypatch, "connected")
-    assert [text for text in said if "cannot reach" in text] == ["cannot reach 127.0.0.1:1 (ConnectError); retrying"]
+    output = tried(script, tmp_path, monkeypatch, "connected")
+    assert [text for text in output if "cannot reach" in text] == ["cannot reach 127.0.0.1:1 (ConnectError); retrying"]
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_client_that_is_not_asked_for_long_connects_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "IDLE_RECONNECT_S", 0.2)
     script = Script("fine")
-    said = tried(script, tmp_path, monkeypatch, "no order for")
-    assert "connected" in said
-    assert [text for text in said if text.startswith("no order for")]
+    output = tried(script, tmp_path, monkeypatch, "no order for")
+    assert "connected" in output
+    assert [text for text in output if text.startswith("no order for")]
 
 
 @pytest.mark.usefixtures("quick")
@@ -194,13 +194,13 @@ def test_two_clients_of_one_name_and_folder_are_one_too_many(tmp_path: Path, mon
 def test_a_client_obeys_its_coordinator_alone_and_each_order_once(tmp_path: Path) -> None:
     """The worker is an echo; it receives only accepted orders."""
     make_certificates(tmp_path / "certs", ["localhost"], ["north", "south"])
-    certs, said = tmp_path / "certs" / "clients" / "north", list[str]()
-    made = ClientProcesses(ServerConnection("localhost:1", certs), "north", {}, tmp_path / "home", said.append)
+    certs, messages = tmp_path / "certs" / "clients" / "north", list[str]()
+    processes = ClientProcesses(ServerConnection("localhost:1", certs), "north", {}, tmp_path / "home", messages.append)
     coordinator = load_private(tmp_path / "certs" / "coordinator.key")
     reached: list[bytes] = []
 
     def echo() -> None:
-        with Listener(made.socket, family="AF_UNIX", authkey=made.secret.read_bytes()) as listener:
+        with Listener(processes.socket, family="AF_UNIX", authkey=processes.secret.read_bytes()) as listener:
             for _ in range(2):
                 with listener.accept() as caller:
                     reached.append(caller.recv_bytes())
@@ -208,7 +208,7 @@ def test_a_client_obeys_its_coordinator_alone_and_each_order_once(tmp_path: Path
 
     worker = threading.Thread(target=echo, daemon=True)
     worker.start()
-    while not Path(made.socket).exists():
+    while not Path(processes.socket).exists():
         time.sleep(0.01)
     script = Script("fine")
     good, later = sign_order(coordinator, "north", 5, b"train"), sign_order(coordinator, "north", 6, b"test")
@@ -224,36 +224,40 @@ def test_a_client_obeys_its_coordinator_alone_and_each_order_once(tmp_path: Path
         later,
     ]
     for order in orders:
-        made._handle_order(script, Incoming(None, order))  # type: ignore[arg-type]
+        processes._handle_order(script, Incoming(None, order))  # type: ignore[arg-type]
     worker.join(10)
     assert reached == [b"train", b"test"]
     assert script.replies == [b"done", b"done"], "what is no order gets no answer"
-    assert [text.split(":")[1] for text in said] == [" it was accepted before, or is older than one that was"] * 2 + [
-        " it is signed for another client"
-    ] + [" its signature does not match the coordinator.pub of this client"] * 3 + [" it is not a signed order"]
+    assert [text.split(":")[1] for text in messages] == [
+        " it was accepted before, or is older than one that was"
+    ] * 2 + [" it is signed for another client"] + [
+        " its signature does not match the coordinator.pub of this client"
+    ] * 3 + [" it is not a signed order"]
 
 
 def test_a_worker_that_is_not_there_is_an_answer(tmp_path: Path) -> None:
-    made = ClientProcesses(ServerConnection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, print)
+    processes = ClientProcesses(ServerConnection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, print)
     script = Script("fine")
-    made._handle_order(script, Incoming(None, sign_order(None, "", 1, b"x")))  # type: ignore[arg-type]
+    processes._handle_order(script, Incoming(None, sign_order(None, "", 1, b"x")))  # type: ignore[arg-type]
     assert script.replies == [None]
 
 
-def test_a_full_disk_is_an_answer_and_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = list[str]()
-    made = ClientProcesses(ServerConnection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, said.append)
+def test_a_full_disk_is_reported_and_does_not_end_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = list[str]()
+    processes = ClientProcesses(
+        ServerConnection("127.0.0.1:1", None, insecure=True), "north", {}, tmp_path, messages.append
+    )
     monkeypatch.setattr(
-        made.order_counter, "accept", lambda order: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        processes.order_counter, "accept", lambda order: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     script = Script("fine")
-    made._handle_order(script, Incoming(None, sign_order(None, "", 1, b"x")))  # type: ignore[arg-type]
+    processes._handle_order(script, Incoming(None, sign_order(None, "", 1, b"x")))  # type: ignore[arg-type]
     assert script.replies == [None]
-    assert said == [f"an order was not carried out, because {tmp_path} cannot be written (No space left on device)"]
+    assert messages == [f"an order was not carried out, because {tmp_path} cannot be written (No space left on device)"]
 
 
 @pytest.mark.parametrize("left", ["ca.crt", "coordinator.pub", "node.key"])
-def test_a_folder_without_one_of_its_files_is_told(left: str, tmp_path: Path) -> None:
+def test_a_missing_file_of_a_folder_is_reported(left: str, tmp_path: Path) -> None:
     for name in {"ca.crt", "coordinator.pub", "node.key"} - {left}:
         (tmp_path / name).touch()
     with pytest.raises(ConfigError, match=f"{left} is missing"):

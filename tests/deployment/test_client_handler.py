@@ -34,8 +34,8 @@ class ManualServer:
     """Creates the requests of a server with one client: messages of a method, shifted by a number."""
 
     def __init__(self, config_file: Path, method: str, *overrides: str) -> None:
-        words = ("deployment.clients=['entail']", "deployment.min_clients=1", "training.local_steps=1")
-        self.config = load_config(config_file, [*small(method), *words, "federation.rounds=6", *overrides])
+        defaults = ("deployment.clients=['entail']", "deployment.min_clients=1", "training.local_steps=1")
+        self.config = load_config(config_file, [*small(method), *defaults, "federation.rounds=6", *overrides])
         base = load_base(self.config.base, torch.device("cpu"), Path.cwd())
         self.settings = shared_tables(self.config, base.identity)
         self.settings["config"]["base"]["model"] = "bundled"
@@ -58,12 +58,12 @@ class ManualServer:
 
 @pytest.fixture(scope="module")
 def served(tiny: Path) -> Callable[..., ManualServer]:
-    made: dict[tuple[str, ...], ManualServer] = {}
+    created: dict[tuple[str, ...], ManualServer] = {}
 
-    def of(*words: str) -> ManualServer:
-        if words not in made:
-            made[words] = ManualServer(tiny / "config.toml", *words)
-        return made[words]
+    def of(*overrides: str) -> ManualServer:
+        if overrides not in created:
+            created[overrides] = ManualServer(tiny / "config.toml", *overrides)
+        return created[overrides]
 
     return of
 
@@ -92,11 +92,13 @@ def state(host: ClientHandler) -> tuple[str, bytes]:
     return path.name, path.read_bytes()
 
 
-def same_answer(one: Reply, other: Reply) -> bool:
+def same_answer(first: Reply, other: Reply) -> bool:
     """Except times."""
-    loss = [reply.report["loss"] for reply in (one, other)]
+    loss = [reply.report["loss"] for reply in (first, other)]
     return (
-        tensor_as_bytes(one.reply) == tensor_as_bytes(other.reply) and loss[0] == loss[1] and one.scores == other.scores
+        tensor_as_bytes(first.reply) == tensor_as_bytes(other.reply)
+        and loss[0] == loss[1]
+        and first.scores == other.scores
     )
 
 
@@ -104,37 +106,39 @@ def same_answer(one: Reply, other: Reply) -> bool:
 def test_each_request_is_done_once_and_what_did_not_count_is_undone(method: str, served: Any, client: Any) -> None:
     """The first handler gets repeated, replaced and uncounted requests; the second only those that count."""
     often = ["method.sync_every=1"] if method == "fdlora" else []
-    server, one, other = served(method, *often), client("one"), client("other")
-    for host in (one, other):
+    server, first_client, other = served(method, *often), client("one"), client("other")
+    for host in (first_client, other):
         assert ask(host, server.join()).failed is None
     first = server.update(0, -1)
-    before = pack(ask(one, first))
-    disk = on_disk(one)
-    assert pack(ask(one, first)) == before
-    assert on_disk(one) == disk, "a repeated request changes nothing"
-    late = ask(one, server.update(1, 0, plus=0.1))
+    before = pack(ask(first_client, first))
+    disk = on_disk(first_client)
+    assert pack(ask(first_client, first)) == before
+    assert on_disk(first_client) == disk, "a repeated request changes nothing"
+    late = ask(first_client, server.update(1, 0, plus=0.1))
     assert late.failed is None
-    again = ask(one, server.update(1, 0, plus=0.2))
+    again = ask(first_client, server.update(1, 0, plus=0.2))
     assert (tensor_as_bytes(late.reply) != tensor_as_bytes(again.reply)) == (method != "local_only")
 
     assert same_answer(ask(other, server.update(0, -1)), unpacked(Reply, before))
     assert same_answer(ask(other, server.update(1, 0, plus=0.2)), again)
-    assert state(one) == state(other), "the first message of round 1 has left nothing behind"
+    assert state(first_client) == state(other), "the first message of round 1 has left nothing behind"
 
-    ask(one, server.update(2, 1))  # its answer comes too late: round 3 follows on round 1
-    assert state(one)[0] == "round-0002.safetensors"
-    for host in (one, other):
+    ask(first_client, server.update(2, 1))  # its answer comes too late: round 3 follows on round 1
+    assert state(first_client)[0] == "round-0002.safetensors"
+    for host in (first_client, other):
         assert ask(host, server.update(3, 1, plus=0.3)).failed is None
-    assert state(one) == state(other)
-    ask(one, server.update(3, 0, plus=0.3))  # a server that went back: the same message, but round 1 does not count
+    assert state(first_client) == state(other)
+    ask(
+        first_client, server.update(3, 0, plus=0.3)
+    )  # a server that went back: the same message, but round 1 does not count
     ask(other, server.update(4, 0, plus=0.3))
-    assert [path.name for path in sorted(Path(one.settings.folder).glob("*/clients/entail/state/*"))] == [
+    assert [path.name for path in sorted(Path(first_client.settings.folder).glob("*/clients/entail/state/*"))] == [
         "round-0000.safetensors",
         "round-0003.safetensors",
     ]
 
 
-def test_the_best_model_is_kept_when_it_is_told_and_not_what_came_after(served: Any, client: Any) -> None:
+def test_the_saved_best_model_is_that_of_the_round_that_the_server_names(served: Any, client: Any) -> None:
     server, host = served("local_only"), client("one")
     ask(host, server.join())
     ask(host, server.update(0, -1))
@@ -238,8 +242,8 @@ def secrets(host: ClientHandler, tiny: Path) -> list[bytes]:
 def test_what_cannot_be_done_is_refused_by_a_code_alone(
     name: str, joined_client: ClientHandler, served: Any, tiny: Path
 ) -> None:
-    code, made = BAD[name]
-    answer = joined_client.answer(made(served("fedit")))
+    code, make_request = BAD[name]
+    answer = joined_client.answer(make_request(served("fedit")))
     reply = unpacked(Reply, answer)
     assert (reply.failed, reply.client) == (code, "entail")
     assert not reply.report
@@ -282,12 +286,12 @@ def test_no_word_of_an_error_travels(
     assert "On day 3" in caplog.text, "the client's own log has it"
 
 
-def test_labels_are_told_only_where_they_are_shared(served: Any, client: Any, tiny: Path) -> None:
-    told = ask(client("shy"), served("fedit").join()).report
-    assert set(told) == {"examples", "base", "device"}
-    told = ask(client("open", policy=replace(UNBOUNDED, share_labels=True)), served("fedit").join()).report
-    assert set(told["labels"]) == {"Yes", "Maybe", "No"}
-    assert sum(told["labels"].values()) == told["examples"]["train"]
+def test_labels_are_reported_only_where_they_are_shared(served: Any, client: Any, tiny: Path) -> None:
+    report = ask(client("shy"), served("fedit").join()).report
+    assert set(report) == {"examples", "base", "device"}
+    report = ask(client("open", policy=replace(UNBOUNDED, share_labels=True)), served("fedit").join()).report
+    assert set(report["labels"]) == {"Yes", "Maybe", "No"}
+    assert sum(report["labels"].values()) == report["examples"]["train"]
     source = SourceSettings("entail", path=str(tiny / "plain.jsonl"))
     settings = client("free", policy=replace(UNBOUNDED, share_labels=True)).settings
     free = ClientHandler(replace(settings, source=source), ProgressListener())
@@ -335,8 +339,8 @@ def test_settings_that_are_the_clients_own_or_none_at_all(
     ],
 )
 def test_settings_in_another_form(settings: dict[str, Any], served: Any, client: Any) -> None:
-    whole = {**served("fedit").settings, **settings} if "config" not in settings and settings else settings
-    assert ask(client("one"), Request(RUN_ID, -1, JOIN, settings=whole)).failed == "config"
+    complete = {**served("fedit").settings, **settings} if "config" not in settings and settings else settings
+    assert ask(client("one"), Request(RUN_ID, -1, JOIN, settings=complete)).failed == "config"
 
 
 @pytest.mark.parametrize(

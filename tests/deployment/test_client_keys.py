@@ -92,7 +92,7 @@ def test_states(certs: Path, at: Callable[[int], None]) -> None:
         assert admitted_keys(certs)["clinic"].state == state, days
 
 
-def test_a_key_of_an_older_version_has_no_end(certs: Path) -> None:
+def test_a_key_of_an_older_version_does_not_expire(certs: Path) -> None:
     path = certs / "nodes" / "clinic.pub"
     path.write_bytes((certs / "clients" / "clinic" / "node.pub").read_bytes())
     assert admitted_keys(certs)["clinic"].until is None
@@ -114,20 +114,22 @@ def test_a_key_of_an_older_version_has_no_end(certs: Path) -> None:
         "until=20270101",
     ],
 )
-def test_an_end_that_cannot_be_read_is_an_error_and_never_no_end(certs: Path, end: str) -> None:
+def test_an_unreadable_expiry_date_is_an_error_and_not_unlimited(certs: Path, end: str) -> None:
     path = certs / "nodes" / "clinic.pub"
-    words = path.read_text().split()
-    path.write_text(f"{words[0]} {words[1]} clinic {end}\n")
+    parts = path.read_text().split()
+    path.write_text(f"{parts[0]} {parts[1]} clinic {end}\n")
     with pytest.raises(ConfigError, match=r"clinic\.pub.*until=YYYY-MM-DD"):
         admitted_keys(certs)
     assert any("until=YYYY-MM-DD" in text for text in check_server(certs, "localhost")[0])
 
 
-@pytest.mark.parametrize("said", ["", "bank", "clinic laptop", "clinic  until=2099-01-01", "me@host until=2099-01-01"])
-def test_a_file_says_the_name_that_it_has(certs: Path, said: str) -> None:
+@pytest.mark.parametrize(
+    "stated", ["", "bank", "clinic laptop", "clinic  until=2099-01-01", "me@host until=2099-01-01"]
+)
+def test_a_file_says_the_name_that_it_has(certs: Path, stated: str) -> None:
     """The gateway takes the name from the line, so it must be the one of the file."""
     path = certs / "nodes" / "clinic.pub"
-    path.write_text(" ".join(path.read_text().split()[:2]) + f" {said}\n")
+    path.write_text(" ".join(path.read_text().split()[:2]) + f" {stated}\n")
     with pytest.raises(ConfigError, match=r"clinic\.pub: the line must end with clinic until="):
         admitted_keys(certs)
 
@@ -208,23 +210,23 @@ def test_a_removed_key_comes_back_on_purpose_only(certs: Path, tmp_path: Path) -
 def test_replace(certs: Path, tmp_path: Path) -> None:
     old = (certs / "nodes" / "clinic.pub").read_bytes()
     new = request(tmp_path / "new", "clinic")
-    found, target = replace_key(certs, "clinic", new, days=50)
-    assert found.key == admitted_keys(certs)["clinic"].key == load_public(tmp_path / "new" / "node.pub")
-    assert found.until == day(50)
+    result, target = replace_key(certs, "clinic", new, days=50)
+    assert result.key == admitted_keys(certs)["clinic"].key == load_public(tmp_path / "new" / "node.pub")
+    assert result.until == day(50)
     assert target.read_bytes() == old
     assert "bank" in admitted_keys(certs)
 
 
 def test_a_replacement_that_is_wrong_changes_nothing(certs: Path, tmp_path: Path) -> None:
-    gone = request(tmp_path / "gone", "clinic")
-    replace_key(certs, "clinic", gone)
+    missing = request(tmp_path / "gone", "clinic")
+    replace_key(certs, "clinic", missing)
     replace_key(certs, "clinic", request(tmp_path / "now", "clinic"))
     (tmp_path / "rubbish").write_text("rubbish")
     wrong = {
         "'clinic' already has this key": tmp_path / "now" / "node.pub",
         "'bank' already has this key": certs / "nodes" / "bank.pub",
         "for the client 'shop', not for 'clinic'": request(tmp_path / "shop", "shop"),
-        "this key was removed": gone,
+        "this key was removed": missing,
         "OpenSSH format": tmp_path / "rubbish",
         "is a private key": tmp_path / "now" / "node.key",
         "cannot be read": tmp_path / "absent",

@@ -32,16 +32,16 @@ def certs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def gateway(certs: Path) -> Iterator[Gateway]:
-    made = Gateway(certs)
-    with listening(made):
-        yield made
+    gateway_process = Gateway(certs)
+    with listening(gateway_process):
+        yield gateway_process
 
 
 def found(certs: Path, server: str = f"{HOST}:9092") -> tuple[str, list[str], list[str]]:
     """The text for success, the problems and the remedies; asserts that none contains the password."""
     fine, faults = check_connection(server, certs / "ca.crt")
-    told = [fine, *(fault.text for fault in faults), *(fault.remedy for fault in faults)]
-    assert not any(word in text for text in told for word in (PASSWORD, "p%40ss", "secret-user")), told
+    messages = [fine, *(fault.text for fault in faults), *(fault.remedy for fault in faults)]
+    assert not any(word in text for text in messages for word in (PASSWORD, "p%40ss", "secret-user")), messages
     return fine, [fault.text for fault in faults], [fault.remedy for fault in faults]
 
 
@@ -93,8 +93,8 @@ def test_loopback_never_goes_to_a_proxy(certs: Path, gateway: Gateway, monkeypat
 
 
 def test_a_proxy_that_cannot_be_reached(certs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as place:
-        port = place.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
     monkeypatch.setenv("HTTPS_PROXY", f"http://secret-user:{PASSWORD.replace('/', '')}@localhost:{port}")
     _, faults, remedies = found(certs)
     assert faults == [f"the proxy localhost:{port} (HTTPS_PROXY) cannot be reached: refused: nothing listens there"]
@@ -157,12 +157,12 @@ def test_a_proxy_that_cannot_be_meant(certs: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_command_line_prints_no_password(certs: Path, gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["doctor", "--server", f"{HOST}:9092", "--certs", str(certs / "clients" / "clinic")]
+    arguments = ["doctor", "--server", f"{HOST}:9092", "--certs", str(certs / "clients" / "clinic")]
     proxy = Proxy(gateway.port, login=f"secret-user:{PASSWORD}")
     with listening(proxy):
         for password, text in (("p%40ss%2Fword", "answers through the proxy"), ("wrong-p%40ss", "(407)")):
             monkeypatch.setenv("HTTPS_PROXY", f"http://secret-user:{password}@localhost:{proxy.port}")
             for more in ([], ["--json"]):
-                done = CliRunner().invoke(app, [*words, *more])
+                done = CliRunner().invoke(app, [*arguments, *more])
                 assert text in done.output, done.output
                 assert not any(word in done.output for word in (PASSWORD, "p%40ss", "p@ss", "secret-user"))

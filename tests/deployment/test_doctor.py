@@ -42,10 +42,10 @@ def serve() -> Iterator[Serve]:
     It gives `answer` to each request, the gateway's to GET /health by default. Without certificates it says `plain` to
     each connection and closes it, or, for None, says nothing at all.
     """
-    places: list[socket.socket] = []
+    indices: list[socket.socket] = []
 
     def work(
-        place: socket.socket, certs: Path | None, plain: bytes | None, answer: bytes, newest: ssl.TLSVersion
+        listener: socket.socket, certs: Path | None, plain: bytes | None, answer: bytes, newest: ssl.TLSVersion
     ) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.maximum_version = newest
@@ -54,7 +54,7 @@ def serve() -> Iterator[Serve]:
         held = []
         while True:
             try:
-                stream = place.accept()[0]
+                stream = listener.accept()[0]
             except OSError:
                 return
             try:
@@ -76,14 +76,14 @@ def serve() -> Iterator[Serve]:
         answer: bytes = HEALTHY,
         newest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3,
     ) -> str:
-        place = socket.create_server(("0.0.0.0", 0))
-        places.append(place)
-        threading.Thread(target=work, args=(place, certs, plain, answer, newest), daemon=True).start()
-        return str(place.getsockname()[1])
+        listener = socket.create_server(("0.0.0.0", 0))
+        indices.append(listener)
+        threading.Thread(target=work, args=(listener, certs, plain, answer, newest), daemon=True).start()
+        return str(listener.getsockname()[1])
 
     yield start
-    for place in places:
-        place.close()
+    for listener in indices:
+        listener.close()
 
 
 def of(what: str, findings: list[Finding]) -> list[Finding]:
@@ -91,9 +91,9 @@ def of(what: str, findings: list[Finding]) -> list[Finding]:
 
 
 def only(what: str, findings: list[Finding]) -> Finding:
-    found = of(what, findings)
-    assert len(found) == 1, found
-    return found[0]
+    matches = of(what, findings)
+    assert len(matches) == 1, matches
+    return matches[0]
 
 
 def asked(server: str, certs: Path | None) -> Finding:
@@ -136,8 +136,8 @@ def test_a_good_server_and_a_good_client(certs: Path, serve: Serve, tmp_path: Pa
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as place:
-        return int(place.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 def test_a_trusted_server(certs: Path, serve: Serve) -> None:
@@ -154,17 +154,17 @@ def test_nothing_listens(certs: Path) -> None:
 def test_no_answer_to_the_first_packet(certs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A listener whose queue is full drops packets as a firewall does."""
     monkeypatch.setattr(connection_check, "TIMEOUT_S", 0.4)
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        place.listen(0)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
         waiting = []
         for _ in range(4):
             waiting.append(socket.socket())
             waiting[-1].setblocking(False)
-            waiting[-1].connect_ex(place.getsockname())
-        finding = asked(f"127.0.0.1:{place.getsockname()[1]}", certs)
-        for one in waiting:
-            one.close()
+            waiting[-1].connect_ex(listener.getsockname())
+        finding = asked(f"127.0.0.1:{listener.getsockname()[1]}", certs)
+        for connection in waiting:
+            connection.close()
     assert "(timeout)" in finding.text
     assert "firewall" in finding.remedy
 
@@ -256,8 +256,8 @@ def test_less_than_tls_1_3_is_refused(certs: Path, serve: Serve) -> None:
 
 
 def test_ports() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as place:
-        taken = place.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        taken = listener.getsockname()[1]
         finding = only("port", list(doctor.port_is_free("127.0.0.1", taken)))
         assert (finding.state, "in use" in finding.text) == ("problem", True)
         assert only("port", list(doctor.port_is_free("0.0.0.0", taken))).state == "problem"
@@ -271,8 +271,8 @@ def test_certificates_of_a_server_and_of_a_client(certs: Path, monkeypatch: pyte
     assert (wrong.state, "not for other.example.org" in wrong.text) == ("problem", True)
     soon = datetime.now(UTC) + timedelta(days=800)
     monkeypatch.setattr(dates, "now", lambda: soon)
-    said = of("certificates", examine_server(None, certs, "localhost", 0))
-    assert [(finding.state, finding.text.split("/")[-1].split()[0]) for finding in said] == [
+    findings = of("certificates", examine_server(None, certs, "localhost", 0))
+    assert [(finding.state, finding.text.split("/")[-1].split()[0]) for finding in findings] == [
         ("warning", "clinic.pub"),
         ("warning", "server.crt"),
     ]
@@ -385,13 +385,13 @@ def test_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert state("some/model")[0] == "ok"
 
 
-def test_what_others_can_compute_is_told(tmp_path: Path) -> None:
+def test_what_others_can_compute_is_listed(tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     config.write_text('[base]\nmodel = "bundled"\n[deployment]\nclients = ["a", "b", "c", "d", "e", "f"]\n')
-    said = [finding for finding in examine_server(config, None, "127.0.0.1", 0) if finding.what == "exposure"]
-    assert all(finding.state == "ok" for finding in said)
-    assert "The coordinator gets each client's own part" in " ".join(f.text for f in said).replace("the c", "The c")
-    assert len(said) > 2
+    findings = [finding for finding in examine_server(config, None, "127.0.0.1", 0) if finding.what == "exposure"]
+    assert all(finding.state == "ok" for finding in findings)
+    assert "The coordinator gets each client's own part" in " ".join(f.text for f in findings).replace("the c", "The c")
+    assert len(findings) > 2
 
 
 def test_the_base_of_a_config(tmp_path: Path) -> None:
@@ -423,53 +423,53 @@ def rows(path: Path, *content: Any) -> Path:
     ],
 )
 def test_data_that_fit(tmp_path: Path, content: list[dict[str, Any]], template: str) -> None:
-    found = of("data", examine_client(None, None, None, rows(tmp_path / "d.jsonl", *content)))
-    assert [finding.state for finding in found] == ["ok", "ok"]
-    assert "3 rows with the columns" in found[0].text
-    assert f"template {template!r}" in found[0].text
-    assert set(content[0]) <= {word.strip(",;") for word in found[0].text.split()}
-    assert found[1].text.startswith("3 of 3 rows")
-    assert SECRET not in repr(found)
+    findings = of("data", examine_client(None, None, None, rows(tmp_path / "d.jsonl", *content)))
+    assert [finding.state for finding in findings] == ["ok", "ok"]
+    assert "3 rows with the columns" in findings[0].text
+    assert f"template {template!r}" in findings[0].text
+    assert set(content[0]) <= {word.strip(",;") for word in findings[0].text.split()}
+    assert findings[1].text.startswith("3 of 3 rows")
+    assert SECRET not in repr(findings)
 
 
 def test_a_template_of_the_coordinator(tmp_path: Path) -> None:
     data = rows(tmp_path / "d.jsonl", *({"body": f"{SECRET} {at}", "urgent": "yes"} for at in range(3)))
-    found = of("data", examine_client(None, None, None, data, "triage"))
-    assert [finding.state for finding in found] == ["ok", "warning"]
-    assert "the coordinator must define it; it was not checked" in found[1].text
+    findings = of("data", examine_client(None, None, None, data, "triage"))
+    assert [finding.state for finding in findings] == ["ok", "warning"]
+    assert "the coordinator must define it; it was not checked" in findings[1].text
     near = of("data", examine_client(None, None, None, data, "alpcaa"))[1]
     assert "did you mean 'alpaca'" in near.remedy
     config = tmp_path / "run.toml"
     # The rest of the file is the coordinator's business, and need not be right here.
     text = '[base]\nmodel = "./not-here"\n[data.templates.triage]\nprompt = "{body}?\\n"\nanswer = "{urgent}"\n'
     config.write_text(text)
-    found = of("data", examine_client(None, None, None, data, "triage", config=config))
-    assert [finding.state for finding in found] == ["ok", "ok"], found
-    assert "template 'triage' would be chosen" in found[0].text
-    assert found[1].text == "3 of 3 rows have an answer"
+    findings = of("data", examine_client(None, None, None, data, "triage", config=config))
+    assert [finding.state for finding in findings] == ["ok", "ok"], findings
+    assert "template 'triage' would be chosen" in findings[0].text
+    assert findings[1].text == "3 of 3 rows have an answer"
     config.write_text(text.replace("{body}", "{letter}"))
-    found = of("data", examine_client(None, None, None, data, "triage", config=config))
-    assert (found[1].state, "letter" in found[1].text) == ("problem", True)
-    found = of("data", examine_client(None, None, None, data, "other", config=config))
-    assert (found[1].state, "known are auto" in found[1].text) == ("problem", True)
+    findings = of("data", examine_client(None, None, None, data, "triage", config=config))
+    assert (findings[1].state, "letter" in findings[1].text) == ("problem", True)
+    findings = of("data", examine_client(None, None, None, data, "other", config=config))
+    assert (findings[1].state, "known are auto" in findings[1].text) == ("problem", True)
     config.write_text(text.replace("prompt", "promt"))
-    found = of("data", examine_client(None, None, None, data, "triage", config=config))
-    assert (found[-1].state, "promt" in found[-1].text) == ("problem", True)
+    findings = of("data", examine_client(None, None, None, data, "triage", config=config))
+    assert (findings[-1].state, "promt" in findings[-1].text) == ("problem", True)
 
 
 def test_messages_beside_a_prompt(tmp_path: Path) -> None:
     talk = [{"role": "user", "content": SECRET}, {"role": "assistant", "content": "y"}]
     data = rows(tmp_path / "d.jsonl", *({"prompt": SECRET, "messages": talk} for _ in range(3)))
-    found = of("data", examine_client(None, None, None, data))
-    assert (found[-1].state, "--template messages or --column prompt=" in found[-1].text) == ("problem", True)
-    found = of("data", examine_client(None, None, None, data, "messages"))
-    assert [finding.state for finding in found] == ["ok", "ok"]
-    assert "template 'messages' would be chosen" in found[0].text
-    found = of("data", examine_client(None, None, None, data, columns={"prompt": ""}))
-    assert [finding.state for finding in found] == ["ok", "ok"]
+    findings = of("data", examine_client(None, None, None, data))
+    assert (findings[-1].state, "--template messages or --column prompt=" in findings[-1].text) == ("problem", True)
+    findings = of("data", examine_client(None, None, None, data, "messages"))
+    assert [finding.state for finding in findings] == ["ok", "ok"]
+    assert "template 'messages' would be chosen" in findings[0].text
+    findings = of("data", examine_client(None, None, None, data, columns={"prompt": ""}))
+    assert [finding.state for finding in findings] == ["ok", "ok"]
 
 
-def test_a_single_label_is_told_without_it(tmp_path: Path) -> None:
+def test_a_single_label_is_reported_without_its_text(tmp_path: Path) -> None:
     data = rows(tmp_path / "d.jsonl", *({"text": str(at), "label": SECRET} for at in range(3)))
     finding = of("data", examine_client(None, None, None, data))[-1]
     assert "fewer than two values" in finding.text
@@ -479,8 +479,8 @@ def test_a_single_label_is_told_without_it(tmp_path: Path) -> None:
     config.write_text(
         f"[data.templates.task]\nprompt = '{{text}}?'\nanswer = '{{label}}'\noptions = ['{SECRET}', 'b']\n"
     )
-    found = of("data", examine_client(None, None, None, data, "task", config=config))
-    assert [finding.state for finding in found] == ["ok", "ok"]
+    findings = of("data", examine_client(None, None, None, data, "task", config=config))
+    assert [finding.state for finding in findings] == ["ok", "ok"]
 
 
 def test_data_that_do_not_fit_are_never_quoted(tmp_path: Path) -> None:
@@ -507,10 +507,10 @@ def test_data_that_do_not_fit_are_never_quoted(tmp_path: Path) -> None:
         tmp_path / "absent.jsonl": "there is no file",
     }
     for path, text in cases.items():
-        found = of("data", examine_client(None, None, None, path))
-        assert found[-1].state == "problem", (path, found)
-        assert text in found[-1].text, (path, found)
-        assert SECRET not in repr(found), path
+        findings = of("data", examine_client(None, None, None, path))
+        assert findings[-1].state == "problem", (path, findings)
+        assert text in findings[-1].text, (path, findings)
+        assert SECRET not in repr(findings), path
 
 
 def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -519,9 +519,9 @@ def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_p
 
     for name in ("disk", "device", "server_answers", "data_fit"):
         monkeypatch.setattr(doctor, name, broken)
-    found = examine_client("localhost:1", None, None, tmp_path / "x.jsonl")
+    findings = examine_client("localhost:1", None, None, tmp_path / "x.jsonl")
     for what in ("disk", "device", "server"):
-        finding = only(what, found)
+        finding = only(what, findings)
         assert finding.state == "problem"
         assert finding.text == f"the check itself failed: RuntimeError: {SECRET}"
-    assert only("data", found).text == "the check itself failed: RuntimeError"
+    assert only("data", findings).text == "the check itself failed: RuntimeError"

@@ -36,40 +36,40 @@ def states_of(folder: Path) -> dict[str, bytes]:
 
 def undisturbed(there: Site, rounds: int) -> dict[str, bytes]:
     """The server's states after each round of the same run in one process."""
-    found: dict[str, bytes] = {}
+    states: dict[str, bytes] = {}
     folder = there.folder / "undisturbed"
 
     class Collector(ProgressListener):
         def round_done(self, round_: int, validation: Any) -> None:
-            found.update(states_of(folder))
+            states.update(states_of(folder))
             if round_ + 1 == rounds:
                 raise Enough
 
     with pytest.raises(Enough):
         start(there.here(), folder, Collector())
-    assert len(found) == rounds
-    return found
+    assert len(states) == rounds
+    return states
 
 
 def collected(there: Site, rounds: int, seconds: float) -> dict[str, bytes]:
     """The server's states after each round of a deployed run, read before they are removed."""
-    found: dict[str, bytes] = {}
+    states: dict[str, bytes] = {}
 
     def enough() -> bool:
         committed = {f"round-{line['round']:04d}.safetensors" for line in there.events("done")}
-        found.update({name: state for name, state in states_of(there.run).items() if name in committed})
-        return f"round-{rounds - 1:04d}.safetensors" in found
+        states.update({name: state for name, state in states_of(there.run).items() if name in committed})
+        return f"round-{rounds - 1:04d}.safetensors" in states
 
     wait_until(enough, seconds, f"{rounds} rounds", there.told)
-    return {name: state for name, state in found.items() if name <= f"round-{rounds - 1:04d}.safetensors"}
+    return {name: state for name, state in states.items() if name <= f"round-{rounds - 1:04d}.safetensors"}
 
 
-def test_a_killed_server_goes_on_to_the_same_states_and_a_killed_worker_comes_back(tmp_path: Path, tiny: Path) -> None:
+def test_a_killed_server_resumes_to_the_same_states_and_a_killed_worker_restarts(tmp_path: Path, tiny: Path) -> None:
     with site(tmp_path, tiny, "training.local_steps=30") as there:
         server = there.server()
         clients = {name: there.client(name) for name in NAMES}
-        wanted = undisturbed(there, 4)
-        found = collected(there, 2, STARTING)
+        expected = undisturbed(there, 4)
+        states = collected(there, 2, STARTING)
         there.event("asked", ROUND, round=2)
         server.kill_all()
         server.gone()
@@ -77,24 +77,24 @@ def test_a_killed_server_goes_on_to_the_same_states_and_a_killed_worker_comes_ba
         assert len(done) in (2, 3), "killed in the round after the second"
 
         server, resumed = there.server(resume=True), time.time()
-        found |= collected(there, 4, STARTING)
-        assert found == {name: wanted[name] for name in found}
-        assert len(found) >= 4 - 1, "one state may come and go between two looks"
+        states |= collected(there, 4, STARTING)
+        assert states == {name: expected[name] for name in states}
+        assert len(states) >= 4 - 1, "one state may come and go between two looks"
         assert there.event("round", 1, since=resumed)["round"] == len(done), "only the round in flight was lost"
 
-        struck = time.time()
-        round_ = there.event("asked", ROUND, since=struck)["round"]
+        begin = time.time()
+        round_ = there.event("asked", ROUND, since=begin)["round"]
         worker = clients["mood"].part("warm_worker")
         working(worker)
         killed(worker)
-        line = there.failed("mood", ROUND, since=struck)
+        line = there.failed("mood", ROUND, since=begin)
         assert line["failed"] == "its worker process stopped or is not running"
         assert round_ <= line["round"] <= round_ + 3, "rounds go on while the worker is looked for"
         clients["mood"].says("the worker has stopped; restarting it", 10)
-        ended = there.event("done", ROUND, since=struck, round=line["round"])
+        ended = there.event("done", ROUND, since=begin, round=line["round"])
         assert there.trained("mood", ROUND, since=ended["time"])["round"] > line["round"]
         trains = there.metrics(split="train", round=line["round"])
-        assert {one["client"]: one.get("failed") for one in trains} == {
+        assert {update["client"]: update.get("failed") for update in trains} == {
             "chat": None,
             "entail": None,
             "mood": "its worker process stopped or is not running",
@@ -145,7 +145,7 @@ def living(secure: Site) -> Site:
 
 def command_of(there: Site, name: str) -> Command:
     """The command that runs a client, or the server."""
-    return next(one for one in reversed(there.commands) if one.output.stem in (name, f"c-{name}"))
+    return next(command for command in reversed(there.commands) if command.output.stem in (name, f"c-{name}"))
 
 
 def all_train(there: Site, seconds: float) -> None:
@@ -165,7 +165,7 @@ def test_a_late_client_joins_a_run_that_is_under_way(living: Site) -> None:
 
 
 @pytest.mark.faults
-def test_who_cannot_be_trusted_is_told_why_and_the_run_goes_on(living: Site) -> None:
+def test_an_untrusted_client_gets_the_reason_and_the_run_continues(living: Site) -> None:
     assert living.certs is not None
     foreign = living.folder / "foreign"
     make_certificates(foreign, ["localhost"], ["mood"])
@@ -199,61 +199,61 @@ def test_a_killed_client_that_is_started_again_takes_part_at_once(living: Site) 
     mood = command_of(living, "mood")
     working(mood.part("warm_worker"))
     mood.kill_all()
-    struck = time.time()
+    begin = time.time()
     again = living.client("mood")
     again.says("connected", STARTING)
     assert "does not accept this key" not in again.text.rpartition("connecting to")[2]
     assert living.trained("mood", LOST, since=time.time())
-    failed = [line for line in living.events("answered", since=struck, client="mood") if "failed" in line]
+    failed = [line for line in living.events("answered", since=begin, client="mood") if "failed" in line]
     assert {line["failed"] for line in failed} <= {"its connection was lost", "no answer in time"}
     all_train(living, ROUND)
 
 
 @pytest.mark.faults
 def test_a_network_that_is_cut_for_a_minute(living: Site) -> None:
-    (proxy, *_), struck = living.proxies, time.time()
+    (proxy, *_), begin = living.proxies, time.time()
     with proxy.cut():
         time.sleep(65)
     all_train(living, LOST)
     assert command_of(living, "chat").process.poll() is None
-    failed = {line["failed"] for line in living.events("answered", since=struck) if "failed" in line}
+    failed = {line["failed"] for line in living.events("answered", since=begin) if "failed" in line}
     assert failed <= {"its connection was lost", "no answer in time"}
-    assert {line["client"] for line in living.events("answered", since=struck) if "failed" in line} <= {"chat"}
+    assert {line["client"] for line in living.events("answered", since=begin) if "failed" in line} <= {"chat"}
 
 
 @pytest.mark.faults
 def test_a_killed_serverapp_is_submitted_again_and_loses_the_round_in_flight_at_most(living: Site) -> None:
-    asked = living.event("asked", ROUND, since=time.time())
+    request = living.event("asked", ROUND, since=time.time())
     killed(psutil.Process(living.events("started")[-1]["pid"]))
-    started = living.event("started", ROUND, since=asked["time"])
+    started = living.event("started", ROUND, since=request["time"])
     command_of(living, "server").says("the run's process has stopped; restarting it from the last finished round", 5)
     done = [line["round"] for line in living.events("done") if line["time"] < started["time"]]
     assert (
         living.event("round", ROUND, since=started["time"])["round"]
         == max(done) + 1
-        in (asked["round"], asked["round"] + 1)
+        in (request["round"], request["round"] + 1)
     )
     all_train(living, LOST)
 
 
 @pytest.mark.faults
 def test_a_killed_superlink_is_started_again(living: Site) -> None:
-    struck, server = time.time(), command_of(living, "server")
+    begin, server = time.time(), command_of(living, "server")
     rounds = [line["round"] for line in living.events("done")]
     killed(server.part("fedamole.deployment.flower.superlink"))
     server.says("the SuperLink has stopped; restarting it", ROUND)
     all_train(living, LOST)
-    after = [line["round"] for line in living.events("done", since=struck)]
+    after = [line["round"] for line in living.events("done", since=begin)]
     assert after == list(range(max(rounds) + 1, max(after) + 1)), "no round is left out or done twice"
 
 
 @pytest.mark.faults
 def test_a_killed_gateway_is_started_again(living: Site) -> None:
-    struck, server = time.time(), command_of(living, "server")
+    begin, server = time.time(), command_of(living, "server")
     killed(server.part("deployment.gateway"))
     server.says("the gateway has stopped; restarting it", ROUND)
     all_train(living, LOST)
-    assert {line["failed"] for line in living.events("answered", since=struck) if "failed" in line} <= {
+    assert {line["failed"] for line in living.events("answered", since=begin) if "failed" in line} <= {
         "its connection was lost",
         "no answer in time",
     }
@@ -261,14 +261,14 @@ def test_a_killed_gateway_is_started_again(living: Site) -> None:
 
 @pytest.mark.faults
 def test_a_server_whose_first_process_alone_was_killed_can_be_resumed_at_once(living: Site) -> None:
-    struck, old = time.time(), command_of(living, "server")
+    begin, old = time.time(), command_of(living, "server")
     rounds = [line["round"] for line in living.events("done")]
     killed(psutil.Process(old.process.pid))
     server = living.server(resume=True)
     all_train(living, LOST + STARTING)
     assert server.process.poll() is None
     old.gone()
-    after = [line["round"] for line in living.events("done", since=struck)]
+    after = [line["round"] for line in living.events("done", since=begin)]
     assert after == list(range(max(rounds) + 1, max(after) + 1))
 
 
@@ -294,8 +294,8 @@ def test_ctrl_c_ends_server_and_clients_and_leaves_nothing_behind(living: Site) 
 @pytest.fixture(scope="module")
 def doubtful(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Site]:
     names = 'deployment.clients=["chat", "entail", "mood", "plain"]'
-    words = [names, "deployment.deadline=30", "deployment.gathering=5"]
-    with site(tmp_path_factory.mktemp("doubtful"), tiny, *words) as there:
+    overrides = [names, "deployment.deadline=30", "deployment.gathering=5"]
+    with site(tmp_path_factory.mktemp("doubtful"), tiny, *overrides) as there:
         there.server()
         there.client("entail")
         there.client("mood")
@@ -331,7 +331,7 @@ def test_a_client_that_is_not_what_it_should_be_is_left_out_of_the_round(
     kind: str, reason: str, logged: str, doubtful: Site
 ) -> None:
     doubtful.trained("chat", ROUND, since=time.time())
-    told, now = len(doubtful.log()), time.time()
+    log_length, now = len(doubtful.log()), time.time()
     doubtful.lie("chat", kind)
     line = doubtful.failed("chat", ROUND, since=now)
     doubtful.lie("chat", "honest")
@@ -340,17 +340,17 @@ def test_a_client_that_is_not_what_it_should_be_is_left_out_of_the_round(
     if logged:
         prefix = f"client chat, round {round_}, update: "
         wait_until(
-            lambda: prefix in doubtful.log()[told:] and logged in doubtful.log()[told:],
+            lambda: prefix in doubtful.log()[log_length:] and logged in doubtful.log()[log_length:],
             5,
             "the log says why",
-            lambda: doubtful.log()[told:],
+            lambda: doubtful.log()[log_length:],
         )
     doubtful.event("done", ROUND, since=now, round=round_)
     back = doubtful.trained("chat", ROUND, since=line["time"])["round"]
     doubtful.event("done", ROUND, round=back)
-    trains = {one["client"]: one.get("failed") for one in doubtful.metrics(split="train", round=round_)}
+    trains = {update["client"]: update.get("failed") for update in doubtful.metrics(split="train", round=round_)}
     assert trains == {"chat": reason, "entail": None, "mood": None}
-    assert "chat" not in {one["client"] for one in doubtful.metrics(split="validation", round=round_)}
+    assert "chat" not in {update["client"] for update in doubtful.metrics(split="validation", round=round_)}
     answers = {path.stem for path in (doubtful.folder / "c-chat").glob("*/clients/chat/answers/*")}
     assert f"round-{back:04d}" in answers
     assert f"round-{round_:04d}" not in answers, "what it did in a round that did not count is undone"
@@ -376,8 +376,8 @@ def test_a_client_that_cannot_use_its_data_or_base_cannot_join_until_they_are_me
     data, base = doubtful.folder / "plain.jsonl", doubtful.folder / "base"
     data.write_text('{"patient": "Ann", "diagnosis": "none"}\n' * 20)
     base.mkdir()
-    words = ("--data", str(data), "--base", str(base))
-    plain = doubtful.client("plain", *words)
+    options = ("--data", str(data), "--base", str(base))
+    plain = doubtful.client("plain", *options)
 
     def logged(text: str) -> None:
         wait_until(lambda: text in doubtful.log(), STARTING, text, doubtful.told)
@@ -388,7 +388,7 @@ def test_a_client_that_cannot_use_its_data_or_base_cannot_join_until_they_are_me
     assert "Traceback" not in plain.text
     assert plain.interrupt() == 0
     data.write_text((doubtful.tiny / "plain.jsonl").read_text())
-    plain = doubtful.client("plain", *words)
+    plain = doubtful.client("plain", *options)
     logged("did not join: it cannot use the base model; see the client's log")
     assert "Traceback" not in plain.text
     assert plain.interrupt() == 0

@@ -93,8 +93,8 @@ class Superlink:
 
     def _piece(self, body: bytes) -> PullObjectResponse:
         content = self.pieces.get(PullObjectRequest.FromString(body).object_id)
-        found = content is not None
-        return PullObjectResponse(object_found=found, object_available=True, object_content=content or b"")
+        result = content is not None
+        return PullObjectResponse(object_found=result, object_available=True, object_content=content or b"")
 
     def _pushed(self, body: bytes) -> PushMessagesResponse:
         self.pushed.append(body)
@@ -125,10 +125,10 @@ def superlink(monkeypatch: pytest.MonkeyPatch) -> Iterator[Superlink]:
 
 @pytest.fixture
 def fleet(superlink: Superlink) -> Iterator[Fleet]:
-    made = Fleet(f"127.0.0.1:{superlink.port}", None, None, threading.Event())
-    made.activate()
-    yield made
-    made.close()
+    fleet_client = Fleet(f"127.0.0.1:{superlink.port}", None, None, threading.Event())
+    fleet_client.activate()
+    yield fleet_client
+    fleet_client.close()
 
 
 def request(content: RecordDict, kind: str = "query") -> Message:
@@ -177,7 +177,7 @@ FOREIGN: dict[str, Callable[[Superlink], None]] = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_anything_but_a_request_is_refused_and_gone(name: str, superlink: Superlink, fleet: Fleet) -> None:
+def test_anything_but_a_request_is_refused_and_disconnected(name: str, superlink: Superlink, fleet: Fleet) -> None:
     FOREIGN[name](superlink)
     with pytest.raises(UnusableMessageError):
         fleet.receive()
@@ -187,10 +187,10 @@ def test_anything_but_a_request_is_refused_and_gone(name: str, superlink: Superl
 
 
 def test_a_message_without_metadata_is_refused(superlink: Superlink, fleet: Fleet) -> None:
-    found = PullMessagesResponse()
-    found.messages_list.add()
-    found.message_object_trees.add()
-    superlink.answers["pull-messages"] = found
+    result = PullMessagesResponse()
+    result.messages_list.add()
+    result.message_object_trees.add()
+    superlink.answers["pull-messages"] = result
     with pytest.raises(UnusableMessageError):
         fleet.receive()
 
@@ -274,11 +274,11 @@ def test_an_end_is_not_waited_out(superlink: Superlink, fleet: Fleet) -> None:
 
 
 def test_a_former_node_is_ended_first(superlink: Superlink) -> None:
-    made = Fleet(f"127.0.0.1:{superlink.port}", None, None, threading.Event())
-    made.activate(former=5)
+    fleet_client = Fleet(f"127.0.0.1:{superlink.port}", None, None, threading.Event())
+    fleet_client.activate(former=5)
     assert superlink.asked == ["deactivate-node", "register-node", "activate-node"]
     assert from_array_record(to_array_record(b"abc")) == b"abc"
-    made.close()
+    fleet_client.close()
 
 
 def test_the_connection_goes_through_a_proxy_with_a_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,10 +293,10 @@ def test_the_connection_goes_through_a_proxy_with_a_password(tmp_path: Path, mon
         monkeypatch.delenv(name, raising=False)
     with listening(proxy):
         monkeypatch.setenv("HTTPS_PROXY", f"http://user:secret@localhost:{proxy.port}")
-        made = Fleet("fl.example.org:9092", tmp_path / "ca.crt", key, threading.Event())
-        made.activate()
-        assert made.receive() is None
-        made.close()
+        fleet_client = Fleet("fl.example.org:9092", tmp_path / "ca.crt", key, threading.Event())
+        fleet_client.activate()
+        assert fleet_client.receive() is None
+        fleet_client.close()
         assert set(proxy.asked) == {"CONNECT fl.example.org:9092 HTTP/1.1"}
         monkeypatch.setenv("HTTPS_PROXY", f"http://user:wrong@localhost:{proxy.port}")
         refused = Fleet("fl.example.org:9092", tmp_path / "ca.crt", key, threading.Event())
@@ -313,9 +313,9 @@ def test_loopback_never_goes_to_a_proxy(superlink: Superlink, monkeypatch: pytes
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "intranet.example.org")
-    made = Fleet(f"127.0.0.1:{superlink.port}", None, None, threading.Event())
-    assert made.activate() == NODE
-    made.close()
+    fleet_client = Fleet(f"127.0.0.1:{superlink.port}", None, None, threading.Event())
+    assert fleet_client.activate() == NODE
+    fleet_client.close()
     started = environment(tmp_path)
     assert started["HTTPS_PROXY"] == "http://127.0.0.1:9"
     assert set(started["NO_PROXY"].split(",")) >= {"intranet.example.org", "127.0.0.1", "localhost", "::1"}

@@ -27,15 +27,15 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def site(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    place = Site(tmp_path_factory.mktemp("flower"), tiny, secure=True)
-    assert place.certs is not None
-    make_certificates(place.certs, ["localhost"], NAMES)
+    created = Site(tmp_path_factory.mktemp("flower"), tiny, secure=True)
+    assert created.certs is not None
+    make_certificates(created.certs, ["localhost"], NAMES)
     try:
         for name in NAMES:
-            place.client(name)
-        yield place
+            created.client(name)
+        yield created
     finally:
-        place.close()
+        created.close()
 
 
 @pytest.mark.parametrize("method", RUNS)
@@ -43,16 +43,16 @@ def test_equals_the_run_in_one_process(method: str, site: Site) -> None:
     site.run = site.folder / method
     site.overrides = [*small(method), "federation.rounds=3", *RUNS[method]]
     assert site.server().ended(150) == 0, (site.folder / "server.out").read_text()[-2000:]
-    here = site.folder / f"here-{method}"
-    start(site.here(), here, ProgressListener())
-    assert states(site.run) == states(here)
-    assert facts(site.run) == facts(here)
+    in_process = site.folder / f"here-{method}"
+    start(site.here(), in_process, ProgressListener())
+    assert states(site.run) == states(in_process)
+    assert facts(site.run) == facts(in_process)
     for name in NAMES:
         (own,) = (site.folder / f"c-{name}").glob(f"{method}-*")
         adapters = sorted(path.name for path in (own / "clients" / name).glob("adapter*"))
-        assert adapters == sorted(path.name for path in (here / "clients" / name).glob("adapter*"))
+        assert adapters == sorted(path.name for path in (in_process / "clients" / name).glob("adapter*"))
         for adapter in adapters:
             weights = f"clients/{name}/{adapter}/adapter_model.safetensors"
-            assert (own / weights).read_bytes() == (here / weights).read_bytes()
+            assert (own / weights).read_bytes() == (in_process / weights).read_bytes()
         assert not [path for path in (own / "clients").iterdir() if path.name != name]
     assert not (site.run / "clients").exists()

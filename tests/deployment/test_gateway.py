@@ -345,8 +345,8 @@ def test_sigterm_lets_a_call_end_and_exits_with_0(tls: Path, door: GatewayUnderT
 
 def test_it_is_light() -> None:
     code = "import fedamole.deployment.gateway.process, sys; print(' '.join(sys.modules))"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(told.stdout.split())
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(completed.stdout.split())
     assert not loaded & {"torch", "transformers", "peft", "datasets"}
     own = {name.removeprefix("fedamole.deployment.") for name in loaded if name.startswith("fedamole.")}
     assert own == {
@@ -382,7 +382,7 @@ SUPERLINKS = ("nowhere", "127.0.0.1", "a:b", "127.0.0.1:1/v1", "me@127.0.0.1:1",
         ("--max-total-mib", "many"),
     ],
 )
-def test_a_wrong_argument_is_told(
+def test_a_wrong_argument_is_reported(
     option: str, value: str, tls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from fedamole.deployment.gateway.process import main
@@ -390,7 +390,7 @@ def test_a_wrong_argument_is_told(
     for name, content, mode in (("short", "secret", 0o600), ("open", 32 * "secret", 0o644)):
         (tmp_path / name).write_text(content)
         (tmp_path / name).chmod(mode)
-    words = {
+    options = {
         "--host": HOST,
         "--port": "1",
         "--superlink": f"{HOST}:1",
@@ -399,12 +399,12 @@ def test_a_wrong_argument_is_told(
         "--ca": str(tls / "ca.crt"),
         "--nodes": str(tls / "nodes"),
     }
-    words[option] = str((tls if value == "ca.key" else tmp_path) / value) if value in FILES else value
+    options[option] = str((tls if value == "ca.key" else tmp_path) / value) if value in FILES else value
     with pytest.raises(SystemExit, match="2"):
-        main([word for pair in words.items() for word in pair])
-    told = capsys.readouterr().err
-    assert option in told or value in told
-    assert "secretsecret" not in told
+        main([argument for pair in options.items() for argument in pair])
+    message = capsys.readouterr().err
+    assert option in message or value in message
+    assert "secretsecret" not in message
 
 
 FILES = ("missing", "ca.key", "short", "open")
@@ -414,11 +414,11 @@ def flower(home: Path) -> dict[str, str]:
     return {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
-def flwr(home: Path, *words: str) -> dict[str, Any]:
-    command = [str(Path(sys.executable).parent / "flwr"), *words, "--format", "json"]
-    told = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **flower(home)}, timeout=60)
-    assert told.returncode == 0, told.stdout + told.stderr
-    result: dict[str, Any] = json.loads(told.stdout)
+def flwr(home: Path, *arguments: str) -> dict[str, Any]:
+    command = [str(Path(sys.executable).parent / "flwr"), *arguments, "--format", "json"]
+    completed = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **flower(home)}, timeout=60)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    result: dict[str, Any] = json.loads(completed.stdout)
     return result
 
 
@@ -454,9 +454,9 @@ def test_flower_itself(tls: Path, tmp_path: Path) -> None:
         )
 
     def status(call: Any, request: Any) -> int:
-        with pytest.raises(httpx.HTTPStatusError) as told:
+        with pytest.raises(httpx.HTTPStatusError) as error:
             call(request)
-        return told.value.response.status_code
+        return error.value.response.status_code
 
     with ExitStack() as stack:
         port, first = stack.enter_context(gateway(tls, secured, log))

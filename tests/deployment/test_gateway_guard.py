@@ -120,10 +120,10 @@ def stamped(key: Key, seconds: float) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("age", "told"), [(0, "anna"), (304, "anna"), (-4, "anna"), (305, "clock"), (-5, "clock"), (1e7, "clock")]
+    ("age", "answer"), [(0, "anna"), (304, "anna"), (-4, "anna"), (305, "clock"), (-5, "clock"), (1e7, "clock")]
 )
-def test_a_signature_is_for_a_time(key: Key, nodes: Roster, age: float, told: str) -> None:
-    assert word(stamped(key, age), nodes) == told
+def test_a_signature_is_for_a_time(key: Key, nodes: Roster, age: float, answer: str) -> None:
+    assert word(stamped(key, age), nodes) == answer
 
 
 def test_a_key_has_a_last_day(key: Key, nodes: Roster) -> None:
@@ -139,7 +139,7 @@ def test_only_a_registered_keys_own_signature_is_taken(key: Key, nodes: Roster) 
     for name in ("flwr-timestamp", "flwr-signature"):
         assert word({**good, name: ""}, nodes) == "bad-signature"
         assert word({**good, name: "\xe9"}, nodes) == "bad-signature"
-        assert word({one: value for one, value in good.items() if one != name}, nodes) == "bad-signature"
+        assert word({field: value for field, value in good.items() if field != name}, nodes) == "bad-signature"
     for name in good:
         assert word([*good.items(), (name, good[name])], nodes) != "anna", "a header that is there twice"
     assert word({**good, "flwr-timestamp": stamped(key, 1)["flwr-timestamp"]}, nodes) == "bad-signature"
@@ -158,8 +158,8 @@ def test_another_digest_is_no_signature(key: Key, nodes: Roster) -> None:
     assert word({**good, "flwr-signature": b64encode(signed).decode()}, nodes) == "bad-signature"
 
 
-def test_strangers_get_a_word_and_the_superlink_hears_nothing(door: GatewayUnderTest) -> None:
-    for signed, told in (
+def test_strangers_get_an_error_and_do_not_reach_the_superlink(door: GatewayUnderTest) -> None:
+    for signed, reason in (
         ({}, "unknown-key"),
         (signature(new_key()), "unknown-key"),
         ({**signature(door.key), "flwr-signature": "AAAA"}, "bad-signature"),
@@ -168,7 +168,7 @@ def test_strangers_get_a_word_and_the_superlink_hears_nothing(door: GatewayUnder
         answer = door.begin(PUSH, signed=signed, content_length=5_000_000).getresponse()
         assert (answer.status, answer.read(), answer.getheader("connection")) == (
             401,
-            b'{"error": "%s"}' % told.encode(),
+            b'{"error": "%s"}' % reason.encode(),
             "close",
         )
     assert door.superlink.seen == []
@@ -187,7 +187,7 @@ def flowers(door: GatewayUnderTest, name: str) -> FleetHttpClient:
     )
 
 
-def test_a_removed_key_is_refused_at_once_and_flowers_client_is_told_so(door: GatewayUnderTest) -> None:
+def test_a_removed_key_is_refused_at_once_with_an_error_for_flowers_client(door: GatewayUnderTest) -> None:
     """Also in the middle of a connection, and with a body that the gateway does not read."""
     file = door.tls / "nodes" / "anna.pub"
     body = PushObjectRequest(object_content=os.urandom(5_000_000))
@@ -197,10 +197,10 @@ def test_a_removed_key_is_refused_at_once_and_flowers_client_is_told_so(door: Ga
         try:
             time.sleep(0.6)
             for call, request in ((client.PushObject, body), (client.PullMessages, PullMessagesRequest())):
-                with pytest.raises(httpx.HTTPStatusError) as told:
+                with pytest.raises(httpx.HTTPStatusError) as error:
                     call(request)
-                assert told.value.response.status_code == 401
-                assert told.value.response.json() == {"error": "unknown-key"}
+                assert error.value.response.status_code == 401
+                assert error.value.response.json() == {"error": "unknown-key"}
         finally:
             shutil.move(file.with_suffix(".removed"), file)
         time.sleep(0.6)
@@ -300,7 +300,7 @@ def test_bytes_on_their_way_are_bounded_and_others_go_on(door: GatewayUnderTest)
     assert "bytes in transit; the limit is" in door.log.read_text()
 
 
-def test_nobody_fills_the_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stranger_cannot_fill_the_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     limited_log = RateLimitedLog(logging.getLogger("fedamole.gateway"))

@@ -107,7 +107,7 @@ def test_large_bodies_of_strangers_are_not_taken(tls: Path, superlink: FakeSuper
 
 
 @pytest.mark.parametrize("source", [lambda number: "127.0.0.9", sources, lambda number: HOST])
-def test_silent_strangers_keep_nobody_out(
+def test_silent_strangers_do_not_block_clients(
     tls: Path, superlink: FakeSuperLink, tmp_path: Path, source: Callable[[int], str]
 ) -> None:
     """From one address, from many, and from the client's own: a third with half a head, a third with TLS alone, a
@@ -213,11 +213,11 @@ def test_the_address_with_most_strangers_makes_room() -> None:
 def test_a_clients_address_has_waiting_places_of_its_own() -> None:
     def scenario() -> None:
         slots = ConnectionSlots()
-        (first,), gone = held(slots, "9.9.9.9")
+        (first,), removed = held(slots, "9.9.9.9")
         slots.authenticate(first, "anna", 1)
         (new,), closed = held(slots, "9.9.9.9")
         held(slots, *(f"1.{number // 256}.{number % 256}.1" for number in range(3 * MAX_UNKNOWN)))
-        assert not gone
+        assert not removed
         assert not closed
         slots.authenticate(new, "anna", 1)
         # Registered clients have many addresses too; the places beside strangers' are bounded as well.
@@ -338,8 +338,8 @@ def test_a_renewed_certificate_is_used_without_a_restart(tmp_path: Path, caplog:
         good = (certs / "server.crt").read_bytes()
         for damage in (lambda: (certs / "server.crt").write_text("no certificate"), (certs / "server.crt").unlink):
             damage()
-            asked = caplog.text.count("stays in use")
-            until(partial(stayed, asked + 1), 6)
+            warnings = caplog.text.count("stays in use")
+            until(partial(stayed, warnings + 1), 6)
             assert serial(door) == second
         time.sleep(0.5)
         assert caplog.text.count("stays in use") == 2, "one line for each change"
@@ -379,14 +379,14 @@ def test_health_is_cheap_and_within_the_strangers_rules(tls: Path, tmp_path: Pat
     """A SuperLink with a full queue does not accept TCP connections; it is checked once a second, not per call."""
     with socket.create_server((HOST, 0)) as listening, ExitStack() as stack:
         listening.settimeout(0.01)
-        asked = 0
+        requests = 0
 
         def count() -> None:
-            nonlocal asked
+            nonlocal requests
             with suppress(TimeoutError):
                 while True:
                     stack.enter_context(listening.accept()[0])
-                    asked += 1
+                    requests += 1
 
         port, _ = stack.enter_context(gateway(tls, listening.getsockname()[1], tmp_path / "log"))
         door = GatewayUnderTest(port, tls, tmp_path / "log", FakeSuperLink(port=0))
@@ -394,7 +394,7 @@ def test_health_is_cheap_and_within_the_strangers_rules(tls: Path, tmp_path: Pat
         for _ in range(15):
             assert door.call("/health", method="GET", signed={}) == (200, b'{"status": "ok"}')
         count()
-        assert asked <= 1 + (time.monotonic() - start)
+        assert requests <= 1 + (time.monotonic() - start)
         answer = door.begin("/health", "GET", signed={}).getresponse()
         assert answer.getheader("connection") == "close"
 

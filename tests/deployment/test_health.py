@@ -72,8 +72,8 @@ def test_a_file_that_is_none(tmp_path: Path, content: str) -> None:
     assert HEALTH_FILE in verdict.text
 
 
-def run(*words: str, **env: str) -> tuple[int, str]:
-    done = CliRunner().invoke(app, ["health", *words], env=env)
+def run(*arguments: str, **env: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["health", *arguments], env=env)
     return done.exit_code, done.output
 
 

@@ -39,11 +39,11 @@ class Superlink:
         return list(pieces)
 
     def PullMessages(self, request: Any) -> PullAppMessagesResponse:  # noqa: N802
-        asked = set(request.message_ids)
-        found = [pair for pair in self.waiting if pair[0].metadata.reply_to_message_id in asked]
-        self.waiting = [pair for pair in self.waiting if pair not in found]
+        ids = set(request.message_ids)
+        results = [pair for pair in self.waiting if pair[0].metadata.reply_to_message_id in ids]
+        self.waiting = [pair for pair in self.waiting if pair not in results]
         return PullAppMessagesResponse(
-            messages_list=[proto for proto, _ in found], message_object_trees=[tree for _, tree in found]
+            messages_list=[proto for proto, _ in results], message_object_trees=[tree for _, tree in results]
         )
 
     def PullObject(self, request: Any) -> PullObjectResponse:  # noqa: N802
@@ -68,14 +68,14 @@ def superlink(monkeypatch: pytest.MonkeyPatch) -> Superlink:
 
 def received(inbox: Inbox, tickets: list[str], count: int) -> dict[str, bytes | str]:
     """Wait until `count` replies have arrived."""
-    found, end = dict[str, bytes | str](), time.monotonic() + 10
-    while len(found) < count and time.monotonic() < end:
-        found |= inbox.receive([ticket for ticket in tickets if ticket not in found])
+    replies, end = dict[str, bytes | str](), time.monotonic() + 10
+    while len(replies) < count and time.monotonic() < end:
+        replies |= inbox.receive([ticket for ticket in tickets if ticket not in replies])
         time.sleep(0.01)
-    return found
+    return replies
 
 
-def test_half_an_answer_holds_up_nobody_else_and_is_given_up(
+def test_an_incomplete_answer_does_not_delay_others_and_times_out(
     superlink: Superlink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inbox: Inbox = Inbox(superlink)  # type: ignore[arg-type]
@@ -87,7 +87,7 @@ def test_half_an_answer_holds_up_nobody_else_and_is_given_up(
         assert inbox.receive(["half"]) == {}
         time.sleep(0.02)
     free = [inbox.pool.submit(lambda: "free") for _ in range(flower_inbox.MAX_FETCHES)]
-    assert [one.result(5) for one in free] == ["free"] * len(free), "no thread waits for the missing piece"
+    assert [future.result(5) for future in free] == ["free"] * len(free), "no thread waits for the missing piece"
     monkeypatch.setattr(flower_inbox, "FETCH_TIMEOUT_S", 0.0)
     assert received(inbox, ["half"], 1) == {"half": "lost"}
     assert not inbox.pending

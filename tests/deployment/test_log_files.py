@@ -21,7 +21,7 @@ with open(sys.argv[1], "ab", buffering=0) as out:
 
 
 def contents(path: Path) -> dict[str, str]:
-    return {one.name: one.read_text() for one in sorted(path.parent.iterdir())}
+    return {file.name: file.read_text() for file in sorted(path.parent.iterdir())}
 
 
 def test_a_log_that_another_process_holds_open(tmp_path: Path) -> None:
@@ -65,12 +65,12 @@ def test_a_log_that_is_written_all_the_time(tmp_path: Path) -> None:
     while writer.poll() is None:
         rotations += rotate(path, max_bytes=1000, keep=1000)
         time.sleep(0.002)
-    found = [int(line) for text in contents(path).values() for line in text.splitlines()]
+    numbers = [int(line) for text in contents(path).values() for line in text.splitlines()]
     assert rotations > 10
-    assert len(found) == len(set(found))
-    assert set(found) <= set(range(3000))
+    assert len(numbers) == len(set(numbers))
+    assert set(numbers) <= set(range(3000))
     # What falls into the moment between copy and cut is lost; on a busy machine that moment is longer, but rare.
-    assert len(found) > 1500
+    assert len(numbers) > 1500
 
 
 def test_nothing_to_rotate(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_nothing_to_rotate(tmp_path: Path) -> None:
         rotate(tmp_path / "small.log", keep=0)
 
 
-def test_a_full_disk_leaves_the_log_as_it_is(
+def test_a_full_disk_does_not_change_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "a.log"

@@ -41,8 +41,8 @@ class EmptyLink:
 def started(tiny: Path, tmp_path: Path) -> Path:
     """A run that started on the base in tmp_path/first, and whose process ended."""
     shutil.copytree(tiny / "base", tmp_path / "first")
-    words = [*small("fedit"), "federation.rounds=1", f"base.model={tmp_path / 'first'}"]
-    prepare_simulation(load_config(tiny / "config.toml", words), tmp_path / "run")
+    overrides = [*small("fedit"), "federation.rounds=1", f"base.model={tmp_path / 'first'}"]
+    prepare_simulation(load_config(tiny / "config.toml", overrides), tmp_path / "run")
     with pytest.raises(RunError, match=r"has not started yet; start a new run with base\.model=x"):
         move_base(tmp_path / "run", "x")
     with pytest.raises(ProcessEndedError):
@@ -88,14 +88,22 @@ def test_the_base_of_an_active_run_is_not_changed(started: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("command", ["server", "simulate"])
 def test_base_needs_resume(command: str, tiny: Path, tmp_path: Path) -> None:
-    words: list[str | Path] = [FEDAMOLE, command, tiny / "config.toml", "--base", "x"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    arguments: list[str | Path] = [FEDAMOLE, command, tiny / "config.toml", "--base", "x"]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert "--base needs --resume; for a new run set base.model=x" in done.stderr
 
 
 def test_a_server_takes_the_base_of_a_run_that_it_resumes(started: Path, tmp_path: Path) -> None:
-    words: list[str | Path] = [FEDAMOLE, "server", "--resume", started, "--insecure", "--base", tmp_path / "nowhere"]
-    done = subprocess.run(words, capture_output=True, text=True)
+    arguments: list[str | Path] = [
+        FEDAMOLE,
+        "server",
+        "--resume",
+        started,
+        "--insecure",
+        "--base",
+        tmp_path / "nowhere",
+    ]
+    done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 4
     assert f"there is no folder {tmp_path / 'nowhere'}" in done.stderr

@@ -69,8 +69,8 @@ def test_openssh_locks_and_unlocks_a_key_as_the_errors_say(tmp_path: Path, form:
     key = {"OpenSSH": tmp_path / "own" / "node.key", "PKCS8": tmp_path / "certs" / "coordinator.key"}[form]
     public = public_half(key)
     for old, new in (("", WORD.decode()), (WORD.decode(), "")):
-        words = ["ssh-keygen", "-p", "-m", "PKCS8", "-f", str(key), "-P", old, "-N", new]
-        done = subprocess.run(words, capture_output=True, text=True)
+        arguments = ["ssh-keygen", "-p", "-m", "PKCS8", "-f", str(key), "-P", old, "-N", new]
+        done = subprocess.run(arguments, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert is_locked(key) == bool(new)
         assert load_private(key, WORD if new else None).public_key() == public
@@ -101,7 +101,7 @@ def test_the_coordinators_keys(tmp_path: Path) -> None:
     assert not is_locked(tmp_path / "own" / "server.key")
 
 
-def test_what_a_client_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_to_a_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_certificates(tmp_path / "certs", (), ())
     own = tmp_path / "own"
     admit(tmp_path / "certs", "clinic", make_own_key(own, "clinic", WORD))
@@ -114,9 +114,13 @@ def test_what_a_client_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert ["passphrase is wrong" in fault.text for fault in inspect_client(own, WRONG)] == [True]
     # `fedamole doctor` reads the environment.
     monkeypatch.setenv(PASSPHRASE, WORD.decode())
-    assert [one.state for one in examine_client(None, own, None, None) if one.what == "certificates"] == ["ok"]
+    assert [finding.state for finding in examine_client(None, own, None, None) if finding.what == "certificates"] == [
+        "ok"
+    ]
     monkeypatch.delenv(PASSPHRASE)
-    assert [one.state for one in examine_client(None, own, None, None) if one.what == "certificates"] == ["problem"]
+    assert [finding.state for finding in examine_client(None, own, None, None) if finding.what == "certificates"] == [
+        "problem"
+    ]
 
 
 def test_where_a_passphrase_is_read_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,9 +148,9 @@ def test_where_a_passphrase_is_read_from(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_prompt_asks_twice_and_shows_nothing(tmp_path: Path) -> None:
     """Runs in a pseudo-terminal, from which the prompt reads."""
     ours, theirs = pty.openpty()
-    words = [sys.executable, "-m", "fedamole", "certs", "--own", "clinic", "--passphrase"]
+    arguments = [sys.executable, "-m", "fedamole", "certs", "--own", "clinic", "--passphrase"]
     process = subprocess.Popen(
-        words,
+        arguments,
         cwd=tmp_path,
         stdin=theirs,
         stdout=theirs,

@@ -49,7 +49,7 @@ class Asks:
     """An honest coordinator's settings, which tests change, and its requests."""
 
     def __init__(self, tiny: Path, method: str, *overrides: str) -> None:
-        words = [
+        defaults = [
             "deployment.clients=['north']",
             "deployment.min_clients=1",
             "training.local_steps=5",
@@ -59,7 +59,7 @@ class Asks:
             "data.embedding_share=0.25",
             "evaluation.max_new_tokens=2",
         ]
-        self.config = load_config(tiny / "config.toml", [*small(method), *words, *overrides])
+        self.config = load_config(tiny / "config.toml", [*small(method), *defaults, *overrides])
         self.base = load_base(self.config.base, torch.device("cpu"), Path.cwd())
         self.settings = shared_tables(self.config, self.base.identity)
         self.settings["config"]["base"]["model"] = "bundled"
@@ -115,12 +115,12 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def asks(tiny: Path) -> Callable[..., Asks]:
-    made: dict[tuple[str, ...], Asks] = {}
+    created: dict[tuple[str, ...], Asks] = {}
 
-    def of(*words: str) -> Asks:
-        if words not in made:
-            made[words] = Asks(tiny, *words)
-        return made[words]
+    def of(*overrides: str) -> Asks:
+        if overrides not in created:
+            created[overrides] = Asks(tiny, *overrides)
+        return created[overrides]
 
     return of
 
@@ -221,9 +221,9 @@ def test_an_honest_run_passes_the_default_policy_and_is_shown(asks: Any, client:
 def test_the_steps_that_a_policy_bounds_are_those_of_the_budget(
     method: str, budget: str, steps: int, tiny: Path
 ) -> None:
-    words = [*small(method), "training.local_steps=1200", f"training.budget={budget}"]
+    overrides = [*small(method), "training.local_steps=1200", f"training.budget={budget}"]
     rows = {"train": 500, "embedding": 50, "validation": 50, "test": 50}
-    items = row_checks(load_config(tiny / "config.toml", words), rows, PolicySettings())
+    items = row_checks(load_config(tiny / "config.toml", overrides), rows, PolicySettings())
     (most,) = [item for item in items if item.setting == "steps of a round" and "max_steps" in item.allowed]
     assert (most.requested, most.passes) == (str(steps), steps <= 2000)
     (read,) = [item for item in items if "max_examples_per_update" in item.allowed]
@@ -296,15 +296,15 @@ def test_what_is_asked_and_harmless(asks: Any, client: Any, tmp_path: Path) -> N
     host = client("in/t")
     assert ask(host, asks("fedit").join(foreign)).failed is None
     assert host.session is not None
-    assert not any("patient" in one.prompt for one in host.session.data.train.examples)
+    assert not any("patient" in example.prompt for example in host.session.data.train.examples)
 
 
 def test_a_template_of_the_coordinators_reads_allowed_columns_only(asks: Any, client: Any, caplog: Any) -> None:
     def sent(prompt: str) -> Request:
-        whole: Request = asks("fedit").join(
+        complete: Request = asks("fedit").join(
             put("data", "templates", value={"triage": {"prompt": prompt, "answer": "{label}"}})
         )
-        return whole
+        return complete
 
     assert ask(client("a", template="triage"), sent("{patient}: {text}")).failed == "policy"
     assert "columns of template triage: requested label, patient, text" in caplog.text
@@ -324,10 +324,10 @@ def test_a_client_with_a_single_label_says_what_the_coordinator_has_to_write(
     path.write_text("".join(line for line in rows.read_text().splitlines(keepends=True) if '"glad"' in line))
 
     def host(folder: str, template: str) -> ClientHandler:
-        found: ClientHandler = client(folder, template)
+        handler: ClientHandler = client(folder, template)
         policy = PolicySettings(min_rows=1, min_examples_per_update=1)
-        source = replace(found.settings.source, path=str(path))
-        return ClientHandler(replace(found.settings, source=source, policy=policy), ProgressListener())
+        source = replace(handler.settings.source, path=str(path))
+        return ClientHandler(replace(handler.settings, source=source, policy=policy), ProgressListener())
 
     refused = ask(host("a", "classification"), asks("fedit").join())
     assert refused.failed is not None
@@ -444,12 +444,12 @@ def test_the_test_split_is_answered_once(asks: Any, client: Any, caplog: Any) ->
 
 
 def test_the_mix_of_labels_stays_here_unless_it_is_shared(asks: Any, client: Any) -> None:
-    for number, (share, told) in enumerate(((False, False), (True, True))):
+    for number, (share, reported) in enumerate(((False, False), (True, True))):
         server, host = asks("fedit"), client(str(number), policy=PolicySettings(share_majority=share))
         ask(host, server.join())
         ask(host, server.update(0, -1))
         scores = ask(host, Request(RUN_ID, 0, TEST, last=0)).scores
-        assert (MAJORITY in scores) == told
+        assert (MAJORITY in scores) == reported
         own = json.loads((Path(host.settings.folder) / "fedit-north/summary.json").read_text())
         assert "majority" in own["rows"], "the client itself sees it"
 
@@ -459,18 +459,18 @@ def test_the_mix_of_labels_stays_here_unless_it_is_shared(asks: Any, client: Any
 
 def test_only_the_run_that_was_agreed_on(asks: Any, client: Any, caplog: Any, tmp_path: Path) -> None:
     server = asks("fedit")
-    whole = agreed_hash(server.settings)
-    assert len(whole) == 64
-    host = client("a", agree=check_agree(whole.upper()))
+    full_hash = agreed_hash(server.settings)
+    assert len(full_hash) == 64
+    host = client("a", agree=check_agree(full_hash.upper()))
     assert ask(host, server.join(put("training", "learning_rate", value=0.02))).failed == "policy"
-    assert f"--agree allows only {whole}" in caplog.text
+    assert f"--agree allows only {full_hash}" in caplog.text
     assert not (tmp_path / "a").exists()
     assert ask(host, server.join()).failed is None
     assert host.session is not None
     host.session.lock.close()
     log = str(tmp_path / "home" / "audit.jsonl")
     for run, failed in (("b" * 32, None), ("c" * 32, "policy"), ("b" * 32, None)):
-        again = client("again", agree=whole, audit=log)
+        again = client("again", agree=full_hash, audit=log)
         join = dataclasses.replace(server.join(), run=run)
         assert ask(again, join).failed == failed, "one run with the agreed settings, and no second one"
         if again.session is not None:
@@ -487,7 +487,7 @@ def test_settings_do_not_change_under_way(asks: Any, client: Any, caplog: Any) -
     assert "settings differ from those this run began with" in caplog.text
 
 
-def test_the_hash_is_of_everything_that_is_told(asks: Any) -> None:
+def test_the_hash_covers_all_shared_settings(asks: Any) -> None:
     settings = asks("fedit").settings
     wired = json.loads(json.dumps(settings))
     assert agreed_hash(wired) == agreed_hash(settings), "the same on both sides of the wire"
@@ -552,9 +552,9 @@ def read_words(host: ClientHandler, tiny: Path, **settings: Any) -> tuple[str | 
     rank = int((parts.S / parts.S[0]).gt(1e-5).sum())
     directions = parts.Vh[:rank]
     layer = base.model.model.layers[0]
-    words = layer.input_layernorm(base.model.get_input_embeddings().weight.float()).detach().double()
-    words = words / words.norm(dim=1, keepdim=True)
-    left = (words - (words @ directions.T) @ directions).norm(dim=1)
+    directions_of_tokens = layer.input_layernorm(base.model.get_input_embeddings().weight.float()).detach().double()
+    directions_of_tokens = directions_of_tokens / directions_of_tokens.norm(dim=1, keepdim=True)
+    left = (directions_of_tokens - (directions_of_tokens @ directions.T) @ directions).norm(dim=1)
     return None, torch.nonzero(left < 1e-2).flatten().tolist()
 
 
@@ -571,7 +571,7 @@ def test_words_cannot_be_read_by_settings(tiny: Path, client: Any) -> None:
     assert host.session is not None
     read = [{*row.prompt, *row.answer} for row in host.session.data.train.rows]
     assert 8 < len(tokens) < 40
-    assert any(set(tokens) <= one for one in read), "all of them are words of one and the same record"
+    assert any(set(tokens) <= ids for ids in read), "all of them are words of one and the same record"
 
     policies = {"default": PolicySettings()} | {
         key: replace(UNBOUNDED, **{key: getattr(PolicySettings(), key)})

@@ -31,8 +31,8 @@ QUICK = ("federation.rounds=3", "training.local_steps=1", "run.group=1", *RULES)
 def facts(folder: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl without times, sizes and failures."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    told = [{**line, "failed": True} if "failed" in line else line for line in lines]
-    return [{key: value for key, value in line.items() if not key.startswith(TIMES)} for line in told]
+    records = [{**line, "failed": True} if "failed" in line else line for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith(TIMES)} for line in records]
 
 
 def left(client: Path) -> dict[str, bytes]:
@@ -42,13 +42,13 @@ def left(client: Path) -> dict[str, bytes]:
     return {str(file.relative_to(client)): file.read_bytes() for file in sorted(files)}
 
 
-def assert_same(there: DirectDeployment, here: Path) -> None:
+def assert_same(there: DirectDeployment, in_process: Path) -> None:
     """Assert that a deployed and an in-process run are bit-identical at the server and at every client."""
-    assert states(there.server_folder) == states(here)
-    assert facts(there.server_folder) == facts(here)
+    assert states(there.server_folder) == states(in_process)
+    assert facts(there.server_folder) == facts(in_process)
     for name in NAMES:
-        assert left(there.client_folder(name)) == left(here / "clients" / name), name
-    rows = [json.loads((path / "summary.json").read_text())["rows"] for path in (there.server_folder, here)]
+        assert left(there.client_folder(name)) == left(in_process / "clients" / name), name
+    rows = [json.loads((path / "summary.json").read_text())["rows"] for path in (there.server_folder, in_process)]
     assert rows[0] == rows[1]
 
 
@@ -108,7 +108,7 @@ def test_without_a_word_in_the_config_best_rounds_are_each_clients_own(settle: A
         reply = unpack(Reply, answer)
         if (name, request.operation, request.round) != ("mood", UPDATE, 0):
             return answer
-        return pack(replace(reply, scores={row: {**one, "loss": 0.0} for row, one in reply.scores.items()}))
+        return pack(replace(reply, scores={row: {**values, "loss": 0.0} for row, values in reply.scores.items()}))
 
     other = settle("local_only", *options, folder="lied")
     other.link.meddle = lie
@@ -126,11 +126,11 @@ def test_one_liar_with_a_key_harms_itself_alone(settle: Any, tmp_path: Path, mon
     there.link.hosts[node] = DishonestClient(old.settings, old.listener)
     there.link.before = lambda name, request: file.write_text(kinds[max(request.round, 0)]) and None
     rows = there.run()["rows"]["fedit"]["best_round"]
-    told = [line for line in lines(there.server_folder) if line.get("client") == "mood" and line["round"] >= 0]
-    train = {line["round"]: line for line in told if line["split"] == "train"}
+    records = [line for line in lines(there.server_folder) if line.get("client") == "mood" and line["round"] >= 0]
+    train = {line["round"]: line for line in records if line["split"] == "train"}
     assert [round_ for round_, line in train.items() if "clipped" in line] == [2, 3]
     assert [round_ for round_, line in train.items() if "failed" in line] == [5]
-    scored = {line["round"] for line in told if line["split"] == "validation"}
+    scored = {line["round"] for line in records if line["split"] == "validation"}
     assert scored == {0, 1, 2, 3, 5}
     assert "client mood, round 4, evaluate: refused: its scores: loss is not a number from 0 to 10000" in caplog.text
     assert "client mood, round 5, update: refused: its report: seconds is not a number from 0 to 1e+07" in caplog.text
@@ -179,8 +179,8 @@ def test_rounds_that_did_not_count_are_undone(
     there.run()
     assert not failing
     assert_same(there, in_one_process(there.config, tmp_path / "here", lost={1: ("chat", "mood", "plain")}))
-    told = {line["failed"] for line in lines(there.server_folder) if "failed" in line}
-    assert told == {FAILURES[code] for code in ("disk", "out_of_memory", "no_answer")}
+    failures = {line["failed"] for line in lines(there.server_folder) if "failed" in line}
+    assert failures == {FAILURES[code] for code in ("disk", "out_of_memory", "no_answer")}
     assert asked(there, "chat", UPDATE) == asked(there, "mood", UPDATE) == [0, 1, 2]
 
 
@@ -214,7 +214,7 @@ def test_workers_that_end_and_start_again_change_nothing(method: str, settle: An
     assert_same(there, in_one_process(there.config, tmp_path / "here"))
 
 
-def test_whoever_lost_its_folder_joins_again(settle: Any, caplog: Any) -> None:
+def test_a_client_that_lost_its_folder_joins_again(settle: Any, caplog: Any) -> None:
     """mood's folder is deleted while its worker runs, chat's together with its worker: both rejoin a round later."""
     there = settle("fedit", *QUICK)
 
@@ -243,9 +243,9 @@ def test_late_joins_and_absences(method: str, options: list[str], settle: Any, t
     there.run(schedule=ClientSchedule(away))
     assert [asked(there, name, JOIN) for name in NAMES] == [[-1]] * 4
     assert [asked(there, name, UPDATE) for name in NAMES] == [[0, 3], [0, 1, 2, 3], [2, 3], [1, 2, 3]]
-    here = in_one_process(there.config, tmp_path / "here", away)
-    assert_same(there, here)
-    rows = json.loads((here / "summary.json").read_text())["rows"]
+    in_process = in_one_process(there.config, tmp_path / "here", away)
+    assert_same(there, in_process)
+    rows = json.loads((in_process / "summary.json").read_text())["rows"]
     best = [round_ for row in rows if row not in (BASE, MAJORITY) for round_ in rows[row]["best_round"].values()]
     assert max(best) > 0, "no best round to be kept later"
 
@@ -260,7 +260,7 @@ def test_late_joins_and_absences(method: str, options: list[str], settle: Any, t
         ("fedit", ["federation.clip_factor=1"], ("client_done", 6), False),
     ],
 )
-def test_a_server_that_was_killed_goes_on(
+def test_a_killed_server_resumes_with_the_same_result(
     method: str, options: list[str], point: tuple[str, int], damaged: bool, settle: Any, runs: Any
 ) -> None:
     there = settle(method, *options, *QUICK)

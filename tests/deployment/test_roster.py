@@ -48,45 +48,45 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_keys_are_found_as_flower_sends_them(folder: Path, add: Add) -> None:
     anna, ben, stranger = add("anna"), add("ben", "ben until=2027-06-30"), new_key().public_key()
-    found = Roster(folder)
-    assert len(found) == 2
-    one, other = found.find(anna), found.find(ben)
-    assert one is not None
+    roster = Roster(folder)
+    assert len(roster) == 2
+    first, other = roster.find(anna), roster.find(ben)
+    assert first is not None
     assert other is not None
-    assert (one.name, one.until, public_key_to_bytes(one.key)) == ("anna", None, anna)
+    assert (first.name, first.until, public_key_to_bytes(first.key)) == ("anna", None, anna)
     assert (other.name, other.until) == ("ben", date(2027, 6, 30))
-    assert found.find(public_key_to_bytes(stranger)) is None
-    assert found.find(b"") is None
+    assert roster.find(public_key_to_bytes(stranger)) is None
+    assert roster.find(b"") is None
 
 
 def test_a_key_may_be_used_on_its_last_day(folder: Path, add: Add) -> None:
     ben = add("ben", "ben until=2027-06-30")
     anna = add("anna")
-    one, other = Roster(folder).find(ben), Roster(folder).find(anna)
-    assert one is not None
+    first, other = Roster(folder).find(ben), Roster(folder).find(anna)
+    assert first is not None
     assert other is not None
-    assert not one.expired(date(2027, 6, 30))
-    assert one.expired(date(2027, 7, 1))
+    assert not first.expired(date(2027, 6, 30))
+    assert first.expired(date(2027, 7, 1))
     assert not other.expired(date(9999, 1, 1))
 
 
 def test_changes_are_noticed(folder: Path, add: Add, clock: list[float]) -> None:
-    anna, found = add("anna"), Roster(folder)
-    assert found.find(anna)
+    anna, roster = add("anna"), Roster(folder)
+    assert roster.find(anna)
     ben = add("ben")
-    assert found.find(ben) is None, "the folder is not looked at for every call"
+    assert roster.find(ben) is None, "the folder is not looked at for every call"
     clock[0] += RESCAN_S
-    assert found.find(ben)
+    assert roster.find(ben)
     (folder / "anna.pub").rename(folder / "anna.pub.removed")
     clock[0] += RESCAN_S
-    assert found.find(anna) is None
+    assert roster.find(anna) is None
     replaced = add("ben")
     clock[0] += RESCAN_S
-    assert found.find(ben) is None
-    assert found.find(replaced)
+    assert roster.find(ben) is None
+    assert roster.find(replaced)
     (folder / "ben.pub").write_bytes((folder / "ben.pub").read_bytes().replace(b" ben", b" ben until=2020-01-01"))
     clock[0] += RESCAN_S
-    client = found.find(replaced)
+    client = roster.find(replaced)
     assert client is not None
     assert client.until == date(2020, 1, 1)
 
@@ -94,28 +94,28 @@ def test_changes_are_noticed(folder: Path, add: Add, clock: list[float]) -> None
 def test_a_file_replaced_by_one_of_the_same_size_and_time_is_noticed(
     folder: Path, add: Add, clock: list[float]
 ) -> None:
-    anna, found = add("anna"), Roster(folder)
+    anna, roster = add("anna"), Roster(folder)
     old = (folder / "anna.pub").stat()
     (folder / "anna.pub").rename(folder / "kept")
     new = add("anna")
     os.utime(folder / "anna.pub", ns=(old.st_atime_ns, old.st_mtime_ns))
     clock[0] += RESCAN_S
-    assert found.find(anna) is None
-    assert found.find(new)
+    assert roster.find(anna) is None
+    assert roster.find(new)
 
 
 def test_without_the_folder_nobody_is_let_in(
     folder: Path, add: Add, clock: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
-    anna, found = add("anna"), Roster(folder)
+    anna, roster = add("anna"), Roster(folder)
     folder.rename(folder.with_name("away"))
     for _ in range(3):
         clock[0] += RESCAN_S
-        assert found.find(anna) is None
+        assert roster.find(anna) is None
     assert [record.levelno for record in caplog.records].count(logging.ERROR) == 1
     folder.with_name("away").rename(folder)
     clock[0] += RESCAN_S
-    assert found.find(anna)
+    assert roster.find(anna)
 
 
 def line(comment: str = "eve") -> bytes:
@@ -153,11 +153,11 @@ def test_damaged_files_are_skipped_with_one_line(
 ) -> None:
     anna, content = add("anna"), DAMAGED[what]()
     (folder / "eve.pub").write_bytes(content)
-    found = Roster(folder)
+    roster = Roster(folder)
     for _ in range(3):
         clock[0] += RESCAN_S
-        assert len(found) == 1
-    assert found.find(anna)
+        assert len(roster) == 1
+    assert roster.find(anna)
     (text,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert "eve.pub is skipped: " in text
     assert not any(word in text for word in content.decode("latin-1").split()[1:2] if len(word) > 40)

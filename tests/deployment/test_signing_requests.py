@@ -88,11 +88,11 @@ class Authority:
         request = load_request(csr)
         key = request.public_key()
         assert isinstance(key, ec.EllipticCurvePublicKey)
-        wanted = names_of(request) if names is None else [x509.DNSName(name) for name in names]
+        expected = names_of(request) if names is None else [x509.DNSName(name) for name in names]
         usage = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
         builder = self._begun(HOST, key, begin, end, ca).add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
-        if wanted:
-            builder = builder.add_extension(x509.SubjectAlternativeName(wanted), critical=False)
+        if expected:
+            builder = builder.add_extension(x509.SubjectAlternativeName(expected), critical=False)
         return builder.sign(self.key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
@@ -110,8 +110,8 @@ def install(folder: Path, tmp_path: Path) -> Callable[..., list[str]]:
     def call(signed: bytes, ca: bytes, **more: Any) -> list[str]:
         (tmp_path / "signed.crt").write_bytes(signed)
         (tmp_path / "org.crt").write_bytes(ca)
-        made = install_server(folder, tmp_path / "signed.crt", tmp_path / "org.crt", **more)
-        return [str(path.relative_to(folder)) for path in made.written]
+        created = install_server(folder, tmp_path / "signed.crt", tmp_path / "org.crt", **more)
+        return [str(path.relative_to(folder)) for path in created.written]
 
     return call
 
@@ -167,26 +167,26 @@ def test_a_signed_certificate_is_installed_and_clients_are_admitted(
     assert check_server(folder, HOST) == ([], [])
     assert check_server(folder, "192.0.2.7") == ([], [])
     assert "not for other" in check_server(folder, "other.example.org")[0][0]
-    made = make_certificates(folder, [], ["clinic"])
-    assert folder / "clients" / "clinic" / "coordinator.pub" in made.written
+    created = make_certificates(folder, [], ["clinic"])
+    assert folder / "clients" / "clinic" / "coordinator.pub" in created.written
     assert (folder / "clients" / "clinic" / "ca.crt").read_bytes() == org.pem
     assert not (folder / "ca.key").exists()
     with pytest.raises(ConfigError, match=r"ca\.key is missing.*--request and --install"):
         make_certificates(folder, [], [], renew_server=True)
 
 
-@pytest.mark.parametrize("place", ["with the certificate", "with the root"])
-def test_intermediates_may_be_in_either_file(folder: Path, install: Callable[..., list[str]], place: str) -> None:
+@pytest.mark.parametrize("location", ["with the certificate", "with the root"])
+def test_intermediates_may_be_in_either_file(folder: Path, install: Callable[..., list[str]], location: str) -> None:
     root = Authority("Root")
     middle = Authority("Middle", root)
     signed = middle.sign(folder / "server.csr")
-    if place == "with the root":
+    if location == "with the root":
         install(signed, middle.pem + root.pem)
     else:
         install(middle.pem + signed, root.pem)  # in the wrong order, too
     assert check_server(folder, HOST) == ([], [])
     assert load_certificates(folder / "ca.crt") == [root.certificate]
-    assert [one.subject.rfc4514_string() for one in load_certificates(folder / "server.crt")] == [
+    assert [certificate.subject.rfc4514_string() for certificate in load_certificates(folder / "server.crt")] == [
         f"CN={HOST}",
         "CN=Middle",
     ]
@@ -275,7 +275,7 @@ def test_two_roots_while_one_follows_another(folder: Path, install: Callable[...
 
 def test_openssl_signs_a_request(folder: Path, tmp_path: Path) -> None:
     """The command in docs/certificates.md."""
-    words = [
+    commands = [
         [
             "req",
             "-x509",
@@ -310,8 +310,8 @@ def test_openssl_signs_a_request(folder: Path, tmp_path: Path) -> None:
             "signed.crt",
         ],
     ]
-    for one in words:
-        done = subprocess.run(["openssl", *one], cwd=tmp_path, capture_output=True, text=True)
+    for command in commands:
+        done = subprocess.run(["openssl", *command], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     install_server(folder, tmp_path / "signed.crt", tmp_path / "org-ca.crt")
     errors, warnings = check_server(folder, HOST)

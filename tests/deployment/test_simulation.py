@@ -31,20 +31,22 @@ def test_equals_the_run_in_one_process(tiny: Path, tmp_path: Path) -> None:
         .replace('path = "entail.jsonl"', 'path = "entail.jsonl"\npartition = { kind = "iid", clients = 2 }')
     )
     (tiny / "split.toml").write_text(text)
-    words = [*small("fedamole"), "federation.rounds=3", "training.local_steps=1", "run.group=1"]
-    here, there = tmp_path / "here", tmp_path / "there"
-    start(settled(load_config(tiny / "split.toml", words), deployed=True), here, ProgressListener())
+    overrides = [*small("fedamole"), "federation.rounds=3", "training.local_steps=1", "run.group=1"]
+    in_process, there = tmp_path / "here", tmp_path / "there"
+    start(settled(load_config(tiny / "split.toml", overrides), deployed=True), in_process, ProgressListener())
     done = subprocess.run(
-        [FEDAMOLE, "simulate", tiny / "split.toml", *words, f"run.folder={there}"], capture_output=True, text=True
+        [FEDAMOLE, "simulate", tiny / "split.toml", *overrides, f"run.folder={there}"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert states(there) == states(here)
-    assert facts(there) == facts(here)
-    names = sorted(path.name for path in (here / "clients").iterdir())
+    assert states(there) == states(in_process)
+    assert facts(there) == facts(in_process)
+    names = sorted(path.name for path in (in_process / "clients").iterdir())
     assert names == ["chat", "entail-00", "entail-01", "mood", "plain"]
     for name in names:
-        assert left(there / "server" / "sites" / f"fedamole-{name}" / "clients" / name) == left(here / "clients" / name)
-    rows = [json.loads((path / "summary.json").read_text())["rows"] for path in (there, here)]
+        assert left(there / "server" / "sites" / f"fedamole-{name}" / "clients" / name) == left(
+            in_process / "clients" / name
+        )
+    rows = [json.loads((path / "summary.json").read_text())["rows"] for path in (there, in_process)]
     assert rows[0] == rows[1]
 
 
@@ -52,8 +54,8 @@ def test_a_run_whose_base_moved_is_resumed_on_it(tiny: Path, tmp_path: Path) -> 
     """The new location of the base is recorded in all run folders; the settings that clients are sent stay the same."""
     first, moved, folder = tmp_path / "first", tmp_path / "moved", tmp_path / "run"
     shutil.copytree(tiny / "base", first)
-    words = [*small("fedit"), "federation.rounds=1", "training.local_steps=1", f"base.model={first}"]
-    prepare_simulation(load_config(tiny / "config.toml", words), folder)
+    overrides = [*small("fedit"), "federation.rounds=1", "training.local_steps=1", f"base.model={first}"]
+    prepare_simulation(load_config(tiny / "config.toml", overrides), folder)
     with pytest.raises(ProcessEndedError):
         coordinate(EmptyLink(), folder)
     first.rename(moved)

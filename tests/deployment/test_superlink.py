@@ -67,22 +67,22 @@ def test_without_a_gateway_clients_come_by_themselves() -> None:
 @pytest.mark.parametrize("kind", list(TaskType))
 def test_the_executor_starts_the_runs_process_alone(kind: TaskType, tmp_path: Path) -> None:
     spec = ExecutionSpec(kind, "127.0.0.1:1", "the token", True, None, False, None, False, 7)
-    words = arguments(spec, tmp_path)
+    command = arguments(spec, tmp_path)
     if kind != TaskType.SERVER_APP:
-        assert words is None
+        assert command is None
         return
-    assert words is not None
-    assert words[0] == SERVERAPP
-    assert "the token" not in " ".join(words)
-    token = Path(words[words.index("--token-file") + 1])
+    assert command is not None
+    assert command[0] == SERVERAPP
+    assert "the token" not in " ".join(command)
+    token = Path(command[command.index("--token-file") + 1])
     assert token.read_text() == "the token"
     assert token.stat().st_mode & 0o777 == 0o600
 
 
 def test_every_command_of_flower_is_known() -> None:
     """Fails if another version of Flower has more commands: check what they start, then add them."""
-    found = {entry.name for entry in distribution("flwr").entry_points if entry.group == "console_scripts"}
-    assert found == KNOWN
+    commands = {entry.name for entry in distribution("flwr").entry_points if entry.group == "console_scripts"}
+    assert commands == KNOWN
 
 
 def test_one_command_is_real_and_all_others_refuse_loudly(tmp_path: Path) -> None:
@@ -92,6 +92,8 @@ def test_one_command_is_real_and_all_others_refuse_loudly(tmp_path: Path) -> Non
     real = subprocess.run([SERVERAPP, "--help"], env={"PATH": path}, capture_output=True, text=True, check=False)
     assert "Run a Flower ServerApp" in real.stdout
     for name in sorted(KNOWN - {SERVERAPP}):
-        found = subprocess.run([name, "--token", "x"], env={"PATH": path}, capture_output=True, text=True, check=False)
-        assert found.returncode == 1
-        assert f"refused: fedamole never uses Flower's command {name}" in found.stderr
+        completed = subprocess.run(
+            [name, "--token", "x"], env={"PATH": path}, capture_output=True, text=True, check=False
+        )
+        assert completed.returncode == 1
+        assert f"refused: fedamole never uses Flower's command {name}" in completed.stderr

@@ -31,18 +31,18 @@ from fedamole.model.params import Adapter, new_shared
 from fedamole.runs.run_folder import RunFolder
 
 
-def assert_same(found: Any, wanted: Any) -> None:
+def assert_same(result: Any, expected: Any) -> None:
     """Equal but for the rounding of numbers, and for the group itself."""
-    assert type(found) is type(wanted)
-    if isinstance(found, dict):
-        assert found.keys() == wanted.keys()
-        for key in found.keys() - {"group"}:
-            assert_same(found[key], wanted[key])
-    elif isinstance(found, list):
-        for mine, theirs in zip(found, wanted, strict=True):
+    assert type(result) is type(expected)
+    if isinstance(result, dict):
+        assert result.keys() == expected.keys()
+        for key in result.keys() - {"group"}:
+            assert_same(result[key], expected[key])
+    elif isinstance(result, list):
+        for mine, theirs in zip(result, expected, strict=True):
             assert_same(mine, theirs)
     else:
-        assert found == (pytest.approx(wanted, abs=1e-5) if isinstance(wanted, float) else wanted)
+        assert result == (pytest.approx(expected, abs=1e-5) if isinstance(expected, float) else expected)
 
 
 def journal(folder: Path) -> list[dict[str, Any]]:
@@ -53,22 +53,22 @@ def journal(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("method", ["fedamole", "fedit_ft", "local_only"])
 def test_the_group_changes_no_result(method: str, runs: Any, facts: Any) -> None:
     """Whole runs of three rounds in float32: losses, scores, traffic and the assignment, who has which expert."""
-    whole = runs(method, "run.group=1")
-    assert (len(journal(whole)) > 0) == (method == "fedamole")
+    sequential = runs(method, "run.group=1")
+    assert (len(journal(sequential)) > 0) == (method == "fedamole")
     for group in (3, 4):
-        assert_same(facts(runs(method, f"run.group={group}")), facts(whole))
-        assert_same(journal(runs(method, f"run.group={group}")), journal(whole))
+        assert_same(facts(runs(method, f"run.group={group}")), facts(sequential))
+        assert_same(journal(runs(method, f"run.group={group}")), journal(sequential))
 
 
 def test_memory_that_runs_out_in_a_run_changes_nothing(runs: Any, facts: Any, monkeypatch: Any, caplog: Any) -> None:
     """A device for two clients, asked for four: found out once, and remembered in all later steps and rounds."""
-    wanted, whole, passes = runs("fedamole", "run.group=4"), Bank.backward, list[int]()
+    expected, original, passes = runs("fedamole", "run.group=4"), Bank.backward, list[int]()
 
     def backward(bank: Bank, loss: torch.Tensor) -> None:
         passes.append(len(bank.parameters()[0]))
         if passes[-1] > 2:
             raise torch.OutOfMemoryError("no")
-        whole(bank, loss)
+        original(bank, loss)
 
     monkeypatch.setattr(Bank, "backward", backward)
     with caplog.at_level(logging.WARNING):
@@ -76,8 +76,8 @@ def test_memory_that_runs_out_in_a_run_changes_nothing(runs: Any, facts: Any, mo
     assert passes == [4] + [2, 2] * 9, "nine steps: three rounds of three"
     assert caplog.text.count("out of memory") == 1
     assert "out of memory with 4 clients in a pass, continuing with 2" in caplog.text
-    assert_same(facts(folder), facts(wanted))
-    assert_same(journal(folder), journal(wanted))
+    assert_same(facts(folder), facts(expected))
+    assert_same(journal(folder), journal(expected))
 
 
 class Diary(ProgressListener):
@@ -135,20 +135,20 @@ class Twice(FedIT):
 
 def test_a_method_with_its_own_update_trains_in_lockstep_too(runs: Any, tmp_path: Path) -> None:
     """Every piece of training is done for the whole group, the pieces of a round on batches of their own."""
-    found = []
+    results = []
     for group in (1, 4):
         clients, messages, _ = engine(runs, tmp_path / f"run{group}", Twice(rank=2, alpha=4.0), group)
         answers = clients.update(0, messages)
         assert {answer.report["group"] for answer in answers.values()} == {group}
         assert {answer.report["steps"] for answer in answers.values()} == {clients.worker.training.local_steps}
-        found.append({name: tensors(answer.payload) for name, answer in answers.items()})
-    for name, mine in found[0].items():
-        torch.testing.assert_close(mine, found[1][name], rtol=0, atol=1e-5)
+        results.append({name: tensors(answer.payload) for name, answer in answers.items()})
+    for name, mine in results[0].items():
+        torch.testing.assert_close(mine, results[1][name], rtol=0, atol=1e-5)
     once, messages, _ = engine(runs, tmp_path / "once", Once(rank=2, alpha=4.0), 4)
     first = once.update(0, messages)
     again = once.update(0, {name: pack(SharedTensors(tensors(answer.payload))) for name, answer in first.items()})
     for name, answer in again.items():
-        same = [torch.equal(tensor, found[1][name][key]) for key, tensor in tensors(answer.payload).items()]
+        same = [torch.equal(tensor, results[1][name][key]) for key, tensor in tensors(answer.payload).items()]
         assert not all(same), "the second piece saw the batches and masks of the first again"
 
 
@@ -163,7 +163,7 @@ class Once(FedIT):
         return (*self.reply(client, kept, message, only), only)
 
 
-def test_everybody_reads_his_own_embeddings_whoever_takes_more_steps(runs: Any, tmp_path: Path) -> None:
+def test_each_client_reads_its_own_embeddings_with_different_numbers_of_steps(runs: Any, tmp_path: Path) -> None:
     """Epochs of unequal data: the group trains in the order of steps, the replies are each client's own."""
     replies = []
     for group in (1, 4):
@@ -202,7 +202,7 @@ class TwoRanks(LocalOnly):
 
 def test_adapters_of_different_kinds_in_one_group(runs: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """Those of one kind are trained and scored together, and everybody gets his own result."""
-    found, loaded = [], list[list[int]]()
+    result, loaded = [], list[list[int]]()
     for group in (1, 4):
         clients, messages, diary = engine(runs, tmp_path / f"run{group}", TwoRanks(rank=2, alpha=4.0), group)
         bank, load = clients.worker.bank, clients.worker.bank.load
@@ -224,10 +224,10 @@ def test_adapters_of_different_kinds_in_one_group(runs: Any, tmp_path: Path, mon
             )
             assert state.trained is not None
             ranks[name] = lora_spec(state.trained.spec).rank
-        found.append([reports, *scores])
+        result.append([reports, *scores])
         assert ranks == {"chat": 3, "entail": 2, "mood": 3, "plain": 2}
-    assert_same(found[1], found[0])
-    assert len({report["loss"] for report in found[0][0].values()}) == 4
+    assert_same(result[1], result[0])
+    assert len({report["loss"] for report in result[0][0].values()}) == 4
     assert (set(loaded[0]), set(loaded[1])) == ({1}, {2})
 
 
@@ -247,7 +247,7 @@ def test_clients_without_an_adapter_are_scored_on_the_bare_base(runs: Any, tmp_p
 def test_where_memory_runs_out_groups_are_halved(
     error: RuntimeError, runs: Any, tmp_path: Path, monkeypatch: Any, caplog: Any
 ) -> None:
-    wanted, messages, _ = engine(runs, tmp_path / "wanted", SMALL, 1)
+    expected, messages, _ = engine(runs, tmp_path / "wanted", SMALL, 1)
     clients, _, _ = engine(runs, tmp_path / "run", SMALL, 4)
     load = clients.worker.bank.load
 
@@ -260,7 +260,7 @@ def test_where_memory_runs_out_groups_are_halved(
     with caplog.at_level(logging.WARNING):
         answers = clients.update(0, messages)
     assert {name: answer.payload for name, answer in answers.items()} == {
-        name: answer.payload for name, answer in wanted.update(0, messages).items()
+        name: answer.payload for name, answer in expected.update(0, messages).items()
     }
     assert clients.group == 1
     assert "out of memory with 4 clients at once, going on with 2" in caplog.text
@@ -274,11 +274,11 @@ def test_where_memory_runs_out_groups_are_halved(
         clients.score_base("test", clients.wait_for_clients())
 
 
-def test_memory_that_runs_out_after_training_trains_nobody_twice(runs: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_out_of_memory_after_training_trains_no_client_twice(runs: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """Reading the embedding splits of more than two clients fails, when all four are trained: as groups of two."""
     method = FedAmole(rank=2, alpha=4.0)
-    wanted, messages, _ = engine(runs, tmp_path / "wanted", method, 2)
-    answers = wanted.update(0, messages)
+    expected, messages, _ = engine(runs, tmp_path / "wanted", method, 2)
+    answers = expected.update(0, messages)
     clients, _, diary = engine(runs, tmp_path / "run", method, 4)
 
     def tight(bank: Bank, *arguments: Any) -> Any:
@@ -287,9 +287,9 @@ def test_memory_that_runs_out_after_training_trains_nobody_twice(runs: Any, tmp_
         return embed(bank, *arguments)
 
     monkeypatch.setattr("fedamole.federation.worker.embed", tight)
-    found = clients.update(0, messages)
+    result = clients.update(0, messages)
     assert [len(names) for names in diary.groups] == [4, 2, 2]
-    assert {name: answer.payload for name, answer in found.items()} == {
+    assert {name: answer.payload for name, answer in result.items()} == {
         name: answer.payload for name, answer in answers.items()
     }
     states = [sorted((tmp_path / name).glob("clients/*/state/*")) for name in ("run", "wanted")]
@@ -298,7 +298,7 @@ def test_memory_that_runs_out_after_training_trains_nobody_twice(runs: Any, tmp_
 
 
 @pytest.mark.parametrize("method", [SMALL, Twice(rank=2, alpha=4.0)], ids=["shared training", "an update of its own"])
-def test_where_one_client_alone_is_too_much_the_way_out_is_told(
+def test_if_one_client_does_not_fit_the_error_names_the_settings(
     method: FedIT, runs: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """From 4 clients down to 1, in training itself."""

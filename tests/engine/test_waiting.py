@@ -31,9 +31,9 @@ def test_a_name_that_is_taken_or_not_on_the_roster(caplog: Any) -> None:
     assert {name: member.node for name, member in there.membership.members.items()} == {"ann": 1, "bob": 4}
     assert "there is another ann, which is online" in caplog.text
     assert "mallory is refused: its name is not one of deployment.clients" in caplog.text
-    asked = len(link.asked)
+    count = len(link.asked)
     there.wait_for_clients()
-    assert len(link.asked) == asked, "those that were refused are left in peace for a while"
+    assert len(link.asked) == count, "those that were refused are left in peace for a while"
     del link.registered[1]
     there.membership._refused_until.clear()
     assert there.wait_for_clients() == ["ann", "bob"]
@@ -65,15 +65,15 @@ class Told(ProgressListener):
 
 
 def test_too_few_are_waited_for(caplog: Any) -> None:
-    link, told = FakeLink(registered={0: "ann"}), Told()
-    there = engine(link, told)
+    link, listener = FakeLink(registered={0: "ann"}), Told()
+    there = engine(link, listener)
     with pytest.raises(RunError, match=r"waited .* for 1 more clients; here are: ann\. .* server --resume"):
         there.wait_for_clients()
-    assert told.heard == [(("ann",), 1)]
+    assert listener.heard == [(("ann",), 1)]
     assert len(link.asked) == 1, "one request to join, however long the wait"
     link.registered[1] = "bob"
     assert there.wait_for_clients() == ["ann", "bob"]
-    assert told.heard[-1] == (("ann", "bob"), 0)
+    assert listener.heard[-1] == (("ann", "bob"), 0)
 
 
 def test_at_first_all_are_waited_for_a_while_also_after_a_restart() -> None:
@@ -91,18 +91,18 @@ def message() -> bytes:
     return pack(FedIT(rank=2).init(Server(BaseInfo(SHAPES), (), 0)))
 
 
-def test_a_server_that_goes_on_tells_best_rounds_and_what_counted_last() -> None:
+def test_a_resumed_server_sends_best_rounds_and_the_last_answered_exchange() -> None:
     link = FakeLink()
     there = engine(link)
     there.restore({"ann": {"fedit": 3}, "bob": {"fedit": 2}}, {"ann": (4, 0), "bob": (2, 1)}, {"ann": 7})
     there.wait_for_clients()
     there.update(5, dict.fromkeys(NAMES, message()))
-    told = [(r.best, r.last, r.last_exchange) for _, r in link.asked if r.operation == UPDATE]
-    assert told == [({"fedit": 3}, 4, 0), ({"fedit": 2}, 2, 1), ({}, -1, 0)]
+    sent = [(r.best, r.last, r.last_exchange) for _, r in link.asked if r.operation == UPDATE]
+    assert sent == [({"fedit": 3}, 4, 0), ({"fedit": 2}, 2, 1), ({}, -1, 0)]
     there.save_best("fedit", 5, ["ann", "eve"])
     there.evaluate(5, "fedit", dict.fromkeys(NAMES, message()))
-    told = [(r.best, r.last, r.last_exchange) for _, r in link.asked[-3:]]
-    assert told == [({"fedit": 5}, 5, 0), ({"fedit": 2}, 5, 0), ({"fedit": 5}, 5, 0)]
+    sent = [(r.best, r.last, r.last_exchange) for _, r in link.asked[-3:]]
+    assert sent == [({"fedit": 5}, 5, 0), ({"fedit": 2}, 5, 0), ({"fedit": 5}, 5, 0)]
 
 
 def test_failures_that_can_pass_are_asked_again_but_not_without_a_pause() -> None:
@@ -117,8 +117,8 @@ def test_failures_that_can_pass_are_asked_again_but_not_without_a_pause() -> Non
     link = FakeLink(answers)
     there = engine(link)
     there.wait_for_clients()
-    found = there.update(0, dict.fromkeys(NAMES, message()))
-    assert sum(answer.payload is not None for answer in found.values()) >= 2
+    result = there.update(0, dict.fromkeys(NAMES, message()))
+    assert sum(answer.payload is not None for answer in result.values()) >= 2
     assert 3 <= link.count(UPDATE) <= 1 + 2 * 7
     assert sum(node == 0 and request.operation == UPDATE for node, request in link.asked) == 1, "ann is not asked again"
 
@@ -149,9 +149,9 @@ def test_failures_that_cannot_pass_end_the_run_only_below_min_clients(code: str)
     link = FakeLink(answers(["eve"]))
     there = engine(link)
     there.wait_for_clients()
-    found = there.update(0, dict.fromkeys(NAMES, message()))
-    assert found["eve"].report["failed"] == FAILURES[code]
-    assert found["eve"].payload is None
+    result = there.update(0, dict.fromkeys(NAMES, message()))
+    assert result["eve"].report["failed"] == FAILURES[code]
+    assert result["eve"].payload is None
     assert link.count(UPDATE) == 3
     link.answers = answers(["bob", "eve"])
     with pytest.raises(RunError, match=r"round 1: 1 clients could train, .*min_clients = 2; .* --resume"):
@@ -185,11 +185,15 @@ def test_a_request_that_was_lost_on_its_way_is_sent_once_more(operation: str) ->
     link = FakeLink(answers)
     there = engine(link, deadline=1.0)
     there.wait_for_clients()
-    found = getattr(there, operation)(0, *(["fedit"] if operation == EVALUATE else []), dict.fromkeys(NAMES, message()))
-    answered = found if operation == EVALUATE else [name for name, one in found.items() if one.payload is not None]
+    result = getattr(there, operation)(
+        0, *(["fedit"] if operation == EVALUATE else []), dict.fromkeys(NAMES, message())
+    )
+    answered = (
+        result if operation == EVALUATE else [name for name, update in result.items() if update.payload is not None]
+    )
     assert sorted(answered) == ["ann", "bob"]
-    asked = [link.registered[node] for node, request in link.asked if request.operation == operation]
-    assert sorted(asked) == ["ann", "bob", "bob", "eve", "eve"]
+    sent_to = [link.registered[node] for node, request in link.asked if request.operation == operation]
+    assert sorted(sent_to) == ["ann", "bob", "bob", "eve", "eve"]
 
 
 def test_a_join_that_is_never_answered_is_asked_again() -> None:
@@ -221,11 +225,11 @@ def test_a_join_that_takes_longer_than_the_pause_between_two_requests_counts(mon
     link.seconds = 0.2
     there = engine(link, deadline=0.5, patience=0.6)
     assert there.wait_for_clients() == ["ann", "bob", "eve"]
-    asked = len(link.asked)
-    assert 6 <= asked <= 3 * timing.MAX_OPEN_JOINS
+    count = len(link.asked)
+    assert 6 <= count <= 3 * timing.MAX_OPEN_JOINS
     time.sleep(0.25)
     assert there.wait_for_clients() == ["ann", "bob", "eve"], "the answers to the other requests do no harm"
-    assert len(link.asked) == asked
+    assert len(link.asked) == count
 
 
 def test_a_node_has_few_open_requests_to_join(monkeypatch: Any) -> None:
@@ -239,7 +243,7 @@ def test_a_node_has_few_open_requests_to_join(monkeypatch: Any) -> None:
     assert len(there.membership._open_joins) == 3 * timing.MAX_OPEN_JOINS
 
 
-def test_the_number_of_examples_is_the_one_told_first(caplog: Any) -> None:
+def test_the_number_of_examples_is_the_first_one_reported(caplog: Any) -> None:
     counts = {"ann": 9}
 
     def answers(name: str, request: Request) -> bytes:

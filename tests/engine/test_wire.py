@@ -279,22 +279,22 @@ def lying(operation: str, lie: Lie) -> Answers:
 @pytest.fixture(scope="module")
 def without(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
     """The run in which eve says openly that it cannot do what is asked, by operation."""
-    found = {}
+    remaining = {}
 
     def of(operation: str) -> dict[str, Any]:
-        if operation not in found:
+        if operation not in remaining:
             open_ = lying(operation, lambda r: pack(Reply(r.run, r.round, r.operation, r.client, "internal")))
-            found[operation] = run(tmp_path_factory.mktemp(operation) / "run", FakeLink(open_))
-        return found[operation]
+            remaining[operation] = run(tmp_path_factory.mktemp(operation) / "run", FakeLink(open_))
+        return remaining[operation]
 
     return of
 
 
 def test_an_honest_run(tmp_path: Path) -> None:
-    found = run(tmp_path / "run", FakeLink(), rounds=2)
-    assert not found["left_out"]
-    assert set(found["rows"]["fedit"]["clients"]) == set(NAMES)
-    assert len(found["scored"]) == 3 + 2 * 2 * 3
+    outcome = run(tmp_path / "run", FakeLink(), rounds=2)
+    assert not outcome["left_out"]
+    assert set(outcome["rows"]["fedit"]["clients"]) == set(NAMES)
+    assert len(outcome["scored"]) == 3 + 2 * 2 * 3
 
 
 @pytest.mark.parametrize(("operation", "lie"), [pytest.param(op, lie, id=f"{op}: {name}") for op, name, lie in LIES])
@@ -302,10 +302,10 @@ def test_a_liar_is_left_out_and_nothing_else_happens(
     operation: str, lie: Lie, without: Any, tmp_path: Path, caplog: Any
 ) -> None:
     caplog.set_level(logging.INFO)
-    found = run(tmp_path / "run", FakeLink(lying(operation, lie)))
-    assert found == without(operation)
-    assert found["left_out"] == ([("eve", 0)] if operation == UPDATE else [])
-    assert ("eve" in found["rows"]["fedit"]["clients"]) == (operation in (UPDATE, EVALUATE))
+    outcome = run(tmp_path / "run", FakeLink(lying(operation, lie)))
+    assert outcome == without(operation)
+    assert outcome["left_out"] == ([("eve", 0)] if operation == UPDATE else [])
+    assert ("eve" in outcome["rows"]["fedit"]["clients"]) == (operation in (UPDATE, EVALUATE))
     assert "eve" in caplog.text, "it is not said who was left out"
     assert max(len(record.getMessage()) for record in caplog.records) < 500
     for text in (caplog.text, *(path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file())):
@@ -317,24 +317,24 @@ def test_methods_that_let_clients_decide(method: Any) -> None:
     """True is in range(3), and a reply without any A has no rank."""
     info = ClientInfo("ann", 5)
     server = Server(BaseInfo(SHAPES, 4), (info,), 0)
-    wanted = dry_run(method, server, info, method.message(method.init(server), info))
-    check_reply(method, wanted, wanted, 1e4)
-    bad = [replace(wanted, tensors={}), replace(wanted, tensors={"m/shared/B": torch.ones(3, 2)})]
-    if hasattr(wanted, "cluster"):
-        bad += [replace(wanted, cluster=cluster) for cluster in (True, 3, -1, 10**30)]
+    expected = dry_run(method, server, info, method.message(method.init(server), info))
+    check_reply(method, expected, expected, 1e4)
+    bad = [replace(expected, tensors={}), replace(expected, tensors={"m/shared/B": torch.ones(3, 2)})]
+    if hasattr(expected, "cluster"):
+        bad += [replace(expected, cluster=cluster) for cluster in (True, 3, -1, 10**30)]
     for reply in bad:
         with pytest.raises(PayloadError):
-            check_reply(method, wanted, reply, 1e4)
+            check_reply(method, expected, reply, 1e4)
 
 
 def test_any_changed_byte_is_refused_or_harmless() -> None:
     """Bytes of a reply's JSON changed one at a time: a PayloadError, or a reply that passes all checks."""
     request = Request("run1", 0, EVALUATE, "fedit")
     good = pack(honest_reply("eve", request))
-    for place in range(0, len(good)):
+    for position in range(0, len(good)):
         for byte in b'\x00"9[{\\':
             changed = bytearray(good)
-            changed[place] = byte
+            changed[position] = byte
             try:
                 reply = read_reply(bytes(changed), request, "eve", {"fedit": ("loss",)})
             except PayloadError:
@@ -373,10 +373,10 @@ def test_a_client_refuses_requests_that_are_none(name: str) -> None:
 def test_another_version_is_named_whatever_its_messages_look_like(number: int, more: dict[str, Any]) -> None:
     """A version with other fields must not be refused as damaged bytes: the log says what to do."""
     request = Request("run1", 0, UPDATE, message=bytes_as_tensor(b"x"))
-    said = f"protocol {number} where {PROTOCOL} was expected: use one version of fedamole everywhere"
-    with pytest.raises(PayloadError, match=said):
+    message = f"protocol {number} where {PROTOCOL} was expected: use one version of fedamole everywhere"
+    with pytest.raises(PayloadError, match=message):
         read_request(asked(request, protocol=number, **more))
-    with pytest.raises(PayloadError, match=said):
+    with pytest.raises(PayloadError, match=message):
         read_reply(forged(failure(request, "ann", "disk"), protocol=number, **more), request, "ann", {})
 
 

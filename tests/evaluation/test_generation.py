@@ -65,8 +65,8 @@ def test_answers_keep_the_order_of_the_prompts(bank: Bank) -> None:
 def test_a_prompt_with_little_room_does_not_cut_others_short(bank: Bank) -> None:
     """128 positions: 122 tokens leave room for 6 new ones, 115 for all 10; 128 for one, which needs no position."""
     prompts = [tuple(2 + (7 * i + start) % 300 for i in range(size)) for start, size in ((0, 122), (1, 115), (2, 128))]
-    wanted = [text(bank, greedy(bank, prompt, room)) for prompt, room in zip(prompts, (6, 10, 1), strict=True)]
-    assert generate_answers(bank, [prompts], 10, 100_000)[0] == wanted
+    expected = [text(bank, greedy(bank, prompt, room)) for prompt, room in zip(prompts, (6, 10, 1), strict=True)]
+    assert generate_answers(bank, [prompts], 10, 100_000)[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -90,8 +90,8 @@ def test_generation_settings_that_come_with_a_base_are_not_used(tmp_path: Path, 
     GenerationConfig(**own).save_pretrained(tmp_path)
     bank = Bank(load_base(BaseSettings(str(tmp_path)), torch.device("cpu"), Path("/")))
     answers = [greedy(bank, prompt, 6) for prompt in PROMPTS]
-    wanted = [text(bank, ids[: ids.index(0)] if 0 in ids else ids) for ids in answers]
-    assert generate_answers(bank, [PROMPTS], 6, 10_000)[0] == wanted
+    expected = [text(bank, ids[: ids.index(0)] if 0 in ids else ids) for ids in answers]
+    assert generate_answers(bank, [PROMPTS], 6, 10_000)[0] == expected
 
 
 RECURRENT: dict[str, tuple[dict[str, Any], dict[str, Any], Continuation | None]] = {
@@ -112,18 +112,18 @@ def test_no_base_forgets_its_prompt(architecture: str, tmp_path: Path) -> None:
     write_tiny(tmp_path, architecture, decoder_alone=True, **changes)
     bank = Bank(load_base(BaseSettings(str(tmp_path), **settings), torch.device("cpu"), Path("/")))
     bank.load([lora(bank.base)])
-    wanted = [greedy(bank, prompt, 6) for prompt in PROMPTS]
+    expected = [greedy(bank, prompt, 6) for prompt in PROMPTS]
     stop = bank.base.tokenizer.eos_token_id
-    wanted = [ids[: ids.index(stop)] if stop in ids else ids for ids in wanted]
-    assert len({tuple(ids) for ids in wanted}) == len(PROMPTS)
-    assert generate_answers(bank, [PROMPTS], 6, 10_000)[0] == [text(bank, ids) for ids in wanted]
+    expected = [ids[: ids.index(stop)] if stop in ids else ids for ids in expected]
+    assert len({tuple(ids) for ids in expected}) == len(PROMPTS)
+    assert generate_answers(bank, [PROMPTS], 6, 10_000)[0] == [text(bank, ids) for ids in expected]
     if way is not None:
         assert bank.continuation == way
-    assert greedy_answer(bank, PROMPTS[0], 6) == tuple(wanted[0])
-    chat, said = Chat(bank, 4), list[str]()
-    chat.answer("what now?", said.append)
+    assert greedy_answer(bank, PROMPTS[0], 6) == tuple(expected[0])
+    chat, messages = Chat(bank, 4), list[str]()
+    chat.answer("what now?", messages.append)
     prompt = prompt_ids(raw_prompt(conversation_prompt([("user", "what now?")])), bank.base.tokenizer)
-    assert "".join(said).strip() == text(bank, greedy(bank, prompt, 4))
+    assert "".join(messages).strip() == text(bank, greedy(bank, prompt, 4))
 
 
 def test_how_a_base_generates_is_found_out_without_its_adapters(bank: Bank) -> None:
@@ -137,11 +137,11 @@ def test_how_a_base_generates_is_found_out_without_its_adapters(bank: Bank) -> N
 
 def test_prompts_of_one_length_are_still_generated_together(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
     bank.__dict__["continuation"] = Continuation(False, True)
-    whole, sizes = bank.base.model.generate, list[tuple[int, ...]]()
+    generate, sizes = bank.base.model.generate, list[tuple[int, ...]]()
 
     def not_padding(**more: Any) -> Any:
         sizes.append(tuple(more["input_ids"].shape))
-        return whole(**more)
+        return generate(**more)
 
     monkeypatch.setattr(bank.base.model, "generate", not_padding)
     generate_answers(bank, [[*PROMPTS, (40, 41), (50, 51)]], 2, 10_000)

@@ -40,11 +40,11 @@ def adapters(bank: Bank) -> list[Any]:
 
 def labels(count: int) -> list[Ids]:
     """Options like the names of classes: few first words, each with several continuations, some of which end early."""
-    words: list[tuple[Ids, Ids]] = [((3 + i // 11, 40 + i % 3), (50 + i % 5,) * (i % 4 == 0)) for i in range(4 * count)]
-    each: list[Ids] = [(*first, *second, *((9,) if i % 2 else ()), 0) for i, (first, second) in enumerate(words)]
-    found = dict.fromkeys(each)
-    assert len(found) >= count
-    return list(found)[:count]
+    items: list[tuple[Ids, Ids]] = [((3 + i // 11, 40 + i % 3), (50 + i % 5,) * (i % 4 == 0)) for i in range(4 * count)]
+    each: list[Ids] = [(*first, *second, *((9,) if i % 2 else ()), 0) for i, (first, second) in enumerate(items)]
+    labelled = dict.fromkeys(each)
+    assert len(labelled) >= count
+    return list(labelled)[:count]
 
 
 def clients(lengths: tuple[int, int], options: Sequence[Ids]) -> list[Rows]:
@@ -57,9 +57,9 @@ def expected(bank: Bank, rows: Rows) -> list[list[float]]:
     return [[plain_loss(bank, prompt, option) for option in options] for prompt, options in rows]
 
 
-def assert_close(found: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]]) -> None:
-    assert len(found) == len(wanted)
-    for mine, theirs in zip(found, wanted, strict=True):
+def assert_close(result: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]) -> None:
+    assert len(result) == len(reference)
+    for mine, theirs in zip(result, reference, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-9)
 
 
@@ -88,25 +88,25 @@ def test_77_options_that_begin_alike(bank: Bank, lengths: tuple[int, int], batch
     assert len({option[:1] for option in options}) < 15
     own = adapters(bank)
     bank.load(own)
-    found = option_losses(bank, group, batch_tokens)
-    assert [len(part) for part in found] == list(SIZES)
+    losses = option_losses(bank, group, batch_tokens)
+    assert [len(part) for part in losses] == list(SIZES)
     for client, adapter in enumerate(own):
         bank.load([adapter])
-        assert_close(found[client], expected(bank, group[client]))
+        assert_close(losses[client], expected(bank, group[client]))
 
 
 def test_the_bare_base(bank: Bank) -> None:
     bank.load([])
     group = clients((1, 20), labels(12))
-    for rows, found in zip(group, option_losses(bank, group, 300), strict=True):
-        assert_close(found, expected(bank, rows))
+    for rows, result in zip(group, option_losses(bank, group, 300), strict=True):
+        assert_close(result, expected(bank, rows))
     texts = generate_answers(bank, [[prompt for prompt, _ in rows] for rows in group], 3, 100)
-    for rows, said in zip(group, texts, strict=True):
-        assert said == [text for prompt, _ in rows for text in generate_answers(bank, [[prompt]], 3, 1)[0]]
+    for rows, output in zip(group, texts, strict=True):
+        assert output == [text for prompt, _ in rows for text in generate_answers(bank, [[prompt]], 3, 1)[0]]
     answers = [[(prompt, options[0]) for prompt, options in rows] for rows in group if rows]
     losses = [[plain_loss(bank, *row) * len(row[1]) for row in rows] for rows in answers]
-    wanted = [sum(part) / sum(len(a) for _, a in rows) for part, rows in zip(losses, answers, strict=True)]
-    assert mean_losses(bank, answers, 60) == pytest.approx(wanted, abs=1e-9)
+    reference = [sum(part) / sum(len(a) for _, a in rows) for part, rows in zip(losses, answers, strict=True)]
+    assert mean_losses(bank, answers, 60) == pytest.approx(reference, abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -127,7 +127,7 @@ def test_every_token_of_prompts_and_every_node_of_trees_once(
     few = {option[:end] for option in options[5:8] for end in range(1, len(option))}
     nodes = [sorted(b[-1] for b in (inner if len(row[1]) == 20 else few)) for rows in group for row in rows]
     assert len(inner) < sum(len(option) - 1 for option in options), "some options begin alike"
-    assert [sorted(ids[: len(wanted)].tolist()) for ids, wanted in zip(seen[1], nodes, strict=True)] == nodes
+    assert [sorted(ids[: len(reference)].tolist()) for ids, reference in zip(seen[1], nodes, strict=True)] == nodes
     assert seen[1].shape[1] == len(inner)
 
 
@@ -158,10 +158,10 @@ def test_a_window_is_respected_to_the_token(base: Callable[..., Base], monkeypat
     for size, options, with_tree in ((4, long, True), (5, long, False), (8, short, True), (9, short, False)):
         row = (tuple(range(20, 20 + size)), options)
         with watching(bank, monkeypatch) as seen:
-            (found,) = option_losses(bank, [[row]], 100)
-        assert_close(found, expected(bank, [row]))
-        whole = sum(size + len(option) for option in options)
-        assert sum(ids.numel() for ids in seen) == (size + Tree(options).num_inner if with_tree else whole)
+            (losses,) = option_losses(bank, [[row]], 100)
+        assert_close(losses, expected(bank, [row]))
+        total = sum(size + len(option) for option in options)
+        assert sum(ids.numel() for ids in seen) == (size + Tree(options).num_inner if with_tree else total)
 
 
 def test_options_that_go_on_where_others_end() -> None:
@@ -182,16 +182,16 @@ def test_mean_losses_and_answers_of_a_group(bank: Bank, batch_tokens: int) -> No
     prompts, answers = draw(5, (1, 20), 1), draw(5, (1, 9), 2)
     parts = [range(5), range(1, 2), range(5), range(3)]
     losses = [[(prompts[i], answers[i]) for i in part] for part in parts]
-    asked = [[prompts[i] for i in part] for part in parts]
+    requested = [[prompts[i] for i in part] for part in parts]
     own = adapters(bank)
     bank.load(own)
-    found, texts = mean_losses(bank, losses, batch_tokens), generate_answers(bank, asked, 6, batch_tokens)
+    means, texts = mean_losses(bank, losses, batch_tokens), generate_answers(bank, requested, 6, batch_tokens)
     assert texts[0] != texts[2]
     for client, adapter in enumerate(own):
         bank.load([adapter])
         total = sum(plain_loss(bank, *row) * len(row[1]) for row in losses[client])
-        assert found[client] == pytest.approx(total / sum(len(answer) for _, answer in losses[client]), abs=1e-9)
-        assert texts[client] == [generate_answers(bank, [[prompt]], 6, 1)[0][0] for prompt in asked[client]]
+        assert means[client] == pytest.approx(total / sum(len(answer) for _, answer in losses[client]), abs=1e-9)
+        assert texts[client] == [generate_answers(bank, [[prompt]], 6, 1)[0][0] for prompt in requested[client]]
 
 
 def test_scores_of_clients_that_choose_beside_clients_that_write(bank: Bank) -> None:

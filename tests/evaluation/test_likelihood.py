@@ -44,8 +44,8 @@ def test_77_options_equal_full_forwards(bank: Bank, batch_tokens: int) -> None:
     prompts = draw(3, (1, 25), 0)
     options = [(*option, 0) for option in draw(77, (0, 6), 1)]
     several = [options, options[:1], options[3:9]]
-    (found,) = option_losses(bank, [list(zip(prompts, several, strict=True))], batch_tokens)
-    for prompt, choices, losses in zip(prompts, several, found, strict=True):
+    (result,) = option_losses(bank, [list(zip(prompts, several, strict=True))], batch_tokens)
+    for prompt, choices, losses in zip(prompts, several, result, strict=True):
         expected = [plain_loss(bank, prompt, option) for option in choices]
         assert losses == pytest.approx(expected, abs=1e-5)
 
@@ -76,17 +76,17 @@ def test_several_clients_at_once_equal_each_alone(bank: Bank, base: Callable[...
     """Uneven rows, one client without any; every client has its own adapter."""
     adapters = [mixture(bank.base, seed) for seed in range(3)]
     several = [(*option, 0) for option in draw(9, (0, 5), 5)]
-    clients = [[(prompt, several[: 3 + place]) for place, prompt in enumerate(draw(n, (1, 7), n))] for n in (4, 0, 3)]
+    clients = [[(prompt, several[: 3 + index]) for index, prompt in enumerate(draw(n, (1, 7), n))] for n in (4, 0, 3)]
     only: list[TokenPair] = [((5,), (6, 0))]
     answers: list[list[TokenPair]] = [[(prompt, (7, 9, 0)) for prompt, _ in rows] or only for rows in clients]
     bank.load(adapters)
-    found, means = option_losses(bank, clients, 60), mean_losses(bank, answers, 30)
+    result, means = option_losses(bank, clients, 60), mean_losses(bank, answers, 30)
     texts = generate_answers(bank, [[prompt for prompt, _ in rows] for rows in clients], 5, 60)
-    assert (found[1], texts[1]) == ([], [])
+    assert (result[1], texts[1]) == ([], [])
     for client, adapter in enumerate(adapters):
         bank.load([adapter])
         (alone,) = option_losses(bank, [clients[client]], 10_000)
-        for mine, theirs in zip(found[client], alone, strict=True):
+        for mine, theirs in zip(result[client], alone, strict=True):
             assert mine == pytest.approx(theirs, abs=1e-5)
         assert means[client] == pytest.approx(mean_losses(bank, [answers[client]], 10_000)[0], abs=1e-5)
         assert texts[client] == generate_answers(bank, [[prompt for prompt, _ in clients[client]]], 5, 10_000)[0]
@@ -96,8 +96,8 @@ def test_the_bare_base_answers_for_several_clients(bank: Bank) -> None:
     bank.load([])
     rows = [[(prompt, ((3, 0), (4, 5, 0))) for prompt in draw(n, (2, 6), n)] for n in (2, 3)]
     for part, losses in zip(rows, option_losses(bank, rows, 100), strict=True):
-        for (prompt, options), found in zip(part, losses, strict=True):
-            assert found == pytest.approx([plain_loss(bank, prompt, option) for option in options], abs=1e-5)
+        for (prompt, options), result in zip(part, losses, strict=True):
+            assert result == pytest.approx([plain_loss(bank, prompt, option) for option in options], abs=1e-5)
 
 
 def test_mean_loss_equals_full_forwards(bank: Bank) -> None:

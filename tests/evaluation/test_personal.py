@@ -36,12 +36,12 @@ def test_the_option_with_the_lowest_loss_is_the_answer(base: Callable[..., Base]
     rows = tokenise(CLASSES, bank.base.tokenizer, 64).rows
     (losses,) = option_losses(bank, [[(row.prompt, row.options) for row in rows]], 1000)
     right = sum(
-        example.options[found.index(min(found))] == example.answer
-        for example, found in zip(CLASSES, losses, strict=True)
+        example.options[result.index(min(result))] == example.answer
+        for example, result in zip(CLASSES, losses, strict=True)
     )
     (scores,) = scores_of(bank, [rows], [CLASSES], settings)
     assert scores["score"] == scores["accuracy"] == pytest.approx(100 * right / 7)
-    own = [found[example.options.index(example.answer)] for example, found in zip(CLASSES, losses, strict=True)]
+    own = [result[example.options.index(example.answer)] for example, result in zip(CLASSES, losses, strict=True)]
     sizes = [len(row.answer) for row in rows]
     expected = sum(loss * size for loss, size in zip(own, sizes, strict=True)) / sum(sizes)
     assert losses_of(bank, [rows], settings)[0] == pytest.approx(expected, abs=1e-5)
@@ -75,6 +75,6 @@ def test_the_least_likely_option_is_never_the_answer(base: Callable[..., Base]) 
     rows = tokenise(CLASSES, bank.base.tokenizer, 64).rows
     (losses,) = option_losses(bank, [[(row.prompt, row.options) for row in rows]], 1000)
     for pick, accuracy in ((min, 100), (max, 0)):
-        right = [OPTIONS[found.index(pick(found))] for found in losses]
+        right = [OPTIONS[option_losses_.index(pick(option_losses_))] for option_losses_ in losses]
         examples = [Example("a ", "", f"text {i}\n", answer, OPTIONS) for i, answer in enumerate(right)]
         assert scores_of(bank, [rows], [examples], EvaluationSettings())[0]["score"] == accuracy

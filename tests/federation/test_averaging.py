@@ -17,7 +17,7 @@ def vector(*values: float) -> Tensor:
     return torch.tensor(values)
 
 
-def test_each_key_is_averaged_over_whoever_returned_it() -> None:
+def test_each_key_is_averaged_over_the_clients_that_returned_it() -> None:
     """x over a, b, c with weights 1, 2, 1: (0 + 2 * 3 + 6) / 4 = 3; y over b, c: (2 * 3 + 9) / 3 = 5; z nobody."""
     replies = {
         "a": {"x": vector(0.0)},
@@ -30,7 +30,7 @@ def test_each_key_is_averaged_over_whoever_returned_it() -> None:
     assert {key: float(value) for key, value in previous.items()} == {"x": 100.0, "y": 100.0, "z": 100.0}
 
 
-def test_nobody_returned_anything() -> None:
+def test_without_replies_the_state_is_unchanged() -> None:
     previous = {"x": vector(1.0)}
     assert mean_by_key({}, {}, previous) == previous
 
@@ -72,7 +72,7 @@ def test_the_order_of_arrival_does_not_matter(values: list[float], weights: list
 
 
 @pytest.mark.parametrize(
-    ("weights", "share", "wanted"),
+    ("weights", "share", "expected"),
     [
         # a may have half of all: as much as b and c together.
         ({"a": 1e9, "b": 3.0, "c": 1.0}, 0.5, {"a": 4.0, "b": 3.0, "c": 1.0}),
@@ -86,9 +86,9 @@ def test_the_order_of_arrival_does_not_matter(values: list[float], weights: list
     ],
 )
 def test_no_share_of_the_weights_is_above_the_cap(
-    weights: dict[str, float], share: float, wanted: dict[str, float]
+    weights: dict[str, float], share: float, expected: dict[str, float]
 ) -> None:
-    assert capped(weights, share) == pytest.approx(wanted)
+    assert capped(weights, share) == pytest.approx(expected)
 
 
 def test_a_servers_weights_are_capped_by_examples_only() -> None:

@@ -37,21 +37,21 @@ def around(centres: list[int], seed: int = 0) -> np.ndarray:
     ],
 )
 def test_as_many_clusters_as_there_are(centres: list[int], most: int, labels: list[int] | None) -> None:
-    found = silhouette_clusters(around(centres), most).tolist()
-    assert found == labels if labels is not None else set(found) == {0, 1}
+    result = silhouette_clusters(around(centres), most).tolist()
+    assert result == labels if labels is not None else set(result) == {0, 1}
 
 
 def silhouette(distances: np.ndarray, labels: list[int]) -> float:
     """Mean over the clients of (b - a) / max(a, b), Rousseeuw 1987: a the mean distance to the others of the own
     cluster, b the least mean distance to another cluster; 0 for a client that is alone.
     """
-    found = []
+    results = []
     for i, own in enumerate(labels):
         members = {k: [j for j, label in enumerate(labels) if label == k and j != i] for k in set(labels)}
         a = float(np.mean(distances[i, members[own]])) if members[own] else 0.0
         b = min(float(np.mean(distances[i, rest])) for k, rest in members.items() if k != own)
-        found.append((b - a) / max(a, b) if members[own] else 0.0)
-    return float(np.mean(found))
+        results.append((b - a) / max(a, b) if members[own] else 0.0)
+    return float(np.mean(results))
 
 
 @settings(deadline=None, max_examples=40)
@@ -70,8 +70,8 @@ def test_average_linkage_breaks_a_chain() -> None:
     """0, 2, 4.1, 6.3, 8.6 on a line: by nearest ends the last would stay alone. By mean distances 0 and 2 join, 4.1 and
     6.3 (2.2 apart), then 8.6 with these (3.4 away, where 0 and 2 are 4.2 away).
     """
-    places = np.array([0.0, 2.0, 4.1, 6.3, 8.6])
-    assert silhouette_clusters(np.abs(places[:, None] - places), 2).tolist() == [0, 0, 1, 1, 1]
+    indices = np.array([0.0, 2.0, 4.1, 6.3, 8.6])
+    assert silhouette_clusters(np.abs(indices[:, None] - indices), 2).tolist() == [0, 0, 1, 1, 1]
 
 
 def test_nothing_learned_is_no_error() -> None:

@@ -57,23 +57,24 @@ def lora(bank: Bank, seed: int) -> dict[str, torch.Tensor]:
 
 
 def plainly(
-    bank: Bank, client: str, asked: TrainingRequest, steps: int, begun: int = 0, turn: int = 0
+    bank: Bank, client: str, request: TrainingRequest, steps: int, begun: int = 0, turn: int = 0
 ) -> dict[str, torch.Tensor]:
     """The same training by autograd on named tensors, with torch.optim.Adam over those that are not frozen."""
     tensors = {
-        name: t.clone().requires_grad_(name not in asked.adapter.frozen) for name, t in asked.adapter.tensors.items()
+        name: t.clone().requires_grad_(name not in request.adapter.frozen)
+        for name, t in request.adapter.tensors.items()
     }
     learning = [tensor for tensor in tensors.values() if tensor.requires_grad]
-    adam = torch.optim.AdamW(learning, lr=SETTINGS.learning_rate, weight_decay=asked.weight_decay)
+    adam = torch.optim.AdamW(learning, lr=SETTINGS.learning_rate, weight_decay=request.weight_decay)
     rows, purpose = ROWS[client], f"order/{turn}" if turn else "order"
     generator, queue = torch_generator(3, purpose, client, 1), list[int]()
     for _ in range(steps):
         while len(queue) < SETTINGS.batch_size:
             queue += torch.randperm(len(rows), generator=generator).tolist()
         chosen, queue = queue[: SETTINGS.batch_size], queue[SETTINGS.batch_size :]
-        batch = collate([[rows[place] for place in chosen]], bank.base.pad_id)
+        batch = collate([[rows[i] for i in chosen]], bank.base.pad_id)
         handles = [
-            bank.layers[module].register_forward_hook(added(lora_spec(asked.adapter.spec).scaling, tensors, module))
+            bank.layers[module].register_forward_hook(added(lora_spec(request.adapter.spec).scaling, tensors, module))
             for module in bank.layers
         ]
         bank.load([])
@@ -81,15 +82,15 @@ def plainly(
             loss = token_losses(logits, batch.labels).mean()
         for handle in handles:
             handle.remove()
-        if isinstance(asked.penalty, Proximal):
-            for name, centre in asked.penalty.anchor.items():
-                loss = loss + asked.penalty.weight / 2 * ((tensors[name] - centre) ** 2).sum()
-        if isinstance(asked.penalty, TailNorm):
-            first = asked.penalty.first_rank
+        if isinstance(request.penalty, Proximal):
+            for name, centre in request.penalty.anchor.items():
+                loss = loss + request.penalty.weight / 2 * ((tensors[name] - centre) ** 2).sum()
+        if isinstance(request.penalty, TailNorm):
+            first = request.penalty.first_rank
             pairs = [[tensors[key] for key in shared_keys(module)] for module in bank.layers]
-            loss = loss + asked.penalty.weight * sum(a[first:].norm() * b[:, first:].norm() for a, b in pairs)
-        if isinstance(asked.penalty, FourthPower):
-            loss = loss + asked.penalty.weight * sum((tensor**4).sum() for tensor in tensors.values())
+            loss = loss + request.penalty.weight * sum(a[first:].norm() * b[:, first:].norm() for a, b in pairs)
+        if isinstance(request.penalty, FourthPower):
+            loss = loss + request.penalty.weight * sum((tensor**4).sum() for tensor in tensors.values())
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, SETTINGS.clip_norm)
@@ -122,14 +123,14 @@ def asked(bank: Bank, kind: str, seed: int, share: float = 1.0, decay: float = 0
 @pytest.mark.parametrize("kind", ["plain", "frozen", "anchor", "anchor of B", "tail", "fourth power"])
 def test_equals_a_plain_loop_with_adam(kind: str, bank: Bank) -> None:
     fits = {name: asked(bank, kind, seed) for seed, name in enumerate(ROWS)}
-    wanted = {name: plainly(bank, name, one, 5) for name, one in fits.items()}
-    tasks = [LocalTask(name, one, ROWS[name], SETTINGS.learning_rate) for name, one in fits.items()]
+    expected = {name: plainly(bank, name, request, 5) for name, request in fits.items()}
+    tasks = [LocalTask(name, request, ROWS[name], SETTINGS.learning_rate) for name, request in fits.items()]
     together = fit(bank, tasks, SETTINGS, seed=3, round_=1)
-    for task, found in zip(tasks, together, strict=True):
+    for task, result in zip(tasks, together, strict=True):
         (alone,) = fit(bank, [task], SETTINGS, seed=3, round_=1)
-        for outcome in (found, alone):
+        for outcome in (result, alone):
             assert isinstance(outcome, TrainingResult)
-            for name, tensor in wanted[task.client].items():
+            for name, tensor in expected[task.client].items():
                 torch.testing.assert_close(outcome.adapter.tensors[name], tensor, rtol=0, atol=1e-9)
                 if name in task.fit.adapter.frozen:
                     assert torch.equal(outcome.adapter.tensors[name], task.fit.adapter.tensors[name])
@@ -142,34 +143,34 @@ def test_clients_of_a_group_may_ask_for_different_things(decays: tuple[float, fl
         "a": asked(bank, "frozen", 0, decay=decays[0]),
         "b": asked(bank, "anchor", 1, share=0.4, decay=decays[1]),
     }
-    wanted = {"a": plainly(bank, "a", fits["a"], 5), "b": plainly(bank, "b", fits["b"], 2)}
-    tasks = [LocalTask(name, one, ROWS[name], SETTINGS.learning_rate) for name, one in fits.items()]
-    for task, found in zip(tasks, fit(bank, tasks, SETTINGS, seed=3, round_=1), strict=True):
-        assert isinstance(found, TrainingResult)
-        for name, tensor in wanted[task.client].items():
-            torch.testing.assert_close(found.adapter.tensors[name], tensor, rtol=0, atol=1e-9)
+    expected = {"a": plainly(bank, "a", fits["a"], 5), "b": plainly(bank, "b", fits["b"], 2)}
+    tasks = [LocalTask(name, request, ROWS[name], SETTINGS.learning_rate) for name, request in fits.items()]
+    for task, result in zip(tasks, fit(bank, tasks, SETTINGS, seed=3, round_=1), strict=True):
+        assert isinstance(result, TrainingResult)
+        for name, tensor in expected[task.client].items():
+            torch.testing.assert_close(result.adapter.tensors[name], tensor, rtol=0, atol=1e-9)
 
 
 def test_clients_of_a_group_may_have_penalties_of_different_classes(bank: Bank) -> None:
     for kinds in (("tail", "anchor"), ("fourth power", "tail"), ("anchor", "plain")):
         fits = {name: asked(bank, kind, seed) for seed, (name, kind) in enumerate(zip("ab", kinds, strict=True))}
-        tasks = [LocalTask(name, one, ROWS[name], SETTINGS.learning_rate) for name, one in fits.items()]
-        for task, found in zip(tasks, fit(bank, tasks, SETTINGS, seed=3, round_=1), strict=True):
-            assert isinstance(found, TrainingResult)
+        tasks = [LocalTask(name, request, ROWS[name], SETTINGS.learning_rate) for name, request in fits.items()]
+        for task, result in zip(tasks, fit(bank, tasks, SETTINGS, seed=3, round_=1), strict=True):
+            assert isinstance(result, TrainingResult)
             for name, tensor in plainly(bank, task.client, task.fit, 5).items():
-                torch.testing.assert_close(found.adapter.tensors[name], tensor, rtol=0, atol=1e-9)
+                torch.testing.assert_close(result.adapter.tensors[name], tensor, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["plain", "frozen"])
 def test_weight_decay_is_adamws(kind: str, bank: Bank) -> None:
-    one = asked(bank, kind, 0, decay=0.9)
-    (found,) = fit(bank, [LocalTask("a", one, ROWS["a"], SETTINGS.learning_rate)], SETTINGS, seed=3, round_=1)
-    assert isinstance(found, TrainingResult)
-    wanted, without = plainly(bank, "a", one, 5), plainly(bank, "a", replace(one, weight_decay=0.0), 5)
-    for name, tensor in found.adapter.tensors.items():
-        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-9)
-        if name in one.adapter.frozen:
-            assert torch.equal(tensor, one.adapter.tensors[name])
+    request = asked(bank, kind, 0, decay=0.9)
+    (result,) = fit(bank, [LocalTask("a", request, ROWS["a"], SETTINGS.learning_rate)], SETTINGS, seed=3, round_=1)
+    assert isinstance(result, TrainingResult)
+    expected, without = plainly(bank, "a", request, 5), plainly(bank, "a", replace(request, weight_decay=0.0), 5)
+    for name, tensor in result.adapter.tensors.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-9)
+        if name in request.adapter.frozen:
+            assert torch.equal(tensor, request.adapter.tensors[name])
         else:
             assert float((tensor - without[name]).abs().max()) > 1e-4, "the tolerance is far below what it does"
 
@@ -182,12 +183,12 @@ def test_weight_decay_is_adamws(kind: str, bank: Bank) -> None:
     ],
 )
 def test_the_budget_says_which_shares_count(budget: Any, steps: list[int], bank: Bank) -> None:
-    settings, done, found = TrainingSettings(local_steps=10, budget=budget), 0.0, list[int]()
+    settings, done, step_counts = TrainingSettings(local_steps=10, budget=budget), 0.0, list[int]()
     for paper_step_fraction in (1.0, 0.3):
-        one = replace(asked(bank, "plain", 0, 0.5), paper_step_fraction=paper_step_fraction)
-        found.append(LocalTask("a", one, ROWS["a"], 1e-2, done).steps(settings))
-        done += one.fraction_for(budget)
-    assert found == steps
+        request = replace(asked(bank, "plain", 0, 0.5), paper_step_fraction=paper_step_fraction)
+        step_counts.append(LocalTask("a", request, ROWS["a"], 1e-2, done).steps(settings))
+        done += request.fraction_for(budget)
+    assert step_counts == steps
     assert LocalTask("a", asked(bank, "plain", 0, 0.5), ROWS["a"], 1e-2).steps(settings) == 5, (
         "paper_step_fraction is unset"
     )
@@ -204,8 +205,11 @@ def test_tokens_are_those_of_the_batches(accumulation: int, bank: Bank) -> None:
     tasks = [
         LocalTask(name, asked(bank, "plain", 0, share), rows[name], 1e-2) for name, share in (("a", 0.4), ("b", 1.0))
     ]
-    found = fit(bank, tasks, settings, seed=3, round_=1)
-    assert [one.tokens for one in found if isinstance(one, TrainingResult)] == [20 * accumulation, 50 * accumulation]
+    results = fit(bank, tasks, settings, seed=3, round_=1)
+    assert [result.tokens for result in results if isinstance(result, TrainingResult)] == [
+        20 * accumulation,
+        50 * accumulation,
+    ]
 
 
 @pytest.mark.parametrize("steps", range(1, 8))
@@ -221,12 +225,12 @@ def test_shares_of_a_round_add_up(steps: int, bank: Bank) -> None:
 
 
 def test_another_turn_sees_other_batches(bank: Bank) -> None:
-    one = LocalTask("a", asked(bank, "plain", 0), ROWS["a"], SETTINGS.learning_rate)
-    (first,) = fit(bank, [one], SETTINGS, seed=3, round_=1)
-    (second,) = fit(bank, [one], SETTINGS, seed=3, round_=1, fit_index=1)
+    task = LocalTask("a", asked(bank, "plain", 0), ROWS["a"], SETTINGS.learning_rate)
+    (first,) = fit(bank, [task], SETTINGS, seed=3, round_=1)
+    (second,) = fit(bank, [task], SETTINGS, seed=3, round_=1, fit_index=1)
     assert isinstance(first, TrainingResult)
     assert isinstance(second, TrainingResult)
-    wanted = plainly(bank, "a", one.fit, 5, turn=1)
-    for name, tensor in wanted.items():
+    expected = plainly(bank, "a", task.fit, 5, turn=1)
+    for name, tensor in expected.items():
         torch.testing.assert_close(second.adapter.tensors[name], tensor, rtol=0, atol=1e-9)
-    assert any(not torch.equal(first.adapter.tensors[name], tensor) for name, tensor in wanted.items())
+    assert any(not torch.equal(first.adapter.tensors[name], tensor) for name, tensor in expected.items())

@@ -82,22 +82,22 @@ def adam_by_hand(
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in bank.parameters()]
     for step in range(1, settings.steps(len(rows)) + 1):
         batches = [[rows[next(taken)] for _ in range(settings.batch_size)] for _ in range(settings.accumulation)]
-        found = [gradients(bank, adapter, batch) for batch in batches]
-        means = [sum(parts) / len(parts) for parts in zip(*found, strict=True)]
+        gradient_lists = [gradients(bank, adapter, batch) for batch in batches]
+        means = [sum(parts) / len(parts) for parts in zip(*gradient_lists, strict=True)]
         bank.load([adapter])
         with torch.no_grad():
-            for place, (parameter, g) in enumerate(zip(bank.parameters(), means, strict=True)):
-                m, v = moments[place]
+            for index, (parameter, g) in enumerate(zip(bank.parameters(), means, strict=True)):
+                m, v = moments[index]
                 m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-                moments[place] = m, v
+                moments[index] = m, v
                 rate = settings.learning_rate * settings.lr_decay**round_
                 parameter -= rate * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
         adapter = bank.adapter()
     return dict(adapter.tensors)
 
 
-def close(one: Any, other: Any, tolerance: float = 2e-5) -> bool:
-    return all(torch.allclose(one[key], other[key], atol=tolerance, rtol=1e-3) for key in one)
+def close(first: Any, other: Any, tolerance: float = 2e-5) -> bool:
+    return all(torch.allclose(first[key], other[key], atol=tolerance, rtol=1e-3) for key in first)
 
 
 @pytest.mark.parametrize(
@@ -114,10 +114,10 @@ def test_fit_is_adam_on_the_mean_gradient(
 ) -> None:
     chosen = TrainingSettings(**{"local_steps": 3, "learning_rate": 1e-2, **settings})
     start = lora(bank)
-    wanted = adam_by_hand(bank, start, rows, chosen, round_)
+    expected = adam_by_hand(bank, start, rows, chosen, round_)
     trained = alone(bank, start, rows, chosen, seed=0, client="mood", round_=round_)
     assert trained.steps == chosen.local_steps
-    assert close(trained.adapter.tensors, wanted)
+    assert close(trained.adapter.tensors, expected)
     # The tolerance is far below what training does.
     assert not close(trained.adapter.tensors, start.tensors, 1e-3)
 
@@ -130,13 +130,13 @@ def test_a_steps_gradient_is_the_mean_over_its_batches(bank: Bank, rows: list[To
     tasks = [LocalTask(name, TrainingRequest(lora(bank)), part, 1e-2) for name, part in parts.items()]
     group = TrainingGroup(bank, tasks, settings, 0, 0, 0)
     group.step(0)
-    found = bank.gradients.clone()
-    for mine, (name, part) in zip(found, parts.items(), strict=True):
+    gradient_of_step = bank.gradients.clone()
+    for mine, (name, part) in zip(gradient_of_step, parts.items(), strict=True):
         drawn = _batches(part, settings, torch_generator(0, "order", name, 0))
         apart = [gradients(bank, lora(bank), next(drawn)) for _ in range(accumulation)]
-        wanted = torch.stack([torch.cat([tensor.flatten() for tensor in one]) for one in apart]).mean(0)
-        assert float(wanted.abs().max()) > 1e-3
-        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-6)
+        expected = torch.stack([torch.cat([tensor.flatten() for tensor in gradient]) for gradient in apart]).mean(0)
+        assert float(expected.abs().max()) > 1e-3
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_adam_is_new_each_round(bank: Bank, rows: list[TokenPair]) -> None:
@@ -185,7 +185,7 @@ def test_steps_and_epochs(
 
 
 def test_an_epoch_is_every_row_once(bank: Bank) -> None:
-    rows: list[TokenPair] = [((2, place), (3,)) for place in range(10, 30)]
+    rows: list[TokenPair] = [((2, index), (3,)) for index in range(10, 30)]
     batches = _batches(rows, TrainingSettings(batch_size=5), torch_generator(0, "order"))
     passes = [[prompt[1] for _ in range(4) for prompt, _ in next(batches)] for _ in range(2)]
     assert sorted(passes[0]) == sorted(passes[1]) == list(range(10, 30))
@@ -193,7 +193,7 @@ def test_an_epoch_is_every_row_once(bank: Bank) -> None:
     assert passes[0] != list(range(10, 30))
 
 
-def test_the_loss_told_is_the_mean_over_the_steps(bank: Bank, rows: list[TokenPair]) -> None:
+def test_the_reported_loss_is_the_mean_over_the_steps(bank: Bank, rows: list[TokenPair]) -> None:
     """With a rate next to nothing the adapter stays, so the mean is that of the batches' losses."""
     chosen = TrainingSettings(local_steps=3, batch_size=2, learning_rate=1e-12)
     batches = _batches(rows, chosen, torch_generator(0, "order", "mood", 0))
@@ -203,32 +203,34 @@ def test_the_loss_told_is_the_mean_over_the_steps(bank: Bank, rows: list[TokenPa
         batch = collate([next(batches)], bank.base.pad_id)
         with torch.no_grad(), bank.forward(batch) as logits:
             losses.append(float(token_losses(logits, batch.labels).mean()))
-    told = alone(bank, lora(bank), rows, chosen, seed=0, client="mood", round_=0).loss
-    assert told == pytest.approx(sum(losses) / 3, rel=1e-5)
+    loss = alone(bank, lora(bank), rows, chosen, seed=0, client="mood", round_=0).loss
+    assert loss == pytest.approx(sum(losses) / 3, rel=1e-5)
 
 
-def test_steps_are_told(bank: Bank, rows: list[TokenPair]) -> None:
-    told: list[tuple[int, int]] = []
+def test_steps_are_reported(bank: Bank, rows: list[TokenPair]) -> None:
+    steps: list[tuple[int, int]] = []
     settings = TrainingSettings(local_steps=3)
-    alone(bank, lora(bank), rows, settings, seed=0, client="a", round_=0, on_step=lambda *step: told.append(step))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    alone(bank, lora(bank), rows, settings, seed=0, client="a", round_=0, on_step=lambda *step: steps.append(step))
+    assert steps == [(1, 3), (2, 3), (3, 3)]
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"client": "other"}, {"round_": 1}])
 def test_order_and_dropout_come_from_seed_client_and_round(
     bank: Bank, rows: list[TokenPair], change: dict[str, Any]
 ) -> None:
-    place = {"seed": 0, "client": "mood", "round_": 0}
+    identity = {"seed": 0, "client": "mood", "round_": 0}
     settings = TrainingSettings(local_steps=2, learning_rate=1e-2, lr_decay=1.0)
     spec = replace(PLAIN, dropout=0.5)
 
     def run(rows: list[TokenPair], **where: Any) -> Any:
         return alone(bank, lora(bank, spec), rows, settings, **where).adapter.tensors
 
-    assert all(torch.equal(a, b) for a, b in zip(run(rows, **place).values(), run(rows, **place).values(), strict=True))
-    assert not close(run(rows, **place), run(rows, **{**place, **change}))
+    assert all(
+        torch.equal(a, b) for a, b in zip(run(rows, **identity).values(), run(rows, **identity).values(), strict=True)
+    )
+    assert not close(run(rows, **identity), run(rows, **{**identity, **change}))
     # With one row there is no order: what differs is the dropout alone.
-    assert not close(run(rows[:1], **place), run(rows[:1], **{**place, **change}), 1e-6)
+    assert not close(run(rows[:1], **identity), run(rows[:1], **{**identity, **change}), 1e-6)
 
 
 def test_the_balance_loss_is_trained_too(bank: Bank, rows: list[TokenPair]) -> None:
@@ -284,12 +286,12 @@ def test_an_adapter_with_nan_diverges(bank: Bank, rows: list[TokenPair]) -> None
         train(bank, start, rows, 4)
 
 
-def test_training_goes_on_after_a_divergence(bank: Bank, rows: list[TokenPair]) -> None:
-    wanted = train(bank, lora(bank), rows).adapter.tensors
+def test_training_continues_after_a_divergence(bank: Bank, rows: list[TokenPair]) -> None:
+    expected = train(bank, lora(bank), rows).adapter.tensors
     with pytest.raises(DivergedError):
         train(bank, lora(bank), rows, learning_rate=1e30)
-    found = train(bank, lora(bank), rows).adapter.tensors
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    result = train(bank, lora(bank), rows).adapter.tensors
+    assert all(torch.equal(result[key], expected[key]) for key in expected)
 
 
 @pytest.fixture
@@ -344,29 +346,34 @@ def test_a_diverged_client_is_left_out_and_keeps_its_state(poisoned: Any, caplog
 
 
 @pytest.mark.parametrize("method", ["fedit", "fedamole"])
-def test_where_all_diverge_the_server_stays_as_it_was(method: str, runs: Any, crash: Any, facts: Any) -> None:
+def test_if_all_diverge_the_server_state_is_unchanged(method: str, runs: Any, crash: Any, facts: Any) -> None:
     """A rate of 1e30 from the first round on: nobody answers, every round; the run ends and stays resumable."""
-    words = ("training.learning_rate=1e30", "federation.rounds=3")
-    whole = runs(method, *words)
-    states = {path.read_bytes() for path in whole.glob("checkpoints/*.safetensors")}
+    overrides = ("training.learning_rate=1e30", "federation.rounds=3")
+    run = runs(method, *overrides)
+    states = {path.read_bytes() for path in run.glob("checkpoints/*.safetensors")}
     assert len(states) == 1
-    train = [line for line in facts(whole) if line["split"] == "train"]
+    train = [line for line in facts(run) if line["split"] == "train"]
     assert len(train) == 12
     assert all("failed" in line for line in train)
-    rows = json.loads((whole / "summary.json").read_text())["rows"]
+    rows = json.loads((run / "summary.json").read_text())["rows"]
     bare = {client: scores["loss"] for client, scores in rows["base"]["clients"].items()}
     for client, scores in rows[method]["clients"].items():
         assert scores["loss"] == pytest.approx(bare[client], rel=1e-5), "B is zero still"
-    folder = crash("client_done", 6, method, *words)
+    folder = crash("client_done", 6, method, *overrides)
     resume(folder, ProgressListener())
-    assert facts(folder) == facts(whole)
+    assert facts(folder) == facts(run)
 
 
 def test_the_aggregate_is_over_those_that_did_not_diverge(runs: Any, facts: Any) -> None:
     """A first step of Adam at a rate of 1e25 leaves numbers of 1e25, still finite; the products of a second overflow.
     An epoch in batches of 36 is one step for mood and plain, and two for chat and entail."""
-    words = ("training.learning_rate=1e25", "training.local_epochs=1", "training.batch_size=36", "federation.rounds=1")
-    folder = runs("fedit_ft", *words)
+    overrides = (
+        "training.learning_rate=1e25",
+        "training.local_epochs=1",
+        "training.batch_size=36",
+        "federation.rounds=1",
+    )
+    folder = runs("fedit_ft", *overrides)
     train = {line["client"]: line for line in facts(folder) if line["split"] == "train"}
     assert {client for client, line in train.items() if "failed" in line} == {"chat", "entail"}
     survivors = ["mood", "plain"]

@@ -46,13 +46,13 @@ def texts(bank: Bank, client: int, rows: int = 7) -> list[TokenPair]:
 def tasks(bank: Bank, kind: str, clients: int = 5, **fields: Any) -> list[LocalTask]:
     """Clients with other data and other rates; mixtures hold 2 to 8 experts, others in every module."""
     spec = AdapterSpec(**{"rank": 2, "alpha": 4.0, "dropout": 0.1, "balance_weight": 0.05, **fields})
-    found = []
+    tasks_ = []
     for client in range(clients):
         draw = torch.Generator().manual_seed(client)
         pool = new_shared(bank.base.shapes, 2, draw) if kind == "lora" else new_pool(bank.base.shapes, 2, 9, draw)
         held = {
-            module: set(torch.randperm(9, generator=draw)[: 2 + (3 * client + place) % 7].tolist())
-            for place, module in enumerate(sorted(bank.base.shapes))
+            module: set(torch.randperm(9, generator=draw)[: 2 + (3 * client + index) % 7].tolist())
+            for index, module in enumerate(sorted(bank.base.shapes))
         }
         tensors = {
             name: (0.1 * torch.randn(tensor.shape, generator=draw) if name.endswith("/B") else tensor).double()
@@ -60,8 +60,8 @@ def tasks(bank: Bank, kind: str, clients: int = 5, **fields: Any) -> list[LocalT
             if "/expert-" not in name or int(name.split("/expert-")[1][:2]) in held[name.split("/")[0]]
         }
         fit_ = TrainingRequest(Adapter(spec, tensors))
-        found.append(LocalTask(f"client{client}", fit_, texts(bank, client), 1e-2 * (1 + client % 2)))
-    return found
+        tasks_.append(LocalTask(f"client{client}", fit_, texts(bank, client), 1e-2 * (1 + client % 2)))
+    return tasks_
 
 
 def trained(bank: Bank, group: Sequence[LocalTask], settings: TrainingSettings = HARD) -> list[TrainingResult]:
@@ -85,8 +85,8 @@ def of_uneven_steps(bank: Bank) -> list[LocalTask]:
     ]
 
 
-def assert_equal(found: Sequence[TrainingResult], wanted: Sequence[TrainingResult], tolerance: float = 1e-9) -> None:
-    for mine, theirs in zip(found, wanted, strict=True):
+def assert_equal(result: Sequence[TrainingResult], expected: Sequence[TrainingResult], tolerance: float = 1e-9) -> None:
+    for mine, theirs in zip(result, expected, strict=True):
         assert mine.steps == theirs.steps
         assert mine.loss == pytest.approx(theirs.loss, abs=tolerance)
         assert mine.adapter.tensors.keys() == theirs.adapter.tensors.keys()
@@ -102,11 +102,11 @@ def test_a_group_equals_separate_training(
 ) -> None:
     """fedamole's mixtures, and the LoRAs of fedit and local_only; the group packed or padded, one alone packed."""
     group = tasks(bank, kind, dropout_kind=dropout_kind)
-    wanted = alone(bank, group)
+    expected = alone(bank, group)
     monkeypatch.setattr(bank, "packs", packed)
-    found = trained(bank, group)
-    assert_equal(found, wanted)
-    for task, outcome in zip(group, found, strict=True):
+    result = trained(bank, group)
+    assert_equal(result, expected)
+    for task, outcome in zip(group, result, strict=True):
         moved = max(float((outcome.adapter.tensors[k] - t).abs().max()) for k, t in task.fit.adapter.tensors.items())
         assert moved > 1e-3, "the tolerance is far below what training does"
 
@@ -115,20 +115,20 @@ def test_a_group_equals_separate_training(
 def test_neither_order_nor_windows_matter(bank: Bank, tokens: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(passes, "TOKENS_AT_ONCE", tokens)
     group = tasks(bank, "mixture")
-    shuffled = [group[place] for place in (3, 0, 4, 2, 1)]
-    found = trained(bank, shuffled)
-    assert_equal([found[place] for place in (1, 4, 3, 0, 2)], alone(bank, group))
+    shuffled = [group[i] for i in (3, 0, 4, 2, 1)]
+    result = trained(bank, shuffled)
+    assert_equal([result[i] for i in (1, 4, 3, 0, 2)], alone(bank, group))
 
 
-def test_whoever_is_done_leaves_and_is_moved_no_more(bank: Bank) -> None:
+def test_a_finished_client_leaves_the_group_and_does_not_change(bank: Bank) -> None:
     """Epochs of 2, 5, 14, 3 and 7 rows are as many steps; momentum would go on for those that are done."""
     group, settings = of_uneven_steps(bank), TrainingSettings(local_epochs=1, batch_size=1)
-    found = trained(bank, group, settings)
-    assert [outcome.steps for outcome in found] == list(STEPS)
-    assert_equal(found, alone(bank, group, settings))
+    result = trained(bank, group, settings)
+    assert [outcome.steps for outcome in result] == list(STEPS)
+    assert_equal(result, alone(bank, group, settings))
 
 
-def test_whoever_is_done_keeps_every_bit(bank: Bank) -> None:
+def test_a_finished_client_keeps_every_bit(bank: Bank) -> None:
     """The bank after each step: a client's row changes with each of its own steps, and after the last no more."""
     seen: dict[int, torch.Tensor] = {}
     settings = TrainingSettings(local_epochs=1, batch_size=1)
@@ -141,11 +141,11 @@ def test_whoever_is_done_keeps_every_bit(bank: Bank) -> None:
         on_step=lambda done, _: seen.update({done: bank.weights.clone()}),
     )
     assert list(seen) == list(range(1, 15))
-    for place, client in enumerate((2, 4, 1, 3, 0)):  # those with the most steps first
-        last = seen[STEPS[client]][place]
-        assert not torch.equal(last, seen[STEPS[client] - 1][place])
-        assert all(torch.equal(seen[step][place], last) for step in range(STEPS[client], 15))
-        outcome, held = outcomes[client], bank.adapter(place).tensors
+    for index, client in enumerate((2, 4, 1, 3, 0)):  # those with the most steps first
+        last = seen[STEPS[client]][index]
+        assert not torch.equal(last, seen[STEPS[client] - 1][index])
+        assert all(torch.equal(seen[step][index], last) for step in range(STEPS[client], 15))
+        outcome, held = outcomes[client], bank.adapter(index).tensors
         assert isinstance(outcome, TrainingResult)
         assert all(torch.equal(tensor, held[name]) for name, tensor in outcome.adapter.tensors.items())
 
@@ -158,9 +158,9 @@ def test_rows_of_one_length(bank: Bank, kind: str, packed: bool, monkeypatch: An
         replace(task, rows=[([*prompt, *range(2, 36)][:15], [answer[0]] * 3) for prompt, answer in task.rows])
         for task in tasks(bank, kind)
     ]
-    wanted = alone(bank, group)
+    expected = alone(bank, group)
     monkeypatch.setattr(bank, "packs", packed)
-    assert_equal(trained(bank, group), wanted)
+    assert_equal(trained(bank, group), expected)
 
 
 def test_seed_client_and_round_alone_decide(bank: Bank) -> None:
@@ -176,16 +176,16 @@ def test_embeddings_of_a_group_equal_each_alone(bank: Bank) -> None:
     group = tasks(bank, "mixture")
     rows = [texts(bank, 50 + client, 2 + client) for client in range(5)]
     bank.load([task.fit.adapter for task in group])
-    found = embed(bank, rows, 100)
-    for task, part, means in zip(group, rows, found, strict=True):
+    result = embed(bank, rows, 100)
+    for task, part, means in zip(group, rows, result, strict=True):
         bank.load([task.fit.adapter])
-        (wanted,) = embed(bank, [part], 10_000)
-        assert means.keys() == wanted.keys() == bank.base.shapes.keys()
+        (expected,) = embed(bank, [part], 10_000)
+        assert means.keys() == expected.keys() == bank.base.shapes.keys()
         for module, mean in means.items():
-            torch.testing.assert_close(mean.token, wanted[module].token)
-            assert mean.experts.keys() == wanted[module].experts.keys()
+            torch.testing.assert_close(mean.token, expected[module].token)
+            assert mean.experts.keys() == expected[module].experts.keys()
             for expert, row in mean.experts.items():
-                torch.testing.assert_close(row, wanted[module].experts[expert])
+                torch.testing.assert_close(row, expected[module].experts[expert])
 
 
 # --- one that diverges ----------------------------------------------------------------------------------------
@@ -218,12 +218,12 @@ def test_one_clients_nan_changes_no_bit_of_the_others(
         tensor[0, 0] = math.nan if rate is None else tensor[0, 0]
     adapter = replace(group[sick].fit.adapter, tensors=tensors)
     group[sick] = replace(group[sick], fit=TrainingRequest(adapter), learning_rate=rate or group[sick].learning_rate)
-    found = fit(bank, group, HARD, seed=3, round_=1)
-    assert isinstance(found[sick], DivergedError)
-    told = rf"client client{sick}, round 1: its loss became (nan|inf) within steps 1 to 2 of local training; lower"
-    assert re.match(told, str(found[sick]))
+    result = fit(bank, group, HARD, seed=3, round_=1)
+    assert isinstance(result[sick], DivergedError)
+    message = rf"client client{sick}, round 1: its loss became (nan|inf) within steps 1 to 2 of local training; lower"
+    assert re.match(message, str(result[sick]))
     for client in {0, 1, 2, 3, 4} - {sick}:
-        outcome = found[client]
+        outcome = result[client]
         assert isinstance(outcome, TrainingResult)
         assert outcome.loss == healthy[client].loss
         for name, tensor in outcome.adapter.tensors.items():
@@ -254,7 +254,7 @@ def small_device(bank: Bank, monkeypatch: Any) -> Iterator[Callable[..., list[in
 
     def limit(most: int, error: RuntimeError, where: str = "backward") -> list[int]:
         passes: list[int] = []
-        whole, last = bank.backward, bank.layers[max(bank.layers)]
+        original, last = bank.backward, bank.layers[max(bank.layers)]
 
         def begun(*_: Any) -> None:
             clients = len(bank.parameters()[0])
@@ -264,7 +264,7 @@ def small_device(bank: Bank, monkeypatch: Any) -> Iterator[Callable[..., list[in
 
         def backward(loss: torch.Tensor) -> None:
             clients = passes[-1]
-            whole(loss)
+            original(loss)
             if clients > most and (where == "backward" or passes.count(clients) == 2):
                 raise error
 
@@ -287,11 +287,11 @@ def test_out_of_memory_halves_the_pass_and_loses_nothing(
     bank: Bank, small_device: Any, error: RuntimeError, where: str, caplog: Any
 ) -> None:
     group = tasks(bank, "mixture")
-    wanted = trained(bank, group)
+    expected = trained(bank, group)
     passes = small_device(2, error, where)
     with caplog.at_level(logging.WARNING):
-        found = trained(bank, group)
-    assert_equal(found, wanted)
+        result = trained(bank, group)
+    assert_equal(result, expected)
     tried = [5, 5, 3, 3, 2] if where == "later" else [5, 3, 2]
     assert passes[: len(tried)] == tried
     assert max(passes[len(tried) :]) == 2, "the smaller pass is kept"

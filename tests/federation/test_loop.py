@@ -150,7 +150,7 @@ def test_a_false_loss_pins_the_best_round_of_its_author_alone(tmp_path: Path) ->
     own, calls = play(tmp_path / "client", losses, best_round="client")
     assert own["rows"]["local_only"]["best_round"] == {"a": 0, "b": 2}
     honest, others = play(
-        tmp_path / "honest", [{**one, "a": 9.0 - n} for n, one in enumerate(losses)], best_round="client"
+        tmp_path / "honest", [{**loss, "a": 9.0 - n} for n, loss in enumerate(losses)], best_round="client"
     )
     assert honest["rows"]["local_only"]["best_round"]["b"] == 2
     assert [call[1] for call in calls if call[0] == "keep" and "b" in call[2:]] == [
@@ -158,13 +158,13 @@ def test_a_false_loss_pins_the_best_round_of_its_author_alone(tmp_path: Path) ->
     ]
 
 
-@pytest.mark.parametrize(("best_round", "told"), [("client", {"a": 0, "b": 1}), ("mean", {"a": 1, "b": 1})])
-def test_an_engine_is_told_the_best_rounds_when_a_run_goes_on(best_round: str, told: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("best_round", "rounds"), [("client", {"a": 0, "b": 1}), ("mean", {"a": 1, "b": 1})])
+def test_an_engine_gets_the_best_rounds_on_resume(best_round: str, rounds: Any, tmp_path: Path) -> None:
     """Two rounds, then a third in the same folder. A round that does not improve leaves the best rounds as they are."""
     losses = [{"a": 3.0, "b": 5.0}, {"a": 4.0, "b": 1.0}, {"a": 9.0, "b": 9.0}]
     play(tmp_path / "run", losses[:2], best_round=best_round)
     engine, heard = Script(losses), list[Any]()
-    engine.restore = lambda *words: heard.append(deepcopy(words))  # type: ignore[method-assign]
+    engine.restore = lambda *arguments: heard.append(deepcopy(arguments))  # type: ignore[method-assign]
     loop = Loop(
         LocalOnly(),
         {"local_only": "pre_aggregation"},
@@ -177,9 +177,9 @@ def test_an_engine_is_told_the_best_rounds_when_a_run_goes_on(best_round: str, t
         best_round=best_round,  # type: ignore[arg-type]
     )
     summary = loop.run()
-    wanted = {name: {"local_only": round_} for name, round_ in told.items()}
-    assert heard == [(wanted, {"a": (1, 0), "b": (1, 0)}, {"a": 1, "b": 1})]
-    assert summary["rows"]["local_only"]["best_round"] == (told if best_round == "client" else 1)
+    expected = {name: {"local_only": round_} for name, round_ in rounds.items()}
+    assert heard == [(expected, {"a": (1, 0), "b": (1, 0)}, {"a": 1, "b": 1})]
+    assert summary["rows"]["local_only"]["best_round"] == (rounds if best_round == "client" else 1)
 
 
 def test_who_comes_late_has_a_best_round_of_its_own_from_then_on(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_where_the_last_round_is_the_best_it_is_not_scored_twice(tmp_path: Path)
     assert summary["rows"]["local_only"]["last_mean"] == summary["rows"]["local_only"]["mean"]
 
 
-def test_whoever_does_not_answer_is_named(tmp_path: Path) -> None:
+def test_a_client_that_does_not_answer_is_named(tmp_path: Path) -> None:
     play(tmp_path / "run", [{"a": 1.0}, {}])
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     failed = [(line["round"], line["client"]) for line in lines if "failed" in line]
@@ -222,7 +222,7 @@ def cohorts(lines: list[dict[str, Any]]) -> list[list[str]]:
     return [line["cohort"] for line in lines if line["split"] == "round"]
 
 
-def test_whoever_comes_late_counts_with_the_bare_base_until_then(tmp_path: Path) -> None:
+def test_a_late_client_counts_with_the_untuned_base_until_it_joins(tmp_path: Path) -> None:
     """a alone: 30, 20, so round 1 is best with 20. With b's base at 50 it stands at 35 before rounds of 36 and 33."""
     losses = [{"a": 30.0}, {"a": 20.0}, {"a": 36.0, "b": 36.0}, {"a": 36.0, "b": 30.0}]
     summary, calls = play(tmp_path / "run", losses, script=LateComer)
@@ -335,7 +335,7 @@ def test_an_absent_client_keeps_its_last_model(method: str, runs: Any, facts: An
             assert changed == (client in cohort)
         before = states
     validated = [(line["round"], line["client"]) for line in facts(folder) if line["split"] == "validation"]
-    assert [place for place in validated if place[0] >= 0] == [
+    assert [i for i in validated if i[0] >= 0] == [
         (round_, client) for round_, cohort in enumerate(present) for client in cohort
     ]
 

@@ -36,15 +36,15 @@ def open_bank(tiny: Path) -> Callable[[str, str], Bank]:
 
 def tasks(bank: Bank) -> list[LocalTask]:
     """Mixtures of 2, 3 and 4 experts on rows of uneven lengths."""
-    found = []
+    results = []
     for client in range(3):
         draw = torch.Generator().manual_seed(client)
-        rows: list[TokenPair] = [(tuple(range(5, 9 + client + 3 * place)), (7, 0)) for place in range(4)]
+        rows: list[TokenPair] = [(tuple(range(5, 9 + client + 3 * index)), (7, 0)) for index in range(4)]
         pool = new_pool(bank.base.shapes, 4, 2 + client, draw)
         tensors = {name: 0.1 * torch.randn(tensor.shape, generator=draw) for name, tensor in pool.items()}
         spec = AdapterSpec(rank=4, alpha=8.0, dropout=0.1, balance_weight=0.01)
-        found.append(LocalTask(f"client{client}", TrainingRequest(Adapter(spec, tensors)), rows, 1e-3))
-    return found
+        results.append(LocalTask(f"client{client}", TrainingRequest(Adapter(spec, tensors)), rows, 1e-3))
+    return results
 
 
 @each_device
@@ -54,10 +54,10 @@ def test_training_is_the_same_on_gpu_and_cpu(open_bank: Callable[[str, str], Ban
     for each in ("cpu", device):
         bank = open_bank(each, "float32")
         outcomes.append(fit(bank, tasks(bank), SETTINGS, seed=0, round_=0))
-    for here, there in zip(*outcomes, strict=True):
-        assert isinstance(here, TrainingResult)
+    for on_cpu, there in zip(*outcomes, strict=True):
+        assert isinstance(on_cpu, TrainingResult)
         assert isinstance(there, TrainingResult)
-        assert here.loss == pytest.approx(there.loss, rel=1e-3)
+        assert on_cpu.loss == pytest.approx(there.loss, rel=1e-3)
 
 
 @contextlib.contextmanager
@@ -151,4 +151,4 @@ def test_uploads_go_through_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> No
     assert to_device(tensor, torch.device("cpu")) is tensor
     assert not pinned
     assert to_device(tensor, torch.device("meta")).device.type == "meta"
-    assert [one is tensor for one in pinned] == [True]
+    assert [source is tensor for source in pinned] == [True]

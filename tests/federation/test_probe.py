@@ -17,7 +17,7 @@ from fedamole.model.base import Base
 from fedamole.model.batch import TokenPair
 from fedamole.model.params import Adapter, expert_keys, new_pool, new_shared, router_key
 
-ROWS: list[TokenPair] = [((place,), (place // 10, 0)) for place in range(100)]
+ROWS: list[TokenPair] = [((i,), (i // 10, 0)) for i in range(100)]
 """Ten labels of ten rows each, sorted by label, as some data sets are."""
 
 
@@ -33,14 +33,14 @@ def test_a_few_examples_of_sorted_data_have_many_labels() -> None:
 
 
 def test_the_draw_depends_on_seed_client_and_purpose_alone() -> None:
-    found = draw_examples(ROWS, 5, 0, "losses", "north")
-    assert found == draw_examples(ROWS, 5, 0, "losses", "north")
+    result = draw_examples(ROWS, 5, 0, "losses", "north")
+    assert result == draw_examples(ROWS, 5, 0, "losses", "north")
     others = [draw_examples(ROWS, 5, 1, "losses", "north"), draw_examples(ROWS, 5, 0, "hidden", "north")]
     for other in (*others, draw_examples(ROWS, 5, 0, "losses", "south")):
-        assert other != found
+        assert other != result
         assert len(set(other)) == len(other) == 5
-    assert found == sorted(found), "rows keep their order"
-    assert set(found) < set(draw_examples(ROWS, 16, 0, "losses", "north")), "more examples are these and others"
+    assert result == sorted(result), "rows keep their order"
+    assert set(result) < set(draw_examples(ROWS, 16, 0, "losses", "north")), "more examples are these and others"
 
 
 def test_fewer_rows_than_asked_for_are_all_read() -> None:
@@ -103,8 +103,8 @@ def log_probability(bank: Bank, adapter: Adapter | None, prompt: Sequence[int], 
     bank.load([] if adapter is None else [adapter])
     with torch.no_grad():
         logits = bank.base.model(torch.tensor([[*prompt, *answer]])).logits[0].double()
-    found: Tensor = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor([answer]).T)[:, 0]
-    return found
+    result: Tensor = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor([answer]).T)[:, 0]
+    return result
 
 
 def inputs(bank: Bank, adapter: Adapter | None) -> dict[str, Tensor]:

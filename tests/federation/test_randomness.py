@@ -11,7 +11,7 @@ PLACES = list(itertools.product((0, 1), ("order", "orders", ""), ("a", "b", ""),
 
 
 def test_every_place_has_a_seed_of_its_own() -> None:
-    seeds = {derived_seed(*place) for place in PLACES}
+    seeds = {derived_seed(*key) for key in PLACES}
     assert len(seeds) == len(PLACES)
     assert all(0 <= seed < 2**63 for seed in seeds)
     # The parts cannot run into each other.

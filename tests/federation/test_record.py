@@ -69,15 +69,17 @@ samples = st.builds(
 )
 
 
-def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return set(one) == set(other) and all(
-        one[key].dtype == other[key].dtype and one[key].shape == other[key].shape and torch.equal(one[key], other[key])
-        for key in one
+def same(first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return set(first) == set(other) and all(
+        first[key].dtype == other[key].dtype
+        and first[key].shape == other[key].shape
+        and torch.equal(first[key], other[key])
+        for key in first
     )
 
 
-def same_nested(one: Mapping[str, Mapping[str, Tensor]], other: Mapping[str, Mapping[str, Tensor]]) -> bool:
-    return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+def same_nested(first: Mapping[str, Mapping[str, Tensor]], other: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    return first.keys() == other.keys() and all(same(first[key], other[key]) for key in first)
 
 
 relaxed = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -121,10 +123,10 @@ def test_truncated_bytes_are_refused(length: int) -> None:
 
 @relaxed
 @given(st.integers(0, len(pack(sample())) - 1), st.integers(1, 255))
-def test_a_changed_byte_is_refused_or_only_changes_values(place: int, flip: int) -> None:
+def test_a_changed_byte_is_refused_or_only_changes_values(position: int, flip: int) -> None:
     """There is no checksum on the wire: a changed number goes through, but never another structure or error."""
     payload = bytearray(pack(sample()))
-    payload[place] ^= flip
+    payload[position] ^= flip
     try:
         again = unpack(Sample, bytes(payload))
     except PayloadError:
@@ -206,13 +208,13 @@ def test_safetensors_without_a_record_are_refused() -> None:
 
 def test_views_are_packed_as_what_they_show() -> None:
     """Rows and transposes of one tensor share storage; the bytes hold each alone."""
-    whole = torch.arange(12.0).reshape(3, 4)
-    record = Sample({"row": whole[1], "turned": whole[2:].T}, {}, {}, Inner({}, 1.0), "", 1, {}, {})
+    matrix = torch.arange(12.0).reshape(3, 4)
+    record = Sample({"row": matrix[1], "turned": matrix[2:].T}, {}, {}, Inner({}, 1.0), "", 1, {}, {})
     again = unpack(Sample, pack(record))
     assert again.tensors["row"].tolist() == [4.0, 5.0, 6.0, 7.0]
     assert again.tensors["turned"].tolist() == [[8.0], [9.0], [10.0], [11.0]]
     again.tensors["row"].zero_()
-    assert whole[1, 0] == 4.0
+    assert matrix[1, 0] == 4.0
 
 
 def test_the_first_tensor_that_is_not_finite_is_named() -> None:

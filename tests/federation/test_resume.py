@@ -64,9 +64,9 @@ def test_killed_and_resumed(method: str, point: str, runs: Any, crash: Any, rema
     assert same_summary(folder, runs(method))
 
 
-def same_summary(one: Path, other: Path) -> bool:
-    found = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
-    return found[0]["rows"] == found[1]["rows"] and len(found[0]["rows"]) >= 3
+def same_summary(first: Path, other: Path) -> bool:
+    results = [json.loads((folder / "summary.json").read_text()) for folder in (first, other)]
+    return results[0]["rows"] == results[1]["rows"] and len(results[0]["rows"]) >= 3
 
 
 def test_a_group_that_was_chosen_is_kept(runs: Any, crash: Any, remains: Any, monkeypatch: Any) -> None:
@@ -80,11 +80,11 @@ def test_a_group_that_was_chosen_is_kept(runs: Any, crash: Any, remains: Any, mo
 
 
 def test_killed_twice_with_two_rows_and_a_partial_cohort(runs: Any, crash: Any, remains: Any) -> None:
-    words = ("evaluation.pre_aggregation=true", "federation.cohort=0.5", "federation.rounds=4")
-    folder = crash("client_done", 5, "fedit", *words)
+    overrides = ("evaluation.pre_aggregation=true", "federation.cohort=0.5", "federation.rounds=4")
+    folder = crash("client_done", 5, "fedit", *overrides)
     (folder / "metrics.jsonl").open("a").write('{"round": 2, "client": "mo')  # a line torn by the kill
     resume(folder, ProgressListener())
-    assert remains(folder) == remains(runs("fedit", *words))
+    assert remains(folder) == remains(runs("fedit", *overrides))
 
 
 def test_a_killed_process(runs: Any, tmp_path: Path, remains: Any) -> None:
@@ -112,12 +112,12 @@ def test_a_killed_process(runs: Any, tmp_path: Path, remains: Any) -> None:
 def test_a_torn_last_checkpoint(damage: str, runs: Any, crash: Any, remains: Any, caplog: Any) -> None:
     """Killed at the end of round 1 with its checkpoint torn: round 0 is the one to go on from."""
     folder = crash("group_started", 5, "fedamole")
-    torn = {
+    damaged = {
         "server": "checkpoints/round-0001.safetensors",
         "client": "clients/mood/state/round-0001.safetensors",
         "json": "checkpoints/round-0001.json",
     }[damage]
-    os.truncate(folder / torn, (folder / torn).stat().st_size // 2)
+    os.truncate(folder / damaged, (folder / damaged).stat().st_size // 2)
     started: list[int] = []
 
     class Notes(ProgressListener):
@@ -149,7 +149,7 @@ def test_a_foreign_checkpoint(runs: Any, crash: Any) -> None:
         resume(folder, ProgressListener())
 
 
-def test_a_finished_run_is_left_as_it_is(runs: Any) -> None:
+def test_a_finished_run_is_not_changed(runs: Any) -> None:
     folder = runs("fedit")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert resume(folder, ProgressListener())["method"] == "fedit"

@@ -48,16 +48,16 @@ def clip(factor: float = 2.0) -> Robust:
 def test_a_change_is_clipped_at_a_multiple_of_the_others_median() -> None:
     """Changes of A by 1, 2, 3 and -30: the others' median is 2 for the last, so it may be 4, by a factor 4 / 30."""
     replies = {"a": reply(1), "b": reply(2), "c": reply(3), "d": reply(-30)}
-    found, told = clip()(5, sent(replies), replies)
-    assert told == {"d": {"tensors/shared/A": pytest.approx(4 / 30)}}
-    assert found["d"].tensors[A].tolist() == [1 - 4, 1 - 4]
-    assert found["d"].tensors[B] is replies["d"].tensors[B], "a group that is not above its bound stays as it is"
-    assert found["d"].rank == 7
+    clipped, factors = clip()(5, sent(replies), replies)
+    assert factors == {"d": {"tensors/shared/A": pytest.approx(4 / 30)}}
+    assert clipped["d"].tensors[A].tolist() == [1 - 4, 1 - 4]
+    assert clipped["d"].tensors[B] is replies["d"].tensors[B], "a group that is not above its bound stays as it is"
+    assert clipped["d"].rank == 7
     for name in "abc":
-        assert found[name] is replies[name]
+        assert clipped[name] is replies[name]
 
 
-def test_what_was_not_sent_counts_as_it_is() -> None:
+def test_tensors_that_were_not_sent_count_by_their_own_norm() -> None:
     """Mean embeddings: nothing was sent under their keys. Two rows of one kind are one group."""
 
     def of(x: float) -> Lora:
@@ -65,9 +65,9 @@ def test_what_was_not_sent_counts_as_it_is() -> None:
         return Lora(SENT.tensors, Part(rows))
 
     replies = {"a": of(1), "b": of(1), "c": of(8)}
-    found, told = clip()(0, sent(replies), replies)
-    assert told == {"c": {"part.rows/expert (value)": 0.25}}
-    assert found["c"].part.rows["n/expert-12"].tolist() == [2, -2]
+    clipped, factors = clip()(0, sent(replies), replies)
+    assert factors == {"c": {"part.rows/expert (value)": 0.25}}
+    assert clipped["c"].part.rows["n/expert-12"].tolist() == [2, -2]
 
 
 def test_sizes_do_not_depend_on_how_many_numbers_a_client_has() -> None:
@@ -89,9 +89,9 @@ def test_earlier_rounds_count_and_a_clients_own_do_not() -> None:
     robust = clip()
     for round_ in range(HISTORY + 3):
         replies = {"a": reply(1), "b": reply(1), "c": reply(1), "d": reply(2.0**round_)}
-        found, told = robust(round_, sent(replies), replies)
-        assert list(told) == (["d"] if round_ > 1 else [])
-        assert float(found["d"].tensors[A][0]) == pytest.approx(1 + min(2.0**round_, 2.0))
+        clipped, factors = robust(round_, sent(replies), replies)
+        assert list(factors) == (["d"] if round_ > 1 else [])
+        assert float(clipped["d"].tensors[A][0]) == pytest.approx(1 + min(2.0**round_, 2.0))
     assert len(robust.history) == HISTORY - 1
     # Alone with one other client it is held to what was usual, with medians 1 of the rounds before.
     replies = {"a": reply(1), "d": reply(8)}
@@ -107,13 +107,13 @@ def test_a_client_that_sends_back_what_it_got_does_not_clip_the_others() -> None
     assert clip(4.0)(0, sent(replies), replies)[1] == {}
 
 
-def test_of_two_clients_none_is_clipped_and_that_is_said_once(caplog: Any) -> None:
+def test_with_two_clients_nothing_is_clipped_and_one_warning_says_so(caplog: Any) -> None:
     robust = clip()
     replies = {"a": reply(1), "d": reply(9000)}
     with caplog.at_level(logging.WARNING):
         for round_ in range(3):
-            found, told = robust(round_, sent(replies), replies)
-            assert (found, told) == (replies, {})
+            clipped, factors = robust(round_, sent(replies), replies)
+            assert (clipped, factors) == (replies, {})
     assert caplog.text.count("their changes cannot be compared") == 1
 
 
@@ -124,9 +124,9 @@ def test_history_is_all_that_a_resumed_run_needs() -> None:
     second.history = first.history
     assert first.history[0]["tensors/shared/A"]["d"] == 2.25, "what was clipped is remembered as it was let through"
     replies = {"a": reply(0.5), "b": reply(0.3), "d": reply(3)}
-    found, other = (robust(1, sent(replies), replies) for robust in (first, second))
-    assert found[1] == other[1] != {}
-    assert torch.equal(found[0]["d"].tensors[A], other[0]["d"].tensors[A])
+    result, other = (robust(1, sent(replies), replies) for robust in (first, second))
+    assert result[1] == other[1] != {}
+    assert torch.equal(result[0]["d"].tensors[A], other[0]["d"].tensors[A])
 
 
 def test_groups() -> None:
@@ -148,8 +148,8 @@ def test_median_and_trimmed_mean_by_hand() -> None:
     assert trimmed_mean(ten).tolist() == [sum(x * x for x in range(2, 8)) / 6]
 
 
-@pytest.mark.parametrize(("aggregation", "wanted"), [("median", [2.0, 2.0]), ("trimmed", [2.0, 2.0])])
-def test_the_methods_own_mean_gives_it(aggregation: str, wanted: list[float], caplog: Any) -> None:
+@pytest.mark.parametrize(("aggregation", "expected"), [("median", [2.0, 2.0]), ("trimmed", [2.0, 2.0])])
+def test_the_methods_own_mean_gives_it(aggregation: str, expected: list[float], caplog: Any) -> None:
     """x has three holders, y only two: there the mean stays, which is said once. Other fields are left alone."""
 
     def of(x: list[float], y: float | None = None) -> Lora:
@@ -159,12 +159,12 @@ def test_the_methods_own_mean_gives_it(aggregation: str, wanted: list[float], ca
     robust = Robust(aggregation, 4.0, ("tensors",))  # type: ignore[arg-type]
     replies = {"a": of([1.0, 2.0], 4.0), "b": of([2.0, 1.0]), "c": of([90.0, 7.0], 8.0)}
     for _ in range(2):
-        found, told = robust(3, sent(replies), replies)
-    assert told == {}
-    after = mean_by_key({name: found[name].tensors for name in found}, dict.fromkeys("abc", 1.0), {})
-    assert after["m/x"].tolist() == wanted
+        result, factors = robust(3, sent(replies), replies)
+    assert factors == {}
+    after = mean_by_key({name: result[name].tensors for name in result}, dict.fromkeys("abc", 1.0), {})
+    assert after["m/x"].tolist() == expected
     assert after["m/y"].tolist() == [6.0]
-    assert found["c"].part.rows["m"].tolist() == [90.0, 7.0]
+    assert result["c"].part.rows["m"].tolist() == [90.0, 7.0]
     assert caplog.text.count("1 of 2 tensors came from fewer than 3 clients") == 1
 
 

@@ -26,9 +26,9 @@ def test_everybody_ends_with_the_sum_of_all_changes(rounds: list[set[str]]) -> N
     log, kept = Log(Changes({})), {name: Merged.nothing(SHAPES) for name in "abc"}
     for number, present in enumerate(rounds):
         merged = {}
-        for place, name in enumerate(sorted(present)):
+        for index, name in enumerate(sorted(present)):
             kept[name] = kept[name].merge(log.pending(name))
-            if place or len(present) == 1:  # the first of several merges, but its answer never arrives
+            if index or len(present) == 1:  # the first of several merges, but its answer never arrives
                 merged[name] = kept[name].count
         log = log.add(change(number), merged, CLIENTS)
     for name in "abc":
@@ -36,8 +36,8 @@ def test_everybody_ends_with_the_sum_of_all_changes(rounds: list[set[str]]) -> N
         assert now.count == len(rounds)
         for module in SHAPES:
             pairs = [change(number)[module] for number in range(len(rounds))]
-            wanted = sum((pair["B"] @ pair["A"] for pair in pairs), torch.zeros(SHAPES[module][::-1]))
-            torch.testing.assert_close(now.deltas[f"{module}/delta"], wanted, rtol=0, atol=1e-5)
+            expected = sum((pair["B"] @ pair["A"] for pair in pairs), torch.zeros(SHAPES[module][::-1]))
+            torch.testing.assert_close(now.deltas[f"{module}/delta"], expected, rtol=0, atol=1e-5)
 
 
 def test_what_everybody_has_is_dropped_and_nothing_else() -> None:
@@ -79,8 +79,8 @@ def test_truncation_is_the_best_of_its_rank(rank: int, stack: int, seed: int) ->
     assert new_a.shape == (rank, 5)
     assert new_b.shape == (4, rank)
     u, s, v = torch.linalg.svd(b.double() @ a.double(), full_matrices=False)
-    wanted = u[:, :rank] @ torch.diag(s[:rank]) @ v[:rank]
-    torch.testing.assert_close((new_b @ new_a).double(), wanted, rtol=0, atol=1e-4)
+    expected = u[:, :rank] @ torch.diag(s[:rank]) @ v[:rank]
+    torch.testing.assert_close((new_b @ new_a).double(), expected, rtol=0, atol=1e-4)
     alive = min(rank, 5)  # ranks beyond the product's have B = 0, and an A that can learn
     torch.testing.assert_close(new_a[:alive] @ new_a[:alive].T, torch.eye(alive), rtol=0, atol=1e-5)
     assert not new_b[:, min(rank, stack, 4) :].any()

@@ -22,7 +22,7 @@ from fedamole.runs.run_folder import RunFolder
 
 
 def test_cut_prompts_are_counted_in_a_warning(runs: Any, caplog: Any) -> None:
-    whole = prepare(runs.load("local_only"))
+    prepared = prepare(runs.load("local_only"))
     assert "cut" not in caplog.text
     cut = prepare(runs.load("local_only", "training.max_length=24"))
     messages = {record.args[0]: record.args for record in caplog.records if "cut to fit" in record.msg}
@@ -31,14 +31,14 @@ def test_cut_prompts_are_counted_in_a_warning(runs: Any, caplog: Any) -> None:
         longer = sum(
             len(row.prompt) + max(map(len, (row.answer, *row.options))) > 24
             for split in ("train", "embedding", "validation", "test")
-            for row in getattr(whole.clients[client], split).rows
+            for row in getattr(prepared.clients[client], split).rows
         )
         assert (count, limit) == (longer, 24)
         rows = cut.clients[client].train.rows
         assert max(len(row.prompt) + len(row.answer) for row in rows) <= 24
     assert set(messages) == {
         name
-        for name, data in whole.clients.items()
+        for name, data in prepared.clients.items()
         if any(len(r.prompt) + max(map(len, (r.answer, *r.options))) > 24 for r in data.train.rows)
     }
 
@@ -144,7 +144,7 @@ def test_a_look_is_at_drawn_examples_the_same_in_every_round(runs: Any, tmp_path
     assert seen[0] == seen[2] == draw_examples(rows, 3, 0, "losses", "entail")
     assert seen[1] == seen[3] == [(prompt, ()) for prompt, _ in draw_examples(rows, 2, 0, "hidden", "entail")]
     assert seen[4] != seen[0]
-    assert [len(one) for one in seen] == [3, 2] * 3
+    assert [len(examples) for examples in seen] == [3, 2] * 3
 
 
 def test_saved_adapters_load_on_their_base_only(runs: Any) -> None:

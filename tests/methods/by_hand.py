@@ -64,16 +64,16 @@ def driven(
     work: Generator[TrainingRequest, TrainingResult, Any], *pieces: Mapping[str, Tensor]
 ) -> tuple[list[TrainingRequest], Any]:
     """What an `update` asks for, and what it comes to, when each piece of training sets these tensors in turn."""
-    asked = [next(work)]
+    requests = [next(work)]
     for piece in pieces:
-        start = asked[-1].adapter
+        start = requests[-1].adapter
         try:
-            asked.append(
+            requests.append(
                 work.send(TrainingResult(Adapter(start.spec, {**start.tensors, **piece}, start.fixed), 3, 0.5))
             )
         except StopIteration as end:
-            assert len(asked) == len(pieces), "it asked for fewer trainings"
-            return asked, end.value
+            assert len(requests) == len(pieces), "it asked for fewer trainings"
+            return requests, end.value
     raise AssertionError("it asks for more trainings")
 
 

@@ -55,10 +55,10 @@ def test_the_toy_runs_and_learns(toy: Any, runs: Any, monkeypatch: Any) -> None:
 
 
 def test_the_registry_adds_the_variant_that_is_scored_before_the_aggregation(toy: Any) -> None:
-    found = with_variants({"fedmedian": toy.FedMedian, "local_only": METHODS["local_only"]})
-    assert list(found) == ["fedmedian", "fedmedian_ft", "local_only"]
-    assert found["fedmedian_ft"].evaluates == "pre_aggregation"
-    assert issubclass(found["fedmedian_ft"], toy.FedMedian)
+    result = with_variants({"fedmedian": toy.FedMedian, "local_only": METHODS["local_only"]})
+    assert list(result) == ["fedmedian", "fedmedian_ft", "local_only"]
+    assert result["fedmedian_ft"].evaluates == "pre_aggregation"
+    assert issubclass(result["fedmedian_ft"], toy.FedMedian)
 
 
 def test_every_file_and_name_on_the_page_exists() -> None:
@@ -67,6 +67,6 @@ def test_every_file_and_name_on_the_page_exists() -> None:
         assert (source / "methods" / name).exists(), name
     for name in re.findall(r"override `(\w+)`", page):
         assert hasattr(Method, name), name
-    for word in re.findall(r"`TrainingRequest\(adapter, (.*?)\)`", page):
-        for name in re.findall(r"(\w+)=", word):
+    for option in re.findall(r"`TrainingRequest\(adapter, (.*?)\)`", page):
+        for name in re.findall(r"(\w+)=", option):
             assert name in {field.name for field in dataclasses.fields(TrainingRequest)}, name

@@ -91,17 +91,19 @@ def test_a_strong_term_keeps_the_own_lora_by_the_global_one(runs: Any) -> None:
     """The clients' own LoRAs are closer to one another where all are held near the one global LoRA."""
     from safetensors.torch import load_file
 
-    def apart(*words: str) -> float:
-        found = [load_file(path) for path in sorted(runs("ditto", *words).glob("clients/*/adapter/*.safetensors"))]
-        assert len(found) == 4
-        drift = [(found[0][key] - one[key]).norm() for one in found[1:] for key in one]
+    def apart(*arguments: str) -> float:
+        adapters = [
+            load_file(path) for path in sorted(runs("ditto", *arguments).glob("clients/*/adapter/*.safetensors"))
+        ]
+        assert len(adapters) == 4
+        drift = [(adapters[0][key] - tensors[key]).norm() for tensors in adapters[1:] for key in tensors]
         return float(torch.stack(drift).norm())
 
     assert apart("method.proximal=1e6") < 0.6 * apart("method.proximal=0")
 
 
-@pytest.mark.parametrize(("field", "words"), [({"proximal": -1.0}, "method.proximal = -1.0"), ({"rank": 0}, "rank")])
-def test_what_cannot_be_is_refused(field: Any, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+@pytest.mark.parametrize(("field", "message"), [({"proximal": -1.0}, "method.proximal = -1.0"), ({"rank": 0}, "rank")])
+def test_invalid_values_are_refused(field: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         Ditto(**field)
     assert Ditto(proximal=0.0).proximal == 0.0

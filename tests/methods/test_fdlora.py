@@ -64,8 +64,8 @@ def test_the_personal_lora_is_kept_until_it_is_synchronised(begun: bool, round_:
     """First the personal LoRA (5) is trained; then the global one (2), which becomes personal in rounds 1, 3, 5, ..."""
     method = FdLora(rank=1, sync_every=2)
     work = method.update(client(SHAPES, round_=round_), OwnLora(one(5.0).tensors), Shared(one(2.0).tensors, begun))
-    (asked,), (client_state, reply, _) = driven(work, one(7.0).tensors)
-    assert value(asked.adapter.tensors) == (2.0 if begun else 5.0)
+    (request,), (client_state, reply, _) = driven(work, one(7.0).tensors)
+    assert value(request.adapter.tensors) == (2.0 if begun else 5.0)
     assert value(client_state.tensors) == personal
     assert value(reply.tensors) == 7.0
 
@@ -86,7 +86,7 @@ def searcher(best: tuple[float, float], seen: list[int]) -> Client:
     def losses(adapters: Sequence[Adapter], most: int) -> list[float]:
         seen.append(len(adapters))
         assert most == 16
-        return [float(((one.tensors[A] - torch.tensor([best])) ** 2).sum()) for one in adapters]
+        return [float(((adapter.tensors[A] - torch.tensor([best])) ** 2).sum()) for adapter in adapters]
 
     return client(SHAPES, probe=CallProbe(losses))
 
@@ -98,7 +98,7 @@ def test_the_search_finds_the_weights(best: tuple[float, float]) -> None:
         seen: list[int] = []
         method = FdLora(rank=1, fusion_trials=trials)
         me = searcher(best, seen)
-        found = method.search(me, client_state, message)
+        result = method.search(me, client_state, message)
         assert set(seen) == {5}
         assert sum(seen) == trials if trials < 400 else sum(seen) <= trials  # it may end where all five agree
 
@@ -106,9 +106,9 @@ def test_the_search_finds_the_weights(best: tuple[float, float]) -> None:
             (loss,) = me.probe.losses([method.fused(client_state, message, weights)], 16)
             return loss + L1 * (abs(weights[0]) + abs(weights[1])) / 2
 
-        assert score(found) <= min(map(score, BEGINNINGS)) + 1e-6
+        assert score(result) <= min(map(score, BEGINNINGS)) + 1e-6
         if trials == 400:
-            assert score(found) <= score(best) + 0.03
+            assert score(result) <= score(best) + 0.03
 
 
 def test_the_model_is_the_fused_one_and_changes_nothing() -> None:
@@ -138,12 +138,12 @@ def test_means_by_examples() -> None:
 
 
 @pytest.mark.parametrize("round_", [0, 3])
-def test_whoever_begins_late_begins_with_a_personal_lora(round_: int) -> None:
+def test_a_late_client_starts_with_a_personal_lora(round_: int) -> None:
     """Nobody answered before: this is everybody's first round, whatever its number."""
     message = Shared(one(2.0).tensors, False)
     work = FdLora(rank=1).update(client(SHAPES, round_=round_), OwnLora(one(5.0).tensors), message)
-    (asked,), (client_state, _, _) = driven(work, one(7.0).tensors)
-    assert value(asked.adapter.tensors) == 5.0
+    (request,), (client_state, _, _) = driven(work, one(7.0).tensors)
+    assert value(request.adapter.tensors) == 5.0
     assert value(client_state.tensors) == 7.0
 
 
@@ -173,8 +173,8 @@ def landscape(loss: Callable[[float, float], float], trials: int, examples: int 
 @pytest.mark.parametrize("beginning", BEGINNINGS)
 def test_the_search_keeps_a_beginning_that_is_the_best(beginning: tuple[float, float]) -> None:
     """A hole in a plain, so narrow that only this beginning falls into it."""
-    found = landscape(lambda *point: 0.0 if math.dist(point, beginning) < 1e-6 else 9.0, 20, examples=7)
-    assert found == pytest.approx(beginning, abs=1e-6)
+    result = landscape(lambda *point: 0.0 if math.dist(point, beginning) < 1e-6 else 9.0, 20, examples=7)
+    assert result == pytest.approx(beginning, abs=1e-6)
 
 
 def test_of_equal_losses_the_smaller_weights_win() -> None:
@@ -184,8 +184,8 @@ def test_of_equal_losses_the_smaller_weights_win() -> None:
 
 def test_the_regularised_minimum_by_hand() -> None:
     """(w1 - .8)^2 + (w2 + .4)^2 + .025 (|w1| + |w2|): 2 (w1 - .8) = -.025, 2 (w2 + .4) = .025, so .7875 and -.3875."""
-    found = landscape(lambda own, shared: (own - 0.8) ** 2 + (shared + 0.4) ** 2, 2000)
-    assert found == pytest.approx((0.7875, -0.3875), abs=0.02)
+    result = landscape(lambda own, shared: (own - 0.8) ** 2 + (shared + 0.4) ** 2, 2000)
+    assert result == pytest.approx((0.7875, -0.3875), abs=0.02)
 
 
 def test_the_model_that_is_scored() -> None:

@@ -54,10 +54,10 @@ def test_own_lora_and_mixer_are_trained_and_kept_the_lora_is_sent() -> None:
     assert not first.tensors[mixer_key("m")].any(), "both weigh the same"
     trained = {OWN_A: torch.full((1, 2), 7.0), mixer_key("m"): torch.ones(2, 2)}
     work = method.update(client(SHAPES), first, RestOfWorld(lora(5.0).tensors))
-    (asked,), (client_state, reply, _) = driven(work, trained)
-    assert lora_spec(asked.adapter.spec).router == LearnedRouter()
-    assert asked.adapter.frozen == (REST_A, REST_B)
-    assert float(asked.adapter.tensors[REST_A][0, 0]) == 5.0
+    (request,), (client_state, reply, _) = driven(work, trained)
+    assert lora_spec(request.adapter.spec).router == LearnedRouter()
+    assert request.adapter.frozen == (REST_A, REST_B)
+    assert float(request.adapter.tensors[REST_A][0, 0]) == 5.0
     assert set(client_state.tensors) == {OWN_A, OWN_B, mixer_key("m")}
     assert float(client_state.tensors[OWN_A][0, 0]) == 7.0
     assert reply.tensors.keys() == {A, B}
@@ -73,17 +73,17 @@ def test_the_model_is_the_own_lora_beside_the_new_rest() -> None:
     assert torch.equal(model.tensors[OWN_A], client_state.tensors[OWN_A])
 
 
-def test_a_second_round_goes_on_from_what_was_kept() -> None:
+def test_a_second_round_continues_from_the_client_state() -> None:
     """Own LoRA 2 and mixer 3 beside the others' 5; a whole round's steps, and only the rest is frozen."""
     method, mixer = FedAlt(rank=1), mixer_key("m")
     client_state = OwnAndMixer(
         {OWN_A: torch.full((1, 2), 2.0), OWN_B: torch.full((2, 1), 2.0), mixer: torch.full((2, 2), 3.0)}
     )
     work = method.update(client(SHAPES), client_state, RestOfWorld(lora(5.0).tensors))
-    (asked,), (after, reply, _) = driven(work, {OWN_B: torch.full((2, 1), 4.0)})
-    assert asked == TrainingRequest(asked.adapter, weight_decay=0.05)
-    found = {name: float(tensor[0, 0]) for name, tensor in asked.adapter.tensors.items()}
-    assert found == {OWN_A: 2.0, OWN_B: 2.0, REST_A: 5.0, REST_B: 5.0, mixer: 3.0}
+    (request,), (after, reply, _) = driven(work, {OWN_B: torch.full((2, 1), 4.0)})
+    assert request == TrainingRequest(request.adapter, weight_decay=0.05)
+    results = {name: float(tensor[0, 0]) for name, tensor in request.adapter.tensors.items()}
+    assert results == {OWN_A: 2.0, OWN_B: 2.0, REST_A: 5.0, REST_B: 5.0, mixer: 3.0}
     assert {name: float(tensor[0, 0]) for name, tensor in after.tensors.items()} == {OWN_A: 2.0, OWN_B: 4.0, mixer: 3.0}
     assert {name: float(tensor[0, 0]) for name, tensor in reply.tensors.items()} == {A: 2.0, B: 4.0}
 

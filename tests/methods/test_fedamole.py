@@ -116,7 +116,7 @@ def test_weighting_by_examples() -> None:
     assert float(after.expert_embeddings["m"]["expert-00"]) == 1.25
 
 
-def test_what_nobody_returned_keeps_weights_and_embedding() -> None:
+def test_experts_that_no_client_returned_keep_weights_and_embedding() -> None:
     """Only a was drawn: expert 1, which it does not hold, keeps 101 and its old embedding; t of b and c stay."""
     known = pool(
         expert_embeddings={"m": {"expert-01": torch.tensor([9.0]), "expert-00": torch.tensor([8.0])}},
@@ -217,13 +217,13 @@ def after_round(assignment: Any, replies: Mapping[str, TrainedExperts], round_: 
 
 def test_random_draws_anew_each_round_and_reads_no_embedding() -> None:
     swapped = {"a": REPLIES["a"], "b": reply(2.0, -5.0, expert_00=1.5, expert_01=4.0), "c": REPLIES["c"]}
-    one, other = after_round("random", REPLIES), after_round("random", swapped)
-    assert one.held == other.held
-    assert torch.equal(one.probabilities["m"], other.probabilities["m"])
-    assert not torch.equal(one.probabilities["m"], after_round("random", REPLIES, 1).probabilities["m"])
+    first, other = after_round("random", REPLIES), after_round("random", swapped)
+    assert first.held == other.held
+    assert torch.equal(first.probabilities["m"], other.probabilities["m"])
+    assert not torch.equal(first.probabilities["m"], after_round("random", REPLIES, 1).probabilities["m"])
     assert after_round("reverse", REPLIES).held != after_round("reverse", swapped).held
     # Drawn or not, the experts themselves are averaged as ever.
-    assert one.tensors["m/expert-00/A"].equal(after_round("reverse", REPLIES).tensors["m/expert-00/A"])
+    assert first.tensors["m/expert-00/A"].equal(after_round("reverse", REPLIES).tensors["m/expert-00/A"])
 
 
 def test_static_keeps_round_0() -> None:
@@ -374,7 +374,7 @@ def test_no_update_is_handed_out_alone(min_holders: int | None, asked: str, answ
     assert set(after.client_embeddings["m"]) == set(answered)
 
 
-def test_what_is_averaged_is_so_over_whoever_answered() -> None:
+def test_the_mean_is_over_the_clients_that_answered() -> None:
     """b fails: expert 2 = (1 + 6) / 2 = 3.5, shared = (1 + 6) / 2 = 3.5, and expert 0 stays 100: not a's 1."""
     after = METHOD.aggregate(server(), pool(), {name: REPLIES[name] for name in "ac"})
     assert number(after.tensors, "m/expert-02/A") == number(after.tensors, "m/shared/B") == 3.5
@@ -449,8 +449,8 @@ def test_honest_embeddings_are_not_touched() -> None:
     """Up to four times the median they are what was sent, to the bit; with two clients there is no median to trust."""
     values = {"a": [0.1, 0.2], "b": [0.1, 0.1], "c": [0.5, 0.6]}
     rows = {name: {"m": torch.tensor(row)} for name, row in values.items()}
-    found = limit_norms(rows)
-    assert all(found[name]["m"] is rows[name]["m"] for name in rows)
+    result = limit_norms(rows)
+    assert all(result[name]["m"] is rows[name]["m"] for name in rows)
     louder = limit_norms({**rows, "c": {"m": torch.tensor([3.0, 4.0])}})["c"]["m"]
     assert float(louder.norm()) == pytest.approx(4 * math.sqrt(0.05))
     assert float(louder[0] / louder[1]) == pytest.approx(0.75), "the direction stays"
@@ -467,23 +467,23 @@ def test_each_module_has_its_own_limit() -> None:
     after = METHOD.aggregate(
         server(modules=("m", "n")), dataclasses.replace(pool(), held={"m": HELD, "n": HELD}), replies
     )
-    found = {
+    results = {
         module: {name: float(row) for name, row in rows.items()} for module, rows in after.client_embeddings.items()
     }
-    assert found == {"m": {"a": 1.0, "b": 1.0, "c": 1.0}, "n": {"a": 1.0, "b": 1.0, "c": 4.0}}
+    assert results == {"m": {"a": 1.0, "b": 1.0, "c": 1.0}, "n": {"a": 1.0, "b": 1.0, "c": 4.0}}
 
 
 # --- what others can compute -----------------------------------------------------------------------------------
 
 
-def test_what_is_said_of_co_holders_is_computed_from_the_config() -> None:
+def test_the_exposure_to_co_holders_is_computed_from_the_config() -> None:
     """Two layers of width 128 with q and v: rank 8, 6 experts held, so 8 x (1 + 6) = 56 equations per linear and round,
     112 of the two that read the words' embeddings: 128 unknowns in two rounds. At width 2048: 19.
     """
 
     def said(clients: int | None, width: int = 128, **numbers: Any) -> str:
         linears = ("self_attn.q_proj", "self_attn.v_proj")
-        shapes = {f"model.layers.{layer}.{one}": (width, 64) for layer in (0, 1) for one in linears}
+        shapes = {f"model.layers.{layer}.{linear}": (width, 64) for layer in (0, 1) for linear in linears}
         return " ".join(FedAmole(**numbers).exposes(clients, shapes))
 
     assert "held by 2 clients" in said(8)
@@ -505,7 +505,7 @@ def test_what_is_said_of_co_holders_is_computed_from_the_config() -> None:
 # --- a partial cohort, through a real run ---------------------------------------------------------------------
 
 
-def test_the_assignment_is_solved_over_all_clients_whoever_trains(runs: Any) -> None:
+def test_the_assignment_is_solved_over_all_clients_not_only_the_cohort(runs: Any) -> None:
     import json
 
     folder = runs("fedamole", "federation.cohort=0.5", "federation.rounds=4")

@@ -81,13 +81,13 @@ def test_the_lora_is_trained_on_the_changed_base_and_sent() -> None:
     client_state = Merged({"m/delta": torch.full((2, 2), 5.0)}, 1)
     method = FedExLora(rank=1)
     work = method.update(client(SMALL.shapes), client_state, LoraAndResiduals(REPLIES["a"], Changes(factors, 2)))
-    (asked,), (after, reply, _) = driven(work, REPLIES["b"])
-    wanted = torch.tensor([[6.0, 6.0], [7.0, 7.0]])
-    assert asked == TrainingRequest(asked.adapter)
-    assert asked.adapter.frozen == ()
-    assert torch.equal(asked.adapter.fixed["m/delta"], wanted)
-    assert all(torch.equal(asked.adapter.tensors[name], tensor) for name, tensor in REPLIES["a"].items())
-    assert torch.equal(after.deltas["m/delta"], wanted)
+    (request,), (after, reply, _) = driven(work, REPLIES["b"])
+    expected = torch.tensor([[6.0, 6.0], [7.0, 7.0]])
+    assert request == TrainingRequest(request.adapter)
+    assert request.adapter.frozen == ()
+    assert torch.equal(request.adapter.fixed["m/delta"], expected)
+    assert all(torch.equal(request.adapter.tensors[name], tensor) for name, tensor in REPLIES["a"].items())
+    assert torch.equal(after.deltas["m/delta"], expected)
     assert after.count == reply.merged == 2
     assert all(torch.equal(reply.tensors[name], tensor) for name, tensor in REPLIES["b"].items())
 
@@ -125,7 +125,7 @@ def test_every_client_has_the_exact_mean_on_top_of_all_residuals(
     client_state = {name: Merged.nothing(SERVER.shapes) for name in "abc"}
     weights = {"a": 10.0, "b": 30.0, "c": 20.0} if weighting == "examples" else dict.fromkeys("abc", 1.0)
     base = {module: torch.zeros(d_out, d_in, dtype=torch.float64) for module, (d_in, d_out) in SERVER.shapes.items()}
-    whole = dict(base)
+    changes = dict(base)
     for number, (cohort, lost) in enumerate(rounds):
         replies = {}
         for info in INFOS:
@@ -144,16 +144,16 @@ def test_every_client_has_the_exact_mean_on_top_of_all_residuals(
                 mean = sum(
                     weights[n] / total * r.tensors[b].double() @ r.tensors[a].double() for n, r in answers.items()
                 )
-                whole[module] = base[module] + 1.5 * mean
-                base[module] = whole[module] - 1.5 * state.tensors[b].double() @ state.tensors[a].double()
+                changes[module] = base[module] + 1.5 * mean
+                base[module] = changes[module] - 1.5 * state.tensors[b].double() @ state.tensors[a].double()
         for info in INFOS:
             adapter = method.adapter(
                 client(SERVER.shapes, info.name), client_state[info.name], method.message(state, info)
             )
             for module in SERVER.shapes:
                 A, B = (adapter.tensors[key].double() for key in shared_keys(module))
-                found = adapter.fixed[delta_key(module)].double() + 1.5 * B @ A
-                torch.testing.assert_close(found, whole[module], rtol=1e-5, atol=1e-4)
+                result = adapter.fixed[delta_key(module)].double() + 1.5 * B @ A
+                torch.testing.assert_close(result, changes[module], rtol=1e-5, atol=1e-4)
 
 
 def test_what_everybody_has_merged_is_logged_no_more_and_what_c_lacks_is() -> None:

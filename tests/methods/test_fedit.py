@@ -63,8 +63,8 @@ def test_ft_is_the_same_training(runs: Any) -> None:
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return found
+    result: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return result
 
 
 def test_one_run_gives_both_rows(runs: Any) -> None:
@@ -74,10 +74,10 @@ def test_one_run_gives_both_rows(runs: Any) -> None:
     assert rows["fedit_ft"] == summary(runs("fedit_ft"))["rows"]["fedit_ft"]
     assert states(both) == states(runs("fedit"))
     for client in ("chat", "entail", "mood", "plain"):
-        here, alone = both / "clients" / client, runs("fedit_ft") / "clients" / client
+        shared, alone = both / "clients" / client, runs("fedit_ft") / "clients" / client
         file = "adapter_model.safetensors"
-        assert (here / "adapter-fedit_ft" / file).read_bytes() == (alone / "adapter" / file).read_bytes()
-        assert (here / "adapter" / file).read_bytes() == (
+        assert (shared / "adapter-fedit_ft" / file).read_bytes() == (alone / "adapter" / file).read_bytes()
+        assert (shared / "adapter" / file).read_bytes() == (
             runs("fedit") / "clients" / client / "adapter" / file
         ).read_bytes()
 

@@ -17,7 +17,7 @@ from fedamole.model.mixer import LearnedRouter
 from fedamole.model.params import OWN, expert_keys, mixer_key
 
 SHAPES = {"m": (2, 2)}
-INFOS = tuple(ClientInfo(name, 10 * place + 10) for place, name in enumerate("abcde"))
+INFOS = tuple(ClientInfo(name, 10 * i + 10) for i, name in enumerate("abcde"))
 SERVER = Server(BaseInfo(SHAPES), INFOS, seed=0)
 A, B, MIXER = "m/shared/A", "m/shared/B", mixer_key("m")
 
@@ -54,10 +54,10 @@ def test_everybody_gets_all_experts_and_the_mixers_of_its_cluster_and_trains_its
     own, other = expert_keys("m", 1), expert_keys("m", 0)
     assert set(message.tensors) == {MIXER, *own, *other}
     trained = {own[0]: torch.full((1, 2), 6.0), MIXER: torch.ones(3, 2)}
-    (asked,), (client_state, reply, _) = driven(method.update(client(SHAPES, "c"), OwnLora({}), message), trained)
-    assert lora_spec(asked.adapter.spec).router == LearnedRouter(extra_own_logits=True)
-    assert asked.adapter.frozen == tuple(sorted(other))
-    assert asked.adapter.fixed[OWN].tolist() == [0.0, 1.0]
+    (request,), (client_state, reply, _) = driven(method.update(client(SHAPES, "c"), OwnLora({}), message), trained)
+    assert lora_spec(request.adapter.spec).router == LearnedRouter(extra_own_logits=True)
+    assert request.adapter.frozen == tuple(sorted(other))
+    assert request.adapter.fixed[OWN].tolist() == [0.0, 1.0]
     assert set(reply.tensors) == {MIXER, *own}
     assert not client_state.tensors
     sent = {"c": reply, "d": Returned({**reply.tensors, own[0]: torch.full((1, 2), 8.0)}, 1)}
@@ -74,10 +74,10 @@ def test_a_client_that_comes_late_warms_up_and_joins_the_nearest() -> None:
     assert "d" not in state.cluster
     message = method.message(state, INFOS[3])
     assert message.cluster == -1
-    (asked,), (client_state, reply, _) = driven(
+    (request,), (client_state, reply, _) = driven(
         method.update(client(SHAPES, "d"), OwnLora({}), message), {B: torch.tensor([[0.0], [5.0]])}
     )
-    assert lora_spec(asked.adapter.spec).router == EmbeddingRouter()
+    assert lora_spec(request.adapter.spec).router == EmbeddingRouter()
     assert set(client_state.tensors) == {A, B}
     model = method.personal(client(SHAPES, "d"), client_state, message, None)
     assert model is not None
@@ -108,8 +108,8 @@ def test_a_share_of_the_rounds_warms_up(rounds: int, share: float, warm_rounds: 
 def test_it_trains_with_weight_decay_always() -> None:
     method = FedLease(rank=1)
     for message in (method.message(method.init(SERVER), INFOS[0]), method.message(warmed(method), INFOS[0])):
-        (asked,), _ = driven(method.update(client(SHAPES), OwnLora({}), message), {})
-        assert asked.weight_decay == 0.05
+        (request,), _ = driven(method.update(client(SHAPES), OwnLora({}), message), {})
+        assert request.weight_decay == 0.05
 
 
 def test_the_clients_go_on_warming_up_until_there_are_clusters() -> None:
@@ -129,7 +129,7 @@ def test_two_clients_are_one_cluster_with_one_logit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "wrong", "said"),
+    ("key", "wrong", "message"),
     [
         ("most_clusters", 0, "must be at least 1"),
         ("warmup_share", 0.0, "must be above 0 and at most 1"),
@@ -138,8 +138,8 @@ def test_two_clients_are_one_cluster_with_one_logit() -> None:
         ("weight_decay", 100.0, "must be at least 0 and at most 1"),
     ],
 )
-def test_wrong_values_are_refused(key: str, wrong: float, said: str) -> None:
-    with pytest.raises(ConfigError, match=f"method.{key} = {wrong}: {said}"):
+def test_wrong_values_are_refused(key: str, wrong: float, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"method.{key} = {wrong}: {message}"):
         FedLease(**dict[str, Any]({key: wrong}))
 
 
@@ -158,20 +158,20 @@ def test_by_examples() -> None:
     assert torch.equal(after.mixers["1"][MIXER], state.mixers["1"][MIXER])
 
 
-def test_whoever_warmed_up_in_an_earlier_round_is_remembered_and_goes_on_with_its_own_lora() -> None:
+def test_a_client_that_warmed_up_earlier_continues_with_its_own_lora() -> None:
     method = FedLease(rank=1)
     first = {"a": warm(2.0, 0.1), "b": warm(4.0, 0.0), "c": warm(0.1, 3.0)}
     state = method.aggregate(TEN, method.init(TEN), first)
     client_state = OwnLora(first["a"].tensors)
-    (asked,), _ = driven(method.update(client(SHAPES), client_state, method.message(state, INFOS[0])), {})
-    assert asked.adapter.tensors[A].tolist() == [[2.0, 2.0]], "not the LoRA that everybody begins with"
-    assert asked.adapter.frozen == ()
+    (request,), _ = driven(method.update(client(SHAPES), client_state, method.message(state, INFOS[0])), {})
+    assert request.adapter.tensors[A].tolist() == [[2.0, 2.0]], "not the LoRA that everybody begins with"
+    assert request.adapter.frozen == ()
     state = method.aggregate(TEN, state, {"a": warm(5.0, 0.1), "d": warm(0.0, 5.0)})
     assert state.cluster == {"a": 0, "b": 0, "c": 1, "d": 1}
     assert state.experts[expert_keys("m", 0)[0]].tolist() == [[4.5, 4.5]], "of a what it sent last"
 
 
-def test_latecomers_take_nobodys_place() -> None:
+def test_a_late_client_joins_the_nearest_cluster_and_changes_no_expert() -> None:
     """e warms up while c goes on; it joins the cluster whose B is nearest, though its A is like the other's."""
     method = FedLease(rank=1)
     state = warmed(method, "e")

@@ -78,19 +78,19 @@ def test_all_are_sent_the_same_and_the_seed_draws_it(kind: type[FedPrompt]) -> N
 @both
 def test_everything_that_was_sent_trains_and_goes_up(kind: type[FedPrompt]) -> None:
     work = kind(virtual_tokens=2).update(client({}), Nothing(), prompt(kind, 1.0))
-    (asked,), (client_state, reply, _) = driven(work, {PROMPT: full(9.0, 2, 4)})
-    assert (asked.step_fraction, asked.adapter.frozen, asked.adapter.fixed) == (1.0, (), {})
-    assert asked.penalty is None
-    assert asked.adapter.spec == spec(kind, 2)
-    assert {name: float(tensor[0, 0]) for name, tensor in asked.adapter.tensors.items()} == {
-        name: float(place) for place, name in enumerate(names(kind), start=1)
+    (request,), (client_state, reply, _) = driven(work, {PROMPT: full(9.0, 2, 4)})
+    assert (request.step_fraction, request.adapter.frozen, request.adapter.fixed) == (1.0, (), {})
+    assert request.penalty is None
+    assert request.adapter.spec == spec(kind, 2)
+    assert {name: float(tensor[0, 0]) for name, tensor in request.adapter.tensors.items()} == {
+        name: float(index) for index, name in enumerate(names(kind), start=1)
     }
-    assert asked.adapter.parameters() == 8 * len(names(kind))
+    assert request.adapter.parameters() == 8 * len(names(kind))
     assert client_state == Nothing()
     assert set(reply.tensors) == set(names(kind))
     assert torch.equal(reply.tensors[PROMPT], full(9.0, 2, 4))
-    for place, name in enumerate(names(kind)[1:], start=2):
-        assert torch.equal(reply.tensors[name], full(float(place), 2, 4))
+    for index, name in enumerate(names(kind)[1:], start=2):
+        assert torch.equal(reply.tensors[name], full(float(index), 2, 4))
 
 
 @both
@@ -107,17 +107,17 @@ def test_the_average_by_hand(kind: type[FedPrompt], weighting: Any, answered: st
     replies = {name: prompt(kind, value) for name, value in (("a", 1.0), ("b", 2.0), ("c", 9.0)) if name in answered}
     after = kind(weighting=weighting).aggregate(SERVER, prompt(kind, 100.0), replies)
     assert set(after.tensors) == set(names(kind))
-    for place, name in enumerate(names(kind), start=1):
-        torch.testing.assert_close(after.tensors[name], full(place * mean, 2, 4))
+    for index, name in enumerate(names(kind), start=1):
+        torch.testing.assert_close(after.tensors[name], full(index * mean, 2, 4))
 
 
 @both
 def test_the_personal_model_is_the_average(kind: type[FedPrompt]) -> None:
     method = kind(virtual_tokens=2)
     mine = Adapter(method.spec(), prompt(kind, 9.0).tensors)
-    found = method.personal(client({}), Nothing(), prompt(kind, 4.0), mine)
-    assert found is not None
-    assert torch.equal(found.tensors[PROMPT], full(4.0, 2, 4))
+    result = method.personal(client({}), Nothing(), prompt(kind, 4.0), mine)
+    assert result is not None
+    assert torch.equal(result.tensors[PROMPT], full(4.0, 2, 4))
     assert method.personal(client({}), Nothing(), None, mine) is mine
     assert method.evaluates == "post_aggregation"
 
@@ -142,10 +142,10 @@ def test_no_virtual_token_is_refused(kind: type[FedPrompt]) -> None:
 @pytest.mark.parametrize("name", ["fedprompt", "fedptuning"])
 def test_virtual_tokens_and_text_must_fit_into_the_bases_positions(runs: Any, name: str) -> None:
     """The tiny base has 128 positions, the prompt 4 tokens: texts of 124 tokens fit, of 125 do not; a LoRA's do."""
-    words = r"training.max_length = 125 and method.virtual_tokens = 4: this base has 128 positions; lower one of them"
+    message = r"training.max_length = 125 and method.virtual_tokens = 4: this base has 128 positions; lower one of them"
     longer = runs.load(name, "training.max_length=125")
     for check in (prepare, plan_without_data):
-        with pytest.raises(ConfigError, match=words):
+        with pytest.raises(ConfigError, match=message):
             check(longer)
     assert prepare(runs.load(name, "training.max_length=124")).clients
     assert prepare(runs.load("fedit", "training.max_length=128")).clients

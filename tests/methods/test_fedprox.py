@@ -31,15 +31,15 @@ def test_everything_trains_near_what_was_sent() -> None:
     """Sent A = 2, B = -2; trained to A = 5: that goes up, nothing is kept, and the centre stays what was sent."""
     sent = lora(2.0)
     work = FedProx(rank=1, proximal=0.3).update(client(SHAPES), Nothing(), sent)
-    (asked,), (client_state, reply, trained) = driven(work, {A: full(5.0, 1, 2)})
-    assert asked.step_fraction == 1.0
-    assert asked.adapter.frozen == ()
-    assert isinstance(asked.penalty, Proximal)
-    assert asked.adapter.tensors.keys() == asked.penalty.anchor.keys() == {A, B}
+    (request,), (client_state, reply, trained) = driven(work, {A: full(5.0, 1, 2)})
+    assert request.step_fraction == 1.0
+    assert request.adapter.frozen == ()
+    assert isinstance(request.penalty, Proximal)
+    assert request.adapter.tensors.keys() == request.penalty.anchor.keys() == {A, B}
     for name in (A, B):
-        assert torch.equal(asked.adapter.tensors[name], sent.tensors[name])
-        assert torch.equal(asked.penalty.anchor[name], lora(2.0).tensors[name])
-    assert asked.penalty.weight == 0.3
+        assert torch.equal(request.adapter.tensors[name], sent.tensors[name])
+        assert torch.equal(request.penalty.anchor[name], lora(2.0).tensors[name])
+    assert request.penalty.weight == 0.3
     assert client_state == Nothing()
     assert torch.equal(reply.tensors[A], full(5.0, 1, 2))
     assert torch.equal(reply.tensors[B], full(-2.0, 2, 1))
@@ -65,9 +65,9 @@ def test_the_average_by_hand(weighting: Any, answered: str, mean: float) -> None
 def test_the_personal_model_is_the_average() -> None:
     method = FedProx(rank=1)
     mine = Adapter(method.spec(), lora(9.0).tensors)
-    found = method.personal(client(SHAPES), Nothing(), method.message(lora(4.0), INFOS[0]), mine)
-    assert found is not None
-    assert torch.equal(found.tensors[A], full(4.0, 1, 2))
+    result = method.personal(client(SHAPES), Nothing(), method.message(lora(4.0), INFOS[0]), mine)
+    assert result is not None
+    assert torch.equal(result.tensors[A], full(4.0, 1, 2))
     assert method.evaluates == "post_aggregation"
 
 
@@ -77,8 +77,8 @@ def training(runs: Any) -> Any:
     prepared = prepare(runs.load("fedprox", "training.local_steps=1"))
     bank, rows = Bank(prepared.base), prepared.clients["mood"].train.pairs()
 
-    def train(asked: TrainingRequest) -> Any:
-        (done,) = fit(bank, [LocalTask("mood", asked, rows, 0.01)], prepared.config.training, seed=0, round_=0)
+    def train(request: TrainingRequest) -> Any:
+        (done,) = fit(bank, [LocalTask("mood", request, rows, 0.01)], prepared.config.training, seed=0, round_=0)
         return done, bank.gradients[0].clone(), bank.row
 
     return bank.base.shapes, train
@@ -106,20 +106,20 @@ def test_a_strong_term_leads_back_to_the_anchor(training: Any) -> None:
     anchor = {name: tensor + (1.0 if name.endswith("/A") else -1.0) for name, tensor in start.items()}
     done, _, _ = train(TrainingRequest(Adapter(FedProx(rank=2).spec(), start), penalty=Proximal(anchor, 1e6)))
     for name, tensor in start.items():
-        wanted = tensor + (0.01 if name.endswith("/A") else -0.01)
-        torch.testing.assert_close(done.adapter.tensors[name], wanted, rtol=0, atol=1e-5)
+        expected = tensor + (0.01 if name.endswith("/A") else -0.01)
+        torch.testing.assert_close(done.adapter.tensors[name], expected, rtol=0, atol=1e-5)
 
 
 def test_without_the_term_it_is_fedit(runs: Any) -> None:
-    one, other = runs("fedprox", "method.proximal=0"), runs("fedit")
-    for folder in (one, other):
+    first, other = runs("fedprox", "method.proximal=0"), runs("fedit")
+    for folder in (first, other):
         assert len(list(folder.glob("clients/*/adapter/adapter_model.safetensors"))) == 4
-    for path in one.glob("clients/*/adapter/adapter_model.safetensors"):
-        assert path.read_bytes() == (other / path.relative_to(one)).read_bytes()
+    for path in first.glob("clients/*/adapter/adapter_model.safetensors"):
+        assert path.read_bytes() == (other / path.relative_to(first)).read_bytes()
 
 
-@pytest.mark.parametrize(("values", "words"), [({"proximal": -0.1}, "method.proximal = -0.1"), ({"rank": 0}, "rank")])
-def test_what_cannot_be_is_refused(values: Any, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+@pytest.mark.parametrize(("values", "message"), [({"proximal": -0.1}, "method.proximal = -0.1"), ({"rank": 0}, "rank")])
+def test_invalid_values_are_refused(values: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         FedProx(**values)
     assert FedProx(proximal=0.0).proximal == 0.0

@@ -35,9 +35,9 @@ def llama(layers: int) -> list[str]:
 
 
 def private_layers(share: float, modules: list[str]) -> list[int]:
-    found = FedRep(private_share=share).private(modules)
-    layers = sorted({int(name.split(".")[2]) for name in found})
-    assert found == {name for name in modules if int(name.split(".")[2]) in layers}, "whole layers, all their modules"
+    result = FedRep(private_share=share).private(modules)
+    layers = sorted({int(name.split(".")[2]) for name in result})
+    assert result == {name for name in modules if int(name.split(".")[2]) in layers}, "whole layers, all their modules"
     return layers
 
 
@@ -96,8 +96,8 @@ def test_the_head_trains_under_a_frozen_body_then_the_body_under_the_new_head() 
     assert set(first.adapter.frozen) == {f"{LOW}/shared/A", f"{LOW}/shared/B"}
     assert values(second.adapter.tensors) == {LOW: 2.0, HIGH: 5.0}
     assert set(second.adapter.frozen) == {f"{HIGH}/shared/A", f"{HIGH}/shared/B"}
-    for asked in (first, second):
-        assert (asked.step_fraction, asked.penalty) == (0.5, None)
+    for requests in (first, second):
+        assert (requests.step_fraction, requests.penalty) == (0.5, None)
     assert values(client_state.tensors) == {HIGH: 5.0}
     assert values(reply.tensors) == {LOW: 7.0}
     assert values(trained.adapter.tensors) == {LOW: 7.0, HIGH: 5.0}
@@ -125,10 +125,10 @@ def test_the_average_by_hand(weighting: Any, answered: str, mean: float) -> None
 def test_the_personal_model_is_the_averaged_body_with_the_own_head() -> None:
     method = FedRep(rank=1)
     mine = Adapter(method.spec(), {**half(LOW, 9.0), **half(HIGH, 5.0)})
-    found = method.personal(client(SHAPES), Head(half(HIGH, 5.0)), SharedTensors(half(LOW, 4.0)), mine)
-    assert found is not None
-    assert values(found.tensors) == {LOW: 4.0, HIGH: 5.0}
-    assert found.frozen == ()
+    result = method.personal(client(SHAPES), Head(half(HIGH, 5.0)), SharedTensors(half(LOW, 4.0)), mine)
+    assert result is not None
+    assert values(result.tensors) == {LOW: 4.0, HIGH: 5.0}
+    assert result.frozen == ()
     assert method.evaluates == "post_aggregation"
 
 

@@ -38,10 +38,10 @@ def test_begins_where_fedit_begins() -> None:
 def test_both_train_a_goes_up_and_b_is_kept() -> None:
     """Sent A = 2, own B = 3; trained to A = 5, B = 7."""
     work = FedSaLora(rank=1).update(client(SHAPES), OwnB({B: full(3.0, 3, 1)}), down(2.0))
-    (asked,), (client_state, reply, trained) = driven(work, {A: full(5.0, 1, 2), B: full(7.0, 3, 1)})
-    assert (asked.step_fraction, asked.adapter.frozen, asked.penalty) == (1.0, (), None)
-    assert torch.equal(asked.adapter.tensors[A], full(2.0, 1, 2))
-    assert torch.equal(asked.adapter.tensors[B], full(3.0, 3, 1))
+    (request,), (client_state, reply, trained) = driven(work, {A: full(5.0, 1, 2), B: full(7.0, 3, 1)})
+    assert (request.step_fraction, request.adapter.frozen, request.penalty) == (1.0, (), None)
+    assert torch.equal(request.adapter.tensors[A], full(2.0, 1, 2))
+    assert torch.equal(request.adapter.tensors[B], full(3.0, 3, 1))
     assert {name: tensor.tolist() for name, tensor in client_state.tensors.items()} == {B: [[7.0]] * 3}
     assert {name: tensor.tolist() for name, tensor in reply.tensors.items()} == {A: [[5.0, 5.0]]}
     assert set(trained.adapter.tensors) == {A, B}
@@ -66,13 +66,13 @@ def test_the_average_by_hand(weighting: Any, answered: str, mean: float) -> None
 def test_the_personal_model_is_the_averaged_a_with_the_own_b() -> None:
     method, client_state = FedSaLora(rank=1), OwnB({B: full(7.0, 3, 1)})
     mine = Adapter(method.spec(), {A: full(9.0, 1, 2), B: full(7.0, 3, 1)})
-    found = method.personal(client(SHAPES), client_state, down(4.0), mine)
-    assert found is not None
-    assert {name: tensor.flatten().tolist() for name, tensor in found.tensors.items()} == {A: [4.0] * 2, B: [7.0] * 3}
+    result = method.personal(client(SHAPES), client_state, down(4.0), mine)
+    assert result is not None
+    assert {name: tensor.flatten().tolist() for name, tensor in result.tensors.items()} == {A: [4.0] * 2, B: [7.0] * 3}
     assert method.evaluates == "post_aggregation"
 
 
-def test_in_a_real_run_the_clients_share_a_and_nobodys_b_is_anothers(runs: Any) -> None:
+def test_in_a_real_run_clients_share_a_and_have_different_b(runs: Any) -> None:
     from safetensors.torch import load_file
 
     saved = [load_file(path) for path in sorted(runs("fedsa_lora").glob("clients/*/adapter/*.safetensors"))]
@@ -82,7 +82,7 @@ def test_in_a_real_run_the_clients_share_a_and_nobodys_b_is_anothers(runs: Any) 
             assert torch.equal(tensor, other[key]) == ("lora_A" in key), key
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_invalid_values_are_refused() -> None:
     with pytest.raises(ConfigError, match="rank = 0"):
         FedSaLora(rank=0)
     with pytest.raises(ConfigError, match="dropout"):

@@ -46,9 +46,9 @@ def test_a_is_one_draw_for_all_clients_and_rounds_and_frozen() -> None:
 
 def test_b_trains_and_goes_up_alone() -> None:
     work = FfaLora(rank=1).update(client(SHAPES), Nothing(), ups(2.0))
-    (asked,), (client_state, reply, _) = driven(work, {"m/shared/B": full(5.0, 3, 1)})
-    assert (asked.step_fraction, asked.penalty) == (1.0, None)
-    assert torch.equal(asked.adapter.tensors["m/shared/B"], full(2.0, 3, 1))
+    (request,), (client_state, reply, _) = driven(work, {"m/shared/B": full(5.0, 3, 1)})
+    assert (request.step_fraction, request.penalty) == (1.0, None)
+    assert torch.equal(request.adapter.tensors["m/shared/B"], full(2.0, 3, 1))
     assert client_state == Nothing()
     assert set(reply.tensors) == set(B)
     assert torch.equal(reply.tensors["m/shared/B"], full(5.0, 3, 1))
@@ -86,14 +86,14 @@ def test_the_average_of_b_is_the_average_of_the_products() -> None:
 def test_the_personal_model_is_the_averaged_b_on_the_frozen_a() -> None:
     method = FfaLora(rank=1)
     mine = Adapter(method.spec(), ups(9.0).tensors)
-    found = method.personal(client(SHAPES), Nothing(), ups(4.0), mine)
-    assert found is not None
-    assert torch.equal(found.tensors["m/shared/B"], full(4.0, 3, 1))
-    assert torch.equal(found.tensors["m/shared/A"], FedIT(rank=1).init(SERVER).tensors["m/shared/A"])
+    result = method.personal(client(SHAPES), Nothing(), ups(4.0), mine)
+    assert result is not None
+    assert torch.equal(result.tensors["m/shared/B"], full(4.0, 3, 1))
+    assert torch.equal(result.tensors["m/shared/A"], FedIT(rank=1).init(SERVER).tensors["m/shared/A"])
     assert method.evaluates == "post_aggregation"
 
 
-def test_in_a_real_run_a_stays_as_it_was_drawn_and_b_moves(runs: Any, facts: Any) -> None:
+def test_in_a_real_run_a_is_constant_and_b_changes(runs: Any, facts: Any) -> None:
     """A of a q_proj of 32 x 32 at rank 2, as FedIT draws it in round 0; a message is B alone, half of FedIT's."""
     folder = runs("ffa_lora")
     shapes = {"model.layers.0.self_attn.q_proj": (32, 32)}
@@ -101,9 +101,9 @@ def test_in_a_real_run_a_stays_as_it_was_drawn_and_b_moves(runs: Any, facts: Any
     assert len(saved) == 4
     modules = {key.rpartition(".lora_")[0].removeprefix("base_model.model.") for key in saved[0]}
     assert modules == {f"model.layers.{layer}.self_attn.{part}_proj" for layer in (0, 1) for part in "qv"}
-    whole = {name: (32, 32 if name.endswith("q_proj") else 16) for name in modules}
-    assert whole.items() >= shapes.items()
-    drawn = FedIT(rank=2).init(Server(BaseInfo(whole), (), seed=0)).tensors
+    all_shapes = {name: (32, 32 if name.endswith("q_proj") else 16) for name in modules}
+    assert all_shapes.items() >= shapes.items()
+    drawn = FedIT(rank=2).init(Server(BaseInfo(all_shapes), (), seed=0)).tensors
     for tensors in saved:
         for name in modules:
             assert torch.equal(tensors[f"base_model.model.{name}.lora_A.weight"], drawn[f"{name}/shared/A"])
@@ -116,7 +116,7 @@ def test_in_a_real_run_a_stays_as_it_was_drawn_and_b_moves(runs: Any, facts: Any
     assert numbers_of_a <= sent("fedit") - sent("ffa_lora") < 2 * numbers_of_a
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_invalid_values_are_refused() -> None:
     with pytest.raises(ConfigError, match="rank = 0"):
         FfaLora(rank=0)
     with pytest.raises(ConfigError, match="alpha = 0"):

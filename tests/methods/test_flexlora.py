@@ -21,9 +21,9 @@ def test_the_mean_of_the_products_is_decomposed() -> None:
     """Products diag(4, 0) and [[0, 0], [0, 2]]: their mean is diag(2, 1), and its best rank 1 is diag(2, 0)."""
     method = FlexLora(rank=1, ranks=(1, 2))
     state = method.init(SERVER)
-    one = SharedTensors({A: torch.tensor([[2.0, 0.0]]), B: torch.tensor([[2.0], [0.0]])})
+    reply = SharedTensors({A: torch.tensor([[2.0, 0.0]]), B: torch.tensor([[2.0], [0.0]])})
     other = SharedTensors({A: torch.tensor([[0.0, 1.0], [0.0, 0.0]]), B: torch.tensor([[0.0, 5.0], [2.0, 5.0]])})
-    after = method.aggregate(SERVER, state, {"a": one, "b": other})
+    after = method.aggregate(SERVER, state, {"a": reply, "b": other})
     torch.testing.assert_close(after.tensors[B] @ after.tensors[A], torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
     small = method.message(after, INFOS[0]).tensors
     torch.testing.assert_close(small[B] @ small[A], torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
@@ -56,8 +56,8 @@ def test_ranks_go_round_and_the_scaling_is_one() -> None:
 
 
 def test_cut_takes_the_first_ranks() -> None:
-    whole = {A: torch.arange(6.0).view(3, 2), B: torch.arange(6.0).view(2, 3)}
-    part = cut(whole, 2)
+    full = {A: torch.arange(6.0).view(3, 2), B: torch.arange(6.0).view(2, 3)}
+    part = cut(full, 2)
     assert part[A].tolist() == [[0.0, 1.0], [2.0, 3.0]]
     assert part[B].tolist() == [[0.0, 1.0], [3.0, 4.0]]
 
@@ -65,15 +65,15 @@ def test_cut_takes_the_first_ranks() -> None:
 def test_the_lora_at_the_clients_rank_is_trained_sent_and_scored() -> None:
     method, message = FlexLora(rank=1, alpha=3.0), SharedTensors({A: torch.ones(2, 2), B: torch.ones(2, 2)})
     work = method.update(client(SHAPES), Nothing(), message)
-    (asked,), (client_state, reply, _) = driven(work, {A: torch.full((2, 2), 7.0)})
-    assert asked == TrainingRequest(asked.adapter)
-    assert asked.adapter.frozen == ()
-    assert torch.equal(asked.adapter.tensors[A], torch.ones(2, 2))
+    (request,), (client_state, reply, _) = driven(work, {A: torch.full((2, 2), 7.0)})
+    assert request == TrainingRequest(request.adapter)
+    assert request.adapter.frozen == ()
+    assert torch.equal(request.adapter.tensors[A], torch.ones(2, 2))
     assert client_state == Nothing()
     assert torch.equal(reply.tensors[A], torch.full((2, 2), 7.0))
     assert torch.equal(reply.tensors[B], torch.ones(2, 2))
     message = SharedTensors({A: torch.zeros(2, 2), B: torch.ones(2, 2)})
-    model = method.personal(client(SHAPES), client_state, message, asked.adapter)
+    model = method.personal(client(SHAPES), client_state, message, request.adapter)
     assert model is not None
     assert not model.tensors[A].any(), "what was sent after the aggregation"
     assert (lora_spec(model.spec).rank, lora_spec(model.spec).scaling) == (2, 3.0)
@@ -103,8 +103,8 @@ def test_equals_the_decomposition_of_the_dense_mean(answered: str, weighting: st
         u, s, v = torch.linalg.svd(mean, full_matrices=False)
         for info, rank in zip(INFOS, (1, 2, 4), strict=True):
             sent = method.message(after, info).tensors
-            found = (sent[b] @ sent[a]).double()
-            torch.testing.assert_close(found, u[:, :rank] * s[:rank] @ v[:rank], rtol=0, atol=1e-5)
+            result = (sent[b] @ sent[a]).double()
+            torch.testing.assert_close(result, u[:, :rank] * s[:rank] @ v[:rank], rtol=0, atol=1e-5)
 
 
 def test_what_is_sent_is_the_global_lora_cut() -> None:

@@ -46,15 +46,15 @@ def test_two_rounds_are_exact(kind: Any, weighting: Any, weights: tuple[float, f
     total = torch.zeros(2, 3)
     for round_ in range(2):
         replies = {}
-        for place, info in enumerate(INFOS):
+        for index, info in enumerate(INFOS):
             me = client(SHAPES, info.name, round_)
             work = method.update(me, client_state[info.name], method.message(state, info))
-            trained = draw(10 * round_ + place)
-            (asked,), (client_state[info.name], replies[info.name], _) = driven(work, trained)
+            trained = draw(10 * round_ + index)
+            (request,), (client_state[info.name], replies[info.name], _) = driven(work, trained)
             if kind is Flora:
-                assert not asked.adapter.tensors[B].any(), "a fresh LoRA on top"
-                torch.testing.assert_close(asked.adapter.fixed[delta_key("m")], total)
-        mean = torch.stack([w * product(draw(10 * round_ + place)) for place, w in enumerate(weights)]).sum(0)
+                assert not request.adapter.tensors[B].any(), "a fresh LoRA on top"
+                torch.testing.assert_close(request.adapter.fixed[delta_key("m")], total)
+        mean = torch.stack([w * product(draw(10 * round_ + index)) for index, w in enumerate(weights)]).sum(0)
         total = total + 2 * mean if kind is Flora else 2 * mean
         before = state
         state = method.aggregate(replace(SERVER, round=round_), state, replies)
@@ -67,17 +67,17 @@ def test_two_rounds_are_exact(kind: Any, weighting: Any, weights: tuple[float, f
                 residual = old.fixed[delta_key("m")]
             else:
                 residual = torch.zeros(2, 3)
-            whole = model.fixed[delta_key("m")] + 2 * product(dict(model.tensors))
-            torch.testing.assert_close(whole, total + residual)
+            change = model.fixed[delta_key("m")] + 2 * product(dict(model.tensors))
+            torch.testing.assert_close(change, total + residual)
 
 
 def test_flora_takes_ranks_of_their_own() -> None:
     method = Flora(rank=2, alpha=8.0, ranks=(1, 3))
     state = method.init(SERVER)
     nothing = method.init_client_state(client(SHAPES))
-    asked = [next(method.update(client(SHAPES, info.name), nothing, method.message(state, info))) for info in INFOS]
-    assert [len(one.adapter.tensors[A]) for one in asked] == [1, 3]
-    assert {lora_spec(one.adapter.spec).scaling for one in asked} == {4.0}
+    requests = [next(method.update(client(SHAPES, info.name), nothing, method.message(state, info))) for info in INFOS]
+    assert [len(request.adapter.tensors[A]) for request in requests] == [1, 3]
+    assert {lora_spec(request.adapter.spec).scaling for request in requests} == {4.0}
     assert method.ranks == (1, 3)
 
 
@@ -86,7 +86,7 @@ def test_every_client_draws_its_own_lora_each_round() -> None:
     state, client_state = method.init(SERVER), method.init_client_state(client(SHAPES))
     message = method.message(state, INFOS[0])
     clients = [client(SHAPES, name, round_) for name in "ab" for round_ in (0, 1)]
-    drawn = [method.adapter(one, client_state, message).tensors[A] for one in clients]
+    drawn = [method.adapter(client_, client_state, message).tensors[A] for client_ in clients]
     assert len({tuple(tensor.flatten().tolist()) for tensor in drawn}) == 4
 
 
@@ -132,14 +132,14 @@ def test_a_fresh_lora_is_trained_on_what_was_merged_and_sent() -> None:
     }
     client_state = Merged({delta_key("m"): torch.full((2, 2), 5.0)}, 1)
     work = Flora(rank=3).update(client(TWO.shapes, round_=4), client_state, Stack(Changes(factors, 2), 3))
-    (asked,), (after, reply, _) = driven(work, {B: torch.ones(2, 3)})
-    assert asked.adapter.fixed[delta_key("m")].tolist() == [[6.0, 6.0], [7.0, 7.0]]
-    assert asked == TrainingRequest(asked.adapter), "a whole round's steps, and nothing else"
-    assert asked.adapter.frozen == ()
-    assert set(asked.adapter.tensors) == {A, B}
+    (request,), (after, reply, _) = driven(work, {B: torch.ones(2, 3)})
+    assert request.adapter.fixed[delta_key("m")].tolist() == [[6.0, 6.0], [7.0, 7.0]]
+    assert request == TrainingRequest(request.adapter), "a whole round's steps, and nothing else"
+    assert request.adapter.frozen == ()
+    assert set(request.adapter.tensors) == {A, B}
     assert after.deltas[delta_key("m")].tolist() == [[6.0, 6.0], [7.0, 7.0]]
     assert after.count == reply.merged == 2
-    assert torch.equal(reply.tensors[A], asked.adapter.tensors[A])
+    assert torch.equal(reply.tensors[A], request.adapter.tensors[A])
     assert torch.equal(reply.tensors[B], torch.ones(2, 3))
 
 
@@ -167,7 +167,7 @@ def test_every_clients_change_is_the_sum_of_the_weighted_means(
     method = Flora(rank=2, alpha=3.0, ranks=(1, 3, 2), weighting=weighting)
     state, client_state = method.init(THREE), {name: Merged.nothing(THREE.shapes) for name in "abc"}
     weights = THREE.weights(weighting)
-    wanted = {module: torch.zeros(d_out, d_in, dtype=torch.float64) for module, (d_in, d_out) in THREE.shapes.items()}
+    expected = {module: torch.zeros(d_out, d_in, dtype=torch.float64) for module, (d_in, d_out) in THREE.shapes.items()}
     for number, (cohort, lost) in enumerate(rounds):
         answers = {}
         for info in THREE.clients:
@@ -182,17 +182,17 @@ def test_every_clients_change_is_the_sum_of_the_weighted_means(
         if answers:
             state = method.aggregate(THREE, state, answers)
             total = sum(weights[name] for name in answers)
-            for module in wanted:
+            for module in expected:
                 for name, reply in answers.items():
                     a, b = (reply.tensors[f"{module}/shared/{factor}"].double() for factor in "AB")
-                    wanted[module] += 1.5 * weights[name] / total * b @ a
+                    expected[module] += 1.5 * weights[name] / total * b @ a
         for info in THREE.clients:
             adapter = method.adapter(
                 client(THREE.shapes, info.name), client_state[info.name], method.message(state, info)
             )
-            for module, change in wanted.items():
-                found = adapter.fixed[delta_key(module)].double()
-                torch.testing.assert_close(found, change, rtol=1e-5, atol=1e-4)
+            for module, change in expected.items():
+                result = adapter.fixed[delta_key(module)].double()
+                torch.testing.assert_close(result, change, rtol=1e-5, atol=1e-4)
 
 
 def test_what_everybody_has_merged_is_sent_and_kept_no_more() -> None:

@@ -53,8 +53,8 @@ def test_a_tail_that_became_smaller_is_dropped(tail: float, rank: int) -> None:
     message, after = lora(2.0, 1.5, 1.0), lora(2.0, 1.5, tail)
     assert tail_norm(message.tensors, SHAPES, 2) == pytest.approx(1.0)
     method = HetLora(rank=3, tail_weight=0.25)
-    (asked,), (_, reply, trained) = driven(method.update(client(SHAPES), Nothing(), message), after.tensors)
-    assert asked.penalty == TailNorm(2, 0.25)
+    (request,), (_, reply, trained) = driven(method.update(client(SHAPES), Nothing(), message), after.tensors)
+    assert request.penalty == TailNorm(2, 0.25)
     assert len(reply.tensors[A]) == reply.tensors[B].shape[1] == rank
     assert trained.adapter.spec.rank == rank
     assert trained.adapter.spec.scaling == method.spec().scaling
@@ -62,8 +62,8 @@ def test_a_tail_that_became_smaller_is_dropped(tail: float, rank: int) -> None:
 
 
 def test_one_rank_is_never_pruned() -> None:
-    (asked,), (_, reply, _) = driven(HetLora(rank=1).update(client(SHAPES), Nothing(), lora(2.0)), lora(0.1).tensors)
-    assert asked.penalty is None
+    (request,), (_, reply, _) = driven(HetLora(rank=1).update(client(SHAPES), Nothing(), lora(2.0)), lora(0.1).tensors)
+    assert request.penalty is None
     assert len(reply.tensors[A]) == 1
 
 
@@ -80,9 +80,9 @@ def test_values_that_cannot_prune_are_refused(wrong: dict[str, float]) -> None:
 def test_the_tail_is_that_of_the_clients_own_rank(rank: int, pruned_to: float, tail: int) -> None:
     """gamma r_k, rounded down, but at least one rank is kept; the method's own rank is 16."""
     method, message = HetLora(rank=16, pruned_to=pruned_to), lora(*[1.0] * rank)
-    (asked,), (_, reply, _) = driven(method.update(client(SHAPES), Nothing(), message), lora(*[0.5] * rank).tensors)
-    assert asked == TrainingRequest(asked.adapter, penalty=TailNorm(tail, 0.001))
-    assert asked.adapter.frozen == ()
+    (request,), (_, reply, _) = driven(method.update(client(SHAPES), Nothing(), message), lora(*[0.5] * rank).tensors)
+    assert request == TrainingRequest(request.adapter, penalty=TailNorm(tail, 0.001))
+    assert request.adapter.frozen == ()
     assert reply.tensors[A].tolist() == [[0.5, 0.0]] * tail, "the trained ranks before the tail"
     assert reply.tensors[B].tolist() == [[0.5] * tail, [0.0] * tail]
 

@@ -18,11 +18,11 @@ SHAPES = {"m": (2, 2)}
 INFO = ClientInfo("a", 10)
 
 
-def test_a_client_goes_on_from_its_own_lora_and_sends_nothing() -> None:
+def test_a_client_continues_from_its_own_lora_and_sends_nothing() -> None:
     method = LocalOnly(rank=1)
     work = method.update(client(SHAPES), OwnLora({"m/shared/A": torch.ones(1, 2)}), Nothing())
-    (asked,), (client_state, reply, _) = driven(work, {"m/shared/A": torch.full((1, 2), 5.0)})
-    assert torch.equal(asked.adapter.tensors["m/shared/A"], torch.ones(1, 2))
+    (request,), (client_state, reply, _) = driven(work, {"m/shared/A": torch.full((1, 2), 5.0)})
+    assert torch.equal(request.adapter.tensors["m/shared/A"], torch.ones(1, 2))
     assert reply == Nothing()
     adapter = method.adapter(client(SHAPES), client_state, Nothing())
     assert torch.equal(adapter.tensors["m/shared/A"], torch.full((1, 2), 5.0))
@@ -49,7 +49,7 @@ def test_a_clients_model_does_not_depend_on_who_else_is_there(runs: Any, tiny: P
     text = head + "[[data.source]]" + mood
     text = text.replace('"base"', f'"{tiny}/base"').replace("mood.jsonl", f"{tiny}/mood.jsonl")
     (tmp_path / "mood.toml").write_text(text)
-    words = ["method.name=local_only", "method.rank=2", "method.alpha=4", "run.group=1"]
-    start(load_config(tmp_path / "mood.toml", words), tmp_path / "run", ProgressListener())
+    overrides = ["method.name=local_only", "method.rank=2", "method.alpha=4", "run.group=1"]
+    start(load_config(tmp_path / "mood.toml", overrides), tmp_path / "run", ProgressListener())
     file = "clients/mood/state/round-0002.safetensors"
     assert (tmp_path / "run" / file).read_bytes() == (runs("local_only", "run.group=1") / file).read_bytes()

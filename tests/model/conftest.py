@@ -14,7 +14,7 @@ from fedamole.model.params import Adapter, new_pool
 ARCHITECTURES = ("llama", "qwen2", "gpt2", "gemma", "gemma3_text")
 
 
-def write_tokenizer(folder: Path, words: int = 300, pad: bool = True, eos: bool = True) -> int:
+def write_tokenizer(folder: Path, vocabulary_size: int = 300, pad: bool = True, eos: bool = True) -> int:
     """A real byte-level BPE tokenizer; returns the size of its vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -22,7 +22,7 @@ def write_tokenizer(folder: Path, words: int = 300, pad: bool = True, eos: bool 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=words,
+        vocab_size=vocabulary_size,
         special_tokens=["<end>", "<pad>"],
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -61,14 +61,14 @@ def write_model(folder: Path, architecture: str = "llama", vocabulary: int = 320
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of a base by architecture, made once; read it, do not write to it."""
-    made: dict[str, Path] = {}
+    created: dict[str, Path] = {}
 
     def get(architecture: str) -> Path:
-        if architecture not in made:
-            made[architecture] = tmp_path_factory.mktemp(architecture)
-            write_tokenizer(made[architecture])
-            write_model(made[architecture], architecture)
-        return made[architecture]
+        if architecture not in created:
+            created[architecture] = tmp_path_factory.mktemp(architecture)
+            write_tokenizer(created[architecture])
+            write_model(created[architecture], architecture)
+        return created[architecture]
 
     return get
 
@@ -89,8 +89,8 @@ def mixture(base: Base, seed: int = 0, **spec: Any) -> Adapter:
     g = torch.Generator().manual_seed(seed)
     chosen = AdapterSpec(**{"rank": 4, "alpha": 8.0, "dropout": 0.0, "balance_weight": 0.01, **spec})
     pool, held = new_pool(base.shapes, chosen.rank, 6, g), {}
-    for place, module in enumerate(sorted(base.shapes)):
-        ids = torch.randperm(6, generator=g)[: 2 + place % 4].tolist()
+    for index, module in enumerate(sorted(base.shapes)):
+        ids = torch.randperm(6, generator=g)[: 2 + index % 4].tolist()
         for name, tensor in pool.items():
             owner = name.removeprefix(f"{module}/").split("/")[0]
             if name.startswith(f"{module}/") and (not owner.startswith("expert") or int(owner[-2:]) in ids):

@@ -88,11 +88,11 @@ def test_equals_the_definition(n: int, top_k: int, shape: tuple[int, int, int]) 
     torch.testing.assert_close(balance, wanted_balance, rtol=1e-10, atol=1e-10)
     leaves = [x, *tensors.values()]
     # An expert that no token is routed to is no part of the loop's graph: its B has gradient zero.
-    wanted = torch.autograd.grad(
+    expected = torch.autograd.grad(
         (wanted_y * pull).sum() + 0.7 * wanted_balance, leaves, allow_unused=True, materialize_grads=True
     )
     gained = torch.autograd.grad((y * pull).sum() + 0.7 * balance, leaves)
-    for name, mine, theirs in zip(["x", *tensors], gained, wanted, strict=True):
+    for name, mine, theirs in zip(["x", *tensors], gained, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10, msg=partial("{}: {}".format, name))
 
 
@@ -112,9 +112,9 @@ def test_without_domain_experts_it_is_peft_s_lora() -> None:
     mine, routing, _ = amole_linear(x, lora.base_layer(x), *stack(tensors, M, []), spec(rank=rank, alpha=7.0))
     assert routing is None
     torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
-    wanted = torch.autograd.grad((theirs * pull).sum(), [x, a, b])
+    expected = torch.autograd.grad((theirs * pull).sum(), [x, a, b])
     gained = torch.autograd.grad((mine * pull).sum(), [x, *(tensors[key] for key in shared_keys(M))])
-    torch.testing.assert_close(gained, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gained, expected, rtol=1e-12, atol=1e-12)
 
 
 def worked_example() -> tuple[Tensor, Tensor, Tensor, AdapterSpec]:
@@ -163,12 +163,12 @@ def test_balance_loss_is_1_when_balanced_and_n_when_collapsed() -> None:
     """Token j scores expert j highest: P and f are both 1/n, n * n * 1/n^2 = 1. All to one expert, p = 1: n."""
     n = 4
     fits = 3 * torch.eye(n, dtype=torch.float64)
-    one = torch.ones(n, 1, dtype=torch.float64)
+    ones = torch.ones(n, 1, dtype=torch.float64)
     not_padding = torch.ones(n, dtype=torch.bool)
-    assert balance_loss(route(one, fits.unsqueeze(2), 1), not_padding).item() == pytest.approx(1, abs=1e-12)
+    assert balance_loss(route(ones, fits.unsqueeze(2), 1), not_padding).item() == pytest.approx(1, abs=1e-12)
     fits = torch.zeros(n, n, dtype=torch.float64)
     fits[:, 2] = 800.0
-    assert balance_loss(route(one, fits.unsqueeze(2), 1), not_padding).item() == pytest.approx(n, abs=1e-12)
+    assert balance_loss(route(ones, fits.unsqueeze(2), 1), not_padding).item() == pytest.approx(n, abs=1e-12)
 
 
 def test_no_gradient_flows_through_the_share_of_routed_tokens() -> None:
@@ -268,9 +268,9 @@ def test_bfloat16_inputs_with_float32_adapters() -> None:
         loss = (y.float() * pull).sum() + balance_loss(routing, torch.ones(6, dtype=torch.bool))
         return y.float(), torch.autograd.grad(loss, list(tensors.values()))
 
-    (wanted_y, wanted), (y, gained) = measured(torch.float32), measured(torch.bfloat16)
+    (wanted_y, expected), (y, gained) = measured(torch.float32), measured(torch.bfloat16)
     assert (y - wanted_y).norm() < 0.02 * wanted_y.norm()
-    for mine, theirs in zip(gained, wanted, strict=True):
+    for mine, theirs in zip(gained, expected, strict=True):
         assert mine.dtype == torch.float32
         assert (mine - theirs).norm() <= 0.03 * theirs.norm()
 

@@ -47,7 +47,7 @@ def trained(bank: Bank) -> tuple[Adapter, Mapping[str, Tensor]]:
 def test_no_dropout_of_the_base_is_active_in_training(architecture: str, tmp_path: Path) -> None:
     """Dropout and layer dropout of 0.5 kept as numbers: two trainings are the same, with checkpointing and without."""
     write_tiny(tmp_path, architecture)
-    found = []
+    results = []
     for checkpointing in (False, True):
         bank = Bank(load(tmp_path, gradient_checkpointing=checkpointing))
         passes = 0
@@ -57,11 +57,11 @@ def test_no_dropout_of_the_base_is_active_in_training(architecture: str, tmp_pat
             passes += 1
 
         next(iter(bank.layers.values())).register_forward_pre_hook(count)
-        found += [trained(bank)[1], trained(bank)[1]]
+        results += [trained(bank)[1], trained(bank)[1]]
         assert passes == (12 if checkpointing else 6), "two trainings of three steps, each read twice or once"
         assert not any(module.training for module in bank.base.model.modules())
-    for other in found[1:]:
-        assert all(torch.equal(found[0][name], tensor) for name, tensor in other.items())
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], tensor) for name, tensor in other.items())
 
 
 def test_layers_that_cannot_be_recomputed(tmp_path: Path) -> None:
@@ -95,15 +95,15 @@ def test_adapters_stay_in_the_language_model(architecture: str, tmp_path: Path) 
     assert all(not torch.equal(before[name], tensor) for name, tensor in tensors.items()), "every adapter learns"
     bank.load([adapter])
     with torch.no_grad():
-        wanted = bank.base.model(input_ids=IDS).logits
+        expected = bank.base.model(input_ids=IDS).logits
     save_adapter(adapter, tmp_path / "adapter", base.name, base.identity)
     fresh = load(tmp_path / "base")
     merge(tmp_path / "adapter", fresh, tmp_path / "merged")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error", UserWarning)  # PEFT warns of tensors that are missing or left over
         peft = PeftModel.from_pretrained(fresh.model, str(tmp_path / "adapter"))
-        torch.testing.assert_close(peft(input_ids=IDS).logits, wanted)
-        torch.testing.assert_close(load(tmp_path / "merged").model(input_ids=IDS).logits, wanted)
+        torch.testing.assert_close(peft(input_ids=IDS).logits, expected)
+        torch.testing.assert_close(load(tmp_path / "merged").model(input_ids=IDS).logits, expected)
 
 
 # --- what no base is ----------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_an_encoder_that_is_a_decoder_is_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["bart", "t5"])
-def test_an_encoder_decoder_is_told_what_it_is(architecture: str, tmp_path: Path) -> None:
+def test_an_encoder_decoder_is_refused_by_name(architecture: str, tmp_path: Path) -> None:
     write_tiny(tmp_path, architecture)
     settings = BaseSettings(str(tmp_path))
     uses: list[Callable[[], Base]] = [lambda: load(tmp_path), lambda: weightless_base(settings, Path("/"))]
@@ -136,7 +136,7 @@ def test_an_encoder_decoder_is_told_what_it_is(architecture: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("architecture", "target", "told"),
+    ("architecture", "target", "message"),
     [
         (
             "bart",
@@ -150,16 +150,16 @@ def test_an_encoder_decoder_is_told_what_it_is(architecture: str, tmp_path: Path
         ),
     ],
 )
-def test_a_linear_that_no_text_passes_through(architecture: str, target: str, told: str, tmp_path: Path) -> None:
+def test_a_linear_that_no_text_passes_through(architecture: str, target: str, message: str, tmp_path: Path) -> None:
     """Cross-attention to an encoder that is not there; a linear whose weight is read, but which is never called."""
     write_tiny(tmp_path, architecture, decoder_alone=True)
-    with pytest.raises(BaseModelError, match=told):
+    with pytest.raises(BaseModelError, match=message):
         load(tmp_path, targets=(target,))
     better = {"bart": "self_attn.q_proj", "mamba": "in_proj"}[architecture]
     trained(Bank(load(tmp_path, targets=(better,))))
 
 
-def test_rwkv_is_told_what_to_change(tmp_path: Path) -> None:
+def test_the_error_for_rwkv_names_the_setting_to_change(tmp_path: Path) -> None:
     """It divides weights of its own by powers of two when it is used, and not where it is trained."""
     write_tiny(tmp_path, "rwkv")
     with pytest.raises(BaseModelError, match=r'changes its own weights .*; set "rescale_every": 0 in its config.json'):

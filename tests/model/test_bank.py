@@ -56,8 +56,8 @@ def random_adapter(shapes: Shapes, experts: int = 3, dtype: torch.dtype = torch.
     settings = AdapterSpec(**{"rank": 2, "alpha": 4.0, "dropout": 0.0, **spec})
     pool = new_pool(shapes, settings.rank, experts + 2, generator)
     names: list[str] = []
-    for place, module in enumerate(sorted(shapes)):
-        ids = sorted((place + step) % (experts + 2) for step in range(experts))
+    for index, module in enumerate(sorted(shapes)):
+        ids = sorted((index + step) % (experts + 2) for step in range(experts))
         names += [router_key(module)] if experts else []
         names += [key for pair in (shared_keys(module), *(expert_keys(module, i) for i in ids)) for key in pair]
     tensors = {name: pool[name] + 0.2 * torch.randn(pool[name].shape, generator=generator) for name in names}
@@ -67,16 +67,16 @@ def random_adapter(shapes: Shapes, experts: int = 3, dtype: torch.dtype = torch.
 def measure(bank: Bank, rows: Sequence[TokenPair], seed: int | None = None, pad: int = 1) -> dict[str, Any]:
     """Logits, answer losses, balance losses and the gradients of losses + balance of the loaded adapter."""
     batch = collate([rows], pad, seeds=None if seed is None else [seed])
-    whole = replace(batch, logit_indices=torch.arange(batch.ids.numel()))
-    found: list[Tensor] = []
-    with bank.forward(whole, balance_losses=found) as flat:
+    all_positions = replace(batch, logit_indices=torch.arange(batch.ids.numel()))
+    results: list[Tensor] = []
+    with bank.forward(all_positions, balance_losses=results) as flat:
         logits = flat.unflatten(0, batch.ids.shape)
         losses = token_losses(flat[batch.logit_indices], batch.labels)
-        balance = torch.cat(found or [torch.zeros(1)])
-        forwards = len(found)
+        balance = torch.cat(results or [torch.zeros(1)])
+        forwards = len(results)
         parameters = bank.parameters()
         gradients = torch.autograd.grad(losses.mean() + balance.sum(), parameters) if parameters else ()
-        repeated = len(found) - forwards
+        repeated = len(results) - forwards
     return {"logits": logits, "losses": losses, "balance": balance, "gradients": gradients, "repeated": repeated}
 
 
@@ -113,12 +113,12 @@ def test_an_empty_bank_is_the_untouched_base(
     bare = AutoModelForCausalLM.from_pretrained(folder(kind)).eval()
     bank, ids = open_bank(kind), torch.tensor([[5, 9, 40, 33, 60, 12, 77, 8, 101, 14]])
     with torch.no_grad():
-        wanted = bare(input_ids=ids).logits
-        assert torch.equal(bank.base.model(input_ids=ids).logits, wanted)
+        expected = bare(input_ids=ids).logits
+        assert torch.equal(bank.base.model(input_ids=ids).logits, expected)
         bank.load([random_adapter(bank.base.shapes)])
-        assert (bank.base.model(input_ids=ids).logits - wanted).abs().max() > 0.1
+        assert (bank.base.model(input_ids=ids).logits - expected).abs().max() > 0.1
         bank.load([])
-        assert torch.equal(bank.base.model(input_ids=ids).logits, wanted)
+        assert torch.equal(bank.base.model(input_ids=ids).logits, expected)
     assert bank.parameters() == []
     with pytest.raises(RuntimeError, match="empty"):
         bank.adapter()
@@ -154,9 +154,9 @@ def test_every_module_has_its_own_experts(open_bank: Callable[..., Bank], kind: 
     for name, layer in bank.layers.items():
         x = torch.randn(2, 3, bank.base.shapes[name][0], generator=torch.Generator().manual_seed(1))
         base_out = layer.base_layer(x)
-        wanted, _, _ = amole_linear(x, base_out, *stack(adapter.tensors, name, held[name]), lora_spec(adapter.spec))
-        assert torch.equal(layer(x), wanted)
-        assert not torch.allclose(wanted, base_out)
+        expected, _, _ = amole_linear(x, base_out, *stack(adapter.tensors, name, held[name]), lora_spec(adapter.spec))
+        assert torch.equal(layer(x), expected)
+        assert not torch.allclose(expected, base_out)
 
 
 def test_an_adapter_may_leave_modules_out(open_bank: Callable[..., Bank]) -> None:
@@ -209,9 +209,9 @@ def test_padding_on_the_right_changes_nothing(open_bank: Callable[..., Bank], ki
     bank.base.model.double()
     bank.load([random_adapter(bank.base.shapes, dtype=torch.float64)])
     together, start = measure(bank, ROWS), 0
-    for place, row in enumerate(ROWS):
+    for index, row in enumerate(ROWS):
         alone, length = measure(bank, [row]), len(row[0]) + len(row[1])
-        close(together["logits"][place, :length], alone["logits"][0], 1e-10)
+        close(together["logits"][index, :length], alone["logits"][0], 1e-10)
         close(together["losses"][start : start + len(row[1])], alone["losses"], 1e-10)
         start += len(row[1])
     other = measure(bank, ROWS, pad=99)
@@ -289,33 +289,33 @@ def test_the_balance_loss_is_that_of_the_counted_tokens_of_each_module(open_bank
     bank = open_bank("llama")
     adapter = random_adapter(bank.base.shapes)
     bank.load([adapter])
-    wanted, batch = [], collate([ROWS], 1)
+    expected, batch = [], collate([ROWS], 1)
 
     def read(layer: Any, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         tensors = stack(adapter.tensors, layer.name, layer.adapters.experts[0])
         rows = inputs[0].flatten(0, 1)[batch.not_padding]
         _out, routing, _weights = amole_linear(rows, layer.base_layer(rows), *tensors, lora_spec(adapter.spec))
         assert routing is not None
-        wanted.append(balance_loss(routing))
+        expected.append(balance_loss(routing))
 
     hooks = [layer.register_forward_hook(read) for layer in bank.layers.values()]
     balance = measure(bank, ROWS)["balance"]
     for hook in hooks:
         hook.remove()
-    assert len(wanted) == 4
-    close(balance, torch.cat(wanted), 1e-5)
+    assert len(expected) == 4
+    close(balance, torch.cat(expected), 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["exact", "rank"])
 def test_dropout_masks_come_from_the_seed_and_the_module_alone(open_bank: Callable[..., Bank], kind: str) -> None:
     bank = open_bank("llama")
     bank.load([random_adapter(bank.base.shapes, dropout=0.4, dropout_kind=kind)])
-    one = measure(bank, ROWS, seed=11)
+    masks = measure(bank, ROWS, seed=11)
     torch.rand(3)  # moves torch's global generator, which must not matter
     again, other, off = measure(bank, ROWS, seed=11), measure(bank, ROWS, seed=12), measure(bank, ROWS)
-    assert torch.equal(one["logits"], again["logits"])
-    assert not torch.allclose(one["logits"], other["logits"])
-    assert not torch.allclose(one["logits"], off["logits"])
+    assert torch.equal(masks["logits"], again["logits"])
+    assert not torch.allclose(masks["logits"], other["logits"])
+    assert not torch.allclose(masks["logits"], off["logits"])
     bank.load([random_adapter(bank.base.shapes, dropout=0.0)])
     assert torch.equal(measure(bank, ROWS, seed=11)["logits"], measure(bank, ROWS)["logits"])
 
@@ -332,8 +332,8 @@ def test_every_module_draws_its_own_dropout_mask(open_bank: Callable[..., Bank])
     for mask in masks:
         assert set(mask.unique().tolist()) == {0.0, 1.0}
         assert (mask == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
-    for place, mask in enumerate(masks):
-        for other in masks[place + 1 :]:
+    for index, mask in enumerate(masks):
+        for other in masks[index + 1 :]:
             assert ((mask == 0) == (other == 0)).float().mean() < 0.7  # 0.625 if independent
 
 
@@ -372,9 +372,9 @@ def test_a_plain_lora_has_no_embeddings_and_no_balance_loss(open_bank: Callable[
     bank = open_bank("llama")
     bank.load([random_adapter(bank.base.shapes, experts=0)])
     assert embed(bank, [ROWS], 20) == [{}]
-    found: list[Tensor] = []
-    with bank.forward(collate([ROWS], 1), balance_losses=found):
-        assert found == []
+    results: list[Tensor] = []
+    with bank.forward(collate([ROWS], 1), balance_losses=results):
+        assert results == []
 
 
 def test_a_context_ends_with_its_block(open_bank: Callable[..., Bank]) -> None:

@@ -27,15 +27,15 @@ def spec(**fields: Any) -> AdapterSpec:
 
 def adapters(base: Base, kind: str = "mixture", **fields: object) -> list[Adapter]:
     """One per client, nothing at zero; mixtures hold 2 to 8 of 9 experts, other ones in every module and client."""
-    found = []
+    created = []
     for client in range(CLIENTS):
         draw = torch.Generator().manual_seed(client)
         pool = new_shared(base.shapes, RANK, draw) if kind == "lora" else new_pool(base.shapes, RANK, 9, draw)
         held = {
-            module: set(torch.randperm(9, generator=draw)[: 2 + (3 * client + 2 * place) % 7].tolist())
-            for place, module in enumerate(sorted(base.shapes))
+            module: set(torch.randperm(9, generator=draw)[: 2 + (3 * client + 2 * index) % 7].tolist())
+            for index, module in enumerate(sorted(base.shapes))
         }
-        found.append(
+        created.append(
             Adapter(
                 spec(**fields),
                 {
@@ -45,17 +45,17 @@ def adapters(base: Base, kind: str = "mixture", **fields: object) -> list[Adapte
                 },
             )
         )
-    return found
+    return created
 
 
 def texts(even: bool) -> list[list[TokenPair]]:
     """Rows of each client; even ones are packed as many tokens for each."""
-    draw, found = torch.Generator().manual_seed(9), list[list[TokenPair]]()
+    draw, result = torch.Generator().manual_seed(9), list[list[TokenPair]]()
     for client in range(CLIENTS):
-        sizes = [(7, 3)] * 2 if even else [(2 + 5 * place + client, 1 + place) for place in range(1 + client % 3)]
+        sizes = [(7, 3)] * 2 if even else [(2 + 5 * index + client, 1 + index) for index in range(1 + client % 3)]
         ids = [torch.randint(2, 300, (sum(size),), generator=draw).tolist() for size in sizes]
-        found.append([(row[:prompt], row[prompt:]) for row, (prompt, _) in zip(ids, sizes, strict=True)])
-    return found
+        result.append([(row[:prompt], row[prompt:]) for row, (prompt, _) in zip(ids, sizes, strict=True)])
+    return result
 
 
 @pytest.fixture
@@ -84,16 +84,16 @@ def measured(
         by_module = torch.stack(balance or [torch.zeros(len(rows), dtype=torch.float64)])
         gradients = torch.autograd.grad((losses + by_module.sum(0)).sum(), bank.parameters())
     by_client = logits.detach().split(batch.answers.lengths)
-    found = []
+    results = []
     for client in range(len(rows)):
         held, named = expert_ids(bank.adapter(first + client).tensors), dict[str, Tensor]()
         for (module, ids), down, up in zip(loaded(bank, held), gradients[::2], gradients[1::2], strict=True):
             named |= unstack(down[client], up[client], module, ids, RANK)
             room = up[client, len(ids) * RANK : -RANK], down[client, (len(ids) + 1) * RANK : -RANK]
-            whole = bool(up[client].isfinite().all())
-            assert not whole or not (room[0].any() or room[1].any()), "room that is not held takes part in nothing"
-        found.append((by_client[client], by_module[:, client].detach(), named))
-    return found
+            finite = bool(up[client].isfinite().all())
+            assert not finite or not (room[0].any() or room[1].any()), "room that is not held takes part in nothing"
+        results.append((by_client[client], by_module[:, client].detach(), named))
+    return results
 
 
 def loaded(bank: Bank, held: dict[str, list[int]]) -> list[tuple[str, list[int]]]:
@@ -102,8 +102,8 @@ def loaded(bank: Bank, held: dict[str, list[int]]) -> list[tuple[str, list[int]]
 
 
 def assert_close(mine: Found, theirs: Found) -> None:
-    for one, other in zip(mine[:2], theirs[:2], strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+    for item, other in zip(mine[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(item, other, rtol=0, atol=1e-9)
     assert mine[2].keys() == theirs[2].keys()
     for name, gradient in mine[2].items():
         torch.testing.assert_close(gradient, theirs[2][name], rtol=0, atol=1e-9)
@@ -123,16 +123,16 @@ def test_every_client_is_as_if_alone(
     group, rows, seeds = adapters(bank.base, kind, **fields), texts(even), [11, 12, 13, 14]
     held = [len(ids) for adapter in group for ids in expert_ids(adapter.tensors).values()]
     assert kind == "lora" or (min(held) <= 3 and max(held) >= 7)
-    wanted = []
+    expected = []
     for client, adapter in enumerate(group):
         bank.load([adapter])
-        wanted += measured(bank, rows[client : client + 1], seeds[client : client + 1], 0, packed=True)
-    assert not torch.allclose(wanted[0][0][0], wanted[1][0][0]), "clients differ"
+        expected += measured(bank, rows[client : client + 1], seeds[client : client + 1], 0, packed=True)
+    assert not torch.allclose(expected[0][0][0], expected[1][0][0]), "clients differ"
     bank.load(group)
     for first, last in ((0, 4), (1, 3), (3, 4)):
         for packed in (True, False):
-            found = measured(bank, rows[first:last], seeds[first:last], first, packed)
-            for mine, theirs in zip(found, wanted[first:last], strict=True):
+            result = measured(bank, rows[first:last], seeds[first:last], first, packed)
+            for mine, theirs in zip(result, expected[first:last], strict=True):
                 assert_close(mine, theirs)
 
 
@@ -142,16 +142,16 @@ def test_every_client_is_as_if_alone(
 def test_a_nan_stays_with_its_client(open_bank: Callable[..., Bank], kind: str, even: bool, packed: bool) -> None:
     """Bit for bit, in the forward and in the backward pass."""
     bank, rows = open_bank(), texts(even)
-    group, found = adapters(bank.base, kind, dropout=0.2), []
+    group, result = adapters(bank.base, kind, dropout=0.2), []
     for sick in (False, True):
         if sick:
             tensors = {name: torch.full_like(tensor, math.nan) for name, tensor in group[1].tensors.items()}
             group[1] = replace(group[1], tensors=tensors)
         bank.load(group)
-        found.append(measured(bank, rows, [1, 2, 3, 4], 0, packed))
-    assert found[1][1][0].isnan().all()
+        result.append(measured(bank, rows, [1, 2, 3, 4], 0, packed))
+    assert result[1][1][0].isnan().all()
     for client in (0, 2, 3):
-        healthy, beside = found[0][client], found[1][client]
+        healthy, beside = result[0][client], result[1][client]
         assert torch.equal(healthy[0], beside[0])
         assert torch.equal(healthy[1], beside[1])
         assert all(torch.equal(gradient, beside[2][name]) for name, gradient in healthy[2].items())
@@ -169,13 +169,13 @@ def test_backward_adds_to_the_gradients_of_the_clients_at_work(open_bank: Callab
     for _ in range(2):
         with bank.forward(batch) as logits:
             losses = token_losses(logits, batch.labels)
-            wanted = torch.autograd.grad(losses.sum(), bank.parameters(), retain_graph=True)
+            reference = torch.autograd.grad(losses.sum(), bank.parameters(), retain_graph=True)
             bank.backward(losses.sum())
         after.append(bank.gradients.clone())
     assert torch.equal(after[1], 2 * after[0])
     for client in (1, 2):
         # A row holds down and up of one module after the other.
-        expected = torch.cat([gradient[client - 1].flatten() for gradient in by_name(bank, wanted)])
+        expected = torch.cat([gradient[client - 1].flatten() for gradient in by_name(bank, reference)])
         assert torch.equal(after[0][client], expected)
         assert torch.equal(flat[client].grad, after[1][client])  # type: ignore[arg-type]
     assert not after[1][[0, 3]].any()
@@ -232,22 +232,22 @@ def test_every_row_is_a_round_trip(open_bank: Callable[..., Bank], kind: str) ->
 def test_adapters_of_different_kinds_are_refused(open_bank: Callable[..., Bank]) -> None:
     """Another spec, no router, a module less."""
     bank = open_bank()
-    one, other = adapters(bank.base)[:2]
+    first, other = adapters(bank.base)[:2]
     module = min(bank.base.shapes)
     less = {name: tensor for name, tensor in other.tensors.items() if not name.startswith(f"{module}/")}
     plain = {key: other.tensors[key] for name in bank.base.shapes for key in shared_keys(name)}
     for wrong in (replace(other, spec=spec(alpha=5.0)), replace(other, tensors=less), replace(other, tensors=plain)):
         with pytest.raises(ValueError, match="different kinds"):
-            bank.load([one, wrong])
+            bank.load([first, wrong])
         bank.load([wrong])
 
 
 def test_a_client_with_too_few_experts_is_refused_even_beside_one_with_enough(open_bank: Callable[..., Bank]) -> None:
     """Its neighbours' room must not be taken for experts of its own."""
     bank = open_bank()
-    one, other = adapters(bank.base, top_k=2)[:2]
+    first, other = adapters(bank.base, top_k=2)[:2]
     module, ids = next(iter(expert_ids(other.tensors).items()))
-    gone = tuple(f"{module}/expert-{i:02d}/" for i in ids[1:])
-    few = {name: tensor for name, tensor in other.tensors.items() if not name.startswith(gone)}
+    removed = tuple(f"{module}/expert-{i:02d}/" for i in ids[1:])
+    few = {name: tensor for name, tensor in other.tensors.items() if not name.startswith(removed)}
     with pytest.raises(ConfigError, match=rf"{module}: 1 experts, but top_k = 2 .* raise min_experts"):
-        bank.load([one, replace(other, tensors=few)])
+        bank.load([first, replace(other, tensors=few)])

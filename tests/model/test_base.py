@@ -40,15 +40,15 @@ def test_identity_is_of_content_not_of_dtype(base: Callable[..., Base]) -> None:
 def test_an_adapter_on_another_base_is_refused(
     fresh: Path, part: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    here = load(fresh)
+    original = load(fresh)
     adapter = tmp_path_factory.mktemp("adapter") / "a"
-    save_adapter(mixture(here), adapter, here.name, here.identity)
-    assert lora_spec(load_adapter(adapter, here.identity).spec).rank == 4
+    save_adapter(mixture(original), adapter, original.name, original.identity)
+    assert lora_spec(load_adapter(adapter, original.identity).spec).rank == 4
     settings: dict[str, Any] = {}
     if part == "weights":
         write_model(fresh, seed=1)
     elif part == "tokenizer":
-        write_tokenizer(fresh, words=262)
+        write_tokenizer(fresh, vocabulary_size=262)
     else:
         settings = {"targets": ("q_proj",)}
     with pytest.raises(BaseModelError, match=f"its {part} hash is"):
@@ -129,7 +129,7 @@ def test_dropout_of_the_base_itself_is_off(base: Callable[..., Base]) -> None:
     assert not any(weight.requires_grad for weight in loaded.model.parameters())
 
 
-def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+def test_a_missing_base_device_or_gpu_is_reported(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="there is no folder"):
         load(tmp_path / "nothing")
     with pytest.raises(BaseModelError, match="cannot be loaded"):
@@ -143,7 +143,7 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_a_missing_gpu_is_said() -> None:
+def test_a_missing_gpu_is_reported() -> None:
     with pytest.raises(ConfigError, match="no GPU"):
         resolve_device("cuda")
 

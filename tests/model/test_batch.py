@@ -39,9 +39,9 @@ def test_packed_rows_stand_one_behind_the_other() -> None:
 
 
 def test_keys_of_a_token_are_the_same_packed_padded_and_in_a_group() -> None:
-    one, other = [((5, 6), (7,)), ((8,), (9,))], [((1,), (2,))]
-    alone, padded = (collate([one], 0, packed, seeds=[11]) for packed in (True, False))
-    group = collate([other, one], 0, True, seeds=[12, 11])
+    first, other = [((5, 6), (7,)), ((8,), (9,))], [((1,), (2,))]
+    alone, padded = (collate([first], 0, packed, seeds=[11]) for packed in (True, False))
+    group = collate([other, first], 0, True, seeds=[12, 11])
     assert alone.dropout_keys is not None
     assert padded.dropout_keys is not None
     assert group.dropout_keys is not None
@@ -57,16 +57,16 @@ def test_keys_of_a_token_are_the_same_packed_padded_and_in_a_group() -> None:
 def test_batches_hold_every_row_once_within_the_limit(packed: bool) -> None:
     rng = np.random.default_rng(0)
     clients = [
-        [((1,) * int(rng.integers(1, 9)), (client, place)) for place in range(7 + 5 * client)] for client in range(3)
+        [((1,) * int(rng.integers(1, 9)), (client, index)) for index in range(7 + 5 * client)] for client in range(3)
     ]
-    found: list[list[int]] = []
+    results: list[list[int]] = []
     for batch in batches(clients, 0, packed, 24):
         assert batch.ids.numel() <= 24
         labels = batch.labels.view(-1, 2).tolist()
-        found += labels
+        results += labels
         owners = [label[0] for label in labels]
         assert [2 * owners.count(client) for client in range(3)] == list(batch.answers.lengths)
-    assert sorted(found) == [[client, place] for client in range(3) for place in range(7 + 5 * client)]
+    assert sorted(results) == [[client, index] for client in range(3) for index in range(7 + 5 * client)]
     assert len(list(batches(clients, 0, packed, 1))) == 36
 
 

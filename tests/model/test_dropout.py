@@ -29,16 +29,16 @@ def signed(z: int) -> int:
 def test_keys_by_integer_arithmetic() -> None:
     seeds = [5, 2**63 - 1, 12345678901234567]
     keys = row_keys(np.array(seeds), np.array([0, 3, 7]), np.array([0, 99, 511]))
-    places = [example * 2**20 + position + 1 for example, position in ((0, 0), (3, 99), (7, 511))]
-    assert keys.tolist() == [splitmix(seed + place * GOLDEN) for seed, place in zip(seeds, places, strict=True)]
+    positions = [example * 2**20 + position + 1 for example, position in ((0, 0), (3, 99), (7, 511))]
+    assert keys.tolist() == [splitmix(seed + key * GOLDEN) for seed, key in zip(seeds, positions, strict=True)]
     assert column_keys(4, 3).tolist() == [splitmix((feature + 5 * 2**32) * GOLDEN) for feature in range(3)]
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
 def test_masks_by_integer_arithmetic(share: float) -> None:
     rows, columns = row_keys(np.full(6, 9), np.arange(6), np.arange(6)), column_keys(0, 5)
-    for row, found in zip(rows.tolist(), dropped(rows, columns, share).tolist(), strict=True):
-        for column, drop in zip(columns.tolist(), found, strict=True):
+    for row, result in zip(rows.tolist(), dropped(rows, columns, share).tolist(), strict=True):
+        for column, drop in zip(columns.tolist(), result, strict=True):
             z = signed((row ^ column) * 0x7FEB352D)
             z = signed((z ^ (z >> 15)) * 0x846CA68B)
             assert drop == (z < round(share * 2**32) - 2**31)
@@ -52,8 +52,8 @@ def deviations(a: Tensor, b: Tensor, share: float) -> Tensor:
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.5])
 def test_masks_are_as_good_as_coins(share: float) -> None:
     """Shares and correlations between neighbours in every direction are within 5 deviations of coins' (512 draws)."""
-    place = np.arange(512)
-    rows = row_keys(np.full(512, 77), place // 64, place % 64)
+    positions = np.arange(512)
+    rows = row_keys(np.full(512, 77), positions // 64, positions % 64)
     mask = dropped(rows, column_keys(0, 2048), share)
     for axis, draws in ((0, 512), (1, 2048)):
         means = mask.double().mean(axis)
@@ -63,13 +63,15 @@ def test_masks_are_as_good_as_coins(share: float) -> None:
         "next position": mask.roll(1, 0),
         "next feature": mask.roll(1, 1),
         "next module": dropped(rows, column_keys(1, 2048), share),
-        "next step": dropped(row_keys(np.full(512, 78), place // 64, place % 64), column_keys(0, 2048), share),
-        "next example": dropped(row_keys(np.full(512, 77), place // 64 + 1, place % 64), column_keys(0, 2048), share),
+        "next step": dropped(row_keys(np.full(512, 78), positions // 64, positions % 64), column_keys(0, 2048), share),
+        "next example": dropped(
+            row_keys(np.full(512, 77), positions // 64 + 1, positions % 64), column_keys(0, 2048), share
+        ),
     }
     for name, other in others.items():
-        found = deviations(mask, other, share)
-        assert found.abs().max() < 5.5, name
-        assert found.std().item() == pytest.approx(1, abs=0.2), name
+        result = deviations(mask, other, share)
+        assert result.abs().max() < 5.5, name
+        assert result.std().item() == pytest.approx(1, abs=0.2), name
 
 
 def test_nothing_and_nearly_everything() -> None:
@@ -84,11 +86,11 @@ def test_keys_of_many_places_do_not_meet() -> None:
     """2000 steps of one token, 2000 tokens of one step, 20 examples of 100 tokens: of n keys of 31 bits about
     n^2 / 2^32 = 1 in 1000 pairs of such sets would meet once; 32 modules of 64 features are as far apart.
     """
-    zeros, places = np.zeros(2000, int), np.arange(2000)
+    zeros, indices = np.zeros(2000, int), np.arange(2000)
     sets = {
-        "steps": row_keys(places, zeros, zeros),
-        "positions": row_keys(zeros + 5, zeros, places),
-        "examples": row_keys(zeros + 5, places // 100, places % 100),
+        "steps": row_keys(indices, zeros, zeros),
+        "positions": row_keys(zeros + 5, zeros, indices),
+        "examples": row_keys(zeros + 5, indices // 100, indices % 100),
         "columns": torch.cat([column_keys(module, 64) for module in range(32)]),
     }
     for name, keys in sets.items():
@@ -99,7 +101,7 @@ def test_keys_of_many_places_do_not_meet() -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_a_token_has_the_same_mask_alone_in_a_group_packed_and_padded(share: float) -> None:
-    one: list[TokenPair] = [((5, 6, 7), (8,)), ((9,), (10, 11))]
+    rows: list[TokenPair] = [((5, 6, 7), (8,)), ((9,), (10, 11))]
     other: list[TokenPair] = [((1,), (2, 3)), ((4, 5, 6, 7, 8), (9,)), ((2,), (2,))]
     columns = column_keys(3, 64)
 
@@ -110,11 +112,11 @@ def test_a_token_has_the_same_mask_alone_in_a_group_packed_and_padded(share: flo
         real = owner == owner if batch.not_padding is None else batch.not_padding
         return dropped(batch.dropout_keys, columns, share)[real & (owner == client)]
 
-    wanted = masks([one], [11], True, 0)
-    assert wanted.shape == (7, 64)
-    assert len({tuple(row) for row in wanted.tolist()}) == 7, "every token has a mask of its own"
+    expected = masks([rows], [11], True, 0)
+    assert expected.shape == (7, 64)
+    assert len({tuple(row) for row in expected.tolist()}) == 7, "every token has a mask of its own"
     for packed in (True, False):
-        assert torch.equal(masks([one], [11], packed, 0), wanted)
-        assert torch.equal(masks([one, other], [11, 12], packed, 0), wanted)
-        assert torch.equal(masks([other, one], [12, 11], packed, 1), wanted)
-        assert not torch.equal(masks([other, one], [12, 13], packed, 1), wanted), "another step, another mask"
+        assert torch.equal(masks([rows], [11], packed, 0), expected)
+        assert torch.equal(masks([rows, other], [11, 12], packed, 0), expected)
+        assert torch.equal(masks([other, rows], [12, 11], packed, 1), expected)
+        assert not torch.equal(masks([other, rows], [12, 13], packed, 1), expected), "another step, another mask"

@@ -152,21 +152,21 @@ def test_clients_at_once_equal_each_alone(kind: str, packed: bool, base: Callabl
 def test_saved_and_loaded_it_gives_the_same_logits(kind: str, base: Callable[..., Base], tmp_path: Path) -> None:
     bank = Bank(base())
     adapter = KINDS[kind](bank.base, 1)
-    wanted = logits_of(bank, [adapter], ROWS[:1], True)
+    expected = logits_of(bank, [adapter], ROWS[:1], True)
     save_adapter(adapter, tmp_path / "adapter", bank.base.name, bank.base.identity)
     again = load_adapter(tmp_path / "adapter", bank.base.identity)
-    torch.testing.assert_close(logits_of(bank, [again], ROWS[:1], True), wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits_of(bank, [again], ROWS[:1], True), expected, rtol=0, atol=1e-4)
     model = PeftModel.from_pretrained(base().model, str(tmp_path / "adapter"))
-    found = []
+    results = []
     for prompt, answer in ROWS[0]:
         with torch.no_grad():
             if kind == "by instance":  # the prompt alone decides the weights, so it goes first
                 out = model(torch.tensor([prompt]), use_cache=True)
                 more = model(torch.tensor([answer[:-1]]), past_key_values=out.past_key_values).logits[0]
-                found += [out.logits[0, -1:], more]
+                results += [out.logits[0, -1:], more]
             else:
-                found.append(model(torch.tensor([[*prompt, *answer[:-1]]])).logits[0, len(prompt) - 1 :])
-    torch.testing.assert_close(torch.cat(found), wanted, rtol=0, atol=1e-4)
+                results.append(model(torch.tensor([[*prompt, *answer[:-1]]])).logits[0, len(prompt) - 1 :])
+    torch.testing.assert_close(torch.cat(results), expected, rtol=0, atol=1e-4)
 
 
 def test_a_changed_linear_is_a_base_with_another_weight(base: Callable[..., Base]) -> None:
@@ -176,8 +176,8 @@ def test_a_changed_linear_is_a_base_with_another_weight(base: Callable[..., Base
         a, b = (adapter.tensors[key] for key in shared_keys(module))
         linear = other.model.get_submodule(module)
         linear.weight.data += adapter.fixed[delta_key(module)] + 2.0 * b @ a
-    wanted = logits_of(Bank(other), [], ROWS, True)
-    torch.testing.assert_close(logits_of(bank, [adapter, adapter], ROWS, True), wanted, rtol=0, atol=1e-4)
+    expected = logits_of(Bank(other), [], ROWS, True)
+    torch.testing.assert_close(logits_of(bank, [adapter, adapter], ROWS, True), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -185,13 +185,13 @@ def test_options_and_losses_agree_with_whole_forward_passes(kind: str, base: Cal
     bank = Bank(base())
     adapter = KINDS[kind](bank.base, 1)
     prompt, options = (5, 9, 30, 2), ((7, 0), (7, 8, 0), (41, 12, 0))
-    wanted = []
+    expected = []
     for option in options:
         logits = logits_of(bank, [adapter], [[(prompt, option)]], False)
-        wanted.append(float(token_losses(logits, torch.tensor(option)).mean()))
+        expected.append(float(token_losses(logits, torch.tensor(option)).mean()))
     bank.load([adapter])
-    assert option_losses(bank, [[(prompt, options)]], 4096)[0][0] == pytest.approx(wanted, abs=1e-4)
-    assert mean_losses(bank, [[(prompt, options[1])]], 4096) == pytest.approx([wanted[1]], abs=1e-4)
+    assert option_losses(bank, [[(prompt, options)]], 4096)[0][0] == pytest.approx(expected, abs=1e-4)
+    assert mean_losses(bank, [[(prompt, options[1])]], 4096) == pytest.approx([expected[1]], abs=1e-4)
 
 
 def test_weights_by_instance_by_hand(base: Callable[..., Base]) -> None:
@@ -202,9 +202,9 @@ def test_weights_by_instance_by_hand(base: Callable[..., Base]) -> None:
     (hidden,) = bank.last_hidden([[(5, 9, 30)]])
     for references, weight in (([hidden, hidden], 0.8), ([hidden, torch.zeros_like(hidden)], 0.4), ([-hidden], 0.0)):
         bank.load([Adapter(adapter.spec, adapter.tensors, {REFERENCES: torch.stack(references)})])
-        found = bank.instance_weights([[(5, 9, 30)]])
-        assert found is not None
-        assert found[0].tolist() == pytest.approx([weight, 1 - weight], abs=1e-5)
+        result = bank.instance_weights([[(5, 9, 30)]])
+        assert result is not None
+        assert result[0].tolist() == pytest.approx([weight, 1 - weight], abs=1e-5)
 
 
 # --- several clients, uneven, and given weights ---------------------------------------------------------------
@@ -305,22 +305,22 @@ def test_a_bank_equals_hooks_on_a_plain_base(kind: str, base: Callable[..., Base
     for opened in (bank.base, plain):
         opened.model.double()
     adapters = [KINDS[kind](plain, seed) for seed in (1, 2)]
-    found = logits_of(bank, adapters, ROWS, True)
-    wanted = []
+    result = logits_of(bank, adapters, ROWS, True)
+    expected = []
     for adapter, rows in zip(adapters, ROWS, strict=True):
         with hooked(plain, adapter):
             for prompt, answer in rows:
-                wanted.append(plain.model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1])
-    torch.testing.assert_close(found, torch.cat(wanted), rtol=0, atol=1e-9)
+                expected.append(plain.model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1])
+    torch.testing.assert_close(result, torch.cat(expected), rtol=0, atol=1e-9)
 
 
 def instances(base: Base, seed: int, references: int) -> Adapter:
     """Weighted by instance, with as many references, near the prompts so that no weight is 0."""
-    one, bank = mixture(base, seed, "instance"), Bank(base)
-    bank.load([one])
+    adapter, bank = mixture(base, seed, "instance"), Bank(base)
+    bank.load([adapter])
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(3, 200, (4,), generator=generator).tolist() for _ in range(references)]
-    return Adapter(one.spec, one.tensors, {REFERENCES: bank.last_hidden([prompts])})
+    return Adapter(adapter.spec, adapter.tensors, {REFERENCES: bank.last_hidden([prompts])})
 
 
 def weighed(plain: Base, adapter: Adapter, prompt: Ids) -> tuple[float, float]:
@@ -351,10 +351,10 @@ def test_every_prompt_is_weighed_by_its_own_clients_references(
     bank, plain, adapters = with_references(base, *counts)
     monkeypatch.setattr(bank, "packs", packed)
     pairs = [(adapter, prompt) for adapter, part in zip(adapters, PROMPTS, strict=True) for prompt in part]
-    wanted = [weighed(plain, adapter, prompt) for adapter, prompt in pairs]
-    assert len({round(first, 3) for first, _ in wanted}) == 3
+    expected = [weighed(plain, adapter, prompt) for adapter, prompt in pairs]
+    assert len({round(first, 3) for first, _ in expected}) == 3
     bank.load(adapters)
-    torch.testing.assert_close(bank.instance_weights(PROMPTS), torch.tensor(wanted), rtol=0, atol=1e-5)
+    torch.testing.assert_close(bank.instance_weights(PROMPTS), torch.tensor(expected), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -369,11 +369,11 @@ def test_losses_options_and_answers_are_weighed_by_the_prompt(
     for adapter, part in zip(adapters, PROMPTS, strict=True):
         for prompt in part:
             with hooked(plain, adapter, weighed(plain, adapter, prompt)):
-                found = []
+                results = []
                 for option in options:
                     logits = plain.model(torch.tensor([[*prompt, *option]])).logits[0, len(prompt) - 1 : -1]
-                    found.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor(option))))
-                wanted_losses.append(found)
+                    results.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor(option))))
+                wanted_losses.append(results)
                 tokens = list(prompt)
                 while len(tokens) < len(prompt) + 6 and (len(tokens) == len(prompt) or tokens[-1] != 0):
                     tokens.append(int(plain.model(torch.tensor([tokens])).logits[0, -1].argmax()))
@@ -392,11 +392,11 @@ def test_losses_options_and_answers_are_weighed_by_the_prompt(
 @pytest.mark.parametrize("weight", [0.5, 0.3])
 def test_in_training_the_weights_are_fixed(weight: float, base: Callable[..., Base]) -> None:
     bank, plain = Bank(base()), base()
-    one = mixture(plain, 1, "instance")
-    adapter = Adapter(AdapterSpec(rank=R, alpha=4.0, router=InstanceWeights(weight)), one.tensors)
-    found = logits_of(bank, [adapter, adapter], ROWS, True)
-    wanted = []
+    adapter_ = mixture(plain, 1, "instance")
+    adapter = Adapter(AdapterSpec(rank=R, alpha=4.0, router=InstanceWeights(weight)), adapter_.tensors)
+    result = logits_of(bank, [adapter, adapter], ROWS, True)
+    expected = []
     with hooked(plain, adapter, (weight, 1 - weight)):
         for prompt, answer in (row for part in ROWS for row in part):
-            wanted.append(plain.model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1])
-    torch.testing.assert_close(found, torch.cat(wanted), rtol=0, atol=1e-4)
+            expected.append(plain.model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1])
+    torch.testing.assert_close(result, torch.cat(expected), rtol=0, atol=1e-4)

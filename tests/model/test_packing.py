@@ -26,7 +26,7 @@ ROWS: list[TokenPair] = [
     ((5, 66, 67, 68, 69), (19, 20, 0)),
 ]
 """13, 4 and 8 tokens; the first is longer than Gemma 3's window of 8."""
-EVEN: list[TokenPair] = [((5, place, 9, 8, 7, 6, 5, 4, 3), (place, 0)) for place in range(10, 14)]
+EVEN: list[TokenPair] = [((5, i, 9, 8, 7, 6, 5, 4, 3), (i, 0)) for i in range(10, 14)]
 
 
 @pytest.mark.parametrize("rows", [ROWS, EVEN, ROWS[:1]], ids=["ragged", "even", "single"])
@@ -40,12 +40,12 @@ def test_packed_logits_equal_separate_forwards(base: Callable[..., Base], kind: 
     with torch.no_grad():
         for adapters in ([], [mixture(bank.base)]):
             bank.load(adapters)
-            wanted = []
+            expected = []
             for prompt, answer in rows:
                 logits = bank.base.model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0]
-                wanted.append(logits[len(prompt) - 1 : -1])
-            with bank.forward(collate([rows], 1, packed=True)) as found:
-                torch.testing.assert_close(found, torch.cat(wanted), rtol=0, atol=1e-10)
+                expected.append(logits[len(prompt) - 1 : -1])
+            with bank.forward(collate([rows], 1, packed=True)) as result:
+                torch.testing.assert_close(result, torch.cat(expected), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -60,15 +60,15 @@ def test_packed_rows_equal_padded_ones(
     bank.base.model.double()
     bank.load([mixture(bank.base, seed, dropout=0.2) for seed in (0, 1)])
     bank.base.training(True)
-    found = []
+    results = []
     for packed in (True, False):
         balance: list[torch.Tensor] = []
         with bank.forward(collate([rows[:1], rows[1:]], 1, packed, seeds=[7, 8]), balance_losses=balance) as logits:
             losses = token_losses(logits, torch.tensor([token for _, answer in rows for token in answer]))
             total = losses.mean() + torch.stack(balance).sum()
             first = torch.stack(balance[: len(bank.layers)])
-            found.append([losses, first, *torch.autograd.grad(total, bank.parameters())])
-    for mine, theirs in zip(*found, strict=True):
+            results.append([losses, first, *torch.autograd.grad(total, bank.parameters())])
+    for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
     assert bank.base.model.config._attn_implementation != ATTENTION, "put back afterwards"
 
@@ -81,8 +81,8 @@ def test_a_sequence_longer_than_the_window_sees_the_window_alone(base: Callable[
         for module in bank.base.model.modules():
             if getattr(module, "sliding_window", None):
                 module.sliding_window = window
-        with torch.no_grad(), bank.forward(collate([ROWS[:1]], 1, packed=True)) as found:
-            logits.append(found)
+        with torch.no_grad(), bank.forward(collate([ROWS[:1]], 1, packed=True)) as result:
+            logits.append(result)
     assert not torch.allclose(logits[0], logits[1], atol=1e-4)
 
 
@@ -102,16 +102,16 @@ def test_attention_by_the_formula(lengths: tuple[int, ...], window: int | None) 
     """softmax(0.3 q k) v over the tokens up to one's own, of one's own sequence, at most `window` of them."""
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, sum(lengths), 4, dtype=torch.float64, generator=draw)[0] for heads in (4, 2, 2))
-    found = attend(lengths, scaling=0.3, sliding_window=window)
-    assert found.shape == (1, sum(lengths), 4, 4)
+    result = attend(lengths, scaling=0.3, sliding_window=window)
+    assert result.shape == (1, sum(lengths), 4, 4)
     start = 0
     for length in lengths:
-        for place in range(start, start + length):
-            first = start if window is None else max(start, place - window + 1)
+        for position in range(start, start + length):
+            first = start if window is None else max(start, position - window + 1)
             for head in range(4):
-                scores = 0.3 * k[head // 2, first : place + 1] @ q[head, place]
-                wanted = scores.softmax(0) @ v[head // 2, first : place + 1]
-                torch.testing.assert_close(found[0, place, head], wanted)
+                scores = 0.3 * k[head // 2, first : position + 1] @ q[head, position]
+                expected = scores.softmax(0) @ v[head // 2, first : position + 1]
+                torch.testing.assert_close(result[0, position, head], expected)
         start += length
 
 
@@ -165,7 +165,10 @@ def test_where_packing_is_impossible_a_group_still_equals_each_alone(unpackable:
     bank.base.model.double()
     settings = TrainingSettings(local_steps=3, batch_size=2)
     drawn = [mixture(bank.base, seed, dropout=0.1) for seed in (0, 1)]
-    doubles = [replace(one, tensors={name: t.double() for name, t in one.tensors.items()}) for one in drawn]
+    doubles = [
+        replace(rows_of_client, tensors={name: t.double() for name, t in rows_of_client.tensors.items()})
+        for rows_of_client in drawn
+    ]
     parts = ROWS[1:], ROWS[:2]
     tasks = [
         LocalTask(name, TrainingRequest(own), rows, 1e-2) for name, own, rows in zip("ab", doubles, parts, strict=True)
@@ -192,8 +195,8 @@ def test_where_packing_is_impossible_rows_are_padded(unpackable: Bank) -> None:
     batch = collate([ROWS], 1)
     with bank.forward(batch) as logits:
         together = torch.autograd.grad(token_losses(logits, batch.labels).sum(), bank.parameters())
-    for place, mine in enumerate(together):
-        torch.testing.assert_close(mine, sum(parts[place] for parts in apart), rtol=1e-3, atol=1e-4)
+    for index, mine in enumerate(together):
+        torch.testing.assert_close(mine, sum(parts[index] for parts in apart), rtol=1e-3, atol=1e-4)
     settings = TrainingSettings(local_steps=8, batch_size=3, learning_rate=1e-2)
     done = alone(bank, adapter, ROWS, settings)
     assert done.loss == pytest.approx(alone(bank, adapter, ROWS, settings).loss)

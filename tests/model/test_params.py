@@ -61,8 +61,8 @@ def test_stack_and_unstack_invert_each_other(ids: list[int], rank: int, d_in: in
     assert torch.equal(again[0], down)
     assert torch.equal(again[1], up)
     assert all(tensor.is_contiguous() for tensor in tensors.values())
-    wanted = {rank * d_in, rank * d_out}
-    assert {tensor.numel() for tensor in tensors.values()} <= wanted
+    expected = {rank * d_in, rank * d_out}
+    assert {tensor.numel() for tensor in tensors.values()} <= expected
 
 
 def test_unstacked_tensors_share_no_memory() -> None:
@@ -95,12 +95,12 @@ def test_fresh_pool_draws() -> None:
 
 
 def test_same_generator_same_pool_whatever_the_order_of_the_modules() -> None:
-    one = new_pool(SHAPES, 2, 3, generator(4))
+    pool = new_pool(SHAPES, 2, 3, generator(4))
     two = new_pool(dict(reversed(SHAPES.items())), 2, 3, generator(4))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert pool.keys() == two.keys()
+    assert all(torch.equal(pool[name], two[name]) for name in pool)
     other = new_pool(SHAPES, 2, 3, generator(5))
-    assert not torch.equal(one["a.v/shared/A"], other["a.v/shared/A"])
+    assert not torch.equal(pool["a.v/shared/A"], other["a.v/shared/A"])
 
 
 def test_a_larger_pool_keeps_what_a_smaller_one_draws_first() -> None:

@@ -113,7 +113,7 @@ def test_get_peft_model_trains_saves_and_loads(base: Callable[..., Base], tmp_pa
     import fedamole  # noqa: F401
     from fedamole.model.peft_tuner import AmoleConfig
 
-    pattern = {name: [1, 4, 7][: 2 + place % 2] for place, name in enumerate(sorted(base().shapes))}
+    pattern = {name: [1, 4, 7][: 2 + index % 2] for index, name in enumerate(sorted(base().shapes))}
     model = get_peft_model(base().model, AmoleConfig(r=4, alpha=8.0, expert_pattern=pattern))
     ids = torch.tensor(IDS)
     torch.testing.assert_close(model(input_ids=ids).logits, base().model(input_ids=ids).logits)

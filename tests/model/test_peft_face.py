@@ -35,10 +35,10 @@ def test_merging_is_refused_in_every_way(base: Callable[..., Base], tmp_path: Pa
 
 
 def test_unloading_gives_the_bare_base_back(base: Callable[..., Base], tmp_path: Path) -> None:
-    wanted = base("gpt2").model(input_ids=IDS).logits
+    expected = base("gpt2").model(input_ids=IDS).logits
     model = personal(base, tmp_path)
-    assert not torch.allclose(model(input_ids=IDS).logits, wanted)
-    assert torch.equal(model.unload()(input_ids=IDS).logits, wanted)
+    assert not torch.allclose(model(input_ids=IDS).logits, expected)
+    assert torch.equal(model.unload()(input_ids=IDS).logits, expected)
 
 
 def test_training_on_changes_the_adapter_alone_and_saves_for_the_bank(

@@ -42,13 +42,13 @@ def saved(base: Callable[..., Base], tmp_path: Path) -> tuple[Adapter, Path]:
     return adapter, tmp_path / "adapter"
 
 
-def test_it_comes_back_as_it_was(saved: tuple[Adapter, Path]) -> None:
+def test_saving_and_loading_changes_nothing(saved: tuple[Adapter, Path]) -> None:
     adapter, folder = saved
     again = load_adapter(folder)
     assert again.spec == adapter.spec
-    for wanted, found in ((adapter.tensors, again.tensors), (adapter.fixed, again.fixed)):
-        assert wanted.keys() == found.keys()
-        assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
+    for expected, result in ((adapter.tensors, again.tensors), (adapter.fixed, again.fixed)):
+        assert expected.keys() == result.keys()
+        assert all(torch.equal(tensor, result[name]) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -63,10 +63,10 @@ def test_peft_gives_the_banks_logits(
     assert 0.01 < float(gates[0, 0]) < 0.99
     ids = torch.tensor([prompt])
     with torch.no_grad(), bank.enter(ForwardContext(expert_weights=gates)):
-        wanted = bank.base.model(ids).logits
+        expected = bank.base.model(ids).logits
     model = PeftModel.from_pretrained(base().model, str(folder))
     with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=0, atol=1e-4)
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
         with model.disable_adapter():
             torch.testing.assert_close(model(input_ids=ids).logits, base().model(ids).logits, rtol=0, atol=1e-4)
 
@@ -76,11 +76,11 @@ def test_answers_are_weighed_by_their_prompt(saved: tuple[Adapter, Path], base: 
     adapter, folder = saved
     bank = Bank(base())
     bank.load([adapter])
-    wanted = generate_answers(bank, [PROMPTS], 8, 4096)[0]
-    assert len(set(wanted)) > 1
+    expected = generate_answers(bank, [PROMPTS], 8, 4096)[0]
+    assert len(set(expected)) > 1
     other = base()
     model = PeftModel.from_pretrained(other.model, str(folder))
-    for prompt, answer in zip(PROMPTS, wanted, strict=True):
+    for prompt, answer in zip(PROMPTS, expected, strict=True):
         ids = torch.tensor([[other.pad_id] * 2 + list(prompt)])
         mask = torch.tensor([[0, 0] + [1] * len(prompt)])
         out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False)

@@ -85,9 +85,9 @@ def of_bank(bank: Bank, clients: Sequence[Sequence[TokenPair]], packed: bool) ->
 
 
 def of_peft(model: PeftModel, rows: Sequence[TokenPair], tokens: int = 3) -> torch.Tensor:
-    whole = [model(input_ids=torch.tensor([[*p, *a]])).logits[0] for p, a in rows]
-    assert all(len(logits) == tokens + len(p) + len(a) for logits, (p, a) in zip(whole, rows, strict=True))
-    return torch.cat([answers_of(logits, p, a, tokens) for logits, (p, a) in zip(whole, rows, strict=True)])
+    all_logits = [model(input_ids=torch.tensor([[*p, *a]])).logits[0] for p, a in rows]
+    assert all(len(logits) == tokens + len(p) + len(a) for logits, (p, a) in zip(all_logits, rows, strict=True))
+    return torch.cat([answers_of(logits, p, a, tokens) for logits, (p, a) in zip(all_logits, rows, strict=True)])
 
 
 @every_base
@@ -129,12 +129,12 @@ def test_gradients_equal_pefts(base: Callable[..., Base], architecture: str, mlp
         batch = collate(bank.prefixed([ROWS]), bank.base.pad_id, packed)
         with bank.forward(batch) as logits:
             bank.backward(token_losses(logits, batch.labels).sum())
-        (found,) = bank.gradients
-        wanted = {name: weight.grad for name, weight in theirs.items() if weight.grad is not None}
-        assert all(gradient.abs().max() > 1e-4 for gradient in wanted.values())
-        expected = bank.row(0, {name: grad.view_as(adapter.tensors[name]) for name, grad in wanted.items()})
-        assert found.dtype == torch.float64
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+        (result,) = bank.gradients
+        reference = {name: weight.grad for name, weight in theirs.items() if weight.grad is not None}
+        assert all(gradient.abs().max() > 1e-4 for gradient in reference.values())
+        expected = bank.row(0, {name: grad.view_as(adapter.tensors[name]) for name, grad in reference.items()})
+        assert result.dtype == torch.float64
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-9)
 
 
 @both_kinds
@@ -154,8 +154,8 @@ def test_several_clients_at_once_equal_each_alone(base: Callable[..., Base], mlp
         bank.select_clients(1, 3)
         torch.testing.assert_close(of_bank(bank, clients[1:], packed), torch.cat(apart[1:]), rtol=0, atol=1e-5)
         bank.select_clients(0, 3)
-        for place, adapter in enumerate(adapters):
-            back = bank.adapter(place).tensors
+        for index, adapter in enumerate(adapters):
+            back = bank.adapter(index).tensors
             assert back.keys() == adapter.tensors.keys()
             assert all(torch.equal(back[name], adapter.tensors[name]) for name in back)
     assert (apart[0][:3] - apart[2][-3:]).abs().max() > 0.1, "the same row under two prompts"
@@ -179,12 +179,12 @@ def test_option_likelihoods_equal_plain_forward_passes(base: Callable[..., Base]
     rows: list[list[tuple[Ids, Sequence[Ids]]]] = [[(p, OPTIONS) for p, _ in ROWS], [(ROWS[0][0], OPTIONS[:2])]]
     for at_once in (1, 10_000):
         for adapter, part, losses in zip(adapters, rows, option_losses(bank, rows, at_once), strict=True):
-            for (p, options), found in zip(part, losses, strict=True):
-                wanted = []
+            for (p, options), result in zip(part, losses, strict=True):
+                expected = []
                 for option in options:
                     logits = plain_logits(bare, plain_prompt(adapter.tensors), [*p, *option])
-                    wanted.append(float(token_losses(answers_of(logits, p, option, 3), torch.tensor(option)).mean()))
-                assert found == pytest.approx(wanted, abs=1e-5)
+                    expected.append(float(token_losses(answers_of(logits, p, option, 3), torch.tensor(option)).mean()))
+                assert result == pytest.approx(expected, abs=1e-5)
 
 
 @every_base
@@ -196,17 +196,17 @@ def test_generation_is_greedy_after_prompt_and_text(base: Callable[..., Base], a
     adapters = [prompt(bank.base, mlp, seed) for seed in range(2)]
     bank.load(adapters)
     texts = [[p for p, _ in ROWS], [ROWS[0][0]]]
-    answers, wanted = generate_answers(bank, texts, 5, 10_000), list[list[str]]()
+    answers, expected = generate_answers(bank, texts, 5, 10_000), list[list[str]]()
     for adapter, part in zip(adapters, texts, strict=True):
-        wanted.append([])
+        expected.append([])
         for p in part:
             new: list[int] = []
             while len(new) < 5 and 0 not in new:
                 new.append(int(plain_logits(bare, plain_prompt(adapter.tensors), [*p, *new])[-1].argmax()))
-            wanted[-1].append(" ".join(map(str, new)))
-    assert until_end(answers) == until_end(generate_answers(bank, texts, 5, 1)) == until_end(wanted)
+            expected[-1].append(" ".join(map(str, new)))
+    assert until_end(answers) == until_end(generate_answers(bank, texts, 5, 1)) == until_end(expected)
     if not architecture.startswith("gemma"):  # whose random weights repeat the last token, whatever comes before it
-        assert wanted[0][0] != wanted[1][0], "the same text under two prompts"
+        assert expected[0][0] != expected[1][0], "the same text under two prompts"
 
 
 def until_end(clients: list[list[str]]) -> list[list[list[int]]]:
@@ -329,13 +329,13 @@ def test_prompts_of_different_kinds_share_no_bank(base: Callable[..., Base]) -> 
 
 def test_a_bank_goes_from_prompt_to_lora_and_back(base: Callable[..., Base]) -> None:
     bank = Bank(base())
-    one, other, found = prompt(bank.base), mixture(bank.base), []
-    for adapter in (one, other, one, other):
+    first, other, result = prompt(bank.base), mixture(bank.base), []
+    for adapter in (first, other, first, other):
         bank.load([adapter])
-        found.append(of_bank(bank, [ROWS], True).detach())
-    assert torch.equal(found[0], found[2])
-    assert torch.equal(found[1], found[3])
-    assert (found[0] - found[1]).abs().max() > 0.1
+        result.append(of_bank(bank, [ROWS], True).detach())
+    assert torch.equal(result[0], result[2])
+    assert torch.equal(result[1], result[3])
+    assert (result[0] - result[1]).abs().max() > 0.1
 
 
 @both_kinds
@@ -377,11 +377,11 @@ def test_training_in_lock_step_equals_each_alone(base: Callable[..., Base], mlp:
         for seed, (name, part) in enumerate(rows.items())
     ]
     together = fit(bank, tasks, settings, seed=0, round_=0)
-    for task, found in zip(tasks, together, strict=True):
+    for task, result in zip(tasks, together, strict=True):
         (lone,) = fit(bank, [task], settings, seed=0, round_=0)
-        assert isinstance(found, TrainingResult)
+        assert isinstance(result, TrainingResult)
         assert isinstance(lone, TrainingResult)
-        assert found.steps == lone.steps == 2 * len(task.rows)
-        assert found.loss == pytest.approx(lone.loss, abs=1e-5)
+        assert result.steps == lone.steps == 2 * len(task.rows)
+        assert result.loss == pytest.approx(lone.loss, abs=1e-5)
         for name, tensor in lone.adapter.tensors.items():
-            torch.testing.assert_close(found.adapter.tensors[name], tensor, rtol=0, atol=1e-4)
+            torch.testing.assert_close(result.adapter.tensors[name], tensor, rtol=0, atol=1e-4)

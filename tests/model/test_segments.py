@@ -46,8 +46,8 @@ def test_add_product(lengths: tuple[int, ...]) -> None:
     base, x, weights = leaves
     mine = with_gradients(add_product(base, x, weights, Segments(lengths), 2.5), *leaves)
     theirs = with_gradients(base + 2.5 * by_loop(x, weights, lengths), *leaves)
-    for one, other in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+    for item, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(item, other, rtol=1e-13, atol=1e-13)
 
 
 @every_shape
@@ -56,8 +56,8 @@ def test_segment_sum(lengths: tuple[int, ...], more: tuple[int, ...]) -> None:
     values = drawn(sum(lengths), *more).requires_grad_()
     mine = with_gradients(segment_sum(values, Segments(lengths)), values)
     theirs = with_gradients(torch.stack([part.sum(0) for part in values.split(lengths)]), values)
-    for one, other in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+    for item, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(item, other, rtol=1e-13, atol=1e-13)
 
 
 @every_shape
@@ -85,8 +85,8 @@ def test_only_the_gradients_that_are_wanted_are_computed() -> None:
     product(x, weights.requires_grad_(), segments).sum().backward()
     assert x.grad is None
     assert weights.grad is not None
-    wanted = torch.stack([x[:2].sum(0), x[2]])[:, :, None].expand(2, 2, 3)
-    torch.testing.assert_close(weights.grad, wanted)
+    expected = torch.stack([x[:2].sum(0), x[2]])[:, :, None].expand(2, 2, 3)
+    torch.testing.assert_close(weights.grad, expected)
     product(x.requires_grad_(), weights.detach(), segments).sum().backward()
     torch.testing.assert_close(x.grad, weights.detach().sum(2)[[0, 0, 1]])
 
@@ -128,7 +128,7 @@ def test_segments_of_sequences_scale_to_their_tokens() -> None:
 def test_nan_stays_with_its_client(lengths: tuple[int, ...], padded: bool) -> None:
     """Client 1's rows and weights are NaN: outputs, sums and gradients of the others keep every bit."""
     segments, rows = Segments(lengths), sum(lengths)
-    found = []
+    results = []
     for sick in (False, True):
         x, weights = drawn(rows, 5), drawn(3, 5, 6)
         if sick:
@@ -138,13 +138,13 @@ def test_nan_stays_with_its_client(lengths: tuple[int, ...], padded: bool) -> No
         z = add_product(y * 2, x, weights, segments, -1.5) * expand(weights[:, 0], segments)
         sums = segment_sum(z, segments)
         gradients = torch.autograd.grad((sums * drawn(3, 6)).sum(), (x, weights))
-        found.append([y.split(lengths), sums.unbind(0), gradients[0].split(lengths), gradients[1].unbind(0)])
-    for healthy, beside in zip(*found, strict=True):
+        results.append([y.split(lengths), sums.unbind(0), gradients[0].split(lengths), gradients[1].unbind(0)])
+    for healthy, beside in zip(*results, strict=True):
         assert all(torch.equal(healthy[client], beside[client]) for client in (0, 2))
         assert beside[1].isnan().any()
 
 
-def test_a_client_without_rows_is_padded_by_nobody() -> None:
+def test_a_client_without_rows_adds_no_padding() -> None:
     """As a GPU does it, with client 0 NaN: nothing reaches the weights of client 1, who has no rows."""
     segments = Segments((3, 0, 2))
     x, weights = drawn(5, 4), drawn(3, 4, 6)

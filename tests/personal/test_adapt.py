@@ -43,8 +43,8 @@ def content(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
-def joined(fedamole: Any, run: Path, rows: Path, *words: str) -> dict[str, Any]:
-    result = fedamole("adapt", run, "--data", rows, "--folder", "out", "--json", *words)
+def joined(fedamole: Any, run: Path, rows: Path, *arguments: str) -> dict[str, Any]:
+    result = fedamole("adapt", run, "--data", rows, "--folder", "out", "--json", *arguments)
     assert result.code == 0, result.err
     report: dict[str, Any] = json.loads(result.out)
     return report
@@ -54,7 +54,7 @@ def new_adapter(report: dict[str, Any]) -> Adapter:
     return load_adapter(find_model(Path(report["folder"]), report["client"]).folder)
 
 
-def test_the_run_stays_as_it_is_and_the_new_folder_is_one_like_any_other(
+def test_the_run_is_unchanged_and_the_new_folder_is_a_run_folder(
     runs: Any, rows: Path, tmp_path: Path, fedamole: Any
 ) -> None:
     run = runs("fedamole")
@@ -63,14 +63,16 @@ def test_the_run_stays_as_it_is_and_the_new_folder_is_one_like_any_other(
     assert content(run) == before
     folder = Path(report["folder"])
     assert folder == Path("out") / f"fedamole-{NEW}"
-    assert report["validation"][report["kept"]] == min(report["validation"][one] for one in ("as sent", "trained"))
+    assert report["validation"][report["kept"]] == min(
+        report["validation"][variant] for variant in ("as sent", "trained")
+    )
     assert set(report["test"]) == {"base", "majority", report["kept"]}
     assert json.loads((folder / "adapted.json").read_text()) == report
     opened = RunFolder.open(folder)
     assert (opened.kind, opened.finished) == ("client", True)
     assert opened.about["base"] == RunFolder.open(run).about["base"]
     assert opened.about["id"] != report["from"] == RunFolder.open(run).about["id"]
-    assert [place.client for place in saved_models(folder)] == [NEW]
+    assert [saved_model.client for saved_model in saved_models(folder)] == [NEW]
     assert (folder / "clients" / NEW / "adapter" / "README.md").exists()
     shown = json.loads(fedamole("show", folder, "--json").out)
     assert f'"{NEW}"' in json.dumps(shown)
@@ -101,7 +103,7 @@ def test_the_experts_choose_among_all_clients(runs: Any, rows: Path, fedamole: A
     (means,) = embed(bank, [data.embedding.pairs()], 8192)
     names = sorted((*next(iter(state.held.values())), NEW))
     experts = [f"expert-{expert:02d}" for expert in range(12)]
-    found = new_adapter(report)
+    result = new_adapter(report)
     lines = {line["module"]: line for line in RunFolder.open(folder).lines("assignment.jsonl")}
     assert set(lines) == set(bank.base.shapes)
     for module in bank.base.shapes:
@@ -111,13 +113,13 @@ def test_the_experts_choose_among_all_clients(runs: Any, rows: Path, fedamole: A
         e = torch.stack([state.expert_embeddings[module][expert] for expert in experts])
         P = choice_probabilities((e.double() @ t.double().T / np.sqrt(2)).numpy())
         X = select(P, Bounds(2, 2, 8), expert_ids=experts, client_ids=names)
-        wanted = np.flatnonzero(X[:, names.index(NEW)]).tolist()
-        assert expert_ids(found.tensors)[module] == wanted == lines[module]["experts"]
-        column = P[wanted, names.index(NEW)]
+        expected = np.flatnonzero(X[:, names.index(NEW)]).tolist()
+        assert expert_ids(result.tensors)[module] == expected == lines[module]["experts"]
+        column = P[expected, names.index(NEW)]
         assert lines[module]["relevance"] == pytest.approx(column.tolist(), abs=1e-6)
-        for expert in wanted:
+        for expert in expected:
             for key in expert_keys(module, expert):
-                assert torch.equal(found.tensors[key], state.tensors[key]), "as the federation left it"
+                assert torch.equal(result.tensors[key], state.tensors[key]), "as the federation left it"
 
 
 def test_what_no_expert_chooses_is_filled_up_by_relevance(runs: Any, rows: Path, fedamole: Any) -> None:
@@ -130,7 +132,7 @@ def test_what_no_expert_chooses_is_filled_up_by_relevance(runs: Any, rows: Path,
     assert report["added"] > 0
 
 
-def test_training_goes_on_from_what_was_sent(runs: Any, rows: Path, fedamole: Any) -> None:
+def test_training_starts_from_the_message(runs: Any, rows: Path, fedamole: Any) -> None:
     run = runs("fedamole")
     report = joined(fedamole, run, rows, "--steps", "30")
     assert report["kept"] == "trained"
@@ -167,7 +169,7 @@ def test_a_method_with_nothing_for_a_new_client(runs: Any, rows: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("arguments", "code", "message"),
     [
         (["--name", "mood"], 2, "already"),
         (["--name", "a b"], 2, "letters"),
@@ -177,10 +179,10 @@ def test_a_method_with_nothing_for_a_new_client(runs: Any, rows: Path, tmp_path:
     ],
 )
 def test_a_mistake_leaves_nothing_behind(
-    words: Sequence[str], code: int, told: str, runs: Any, rows: Path, tmp_path: Path, fedamole: Any
+    arguments: Sequence[str], code: int, message: str, runs: Any, rows: Path, tmp_path: Path, fedamole: Any
 ) -> None:
-    result = fedamole("adapt", runs("fedamole"), "--data", rows, "--folder", "out", *words)
-    assert (result.code, told in result.line) == (code, True), result.line
+    result = fedamole("adapt", runs("fedamole"), "--data", rows, "--folder", "out", *arguments)
+    assert (result.code, message in result.line) == (code, True), result.line
     assert not (tmp_path / "out").exists()
 
 
@@ -190,9 +192,9 @@ def test_a_coordinators_folder_serves_too(runs: Any, rows: Path, tmp_path: Path,
     shutil.rmtree(tmp_path / "run" / "clients")
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     (tmp_path / "run" / "run.json").write_text(json.dumps({**about, "kind": "server"}))
-    here = joined(fedamole, tmp_path / "run", rows, "--steps", "0")
+    report = joined(fedamole, tmp_path / "run", rows, "--steps", "0")
     there = joined(fedamole, runs("fedamole"), rows, "--steps", "0")
-    assert here == {**there, "folder": here["folder"]}
+    assert report == {**there, "folder": report["folder"]}
     (tmp_path / "run" / "run.json").write_text(json.dumps({**about, "kind": "client"}))
     refused = fedamole("adapt", "run", "--data", rows, "--folder", "out")
     assert (refused.code, "coordinator" in refused.line) == (5, True)

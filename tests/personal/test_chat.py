@@ -46,9 +46,9 @@ def answer(bank: Bank, turns: list[tuple[str, str]], tokens: int) -> str:
 @pytest.mark.parametrize("method", ["fedamole", "feddpa", "fedprompt"])
 def test_answers_are_those_of_evaluation(method: str, runs: Any) -> None:
     """The first long enough for FedDPA's weights by instance to decide some of its words; then two in a row."""
-    bank, said = loaded(runs(method), "entail"), list[str]()
-    Chat(bank, 16).answer("the last pie is bad, says Gus", said.append)
-    assert "".join(said).strip() == answer(bank, [("user", "the last pie is bad, says Gus")], 16)
+    bank, messages = loaded(runs(method), "entail"), list[str]()
+    Chat(bank, 16).answer("the last pie is bad, says Gus", messages.append)
+    assert "".join(messages).strip() == answer(bank, [("user", "the last pie is bad, says Gus")], 16)
     chat = Chat(bank, 4, "Be brief.")
     chat.answer("who?", lambda _: None)
     chat.answer("and now?", lambda _: None)
@@ -62,7 +62,7 @@ def test_special_tokens_in_a_message_are_text(bank: Bank, monkeypatch: pytest.Mo
     """`<end>` in what is said, by user or assistant, reaches the model letter by letter."""
     chat, seen = Chat(bank, 2, "Be <pad>."), list[tuple[int, ...]]()
     chat.turns = [("user", "a<end>"), ("assistant", "b<end>")]
-    monkeypatch.setattr(chat, "_generate", lambda ids, words: seen.append(ids))
+    monkeypatch.setattr(chat, "_generate", lambda ids, arguments: seen.append(ids))
     chat.answer("c<end>", lambda _: None)
     (ids,) = seen
     assert not {bank.base.tokenizer.eos_token_id, bank.base.pad_id} & set(ids)
@@ -70,17 +70,17 @@ def test_special_tokens_in_a_message_are_text(bank: Bank, monkeypatch: pytest.Mo
     assert bank.base.tokenizer.decode(ids) == conversation_prompt(turns)
 
 
-def test_half_a_character_is_refused_and_the_conversation_goes_on(bank: Bank) -> None:
+def test_half_a_character_is_refused_and_the_conversation_continues(bank: Bank) -> None:
     notes, texts = list[str](), iter(["hi \udc80", "/quit"])
     run_chat(Chat(bank, 2), lambda: next(texts), lambda _: None, notes.append)
     assert notes == ["text 1 of 1 holds half a character (U+DC80) at position 14; correct it"]
 
 
 def test_an_answer_comes_in_words(bank: Bank) -> None:
-    said: list[str] = []
-    Chat(bank, 24).answer("day 3: who has a blue hat?", said.append)
-    assert len(said) > 1
-    assert said[0] == said[0].lstrip()
+    messages: list[str] = []
+    Chat(bank, 24).answer("day 3: who has a blue hat?", messages.append)
+    assert len(messages) > 1
+    assert messages[0] == messages[0].lstrip()
 
 
 def test_the_oldest_turns_are_forgotten(bank: Bank) -> None:
@@ -106,14 +106,14 @@ def test_a_message_that_is_too_long(bank: Bank) -> None:
 
 
 def test_new_begins_anew_and_quit_ends(bank: Bank) -> None:
-    chat, said, noted = Chat(bank, 4), list[str](), list[str]()
-    words: Iterator[str] = iter(["who?", "", "/new", "who?", "x" * 400, "/quit", "never"])
-    run_chat(chat, lambda: next(words), said.append, noted.append)
-    first, second = "".join(said).splitlines()
+    chat, messages, noted = Chat(bank, 4), list[str](), list[str]()
+    inputs: Iterator[str] = iter(["who?", "", "/new", "who?", "x" * 400, "/quit", "never"])
+    run_chat(chat, lambda: next(inputs), messages.append, noted.append)
+    first, second = "".join(messages).splitlines()
     assert first == second
     assert noted[0] == "a new conversation"
     assert "shorten it" in noted[1]
-    assert next(words) == "never"
+    assert next(inputs) == "never"
 
 
 @pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
@@ -145,9 +145,9 @@ def test_through_a_pipe(fedamole: Any, runs: Any, bank: Bank, monkeypatch: Any) 
 def test_an_interrupt_on_a_terminal(runs: Any) -> None:
     """The command on a terminal of its own, interrupted when it asks the user."""
     outer, inner = pty.openpty()
-    words = [sys.executable, "-m", "fedamole", "chat", str(runs("fedamole")), "--client", "chat"]
+    arguments = [sys.executable, "-m", "fedamole", "chat", str(runs("fedamole")), "--client", "chat"]
     process = subprocess.Popen(
-        words, stdin=inner, stdout=inner, stderr=inner, start_new_session=True, preexec_fn=heeding_interrupts
+        arguments, stdin=inner, stdout=inner, stderr=inner, start_new_session=True, preexec_fn=heeding_interrupts
     )
     os.close(inner)
     screen, end = b"", time.monotonic() + 100

@@ -117,11 +117,11 @@ def test_a_text_and_its_answer(fedamole: Callable[..., Any], runs: Any, tmp_path
         for module, weights in token["weights"].items():
             assert sum(weights.values()) == pytest.approx(1, abs=1e-5)
             assert len(weights) <= 2
-            assert set(weights) <= {str(one["expert"]) for one in report["modules"][module]["experts"]}
+            assert set(weights) <= {str(expert["expert"]) for expert in report["modules"][module]["experts"]}
     for module in report["modules"].values():
         assert module["tokens"] == len(report["tokens"])
-        assert sum(one["share"] for one in module["experts"]) == pytest.approx(1)
-        assert all("mood" in one["clients"] for one in module["experts"])
+        assert sum(expert["share"] for expert in module["experts"]) == pytest.approx(1)
+        assert all("mood" in expert["clients"] for expert in module["experts"])
     reader = Reader()
     reader.feed(page_.read_text())
     assert reader.open == []
@@ -130,38 +130,38 @@ def test_a_text_and_its_answer(fedamole: Callable[..., Any], runs: Any, tmp_path
 
 
 def test_a_given_answer_the_template_and_the_first_example(fedamole: Callable[..., Any], runs: Any) -> None:
-    words = ("explain", runs("fedamole"), "--client", "mood", "--json")
-    given = json.loads(fedamole(*words, "--set", "text=the pie is bad", "--answer", "glad").out)
+    arguments = ("explain", runs("fedamole"), "--client", "mood", "--json")
+    given = json.loads(fedamole(*arguments, "--set", "text=the pie is bad", "--answer", "glad").out)
     assert "".join(token["text"] for token in given["tokens"] if token["answer"]) == "glad"
     assert "Text: the pie is bad\n" in "".join(token["text"] for token in given["tokens"])
     assert len(given["modules"]) == 1
-    first = json.loads(fedamole(*words).out)
+    first = json.loads(fedamole(*arguments).out)
     assert "Which class" in "".join(token["text"] for token in first["tokens"])
-    plain = fedamole(*words[:-1], "--layer", "1.self_attn.v_proj")
+    plain = fedamole(*arguments[:-1], "--layer", "1.self_attn.v_proj")
     assert "mood, model.layers.1.self_attn.v_proj: prompt and answer" in plain.out
 
 
 def test_special_tokens_in_a_given_answer_are_text(fedamole: Callable[..., Any], runs: Any) -> None:
-    words = ("explain", runs("fedamole"), "--client", "mood", "--json", "--prompt", "a\n", "--answer", "<end>")
-    answer = [token["text"] for token in json.loads(fedamole(*words).out)["tokens"] if token["answer"]]
+    arguments = ("explain", runs("fedamole"), "--client", "mood", "--json", "--prompt", "a\n", "--answer", "<end>")
+    answer = [token["text"] for token in json.loads(fedamole(*arguments).out)["tokens"] if token["answer"]]
     assert len(answer) > 1
     assert "".join(answer) == "<end>"
 
 
 def test_what_the_experts_are_for(fedamole: Callable[..., Any], runs: Any, tmp_path: Path) -> None:
-    words = ("explain", runs("fedamole"), "--client", "mood", "--experts", "--top", 2)
-    report = json.loads(fedamole(*words, "--split", "train", "--json", "--html", tmp_path / "e.html").out)
+    arguments = ("explain", runs("fedamole"), "--client", "mood", "--experts", "--top", 2)
+    report = json.loads(fedamole(*arguments, "--split", "train", "--json", "--html", tmp_path / "e.html").out)
     assert report["about"] == "mood's train data"
     ((_, module),) = report["modules"].items()
     assert module["tokens"] > 100
-    examples = [one["examples"] for one in module["experts"]]
+    examples = [expert["examples"] for expert in module["experts"]]
     assert all(len(examples) <= 2 for examples in examples)
-    assert all(one["examples"] for one in module["experts"] if one["largest"] > 0)
+    assert all(expert["examples"] for expert in module["experts"] if expert["largest"] > 0)
     rows = [json.loads(line) for line in (runs.config.parent / "mood.jsonl").read_text().splitlines()]
     texts = [f"Text: {row['text']}\nWhich class does the text belong to?\nClass:\n{row['label_text']}" for row in rows]
     for example in (example for examples in examples for example in examples):
         assert any(example["before"] + example["text"] + example["after"] in text for text in texts)
-    assert "expert " in fedamole(*words).out
+    assert "expert " in fedamole(*arguments).out
     assert 'style="--w:1"' in (tmp_path / "e.html").read_text()
 
 
@@ -171,16 +171,16 @@ def test_all_clients_into_a_file(fedamole: Callable[..., Any], runs: Any, tmp_pa
     done = fedamole("explain", run, "--all")
     assert done.code == 0
     assert "entail" in done.out
-    found = json.loads((run / "routing.json").read_text())
-    assert found["split"] == "validation"
-    assert sorted(found["clients"]) == ["chat", "entail", "mood", "plain"]
-    for modules in found["clients"].values():
+    result = json.loads((run / "routing.json").read_text())
+    assert result["split"] == "validation"
+    assert sorted(result["clients"]) == ["chat", "entail", "mood", "plain"]
+    for modules in result["clients"].values():
         for shares in modules.values():
             assert sum(shares.values()) == pytest.approx(1, abs=1e-4)
-    one = json.loads(fedamole("explain", run, "--client", "chat", "--experts", "--layer", "all", "--json").out)
-    assert found["clients"]["chat"] == {
+    chat = json.loads(fedamole("explain", run, "--client", "chat", "--experts", "--layer", "all", "--json").out)
+    assert result["clients"]["chat"] == {
         module: {str(expert["expert"]): pytest.approx(expert["share"], abs=1e-5) for expert in report["experts"]}
-        for module, report in one["modules"].items()
+        for module, report in chat["modules"].items()
     }
 
 
@@ -196,15 +196,15 @@ def test_other_mixtures(method: str, roles: list[str] | None, fedamole: Callable
     run = runs(method, "federation.rounds=2")
     report = json.loads(fedamole("explain", run, "--client", "plain", "--json", "--prompt", "Ann has\n").out)
     ((_, module),) = report["modules"].items()
-    assert sum(one["share"] for one in module["experts"]) == pytest.approx(1)
-    found = [one["role"] for one in module["experts"]]
-    assert found == roles if roles else found.count("its own cluster's") == 1
-    own = [one for one in module["experts"] if one["role"].startswith("its own")]
+    assert sum(expert["share"] for expert in module["experts"]) == pytest.approx(1)
+    results = [expert["role"] for expert in module["experts"]]
+    assert results == roles if roles else results.count("its own cluster's") == 1
+    own = [expert for expert in module["experts"] if expert["role"].startswith("its own")]
     assert "plain" in own[0]["clients"]
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("arguments", "code", "output"),
     [
         (("--client", "mood", "--prompt", "x", "--experts"), 2, "choose one"),
         (("--all", "--client", "mood"), 2, "--all covers all clients"),
@@ -215,15 +215,15 @@ def test_other_mixtures(method: str, roles: list[str] | None, fedamole: Callable
         (("--client", "mood", "--split", "test"), 2, "validation"),
     ],
 )
-def test_mistakes(words: tuple[str, ...], code: int, said: str, fedamole: Callable[..., Any], runs: Any) -> None:
-    done = fedamole("explain", runs("fedamole"), *words)
+def test_mistakes(arguments: tuple[str, ...], code: int, output: str, fedamole: Callable[..., Any], runs: Any) -> None:
+    done = fedamole("explain", runs("fedamole"), *arguments)
     assert done.code == code
-    assert said in done.err
+    assert output in done.err
 
 
 def test_a_model_without_experts_is_refused(fedamole: Callable[..., Any], runs: Any) -> None:
-    for words in (("--client", "mood"), ("--client", "mood", "--experts"), ("--all",)):
-        done = fedamole("explain", runs("fedit"), *words)
+    for arguments in (("--client", "mood"), ("--client", "mood", "--experts"), ("--all",)):
+        done = fedamole("explain", runs("fedit"), *arguments)
         assert done.code == 2
         assert "nothing to route" in done.line
     assert not (runs("fedit") / "routing.json").exists()

@@ -58,19 +58,19 @@ def trained(runs: Any) -> Path:
 def logits(bank: Bank, adapter: Adapter) -> Tensor:
     bank.load([adapter])
     batch = collate([[(IDS[:1], IDS[1:])]], bank.base.pad_id, bank.packs)
-    with torch.no_grad(), bank.forward(batch) as found:
-        return found.clone()
+    with torch.no_grad(), bank.forward(batch) as result:
+        return result.clone()
 
 
 def written(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "export.json").read_text())
-    return found
+    result: dict[str, Any] = json.loads((folder / "export.json").read_text())
+    return result
 
 
 def test_it_needs_nothing_of_this_package(trained: Path, tiny: Path, tmp_path: Path, fedamole: Any) -> None:
     for kind in ("lora", "merged"):
-        words = ["--to", kind, "--out", kind, "--tolerance", "0.2", "--json"]
-        result = fedamole("export", trained, "--client", CLIENT, *words)
+        options = ["--to", kind, "--out", kind, "--tolerance", "0.2", "--json"]
+        result = fedamole("export", trained, "--client", CLIENT, *options)
         assert result.code == 0, result.err
         report = json.loads(result.out)
         assert report == {**written(tmp_path / kind), "written": kind}
@@ -80,13 +80,13 @@ def test_it_needs_nothing_of_this_package(trained: Path, tiny: Path, tmp_path: P
     out = tmp_path / "logits.safetensors"
     arguments = [tiny / "base", tmp_path / "lora", tmp_path / "merged", out]
     subprocess.run([sys.executable, "-c", OUTSIDE, *map(str, arguments), json.dumps(IDS)], check=True, cwd=tmp_path)
-    found = load_file(out)
+    actual = load_file(out)
     model = find_model(trained, CLIENT)
     base = load_base_for(model, "cpu")
     ours = logits(Bank(base), load_adapter(tmp_path / "lora", base.identity))
     but_last = slice(0, len(IDS) - 1)
-    assert torch.allclose(found["lora"][but_last], ours, atol=1e-4)
-    assert torch.allclose(found["merged"][but_last], ours, atol=1e-4)
+    assert torch.allclose(actual["lora"][but_last], ours, atol=1e-4)
+    assert torch.allclose(actual["merged"][but_last], ours, atol=1e-4)
     assert not torch.allclose(logits(Bank(load_base_for(model, "cpu")), load_adapter(model.folder)), ours, atol=1e-4)
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert not list(tmp_path.glob(".*"))
@@ -132,7 +132,7 @@ def test_what_is_linear_is_found_exactly(change: Any, packs: bool, trained: Path
     assert about["tokens"] == sum(len(prompt) + len(answer) for prompt, answer in rows)
 
 
-def test_a_lora_is_exported_as_it_is(runs: Any, tmp_path: Path, fedamole: Any) -> None:
+def test_a_lora_is_exported_unchanged(runs: Any, tmp_path: Path, fedamole: Any) -> None:
     run = runs("fedit")
     result = fedamole("export", run, "--client", CLIENT, "--out", "lora", "--json")
     assert result.code == 0, result.err
@@ -167,18 +167,18 @@ def test_a_prompt_is_no_lora(runs: Any, tmp_path: Path, fedamole: Any) -> None:
 
 
 def test_too_much_lost_is_refused(trained: Path, tmp_path: Path, fedamole: Any) -> None:
-    words = ["export", trained, "--client", CLIENT, "--rank", "1", "--tolerance", "0"]
-    refused = fedamole(*words, "--out", "new/folder/lora", "--json")
+    arguments = ["export", trained, "--client", CLIENT, "--rank", "1", "--tolerance", "0"]
+    refused = fedamole(*arguments, "--out", "new/folder/lora", "--json")
     assert refused.code == 1
     assert "--force" in refused.line
     report = json.loads(refused.out)
     assert report["written"] is None
     assert report["losses"]["export"] > report["losses"]["personal"]
     assert not list(tmp_path.iterdir())
-    table = fedamole(*words, "--out", "lora")
+    table = fedamole(*arguments, "--out", "lora")
     assert table.code == 1
     assert f"{report['losses']['export']:.4f}" in table.out
-    forced = fedamole(*words, "--out", "lora", "--json", "--force")
+    forced = fedamole(*arguments, "--out", "lora", "--json", "--force")
     assert forced.code == 0, forced.err
     assert json.loads(forced.out) == {**report, "written": "lora"}
     assert {**written(tmp_path / "lora"), "written": None} == report
@@ -205,22 +205,22 @@ def test_a_copied_adapter_needs_text(trained: Path, tiny: Path, tmp_path: Path, 
 def test_calibration_takes_the_place_of_the_training_split(
     trained: Path, tiny: Path, tmp_path: Path, fedamole: Any
 ) -> None:
-    words = ["export", trained, "--client", CLIENT, "--json", "--force"]
-    own = json.loads(fedamole(*words, "--out", "own").out)
-    other = json.loads(fedamole(*words, "--out", "other", "--calibration", tiny / "plain.jsonl").out)
+    arguments = ["export", trained, "--client", CLIENT, "--json", "--force"]
+    own = json.loads(fedamole(*arguments, "--out", "own").out)
+    other = json.loads(fedamole(*arguments, "--out", "other", "--calibration", tiny / "plain.jsonl").out)
     assert own["losses"]["personal"] == other["losses"]["personal"], "both are judged on the client's validation split"
     assert own["unexplained"] != other["unexplained"]
-    few = json.loads(fedamole(*words, "--out", "few", "--tokens", "100").out)
+    few = json.loads(fedamole(*arguments, "--out", "few", "--tokens", "100").out)
     assert few["tokens"] <= 100 < own["tokens"]
 
 
 @pytest.mark.parametrize(
-    "words", [["--to", "gguf"], ["--rank", "0"], ["--ridge", "0"], ["--tolerance", "-1"], ["--tokens", "0"]]
+    "arguments", [["--to", "gguf"], ["--rank", "0"], ["--ridge", "0"], ["--tolerance", "-1"], ["--tokens", "0"]]
 )
-def test_settings_that_mean_nothing(words: Sequence[str], trained: Path, tmp_path: Path, fedamole: Any) -> None:
-    result = fedamole("export", trained, "--client", CLIENT, "--out", "lora", *words)
+def test_settings_that_mean_nothing(arguments: Sequence[str], trained: Path, tmp_path: Path, fedamole: Any) -> None:
+    result = fedamole("export", trained, "--client", CLIENT, "--out", "lora", *arguments)
     assert result.code == 2
-    assert words[0] in result.line
+    assert arguments[0] in result.line
 
 
 def test_tied_and_quantised_weights_take_no_lora(trained: Path) -> None:
@@ -246,10 +246,10 @@ def test_other_architectures_merge_alike(architecture: str, base: Any, tmp_path:
     lora, _ = as_lora(bank, personal, Texts(rows, rows, 64), ExportSettings(rank=6))
     save_adapter(lora, tmp_path / "lora", fresh.name, fresh.identity)
     merge(tmp_path / "lora", fresh, tmp_path / "merged")
-    whole = Bank(load_base(BaseSettings(str(tmp_path / "merged")), fresh.device, tmp_path))
-    batch = collate([[(IDS[:1], IDS[1:])]], fresh.pad_id, whole.packs)
-    with torch.no_grad(), whole.forward(batch) as found:
-        assert torch.allclose(found, logits(bank, lora), atol=1e-3)
+    merged = Bank(load_base(BaseSettings(str(tmp_path / "merged")), fresh.device, tmp_path))
+    batch = collate([[(IDS[:1], IDS[1:])]], fresh.pad_id, merged.packs)
+    with torch.no_grad(), merged.forward(batch) as result:
+        assert torch.allclose(result, logits(bank, lora), atol=1e-3)
     assert not torch.allclose(logits(bank, lora), logits(bank, replace(lora, tensors=zeros(lora))), atol=1e-3)
 
 

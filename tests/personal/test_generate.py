@@ -54,8 +54,8 @@ def test_prompts_on_the_command_line(method: str, fedamole: Any, runs: Any) -> N
     result = fedamole("generate", run, *PROMPTS, "--client", "plain")
     assert result.code == 0, result.err
     assert result.out == "".join(f"{answer}\n" for answer in expected_answers(run, "plain"))
-    found = records(fedamole("generate", run, *PROMPTS, "--client", "plain", "--json"))
-    assert found == [
+    results = records(fedamole("generate", run, *PROMPTS, "--client", "plain", "--json"))
+    assert results == [
         {"client": "plain", "prompt": prompt, "answer": answer}
         for prompt, answer in zip(PROMPTS, expected_answers(run, "plain"), strict=True)
     ]
@@ -63,10 +63,10 @@ def test_prompts_on_the_command_line(method: str, fedamole: Any, runs: Any) -> N
 
 def test_two_clients_answer_differently(fedamole: Any, runs: Any) -> None:
     run = runs("local_only")
-    one = records(fedamole("generate", run, PROMPTS[0], "--client", "plain", "--json"))
+    first = records(fedamole("generate", run, PROMPTS[0], "--client", "plain", "--json"))
     other = records(fedamole("generate", run, PROMPTS[0], "--client", "chat", "--json"))
-    assert one[0]["answer"] != other[0]["answer"]
-    assert [one[0]["answer"]] == expected_answers(run, "plain", PROMPTS[:1])
+    assert first[0]["answer"] != other[0]["answer"]
+    assert [first[0]["answer"]] == expected_answers(run, "plain", PROMPTS[:1])
     assert [other[0]["answer"]] == expected_answers(run, "chat", PROMPTS[:1])
 
 
@@ -74,18 +74,18 @@ def test_an_option_selects_the_variant(fedamole: Any, runs: Any, tmp_path: Path)
     """Only the second variant is left of one client, so the option decides whether there is a model."""
     own = Path(shutil.copytree(runs("fedit", "evaluation.pre_aggregation=true"), tmp_path / "own"))
     shutil.rmtree(own / "clients/chat/adapter")
-    words = ("generate", own, PROMPTS[0], "--client", "chat", "--json")
-    assert fedamole(*words).code == 5
-    assert [record["client"] for record in records(fedamole(*words, "--variant", "fedit_ft"))] == ["chat"]
-    refused = fedamole(*words, "--variant", "fedit_tf")
+    arguments = ("generate", own, PROMPTS[0], "--client", "chat", "--json")
+    assert fedamole(*arguments).code == 5
+    assert [record["client"] for record in records(fedamole(*arguments, "--variant", "fedit_ft"))] == ["chat"]
+    refused = fedamole(*arguments, "--variant", "fedit_tf")
     assert (refused.code, "no saved model of 'fedit_tf'" in refused.line) == (5, True)
 
 
 def test_a_longer_answer(fedamole: Any, runs: Any) -> None:
     run = runs("fedamole")
-    found = records(fedamole("generate", run, PROMPTS[0], "--client", "chat", "--max-new-tokens", 9, "--json"))
+    result = records(fedamole("generate", run, PROMPTS[0], "--client", "chat", "--max-new-tokens", 9, "--json"))
     assert (
-        [found[0]["answer"]]
+        [result[0]["answer"]]
         == expected_answers(run, "chat", PROMPTS[:1], 9)
         != expected_answers(run, "chat", PROMPTS[:1])
     )
@@ -111,22 +111,22 @@ def test_rows_of_a_file_into_a_file(fedamole: Any, runs: Any, tiny: Path) -> Non
     for row in rows:
         del row["label"]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ("generate", run, "--client", "entail", "--file", "rows.jsonl", "--json", "--out", "answers.jsonl")
-    result = fedamole(*words)
+    arguments = ("generate", run, "--client", "entail", "--file", "rows.jsonl", "--json", "--out", "answers.jsonl")
+    result = fedamole(*arguments)
     assert (result.code, result.out) == (0, "")
     prompts = tuple(f"{row['premise']} Then {row['hypothesis']}\n" for row in rows)
-    found = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
-    assert [one["prompt"] for one in found] == list(prompts)
-    assert [one["answer"] for one in found] == expected_answers(run, "entail", prompts)
-    result = fedamole(*words)
+    results = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
+    assert [record["prompt"] for record in results] == list(prompts)
+    assert [record["answer"] for record in results] == expected_answers(run, "entail", prompts)
+    result = fedamole(*arguments)
     assert result.code == 5
     assert "is not overwritten" in result.line
 
 
 def test_one_row_by_its_columns(fedamole: Any, runs: Any) -> None:
-    words = ("--set", "premise=Ann sat.", "--set", "hypothesis=a = b", "--json")
-    found = records(fedamole("generate", runs("fedamole"), "--client", "entail", *words))
-    assert found[0]["prompt"] == "Ann sat. Then a = b\n"
+    arguments = ("--set", "premise=Ann sat.", "--set", "hypothesis=a = b", "--json")
+    result = records(fedamole("generate", runs("fedamole"), "--client", "entail", *arguments))
+    assert result[0]["prompt"] == "Ann sat. Then a = b\n"
 
 
 def test_special_tokens_in_rows_and_prompts_are_text(fedamole: Any, runs: Any, caplog: Any) -> None:
@@ -150,19 +150,19 @@ def test_prompts_are_those_of_training(runs: Any) -> None:
     config = runs.load("fedamole")
     shards = {shard.client: shard for shard in load_federation(config.data, Path.cwd()).shards}
     for source in config.data.source:
-        made = read_prompt_file(Path(source.path), prompt_format_of(find_model(run, source.name)))
+        created = read_prompt_file(Path(source.path), prompt_format_of(find_model(run, source.name)))
         known = {example.prompt for example in shards[source.name].train}
         assert known
-        assert known <= {example.prompt for example in made}
-        assert {example.answer for example in made} == {""}
+        assert known <= {example.prompt for example in created}
+        assert {example.answer for example in created} == {""}
 
 
 def test_prompts_of_files_are_as_written(tmp_path: Path) -> None:
     rows = ['{"instruction": "Next visit?", "input": 0}', '{"instruction": "Next visit?", "input": "2024-03-01"}']
     rows += ['{"instruction": "Next visit?", "input": 1.10}', '{"instruction": "Next visit?", "input": 2e5}']
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    made = [example.context for example in read_prompt_file(tmp_path / "rows.jsonl", PromptFormat())]
-    assert made == ["0", "2024-03-01", "1.10", "2e5"]
+    created = [example.context for example in read_prompt_file(tmp_path / "rows.jsonl", PromptFormat())]
+    assert created == ["0", "2024-03-01", "1.10", "2e5"]
     (tmp_path / "p.txt").write_bytes("\ufeffone\u2028still one\r\n\r\n  two\x0b\x85 \n".encode())
     texts = [example.prompt for example in read_prompt_file(tmp_path / "p.txt", PromptFormat())]
     assert texts == ["one\u2028still one", "  two\x0b\x85 "]
@@ -175,8 +175,8 @@ def test_layouts() -> None:
     def prompts(*rows: dict[str, Any], **how: Any) -> list[str]:
         return [example.prompt for example in render_prompts(rows, PromptFormat(**how), "here")]
 
-    asked = prompts({"instruction": "Add.", "input": "1 and 2"}, {"instruction": "Go.", "input": ""})
-    assert [("### Input:\n1 and 2\n\n### Response:\n" in text, "### Input" in text) for text in asked] == [
+    contexts = prompts({"instruction": "Add.", "input": "1 and 2"}, {"instruction": "Go.", "input": ""})
+    assert [("### Input:\n1 and 2\n\n### Response:\n" in text, "### Input" in text) for text in contexts] == [
         (True, True),
         (False, False),
     ]
@@ -221,7 +221,7 @@ def test_what_training_dropped_is_dropped_from_a_file_too(tmp_path: Path) -> Non
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     path.write_text(json.dumps({"prompt": "raw", "messages": talk}) + "\n")
     for layout in (PromptFormat("messages"), PromptFormat(columns={"prompt": ""})):
-        assert [one.prompt for one in read_prompt_file(path, layout)] == [conversation_prompt([("user", "Hi")])]
+        assert [prompt.prompt for prompt in read_prompt_file(path, layout)] == [conversation_prompt([("user", "Hi")])]
 
 
 def test_a_prompt_that_is_too_long_is_cut_as_in_training(runs: Any, caplog: Any) -> None:
@@ -231,8 +231,8 @@ def test_a_prompt_that_is_too_long_is_cut_as_in_training(runs: Any, caplog: Any)
     text = " ".join(f"on day {number}" for number in range(80))
     ids = tuple(bank.base.tokenizer(text, add_special_tokens=False)["input_ids"])
     assert len(ids) > 200
-    found = list(answer_prompts(bank, [raw_prompt(text)], 8, 8192))
-    assert found == generate_answers(bank, [[ids[-120:]]], 8, 8192)[0]
+    result = list(answer_prompts(bank, [raw_prompt(text)], 8, 8192))
+    assert result == generate_answers(bank, [[ids[-120:]]], 8, 8192)[0]
     assert "1 of 1 prompts were cut to 120 tokens" in caplog.text
     with pytest.raises(ConfigError, match="leaves no room for a prompt: this base has 128 positions"):
         list(answer_prompts(bank, [raw_prompt(text)], 128, 8192))
@@ -241,21 +241,21 @@ def test_a_prompt_that_is_too_long_is_cut_as_in_training(runs: Any, caplog: Any)
 def test_more_prompts_than_are_handed_over_at_once(runs: Any) -> None:
     bank, adapters = open_bank([find_model(runs("fedamole"), "plain")], "cpu")
     bank.load(adapters)
-    found = list(answer_prompts(bank, prompts_from_lines("\n".join(f"{number} ->" for number in range(70))), 2, 8192))
-    assert len(found) == 70
-    assert found[69] == next(answer_prompts(bank, [raw_prompt("69 ->")], 2, 8192))
+    result = list(answer_prompts(bank, prompts_from_lines("\n".join(f"{number} ->" for number in range(70))), 2, 8192))
+    assert len(result) == 70
+    assert result[69] == next(answer_prompts(bank, [raw_prompt("69 ->")], 2, 8192))
 
 
 def test_an_adapter_folder_on_a_copy_of_its_base(fedamole: Any, runs: Any, tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(runs("fedamole") / "clients/plain/adapter", tmp_path / "copied")
-    words = ("generate", "copied", *PROMPTS, "--base", tiny / "base", "--max-new-tokens", 4, "--json")
-    found = records(fedamole(*words))
-    assert [one["answer"] for one in found] == expected_answers(runs("fedamole"), "plain")
-    assert {one["client"] for one in found} == {"copied"}
+    arguments = ("generate", "copied", *PROMPTS, "--base", tiny / "base", "--max-new-tokens", 4, "--json")
+    result = records(fedamole(*arguments))
+    assert [record["answer"] for record in result] == expected_answers(runs("fedamole"), "plain")
+    assert {record["client"] for record in result} == {"copied"}
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "message"),
+    ("arguments", "code", "message"),
     [
         (("--client", "plain", "a", "--set", "b=c"), 2, "only one of them"),
         (("--client", "plain", "--set", "prompt"), 2, "write COLUMN=TEXT"),
@@ -268,10 +268,10 @@ def test_an_adapter_folder_on_a_copy_of_its_base(fedamole: Any, runs: Any, tiny:
         (("--client", "plian", "a"), 5, "did you mean 'plain'"),
     ],
 )
-def test_mistakes(words: tuple[str, ...], code: int, message: str, fedamole: Any, runs: Any, piped: Any) -> None:
+def test_mistakes(arguments: tuple[str, ...], code: int, message: str, fedamole: Any, runs: Any, piped: Any) -> None:
     piped("\n")
     Path("odd.pdf").write_text("")
-    result = fedamole("generate", runs("fedamole"), *words)
+    result = fedamole("generate", runs("fedamole"), *arguments)
     assert result.code == code, result.err
     assert message in result.line
 

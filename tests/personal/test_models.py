@@ -57,16 +57,16 @@ def test_it_answers_as_evaluation_does(runs: Any) -> None:
     bank.load(adapters)
     model, tokenizer = load_personal_model(runs("fedamole"), "mood", device="cpu")
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 0
-    said = model.generate(input_ids=torch.tensor([IDS]), max_new_tokens=12)[0, len(IDS) :]
-    text = tokenizer.decode(said, skip_special_tokens=True).strip()
+    output = model.generate(input_ids=torch.tensor([IDS]), max_new_tokens=12)[0, len(IDS) :]
+    text = tokenizer.decode(output, skip_special_tokens=True).strip()
     assert [text] == generate_answers(bank, [[IDS]], 12, 8192)[0]
 
 
 def test_from_a_copied_folder_in_a_fresh_process(runs: Any, tiny: Path, tmp_path: Path) -> None:
     copy = tmp_path / "mood-model"
     shutil.copytree(runs("fedamole") / "clients/mood/adapter", copy)
-    words = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(copy), str(tiny / "base"), json.dumps(IDS)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    arguments = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(copy), str(tiny / "base"), json.dumps(IDS)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     there = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
     assert torch.allclose(there, of_bank(runs("fedamole"), "mood"), atol=1e-5)

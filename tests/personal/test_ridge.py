@@ -10,10 +10,10 @@ CPU = torch.device("cpu")
 
 
 def sums(x: Tensor, y: Tensor) -> Moments:
-    found = Moments(x.shape[1], y.shape[1], CPU)
+    result = Moments(x.shape[1], y.shape[1], CPU)
     for rows in zip(x.split(7), y.split(7), strict=True):
-        found.add(*rows)
-    return found
+        result.add(*rows)
+    return result
 
 
 def drawn(tokens: int = 200, d_in: int = 6, d_out: int = 5) -> tuple[Tensor, Tensor]:
@@ -32,27 +32,27 @@ def test_by_hand() -> None:
     The best map of rank 1 keeps the first, and misses 1.5^2 of 2^2 + 1.5^2.
     """
     x, y = torch.tensor([[2.0, 0], [0, 1]]), torch.tensor([[2.0, 0], [0, 1.5]])
-    found = best_lora(sums(x, y), 1, 1e-12)
-    assert torch.allclose(found.b @ found.a, torch.tensor([[1.0, 0], [0, 0]]), atol=1e-6)
-    assert abs(found.unexplained - 2.25 / 6.25) < 1e-6
-    whole = best_lora(sums(x, y), 2, 1e-12)
-    assert torch.allclose(whole.b @ whole.a, torch.tensor([[1.0, 0], [0, 1.5]]), atol=1e-6)
-    assert whole.unexplained < 1e-6
+    lora = best_lora(sums(x, y), 1, 1e-12)
+    assert torch.allclose(lora.b @ lora.a, torch.tensor([[1.0, 0], [0, 0]]), atol=1e-6)
+    assert abs(lora.unexplained - 2.25 / 6.25) < 1e-6
+    full_rank = best_lora(sums(x, y), 2, 1e-12)
+    assert torch.allclose(full_rank.b @ full_rank.a, torch.tensor([[1.0, 0], [0, 1.5]]), atol=1e-6)
+    assert full_rank.unexplained < 1e-6
 
 
 def test_the_ridge_by_hand() -> None:
     """One input of size 2, output 4: W = 2 without a penalty. mean x^2 = 4, so a ridge of 1 gives 8 / (4 + 4) = 1."""
-    found = best_lora(sums(torch.tensor([[2.0]]), torch.tensor([[4.0]])), 1, 1.0)
-    assert torch.allclose(found.b @ found.a, torch.tensor([[1.0]]))
+    lora = best_lora(sums(torch.tensor([[2.0]]), torch.tensor([[4.0]])), 1, 1.0)
+    assert torch.allclose(lora.b @ lora.a, torch.tensor([[1.0]]))
 
 
 def test_the_whole_rank_is_least_squares() -> None:
     x, y = drawn()
-    found = best_lora(sums(x, y), 5, 1e-13)
-    wanted = torch.linalg.lstsq(x, y).solution
-    assert torch.allclose((found.b @ found.a).T.double(), wanted, rtol=1e-4, atol=1e-5)
-    left = (y - x @ wanted).square().sum() / y.square().sum()
-    assert abs(found.unexplained - float(left)) < 1e-5
+    lora = best_lora(sums(x, y), 5, 1e-13)
+    expected = torch.linalg.lstsq(x, y).solution
+    assert torch.allclose((lora.b @ lora.a).T.double(), expected, rtol=1e-4, atol=1e-5)
+    left = (y - x @ expected).square().sum() / y.square().sum()
+    assert abs(lora.unexplained - float(left)) < 1e-5
 
 
 def test_no_other_lora_of_that_rank_is_nearer() -> None:
@@ -63,18 +63,18 @@ def test_no_other_lora_of_that_rank_is_nearer() -> None:
     def cost(w: Tensor) -> float:
         return float((y - x @ w.T).square().sum() / len(x) + penalty * w.square().sum())
 
-    found = best_lora(sums(x, y), rank, 0.01)
-    ours = cost(found.b.double() @ found.a.double())
+    lora = best_lora(sums(x, y), rank, 0.01)
+    ours = cost(lora.b.double() @ lora.a.double())
     # The penalty as further rows of x with outputs 0 makes it plain least squares.
     rows = torch.cat([x / len(x) ** 0.5, penalty**0.5 * torch.eye(6, dtype=torch.float64)])
-    wanted = torch.cat([y / len(x) ** 0.5, torch.zeros(6, 5, dtype=torch.float64)])
+    expected = torch.cat([y / len(x) ** 0.5, torch.zeros(6, 5, dtype=torch.float64)])
     costs = []
     for seed in range(4):
         b = torch.randn(5, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         for _ in range(200):
             q, _ = torch.linalg.qr(b)
-            a = torch.linalg.lstsq(rows, wanted @ q).solution.T
-            b = torch.linalg.lstsq(rows @ a.T, wanted).solution.T
+            a = torch.linalg.lstsq(rows, expected @ q).solution.T
+            b = torch.linalg.lstsq(rows @ a.T, expected).solution.T
         costs.append(cost(b @ a))
     assert min(costs) > ours * (1 - 1e-5)
     assert min(costs) < ours * (1 + 1e-4)
@@ -82,14 +82,14 @@ def test_no_other_lora_of_that_rank_is_nearer() -> None:
 
 def test_dimensions_that_are_not_there_are_zeros() -> None:
     x, y = drawn()
-    found = best_lora(sums(x, y), 8, 1e-6)
-    assert (found.a.shape, found.b.shape) == ((8, 6), (5, 8))
-    assert not found.a[5:].any()
-    assert not found.b[:, 5:].any()
+    lora = best_lora(sums(x, y), 8, 1e-6)
+    assert (lora.a.shape, lora.b.shape) == ((8, 6), (5, 8))
+    assert not lora.a[5:].any()
+    assert not lora.b[:, 5:].any()
 
 
 def test_a_mixture_that_adds_nothing() -> None:
     x, _ = drawn()
-    found = best_lora(sums(x, torch.zeros(200, 5)), 2, 1e-4)
-    assert not (found.b @ found.a).any()
-    assert found.unexplained == 0
+    lora = best_lora(sums(x, torch.zeros(200, 5)), 2, 1e-4)
+    assert not (lora.b @ lora.a).any()
+    assert lora.unexplained == 0

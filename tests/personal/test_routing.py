@@ -80,9 +80,9 @@ def test_the_weights_are_those_that_the_layers_used(kind: str, packed: bool, bas
     """The experts, weighted so and added to the frozen linear, are what every layer put out."""
     bank, adapter = loaded(base(), kind)
     bank.packs = packed
-    found = dict(token_weights(bank, ROWS))
-    assert sorted(found) == [0, 1, 2]
-    for index, weights in found.items():
+    result = dict(token_weights(bank, ROWS))
+    assert sorted(result) == [0, 1, 2]
+    for index, weights in result.items():
         seen = watched(bank, ROWS[index])
         assert set(weights) == set(seen) == set(adapter.modules())
         for module, (x, frozen, out) in seen.items():
@@ -137,10 +137,10 @@ def test_watching_changes_nothing(kind: str, base: Callable[..., Base]) -> None:
     with torch.no_grad():
         with bank.forward(batch) as logits:
             plain = logits.clone()
-        found: dict[str, Tensor] = {}
-        with bank.forward(batch, routing_weights=found) as logits:
+        results: dict[str, Tensor] = {}
+        with bank.forward(batch, routing_weights=results) as logits:
             assert torch.equal(logits, plain)
-    assert set(found) == set(bank.layers)
+    assert set(results) == set(bank.layers)
     assert bank.context.routing_weights is None
 
 
@@ -151,13 +151,13 @@ def test_sums_by_hand() -> None:
     """
     a = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
     b = torch.tensor([[0.25, 0.75]]).expand(4, 2)
-    found = routing_stats([{"a": a[:3], "b": b[:3]}, {"a": a[3:], "b": b[3:]}])
-    assert found["a"].tokens == 4
-    assert found["a"].mean_weights == (0.625, 0.375)
-    assert found["a"].top_fractions == (0.75, 0.25)
-    assert found["a"].mutual_information == pytest.approx(0.66156 - math.log(2) / 4, abs=1e-4)
-    assert found["b"].mutual_information == pytest.approx(0, abs=1e-9)
-    assert most_informative_module(found) == "a"
+    result = routing_stats([{"a": a[:3], "b": b[:3]}, {"a": a[3:], "b": b[3:]}])
+    assert result["a"].tokens == 4
+    assert result["a"].mean_weights == (0.625, 0.375)
+    assert result["a"].top_fractions == (0.75, 0.25)
+    assert result["a"].mutual_information == pytest.approx(0.66156 - math.log(2) / 4, abs=1e-4)
+    assert result["b"].mutual_information == pytest.approx(0, abs=1e-9)
+    assert most_informative_module(result) == "a"
 
 
 def test_the_tokens_that_weigh_an_expert_most() -> None:
@@ -175,12 +175,12 @@ def test_pieces_put_together_are_the_text(base: Callable[..., Base]) -> None:
     bank = Bank(base())
     text = "a cat, 猫 and é on a mat\n"
     ids = tuple(bank.base.tokenizer(text)["input_ids"])
-    found = token_texts(bank, ids)
-    assert len(found) == len(ids)
-    assert "".join(found) == text
-    assert "猫" in found  # whole, with the last of its bytes
-    broken = token_texts(bank, ids[: found.index("猫")])
-    assert len(broken) == found.index("猫")
+    result = token_texts(bank, ids)
+    assert len(result) == len(ids)
+    assert "".join(result) == text
+    assert "猫" in result  # whole, with the last of its bytes
+    broken = token_texts(bank, ids[: result.index("猫")])
+    assert len(broken) == result.index("猫")
 
 
 def test_the_answer_is_the_models_own(base: Callable[..., Base]) -> None:
@@ -199,8 +199,8 @@ def test_modules_by_their_endings() -> None:
     assert find_module("0.q_proj", known) == "layers.0.q_proj"
     assert find_module("layers.0.v_proj", known) == "layers.0.v_proj"
     assert find_module("0.v_proj", known) == "layers.0.v_proj"
-    for layer, said in (("v_proj", "2 modules"), ("k_proj", "no such module"), ("_proj", "no such module")):
-        with pytest.raises(ConfigError, match=said):
+    for layer, output in (("v_proj", "2 modules"), ("k_proj", "no such module"), ("_proj", "no such module")):
+        with pytest.raises(ConfigError, match=output):
             find_module(layer, known)
 
 
@@ -217,16 +217,16 @@ def test_holders_are_those_of_the_best_rounds_assignment(runs: Any) -> None:
     assert expert_holders(find_model(folder.path / "clients" / "mood" / "adapter", None)) == {}
 
 
-def test_rows_are_the_clients_own_and_nobody_elses_data_are_read(runs: Any, tmp_path: Path) -> None:
-    whole = runs("fedamole")
+def test_only_the_clients_own_rows_are_read(runs: Any, tmp_path: Path) -> None:
+    run = runs("fedamole")
     copied = tmp_path / "run"
-    shutil.copytree(whole, copied)
+    shutil.copytree(run, copied)
     config = (copied / "config.toml").read_text()
     assert "entail.jsonl" in config
     (copied / "config.toml").write_text(config.replace("entail.jsonl", "nowhere.jsonl"))
     model = find_model(copied, "mood")
     bank, _ = open_bank([model], "cpu")
-    splits = prepare(load_config(whole / "config.toml"), read_manifest(whole / "manifest.json")).clients["mood"]
+    splits = prepare(load_config(run / "config.toml"), read_manifest(run / "manifest.json")).clients["mood"]
     for split in ("validation", "train"):
         rows = client_rows(model, bank, split)
         assert [(tuple(p), (*a, bank.base.tokenizer.eos_token_id)) for p, a in rows] == [

@@ -40,21 +40,21 @@ def test_every_saved_model_has_a_card_that_the_hub_can_read(runs: Any) -> None:
     folders = sorted(run.glob("clients/*/adapter"))
     assert len(folders) == 4
     for folder in folders:
-        found = ModelCard.load(folder / "README.md")
-        assert found.data.to_dict() == {
+        result = ModelCard.load(folder / "README.md")
+        assert result.data.to_dict() == {
             "library_name": "peft",
             "pipeline_tag": "text-generation",
             "license": "other",
             "license_name": "unspecified",
             "tags": ["fedamole", "federated-learning", "personalised"],
         }
-        assert found.text.strip().startswith(f"# A personal model of {folder.parent.name}\n")
+        assert result.text.strip().startswith(f"# A personal model of {folder.parent.name}\n")
 
 
 def test_its_numbers(runs: Any) -> None:
     run, names = runs("fedamole"), {"entail": "accuracy", "chat": "rouge_l"}
     rows = json.loads((run / "summary.json").read_text())["rows"]
-    (record,) = (one for one in read_manifest(run / "manifest.json").clients if one.client == "chat")
+    (record,) = (client for client in read_manifest(run / "manifest.json").clients if client.client == "chat")
     for who, headline in names.items():
         scores, own = table(text_of(run, who), "Test scores"), rows["fedamole"]["clients"][who]
         assert scores["model"] == [headline, "loss"]
@@ -85,8 +85,8 @@ def test_a_second_row_has_its_own(runs: Any) -> None:
         assert ("after local training, before the aggregation" in text) == (row == "fedit_ft")
 
 
-@pytest.mark.parametrize("words", [("fedamole",), TWO_ROWS, ("feddpa",)], ids=lambda words: words[0])
-def test_nothing_private(words: tuple[str, ...], runs: Any, tiny: Path) -> None:
+@pytest.mark.parametrize("arguments", [("fedamole",), TWO_ROWS, ("feddpa",)], ids=lambda words: words[0])
+def test_nothing_private(arguments: tuple[str, ...], runs: Any, tiny: Path) -> None:
     """No text or label of any row, no path, no other client's name."""
     values = {
         str(value)
@@ -97,7 +97,7 @@ def test_nothing_private(words: tuple[str, ...], runs: Any, tiny: Path) -> None:
         if not isinstance(cell, int)
     } | {"Maybe"}
     assert len(values) > 200
-    run = runs(*words)
+    run = runs(*arguments)
     for path in run.glob("clients/*/adapter*/README.md"):
         text, own = path.read_text(), path.parts[-3]
         assert not [value for value in values if re.search(rf"\b{re.escape(value)}\b", text)]
@@ -107,7 +107,7 @@ def test_nothing_private(words: tuple[str, ...], runs: Any, tiny: Path) -> None:
         assert "by its folder on the machine that trained it" in text
 
 
-def test_what_an_adapter_holds_beside_weights_is_told(runs: Any) -> None:
+def test_a_card_lists_what_an_adapter_contains_besides_weights(runs: Any) -> None:
     """FedDPA keeps hidden states of prompts in adapter_config.json."""
     seen = json.loads((runs("feddpa") / "clients/mood/adapter/adapter_config.json").read_text())["references"]
     assert f"hidden states for {len(seen)} of the client's own prompts" in text_of(runs("feddpa"), "mood")
@@ -125,16 +125,16 @@ def test_its_ways_to_load_it(method: str, runs: Any, tiny: Path) -> None:
     bank.load(adapters)
     ids = (5, 9, 14, 33)
     with torch.no_grad():
-        wanted = bank.base.model(input_ids=torch.tensor([bank.prefix(ids)])).logits[0, -1]
+        expected = bank.base.model(input_ids=torch.tensor([bank.prefix(ids)])).logits[0, -1]
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:
-        found: dict[str, Any] = {}
-        exec(block.replace("path/to/this/folder", str(folder)).replace("path/to/the/base", str(tiny / "base")), found)
+        results: dict[str, Any] = {}
+        exec(block.replace("path/to/this/folder", str(folder)).replace("path/to/the/base", str(tiny / "base")), results)
         with torch.no_grad():
-            logits = found["model"](input_ids=torch.tensor([ids])).logits[0, -1]
-        assert torch.allclose(logits.cpu(), wanted, atol=1e-4)
-        assert found["tokenizer"].eos_token == "<end>"
+            logits = results["model"](input_ids=torch.tensor([ids])).logits[0, -1]
+        assert torch.allclose(logits.cpu(), expected, atol=1e-4)
+        assert results["tokenizer"].eos_token == "<end>"
 
 
 @pytest.mark.parametrize("name", ["meta-llama/Llama-3.2-1B", "1e3", "no"])
@@ -143,7 +143,7 @@ def test_a_base_of_the_hub(name: str, runs: Any) -> None:
     folder = RunFolder.open(runs("local_only"))
     at = folder.path / "clients/mood/adapter"
     adapter, identity = (json.loads((at / file).read_text()) for file in ("adapter_config.json", "base_identity.json"))
-    (record,) = (one for one in read_manifest(folder.path / "manifest.json").clients if one.client == "mood")
+    (record,) = (client for client in read_manifest(folder.path / "manifest.json").clients if client.client == "mood")
     config = {**runs.load("local_only").tables()}
     summary = folder.read_json("summary.json")
     text = card(
@@ -185,9 +185,9 @@ def test_a_deployed_client_writes_its_own(client: Any, tiny: Path, tmp_path: Pat
         (path,) = (tmp_path / "one").rglob("README.md")
         assert path.parts[-3:] == ("entail", "adapter", "README.md")
         changed = path.stat().st_mtime_ns
-        found = ModelCard.load(path)
-        assert found.text.strip().startswith("# A personal model of entail")
-        assert "saved in round 0 of 0 to 5" in found.text
+        result = ModelCard.load(path)
+        assert result.text.strip().startswith("# A personal model of entail")
+        assert "saved in round 0 of 0 to 5" in result.text
         assert str(tmp_path) not in path.read_text()
     assert path.stat().st_mtime_ns == changed
 

@@ -26,8 +26,8 @@ def named(*values: str, source: str = "site") -> list[dict[str, Any]]:
 def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("labels")
     rows = [
-        {"text": f"day {place}: {value}", "label_text": "glad" if place % 3 else "sad", "place": value}
-        for place in range(20)
+        {"text": f"day {index}: {value}", "label_text": "glad" if index % 3 else "sad", "place": value}
+        for index in range(20)
         for value in VALUES
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -36,21 +36,21 @@ def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "[training]\nlocal_steps = 1\nmax_length = 128\n[data]\nmin_examples = 1\n[[data.source]]\n"
         'name = "site"\npath = "rows.jsonl"\npartition = { kind = "value", by = "place" }\n'
     )
-    said = call("run", folder / "run.toml", f"run.folder={folder / 'out'}")
-    assert said.code == 0, said.err
+    result = call("run", folder / "run.toml", f"run.folder={folder / 'out'}")
+    assert result.code == 0, result.err
     return folder / "out"
 
 
 def test_people_read_values_and_machines_read_names(run: Path, tmp_path: Path) -> None:
     names = [joined_name("site", value) for value in VALUES]
     assert sorted(path.name for path in (run / "clients").iterdir()) == sorted(names)
-    for words in (("show",), ("show", "--markdown")):
-        said = call(words[0], run, *words[1:]).out
+    for arguments in (("show",), ("show", "--markdown")):
+        output = call(arguments[0], run, *arguments[1:]).out
         for name, value in zip(names, VALUES, strict=True):
-            assert f"site-{value}" in said
-            assert (name in said) == (value == "north")
-    (found,) = json.loads(call("show", run, "--json").out)
-    assert sorted(found["columns"]["fedit"]["clients"]) == sorted(names)
+            assert f"site-{value}" in output
+            assert (name in output) == (value == "north")
+    (result,) = json.loads(call("show", run, "--json").out)
+    assert sorted(result["columns"]["fedit"]["clients"]) == sorted(names)
     assert call("report", run, "--out", tmp_path / "page.html").code == 0
     page = (tmp_path / "page.html").read_text()
     for name, value in zip(names, VALUES, strict=True):
@@ -63,8 +63,8 @@ def test_people_read_values_and_machines_read_names(run: Path, tmp_path: Path) -
 
 def test_a_client_is_named_by_its_folder_its_value_or_its_label(run: Path) -> None:
     for value in VALUES[:3]:
-        for word in (joined_name("site", value), value, f"site-{value}"):
-            assert find_model(run, word).client == joined_name("site", value)
+        for argument in (joined_name("site", value), value, f"site-{value}"):
+            assert find_model(run, argument).client == joined_name("site", value)
 
 
 def test_a_comparison_shows_values_and_keeps_names_in_its_records(run: Path) -> None:

@@ -129,9 +129,9 @@ def as_dict(table: Table) -> dict[str, dict[str, str]]:
 
 def test_methods_of_a_scenario(two: list[Scenario]) -> None:
     """Ours: 60 and 70, deviation sqrt(2 * 25) = 7.1; losses 1.5 and 1.0; (3 + 5) / 2 clients = 4 steps a round."""
-    found = as_dict(build_tables(two, "ours")[0])
-    assert list(found) == ["base", "majority", "ours", "theirs"]
-    assert found["ours"] == {
+    result = as_dict(build_tables(two, "ours")[0])
+    assert list(result) == ["base", "majority", "ours", "theirs"]
+    assert result["ours"] == {
         "score": "65.0 ± 7.1",
         "worst client": "55.0 ± 7.1",
         "spread": "10.0 ± 0.0",
@@ -144,14 +144,14 @@ def test_methods_of_a_scenario(two: list[Scenario]) -> None:
         "memory MiB": "100",
         "learning rate": "0.01",
     }
-    assert found["theirs"]["score"] == "52.5 ± 3.5"
-    assert found["base"] == dict.fromkeys(found["ours"], "") | {
+    assert result["theirs"]["score"] == "52.5 ± 3.5"
+    assert result["base"] == dict.fromkeys(result["ours"], "") | {
         "score": "5.0",
         "worst client": "5.0",
         "spread": "0.0",
         "loss": "4.000",
     }
-    assert found["majority"]["loss"] == ""
+    assert result["majority"]["loss"] == ""
     assert "seeds 0, 1" in build_tables(two, "ours")[0].caption
 
 
@@ -159,7 +159,7 @@ def test_the_best_is_starred_where_it_is_clearly_better_than_the_second(make: Ma
     """Scores lead by 10 at every client and seed; losses by 1, 1, 1 and -0.9: their interval is -0.99 to 2.04."""
     scores, losses = {"a": 50.0, "b": 70.0}, {"a": 2.0, "b": 2.0}
     better = {"a": 60.0, "b": 80.0}
-    [found] = read_scenarios(
+    [scenario] = read_scenarios(
         [
             make("ours", 0, better, {"a": 1.0, "b": 1.0}),
             make("ours", 1, better, {"a": 1.0, "b": 2.9}),
@@ -169,13 +169,13 @@ def test_the_best_is_starred_where_it_is_clearly_better_than_the_second(make: Ma
             make("worse", 1, {"a": 90.0, "b": 10.0}),
         ]
     )
-    methods, clients = (as_dict(table) for table in build_tables([found], "ours")[:2])
+    methods, clients = (as_dict(table) for table in build_tables([scenario], "ours")[:2])
     assert methods["ours"]["score"] == "70.0 ± 0.0*"
     assert methods["ours"]["worst client"] == "60.0 ± 0.0*"
     assert methods["ours"]["loss"] == "1.475 ± 0.672"
     assert not any("*" in cell for name in ("theirs", "worse") for cell in methods[name].values())
     assert clients["ours"] == {"a": "60.0 ± 0.0*", "b": "80.0 ± 0.0*", "mean": "70.0 ± 0.0*"}
-    assert "no star with one seed" in build_tables([found], "ours")[0].caption
+    assert "no star with one seed" in build_tables([scenario], "ours")[0].caption
 
 
 def test_a_run_in_which_nothing_was_trained_gets_no_star(make: Make) -> None:
@@ -189,8 +189,8 @@ def test_a_run_in_which_nothing_was_trained_gets_no_star(make: Make) -> None:
 
 
 def test_one_seed_gets_no_star(make: Make) -> None:
-    [found] = read_scenarios([make("ours", 0, {"a": 90.0, "b": 90.0}), make("theirs", 0, {"a": 1.0, "b": 1.0})])
-    assert not any("*" in cell for table in build_tables([found], "ours") for line in table.body for cell in line)
+    [scenario] = read_scenarios([make("ours", 0, {"a": 90.0, "b": 90.0}), make("theirs", 0, {"a": 1.0, "b": 1.0})])
+    assert not any("*" in cell for table in build_tables([scenario], "ours") for line in table.body for cell in line)
 
 
 def test_what_is_clearly_best() -> None:
@@ -213,16 +213,16 @@ def test_work_and_learning_rate_are_columns(make: Make) -> None:
     """Two clients and rounds of 1,500 tokens each make 3,000 per client; a run without counts has empty cells."""
     scores = {"a": 1.0, "b": 1.0}
     counts = {"forward_tokens": 20, "backward_tokens": 1500, "trained_parameters": 250_000}
-    found = read_scenarios([make("ours", 0, scores, at_edge=True, **counts), make("older", 0, scores)])
-    lines = as_dict(build_tables(found, "ours")[0])
+    scenarios = read_scenarios([make("ours", 0, scores, at_edge=True, **counts), make("older", 0, scores)])
+    lines = as_dict(build_tables(scenarios, "ours")[0])
     columns = ("forward tokens", "backward tokens", "trained parameters", "learning rate")
     assert [lines["ours"][column] for column in columns] == ["40", "3.00k", "250k", "0.01 (edge)"]
     assert [lines["older"][column] for column in columns] == ["", "", "", "0.01"]
-    caption = build_tables(found, "ours")[0].caption
+    caption = build_tables(scenarios, "ours")[0].caption
     assert "backward tokens: read in forward and backward passes" in caption
     assert "(edge): the lowest or highest learning rate tried" in caption
-    told = [record for record in as_records(found, "ours") if record["table"] == "methods"]
-    numbers = {(record["method"], record["measure"]): record["mean"] for record in told}
+    records = [record for record in as_records(scenarios, "ours") if record["table"] == "methods"]
+    numbers = {(record["method"], record["measure"]): record["mean"] for record in records}
     assert numbers["ours", "backward_tokens"] == 3000.0
     assert (numbers["ours", "learning_rate_at_edge"], numbers["older", "learning_rate_at_edge"]) == (1.0, 0.0)
 
@@ -230,11 +230,12 @@ def test_work_and_learning_rate_are_columns(make: Make) -> None:
 def test_methods_of_another_size_are_marked_where_sizes_were_to_match(make: Make) -> None:
     """Of 1,000 numbers, 1,100 are within a tenth and 1,101 are not."""
     scores, sizes = {"a": 1.0, "b": 1.0}, {"ours": 1000, "near": 1100, "far": 1101, "small": 899}
-    found = read_scenarios([make(name, 0, scores, trained_parameters=size) for name, size in sizes.items()])
+    scenarios = read_scenarios([make(name, 0, scores, trained_parameters=size) for name, size in sizes.items()])
 
     def column(matched: bool) -> dict[str, str]:
         return {
-            name: line["trained parameters"] for name, line in as_dict(build_tables(found, "ours", matched)[0]).items()
+            name: line["trained parameters"]
+            for name, line in as_dict(build_tables(scenarios, "ours", matched)[0]).items()
         }
 
     assert column(matched=False) == {
@@ -249,12 +250,12 @@ def test_methods_of_another_size_are_marked_where_sizes_were_to_match(make: Make
         "far": "1.10k (not matched)",
         "small": "899 (not matched)",
     }
-    assert "differs by more than 10% from that of ours" in build_tables(found, "ours", matched=True)[0].caption
+    assert "differs by more than 10% from that of ours" in build_tables(scenarios, "ours", matched=True)[0].caption
 
 
 def test_a_diverged_run_is_in_the_tables(make: Make, tmp_path: Path) -> None:
     scores, lost = {"a": 1.0, "b": 1.0}, {"a": math.nan, "b": 1.0}
-    found = read_scenarios(
+    scenarios = read_scenarios(
         [
             make("ours", 0, scores, lost),
             make("ours", 1, scores),
@@ -262,33 +263,33 @@ def test_a_diverged_run_is_in_the_tables(make: Make, tmp_path: Path) -> None:
             make("theirs", 1, scores),
         ]
     )
-    assert as_dict(build_tables(found, "ours")[0])["ours"]["loss"] == "nan ± nan"
-    assert as_csv(as_records(found, "ours"))
-    draw(tmp_path / "p.svg", found)
+    assert as_dict(build_tables(scenarios, "ours")[0])["ours"]["loss"] == "nan ± nan"
+    assert as_csv(as_records(scenarios, "ours"))
+    draw(tmp_path / "p.svg", scenarios)
 
 
 def test_clients_of_a_scenario(two: list[Scenario]) -> None:
     """More methods than clients: methods go down; without two of them, across."""
-    found = as_dict(build_tables(two, "ours")[1])
-    assert found["ours"] == {"a": "55.0 ± 7.1", "b": "75.0 ± 7.1", "mean": "65.0 ± 7.1"}
-    assert found["theirs"]["b"] == "65.0 ± 7.1"
+    result = as_dict(build_tables(two, "ours")[1])
+    assert result["ours"] == {"a": "55.0 ± 7.1", "b": "75.0 ± 7.1", "mean": "65.0 ± 7.1"}
+    assert result["theirs"]["b"] == "65.0 ± 7.1"
     few = replace(two[0], methods={name: two[0].methods[name] for name in ("base", "ours")})
-    found = as_dict(build_tables([few], "ours")[1])
-    assert found["a"] == {"base": "5.0", "ours": "55.0 ± 7.1"}
-    assert found["mean"]["ours"] == "65.0 ± 7.1"
+    result = as_dict(build_tables([few], "ours")[1])
+    assert result["a"] == {"base": "5.0", "ours": "55.0 ± 7.1"}
+    assert result["mean"]["ours"] == "65.0 ± 7.1"
 
 
 def test_gains_over_pairs_and_clients(two: list[Scenario]) -> None:
     """Differences a 10, 20 and b 0, 20: mean 12.5, deviation sqrt(275 / 3), t(0.975, 3) = 3.1824."""
     score, loss = gains(two, "ours")
     assert (score.scenario, score.method, score.measure) == ("s", "theirs", "score")
-    found = score.gain
-    assert (found.pairs, found.wins, found.ties, found.losses) == (4, 3, 1, 0)
-    assert found.mean == 12.5
+    result = score.gain
+    assert (result.pairs, result.wins, result.ties, result.losses) == (4, 3, 1, 0)
+    assert result.mean == 12.5
     half = 3.182446305284263 * math.sqrt(275 / 3) / 2
-    assert (found.low, found.high) == pytest.approx((12.5 - half, 12.5 + half))
-    assert found.p_pairs == pytest.approx(stats.wilcoxon([10.0, 20.0, 0.0, 20.0]).pvalue)
-    assert found.p_clients == pytest.approx(stats.wilcoxon([15.0, 10.0]).pvalue)
+    assert (result.low, result.high) == pytest.approx((12.5 - half, 12.5 + half))
+    assert result.p_pairs == pytest.approx(stats.wilcoxon([10.0, 20.0, 0.0, 20.0]).pvalue)
+    assert result.p_clients == pytest.approx(stats.wilcoxon([15.0, 10.0]).pvalue)
     # Losses: a 1 - 2, 1 - 1.5; b 2 - 2.5, 1 - 0.5: lower is better, so three wins and a loss.
     assert (loss.measure, loss.gain.mean, loss.gain.wins, loss.gain.losses) == ("loss", -0.375, 3, 1)
     assert loss.gain.p_pairs == stats.wilcoxon([-1.0, -0.5, -0.5, 0.5]).pvalue
@@ -330,21 +331,21 @@ def test_ties_and_single_pairs() -> None:
 
 
 def test_only_pairs_that_both_have_count_and_missing_seeds_are_named(make: Make) -> None:
-    [found] = read_scenarios(
+    [scenario] = read_scenarios(
         [
             make("ours", 0, {"a": 50.0, "b": 70.0}),
             make("ours", 1, {"a": 0.0, "b": 0.0}),
             make("theirs", 0, {"a": 40.0, "b": 50.0}),
         ]
     )
-    assert gains([found], "ours")[0].gain.pairs == 2
-    assert gains([found], "ours")[0].gain.mean == 15.0
-    assert "theirs (1 of 2 seeds)" in as_dict(build_tables([found], "ours")[0])
+    assert gains([scenario], "ours")[0].gain.pairs == 2
+    assert gains([scenario], "ours")[0].gain.mean == 15.0
+    assert "theirs (1 of 2 seeds)" in as_dict(build_tables([scenario], "ours")[0])
 
 
 def test_scenarios_side_by_side(make: Make) -> None:
     """Ours: 60 and 20 make 40 with seed 0, 70 and 40 make 55 with seed 1. Theirs lacks a scenario: no average."""
-    found = read_scenarios(
+    scenarios = read_scenarios(
         [
             make("ours", 0, {"a": 50.0, "b": 70.0}),
             make("ours", 1, {"a": 60.0, "b": 80.0}),
@@ -353,17 +354,17 @@ def test_scenarios_side_by_side(make: Make) -> None:
             make("ours", 1, {"x": 40.0, "y": 40.0}, scenario="t"),
         ]
     )
-    by_title = {table.title: table for table in build_tables(found, "ours")}
+    by_title = {table.title: table for table in build_tables(scenarios, "ours")}
     lines = as_dict(by_title["methods over scenarios"])
     assert lines["ours"] == {"s": "65.0 ± 7.1", "t": "30.0 ± 14.1", "average": "47.5 ± 10.6"}
     assert lines["theirs"] == {"s": "55.0", "t": "", "average": ""}
     assert lines["base"]["average"] == "5.0"
-    assert {line.scenario for line in gains(found, "ours")} == {"s"}, "one scenario alone is not pooled"
+    assert {line.scenario for line in gains(scenarios, "ours")} == {"s"}, "one scenario alone is not pooled"
 
 
 def test_pairs_of_all_scenarios_are_pooled(make: Make) -> None:
     """Differences 10, 20 in s and 30, 40 in t; clients of the same name in two scenarios stay two."""
-    found = read_scenarios(
+    scenarios = read_scenarios(
         [
             make("ours", 0, {"a": 50.0, "b": 70.0}),
             make("theirs", 0, {"a": 40.0, "b": 50.0}),
@@ -371,7 +372,7 @@ def test_pairs_of_all_scenarios_are_pooled(make: Make) -> None:
             make("theirs", 0, {"a": 30.0, "b": 30.0}, scenario="t"),
         ]
     )
-    pooled = next(line.gain for line in gains(found, "ours") if line.scenario == "all scenarios")
+    pooled = next(line.gain for line in gains(scenarios, "ours") if line.scenario == "all scenarios")
     assert (pooled.pairs, pooled.mean, pooled.wins) == (4, 25.0, 4)
     assert pooled.p_clients == stats.wilcoxon([10.0, 20.0, 30.0, 40.0]).pvalue
 
@@ -383,31 +384,31 @@ def test_other_data_make_no_table(make: Make) -> None:
 
 
 def test_examples_read_forward_only_are_shown_where_a_method_has_them(make: Make) -> None:
-    [found] = read_scenarios(
+    [scenario] = read_scenarios(
         [
             make("ours", 0, {"a": 1.0, "b": 1.0}, probed=10),
             make("theirs", 0, {"a": 1.0, "b": 1.0}),
         ]
     )
-    lines = as_dict(build_tables([found], "ours")[0])
+    lines = as_dict(build_tables([scenario], "ours")[0])
     assert (lines["ours"]["probed"], lines["theirs"]["probed"]) == ("10.0", "")
 
 
 def test_rounds_that_differ_are_named_in_the_caption(make: Make) -> None:
-    [found] = read_scenarios(
+    [scenario] = read_scenarios(
         [
             make("ours", 0, {"a": 1.0, "b": 1.0}, rounds=2),
             make("theirs", 0, {"a": 1.0, "b": 1.0}, rounds=6),
         ]
     )
-    caption = build_tables([found], "ours")[0].caption
+    caption = build_tables([scenario], "ours")[0].caption
     assert "Rounds: ours 2, theirs 6." in caption
 
 
 def test_the_choice_of_a_rate_reads_validation_at_the_best_round(make: Make) -> None:
     """Best round 1: a has 2.0 there; b sat out after round 0 (4.0), so (2 + 4) / 2 = 3. Test is unread."""
     path = make("ours", 0, {"a": 1.0, "b": 1.0}).path
-    told = [
+    losses = [
         (-1, "base", "a", 9.0),
         (-1, "base", "b", 9.0),
         (0, "ours", "a", 8.0),
@@ -417,17 +418,17 @@ def test_the_choice_of_a_rate_reads_validation_at_the_best_round(make: Make) -> 
         (2, "ours", "b", 0.1),
     ]
     with (path / "metrics.jsonl").open("a") as file:
-        for round_, method, client, loss in told:
+        for round_, method, client, loss in losses:
             line = {"round": round_, "split": "validation", "method": method, "client": client, "loss": loss}
             file.write(json.dumps(line) + "\n")
         file.write(json.dumps({"round": 1, "split": "test", "method": "ours", "client": "a", "loss": 0.0}) + "\n")
     assert best_validation_loss(path, "ours") == 3.0
     # Best rounds of each client's own: a 2.0 in round 1, b 0.1 in round 2; then b never had one, its base counts.
     summary = json.loads((path / "summary.json").read_text())
-    for own, wanted in (({"a": 1, "b": 2}, 1.05), ({"a": 1}, 5.5)):
+    for own, expected in (({"a": 1, "b": 2}, 1.05), ({"a": 1}, 5.5)):
         summary["rows"]["ours"]["best_round"] = own
         (path / "summary.json").write_text(json.dumps(summary))
-        assert best_validation_loss(path, "ours") == pytest.approx(wanted)
+        assert best_validation_loss(path, "ours") == pytest.approx(expected)
 
 
 def test_a_run_whose_every_update_failed_is_infinitely_bad(make: Make) -> None:
@@ -435,10 +436,10 @@ def test_a_run_whose_every_update_failed_is_infinitely_bad(make: Make) -> None:
     path = make("ours", 0, {"a": 1.0, "b": 1.0}).path
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     scored = [{"round": 0, "split": "validation", "method": "ours", "client": name, "loss": 2.0} for name in "ab"]
-    for failed, wanted in ((len(lines), math.inf), (len(lines) - 1, 2.0)):
-        told = [line | {"failed": "diverged"} if place < failed else line for place, line in enumerate(lines)]
-        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*told, *scored]))
-        assert best_validation_loss(path, "ours") == wanted
+    for failed, expected in ((len(lines), math.inf), (len(lines) - 1, 2.0)):
+        records = [line | {"failed": "diverged"} if index < failed else line for index, line in enumerate(lines)]
+        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*records, *scored]))
+        assert best_validation_loss(path, "ours") == expected
 
 
 def test_csv_parses_back(two: list[Scenario]) -> None:

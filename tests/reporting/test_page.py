@@ -53,7 +53,11 @@ def copy_of(tmp_path: Path) -> Callable[..., Path]:
             (folder / "summary.json").unlink()
             for name in ("metrics.jsonl", "assignment.jsonl"):
                 lines = (folder / name).read_text().splitlines(keepends=True)
-                kept = [line for line in lines if (one := json.loads(line))["round"] < 2 and one.get("split") != "test"]
+                kept = [
+                    line
+                    for line in lines
+                    if (record := json.loads(line))["round"] < 2 and record.get("split") != "test"
+                ]
                 (folder / name).write_text("".join(kept))
         return folder
 
@@ -66,13 +70,13 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 def test_scores_and_gains_are_those_of_the_tables(runs: Any) -> None:
     paths = [runs("fedamole"), runs("fedit")]
-    found = content_of(*paths)
+    result = content_of(*paths)
     [comparison] = run_tables(read_runs(paths))
-    assert [found["test"]["head"], *found["test"]["body"]] == as_text(comparison)
-    assert found["models"] == ["fedit", "fedamole"]
+    assert [result["test"]["head"], *result["test"]["body"]] == as_text(comparison)
+    assert result["models"] == ["fedit", "fedamole"]
     ours, theirs = (column.clients for column in (comparison.columns[-1], comparison.columns[2]))
     differences = {(name, 0): ours[name][0] - theirs[name][0] for name in CLIENTS}
-    [_, chosen] = found["gain"]
+    [_, chosen] = result["gain"]
     assert [chosen["reference"], [column["other"] for column in chosen["columns"]]] == [
         "fedamole",
         ["base", "majority", "fedit"],
@@ -84,10 +88,10 @@ def test_scores_and_gains_are_those_of_the_tables(runs: Any) -> None:
 
 
 def test_seeds_of_a_method_are_one_column_and_pairs_by_seed(runs: Any) -> None:
-    found = content_of(runs("fedit"), runs("fedit", "run.seed=1"), runs("local_only"))
-    assert found["about"]["head"] == ["fedit", "local_only"]
-    assert {(line["model"], line["seed"]) for line in found["learning"]["lines"]} == {(0, 0), (0, 1), (1, 0)}
-    [against] = [one for one in found["gain"] if one["reference"] == "fedit"]
+    result = content_of(runs("fedit"), runs("fedit", "run.seed=1"), runs("local_only"))
+    assert result["about"]["head"] == ["fedit", "local_only"]
+    assert {(line["model"], line["seed"]) for line in result["learning"]["lines"]} == {(0, 0), (0, 1), (1, 0)}
+    [against] = [pair for pair in result["gain"] if pair["reference"] == "fedit"]
     assert {column["other"]: column["pairs"] for column in against["columns"]} == {
         "base": 8,
         "majority": 8,
@@ -97,30 +101,30 @@ def test_seeds_of_a_method_are_one_column_and_pairs_by_seed(runs: Any) -> None:
 
 def test_learning_curves_and_assignment_equal_the_run_files(runs: Any) -> None:
     path = runs("fedamole")
-    found = content_of(path)
+    result = content_of(path)
     for line in json_lines(path / "metrics.jsonl"):
         if line["split"] == "validation" and line["method"] == "fedamole":
-            assert found["learning"]["lines"][0]["values"]["loss"][line["client"]][line["round"]] == line["loss"]
+            assert result["learning"]["lines"][0]["values"]["loss"][line["client"]][line["round"]] == line["loss"]
         if line["split"] == "validation" and line["method"] == "base":
-            assert found["learning"]["before"][line["client"]] == line["loss"]
-    [run] = found["experts"]
+            assert result["learning"]["before"][line["client"]] == line["loss"]
+    [run] = result["experts"]
     lines = json_lines(path / "assignment.jsonl")
     modules = list(dict.fromkeys(line["module"] for line in lines))
     for line in lines:
-        flat = run["held"][line["round"]][modules.index(line["module"])][found["clients"].index(line["client"])]
+        flat = run["held"][line["round"]][modules.index(line["module"])][result["clients"].index(line["client"])]
         assert flat[::2] == line["experts"]
         assert [value / 10_000 for value in flat[1::2]] == pytest.approx(line["relevance"], abs=1e-4)
-    amounts = {name: counts for name, _, counts in found["data"]["lines"]}
-    for one in json.loads((path / "manifest.json").read_text())["clients"]:
-        assert amounts[one["client"]][0] == len(one["train"]["rows"])
+    amounts = {name: counts for name, _, counts in result["data"]["lines"]}
+    for client in json.loads((path / "manifest.json").read_text())["clients"]:
+        assert amounts[client["client"]][0] == len(client["train"]["rows"])
 
 
 def test_a_method_without_experts_has_no_section_on_them(runs: Any) -> None:
-    found = content_of(runs("fedit"))
-    assert "experts" not in found
-    assert "routing" not in found
-    assert "labels" not in found, "a simulation's folder tells amounts, but no labels"
-    assert set(found) & set(TITLES) == {"about", "learning", "test", "gain", "data", "costs"}
+    result = content_of(runs("fedit"))
+    assert "experts" not in result
+    assert "routing" not in result
+    assert "labels" not in result, "a simulation's folder tells amounts, but no labels"
+    assert set(result) & set(TITLES) == {"about", "learning", "test", "gain", "data", "costs"}
 
 
 def test_the_work_of_clients_is_among_the_costs(runs: Any, copy_of: Any) -> None:
@@ -133,26 +137,26 @@ def test_the_work_of_clients_is_among_the_costs(runs: Any, copy_of: Any) -> None
     kept = [json.loads(line) for line in (older / "metrics.jsonl").read_text().splitlines()]
     kept = [{key: value for key, value in line.items() if key not in counts} for line in kept]
     (older / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
-    found = content_of(paper, older)
-    costs = found["costs"]
-    place = costs["columns"].index("tokens trained on, per client")
+    result = content_of(paper, older)
+    costs = result["costs"]
+    column = costs["columns"].index("tokens trained on, per client")
     (label, values, texts), (_, _, others) = costs["lines"]
     assert label == "ditto"
-    assert values[place] == tokens > 0
-    assert texts[place] == short_count(tokens)
-    assert others[place] == ""
+    assert values[column] == tokens > 0
+    assert texts[column] == short_count(tokens)
+    assert others[column] == ""
     assert "trained parameters per client" in costs["columns"]
-    assert "as many as the method's paper takes" in str(dict(found["about"]["lines"])["Local training"])
-    assert "no star with one seed" in found["test"]["caption"]
+    assert "as many as the method's paper takes" in str(dict(result["about"]["lines"])["Local training"])
+    assert "no star with one seed" in result["test"]["caption"]
 
 
-def test_an_unfinished_run_is_shown_as_far_as_it_is(runs: Any, copy_of: Any) -> None:
-    found = content_of(copy_of(runs("fedamole"), unfinished=True), runs("fedit"))
-    assert found["states"] == [f"{runs('fedamole').name} is not finished: 2 of 3 rounds are done."]
-    assert found["test"]["head"] == ["client", "base", "majority", "fedit"]
-    assert found["experts"][0]["rounds"] == [0, 1]
-    assert len(found["learning"]["lines"]) == 2
-    assert dict(found["about"]["lines"])["Rounds done"] == ["all 3", "2 of 3"]
+def test_an_unfinished_run_is_shown_up_to_its_last_round(runs: Any, copy_of: Any) -> None:
+    result = content_of(copy_of(runs("fedamole"), unfinished=True), runs("fedit"))
+    assert result["states"] == [f"{runs('fedamole').name} is not finished: 2 of 3 rounds are done."]
+    assert result["test"]["head"] == ["client", "base", "majority", "fedit"]
+    assert result["experts"][0]["rounds"] == [0, 1]
+    assert len(result["learning"]["lines"]) == 2
+    assert dict(result["about"]["lines"])["Rounds done"] == ["all 3", "2 of 3"]
     alone = content_of(copy_of(runs("local_only"), unfinished=True))
     assert "test" not in alone
     assert "costs" in alone
@@ -160,26 +164,26 @@ def test_an_unfinished_run_is_shown_as_far_as_it_is(runs: Any, copy_of: Any) -> 
 
 def test_the_folders_of_a_deployment(tiny: Path, tmp_path: Path) -> None:
     """A coordinator knows who holds what and what clients tell; a client knows itself."""
-    made = direct_deployment(
+    created = direct_deployment(
         tiny / "config.toml", tmp_path, "federation.rounds=2", "method.rank=2", "training.local_steps=1"
     )
-    made.run()
-    server = made.server_folder
-    (server / "config.toml").write_text(tomli_w.dumps(made.config.tables()))
+    created.run()
+    server = created.server_folder
+    (server / "config.toml").write_text(tomli_w.dumps(created.config.tables()))
     (server / "manifest.json").write_text(json.dumps({"clients": CLIENTS}))
     mood = {"examples": {"train": 30, "test": 4}, "labels": {"glad": 20, "sad": 10}}
     (server / "clients.json").write_text(json.dumps({"mood": mood, "chat": {"examples": {"train": 38}}}))
-    found = content_of(server)
-    assert found["clients"] == CLIENTS
-    assert [one["label"] for one in found["experts"]] == ["fedamole, seed 0"]
-    assert found["labels"] == {"labels": ["glad", "sad"], "lines": [["mood", [20, 10]]]}
-    assert found["data"]["lines"] == [["chat", "", [38, 0]], ["mood", "", [30, 4]]]
+    result = content_of(server)
+    assert result["clients"] == CLIENTS
+    assert [expert["label"] for expert in result["experts"]] == ["fedamole, seed 0"]
+    assert result["labels"] == {"labels": ["glad", "sad"], "lines": [["mood", [20, 10]]]}
+    assert result["data"]["lines"] == [["chat", "", [38, 0]], ["mood", "", [30, 4]]]
     [own] = (tmp_path / "mood").glob("*/run.json")
     at_client = content_of(own.parent)
     assert at_client["clients"] == ["mood"]
     assert "experts" not in at_client
     assert {"learning", "test", "data", "costs"} <= set(at_client)
-    page(found), page(at_client)
+    page(result), page(at_client)
 
 
 def test_failed_updates_and_values_that_are_not_finite(runs: Any, copy_of: Any) -> None:
@@ -188,20 +192,20 @@ def test_failed_updates_and_values_that_are_not_finite(runs: Any, copy_of: Any) 
     bad = {"round": 1, "client": "mood", "split": "validation", "method": "fedit", "loss": float("nan")}
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(lost) + "\n" + json.dumps(bad) + "\n")
-    found = content_of(folder)
-    assert found["failed"] == [["fedit", 1, "mood", "diverged"]]
-    assert found["learning"]["lines"][0]["values"]["loss"]["mood"][1] is None
-    page(found)
+    result = content_of(folder)
+    assert result["failed"] == [["fedit", 1, "mood", "diverged"]]
+    assert result["learning"]["lines"][0]["values"]["loss"]["mood"][1] is None
+    page(result)
 
 
 def test_routing_is_shown_where_it_was_worked_out(runs: Any, copy_of: Any) -> None:
     folder = copy_of(runs("fedamole"))
     modules = {"model.layers.0.self_attn.q_proj": {"10": 0.25, "2": 0.75}, "model.layers.1.self_attn.q_proj": {"2": 1}}
     (folder / "routing.json").write_text(json.dumps({"clients": {"mood": modules}}))
-    [found] = content_of(folder)["routing"]
-    assert found["experts"] == ["2", "10"], "by number"
-    assert found["modules"] == ["layer 0 q_proj", "layer 1 q_proj"]
-    assert found["shares"][0] == {"mood": {"10": 0.25, "2": 0.75}}
+    [result] = content_of(folder)["routing"]
+    assert result["experts"] == ["2", "10"], "by number"
+    assert result["modules"] == ["layer 0 q_proj", "layer 1 q_proj"]
+    assert result["shares"][0] == {"mood": {"10": 0.25, "2": 0.75}}
     (folder / "routing.json").write_text('{"clients": ["mood"]}')
     with pytest.raises(RunError, match=r"routing\.json is damaged"):
         content_of(folder)
@@ -255,8 +259,8 @@ def test_texts_from_a_run_are_escaped(runs: Any, copy_of: Any) -> None:
     config["run"]["name"], config["base"]["model"] = "</title><script>alert(2)</script>", EVIL
     config["method"][EVIL] = EVIL
     (folder / "config.toml").write_text(tomli_w.dumps(config))
-    found = content_of(folder)
-    text = page(found)
+    result = content_of(folder)
+    text = page(result)
     reader = Reader()
     reader.feed(text)
     assert "img" not in [tag for tag, _ in reader.tags]
@@ -266,7 +270,7 @@ def test_texts_from_a_run_are_escaped(runs: Any, copy_of: Any) -> None:
     assert kept["labels"]["labels"] == [SHOWN]
     assert kept["failed"] == [["</title><script>alert(2)</script>", 0, "mood", SHOWN]]
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2028\u2066-\u2069]", text)
-    assert {**found, "live": 0} == kept
+    assert {**result, "live": 0} == kept
 
 
 def test_only_its_own_script_and_style_run_and_nothing_is_loaded(runs: Any) -> None:
@@ -283,7 +287,7 @@ def test_only_its_own_script_and_style_run_and_nothing_is_loaded(runs: Any) -> N
     assert page(content_of(runs("fedamole"))) == text, "the same runs make the same page"
 
 
-def test_no_path_of_this_machine_is_told(runs: Any, tiny: Path) -> None:
+def test_no_path_of_this_machine_is_disclosed(runs: Any, tiny: Path) -> None:
     """A page is sent on: it names the base and the run, but not where they lie."""
     text = page(content_of(runs("fedamole")))
     assert str(tiny.parent) not in text
@@ -300,13 +304,13 @@ def test_everything_of_the_page_is_in_the_package() -> None:
 
 
 def luminance(colour: str) -> float:
-    parts = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
+    parts = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def contrast(one: str, other: str) -> float:
-    dark, light = sorted((luminance(one), luminance(other)))
+def contrast(first: str, other: str) -> float:
+    dark, light = sorted((luminance(first), luminance(other)))
     return (light + 0.05) / (dark + 0.05)
 
 
@@ -327,9 +331,9 @@ def test_colours_and_text_stand_out_in_both_schemes() -> None:
 
 
 def test_figures_for_a_paper(runs: Any, tmp_path: Path) -> None:
-    found = content_of(runs("fedamole", "federation.rounds=1"))
-    found["experts"][0]["modules"] = found["experts"][0]["modules"][:1]  # one of the maps is enough here
-    written = draw_all(tmp_path / "one", found)
+    result = content_of(runs("fedamole", "federation.rounds=1"))
+    result["experts"][0]["modules"] = result["experts"][0]["modules"][:1]  # one of the maps is enough here
+    written = draw_all(tmp_path / "one", result)
     names = {path.stem for path in written}
     assert {"learning-loss", "test", "gain", "sizes", "experts-layer-0-q_proj", "data", "costs"} <= names
     assert {path.suffix for path in written} == {".svg", ".png"}
@@ -338,7 +342,7 @@ def test_figures_for_a_paper(runs: Any, tmp_path: Path) -> None:
             assert ElementTree.parse(path).getroot().tag.endswith("svg")
         else:
             assert path.read_bytes().startswith(b"\x89PNG")
-    again = draw_all(tmp_path / "two", {key: found[key] for key in ("titles", "data")})
+    again = draw_all(tmp_path / "two", {key: result[key] for key in ("titles", "data")})
     assert [path.read_bytes() for path in again] == [(tmp_path / "one" / path.name).read_bytes() for path in again]
 
 
@@ -352,8 +356,8 @@ def test_figures_of_runs_in_other_scripts_do_not_replace_each_other(tmp_path: Pa
     assert [path.read_text() for path in written if path.suffix == ".svg"] == list(labels)
 
 
-def report(*words: object) -> Any:
-    return CliRunner().invoke(cli.app, ["report", *map(str, words)])
+def report(*arguments: object) -> Any:
+    return CliRunner().invoke(cli.app, ["report", *map(str, arguments)])
 
 
 def test_the_command(runs: Any, tmp_path: Path) -> None:
@@ -364,15 +368,15 @@ def test_the_command(runs: Any, tmp_path: Path) -> None:
     assert report(runs("fedit"), "--out", out).exit_code == 0, "a report is written over"
     other = tmp_path / "config.toml"
     other.write_text("precious")
-    for words, what in (
+    for arguments, what in (
         ((runs("fedit"), "--out", other), "is not a report"),
         ((runs("fedit"), "--out", tmp_path), "is a folder"),
         ((tmp_path,), "neither a run folder"),
         ((runs("fedit"), runs("fedit", "data.partition_seed=1"), "--out", out), "a report is on one federation"),
         ((runs("fedit"), "--out", out, "--figures", other), "this is a file"),
     ):
-        failed = report(*words)
-        assert isinstance(failed.exception, RunError), words
+        failed = report(*arguments)
+        assert isinstance(failed.exception, RunError), arguments
         assert what in str(failed.exception)
     assert other.read_text() == "precious"
 
@@ -381,7 +385,7 @@ def test_live_follows_a_run_to_its_end(
     runs: Any, copy_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commands, "POLL_SECONDS", 0.05)
-    folder, whole, out = copy_of(runs("fedit"), unfinished=True), runs("fedit"), tmp_path / "r.html"
+    folder, finished, out = copy_of(runs("fedit"), unfinished=True), runs("fedit"), tmp_path / "r.html"
     seen: list[str] = []
 
     def go_on() -> None:
@@ -392,9 +396,9 @@ def test_live_follows_a_run_to_its_end(
             seen.append(out.read_text())
 
         wait('"live":5')
-        shutil.copy(whole / "metrics.jsonl", folder)
+        shutil.copy(finished / "metrics.jsonl", folder)
         wait("3 of 3")
-        shutil.copy(whole / "summary.json", folder)
+        shutil.copy(finished / "summary.json", folder)
 
     thread = threading.Thread(target=go_on)
     thread.start()

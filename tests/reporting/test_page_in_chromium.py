@@ -53,19 +53,19 @@ def visit(browser: Any) -> Iterator[Callable[..., Opened]]:
     visits: list[tuple[Opened, Path]] = []
 
     def opened(path: Path, **settings: Any) -> Opened:
-        found = Opened(browser.new_page(**{"viewport": {"width": 1200, "height": 900}, **settings}))
-        found.page.on("console", lambda message: found.complaints.append(message.text))
-        found.page.on("pageerror", lambda error: found.complaints.append(str(error)))
-        found.page.on("request", lambda request: found.requests.append(request.url))
-        found.page.goto(path.as_uri())
-        visits.append((found, path))
-        return found
+        result = Opened(browser.new_page(**{"viewport": {"width": 1200, "height": 900}, **settings}))
+        result.page.on("console", lambda message: result.complaints.append(message.text))
+        result.page.on("pageerror", lambda error: result.complaints.append(str(error)))
+        result.page.on("request", lambda request: result.requests.append(request.url))
+        result.page.goto(path.as_uri())
+        visits.append((result, path))
+        return result
 
     yield opened
-    for found, path in visits:
-        found.page.close()
-        assert found.complaints == []
-        assert found.requests == [path.as_uri()]
+    for result, path in visits:
+        result.page.close()
+        assert result.complaints == []
+        assert result.requests == [path.as_uri()]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def report(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_figure_is_there(visit: Any, report: Path) -> None:
     page = visit(report).page
-    assert [one.get_attribute("id") for one in page.query_selector_all("section")] == [
+    assert [element.get_attribute("id") for element in page.query_selector_all("section")] == [
         "about",
         "learning",
         "test",
@@ -120,9 +120,9 @@ def test_pointing_at_a_cell_tells_client_expert_and_relevance(visit: Any, report
     cells, mine = page.locator("#experts figure").first.locator(".cell"), held(runs, 2, 0, "chat")
     cells.first.scroll_into_view_if_needed()
     cells.first.hover()
-    said = page.locator("#tip").inner_text()
+    output = page.locator("#tip").inner_text()
     first = min(mine)
-    assert said.startswith(f"chat holds expert {first}, relevance P = {mine[first]:.4f}; shared with ")
+    assert output.startswith(f"chat holds expert {first}, relevance P = {mine[first]:.4f}; shared with ")
     page.mouse.move(2, 2)
     assert page.locator("#tip").is_hidden()
 
@@ -157,16 +157,16 @@ def test_the_map_is_read_by_keyboard(visit: Any, report: Path, runs: Any) -> Non
     slider = page.get_by_role("slider", name="round")
     slider.focus()
     page.keyboard.press("Tab")
-    said = page.locator("#experts figure .readout").first
-    assert said.inner_text().startswith("chat "), "Tab leads from the controls to the map"
+    output = page.locator("#experts figure .readout").first
+    assert output.inner_text().startswith("chat "), "Tab leads from the controls to the map"
     page.keyboard.press("ArrowDown")
-    assert said.inner_text().startswith("entail ")
+    assert output.inner_text().startswith("entail ")
     page.keyboard.press("End")
     page.keyboard.press("ArrowLeft")
     expert = 3 * 4 - 2
     mine = held(runs, 2, 0, "entail")
     does = f"entail holds expert {expert}," if expert in mine else f"entail does not hold expert {expert};"
-    assert said.inner_text().startswith(does)
+    assert output.inner_text().startswith(does)
     page.keyboard.press("Escape")
     assert page.locator("#tip").is_hidden()
 
@@ -178,8 +178,8 @@ def test_the_reference_of_the_gains_is_chosen(visit: Any, report: Path) -> None:
     page.select_option("#gain select", label="fedit")
     after = cells.all_inner_texts()
     pairs = list(zip(before[2::3], after[2::3], strict=True))
-    assert all(one.lstrip("+−±") == other.lstrip("+−±") for one, other in pairs), "the other way round: signs turn"
-    assert any(one != other for one, other in pairs)
+    assert all(pair.lstrip("+−±") == other.lstrip("+−±") for pair, other in pairs), "the other way round: signs turn"
+    assert any(pair != other for pair, other in pairs)
 
 
 def test_dark_is_dark_and_paper_is_light(visit: Any, report: Path) -> None:
@@ -192,7 +192,7 @@ def test_dark_is_dark_and_paper_is_light(visit: Any, report: Path) -> None:
     light, dark = (visit(report, color_scheme=scheme).page for scheme in ("light", "dark"))
     shown = colours(dark)
     assert colours(light)[0] == "rgb(255, 255, 255)"
-    assert all(one != other for one, other in zip(colours(light), shown, strict=True))
+    assert all(before != other for before, other in zip(colours(light), shown, strict=True))
     dark.emulate_media(media="print", color_scheme="dark")
     assert colours(dark) == colours(light)
     assert dark.locator("#experts .controls").is_hidden()

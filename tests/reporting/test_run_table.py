@@ -17,8 +17,8 @@ def row(best_round: int | dict[str, int] | None, last_mean: float, **scores: flo
     mean = sum(values) / len(values)
     spread = (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
     clients = {name: {"score": value} for name, value in scores.items()}
-    found = {"best_round": best_round, "mean": mean, "worst": min(values), "spread": spread}
-    return {**found, "last_mean": last_mean, "clients": clients}
+    results = {"best_round": best_round, "mean": mean, "worst": min(values), "spread": spread}
+    return {**results, "last_mean": last_mean, "clients": clients}
 
 
 def run(method: str, seed: int = 0, name: str = "run", partition: str = "p", **scores: float) -> Run:
@@ -37,31 +37,31 @@ def test_a_cell_is_mean_and_sample_deviation() -> None:
 
 
 def test_seeds_of_one_method_are_one_column() -> None:
-    [found] = run_tables(
+    [table] = run_tables(
         [run("fedit", 0, a=10.0, b=20.0), run("fedit", 1, a=30.0, b=40.0), run("fedamole", a=5.0, b=5.0)]
     )
-    assert [column.label for column in found.columns] == ["base", "majority", "fedit", "fedamole"]
-    assert found.seeds == (0, 1)
-    fedit = found.columns[2]
+    assert [column.label for column in table.columns] == ["base", "majority", "fedit", "fedamole"]
+    assert table.seeds == (0, 1)
+    fedit = table.columns[2]
     assert fedit.clients == {"a": [10.0, 30.0], "b": [20.0, 40.0]}
     assert fedit.lines["mean"] == [15.0, 35.0]
     assert fedit.lines["worst client"] == [10.0, 30.0]
-    assert found.columns[0].clients == {"a": [1.0], "b": [1.0]}, "the base is the same for all, and there once"
+    assert table.columns[0].clients == {"a": [1.0], "b": [1.0]}, "the base is the same for all, and there once"
 
 
 def test_individual_best_rounds_are_shown_as_their_mean() -> None:
     own = run("fedit", a=10.0, b=20.0)
     own.summary["rows"]["fedit"]["best_round"] = {"a": 1, "b": 4}
-    [found] = run_tables([own])
-    assert found.columns[2].lines["best round"] == [2.5]
+    [table] = run_tables([own])
+    assert table.columns[2].lines["best round"] == [2.5]
     nobody = run("fedit", a=10.0, b=20.0)
     nobody.summary["rows"]["fedit"]["best_round"] = {}
     assert run_tables([nobody])[0].columns[2].lines["best round"] == [-1.0]
 
 
 def test_named_variants_are_columns_of_their_own() -> None:
-    [found] = run_tables([run("fedamole", a=1.0, b=1.0), run("fedamole", name="fedamole-static", a=2.0, b=2.0)])
-    assert [column.label for column in found.columns][2:] == ["fedamole", "fedamole-static"]
+    [table] = run_tables([run("fedamole", a=1.0, b=1.0), run("fedamole", name="fedamole-static", a=2.0, b=2.0)])
+    assert [column.label for column in table.columns][2:] == ["fedamole", "fedamole-static"]
 
 
 def test_runs_on_different_data_are_never_in_one_table() -> None:
@@ -73,8 +73,8 @@ def test_a_star_needs_a_difference_that_is_clear_over_the_seeds() -> None:
     leads = [(8.0, 9.0), (10.0, 0.0), (12.0, 0.0)]
     ours = [run("fedit", seed, a=20.0 + lead, b=5.0 + other) for seed, (lead, other) in enumerate(leads)]
     theirs = [run("local_only", seed, a=20.0, b=5.0) for seed in range(3)]
-    [found] = run_tables([*ours, *theirs])
-    table = {line[0]: line[1:] for line in as_text(found)}
+    [result] = run_tables([*ours, *theirs])
+    table = {line[0]: line[1:] for line in as_text(result)}
     assert table["a"] == ["1.0", "2.0", "30.0 ± 2.0*", "20.0 ± 0.0"]
     assert table["b"] == ["1.0", "2.0", "8.0 ± 5.2", "5.0 ± 0.0"]
     assert table["mean"] == ["1.0", "2.0", "19.0 ± 1.8*", "12.5 ± 0.0"]
@@ -83,29 +83,29 @@ def test_a_star_needs_a_difference_that_is_clear_over_the_seeds() -> None:
 
 
 def test_one_seed_gets_no_star() -> None:
-    [found] = run_tables([run("fedit", a=10.0, b=1.0), run("local_only", a=1.0, b=0.5)])
-    table = {line[0]: line[1:] for line in as_text(found)}
+    [result] = run_tables([run("fedit", a=10.0, b=1.0), run("local_only", a=1.0, b=0.5)])
+    table = {line[0]: line[1:] for line in as_text(result)}
     assert table["a"] == ["1.0", "2.0", "10.0", "1.0"]
     assert table["mean"] == ["1.0", "2.0", "5.5", "0.8"]
     assert table["spread"] == ["0.0", "0.0", "4.5", "0.2"]
     assert table["best round"] == ["", "", "3", "3"]
     assert table["KiB down / up"] == ["", "", "2 / 1", "2 / 1"]
     assert table["backward tokens"] == ["", "", "", ""], "these runs have no counts"
-    assert "a" not in [line[0] for line in as_text(found, with_clients=False)]
+    assert "a" not in [line[0] for line in as_text(result, with_clients=False)]
 
 
 def test_the_yardsticks_take_no_part_in_the_stars() -> None:
     """The constant answer is best at 2.0 and is not trained; of the others one is clearly better."""
     runs = [run(name, seed, a=value, b=value) for seed in (0, 1) for name, value in (("fedit", 1.5), ("ditto", 0.5))]
-    [found] = run_tables(runs)
-    table = {line[0]: line[1:] for line in as_text(found)}
+    [result] = run_tables(runs)
+    table = {line[0]: line[1:] for line in as_text(result)}
     assert table["mean"] == ["1.0", "2.0", "1.5 ± 0.0*", "0.5 ± 0.0"]
 
 
 def test_a_run_in_which_nothing_was_trained_gets_no_star() -> None:
     runs = [run(name, seed, a=value, b=value) for seed in (0, 1) for name, value in (("fedit", 1.5), ("ditto", 0.5))]
-    for found in runs:
-        found.summary.update(updates=4, left_out=4 if found.summary["method"] == "fedit" else 0)
+    for result in runs:
+        result.summary.update(updates=4, left_out=4 if result.summary["method"] == "fedit" else 0)
     runs += [run("fedrep", seed, a=0.1, b=0.1) for seed in (0, 1)]
     [table] = run_tables(runs)
     lines = {line[0]: line[1:] for line in as_text(table)}
@@ -114,17 +114,17 @@ def test_a_run_in_which_nothing_was_trained_gets_no_star() -> None:
 
 
 def test_markdown_is_a_table() -> None:
-    [found] = run_tables([run("fedit", a=10.0, b=1.0)])
-    lines = as_markdown(found).splitlines()
+    [table] = run_tables([run("fedit", a=10.0, b=1.0)])
+    lines = as_markdown(table).splitlines()
     assert lines[0] == "| client | base | majority | fedit |"
     assert {line.count("|") for line in lines} == {5}
 
 
 @pytest.mark.parametrize("name", ["run", "mine"])
 def test_a_run_without_a_name_is_called_by_its_method(name: str) -> None:
-    found = run("fedit", name=name, a=1.0, b=1.0)
-    assert found.label("fedit") == ("fedit" if name == "run" else "mine")
-    assert found.label("fedit_ft") == "fedit_ft"
+    result = run("fedit", name=name, a=1.0, b=1.0)
+    assert result.label("fedit") == ("fedit" if name == "run" else "mine")
+    assert result.label("fedit_ft") == "fedit_ft"
 
 
 def test_unfinished_runs_in_a_folder_are_left_out(runs: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -145,10 +145,10 @@ def test_unfinished_runs_in_a_folder_are_left_out(runs: Any, tmp_path: Path, cap
 def test_the_lowest_mean_loss_is_starred() -> None:
     """Losses 1 and 3 make 2, losses 0.5 and 2.4 make 1.45, with both seeds; the base's 0.5 takes no part."""
     runs = [run(method, seed, a=1.0, b=1.0) for seed in (0, 1) for method in ("fedit", "local_only")]
-    for found in runs:
-        losses = {"fedit": (1.0, 3.0), "local_only": (0.5, 2.4)}[found.summary["method"]]
-        for name, values in ((found.summary["method"], losses), ("base", (0.5, 0.5))):
-            clients = found.summary["rows"][name]["clients"]
+    for result in runs:
+        losses = {"fedit": (1.0, 3.0), "local_only": (0.5, 2.4)}[result.summary["method"]]
+        for name, values in ((result.summary["method"], losses), ("base", (0.5, 0.5))):
+            clients = result.summary["rows"][name]["clients"]
             clients["a"]["loss"], clients["b"]["loss"] = values
     [comparison] = run_tables(runs)
     table = {line[0]: line[1:] for line in as_text(comparison)}
@@ -160,14 +160,14 @@ def test_the_work_of_a_run_is_in_its_table(runs: Any) -> None:
     folder = runs("fedit", "evaluation.pre_aggregation=true")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if line["split"] == "train"]
-    [found] = run_tables(read_runs([folder]))
-    columns = {column.label: column.lines for column in found.columns}
+    [result] = run_tables(read_runs([folder]))
+    columns = {column.label: column.lines for column in result.columns}
     tokens = sum(line["backward_tokens"] for line in trained) / 4
     assert tokens > 0
     assert columns["fedit"]["backward tokens"] == columns["fedit_ft"]["backward tokens"] == [tokens]
     assert columns["fedit"]["trained parameters"] == [trained[0]["trained_parameters"]]
-    table = {line[0]: line[1:] for line in as_text(found)}
+    table = {line[0]: line[1:] for line in as_text(result)}
     assert table["backward tokens"] == ["", "", short_count(tokens), short_count(tokens)]
     assert table["forward tokens"] == ["", "", "0", "0"]
-    as_json: Any = found.as_json()["columns"]
+    as_json: Any = result.as_json()["columns"]
     assert as_json["fedit"]["backward tokens"] == [tokens]

@@ -35,6 +35,22 @@ def test_tokens_are_per_client_over_the_run_and_the_row_s_own() -> None:
     assert work_of(lines, "ours_ft", clients=2, rounds=2)["forward_tokens"] == 505.0
 
 
+def test_exchanges_of_a_round_add_up() -> None:
+    """One client, one round of three exchanges; the counts of trained parameters are those of the round so far."""
+    lines = [
+        train("a", steps=2, backward_tokens=20, forward_tokens=0, trained_parameters=8),
+        train("a", exchange=1, steps=1, backward_tokens=10, forward_tokens=0, trained_parameters=12),
+        train("a", exchange=2, steps=0, backward_tokens=0, forward_tokens=5, probed=3, trained_parameters=12),
+    ]
+    assert work_of(lines, "ours", clients=1, rounds=1) == {
+        "steps": 3.0,
+        "probed": 3.0,
+        "forward_tokens": 5.0,
+        "backward_tokens": 30.0,
+        "parameters": 12.0,
+    }
+
+
 def test_runs_of_earlier_versions_have_no_counts() -> None:
     assert work_of([train("a", steps=3), train("b", steps=5)], "ours", clients=2, rounds=1) == {"steps": 4.0}
 

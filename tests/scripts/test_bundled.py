@@ -69,9 +69,9 @@ def test_held_out_loss_is_the_stated_one() -> None:
 
 def test_task_is_what_its_script_writes(tmp_path: Path) -> None:
     make_demo_task.write_task(tmp_path, seed=0)
-    made = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    written = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     shipped = {file.name: file.read_bytes() for file in make_demo_task.TASK.iterdir()}
-    assert made == shipped
+    assert written == shipped
     assert len(shipped) == 2 * len(make_demo_task.CLIENTS) + 1 == 17
     assert size(make_demo_task.TASK) <= TASK_BYTES
 

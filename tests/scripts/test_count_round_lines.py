@@ -17,12 +17,12 @@ LIMITS = {"fedit": (1600, 1000), "fedamole": (1900, 1250)}
 @pytest.mark.parametrize("method", LIMITS)
 def test_a_round_enters_no_more_code_than_this(method: str, tiny: Path, tmp_path: Path) -> None:
     entered = entered_in_second_round(method, tmp_path / "run", tiny / "config.toml")
-    whole, rest = count(entered), count(entered, without="model")
+    total, rest = count(entered), count(entered, without="model")
     limit, limit_without_model = LIMITS[method]
-    assert 0 < whole.code <= limit
+    assert 0 < total.code <= limit
     assert 0 < rest.code <= limit_without_model
-    assert rest.code < whole.code <= whole.lines
-    assert rest.files < whole.files
+    assert rest.code < total.code <= total.lines
+    assert rest.files < total.files
 
 
 def test_statements_are_counted_by_hand() -> None:

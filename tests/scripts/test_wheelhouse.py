@@ -86,7 +86,7 @@ def environment(folder: Path) -> Path:
 
 
 def install(python: Path, wheelhouse: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    words = [
+    arguments = [
         "--no-index",
         "--find-links",
         str(wheelhouse),
@@ -95,7 +95,7 @@ def install(python: Path, wheelhouse: Path, *more: str) -> subprocess.CompletedP
         str(wheelhouse / "requirements.txt"),
     ]
     return subprocess.run(
-        [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-compile", *words, *more],
+        [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-compile", *arguments, *more],
         capture_output=True,
         text=True,
         env=without_network(),
@@ -203,8 +203,8 @@ def own_wheel(folder: Path, links: Path) -> Path:
         env=without_network(links),
     )
     assert done.returncode == 0, done.stderr
-    (made,) = (folder / "house").glob("fedamole-*.whl")
-    return made
+    (wheel,) = (folder / "house").glob("fedamole-*.whl")
+    return wheel
 
 
 def listed(house: Path) -> None:
@@ -214,15 +214,15 @@ def listed(house: Path) -> None:
 
 
 def test_this_projects_wheel_has_all_that_it_needs(links: Path, tmp_path: Path) -> None:
-    made = own_wheel(tmp_path, links)
-    with zipfile.ZipFile(made) as archive:
+    wheel = own_wheel(tmp_path, links)
+    with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())
-    wanted = {
+    expected = {
         str(path.relative_to(ROOT / "src"))
         for path in (ROOT / "src" / "fedamole").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert wanted <= inside
+    assert expected <= inside
     assert not [name for name in inside if name.startswith("tests") or "__pycache__" in name]
     repacked(tmp_path / "house", distribution("wrapt"))
     listed(tmp_path / "house")
@@ -244,17 +244,17 @@ def test_the_whole_package_without_a_network(links: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     shutil.rmtree(tmp_path / "house")
     env = {**without_network(), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
-    said = subprocess.run(
+    output = subprocess.run(
         [str(python.with_name("fedamole")), "plan", "--json"], cwd=tmp_path, capture_output=True, text=True, env=env
     )
-    assert said.returncode == 0, said.stderr
-    assert '"clients"' in said.stdout
+    assert output.returncode == 0, output.stderr
+    assert '"clients"' in output.stdout
     assert str(python.parent.parent) in asked(python, "import torch; print(torch.__file__)")
 
 
 def needed(name: str, extras: set[str]) -> set[str]:
     """The packages that one needs, with those that they need, of what is installed here."""
-    found: set[str] = set()
+    result: set[str] = set()
     waiting = [(name, frozenset(extras))]
     seen = set()
     while waiting:
@@ -262,10 +262,10 @@ def needed(name: str, extras: set[str]) -> set[str]:
         if (name, more) in seen:
             continue
         seen.add((name, more))
-        found.add(name)
+        result.add(name)
         for text in distribution(name).requires or ():
             need = Requirement(text)
             markers = [{**default_environment(), "extra": extra} for extra in ("", *more)]
             if need.marker is None or any(need.marker.evaluate(dict[str, Any](each)) for each in markers):
                 waiting.append((canonicalize_name(need.name), frozenset(need.extras)))
-    return found
+    return result

@@ -1,4 +1,4 @@
-"""Fixtures: the small models of tests/model, the command line, a run, and a server."""
+"""Fixtures: the small models of tests/model, a run, and a server."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,6 @@ import pytest
 
 from ..conftest import Runner
 from ..model.conftest import base, folder  # noqa: F401
-from ..test_cli import fedamole  # noqa: F401
 from .served import Served
 
 

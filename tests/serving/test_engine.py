@@ -37,9 +37,9 @@ def prompts_of(base: Base) -> list[Adapter]:
 
 def by_instance(base: Base) -> list[Adapter]:
     """Two experts weighted by how near a prompt is to the client's own."""
-    made = []
+    created = []
     for seed in range(4):
-        one = mixture(base, seed, top_k=1)
+        adapter = mixture(base, seed, top_k=1)
         ids = {name: (0, 1) for name in base.shapes}
         draw = torch.Generator().manual_seed(seed)
         tensors = {
@@ -49,8 +49,8 @@ def by_instance(base: Base) -> list[Adapter]:
             for factor, shape in (("A", (4, base.shapes[module][0])), ("B", (base.shapes[module][1], 4)))
         }
         seen = torch.randn(5, base.width, generator=draw)
-        made.append(Adapter(replace(lora_spec(one.spec), router=InstanceWeights()), tensors, {REFERENCES: seen}))
-    return made
+        created.append(Adapter(replace(lora_spec(adapter.spec), router=InstanceWeights()), tensors, {REFERENCES: seen}))
+    return created
 
 
 KINDS: dict[str, tuple[str, Callable[[Base], list[Adapter]]]] = {
@@ -96,8 +96,8 @@ def test_joining_and_leaving_does_not_change_other_answers(engine: InferenceEngi
     order = [(client, turn) for turn in (1, 0, 3, 2) for client in (2, 0, 3, 1)]
     for index, (client, turn) in enumerate(order):
         received[client, turn] = Received()
-        wanted = GenerationRequest(client, prompts[client][turn], limits[client, turn], stream=bool(index % 2))
-        engine.submit(wanted, received[client, turn])
+        expected = GenerationRequest(client, prompts[client][turn], limits[client, turn], stream=bool(index % 2))
+        engine.submit(expected, received[client, turn])
         if index % 3 == 0:
             engine.submit(GenerationRequest((client + 1) % 4, (60, 61), 40), Received()).cancel()
         run_steps(engine, index % 4)
@@ -169,11 +169,11 @@ def test_rows_and_tokens_at_once_are_limited_and_all_are_answered(small: Callabl
 
 
 def test_a_client_does_not_wait_for_all_requests_of_another(small: Callable[..., InferenceEngine]) -> None:
-    engine, many, one = small(max_rows=2), [Received() for _ in range(8)], Received()
+    engine, many, single = small(max_rows=2), [Received() for _ in range(8)], Received()
     for answer in many:
         engine.submit(GenerationRequest(0, (5, 6), 6), answer)
-    engine.submit(GenerationRequest(1, (5, 6), 6), one)
-    while one.finish is None:
+    engine.submit(GenerationRequest(1, (5, 6), 6), single)
+    while single.finish is None:
         engine.step()
     assert sum(answer.finish is not None for answer in many) <= 2
 
@@ -202,8 +202,8 @@ def test_stopping_ends_all_requests(small: Callable[..., InferenceEngine]) -> No
 
 def test_an_answer_that_ends_by_itself_says_so(small: Callable[..., InferenceEngine]) -> None:
     """The end-of-text token is made one that the model answers with later than at once."""
-    engine, whole, read_to_end = small(), Received(), Received()
-    request = engine.submit(GenerationRequest(0, (5, 6), 8), whole)
+    engine, received, read_to_end = small(), Received(), Received()
+    request = engine.submit(GenerationRequest(0, (5, 6), 8), received)
     run_steps(engine)
     tokenizer = engine.bank.base.tokenizer
     end = next(token for token in request.generated if request.generated.index(token) > 1)
@@ -212,7 +212,7 @@ def test_an_answer_that_ends_by_itself_says_so(small: Callable[..., InferenceEng
     run_steps(engine)
     before = request.generated[: request.generated.index(end)]
     assert (read_to_end.finish, read_to_end.tokens) == ("stop", len(before))
-    assert read_to_end.text == tokenizer.decode(before).strip() != whole.text
+    assert read_to_end.text == tokenizer.decode(before).strip() != received.text
 
 
 def test_an_answer_ends_where_the_positions_do(small: Callable[..., InferenceEngine]) -> None:
@@ -251,21 +251,21 @@ def test_a_seed_draws_the_same_again_and_top_p_keeps_the_likeliest(small: Callab
 def test_loras_of_several_ranks_are_served_together_and_other_kinds_refused(
     base: Callable[..., Base],
 ) -> None:
-    bank, made = Bank(base("llama")), []
+    bank, created = Bank(base("llama")), []
     for rank, alpha in ((2, 4.0), (4, 16.0)):
         draw = torch.Generator().manual_seed(rank)
         named = new_shared(bank.base.shapes, rank, draw)
-        named = {name: torch.randn(one.shape, generator=draw) * 0.2 for name, one in named.items()}
-        made.append(Adapter(replace(lora_spec(mixture(bank.base).spec), rank=rank, alpha=alpha), named))
+        named = {name: torch.randn(other_adapter.shape, generator=draw) * 0.2 for name, other_adapter in named.items()}
+        created.append(Adapter(replace(lora_spec(mixture(bank.base).spec), rank=rank, alpha=alpha), named))
     alone = []
-    for adapter in made:
+    for adapter in created:
         bank.load([adapter])
         alone.append(generate_answers(bank, [PROMPTS], 8, 10_000)[0])
-    bank.load(with_same_spec(made, "ab"))
+    bank.load(with_same_spec(created, "ab"))
     assert generate_answers(bank, [PROMPTS, PROMPTS], 8, 10_000) == alone
     assert alone[0] != alone[1]
     with pytest.raises(ConfigError, match="a and b are of different kinds"):
-        with_same_spec([made[0], mixture(bank.base)], "ab")
+        with_same_spec([created[0], mixture(bank.base)], "ab")
 
 
 @pytest.mark.parametrize("architecture", ["mamba", "rwkv", "recurrent_gemma", "qwen3_5_text"])
@@ -287,12 +287,12 @@ def test_a_base_whose_rows_cannot_be_joined_is_refused(
     bank = Bank(base("llama"))
     bank.load([mixture(bank.base)])
     check_batching(bank)
-    whole = DecodeBatch._merge
+    merge = DecodeBatch._merge
 
     def lossy(self: Any, joining: Any, cache: Any, mask: Any, gates: Any) -> None:
         for layer in cache.layers:
             layer.values = layer.values * (0.5 if self.rows else 1.0)
-        whole(self, joining, cache, mask, gates)
+        merge(self, joining, cache, mask, gates)
 
     monkeypatch.setattr(DecodeBatch, "_merge", lossy)
     with pytest.raises(BaseModelError, match="cannot be batched"):

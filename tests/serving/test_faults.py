@@ -102,9 +102,9 @@ def test_a_poisoned_row_fails_alone_and_its_neighbours_logits_stay_the_same_to_t
     assert corrupted.received[victim].finish == "error"
     assert [corrupted.received[client].finish for client in others] == ["length"] * 3
     assert len(corrupted.logits) == len(cancelled.logits) == LENGTH - 1
-    for one, other in zip(corrupted.logits, cancelled.logits, strict=True):
-        assert one.keys() == other.keys() == set(others)
-        assert all(torch.equal(one[client], other[client]) for client in one)
+    for item, other in zip(corrupted.logits, cancelled.logits, strict=True):
+        assert item.keys() == other.keys() == set(others)
+        assert all(torch.equal(item[client], other[client]) for client in item)
     assert texts(corrupted.received, *others) == texts(cancelled.received, *others) == alone(engine(), *others)
 
 

@@ -71,7 +71,7 @@ OUT_OF_RANGE: list[tuple[str, str]] = [
 
 @pytest.mark.parametrize(("field", "value"), OUT_OF_RANGE, ids=lambda value: value[:24])
 def test_a_value_out_of_range_is_refused_with_the_range(served: Served, field: str, value: str) -> None:
-    rest = "".join(f', "{name}": {json.dumps(one)}' for name, one in REQUEST.items() if name != field)
+    rest = "".join(f', "{name}": {json.dumps(value_)}' for name, value_ in REQUEST.items() if name != field)
     status, answer = post(served, f'{{"{field}": {value}{rest}}}'.encode())
     assert (status, answer["error"]["param"]) == (400, field)
     assert answer["error"]["message"] == f"{field}: must be {RANGES[field]}"
@@ -403,14 +403,14 @@ def test_numbers_of_a_row_stay_as_they_are_written() -> None:
     ]
 
 
-def test_a_number_reaches_the_template_as_it_is_written(served: Served) -> None:
+def test_a_number_reaches_the_template_unchanged(served: Served) -> None:
     rows = (
         '{"premise": 1.10, "hypothesis": 7}',
         '{"premise": "1.10", "hypothesis": "7"}',
         '{"premise": 1.1, "hypothesis": 7}',
     )
     answers = [post(served, f'{{"model": "entail", "max_tokens": 4, "row": {row}}}'.encode())[1] for row in rows]
-    number, text, shorter = ([one["usage"]["prompt_tokens"], one["choices"][0]["text"]] for one in answers)
+    number, text, shorter = ([answer["usage"]["prompt_tokens"], answer["choices"][0]["text"]] for answer in answers)
     assert number == text
     assert number[0] > shorter[0]
 

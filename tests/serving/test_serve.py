@@ -63,7 +63,7 @@ def error_of(error: pytest.ExceptionInfo[openai.APIError]) -> dict[str, Any]:
 
 
 def test_the_models_are_listed(served: Served) -> None:
-    assert tuple(one.id for one in served.client().models.list()) == NAMES
+    assert tuple(model.id for model in served.client().models.list()) == NAMES
     assert served.client().models.retrieve("mood").id == "mood"
 
 
@@ -84,11 +84,11 @@ def test_what_an_answer_cost_and_why_it_ended(served: Served, alone: Callable[..
     assert (cut.usage.prompt_tokens, cut.usage.completion_tokens, cut.usage.total_tokens) == (prompt, 2, prompt + 2)
     default = client.completions.create(model="plain", prompt=PROMPT)
     assert default.choices[0].text == alone("plain", PROMPT, 16)
-    whole = alone("plain", PROMPT, LONG)
-    stop = whole[len(whole) // 2 :][:3]
+    full_answer = alone("plain", PROMPT, LONG)
+    stop = full_answer[len(full_answer) // 2 :][:3]
     stopped = client.completions.create(model="plain", prompt=PROMPT, max_tokens=LONG, stop=[stop, "never said"])
     assert stopped.choices[0].finish_reason == "stop"
-    assert stopped.choices[0].text == whole[: whole.index(stop)].strip()
+    assert stopped.choices[0].text == full_answer[: full_answer.index(stop)].strip()
 
 
 def test_a_chat_is_laid_out_as_in_training(served: Served, alone: Callable[..., str]) -> None:
@@ -109,14 +109,14 @@ def test_special_tokens_in_a_request_are_text(served: Served) -> None:
     text = "a <end> b <pad>"
     request: dict[str, Any] = {"model": "entail", "max_tokens": 1}
     response: list[Any] = [{"role": "user", "content": text}]
-    found = {
+    results = {
         text: client.completions.create(prompt=text, **request),
         f"{text} Then {text}\n": client.completions.create(
             prompt="", extra_body={"row": {"premise": text, "hypothesis": text}}, **request
         ),
         conversation_prompt([("user", text)]): client.chat.completions.create(messages=response, **request),
     }
-    for prompt, answer in found.items():
+    for prompt, answer in results.items():
         parsed, (as_text,) = tokenizer(prompt)["input_ids"], text_encoder(tokenizer).encode([prompt])
         assert {tokenizer.eos_token_id, tokenizer.pad_token_id} < set(parsed)
         assert not {tokenizer.eos_token_id, tokenizer.pad_token_id} & set(as_text)
@@ -201,7 +201,7 @@ def test_a_key_opens_its_own_clients_model_alone(run: Path, tmp_path: Path) -> N
     served.engine.start()
     try:
         mine = served.client(keys["mood"])
-        assert [one.id for one in mine.models.list()] == ["mood"]
+        assert [model.id for model in mine.models.list()] == ["mood"]
         assert tokens_of(mine.completions.create(model="mood", prompt="a", max_tokens=2)) == 2
         for name in ("plain", "nobody"):
             with pytest.raises(openai.NotFoundError) as error:
@@ -243,8 +243,8 @@ def test_what_is_not_done_here_is_refused_in_openais_shape(
     served: Served, more: dict[str, Any], status: int, param: str | None
 ) -> None:
     body = json.dumps({"model": "mood", "prompt": "a", "max_tokens": 2, **more}).encode()
-    found, answer = raw(served, "POST", "/v1/completions", body)
-    assert found == status
+    result, answer = raw(served, "POST", "/v1/completions", body)
+    assert result == status
     assert set(answer["error"]) == {"message", "type", "param", "code"}
     assert answer["error"]["type"] == "invalid_request_error"
     assert param is None or answer["error"]["param"] == param
@@ -367,8 +367,8 @@ def test_strangers_need_keys_and_keys_a_file_of_ones_own(
     refused = fedamole("serve", run, "--host", "0.0.0.0")
     assert refused.code == 2
     assert "--make-keys" in refused.err
-    made = fedamole("serve", run, "--make-keys", file, "--client", "mood")
-    name, key = made.out.split()
+    result = fedamole("serve", run, "--make-keys", file, "--client", "mood")
+    name, key = result.out.split()
     assert name == "mood"
     assert file.stat().st_mode & 0o777 == 0o600
     assert key not in file.read_text()

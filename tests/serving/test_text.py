@@ -44,19 +44,19 @@ def test_stop_strings_are_found_as_by_a_naive_matcher(tokens: list[str], stops: 
     """Tokens of any length, and stop strings that overlap, contain each other and themselves."""
     streaming, shown = StreamingText(lambda ids: "".join(tokens[index] for index in ids), stops), ""
     for size in range(1, len(tokens) + 1):
-        whole = "".join(tokens[:size])
+        text = "".join(tokens[:size])
         chunk, stopped = streaming.update(range(size), size == len(tokens))
         shown += chunk
-        assert stopped == naive(whole, stops)[1]
+        assert stopped == naive(text, stops)[1]
         if stopped or size == len(tokens):
-            assert shown == naive(whole, stops)[0]
+            assert shown == naive(text, stops)[0]
             return
-        assert shown == certain(whole, stops), "no more and no less is held back than may still change"
+        assert shown == certain(text, stops), "no more and no less is held back than may still change"
 
 
-def streamed(whole: str, stop: tuple[str, ...] = ()) -> tuple[str, bool]:
+def streamed(complete: str, stop: tuple[str, ...] = ()) -> tuple[str, bool]:
     """The text so far of a text that is fed byte by byte, and whether a stop string ended it."""
-    content, text = whole.encode(), ""
+    content, text = complete.encode(), ""
     streaming = StreamingText(lambda ids: bytes(ids).decode(errors="replace"), stop)
     for size in range(1, len(content) + 1):
         chunk, stopped = streaming.update(list(content[:size]), size == len(content))
@@ -68,8 +68,8 @@ def streamed(whole: str, stop: tuple[str, ...] = ()) -> tuple[str, bool]:
 
 
 def test_pieces_join_to_the_stripped_text() -> None:
-    for whole in ("  two  words\n\n", "naïve – ☃ 日本", "\n", "a\n b", "end \ufffd"):
-        assert streamed(whole) == (whole.strip(), False)
+    for text in ("  two  words\n\n", "naïve – ☃ 日本", "\n", "a\n b", "end \ufffd"):
+        assert streamed(text) == (text.strip(), False)
 
 
 def test_a_stop_string_is_never_shown_not_even_its_beginning() -> None:

@@ -50,17 +50,17 @@ def test_golden(name: str, runs: Any) -> None:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     means = [
         [
-            sum(found) / len(found)
+            sum(results) / len(results)
             for round_ in range(3)
-            if (found := [line["loss"] for line in lines if (line["split"], line["round"]) == (split, round_)])
+            if (results := [line["loss"] for line in lines if (line["split"], line["round"]) == (split, round_)])
         ]
         for split in ("train", "validation")
     ]
     summary = json.loads((folder / "summary.json").read_text())
     traffic = [round(summary[f"bytes_{way}_per_client_round"]) for way in ("down", "up")]
     print(f'    "{name}": ({[round(x, 5) for x in means[0]]}, {[round(x, 5) for x in means[1]]}, {tuple(traffic)}),')
-    train, validation, wanted = GOLDEN[name]
+    train, validation, expected = GOLDEN[name]
     assert means[0] == pytest.approx(train, abs=1e-3)
     assert means[1] == pytest.approx(validation, abs=1e-3)
-    assert traffic == pytest.approx(wanted, abs=64)
+    assert traffic == pytest.approx(expected, abs=64)
     assert means[1][-1] < means[1][0], "and it learns"

@@ -31,14 +31,22 @@ def dry_client(base: BaseInfo, info: ClientInfo, seed: int, round_: int) -> Clie
 def dry_run(method: Method[Any, Any, Any, Any], server: Server, info: ClientInfo, message: Any) -> Any:
     """Run a client's half of a round without training or data; return the reply."""
     client = dry_client(server.base, info, server.seed, server.round)
-    work = method.update(client, method.init_client_state(client), message)
+    return dry_update(method, server, client, method.init_client_state(client), message)[1]
+
+
+def dry_update(
+    method: Method[Any, Any, Any, Any], server: Server, client: Client, client_state: Any, message: Any
+) -> tuple[Any, Any, dict[str, int]]:
+    """Run `Method.update` without training; return client state, reply, and the size of each trained tensor."""
+    work, sizes = method.update(client, client_state, message), dict[str, int]()
     try:
         request = next(work)
         while True:
+            sizes |= request.adapter.trained_sizes()
             embeddings = _zero_embeddings(method, server, request.adapter) if method.needs_embeddings else {}
             request = work.send(TrainingResult(request.adapter, 1, 0.0, embeddings))
     except StopIteration as end:
-        return end.value[1]
+        return end.value[0], end.value[1], sizes
 
 
 def _zero_embeddings(method: Any, server: Server, adapter: Adapter) -> Mapping[str, MeanEmbeddings]:

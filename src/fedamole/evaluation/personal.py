@@ -100,7 +100,7 @@ def scores_of(
         settings.max_new_tokens,
         settings.batch_tokens,
     )
-    found = []
+    results = []
     for part, chooses, losses, answers in zip(examples, choosing, by_option, texts, strict=True):
         references = [example.answer for example in part]
         if chooses:
@@ -108,8 +108,8 @@ def scores_of(
             scores = {"accuracy": accuracy(chosen, references)}
         else:
             scores = generation_scores(answers, references)
-        found.append({**scores, "score": scores[score_name(part[0], settings)]})
-    return found
+        results.append({**scores, "score": scores[score_name(part[0], settings)]})
+    return results
 
 
 def majority_scores(

@@ -29,11 +29,11 @@ def exact_match(answer: str, reference: str) -> float:
 
 def token_f1(answer: str, reference: str) -> float:
     """F1 x 100 of the words that answer and reference share (as in SQuAD)."""
-    given, wanted = squad_words(answer), squad_words(reference)
-    if not given or not wanted:
-        return 100.0 * (given == wanted)
-    shared = sum((Counter(given) & Counter(wanted)).values())
-    return 200.0 * shared / (len(given) + len(wanted))
+    given, reference_words = squad_words(answer), squad_words(reference)
+    if not given or not reference_words:
+        return 100.0 * (given == reference_words)
+    shared = sum((Counter(given) & Counter(reference_words)).values())
+    return 200.0 * shared / (len(given) + len(reference_words))
 
 
 def generation_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:

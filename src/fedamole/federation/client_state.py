@@ -5,7 +5,7 @@ none in memory between two calls, so the memory of a machine does not limit the 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class PrivateState:
     """The adapter after the client's last local training, if the run scores it."""
     step_fraction: float = 0.0
     """Fraction of the optimiser steps of its round that the client has taken so far."""
+    trained_sizes: Mapping[str, int] = field(default_factory=dict)
+    """Values of each tensor that it has trained in its round so far; empty after the last exchange of a round."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class ClientState:
     """The adapter after its last local training, if the run scores it."""
     step_fraction: float
     """Fraction of the optimiser steps of the current round taken in earlier exchanges."""
+    trained_sizes: Mapping[str, int]
+    """Values of each tensor that was trained in earlier exchanges of the current round."""
 
 
 class ClientStates:
@@ -61,7 +65,7 @@ class ClientStates:
         """
         path = latest_state(self.folder, client.name)
         if path is None:
-            return ClientState(self.method.init_client_state(client), None, 0.0)
+            return ClientState(self.method.init_client_state(client), None, 0.0, {})
         try:
             private = self._read(path)
             client_state = unpack(self.method.records.client_state, tensor_as_bytes(private.client_state) or b"")
@@ -70,13 +74,15 @@ class ClientStates:
                 f"{path} is damaged ({error}): put it back from a copy, or remove the folder it is in; then "
                 f"{client.name} starts again without its private state"
             ) from error
-        step_fraction = private.step_fraction if round_and_exchange(path)[0] == client.round else 0.0
-        return ClientState(client_state, private.trained, step_fraction)
+        if round_and_exchange(path)[0] < client.round:
+            return ClientState(client_state, private.trained, 0.0, {})
+        return ClientState(client_state, private.trained, private.step_fraction, private.trained_sizes)
 
     def save(self, client: Client, exchange: int, state: ClientState) -> None:
         """Write a client's state after an exchange of the current round."""
         packed = bytes_as_tensor(pack(state.client_state))
-        private = PrivateState(packed, state.trained, state.step_fraction)
+        sizes = state.trained_sizes if exchange + 1 < self.method.exchanges() else {}
+        private = PrivateState(packed, state.trained, state.step_fraction, sizes)
         write_atomic(state_path(self.folder, client.name, client.round, exchange), pack(private))
 
     def load_candidate(self, name: str, variant: str) -> Adapter | None:

@@ -25,6 +25,8 @@ class ClientWork:
     work: Work
     step_fraction: float
     """Fraction of the optimiser steps of the round taken so far, including earlier exchanges."""
+    trained_sizes: dict[str, int] = field(default_factory=dict)
+    """Values of each tensor trained in the round so far, including earlier exchanges."""
     request: TrainingRequest | None = None
     """The training it waits for; None before the start and after the end."""
     outcome: tuple[Any, Any, TrainingResult] | DivergedError | None = None
@@ -33,8 +35,6 @@ class ClientWork:
     """Optimiser steps taken in this exchange."""
     tokens: int = 0
     """Tokens, without padding, of the forward and backward passes of this exchange."""
-    trained_sizes: dict[str, int] = field(default_factory=dict)
-    """Number of values of each tensor that was trained."""
 
     def advance(self, result: TrainingResult | None) -> None:
         """Continue until the next request or the end; `result` answers the last request (None at the start)."""

@@ -114,7 +114,8 @@ class Worker:
     def _work(self, client: Client, payload: bytes) -> ClientWork:
         state = self.states.load(client)
         message = unpack(self.method.records.message, payload)
-        return ClientWork(self.method.update(client, state.client_state, message), state.step_fraction)
+        work = self.method.update(client, state.client_state, message)
+        return ClientWork(work, state.step_fraction, dict(state.trained_sizes))
 
     def _task(self, data: ClientData, round_: int, request: TrainingRequest, work: ClientWork) -> LocalTask:
         learning_rate = self.training.learning_rate * self.training.lr_decay**round_
@@ -145,6 +146,7 @@ class Worker:
         assert outcome is not None
         client_state, reply, trained = outcome
         adapter = trained.adapter if "pre_aggregation" in self.variants.values() else None
-        self.states.save(client, exchange, ClientState(client_state, adapter, work.step_fraction))
+        state = ClientState(client_state, adapter, work.step_fraction, work.trained_sizes)
+        self.states.save(client, exchange, state)
         loss = {"loss": trained.loss} if work.steps else {}
         return UpdateResult(pack(reply), {**loss, **report})

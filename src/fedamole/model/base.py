@@ -225,15 +225,15 @@ def _linears(model: Any) -> dict[str, tuple[int, int]]:
     The towers and projectors for images and sound of a multimodal model are left out.
     """
     head, inside = model.get_output_embeddings(), set(language_model(model).modules())
-    found = {}
+    linears = {}
     for name, module in model.named_modules():
         if module is head or module not in inside:
             continue
         if hasattr(module, "in_features") and hasattr(module, "out_features"):
-            found[name] = (int(module.in_features), int(module.out_features))
+            linears[name] = (int(module.in_features), int(module.out_features))
         elif type(module).__name__ == "Conv1D":
-            found[name] = (int(module.nx), int(module.nf))
-    return found
+            linears[name] = (int(module.nx), int(module.nf))
+    return linears
 
 
 def target_shapes(model: Any, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
@@ -276,10 +276,10 @@ def _hash_weights(model: Any) -> str:
 
 def _hash_tokenizer(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    words: Any = sorted(tokenizer.get_vocab().items())
+    vocabulary: Any = sorted(tokenizer.get_vocab().items())
     if backend is not None:
-        words = json.loads(backend.to_str())
+        vocabulary = json.loads(backend.to_str())
         # These two remember how the tokenizer was last called, not what it is.
-        words.pop("truncation", None)
-        words.pop("padding", None)
-    return _hash_json([words, {key: str(value) for key, value in tokenizer.special_tokens_map.items()}])
+        vocabulary.pop("truncation", None)
+        vocabulary.pop("padding", None)
+    return _hash_json([vocabulary, {key: str(value) for key, value in tokenizer.special_tokens_map.items()}])

@@ -18,7 +18,7 @@ def work_of(lines: Iterable[Mapping[str, Any]], variant: str, clients: int, roun
         probed: examples read in forward passes only, per client and round.
         forward_tokens: tokens, without padding, that a client reads in forward passes only, in the whole run.
         backward_tokens: tokens, without padding, that a client reads in forward and backward passes, in the whole run.
-        parameters: parameters that a client trains in a round in which it trains.
+        parameters: parameters that a client trains in a round in which it trains, over all exchanges of the round.
     """
     train, counted = [], []
     for line in lines:
@@ -35,8 +35,13 @@ def work_of(lines: Iterable[Mapping[str, Any]], variant: str, clients: int, roun
         work["probed"] = total("probed") / (clients * rounds)
     if any("backward_tokens" in line for line in train):
         work |= {key: total(key) / clients for key in ("forward_tokens", "backward_tokens")}
-    if sizes := [line["trained_parameters"] for line in train if "trained_parameters" in line]:
-        work["parameters"] = sum(sizes) / len(sizes)
+    sizes = dict[tuple[int, str], int]()
+    for line in train:
+        if "trained_parameters" in line:  # counts from the first exchange of the round on
+            key = line["round"], line["client"]
+            sizes[key] = max(sizes.get(key, 0), line["trained_parameters"])
+    if sizes:
+        work["parameters"] = sum(sizes.values()) / len(sizes)
     return work
 
 
