@@ -12,7 +12,13 @@ from typing import Any, Literal
 import torch
 
 from fedamole.errors import BaseModelError, ConfigError
-from fedamole.model.causality import language_model, modules_run_by_text, refuse_encoder_decoder, refuse_unreached
+from fedamole.model.causality import (
+    auto_class,
+    language_model,
+    modules_run_by_text,
+    refuse_encoder_decoder,
+    refuse_unreached,
+)
 from fedamole.model.recomputation import Recomputation
 from fedamole.runs.identity import BUNDLED as BUNDLED
 from fedamole.runs.identity import Identity
@@ -165,17 +171,6 @@ def load_base(settings: BaseSettings, device: torch.device, folder: Path, local_
     return Base(
         model, tokenizer, shapes, identity, name, device, int(positions), settings.gradient_checkpointing, recomputation
     )
-
-
-def auto_class(config: Any) -> Any:
-    """The class of transformers that loads a base of this config with its language-model head."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    if type(config) in AutoModelForCausalLM._model_mapping:
-        return AutoModelForCausalLM
-    # Many multimodal models are listed here alone; of these, too, only the language model is adapted.
-    multimodal = type(config) in AutoModelForImageTextToText._model_mapping
-    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
 
 
 def _quantized(device: torch.device) -> dict[str, Any]:
