@@ -40,8 +40,6 @@ def converted(path: Path) -> Path:
 
     Raises BaseModelError if the file cannot be converted (see `convert`) or the cache cannot be written.
     """
-    from filelock import FileLock
-
     try:
         with path.open("rb") as file:
             if file.read(len(MAGIC)) != MAGIC:
@@ -54,6 +52,8 @@ def converted(path: Path) -> Path:
     if target.is_dir():
         return target
     _require_gguf(path)
+    from filelock import FileLock
+
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # The operating system releases this lock even if the process is killed.
@@ -144,7 +144,9 @@ def _load(folder: Path, name: str, path: Path) -> tuple[Any, Any]:
         raise
     except Exception as error:  # code of many architectures
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise _unusable(path, f"transformers cannot load it as a causal language model ({reason}); {INSTEAD}") from error
+        raise _unusable(
+            path, f"transformers cannot load it as a causal language model ({reason}); {INSTEAD}"
+        ) from error
     if report["missing_keys"]:
         raise _unusable(path, f"it has no weights for {min(report['missing_keys'])!r}; {INSTEAD}")
     # A model loaded from GGUF refuses to be saved, so its weights move to a new one.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedamole.config import Config, load_run_config, nearest
+from fedamole.data.chat import stop_ids
 from fedamole.data.client_labels import client_labels
 from fedamole.data.examples import Shard
 from fedamole.data.manifest import load_federation, read_manifest
@@ -14,7 +15,7 @@ from fedamole.errors import BaseModelError, RunError
 from fedamole.experiment import reads_outside
 from fedamole.model.adapter_files import check_fits, read_config
 from fedamole.model.bank import Bank
-from fedamole.model.base import BUNDLED, Base, BaseSettings, is_elsewhere, load_base, resolve_device
+from fedamole.model.base import BUNDLED, Base, BaseSettings, is_elsewhere, is_path, load_base, resolve_device
 from fedamole.model.continuation import continuation_of
 from fedamole.model.params import Adapter
 from fedamole.model.pretrained import CONFIG, load_adapter, read_identity
@@ -156,7 +157,7 @@ def load_base_for(model: SavedModel, device: str = "auto", base: str | None = No
 def load_named(settings: BaseSettings, device: str, named_by_user: bool) -> Base:
     """Load a base, without a download if only a run's files name it. Raises BaseModelError."""
     model = settings.model
-    on_hub = model != BUNDLED and not Path(model).is_dir() and not model.startswith(("/", ".", "~"))
+    on_hub = model != BUNDLED and not Path(model).is_dir() and not is_path(model)
     try:
         return load_base(settings, resolve_device(device), Path.cwd(), local_only=on_hub and not named_by_user)
     except BaseModelError as error:
@@ -249,7 +250,7 @@ def load_personal_model(
     read_adapter(model, resident)  # validates the files; PEFT, which reads them again, checks little
     # Without these settings `generate` does not know where an answer ends, and drops the prompt on some bases.
     resident.model.generation_config.update(
-        eos_token_id=resident.tokenizer.eos_token_id,
+        eos_token_id=list(stop_ids(resident.tokenizer)),
         pad_token_id=resident.pad_id,
         use_cache=continuation_of(resident).caches,
     )
