@@ -97,8 +97,8 @@ def generate(
     In training, a template turned the rows of the client's data into prompts. --set fills in this template with the
     columns of one row, and --file with the rows of a data file (answers are not needed). All other prompts are used
     verbatim: quoted ones, lines of a .txt file or of standard input, and the `prompt` column of rows without the
-    template's columns. They should look like the prompts of training. If the template has `chat`, all these are messages
-    of the user instead.
+    template's columns. They should look like the prompts of training. If the template has `chat`, they are user
+    messages instead.
 
       fedamole generate RUN --client bank_city --set text="My card is gone."
 
@@ -156,8 +156,8 @@ def chat(
     """Chat with a client's model on the terminal.
 
     RUN is a run's folder, or the adapter folder of one model. The conversation has the format of training data with
-    `messages`, or the base's chat template if the client's template has `chat`. When it exceeds the positions of the base,
-    the oldest turns are dropped.
+    `messages`, or the base's chat template if the client's template has `chat`. When it exceeds the positions of the
+    base, the oldest turns are dropped.
 
     /new starts a new conversation; /quit, Ctrl-D and Ctrl-C end the chat. If standard input is a pipe, each of its
     lines is a message.

@@ -1,6 +1,7 @@
 """GGUF files as bases. Each file is converted once into a folder in Hugging Face layout, which stays in a cache."""
 
 import hashlib
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -53,6 +54,7 @@ def converted(path: Path) -> Path:
         return target
     _require_gguf(path)
     from filelock import FileLock
+    from safetensors import SafetensorError
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -67,10 +69,11 @@ def converted(path: Path) -> Path:
                     unfinished.rename(target)
                 finally:
                     shutil.rmtree(unfinished, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = describe_os_error(error) if isinstance(error, OSError) else " ".join(str(error).split())
         raise BaseModelError(
-            f"base.model = {str(path)!r}: its conversion cannot be stored in the cache {target.parent} "
-            f"({describe_os_error(error)}); set HF_HOME to a folder that you can write to"
+            f"base.model = {str(path)!r}: its conversion cannot be stored in the cache {target.parent} ({reason}); "
+            "set HF_HOME to a folder that you can write to"
         ) from error
     return target
 
@@ -82,7 +85,7 @@ def convert(path: Path, target: Path) -> None:
     dequantised, which does not restore their precision.
 
     Raises BaseModelError if the package gguf is missing, if the file is incomplete, or if transformers cannot load
-    it as a decoder-only language model; OSError if the folder cannot be written.
+    it as a decoder-only language model; OSError or SafetensorError if the folder cannot be written.
     """
     _require_gguf(path)
     _check_file(path)
@@ -101,6 +104,14 @@ def convert(path: Path, target: Path) -> None:
         shutil.rmtree(alone)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    _drop_added_tokens(target / "tokenizer.json", model.get_input_embeddings().num_embeddings)
+
+
+def _drop_added_tokens(path: Path, rows: int) -> None:
+    """Remove the tokens with ids of `rows` or more: transformers adds GPT-2's `<|endoftext|>` to other vocabularies."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < rows]
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def _require_gguf(path: Path) -> None:
@@ -148,7 +159,8 @@ def _load(folder: Path, name: str, path: Path) -> tuple[Any, Any]:
             path, f"transformers cannot load it as a causal language model ({reason}); {INSTEAD}"
         ) from error
     if report["missing_keys"]:
-        raise _unusable(path, f"it has no weights for {min(report['missing_keys'])!r}; {INSTEAD}")
+        missing = min(report["missing_keys"])
+        raise _unusable(path, f"it has no weights for {missing!r}; download it again, or first merge all its parts")
     # A model loaded from GGUF refuses to be saved, so its weights move to a new one.
     config = loaded.config
     if hasattr(config, "quantization_config"):
