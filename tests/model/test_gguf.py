@@ -103,7 +103,7 @@ def test_a_server_never_names_a_gguf_file_of_a_client(tiny: Path, original: Path
 def test_it_is_converted_once_and_then_needs_no_package(
     original: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = shutil.copy(original, tmp_path / "other-name.gguf")
+    copy = Path(shutil.copy(original, tmp_path / "other-name.gguf"))
     folder = converted(original)
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     monkeypatch.setitem(sys.modules, "gguf", None)
@@ -112,7 +112,7 @@ def test_it_is_converted_once_and_then_needs_no_package(
 
 
 def test_files_beside_it_do_not_count(original: Path, cache: Path, tmp_path: Path) -> None:
-    copy = shutil.copy(original, tmp_path / "tiny.gguf")
+    copy = Path(shutil.copy(original, tmp_path / "tiny.gguf"))
     (tmp_path / "chat_template.jinja").write_text("of another model")
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "another"}')
     tokenizer = AutoTokenizer.from_pretrained(converted(copy))

@@ -224,8 +224,9 @@ class Service:
             raise RefusedError(400, text, "context_length_exceeded")
         try:
             ids = prompt_ids(example, self.tokenizer)
-        except BaseModelError as error:  # of the chat template; its text contains nothing of the request
-            raise RefusedError(400, str(error), "invalid_value", "messages") from error
+        except BaseModelError as error:  # it names a folder of this machine
+            text = "the chat template of the base refuses this conversation; alternate the roles, or send no system message"
+            raise RefusedError(400, text, "invalid_value", "messages") from error
         if not ids:
             raise RefusedError(400, "the prompt is empty", "invalid_value", "prompt")
         if not self.engine.max_new_tokens(ids, 1):
