@@ -130,7 +130,7 @@ def test_serve_answers_as_generate_does(place: Path, fedamole: Any) -> None:  # 
 
         assert ask(("user", question)).strip() == answer
         with pytest.raises(
-            openai.BadRequestError, match="template of the base refuses this conversation; alternate the roles"
+            openai.BadRequestError, match="the base's chat template refuses this conversation; alternate the roles"
         ):
             ask(("system", "no"), ("user", question))
         with pytest.raises(openai.BadRequestError, match="must be the user's, and it is the assistant's"):

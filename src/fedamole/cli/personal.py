@@ -25,7 +25,7 @@ BaseName = Annotated[
     str | None,
     typer.Option(
         "--base",
-        help="Folder or hub id of the base, to use instead of the one that the run names.",
+        help="Folder, GGUF file or hub id of the base, to use instead of the one that the run names.",
         rich_help_panel=MODEL,
     ),
 ]

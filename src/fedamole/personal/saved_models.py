@@ -135,7 +135,7 @@ def find_model(path: Path, client: str | None, variant: str | None = None) -> Sa
 def load_base_for(model: SavedModel, device: str = "auto", base: str | None = None) -> Base:
     """Load the base that a personal model was trained on, and verify its identity.
 
-    `base` is a folder or hub id to use instead of the one that the run names. Raises BaseModelError and ConfigError.
+    `base` is a folder, GGUF file or hub id to use instead of the one that the run names. Raises BaseModelError and ConfigError.
     """
     settings = _adapter_base(model.folder) if model.run is None else load_run_config(model.run).base
     identity = read_identity(model.folder)
@@ -230,7 +230,7 @@ def load_personal_model(
         path: A run's folder, or an adapter folder, which may have been copied elsewhere.
         client: The client; may be left out if there is only one model.
         variant: Which of the run's models, if it has several per client (`fedit_ft` besides `fedit`).
-        base: Folder or hub id of the base, to use instead of the one that the run names.
+        base: Folder, GGUF file or hub id of the base, to use instead of the one that the run names.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         finished: Raise RunError if the run is not finished. By default, that is only a warning.
 

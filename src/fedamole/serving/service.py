@@ -225,7 +225,7 @@ class Service:
         try:
             ids = prompt_ids(example, self.tokenizer)
         except BaseModelError as error:  # it names a folder of this machine
-            text = "the chat template of the base refuses this conversation; alternate the roles, or send no system message"
+            text = "the base's chat template refuses this conversation; alternate the roles, or send no system message"
             raise RefusedError(400, text, "invalid_value", "messages") from error
         if not ids:
             raise RefusedError(400, "the prompt is empty", "invalid_value", "prompt")
