@@ -172,7 +172,7 @@ def resume(path: Path, listener: ProgressListener, base: str | None = None) -> d
 
 
 def record_base(folder: RunFolder, base: str) -> None:
-    """Check that `base`, a folder, GGUF file or hub id, is a copy of a run's base, and record it in run.json for all commands.
+    """Check that `base` (a folder, GGUF file or hub id) is a copy of a run's base, and record it in run.json.
 
     config.toml stays as it was written. Raises BaseModelError if the base is missing or is another one, and RunError
     while a process runs this run.

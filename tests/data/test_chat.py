@@ -89,7 +89,7 @@ def test_text_around_the_answer_is_not_trained_on() -> None:
 
 def test_there_is_one_bos_if_the_template_writes_one_and_none_otherwise() -> None:
     tokenizer = make(INST, eos="</s>")
-    (row,) = tokenise([example_of(messages("  q ", " x "))], tokenizer, 100).rows
+    (row,) = tokenise([example_of(messages("  q ", "\nx\n"))], tokenizer, 100).rows
     assert words(tokenizer, row.prompt) == "<s> [INST] q [/INST]"
     assert words(tokenizer, row.answer) == "x </s>"
     assert chat_template(tokenizer).strips
@@ -205,6 +205,7 @@ PLAIN, SYSTEM = example_of(messages("q secret", "x")), example_of(messages("a", 
             PLAIN,
             "differently when the answer",
         ),
+        ("{{ 'a' if add_generation_prompt else 'b' }}" + CHATML, PLAIN, "differently when the answer"),
         ("{% for message in messages %}{{ message.role }}{% endfor %}", PLAIN, "differently when the answer"),
         (
             "{% if 'secret' in messages[0].content %}{{ raise_exception(messages[0].content) }}{% endif %}" + CHATML,

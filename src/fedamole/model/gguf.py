@@ -89,19 +89,8 @@ def convert(path: Path, target: Path) -> None:
     """
     _require_gguf(path)
     _check_file(path)
+    model, tokenizer = _load(path)
     target.mkdir(parents=True)
-    # transformers reads further files beside the GGUF file. Only the file itself may count.
-    alone = target / "source"
-    alone.mkdir()
-    link = alone / "model.gguf"
-    try:
-        link.symlink_to(path.resolve())
-    except OSError:  # a file system without links
-        shutil.copyfile(path, link)
-    try:
-        model, tokenizer = _load(alone, link.name, path)
-    finally:
-        shutil.rmtree(alone)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     _drop_added_tokens(target / "tokenizer.json", model.get_input_embeddings().num_embeddings)
@@ -133,7 +122,7 @@ def _check_file(path: Path) -> None:
         raise _unusable(path, f"it contains no language model; {INSTEAD}")
 
 
-def _load(folder: Path, name: str, path: Path) -> tuple[Any, Any]:
+def _load(path: Path) -> tuple[Any, Any]:
     """Return the model of a GGUF file, dequantised, in bfloat16, and its tokenizer."""
     import torch
     import transformers
@@ -142,7 +131,8 @@ def _load(folder: Path, name: str, path: Path) -> tuple[Any, Any]:
     # Newer releases keep weights packed where they have kernels for it; older ones always dequantise.
     packing = getattr(transformers, "GgufConfig", None)
     unpacked = {} if packing is None else {"quantization_config": packing(dequantize=True)}
-    options: dict[str, Any] = {"gguf_file": name, "trust_remote_code": False, "local_files_only": True}
+    folder = path.parent
+    options: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(folder, **options)
         refuse_encoder_decoder(config, str(path))
@@ -161,7 +151,7 @@ def _load(folder: Path, name: str, path: Path) -> tuple[Any, Any]:
     if report["missing_keys"]:
         missing = min(report["missing_keys"])
         raise _unusable(path, f"it has no weights for {missing!r}; download it again, or first merge all its parts")
-    # A model loaded from GGUF refuses to be saved, so its weights move to a new one.
+    # A model loaded from GGUF may refuse to be saved, so its weights move to a new one.
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

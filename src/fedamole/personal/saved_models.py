@@ -135,7 +135,8 @@ def find_model(path: Path, client: str | None, variant: str | None = None) -> Sa
 def load_base_for(model: SavedModel, device: str = "auto", base: str | None = None) -> Base:
     """Load the base that a personal model was trained on, and verify its identity.
 
-    `base` is a folder, GGUF file or hub id to use instead of the one that the run names. Raises BaseModelError and ConfigError.
+    `base` is a folder, GGUF file or hub id to use instead of the one that the run names. Raises BaseModelError and
+    ConfigError.
     """
     settings = _adapter_base(model.folder) if model.run is None else load_run_config(model.run).base
     identity = read_identity(model.folder)
