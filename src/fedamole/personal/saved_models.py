@@ -250,8 +250,9 @@ def load_personal_model(
     resident = load_base_for(model, device, base)
     read_adapter(model, resident)  # validates the files; PEFT, which reads them again, checks little
     # Without these settings `generate` does not know where an answer ends, and drops the prompt on some bases.
+    stops = stop_ids(resident.tokenizer)
     resident.model.generation_config.update(
-        eos_token_id=list(stop_ids(resident.tokenizer)),
+        eos_token_id=stops[0] if len(stops) == 1 else list(stops),
         pad_token_id=resident.pad_id,
         use_cache=continuation_of(resident).caches,
     )
