@@ -19,7 +19,7 @@ from fedamole.federation.method import Method
 from fedamole.federation.robust import check_aggregation
 from fedamole.federation.settings import DeploymentSettings, FederationSettings, TrainingSettings
 from fedamole.methods import METHODS
-from fedamole.model.base import BaseSettings
+from fedamole.model.base import BaseSettings, is_path
 from fedamole.received.files import read_toml
 from fedamole.received.forms import MOST_WHOLE
 from fedamole.received.names import LONGEST_NAME, not_on_windows, quoted
@@ -145,7 +145,7 @@ def rebased(tables: Table, folder: Path) -> Table:
 
     base = tables.get("base")
     model = base.get("model") if isinstance(base, dict) else None
-    if isinstance(model, str) and (model.startswith((".", "/", "~")) or (folder / model).is_dir()):
+    if isinstance(model, str) and (is_path(model) or (folder / model).is_dir()):
         absolute(base, "model")  # otherwise a Hub id, or the bundled base
     data = tables.get("data")
     absolute(data, "manifest")

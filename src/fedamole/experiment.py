@@ -150,7 +150,7 @@ def start(config: Config, folder: Path, listener: ProgressListener) -> dict[str,
 def resume(path: Path, listener: ProgressListener, base: str | None = None) -> dict[str, Any]:
     """Continue a run from its last intact checkpoint and return the summary.
 
-    `base` names a copy of the run's base (a folder or a hub id) if the one in the config is gone; see `record_base`.
+    `base` names a copy of the run's base (folder, file or hub id) if the one in the config is gone; see `record_base`.
     Raises BaseModelError if the base is missing or has other weights.
     """
     folder = RunFolder.open(path)
@@ -172,7 +172,7 @@ def resume(path: Path, listener: ProgressListener, base: str | None = None) -> d
 
 
 def record_base(folder: RunFolder, base: str) -> None:
-    """Check that `base`, a folder or a hub id, is a copy of a run's base, and record it in run.json for all commands.
+    """Check that `base` (a folder, GGUF file or hub id) is a copy of a run's base, and record it in run.json.
 
     config.toml stays as it was written. Raises BaseModelError if the base is missing or is another one, and RunError
     while a process runs this run.

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from fedamole.data.templates import BUILT_IN, TemplateSettings, choose, options_of, render
+from fedamole.data.answer_options import options_of
+from fedamole.data.templates import BUILT_IN, TemplateSettings, choose, render
 from fedamole.errors import ConfigError, DataError
 
 

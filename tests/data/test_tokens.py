@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fedamole.data.answer_options import options_of
 from fedamole.data.examples import Example, Literals
 from fedamole.data.settings import SourceSettings
 from fedamole.data.sources import read_source
-from fedamole.data.templates import BUILT_IN, TemplateSettings, options_of, render
+from fedamole.data.templates import BUILT_IN, TemplateSettings, render
 from fedamole.data.text_encoder import text_encoder
 from fedamole.data.tokens import prompt_ids, tokenise, warn_of_text
 from fedamole.errors import BaseModelError, DataError

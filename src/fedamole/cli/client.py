@@ -46,7 +46,7 @@ def client(
         list[str] | None, typer.Option(help="Rename a column, e.g. instruction=question; prompt= drops one.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Maximum number of rows to use.")] = None,
-    base: Annotated[str | None, typer.Option(help="Local copy of the base model: folder or hub id.")] = None,
+    base: Annotated[str | None, typer.Option(help="Local copy of the base model: folder, GGUF file or hub id.")] = None,
     folder: Annotated[Path, typer.Option(help="Folder for run folders.")] = Path("runs"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, max=4096, help="PyTorch's CPU threads; 0: PyTorch's default.")] = 0,

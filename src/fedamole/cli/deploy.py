@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 ServerConfig = Annotated[Path | None, typer.Argument(help="A TOML config with [deployment] clients (docs/deploy.md).")]
 Resume = Annotated[Path | None, typer.Option(help="Continue the run in this folder; then give no config.")]
 BaseLocation = Annotated[
-    str | None, typer.Option("--base", help="With --resume: the new location of the run's base, a folder or hub id.")
+    str | None,
+    typer.Option("--base", help="With --resume: the new location of the run's base, a folder, GGUF file or hub id."),
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS and no keys; only on 127.0.0.1, for tests.")]
 Port = Annotated[int, typer.Option(min=1, max=65535, help="Server: port to listen on, open in the firewall.")]

@@ -25,7 +25,7 @@ BaseName = Annotated[
     str | None,
     typer.Option(
         "--base",
-        help="Folder or hub id of the base, to use instead of the one that the run names.",
+        help="Folder, GGUF file or hub id of the base, to use instead of the one that the run names.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -97,7 +97,8 @@ def generate(
     In training, a template turned the rows of the client's data into prompts. --set fills in this template with the
     columns of one row, and --file with the rows of a data file (answers are not needed). All other prompts are used
     verbatim: quoted ones, lines of a .txt file or of standard input, and the `prompt` column of rows without the
-    template's columns. They should look like the prompts of training.
+    template's columns. They should look like the prompts of training. If the template has `chat`, they are user
+    messages instead.
 
       fedamole generate RUN --client bank_city --set text="My card is gone."
 
@@ -118,7 +119,8 @@ def generate(
         note(notes, outside_reads(model, False, base))
         examples = read_prompts(prompts or [], file, columns or [], prompt_format, sys.stdin)
         with_line_ends = all(example.prompt.endswith("\n") for example in examples)
-        if columns is None and prompt_format.template != "plain" and not with_line_ends:
+        verbatim = columns is None and prompt_format.chat is None and prompt_format.template != "plain"
+        if verbatim and not with_line_ends:
             note(notes, f"prompts are used verbatim; --set applies the template that {model.client} was trained with")
         bank, adapters = open_bank([model], device, base)
         bank.load(adapters)
@@ -154,7 +156,8 @@ def chat(
     """Chat with a client's model on the terminal.
 
     RUN is a run's folder, or the adapter folder of one model. The conversation has the format of training data with
-    `messages`. When it exceeds the positions of the base, the oldest turns are dropped.
+    `messages`, or the base's chat template if the client's template has `chat`. When it exceeds the positions of the
+    base, the oldest turns are dropped.
 
     /new starts a new conversation; /quit, Ctrl-D and Ctrl-C end the chat. If standard input is a pipe, each of its
     lines is a message.
@@ -162,7 +165,7 @@ def chat(
       fedamole chat RUN --client shop_house --system "Answer in one line."
     """
     from fedamole.personal.chat import NEW, QUIT, Chat, run_chat
-    from fedamole.personal.generate import evaluation_settings_of
+    from fedamole.personal.generate import evaluation_settings_of, prompt_format_of
     from fedamole.personal.saved_models import check_finished, find_model, open_bank, outside_reads
 
     model = find_model(run, client, variant)
@@ -172,7 +175,7 @@ def chat(
     bank, adapters = open_bank([model], device, base)
     bank.load(adapters)
     settings = evaluation_settings_of(model, bank.base.max_positions)
-    conversation = Chat(bank, max_new_tokens or settings.max_new_tokens, system)
+    conversation = Chat(bank, max_new_tokens or settings.max_new_tokens, system, prompt_format_of(model))
 
     def read_input() -> str:
         return console.input(Text.assemble(("you>", "bold"), " ")) if interactive else input()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from fedamole.data.answer_options import options_of
 from fedamole.data.examples import Example, Task
 from fedamole.data.layouts import missing_column
 from fedamole.data.partition import Part, allot_test, partition
@@ -13,7 +14,7 @@ from fedamole.data.seeding import generator
 from fedamole.data.settings import DataSettings, SourceSettings
 from fedamole.data.sources import Table, read_source
 from fedamole.data.splits import ClientRows, split_client
-from fedamole.data.templates import TemplateSettings, check_columns, choose, options_of, render, text_of
+from fedamole.data.templates import TemplateSettings, check_columns, choose, render, text_of
 from fedamole.errors import DataError
 from fedamole.runs.run_files import SPLITS
 
@@ -69,7 +70,7 @@ class Candidates:
     values: list[str] | None
     """Value of the partition's column `by` for each of `rows`; None if the partition has no such column."""
     identity: Mapping[int, tuple[str, str]]
-    """(prompt, answer) by row number. Rows with equal entries are duplicates."""
+    """(conversation, answer) by row number. Rows with equal entries are duplicates."""
     test_rows: tuple[int, ...] | None
     """Row numbers of the official test set; None without one."""
     test_values: list[str] | None
@@ -114,12 +115,12 @@ def _candidates(settings: DataSettings, data: SourceData) -> tuple[Candidates, l
     """Return the rows with an answer, within the limit and not in the official test set, and notes on the others."""
     notes: list[str] = []
     examples = _examples(data, "train", _limited(settings, data), notes)
-    identity = {row: (example.prompt, example.answer) for row, example in examples.items()}
+    identity = {row: (example.conversation, example.answer) for row, example in examples.items()}
     if data.test is None:
         rows = tuple(examples)
         return Candidates(rows, _values(data.source, data.train, rows), identity, None, None), notes
     tests = _examples(data, "test", range(len(data.test.rows)), notes)
-    test_examples = {(example.prompt, example.answer) for example in tests.values()}
+    test_examples = {(example.conversation, example.answer) for example in tests.values()}
     rows = tuple(row for row in examples if identity[row] not in test_examples)
     if dropped := len(examples) - len(rows):
         name = data.source.name

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fedamole.data.layouts import Turn
 from fedamole.errors import DataError
 from fedamole.runs.run_files import SPLITS
 
@@ -40,11 +41,19 @@ class Example:
     """Answers to choose from by likelihood; empty for free text."""
     literals: Literals = field(default=Literals(), compare=False)
     """Template text in this example; not compared."""
+    turns: tuple[Turn, ...] | None = None
+    """Earlier turns of a conversation. The prompt is then the user's last message, and the chat template of the base's
+    tokenizer renders both. None: the prompt is used as it is."""
 
     @property
     def prompt(self) -> str:
         """The complete prompt."""
         return self.before + self.context + self.after
+
+    @property
+    def conversation(self) -> str:
+        """The prompt after its earlier turns, without a chat template."""
+        return "".join(f"{role}: {text}\n" for role, text in self.turns or ()) + self.prompt
 
     @property
     def task(self) -> Task:

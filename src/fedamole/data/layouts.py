@@ -38,6 +38,22 @@ def listed(columns: Iterable[str]) -> str:
     return ", ".join(shown) + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
 
 
+Turn = tuple[str, str]
+"""A turn of a conversation: the role (system, user or assistant) and the text."""
+
+
+class Conversation(str):
+    """The turns of a row with `messages` before its answer, as one text; templates with `chat` read `turns`."""
+
+    turns: tuple[Turn, ...]
+
+    def __new__(cls, turns: Sequence[Turn]) -> "Conversation":
+        """Create the text of `conversation_prompt`."""
+        self = super().__new__(cls, conversation_prompt(turns))
+        self.turns = tuple(turns)
+        return self
+
+
 ROLE_HEADINGS = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 
@@ -56,9 +72,9 @@ def arrange(rows: Sequence[Row], columns: Mapping[str, str], where: str, templat
     """Add the columns that templates use to rows, and drop the ones that `columns` maps to an empty text.
 
     `columns` maps new names to the file's names; the original columns stay. Then `messages` becomes prompt/completion
-    unless one of these columns exists; the template "messages" always uses `messages`. Instruction/input/output becomes
-    instruction/context/response unless these exist. Raises DataError if a column to rename, drop or use is missing, and
-    for malformed messages.
+    unless one of these columns exists; the templates "messages" and "chat" use `messages` in any case.
+    Instruction/input/output becomes instruction/context/response unless these exist. Raises DataError if a column to
+    rename, drop or use is missing, and for malformed messages.
     """
     have = set(rows[0])
     renamed = {new: old for new, old in columns.items() if old}
@@ -78,7 +94,8 @@ def arrange(rows: Sequence[Row], columns: Mapping[str, str], where: str, templat
         }
         for row in rows
     ]
-    if template == "messages" or ("messages" in have and not {"prompt", "completion"} & have):
+    first = template in ("messages", "chat") or not {"prompt", "completion"} & have
+    if "messages" in have and first:
         for number, row in enumerate(arranged, start=1):
             row["prompt"], row["completion"] = from_messages(row["messages"], f"{where}, row {number}")
     if "instruction" in have and "output" in have and "response" not in have:
@@ -91,13 +108,13 @@ def arrange(rows: Sequence[Row], columns: Mapping[str, str], where: str, templat
     return tuple(arranged)
 
 
-def from_messages(messages: Any, where: str) -> tuple[str, str]:
+def from_messages(messages: Any, where: str) -> tuple[Conversation, str]:
     """Return prompt and answer of a conversation. The last assistant turn is the answer; later turns are left out.
 
     `messages` is a list of {role, content} with the roles system, user and assistant. Raises DataError, which begins
     with `where`, for anything else, and if no assistant turn follows another turn.
     """
-    turns: list[tuple[str, str]] = []
+    turns: list[Turn] = []
     for turn in messages if isinstance(messages, list) else [messages]:
         if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
             raise DataError(
@@ -110,13 +127,13 @@ def from_messages(messages: Any, where: str) -> tuple[str, str]:
     last = max((index for index, (role, _) in enumerate(turns) if role == "assistant"), default=0)
     if last == 0:
         raise DataError(f"{where}: messages has no assistant turn after another turn; remove the row")
-    return conversation_prompt(turns[:last]), turns[last][1]
+    return Conversation(turns[:last]), turns[last][1]
 
 
-def conversation_prompt(turns: Sequence[tuple[str, str]]) -> str:
+def conversation_prompt(turns: Sequence[Turn]) -> str:
     """Return a conversation as a prompt for the assistant's next turn; `turns` are (role, content).
 
-    All conversations use this format. The base model's own chat template is not used.
+    All conversations use this format, except with a template with `chat` (data/chat.py).
     """
     text = "".join(f"### {ROLE_HEADINGS[role]}:\n{content}\n\n" for role, content in turns)
     return text + f"### {ROLE_HEADINGS['assistant']}:\n"

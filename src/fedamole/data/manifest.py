@@ -282,7 +282,7 @@ def _record(client: ClientRows, source: str, examples: Mapping[str, Sequence[Exa
 
 
 def _digest(examples: Sequence[Example]) -> str:
-    return digest([[example.prompt, example.answer, list(example.options)] for example in examples])
+    return digest([[example.conversation, example.answer, list(example.options)] for example in examples])
 
 
 def _check_sources(settings: DataSettings, manifest: Manifest) -> None:

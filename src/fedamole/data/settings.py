@@ -82,7 +82,8 @@ class SourceSettings:
     """Configuration (subset) of the Hub data set, if it has several. Only with `hub`."""
     template: str = "auto"
     """Template that turns rows into examples: `alpaca`, `snli`, `banking77`, `pubmedqa`, `plain`, `messages`,
-    `classification`, a name from `[data.templates]`, or `auto`, which selects a built-in template by the columns."""
+    `classification`, a name from `[data.templates]`, or `auto`, which selects a built-in template by the columns.
+    `chat` does so too, and renders the example through the chat template of the base's tokenizer."""
     columns: dict[str, str] = field(default_factory=dict)
     """Columns to rename, new name = old name: `{instruction = "question"}`. An empty value drops a column:
     `{prompt = ""}`."""

@@ -1,20 +1,15 @@
 """Templates: turn a row of a data file into a prompt, an answer and the options to choose from."""
 
 import difflib
-import logging
 import string
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import tomli_w
-
 from fedamole.data.examples import Example, Literals, Span
-from fedamole.data.layouts import listed, missing_column, shortened
+from fedamole.data.layouts import Conversation, Turn, listed, missing_column, shortened
 from fedamole.errors import ConfigError, DataError
-
-log = logging.getLogger(__name__)
 
 Piece = tuple[str, str | None]
 """Literal text and the name of the column whose value follows it; None at the end of the template."""
@@ -25,7 +20,8 @@ class TemplateSettings:
     """`[data.templates.NAME]`: a template. A row's value replaces `{column}`; `{{` and `}}` are literal braces."""
 
     prompt: str
-    """Text of the prompt. End it with a newline, because prompt and answer are tokenised separately."""
+    """Text of the prompt. End it with a newline, because prompt and answer are tokenised separately; with `chat` this
+    is not needed."""
     answer: str
     """Text of the answer, usually one column: `"{response}"`. It must contain at least one column."""
     context: str | None = None
@@ -42,6 +38,12 @@ class TemplateSettings:
     labels: dict[str, str] = field(default_factory=dict)
     """Answers as the data contain them, each mapped to the answer to write, for example `{"0" = "Yes", "1" = "No"}`.
     Rows mapped to `""` are left out. Without `options` the mapped answers are the options."""
+    chat: bool = False
+    """Whether the chat template of the base's tokenizer renders prompt and answer, as messages of the user and the
+    assistant. With `messages` rows, `{prompt}` is the user's last message and the earlier turns precede it."""
+    system: str | None = None
+    """System message before the prompt, unless the row's `messages` have one. Requires `chat = true`. Unset: none,
+    though some chat templates write their own."""
 
     def __post_init__(self) -> None:
         prompt_columns = columns_of(self.prompt, "prompt")
@@ -66,6 +68,8 @@ class TemplateSettings:
             _refuse("options_from", self.options_from, "set either options_from or options/labels, not both")
         if self.options and len(set(self.options)) < max(2, len(self.options)):
             _refuse("options", self.options, "set at least two different options")
+        if self.system is not None and not self.chat:
+            _refuse("system", self.system, "it requires chat = true")
         unknown = sorted({text for text in self.labels.values() if text} - set(self.options)) if self.options else []
         if unknown:
             _refuse("labels", unknown, f"every label must be mapped to one of the options {list(self.options)}")
@@ -154,7 +158,17 @@ BUILT_IN: dict[str, TemplateSettings] = {
         answer="{label_text}",
         options_from="label_text",
     ),
+    # For files with `messages` or prompt and completion; `_chat_by_columns` selects the others.
+    "chat": TemplateSettings(prompt="{prompt}", answer="{completion}", chat=True),
 }
+CHAT_INSTRUCTION = TemplateSettings(
+    prompt="{instruction}\n\n{context}",
+    prompt_without_context="{instruction}",
+    context="context",
+    answer="{response}",
+    chat=True,
+)
+"""The template "chat" for files with instruction and response."""
 # The same for files without a column of label names: the labels themselves are the options.
 _UNNAMED_CLASSIFICATION = TemplateSettings(
     prompt=BUILT_IN["classification"].prompt, answer="{label}", options_from="label"
@@ -177,11 +191,11 @@ def choose(name: str, own: Mapping[str, TemplateSettings], columns: Iterable[str
     """
     check_name(name, own)
     have = set(columns)
-    if name == "auto":
-        name = _by_columns(have, where)
-    template = own[name] if name in own else BUILT_IN[name]
-    if name == "classification" and name not in own and "label_text" not in have and "label" in have:
-        template = _UNNAMED_CLASSIFICATION
+    if name == "chat":
+        template = _chat_by_columns(have, where)
+    else:
+        name = _by_columns(have, where) if name == "auto" else name
+        template = own[name] if name in own else _built_in(name, have)
     check_columns(template, have, where)
     return template
 
@@ -198,6 +212,18 @@ def check_columns(template: TemplateSettings, columns: Iterable[str], where: str
     for column in (*needed, *([template.options_from] if template.options_from is not None else [])):
         if column not in have:
             raise missing_column(column, have, where)
+
+
+def _built_in(name: str, have: set[str]) -> TemplateSettings:
+    unnamed = name == "classification" and "label_text" not in have and "label" in have
+    return _UNNAMED_CLASSIFICATION if unnamed else BUILT_IN[name]
+
+
+def _chat_by_columns(have: set[str], where: str) -> TemplateSettings:
+    """The template "chat" for a file: `messages`, else the template of "auto" without the headings around it."""
+    name = "plain" if "messages" in have else _by_columns(have, where)
+    known = {"plain": BUILT_IN["chat"], "alpaca": CHAT_INSTRUCTION}
+    return known[name] if name in known else replace(_built_in(name, have), chat=True)
 
 
 def _by_columns(have: set[str], where: str) -> str:
@@ -220,65 +246,6 @@ def _by_columns(have: set[str], where: str) -> str:
         f"{where}: no template fits the columns {listed(have)}; set template = one of "
         f"{', '.join(BUILT_IN)}, or write your own under [data.templates.<name>]"
     )
-
-
-def options_of(template: TemplateSettings, rows: Iterable[Mapping[str, Any]], where: str) -> tuple[str, ...]:
-    """Return the answer options of a source, which all its clients share; empty for free text.
-
-    `rows` are all rows of the source, train and test. Values that differ only in leading or trailing white space are
-    one option, without it; a warning counts such rows. Raises DataError if `options_from` finds fewer than two values.
-    """
-    rows = list(rows)
-    options = template.options
-    if not options and template.options_from is None:
-        options = tuple(dict.fromkeys(text for text in template.labels.values() if text))
-    if not options and (column := template.options_from) is not None:
-        spellings: dict[str, set[str]] = {}
-        for text in {text_of(row[column], column, where) for row in rows if row[column] is not None}:
-            spellings.setdefault(text.strip(), set()).add(text)
-        spellings.pop("", None)
-        options = tuple(sorted(label if len(texts) > 1 else texts.pop() for label, texts in spellings.items()))
-        if len(options) < 2:
-            raise _too_few_options(template, column, options, where)
-    _warn_of_white_space(template, template.labels or options, rows, where)
-    return options
-
-
-def _warn_of_white_space(
-    template: TemplateSettings, known: Collection[str], rows: Iterable[Mapping[str, Any]], where: str
-) -> None:
-    """Log the number of labels that are known only without white space around them; `render` strips it."""
-    columns = columns_of(template.answer, "answer")
-    if not known or len(columns) > 1:
-        return
-    labels = [row[columns[0]] for row in rows if isinstance(row.get(columns[0]), str)]
-    padded = [label for label in labels if label not in known and label.strip() in known]
-    if padded:
-        log.warning(
-            "%s: %d of %d labels have white space around them, which is removed; for example %s",
-            where,
-            len(padded),
-            len(labels),
-            shortened(padded[0]),
-        )
-
-
-def _too_few_options(template: TemplateSettings, column: str, values: Sequence[str], where: str) -> DataError:
-    """Return the error for a file with fewer than two labels. It shows a template that lists all answers."""
-    keys = {"prompt": template.prompt, "prompt_without_context": template.prompt_without_context}
-    keys |= {"context": template.context, "answer": template.answer}
-    table = "".join(f"{key} = {_as_toml(text)}, " for key, text in keys.items() if text is not None)
-    options = "".join(f"{_as_toml(text[:200])}, " for text in values)
-    return DataError(
-        f"{where}: column {column!r} has only the values {[text[:200] for text in values]}; at least two are "
-        "required. If other clients have other answers, list all answers of the task in the config (in a deployment, "
-        f"the coordinator's): under [data.templates], task = {{ {table}options = [{options}...] }}. Then use it: "
-        'template = "task" in each [[data.source]] of the task, or --template task for a client\'s own file'
-    )
-
-
-def _as_toml(text: str) -> str:
-    return tomli_w.dumps({"text": text}).removeprefix("text = ").strip()
 
 
 def render(template: TemplateSettings, options: Sequence[str], row: Mapping[str, Any], where: str) -> Example | None:
@@ -305,13 +272,41 @@ def render(template: TemplateSettings, options: Sequence[str], row: Mapping[str,
         raise DataError(
             f"{where}: the label {shortened(answer)} is outside the template's options {list(options)}; correct the row"
         )
+    turns, row = _turns(template, row, where) if template.chat else (None, row)
     before, context, after = _prompt(template, row, where)
     # Options and labels of the template are its own text, even though the row selects one of them.
     own_options = bool(options) and template.options_from is None
     if options:
         answer_literals = ((0, len(answer)),) if own_options else ()
     literals = Literals(before.literals, after.literals, answer_literals, own_options)
-    return Example(before.text, context, after.text, answer, tuple(options), literals)
+    return Example(before.text, context, after.text, answer, tuple(options), literals, turns)
+
+
+def _turns(
+    template: TemplateSettings, row: Mapping[str, Any], where: str
+) -> tuple[tuple[Turn, ...], Mapping[str, Any]]:
+    """Return the turns before the user's last message, and the row with this message alone as its prompt."""
+    earlier: tuple[Turn, ...] = ()
+    prompt = row.get("prompt")
+    if isinstance(prompt, Conversation) and "prompt" in columns_of(template.prompt, "prompt"):
+        *before, last = prompt.turns
+        earlier, row = tuple(before), {**row, "prompt": user_message(last, where)}
+    return (*system_turns(template, earlier), *earlier), row
+
+
+def user_message(last: Turn, where: str) -> str:
+    """Return the text of the turn before an answer; DataError if it is not the user's."""
+    role, text = last
+    if role != "user":
+        raise DataError(f"{where}: in a chat, the turn before the answer must be the user's, and it is the {role}'s")
+    return text
+
+
+def system_turns(template: TemplateSettings, turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """Return the template's system message as a turn, or nothing if it has none or the conversation has its own."""
+    if template.system is None or any(role == "system" for role, _ in turns):
+        return ()
+    return (("system", template.system),)
 
 
 class _Filled(NamedTuple):

@@ -43,13 +43,16 @@ class TextEncoder:
             if (token["special"] or token["content"] in roles) and token["content"].strip()
         )
         # The secret is random, so that data cannot contain a secret name.
-        secret = secrets.token_hex(16)
+        secret, other = secrets.token_hex(16), secrets.token_hex(16)
         self._secret_names = {name: f"{secret}{index:08x}" for index, name in enumerate(names)}
+        self._hidden_names = {name: f"{other}{index:08x}" for index, name in enumerate(names)}
         _rename(description, self._secret_names)
         self._tokenizer = type(backend).from_str(json.dumps(description, ensure_ascii=False))
         # Match the longest name first, as the tokenizer does.
         longest_first = sorted(map(re.escape, names), key=len, reverse=True)
         self._names = re.compile("|".join(longest_first) or r"(?!)")
+        self._shown_names = {hidden: name for name, hidden in self._hidden_names.items()}
+        self._hidden = re.compile(f"{other}[0-9a-f]{{8}}")
         for name, secret_name in self._secret_names.items():
             if self.encode([secret_name])[0] != (backend.token_to_id(name),):
                 raise BaseModelError(
@@ -71,6 +74,26 @@ class TextEncoder:
             parts += [text[position:start], literal]
             position = end
         return "".join(parts) + text[position:]
+
+    def hidden(self, marked: str) -> str:
+        """Replace the names of special tokens that are text in a marked text; `revealed` restores them."""
+        return self._names.sub(lambda match: self._hidden_names[match[0]], marked)
+
+    def revealed(self, text: str) -> str:
+        """Mark all special tokens in a text as tokens, then restore the names that `hidden` replaced as text."""
+        marked = self._names.sub(lambda match: self._secret_names[match[0]], text)
+        return self._hidden.sub(lambda match: self._shown_names[match[0]], marked)
+
+    def until_special(self, text: str) -> str:
+        """Return a text up to and including its first special token; empty if it contains none."""
+        found = self._names.search(text)
+        return text[: found.end()] if found else ""
+
+    def unmarked(self, marked: str) -> str:
+        """Return the readable form of a marked text, with the names of all special tokens."""
+        for name, secret_name in self._secret_names.items():
+            marked = marked.replace(secret_name, name)
+        return marked
 
     def holds_special_text(self, marked: str) -> bool:
         """Whether a text returned by `marked` still contains the name of a special token, which is then text."""

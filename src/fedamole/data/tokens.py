@@ -3,6 +3,9 @@
 The tokens of prompt and answer are concatenated. Templates end their prompts with a newline, so that no token would
 span both. With the "plain" template the data must contain a space between prompt and completion where one belongs.
 
+With a chat template, the prompt is everything that it writes before the answer, and the answer ends with its own end
+marker; what it writes after this marker is left out.
+
 Special tokens are recognised in template text only. In data, the text of a special token stays text.
 """
 
@@ -11,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fedamole.data.chat import Frame, chat_template
 from fedamole.data.examples import Example, Span
 from fedamole.data.text_encoder import Ids, TextEncoder, text_encoder
 from fedamole.errors import BaseModelError, DataError
@@ -26,11 +30,12 @@ class TokenRow:
     """Token ids of one example. The prompt with the answer, or with any option, has at most `max_length` tokens."""
 
     prompt: Ids
-    """Begins with the tokenizer's leading special tokens, if it has any."""
+    """Begins with the tokenizer's leading special tokens, if it has any, or as the chat template begins."""
     answer: Ids
-    """Ends with the end-of-sequence token. Only the answer contributes to the loss."""
+    """Ends with the end-of-sequence token, or the end marker of the chat template. Only the answer contributes to the
+    loss."""
     options: tuple[Ids, ...]
-    """In the order of the example's options; each ends with the end-of-sequence token."""
+    """In the order of the example's options; each ends as the answer does."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,8 @@ class Tokenised:
     special: int
     """Number of examples whose data contain the text of a special token, which is encoded as text."""
     changed: int
-    """Number of examples whose prompt or answer cannot be decoded exactly, apart from a leading space."""
+    """Number of examples whose prompt or answer cannot be decoded exactly, apart from a leading space; with a chat
+    template, apart from white space."""
 
 
 def tokenise(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Tokenised:
@@ -58,7 +64,8 @@ def tokenise(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", 
     least one token before the answer. BOS and EOS tokens in a template are not duplicated.
 
     Raises BaseModelError if the tokenizer has no end-of-sequence token or no character offsets, which truncation needs,
-    and DataError if two options have the same tokens or a text is not valid Unicode.
+    or if an example needs a chat template that is missing or fails. Raises DataError if two options have the same
+    tokens or a text is not valid Unicode.
     """
     if tokenizer.eos_token_id is None:
         raise BaseModelError(
@@ -66,26 +73,31 @@ def tokenise(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", 
             f"set its eos_token"
         )
     encoder = text_encoder(tokenizer)
-    lead = encoder.leading_specials
     answers = _Answers(encoder, tokenizer)
     rows: list[TokenRow] = []
     indices: list[int] = []
     cut = special = changed = 0
-    prompts = [encoder.marked(example.prompt, _prompt_literals(example, example.context)) for example in examples]
+    read = [_marked_prompt(example, example.context, encoder, tokenizer) for example in examples]
+    prompts = [marked for marked, _ in read]
     bodies = encoder.encode(prompts)
     decoded = tokenizer.batch_decode(bodies, clean_up_tokenization_spaces=False) if bodies else []
     for index, (example, body) in enumerate(zip(examples, bodies, strict=True)):
-        answer, answer_special, answer_changed = answers.read(example.answer, example.literals.answer)
+        frame = read[index][1]
+        lead = encoder.leading_specials if frame is None else ()
+        answer, answer_special, answer_changed = answers.read(example.answer, example.literals.answer, frame)
         special += answer_special or encoder.holds_special_text(prompts[index])
-        changed += answer_changed or not _same_text(decoded[index], example.prompt)
-        options = answers.options(example)
+        if frame is None:
+            changed += answer_changed or not _same_text(decoded[index], example.prompt)
+        else:
+            changed += answer_changed or not _same_words(decoded[index], encoder.unmarked(frame.prompt))
+        options = answers.options(example, frame)
         longest = max(len(ids) for ids in (answer, *options))
         room = max_length - longest - len(lead)
         if room < (0 if lead else 1):
             continue
         body = _without_lead(body, lead)
         if len(body) > room:
-            body = _shortened(example, body, encoder, room)
+            body = _shortened(example, body, encoder, tokenizer, room)
             cut += 1
         rows.append(TokenRow((*lead, *body), answer, options))
         indices.append(index)
@@ -95,7 +107,8 @@ def tokenise(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", 
 def prompt_ids(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Ids:
     """Return the token ids of a complete prompt as in training, including leading special tokens."""
     encoder = text_encoder(tokenizer)
-    return (*encoder.leading_specials, *_body(example, example.context, encoder))
+    lead = encoder.leading_specials if example.turns is None else ()
+    return (*lead, *_body(example, example.context, encoder, tokenizer))
 
 
 def warn_of_text(owner: str, splits: Sequence[Tokenised]) -> None:
@@ -128,26 +141,35 @@ class _Answers:
     def __init__(self, encoder: TextEncoder, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._encoder, self._tokenizer = encoder, tokenizer
         self._end = int(tokenizer.eos_token_id)
-        self._encoded: dict[tuple[str, tuple[Span, ...]], tuple[Ids, bool, bool]] = {}
-        self._options: dict[tuple[tuple[str, ...], bool], tuple[Ids, ...]] = {}
+        self._encoded: dict[tuple[str, tuple[Span, ...], _Ends], tuple[Ids, bool, bool]] = {}
+        self._options: dict[tuple[tuple[str, ...], bool, _Ends], tuple[Ids, ...]] = {}
 
-    def read(self, text: str, literals: tuple[Span, ...]) -> tuple[Ids, bool, bool]:
-        """Return ids ending with end-of-sequence, whether special tokens stayed text, and whether text changed."""
-        if (text, literals) not in self._encoded:
+    def read(self, text: str, literals: tuple[Span, ...], frame: Frame | None) -> tuple[Ids, bool, bool]:
+        """Return ids with the end marker, whether special tokens stayed text, and whether text changed."""
+        key = text, literals, _ends(frame)
+        if key not in self._encoded:
             marked = self._encoder.marked(text, literals)
+            special = self._encoder.holds_special_text(marked)
+            if frame is not None:
+                marked = marked.strip() if chat_template(self._tokenizer).strips else marked
+                marked = frame.before + marked + frame.after
             (ids,) = self._encoder.encode([marked])
-            changed = not _same_text(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False), text)
-            ended = ids if ids[-1:] == (self._end,) else (*ids, self._end)
-            self._encoded[text, literals] = ended, self._encoder.holds_special_text(marked), changed
-        return self._encoded[text, literals]
+            decoded = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            if frame is None:
+                changed = not _same_text(decoded, text)
+            else:
+                changed = not _same_words(decoded, self._encoder.unmarked(marked))
+            ended = (frame is not None and frame.after) or ids[-1:] == (self._end,)
+            self._encoded[key] = ids if ended else (*ids, self._end), special, changed
+        return self._encoded[key]
 
-    def options(self, example: Example) -> tuple[Ids, ...]:
+    def options(self, example: Example, frame: Frame | None) -> tuple[Ids, ...]:
         """Return the ids of an example's options; DataError if two options have the same ids."""
-        key = example.options, example.literals.options
+        key = example.options, example.literals.options, _ends(frame)
         if key not in self._options:
             texts: dict[Ids, str] = {}
             for option in example.options:
-                ids, _, _ = self.read(option, ((0, len(option)),) if example.literals.options else ())
+                ids, _, _ = self.read(option, ((0, len(option)),) if example.literals.options else (), frame)
                 if ids in texts:
                     raise DataError(
                         f"the options {texts[ids]!r} and {option!r} become the same tokens "
@@ -158,6 +180,19 @@ class _Answers:
                 texts[ids] = option
             self._options[key] = tuple(texts)
         return self._options[key]
+
+
+_Ends = tuple[str, str] | None
+"""What a chat template writes around an answer; None without one."""
+
+
+def _ends(frame: Frame | None) -> _Ends:
+    return None if frame is None else (frame.before, frame.after)
+
+
+def _same_words(decoded: str, text: str) -> bool:
+    """Whether texts are equal apart from white space, which some tokenizers change beside special tokens."""
+    return "".join(decoded.split()) == "".join(text.split())
 
 
 def _same_text(decoded: str, text: str) -> bool:
@@ -172,11 +207,23 @@ def _prompt_literals(example: Example, context: str) -> tuple[Span, ...]:
     return (*example.literals.before, *after)
 
 
-def _body(example: Example, context: str, encoder: TextEncoder) -> Ids:
-    """Return the ids of the prompt with this context, without leading special tokens."""
+def _marked_prompt(
+    example: Example, context: str, encoder: TextEncoder, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[str, Frame | None]:
+    """Return the marked prompt with this context, and the chat template's text around the answer, if there is one."""
     text = example.before + context + example.after
-    (ids,) = encoder.encode([encoder.marked(text, _prompt_literals(example, context))])
-    return _without_lead(ids, encoder.leading_specials)
+    marked = encoder.marked(text, _prompt_literals(example, context))
+    if example.turns is None:
+        return marked, None
+    frame = chat_template(tokenizer).frame([*example.turns, ("user", marked)])
+    return frame.prompt, frame
+
+
+def _body(example: Example, context: str, encoder: TextEncoder, tokenizer: "PreTrainedTokenizerBase") -> Ids:
+    """Return the ids of the prompt with this context, without the tokenizer's leading special tokens."""
+    marked, frame = _marked_prompt(example, context, encoder, tokenizer)
+    (ids,) = encoder.encode([marked])
+    return _without_lead(ids, encoder.leading_specials if frame is None else ())
 
 
 def _without_lead(body: Ids, lead: Ids) -> Ids:
@@ -185,7 +232,9 @@ def _without_lead(body: Ids, lead: Ids) -> Ids:
     return body[written:]
 
 
-def _shortened(example: Example, body: Ids, encoder: TextEncoder, room: int) -> Ids:
+def _shortened(
+    example: Example, body: Ids, encoder: TextEncoder, tokenizer: "PreTrainedTokenizerBase", room: int
+) -> Ids:
     """Truncate a prompt with the ids `body` to at most `room` tokens; both without leading special tokens.
 
     The context is truncated at the end of one of its tokens and the prompt tokenised again, because the tokens there
@@ -195,5 +244,5 @@ def _shortened(example: Example, body: Ids, encoder: TextEncoder, room: int) -> 
     count = len(ends)
     while len(body) > room and count > 0:
         count = max(count - (len(body) - room), 0)
-        body = _body(example, example.context[: ends[count - 1]] if count else "", encoder)
+        body = _body(example, example.context[: ends[count - 1]] if count else "", encoder, tokenizer)
     return body[max(len(body) - room, 0) :]

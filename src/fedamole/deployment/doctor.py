@@ -358,7 +358,8 @@ def _guess(name: str, known: Iterable[str]) -> str:
 
 def _rows_fit(table: "Table", template: "TemplateSettings") -> list[Finding]:
     """Check how many rows give an example; the first row that does not is reported by number only."""
-    from fedamole.data.templates import options_of, render
+    from fedamole.data.answer_options import options_of
+    from fedamole.data.templates import render
 
     try:
         options = options_of(template, table.rows, table.where)

@@ -39,7 +39,7 @@ class ClientSettings:
     folder: str = "runs"
     """Folder for the client's run folders."""
     base: str | None = None
-    """The client's own copy of the base model, a folder or hub id; unset: the one that the server names."""
+    """The client's own copy of the base model, a folder, GGUF file or hub id; unset: the one that the server names."""
     device: str = "auto"
     threads: int = 0
     name: str = ""

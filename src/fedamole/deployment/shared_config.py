@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedamole.config import Config, Table
 from fedamole.errors import BaseModelError, ConfigError
-from fedamole.model.base import BUNDLED, named_base
+from fedamole.model.base import BUNDLED, is_path, named_base
 from fedamole.runs.identity import Identity
 
 SHARED = ("method", "base", "data", "federation", "training", "evaluation")
@@ -22,7 +22,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 def shared_tables(config: Config, identity: Identity) -> Table:
     """Return what a server sends to each client: the identity of the base and the shared settings.
 
-    If the server's copy of the base is in a folder, the folder's name is not sent.
+    If the server's copy of the base is a folder or a file, its path is not sent.
     """
     tables = config.tables()
     shared = {name: dict(tables[name]) for name in (*SHARED, "run")}
@@ -75,7 +75,7 @@ def own_tables(settings: Table, source: Table, run: Table, base: str | None) -> 
     base_name = str(tables["base"].get("model", BUNDLED))
     if base is None and not _is_public(base_name):
         raise BaseModelError(
-            f"the server's base is in a folder, or a folder with its name exists "
+            f"the server's base is a folder or a file, or one with its name exists "
             f"here{base_name and f' ({base_name})'}: give your copy of the same model with --base"
         )
     tables["base"]["model"] = named_base(base) if base is not None else base_name
@@ -86,4 +86,6 @@ def own_tables(settings: Table, source: Table, run: Table, base: str | None) -> 
 
 def _is_public(base_name: str) -> bool:
     """Return whether a base is the bundled one or may be a hub id, which mean the same on every machine."""
-    return base_name == BUNDLED or (bool(HUB_ID.fullmatch(base_name)) and not Path(base_name).exists())
+    return base_name == BUNDLED or (
+        bool(HUB_ID.fullmatch(base_name)) and not is_path(base_name) and not Path(base_name).exists()
+    )

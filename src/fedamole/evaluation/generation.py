@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedamole.data.chat import stop_ids
 from fedamole.evaluation.likelihood import by_client, by_length
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, pad_left
@@ -19,9 +20,9 @@ def generate_answers(
 ) -> list[list[str]]:
     """Generate an answer to each prompt of each client; return the stripped texts, in the order of the prompts.
 
-    An answer ends at the end-of-text token, after `max_new_tokens` tokens, or at the base's last position. Prompts of
-    similar length are padded on the left and processed together, in batches of at most `batch_tokens` tokens. If the
-    base reads padding as text, only prompts of equal length share a batch.
+    An answer ends at the end-of-text token or the chat template's end marker, after `max_new_tokens` tokens, or at the
+    base's last position. Prompts of similar length are padded on the left and processed together, in batches of at most
+    `batch_tokens` tokens. If the base reads padding as text, only prompts of equal length share a batch.
     """
     keys = [(client, i) for client, part in enumerate(clients) for i in range(len(part))]
     prompts = [bank.prefix(clients[client][i]) for client, i in keys]
@@ -60,7 +61,7 @@ def generate_tokens(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         pad_token_id=base.pad_id,
-        eos_token_id=base.tokenizer.eos_token_id,
+        eos_token_id=list(stop_ids(base.tokenizer)),
         use_cache=bank.continuation.caches,
     )
     context = ForwardContext(

@@ -1,4 +1,4 @@
-"""The frozen base: a causal language model and its tokenizer, from a hub id, a folder, or bundled."""
+"""The frozen base: a causal language model and its tokenizer, from a hub id, a folder, a GGUF file, or bundled."""
 
 import hashlib
 import json
@@ -12,7 +12,14 @@ from typing import Any, Literal
 import torch
 
 from fedamole.errors import BaseModelError, ConfigError
-from fedamole.model.causality import language_model, modules_run_by_text, refuse_encoder_decoder, refuse_unreached
+from fedamole.model.causality import (
+    auto_class,
+    language_model,
+    modules_run_by_text,
+    refuse_encoder_decoder,
+    refuse_unreached,
+)
+from fedamole.model.gguf import converted, is_gguf
 from fedamole.model.recomputation import Recomputation
 from fedamole.runs.identity import BUNDLED as BUNDLED
 from fedamole.runs.identity import Identity
@@ -25,7 +32,8 @@ class BaseSettings:
     """The `[base]` table: which model is fine-tuned, and how it is held in memory."""
 
     model: str = BUNDLED
-    """`bundled` (tiny, runs anywhere), a folder in Hugging Face layout, or a hub id such as meta-llama/Llama-3.2-1B."""
+    """`bundled` (tiny, runs anywhere), a folder in Hugging Face layout, a GGUF file such as models/llama.gguf, or a hub
+    id such as meta-llama/Llama-3.2-1B."""
     targets: tuple[str, ...] = ()
     """Names (or endings of names) of the linears to adapt; empty = the usual ones of the architecture (q and v)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -47,7 +55,7 @@ class Base:
     """(d_in, d_out) of the target linears by module name."""
     identity: Identity
     name: str
-    """Hub id or folder as given; written into adapters for `from_pretrained`."""
+    """Hub id or folder, for `from_pretrained`; written into adapters. For a GGUF file, the folder of its conversion."""
     device: torch.device
     max_positions: int
     """Longest sequence in tokens."""
@@ -93,25 +101,36 @@ def resolve_device(name: str) -> torch.device:
 
 
 def locate(model: str, folder: Path) -> str:
-    """Turn the `base.model` setting into what `from_pretrained` takes; folders are relative to the config's."""
+    """Turn the `base.model` setting into what `from_pretrained` takes; relative paths start at `folder`.
+
+    A GGUF file is converted into a folder of the cache. Raises BaseModelError for a path that does not exist, and for
+    a GGUF file that cannot be converted.
+    """
     if model == BUNDLED:
         return str(files("fedamole") / "bundled" / "base")
     path = folder / Path(model).expanduser()
     if path.is_dir():
         return str(path.resolve())
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+    if is_gguf(model):
+        return str(converted(path.resolve()))
+    if is_path(model) or model.count("/") > 1:
         raise BaseModelError(f"base.model = {model!r}: there is no folder {path.resolve()}")
     return model
 
 
 def named_base(model: str) -> str:
-    """Return the name under which a run stores a base: an absolute path for a folder; others stay as they are."""
+    """Return the name under which a run stores a base: an absolute path for a folder or file; others stay as is."""
     path = Path(model).expanduser()
-    return str(path.resolve()) if model != BUNDLED and path.is_dir() else model
+    return str(path.resolve()) if model != BUNDLED and (path.is_dir() or is_gguf(model)) else model
+
+
+def is_path(model: str) -> bool:
+    """Whether a base is named by a path, by its form alone; a folder's name without a slash may also be a hub id."""
+    return model.startswith((".", "/", "~")) or is_gguf(model)
 
 
 def is_elsewhere(model: str) -> bool:
-    """Whether a base is named by a folder of another machine; the bundled base's differs from one to the next."""
+    """Whether a base is named by a path of another machine; the bundled base's differs from one to the next."""
     return model.startswith("/") and not Path(model).exists()
 
 
@@ -165,17 +184,6 @@ def load_base(settings: BaseSettings, device: torch.device, folder: Path, local_
     return Base(
         model, tokenizer, shapes, identity, name, device, int(positions), settings.gradient_checkpointing, recomputation
     )
-
-
-def auto_class(config: Any) -> Any:
-    """The class of transformers that loads a base of this config with its language-model head."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    if type(config) in AutoModelForCausalLM._model_mapping:
-        return AutoModelForCausalLM
-    # Many multimodal models are listed here alone; of these, too, only the language model is adapted.
-    multimodal = type(config) in AutoModelForImageTextToText._model_mapping
-    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
 
 
 def _quantized(device: torch.device) -> dict[str, Any]:

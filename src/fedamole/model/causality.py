@@ -15,6 +15,17 @@ LENGTH, SHARED = 16, 4
 INSTEAD = "choose a decoder-only model, such as Llama, Qwen, Gemma, Mistral or GPT-2"
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a base of this config with its language-model head."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    # Many multimodal models are listed here alone; of these, too, only the language model is adapted.
+    multimodal = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+
+
 def language_model(model: Any) -> nn.Module:
     """Return the decoder of a model, without its parts for images and sound."""
     decoder, embeddings = model.get_decoder(), model.get_input_embeddings()

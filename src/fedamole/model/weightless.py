@@ -13,8 +13,15 @@ from typing import Any
 import torch
 
 from fedamole.errors import BaseModelError
-from fedamole.model.base import Base, BaseSettings, auto_class, locate, target_shapes
-from fedamole.model.causality import LENGTH, encoder_error, language_model, reads_ahead, refuse_encoder_decoder
+from fedamole.model.base import Base, BaseSettings, locate, target_shapes
+from fedamole.model.causality import (
+    LENGTH,
+    auto_class,
+    encoder_error,
+    language_model,
+    reads_ahead,
+    refuse_encoder_decoder,
+)
 from fedamole.model.recomputation import Recomputation
 from fedamole.runs.identity import Identity
 

@@ -36,7 +36,7 @@ from fedamole.federation.summary import summarise
 from fedamole.files import new_folder, write_atomic
 from fedamole.methods import METHODS
 from fedamole.model.bank import Bank
-from fedamole.model.base import BUNDLED, is_elsewhere
+from fedamole.model.base import BUNDLED, is_elsewhere, named_base
 from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.params import Adapter
 from fedamole.model.pretrained import save_adapter
@@ -174,7 +174,7 @@ def check_method(config: Config) -> None:
 
 def _own_config(config: Config, source: SourceSettings, target: Path, device: str, base: str | None) -> Config:
     """Return the run's config with the new client's data, device and copy of the base."""
-    model = config.base.model if base is None else base
+    model = config.base.model if base is None else named_base(base)
     if base is None and is_elsewhere(model):
         model = BUNDLED  # its path differs between machines; the identity is checked later
     config = replace(

@@ -7,12 +7,11 @@ from typing import Any
 from transformers import TextStreamer
 from typing_extensions import override
 
-from fedamole.data.layouts import conversation_prompt
 from fedamole.data.text_encoder import Ids
 from fedamole.data.tokens import prompt_ids
 from fedamole.errors import DataError
 from fedamole.model.bank import Bank
-from fedamole.personal.generate import generate_ids, max_prompt_tokens, raw_prompt
+from fedamole.personal.generate import PromptFormat, generate_ids, max_prompt_tokens
 
 QUIT, NEW = "/quit", "/new"
 """Input that ends the chat, and input that starts a new conversation."""
@@ -41,7 +40,9 @@ class Chat:
     bank: Bank
     max_new_tokens: int
     system: str = ""
-    """System message, which is never dropped; "" for none."""
+    """System message, which is never dropped; "" for none, or for that of the client's template."""
+    prompt_format: PromptFormat = field(default_factory=PromptFormat)
+    """How the client's conversations became prompts in training."""
     turns: list[tuple[str, str]] = field(default_factory=list)
     """Turns that still fit, as (role, content), alternately of the user and the assistant."""
 
@@ -64,7 +65,7 @@ class Chat:
 
     def _prompt_ids(self, turns: list[tuple[str, str]]) -> Ids:
         system = [("system", self.system)] if self.system else []
-        return prompt_ids(raw_prompt(conversation_prompt([*system, *turns])), self.bank.base.tokenizer)
+        return prompt_ids(self.prompt_format.conversation([*system, *turns]), self.bank.base.tokenizer)
 
     def _generate(self, ids: Ids, streamer: _WordStreamer) -> None:
         generate_ids(self.bank, self.bank.prefix(ids), self.max_new_tokens, streamer)

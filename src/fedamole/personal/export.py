@@ -28,8 +28,9 @@ from fedamole.federation.settings import TrainingSettings
 from fedamole.files import new_folder, write_atomic
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
-from fedamole.model.base import Base, BaseSettings, auto_class, load_base
+from fedamole.model.base import Base, BaseSettings, load_base
 from fedamole.model.batch import TokenPair
+from fedamole.model.causality import auto_class
 from fedamole.model.moments import collect_moments, module_runs
 from fedamole.model.params import Adapter, expert_ids, shared_keys
 from fedamole.model.pretrained import load_adapter, save_adapter, without_deltas

@@ -4,16 +4,27 @@ import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TextIO
 
 from fedamole.config import load_run_config
+from fedamole.data.chat import stop_ids
 from fedamole.data.examples import Example
-from fedamole.data.layouts import Row, arrange, listed
+from fedamole.data.layouts import Row, Turn, arrange, conversation_prompt, listed
 from fedamole.data.manifest import read_manifest
 from fedamole.data.settings import SourceSettings
 from fedamole.data.sources import FORMATS, read_source
-from fedamole.data.templates import BUILT_IN, TemplateSettings, columns_of, render, text_of
+from fedamole.data.templates import (
+    BUILT_IN,
+    CHAT_INSTRUCTION,
+    TemplateSettings,
+    columns_of,
+    render,
+    system_turns,
+    text_of,
+    user_message,
+)
 from fedamole.data.text_file import open_text
 from fedamole.data.tokens import prompt_ids, tokenise, warn_of_text
 from fedamole.errors import ConfigError, DataError
@@ -43,6 +54,27 @@ class PromptFormat:
     """Templates defined in the run's config, by name."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Renamed columns (new name -> old name) and dropped ones (name -> "")."""
+
+    @property
+    def chat(self) -> TemplateSettings | None:
+        """The client's template if it uses the chat template of the base's tokenizer; else None."""
+        template = self.templates.get(self.template) or BUILT_IN.get(self.template)
+        return template if template is not None and template.chat else None
+
+    def prompt(self, text: str) -> Example:
+        """Return a prompt without a template: the user's message of a chat, or the text verbatim."""
+        return raw_prompt(text) if self.chat is None else self.conversation([("user", text)])
+
+    def conversation(self, turns: Sequence[Turn]) -> Example:
+        """Return a prompt for the assistant's next turn, in the chat template or in the format of `messages` rows.
+
+        Raises DataError if a chat does not end with a turn of the user.
+        """
+        if self.chat is None:
+            return raw_prompt(conversation_prompt(turns))
+        *earlier, last = turns
+        text = user_message(last, "messages")
+        return Example(text, "", "", "", turns=(*system_turns(self.chat, earlier), *earlier))
 
 
 def prompt_format_of(model: SavedModel) -> PromptFormat:
@@ -82,11 +114,11 @@ def read_prompts(
     elif columns:
         prompts = render_prompts([dict(word.partition("=")[::2] for word in columns)], prompt_format, "--set")
     elif texts:
-        prompts = [raw_prompt(text) for text in texts]
+        prompts = [prompt_format.prompt(text) for text in texts]
     elif stdin.isatty():
         raise ConfigError("no prompt: pass one in quotes, with --set or --file, or through a pipe (see --help)")
     else:
-        prompts = prompts_from_lines(stdin.read())
+        prompts = prompts_from_lines(stdin.read(), prompt_format)
     if not prompts:
         raise DataError(f"{file or 'standard input'} contains no prompt")
     return prompts
@@ -97,10 +129,10 @@ def raw_prompt(text: str) -> Example:
     return Example(text, "", "", "")
 
 
-def prompts_from_lines(text: str) -> list[Example]:
+def prompts_from_lines(text: str, prompt_format: PromptFormat = PromptFormat()) -> list[Example]:
     """Return one prompt per line, without the line end; blank lines are skipped."""
     # `splitlines` would also split at characters that are part of a prompt, such as U+2028.
-    return [raw_prompt(line) for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
+    return [prompt_format.prompt(line) for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
 
 
 def read_prompt_file(path: Path, prompt_format: PromptFormat) -> list[Example]:
@@ -109,7 +141,7 @@ def read_prompt_file(path: Path, prompt_format: PromptFormat) -> list[Example]:
         raise DataError(f"{path} does not exist or is not a file")
     if path.suffix == ".txt":
         with open_text(path, str(path), gzipped=False) as file:
-            return prompts_from_lines(file.read())
+            return prompts_from_lines(file.read(), prompt_format)
     if not path.name.endswith(FORMATS):
         raise DataError(f"{path}: use .txt for one prompt per line, or {', '.join(FORMATS)} for rows")
     table, _ = read_source(SourceSettings("prompts", path=str(path)), Path.cwd())
@@ -140,7 +172,8 @@ def render_prompts(rows: Sequence[Row], prompt_format: PromptFormat, where: str)
                 f"{where}: no template fits the columns {listed(available)}; give rows with the columns that the "
                 "model was trained on, or with a `prompt` column"
             )
-        return [raw_prompt(text_of(row["prompt"], "prompt", _row_name(where, i))) for i, row in enumerate(arranged)]
+        texts = [text_of(row["prompt"], "prompt", _row_name(where, i)) for i, row in enumerate(arranged)]
+        return [prompt_format.prompt(text) for text in texts]
     if missing:
         raise DataError(
             f"{where}: the model was trained on prompts made of {', '.join(dict.fromkeys(needed))}; "
@@ -171,14 +204,19 @@ def _row_name(where: str, index: int) -> str:
 
 
 def _template(prompt_format: PromptFormat, available: set[str]) -> TemplateSettings | None:
-    """The client's template; for `auto`, the first one of which all columns are available."""
+    """The client's template; for `auto` and `chat`, the first one of which all columns are available."""
     name = prompt_format.template
-    if name != "auto":
+    if name not in ("auto", "chat"):
         return prompt_format.templates[name] if name in prompt_format.templates else BUILT_IN[name]
-    fitting = (
-        BUILT_IN[name] for name in AUTO_TEMPLATES if set(columns_of(BUILT_IN[name].prompt, "prompt")) <= available
-    )
-    return next(fitting, None)
+    known = dict(BUILT_IN)
+    if name == "chat":
+        known = {other: replace(template, chat=True) for other, template in known.items()}
+        known["alpaca"] = CHAT_INSTRUCTION
+    return next((known[one] for one in AUTO_TEMPLATES if _prompt_columns(known[one]) <= available), None)
+
+
+def _prompt_columns(template: TemplateSettings) -> set[str]:
+    return set(columns_of(template.prompt, "prompt"))
 
 
 def max_prompt_tokens(bank: Bank, max_new_tokens: int) -> int:
@@ -217,10 +255,10 @@ def answer_prompts(bank: Bank, prompts: Sequence[Example], max_new_tokens: int, 
 
 
 def generate_ids(bank: Bank, prompt: Ids, max_new_tokens: int, streamer: Any = None) -> Ids:
-    """Return the token ids of the loaded model's greedy answer, without the end-of-text token.
+    """Return the token ids of the loaded model's greedy answer, without the token that ends it.
 
     `prompt` are the ids that the base reads, including virtual tokens; `streamer` is a transformers `BaseStreamer`.
     """
     answer = generate_tokens(bank, [prompt], (1,), max_new_tokens, streamer)[0].tolist()
-    stop = bank.base.tokenizer.eos_token_id
-    return tuple(answer[: answer.index(stop)] if stop in answer else answer)
+    stops = stop_ids(bank.base.tokenizer)
+    return tuple(takewhile(lambda token: token not in stops, answer))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedamole.config import Config, load_run_config, nearest
+from fedamole.data.chat import stop_ids
 from fedamole.data.client_labels import client_labels
 from fedamole.data.examples import Shard
 from fedamole.data.manifest import load_federation, read_manifest
@@ -14,7 +15,7 @@ from fedamole.errors import BaseModelError, RunError
 from fedamole.experiment import reads_outside
 from fedamole.model.adapter_files import check_fits, read_config
 from fedamole.model.bank import Bank
-from fedamole.model.base import BUNDLED, Base, BaseSettings, is_elsewhere, load_base, resolve_device
+from fedamole.model.base import BUNDLED, Base, BaseSettings, is_elsewhere, is_path, load_base, resolve_device
 from fedamole.model.continuation import continuation_of
 from fedamole.model.params import Adapter
 from fedamole.model.pretrained import CONFIG, load_adapter, read_identity
@@ -134,7 +135,8 @@ def find_model(path: Path, client: str | None, variant: str | None = None) -> Sa
 def load_base_for(model: SavedModel, device: str = "auto", base: str | None = None) -> Base:
     """Load the base that a personal model was trained on, and verify its identity.
 
-    `base` is a folder or hub id to use instead of the one that the run names. Raises BaseModelError and ConfigError.
+    `base` is a folder, GGUF file or hub id to use instead of the one that the run names. Raises BaseModelError and
+    ConfigError.
     """
     settings = _adapter_base(model.folder) if model.run is None else load_run_config(model.run).base
     identity = read_identity(model.folder)
@@ -156,7 +158,7 @@ def load_base_for(model: SavedModel, device: str = "auto", base: str | None = No
 def load_named(settings: BaseSettings, device: str, named_by_user: bool) -> Base:
     """Load a base, without a download if only a run's files name it. Raises BaseModelError."""
     model = settings.model
-    on_hub = model != BUNDLED and not Path(model).is_dir() and not model.startswith(("/", ".", "~"))
+    on_hub = model != BUNDLED and not Path(model).is_dir() and not is_path(model)
     try:
         return load_base(settings, resolve_device(device), Path.cwd(), local_only=on_hub and not named_by_user)
     except BaseModelError as error:
@@ -229,7 +231,7 @@ def load_personal_model(
         path: A run's folder, or an adapter folder, which may have been copied elsewhere.
         client: The client; may be left out if there is only one model.
         variant: Which of the run's models, if it has several per client (`fedit_ft` besides `fedit`).
-        base: Folder or hub id of the base, to use instead of the one that the run names.
+        base: Folder, GGUF file or hub id of the base, to use instead of the one that the run names.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         finished: Raise RunError if the run is not finished. By default, that is only a warning.
 
@@ -248,8 +250,9 @@ def load_personal_model(
     resident = load_base_for(model, device, base)
     read_adapter(model, resident)  # validates the files; PEFT, which reads them again, checks little
     # Without these settings `generate` does not know where an answer ends, and drops the prompt on some bases.
+    stops = stop_ids(resident.tokenizer)
     resident.model.generation_config.update(
-        eos_token_id=resident.tokenizer.eos_token_id,
+        eos_token_id=stops[0] if len(stops) == 1 else list(stops),
         pad_token_id=resident.pad_id,
         use_cache=continuation_of(resident).caches,
     )

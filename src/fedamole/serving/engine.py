@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedamole.data.chat import stop_ids
 from fedamole.errors import FedamoleError
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids
@@ -57,6 +58,7 @@ class InferenceEngine:
         self._changed = threading.Condition()
         self.stopped = False
         """Whether the engine accepts no requests any more."""
+        self._stops = stop_ids(bank.base.tokenizer)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -210,7 +212,7 @@ class InferenceEngine:
     def _append(self, state: RequestState, token: int) -> None:
         """Add a token to an answer and pass on the text that is new."""
         finish: Literal["stop", "length"] | None = None
-        if token == self.bank.base.tokenizer.eos_token_id:
+        if token in self._stops:
             finish = "stop"
         else:
             state.generated.append(token)

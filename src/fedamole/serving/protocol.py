@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from typing_extensions import override
 
 from fedamole.data.json_rows import parse_json_literally
-from fedamole.data.layouts import Row, conversation_prompt
+from fedamole.data.layouts import Row, Turn
 from fedamole.errors import FedamoleError
 
 IGNORED_FIELDS = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"})
@@ -126,10 +126,6 @@ class RequestBody(BaseModel):
         """Maximum length of the answer; None if the request sets none."""
         return self.max_tokens
 
-    def prompt_text(self) -> str:
-        """Return the prompt as text."""
-        raise NotImplementedError
-
 
 class CompletionRequest(RequestBody):
     """A prompt to continue verbatim, or `row`: columns for the client's template, an extension of OpenAI's API."""
@@ -150,8 +146,8 @@ class CompletionRequest(RequestBody):
         except ValueError as error:
             raise RefusedError(400, f"row: {error}", "invalid_value", "row") from None
 
-    @override
     def prompt_text(self) -> str:
+        """Return the prompt as text."""
         if self.row and self.prompt:
             raise RefusedError(400, "row: send either row or prompt, not both", "invalid_value", "row")
         if isinstance(self.prompt, str):
@@ -187,15 +183,14 @@ class ChatRequest(RequestBody):
     def max_answer_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
-    @override
-    def prompt_text(self) -> str:
-        """Return the conversation in the format of training rows with `messages`."""
-        turns = []
+    def turns(self) -> list[Turn]:
+        """Return the conversation as (role, text)."""
+        turns: list[Turn] = []
         for message in self.messages:
             content = message.content
             text = content if isinstance(content, str) else "".join(part.text for part in content)
             turns.append(("system" if message.role == "developer" else message.role, text))
-        return conversation_prompt(turns)
+        return turns
 
 
 def parse_body(kind: type[B], content: bytes) -> B:

@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from fedamole.data.examples import Example
 from fedamole.data.text_encoder import text_encoder
 from fedamole.data.tokens import prompt_ids
-from fedamole.errors import DataError
+from fedamole.errors import BaseModelError, DataError
 from fedamole.model.batch import Ids
 from fedamole.personal.generate import PromptFormat, raw_prompt, render_prompts
 from fedamole.serving.connections import is_loopback
@@ -218,10 +218,15 @@ class Service:
     def _tokenise(self, body: RequestBody, client: int) -> Ids:
         """Token ids of a prompt. Raises RefusedError if it is empty or too long."""
         example, positions = self._example(body, client), self.engine.bank.base.max_positions
-        if len(example.prompt) > MAX_CHARS_PER_POSITION * positions:
-            text = f"the prompt has {len(example.prompt)} characters; at most {MAX_CHARS_PER_POSITION * positions} fit"
+        characters = len(example.conversation)
+        if characters > MAX_CHARS_PER_POSITION * positions:
+            text = f"the prompt has {characters} characters; at most {MAX_CHARS_PER_POSITION * positions} fit"
             raise RefusedError(400, text, "context_length_exceeded")
-        ids = prompt_ids(example, self.tokenizer)
+        try:
+            ids = prompt_ids(example, self.tokenizer)
+        except BaseModelError as error:  # it names a folder of this machine
+            text = "the base's chat template refuses this conversation; alternate the roles, or send no system message"
+            raise RefusedError(400, text, "invalid_value", "messages") from error
         if not ids:
             raise RefusedError(400, "the prompt is empty", "invalid_value", "prompt")
         if not self.engine.max_new_tokens(ids, 1):
@@ -231,14 +236,17 @@ class Service:
         return ids
 
     def _example(self, body: RequestBody, client: int) -> Example:
-        """The prompt of a request, or of its row in the client's template."""
-        text = body.prompt_text()
-        if not isinstance(body, CompletionRequest) or not body.row:
-            return raw_prompt(text)
+        """The prompt of a request: a conversation, a row in the client's template, or a text."""
+        prompt_format = self.models.formats[client]
         try:
-            return render_prompts([body.columns], self.models.formats[client], "row")[0]
+            if isinstance(body, ChatRequest):
+                return prompt_format.conversation(body.turns())
+            assert isinstance(body, CompletionRequest)
+            text = body.prompt_text()
+            return render_prompts([body.columns], prompt_format, "row")[0] if body.row else raw_prompt(text)
         except DataError as error:
-            raise RefusedError(400, str(error), "invalid_value", "row") from error
+            field = "messages" if isinstance(body, ChatRequest) else "row"
+            raise RefusedError(400, str(error), "invalid_value", field) from error
 
     async def _stream(
         self, response: ResponseFormat, chunks: AsyncGenerator[Chunk, None], prompt_tokens: int
