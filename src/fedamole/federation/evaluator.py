@@ -74,7 +74,7 @@ class Evaluator:
         adapters = [load_adapter(folder, base.identity) if folder.exists() else None for folder in folders]
         for adapter, folder in zip(adapters, folders, strict=True):
             if adapter is not None:
-                check_fits(adapter, base.shapes, base.width, folder)
+                check_fits(adapter, base, folder)
         return self._scores(group, adapters, "test", with_scores=True)
 
     def test_last(self, group: Sequence[ClientData], variant: str) -> dict[str, Scores]:

@@ -13,7 +13,6 @@ import json
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -167,11 +166,12 @@ class Field(NamedTuple):
     """How deep a mapping of tensors is nested: 1 for Mapping[str, Tensor], 0 for any other type."""
 
 
-@cache
-def fields_of(record_type: type) -> dict[str, Field]:
+def fields_of(record_type: Any) -> dict[str, Field]:
     """Return the fields of a record type by name."""
     hints = get_type_hints(record_type)
-    return {field.name: Field(hints[field.name], _depth(hints[field.name])) for field in dataclasses.fields(record_type)}
+    return {
+        field.name: Field(hints[field.name], _depth(hints[field.name])) for field in dataclasses.fields(record_type)
+    }
 
 
 def _depth(hint: Any) -> int:
@@ -185,9 +185,9 @@ def _depth(hint: Any) -> int:
     return inner + 1 if inner else 0
 
 
-def _json_fields(record_type: type) -> set[str]:
+def _in_json(fields: Mapping[str, Field]) -> set[str]:
     """Names of the fields that have a part in the JSON: all but plain mappings of tensors."""
-    return {name for name, field in fields_of(record_type).items() if field.depth != 1}
+    return {name for name, field in fields.items() if field.depth != 1}
 
 
 def _encode(value: Any, depth: int, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -200,17 +200,17 @@ def _encode(value: Any, depth: int, path: str, tensors: dict[str, Tensor]) -> An
         return {key: _encode(inner, depth - 1, f"{path}.{index}", tensors) for index, (key, inner) in items}
     if not dataclasses.is_dataclass(value):
         return value
-    start, fields = f"{path}." if path else "", fields_of(type(value)).items()
-    parts = {name: _encode(getattr(value, name), field.depth, start + name, tensors) for name, field in fields}
-    return {name: parts[name] for name in _json_fields(type(value))}
+    start, fields = f"{path}." if path else "", fields_of(type(value))
+    parts = {name: _encode(getattr(value, name), field.depth, start + name, tensors) for name, field in fields.items()}
+    return {name: parts[name] for name in _in_json(fields)}
 
 
 def _decode(record_type: Any, part: Any, path: str, tensors: Mapping[str, Tensors]) -> Any:
     """Build a record from its JSON part and its tensors by path and key."""
-    expected, values = _json_fields(record_type), {}
-    if not isinstance(part, dict) or set(part) != expected:
-        raise PayloadError(f"{record_type.__name__}: expected the fields {sorted(expected)}")
-    for name, (hint, depth) in fields_of(record_type).items():
+    fields, values = fields_of(record_type), {}
+    if not isinstance(part, dict) or set(part) != _in_json(fields):
+        raise PayloadError(f"{record_type.__name__}: expected the fields {sorted(_in_json(fields))}")
+    for name, (hint, depth) in fields.items():
         if depth:
             values[name] = _decode_tensors(part.get(name), depth, path + name, tensors)
         else:
@@ -237,7 +237,7 @@ def _decode_value(hint: Any, value: Any, path: str, tensors: Mapping[str, Tensor
     for option in options:
         kind = get_origin(option) or option
         if dataclasses.is_dataclass(option):
-            if isinstance(value, dict) and (records == 1 or set(value) == _json_fields(option)):
+            if isinstance(value, dict) and (records == 1 or set(value) == _in_json(fields_of(option))):
                 return _decode(option, value, f"{path}.", tensors)
         elif isinstance(value, bool) and kind in (int, float):
             continue

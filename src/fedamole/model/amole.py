@@ -15,7 +15,7 @@ experts has empty slots, filled with zeros, before its shared expert.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -59,9 +59,10 @@ class EmbeddingRouter(Router):
         return amole_linear(x, base_out, adapters.down, adapters.up, spec, drop, segments, adapters.empty_slots)
 
     @override
-    def check_experts(self, module: str, experts: int, top_k: int) -> None:
-        if 0 < experts < top_k:
-            raise ConfigError(f"{module}: {experts} experts, but top_k = {top_k} experts per token; raise min_experts")
+    def check_experts(self, experts: Mapping[str, Sequence[int]], top_k: int) -> None:
+        for module, ids in experts.items():
+            if 0 < len(ids) < top_k:
+                raise ConfigError(f"{module}: {len(ids)} experts, but top_k = {top_k} per token; raise min_experts")
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ class AdapterSpec:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that no layer can be built with."""
-        for key, value, minimum in (("rank", self.rank, 1), ("top_k", self.top_k, 1)):
-            if value < minimum:
-                raise ConfigError(f"{key} = {value}: must be at least {minimum}")
+        for key in ("rank", "top_k"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key} = {getattr(self, key)}: must be at least 1")
         if self.alpha <= 0:
             raise ConfigError(f"alpha = {self.alpha}: must be above 0 (the paper uses 2 x rank)")
         if not 0 <= self.dropout < 1:

@@ -20,10 +20,10 @@ from fedamole.model.base import Base
 from fedamole.model.batch import Batch, Ids, TokenPair, collate
 from fedamole.model.continuation import Continuation, continuation_of
 from fedamole.model.forward_context import ActiveContext, ForwardContext
-from fedamole.model.layers import BankLinear, EmbeddingSum, MeanEmbeddings, install_layers
+from fedamole.model.layers import BankLinear, MeanEmbeddings, install_layers
 from fedamole.model.mixer import InstanceWeights
 from fedamole.model.packing import packed_attention_enabled, supports_packing
-from fedamole.model.params import Adapter, Tensors
+from fedamole.model.params import Adapter
 from fedamole.model.prompt import PROMPT, PromptSpec
 from fedamole.model.prompt_layer import PromptLayer
 from fedamole.model.stacked_adapters import StackedAdapters
@@ -41,7 +41,7 @@ class Bank:
         self.store = AdapterStore(base, [])
         self.at_once = 2**31
         """Largest number of clients in one training pass; halved when memory runs out."""
-        self.packs = supports_packing(base, self._pass)
+        self.packs = supports_packing(base, self.forward)
         """Whether batches are packed; False for bases in which more than attention mixes tokens."""
 
     @property
@@ -53,21 +53,6 @@ class Bank:
     def spec(self) -> AdapterSpec | PromptSpec | None:
         """Settings of the loaded adapters; None if the bank is empty."""
         return self.store.spec
-
-    @property
-    def weights(self) -> Tensor:
-        """All numbers of the loaded adapters, (C, P)."""
-        return self.store.weights
-
-    @property
-    def gradients(self) -> Tensor:
-        """Accumulated gradients, (C, P); empty before `trainable`."""
-        return self.store.gradients
-
-    @property
-    def context(self) -> ForwardContext:
-        """Context of the forward pass in progress."""
-        return self.active.context
 
     # adapters
     def load(self, adapters: Sequence[Adapter]) -> None:
@@ -86,10 +71,6 @@ class Bank:
         self.prompt_layer.adapters = stacked.get(PROMPT)
         for name, layer in self.layers.items():
             layer.adapters, layer.spec = stacked.get(name), spec
-
-    def row(self, client: int, tensors: Tensors) -> Tensor:
-        """Flatten tensors that are named as a client's adapter's into the layout of its row of `weights`, (P)."""
-        return self.store.row(client, tensors)
 
     def adapter(self, client: int = 0) -> Adapter:
         """Return a copy of a client's adapter on the CPU; RuntimeError if the bank is empty."""
@@ -127,44 +108,25 @@ class Bank:
         return self.active.enter(context)
 
     @contextmanager
-    def forward(
-        self,
-        batch: Batch,
-        *,
-        balance_losses: list[Tensor] | None = None,
-        embedding_sums: dict[str, EmbeddingSum] | None = None,
-        routing_weights: dict[str, Tensor] | None = None,
-    ) -> Iterator[Tensor]:
+    def forward(self, batch: Batch, context: ForwardContext | None = None) -> Iterator[Tensor]:
         """Yield the logits (K, V) that predict the answer tokens of a batch.
 
-        The keyword arguments are filled with intermediate results, see `ForwardContext`. Run the backward pass inside
-        the block: gradient checkpointing repeats the forward pass there and needs its context.
+        The containers of `context` are filled with intermediate results. Run the backward pass inside the block:
+        gradient checkpointing repeats the forward pass there and needs its context.
         """
-        expert_weights = self.instance_weights(batch.prompts)
-        if expert_weights is not None and batch.sequences is not None:
-            expert_weights = expert_weights.index_select(0, batch.sequences.owner)
-        context = replace(
-            ForwardContext.of(batch),
-            expert_weights=expert_weights,
-            balance_losses=balance_losses,
-            embedding_sums=embedding_sums,
-            routing_weights=routing_weights,
-        )
-        with self._pass(batch, context) as logits:
-            yield logits
-
-    @contextmanager
-    def _pass(self, batch: Batch, context: ForwardContext | None = None) -> Iterator[Tensor]:
-        """Yield the logits (K, V) of one forward pass."""
+        context = (context or ForwardContext()).over(batch)
+        if context.expert_weights is None and (weights := self.instance_weights(batch.prompts)) is not None:
+            weights = weights if batch.sequences is None else weights.index_select(0, batch.sequences.owner)
+            context = replace(context, expert_weights=weights)
         packed: dict[str, object] = {}
         if batch.sequences is not None:
             packed = {"position_ids": batch.positions, "sequences": batch.sequences}
-        with packed_attention_enabled(self.base, bool(packed)), self.enter(context or ForwardContext.of(batch)):
+        with packed_attention_enabled(self.base, bool(packed)), self.enter(context):
             yield self.base.model(input_ids=batch.ids, use_cache=False, **packed).logits.squeeze(0)
 
     def _select_hidden_states(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Compute only the requested logits: the output head is a large part of the cost of a prompt."""
-        context = self.context
+        context = self.active.context
         if context.logit_indices is None:
             return None
         hidden = inputs[0].flatten(0, 1).index_select(0, context.logit_indices)
@@ -199,10 +161,10 @@ class Bank:
         """
         first_expert = torch.tensor([[1.0, 0.0]], device=self.base.device)
         hidden_states: list[Tensor] = []
-        batch = collate([[(prompt, (0,)) for prompt in prompts] for prompts in clients], self.base.pad_id, self.packs)
-        batch = batch.to(self.base.device)
-        context = replace(ForwardContext.of(batch), expert_weights=first_expert, hidden_states=hidden_states)
-        with torch.no_grad(), self._pass(batch, context):
+        pairs = [[(prompt, (0,)) for prompt in prompts] for prompts in clients]
+        batch = collate(pairs, self.base.pad_id, self.packs, device=self.base.device)
+        context = ForwardContext(expert_weights=first_expert, hidden_states=hidden_states)
+        with torch.no_grad(), self.forward(batch, context):
             return hidden_states[0].float()
 
     def instance_weights(self, clients: Sequence[Sequence[Ids]]) -> Tensor | None:
@@ -222,15 +184,12 @@ class Bank:
         return router.weights(similarity)
 
     # router embeddings
-    def mean_embeddings(
-        self, sums: Mapping[str, EmbeddingSum], tokens: Sequence[int]
-    ) -> list[dict[str, MeanEmbeddings]]:
+    def mean_embeddings(self, sums: Mapping[str, Tensor], tokens: Sequence[int]) -> list[dict[str, MeanEmbeddings]]:
         """Divide sums of router embeddings by the number of `tokens` of each client; return the means by module."""
         means: list[dict[str, MeanEmbeddings]] = [{} for _ in range(self.clients)]
         for name, total in sums.items():
-            token_sums, expert_sums = total.token.cpu(), total.experts.cpu()
-            for client, experts in enumerate(self.store.experts):
-                rows = expert_sums[client, : len(experts[name])] / tokens[client]
-                by_expert = dict(zip(experts[name], rows, strict=True))
-                means[client][name] = MeanEmbeddings(token_sums[client] / tokens[client], by_expert)
+            for client, rows in enumerate(total.cpu()):
+                token, *experts = rows / tokens[client]
+                by_expert = zip(self.store.experts[client][name], experts, strict=False)  # empty slots come last
+                means[client][name] = MeanEmbeddings(token, dict(by_expert))
         return means

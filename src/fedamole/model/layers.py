@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fedamole.model.amole import AdapterSpec, Drop, balance_loss
@@ -12,16 +13,6 @@ from fedamole.model.forward_context import ActiveContext
 from fedamole.model.router import LinearAdapters, MixtureOutput
 from fedamole.model.segments import Segments, add_product, segment_sum
 from fedamole.model.stacked_adapters import StackedAdapters
-
-
-@dataclass
-class EmbeddingSum:
-    """Router embeddings of one module, summed over tokens."""
-
-    token: Tensor
-    """Sums of W_t x, (C, r)."""
-    experts: Tensor
-    """Sums of A_i x, (C, n, r)."""
 
 
 @dataclass(frozen=True)
@@ -112,14 +103,11 @@ class BankLinear(nn.Module):
         if context.balance_losses is not None:
             context.balance_losses.append(balance_loss(routing, context.not_padding, segments, num_experts))
         if context.embedding_sums is not None:
-            token, experts = routing.token_embedding.float(), routing.expert_embeddings.float()
+            embeddings = (routing.token_embedding.unsqueeze(1).float(), routing.expert_embeddings.float())
             if context.not_padding is not None:
-                token, experts = token * context.not_padding[:, None], experts * context.not_padding[:, None, None]
-            total = EmbeddingSum(segment_sum(token, segments), segment_sum(experts, segments))
-            previous = context.embedding_sums.get(self.name)
-            if previous is not None:
-                total = EmbeddingSum(previous.token + total.token, previous.experts + total.experts)
-            context.embedding_sums[self.name] = total
+                embeddings = tuple(values * context.not_padding[:, None, None] for values in embeddings)
+            total = torch.cat([segment_sum(values, segments) for values in embeddings], 1)
+            context.embedding_sums[self.name] = total + context.embedding_sums.get(self.name, 0.0)
 
 
 def install_layers(base: Base, active: ActiveContext) -> dict[str, BankLinear]:
