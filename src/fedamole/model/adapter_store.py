@@ -92,6 +92,7 @@ class AdapterStore:
             yield (
                 name,
                 StackedAdapters(
+                    spec=self.adapters[0].spec,
                     parts=tuple(views),
                     gradients=tuple(gradients),
                     experts=experts,

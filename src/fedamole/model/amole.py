@@ -139,41 +139,29 @@ def amole_linear(
     if segments is None:
         segments, down, up = Segments((tokens.shape[0],), x.device), down.unsqueeze(0), up.unsqueeze(0)
     down, up = down.to(x.dtype).transpose(1, 2), up.to(x.dtype)
-    n, routing, weights = up.shape[1] // r - 1, None, None
-    if n == 0:
-        values = _values(tokens, None, down, spec, drop, segments)
-    else:
+    n, routing, weights, values = up.shape[1] // r - 1, None, None, None
+    exact = drop is not None and spec.dropout_kind == "exact"
+    if n:
         if n < spec.top_k:
             raise ConfigError(
                 f"top_k = {spec.top_k} experts per token, but this module holds {n}; "
                 f"lower top_k to {n} or give every client at least {spec.top_k} experts (min_experts)"
             )
-        separate = drop is not None and spec.dropout_kind == "exact"
-        without_dropout = product(tokens, down[..., :-r] if separate else down, segments)
-        embeddings = without_dropout[:, r : (n + 1) * r].unflatten(1, (n, r))
+        routed = product(tokens, down[..., :-r] if exact else down, segments)  # the router's inputs are not dropped
+        embeddings = routed[:, r : (n + 1) * r].unflatten(1, (n, r))
         empty = None if empty_slots is None else expand(empty_slots, segments)
-        routing = route(without_dropout[:, :r], embeddings, spec.top_k, empty)
-        values = _values(tokens, None if separate else without_dropout[:, r:], down[..., r:], spec, drop, segments)
+        routing = route(routed[:, :r], embeddings, spec.top_k, empty)
         weights = mixture_weights(routing)
+        down, values = down[..., r:], None if exact else routed[:, r:]
+    if values is None:
+        values = product(drop(tokens) if drop is not None and exact else tokens, down, segments)
+    if drop is not None and not exact:
+        values = drop(values)
+    if weights is not None:
         values = (values.unflatten(1, (n + 1, r)) * weights.to(x.dtype).unsqueeze(-1)).flatten(1)
     scaling = spec.scaling if drop is None else spec.scaling / (1 - spec.dropout)
     y = add_product(base_out.reshape(-1, up.shape[2]), values, up, segments, scaling).view(*x.shape[:-1], up.shape[2])
     return MixtureOutput(y, routing, None if weights is None else weights[:, :-1])
-
-
-def _values(
-    tokens: Tensor,
-    without_dropout: Tensor | None,
-    down: Tensor,
-    spec: AdapterSpec,
-    drop: Drop | None,
-    segments: Segments,
-) -> Tensor:
-    """Rank-r activations (T, (n+1) r) of the experts, with dropout; `without_dropout` saves computing them again."""
-    if drop is not None and spec.dropout_kind == "exact":
-        return product(drop(tokens), down, segments)
-    values = product(tokens, down, segments) if without_dropout is None else without_dropout
-    return values if drop is None else drop(values)
 
 
 def route(token_embedding: Tensor, expert_embeddings: Tensor, top_k: int, empty: Tensor | None = None) -> Routing:

@@ -38,7 +38,7 @@ class Bank:
         self.layers: dict[str, BankLinear] = install_layers(base, self.active)
         self.prompt_layer = PromptLayer(base.model.get_input_embeddings(), self.active)
         base.model.get_output_embeddings().register_forward_pre_hook(self._select_hidden_states)
-        self.store = AdapterStore(base, [])
+        self.store, self.selected = AdapterStore(base, []), dict[str, StackedAdapters]()
         self.at_once = 2**31
         """Largest number of clients in one training pass; halved when memory runs out."""
         self.packs = supports_packing(base, self.forward)
@@ -48,11 +48,6 @@ class Bank:
     def clients(self) -> int:
         """Number of loaded adapters C."""
         return len(self.store.adapters)
-
-    @property
-    def spec(self) -> AdapterSpec | PromptSpec | None:
-        """Settings of the loaded adapters; None if the bank is empty."""
-        return self.store.spec
 
     # adapters
     def load(self, adapters: Sequence[Adapter]) -> None:
@@ -66,11 +61,10 @@ class Bank:
 
     def select_clients(self, first: int, last: int) -> None:
         """Run the following forward passes with the adapters of clients `first` to `last` - 1."""
-        stacked = self.store.stacked(first, last)
-        spec = self.spec if isinstance(self.spec, AdapterSpec) else None
-        self.prompt_layer.adapters = stacked.get(PROMPT)
+        self.selected = self.store.stacked(first, last)
+        self.prompt_layer.adapters = self.selected.get(PROMPT)
         for name, layer in self.layers.items():
-            layer.adapters, layer.spec = stacked.get(name), spec
+            layer.adapters = self.selected.get(name)
 
     def adapter(self, client: int = 0) -> Adapter:
         """Return a copy of a client's adapter on the CPU; RuntimeError if the bank is empty."""
@@ -88,7 +82,7 @@ class Bank:
 
         Tensors that the loss does not depend on, such as an expert that no token was routed to, get no gradient.
         """
-        totals = [total for adapters in self._selected() for total in adapters.gradients]
+        totals = [total for adapters in self.selected.values() for total in adapters.gradients]
         gradients = torch.autograd.grad(loss, self.parameters(), allow_unused=True)
         for total, gradient in zip(totals, gradients, strict=True):
             if gradient is not None:
@@ -96,11 +90,7 @@ class Bank:
 
     def parameters(self) -> list[Tensor]:
         """Return the selected clients' trainable tensors, (C, rows, width) each, in the order of the layers."""
-        return [part for adapters in self._selected() for part in adapters.parts]
-
-    def _selected(self) -> list[StackedAdapters]:
-        layers: list[BankLinear | PromptLayer] = [*self.layers.values(), self.prompt_layer]
-        return [layer.adapters for layer in layers if layer.adapters is not None]
+        return [part for adapters in self.selected.values() for part in adapters.parts]
 
     # forward passes
     def enter(self, context: ForwardContext) -> AbstractContextManager[None]:
@@ -148,7 +138,7 @@ class Bank:
     # prompts
     def prefix(self, prompt: Ids) -> Ids:
         """Return a prompt with the loaded adapters' virtual tokens, if any, before it."""
-        return (*self.spec.prefix, *prompt) if isinstance(self.spec, PromptSpec) else prompt
+        return (*self.store.spec.prefix, *prompt) if isinstance(self.store.spec, PromptSpec) else prompt
 
     def prefixed(self, clients: Sequence[Sequence[TokenPair]]) -> list[list[TokenPair]]:
         """Return (prompt, answer) pairs with the loaded adapters' virtual tokens, if any, before each prompt."""
@@ -174,7 +164,7 @@ class Bank:
         None unless the loaded adapters have `InstanceWeights` and references.
         """
         references = self.store.references()
-        router = self.spec.router if isinstance(self.spec, AdapterSpec) else None
+        router = self.store.spec.router if isinstance(self.store.spec, AdapterSpec) else None
         if not references or not isinstance(router, InstanceWeights):
             return None
         # The mean cosine is the product with the mean unit vector, whatever the number of references.

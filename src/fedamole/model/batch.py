@@ -58,21 +58,15 @@ def collate(
     `seeds` enables dropout: one seed per client, derived from (client, step).
     """
     pairs = [pair for client in clients for pair in client]
-    lengths = np.array([len(prompt) + len(answer) for prompt, answer in pairs])
-    width = 0 if packed else int(lengths.max())
-    starts = lengths.cumsum() - lengths if packed else np.arange(len(pairs)) * width
-    tokens = np.full(int(lengths.sum()) if packed else len(pairs) * width, pad_id)
-    not_padding = np.zeros(len(tokens), dtype=bool)
-    logit_indices, labels = [], []
-    for (prompt, answer), start, length in zip(pairs, starts, lengths, strict=True):
-        tokens[start : start + length] = [*prompt, *answer]
-        not_padding[start : start + length] = True
-        first = max(len(prompt), 1)
-        logit_indices.append(np.arange(start + first - 1, start + length - 1))
-        labels.append(tokens[start + first : start + length])
     client_of_pair = np.repeat(np.arange(len(clients)), [len(client) for client in clients])
-    widths = lengths if packed else np.full(len(pairs), width)
-    positions = np.arange(len(tokens)) - np.repeat(starts, widths)
+    lengths = np.array([len(prompt) + len(answer) for prompt, answer in pairs])
+    widths = lengths if packed else np.full(len(pairs), lengths.max())
+    positions = np.arange(widths.sum()) - np.repeat(widths.cumsum() - widths, widths)
+    not_padding = positions < np.repeat(lengths, widths)
+    tokens = np.full(len(positions), pad_id)
+    tokens[not_padding] = [token for prompt, answer in pairs for token in (*prompt, *answer)]
+    first_labels = np.array([max(len(prompt), 1) for prompt, _ in pairs])  # nothing predicts the first token
+    is_label = not_padding & (positions >= np.repeat(first_labels, widths))
 
     def by_client(counts: np.ndarray) -> Segments:
         return Segments(tuple(np.bincount(client_of_pair, counts, len(clients)).astype(int).tolist()), device)
@@ -91,9 +85,9 @@ def collate(
         sequences=Segments(tuple(lengths.tolist()), device) if packed else None,
         segments=by_client(widths),
         not_padding=None if packed else tensor(not_padding),
-        logit_indices=tensor(np.concatenate(logit_indices)),
-        labels=tensor(np.concatenate(labels)),
-        answers=by_client(np.array([len(label) for label in labels])),
+        logit_indices=tensor(np.flatnonzero(is_label) - 1),
+        labels=tensor(tokens[is_label]),
+        answers=by_client(lengths - first_labels),
         dropout_keys=dropout_keys,
         prompts=tuple(tuple(prompt for prompt, _ in client) for client in clients),
     )
