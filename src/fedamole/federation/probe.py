@@ -89,15 +89,19 @@ def draw_examples(rows: Sequence[T], max_examples: int, seed: int, purpose: str,
     return [rows[i] for i in sorted(order[:max_examples])]
 
 
+@dataclass
 class ClientProbe(Probe):
     """The probe of a client whose data are in this process."""
 
-    def __init__(
-        self, bank: Bank, rows: Sequence[TokenRow], client: str, seed: int, batch_tokens: int, counts: ProbeCounts
-    ) -> None:
-        """Probe the embedding split `rows` with at most `batch_tokens` tokens at once; `counts` is updated."""
-        self.bank, self.rows, self.client, self.seed = bank, rows, client, seed
-        self.batch_tokens, self.counts = batch_tokens, counts
+    bank: Bank
+    rows: Sequence[TokenRow]
+    """The embedding split."""
+    client: str
+    seed: int
+    batch_tokens: int
+    """Largest number of tokens that are read at once."""
+    counts: ProbeCounts
+    """Updated with all that is read."""
 
     @override
     def losses(self, adapters: Sequence[Adapter], max_examples: int) -> list[float]:

@@ -11,8 +11,9 @@ the tensor as `field.0:key`, where 0 is the index of its outer key in sorted ord
 import dataclasses
 import json
 import types
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -43,14 +44,13 @@ def pack(record: object) -> bytes:
     return save(tensors, {"record": json.dumps([type(record).__name__, fields], sort_keys=True)})
 
 
+@dataclass(eq=False)
 class Packed(Mapping[str, bytes]):
     """Records by client, each serialised when it is read, so that the payloads are never all in memory."""
 
-    def __init__(self, records: Mapping[str, object]) -> None:
-        """Wrap the records, by client."""
-        self.records = records
-        self.sizes = dict.fromkeys(records, 0)
-        """Bytes of each payload that has been read, by client."""
+    records: Mapping[str, object]
+    sizes: Counter[str] = field(default_factory=Counter)
+    """Bytes of each payload that has been read, by client."""
 
     @override
     def __getitem__(self, client: str) -> bytes:
@@ -135,11 +135,11 @@ def tensor_as_bytes(tensors: Tensors) -> bytes | None:
 def named_tensors(record: object, prefix: str = "") -> dict[str, Tensor]:
     """Return all tensors of a record by `field:key`, or `field:outer key/key`; in a nested record `field.field:key`."""
     tensors: dict[str, Tensor] = {}
-    for name, field in fields_of(type(record)).items():
+    for name, (_, depth) in fields_of(type(record)).items():
         value = getattr(record, name)
         if dataclasses.is_dataclass(value):
             tensors |= named_tensors(value, f"{prefix}{name}.")
-        elif field.depth:
+        elif depth:
             tensors |= joined_keys(value, f"{prefix}{name}:")
     return tensors
 
@@ -187,7 +187,7 @@ def _depth(hint: Any) -> int:
 
 def _in_json(fields: Mapping[str, Field]) -> set[str]:
     """Names of the fields that have a part in the JSON: all but plain mappings of tensors."""
-    return {name for name, field in fields.items() if field.depth != 1}
+    return {name for name, (_, depth) in fields.items() if depth != 1}
 
 
 def _encode(value: Any, depth: int, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -201,7 +201,7 @@ def _encode(value: Any, depth: int, path: str, tensors: dict[str, Tensor]) -> An
     if not dataclasses.is_dataclass(value):
         return value
     start, fields = f"{path}." if path else "", fields_of(type(value))
-    parts = {name: _encode(getattr(value, name), field.depth, start + name, tensors) for name, field in fields.items()}
+    parts = {name: _encode(getattr(value, name), depth, start + name, tensors) for name, (_, depth) in fields.items()}
     return {name: parts[name] for name in _in_json(fields)}
 
 

@@ -46,6 +46,8 @@ class AdapterStore:
             {PROMPT: []} if isinstance(self.spec, PromptSpec) else adapter.experts for adapter in adapters
         ]
         """Global ids of each client's domain experts, by layer."""
+        self.references = [adapter.fixed[REFERENCES].float() for adapter in adapters if REFERENCES in adapter.fixed]
+        """Reference hidden states (S, d) of each client; empty if this kind of adapter has none."""
         self.weights, self.gradients = torch.empty(0, 0), torch.empty(0, 0)
         """Both (C, P); the gradients are empty before `trainable`."""
         self._shapes: dict[str, list[torch.Size]] = {}
@@ -108,10 +110,6 @@ class AdapterStore:
         if last == first or name not in self.adapters[first].fixed:
             return None
         return torch.stack([adapter.fixed[name] for adapter in self.adapters[first:last]]).to(self.device)
-
-    def references(self) -> list[Tensor]:
-        """Return the reference hidden states (S, d) of each client; empty if this kind of adapter has none."""
-        return [adapter.fixed[REFERENCES].float() for adapter in self.adapters if REFERENCES in adapter.fixed]
 
     def trainable(self) -> list[Tensor]:
         """Allocate gradients of 0 and return one flat tensor (P) per client whose `.grad` is its row of `gradients`."""

@@ -105,8 +105,10 @@ class Bank:
         gradient checkpointing repeats the forward pass there and needs its context.
         """
         context = (context or ForwardContext()).over(batch)
-        if context.expert_weights is None and (weights := self.instance_weights(batch.prompts)) is not None:
-            weights = weights if batch.sequences is None else weights.index_select(0, batch.sequences.owner)
+        if self.store.references and context.expert_weights is None:
+            weights = self.instance_weights(batch.prompts)
+            if weights is not None and batch.sequences is not None:
+                weights = weights.index_select(0, batch.sequences.owner)
             context = replace(context, expert_weights=weights)
         packed: dict[str, object] = {}
         if batch.sequences is not None:
@@ -163,7 +165,7 @@ class Bank:
         The similarity is the mean cosine between the prompt's last hidden state and the client's references. Returns
         None unless the loaded adapters have `InstanceWeights` and references.
         """
-        references = self.store.references()
+        references = self.store.references
         router = self.store.spec.router if isinstance(self.store.spec, AdapterSpec) else None
         if not references or not isinstance(router, InstanceWeights):
             return None
