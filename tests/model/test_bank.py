@@ -176,7 +176,7 @@ def test_adapters_of_another_base_are_refused(open_bank: Callable[..., Bank]) ->
     with pytest.raises(BaseModelError, match="it adapts 'elsewhere', which is not a target of this base"):
         bank.load([random_adapter({"elsewhere": (32, 32)})])
     name = next(iter(bank.base.shapes))
-    with pytest.raises(BaseModelError, match="shared/B. is for 31 values, this base has 32"):
+    with pytest.raises(BaseModelError, match=r"shared/B. is for 31 values, this base has 32"):
         bank.load([random_adapter({name: (32, 31)})])
 
 

@@ -6,7 +6,7 @@ Each client's rows of a batch go through its own adapter. An empty bank is the u
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 
@@ -35,6 +35,8 @@ class Bank:
     def __init__(self, base: Base) -> None:
         """Install adapter layers in `base`, in place; its weights do not change."""
         self.base, self.active = base, ActiveContext()
+        self.enter = self.active.enter
+        """Context manager: uses a `ForwardContext` for the forward passes of the base inside the block."""
         self.layers: dict[str, BankLinear] = install_layers(base, self.active)
         self.prompt_layer = PromptLayer(base.model.get_input_embeddings(), self.active)
         base.model.get_output_embeddings().register_forward_pre_hook(self._select_hidden_states)
@@ -93,10 +95,6 @@ class Bank:
         return [part for adapters in self.selected.values() for part in adapters.parts]
 
     # forward passes
-    def enter(self, context: ForwardContext) -> AbstractContextManager[None]:
-        """Use `context` for the forward passes of the base inside the block."""
-        return self.active.enter(context)
-
     @contextmanager
     def forward(self, batch: Batch, context: ForwardContext | None = None) -> Iterator[Tensor]:
         """Yield the logits (K, V) that predict the answer tokens of a batch.
