@@ -124,9 +124,10 @@ class Worker:
         # `fit` leaves the adapters in the bank in another order.
         self.bank.load([result.adapter for result in trained.values()])
         rows = [works[i].data.embedding.pairs() for i in trained]
-        for i, read, means in zip(trained, rows, embed(self.bank, rows, self.batch_tokens), strict=True):
+        means = embed(self.bank, rows, self.batch_tokens)
+        for i, read, embeddings in zip(trained, rows, means, strict=True):
             works[i].counts.add(read)
-            outcomes[i] = replace(trained[i], embeddings=means)
+            outcomes[i] = replace(trained[i], embeddings=embeddings)
         return outcomes
 
     def _result(self, work: ClientWork, exchange: int, shared: Mapping[str, Any]) -> UpdateResult:
