@@ -194,8 +194,9 @@ class RunFolder:
 
     def adapter(self, name: str, method: str) -> Path:
         """Return the adapter folder of a client. Another variant of the run, such as fedit_ft, has its own folder."""
-        variant = "" if method == self.about["method"] else f"-{checked_name(method, f'variant of {self.path}')}"
-        return inside(self.path, self.client(name) / f"adapter{variant}")
+        own = method == self.about["method"]
+        folder = "adapter" if own else f"adapter-{checked_name(method, f'variant of {self.path}')}"
+        return inside(self.path, self.client(name) / folder)
 
     def remove_adapter(self, path: Path) -> None:
         """Remove an adapter folder of this run if it exists.
