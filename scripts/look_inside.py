@@ -24,6 +24,7 @@ from fedamole.data.manifest import read_manifest
 from fedamole.experiment import prepare
 from fedamole.model.bank import Bank
 from fedamole.model.batch import batches
+from fedamole.model.forward_context import ForwardContext
 from fedamole.model.params import expert_ids
 from fedamole.model.pretrained import load_adapter
 from fedamole.runs.run_folder import CONFIG, MANIFEST
@@ -56,7 +57,7 @@ def routing(run: Path) -> tuple[float, float]:
         with torch.no_grad():
             for batch in batches([data.validation.pairs()], prepared.base.pad_id, bank.packs, 4096):
                 balance: list[torch.Tensor] = []
-                with bank.forward(batch, balance_losses=balance):
+                with bank.forward(batch, ForwardContext(balance_losses=balance)):
                     values += [float(value) for value in balance]
     return fmean(values), fmean(counts)
 

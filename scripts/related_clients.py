@@ -77,12 +77,12 @@ def first_gradients(bank: Bank, adapter: Adapter, clients: Sequence[Sequence[Tok
     for rows in clients:
         bank.load([adapter])
         parameters = bank.trainable()
-        bank.gradients.zero_()
+        bank.store.gradients.zero_()
         answers = sum(len(answer) for _, answer in rows)
         for batch in batches([rows], bank.base.pad_id, bank.packs, TOKENS):
             with bank.forward(batch) as logits:
                 bank.backward(token_losses(logits, batch.labels).sum() / answers)
-        bank.weights[0].copy_(parameters[0].grad if parameters[0].grad is not None else bank.gradients[0])
+        bank.store.weights[0].copy_(parameters[0].grad if parameters[0].grad is not None else bank.store.gradients[0])
         for name, tensor in bank.adapter().tensors.items():
             if name.endswith("/B"):
                 gradients.setdefault(name, []).append(tensor.flatten())

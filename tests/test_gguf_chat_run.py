@@ -25,7 +25,7 @@ from fedamole.personal.saved_models import find_model, load_base_for
 from .conftest import small
 from .gguf_files import write_gguf
 from .serving.served import Served
-from .test_cli import fedamole, refused  # noqa: F401
+from .test_cli import refused
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' and m.content == 'no' %}{{ raise_exception('no') }}{% endif %}"
@@ -114,7 +114,7 @@ def test_prompts_after_training_are_those_of_training(place: Path) -> None:
         assert seen == [row.prompt]
 
 
-def test_serve_answers_as_generate_does(place: Path, fedamole: Any) -> None:  # noqa: F811
+def test_serve_answers_as_generate_does(place: Path, fedamole: Any) -> None:
     question = "day 3: who has a red cup? Dan has."
     result = fedamole("generate", place / "run", "--client", "chat", "--json", question)
     answer = json.loads(result.out)["answer"]
@@ -148,7 +148,7 @@ def test_commands_take_a_gguf_file_as_base(
     place: Path,
     tiny: Path,
     tmp_path: Path,
-    fedamole: Any,  # noqa: F811
+    fedamole: Any,
 ) -> None:
     run, gguf = tmp_path / "moved", tmp_path / "copy.gguf"
     shutil.copytree(place / "run", run)
@@ -183,6 +183,6 @@ def test_commands_take_a_gguf_file_as_base(
     assert merged.code == 0, merged.err
 
 
-def test_a_base_without_a_chat_template_is_refused(place: Path, tiny: Path, fedamole: Any) -> None:  # noqa: F811
+def test_a_base_without_a_chat_template_is_refused(place: Path, tiny: Path, fedamole: Any) -> None:
     result = fedamole("run", place / "config.toml", f"base.model={tiny / 'base'}", "run.folder=x", *small("fedit"))
     refused(result, 4, "has no chat template; use a base with one")

@@ -75,7 +75,7 @@ def test_memory_that_runs_out_in_a_run_changes_nothing(runs: Any, facts: Any, mo
         folder = runs.fresh("fedamole", "run.group=4")
     assert passes == [4] + [2, 2] * 9, "nine steps: three rounds of three"
     assert caplog.text.count("out of memory") == 1
-    assert "out of memory with 4 clients in a pass, continuing with 2" in caplog.text
+    assert "out of memory with 4 clients at once, continuing with 2" in caplog.text
     assert_same(facts(folder), facts(expected))
     assert_same(journal(folder), journal(expected))
 
@@ -263,8 +263,8 @@ def test_where_memory_runs_out_groups_are_halved(
         name: answer.payload for name, answer in expected.update(0, messages).items()
     }
     assert clients.group == 1
-    assert "out of memory with 4 clients at once, going on with 2" in caplog.text
-    assert "out of memory with 2 clients at once, going on with 1" in caplog.text
+    assert "out of memory with 4 clients at once, continuing with 2" in caplog.text
+    assert "out of memory with 2 clients at once, continuing with 1" in caplog.text
 
     def none(_: Sequence[Adapter]) -> None:
         raise error

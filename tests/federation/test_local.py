@@ -130,9 +130,9 @@ def test_a_steps_gradient_is_the_mean_over_its_batches(bank: Bank, rows: list[To
     tasks = [LocalTask(name, TrainingRequest(lora(bank)), part, 1e-2) for name, part in parts.items()]
     group = TrainingGroup(bank, tasks, settings, 0, 0, 0)
     group.step(0)
-    gradient_of_step = bank.gradients.clone()
+    gradient_of_step = bank.store.gradients.clone()
     for mine, (name, part) in zip(gradient_of_step, parts.items(), strict=True):
-        drawn = _batches(part, settings, torch_generator(0, "order", name, 0))
+        drawn = _batches(part, settings.batch_size, torch_generator(0, "order", name, 0))
         apart = [gradients(bank, lora(bank), next(drawn)) for _ in range(accumulation)]
         expected = torch.stack([torch.cat([tensor.flatten() for tensor in gradient]) for gradient in apart]).mean(0)
         assert float(expected.abs().max()) > 1e-3
@@ -186,7 +186,7 @@ def test_steps_and_epochs(
 
 def test_an_epoch_is_every_row_once(bank: Bank) -> None:
     rows: list[TokenPair] = [((2, index), (3,)) for index in range(10, 30)]
-    batches = _batches(rows, TrainingSettings(batch_size=5), torch_generator(0, "order"))
+    batches = _batches(rows, 5, torch_generator(0, "order"))
     passes = [[prompt[1] for _ in range(4) for prompt, _ in next(batches)] for _ in range(2)]
     assert sorted(passes[0]) == sorted(passes[1]) == list(range(10, 30))
     assert passes[0] != passes[1]
@@ -196,7 +196,7 @@ def test_an_epoch_is_every_row_once(bank: Bank) -> None:
 def test_the_reported_loss_is_the_mean_over_the_steps(bank: Bank, rows: list[TokenPair]) -> None:
     """With a rate next to nothing the adapter stays, so the mean is that of the batches' losses."""
     chosen = TrainingSettings(local_steps=3, batch_size=2, learning_rate=1e-12)
-    batches = _batches(rows, chosen, torch_generator(0, "order", "mood", 0))
+    batches = _batches(rows, chosen.batch_size, torch_generator(0, "order", "mood", 0))
     bank.load([lora(bank)])
     losses = []
     for _ in range(3):

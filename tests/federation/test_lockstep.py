@@ -138,7 +138,7 @@ def test_a_finished_client_keeps_every_bit(bank: Bank) -> None:
         settings,
         seed=3,
         round_=1,
-        on_step=lambda done, _: seen.update({done: bank.weights.clone()}),
+        on_step=lambda done, _: seen.update({done: bank.store.weights.clone()}),
     )
     assert list(seen) == list(range(1, 15))
     for index, client in enumerate((2, 4, 1, 3, 0)):  # those with the most steps first

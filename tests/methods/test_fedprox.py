@@ -79,7 +79,7 @@ def training(runs: Any) -> Any:
 
     def train(request: TrainingRequest) -> Any:
         (done,) = fit(bank, [LocalTask("mood", request, rows, 0.01)], prepared.config.training, seed=0, round_=0)
-        return done, bank.gradients[0].clone(), bank.row
+        return done, bank.store.gradients[0].clone(), bank.store.row
 
     return bank.base.shapes, train
 

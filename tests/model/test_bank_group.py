@@ -14,6 +14,7 @@ from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base
 from fedamole.model.batch import TokenPair, collate, token_losses
+from fedamole.model.forward_context import ForwardContext
 from fedamole.model.params import Adapter, expert_ids, new_pool, new_shared, router_key, shared_keys, unstack
 from fedamole.model.segments import segment_sum
 
@@ -79,7 +80,7 @@ def measured(
     last = first + len(rows)
     bank.select_clients(first, last)
     batch, balance = collate(rows, 1, packed, seeds), list[Tensor]()
-    with bank.forward(batch, balance_losses=balance) as logits:
+    with bank.forward(batch, ForwardContext(balance_losses=balance)) as logits:
         losses = segment_sum(token_losses(logits, batch.labels), batch.answers) / batch.answers.counts
         by_module = torch.stack(balance or [torch.zeros(len(rows), dtype=torch.float64)])
         gradients = torch.autograd.grad((losses + by_module.sum(0)).sum(), bank.parameters())
@@ -162,7 +163,7 @@ def test_backward_adds_to_the_gradients_of_the_clients_at_work(open_bank: Callab
     bank, rows = open_bank(), texts(False)
     bank.load(adapters(bank.base))
     flat = bank.trainable()
-    assert [row.shape for row in flat] == [bank.weights.shape[1:]] * CLIENTS
+    assert [row.shape for row in flat] == [bank.store.weights.shape[1:]] * CLIENTS
     assert all(row.grad is not None and not row.grad.any() for row in flat)
     bank.select_clients(1, 3)
     batch, after = collate(rows[1:3], 1, packed=True), []
@@ -171,7 +172,7 @@ def test_backward_adds_to_the_gradients_of_the_clients_at_work(open_bank: Callab
             losses = token_losses(logits, batch.labels)
             reference = torch.autograd.grad(losses.sum(), bank.parameters(), retain_graph=True)
             bank.backward(losses.sum())
-        after.append(bank.gradients.clone())
+        after.append(bank.store.gradients.clone())
     assert torch.equal(after[1], 2 * after[0])
     for client in (1, 2):
         # A row holds down and up of one module after the other.
@@ -216,15 +217,15 @@ def test_every_row_is_a_round_trip(open_bank: Callable[..., Bank], kind: str) ->
         assert back.spec == adapter.spec
         assert back.tensors.keys() == adapter.tensors.keys()
         assert all(torch.equal(back.tensors[name], tensor) for name, tensor in adapter.tensors.items())
-        assert int(bank.weights[client].count_nonzero()) == adapter.parameters()
+        assert int(bank.store.weights[client].count_nonzero()) == adapter.parameters()
     counts = {module: max(len(expert_ids(adapter.tensors)[module]) for adapter in group) for module in bank.base.shapes}
     sizes = (
         RANK * ((n + (2 if n else 1)) * bank.base.shapes[name][0] + (n + 1) * bank.base.shapes[name][1])
         for name, n in counts.items()
     )
-    assert bank.weights.shape == (CLIENTS, sum(sizes))
+    assert bank.store.weights.shape == (CLIENTS, sum(sizes))
     bank.load(group[:1])
-    assert bank.weights.shape == (1, group[0].parameters())
+    assert bank.store.weights.shape == (1, group[0].parameters())
     bank.load([])
     assert bank.clients == 0
 

@@ -14,6 +14,7 @@ from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, BaseSettings, load_base
 from fedamole.model.batch import TokenPair, collate, token_losses
+from fedamole.model.forward_context import ForwardContext
 from fedamole.model.packing import ATTENTION, packed_attention
 from fedamole.model.segments import Segments
 from tests.training import alone
@@ -63,7 +64,9 @@ def test_packed_rows_equal_padded_ones(
     results = []
     for packed in (True, False):
         balance: list[torch.Tensor] = []
-        with bank.forward(collate([rows[:1], rows[1:]], 1, packed, seeds=[7, 8]), balance_losses=balance) as logits:
+        with bank.forward(
+            collate([rows[:1], rows[1:]], 1, packed, seeds=[7, 8]), ForwardContext(balance_losses=balance)
+        ) as logits:
             losses = token_losses(logits, torch.tensor([token for _, answer in rows for token in answer]))
             total = losses.mean() + torch.stack(balance).sum()
             first = torch.stack(balance[: len(bank.layers)])

@@ -129,10 +129,10 @@ def test_gradients_equal_pefts(base: Callable[..., Base], architecture: str, mlp
         batch = collate(bank.prefixed([ROWS]), bank.base.pad_id, packed)
         with bank.forward(batch) as logits:
             bank.backward(token_losses(logits, batch.labels).sum())
-        (result,) = bank.gradients
+        (result,) = bank.store.gradients
         reference = {name: weight.grad for name, weight in theirs.items() if weight.grad is not None}
         assert all(gradient.abs().max() > 1e-4 for gradient in reference.values())
-        expected = bank.row(0, {name: grad.view_as(adapter.tensors[name]) for name, grad in reference.items()})
+        expected = bank.store.row(0, {name: grad.view_as(adapter.tensors[name]) for name, grad in reference.items()})
         assert result.dtype == torch.float64
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-9)
 
@@ -316,7 +316,7 @@ def test_a_prompt_for_another_width_is_refused(base: Callable[..., Base], mlp: b
     bank = Bank(base())
     spec = PromptSpec(3, mlp)
     wrong = Adapter(spec, new_prompt(spec, 48, 0.3, torch.Generator().manual_seed(0)))
-    with pytest.raises(BaseModelError, match="the prompt is for embeddings of width 48, this base's have 32"):
+    with pytest.raises(BaseModelError, match="the adapter: its virtual tokens must have 32 values each"):
         bank.load([wrong])
 
 

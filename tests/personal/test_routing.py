@@ -19,6 +19,7 @@ from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base
 from fedamole.model.batch import TokenPair, collate
+from fedamole.model.forward_context import ForwardContext
 from fedamole.model.params import OWN, Adapter, expert_ids, expert_keys, mixer_key, router_key, shared_keys
 from fedamole.personal.routing import (
     client_rows,
@@ -138,10 +139,10 @@ def test_watching_changes_nothing(kind: str, base: Callable[..., Base]) -> None:
         with bank.forward(batch) as logits:
             plain = logits.clone()
         results: dict[str, Tensor] = {}
-        with bank.forward(batch, routing_weights=results) as logits:
+        with bank.forward(batch, ForwardContext(routing_weights=results)) as logits:
             assert torch.equal(logits, plain)
     assert set(results) == set(bank.layers)
-    assert bank.context.routing_weights is None
+    assert bank.active.context.routing_weights is None
 
 
 def test_sums_by_hand() -> None:

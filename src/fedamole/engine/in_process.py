@@ -1,7 +1,7 @@
 """The default engine: all clients in this process, a group at a time, on one resident base."""
 
-import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 from fedamole.errors import FedamoleError
@@ -11,9 +11,7 @@ from fedamole.federation.evaluator import Scores
 from fedamole.federation.method import ClientInfo
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.worker import UpdateResult, Worker
-from fedamole.model.memory import out_of_memory, release_memory
-
-log = logging.getLogger(__name__)
+from fedamole.model.memory import fits_in_memory, out_of_memory, release_memory
 
 R = TypeVar("R")
 
@@ -79,22 +77,23 @@ class InProcess:
     ) -> dict[str, R]:
         """Run `work` on one group after the other; if memory runs out, halve the group and try again."""
         waiting, results = [self.data[name] for name in sorted(names)], dict[str, R]()
+
+        def run(group: Sequence[ClientData]) -> None:
+            results.update(work(group))
+
         while waiting:
             group = waiting[: self.group]
             try:
-                results.update(work(group))
-                waiting = waiting[len(group) :]
-                continue
+                fits = fits_in_memory(partial(run, group), len(group), self.worker.bank.base.device)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                if len(group) == 1:
-                    raise FedamoleError(
-                        f"out of memory with one client at a time ({group[0].info.name}): lower training.batch_size, "
-                        "training.max_length or evaluation.batch_tokens, or set base.gradient_checkpointing = true"
-                    ) from error
-            # Outside the handler: inside it, the error still references the tensors of the failed pass.
-            release_memory(self.worker.bank.base.device)
-            self.group = (len(group) + 1) // 2
-            log.warning("out of memory with %d clients at once, going on with %d", len(group), self.group)
+                raise FedamoleError(
+                    f"out of memory with one client at a time ({group[0].info.name}): lower training.batch_size, "
+                    "training.max_length or evaluation.batch_tokens, or set base.gradient_checkpointing = true"
+                ) from error
+            if fits:
+                waiting = waiting[len(group) :]
+            else:
+                self.group = (len(group) + 1) // 2
         return results

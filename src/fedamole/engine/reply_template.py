@@ -8,14 +8,14 @@ method.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedamole.federation.method import BaseInfo, Client, ClientInfo, Method, Server, TrainingResult
 from fedamole.federation.probe import DryProbe
-from fedamole.federation.record import PayloadError, holds_tensors, named_tensors
+from fedamole.federation.record import PayloadError, fields_of, named_tensors
 from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.params import Adapter, expert_ids
 
@@ -97,15 +97,15 @@ def _compare_types(template: Any, reply: Any, path: str) -> None:
 
 def _compare(expected: Any, reply: Any, path: str) -> float:
     """Compare two records of one type; return the sum of the squares of the reply's tensors."""
-    hints, squares = get_type_hints(type(expected)), 0.0
-    for field in dataclasses.fields(expected):
-        name, wanted, got = f"{path}{field.name}", getattr(expected, field.name), getattr(reply, field.name)
+    squares = 0.0
+    for name, field in fields_of(type(expected)).items():
+        wanted, got = getattr(expected, name), getattr(reply, name)
         if dataclasses.is_dataclass(wanted):
-            squares += _compare(wanted, got, f"{name}.")
-        elif holds_tensors(hints[field.name]):
-            squares += _compare_tensors(wanted, got, name, ":")
+            squares += _compare(wanted, got, f"{path}{name}.")
+        elif field.depth:
+            squares += _compare_tensors(wanted, got, f"{path}{name}", ":")
         elif wanted != got:
-            raise PayloadError(f"{name} has an unexpected value")
+            raise PayloadError(f"{path}{name} has an unexpected value")
     return squares
 
 

@@ -27,8 +27,7 @@ def mean_losses(bank: Bank, clients: Sequence[Sequence[TokenPair]], batch_tokens
     total = torch.zeros(len(clients), dtype=torch.float64)
     counts = torch.zeros(len(clients), dtype=torch.float64)
     with torch.no_grad():
-        for batch in batches(bank.prefixed(clients), bank.base.pad_id, bank.packs, batch_tokens):
-            batch = batch.to(bank.base.device)
+        for batch in batches(bank.prefixed(clients), bank.base.pad_id, bank.packs, batch_tokens, bank.base.device):
             with bank.forward(batch) as logits:
                 total += segment_sum(token_losses(logits, batch.labels).double(), batch.answers).cpu()
             counts += torch.tensor(batch.answers.lengths)
@@ -204,7 +203,7 @@ def _whole_losses(
             options = tree.options[start : start + at_once]
             pairs: list[list[TokenPair]] = [[] for _ in counts]
             pairs[owner] = [(prompt, option) for option in options]
-            batch = collate(pairs, bank.base.pad_id, bank.packs).to(bank.base.device)
+            batch = collate(pairs, bank.base.pad_id, bank.packs, device=bank.base.device)
             with bank.forward(batch) as logits:
                 losses = token_losses(logits, batch.labels)
             results[-1] += [float(part.double().mean()) for part in losses.split([len(option) for option in options])]

@@ -11,10 +11,10 @@ class ClientFactory:
 
     def __init__(self, bank: Bank, batch_tokens: int, seed: int) -> None:
         """Run forward passes on `bank`, at most `batch_tokens` tokens at once; `seed` is the run's."""
-        self.bank, self.batch_tokens, self.seed = bank, batch_tokens, seed
+        self.bank, self.batch_tokens, self.seed, self.base = bank, batch_tokens, seed, BaseInfo.of(bank.base)
 
     def client(self, data: ClientData, round_: int, counts: ProbeCounts) -> Client:
         """Return the `Client` of a round; its probe adds what it reads to `counts`."""
-        name = data.info.name
-        probe = ClientProbe(self.bank, data.embedding.rows, name, self.seed, self.batch_tokens, counts)
-        return Client(data.info, BaseInfo.of(self.bank.base), self.seed, round_, probe)
+        rows, name = data.embedding.rows, data.info.name
+        probe = ClientProbe(self.bank, rows, name, self.seed, self.batch_tokens, counts)
+        return Client(data.info, self.base, self.seed, round_, probe)

@@ -100,5 +100,5 @@ class ClientStates:
     def _read(self, path: Path) -> PrivateState:
         private = unpack(PrivateState, inside(self.folder.path, path).read_bytes())
         if private.trained is not None:
-            check_fits(private.trained, self.base.shapes, self.base.width, path)
+            check_fits(private.trained, self.base, path)
         return private

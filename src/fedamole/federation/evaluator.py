@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedamole.evaluation.personal import EvaluationSettings, losses_of, majority_scores, scores_of
+from fedamole.evaluation.likelihood import mean_losses
+from fedamole.evaluation.personal import EvaluationSettings, majority_scores, scores_of
 from fedamole.federation.client_data import ClientData, Split
 from fedamole.federation.client_factory import ClientFactory
 from fedamole.federation.client_state import ClientStates
@@ -17,6 +18,32 @@ from fedamole.model.pretrained import load_adapter, save_adapter
 from fedamole.runs.run_folder import RunFolder
 
 Scores = dict[str, float]
+
+
+def score_models(
+    bank: Bank,
+    evaluation: EvaluationSettings,
+    group: Sequence[ClientData],
+    adapters: Sequence[Adapter | None],
+    split: str,
+    with_scores: bool,
+) -> dict[str, Scores]:
+    """Score one model of each client on a split of its own, None being the untuned base; return scores by client.
+
+    A client's scores are its loss in nats per answer token and, `with_scores`, those of its answers. Models of one kind
+    share forward passes.
+    """
+    scores: dict[str, Scores] = {}
+    for indices in indices_by_kind(dict(enumerate(adapters))):
+        bank.load([adapter for i in indices if (adapter := adapters[i]) is not None])
+        splits: list[Split] = [getattr(group[i], split) for i in indices]
+        losses = mean_losses(bank, [part.pairs() for part in splits], evaluation.batch_tokens)
+        scores |= {group[i].info.name: {"loss": loss} for i, loss in zip(indices, losses, strict=True)}
+        if with_scores:
+            others = scores_of(bank, [part.rows for part in splits], [part.examples for part in splits], evaluation)
+            for i, other in zip(indices, others, strict=True):
+                scores[group[i].info.name] |= other
+    return scores
 
 
 class Evaluator:
@@ -50,7 +77,8 @@ class Evaluator:
             adapters.append(self._current_model(data, round_, variant, payloads[name], probe_counts[name]))
             if self.variants[variant] == "post_aggregation":
                 self.states.save_candidate(name, variant, adapters[-1])
-        scores = self._scores(group, adapters, "validation", with_scores=self.evaluation.select == "score")
+        with_scores = self.evaluation.select == "score"
+        scores = score_models(self.bank, self.evaluation, group, adapters, "validation", with_scores)
         for name, counts in probe_counts.items():
             if counts.examples:
                 scores[name] |= {"probed": counts.examples, "forward_tokens": counts.tokens}
@@ -74,37 +102,23 @@ class Evaluator:
         adapters = [load_adapter(folder, base.identity) if folder.exists() else None for folder in folders]
         for adapter, folder in zip(adapters, folders, strict=True):
             if adapter is not None:
-                check_fits(adapter, base.shapes, base.width, folder)
-        return self._scores(group, adapters, "test", with_scores=True)
+                check_fits(adapter, base, folder)
+        return score_models(self.bank, self.evaluation, group, adapters, "test", True)
 
     def test_last(self, group: Sequence[ClientData], variant: str) -> dict[str, Scores]:
         """Score the models after the last round on test."""
-        return self._scores(group, [self._last_model(data, variant) for data in group], "test", with_scores=True)
+        return score_models(
+            self.bank, self.evaluation, group, [self._last_model(data, variant) for data in group], "test", True
+        )
 
     def score_base(self, group: Sequence[ClientData], split: str) -> dict[str, Scores]:
         """Score the untuned base: the loss on validation, everything on test."""
         with_scores = split == "test" or self.evaluation.select == "score"
-        return self._scores(group, [None] * len(group), split, with_scores)
+        return score_models(self.bank, self.evaluation, group, [None] * len(group), split, with_scores)
 
     def majority(self, data: ClientData) -> Scores:
         """Score the most frequent training answer, given to every test prompt."""
         return majority_scores(data.train.examples, data.test.examples, self.evaluation)
-
-    def _scores(
-        self, group: Sequence[ClientData], adapters: Sequence[Adapter | None], split: str, with_scores: bool
-    ) -> dict[str, Scores]:
-        """Score each client's model on its own split; models of one kind share forward passes."""
-        scores: dict[str, Scores] = {}
-        for indices in indices_by_kind(dict(enumerate(adapters))):
-            self.bank.load([adapter for i in indices if (adapter := adapters[i]) is not None])
-            splits: list[Split] = [getattr(group[i], split) for i in indices]
-            rows = [part.rows for part in splits]
-            values: list[Scores] = [{"loss": loss} for loss in losses_of(self.bank, rows, self.evaluation)]
-            if with_scores:
-                others = scores_of(self.bank, rows, [part.examples for part in splits], self.evaluation)
-                values = [{**loss, **other} for loss, other in zip(values, others, strict=True)]
-            scores.update(zip((group[i].info.name for i in indices), values, strict=True))
-        return scores
 
     def _current_model(
         self, data: ClientData, round_: int, variant: str, payload: bytes | None, counts: ProbeCounts

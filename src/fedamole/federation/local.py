@@ -20,7 +20,8 @@ from fedamole.federation.randomness import derived_seed, torch_generator
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Batch, TokenPair, batches, collate, token_losses
-from fedamole.model.layers import EmbeddingSum, MeanEmbeddings
+from fedamole.model.forward_context import ForwardContext
+from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.segments import segment_sum
 
 OnStep = Callable[[int, int], None]
@@ -102,14 +103,17 @@ class TrainingGroup:
         self.bank, self.tasks, self.settings, self.seed, self.round = bank, tasks, settings, seed, round_
         self.purpose_suffix = f"/{fit_index}" if fit_index else ""
         self.steps = [task.steps(settings) for task in tasks]
-        bank.load([task.fit.adapter for task in tasks])
-        self.parameters = bank.trainable()
+        self.adapters = [task.fit.adapter for task in tasks]
+        bank.load(self.adapters)
+        self.store, self.spec, self.parameters = bank.store, self.adapters[0].spec, bank.trainable()
         self.trainable = self._trainable_mask()
         self.penalties = self._penalty_losses()
         self.decay = self._decay_factors()
         self.optimiser = self._new_optimiser()
         self.batches = [
-            _batches(rows, settings, torch_generator(seed, f"order{self.purpose_suffix}", task.client, round_))
+            _batches(
+                rows, settings.batch_size, torch_generator(seed, f"order{self.purpose_suffix}", task.client, round_)
+            )
             for task, rows in zip(tasks, bank.prefixed([task.rows for task in tasks]), strict=True)
         ]
         self.tokens = [0] * len(tasks)
@@ -118,26 +122,26 @@ class TrainingGroup:
 
     def step(self, step: int) -> None:
         """Take one optimiser step for every client that has steps left."""
-        bank, accumulation = self.bank, self.settings.accumulation
+        bank, accumulation, weight = self.bank, self.settings.accumulation, self.spec.balance_weight
         active = sum(step < steps for steps in self.steps)
         micro_batches = [[next(self.batches[client]) for client in range(active)] for _ in range(accumulation)]
-        bank.gradients.zero_()
+        self.store.gradients.zero_()
 
         def forward_backward(first: int, last: int) -> None:
             for index, rows in enumerate(micro_batches):
                 batch = self._collate(rows[first:last], first, f"{step}/{index}")
                 balance_losses: list[Tensor] = []
                 bank.select_clients(first, last)
-                with bank.forward(batch, balance_losses=balance_losses if self.balance_weight else None) as logits:
+                with bank.forward(batch, ForwardContext(balance_losses=balance_losses if weight else None)) as logits:
                     losses = segment_sum(token_losses(logits, batch.labels), batch.answers) / batch.answers.counts
-                    balance = self.balance_weight * torch.stack(balance_losses).sum(0) if balance_losses else 0.0
+                    balance = weight * torch.stack(balance_losses).sum(0) if balance_losses else 0.0
                     bank.backward((losses + balance).sum() / accumulation)
                 self.loss_sums[first:last] += losses.detach().double()
 
         losses_before = self.loss_sums.clone()
 
         def undo(first: int, last: int) -> None:
-            bank.gradients[first:last].zero_()
+            self.store.gradients[first:last].zero_()
             self.loss_sums[first:last] = losses_before[first:last]
 
         in_passes(bank, [count_tokens(rows) for rows in micro_batches[0]], forward_backward, undo)
@@ -149,37 +153,31 @@ class TrainingGroup:
 
     def _add_penalty_gradients(self) -> None:
         for clients, loss in self.penalties:
-            parameters = self.bank.weights.index_select(0, clients).requires_grad_()
+            parameters = self.store.weights.index_select(0, clients).requires_grad_()
             (gradients,) = torch.autograd.grad(loss(parameters).sum(), parameters)
-            self.bank.gradients.index_add_(0, clients, gradients)
+            self.store.gradients.index_add_(0, clients, gradients)
 
     def _update(self, active: int) -> None:
         """Mask, clip and apply the gradients of the first `active` clients."""
         for parameters in self.parameters[active:]:
             parameters.grad = None  # with a gradient of zero, Adam would still move them by its momentum
-        gradients = self.bank.gradients
+        gradients = self.store.gradients
         if self.trainable is not None:
             gradients.mul_(self.trainable)
         if self.settings.clip_norm:
             norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
             gradients.mul_((self.settings.clip_norm / (norms + 1e-6)).clamp(max=1.0))
         if self.decay is not None:
-            self.bank.weights[:active].mul_(self.decay[:active])
+            self.store.weights[:active].mul_(self.decay[:active])
         self.optimiser.step()
-
-    @property
-    def balance_weight(self) -> float:
-        """Weight of the balance losses, which is the same for all clients of a group."""
-        return self.tasks[0].fit.adapter.spec.balance_weight
 
     def _collate(self, rows: list[list[TokenPair]], first: int, part: str) -> Batch:
         """Make one batch of the examples of the clients from `first` on, with their dropout seeds."""
         seeds = None
-        if self.tasks[0].fit.adapter.spec.dropout:
-            purpose = f"dropout{self.purpose_suffix}/{part}"
-            names = [task.client for task in self.tasks[first : first + len(rows)]]
-            seeds = [derived_seed(self.seed, purpose, name, self.round) for name in names]
-        return collate(rows, self.bank.base.pad_id, self.bank.packs, seeds).to(self.bank.base.device)
+        if self.spec.dropout:
+            purpose, tasks = f"dropout{self.purpose_suffix}/{part}", self.tasks[first : first + len(rows)]
+            seeds = [derived_seed(self.seed, purpose, task.client, self.round) for task in tasks]
+        return collate(rows, self.bank.base.pad_id, self.bank.packs, seeds, self.bank.base.device)
 
     def _new_optimiser(self) -> torch.optim.Adam:
         """Adam with one parameter per client, and a parameter group per learning rate."""
@@ -190,14 +188,13 @@ class TrainingGroup:
 
     def _trainable_mask(self) -> Tensor | None:
         """1 for parameters that train, 0 for frozen ones, (C, P); None if all train."""
-        if not any(task.fit.adapter.frozen for task in self.tasks):
+        if not any(adapter.frozen for adapter in self.adapters):
             return None
-        adapters = [task.fit.adapter for task in self.tasks]
         masks = [
             {name: torch.full_like(tensor, name not in adapter.frozen) for name, tensor in adapter.tensors.items()}
-            for adapter in adapters
+            for adapter in self.adapters
         ]
-        return torch.stack([self.bank.row(i, mask) for i, mask in enumerate(masks)]).to(self.bank.weights)
+        return torch.stack([self.store.row(i, mask) for i, mask in enumerate(masks)]).to(self.store.weights)
 
     def _penalty_losses(self) -> list[tuple[Tensor, LossFunction]]:
         """For each class of penalties the indices of its clients, and the function that computes their terms."""
@@ -205,21 +202,19 @@ class TrainingGroup:
         for i, task in enumerate(self.tasks):
             if task.fit.penalty is not None:
                 by_class.setdefault(type(task.fit.penalty), {})[i] = task.fit.penalty
-        adapters = [task.fit.adapter for task in self.tasks]
-        return [
-            (
-                torch.tensor([*penalties], device=self.bank.base.device),
-                penalty_class.loss([*penalties.values()], ParameterLayout(self.bank, adapters, [*penalties])),
-            )
-            for penalty_class, penalties in by_class.items()
-        ]
+        losses = []
+        for penalty_class, penalties in by_class.items():
+            layout = ParameterLayout(self.bank, self.adapters, [*penalties])
+            clients = torch.tensor([*penalties], device=self.bank.base.device)
+            losses.append((clients, penalty_class.loss([*penalties.values()], layout)))
+        return losses
 
     def _decay_factors(self) -> Tensor | None:
         """Factors of the parameters in a step with decoupled weight decay, (C, 1) or (C, P); None without decay."""
         loss = torch.tensor([[task.learning_rate * task.fit.weight_decay] for task in self.tasks], dtype=torch.float64)
         if not loss.any():
             return None
-        loss = loss.to(self.bank.weights)
+        loss = loss.to(self.store.weights)
         return 1 - (loss if self.trainable is None else loss * self.trainable)
 
     def check(self, step: int) -> dict[int, DivergedError]:
@@ -227,7 +222,7 @@ class TrainingGroup:
 
         They stay in the group, so that the sums of the others keep their order.
         """
-        losses, finite = self.loss_sums.tolist(), self.bank.weights.isfinite().all(1).tolist()
+        losses, finite = self.loss_sums.tolist(), self.store.weights.isfinite().all(1).tolist()
         for client, (loss, all_finite) in enumerate(zip(losses, finite, strict=True)):
             if client not in self.diverged and not (math.isfinite(loss) and all_finite):
                 last = min(step + 1, self.steps[client])
@@ -242,17 +237,12 @@ class TrainingGroup:
     def results(self) -> list[TrainingResult | DivergedError]:
         """Return the result of each client."""
         self.check(self.steps[0] - 1)
-        sums = self.loss_sums.tolist()
-        return [
-            self.diverged.get(client)
-            or TrainingResult(
-                self.bank.adapter(client),
-                steps,
-                sums[client] / (steps * self.settings.accumulation),
-                tokens=self.tokens[client],
-            )
-            for client, steps in enumerate(self.steps)
-        ]
+        results: list[TrainingResult | DivergedError] = []
+        for client, (steps, loss_sum) in enumerate(zip(self.steps, self.loss_sums.tolist(), strict=True)):
+            loss, tokens = loss_sum / (steps * self.settings.accumulation), self.tokens[client]
+            trained = TrainingResult(self.store.adapter(client), steps, loss, tokens=tokens)
+            results.append(self.diverged.get(client, trained))
+        return results
 
 
 def embed(bank: Bank, clients: Sequence[Sequence[TokenPair]], batch_tokens: int) -> list[dict[str, MeanEmbeddings]]:
@@ -260,25 +250,21 @@ def embed(bank: Bank, clients: Sequence[Sequence[TokenPair]], batch_tokens: int)
 
     At most `batch_tokens` tokens are read at once.
     """
-    tokens = [count_tokens(rows) for rows in clients]
-    sums: dict[str, EmbeddingSum] = {}
+    sums: dict[str, Tensor] = {}
     bank.select_clients(0, bank.clients)
     with torch.no_grad():
-        for batch in batches(clients, bank.base.pad_id, bank.packs, batch_tokens):
-            with bank.forward(batch.to(bank.base.device), embedding_sums=sums):
+        for batch in batches(clients, bank.base.pad_id, bank.packs, batch_tokens, bank.base.device):
+            with bank.forward(batch, ForwardContext(embedding_sums=sums)):
                 pass
-    return bank.mean_embeddings(sums, tokens)
+    return bank.mean_embeddings(sums, [count_tokens(rows) for rows in clients])
 
 
-def _batches(
-    rows: Sequence[TokenPair], settings: TrainingSettings, generator: torch.Generator
-) -> Iterator[list[TokenPair]]:
+def _batches(rows: Sequence[TokenPair], size: int, generator: torch.Generator) -> Iterator[list[TokenPair]]:
     """Yield batches without end: every example once per epoch in a new order, epochs joined without a short batch."""
-
-    def order() -> Iterator[int]:
-        while True:
-            yield from torch.randperm(len(rows), generator=generator).tolist()
-
-    indices = order()
+    batch: list[TokenPair] = []
     while True:
-        yield [rows[next(indices)] for _ in range(settings.batch_size)]
+        for i in torch.randperm(len(rows), generator=generator).tolist():
+            batch.append(rows[i])
+            if len(batch) == size:
+                yield batch
+                batch = []

@@ -1,12 +1,10 @@
 """Splits the clients of an optimiser step into forward and backward passes that the device can hold."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from fedamole.model.bank import Bank
-from fedamole.model.memory import out_of_memory, release_memory
-
-log = logging.getLogger(__name__)
+from fedamole.model.memory import fits_in_memory
 
 TOKENS_AT_ONCE = 2048
 """Tokens of a forward pass on a CPU beyond which more clients at once are no faster (docs/performance.md)."""
@@ -24,18 +22,10 @@ def in_passes(
     waiting = list(_ranges(bank, tokens, 0, len(tokens)))
     while waiting:
         first, last = waiting.pop(0)
-        try:
-            run(first, last)
-            continue
-        except RuntimeError as error:
-            if last - first == 1 or not out_of_memory(error):
-                raise
-        # Outside the handler, because the error keeps the tensors of the failed pass alive.
-        release_memory(bank.base.device)
-        bank.at_once = (last - first + 1) // 2
-        log.warning("out of memory with %d clients in a pass, continuing with %d", last - first, bank.at_once)
-        undo(first, last)
-        waiting[:0] = _ranges(bank, tokens, first, last)
+        if not fits_in_memory(partial(run, first, last), last - first, bank.base.device):
+            bank.at_once = (last - first + 1) // 2
+            undo(first, last)
+            waiting[:0] = _ranges(bank, tokens, first, last)
 
 
 def _ranges(bank: Bank, tokens: Sequence[int], first: int, last: int) -> Iterator[tuple[int, int]]:

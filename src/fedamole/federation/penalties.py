@@ -33,8 +33,8 @@ class ParameterLayout:
 
     def rows(self, tensors: Sequence[Tensors]) -> Tensor:
         """Lay out tensors that are named like those of each client's adapter, (n, P)."""
-        rows = [self._bank.row(client, named) for client, named in zip(self._clients, tensors, strict=True)]
-        return torch.stack(rows).to(self._bank.weights)
+        rows = [self._bank.store.row(client, named) for client, named in zip(self._clients, tensors, strict=True)]
+        return torch.stack(rows).to(self._bank.store.weights)
 
     def factors(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return views of rows (n, P): the stacked factors of each module, (n, R, d_in) and (n, R, d_out).

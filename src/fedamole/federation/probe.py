@@ -14,6 +14,7 @@ from fedamole.evaluation.likelihood import mean_losses, option_losses
 from fedamole.federation.randomness import numpy_generator
 from fedamole.model.bank import Bank
 from fedamole.model.batch import TokenPair, batches
+from fedamole.model.forward_context import ForwardContext
 from fedamole.model.moments import collect_moments, module_runs
 from fedamole.model.params import Adapter, expert_ids, indices_by_kind
 
@@ -88,15 +89,19 @@ def draw_examples(rows: Sequence[T], max_examples: int, seed: int, purpose: str,
     return [rows[i] for i in sorted(order[:max_examples])]
 
 
+@dataclass
 class ClientProbe(Probe):
     """The probe of a client whose data are in this process."""
 
-    def __init__(
-        self, bank: Bank, rows: Sequence[TokenRow], client: str, seed: int, batch_tokens: int, counts: ProbeCounts
-    ) -> None:
-        """Probe the embedding split `rows` with at most `batch_tokens` tokens at once; `counts` is updated."""
-        self.bank, self.rows, self.client, self.seed = bank, rows, client, seed
-        self.batch_tokens, self.counts = batch_tokens, counts
+    bank: Bank
+    rows: Sequence[TokenRow]
+    """The embedding split."""
+    client: str
+    seed: int
+    batch_tokens: int
+    """Largest number of tokens that are read at once."""
+    counts: ProbeCounts
+    """Updated with all that is read."""
 
     @override
     def losses(self, adapters: Sequence[Adapter], max_examples: int) -> list[float]:
@@ -132,11 +137,11 @@ class ClientProbe(Probe):
         rows, bank = self._loaded(adapter, max_examples, "usage"), self.bank
         routed: dict[str, Tensor] = {}
         with torch.no_grad():
-            for batch in batches([rows], bank.base.pad_id, bank.packs, self.batch_tokens):
+            for batch in batches([rows], bank.base.pad_id, bank.packs, self.batch_tokens, bank.base.device):
                 weights: dict[str, Tensor] = {}
-                with bank.forward(batch.to(bank.base.device), routing_weights=weights):
+                with bank.forward(batch, ForwardContext(routing_weights=weights)):
                     pass
-                not_padding = slice(None) if batch.not_padding is None else batch.not_padding.to(bank.base.device)
+                not_padding = slice(None) if batch.not_padding is None else batch.not_padding
                 for name, values in weights.items():
                     routed[name] = routed.get(name, 0) + (values[not_padding] > 0).sum(0)
         tokens, held = count_tokens(rows), expert_ids(adapter.tensors)

@@ -11,9 +11,10 @@ the tensor as `field.0:key`, where 0 is the index of its outer key in sorted ord
 import dataclasses
 import json
 import types
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -39,18 +40,17 @@ class Nothing:
 def pack(record: object) -> bytes:
     """Serialise a record."""
     tensors: dict[str, Tensor] = {}
-    fields = _encode(record, "", tensors)
+    fields = _encode(record, 0, "", tensors)
     return save(tensors, {"record": json.dumps([type(record).__name__, fields], sort_keys=True)})
 
 
+@dataclass(eq=False)
 class Packed(Mapping[str, bytes]):
     """Records by client, each serialised when it is read, so that the payloads are never all in memory."""
 
-    def __init__(self, records: Mapping[str, object]) -> None:
-        """Wrap the records, by client."""
-        self.records = records
-        self.sizes = dict.fromkeys(records, 0)
-        """Bytes of each payload that has been read, by client."""
+    records: Mapping[str, object]
+    sizes: Counter[str] = field(default_factory=Counter)
+    """Bytes of each payload that has been read, by client."""
 
     @override
     def __getitem__(self, client: str) -> bytes:
@@ -134,13 +134,13 @@ def tensor_as_bytes(tensors: Tensors) -> bytes | None:
 
 def named_tensors(record: object, prefix: str = "") -> dict[str, Tensor]:
     """Return all tensors of a record by `field:key`, or `field:outer key/key`; in a nested record `field.field:key`."""
-    hints, tensors = get_type_hints(type(record)), dict[str, Tensor]()
-    for field in dataclasses.fields(record):  # type: ignore[arg-type]
-        value = getattr(record, field.name)
+    tensors: dict[str, Tensor] = {}
+    for name, (_, depth) in fields_of(type(record)).items():
+        value = getattr(record, name)
         if dataclasses.is_dataclass(value):
-            tensors |= named_tensors(value, f"{prefix}{field.name}.")
-        elif holds_tensors(hints[field.name]):
-            tensors |= joined_keys(value, f"{prefix}{field.name}:")
+            tensors |= named_tensors(value, f"{prefix}{name}.")
+        elif depth:
+            tensors |= joined_keys(value, f"{prefix}{name}:")
     return tensors
 
 
@@ -157,13 +157,25 @@ def non_finite(record: object) -> str | None:
     return next((name for name, tensor in named_tensors(record).items() if not tensor.isfinite().all()), None)
 
 
-def holds_tensors(hint: Any) -> bool:
-    """Whether this type annotation is a mapping of tensors, nested or not."""
-    return _depth(hint) > 0
+class Field(NamedTuple):
+    """A field of a record type."""
+
+    hint: Any
+    """Its type annotation."""
+    depth: int
+    """How deep a mapping of tensors is nested: 1 for Mapping[str, Tensor], 0 for any other type."""
+
+
+def fields_of(record_type: Any) -> dict[str, Field]:
+    """Return the fields of a record type by name."""
+    hints = get_type_hints(record_type)
+    return {
+        field.name: Field(hints[field.name], _depth(hints[field.name])) for field in dataclasses.fields(record_type)
+    }
 
 
 def _depth(hint: Any) -> int:
-    """How deep a mapping of tensors is nested: 1 for Mapping[str, Tensor], 0 for any other type."""
+    """The depth of a type annotation, as in `Field`."""
     if get_origin(hint) not in (Mapping, dict):
         return 0
     value = get_args(hint)[1]
@@ -173,95 +185,66 @@ def _depth(hint: Any) -> int:
     return inner + 1 if inner else 0
 
 
-def _in_json(hint: Any) -> bool:
-    """Whether a field of this type has a part in the JSON."""
-    return _depth(hint) != 1
+def _in_json(fields: Mapping[str, Field]) -> set[str]:
+    """Names of the fields that have a part in the JSON: all but plain mappings of tensors."""
+    return {name for name, (_, depth) in fields.items() if depth != 1}
 
 
-def _encode(record: Any, path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the JSON part of a record and add its tensors to `tensors`."""
-    hints, fields = get_type_hints(type(record)), {}
-    for field in dataclasses.fields(record):
-        value, name = getattr(record, field.name), f"{path}{field.name}"
-        if depth := _depth(hints[field.name]):
-            outer_keys = _encode_tensors(value, depth, name, tensors)
-            if depth > 1:
-                fields[field.name] = outer_keys
-        elif dataclasses.is_dataclass(value):
-            fields[field.name] = _encode(value, f"{name}.", tensors)
-        else:
-            fields[field.name] = value
-    return fields
-
-
-def _encode_tensors(value: Mapping[str, Any], depth: int, path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Add the tensors of a mapping of this depth to `tensors`; return its outer keys, nested like the mapping."""
+def _encode(value: Any, depth: int, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Return the JSON part of a record, or of a field of this depth, and add its tensors to `tensors`."""
     if depth == 1:
         tensors.update({f"{path}:{key}": tensor.contiguous() for key, tensor in value.items()})
         return {}
-    return {
-        key: _encode_tensors(value[key], depth - 1, f"{path}.{index}", tensors)
-        for index, key in enumerate(sorted(value))
-    }
+    if depth:
+        items = enumerate(sorted(value.items()))
+        return {key: _encode(inner, depth - 1, f"{path}.{index}", tensors) for index, (key, inner) in items}
+    if not dataclasses.is_dataclass(value):
+        return value
+    start, fields = f"{path}." if path else "", fields_of(type(value))
+    parts = {name: _encode(getattr(value, name), depth, start + name, tensors) for name, (_, depth) in fields.items()}
+    return {name: parts[name] for name in _in_json(fields)}
 
 
-def _decode(record_type: Any, fields: Any, path: str, tensors: Mapping[str, Tensors]) -> Any:
+def _decode(record_type: Any, part: Any, path: str, tensors: Mapping[str, Tensors]) -> Any:
     """Build a record from its JSON part and its tensors by path and key."""
-    values, hints = {}, get_type_hints(record_type)
-    expected = {field.name for field in dataclasses.fields(record_type) if _in_json(hints[field.name])}
-    if not isinstance(fields, dict) or set(fields) != expected:
-        raise PayloadError(f"{record_type.__name__}: expected the fields {sorted(expected)}")
-    for field in dataclasses.fields(record_type):
-        hint, name = hints[field.name], f"{path}{field.name}"
-        if depth := _depth(hint):
-            values[field.name] = _decode_tensors(fields.get(field.name), depth, name, name, tensors)
+    fields, values = fields_of(record_type), {}
+    if not isinstance(part, dict) or set(part) != _in_json(fields):
+        raise PayloadError(f"{record_type.__name__}: expected the fields {sorted(_in_json(fields))}")
+    for name, (hint, depth) in fields.items():
+        if depth:
+            values[name] = _decode_tensors(part.get(name), depth, path + name, tensors)
         else:
-            values[field.name] = _decode_value(hint, fields[field.name], name, tensors)
+            values[name] = _decode_value(hint, part[name], path + name, tensors)
     return record_type(**values)
 
 
-def _decode_tensors(
-    outer_keys: Any, depth: int, path: str, name: str, tensors: Mapping[str, Tensors]
-) -> dict[str, Any]:
-    """Build a mapping of tensors of this depth; `outer_keys` is what `_encode_tensors` returned."""
-    if depth == 1:
-        if outer_keys:
-            raise PayloadError(f"{name}: nested too deeply")
+def _decode_tensors(outer_keys: Any, depth: int, path: str, tensors: Mapping[str, Tensors]) -> dict[str, Any]:
+    """Build a mapping of tensors of this depth; `outer_keys` is what `_encode` returned."""
+    if depth == 1 and not outer_keys:
         return dict(tensors.get(path, {}))
+    if depth == 1:
+        raise PayloadError(f"{field_of(path)}: nested too deeply")
     if not isinstance(outer_keys, dict):
-        raise PayloadError(f"{name}: {type(outer_keys).__name__} where a mapping was expected")
-    return {
-        key: _decode_tensors(outer_keys[key], depth - 1, f"{path}.{index}", name, tensors)
-        for index, key in enumerate(sorted(outer_keys))
-    }
+        raise PayloadError(f"{field_of(path)}: {type(outer_keys).__name__} where a mapping was expected")
+    items = enumerate(sorted(outer_keys.items()))
+    return {key: _decode_tensors(inner, depth - 1, f"{path}.{index}", tensors) for index, (key, inner) in items}
 
 
-def _has_fields(record_type: Any, fields: dict[str, Any]) -> bool:
-    """Whether these are the JSON fields of a record of this type."""
-    hints = get_type_hints(record_type)
-    return set(fields) == {field.name for field in dataclasses.fields(record_type) if _in_json(hints[field.name])}
-
-
-def _decode_value(hint: Any, value: Any, name: str, tensors: Mapping[str, Tensors]) -> Any:
+def _decode_value(hint: Any, value: Any, path: str, tensors: Mapping[str, Tensors]) -> Any:
     """Check a JSON value against a type annotation; decode it where it is a record."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     records = sum(map(dataclasses.is_dataclass, options))
     for option in options:
-        if option is type(None):
-            if value is None:
-                return None
-        elif dataclasses.is_dataclass(option):
-            if isinstance(value, dict) and (records == 1 or _has_fields(option, value)):
-                return _decode(option, value, f"{name}.", tensors)
-        else:
-            origin = get_origin(option)
-            if origin is Mapping:
-                origin = dict
-            if origin is tuple and isinstance(value, list):
-                return tuple(value)
-            plain = origin if isinstance(origin, type) else option if isinstance(option, type) else object
-            if isinstance(value, bool) and plain in (int, float):
-                continue
-            if isinstance(value, plain) or (plain is float and isinstance(value, int)):
-                return value
-    raise PayloadError(f"{name}: {type(value).__name__} where {hint} was expected")
+        kind = get_origin(option) or option
+        if dataclasses.is_dataclass(option):
+            if isinstance(value, dict) and (records == 1 or set(value) == _in_json(fields_of(option))):
+                return _decode(option, value, f"{path}.", tensors)
+        elif isinstance(value, bool) and kind in (int, float):
+            continue
+        elif not isinstance(kind, type) or isinstance(value, _JSON_TYPES.get(kind, kind)):
+            return tuple(value) if kind is tuple else value
+    raise PayloadError(f"{path}: {type(value).__name__} where {hint} was expected")
+
+
+_JSON_TYPES: dict[type, Any] = {Mapping: dict, tuple: list, float: (int, float)}
+"""Types of the JSON values that stand for values of other types."""

@@ -23,14 +23,14 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fedamole.errors import ConfigError
 from fedamole.federation.method import Method
-from fedamole.federation.record import holds_tensors, named_tensors
+from fedamole.federation.record import fields_of, named_tensors
 from fedamole.model.params import Tensors
 
 log = logging.getLogger(__name__)
@@ -221,13 +221,13 @@ def group_of(key: str) -> str:
 
 def with_tensors(record: Any, changed: Tensors, prefix: str = "") -> Any:
     """Return a record with some of its tensors replaced; names are those of `named_tensors`."""
-    hints, fields = get_type_hints(type(record)), dict[str, Any]()
-    for field in dataclasses.fields(record):
-        value, name = getattr(record, field.name), f"{prefix}{field.name}"
+    fields: dict[str, Any] = {}
+    for name, field in fields_of(type(record)).items():
+        value = getattr(record, name)
         if dataclasses.is_dataclass(value):
-            fields[field.name] = with_tensors(value, changed, f"{name}.")
-        elif holds_tensors(hints[field.name]):
-            fields[field.name] = _replaced(value, changed, f"{name}:")
+            fields[name] = with_tensors(value, changed, f"{prefix}{name}.")
+        elif field.depth:
+            fields[name] = _replaced(value, changed, f"{prefix}{name}:")
     return dataclasses.replace(record, **fields) if changed else record
 
 

@@ -53,6 +53,10 @@ class TrainingSettings:
                 f"and training.lr_decay = {self.lr_decay} above 0 and at most 1"
             )
 
+    def rate(self, round_: int) -> float:
+        """Return the learning rate of a round."""
+        return self.learning_rate * self.lr_decay**round_
+
     def steps(self, examples: int) -> int:
         """Return the optimiser steps of one round for a client with this number of training examples."""
         if self.local_epochs == 0:

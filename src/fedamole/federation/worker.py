@@ -12,8 +12,8 @@ from fedamole.federation.client_factory import ClientFactory
 from fedamole.federation.client_state import ClientState, ClientStates
 from fedamole.federation.evaluator import Evaluator
 from fedamole.federation.local import DivergedError, LocalTask, OnStep, embed, fit
-from fedamole.federation.lock_step import ClientWork, LockStep
-from fedamole.federation.method import Client, Evaluates, Method, TrainingRequest, TrainingResult
+from fedamole.federation.lock_step import ClientWork, Outcome
+from fedamole.federation.method import Evaluates, Method, TrainingResult
 from fedamole.federation.probe import ProbeCounts
 from fedamole.federation.randomness import exchange_seed
 from fedamole.federation.record import non_finite, pack, unpack
@@ -69,75 +69,79 @@ class Worker:
         A client whose training diverges keeps the state that it had before. States are written after the whole group
         has finished, so a group that ran out of memory can be tried again.
         """
-        started = time.perf_counter()
+        started, seconds_training, fit_index = time.perf_counter(), 0.0, 0
         reset_peak_memory(self.bank.base.device)
-        seed, probe_counts = exchange_seed(self.seed, exchange), [ProbeCounts() for _ in group]
-        clients = [self.factory.client(data, round_, counts) for data, counts in zip(group, probe_counts, strict=True)]
-        works = [self._work(client, payloads[client.name]) for client in clients]
-
-        def train(requests: Mapping[int, TrainingRequest], fit_index: int) -> dict[int, TrainingResult | DivergedError]:
-            tasks = {i: self._task(group[i], round_, request, works[i]) for i, request in requests.items()}
-            results: dict[int, TrainingResult | DivergedError] = {}
-            for indices in indices_by_kind({i: task.fit.adapter for i, task in tasks.items()}):
-                together = [tasks[i] for i in indices]
-                outcomes = fit(
-                    self.bank, together, self.training, seed=seed, round_=round_, fit_index=fit_index, on_step=on_step
-                )
-                results.update(zip(indices, outcomes, strict=True))
-                if self.method.needs_embeddings:
-                    trained = {i: result for i in indices if isinstance(result := results[i], TrainingResult)}
-                    results.update(self._embed(group, probe_counts, trained))
-            return results
-
-        lock_step = LockStep(works, self.training.budget, train)
-        lock_step.run()
+        works = [self._start(data, round_, payloads[data.info.name]) for data in group]
+        while waiting := [work for work in works if work.request is not None]:
+            begun = time.perf_counter()
+            outcomes = self._train(waiting, round_, exchange, fit_index, on_step)
+            seconds_training += time.perf_counter() - begun
+            for work, outcome in zip(waiting, outcomes, strict=True):
+                work.receive(outcome, self.training.budget)
+            fit_index += 1
         shared = {
             "seconds": (time.perf_counter() - started) / len(group),
-            "seconds_training": lock_step.seconds_training / len(group),
+            "seconds_training": seconds_training / len(group),
             "group": len(group),
             "peak_memory_mib": peak_memory_mib(self.bank.base.device),
         }
-        results = {}
-        for client, work, counts in zip(clients, works, probe_counts, strict=True):
-            report = {
-                "steps": work.steps,
-                "forward_tokens": counts.tokens,
-                "backward_tokens": work.tokens,
-                "trained_parameters": sum(work.trained_sizes.values()),
-                **shared,
-            }
-            if counts.examples:
-                report["probed"] = counts.examples
-            results[client.name] = self._result(client, exchange, work, report)
-        return results
+        return {work.client.name: self._result(work, exchange, shared) for work in works}
 
-    def _work(self, client: Client, payload: bytes) -> ClientWork:
-        state = self.states.load(client)
-        message = unpack(self.method.records.message, payload)
-        work = self.method.update(client, state.client_state, message)
-        return ClientWork(work, state.step_fraction, dict(state.trained_sizes))
+    def _start(self, data: ClientData, round_: int, payload: bytes) -> ClientWork:
+        """Restore a client's state, unpack its message and run its work until it needs training."""
+        counts = ProbeCounts()
+        client = self.factory.client(data, round_, counts)
+        state, message = self.states.load(client), unpack(self.method.records.message, payload)
+        generator = self.method.update(client, state.client_state, message)
+        work = ClientWork(client, data, counts, generator, state.step_fraction, dict(state.trained_sizes))
+        work.advance(None)
+        return work
 
-    def _task(self, data: ClientData, round_: int, request: TrainingRequest, work: ClientWork) -> LocalTask:
-        learning_rate = self.training.learning_rate * self.training.lr_decay**round_
-        return LocalTask(data.info.name, request, data.train.pairs(), learning_rate, work.step_fraction)
+    def _train(
+        self, works: Sequence[ClientWork], round_: int, exchange: int, fit_index: int, on_step: OnStep | None
+    ) -> list[Outcome]:
+        """Train what the clients wait for; those with adapters of one kind together."""
+        seed, rate, outcomes = exchange_seed(self.seed, exchange), self.training.rate(round_), dict[int, Outcome]()
+        tasks = [
+            LocalTask(work.client.name, work.request, work.data.train.pairs(), rate, work.step_fraction)
+            for work in works
+            if work.request is not None
+        ]
+        for indices in indices_by_kind({i: task.fit.adapter for i, task in enumerate(tasks)}):
+            group = [tasks[i] for i in indices]
+            results = fit(
+                self.bank, group, self.training, seed=seed, round_=round_, fit_index=fit_index, on_step=on_step
+            )
+            if self.method.needs_embeddings:
+                results = self._embed([works[i] for i in indices], results)
+            outcomes.update(zip(indices, results, strict=True))
+        return [outcomes[i] for i in range(len(works))]
 
-    def _embed(
-        self, group: Sequence[ClientData], counts: Sequence[ProbeCounts], results: Mapping[int, TrainingResult]
-    ) -> dict[int, TrainingResult]:
-        """Add the mean embeddings of the embedding splits to the results of some clients of a group."""
-        if not results:
-            return {}
+    def _embed(self, works: Sequence[ClientWork], results: Sequence[Outcome]) -> list[Outcome]:
+        """Add the mean embeddings of the embedding splits to the results of the clients that did not diverge."""
+        trained = {i: result for i, result in enumerate(results) if isinstance(result, TrainingResult)}
+        outcomes = [*results]
         # `fit` leaves the adapters in the bank in another order.
-        self.bank.load([result.adapter for result in results.values()])
-        rows = [group[i].embedding.pairs() for i in results]
-        for i, read in zip(results, rows, strict=True):
-            counts[i].add(read)
+        self.bank.load([result.adapter for result in trained.values()])
+        rows = [works[i].data.embedding.pairs() for i in trained]
         means = embed(self.bank, rows, self.batch_tokens)
-        return {i: replace(result, embeddings=mean) for (i, result), mean in zip(results.items(), means, strict=True)}
+        for i, read, embeddings in zip(trained, rows, means, strict=True):
+            works[i].counts.add(read)
+            outcomes[i] = replace(trained[i], embeddings=embeddings)
+        return outcomes
 
-    def _result(self, client: Client, exchange: int, work: ClientWork, report: dict[str, Any]) -> UpdateResult:
+    def _result(self, work: ClientWork, exchange: int, shared: Mapping[str, Any]) -> UpdateResult:
         """Write the client's state and pack its reply; a client that diverged does neither."""
-        outcome = work.outcome
+        client, outcome, counts = work.client, work.outcome, work.counts
+        report: dict[str, Any] = {
+            "steps": work.steps,
+            "forward_tokens": counts.tokens,
+            "backward_tokens": work.tokens,
+            "trained_parameters": sum(work.trained_sizes.values()),
+            **shared,
+        }
+        if counts.examples:
+            report["probed"] = counts.examples
         if isinstance(outcome, tuple) and (name := non_finite(outcome[1])) is not None:
             outcome = DivergedError(f"client {client.name}, round {client.round}: {name} of its reply is not finite")
         if isinstance(outcome, DivergedError):

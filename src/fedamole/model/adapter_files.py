@@ -7,8 +7,9 @@ from typing import Any
 
 from fedamole.errors import BaseModelError, RunError
 from fedamole.model.amole import ROUTERS, EmbeddingRouter
+from fedamole.model.base import Base
 from fedamole.model.mixer import InstanceWeights, LearnedRouter
-from fedamole.model.params import REFERENCES, Adapter, Shapes, expert_ids
+from fedamole.model.params import REFERENCES, Adapter
 from fedamole.model.prompt import PROMPT, PromptSpec
 from fedamole.received.files import read_json
 from fedamole.received.forms import (
@@ -192,26 +193,23 @@ def _expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int | None, i
     return shapes
 
 
-def check_fits(adapter: Adapter, shapes: Shapes, width: int, where: object) -> None:
-    """Raise BaseModelError unless an adapter's tensors fit a base.
-
-    `shapes` are (d_in, d_out) of the base's adapted modules, `width` is the width of its embeddings; `where` names the
-    adapter in the error.
-    """
+def check_fits(adapter: Adapter, base: Base, where: object) -> None:
+    """Raise BaseModelError unless an adapter's tensors fit a base; `where` names the adapter in the error."""
     if isinstance(adapter.spec, PromptSpec):
         tokens = adapter.tensors.get(PROMPT)
-        if tokens is None or tokens.dim() != 2 or tokens.shape[1] != width:
-            raise BaseModelError(f"{where}: its virtual tokens must have {width} values each")
+        if tokens is None or tokens.dim() != 2 or tokens.shape[1] != base.width:
+            raise BaseModelError(f"{where}: its virtual tokens must have {base.width} values each, as this base's")
         return
     references = adapter.fixed.get(REFERENCES)
-    if references is not None and references.shape[1] != width:
-        raise BaseModelError(f"{where}: its references have {references.shape[1]} values, the base's states {width}")
-    for module in expert_ids(adapter.tensors):
-        if module not in shapes:
-            raise BaseModelError(f"{where}: it adapts {quoted(module, 200)}, which is not a target of this base")
+    if references is not None and references.shape[1] != base.width:
+        raise BaseModelError(
+            f"{where}: its references have {references.shape[1]} values, the base's states {base.width}"
+        )
+    if unknown := adapter.experts.keys() - base.shapes.keys():
+        raise BaseModelError(f"{where}: it adapts {quoted(min(unknown), 200)}, which is not a target of this base")
     for name, tensor in adapter.tensors.items():
         module, _, factor = name.partition("/")
-        d_in, d_out = shapes[module]
+        d_in, d_out = base.shapes[module]
         if tensor.dim() != 2:
             raise BaseModelError(f"{where}: {quoted(name, 200)} is not a matrix; restore it from a copy")
         size, expected = (tensor.shape[0], d_out) if factor.endswith("/B") else (tensor.shape[1], d_in)

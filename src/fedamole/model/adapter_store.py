@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fedamole.errors import BaseModelError
+from fedamole.model.adapter_files import check_fits
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.base import Base
 from fedamole.model.params import (
@@ -18,9 +18,6 @@ from fedamole.model.params import (
     Adapter,
     Tensors,
     delta_key,
-    expert_ids,
-    expert_keys,
-    shared_keys,
     stack,
     unstack,
 )
@@ -37,35 +34,39 @@ class AdapterStore:
         Raises ValueError for adapters of different kinds, BaseModelError for adapters that do not fit the base,
         ConfigError for modules with too few experts.
         """
+        for adapter in adapters:
+            check_fits(adapter, base, "the adapter")
+            if isinstance(adapter.spec, AdapterSpec):
+                adapter.spec.router.check_experts(adapter.experts, adapter.spec.top_k)
+        if len({adapter.kind() for adapter in adapters}) > 1:
+            raise ValueError("adapters of different kinds cannot share a bank")
         self.adapters, self.device = list(adapters), base.device
-        self.experts = [experts_on_base(adapter, base) for adapter in adapters]
-        """Global ids of each client's domain experts, by module."""
-        self.spec: AdapterSpec | PromptSpec | None = None
+        self.spec = adapters[0].spec if adapters else None
+        self.experts: list[dict[str, list[int]]] = [
+            {PROMPT: []} if isinstance(self.spec, PromptSpec) else adapter.experts for adapter in adapters
+        ]
+        """Global ids of each client's domain experts, by layer."""
+        self.references = [adapter.fixed[REFERENCES].float() for adapter in adapters if REFERENCES in adapter.fixed]
+        """Reference hidden states (S, d) of each client; empty if this kind of adapter has none."""
         self.weights, self.gradients = torch.empty(0, 0), torch.empty(0, 0)
         """Both (C, P); the gradients are empty before `trainable`."""
         self._shapes: dict[str, list[torch.Size]] = {}
         self._stacked: dict[tuple[int, int], dict[str, StackedAdapters]] = {}
         if not adapters:
             return
-        if len({adapter.kind() for adapter in adapters}) > 1:
-            raise ValueError("adapters of different kinds cannot share a bank")
-        self.spec = adapters[0].spec
+        self._slots = {name: max(len(experts[name]) for experts in self.experts) for name in self.experts[0]}
+        """Slots for domain experts of each layer: the most that any client holds."""
         dtype = torch.promote_types(next(iter(adapters[0].tensors.values())).dtype, torch.float32)
         rows = [self.row(client, adapter.tensors) for client, adapter in enumerate(adapters)]
         self.weights = torch.stack(rows).to(self.device, dtype)
         layers = self._parts(0, adapters[0].tensors)
         self._shapes = {name: [part.shape for part in parts] for name, parts in layers.items()}
 
-    def _slots(self, module: str) -> int:
-        """Slots for domain experts of a module: the most that any client holds."""
-        return max(len(experts[module]) for experts in self.experts)
-
     def _parts(self, client: int, tensors: Tensors) -> dict[str, list[Tensor]]:
         """The trainable tensors of each layer, from tensors that are named as a client's adapter's."""
         if isinstance(self.spec, PromptSpec):
             return {PROMPT: [tensors[name] for name in self.spec.names()]}
-        experts = self.experts[client]
-        return {name: [*stack(tensors, name, experts[name], self._slots(name))] for name in experts}
+        return {name: [*stack(tensors, name, ids, self._slots[name])] for name, ids in self.experts[client].items()}
 
     def row(self, client: int, tensors: Tensors) -> Tensor:
         """Flatten tensors that are named as a client's adapter's into the layout of its row of `weights`, (P)."""
@@ -82,7 +83,7 @@ class AdapterStore:
         for name, shapes in self._shapes.items():
             experts = [by_module[name] for by_module in self.experts[first:last]]
             counts = torch.tensor([len(ids) for ids in experts])
-            empty = torch.arange(self._slots(name)) >= counts[:, None]
+            empty = torch.arange(self._slots[name]) >= counts[:, None]
             views, gradients = [], []
             for shape in shapes:
                 columns, start = slice(start, start + shape.numel()), start + shape.numel()
@@ -93,6 +94,7 @@ class AdapterStore:
             yield (
                 name,
                 StackedAdapters(
+                    spec=self.adapters[0].spec,
                     parts=tuple(views),
                     gradients=tuple(gradients),
                     experts=experts,
@@ -108,10 +110,6 @@ class AdapterStore:
         if last == first or name not in self.adapters[first].fixed:
             return None
         return torch.stack([adapter.fixed[name] for adapter in self.adapters[first:last]]).to(self.device)
-
-    def references(self) -> list[Tensor]:
-        """Return the reference hidden states (S, d) of each client; empty if this kind of adapter has none."""
-        return [adapter.fixed[REFERENCES].float() for adapter in self.adapters if REFERENCES in adapter.fixed]
 
     def trainable(self) -> list[Tensor]:
         """Allocate gradients of 0 and return one flat tensor (P) per client whose `.grad` is its row of `gradients`."""
@@ -135,27 +133,3 @@ class AdapterStore:
                 down, up = parts
                 tensors.update(unstack(down, up, name, stacked.experts[0], self.spec.rank, self.spec.router))
         return Adapter(self.spec, tensors, self.adapters[client].fixed)
-
-
-def experts_on_base(adapter: Adapter, base: Base) -> dict[str, list[int]]:
-    """Check that an adapter fits a base and return the ids of its domain experts by module.
-
-    Raises BaseModelError for modules or shapes that the base does not have, ConfigError for too few experts.
-    """
-    if isinstance(adapter.spec, PromptSpec):
-        width = adapter.tensors[PROMPT].shape[1]
-        if width != base.width:
-            raise BaseModelError(f"the prompt is for embeddings of width {width}, this base's have {base.width}")
-        return {PROMPT: []}
-    experts, spec = expert_ids(adapter.tensors), adapter.spec
-    if unknown := sorted(set(experts) - set(base.shapes)):
-        raise BaseModelError(f"the adapter has tensors for {unknown[0]!r}, which this base does not adapt")
-    for name, ids in experts.items():
-        a, b = (adapter.tensors[key] for key in (expert_keys(name, ids[0]) if ids else shared_keys(name)))
-        if (a.shape[1], b.shape[0]) != base.shapes[name]:
-            raise BaseModelError(
-                f"the adapter's {name} is for a linear of {a.shape[1]} x {b.shape[0]}, "
-                f"this base has {base.shapes[name]}: it was made for another base"
-            )
-        spec.router.check_experts(name, len(ids), spec.top_k)
-    return experts

@@ -15,7 +15,7 @@ experts has empty slots, filled with zeros, before its shared expert.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -59,9 +59,10 @@ class EmbeddingRouter(Router):
         return amole_linear(x, base_out, adapters.down, adapters.up, spec, drop, segments, adapters.empty_slots)
 
     @override
-    def check_experts(self, module: str, experts: int, top_k: int) -> None:
-        if 0 < experts < top_k:
-            raise ConfigError(f"{module}: {experts} experts, but top_k = {top_k} experts per token; raise min_experts")
+    def check_experts(self, experts: Mapping[str, Sequence[int]], top_k: int) -> None:
+        for module, ids in experts.items():
+            if 0 < len(ids) < top_k:
+                raise ConfigError(f"{module}: {len(ids)} experts, but top_k = {top_k} per token; raise min_experts")
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ class AdapterSpec:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that no layer can be built with."""
-        for key, value, minimum in (("rank", self.rank, 1), ("top_k", self.top_k, 1)):
-            if value < minimum:
-                raise ConfigError(f"{key} = {value}: must be at least {minimum}")
+        for key in ("rank", "top_k"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key} = {getattr(self, key)}: must be at least 1")
         if self.alpha <= 0:
             raise ConfigError(f"alpha = {self.alpha}: must be above 0 (the paper uses 2 x rank)")
         if not 0 <= self.dropout < 1:
@@ -138,41 +139,29 @@ def amole_linear(
     if segments is None:
         segments, down, up = Segments((tokens.shape[0],), x.device), down.unsqueeze(0), up.unsqueeze(0)
     down, up = down.to(x.dtype).transpose(1, 2), up.to(x.dtype)
-    n, routing, weights = up.shape[1] // r - 1, None, None
-    if n == 0:
-        values = _values(tokens, None, down, spec, drop, segments)
-    else:
+    n, routing, weights, values = up.shape[1] // r - 1, None, None, None
+    exact = drop is not None and spec.dropout_kind == "exact"
+    if n:
         if n < spec.top_k:
             raise ConfigError(
                 f"top_k = {spec.top_k} experts per token, but this module holds {n}; "
                 f"lower top_k to {n} or give every client at least {spec.top_k} experts (min_experts)"
             )
-        separate = drop is not None and spec.dropout_kind == "exact"
-        without_dropout = product(tokens, down[..., :-r] if separate else down, segments)
-        embeddings = without_dropout[:, r : (n + 1) * r].unflatten(1, (n, r))
+        routed = product(tokens, down[..., :-r] if exact else down, segments)  # the router's inputs are not dropped
+        embeddings = routed[:, r : (n + 1) * r].unflatten(1, (n, r))
         empty = None if empty_slots is None else expand(empty_slots, segments)
-        routing = route(without_dropout[:, :r], embeddings, spec.top_k, empty)
-        values = _values(tokens, None if separate else without_dropout[:, r:], down[..., r:], spec, drop, segments)
+        routing = route(routed[:, :r], embeddings, spec.top_k, empty)
         weights = mixture_weights(routing)
+        down, values = down[..., r:], None if exact else routed[:, r:]
+    if values is None:
+        values = product(drop(tokens) if drop is not None and exact else tokens, down, segments)
+    if drop is not None and not exact:
+        values = drop(values)
+    if weights is not None:
         values = (values.unflatten(1, (n + 1, r)) * weights.to(x.dtype).unsqueeze(-1)).flatten(1)
     scaling = spec.scaling if drop is None else spec.scaling / (1 - spec.dropout)
     y = add_product(base_out.reshape(-1, up.shape[2]), values, up, segments, scaling).view(*x.shape[:-1], up.shape[2])
     return MixtureOutput(y, routing, None if weights is None else weights[:, :-1])
-
-
-def _values(
-    tokens: Tensor,
-    without_dropout: Tensor | None,
-    down: Tensor,
-    spec: AdapterSpec,
-    drop: Drop | None,
-    segments: Segments,
-) -> Tensor:
-    """Rank-r activations (T, (n+1) r) of the experts, with dropout; `without_dropout` saves computing them again."""
-    if drop is not None and spec.dropout_kind == "exact":
-        return product(drop(tokens), down, segments)
-    values = product(tokens, down, segments) if without_dropout is None else without_dropout
-    return values if drop is None else drop(values)
 
 
 def route(token_embedding: Tensor, expert_embeddings: Tensor, top_k: int, empty: Tensor | None = None) -> Routing:

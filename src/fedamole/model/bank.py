@@ -6,7 +6,7 @@ Each client's rows of a batch go through its own adapter. An empty bank is the u
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 
@@ -20,10 +20,10 @@ from fedamole.model.base import Base
 from fedamole.model.batch import Batch, Ids, TokenPair, collate
 from fedamole.model.continuation import Continuation, continuation_of
 from fedamole.model.forward_context import ActiveContext, ForwardContext
-from fedamole.model.layers import BankLinear, EmbeddingSum, MeanEmbeddings, install_layers
+from fedamole.model.layers import BankLinear, MeanEmbeddings, install_layers
 from fedamole.model.mixer import InstanceWeights
 from fedamole.model.packing import packed_attention_enabled, supports_packing
-from fedamole.model.params import Adapter, Tensors
+from fedamole.model.params import Adapter
 from fedamole.model.prompt import PROMPT, PromptSpec
 from fedamole.model.prompt_layer import PromptLayer
 from fedamole.model.stacked_adapters import StackedAdapters
@@ -35,39 +35,21 @@ class Bank:
     def __init__(self, base: Base) -> None:
         """Install adapter layers in `base`, in place; its weights do not change."""
         self.base, self.active = base, ActiveContext()
+        self.enter = self.active.enter
+        """Context manager: uses a `ForwardContext` for the forward passes of the base inside the block."""
         self.layers: dict[str, BankLinear] = install_layers(base, self.active)
         self.prompt_layer = PromptLayer(base.model.get_input_embeddings(), self.active)
         base.model.get_output_embeddings().register_forward_pre_hook(self._select_hidden_states)
-        self.store = AdapterStore(base, [])
+        self.store, self.selected = AdapterStore(base, []), dict[str, StackedAdapters]()
         self.at_once = 2**31
         """Largest number of clients in one training pass; halved when memory runs out."""
-        self.packs = supports_packing(base, self._pass)
+        self.packs = supports_packing(base, self.forward)
         """Whether batches are packed; False for bases in which more than attention mixes tokens."""
 
     @property
     def clients(self) -> int:
         """Number of loaded adapters C."""
         return len(self.store.adapters)
-
-    @property
-    def spec(self) -> AdapterSpec | PromptSpec | None:
-        """Settings of the loaded adapters; None if the bank is empty."""
-        return self.store.spec
-
-    @property
-    def weights(self) -> Tensor:
-        """All numbers of the loaded adapters, (C, P)."""
-        return self.store.weights
-
-    @property
-    def gradients(self) -> Tensor:
-        """Accumulated gradients, (C, P); empty before `trainable`."""
-        return self.store.gradients
-
-    @property
-    def context(self) -> ForwardContext:
-        """Context of the forward pass in progress."""
-        return self.active.context
 
     # adapters
     def load(self, adapters: Sequence[Adapter]) -> None:
@@ -81,15 +63,10 @@ class Bank:
 
     def select_clients(self, first: int, last: int) -> None:
         """Run the following forward passes with the adapters of clients `first` to `last` - 1."""
-        stacked = self.store.stacked(first, last)
-        spec = self.spec if isinstance(self.spec, AdapterSpec) else None
-        self.prompt_layer.adapters = stacked.get(PROMPT)
+        self.selected = self.store.stacked(first, last)
+        self.prompt_layer.adapters = self.selected.get(PROMPT)
         for name, layer in self.layers.items():
-            layer.adapters, layer.spec = stacked.get(name), spec
-
-    def row(self, client: int, tensors: Tensors) -> Tensor:
-        """Flatten tensors that are named as a client's adapter's into the layout of its row of `weights`, (P)."""
-        return self.store.row(client, tensors)
+            layer.adapters = self.selected.get(name)
 
     def adapter(self, client: int = 0) -> Adapter:
         """Return a copy of a client's adapter on the CPU; RuntimeError if the bank is empty."""
@@ -107,7 +84,7 @@ class Bank:
 
         Tensors that the loss does not depend on, such as an expert that no token was routed to, get no gradient.
         """
-        totals = [total for adapters in self._selected() for total in adapters.gradients]
+        totals = [total for adapters in self.selected.values() for total in adapters.gradients]
         gradients = torch.autograd.grad(loss, self.parameters(), allow_unused=True)
         for total, gradient in zip(totals, gradients, strict=True):
             if gradient is not None:
@@ -115,56 +92,31 @@ class Bank:
 
     def parameters(self) -> list[Tensor]:
         """Return the selected clients' trainable tensors, (C, rows, width) each, in the order of the layers."""
-        return [part for adapters in self._selected() for part in adapters.parts]
-
-    def _selected(self) -> list[StackedAdapters]:
-        layers: list[BankLinear | PromptLayer] = [*self.layers.values(), self.prompt_layer]
-        return [layer.adapters for layer in layers if layer.adapters is not None]
+        return [part for adapters in self.selected.values() for part in adapters.parts]
 
     # forward passes
-    def enter(self, context: ForwardContext) -> AbstractContextManager[None]:
-        """Use `context` for the forward passes of the base inside the block."""
-        return self.active.enter(context)
-
     @contextmanager
-    def forward(
-        self,
-        batch: Batch,
-        *,
-        balance_losses: list[Tensor] | None = None,
-        embedding_sums: dict[str, EmbeddingSum] | None = None,
-        routing_weights: dict[str, Tensor] | None = None,
-    ) -> Iterator[Tensor]:
+    def forward(self, batch: Batch, context: ForwardContext | None = None) -> Iterator[Tensor]:
         """Yield the logits (K, V) that predict the answer tokens of a batch.
 
-        The keyword arguments are filled with intermediate results, see `ForwardContext`. Run the backward pass inside
-        the block: gradient checkpointing repeats the forward pass there and needs its context.
+        The containers of `context` are filled with intermediate results. Run the backward pass inside the block:
+        gradient checkpointing repeats the forward pass there and needs its context.
         """
-        expert_weights = self.instance_weights(batch.prompts)
-        if expert_weights is not None and batch.sequences is not None:
-            expert_weights = expert_weights.index_select(0, batch.sequences.owner)
-        context = replace(
-            ForwardContext.of(batch),
-            expert_weights=expert_weights,
-            balance_losses=balance_losses,
-            embedding_sums=embedding_sums,
-            routing_weights=routing_weights,
-        )
-        with self._pass(batch, context) as logits:
-            yield logits
-
-    @contextmanager
-    def _pass(self, batch: Batch, context: ForwardContext | None = None) -> Iterator[Tensor]:
-        """Yield the logits (K, V) of one forward pass."""
+        context = (context or ForwardContext()).over(batch)
+        if self.store.references and context.expert_weights is None:
+            weights = self.instance_weights(batch.prompts)
+            if weights is not None and batch.sequences is not None:
+                weights = weights.index_select(0, batch.sequences.owner)
+            context = replace(context, expert_weights=weights)
         packed: dict[str, object] = {}
         if batch.sequences is not None:
             packed = {"position_ids": batch.positions, "sequences": batch.sequences}
-        with packed_attention_enabled(self.base, bool(packed)), self.enter(context or ForwardContext.of(batch)):
+        with packed_attention_enabled(self.base, bool(packed)), self.enter(context):
             yield self.base.model(input_ids=batch.ids, use_cache=False, **packed).logits.squeeze(0)
 
     def _select_hidden_states(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Compute only the requested logits: the output head is a large part of the cost of a prompt."""
-        context = self.context
+        context = self.active.context
         if context.logit_indices is None:
             return None
         hidden = inputs[0].flatten(0, 1).index_select(0, context.logit_indices)
@@ -186,7 +138,7 @@ class Bank:
     # prompts
     def prefix(self, prompt: Ids) -> Ids:
         """Return a prompt with the loaded adapters' virtual tokens, if any, before it."""
-        return (*self.spec.prefix, *prompt) if isinstance(self.spec, PromptSpec) else prompt
+        return (*self.store.spec.prefix, *prompt) if isinstance(self.store.spec, PromptSpec) else prompt
 
     def prefixed(self, clients: Sequence[Sequence[TokenPair]]) -> list[list[TokenPair]]:
         """Return (prompt, answer) pairs with the loaded adapters' virtual tokens, if any, before each prompt."""
@@ -199,10 +151,10 @@ class Bank:
         """
         first_expert = torch.tensor([[1.0, 0.0]], device=self.base.device)
         hidden_states: list[Tensor] = []
-        batch = collate([[(prompt, (0,)) for prompt in prompts] for prompts in clients], self.base.pad_id, self.packs)
-        batch = batch.to(self.base.device)
-        context = replace(ForwardContext.of(batch), expert_weights=first_expert, hidden_states=hidden_states)
-        with torch.no_grad(), self._pass(batch, context):
+        pairs = [[(prompt, (0,)) for prompt in prompts] for prompts in clients]
+        batch = collate(pairs, self.base.pad_id, self.packs, device=self.base.device)
+        context = ForwardContext(expert_weights=first_expert, hidden_states=hidden_states)
+        with torch.no_grad(), self.forward(batch, context):
             return hidden_states[0].float()
 
     def instance_weights(self, clients: Sequence[Sequence[Ids]]) -> Tensor | None:
@@ -211,8 +163,8 @@ class Bank:
         The similarity is the mean cosine between the prompt's last hidden state and the client's references. Returns
         None unless the loaded adapters have `InstanceWeights` and references.
         """
-        references = self.store.references()
-        router = self.spec.router if isinstance(self.spec, AdapterSpec) else None
+        references = self.store.references
+        router = self.store.spec.router if isinstance(self.store.spec, AdapterSpec) else None
         if not references or not isinstance(router, InstanceWeights):
             return None
         # The mean cosine is the product with the mean unit vector, whatever the number of references.
@@ -222,15 +174,12 @@ class Bank:
         return router.weights(similarity)
 
     # router embeddings
-    def mean_embeddings(
-        self, sums: Mapping[str, EmbeddingSum], tokens: Sequence[int]
-    ) -> list[dict[str, MeanEmbeddings]]:
+    def mean_embeddings(self, sums: Mapping[str, Tensor], tokens: Sequence[int]) -> list[dict[str, MeanEmbeddings]]:
         """Divide sums of router embeddings by the number of `tokens` of each client; return the means by module."""
         means: list[dict[str, MeanEmbeddings]] = [{} for _ in range(self.clients)]
         for name, total in sums.items():
-            token_sums, expert_sums = total.token.cpu(), total.experts.cpu()
-            for client, experts in enumerate(self.store.experts):
-                rows = expert_sums[client, : len(experts[name])] / tokens[client]
-                by_expert = dict(zip(experts[name], rows, strict=True))
-                means[client][name] = MeanEmbeddings(token_sums[client] / tokens[client], by_expert)
+            for client, rows in enumerate(total.cpu()):
+                token, *experts = rows / tokens[client]
+                by_expert = zip(self.store.experts[client][name], experts, strict=False)  # empty slots come last
+                means[client][name] = MeanEmbeddings(token, dict(by_expert))
         return means

@@ -1,7 +1,7 @@
 """Collate (prompt, answer) pairs of one or several clients into a batch, and compute the loss on answer tokens."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedamole.model.dropout import row_keys
-from fedamole.model.segments import Segments, to_device
+from fedamole.model.segments import CPU, Segments, to_device
 
 Ids = Sequence[int]
 TokenPair = tuple[Ids, Ids]
@@ -45,67 +45,57 @@ class Batch:
     prompts: tuple[tuple[Ids, ...], ...]
     """Prompts of each client's rows."""
 
-    def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device."""
-        if device.type == "cpu":
-            return self
-        moved: dict[str, Tensor | Segments] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                moved[field.name] = to_device(value, device)
-            elif isinstance(value, Segments):
-                moved[field.name] = Segments(value.lengths, device)
-        return replace(self, **moved)  # type: ignore[arg-type]
-
 
 def collate(
-    clients: Sequence[Sequence[TokenPair]], pad_id: int, packed: bool = False, seeds: Sequence[int] | None = None
+    clients: Sequence[Sequence[TokenPair]],
+    pad_id: int,
+    packed: bool = False,
+    seeds: Sequence[int] | None = None,
+    device: torch.device = CPU,
 ) -> Batch:
-    """Collate the (prompt, answer) pairs of each client; only answer tokens are predicted.
+    """Collate the (prompt, answer) pairs of each client on a device; only answer tokens are predicted.
 
     `seeds` enables dropout: one seed per client, derived from (client, step).
     """
     pairs = [pair for client in clients for pair in client]
-    lengths = np.array([len(prompt) + len(answer) for prompt, answer in pairs])
-    width = 0 if packed else int(lengths.max())
-    starts = lengths.cumsum() - lengths if packed else np.arange(len(pairs)) * width
-    tokens = np.full(int(lengths.sum()) if packed else len(pairs) * width, pad_id)
-    not_padding = np.zeros(len(tokens), dtype=bool)
-    logit_indices, labels = [], []
-    for (prompt, answer), start, length in zip(pairs, starts, lengths, strict=True):
-        tokens[start : start + length] = [*prompt, *answer]
-        not_padding[start : start + length] = True
-        first = max(len(prompt), 1)
-        logit_indices.append(np.arange(start + first - 1, start + length - 1))
-        labels.append(tokens[start + first : start + length])
     client_of_pair = np.repeat(np.arange(len(clients)), [len(client) for client in clients])
-    widths = lengths if packed else np.full(len(pairs), width)
-    positions = np.arange(len(tokens)) - np.repeat(starts, widths)
+    lengths = np.array([len(prompt) + len(answer) for prompt, answer in pairs])
+    widths = lengths if packed else np.full(len(pairs), lengths.max())
+    positions = np.arange(widths.sum()) - np.repeat(widths.cumsum() - widths, widths)
+    not_padding = positions < np.repeat(lengths, widths)
+    tokens = np.full(len(positions), pad_id)
+    tokens[not_padding] = [token for prompt, answer in pairs for token in (*prompt, *answer)]
+    first_labels = np.array([max(len(prompt), 1) for prompt, _ in pairs])  # nothing predicts the first token
+    is_label = not_padding & (positions >= np.repeat(first_labels, widths))
 
     def by_client(counts: np.ndarray) -> Segments:
-        return Segments(tuple(np.bincount(client_of_pair, counts, len(clients)).astype(int).tolist()))
+        return Segments(tuple(np.bincount(client_of_pair, counts, len(clients)).astype(int).tolist()), device)
+
+    def tensor(values: np.ndarray) -> Tensor:
+        return to_device(torch.from_numpy(values), device)
 
     dropout_keys = None
     if seeds is not None:
         index_in_client = np.concatenate([np.arange(len(client)) for client in clients])
         seed_of_token = np.repeat(np.array(seeds, dtype=np.uint64)[client_of_pair], widths)
-        dropout_keys = row_keys(seed_of_token, np.repeat(index_in_client, widths), positions)
+        dropout_keys = to_device(row_keys(seed_of_token, np.repeat(index_in_client, widths), positions), device)
     return Batch(
-        ids=torch.from_numpy(tokens).unsqueeze(0) if packed else torch.from_numpy(tokens).view(len(pairs), width),
-        positions=torch.from_numpy(positions).unsqueeze(0) if packed else None,
-        sequences=Segments(tuple(lengths.tolist())) if packed else None,
+        ids=tensor(tokens).view(1 if packed else len(pairs), -1),
+        positions=tensor(positions).unsqueeze(0) if packed else None,
+        sequences=Segments(tuple(lengths.tolist()), device) if packed else None,
         segments=by_client(widths),
-        not_padding=None if packed else torch.from_numpy(not_padding),
-        logit_indices=torch.from_numpy(np.concatenate(logit_indices)),
-        labels=torch.from_numpy(np.concatenate(labels)),
-        answers=by_client(np.array([len(label) for label in labels])),
+        not_padding=None if packed else tensor(not_padding),
+        logit_indices=tensor(np.flatnonzero(is_label) - 1),
+        labels=tensor(tokens[is_label]),
+        answers=by_client(lengths - first_labels),
         dropout_keys=dropout_keys,
         prompts=tuple(tuple(prompt for prompt, _ in client) for client in clients),
     )
 
 
-def batches(clients: Sequence[Sequence[TokenPair]], pad_id: int, packed: bool, max_tokens: int) -> Iterator[Batch]:
+def batches(
+    clients: Sequence[Sequence[TokenPair]], pad_id: int, packed: bool, max_tokens: int, device: torch.device = CPU
+) -> Iterator[Batch]:
     """Yield all pairs of all clients in batches of at most `max_tokens` tokens, similar lengths together.
 
     A single pair that is longer than `max_tokens` forms a batch of its own.
@@ -118,12 +108,12 @@ def batches(clients: Sequence[Sequence[TokenPair]], pad_id: int, packed: bool, m
     for length, client, pair in order:
         tokens = tokens + length if packed else (size + 1) * length
         if size and tokens > max_tokens:
-            yield collate(group, pad_id, packed)
+            yield collate(group, pad_id, packed, device=device)
             group, size, tokens = [[] for _ in clients], 0, length
         group[client].append(pair)
         size += 1
     if size:
-        yield collate(group, pad_id, packed)
+        yield collate(group, pad_id, packed, device=device)
 
 
 def pad_left(prompts: Sequence[Ids], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -11,7 +11,6 @@ from fedamole.model.segments import Segments
 
 if TYPE_CHECKING:
     from fedamole.model.batch import Batch
-    from fedamole.model.layers import EmbeddingSum
 
 
 @dataclass(frozen=True)
@@ -34,17 +33,22 @@ class ForwardContext:
     balance_losses: list[Tensor] | None = None
     """Balance losses (C), appended by each routed module in the forward pass. Read them before the backward pass:
     gradient checkpointing appends them again there."""
-    embedding_sums: "dict[str, EmbeddingSum] | None" = None
-    """Sums of router embeddings by module, added up over forward passes."""
+    embedding_sums: dict[str, Tensor] | None = None
+    """Sums over tokens, (C, 1 + n, r), of W_t x (first) and each A_i x by module, added up over forward passes."""
     routing_weights: dict[str, Tensor] | None = None
     """Weights (T, n) of the domain experts for each token by module, from the last forward pass."""
     hidden_states: list[Tensor] | None = None
     """Last hidden states (K, d) of the tokens whose logits are computed, appended by each forward pass."""
 
-    @classmethod
-    def of(cls, batch: "Batch") -> "ForwardContext":
-        """Return the context of a forward pass over a batch that collects nothing."""
-        return cls(batch.segments, batch.not_padding, batch.dropout_keys, batch.logit_indices)
+    def over(self, batch: "Batch") -> "ForwardContext":
+        """Return the context, with these containers and weights, of a forward pass over a batch."""
+        return replace(
+            self,
+            segments=batch.segments,
+            not_padding=batch.not_padding,
+            dropout_keys=batch.dropout_keys,
+            logit_indices=batch.logit_indices,
+        )
 
 
 class ActiveContext:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fedamole.model.amole import AdapterSpec, Drop, balance_loss
@@ -12,16 +13,6 @@ from fedamole.model.forward_context import ActiveContext
 from fedamole.model.router import LinearAdapters, MixtureOutput
 from fedamole.model.segments import Segments, add_product, segment_sum
 from fedamole.model.stacked_adapters import StackedAdapters
-
-
-@dataclass
-class EmbeddingSum:
-    """Router embeddings of one module, summed over tokens."""
-
-    token: Tensor
-    """Sums of W_t x, (C, r)."""
-    experts: Tensor
-    """Sums of A_i x, (C, n, r)."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +34,6 @@ class BankLinear(nn.Module):
         """Wrap the linear `name`, which has `width` inputs and is the `index`-th adapted linear of its base."""
         super().__init__()
         self.base_layer, self.name, self.index, self.active = base_layer, name, index, active
-        self.spec: AdapterSpec | None = None
         self.adapters: StackedAdapters | None = None
         self.register_buffer("columns", column_keys(index, width), persistent=False)
         self._rank_columns: dict[int, Tensor] = {}
@@ -64,9 +54,11 @@ class BankLinear(nn.Module):
         Shapes: (..., d_in) -> (..., d_out).
         """
         base_out: Tensor = self.base_layer(x)
-        adapters, spec, context = self.adapters, self.spec, self.active.context
-        if adapters is None or spec is None:
+        adapters, context = self.adapters, self.active.context
+        if adapters is None:
             return base_out
+        spec = adapters.spec
+        assert isinstance(spec, AdapterSpec)
         tokens = x.numel() // x.shape[-1]
         segments = Segments((tokens,), x.device) if context.segments is None else context.segments.scaled_to(tokens)
         drop = self._drop(spec, context.dropout_keys) if context.dropout_keys is not None and spec.dropout else None
@@ -112,14 +104,11 @@ class BankLinear(nn.Module):
         if context.balance_losses is not None:
             context.balance_losses.append(balance_loss(routing, context.not_padding, segments, num_experts))
         if context.embedding_sums is not None:
-            token, experts = routing.token_embedding.float(), routing.expert_embeddings.float()
+            embeddings = [routing.token_embedding.unsqueeze(1).float(), routing.expert_embeddings.float()]
             if context.not_padding is not None:
-                token, experts = token * context.not_padding[:, None], experts * context.not_padding[:, None, None]
-            total = EmbeddingSum(segment_sum(token, segments), segment_sum(experts, segments))
-            previous = context.embedding_sums.get(self.name)
-            if previous is not None:
-                total = EmbeddingSum(previous.token + total.token, previous.experts + total.experts)
-            context.embedding_sums[self.name] = total
+                embeddings = [values * context.not_padding[:, None, None] for values in embeddings]
+            total = torch.cat([segment_sum(values, segments) for values in embeddings], 1)
+            context.embedding_sums[self.name] = total + context.embedding_sums.get(self.name, 0.0)
 
 
 def install_layers(base: Base, active: ActiveContext) -> dict[str, BankLinear]:

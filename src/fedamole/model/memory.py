@@ -2,13 +2,17 @@
 
 import contextlib
 import ctypes
+import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import torch
 
 from fedamole.model.base import Base
+
+log = logging.getLogger(__name__)
 
 HEADROOM = 0.8
 """Fraction of the free memory that a group may use; the rest is for other programs, fragmentation and evaluation."""
@@ -61,6 +65,23 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def fits_in_memory(run: Callable[[], None], clients: int, device: torch.device) -> bool:
+    """Call `run`, which works on this many clients at once; return False if the memory of the device ran out.
+
+    Raises the error of a single client that does not fit.
+    """
+    try:
+        run()
+        return True
+    except RuntimeError as error:
+        if clients == 1 or not out_of_memory(error):
+            raise
+    # Outside the handler, because the error keeps the tensors of the failed pass alive.
+    release_memory(device)
+    log.warning("out of memory with %d clients at once, continuing with %d", clients, (clients + 1) // 2)
+    return False
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -70,9 +70,9 @@ def collect_moments(
             frozen_outputs[name] = out
 
         def after_layer(_: torch.nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
-            if bank.context.hidden_states is not None:
+            if bank.active.context.hidden_states is not None:
                 return  # the pass over the prompts that finds the weights of each instance
-            x, not_padding = inputs[0].flatten(0, -2), bank.context.not_padding
+            x, not_padding = inputs[0].flatten(0, -2), bank.active.context.not_padding
             y = (out - frozen_outputs.pop(name)).flatten(0, -2) if outputs else None
             if not_padding is not None:
                 x, y = x[not_padding], None if y is None else y[not_padding]
@@ -86,8 +86,8 @@ def collect_moments(
     bank.select_clients(0, bank.clients)
     try:
         with torch.no_grad():
-            for batch in batches([rows], base.pad_id, bank.packs, batch_tokens):
-                with bank.forward(batch.to(base.device)):
+            for batch in batches([rows], base.pad_id, bank.packs, batch_tokens, base.device):
+                with bank.forward(batch):
                     pass
     finally:
         for handle in handles:

@@ -49,7 +49,7 @@ def supports_packing(base: Base, forward: Callable[[Batch], AbstractContextManag
     results = []
     with torch.no_grad():
         for packed in (False, True):
-            batch = collate([pairs], base.pad_id, packed).to(base.device)
+            batch = collate([pairs], base.pad_id, packed, device=base.device)
             try:
                 with forward(batch) as logits:
                     results.append(logits.float())

@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -51,6 +52,11 @@ class Adapter:
     frozen: tuple[str, ...] = ()
     """Names of those `tensors` that are not trained this time."""
 
+    @cached_property
+    def experts(self) -> dict[str, list[int]]:
+        """Sorted global ids of the domain experts of each module."""
+        return expert_ids(self.tensors)
+
     def modules(self) -> list[str]:
         """Return the sorted names of the adapted modules."""
         return sorted({name.rpartition("/")[0].rpartition("/")[0] for name in self.tensors})
@@ -64,8 +70,7 @@ class Adapter:
         if isinstance(self.spec, PromptSpec):
             return self.spec, (), tuple(sorted(self.fixed))
         different = self.spec.router.allows_different_experts
-        experts = expert_ids(self.tensors).items()
-        modules = tuple((module, bool(ids) if different else tuple(ids)) for module, ids in experts)
+        modules = tuple((module, bool(ids) if different else tuple(ids)) for module, ids in self.experts.items())
         return self.spec, modules, tuple(sorted(self.fixed))
 
     def parameters(self) -> int:
@@ -142,28 +147,18 @@ def expert_ids(tensors: Iterable[str]) -> dict[str, list[int]]:
     return {module: sorted(ids) for module, ids in sorted(experts.items())}
 
 
-def stack(tensors: Tensors, module: str, experts: list[int], slots: int | None = None) -> tuple[Tensor, Tensor]:
+def stack(tensors: Tensors, module: str, experts: list[int], slots: int = 0) -> tuple[Tensor, Tensor]:
     """Stack one client's tensors of a module into (down, up), as `amole` and `mixer` define them.
 
-    `slots` is the number of slots for domain experts (default: one per expert); empty slots are filled with zeros.
+    `slots` is the number of slots for domain experts, at least one per expert; empty slots are filled with zeros.
     """
-    domain = [expert_keys(module, expert) for expert in experts]
-    shared = [shared_keys(module)] if shared_keys(module)[0] in tensors else []
-    router = [name for name in (router_key(module), mixer_key(module)) if experts and name in tensors]
-    first_a, first_b = (tensors[key] for key in (domain + shared)[0])
-    empty = 0 if slots is None else (slots - len(experts)) * len(first_a)
-    down = [
-        *(tensors[name] for name in router),
-        *(tensors[a] for a, _ in domain),
-        first_a.new_zeros(empty, first_a.shape[1]),
-        *(tensors[a] for a, _ in shared),
-    ]
-    up = [
-        *(tensors[b].T for _, b in domain),
-        first_a.new_zeros(empty, len(first_b)),
-        *(tensors[b].T for _, b in shared),
-    ]
-    return torch.cat(down), torch.cat(up)
+    router = [tensors[name] for name in (router_key(module), mixer_key(module)) if experts and name in tensors]
+    keys = [expert_keys(module, expert) for expert in experts]
+    keys += [shared_keys(module)] if shared_keys(module)[0] in tensors else []
+    pairs = [(tensors[a], tensors[b].T) for a, b in keys]
+    empty = [(torch.zeros_like(pairs[0][0]), torch.zeros_like(pairs[0][1]))] * (slots - len(experts))
+    pairs[len(experts) : len(experts)] = empty
+    return torch.cat([*router, *(a for a, _ in pairs)]), torch.cat([b for _, b in pairs])
 
 
 def unstack(
@@ -171,15 +166,11 @@ def unstack(
 ) -> dict[str, Tensor]:
     """Invert `stack`, with or without empty slots; every tensor is a copy. The default is an `EmbeddingRouter`."""
     router = EmbeddingRouter() if router is None else router
-    router_rows = len(down) - len(up)
+    router_rows, shared = len(down) - len(up), int(router.has_shared_expert)
+    named = {f"{module}/{router.tensor_name}": down[:router_rows].clone()} if router_rows else {}
     pairs = list(zip(down[router_rows:].split(rank), up.split(rank), strict=True))
-    named: dict[str, Tensor] = {}
-    if router_rows:
-        named[f"{module}/{router.tensor_name}"] = down[:router_rows].clone()
-    keys = [expert_keys(module, expert) for expert in experts]
-    stacked = pairs[: len(experts)]
-    if router.has_shared_expert:
-        keys, stacked = [*keys, shared_keys(module)], [*stacked, pairs[-1]]
+    keys = [*(expert_keys(module, expert) for expert in experts), *[shared_keys(module)] * shared]
+    stacked = pairs[: len(experts)] + pairs[-1:] * shared
     for (a, b), (a_rows, b_rows) in zip(keys, stacked, strict=True):
         named[a], named[b] = a_rows.clone(), b_rows.T.contiguous().clone()
     return named

@@ -25,7 +25,6 @@ from fedamole.model.params import (
     REFERENCES,
     Adapter,
     delta_key,
-    expert_ids,
     shared_keys,
     stack,
     unstack,
@@ -42,12 +41,13 @@ __all__ = ["CONFIG", "IDENTITY", "PREFIX", "WEIGHTS", "load_adapter", "read_iden
 def save_adapter(adapter: Adapter, folder: Path, base_name: str, identity: Identity) -> None:
     """Write a personal adapter as a PEFT adapter folder, with the identity of its base."""
     folder.mkdir(parents=True, exist_ok=True)
-    common: dict[str, Any] = {
-        "base_model_name_or_path": base_name,
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
-    }
-    config, tensors = _to_peft(adapter, common)
+    common = {"base_model_name_or_path": base_name, "task_type": "CAUSAL_LM", "inference_mode": True}
+    if isinstance(adapter.spec, PromptSpec):
+        config, tensors = _prompt_to_peft(adapter, common)
+    elif any(adapter.experts.values()):
+        config, tensors = _mixture_to_peft(adapter, common)
+    else:
+        config, tensors = _lora_to_peft(without_deltas(adapter) if adapter.fixed else adapter, common)
     # safetensors' own file writing does not raise OSError when the disk is full.
     write_atomic(folder / WEIGHTS, save({key: value.contiguous() for key, value in tensors.items()}, {"format": "pt"}))
     config.save_pretrained(str(folder))
@@ -58,53 +58,54 @@ def save_adapter(adapter: Adapter, folder: Path, base_name: str, identity: Ident
     write_atomic(folder / IDENTITY, json.dumps(asdict(identity), indent=2) + "\n")
 
 
-def _to_peft(adapter: Adapter, common: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
-    """Convert an adapter to the config and weights of an equivalent PEFT adapter."""
-    from peft import LoraConfig, PromptTuningConfig
+def _prompt_to_peft(adapter: Adapter, common: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """Convert virtual tokens to the config and weights of PEFT's prompt tuning."""
+    from peft import PromptTuningConfig
 
+    prompt = plain_prompt(adapter.tensors)
+    tokens, width = prompt.shape
+    config = PromptTuningConfig(**common, num_virtual_tokens=tokens, token_dim=width, num_transformer_submodules=1)
+    return config, {VIRTUAL: prompt}
+
+
+def _mixture_to_peft(adapter: Adapter, common: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """Convert a mixture of experts to the config and weights of an AMoLE adapter."""
     from fedamole.model.peft_tuner import AmoleConfig
 
-    spec, tensors = adapter.spec, dict[str, Tensor]()
-    if isinstance(spec, PromptSpec):
-        prompt = plain_prompt(adapter.tensors)
-        config = PromptTuningConfig(
-            **common, num_virtual_tokens=len(prompt), token_dim=prompt.shape[1], num_transformer_submodules=1
-        )
-        return config, {VIRTUAL: prompt}
-    experts = expert_ids(adapter.tensors)
-    if any(experts.values()):
-        own_expert, references = adapter.fixed.get(OWN), adapter.fixed.get(REFERENCES)
-        config = AmoleConfig(
-            **common,
-            r=spec.rank,
-            target_modules=list(experts),
-            alpha=spec.alpha,
-            dropout=spec.dropout,
-            dropout_kind=spec.dropout_kind,
-            top_k=spec.top_k,
-            expert_pattern=experts,
-            references=None if references is None else references.tolist(),
-            own_expert=None if own_expert is None else next(iter(experts.values()))[int(own_expert.argmax())],
-            **spec.router.to_config(),
-        )
-        for module, ids in experts.items():
-            down, up = stack(adapter.tensors, module, ids)
-            tensors[f"{PREFIX}{module}.amole_down"], tensors[f"{PREFIX}{module}.amole_up"] = down, up
-        return config, tensors
-    lora = without_deltas(adapter)
-    assert isinstance(lora.spec, AdapterSpec)
-    config = LoraConfig(
+    spec, experts = adapter.spec, adapter.experts
+    assert isinstance(spec, AdapterSpec)
+    own_expert, references = adapter.fixed.get(OWN), adapter.fixed.get(REFERENCES)
+    config = AmoleConfig(
         **common,
-        r=lora.spec.rank,
+        r=spec.rank,
         target_modules=list(experts),
-        lora_alpha=lora.spec.alpha,
-        lora_dropout=lora.spec.dropout,
+        alpha=spec.alpha,
+        dropout=spec.dropout,
+        dropout_kind=spec.dropout_kind,
+        top_k=spec.top_k,
+        expert_pattern=experts,
+        references=None if references is None else references.tolist(),
+        own_expert=None if own_expert is None else next(iter(experts.values()))[int(own_expert.argmax())],
+        **spec.router.to_config(),
     )
-    for module in experts:
-        a, b = shared_keys(module)
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = lora.tensors[a]
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = lora.tensors[b]
+    tensors = {}
+    for module, ids in experts.items():
+        down, up = stack(adapter.tensors, module, ids)
+        tensors[f"{PREFIX}{module}.amole_down"], tensors[f"{PREFIX}{module}.amole_up"] = down, up
     return config, tensors
+
+
+def _lora_to_peft(adapter: Adapter, common: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """Convert a LoRA to the config and weights of PEFT's LoRA."""
+    from peft import LoraConfig
+
+    spec, modules, tensors = adapter.spec, list(adapter.experts), dict[str, Tensor]()
+    assert isinstance(spec, AdapterSpec)
+    for module in modules:
+        for name, key in zip("AB", shared_keys(module), strict=True):
+            tensors[f"{PREFIX}{module}.lora_{name}.weight"] = adapter.tensors[key]
+    settings = {"r": spec.rank, "lora_alpha": spec.alpha, "lora_dropout": spec.dropout}
+    return LoraConfig(**common, target_modules=modules, **settings), tensors
 
 
 def without_deltas(adapter: Adapter) -> Adapter:
@@ -113,7 +114,7 @@ def without_deltas(adapter: Adapter) -> Adapter:
     Its rank is the highest that any module needs to represent its change to the precision of float32. Other adapters
     are returned unchanged.
     """
-    spec, changed = adapter.spec, [name for name in expert_ids(adapter.tensors) if delta_key(name) in adapter.fixed]
+    spec, changed = adapter.spec, [name for name in adapter.experts if delta_key(name) in adapter.fixed]
     if not changed or not isinstance(spec, AdapterSpec):
         return adapter
     factors = {}

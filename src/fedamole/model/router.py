@@ -5,7 +5,7 @@ one of them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
@@ -76,8 +76,8 @@ class Router(ABC):
         values to zero for dropout; None disables dropout.
         """
 
-    def check_experts(self, module: str, experts: int, top_k: int) -> None:  # noqa: B027 - optional
-        """Raise ConfigError if a module has too few domain experts for this router."""
+    def check_experts(self, experts: Mapping[str, Sequence[int]], top_k: int) -> None:  # noqa: B027 - optional
+        """Raise ConfigError if a module has too few domain experts, of which these are the ids, for this router."""
 
     def to_config(self) -> dict[str, Any]:
         """Return the fields of adapter_config.json that describe this router."""

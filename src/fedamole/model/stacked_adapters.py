@@ -4,11 +4,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fedamole.model.amole import AdapterSpec
+from fedamole.model.prompt import PromptSpec
+
 
 @dataclass(frozen=True)
 class StackedAdapters:
     """Tensors of C clients in one layer. A layer has n slots for domain experts, the most that any client holds."""
 
+    spec: AdapterSpec | PromptSpec
+    """Settings of the adapters."""
     parts: tuple[Tensor, ...]
     """Trainable tensors, (C, rows, width) each: (down, up) of a linear, or the tensors of a prompt."""
     gradients: tuple[Tensor, ...]

@@ -25,12 +25,14 @@ from fedamole.config import Config, load_run_config
 from fedamole.data.manifest import load_federation
 from fedamole.data.settings import SourceSettings
 from fedamole.errors import ConfigError, RunError
-from fedamole.evaluation.personal import losses_of, majority_scores, scores_of
+from fedamole.evaluation.personal import majority_scores
 from fedamole.experiment import reads_outside, resolved, server_of
 from fedamole.federation.client_data import ClientData, client_data
+from fedamole.federation.client_factory import ClientFactory
+from fedamole.federation.evaluator import score_models
 from fedamole.federation.local import DivergedError, LocalTask, embed, fit
-from fedamole.federation.method import BaseInfo, Client, ClientInfo, Newcomer, TrainingRequest
-from fedamole.federation.probe import ClientProbe, ProbeCounts
+from fedamole.federation.method import ClientInfo, Newcomer, TrainingRequest
+from fedamole.federation.probe import ProbeCounts
 from fedamole.federation.record import PayloadError, unpack
 from fedamole.federation.summary import summarise
 from fedamole.files import new_folder, write_atomic
@@ -108,14 +110,17 @@ def _adapt(
         say("training")
         candidates[TRAINED] = _trained(config, bank, adapter, data, steps)
     say("scoring on validation")
-    validation = {BASE: _loss(config, bank, None, data)}
-    validation |= {name: _loss(config, bank, adapter, data) for name, adapter in candidates.items()}
+
+    def score(model: Adapter | None, split: str) -> dict[str, float]:
+        return score_models(bank, config.evaluation, [data], [model], split, split == "test")[data.info.name]
+
+    validation = {name: score(model, "validation")["loss"] for name, model in {BASE: None, **candidates}.items()}
     best = min(candidates, key=lambda name: validation[name])
     say("scoring on test")
     test = {
-        BASE: _scores(config, bank, None, data),
+        BASE: score(None, "test"),
         MAJORITY: majority_scores(data.train.examples, data.test.examples, config.evaluation),
-        best: _scores(config, bank, candidates[best], data),
+        best: score(candidates[best], "test"),
     }
 
     own = RunFolder.create(
@@ -190,7 +195,7 @@ def begin(
     config: Config, bank: Bank, packed: bytes, clients: tuple[ClientInfo, ...], data: ClientData, say: Say
 ) -> tuple[Adapter, Newcomer[Any]]:
     """Return the adapter that a new client starts from, given the server's last state, and what the method sent it."""
-    method, base, rounds = config.method, BaseInfo.of(bank.base), config.federation.rounds
+    method, rounds = config.method, config.federation.rounds
     try:
         state = unpack(method.records.state, packed)
     except PayloadError as error:
@@ -204,11 +209,8 @@ def begin(
     everybody = tuple(sorted((*clients, data.info), key=lambda client: client.name))
     server = replace(server_of(config, bank.base, everybody), round=rounds - 1)
     newcomer = method.newcomer(server, state, data.info, embeddings)
-    counts = ProbeCounts()
-    probe = ClientProbe(
-        bank, data.embedding.rows, data.info.name, config.run.seed, config.evaluation.batch_tokens, counts
-    )
-    client = Client(data.info, base, config.run.seed, rounds, probe)
+    factory = ClientFactory(bank, config.evaluation.batch_tokens, config.run.seed)
+    client = factory.client(data, rounds, ProbeCounts())
     return method.adapter(client, method.init_client_state(client), newcomer.message), newcomer
 
 
@@ -217,26 +219,11 @@ def _trained(config: Config, bank: Bank, adapter: Adapter, data: ClientData, ste
     training, round_ = config.training, config.federation.rounds
     if steps is not None:
         training = replace(training, local_steps=steps, local_epochs=0)
-    rate = training.learning_rate * training.lr_decay**round_
-    task = LocalTask(data.info.name, TrainingRequest(adapter), data.train.pairs(), rate)
+    task = LocalTask(data.info.name, TrainingRequest(adapter), data.train.pairs(), training.rate(round_))
     (outcome,) = fit(bank, [task], training, seed=config.run.seed, round_=round_)
     if isinstance(outcome, DivergedError):
         raise outcome
     return outcome.adapter
-
-
-def _loss(config: Config, bank: Bank, adapter: Adapter | None, data: ClientData) -> float:
-    bank.load([] if adapter is None else [adapter])
-    return losses_of(bank, [data.validation.rows], config.evaluation)[0]
-
-
-def _scores(config: Config, bank: Bank, adapter: Adapter | None, data: ClientData) -> dict[str, float]:
-    bank.load([] if adapter is None else [adapter])
-    rows, settings = [data.test.rows], config.evaluation
-    return {
-        "loss": losses_of(bank, rows, settings)[0],
-        **scores_of(bank, rows, [data.test.examples], settings)[0],
-    }
 
 
 def _log(own: RunFolder, name: str, config: Config, newcomer: Newcomer[Any], report: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from fedamole.model.adapter_files import read_config
 from fedamole.model.amole import EmbeddingRouter
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, TokenPair, collate
+from fedamole.model.forward_context import ForwardContext
 from fedamole.model.mixer import InstanceWeights
 from fedamole.model.params import OWN, Adapter, expert_ids
 from fedamole.model.prompt import PromptSpec
@@ -144,9 +145,9 @@ def token_weights(bank: Bank, rows: Sequence[TokenPair], batch_tokens: int = 819
     Rows are yielded by length, after passes of at most `batch_tokens` tokens.
     """
     for group in by_length([len(prompt) + len(answer) for prompt, answer in rows], batch_tokens):
-        batch = collate([[rows[index] for index in group]], bank.base.pad_id, bank.packs).to(bank.base.device)
+        batch = collate([[rows[index] for index in group]], bank.base.pad_id, bank.packs, device=bank.base.device)
         by_module: dict[str, Tensor] = {}
-        with torch.no_grad(), bank.forward(batch, routing_weights=by_module):
+        with torch.no_grad(), bank.forward(batch, ForwardContext(routing_weights=by_module)):
             pass
         lengths = [sum(map(len, rows[index])) for index in group]
         width = [batch.ids.shape[1]] * len(group) if batch.sequences is None else lengths

@@ -212,7 +212,7 @@ def _adapter_base(adapter: Path) -> BaseSettings:
 def read_adapter(model: SavedModel, base: Base) -> Adapter:
     """Load the adapter of a personal model. Raises BaseModelError if it was not trained on this base."""
     adapter = load_adapter(model.folder, base.identity)
-    check_fits(adapter, base.shapes, base.width, model.folder)
+    check_fits(adapter, base, model.folder)
     return adapter
 
 

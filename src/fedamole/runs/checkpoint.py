@@ -10,6 +10,7 @@ import json
 import logging
 import re
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,29 +87,32 @@ def answer_path(folder: RunFolder, client: str, round_: int, exchange: int = 0) 
 
 def latest_state(folder: RunFolder, client: str) -> Path | None:
     """Return the file of a client's last private state, or None before its first update."""
-    states = files_by_round(inside(folder.path, folder.client(client) / "state"), "safetensors")
+    states = _states(folder, client)
     return states[-1] if states else None
+
+
+def _states(folder: RunFolder, client: str) -> list[Path]:
+    """The files of a client's private states, oldest first."""
+    return files_by_round(inside(folder.path, folder.client(client) / "state"), "safetensors")
 
 
 def save(folder: RunFolder, round_: int, server_state: bytes, clients: list[str], progress: dict[str, Any]) -> None:
     """Commit a round, then remove the files that no kept checkpoint needs."""
     target = folder.path / "checkpoints" / f"{_name(round_)}.safetensors"
     write_atomic(target, server_state)
-    states = [state for client in clients if (state := latest_state(folder, client)) is not None]
-    hashes = {str(state.relative_to(folder.path)): _sha256(state.read_bytes()) for state in states}
+    states = [files for client in clients if (files := _states(folder, client))]
+    hashes = {str(last.relative_to(folder.path)): _sha256(last.read_bytes()) for *_, last in states}
     checkpoint = Checkpoint(folder.about["id"], round_, _sha256(server_state), hashes, progress)
     write_atomic(target.with_suffix(".json"), json.dumps(asdict(checkpoint)))
-    _prune(folder, clients)
-
-
-def _prune(folder: RunFolder, clients: list[str]) -> None:
-    for path in _checkpoints(folder)[:-CHECKPOINTS_ON_DISK]:
+    checkpoints = _checkpoints(folder)
+    for path in checkpoints[:-CHECKPOINTS_ON_DISK]:
         path.unlink()
         path.with_suffix(".safetensors").unlink(missing_ok=True)
-    needed = {name for path in _checkpoints(folder) for name in read(path).clients}
-    for client in clients:
-        for state in files_by_round(inside(folder.path, folder.client(client) / "state"), "safetensors"):
-            if str(state.relative_to(folder.path)) not in needed:
+    kept = [round_and_exchange(path)[0] for path in checkpoints[-CHECKPOINTS_ON_DISK:]]
+    for files in states:
+        for state, following in pairwise(files):  # a checkpoint needs the last state up to its round
+            first, end = round_and_exchange(state)[0], round_and_exchange(following)[0]
+            if not any(first <= round_ < end for round_ in kept):
                 state.unlink()
 
 

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,9 +141,9 @@ class RunFolder:
             raise RunError(f"{path} has format {version}; this version of fedamole reads format {FORMAT}")
         return folder
 
-    @property
+    @cached_property
     def about(self) -> Json:
-        """Content of run.json."""
+        """Content of run.json, read once."""
         return self.read_json(RUN)
 
     def place(self, *parts: str) -> Path:
@@ -178,9 +179,9 @@ class RunFolder:
 
     def move_base(self, model: str) -> None:
         """Record in run.json where the run's base is now, a folder or a hub id; config.toml stays as it was written."""
-        about = self.about
-        if model != about.get("base_model", self.tables()["base"]["model"]):
-            write_atomic(self.path / RUN, json.dumps({**about, "base_model": model}, indent=2) + "\n")
+        if model != self.about.get("base_model", self.tables()["base"]["model"]):
+            self.about = {**self.about, "base_model": model}
+            write_atomic(self.path / RUN, json.dumps(self.about, indent=2) + "\n")
 
     @property
     def finished(self) -> bool:

@@ -46,21 +46,25 @@ def next_architectures(
     names = sorted(client.name for client in server.clients)
     ids = [expert_name(expert) for expert in range(experts)]
 
-    def choices(module: str) -> Scores:
+    P: dict[str, Scores] = {}
+    for module in sorted(server.shapes):
         if round_ > 0 and kind != "random":
-            scores = _known_relevance(
-                expert_embeddings.get(module, {}),
-                client_embeddings.get(module, {}),
+            e, experts_known = _rows(expert_embeddings.get(module, {}), ids, rank)
+            t, clients_known = _rows(client_embeddings.get(module, {}), names, rank)
+            scores = relevance(
+                e,
+                t,
                 rank=rank,
+                experts_known=experts_known,
+                clients_known=clients_known,
                 module=module,
-                experts=ids,
-                clients=names,
+                expert_ids=ids,
+                client_ids=names,
             )
-            return choice_probabilities(scores)
-        rng = numpy_generator(server.seed, f"assignment/{module}", "server", round_)
-        return random_probabilities(expert_ids=ids, client_ids=names, rng=rng)
-
-    P = {module: choices(module) for module in sorted(server.shapes)}
+            P[module] = choice_probabilities(scores)
+        else:
+            rng = numpy_generator(server.seed, f"assignment/{module}", "server", round_)
+            P[module] = random_probabilities(expert_ids=ids, client_ids=names, rng=rng)
     solve = homogeneous if kind == "homogeneous" else select_for_remaining
     chosen = solve(np.stack([*P.values()]), bounds, expert_ids=ids, client_ids=names)
     held = {
@@ -85,31 +89,7 @@ def add_most_relevant(
     return held
 
 
-def _known_relevance(
-    expert_embeddings: Tensors,
-    client_embeddings: Tensors,
-    *,
-    rank: int,
-    module: str,
-    experts: list[str],
-    clients: list[str],
-) -> Scores:
-    """Return scores (E, C) of one module from the last known embeddings of its experts and clients."""
-
-    def rows(known: Tensors, ids: list[str]) -> tuple[Floats, Mask]:
-        embeddings = [known.get(name) for name in ids]
-        stacked = torch.stack([torch.zeros(rank) if row is None else row for row in embeddings])
-        return stacked.numpy(), np.array([row is not None for row in embeddings])
-
-    e, experts_known = rows(expert_embeddings, experts)
-    t, clients_known = rows(client_embeddings, clients)
-    return relevance(
-        e,
-        t,
-        rank=rank,
-        experts_known=experts_known,
-        clients_known=clients_known,
-        module=module,
-        expert_ids=experts,
-        client_ids=clients,
-    )
+def _rows(known: Tensors, ids: Sequence[str], rank: int) -> tuple[Floats, Mask]:
+    """Stack the last known embeddings of these experts or clients; the mask is False for those without any."""
+    rows = [known.get(name, torch.zeros(rank)) for name in ids]
+    return torch.stack(rows).numpy(), np.array([name in known for name in ids])
