@@ -64,6 +64,31 @@ def test_killed_and_resumed(method: str, point: str, runs: Any, crash: Any, rema
     assert same_summary(folder, runs(method))
 
 
+SPOILT = ("training.learning_rate=1.0", "federation.rounds=8", "federation.patience=2")
+"""A rate that soon spoils what was learnt, so that the run stops early."""
+
+
+@pytest.mark.parametrize("point", ["in the last round", "after the last round", "before the test", "in the test"])
+def test_a_run_that_stops_early_is_killed_and_resumed(point: str, runs: Any, crash: Any, remains: Any) -> None:
+    """It stops after the same round, whether the kill comes before or after that round is committed."""
+    whole = json.loads((runs("local_only", *SPOILT) / "summary.json").read_text())
+    done = whole["rounds"]
+    assert 2 < done < 8, "choose another rate"
+    places = {
+        "in the last round": ("round_started", done),
+        "after the last round": ("round_done", done),
+        "before the test": ("stopped", 1),
+        "in the test": ("stage", done + 3),  # the base, each round, the method's test, and then the base's
+    }
+    folder = crash(*places[point], "local_only", *SPOILT)
+    resume(folder, ProgressListener())
+    assert remains(folder) == remains(runs("local_only", *SPOILT))
+    again = json.loads((folder / "summary.json").read_text())
+    assert [again[key] for key in ("rounds", "stopped", "rows")] == [
+        whole[key] for key in ("rounds", "stopped", "rows")
+    ]
+
+
 def same_summary(one: Path, other: Path) -> bool:
     found = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
     return found[0]["rows"] == found[1]["rows"] and len(found[0]["rows"]) >= 3

@@ -92,7 +92,11 @@ _costs = dict.fromkeys(
 )
 _summary = record(
     {"format": whole(), "method": name, "rounds": whole(0, MOST_ROUNDS), "rows": mapping(_summary_row), **_costs},
-    {"updates": whole(), "left_out": whole()},
+    {
+        "updates": whole(),
+        "left_out": whole(),
+        "stopped": record({"rounds": whole(1, MOST_ROUNDS), "patience": whole(1, MOST_ROUNDS)}),
+    },
 )
 
 _client = {"client": name}
