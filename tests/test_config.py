@@ -339,7 +339,7 @@ def patience_ends_the_run(runs: Runs) -> bool:
     spoilt = ("training.learning_rate=3.0", "federation.rounds=6", "federation.patience=1")
     summary = json.loads((runs("local_only", *spoilt) / "summary.json").read_text())
     best = summary["rows"]["local_only"]["best_round"]
-    return summary["rounds"] == best + 2 < 6 and summary["stopped"] == {"rounds": 6, "patience": 1}
+    return bool(summary["rounds"] == best + 2 < 6 and summary["stopped"] == {"rounds": 6, "patience": 1})
 
 
 def cohort_is_smaller(runs: Runs) -> bool:

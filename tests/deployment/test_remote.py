@@ -95,8 +95,8 @@ def test_equals_it_also_where_replies_are_clipped_and_the_best_round_is_one_for_
 @pytest.mark.parametrize("best_round", ["mean", "client"])
 def test_a_deployment_stops_early_as_the_run_in_one_process_does(best_round: str, settle: Any, runs: Any) -> None:
     """At the server and in the folder of every client."""
-    options = (*QUICK, f"evaluation.best_round={best_round}", "federation.rounds=9", "federation.patience=1")
-    options = (*options, "training.learning_rate=1.0")
+    stops = ("federation.rounds=9", "federation.patience=1", "training.learning_rate=1.0")
+    options = (*QUICK, f"evaluation.best_round={best_round}", *stops)
     there, here = settle("local_only", *options), runs("local_only", *options)
     summary = there.run()
     assert 1 < summary["rounds"] < 9, "choose another rate"

@@ -302,13 +302,15 @@ def test_every_variant_has_to_stop(tmp_path: Path) -> None:
 
     engine = Two(both(1.0, 1.0, 1.0, 1.0))
     heard: list[str] = []
-    listener = ProgressListener()
-    listener.stopped = heard.append  # type: ignore[method-assign]
+
+    class Heard(ProgressListener):
+        def stopped(self, text: str) -> None:
+            heard.append(text)
 
     def loop(path: Path, **variants: Any) -> dict[str, Any]:
         folder = RunFolder.create(path, "", "{}", "a", Identity("w", "t", "x"))
         server, settings = Server(BaseInfo({}), engine.clients, 0), FederationSettings(rounds=4, patience=1)
-        return Loop(LocalOnly(), variants, engine, server, settings, folder, select="loss", listener=listener).run()
+        return Loop(LocalOnly(), variants, engine, server, settings, folder, select="loss", listener=Heard()).run()
 
     assert loop(tmp_path / "both", a="pre_aggregation", b="pre_aggregation")["rounds"] == 4
     assert heard == []

@@ -66,9 +66,6 @@ class FederationSettings:
 
     rounds: int = 30
     """Rounds R. With `patience`, the most rounds."""
-    patience: int = 0
-    """Stop after this number of rounds in a row without a new best round, for every scored model of the run; if each
-    client has its own best round, without one for any client. 0: never stop before `rounds`."""
     cohort: float = 1.0
     """Fraction of the clients that train in a round, drawn anew each round; at least one client."""
     aggregation: Literal["auto", "mean", "clipped", "median", "trimmed"] = "auto"
@@ -77,6 +74,9 @@ class FederationSettings:
     highest fifth, over the clients that returned it. auto: mean in one process, clipped in a deployment."""
     clip_factor: float = 4.0
     """clipped: maximum change of a client, as a multiple of the median change of the other clients."""
+    patience: int = 0
+    """Stop after this number of rounds in a row without a new best round, for every scored model of the run; if each
+    client has its own best round, without one for any client. 0: never stop before `rounds`."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a federation without rounds or clients."""
@@ -107,7 +107,7 @@ class DeploymentSettings:
     deadline: float = 3600.0
     """Seconds that a client has to answer; later answers are left out of the round."""
     max_wait: float = 3600.0
-    """Maximum seconds that the run waits for `min_clients`; then it stops, and `fedamole server --resume` continues it."""
+    """Longest wait for `min_clients`, in seconds; then the run stops, and `fedamole server --resume` continues it."""
     gathering: float = 120.0
     """Seconds that the first round waits for all `clients`, beyond `min_clients`; others can join later."""
     max_norm: float | None = None

@@ -123,7 +123,8 @@ def _introduction(about: Json, config: Json, summary: Json, name: str, variant: 
     return (
         f"{warning}A PEFT adapter for a frozen language model, trained by fedamole {literal(about['fedamole'])} in a "
         f"federation of clients that did not share their data. It is the model of the client {code(name)}. It was "
-        f"saved in round {best} of 0 to {summary['rounds'] - 1}, the round with the best validation {by}.{stopped}{early}\n\n"
+        f"saved in round {best} of 0 to {summary['rounds'] - 1}, the round with the best validation "
+        f"{by}.{stopped}{early}\n\n"
         "No licence has been chosen: the owner fills in `license` and `license_name` above. The terms of the base's "
         "licence apply to this model too."
     )

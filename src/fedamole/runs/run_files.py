@@ -9,6 +9,7 @@ from fedamole.received.forms import (
     MOST_WHOLE,
     Form,
     FormError,
+    boolean,
     choice,
     either,
     listed,
@@ -26,6 +27,8 @@ RUN, CONFIG, MANIFEST = "run.json", "config.toml", "manifest.json"
 METRICS, ASSIGNMENT, SUMMARY = "metrics.jsonl", "assignment.jsonl", "summary.json"
 CLIENTS = "clients.json"
 """Data that the clients of a deployment report: amounts of data, device, and labels if they share them."""
+CHOICE = "choice.json"
+"""Which run's model each client has, in a folder of `fedamole choose --out`."""
 ROUTING = "routing.json"
 """Shares of each client's tokens by expert, written by `fedamole explain`."""
 
@@ -204,6 +207,14 @@ FORMS: dict[str, Form] = {
     MANIFEST: record({"clients": either(listed(name), listed(client_form))}),
     SUMMARY: _summary,
     CLIENTS: mapping(record({}, {"examples": mapping(whole()), "labels": either(nothing, _labels)})),
+    CHOICE: record(
+        {
+            "format": whole(1, 1),
+            "clients": mapping(
+                record({"run": text(4096), "id": text(64), "variant": name, "untuned": boolean}, closed=True)
+            ),
+        }
+    ),
     ROUTING: record({"clients": mapping(mapping(mapping(number(0, 1.000001), text(100)), _module))}),
     METRICS: _metrics,
     ASSIGNMENT: _assignment,
