@@ -148,7 +148,9 @@ def load_comparison(path: Path) -> Comparison:
             if value and value not in methods:
                 raise ConfigError(f"{key} = {value!r} is not one of methods{nearest(value, methods)}")
         if settings.target not in (*METHODS, *methods):
-            raise ConfigError(f"target = {settings.target!r} is no method{nearest(settings.target, methods)}")
+            raise ConfigError(
+                f"target = {settings.target!r} is no method{nearest(settings.target, (*METHODS, *methods))}"
+            )
         overrides = tables_of_overrides(settings, path.parent)
         arms = [
             arm
