@@ -18,6 +18,7 @@ import pytest
 
 from fedamole.cli import main as cli
 from fedamole.comparison.budgets import within_bytes
+from fedamole.comparison.chosen_row import with_chosen
 from fedamole.comparison.file import load_comparison
 from fedamole.comparison.run import check_shown, check_stored, preview, run_comparison
 from fedamole.comparison.trials import Trial, TrialListener
@@ -204,6 +205,7 @@ def test_a_folder_with_other_settings_is_refused(study: Path, tmp_path: Path) ->
         ({"budget": "time"}, "", "budget = 'time': must be one of 'steps', 'paper', 'both', 'bytes'"),
         ({"bytes_of": "fedit"}, "", "bytes_of = 'fedit' needs budget"),
         ({"methods": ["fedit", "fedamol"]}, "", "'fedamol' is neither a method nor one of [variants]; did you mean"),
+        ({"target": "local"}, "", "target = 'local' is no method; did you mean"),
         ({"reference": "fedamole"}, "", "reference = 'fedamole' is not one of methods"),
         ({"overrides": ["run.seed=3"]}, "", "the comparison sets run.seed itself"),
         ({"overrides": ["training.local_stepz=3"]}, "", "training.local_stepz; did you mean 'local_steps'"),
@@ -333,3 +335,59 @@ def test_the_command_shows_and_writes_tables(
     assert result["trials"] == {"finished": 6, "failed": 0, "unfinished": 0, "new": 0}
     assert {record["method"] for record in result["records"]} >= {"base", "majority", "fedit", "fedit_ft"}
     assert "skip (finished)" in call("--dry-run")
+
+
+def test_the_command_shows_the_row_chosen(
+    study: Path, write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a margin, with one that nobody passes, and with words that cannot be meant."""
+
+    def call(path: Path, *words: str) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedamole", "compare", str(path), "--show", *words])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return (ended.value.code, *capsys.readouterr())
+
+    def scores(text: str, method: str) -> dict[str, Any]:
+        records = [line for line in json.loads(text)["records"] if line["table"] == "clients"]
+        return {
+            line["client"]: line["values"] for line in records if (line["method"], line["measure"]) == (method, "loss")
+        }
+
+    code, out, _ = call(study, "--choose", "--json")
+    assert code == 0
+    methods = ("random", "fedit_ft", "fedit", "local_only")
+    validation = best_validation_by_client(study)
+    expected = {
+        client: [
+            [seed, scores(out, min(methods, key=lambda name: validation[name, seed][client]))[client][seed][1]]
+            for seed in (0, 1)
+        ]
+        for client in ("chat", "entail", "mood", "plain")
+    }
+    assert scores(out, "chosen") == expected
+    assert {"steps_to_target", "tokens_to_target"} <= {line["measure"] for line in json.loads(out)["records"]}
+    code, out, _ = call(study, "--choose", "--margin", "1e9", "--json")
+    assert scores(out, "chosen") == scores(out, "local_only") != expected
+    code, out, _ = call(study, "--choose")
+    assert "chosen minus each other method" in out
+    assert (call(study, "--margin", "1")[0], call(study)[0]) == (2, 0)
+    named = write(["chosen", "local_only"], '[variants.chosen]\nname = "fedit"\n')
+    with pytest.raises(ConfigError, match=r"variants.chosen: --choose adds a row of this name; rename the variant"):
+        with_chosen(load_comparison(named), [], 0.0)
+
+
+def best_validation_by_client(study: Path) -> dict[tuple[str, int], dict[str, float]]:
+    """Validation losses at the best round, by method and seed, straight from the files."""
+    found = {}
+    for trial in load_comparison(study).results():
+        summary = json.loads((trial.path / "summary.json").read_text())
+        best = summary["rows"][trial.variant]["best_round"]
+        lines = map(json.loads, (trial.path / "metrics.jsonl").open())
+        found[trial.method, trial.seed] = {
+            line["client"]: line["loss"]
+            for line in lines
+            if (line["split"], line["round"], line.get("method")) == ("validation", best, trial.variant)
+        }
+    return found

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedamole.config import RunSettings, load_config, read_tables, to_config
+from fedamole.config import RunSettings, load_config, load_run_config, read_tables, to_config
 from fedamole.errors import ConfigError
 from fedamole.evaluation.personal import EvaluationSettings
 from fedamole.experiment import prepare
@@ -17,6 +19,7 @@ from fedamole.federation.settings import FederationSettings, TrainingSettings
 from fedamole.methods import METHODS
 from fedamole.model.bank import Bank
 from fedamole.model.base import BaseSettings
+from fedamole.runs.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 DATA = '[[data.source]]\nname = "a"\npath = "a.jsonl"\n'
@@ -86,6 +89,20 @@ def test_a_file_that_is_no_config(text: str, message: str, tmp_path: Path) -> No
         load_config(write(tmp_path / "mine.toml", text))
     assert message in str(caught.value)
     assert "mine.toml" in str(caught.value)
+
+
+def test_a_key_that_was_renamed(runs: Any, tmp_path: Path) -> None:
+    """A config of a user must name the new key; a run that an earlier version stored is still read."""
+    config = tmp_path / "old.toml"
+    config.write_text((runs("local_only") / "config.toml").read_text().replace("max_wait = 3600.0", "patience = 7.0"))
+    error = f"{config}: deployment.patience is now called deployment.max_wait: rename it"
+    with pytest.raises(ConfigError, match=re.escape(error)):
+        load_config(config)
+    assert load_config(config, stored=True).deployment.max_wait == 7.0
+    folder = tmp_path / "run"
+    shutil.copytree(runs("local_only"), folder)
+    shutil.copyfile(config, folder / "config.toml")
+    assert load_run_config(RunFolder.open(folder)).deployment.max_wait == 7.0
 
 
 def test_a_circle_of_extends(tmp_path: Path) -> None:
@@ -322,6 +339,14 @@ def last_round(runs: Runs, n: int) -> int:
     return max(int(line["round"]) for line in lines)
 
 
+def patience_ends_the_run(runs: Runs) -> bool:
+    """A rate that makes every later round worse: the run ends after the first round that is not the best."""
+    spoilt = ("training.learning_rate=3.0", "federation.rounds=6", "federation.patience=1")
+    summary = json.loads((runs("local_only", *spoilt) / "summary.json").read_text())
+    best = summary["rows"]["local_only"]["best_round"]
+    return bool(summary["rounds"] == best + 2 < 6 and summary["stopped"] == {"rounds": 6, "patience": 1})
+
+
 def cohort_is_smaller(runs: Runs) -> bool:
     folder = runs("fedamole", "federation.cohort=0.25", "federation.rounds=1")
     lines = map(json.loads, (folder / "metrics.jsonl").open())
@@ -409,6 +434,7 @@ EFFECTS: dict[str, Callable[[Runs], bool]] = {
     "base.quantization": quantisation_needs_a_gpu,
     "base.gradient_checkpointing": checkpointing_is_on,
     "federation.rounds": rounds_are_counted,
+    "federation.patience": patience_ends_the_run,
     "federation.cohort": cohort_is_smaller,
     "federation.aggregation": aggregates_differently("federation.aggregation=median"),
     "federation.clip_factor": aggregates_differently(

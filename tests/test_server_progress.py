@@ -4,6 +4,7 @@ import pty
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from fedamole.cli.server_progress import RunTable, show_progress
@@ -49,6 +50,12 @@ def lines(*fed: dict[str, object], terminal: bool = False) -> str:
             show(line)
         say(f"bye {EVIL}")
     return file.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_an_early_stop_is_shown(terminal: bool) -> None:
+    stopped: dict[str, object] = {"what": "stopped", "text": "stopped after round 2 of 9"}
+    assert "stopped after round 2 of 9" in lines(stopped, terminal=terminal)
 
 
 def test_lines_of_progress_are_lines() -> None:

@@ -100,6 +100,8 @@ class Config:
         return {"method": {"name": self.method_name, **plain(self.method)}, **tables}
 
 
+RENAMED = {"deployment": {"patience": "max_wait"}}
+"""Old names of keys with their new ones, by table; only configs that earlier versions stored may have them."""
 SECTIONS: dict[str, Any] = {
     "run": RunSettings,
     "base": BaseSettings,
@@ -206,16 +208,28 @@ def _is_union(hint: Any) -> bool:
     return get_origin(hint) in (Union, types.UnionType)
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = (), *, stored: bool = False) -> Config:
     """Read a config, apply overrides and check it.
 
-    Raises ConfigError, which names the file and the key and how to correct it.
+    `stored`: fedamole wrote the file, perhaps an earlier version, so it may have the old names of RENAMED. Raises
+    ConfigError, which names the file and the key and how to correct it.
     """
     try:
-        return to_config(overridden(read_tables(path), overrides, Path.cwd()))
+        tables = read_tables(path)
+        return to_config(overridden(_with_new_names(tables) if stored else tables, overrides, Path.cwd()))
     except ConfigError as error:
         text = str(error)
         raise type(error)(text if str(path) in text else f"{path}: {text}") from error
+
+
+def _with_new_names(tables: Table) -> Table:
+    """Return tables with the new names of keys that were renamed."""
+    return {
+        section: {RENAMED[section].get(key, key): value for key, value in table.items()}
+        if section in RENAMED and isinstance(table, dict)
+        else table
+        for section, table in tables.items()
+    }
 
 
 def load_run_config(folder: RunFolder) -> Config:
@@ -226,7 +240,7 @@ def load_run_config(folder: RunFolder) -> Config:
     path = folder.place(CONFIG)
     if "extends" in read_toml(path, ConfigError):
         raise ConfigError(f"{path}: the config of a run folder extends no other file; restore it from a copy")
-    config = load_config(path)
+    config = load_config(path, stored=True)
     moved_base = folder.about.get("base_model")
     return config if moved_base is None else config.on_base(moved_base)
 
@@ -237,6 +251,9 @@ def to_config(tables: Table) -> Config:
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise ConfigError(f"{name} = {table!r}: must be a table; write [{name}]")
+        for old, new in RENAMED.get(name, {}).items():
+            if old in table:
+                raise ConfigError(f"{name}.{old} is now called {name}.{new}: rename it")
     method = dict(tables.get("method", {}))
     name = method.pop("name", "fedamole")
     if name not in METHODS:

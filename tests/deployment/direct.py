@@ -158,7 +158,7 @@ def direct_deployment(config_file: Path, folder: Path, *overrides: str) -> Direc
     ]
     names = [source.name for source in sources]
     roster = f"deployment.clients={names}".replace("'", '"')
-    config = load_config(config_file, [roster, "deployment.gathering=0", "deployment.patience=5", *overrides])
+    config = load_config(config_file, [roster, "deployment.gathering=0", "deployment.max_wait=5", *overrides])
     hosts = {
         10 + index: ClientHandler(
             ClientSettings(

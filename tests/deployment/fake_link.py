@@ -76,7 +76,7 @@ class FakeLink:
 
 def engine(link: FakeLink, listener: ProgressListener | None = None, **settings: Any) -> Remote:
     deployed = DeploymentSettings(
-        NAMES, **{"min_clients": 2, "deadline": 0.1, "patience": 0.2, "gathering": 0.0, **settings}
+        NAMES, **{"min_clients": 2, "deadline": 0.1, "max_wait": 0.2, "gathering": 0.0, **settings}
     )
     tables = {"identity": asdict(IDENTITY), "config": {"evaluation": {"select": "loss"}}}
     rows: dict[str, Evaluates] = {"fedit": "post_aggregation", "fedit_ft": "pre_aggregation"}

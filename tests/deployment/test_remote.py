@@ -92,6 +92,22 @@ def test_equals_it_also_where_replies_are_clipped_and_the_best_round_is_one_for_
     assert_same(there, runs("fedamole", *options))
 
 
+@pytest.mark.parametrize("best_round", ["mean", "client"])
+def test_a_deployment_stops_early_as_the_run_in_one_process_does(best_round: str, settle: Any, runs: Any) -> None:
+    """At the server and in the folder of every client."""
+    stops = ("federation.rounds=9", "federation.patience=1", "training.learning_rate=1.0")
+    options = (*QUICK, f"evaluation.best_round={best_round}", *stops)
+    there, here = settle("local_only", *options), runs("local_only", *options)
+    summary = there.run()
+    assert 1 < summary["rounds"] < 9, "choose another rate"
+    assert_same(there, here)
+    folders = [here, *(there.client_folder(name).parents[1] for name in NAMES)]
+    summaries = [summary, *(json.loads((folder / "summary.json").read_text()) for folder in folders)]
+    assert {one["rounds"] for one in summaries} == {summary["rounds"]}
+    assert all(one["stopped"] == {"rounds": 9, "patience": 1} for one in summaries)
+    assert (there.client_folder("mood") / "adapter" / "README.md").read_text().count("no improvement for 1 round.") == 1
+
+
 def test_without_a_word_in_the_config_best_rounds_are_each_clients_own(settle: Any) -> None:
     """mood reports loss 0 in round 0: its best model is then that of round 0, and nothing else changes."""
 

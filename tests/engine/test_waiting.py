@@ -124,15 +124,15 @@ def test_failures_that_can_pass_are_asked_again_but_not_without_a_pause() -> Non
 
 
 @pytest.mark.parametrize("code", ["worker", "lost", "not_joined"])
-def test_a_failure_that_never_passes_ends_the_run_after_patience(code: str) -> None:
+def test_a_failure_that_never_passes_ends_the_run_after_max_wait(code: str) -> None:
     def answers(name: str, request: Request) -> bytes | str:
         fails = request.operation == UPDATE and name != "ann"
         return pack(failure(request, name, code)) if fails else pack(honest_reply(name, request))
 
     link = FakeLink(answers)
-    there = engine(link, patience=0.3)
+    there = engine(link, max_wait=0.3)
     there.wait_for_clients()
-    with pytest.raises(RunError, match=r"round 0: 1 of 2 answers, .* 0 s \(deployment.patience\).* --resume"):
+    with pytest.raises(RunError, match=r"round 0: 1 of 2 answers, .* 0 s \(deployment.max_wait\).* --resume"):
         there.update(0, dict.fromkeys(NAMES, message()))
     assert 4 <= link.count(UPDATE) <= 1 + 2 * (2 + 0.3 / 0.02)
 
@@ -223,7 +223,7 @@ def test_a_join_that_takes_longer_than_the_pause_between_two_requests_counts(mon
     monkeypatch.setattr(timing, "REFUSED_SECONDS", 0.05)
     link = Slow()
     link.seconds = 0.2
-    there = engine(link, deadline=0.5, patience=0.6)
+    there = engine(link, deadline=0.5, max_wait=0.6)
     assert there.wait_for_clients() == ["ann", "bob", "eve"]
     count = len(link.asked)
     assert 6 <= count <= 3 * timing.MAX_OPEN_JOINS
@@ -235,7 +235,7 @@ def test_a_join_that_takes_longer_than_the_pause_between_two_requests_counts(mon
 def test_a_node_has_few_open_requests_to_join(monkeypatch: Any) -> None:
     monkeypatch.setattr(timing, "REFUSED_SECONDS", 0.01)
     link = FakeLink(lambda name, request: None)
-    there = engine(link, deadline=10.0, patience=0.2)
+    there = engine(link, deadline=10.0, max_wait=0.2)
     monkeypatch.setattr(timing, "RESEND_AFTER", 0.001)
     with pytest.raises(RunError):
         there.wait_for_clients()

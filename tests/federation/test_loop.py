@@ -82,7 +82,12 @@ class LateComer(Script):
 
 
 def play(
-    path: Path, losses: list[dict[str, float]], select: str = "loss", script: type[Script] = Script, **options: Any
+    path: Path,
+    losses: list[dict[str, float]],
+    select: str = "loss",
+    script: type[Script] = Script,
+    patience: int = 0,
+    **options: Any,
 ) -> tuple[dict[str, Any], list[Any]]:
     engine = script(losses)
     folder = RunFolder.create(path, "", "{}", "local_only", Identity("w", "t", "x"))
@@ -91,7 +96,7 @@ def play(
         {"local_only": "pre_aggregation"},
         engine,
         Server(BaseInfo({}), engine.clients, 0),
-        FederationSettings(rounds=len(losses)),
+        FederationSettings(rounds=len(losses), patience=patience),
         folder,
         select=select,  # type: ignore[arg-type]
         listener=ProgressListener(),
@@ -213,6 +218,128 @@ def test_a_client_that_does_not_answer_is_named(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     failed = [(line["round"], line["client"]) for line in lines if "failed" in line]
     assert failed == [(0, "b"), (1, "a"), (1, "b")]
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "done"),
+    [
+        ((3.0, 2.0, 2.5, 2.6, 1.0, 0.9), 2, 4),  # best in round 1, then two rounds without improvement
+        ((3.0, 2.0, 2.5, 2.6, 1.0, 0.9), 3, 6),
+        ((3.0, 2.0, 2.5, 2.6, 1.0, 0.9), 0, 6),
+        ((3.0, 3.0, 1.0), 1, 2),  # an equal value is no improvement
+        ((math.nan, math.nan, 1.0), 1, 2),
+    ],
+)
+@pytest.mark.parametrize("select", ["loss", "score"])
+def test_a_run_stops_when_nothing_improves(
+    losses: Sequence[float], patience: int, done: int, select: str, tmp_path: Path
+) -> None:
+    summary, calls = play(tmp_path / "run", both(*losses), select, patience=patience)
+    assert [call[1] for call in calls if call[0] == "update"] == [*range(done)]
+    stopped = {"rounds": len(losses), "patience": patience} if done < len(losses) else None
+    assert (summary["rounds"], summary.get("stopped")) == (done, stopped)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert {line["round"] for line in lines if line.get("which") == "last"} == {done - 1}
+    RunFolder(tmp_path / "run").read_json("summary.json")  # its format is valid
+
+
+def test_where_each_client_has_its_best_round_all_of_them_have_to_stop(tmp_path: Path) -> None:
+    """a is best in round 0, b in round 2: two rounds later the run stops; by the mean it would be after round 1 + 2."""
+    losses = [{"a": 1.0, "b": b} for b in (9.0, 8.0, 7.0, 9.0, 9.0, 1.0)]
+    losses[2]["a"] = 9.0
+    assert play(tmp_path / "own", losses, patience=2, best_round="client")[0]["rounds"] == 5
+    assert play(tmp_path / "mean", losses, patience=2)[0]["rounds"] == 4
+
+
+@pytest.mark.parametrize("best_round", ["mean", "client"])
+@pytest.mark.parametrize("interrupted", range(5))
+def test_a_resumed_run_stops_after_the_same_round(best_round: Any, interrupted: int, tmp_path: Path) -> None:
+    """Interrupted in the update of a round, or (4: the run has stopped by then) in the final test."""
+    losses = [{"a": 1.0, "b": b} for b in (9.0, 8.0, 9.0, 9.5, 1.0, 1.0)]
+
+    class Interrupted(Script):
+        def update(self, round_: int, messages: Mapping[str, bytes], exchange: int = 0) -> dict[str, UpdateResult]:
+            if round_ == interrupted:
+                raise KeyboardInterrupt
+            return super().update(round_, messages, exchange)
+
+        def majority(self) -> dict[str, Any]:
+            raise KeyboardInterrupt
+
+    whole, _ = play(tmp_path / "whole", losses, patience=2, best_round=best_round)
+    assert whole["rounds"] == 4
+    with pytest.raises(KeyboardInterrupt):
+        play(tmp_path / "run", losses, patience=2, best_round=best_round, script=Interrupted)
+    engine = Script(losses)
+    settings, folder = FederationSettings(rounds=6, patience=2), RunFolder.open(tmp_path / "run")
+    server, variants = Server(BaseInfo({}), engine.clients, 0), {"local_only": "pre_aggregation"}
+    listener = ProgressListener()
+    loop = Loop(
+        LocalOnly(),
+        variants,  # type: ignore[arg-type]
+        engine,
+        server,
+        settings,
+        folder,
+        select="loss",
+        listener=listener,
+        best_round=best_round,
+    )
+    resumed = loop.run()
+    assert [call[1] for call in engine.calls if call[0] == "update"] == [*range(min(interrupted, 4), 4)]
+    assert [resumed[key] for key in ("rounds", "stopped", "rows")] == [
+        whole[key] for key in ("rounds", "stopped", "rows")
+    ]
+
+
+def test_every_variant_has_to_stop(tmp_path: Path) -> None:
+    """The second variant improves in every round, so the run goes on although the first does not."""
+
+    class Two(Script):
+        def evaluate(self, round_: int, row: str, messages: Mapping[str, bytes | None]) -> dict[str, Any]:
+            value = 3.0 - round_ if row == "b" else 1.0
+            return {name: self.scores(value) for name in messages}
+
+    engine = Two(both(1.0, 1.0, 1.0, 1.0))
+    heard: list[str] = []
+
+    class Heard(ProgressListener):
+        def stopped(self, text: str) -> None:
+            heard.append(text)
+
+    def loop(path: Path, **variants: Any) -> dict[str, Any]:
+        folder = RunFolder.create(path, "", "{}", "a", Identity("w", "t", "x"))
+        server, settings = Server(BaseInfo({}), engine.clients, 0), FederationSettings(rounds=4, patience=1)
+        return Loop(LocalOnly(), variants, engine, server, settings, folder, select="loss", listener=Heard()).run()
+
+    assert loop(tmp_path / "both", a="pre_aggregation", b="pre_aggregation")["rounds"] == 4
+    assert heard == []
+    assert loop(tmp_path / "one", a="pre_aggregation")["rounds"] == 2
+    assert heard == ["stopped after round 2 of 4: no improvement for 1 round"]
+
+
+def test_a_method_still_sees_all_configured_rounds(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    @dataclass(frozen=True)
+    class Look(LocalOnly):
+        @override
+        def round(self, server: Server, state: Any, cohort: Any, exchange: Any) -> Any:
+            seen.append(server.rounds)
+            return super().round(server, state, cohort, exchange)
+
+    engine = Script(both(1.0, 2.0, 3.0, 4.0))
+    Loop(
+        Look(),
+        {"local_only": "pre_aggregation"},
+        engine,
+        Server(BaseInfo({}), engine.clients, 0, rounds=4),
+        FederationSettings(rounds=4, patience=2),
+        RunFolder.create(tmp_path / "run", "", "{}", "local_only", Identity("w", "t", "x")),
+        select="loss",
+        listener=ProgressListener(),
+    ).run()
+    assert seen == [4, 4, 4]
 
 
 # --- real runs ------------------------------------------------------------------------------------------------

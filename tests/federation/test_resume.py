@@ -64,6 +64,31 @@ def test_killed_and_resumed(method: str, point: str, runs: Any, crash: Any, rema
     assert same_summary(folder, runs(method))
 
 
+SPOILT = ("training.learning_rate=1.0", "federation.rounds=8", "federation.patience=2")
+"""A rate that soon spoils what was learnt, so that the run stops early."""
+
+
+@pytest.mark.parametrize("point", ["in the last round", "after the last round", "before the test", "in the test"])
+def test_a_run_that_stops_early_is_killed_and_resumed(point: str, runs: Any, crash: Any, remains: Any) -> None:
+    """It stops after the same round, whether the kill comes before or after that round is committed."""
+    complete = json.loads((runs("local_only", *SPOILT) / "summary.json").read_text())
+    done = complete["rounds"]
+    assert 2 < done < 8, "choose another rate"
+    points = {
+        "in the last round": ("round_started", done),
+        "after the last round": ("round_done", done),
+        "before the test": ("stopped", 1),
+        "in the test": ("stage", done + 3),  # the base, each round, the method's test, and then the base's
+    }
+    folder = crash(*points[point], "local_only", *SPOILT)
+    resume(folder, ProgressListener())
+    assert remains(folder) == remains(runs("local_only", *SPOILT))
+    resumed = json.loads((folder / "summary.json").read_text())
+    assert [resumed[key] for key in ("rounds", "stopped", "rows")] == [
+        complete[key] for key in ("rounds", "stopped", "rows")
+    ]
+
+
 def same_summary(first: Path, other: Path) -> bool:
     results = [json.loads((folder / "summary.json").read_text()) for folder in (first, other)]
     return results[0]["rows"] == results[1]["rows"] and len(results[0]["rows"]) >= 3

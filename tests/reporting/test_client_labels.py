@@ -68,7 +68,8 @@ def test_a_client_is_named_by_its_folder_its_value_or_its_label(run: Path) -> No
 
 
 def test_a_comparison_shows_values_and_keeps_names_in_its_records(run: Path) -> None:
-    from fedamole.comparison.tables import as_csv, as_markdown, as_records, build_tables
+    from fedamole.comparison.records import as_csv, as_records
+    from fedamole.comparison.tables import as_markdown, build_tables
     from fedamole.reporting.results import TrialResult, read_scenarios
 
     scenarios = read_scenarios([TrialResult("a", "fedit", "fedit", 0, run)])

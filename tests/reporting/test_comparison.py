@@ -13,16 +13,8 @@ import pytest
 from scipy import stats
 
 from fedamole.comparison.plot import check_plot, draw
-from fedamole.comparison.tables import (
-    FIELDS,
-    Table,
-    as_csv,
-    as_latex,
-    as_markdown,
-    as_records,
-    build_tables,
-    latex_text,
-)
+from fedamole.comparison.records import FIELDS, as_csv, as_records
+from fedamole.comparison.tables import Table, as_latex, as_markdown, build_tables, latex_text
 from fedamole.errors import ConfigError, RunError
 from fedamole.reporting.results import Scenario, TrialResult, best_validation_loss, gains, read_scenarios
 from fedamole.reporting.significance import clear_best, gain, signed_rank, t_quantile

@@ -162,6 +162,17 @@ def test_an_unfinished_run_is_shown_up_to_its_last_round(runs: Any, copy_of: Any
     assert "costs" in alone
 
 
+def test_a_run_that_stopped_early_says_after_which_round(runs: Any, copy_of: Any) -> None:
+    path = copy_of(runs("local_only"))
+    summary = json.loads((path / "summary.json").read_text()) | {"stopped": {"rounds": 9, "patience": 2}}
+    (path / "summary.json").write_text(json.dumps(summary))
+    config = (path / "config.toml").read_text().replace("patience = 0", "patience = 2")
+    (path / "config.toml").write_text(config.replace("rounds = 3", "rounds = 9"))
+    about = dict(content_of(path)["about"]["lines"])
+    assert about["Rounds done"] == ["stopped after round 3 of 9: no improvement for 2 rounds"]
+    assert "9 rounds, fewer if none of 2 in a row improved, all clients" in about["Federation"][0]
+
+
 def test_the_folders_of_a_deployment(tiny: Path, tmp_path: Path) -> None:
     """A coordinator knows who holds what and what clients tell; a client knows itself."""
     created = direct_deployment(

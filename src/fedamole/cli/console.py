@@ -56,6 +56,10 @@ class ProgressBars(ProgressListener):
         self.progress.update(self.steps, note=note)
 
     @override
+    def stopped(self, text: str) -> None:
+        self.progress.console.print(text, soft_wrap=True)
+
+    @override
     def stage(self, text: str) -> None:
         self.progress.reset(self.steps, total=None, description=f"  {printable(text)}", visible=True, note="")
 
@@ -101,6 +105,8 @@ def show_run_tables(console: Console, tables: Sequence[RunTable], with_clients: 
             last_client = number == len(body) - len(SUMMARY_LINES)
             table.add_row(*line, end_section=last_client, style="bold" if line[0] == "mean" else None)
         console.print(table)
+        for note in content.notes:
+            console.print(note, soft_wrap=True)
 
 
 def show_runs(paths: Sequence[Path], with_clients: bool = True) -> None:

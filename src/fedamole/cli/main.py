@@ -4,6 +4,7 @@ import typer
 
 from fedamole.cli import personal
 from fedamole.cli.certs import certs
+from fedamole.cli.choose import choose
 from fedamole.cli.client import audit_log, client
 from fedamole.cli.clients import app as clients
 from fedamole.cli.compare import compare
@@ -38,7 +39,7 @@ app = typer.Typer(
 )
 
 PANELS = {
-    "Experiments": (demo, run, resume, show, report, compare, plan, partition, methods),
+    "Experiments": (demo, run, resume, show, report, compare, choose, plan, partition, methods),
     "Personal models": (personal.generate, personal.chat, explain, export, personal.adapt, serve),
     "Deployment": (server, client, certs, doctor, health, audit_log, simulate),
 }

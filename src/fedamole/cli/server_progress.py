@@ -51,6 +51,9 @@ class RunTable:
             return self._update_client(event)
         elif kind == "warning":
             return str(event["text"])
+        elif kind == "stopped":
+            self.note = event["text"]
+            return self.note
         elif kind == "stage":
             self.note = event["text"]
         elif kind == "done":
@@ -116,7 +119,7 @@ def show_progress(console: Screen, folder: Path) -> Iterator[tuple[PrintLine, On
 
     def on_progress(event: dict[str, Any]) -> None:
         text = table.update(event)
-        if text is not None and (not console.is_terminal or event["what"] in ("done", "warning")):
+        if text is not None and (not console.is_terminal or event["what"] in ("done", "stopped", "warning")):
             print_line(_one_line(text))
 
     if not console.is_terminal:

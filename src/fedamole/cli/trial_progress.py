@@ -9,6 +9,7 @@ from rich.table import Table
 from typing_extensions import override
 
 from fedamole.comparison.trials import Trial, TrialListener
+from fedamole.federation.summary import stopped_early
 
 
 class TrialProgress(TrialListener):
@@ -40,7 +41,8 @@ class TrialProgress(TrialListener):
         scores = "  ".join(
             f"{method} {summary['rows'][variant]['mean']:.1f}" for method, variant in trial.variants.items()
         )
-        self._print(f"{trial.name}  {seconds:.0f} s  score: {scores}")
+        early = f"  {text}" if (text := stopped_early(summary)) else ""
+        self._print(f"{trial.name}  {seconds:.0f} s  score: {scores}{early}")
         self.progress.advance(self.task)
 
     @override

@@ -14,6 +14,7 @@ from fedamole.comparison.trials import Trial
 from fedamole.config import Table, build, check_run_name, merged, nearest, to_config
 from fedamole.config import refuse_unknown as refuse_unknown_keys
 from fedamole.errors import ConfigError
+from fedamole.methods import METHODS
 from fedamole.received.files import read_toml
 from fedamole.reporting.results import TrialResult, best_validation_loss
 
@@ -146,6 +147,10 @@ def load_comparison(path: Path) -> Comparison:
             value = getattr(settings, key)
             if value and value not in methods:
                 raise ConfigError(f"{key} = {value!r} is not one of methods{nearest(value, methods)}")
+        if settings.target not in (*METHODS, *methods):
+            raise ConfigError(
+                f"target = {settings.target!r} is no method{nearest(settings.target, (*METHODS, *methods))}"
+            )
         overrides = tables_of_overrides(settings, path.parent)
         arms = [
             arm

@@ -18,6 +18,9 @@ class ComparisonSettings:
     """Config file of each scenario, without a [method]; relative to the comparison file."""
     reference: str = ""
     """Method whose gain over every other method is tested; default: the first."""
+    target: str = "local_only"
+    """Method whose lowest validation loss is the target of the costs to target, and which stands for training alone
+    with --choose. If it is not compared, the tables have no costs to target."""
     seeds: tuple[int, ...] = (0,)
     """Values of run.seed. The partition has its own seed and does not change."""
     budget: Literal["steps", "paper", "both", "bytes"] = "steps"

@@ -1,39 +1,25 @@
-"""Tables of a comparison as text (terminal, Markdown, LaTeX) and as records (CSV, JSON)."""
+"""Tables of a comparison as text: terminal, Markdown, LaTeX."""
 
-import csv
-import dataclasses
-import io
 import math
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fedamole.reporting.markdown import literal, literal_table
-from fedamole.reporting.results import MEASURES, Measure, MethodGain, Scenario, SeedResult, gains, values_of
-from fedamole.reporting.run_table import mean_and_deviation
-from fedamole.reporting.significance import STAR, clear_best, deviation
-from fedamole.reporting.work import short_count
-
-FIELDS = (
-    "table",
-    "scenario",
-    "method",
-    "client",
-    "measure",
-    "mean",
-    "sd",
-    "n",
-    "low",
-    "high",
-    "p_pairs",
-    "p_clients",
-    "wins",
-    "ties",
-    "losses",
+from fedamole.reporting.results import (
+    CHOSEN,
+    MEASURES,
+    Measure,
+    MethodGain,
+    Scenario,
+    SeedResult,
+    gains,
+    values_of,
 )
-"""Columns of the CSV: one line per number of the tables, unrounded; fields that do not apply are empty."""
+from fedamole.reporting.run_table import mean_and_deviation
+from fedamole.reporting.significance import STAR, clear_best
+from fedamole.reporting.work import short_count
 
 EXPLANATIONS = {
     "probed": "Probed: examples read in forward passes only, per client and round.",
@@ -61,23 +47,32 @@ class Table:
     """Number of columns on the left that hold text; the others hold numbers."""
 
 
-def build_tables(scenarios: Sequence[Scenario], reference: str, matched: bool = False) -> list[Table]:
-    """Return all tables: methods and clients of each scenario, methods over scenarios, gains of the reference.
+def build_tables(
+    scenarios: Sequence[Scenario], reference: str, matched: bool = False, chosen: str = "", target: str = ""
+) -> list[Table]:
+    """Return all tables: methods and clients of each scenario, methods over scenarios, gains.
 
     Args:
         scenarios: Results of the finished trials.
         reference: Method whose gain over every other method is shown.
         matched: Whether sizes were matched to the reference; methods that differ from it are then marked.
+        chosen: Explanation of the row CHOSEN, if the scenarios have it; its gains are then shown too.
+        target: Method whose lowest validation loss is the target of the costs to target.
     """
     size_reference = reference if matched else ""
-    tables = [table for scenario in scenarios for table in (_methods(scenario, size_reference), _clients(scenario))]
+    tables = []
+    for scenario in scenarios:
+        explanation = chosen if CHOSEN in scenario.methods else ""
+        tables += [_methods(scenario, size_reference, explanation, target), _clients(scenario)]
     if len(scenarios) > 1:
         tables.append(_over_scenarios(scenarios))
-    method_gains = gains(scenarios, reference)
-    return [*tables, _gains(method_gains, reference)] if method_gains else tables
+    for name in (reference, CHOSEN):
+        if method_gains := gains(scenarios, name):
+            tables.append(_gains(method_gains, name))
+    return tables
 
 
-def _methods(scenario: Scenario, size_reference: str) -> Table:
+def _methods(scenario: Scenario, size_reference: str, chosen: str, target: str) -> Table:
     all_results = [result for results in scenario.methods.values() for result in results]
     shown = [measure for measure in MEASURES if any(measure.key in result.measures for result in all_results)]
     columns = [_column(scenario, measure) for measure in shown]
@@ -98,6 +93,12 @@ def _methods(scenario: Scenario, size_reference: str) -> Table:
     keys = {measure.key for measure in shown}
     for key, explanation in EXPLANATIONS.items():
         caption += f" {explanation}" if key in keys else ""
+    if any(measure.to_target for measure in shown):
+        caption += (
+            f" Steps and tokens to target: optimiser steps and backward tokens per client up to the first round whose "
+            f"mean validation loss is at most the lowest one of {target} with the same seed; -: no round reached it."
+        )
+    caption += f" {chosen}" if chosen else ""
     if any(result.at_edge for result in all_results):
         caption += " (edge): the lowest or highest learning rate tried, so a better one may lie beyond."
     if unmatched:
@@ -169,10 +170,10 @@ def _clients(scenario: Scenario) -> Table:
 
 def _over_scenarios(scenarios: Sequence[Scenario]) -> Table:
     body = []
-    for method in _all_methods(scenarios):
+    for method in all_methods(scenarios):
         by_scenario = [scenario.methods.get(method, ()) for scenario in scenarios]
         cells = [mean_and_deviation([result.measures["score"] for result in results]) for results in by_scenario]
-        body.append((method, *cells, mean_and_deviation(_average(by_scenario))))
+        body.append((method, *cells, mean_and_deviation(average_over_scenarios(by_scenario))))
     return Table(
         "methods over scenarios",
         "Mean test score over clients; mean ± standard deviation over seeds. Average: over the scenarios, "
@@ -182,11 +183,12 @@ def _over_scenarios(scenarios: Sequence[Scenario]) -> Table:
     )
 
 
-def _all_methods(scenarios: Sequence[Scenario]) -> list[str]:
+def all_methods(scenarios: Sequence[Scenario]) -> list[str]:
+    """Return the rows of all scenarios together, each once, in their order."""
     return list(dict.fromkeys(method for scenario in scenarios for method in scenario.methods))
 
 
-def _average(by_scenario: Sequence[Sequence[SeedResult]]) -> list[float]:
+def average_over_scenarios(by_scenario: Sequence[Sequence[SeedResult]]) -> list[float]:
     """Return the mean score over the scenarios, for each seed that all of them have."""
     scores = [{result.seed: result.measures["score"] for result in results} for results in by_scenario]
     common = set.intersection(*(set(by_seed) for by_seed in scores))
@@ -245,11 +247,23 @@ def _column(scenario: Scenario, measure: Measure) -> dict[str, str]:
     column = {}
     for method, results in scenario.methods.items():
         values = [result.measures[measure.key] for result in results if measure.key in result.measures]
+        if measure.to_target:
+            column[method] = _to_target(values)
+            continue
         if values and not measure.varies:
             values = [statistics.fmean(values)]
         text = short_count(values[0]) if values and measure.short else mean_and_deviation(values, measure.digits)
         column[method] = text + "*" * (method == best)
     return column
+
+
+def _to_target(values: Sequence[float]) -> str:
+    """Return the mean cost over the seeds that reached the target, with their number if others did not."""
+    reached = [value for value in values if math.isfinite(value)]
+    if not reached:
+        return "-" if values else ""
+    missing = f" ({len(reached)} of {len(values)} seeds)" if len(reached) < len(values) else ""
+    return short_count(statistics.fmean(reached)) + missing
 
 
 def as_markdown(tables: Sequence[Table]) -> str:
@@ -301,68 +315,3 @@ def latex_text(text: str) -> str:
         ">": "$>$",
     }
     return re.sub(r"[\\~^±*<>&%$#_{}]", lambda match: names.get(match[0], "\\" + match[0]), text)
-
-
-def as_records(scenarios: Sequence[Scenario], reference: str) -> list[dict[str, Any]]:
-    """Return every number of the tables, unrounded.
-
-    Each record has the keys of FIELDS that apply and, where it is a mean over seeds, `values`: a list of [seed, value].
-    """
-    records = [record for scenario in scenarios for record in _scenario_records(scenario)]
-    for method in _all_methods(scenarios) if len(scenarios) > 1 else ():
-        values = _average([scenario.methods.get(method, ()) for scenario in scenarios])
-        if values:
-            records.append({"table": "average", "method": method, "measure": "score", **_over_seeds(values)})
-    for line in gains(scenarios, reference):
-        statistics_of_gain = dataclasses.asdict(line.gain)
-        records.append(
-            {
-                "table": "gains",
-                "scenario": line.scenario,
-                "method": line.method,
-                "measure": line.measure,
-                "n": statistics_of_gain.pop("pairs"),
-                **statistics_of_gain,
-            }
-        )
-    return records
-
-
-def _scenario_records(scenario: Scenario) -> Iterator[dict[str, Any]]:
-    for method, results in scenario.methods.items():
-        origin = {"scenario": scenario.name, "method": method}
-
-        def record(
-            table: str, measure: str, by_seed: dict[int, float], client: str = "", *, origin: Any = origin
-        ) -> dict[str, Any]:
-            of_client = {"client": client} if client else {}
-            values = {"values": [[seed, value] for seed, value in by_seed.items()]}
-            over_seeds = _over_seeds([*by_seed.values()])
-            return {"table": table, **origin, **of_client, "measure": measure, **over_seeds, **values}
-
-        for measure in MEASURES:
-            key = measure.key
-            if by_seed := {result.seed: result.measures[key] for result in results if key in result.measures}:
-                yield record("methods", key, by_seed)
-        if method in scenario.trained:
-            yield record("methods", "rounds", {result.seed: result.rounds for result in results})
-            yield record("methods", "learning_rate", {result.seed: result.learning_rate for result in results})
-            yield record("methods", "learning_rate_at_edge", {result.seed: float(result.at_edge) for result in results})
-        for client in scenario.clients:
-            yield record("clients", "score", {result.seed: result.scores[client] for result in results}, client)
-            if losses := {result.seed: result.losses[client] for result in results if client in result.losses}:
-                yield record("clients", "loss", losses, client)
-
-
-def _over_seeds(values: Sequence[float]) -> dict[str, float]:
-    spread = {"sd": deviation(values)} if len(values) > 1 else {}
-    return {"mean": statistics.fmean(values), **spread, "n": len(values)}
-
-
-def as_csv(records: Sequence[dict[str, Any]]) -> str:
-    """Return records as CSV with the columns FIELDS."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return file.getvalue()

@@ -83,7 +83,7 @@ class Trial:
         """Raise RunError if the folder holds a run with other settings; names the first key that differs."""
         if not (self.path / RUN).exists():
             return
-        stored, current = flat(load_config(self.path / CONFIG).tables()), flat(self.config.tables())
+        stored, current = flat(load_config(self.path / CONFIG, stored=True).tables()), flat(self.config.tables())
         for key in sorted(stored.keys() | current.keys()):
             if key not in may_differ and stored.get(key) != current.get(key):
                 raise RunError(

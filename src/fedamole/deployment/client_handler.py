@@ -386,7 +386,8 @@ class ClientHandler:
             results[name] = {"best_round": None, "best": test_scores, "last": test_scores}
             if name != MAJORITY or self.settings.policy.share_majority:
                 scores[name] = test_scores[self.name]
-        summarise(session.folder, results, session.config.federation.rounds)
+        done = request.round + 1  # the server asks with its last round
+        summarise(session.folder, results, done, session.config.federation.stopped(done))
         write_cards(session.folder)
         self.listener.stage(f"done: {session.folder.adapter(self.name, session.config.method_name)}")
         reply = Reply(request.run, request.round, TEST, self.name, scores=scores)

@@ -128,7 +128,7 @@ class ServerProcesses:
         """Set up the processes for a prepared run folder; `on_progress` is called with every event of the run."""
         self.folder, self.own = folder.resolve(), folder.resolve() / SERVER
         self.listen, self.print_line, self.on_progress = listen, print_line, on_progress
-        self.config = load_config(self.own / SETTINGS)
+        self.config = load_config(self.own / SETTINGS, stored=True)
         if text := listen.without_key(self.config.deployment.clients):
             if not (self.folder / RUN).exists():
                 raise ConfigError(text)

@@ -91,6 +91,10 @@ class ProgressFile(ProgressListener):
         self.say("answered", round=round_, client=name, **fields)
 
     @override
+    def stopped(self, text: str) -> None:
+        self.say("stopped", text=text)
+
+    @override
     def stage(self, text: str) -> None:
         self.say("stage", text=text)
 
@@ -105,7 +109,7 @@ def coordinate(link: Link, path: Path, on_progress: OnProgress | None = None) ->
     Errors: ConfigError, BaseModelError, RunError. A run that ended with an error continues from its last round when
     called again.
     """
-    config = load_config(path / SERVER / SETTINGS)
+    config = load_config(path / SERVER / SETTINGS, stored=True)
     torch.set_num_threads(config.run.threads)
     names = sorted(config.deployment.clients)
     config.method.check(len(names))

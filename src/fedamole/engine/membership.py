@@ -82,7 +82,7 @@ class Membership:
     def wait(self) -> list[str]:
         """Wait for `min_clients`, or for a while for all before the first round; return the names of those online.
 
-        Raises RunError after `deployment.patience` seconds.
+        Raises RunError after `deployment.max_wait` seconds.
         """
         started, reported = time.monotonic(), -1
         while True:
@@ -95,9 +95,9 @@ class Membership:
             if len(names) != reported:
                 reported = len(names)
                 self.listener.present(names, needed - reported)
-            if time.monotonic() - started > max(self.settings.patience, self.settings.gathering):
+            if time.monotonic() - started > max(self.settings.max_wait, self.settings.gathering):
                 raise RunError(
-                    f"waited {self.settings.patience:.0f} s (deployment.patience) for "
+                    f"waited {self.settings.max_wait:.0f} s (deployment.max_wait) for "
                     f"{needed - len(names)} more clients; here are: {', '.join(names) or 'none'}. "
                     "Nothing is lost: `fedamole server --resume FOLDER` goes on from the last finished round"
                 )

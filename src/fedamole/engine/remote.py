@@ -82,7 +82,7 @@ class Remote:
         """Train clients, each on its own message.
 
         While fewer than `min_clients` have succeeded, those whose failure may pass are asked again. Raises RunError if
-        none of them can be asked, or if none comes back within `deployment.patience` seconds.
+        none of them can be asked, or if none comes back within `deployment.max_wait` seconds.
         """
         self.membership.gathering = False
         self.server = replace(self.server, round=round_, clients=self.clients)
@@ -105,8 +105,8 @@ class Remote:
                     f"round {round_}: {succeeded} clients could train, and deployment.min_clients = "
                     f"{self.settings.min_clients}; mend the others or lower it, then `fedamole server --resume FOLDER`"
                 )
-            if succeeded > before:  # patience counts from the last success
-                end = time.monotonic() + self.settings.patience
+            if succeeded > before:  # max_wait counts from the last success
+                end = time.monotonic() + self.settings.max_wait
             self._wait_for_one_of(set(failed), f"round {round_}: {succeeded} of {needed} answers", end)
 
     def _wait_for_one_of(self, names: Collection[str], situation: str, end: float) -> None:
@@ -116,7 +116,7 @@ class Remote:
         while time.monotonic() > end or not set(self.membership.online()) & set(names):
             if time.monotonic() > end:
                 raise RunError(
-                    f"{situation}, and no other came in {self.settings.patience:.0f} s (deployment.patience). Nothing "
+                    f"{situation}, and no other came in {self.settings.max_wait:.0f} s (deployment.max_wait). Nothing "
                     "is lost: `fedamole server --resume FOLDER` goes on from the last finished round"
                 )
             time.sleep(timing.POLL_SECONDS)

@@ -48,6 +48,11 @@ class VariantProgress:
         self.own_best |= {name: values[name] for name in names}
         return names
 
+    @property
+    def latest_best(self) -> int:
+        """The latest round that was the best so far, for all clients or for one with its own; -1 for none."""
+        return max((self.best_round, *self.own_rounds.values()))
+
     def best_rounds(self, clients: Iterable[str]) -> dict[str, int]:
         """Return the best round of each of these clients that has one."""
         if self.best_round >= 0:

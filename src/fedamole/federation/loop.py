@@ -16,7 +16,7 @@ from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import Packed, PayloadError, pack, unpack
 from fedamole.federation.robust import Robust
 from fedamole.federation.settings import FederationSettings
-from fedamole.federation.summary import summarise
+from fedamole.federation.summary import stopped_early, summarise
 from fedamole.federation.worker import UpdateResult
 from fedamole.runs import checkpoint
 from fedamole.runs.run_files import BASE, MAJORITY
@@ -61,10 +61,16 @@ class Loop:
 
     def run(self) -> dict[str, Any]:
         """Run all rounds that are not done yet and the final test; return the summary."""
-        first, state = self._start()
-        for round_ in range(first, self.settings.rounds):
-            state = self._round(round_, state)
-        return self._finish()
+        done, state = self._start()
+        while done < self.settings.rounds and not self._out_of_patience(done):
+            state = self._round(done, state)
+            done += 1
+        return self._finish(done)
+
+    def _out_of_patience(self, done: int) -> bool:
+        """Whether no model had a new best round for `patience` rounds. All it needs is in the last checkpoint."""
+        latest = max(validation.latest_best for validation in self.progress.values())
+        return 0 < self.settings.patience <= done - 1 - latest
 
     def _start(self) -> tuple[int, Any]:
         """Return the next round and the server's state before it: the initial one, or that of the last checkpoint."""
@@ -212,9 +218,12 @@ class Loop:
         latest = self.progress[variant].latest
         return sum(latest[name][self.select] for name in sorted(latest)) / len(latest)
 
-    def _finish(self) -> dict[str, Any]:
-        """Score on test, once for the best round and once for the last, and write the summary."""
-        last, names = self.settings.rounds - 1, [client.name for client in self.server.clients]
+    def _finish(self, done: int) -> dict[str, Any]:
+        """Score on test, once for the best round and once for the last of `done`, and write the summary."""
+        last, names = done - 1, [client.name for client in self.server.clients]
+        stopped = self.settings.stopped(done)
+        if stopped is not None:
+            self.listener.stopped(stopped_early({"rounds": done, "stopped": stopped}))
         results: dict[str, dict[str, Any]] = {}
         for variant, validation in self.progress.items():
             self.listener.stage(f"scoring {variant} on test")
@@ -231,7 +240,7 @@ class Loop:
             self.listener.stage(f"scoring {row} on test")
             results[row] = {"best_round": None, "best": dict(scores), "last": dict(scores)}
             self._log_test(row, {}, scores, "best")
-        return summarise(self.folder, results, self.settings.rounds)
+        return summarise(self.folder, results, done, stopped)
 
     def _log_test(self, row: str, rounds: Mapping[str, int], scores: Mapping[str, Scores], which: str) -> None:
         self._log(

@@ -28,6 +28,9 @@ class ProgressListener:
     def client_done(self, round_: int, name: str, report: Mapping[str, Any]) -> None:
         """A client has finished an update; `report` is that of `UpdateResult`."""
 
+    def stopped(self, text: str) -> None:
+        """The run ends before its configured number of rounds; `text` says after which round, and why."""
+
     def stage(self, text: str) -> None:
         """A part of the run that takes a while, described by `text`, has started."""
 
@@ -57,6 +60,10 @@ class PlainProgress(ProgressListener):
     def client_done(self, round_: int, name: str, report: Mapping[str, Any]) -> None:
         """Print the client's loss and time, or why it failed."""
         self._say(f"round {round_ + 1}/{self.rounds}  {name}  {outcome(report)}  {report['seconds']:.1f} s")
+
+    def stopped(self, text: str) -> None:
+        """Print the text."""
+        self._say(text)
 
     def stage(self, text: str) -> None:
         """Print the text."""

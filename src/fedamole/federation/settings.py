@@ -69,7 +69,7 @@ class FederationSettings:
     """`[federation]`: number of rounds, participation and aggregation."""
 
     rounds: int = 30
-    """Rounds R."""
+    """Rounds R. With `patience`, the most rounds."""
     cohort: float = 1.0
     """Fraction of the clients that train in a round, drawn anew each round; at least one client."""
     aggregation: Literal["auto", "mean", "clipped", "median", "trimmed"] = "auto"
@@ -78,15 +78,26 @@ class FederationSettings:
     highest fifth, over the clients that returned it. auto: mean in one process, clipped in a deployment."""
     clip_factor: float = 4.0
     """clipped: maximum change of a client, as a multiple of the median change of the other clients."""
+    patience: int = 0
+    """Stop after this number of rounds in a row without a new best round, for every scored model of the run; if each
+    client has its own best round, without one for any client. 0: never stop before `rounds`."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a federation without rounds or clients."""
         if not 1 <= self.rounds <= MOST_ROUNDS:
             raise ConfigError(f"federation.rounds = {self.rounds}: must be at least 1, and at most {MOST_ROUNDS}")
+        if not 0 <= self.patience <= MOST_ROUNDS:
+            raise ConfigError(
+                f"federation.patience = {self.patience}: a number of rounds from 1 to {MOST_ROUNDS}, or 0 for none"
+            )
         if not 0 < self.cohort <= 1:
             raise ConfigError(f"federation.cohort = {self.cohort}: a fraction of the clients, above 0 and at most 1")
         if not self.clip_factor >= 1:
             raise ConfigError(f"federation.clip_factor = {self.clip_factor}: must be at least 1")
+
+    def stopped(self, done: int) -> dict[str, int] | None:
+        """Return what summary.json says of a run that ended after `done` rounds; None if those were all rounds."""
+        return {"rounds": self.rounds, "patience": self.patience} if self.patience and done < self.rounds else None
 
 
 @dataclass(frozen=True)
@@ -99,8 +110,8 @@ class DeploymentSettings:
     """Minimum number of clients of a round; with fewer the run waits."""
     deadline: float = 3600.0
     """Seconds that a client has to answer; later answers are left out of the round."""
-    patience: float = 3600.0
-    """Seconds that the run waits for `min_clients`; then it stops, and `fedamole server --resume` continues it."""
+    max_wait: float = 3600.0
+    """Longest wait for `min_clients`, in seconds; then the run stops, and `fedamole server --resume` continues it."""
     gathering: float = 120.0
     """Seconds that the first round waits for all `clients`, beyond `min_clients`; others can join later."""
     max_norm: float | None = None
@@ -118,13 +129,13 @@ class DeploymentSettings:
             raise ConfigError(
                 f"deployment.min_clients = {self.min_clients}: at least 1, and at most the {len(self.clients)} clients"
             )
-        for key in ("deadline", "patience", "max_norm"):
+        for key in ("deadline", "max_wait", "max_norm"):
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise ConfigError(f"deployment.{key} = {getattr(self, key)}: must be above 0")
         if self.gathering < 0:
             raise ConfigError(f"deployment.gathering = {self.gathering}: must not be negative")
-        for key in ("deadline", "patience", "gathering"):
+        for key in ("deadline", "max_wait", "gathering"):
             if getattr(self, key) > MAX_SECONDS:
                 raise ConfigError(f"deployment.{key} = {getattr(self, key)}: at most {MAX_SECONDS:.0f} seconds")
         least = 1 / max(1, len(self.clients))

@@ -12,13 +12,16 @@ from fedamole.runs.run_folder import METRICS, SUMMARY, RunFolder
 FORMAT = 1
 
 
-def summarise(folder: RunFolder, results: Mapping[str, Mapping[str, Any]], rounds: int) -> dict[str, Any]:
+def summarise(
+    folder: RunFolder, results: Mapping[str, Mapping[str, Any]], rounds: int, stopped: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """Write summary.json from the test scores, and return its content.
 
     `results` has an entry for every row of the summary: the variants of the run, the untuned base and the majority
     answer. An entry holds the best round (one for all, or one by client), and the scores by client at the `best` round
     and at the `last` one. A row without scores is left out, such as that of the majority answer in a deployment whose
-    clients do not share it.
+    clients do not share it. `rounds` is the number of rounds that the run took, `stopped` the value of
+    `FederationSettings.stopped`.
     """
     rows = {}
     for row, result in results.items():
@@ -32,9 +35,22 @@ def summarise(folder: RunFolder, results: Mapping[str, Mapping[str, Any]], round
             "last_mean": over_clients(last).mean,
             "clients": result["best"],
         }
-    summary = {"format": FORMAT, "method": folder.about["method"], "rounds": rounds, "rows": rows, **costs(folder)}
+    summary = {"format": FORMAT, "method": folder.about["method"], "rounds": rounds}
+    summary |= {} if stopped is None else {"stopped": dict(stopped)}
+    summary |= {"rows": rows, **costs(folder)}
     write_atomic(folder.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def stopped_early(summary: Mapping[str, Any]) -> str:
+    """Return why a run stopped before its configured number of rounds; empty if it did not. Rounds count from 1."""
+    if (stopped := summary.get("stopped")) is None:
+        return ""
+    patience = stopped["patience"]
+    return (
+        f"stopped after round {summary['rounds']} of {stopped['rounds']}: no improvement for {patience} "
+        f"round{'s'[: patience != 1]}"
+    )
 
 
 def nothing_trained(summary: Mapping[str, Any]) -> bool:

@@ -49,7 +49,7 @@ from fedamole.runs.checkpoint import newest as newest_of
 from fedamole.runs.checkpoint import read, rounds_done
 from fedamole.runs.identity import Identity
 from fedamole.runs.run_files import BASE, MAJORITY
-from fedamole.runs.run_folder import ASSIGNMENT, METRICS, RunFolder
+from fedamole.runs.run_folder import ASSIGNMENT, METRICS, SUMMARY, RunFolder
 
 ORIGIN = "adapted.json"
 """File in the new client's folder that names the run it joined."""
@@ -104,11 +104,12 @@ def _adapt(
     data = client_data(federation.shards[0], resident.tokenizer, config.training.max_length)
     bank = Bank(resident)
 
-    adapter, newcomer = begin(config, bank, state, clients, data, say)
+    done = run.read_json(SUMMARY)["rounds"]
+    adapter, newcomer = begin(config, bank, state, done, clients, data, say)
     candidates = {SENT: adapter}
     if steps != 0:
         say("training")
-        candidates[TRAINED] = _trained(config, bank, adapter, data, steps)
+        candidates[TRAINED] = _trained(config, bank, adapter, data, done, steps)
     say("scoring on validation")
 
     def score(model: Adapter | None, split: str) -> dict[str, float]:
@@ -137,7 +138,7 @@ def _adapt(
         "test": test,
     }
     save_adapter(candidates[best], own.adapter(source.name, config.method_name), resident.name, identity)
-    _log(own, source.name, config, newcomer, report)
+    _log(own, source.name, config, done, newcomer, report)
     return report
 
 
@@ -192,10 +193,19 @@ def _own_config(config: Config, source: SourceSettings, target: Path, device: st
 
 
 def begin(
-    config: Config, bank: Bank, packed: bytes, clients: tuple[ClientInfo, ...], data: ClientData, say: Say
+    config: Config,
+    bank: Bank,
+    packed: bytes,
+    done: int,
+    clients: tuple[ClientInfo, ...],
+    data: ClientData,
+    say: Say,
 ) -> tuple[Adapter, Newcomer[Any]]:
-    """Return the adapter that a new client starts from, given the server's last state, and what the method sent it."""
-    method, rounds = config.method, config.federation.rounds
+    """Return the adapter that a new client starts from, and what the method sent it.
+
+    `packed` is the server's state after all `done` rounds of the run.
+    """
+    method = config.method
     try:
         state = unpack(method.records.state, packed)
     except PayloadError as error:
@@ -207,16 +217,16 @@ def begin(
         return embed(bank, [data.embedding.pairs()], config.evaluation.batch_tokens)[0]
 
     everybody = tuple(sorted((*clients, data.info), key=lambda client: client.name))
-    server = replace(server_of(config, bank.base, everybody), round=rounds - 1)
+    server = replace(server_of(config, bank.base, everybody), round=done - 1)
     newcomer = method.newcomer(server, state, data.info, embeddings)
     factory = ClientFactory(bank, config.evaluation.batch_tokens, config.run.seed)
-    client = factory.client(data, rounds, ProbeCounts())
+    client = factory.client(data, done, ProbeCounts())
     return method.adapter(client, method.init_client_state(client), newcomer.message), newcomer
 
 
-def _trained(config: Config, bank: Bank, adapter: Adapter, data: ClientData, steps: int | None) -> Adapter:
-    """Return the adapter after local training as in the next round of the run."""
-    training, round_ = config.training, config.federation.rounds
+def _trained(config: Config, bank: Bank, adapter: Adapter, data: ClientData, round_: int, steps: int | None) -> Adapter:
+    """Return the adapter after local training as in round `round_`, which would be the next one of the run."""
+    training = config.training
     if steps is not None:
         training = replace(training, local_steps=steps, local_epochs=0)
     task = LocalTask(data.info.name, TrainingRequest(adapter), data.train.pairs(), training.rate(round_))
@@ -226,9 +236,11 @@ def _trained(config: Config, bank: Bank, adapter: Adapter, data: ClientData, ste
     return outcome.adapter
 
 
-def _log(own: RunFolder, name: str, config: Config, newcomer: Newcomer[Any], report: Mapping[str, Any]) -> None:
+def _log(
+    own: RunFolder, name: str, config: Config, round_: int, newcomer: Newcomer[Any], report: Mapping[str, Any]
+) -> None:
     """Write the files of a client's run folder (docs/run-folder.md), the summary last."""
-    round_, row, client_state = config.federation.rounds, config.method_name, report["kept"]
+    row, client_state = config.method_name, report["kept"]
     validation = report["validation"]
     test = {row if one == client_state else one: scores for one, scores in report["test"].items()}
     rounds = {one: round_ if one == row else -1 for one in test}

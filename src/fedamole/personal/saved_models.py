@@ -21,6 +21,7 @@ from fedamole.model.params import Adapter
 from fedamole.model.pretrained import CONFIG, load_adapter, read_identity
 from fedamole.received.names import NAME
 from fedamole.runs.checkpoint import rounds_done
+from fedamole.runs.run_files import CHOICE
 from fedamole.runs.run_folder import MANIFEST, RUN, RunFolder
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class SavedModel:
     client: str
     run: RunFolder | None
     """The run that it was trained in; None for an adapter folder that was copied out of its run."""
+    choice: Path | None = None
+    """The folder of `fedamole choose` that names the run, if any."""
 
 
 def check_finished(model: SavedModel, finished: bool = False) -> None:
@@ -66,15 +69,17 @@ def _enclosing_run(adapter: Path) -> RunFolder | None:
 
 
 def saved_models(path: Path, variant: str | None = None) -> tuple[SavedModel, ...]:
-    """Return all personal models of a run folder, sorted by client; or the one of an adapter folder.
+    """Return all personal models of a run folder or of a folder of `fedamole choose`, sorted by client.
 
-    `variant` selects one of the run's models per client if there are several (fedit_ft besides fedit). Raises RunError
-    if there is no model.
+    An adapter folder has one model. `variant` selects one of a run's models per client if there are several (fedit_ft
+    besides fedit). Raises RunError if there is no model.
     """
     if (path / CONFIG).exists():
         resolved = path.resolve()
         # Inside a run folder, the parent is named after the client. A copy may have any name.
         return (SavedModel(path, (resolved.parent if resolved.name.startswith("adapter") else resolved).name, None),)
+    if (path / CHOICE).exists():
+        return _chosen_models(path, variant)
     if not (path / RUN).exists():
         raise RunError(f"{path}: neither a run's folder (no {RUN}) nor a personal model's (no {CONFIG})")
     run = RunFolder.open(path)
@@ -99,6 +104,34 @@ def saved_models(path: Path, variant: str | None = None) -> tuple[SavedModel, ..
     return models
 
 
+def _chosen_models(path: Path, variant: str | None) -> tuple[SavedModel, ...]:
+    """Return the models that a folder of `fedamole choose` names, each in the folder of its run."""
+    if variant is not None:
+        raise RunError(f"{path} has one chosen model for each client: leave out --variant")
+    models = []
+    for client, chosen in RunFolder(path).read_json(CHOICE)["clients"].items():
+        if chosen["untuned"]:
+            continue
+        run = RunFolder.open((path / chosen["run"]).resolve())
+        if run.about["id"] != chosen["id"]:
+            raise RunError(f"{run.path} is not the run that {client} chose any more: repeat `fedamole choose`")
+        folder = run.adapter(client, chosen["variant"])
+        if not (folder / CONFIG).exists():
+            raise RunError(f"{folder}, the model that {client} chose, is missing: put it back from a copy")
+        models.append(SavedModel(folder, client, run, path))
+    if not models:
+        raise RunError(f"{path}: no client chose a trained model")
+    return tuple(sorted(models, key=lambda model: model.client))
+
+
+def _is_untuned(path: Path, client: str) -> bool:
+    """Return whether a client has no model in a folder because it did not train up to the best round."""
+    if (path / CHOICE).exists():
+        chosen = RunFolder(path).read_json(CHOICE)["clients"]
+        return client in chosen and bool(chosen[client]["untuned"])
+    return NAME.fullmatch(client) is not None and (path / "clients" / client).is_dir()
+
+
 def _too_early(run: RunFolder) -> str:
     done, rounds = rounds_done(run), run.tables()["federation"]["rounds"]
     return f"the run is not finished (round {done} of {rounds}) and has no model yet: `fedamole resume {run.path}`"
@@ -116,7 +149,7 @@ def find_model(path: Path, client: str | None, variant: str | None = None) -> Sa
         raise RunError(f"{path} has the models of {', '.join(models)}: select one with --client")
     if client in models:
         return models[client]
-    if NAME.fullmatch(client) and (path / "clients" / client).is_dir():
+    if _is_untuned(path, client):
         raise RunError(
             f"{client} did not train in any round up to the best one in {path}: its model is the untuned base"
         )
@@ -199,8 +232,9 @@ def outside_reads(model: SavedModel, own_data: bool, base: str | None = None) ->
         sources = (read_manifest(model.run.place(MANIFEST)).only(model.client).clients[0].source,)
     config = load_run_config(model.run)
     missing = is_elsewhere(config.base.model)  # the bundled base is loaded instead
-    reads = reads_outside(config, model.run.path, sources, base=base is None and not missing)
-    return f"reads files outside {model.run.path}: {', '.join(reads)}" if reads else ""
+    reads: tuple[str, ...] = () if model.choice is None else (f"model {model.folder}",)
+    reads += reads_outside(config, model.run.path, sources, base=base is None and not missing)
+    return f"reads files outside {model.choice or model.run.path}: {', '.join(reads)}" if reads else ""
 
 
 def _adapter_base(adapter: Path) -> BaseSettings:

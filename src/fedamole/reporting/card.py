@@ -11,7 +11,7 @@ from fedamole.data.client_labels import client_labels
 from fedamole.data.manifest import ClientRecord, read_manifest
 from fedamole.errors import RunError
 from fedamole.federation.best import best_round_of
-from fedamole.federation.summary import nothing_trained
+from fedamole.federation.summary import nothing_trained, stopped_early
 from fedamole.files import write_atomic
 from fedamole.methods import METHODS
 from fedamole.model.adapter_files import read_config
@@ -115,6 +115,7 @@ def _front_matter(public: str | None, method: str) -> str:
 
 def _introduction(about: Json, config: Json, summary: Json, name: str, variant: str) -> str:
     best, by = best_round_of(summary["rows"][variant], name), config["evaluation"]["select"]
+    stopped = f" The run {text}." if (text := stopped_early(summary)) else ""
     early = "" if variant == about["method"] else " It is the model after local training, before the aggregation."
     warning = ""
     if nothing_trained(summary):
@@ -122,7 +123,8 @@ def _introduction(about: Json, config: Json, summary: Json, name: str, variant: 
     return (
         f"{warning}A PEFT adapter for a frozen language model, trained by fedamole {literal(about['fedamole'])} in a "
         f"federation of clients that did not share their data. It is the model of the client {code(name)}. It was "
-        f"saved in round {best} of 0 to {summary['rounds'] - 1}, the round with the best validation {by}.{early}\n\n"
+        f"saved in round {best} of 0 to {summary['rounds'] - 1}, the round with the best validation "
+        f"{by}.{stopped}{early}\n\n"
         "No licence has been chosen: the owner fills in `license` and `license_name` above. The terms of the base's "
         "licence apply to this model too."
     )

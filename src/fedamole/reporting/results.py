@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from typing import Any, Literal
 from fedamole.errors import RunError
 from fedamole.federation.best import best_round_of, mean_best_round
 from fedamole.federation.summary import nothing_trained, updates_of
+from fedamole.reporting.learning import cost_to_target, lowest_loss
 from fedamole.reporting.runs import Run, read_run
 from fedamole.reporting.significance import Gain, gain
 from fedamole.runs.run_files import BASE, MAJORITY
@@ -17,6 +18,8 @@ from fedamole.runs.run_folder import METRICS, SUMMARY, RunFolder
 
 MIB = 2**20
 ALL = "all scenarios"
+CHOSEN = "chosen"
+"""Row of the tables with the model that each client chose by its own validation (`reporting/choosing.py`)."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class SeedResult:
     losses: dict[str, float]
     """Test loss of each client in nats per answer token; empty for the constant answer."""
     measures: dict[str, float]
-    """Values of MEASURES; those about training are missing for the untuned base and the constant answer."""
+    """Values of MEASURES; those about training are missing for the untuned base and the constant answer. The cost to a
+    target that was not reached is infinite."""
     rounds: int
     learning_rate: float
     at_edge: bool = False
@@ -78,6 +82,8 @@ class Measure:
     """Whether to show the standard deviation over seeds."""
     short: bool = False
     """Whether it is a large count, shown with k, M or G."""
+    to_target: bool = False
+    """Whether it is a cost to the target, which a seed may not reach."""
 
 
 MEASURES = (
@@ -91,13 +97,16 @@ MEASURES = (
     Measure("forward_tokens", "forward tokens", 0, varies=False, short=True),
     Measure("backward_tokens", "backward tokens", 0, varies=False, short=True),
     Measure("parameters", "trained parameters", 0, varies=False, short=True),
+    Measure("steps_to_target", "steps to target", 0, varies=False, short=True, to_target=True),
+    Measure("tokens_to_target", "tokens to target", 0, varies=False, short=True, to_target=True),
     Measure("mib_down", "MiB down", 3, varies=False),
     Measure("mib_up", "MiB up", 3, varies=False),
     Measure("seconds", "seconds", 0, varies=False),
     Measure("memory", "memory MiB", 0, varies=False),
 )
 """Over the clients: mean score, worst score, standard deviation of the scores, mean loss. For the run: best round, the
-work (see `work_of`), traffic per client and round, seconds and peak memory."""
+work (see `work_of`), the work until the validation loss reaches the target (see `cost_to_target`), traffic per client
+and round, seconds and peak memory."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +122,8 @@ class Scenario:
 
     @property
     def trained(self) -> dict[str, tuple[SeedResult, ...]]:
-        """The methods without the untuned base and the constant answer."""
-        return {name: results for name, results in self.methods.items() if name not in (BASE, MAJORITY)}
+        """The methods without the untuned base, the constant answer and the row CHOSEN."""
+        return {name: results for name, results in self.methods.items() if name not in (BASE, MAJORITY, CHOSEN)}
 
     @property
     def candidates(self) -> dict[str, tuple[SeedResult, ...]]:
@@ -131,12 +140,14 @@ class Scenario:
     def label(self, method: str) -> str:
         """Return a method's name in a table, with its number of seeds if some are missing."""
         count = len(self.methods[method])
-        missing = method in self.trained and count < len(self.seeds)
+        missing = method not in (BASE, MAJORITY) and count < len(self.seeds)
         return f"{method} ({count} of {len(self.seeds)} seeds)" if missing else method
 
 
-def read_scenarios(trials: Sequence[TrialResult]) -> list[Scenario]:
+def read_scenarios(trials: Sequence[TrialResult], target: str = "") -> list[Scenario]:
     """Read finished runs, grouped by scenario in the order of `trials`.
+
+    `target` is the method whose lowest mean validation loss is the target of the costs to target (empty: none).
 
     Raises:
         RunError: Runs of one scenario have different data, splits or bases.
@@ -146,13 +157,16 @@ def read_scenarios(trials: Sequence[TrialResult]) -> list[Scenario]:
         grouped.setdefault(trial.scenario, []).append(trial)
     return [
         scenario_of(
-            name, of_scenario, {path: read_run(path) for path in dict.fromkeys(trial.path for trial in of_scenario)}
+            name,
+            of_scenario,
+            {path: read_run(path) for path in dict.fromkeys(trial.path for trial in of_scenario)},
+            target,
         )
         for name, of_scenario in grouped.items()
     ]
 
 
-def scenario_of(name: str, trials: Sequence[TrialResult], runs: Mapping[Path, Run]) -> Scenario:
+def scenario_of(name: str, trials: Sequence[TrialResult], runs: Mapping[Path, Run], target: str = "") -> Scenario:
     """Return a scenario from its trials, whose runs have been read; see `read_scenarios`."""
     first = runs[trials[0].path]
     for run in runs.values():
@@ -168,8 +182,15 @@ def scenario_of(name: str, trials: Sequence[TrialResult], runs: Mapping[Path, Ru
         if variant in first.summary["rows"]
     }
     by_method: dict[str, list[SeedResult]] = {}
+    targets = {
+        trial.seed: lowest_loss(runs[trial.path].curves[trial.variant]) for trial in trials if trial.method == target
+    }
     for trial in trials:
-        by_method.setdefault(trial.method, []).append(_seed_result(runs[trial.path], trial.variant, trial.at_edge))
+        result = _seed_result(runs[trial.path], trial.variant, trial.at_edge)
+        if trial.seed in targets:
+            cost = cost_to_target(runs[trial.path].curves[trial.variant], targets[trial.seed])
+            result = replace(result, measures={**result.measures, **cost})
+        by_method.setdefault(trial.method, []).append(result)
     methods |= {method: tuple(sorted(results, key=lambda result: result.seed)) for method, results in by_method.items()}
     return Scenario(name, tuple(sorted(first.summary["rows"][BASE]["clients"])), methods, first.labels)
 
@@ -206,15 +227,27 @@ def best_validation_loss(path: Path, variant: str) -> float:
     lines = list(folder.lines(METRICS))
     if nothing_trained(updates_of(lines)):
         return math.inf
-    latest: dict[str, float] = {}
+    latest = [line["loss"] for line in validation_at_best(lines, row, variant).values()]
+    mean = sum(latest) / len(latest)
+    return mean if math.isfinite(mean) else math.inf
+
+
+def validation_at_best(
+    lines: Iterable[Mapping[str, Any]], row: Mapping[str, Any], variant: str
+) -> dict[str, Mapping[str, Any]]:
+    """Return by client the line of metrics.jsonl with the validation of its saved model, that of the best round.
+
+    For a client that did not train up to that round it is the line of the untuned base. `row` is the variant's row of
+    summary.json.
+    """
+    latest: dict[str, Mapping[str, Any]] = {}
     for line in lines:
         if line["split"] != "validation" or line["method"] not in (BASE, variant):
             continue
         best = best_round_of(row, line["client"])
         if line["method"] == BASE if best is None else line["round"] <= best:
-            latest[line["client"]] = line["loss"]
-    mean = sum(latest.values()) / len(latest)
-    return mean if math.isfinite(mean) else math.inf
+            latest[line["client"]] = line
+    return latest
 
 
 @dataclass(frozen=True)

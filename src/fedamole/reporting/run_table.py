@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedamole.federation.best import mean_best_round
+from fedamole.federation.summary import stopped_early
 from fedamole.reporting.markdown import literal, literal_table
 from fedamole.reporting.runs import Run, untrained_warning
 from fedamole.reporting.significance import STAR, clear_best, deviation
@@ -55,6 +56,8 @@ class RunTable:
     seeds: tuple[int, ...]
     warnings: tuple[str, ...] = ()
     """A sentence for each run in which every update failed; shown above the table."""
+    notes: tuple[str, ...] = ()
+    """A sentence for each run that stopped early; shown below the table."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """Labels of clients in the table, for those whose label is not their name."""
 
@@ -63,6 +66,7 @@ class RunTable:
         return {
             "seeds": list(self.seeds),
             "warnings": list(self.warnings),
+            "notes": list(self.notes),
             "columns": {column.label: {"clients": column.clients, **column.lines} for column in self.columns},
         }
 
@@ -88,7 +92,8 @@ def _run_table(runs: Sequence[Run]) -> RunTable:
     clients = tuple(sorted(runs[0].summary["rows"][BASE]["clients"]))
     columns = tuple(_column(label, entries[label], clients) for label in order)
     warnings = tuple(filter(None, (untrained_warning(run.path, run.summary) for run in runs)))
-    return RunTable(clients, columns, tuple(sorted({run.seed for run in runs})), warnings, runs[0].labels)
+    notes = tuple(f"{run.path} {text}" for run in runs if (text := stopped_early(run.summary)))
+    return RunTable(clients, columns, tuple(sorted({run.seed for run in runs})), warnings, notes, runs[0].labels)
 
 
 def _column(label: str, entries: Sequence[tuple[Run, str]], clients: Sequence[str]) -> Column:
@@ -204,7 +209,7 @@ def _traffic(column: Column) -> str:
 
 
 def as_markdown(table: RunTable) -> str:
-    """Return the table in Markdown, with its warnings above it."""
+    """Return the table in Markdown, with its warnings above it and its notes below it."""
     head, *body = as_text(table)
     warnings = "".join(f"**{literal(warning)}**\n\n" for warning in table.warnings)
-    return warnings + literal_table(head, body)
+    return warnings + literal_table(head, body) + "".join(f"\n\n{literal(note)}" for note in table.notes)

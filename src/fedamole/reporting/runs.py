@@ -12,6 +12,7 @@ from typing import Any
 from fedamole.data.client_labels import client_labels
 from fedamole.errors import RunError
 from fedamole.federation.summary import nothing_trained
+from fedamole.reporting.learning import RoundState, learning_curve
 from fedamole.reporting.work import work_of
 from fedamole.runs.run_files import BASE, MAJORITY
 from fedamole.runs.run_folder import MANIFEST, METRICS, RUN, SUMMARY, RunFolder
@@ -60,6 +61,17 @@ class Run:
         lines = list(RunFolder(self.path).lines(METRICS))
         return {
             variant: work_of(lines, variant, len(row["clients"]), rounds)
+            for variant, row in rows.items()
+            if variant not in (BASE, MAJORITY)
+        }
+
+    @functools.cached_property
+    def curves(self) -> dict[str, list[RoundState]]:
+        """Learning curve by trained variant, see `learning_curve`."""
+        rows = self.summary["rows"]
+        lines = list(RunFolder(self.path).lines(METRICS))
+        return {
+            variant: learning_curve(lines, variant, len(row["clients"]))
             for variant, row in rows.items()
             if variant not in (BASE, MAJORITY)
         }

@@ -9,6 +9,7 @@ from fedamole.received.forms import (
     MOST_WHOLE,
     Form,
     FormError,
+    boolean,
     choice,
     either,
     listed,
@@ -26,6 +27,8 @@ RUN, CONFIG, MANIFEST = "run.json", "config.toml", "manifest.json"
 METRICS, ASSIGNMENT, SUMMARY = "metrics.jsonl", "assignment.jsonl", "summary.json"
 CLIENTS = "clients.json"
 """Data that the clients of a deployment report: amounts of data, device, and labels if they share them."""
+CHOICE = "choice.json"
+"""Which run's model each client has, in a folder of `fedamole choose --out`."""
 ROUTING = "routing.json"
 """Shares of each client's tokens by expert, written by `fedamole explain`."""
 
@@ -92,7 +95,11 @@ _costs = dict.fromkeys(
 )
 _summary = record(
     {"format": whole(), "method": name, "rounds": whole(0, MOST_ROUNDS), "rows": mapping(_summary_row), **_costs},
-    {"updates": whole(), "left_out": whole()},
+    {
+        "updates": whole(),
+        "left_out": whole(),
+        "stopped": record({"rounds": whole(1, MOST_ROUNDS), "patience": whole(1, MOST_ROUNDS)}),
+    },
 )
 
 _client = {"client": name}
@@ -200,6 +207,14 @@ FORMS: dict[str, Form] = {
     MANIFEST: record({"clients": either(listed(name), listed(client_form))}),
     SUMMARY: _summary,
     CLIENTS: mapping(record({}, {"examples": mapping(whole()), "labels": either(nothing, _labels)})),
+    CHOICE: record(
+        {
+            "format": whole(1, 1),
+            "clients": mapping(
+                record({"run": text(4096), "id": text(64), "variant": name, "untuned": boolean}, closed=True)
+            ),
+        }
+    ),
     ROUTING: record({"clients": mapping(mapping(mapping(number(0, 1.000001), text(100)), _module))}),
     METRICS: _metrics,
     ASSIGNMENT: _assignment,

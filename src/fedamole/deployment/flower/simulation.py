@@ -75,7 +75,7 @@ def _partition_of(folder: Path, name: str) -> Path:
 
 
 def _settings_of(folder: Path, name: str, base: str) -> ClientSettings:
-    config, manifest = load_config(folder / SERVER / SETTINGS), _partition_of(folder, name)
+    config, manifest = load_config(folder / SERVER / SETTINGS, stored=True), _partition_of(folder, name)
     source = read_manifest(manifest).clients[0].source
     (source_settings,) = (candidate for candidate in config.data.source if candidate.name == source)
     return ClientSettings(
@@ -101,7 +101,9 @@ def simulate(folder: Path, on_progress: Callable[[dict[str, Any]], None], cpus: 
     logging.getLogger("flwr").setLevel(logging.WARNING)
     folder, errors = folder.resolve(), list[Exception]()
     started = (folder / RUN).exists()
-    config = load_run_config(RunFolder.open(folder)) if started else load_config(folder / SERVER / SETTINGS)
+    config = (
+        load_run_config(RunFolder.open(folder)) if started else load_config(folder / SERVER / SETTINGS, stored=True)
+    )
     names, base = config.deployment.clients, config.base.model
     server, client = ServerApp(), ClientApp()
 

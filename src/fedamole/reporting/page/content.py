@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedamole import __version__
+from fedamole.federation.summary import stopped_early
 from fedamole.reporting.page.reading import RunData
 from fedamole.reporting.page.words import (
     GLOSSARY,
@@ -130,7 +131,7 @@ def _about(runs: Sequence[RunData], clients: int) -> Json:
     columns = []
     for of_label in groups.values():
         first = of_label[0]
-        rounds = [f"{data.done} of {data.rounds}" if not data.finished else f"all {data.rounds}" for data in of_label]
+        rounds = [_rounds_done(data) for data in of_label]
         columns.append(
             {
                 **method_in_words(first.config),
@@ -142,6 +143,12 @@ def _about(runs: Sequence[RunData], clients: int) -> Json:
         )
     names = dict.fromkeys(name for column in columns for name in column)
     return {"head": list(groups), "lines": [[name, [column.get(name, "") for column in columns]] for name in names]}
+
+
+def _rounds_done(data: RunData) -> str:
+    if not data.finished:
+        return f"{data.done} of {data.rounds}"
+    return stopped_early(data.run.summary) or f"all {data.rounds}"
 
 
 def _learning(runs: Sequence[RunData], models: Sequence[str], clients: Sequence[str]) -> Json | None:

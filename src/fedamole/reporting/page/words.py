@@ -148,6 +148,8 @@ def settings_in_words(config: Mapping[str, Any], clients: int) -> dict[str, str]
     model = "the bundled tiny base" if base["model"] == BUNDLED else base["model"]
     quantised = "" if base["quantization"] == "none" else f", quantised to {base['quantization']}"
     cohort = "all clients" if federation["cohort"] == 1 else f"{federation['cohort']:.0%} of the clients"
+    patience = federation.get("patience", 0)  # missing in runs of earlier versions
+    early = f", fewer if none of {patience} in a row improved" if patience else ""
     number = f"{clients} client{'s'[: clients != 1]}, " if clients else ""
     amount = f"{training['local_epochs']} epochs" if training["local_epochs"] else f"{training['local_steps']} steps"
     if training.get("budget", "steps") == "paper":  # missing in runs of earlier versions
@@ -156,7 +158,7 @@ def settings_in_words(config: Mapping[str, Any], clients: int) -> dict[str, str]
     decay = f", multiplied by {training['lr_decay']:g} after each round" if training["lr_decay"] != 1 else ""
     return {
         "Base": (Path(model).name if model.startswith("/") else model) + quantised,
-        "Federation": f"{number}{federation['rounds']} rounds, {cohort} train in a round",
+        "Federation": f"{number}{federation['rounds']} rounds{early}, {cohort} train in a round",
         "Local training": f"{amount} per round, effective batch size {batch_size}, "
         f"learning rate {training['learning_rate']:g}{decay}",
         "Best round": SELECTED[config["evaluation"]["select"]],
