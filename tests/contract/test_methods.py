@@ -489,6 +489,7 @@ CHANGED: dict[str, Any] = {
     "min_similarity": 1.0,
     "fallback": False,
     "min_group": 9,
+    "temperature": 0.5,
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 

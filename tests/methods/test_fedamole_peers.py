@@ -1,6 +1,7 @@
 """FedAMoLE-Peers: similarities, choices, means and the fallback by hand; without peers it is training alone."""
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -40,16 +41,27 @@ def test_similarity_is_the_mean_cosine_over_the_modules() -> None:
 @pytest.mark.parametrize(
     ("settings", "chosen"),
     [
-        ({"min_similarity": 0.79}, {"a": ["a", "b"], "b": ["a", "b"], "c": ["c"]}),
-        ({"min_similarity": 0.81}, {"a": ["a"], "b": ["b"], "c": ["c"]}),
-        ({"min_similarity": -1.0}, {"a": ["a", "b", "c"], "b": ["a", "b", "c"], "c": ["a", "b", "c"]}),
-        ({"min_similarity": -1.0, "expert_choices": 1}, {"a": ["a", "b"], "b": ["a", "b"], "c": ["a", "c"]}),
-        ({"min_similarity": -1.0, "expert_choices": 0}, {"a": ["a"], "b": ["b"], "c": ["c"]}),
+        ({"min_similarity": 0.79}, {"a": "ab", "b": "ab", "c": "c"}),
+        ({"min_similarity": 0.81}, {"a": "a", "b": "b", "c": "c"}),
+        ({"min_similarity": -1.0}, {"a": "abc", "b": "abc", "c": "abc"}),
+        ({"min_similarity": -1.0, "expert_choices": 1}, {"a": "abc", "b": "ab", "c": "c"}),  # c's expert chooses a
+        ({"min_similarity": -1.0, "expert_choices": 0}, {"a": "a", "b": "b", "c": "c"}),
     ],
 )
-def test_an_expert_chooses_the_most_similar_clients(settings: dict[str, Any], chosen: dict[str, list[str]]) -> None:
+def test_an_expert_chooses_the_most_similar_clients(settings: dict[str, Any], chosen: dict[str, str]) -> None:
     method = FedAmolePeers(rank=1, **settings)
-    assert method.aggregate(SERVER, method.init(SERVER), REPLIES).chosen == chosen
+    weights = method.aggregate(SERVER, method.init(SERVER), REPLIES).weights
+    assert {client: "".join(sorted(homes)) for client, homes in weights.items()} == chosen
+
+
+@pytest.mark.parametrize(("weighting", "sizes"), [("uniform", (1, 1, 1)), ("examples", (10, 30, 20))])
+def test_less_similar_experts_have_a_lower_weight(weighting: Any, sizes: tuple[int, int, int]) -> None:
+    """For a: b is the most similar (0.8), and c less so by 0.8; for c: a is (0), and b less so by 0.4."""
+    method = FedAmolePeers(rank=1, min_similarity=-1.0, temperature=0.4, weighting=weighting)
+    weights = method.aggregate(SERVER, method.init(SERVER), REPLIES).weights
+    a, b, c = sizes
+    assert weights["a"] == pytest.approx({"a": a, "b": b, "c": c * math.exp(-2)})
+    assert weights["c"] == pytest.approx({"a": a, "b": b * math.exp(-1), "c": c})
 
 
 @pytest.mark.parametrize(("weighting", "mean_a"), [("uniform", 2.0), ("examples", 2.5)])
@@ -70,7 +82,7 @@ def test_a_deployment_has_no_means_of_two() -> None:
     assert torch.equal(method.message(state, INFOS[0]).tensors["m/shared/A"], REPLIES["a"].tensors["m/shared/A"])
     assert method.exposes(3, None) == []
     assert "min_group" in FedAmolePeers(rank=1).exposes(3, None)[0]
-    everyone = replace(method, min_similarity=-1.0)
+    everyone = replace(method, min_similarity=-1.0, temperature=1e9)
     state = everyone.aggregate(SERVER, everyone.init(SERVER), REPLIES)
     assert torch.equal(everyone.message(state, INFOS[0]).tensors["m/shared/A"], full(3.0, 1, 2))
 
@@ -80,11 +92,14 @@ def test_the_first_changes_decide_and_later_replies_do_not() -> None:
     method = FedAmolePeers(rank=1)
     first = {name: REPLIES[name] for name in "ac"}
     state = method.aggregate(SERVER, method.init(SERVER), first)
-    assert "b" not in state.chosen
-    assert method.message(state, INFOS[1]).tensors is not state.experts["a"]
+    assert "b" not in state.weights
     assert all(torch.equal(value, state.first[key]) for key, value in method.message(state, INFOS[1]).tensors.items())
     state = method.aggregate(SERVER, state, {"c": REPLIES["a"], "b": REPLIES["b"]})
-    assert state.chosen == {"a": ["a", "b"], "b": ["a", "b"], "c": ["c"]}
+    assert {name: sorted(homes) for name, homes in state.weights.items()} == {
+        "a": ["a", "b"],
+        "b": ["a", "b"],
+        "c": ["c"],
+    }
     assert torch.equal(state.experts["c"]["m/shared/B"], REPLIES["a"].tensors["m/shared/B"])
 
 

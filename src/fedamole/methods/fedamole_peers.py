@@ -2,8 +2,8 @@
 clients with similar data share experts.
 
 As in FedAMoLE, the data decide which client holds which expert, and the experts choose the clients. Ours:
-    - Each client is the home of one expert. The expert chooses the clients that are most similar to its home, and none
-      that are not similar enough. A client to which no other is similar trains as with `local_only`.
+    - Each client is the home of one expert, which chooses the clients that are similar enough to its home. A client
+      without similar ones trains as with `local_only`.
     - Similarity is the cosine of the changes of B in the clients' first training, which all start from the same LoRA,
       averaged over the modules. A client sends nothing for it that it does not send anyway.
     - A part of the rank is private: it is trained with the expert, as one LoRA, and never leaves the client. It takes
@@ -11,11 +11,13 @@ As in FedAMoLE, the data decide which client holds which expert, and the experts
     - A client's model is scored after the aggregation.
 
 One round:
-    1. The server sends each selected client the mean of the experts that have chosen it, with that of its own home.
+    1. The server sends each selected client the mean of the experts that have chosen it, with that of its own home. The
+       most similar one and its own have the same weight, and less similar ones less.
     2. The client trains it together with its private part, and sends it back as the expert of its home.
     3. The server compares the first changes of new clients with those of all others, and the experts choose again.
 """
 
+import math
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,10 +48,8 @@ class Homes:
     """The expert that each client returned last, by client."""
     changes: Mapping[str, Mapping[str, Tensor]]
     """Change of B in each client's first training, by client and module."""
-    chosen: dict[str, list[str]]
-    """Clients that the expert of each client has chosen, sorted, with its home."""
-    weights: dict[str, float]
-    """Weight of each client's expert in a mean."""
+    weights: dict[str, dict[str, float]]
+    """Weights of the experts that have chosen each client, by client and home; that of its own home is among them."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ class OwnParts:
     expert: Mapping[str, Tensor]
     """The client's own expert; empty before its first round."""
     excess: float
-    """Running sum of the loss with the mean minus the loss with the own expert, in nats; above 0: the client uses its
-    own."""
+    """Running sum of the loss with the mean minus that with the own expert; above 0, the client uses its own."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,10 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
 
     private_share: float = 0.5
     """Share of the rank that is private, rounded down, from 0 (all is shared) to below 1."""
-    min_similarity: float = 0.65
+    min_similarity: float = 0.5
     """Smallest cosine similarity between the home of an expert and a client that it chooses."""
+    temperature: float = 0.05
+    """An expert whose similarity is lower by d than the highest one has the weight exp(-d / temperature)."""
     expert_choices: int = 8
     """Largest number of clients, besides its home, that an expert chooses."""
     min_group: int = 2
@@ -103,6 +104,8 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
             raise ConfigError(f"method.private_share = {self.private_share}: must be at least 0 and below 1")
         if not -1 <= self.min_similarity <= 1:
             raise ConfigError(f"method.min_similarity = {self.min_similarity}: must be between -1 and 1")
+        if not self.temperature > 0:
+            raise ConfigError(f"method.temperature = {self.temperature}: must be above 0")
         for key, least in (("expert_choices", 0), ("min_group", 2), ("probe_examples", 1)):
             if getattr(self, key) < least:
                 raise ConfigError(f"method.{key} = {getattr(self, key)}: must be at least {least}")
@@ -125,14 +128,13 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
     @override
     def init(self, server: Server) -> Homes:
         lora = new_shared(server.shapes, self.rank, torch_generator(server.seed, "lora"))
-        return Homes(self._parts(lora)[1], {}, {}, {}, server.weights(self.weighting))
+        return Homes(self._parts(lora)[1], {}, {}, {})
 
     @override
     def message(self, state: Homes, client: ClientInfo) -> PeerExpert:
-        experts = {home: state.experts[home] for home, chosen in state.chosen.items() if client.name in chosen}
-        if len(experts) < self.min_group:
-            experts = {home: expert for home, expert in experts.items() if home == client.name}
-        return PeerExpert(mean_by_key(experts, state.weights, state.first))
+        weights = state.weights.get(client.name, {})
+        homes = weights if len(weights) >= self.min_group else {client.name} & weights.keys()
+        return PeerExpert(mean_by_key({home: state.experts[home] for home in homes}, weights, state.first))
 
     @override
     def aggregate(self, server: Server, state: Homes, replies: Mapping[str, PeerExpert]) -> Homes:
@@ -144,28 +146,37 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
         }
         experts = {**state.experts, **{name: reply.tensors for name, reply in replies.items()}}
         changes = {**state.changes, **first}
-        weights = server.weights(self.weighting)
-        return replace(state, experts=experts, changes=changes, chosen=self.choose(changes), weights=weights)
+        weights = self.choose(changes, server.weights(self.weighting))
+        return replace(state, experts=experts, changes=changes, weights=weights)
 
-    def choose(self, changes: Mapping[str, Tensors]) -> dict[str, list[str]]:
-        """Return the clients that each client's expert chooses, from the first changes by client."""
+    def choose(self, changes: Mapping[str, Tensors], sizes: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """Return the weights of the experts that choose each client, by client and home.
+
+        `changes` are the first changes by client, `sizes` the weights of the homes before similarity counts.
+        """
         names, similarity = sorted(changes), similarities(changes)
-        chosen = {}
-        for i, home in enumerate(names):
-            others = sorted((j for j in range(len(names)) if j != i), key=lambda j: (-float(similarity[i, j]), j))
-            near = [names[j] for j in others if similarity[i, j] >= self.min_similarity][: self.expert_choices]
-            chosen[home] = sorted([home, *near])
-        return chosen
+        chosen: dict[int, list[int]] = {i: [] for i in range(len(names))}
+        for home in chosen:
+            order = sorted((i for i in chosen if i != home), key=lambda i: (-float(similarity[home, i]), i))
+            for i in order[: self.expert_choices]:
+                if similarity[home, i] >= self.min_similarity:
+                    chosen[i].append(home)
+        weights = {}
+        for i, homes in chosen.items():
+            nearest = max((float(similarity[i, home]) for home in homes), default=0.0)
+            shares = {home: math.exp((float(similarity[i, home]) - nearest) / self.temperature) for home in homes}
+            weights[names[i]] = {names[home]: sizes[names[home]] * share for home, share in {**shares, i: 1.0}.items()}
+        return weights
 
     @override
     def assignment_log(self, state: Homes) -> Iterator[dict[str, Any]]:
         """Yield the experts of each client by the index of their home, with the similarity of home and client."""
-        names = sorted(state.chosen)
-        similarity = similarities(state.changes) if names else torch.zeros(0, 0)
+        names = sorted(state.weights)
+        similarity = similarities(state.changes)
         for i, name in enumerate(names):
-            held = [j for j, home in enumerate(names) if name in state.chosen[home]]
-            relevance = [round(float(similarity[i, j]), 6) for j in held]
-            yield {"module": "all", "client": name, "experts": held, "relevance": relevance}
+            homes = sorted(names.index(home) for home in state.weights[name])
+            relevance = [round(float(similarity[i, home]), 6) for home in homes]
+            yield {"module": "all", "client": name, "experts": homes, "relevance": relevance}
 
     # client
     @override
@@ -180,7 +191,8 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
 
     def excess(self, client: Client, client_state: OwnParts, message: PeerExpert) -> float:
         """Return the client's `excess` after a comparison of the message with its own expert."""
-        if not (self.fallback and client_state.expert) or same(client_state.expert, message.tensors):
+        own = client_state.expert
+        if not (self.fallback and own) or all(torch.equal(own[key], value) for key, value in message.tensors.items()):
             return 0.0
         with_mean, with_own = client.probe.losses(self._adapters(client_state, message), self.probe_examples)
         return MEMORY * client_state.excess + with_mean - with_own
@@ -223,11 +235,6 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
             if rank:
                 own[key] = private.contiguous()
         return own, shared
-
-
-def same(first: Tensors, second: Tensors) -> bool:
-    """Return whether two sets of tensors with the same names are equal."""
-    return all(torch.equal(tensor, second[key]) for key, tensor in first.items())
 
 
 def similarities(changes: Mapping[str, Tensors]) -> Tensor:
