@@ -54,6 +54,17 @@ def new_adapter(report: dict[str, Any]) -> Adapter:
     return load_adapter(find_model(Path(report["folder"]), report["client"]).folder)
 
 
+def test_it_joins_after_the_last_round_of_a_run_that_stopped_early(runs: Any, rows: Path, fedamole: Any) -> None:
+    """It trains as in the round after the stop: the rate of that round, which is logged with it."""
+    stops = ("training.learning_rate=1.0", "federation.rounds=9", "federation.patience=1")
+    run = runs("fedit", *stops)
+    done = json.loads((run / "summary.json").read_text())["rounds"]
+    assert 1 < done < 9, "choose another rate"
+    report = joined(fedamole, run, rows)
+    lines = map(json.loads, (Path(report["folder"]) / "metrics.jsonl").open())
+    assert {line["round"] for line in lines if line["method"] == "fedit"} == {done}
+
+
 def test_the_run_is_unchanged_and_the_new_folder_is_a_run_folder(
     runs: Any, rows: Path, tmp_path: Path, fedamole: Any
 ) -> None:

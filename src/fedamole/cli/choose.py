@@ -58,4 +58,6 @@ def choose(
         return
     show_tables(screen(wide=160), [choice_table(candidates, choices, alone, margin)])
     if out is not None:
-        screen(error=True).print(f"the models are those of {out} now", soft_wrap=True)
+        screen(error=True).print(
+            f"the chosen models are named in {out}; use it in place of a run's folder", soft_wrap=True
+        )

@@ -89,7 +89,11 @@ def choice_table(candidates: Sequence[Candidate], choices: Sequence[Choice], alo
 def explanation(measure: str, alone: str, margin: float) -> str:
     """Return a sentence that says how the clients chose."""
     best = "highest" if measure == "score" else "lowest"
-    unless = f", which it leaves only for a lead of more than {margin:g} standard errors" if margin else ""
+    unless = (
+        f", which it leaves only for a lead of more than {margin:g} standard error{'s'[: margin != 1]}"
+        if margin
+        else ""
+    )
     return (
         f"Each client has the model with the {best} validation {measure} of its own at the best round, {alone} included"
         f"{unless}. Of equal models it takes {alone}, then the cheaper one."

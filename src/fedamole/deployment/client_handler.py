@@ -386,8 +386,10 @@ class ClientHandler:
             results[name] = {"best_round": None, "best": test_scores, "last": test_scores}
             if name != MAJORITY or self.settings.policy.share_majority:
                 scores[name] = test_scores[self.name]
-        done = request.round + 1  # the server asks with its last round
-        summarise(session.folder, results, done, session.config.federation.stopped(done))
+        federation = session.config.federation
+        # The server asks with its last round, which is an earlier one only if it has run out of patience.
+        done = request.round + 1 if federation.patience else federation.rounds
+        summarise(session.folder, results, done, federation.stopped(done))
         write_cards(session.folder)
         self.listener.stage(f"done: {session.folder.adapter(self.name, session.config.method_name)}")
         reply = Reply(request.run, request.round, TEST, self.name, scores=scores)
