@@ -117,10 +117,10 @@ def quality(similarities: Tensor, owners: Sequence[str]) -> tuple[float, float]:
     values.fill_diagonal_(-torch.inf)
     related = torch.tensor([[a == b for b in owners] for a in owners])
     has_relative = [i for i, owner in enumerate(owners) if owners.count(owner) > 1]
-    found = [owners[int(values[i].argmax())] == owners[i] for i in has_relative]
+    actual = [owners[int(values[i].argmax())] == owners[i] for i in has_relative]
     others = ~torch.eye(len(owners), dtype=torch.bool)
     gap = float(values[related & others].min() - values[~related].max()) if has_relative else float("nan")
-    return (100 * fmean(found) if found else float("nan")), gap
+    return (100 * fmean(actual) if actual else float("nan")), gap
 
 
 def main() -> None:

@@ -380,14 +380,14 @@ def test_the_command_shows_the_row_chosen(
 
 def best_validation_by_client(study: Path) -> dict[tuple[str, int], dict[str, float]]:
     """Validation losses at the best round, by method and seed, straight from the files."""
-    found = {}
+    actual = {}
     for trial in load_comparison(study).results():
         summary = json.loads((trial.path / "summary.json").read_text())
         best = summary["rows"][trial.variant]["best_round"]
         lines = map(json.loads, (trial.path / "metrics.jsonl").open())
-        found[trial.method, trial.seed] = {
+        actual[trial.method, trial.seed] = {
             line["client"]: line["loss"]
             for line in lines
             if (line["split"], line["round"], line.get("method")) == ("validation", best, trial.variant)
         }
-    return found
+    return actual

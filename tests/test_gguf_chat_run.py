@@ -72,7 +72,7 @@ template = "chat"
 
 
 @pytest.fixture(scope="module")
-def place(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def location(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a GGUF base, a config and a finished run, beside a cache of its own."""
     folder = tmp_path_factory.mktemp("place")
     for name in ("mood", "chat"):
@@ -85,27 +85,27 @@ def place(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
         yield folder
 
 
-def test_the_run_records_the_file_and_its_models_a_folder(place: Path) -> None:
-    config = tomllib.loads((place / "run" / "config.toml").read_text())
-    assert config["base"]["model"] == str(place / "tiny.gguf")
-    adapter = json.loads((place / "run" / "clients" / "chat" / "adapter" / "adapter_config.json").read_text())
+def test_the_run_records_the_file_and_its_models_a_folder(location: Path) -> None:
+    config = tomllib.loads((location / "run" / "config.toml").read_text())
+    assert config["base"]["model"] == str(location / "tiny.gguf")
+    adapter = json.loads((location / "run" / "clients" / "chat" / "adapter" / "adapter_config.json").read_text())
     AutoModelForCausalLM.from_pretrained(adapter["base_model_name_or_path"])
-    assert set(json.loads((place / "run" / "run.json").read_text())["base"]) == {"weights", "tokenizer", "targets"}
+    assert set(json.loads((location / "run" / "run.json").read_text())["base"]) == {"weights", "tokenizer", "targets"}
 
 
-def test_prompts_after_training_are_those_of_training(place: Path) -> None:
-    config = load_config(place / "run" / "config.toml")
-    shards = {shard.client: shard for shard in load_federation(config.data, place).shards}
+def test_prompts_after_training_are_those_of_training(location: Path) -> None:
+    config = load_config(location / "run" / "config.toml")
+    shards = {shard.client: shard for shard in load_federation(config.data, location).shards}
     for client, source in (("mood", "mood"), ("chat", "chat")):
-        model = find_model(place / "run", client)
+        model = find_model(location / "run", client)
         base, prompt_format = load_base_for(model, "cpu"), prompt_format_of(model)
         example = shards[client].test[0]
         (row,) = tokenise([example], base.tokenizer, 96).rows
         assert base.tokenizer.decode(row.prompt).endswith("<end>\nassistant:")
         assert base.tokenizer.decode(row.answer) == f" {example.answer}<end>"
-        rows = [json.loads(line) for line in (place / f"{source}.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (location / f"{source}.jsonl").read_text().splitlines()]
         rendered = render_prompts(rows, prompt_format, "rows")
-        assert row.prompt in [prompt_ids(one, base.tokenizer) for one in rendered]
+        assert row.prompt in [prompt_ids(item, base.tokenizer) for item in rendered]
         assert prompt_ids(prompt_format.prompt(example.prompt), base.tokenizer) == row.prompt
         chat, seen = Chat(Bank(base), 4, prompt_format=prompt_format), list[tuple[int, ...]]()
         with pytest.MonkeyPatch.context() as patch:
@@ -114,11 +114,11 @@ def test_prompts_after_training_are_those_of_training(place: Path) -> None:
         assert seen == [row.prompt]
 
 
-def test_serve_answers_as_generate_does(place: Path, fedamole: Any) -> None:
+def test_serve_answers_as_generate_does(location: Path, fedamole: Any) -> None:
     question = "day 3: who has a red cup? Dan has."
-    result = fedamole("generate", place / "run", "--client", "chat", "--json", question)
+    result = fedamole("generate", location / "run", "--client", "chat", "--json", question)
     answer = json.loads(result.out)["answer"]
-    served = Served(place / "run")
+    served = Served(location / "run")
     served.engine.start()
     try:
         client = served.client()
@@ -137,7 +137,7 @@ def test_serve_answers_as_generate_does(place: Path, fedamole: Any) -> None:
             ask(("user", question), ("assistant", "no"))
         row = {"text": "day 4: two pens is good, says Ann"}
         done = client.completions.create(model="mood", prompt="", max_tokens=6, extra_body={"row": row})
-        result = fedamole("generate", place / "run", "--client", "mood", "--json", "--set", f"text={row['text']}")
+        result = fedamole("generate", location / "run", "--client", "mood", "--json", "--set", f"text={row['text']}")
         assert done.choices[0].text.strip() == json.loads(result.out)["answer"]
     finally:
         served.engine.stop()
@@ -145,14 +145,14 @@ def test_serve_answers_as_generate_does(place: Path, fedamole: Any) -> None:
 
 
 def test_commands_take_a_gguf_file_as_base(
-    place: Path,
+    location: Path,
     tiny: Path,
     tmp_path: Path,
     fedamole: Any,
 ) -> None:
     run, gguf = tmp_path / "moved", tmp_path / "copy.gguf"
-    shutil.copytree(place / "run", run)
-    shutil.copy(place / "tiny.gguf", gguf)
+    shutil.copytree(location / "run", run)
+    shutil.copy(location / "tiny.gguf", gguf)
     for name in ("mood", "chat"):
         shutil.copy(tiny / f"{name}.jsonl", tmp_path)
     (tmp_path / "config.toml").write_text(CONFIG)
@@ -161,7 +161,7 @@ def test_commands_take_a_gguf_file_as_base(
     assert plan.code == 0, plan.err
     # The run is on a machine where its base is elsewhere.
     config = (run / "config.toml").read_text()
-    (run / "config.toml").write_text(config.replace(str(place / "tiny.gguf"), "/gone/tiny.gguf"))
+    (run / "config.toml").write_text(config.replace(str(location / "tiny.gguf"), "/gone/tiny.gguf"))
     asked = ("--client", "chat", "who?")
     refused(fedamole("generate", run, *asked), 4, "/gone/tiny.gguf", "pass a copy with --base")
     refused(fedamole("resume", run, "--base", "gone.gguf"), 4, "No such file")
@@ -183,6 +183,6 @@ def test_commands_take_a_gguf_file_as_base(
     assert merged.code == 0, merged.err
 
 
-def test_a_base_without_a_chat_template_is_refused(place: Path, tiny: Path, fedamole: Any) -> None:
-    result = fedamole("run", place / "config.toml", f"base.model={tiny / 'base'}", "run.folder=x", *small("fedit"))
+def test_a_base_without_a_chat_template_is_refused(location: Path, tiny: Path, fedamole: Any) -> None:
+    result = fedamole("run", location / "config.toml", f"base.model={tiny / 'base'}", "run.folder=x", *small("fedit"))
     refused(result, 4, "has no chat template; use a base with one")

@@ -138,10 +138,12 @@ def test_stops_are_the_end_of_sequence_alone_without_a_usable_template() -> None
 def test_a_long_chat_loses_the_end_of_its_context() -> None:
     tokenizer = make()
     example = example_of({"instruction": "q", "context": "a b c d e", "response": "x"})
-    whole = tokenise([example], tokenizer, 100).rows[0]
-    assert words(tokenizer, whole.prompt) == "<|im_start|> user / q / / a b c d e <|im_end|> / <|im_start|> assistant /"
-    cut = tokenise([example], tokenizer, len(whole.prompt) + len(whole.answer) - 2)
-    assert words(tokenizer, cut.rows[0].prompt) == words(tokenizer, whole.prompt).replace(" d e", "")
+    complete = tokenise([example], tokenizer, 100).rows[0]
+    assert (
+        words(tokenizer, complete.prompt) == "<|im_start|> user / q / / a b c d e <|im_end|> / <|im_start|> assistant /"
+    )
+    cut = tokenise([example], tokenizer, len(complete.prompt) + len(complete.answer) - 2)
+    assert words(tokenizer, cut.rows[0].prompt) == words(tokenizer, complete.prompt).replace(" d e", "")
     assert cut.cut == 1
 
 

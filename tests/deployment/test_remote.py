@@ -103,8 +103,8 @@ def test_a_deployment_stops_early_as_the_run_in_one_process_does(best_round: str
     assert_same(there, here)
     folders = [here, *(there.client_folder(name).parents[1] for name in NAMES)]
     summaries = [summary, *(json.loads((folder / "summary.json").read_text()) for folder in folders)]
-    assert {one["rounds"] for one in summaries} == {summary["rounds"]}
-    assert all(one["stopped"] == {"rounds": 9, "patience": 1} for one in summaries)
+    assert {item["rounds"] for item in summaries} == {summary["rounds"]}
+    assert all(item["stopped"] == {"rounds": 9, "patience": 1} for item in summaries)
     assert (there.client_folder("mood") / "adapter" / "README.md").read_text().count("no improvement for 1 round.") == 1
 
 

@@ -266,8 +266,8 @@ def test_a_resumed_run_stops_after_the_same_round(best_round: Any, interrupted: 
         def majority(self) -> dict[str, Any]:
             raise KeyboardInterrupt
 
-    whole, _ = play(tmp_path / "whole", losses, patience=2, best_round=best_round)
-    assert whole["rounds"] == 4
+    complete, _ = play(tmp_path / "whole", losses, patience=2, best_round=best_round)
+    assert complete["rounds"] == 4
     with pytest.raises(KeyboardInterrupt):
         play(tmp_path / "run", losses, patience=2, best_round=best_round, script=Interrupted)
     engine = Script(losses)
@@ -288,7 +288,7 @@ def test_a_resumed_run_stops_after_the_same_round(best_round: Any, interrupted: 
     resumed = loop.run()
     assert [call[1] for call in engine.calls if call[0] == "update"] == [*range(min(interrupted, 4), 4)]
     assert [resumed[key] for key in ("rounds", "stopped", "rows")] == [
-        whole[key] for key in ("rounds", "stopped", "rows")
+        complete[key] for key in ("rounds", "stopped", "rows")
     ]
 
 

@@ -105,18 +105,18 @@ def test_the_first_changes_decide_and_later_replies_do_not() -> None:
 
 def test_the_private_part_stays_and_the_rest_is_sent() -> None:
     method = FedAmolePeers(rank=3)
-    state, one = method.init(SERVER), client(SHAPES)
-    own = method.init_client_state(one)
+    state, item = method.init(SERVER), client(SHAPES)
+    own = method.init_client_state(item)
     assert {key: tuple(value.shape) for key, value in own.private.items()}["m/shared/A"] == (1, 2)
     trained = {f"{m}/shared/A": torch.arange(6.0).reshape(3, 2) for m in SHAPES}
     trained |= {f"{m}/shared/B": torch.arange(6.0).reshape(2, 3) for m in SHAPES}
-    (request,), (after, reply, _) = driven(method.update(one, own, method.message(state, INFOS[0])), trained)
+    (request,), (after, reply, _) = driven(method.update(item, own, method.message(state, INFOS[0])), trained)
     assert request.adapter.tensors["m/shared/A"].shape == (3, 2)
     assert after.private["m/shared/A"].tolist() == [[0.0, 1.0]]
     assert after.private["m/shared/B"].tolist() == [[0.0], [3.0]]
     assert reply.tensors["m/shared/A"].tolist() == [[2.0, 3.0], [4.0, 5.0]]
     assert reply.tensors["m/shared/B"].tolist() == [[1.0, 2.0], [4.0, 5.0]]
-    again = method.adapter(one, after, reply)
+    again = method.adapter(item, after, reply)
     assert all(torch.equal(again.tensors[key], value) for key, value in trained.items())
 
 
@@ -133,12 +133,12 @@ def test_a_client_uses_its_own_expert_where_that_is_better(
     losses: tuple[float, float], before: float, excess: float, from_own: bool
 ) -> None:
     method, message = FedAmolePeers(rank=1), expert((1, 1), (1, 1), 7.0)
-    one, own = client(SHAPES, losses=losses), OwnParts({}, REPLIES["a"].tensors, before)
-    (request,), (after, _, _) = driven(method.update(one, own, message), {})
+    item, own = client(SHAPES, losses=losses), OwnParts({}, REPLIES["a"].tensors, before)
+    (request,), (after, _, _) = driven(method.update(item, own, message), {})
     start = REPLIES["a"] if from_own else message
     assert all(torch.equal(request.adapter.tensors[key], value) for key, value in start.tensors.items())
     assert after.excess == pytest.approx(excess)
-    personal = method.personal(one, own, message, None)
+    personal = method.personal(item, own, message, None)
     assert personal is not None
     assert all(torch.equal(personal.tensors[key], value) for key, value in start.tensors.items())
 

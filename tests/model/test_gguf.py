@@ -48,7 +48,7 @@ def test_the_folder_is_the_model_in_bfloat16(tiny: Path, original: Path, cache: 
     for name, tensor in states[0].items():
         assert torch.equal(states[1][name], tensor.bfloat16()), name
     assert not hasattr(AutoConfig.from_pretrained(folder), "quantization_config")
-    tokenizers = [AutoTokenizer.from_pretrained(one) for one in (tiny / "base", folder)]
+    tokenizers = [AutoTokenizer.from_pretrained(item) for item in (tiny / "base", folder)]
     text = "day 3: who has a red cup? <end>é"
     assert tokenizers[0](text).input_ids == tokenizers[1](text).input_ids
     assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
@@ -71,7 +71,7 @@ def test_quantised_weights_are_close(
         monkeypatch.setattr(transformers, "GgufConfig", None)
     folder = converted(write_gguf(tiny / "base", tmp_path / "q8.gguf", quantised=True))
     before, after = (
-        AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32).state_dict() for one in (tiny / "base", folder)
+        AutoModelForCausalLM.from_pretrained(item, dtype=torch.float32).state_dict() for item in (tiny / "base", folder)
     )
     assert not hasattr(AutoConfig.from_pretrained(folder), "quantization_config")
     weight = "model.layers.1.self_attn.q_proj.weight"
@@ -145,11 +145,11 @@ def test_of_two_processes_one_converts(original: Path, cache: Path) -> None:
     children = [context.Process(target=_convert, args=(original, barrier, results)) for _ in range(2)]
     for child in children:
         child.start()
-    found = sorted(results.get(timeout=60) for _ in range(3))
+    actual = sorted(results.get(timeout=60) for _ in range(3))
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0, 0]
-    assert found == [str(converted(original))] * 2 + ["converts"]
+    assert actual == [str(converted(original))] * 2 + ["converts"]
 
 
 def test_an_interrupted_conversion_leaves_nothing_half(
@@ -176,8 +176,8 @@ def test_an_interrupted_conversion_leaves_nothing_half(
 
 
 def _cut(tiny: Path, path: Path) -> None:
-    whole = write_gguf(tiny / "base", path.with_name("whole.gguf")).read_bytes()
-    path.write_bytes(whole[:-64])
+    complete = write_gguf(tiny / "base", path.with_name("whole.gguf")).read_bytes()
+    path.write_bytes(complete[:-64])
 
 
 def _headless(tiny: Path, path: Path) -> None:

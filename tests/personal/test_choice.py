@@ -46,13 +46,13 @@ def test_losses_of_examples_add_up_to_the_stored_validation(candidates: list[Can
     alone = candidates[0]
     for candidate in candidates[1:]:
         for client in ("chat", "mood"):
-            found = errors(client, candidate, alone)
-            assert 0 < found < math.inf
-            assert found == errors(client, alone, candidate)
+            results = errors(client, candidate, alone)
+            assert 0 < results < math.inf
+            assert results == errors(client, alone, candidate)
             tokens = sum(len(row.answer) for row in errors.rows[client])
-            for one in (candidate, alone):
-                total = sum(errors.losses[one.run.path, one.variant, client])
-                assert total / tokens == pytest.approx(one.validation[client], abs=1e-4)
+            for item in (candidate, alone):
+                total = sum(errors.losses[item.run.path, item.variant, client])
+                assert total / tokens == pytest.approx(item.validation[client], abs=1e-4)
 
 
 def test_a_margin_brings_clients_back_to_training_alone(candidates: list[Candidate]) -> None:
@@ -77,7 +77,7 @@ def test_an_untuned_model_is_scored_on_the_base(runs: Any) -> None:
 def mixed(candidates: list[Candidate], tmp_path: Path) -> Path:
     """chat and plain take training alone, entail fedit, mood fedamole."""
     names = ("chat", "entail", "mood", "plain")
-    choices = [Choice(name, candidates[place % 3], candidates[0]) for place, name in enumerate(names)]
+    choices = [Choice(name, candidates[location % 3], candidates[0]) for location, name in enumerate(names)]
     write_choice(tmp_path / "mine", choices)
     return tmp_path / "mine"
 
@@ -85,7 +85,7 @@ def mixed(candidates: list[Candidate], tmp_path: Path) -> Path:
 def test_chosen_models_are_found_in_their_runs(mixed: Path, candidates: list[Candidate]) -> None:
     models = saved_models(mixed)
     assert [model.client for model in models] == ["chat", "entail", "mood", "plain"]
-    paths = [candidates[place % 3].run.path for place in range(4)]
+    paths = [candidates[location % 3].run.path for location in range(4)]
     assert [model.folder for model in models] == [
         path / "clients" / model.client / "adapter" for path, model in zip(paths, models, strict=True)
     ]
@@ -124,9 +124,9 @@ def test_a_folder_that_cannot_be_written(candidates: list[Candidate], mixed: Pat
     copy = tmp_path / "copy"
     shutil.copytree(runs(ALONE, *RULES), copy)
     shutil.rmtree(copy / "clients" / "mood")
-    gone = choose(read_candidates([copy], ALONE), 0.0, none_needed)
+    missing = choose(read_candidates([copy], ALONE), 0.0, none_needed)
     with pytest.raises(RunError, match=r"copy has no saved model 'local_only' of mood: put it back from a copy"):
-        write_choice(tmp_path / "other", gone)
+        write_choice(tmp_path / "other", missing)
     assert not (tmp_path / "other").exists()
 
 

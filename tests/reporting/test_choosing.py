@@ -136,7 +136,7 @@ def test_the_next_best_candidate_may_pass_the_margin(make: Any) -> None:
     ]
     candidates = read_candidates(paths, ALONE)
     errors = {"wild": 1.0, "calm": 0.01}
-    assert chosen(choose(candidates, 2.0, lambda _, one, other: errors[one.label])) == {"a": "calm", "b": ALONE}
+    assert chosen(choose(candidates, 2.0, lambda _, item, other: errors[item.label])) == {"a": "calm", "b": ALONE}
 
 
 def test_diverged_models_are_not_chosen(make: Any) -> None:
@@ -229,32 +229,32 @@ def test_the_command(make: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) ->
 @pytest.fixture
 def trials(tmp_path: Path) -> list[Any]:
     """With seed 0 b prefers fedit, with seed 1 both do."""
-    found = []
+    actual = []
     for seed, a in enumerate((9.0, 0.5)):
         for method, losses in ((ALONE, both(1.0, 1.0)), ("fedit", both(a, 0.5))):
             path = tmp_path / f"{method}-s{seed}"
-            found.append(made_run(path, method, {method: [losses]}, {method: TEST[method]}, seed=seed))
-    return found
+            actual.append(made_run(path, method, {method: [losses]}, {method: TEST[method]}, seed=seed))
+    return actual
 
 
 def test_chosen_is_a_row_of_a_comparison(trials: list[Any]) -> None:
     """Scores 50 and 80 with seed 0, 40 and 80 with seed 1; two runs of 200 tokens and 10 s each."""
     [plain] = read_scenarios(trials)
-    found = scenario_with_chosen(plain, trials, ALONE, 0.0, no_error)
-    tables = build_tables([found], "fedit", chosen="chosen: so and so.", target=ALONE)
+    actual = scenario_with_chosen(plain, trials, ALONE, 0.0, no_error)
+    tables = build_tables([actual], "fedit", chosen="chosen: so and so.", target=ALONE)
     lines = {line[0]: dict(zip(tables[0].head[1:], line[1:], strict=True)) for line in tables[0].body}
     assert list(lines) == ["base", "majority", ALONE, "fedit", CHOSEN]
     shown = {"score": "62.5 ± 3.5", "worst client": "45.0 ± 7.1", "backward tokens": "400", "seconds": "20"}
     assert lines[CHOSEN] == {**lines[CHOSEN], **shown, "learning rate": "", "memory MiB": "100", "best round": ""}
     assert "chosen: so and so." in tables[0].caption
     assert "Rounds: 1 for all." in tables[0].caption
-    against = {(line.method, line.measure): line.gain for line in gains([found], CHOSEN)}
+    against = {(line.method, line.measure): line.gain for line in gains([actual], CHOSEN)}
     assert against[ALONE, "score"].mean == pytest.approx(7.5)  # 0, 20, -10, 20
     assert (against[ALONE, "score"].wins, against[ALONE, "score"].losses) == (2, 1)
     assert set(against) == {(name, measure) for name in (ALONE, "fedit") for measure in ("score", "loss")}
     assert [table.title for table in tables[-2:]] == ["fedit minus each other method", "chosen minus each other method"]
     assert "chosen" in tables[1].head or any("chosen" in line[0] for line in tables[1].body)
-    records = as_records([found], "fedit")
+    records = as_records([actual], "fedit")
     assert {record["measure"] for record in records if record["method"] == CHOSEN} >= {"score", "loss", "mib_up"}
     assert not any(record["method"] == CHOSEN and record["measure"] == "learning_rate" for record in records)
     assert {record["method"] for record in records if record["table"] == "gains of chosen"} == {ALONE, "fedit"}
@@ -270,17 +270,17 @@ def test_the_row_takes_no_star_from_a_method(tmp_path: Path) -> None:
         ):
             made.append(made_run(tmp_path / f"{method}{seed}", method, {method: [losses]}, {method: test}, seed=seed))
     [plain] = read_scenarios(made)
-    found = scenario_with_chosen(plain, made, ALONE, 0.0, no_error)
-    before, after = (build_tables([one], "fedit")[0].body for one in (plain, found))
+    actual = scenario_with_chosen(plain, made, ALONE, 0.0, no_error)
+    before, after = (build_tables([item], "fedit")[0].body for item in (plain, actual))
     assert after[:-1] == before
     assert not any("*" in cell for cell in after[-1])
 
 
 def test_a_seed_that_a_method_has_not_finished_has_no_row(trials: list[Any]) -> None:
     [plain] = read_scenarios(trials[:3])
-    found = scenario_with_chosen(plain, trials[:3], ALONE, 0.0, no_error)
-    assert [result.seed for result in found.methods[CHOSEN]] == [0]
-    assert found.label(CHOSEN) == "chosen (1 of 2 seeds)"
+    actual = scenario_with_chosen(plain, trials[:3], ALONE, 0.0, no_error)
+    assert [result.seed for result in actual.methods[CHOSEN]] == [0]
+    assert actual.label(CHOSEN) == "chosen (1 of 2 seeds)"
     [only] = read_scenarios([trials[0], trials[3]])
     assert CHOSEN not in scenario_with_chosen(only, [trials[0], trials[3]], ALONE, 0.0, no_error).methods
 
@@ -292,5 +292,5 @@ def test_a_method_that_trained_nothing_is_no_candidate(tmp_path: Path, trials: l
         for seed in (0, 1)
     ]
     [plain] = read_scenarios([*trials, *broken])
-    found = scenario_with_chosen(plain, [*trials, *broken], ALONE, 0.0, no_error)
-    assert [result.measures["score"] for result in found.methods[CHOSEN]] == [65.0, 60.0]
+    actual = scenario_with_chosen(plain, [*trials, *broken], ALONE, 0.0, no_error)
+    assert [result.measures["score"] for result in actual.methods[CHOSEN]] == [65.0, 60.0]

@@ -124,9 +124,9 @@ def test_variants_of_a_run_share_its_training(tmp_path: Path) -> None:
     tests = {name: {"a": 1.0, "b": 1.0} for name in losses}
     trial = made_run(tmp_path / "m", "m", losses, tests, counted=False)
     both = [trial, replace(trial, method="m_ft", variant="m_ft")]
-    [found] = read_scenarios(both, "m")
+    [actual] = read_scenarios(both, "m")
     costs = {
         name: {key: value for key, value in results[0].measures.items() if key.endswith("to_target")}
-        for name, results in found.trained.items()
+        for name, results in actual.trained.items()
     }
     assert costs == {"m": {"steps_to_target": 8.0}, "m_ft": {"steps_to_target": 4.0}}

@@ -116,11 +116,11 @@ def test_a_run_in_which_nothing_was_trained_gets_no_star() -> None:
 def test_a_run_that_stopped_early_says_so() -> None:
     early = run("fedit", a=10.0, b=20.0)
     early.summary["stopped"] = {"rounds": 9, "patience": 2}
-    [found] = run_tables([early, run("fedamole", a=5.0, b=5.0)])
+    [actual] = run_tables([early, run("fedamole", a=5.0, b=5.0)])
     text = "fedit-0 stopped after round 4 of 9: no improvement for 2 rounds"
-    assert found.notes == (text,)
-    assert found.as_json()["notes"] == [text]
-    assert as_markdown(found).endswith(f"\n\n{text}")
+    assert actual.notes == (text,)
+    assert actual.as_json()["notes"] == [text]
+    assert as_markdown(actual).endswith(f"\n\n{text}")
 
 
 def test_markdown_is_a_table() -> None:
