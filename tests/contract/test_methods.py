@@ -467,7 +467,7 @@ CHANGED: dict[str, Any] = {
     "weighting": "examples",
     "assignment": ("random", "static", "homogeneous"),
     "proximal": 5.0,
-    "private_share": 0.4,
+    "private_share": 0.6,
     "virtual_tokens": 3,
     "ranks": ([1, 3],),
     "tail_weight": 5.0,

@@ -104,7 +104,7 @@ def test_the_first_changes_decide_and_later_replies_do_not() -> None:
 
 
 def test_the_private_part_stays_and_the_rest_is_sent() -> None:
-    method = FedAmolePeers(rank=3)
+    method = FedAmolePeers(rank=3, private_share=0.5)
     state, item = method.init(SERVER), client(SHAPES)
     own = method.init_client_state(item)
     assert {key: tuple(value.shape) for key, value in own.private.items()}["m/shared/A"] == (1, 2)

@@ -6,8 +6,8 @@ As in FedAMoLE, the data decide which client holds which expert, and the experts
       without similar ones trains as with `local_only`.
     - Similarity is the cosine of the changes of B in the clients' first training, which all start from the same LoRA,
       averaged over the modules. A client sends nothing for it that it does not send anyway.
-    - A part of the rank is private: it is trained with the expert, as one LoRA, and never leaves the client. It takes
-      the place of FedAMoLE's always-on expert, which is averaged over all clients.
+    - There is no always-on expert that is averaged over all clients. A part of the rank can be private instead
+      (`private_share`): it is trained with the expert, as one LoRA, and never leaves the client.
     - A client's model is scored after the aggregation.
 
 One round:
@@ -74,7 +74,7 @@ class OwnParts:
 class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
     """Experts shared among clients with similar data, beside a private part."""
 
-    private_share: float = 0.5
+    private_share: float = 0.0
     """Share of the rank that is private, rounded down, from 0 (all is shared) to below 1."""
     min_similarity: float = 0.5
     """Smallest cosine similarity between the home of an expert and a client that it chooses."""
@@ -93,7 +93,7 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
 
     paper = "this project's variant of FedAMoLE (Zhang et al., WWW 2026, arXiv 2411.19128)"
     communicates = "the shared part of one LoRA both ways"
-    stays_local = "the data and the private part of the LoRA"
+    stays_local = "the data, and the private part of the LoRA if there is one"
     evaluates = "post_aggregation"
     probes = True
 
