@@ -25,7 +25,6 @@ def __getattr__(name: str) -> Any:
 
 @wrapt.when_imported("peft")
 def _register(_: Any) -> None:
-    # Imported lazily, because importing PEFT and torch takes seconds.
-    from fedamole.model.peft_tuner import register
-
-    register()
+    # Imported lazily, because importing PEFT and torch takes seconds. The module registers the adapter type at its end;
+    # it may be the one that imports PEFT, so nothing of it can be used here.
+    import fedamole.model.peft_tuner  # noqa: F401

@@ -146,3 +146,9 @@ def test_a_file_without_all_tensors_is_noticed(base: Callable[..., Base], tmp_pa
     save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
     with pytest.warns(UserWarning, match="missing"):
         PeftModel.from_pretrained(loaded.model, tmp_path)
+
+
+@pytest.mark.parametrize("module", ["fedamole.model.peft_tuner", "fedamole.personal.saved_models", "peft"])
+def test_the_adapter_type_is_registered_whatever_is_imported_first(module: str) -> None:
+    check = f"import fedamole, {module}, peft.mapping, sys; sys.exit('AMOLE' not in peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

@@ -213,8 +213,7 @@ class AmoleModel(BaseTuner):  # type: ignore[misc]
         layer.gates[adapter_name] = gates[adapter_name]
 
 
-def register() -> None:
-    """Register the AMoLE adapter type with PEFT (idempotent)."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[AMOLE] = AmoleConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[AMOLE] = AmoleModel
-    PEFT_TYPE_TO_PREFIX_MAPPING[AMOLE] = AmoleModel.prefix
+# Register the AMoLE adapter type with PEFT.
+PEFT_TYPE_TO_CONFIG_MAPPING[AMOLE] = AmoleConfig
+PEFT_TYPE_TO_TUNER_MAPPING[AMOLE] = AmoleModel
+PEFT_TYPE_TO_PREFIX_MAPPING[AMOLE] = AmoleModel.prefix
