@@ -150,5 +150,5 @@ def test_a_file_without_all_tensors_is_noticed(base: Callable[..., Base], tmp_pa
 
 @pytest.mark.parametrize("module", ["fedamole.model.peft_tuner", "fedamole.personal.saved_models", "peft"])
 def test_the_adapter_type_is_registered_whatever_is_imported_first(module: str) -> None:
-    check = f"import fedamole, {module}, peft.mapping, sys; sys.exit('AMOLE' not in peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING)"
+    check = f"import fedamole, {module}, peft.mapping as m, sys; sys.exit('AMOLE' not in m.PEFT_TYPE_TO_TUNER_MAPPING)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
