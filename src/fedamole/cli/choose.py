@@ -32,11 +32,12 @@ def choose(
     """Let each client choose the best of the models of several runs by its own validation, training alone included.
 
     The runs must have the same partition and base. Every scored model of a run is a candidate. The value compared is
-    the one that chose the best round (evaluation.select). Of equal models, training alone is chosen, then the cheaper.
+    the validation loss, or the score if that chose the best round (evaluation.select). Of equal models, training
+    alone is chosen, then the cheaper.
 
     Examples:
 
-      fedamole choose runs/demo                                     every run in the folder
+      fedamole choose runs/demo            every run in the folder
       fedamole choose runs/alone runs/fedit --margin 1 --out mine
       fedamole generate mine --client bank_city "..."
     """
