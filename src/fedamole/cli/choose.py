@@ -60,5 +60,6 @@ def choose(
     show_tables(screen(wide=160), [choice_table(candidates, choices, alone, margin)])
     if out is not None:
         screen(error=True).print(
-            f"the chosen models are named in {out}; use it in place of a run's folder", soft_wrap=True
+            f"the chosen models are named in {out}, which generate, chat, explain, export and serve take",
+            soft_wrap=True,
         )

@@ -38,7 +38,9 @@ def with_chosen(comparison: Comparison, scenarios: Sequence[Scenario], margin: f
         measures.append(check_measure([read_run(path) for path in {trial.path for trial in trials}]))
         results.append(scenario_with_chosen(scenario, trials, alone, margin, PairedErrors()))
     sentences = dict.fromkeys(explanation(measure, present, margin) for measure in measures)
-    about = f"{CHOSEN}: {' '.join(sentences)} Its steps, tokens, MiB and seconds are the sums over all methods."
+    about = (
+        f"{CHOSEN}: {' '.join(sentences)} Its steps, tokens, MiB and seconds are the sums over the runs of all methods."
+    )
     return results, about
 
 
