@@ -54,8 +54,8 @@ def lines(*fed: dict[str, object], terminal: bool = False) -> str:
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_an_early_stop_is_shown(terminal: bool) -> None:
-    stopped: dict[str, object] = {"what": "stopped", "text": "stopped after round 2 of 9"}
-    assert "stopped after round 2 of 9" in lines(stopped, terminal=terminal)
+    stopped: dict[str, object] = {"what": "stopped", "text": "stopped after 2 of 9 rounds"}
+    assert "stopped after 2 of 9 rounds" in lines(stopped, terminal=terminal)
 
 
 def test_lines_of_progress_are_lines() -> None:

@@ -315,7 +315,7 @@ def test_every_variant_has_to_stop(tmp_path: Path) -> None:
     assert loop(tmp_path / "both", a="pre_aggregation", b="pre_aggregation")["rounds"] == 4
     assert heard == []
     assert loop(tmp_path / "one", a="pre_aggregation")["rounds"] == 2
-    assert heard == ["stopped after round 2 of 4: no improvement for 1 round"]
+    assert heard == ["stopped after 2 of 4 rounds: no improvement for 1 round"]
 
 
 def test_a_method_still_sees_all_configured_rounds(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_a_choice_of_another_run_or_a_damaged_one(runs: Any, tmp_path: Path) -> 
     with pytest.raises(RunError, match=r"copy is not the run that chat chose any more: repeat `fedamole choose`"):
         saved_models(moved / "mine")
     shutil.rmtree(moved / "copy")
-    with pytest.raises(RunError, match=r"copy is not a run folder: run.json is missing"):
+    with pytest.raises(RunError, match=r"copy, the run that \w+ chose, is missing: move the runs together with .*mine"):
         saved_models(moved / "mine")
     file = moved / "mine" / "choice.json"
     file.write_text(file.read_text().replace('"variant": "local_only"', '"variant": "../x"'))

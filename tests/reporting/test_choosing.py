@@ -194,7 +194,10 @@ def test_runs_that_no_client_can_choose_between(make: Any, caplog: pytest.LogCap
     assert "local_only is not among the runs, so nothing shows" in caplog.text
     choices = choose([candidate], 0.0, no_error)
     assert [choice.alone for choice in choices] == [None, None]
-    assert choice_table([candidate], choices, ALONE, 0.0).body[0] == (
+    table = choice_table([candidate], choices, ALONE, 0.0)
+    assert ALONE not in table.caption
+    assert "One run had to be trained for it" in table.caption
+    assert table.body[0] == (
         "a",
         "fedit",
         "1.000",
@@ -206,6 +209,18 @@ def test_runs_that_no_client_can_choose_between(make: Any, caplog: pytest.LogCap
     )
     with pytest.raises(ConfigError, match=r"--margin 1 is a lead over training alone, which is missing: add its run"):
         choose([candidate], 1.0, no_error)
+
+
+def test_a_run_of_a_folder_that_trained_nothing_is_left_out(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make("failed", "fedit", both(0.5, 0.5), failed=True).parent
+    with pytest.raises(RunError, match=r"no run in .*runs has trained anything"):
+        read_candidates([folder], ALONE)
+    make("alone", ALONE, both(1.0, 1.0))
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        candidates = read_candidates([folder], ALONE)
+    assert [candidate.label for candidate in candidates] == [ALONE]
+    assert "all 2 updates failed, so nothing was trained and the scores are meaningless; it is left out" in caplog.text
 
 
 def test_the_command(make: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

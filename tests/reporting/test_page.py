@@ -169,7 +169,7 @@ def test_a_run_that_stopped_early_says_after_which_round(runs: Any, copy_of: Any
     config = (path / "config.toml").read_text().replace("patience = 0", "patience = 2")
     (path / "config.toml").write_text(config.replace("rounds = 3", "rounds = 9"))
     about = dict(content_of(path)["about"]["lines"])
-    assert about["Rounds done"] == ["stopped after round 3 of 9: no improvement for 2 rounds"]
+    assert about["Rounds done"] == ["stopped after 3 of 9 rounds: no improvement for 2 rounds"]
     assert "9 rounds, fewer if none of 2 in a row improved, all clients" in about["Federation"][0]
 
 

@@ -117,7 +117,7 @@ def test_a_run_that_stopped_early_says_so() -> None:
     early = run("fedit", a=10.0, b=20.0)
     early.summary["stopped"] = {"rounds": 9, "patience": 2}
     [actual] = run_tables([early, run("fedamole", a=5.0, b=5.0)])
-    text = "fedit-0 stopped after round 4 of 9: no improvement for 2 rounds"
+    text = "fedit-0 stopped after 4 of 9 rounds: no improvement for 2 rounds"
     assert actual.notes == (text,)
     assert actual.as_json()["notes"] == [text]
     assert as_markdown(actual).endswith(f"\n\n{text}")

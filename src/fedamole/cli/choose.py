@@ -32,11 +32,12 @@ def choose(
     """Let each client choose the best of the models of several runs by its own validation, training alone included.
 
     The runs must have the same partition and base. Every scored model of a run is a candidate. The value compared is
-    the one that chose the best round (evaluation.select). Of equal models, training alone is chosen, then the cheaper.
+    the validation loss, or the score if that chose the best round (evaluation.select). Of equal models, training
+    alone is chosen, then the cheaper.
 
     Examples:
 
-      fedamole choose runs/demo                                     every run in the folder
+      fedamole choose runs/demo            every run in the folder
       fedamole choose runs/alone runs/fedit --margin 1 --out mine
       fedamole generate mine --client bank_city "..."
     """
@@ -59,5 +60,6 @@ def choose(
     show_tables(screen(wide=160), [choice_table(candidates, choices, alone, margin)])
     if out is not None:
         screen(error=True).print(
-            f"the chosen models are named in {out}; use it in place of a run's folder", soft_wrap=True
+            f"the chosen models are named in {out}, which generate, chat, explain, export and serve take",
+            soft_wrap=True,
         )

@@ -68,6 +68,7 @@ def choice_table(candidates: Sequence[Candidate], choices: Sequence[Choice], alo
     measure = check_measure([candidate.run for candidate in candidates])
     records = choice_records(choices, measure)
     labels: Mapping[str, str] = candidates[0].run.labels
+    present = alone if any(candidate.alone for candidate in candidates) else None
     body = []
     for record in records:
         untuned = " (untuned base)" if record["untuned"] else ""
@@ -79,35 +80,33 @@ def choice_table(candidates: Sequence[Candidate], choices: Sequence[Choice], alo
     against = tuple(f"{key}{name}" for key in DIGITS for name in ("", f" - {alone}"))
     return Table(
         f"chosen by each client's validation {measure}",
-        f"{explanation(measure, alone, margin)} Score and loss are those on test. {cost(candidates)}",
+        f"{explanation(measure, present, margin)} Score and loss are those on test. {cost(candidates)}",
         ("client", "chosen", f"validation {measure}", f"of {alone}", *against),
         tuple(body),
         text_columns=2,
     )
 
 
-def explanation(measure: str, alone: str, margin: float) -> str:
-    """Return a sentence that says how the clients chose."""
+def explanation(measure: str, alone: str | None, margin: float) -> str:
+    """Return sentences that say how the clients chose; `alone` is None if training alone was no candidate."""
     best = "highest" if measure == "score" else "lowest"
     unless = (
         f", which it leaves only for a lead of more than {margin:g} standard error{'s'[: margin != 1]}"
         if margin
         else ""
     )
-    return (
-        f"Each client has the model with the {best} validation {measure} of its own at the best round, {alone} included"
-        f"{unless}. Of equal models it takes {alone}, then the cheaper one."
-    )
+    model = f"Each client takes the model with the {best} value of its own validation {measure} at the best round"
+    if alone is None:
+        return f"{model}. Of equal models it takes the cheaper one."
+    return f"{model}, {alone} included{unless}. Of equal models it takes {alone}, then the cheaper one."
 
 
 def cost(candidates: Sequence[Candidate]) -> str:
     """Return a sentence with the cost of training all candidates."""
     total = cost_of(candidates)
     tokens = f"{short_count(total['tokens'])} tokens of training" if total["tokens"] else "tokens unknown"
-    return (
-        f"All {total['runs']:.0f} runs had to be trained for it: {tokens} and {total['bytes'] / MIB:.3g} MiB of "
-        "traffic per client."
-    )
+    runs = f"All {total['runs']:.0f} runs" if total["runs"] > 1 else "One run"
+    return f"{runs} had to be trained for it: {tokens} and {total['bytes'] / MIB:.3g} MiB of traffic per client."
 
 
 def _tests(record: Mapping[str, float | None]) -> list[str]:

@@ -29,15 +29,18 @@ def with_chosen(comparison: Comparison, scenarios: Sequence[Scenario], margin: f
     if CHOSEN in comparison.methods:
         raise ConfigError(f"variants.{CHOSEN}: --choose adds a row of this name; rename the variant")
     alone, measures = comparison.settings.target, list[str]()
-    if alone not in comparison.methods:
+    present = alone if alone in comparison.methods else None
+    if present is None:
         log.warning("%s is not compared, so nothing shows that a chosen model is better than training alone", alone)
     results = []
     for scenario in scenarios:
         trials = [trial for trial in comparison.results() if trial.scenario == scenario.name]
         measures.append(check_measure([read_run(path) for path in {trial.path for trial in trials}]))
         results.append(scenario_with_chosen(scenario, trials, alone, margin, PairedErrors()))
-    sentences = dict.fromkeys(explanation(measure, alone, margin) for measure in measures)
-    about = f"{CHOSEN}: {' '.join(sentences)} Its steps, tokens, MiB and seconds are the sums over all methods."
+    sentences = dict.fromkeys(explanation(measure, present, margin) for measure in measures)
+    about = (
+        f"{CHOSEN}: {' '.join(sentences)} Its steps, tokens, MiB and seconds are the sums over the runs of all methods."
+    )
     return results, about
 
 

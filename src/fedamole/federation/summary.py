@@ -43,12 +43,12 @@ def summarise(
 
 
 def stopped_early(summary: Mapping[str, Any]) -> str:
-    """Return why a run stopped before its configured number of rounds; empty if it did not. Rounds count from 1."""
+    """Return why a run stopped before its configured number of rounds; empty if it did not."""
     if (stopped := summary.get("stopped")) is None:
         return ""
     patience = stopped["patience"]
     return (
-        f"stopped after round {summary['rounds']} of {stopped['rounds']}: no improvement for {patience} "
+        f"stopped after {summary['rounds']} of {stopped['rounds']} rounds: no improvement for {patience} "
         f"round{'s'[: patience != 1]}"
     )
 

@@ -112,7 +112,13 @@ def _chosen_models(path: Path, variant: str | None) -> tuple[SavedModel, ...]:
     for client, chosen in RunFolder(path).read_json(CHOICE)["clients"].items():
         if chosen["untuned"]:
             continue
-        run = RunFolder.open((path / chosen["run"]).resolve())
+        run_path = (path / chosen["run"]).resolve()
+        if not (run_path / RUN).exists():
+            raise RunError(
+                f"{run_path}, the run that {client} chose, is missing: move the runs together with {path}, or repeat "
+                "`fedamole choose`"
+            )
+        run = RunFolder.open(run_path)
         if run.about["id"] != chosen["id"]:
             raise RunError(f"{run.path} is not the run that {client} chose any more: repeat `fedamole choose`")
         folder = run.adapter(client, chosen["variant"])

@@ -7,14 +7,14 @@ score. It is that of the saved model, at the best round. The test split is not r
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedamole.errors import ConfigError, RunError
 from fedamole.reporting.results import validation_at_best
-from fedamole.reporting.runs import Run, read_runs, refuse_untrained
+from fedamole.reporting.runs import Run, read_runs, refuse_untrained, untrained_warning
 from fedamole.runs.run_files import BASE, MAJORITY
 from fedamole.runs.run_folder import METRICS, RunFolder
 
@@ -36,7 +36,7 @@ class Candidate:
     untuned: frozenset[str]
     """Clients that did not train up to the best round, so that their model is the untuned base."""
     bytes: float
-    """Bytes that a client received and sent in the whole run, a mean over the clients."""
+    """Bytes that a client received and sent for training in the whole run, a mean over the clients."""
     tokens: float
     """Tokens that a client read in forward and backward passes in the whole run, a mean over the clients."""
 
@@ -88,17 +88,16 @@ def read_candidates(paths: Sequence[Path], alone: str) -> list[Candidate]:
     """Read the trained variants of finished runs.
 
     Args:
-        paths: Run folders, or folders with run folders in them. Unfinished runs in the latter are skipped with a
-            warning.
+        paths: Run folders, or folders with run folders in them. Runs in the latter that are unfinished or trained
+            nothing are left out with a warning.
         alone: Label or method that stands for training alone.
 
     Raises:
         RunError: A named run is not finished, trained nothing, or the runs had different data, splits or bases, or
             chose their best rounds by different values.
     """
-    runs = list({run.path.resolve(): run for run in read_runs(paths)}.values())
+    runs = _trained({run.path.resolve(): run for run in read_runs(paths)}.values(), paths)
     for run in runs:
-        refuse_untrained(run.path)
         if run.partition != runs[0].partition:
             raise RunError(
                 f"{run.path} and {runs[0].path} had different data, splits or base, so no client can choose between "
@@ -117,6 +116,21 @@ def read_candidates(paths: Sequence[Path], alone: str) -> list[Candidate]:
             "%s is not among the runs, so nothing shows that a chosen model is better than training alone", alone
         )
     return candidates
+
+
+def _trained(runs: Iterable[Run], named: Sequence[Path]) -> list[Run]:
+    """Return the runs without those that trained nothing; RunError if one of those is named itself, or none is left."""
+    trained = []
+    for run in runs:
+        if run.path in named:
+            refuse_untrained(run.path)
+        if run.untrained:
+            log.warning("%s; it is left out", untrained_warning(run.path, run.summary))
+        else:
+            trained.append(run)
+    if not trained:
+        raise RunError(f"no run in {', '.join(map(str, named))} has trained anything")
+    return trained
 
 
 def check_measure(runs: Sequence[Run]) -> str:

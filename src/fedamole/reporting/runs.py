@@ -152,7 +152,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
             if folder.path == path or folder.finished:
                 runs.append(finished_run(folder))
             else:
-                warning = "%s is not finished and not shown; `fedamole resume %s` continues it"
+                warning = "%s is not finished and is left out; `fedamole resume %s` continues it"
                 log.warning(warning, folder.path, folder.path)
     if not runs:
         raise RunError(f"no finished run in {', '.join(map(str, paths))}")
