@@ -279,7 +279,7 @@ def test_ctrl_c_ends_server_and_clients_and_leaves_nothing_behind(living: Site) 
     command_of(living, "mood").gone()
     server = command_of(living, "server")
     assert server.interrupt() == 130
-    server.says(f"`fedamole server --resume {living.run}` goes on from the last finished round", 1)
+    server.says(f"continue from the last finished round with `fedamole server --resume {living.run}`", 1)
     server.gone()
     assert "Traceback" not in server.text
     killed(psutil.Process(command_of(living, "entail").process.pid))
