@@ -112,14 +112,21 @@ def cross_losses(bank: Bank, trained: Sequence[TrainingResult], clients: Sequenc
 
 
 def quality(similarities: Tensor, owners: Sequence[str]) -> tuple[float, float]:
-    """Return the share of clients whose nearest client is related, and the gap between related and other pairs."""
+    """Return the share of clients whose nearest client is related, and the gap between related and other pairs.
+
+    Each is NaN where it does not exist: without related pairs, and the gap also if all clients are related.
+    """
     values = similarities.clone().double()
     values.fill_diagonal_(-torch.inf)
     related = torch.tensor([[a == b for b in owners] for a in owners])
     has_relative = [i for i, owner in enumerate(owners) if owners.count(owner) > 1]
     actual = [owners[int(values[i].argmax())] == owners[i] for i in has_relative]
     others = ~torch.eye(len(owners), dtype=torch.bool)
-    gap = float(values[related & others].min() - values[~related].max()) if has_relative else float("nan")
+    gap = (
+        float(values[related & others].min() - values[~related].max())
+        if has_relative and not related.all()
+        else float("nan")
+    )
     return (100 * fmean(actual) if actual else float("nan")), gap
 
 

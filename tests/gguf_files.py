@@ -29,15 +29,19 @@ def write_gguf(
     architecture: str = "llama",
     quantised: bool = False,
     left_out: str = "",
+    layers: int | None = None,
     chat_template: str | None = None,
 ) -> Path:
-    """Write the Llama in `folder` as a GGUF file, without the tensors whose names contain `left_out`."""
+    """Write the Llama in `folder` as a GGUF file, without the tensors whose names contain `left_out`.
+
+    `layers` is the number of layers that the metadata names; by default the model's.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config, tokenizer = model.config, json.loads((folder / "tokenizer.json").read_text())
     writer = GGUFWriter(path, architecture)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(config.num_hidden_layers if layers is None else layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)

