@@ -20,7 +20,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn import functional as F
 
 from fedamole.config import load_config
 from fedamole.evaluation.likelihood import mean_losses
@@ -29,6 +28,7 @@ from fedamole.federation.local import LocalTask, fit
 from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.local_only import LocalOnly
+from fedamole.methods.shared.similarity import cosine_similarities
 from fedamole.model.bank import Bank
 from fedamole.model.batch import TokenPair, batches, token_losses
 from fedamole.model.params import Adapter, new_shared
@@ -40,11 +40,9 @@ Vectors = Mapping[str, Tensor]
 
 def similarity(parts: Vectors) -> Tensor:
     """Return the mean over parts of the cosines between centred vectors, (C, C)."""
-    cosines = []
-    for vectors in parts.values():
-        unit = F.normalize(vectors.double() - vectors.double().mean(0), dim=1)
-        cosines.append(unit @ unit.T)
-    return torch.stack(cosines).mean(0)
+    centred = [vectors.double() - vectors.double().mean(0) for vectors in parts.values()]
+    clients = [*zip(*centred, strict=True)]
+    return cosine_similarities(clients, clients)
 
 
 def hidden_means(bank: Bank, clients: Sequence[Sequence[TokenPair]]) -> tuple[Vectors, Vectors]:

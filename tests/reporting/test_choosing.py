@@ -16,7 +16,7 @@ from fedamole.comparison.records import as_records
 from fedamole.comparison.tables import build_tables
 from fedamole.errors import ConfigError, RunError
 from fedamole.reporting.choosing import Candidate, Choice, choose, read_candidates
-from fedamole.reporting.results import CHOSEN, gains, read_scenarios
+from fedamole.reporting.results import CHOSEN, gains, read_scenarios, runs_of
 
 ALONE = "local_only"
 TEST = {ALONE: {"a": 50.0, "b": 60.0}, "fedit": {"a": 40.0, "b": 80.0}}
@@ -255,7 +255,7 @@ def trials(tmp_path: Path) -> list[Any]:
 def test_chosen_is_a_row_of_a_comparison(trials: list[Any]) -> None:
     """Scores 50 and 80 with seed 0, 40 and 80 with seed 1; two runs of 200 tokens and 10 s each."""
     [plain] = read_scenarios(trials)
-    actual = scenario_with_chosen(plain, trials, ALONE, 0.0, no_error)
+    actual = scenario_with_chosen(plain, trials, runs_of(trials), ALONE, 0.0, no_error)
     tables = build_tables([actual], "fedit", chosen="chosen: so and so.", target=ALONE)
     lines = {line[0]: dict(zip(tables[0].head[1:], line[1:], strict=True)) for line in tables[0].body}
     assert list(lines) == ["base", "majority", ALONE, "fedit", CHOSEN]
@@ -285,7 +285,7 @@ def test_the_row_takes_no_star_from_a_method(tmp_path: Path) -> None:
         ):
             made.append(made_run(tmp_path / f"{method}{seed}", method, {method: [losses]}, {method: test}, seed=seed))
     [plain] = read_scenarios(made)
-    actual = scenario_with_chosen(plain, made, ALONE, 0.0, no_error)
+    actual = scenario_with_chosen(plain, made, runs_of(made), ALONE, 0.0, no_error)
     before, after = (build_tables([item], "fedit")[0].body for item in (plain, actual))
     assert after[:-1] == before
     assert not any("*" in cell for cell in after[-1])
@@ -293,11 +293,13 @@ def test_the_row_takes_no_star_from_a_method(tmp_path: Path) -> None:
 
 def test_a_seed_that_a_method_has_not_finished_has_no_row(trials: list[Any]) -> None:
     [plain] = read_scenarios(trials[:3])
-    actual = scenario_with_chosen(plain, trials[:3], ALONE, 0.0, no_error)
+    actual = scenario_with_chosen(plain, trials[:3], runs_of(trials[:3]), ALONE, 0.0, no_error)
     assert [result.seed for result in actual.methods[CHOSEN]] == [0]
     assert actual.label(CHOSEN) == "chosen (1 of 2 seeds)"
     [only] = read_scenarios([trials[0], trials[3]])
-    assert CHOSEN not in scenario_with_chosen(only, [trials[0], trials[3]], ALONE, 0.0, no_error).methods
+    assert (
+        CHOSEN not in scenario_with_chosen(only, [trials[0], trials[3]], runs_of(trials), ALONE, 0.0, no_error).methods
+    )
 
 
 def test_a_method_that_trained_nothing_is_no_candidate(tmp_path: Path, trials: list[Any]) -> None:
@@ -307,5 +309,5 @@ def test_a_method_that_trained_nothing_is_no_candidate(tmp_path: Path, trials: l
         for seed in (0, 1)
     ]
     [plain] = read_scenarios([*trials, *broken])
-    actual = scenario_with_chosen(plain, [*trials, *broken], ALONE, 0.0, no_error)
+    actual = scenario_with_chosen(plain, [*trials, *broken], runs_of([*trials, *broken]), ALONE, 0.0, no_error)
     assert [result.measures["score"] for result in actual.methods[CHOSEN]] == [65.0, 60.0]

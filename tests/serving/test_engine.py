@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from fedamole.data.chat import stop_ids
 from fedamole.errors import BaseModelError, ConfigError
 from fedamole.evaluation.generation import generate_answers
 from fedamole.model.bank import Bank
@@ -209,7 +208,6 @@ def test_an_answer_that_ends_by_itself_says_so(small: Callable[..., InferenceEng
     tokenizer = engine.bank.base.tokenizer
     end = next(token for token in request.generated if request.generated.index(token) > 1)
     tokenizer.add_special_tokens({"eos_token": tokenizer.convert_ids_to_tokens(end)})
-    stop_ids.cache_clear()
     engine = InferenceEngine(engine.bank, [mixture(engine.bank.base, seed) for seed in range(2)], Limits())
     engine.submit(GenerationRequest(0, (5, 6), 8), read_to_end)
     run_steps(engine)

@@ -2,8 +2,9 @@
 
 import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from fedamole.comparison.choice_table import explanation
 from fedamole.comparison.file import Comparison
@@ -11,8 +12,8 @@ from fedamole.errors import ConfigError
 from fedamole.evaluation.summary import over_clients
 from fedamole.personal.paired_losses import PairedErrors
 from fedamole.reporting.choosing import Choice, StandardError, candidate_of, check_measure, choose
-from fedamole.reporting.results import CHOSEN, Scenario, SeedResult, TrialResult
-from fedamole.reporting.runs import read_run
+from fedamole.reporting.results import CHOSEN, Scenario, SeedResult, TrialResult, runs_of
+from fedamole.reporting.runs import Run
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,9 @@ def with_chosen(comparison: Comparison, scenarios: Sequence[Scenario], margin: f
     results = []
     for scenario in scenarios:
         trials = [trial for trial in comparison.results() if trial.scenario == scenario.name]
-        measures.append(check_measure([read_run(path) for path in {trial.path for trial in trials}]))
-        results.append(scenario_with_chosen(scenario, trials, alone, margin, PairedErrors()))
+        runs = runs_of(trials)
+        measures.append(check_measure([*runs.values()]))
+        results.append(scenario_with_chosen(scenario, trials, runs, alone, margin, PairedErrors()))
     sentences = dict.fromkeys(explanation(measure, present, margin) for measure in measures)
     about = (
         f"{CHOSEN}: {' '.join(sentences)} Its steps, tokens, MiB and seconds are the sums over the runs of all methods."
@@ -47,6 +49,7 @@ def with_chosen(comparison: Comparison, scenarios: Sequence[Scenario], margin: f
 def scenario_with_chosen(
     scenario: Scenario,
     trials: Sequence[TrialResult],
+    runs: Mapping[Path, Run],
     alone: str,
     margin: float,
     standard_error: StandardError,
@@ -59,11 +62,11 @@ def scenario_with_chosen(
     Args:
         scenario: The scenario without the row.
         trials: Its finished trials.
+        runs: Their runs; see `runs_of`.
         alone: Method that stands for training alone.
         margin: See `choose`.
         standard_error: See `choose`.
     """
-    runs = {path: read_run(path) for path in dict.fromkeys(trial.path for trial in trials)}
     results = []
     for seed in scenario.seeds:
         of_seed = [trial for trial in trials if trial.seed == seed]

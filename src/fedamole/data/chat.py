@@ -136,7 +136,6 @@ def chat_template(tokenizer: "PreTrainedTokenizerBase") -> ChatTemplate:
     return ChatTemplate(tokenizer, text_encoder(tokenizer))
 
 
-@lru_cache(maxsize=4)
 def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     """Return the tokens that end an answer: end-of-sequence, and the end marker of the chat template if it differs."""
     end = None

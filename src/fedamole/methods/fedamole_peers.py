@@ -50,6 +50,8 @@ class Homes:
     """The expert that each client returned last, by client."""
     changes: Mapping[str, Mapping[str, Tensor]]
     """Change of B in each client's first training, by client and module."""
+    similarity: Mapping[str, Tensor]
+    """Similarity of each client that has a first change to all of them, sorted by name (C)."""
     weights: dict[str, dict[str, float]]
     """Weights of the experts that have chosen each client, by client and home; that of its own home is among them."""
 
@@ -131,7 +133,7 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
     @override
     def init(self, server: Server) -> Homes:
         lora = new_shared(server.shapes, self.rank, torch_generator(server.seed, "lora"))
-        return Homes(self._parts(lora)[1], {}, {}, {})
+        return Homes(self._parts(lora)[1], {}, {}, {}, {})
 
     @override
     def message(self, state: Homes, client: ClientInfo) -> PeerExpert:
@@ -149,25 +151,27 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
         }
         experts = {**state.experts, **{name: reply.tensors for name, reply in replies.items()}}
         changes = {**state.changes, **first}
-        weights = self.choose(changes, server.weights(self.weighting))
-        return replace(state, experts=experts, changes=changes, weights=weights)
+        similarity = similarities(changes) if first else state.similarity
+        weights = self.choose(similarity, server.weights(self.weighting))
+        return replace(state, experts=experts, changes=changes, similarity=similarity, weights=weights)
 
-    def choose(self, changes: Mapping[str, Tensors], sizes: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    def choose(self, similarity: Tensors, sizes: Mapping[str, float]) -> dict[str, dict[str, float]]:
         """Return the weights of the experts that choose each client, by client and home.
 
-        `changes` are the first changes by client, `sizes` the weights of the homes before similarity counts.
+        `similarity` is that of the state, `sizes` are the weights of the homes before similarity counts.
         """
-        names, similarity = sorted(changes), similarities(changes)
+        names = sorted(similarity)
+        cosines = [similarity[name].tolist() for name in names]
         chosen: dict[int, list[int]] = {i: [] for i in range(len(names))}
         for home in chosen:
-            order = sorted((i for i in chosen if i != home), key=lambda i: (-float(similarity[home, i]), i))
+            order = sorted((i for i in chosen if i != home), key=lambda i: (-cosines[home][i], i))
             for i in order[: self.expert_choices]:
-                if similarity[home, i] >= self.min_similarity:
+                if cosines[home][i] >= self.min_similarity:
                     chosen[i].append(home)
         weights = {}
         for i, homes in chosen.items():
-            nearest = max((float(similarity[i, home]) for home in homes), default=0.0)
-            shares = {home: math.exp((float(similarity[i, home]) - nearest) / self.temperature) for home in homes}
+            nearest = max((cosines[i][home] for home in homes), default=0.0)
+            shares = {home: math.exp((cosines[i][home] - nearest) / self.temperature) for home in homes}
             others = {names[home]: sizes[names[home]] * share for home, share in shares.items()}
             # A client knows its own expert. If one other had nearly all of the rest, the client could compute it.
             cap = min(sorted(others.values(), reverse=True)[: self.min_group - 1], default=0.0)
@@ -178,14 +182,14 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
     @override
     def assignment_log(self, state: Homes) -> Iterator[dict[str, Any]]:
         """Yield the experts of each client by the index of their home, with the similarity of home and client."""
-        names, similarity = sorted(state.weights), similarities(state.changes)
-        for i, name in enumerate(names):
+        names = sorted(state.weights)
+        for name in names:
             homes = sorted(names.index(home) for home in state.weights[name])
             yield {
                 "module": "all",
                 "client": name,
                 "experts": homes,
-                "relevance": [round(float(similarity[i, home]), 6) for home in homes],
+                "relevance": [round(float(state.similarity[name][home]), 6) for home in homes],
             }
 
     # client

@@ -155,15 +155,12 @@ def read_scenarios(trials: Sequence[TrialResult], target: str = "") -> list[Scen
     grouped: dict[str, list[TrialResult]] = {}
     for trial in trials:
         grouped.setdefault(trial.scenario, []).append(trial)
-    return [
-        scenario_of(
-            name,
-            of_scenario,
-            {path: read_run(path) for path in dict.fromkeys(trial.path for trial in of_scenario)},
-            target,
-        )
-        for name, of_scenario in grouped.items()
-    ]
+    return [scenario_of(name, of_scenario, runs_of(of_scenario), target) for name, of_scenario in grouped.items()]
+
+
+def runs_of(trials: Iterable[TrialResult]) -> dict[Path, Run]:
+    """Read the runs of trials, each once; see `read_run`."""
+    return {path: read_run(path) for path in dict.fromkeys(trial.path for trial in trials)}
 
 
 def scenario_of(name: str, trials: Sequence[TrialResult], runs: Mapping[Path, Run], target: str = "") -> Scenario:

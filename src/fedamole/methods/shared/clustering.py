@@ -5,27 +5,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
+
+from fedamole.methods.shared.similarity import cosine_similarities
 
 Distances = NDArray[np.float64]
 
 
 def cosine_distances(rows: Sequence[Sequence[Tensor]], columns: Sequence[Sequence[Tensor]]) -> Distances:
     """Return (rows, columns): the mean over modules of 1 - cosine similarity; an entry is a tensor per module."""
-    return np.array(
-        [
-            [
-                np.mean(
-                    [
-                        1 - float(F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0))
-                        for a, b in zip(row, column, strict=True)
-                    ]
-                )
-                for column in columns
-            ]
-            for row in rows
-        ]
-    )
+    distances: Distances = (1 - cosine_similarities(rows, columns)).numpy()
+    return distances
 
 
 def silhouette_clusters(distances: Distances, max_clusters: int) -> NDArray[np.int64]:
