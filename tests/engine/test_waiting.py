@@ -223,7 +223,7 @@ def test_a_join_that_takes_longer_than_the_pause_between_two_requests_counts(mon
     monkeypatch.setattr(timing, "REFUSED_SECONDS", 0.05)
     link = Slow()
     link.seconds = 0.2
-    there = engine(link, deadline=0.5, max_wait=0.6)
+    there = engine(link, deadline=0.5, max_wait=5.0, min_clients=3)
     assert there.wait_for_clients() == ["ann", "bob", "eve"]
     count = len(link.asked)
     assert 6 <= count <= 3 * timing.MAX_OPEN_JOINS
