@@ -105,6 +105,8 @@ def show_run_tables(console: Console, tables: Sequence[RunTable], with_clients: 
             last_client = number == len(body) - len(SUMMARY_LINES)
             table.add_row(*line, end_section=last_client, style="bold" if line[0] == "mean" else None)
         console.print(table)
+        if content.verdict:
+            console.print(content.verdict, style="bold", soft_wrap=True)
         for note in content.notes:
             console.print(note, soft_wrap=True)
 

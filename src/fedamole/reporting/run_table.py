@@ -10,6 +10,7 @@ from fedamole.federation.summary import stopped_early
 from fedamole.reporting.markdown import literal, literal_table
 from fedamole.reporting.runs import Run, untrained_warning
 from fedamole.reporting.significance import STAR, clear_best, deviation
+from fedamole.reporting.verdict import verdict
 from fedamole.reporting.work import short_count
 from fedamole.runs.run_files import BASE, MAJORITY
 
@@ -60,11 +61,14 @@ class RunTable:
     """A sentence for each run that stopped early; shown below the table."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """Labels of clients in the table, for those whose label is not their name."""
+    verdict: str = ""
+    """Whether the best method is better than training alone (see `verdict`); shown below the table."""
 
     def as_json(self) -> dict[str, object]:
         """Return the table for `--json`."""
         return {
             "seeds": list(self.seeds),
+            "verdict": self.verdict,
             "warnings": list(self.warnings),
             "notes": list(self.notes),
             "columns": {column.label: {"clients": column.clients, **column.lines} for column in self.columns},
@@ -93,7 +97,8 @@ def _run_table(runs: Sequence[Run]) -> RunTable:
     columns = tuple(_column(label, entries[label], clients) for label in order)
     warnings = tuple(filter(None, (untrained_warning(run.path, run.summary) for run in runs)))
     notes = tuple(f"{run.path} {text}" for run in runs if (text := stopped_early(run.summary)))
-    return RunTable(clients, columns, tuple(sorted({run.seed for run in runs})), warnings, notes, runs[0].labels)
+    seeds = tuple(sorted({run.seed for run in runs}))
+    return RunTable(clients, columns, seeds, warnings, notes, runs[0].labels, verdict(entries))
 
 
 def _column(label: str, entries: Sequence[tuple[Run, str]], clients: Sequence[str]) -> Column:
@@ -209,7 +214,8 @@ def _traffic(column: Column) -> str:
 
 
 def as_markdown(table: RunTable) -> str:
-    """Return the table in Markdown, with its warnings above it and its notes below it."""
+    """Return the table in Markdown, with its warnings above it, and its verdict and notes below it."""
     head, *body = as_text(table)
     warnings = "".join(f"**{literal(warning)}**\n\n" for warning in table.warnings)
-    return warnings + literal_table(head, body) + "".join(f"\n\n{literal(note)}" for note in table.notes)
+    below = [*filter(None, [table.verdict]), *table.notes]
+    return warnings + literal_table(head, body) + "".join(f"\n\n{literal(line)}" for line in below)

@@ -207,6 +207,7 @@ def _tested(finished: Sequence[RunData], models: Sequence[str]) -> Json:
     ]
     scenario = scenario_of("", trials, {data.run.path: data.run for data in finished})
     return {
+        "verdict": table.verdict,
         "test": {
             "head": head,
             "body": body,

@@ -28,6 +28,7 @@ function opening() {
   const count = data.clients.length, rounds = data.learning?.rounds;
   append(document.getElementById("top"),
     h("h1", { text: data.title }),
+    data.verdict ? h("p", { class: "verdict", text: data.verdict }) : null,
     h("p", { class: "soft", text: `${count} client${count === 1 ? "" : "s"}` + (rounds ? `, ${rounds} round${rounds === 1 ? "" : "s"}` : "") + ". " + summary() }),
     ...data.states.map((text) => h("p", { class: "state", text })),
     data.live ? follow() : null,
