@@ -11,6 +11,7 @@ from fedamole.methods.fdlora import FdLora
 from fedamole.methods.fedalt import FedAlt
 from fedamole.methods.fedamole import FedAmole
 from fedamole.methods.fedamole_peers import FedAmolePeers
+from fedamole.methods.fedawa import FedAwa
 from fedamole.methods.feddpa import FedDpa
 from fedamole.methods.fedex_lora import FedExLora
 from fedamole.methods.fedit import FedIT
@@ -64,6 +65,8 @@ METHODS = with_variants(
         # clusters and experts
         "ifca_lora": IfcaLora,
         "fedlease": FedLease,
+        # weights of clients
+        "fedawa": FedAwa,
         # classical personalisation
         "fedprox": FedProx,
         "ditto": Ditto,
