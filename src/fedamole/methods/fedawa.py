@@ -11,9 +11,9 @@ One round:
     4. The server averages the LoRAs with the new weights.
 The model of every client is the global LoRA, scored after the aggregation.
 Deviations: the parameters are those of LoRAs: the factors A and B that are averaged, or (`space = "change"`) the
-changes B A. Adam starts anew in each round, so that a step moves a logit by about the learning rate. Clients that do not
-reply keep their logits. Logits start at 0, or (`weighting = "examples"`) at the logarithm of the training examples; the
-released code takes the softmax of the shares themselves, which is nearly uniform.
+changes B A. Adam starts anew in each round, so that a step moves a logit by about the learning rate. Clients that do
+not reply keep their logits. Logits start at 0, or (`weighting = "examples"`) at the logarithm of the training examples;
+the released code takes the softmax of the shares themselves, which is nearly uniform.
 """
 
 from collections.abc import Mapping, Sequence
