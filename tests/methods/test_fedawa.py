@@ -76,6 +76,20 @@ def test_cosines_and_distances_by_hand(update_weight: float, value: float) -> No
     assert float(objective(inner, probabilities(0.25, 0.75), update_weight)) == pytest.approx(value)
 
 
+def test_the_cosine_is_that_of_the_parameters_not_of_the_vectors() -> None:
+    """w = (1, 0), w_1 = w, w_2 = (3, 4): cosines 1 and 3/5."""
+    inner = products((1.0, 0.0), (0.0, 0.0), (2.0, 4.0))
+    assert float(objective(inner, probabilities(0.5, 0.5), 0.0)) == pytest.approx(0.5 * 0.4)
+
+
+@pytest.mark.parametrize(("update_weight", "signs"), [(0.0, [1, -1, -1]), (10.0, [-1, 1, 1])])
+def test_both_terms_move_the_logits(update_weight: float, signs: list[int]) -> None:
+    """The first client stays at w, so that its cosine is 1; the two others agree, so that it is far from the mean."""
+    inner = products((1.0, 0.0), (0.0, 0.0), (0.0, 1.0), (0.0, 1.0))
+    logits = FedAwa(update_weight=update_weight).step(torch.zeros(3, 1, dtype=torch.float64), inner)
+    assert logits.sign().flatten().tolist() == signs
+
+
 def test_products_are_those_of_the_vectors() -> None:
     """Three clients with two modules of rank 2; the reference forms every change in full."""
     generator = torch.Generator().manual_seed(0)
