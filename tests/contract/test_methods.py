@@ -495,6 +495,8 @@ CHANGED: dict[str, Any] = {
     "update_weight": 0.0,
     "space": "change",
     "per_module": True,
+    "variance": 1.0,
+    "variance_estimate": "fitted",
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 

@@ -16,6 +16,7 @@ from fedamole.methods.feddpa import FedDpa
 from fedamole.methods.fedex_lora import FedExLora
 from fedamole.methods.fedit import FedIT
 from fedamole.methods.fedlease import FedLease
+from fedamole.methods.fedmap import FedMap
 from fedamole.methods.fedprompt import FedPrompt
 from fedamole.methods.fedprox import FedProx
 from fedamole.methods.fedptuning import FedPTuning
@@ -70,6 +71,7 @@ METHODS = with_variants(
         # classical personalisation
         "fedprox": FedProx,
         "ditto": Ditto,
+        "fedmap": FedMap,
         "fedrep": FedRep,
     }
 )
