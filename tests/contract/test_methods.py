@@ -490,6 +490,13 @@ CHANGED: dict[str, Any] = {
     "fallback": False,
     "min_group": 9,
     "temperature": 0.5,
+    "weight_learning_rate": 0.1,
+    "weight_steps": 3,
+    "update_weight": 0.0,
+    "space": "change",
+    "per_module": True,
+    "variance": 1.0,
+    "variance_estimate": "fitted",
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 

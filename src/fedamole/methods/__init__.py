@@ -11,10 +11,12 @@ from fedamole.methods.fdlora import FdLora
 from fedamole.methods.fedalt import FedAlt
 from fedamole.methods.fedamole import FedAmole
 from fedamole.methods.fedamole_peers import FedAmolePeers
+from fedamole.methods.fedawa import FedAwa
 from fedamole.methods.feddpa import FedDpa
 from fedamole.methods.fedex_lora import FedExLora
 from fedamole.methods.fedit import FedIT
 from fedamole.methods.fedlease import FedLease
+from fedamole.methods.fedmap import FedMap
 from fedamole.methods.fedprompt import FedPrompt
 from fedamole.methods.fedprox import FedProx
 from fedamole.methods.fedptuning import FedPTuning
@@ -64,9 +66,12 @@ METHODS = with_variants(
         # clusters and experts
         "ifca_lora": IfcaLora,
         "fedlease": FedLease,
+        # weights of clients
+        "fedawa": FedAwa,
         # classical personalisation
         "fedprox": FedProx,
         "ditto": Ditto,
+        "fedmap": FedMap,
         "fedrep": FedRep,
     }
 )

@@ -1,0 +1,76 @@
+"""Rounds of a method on clients of the bundled task, with its real base and text: for tests of behaviour."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fedamole.cli.options import bundled_config
+from fedamole.config import Config, load_config
+from fedamole.engine.in_process import InProcess
+from fedamole.experiment import Prepared, prepare, server_of, worker_of
+from fedamole.federation.progress import ProgressListener
+from fedamole.federation.record import pack, unpack
+from fedamole.model.bank import Bank
+from fedamole.runs.run_folder import RunFolder
+
+Replies = dict[str, Any]
+
+
+@dataclass
+class BundledRounds:
+    """Runs rounds of methods on the bundled base, which is loaded once."""
+
+    folder: Path
+    clients: tuple[str, ...]
+    runs: list[Path] = field(default_factory=list)
+
+    def config(self, method: str, rounds: int, overrides: Sequence[str] = ()) -> Config:
+        fixed = [f"method.name={method}", f"federation.rounds={rounds}", "run.device=cpu", "base.dtype=float32"]
+        scored_once = "evaluation.pre_aggregation=false"
+        return load_config(bundled_config("fedit"), [*fixed, scored_once, *overrides])
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        return prepare(self.config("fedit", 1))
+
+    @cached_property
+    def bank(self) -> Bank:
+        return Bank(self.prepared.base)
+
+    def __call__(
+        self,
+        method: str,
+        *overrides: str,
+        rounds: int,
+        changed: Callable[[Replies], Replies] = lambda replies: replies,
+        after_round: Callable[[Any], None] = lambda state: None,
+    ) -> dict[str, float]:
+        """Return each client's validation loss after some rounds.
+
+        `changed` replaces the replies of each round before they are aggregated; `after_round` gets the server's state.
+        """
+        config = self.config(method, rounds, overrides)
+        path = self.folder / f"run-{len(self.runs)}"
+        self.runs.append(path)
+        folder = RunFolder.create(path, "", "", method, self.prepared.base.identity)
+        worker = worker_of(config, self.bank, folder)
+        data = {name: self.prepared.clients[name] for name in self.clients}
+        engine = InProcess(worker, data, ProgressListener(), len(data))
+        server = server_of(config, self.prepared.base, engine.clients)
+        state = config.method.init(server)
+        for round_ in range(rounds):
+
+            def exchange(messages: Mapping[str, Any], round_: int = round_) -> Replies:
+                results = engine.update(round_, {name: pack(message) for name, message in messages.items()})
+                payloads = {name: result.payload for name, result in results.items() if result.payload is not None}
+                return changed(
+                    {name: unpack(config.method.records.reply, payload) for name, payload in payloads.items()}
+                )
+
+            state = config.method.round(replace(server, round=round_), state, engine.clients, exchange)
+            after_round(state)
+        sent = config.method.evaluates == "post_aggregation"
+        messages = {info.name: pack(config.method.message(state, info)) if sent else None for info in engine.clients}
+        return {name: scores["loss"] for name, scores in engine.evaluate(rounds - 1, method, messages).items()}
