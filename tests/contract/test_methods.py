@@ -330,10 +330,12 @@ def _no_embeddings(method: Some, adapter: Adapter) -> Mapping[str, MeanEmbedding
 
 def test_those_that_train_twice_are_known() -> None:
     names = {name.removesuffix("_ft") for name, method in METHODS.items() if method.budgets_differ}
-    assert names == {"ditto", "feddpa", "fedrep"}
+    assert names == {"adaptive_experts", "ditto", "feddpa", "fedrep"}
 
 
-@pytest.mark.parametrize("name", ["ditto", "feddpa", "fedrep", "fedrep_ft", "fedit", "fdlora", "fedamole"])
+@pytest.mark.parametrize(
+    "name", ["adaptive_experts", "ditto", "feddpa", "fedrep", "fedrep_ft", "fedit", "fdlora", "fedamole"]
+)
 def test_the_steps_that_a_run_reports_differ_where_the_method_says_so(name: str, runs: Any, facts: Any) -> None:
     """3 steps a round, or 3 for each of two trainings; tokens in proportion, as batches are of two rows each."""
     small = runs(name, "federation.rounds=1")
@@ -472,7 +474,7 @@ CHANGED: dict[str, Any] = {
     "ranks": ([1, 3],),
     "tail_weight": 5.0,
     "pruned_to": 0.2,
-    "clusters": 2,
+    "clusters": 4,
     "probe_examples": 1,
     "local_weight": 0.9,
     "instances": 1,
@@ -490,6 +492,8 @@ CHANGED: dict[str, Any] = {
     "fallback": False,
     "min_group": 9,
     "temperature": 0.5,
+    "exploration": ("inverse", "inverse_clusters"),
+    "epsilon": 1.0,
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 

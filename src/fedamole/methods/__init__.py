@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedamole.federation.method import Method
+from fedamole.methods.adaptive_experts import AdaptiveExperts
 from fedamole.methods.ditto import Ditto
 from fedamole.methods.fdlora import FdLora
 from fedamole.methods.fedalt import FedAlt
@@ -64,6 +65,7 @@ METHODS = with_variants(
         # clusters and experts
         "ifca_lora": IfcaLora,
         "fedlease": FedLease,
+        "adaptive_experts": AdaptiveExperts,
         # classical personalisation
         "fedprox": FedProx,
         "ditto": Ditto,
