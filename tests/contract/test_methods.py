@@ -111,6 +111,7 @@ def made(name: str, **parameters: Any) -> Some:
     """A small one."""
     fields = {field.name for field in dataclasses.fields(METHODS[name])}
     small = {"rank": 2, "alpha": 4.0, "virtual_tokens": 4, "encoder_hidden_size": 32, "fusion_trials": 10}
+    small |= {"review_every": 1, "coverage": 0.8}
     small["min_similarity"] = -1.0  # every client is similar to every other
     lists = {key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()}
     return METHODS[name](**{**{key: value for key, value in small.items() if key in fields}, **lists})
@@ -494,11 +495,23 @@ CHANGED: dict[str, Any] = {
     "temperature": 0.5,
     "exploration": ("inverse", "inverse_clusters"),
     "epsilon": 1.0,
+    "search_rounds": 2,
+    "search_experts": 6,
+    "coverage": 0.5,
+    "review_every": 9,
+    "drop_below": 1.0,
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 
 LONGER = {"fdlora": 3}
 """Rounds that show every hyper-parameter, where two do not: `sync_every` can be seen in round 2 first."""
+
+
+def _is_choice(method: type[Some], field: str, value: Any) -> bool:
+    """Whether a field can have this value; two methods may have a field of one name with different choices."""
+    hint = get_type_hints(method)[field]
+    return get_origin(hint) is not Literal or value in get_args(hint)
+
 
 FIELDS = [
     (name, field.name, value)
@@ -507,6 +520,7 @@ FIELDS = [
     for field in dataclasses.fields(method)
     if (name, field.name) != ("fedrep", "private_share")  # of two layers one is private whatever the share
     for value in (CHANGED[field.name] if isinstance(CHANGED[field.name], tuple) else (CHANGED[field.name],))
+    if _is_choice(method, field.name, value)
 ]
 
 

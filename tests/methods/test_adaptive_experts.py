@@ -2,30 +2,24 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.methods.bundled_rounds import bundled_rounds
 from tests.methods.by_hand import CallProbe, client, driven, full
 from tests.training import lora_spec
 
-from fedamole.cli.options import bundled_config
-from fedamole.config import load_config
-from fedamole.engine.in_process import InProcess
 from fedamole.errors import ConfigError
-from fedamole.experiment import prepare, server_of, worker_of
 from fedamole.federation.method import BaseInfo, ClientInfo, Server
-from fedamole.federation.progress import ProgressListener
-from fedamole.federation.record import pack, unpack
 from fedamole.methods.adaptive_experts import AdaptiveExperts, OwnMixture
 from fedamole.methods.fedit import FedIT
 from fedamole.methods.shared.cluster_loras import ClusterLora, Clusters
-from fedamole.model.bank import Bank
 from fedamole.model.mixer import LearnedRouter, mixer_linear
 from fedamole.model.params import Adapter, expert_keys, mixer_key, stack
 from fedamole.model.router import LinearAdapters
 from fedamole.model.segments import Segments
-from fedamole.runs.run_folder import RunFolder
 
 SHAPES = {"m": (2, 2)}
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
@@ -195,33 +189,17 @@ def test_invalid_values_are_refused(key: str, value: float, message: str) -> Non
         AdaptiveExperts(**dict[str, Any]({key: value}))
 
 
-@pytest.fixture(scope="module")
-def trained_clusters(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Which cluster each of the eight bundled clients trains in three rounds, for a value of epsilon."""
-
-    def train(epsilon: float) -> list[list[int]]:
-        settings = ["method.name=adaptive_experts", "method.clusters=3", f"method.epsilon={epsilon}"]
-        settings += ["training.local_steps=4", "method.probe_examples=12", "run.device=cpu"]
-        config = load_config(bundled_config("fedit"), settings)
-        prepared = prepare(config)
-        folder = RunFolder.create(tmp_path_factory.mktemp("run") / "run", "", "", "x", prepared.base.identity)
-        engine = InProcess(worker_of(config, Bank(prepared.base), folder), prepared.clients, ProgressListener(), 8)
-        server, method = server_of(config, prepared.base, engine.clients), config.method
-        state, rounds = method.init(server), list[list[int]]()
-        for round_ in range(3):
-            answers = engine.update(round_, {info.name: pack(method.message(state, info)) for info in server.clients})
-            replies = {name: unpack(ClusterLora, answer.payload or b"") for name, answer in answers.items()}
-            rounds.append([replies[name].cluster for name in sorted(replies)])
-            state = method.aggregate(server, state, replies)
-        return rounds
-
-    return train
-
-
-def test_no_cluster_starves_with_exploration(trained_clusters: Any) -> None:
+def test_no_cluster_starves_with_exploration(tmp_path: Path) -> None:
     """Real text: without exploration a cluster that falls behind in round 0 is never trained again."""
-    first, *greedy = trained_clusters(0.0)
-    assert set(first) == {0, 1, 2}, "each cluster is drawn at the start"
-    assert {cluster for round_ in greedy for cluster in round_} < {0, 1, 2}
-    _, *exploring = trained_clusters(0.3)
-    assert {cluster for round_ in exploring for cluster in round_} == {0, 1, 2}
+
+    def clusters_trained(epsilon: float) -> list[set[int]]:
+        settings = ["method.name=adaptive_experts", "method.clusters=3", f"method.epsilon={epsilon}"]
+        settings += ["training.local_steps=4", "method.probe_examples=12"]
+        rounds = bundled_rounds(tmp_path / str(epsilon), settings, 3)
+        return [{reply.cluster for reply in replies.values()} for _, replies in rounds]
+
+    first, *greedy = clusters_trained(0.0)
+    assert first == {0, 1, 2}, "each cluster is drawn at the start"
+    assert set().union(*greedy) < {0, 1, 2}
+    _, *exploring = clusters_trained(0.3)
+    assert set().union(*exploring) == {0, 1, 2}

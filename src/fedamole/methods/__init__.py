@@ -16,6 +16,7 @@ from fedamole.methods.feddpa import FedDpa
 from fedamole.methods.fedex_lora import FedExLora
 from fedamole.methods.fedit import FedIT
 from fedamole.methods.fedlease import FedLease
+from fedamole.methods.fedmoe import FedMoe
 from fedamole.methods.fedprompt import FedPrompt
 from fedamole.methods.fedprox import FedProx
 from fedamole.methods.fedptuning import FedPTuning
@@ -66,6 +67,7 @@ METHODS = with_variants(
         "ifca_lora": IfcaLora,
         "fedlease": FedLease,
         "adaptive_experts": AdaptiveExperts,
+        "fedmoe": FedMoe,
         # classical personalisation
         "fedprox": FedProx,
         "ditto": Ditto,

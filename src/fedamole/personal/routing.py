@@ -78,7 +78,7 @@ def experts_of(adapter: Adapter, client: str) -> dict[str, list[int]]:
         kind = "virtual tokens" if isinstance(adapter.spec, PromptSpec) else "a single LoRA"
         raise ConfigError(
             f"{client}'s model is {kind} and has no experts, so there is nothing to route. `fedamole explain` needs a "
-            "mixture of experts, such as those of fedamole, fedlease, adaptive_experts, fedalt and feddpa"
+            "mixture of experts, such as those of fedamole, fedmoe, fedlease, adaptive_experts, fedalt and feddpa"
         )
     return expert_ids(adapter.tensors)
 
