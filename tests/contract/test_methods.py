@@ -111,6 +111,7 @@ def made(name: str, **parameters: Any) -> Some:
     """A small one."""
     fields = {field.name for field in dataclasses.fields(METHODS[name])}
     small = {"rank": 2, "alpha": 4.0, "virtual_tokens": 4, "encoder_hidden_size": 32, "fusion_trials": 10}
+    small |= {"review_every": 1, "coverage": 0.8}
     small["min_similarity"] = -1.0  # every client is similar to every other
     lists = {key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()}
     return METHODS[name](**{**{key: value for key, value in small.items() if key in fields}, **lists})
@@ -330,10 +331,12 @@ def _no_embeddings(method: Some, adapter: Adapter) -> Mapping[str, MeanEmbedding
 
 def test_those_that_train_twice_are_known() -> None:
     names = {name.removesuffix("_ft") for name, method in METHODS.items() if method.budgets_differ}
-    assert names == {"ditto", "feddpa", "fedrep"}
+    assert names == {"adaptive_experts", "ditto", "feddpa", "fedrep"}
 
 
-@pytest.mark.parametrize("name", ["ditto", "feddpa", "fedrep", "fedrep_ft", "fedit", "fdlora", "fedamole"])
+@pytest.mark.parametrize(
+    "name", ["adaptive_experts", "ditto", "feddpa", "fedrep", "fedrep_ft", "fedit", "fdlora", "fedamole"]
+)
 def test_the_steps_that_a_run_reports_differ_where_the_method_says_so(name: str, runs: Any, facts: Any) -> None:
     """3 steps a round, or 3 for each of two trainings; tokens in proportion, as batches are of two rows each."""
     small = runs(name, "federation.rounds=1")
@@ -472,7 +475,7 @@ CHANGED: dict[str, Any] = {
     "ranks": ([1, 3],),
     "tail_weight": 5.0,
     "pruned_to": 0.2,
-    "clusters": 2,
+    "clusters": 4,
     "probe_examples": 1,
     "local_weight": 0.9,
     "instances": 1,
@@ -497,11 +500,25 @@ CHANGED: dict[str, Any] = {
     "per_module": True,
     "variance": 1.0,
     "variance_estimate": "fitted",
+    "exploration": ("inverse", "inverse_clusters"),
+    "epsilon": 1.0,
+    "search_rounds": 2,
+    "search_experts": 6,
+    "coverage": 0.5,
+    "review_every": 9,
+    "drop_below": 1.0,
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 
 LONGER = {"fdlora": 3}
 """Rounds that show every hyper-parameter, where two do not: `sync_every` can be seen in round 2 first."""
+
+
+def _is_choice(method: type[Some], field: str, value: Any) -> bool:
+    """Whether a field can have this value; two methods may have a field of one name with different choices."""
+    hint = get_type_hints(method)[field]
+    return get_origin(hint) is not Literal or value in get_args(hint)
+
 
 FIELDS = [
     (name, field.name, value)
@@ -510,6 +527,7 @@ FIELDS = [
     for field in dataclasses.fields(method)
     if (name, field.name) != ("fedrep", "private_share")  # of two layers one is private whatever the share
     for value in (CHANGED[field.name] if isinstance(CHANGED[field.name], tuple) else (CHANGED[field.name],))
+    if _is_choice(method, field.name, value)
 ]
 
 

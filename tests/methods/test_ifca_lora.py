@@ -11,7 +11,8 @@ from tests.methods.by_hand import CallProbe, client, driven, full
 
 from fedamole.errors import ConfigError
 from fedamole.federation.method import BaseInfo, Client, ClientInfo, Server
-from fedamole.methods.ifca_lora import Choice, ClusterLora, Clusters, IfcaLora
+from fedamole.methods.ifca_lora import Choice, IfcaLora
+from fedamole.methods.shared.cluster_loras import ClusterLora, Clusters
 from fedamole.model.params import Adapter
 
 SHAPES = {"m": (2, 2)}

@@ -189,6 +189,7 @@ def test_all_clients_into_a_file(fedamole: Callable[..., Any], runs: Any, tmp_pa
     [
         ("fedalt", ["its own", "the mean of the other clients"]),
         ("feddpa", ["its own", "shared by all clients"]),
+        ("adaptive_experts", ["its own", "a cluster's", "a cluster's"]),
         ("fedlease", None),
     ],
 )

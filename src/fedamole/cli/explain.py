@@ -58,7 +58,7 @@ def explain(
     """Show which experts of a client's mixture the tokens of a text use, and what each expert is for.
 
     RUN is a run's folder, or the adapter folder of one model. Only models with experts can be explained: those of
-    fedamole, fedlease, fedalt and feddpa. There are three modes:
+    fedamole, fedmoe, fedlease, adaptive_experts, fedalt and feddpa. There are three modes:
 
     A text (default): each token of a prompt and its answer, coloured by the expert with the largest weight. The prompt
     comes from --prompt or --set; without them, it is the client's first validation example.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedamole.federation.method import Method
+from fedamole.methods.adaptive_experts import AdaptiveExperts
 from fedamole.methods.ditto import Ditto
 from fedamole.methods.fdlora import FdLora
 from fedamole.methods.fedalt import FedAlt
@@ -17,6 +18,7 @@ from fedamole.methods.fedex_lora import FedExLora
 from fedamole.methods.fedit import FedIT
 from fedamole.methods.fedlease import FedLease
 from fedamole.methods.fedmap import FedMap
+from fedamole.methods.fedmoe import FedMoe
 from fedamole.methods.fedprompt import FedPrompt
 from fedamole.methods.fedprox import FedProx
 from fedamole.methods.fedptuning import FedPTuning
@@ -68,6 +70,8 @@ METHODS = with_variants(
         "fedlease": FedLease,
         # weights of clients
         "fedawa": FedAwa,
+        "adaptive_experts": AdaptiveExperts,
+        "fedmoe": FedMoe,
         # classical personalisation
         "fedprox": FedProx,
         "ditto": Ditto,

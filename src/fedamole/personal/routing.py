@@ -78,7 +78,7 @@ def experts_of(adapter: Adapter, client: str) -> dict[str, list[int]]:
         kind = "virtual tokens" if isinstance(adapter.spec, PromptSpec) else "a single LoRA"
         raise ConfigError(
             f"{client}'s model is {kind} and has no experts, so there is nothing to route. `fedamole explain` needs a "
-            "mixture of experts, such as those of fedamole, fedlease, fedalt and feddpa"
+            "mixture of experts, such as those of fedamole, fedmoe, fedlease, adaptive_experts, fedalt and feddpa"
         )
     return expert_ids(adapter.tensors)
 
@@ -88,9 +88,11 @@ def expert_roles(adapter: Adapter) -> dict[int, str]:
     spec = adapter.spec
     if isinstance(spec, PromptSpec) or isinstance(spec.router, EmbeddingRouter):
         return {}
+    ids = next(iter(expert_ids(adapter.tensors).values()))
     if OWN in adapter.fixed:
-        ids = next(iter(expert_ids(adapter.tensors).values()))
         return {ids[int(adapter.fixed[OWN].argmax())]: "its own cluster's"}
+    if len(ids) > 2:
+        return {expert: "a cluster's" if expert else "its own" for expert in ids}
     return {
         0: "its own",
         1: "shared by all clients" if isinstance(spec.router, InstanceWeights) else "the mean of the other clients",

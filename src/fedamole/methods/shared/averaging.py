@@ -11,7 +11,7 @@ from typing_extensions import override
 from fedamole.federation.method import ClientInfo, K, Method, Server, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.lora import LoraMethod
-from fedamole.model.params import Tensors, new_shared
+from fedamole.model.params import Tensors, expert_ids, expert_keys, new_shared
 
 
 def mean_by_key(replies: Mapping[str, Tensors], weights: Mapping[str, float], previous: Tensors) -> dict[str, Tensor]:
@@ -32,6 +32,28 @@ def mean_by_key(replies: Mapping[str, Tensors], weights: Mapping[str, float], pr
             total += replies[client][key].to(torch.float64) * weights[client]
         means[key] = (total / sum(weights[client] for client in clients)).to(first.dtype)
     return {**previous, **means}
+
+
+def mean_of_experts(
+    replies: Mapping[str, Tensors], weights: Mapping[str, Mapping[str, Tensor]], previous: Tensors
+) -> dict[str, Tensor]:
+    """Average domain experts, each with weights of its own; return the tensors of all experts of the pool.
+
+    `weights` (E) are by client and module. Clients with weight 0 do not count, and an expert that no client returned
+    with a weight above 0 keeps its value.
+    """
+    means = {}
+    for module, experts in expert_ids(previous).items():
+        for expert in experts:
+            keys = expert_keys(module, expert)
+            of_expert = {name: float(by_module[module][expert]) for name, by_module in weights.items()}
+            returned = {
+                name: {key: tensors[key] for key in keys if key in tensors}
+                for name, tensors in replies.items()
+                if of_expert[name] > 0
+            }
+            means |= mean_by_key(returned, of_expert, {key: previous[key] for key in keys})
+    return means
 
 
 @dataclass(frozen=True)
