@@ -490,6 +490,10 @@ CHANGED: dict[str, Any] = {
     "fallback": False,
     "min_group": 9,
     "temperature": 0.5,
+    "off_diagonal": 0.1,
+    "moments_every": 1,
+    "moments_examples": 1,
+    "moments_rank": 1,
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 
