@@ -21,6 +21,7 @@ FLOOR = {
     "assignment": 2,
     "data": 2,
     "evaluation": 3,
+    "merging": 3,
     "federation": 4,
     "methods": 5,
     "engine": 6,

@@ -507,6 +507,10 @@ CHANGED: dict[str, Any] = {
     "coverage": 0.5,
     "review_every": 9,
     "drop_below": 1.0,
+    "off_diagonal": 0.1,
+    "moments_every": 1,
+    "moments_examples": 1,
+    "moments_rank": 1,
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 

@@ -13,6 +13,7 @@ from fedamole.cli.doctor import doctor
 from fedamole.cli.explain import explain
 from fedamole.cli.export import export
 from fedamole.cli.health import health
+from fedamole.cli.merge import merge
 from fedamole.cli.options import Commands, run_command_line
 from fedamole.cli.plan import partition, plan
 from fedamole.cli.report import report
@@ -40,7 +41,7 @@ app = typer.Typer(
 
 PANELS = {
     "Experiments": (demo, run, resume, show, report, compare, choose, plan, partition, methods),
-    "Personal models": (personal.generate, personal.chat, explain, export, personal.adapt, serve),
+    "Personal models": (personal.generate, personal.chat, explain, export, merge, personal.adapt, serve),
     "Deployment": (server, client, certs, doctor, health, audit_log, simulate),
 }
 """The commands by their panel in `fedamole --help`."""

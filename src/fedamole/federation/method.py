@@ -206,7 +206,7 @@ class Method(ABC, Generic[S, D, K, U]):
     needs_embeddings: ClassVar[bool] = False
     """Whether the embedding split is read after each training (`TrainingResult.embeddings`)."""
     probes: ClassVar[bool] = False
-    """Whether a client's reply depends on `Client.probe` before training."""
+    """Whether a client's reply depends on `Client.probe`."""
     accepts_newcomers: ClassVar[bool] = False
     """Whether a client can join a finished run (`newcomer`); by default where all clients get the server state."""
     paper_steps: ClassVar[float] = 1.0

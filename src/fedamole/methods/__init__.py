@@ -31,6 +31,7 @@ from fedamole.methods.hetlora import HetLora
 from fedamole.methods.ifca_lora import IfcaLora
 from fedamole.methods.local_only import LocalOnly
 from fedamole.methods.pre_aggregation import pre_aggregation
+from fedamole.methods.regmean import RegMean
 
 MethodClass = type[Method[Any, Any, Any, Any]]
 
@@ -65,6 +66,8 @@ METHODS = with_variants(
         "flexlora": FlexLora,
         "hetlora": HetLora,
         "fedex_lora": FedExLora,
+        # merging
+        "regmean": RegMean,
         # clusters and experts
         "ifca_lora": IfcaLora,
         "fedlease": FedLease,

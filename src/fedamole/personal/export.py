@@ -106,7 +106,7 @@ def _export(
         )
     if settings.to == "merged":
         refuse_unmergeable(resident, personal.modules())
-    texts = _texts(model, resident, calibration, settings.tokens)
+    texts = texts_of(model, resident, calibration, settings.tokens)
     bank = Bank(resident)
     notify(f"fitting a LoRA to {model.client}'s model")
     lora, about = as_lora(bank, personal, texts, settings)
@@ -149,8 +149,8 @@ def _lossy_message(report: dict[str, Any]) -> str:
     )
 
 
-def _texts(model: SavedModel, base: Base, calibration: SourceSettings | None, max_tokens: int) -> Texts:
-    """The rows to fit on, with at most `max_tokens` tokens in total, and the rows to validate on."""
+def texts_of(model: SavedModel, base: Base, calibration: SourceSettings | None, max_tokens: int) -> Texts:
+    """Return the rows to fit on, with at most `max_tokens` tokens in total, and the rows to validate on."""
     training, evaluation, data, seed = TrainingSettings(), EvaluationSettings(), DataSettings(), 0
     own: Shard | None = None
     if model.run is not None:

@@ -6,9 +6,7 @@ M = C + ridge * mean(diag C) * I:
     W* = argmin_W  mean |delta(x) - W x|^2 + ridge * mean(diag C) * |W|^2  =  (Delta^T X / n) M^-1
 
 and among the maps of rank r the least of the same sum is the truncated SVD of W* M^(1/2), brought back by M^(-1/2): an
-error counts by how much of it the inputs can see. Any root does; with Cholesky's M = L L^T this is
-
-    U S V^T = W* L,    B = U_r S_r^(1/2),    A = S_r^(1/2) V_r^T L^-1.
+error counts by how much of it the inputs can see (`merging/low_rank.py`).
 
 Reduced-rank ridge regression: Mukherjee, Zhu, "Reduced rank ridge regression and its kernel extensions", 2011.
 """
@@ -17,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from fedamole.merging.low_rank import Svd, moment_root, padded, truncate
 from fedamole.model.moments import Moments
 
 
@@ -40,16 +38,11 @@ def best_lora(sums: Moments, rank: int, ridge: float) -> Factors:
     `ridge` is relative to the mean square of the inputs' numbers, and above 0: with fewer tokens than d_in it is what
     decides. Dimensions that neither inputs nor outputs have are filled with zeros.
     """
-    d_in, n = len(sums.xx), max(sums.tokens, 1)
-    penalty = ridge * max(float(sums.xx.trace()) / n / d_in, torch.finfo(torch.float32).tiny)
-    root = torch.linalg.cholesky(sums.xx / n + penalty * torch.eye(d_in, dtype=torch.float64, device=sums.xx.device))
+    n = max(sums.tokens, 1)
+    root = moment_root(sums.xx / n, ridge)
     # W* L = Delta^T X / n L^-T, transposed.
     weighted = torch.linalg.solve_triangular(root, sums.xy / n, upper=False)
-    u, s, v = torch.linalg.svd(weighted.T, full_matrices=False)
-    kept = min(rank, len(s))
-    b = u[:, :kept] * s[:kept].sqrt()
-    a = torch.linalg.solve_triangular(root, s[:kept].sqrt()[:, None] * v[:kept], upper=False, left=False)
+    a, b = truncate(Svd(*torch.linalg.svd(weighted.T, full_matrices=False)), rank, root)
     missed = sums.yy - 2 * (b.T @ sums.xy.T * a).sum() + ((b.T @ b) * (a @ sums.xx @ a.T)).sum()
     unexplained = float(missed.clamp(min=0) / sums.yy) if float(sums.yy) > 0 else 0.0
-    missing = rank - kept
-    return Factors(F.pad(a, (0, 0, 0, missing)).float().cpu(), F.pad(b, (0, missing)).float().cpu(), unexplained)
+    return Factors(*padded((a, b), rank), unexplained)

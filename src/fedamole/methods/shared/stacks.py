@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedamole.federation.method import ClientInfo
+from fedamole.merging.low_rank import product_svd
 from fedamole.model.params import Shapes, delta_key
 
 Change = Mapping[str, Mapping[str, Tensor]]
@@ -90,15 +91,13 @@ def stacked(
 def truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the best factors of a rank for the product B A (d_out, d_in) of stacks: A = V^T, B = U S, float32.
 
-    Computed from the R x R core of two QR decompositions in float64, without forming the product. If the product has
-    fewer dimensions than `rank`, the other columns of B are 0 and the other rows of A orthonormal to the first.
+    Computed in float64 without forming the product. If the product has fewer dimensions than `rank`, the other columns
+    of B are 0 and the other rows of A orthonormal to the first.
     """
-    q_b, r_b = torch.linalg.qr(b.double())
-    q_a, r_a = torch.linalg.qr(a.double().T)
-    u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    right, missing = q_a @ v.T, max(0, rank - len(s))
+    u, s, vt = product_svd(a, b)
+    right, missing = vt.T, max(0, rank - len(s))
     if missing:
         right = torch.cat([right, torch.linalg.qr(right, mode="complete").Q[:, right.shape[1] :]], dim=1)
     new_a = F.pad(right.T[:rank], (0, 0, 0, max(0, rank - right.shape[1])))
-    new_b = F.pad((q_b @ u * s)[:, :rank], (0, missing))
+    new_b = F.pad((u * s)[:, :rank], (0, missing))
     return new_a.float(), new_b.float()

@@ -1,0 +1,10 @@
+"""Fixtures: LoRAs trained apart on the bundled task."""
+
+import pytest
+from tests.methods.zoo import Zoo
+
+
+@pytest.fixture(scope="session")
+def zoo() -> Zoo:
+    """Three clients of three tasks."""
+    return Zoo.train(("hospital_north", "shop_house", "weather_coast"), 60)
