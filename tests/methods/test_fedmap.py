@@ -32,7 +32,7 @@ def prior(mean: float, variance: float) -> Prior:
 
 
 def estimate(value: float, loss: float) -> Estimate:
-    return Estimate(lora(value), {"loss": torch.tensor(loss, dtype=torch.float64)})
+    return Estimate(lora(value), {"likelihood": torch.tensor(exp(-loss), dtype=torch.float64)})
 
 
 def test_the_weights_follow_the_losses() -> None:
@@ -65,10 +65,15 @@ def test_the_mean_by_hand(weighting: Any, mean: float) -> None:
     assert after.variance == 1.0
 
 
-def test_a_client_cannot_claim_more_than_a_loss_of_0() -> None:
-    replies = {"a": estimate(2.0, -1e4), "b": estimate(2.0, 0.5)}
+def test_a_likelihood_is_at_most_1_whatever_a_client_claims() -> None:
+    replies = {"a": estimate(2.0, -100.0), "b": estimate(2.0, 0.5)}
     weights = FedMap().weights(SERVER, prior(2.0, 15.0), replies)
     assert weights["a"] == pytest.approx(1 / (1 + exp(-0.5)))
+
+
+def test_likelihoods_of_0_leave_even_weights() -> None:
+    replies = {name: estimate(2.0, 1e5) for name in "ab"}
+    assert FedMap().weights(SERVER, prior(2.0, 15.0), replies) == pytest.approx({"a": 0.5, "b": 0.5})
 
 
 def test_no_client_exceeds_the_largest_share_of_a_deployment() -> None:
@@ -89,7 +94,7 @@ def test_the_fitted_variance_by_hand() -> None:
 
 
 def test_a_client_trains_its_own_lora_near_the_mean() -> None:
-    """Sent a mean of 2 and a variance of 4, own LoRA 3, trained to 5: kept and returned, with its loss."""
+    """Sent a mean of 2 and a variance of 4, own LoRA 3, trained to 5: kept and returned, with its likelihood."""
     work = FedMap(rank=1).update(client(SHAPES, losses=(0.25,)), OwnLora(lora(3.0)), prior(2.0, 4.0))
     (request,), (client_state, reply, trained) = driven(work, lora(5.0))
     assert request.adapter.tensors[A].tolist() == [[3.0, 3.0]]
@@ -99,7 +104,7 @@ def test_a_client_trains_its_own_lora_near_the_mean() -> None:
     assert request.penalty.anchor[A].tolist() == [[2.0, 2.0]]
     for tensors in (client_state.tensors, reply.tensors, trained.adapter.tensors):
         assert tensors[A].tolist() == [[5.0, 5.0]]
-    assert float(reply.numbers["loss"]) == 0.25
+    assert float(reply.numbers["likelihood"]) == pytest.approx(exp(-0.25))
 
 
 def test_a_client_starts_from_the_mean() -> None:

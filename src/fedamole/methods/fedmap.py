@@ -4,19 +4,20 @@ MAP Optimization", 2024, https://arxiv.org/abs/2405.19000; the prior is that of 
 One round:
     1. The server sends the mean mu and the variance s^2 of a Gaussian prior over LoRAs to the selected clients.
     2. Each client continues to train its own LoRA theta, in its first round mu, with |theta - mu|^2 / (2 s^2) added to
-       its loss. It sends back theta and the mean loss l of theta on examples that it sets aside.
-    3. The server averages the LoRAs into the next mu, with weights proportional to exp(-l - |theta - mu|^2 / (2 s^2)).
+       its loss. It sends back theta and its likelihood exp(-l), where l is the mean loss on examples set aside.
+    3. The server averages the LoRAs into the next mu, with weights exp(-l) exp(-|theta - mu|^2 / (2 s^2)).
        With `variance_estimate = "fitted"` the next s^2 is the mean squared distance per value of the clients from the
        new mu, weighted by their training examples.
 The model of a client is its own theta.
 Deviations: the likelihood is that of examples set aside; in the released code it is that of the training data. The
-server computes the prior's part of a weight itself, and a loss below 0 counts as 0. The released code contains these
-weights and the fitted variance, but runs with weights by examples and a fixed variance. All clients start from the same
-random LoRA. The prior of the paper's second version, an input-convex neural network, is not implemented.
+server computes the prior's part of a weight itself, and a likelihood above 1 counts as 1. The released code contains
+these weights and the fitted variance, but runs with weights by examples and a fixed variance. All clients start from
+the same random LoRA. The prior of the paper's second version, an input-convex neural network, is not implemented.
 """
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from math import exp, log
 from typing import Literal
 
 import torch
@@ -55,7 +56,7 @@ class Estimate:
 
     tensors: Mapping[str, Tensor]
     numbers: Mapping[str, Tensor]
-    """loss: mean loss per answer token in nats on examples that are set aside, float64."""
+    """likelihood: exp(-l), where l is the mean loss per answer token on examples that are set aside, float64."""
 
 
 def squared_distance(tensors: Tensors, mean: Tensors) -> float:
@@ -72,12 +73,12 @@ class FedMap(LoraMethod[Prior, Prior, OwnLora, Estimate]):
     variance_estimate: Literal["fixed", "fitted"] = "fixed"
     """Whether the variance stays as it is, or is fitted to the clients' LoRAs in each round."""
     probe_examples: int = 64
-    """Largest number of examples on which a client computes the loss of its LoRA."""
+    """Largest number of examples on which a client computes the likelihood of its LoRA."""
     weighting: Literal["posterior", "examples", "uniform"] = "posterior"
     """Weight of a client in the mean: its posterior density, its training examples, or uniform."""
 
     paper = "Zhang et al., Bi-Level MAP Optimization (FedMAP), 2024, arXiv 2405.19000"
-    communicates = "one LoRA and a variance down, one LoRA and its loss up"
+    communicates = "one LoRA and a variance down, one LoRA and its likelihood up"
     stays_local = "the data"
     evaluates = "pre_aggregation"
     probes = True
@@ -120,10 +121,10 @@ class FedMap(LoraMethod[Prior, Prior, OwnLora, Estimate]):
         if self.weighting != "posterior":
             return server.weights(self.weighting)
         names = sorted(replies)
-        # A loss is at least 0, so that no client can claim any density.
+        # Limited, because a client may claim any number, and the logarithm of 0 is not finite.
         logarithms = torch.tensor(
             [
-                -max(0.0, float(replies[name].numbers["loss"]))
+                log(min(1.0, max(1e-300, float(replies[name].numbers["likelihood"]))))
                 - squared_distance(replies[name].tensors, state.tensors) / (2 * state.variance)
                 for name in names
             ],
@@ -153,7 +154,7 @@ class FedMap(LoraMethod[Prior, Prior, OwnLora, Estimate]):
     def reply(
         self, client: Client, client_state: OwnLora, message: Prior, trained: TrainingResult
     ) -> tuple[OwnLora, Estimate]:
-        """Keep the trained LoRA and return it with its loss on examples that are set aside."""
+        """Keep the trained LoRA and return it with its likelihood on examples that are set aside."""
         (loss,) = client.probe.losses([trained.adapter], self.probe_examples)
         tensors = trained.adapter.tensors
-        return OwnLora(tensors), Estimate(tensors, {"loss": torch.tensor(loss, dtype=torch.float64)})
+        return OwnLora(tensors), Estimate(tensors, {"likelihood": torch.tensor(exp(-loss), dtype=torch.float64)})
