@@ -42,7 +42,7 @@ def mean_of_experts(
     `weights` (E) are by client and module. Clients with weight 0 do not count, and an expert that no client returned
     with a weight above 0 keeps its value.
     """
-    means = {}
+    means: dict[str, Tensor] = {}
     for module, experts in expert_ids(previous).items():
         for expert in experts:
             keys = expert_keys(module, expert)
