@@ -21,6 +21,7 @@ from fedamole.methods.fedptuning import FedPTuning
 from fedamole.methods.fedrep import FedRep
 from fedamole.methods.fedsa_lora import FedSaLora
 from fedamole.methods.ffa_lora import FfaLora
+from fedamole.methods.flash import Flash
 from fedamole.methods.flexlora import FlexLora
 from fedamole.methods.flora import Flora
 from fedamole.methods.hetlora import HetLora
@@ -64,6 +65,8 @@ METHODS = with_variants(
         # clusters and experts
         "ifca_lora": IfcaLora,
         "fedlease": FedLease,
+        # selection of clients
+        "flash": Flash,
         # classical personalisation
         "fedprox": FedProx,
         "ditto": Ditto,
