@@ -5,22 +5,24 @@ One round:
     1. The server draws a linear model of rewards by Thompson sampling (`shared/bandit.py`) and selects the clients
        with the highest predicted rewards. With `federation.cohort = 1` all clients take part.
     2. It sends the global LoRA to the selected clients. Each trains it and sends it back with three numbers: the loss
-       of the LoRA on the examples that it sets aside, before and after training, and the tokens that it trained on.
-    3. The server averages the LoRAs. It stores a context for each client: its loss after training less the mean of the
-       round, the cosine distance of its update from the mean update, and its tokens. The fourth feature, the share of
-       the run's rounds since it last took part, is computed when it is needed.
-    4. From round 1 on it updates the linear model. The reward of a client is the loss that its training saved, for
-       each token, less the mean of the round, and at most 1 in size. Contexts are taken less their mean too.
+       on the examples that it sets aside, before and after training, and the tokens that it trained on.
+    3. The server averages the LoRAs and stores a context for each client that replied: its loss after training, the
+       cosine distance of its update from the mean update, and its tokens. A fourth feature is the share of the run's
+       rounds since the client was last asked.
+    4. From round 1 on it updates the linear model. The reward of a client is the fraction of its loss that training
+       saved, less the loss that remains, less `token_weight` times its tokens relative to the largest of all clients.
+       Rewards, clipped to [-1, 1], and contexts are taken less their means over the round.
 The model of every client is the global LoRA, scored after the aggregation.
-Deviations: context and reward are our choice, because those of the paper could not be had. Tokens stand for latency,
-because a run that measured time would not be the same after it is resumed. Local training has no noise-robust loss.
-Round 0 is not counted: in it every client, also one with wrong labels, learns the form of the answers. A client that
-never took part has the mean context. Clients report their losses themselves, so that one that lies is selected more.
+Deviations: the paper's context and reward could not be obtained, so they are our choice. Tokens stand for latency: a
+run that measured time would not be the same after it is resumed. Local training has no noise-robust loss. Round 0 is
+not counted: in it every client, also one with wrong labels, learns the form of the answers. A client that has not
+replied yet counts with the mean context.
+Limits: a client with a harder task looks like one with wrong labels, so the clients should have similar tasks. Clients
+report their own losses, so a dishonest one can be selected more often. A round with one client teaches nothing.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -37,10 +39,11 @@ from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.params import Adapter, Tensors, new_shared
 
 FEATURES = 4
-"""Features of a context: relative loss, distance of the update, relative tokens, time since the last participation."""
-MAX_LOSS, MAX_LOG_TOKENS = 20.0, 30.0
-"""Largest values that a report counts with."""
-TINY = 1e-6
+"""Features of a context: loss after training, distance of the update, relative tokens, time since last asked."""
+LARGEST = {"before": 20.0, "after": 20.0, "log_tokens": 30.0}
+"""Largest value that each number of a report counts with."""
+MIN_LOSS = 1e-6
+"""Smallest loss before training, by which the saved loss is divided."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Bandit:
     rewards: Mapping[str, Tensor]
     """The linear model of rewards: `precision` (4, 4) and `response` (4), float64."""
     contexts: Mapping[str, Tensor]
-    """By client that has answered: relative loss, distance of its update, logarithm of its tokens (3), float64."""
+    """By client that has replied: loss after training, distance of its update, log of its tokens (3), float64."""
     asked: dict[str, int]
     """Round in which a client was last asked to take part."""
 
@@ -63,17 +66,18 @@ class Report:
 
     tensors: Mapping[str, Tensor]
     numbers: Mapping[str, Tensor]
-    """`before` and `after`: mean loss in nats; `log_tokens`: log(1 + tokens trained on); all 0-dimensional."""
+    """`before` and `after`: mean loss in nats; `log_tokens`: log(1 + tokens trained on). 0-dimensional, as fractions of
+    `LARGEST`, because a deployment bounds the norm of a reply."""
 
 
 @dataclass(frozen=True)
 class Flash(LoraMethod[Bandit, SharedTensors, Nothing, Report]):
     """FedIT whose clients are selected by the rewards that a contextual bandit predicts."""
 
-    exploration: float = 0.3
+    exploration: float = 0.1
     """Standard deviation of the drawn linear model, as a multiple of that of its posterior; 0: its mean."""
     token_weight: float = 0.1
-    """Weight of a client's tokens in its reward."""
+    """Weight in a client's reward of its tokens, relative to the largest of all clients; 0: not counted."""
     probe_examples: int = 64
     """Largest number of examples on which a client computes its losses."""
     weighting: Weighting = "uniform"
@@ -91,6 +95,8 @@ class Flash(LoraMethod[Bandit, SharedTensors, Nothing, Report]):
         super().__post_init__()
         if not 0 <= self.exploration < float("inf"):
             raise ConfigError(f"method.exploration = {self.exploration}: must be a number of at least 0")
+        if not 0 <= self.token_weight < float("inf"):
+            raise ConfigError(f"method.token_weight = {self.token_weight}: must be a number of at least 0")
         if self.probe_examples < 1:
             raise ConfigError(f"method.probe_examples = {self.probe_examples}: must be at least 1")
 
@@ -120,19 +126,15 @@ class Flash(LoraMethod[Bandit, SharedTensors, Nothing, Report]):
         trained = {name: replies[name].tensors for name in names}
         tensors = mean_by_key(trained, server.weights(self.weighting), state.tensors)
         before, after, log_tokens = (
-            np.clip([float(replies[name].numbers[key]) for name in names], 0.0, largest)
-            for key, largest in (("before", MAX_LOSS), ("after", MAX_LOSS), ("log_tokens", MAX_LOG_TOKENS))
+            np.clip([float(replies[name].numbers[key]) for name in names], 0.0, 1.0) * largest
+            for key, largest in LARGEST.items()
         )
-        # All losses fall in a run. Those of a round are moved to the mean that is known of its clients, so that a
-        # context of an early round can be compared with one of a late round.
-        known = _features(server, state.contexts, state.asked, names)[:, 0]
-        losses = after - after.mean() + known.mean()
-        measured = np.stack([losses, _distances(trained, state.tensors), log_tokens], axis=1)
+        measured = np.stack([after, _distances(trained, state.tensors), log_tokens], axis=1)
         contexts = {**state.contexts, **{name: torch.tensor(row) for name, row in zip(names, measured, strict=True)}}
         rewards = state.rewards
         if server.round > 0:
             features = _features(server, contexts, state.asked, names)
-            earned = (before - after) / np.maximum(before, TINY) - after - self.token_weight * features[:, 2]
+            earned = (before - after) / np.maximum(before, MIN_LOSS) - after - self.token_weight * features[:, 2]
             model = LinearRewards(rewards["precision"].numpy(), rewards["response"].numpy())
             relative = features - features.mean(axis=0)
             rewards = _tensors(model.updated(relative, np.clip(earned - earned.mean(), -1.0, 1.0)))
@@ -152,11 +154,9 @@ class Flash(LoraMethod[Bandit, SharedTensors, Nothing, Report]):
         """Return the trained LoRA with its loss and that of the received one, on the same examples."""
         adapters = [self.adapter(client, client_state, message), trained.adapter]
         before, after = client.probe.losses(adapters, self.probe_examples)
-        # As a logarithm, because a large number would exceed the norm that a deployment allows for a reply.
         numbers = {"before": before, "after": after, "log_tokens": float(np.log1p(trained.tokens))}
-        return client_state, Report(
-            trained.adapter.tensors, {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
-        )
+        scaled = {key: torch.tensor(value / LARGEST[key], dtype=torch.float64) for key, value in numbers.items()}
+        return client_state, Report(trained.adapter.tensors, scaled)
 
 
 def _tensors(model: LinearRewards) -> dict[str, Tensor]:
