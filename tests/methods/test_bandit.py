@@ -22,6 +22,12 @@ def test_two_features_by_hand() -> None:
     assert model.mean() == pytest.approx([8 / 11, 10 / 11])
 
 
+def test_a_wider_prior_by_hand() -> None:
+    """With the precision 0.5 the mean after one reward of 1 is 1 / 1.5."""
+    model = LinearRewards.prior(1, 0.5).updated(np.ones((1, 1)), np.ones(1))
+    assert model.mean() == pytest.approx([2 / 3])
+
+
 def test_draws_have_the_mean_and_the_covariance_of_the_posterior() -> None:
     """The inverse of [[3, 2], [2, 5]] is [[5, -2], [-2, 3]] / 11."""
     model, rng = LinearRewards(np.array([[3.0, 2.0], [2.0, 5.0]]), np.array([4.0, 6.0])), np.random.default_rng(0)

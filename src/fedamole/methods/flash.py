@@ -6,9 +6,9 @@ One round:
        with the highest predicted rewards. With `federation.cohort = 1` all clients take part.
     2. It sends the global LoRA to the selected clients. Each trains it and sends it back with three numbers: the loss
        on the examples that it sets aside, before and after training, and the tokens that it trained on.
-    3. The server averages the LoRAs and stores a context for each client that replied: its loss after training, the
-       cosine distance of its update from the mean update, and its tokens. A fourth feature is the share of the run's
-       rounds since the client was last asked.
+    3. The server averages the LoRAs and stores a context for each client that replied: its loss after training
+       relative to that of other clients, the cosine distance of its update from the mean update, and its tokens. A
+       fourth feature is the share of the run's rounds since the client was last asked.
     4. From round 1 on it updates the linear model. The reward of a client is the fraction of its loss that training
        saved, less the loss that remains, less `token_weight` times its tokens relative to the largest of all clients.
        Rewards, clipped to [-1, 1], and contexts are taken less their means over the round.
@@ -39,7 +39,9 @@ from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.params import Adapter, Tensors, new_shared
 
 FEATURES = 4
-"""Features of a context: loss after training, distance of the update, relative tokens, time since last asked."""
+"""Features of a context: relative loss, distance of the update, relative tokens, time since the client was asked."""
+PRIOR_PRECISION = 0.1
+"""Below 1, because contexts and rewards are mostly well below 1 in size: with 1 a few rounds would teach too little."""
 LARGEST = {"before": 20.0, "after": 20.0, "log_tokens": 30.0}
 """Largest value that each number of a report counts with."""
 MIN_LOSS = 1e-6
@@ -55,7 +57,7 @@ class Bandit:
     rewards: Mapping[str, Tensor]
     """The linear model of rewards: `precision` (4, 4) and `response` (4), float64."""
     contexts: Mapping[str, Tensor]
-    """By client that has replied: loss after training, distance of its update, log of its tokens (3), float64."""
+    """By client that has replied: relative loss, distance of its update, log of its tokens (3), float64."""
     asked: dict[str, int]
     """Round in which a client was last asked to take part."""
 
@@ -74,7 +76,7 @@ class Report:
 class Flash(LoraMethod[Bandit, SharedTensors, Nothing, Report]):
     """FedIT whose clients are selected by the rewards that a contextual bandit predicts."""
 
-    exploration: float = 0.1
+    exploration: float = 0.05
     """Standard deviation of the drawn linear model, as a multiple of that of its posterior; 0: its mean."""
     token_weight: float = 0.1
     """Weight in a client's reward of its tokens, relative to the largest of all clients; 0: not counted."""
@@ -104,7 +106,7 @@ class Flash(LoraMethod[Bandit, SharedTensors, Nothing, Report]):
     @override
     def init(self, server: Server) -> Bandit:
         lora = new_shared(server.shapes, self.rank, torch_generator(server.seed, "lora"))
-        return Bandit(lora, _tensors(LinearRewards.prior(FEATURES)), {}, {})
+        return Bandit(lora, _tensors(LinearRewards.prior(FEATURES, PRIOR_PRECISION)), {}, {})
 
     @override
     def select(self, server: Server, state: Bandit, available: Sequence[ClientInfo], count: int) -> Sequence[str]:
@@ -129,7 +131,11 @@ class Flash(LoraMethod[Bandit, SharedTensors, Nothing, Report]):
             np.clip([float(replies[name].numbers[key]) for name in names], 0.0, 1.0) * largest
             for key, largest in LARGEST.items()
         )
-        measured = np.stack([after, _distances(trained, state.tensors), log_tokens], axis=1)
+        # All losses fall during a run. Those of a round are moved to the mean that is known of its clients, so that
+        # contexts of different rounds can be compared; otherwise a client that was seen early looks bad for ever.
+        known = _features(server, state.contexts, state.asked, names)[:, 0]
+        losses = after - after.mean() + known.mean()
+        measured = np.stack([losses, _distances(trained, state.tensors), log_tokens], axis=1)
         contexts = {**state.contexts, **{name: torch.tensor(row) for name, row in zip(names, measured, strict=True)}}
         rewards = state.rewards
         if server.round > 0:

@@ -1,8 +1,8 @@
 """Thompson sampling with a linear model of rewards: Agrawal, Goyal, "Thompson Sampling for Contextual Bandits with
 Linear Payoffs", ICML 2013, https://arxiv.org/abs/1209.3352.
 
-The expected reward of an arm with the context x (q) is theta . x, with the prior theta ~ N(0, I). After contexts X
-(n, q) with rewards y (n), theta is normal with the mean A^-1 b, where A = I + X^T X and b = X^T y.
+The expected reward of an arm with the context x (q) is theta . x, with the prior theta ~ N(0, I / p). After contexts X
+(n, q) with rewards y (n), theta is normal with the mean A^-1 b, where A = p I + X^T X and b = X^T y.
 """
 
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ class LinearRewards:
     """b (q)."""
 
     @staticmethod
-    def prior(size: int) -> "LinearRewards":
-        """Return the model of q = `size` features before any reward."""
-        return LinearRewards(np.eye(size), np.zeros(size))
+    def prior(size: int, precision: float = 1.0) -> "LinearRewards":
+        """Return the model of q = `size` features before any reward; `precision` is p, above 0."""
+        return LinearRewards(precision * np.eye(size), np.zeros(size))
 
     def updated(self, contexts: Array, rewards: Array) -> "LinearRewards":
         """Return the model after more contexts (n, q) with their rewards (n)."""
