@@ -55,6 +55,8 @@ class Plan:
     clients_per_round: int
     exposure: tuple[str, ...]
     """What others can compute from what is sent, in sentences."""
+    label_noise: dict[str, float]
+    """By source with wrong answers on purpose: their fraction of the training and embedding examples."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def planned(config: Config, base: Base, clients: Mapping[str, ClientData]) -> Pl
         rounds=config.federation.rounds,
         clients_per_round=_cohort(config, len(infos)),
         exposure=tuple(exposure(config, len(infos), rows, base.shapes)),
+        label_noise=config.data.noise(),
     )
 
 
@@ -135,6 +138,7 @@ def planned_without_data(
         rounds=config.federation.rounds,
         clients_per_round=_cohort(config, len(infos)),
         exposure=tuple(exposure(config, len(infos), shapes=base.shapes)),
+        label_noise=config.data.noise(),
         assumed=assumed,
         base_mib=held,
         mib_per_client=each,

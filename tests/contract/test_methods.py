@@ -75,7 +75,7 @@ class Shop:
         (done,) = fit(self.bank, [task], training, seed=self.seed, round_=round_, fit_index=turn)
         assert isinstance(done, TrainingResult)
         means = embed(self.bank, [data.embedding.pairs()], 4096)[0] if method.needs_embeddings else {}
-        return TrainingResult(done.adapter, done.steps, done.loss, means)
+        return TrainingResult(done.adapter, done.steps, done.loss, means, done.tokens)
 
     def update(
         self, method: Some, client_state: Any, message: Any, name: str, round_: int
@@ -406,6 +406,19 @@ def test_replies_in_any_order_give_the_same_state(name: str, shop: Shop, replied
 
 
 @every_training
+def test_clients_are_selected_among_those_available_and_repeatably(name: str, shop: Shop, replied: Any) -> None:
+    method, state, _, _ = replied(name)
+    restored = unpack(method.records.state, pack(state))
+    for round_, count in itertools.product((0, 1, 5), (1, 2, 3)):
+        available = shop.server().clients[1:]
+        names = list(method.select(shop.server(round_), state, available, count))
+        assert 1 <= len(names) <= count
+        assert len(set(names)) == len(names)
+        assert set(names) <= {client.name for client in available}
+        assert names == list(method.select(shop.server(round_), restored, available, count))
+
+
+@every_training
 def test_any_replies_may_be_missing(name: str, shop: Shop, replied: Any) -> None:
     method, state, client_state, replies = replied(name)
     for count in range(1, len(replies)):
@@ -500,7 +513,7 @@ CHANGED: dict[str, Any] = {
     "per_module": True,
     "variance": 1.0,
     "variance_estimate": "fitted",
-    "exploration": ("inverse", "inverse_clusters"),
+    "epsilon_schedule": ("inverse", "inverse_clusters"),
     "epsilon": 1.0,
     "search_rounds": 2,
     "search_experts": 6,
@@ -511,6 +524,8 @@ CHANGED: dict[str, Any] = {
     "moments_every": 1,
     "moments_examples": 1,
     "moments_rank": 1,
+    "exploration": 5.0,
+    "token_weight": 3.0,
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 
@@ -562,7 +577,7 @@ def test_choices_are_checked(name: str, tiny: Path) -> None:
 
 @pytest.fixture(scope="module")
 def outcome(shop: Shop) -> Callable[..., list[bytes]]:
-    """Everything that the first rounds of a method produce, packed; made once per setting."""
+    """Everything that the first rounds of a method produce, packed, and whom it selects next; made once per setting."""
     known: dict[str, list[bytes]] = {}
 
     def run(name: str, **parameters: Any) -> list[bytes]:
@@ -577,7 +592,14 @@ def outcome(shop: Shop) -> Callable[..., list[bytes]]:
                 message = method.message(state, info)
                 model = method.personal(shop.client(info.name, 1), client_state[info.name], message, None)
                 records += [] if model is None else [model]
-            known[repr((name, method))] = [*(pack(record) for record in records), *(b"%d" % count for count in probed)]
+            clients = shop.server().clients
+            selected = [
+                selected_name.encode()
+                for round_ in range(2, 22)
+                for selected_name in method.select(shop.server(round_), state, clients, len(clients) // 2)
+            ]
+            counts = [b"%d" % count for count in probed]
+            known[repr((name, method))] = [*(pack(record) for record in records), *selected, *counts]
         return known[repr((name, method))]
 
     return run

@@ -111,7 +111,9 @@ def test_another_template_is_noticed(folder: Path) -> None:
     stored = load_federation(DataSettings((BETA,)), folder).manifest
     columns = {"prompt": "instruction", "completion": "response"}
     other = DataSettings((replace(BETA, template="plain", columns=columns),))
-    with pytest.raises(DataError, match=r"client 'beta-00', split 'train': .* the template or its options changed"):
+    with pytest.raises(
+        DataError, match=r"client 'beta-00', split 'train': .* the template, its options or label_noise changed"
+    ):
         load_federation(other, folder, stored)
 
 

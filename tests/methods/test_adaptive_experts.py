@@ -43,7 +43,7 @@ def chosen(method: AdaptiveExperts, losses: tuple[float, ...], round_: int = 0) 
 
 
 @pytest.mark.parametrize(
-    ("exploration", "count", "round_", "expected"),
+    ("epsilon_schedule", "count", "round_", "expected"),
     [
         ("constant", 2, 3, 0.1),
         ("inverse", 2, 0, 1.0),
@@ -53,8 +53,8 @@ def chosen(method: AdaptiveExperts, losses: tuple[float, ...], round_: int = 0) 
         ("inverse_clusters", 4, 0, 1.0),
     ],
 )
-def test_the_schedules_by_hand(exploration: Any, count: int, round_: int, expected: float) -> None:
-    method = AdaptiveExperts(clusters=count, exploration=exploration)
+def test_the_schedules_by_hand(epsilon_schedule: Any, count: int, round_: int, expected: float) -> None:
+    method = AdaptiveExperts(clusters=count, epsilon_schedule=epsilon_schedule)
     assert method.exploration_rate(round_) == pytest.approx(expected)
 
 

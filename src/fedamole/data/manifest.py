@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fedamole.data.drawing import SourceData, draw_clients, examples_of, open_source
 from fedamole.data.examples import Example, Shard
+from fedamole.data.label_noise import Splits, with_label_noise
 from fedamole.data.settings import DataSettings
 from fedamole.data.sources import Table, digest
 from fedamole.data.splits import ClientRows
@@ -199,7 +200,8 @@ def _draw(settings: DataSettings, sources: Mapping[str, SourceData]) -> Federati
                     f"client {client.client!r} is in source {records[client.client].source!r} and in source {name!r}; "
                     "rename one of the sources"
                 )
-            examples = examples_of(data, client)
+            noise, seed = data.source.label_noise, settings.partition_seed
+            examples = with_label_noise(examples_of(data, client), noise, seed, client.client)
             records[client.client] = _record(client, name, examples)
             shards[client.client] = Shard(client.client, **examples)
     checked_names(shards, "clients of data.source", ConfigError)
@@ -230,9 +232,7 @@ def _reproduce(settings: DataSettings, sources: Mapping[str, SourceData], manife
     shards: list[Shard] = []
     for client in manifest.clients:
         data = sources[client.source]
-        splits = {split: getattr(client, split) for split in SPLITS}
-        examples = {split: _examples(data, client, split, record) for split, record in splits.items()}
-        shards.append(Shard(client.client, **examples))
+        shards.append(Shard(client.client, **_stored_examples(data, client, manifest.partition_seed)))
     notes = [
         f"data.{key} = {value!r} in the config has no effect: the manifest was drawn with "
         f"{manifest.settings.get(key)!r}"
@@ -252,6 +252,8 @@ def drawn_with(settings: DataSettings) -> dict[str, Any]:
         source.name: {
             "template": source.template,
             "limit": source.limit,
+            # Only where there is noise, so that a manifest of an earlier version is still drawn with the same settings.
+            **({"label_noise": source.label_noise} if source.label_noise else {}),
             "partition": {key: value for key, value in asdict(source.partition).items() if value is not None},
         }
         for source in settings.source
@@ -316,7 +318,23 @@ def _check_table(source: str, table: Table | None, record: TableRecord | None) -
         )
 
 
-def _examples(data: SourceData, client: ClientRecord, split: str, record: SplitRecord) -> tuple[Example, ...]:
+def _stored_examples(data: SourceData, client: ClientRecord, seed: int) -> Splits:
+    """Return the examples of a stored client by split; DataError if they are not those that were stored."""
+    records: dict[str, SplitRecord] = {split: getattr(client, split) for split in SPLITS}
+    clean = {split: _clean_examples(data, client, split, record) for split, record in records.items()}
+    examples = with_label_noise(clean, data.source.label_noise, seed, client.client)
+    for split, record in records.items():
+        if _digest(examples[split]) != record.sha256:
+            raise DataError(
+                f"manifest: client {client.client!r}, split {split!r}: the hash of its examples does not match, though "
+                f"the data of source {data.source.name!r} are the same: the template, its options or label_noise "
+                "changed, or the manifest was edited; restore them, or remove data.manifest to draw a new partition"
+            )
+    return examples
+
+
+def _clean_examples(data: SourceData, client: ClientRecord, split: str, record: SplitRecord) -> tuple[Example, ...]:
+    """Return the examples of a stored split as they are in the data; DataError if a row does not exist."""
     where = f"manifest: client {client.client!r}, split {split!r}"
     try:
         count = len(data.table(record.table).rows)
@@ -326,11 +344,4 @@ def _examples(data: SourceData, client: ClientRecord, split: str, record: SplitR
     if invalid:
         raise DataError(f"{where} has row {invalid[0]}, the table has rows 0 to {count - 1}; the file is damaged")
     rendered = [data.example(record.table, row) for row in record.rows]
-    examples = tuple(example for example in rendered if example is not None)
-    if _digest(examples) != record.sha256:
-        raise DataError(
-            f"{where}: the hash of its examples does not match, though the data of source {client.source!r} are the "
-            "same: the template or its options changed, or the manifest was edited; restore them, or remove "
-            "data.manifest to draw a new partition"
-        )
-    return examples
+    return tuple(example for example in rendered if example is not None)

@@ -90,6 +90,10 @@ class SourceSettings:
     limit: int | None = None
     """Maximum number of rows to use, at least 1, sampled with `data.partition_seed`. An official test set is used
     completely. Unset: all rows."""
+    label_noise: float = 0.0
+    """Fraction of each client's training and embedding examples that get a wrong answer on purpose, for experiments: 0
+    to 1, drawn with `data.partition_seed`. The wrong answer is another option, or in free text the answer of another
+    example. Validation and test stay as they are. Not allowed for `fedamole server`."""
     partition: PartitionSettings = PartitionSettings()
     """How the rows are divided among clients; see `[data.source.partition]`."""
 
@@ -121,6 +125,8 @@ class SourceSettings:
                 raise ConfigError(f"{key}.{name} = {getattr(self, name)!r}: not used with {kind}; remove this key")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"{key}.limit = {self.limit}: must be at least 1; remove this key to use all rows")
+        if not 0 <= self.label_noise <= 1:
+            raise ConfigError(f"{key}.label_noise = {self.label_noise}: must be a fraction between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -184,3 +190,7 @@ class DataSettings:
                 raise ConfigError(f"data.templates.{name}: a built-in template has this name; choose another name")
         for source in self.source:
             check_name(source.template, self.templates)
+
+    def noise(self) -> dict[str, float]:
+        """Return `label_noise` by source, without sources that have none."""
+        return {source.name: source.label_noise for source in self.source if source.label_noise}

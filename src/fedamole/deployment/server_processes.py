@@ -16,6 +16,7 @@ from typing import Any
 import tomli_w
 
 from fedamole.config import Config, load_config
+from fedamole.data.settings import DataSettings
 from fedamole.deployment.flower.command_allowlist import SERVERAPP, allow_only
 from fedamole.deployment.flower.control import Control
 from fedamole.deployment.flower.superlink import CONTROL, GATEWAY
@@ -113,12 +114,22 @@ def prepare_folder(config: Config, folder: Path, one_owner: bool = False) -> Non
             'deployment.clients is empty: list the organisations, e.g. deployment.clients = ["hospital-a", "bank-b"]'
         )
     if not one_owner:
+        refuse_label_noise(config.data)
         config = replace(config, method=config.method.for_deployment())
     config.method.check(len(config.deployment.clients))
     variants_of(config)
     RunFolder(folder).refuse_existing()
     config = resolved(replace(config, run=replace(config.run, device="cpu")), folder.resolve())
     write_atomic(folder / SERVER / SETTINGS, tomli_w.dumps(config.tables()))
+
+
+def refuse_label_noise(data: DataSettings) -> None:
+    """Raise ConfigError if a source has label noise: organisations train on their own answers, as they are."""
+    for name, share in data.noise().items():
+        raise ConfigError(
+            f"data.source[{name}].label_noise = {share}: is for experiments in a simulation; a deployment trains on "
+            "the organisations' own data as they are, so remove this key"
+        )
 
 
 class ServerProcesses:

@@ -25,6 +25,7 @@ from fedamole.methods.fedptuning import FedPTuning
 from fedamole.methods.fedrep import FedRep
 from fedamole.methods.fedsa_lora import FedSaLora
 from fedamole.methods.ffa_lora import FfaLora
+from fedamole.methods.flash import Flash
 from fedamole.methods.flexlora import FlexLora
 from fedamole.methods.flora import Flora
 from fedamole.methods.hetlora import HetLora
@@ -71,10 +72,11 @@ METHODS = with_variants(
         # clusters and experts
         "ifca_lora": IfcaLora,
         "fedlease": FedLease,
-        # weights of clients
-        "fedawa": FedAwa,
         "adaptive_experts": AdaptiveExperts,
         "fedmoe": FedMoe,
+        # weights and selection of clients
+        "fedawa": FedAwa,
+        "flash": Flash,
         # classical personalisation
         "fedprox": FedProx,
         "ditto": Ditto,

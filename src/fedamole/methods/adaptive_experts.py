@@ -51,7 +51,7 @@ class AdaptiveExperts(ClusteredLora[OwnMixture]):
 
     clusters: int = 2
     """Number of clusters J, at least 2 (the authors' configurations: 2)."""
-    exploration: Literal["constant", "inverse", "inverse_clusters"] = "constant"
+    epsilon_schedule: Literal["constant", "inverse", "inverse_clusters"] = "constant"
     """Probability with which a client draws its cluster in round t = 0, 1, ...: constant, `epsilon`; inverse,
     1 / (t + 1); inverse_clusters, 1 / (t + 1)^(2 / J)."""
     epsilon: float = 0.1
@@ -73,9 +73,9 @@ class AdaptiveExperts(ClusteredLora[OwnMixture]):
 
     def exploration_rate(self, round_: int) -> float:
         """Return the probability with which a client draws its cluster in a round, counted from 0."""
-        if self.exploration == "constant":
+        if self.epsilon_schedule == "constant":
             return self.epsilon
-        power = 1.0 if self.exploration == "inverse" else 2 / self.clusters
+        power = 1.0 if self.epsilon_schedule == "inverse" else 2 / self.clusters
         return float((round_ + 1) ** -power)
 
     @override

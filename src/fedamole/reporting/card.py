@@ -18,6 +18,7 @@ from fedamole.model.adapter_files import read_config
 from fedamole.model.pretrained import read_identity
 from fedamole.received.names import quoted
 from fedamole.reporting.markdown import code, literal, table
+from fedamole.reporting.runs import label_noise
 from fedamole.runs.adapter_folder import CARD, IDENTITY
 from fedamole.runs.adapter_folder import CONFIG as ADAPTER_CONFIG
 from fedamole.runs.identity import BUNDLED
@@ -91,7 +92,7 @@ def card(
             ],
         )
         + f"\n\nThe hashes are computed by fedamole and are in `{IDENTITY}` too. The model works on this base only.",
-        f"## Data\n\n{_data(client, summary, variant)}",
+        f"## Data\n\n{_data(config, client, summary, variant)}",
         f"## Method\n\n{_method(about['method'], config)}",
         f"## Test scores\n\n{_scores(config, summary, name, variant)}",
         f"## Load it\n\n{_load(public, bundled, mixture)}",
@@ -130,12 +131,18 @@ def _introduction(about: Json, config: Json, summary: Json, name: str, variant: 
     )
 
 
-def _data(client: ClientRecord, summary: Json, variant: str) -> str:
+def _data(config: Json, client: ClientRecord, summary: Json, variant: str) -> str:
     scores = summary["rows"][variant]["clients"].get(client.client, {})
     kind = "answers chosen from a closed list" if "accuracy" in scores else "answers in free text"
     rows = [(split, str(len(getattr(client, split).rows))) for split in SPLITS]
-    return f"The client's own data, which are not in this folder: prompts with {kind}.\n\n" + table(
-        ("split", "examples"), rows
+    share = label_noise(config).get(client.source, 0.0)
+    noise = (
+        f" **For an experiment, {share:.0%} of the answers of the training and the embedding split are wrong on "
+        "purpose** (`label_noise` of its data source)."
+    )
+    return (
+        f"The client's own data, which are not in this folder: prompts with {kind}.{noise if share else ''}\n\n"
+        + table(("split", "examples"), rows)
     )
 
 

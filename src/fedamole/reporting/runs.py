@@ -111,6 +111,12 @@ def run_with_summary(folder: RunFolder, summary: dict[str, Any]) -> Run:
     return Run(folder.path, folder.tables(), partition, summary, labels)
 
 
+def label_noise(config: dict[str, Any]) -> dict[str, float]:
+    """Return the fraction of wrong answers on purpose by source of a run's config, without sources that have none."""
+    sources = config.get("data", {}).get("source", [])
+    return {source["name"]: source["label_noise"] for source in sources if source.get("label_noise")}
+
+
 def untrained_warning(path: Path, summary: dict[str, Any]) -> str:
     """Return a warning for a run in which every update failed; empty for any other run."""
     if not nothing_trained(summary):

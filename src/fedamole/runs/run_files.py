@@ -197,7 +197,10 @@ config_form = record(
         ),
         "evaluation": record({"select": choice("loss", "score"), "generation_score": text(100)}),
     },
-    {"deployment": record({}, {"clients": listed(name)})},
+    {
+        "deployment": record({}, {"clients": listed(name)}),
+        "data": record({}, {"source": listed(record({"name": name}, {"label_noise": number(0, 1)}))}),
+    },
 )
 """The part of a run's config that reports and cards read; `fedamole.config` checks all of it."""
 

@@ -1,13 +1,13 @@
 """Data of the runs in a report, read from their folders: finished or not, of simulations and of deployments."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedamole.errors import RunError
 from fedamole.federation.summary import costs
-from fedamole.reporting.runs import Run, finished_run, run_folders, run_with_summary
+from fedamole.reporting.runs import Run, finished_run, label_noise, run_folders, run_with_summary
 from fedamole.runs.adapter_folder import MOST_EXPERTS
 from fedamole.runs.run_files import BASE, SPLITS
 from fedamole.runs.run_folder import ASSIGNMENT, CLIENTS, MANIFEST, METRICS, ROUTING, RunFolder
@@ -30,7 +30,7 @@ class RunData:
     amounts: dict[str, dict[str, int]]
     """Number of examples by client and split, if known."""
     sources: dict[str, str]
-    """Name of the data source by client, if known."""
+    """Name of the data source by client, if known, with its label noise."""
     labels: dict[str, dict[str, int]]
     """Number of training examples by client and label, for clients of a deployment that share it."""
     routing: dict[str, dict[str, dict[str, float]]]
@@ -98,6 +98,7 @@ def read_folder(path: Path) -> RunData:
     unfinished_summary = {"method": folder.about["method"]}
     run = finished_run(folder) if folder.finished else run_with_summary(folder, unfinished_summary)
     reported: Json = folder.read_json(CLIENTS) if (path / CLIENTS).exists() else {}
+    noise = label_noise(run.config)
     # The manifest of a deployment's server has only the clients' names.
     drawn = [client for client in folder.read_json(MANIFEST)["clients"] if isinstance(client, dict)]
     amounts = {
@@ -109,12 +110,16 @@ def read_folder(path: Path) -> RunData:
         lines=_lines(folder, METRICS, run.config),
         assignment=_lines(folder, ASSIGNMENT, run.config),
         amounts=amounts | {name: dict(about["examples"]) for name, about in reported.items() if "examples" in about},
-        sources={client["client"]: client["source"] for client in drawn},
+        sources={client["client"]: _source_name(client["source"], noise) for client in drawn},
         labels={name: dict(about["labels"]) for name, about in reported.items() if about.get("labels")},
         routing=folder.read_json(ROUTING)["clients"] if (path / ROUTING).exists() else {},
         costs=run.summary if folder.finished else costs(folder),
         finished=folder.finished,
     )
+
+
+def _source_name(name: str, noise: Mapping[str, float]) -> str:
+    return f"{name} ({noise[name]:.0%} wrong answers)" if name in noise else name
 
 
 def _lines(folder: RunFolder, name: str, config: Json) -> tuple[Json, ...]:
