@@ -111,8 +111,8 @@ class FedMap(LoraMethod[Prior, Prior, OwnLora, Estimate]):
             examples, values = server.weights("examples"), sum(tensor.numel() for tensor in mean.values())
             total = sum(examples[name] * squared_distance(trained[name], mean) for name in sorted(trained))
             fitted = total / values / sum(examples[name] for name in trained)
-            # Of a single client the variance is 0, with which nobody could learn any more.
-            if len(trained) > 1 and fitted >= 1e-12:
+            # Of a single client, or equal ones, the variance is 0, with which nobody could learn any more.
+            if fitted >= 1e-12:
                 numbers = {"variance": torch.tensor(fitted, dtype=torch.float64)}
         return Prior(mean, numbers)
 
