@@ -92,13 +92,18 @@ class Shop:
             return done
 
     def round(self, method: Some, state: Any, client_state: dict[str, Any], round_: int) -> tuple[Any, dict[str, Any]]:
-        """A whole round in memory: the next state, and what everybody replied; `client_state` is brought up to date."""
-        server, replies = self.server(round_), {}
-        for info in server.clients:
-            before = client_state.get(info.name) or method.init_client_state(self.client(info.name, round_))
-            message = method.message(state, info)
-            client_state[info.name], replies[info.name], _ = self.update(method, before, message, info.name, round_)
-        return method.aggregate(server, state, replies), replies
+        """A round in memory: the next state, and the replies of its first exchange; `client_state` is updated."""
+        server, replies = self.server(round_), dict[str, Any]()
+
+        def exchange(messages: Mapping[str, Any]) -> Mapping[str, Any]:
+            answers = {}
+            for name, message in messages.items():
+                before = client_state.get(name) or method.init_client_state(self.client(name, round_))
+                client_state[name], answers[name], _ = self.update(method, before, message, name, round_)
+            replies.update({name: answer for name, answer in answers.items() if name not in replies})
+            return answers
+
+        return method.round(server, state, server.clients, exchange), replies
 
 
 @pytest.fixture(scope="module")
@@ -201,13 +206,13 @@ def test_resume_equals_no_interruption(name: str, runs: Any, crash: Any, remains
 @every_training
 def test_bytes_in_the_metrics_are_the_bytes_packed(name: str, runs: Any, tmp_path: Path, facts: Any) -> None:
     """The engine sees exactly the payloads; the same run is repeated with an engine that weighs them."""
-    weighed: dict[tuple[int, str], tuple[int, int]] = {}
+    weighed: dict[tuple[int, int, str], tuple[int, int]] = {}
 
     class Scales(InProcess):
         def update(self, round_: int, messages: Mapping[str, bytes], exchange: int = 0) -> dict[str, UpdateResult]:
             answers = super().update(round_, messages, exchange)
             for client, message in messages.items():
-                weighed[round_, client] = len(message), len(answers[client].payload or b"")
+                weighed[round_, exchange, client] = len(message), len(answers[client].payload or b"")
             return answers
 
     config = runs.load(name)
@@ -219,8 +224,9 @@ def test_bytes_in_the_metrics_are_the_bytes_packed(name: str, runs: Any, tmp_pat
     logged = facts(tmp_path / "run")
     assert logged == facts(runs(name))
     trained = [line for line in logged if line["split"] == "train"]
-    assert len(trained) == 12
-    assert {(t["round"], t["client"]): (t["bytes_down"], t["bytes_up"]) for t in trained} == weighed
+    assert len([line for line in trained if "exchange" not in line]) == 12
+    sizes = {(t["round"], t.get("exchange", 0), t["client"]): (t["bytes_down"], t["bytes_up"]) for t in trained}
+    assert sizes == weighed
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -256,22 +262,22 @@ def test_tokens_are_those_that_go_through_the_base(name: str, runs: Any, tmp_pat
     worker, passed = worker_of(config, Bank(base), folder), {"forward_tokens": 0, "backward_tokens": 0}
     engine = InProcess(worker, prepared.clients, ProgressListener(), 1)
     assert worker.bank.packs
-    seen: dict[tuple[str, int, str], dict[str, int]] = {}
+    seen: dict[tuple[str, int, int, str], dict[str, int]] = {}
     update, present = worker.update, worker.evaluator._current_model
 
     def count(_: Any, __: Any, options: Any) -> None:
         passed["backward_tokens" if torch.is_grad_enabled() else "forward_tokens"] += options["input_ids"].numel()
 
-    def counted_update(group: Any, round_: int, *others: Any) -> Any:
+    def counted_update(group: Any, round_: int, messages: Any, exchange: int, *others: Any) -> Any:
         passed.update(dict.fromkeys(passed, 0))
-        answers = update(group, round_, *others)
-        seen["train", round_, group[0].info.name] = dict(passed)
+        answers = update(group, round_, messages, exchange, *others)
+        seen["train", round_, exchange, group[0].info.name] = dict(passed)
         return answers
 
     def counted_present(data: Any, round_: int, *others: Any) -> Any:
         passed.update(dict.fromkeys(passed, 0))
         model = present(data, round_, *others)
-        seen["validation", round_, data.info.name] = dict(passed)
+        seen["validation", round_, 0, data.info.name] = dict(passed)
         return model
 
     base.model.register_forward_pre_hook(count, with_kwargs=True)
@@ -279,18 +285,18 @@ def test_tokens_are_those_that_go_through_the_base(name: str, runs: Any, tmp_pat
     vars(worker.evaluator).update(_current_model=counted_present)
     loop_of(config, engine, server_of(config, base, engine.clients), folder, ProgressListener()).run()
     lines = {
-        (line["split"], line["round"], line["client"]): line
+        (line["split"], line["round"], line.get("exchange", 0), line["client"]): line
         for line in facts(runs(name))
         if line["split"] in ("train", "validation") and line["round"] >= 0
     }
-    assert len(lines) == 24
+    assert len([key for key in lines if key[2] == 0]) == 24
     for key, line in lines.items():
         assert line.get("forward_tokens", 0) == seen[key]["forward_tokens"], key
         assert line.get("backward_tokens", 0) == seen[key]["backward_tokens"], key
         assert ("probed" in line) == (seen[key]["forward_tokens"] > 0)
         if key[0] == "train":
             assert {"forward_tokens", "backward_tokens"} <= set(line)
-            assert line["backward_tokens"] > 0
+            assert (line["backward_tokens"] > 0) == (key[2] == 0), "only the first exchange of a method trains"
 
 
 # --- budgets --------------------------------------------------------------------------------------------------
@@ -526,6 +532,9 @@ CHANGED: dict[str, Any] = {
     "moments_rank": 1,
     "exploration": 5.0,
     "token_weight": 3.0,
+    "train_share": 1.0,
+    "merge_steps": 0,
+    "train_experts": True,
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 

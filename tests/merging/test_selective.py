@@ -32,8 +32,9 @@ def merged(
         calls.append(set(pairs))
         return {group: [abs(value(blend(*pair, c, 1)) - target) for c in COEFFICIENTS] for group, pair in pairs.items()}
 
-    order = {"g": sorted(values, key=losses.__getitem__)} if groups is None else groups
-    return merge_selectively(order, loras, losses, evaluate, rank=1, steps=steps), calls
+    return merge_selectively(
+        {"g": list(values)} if groups is None else groups, loras, losses, evaluate, rank=1, steps=steps
+    ), calls
 
 
 def _given(answer: dict[str, list[float]], pairs: object) -> dict[str, list[float]]:
@@ -76,5 +77,7 @@ def test_an_empty_zoo_is_refused() -> None:
 
 
 def test_models_that_are_not_better_than_the_base_are_of_no_use() -> None:
-    losses = {"x": 0.7, "y": 1.0, "z": 0.2, "poisoned": 9.0, "broken": float("nan")}
-    assert useful(losses, 1.0) == ["z", "x"]
+    """Each is compared with the base at its own client."""
+    losses = {"x": 0.7, "y": 1.0, "z": 3.0, "poisoned": 9.0, "broken": float("nan")}
+    untuned = {"x": 0.8, "y": 1.0, "z": 4.0, "poisoned": 2.0, "broken": 2.0}
+    assert useful(losses, untuned) == ["x", "z"]

@@ -1,7 +1,7 @@
 """LoRAs that were trained apart on clients of the bundled task, from the same start."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -13,19 +13,13 @@ from fedamole.federation.local import LocalTask, fit
 from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.probe import ClientProbe, ProbeCounts
 from fedamole.federation.randomness import torch_generator
+from fedamole.merging.adapters import adapter_of, lora_factors
 from fedamole.merging.low_rank import LoraFactors
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
-from fedamole.model.params import Adapter, new_shared, shared_keys
+from fedamole.model.params import Adapter, new_shared
 
 RANK = 8
-
-
-def adapter_of(lora: LoraFactors) -> Adapter:
-    """A LoRA without scaling, from factors."""
-    rank = len(next(iter(lora.values()))[0])
-    tensors = {key: factor for m, pair in lora.items() for key, factor in zip(shared_keys(m), pair, strict=True)}
-    return Adapter(AdapterSpec(rank, float(rank)), tensors)
 
 
 @dataclass(frozen=True)
@@ -48,9 +42,16 @@ class Zoo:
             task = LocalTask(name, TrainingRequest(start), rows, training.learning_rate)
             (result,) = fit(bank, [task], training, seed=0, round_=0)
             assert isinstance(result, TrainingResult)
-            keys = {module: shared_keys(module) for module in shapes}
-            loras[name] = {m: (result.adapter.tensors[a], result.adapter.tensors[b]) for m, (a, b) in keys.items()}
+            loras[name] = lora_factors(result.adapter.tensors)
         return Zoo(prepared, bank, loras)
+
+    def only(self, *names: str) -> "Zoo":
+        """The zoo of some of the clients."""
+        return replace(self, loras={name: self.loras[name] for name in names})
+
+    def probe(self, name: str) -> ClientProbe:
+        """The probe of a client."""
+        return ClientProbe(self.bank, self.prepared.clients[name].embedding.rows, name, 0, 4096, ProbeCounts())
 
     def losses(self, lora: LoraFactors | None, split: str = "validation") -> dict[str, float]:
         """Loss of a LoRA, or of the untuned base, at each client."""
@@ -68,6 +69,6 @@ class Zoo:
         """Moments of each client's inputs under its own LoRA, by client and module."""
         result = {}
         for name, lora in self.loras.items():
-            probe = ClientProbe(self.bank, self.prepared.clients[name].embedding.rows, name, 0, 4096, ProbeCounts())
-            result[name] = {module: it.mean for module, it in probe.moments(adapter_of(lora), 64).items()}
+            moments = self.probe(name).moments(adapter_of(lora), 64)
+            result[name] = {module: it.mean for module, it in moments.items()}
         return result

@@ -5,7 +5,7 @@ from torch import Tensor
 from fedamole.errors import ConfigError
 from fedamole.merging.low_rank import Factors, LoraFactors
 from fedamole.model.amole import AdapterSpec
-from fedamole.model.params import Adapter, shared_keys
+from fedamole.model.params import Adapter, Tensors, expert_ids, shared_keys
 
 
 def factors_of(adapter: Adapter, name: str) -> dict[str, Factors]:
@@ -17,14 +17,24 @@ def factors_of(adapter: Adapter, name: str) -> dict[str, Factors]:
         raise ConfigError(f"{name} is a soft prompt, which changes no weights: it cannot be merged")
     if any(adapter.experts.values()) or adapter.fixed:
         raise ConfigError(f"{name} is no plain LoRA: export it as one first (fedamole export --to lora)")
-    keys = {module: shared_keys(module) for module in adapter.experts}
-    return {m: (adapter.tensors[a], adapter.tensors[b] * adapter.spec.scaling) for m, (a, b) in keys.items()}
+    return {module: (a, b * adapter.spec.scaling) for module, (a, b) in lora_factors(adapter.tensors).items()}
 
 
 def adapter_of(factors: LoraFactors, dropout: float = 0.0) -> Adapter:
     """Return the LoRA that has these factors, with a scaling of 1."""
-    tensors: dict[str, Tensor] = {}
-    for module, pair in factors.items():
-        tensors.update(zip(shared_keys(module), pair, strict=True))
     rank = len(next(iter(factors.values()))[0])
-    return Adapter(AdapterSpec(rank=rank, alpha=float(rank), dropout=dropout), tensors)
+    return Adapter(AdapterSpec(rank=rank, alpha=float(rank), dropout=dropout), lora_tensors(factors))
+
+
+def lora_factors(tensors: Tensors) -> dict[str, Factors]:
+    """Return A and B of a LoRA by module, from its named tensors; the scaling is left out."""
+    keys = {module: shared_keys(module) for module in expert_ids(tensors)}
+    return {module: (tensors[a], tensors[b]) for module, (a, b) in keys.items()}
+
+
+def lora_tensors(factors: LoraFactors) -> dict[str, Tensor]:
+    """Return the named tensors of a LoRA with these factors."""
+    named: dict[str, Tensor] = {}
+    for module, pair in factors.items():
+        named.update(zip(shared_keys(module), pair, strict=True))
+    return named

@@ -110,6 +110,11 @@ def inner(first: LoraFactors, second: LoraFactors) -> float:
     return total
 
 
+def change_similarities(loras: Sequence[LoraFactors]) -> Tensor:
+    """Return the cosine similarities of the changes of N LoRAs, (N, N) in float64."""
+    return torch.tensor([[cosine(first, second) for second in loras] for first in loras], dtype=torch.float64)
+
+
 def stacked_mean(factors: Sequence[Factors]) -> Factors:
     """Stack factors so that the product of the stacks is exactly the mean of the changes."""
     return torch.cat([a for a, _ in factors]), torch.cat([b / len(factors) for _, b in factors], dim=1)

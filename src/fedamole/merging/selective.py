@@ -6,10 +6,12 @@ Models are sorted by their own loss. Starting with the best, each next model is 
 otherwise the model is left out.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from fedamole.errors import ConfigError
 from fedamole.merging.low_rank import LoraFactors, padded, product_svd, truncate
@@ -30,9 +32,21 @@ class Selection:
     """Names of the models that would not lower the loss."""
 
 
-def useful(losses: Mapping[str, float], untuned: float) -> list[str]:
-    """Return the models, best first, that have a lower loss than the untuned base."""
-    return sorted((name for name, loss in losses.items() if loss < untuned), key=lambda name: (losses[name], name))
+def mean_losses(likelihoods: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Return the mean of the losses by name, of clients that each report exp(-loss) as 0-d tensors.
+
+    A loss counts as at most 69 nats, so that an infinite one does not make all means infinite.
+    """
+    losses: dict[str, list[float]] = {}
+    for row in likelihoods:
+        for name, likelihood in row.items():
+            losses.setdefault(name, []).append(-math.log(min(max(float(likelihood), 1e-30), 1.0)))
+    return {name: sum(values) / len(values) for name, values in losses.items()}
+
+
+def useful(losses: Mapping[str, float], untuned: Mapping[str, float]) -> list[str]:
+    """Return the models that have a lower loss than the untuned base, each at its own client; losses by model."""
+    return [name for name, loss in losses.items() if loss < untuned[name]]
 
 
 def blend(first: LoraFactors, second: LoraFactors, coefficient: float, rank: int) -> LoraFactors:
@@ -57,9 +71,9 @@ def merge_selectively(
     """Merge the models of each group, best first; return one selection for each group.
 
     Args:
-        groups: Names of the models of each group, sorted by loss.
+        groups: Names of the models of each group.
         loras: Factors of the models by name.
-        losses: Loss of each model alone.
+        losses: Loss of each model alone, by which a group is sorted.
         evaluate: Returns the losses of blends with each of `COEFFICIENTS`, given (best, next) by group. It is called
             once for each step, for all groups that have a next model.
         rank: Rank of the result.
@@ -70,6 +84,7 @@ def merge_selectively(
     """
     if not groups or not all(groups.values()):
         raise ConfigError("selective merging needs at least one model that is better than the untuned base")
+    groups = {group: sorted(names, key=lambda name: (losses[name], name)) for group, names in groups.items()}
     selections = {
         group: Selection(loras[names[0]], losses[names[0]], ((names[0], 1.0),)) for group, names in groups.items()
     }

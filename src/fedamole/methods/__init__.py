@@ -31,6 +31,7 @@ from fedamole.methods.flora import Flora
 from fedamole.methods.hetlora import HetLora
 from fedamole.methods.ifca_lora import IfcaLora
 from fedamole.methods.local_only import LocalOnly
+from fedamole.methods.model_glue import ModelGlue
 from fedamole.methods.pre_aggregation import pre_aggregation
 from fedamole.methods.regmean import RegMean
 
@@ -69,6 +70,7 @@ METHODS = with_variants(
         "fedex_lora": FedExLora,
         # merging
         "regmean": RegMean,
+        "model_glue": ModelGlue,
         # clusters and experts
         "ifca_lora": IfcaLora,
         "fedlease": FedLease,

@@ -212,7 +212,8 @@ def _selected(
 
     untuned = {module: (a, 0 * b) for module, (a, b) in clients[0].lora.items()}
     rows = losses([untuned, *loras.values()])
-    names = [name for i, name in enumerate(loras) if useful({name: rows[i][i + 1]}, rows[i][0])]
+    own = {name: rows[i][i + 1] for i, name in enumerate(loras)}
+    names = useful(own, {name: rows[i][0] for i, name in enumerate(loras)})
     means = {name: sum(row[i + 1] for row in rows) / len(rows) for i, name in enumerate(loras)}
     if not names:
         raise ConfigError(
@@ -226,6 +227,5 @@ def _selected(
             results[group] = [sum(values) / len(values) for values in zip(*by_client, strict=True)]
         return results
 
-    order = sorted(names, key=lambda name: (means[name], name))
-    selections = merge_selectively({"all": order}, loras, means, evaluate, rank=rank, steps=len(order))
+    selections = merge_selectively({"all": names}, loras, means, evaluate, rank=rank, steps=len(names))
     return selections["all"], sorted(set(loras) - set(names))
