@@ -7,7 +7,7 @@ from fedamole.federation.distillation import Distillation
 from fedamole.federation.penalties import Penalty
 from fedamole.federation.settings import Budget
 from fedamole.model.layers import MeanEmbeddings
-from fedamole.model.params import Adapter
+from fedamole.model.params import REFERENCES, Adapter
 from fedamole.model.prompt import PromptSpec
 
 
@@ -44,6 +44,8 @@ class TrainingRequest:
         partner, teacher = self.partner, self.teacher
         if teacher is not None and _prefix(teacher) != _prefix(self.adapter):
             raise ValueError("a teacher must have the virtual tokens of the adapter that follows it")
+        if teacher is not None and REFERENCES in teacher.fixed:  # these passes over the prompts would not be counted
+            raise ValueError("the experts of a teacher cannot be weighted by prompt")
         followers = self.trainings if partner is not None else (self,) if teacher is not None else ()
         if any(training.distillation is None for training in followers):
             raise ValueError("a training with a teacher or a partner must say by `distillation` how much it follows it")

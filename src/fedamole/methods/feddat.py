@@ -88,15 +88,19 @@ class FedDat(AveragedLora[OwnLora]):
         pair = yield TrainingRequest(
             teacher, step_fraction=0.5, paper_step_fraction=1.0, partner=student, distillation=follows
         )
-        return (*self.reply(client, client_state, message, pair), pair)
+        trained = replace(pair, adapter=self._model(pair.adapter, client.shapes))
+        return (*self.reply(client, client_state, message, trained), trained)
 
     @override
     def reply(
         self, client: Client, client_state: OwnLora, message: SharedTensors, trained: TrainingResult
     ) -> tuple[OwnLora, SharedTensors]:
-        """Keep the teacher's own LoRA; return the student, the trained shared LoRA."""
+        """Keep the own LoRA, the first half of the client's model; return the student, the trained shared LoRA."""
         assert trained.partner is not None
-        own = _lora(trained.adapter.tensors, OWN, client.shapes)
+        own: dict[str, Tensor] = {}
+        for a, b in map(shared_keys, client.shapes):
+            own[a] = trained.adapter.tensors[a][: self.rank].clone()
+            own[b] = 2 * trained.adapter.tensors[b][:, : self.rank]  # its weight 1/2 is in B
         return OwnLora(own), SharedTensors(_lora(trained.partner.adapter.tensors, SHARED, client.shapes))
 
     @override
@@ -104,11 +108,13 @@ class FedDat(AveragedLora[OwnLora]):
         self, client: Client, client_state: OwnLora, message: SharedTensors | None, trained: Adapter | None
     ) -> Adapter | None:
         teacher = super().personal(client, client_state, message, trained)
-        if teacher is None:
-            return None
-        both = {str(expert): _lora(teacher.tensors, expert, client.shapes) for expert in (OWN, SHARED)}
+        return teacher if teacher is None or teacher is trained else self._model(teacher, client.shapes)
+
+    def _model(self, teacher: Adapter, shapes: Shapes) -> Adapter:
+        """Return a dual teacher as one LoRA of twice the rank, the own LoRA first."""
+        both = {str(expert): _lora(teacher.tensors, expert, shapes) for expert in (OWN, SHARED)}
         tensors: dict[str, Tensor] = {}
-        for keys in map(shared_keys, client.shapes):
+        for keys in map(shared_keys, shapes):
             tensors.update(zip(keys, stacked(both, {str(OWN): 1.0, str(SHARED): 1.0}, keys), strict=True))
         return Adapter(replace(self.spec(), rank=2 * self.rank, alpha=2 * self.alpha), tensors)
 

@@ -175,7 +175,7 @@ class Bank:
         The similarity is the mean cosine between the prompt's last hidden state and the client's references. Returns
         None unless the loaded adapters have `InstanceWeights` and references.
         """
-        references = self.store.references[slice(*self.selection)]
+        references = self.store.references
         router = self.store.spec.router if isinstance(self.store.spec, AdapterSpec) else None
         if not references or not isinstance(router, InstanceWeights):
             return None
