@@ -76,14 +76,14 @@ def test_local_training_gets_as_many_parameters_as_a_mixture(write: Write, tmp_p
 def test_every_kind_of_method_is_sized(write: Write, tmp_path: Path) -> None:
     """A LoRA of rank 4 has 896 numbers here, 224 per rank; a virtual token has 32."""
     variants = '[variants.four]\nname = "local_only"\nrank = 4\n[variants.fixed]\nname = "flexlora"\nranks = [2]\n'
-    methods = ["four", "fedit", "ffa_lora", "feddpa", "fedalt", "hetlora", "fedprompt", "fedptuning", "fixed"]
+    methods = ["four", "fedit", "ffa_lora", "feddpa", "feddat", "fedalt", "hetlora", "fedprompt", "fedptuning", "fixed"]
     path = write(methods, variants, match="parameters")
     before, result = (
         configs(comparison) for comparison in (load_comparison(path), of_equal_size(load_comparison(path)))
     )
     assert mean(result["four"], tmp_path) == 896
     assert parameters(result["fedit"]).rank == 4
-    assert parameters(result["feddpa"]).rank == 2, "it trains two LoRAs"
+    assert parameters(result["feddpa"]).rank == parameters(result["feddat"]).rank == 2, "they train two LoRAs"
     assert parameters(result["fedprompt"]).virtual_tokens == 28
     assert parameters(result["fedptuning"]).virtual_tokens == 1, "its encoder alone is larger"
     assert result["fixed"] == before["fixed"], "its ranks are set one by one"

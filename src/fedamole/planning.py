@@ -96,9 +96,9 @@ def planned(config: Config, base: Base, clients: Mapping[str, ClientData]) -> Pl
     )
 
 
-def _steps(config: Config, examples: int) -> float:
+def _steps(config: Config, examples: int) -> int:
     """Return the optimiser steps of a round of a client with this many training examples."""
-    return config.training.steps(examples) * config.method.round_share(config.training.budget)
+    return config.method.round_steps(config.training.steps(examples), config.training.budget)
 
 
 def chosen_group(config: Config, base: Base, clients: Mapping[str, ClientData]) -> int:
@@ -188,7 +188,8 @@ def exposure(
     if known:
         training = config.training
         few = min(known, key=lambda row: (row["train"], row["client"]))
-        read = min(few["train"], round(_steps(config, few["train"])) * training.batch_size * training.accumulation)
+        batches = _steps(config, few["train"]) // method.trains_together * training.accumulation
+        read = min(few["train"], batches * training.batch_size)
         sentences.append(
             f"The fewer rows, the more an update reveals of each: an update of {few['client']} is about {read} of its "
             f"{few['train']} training rows, its scores about {few['validation']} and {few['test']} rows."
@@ -288,6 +289,7 @@ def _group_bytes(config: Config, base: Base, group: int, adapter_parameters: int
     spec = config.method.spec()
     virtual = spec.virtual_tokens if isinstance(spec, PromptSpec) else 0
     one = config.training.batch_size * (config.training.max_length + virtual)
+    group *= config.method.trains_together
     tokens = group * one
     if base.device.type == "cpu":
         tokens = min(tokens, max(one, TOKENS_AT_ONCE))

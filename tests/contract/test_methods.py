@@ -75,7 +75,7 @@ class Shop:
         (done,) = fit(self.bank, [task], training, seed=self.seed, round_=round_, fit_index=turn)
         assert isinstance(done, TrainingResult)
         means = embed(self.bank, [data.embedding.pairs()], 4096)[0] if method.needs_embeddings else {}
-        return TrainingResult(done.adapter, done.steps, done.loss, means, done.tokens)
+        return replace(done, embeddings=means)
 
     def update(
         self, method: Some, client_state: Any, message: Any, name: str, round_: int
@@ -312,15 +312,15 @@ def test_shares_of_a_round_are_those_that_the_method_says(name: str, shop: Shop)
     try:
         requests.append(next(work))
         while True:
-            requests.append(
-                work.send(TrainingResult(requests[-1].adapter, 1, 0.0, _no_embeddings(method, requests[-1].adapter)))
-            )
+            requests.append(work.send(requests[-1].unchanged(_no_embeddings(method, requests[-1].adapter))))
     except StopIteration:
         pass
-    assert sum(request.fraction_for("steps") for request in requests) == pytest.approx(1.0)
-    assert sum(request.fraction_for("paper") for request in requests) == pytest.approx(method.paper_steps)
-    differ = [request.fraction_for("steps") for request in requests] != [
-        request.fraction_for("paper") for request in requests
+    assert {len(request.trainings) for request in requests} == {method.trains_together}
+    trainings = [training for request in requests for training in request.trainings]
+    assert sum(training.fraction_for("steps") for training in trainings) == pytest.approx(1.0)
+    assert sum(training.fraction_for("paper") for training in trainings) == pytest.approx(method.paper_steps)
+    differ = [training.fraction_for("steps") for training in trainings] != [
+        training.fraction_for("paper") for training in trainings
     ]
     assert method.budgets_differ == differ
 
@@ -337,18 +337,22 @@ def _no_embeddings(method: Some, adapter: Adapter) -> Mapping[str, MeanEmbedding
 
 def test_those_that_train_twice_are_known() -> None:
     names = {name.removesuffix("_ft") for name, method in METHODS.items() if method.budgets_differ}
-    assert names == {"adaptive_experts", "ditto", "feddpa", "fedrep"}
+    assert names == {"adaptive_experts", "ditto", "feddat", "feddpa", "fedrep"}
 
 
 @pytest.mark.parametrize(
-    "name", ["adaptive_experts", "ditto", "feddpa", "fedrep", "fedrep_ft", "fedit", "fdlora", "fedamole"]
+    "name",
+    ["adaptive_experts", "ditto", "feddpa", "feddat", "fedrep", "fedrep_ft", "fedit", "fdlora", "fedamole"],
 )
 def test_the_steps_that_a_run_reports_differ_where_the_method_says_so(name: str, runs: Any, facts: Any) -> None:
-    """3 steps a round, or 3 for each of two trainings; tokens in proportion, as batches are of two rows each."""
+    """3 steps a round, or 3 for each of two trainings; tokens in proportion, as batches are of two rows each.
+
+    Of 3 steps, partners take one each.
+    """
     small = runs(name, "federation.rounds=1")
     large = runs(name, "federation.rounds=1", "training.budget=paper")
     trained_lines = [[line for line in facts(folder) if line["split"] == "train"] for folder in (small, large)]
-    assert {line["steps"] for line in trained_lines[0]} == {3}
+    assert {line["steps"] for line in trained_lines[0]} == {2 if METHODS[name].trains_together == 2 else 3}
     assert {line["steps"] for line in trained_lines[1]} == {6 if METHODS[name].budgets_differ else 3}
     for less, more in zip(*trained_lines, strict=True):
         assert (more["backward_tokens"] > 1.5 * less["backward_tokens"]) == METHODS[name].budgets_differ
@@ -535,6 +539,7 @@ CHANGED: dict[str, Any] = {
     "train_share": 1.0,
     "merge_steps": 0,
     "train_experts": True,
+    "kl_weight": 0.9,
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 

@@ -176,6 +176,7 @@ BY_KEY = {
     "fedptuning",
     "fdlora",
     "fedsa_lora",
+    "feddat",
     "feddpa",
     "ditto",
     "fedrep",

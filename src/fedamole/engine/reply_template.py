@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedamole.federation.method import BaseInfo, Client, ClientInfo, Method, Server, TrainingResult
+from fedamole.federation.method import BaseInfo, Client, ClientInfo, Method, Server
 from fedamole.federation.probe import DryProbe
 from fedamole.federation.record import PayloadError, fields_of, named_tensors
 from fedamole.model.layers import MeanEmbeddings
@@ -42,9 +42,10 @@ def dry_update(
     try:
         request = next(work)
         while True:
-            sizes |= request.adapter.trained_sizes()
+            for training in request.trainings:
+                sizes |= training.adapter.trained_sizes()
             embeddings = _zero_embeddings(method, server, request.adapter) if method.needs_embeddings else {}
-            request = work.send(TrainingResult(request.adapter, 1, 0.0, embeddings))
+            request = work.send(request.unchanged(embeddings))
     except StopIteration as end:
         return end.value[0], end.value[1], sizes
 

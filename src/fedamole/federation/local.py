@@ -6,12 +6,13 @@ batches of all clients, each client's examples under its own adapter. A single c
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fedamole.errors import FedamoleError
+from fedamole.federation.distillation import FollowedModels
 from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.passes import in_passes
 from fedamole.federation.penalties import LossFunction, ParameterLayout, Penalty
@@ -22,6 +23,7 @@ from fedamole.model.bank import Bank
 from fedamole.model.batch import Batch, TokenPair, batches, collate, token_losses
 from fedamole.model.forward_context import ForwardContext
 from fedamole.model.layers import MeanEmbeddings
+from fedamole.model.mixer import InstanceWeights
 from fedamole.model.segments import segment_sum
 
 OnStep = Callable[[int, int], None]
@@ -49,12 +51,13 @@ class LocalTask:
     """Fraction of the round's steps that the client has taken before."""
 
     def steps(self, settings: TrainingSettings) -> int:
-        """Return the optimiser steps of this training, at least 1.
+        """Return the optimiser steps of this training, at least 1; of a pair, those of each of the two.
 
-        The steps of a round's trainings add up to those of the round, whatever the rounding.
+        The steps of a round's trainings add up to those of the round, whatever the rounding; a pair may take one less.
         """
-        steps, fraction = settings.steps(len(self.rows)), self.fit.fraction_for(settings.budget)
-        return max(1, round((self.done + fraction) * steps) - round(self.done * steps))
+        steps, trainings = settings.steps(len(self.rows)), self.fit.trainings
+        fraction = sum(training.fraction_for(settings.budget) for training in trainings)
+        return max(1, (round((self.done + fraction) * steps) - round(self.done * steps)) // len(trainings))
 
 
 def fit(
@@ -69,9 +72,10 @@ def fit(
 ) -> list[TrainingResult | DivergedError]:
     """Train a group of clients and return one result per task, in the order of the tasks.
 
-    The adapters must be of one kind. A client's loss is the mean over its batch's answer tokens, plus balance_weight
-    times the sum of the modules' balance losses, plus the penalty of its request. The optimiser is Adam with a new
-    state. `fit_index` tells the trainings of a round apart.
+    The requests must be of one kind. A client's loss is the mean over its batch's answer tokens, mixed with the
+    divergence from its teacher or partner if it has one, plus balance_weight times the sum of the modules' balance
+    losses, plus the penalty of its request. The optimiser is Adam with a new state. `fit_index` tells the trainings of
+    a round apart.
 
     Batch order and dropout depend on (seed, client, round, fit_index) alone, so that the composition of a group changes
     results only by the rounding of floating-point sums. A client that has taken all its steps leaves the group. One
@@ -85,7 +89,7 @@ def fit(
             group.step(step)
             if on_step is not None:
                 on_step(step + 1, group.steps[0])
-            if (step + 1) % NAN_EVERY == 0 and len(group.check(step)) == len(tasks):
+            if (step + 1) % NAN_EVERY == 0 and len(group.check(step)) == len(group.tasks):
                 break
     finally:
         bank.base.training(False)
@@ -94,21 +98,39 @@ def fit(
 
 
 class TrainingGroup:
-    """Clients in lock-step, those with the most steps first, so that the first ones are those still training."""
+    """Clients in lock-step, those with the most steps first, so that the first ones are those still training.
+
+    A client has one place in the bank, or two places in a row if its adapter is trained with a partner. Below, a task
+    belongs to one place, and only `step` cuts the group, between clients.
+    """
 
     def __init__(
         self, bank: Bank, tasks: Sequence[LocalTask], settings: TrainingSettings, seed: int, round_: int, fit_index: int
     ) -> None:
-        """Load the tasks' adapters into the bank and prepare optimiser, batches, penalties and masks."""
+        """Load the adapters of the clients' tasks into the bank and prepare optimiser, batches, penalties and masks.
+
+        Raises ValueError for requests of different kinds.
+        """
+        if len({task.fit.kind() for task in tasks}) > 1:
+            raise ValueError("trainings of different kinds cannot be one group")
+        self.steps = [task.steps(settings) for task in tasks for _ in task.fit.trainings]
+        self.places = len(tasks[0].fit.trainings)
+        """Places of a client in the bank."""
+        tasks = [replace(task, fit=training) for task in tasks for training in task.fit.trainings]
         self.bank, self.tasks, self.settings, self.seed, self.round = bank, tasks, settings, seed, round_
         self.purpose_suffix = f"/{fit_index}" if fit_index else ""
-        self.steps = [task.steps(settings) for task in tasks]
         self.adapters = [task.fit.adapter for task in tasks]
         bank.load(self.adapters)
         self.store, self.spec, self.parameters = bank.store, self.adapters[0].spec, bank.trainable()
         self.trainable = self._trainable_mask()
         self.penalties = self._penalty_losses()
         self.decay = self._decay_factors()
+        self.expert_weights = self._expert_weights()
+        teachers = [task.fit.teacher for task in tasks if task.fit.teacher is not None]
+        self.followed: FollowedModels | None = None
+        if teachers or self.places > 1:
+            distillations = [task.fit.distillation for task in tasks if task.fit.distillation is not None]
+            self.followed = FollowedModels(bank, distillations, teachers)
         self.optimiser = self._new_optimiser()
         self.batches = [
             _batches(
@@ -127,24 +149,38 @@ class TrainingGroup:
         micro_batches = [[next(self.batches[client]) for client in range(active)] for _ in range(accumulation)]
         self.store.gradients.zero_()
 
-        def forward_backward(first: int, last: int) -> None:
+        def forward_backward(first_client: int, last_client: int) -> None:
+            first, last = first_client * self.places, last_client * self.places
             for index, rows in enumerate(micro_batches):
                 batch = self._collate(rows[first:last], first, f"{step}/{index}")
+                teacher_logits = self.followed.teacher_logits(batch, first, last) if self.followed else None
                 balance_losses: list[Tensor] = []
                 bank.select_clients(first, last)
-                with bank.forward(batch, ForwardContext(balance_losses=balance_losses if weight else None)) as logits:
+                expert_weights = None
+                if self.expert_weights is not None:
+                    expert_weights = self.expert_weights[first:last].index_select(0, batch.segments.owner)
+                context = ForwardContext(
+                    balance_losses=balance_losses if weight else None, expert_weights=expert_weights
+                )
+                with bank.forward(batch, context) as logits:
                     losses = segment_sum(token_losses(logits, batch.labels), batch.answers) / batch.answers.counts
                     balance = weight * torch.stack(balance_losses).sum(0) if balance_losses else 0.0
-                    bank.backward((losses + balance).sum() / accumulation)
+                    objective = losses
+                    if self.followed is not None:
+                        objective = self.followed.losses(losses, logits, teacher_logits, batch.answers, first, last)
+                    bank.backward((objective + balance).sum() / accumulation)
                 self.loss_sums[first:last] += losses.detach().double()
 
         losses_before = self.loss_sums.clone()
 
-        def undo(first: int, last: int) -> None:
-            self.store.gradients[first:last].zero_()
-            self.loss_sums[first:last] = losses_before[first:last]
+        def undo(first_client: int, last_client: int) -> None:
+            undone = slice(first_client * self.places, last_client * self.places)
+            self.store.gradients[undone].zero_()
+            self.loss_sums[undone] = losses_before[undone]
 
-        in_passes(bank, [count_tokens(rows) for rows in micro_batches[0]], forward_backward, undo)
+        sizes = [count_tokens(rows) for rows in micro_batches[0]]
+        clients = [sum(sizes[place : place + self.places]) for place in range(0, active, self.places)]
+        in_passes(bank, clients, forward_backward, undo)
         self._add_penalty_gradients()
         self._update(active)
         for rows_of_clients in micro_batches:
@@ -196,6 +232,17 @@ class TrainingGroup:
         ]
         return torch.stack([self.store.row(i, mask) for i, mask in enumerate(masks)]).to(self.store.weights)
 
+    def _expert_weights(self) -> Tensor | None:
+        """Weights (C, 2) of the two experts in training; None if all are those of the router."""
+        weights, router = [task.fit.expert_weights for task in self.tasks], getattr(self.spec, "router", None)
+        if not any(weights):
+            return None
+        if not isinstance(router, InstanceWeights):
+            raise ValueError("only experts with instance weights can be given weights for a training")
+        default = (router.max_weight, 1 - router.max_weight)
+        rows = torch.tensor([default if pair is None else pair for pair in weights], dtype=torch.float64)
+        return rows.to(self.store.weights)
+
     def _penalty_losses(self) -> list[tuple[Tensor, LossFunction]]:
         """For each class of penalties the indices of its clients, and the function that computes their terms."""
         by_class: dict[type[Penalty], dict[int, Penalty]] = {}
@@ -235,13 +282,21 @@ class TrainingGroup:
         return self.diverged
 
     def results(self) -> list[TrainingResult | DivergedError]:
-        """Return the result of each client."""
+        """Return the result of each client; of a pair in which one diverged, the error of that one."""
         self.check(self.steps[0] - 1)
+        trained: list[TrainingResult] = []
+        for place, (steps, loss_sum) in enumerate(zip(self.steps, self.loss_sums.tolist(), strict=True)):
+            batches_read, tokens = steps * self.settings.accumulation, self.tokens[place]
+            result = TrainingResult(self.store.adapter(place), steps, loss_sum / batches_read, tokens=tokens)
+            if self.tasks[place].fit.teacher is not None:
+                examples = batches_read * self.settings.batch_size
+                result = replace(result, teacher_examples=examples, teacher_tokens=tokens)
+            trained.append(result)
         results: list[TrainingResult | DivergedError] = []
-        for client, (steps, loss_sum) in enumerate(zip(self.steps, self.loss_sums.tolist(), strict=True)):
-            loss, tokens = loss_sum / (steps * self.settings.accumulation), self.tokens[client]
-            trained = TrainingResult(self.store.adapter(client), steps, loss, tokens=tokens)
-            results.append(self.diverged.get(client, trained))
+        for first in range(0, len(trained), self.places):
+            errors = [self.diverged[place] for place in range(first, first + self.places) if place in self.diverged]
+            pair = trained[first] if self.places == 1 else replace(trained[first], partner=trained[first + 1])
+            results.append(errors[0] if errors else pair)
         return results
 
 

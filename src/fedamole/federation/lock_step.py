@@ -38,7 +38,7 @@ class ClientWork:
     outcome: tuple[Any, Any, TrainingResult] | DivergedError | None = None
     """What `work` returned, or why it was stopped; None while it runs."""
     steps: int = 0
-    """Optimiser steps taken in this exchange."""
+    """Optimiser steps taken in this exchange; a step of a pair counts as two."""
     tokens: int = 0
     """Tokens, without padding, of the forward and backward passes of this exchange."""
 
@@ -52,11 +52,15 @@ class ClientWork:
     def receive(self, result: Outcome, budget: Budget) -> None:
         """Count a finished training, and continue unless it diverged."""
         assert self.request is not None
-        self.trained_sizes.update(self.request.adapter.trained_sizes())
-        self.step_fraction += self.request.fraction_for(budget)
+        for training in self.request.trainings:
+            self.trained_sizes.update(training.adapter.trained_sizes())
+            self.step_fraction += training.fraction_for(budget)
         if isinstance(result, DivergedError):
             self.request, self.outcome = None, result
             return
-        self.steps += result.steps
-        self.tokens += result.tokens
+        for training_result in result.trainings:
+            self.steps += training_result.steps
+            self.tokens += training_result.tokens
+            self.counts.examples += training_result.teacher_examples
+            self.counts.tokens += training_result.teacher_tokens
         self.advance(result)

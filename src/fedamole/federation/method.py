@@ -22,10 +22,11 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar, cast, get_args, get_origin
 
-from fedamole.federation.penalties import Penalty
 from fedamole.federation.probe import Probe
 from fedamole.federation.randomness import numpy_generator
 from fedamole.federation.record import Nothing
+from fedamole.federation.request import TrainingRequest as TrainingRequest
+from fedamole.federation.request import TrainingResult as TrainingResult
 from fedamole.federation.settings import Budget
 from fedamole.federation.weights import capped
 from fedamole.model.amole import AdapterSpec
@@ -136,42 +137,6 @@ class Client:
 
 
 @dataclass(frozen=True)
-class TrainingRequest:
-    """A local training that a method asks for."""
-
-    adapter: Adapter
-    """Where training starts, and which tensors stay frozen."""
-    step_fraction: float = 1.0
-    """Fraction of the round's steps S under `training.budget = "steps"`. The fractions of a round add up to 1, so that
-    all methods have the same budget."""
-    penalty: Penalty | None = None
-    """Term that is added to the loss."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay as in AdamW: each step first multiplies trained values by 1 - learning rate * this."""
-    paper_step_fraction: float | None = None
-    """Steps of this training in the method's paper, as a multiple of S, for `training.budget = "paper"`; None: as
-    `step_fraction`. Their sum over a round is the method's `paper_steps`."""
-
-    def fraction_for(self, budget: Budget) -> float:
-        """Return the steps of this training under a budget, as a multiple of S."""
-        return self.step_fraction if budget == "steps" or self.paper_step_fraction is None else self.paper_step_fraction
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a local training returns."""
-
-    adapter: Adapter
-    steps: int
-    loss: float
-    """Mean training loss per answer token over the steps, in nats, without balance loss and penalty."""
-    embeddings: Mapping[str, MeanEmbeddings] = field(default_factory=dict)
-    """Mean router embeddings over the embedding split by module, for methods with `needs_embeddings`."""
-    tokens: int = 0
-    """Tokens, without padding, of the forward and backward passes."""
-
-
-@dataclass(frozen=True)
 class Newcomer(Generic[D]):
     """What a client starts from that joins a finished run."""
 
@@ -211,6 +176,8 @@ class Method(ABC, Generic[S, D, K, U]):
     """Whether a client can join a finished run (`newcomer`); by default where all clients get the server state."""
     paper_steps: ClassVar[float] = 1.0
     """Steps of a client's round under `training.budget = "paper"`, as a multiple of those under "steps"."""
+    trains_together: ClassVar[int] = 1
+    """Adapters of a client that are trained on the same batches: 2 with partners (`TrainingRequest.partner`)."""
     budgets_differ: ClassVar[bool] = False
     """Whether the two budgets give different steps; set from `paper_steps`."""
 
@@ -235,6 +202,11 @@ class Method(ABC, Generic[S, D, K, U]):
     def round_share(self, budget: Budget) -> float:
         """Return the steps of a client's round under a budget, as a multiple of `TrainingSettings.steps`."""
         return self.paper_steps if budget == "paper" else 1.0
+
+    def round_steps(self, steps: int, budget: Budget) -> int:
+        """Return the optimiser steps of a client's round where S is `steps`; of partners each step counts."""
+        together = round(steps * self.round_share(budget)) // self.trains_together
+        return max(1, together) * self.trains_together
 
     def check(self, clients: int) -> None:
         """Raise a ConfigError if the method cannot run with this number of clients."""

@@ -20,7 +20,6 @@ from fedamole.federation.record import non_finite, pack, unpack
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
 from fedamole.model.memory import peak_memory_mib, reset_peak_memory
-from fedamole.model.params import indices_by_kind
 from fedamole.runs.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -100,14 +99,17 @@ class Worker:
     def _train(
         self, works: Sequence[ClientWork], round_: int, exchange: int, fit_index: int, on_step: OnStep | None
     ) -> list[Outcome]:
-        """Train what the clients wait for; those with adapters of one kind together."""
+        """Train what the clients wait for; requests of one kind together."""
         seed, rate, outcomes = exchange_seed(self.seed, exchange), self.training.rate(round_), dict[int, Outcome]()
         tasks = [
             LocalTask(work.client.name, work.request, work.data.train.pairs(), rate, work.step_fraction)
             for work in works
             if work.request is not None
         ]
-        for indices in indices_by_kind({i: task.fit.adapter for i, task in enumerate(tasks)}):
+        groups: dict[object, list[int]] = {}
+        for i, task in enumerate(tasks):
+            groups.setdefault(task.fit.kind(), []).append(i)
+        for indices in groups.values():
             group = [tasks[i] for i in indices]
             results = fit(
                 self.bank, group, self.training, seed=seed, round_=round_, fit_index=fit_index, on_step=on_step

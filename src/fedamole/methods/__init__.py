@@ -13,6 +13,7 @@ from fedamole.methods.fedalt import FedAlt
 from fedamole.methods.fedamole import FedAmole
 from fedamole.methods.fedamole_peers import FedAmolePeers
 from fedamole.methods.fedawa import FedAwa
+from fedamole.methods.feddat import FedDat
 from fedamole.methods.feddpa import FedDpa
 from fedamole.methods.fedex_lora import FedExLora
 from fedamole.methods.fedit import FedIT
@@ -63,6 +64,7 @@ METHODS = with_variants(
         "ffa_lora": FfaLora,
         "feddpa": FedDpa,
         "fedalt": FedAlt,
+        "feddat": FedDat,
         # exact aggregation, different ranks
         "flora": Flora,
         "flexlora": FlexLora,

@@ -40,7 +40,7 @@ class Bank:
         self.layers: dict[str, BankLinear] = install_layers(base, self.active)
         self.prompt_layer = PromptLayer(base.model.get_input_embeddings(), self.active)
         base.model.get_output_embeddings().register_forward_pre_hook(self._select_hidden_states)
-        self.store, self.selected = AdapterStore(base, []), dict[str, StackedAdapters]()
+        self.store, self.selected, self.selection = AdapterStore(base, []), dict[str, StackedAdapters](), (0, 0)
         self.at_once = 2**31
         """Largest number of clients in one training pass; halved when memory runs out."""
         self.packs = supports_packing(base, self.forward)
@@ -63,10 +63,22 @@ class Bank:
 
     def select_clients(self, first: int, last: int) -> None:
         """Run the following forward passes with the adapters of clients `first` to `last` - 1."""
-        self.selected = self.store.stacked(first, last)
+        self.selected, self.selection = self.store.stacked(first, last), (first, last)
         self.prompt_layer.adapters = self.selected.get(PROMPT)
         for name, layer in self.layers.items():
             layer.adapters = self.selected.get(name)
+
+    @contextmanager
+    def lent(self, store: AdapterStore, first: int, last: int) -> Iterator[None]:
+        """Run the forward passes inside the block with the adapters `first` to `last` - 1 of another store."""
+        own, selection = self.store, self.selection
+        self.store = store
+        try:
+            self.select_clients(first, last)
+            yield
+        finally:
+            self.store = own
+            self.select_clients(*selection)
 
     def adapter(self, client: int = 0) -> Adapter:
         """Return a copy of a client's adapter on the CPU; RuntimeError if the bank is empty."""

@@ -200,9 +200,9 @@ def settings_checks(
 def row_checks(config: Config, rows: Mapping[str, int], policy: PolicySettings) -> list[PolicyCheck]:
     """Compare everything that depends on the client's numbers of rows by split with the policy."""
     training = config.training
-    steps = round(training.steps(rows["train"]) * config.method.round_share(training.budget))
+    steps = config.method.round_steps(training.steps(rows["train"]), training.budget)
     rows_read = steps * training.batch_size * training.accumulation
-    rows_read_once = min(rows_read, rows["train"])
+    rows_read_once = min(rows_read // config.method.trains_together, rows["train"])  # partners read the same rows
     sent_splits = ["train", "validation", "test"]
     if config.method.needs_embeddings or config.method.probes:
         sent_splits.insert(1, "embedding")
@@ -221,7 +221,8 @@ def refuse_small_update(config: Config, steps: int, train_rows: int, policy: Pol
     This is checked for every update, as an exchange may take only a few of a round's steps. An update without any step
     is allowed.
     """
-    rows = min(steps * config.training.batch_size * config.training.accumulation, train_rows)
+    batches = steps // config.method.trains_together * config.training.accumulation  # partners read the same batches
+    rows = min(batches * config.training.batch_size, train_rows)
     if steps and (steps < policy.min_steps or rows < policy.min_examples_per_update):
         raise PolicyError(
             f"the update took {steps} optimiser steps and read at most {rows} different rows; the policy requires at "

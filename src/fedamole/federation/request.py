@@ -1,0 +1,106 @@
+"""What a method asks of local training, and what it gets back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from fedamole.federation.distillation import Distillation
+from fedamole.federation.penalties import Penalty
+from fedamole.federation.settings import Budget
+from fedamole.model.layers import MeanEmbeddings
+from fedamole.model.params import REFERENCES, Adapter
+from fedamole.model.prompt import PromptSpec
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """A local training that a method asks for."""
+
+    adapter: Adapter
+    """Where training starts, and which tensors stay frozen."""
+    step_fraction: float = 1.0
+    """Fraction of the round's steps S under `training.budget = "steps"`. The fractions of a round, with those of
+    partners, add up to 1, so that all methods have the same budget."""
+    penalty: Penalty | None = None
+    """Term that is added to the loss."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay as in AdamW: each step first multiplies trained values by 1 - learning rate * this."""
+    paper_step_fraction: float | None = None
+    """Steps of this training in the method's paper, as a multiple of S, for `training.budget = "paper"`; None: as
+    `step_fraction`. Their sum over a round is the method's `paper_steps`."""
+    teacher: Adapter | None = None
+    """Frozen model that the training follows at the answer tokens. It reads every batch without dropout, which counts
+    as forward passes. It may be of another kind than `adapter`, but has the same virtual tokens, if any."""
+    partner: "TrainingRequest | None" = None
+    """Training of another adapter of the same kind and fraction, step by step on the same batches and with the same
+    dropout. Each of the two follows the other's distributions before the step. If the steps of both together are an
+    odd number, they take one less."""
+    distillation: Distillation | None = None
+    """How much this training follows its teacher or its partner; set for each that has one."""
+    expert_weights: tuple[float, float] | None = None
+    """Weights of the two experts of an adapter with `InstanceWeights` in this training; None: those of its router."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a teacher or a partner that this training cannot have."""
+        partner, teacher = self.partner, self.teacher
+        if teacher is not None and _prefix(teacher) != _prefix(self.adapter):
+            raise ValueError("a teacher must have the virtual tokens of the adapter that follows it")
+        if teacher is not None and REFERENCES in teacher.fixed:  # these passes over the prompts would not be counted
+            raise ValueError("the experts of a teacher cannot be weighted by prompt")
+        followers = self.trainings if partner is not None else (self,) if teacher is not None else ()
+        if any(training.distillation is None for training in followers):
+            raise ValueError("a training with a teacher or a partner must say by `distillation` how much it follows it")
+        if partner is None:
+            return
+        if teacher is not None or partner.teacher is not None or partner.partner is not None:
+            raise ValueError("a training has a teacher or a partner, and a partner has neither")
+        if partner.adapter.kind() != self.adapter.kind():
+            raise ValueError("adapters that are trained as partners must be of one kind")
+        if any(self.fraction_for(budget) != partner.fraction_for(budget) for budget in ("steps", "paper")):
+            raise ValueError("partners take the same steps: their step fractions must be equal")
+
+    @property
+    def trainings(self) -> "tuple[TrainingRequest, ...]":
+        """This training, and its partner if it has one."""
+        return (self,) if self.partner is None else (self, self.partner)
+
+    def kind(self) -> tuple[object, ...]:
+        """Return a key that is equal for requests that can be trained in one group."""
+        return self.adapter.kind(), self.partner is None, None if self.teacher is None else self.teacher.kind()
+
+    def fraction_for(self, budget: Budget) -> float:
+        """Return the steps of this training, without its partner's, under a budget, as a multiple of S."""
+        return self.step_fraction if budget == "steps" or self.paper_step_fraction is None else self.paper_step_fraction
+
+    def unchanged(self, embeddings: Mapping[str, MeanEmbeddings] | None = None) -> "TrainingResult":
+        """Return the result of a training that changes nothing, for dry runs."""
+        result = TrainingResult(self.adapter, 1, 0.0, embeddings or {})
+        return result if self.partner is None else replace(result, partner=self.partner.unchanged())
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a local training returns."""
+
+    adapter: Adapter
+    steps: int
+    loss: float
+    """Mean training loss per answer token over the steps, in nats, without balance loss, penalty and divergence."""
+    embeddings: Mapping[str, MeanEmbeddings] = field(default_factory=dict)
+    """Mean router embeddings over the embedding split by module, for methods with `needs_embeddings`."""
+    tokens: int = 0
+    """Tokens, without padding, of the forward and backward passes."""
+    partner: "TrainingResult | None" = None
+    """Result of the partner, which is not included in the other fields."""
+    teacher_examples: int = 0
+    """Examples that the teacher read."""
+    teacher_tokens: int = 0
+    """Tokens, without padding, of the teacher's forward passes."""
+
+    @property
+    def trainings(self) -> "tuple[TrainingResult, ...]":
+        """This result, and its partner's if there is one."""
+        return (self,) if self.partner is None else (self, self.partner)
+
+
+def _prefix(adapter: Adapter) -> tuple[int, ...]:
+    return adapter.spec.prefix if isinstance(adapter.spec, PromptSpec) else ()
