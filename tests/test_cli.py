@@ -1,6 +1,7 @@
 """The command line: every mistake is one line and an exit code, every table is JSON on request."""
 
 import json
+import re
 import os
 import shutil
 import signal
@@ -387,7 +388,9 @@ def test_show_markdown(fedamole: Any, runs: Any) -> None:
     lines = fedamole("show", runs("fedit"), runs("local_only"), "--markdown").out.strip().splitlines()
     assert lines[0] == "| client | base | majority | fedit | local_only |"
     assert lines[1] == "| --- | ---: | ---: | ---: | ---: |"
-    assert {line.count("|") for line in lines} == {6}
+    assert {line.count("|") for line in lines[:-2]} == {6}
+    assert lines[-2] == ""
+    assert re.match(r"(fedit, the best|fedit is better|Training alone is better)", lines[-1]), "the verdict"
     assert [line.split("|")[1].strip() for line in lines[2:6]] == ["chat", "entail", "mood", "plain"]
 
 
