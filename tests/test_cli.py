@@ -1,8 +1,8 @@
 """The command line: every mistake is one line and an exit code, every table is JSON on request."""
 
 import json
-import re
 import os
+import re
 import shutil
 import signal
 import subprocess
