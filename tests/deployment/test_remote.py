@@ -75,6 +75,8 @@ def settle(tiny: Path, tmp_path: Path, monkeypatch: Any) -> Any:
         ("fedlease", []),
         ("ifca_lora", []),
         ("flora", []),
+        ("regmean", []),
+        ("model_glue", []),
         ("feddpa", []),
         ("fedamole", ["evaluation.select=score"]),
     ],
