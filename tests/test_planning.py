@@ -138,8 +138,7 @@ def test_every_method_is_planned_without_data(name: str, clients: int, tmp_path:
         config_without_data(tmp_path, f'{{ kind = "iid", clients = {clients} }}', f"method.name={name}")
     )
     assert [row["client"] for row in planned.clients] == [f"a-{index:02d}" for index in range(clients)]
-    # Adapters that train together share the steps evenly.
-    steps = 7 - 7 % METHODS[name].trains_together
+    steps = 7 - 7 % METHODS[name].trains_together  # partners take the same steps
     assert (planned.clients_per_round, planned.rounds, planned.steps) == (clients, 30, steps)
     assert planned.targets == 4
     assert planned.adapter_parameters > 0

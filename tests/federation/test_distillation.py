@@ -16,6 +16,7 @@ from fedamole.federation.distillation import Distillation, partner_logits, token
 from fedamole.federation.local import DivergedError, LocalTask, fit
 from fedamole.federation.lock_step import ClientWork
 from fedamole.federation.method import TrainingRequest, TrainingResult
+from fedamole.federation.penalties import Proximal
 from fedamole.federation.probe import ProbeCounts, count_tokens
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.settings import TrainingSettings
@@ -269,6 +270,17 @@ def test_a_pair_that_diverges_changes_no_bit_of_the_others(sick: int, bank: Bank
             )
 
 
+def test_a_partner_that_diverges_in_the_last_step_is_an_error(bank: Bank) -> None:
+    """A penalty of the partner alone spoils its adapter in the one step that is taken; its client's stays finite."""
+    (task,) = pairs(bank, clients=1)
+    first, second = task.fit.trainings
+    nan = {name: torch.full_like(tensor, math.nan) for name, tensor in second.adapter.tensors.items()}
+    spoiled = replace(first, partner=replace(second, penalty=Proximal(nan, 1.0)))
+    (error,) = fit(bank, [replace(task, fit=spoiled)], replace(HARD, local_steps=2), seed=3, round_=1)
+    assert bank.store.weights.isfinite().all(1).tolist() == [True, False]
+    assert isinstance(error, DivergedError)
+
+
 # --- weights of experts in training ---------------------------------------------------------------------------
 
 
@@ -296,6 +308,20 @@ def test_an_expert_of_weight_1_trains_as_the_lora_alone(
                 torch.testing.assert_close(result.adapter.tensors[key], plain.adapter.tensors[name], rtol=0, atol=1e-9)
             for key in expert_keys(module, 0):
                 assert torch.equal(result.adapter.tensors[key], task.fit.adapter.tensors[key])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_each_client_of_a_group_has_weights_of_its_own(packed: bool, bank: Bank, monkeypatch: Any) -> None:
+    group = list[LocalTask]()
+    for task, weights in zip(tasks(bank, "lora", 3), ((0.0, 1.0), (0.9, 0.1), None), strict=True):
+        spec = replace(lora_spec(task.fit.adapter.spec), router=InstanceWeights(0.3))
+        tensors = {**as_expert(task.fit.adapter.tensors, 0), **as_expert(task.fit.adapter.tensors, 1)}
+        group.append(replace(task, fit=TrainingRequest(Adapter(spec, tensors), expert_weights=weights)))
+    expected = alone(bank, group)
+    monkeypatch.setattr(bank, "packs", packed)
+    assert_equal(trained(bank, group), expected)
+    monkeypatch.setattr(passes, "TOKENS_AT_ONCE", 1)
+    assert_equal(trained(bank, group), expected)
 
 
 def test_other_experts_cannot_be_given_weights(bank: Bank) -> None:
