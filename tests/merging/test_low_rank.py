@@ -6,8 +6,9 @@ from torch import Tensor
 
 from fedamole.errors import ConfigError
 from fedamole.merging.low_rank import (
+    LoraFactors,
+    change_similarities,
     check_same_modules,
-    cosine,
     moment_root,
     of_rank,
     product_svd,
@@ -18,6 +19,11 @@ from fedamole.merging.low_rank import (
 def drawn(rank: int, d_in: int = 6, d_out: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rank, d_in, generator=generator), torch.randn(d_out, rank, generator=generator)
+
+
+def cosine(first: LoraFactors, second: LoraFactors) -> float:
+    """Similarity of two changes."""
+    return float(change_similarities([first, second])[0, 1])
 
 
 @pytest.mark.parametrize("rank", [2, 5, 9])

@@ -23,7 +23,8 @@ class BundledRounds:
     """Runs rounds of methods on the bundled base, which is loaded once."""
 
     folder: Path
-    clients: tuple[str, ...]
+    clients: tuple[str, ...] = ()
+    """Clients that take part; empty: all eight."""
     runs: list[Path] = field(default_factory=list)
 
     def config(self, method: str, rounds: int, overrides: Sequence[str] = ()) -> Config:
@@ -39,15 +40,15 @@ class BundledRounds:
     def bank(self) -> Bank:
         return Bank(self.prepared.base)
 
-    def __call__(
+    def train(
         self,
         method: str,
         *overrides: str,
         rounds: int,
         changed: Callable[[Replies], Replies] = lambda replies: replies,
         after_round: Callable[[Any], None] = lambda state: None,
-    ) -> dict[str, float]:
-        """Return each client's validation loss after some rounds.
+    ) -> tuple[Any, InProcess]:
+        """Return the server's state after some rounds, and the engine that ran them; nothing is scored.
 
         `changed` replaces the replies of each round before they are aggregated; `after_round` gets the server's state.
         """
@@ -56,7 +57,7 @@ class BundledRounds:
         self.runs.append(path)
         folder = RunFolder.create(path, "", "", method, self.prepared.base.identity)
         worker = worker_of(config, self.bank, folder)
-        data = {name: self.prepared.clients[name] for name in self.clients}
+        data = {name: self.prepared.clients[name] for name in self.clients or self.prepared.clients}
         engine = InProcess(worker, data, ProgressListener(), len(data))
         server = server_of(config, self.prepared.base, engine.clients)
         state = config.method.init(server)
@@ -71,6 +72,12 @@ class BundledRounds:
 
             state = config.method.round(replace(server, round=round_), state, engine.clients, exchange)
             after_round(state)
-        sent = config.method.evaluates == "post_aggregation"
-        messages = {info.name: pack(config.method.message(state, info)) if sent else None for info in engine.clients}
+        return state, engine
+
+    def __call__(self, method: str, *overrides: str, rounds: int, **watched: Any) -> dict[str, float]:
+        """Return each client's validation loss after some rounds; `watched` are arguments of `train`."""
+        state, engine = self.train(method, *overrides, rounds=rounds, **watched)
+        scored = self.config(method, rounds, overrides).method
+        sent = scored.evaluates == "post_aggregation"
+        messages = {info.name: pack(scored.message(state, info)) if sent else None for info in engine.clients}
         return {name: scores["loss"] for name, scores in engine.evaluate(rounds - 1, method, messages).items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.methods.bundled_states import bundled_states
+from tests.methods.bundled_rounds import BundledRounds, Replies
 from tests.methods.by_hand import CallProbe, client, driven, full
 from tests.training import lora_spec
 
@@ -191,12 +191,18 @@ def test_invalid_values_are_refused(key: str, value: float, message: str) -> Non
 
 def test_no_cluster_starves_with_exploration(tmp_path: Path) -> None:
     """Real text: without exploration a cluster that falls behind in round 0 is never trained again."""
+    bundled = BundledRounds(tmp_path)
 
     def clusters_trained(epsilon: float) -> list[set[int]]:
-        settings = ["method.name=adaptive_experts", "method.clusters=3", f"method.epsilon={epsilon}"]
-        settings += ["training.local_steps=4", "method.probe_examples=12"]
-        rounds = bundled_states(tmp_path / str(epsilon), settings, 3)
-        return [{reply.cluster for reply in replies.values()} for _, replies in rounds]
+        settings = ["method.clusters=3", f"method.epsilon={epsilon}", "method.probe_examples=12"]
+        trained = list[set[int]]()
+
+        def record(replies: Replies) -> Replies:
+            trained.append({reply.cluster for reply in replies.values()})
+            return replies
+
+        bundled.train("adaptive_experts", *settings, "training.local_steps=4", rounds=3, changed=record)
+        return trained
 
     first, *greedy = clusters_trained(0.0)
     assert first == {0, 1, 2}, "each cluster is drawn at the start"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.methods.bundled_states import bundled_states
+from tests.methods.bundled_rounds import BundledRounds
 from tests.methods.by_hand import client, driven, full
 from tests.training import lora_spec
 
@@ -204,7 +204,7 @@ def jaccard(held: Mapping[str, Mapping[str, list[int]]]) -> tuple[float, float]:
 
 def test_clients_of_a_domain_share_more_experts(tmp_path: Path) -> None:
     """Real text of four domains with two clients each; after the search and one review."""
-    settings = ["method.name=fedmoe", "method.review_every=1", "method.probe_examples=12", "training.local_steps=4"]
-    *_, (state, _) = bundled_states(tmp_path / "run", settings, 2)
+    settings = ["method.review_every=1", "method.probe_examples=12", "training.local_steps=4"]
+    state, _ = BundledRounds(tmp_path).train("fedmoe", *settings, rounds=2)
     within, across = jaccard(state.held)
     assert within > across + 0.1

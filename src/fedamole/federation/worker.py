@@ -20,6 +20,7 @@ from fedamole.federation.record import non_finite, pack, unpack
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
 from fedamole.model.memory import peak_memory_mib, reset_peak_memory
+from fedamole.model.params import indices_by_kind
 from fedamole.runs.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -106,10 +107,7 @@ class Worker:
             for work in works
             if work.request is not None
         ]
-        groups: dict[object, list[int]] = {}
-        for i, task in enumerate(tasks):
-            groups.setdefault(task.fit.kind(), []).append(i)
-        for indices in groups.values():
+        for indices in indices_by_kind({i: task.fit for i, task in enumerate(tasks)}):
             group = [tasks[i] for i in indices]
             results = fit(
                 self.bank, group, self.training, seed=seed, round_=round_, fit_index=fit_index, on_step=on_step

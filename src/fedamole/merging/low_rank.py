@@ -92,17 +92,11 @@ def check_same_modules(loras: Mapping[str, LoraFactors]) -> None:
                 )
 
 
-def cosine(first: LoraFactors, second: LoraFactors) -> float:
-    """Return the cosine similarity of two LoRAs' changes of all modules together; 0 if one changes nothing.
-
-    An inner product of changes is <B A, B' A'> = sum of (B^T B') * (A A'^T), so no change is formed.
-    """
-    norms = inner(first, first) * inner(second, second)
-    return inner(first, second) / norms**0.5 if norms > 0 else 0.0
-
-
 def inner(first: LoraFactors, second: LoraFactors) -> float:
-    """Return the inner product of two LoRAs' changes, summed over the modules."""
+    """Return the inner product of two LoRAs' changes, summed over the modules.
+
+    That of two changes is <B A, B' A'> = sum of (B^T B') * (A A'^T), so no change is formed.
+    """
     total = 0.0
     for module, (a, b) in first.items():
         other_a, other_b = second[module]
@@ -111,8 +105,16 @@ def inner(first: LoraFactors, second: LoraFactors) -> float:
 
 
 def change_similarities(loras: Sequence[LoraFactors]) -> Tensor:
-    """Return the cosine similarities of the changes of N LoRAs, (N, N) in float64."""
-    return torch.tensor([[cosine(first, second) for second in loras] for first in loras], dtype=torch.float64)
+    """Return the cosine similarities (N, N), float64, of the changes of N LoRAs, all modules together.
+
+    A LoRA that changes nothing has similarity 0 to all.
+    """
+    products = torch.zeros(len(loras), len(loras), dtype=torch.float64)
+    for i, first in enumerate(loras):
+        for j, second in enumerate(loras[: i + 1]):
+            products[i, j] = products[j, i] = inner(first, second)
+    norms = products.diagonal().sqrt()
+    return torch.where(norms.outer(norms) > 0, products / norms.outer(norms), 0.0)
 
 
 def stacked_mean(factors: Sequence[Factors]) -> Factors:

@@ -30,7 +30,7 @@ from fedamole.federation.method import Client, TrainingRequest, TrainingResult
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.cluster_loras import ClusteredLora, ClusterLora, Clusters
 from fedamole.model.mixer import LearnedRouter
-from fedamole.model.params import Adapter, as_expert, expert_keys, mixer_key, new_shared, shared_keys
+from fedamole.model.params import Adapter, as_expert, expert_as_lora, mixer_key, new_shared
 
 OWN, FIRST_CLUSTER = 0, 1
 """Ids of the experts of a mixture: the client's own LoRA, and the first of the clusters."""
@@ -126,9 +126,7 @@ class AdaptiveExperts(ClusteredLora[OwnMixture]):
         self, client: Client, client_state: OwnMixture, message: Clusters, trained: TrainingResult
     ) -> tuple[OwnMixture, ClusterLora]:
         """Return the LoRA of the trained cluster, which is a frozen expert of the mixture; keep the rest."""
-        tensors, sent = trained.adapter.tensors, dict[str, Tensor]()
-        for module in client.shapes:
-            keys = expert_keys(module, FIRST_CLUSTER + client_state.cluster)
-            sent.update(zip(shared_keys(module), (tensors[key] for key in keys), strict=True))
+        tensors = trained.adapter.tensors
+        sent = expert_as_lora(tensors, FIRST_CLUSTER + client_state.cluster)
         kept = {name: tensors[name] for name in client_state.tensors}
         return replace(client_state, tensors=kept), ClusterLora(client_state.cluster, sent)

@@ -24,7 +24,7 @@ from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.methods.shared.lora import DecayedLoraMethod
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.mixer import LearnedRouter
-from fedamole.model.params import Adapter, as_expert, expert_keys, mixer_key, new_shared, shared_keys
+from fedamole.model.params import Adapter, as_expert, expert_as_lora, mixer_key, new_shared
 
 OWN, REST = 0, 1
 
@@ -107,8 +107,6 @@ class FedAlt(DecayedLoraMethod[LatestLoras, RestOfWorld, OwnAndMixer, SentLora])
     def reply(
         self, client: Client, client_state: OwnAndMixer, message: RestOfWorld, trained: TrainingResult
     ) -> tuple[OwnAndMixer, SentLora]:
-        tensors, sent = trained.adapter.tensors, dict[str, Tensor]()
-        for module in client.shapes:
-            for key, expert_key in zip(shared_keys(module), expert_keys(module, OWN), strict=True):
-                sent[key] = tensors[expert_key]
-        return OwnAndMixer({name: tensors[name] for name in client_state.tensors}), SentLora(sent)
+        tensors = trained.adapter.tensors
+        own = {name: tensors[name] for name in client_state.tensors}
+        return OwnAndMixer(own), SentLora(expert_as_lora(tensors, OWN))

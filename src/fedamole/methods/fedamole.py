@@ -32,11 +32,11 @@ from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
 from fedamole.methods.shared.architectures import Assignment, add_most_relevant, by_expert_name, next_architectures
 from fedamole.methods.shared.averaging import mean_by_key
-from fedamole.methods.shared.holders import fewest_replies, group_exposure, limit_norms, with_enough_replies
+from fedamole.methods.shared.holders import fewest_replies, group_exposure, limit_norms, mixture_of, with_enough_replies
 from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.layers import MeanEmbeddings
-from fedamole.model.params import Adapter, Shapes, expert_ids, expert_keys, new_pool, router_key, shared_keys
+from fedamole.model.params import Adapter, Shapes, expert_ids, new_pool
 
 log = logging.getLogger(__name__)
 
@@ -152,11 +152,7 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
     @override
     def message(self, state: Pool, client: ClientInfo) -> Experts:
         """Return the experts assigned to this client, shared expert and projection (step 1)."""
-        keys: list[str] = []
-        for module, held in state.held.items():
-            keys += [router_key(module), *shared_keys(module)]
-            keys += [key for expert in held[client.name] for key in expert_keys(module, expert)]
-        return Experts({key: state.tensors[key] for key in keys})
+        return Experts(mixture_of(state.tensors, state.held, client.name))
 
     @override
     def aggregate(self, server: Server, state: Pool, replies: Mapping[str, TrainedExperts]) -> Pool:

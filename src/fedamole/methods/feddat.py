@@ -31,7 +31,7 @@ from fedamole.methods.local_only import OwnLora
 from fedamole.methods.shared.averaging import AveragedLora, SharedTensors
 from fedamole.methods.shared.stacks import stacked
 from fedamole.model.mixer import InstanceWeights
-from fedamole.model.params import Adapter, Shapes, Tensors, as_expert, expert_keys, new_shared, shared_keys
+from fedamole.model.params import Adapter, Shapes, as_expert, expert_as_lora, new_shared, shared_keys
 
 OWN, SHARED = 0, 1
 
@@ -101,7 +101,7 @@ class FedDat(AveragedLora[OwnLora]):
         for a, b in map(shared_keys, client.shapes):
             own[a] = trained.adapter.tensors[a][: self.rank].clone()
             own[b] = 2 * trained.adapter.tensors[b][:, : self.rank]  # its weight 1/2 is in B
-        return OwnLora(own), SharedTensors(_lora(trained.partner.adapter.tensors, SHARED, client.shapes))
+        return OwnLora(own), SharedTensors(expert_as_lora(trained.partner.adapter.tensors, SHARED))
 
     @override
     def personal(
@@ -112,19 +112,8 @@ class FedDat(AveragedLora[OwnLora]):
 
     def _model(self, teacher: Adapter, shapes: Shapes) -> Adapter:
         """Return a dual teacher as one LoRA of twice the rank, the own LoRA first."""
-        both = {str(expert): _lora(teacher.tensors, expert, shapes) for expert in (OWN, SHARED)}
+        both = {str(expert): expert_as_lora(teacher.tensors, expert) for expert in (OWN, SHARED)}
         tensors: dict[str, Tensor] = {}
         for keys in map(shared_keys, shapes):
             tensors.update(zip(keys, stacked(both, {str(OWN): 1.0, str(SHARED): 1.0}, keys), strict=True))
         return Adapter(replace(self.spec(), rank=2 * self.rank, alpha=2 * self.alpha), tensors)
-
-
-def _lora(tensors: Tensors, expert: int, shapes: Shapes) -> dict[str, Tensor]:
-    """Return one of the two experts of a dual teacher as a plain LoRA."""
-    named: dict[str, Tensor] = {}
-    for module in shapes:
-        named.update(
-            (key, tensors[expert_key])
-            for key, expert_key in zip(shared_keys(module), expert_keys(module, expert), strict=True)
-        )
-    return named

@@ -35,10 +35,10 @@ from fedamole.federation.record import Nothing
 from fedamole.methods.fedamole import Experts
 from fedamole.methods.shared.architectures import Held
 from fedamole.methods.shared.averaging import mean_by_key, mean_of_experts
-from fedamole.methods.shared.holders import fewest_replies, with_enough_replies
+from fedamole.methods.shared.holders import fewest_replies, mixture_of, with_enough_replies
 from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.amole import AdapterSpec
-from fedamole.model.params import Adapter, Shapes, expert_keys, expert_name, new_pool, router_key, shared_keys
+from fedamole.model.params import Adapter, Shapes, expert_name, new_pool
 
 
 @dataclass(frozen=True)
@@ -165,11 +165,7 @@ class FedMoe(LoraMethod[UsedPool, Experts, Nothing, UsedExperts]):
     @override
     def message(self, state: UsedPool, client: ClientInfo) -> Experts:
         """Return the experts of this client, shared expert and router (step 1)."""
-        keys: list[str] = []
-        for module, held in state.held.items():
-            keys += [router_key(module), *shared_keys(module)]
-            keys += [key for expert in held[client.name] for key in expert_keys(module, expert)]
-        return Experts({key: state.tensors[key] for key in keys})
+        return Experts(mixture_of(state.tensors, state.held, client.name))
 
     @override
     def aggregate(self, server: Server, state: UsedPool, replies: Mapping[str, UsedExperts]) -> UsedPool:
@@ -201,11 +197,15 @@ class FedMoe(LoraMethod[UsedPool, Experts, Nothing, UsedExperts]):
         needed = fewest_replies(state.held, asked, self.min_holders)
         trained = with_enough_replies({name: reply.tensors for name, reply in replies.items()}, needed)
         weights = server.weights("uniform" if self.weighting == "uniform" else "examples")
-        means = mean_by_key(trained, weights, state.tensors)
         if self.weighting != "usage":
-            return means
+            return mean_by_key(trained, weights, state.tensors)
         used = {name: {m: weights[name] * share for m, share in shares[name].items()} for name in trained}
-        return {**means, **mean_of_experts(trained, used, state.tensors)}
+        experts = mean_of_experts(trained, used, state.tensors)
+        shared = {
+            name: {key: tensor for key, tensor in tensors.items() if key not in experts}
+            for name, tensors in trained.items()
+        }
+        return {**mean_by_key(shared, weights, state.tensors), **experts}
 
     def _next_held(self, server: Server, state: UsedPool, answered: Sequence[str]) -> Held:
         """Return the experts of all clients in the next round; only those of clients that answered change."""

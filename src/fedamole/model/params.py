@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -82,11 +83,18 @@ class Adapter:
         return {name: tensor.numel() for name, tensor in self.tensors.items() if name not in self.frozen}
 
 
-def indices_by_kind(adapters: Mapping[int, Adapter | None]) -> list[list[int]]:
-    """Group the indices of adapters by kind, so that each group can be loaded together; None is the untuned base."""
+class HasKind(Protocol):
+    """An adapter, or a request to train one."""
+
+    def kind(self) -> tuple[object, ...]:
+        """Return a key that is equal for those that can be loaded or trained together."""
+
+
+def indices_by_kind(entries: Mapping[int, HasKind | None]) -> list[list[int]]:
+    """Group the indices of adapters, or of requests to train them, by kind; None is the untuned base."""
     groups: dict[object, list[int]] = {}
-    for i, adapter in adapters.items():
-        groups.setdefault(None if adapter is None else adapter.kind(), []).append(i)
+    for i, entry in entries.items():
+        groups.setdefault(None if entry is None else entry.kind(), []).append(i)
     return list(groups.values())
 
 
@@ -126,6 +134,14 @@ def as_expert(lora: Tensors, expert: int) -> dict[str, Tensor]:
     for name, tensor in lora.items():
         module, _, factor = name.rpartition("/shared/")
         named[f"{module}/{expert_name(expert)}/{factor}"] = tensor
+    return named
+
+
+def expert_as_lora(tensors: Tensors, expert: int) -> dict[str, Tensor]:
+    """Return the tensors of one domain expert, which every module holds, renamed to those of a plain LoRA."""
+    named: dict[str, Tensor] = {}
+    for module in expert_ids(tensors):
+        named.update(zip(shared_keys(module), (tensors[key] for key in expert_keys(module, expert)), strict=True))
     return named
 
 

@@ -55,26 +55,25 @@ class Run:
         return self.name if own and self.name != "run" else variant
 
     @functools.cached_property
-    def work(self) -> dict[str, dict[str, float]]:
-        """Work by trained variant, see `work_of`. metrics.jsonl is read once and not kept in memory."""
+    def _history(self) -> dict[str, tuple[dict[str, float], list[RoundState]]]:
+        """Work and learning curve by trained variant. metrics.jsonl is read once and not kept in memory."""
         rows, rounds = self.summary["rows"], self.summary["rounds"]
         lines = list(RunFolder(self.path).lines(METRICS))
+        clients = {name: len(row["clients"]) for name, row in rows.items() if name not in (BASE, MAJORITY)}
         return {
-            variant: work_of(lines, variant, len(row["clients"]), rounds)
-            for variant, row in rows.items()
-            if variant not in (BASE, MAJORITY)
+            variant: (work_of(lines, variant, count, rounds), learning_curve(lines, variant, count))
+            for variant, count in clients.items()
         }
+
+    @functools.cached_property
+    def work(self) -> dict[str, dict[str, float]]:
+        """Work by trained variant, see `work_of`."""
+        return {variant: work for variant, (work, _) in self._history.items()}
 
     @functools.cached_property
     def curves(self) -> dict[str, list[RoundState]]:
         """Learning curve by trained variant, see `learning_curve`."""
-        rows = self.summary["rows"]
-        lines = list(RunFolder(self.path).lines(METRICS))
-        return {
-            variant: learning_curve(lines, variant, len(row["clients"]))
-            for variant, row in rows.items()
-            if variant not in (BASE, MAJORITY)
-        }
+        return {variant: curve for variant, (_, curve) in self._history.items()}
 
 
 def read_run(path: Path) -> Run:

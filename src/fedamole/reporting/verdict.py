@@ -34,9 +34,11 @@ def verdict(entries: Mapping[str, Entries]) -> str:
         if label not in (BASE, MAJORITY) and not any(run.untrained for run, _ in runs)
     }
     alone = next((label for label, runs in trained.items() if all(variant == ALONE for _, variant in runs)), None)
+    if alone is None:
+        return ""
     losses = {label: _validation_loss(runs) for label, runs in trained.items() if label != alone}
     best = min(losses, key=lambda label: losses[label], default=None)
-    if alone is None or best is None or not math.isfinite(losses[best]):
+    if best is None or not math.isfinite(losses[best]):
         return ""
     ours, theirs = _scores(trained[best]), _scores(trained[alone])
     differences = {pair: ours[pair] - theirs[pair] for pair in sorted(ours.keys() & theirs.keys())}

@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import Tensor
 
-from fedamole.model.params import Shapes, Tensors, expert_name
+from fedamole.methods.shared.architectures import Held
+from fedamole.model.params import Shapes, Tensors, expert_keys, expert_name, router_key, shared_keys
 
 MAX_NORM_RATIO = 4.0
 """Largest norm of a client's embeddings of a module, as a multiple of the median client's."""
@@ -39,6 +40,15 @@ def fewest_replies(
         return min(2, holders.get(owner, len(asked)))
 
     return needed
+
+
+def mixture_of(pool: Tensors, held: Held, client: str) -> dict[str, Tensor]:
+    """Return the tensors of a client's mixture from a pool: in each module router, shared expert, experts it holds."""
+    keys: list[str] = []
+    for module, holders in held.items():
+        keys += [router_key(module), *shared_keys(module)]
+        keys += [key for expert in holders[client] for key in expert_keys(module, expert)]
+    return {key: pool[key] for key in keys}
 
 
 def with_enough_replies(
