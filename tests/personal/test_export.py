@@ -215,7 +215,15 @@ def test_calibration_takes_the_place_of_the_training_split(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--to", "gguf"], ["--rank", "0"], ["--ridge", "0"], ["--tolerance", "-1"], ["--tokens", "0"]]
+    "arguments",
+    [
+        ["--to", "gguf"],
+        ["--rank", "0"],
+        ["--rank", "65537"],
+        ["--ridge", "0"],
+        ["--tolerance", "-1"],
+        ["--tokens", "0"],
+    ],
 )
 def test_settings_that_mean_nothing(arguments: Sequence[str], trained: Path, tmp_path: Path, fedamole: Any) -> None:
     result = fedamole("export", trained, "--client", CLIENT, "--out", "lora", *arguments)

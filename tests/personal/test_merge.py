@@ -1,6 +1,8 @@
 """`fedamole merge`: the folder that it writes, the losses that it reports, and the mistakes that it refuses."""
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from fedamole.model.batch import collate
 from fedamole.model.params import Adapter
 from fedamole.model.pretrained import IDENTITY, load_adapter
 from fedamole.model.prompt import PromptSpec
+from fedamole.personal.merge_settings import RECIPES
 from fedamole.personal.saved_models import find_model, load_base_for
 from tests.training import lora_spec
 
@@ -94,11 +97,11 @@ def test_mixtures_are_turned_into_loras_first(runs: Any, tmp_path: Path, fedamol
     assert load_adapter(tmp_path / "merged").spec != load_adapter(folder_of(run, "mood")).spec
 
 
-def poisoned(run: Path, client: str, target: Path) -> Path:
-    """A copy of a run in which one client's LoRA is negated and enlarged."""
+def poisoned(run: Path, client: str, target: Path, factor: float = -5) -> Path:
+    """A copy of a run in which one client's LoRA is negated and enlarged, or multiplied by another factor."""
     shutil.copytree(run, target)
     file = folder_of(target, client) / "adapter_model.safetensors"
-    tensors = {key: -5 * tensor if "lora_B" in key else tensor for key, tensor in load_file(file).items()}
+    tensors = {key: factor * tensor if "lora_B" in key else tensor for key, tensor in load_file(file).items()}
     save_file(tensors, file)
     return target
 
@@ -113,6 +116,15 @@ def test_a_poisoned_adapter_is_never_taken_selectively(trained: Path, tmp_path: 
     assert list(report["taken"].values())[0] == 1.0  # noqa: RUF015  the first model is taken as it is
     means = {key: sum(row[key] for row in report["losses"].values()) for key in ("base", "after")}
     assert means["after"] < means["base"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_model_that_is_not_finite_is_refused(recipe: str, trained: Path, tmp_path: Path, fedamole: Any) -> None:
+    run = poisoned(trained, "mood", tmp_path / "poisoned", factor=math.nan)
+    result = fedamole("merge", run, "--recipe", recipe, "--out", "merged")
+    assert result.code == 2
+    assert re.fullmatch(r"error: \S*mood\S* holds NaN or infinity: leave this model out of the merge", result.error)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_zoo_without_a_useful_model_is_an_error(trained: Path, tmp_path: Path, fedamole: Any) -> None:
@@ -132,6 +144,7 @@ def test_a_zoo_without_a_useful_model_is_an_error(trained: Path, tmp_path: Path,
         (["--clients", "mood,mood"], 2, "--clients names mood twice"),
         (["--recipe", "mean"], 2, "--recipe mean: use one of linear, svd"),
         (["--rank", "0"], 2, "--rank 0: must be at least 1"),
+        (["--rank", "65537"], 2, "--rank 65537: must be at most 65536"),
         (["--density", "1"], 2, "--density 1.0: must be above 0 and below 1"),
         (["--off-diagonal", "2"], 2, "--off-diagonal 2.0: must be at least 0 and at most 1"),
         (["--examples", "0"], 2, "--examples 0: must be at least 1"),

@@ -1,9 +1,9 @@
 """Model-GLUE on LoRAs: Zhao et al., "Model-GLUE: Democratized LLM Scaling for A Large Model Zoo in the Wild", NeurIPS
 2024, https://arxiv.org/abs/2410.05357.
 
-The first rounds, a share `train_share` of all, fill the zoo:
+The first rounds, a share `train_share` of all, collect LoRAs (the zoo):
     1. Each client trains a LoRA of its own and sends it.
-In the last of these rounds the server glues the zoo, in further exchanges that train nothing:
+In the last of these rounds the server merges them, in further exchanges that train nothing:
     2. It clusters the LoRAs by the cosine similarity of their changes BA.
     3. The clients of a cluster return the loss of each of its LoRAs and of the untuned base on their embedding split. A
        LoRA whose loss at its own client is not below the base's is left out.
@@ -12,11 +12,11 @@ In the last of these rounds the server glues the zoo, in further exchanges that 
 Every later round:
     1. The server sends one expert per cluster, and a mixer that weighs them token by token.
     2. Each client trains the mixer, or experts and mixer (`train_experts`); the server averages what was trained.
-The model of a client is the mixture, scored after the aggregation; before the glue, its own LoRA.
+The model of a client is the mixture, scored after the aggregation; before the merge, its own LoRA.
 Deviations: the zoo is trained here. Clusters are those of the best silhouette, as the released threshold of 0.95 is for
 full weights. The proxy is the mean loss of the cluster's clients, who are sent the pair and blend it themselves. The
 recipe is linear; there is no evolutionary search. The mixture is of LoRAs. While no LoRA beats the base, the rounds go
-on filling the zoo, and the glue is tried again. Losses that clients report are trusted.
+on collecting LoRAs, and the merge is tried again. Losses that clients report are trusted.
 """
 
 import math
@@ -52,9 +52,9 @@ class GlueState:
     first: Mapping[str, Tensor]
     """LoRA that all clients start from."""
     zoo: Mapping[str, Mapping[str, Tensor]]
-    """The LoRA of each client; empty after the glue."""
+    """The LoRA of each client; empty after the merge."""
     mixture: Mapping[str, Tensor]
-    """One expert per cluster, and the mixers; empty before the glue."""
+    """One expert per cluster, and the mixers; empty before the merge."""
     taken: dict[str, dict[str, float]]
     """Clients whose LoRA is part of an expert, with its coefficient, by cluster."""
     refused: list[str]
@@ -97,7 +97,7 @@ class ModelGlue(LoraMethod[GlueState, GlueMessage, OwnLora, GlueReply]):
     probe_examples: int = 64
     """Largest number of examples on which a client measures LoRAs."""
     train_experts: bool = False
-    """Whether the rounds after the glue train the experts too, and not only the mixer."""
+    """Whether the rounds after the merge train the experts too, and not only the mixer."""
     weighting: Weighting = "uniform"
     """Weight of a client in the averages: uniform, or by its training examples."""
 
@@ -234,7 +234,7 @@ class ModelGlue(LoraMethod[GlueState, GlueMessage, OwnLora, GlueReply]):
             tensors = {f"{c:g}": lora_tensors(blend(best, other, c, self.rank)) for c in COEFFICIENTS}
         else:
             first = next(iter(loras.values()))
-            tensors[UNTUNED] = {key: 0 * tensor for key, tensor in first.items()}
+            tensors[UNTUNED] = {key: torch.zeros_like(tensor) for key, tensor in first.items()}
         losses = client.probe.losses([Adapter(self.spec(), lora) for lora in tensors.values()], self.probe_examples)
         return {
             name: torch.tensor(loss).neg().exp().nan_to_num(0.0) for name, loss in zip(tensors, losses, strict=True)
@@ -244,7 +244,7 @@ class ModelGlue(LoraMethod[GlueState, GlueMessage, OwnLora, GlueReply]):
     def reply(
         self, client: Client, client_state: OwnLora, message: GlueMessage, trained: TrainingResult
     ) -> tuple[OwnLora, GlueReply]:
-        """Return what was trained; keep the LoRA before the glue."""
+        """Return what was trained; keep the LoRA before the merge."""
         frozen = self.adapter(client, client_state, message).frozen
         sent = {name: tensor for name, tensor in trained.adapter.tensors.items() if name not in frozen}
         return OwnLora({} if message.mixture else sent), GlueReply(sent, message.mixture, {})

@@ -27,12 +27,11 @@ from fedamole.received.forms import (
     whole,
 )
 from fedamole.received.names import quoted
-from fedamole.runs.adapter_folder import CONFIG, MOST_EXPERTS, WEIGHTS
+from fedamole.runs.adapter_folder import CONFIG, MOST_EXPERTS, MOST_RANK, WEIGHTS
 
 PREFIX = "base_model.model."
 VIRTUAL = "prompt_embeddings"
 
-MOST_RANK = 65_536
 MOST_VIRTUAL = 65_536
 DTYPES = ("F32", "BF16", "F16")
 """Dtypes that an adapter's weights may have."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fedamole.errors import ConfigError
+from fedamole.runs.adapter_folder import MOST_RANK
 
 MAX_DEFAULT_RANK = 64
 """Largest rank that is chosen automatically. Inference servers reserve memory for the largest rank of their LoRAs."""
@@ -33,6 +34,8 @@ class ExportSettings:
         for name, value in (("rank", self.rank), ("tokens", self.tokens)):
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} {value}: must be at least 1")
+        if self.rank is not None and self.rank > MOST_RANK:
+            raise ConfigError(f"--rank {self.rank}: must be at most {MOST_RANK}")
         if self.ridge <= 0:
             raise ConfigError(f"--ridge {self.ridge}: must be above 0")
         if self.tolerance < 0:

@@ -7,6 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from fedamole.errors import ConfigError
 from fedamole.evaluation.likelihood import mean_losses
 from fedamole.federation.client_data import client_data
@@ -143,6 +145,8 @@ def _client_model(
 ) -> ClientModel:
     """Read a model, turn it into a LoRA if it is none, and read its client's data if its run is known."""
     adapter = read_adapter(saved, bank.base)
+    if not all(tensor.isfinite().all() for tensor in (*adapter.tensors.values(), *adapter.fixed.values())):
+        raise ConfigError(f"{saved.folder} holds NaN or infinity: leave this model out of the merge")
     lora, probe, validation = without_deltas(adapter), None, list[TokenPair]()
     if saved.run is not None:
         probe, validation = _data(saved, bank)
@@ -210,7 +214,7 @@ def _selected(
         adapters = [adapter_of(lora) for lora in factors]
         return [client.probe.losses(adapters, examples) for client in clients if client.probe is not None]
 
-    untuned = {module: (a, 0 * b) for module, (a, b) in clients[0].lora.items()}
+    untuned = {module: (a, torch.zeros_like(b)) for module, (a, b) in clients[0].lora.items()}
     rows = losses([untuned, *loras.values()])
     own = {name: rows[i][i + 1] for i, name in enumerate(loras)}
     names = useful(own, {name: rows[i][0] for i, name in enumerate(loras)})

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fedamole.errors import ConfigError
+from fedamole.runs.adapter_folder import MOST_RANK
 
 RECIPES = {
     "linear": "the mean of the factors A and B",
@@ -41,6 +42,8 @@ class MergeSettings:
         for name, value in (("rank", self.rank), ("examples", self.examples), ("tokens", self.tokens)):
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} {value}: must be at least 1")
+        if self.rank is not None and self.rank > MOST_RANK:
+            raise ConfigError(f"--rank {self.rank}: must be at most {MOST_RANK}")
         if not 0 < self.density < 1:
             raise ConfigError(f"--density {self.density}: must be above 0 and below 1")
         if not 0 <= self.off_diagonal <= 1:
