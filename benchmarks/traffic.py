@@ -25,7 +25,7 @@ from safetensors.torch import load
 
 from fedamole.engine.reply_template import dry_client
 from fedamole.federation.method import BaseInfo, ClientInfo, Method, Server, TrainingRequest, TrainingResult
-from fedamole.federation.record import pack
+from fedamole.federation.record import pack, unpack
 from fedamole.methods import METHODS
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.layers import MeanEmbeddings
@@ -51,12 +51,13 @@ class Traffic:
     size: dict[str, int] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)
 
-    def send(self, client: str, record: object) -> None:
-        """Count a packed record and the numbers in it."""
+    def send(self, client: str, record: object) -> bytes:
+        """Count a packed record and the numbers in it; return what arrives."""
         payload = pack(record)
         numbers = sum(prod(tensor.shape) for tensor in load(payload).values())
         self.size[client] = self.size.get(client, 0) + len(payload)
         self.numbers[client] = self.numbers.get(client, 0) + numbers
+        return payload
 
 
 @dataclass
@@ -91,8 +92,8 @@ class Round:
                 while True:
                     request = work.send(self._fit(request))
             except StopIteration as end:
-                self.kept[name], replies[name], trained = end.value
-            self.up.send(name, replies[name])
+                self.kept[name], reply, trained = end.value
+            replies[name] = unpack(self.method.records.reply, self.up.send(name, reply))
             self.parameters[name] = trained.adapter.parameters()
         return replies
 

@@ -122,15 +122,12 @@ class TrainingGroup:
         self.adapters = [task.fit.adapter for task in tasks]
         bank.load(self.adapters)
         self.store, self.spec, self.parameters = bank.store, self.adapters[0].spec, bank.trainable()
-        self.trainable = self._trainable_mask()
-        self.penalties = self._penalty_losses()
-        self.decay = self._decay_factors()
-        self.expert_weights = self._expert_weights()
-        teachers = [task.fit.teacher for task in tasks if task.fit.teacher is not None]
-        self.followed: FollowedModels | None = None
-        if teachers or self.places > 1:
-            distillations = [task.fit.distillation for task in tasks if task.fit.distillation is not None]
-            self.followed = FollowedModels(bank, distillations, teachers)
+        requests = [task.fit for task in tasks]
+        self.trainable = self._trainable_mask() if any(request.adapter.frozen for request in requests) else None
+        self.penalties = self._penalty_losses() if any(request.penalty for request in requests) else []
+        self.decay = self._decay_factors() if any(request.weight_decay for request in requests) else None
+        self.expert_weights = self._expert_weights() if any(request.expert_weights for request in requests) else None
+        self.followed = self._followed_models() if self.places > 1 or requests[0].teacher is not None else None
         self.optimiser = self._new_optimiser()
         self.batches = [
             _batches(
@@ -149,38 +146,30 @@ class TrainingGroup:
         micro_batches = [[next(self.batches[client]) for client in range(active)] for _ in range(accumulation)]
         self.store.gradients.zero_()
 
-        def forward_backward(first_client: int, last_client: int) -> None:
-            first, last = first_client * self.places, last_client * self.places
+        def forward_backward(first: int, last: int) -> None:
             for index, rows in enumerate(micro_batches):
                 batch = self._collate(rows[first:last], first, f"{step}/{index}")
                 teacher_logits = self.followed.teacher_logits(batch, first, last) if self.followed else None
                 balance_losses: list[Tensor] = []
                 bank.select_clients(first, last)
-                expert_weights = None
-                if self.expert_weights is not None:
-                    expert_weights = self.expert_weights[first:last].index_select(0, batch.segments.owner)
-                context = ForwardContext(
-                    balance_losses=balance_losses if weight else None, expert_weights=expert_weights
-                )
+                weights = None if self.expert_weights is None else self.expert_weights[first + batch.segments.owner]
+                context = ForwardContext(balance_losses=balance_losses if weight else None, expert_weights=weights)
                 with bank.forward(batch, context) as logits:
                     losses = segment_sum(token_losses(logits, batch.labels), batch.answers) / batch.answers.counts
                     balance = weight * torch.stack(balance_losses).sum(0) if balance_losses else 0.0
-                    objective = losses
+                    self.loss_sums[first:last] += losses.detach().double()
                     if self.followed is not None:
-                        objective = self.followed.losses(losses, logits, teacher_logits, batch.answers, first, last)
-                    bank.backward((objective + balance).sum() / accumulation)
-                self.loss_sums[first:last] += losses.detach().double()
+                        losses = self.followed.losses(losses, logits, teacher_logits, batch.answers, first, last)
+                    bank.backward((losses + balance).sum() / accumulation)
 
         losses_before = self.loss_sums.clone()
 
-        def undo(first_client: int, last_client: int) -> None:
-            undone = slice(first_client * self.places, last_client * self.places)
-            self.store.gradients[undone].zero_()
-            self.loss_sums[undone] = losses_before[undone]
+        def undo(first: int, last: int) -> None:
+            self.store.gradients[first:last].zero_()
+            self.loss_sums[first:last] = losses_before[first:last]
 
         sizes = [count_tokens(rows) for rows in micro_batches[0]]
-        clients = [sum(sizes[place : place + self.places]) for place in range(0, active, self.places)]
-        in_passes(bank, clients, forward_backward, undo)
+        in_passes(bank, sizes, forward_backward, undo, together=self.places)
         self._add_penalty_gradients()
         self._update(active)
         for rows_of_clients in micro_batches:
@@ -222,26 +211,29 @@ class TrainingGroup:
             groups.setdefault(task.learning_rate, []).append(parameters)
         return torch.optim.Adam([{"params": groups[rate], "lr": rate} for rate in sorted(groups)], fused=True)
 
-    def _trainable_mask(self) -> Tensor | None:
-        """1 for parameters that train, 0 for frozen ones, (C, P); None if all train."""
-        if not any(adapter.frozen for adapter in self.adapters):
-            return None
+    def _trainable_mask(self) -> Tensor:
+        """1 for parameters that train, 0 for frozen ones, (C, P)."""
         masks = [
             {name: torch.full_like(tensor, name not in adapter.frozen) for name, tensor in adapter.tensors.items()}
             for adapter in self.adapters
         ]
         return torch.stack([self.store.row(i, mask) for i, mask in enumerate(masks)]).to(self.store.weights)
 
-    def _expert_weights(self) -> Tensor | None:
-        """Weights (C, 2) of the two experts in training; None if all are those of the router."""
+    def _expert_weights(self) -> Tensor:
+        """Weights (C, 2) of the two experts in training, by default those of the router."""
         weights, router = [task.fit.expert_weights for task in self.tasks], getattr(self.spec, "router", None)
-        if not any(weights):
-            return None
         if not isinstance(router, InstanceWeights):
             raise ValueError("only experts with instance weights can be given weights for a training")
         default = (router.max_weight, 1 - router.max_weight)
         rows = torch.tensor([default if pair is None else pair for pair in weights], dtype=torch.float64)
         return rows.to(self.store.weights)
+
+    def _followed_models(self) -> FollowedModels:
+        """Load what the adapters follow: a teacher each, or each other in pairs."""
+        requests = [task.fit for task in self.tasks]
+        distillations = [request.distillation for request in requests if request.distillation is not None]
+        teachers = [request.teacher for request in requests if request.teacher is not None]
+        return FollowedModels(self.bank, distillations, teachers)
 
     def _penalty_losses(self) -> list[tuple[Tensor, LossFunction]]:
         """For each class of penalties the indices of its clients, and the function that computes their terms."""
@@ -256,11 +248,9 @@ class TrainingGroup:
             losses.append((clients, penalty_class.loss([*penalties.values()], layout)))
         return losses
 
-    def _decay_factors(self) -> Tensor | None:
-        """Factors of the parameters in a step with decoupled weight decay, (C, 1) or (C, P); None without decay."""
+    def _decay_factors(self) -> Tensor:
+        """Factors of the parameters in a step with decoupled weight decay, (C, 1) or (C, P)."""
         loss = torch.tensor([[task.learning_rate * task.fit.weight_decay] for task in self.tasks], dtype=torch.float64)
-        if not loss.any():
-            return None
         loss = loss.to(self.store.weights)
         return 1 - (loss if self.trainable is None else loss * self.trainable)
 
@@ -284,20 +274,24 @@ class TrainingGroup:
     def results(self) -> list[TrainingResult | DivergedError]:
         """Return the result of each client; of a pair in which one diverged, the error of that one."""
         self.check(self.steps[0] - 1)
-        trained: list[TrainingResult] = []
+        results: list[TrainingResult | DivergedError] = []
         for place, (steps, loss_sum) in enumerate(zip(self.steps, self.loss_sums.tolist(), strict=True)):
             batches_read, tokens = steps * self.settings.accumulation, self.tokens[place]
-            result = TrainingResult(self.store.adapter(place), steps, loss_sum / batches_read, tokens=tokens)
+            trained = TrainingResult(self.store.adapter(place), steps, loss_sum / batches_read, tokens=tokens)
             if self.tasks[place].fit.teacher is not None:
                 examples = batches_read * self.settings.batch_size
-                result = replace(result, teacher_examples=examples, teacher_tokens=tokens)
-            trained.append(result)
-        results: list[TrainingResult | DivergedError] = []
-        for first in range(0, len(trained), self.places):
-            errors = [self.diverged[place] for place in range(first, first + self.places) if place in self.diverged]
-            pair = trained[first] if self.places == 1 else replace(trained[first], partner=trained[first + 1])
-            results.append(errors[0] if errors else pair)
-        return results
+                trained = replace(trained, teacher_examples=examples, teacher_tokens=tokens)
+            results.append(self.diverged.get(place, trained))
+        return results if self.places == 1 else [*map(_pair, results[::2], results[1::2])]
+
+
+def _pair(
+    first: TrainingResult | DivergedError, second: TrainingResult | DivergedError
+) -> TrainingResult | DivergedError:
+    """Return one result for two partners: the error of the one that diverged, if any."""
+    if isinstance(first, DivergedError):
+        return first
+    return second if isinstance(second, DivergedError) else replace(first, partner=second)
 
 
 def embed(bank: Bank, clients: Sequence[Sequence[TokenPair]], batch_tokens: int) -> list[dict[str, MeanEmbeddings]]:

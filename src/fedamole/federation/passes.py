@@ -11,21 +11,27 @@ TOKENS_AT_ONCE = 2048
 
 
 def in_passes(
-    bank: Bank, tokens: Sequence[int], run: Callable[[int, int], None], undo: Callable[[int, int], None]
+    bank: Bank,
+    tokens: Sequence[int],
+    run: Callable[[int, int], None],
+    undo: Callable[[int, int], None],
+    together: int = 1,
 ) -> None:
     """Call `run(first, last)` for consecutive ranges of the clients 0 .. n - 1, `last` excluded.
 
-    `tokens` is the size of each client's batch. Where a range runs out of memory, `undo` is called for it, the size of
-    a range is halved for this and all later steps (`bank.at_once`), and the clients are run again. Raises the error
-    of a single client that does not fit.
+    `tokens` is the size of each client's batch. Of `together` clients in a row, all are in one range. Where a range
+    runs out of memory, `undo` is called for it, the size of a range is halved for this and all later steps
+    (`bank.at_once`, in units of `together` clients), and the clients are run again. Raises the error of a single unit
+    that does not fit.
     """
-    waiting = list(_ranges(bank, tokens, 0, len(tokens)))
+    sizes = [sum(tokens[first : first + together]) for first in range(0, len(tokens), together)]
+    waiting = list(_ranges(bank, sizes, 0, len(sizes)))
     while waiting:
         first, last = waiting.pop(0)
-        if not fits_in_memory(partial(run, first, last), last - first, bank.base.device):
+        if not fits_in_memory(partial(run, first * together, last * together), last - first, bank.base.device):
             bank.at_once = (last - first + 1) // 2
-            undo(first, last)
-            waiting[:0] = _ranges(bank, tokens, first, last)
+            undo(first * together, last * together)
+            waiting[:0] = _ranges(bank, sizes, first, last)
 
 
 def _ranges(bank: Bank, tokens: Sequence[int], first: int, last: int) -> Iterator[tuple[int, int]]:

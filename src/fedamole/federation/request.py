@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 from fedamole.federation.distillation import Distillation
 from fedamole.federation.penalties import Penalty
@@ -11,8 +12,19 @@ from fedamole.model.params import REFERENCES, Adapter
 from fedamole.model.prompt import PromptSpec
 
 
+class WithPartner:
+    """A training that may have a partner, or its result."""
+
+    partner: Self | None
+
+    @property
+    def trainings(self) -> tuple[Self, ...]:
+        """This one, and its partner if it has one."""
+        return (self,) if self.partner is None else (self, self.partner)
+
+
 @dataclass(frozen=True)
-class TrainingRequest:
+class TrainingRequest(WithPartner):
     """A local training that a method asks for."""
 
     adapter: Adapter
@@ -41,13 +53,16 @@ class TrainingRequest:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a teacher or a partner that this training cannot have."""
+        if self.teacher is not None or self.partner is not None:
+            self._check_followed()
+
+    def _check_followed(self) -> None:
         partner, teacher = self.partner, self.teacher
         if teacher is not None and _prefix(teacher) != _prefix(self.adapter):
             raise ValueError("a teacher must have the virtual tokens of the adapter that follows it")
         if teacher is not None and REFERENCES in teacher.fixed:  # these passes over the prompts would not be counted
             raise ValueError("the experts of a teacher cannot be weighted by prompt")
-        followers = self.trainings if partner is not None else (self,) if teacher is not None else ()
-        if any(training.distillation is None for training in followers):
+        if any(training.distillation is None for training in self.trainings):
             raise ValueError("a training with a teacher or a partner must say by `distillation` how much it follows it")
         if partner is None:
             return
@@ -57,11 +72,6 @@ class TrainingRequest:
             raise ValueError("adapters that are trained as partners must be of one kind")
         if any(self.fraction_for(budget) != partner.fraction_for(budget) for budget in ("steps", "paper")):
             raise ValueError("partners take the same steps: their step fractions must be equal")
-
-    @property
-    def trainings(self) -> "tuple[TrainingRequest, ...]":
-        """This training, and its partner if it has one."""
-        return (self,) if self.partner is None else (self, self.partner)
 
     def kind(self) -> tuple[object, ...]:
         """Return a key that is equal for requests that can be trained in one group."""
@@ -78,7 +88,7 @@ class TrainingRequest:
 
 
 @dataclass(frozen=True)
-class TrainingResult:
+class TrainingResult(WithPartner):
     """What a local training returns."""
 
     adapter: Adapter
@@ -95,11 +105,6 @@ class TrainingResult:
     """Examples that the teacher read."""
     teacher_tokens: int = 0
     """Tokens, without padding, of the teacher's forward passes."""
-
-    @property
-    def trainings(self) -> "tuple[TrainingResult, ...]":
-        """This result, and its partner's if there is one."""
-        return (self,) if self.partner is None else (self, self.partner)
 
 
 def _prefix(adapter: Adapter) -> tuple[int, ...]:

@@ -128,6 +128,11 @@ def expert_keys(module: str, expert: int) -> tuple[str, str]:
     return f"{module}/{expert_name(expert)}/A", f"{module}/{expert_name(expert)}/B"
 
 
+def is_expert_key(name: str) -> bool:
+    """Return whether a tensor of a mixture is a factor of a domain expert."""
+    return "/expert-" in name
+
+
 def as_expert(lora: Tensors, expert: int) -> dict[str, Tensor]:
     """Rename the tensors of a plain LoRA to those of the domain expert with this id."""
     named = {}

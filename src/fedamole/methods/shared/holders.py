@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from torch import Tensor
 
 from fedamole.methods.shared.architectures import Held
-from fedamole.model.params import Shapes, Tensors, expert_keys, expert_name, router_key, shared_keys
+from fedamole.model.params import Shapes, Tensors, expert_keys, expert_name, is_expert_key
 
 MAX_NORM_RATIO = 4.0
 """Largest norm of a client's embeddings of a module, as a multiple of the median client's."""
@@ -43,12 +43,9 @@ def fewest_replies(
 
 
 def mixture_of(pool: Tensors, held: Held, client: str) -> dict[str, Tensor]:
-    """Return the tensors of a client's mixture from a pool: in each module router, shared expert, experts it holds."""
-    keys: list[str] = []
-    for module, holders in held.items():
-        keys += [router_key(module), *shared_keys(module)]
-        keys += [key for expert in holders[client] for key in expert_keys(module, expert)]
-    return {key: pool[key] for key in keys}
+    """Return the tensors of a client's mixture: those of the pool without the experts that it does not hold."""
+    own = {key for module, holders in held.items() for expert in holders[client] for key in expert_keys(module, expert)}
+    return {key: tensor for key, tensor in pool.items() if key in own or not is_expert_key(key)}
 
 
 def with_enough_replies(
