@@ -164,7 +164,7 @@ def test_a_run_that_merges_before_it_can_stop_is_accepted(every: int, patience: 
 
 
 def test_an_accepted_run_merges_in_one_of_its_first_rounds() -> None:
-    """A run stops after as many rounds as its patience at the earliest; `check_federation` accepts 1 to the patience."""
+    """A run stops after `patience` rounds at the earliest; `check_federation` accepts 1 to `patience`."""
     for patience in range(1, 6):
         for every in range(1, patience + 1):
             method = RegMean(moments_every=every)

@@ -86,11 +86,11 @@ class RegMean(LoraMethod[GlobalLora, GlobalLora, Nothing, LoraWithMoments]):
     @override
     def check_federation(self, federation: FederationSettings) -> None:
         """Raise a ConfigError if `patience` could stop the run before any round has merged."""
-        patience = federation.patience
-        if patience and not 1 <= self.moments_every <= patience:  # no run stops after fewer rounds than its patience
+        patience, every = federation.patience, self.moments_every
+        if patience and not 1 <= every <= patience:  # a run stops after `patience` rounds at the earliest
             raise ConfigError(
-                f"federation.patience = {patience} with method.moments_every = {self.moments_every}: the run could stop "
-                f"early without ever merging; set method.moments_every to a number from 1 to {patience}, or "
+                f"federation.patience = {patience} with method.moments_every = {every}: the run could stop early "
+                f"without ever merging; set method.moments_every to a number from 1 to {patience}, or "
                 "federation.patience to 0"
             )
 
