@@ -221,7 +221,11 @@ def test_without_its_net_a_run_is_the_gaussian_one(runs: Any) -> None:
     def difference(*settings: str) -> float:
         other = runs("fedmap", "method.prior=icnn", *settings)
         pairs = [(load_file(first / path), load_file(other / path)) for path in paths]
-        return max(float((one[key] - two[key]).abs().max()) for one, two in pairs for key in one)
+        return max(
+            float((first_lora[key] - second_lora[key]).abs().max())
+            for first_lora, second_lora in pairs
+            for key in first_lora
+        )
 
     assert difference(*none) < 1e-4 < 1e-2 < difference("method.net_weight=5")
 
