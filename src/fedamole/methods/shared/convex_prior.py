@@ -8,8 +8,9 @@ The net is an input-convex neural network (Amos, Xu, Kolter, "Input Convex Neura
 https://arxiv.org/abs/1609.07152) with two hidden layers of softplus units, shared by all tensors. Its inputs x_t are
 eight numbers: |theta|, |theta - mu|, |mu|, the component of theta along mu, and four fixed random projections of
 theta - mu. R is convex in theta: the first two are convex in theta and have non-negative weights, the others are affine
-in it or constant and have any weights, and all weights of the later layers are non-negative. Non-negative weights are
-stored as numbers of any sign, of which the softplus is used, so that R is convex whatever a server sends.
+in it or constant and have any weights, and all weights of the later layers are non-negative. A cosine in place of the
+component would not be convex. Non-negative weights are stored as numbers of any sign, of which the softplus is used, so
+that R is convex whatever a server sends. Where a norm is 0 it has no derivative, and 0 is used.
 """
 
 import math
