@@ -85,10 +85,11 @@ class Config:
     deployment: DeploymentSettings = field(default_factory=DeploymentSettings)
 
     def __post_init__(self) -> None:
-        """Check that there are data, and that the method supports the aggregation."""
+        """Check that there are data, and that the method supports the settings of `[federation]`."""
         if not self.data.source and not self.deployment.clients:
             raise ConfigError("data.source is empty: add a [[data.source]] with name and path")
         check_aggregation(self.federation.aggregation, self.method_name, self.method)
+        self.method.check_federation(self.federation)
 
     def on_base(self, model: str) -> "Config":
         """Return a copy with another `base.model`."""

@@ -36,6 +36,16 @@ Some = Method[Any, Any, Any, Any]
 every_method = pytest.mark.parametrize("name", sorted(METHODS))
 every_training = pytest.mark.parametrize("name", sorted({*METHODS} - {*VARIANTS} | {"fedit_ft"}))
 """For tests that take longer: methods that differ in more than the moment of scoring, and one that does not."""
+CHOICES: dict[str, tuple[str, dict[str, str]]] = {"fedmap-icnn": ("fedmap", {"prior": "icnn"})}
+"""Settings that give a method other records or another training: the method and its settings, by a name for tests."""
+every_choice = pytest.mark.parametrize("name", sorted({*METHODS} - {*VARIANTS} | {"fedit_ft", *CHOICES}))
+"""`every_training`, and the methods of CHOICES with their settings."""
+
+
+def settings_of(name: str) -> list[str]:
+    """The arguments of `runs` for a method or one of CHOICES."""
+    method, chosen = CHOICES.get(name, (name, {}))
+    return [method, *(f"method.{key}={value}" for key, value in chosen.items())]
 
 
 probed: list[int] = []
@@ -114,6 +124,8 @@ def shop(runs: Any) -> Shop:
 
 def made(name: str, **parameters: Any) -> Some:
     """A small one."""
+    name, chosen = CHOICES.get(name, (name, {}))
+    parameters = chosen | parameters
     fields = {field.name for field in dataclasses.fields(METHODS[name])}
     small = {"rank": 2, "alpha": 4.0, "virtual_tokens": 4, "encoder_hidden_size": 32, "fusion_trials": 10}
     small |= {"review_every": 1, "coverage": 0.7}
@@ -179,9 +191,9 @@ def test_method_files_are_short() -> None:
 # --- runs -----------------------------------------------------------------------------------------------------
 
 
-@every_training
+@every_choice
 def test_same_seed_same_run(name: str, runs: Any, remains: Callable[[Path], Any]) -> None:
-    first, second = remains(runs(name)), remains(runs.fresh(name))
+    first, second = remains(runs(*settings_of(name))), remains(runs.fresh(*settings_of(name)))
     assert len(first) > 6  # metrics, assignment, server states, private states, adapters
     assert first == second
 
@@ -196,11 +208,11 @@ def test_another_seed_another_run(name: str, runs: Any, facts: Callable[[Path], 
     assert (first / "manifest.json").read_bytes() == (other / "manifest.json").read_bytes()
 
 
-@every_training
+@every_choice
 def test_resume_equals_no_interruption(name: str, runs: Any, crash: Any, remains: Callable[[Path], Any]) -> None:
-    folder = crash("client_done", 6, name)  # round 1, after the second client's private state was written
+    folder = crash("client_done", 6, *settings_of(name))  # round 1, after the second client's private state was written
     resume(folder, ProgressListener())
-    assert remains(folder) == remains(runs(name))
+    assert remains(folder) == remains(runs(*settings_of(name)))
 
 
 @every_training
@@ -363,7 +375,7 @@ def test_the_steps_that_a_run_reports_differ_where_the_method_says_so(name: str,
 # --- the interface --------------------------------------------------------------------------------------------
 
 
-@every_training
+@every_choice
 def test_a_round_changes_none_of_its_inputs(name: str, shop: Shop, replied: Any) -> None:
     method, state, client_state, replies = replied(name)
     inputs = [state, *client_state.values(), *replies.values()]
@@ -407,7 +419,7 @@ def test_scoring_leaves_private_state_alone(name: str, runs: Any, tmp_path: Path
     assert {path: path.read_bytes() for path in (tmp_path / "run").glob("clients/*/state/*")} == states
 
 
-@every_training
+@every_choice
 def test_replies_in_any_order_give_the_same_state(name: str, shop: Shop, replied: Any) -> None:
     method, state, _, replies = replied(name)
     expected = pack(method.aggregate(shop.server(1), state, replies))
@@ -428,7 +440,7 @@ def test_clients_are_selected_among_those_available_and_repeatably(name: str, sh
         assert names == list(method.select(shop.server(round_), restored, available, count))
 
 
-@every_training
+@every_choice
 def test_any_replies_may_be_missing(name: str, shop: Shop, replied: Any) -> None:
     method, state, client_state, replies = replied(name)
     for count in range(1, len(replies)):
@@ -439,7 +451,7 @@ def test_any_replies_may_be_missing(name: str, shop: Shop, replied: Any) -> None
                 assert method.adapter(shop.client(info.name, 2), client_state[info.name], message).parameters() > 0
 
 
-@every_training
+@every_choice
 def test_a_round_without_any_reply_changes_nothing(name: str, shop: Shop, replied: Any) -> None:
     method, state, _, _ = replied(name)
     requests: list[set[str]] = []
@@ -454,7 +466,7 @@ def test_a_round_without_any_reply_changes_nothing(name: str, shop: Shop, replie
     assert requests[0] == {client.name for client in server.clients[:3]}
 
 
-@every_training
+@every_choice
 def test_every_record_survives_the_wire(name: str, shop: Shop, replied: Any) -> None:
     method, state, client_state, replies = replied(name)
     kinds = method.records
@@ -523,6 +535,11 @@ CHANGED: dict[str, Any] = {
     "per_module": True,
     "variance": 1.0,
     "variance_estimate": "fitted",
+    "prior": "icnn",
+    "net_weight": 5.0,
+    "norm_weight": 1.0,
+    "net_learning_rate": 0.1,
+    "net_steps": 9,
     "epsilon_schedule": ("inverse", "inverse_clusters"),
     "epsilon": 1.0,
     "search_rounds": 2,
@@ -543,6 +560,8 @@ CHANGED: dict[str, Any] = {
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 
+NEEDED = {("fedmap", key): {"prior": "icnn"} for key in ("net_weight", "norm_weight", "net_learning_rate", "net_steps")}
+"""Other settings that a hyper-parameter belongs to, without which it has no effect."""
 LONGER = {"fdlora": 3}
 """Rounds that show every hyper-parameter, where two do not: `sync_every` can be seen in round 2 first."""
 
@@ -621,4 +640,5 @@ def outcome(shop: Shop) -> Callable[..., list[bytes]]:
 
 @pytest.mark.parametrize(("name", "field", "value"), FIELDS)
 def test_every_hyper_parameter_has_an_effect(name: str, field: str, value: Any, outcome: Any) -> None:
-    assert outcome(name, **{field: value}) != outcome(name)
+    needed = NEEDED.get((name, field), {})
+    assert outcome(name, **needed, **{field: value}) != outcome(name, **needed)

@@ -41,11 +41,11 @@ class Checked(InProcess):
 
 
 @pytest.fixture(scope="module")
-def compared(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, list[Any]]]:
+def compared(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, list[Any]]]:
     """Three rounds of a method, each reply checked; returns the method and the pairs that were compared."""
 
-    def of(name: str) -> tuple[Any, list[Any]]:
-        config = runs.load(name, "federation.rounds=3")
+    def of(name: str, *settings: str) -> tuple[Any, list[Any]]:
+        config = runs.load(name, "federation.rounds=3", *settings)
         prepared = prepare(config)
         path = tmp_path_factory.mktemp(name) / "run"
         folder = RunFolder.create(path, "", "{}", name, prepared.base.identity)
@@ -93,9 +93,12 @@ def refused(method: Any, expected: Any, reply: Any, most: float | None = MOST) -
     return False
 
 
-@pytest.mark.parametrize("name", sorted(name for name in METHODS if not name.endswith("_ft")))
-def test_real_replies_pass_and_changed_ones_are_refused(name: str, compared: Any) -> None:
-    method, seen = compared(name)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [*((name, ()) for name in sorted(METHODS) if not name.endswith("_ft")), ("fedmap", ("method.prior=icnn",))],
+)
+def test_real_replies_pass_and_changed_ones_are_refused(name: str, settings: tuple[str, ...], compared: Any) -> None:
+    method, seen = compared(name, *settings)
     assert len(seen) >= 6
     expected, got = seen[-1]
     for kind, change in SPOILED.items():

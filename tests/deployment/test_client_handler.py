@@ -434,3 +434,15 @@ def test_messages_reach_the_method_unchanged(served: Any) -> None:
     server = served("fedsa_lora")
     message = unpack(type(server.first), tensor_as_bytes(server.update(0, -1).message) or b"")
     assert all(torch.equal(message.tensors[key], tensor) for key, tensor in server.first.tensors.items())
+
+
+def test_a_prior_whose_network_is_not_one_is_refused_before_training(served: Any, client: Any) -> None:
+    server, host = served("fedmap", "method.prior=icnn"), client("one")
+    assert ask(host, server.join()).failed is None
+    bias = server.first.net["first/bias"]
+    for wrong in ({"first/bias": bias * torch.nan}, {"first/bias": bias[:5]}, {"other": bias.clone()}):
+        message = replace(server.first, net={**server.first.net, **wrong})
+        reply = ask(host, server.update(0, -1, message=bytes_as_tensor(pack(message))))
+        assert reply.failed == "bad_request"
+    assert not list(Path(host.settings.folder).glob("*/clients/entail/state/*"))
+    assert ask(host, server.update(0, -1)).failed is None

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,16 @@ import torch
 from tests.methods.by_hand import client, driven
 from tests.methods.zoo import Zoo
 from torch import Tensor
+from typer.testing import CliRunner
 
+from fedamole.cli.main import app
+from fedamole.config import load_config
 from fedamole.engine.reply_template import check_reply, dry_run
 from fedamole.errors import ConfigError, DataError
 from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.federation.probe import DryProbe, InputMoments
 from fedamole.federation.record import Nothing, PayloadError
+from fedamole.federation.settings import FederationSettings
 from fedamole.merging.moments import to_tensors
 from fedamole.merging.recipes import merge_linear, merge_regmean, merge_svd
 from fedamole.methods.regmean import GlobalLora, LoraWithMoments, RegMean
@@ -136,6 +141,35 @@ def test_moments_that_are_not_positive_are_refused() -> None:
 def test_wrong_values_are_refused(key: str, wrong: float, message: str) -> None:
     with pytest.raises(ConfigError, match=f"method.{key} = {wrong}: {message}"):
         RegMean(**dict[str, Any]({key: wrong}))
+
+
+@pytest.mark.parametrize(("every", "patience"), [(0, 2), (3, 2), (0, 1), (9, 8)])
+@pytest.mark.parametrize("name", ["regmean", "regmean_ft"])
+def test_a_run_that_may_stop_before_it_has_merged_is_refused(
+    name: str, every: int, patience: int, tiny: Path, tmp_path: Path
+) -> None:
+    settings = [f"method.name={name}", f"method.moments_every={every}", f"federation.patience={patience}"]
+    remedy = rf"set method\.moments_every to a number from 1 to {patience}, or federation\.patience to 0"
+    with pytest.raises(ConfigError, match=f"federation.patience = {patience} .*moments_every = {every}: .*{remedy}"):
+        load_config(tiny / "config.toml", settings)
+    result = CliRunner().invoke(app, ["run", str(tiny / "config.toml"), *settings, f"run.folder={tmp_path / 'run'}"])
+    assert result.exit_code != 0
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("every", "patience"), [(0, 0), (1, 2), (2, 2), (5, 0)])
+def test_a_run_that_merges_before_it_can_stop_is_accepted(every: int, patience: int, tiny: Path) -> None:
+    settings = ["method.name=regmean", f"method.moments_every={every}", f"federation.patience={patience}"]
+    assert load_config(tiny / "config.toml", settings).federation.patience == patience
+
+
+def test_an_accepted_run_merges_in_one_of_its_first_rounds() -> None:
+    """A run stops after `patience` rounds at the earliest; `check_federation` accepts 1 to `patience`."""
+    for patience in range(1, 6):
+        for every in range(1, patience + 1):
+            method = RegMean(moments_every=every)
+            method.check_federation(FederationSettings(rounds=20, patience=patience))
+            assert any(method.merges(replace(SERVER, rounds=20), round_) for round_ in range(patience))
 
 
 def test_loras_trained_apart_for_different_tasks(zoo: Zoo) -> None:

@@ -27,7 +27,7 @@ from fedamole.federation.randomness import numpy_generator
 from fedamole.federation.record import Nothing
 from fedamole.federation.request import TrainingRequest as TrainingRequest
 from fedamole.federation.request import TrainingResult as TrainingResult
-from fedamole.federation.settings import Budget
+from fedamole.federation.settings import Budget, FederationSettings
 from fedamole.federation.weights import capped
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.base import Base
@@ -210,6 +210,9 @@ class Method(ABC, Generic[S, D, K, U]):
 
     def check(self, clients: int) -> None:
         """Raise a ConfigError if the method cannot run with this number of clients."""
+
+    def check_federation(self, federation: FederationSettings) -> None:
+        """Raise a ConfigError if the method cannot run with these settings; called when a config is read."""
 
     def for_deployment(self) -> Self:
         """Return the method with defaults for organisations that do not trust each other; called before `check`."""

@@ -11,7 +11,8 @@ The last round is a merging round, and every `moments_every`-th. A client's mode
 aggregation.
 Deviations: the paper merges full models once, after training; here LoRAs are averaged in the rounds before. The change
 has the LoRA's rank: it is truncated in the metric of the summed moments. Moments are those of prompts and answers of
-the embedding split, not of the training data. A run that `federation.patience` stops has no last round to merge in.
+the embedding split, not of the training data. With `federation.patience` a run may stop before its last round, so
+that `moments_every` must then be set, to at most the patience: so a round has merged before the run can stop.
 """
 
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from fedamole.errors import ConfigError
 from fedamole.federation.method import Client, ClientInfo, Server, TrainingResult, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
+from fedamole.federation.settings import FederationSettings
 from fedamole.merging.low_rank import padded
 from fedamole.merging.moments import from_tensors, input_modules, shrink, to_tensors
 from fedamole.merging.regmean import check_off_diagonal, regmean
@@ -56,7 +58,8 @@ class RegMean(LoraMethod[GlobalLora, GlobalLora, Nothing, LoraWithMoments]):
     off_diagonal: float = 0.9
     """Factor alpha of the off-diagonal values of the moments (the paper: 0.1 to 1; 1 is best with many tokens)."""
     moments_every: int = 0
-    """Rounds between two merging rounds, beside the last round; 0: only the last round merges."""
+    """Rounds between two merging rounds, beside the last round; 0: only the last round merges. With
+    `federation.patience`, from 1 to the patience, because a run that stops early has no last round to merge in."""
     moments_examples: int = 64
     """Largest number of examples whose inputs enter the moments."""
     moments_rank: int = 0
@@ -79,6 +82,17 @@ class RegMean(LoraMethod[GlobalLora, GlobalLora, Nothing, LoraWithMoments]):
         for key in ("moments_every", "moments_rank"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"method.{key} = {getattr(self, key)}: must not be negative")
+
+    @override
+    def check_federation(self, federation: FederationSettings) -> None:
+        """Raise a ConfigError if `patience` could stop the run before any round has merged."""
+        patience, every = federation.patience, self.moments_every
+        if patience and not 1 <= every <= patience:  # a run stops after `patience` rounds at the earliest
+            raise ConfigError(
+                f"federation.patience = {patience} with method.moments_every = {every}: the run could stop early "
+                f"without ever merging; set method.moments_every to a number from 1 to {patience}, or "
+                "federation.patience to 0"
+            )
 
     @override
     def exposes(self, clients: int | None, shapes: Shapes | None) -> list[str]:
