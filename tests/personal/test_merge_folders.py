@@ -50,7 +50,7 @@ def changes(base: Path, *folders: Path) -> list[dict[str, Tensor]]:
 def check_mean(base: Path, merged: Path, *folders: Path) -> None:
     """The merged model's weights are the base plus the mean of the folders' changes, and so are its logits."""
     *parts, actual = changes(base, *folders, merged)
-    mean = {name: sum(part[name] for part in parts) / len(parts) for name in actual}
+    mean = {name: torch.stack([part[name] for part in parts]).mean(0) for name in actual}
     assert any(change.abs().max() > 1e-2 for change in mean.values())
     for name, change in mean.items():
         torch.testing.assert_close(actual[name], change, atol=1e-5, rtol=1e-5)
@@ -81,11 +81,20 @@ def test_ranks_scalings_and_modules_may_differ(tmp_path: Path, fedamole: Any) ->
     assert json.loads((tmp_path / "merged" / "merge.json").read_text())["losses"] == {}
     answer = fedamole("generate", "merged", "Hello", "--max-new-tokens", 2)
     assert answer.code == 0, answer.err
+    assert "--set applies a template by its columns" in answer.err
+
+
+def test_the_example_of_the_documentation(tmp_path: Path, fedamole: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "merge.md").read_text()
+    script, command = re.search(r"```python\n(.*?)```\n\n```bash\nfedamole (.*?) +#.*?```", page, re.S).groups()  # type: ignore[union-attr]
+    exec(script, {})
+    assert fedamole(*command.split()).code == 0
+    check_mean(BASE, tmp_path / "merged", tmp_path / "lora-a", tmp_path / "lora-b")
 
 
 def test_gpt2_stores_its_weights_transposed(folder: Callable[[str], Path], tmp_path: Path, fedamole: Any) -> None:
     base = folder("gpt2")
-    settings = {"base": base, "target_modules": ["c_attn"], "fan_in_fan_out": True}
+    settings: dict[str, Any] = {"base": base, "target_modules": ["c_attn"], "fan_in_fan_out": True}
     first, second = written(tmp_path / "a", **settings), written(tmp_path / "b", seed=1, r=3, **settings)
     assert json.loads((first / CONFIG).read_text())["fan_in_fan_out"]
     merge(fedamole, first, second, "--recipe", "svd", "--rank", 5)
@@ -258,6 +267,10 @@ def test_the_base_must_be_one(pair: tuple[Path, Path], folder: Any, tmp_path: Pa
     away = based_on("/not/here")
     result = fedamole("merge", away, based_on("/not/here"), "--recipe", "svd", "--out", "merged")
     assert f"/not/here, the base of {away}, is not on this machine: pass a copy with --base" in result.error
+    result = fedamole("merge", hub, based_on("someone/model"), "--recipe", "svd", "--out", "merged")
+    assert re.search(
+        r"'someone/model', the base that the run or the adapter names, is not .* pass --base", result.error
+    )
     merge(fedamole, pair[0], hub, "--recipe", "svd", "--base", BASE)
     check_mean(BASE, tmp_path / "merged", *pair)
 
