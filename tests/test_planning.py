@@ -146,6 +146,13 @@ def test_every_method_is_planned_without_data(name: str, clients: int, tmp_path:
     assert planned.memory_mib == pytest.approx(planned.base_mib + planned.mib_per_client)
 
 
+def test_model_glue_is_planned_where_it_merges_in_the_first_round(tmp_path: Path) -> None:
+    """Untrained, the clients' LoRAs are one: the server sends each of them back in the next exchange."""
+    overrides = ("method.name=model_glue", "federation.rounds=2")
+    once, later = (plan_without_data(config_without_data(tmp_path, TEN, *overrides[:n])) for n in (2, 1))
+    assert once.bytes_down > later.bytes_down > 0
+
+
 @pytest.mark.parametrize(
     ("method", "budget", "steps"), [("ditto", "steps", 3), ("ditto", "paper", 6), ("fedit", "paper", 3)]
 )

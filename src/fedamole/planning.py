@@ -15,7 +15,7 @@ from fedamole.errors import ConfigError
 from fedamole.federation.client_data import ClientData
 from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.federation.passes import TOKENS_AT_ONCE
-from fedamole.federation.record import pack
+from fedamole.federation.record import pack, unpack
 from fedamole.model.base import Base
 from fedamole.model.memory import HEADROOM, free_bytes, group_bytes, used_bytes
 from fedamole.model.params import Shapes
@@ -282,7 +282,8 @@ class DryRound:
         if self._count + 1 == self.method.exchanges():
             return None  # not needed any more: a plan holds no client's tensors longer than it has to
         self._states[name] = state
-        return reply
+        # As it arrives at the server: untrained replies share their tensors, and such a record cannot be packed.
+        return unpack(self.method.records.reply, pack(reply))
 
 
 def _group_bytes(config: Config, base: Base, group: int, adapter_parameters: int) -> int:

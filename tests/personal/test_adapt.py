@@ -17,6 +17,7 @@ from fedamole.federation.local import embed
 from fedamole.federation.record import unpack
 from fedamole.methods import METHODS
 from fedamole.methods.fedamole import Pool
+from fedamole.methods.model_glue import GlueState
 from fedamole.model.bank import Bank
 from fedamole.model.params import Adapter, expert_ids, expert_keys
 from fedamole.model.pretrained import load_adapter
@@ -227,10 +228,40 @@ def test_a_run_without_its_last_state(runs: Any, rows: Path, tmp_path: Path, fed
     assert "damaged" in told(lambda run: (run / "checkpoints" / state).write_bytes(b"something else"))
 
 
+def test_model_glue_gives_its_mixture(runs: Any, rows: Path, fedamole: Any) -> None:
+    """As the server has it; only the mixers are trained, and the experts stay."""
+    run = runs("model_glue", "federation.rounds=2", "training.local_steps=6")
+    state = unpack(GlueState, final_state(RunFolder.open(run))[0])
+    assert bool(state.mixture), "choose other settings"
+    sent = new_adapter(joined(fedamole, run, rows, "--steps", "0"))
+    assert sent.tensors.keys() == state.mixture.keys()
+    assert all(torch.equal(sent.tensors[name], tensor) for name, tensor in state.mixture.items())
+    report = joined(fedamole, run, rows, "--steps", "4")
+    assert report["kept"] == "trained"
+    differing = {
+        key for key, tensor in new_adapter(report).tensors.items() if not torch.equal(tensor, sent.tensors[key])
+    }
+    assert differing == {key for key in sent.tensors if "/mixer/" in key}
+
+
+@pytest.mark.parametrize("method", ["feddat", "fedmoe", "adaptive_experts"])
+def test_a_method_without_a_model_for_newcomers_names_others(
+    method: str, runs: Any, rows: Path, tmp_path: Path, fedamole: Any
+) -> None:
+    result = fedamole("adapt", runs(method, "federation.rounds=1"), "--data", rows, "--folder", "out")
+    assert result.code == 2
+    assert f"cannot join a run of {method}, because this method has no model for a client that took part in no" in (
+        result.error
+    )
+    assert "(fedamole merge RUN --out FOLDER), or use runs of fedamole, fedit" in result.error
+    assert not (tmp_path / "out").exists()
+
+
 def test_which_methods_accept_newcomers() -> None:
     """A pool of experts, or one set of tensors for all clients, which keep nothing else."""
     accepting = {name for name, method in METHODS.items() if method.accepts_newcomers and not name.endswith("_ft")}
     assert accepting == {
-        *("fedamole", "fedawa", "fedit", "fedprompt", "fedptuning", "fedprox", "ffa_lora", "flash", "regmean")
+        *("fedamole", "fedawa", "fedit", "fedprompt", "fedptuning", "fedprox", "ffa_lora", "flash", "regmean"),
+        "model_glue",
     }
     assert METHODS["fedit_ft"].accepts_newcomers

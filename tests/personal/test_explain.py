@@ -190,6 +190,7 @@ def test_all_clients_into_a_file(fedamole: Callable[..., Any], runs: Any, tmp_pa
         ("fedalt", ["its own", "the mean of the other clients"]),
         ("feddpa", ["its own", "shared by all clients"]),
         ("adaptive_experts", ["its own", "a cluster's", "a cluster's"]),
+        ("model_glue", ["a cluster's", "a cluster's"]),
         ("fedlease", None),
     ],
 )
@@ -201,7 +202,9 @@ def test_other_mixtures(method: str, roles: list[str] | None, fedamole: Callable
     results = [expert["role"] for expert in module["experts"]]
     assert results == roles if roles else results.count("its own cluster's") == 1
     own = [expert for expert in module["experts"] if expert["role"].startswith("its own")]
-    assert "plain" in own[0]["clients"]
+    assert ["plain" in expert["clients"] for expert in own] == [True] * (method != "model_glue")
+    if roles:
+        assert not any(expert["clients"] for expert in module["experts"] if expert not in own)
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,8 @@ def merge(
 ) -> None:
     """Merge the personal models of a run, or several LoRA folders, into one LoRA adapter.
 
-    MODELS is one run's folder, or two or more LoRA folders that fedamole wrote for one base. A mixture of experts is
-    first turned into a LoRA, as `fedamole export` does. The new folder loads with PEFT without fedamole.
+    MODELS is one run's folder, or two or more LoRA folders of one base that PEFT or fedamole wrote. In a run, a mixture
+    of experts is first turned into a LoRA, as `fedamole export` does. The new folder loads with PEFT without fedamole.
 
     With a run, the command prints each client's validation loss under the untuned base, under its own model (before)
     and under the merged model (after). The report is saved in the new folder as merge.json. One model for all clients
@@ -68,7 +68,7 @@ def merge(
     chosen = models_to_merge(models, names, variant)
     for model in chosen.values():
         check_finished(model, finished)
-    for text in dict.fromkeys(outside_reads(model, True, base) for model in chosen.values()):
+    for text in dict.fromkeys(outside_reads(model, True, base) for model in chosen.values() if model.run is not None):
         note(notes, text)
     report = write(chosen, out, settings, device=device, base=base, notify=lambda text: note(notes, text))
     if as_json:

@@ -121,7 +121,9 @@ def generate(
         with_line_ends = all(example.prompt.endswith("\n") for example in examples)
         verbatim = columns is None and prompt_format.chat is None and prompt_format.template != "plain"
         if verbatim and not with_line_ends:
-            note(notes, f"prompts are used verbatim; --set applies the template that {model.client} was trained with")
+            own = model.run is not None
+            template = f"the template that {model.client} was trained with" if own else "a template by its columns"
+            note(notes, f"prompts are used verbatim; --set applies {template}")
         bank, adapters = open_bank([model], device, base)
         bank.load(adapters)
         settings = evaluation_settings_of(model, bank.base.max_positions)

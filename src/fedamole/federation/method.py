@@ -151,6 +151,10 @@ Exchange = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """exchange(messages by client) -> replies by client; a client that failed or did not answer in time is missing."""
 
 
+OWN_EXPERT = "its own"
+"""Role of an expert of which each client has another one."""
+
+
 @dataclass(frozen=True)
 class Method(ABC, Generic[S, D, K, U]):
     """A federated method with server state S, message D, client state K and reply U; see the head of this file."""
@@ -174,6 +178,9 @@ class Method(ABC, Generic[S, D, K, U]):
     """Whether a client's reply depends on `Client.probe`."""
     accepts_newcomers: ClassVar[bool] = False
     """Whether a client can join a finished run (`newcomer`); by default where all clients get the server state."""
+    expert_roles: ClassVar[tuple[str, ...]] = ()
+    """Roles of the experts of a client's mixture by id, in words, if they are fixed; the last is that of all further
+    ones. `OWN_EXPERT` is one that each client has for itself."""
     paper_steps: ClassVar[float] = 1.0
     """Steps of a client's round under `training.budget = "paper"`, as a multiple of those under "steps"."""
     trains_together: ClassVar[int] = 1

@@ -92,6 +92,23 @@ def check_same_modules(loras: Mapping[str, LoraFactors]) -> None:
                 )
 
 
+def with_all_modules(loras: Mapping[str, LoraFactors]) -> dict[str, LoraFactors]:
+    """Give each LoRA, by name, the modules that only others adapt, with a change of zero.
+
+    There B is zero. A is the mean of the others' A's, so that it alters no mean of A's; if their ranks differ, no such
+    mean exists, and it is zero too.
+    """
+    fillers: dict[str, Factors] = {}
+    for module in dict.fromkeys(module for lora in loras.values() for module in lora):
+        pairs = [lora[module] for lora in loras.values() if module in lora]
+        (first, b), ranks = pairs[0], {len(a) for a, _ in pairs}
+        a = torch.stack([a for a, _ in pairs]).mean(0) if len(ranks) == 1 else torch.zeros_like(first)
+        fillers[module] = a, torch.zeros_like(b)
+    return {
+        name: {module: lora.get(module, filler) for module, filler in fillers.items()} for name, lora in loras.items()
+    }
+
+
 def inner(first: LoraFactors, second: LoraFactors) -> float:
     """Return the inner product of two LoRAs' changes, summed over the modules.
 

@@ -40,10 +40,11 @@ def merge_linear(loras: Mapping[str, LoraFactors], rank: int) -> dict[str, Facto
     from peft.utils.merge_utils import task_arithmetic
 
     check_same_modules(loras)
-    ranks = {name: len(next(iter(lora.values()))[0]) for name, lora in loras.items()}
-    if len(set(ranks.values())) > 1:
-        listed = ", ".join(f"{name} {own}" for name, own in ranks.items())
-        raise ConfigError(f"recipe linear needs LoRAs of one rank, and these differ ({listed}): use svd")
+    for module in next(iter(loras.values())):
+        ranks = {name: len(lora[module][0]) for name, lora in loras.items()}
+        if len(set(ranks.values())) > 1:
+            listed = ", ".join(f"{name} {own}" for name, own in ranks.items())
+            raise ConfigError(f"recipe linear needs LoRAs of one rank, and these differ ({listed}): use svd")
     weights = torch.full((len(loras),), 1 / len(loras))
 
     def mean(factors: Sequence[Factors]) -> Factors:

@@ -26,7 +26,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import Client, TrainingRequest, TrainingResult
+from fedamole.federation.method import OWN_EXPERT, Client, TrainingRequest, TrainingResult
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.cluster_loras import ClusteredLora, ClusterLora, Clusters
 from fedamole.model.mixer import LearnedRouter
@@ -61,6 +61,7 @@ class AdaptiveExperts(ClusteredLora[OwnMixture]):
     communicates = "all J LoRAs down, one LoRA up"
     stays_local = "the data, the client's own LoRA and the mixers"
     evaluates = "post_aggregation"
+    expert_roles = (OWN_EXPERT, "a cluster's")
     paper_steps = 2.0
 
     @override

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fedamole.federation.method import Client, ClientInfo, Server, TrainingResult, Weighting
+from fedamole.federation.method import OWN_EXPERT, Client, ClientInfo, Server, TrainingResult, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.methods.shared.lora import DecayedLoraMethod
@@ -70,6 +70,7 @@ class FedAlt(DecayedLoraMethod[LatestLoras, RestOfWorld, OwnAndMixer, SentLora])
     communicates = "the mean of the others' LoRAs down, the client's LoRA up"
     stays_local = "the data and the mixers"
     evaluates = "post_aggregation"
+    expert_roles = (OWN_EXPERT, "the mean of the other clients")
 
     # server
     @override

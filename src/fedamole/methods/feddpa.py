@@ -23,7 +23,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import Client, TrainingRequest, TrainingResult
+from fedamole.federation.method import OWN_EXPERT, Client, TrainingRequest, TrainingResult
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.averaging import AveragedLora, SharedTensors
 from fedamole.model.mixer import InstanceWeights
@@ -53,6 +53,7 @@ class FedDpa(AveragedLora[LocalLora]):
     communicates = "one LoRA down, one LoRA up"
     stays_local = "the data, the client's own LoRA and hidden states of a few prompts"
     evaluates = "post_aggregation"
+    expert_roles = (OWN_EXPERT, "shared by all clients")
     paper_steps = 2.0
 
     @override

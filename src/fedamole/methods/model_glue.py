@@ -106,6 +106,8 @@ class ModelGlue(LoraMethod[GlueState, GlueMessage, OwnLora, GlueReply]):
     stays_local = "the data"
     evaluates = "post_aggregation"
     probes = True
+    accepts_newcomers = True
+    expert_roles = ("a cluster's",)
 
     @override
     def __post_init__(self) -> None:
@@ -181,9 +183,7 @@ class ModelGlue(LoraMethod[GlueState, GlueMessage, OwnLora, GlueReply]):
             return state
 
         def evaluate(pairs: Mapping[str, tuple[LoraFactors, LoraFactors]]) -> dict[str, list[float]]:
-            sent = {
-                label: {BEST: lora_tensors(best), NEXT: lora_tensors(other)} for label, (best, other) in pairs.items()
-            }
+            sent = {label: {BEST: lora_tensors(a), NEXT: lora_tensors(b)} for label, (a, b) in pairs.items()}
             replies = measure(sent, True)
             return {label: [means(replies, label).get(f"{c:g}", math.inf) for c in COEFFICIENTS] for label in pairs}
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -25,6 +26,15 @@ from fedamole.runs.identity import BUNDLED as BUNDLED
 from fedamole.runs.identity import Identity
 
 log = logging.getLogger(__name__)
+
+
+class NoSuchTargetError(BaseModelError):
+    """No linear of a base has the name `target`."""
+
+    def __init__(self, target: str, endings: Sequence[str]) -> None:
+        """Keep the name; `endings` are those of the names that the base has."""
+        super().__init__(f"base.targets: no linear is called {target!r}; there are {', '.join(endings)}")
+        self.target = target
 
 
 @dataclass(frozen=True)
@@ -266,7 +276,7 @@ def target_shapes(model: Any, targets: tuple[str, ...]) -> dict[str, tuple[int, 
     }
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in chosen):
-            raise BaseModelError(f"base.targets: no linear is called {target!r}; there are {', '.join(endings)}")
+            raise NoSuchTargetError(target, endings)
     return chosen
 
 

@@ -173,8 +173,9 @@ def check_method(config: Config) -> None:
     if not config.method.accepts_newcomers:
         fitting = ", ".join(name for name, method in METHODS.items() if method.accepts_newcomers)
         raise ConfigError(
-            f"a new client cannot join a run of {config.method_name}, because part of each client's model is its own; "
-            f"this works with runs of {fitting}"
+            f"a new client cannot join a run of {config.method_name}, because this method has no model for a client "
+            "that took part in no round. Merge the models of the run instead (fedamole merge RUN --out FOLDER), or use "
+            f"runs of {fitting}"
         )
 
 

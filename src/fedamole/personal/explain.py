@@ -68,7 +68,7 @@ class Expert:
     top_fraction: float
     """Fraction of the tokens for which it has the largest weight."""
     role: str
-    """Its role if a client has an expert of its own (see `expert_roles`), else empty."""
+    """Its role if the method gives experts fixed ones (see `expert_roles`), else empty."""
     clients: tuple[str, ...]
     """Clients that hold it or, if each has an expert of its own, that own it. Empty if unknown."""
     examples: tuple[ExampleInContext, ...] = ()
@@ -112,7 +112,7 @@ class RoutingExplainer:
     def __init__(self, bank: Bank, adapter: Adapter, model: SavedModel) -> None:
         """Load the adapter into the bank. Raises ConfigError for a model without experts."""
         self.bank, self.client, self.expert_ids = bank, model.client, experts_of(adapter, model.client)
-        self._roles, self._holders = expert_roles(adapter), expert_holders(model)
+        self._roles, self._holders = expert_roles(adapter, model), expert_holders(model)
         self._shared = any("/shared/" in name for name in adapter.tensors)
         bank.load([adapter])
 

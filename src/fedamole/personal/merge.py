@@ -25,6 +25,7 @@ from fedamole.model.params import Adapter
 from fedamole.model.pretrained import load_adapter, save_adapter, without_deltas
 from fedamole.personal.export import as_lora, texts_of
 from fedamole.personal.export_settings import ExportSettings
+from fedamole.personal.lora_folders import load_lora_folders
 from fedamole.personal.merge_settings import NEED_DATA, MergeSettings
 from fedamole.personal.saved_models import (
     SavedModel,
@@ -40,18 +41,17 @@ REPORT = "merge.json"
 
 @dataclass(frozen=True)
 class ClientModel:
-    """One model to merge, with what is known of its client."""
+    """One model of a run, with its client's data."""
 
     name: str
-    saved: SavedModel
     adapter: Adapter
     """The model as it is saved."""
     lora: LoraFactors
     """The model as a LoRA."""
-    probe: ClientProbe | None
-    """Reads the client's embedding split; None without data."""
+    probe: ClientProbe
+    """Reads the client's embedding split."""
     validation: Sequence[TokenPair]
-    """Validation split; empty without data."""
+    """Validation split."""
 
 
 def models_to_merge(
@@ -82,10 +82,9 @@ def models_to_merge(
         models = list(saved_models(path))
         if models[0].run is not None:
             raise ConfigError(f"{path} is a run: name one run, or several adapter folders (RUN/clients/NAME/adapter)")
-        name = str(path)
-        if name in named:
+        if any(path.resolve() == model.folder.resolve() for model in named.values()):
             raise ConfigError(f"{path} is named twice")
-        named[name] = replace(models[0], client=name)
+        named[str(path)] = replace(models[0], client=str(path))
     return named
 
 
@@ -111,55 +110,61 @@ def merge(
         DataError: The clients' data are missing or changed.
     """
     with new_folder(out):  # reserves the name before the work begins
-        notify("loading the base")
-        resident = load_base_for(next(iter(models.values())), device, base)
-        bank = Bank(resident)
-        clients = [_client_model(name, saved, bank, settings, notify) for name, saved in models.items()]
-        check_same_modules({client.name: client.lora for client in clients})
-        rank = settings.rank or max(len(next(iter(client.lora.values()))[0]) for client in clients)
-        notify(f"merging {len(clients)} models by {settings.recipe}")
-        merged, about = _merged(clients, settings, rank)
+        clients, loras = list[ClientModel](), dict[str, LoraFactors]()
+        if without_data := [name for name, saved in models.items() if saved.run is None]:
+            _check_recipe(settings.recipe, without_data[0])
+            folders = {name: saved.folder for name, saved in models.items()}
+            resident, loras = load_lora_folders(folders, device, base, notify)
+            bank = Bank(resident)
+        else:
+            notify("loading the base")
+            resident = load_base_for(next(iter(models.values())), device, base)
+            bank = Bank(resident)
+            clients = [_client_model(name, saved, bank, settings, notify) for name, saved in models.items()]
+            loras = {client.name: client.lora for client in clients}
+        check_same_modules(loras)
+        rank = settings.rank or max(len(a) for lora in loras.values() for a, _ in lora.values())
+        notify(f"merging {len(loras)} models by {settings.recipe}")
+        merged, about = _merged(loras, clients, settings, rank)
         losses = {}
         for client in clients:
-            if client.validation:
-                notify(f"scoring {client.name} on validation")
-                own = {
-                    key: _loss(bank, adapter, client) for key, adapter in (("base", None), ("before", client.adapter))
-                }
-                losses[client.name] = own
+            notify(f"scoring {client.name} on validation")
+            own = {key: _loss(bank, adapter, client) for key, adapter in (("base", None), ("before", client.adapter))}
+            losses[client.name] = own
         with TemporaryDirectory(prefix=f".{out.name}.writing-", dir=out.parent) as writing:
             target = Path(writing) / "lora"
             save_adapter(adapter_of(merged), target, resident.name, resident.identity)
             written = load_adapter(target, resident.identity)
             for client in clients:
-                if client.validation:
-                    losses[client.name]["after"] = _loss(bank, written, client)
+                losses[client.name]["after"] = _loss(bank, written, client)
             report = {"recipe": settings.recipe, "rank": rank, "models": list(models), **about, "losses": losses}
             write_atomic(target / REPORT, json.dumps(report, indent=1) + "\n")
             target.rename(out)
     return report
 
 
+def _check_recipe(recipe: str, name: str) -> None:
+    """Raise ConfigError for a recipe that reads data, which are not known of LoRA folders; `name` is one of them."""
+    if recipe in NEED_DATA:
+        raise ConfigError(
+            f"--recipe {recipe} reads the clients' data, which are not known of {name}: name the run that the models "
+            "were trained in, or use linear, svd, ties or dare"
+        )
+
+
 def _client_model(
     name: str, saved: SavedModel, bank: Bank, settings: MergeSettings, notify: Callable[[str], None]
 ) -> ClientModel:
-    """Read a model, turn it into a LoRA if it is none, and read its client's data if its run is known."""
+    """Read a model of a run and its client's data, and turn the model into a LoRA if it is none."""
     adapter = read_adapter(saved, bank.base)
     if not all(tensor.isfinite().all() for tensor in (*adapter.tensors.values(), *adapter.fixed.values())):
         raise ConfigError(f"{saved.folder} holds NaN or infinity: leave this model out of the merge")
-    lora, probe, validation = without_deltas(adapter), None, list[TokenPair]()
-    if saved.run is not None:
-        probe, validation = _data(saved, bank)
-        if any(lora.experts.values()):
-            notify(f"fitting a LoRA to {name}'s model")
-            texts = texts_of(saved, bank.base, None, settings.tokens)
-            lora, _ = as_lora(bank, adapter, texts, ExportSettings(rank=settings.rank))
-    elif settings.recipe in NEED_DATA:
-        raise ConfigError(
-            f"--recipe {settings.recipe} reads the clients' data, which are not known of {saved.folder}: name the run "
-            "that the models were trained in, or use linear, svd, ties or dare"
-        )
-    return ClientModel(name, saved, adapter, factors_of(lora, str(saved.folder)), probe, validation)
+    lora, (probe, validation) = without_deltas(adapter), _data(saved, bank)
+    if any(lora.experts.values()):
+        notify(f"fitting a LoRA to {name}'s model")
+        texts = texts_of(saved, bank.base, None, settings.tokens)
+        lora, _ = as_lora(bank, adapter, texts, ExportSettings(rank=settings.rank))
+    return ClientModel(name, adapter, factors_of(lora, str(saved.folder)), probe, validation)
 
 
 def _data(saved: SavedModel, bank: Bank) -> tuple[ClientProbe, list[TokenPair]]:
@@ -172,14 +177,14 @@ def _data(saved: SavedModel, bank: Bank) -> tuple[ClientProbe, list[TokenPair]]:
 
 
 def _loss(bank: Bank, adapter: Adapter | None, client: ClientModel) -> float:
-    assert client.probe is not None
     bank.load([] if adapter is None else [adapter])
     return mean_losses(bank, [client.validation], client.probe.batch_tokens)[0]
 
 
-def _merged(clients: Sequence[ClientModel], settings: MergeSettings, rank: int) -> tuple[LoraFactors, dict[str, Any]]:
-    """Return the merged factors, and what the report says of the recipe."""
-    loras = {client.name: client.lora for client in clients}
+def _merged(
+    loras: Mapping[str, LoraFactors], clients: Sequence[ClientModel], settings: MergeSettings, rank: int
+) -> tuple[LoraFactors, dict[str, Any]]:
+    """Return the merged factors, and what the report says of the recipe; `clients` are those of a run, if it is one."""
     if settings.recipe == "linear":
         return merge_linear(loras, rank), {}
     if settings.recipe == "svd":
@@ -192,7 +197,6 @@ def _merged(clients: Sequence[ClientModel], settings: MergeSettings, rank: int) 
     if settings.recipe == "regmean":
         moments = {}
         for client in clients:
-            assert client.probe is not None
             read = client.probe.moments(adapter_of(client.lora), settings.examples)
             moments[client.name] = {module: read[module].mean for module in client.lora}
         merged = merge_regmean(loras, moments, rank, settings.off_diagonal)
@@ -212,7 +216,7 @@ def _selected(
 
     def losses(factors: Sequence[LoraFactors]) -> list[list[float]]:
         adapters = [adapter_of(lora) for lora in factors]
-        return [client.probe.losses(adapters, examples) for client in clients if client.probe is not None]
+        return [client.probe.losses(adapters, examples) for client in clients]
 
     untuned = {module: (a, torch.zeros_like(b)) for module, (a, b) in clients[0].lora.items()}
     rows = losses([untuned, *loras.values()])

@@ -13,17 +13,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fedamole.config import load_run_config
 from fedamole.data.text_encoder import text_encoder
 from fedamole.data.tokens import tokenise
 from fedamole.errors import ConfigError, DataError
 from fedamole.evaluation.likelihood import by_length
+from fedamole.federation.method import OWN_EXPERT
 from fedamole.files import write_atomic
 from fedamole.model.adapter_files import read_config
-from fedamole.model.amole import EmbeddingRouter
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, TokenPair, collate
 from fedamole.model.forward_context import ForwardContext
-from fedamole.model.mixer import InstanceWeights
 from fedamole.model.params import OWN, Adapter, expert_ids
 from fedamole.model.prompt import PromptSpec
 from fedamole.personal.generate import generate_ids
@@ -78,25 +78,23 @@ def experts_of(adapter: Adapter, client: str) -> dict[str, list[int]]:
         kind = "virtual tokens" if isinstance(adapter.spec, PromptSpec) else "a single LoRA"
         raise ConfigError(
             f"{client}'s model is {kind} and has no experts, so there is nothing to route. `fedamole explain` needs a "
-            "mixture of experts, such as those of fedamole, fedmoe, fedlease, adaptive_experts, fedalt and feddpa"
+            "mixture of experts, such as those of fedamole, fedmoe, fedlease, adaptive_experts, model_glue, fedalt and "
+            "feddpa"
         )
     return expert_ids(adapter.tensors)
 
 
-def expert_roles(adapter: Adapter) -> dict[int, str]:
-    """Return the roles of experts by id, for methods in which a client has an expert of its own; else empty."""
-    spec = adapter.spec
-    if isinstance(spec, PromptSpec) or isinstance(spec.router, EmbeddingRouter):
-        return {}
-    ids = next(iter(expert_ids(adapter.tensors).values()))
+def expert_roles(adapter: Adapter, model: SavedModel) -> dict[int, str]:
+    """Return the roles of experts by id, if the method of the model's run gives them fixed ones; else empty."""
+    ids = next(iter(expert_ids(adapter.tensors).values()), [])
     if OWN in adapter.fixed:
         return {ids[int(adapter.fixed[OWN].argmax())]: "its own cluster's"}
-    if len(ids) > 2:
-        return {expert: "a cluster's" if expert else "its own" for expert in ids}
-    return {
-        0: "its own",
-        1: "shared by all clients" if isinstance(spec.router, InstanceWeights) else "the mean of the other clients",
-    }
+    roles = _roles_of_run(model)
+    return {expert: roles[min(expert, len(roles) - 1)] for expert in ids} if roles else {}
+
+
+def _roles_of_run(model: SavedModel) -> tuple[str, ...]:
+    return () if model.run is None else load_run_config(model.run).method.expert_roles
 
 
 def expert_holders(model: SavedModel) -> dict[str, dict[int, list[str]]]:
@@ -108,21 +106,22 @@ def expert_holders(model: SavedModel) -> dict[str, dict[int, list[str]]]:
     holders: dict[str, dict[int, list[str]]] = {}
     if model.run is None:
         return holders
+    has_own = OWN_EXPERT in _roles_of_run(model)
     for path in sorted(model.run.path.glob(f"clients/*/{model.folder.name}/{CONFIG}")):
         config, client = read_config(path.parent), path.parents[1].name
         for module, ids in config.get("expert_pattern", {}).items():
-            for expert in _held_experts(config, ids, client == model.client):
+            for expert in _held_experts(config, ids, has_own and client == model.client):
                 holders.setdefault(module, {}).setdefault(expert, []).append(client)
     return holders
 
 
-def _held_experts(config: Mapping[str, Any], ids: list[int], explained: bool) -> list[int]:
-    """A client's experts without those that all clients have; `explained`: whether it is the client to explain."""
+def _held_experts(config: Mapping[str, Any], ids: list[int], own: bool) -> list[int]:
+    """A client's experts without those that all clients have; `own`: whether expert 0 is that of the explained one."""
     if config.get("router", "embedding") == "embedding":
         return ids
     if config.get("own_expert") is not None:
         return [int(config["own_expert"])]
-    return [0] if explained else []
+    return [0] if own else []
 
 
 def find_module(layer: str, modules: Iterable[str]) -> str:

@@ -204,8 +204,8 @@ def load_named(settings: BaseSettings, device: str, named_by_user: bool) -> Base
         if not on_hub or named_by_user:
             raise
         raise BaseModelError(
-            f"{model!r}, the base that the run names, is not on this machine, and a run's files may not start a "
-            f"download: to download it, pass --base {model}, or pass the path of a copy"
+            f"{model!r}, the base that the run or the adapter names, is not on this machine, and a run's files may not "
+            f"start a download: to download it, pass --base {model}, or pass the path of a copy"
         ) from error
 
 
