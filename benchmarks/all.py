@@ -22,6 +22,7 @@ MEASURED: dict[str, tuple[str, ...]] = {
     "assignment": ("assignment",),
     "traffic": ("traffic",),
     "growth": ("growth",),
+    "methods": ("methods",),
     "scoring": ("scoring",),
     "deployment": ("deployment",),
     "serving": ("serving",),

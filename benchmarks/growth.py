@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -61,8 +62,8 @@ def points(quick: bool) -> dict[str, Point]:
     return {name: results[name] for name in chosen}
 
 
-def config(point: Point, folder: Path) -> Path:
-    """Write data and config of a point."""
+def config(point: Point, folder: Path, method: Mapping[str, object] | None = None) -> Path:
+    """Write data and config of a point; `method` is its table of the config, FedAMoLE's unless given."""
     source = files("fedamole") / "bundled" / "task" / "hospital_north.jsonl"
     rows = [json.loads(line) for line in source.read_text().splitlines()]
     with (folder / "data.jsonl").open("w") as out:
@@ -81,7 +82,8 @@ def config(point: Point, folder: Path) -> Path:
         "base": {"targets": list(point.targets)},
         "federation": {"rounds": point.rounds},
         "training": {"local_steps": point.steps, "learning_rate": 1e-3, "max_length": 480},
-        "method": {
+        "method": method
+        or {
             "name": "fedamole",
             "experts": point.experts,
             "expert_choices": point.choices,
