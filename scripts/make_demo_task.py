@@ -3,7 +3,7 @@
     python scripts/make_demo_task.py                  # rewrites the bundled task; the same seed gives the same bytes
     python scripts/make_demo_task.py --out /tmp/task --seed 1
 
-Each domain has two clients, one with many rows and one with few, that want nearly the same: they gain from each other.
+Each domain has two clients with few rows each, which do the same task by the same rule: they can gain from each other.
 Between domains they conflict: hospital and bank ask the same question about letters that hold both a symptom and a
 money matter, one labels by the symptom, the other by the money; shop and weather service ask for the same rewriting and
 want different lines. One model for all has to serve both.
@@ -61,8 +61,8 @@ class DemoClient:
     about: str
 
 
-def letter_north(rng: random.Random) -> tuple[str, str, str]:
-    """A letter to a large house: greeting to be filled in, three parts in any order; returns it with both tiers."""
+def letter_in_sentences(rng: random.Random) -> tuple[str, str, str]:
+    """A letter in three sentences in any order, with a greeting to be filled in; returns it with both tiers."""
     body, money = rng.choice(TIERS), rng.choice(TIERS)
     parts = [
         f"I have {rng.choice(SYMPTOMS[body])}.",
@@ -73,8 +73,8 @@ def letter_north(rng: random.Random) -> tuple[str, str, str]:
     return f"{{greeting}} {' '.join(parts)} {person(rng)}", body, money
 
 
-def letter_south(rng: random.Random) -> tuple[str, str, str]:
-    """A letter to a small house: other wording, no note, the place of the writer instead."""
+def letter_in_one_sentence(rng: random.Random) -> tuple[str, str, str]:
+    """A letter in one sentence, with the place of the writer; returns it with both tiers."""
     body, money = rng.choice(TIERS), rng.choice(TIERS)
     symptom, matter = rng.choice(SYMPTOMS[body]), rng.choice(MONEY[money])
     first, second = f"it is about {symptom}", matter
@@ -103,7 +103,7 @@ def bank(make: Callable[[random.Random], tuple[str, str, str]], greeting: str) -
     return row
 
 
-def shop(goods: list[str], street_first: bool) -> Callable[[random.Random], Pair]:
+def shop(goods: list[str]) -> Callable[[random.Random], Pair]:
     """Orders of a shop, fields in any order; the line says how far the order is paid."""
 
     def row(rng: random.Random) -> Pair:
@@ -111,8 +111,7 @@ def shop(goods: list[str], street_first: bool) -> Callable[[random.Random], Pair
         street, pay = rng.choice(STREETS), rng.choice(sorted(PAYMENT))
         fields = [f"goods: {thing}", f"count: {count}", f"customer: {who}", f"street: {street}", f"pay: {pay}"]
         rng.shuffle(fields)
-        to = f"{street}, {who}" if street_first else f"{who}, {street}"
-        return "; ".join(fields), f"{count} x {thing} to {to} ({PAYMENT[pay]})"
+        return "; ".join(fields), f"{count} x {thing} to {who}, {street} ({PAYMENT[pay]})"
 
     return row
 
@@ -136,47 +135,50 @@ LEVELS = ("low", "medium", "high")
 HOUSE_GOODS, GARDEN_GOODS = GOODS[:14], GOODS[12:]
 BAYS, TOWNS = PLACES[0::2] + PLACES[1:4:2], PLACES[1::2]
 
+ROWS = 80
+"""Rows of every client: so few that a relative's are worth having."""
+
 CLIENTS = (
     DemoClient(
         "hospital_north",
-        600,
-        hospital(letter_north, GREETINGS[0]),
+        ROWS,
+        hospital(letter_in_sentences, GREETINGS[0]),
         ASK_URGENCY,
         INSTRUCTED,
         LEVELS,
-        "letters to a large hospital, urgent by the symptom",
+        "letters to a hospital, urgent by the symptom",
     ),
     DemoClient(
         "hospital_south",
-        80,
-        hospital(letter_south, GREETINGS[1]),
+        ROWS,
+        hospital(letter_in_sentences, GREETINGS[1]),
         ASK_URGENCY,
         INSTRUCTED,
         LEVELS,
-        "letters to a small hospital in other words, urgent by the symptom",
+        "letters to another hospital, urgent by the symptom",
     ),
     DemoClient(
         "bank_city",
-        450,
-        bank(letter_north, GREETINGS[2]),
+        ROWS,
+        bank(letter_in_one_sentence, GREETINGS[2]),
         ASK_URGENCY,
         LABELLED,
         LEVELS,
-        "letters to a large bank, urgent by the money matter",
+        "letters to a bank, urgent by the money matter",
     ),
     DemoClient(
         "bank_village",
-        70,
-        bank(letter_south, GREETINGS[3]),
+        ROWS,
+        bank(letter_in_one_sentence, GREETINGS[3]),
         ASK_URGENCY,
         INSTRUCTED,
         LEVELS,
-        "letters to a small bank in other words, urgent by the money matter",
+        "letters to another bank, urgent by the money matter",
     ),
     DemoClient(
         "shop_house",
-        400,
-        shop(HOUSE_GOODS, street_first=False),
+        ROWS,
+        shop(HOUSE_GOODS),
         ASK_LINE,
         INSTRUCTED,
         (),
@@ -184,16 +186,16 @@ CLIENTS = (
     ),
     DemoClient(
         "shop_garden",
-        60,
-        shop(GARDEN_GOODS, street_first=True),
+        ROWS,
+        shop(GARDEN_GOODS),
         ASK_LINE,
         COMPLETED,
         (),
-        "orders for the garden rewritten as a line, the street before the name",
+        "orders for the garden rewritten as a line",
     ),
     DemoClient(
         "weather_coast",
-        800,
+        ROWS,
         weather(BAYS, "; "),
         ASK_LINE,
         INSTRUCTED,
@@ -202,7 +204,7 @@ CLIENTS = (
     ),
     DemoClient(
         "weather_hills",
-        90,
+        ROWS,
         weather(TOWNS, ", "),
         ASK_LINE,
         INSTRUCTED,
@@ -252,10 +254,9 @@ def readme(seed: int) -> str:
         f'`bank_city` has no instruction column; its question is the others\': "{ASK_URGENCY}"',
         f"`rows` are a client's own; its official test, `<client>.test.jsonl`, holds {TEST_ROWS} more of the kind.",
         "",
-        "In each domain the client with few rows has something to learn from the other."
-        " Hospital and bank ask one question about letters"
-        " that hold a symptom and a money matter, and label by different parts; shop and weather service ask for one"
-        " rewriting and want different lines.",
+        "The two clients of a domain do the same task by the same rule and have few rows: they can learn from each "
+        "other. Hospital and bank ask one question about letters that hold a symptom and a money matter, and label by "
+        "different parts; shop and weather service ask for one rewriting and want different lines.",
     ]
     return "\n".join(lines) + "\n"
 

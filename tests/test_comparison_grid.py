@@ -14,7 +14,7 @@ from fedamole.comparison.file import Comparison, load_comparison
 from fedamole.comparison.learning_rates import Choice, chosen, narrowness, widened
 from fedamole.comparison.run import outlook, preview, progress, run_comparison
 from fedamole.comparison.trials import Trial, TrialListener
-from fedamole.errors import ConfigError
+from fedamole.errors import ConfigError, RunError
 from fedamole.methods import METHODS
 from fedamole.reporting.results import read_scenarios
 from tests.test_comparison import written
@@ -74,6 +74,16 @@ class FakeRuns:
 
 def best_at(rate: float) -> Loss:
     return lambda trial, variant: abs(math.log10(trial.config.training.learning_rate / rate))
+
+
+def test_a_finished_grid_without_a_method_that_was_added_later_is_refused(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "run_trials", FakeRuns(best_at(1e-2)))
+    assert run_comparison(load_comparison(write(["fedit"], learning_rates=FIVE)), TrialListener()) == []
+    comparison = load_comparison(write(["fedit", "fedit_ft"], learning_rates=FIVE))
+    with pytest.raises(RunError, match="fedit-lr0.001: the finished run has no scores of fedit_ft, only of base"):
+        list(comparison.all_trials())
 
 
 def rates_of(comparison: Comparison) -> list[float]:

@@ -19,7 +19,7 @@ from fedamole.federation.progress import PlainProgress, ProgressListener
 from fedamole.files import exclusive
 from tests.conftest import CommandResult, call_command
 
-METHODS = ("local_only", "fedit", "fedamole")
+METHODS = ("local_only", "fedit", "fedamole", "fedamole_peers")
 TWO_SEEDS = [*METHODS, *(f"{method}-s1" for method in METHODS)]
 
 
@@ -72,7 +72,7 @@ def test_each_seed_is_a_run_and_the_table_has_means_and_deviations(demo: Demo) -
         assert read(f"{name}/manifest.json") == read("fedit/manifest.json"), "the partition does not follow run.seed"
     progress = re.findall(r"run \d of \d: .*", done.err)
     assert progress == [
-        f"run {number} of 6: {name.removesuffix('-s1')}, seed {int(number > 3)} -> runs/demo/{name}"
+        f"run {number} of 8: {name.removesuffix('-s1')}, seed {int(number > 4)} -> runs/demo/{name}"
         for number, name in enumerate(TWO_SEEDS, 1)
     ]
     assert done.out == demo("runs/demo", command="show").out
@@ -91,13 +91,13 @@ def test_finished_runs_are_used_again(demo: Demo) -> None:
     assert first.code == 0, first.err
     assert run_names() == sorted(METHODS)
     assert "±" not in first.out
-    assert "run 3 of 3: fedamole, seed 0 -> runs/demo/fedamole" in first.err
+    assert "run 3 of 4: fedamole, seed 0 -> runs/demo/fedamole" in first.err
     before = ids()
     more = demo("--seeds", 2)
     assert run_names() == sorted(TWO_SEEDS)
     assert {name: ids()[name] for name in METHODS} == before
-    assert "run 3 of 6: fedamole, seed 0: already finished, in runs/demo/fedamole" in more.err
-    assert "run 4 of 6: local_only, seed 1 -> runs/demo/local_only-s1" in more.err
+    assert "run 3 of 8: fedamole, seed 0: already finished, in runs/demo/fedamole" in more.err
+    assert "run 5 of 8: local_only, seed 1 -> runs/demo/local_only-s1" in more.err
     assert demo().out == first.out, "the table of one seed, although runs of two are there"
 
 

@@ -28,7 +28,13 @@ class BundledRounds:
     runs: list[Path] = field(default_factory=list)
 
     def config(self, method: str, rounds: int, overrides: Sequence[str] = ()) -> Config:
-        fixed = [f"method.name={method}", f"federation.rounds={rounds}", "run.device=cpu", "base.dtype=float32"]
+        fixed = [
+            f"method.name={method}",
+            f"federation.rounds={rounds}",
+            "run.device=cpu",
+            "base.dtype=float32",
+            "training.learning_rate=3e-3",
+        ]
         scored_once = "evaluation.pre_aggregation=false"
         return load_config(bundled_config("fedit"), [*fixed, scored_once, *overrides])
 

@@ -164,7 +164,7 @@ CLIENTS = ("hospital_north", "shop_house")
 
 @pytest.fixture(scope="module")
 def bundled() -> tuple[Prepared, Bank]:
-    overrides = ["run.device=cpu", "base.dtype=float32", "training.local_steps=20"]
+    overrides = ["run.device=cpu", "base.dtype=float32", "training.local_steps=20", "training.learning_rate=3e-3"]
     prepared = prepare(load_config(bundled_config("fedit"), overrides))
     return prepared, Bank(prepared.base)
 

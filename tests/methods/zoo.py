@@ -33,7 +33,9 @@ class Zoo:
     @staticmethod
     def train(names: tuple[str, ...], steps: int) -> "Zoo":
         """Train a LoRA of rank 8 on each client's data."""
-        config = load_config(bundled_config("fedit"), [f"training.local_steps={steps}", "run.device=cpu"])
+        config = load_config(
+            bundled_config("fedit"), [f"training.local_steps={steps}", "training.learning_rate=3e-3", "run.device=cpu"]
+        )
         prepared = prepare(config)
         bank, spec, shapes = Bank(prepared.base), AdapterSpec(RANK, float(RANK)), prepared.base.shapes
         start, loras = Adapter(spec, new_shared(shapes, RANK, torch_generator(0, "lora"))), dict[str, LoraFactors]()

@@ -1,4 +1,4 @@
-"""The runs of `fedamole demo`: three methods on the bundled task, each with one or more seeds."""
+"""The runs of `fedamole demo`: four methods on the bundled task, each with one or more seeds."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from fedamole.config import load_config
 from fedamole.errors import RunError
 from fedamole.reporting.runs import read_run
 
-METHODS = ("local_only", "fedit", "fedamole")
+METHODS = ("local_only", "fedit", "fedamole", "fedamole_peers")
 
 
 def demo_runs(folder: Path, seeds: int) -> list[Trial]:

@@ -30,7 +30,7 @@ app = typer.Typer(
     "FedAMoLE gives each client its own mixture of LoRA experts and assigns the experts by the clients' data. It is "
     "compared with other federated methods on the same data.\n\n"
     "[b]First steps:[/b]\n\n"
-    "  fedamole demo              compare three methods on bundled data (a minute or two, no GPU)\n"
+    "  fedamole demo              compare four methods on bundled data (some minutes, no GPU)\n"
     "  fedamole methods           list the methods\n"
     "  fedamole run CONFIG.toml   train one method on your data\n"
     "  fedamole show runs/*       compare finished runs\n"

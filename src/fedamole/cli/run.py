@@ -160,9 +160,10 @@ def demo(
     ] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Compare local training, one shared LoRA (FedIT) and FedAMoLE on a bundled task; one or two minutes per seed.
+    """Compare local training, one shared LoRA (FedIT), FedAMoLE and its variant FedAMoLE-Peers on a bundled task.
 
-    Needs no network and no GPU. Finished runs in the folder are used again, and interrupted ones are continued.
+    Takes some minutes per seed and needs no network and no GPU. Finished runs in the folder are used again, and
+    interrupted ones are continued.
 
     Examples:
 
@@ -190,6 +191,6 @@ def demo(
     paths = [trial.path for trial in sorted(trials, key=lambda trial: (trial.config.method_name, trial.seed))]
     _show(paths, as_json)
     if not as_json:
-        console.print(f"Each client's model: {folder}/fedamole/clients/NAME/adapter")
+        console.print(f"Each client's model: {folder}/fedamole_peers/clients/NAME/adapter")
     for path in paths:
         refuse_untrained(path)

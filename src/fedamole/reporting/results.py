@@ -218,9 +218,18 @@ def best_validation_loss(path: Path, variant: str) -> float:
     A run has diverged if that mean is not finite, or if every update failed (it then scored the untrained model). A
     client that did not train in the best round counts with its latest earlier model, at first the untuned base. The
     test split is not read.
+
+    Raises:
+        RunError: If the run has not scored this variant.
     """
     folder = RunFolder.open(path)
-    row = folder.read_json(SUMMARY)["rows"][variant]
+    rows = folder.read_json(SUMMARY)["rows"]
+    if variant not in rows:
+        raise RunError(
+            f"{path}: the finished run has no scores of {variant}, only of {', '.join(rows)}, because it was made for a "
+            "comparison without that method; nothing is overwritten: move the folder away, or choose another folder"
+        )
+    row = rows[variant]
     lines = list(folder.lines(METRICS))
     if nothing_trained(updates_of(lines)):
         return math.inf
