@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test test-faults test-long lint benchmarks clean
 
-demo: $(READY)  ## Compare local training, one shared LoRA and FedAMoLE on the bundled task.
+demo: $(READY)  ## Compare training alone, one shared LoRA, FedAMoLE and its variant on the bundled task.
 	$(BIN)/fedamole demo
 
 test: $(READY) lint  ## Style, types and all tests.
