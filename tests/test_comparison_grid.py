@@ -82,7 +82,7 @@ def test_a_finished_grid_without_a_method_that_was_added_later_is_refused(
     monkeypatch.setattr(run, "run_trials", FakeRuns(best_at(1e-2)))
     assert run_comparison(load_comparison(write(["fedit"], learning_rates=FIVE)), TrialListener()) == []
     comparison = load_comparison(write(["fedit", "fedit_ft"], learning_rates=FIVE))
-    with pytest.raises(RunError, match="fedit-lr0.001: the finished run has no scores of fedit_ft, only of base"):
+    with pytest.raises(RunError, match=r"fedit-lr0\.001: the finished run has no scores of fedit_ft, only of base"):
         list(comparison.all_trials())
 
 

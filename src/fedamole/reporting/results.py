@@ -226,7 +226,7 @@ def best_validation_loss(path: Path, variant: str) -> float:
     rows = folder.read_json(SUMMARY)["rows"]
     if variant not in rows:
         raise RunError(
-            f"{path}: the finished run has no scores of {variant}, only of {', '.join(rows)}, because it was made for a "
+            f"{path}: the finished run has no scores of {variant}, only of {', '.join(rows)}, since it was made for a "
             "comparison without that method; nothing is overwritten: move the folder away, or choose another folder"
         )
     row = rows[variant]
