@@ -62,7 +62,7 @@ def test_each_client_has_its_own_table(base: Callable[..., Base], architecture: 
     here = base(architecture)
     bank, short = Bank(here), embeddings(here, (70, 71))
     first, second = with_table(lora(here), embeddings(here, REPLACED)), with_table(lora(here, 1), short)
-    rows = [VIRTUAL_ROWS, [((5, -2, -1), (19, 0))]]
+    rows: list[list[TokenPair]] = [VIRTUAL_ROWS, [((5, -2, -1), (19, 0))]]
     bank.load([first, second])
     together = mean_losses(bank, rows, 4096)
     separate = []
