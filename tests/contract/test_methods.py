@@ -232,7 +232,7 @@ def test_bytes_in_the_metrics_are_the_bytes_packed(name: str, runs: Any, tmp_pat
     folder = RunFolder.create(tmp_path / "run", "", "", name, prepared.base.identity)
     worker = worker_of(config, Bank(prepared.base), folder)
     engine, base = Scales(worker, prepared.clients, ProgressListener(), 2), prepared.base
-    loop_of(config, engine, server_of(config, base, engine.clients), folder, ProgressListener()).run()
+    loop_of(config, engine, server_of(config, base, engine.clients, worker.bank), folder, ProgressListener()).run()
     logged = facts(tmp_path / "run")
     assert logged == facts(runs(name))
     trained = [line for line in logged if line["split"] == "train"]
@@ -295,7 +295,7 @@ def test_tokens_are_those_that_go_through_the_base(name: str, runs: Any, tmp_pat
     base.model.register_forward_pre_hook(count, with_kwargs=True)
     vars(worker).update(update=counted_update)
     vars(worker.evaluator).update(_current_model=counted_present)
-    loop_of(config, engine, server_of(config, base, engine.clients), folder, ProgressListener()).run()
+    loop_of(config, engine, server_of(config, base, engine.clients, worker.bank), folder, ProgressListener()).run()
     lines = {
         (line["split"], line["round"], line.get("exchange", 0), line["client"]): line
         for line in facts(runs(name))
@@ -406,7 +406,7 @@ def test_scoring_leaves_private_state_alone(name: str, runs: Any, tmp_path: Path
     worker = worker_of(config, Bank(prepared.base), folder)
     engine = InProcess(worker, prepared.clients, ProgressListener(), 3)
     base = prepared.base
-    state = config.method.init(server_of(config, base, engine.clients))
+    state = config.method.init(server_of(config, base, engine.clients, worker.bank))
     messages = {info.name: pack(config.method.message(state, info)) for info in engine.clients}
     engine.update(0, messages)
     states = {path: path.read_bytes() for path in (tmp_path / "run").glob("clients/*/state/*")}

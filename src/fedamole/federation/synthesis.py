@@ -1,7 +1,7 @@
 """Optimises the vectors of synthetic examples, one client at a time, on the resident base."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -141,7 +141,8 @@ def real_prompts(rows: Sequence[TokenPair], request: SynthesisRequest) -> dict[i
 
 def perturbed(tensors: Tensors, norm: float, generator: torch.Generator) -> dict[str, Tensor]:
     """Return the tensors plus noise of this norm, in an even random direction over all of them."""
-    noise: Mapping[str, Tensor] = {name: torch.randn(it.shape, generator=generator) for name, it in tensors.items()}
+    # Sorted, as the order of the names differs from one deserialisation to the next.
+    noise = {name: torch.randn(it.shape, generator=generator) for name, it in sorted(tensors.items())}
     scale = norm / math.sqrt(sum(float(it.double().square().sum()) for it in noise.values()))
     return {name: it + scale * noise[name].to(it.dtype) for name, it in tensors.items()}
 

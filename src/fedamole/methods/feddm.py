@@ -203,7 +203,7 @@ class FedDm(LoraMethod[SharedTensors, SharedTensors, Nothing, SyntheticExamples]
 
 def within(tensors: Tensors, centre: Tensors, radius: float) -> dict[str, Tensor]:
     """Move tensors towards a centre until their distance, over all of them together, is at most `radius`."""
-    changes = {name: tensor.double() - centre[name].double() for name, tensor in tensors.items()}
+    changes = {name: tensor.double() - centre[name].double() for name, tensor in sorted(tensors.items())}
     distance = math.sqrt(sum(float(change.square().sum()) for change in changes.values()))
     if distance <= radius:
         return dict(tensors)
