@@ -386,7 +386,14 @@ def test_every_key_of_the_policy_forbids_something(asks: Any, client: Any) -> No
         "max_learning_rate": 0.01,
         "max_batch_tokens": 384,
     }
-    others = {"columns", "hub_base", "share_labels", "share_majority", "share_synthetic", "min_clip_norm"}  # in tests of their own
+    others = {
+        "columns",
+        "hub_base",
+        "share_labels",
+        "share_majority",
+        "share_synthetic",
+        "min_clip_norm",
+    }  # in tests of their own
     assert set(limits) | others == set(FIELDS)
     low: dict[str, Any] = {"min_steps": 0, "min_examples_per_update": 0}
     for number, (key, value) in enumerate(limits.items()):

@@ -114,8 +114,8 @@ def soft_request(bank: Bank, soft: SoftLabels, **term: float) -> TrainingRequest
 def certain(bank: Bank, first: int, second: int) -> SoftLabels:
     """All probability on one id at the last answer token of each row; the other tokens keep their hard labels."""
     ids, probabilities = torch.zeros(2, 3, 2, dtype=torch.long), torch.zeros(2, 3, 2)
-    for row, place, token in ((0, 1, first), (1, 2, second)):
-        ids[row, place, 0], probabilities[row, place, 0] = token, 1.0
+    for row, position, token in ((0, 1, first), (1, 2, second)):
+        ids[row, position, 0], probabilities[row, position, 0] = token, 1.0
     return SoftLabels(ids, probabilities)
 
 

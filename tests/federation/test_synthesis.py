@@ -120,8 +120,8 @@ def test_real_examples_are_divided_by_their_answers(prepared: Prepared, bank: Ba
     assert {label: len(prompts) for label, prompts in real.items()} == {
         label: sum(tuple(answer) == asked.class_answers[label] for _, answer in rows) for label in range(3)
     }
-    one = replace(asked, examples=replace(asked.examples, classes=(1,) * 6))
-    assert set(real_prompts(rows, one)) == {1}
+    single = replace(asked, examples=replace(asked.examples, classes=(1,) * 6))
+    assert set(real_prompts(rows, single)) == {1}
     free = request(prepared, bank, "chat")
     chat = prepared.clients["chat"].train.pairs()
     assert real_prompts(chat, free) == {0: [prompt for prompt, _ in chat]}

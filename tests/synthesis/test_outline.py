@@ -95,7 +95,7 @@ def test_of_a_chat_the_prompt_is_what_the_chat_template_writes(outlines: dict[st
     tokenizer.chat_template = CHAT
     examples = [Example("hello", "", "", "a", turns=(("system", "secret words"),))]
     prompt = ClientOutline([], examples, tokenizer, 8, 0.5).prompt(SIZES)
-    place = prompt.index(-1)
-    assert prompt[place : place + 4] == (-1, -2, -3, -4)
-    assert tokenizer.decode(prompt[:place]) == "[user]"
-    assert tokenizer.decode(prompt[place + 4 :]) == "<end>[assistant]"
+    begin = prompt.index(-1)
+    assert prompt[begin : begin + 4] == (-1, -2, -3, -4)
+    assert tokenizer.decode(prompt[:begin]) == "[user]"
+    assert tokenizer.decode(prompt[begin + 4 :]) == "<end>[assistant]"

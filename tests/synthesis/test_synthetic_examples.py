@@ -44,15 +44,17 @@ def test_each_example_is_a_row_with_virtual_tokens_of_its_own() -> None:
 
 
 def test_soft_labels_are_joined_and_padded() -> None:
-    one = examples(soft=True)
-    more = replace(one, tensors={**one.tensors, PROBABILITIES: torch.full((3, 2, 3), 1 / 3)}, soft_ids=tuple(range(18)))
-    soft = joined([one.rows(), more.rows()]).soft
+    narrow = examples(soft=True)
+    more = replace(
+        narrow, tensors={**narrow.tensors, PROBABILITIES: torch.full((3, 2, 3), 1 / 3)}, soft_ids=tuple(range(18))
+    )
+    soft = joined([narrow.rows(), more.rows()]).soft
     assert soft is not None
     assert soft.ids.shape == (6, 2, 3)
     assert soft.ids[0].tolist() == [[7, 8, 0], [0, 0, 0]]
     assert soft.probabilities[0].tolist() == [[0.75, 0.25, 0.0], [0.0, 0.0, 0.0]]
     assert soft.ids[3].tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert joined([one.rows(), examples().rows()]).soft is None
+    assert joined([narrow.rows(), examples().rows()]).soft is None
 
 
 def test_answers_of_different_lengths_are_filled() -> None:

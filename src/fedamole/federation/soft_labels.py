@@ -56,12 +56,12 @@ class SoftTargets(Followed):
         ids: list[Tensor] = []
         probabilities: list[Tensor] = []
         settings: list[tuple[float, float]] = []
-        for client, token, row, place in self._tokens(batch, first, last):
+        for client, token, row, position in self._tokens(batch, first, last):
             soft, setting = self._soft[client], self._settings[client]
-            if place < soft.ids.shape[1] and bool(soft.probabilities[row, place].sum() > 0):
+            if position < soft.ids.shape[1] and bool(soft.probabilities[row, position].sum() > 0):
                 index.append(token)
-                ids.append(soft.ids[row, place])
-                probabilities.append(soft.probabilities[row, place].float())
+                ids.append(soft.ids[row, position])
+                probabilities.append(soft.probabilities[row, position].float())
                 settings.append((setting.weight, setting.temperature))
         where = torch.tensor(index, dtype=torch.long, device=self._device)
         pairs = torch.tensor(settings).view(-1, 2).to(self._device)
@@ -76,7 +76,7 @@ class SoftTargets(Followed):
         return BatchTargets(where, batch.labels[where], padded[0], padded[1], pairs[:, 0], pairs[:, 1])
 
     def _tokens(self, batch: Batch, first: int, last: int) -> list[tuple[int, int, int, int]]:
-        """Client, index in the batch, row and place in the answer of each answer token of a row with soft labels."""
+        """Client, index in the batch, row and position in the answer of each answer token of a row with soft labels."""
         if batch.sequences is not None:
             lengths = list(batch.sequences.lengths)
         else:
@@ -88,7 +88,7 @@ class SoftTargets(Followed):
                 answer = lengths[sequence] - max(len(prompt), 1)
                 row = self._rows[client].get(tuple(prompt))
                 if row is not None:
-                    found += [(client, token + place, row, place) for place in range(answer)]
+                    found += [(client, token + position, row, position) for position in range(answer)]
                 token, sequence = token + answer, sequence + 1
         return found
 
