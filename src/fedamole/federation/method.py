@@ -243,6 +243,10 @@ class Method(ABC, Generic[S, D, K, U]):
         """Return the optimiser steps of the server in a round."""
         return 0
 
+    def min_synthetic_rows(self) -> int:
+        """Return from how many training rows the synthetic examples of a class are computed, at least."""
+        return 1
+
     def rows_of_step(self, batch: int) -> int:
         """Return the training rows that a client's optimiser step reads at most, where a batch has `batch` rows."""
         return batch

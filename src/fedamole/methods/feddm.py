@@ -111,6 +111,10 @@ class FedDm(LoraMethod[SharedTensors, SharedTensors, Nothing, SyntheticExamples]
         return self.server_steps
 
     @override
+    def min_synthetic_rows(self) -> int:
+        return 2 if self.min_class_examples is None else self.min_class_examples
+
+    @override
     def rows_of_step(self, batch: int) -> int:
         return max(batch, self.max_classes * self.real_examples)
 
@@ -119,7 +123,7 @@ class FedDm(LoraMethod[SharedTensors, SharedTensors, Nothing, SyntheticExamples]
         return [
             "The coordinator gets synthetic examples, which are computed from a client's training rows and are not "
             "private by themselves: it can try to reconstruct rows from them. It also gets the text of the client's "
-            f"template, and which of its answer options at least {self.sizes.min_class_examples} rows have."
+            f"template, and which of its answer options at least {self.min_synthetic_rows()} rows have."
         ]
 
     @property
@@ -131,7 +135,7 @@ class FedDm(LoraMethod[SharedTensors, SharedTensors, Nothing, SyntheticExamples]
             self.max_classes,
             self.max_prompt_tokens,
             self.max_answer_tokens,
-            2 if self.min_class_examples is None else self.min_class_examples,
+            self.min_synthetic_rows(),
         )
 
     # server

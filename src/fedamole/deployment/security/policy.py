@@ -259,10 +259,10 @@ def _method_checks(config: Config, policy: PolicySettings) -> Iterator[PolicyChe
         yield _at_most("rank", max(rank, spec.rank), "max_rank", policy)
         yield _at_least("alpha / rank", spec.alpha / spec.rank, "min_scaling", policy)
         yield _at_most("alpha / rank", spec.alpha / spec.rank, "max_scaling", policy)
-    for key in ("probe_examples", "min_class_examples"):
-        if (count := getattr(method, key, None)) is not None:
-            yield _at_least(f"method.{key}", count, "min_rows", policy)
+    if (probed := getattr(method, "probe_examples", None)) is not None:
+        yield _at_least("method.probe_examples", probed, "min_rows", policy)
     if method.sends_synthetic_examples:
+        yield _at_least("rows behind synthetic examples", method.min_synthetic_rows(), "min_rows", policy)
         limit = "yes (share_synthetic)" if policy.share_synthetic else "no; share_synthetic = true allows it"
         yield PolicyCheck("sending synthetic examples", "yes", limit, policy.share_synthetic)
 
