@@ -22,16 +22,18 @@ from typing import Any
 import torch
 from measure import arguments, report
 from safetensors.torch import load
+from typing_extensions import override
 
 from fedamole.engine.reply_template import dry_client
-from fedamole.federation.method import BaseInfo, ClientInfo, Method, Server, TrainingRequest, TrainingResult
+from fedamole.federation.method import BaseInfo, ClientInfo, Method, Request, Server, TrainingRequest, TrainingResult
 from fedamole.federation.record import pack, unpack
+from fedamole.federation.server_work import ServerWork
 from fedamole.methods import METHODS
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.params import Shapes, expert_ids
 
-LAYERS, QUICK_LAYERS, HIDDEN, VALUES = 16, 2, 2048, 512
+LAYERS, QUICK_LAYERS, HIDDEN, VALUES, VOCABULARY = 16, 2, 2048, 512, 128_256
 CLIENTS, SEED = 10, 0
 
 
@@ -60,6 +62,17 @@ class Traffic:
         return payload
 
 
+class IdleServer(ServerWork):
+    """Stands in for training at the server, which sends nothing."""
+
+    def __init__(self) -> None:
+        """Hold no base."""
+
+    @override
+    def train(self, request: TrainingRequest, steps: int, round_: int) -> TrainingResult:
+        return request.unchanged()
+
+
 @dataclass
 class Round:
     """Two rounds of a method, the second watched: what went down and up, and how large the clients' adapters are."""
@@ -74,7 +87,7 @@ class Round:
     def run(self) -> None:
         """Let the method run its rounds, whatever it exchanges."""
         clients = tuple(ClientInfo(f"client-{index:02d}", 1000) for index in range(CLIENTS))
-        server = Server(BaseInfo(self.shapes, HIDDEN), clients, SEED)
+        server = Server(BaseInfo(self.shapes, HIDDEN, vocabulary=VOCABULARY), clients, SEED, work=IdleServer())
         state = self.method.round(server, self.method.init(server), clients, self._exchange)
         self.down, self.up = Traffic(), Traffic()
         self.method.round(replace(server, round=1), state, clients, self._exchange)
@@ -83,7 +96,7 @@ class Round:
         """Carry messages down, do the clients' work, carry the replies up."""
         replies = {}
         for name, message in messages.items():
-            client = dry_client(BaseInfo(self.shapes, HIDDEN), ClientInfo(name, 1000), SEED, 0)
+            client = dry_client(BaseInfo(self.shapes, HIDDEN, vocabulary=VOCABULARY), ClientInfo(name, 1000), SEED, 0)
             self.down.send(name, message)
             kept = self.kept.get(name) or self.method.init_client_state(client)
             work = self.method.update(client, kept, message)
@@ -97,7 +110,7 @@ class Round:
             self.parameters[name] = trained.adapter.parameters()
         return replies
 
-    def _fit(self, request: TrainingRequest) -> TrainingResult:
+    def _fit(self, request: Request) -> Any:
         """Stand in for training and for reading the embedding split."""
         generator, means, spec = torch.Generator().manual_seed(SEED), {}, self.method.spec()
         for module, held in expert_ids(request.adapter.tensors).items() if self.method.needs_embeddings else ():

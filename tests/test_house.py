@@ -22,6 +22,7 @@ FLOOR = {
     "data": 2,
     "evaluation": 3,
     "merging": 3,
+    "synthesis": 3,
     "federation": 4,
     "methods": 5,
     "engine": 6,

@@ -21,6 +21,7 @@ from fedamole.federation.loop import Loop, MetricsSink
 from fedamole.federation.method import BaseInfo, ClientInfo, Evaluates, Server
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.robust import Robust
+from fedamole.federation.server_work import ServerWork
 from fedamole.federation.worker import Worker
 from fedamole.files import new_folder
 from fedamole.model.bank import Bank
@@ -225,10 +226,15 @@ def worker_of(config: Config, bank: Bank, folder: RunFolder) -> Worker:
     return Worker(bank, config.method, variants, config.training, config.evaluation, folder, config.run.seed)
 
 
-def server_of(config: Config, base: Base, clients: Sequence[ClientInfo] = ()) -> Server:
-    """Return the `Server` that the server's half of a method works with before round 0."""
-    rounds = config.federation.rounds
-    return Server(BaseInfo.of(base), tuple(clients), config.run.seed, rounds=rounds)
+def server_of(config: Config, base: Base, clients: Sequence[ClientInfo] = (), bank: Bank | None = None) -> Server:
+    """Return the `Server` that the server's half of a method works with before round 0.
+
+    A method that trains at the server works on `bank`.
+    """
+    rounds, seed, work = config.federation.rounds, config.run.seed, None
+    if bank is not None and config.method.trains_at_server:
+        work = ServerWork(bank, config.training, config.evaluation.batch_tokens, seed)
+    return Server(BaseInfo.of(base), tuple(clients), seed, rounds=rounds, work=work)
 
 
 def loop_of(
@@ -267,7 +273,8 @@ def _run(prepared: Prepared, folder: RunFolder, listener: ProgressListener) -> d
     metrics_sink = TensorBoardSink(folder.path / "tensorboard") if config.run.tensorboard else None
     with folder.locked():
         engine = InProcess(worker, prepared.clients, listener, config.run.group)
-        summary = loop_of(config, engine, server_of(config, base, engine.clients), folder, listener, metrics_sink).run()
+        server = server_of(config, base, engine.clients, worker.bank)
+        summary = loop_of(config, engine, server, folder, listener, metrics_sink).run()
         write_cards(folder)
     return summary
 

@@ -51,6 +51,8 @@ class Plan:
     """Estimate for local training: memory in use now (base and data; on a CPU the whole process), and a group."""
     steps: float
     """Mean optimiser steps of a client per round."""
+    server_steps: int
+    """Optimiser steps of the server per round, for methods that train there."""
     rounds: int
     clients_per_round: int
     exposure: tuple[str, ...]
@@ -89,6 +91,7 @@ def planned(config: Config, base: Base, clients: Mapping[str, ClientData]) -> Pl
         group=group,
         memory_mib=(used_bytes(base.device) + _group_bytes(config, base, group, max(sizes))) / 2**20,
         steps=_mean([_steps(config, info.examples) for info in infos]),
+        server_steps=config.method.steps_at_server(),
         rounds=config.federation.rounds,
         clients_per_round=_cohort(config, len(infos)),
         exposure=tuple(exposure(config, len(infos), rows, base.shapes)),
@@ -135,6 +138,7 @@ def planned_without_data(
         group=group,
         memory_mib=held + group * each,
         steps=_mean([_steps(config, info.examples) for info in infos]),
+        server_steps=config.method.steps_at_server(),
         rounds=config.federation.rounds,
         clients_per_round=_cohort(config, len(infos)),
         exposure=tuple(exposure(config, len(infos), shapes=base.shapes)),

@@ -19,16 +19,20 @@ from fedamole.engine.in_process import InProcess
 from fedamole.errors import ConfigError
 from fedamole.experiment import Prepared, loop_of, prepare, resume, server_of, worker_of
 from fedamole.federation.local import LocalTask, embed, fit
-from fedamole.federation.method import BaseInfo, Client, Method, Server, TrainingRequest, TrainingResult
+from fedamole.federation.method import BaseInfo, Client, Method, Request, Server, TrainingResult
 from fedamole.federation.probe import ClientProbe, ProbeCounts
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import pack, unpack
+from fedamole.federation.server_work import ServerWork
+from fedamole.federation.synthesis import synthesise
+from fedamole.federation.synthesis_request import SynthesisRequest
 from fedamole.federation.worker import UpdateResult
 from fedamole.methods import METHODS
 from fedamole.model.bank import Bank
 from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.params import Adapter, expert_ids
 from fedamole.runs.run_folder import RunFolder
+from fedamole.synthesis.outline import ClientOutline
 
 VARIANTS = sorted(name for name in METHODS if name.endswith("_ft"))
 """The training of another method, scored before the aggregation."""
@@ -71,16 +75,23 @@ class Shop:
     def server(self, round_: int = 0) -> Server:
         infos = tuple(self.prepared.clients[name].info for name in sorted(self.prepared.clients))
         base = self.prepared.base
-        return Server(BaseInfo.of(base), infos, self.seed, round_, rounds=2)
+        work = ServerWork(self.bank, self.prepared.config.training, 4096, self.seed)
+        return Server(BaseInfo.of(base), infos, self.seed, round_, rounds=2, work=work)
 
     def client(self, name: str, round_: int = 0) -> Client:
         data, base = self.prepared.clients[name], self.prepared.base
         probe = RecordedProbe(self.bank, data.embedding.rows, name, self.seed, 4096, ProbeCounts())
-        return Client(data.info, BaseInfo.of(base), self.seed, round_, probe)
+        rows, examples = data.train.rows, data.train.examples
+        outline = ClientOutline(rows, examples, base.tokenizer, base.width, base.embedding_std)
+        return Client(data.info, BaseInfo.of(base), self.seed, round_, probe, lambda: outline)
 
-    def fit(self, method: Some, request: TrainingRequest, name: str, round_: int, turn: int) -> TrainingResult:
+    def fit(self, method: Some, request: Request, name: str, round_: int, turn: int) -> Any:
         """The real training of one client, and its embeddings where the method wants them."""
         data, training = self.prepared.clients[name], self.prepared.config.training
+        if isinstance(request, SynthesisRequest):
+            synthesis = LocalTask(name, request, data.train.pairs(), training.learning_rate)
+            (made,) = synthesise(self.bank, [synthesis], training, seed=self.seed, round_=round_, fit_index=turn)
+            return made
         task = LocalTask(name, request, data.train.pairs(), training.learning_rate)
         (done,) = fit(self.bank, [task], training, seed=self.seed, round_=round_, fit_index=turn)
         assert isinstance(done, TrainingResult)
@@ -129,6 +140,7 @@ def made(name: str, **parameters: Any) -> Some:
     fields = {field.name for field in dataclasses.fields(METHODS[name])}
     small = {"rank": 2, "alpha": 4.0, "virtual_tokens": 4, "encoder_hidden_size": 32, "fusion_trials": 10}
     small |= {"review_every": 1, "coverage": 0.7}
+    small |= {"server_steps": 2, "examples_per_class": 2, "real_examples": 4}
     small["min_similarity"] = -1.0  # every client is similar to every other
     lists = {key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()}
     return METHODS[name](**{**{key: value for key, value in small.items() if key in fields}, **lists})
@@ -232,7 +244,7 @@ def test_bytes_in_the_metrics_are_the_bytes_packed(name: str, runs: Any, tmp_pat
     folder = RunFolder.create(tmp_path / "run", "", "", name, prepared.base.identity)
     worker = worker_of(config, Bank(prepared.base), folder)
     engine, base = Scales(worker, prepared.clients, ProgressListener(), 2), prepared.base
-    loop_of(config, engine, server_of(config, base, engine.clients), folder, ProgressListener()).run()
+    loop_of(config, engine, server_of(config, base, engine.clients, worker.bank), folder, ProgressListener()).run()
     logged = facts(tmp_path / "run")
     assert logged == facts(runs(name))
     trained = [line for line in logged if line["split"] == "train"]
@@ -295,7 +307,7 @@ def test_tokens_are_those_that_go_through_the_base(name: str, runs: Any, tmp_pat
     base.model.register_forward_pre_hook(count, with_kwargs=True)
     vars(worker).update(update=counted_update)
     vars(worker.evaluator).update(_current_model=counted_present)
-    loop_of(config, engine, server_of(config, base, engine.clients), folder, ProgressListener()).run()
+    loop_of(config, engine, server_of(config, base, engine.clients, worker.bank), folder, ProgressListener()).run()
     lines = {
         (line["split"], line["round"], line.get("exchange", 0), line["client"]): line
         for line in facts(runs(name))
@@ -317,7 +329,7 @@ def test_tokens_are_those_that_go_through_the_base(name: str, runs: Any, tmp_pat
 @every_method
 def test_shares_of_a_round_are_those_that_the_method_says(name: str, shop: Shop) -> None:
     """All trainings of a round make up 1 under "steps" and `paper_steps` under "paper"."""
-    method, requests = made(name), list[TrainingRequest]()
+    method, requests = made(name), list[Request]()
     info = shop.server().clients[0]
     client = shop.client(info.name)
     work = method.update(client, method.init_client_state(client), method.message(method.init(shop.server()), info))
@@ -406,7 +418,7 @@ def test_scoring_leaves_private_state_alone(name: str, runs: Any, tmp_path: Path
     worker = worker_of(config, Bank(prepared.base), folder)
     engine = InProcess(worker, prepared.clients, ProgressListener(), 3)
     base = prepared.base
-    state = config.method.init(server_of(config, base, engine.clients))
+    state = config.method.init(server_of(config, base, engine.clients, worker.bank))
     messages = {info.name: pack(config.method.message(state, info)) for info in engine.clients}
     engine.update(0, messages)
     states = {path: path.read_bytes() for path in (tmp_path / "run").glob("clients/*/state/*")}
@@ -557,6 +569,18 @@ CHANGED: dict[str, Any] = {
     "merge_steps": 0,
     "train_experts": True,
     "kl_weight": 0.9,
+    "perturbation": "ball",
+    "radius": 0.01,
+    "noise": 2.0,
+    "own_share": 0.7,
+    "examples_per_class": 3,
+    "max_classes": 1,
+    "max_prompt_tokens": 2,
+    "max_answer_tokens": 1,
+    "min_class_examples": 30,
+    "real_examples": 2,
+    "synthesis_rate": 0.5,
+    "server_steps": 3,
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 

@@ -130,7 +130,7 @@ class DirectDeployment:
     def engine(self, run: str, listener: ProgressListener) -> Remote:
         config, base = self.config, load_base(self.config.base, torch.device("cpu"), Path.cwd())
         self.identity = base.identity
-        self.server = server_of(config, base)
+        self.server = server_of(config, base, (), Bank(base) if config.method.trains_at_server else None)
         tables = shared_tables(config, base.identity)
         return Remote(
             self.link, config.method, variants_of(config), self.server, run, tables, config.deployment, listener
@@ -207,5 +207,6 @@ def in_one_process(
     folder = RunFolder.create(path, "", prepared.federation.manifest.to_json(), config.method_name, base.identity)
     engine = ScheduledInProcess(worker_of(config, Bank(base), folder), prepared.clients, schedule, 1)
     engine.expect(schedule, lost or {})
-    loop_of(config, engine, server_of(config, base, engine.clients), folder, schedule).run()
+    server = server_of(config, base, engine.clients, engine.worker.bank)
+    loop_of(config, engine, server, folder, schedule).run()
     return path

@@ -349,6 +349,16 @@ def test_a_dropped_column_is_none_that_a_template_may_read(asks: Any, client: An
     assert "columns of template triage: requested label, patient" in caplog.text
 
 
+def test_synthetic_examples_are_sent_only_if_the_client_allows_it(asks: Any, client: Any, caplog: Any) -> None:
+    own: dict[str, Any] = {"share_synthetic": True, "min_rows": 21}
+    coordinator = asks("feddm", "method.min_class_examples=21")
+    assert ask(client("default"), coordinator.join()).failed == "policy"
+    assert "sending synthetic examples: requested yes, allowed no; share_synthetic = true allows it" in caplog.text
+    assert ask(client("allows", policy=PolicySettings(**own)), coordinator.join()).failed is None
+    assert ask(client("few", policy=PolicySettings(**own)), asks("feddm").join()).failed == "policy"
+    assert "rows behind synthetic examples: requested 2, allowed at least 21 (min_rows)" in caplog.text
+
+
 def test_every_key_of_the_policy_forbids_something(asks: Any, client: Any) -> None:
     """The honest run of the first test, with one limit of the policy just below or above its value."""
     limits: dict[str, Any] = {
@@ -386,7 +396,14 @@ def test_every_key_of_the_policy_forbids_something(asks: Any, client: Any) -> No
         "max_learning_rate": 0.01,
         "max_batch_tokens": 384,
     }
-    others = {"columns", "hub_base", "share_labels", "share_majority", "min_clip_norm"}  # in tests of their own
+    others = {
+        "columns",
+        "hub_base",
+        "share_labels",
+        "share_majority",
+        "share_synthetic",
+        "min_clip_norm",
+    }  # in tests of their own
     assert set(limits) | others == set(FIELDS)
     low: dict[str, Any] = {"min_steps": 0, "min_examples_per_update": 0}
     for number, (key, value) in enumerate(limits.items()):

@@ -77,6 +77,7 @@ def settle(tiny: Path, tmp_path: Path, monkeypatch: Any) -> Any:
         ("flora", []),
         ("regmean", []),
         ("model_glue", []),
+        ("feddm", []),
         ("feddpa", []),
         ("fedamole", ["evaluation.select=score"]),
     ],

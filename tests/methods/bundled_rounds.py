@@ -65,7 +65,7 @@ class BundledRounds:
         worker = worker_of(config, self.bank, folder)
         data = {name: self.prepared.clients[name] for name in self.clients or self.prepared.clients}
         engine = InProcess(worker, data, ProgressListener(), len(data))
-        server = server_of(config, self.prepared.base, engine.clients)
+        server = server_of(config, self.prepared.base, engine.clients, self.bank)
         state = config.method.init(server)
         for round_ in range(rounds):
 

@@ -60,9 +60,7 @@ def client(
     return Client(ClientInfo(name, 10), BaseInfo(shapes, 4), 0, round_, probe)
 
 
-def driven(
-    work: Generator[TrainingRequest, TrainingResult, Any], *pieces: Mapping[str, Tensor]
-) -> tuple[list[TrainingRequest], Any]:
+def driven(work: Generator[Any, Any, Any], *pieces: Mapping[str, Tensor]) -> tuple[list[TrainingRequest], Any]:
     """What an `update` asks for, and what it comes to, when each piece of training sets these tensors in turn."""
     requests = [next(work)]
     for piece in pieces:

@@ -56,6 +56,8 @@ def _plan_lines(planned: "Plan") -> Iterator[tuple[str, str]]:
     yield "adapter", f"{planned.adapter_parameters:,.0f} trainable parameters per client on average"
     yield "traffic", f"{mib:.2f} MiB to a client and about as much back per round, {total:,.0f} MiB in total"
     yield "work", f"{planned.rounds} rounds x {planned.clients_per_round} clients x {planned.steps:.0f} steps"
+    if planned.server_steps:
+        yield "work at the server", f"{planned.rounds} rounds x {planned.server_steps} steps, on the base there"
     if isinstance(planned, PlanWithoutData):
         parts = f"base {planned.base_mib:,.0f}, {planned.mib_per_client:,.0f} for each client in lock-step"
         yield "memory", f"about {planned.memory_mib:,.0f} MiB on a GPU with run.group = {planned.group} ({parts})"

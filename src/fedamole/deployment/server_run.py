@@ -19,7 +19,8 @@ from fedamole.engine.remote import Remote
 from fedamole.experiment import check_length, loop_of, refuse_missing_base, server_of, variants_of
 from fedamole.federation.progress import ProgressListener
 from fedamole.files import write_atomic
-from fedamole.model.base import load_base
+from fedamole.model.bank import Bank
+from fedamole.model.base import load_base, resolve_device
 from fedamole.planning import exposure
 from fedamole.runs.identity import Identity
 from fedamole.runs.run_folder import CLIENTS, RUN, SERVER, RunFolder
@@ -118,7 +119,9 @@ def coordinate(link: Link, path: Path, on_progress: OnProgress | None = None) ->
     # If the base has moved, the run's folder records where it is. Clients are still sent the settings of the config.
     located = config if existing is None else load_run_config(existing)
     refuse_missing_base(located, path)
-    base = load_base(located.base, torch.device("cpu"), Path.cwd())
+    keeps_base = config.method.trains_at_server
+    device = resolve_device(config.run.device) if keeps_base else torch.device("cpu")
+    base = load_base(located.base, device, Path.cwd())
     check_length(config, base)
     if existing is not None:
         base.identity.check(Identity(**existing.about["base"]), f"the run in {path}")
@@ -130,7 +133,10 @@ def coordinate(link: Link, path: Path, on_progress: OnProgress | None = None) ->
         )
     if folder.finished:
         return folder.read_json("summary.json")
-    server, tables = server_of(config, base), shared_tables(config, base.identity)
+    server, tables = (
+        server_of(config, base, (), Bank(base) if keeps_base else None),
+        shared_tables(config, base.identity),
+    )
     del base
     with folder.locked():
         listener = ProgressFile(folder, on_progress)

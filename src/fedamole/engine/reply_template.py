@@ -18,6 +18,8 @@ from fedamole.federation.probe import DryProbe
 from fedamole.federation.record import PayloadError, fields_of, named_tensors
 from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.params import Adapter, expert_ids
+from fedamole.synthesis.examples import SyntheticExamplesError
+from fedamole.synthesis.outline import LargestOutline
 
 GROWTH, SMALL = 10.0, 0.1
 """Largest norm of a reply as a multiple of the message's, and the value that counts where the message is smaller."""
@@ -25,7 +27,8 @@ GROWTH, SMALL = 10.0, 0.1
 
 def dry_client(base: BaseInfo, info: ClientInfo, seed: int, round_: int) -> Client:
     """Return a `Client` whose probe reads nothing and returns zeros."""
-    return Client(info, base, seed, round_, DryProbe(base.shapes, base.width))
+    outline = LargestOutline(base.width, base.vocabulary, base.embedding_std)
+    return Client(info, base, seed, round_, DryProbe(base.shapes, base.width), lambda: outline)
 
 
 def dry_run(method: Method[Any, Any, Any, Any], server: Server, info: ClientInfo, message: Any) -> Any:
@@ -67,6 +70,8 @@ def check_reply(method: Method[Any, Any, Any, Any], template: Any, reply: Any, m
     _compare_types(template, reply, "")
     try:
         expected = method.expected_reply(template, reply)
+    except SyntheticExamplesError as error:
+        raise PayloadError(str(error)) from error
     except Exception as error:  # the method reads values that are not checked yet
         raise PayloadError(f"not a reply of this method ({type(error).__name__})") from error
     squares = _compare(expected, reply, "")

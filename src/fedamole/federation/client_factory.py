@@ -1,9 +1,12 @@
 """Builds the `Client` that the client's half of a method works with."""
 
+from functools import partial
+
 from fedamole.federation.client_data import ClientData
 from fedamole.federation.method import BaseInfo, Client
 from fedamole.federation.probe import ClientProbe, ProbeCounts
 from fedamole.model.bank import Bank
+from fedamole.synthesis.outline import ClientOutline
 
 
 class ClientFactory:
@@ -17,4 +20,9 @@ class ClientFactory:
         """Return the `Client` of a round; its probe adds what it reads to `counts`."""
         rows, name = data.embedding.rows, data.info.name
         probe = ClientProbe(self.bank, rows, name, self.seed, self.batch_tokens, counts)
-        return Client(data.info, self.base, self.seed, round_, probe)
+        return Client(data.info, self.base, self.seed, round_, probe, partial(self.outline, data))
+
+    def outline(self, data: ClientData) -> ClientOutline:
+        """Return the prompt and the classes of a client's synthetic examples."""
+        train, base = data.train, self.base
+        return ClientOutline(train.rows, train.examples, self.bank.base.tokenizer, base.width, base.embedding_std)

@@ -7,10 +7,12 @@ two models that are trained together and follow each other.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from fedamole.model.adapter_store import AdapterStore
 from fedamole.model.bank import Bank
@@ -53,7 +55,17 @@ def partner_logits(logits: Tensor, answers: Segments) -> Tensor:
     return torch.cat([parts[i ^ 1] for i in range(len(parts))])
 
 
-class FollowedModels:
+class Followed(Protocol):
+    """What the C adapters of a group follow in training."""
+
+    def targets(self, batch: Batch, first: int, last: int) -> Any:
+        """Return what `losses` needs for a batch of adapters `first` to `last` - 1; no gradient flows into it."""
+
+    def losses(self, losses: Tensor, logits: Tensor, targets: Any, answers: Segments, first: int, last: int) -> Tensor:
+        """Return the losses (C) of adapters `first` to `last` - 1 from their mean cross-entropies (C) and logits."""
+
+
+class FollowedModels(Followed):
     """What the C adapters of a group follow: a frozen teacher each, or without teachers the other one of their pair."""
 
     def __init__(self, bank: Bank, settings: Sequence[Distillation], teachers: Sequence[Adapter]) -> None:
@@ -62,7 +74,8 @@ class FollowedModels:
         pairs = torch.tensor([[each.weight, each.temperature] for each in settings], dtype=torch.float64)
         self.weights, self.temperatures = pairs.to(bank.store.weights).unbind(1)
 
-    def teacher_logits(self, batch: Batch, first: int, last: int) -> Tensor | None:
+    @override
+    def targets(self, batch: Batch, first: int, last: int) -> Tensor | None:
         """Return the teachers' logits (K, V) for adapters `first` to `last` - 1, without dropout; None for pairs."""
         if self.teachers is None:
             return None
@@ -70,11 +83,12 @@ class FollowedModels:
         with torch.no_grad(), bank.lent(self.teachers, first, last), bank.forward(without_dropout) as logits:
             return logits
 
+    @override
     def losses(
-        self, losses: Tensor, logits: Tensor, teacher_logits: Tensor | None, answers: Segments, first: int, last: int
+        self, losses: Tensor, logits: Tensor, targets: Tensor | None, answers: Segments, first: int, last: int
     ) -> Tensor:
         """Return the losses (C) of adapters `first` to `last` - 1 from their mean cross-entropies (C) and logits."""
-        other = partner_logits(logits, answers) if teacher_logits is None else teacher_logits
+        other = partner_logits(logits, answers) if targets is None else targets
         temperatures = expand(self.temperatures[first:last], answers)
         divergences = segment_sum(token_divergences(other, logits, temperatures), answers) / answers.counts
         weights = self.weights[first:last]

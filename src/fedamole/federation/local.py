@@ -7,18 +7,22 @@ batches of all clients, each client's examples under its own adapter. A single c
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Generic
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from fedamole.errors import FedamoleError
-from fedamole.federation.distillation import FollowedModels
-from fedamole.federation.method import TrainingRequest, TrainingResult
+from fedamole.federation.distillation import Followed, FollowedModels
 from fedamole.federation.passes import in_passes
 from fedamole.federation.penalties import LossFunction, ParameterLayout, Penalty
 from fedamole.federation.probe import count_tokens
 from fedamole.federation.randomness import derived_seed, torch_generator
+from fedamole.federation.request import TrainingRequest, TrainingResult
 from fedamole.federation.settings import TrainingSettings
+from fedamole.federation.soft_labels import SoftTargets
+from fedamole.federation.synthesis_request import Request
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Batch, TokenPair, batches, collate, token_losses
 from fedamole.model.forward_context import ForwardContext
@@ -37,12 +41,15 @@ class DivergedError(FedamoleError):
     """The loss or the adapter became NaN or infinite in local training."""
 
 
+Q = TypeVar("Q", bound=Request, default=TrainingRequest)
+
+
 @dataclass(frozen=True)
-class LocalTask:
-    """One training of one client."""
+class LocalTask(Generic[Q]):
+    """One training of one client, or one optimisation of its synthetic examples."""
 
     client: str
-    fit: TrainingRequest
+    fit: Q
     rows: Sequence[TokenPair]
     """Training examples."""
     learning_rate: float
@@ -119,7 +126,9 @@ class TrainingGroup:
         tasks = [replace(task, fit=training) for task in tasks for training in task.fit.trainings]
         self.bank, self.tasks, self.settings, self.seed, self.round = bank, tasks, settings, seed, round_
         self.purpose_suffix = f"/{fit_index}" if fit_index else ""
-        self.adapters = [task.fit.adapter for task in tasks]
+        self.adapters = [
+            task.fit.adapter if task.fit.extra is None else task.fit.extra.read_by(task.fit.adapter) for task in tasks
+        ]
         bank.load(self.adapters)
         self.store, self.spec, self.parameters = bank.store, self.adapters[0].spec, bank.trainable()
         requests = [task.fit for task in tasks]
@@ -127,17 +136,21 @@ class TrainingGroup:
         self.penalties = self._penalty_losses() if any(request.penalty for request in requests) else []
         self.decay = self._decay_factors() if any(request.weight_decay for request in requests) else None
         self.expert_weights = self._expert_weights() if any(request.expert_weights for request in requests) else None
-        self.followed = self._followed_models() if self.places > 1 or requests[0].teacher is not None else None
+        soft = requests[0].extra is not None and requests[0].extra.soft is not None
+        self.followed = self._followed() if self.places > 1 or requests[0].teacher is not None or soft else None
         self.optimiser = self._new_optimiser()
         self.batches = [
             _batches(
                 rows, settings.batch_size, torch_generator(seed, f"order{self.purpose_suffix}", task.client, round_)
             )
-            for task, rows in zip(tasks, bank.prefixed([task.rows for task in tasks]), strict=True)
+            for task, rows in zip(
+                tasks,
+                bank.prefixed([task.rows if task.fit.extra is None else all_rows(task) for task in tasks]),
+                strict=True,
+            )
         ]
-        self.tokens = [0] * len(tasks)
+        self.tokens, self.diverged = [0] * len(tasks), dict[int, DivergedError]()
         self.loss_sums = torch.zeros(len(tasks), dtype=torch.float64, device=bank.base.device)
-        self.diverged: dict[int, DivergedError] = {}
 
     def step(self, step: int) -> None:
         """Take one optimiser step for every client that has steps left."""
@@ -149,7 +162,7 @@ class TrainingGroup:
         def forward_backward(first: int, last: int) -> None:
             for index, rows in enumerate(micro_batches):
                 batch = self._collate(rows[first:last], first, f"{step}/{index}")
-                teacher_logits = self.followed.teacher_logits(batch, first, last) if self.followed else None
+                targets = self.followed.targets(batch, first, last) if self.followed else None
                 balance_losses: list[Tensor] = []
                 bank.select_clients(first, last)
                 weights = None if self.expert_weights is None else self.expert_weights[first + batch.segments.owner]
@@ -159,7 +172,7 @@ class TrainingGroup:
                     balance = weight * torch.stack(balance_losses).sum(0) if balance_losses else 0.0
                     self.loss_sums[first:last] += losses.detach().double()
                     if self.followed is not None:
-                        losses = self.followed.losses(losses, logits, teacher_logits, batch.answers, first, last)
+                        losses = self.followed.losses(losses, logits, targets, batch.answers, first, last)
                     bank.backward((losses + balance).sum() / accumulation)
 
         losses_before = self.loss_sums.clone()
@@ -228,11 +241,16 @@ class TrainingGroup:
         rows = torch.tensor([default if pair is None else pair for pair in weights], dtype=torch.float64)
         return rows.to(self.store.weights)
 
-    def _followed_models(self) -> FollowedModels:
-        """Load what the adapters follow: a teacher each, or each other in pairs."""
+    def _followed(self) -> Followed:
+        """Load what the adapters follow: soft labels of their extra rows, a teacher each, or each other in pairs."""
         requests = [task.fit for task in self.tasks]
         distillations = [request.distillation for request in requests if request.distillation is not None]
+        extras = [request.extra for request in requests if request.extra is not None]
+        if any(extra.soft is not None for extra in extras):
+            return SoftTargets(extras, distillations, self.bank.base.device)
         teachers = [request.teacher for request in requests if request.teacher is not None]
+        if teachers and extras:
+            teachers = [extra.read_by(teacher) for extra, teacher in zip(extras, teachers, strict=True)]
         return FollowedModels(self.bank, distillations, teachers)
 
     def _penalty_losses(self) -> list[tuple[Tensor, LossFunction]]:
@@ -283,6 +301,12 @@ class TrainingGroup:
                 trained = replace(trained, teacher_examples=examples, teacher_tokens=tokens)
             results.append(self.diverged.get(place, trained))
         return results if self.places == 1 else [*map(_pair, results[::2], results[1::2])]
+
+
+def all_rows(task: LocalTask) -> list[TokenPair]:
+    """Return the rows that a training with extra rows reads."""
+    assert task.fit.extra is not None
+    return [*(task.rows if task.fit.own_rows else ()), *task.fit.extra.rows]
 
 
 def _pair(

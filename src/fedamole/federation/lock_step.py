@@ -11,12 +11,13 @@ from typing import Any
 
 from fedamole.federation.client_data import ClientData
 from fedamole.federation.local import DivergedError
-from fedamole.federation.method import Client, TrainingRequest, TrainingResult
+from fedamole.federation.method import Client, Request, TrainingResult
 from fedamole.federation.probe import ProbeCounts
 from fedamole.federation.settings import Budget
+from fedamole.federation.synthesis_request import SynthesisResult
 
-Outcome = TrainingResult | DivergedError
-"""Outcome of one local training."""
+Outcome = TrainingResult | SynthesisResult | DivergedError
+"""Outcome of one local training, or of one optimisation of synthetic examples."""
 
 
 @dataclass
@@ -27,13 +28,13 @@ class ClientWork:
     data: ClientData
     counts: ProbeCounts
     """Examples and tokens read without training."""
-    work: Generator[TrainingRequest, TrainingResult, tuple[Any, Any, TrainingResult]]
+    work: Generator[Request, Any, tuple[Any, Any, TrainingResult]]
     """`Method.update` of the client; returns (client state, reply, result of the last training)."""
     step_fraction: float
     """Fraction of the optimiser steps of the round taken so far, including earlier exchanges."""
     trained_sizes: dict[str, int] = field(default_factory=dict)
     """Values of each tensor trained in the round so far, including earlier exchanges."""
-    request: TrainingRequest | None = None
+    request: Request | None = None
     """The training it waits for; None before the start and after the end."""
     outcome: tuple[Any, Any, TrainingResult] | DivergedError | None = None
     """What `work` returned, or why it was stopped; None while it runs."""
@@ -42,7 +43,7 @@ class ClientWork:
     tokens: int = 0
     """Tokens, without padding, of the forward and backward passes of this exchange."""
 
-    def advance(self, result: TrainingResult | None) -> None:
+    def advance(self, result: TrainingResult | SynthesisResult | None) -> None:
         """Continue until the next request or the end; `result` answers the last request (None at the start)."""
         try:
             self.request = next(self.work) if result is None else self.work.send(result)

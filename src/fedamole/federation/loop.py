@@ -131,7 +131,12 @@ class Loop:
             self._evaluate(round_, variant, state, exchanges.answered)
         evaluated = time.perf_counter()
         seconds = {"seconds_update": updated - started, "seconds_evaluate": evaluated - updated}
-        self._log([self._line(round_, None, "round", cohort=[client.name for client in cohort], **seconds)])
+        self._log(
+            [
+                *([] if server.work is None else [self._line(round_, None, "server", **server.work.report())]),
+                self._line(round_, None, "round", cohort=[client.name for client in cohort], **seconds),
+            ]
+        )
         self.answered |= {name: (round_, exchange) for name, exchange in exchanges.answered.items()}
         progress = {
             "rows": {variant: asdict(validation) for variant, validation in self.progress.items()},

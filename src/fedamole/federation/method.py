@@ -22,18 +22,22 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar, cast, get_args, get_origin
 
+from fedamole.data.tokens import TokenRow
 from fedamole.federation.probe import Probe
 from fedamole.federation.randomness import numpy_generator
 from fedamole.federation.record import Nothing
 from fedamole.federation.request import TrainingRequest as TrainingRequest
 from fedamole.federation.request import TrainingResult as TrainingResult
+from fedamole.federation.server_work import ServerWork
 from fedamole.federation.settings import Budget, FederationSettings
+from fedamole.federation.synthesis_request import Request as Request
 from fedamole.federation.weights import capped
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.base import Base
 from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.params import Adapter, Shapes
 from fedamole.model.prompt import PromptSpec
+from fedamole.synthesis.outline import Outline
 
 S = TypeVar("S")
 D = TypeVar("D")
@@ -76,11 +80,13 @@ class BaseInfo:
     """Width d of the input embeddings."""
     embedding_std: float = 0.02
     """Standard deviation of the input embeddings' values."""
+    vocabulary: int = 0
+    """Token ids are below this."""
 
     @staticmethod
     def of(base: Base) -> "BaseInfo":
         """Return the sizes of a loaded base."""
-        return BaseInfo(base.shapes, base.width, base.embedding_std)
+        return BaseInfo(base.shapes, base.width, base.embedding_std, base.vocabulary)
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,8 @@ class Server:
     """Largest share of one client in weights by examples."""
     rounds: int = 0
     """Rounds R of the run."""
+    work: ServerWork | None = None
+    """Training and probing on the base; set for methods with `trains_at_server`, except in plans and dry runs."""
 
     @property
     def shapes(self) -> Shapes:
@@ -113,6 +121,23 @@ class Server:
             return dict.fromkeys((client.name for client in self.clients), 1.0)
         return capped({client.name: float(client.examples) for client in self.clients}, self.max_weight_share)
 
+    def train(self, request: TrainingRequest, steps: int) -> TrainingResult:
+        """Train at the server for `steps` steps on the extra rows of a request; see `ServerWork.train`."""
+        return self._work().train(request, steps, self.round)
+
+    def probe(self, rows: Sequence[TokenRow]) -> Probe:
+        """Return a probe over rows that the server has."""
+        return self._work().probe(rows)
+
+    def _work(self) -> ServerWork:
+        if self.work is None:
+            raise RuntimeError("this server holds no base: the method must set `trains_at_server`")
+        return self.work
+
+
+def _no_outline() -> Outline:
+    raise NotImplementedError("this client has no outline of synthetic examples")
+
 
 @dataclass(frozen=True)
 class Client:
@@ -124,6 +149,8 @@ class Client:
     round: int
     probe: Probe
     """Forward passes without training on the examples that are set aside."""
+    outline: Callable[[], Outline] = _no_outline
+    """Returns the prompt and the classes of the client's synthetic examples."""
 
     @property
     def name(self) -> str:
@@ -183,6 +210,10 @@ class Method(ABC, Generic[S, D, K, U]):
     ones. `OWN_EXPERT` is one that each client has for itself."""
     paper_steps: ClassVar[float] = 1.0
     """Steps of a client's round under `training.budget = "paper"`, as a multiple of those under "steps"."""
+    trains_at_server: ClassVar[bool] = False
+    """Whether the server trains or probes on the base (`Server.train`, `Server.probe`)."""
+    sends_synthetic_examples: ClassVar[bool] = False
+    """Whether clients send synthetic examples, which a client's policy must allow."""
     trains_together: ClassVar[int] = 1
     """Adapters of a client that are trained on the same batches: 2 with partners (`TrainingRequest.partner`)."""
     budgets_differ: ClassVar[bool] = False
@@ -214,6 +245,18 @@ class Method(ABC, Generic[S, D, K, U]):
         """Return the optimiser steps of a client's round where S is `steps`; of partners each step counts."""
         together = round(steps * self.round_share(budget)) // self.trains_together
         return max(1, together) * self.trains_together
+
+    def steps_at_server(self) -> int:
+        """Return the optimiser steps of the server in a round."""
+        return 0
+
+    def min_synthetic_rows(self) -> int:
+        """Return from how many training rows the synthetic examples of a class are computed, at least."""
+        return 1
+
+    def rows_of_step(self, batch: int) -> int:
+        """Return the training rows that a client's optimiser step reads at most, where a batch has `batch` rows."""
+        return batch
 
     def check(self, clients: int) -> None:
         """Raise a ConfigError if the method cannot run with this number of clients."""
@@ -312,8 +355,11 @@ class Method(ABC, Generic[S, D, K, U]):
 
     def update(
         self, client: Client, client_state: K, message: D
-    ) -> Generator[TrainingRequest, TrainingResult, tuple[K, U, TrainingResult]]:
-        """Run a client's round: yield requests for training, return client state, reply and the last result."""
+    ) -> Generator[Request, Any, tuple[K, U, TrainingResult]]:
+        """Run a client's round: yield requests for training, return client state, reply and the last result.
+
+        A `TrainingRequest` is answered by a `TrainingResult`, a `SynthesisRequest` by a `SynthesisResult`.
+        """
         trained = yield TrainingRequest(self.adapter(client, client_state, message))
         return (*self.reply(client, client_state, message, trained), trained)
 

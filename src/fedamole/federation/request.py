@@ -10,6 +10,8 @@ from fedamole.federation.settings import Budget
 from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.params import REFERENCES, Adapter
 from fedamole.model.prompt import PromptSpec
+from fedamole.synthesis.examples import SyntheticExamples
+from fedamole.synthesis.rows import ExtraRows
 
 
 class WithPartner:
@@ -47,14 +49,37 @@ class TrainingRequest(WithPartner):
     dropout. Each of the two follows the other's distributions before the step. If the steps of both together are an
     odd number, they take one less."""
     distillation: Distillation | None = None
-    """How much this training follows its teacher or its partner; set for each that has one."""
+    """How much this training follows its teacher, its partner, or the soft labels of its extra rows; set for each that
+    has one."""
     expert_weights: tuple[float, float] | None = None
     """Weights of the two experts of an adapter with `InstanceWeights` in this training; None: those of its router."""
+    extra: ExtraRows | None = None
+    """Rows that are read beside the client's own training examples, in one random order with them."""
+    own_rows: bool = True
+    """Whether the client's own training examples are read; False only with extra rows."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a teacher or a partner that this training cannot have."""
-        if self.teacher is not None or self.partner is not None:
-            self._check_followed()
+        """Raise ValueError for a teacher, a partner or extra rows that this training cannot have."""
+        if not (self.teacher is None and self.partner is None and self.extra is None and self.own_rows):
+            self._check()
+
+    def _check(self) -> None:
+        self._check_rows()
+        self._check_followed()
+
+    def _check_rows(self) -> None:
+        if self.extra is None and not self.own_rows:
+            raise ValueError("a training without the client's own rows needs extra rows")
+        if self.extra is None:
+            return
+        if self.partner is not None:
+            raise ValueError("partners read the client's own rows alone")
+        if self.extra.soft is not None and self.distillation is None:
+            raise ValueError("a training on soft labels must say by `distillation` how much it follows them")
+        if self.extra.soft is not None and self.teacher is not None:
+            raise ValueError("a training follows soft labels or a teacher, not both")
+        if self.extra.vectors is not None and isinstance(self.adapter.spec, PromptSpec):
+            raise ValueError("an adapter that is a soft prompt cannot read rows with virtual tokens")
 
     def _check_followed(self) -> None:
         partner, teacher = self.partner, self.teacher
@@ -62,7 +87,8 @@ class TrainingRequest(WithPartner):
             raise ValueError("a teacher must have the virtual tokens of the adapter that follows it")
         if teacher is not None and REFERENCES in teacher.fixed:  # these passes over the prompts would not be counted
             raise ValueError("the experts of a teacher cannot be weighted by prompt")
-        if any(training.distillation is None for training in self.trainings):
+        follows = teacher is not None or partner is not None
+        if follows and any(training.distillation is None for training in self.trainings):
             raise ValueError("a training with a teacher or a partner must say by `distillation` how much it follows it")
         if partner is None:
             return
@@ -75,7 +101,12 @@ class TrainingRequest(WithPartner):
 
     def kind(self) -> tuple[object, ...]:
         """Return a key that is equal for requests that can be trained in one group."""
-        return self.adapter.kind(), self.partner is None, None if self.teacher is None else self.teacher.kind()
+        return (
+            self.adapter.kind(),
+            self.partner is None,
+            None if self.teacher is None else self.teacher.kind(),
+            None if self.extra is None else self.extra.kind(),
+        )
 
     def fraction_for(self, budget: Budget) -> float:
         """Return the steps of this training, without its partner's, under a budget, as a multiple of S."""
@@ -101,6 +132,8 @@ class TrainingResult(WithPartner):
     """Tokens, without padding, of the forward and backward passes."""
     partner: "TrainingResult | None" = None
     """Result of the partner, which is not included in the other fields."""
+    synthetic: SyntheticExamples | None = None
+    """Synthetic examples that a method has made beside this training and sends."""
     teacher_examples: int = 0
     """Examples that the teacher read."""
     teacher_tokens: int = 0

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,17 +13,22 @@ from fedamole.federation.client_state import ClientState, ClientStates
 from fedamole.federation.evaluator import Evaluator
 from fedamole.federation.local import DivergedError, LocalTask, OnStep, embed, fit
 from fedamole.federation.lock_step import ClientWork, Outcome
-from fedamole.federation.method import Evaluates, Method, TrainingResult
+from fedamole.federation.method import Evaluates, Method, Request, TrainingRequest, TrainingResult
 from fedamole.federation.probe import ProbeCounts
 from fedamole.federation.randomness import exchange_seed
 from fedamole.federation.record import non_finite, pack, unpack
 from fedamole.federation.settings import TrainingSettings
+from fedamole.federation.synthesis import synthesise
+from fedamole.federation.synthesis_request import SynthesisRequest
 from fedamole.model.bank import Bank
 from fedamole.model.memory import peak_memory_mib, reset_peak_memory
 from fedamole.model.params import indices_by_kind
 from fedamole.runs.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
+
+RUN: dict[type[Request], Callable[..., Sequence[Outcome]]] = {TrainingRequest: fit, SynthesisRequest: synthesise}
+"""What carries out each kind of request for a group of clients."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ class Worker:
         ]
         for indices in indices_by_kind({i: task.fit for i, task in enumerate(tasks)}):
             group = [tasks[i] for i in indices]
-            results = fit(
+            results = RUN[type(group[0].fit)](
                 self.bank, group, self.training, seed=seed, round_=round_, fit_index=fit_index, on_step=on_step
             )
             if self.method.needs_embeddings:

@@ -14,6 +14,7 @@ from fedamole.methods.fedamole import FedAmole
 from fedamole.methods.fedamole_peers import FedAmolePeers
 from fedamole.methods.fedawa import FedAwa
 from fedamole.methods.feddat import FedDat
+from fedamole.methods.feddm import FedDm
 from fedamole.methods.feddpa import FedDpa
 from fedamole.methods.fedex_lora import FedExLora
 from fedamole.methods.fedit import FedIT
@@ -78,6 +79,8 @@ METHODS = with_variants(
         "fedlease": FedLease,
         "adaptive_experts": AdaptiveExperts,
         "fedmoe": FedMoe,
+        # synthetic examples
+        "feddm": FedDm,
         # weights and selection of clients
         "fedawa": FedAwa,
         "flash": Flash,

@@ -9,7 +9,7 @@ from fedamole.errors import BaseModelError, RunError
 from fedamole.model.amole import ROUTERS, EmbeddingRouter
 from fedamole.model.base import Base
 from fedamole.model.mixer import InstanceWeights, LearnedRouter
-from fedamole.model.params import REFERENCES, Adapter
+from fedamole.model.params import REFERENCES, VECTORS, Adapter
 from fedamole.model.prompt import PROMPT, PromptSpec
 from fedamole.received.files import read_json
 from fedamole.received.forms import (
@@ -199,11 +199,9 @@ def check_fits(adapter: Adapter, base: Base, where: object) -> None:
         if tokens is None or tokens.dim() != 2 or tokens.shape[1] != base.width:
             raise BaseModelError(f"{where}: its virtual tokens must have {base.width} values each, as this base's")
         return
-    references = adapter.fixed.get(REFERENCES)
-    if references is not None and references.shape[1] != base.width:
-        raise BaseModelError(
-            f"{where}: its references have {references.shape[1]} values, the base's states {base.width}"
-        )
+    for fixed, what in ((REFERENCES, "references"), (VECTORS, "virtual tokens")):
+        if fixed in adapter.fixed and adapter.fixed[fixed].shape[1:] != (base.width,):
+            raise BaseModelError(f"{where}: its {what} must have {base.width} values each, as this base's")
     if unknown := adapter.experts.keys() - base.shapes.keys():
         raise BaseModelError(f"{where}: it adapts {quoted(min(unknown), 200)}, which is not a target of this base")
     for name, tensor in adapter.tensors.items():

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fedamole.model.adapter_files import check_fits
 from fedamole.model.amole import AdapterSpec
@@ -15,6 +16,7 @@ from fedamole.model.base import Base
 from fedamole.model.params import (
     OWN,
     REFERENCES,
+    VECTORS,
     Adapter,
     Tensors,
     delta_key,
@@ -26,7 +28,11 @@ from fedamole.model.stacked_adapters import StackedAdapters
 
 
 class AdapterStore:
-    """Copies of the adapters of C clients with P numbers each, where smaller adapters are padded with zeros."""
+    """Copies of the adapters of C clients with P numbers each, where smaller adapters are padded with zeros.
+
+    `tables` (C, V, d) holds the vectors of the clients' virtual tokens, padded with zeros to the largest V. It is None
+    if no adapter has any.
+    """
 
     def __init__(self, base: Base, adapters: Sequence[Adapter]) -> None:
         """Copy adapters to the base's device, in at least float32.
@@ -48,6 +54,7 @@ class AdapterStore:
         """Global ids of each client's domain experts, by layer."""
         self.references = [adapter.fixed[REFERENCES].float() for adapter in adapters if REFERENCES in adapter.fixed]
         """Reference hidden states (S, d) of each client; empty if this kind of adapter has none."""
+        self.tables = _tables(adapters).to(self.device) if any(VECTORS in it.fixed for it in adapters) else None
         self.weights, self.gradients = torch.empty(0, 0), torch.empty(0, 0)
         """Both (C, P); the gradients are empty before `trainable`."""
         self._shapes: dict[str, list[torch.Size]] = {}
@@ -132,4 +139,11 @@ class AdapterStore:
             else:
                 down, up = parts
                 tensors.update(unstack(down, up, name, stacked.experts[0], self.spec.rank, self.spec.router))
-        return Adapter(self.spec, tensors, self.adapters[client].fixed)
+        return Adapter(self.spec, tensors, {k: v for k, v in self.adapters[client].fixed.items() if k != VECTORS})
+
+
+def _tables(adapters: Sequence[Adapter]) -> Tensor:
+    """Stack the vectors of the adapters' virtual tokens; ValueError for soft prompts, which use the same ids."""
+    if any(isinstance(adapter.spec, PromptSpec) for adapter in adapters):
+        raise ValueError("an adapter that is a soft prompt cannot read rows with virtual tokens")
+    return pad_sequence([adapter.fixed[VECTORS].float() for adapter in adapters], batch_first=True)

@@ -65,6 +65,7 @@ class Bank:
         """Run the following forward passes with the adapters of clients `first` to `last` - 1."""
         self.selected, self.selection = self.store.stacked(first, last), (first, last)
         self.prompt_layer.adapters = self.selected.get(PROMPT)
+        self.prompt_layer.tables = None if self.store.tables is None else self.store.tables[first:last]
         for name, layer in self.layers.items():
             layer.adapters = self.selected.get(name)
 
@@ -79,6 +80,15 @@ class Bank:
         finally:
             self.store = own
             self.select_clients(*selection)
+
+    @contextmanager
+    def virtual_vectors(self, tables: Tensor) -> Iterator[None]:
+        """Use `tables` (C, V, d) for the selected clients' virtual tokens inside the block; gradients flow into it."""
+        previous, self.prompt_layer.tables = self.prompt_layer.tables, tables
+        try:
+            yield
+        finally:
+            self.prompt_layer.tables = previous
 
     def adapter(self, client: int = 0) -> Adapter:
         """Return a copy of a client's adapter on the CPU; RuntimeError if the bank is empty."""
@@ -139,7 +149,7 @@ class Bank:
     @cached_property
     def continuation(self) -> Continuation:
         """How the base generates, found by a test at the first use, without adapters."""
-        self.prompt_layer.adapters = None
+        self.prompt_layer.adapters = self.prompt_layer.tables = None
         for layer in self.layers.values():
             layer.adapters = None
         try:

@@ -84,6 +84,11 @@ class Base:
         return int(self.model.get_input_embeddings().weight.shape[1])
 
     @property
+    def vocabulary(self) -> int:
+        """Number of token ids that have an embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
     def embedding_std(self) -> float:
         """Standard deviation of the input embeddings' numbers."""
         return float(self.model.get_input_embeddings().weight.float().std())

@@ -14,6 +14,8 @@ expert is a mean over the clients that returned its name.
     <module>/delta         change of the frozen linear itself (d_out, d_in)
     mixer/own              1 for the client's own expert (n), for a LearnedRouter with extra logits for it
     gate/references        hidden states of a few training prompts (S, d), for InstanceWeights
+    virtual/vectors        embeddings (V, d) of the virtual tokens in rows of synthetic examples; row i is that of the
+                           token id -1 - i. They belong to the rows, so a bank does not return them with the adapter
 """
 
 import math
@@ -36,7 +38,7 @@ from fedamole.runs.adapter_folder import MOST_EXPERTS
 
 _EXPERT = re.compile(r"expert-(\d{2}|[1-9]\d{2,4})")
 
-OWN, REFERENCES = "mixer/own", "gate/references"
+OWN, REFERENCES, VECTORS = "mixer/own", "gate/references", "virtual/vectors"
 Shapes = Mapping[str, tuple[int, int]]
 """(d_in, d_out) of every adapted module, by module name."""
 Tensors = Mapping[str, Tensor]

@@ -4,7 +4,7 @@ Sources: Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tunin
 et al., "GPT Understands, Too" (p-tuning), arXiv 2103.10385, with the MLP re-parameterisation of PEFT's prompt encoder.
 
 Virtual tokens have negative ids: -1 the first, -2 the second. Packing, option trees and generation treat them as any
-other token; only the layer at the input embeddings handles them.
+other token; only the layer at the input embeddings (`prompt_layer.py`) handles them.
 """
 
 import math

@@ -131,6 +131,10 @@ _line_forms = {
             "bytes_down": _amount,
         },
     ),
+    "server": record(
+        {"steps": whole(), "forward_tokens": whole(), "backward_tokens": whole(), "seconds": _amount},
+        {"probed": whole()},
+    ),
     "round": record({"seconds_update": _amount, "seconds_evaluate": _amount}, {"cohort": listed(name)}),
     "test": record({**_client, "method": name}, {"which": choice("best", "last"), "loss": _number, "score": _number}),
 }

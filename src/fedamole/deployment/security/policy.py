@@ -95,6 +95,11 @@ class PolicySettings:
     share_labels: bool = _key(
         False, "Whether to send the coordinator the frequency of each answer, if answers are chosen from options."
     )
+    share_synthetic: bool = _key(
+        False,
+        "Whether to send synthetic examples, if the method does that: they are computed from this client's rows and "
+        "are not private by themselves.",
+    )
     share_majority: bool = _key(
         False,
         "Whether to send the test score of the most frequent answer, and the accuracy of every round: both reveal the "
@@ -143,6 +148,7 @@ UNBOUNDED = PolicySettings(
     min_clip_norm=0.0,
     max_batch_tokens=10**15,
     hub_base=True,
+    share_synthetic=True,
     share_majority=True,
 )
 """The policy of clients that belong to the coordinator itself, as in a simulation."""
@@ -201,7 +207,7 @@ def row_checks(config: Config, rows: Mapping[str, int], policy: PolicySettings) 
     """Compare everything that depends on the client's numbers of rows by split with the policy."""
     training = config.training
     steps = config.method.round_steps(training.steps(rows["train"]), training.budget)
-    rows_read = steps * training.batch_size * training.accumulation
+    rows_read = steps * config.method.rows_of_step(training.batch_size * training.accumulation)
     rows_read_once = min(rows_read // config.method.trains_together, rows["train"])  # partners read the same rows
     sent_splits = ["train", "validation", "test"]
     if config.method.needs_embeddings or config.method.probes:
@@ -255,6 +261,10 @@ def _method_checks(config: Config, policy: PolicySettings) -> Iterator[PolicyChe
         yield _at_most("alpha / rank", spec.alpha / spec.rank, "max_scaling", policy)
     if (probed := getattr(method, "probe_examples", None)) is not None:
         yield _at_least("method.probe_examples", probed, "min_rows", policy)
+    if method.sends_synthetic_examples:
+        yield _at_least("rows behind synthetic examples", method.min_synthetic_rows(), "min_rows", policy)
+        limit = "yes (share_synthetic)" if policy.share_synthetic else "no; share_synthetic = true allows it"
+        yield PolicyCheck("sending synthetic examples", "yes", limit, policy.share_synthetic)
 
 
 def _training_checks(config: Config, policy: PolicySettings) -> Iterator[PolicyCheck]:

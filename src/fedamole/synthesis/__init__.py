@@ -1,0 +1,1 @@
+"""Synthetic examples: rows whose prompts hold virtual tokens, and objectives for the vectors of these tokens."""

@@ -1,0 +1,34 @@
+"""A coordinator keeps its base where the method trains at the server, and only there."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedamole.config import load_config
+from fedamole.deployment import server_run
+from fedamole.deployment.flower.simulation import prepare_simulation
+from tests.conftest import small
+from tests.deployment.test_moved_base import EmptyLink, ProcessEndedError
+
+
+@pytest.mark.parametrize(("method", "keeps"), [("feddm", True), ("fedit", False)])
+def test_the_base_is_kept_for_training_at_the_server(
+    method: str, keeps: bool, tiny: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    servers: list[Any] = []
+
+    def stop(config: Any, engine: Any, server: Any, *_: Any) -> None:
+        servers.append(server)
+        raise ProcessEndedError
+
+    monkeypatch.setattr(server_run, "loop_of", stop)
+    monkeypatch.chdir(tiny)
+    prepare_simulation(load_config(tiny / "config.toml", [*small(method), "run.device=cpu"]), tmp_path / "run")
+    with pytest.raises(ProcessEndedError):
+        server_run.coordinate(EmptyLink(), tmp_path / "run")
+    (server,) = servers
+    assert (server.work is not None) == keeps
+    if keeps:
+        assert server.work.settings.learning_rate == 0.01
+        assert server.work.bank.base.device.type == "cpu"
