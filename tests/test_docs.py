@@ -12,6 +12,7 @@ import pytest
 import typer
 
 from fedamole.cli.main import app
+from fedamole.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*/README.md")])
@@ -127,6 +128,14 @@ def test_links_lead_somewhere(page: Path) -> None:
             titles = re.findall(r"(?m)^#+ (.*)$", path.read_text())
             slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
             assert anchor in slugs, target
+
+
+def test_the_readme_counts_and_lists_all_methods() -> None:
+    text = (ROOT / "README.md").read_text()
+    names = {name for name in METHODS if not name.endswith("_ft")}
+    assert f"runs {len(names)} federated methods" in text
+    table = text[text.index("## Methods") : text.index("## Documentation")]
+    assert {name for name in names if f"`{name}`" not in table} == set()
 
 
 def test_the_lines_of_a_round_stand_in_their_files() -> None:
