@@ -13,7 +13,7 @@ from fedamole.errors import ConfigError
 from fedamole.evaluation.likelihood import mean_losses, option_losses
 from fedamole.federation.randomness import numpy_generator
 from fedamole.model.bank import Bank
-from fedamole.model.batch import TokenPair, batches
+from fedamole.model.batch import Ids, TokenPair, batches
 from fedamole.model.forward_context import ForwardContext
 from fedamole.model.moments import collect_moments, module_runs
 from fedamole.model.params import Adapter, expert_ids, indices_by_kind
@@ -60,6 +60,13 @@ class Probe(Protocol):
         Raises a ConfigError for a client whose examples have no options.
         """
 
+    def class_logits(self, adapter: Adapter, answers: Sequence[Ids], max_examples: int) -> dict[int, Tensor]:
+        """Return by class the logits (n, options) of the options' first tokens at the prompts' ends of n examples.
+
+        The class of an example is the index of its answer among `answers`; examples with other answers, and classes
+        without examples, are left out. A token with which several options begin has one column. float32 on the CPU.
+        """
+
 
 @dataclass
 class ProbeCounts:
@@ -78,6 +85,11 @@ class ProbeCounts:
 def count_tokens(rows: Sequence[TokenPair]) -> int:
     """Count the tokens of prompts and answers, without padding."""
     return sum(len(prompt) + len(answer) for prompt, answer in rows)
+
+
+def first_tokens(answers: Sequence[Ids]) -> tuple[int, ...]:
+    """Return the first token of each answer, each token once."""
+    return tuple(dict.fromkeys(answer[0] for answer in answers))
 
 
 def draw_examples(rows: Sequence[T], max_examples: int, seed: int, purpose: str, client: str) -> list[T]:
@@ -161,6 +173,29 @@ class ClientProbe(Probe):
         lengths = [[len(option) for option in row.options] for row in rows]
         return -torch.tensor(losses, dtype=torch.float64) * torch.tensor(lengths)
 
+    @override
+    def class_logits(self, adapter: Adapter, answers: Sequence[Ids], max_examples: int) -> dict[int, Tensor]:
+        columns, labels = list(first_tokens(answers)), {tuple(answer): i for i, answer in enumerate(answers)}
+        prompts: dict[int, list[TokenPair]] = {}
+        for prompt, answer in self._draw(max_examples, "classes") if answers else ():
+            if tuple(answer) in labels:
+                prompts.setdefault(labels[tuple(answer)], []).append((prompt, (0,)))
+        self.bank.load([adapter])
+        return {label: self._first_logits(prompts[label])[:, columns] for label in sorted(prompts)}
+
+    def _first_logits(self, rows: Sequence[TokenPair]) -> Tensor:
+        """Return the logits (n, V) at the ends of prompts under the one loaded adapter; the rows are counted."""
+        (rows,) = self.bank.prefixed([rows])
+        self.counts.add(rows)
+        logits: list[Tensor] = []
+        with torch.no_grad():
+            for batch in batches(
+                [rows], self.bank.base.pad_id, self.bank.packs, self.batch_tokens, self.bank.base.device
+            ):
+                with self.bank.forward(batch) as values:
+                    logits.append(values.float().cpu())
+        return torch.cat(logits)
+
     def _draw(self, max_examples: int, purpose: str) -> list[TokenPair]:
         rows = draw_examples(self.rows, max_examples, self.seed, purpose, self.client)
         return [(row.prompt, row.answer) for row in rows]
@@ -201,3 +236,7 @@ class DryProbe(Probe):
     def options(self, adapter: Adapter | None, max_examples: int) -> Tensor:
         """Return (max_examples, 1): how many options a client's examples have is not known."""
         return torch.zeros(max_examples, 1, dtype=torch.float64)
+
+    @override
+    def class_logits(self, adapter: Adapter, answers: Sequence[Ids], max_examples: int) -> dict[int, Tensor]:
+        return {}
