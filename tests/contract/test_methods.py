@@ -587,6 +587,7 @@ CHANGED: dict[str, Any] = {
     "agreement_weight": 9.0,
     "label_weight": 5.0,
     "global_share": 0.5,
+    "label_examples": 3,
     "max_options": 1,
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""

@@ -60,11 +60,10 @@ class Probe(Protocol):
         Raises a ConfigError for a client whose examples have no options.
         """
 
-    def class_logits(self, adapter: Adapter, answers: Sequence[Ids], max_examples: int) -> dict[int, Tensor]:
-        """Return by class the logits (n, options) of the options' first tokens at the prompts' ends of n examples.
+    def prompt_logits(self, adapter: Adapter, prompts: Sequence[Ids], tokens: Sequence[int]) -> Tensor:
+        """Return the logits (n, tokens) of some tokens at the ends of n given prompts, in the order of their lengths.
 
-        The class of an example is the index of its answer among `answers`; examples with other answers, and classes
-        without examples, are left out. A token with which several options begin has one column. float32 on the CPU.
+        float32 on the CPU.
         """
 
 
@@ -85,11 +84,6 @@ class ProbeCounts:
 def count_tokens(rows: Sequence[TokenPair]) -> int:
     """Count the tokens of prompts and answers, without padding."""
     return sum(len(prompt) + len(answer) for prompt, answer in rows)
-
-
-def first_tokens(answers: Sequence[Ids]) -> tuple[int, ...]:
-    """Return the first token of each answer, each token once."""
-    return tuple(dict.fromkeys(answer[0] for answer in answers))
 
 
 def draw_examples(rows: Sequence[T], max_examples: int, seed: int, purpose: str, client: str) -> list[T]:
@@ -174,26 +168,15 @@ class ClientProbe(Probe):
         return -torch.tensor(losses, dtype=torch.float64) * torch.tensor(lengths)
 
     @override
-    def class_logits(self, adapter: Adapter, answers: Sequence[Ids], max_examples: int) -> dict[int, Tensor]:
-        columns, labels = list(first_tokens(answers)), {tuple(answer): i for i, answer in enumerate(answers)}
-        prompts: dict[int, list[TokenPair]] = {}
-        for prompt, answer in self._draw(max_examples, "classes") if answers else ():
-            if tuple(answer) in labels:
-                prompts.setdefault(labels[tuple(answer)], []).append((prompt, (0,)))
+    def prompt_logits(self, adapter: Adapter, prompts: Sequence[Ids], tokens: Sequence[int]) -> Tensor:
         self.bank.load([adapter])
-        return {label: self._first_logits(prompts[label])[:, columns] for label in sorted(prompts)}
-
-    def _first_logits(self, rows: Sequence[TokenPair]) -> Tensor:
-        """Return the logits (n, V) at the ends of prompts under the one loaded adapter; the rows are counted."""
-        (rows,) = self.bank.prefixed([rows])
+        (rows,) = self.bank.prefixed([[(prompt, (0,)) for prompt in prompts]])
         self.counts.add(rows)
-        logits: list[Tensor] = []
+        base, logits = self.bank.base, [torch.zeros(0, len(tokens))]
         with torch.no_grad():
-            for batch in batches(
-                [rows], self.bank.base.pad_id, self.bank.packs, self.batch_tokens, self.bank.base.device
-            ):
+            for batch in batches([rows], base.pad_id, self.bank.packs, self.batch_tokens, base.device):
                 with self.bank.forward(batch) as values:
-                    logits.append(values.float().cpu())
+                    logits.append(values[:, list(tokens)].float().cpu())
         return torch.cat(logits)
 
     def _draw(self, max_examples: int, purpose: str) -> list[TokenPair]:
@@ -238,5 +221,5 @@ class DryProbe(Probe):
         return torch.zeros(max_examples, 1, dtype=torch.float64)
 
     @override
-    def class_logits(self, adapter: Adapter, answers: Sequence[Ids], max_examples: int) -> dict[int, Tensor]:
-        return {}
+    def prompt_logits(self, adapter: Adapter, prompts: Sequence[Ids], tokens: Sequence[int]) -> Tensor:
+        return torch.zeros(len(prompts), len(tokens))

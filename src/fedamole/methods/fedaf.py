@@ -14,11 +14,11 @@ One round, in two exchanges; what is not mentioned is as in FedDM:
        cross-entropy + lambda KL(soft label of the class || model).
 The model of every client is the global LoRA, scored after the aggregation; `fedaf_ft` scores the client's own LoRA of
 step 4.
-Deviations: those of FedDM. A fresh LoRA has B = 0, so mixing also shrinks the change BA. Logits and soft labels are
-means over examples that are set aside, and soft labels come from the client's own LoRA. They cover the first tokens of
-the options, and give no probability to other tokens. The divergence is of each example, in place of the class's mean.
-The weights, the temperature and gamma are those of a re-implementation by others; the authors' own are not known.
-Clients with free text, or with more than `max_options` options, take part as in FedDM.
+Deviations: those of FedDM. A fresh LoRA has B = 0, so mixing also shrinks the change BA. Soft labels come from the
+client's own LoRA. They cover the first tokens of the options, and give no probability to other tokens. The divergence
+is that of each example, in place of the class's mean. The weights, the temperature and gamma are those of a
+re-implementation by others; the authors' own were not published. Clients with free text, or with more than
+`max_options` options, take part as in FedDM.
 """
 
 import math
@@ -33,7 +33,6 @@ from typing_extensions import override
 from fedamole.errors import ConfigError
 from fedamole.federation.distillation import Distillation
 from fedamole.federation.method import Client, ClientInfo, Exchange, Records, Request, Server, TrainingResult
-from fedamole.federation.probe import first_tokens
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
 from fedamole.federation.synthesis_request import SynthesisRequest
@@ -44,6 +43,7 @@ from fedamole.model.params import Adapter, Shapes, new_shared
 from fedamole.synthesis.class_reply import (
     ClassReply,
     expected_logits,
+    first_tokens,
     logits_for,
     options_hash,
     with_mean_labels,
@@ -75,8 +75,8 @@ class FedAf(FedDm):
     """Temperature of the soft labels."""
     global_share: float = 0.9
     """Share gamma of the global LoRA in the mixture with a fresh one."""
-    probe_examples: int = 256
-    """Largest number of examples from which a client computes mean logits and soft labels."""
+    label_examples: int = 64
+    """Training examples of each class from which a client computes mean logits and soft labels, at most."""
     max_options: int = 16
     """Answer options of a client at most; one with more sends no logits and no soft labels."""
 
@@ -98,9 +98,9 @@ class FedAf(FedDm):
             raise ConfigError(f"method.temperature = {self.temperature}: must be above 0")
         if not 0 <= self.global_share <= 1:
             raise ConfigError(f"method.global_share = {self.global_share}: must be at least 0 and at most 1")
-        for key in ("probe_examples", "max_options"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"method.{key} = {getattr(self, key)}: must be at least 1")
+        for key, least in (("label_examples", self.min_synthetic_rows()), ("max_options", 1)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"method.{key} = {getattr(self, key)}: must be at least {least}")
 
     @override
     def exchanges(self) -> int:
@@ -195,9 +195,14 @@ class FedAf(FedDm):
         return answers if len(answers) <= self.max_options else ()
 
     def class_logits(self, client: Client, adapter: Adapter) -> dict[int, Tensor]:
-        """Return the option logits (n, options) of examples that are set aside, by class with enough of them."""
-        logits = client.probe.class_logits(adapter, self.answers(client), self.probe_examples)
-        return {label: it for label, it in logits.items() if len(it) >= self.min_synthetic_rows()}
+        """Return the option logits (n, options) of drawn training examples, by class with enough of them."""
+        tokens, generator = first_tokens(self.answers(client)), torch_generator(client.seed, "labels", client.name)
+        logits: dict[int, Tensor] = {}
+        for label, prompts in sorted(client.outline().class_prompts().items() if tokens else ()):
+            if len(prompts) >= self.min_synthetic_rows():
+                drawn = torch.randperm(len(prompts), generator=generator)[: self.label_examples].tolist()
+                logits[label] = client.probe.prompt_logits(adapter, [prompts[i] for i in drawn], tokens)
+        return logits
 
     def mixed(self, client: Client, adapter: Adapter) -> Adapter:
         """Mix the global LoRA with a fresh one, which is the same in both exchanges of a round."""

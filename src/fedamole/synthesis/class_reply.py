@@ -25,6 +25,11 @@ class ClassReply(SyntheticExamples):
     """`options_hash` of the client's answer options; empty without logits."""
 
 
+def first_tokens(answers: Sequence[Ids]) -> tuple[int, ...]:
+    """Return the first token of each answer, each token once."""
+    return tuple(dict.fromkeys(answer[0] for answer in answers))
+
+
 def options_hash(answers: Sequence[Ids]) -> str:
     """Return a hash that is equal for clients with the same answer options in the same order."""
     return hashlib.sha256(repr([list(answer) for answer in answers]).encode()).hexdigest()
