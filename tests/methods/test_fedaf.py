@@ -31,11 +31,8 @@ from fedamole.synthesis.matching import DistributionMatching
 METHOD = FedAf(rank=1, max_options=3, virtual_tokens=1)
 
 
-class Prompts(TwoClasses):
-    """Three training examples of class 0 and one of class 1."""
-
-    def class_prompts(self) -> dict[int, list[Ids]]:
-        return {} if self.free else {0: [(1,), (2,), (3,)], 1: [(4,)]}
+read: list[int] = []
+"""Prompts of each call of `FirstToken.prompt_logits`."""
 
 
 class FirstToken(DryProbe):
@@ -43,13 +40,14 @@ class FirstToken(DryProbe):
 
     def prompt_logits(self, adapter: Adapter, prompts: Sequence[Ids], tokens: Sequence[int]) -> Tensor:
         assert tuple(tokens) == (5, 6)
+        read.append(len(prompts))
         scale = float(adapter.tensors[A][0, 0])
         return torch.tensor([[scale * prompt[0], 0.0] for prompt in prompts])
 
 
 def client(free: bool = False) -> Client:
     base = BaseInfo(SHAPES, 2, embedding_std=0.5, vocabulary=10)
-    return Client(ClientInfo("a", 10), base, 0, 0, FirstToken(SHAPES, 2), lambda: Prompts(free))
+    return Client(ClientInfo("a", 10), base, 0, 0, FirstToken(SHAPES, 2), lambda: TwoClasses(free))
 
 
 def measured(method: FedAf, free: bool = False) -> tuple[ClassReply, TrainingResult]:
@@ -67,7 +65,9 @@ def test_a_client_measures_and_trains_nothing_in_the_first_exchange() -> None:
     assert reply.options == options_hash([(5,), (6,)])
     assert (reply.tensors, reply.classes, reply.answers) == ({}, (), ())
     assert trained.steps == 0
+    read.clear()
     few = measured(replace(METHOD, global_share=1.0, min_class_examples=1, label_examples=1))[0]
+    assert read == [1, 1]
     assert few.logits["0"].tolist() in ([1.0, -1.0], [2.0, -2.0], [3.0, -3.0])
     assert few.logits["1"].tolist() == [4.0, -4.0]
 
