@@ -15,6 +15,7 @@ from fedamole.experiment import loop_of
 from fedamole.federation import client_state
 from fedamole.federation.method import ClientInfo
 from fedamole.federation.record import pack, unpack
+from fedamole.runs.checkpoint import round_and_exchange
 from fedamole.runs.run_files import BASE, MAJORITY
 from fedamole.runs.run_folder import RunFolder, write_atomic
 from tests.conftest import small
@@ -37,7 +38,7 @@ def facts(folder: Path) -> list[dict[str, Any]]:
 
 def left(client: Path) -> dict[str, bytes]:
     """A client's final state: its last private state, and its personal models of the best round."""
-    state = max(client.glob("state/*.safetensors"), default=None)
+    state = max(client.glob("state/*.safetensors"), default=None, key=round_and_exchange)
     files = [*client.glob("adapter*/*.safetensors"), *([] if state is None else [state])]
     return {str(file.relative_to(client)): file.read_bytes() for file in sorted(files)}
 
@@ -78,6 +79,7 @@ def settle(tiny: Path, tmp_path: Path, monkeypatch: Any) -> Any:
         ("regmean", []),
         ("model_glue", []),
         ("feddm", []),
+        ("fedaf", []),
         ("feddpa", []),
         ("fedamole", ["evaluation.select=score"]),
     ],

@@ -195,9 +195,24 @@ def test_options_are_log_probabilities(bank: Bank) -> None:
         probe_of(bank, [TokenRow((1, 2), (3, 0), ())]).options(None, 64)
 
 
+def test_prompt_logits_are_those_at_the_prompts_ends(bank: Bank) -> None:
+    """In the order of the lengths, and not of the prompts that were given."""
+    adapter, probe = lora(bank, 0), probe_of(bank)
+    prompts = [row.prompt for row in EXAMPLES]
+    result = probe.prompt_logits(adapter, prompts, (7, 3))
+    bank.load([adapter])
+    for prompt, values in zip(sorted(prompts, key=len), result, strict=True):
+        with torch.no_grad():
+            logits = bank.base.model(torch.tensor([prompt])).logits[0, -1, [7, 3]].float()
+        torch.testing.assert_close(values, logits, rtol=0, atol=1e-4)
+    assert (probe.counts.examples, probe.counts.tokens) == (3, sum(len(prompt) + 1 for prompt in prompts))
+    assert probe.prompt_logits(adapter, [], (7, 3)).shape == (0, 2)
+
+
 def test_the_dry_probe_returns_zeros_of_the_same_shapes(bank: Bank) -> None:
     real, dry, adapter = probe_of(bank), DryProbe(bank.base.shapes, bank.base.width), mixture(bank)
     assert dry.losses([adapter, adapter], 3) == [0.0, 0.0]
+    assert dry.prompt_logits(adapter, [(1,)], (7, 3)).tolist() == [[0.0, 0.0]]
     assert dry.hidden_states(adapter, 3).shape == real.hidden_states(adapter, 3).shape
     for name, (mean, _) in real.moments(adapter, 3).items():
         assert dry.moments(adapter, 3)[name].mean.shape == mean.shape

@@ -46,6 +46,15 @@ class BundledRounds:
     def bank(self) -> Bank:
         return Bank(self.prepared.base)
 
+    def engine(self, config: Config) -> InProcess:
+        """Return a new engine with the clients, which have trained nothing."""
+        path = self.folder / f"run-{len(self.runs)}"
+        self.runs.append(path)
+        folder = RunFolder.create(path, "", "", config.run.name, self.prepared.base.identity)
+        worker = worker_of(config, self.bank, folder)
+        data = {name: self.prepared.clients[name] for name in self.clients or self.prepared.clients}
+        return InProcess(worker, data, ProgressListener(), len(data))
+
     def train(
         self,
         method: str,
@@ -59,12 +68,7 @@ class BundledRounds:
         `changed` replaces the replies of each round before they are aggregated; `after_round` gets the server's state.
         """
         config = self.config(method, rounds, overrides)
-        path = self.folder / f"run-{len(self.runs)}"
-        self.runs.append(path)
-        folder = RunFolder.create(path, "", "", method, self.prepared.base.identity)
-        worker = worker_of(config, self.bank, folder)
-        data = {name: self.prepared.clients[name] for name in self.clients or self.prepared.clients}
-        engine = InProcess(worker, data, ProgressListener(), len(data))
+        engine = self.engine(config)
         server = server_of(config, self.prepared.base, engine.clients, self.bank)
         state = config.method.init(server)
         for round_ in range(rounds):

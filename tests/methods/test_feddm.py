@@ -41,6 +41,10 @@ class TwoClasses(Outline):
     def class_answers(self) -> tuple[tuple[int, ...], ...]:
         return () if self.free else ((5,), (6,))
 
+    def class_prompts(self) -> dict[int, list[tuple[int, ...]]]:
+        """Three training examples of class 0 and one of class 1."""
+        return {} if self.free else {0: [(1,), (2,), (3,)], 1: [(4,)]}
+
 
 def client(free: bool = False, name: str = "a", round_: int = 0) -> Client:
     base, info = BaseInfo(SHAPES, 2, embedding_std=0.5, vocabulary=10), ClientInfo(name, 10)

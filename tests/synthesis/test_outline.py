@@ -53,6 +53,16 @@ def test_the_prompt_is_the_template_without_values_of_columns(outlines: dict[str
     assert outlines["plain"].prompt(SIZES) == (-1, -2, -3, -4), "without a template all is data"
 
 
+def test_prompts_by_class_are_those_of_the_training_rows(outlines: dict[str, ClientOutline]) -> None:
+    entail = outlines["entail"]
+    prompts = entail.class_prompts()
+    assert sorted(prompts) == [0, 1, 2]
+    assert sum(map(len, prompts.values())) == len(entail.train)
+    for row in entail.train:
+        assert row.prompt in prompts[entail.class_answers().index(row.answer)]
+    assert outlines["plain"].class_prompts() == {}, "free text"
+
+
 def test_examples_are_of_the_classes_with_most_rows(outlines: dict[str, ClientOutline]) -> None:
     def made(name: str, **sizes: int) -> Any:
         chosen = ExampleSizes(**{**vars(SIZES), **sizes})

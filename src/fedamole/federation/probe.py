@@ -13,7 +13,7 @@ from fedamole.errors import ConfigError
 from fedamole.evaluation.likelihood import mean_losses, option_losses
 from fedamole.federation.randomness import numpy_generator
 from fedamole.model.bank import Bank
-from fedamole.model.batch import TokenPair, batches
+from fedamole.model.batch import Ids, TokenPair, batches
 from fedamole.model.forward_context import ForwardContext
 from fedamole.model.moments import collect_moments, module_runs
 from fedamole.model.params import Adapter, expert_ids, indices_by_kind
@@ -58,6 +58,12 @@ class Probe(Protocol):
         """Return the log-probabilities (N, options) of every answer option of N examples, in nats, float64.
 
         Raises a ConfigError for a client whose examples have no options.
+        """
+
+    def prompt_logits(self, adapter: Adapter, prompts: Sequence[Ids], tokens: Sequence[int]) -> Tensor:
+        """Return the logits (n, tokens) of some tokens at the ends of n given prompts, in the order of their lengths.
+
+        float32 on the CPU.
         """
 
 
@@ -161,6 +167,18 @@ class ClientProbe(Probe):
         lengths = [[len(option) for option in row.options] for row in rows]
         return -torch.tensor(losses, dtype=torch.float64) * torch.tensor(lengths)
 
+    @override
+    def prompt_logits(self, adapter: Adapter, prompts: Sequence[Ids], tokens: Sequence[int]) -> Tensor:
+        self.bank.load([adapter])
+        (rows,) = self.bank.prefixed([[(prompt, (0,)) for prompt in prompts]])
+        self.counts.add(rows)
+        base, logits = self.bank.base, [torch.zeros(0, len(tokens))]
+        with torch.no_grad():
+            for batch in batches([rows], base.pad_id, self.bank.packs, self.batch_tokens, base.device):
+                with self.bank.forward(batch) as values:
+                    logits.append(values[:, list(tokens)].float().cpu())
+        return torch.cat(logits)
+
     def _draw(self, max_examples: int, purpose: str) -> list[TokenPair]:
         rows = draw_examples(self.rows, max_examples, self.seed, purpose, self.client)
         return [(row.prompt, row.answer) for row in rows]
@@ -201,3 +219,7 @@ class DryProbe(Probe):
     def options(self, adapter: Adapter | None, max_examples: int) -> Tensor:
         """Return (max_examples, 1): how many options a client's examples have is not known."""
         return torch.zeros(max_examples, 1, dtype=torch.float64)
+
+    @override
+    def prompt_logits(self, adapter: Adapter, prompts: Sequence[Ids], tokens: Sequence[int]) -> Tensor:
+        return torch.zeros(len(prompts), len(tokens))

@@ -9,6 +9,7 @@ from fedamole.federation.method import Method
 from fedamole.methods.adaptive_experts import AdaptiveExperts
 from fedamole.methods.ditto import Ditto
 from fedamole.methods.fdlora import FdLora
+from fedamole.methods.fedaf import FedAf
 from fedamole.methods.fedalt import FedAlt
 from fedamole.methods.fedamole import FedAmole
 from fedamole.methods.fedamole_peers import FedAmolePeers
@@ -81,6 +82,7 @@ METHODS = with_variants(
         "fedmoe": FedMoe,
         # synthetic examples
         "feddm": FedDm,
+        "fedaf": FedAf,
         # weights and selection of clients
         "fedawa": FedAwa,
         "flash": Flash,

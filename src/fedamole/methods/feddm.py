@@ -29,6 +29,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fedamole.errors import ConfigError
+from fedamole.federation.distillation import Distillation
 from fedamole.federation.method import Client, ClientInfo, Request, Server, TrainingRequest, TrainingResult
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
@@ -155,9 +156,14 @@ class FedDm(LoraMethod[SharedTensors, SharedTensors, Nothing, SyntheticExamples]
         parts = [replies[name].rows() for name in sorted(replies) if len(replies[name])]
         if not parts:
             return state
-        request = TrainingRequest(Adapter(self.spec(), state.tensors), extra=joined(parts), own_rows=False)
+        adapter, labels = Adapter(self.spec(), state.tensors), self.soft_label_term()
+        request = TrainingRequest(adapter, extra=joined(parts), own_rows=False, distillation=labels)
         trained = server.train(request, self.server_steps)
         return SharedTensors(within(trained.adapter.tensors, state.tensors, self.radius))
+
+    def soft_label_term(self) -> Distillation | None:
+        """Return how much the server follows soft labels of the synthetic examples; None if they have none."""
+        return None
 
     @override
     def expected_reply(self, template: SyntheticExamples, reply: SyntheticExamples) -> SyntheticExamples:
@@ -174,11 +180,11 @@ class FedDm(LoraMethod[SharedTensors, SharedTensors, Nothing, SyntheticExamples]
     ) -> Generator[Request, Any, tuple[Nothing, SyntheticExamples, TrainingResult]]:
         start = self.adapter(client, client_state, message)
         own: TrainingResult = yield TrainingRequest(start, step_fraction=self.own_share)
-        made: SynthesisResult = yield self.synthesis(client, start, own.adapter)
+        made: SynthesisResult = yield self.synthesis(client, message, start, own.adapter)
         trained = replace(own, synthetic=made.examples)
         return (*self.reply(client, client_state, message, trained), trained)
 
-    def synthesis(self, client: Client, start: Adapter, own: Adapter) -> SynthesisRequest:
+    def synthesis(self, client: Client, message: SharedTensors, start: Adapter, own: Adapter) -> SynthesisRequest:
         """Return the request for synthetic examples, given the global LoRA and the one that the client has trained."""
         outline = client.outline()
         generator = torch_generator(client.seed, "synthetic", client.name, client.round)

@@ -7,6 +7,7 @@ by itself: whoever has it can try to reconstruct what it was computed from.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -115,7 +116,10 @@ class SyntheticExamples:
         _require(same and _whole(self.soft_ids, 0, last), "soft labels with ids outside the vocabulary")
 
 
-def expected_examples(template: SyntheticExamples, reply: SyntheticExamples) -> SyntheticExamples:
+E = TypeVar("E", bound=SyntheticExamples)
+
+
+def expected_examples(template: SyntheticExamples, reply: E) -> E:
     """Return the record with which a reply is compared, for `Method.expected_reply`.
 
     `template` is the reply of a dry run, which holds the largest of everything (`LargestOutline`). How many examples

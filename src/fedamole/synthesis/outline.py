@@ -50,6 +50,9 @@ class Outline(Protocol):
     def class_answers(self) -> tuple[Ids, ...]:
         """Return the answer of every class in the order of the options; empty for free text."""
 
+    def class_prompts(self) -> dict[int, list[Ids]]:
+        """Return the prompts of the training examples of each class; empty for free text."""
+
 
 @dataclass(frozen=True)
 class ClientOutline(Outline):
@@ -82,6 +85,13 @@ class ClientOutline(Outline):
     @override
     def class_answers(self) -> tuple[Ids, ...]:
         return self.train[0].options
+
+    @override
+    def class_prompts(self) -> dict[int, list[Ids]]:
+        options, prompts = self.class_answers(), dict[int, list[Ids]]()
+        for row in self.train if options else ():
+            prompts.setdefault(options.index(row.answer), []).append(row.prompt)
+        return prompts
 
     def prompt(self, sizes: ExampleSizes) -> Ids:
         """Return the token ids of the template's text, with virtual tokens shared evenly among its columns."""
@@ -135,6 +145,10 @@ class LargestOutline(Outline):
     @override
     def class_answers(self) -> tuple[Ids, ...]:
         return ()
+
+    @override
+    def class_prompts(self) -> dict[int, list[Ids]]:
+        return {}
 
 
 MOST_CLASSES = 100_000
