@@ -7,6 +7,7 @@ from typing import Any
 
 from fedamole.federation.method import Method
 from fedamole.methods.adaptive_experts import AdaptiveExperts
+from fedamole.methods.data_engine import DataEngineMethod
 from fedamole.methods.ditto import Ditto
 from fedamole.methods.fdlora import FdLora
 from fedamole.methods.fedalt import FedAlt
@@ -81,6 +82,8 @@ METHODS = with_variants(
         "fedmoe": FedMoe,
         # synthetic examples
         "feddm": FedDm,
+        # generated rows
+        "data_engine": DataEngineMethod,
         # weights and selection of clients
         "fedawa": FedAwa,
         "flash": Flash,
