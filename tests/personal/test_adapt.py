@@ -263,5 +263,6 @@ def test_which_methods_accept_newcomers() -> None:
     assert accepting == {
         *("fedamole", "fedawa", "fedit", "fedprompt", "fedptuning", "fedprox", "ffa_lora", "flash", "regmean", "feddm"),
         "model_glue",
+        "data_engine",
     }
     assert METHODS["fedit_ft"].accepts_newcomers

@@ -23,8 +23,15 @@ class ClientFactory:
         """Return the `Client` of a round; its probe adds what it reads to `counts`."""
         rows, name = data.embedding.rows, data.info.name
         probe = ClientProbe(self.bank, rows, name, self.seed, self.batch_tokens, counts)
-        outline, engine = partial(self.outline, data), partial(self.data_engine, data, counts)
-        return Client(data.info, self.base, self.seed, round_, probe, outline, engine)
+        return Client(
+            data.info,
+            self.base,
+            self.seed,
+            round_,
+            probe,
+            partial(self.outline, data),
+            partial(self.data_engine, data, counts),
+        )
 
     def outline(self, data: ClientData) -> ClientOutline:
         """Return the prompt and the classes of a client's synthetic examples."""

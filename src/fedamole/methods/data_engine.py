@@ -73,7 +73,7 @@ class DataEngineMethod(AveragedLora[GeneratedRows]):
     """FedIT whose clients' training data grow where their model makes mistakes."""
 
     generate_every: int = 2
-    """Rounds from one generation of rows to the next; the first is in round 0."""
+    """Rounds from one generation of rows to the next; the first is in round `generate_every` - 1, counted from 0."""
     new_rows: int = 30
     """Rows that a client asks for in a generation."""
     allotment: Literal["error", "loss", "even"] = "error"
@@ -122,7 +122,7 @@ class DataEngineMethod(AveragedLora[GeneratedRows]):
         self, client: Client, client_state: GeneratedRows, message: SharedTensors
     ) -> Generator[Request, Any, tuple[GeneratedRows, SharedTensors, TrainingResult]]:
         request = TrainingRequest(self.adapter(client, client_state, message))
-        if client.round % self.generate_every == 0:
+        if (client.round + 1) % self.generate_every == 0:
             client_state = self.grown(client, client_state.rows(), request.adapter)
         if rows := client_state.rows():
             request = replace(request, extra=ExtraRows(rows))

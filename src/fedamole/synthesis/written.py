@@ -56,10 +56,11 @@ def column_values(prompt: str, pieces: Sequence[str]) -> list[str]:
 
     White space at both ends of the prompt does not count. Every value must contain more than white space.
     """
-    first, *inner, last = pieces
-    first, last = first.lstrip(), last.rstrip()
+    if len(pieces) < 2:
+        return []
+    first, inner, last = pieces[0].lstrip(), pieces[1:-1], pieces[-1].rstrip()
     end = len(prompt) - len(last)
-    if not (inner or len(pieces) == 2) or not prompt.startswith(first) or not prompt.endswith(last):
+    if not prompt.startswith(first) or not prompt.endswith(last):
         return []
     position, values = len(first), list[str]()
     for piece in inner:
