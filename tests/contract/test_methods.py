@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+from tests.made_texts import NumberedTexts
 from tests.training import lora_spec
 
 from fedamole.config import load_config
@@ -28,6 +29,7 @@ from fedamole.federation.server_work import ServerWork
 from fedamole.federation.synthesis import synthesise
 from fedamole.federation.synthesis_request import SynthesisRequest
 from fedamole.federation.worker import UpdateResult
+from fedamole.federation.written_rows import ClientDataEngine
 from fedamole.methods import METHODS
 from fedamole.model.bank import Bank
 from fedamole.model.layers import MeanEmbeddings
@@ -84,7 +86,8 @@ class Shop:
         probe = RecordedProbe(self.bank, data.embedding.rows, name, self.seed, 4096, ProbeCounts())
         rows, examples = data.train.rows, data.train.examples
         outline = ClientOutline(rows, examples, base.tokenizer, base.width, base.embedding_std)
-        return Client(data.info, BaseInfo.of(base), self.seed, round_, probe, lambda: outline)
+        engine = ClientDataEngine(self.bank, data, self.seed, NumberedTexts(), probe.counts)
+        return Client(data.info, BaseInfo.of(base), self.seed, round_, probe, lambda: outline, lambda: engine)
 
     def fit(self, method: Some, request: Request, name: str, round_: int, turn: int) -> Any:
         """The real training of one client, and its embeddings where the method wants them."""
@@ -141,7 +144,7 @@ def made(name: str, **parameters: Any) -> Some:
     fields = {field.name for field in dataclasses.fields(METHODS[name])}
     small = {"rank": 2, "alpha": 4.0, "virtual_tokens": 4, "encoder_hidden_size": 32, "fusion_trials": 10}
     small |= {"review_every": 1, "coverage": 0.7}
-    small |= {"server_steps": 2, "examples_per_class": 2, "real_examples": 4}
+    small |= {"server_steps": 2, "examples_per_class": 2, "real_examples": 4, "new_rows": 4}
     small["min_similarity"] = -1.0  # every client is similar to every other
     lists = {key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()}
     return METHODS[name](**{**{key: value for key, value in small.items() if key in fields}, **lists})
@@ -287,6 +290,7 @@ def test_tokens_are_those_that_go_through_the_base(name: str, runs: Any, tmp_pat
     worker, passed = worker_of(config, Bank(base), folder), {"forward_tokens": 0, "backward_tokens": 0}
     engine = InProcess(worker, prepared.clients, ProgressListener(), 1)
     assert worker.bank.packs
+    assert worker.bank.continuation.caches  # how the base generates is tried out once, which is no work of a client
     seen: dict[tuple[str, int, int, str], dict[str, int]] = {}
     update, present = worker.update, worker.evaluator._current_model
 
@@ -589,6 +593,12 @@ CHANGED: dict[str, Any] = {
     "global_share": 0.5,
     "label_examples": 3,
     "max_options": 1,
+    "generate_every": 1,
+    "new_rows": 5,
+    "allotment": "even",
+    "writer": "base",
+    "max_row_tokens": 1,
+    "max_ratio": 0.01,
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 

@@ -123,12 +123,31 @@ def test_an_own_template_with_labels_and_literal_braces() -> None:
     assert (rendered.prompt, rendered.answer, rendered.options) == ("{Q} Really?\n", "Yes", ("Yes", "No"))
 
 
+def test_a_category_is_text_of_a_row_and_not_compared() -> None:
+    own = TemplateSettings(prompt="{q}\n", answer="{a}", category="{kind}: {part} ")
+    with pytest.raises(DataError, match="f: there is no column 'part'"):
+        choose("mine", {"mine": own}, ("q", "a", "kind"), "f")
+    template = choose("mine", {"mine": own}, ("q", "a", "kind", "part"), "f")
+    row = {"q": "Why?", "a": "So", "kind": "law", "part": 3}
+    first, other, without = (
+        render(chosen, (), values, "f")
+        for chosen, values in ((template, row), (template, {**row, "part": None}), (replace(own, category=None), row))
+    )
+    assert first is not None
+    assert other is not None
+    assert without is not None
+    assert (first.category, other.category, without.category) == ("law: 3", "law:", None)
+    assert first == other == without, "rows of two categories may be duplicates"
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"prompt": "{q!r}", "answer": "{a}"}, "without format or conversion"),
         ({"prompt": "{q", "answer": "{a}"}, "write literal braces as"),
         ({"prompt": "{q}", "answer": "Yes"}, "names no column"),
+        ({"prompt": "{q}", "answer": "{a}", "category": "all"}, r"category = 'all': it names no column"),
+        ({"prompt": "{q}", "answer": "{a}", "category": "{}"}, "must be written as"),
         ({"prompt": "{q}", "answer": "{a}", "context": "c"}, "exactly once"),
         ({"prompt": "{q}", "answer": "{a}", "prompt_without_context": "x"}, "requires context"),
         ({"prompt": "{c}", "answer": "{a}", "context": "c", "prompt_without_context": "{c}"}, "must not contain"),

@@ -17,9 +17,17 @@ from typer.testing import CliRunner
 from fedamole.cli.main import app
 from fedamole.config import load_config, plain
 from fedamole.data.settings import SourceSettings
+from fedamole.data.templates import TemplateSettings
 from fedamole.deployment.client_handler import ClientHandler
 from fedamole.deployment.run_session import ClientSettings
-from fedamole.deployment.security.policy import UNBOUNDED, PolicySettings, default_text, read_policy, row_checks
+from fedamole.deployment.security.policy import (
+    UNBOUNDED,
+    PolicySettings,
+    default_text,
+    read_columns,
+    read_policy,
+    row_checks,
+)
 from fedamole.deployment.shared_config import agreed_hash, check_agree, shared_tables
 from fedamole.engine.messages import EVALUATE, JOIN, TEST, UPDATE, Reply, Request, unpacked
 from fedamole.errors import ConfigError
@@ -337,6 +345,10 @@ def test_a_client_with_a_single_label_says_what_the_coordinator_has_to_write(
     task = {"prompt": "Text: {text}\nClass:\n", "answer": "{label}", "options": ["glad", "sad"]}
     joined = ask(host("b", "task"), asks("fedit").join(put("data", "templates", value={"task": task})))
     assert joined.failed is None, caplog.text
+
+
+def test_a_template_reads_the_columns_of_its_category() -> None:
+    assert read_columns(TemplateSettings("{text}", "{label}", category="{patient}")) == {"text", "label", "patient"}
 
 
 def test_a_dropped_column_is_none_that_a_template_may_read(asks: Any, client: Any, caplog: Any) -> None:

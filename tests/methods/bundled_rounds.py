@@ -10,8 +10,10 @@ from fedamole.cli.options import bundled_config
 from fedamole.config import Config, load_config
 from fedamole.engine.in_process import InProcess
 from fedamole.experiment import Prepared, prepare, server_of, worker_of
+from fedamole.federation.client_data import ClientData
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import pack, unpack
+from fedamole.federation.written_rows import TextWriter
 from fedamole.model.bank import Bank
 from fedamole.runs.run_folder import RunFolder
 
@@ -26,6 +28,10 @@ class BundledRounds:
     clients: tuple[str, ...] = ()
     """Clients that take part; empty: all eight."""
     runs: list[Path] = field(default_factory=list)
+    writer: TextWriter | None = None
+    """Writes new rows in place of the clients' models."""
+    data: dict[str, ClientData] = field(default_factory=dict)
+    """Data of clients that are not those of the task."""
 
     def config(self, method: str, rounds: int, overrides: Sequence[str] = ()) -> Config:
         fixed = [
@@ -52,7 +58,8 @@ class BundledRounds:
         self.runs.append(path)
         folder = RunFolder.create(path, "", "", config.run.name, self.prepared.base.identity)
         worker = worker_of(config, self.bank, folder)
-        data = {name: self.prepared.clients[name] for name in self.clients or self.prepared.clients}
+        worker.factory.writer = self.writer or worker.factory.writer
+        data = {name: self.prepared.clients[name] for name in self.clients or self.prepared.clients} | self.data
         return InProcess(worker, data, ProgressListener(), len(data))
 
     def train(

@@ -58,6 +58,7 @@ def _too_few_options(template: TemplateSettings, column: str, values: Sequence[s
     """Return the error for a file with fewer than two labels. It shows a template that lists all answers."""
     keys = {"prompt": template.prompt, "prompt_without_context": template.prompt_without_context}
     keys |= {"context": template.context, "answer": template.answer, "system": template.system}
+    keys["category"] = template.category
     table = "".join(f"{key} = {_as_toml(text)}, " for key, text in keys.items() if text is not None)
     table += "chat = true, " if template.chat else ""
     options = "".join(f"{_as_toml(text[:200])}, " for text in values)

@@ -44,6 +44,8 @@ class Example:
     turns: tuple[Turn, ...] | None = None
     """Earlier turns of a conversation. The prompt is then the user's last message, and the chat template of the base's
     tokenizer renders both. None: the prompt is used as it is."""
+    category: str | None = field(default=None, compare=False)
+    """Text of the template's `category`; None if it has none. Not compared."""
 
     @property
     def prompt(self) -> str:
@@ -54,6 +56,13 @@ class Example:
     def conversation(self) -> str:
         """The prompt after its earlier turns, without a chat template."""
         return "".join(f"{role}: {text}\n" for role, text in self.turns or ()) + self.prompt
+
+    @property
+    def group(self) -> str:
+        """The category; without one the answer option, and for free text an empty string."""
+        if self.category is not None:
+            return self.category
+        return self.answer if self.options else ""
 
     @property
     def task(self) -> Task:

@@ -44,11 +44,16 @@ class TemplateSettings:
     system: str | None = None
     """System message before the prompt, unless the row's `messages` have one. Requires `chat = true`. Unset: none,
     though some chat templates write their own."""
+    category: str | None = None
+    """Text of a row's category, usually one column: `"{topic}"`. The method `data_engine` compares the errors of
+    categories. Unset: the answer option; all examples with free text are one category."""
 
     def __post_init__(self) -> None:
         prompt_columns = columns_of(self.prompt, "prompt")
         if not columns_of(self.answer, "answer"):
             _refuse("answer", self.answer, 'it names no column; write one as "{response}"')
+        if self.category is not None and not columns_of(self.category, "category"):
+            _refuse("category", self.category, 'it names no column; write one as "{topic}"')
         if self.context is not None and prompt_columns.count(self.context) != 1:
             _refuse(
                 "context",
@@ -207,6 +212,7 @@ def check_columns(template: TemplateSettings, columns: Iterable[str], where: str
         "prompt": template.prompt,
         "prompt_without_context": template.prompt_without_context or "",
         "answer": template.answer,
+        "category": template.category or "",
     }
     needed = [column for key, text in texts.items() for column in columns_of(text, key)]
     for column in (*needed, *([template.options_from] if template.options_from is not None else [])):
@@ -279,7 +285,10 @@ def render(template: TemplateSettings, options: Sequence[str], row: Mapping[str,
     if options:
         answer_literals = ((0, len(answer)),) if own_options else ()
     literals = Literals(before.literals, after.literals, answer_literals, own_options)
-    return Example(before.text, context, after.text, answer, tuple(options), literals, turns)
+    category = None
+    if template.category is not None:
+        category = _fill(pieces_of(template.category, "category"), row, where, missing="").text.strip()
+    return Example(before.text, context, after.text, answer, tuple(options), literals, turns, category)
 
 
 def _turns(

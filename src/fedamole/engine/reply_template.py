@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedamole.federation.data_engine import DryDataEngine
 from fedamole.federation.method import BaseInfo, Client, ClientInfo, Method, Server
 from fedamole.federation.probe import DryProbe
 from fedamole.federation.record import PayloadError, fields_of, named_tensors
@@ -28,7 +29,7 @@ GROWTH, SMALL = 10.0, 0.1
 def dry_client(base: BaseInfo, info: ClientInfo, seed: int, round_: int) -> Client:
     """Return a `Client` whose probe reads nothing and returns zeros."""
     outline = LargestOutline(base.width, base.vocabulary, base.embedding_std)
-    return Client(info, base, seed, round_, DryProbe(base.shapes, base.width), lambda: outline)
+    return Client(info, base, seed, round_, DryProbe(base.shapes, base.width), lambda: outline, DryDataEngine)
 
 
 def dry_run(method: Method[Any, Any, Any, Any], server: Server, info: ClientInfo, message: Any) -> Any:

@@ -5,6 +5,7 @@ from functools import partial
 from fedamole.federation.client_data import ClientData
 from fedamole.federation.method import BaseInfo, Client
 from fedamole.federation.probe import ClientProbe, ProbeCounts
+from fedamole.federation.written_rows import ClientDataEngine, ModelWriter, TextWriter
 from fedamole.model.bank import Bank
 from fedamole.synthesis.outline import ClientOutline
 
@@ -15,14 +16,28 @@ class ClientFactory:
     def __init__(self, bank: Bank, batch_tokens: int, seed: int) -> None:
         """Run forward passes on `bank`, at most `batch_tokens` tokens at once; `seed` is the run's."""
         self.bank, self.batch_tokens, self.seed, self.base = bank, batch_tokens, seed, BaseInfo.of(bank.base)
+        self.writer: TextWriter = ModelWriter(bank, batch_tokens)
+        """Writes the texts of new rows (`Client.data_engine`)."""
 
     def client(self, data: ClientData, round_: int, counts: ProbeCounts) -> Client:
         """Return the `Client` of a round; its probe adds what it reads to `counts`."""
         rows, name = data.embedding.rows, data.info.name
         probe = ClientProbe(self.bank, rows, name, self.seed, self.batch_tokens, counts)
-        return Client(data.info, self.base, self.seed, round_, probe, partial(self.outline, data))
+        return Client(
+            data.info,
+            self.base,
+            self.seed,
+            round_,
+            probe,
+            partial(self.outline, data),
+            partial(self.data_engine, data, counts),
+        )
 
     def outline(self, data: ClientData) -> ClientOutline:
         """Return the prompt and the classes of a client's synthetic examples."""
         train, base = data.train, self.base
         return ClientOutline(train.rows, train.examples, self.bank.base.tokenizer, base.width, base.embedding_std)
+
+    def data_engine(self, data: ClientData, counts: ProbeCounts) -> ClientDataEngine:
+        """Return what lets a client's data grow."""
+        return ClientDataEngine(self.bank, data, self.seed, self.writer, counts)

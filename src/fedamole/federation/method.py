@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar, cast, get_args, get_origin
 
 from fedamole.data.tokens import TokenRow
+from fedamole.federation.data_engine import DataEngine
 from fedamole.federation.probe import Probe
 from fedamole.federation.randomness import numpy_generator
 from fedamole.federation.record import Nothing
@@ -139,6 +140,10 @@ def _no_outline() -> Outline:
     raise NotImplementedError("this client has no outline of synthetic examples")
 
 
+def _no_data_engine() -> DataEngine:
+    raise NotImplementedError("this client has no data engine")
+
+
 @dataclass(frozen=True)
 class Client:
     """What the client's half of a method may use."""
@@ -151,6 +156,8 @@ class Client:
     """Forward passes without training on the examples that are set aside."""
     outline: Callable[[], Outline] = _no_outline
     """Returns the prompt and the classes of the client's synthetic examples."""
+    data_engine: Callable[[], DataEngine] = _no_data_engine
+    """Returns what finds weak categories of the client's data and has new rows written for them."""
 
     @property
     def name(self) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedamole.federation.method import Method
 from fedamole.methods.adaptive_experts import AdaptiveExperts
+from fedamole.methods.data_engine import DataEngineMethod
 from fedamole.methods.ditto import Ditto
 from fedamole.methods.fdlora import FdLora
 from fedamole.methods.fedaf import FedAf
@@ -83,6 +84,8 @@ METHODS = with_variants(
         # synthetic examples
         "feddm": FedDm,
         "fedaf": FedAf,
+        # generated rows
+        "data_engine": DataEngineMethod,
         # weights and selection of clients
         "fedawa": FedAwa,
         "flash": Flash,

@@ -18,7 +18,7 @@ from fedamole.received.files import read_toml
 
 def read_columns(template: TemplateSettings) -> set[str]:
     """Return the columns that a template reads."""
-    texts = {"prompt": template.prompt, "answer": template.answer}
+    texts = {"prompt": template.prompt, "answer": template.answer, "category": template.category or ""}
     if template.prompt_without_context is not None:
         texts["prompt_without_context"] = template.prompt_without_context
     columns = {column for key, text in texts.items() for column in columns_of(text, key)}
