@@ -108,6 +108,10 @@ class DataEngineMethod(AveragedLora[GeneratedRows]):
         if not 0 < self.max_ratio < math.inf:
             raise ConfigError(f"method.max_ratio = {self.max_ratio}: must be above 0")
 
+    @override
+    def own_row_share(self) -> float:
+        return 1 / (1 + self.max_ratio)
+
     # client
     @override
     def init_client_state(self, client: Client) -> GeneratedRows:
