@@ -78,6 +78,7 @@ def settle(tiny: Path, tmp_path: Path, monkeypatch: Any) -> Any:
         ("regmean", []),
         ("model_glue", []),
         ("feddm", []),
+        ("data_engine", ["data.embedding_share=0.2"]),
         ("feddpa", []),
         ("fedamole", ["evaluation.select=score"]),
     ],
