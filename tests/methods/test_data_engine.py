@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tests.methods.bundled_rounds import BundledRounds
 from tests.methods.by_hand import full
 from typing_extensions import override
 
+from fedamole.deployment.security.policy import PolicyError, PolicySettings, refuse_small_update, row_checks
 from fedamole.errors import ConfigError
 from fedamole.evaluation.generation import Sampler
 from fedamole.evaluation.likelihood import mean_losses
@@ -154,6 +156,21 @@ def test_wrong_values_are_refused(key: str, value: float) -> None:
         DataEngineMethod(**{key: value})  # type: ignore[arg-type]
 
 
+def test_a_policy_counts_own_rows_alone(runs: Any) -> None:
+    """5 steps of batches of 8 read 40 rows, of which 20 are the client's own if there are as many generated ones."""
+    for ratio, own in ((1.0, 20), (3.0, 10)):
+        config = runs.load(
+            "data_engine", "training.local_steps=5", "training.batch_size=8", f"method.max_ratio={ratio}"
+        )
+        rows = {"train": 1000, "embedding": 30, "validation": 30, "test": 30}
+        by_setting = {check.setting: check for check in row_checks(config, rows, PolicySettings())}
+        check = by_setting["different training rows that a round reads"]
+        assert (check.requested, check.passes) == (str(own), own >= 20)
+        refused = pytest.raises(PolicyError, match="at most 10 different") if own < 20 else nullcontext()
+        with refused:
+            refuse_small_update(config, 5, 1000, PolicySettings())
+
+
 # --- on the bundled base --------------------------------------------------------------------------------------
 
 NAME, WEAK = "hospital_north", "high"
@@ -248,7 +265,7 @@ def test_a_real_model_writes_after_the_requests(tmp_path: Path) -> None:
             return continued, read
 
     bundled.writer = Recording()
-    settings = ("method.generate_every=1", "method.new_rows=6", "training.local_steps=60")
+    settings = ("method.generate_every=1", "method.new_rows=6", "method.allotment=loss", "training.local_steps=60")
     _, engine = bundled.train("data_engine", *settings, rounds=3)
     client = engine.worker.factory.client(bundled.prepared.clients[NAME], 3, ProbeCounts())
     rows = engine.worker.states.load(client).client_state.rows()

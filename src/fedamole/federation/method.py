@@ -265,6 +265,10 @@ class Method(ABC, Generic[S, D, K, U]):
         """Return the training rows that a client's optimiser step reads at most, where a batch has `batch` rows."""
         return batch
 
+    def own_row_share(self) -> float:
+        """Return the smallest share of a client's own rows, on average, among those that its training reads."""
+        return 1.0
+
     def check(self, clients: int) -> None:
         """Raise a ConfigError if the method cannot run with this number of clients."""
 

@@ -8,7 +8,8 @@ One round:
        Examples with free text and without `category` are one category.
     3. Of `new_rows` rows each category gets a share in proportion to its error. For each row, a model gets two bad
        cases of the category as examples and writes a new one: the LoRA that the client was sent, or the untuned base.
-       A new row is kept if it fits the template, is of the category, and has no prompt that the client has already.
+       A new row is kept if it fits the template, has an answer that is an option (the category, where that is the
+       answer), and has no prompt that the client has already.
     4. The client trains the LoRA on its own rows and on all rows that it has kept, in one random order, and sends it.
     5. The server averages the LoRAs (FedAvg) into the next global LoRA.
 The model of every client is the global LoRA, scored after the aggregation; `data_engine_ft` scores the client's own
@@ -107,6 +108,10 @@ class DataEngineMethod(AveragedLora[GeneratedRows]):
             raise ConfigError(f"method.temperature = {self.temperature}: must be at least 0")
         if not 0 < self.max_ratio < math.inf:
             raise ConfigError(f"method.max_ratio = {self.max_ratio}: must be above 0")
+
+    @override
+    def own_row_share(self) -> float:
+        return 1 / (1 + self.max_ratio)
 
     # client
     @override

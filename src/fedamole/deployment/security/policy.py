@@ -208,7 +208,8 @@ def row_checks(config: Config, rows: Mapping[str, int], policy: PolicySettings) 
     training = config.training
     steps = config.method.round_steps(training.steps(rows["train"]), training.budget)
     rows_read = steps * config.method.rows_of_step(training.batch_size * training.accumulation)
-    rows_read_once = min(rows_read // config.method.trains_together, rows["train"])  # partners read the same rows
+    different = rows_read // config.method.trains_together  # partners read the same rows
+    rows_read_once = min(int(different * config.method.own_row_share()), rows["train"])
     sent_splits = ["train", "validation", "test"]
     if config.method.needs_embeddings or config.method.probes:
         sent_splits.insert(1, "embedding")
@@ -228,7 +229,7 @@ def refuse_small_update(config: Config, steps: int, train_rows: int, policy: Pol
     is allowed.
     """
     batches = steps // config.method.trains_together * config.training.accumulation  # partners read the same batches
-    rows = min(batches * config.training.batch_size, train_rows)
+    rows = min(int(batches * config.training.batch_size * config.method.own_row_share()), train_rows)
     if steps and (steps < policy.min_steps or rows < policy.min_examples_per_update):
         raise PolicyError(
             f"the update took {steps} optimiser steps and read at most {rows} different rows; the policy requires at "
