@@ -264,5 +264,6 @@ def test_which_methods_accept_newcomers() -> None:
         *("fedamole", "fedawa", "fedit", "fedprompt", "fedptuning", "fedprox", "ffa_lora", "flash", "regmean", "feddm"),
         "model_glue",
         "fedaf",
+        "fedptr",
     }
     assert METHODS["fedit_ft"].accepts_newcomers
