@@ -31,19 +31,19 @@ def quadratic(weights: Tensor, rows: Tensor) -> Tensor:
 
 def test_a_step_that_must_reach_1_by_hand() -> None:
     """Loss (w - s)^2 / 2, one step of 0.5 from 0 must reach 1: s = 2. The same step from 1 leads to 1.5."""
-    zero, one = torch.zeros(1), torch.ones(1)
-    matched = match(quadratic, zero, one, torch.zeros(1), HALF, Matching(1, 400, 0.02, 1e-12))
+    start, end = torch.zeros(1), torch.ones(1)
+    matched = match(quadratic, start, end, torch.zeros(1), HALF, Matching(1, 400, 0.02, 1e-12))
     assert float(matched.rows) == pytest.approx(2.0, abs=0.05)
-    assert float(unrolled(quadratic, one, torch.tensor([2.0]), HALF, 1, False)) == pytest.approx(1.5)
+    assert float(unrolled(quadratic, end, torch.tensor([2.0]), HALF, 1, False)) == pytest.approx(1.5)
     assert matched.errors[0] == 1.0, "with s = 0 it stays where it is"
-    assert float(unrolled(quadratic, zero, torch.tensor([2.0]), HALF, 2, False)) == pytest.approx(1.5), "two steps"
+    assert float(unrolled(quadratic, start, torch.tensor([2.0]), HALF, 2, False)) == pytest.approx(1.5), "two steps"
 
 
 def test_the_step_size_is_learned_and_no_move_changes_nothing() -> None:
-    zero, one, rows = torch.zeros(1), torch.ones(1), torch.tensor([1.5])
-    matched = match(quadratic, zero, one, rows, HALF, Matching(1, 100, 1e-12, 0.02))
+    start, end, rows = torch.zeros(1), torch.ones(1), torch.tensor([1.5])
+    matched = match(quadratic, start, end, rows, HALF, Matching(1, 100, 1e-12, 0.02))
     assert float(matched.log_step.exp()) == pytest.approx(1 / 1.5, abs=0.03)
-    still = match(quadratic, one, one, rows, HALF, Matching(1, 5, 1.0, 1.0))
+    still = match(quadratic, end, end, rows, HALF, Matching(1, 5, 1.0, 1.0))
     assert (still.rows.tolist(), float(still.log_step), still.errors) == ([1.5], float(HALF), ())
 
 
