@@ -1,4 +1,4 @@
-"""FedPTR: Chen, Liu, Liu, Gong, "Federated Learning with Projected Trajectory Regularization", 2023,
+"""FedPTR: Chen et al., "Federated Learning with Projected Trajectory Regularization", 2023,
 https://arxiv.org/abs/2312.14380.
 
 One round:
@@ -11,7 +11,7 @@ One round:
 The model of every client is the global LoRA, scored after the aggregation; `fedptr_ft` scores the same training before
 the aggregation. The first round has no w~ and is FedIT's.
 Deviations: the trajectory is that of a LoRA, and the rows are virtual tokens with random answers that stay fixed. All
-numbers are ours, as the authors' were not published. "momentum" is a cheap stand-in and not the paper's. Rows start
+numbers are ours, as the authors' were not found. "momentum" is a cheap stand-in and not the paper's. Rows start
 each round from those of the round before.
 """
 
