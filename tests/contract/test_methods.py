@@ -144,6 +144,7 @@ def made(name: str, **parameters: Any) -> Some:
     fields = {field.name for field in dataclasses.fields(METHODS[name])}
     small = {"rank": 2, "alpha": 4.0, "virtual_tokens": 4, "encoder_hidden_size": 32, "fusion_trials": 10}
     small |= {"review_every": 1, "coverage": 0.7}
+    small |= {"synthetic_rows": 4, "outer_steps": 2}
     small |= {"server_steps": 2, "examples_per_class": 2, "real_examples": 4, "new_rows": 4}
     small["min_similarity"] = -1.0  # every client is similar to every other
     lists = {key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()}
@@ -599,10 +600,17 @@ CHANGED: dict[str, Any] = {
     "writer": "base",
     "max_row_tokens": 1,
     "max_ratio": 0.01,
+    "projection": "momentum",
+    "momentum": 0.9,
+    "synthetic_rows": 3,
+    "inner_steps": 1,
+    "outer_steps": 3,
+    "step_rate": 0.5,
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 
 NEEDED = {("fedmap", key): {"prior": "icnn"} for key in ("net_weight", "norm_weight", "net_learning_rate", "net_steps")}
+NEEDED["fedptr", "momentum"] = {"projection": "momentum"}
 """Other settings that a hyper-parameter belongs to, without which it has no effect."""
 LONGER = {"fdlora": 3}
 """Rounds that show every hyper-parameter, where two do not: `sync_every` can be seen in round 2 first."""

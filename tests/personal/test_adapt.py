@@ -265,5 +265,6 @@ def test_which_methods_accept_newcomers() -> None:
         "model_glue",
         "fedaf",
         "data_engine",
+        "fedptr",
     }
     assert METHODS["fedit_ft"].accepts_newcomers

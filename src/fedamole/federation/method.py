@@ -32,6 +32,7 @@ from fedamole.federation.request import TrainingResult as TrainingResult
 from fedamole.federation.server_work import ServerWork
 from fedamole.federation.settings import Budget, FederationSettings
 from fedamole.federation.synthesis_request import Request as Request
+from fedamole.federation.trajectory import TrajectoryRequest, TrajectoryResult
 from fedamole.federation.weights import capped
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.base import Base
@@ -125,6 +126,10 @@ class Server:
     def train(self, request: TrainingRequest, steps: int) -> TrainingResult:
         """Train at the server for `steps` steps on the extra rows of a request; see `ServerWork.train`."""
         return self._work().train(request, steps, self.round)
+
+    def match(self, request: TrajectoryRequest) -> TrajectoryResult:
+        """Optimise rows whose gradient steps reproduce a move of a LoRA; see `match_trajectory`."""
+        return self._work().match(request)
 
     def probe(self, rows: Sequence[TokenRow]) -> Probe:
         """Return a probe over rows that the server has."""

@@ -16,6 +16,7 @@ from fedamole.federation.probe import ClientProbe, Probe, ProbeCounts
 from fedamole.federation.randomness import derived_seed
 from fedamole.federation.request import TrainingRequest, TrainingResult
 from fedamole.federation.settings import TrainingSettings
+from fedamole.federation.trajectory import TrajectoryRequest, TrajectoryResult, match_trajectory
 from fedamole.model.bank import Bank
 
 SERVER = "server"
@@ -61,6 +62,14 @@ class ServerWork:
         self.tokens += result.tokens
         self.counts.examples += result.teacher_examples
         self.counts.tokens += result.teacher_tokens
+        return result
+
+    def match(self, request: TrajectoryRequest) -> TrajectoryResult:
+        """Match a trajectory and count its steps and tokens; see `match_trajectory`."""
+        started, result = time.perf_counter(), match_trajectory(self.bank, request)
+        self.seconds += time.perf_counter() - started
+        self.steps += len(result.matched.errors)
+        self.tokens += result.tokens
         return result
 
     def probe(self, rows: Sequence[TokenRow]) -> Probe:

@@ -25,6 +25,7 @@ from fedamole.methods.fedmap import FedMap
 from fedamole.methods.fedmoe import FedMoe
 from fedamole.methods.fedprompt import FedPrompt
 from fedamole.methods.fedprox import FedProx
+from fedamole.methods.fedptr import FedPtr
 from fedamole.methods.fedptuning import FedPTuning
 from fedamole.methods.fedrep import FedRep
 from fedamole.methods.fedsa_lora import FedSaLora
@@ -84,6 +85,7 @@ METHODS = with_variants(
         # synthetic examples
         "feddm": FedDm,
         "fedaf": FedAf,
+        "fedptr": FedPtr,
         # generated rows
         "data_engine": DataEngineMethod,
         # weights and selection of clients

@@ -1,4 +1,4 @@
-"""FedAF: Wang, Fu, Li, Lan, Gao, "An Aggregation-Free Federated Learning for Tackling Data Heterogeneity", CVPR 2024,
+"""FedAF: Wang et al., "An Aggregation-Free Federated Learning for Tackling Data Heterogeneity", CVPR 2024,
 https://arxiv.org/abs/2404.18962.
 
 One round, in two exchanges; what is not mentioned is as in FedDM:
@@ -17,7 +17,7 @@ step 4.
 Deviations: those of FedDM. A fresh LoRA has B = 0, so mixing also shrinks the change BA. Soft labels come from the
 client's own LoRA. They cover the first tokens of the options, and give no probability to other tokens. The divergence
 is that of each example, in place of the class's mean. The weights, the temperature and gamma are those of a
-re-implementation by others; the authors' own were not published. Clients with free text, or with more than
+re-implementation by others; the authors' own were not found. Clients with free text, or with more than
 `max_options` options, take part as in FedDM.
 """
 
