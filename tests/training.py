@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from fedamole.federation.local import DivergedError, LocalTask, OnStep, fit
 from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.batch import TokenPair
-from fedamole.model.params import Adapter
+from fedamole.model.params import Adapter, new_shared
 from fedamole.model.prompt import PromptSpec
 
 
@@ -35,3 +37,11 @@ def alone(
     if isinstance(outcome, DivergedError):
         raise outcome
     return outcome
+
+
+def random_lora(bank: Bank, seed: int = 0) -> Adapter:
+    """A LoRA of rank 2 without dropout whose A and B are both random."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = new_shared(bank.base.shapes, 2, generator)
+    spec = AdapterSpec(2, 4.0, 0.0)
+    return Adapter(spec, {key: t + 0.05 * torch.randn(t.shape, generator=generator) for key, t in tensors.items()})

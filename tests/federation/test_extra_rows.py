@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training import alone
+from tests.training import alone, random_lora
 
 from fedamole.experiment import Prepared, prepare
 from fedamole.federation.distillation import Distillation
@@ -14,10 +14,9 @@ from fedamole.federation.local import LocalTask, fit
 from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.settings import TrainingSettings
 from fedamole.federation.soft_labels import soft_divergences
-from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.batch import TokenPair
-from fedamole.model.params import VECTORS, Adapter, new_shared
+from fedamole.model.params import VECTORS, Adapter
 from fedamole.model.prompt import PromptSpec, new_prompt
 from fedamole.synthesis.rows import ExtraRows, SoftLabels
 
@@ -34,13 +33,6 @@ def prepared(runs: Any) -> Prepared:
 @pytest.fixture(scope="module")
 def bank(prepared: Prepared) -> Bank:
     return Bank(prepared.base)
-
-
-def lora(bank: Bank, seed: int = 0) -> Adapter:
-    generator = torch.Generator().manual_seed(seed)
-    tensors = new_shared(bank.base.shapes, 2, generator)
-    spec = AdapterSpec(2, 4.0, 0.0)
-    return Adapter(spec, {key: t + 0.05 * torch.randn(t.shape, generator=generator) for key, t in tensors.items()})
 
 
 def table(bank: Bank, rows: int = 3, seed: int = 1) -> torch.Tensor:
@@ -60,7 +52,7 @@ def close(first: Adapter, second: Adapter) -> bool:
 
 def test_extra_rows_are_read_beside_or_in_place_of_the_own_ones(bank: Bank) -> None:
     """The result is that of a training whose own rows are these."""
-    vectors, start = table(bank), lora(bank)
+    vectors, start = table(bank), random_lora(bank)
     extra = ExtraRows(MORE, vectors)
     with_table = replace(start, fixed={VECTORS: vectors})
     for own_rows, rows in ((True, [*OWN, *MORE]), (False, [*MORE])):
@@ -75,20 +67,20 @@ def test_clients_of_a_group_read_their_own_extra_rows(bank: Bank) -> None:
     """Tables of three and of two vectors, one client without its own rows: as each of them alone."""
     short = ExtraRows((((7, -2, -1), (25, 0)),), table(bank, 2, 5))
     requests = [
-        TrainingRequest(lora(bank), extra=ExtraRows(MORE, table(bank))),
-        TrainingRequest(lora(bank, 1), extra=short, own_rows=False),
+        TrainingRequest(random_lora(bank), extra=ExtraRows(MORE, table(bank))),
+        TrainingRequest(random_lora(bank, 1), extra=short, own_rows=False),
     ]
     together = trained(bank, *requests)
     for i, request in enumerate(requests):
         (result,) = fit(bank, [LocalTask(f"client-{i}", request, OWN, 0.01)], SETTINGS, seed=0, round_=0)
         assert isinstance(result, TrainingResult)
         assert close(result.adapter, together[i].adapter)
-    assert not close(together[0].adapter, trained(bank, TrainingRequest(lora(bank)))[0].adapter)
+    assert not close(together[0].adapter, trained(bank, TrainingRequest(random_lora(bank)))[0].adapter)
 
 
 def test_steps_are_those_of_the_own_examples(bank: Bank) -> None:
     """An epoch of the round is one over the client's own examples, whatever is added."""
-    task = LocalTask("a", TrainingRequest(lora(bank), extra=ExtraRows(MORE, table(bank))), OWN, 0.01)
+    task = LocalTask("a", TrainingRequest(random_lora(bank), extra=ExtraRows(MORE, table(bank))), OWN, 0.01)
     assert task.steps(replace(SETTINGS, local_epochs=3)) == 3
 
 
@@ -108,7 +100,7 @@ def test_the_divergence_by_hand() -> None:
 
 def soft_request(bank: Bank, soft: SoftLabels, **term: float) -> TrainingRequest:
     extra = ExtraRows(MORE, table(bank), soft)
-    return TrainingRequest(lora(bank), extra=extra, own_rows=False, distillation=Distillation(**term))
+    return TrainingRequest(random_lora(bank), extra=extra, own_rows=False, distillation=Distillation(**term))
 
 
 def certain(bank: Bank, first: int, second: int) -> SoftLabels:
@@ -122,8 +114,8 @@ def certain(bank: Bank, first: int, second: int) -> SoftLabels:
 def test_certain_soft_labels_are_hard_labels(bank: Bank) -> None:
     """With the weight 1, a distribution that is certain of an id trains as this token does; 0 ignores it."""
     other = (((7, -1, -2), (25, 30)), ((8, -3), (26, 27, 33)))
-    plain = TrainingRequest(lora(bank), extra=ExtraRows(other, table(bank)), own_rows=False)
-    hard = TrainingRequest(lora(bank), extra=ExtraRows(MORE, table(bank)), own_rows=False)
+    plain = TrainingRequest(random_lora(bank), extra=ExtraRows(other, table(bank)), own_rows=False)
+    hard = TrainingRequest(random_lora(bank), extra=ExtraRows(MORE, table(bank)), own_rows=False)
     soft = certain(bank, 30, 33)
     assert close(trained(bank, soft_request(bank, soft, weight=1.0))[0].adapter, trained(bank, plain)[0].adapter)
     assert close(trained(bank, soft_request(bank, soft, weight=0.0))[0].adapter, trained(bank, hard)[0].adapter)
@@ -132,7 +124,7 @@ def test_certain_soft_labels_are_hard_labels(bank: Bank) -> None:
 
 def test_without_probabilities_a_token_keeps_its_hard_label(bank: Bank) -> None:
     none = SoftLabels(torch.zeros(2, 2, 3, dtype=torch.long), torch.zeros(2, 2, 3))
-    hard = TrainingRequest(lora(bank), extra=ExtraRows(MORE, table(bank)), own_rows=False)
+    hard = TrainingRequest(random_lora(bank), extra=ExtraRows(MORE, table(bank)), own_rows=False)
     assert close(trained(bank, soft_request(bank, none, weight=1.0))[0].adapter, trained(bank, hard)[0].adapter)
 
 
@@ -153,15 +145,17 @@ def test_soft_labels_of_different_sizes_share_a_group_and_a_padded_base_gives_th
 
 
 def test_a_teacher_reads_extra_rows_too(bank: Bank) -> None:
-    start, extra = lora(bank), ExtraRows(MORE, table(bank))
-    taught = TrainingRequest(start, extra=extra, own_rows=False, teacher=lora(bank, 4), distillation=Distillation(1.0))
+    start, extra = random_lora(bank), ExtraRows(MORE, table(bank))
+    taught = TrainingRequest(
+        start, extra=extra, own_rows=False, teacher=random_lora(bank, 4), distillation=Distillation(1.0)
+    )
     (result,) = trained(bank, taught)
     assert result.teacher_tokens == result.tokens
     assert not close(result.adapter, trained(bank, TrainingRequest(start, extra=extra, own_rows=False))[0].adapter)
 
 
 def test_requests_that_make_no_sense_are_refused(bank: Bank) -> None:
-    start, extra = lora(bank), ExtraRows(MORE, table(bank))
+    start, extra = random_lora(bank), ExtraRows(MORE, table(bank))
     soft = ExtraRows(MORE, table(bank), certain(bank, 30, 33))
     spec = PromptSpec(2)
     prompt = Adapter(spec, new_prompt(spec, bank.base.width, 0.1, torch.Generator()))

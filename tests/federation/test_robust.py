@@ -178,6 +178,7 @@ BY_KEY = {
     "fedsa_lora",
     "feddat",
     "feddpa",
+    "data_engine",
     "ditto",
     "fedrep",
 }

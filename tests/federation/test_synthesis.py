@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.training import random_lora
 
 from fedamole.experiment import Prepared, prepare
 from fedamole.federation.local import DivergedError, LocalTask
@@ -12,10 +13,8 @@ from fedamole.federation.randomness import torch_generator
 from fedamole.federation.settings import TrainingSettings
 from fedamole.federation.synthesis import features, greedy_answers, groups, perturbed, real_prompts, synthesise
 from fedamole.federation.synthesis_request import SynthesisRequest, SynthesisResult
-from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.batch import collate
-from fedamole.model.params import Adapter, new_shared
 from fedamole.synthesis.examples import VECTORS
 from fedamole.synthesis.matching import DistributionMatching, Features, Objective
 from fedamole.synthesis.outline import ClientOutline, ExampleSizes
@@ -34,18 +33,11 @@ def bank(prepared: Prepared) -> Bank:
     return Bank(prepared.base)
 
 
-def lora(bank: Bank, seed: int = 0) -> Adapter:
-    generator = torch.Generator().manual_seed(seed)
-    tensors = new_shared(bank.base.shapes, 2, generator)
-    spec = AdapterSpec(2, 4.0, 0.0)
-    return Adapter(spec, {key: t + 0.05 * torch.randn(t.shape, generator=generator) for key, t in tensors.items()})
-
-
 def request(prepared: Prepared, bank: Bank, client: str = "entail", **options: Any) -> SynthesisRequest:
     data, base = prepared.clients[client], prepared.base
     outline = ClientOutline(data.train.rows, data.train.examples, base.tokenizer, base.width, base.embedding_std)
     examples = outline.new_examples(SIZES, torch_generator(0, "synthetic", client, 0))
-    start = {"examples": examples, "adapter": lora(bank), "objective": DistributionMatching()}
+    start = {"examples": examples, "adapter": random_lora(bank), "objective": DistributionMatching()}
     return SynthesisRequest(**{**start, "class_answers": outline.class_answers(), **options})
 
 
@@ -96,7 +88,7 @@ def test_what_it_reads_is_counted(prepared: Prepared, bank: Bank) -> None:
 
 
 def test_draws_depend_on_seed_client_and_request_alone(prepared: Prepared, bank: Bank) -> None:
-    asked = request(prepared, bank, toward=lora(bank, 1), noise=0.3, real_examples=3)
+    asked = request(prepared, bank, toward=random_lora(bank, 1), noise=0.3, real_examples=3)
     first = run(prepared, bank, asked).examples.vectors
     shuffled = replace(asked, adapter=replace(asked.adapter, tensors=dict(reversed([*asked.adapter.tensors.items()]))))
     assert torch.equal(first, run(prepared, bank, shuffled).examples.vectors), "the order of the names is no input"
@@ -107,7 +99,7 @@ def test_draws_depend_on_seed_client_and_request_alone(prepared: Prepared, bank:
 
 
 def test_noise_has_the_norm_that_is_asked_for(bank: Bank) -> None:
-    start = lora(bank).tensors
+    start = random_lora(bank).tensors
     moved = perturbed(start, 0.7, torch.Generator().manual_seed(2))
     squares = sum(float((moved[name] - start[name]).double().square().sum()) for name in start)
     assert squares**0.5 == pytest.approx(0.7, rel=1e-5)
@@ -129,7 +121,7 @@ def test_real_examples_are_divided_by_their_answers(prepared: Prepared, bank: Ba
 
 def test_free_text_is_answered_by_the_clients_own_model(prepared: Prepared, bank: Bank) -> None:
     """Each answer is greedy: every token is the likeliest after what stands before it."""
-    own = lora(bank, 2)
+    own = random_lora(bank, 2)
     asked = request(prepared, bank, "chat", answered_by=own, max_answer_tokens=3)
     result = run(prepared, bank, asked, "chat")
     rows, end = result.examples.rows(), prepared.base.tokenizer.eos_token_id

@@ -12,6 +12,7 @@ from fedamole.evaluation.generation import Sampler, generate_answers
 from fedamole.evaluation.likelihood import option_losses
 from fedamole.experiment import Prepared, prepare
 from fedamole.federation.client_data import ClientData
+from fedamole.federation.data_engine import WriteRequest
 from fedamole.federation.probe import ProbeCounts
 from fedamole.federation.written_rows import ClientDataEngine, ModelWriter, TextWriter
 from fedamole.methods.fedit import FedIT
@@ -108,7 +109,8 @@ def write(
 ) -> list[TokenPair]:
     review = made.review(adapter, "error", 99)
     made.counts.tokens = 0
-    return [*made.write(adapter, review, shares, known, 64, 0.5, torch.Generator().manual_seed(3))]
+    request = WriteRequest(adapter, review, shares, known, 64, 0.5, torch.Generator().manual_seed(3))
+    return [*made.write(request)]
 
 
 def test_each_category_gets_its_share_of_requests_with_two_bad_cases(

@@ -1,7 +1,7 @@
 """The data engine: what a client reviews, has written, keeps and sends, by hand and on real text."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from fedamole.errors import ConfigError
 from fedamole.evaluation.generation import Sampler
 from fedamole.evaluation.likelihood import mean_losses
 from fedamole.federation.client_data import Split
-from fedamole.federation.data_engine import DataEngine, Measure, Review
+from fedamole.federation.data_engine import DataEngine, Measure, Review, WriteRequest
 from fedamole.federation.method import BaseInfo, Client, ClientInfo, TrainingRequest, TrainingResult
 from fedamole.federation.probe import DryProbe, ProbeCounts
 from fedamole.federation.record import pack, unpack
@@ -46,18 +46,10 @@ class Recorded(DataEngine):
         return REVIEW
 
     @override
-    def write(
-        self,
-        adapter: Adapter | None,
-        review: Review,
-        shares: Mapping[str, int],
-        known: Collection[TokenPair],
-        max_new_tokens: int,
-        temperature: float,
-        generator: torch.Generator,
-    ) -> list[TokenPair]:
-        assert review is REVIEW
-        self.calls.append((adapter, dict(shares), tuple(known), max_new_tokens, temperature))
+    def write(self, request: WriteRequest) -> list[TokenPair]:
+        assert request.review is REVIEW
+        shares, known = dict(request.shares), tuple(request.known)
+        self.calls.append((request.adapter, shares, known, request.max_new_tokens, request.temperature))
         return [((10 + ord(name), len(known)), (shares[name],)) for name in shares if shares[name]]
 
 

@@ -192,7 +192,7 @@ def test_option_likelihoods_equal_plain_forward_passes(base: Callable[..., Base]
 def test_generation_is_greedy_after_prompt_and_text(base: Callable[..., Base], architecture: str, mlp: bool) -> None:
     """Token by token the likeliest of a plain forward pass over [prompt embeddings; text so far], to the end token."""
     bank, bare = Bank(base(architecture)), base(architecture)
-    bank.base.tokenizer.batch_decode = lambda rows, **_: [" ".join(map(str, row.tolist())) for row in rows]
+    bank.base.tokenizer.batch_decode = lambda rows, **_: [" ".join(map(str, row)) for row in rows]
     adapters = [prompt(bank.base, mlp, seed) for seed in range(2)]
     bank.load(adapters)
     texts = [[p for p, _ in ROWS], [ROWS[0][0]]]
@@ -223,8 +223,8 @@ def test_generation_leaves_room_for_the_virtual_tokens(base: Callable[..., Base]
     seen: list[int] = []
     inner = bank.base.tokenizer.batch_decode
 
-    def decode(ids: torch.Tensor, **options: Any) -> Any:
-        seen.append(ids.shape[1])
+    def decode(ids: Sequence[Ids], **options: Any) -> Any:
+        seen.append(len(ids[0]))
         return inner(ids, **options)
 
     bank.base.tokenizer.batch_decode = decode

@@ -28,6 +28,7 @@ from fedamole.personal.routing import (
     find_module,
     greedy_answer,
     most_informative_module,
+    roles_of_run,
     routing_stats,
     token_texts,
     token_weights,
@@ -214,8 +215,9 @@ def test_holders_are_those_of_the_best_rounds_assignment(runs: Any) -> None:
             assigned.setdefault(line["module"], {}).setdefault(expert, []).append(line["client"])
     assert assigned
     for model in saved_models(folder.path):
-        assert expert_holders(model) == assigned
-    assert expert_holders(find_model(folder.path / "clients" / "mood" / "adapter", None)) == {}
+        assert expert_holders(model, roles_of_run(model)) == assigned
+    without_run = find_model(folder.path / "clients" / "mood" / "adapter", None)
+    assert expert_holders(without_run, roles_of_run(without_run)) == {}
 
 
 def test_only_the_clients_own_rows_are_read(runs: Any, tmp_path: Path) -> None:

@@ -24,28 +24,38 @@ class Review:
     category at least, if it has two. The worst come first."""
 
 
+@dataclass(frozen=True)
+class WriteRequest:
+    """New rows that a client asks a model for."""
+
+    adapter: Adapter | None
+    """Adapter of the model; None for the untuned base."""
+    review: Review
+    """Where the bad cases that the model is shown come from."""
+    shares: Mapping[str, int]
+    """Rows of each category."""
+    known: Collection[TokenPair]
+    """Rows that the client has already been given."""
+    max_new_tokens: int
+    """Tokens of a row at most."""
+    temperature: float
+    """Temperature of sampling; 0 writes greedily."""
+    generator: torch.Generator
+    """Draws the cases that are shown, and the tokens."""
+
+
 class DataEngine(Protocol):
     """The review of a client's categories, and new rows for them."""
 
     def review(self, adapter: Adapter, measure: Measure, max_examples: int) -> Review:
         """Return the errors of a model on at most `max_examples` examples of the embedding split, by category."""
 
-    def write(
-        self,
-        adapter: Adapter | None,
-        review: Review,
-        shares: Mapping[str, int],
-        known: Collection[TokenPair],
-        max_new_tokens: int,
-        temperature: float,
-        generator: torch.Generator,
-    ) -> list[TokenPair]:
-        """Have a model write as many rows of each category as `shares` says; return those that can be used.
+    def write(self, request: WriteRequest) -> list[TokenPair]:
+        """Have a model write the rows that a request asks for; return those that can be used.
 
         A row is left out if it does not fit the template, if it is of another category, if its prompt is that of an
-        example of the training or embedding split, of a row of `known` or of another new row, or if it has more tokens
-        than the longest training row. `adapter` is None for the untuned base. A `temperature` of 0
-        writes greedily.
+        example of the training or embedding split, of a known row or of another new row, or if it has more tokens than
+        the longest training row.
         """
 
 
@@ -57,14 +67,5 @@ class DryDataEngine(DataEngine):
         return Review({}, {})
 
     @override
-    def write(
-        self,
-        adapter: Adapter | None,
-        review: Review,
-        shares: Mapping[str, int],
-        known: Collection[TokenPair],
-        max_new_tokens: int,
-        temperature: float,
-        generator: torch.Generator,
-    ) -> list[TokenPair]:
+    def write(self, request: WriteRequest) -> list[TokenPair]:
         return []

@@ -1,6 +1,6 @@
 """The data engine of a client whose data are in this process: errors of its categories, and rows that are written."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Protocol
@@ -13,7 +13,7 @@ from fedamole.data.tokens import prompt_ids, tokenise
 from fedamole.evaluation.generation import Sampler, generate_ids
 from fedamole.evaluation.likelihood import Tree, option_losses
 from fedamole.federation.client_data import ClientData
-from fedamole.federation.data_engine import DataEngine, Measure, Review
+from fedamole.federation.data_engine import DataEngine, Measure, Review, WriteRequest
 from fedamole.federation.probe import ProbeCounts, draw_examples
 from fedamole.model.bank import Bank
 from fedamole.model.batch import TokenPair
@@ -98,36 +98,27 @@ class ClientDataEngine(DataEngine):
         return Review({group: sum(values) / len(values) for group, values in sorted(errors.items())}, cases)
 
     @override
-    def write(
-        self,
-        adapter: Adapter | None,
-        review: Review,
-        shares: Mapping[str, int],
-        known: Collection[TokenPair],
-        max_new_tokens: int,
-        temperature: float,
-        generator: torch.Generator,
-    ) -> list[TokenPair]:
-        requests = [
+    def write(self, request: WriteRequest) -> list[TokenPair]:
+        asked = [
             (category, shown)
-            for category, rows in sorted(shares.items())
-            for shown in self._shown(review.cases[category], rows, generator)
+            for category, rows in sorted(request.shares.items())
+            for shown in self._shown(request.review.cases[category], rows, request.generator)
         ]
-        if not requests:
+        if not asked:
             return []
-        sampler = Sampler(temperature, generator) if temperature else None
-        asked = [request_text(*request) for request in requests]
-        texts, read = self.writer.write(adapter, asked, max_new_tokens, sampler)
+        sampler = Sampler(request.temperature, request.generator) if request.temperature else None
+        starts = [request_text(*each) for each in asked]
+        texts, read = self.writer.write(request.adapter, starts, request.max_new_tokens, sampler)
         self.counts.tokens += read
         splits = (self.data.train, self.data.embedding)
         prompts = {normalised(example.prompt) for split in splits for example in split.examples}
         examples: list[Example] = []
-        for text, request in zip(texts, requests, strict=True):
-            example = written_example(text, *request)
+        for text, each in zip(texts, asked, strict=True):
+            example = written_example(text, *each)
             if example is not None and normalised(example.prompt) not in prompts:
                 prompts.add(normalised(example.prompt))
                 examples.append(example)
-        return self._rows(examples, {tuple(prompt) for prompt, _ in known})
+        return self._rows(examples, {tuple(prompt) for prompt, _ in request.known})
 
     def _shown(self, cases: Sequence[int], rows: int, generator: torch.Generator) -> list[list[Example]]:
         """Return the bad cases that each of the requests for `rows` rows shows; all pairs come equally often."""

@@ -31,9 +31,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from fedamole.errors import ConfigError
+from fedamole.federation.data_engine import WriteRequest
 from fedamole.federation.method import Client, Request, TrainingRequest, TrainingResult
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.averaging import AveragedLora, SharedTensors
+from fedamole.methods.shared.checks import check_at_least
 from fedamole.model.batch import TokenPair
 from fedamole.model.params import Adapter
 from fedamole.synthesis.rows import ExtraRows
@@ -101,9 +103,7 @@ class DataEngineMethod(AveragedLora[GeneratedRows]):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("generate_every", "new_rows", "probe_examples", "max_row_tokens"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"method.{key} = {getattr(self, key)}: must be at least 1")
+        check_at_least(self, generate_every=1, new_rows=1, probe_examples=1, max_row_tokens=1)
         if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"method.temperature = {self.temperature}: must be at least 0")
         if not 0 < self.max_ratio < math.inf:
@@ -142,7 +142,7 @@ class DataEngineMethod(AveragedLora[GeneratedRows]):
         shares = shares_of_errors(errors, self.new_rows)
         generator = torch_generator(client.seed, "written rows", client.name, client.round)
         by = adapter if self.writer == "own" else None
-        new = engine.write(by, review, shares, rows, self.max_row_tokens, self.temperature, generator)
+        new = engine.write(WriteRequest(by, review, shares, rows, self.max_row_tokens, self.temperature, generator))
         limit = int(self.max_ratio * client.info.examples)
         return GeneratedRows.of([*rows, *new][-limit:] if limit else [])
 

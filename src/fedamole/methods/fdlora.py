@@ -28,6 +28,7 @@ from fedamole.federation.method import Client, ClientInfo, Server, TrainingResul
 from fedamole.federation.randomness import numpy_generator, torch_generator
 from fedamole.methods.local_only import OwnLora
 from fedamole.methods.shared.averaging import SharedTensors, mean_by_key
+from fedamole.methods.shared.checks import check_at_least
 from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.params import Adapter, new_shared
 
@@ -80,9 +81,7 @@ class FdLora(LoraMethod[Outer, Shared, OwnLora, SharedTensors]):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("sync_every", "fusion_examples", "fusion_trials"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"method.{key} = {getattr(self, key)}: must be at least 1")
+        check_at_least(self, sync_every=1, fusion_examples=1, fusion_trials=1)
         if self.outer_learning_rate <= 0 or not 0 <= self.outer_momentum < 1:
             raise ConfigError("method.outer_learning_rate must be above 0, method.outer_momentum from 0 to below 1")
 

@@ -38,6 +38,7 @@ from fedamole.federation.record import Nothing
 from fedamole.federation.synthesis_request import SynthesisRequest
 from fedamole.methods.feddm import FedDm
 from fedamole.methods.shared.averaging import SharedTensors
+from fedamole.methods.shared.checks import check_at_least
 from fedamole.model.batch import Ids
 from fedamole.model.params import Adapter, Shapes, new_shared
 from fedamole.synthesis.class_reply import (
@@ -98,9 +99,7 @@ class FedAf(FedDm):
             raise ConfigError(f"method.temperature = {self.temperature}: must be above 0")
         if not 0 <= self.global_share <= 1:
             raise ConfigError(f"method.global_share = {self.global_share}: must be at least 0 and at most 1")
-        for key, least in (("label_examples", self.min_synthetic_rows()), ("max_options", 1)):
-            if getattr(self, key) < least:
-                raise ConfigError(f"method.{key} = {getattr(self, key)}: must be at least {least}")
+        check_at_least(self, label_examples=self.min_synthetic_rows(), max_options=1)
 
     @override
     def exchanges(self) -> int:

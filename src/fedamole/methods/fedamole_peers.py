@@ -30,6 +30,7 @@ from fedamole.errors import ConfigError
 from fedamole.federation.method import Client, ClientInfo, Server, TrainingRequest, TrainingResult, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.averaging import mean_by_key
+from fedamole.methods.shared.checks import check_at_least
 from fedamole.methods.shared.lora import LoraMethod
 from fedamole.methods.shared.similarity import similarities
 from fedamole.model.params import Adapter, Shapes, Tensors, new_shared
@@ -111,9 +112,7 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
             raise ConfigError(f"method.min_similarity = {self.min_similarity}: must be between -1 and 1")
         if not self.temperature > 0:
             raise ConfigError(f"method.temperature = {self.temperature}: must be above 0")
-        for key, least in (("expert_choices", 0), ("min_group", 2), ("probe_examples", 1)):
-            if getattr(self, key) < least:
-                raise ConfigError(f"method.{key} = {getattr(self, key)}: must be at least {least}")
+        check_at_least(self, expert_choices=0, min_group=2, probe_examples=1)
 
     @override
     def for_deployment(self) -> "FedAmolePeers":

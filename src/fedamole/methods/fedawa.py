@@ -30,6 +30,7 @@ from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
 from fedamole.federation.weights import capped
 from fedamole.methods.shared.averaging import SharedTensors, mean_by_key
+from fedamole.methods.shared.checks import check_at_least
 from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.params import Adapter, Tensors, new_shared, shared_keys
 
@@ -118,8 +119,7 @@ class FedAwa(LoraMethod[WeightedLora, SharedTensors, Nothing, SharedTensors]):
             raise ConfigError(
                 f"method.weight_learning_rate = {self.weight_learning_rate}: must be above 0 and at most 10"
             )
-        if self.weight_steps < 1:
-            raise ConfigError(f"method.weight_steps = {self.weight_steps}: must be at least 1")
+        check_at_least(self, weight_steps=1)
         if self.update_weight < 0:
             raise ConfigError(f"method.update_weight = {self.update_weight}: must not be negative")
 

@@ -35,6 +35,7 @@ from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
 from fedamole.federation.synthesis_request import SynthesisRequest, SynthesisResult
 from fedamole.methods.shared.averaging import SharedTensors
+from fedamole.methods.shared.checks import check_at_least
 from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.params import Adapter, Shapes, Tensors, new_shared
 from fedamole.synthesis.examples import SyntheticExamples, expected_examples
@@ -87,12 +88,8 @@ class FedDm(LoraMethod[SharedTensors, SharedTensors, Nothing, SyntheticExamples]
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = ("examples_per_class", "virtual_tokens", "max_classes", "max_prompt_tokens", "max_answer_tokens")
-        for key in (*whole, "real_examples", "server_steps"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"method.{key} = {getattr(self, key)}: must be at least 1")
-        if self.min_class_examples is not None and self.min_class_examples < 1:
-            raise ConfigError(f"method.min_class_examples = {self.min_class_examples}: must be at least 1")
+        check_at_least(self, examples_per_class=1, virtual_tokens=1, max_classes=1, max_prompt_tokens=1)
+        check_at_least(self, max_answer_tokens=1, real_examples=1, server_steps=1, min_class_examples=1)
         if not 0 < self.own_share < 1:
             raise ConfigError(f"method.own_share = {self.own_share}: must be above 0 and below 1")
         for key, least in (("radius", "above 0"), ("synthesis_rate", "above 0"), ("noise", "at least 0")):

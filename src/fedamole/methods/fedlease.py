@@ -29,6 +29,7 @@ from fedamole.federation.method import Client, ClientInfo, Server, TrainingResul
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.local_only import OwnLora
 from fedamole.methods.shared.averaging import mean_by_key
+from fedamole.methods.shared.checks import check_at_least
 from fedamole.methods.shared.clustering import cosine_distances, silhouette_clusters
 from fedamole.methods.shared.lora import DecayedLoraMethod
 from fedamole.model.mixer import LearnedRouter
@@ -93,8 +94,7 @@ class FedLease(DecayedLoraMethod[Lease, Leased, OwnLora, Returned]):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.most_clusters < 1:
-            raise ConfigError(f"method.most_clusters = {self.most_clusters}: must be at least 1")
+        check_at_least(self, most_clusters=1)
         if not 0 < self.warmup_share <= 1:
             raise ConfigError(f"method.warmup_share = {self.warmup_share}: must be above 0 and at most 1")
 

@@ -42,6 +42,7 @@ from fedamole.federation.randomness import torch_generator
 from fedamole.federation.weights import capped
 from fedamole.methods.local_only import OwnLora
 from fedamole.methods.shared.averaging import mean_by_key
+from fedamole.methods.shared.checks import check_at_least
 from fedamole.methods.shared.convex_prior import ConvexPrior, check_net, fitted_net, new_net
 from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.params import Adapter, Tensors, new_shared
@@ -112,8 +113,7 @@ class FedMap(LoraMethod[Prior, Prior, OwnLora, Estimate]):
         super().__post_init__()
         if not 1e-12 <= self.variance <= 1e30:
             raise ConfigError(f"method.variance = {self.variance}: must be from 1e-12 to 1e30")
-        if self.probe_examples < 1:
-            raise ConfigError(f"method.probe_examples = {self.probe_examples}: must be at least 1")
+        check_at_least(self, probe_examples=1)
         for key in ("net_weight", "norm_weight"):
             if not 0 <= getattr(self, key) <= 1e30:
                 raise ConfigError(f"method.{key} = {getattr(self, key)}: must be from 0 to 1e30")

@@ -35,6 +35,7 @@ from fedamole.federation.record import Nothing
 from fedamole.methods.fedamole import Experts
 from fedamole.methods.shared.architectures import Held
 from fedamole.methods.shared.averaging import mean_by_key, mean_of_experts
+from fedamole.methods.shared.checks import check_at_least
 from fedamole.methods.shared.holders import fewest_replies, mixture_of, with_enough_replies
 from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.amole import AdapterSpec
@@ -106,12 +107,9 @@ class FedMoe(LoraMethod[UsedPool, Experts, Nothing, UsedExperts]):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = {"min_holders": 1, "search_rounds": 1, "review_every": 1, "probe_examples": 1}
-        least |= {"min_experts": self.top_k, "search_experts": self.min_experts, "experts": self.max_experts}
-        for key, smallest in {**least, "max_experts": self.min_experts}.items():
-            value = getattr(self, key)
-            if value is not None and value < smallest:
-                raise ConfigError(f"method.{key} = {value}: must be at least {smallest}")
+        check_at_least(self, min_holders=1, search_rounds=1, review_every=1, probe_examples=1)
+        smallest = {"min_experts": self.top_k, "search_experts": self.min_experts, "experts": self.max_experts}
+        check_at_least(self, **smallest, max_experts=self.min_experts)
         if self.search_experts is not None and self.search_experts > self.experts:
             raise ConfigError(f"method.search_experts = {self.search_experts}: must be at most {self.experts}")
         for key in ("coverage", "drop_below"):

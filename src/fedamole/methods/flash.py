@@ -35,6 +35,7 @@ from fedamole.federation.randomness import numpy_generator, torch_generator
 from fedamole.federation.record import Nothing
 from fedamole.methods.shared.averaging import SharedTensors, mean_by_key
 from fedamole.methods.shared.bandit import Array, LinearRewards, highest
+from fedamole.methods.shared.checks import check_at_least
 from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.params import Adapter, Tensors, new_shared
 
@@ -99,8 +100,7 @@ class Flash(LoraMethod[Bandit, SharedTensors, Nothing, Report]):
             raise ConfigError(f"method.exploration = {self.exploration}: must be a number of at least 0")
         if not 0 <= self.token_weight < float("inf"):
             raise ConfigError(f"method.token_weight = {self.token_weight}: must be a number of at least 0")
-        if self.probe_examples < 1:
-            raise ConfigError(f"method.probe_examples = {self.probe_examples}: must be at least 1")
+        check_at_least(self, probe_examples=1)
 
     # server
     @override

@@ -35,6 +35,7 @@ from fedamole.merging.low_rank import LoraFactors, change_similarities
 from fedamole.merging.selective import COEFFICIENTS, blend, mean_losses, merge_selectively, useful
 from fedamole.methods.local_only import OwnLora
 from fedamole.methods.shared.averaging import mean_by_key
+from fedamole.methods.shared.checks import check_at_least
 from fedamole.methods.shared.clustering import silhouette_clusters
 from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.mixer import LearnedRouter
@@ -114,9 +115,7 @@ class ModelGlue(LoraMethod[GlueState, GlueMessage, OwnLora, GlueReply]):
         super().__post_init__()
         if not 0 < self.train_share <= 1:
             raise ConfigError(f"method.train_share = {self.train_share}: must be above 0 and at most 1")
-        for key, least in (("most_clusters", 1), ("merge_steps", 0), ("probe_examples", 1)):
-            if getattr(self, key) < least:
-                raise ConfigError(f"method.{key} = {getattr(self, key)}: must be at least {least}")
+        check_at_least(self, most_clusters=1, merge_steps=0, probe_examples=1)
 
     @override
     def exchanges(self) -> int:

@@ -30,6 +30,7 @@ from fedamole.merging.low_rank import padded
 from fedamole.merging.moments import from_tensors, input_modules, shrink, to_tensors
 from fedamole.merging.regmean import check_off_diagonal, regmean
 from fedamole.methods.shared.averaging import mean_by_key
+from fedamole.methods.shared.checks import check_at_least
 from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.params import Adapter, Shapes, new_shared, shared_keys
 
@@ -77,8 +78,7 @@ class RegMean(LoraMethod[GlobalLora, GlobalLora, Nothing, LoraWithMoments]):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_off_diagonal(self.off_diagonal, "method.off_diagonal")
-        if self.moments_examples < 1:
-            raise ConfigError(f"method.moments_examples = {self.moments_examples}: must be at least 1")
+        check_at_least(self, moments_examples=1)
         for key in ("moments_every", "moments_rank"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"method.{key} = {getattr(self, key)}: must not be negative")

@@ -29,6 +29,7 @@ from fedamole.personal.routing import (
     has_experts,
     mean_weights_table,
     most_informative_module,
+    roles_of_run,
     routing_stats,
     token_texts,
     token_weights,
@@ -112,7 +113,8 @@ class RoutingExplainer:
     def __init__(self, bank: Bank, adapter: Adapter, model: SavedModel) -> None:
         """Load the adapter into the bank. Raises ConfigError for a model without experts."""
         self.bank, self.client, self.expert_ids = bank, model.client, experts_of(adapter, model.client)
-        self._roles, self._holders = expert_roles(adapter, model), expert_holders(model)
+        roles = roles_of_run(model)
+        self._roles, self._holders = expert_roles(adapter, roles), expert_holders(model, roles)
         self._shared = any("/shared/" in name for name in adapter.tensors)
         bank.load([adapter])
 

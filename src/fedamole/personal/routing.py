@@ -84,29 +84,29 @@ def experts_of(adapter: Adapter, client: str) -> dict[str, list[int]]:
     return expert_ids(adapter.tensors)
 
 
-def expert_roles(adapter: Adapter, model: SavedModel) -> dict[int, str]:
-    """Return the roles of experts by id, if the method of the model's run gives them fixed ones; else empty."""
-    ids = next(iter(expert_ids(adapter.tensors).values()), [])
-    if OWN in adapter.fixed:
-        return {ids[int(adapter.fixed[OWN].argmax())]: "its own cluster's"}
-    roles = _roles_of_run(model)
-    return {expert: roles[min(expert, len(roles) - 1)] for expert in ids} if roles else {}
-
-
-def _roles_of_run(model: SavedModel) -> tuple[str, ...]:
+def roles_of_run(model: SavedModel) -> tuple[str, ...]:
+    """Return `Method.expert_roles` of the method of a model's run; empty for an adapter folder without its run."""
     return () if model.run is None else load_run_config(model.run).method.expert_roles
 
 
-def expert_holders(model: SavedModel) -> dict[str, dict[int, list[str]]]:
+def expert_roles(adapter: Adapter, roles: tuple[str, ...]) -> dict[int, str]:
+    """Return the roles of experts by id, if the method gives them fixed ones (`roles_of_run`); else empty."""
+    ids = next(iter(expert_ids(adapter.tensors).values()), [])
+    if OWN in adapter.fixed:
+        return {ids[int(adapter.fixed[OWN].argmax())]: "its own cluster's"}
+    return {expert: roles[min(expert, len(roles) - 1)] for expert in ids} if roles else {}
+
+
+def expert_holders(model: SavedModel, roles: tuple[str, ...]) -> dict[str, dict[int, list[str]]]:
     """Return the clients whose saved models hold an expert, by module and expert id.
 
-    If each client has an expert of its own, only its owners count. Only models in this run folder are known; the result
-    is empty for an adapter folder without its run.
+    If each client has an expert of its own by the method's `roles` (`roles_of_run`), only its owners count. Only models
+    in this run folder are known; the result is empty for an adapter folder without its run.
     """
     holders: dict[str, dict[int, list[str]]] = {}
     if model.run is None:
         return holders
-    has_own = OWN_EXPERT in _roles_of_run(model)
+    has_own = OWN_EXPERT in roles
     for path in sorted(model.run.path.glob(f"clients/*/{model.folder.name}/{CONFIG}")):
         config, client = read_config(path.parent), path.parents[1].name
         for module, ids in config.get("expert_pattern", {}).items():

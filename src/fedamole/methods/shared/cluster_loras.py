@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from typing_extensions import override
 
-from fedamole.errors import ConfigError
 from fedamole.federation.method import Client, ClientInfo, K, Server, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.averaging import mean_by_key
+from fedamole.methods.shared.checks import check_at_least
 from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.params import Adapter, new_shared
 
@@ -52,9 +52,7 @@ class ClusteredLora(LoraMethod[Clusters, Clusters, K, ClusterLora]):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("clusters", "probe_examples"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"method.{key} = {getattr(self, key)}: must be at least 1")
+        check_at_least(self, clusters=1, probe_examples=1)
 
     # server
     @override
