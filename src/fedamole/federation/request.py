@@ -94,7 +94,8 @@ class TrainingResult(WithPartner):
     adapter: Adapter
     steps: int
     loss: float
-    """Mean training loss per answer token over the steps, in nats, without balance loss, penalty and divergence."""
+    """Mean training loss over the steps, in nats per answer token, or of DPO per pair; without balance loss, penalty
+    and divergence."""
     embeddings: Mapping[str, MeanEmbeddings] = field(default_factory=dict)
     """Mean router embeddings over the embedding split by module, for methods with `needs_embeddings`."""
     tokens: int = 0
@@ -102,9 +103,9 @@ class TrainingResult(WithPartner):
     partner: "TrainingResult | None" = None
     """Result of the partner, which is not included in the other fields."""
     teacher_examples: int = 0
-    """Examples that the teacher read."""
+    """Examples that the teacher read, or the reference model of DPO."""
     teacher_tokens: int = 0
-    """Tokens, without padding, of the teacher's forward passes."""
+    """Tokens, without padding, of the forward passes of teacher or reference model."""
 
 
 def _prefix(adapter: Adapter) -> tuple[int, ...]:
