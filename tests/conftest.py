@@ -16,6 +16,8 @@ from unittest import mock
 import pytest
 import torch
 
+from tests.pairs import pair_rows
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
@@ -133,6 +135,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
     _write_base(folder / "base", [str(value) for table in rows.values() for row in table for value in row.values()])
     (folder / "config.toml").write_text(CONFIG)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pair_rows()))  # tests/pairs.py
     return folder
 
 
