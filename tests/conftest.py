@@ -202,6 +202,7 @@ def small(method: str) -> list[str]:
     from fedamole.methods import METHODS
 
     sizes = {"rank": 2, "alpha": 4, "virtual_tokens": 4, "encoder_hidden_size": 32, "fusion_trials": 10}
+    sizes |= {"condition_size": 16}
     known = {field.name for field in fields(METHODS[method])}
     return [
         f"method.name={method}",

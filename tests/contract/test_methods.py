@@ -116,7 +116,7 @@ def made(name: str, **parameters: Any) -> Some:
     """A small one."""
     fields = {field.name for field in dataclasses.fields(METHODS[name])}
     small = {"rank": 2, "alpha": 4.0, "virtual_tokens": 4, "encoder_hidden_size": 32, "fusion_trials": 10}
-    small |= {"review_every": 1, "coverage": 0.7}
+    small |= {"review_every": 1, "coverage": 0.7, "condition_size": 16}
     small["min_similarity"] = -1.0  # every client is similar to every other
     lists = {key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()}
     return METHODS[name](**{**{key: value for key, value in small.items() if key in fields}, **lists})
@@ -540,6 +540,9 @@ CHANGED: dict[str, Any] = {
     "merge_steps": 0,
     "train_experts": True,
     "kl_weight": 0.9,
+    "context_pairs": 1,
+    "condition_size": 8,
+    "heads": 2,
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 

@@ -83,7 +83,9 @@ def fit(
     that diverges yields a DivergedError and does not affect the others.
     """
     order = sorted(range(len(tasks)), key=lambda i: -tasks[i].steps(settings))
-    group = (group_class or TrainingGroup)(bank, [tasks[i] for i in order], settings, seed, round_, fit_index)
+    group = (tasks[0].fit.group_classes.get(group_class) or group_class or TrainingGroup)(
+        bank, [tasks[i] for i in order], settings, seed, round_, fit_index
+    )
     bank.base.training(True)
     try:
         for step in range(group.steps[0]):

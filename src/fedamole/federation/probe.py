@@ -17,6 +17,7 @@ from fedamole.model.batch import TokenPair, batches
 from fedamole.model.forward_context import ForwardContext
 from fedamole.model.moments import collect_moments, module_runs
 from fedamole.model.params import Adapter, expert_ids, indices_by_kind
+from fedamole.model.steering import example_states
 
 T = TypeVar("T")
 
@@ -58,6 +59,13 @@ class Probe(Protocol):
         """Return the log-probabilities (N, options) of every answer option of N examples, in nats, float64.
 
         Raises a ConfigError for a client whose examples have no options.
+        """
+
+    def example_states(self, max_examples: int) -> Tensor:
+        """Return the hidden states (S, 2, d) of S examples under the untuned base, float32 on the CPU.
+
+        They are those after the chosen and the rejected answer of a preference pair; of other examples those after the
+        answer, and zeros.
         """
 
 
@@ -161,6 +169,15 @@ class ClientProbe(Probe):
         lengths = [[len(option) for option in row.options] for row in rows]
         return -torch.tensor(losses, dtype=torch.float64) * torch.tensor(lengths)
 
+    @override
+    def example_states(self, max_examples: int) -> Tensor:
+        drawn = draw_examples(self.rows, max_examples, self.seed, "states", self.client)
+        answers = [(row.answer, row.rejected) if row.rejected else row.answer for row in drawn]
+        states, tokens = example_states(self.bank, list(zip([row.prompt for row in drawn], answers, strict=True)))
+        self.counts.examples += len(drawn)
+        self.counts.tokens += tokens
+        return states.cpu()
+
     def _draw(self, max_examples: int, purpose: str) -> list[TokenPair]:
         rows = draw_examples(self.rows, max_examples, self.seed, purpose, self.client)
         return [(row.prompt, row.answer) for row in rows]
@@ -201,3 +218,7 @@ class DryProbe(Probe):
     def options(self, adapter: Adapter | None, max_examples: int) -> Tensor:
         """Return (max_examples, 1): how many options a client's examples have is not known."""
         return torch.zeros(max_examples, 1, dtype=torch.float64)
+
+    @override
+    def example_states(self, max_examples: int) -> Tensor:
+        return torch.zeros(max_examples, 2, self.width)

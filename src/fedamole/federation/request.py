@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, ClassVar, Self
 
 from fedamole.federation.distillation import Distillation
 from fedamole.federation.penalties import Penalty
@@ -50,6 +50,9 @@ class TrainingRequest(WithPartner):
     """How much this training follows its teacher or its partner; set for each that has one."""
     expert_weights: tuple[float, float] | None = None
     """Weights of the two experts of an adapter with `InstanceWeights` in this training; None: those of its router."""
+
+    group_classes: ClassVar[Mapping[Any, Any]] = {}
+    """Subclasses of `TrainingGroup` that train such requests, by the class that trains others (None: the default)."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a teacher or a partner that this training cannot have."""

@@ -35,6 +35,7 @@ from fedamole.methods.local_only import LocalOnly
 from fedamole.methods.model_glue import ModelGlue
 from fedamole.methods.pre_aggregation import pre_aggregation
 from fedamole.methods.regmean import RegMean
+from fedamole.methods.steerable import Steerable
 
 MethodClass = type[Method[Any, Any, Any, Any]]
 
@@ -78,6 +79,8 @@ METHODS = with_variants(
         "fedlease": FedLease,
         "adaptive_experts": AdaptiveExperts,
         "fedmoe": FedMoe,
+        # preferences
+        "steerable": Steerable,
         # weights and selection of clients
         "fedawa": FedAwa,
         "flash": Flash,

@@ -223,7 +223,10 @@ def begin(
     newcomer = method.newcomer(server, state, data.info, embeddings)
     factory = ClientFactory(bank, config.evaluation.batch_tokens, config.run.seed)
     client = factory.client(data, done, ProbeCounts())
-    return method.adapter(client, method.init_client_state(client), newcomer.message), newcomer
+    kept = method.init_client_state(client)
+    # The model that a client of the run would have; before the first training of its own there may be none.
+    model = method.personal(client, kept, newcomer.message, None)
+    return method.adapter(client, kept, newcomer.message) if model is None else model, newcomer
 
 
 def _trained(config: Config, bank: Bank, adapter: Adapter, data: ClientData, round_: int, steps: int | None) -> Adapter:
