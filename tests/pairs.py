@@ -1,4 +1,4 @@
-"""Preference pairs on the tiny base of tests/conftest.py: clients `pairs-up` and `pairs-down` prefer the opposite."""
+"""Preference pairs for the tiny base of conftest.py: the clients `pairs-fond` and `pairs-stern` prefer the opposite."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +9,11 @@ THINGS = ("a red cup", "a blue hat", "two pens", "an old map", "the last pie", "
 ANSWERS = ("yes, good", "no, bad it is")
 
 
-def pair_rows(groups: Sequence[str] = ("up", "down")) -> list[dict[str, Any]]:
-    """42 pairs of each group; `up` prefers the first of the answers, `down` the second one."""
+def pair_rows(groups: Sequence[str] = ("fond", "stern")) -> list[dict[str, Any]]:
+    """42 pairs of each group; `fond` prefers the first of the answers, `stern` the second one."""
     rows = []
     for group in groups:
-        chosen, rejected = ANSWERS if group == "up" else ANSWERS[::-1]
+        chosen, rejected = ANSWERS if group == "fond" else ANSWERS[::-1]
         for name in NAMES:
             for thing in THINGS:
                 prompt = f"{name} has {thing} ->\n"

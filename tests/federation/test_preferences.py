@@ -127,8 +127,8 @@ def test_the_first_step_starts_at_ln_2(bank: Bank, pairs: dict[str, list[AnswerP
 
 def test_both_answers_and_the_reference_are_counted(bank: Bank, pairs: dict[str, list[AnswerPair]]) -> None:
     """In four steps of two pairs each the policy reads 16 sequences, and the reference reads them too."""
-    rows = pairs["pairs-up"][:2]
-    (result,) = fit(bank, [LocalTask("pairs-up", TrainingRequest(lora(bank)), rows, 1e-2)])  # type: ignore[arg-type]
+    rows = pairs["pairs-fond"][:2]
+    (result,) = fit(bank, [LocalTask("pairs-fond", TrainingRequest(lora(bank)), rows, 1e-2)])  # type: ignore[arg-type]
     once = count_tokens(rows_of_pairs(rows))
     assert (result.tokens, result.teacher_examples, result.teacher_tokens) == (4 * once, 8, 4 * once)
 
@@ -137,8 +137,8 @@ def test_virtual_tokens_are_hidden_from_the_reference(bank: Bank, pairs: dict[st
     spec = PromptSpec(3)
     tensors = new_prompt(spec, bank.base.width, 0.02, torch.Generator().manual_seed(0))
     prompt = Adapter(spec, {name: tensor.double() for name, tensor in tensors.items()})
-    rows = pairs["pairs-up"][:2]
-    (result,) = fit(bank, [LocalTask("pairs-up", TrainingRequest(prompt), rows, 1e-2)])  # type: ignore[arg-type]
+    rows = pairs["pairs-fond"][:2]
+    (result,) = fit(bank, [LocalTask("pairs-fond", TrainingRequest(prompt), rows, 1e-2)])  # type: ignore[arg-type]
     once = count_tokens(rows_of_pairs(rows))
     assert (result.tokens, result.teacher_tokens) == (4 * (once + 4 * 3), 4 * once)
     assert not torch.equal(result.adapter.tensors["prompt/embedding"], prompt.tensors["prompt/embedding"])
@@ -163,7 +163,7 @@ def test_personal_models_learn_opposite_preferences(method: str, runs: Any) -> N
     folder = runs(method, *preference_overrides(runs), *STEPS)
     rows = json.loads((folder / "summary.json").read_text())["rows"]
     scores = {client: values["preference"] for client, values in rows[method]["clients"].items()}
-    assert set(scores) == {"pairs-up", "pairs-down"}
+    assert set(scores) == {"pairs-fond", "pairs-stern"}
     assert min(scores.values()) >= 75, scores
     for base in rows["base"]["clients"].values():
         assert (base["preference"], base["score"]) == (50, 50)
@@ -174,8 +174,12 @@ def test_personal_models_learn_opposite_preferences(method: str, runs: Any) -> N
 
 def test_one_shared_lora_cannot_have_opposite_preferences(runs: Any) -> None:
     rows = json.loads((runs("fedit", *preference_overrides(runs), *STEPS) / "summary.json").read_text())["rows"]
-    scores = sorted(values["preference"] for values in rows["fedit"]["clients"].values())
-    assert sum(scores) / 2 < 70
+    alone = json.loads((runs("local_only", *preference_overrides(runs), *STEPS) / "summary.json").read_text())["rows"]
+    losses = [
+        [values["loss"] for values in summary["clients"].values()] for summary in (rows["fedit"], alone["local_only"])
+    ]
+    assert sum(losses[0]) / 2 > 0.6
+    assert sum(losses[1]) / 2 < 0.4
     lines = list(map(json.loads, (runs("fedit", *preference_overrides(runs), *STEPS) / "metrics.jsonl").open()))
     train = [line for line in lines if line["split"] == "train"]
     assert {line["probed"] for line in train} == {8 * 4}, "the reference model read each pair"
@@ -196,7 +200,7 @@ def test_objective_and_rows_must_fit(runs: Any) -> None:
     message = "the rows of client 'entail' have no rejected answers; use a template"
     with pytest.raises(ConfigError, match=re.escape('training.objective = "preference": ' + message)):
         prepare(runs.load("fedit", "training.objective=preference"))
-    message = "the rows of client 'pairs-down' are preference pairs; set"
+    message = "the rows of client 'pairs-fond' are preference pairs; set"
     with pytest.raises(ConfigError, match=re.escape('training.objective = "answer": ' + message)):
         prepare(runs.load("fedit", *preference_overrides(runs), "training.objective=answer"))
 

@@ -1,7 +1,7 @@
 """Training of a steered LoRA: in each step the LoRA is scaled as a few other examples of the client say.
 
-The chain rule is written out. With A' = s A the scaled factor of a module, the step computes the gradient of A'; that of
-A is s times it, and that of the scale of a rank is its product with A, from which the encoder's gradient follows.
+The chain rule is written out. With A' = s A the scaled factor of a module, the step computes the gradient of A'. That
+of A is s times it. The gradient of the scale of a rank is its product with A, and the encoder's follows from it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,8 +127,10 @@ class Steering(TrainingGroup):
             self._update_encoder(client, scales, torch.stack([gradient[client] for gradient in to_scales]))
 
     def _update_encoder(self, client: int, scales: Tensor, gradient: Tensor) -> None:
+        if not scales.requires_grad:  # a step without examples
+            return
         parameters = list(self.encoders[client].values())
-        gradients = torch.autograd.grad(scales, parameters, gradient, allow_unused=True)
+        gradients = torch.autograd.grad(scales, parameters, gradient)
         for parameter, value in zip(parameters, gradients, strict=True):
             parameter.grad = value
         if self.settings.clip_norm:

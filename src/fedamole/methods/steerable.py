@@ -1,5 +1,5 @@
-"""Few-shot steerable alignment: Kobalczyk, Fanconi, Sun, van der Schaar, "Few-shot Steerable Alignment: Adapting Rewards
-and LLM Policies with Neural Processes", 2024, https://arxiv.org/abs/2412.13998.
+"""Few-shot steerable alignment: Kobalczyk, Fanconi, Sun, van der Schaar, "Few-shot Steerable Alignment: Adapting
+Rewards and LLM Policies with Neural Processes", 2024, https://arxiv.org/abs/2412.13998.
 
 One round:
     1. The server sends a LoRA and an encoder to the selected clients.
@@ -11,9 +11,11 @@ One round:
 The model of a client is the next LoRA, steered by up to `context_pairs` pairs that the client set aside (its embedding
 split), scored after the aggregation. It is a plain LoRA. Neither z nor the scales leave the client.
 Deviations: FiLM scales the rank-r activations of the LoRA in each module, without shift, in place of the outputs of the
-decoder's layers, so that a steered model is a LoRA that other programs can load. z is computed, not sampled, and without
-pairs it is 0: the model is the LoRA itself. The examples are embedded by the same base. The reward model of the paper is
-left out. With `training.objective = "answer"` examples are prompts with one answer, and the loss is that of the answer.
+decoder's layers, so that a steered model is a LoRA that other programs can load. A pair enters as the difference of its
+two hidden states, which makes the vectors of opposite preferences opposite; the paper joins both states. z is computed,
+not sampled, and without pairs it is 0: the model is the LoRA itself. The pairs are embedded by the same base. The
+paper's reward model is left out. With `training.objective = "answer"` an example is a prompt with one answer, whose
+hidden state enters, and the loss is that of the answer.
 """
 
 from collections.abc import Generator

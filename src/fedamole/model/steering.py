@@ -4,8 +4,9 @@ Sources: Kobalczyk, Fanconi, Sun, van der Schaar, "Few-shot Steerable Alignment:
 Neural Processes", 2024, https://arxiv.org/abs/2412.13998; Perez et al., "FiLM: Visual Reasoning with a General
 Conditioning Layer", AAAI 2018, https://arxiv.org/abs/1709.07871, for the feature-wise scaling.
 
-An example is the difference of the last hidden states after its chosen and its rejected answer. z is an odd function of
-the examples: opposite preferences have opposite vectors. With z the vector of a set of examples, the rank-r activations A x of each module are multiplied by 1 + G z, so that
+An example is the difference of the last hidden states after its chosen and its rejected answer. z, the vector of a set
+of examples, is an odd function of them: opposite preferences have opposite vectors. The rank-r activations A x of each
+module are multiplied by 1 + G z, so that
 
     y = W x + alpha / r * B diag(1 + G z) A x
 
@@ -87,6 +88,8 @@ def condition(encoder: Tensors, states: Tensor, heads: int) -> Tensor:
 
 def rank_scales(encoder: Tensors, states: Tensor, heads: int, rank: int) -> Tensor:
     """Return the scales (M, r) of the ranks of M modules, by their names, for N examples with states (N, 2, d)."""
+    if not len(states):
+        return encoder[SCALES].new_ones(len(encoder[SCALES]) // rank, rank)
     return 1 + (encoder[SCALES] @ condition(encoder, states, heads)).view(-1, rank)
 
 
