@@ -14,7 +14,7 @@ from tests.federation.test_distillation import plain_logits
 from tests.pairs import preference_overrides
 
 from fedamole.data.examples import Shard
-from fedamole.errors import ConfigError
+from fedamole.errors import ConfigError, RunError
 from fedamole.evaluation.preferences import AnswerPair
 from fedamole.experiment import prepare, resume
 from fedamole.federation.local import LocalTask
@@ -30,6 +30,8 @@ from fedamole.model.bank import Bank
 from fedamole.model.batch import collate
 from fedamole.model.params import Adapter, new_shared
 from fedamole.model.prompt import PromptSpec, new_prompt
+from fedamole.personal.paired_losses import PairedErrors
+from fedamole.reporting.choosing import read_candidates
 
 SETTINGS = TrainingSettings(local_steps=4, batch_size=2, learning_rate=1e-2, objective="preference", beta=0.3)
 OBJECTIVE = objective_of(SETTINGS)
@@ -213,3 +215,29 @@ def test_a_client_of_a_deployment_checks_its_own_rows(runs: Any) -> None:
     check_objective(SETTINGS, [shard])
     with pytest.raises(ConfigError, match="the rows of client 'own' are preference pairs"):
         check_objective(TrainingSettings(), [shard])
+
+
+def test_a_model_card_says_what_its_loss_and_score_are(runs: Any) -> None:
+    folder = runs("local_only", *preference_overrides(runs), *STEPS)
+    text = (folder / "clients" / "pairs-fond" / "adapter" / "README.md").read_text()
+    assert "prompts with pairs of a chosen and a rejected answer" in text
+    assert "| preference |" in text.replace("\\", "")
+    assert "losses in nats of DPO per pair" in text
+
+
+def test_the_margin_of_a_choice_is_that_of_pairs(runs: Any) -> None:
+    """The losses of the validation pairs have the stored mean, each pair counts once, and betas must be equal."""
+    overrides = (*preference_overrides(runs), *STEPS)
+    folders = [runs("local_only", *overrides), runs("fedit", *overrides)]
+    first, second = read_candidates(folders, "local_only")
+    errors, client = PairedErrors("cpu"), "pairs-fond"
+    result, losses = errors(client, first, second), []
+    for candidate in (first, second):
+        values = errors.losses[candidate.run.path, candidate.variant, client]
+        assert sum(values) / len(values) == pytest.approx(candidate.validation[client], abs=1e-4)
+        losses.append(torch.tensor(values))
+    differences = losses[0] - losses[1]
+    assert result == pytest.approx(float(differences.std() / len(differences) ** 0.5), rel=1e-4)
+    (other,) = read_candidates([runs("local_only", *overrides, "training.beta=0.5")], "local_only")
+    with pytest.raises(RunError, match=r"different training\.beta, so their validation losses are not comparable"):
+        PairedErrors("cpu")(client, first, other)

@@ -51,7 +51,7 @@ class PreferenceGroup(TrainingGroup):
     def _collate(self, rows: list[list[TokenPair]], first: int, part: str) -> Batch:
         """Make one batch, with the log-probabilities of its answers under the reference model."""
         batch, bank = super()._collate(rows, first, part), self.bank
-        without = replace(batch, dropout_keys=None)
+        without = batch
         if self.virtual:  # the untuned base cannot read virtual tokens
             plain = [[(prompt[self.virtual :], answer) for prompt, answer in part] for part in rows]
             without = collate(plain, bank.base.pad_id, bank.packs, device=bank.base.device)
