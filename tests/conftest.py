@@ -16,6 +16,8 @@ from unittest import mock
 import pytest
 import torch
 
+from tests.pairs import pair_rows
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
@@ -133,6 +135,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
     _write_base(folder / "base", [str(value) for table in rows.values() for row in table for value in row.values()])
     (folder / "config.toml").write_text(CONFIG)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pair_rows()))  # tests/pairs.py
     return folder
 
 
@@ -199,7 +202,7 @@ def small(method: str) -> list[str]:
     from fedamole.methods import METHODS
 
     sizes = {"rank": 2, "alpha": 4, "virtual_tokens": 4, "encoder_hidden_size": 32, "fusion_trials": 10}
-    sizes |= {"synthetic_rows": 4, "outer_steps": 2}
+    sizes |= {"synthetic_rows": 4, "outer_steps": 2, "condition_size": 16}
     sizes |= {"server_steps": 3, "examples_per_class": 2, "real_examples": 4, "new_rows": 1, "max_row_tokens": 8}
     known = {field.name for field in fields(METHODS[method])}
     return [

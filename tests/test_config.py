@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import tomllib
@@ -20,6 +21,7 @@ from fedamole.methods import METHODS
 from fedamole.model.bank import Bank
 from fedamole.model.base import BaseSettings
 from fedamole.runs.run_folder import RunFolder
+from tests.pairs import preference_overrides
 
 ROOT = Path(__file__).parents[1]
 DATA = '[[data.source]]\nname = "a"\npath = "a.jsonl"\n'
@@ -59,6 +61,8 @@ def write(path: Path, text: str) -> Path:
         ("[training]\nlr_decay = 0.0\n", "training.lr_decay = 0.0 above 0"),
         ("[training]\nmax_length = 3\n", "training.max_length = 3: must be at least 8 tokens"),
         ("[training]\nbatch_size = 0\n", "training.batch_size = 0: must be at least 1"),
+        ("[training]\nbeta = 0.0\n", "training.beta = 0.0: must be above 0 and at most 1000"),
+        ("[training]\nobjective = 'dpo'\n", "training.objective = 'dpo': must be one of 'answer', 'preference'"),
         ("[evaluation]\nbatch_tokens = 0\n", "evaluation.batch_tokens = 0: must be at least 1"),
         ("[method]\nrank = 0\n", "rank = 0: must be at least 1"),
         ("[method]\ndropout = 1.0\n", "dropout = 1.0: must be at least 0 and below 1"),
@@ -226,11 +230,16 @@ def files(folder: Path, kind: str) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.glob(kind))]
 
 
-def trains_differently(override: str, method: str = "local_only") -> Callable[[Runs], bool]:
+def trains_differently(
+    override: str, method: str = "local_only", others: tuple[str, ...] = ()
+) -> Callable[[Runs], bool]:
     """The private states of a one-round run differ."""
 
     def check(runs: Runs) -> bool:
-        states = [files(runs(method, "federation.rounds=1", *more), "clients/*/state/*") for more in ((), (override,))]
+        states = [
+            files(runs(method, "federation.rounds=1", *others, *more), "clients/*/state/*")
+            for more in ((), (override,))
+        ]
         return len(states[0]) > 0 and states[0] != states[1]
 
     return check
@@ -420,6 +429,16 @@ def scores_pre_aggregation(runs: Runs) -> bool:
     )
 
 
+def trains_on_preferences(runs: Runs) -> bool:
+    """Pairs are refused by the default objective; with the other one the untuned base has the loss ln 2."""
+    overrides = preference_overrides(runs)
+    with pytest.raises(ConfigError, match="are preference pairs"):
+        prepare(runs.load("local_only", *overrides, "training.objective=answer"))
+    lines = list(map(json.loads, (runs("local_only", *overrides) / "metrics.jsonl").open()))
+    bases = [line["loss"] for line in lines if line.get("method") == "base"]
+    return bases == pytest.approx([math.log(2)] * len(bases)) and bool(bases)
+
+
 EFFECTS: dict[str, Callable[[Runs], bool]] = {
     "run.name": folder_is_named,
     "run.folder": folder_is_chosen,
@@ -449,6 +468,11 @@ EFFECTS: dict[str, Callable[[Runs], bool]] = {
     "training.lr_decay": decay_acts_from_round_1,
     "training.clip_norm": trains_differently("training.clip_norm=0.001"),
     "training.max_length": long_prompts_are_cut,
+    "training.objective": trains_on_preferences,
+    "training.beta": lambda runs: (
+        trains_differently("training.beta=1.0", others=preference_overrides(runs))(runs)
+        and not trains_differently("training.beta=1.0")(runs)
+    ),
     "evaluation.select": selects_by_score,
     "evaluation.best_round": lambda runs: (
         set(scores(runs("fedit", "evaluation.best_round=client"))["fedit"]["best_round"])

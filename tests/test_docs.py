@@ -158,7 +158,7 @@ def test_quick_blocks_run_as_they_stand(tmp_path: Path) -> None:
         for kind, body in re.findall(r"(<!-- quick -->\n```bash|```toml)\n(.*?)```", page.read_text(), re.DOTALL):
             if kind == "```toml":
                 name = re.match(r"# (\w+\.toml)\n", body)
-                if name is not None and page.name == "start.md":
+                if name is not None and page.name in ("preferences.md", "start.md"):
                     (tmp_path / name[1]).write_text(body)
                 continue
             done = subprocess.run(["bash", "-e"], input=body, cwd=tmp_path, env=env, text=True, capture_output=True)

@@ -19,6 +19,7 @@ from fedamole.federation.client_data import ClientData, client_data
 from fedamole.federation.engine import Engine
 from fedamole.federation.loop import Loop, MetricsSink
 from fedamole.federation.method import BaseInfo, ClientInfo, Evaluates, Server
+from fedamole.federation.objective import check_objective
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.robust import Robust
 from fedamole.federation.server_work import ServerWork
@@ -112,6 +113,7 @@ def prepare(config: Config, manifest: Manifest | None = None) -> Prepared:
         )
     federation = load_federation(config.data, Path.cwd(), manifest)
     config.method.check(len(federation.shards))
+    check_objective(config.training, federation.shards)
     base = load_base(config.base, torch.device(config.run.device), Path.cwd())
     check_length(config, base)
     max_length = config.training.max_length

@@ -293,7 +293,8 @@ class DryRound:
 def _group_bytes(config: Config, base: Base, group: int, adapter_parameters: int) -> int:
     spec = config.method.spec()
     virtual = spec.virtual_tokens if isinstance(spec, PromptSpec) else 0
-    one = config.training.batch_size * (config.training.max_length + virtual)
+    answers = config.training.batch_size * config.training.answers_per_example
+    one = answers * (config.training.max_length + virtual)
     group *= config.method.trains_together
     tokens = group * one
     if base.device.type == "cpu":
@@ -310,6 +311,5 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _client_row(data: ClientData) -> dict[str, Any]:
-    task = "classification" if data.train.examples[0].options else "generation"
     sizes = {name: len(getattr(data, name).rows) for name in ("train", "embedding", "validation", "test")}
-    return {"client": data.info.name, "task": task, **sizes}
+    return {"client": data.info.name, "task": data.train.examples[0].task, **sizes}

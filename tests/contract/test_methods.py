@@ -143,7 +143,7 @@ def made(name: str, **parameters: Any) -> Some:
     parameters = chosen | parameters
     fields = {field.name for field in dataclasses.fields(METHODS[name])}
     small = {"rank": 2, "alpha": 4.0, "virtual_tokens": 4, "encoder_hidden_size": 32, "fusion_trials": 10}
-    small |= {"review_every": 1, "coverage": 0.7}
+    small |= {"review_every": 1, "coverage": 0.7, "condition_size": 16}
     small |= {"synthetic_rows": 4, "outer_steps": 2}
     small |= {"server_steps": 2, "examples_per_class": 2, "real_examples": 4, "new_rows": 4}
     small["min_similarity"] = -1.0  # every client is similar to every other
@@ -606,6 +606,9 @@ CHANGED: dict[str, Any] = {
     "inner_steps": 1,
     "outer_steps": 3,
     "step_rate": 0.5,
+    "context_pairs": 1,
+    "condition_size": 8,
+    "heads": 2,
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 

@@ -266,5 +266,6 @@ def test_which_methods_accept_newcomers() -> None:
         "fedaf",
         "data_engine",
         "fedptr",
+        "steerable",
     }
     assert METHODS["fedit_ft"].accepts_newcomers

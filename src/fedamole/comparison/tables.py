@@ -86,9 +86,9 @@ def _methods(scenario: Scenario, size_reference: str, chosen: str, target: str) 
     body = tuple((scenario.label(method), *(column[method] for column in columns)) for method in scenario.methods)
     caption = (
         f"Test split at the best validation round; mean ± standard deviation over seeds {_list(scenario.seeds)}. "
-        "Score: accuracy or ROUGE-L, 0 to 100, mean over clients; spread: standard deviation over clients; loss: nats "
-        "per answer token. Steps and MiB are per client and round, seconds and peak memory for the whole run; all are "
-        f"means. Best rounds count from 0. {STAR}"
+        "Score: accuracy, ROUGE-L or preference, 0 to 100, mean over clients; spread: standard deviation over clients; "
+        "loss: nats per answer token, or of DPO per pair. Steps and MiB are per client and round, seconds and peak "
+        f"memory for the whole run; all are means. Best rounds count from 0. {STAR}"
     )
     keys = {measure.key for measure in shown}
     for key, explanation in EXPLANATIONS.items():

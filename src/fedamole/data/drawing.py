@@ -36,6 +36,8 @@ class SourceData:
     @property
     def task(self) -> Task:
         """Task of all examples of the source."""
+        if self.template.rejected is not None:
+            return "preference"
         return "classification" if self.options else "generation"
 
     def table(self, name: Literal["train", "test"]) -> Table:
@@ -70,7 +72,8 @@ class Candidates:
     values: list[str] | None
     """Value of the partition's column `by` for each of `rows`; None if the partition has no such column."""
     identity: Mapping[int, tuple[str, str]]
-    """(conversation, answer) by row number. Rows with equal entries are duplicates."""
+    """(conversation, answer) by row number. Rows with equal entries are duplicates, also if they are pairs with
+    different rejected answers."""
     test_rows: tuple[int, ...] | None
     """Row numbers of the official test set; None without one."""
     test_values: list[str] | None

@@ -7,7 +7,7 @@ from fedamole.data.layouts import Turn
 from fedamole.errors import DataError
 from fedamole.runs.run_files import SPLITS
 
-Task = Literal["classification", "generation"]
+Task = Literal["classification", "generation", "preference"]
 Span = tuple[int, int]
 """Start and end of a substring, in characters."""
 
@@ -27,6 +27,8 @@ class Literals:
     """Spans of `Example.answer`, ascending."""
     options: bool = False
     """Whether the template lists the options, in place of a column of the data."""
+    rejected: tuple[Span, ...] = ()
+    """Spans of `Example.rejected`, ascending."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Example:
     tokenizer renders both. None: the prompt is used as it is."""
     category: str | None = field(default=None, compare=False)
     """Text of the template's `category`; None if it has none. Not compared."""
+    rejected: str | None = None
+    """The answer that is not preferred, in a preference pair whose preferred answer is `answer`; None: no pair."""
 
     @property
     def prompt(self) -> str:
@@ -66,13 +70,15 @@ class Example:
 
     @property
     def task(self) -> Task:
-        """`classification` if there are options to choose from, else `generation`."""
+        """`preference` for a pair of answers, `classification` if there are options, else `generation`."""
+        if self.rejected is not None:
+            return "preference"
         return "classification" if self.options else "generation"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One client's private data; DataError if a split is empty, or if only some examples have options."""
+    """One client's private data; DataError if a split is empty, or if the examples are of different tasks."""
 
     client: str
     train: tuple[Example, ...]

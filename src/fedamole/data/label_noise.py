@@ -20,7 +20,8 @@ def with_label_noise(splits: Splits, share: float, seed: int, client: str) -> Sp
     """Return a client's examples, with a wrong answer for a share of those in the training and the embedding split.
 
     In each of the two splits, `share` times its size, rounded, examples are drawn. Their answer becomes another option,
-    or in free text another answer of the two splits; each is equally likely. The result depends only on the seed, the
+    or in free text another answer of the two splits; each is equally likely. In a preference pair the two answers are
+    exchanged. The result depends only on the seed, the
     client's name and its examples. Raises DataError if there is no other answer.
     """
     if share == 0:
@@ -38,6 +39,9 @@ def with_label_noise(splits: Splits, share: float, seed: int, client: str) -> Sp
 
 def _wrong(example: Example, answers: Mapping[str, tuple[Span, ...]], client: str, rng: np.random.Generator) -> Example:
     """Return an example with another answer: one of its options, or of `answers`, which have their template text."""
+    if example.rejected is not None:
+        literals = replace(example.literals, answer=example.literals.rejected, rejected=example.literals.answer)
+        return replace(example, answer=example.rejected, rejected=example.answer, literals=literals)
     others = [answer for answer in example.options or answers if answer != example.answer]
     if not others:
         raise DataError(

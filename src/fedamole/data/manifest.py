@@ -284,7 +284,14 @@ def _record(client: ClientRows, source: str, examples: Mapping[str, Sequence[Exa
 
 
 def _digest(examples: Sequence[Example]) -> str:
-    return digest([[example.conversation, example.answer, list(example.options)] for example in examples])
+    return digest(
+        [
+            # Only pairs have a fourth entry, so that other manifests keep their hashes.
+            [example.conversation, example.answer, list(example.options), *pair]
+            for example in examples
+            for pair in [() if example.rejected is None else (example.rejected,)]
+        ]
+    )
 
 
 def _check_sources(settings: DataSettings, manifest: Manifest) -> None:

@@ -154,11 +154,12 @@ class DataSettings:
     embedding_cap: int = 200
     """Maximum number of examples in a client's embedding split, at least 1. Further rows stay in the training split."""
     test_cap_classification: int = 200
-    """Maximum number of test examples per client for classification (answers from options), at least 1."""
+    """Maximum number of test examples per client for classification (answers from options) and preference pairs, at
+    least 1."""
     test_cap_generation: int = 50
     """Maximum number of test examples per client for generation (free text), at least 1."""
     validation_cap_classification: int = 200
-    """Maximum number of validation examples per client for classification, at least 1."""
+    """Maximum number of validation examples per client for classification and preference pairs, at least 1."""
     validation_cap_generation: int = 200
     """Maximum number of validation examples per client for generation, at least 1."""
     templates: dict[str, TemplateSettings] = field(default_factory=dict)

@@ -117,7 +117,8 @@ def _capped(rows: list[int], split: str, client: str, task: Task, settings: Data
 
     Each split has its own random generator, so that the validation cap does not affect the test rows.
     """
-    cap: int = getattr(settings, f"{split}_cap_{task}")
+    # Pairs of answers are scored by their likelihood, as options are; only generated answers take long.
+    cap: int = getattr(settings, f"{split}_cap_{'generation' if task == 'generation' else 'classification'}")
     if len(rows) > cap:
         rng = generator(settings.partition_seed, f"{split} cap", client)
         rows = rng.choice(rows, size=cap, replace=False).tolist()

@@ -24,6 +24,9 @@ class TemplateSettings:
     is not needed."""
     answer: str
     """Text of the answer, usually one column: `"{response}"`. It must contain at least one column."""
+    rejected: str | None = None
+    """Text of the answer that is not preferred, in preference data: `"{rejected}"`. The text of the preferred one is
+    `answer`. It must contain a column. Not allowed with `options`, `options_from` and `labels`."""
     context: str | None = None
     """Column of the prompt that may be truncated if the prompt is too long. `prompt` must contain it exactly once."""
     prompt_without_context: str | None = None
@@ -50,10 +53,12 @@ class TemplateSettings:
 
     def __post_init__(self) -> None:
         prompt_columns = columns_of(self.prompt, "prompt")
-        if not columns_of(self.answer, "answer"):
-            _refuse("answer", self.answer, 'it names no column; write one as "{response}"')
-        if self.category is not None and not columns_of(self.category, "category"):
-            _refuse("category", self.category, 'it names no column; write one as "{topic}"')
+        for key, example in {"answer": "{response}", "category": "{topic}", "rejected": "{rejected}"}.items():
+            text = getattr(self, key)
+            if text is not None and not columns_of(text, key):
+                _refuse(key, text, f'it names no column; write one as "{example}"')
+        if self.rejected is not None and (self.options or self.options_from is not None or self.labels):
+            _refuse("rejected", self.rejected, "answers in pairs have no options; set either rejected or options")
         if self.context is not None and prompt_columns.count(self.context) != 1:
             _refuse(
                 "context",
@@ -156,7 +161,8 @@ BUILT_IN: dict[str, TemplateSettings] = {
         options=("yes", "no", "maybe"),
     ),
     "plain": TemplateSettings(prompt="{prompt}", answer="{completion}"),
-    # The same for files that also have a prompt or completion column: `messages` is used instead.
+    "preference": TemplateSettings(prompt="{prompt}", answer="{chosen}", rejected="{rejected}"),
+    # The template "plain" for files that also have a prompt or completion column: `messages` is used instead.
     "messages": TemplateSettings(prompt="{prompt}", answer="{completion}"),
     "classification": TemplateSettings(
         prompt="Text: {text}\nWhich class does the text belong to?\nClass:\n",
@@ -213,6 +219,7 @@ def check_columns(template: TemplateSettings, columns: Iterable[str], where: str
         "prompt_without_context": template.prompt_without_context or "",
         "answer": template.answer,
         "category": template.category or "",
+        "rejected": template.rejected or "",
     }
     needed = [column for key, text in texts.items() for column in columns_of(text, key)]
     for column in (*needed, *([template.options_from] if template.options_from is not None else [])):
@@ -239,6 +246,8 @@ def _by_columns(have: set[str], where: str) -> str:
         return "alpaca"
     if {"prompt", "completion"} <= have:
         return "plain"
+    if {"prompt", "chosen", "rejected"} <= have:
+        return "preference"
     if "text" in have and {"label", "label_text"} & have:
         return "classification"
     if "messages" in have:  # `arrange` did not use it, so the file has one of the two columns
@@ -257,7 +266,8 @@ def _by_columns(have: set[str], where: str) -> str:
 def render(template: TemplateSettings, options: Sequence[str], row: Mapping[str, Any], where: str) -> Example | None:
     """Return the example of one row, or None if the row has no answer; `where` names file and row in errors.
 
-    Raises DataError if a column of the prompt other than the context is empty, or if the answer is not an option.
+    Raises DataError if a column of the prompt other than the context is empty, if the answer is not an option, or if a
+    pair of answers lacks the rejected one or has two equal ones.
     """
     answer, answer_literals = _fill(pieces_of(template.answer, "answer"), row, where, missing="")
     if not answer.strip():
@@ -278,17 +288,29 @@ def render(template: TemplateSettings, options: Sequence[str], row: Mapping[str,
         raise DataError(
             f"{where}: the label {shortened(answer)} is outside the template's options {list(options)}; correct the row"
         )
+    rejected = None if template.rejected is None else _rejected(template.rejected, answer, row, where)
     turns, row = _turns(template, row, where) if template.chat else (None, row)
     before, context, after = _prompt(template, row, where)
     # Options and labels of the template are its own text, even though the row selects one of them.
     own_options = bool(options) and template.options_from is None
     if options:
         answer_literals = ((0, len(answer)),) if own_options else ()
-    literals = Literals(before.literals, after.literals, answer_literals, own_options)
+    other, other_literals = rejected or (None, ())
+    literals = Literals(before.literals, after.literals, answer_literals, own_options, other_literals)
     category = None
     if template.category is not None:
         category = _fill(pieces_of(template.category, "category"), row, where, missing="").text.strip()
-    return Example(before.text, context, after.text, answer, tuple(options), literals, turns, category)
+    return Example(before.text, context, after.text, answer, tuple(options), literals, turns, category, other)
+
+
+def _rejected(text: str, answer: str, row: Mapping[str, Any], where: str) -> "_Filled":
+    """Return the rejected answer of a pair; DataError if it is empty or equals the preferred answer."""
+    rejected = _fill(pieces_of(text, "rejected"), row, where, missing="")
+    if not rejected.text.strip():
+        raise DataError(f"{where}: the pair has no rejected answer; fill in its column or remove the row")
+    if rejected.text.strip() == answer.strip():
+        raise DataError(f"{where}: both answers of the pair are {shortened(answer)}; correct or remove the row")
+    return rejected
 
 
 def _turns(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from fedamole.data.chat import Frame, chat_template
 from fedamole.data.examples import Example, Span
+from fedamole.data.layouts import shortened
 from fedamole.data.text_encoder import Ids, TextEncoder, text_encoder
 from fedamole.errors import BaseModelError, DataError
 
@@ -36,6 +37,8 @@ class TokenRow:
     loss."""
     options: tuple[Ids, ...]
     """In the order of the example's options; each ends as the answer does."""
+    rejected: Ids = ()
+    """The answer that is not preferred, which ends as the answer does; empty without one."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def tokenise(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", 
 
     Raises BaseModelError if the tokenizer has no end-of-sequence token or no character offsets, which truncation needs,
     or if an example needs a chat template that is missing or fails. Raises DataError if two options have the same
-    tokens or a text is not valid Unicode.
+    tokens, if the two answers of a pair have, or if a text is not valid Unicode.
     """
     if tokenizer.eos_token_id is None:
         raise BaseModelError(
@@ -85,13 +88,17 @@ def tokenise(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", 
         frame = read[index][1]
         lead = encoder.leading_specials if frame is None else ()
         answer, answer_special, answer_changed = answers.read(example.answer, example.literals.answer, frame)
+        rejected: Ids = ()
+        if example.rejected is not None:
+            rejected, *marks = answers.rejected(example, frame, answer)
+            answer_special, answer_changed = answer_special or marks[0], answer_changed or marks[1]
         special += answer_special or encoder.holds_special_text(prompts[index])
         if frame is None:
             changed += answer_changed or not _same_text(decoded[index], example.prompt)
         else:
             changed += answer_changed or not _same_words(decoded[index], encoder.unmarked(frame.prompt))
         options = answers.options(example, frame)
-        longest = max(len(ids) for ids in (answer, *options))
+        longest = max(len(ids) for ids in (answer, rejected, *options))
         room = max_length - longest - len(lead)
         if room < (0 if lead else 1):
             continue
@@ -99,7 +106,7 @@ def tokenise(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", 
         if len(body) > room:
             body = _shortened(example, body, encoder, tokenizer, room)
             cut += 1
-        rows.append(TokenRow((*lead, *body), answer, options))
+        rows.append(TokenRow((*lead, *body), answer, options, rejected))
         indices.append(index)
     return Tokenised(tuple(rows), cut, len(examples) - len(rows), tuple(indices), special, changed)
 
@@ -162,6 +169,17 @@ class _Answers:
             ended = (frame is not None and frame.after) or ids[-1:] == (self._end,)
             self._encoded[key] = ids if ended else (*ids, self._end), special, changed
         return self._encoded[key]
+
+    def rejected(self, example: Example, frame: Frame | None, answer: Ids) -> tuple[Ids, bool, bool]:
+        """Return the same for the rejected answer of a pair; DataError if its ids are those of the preferred answer."""
+        assert example.rejected is not None
+        read = self.read(example.rejected, example.literals.rejected, frame)
+        if read[0] == answer:
+            raise DataError(
+                f"the two answers of a pair, {shortened(example.answer)} and {shortened(example.rejected)}, become the "
+                "same tokens, so the model cannot distinguish them; remove the row or use another base"
+            )
+        return read
 
     def options(self, example: Example, frame: Frame | None) -> tuple[Ids, ...]:
         """Return the ids of an example's options; DataError if two options have the same ids."""

@@ -35,6 +35,7 @@ from fedamole.errors import BaseModelError, ConfigError, DataError, RunError
 from fedamole.experiment import check_length, resolved, worker_of
 from fedamole.federation.client_data import ClientData, client_data
 from fedamole.federation.evaluator import Scores
+from fedamole.federation.objective import check_objective
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import PayloadError, bytes_as_tensor, pack, tensor_as_bytes
 from fedamole.federation.summary import summarise
@@ -214,6 +215,7 @@ class ClientHandler:
         self._show_checks(config, settings, checks)
         enforce(checks)
         federation = load_federation(config.data, Path.cwd())
+        check_objective(config.training, federation.shards)
         checks_of_rows = self._shard_row_checks(config, federation.shards[0])
         self._show_checks(config, settings, checks_of_rows)
         enforce(checks_of_rows)

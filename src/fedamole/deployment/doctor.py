@@ -379,7 +379,8 @@ def _rows_fit(table: "Table", template: "TemplateSettings") -> list[Finding]:
     if broken:
         first = table.row_name(broken[0])
         text = f"{len(broken)} of {len(table.rows)} rows do not match the template, the first is {first}"
-        return [Finding("data", "problem", text, "correct or remove them: a column is empty, or a label is unknown")]
+        remedy = "correct or remove them: a column is empty, a label unknown, or the answers of a pair are equal"
+        return [Finding("data", "problem", text, remedy)]
     if usable == 0:
         return [Finding("data", "problem", f"{table.where}: no row has an answer", "fill in the answer column")]
     return [Finding("data", "ok", f"{usable} of {len(table.rows)} rows have an answer")]

@@ -68,7 +68,9 @@ SCORED: dict[str, tuple[type, float]] = {
     "loss": (float, MAX_LOSS),
     "probed": (int, MAX_COUNT),
     "forward_tokens": (int, MAX_TOKENS),
-    **dict.fromkeys(("score", "accuracy", *get_args(GenerationScore)), (float, 100.0)),
+    **dict.fromkeys(
+        ("score", "accuracy", "preference", "ranking_accuracy", *get_args(GenerationScore)), (float, 100.0)
+    ),
 }
 """Numbers that scores may hold, in the same form."""
 JOIN_FIELDS = {"examples", "base", "device", "labels"}

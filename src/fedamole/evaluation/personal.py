@@ -66,9 +66,15 @@ class Example(Protocol):
     def options(self) -> tuple[str, ...]:
         """The answers to choose from; empty for free text."""
 
+    @property
+    def rejected(self) -> str | None:
+        """The answer that is not preferred, of a preference pair."""
+
 
 def score_name(example: Example, settings: EvaluationSettings) -> str:
     """Name of the headline score for examples of this kind."""
+    if example.rejected is not None:
+        return "preference"
     return "accuracy" if example.options else settings.generation_score
 
 
@@ -115,7 +121,12 @@ def scores_of(
 def majority_scores(
     train: Sequence[Example], test: Sequence[Example], settings: EvaluationSettings
 ) -> dict[str, float]:
-    """Scores of always giving the most frequent training answer (the first in alphabetical order among equals)."""
+    """Scores of always giving the most frequent training answer (the first in alphabetical order among equals).
+
+    Of preference pairs a constant answer prefers neither answer, which scores 50.
+    """
+    if test[0].rejected is not None:
+        return {"preference": 50.0, "score": 50.0}
     counts = Counter(example.answer for example in train)
     constant = min(counts, key=lambda answer: (-counts[answer], answer))
     references, answers = [example.answer for example in test], [constant] * len(test)

@@ -7,6 +7,7 @@ from typing import Any
 from fedamole.data.examples import Example, Shard
 from fedamole.data.tokens import Tokenised, TokenRow, tokenise, warn_of_text
 from fedamole.errors import DataError
+from fedamole.evaluation.preferences import AnswerPair
 from fedamole.federation.method import ClientInfo
 from fedamole.model.batch import TokenPair
 from fedamole.runs.run_files import SPLITS
@@ -24,6 +25,10 @@ class Split:
     def pairs(self) -> list[TokenPair]:
         """Return the (prompt ids, answer ids) of all rows."""
         return [(row.prompt, row.answer) for row in self.rows]
+
+    def answer_pairs(self) -> list[AnswerPair]:
+        """Return (prompt ids, (ids of the chosen answer, ids of the rejected answer)) of all rows."""
+        return [(row.prompt, (row.answer, row.rejected)) for row in self.rows]
 
 
 @dataclass(frozen=True)

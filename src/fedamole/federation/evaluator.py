@@ -1,6 +1,6 @@
 """Scores and saves the models of clients: personal models, the untuned base, and a constant answer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedamole.evaluation.likelihood import mean_losses
@@ -18,6 +18,10 @@ from fedamole.model.pretrained import load_adapter, save_adapter
 from fedamole.runs.run_folder import RunFolder
 
 Scores = dict[str, float]
+ScoreModels = Callable[
+    [Bank, EvaluationSettings, Sequence[ClientData], Sequence[Adapter | None], str, bool], dict[str, Scores]
+]
+"""`score_models`, or a function with the same arguments and another loss."""
 
 
 def score_models(
@@ -58,8 +62,10 @@ class Evaluator:
         folder: RunFolder,
         states: ClientStates,
         factory: ClientFactory,
+        score_models: ScoreModels = score_models,
     ) -> None:
         """Score the `variants` of a run, given with the moment of a round in which each of them is scored."""
+        self.score_models = score_models
         self.bank, self.method, self.variants, self.evaluation = bank, method, variants, evaluation
         self.folder, self.states, self.factory = folder, states, factory
 
@@ -78,7 +84,7 @@ class Evaluator:
             if self.variants[variant] == "post_aggregation":
                 self.states.save_candidate(name, variant, adapters[-1])
         with_scores = self.evaluation.select == "score"
-        scores = score_models(self.bank, self.evaluation, group, adapters, "validation", with_scores)
+        scores = self.score_models(self.bank, self.evaluation, group, adapters, "validation", with_scores)
         for name, counts in probe_counts.items():
             if counts.examples:
                 scores[name] |= {"probed": counts.examples, "forward_tokens": counts.tokens}
@@ -103,18 +109,18 @@ class Evaluator:
         for adapter, folder in zip(adapters, folders, strict=True):
             if adapter is not None:
                 check_fits(adapter, base, folder)
-        return score_models(self.bank, self.evaluation, group, adapters, "test", True)
+        return self.score_models(self.bank, self.evaluation, group, adapters, "test", True)
 
     def test_last(self, group: Sequence[ClientData], variant: str) -> dict[str, Scores]:
         """Score the models after the last round on test."""
-        return score_models(
+        return self.score_models(
             self.bank, self.evaluation, group, [self._last_model(data, variant) for data in group], "test", True
         )
 
     def score_base(self, group: Sequence[ClientData], split: str) -> dict[str, Scores]:
         """Score the untuned base: the loss on validation, everything on test."""
         with_scores = split == "test" or self.evaluation.select == "score"
-        return score_models(self.bank, self.evaluation, group, [None] * len(group), split, with_scores)
+        return self.score_models(self.bank, self.evaluation, group, [None] * len(group), split, with_scores)
 
     def majority(self, data: ClientData) -> Scores:
         """Score the most frequent training answer, given to every test prompt."""

@@ -76,20 +76,23 @@ def fit(
     round_: int,
     fit_index: int = 0,
     on_step: OnStep | None = None,
+    group_class: "type[TrainingGroup] | None" = None,
 ) -> list[TrainingResult | DivergedError]:
     """Train a group of clients and return one result per task, in the order of the tasks.
 
     The requests must be of one kind. A client's loss is the mean over its batch's answer tokens, mixed with the
     divergence from its teacher or partner if it has one, plus balance_weight times the sum of the modules' balance
     losses, plus the penalty of its request. The optimiser is Adam with a new state. `fit_index` tells the trainings of
-    a round apart.
+    a round apart. `group_class` is a subclass of `TrainingGroup` with another loss.
 
     Batch order and dropout depend on (seed, client, round, fit_index) alone, so that the composition of a group changes
     results only by the rounding of floating-point sums. A client that has taken all its steps leaves the group. One
     that diverges yields a DivergedError and does not affect the others.
     """
     order = sorted(range(len(tasks)), key=lambda i: -tasks[i].steps(settings))
-    group = TrainingGroup(bank, [tasks[i] for i in order], settings, seed, round_, fit_index)
+    group = (tasks[0].fit.group_classes.get(group_class) or group_class or TrainingGroup)(
+        bank, [tasks[i] for i in order], settings, seed, round_, fit_index
+    )
     bank.base.training(True)
     try:
         for step in range(group.steps[0]):
@@ -110,6 +113,9 @@ class TrainingGroup:
     A client has one place in the bank, or two places in a row if its adapter is trained with a partner. Below, a task
     belongs to one place, and only `step` cuts the group, between clients.
     """
+
+    losses_of_pairs: Callable[[Tensor, Batch], Tensor] | None = None
+    """Computes the losses (C) from logits and batch, if they are not those of answers (`preferences.py`)."""
 
     def __init__(
         self, bank: Bank, tasks: Sequence[LocalTask], settings: TrainingSettings, seed: int, round_: int, fit_index: int
@@ -168,7 +174,11 @@ class TrainingGroup:
                 weights = None if self.expert_weights is None else self.expert_weights[first + batch.segments.owner]
                 context = ForwardContext(balance_losses=balance_losses if weight else None, expert_weights=weights)
                 with bank.forward(batch, context) as logits:
-                    losses = segment_sum(token_losses(logits, batch.labels), batch.answers) / batch.answers.counts
+                    losses = (
+                        segment_sum(token_losses(logits, batch.labels), batch.answers) / batch.answers.counts
+                        if self.losses_of_pairs is None
+                        else self.losses_of_pairs(logits, batch)
+                    )
                     balance = weight * torch.stack(balance_losses).sum(0) if balance_losses else 0.0
                     self.loss_sums[first:last] += losses.detach().double()
                     if self.followed is not None:

@@ -17,6 +17,7 @@ from fedamole.model.batch import Ids, TokenPair, batches
 from fedamole.model.forward_context import ForwardContext
 from fedamole.model.moments import collect_moments, module_runs
 from fedamole.model.params import Adapter, expert_ids, indices_by_kind
+from fedamole.model.steering import example_states
 
 T = TypeVar("T")
 
@@ -64,6 +65,12 @@ class Probe(Protocol):
         """Return the logits (n, tokens) of some tokens at the ends of n given prompts, in the order of their lengths.
 
         float32 on the CPU.
+        """
+
+    def example_states(self, max_examples: int) -> Tensor:
+        """Return the hidden states (S, 2, d) of S examples under the untuned base, float32 on the CPU.
+        They are those after the chosen and the rejected answer of a preference pair; of other examples those after the
+        answer, and zeros.
         """
 
 
@@ -179,6 +186,15 @@ class ClientProbe(Probe):
                     logits.append(values[:, list(tokens)].float().cpu())
         return torch.cat(logits)
 
+    @override
+    def example_states(self, max_examples: int) -> Tensor:
+        drawn = draw_examples(self.rows, max_examples, self.seed, "states", self.client)
+        answers = [(row.answer, row.rejected) if row.rejected else row.answer for row in drawn]
+        states, tokens = example_states(self.bank, list(zip([row.prompt for row in drawn], answers, strict=True)))
+        self.counts.examples += len(drawn)
+        self.counts.tokens += tokens
+        return states.cpu()
+
     def _draw(self, max_examples: int, purpose: str) -> list[TokenPair]:
         rows = draw_examples(self.rows, max_examples, self.seed, purpose, self.client)
         return [(row.prompt, row.answer) for row in rows]
@@ -223,3 +239,7 @@ class DryProbe(Probe):
     @override
     def prompt_logits(self, adapter: Adapter, prompts: Sequence[Ids], tokens: Sequence[int]) -> Tensor:
         return torch.zeros(len(prompts), len(tokens))
+
+    @override
+    def example_states(self, max_examples: int) -> Tensor:
+        return torch.zeros(max_examples, 2, self.width)

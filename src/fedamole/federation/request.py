@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, ClassVar, Self
 
 from fedamole.federation.distillation import Distillation
 from fedamole.federation.penalties import Penalty
@@ -57,6 +57,9 @@ class TrainingRequest(WithPartner):
     """Rows that are read beside the client's own training examples, in one random order with them."""
     own_rows: bool = True
     """Whether the client's own training examples are read; False only with extra rows."""
+
+    group_classes: ClassVar[Mapping[Any, Any]] = {}
+    """Subclasses of `TrainingGroup` that train such requests, by the class that trains others (None: the default)."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a teacher, a partner or extra rows that this training cannot have."""
@@ -125,7 +128,8 @@ class TrainingResult(WithPartner):
     adapter: Adapter
     steps: int
     loss: float
-    """Mean training loss per answer token over the steps, in nats, without balance loss, penalty and divergence."""
+    """Mean training loss over the steps, in nats per answer token, or of DPO per pair; without balance loss, penalty
+    and divergence."""
     embeddings: Mapping[str, MeanEmbeddings] = field(default_factory=dict)
     """Mean router embeddings over the embedding split by module, for methods with `needs_embeddings`."""
     tokens: int = 0
@@ -135,9 +139,9 @@ class TrainingResult(WithPartner):
     synthetic: SyntheticExamples | None = None
     """Synthetic examples that a method has made beside this training and sends."""
     teacher_examples: int = 0
-    """Examples that the teacher read."""
+    """Examples that the teacher read, or the reference model of DPO."""
     teacher_tokens: int = 0
-    """Tokens, without padding, of the teacher's forward passes."""
+    """Tokens, without padding, of the forward passes of teacher or reference model."""
 
 
 def _prefix(adapter: Adapter) -> tuple[int, ...]:

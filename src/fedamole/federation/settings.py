@@ -11,6 +11,7 @@ MAX_SECONDS = 1e8
 """Largest time setting, about three years; larger ones overflow some timers of the operating system."""
 
 Budget = Literal["steps", "paper"]
+Objective = Literal["answer", "preference"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class TrainingSettings:
     """Maximum norm of the gradient of a step; 0: no clipping."""
     max_length: int = 512
     """Maximum number of tokens of prompt and answer together; longer prompts lose the end of their context."""
+    objective: Objective = "answer"
+    """What local training minimises. answer: the mean loss of the answer's tokens. preference: the DPO loss of pairs of
+    a preferred and a rejected answer, which every client's rows must then be (`rejected` of a template)."""
+    beta: float = 0.1
+    """DPO's factor on the log-probabilities relative to the untuned base, above 0; ignored unless `objective` is
+    "preference". The larger it is, the closer the model stays to the base."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for settings that cannot train."""
@@ -52,6 +59,13 @@ class TrainingSettings:
                 f"training.learning_rate = {self.learning_rate} must be above 0 "
                 f"and training.lr_decay = {self.lr_decay} above 0 and at most 1"
             )
+        if not 0 < self.beta <= 1000:
+            raise ConfigError(f"training.beta = {self.beta}: must be above 0 and at most 1000")
+
+    @property
+    def answers_per_example(self) -> int:
+        """Sequences of prompt and answer that a training example consists of: two for a preference pair."""
+        return 2 if self.objective == "preference" else 1
 
     def rate(self, round_: int) -> float:
         """Return the learning rate of a round."""

@@ -11,9 +11,10 @@ from fedamole.federation.client_data import ClientData
 from fedamole.federation.client_factory import ClientFactory
 from fedamole.federation.client_state import ClientState, ClientStates
 from fedamole.federation.evaluator import Evaluator
-from fedamole.federation.local import DivergedError, LocalTask, OnStep, embed, fit
+from fedamole.federation.local import DivergedError, LocalTask, OnStep, embed
 from fedamole.federation.lock_step import ClientWork, Outcome
-from fedamole.federation.method import Evaluates, Method, Request, TrainingRequest, TrainingResult
+from fedamole.federation.method import Evaluates, Method, Request, TrainingResult
+from fedamole.federation.objective import objective_of
 from fedamole.federation.probe import ProbeCounts
 from fedamole.federation.randomness import exchange_seed
 from fedamole.federation.record import non_finite, pack, unpack
@@ -27,8 +28,8 @@ from fedamole.runs.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
-RUN: dict[type[Request], Callable[..., Sequence[Outcome]]] = {TrainingRequest: fit, SynthesisRequest: synthesise}
-"""What carries out each kind of request for a group of clients."""
+RUN: dict[type[Request], Callable[..., Sequence[Outcome]]] = {SynthesisRequest: synthesise}
+"""What carries out requests of a group of clients that are no training; the objective of the run does trainings."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class Worker:
         self.folder, self.seed, self.batch_tokens = folder, seed, evaluation.batch_tokens
         self.states = ClientStates(folder, method, bank.base)
         self.factory = ClientFactory(bank, evaluation.batch_tokens, seed)
-        self.evaluator = Evaluator(bank, method, variants, evaluation, folder, self.states, self.factory)
+        self.objective = objective_of(training)
+        score_models = self.objective.score_models
+        self.evaluator = Evaluator(bank, method, variants, evaluation, folder, self.states, self.factory, score_models)
 
     def update(
         self,
@@ -108,13 +111,13 @@ class Worker:
         """Train what the clients wait for; requests of one kind together."""
         seed, rate, outcomes = exchange_seed(self.seed, exchange), self.training.rate(round_), dict[int, Outcome]()
         tasks = [
-            LocalTask(work.client.name, work.request, work.data.train.pairs(), rate, work.step_fraction)
+            LocalTask(work.client.name, work.request, self.objective.rows(work.data.train), rate, work.step_fraction)
             for work in works
             if work.request is not None
         ]
         for indices in indices_by_kind({i: task.fit for i, task in enumerate(tasks)}):
             group = [tasks[i] for i in indices]
-            results = RUN[type(group[0].fit)](
+            results = RUN.get(type(group[0].fit), self.objective.fit)(
                 self.bank, group, self.training, seed=seed, round_=round_, fit_index=fit_index, on_step=on_step
             )
             if self.method.needs_embeddings:

@@ -39,6 +39,7 @@ from fedamole.methods.local_only import LocalOnly
 from fedamole.methods.model_glue import ModelGlue
 from fedamole.methods.pre_aggregation import pre_aggregation
 from fedamole.methods.regmean import RegMean
+from fedamole.methods.steerable import Steerable
 
 MethodClass = type[Method[Any, Any, Any, Any]]
 
@@ -88,6 +89,8 @@ METHODS = with_variants(
         "fedptr": FedPtr,
         # generated rows
         "data_engine": DataEngineMethod,
+        # preferences
+        "steerable": Steerable,
         # weights and selection of clients
         "fedawa": FedAwa,
         "flash": Flash,

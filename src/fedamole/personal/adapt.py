@@ -29,9 +29,9 @@ from fedamole.evaluation.personal import majority_scores
 from fedamole.experiment import reads_outside, resolved, server_of
 from fedamole.federation.client_data import ClientData, client_data
 from fedamole.federation.client_factory import ClientFactory
-from fedamole.federation.evaluator import score_models
-from fedamole.federation.local import DivergedError, LocalTask, embed, fit
+from fedamole.federation.local import DivergedError, LocalTask, embed
 from fedamole.federation.method import ClientInfo, Newcomer, TrainingRequest
+from fedamole.federation.objective import check_objective, objective_of
 from fedamole.federation.probe import ProbeCounts
 from fedamole.federation.record import PayloadError, unpack
 from fedamole.federation.summary import summarise
@@ -98,6 +98,7 @@ def _adapt(
     say("loading data and base")
     torch.set_num_threads(config.run.threads)
     federation = load_federation(config.data, Path.cwd())
+    check_objective(config.training, federation.shards)
     resident = load_named(config.base, config.run.device, named_by_user=base is not None)
     identity = Identity(**run.about["base"])
     resident.identity.check(identity, f"the run in {path}")
@@ -113,7 +114,8 @@ def _adapt(
     say("scoring on validation")
 
     def score(model: Adapter | None, split: str) -> dict[str, float]:
-        return score_models(bank, config.evaluation, [data], [model], split, split == "test")[data.info.name]
+        scores = objective_of(config.training).score_models
+        return scores(bank, config.evaluation, [data], [model], split, split == "test")[data.info.name]
 
     validation = {name: score(model, "validation")["loss"] for name, model in {BASE: None, **candidates}.items()}
     best = min(candidates, key=lambda name: validation[name])
@@ -222,16 +224,19 @@ def begin(
     newcomer = method.newcomer(server, state, data.info, embeddings)
     factory = ClientFactory(bank, config.evaluation.batch_tokens, config.run.seed)
     client = factory.client(data, done, ProbeCounts())
-    return method.adapter(client, method.init_client_state(client), newcomer.message), newcomer
+    kept = method.init_client_state(client)
+    # The model that a client of the run would have; before the first training of its own there may be none.
+    model = method.personal(client, kept, newcomer.message, None)
+    return method.adapter(client, kept, newcomer.message) if model is None else model, newcomer
 
 
 def _trained(config: Config, bank: Bank, adapter: Adapter, data: ClientData, round_: int, steps: int | None) -> Adapter:
     """Return the adapter after local training as in round `round_`, which would be the next one of the run."""
-    training = config.training
+    training, objective = config.training, objective_of(config.training)
     if steps is not None:
         training = replace(training, local_steps=steps, local_epochs=0)
-    task = LocalTask(data.info.name, TrainingRequest(adapter), data.train.pairs(), training.rate(round_))
-    (outcome,) = fit(bank, [task], training, seed=config.run.seed, round_=round_)
+    task = LocalTask(data.info.name, TrainingRequest(adapter), objective.rows(data.train), training.rate(round_))
+    (outcome,) = objective.fit(bank, [task], training, seed=config.run.seed, round_=round_)
     if isinstance(outcome, DivergedError):
         raise outcome
     return outcome.adapter

@@ -4,12 +4,15 @@ Runs store only mean losses, so the saved models are scored again on the client'
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from fedamole.config import Config
 from fedamole.data.tokens import TokenRow
 from fedamole.errors import RunError
 from fedamole.evaluation.personal import losses_of
+from fedamole.evaluation.preferences import dpo_losses, margins_of, pair_log_probabilities
 from fedamole.federation.client_data import client_data
 from fedamole.model.bank import Bank
 from fedamole.personal.saved_models import SavedModel, client_shard, find_model, load_base_for, read_adapter
@@ -53,18 +56,24 @@ class PairedErrors:
     def __call__(self, client: str, candidate: Candidate, other: Candidate) -> float:
         """Return the standard error of the difference of two candidates' validation losses at a client.
 
-        Raises RunError for runs without saved models, and for different values of `training.max_length`.
+        Raises RunError for runs without saved models, and for different values of `training.max_length`, `objective` or
+        `beta`.
         """
-        lengths = [one.run.config["training"]["max_length"] for one in (candidate, other)]
-        if lengths[0] != lengths[1]:
-            raise RunError(
-                f"{candidate.run.path} and {other.run.path} have different training.max_length, so their validation "
-                "examples differ: compare them without a margin"
-            )
+        settings = [one.run.config["training"] for one in (candidate, other)]
+        keys = ("max_length", *(("objective", "beta") if _preference(settings[0]) or _preference(settings[1]) else ()))
+        for key in keys:
+            if settings[0].get(key) != settings[1].get(key):
+                raise RunError(
+                    f"{candidate.run.path} and {other.run.path} have different training.{key}, so their validation "
+                    f"{'examples differ' if key == 'max_length' else 'losses are not comparable'}: compare them "
+                    "without a margin"
+                )
         if client in candidate.untuned:  # a trained model first: its folder says on which base
             candidate, other = other, candidate
         first, second = self._losses(client, candidate), self._losses(client, other)
-        return standard_error(first, second, [len(row.answer) for row in self.rows[client]])
+        # The loss of preference pairs is a mean over pairs, that of answers a mean over their tokens.
+        sizes = [1 if row.rejected else len(row.answer) for row in self.rows[client]]
+        return standard_error(first, second, sizes)
 
     def _losses(self, client: str, candidate: Candidate) -> list[float]:
         """Return the summed loss of each validation example under a client's model."""
@@ -81,8 +90,20 @@ class PairedErrors:
                 data = client_data(shard, self.bank.base.tokenizer, config.training.max_length)
                 self.rows[client] = data.validation.rows
             self.bank.load([] if untuned else [read_adapter(model, self.bank.base)])
-            # Rows are scored one at a time: the mean loss of one row is its own.
-            self.losses[key] = [
-                losses_of(self.bank, [[row]], config.evaluation)[0] * len(row.answer) for row in self.rows[client]
-            ]
+            self.losses[key] = _row_losses(self.bank, self.rows[client], config)
         return self.losses[key]
+
+
+def _row_losses(bank: Bank, rows: Sequence[TokenRow], config: Config) -> list[float]:
+    """Return the summed loss of each example, or the DPO loss of each pair, under the loaded model."""
+    if config.training.objective == "answer":
+        # Rows are scored one at a time: the mean loss of one row is its own.
+        return [losses_of(bank, [[row]], config.evaluation)[0] * len(row.answer) for row in rows]
+    pairs, tokens = [[(row.prompt, (row.answer, row.rejected)) for row in rows]], config.evaluation.batch_tokens
+    (own,), (untuned,) = (pair_log_probabilities(bank, pairs, tokens, reference) for reference in (False, True))
+    losses: list[float] = dpo_losses(margins_of(own, untuned), config.training.beta).tolist()
+    return losses
+
+
+def _preference(training: Mapping[str, Any]) -> bool:
+    return training.get("objective") == "preference"

@@ -133,7 +133,9 @@ def _introduction(about: Json, config: Json, summary: Json, name: str, variant: 
 
 def _data(config: Json, client: ClientRecord, summary: Json, variant: str) -> str:
     scores = summary["rows"][variant]["clients"].get(client.client, {})
-    kind = "answers chosen from a closed list" if "accuracy" in scores else "answers in free text"
+    closed, pairs = "accuracy" in scores, "preference" in scores
+    kind = "answers chosen from a closed list" if closed else "answers in free text"
+    kind = "pairs of a chosen and a rejected answer" if pairs else kind
     rows = [(split, str(len(getattr(client, split).rows))) for split in SPLITS]
     share = label_noise(config).get(client.source, 0.0)
     noise = (
@@ -162,14 +164,17 @@ def _method(method_name: str, config: Json) -> str:
 
 def _scores(config: Json, summary: Json, name: str, variant: str) -> str:
     rows = summary["rows"]
-    has_options = "accuracy" in rows[variant]["clients"].get(name, {})
-    score_name = "accuracy" if has_options else config["evaluation"]["generation_score"]
+    own = rows[variant]["clients"].get(name, {})
+    score_name = next(
+        (key for key in ("accuracy", "preference") if key in own), config["evaluation"]["generation_score"]
+    )
+    loss = "of DPO per pair" if score_name == "preference" else "per token of the correct answer"
     models = ((BASE, "untuned base"), (MAJORITY, "constant answer (the most frequent)"), (variant, "this model"))
     scores = [(title, rows.get(key, {}).get("clients", {}).get(name, {})) for key, title in models]
     lines = [(title, _number(values.get("score"), 1), _number(values.get("loss"), 4)) for title, values in scores]
     return table(("model", literal(score_name), "loss"), lines) + (
-        "\n\nOn the client's test split, which is evaluated once, at the end. Scores are 0 to 100, losses in nats per "
-        "token of the correct answer."
+        "\n\nOn the client's test split, which is evaluated once, at the end. Scores are 0 to 100, losses in nats "
+        f"{loss}."
     )
 
 

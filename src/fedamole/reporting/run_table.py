@@ -24,9 +24,10 @@ WORK_LINES = {
 SUMMARY_LINES = (*SCORE_LINES, "mean loss", "best round", "KiB down / up", *WORK_LINES)
 """Lines below those of the clients. The loss is in nats per answer token, a mean over the clients."""
 CAPTION = (
-    "Scores: accuracy (answers from options) or ROUGE-L, 0 to 100. Loss: nats per answer token. KiB: per client and "
-    "round. Forward tokens: read in forward passes only; backward tokens: read in forward and backward passes; both "
-    f"per client over the whole run. Trained parameters: parameters that a client trains in a round. {STAR}"
+    "Scores: accuracy (answers from options), ROUGE-L or preference (pairs), 0 to 100. Loss: nats per answer token, or "
+    "of DPO per pair. KiB: per client and round. Forward tokens: read in forward passes only; backward tokens: read in "
+    "forward and backward passes; both per client over the whole run. Trained parameters: parameters that a "
+    f"client trains in a round. {STAR}"
 )
 """Caption of the table."""
 

@@ -18,7 +18,12 @@ from fedamole.received.files import read_toml
 
 def read_columns(template: TemplateSettings) -> set[str]:
     """Return the columns that a template reads."""
-    texts = {"prompt": template.prompt, "answer": template.answer, "category": template.category or ""}
+    texts = {
+        "prompt": template.prompt,
+        "answer": template.answer,
+        "category": template.category or "",
+        "rejected": template.rejected or "",
+    }
     if template.prompt_without_context is not None:
         texts["prompt_without_context"] = template.prompt_without_context
     columns = {column for key, text in texts.items() for column in columns_of(text, key)}
@@ -61,7 +66,9 @@ class PolicySettings:
         "gradient.",
     )
     max_batch_tokens: int = _key(
-        1_000_000, "Maximum number of tokens of a forward pass: training.batch_size times training.max_length."
+        1_000_000,
+        "Maximum number of tokens of a forward pass: training.batch_size times training.max_length, twice that in "
+        "training on preference pairs.",
     )
     min_steps: int = _key(
         5, "Minimum number of optimiser steps per round: an update of one step is the gradient of a few rows."
@@ -276,7 +283,8 @@ def _training_checks(config: Config, policy: PolicySettings) -> Iterator[PolicyC
     yield _at_most("training.learning_rate", training.learning_rate, "max_learning_rate", policy)
     if training.clip_norm > 0:
         yield _at_least("training.clip_norm", training.clip_norm, "min_clip_norm", policy)
-    yield _at_most("tokens of a forward pass", training.batch_size * training.max_length, "max_batch_tokens", policy)
+    tokens = training.batch_size * training.max_length * training.answers_per_example
+    yield _at_most("tokens of a forward pass", tokens, "max_batch_tokens", policy)
     chosen = config.evaluation.select
     passes = chosen == "loss" or policy.share_majority
     yield PolicyCheck("evaluation.select", chosen, "loss, or score with share_majority", passes)

@@ -144,7 +144,7 @@ function test() {
     });
     box.replaceChildren(svg);
   });
-  const caption = `Test score, 0 to 100, at the best validation round (seed ${seeds.join(", ")}): accuracy, or ROUGE-L for free text.`;
+  const caption = `Test score, 0 to 100, at the best validation round (seed ${seeds.join(", ")}): accuracy, ROUGE-L for free text, or preference for pairs of answers.`;
   section("test", legendOf(labels, false), h("figure", {}, box, h("figcaption", { text: caption })),
     h("h3", { text: "Table of scores" }), h("p", { class: "soft", text: data.test.caption }), table(head, body, { first: clients.length }));
 }

@@ -91,8 +91,9 @@ GLOSSARY = (
     ),
     (
         "Loss and score",
-        "Loss: mean negative log-likelihood of the correct answers, in nats per token (lower is better). Score, 0 to "
-        "100: accuracy, or the overlap of a generated text with the correct one (higher is better).",
+        "Loss: mean negative log-likelihood of the correct answers, in nats per token, or the DPO loss of preference "
+        "pairs (lower is better). Score, 0 to 100: accuracy, the overlap of a generated text with the correct one, or "
+        "the share of pairs whose chosen answer is preferred (higher is better).",
     ),
     (
         "Validation and test",
