@@ -16,6 +16,7 @@ from fedamole.data.settings import DataSettings
 from fedamole.errors import ConfigError
 from fedamole.evaluation.personal import EvaluationSettings
 from fedamole.federation.method import Method
+from fedamole.federation.objective import check_supported
 from fedamole.federation.robust import check_aggregation
 from fedamole.federation.settings import DeploymentSettings, FederationSettings, TrainingSettings
 from fedamole.methods import METHODS
@@ -85,11 +86,12 @@ class Config:
     deployment: DeploymentSettings = field(default_factory=DeploymentSettings)
 
     def __post_init__(self) -> None:
-        """Check that there are data, and that the method supports the settings of `[federation]`."""
+        """Check that there are data, and that the method supports the settings of `[federation]` and the objective."""
         if not self.data.source and not self.deployment.clients:
             raise ConfigError("data.source is empty: add a [[data.source]] with name and path")
         check_aggregation(self.federation.aggregation, self.method_name, self.method)
         self.method.check_federation(self.federation)
+        check_supported(self.training, self.method_name, self.method)
 
     def on_base(self, model: str) -> "Config":
         """Return a copy with another `base.model`."""

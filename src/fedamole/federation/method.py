@@ -148,6 +148,9 @@ class Method(ABC, Generic[S, D, K, U]):
     """Whether clients send synthetic examples, which a client's policy must allow."""
     trains_together: ClassVar[int] = 1
     """Adapters of a client that are trained on the same batches: 2 with partners (`TrainingRequest.partner`)."""
+    only_answers: ClassVar[str] = ""
+    """Why a run cannot have `training.objective = "preference"`, in words; empty: it can. A method needs a reason if it
+    trains at the server, or if its clients train with extra rows, a teacher or a partner."""
     budgets_differ: ClassVar[bool] = False
     """Whether the two budgets give different steps; set from `paper_steps`."""
 

@@ -12,7 +12,7 @@ from fedamole.evaluation.preferences import dpo_losses, margins_of, pair_log_pro
 from fedamole.federation.client_data import ClientData, Split
 from fedamole.federation.evaluator import ScoreModels, Scores, score_models
 from fedamole.federation.local import DivergedError, fit
-from fedamole.federation.method import TrainingResult
+from fedamole.federation.method import Method, TrainingResult
 from fedamole.federation.preferences import PreferenceGroup
 from fedamole.federation.settings import TrainingSettings
 from fedamole.model.bank import Bank
@@ -38,6 +38,15 @@ def objective_of(training: TrainingSettings) -> Objective:
     return Objective(
         Split.answer_pairs, partial(fit, group_class=PreferenceGroup), partial(score_preferences, beta=training.beta)
     )
+
+
+def check_supported(training: TrainingSettings, name: str, method: Method[Any, Any, Any, Any]) -> None:
+    """Raise ConfigError if a method, called `name` in the config, cannot train by the objective."""
+    if training.objective == "preference" and method.only_answers:
+        raise ConfigError(
+            f'training.objective = "preference": the method {name} cannot train on preference pairs, because '
+            f'{method.only_answers}; use another method, or objective = "answer"'
+        )
 
 
 def check_objective(training: TrainingSettings, shards: Iterable[Shard]) -> None:

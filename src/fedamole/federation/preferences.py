@@ -33,13 +33,24 @@ class PreferenceGroup(TrainingGroup):
     """A `TrainingGroup` whose tasks have preference pairs (`AnswerPair`) as rows and whose loss is that of DPO.
 
     A batch has `batch_size` pairs. The loss of a client is the mean over its pairs, in place of the mean loss of answer
-    tokens; balance losses, penalties and distillation are added to it as to the other.
+    tokens; balance losses and penalties are added to it as to the other.
     """
 
     def __init__(
         self, bank: Bank, tasks: Sequence[LocalTask], settings: TrainingSettings, seed: int, round_: int, fit_index: int
     ) -> None:
-        """As `TrainingGroup`."""
+        """As `TrainingGroup`.
+
+        Raises ValueError for a request with extra rows, a teacher or a partner, as those have one answer to a prompt.
+        """
+        requests = [task.fit for task in tasks]
+        if any(
+            other is not None for request in requests for other in (request.extra, request.teacher, request.partner)
+        ):
+            raise ValueError(
+                "a training on preference pairs cannot have extra rows, a teacher or a partner: a method that asks for "
+                "them must say so by `only_answers`"
+            )
         super().__init__(bank, tasks, settings, seed, round_, fit_index)
         self.untuned = AdapterStore(bank.base, [])
         self.virtual = len(bank.prefix(()))
@@ -77,9 +88,8 @@ class PreferenceGroup(TrainingGroup):
         pairs = result.steps * self.settings.accumulation * self.settings.batch_size
         return replace(
             result,
-            teacher_examples=result.teacher_examples + pairs,
-            teacher_tokens=result.teacher_tokens + result.tokens - 2 * pairs * self.virtual,
-            partner=None if result.partner is None else self._with_reference(result.partner),
+            teacher_examples=pairs,
+            teacher_tokens=result.tokens - 2 * pairs * self.virtual,
         )
 
 

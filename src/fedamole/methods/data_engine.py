@@ -99,6 +99,7 @@ class DataEngineMethod(AveragedLora[GeneratedRows]):
     evaluates = "post_aggregation"
     probes = True
     accepts_newcomers = True
+    only_answers = "a written row has one answer to a prompt"
 
     @override
     def __post_init__(self) -> None:

@@ -51,6 +51,7 @@ class FedDat(AveragedLora[OwnLora]):
     evaluates = "post_aggregation"
     paper_steps = 2.0
     trains_together = 2
+    only_answers = "its two adapters learn from each other's distributions over one answer to a prompt"
 
     @override
     def __post_init__(self) -> None:

@@ -84,6 +84,7 @@ class FedDm(LoraMethod[SharedTensors, SharedTensors, Nothing, SyntheticExamples]
     evaluates = "post_aggregation"
     trains_at_server = True
     sends_synthetic_examples = True
+    only_answers = "its synthetic examples have one answer to a prompt"
 
     @override
     def __post_init__(self) -> None:

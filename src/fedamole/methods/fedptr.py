@@ -89,6 +89,7 @@ class FedPtr(LoraMethod[PtrState, PtrState, Nothing, SharedTensors]):
     stays_local = "the data"
     evaluates = "post_aggregation"
     trains_at_server = True
+    only_answers = "its synthetic rows have one answer to a prompt"
 
     @override
     def __post_init__(self) -> None:
