@@ -43,10 +43,8 @@ class PreferenceGroup(TrainingGroup):
 
         Raises ValueError for a request with extra rows, a teacher or a partner, as those have one answer to a prompt.
         """
-        requests = [task.fit for task in tasks]
-        if any(
-            other is not None for request in requests for other in (request.extra, request.teacher, request.partner)
-        ):
+        fits = [task.fit for task in tasks]
+        if any(fit.extra is not None or fit.teacher is not None or fit.partner is not None for fit in fits):
             raise ValueError(
                 "a training on preference pairs cannot have extra rows, a teacher or a partner: a method that asks for "
                 "them must say so by `only_answers`"
