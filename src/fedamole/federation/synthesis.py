@@ -74,7 +74,7 @@ class _Synthesis:
         optimiser = torch.optim.Adam([vectors], lr=request.learning_rate)
         for step in range(self.steps):
             adapter = self._perturbed()
-            if step == 0 or not request.fixed:
+            if step == 0 or not request.objective.real_once:
                 bank.load([adapter])
                 real = {label: self._real_features(own) for label, own in sorted(self.real.items())}
             bank.load([adapter, *others])

@@ -35,8 +35,7 @@ class SynthesisRequest(WithPartner):
     noise: float = 0.0
     """Largest norm of the noise that is added to the adapter in each step; the norm is drawn evenly from 0 on."""
     real_examples: int = 32
-    """Real examples of each class that a step reads, at most. If `adapter` is the only one, without noise, they are
-    drawn and read once for all steps."""
+    """Real examples of each class that a step reads, at most; with `Objective.real_once`, that all steps read."""
     class_answers: tuple[Ids, ...] = ()
     """Answer of each class, by which the client's training examples are divided; empty: all are of class 0."""
     learning_rate: float = 0.02
@@ -51,15 +50,10 @@ class SynthesisRequest(WithPartner):
     partner = None
 
     def __post_init__(self) -> None:
-        """Freeze the adapter; raise ValueError for a second adapter beside ones that change from step to step."""
-        if self.against is not None and not self.fixed:
-            raise ValueError("a second adapter needs passes that are all made under one adapter")
+        """Freeze the adapter; raise ValueError if features that are computed once would change from step to step."""
+        if self.objective.real_once and (self.toward is not None or self.noise):
+            raise ValueError("real examples can only be read once if all passes are made under one adapter")
         object.__setattr__(self, "adapter", replace(self.adapter, frozen=tuple(self.adapter.tensors)))
-
-    @property
-    def fixed(self) -> bool:
-        """Whether all passes of real examples are made under one adapter."""
-        return self.toward is None and not self.noise
 
     def kind(self) -> tuple[object, ...]:
         """Return a key that differs from that of every training; optimisations run one client at a time."""

@@ -5,6 +5,7 @@ models", 2024, https://arxiv.org/abs/2402.15968, whose loss follows Yin et al., 
 https://arxiv.org/abs/1912.08795. Entropies and divergences are in nats.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ class Dreaming(Objective):
     tokens: tuple[int, ...] = ()
     """First tokens of the answer options, which the distributions are over; empty: the whole vocabulary."""
 
-    needs_layers = True
+    needs_layers = real_once = True
 
     @override
     def loss(self, synthetic: Features, classes: Tensor, real: Mapping[int, Features]) -> Tensor:
@@ -60,7 +61,7 @@ def entropies(logs: Tensor) -> Tensor:
 
 def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
     """Return the Jensen-Shannon divergence (N), from 0 to log 2, of log-probabilities (N, k)."""
-    mean = torch.logaddexp(first, second) - torch.log(torch.tensor(2.0))
+    mean = torch.logaddexp(first, second) - math.log(2)
     return entropies(mean) - (entropies(first) + entropies(second)) / 2
 
 

@@ -31,7 +31,9 @@ class Objective(ABC):
     """What synthetic examples are optimised for; the base class of all objectives."""
 
     needs_real: bool = True
-    """Whether the features of real examples are computed in each step."""
+    """Whether the features of real examples are computed."""
+    real_once: bool = False
+    """Whether they are computed before the first step, in place of in each step from another draw."""
     needs_layers: bool = False
     """Whether it reads `Features.layers`."""
 
