@@ -202,7 +202,7 @@ class CoDream(LoraMethod[DreamState, DreamMessage, SharedTensors, DreamReply]):
             generator = torch_generator(client.seed, "dreams", round_=client.round)
             vectors = client.base.embedding_std * torch.randn(shape, generator=generator)
         made: SynthesisResult = yield self.dreaming(client, own.adapter, message, vectors)
-        trained = replace(own, loss=own.loss if own.steps else made.loss, synthetic=made.examples)
+        trained = replace(own, synthetic=made.examples)
         return (*self.reply(client, client_state, message, trained), trained)
 
     def takes_part(self, client: Client) -> bool:
