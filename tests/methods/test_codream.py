@@ -17,6 +17,7 @@ from fedamole.federation.client_data import Split
 from fedamole.federation.distillation import Distillation
 from fedamole.federation.method import BaseInfo, Client, ClientInfo, Server, TrainingRequest, TrainingResult
 from fedamole.federation.probe import DryProbe, ProbeCounts
+from fedamole.federation.progress import outcome
 from fedamole.federation.synthesis import features
 from fedamole.federation.synthesis_request import SynthesisRequest, SynthesisResult
 from fedamole.methods.codream import CoDream
@@ -38,7 +39,7 @@ class Doubts(DryProbe):
 
     def prompt_logits(self, adapter: Adapter, prompts: Sequence[Ids], tokens: Sequence[int]) -> Tensor:
         assert adapter.fixed[TABLE].shape == (2, 2)
-        return torch.stack([-float(adapter.tensors[A][0, 0]) * torch.arange(len(tokens))] * len(prompts))
+        return torch.stack([-first(adapter.tensors) * torch.arange(len(tokens))] * len(prompts))
 
 
 def client(name: str = "a", round_: int = 0, free: bool = False, examples: int = 10) -> Client:
@@ -49,6 +50,11 @@ def client(name: str = "a", round_: int = 0, free: bool = False, examples: int =
 
 def work(message: DreamMessage, kept: Mapping[str, Tensor], who: Client, method: CoDream = METHOD) -> Any:
     return method.update(who, SharedTensors(kept), message)
+
+
+def first(tensors: Mapping[str, Tensor]) -> float:
+    """The first value of A."""
+    return float(tensors[A][0, 0])
 
 
 def done(running: Any, result: Any = None) -> tuple[SharedTensors, DreamReply, TrainingResult]:
@@ -71,8 +77,8 @@ def asked_first(who: Client, message: DreamMessage, method: CoDream = METHOD) ->
 
 def test_a_client_trains_its_own_lora_and_dreams_against_the_student() -> None:
     training, dreaming, running = asked_first(client(), DreamMessage(both(2.0), NONE, "train"))
-    assert (training.adapter.tensors[A][0, 0], training.step_fraction, training.extra) == (1.0, 0.6, None)
-    assert (dreaming.adapter.tensors[A][0, 0], dreaming.against.tensors[A][0, 0]) == (3.0, 2.0)
+    assert (first(training.adapter.tensors), training.step_fraction, training.extra) == (1.0, 0.6, None)
+    assert (first(dreaming.adapter.tensors), first(dreaming.against.tensors)) == (3.0, 2.0)
     assert dreaming.step_fraction == pytest.approx(0.4 / 2)
     assert dreaming.objective == Dreaming(3.0, 6.0, (5, 6))
     assert dreaming.learning_rate == pytest.approx(0.1 * 0.5)
@@ -80,14 +86,14 @@ def test_a_client_trains_its_own_lora_and_dreams_against_the_student() -> None:
     assert (dreaming.examples.classes, dreaming.class_answers) == ((0, 0), ())
     made = replace(dreaming.examples, tensors={VECTORS: dreaming.examples.vectors + 1})
     state, reply, trained = done(running, SynthesisResult(made, 5, 9.0))
-    assert state.tensors[A][0, 0] == 3.0
+    assert first(state.tensors) == 3.0
     assert (reply.prompt, reply.options, reply.soft_ids) == ((8, -1), options_hash([(5,), (6,)]), ())
     assert set(reply.tensors) == {VECTORS}
     assert torch.equal(reply.tensors[VECTORS], made.vectors)
-    assert (trained.loss, trained.adapter.tensors[A][0, 0]) == (0.5, 3.0)
-    first = next(METHOD.update(client(), METHOD.init_client_state(client()), DreamMessage(both(2.0), NONE, "train")))
-    assert isinstance(first, TrainingRequest)
-    assert first.adapter.tensors[A][0, 0] == 2.0, "at first it is the student"
+    assert (trained.loss, first(trained.adapter.tensors)) == (0.5, 3.0)
+    request = next(METHOD.update(client(), METHOD.init_client_state(client()), DreamMessage(both(2.0), NONE, "train")))
+    assert isinstance(request, TrainingRequest)
+    assert first(request.adapter.tensors) == 2.0, "at first it is the student"
 
 
 def test_dreams_start_alike_at_all_clients_and_differ_from_round_to_round() -> None:
@@ -106,9 +112,10 @@ def test_dreams_that_are_sent_are_moved_on_under_the_lora_that_was_kept() -> Non
     dreaming = next(running)
     assert isinstance(dreaming, SynthesisRequest)
     assert torch.equal(dreaming.examples.vectors, vectors)
-    assert (dreaming.adapter.tensors[A][0, 0], dreaming.step_fraction) == (3.0, pytest.approx(0.4 / 2))
+    assert first(dreaming.adapter.tensors) == 3.0
+    assert dreaming.step_fraction == pytest.approx(0.4 / 2)
     state, reply, trained = done(running, SynthesisResult(dreaming.examples, 5, 9.0))
-    assert (state.tensors[A][0, 0], reply.prompt, trained.steps) == (3.0, (8, -1), 0)
+    assert (first(state.tensors), reply.prompt, trained.steps) == (3.0, (8, -1), 0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -117,10 +124,10 @@ def test_soft_labels_are_those_of_the_own_lora(temperature: float) -> None:
     message = DreamMessage(both(2.0), {VECTORS: torch.zeros(2, 1, 2)}, "label")
     method = replace(METHOD, temperature=temperature)
     state, reply, trained = done(work(message, both(3.0), client(), method))
-    first = 1 / (1 + math.exp(-3 / temperature))
+    likelier = 1 / (1 + math.exp(-3 / temperature))
     assert reply.soft_ids == (5, 6, 0) * 2
-    assert reply.tensors[PROBABILITIES].flatten().tolist() == pytest.approx([first, 1 - first, 0.0] * 2)
-    assert (state.tensors[A][0, 0], trained.steps) == (3.0, 0)
+    assert reply.tensors[PROBABILITIES].flatten().tolist() == pytest.approx([likelier, 1 - likelier, 0.0] * 2)
+    assert (first(state.tensors), trained.steps) == (3.0, 0)
     free = done(work(message, both(3.0), client(free=True), method))[1]
     assert (free.soft_ids, free.options) == ((0, 1, 2) * 2, "")
     many = done(work(message, both(3.0), client(), replace(method, max_options=1)))[1]
@@ -144,7 +151,7 @@ def test_a_client_with_few_rows_takes_no_part() -> None:
     assert (training.step_fraction, METHOD.for_deployment().min_examples) == (1.0, 20)
     state, reply, _ = done(running, TrainingResult(replace(training.adapter, tensors=both(3.0)), 4, 0.5))
     assert reply == DreamReply({}, (), "")
-    assert state.tensors[A][0, 0] == 3.0
+    assert first(state.tensors) == 3.0
 
 
 def test_statistics_are_never_over_fewer_rows_than_a_client_needs() -> None:
@@ -235,6 +242,13 @@ def test_a_policy_must_allow_dreams(runs: Any) -> None:
     }
     assert most["training rows that a round reads"] == str(5 * 20)
     assert any("not private by themselves" in sentence for sentence in deployed.exposes(3, None))
+
+
+def test_exchanges_that_only_dream_log_no_training_loss(runs: Any, facts: Any) -> None:
+    lines = [line for line in facts(runs("codream")) if line["split"] == "train"]
+    kinds = {(line.get("exchange", 0), "loss" in line, outcome(line).split()[0]) for line in lines}
+    assert kinds == {(0, True, "loss"), (1, False, "done"), (2, False, "done,")}
+    assert {line.get("exchange", 0) for line in lines if line["steps"]} == {0, 1}
 
 
 # --- on the bundled base --------------------------------------------------------------------------------------

@@ -66,7 +66,10 @@ def test_options_alone_count() -> None:
 
 def test_the_gradient_is_that_of_finite_differences() -> None:
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+
+    def draw(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+
     own, student, layer, real = draw(3, 4), draw(3, 4), draw(3, 2), draw(5, 2)
 
     def loss(vectors: Tensor) -> Tensor:
