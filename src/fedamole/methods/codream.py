@@ -136,7 +136,7 @@ class CoDream(LoraMethod[DreamState, DreamMessage, SharedTensors, DreamReply]):
             "The coordinator gets each client's dreams, and its predictions for them. They are computed from its LoRA "
             f"and from at least {self.min_synthetic_rows()} of its training rows, and are not private by themselves: "
             "it can try to reconstruct rows from them. It also gets the text of the client's template, and knows which "
-            "clients have the same text and answer options. These get the averages of their dreams and predictions."
+            "clients have the same text and answer options. These get averages; two can compute each other's part."
         ]
 
     # server
