@@ -144,7 +144,7 @@ def made(name: str, **parameters: Any) -> Some:
     fields = {field.name for field in dataclasses.fields(METHODS[name])}
     small = {"rank": 2, "alpha": 4.0, "virtual_tokens": 4, "encoder_hidden_size": 32, "fusion_trials": 10}
     small |= {"review_every": 1, "coverage": 0.7, "condition_size": 16}
-    small |= {"synthetic_rows": 4, "outer_steps": 2}
+    small |= {"synthetic_rows": 4, "outer_steps": 2, "dreams": 2, "dream_exchanges": 2}
     small |= {"server_steps": 2, "examples_per_class": 2, "real_examples": 4, "new_rows": 4}
     small["min_similarity"] = -1.0  # every client is similar to every other
     lists = {key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()}
@@ -328,7 +328,8 @@ def test_tokens_are_those_that_go_through_the_base(name: str, runs: Any, tmp_pat
         if key[0] == "train":
             assert {"forward_tokens", "backward_tokens"} <= set(line)
             trained[key[1], key[3]] += line["backward_tokens"] > 0
-    assert [*trained.values()] == [1] * 12, "one exchange of a round trains"
+    trains = 2 if name == "codream" else 1  # its dreams are optimised in each of `dream_exchanges`
+    assert [*trained.values()] == [trains] * 12, "so many exchanges of a round train"
 
 
 # --- budgets --------------------------------------------------------------------------------------------------
@@ -336,17 +337,24 @@ def test_tokens_are_those_that_go_through_the_base(name: str, runs: Any, tmp_pat
 
 @every_method
 def test_shares_of_a_round_are_those_that_the_method_says(name: str, shop: Shop) -> None:
-    """All trainings of a round make up 1 under "steps" and `paper_steps` under "paper"."""
-    method, requests = made(name), list[Request]()
-    info = shop.server().clients[0]
+    """All trainings of a round, over its exchanges, make up 1 under "steps" and `paper_steps` under "paper"."""
+    method, requests, server = made(name), list[Request](), shop.server()
+    info = server.clients[0]
     client = shop.client(info.name)
-    work = method.update(client, method.init_client_state(client), method.message(method.init(shop.server()), info))
-    try:
-        requests.append(next(work))
-        while True:
-            requests.append(work.send(requests[-1].unchanged(_no_embeddings(method, requests[-1].adapter))))
-    except StopIteration:
-        pass
+    kept = [method.init_client_state(client)]
+
+    def exchange(messages: Mapping[str, Any]) -> Mapping[str, Any]:
+        work = method.update(client, kept[-1], messages[info.name])
+        try:
+            request = next(work)
+            while True:
+                requests.append(request)
+                request = work.send(request.unchanged(_no_embeddings(method, request.adapter)))
+        except StopIteration as end:
+            kept.append(end.value[0])
+            return {info.name: end.value[1]}
+
+    method.round(server, method.init(server), [info], exchange)
     assert {len(request.trainings) for request in requests} == {method.trains_together}
     trainings = [training for request in requests for training in request.trainings]
     assert sum(training.fraction_for("steps") for training in trainings) == pytest.approx(1.0)
@@ -580,7 +588,7 @@ CHANGED: dict[str, Any] = {
     "perturbation": "ball",
     "radius": 0.01,
     "noise": 2.0,
-    "own_share": 0.7,
+    "own_share": 0.8,
     "examples_per_class": 3,
     "max_classes": 1,
     "max_prompt_tokens": 2,
@@ -609,6 +617,11 @@ CHANGED: dict[str, Any] = {
     "context_pairs": 1,
     "condition_size": 8,
     "heads": 2,
+    "dreams": 3,
+    "dream_exchanges": 3,
+    "statistics_weight": 50.0,
+    "disagreement_weight": 50.0,
+    "min_examples": 1000,
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 

@@ -161,3 +161,44 @@ def test_one_that_diverges_is_named(prepared: Prepared, bank: Bank) -> None:
     (result,) = synthesise(bank, [task], SETTINGS, seed=0, round_=3)
     assert isinstance(result, DivergedError)
     assert "client entail, round 3: its synthetic examples are no longer finite after 1 steps" in str(result)
+
+
+@dataclass(frozen=True)
+class Recorded(Objective):
+    """Keeps the features that it gets; its loss is the sum of the other logits."""
+
+    seen: list[tuple[Features, dict[int, Features]]]
+
+    needs_layers = real_once = True
+
+    def loss(self, synthetic: Features, classes: torch.Tensor, real: Any) -> torch.Tensor:
+        self.seen.append((synthetic, real))
+        assert synthetic.other is not None
+        return synthetic.other.sum()
+
+
+def test_layers_and_a_second_adapter(prepared: Prepared, bank: Bank) -> None:
+    """All layers are those of the first adapter; gradients flow through the second; real examples are read once."""
+    objective, other = Recorded([]), random_lora(bank, 1)
+    asked = request(prepared, bank, objective=objective, against=other, real_examples=4)
+    result = run(prepared, bank, asked)
+    assert not torch.equal(result.examples.vectors, asked.examples.vectors)
+    assert len(objective.seen) == 6
+    assert all(real is objective.seen[0][1] for _, real in objective.seen)
+    assert result.teacher_examples == 3 * 4
+    assert result.tokens == 6 * 2 * sum(len(prompt) + 1 for prompt in asked.examples.prompts())
+    first, real = objective.seen[0]
+    for adapter, logits in ((asked.adapter, first.logits), (other, first.other)):
+        bank.load([asked.examples.rows().read_by(adapter)])
+        with torch.no_grad():
+            alone = features(bank, asked.examples.prompts(), layers=True)
+        assert logits is not None
+        torch.testing.assert_close(alone.logits, logits.detach(), atol=1e-4, rtol=1e-4)
+        assert len(alone.layers) == len(first.layers) == bank.base.model.config.num_hidden_layers
+        torch.testing.assert_close(alone.layers[-1], alone.hidden)
+        assert torch.allclose(alone.layers[0], first.layers[0], atol=1e-4) == (adapter is asked.adapter)
+    assert {label: each.layers[0].shape for label, each in real.items()} == dict.fromkeys(
+        range(3), (4, prepared.base.width)
+    )
+    with pytest.raises(ValueError, match="read once"):
+        replace(asked, noise=0.1)

@@ -39,10 +39,12 @@ class ProgressListener:
 
 
 def outcome(report: Mapping[str, Any]) -> str:
-    """Describe the report of a finished update: why it failed, its loss, or that nothing was trained."""
+    """Describe the report of a finished update: why it failed, its training loss, or that nothing was trained."""
     if "failed" in report:
         return f"failed: {report['failed']}"
-    return f"loss {report['loss']:.4f}" if "loss" in report else "done, nothing trained"
+    if "loss" in report:
+        return f"loss {report['loss']:.4f}"
+    return "done" if report.get("steps") else "done, nothing trained"
 
 
 class PlainProgress(ProgressListener):

@@ -69,15 +69,20 @@ class _Synthesis:
         vectors = request.examples.vectors.float().to(bank.base.device, copy=True).requires_grad_()
         classes = torch.tensor(request.examples.classes, device=bank.base.device)
         prompts, total = request.examples.prompts(), 0.0
+        others, real = ([] if request.against is None else [request.against]), dict[int, Features]()
+        layers, read = request.objective.needs_layers, 1 + len(others)
         optimiser = torch.optim.Adam([vectors], lr=request.learning_rate)
         for step in range(self.steps):
-            bank.load([self._perturbed()])
-            real = {label: self._real_features(own) for label, own in sorted(self.real.items())}
-            with bank.virtual_vectors(vectors.flatten(0, 1).unsqueeze(0)):
-                loss = request.objective.loss(features(bank, prompts), classes, real)
+            adapter = self._perturbed()
+            if step == 0 or not request.objective.real_once:
+                bank.load([adapter])
+                real = {label: self._real_features(own) for label, own in sorted(self.real.items())}
+            bank.load([adapter, *others])
+            with bank.virtual_vectors(vectors.flatten(0, 1).expand(read, -1, -1)):
+                loss = request.objective.loss(features(bank, prompts, layers), classes, real)
                 (vectors.grad,) = torch.autograd.grad(loss, vectors)
             optimiser.step()
-            self.synthetic_tokens += sum(map(len, prompts)) + len(prompts)
+            self.synthetic_tokens += read * (sum(map(len, prompts)) + len(prompts))
             total += float(loss.detach())
             if on_step is not None:
                 on_step(step + 1, self.steps)
@@ -112,9 +117,14 @@ class _Synthesis:
         drawn = [prompts[i] for i in order]
         self.examples += len(drawn)
         self.tokens += sum(map(len, drawn)) + len(drawn)
+        layers = self.request.objective.needs_layers
         with torch.no_grad():
-            parts = [features(self.bank, group) for group in groups(drawn, TOKENS_AT_ONCE)]
-        return Features(*(torch.cat(part) for part in zip(*parts, strict=True)))
+            parts = [features(self.bank, group, layers) for group in groups(drawn, TOKENS_AT_ONCE)]
+        return Features(
+            torch.cat([part.hidden for part in parts]),
+            torch.cat([part.logits for part in parts]),
+            tuple(map(torch.cat, zip(*(part.layers for part in parts), strict=True))),
+        )
 
     def _answered(self, examples: SyntheticExamples) -> SyntheticExamples:
         """Replace the answers by the greedy ones of `answered_by`, if it is set."""
@@ -147,12 +157,20 @@ def perturbed(tensors: Tensors, norm: float, generator: torch.Generator) -> dict
     return {name: it + scale * noise[name].to(it.dtype) for name, it in tensors.items()}
 
 
-def features(bank: Bank, prompts: Sequence[Ids]) -> Features:
-    """Compute the features at the ends of prompts under the one loaded adapter, in one forward pass."""
-    hidden: list[Tensor] = []
-    batch = collate([[(prompt, (0,)) for prompt in prompts]], bank.base.pad_id, bank.packs, device=bank.base.device)
-    with bank.forward(batch, ForwardContext(hidden_states=hidden)) as logits:
-        return Features(hidden[0].float(), logits.float())
+def features(bank: Bank, prompts: Sequence[Ids], layers: bool = False) -> Features:
+    """Compute the features at the ends of prompts, in one forward pass under the one loaded adapter.
+
+    Of two loaded adapters, the second yields `Features.other`, and the first all else. `layers` also computes the
+    hidden states after each layer.
+    """
+    hidden, states, read, count = list[Tensor](), list[Tensor](), max(bank.clients, 1), len(prompts)
+    rows: list[TokenPair] = [(prompt, (0,)) for prompt in prompts]
+    batch = collate([rows] * read, bank.base.pad_id, bank.packs, device=bank.base.device)
+    context = ForwardContext(hidden_states=hidden, layer_states=states if layers else None)
+    with bank.forward(batch, context) as logits:
+        other = logits[count:].float() if read > 1 else None
+        by_layer = tuple(each[:count].float() for each in states)
+        return Features(hidden[0][:count].float(), logits[:count].float(), by_layer, other)
 
 
 def groups(prompts: Sequence[Ids], max_tokens: int) -> Iterator[list[Ids]]:

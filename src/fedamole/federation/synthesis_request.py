@@ -29,10 +29,13 @@ class SynthesisRequest(WithPartner):
     """Fraction of the round's steps S. The fractions of a round, with those of trainings, add up to 1."""
     toward: Adapter | None = None
     """Adapter of the same names and shapes; None: all passes are made under `adapter`, apart from the noise."""
+    against: Adapter | None = None
+    """Second adapter of the same kind, under which the logits of the synthetic examples are also computed
+    (`Features.other`); None: there is none."""
     noise: float = 0.0
     """Largest norm of the noise that is added to the adapter in each step; the norm is drawn evenly from 0 on."""
     real_examples: int = 32
-    """Real examples of each class that a step reads, at most."""
+    """Real examples of each class that a step reads, at most; with `Objective.real_once`, that all steps read."""
     class_answers: tuple[Ids, ...] = ()
     """Answer of each class, by which the client's training examples are divided; empty: all are of class 0."""
     learning_rate: float = 0.02
@@ -47,7 +50,9 @@ class SynthesisRequest(WithPartner):
     partner = None
 
     def __post_init__(self) -> None:
-        """Freeze the adapter."""
+        """Freeze the adapter; raise ValueError if features that are computed once would change from step to step."""
+        if self.objective.real_once and (self.toward is not None or self.noise):
+            raise ValueError("real examples can only be read once if all passes are made under one adapter")
         object.__setattr__(self, "adapter", replace(self.adapter, frozen=tuple(self.adapter.tensors)))
 
     def kind(self) -> tuple[object, ...]:

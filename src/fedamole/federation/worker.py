@@ -160,5 +160,5 @@ class Worker:
         adapter = trained.adapter if "pre_aggregation" in self.variants.values() else None
         state = ClientState(client_state, adapter, work.step_fraction, work.trained_sizes)
         self.states.save(client, exchange, state)
-        loss = {"loss": trained.loss} if work.steps else {}
+        loss = {"loss": trained.loss} if trained.steps else {}  # steps that only optimised synthetic examples have none
         return UpdateResult(pack(reply), {**loss, **report})

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedamole.federation.method import Method
 from fedamole.methods.adaptive_experts import AdaptiveExperts
+from fedamole.methods.codream import CoDream
 from fedamole.methods.data_engine import DataEngineMethod
 from fedamole.methods.ditto import Ditto
 from fedamole.methods.fdlora import FdLora
@@ -87,6 +88,7 @@ METHODS = with_variants(
         "feddm": FedDm,
         "fedaf": FedAf,
         "fedptr": FedPtr,
+        "codream": CoDream,
         # generated rows
         "data_engine": DataEngineMethod,
         # preferences

@@ -130,11 +130,17 @@ class Bank:
             if weights is not None and batch.sequences is not None:
                 weights = weights.index_select(0, batch.sequences.owner)
             context = replace(context, expert_weights=weights)
-        packed: dict[str, object] = {}
+        options: dict[str, object] = {}
         if batch.sequences is not None:
-            packed = {"position_ids": batch.positions, "sequences": batch.sequences}
-        with packed_attention_enabled(self.base, bool(packed)), self.enter(context):
-            yield self.base.model(input_ids=batch.ids, use_cache=False, **packed).logits.squeeze(0)
+            options = {"position_ids": batch.positions, "sequences": batch.sequences}
+        if context.layer_states is not None:
+            options["output_hidden_states"] = True
+        with packed_attention_enabled(self.base, batch.sequences is not None), self.enter(context):
+            output = self.base.model(input_ids=batch.ids, use_cache=False, **options)
+            if context.layer_states is not None:
+                for states in output.hidden_states[1:]:  # the first are the embeddings
+                    context.layer_states.append(states.flatten(0, 1).index_select(0, batch.logit_indices))
+            yield output.logits.squeeze(0)
 
     def _select_hidden_states(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Compute only the requested logits: the output head is a large part of the cost of a prompt."""

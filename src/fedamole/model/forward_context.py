@@ -39,6 +39,9 @@ class ForwardContext:
     """Weights (T, n) of the domain experts for each token by module, from the last forward pass."""
     hidden_states: list[Tensor] | None = None
     """Last hidden states (K, d) of the tokens whose logits are computed, appended by each forward pass."""
+    layer_states: list[Tensor] | None = None
+    """Hidden states (K, d) of the same tokens after each decoder layer, the last after the final norm, appended by each
+    forward pass."""
 
     def over(self, batch: "Batch") -> "ForwardContext":
         """Return the context, with these containers and weights, of a forward pass over a batch."""

@@ -82,38 +82,35 @@ class SyntheticExamples:
         the vocabulary's last token and of the last class. Vectors must have its L, d and dtype.
         """
         vectors, (count, length, width) = self.tensors.get(VECTORS), largest.vectors.shape
-        _require(vectors is not None, "they have no vectors")
+        require(vectors is not None, "they have no vectors")
         assert vectors is not None
         dtype = vectors.dtype == largest.vectors.dtype
-        _require(dtype and vectors.dim() == 3 and vectors.shape[1:] == (length, width), "vectors of an unexpected form")
-        _require(bool(vectors.isfinite().all()), "vectors that are not finite")
+        require(dtype and vectors.dim() == 3 and vectors.shape[1:] == (length, width), "vectors of an unexpected form")
+        require(bool(vectors.isfinite().all()), "vectors that are not finite")
         n = vectors.shape[0]
-        _require(len(self.classes) == n <= count, "an unexpected number of examples")
-        _require(_whole(self.classes, 0, max(largest.classes)), "an unknown class")
+        require(len(self.classes) == n <= count, "an unexpected number of examples")
+        require(whole_numbers(self.classes, 0, max(largest.classes)), "an unknown class")
         last = max(largest.prompt)
-        _require(len(self.prompt) <= len(largest.prompt), "a prompt that is too long")
-        _require(_whole(self.prompt, -length, last), "a prompt with an id outside the vocabulary")
-        virtual = [it for it in self.prompt if it < 0]
-        _require(virtual == [*range(-1, -1 - length, -1)], "a prompt without its virtual tokens in order")
-        _require(len(self.answers) % n == 0 if n else not self.answers, "answers of different lengths")
+        check_prompt(self.prompt, largest.prompt)
+        require(len(self.answers) % n == 0 if n else not self.answers, "answers of different lengths")
         longest = len(largest.answers) // count
-        _require(not n or 0 < len(self.answers) // n <= longest, "answers that are too long")
-        _require(_whole(self.answers, NO_TOKEN, last), "an answer with an id outside the vocabulary")
-        _require(all(self.answer(i) for i in range(n)), "an answer without tokens")
+        require(not n or 0 < len(self.answers) // n <= longest, "answers that are too long")
+        require(whole_numbers(self.answers, NO_TOKEN, last), "an answer with an id outside the vocabulary")
+        require(all(self.answer(i) for i in range(n)), "an answer without tokens")
         self._check_soft(largest, last)
 
     def _check_soft(self, largest: "SyntheticExamples", last: int) -> None:
         probabilities, bound = self.tensors.get(PROBABILITIES), largest.tensors.get(PROBABILITIES)
-        _require((probabilities is None) == (bound is None), "soft labels that were not asked for, or none")
+        require((probabilities is None) == (bound is None), "soft labels that were not asked for, or none")
         if probabilities is None or bound is None:
-            return _require(not self.soft_ids, "ids of soft labels without probabilities")
+            return require(not self.soft_ids, "ids of soft labels without probabilities")
         fits = probabilities.dim() == 3 and probabilities.dtype == bound.dtype and len(probabilities) == len(self)
         sizes = zip(probabilities.shape, bound.shape, strict=True)
-        _require(fits and all(size <= most for size, most in sizes), "soft labels of an unexpected form")
+        require(fits and all(size <= most for size, most in sizes), "soft labels of an unexpected form")
         valid = bool((probabilities >= 0).all() and (probabilities.float().sum(2) < 1.01).all())
-        _require(valid, "soft labels that are no probabilities")
+        require(valid, "soft labels that are no probabilities")
         same = len(self.soft_ids) == probabilities.numel()
-        _require(same and _whole(self.soft_ids, 0, last), "soft labels with ids outside the vocabulary")
+        require(same and whole_numbers(self.soft_ids, 0, last), "soft labels with ids outside the vocabulary")
 
 
 E = TypeVar("E", bound=SyntheticExamples)
@@ -132,11 +129,24 @@ def expected_examples(template: SyntheticExamples, reply: E) -> E:
     return replace(reply, tensors=tensors)
 
 
-def _require(valid: bool, problem: str) -> None:
+def check_prompt(prompt: tuple[int, ...], largest: tuple[int, ...]) -> None:
+    """Check a prompt that came from elsewhere, given the longest that may be sent; raise SyntheticExamplesError.
+
+    The longest one has the ids of all virtual tokens, and the last id of the vocabulary.
+    """
+    length = sum(it < 0 for it in largest)
+    require(len(prompt) <= len(largest), "a prompt that is too long")
+    require(whole_numbers(prompt, -length, max(largest)), "a prompt with an id outside the vocabulary")
+    virtual = [it for it in prompt if it < 0]
+    require(virtual == [*range(-1, -1 - length, -1)], "a prompt without its virtual tokens in order")
+
+
+def require(valid: bool, problem: str) -> None:
+    """Raise SyntheticExamplesError with this problem unless `valid`."""
     if not valid:
         raise SyntheticExamplesError(f"synthetic examples: {problem}")
 
 
-def _whole(values: Sequence[object], least: int, most: int) -> bool:
-    """Whether all values are whole numbers in this range."""
+def whole_numbers(values: Sequence[object], least: int, most: int) -> bool:
+    """Return whether all values are whole numbers in this range."""
     return all(type(value) is int and least <= value <= most for value in values)

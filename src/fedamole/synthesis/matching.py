@@ -21,13 +21,21 @@ class Features(NamedTuple):
     """(N, d): last hidden states."""
     logits: Tensor
     """(N, V): logits of the first answer token."""
+    layers: tuple[Tensor, ...] = ()
+    """(N, d) each: hidden states after every decoder layer, for objectives with `needs_layers`."""
+    other: Tensor | None = None
+    """(N, V): logits under the second adapter of a request, of synthetic examples."""
 
 
 class Objective(ABC):
     """What synthetic examples are optimised for; the base class of all objectives."""
 
     needs_real: bool = True
-    """Whether the features of real examples are computed in each step."""
+    """Whether the features of real examples are computed."""
+    real_once: bool = False
+    """Whether they are computed before the first step, in place of in each step from another draw."""
+    needs_layers: bool = False
+    """Whether it reads `Features.layers`."""
 
     @abstractmethod
     def loss(self, synthetic: Features, classes: Tensor, real: Mapping[int, Features]) -> Tensor:
@@ -54,7 +62,8 @@ class DistributionMatching(Objective):
         for label, features in sorted(real.items()):
             own = classes == label
             hidden, logits = (
-                (theirs.mean(0) - ours[own].mean(0)).square() for theirs, ours in zip(features, synthetic, strict=True)
+                (theirs.mean(0) - ours[own].mean(0)).square()
+                for theirs, ours in ((features.hidden, synthetic.hidden), (features.logits, synthetic.logits))
             )
             total = total + hidden.sum() + self.logit_weight * logits.mean()
         return total
