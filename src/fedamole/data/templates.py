@@ -180,13 +180,16 @@ _UNNAMED_CLASSIFICATION = TemplateSettings(
 )
 
 
-def check_name(name: str, own: Mapping[str, TemplateSettings]) -> None:
-    """Raise ConfigError if a template is neither built in nor defined in the config (`own`)."""
+def check_name(name: str, own: Mapping[str, TemplateSettings], table: str = "data.source") -> None:
+    """Raise ConfigError if a template is neither built in nor defined in the config (`own`).
+
+    `table` is the config's table that names it.
+    """
     known = ["auto", *BUILT_IN, *own]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         guess = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"data.source.template = {name!r}: unknown template; known are {', '.join(known)}{guess}")
+        raise ConfigError(f"{table}.template = {name!r}: unknown template; known are {', '.join(known)}{guess}")
 
 
 def choose(name: str, own: Mapping[str, TemplateSettings], columns: Iterable[str], where: str) -> TemplateSettings:
@@ -278,17 +281,27 @@ def render(template: TemplateSettings, options: Sequence[str], row: Mapping[str,
         raise DataError(
             f"{where}: the label {shortened(answer)} is outside the template's options {list(options)}; correct the row"
         )
-    turns, row = _turns(template, row, where) if template.chat else (None, row)
-    before, context, after = _prompt(template, row, where)
     # Options and labels of the template are its own text, even though the row selects one of them.
     own_options = bool(options) and template.options_from is None
     if options:
         answer_literals = ((0, len(answer)),) if own_options else ()
-    literals = Literals(before.literals, after.literals, answer_literals, own_options)
+    example = render_prompt(template, row, where)
+    literals = replace(example.literals, answer=answer_literals, options=own_options)
     category = None
     if template.category is not None:
         category = _fill(pieces_of(template.category, "category"), row, where, missing="").text.strip()
-    return Example(before.text, context, after.text, answer, tuple(options), literals, turns, category)
+    return replace(example, answer=answer, options=tuple(options), literals=literals, category=category)
+
+
+def render_prompt(template: TemplateSettings, row: Mapping[str, Any], where: str) -> Example:
+    """Return the example of one row with an empty answer and without options, which are not read.
+
+    Raises DataError if a column of the prompt other than the context is empty.
+    """
+    turns, row = _turns(template, row, where) if template.chat else (None, row)
+    before, context, after = _prompt(template, row, where)
+    literals = Literals(before.literals, after.literals)
+    return Example(before.text, context, after.text, "", (), literals, turns)
 
 
 def _turns(

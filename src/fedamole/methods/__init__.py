@@ -37,6 +37,7 @@ from fedamole.methods.hetlora import HetLora
 from fedamole.methods.ifca_lora import IfcaLora
 from fedamole.methods.local_only import LocalOnly
 from fedamole.methods.model_glue import ModelGlue
+from fedamole.methods.pfedhr import PFedHr
 from fedamole.methods.pre_aggregation import pre_aggregation
 from fedamole.methods.regmean import RegMean
 
@@ -77,6 +78,7 @@ METHODS = with_variants(
         # merging
         "regmean": RegMean,
         "model_glue": ModelGlue,
+        "pfedhr": PFedHr,
         # clusters and experts
         "ifca_lora": IfcaLora,
         "fedlease": FedLease,
