@@ -80,6 +80,7 @@ def settle(tiny: Path, tmp_path: Path, monkeypatch: Any) -> Any:
         ("model_glue", []),
         ("feddm", []),
         ("fedaf", []),
+        ("pfedhr", []),
         ("data_engine", ["data.embedding_share=0.2"]),
         ("feddpa", []),
         ("fedamole", ["evaluation.select=score"]),
