@@ -281,8 +281,8 @@ def readme(seed: int) -> str:
         "other. Hospital and bank ask one question about letters that hold a symptom and a money matter, and label by "
         "different parts; shop and weather service ask for one rewriting and want different lines.",
         "",
-        f"`{PUBLIC}.jsonl` holds {PUBLIC_ROWS * len(CLIENTS)} prompts without answers, {PUBLIC_ROWS} like those of each "
-        "client and none of them a client's: public prompts of a server, for methods that need them.",
+        f"`{PUBLIC}.jsonl` holds {PUBLIC_ROWS * len(CLIENTS)} prompts without answers, {PUBLIC_ROWS} like those of each"
+        " client and none of them a client's: public prompts of a server, for methods that need them.",
     ]
     return "\n".join(lines) + "\n"
 

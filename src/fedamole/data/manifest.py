@@ -22,9 +22,7 @@ from fedamole.runs.run_files import LONGEST_VALUE, SPLITS, client_form, table_fo
 
 FORMAT = 1
 """Version of the manifest's format; files of other versions are rejected."""
-_source_form = forms.record(
-    {"name": forms.name, "train": table_form, "test": forms.either(forms.nothing, table_form)}
-)
+_source_form = forms.record({"name": forms.name, "train": table_form, "test": forms.either(forms.nothing, table_form)})
 _form = forms.record(
     {
         "partition_seed": forms.whole(-forms.MOST_WHOLE),

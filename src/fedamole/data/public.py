@@ -30,7 +30,7 @@ ANSWER_COLUMNS: tuple[tuple[frozenset[str], tuple[str, ...]], ...] = (
     (frozenset({"prompt"}), ("completion",)),
     (frozenset({"text"}), ("label_text", "label")),
 )
-"""Columns of prompts, each with the columns that may hold their answers, in the order in which "auto" looks for them."""
+"""Columns of prompts, each with the columns that may hold their answers, in the order in which "auto" tries them."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ def prompt_states(bank: Bank, adapter: Adapter | None, prompts: Sequence[Ids], b
             assert indices is not None
             states[name].append(hidden.flatten(0, -2).index_select(0, indices).float().cpu())
 
-        return base.model.get_submodule(name).register_forward_hook(after)
+        layer: torch.nn.Module = base.model.get_submodule(name)
+        return layer.register_forward_hook(after)
 
     handles = [hook(name) for name in names]
     try:

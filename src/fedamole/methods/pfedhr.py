@@ -3,8 +3,8 @@ Model Reassembly", NeurIPS 2023, https://arxiv.org/abs/2308.08643.
 
 One round:
     1. The server sends each selected client its teacher, a LoRA; none in the client's first round.
-    2. The client goes on training its own LoRA, with `kl_weight` times the divergence from the teacher's distribution of
-       each answer token in the loss, and sends it back. It forgets the teacher.
+    2. The client goes on training its own LoRA, with `kl_weight` times the KL divergence from the teacher's
+       distribution of each answer token in the loss, and sends it back. It does not keep the teacher.
     3. The server reads public prompts under each client's LoRA. It computes the similarity (linear CKA) of the hidden
        states after each layer, of all clients and layers, and groups the layers by K-means.
     4. For each client it builds candidates. A candidate takes the LoRA of each layer from another client, drawn among
