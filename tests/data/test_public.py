@@ -177,8 +177,8 @@ def test_no_client_has_a_public_row(tiny: Path, without_public: Path) -> None:
     assert len(prepared.public) == 15
     assert set(prepared.clients) == {"entail", "mood", "chat", "plain"}
     prompts = {row.prompt for row in prepared.public}
-    for data in prepared.clients.values():
-        for split in (data.train, data.embedding, data.validation, data.test):
+    for client in prepared.clients.values():
+        for split in (client.train, client.embedding, client.validation, client.test):
             assert not prompts & {row.prompt for row in split.rows}
 
 

@@ -140,13 +140,13 @@ def bundled(tmp_path_factory: pytest.TempPathFactory) -> BundledRounds:
 
 
 def related_share(bundled: BundledRounds, loras: Any, method: PFedHr) -> float:
-    """The share of layers that come from the client of the same domain, over three draws of candidates."""
+    """The share of layers that come from the client of the same domain, over two draws of candidates."""
     config, base = bundled.config("pfedhr", 1), bundled.prepared.base
     public = public_rows(config, base, None)
     assert public is not None
     server = server_of(config, base, [ClientInfo(name, 1) for name in PAIRS], bundled.bank, public.rows)
     related = list[bool]()
-    for round_ in range(3):
+    for round_ in range(2):
         state = method.aggregate(replace(server, round=round_), ReassemblyState(loras, {}), {})
         related += [donor.split("_")[0] == name.split("_")[0] for name, each in state.donors.items() for donor in each]
     return sum(related) / len(related)
