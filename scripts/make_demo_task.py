@@ -233,6 +233,29 @@ def client_rows(client: DemoClient, seed: int) -> list[dict[str, str]]:
     return [dict(zip(client.columns, cells(*pair), strict=True)) for pair in answers.items()]
 
 
+PUBLIC, PUBLIC_ROWS = "public", 25
+"""Name of the file of public prompts, and how many of them are like each client's."""
+
+
+def public_prompts(seed: int) -> list[dict[str, str]]:
+    """Prompts without answers of all domains in turn, from the same grammar; none is a client's."""
+    kinds: list[list[str]] = []
+    for client in CLIENTS:
+        rng = random.Random(f"fedamole demo task {seed} public {client.name}")
+        own = {row[client.columns[-2]].removeprefix(f"{ASK_LINE}\n").strip() for row in client_rows(client, seed)}
+        contexts: dict[str, None] = {}
+        while len(contexts) < PUBLIC_ROWS:
+            context, _ = client.make(rng)
+            if context not in own:
+                contexts[context] = None
+        kinds.append([PUBLIC_PROMPT.format(client.instruction, context) for context in contexts])
+    return [{"prompt": prompt} for prompts in zip(*kinds, strict=True) for prompt in prompts]
+
+
+PUBLIC_PROMPT = "### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:\n"
+"""As the templates of most clients write a prompt."""
+
+
 def readme(seed: int) -> str:
     """The card of the task: a table of the clients."""
     lines = [
@@ -257,6 +280,9 @@ def readme(seed: int) -> str:
         "The two clients of a domain do the same task by the same rule and have few rows: they can learn from each "
         "other. Hospital and bank ask one question about letters that hold a symptom and a money matter, and label by "
         "different parts; shop and weather service ask for one rewriting and want different lines.",
+        "",
+        f"`{PUBLIC}.jsonl` holds {PUBLIC_ROWS * len(CLIENTS)} prompts without answers, {PUBLIC_ROWS} like those of each"
+        " client and none of them a client's: public prompts of a server, for methods that need them.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -272,6 +298,7 @@ def write_task(out: Path, seed: int) -> int:
         answers = Counter(row[client.columns[-1]] for row in rows)
         spread = dict(sorted(answers.items())) if client.options else f"{len(answers)} different answers"
         print(f"{client.name}: {len(rows)} rows, {spread}")
+    texts[f"{PUBLIC}.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in public_prompts(seed))
     for name, text in texts.items():
         (out / name).write_text(text, encoding="utf-8", newline="\n")
     return sum(len(text.encode()) for text in texts.values())

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 from fedamole.comparison.settings import ComparisonSettings
 from fedamole.config import RunSettings
-from fedamole.data.settings import DataSettings, PartitionSettings, SourceSettings
+from fedamole.data.settings import DataSettings, PartitionSettings, PublicSettings, SourceSettings
 from fedamole.data.templates import TemplateSettings
 from fedamole.evaluation.personal import EvaluationSettings
 from fedamole.federation.settings import DeploymentSettings, FederationSettings, TrainingSettings
@@ -30,6 +30,7 @@ TABLES: dict[str, type] = {
     "[data]": DataSettings,
     "[[data.source]]": SourceSettings,
     "[data.source.partition]": PartitionSettings,
+    "[data.public]": PublicSettings,
     "[data.templates.NAME]": TemplateSettings,
     "[federation]": FederationSettings,
     "[training]": TrainingSettings,

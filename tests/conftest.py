@@ -67,6 +67,9 @@ path = "chat.jsonl"
 [[data.source]]
 name = "plain"
 path = "plain.jsonl"
+
+[data.public]
+path = "public.jsonl"
 """
 
 
@@ -133,6 +136,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = _rows()
     for name, table in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    prompts = [{"prompt": f"Who of {name} and Ann has {thing} today?\n"} for thing in THINGS for name in NAMES[1:4]]
+    (folder / "public.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     _write_base(folder / "base", [str(value) for table in rows.values() for row in table for value in row.values()])
     (folder / "config.toml").write_text(CONFIG)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pair_rows()))  # tests/pairs.py

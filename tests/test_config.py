@@ -126,7 +126,8 @@ def test_extends_across_folders(tmp_path: Path) -> None:
     write(
         tmp_path / "one" / "base.toml",
         'extends = "../base.toml"\n[data]\nmanifest = "m.json"\n'
-        '[[data.source]]\nname = "a"\npath = "../data/a.jsonl"\ntest = "b.jsonl"\n',
+        '[[data.source]]\nname = "a"\npath = "../data/a.jsonl"\ntest = "b.jsonl"\n'
+        '[data.public]\npath = "p.jsonl"\n',
     )
     write(tmp_path / "one" / "deep" / "run.toml", 'extends = "../base.toml"\n[training]\nlocal_steps = 9\n')
     config = load_config(tmp_path / "one" / "deep" / "run.toml")
@@ -134,6 +135,8 @@ def test_extends_across_folders(tmp_path: Path) -> None:
     assert config.data.manifest == str(tmp_path / "one" / "m.json")
     assert config.data.source[0].path == str(tmp_path / "data" / "a.jsonl")
     assert config.data.source[0].test == str(tmp_path / "one" / "b.jsonl")
+    assert config.data.public is not None
+    assert config.data.public.path == str(tmp_path / "one" / "p.jsonl")
     assert (config.training.local_steps, config.training.batch_size) == (9, 3)
     write(tmp_path / "one" / "other.toml", 'extends = "base.toml"\n' + DATA)
     assert load_config(tmp_path / "one" / "other.toml").data.source[0].path == str(tmp_path / "one" / "a.jsonl")

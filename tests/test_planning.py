@@ -134,9 +134,8 @@ TEN = '{ kind = "iid", clients = 10 }'
 @pytest.mark.parametrize("clients", [10, 50])
 @pytest.mark.parametrize("name", sorted(name for name in METHODS if not name.endswith("_ft")))
 def test_every_method_is_planned_without_data(name: str, clients: int, tmp_path: Path) -> None:
-    planned = plan_without_data(
-        config_without_data(tmp_path, f'{{ kind = "iid", clients = {clients} }}', f"method.name={name}")
-    )
+    overrides = (f"method.name={name}", "data.public.path=nowhere.jsonl")
+    planned = plan_without_data(config_without_data(tmp_path, f'{{ kind = "iid", clients = {clients} }}', *overrides))
     assert [row["client"] for row in planned.clients] == [f"a-{index:02d}" for index in range(clients)]
     steps = 7 - 7 % METHODS[name].trains_together  # partners take the same steps
     assert (planned.clients_per_round, planned.rounds, planned.steps) == (clients, 30, steps)

@@ -154,6 +154,8 @@ def rebased(tables: Table, folder: Path) -> Table:
         absolute(base, "model")  # otherwise a Hub id, or the bundled base
     data = tables.get("data")
     absolute(data, "manifest")
+    if isinstance(data, dict):
+        absolute(data.get("public"), "path")
     if isinstance(data, dict) and isinstance(data.get("source"), list):
         for source in data["source"]:
             absolute(source, "path")

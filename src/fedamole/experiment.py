@@ -12,7 +12,9 @@ import tomli_w
 import torch
 
 from fedamole.config import Config, load_run_config
-from fedamole.data.manifest import Federation, Manifest, load_federation, read_manifest
+from fedamole.data.manifest import Federation, Manifest, TableRecord, load_federation, read_manifest
+from fedamole.data.public import PublicRows, check_unchanged, load_public
+from fedamole.data.tokens import TokenRow
 from fedamole.engine.in_process import InProcess
 from fedamole.errors import BaseModelError, ConfigError, RunError
 from fedamole.federation.client_data import ClientData, client_data
@@ -100,12 +102,37 @@ class Prepared:
     base: Base
     federation: Federation
     clients: dict[str, ClientData]
+    public: tuple[TokenRow, ...] = ()
+    """The server's public prompts, for methods that need them."""
+
+
+def check_public(config: Config) -> None:
+    """Raise ConfigError if the method needs public prompts at the server and the config names none."""
+    if config.method.needs_public_prompts and config.data.public is None:
+        raise ConfigError(
+            f"method.name = {config.method_name!r}: its server needs public prompts; add [data.public] with path = "
+            "<file of prompts that belong to no client>"
+        )
+
+
+def public_rows(config: Config, base: Base, stored: TableRecord | None) -> PublicRows | None:
+    """Return the server's public prompts, or None for a method that needs none.
+
+    `stored` is the record of those that the run was started with. Raises DataError if they are not the same.
+    """
+    if not config.method.needs_public_prompts:
+        return None
+    public = load_public(config.data, Path.cwd(), base.tokenizer, config.training.max_length)
+    if stored is not None:
+        check_unchanged(public.record, stored)
+    return public
 
 
 def prepare(config: Config, manifest: Manifest | None = None) -> Prepared:
     """Load base and data, and check that the method can serve these clients."""
     torch.set_num_threads(config.run.threads)
     variants_of(config)
+    check_public(config)
     if not config.data.source:
         raise ConfigError(
             "data.source is empty, as in a deployment, where each organisation has its own data: use `fedamole server` "
@@ -117,10 +144,14 @@ def prepare(config: Config, manifest: Manifest | None = None) -> Prepared:
     base = load_base(config.base, torch.device(config.run.device), Path.cwd())
     check_length(config, base)
     max_length = config.training.max_length
+    public = public_rows(config, base, federation.manifest.public)
+    if public is not None:
+        manifest = dataclasses.replace(federation.manifest, public=public.record)
+        federation = dataclasses.replace(federation, manifest=manifest)
     clients = {shard.client: client_data(shard, base.tokenizer, max_length) for shard in federation.shards}
     group = config.run.group or chosen_group(config, base, clients)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, group=group))
-    return Prepared(config, base, federation, clients)
+    return Prepared(config, base, federation, clients, () if public is None else public.rows)
 
 
 def check_length(config: Config, base: Base) -> None:
@@ -212,7 +243,8 @@ def reads_outside(
         add("base", model)
     elif base and model != BUNDLED:
         outside.append(f"base {model} of the Hugging Face hub")
-    for source in config.data.source:
+    public = config.data.public if sources is None and config.method.needs_public_prompts else None
+    for source in (*config.data.source, *(() if public is None else (public.source(),))):
         if sources is None or source.name in sources:
             for path in (source.path, source.test):
                 if path is not None:
@@ -228,15 +260,21 @@ def worker_of(config: Config, bank: Bank, folder: RunFolder) -> Worker:
     return Worker(bank, config.method, variants, config.training, config.evaluation, folder, config.run.seed)
 
 
-def server_of(config: Config, base: Base, clients: Sequence[ClientInfo] = (), bank: Bank | None = None) -> Server:
+def server_of(
+    config: Config,
+    base: Base,
+    clients: Sequence[ClientInfo] = (),
+    bank: Bank | None = None,
+    public: Sequence[TokenRow] = (),
+) -> Server:
     """Return the `Server` that the server's half of a method works with before round 0.
 
-    A method that trains at the server works on `bank`.
+    A method that trains at the server works on `bank`; `public` are its public prompts.
     """
     rounds, seed, work = config.federation.rounds, config.run.seed, None
     if bank is not None and config.method.trains_at_server:
         work = ServerWork(bank, config.training, config.evaluation.batch_tokens, seed)
-    return Server(BaseInfo.of(base), tuple(clients), seed, rounds=rounds, work=work)
+    return Server(BaseInfo.of(base), tuple(clients), seed, rounds=rounds, work=work, public=tuple(public))
 
 
 def loop_of(
@@ -275,7 +313,7 @@ def _run(prepared: Prepared, folder: RunFolder, listener: ProgressListener) -> d
     metrics_sink = TensorBoardSink(folder.path / "tensorboard") if config.run.tensorboard else None
     with folder.locked():
         engine = InProcess(worker, prepared.clients, listener, config.run.group)
-        server = server_of(config, base, engine.clients, worker.bank)
+        server = server_of(config, base, engine.clients, worker.bank, prepared.public)
         summary = loop_of(config, engine, server, folder, listener, metrics_sink).run()
         write_cards(folder)
     return summary
@@ -290,6 +328,7 @@ def plan(config: Config) -> Plan:
 def plan_without_data(config: Config) -> PlanWithoutData:
     """Return the same for a GPU from the config alone: no data are read, no base is loaded, nothing is downloaded."""
     variants_of(config)
+    check_public(config)
     clients, assumed = clients_without_data(config.data, Path.cwd(), config.deployment.clients)
     config.method.check(len(clients))
     base = weightless_base(config.base, Path.cwd())

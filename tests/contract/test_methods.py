@@ -79,7 +79,7 @@ class Shop:
         infos = tuple(self.prepared.clients[name].info for name in sorted(self.prepared.clients))
         base = self.prepared.base
         work = ServerWork(self.bank, self.prepared.config.training, 4096, self.seed)
-        return Server(BaseInfo.of(base), infos, self.seed, round_, rounds=2, work=work)
+        return Server(BaseInfo.of(base), infos, self.seed, round_, rounds=2, work=work, public=self.prepared.public)
 
     def client(self, name: str, round_: int = 0) -> Client:
         data, base = self.prepared.clients[name], self.prepared.base
@@ -133,7 +133,7 @@ class Shop:
 
 @pytest.fixture(scope="module")
 def shop(runs: Any) -> Shop:
-    prepared = prepare(runs.load("local_only", "training.local_steps=2"))
+    prepared = prepare(runs.load("pfedhr", "training.local_steps=2"))  # reads the public prompts too
     return Shop(prepared, Bank(prepared.base))
 
 
@@ -249,7 +249,13 @@ def test_bytes_in_the_metrics_are_the_bytes_packed(name: str, runs: Any, tmp_pat
     folder = RunFolder.create(tmp_path / "run", "", "", name, prepared.base.identity)
     worker = worker_of(config, Bank(prepared.base), folder)
     engine, base = Scales(worker, prepared.clients, ProgressListener(), 2), prepared.base
-    loop_of(config, engine, server_of(config, base, engine.clients, worker.bank), folder, ProgressListener()).run()
+    loop_of(
+        config,
+        engine,
+        server_of(config, base, engine.clients, worker.bank, prepared.public),
+        folder,
+        ProgressListener(),
+    ).run()
     logged = facts(tmp_path / "run")
     assert logged == facts(runs(name))
     trained = [line for line in logged if line["split"] == "train"]
@@ -313,7 +319,13 @@ def test_tokens_are_those_that_go_through_the_base(name: str, runs: Any, tmp_pat
     base.model.register_forward_pre_hook(count, with_kwargs=True)
     vars(worker).update(update=counted_update)
     vars(worker.evaluator).update(_current_model=counted_present)
-    loop_of(config, engine, server_of(config, base, engine.clients, worker.bank), folder, ProgressListener()).run()
+    loop_of(
+        config,
+        engine,
+        server_of(config, base, engine.clients, worker.bank, prepared.public),
+        folder,
+        ProgressListener(),
+    ).run()
     lines = {
         (line["split"], line["round"], line.get("exchange", 0), line["client"]): line
         for line in facts(runs(name))
@@ -434,7 +446,7 @@ def test_scoring_leaves_private_state_alone(name: str, runs: Any, tmp_path: Path
     worker = worker_of(config, Bank(prepared.base), folder)
     engine = InProcess(worker, prepared.clients, ProgressListener(), 3)
     base = prepared.base
-    state = config.method.init(server_of(config, base, engine.clients, worker.bank))
+    state = config.method.init(server_of(config, base, engine.clients, worker.bank, prepared.public))
     messages = {info.name: pack(config.method.message(state, info)) for info in engine.clients}
     engine.update(0, messages)
     states = {path: path.read_bytes() for path in (tmp_path / "run").glob("clients/*/state/*")}
@@ -622,6 +634,9 @@ CHANGED: dict[str, Any] = {
     "statistics_weight": 50.0,
     "disagreement_weight": 50.0,
     "min_examples": 1000,
+    "layer_groups": 3,
+    "candidates": 1,
+    "public_prompts": 3,
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 

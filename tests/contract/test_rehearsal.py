@@ -51,7 +51,7 @@ def compared(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
         folder = RunFolder.create(path, "", "{}", name, prepared.base.identity)
         worker = worker_of(config, Bank(prepared.base), folder)
         engine, base = Checked(worker, prepared.clients, ProgressListener(), 4), prepared.base
-        server = server_of(config, base, engine.clients, worker.bank)
+        server = server_of(config, base, engine.clients, worker.bank, prepared.public)
         engine.rehearse_with(config.method, server)
         loop_of(config, engine, server, folder, ProgressListener()).run()
         return config.method, engine.seen

@@ -17,7 +17,7 @@ from fedamole.deployment.shared_config import shared_tables
 from fedamole.engine.in_process import InProcess
 from fedamole.engine.messages import Request, read_request
 from fedamole.engine.remote import Remote
-from fedamole.experiment import loop_of, prepare, resolved, server_of, variants_of, worker_of
+from fedamole.experiment import loop_of, prepare, public_rows, resolved, server_of, variants_of, worker_of
 from fedamole.federation.evaluator import Scores
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.worker import UpdateResult
@@ -130,7 +130,8 @@ class DirectDeployment:
     def engine(self, run: str, listener: ProgressListener) -> Remote:
         config, base = self.config, load_base(self.config.base, torch.device("cpu"), Path.cwd())
         self.identity = base.identity
-        self.server = server_of(config, base, (), Bank(base) if config.method.trains_at_server else None)
+        bank, public = Bank(base) if config.method.trains_at_server else None, public_rows(config, base, None)
+        self.server = server_of(config, base, (), bank, () if public is None else public.rows)
         tables = shared_tables(config, base.identity)
         return Remote(
             self.link, config.method, variants_of(config), self.server, run, tables, config.deployment, listener
@@ -207,6 +208,6 @@ def in_one_process(
     folder = RunFolder.create(path, "", prepared.federation.manifest.to_json(), config.method_name, base.identity)
     engine = ScheduledInProcess(worker_of(config, Bank(base), folder), prepared.clients, schedule, 1)
     engine.expect(schedule, lost or {})
-    server = server_of(config, base, engine.clients, engine.worker.bank)
+    server = server_of(config, base, engine.clients, engine.worker.bank, prepared.public)
     loop_of(config, engine, server, folder, schedule).run()
     return path

@@ -1,4 +1,4 @@
-"""A coordinator keeps its base where the method trains at the server, and only there."""
+"""A coordinator keeps its base where the method trains at the server, and reads public prompts where it needs them."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ import pytest
 from fedamole.config import load_config
 from fedamole.deployment import server_run
 from fedamole.deployment.flower.simulation import prepare_simulation
+from fedamole.errors import DataError
 from tests.conftest import small
 from tests.deployment.test_moved_base import EmptyLink, ProcessEndedError
 
@@ -32,3 +33,27 @@ def test_the_base_is_kept_for_training_at_the_server(
     if keeps:
         assert server.work.settings.learning_rate == 0.01
         assert server.work.bank.base.device.type == "cpu"
+
+
+def test_public_prompts_are_read_again_after_an_interruption_and_must_be_the_same(
+    tiny: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    public, run = tmp_path / "own.jsonl", tmp_path / "run"
+    public.write_text((tiny / "public.jsonl").read_text())
+    servers: list[Any] = []
+
+    def stop(config: Any, engine: Any, server: Any, *_: Any) -> None:
+        servers.append(server)
+        raise ProcessEndedError
+
+    monkeypatch.setattr(server_run, "loop_of", stop)
+    monkeypatch.chdir(tiny)
+    overrides = [*small("pfedhr"), "run.device=cpu", f"data.public.path={public}"]
+    prepare_simulation(load_config(tiny / "config.toml", overrides), run)
+    for _ in ("start", "resume"):
+        with pytest.raises(ProcessEndedError):
+            server_run.coordinate(EmptyLink(), run)
+    assert [len(server.public) for server in servers] == [15, 15]
+    public.write_text('{"prompt": "Another."}\n')
+    with pytest.raises(DataError, match=r"data.public: own.jsonl is not what the run was started with: 1 rows"):
+        server_run.coordinate(EmptyLink(), run)

@@ -81,6 +81,7 @@ def settle(tiny: Path, tmp_path: Path, monkeypatch: Any) -> Any:
         ("feddm", []),
         ("fedaf", []),
         ("codream", []),
+        ("pfedhr", []),
         ("data_engine", ["data.embedding_share=0.2"]),
         ("feddpa", []),
         ("fedamole", ["evaluation.select=score"]),

@@ -9,7 +9,7 @@ from typing import Any
 from fedamole.cli.options import bundled_config
 from fedamole.config import Config, load_config
 from fedamole.engine.in_process import InProcess
-from fedamole.experiment import Prepared, prepare, server_of, worker_of
+from fedamole.experiment import Prepared, prepare, public_rows, server_of, worker_of
 from fedamole.federation.client_data import ClientData
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import pack, unpack
@@ -76,7 +76,9 @@ class BundledRounds:
         """
         config = self.config(method, rounds, overrides)
         engine = self.engine(config)
-        server = server_of(config, self.prepared.base, engine.clients, self.bank)
+        public = public_rows(config, self.prepared.base, None)
+        rows = () if public is None else public.rows
+        server = server_of(config, self.prepared.base, engine.clients, self.bank, rows)
         state = config.method.init(server)
         for round_ in range(rounds):
 

@@ -72,7 +72,7 @@ def test_task_is_what_its_script_writes(tmp_path: Path) -> None:
     written = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     shipped = {file.name: file.read_bytes() for file in make_demo_task.TASK.iterdir()}
     assert written == shipped
-    assert len(shipped) == 2 * len(make_demo_task.CLIENTS) + 1 == 17
+    assert len(shipped) == 2 * len(make_demo_task.CLIENTS) + 2 == 18
     assert size(make_demo_task.TASK) <= TASK_BYTES
 
 

@@ -117,7 +117,7 @@ def draw_clients(settings: DataSettings, data: SourceData) -> tuple[list[ClientR
 def _candidates(settings: DataSettings, data: SourceData) -> tuple[Candidates, list[str]]:
     """Return the rows with an answer, within the limit and not in the official test set, and notes on the others."""
     notes: list[str] = []
-    examples = _examples(data, "train", _limited(settings, data), notes)
+    examples = _examples(data, "train", limited_rows(settings, data), notes)
     identity = {row: (example.conversation, example.answer) for row, example in examples.items()}
     if data.test is None:
         rows = tuple(examples)
@@ -147,7 +147,7 @@ def _split(settings: DataSettings, data: SourceData, candidates: Candidates, par
     return clients
 
 
-def _limited(settings: DataSettings, data: SourceData) -> Sequence[int]:
+def limited_rows(settings: DataSettings, data: SourceData) -> Sequence[int]:
     """Return the row numbers within the source's limit, a seeded sample if it has more rows."""
     count = len(data.train.rows)
     limit = data.source.limit

@@ -18,21 +18,19 @@ from fedamole.errors import ConfigError, DataError
 from fedamole.received import forms
 from fedamole.received.files import MOST_JSON, parse_json, read_text
 from fedamole.received.names import checked_names, quoted
-from fedamole.runs.run_files import LONGEST_VALUE, SPLITS, client_form
+from fedamole.runs.run_files import LONGEST_VALUE, SPLITS, client_form, table_form
 
 FORMAT = 1
 """Version of the manifest's format; files of other versions are rejected."""
-_table_form = forms.record({"name": forms.text(1000), "rows": forms.whole(), "sha256": forms.text(100)})
-_source_form = forms.record(
-    {"name": forms.name, "train": _table_form, "test": forms.either(forms.nothing, _table_form)}
-)
+_source_form = forms.record({"name": forms.name, "train": table_form, "test": forms.either(forms.nothing, table_form)})
 _form = forms.record(
     {
         "partition_seed": forms.whole(-forms.MOST_WHOLE),
         "settings": forms.record({}, {"source": forms.mapping(forms.anything)}),
         "sources": forms.listed(_source_form),
         "clients": forms.listed(client_form),
-    }
+    },
+    {"public": table_form},
 )
 
 log = logging.getLogger(__name__)
@@ -93,11 +91,15 @@ class Manifest:
     """The settings that the partition was drawn with; a warning reports different settings of a config."""
     sources: tuple[SourceRecord, ...]
     clients: tuple[ClientRecord, ...]
+    public: TableRecord | None = None
+    """The server's public prompts; None for a method that reads none."""
 
     def to_json(self) -> str:
         """Return the manifest as JSON, one line per client; `from_json` is the inverse."""
         head = {"format": FORMAT, "partition_seed": self.partition_seed, "settings": self.settings}
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+        if self.public is not None:
+            lines.append(f'"public": {json.dumps(asdict(self.public))}')
         tables = {"sources": map(asdict, self.sources), "clients": (client.to_dict() for client in self.clients)}
         for key, records in tables.items():
             lines.append(f'"{key}": [\n' + ",\n".join(map(json.dumps, records)) + "\n]")
@@ -116,7 +118,7 @@ class Manifest:
         source = clients[0].source
         settings = {**self.settings, "source": {source: self.settings.get("source", {}).get(source)}}
         sources = tuple(record for record in self.sources if record.name == source)
-        return replace(self, settings=settings, sources=sources, clients=clients)
+        return replace(self, settings=settings, sources=sources, clients=clients, public=None)
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Manifest":
@@ -136,16 +138,18 @@ class Manifest:
             settings=content["settings"],
             sources=tuple(_source_record(source) for source in content["sources"]),
             clients=tuple(_client_record(client) for client in content["clients"]),
+            public=table_record(content["public"]) if "public" in content else None,
         )
 
 
-def _table_record(table: Mapping[str, Any]) -> TableRecord:
+def table_record(table: Mapping[str, Any]) -> TableRecord:
+    """Return the record of a table from its checked JSON object."""
     return TableRecord(table["name"], table["rows"], table["sha256"])
 
 
 def _source_record(source: Mapping[str, Any]) -> SourceRecord:
-    test = None if source["test"] is None else _table_record(source["test"])
-    return SourceRecord(source["name"], _table_record(source["train"]), test)
+    test = None if source["test"] is None else table_record(source["test"])
+    return SourceRecord(source["name"], table_record(source["train"]), test)
 
 
 def _client_record(client: Mapping[str, Any]) -> ClientRecord:
@@ -247,7 +251,7 @@ def _reproduce(settings: DataSettings, sources: Mapping[str, SourceData], manife
 def drawn_with(settings: DataSettings) -> dict[str, Any]:
     """Return the settings that determine a partition, as a manifest stores them: sources by name, without paths."""
     tables = asdict(replace(settings, manifest=None))
-    del tables["manifest"], tables["templates"]
+    del tables["manifest"], tables["templates"], tables["public"]
     tables["source"] = {
         source.name: {
             "template": source.template,

@@ -114,19 +114,56 @@ class SourceSettings:
             )
         if len(self.name) > longest:
             raise ConfigError(f"data.source.name = {self.name!r}: at most {longest} characters{why}")
-        if (self.path is None) == (self.hub is None):
-            raise ConfigError(f"{key}: set either path = <file> or hub = <data set id>, not both")
-        if self.hub is not None and self.split is None:
-            raise ConfigError(f'{key}.split is missing: a hub data set requires it, for example split = "train"')
-        not_allowed = ("test",) if self.hub is not None else ("split", "test_split", "config")
-        for name in not_allowed:
-            if getattr(self, name) is not None:
-                kind = "hub" if self.hub is not None else "path"
-                raise ConfigError(f"{key}.{name} = {getattr(self, name)!r}: not used with {kind}; remove this key")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"{key}.limit = {self.limit}: must be at least 1; remove this key to use all rows")
+        _check_origin(self, key, ("split", "test_split", "config"))
+        if self.hub is not None and self.test is not None:
+            raise ConfigError(f"{key}.test = {self.test!r}: not used with hub; remove this key")
         if not 0 <= self.label_noise <= 1:
             raise ConfigError(f"{key}.label_noise = {self.label_noise}: must be a fraction between 0 and 1")
+
+
+@dataclass(frozen=True)
+class PublicSettings:
+    """`[data.public]`: prompts that the server holds, for methods that need them.
+
+    They belong to no client. In a deployment only the coordinator reads them, and clients do not learn where they are.
+    """
+
+    path: str | None = None
+    """File with the rows, in the formats of `[[data.source]]`. A relative path starts at the config's folder. Set
+    either `path` or `hub`."""
+    hub: str | None = None
+    """Id of a data set on the Hugging Face Hub, instead of `path`."""
+    split: str | None = None
+    """Split of the Hub data set, for example `"train"`. Required with `hub`."""
+    config: str | None = None
+    """Configuration (subset) of the Hub data set, if it has several. Only with `hub`."""
+    template: str = "auto"
+    """Template that turns rows into prompts, as for `[[data.source]]`. Rows may lack the columns of its answer."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns to rename, new name = old name, as for `[[data.source]]`."""
+    limit: int | None = None
+    """Maximum number of rows to use, at least 1, sampled with `data.partition_seed`. Unset: all rows."""
+
+    def __post_init__(self) -> None:
+        _check_origin(self, "data.public", ("split", "config"))
+
+    def source(self) -> "SourceSettings":
+        """Return the same rows as a data source, which is read by the same code."""
+        keys = ("path", "hub", "split", "config", "template", "columns", "limit")
+        return SourceSettings("data.public", **{key: getattr(self, key) for key in keys})
+
+
+def _check_origin(settings: "SourceSettings | PublicSettings", key: str, only_hub: tuple[str, ...]) -> None:
+    """Raise ConfigError for a wrong `limit`, and unless the rows are those of one file or of one Hub data set."""
+    if (settings.path is None) == (settings.hub is None):
+        raise ConfigError(f"{key}: set either path = <file> or hub = <data set id>, not both")
+    if settings.hub is not None and settings.split is None:
+        raise ConfigError(f'{key}.split is missing: a hub data set requires it, for example split = "train"')
+    for name in () if settings.hub is not None else only_hub:
+        if getattr(settings, name) is not None:
+            raise ConfigError(f"{key}.{name} = {getattr(settings, name)!r}: not used with path; remove this key")
+    if settings.limit is not None and settings.limit < 1:
+        raise ConfigError(f"{key}.limit = {settings.limit}: must be at least 1; remove this key to use all rows")
 
 
 @dataclass(frozen=True)
@@ -162,6 +199,8 @@ class DataSettings:
     """Maximum number of validation examples per client for classification and preference pairs, at least 1."""
     validation_cap_generation: int = 200
     """Maximum number of validation examples per client for generation, at least 1."""
+    public: PublicSettings | None = None
+    """Prompts that the server holds, for methods that need them; see `[data.public]`. Other methods ignore them."""
     templates: dict[str, TemplateSettings] = field(default_factory=dict)
     """Templates by name; see `[data.templates.NAME]`. The names of built-in templates and `auto` are not allowed."""
 
@@ -191,6 +230,8 @@ class DataSettings:
                 raise ConfigError(f"data.templates.{name}: a built-in template has this name; choose another name")
         for source in self.source:
             check_name(source.template, self.templates)
+        if self.public is not None:
+            check_name(self.public.template, self.templates, "data.public")
 
     def noise(self) -> dict[str, float]:
         """Return `label_noise` by source, without sources that have none."""

@@ -186,13 +186,16 @@ _UNNAMED_CLASSIFICATION = TemplateSettings(
 )
 
 
-def check_name(name: str, own: Mapping[str, TemplateSettings]) -> None:
-    """Raise ConfigError if a template is neither built in nor defined in the config (`own`)."""
+def check_name(name: str, own: Mapping[str, TemplateSettings], table: str = "data.source") -> None:
+    """Raise ConfigError if a template is neither built in nor defined in the config (`own`).
+
+    `table` is the config's table that names it.
+    """
     known = ["auto", *BUILT_IN, *own]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         guess = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"data.source.template = {name!r}: unknown template; known are {', '.join(known)}{guess}")
+        raise ConfigError(f"{table}.template = {name!r}: unknown template; known are {', '.join(known)}{guess}")
 
 
 def choose(name: str, own: Mapping[str, TemplateSettings], columns: Iterable[str], where: str) -> TemplateSettings:
@@ -289,18 +292,29 @@ def render(template: TemplateSettings, options: Sequence[str], row: Mapping[str,
             f"{where}: the label {shortened(answer)} is outside the template's options {list(options)}; correct the row"
         )
     rejected = None if template.rejected is None else _rejected(template.rejected, answer, row, where)
-    turns, row = _turns(template, row, where) if template.chat else (None, row)
-    before, context, after = _prompt(template, row, where)
     # Options and labels of the template are its own text, even though the row selects one of them.
     own_options = bool(options) and template.options_from is None
     if options:
         answer_literals = ((0, len(answer)),) if own_options else ()
+    example = render_prompt(template, row, where)
     other, other_literals = rejected or (None, ())
-    literals = Literals(before.literals, after.literals, answer_literals, own_options, other_literals)
+    literals = replace(example.literals, answer=answer_literals, options=own_options, rejected=other_literals)
     category = None
     if template.category is not None:
         category = _fill(pieces_of(template.category, "category"), row, where, missing="").text.strip()
-    return Example(before.text, context, after.text, answer, tuple(options), literals, turns, category, other)
+    made = replace(example, answer=answer, options=tuple(options), literals=literals)
+    return replace(made, category=category, rejected=other)
+
+
+def render_prompt(template: TemplateSettings, row: Mapping[str, Any], where: str) -> Example:
+    """Return the example of one row with an empty answer and without options, which are not read.
+
+    Raises DataError if a column of the prompt other than the context is empty.
+    """
+    turns, row = _turns(template, row, where) if template.chat else (None, row)
+    before, context, after = _prompt(template, row, where)
+    literals = Literals(before.literals, after.literals)
+    return Example(before.text, context, after.text, "", (), literals, turns)
 
 
 def _rejected(text: str, answer: str, row: Mapping[str, Any], where: str) -> "_Filled":

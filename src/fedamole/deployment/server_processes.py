@@ -37,7 +37,7 @@ from fedamole.deployment.security.inspection import check_server
 from fedamole.deployment.security.keys import public_pem, read_passphrase
 from fedamole.deployment.server_run import OUTCOME, PROGRESS, SETTINGS, TICKET, OnProgress
 from fedamole.errors import ConfigError, FedamoleError, RunError
-from fedamole.experiment import record_base, resolved, variants_of
+from fedamole.experiment import check_public, record_base, resolved, variants_of
 from fedamole.files import write_atomic
 from fedamole.runs.run_folder import RUN, SERVER, RunFolder
 from fedamole.terminal import printable
@@ -118,6 +118,7 @@ def prepare_folder(config: Config, folder: Path, one_owner: bool = False) -> Non
         config = replace(config, method=config.method.for_deployment())
     config.method.check(len(config.deployment.clients))
     variants_of(config)
+    check_public(config)
     RunFolder(folder).refuse_existing()
     config = resolved(replace(config, run=replace(config.run, device="cpu")), folder.resolve())
     write_atomic(folder / SERVER / SETTINGS, tomli_w.dumps(config.tables()))

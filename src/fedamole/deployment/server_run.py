@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,18 @@ import torch
 from typing_extensions import override
 
 from fedamole.config import load_config, load_run_config
+from fedamole.data.manifest import TableRecord, table_record
 from fedamole.deployment.shared_config import agreed_hash, shared_tables
 from fedamole.engine.link import Link
 from fedamole.engine.remote import Remote
-from fedamole.experiment import check_length, loop_of, refuse_missing_base, server_of, variants_of
+from fedamole.experiment import check_length, loop_of, public_rows, refuse_missing_base, server_of, variants_of
 from fedamole.federation.progress import ProgressListener
 from fedamole.files import write_atomic
 from fedamole.model.bank import Bank
 from fedamole.model.base import load_base, resolve_device
 from fedamole.planning import exposure
 from fedamole.runs.identity import Identity
-from fedamole.runs.run_folder import CLIENTS, RUN, SERVER, RunFolder
+from fedamole.runs.run_folder import CLIENTS, MANIFEST, RUN, SERVER, RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +106,12 @@ class ProgressFile(ProgressListener):
         self.say("done", round=round_, validation=dict(validation))
 
 
+def _stored_public(folder: RunFolder) -> TableRecord | None:
+    """Return the record of the public prompts that a run was started with; None if it has none."""
+    stored = folder.read_json(MANIFEST).get("public")
+    return None if stored is None else table_record(stored)
+
+
 def coordinate(link: Link, path: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Start or resume the run prepared in a folder; return its summary. `on_progress` is called with every event.
 
@@ -123,18 +131,19 @@ def coordinate(link: Link, path: Path, on_progress: OnProgress | None = None) ->
     device = resolve_device(config.run.device) if keeps_base else torch.device("cpu")
     base = load_base(located.base, device, Path.cwd())
     check_length(config, base)
+    public = public_rows(located, base, None if existing is None else _stored_public(existing))
     if existing is not None:
         base.identity.check(Identity(**existing.about["base"]), f"the run in {path}")
         folder = existing
     else:
-        manifest = json.dumps({"clients": names})
+        manifest = json.dumps({"clients": names, **({} if public is None else {"public": asdict(public.record)})})
         folder = RunFolder.create(
             path, tomli_w.dumps(config.tables()), manifest, config.method_name, base.identity, "server"
         )
     if folder.finished:
         return folder.read_json("summary.json")
     server, tables = (
-        server_of(config, base, (), Bank(base) if keeps_base else None),
+        server_of(config, base, (), Bank(base) if keeps_base else None, () if public is None else public.rows),
         shared_tables(config, base.identity),
     )
     del base

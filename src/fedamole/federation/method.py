@@ -144,6 +144,8 @@ class Method(ABC, Generic[S, D, K, U]):
     """Steps of a client's round under `training.budget = "paper"`, as a multiple of those under "steps"."""
     trains_at_server: ClassVar[bool] = False
     """Whether the server trains or probes on the base (`Server.train`, `Server.probe`)."""
+    needs_public_prompts: ClassVar[bool] = False
+    """Whether the server reads public prompts (`Server.public`), which `[data.public]` must then name."""
     sends_synthetic_examples: ClassVar[bool] = False
     """Whether clients send synthetic examples, which a client's policy must allow."""
     trains_together: ClassVar[int] = 1

@@ -6,12 +6,14 @@ from typing import Literal
 
 from fedamole.data.tokens import TokenRow
 from fedamole.federation.probe import Probe
+from fedamole.federation.prompt_states import PromptStates
 from fedamole.federation.request import TrainingRequest, TrainingResult
 from fedamole.federation.server_work import ServerWork
 from fedamole.federation.trajectory import TrajectoryRequest, TrajectoryResult
 from fedamole.federation.weights import capped
 from fedamole.model.base import Base
-from fedamole.model.params import Shapes
+from fedamole.model.batch import Ids
+from fedamole.model.params import Adapter, Shapes
 
 Weighting = Literal["uniform", "examples"]
 
@@ -61,6 +63,9 @@ class Server:
     """Rounds R of the run."""
     work: ServerWork | None = None
     """Training and probing on the base; set for methods with `trains_at_server`, except in plans and dry runs."""
+    public: tuple[TokenRow, ...] = ()
+    """Public prompts, for methods with `needs_public_prompts`; the answer of a row without one is empty. Empty in plans
+    and dry runs."""
 
     @property
     def shapes(self) -> Shapes:
@@ -87,6 +92,10 @@ class Server:
     def probe(self, rows: Sequence[TokenRow]) -> Probe:
         """Return a probe over rows that the server has."""
         return self._work().probe(rows)
+
+    def read(self, adapter: Adapter | None, prompts: Sequence[Ids]) -> PromptStates:
+        """Return what the base computes at the ends of prompts under an adapter; see `prompt_states`."""
+        return self._work().read(adapter, prompts)
 
     def _work(self) -> ServerWork:
         if self.work is None:

@@ -13,11 +13,14 @@ from fedamole.data.tokens import TokenRow
 from fedamole.errors import RunError
 from fedamole.federation.local import DivergedError, LocalTask, fit
 from fedamole.federation.probe import ClientProbe, Probe, ProbeCounts
+from fedamole.federation.prompt_states import PromptStates, prompt_states
 from fedamole.federation.randomness import derived_seed
 from fedamole.federation.request import TrainingRequest, TrainingResult
 from fedamole.federation.settings import TrainingSettings
 from fedamole.federation.trajectory import TrajectoryRequest, TrajectoryResult, match_trajectory
 from fedamole.model.bank import Bank
+from fedamole.model.batch import Ids
+from fedamole.model.params import Adapter
 
 SERVER = "server"
 """Stands for the name of a client in the purposes of random streams, whose seed is the server's own."""
@@ -75,6 +78,13 @@ class ServerWork:
     def probe(self, rows: Sequence[TokenRow]) -> Probe:
         """Return a probe over rows that the server has; what it reads is counted."""
         return ClientProbe(self.bank, rows, SERVER, self.seed, self.batch_tokens, self.counts)
+
+    def read(self, adapter: Adapter | None, prompts: Sequence[Ids]) -> PromptStates:
+        """Read prompts under an adapter and count them; see `prompt_states`."""
+        started, states = time.perf_counter(), prompt_states(self.bank, adapter, prompts, self.batch_tokens)
+        self.seconds += time.perf_counter() - started
+        self.counts.add([(prompt, (0,)) for prompt in prompts])
+        return states
 
     def report(self) -> dict[str, Any]:
         """Return what was done since the last call, for metrics.jsonl, and start counting anew."""

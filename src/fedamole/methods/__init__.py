@@ -38,6 +38,7 @@ from fedamole.methods.hetlora import HetLora
 from fedamole.methods.ifca_lora import IfcaLora
 from fedamole.methods.local_only import LocalOnly
 from fedamole.methods.model_glue import ModelGlue
+from fedamole.methods.pfedhr import PFedHr
 from fedamole.methods.pre_aggregation import pre_aggregation
 from fedamole.methods.regmean import RegMean
 from fedamole.methods.steerable import Steerable
@@ -79,6 +80,7 @@ METHODS = with_variants(
         # merging
         "regmean": RegMean,
         "model_glue": ModelGlue,
+        "pfedhr": PFedHr,
         # clusters and experts
         "ifca_lora": IfcaLora,
         "fedlease": FedLease,

@@ -13,7 +13,6 @@ half of the round's steps. With "paper" each takes all of them; the paper gives 
 5), and the head 10.
 """
 
-import re
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ from fedamole.errors import ConfigError
 from fedamole.federation.method import Client, Server, TrainingRequest, TrainingResult
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.averaging import AveragedLora, SharedTensors
-from fedamole.model.params import Adapter, Tensors, new_shared
+from fedamole.model.params import Adapter, Tensors, layer_of, layers_of, new_shared
 
 
 @dataclass(frozen=True)
@@ -89,22 +88,11 @@ class FedRep(AveragedLora[Head]):
 
         Raises ConfigError if the modules are in fewer than two layers.
         """
-        layers = sorted({_layer(name) for name in modules}, key=_natural_order)
+        layers = layers_of(modules)
         if len(layers) < 2:
             raise ConfigError("fedrep needs adapters in at least two layers: name more of them in base.targets")
         count = min(max(1, round(self.private_share * len(layers))), len(layers) - 1)
-        return frozenset(name for name in modules if _layer(name) in layers[-count:])
-
-
-def _layer(module: str) -> str:
-    """Return a module's name up to the number of its layer."""
-    match = re.match(r".*?\d+", module)
-    return match.group() if match else module
-
-
-def _natural_order(name: str) -> list[int | str]:
-    """Return a sort key by which layer 10 comes after layer 9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+        return frozenset(name for name in modules if layer_of(name) in layers[-count:])
 
 
 def _select(tensors: Tensors, modules: frozenset[str], inside: bool) -> dict[str, Tensor]:

@@ -130,6 +130,21 @@ def expert_keys(module: str, expert: int) -> tuple[str, str]:
     return f"{module}/{expert_name(expert)}/A", f"{module}/{expert_name(expert)}/B"
 
 
+def layer_of(module: str) -> str:
+    """Return a module's name up to the number of its layer, such as model.layers.3; without a number all of it."""
+    match = re.match(r".*?\d+", module)
+    return match.group() if match else module
+
+
+def layers_of(modules: Iterable[str]) -> list[str]:
+    """Return the layers of these modules (`layer_of`), each once, in their order: layer 10 comes after layer 9."""
+    return sorted({layer_of(name) for name in modules}, key=_natural_order)
+
+
+def _natural_order(name: str) -> list[int | str]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
 def is_expert_key(name: str) -> bool:
     """Return whether a tensor of a mixture is a factor of a domain expert."""
     return "/expert-" in name

@@ -208,10 +208,12 @@ config_form = record(
 )
 """The part of a run's config that reports and cards read; `fedamole.config` checks all of it."""
 
+table_form = record({"name": text(1000), "rows": whole(), "sha256": text(100)})
+"""A file of rows, as a manifest stores it."""
 _labels = mapping(whole(), text(1000))
 FORMS: dict[str, Form] = {
     RUN: _about,
-    MANIFEST: record({"clients": either(listed(name), listed(client_form))}),
+    MANIFEST: record({"clients": either(listed(name), listed(client_form))}, {"public": table_form}),
     SUMMARY: _summary,
     CLIENTS: mapping(record({}, {"examples": mapping(whole()), "labels": either(nothing, _labels)})),
     CHOICE: record(
