@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from fedamole.data.filling import text_of
 from fedamole.data.json_rows import BY_PANDAS
 from fedamole.data.layouts import Number
 from fedamole.data.settings import SourceSettings
 from fedamole.data.sources import Table, digest, read_source
-from fedamole.data.templates import text_of
 from fedamole.errors import DataError
 
 SECRET = "zebra-4711"

@@ -10,9 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from fedamole.data.filling import text_of
 from fedamole.data.settings import SourceSettings
 from fedamole.data.sources import digest, read_source
-from fedamole.data.templates import text_of
 from fedamole.errors import DataError
 
 SECRET = "zebra-4711"

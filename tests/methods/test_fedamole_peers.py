@@ -133,18 +133,20 @@ def test_the_private_part_stays_and_the_rest_is_sent() -> None:
 
 
 @pytest.mark.parametrize(
-    ("losses", "before", "excess", "from_own"),
+    ("max_excess", "losses", "before", "excess", "from_own"),
     [
-        ((0.5, 0.4), 0.0, 0.1, True),
-        ((0.4, 0.5), 0.0, -0.1, False),
-        ((0.4, 0.5), 0.4, 0.1, True),  # 0.4 / 2 - 0.1: the earlier comparison outweighs this one
-        ((0.4, 0.4), 0.0, 0.0, False),
+        (0.0, (0.5, 0.4), 0.0, 0.1, True),
+        (0.0, (0.4, 0.5), 0.0, -0.1, False),
+        (0.0, (0.4, 0.5), 0.4, 0.1, True),  # 0.4 / 2 - 0.1: the earlier comparison outweighs this one
+        (0.0, (0.4, 0.4), 0.0, 0.0, False),
+        (1.0, (1.3, 0.4), 0.0, 0.9, False),
+        (1.0, (1.3, 0.4), 0.3, 1.05, True),
     ],
 )
-def test_a_client_uses_its_own_expert_where_that_is_better(
-    losses: tuple[float, float], before: float, excess: float, from_own: bool
+def test_a_client_uses_its_own_expert_where_that_is_better_by_more_than_the_limit(
+    max_excess: float, losses: tuple[float, float], before: float, excess: float, from_own: bool
 ) -> None:
-    method, message = FedAmolePeers(rank=1), expert((1, 1), (1, 1), 7.0)
+    method, message = FedAmolePeers(rank=1, max_excess=max_excess), expert((1, 1), (1, 1), 7.0)
     item, own = client(SHAPES, losses=losses), OwnParts({}, REPLIES["a"].tensors, before)
     (request,), (after, _, _) = driven(method.update(item, own, message), {})
     start = REPLIES["a"] if from_own else message
@@ -164,14 +166,14 @@ def test_a_mean_that_ruins_the_model_is_neither_used_nor_remembered_for_ever(los
         item = client(SHAPES, losses=(with_mean, 0.4))
         own = replace(own, excess=method.excess(item, own, message))
         excesses.append(own.excess)
-    assert excesses[0] > 0
+    assert excesses[0] > method.max_excess
     assert excesses[-1] < 0
 
 
-def test_without_fallback_or_with_its_own_expert_alone_a_client_compares_nothing() -> None:
+def test_with_no_limit_or_with_its_own_expert_alone_a_client_compares_nothing() -> None:
     """The probe of `client` knows no losses and would fail."""
     own = OwnParts({}, REPLIES["a"].tensors, 5.0)
-    assert FedAmolePeers(rank=1, fallback=False).excess(client(SHAPES), own, REPLIES["b"]) == 0.0
+    assert FedAmolePeers(rank=1, max_excess=math.inf).excess(client(SHAPES), own, REPLIES["b"]) == 0.0
     assert FedAmolePeers(rank=1).excess(client(SHAPES), own, REPLIES["a"]) == 0.0
 
 

@@ -14,7 +14,7 @@ from h11._connection import DEFAULT_MAX_INCOMPLETE_EVENT_SIZE
 from pydantic import ValidationError
 
 from fedamole.cli import serve as commands
-from fedamole.data.templates import text_of
+from fedamole.data.filling import text_of
 from fedamole.serving import protocol, quota, server, service
 from fedamole.serving.connections import HttpConnection
 from fedamole.serving.engine import MAX_FAILED_STEPS, InferenceEngine

@@ -6,8 +6,9 @@ from typing import Any
 
 import tomli_w
 
+from fedamole.data.filling import text_of
 from fedamole.data.layouts import shortened
-from fedamole.data.templates import TemplateSettings, columns_of, text_of
+from fedamole.data.templates import TemplateSettings, columns_of
 from fedamole.errors import DataError
 
 log = logging.getLogger(__name__)

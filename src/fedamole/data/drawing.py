@@ -8,13 +8,14 @@ from typing import Literal
 
 from fedamole.data.answer_options import options_of
 from fedamole.data.examples import Example, Task
+from fedamole.data.filling import text_of
 from fedamole.data.layouts import missing_column
 from fedamole.data.partition import Part, allot_test, partition
 from fedamole.data.seeding import generator
 from fedamole.data.settings import DataSettings, SourceSettings
 from fedamole.data.sources import Table, read_source
 from fedamole.data.splits import ClientRows, split_client
-from fedamole.data.templates import TemplateSettings, check_columns, choose, render, text_of
+from fedamole.data.templates import TemplateSettings, check_columns, choose, render
 from fedamole.errors import DataError
 from fedamole.runs.run_files import SPLITS
 

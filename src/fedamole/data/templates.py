@@ -5,14 +5,12 @@ import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
-from fedamole.data.examples import Example, Literals, Span
+from fedamole.data.examples import Example, Literals
+from fedamole.data.filling import Filled, Piece, fill, text_of
 from fedamole.data.layouts import Conversation, Turn, listed, missing_column, shortened
 from fedamole.errors import ConfigError, DataError
-
-Piece = tuple[str, str | None]
-"""Literal text and the name of the column whose value follows it; None at the end of the template."""
 
 
 @dataclass(frozen=True)
@@ -272,7 +270,7 @@ def render(template: TemplateSettings, options: Sequence[str], row: Mapping[str,
     Raises DataError if a column of the prompt other than the context is empty, if the answer is not an option, or if a
     pair of answers lacks the rejected one or has two equal ones.
     """
-    answer, answer_literals = _fill(pieces_of(template.answer, "answer"), row, where, missing="")
+    answer, answer_literals = fill(pieces_of(template.answer, "answer"), row, where, missing="")
     if not answer.strip():
         return None
     known = template.labels or options
@@ -301,7 +299,7 @@ def render(template: TemplateSettings, options: Sequence[str], row: Mapping[str,
     literals = replace(example.literals, answer=answer_literals, options=own_options, rejected=other_literals)
     category = None
     if template.category is not None:
-        category = _fill(pieces_of(template.category, "category"), row, where, missing="").text.strip()
+        category = fill(pieces_of(template.category, "category"), row, where, missing="").text.strip()
     made = replace(example, answer=answer, options=tuple(options), literals=literals)
     return replace(made, category=category, rejected=other)
 
@@ -317,9 +315,9 @@ def render_prompt(template: TemplateSettings, row: Mapping[str, Any], where: str
     return Example(before.text, context, after.text, "", (), literals, turns)
 
 
-def _rejected(text: str, answer: str, row: Mapping[str, Any], where: str) -> "_Filled":
+def _rejected(text: str, answer: str, row: Mapping[str, Any], where: str) -> Filled:
     """Return the rejected answer of a pair; DataError if it is empty or equals the preferred answer."""
-    rejected = _fill(pieces_of(text, "rejected"), row, where, missing="")
+    rejected = fill(pieces_of(text, "rejected"), row, where, missing="")
     if not rejected.text.strip():
         raise DataError(f"{where}: the pair has no rejected answer; fill in its column or remove the row")
     if rejected.text.strip() == answer.strip():
@@ -354,59 +352,17 @@ def system_turns(template: TemplateSettings, turns: Sequence[Turn]) -> tuple[Tur
     return (("system", template.system),)
 
 
-class _Filled(NamedTuple):
-    """A template's text with the values of a row, and the spans of the template's own text in it."""
-
-    text: str
-    literals: tuple[Span, ...]
-
-
-def _prompt(template: TemplateSettings, row: Mapping[str, Any], where: str) -> tuple[_Filled, str, _Filled]:
+def _prompt(template: TemplateSettings, row: Mapping[str, Any], where: str) -> tuple[Filled, str, Filled]:
     """Return the prompt before the context, the context, and the prompt after it."""
     pieces = pieces_of(template.prompt, "prompt")
-    empty = _Filled("", ())
+    empty = Filled("", ())
     if template.context is None:
-        return _fill(pieces, row, where), "", empty
+        return fill(pieces, row, where), "", empty
     value = row[template.context]
     context = "" if value is None else text_of(value, template.context, where)
     if not context.strip() and template.prompt_without_context is not None:
         without = pieces_of(template.prompt_without_context, "prompt_without_context")
-        return _fill(without, row, where), "", empty
+        return fill(without, row, where), "", empty
     index = [column for _, column in pieces].index(template.context)
-    before = _fill((*pieces[:index], (pieces[index][0], None)), row, where)
-    return before, context, _fill(pieces[index + 1 :], row, where)
-
-
-def _fill(pieces: Iterable[Piece], row: Mapping[str, Any], where: str, missing: str | None = None) -> _Filled:
-    """Join literals and values; `missing` replaces empty values, which otherwise raise DataError."""
-    parts: list[str] = []
-    literals: list[Span] = []
-    length = 0
-    for literal, column in pieces:
-        parts.append(literal)
-        if literal:
-            literals.append((length, length + len(literal)))
-        length += len(literal)
-        if column is None:
-            continue
-        if row[column] is None and missing is None:
-            raise DataError(f"{where}: column {column!r} is empty; fill it in or remove the row")
-        parts.append(missing if row[column] is None and missing is not None else text_of(row[column], column, where))
-        length += len(parts[-1])
-    return _Filled("".join(parts), tuple(literals))
-
-
-def text_of(value: Any, column: str, where: str) -> str:
-    """Return a value as text; raise DataError if it is missing, bytes, a list or an object.
-
-    Strings are unchanged, numbers of a JSON file keep their literal, booleans become true/false, and values of typed
-    columns (Parquet) use Python's `str`: `1`, `2.5`, `2024-03-01 08:30:00`.
-    """
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if value is None or isinstance(value, list | dict | bytes):
-        kind = "no value" if value is None else "bytes" if isinstance(value, bytes) else "a list or an object"
-        raise DataError(f"{where}: column {column!r} contains {kind}; a template requires text or a number")
-    return str(value)
+    before = fill((*pieces[:index], (pieces[index][0], None)), row, where)
+    return before, context, fill(pieces[index + 1 :], row, where)

@@ -88,13 +88,12 @@ class CoDream(LoraMethod[DreamState, DreamMessage, SharedTensors, DreamReply]):
     """Optimiser steps of the server in a round."""
 
     paper = "Singh et al., CoDream: Exchanging dreams instead of models for federated aggregation, arXiv 2402.15968"
-    communicates = (
-        "one LoRA down, vectors of synthetic examples up and down, their soft labels up, the template's text up"
-    )
+    communicates = "one LoRA down, vectors and soft labels of synthetic examples up and down, the template's text up"
     stays_local = "the data and the trained LoRA"
     evaluates = "pre_aggregation"
     trains_at_server = True
     sends_synthetic_examples = True
+    only_answers = "its synthetic examples have one answer to a prompt"
     probes = True
 
     @override

@@ -72,7 +72,7 @@ class OwnParts:
     expert: Mapping[str, Tensor]
     """The client's own expert; empty before its first round."""
     excess: float
-    """Running sum of the loss with the mean minus that with the own expert; above 0, the client uses its own."""
+    """Running sum of the loss with the mean minus that with the own expert, in nats."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
     min_group: int = 2
     """Smallest number of experts in a mean; a client chosen by fewer gets its own alone. 3 in a deployment. In a mean,
     the min_group - 1 heaviest experts of other clients have equal weights."""
-    fallback: bool = True
-    """Whether a client uses its own expert where that has a lower loss on its embedding split than the mean."""
+    max_excess: float = 1.0
+    """The client uses its own expert while its `excess` is above this, in nats; inf: it always uses the mean."""
     probe_examples: int = 64
     """Largest number of examples on which a client compares the two."""
     weighting: Weighting = "uniform"
@@ -200,15 +200,16 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
     @override
     def adapter(self, client: Client, client_state: OwnParts, message: PeerExpert) -> Adapter:
         """Return the LoRA of the private part, and the message or the client's own expert."""
-        return self._adapters(client_state, message)[self.excess(client, client_state, message) > 0]
+        return self._adapters(client_state, message)[self.excess(client, client_state, message) > self.max_excess]
 
     def excess(self, client: Client, client_state: OwnParts, message: PeerExpert) -> float:
         """Return the client's `excess` after a comparison of the message with its own expert."""
         own = client_state.expert
-        if not (self.fallback and own) or all(torch.equal(own[key], value) for key, value in message.tensors.items()):
+        same = all(torch.equal(own[key], value) for key, value in message.tensors.items()) if own else True
+        if same or self.max_excess == math.inf:
             return 0.0
         with_mean, with_own = client.probe.losses(self._adapters(client_state, message), self.probe_examples)
-        # The loss of a hostile mean may be NaN, which is never above 0, or infinite, which outweighs all later ones.
+        # The loss of a hostile mean may be NaN, which is above no limit, or infinite, which outweighs all later ones.
         with_mean, with_own = (loss if loss < MAX_LOSS else MAX_LOSS for loss in (with_mean, with_own))
         return MEMORY * client_state.excess + with_mean - with_own
 
@@ -228,7 +229,7 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
         self, client: Client, client_state: OwnParts, message: PeerExpert
     ) -> Generator[TrainingRequest, TrainingResult, tuple[OwnParts, PeerExpert, TrainingResult]]:
         compared = replace(client_state, excess=self.excess(client, client_state, message))
-        trained = yield TrainingRequest(self._adapters(client_state, message)[compared.excess > 0])
+        trained = yield TrainingRequest(self._adapters(client_state, message)[compared.excess > self.max_excess])
         return (*self.reply(client, compared, message, trained), trained)
 
     @override

@@ -69,6 +69,7 @@ class PFedHr(LoraMethod[ReassemblyState, SharedTensors, OwnLora, SharedTensors])
     evaluates = "pre_aggregation"
     trains_at_server = True
     needs_public_prompts = True
+    only_answers = "its teachers give distributions over one answer to a prompt"
 
     @override
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from fedamole.config import load_run_config
 from fedamole.data.chat import stop_ids
 from fedamole.data.examples import Example
+from fedamole.data.filling import text_of
 from fedamole.data.layouts import Row, Turn, arrange, conversation_prompt, listed
 from fedamole.data.manifest import read_manifest
 from fedamole.data.settings import SourceSettings
@@ -22,7 +23,6 @@ from fedamole.data.templates import (
     columns_of,
     render,
     system_turns,
-    text_of,
     user_message,
 )
 from fedamole.data.text_file import open_text
