@@ -52,11 +52,13 @@ def test_methods_that_need_one_answer_refuse_the_objective(name: str, runs: Any)
 
 def test_those_that_refuse_are_known() -> None:
     assert {name for name in REFUSED if not name.endswith("_ft")} == {
+        "codream",
         "data_engine",
         "fedaf",
         "feddat",
         "feddm",
         "fedptr",
+        "pfedhr",
     }
     for name, method in METHODS.items():
         needs_answers = method.trains_at_server or method.sends_synthetic_examples or method.trains_together > 1
