@@ -90,7 +90,7 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
     min_group: int = 2
     """Smallest number of experts in a mean; a client chosen by fewer gets its own alone. 3 in a deployment. In a mean,
     the min_group - 1 heaviest experts of other clients have equal weights."""
-    max_excess: float = 1.0
+    max_excess: float = 0.0
     """The client uses its own expert while its `excess` is above this, in nats; inf: it always uses the mean."""
     probe_examples: int = 64
     """Largest number of examples on which a client compares the two."""
