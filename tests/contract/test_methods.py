@@ -565,7 +565,7 @@ CHANGED: dict[str, Any] = {
     "weight_decay": 1.0,
     "encoder_hidden_size": 16,
     "min_similarity": 1.0,
-    "max_excess": math.inf,
+    "max_excess": 1000.0,
     "min_group": 9,
     "temperature": 0.5,
     "weight_learning_rate": 0.1,
