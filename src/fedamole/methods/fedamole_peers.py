@@ -38,7 +38,7 @@ from fedamole.model.params import Adapter, Shapes, Tensors, new_shared
 MEMORY = 0.5
 """Share of the earlier comparisons that a client keeps when it compares again."""
 MAX_LOSS = 20.0
-"""Larger losses count as this one, in nats, and NaN too. Equal guesses over any vocabulary have a lower loss."""
+"""Larger losses count as this one, in nats, and NaN too: equal guesses have a lower one. So no `excess` is above 40."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
     """Smallest number of experts in a mean; a client chosen by fewer gets its own alone. 3 in a deployment. In a mean,
     the min_group - 1 heaviest experts of other clients have equal weights."""
     max_excess: float = 0.0
-    """The client uses its own expert while its `excess` is above this, in nats; inf: it always uses the mean."""
+    """The client uses its own expert while its `excess` is above this, in nats; from 40 on it always uses the mean."""
     probe_examples: int = 64
     """Largest number of examples on which a client compares the two."""
     weighting: Weighting = "uniform"
@@ -112,7 +112,7 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
             raise ConfigError(f"method.min_similarity = {self.min_similarity}: must be between -1 and 1")
         if not self.temperature > 0:
             raise ConfigError(f"method.temperature = {self.temperature}: must be above 0")
-        check_at_least(self, expert_choices=0, min_group=2, probe_examples=1)
+        check_at_least(self, expert_choices=0, min_group=2, probe_examples=1, max_excess=0)
 
     @override
     def for_deployment(self) -> "FedAmolePeers":
@@ -206,7 +206,7 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
         """Return the client's `excess` after a comparison of the message with its own expert."""
         own = client_state.expert
         same = all(torch.equal(own[key], value) for key, value in message.tensors.items()) if own else True
-        if same or self.max_excess == math.inf:
+        if same or self.max_excess >= 2 * MAX_LOSS:
             return 0.0
         with_mean, with_own = client.probe.losses(self._adapters(client_state, message), self.probe_examples)
         # The loss of a hostile mean may be NaN, which is above no limit, or infinite, which outweighs all later ones.
