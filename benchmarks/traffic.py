@@ -13,7 +13,7 @@ is names and headers); and the bytes divided by those of FedIT on the same way.
 Target: within 1 % of the minimum.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from statistics import fmean
@@ -26,12 +26,15 @@ from typing_extensions import override
 
 from fedamole.engine.reply_template import dry_client
 from fedamole.federation.method import BaseInfo, ClientInfo, Method, Request, Server, TrainingRequest, TrainingResult
+from fedamole.federation.prompt_states import PromptStates
+from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import pack, unpack
 from fedamole.federation.server_work import ServerWork
 from fedamole.methods import METHODS
 from fedamole.model.amole import AdapterSpec
+from fedamole.model.batch import Ids
 from fedamole.model.layers import MeanEmbeddings
-from fedamole.model.params import Shapes, expert_ids
+from fedamole.model.params import Adapter, Shapes, expert_ids, layers_of
 
 LAYERS, QUICK_LAYERS, HIDDEN, VALUES, VOCABULARY = 16, 2, 2048, 512, 128_256
 CLIENTS, SEED = 10, 0
@@ -71,6 +74,14 @@ class IdleServer(ServerWork):
     @override
     def train(self, request: TrainingRequest, steps: int, round_: int) -> TrainingResult:
         return request.unchanged()
+
+    @override
+    def read(self, adapter: Adapter | None, prompts: Sequence[Ids]) -> PromptStates:
+        """Return states of eight prompts, drawn at random."""
+        assert adapter is not None
+        generator = torch_generator(SEED, "states")
+        layers = len(layers_of(adapter.modules()))
+        return PromptStates(torch.randn(layers, 8, 16, generator=generator), torch.randn(8, 32, generator=generator))
 
 
 @dataclass

@@ -179,6 +179,7 @@ BY_KEY = {
     "feddat",
     "feddpa",
     "data_engine",
+    "steerable",
     "ditto",
     "fedrep",
 }
