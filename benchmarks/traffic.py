@@ -30,11 +30,13 @@ from fedamole.federation.prompt_states import PromptStates
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import pack, unpack
 from fedamole.federation.server_work import ServerWork
+from fedamole.federation.trajectory import TrajectoryRequest, TrajectoryResult
 from fedamole.methods import METHODS
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.batch import Ids
 from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.params import Adapter, Shapes, expert_ids, layers_of
+from fedamole.synthesis.trajectory import Matched
 
 LAYERS, QUICK_LAYERS, HIDDEN, VALUES, VOCABULARY = 16, 2, 2048, 512, 128_256
 CLIENTS, SEED = 10, 0
@@ -74,6 +76,12 @@ class IdleServer(ServerWork):
     @override
     def train(self, request: TrainingRequest, steps: int, round_: int) -> TrainingResult:
         return request.unchanged()
+
+    @override
+    def match(self, request: TrajectoryRequest) -> TrajectoryResult:
+        """Return the rows and the end of the move as they are."""
+        projected = {key: tensor.clone() for key, tensor in request.end.items()}
+        return TrajectoryResult(Matched(request.vectors, request.log_step, ()), projected, 0)
 
     @override
     def read(self, adapter: Adapter | None, prompts: Sequence[Ids]) -> PromptStates:
