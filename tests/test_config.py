@@ -109,6 +109,19 @@ def test_a_key_that_was_renamed(runs: Any, tmp_path: Path) -> None:
     assert load_run_config(RunFolder.open(folder)).deployment.max_wait == 7.0
 
 
+@pytest.mark.parametrize(("fallback", "max_excess"), [("true", 0.0), ("false", 40.0)])
+def test_a_key_that_was_renamed_and_has_other_values(
+    fallback: str, max_excess: float, runs: Any, tmp_path: Path
+) -> None:
+    stored, config = (runs("fedamole_peers") / "config.toml").read_text(), tmp_path / "old.toml"
+    assert "max_excess = 0.0" in stored
+    config.write_text(stored.replace("max_excess = 0.0", f"fallback = {fallback}"))
+    error = "method.fallback is now called method.max_excess: rename it, 0.0 for true, 40.0 for false"
+    with pytest.raises(ConfigError, match=re.escape(error)):
+        load_config(config)
+    assert load_config(config, stored=True).tables()["method"]["max_excess"] == max_excess
+
+
 def test_a_circle_of_extends(tmp_path: Path) -> None:
     write(tmp_path / "a.toml", 'extends = "b.toml"\n' + DATA)
     write(tmp_path / "b.toml", 'extends = "a.toml"\n')

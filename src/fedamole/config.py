@@ -103,8 +103,10 @@ class Config:
         return {"method": {"name": self.method_name, **plain(self.method)}, **tables}
 
 
-RENAMED = {"deployment": {"patience": "max_wait"}}
+RENAMED = {"deployment": {"patience": "max_wait"}, "method": {"fallback": "max_excess"}}
 """Old names of keys with their new ones, by table; only configs that earlier versions stored may have them."""
+NEW_VALUES = {"fallback": {True: 0.0, False: 40.0}}
+"""New values of renamed keys that have others than before, by old name and old value."""
 SECTIONS: dict[str, Any] = {
     "run": RunSettings,
     "base": BaseSettings,
@@ -228,13 +230,20 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, stored: bool = Fal
 
 
 def _with_new_names(tables: Table) -> Table:
-    """Return tables with the new names of keys that were renamed."""
+    """Return tables with the new names and values of keys that were renamed."""
     return {
-        section: {RENAMED[section].get(key, key): value for key, value in table.items()}
+        section: dict(_renamed(section, key, value) for key, value in table.items())
         if section in RENAMED and isinstance(table, dict)
         else table
         for section, table in tables.items()
     }
+
+
+def _renamed(section: str, key: str, value: Any) -> tuple[str, Any]:
+    """Return the present name and value of a key that may have been renamed."""
+    if isinstance(value, bool) and key in RENAMED[section]:
+        value = NEW_VALUES.get(key, {}).get(value, value)
+    return RENAMED[section].get(key, key), value
 
 
 def load_run_config(folder: RunFolder) -> Config:
@@ -258,7 +267,8 @@ def to_config(tables: Table) -> Config:
             raise ConfigError(f"{name} = {table!r}: must be a table; write [{name}]")
         for old, new in RENAMED.get(name, {}).items():
             if old in table:
-                raise ConfigError(f"{name}.{old} is now called {name}.{new}: rename it")
+                values = "".join(f", {value} for {was}" for was, value in NEW_VALUES.get(old, {}).items()).lower()
+                raise ConfigError(f"{name}.{old} is now called {name}.{new}: rename it{values}")
     method = dict(tables.get("method", {}))
     name = method.pop("name", "fedamole")
     if name not in METHODS:

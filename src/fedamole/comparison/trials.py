@@ -11,7 +11,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -83,7 +83,7 @@ class Trial:
         """Raise RunError if the folder holds a run with other settings; names the first key that differs."""
         if not (self.path / RUN).exists():
             return
-        stored, current = flat(load_config(self.path / CONFIG, stored=True).tables()), flat(self.config.tables())
+        stored, current = (flat(used_tables(it)) for it in (load_config(self.path / CONFIG, stored=True), self.config))
         for key in sorted(stored.keys() | current.keys()):
             if key not in may_differ and stored.get(key) != current.get(key):
                 raise RunError(
@@ -91,6 +91,13 @@ class Trial:
                     f"{current.get(key)!r}; nothing is overwritten: restore the setting, move the folder away, or "
                     "choose another folder"
                 )
+
+
+def used_tables(config: Config) -> dict[str, Any]:
+    """Return the tables of a config without the public prompts that its method does not read."""
+    if not config.method.needs_public_prompts:
+        config = replace(config, data=replace(config.data, public=None))
+    return config.tables()
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
