@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fedamole.comparison.trials import Trial
 from fedamole.config import load_config
 from fedamole.data.manifest import Manifest, TableRecord, load_federation
 from fedamole.data.public import check_unchanged, load_public
@@ -15,7 +16,7 @@ from fedamole.data.settings import DataSettings, PublicSettings
 from fedamole.data.templates import TemplateSettings
 from fedamole.deployment.server_processes import prepare_folder
 from fedamole.deployment.shared_config import own_tables, shared_tables
-from fedamole.errors import ConfigError, DataError
+from fedamole.errors import ConfigError, DataError, RunError
 from fedamole.experiment import plan_without_data, prepare, reads_outside, resume
 from fedamole.federation.progress import ProgressListener
 from fedamole.runs.identity import Identity
@@ -52,6 +53,7 @@ def read(tmp_path: Path, tokenizer: Any) -> Any:
         ({"text": "A hat."}, {}, "Text: A hat.\nWhich class does the text belong to?\nClass:\n"),
         ({"premise": "A.", "hypothesis": "B."}, {}, "Premise: A.\nHypothesis: B.\n"),
         ({"text": "A hat."}, {"template": "urgent"}, "A hat.\n"),
+        ({"prompt": "A hat?"}, {"template": "preference"}, "A hat?"),
         ({"question": "A hat?"}, {"columns": {"prompt": "question"}, "template": "plain"}, "A hat?"),
     ],
 )
@@ -163,6 +165,20 @@ def test_other_methods_do_not_read_them(tiny: Path) -> None:
     assert prepare(load_config(tiny / "config.toml", ["method.name=fedit", *overrides])).public == ()
     with pytest.raises(DataError, match="there is no file"):
         prepare(load_config(tiny / "config.toml", ["method.name=pfedhr", *overrides]))
+
+
+@pytest.mark.parametrize(("method", "refused"), [("local_only", False), ("pfedhr", True)])
+def test_a_stored_trial_may_have_other_prompts_if_its_method_reads_none(
+    method: str, refused: bool, runs: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "other.jsonl").write_text('{"prompt": "A hat."}\n' * 4)
+    config = runs.load(method, f"data.public.path={tmp_path}/other.jsonl")
+    trial = Trial(method, runs(method), "tiny", 0, {method: method}, config)
+    if not refused:
+        trial.refuse_other_config("the comparison")
+        return
+    with pytest.raises(RunError, match=r"has data.public.path = .*, but the comparison now has .*other.jsonl"):
+        trial.refuse_other_config("the comparison")
 
 
 def test_no_client_has_a_public_row(tiny: Path, without_public: Path) -> None:

@@ -13,7 +13,7 @@ from fedamole.data.layouts import Row
 from fedamole.data.manifest import TableRecord
 from fedamole.data.settings import DataSettings
 from fedamole.data.sources import Table, read_source
-from fedamole.data.templates import BUILT_IN, TemplateSettings, choose, columns_of, render_prompt
+from fedamole.data.templates import BUILT_IN, TemplateSettings, choose, render_prompt
 from fedamole.data.tokens import TokenRow, tokenise, warn_of_text
 from fedamole.errors import DataError
 
@@ -106,11 +106,8 @@ def _missing_columns(name: str, own: Mapping[str, TemplateSettings], have: set[s
     """Return the columns of the answer, and a context, that the template needs and a file of prompts lacks."""
     if name not in ("auto", "chat"):
         template = own[name] if name in own else BUILT_IN[name]
-        prompt = {*columns_of(template.prompt, "prompt")}
-        texts = (template.answer, template.category or "")
-        needed = [column for text in texts for column in columns_of(text, "answer")]
-        needed += [template.options_from] if template.options_from is not None else []
-        return tuple(column for column in dict.fromkeys(needed) if column not in have | prompt)
+        needed = dict.fromkeys(template.answer_columns)
+        return tuple(column for column in needed if column not in have.union(template.prompt_columns))
     for prompt_columns, answers in ANSWER_COLUMNS:
         if prompt_columns <= have:
             added = () if have & set(answers) else answers[:1]

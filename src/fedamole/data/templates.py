@@ -49,6 +49,21 @@ class TemplateSettings:
     """Text of a row's category, usually one column: `"{topic}"`. The method `data_engine` compares the errors of
     categories. Unset: the answer option; all examples with free text are one category."""
 
+    @property
+    def prompt_columns(self) -> list[str]:
+        """Columns that the prompt reads, in order and with repeats."""
+        return self._columns("prompt", "prompt_without_context")
+
+    @property
+    def answer_columns(self) -> list[str]:
+        """Columns that the answers, their options and the category read, in order and with repeats."""
+        options = [] if self.options_from is None else [self.options_from]
+        return [*self._columns("answer", "category", "rejected"), *options]
+
+    def _columns(self, *keys: str) -> list[str]:
+        texts = {key: getattr(self, key) for key in keys}
+        return [column for key, text in texts.items() if text is not None for column in columns_of(text, key)]
+
     def __post_init__(self) -> None:
         prompt_columns = columns_of(self.prompt, "prompt")
         for key, example in {"answer": "{response}", "category": "{topic}", "rejected": "{rejected}"}.items():
@@ -215,15 +230,7 @@ def choose(name: str, own: Mapping[str, TemplateSettings], columns: Iterable[str
 def check_columns(template: TemplateSettings, columns: Iterable[str], where: str) -> None:
     """Raise DataError if a file lacks a column of the template."""
     have = set(columns)
-    texts = {
-        "prompt": template.prompt,
-        "prompt_without_context": template.prompt_without_context or "",
-        "answer": template.answer,
-        "category": template.category or "",
-        "rejected": template.rejected or "",
-    }
-    needed = [column for key, text in texts.items() for column in columns_of(text, key)]
-    for column in (*needed, *([template.options_from] if template.options_from is not None else [])):
+    for column in (*template.prompt_columns, *template.answer_columns):
         if column not in have:
             raise missing_column(column, have, where)
 

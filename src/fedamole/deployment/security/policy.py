@@ -7,7 +7,7 @@ from typing import Any
 
 from fedamole.config import Config, build, nearest, plain
 from fedamole.data.settings import SourceSettings
-from fedamole.data.templates import BUILT_IN, TemplateSettings, columns_of
+from fedamole.data.templates import BUILT_IN, TemplateSettings
 from fedamole.errors import ConfigError, FedamoleError
 from fedamole.methods import METHODS
 from fedamole.methods.shared.ranks import RankedMethod
@@ -18,16 +18,7 @@ from fedamole.received.files import read_toml
 
 def read_columns(template: TemplateSettings) -> set[str]:
     """Return the columns that a template reads."""
-    texts = {
-        "prompt": template.prompt,
-        "answer": template.answer,
-        "category": template.category or "",
-        "rejected": template.rejected or "",
-    }
-    if template.prompt_without_context is not None:
-        texts["prompt_without_context"] = template.prompt_without_context
-    columns = {column for key, text in texts.items() for column in columns_of(text, key)}
-    return columns | ({template.options_from} if template.options_from is not None else set())
+    return {*template.prompt_columns, *template.answer_columns}
 
 
 KNOWN_COLUMNS = frozenset({"label", *(column for one in BUILT_IN.values() for column in read_columns(one))})
