@@ -4,6 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedamole.evaluation.preferences import AnswerPair
+from fedamole.experiment import prepare
+from fedamole.model.bank import Bank
+
 NAMES = ("Ann", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus")
 THINGS = ("a red cup", "a blue hat", "two pens", "an old map", "the last pie", "one key")
 ANSWERS = ("yes, good", "no, bad it is")
@@ -26,3 +30,16 @@ def preference_overrides(runs: Any) -> tuple[str, ...]:
     path: Path = runs.config.parent / "pairs.jsonl"
     source = f'{{name = "pairs", path = "{path}", partition = {{kind = "value", by = "group"}}}}'
     return ("training.objective=preference", f"data.source=[{source}]", "data.embedding_share=0.2")
+
+
+def double_bank(runs: Any) -> Bank:
+    """The bank of the tiny base in float64."""
+    base = prepare(runs.load("local_only")).base
+    base.model.double()
+    return Bank(base)
+
+
+def training_pairs(runs: Any) -> dict[str, list[AnswerPair]]:
+    """The training pairs of the clients, by name."""
+    clients = prepare(runs.load("local_only", *preference_overrides(runs))).clients
+    return {name: data.train.answer_pairs() for name, data in clients.items()}

@@ -249,13 +249,8 @@ def test_bytes_in_the_metrics_are_the_bytes_packed(name: str, runs: Any, tmp_pat
     folder = RunFolder.create(tmp_path / "run", "", "", name, prepared.base.identity)
     worker = worker_of(config, Bank(prepared.base), folder)
     engine, base = Scales(worker, prepared.clients, ProgressListener(), 2), prepared.base
-    loop_of(
-        config,
-        engine,
-        server_of(config, base, engine.clients, worker.bank, prepared.public),
-        folder,
-        ProgressListener(),
-    ).run()
+    server = server_of(config, base, engine.clients, worker.bank, prepared.public)
+    loop_of(config, engine, server, folder, ProgressListener()).run()
     logged = facts(tmp_path / "run")
     assert logged == facts(runs(name))
     trained = [line for line in logged if line["split"] == "train"]
@@ -319,13 +314,8 @@ def test_tokens_are_those_that_go_through_the_base(name: str, runs: Any, tmp_pat
     base.model.register_forward_pre_hook(count, with_kwargs=True)
     vars(worker).update(update=counted_update)
     vars(worker.evaluator).update(_current_model=counted_present)
-    loop_of(
-        config,
-        engine,
-        server_of(config, base, engine.clients, worker.bank, prepared.public),
-        folder,
-        ProgressListener(),
-    ).run()
+    server = server_of(config, base, engine.clients, worker.bank, prepared.public)
+    loop_of(config, engine, server, folder, ProgressListener()).run()
     lines = {
         (line["split"], line["round"], line.get("exchange", 0), line["client"]): line
         for line in facts(runs(name))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.federation.test_distillation import plain_logits
-from tests.pairs import preference_overrides
+from tests.pairs import double_bank, preference_overrides, training_pairs
 
 from fedamole.data.examples import Shard
 from fedamole.errors import ConfigError, RunError
@@ -40,15 +40,12 @@ LORA = FedIT(rank=2, alpha=4.0, dropout=0.0).spec()
 
 @pytest.fixture(scope="module")
 def bank(runs: Any) -> Bank:
-    base = prepare(runs.load("local_only")).base
-    base.model.double()
-    return Bank(base)
+    return double_bank(runs)
 
 
 @pytest.fixture(scope="module")
 def pairs(runs: Any) -> dict[str, list[AnswerPair]]:
-    clients = prepare(runs.load("local_only", *preference_overrides(runs))).clients
-    return {name: data.train.answer_pairs() for name, data in clients.items()}
+    return training_pairs(runs)
 
 
 def lora(bank: Bank) -> Adapter:

@@ -8,10 +8,9 @@ import pytest
 import torch
 from tests.federation.test_distillation import plain_logits
 from tests.federation.test_preferences import assert_close, log_probability
-from tests.pairs import preference_overrides
+from tests.pairs import double_bank, training_pairs
 
 from fedamole.evaluation.preferences import AnswerPair
-from fedamole.experiment import prepare
 from fedamole.federation.local import LocalTask, fit
 from fedamole.federation.method import TrainingResult
 from fedamole.federation.objective import objective_of
@@ -30,15 +29,12 @@ OBJECTIVE = objective_of(SETTINGS)
 
 @pytest.fixture(scope="module")
 def bank(runs: Any) -> Bank:
-    base = prepare(runs.load("local_only")).base
-    base.model.double()
-    return Bank(base)
+    return double_bank(runs)
 
 
 @pytest.fixture(scope="module")
 def pairs(runs: Any) -> dict[str, list[AnswerPair]]:
-    clients = prepare(runs.load("local_only", *preference_overrides(runs))).clients
-    return {name: data.train.answer_pairs() for name, data in clients.items()}
+    return training_pairs(runs)
 
 
 def adapter(bank: Bank, context_examples: int = 3) -> SteeredAdapter:

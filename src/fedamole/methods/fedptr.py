@@ -25,19 +25,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import (
-    Client,
-    ClientInfo,
-    Server,
-    TrainingRequest,
-    TrainingResult,
-    Weighting,
-)
+from fedamole.federation.method import Client, ClientInfo, Server, TrainingRequest, TrainingResult, Weighting
 from fedamole.federation.penalties import Proximal
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
 from fedamole.federation.trajectory import TrajectoryRequest
 from fedamole.methods.shared.averaging import SharedTensors, mean_by_key
+from fedamole.methods.shared.checks import check_at_least
 from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.params import Adapter, Tensors, new_shared
 from fedamole.synthesis.trajectory import Matching
@@ -97,9 +91,7 @@ class FedPtr(LoraMethod[PtrState, PtrState, Nothing, SharedTensors]):
         for key in ("proximal", "momentum"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise ConfigError(f"method.{key} = {getattr(self, key)}: must be at least 0")
-        for key in ("synthetic_rows", "virtual_tokens", "inner_steps", "outer_steps"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"method.{key} = {getattr(self, key)}: must be at least 1")
+        check_at_least(self, synthetic_rows=1, virtual_tokens=1, inner_steps=1, outer_steps=1)
         for key in ("synthesis_rate", "step_rate"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ConfigError(f"method.{key} = {getattr(self, key)}: must be above 0")
