@@ -64,15 +64,15 @@ def unpack(archive: Path, folders: Mapping[str, str]) -> int:
     Raises:
         FedamoleError: An entry is no file of a trial, lies outside the current directory, or exists with other content.
     """
-    texts = {}
+    texts = dict[Path, str]()
     with tarfile.open(archive, "r:xz") as source:
         for entry in source:
-            path = PurePosixPath(entry.name)
+            target = PurePosixPath(entry.name)
             content = source.extractfile(entry)
-            if content is None or path.name not in FILES or path.is_absolute() or ".." in path.parts:
+            if content is None or target.name not in FILES or target.is_absolute() or ".." in target.parts:
                 raise FedamoleError(f"{archive}: {entry.name!r} is not a file of a trial; nothing was written")
             text = content.read().decode("utf-8")
-            texts[Path(path)] = _restore(text, folders) if path.name == "config.toml" else text
+            texts[Path(target)] = _restore(text, folders) if target.name == "config.toml" else text
     for path, text in texts.items():
         if path.exists() and path.read_text(encoding="utf-8") != text:
             raise FedamoleError(f"{path} exists with other content; nothing was written: move the folder away")

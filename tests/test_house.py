@@ -35,6 +35,7 @@ FLOOR = {
     "serving": 10,
     "deployment": 11,
     "cli": 12,
+    "api": 13,
     "__main__": 13,
 }
 """A room may import from rooms on lower floors; the first three of floor 1 know nothing of each other."""

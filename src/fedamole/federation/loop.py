@@ -65,6 +65,8 @@ class Loop:
         while done < self.settings.rounds and not self._out_of_patience(done):
             state = self._round(done, state)
             done += 1
+            if self.listener.should_stop():
+                break
         return self._finish(done)
 
     def _out_of_patience(self, done: int) -> bool:

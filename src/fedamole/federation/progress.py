@@ -37,6 +37,10 @@ class ProgressListener:
     def round_done(self, round_: int, validation: Mapping[str, float]) -> None:
         """A round has been committed; `validation` is the mean value by variant that chooses the best round."""
 
+    def should_stop(self) -> bool:
+        """Return whether the run ends here, as if this was its last round. Asked after each committed round."""
+        return False
+
 
 def outcome(report: Mapping[str, Any]) -> str:
     """Describe the report of a finished update: why it failed, its training loss, or that nothing was trained."""

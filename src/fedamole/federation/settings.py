@@ -110,8 +110,11 @@ class FederationSettings:
             raise ConfigError(f"federation.clip_factor = {self.clip_factor}: must be at least 1")
 
     def stopped(self, done: int) -> dict[str, int] | None:
-        """Return what summary.json says of a run that ended after `done` rounds; None if those were all rounds."""
-        return {"rounds": self.rounds, "patience": self.patience} if self.patience and done < self.rounds else None
+        """Return what summary.json says of a run that ended after `done` rounds; None if those were all rounds.
+
+        The entry `patience` is 0 if a listener ended the run (`ProgressListener.should_stop`).
+        """
+        return {"rounds": self.rounds, "patience": self.patience} if done < self.rounds else None
 
 
 @dataclass(frozen=True)

@@ -47,10 +47,8 @@ def stopped_early(summary: Mapping[str, Any]) -> str:
     if (stopped := summary.get("stopped")) is None:
         return ""
     patience = stopped["patience"]
-    return (
-        f"stopped after {summary['rounds']} of {stopped['rounds']} rounds: no improvement for {patience} "
-        f"round{'s'[: patience != 1]}"
-    )
+    reason = f"no improvement for {patience} round{'s'[: patience != 1]}" if patience else "a callback ended it"
+    return f"stopped after {summary['rounds']} of {stopped['rounds']} rounds: {reason}"
 
 
 def nothing_trained(summary: Mapping[str, Any]) -> bool:

@@ -1,10 +1,13 @@
 """The federated fine-tuning methods, one file each. METHODS is the registry: adding a method takes one line here."""
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
 
+from fedamole.errors import ConfigError
 from fedamole.federation.method import Method
 from fedamole.methods.adaptive_experts import AdaptiveExperts
 from fedamole.methods.codream import CoDream
@@ -44,6 +47,7 @@ from fedamole.methods.regmean import RegMean
 from fedamole.methods.steerable import Steerable
 
 MethodClass = type[Method[Any, Any, Any, Any]]
+log = logging.getLogger(__name__)
 
 
 def with_variants(methods: Mapping[str, MethodClass]) -> dict[str, MethodClass]:
@@ -106,6 +110,41 @@ METHODS = with_variants(
     }
 )
 """Every method by its name in a config, including the `_ft` variants."""
+ENTRY_POINTS = "fedamole.methods"
+"""Group of entry points by which an installed package adds methods: NAME = "module:Class"."""
+
+
+def register(name: str, method: MethodClass) -> None:
+    """Add a method from outside this package, with its `_ft` variant; see `fedamole.register_method`.
+
+    Raises:
+        ConfigError: The name is taken or no identifier, or the class is not a frozen dataclass derived from `Method`.
+    """
+    if not (name.isascii() and name.isidentifier() and name.islower()) or name.endswith("_ft"):
+        raise ConfigError(
+            f"method {name!r}: use lower-case ASCII letters, digits and underscore, and no _ft at the end, such as "
+            "my_method"
+        )
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise ConfigError(f"method {name!r}: {method!r} is not a class derived from fedamole.federation.method.Method")
+    if "__dataclass_fields__" not in vars(method):  # a subclass without the decorator would ignore its own settings
+        raise ConfigError(f"method {name!r}: {method.__name__} must be decorated with @dataclass(frozen=True)")
+    added = with_variants({name: method})
+    if taken := [key for key in added if key in METHODS]:
+        raise ConfigError(f"method {taken[0]!r} is registered already; choose another name")
+    METHODS.update(added)
+
+
+def _register_installed() -> None:
+    """Register the methods of installed packages. A package that fails is reported, and does not stop the others."""
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            register(entry.name, entry.load())
+        except Exception as error:  # code of another package, which may raise anything
+            log.warning("method %r of %s is not available: %s", entry.name, entry.value, error)
+
+
+_register_installed()
 
 
 def describe(name: str) -> dict[str, Any]:

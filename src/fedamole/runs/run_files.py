@@ -98,7 +98,7 @@ _summary = record(
     {
         "updates": whole(),
         "left_out": whole(),
-        "stopped": record({"rounds": whole(1, MOST_ROUNDS), "patience": whole(1, MOST_ROUNDS)}),
+        "stopped": record({"rounds": whole(1, MOST_ROUNDS), "patience": whole(0, MOST_ROUNDS)}),
     },
 )
 
