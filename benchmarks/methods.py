@@ -3,7 +3,9 @@
 Each method is a run of four rounds on the bundled base, with eight clients of 20 letters each, and FedIT runs right
 before it: each repeat gives one ratio, and the table has the medians. The time is that of all rounds without
 evaluation: training, forward passes that a method asks for, messages, aggregation and checkpoints. All rounds count,
-because some methods do their extra work in the first or the last round only. `--quick` takes three methods.
+because some methods do their extra work in the first or the last round only. Variants that score the same training
+before the aggregation (`_ft`) are left out. Prompts at the server are the bundled public ones. `--quick` takes three
+methods.
 
 Columns: the time; the steps that clients took; the tokens of forward and backward passes (training) and of forward
 passes only (teachers, probes, choosing a model), all relative to FedIT's, the last to FedIT's training tokens.
@@ -19,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 
 from growth import Point, config
@@ -58,17 +61,24 @@ def run(name: str, point: Point) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         clock = Clock()
         path = Path(folder) / "run"
-        start(load_config(config(point, Path(folder), {"name": name})), path, clock)
+        start(load_config(config(point, Path(folder), {"name": name}), public_prompts(name)), path, clock)
         lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
         evaluation = sum(line.get("seconds_evaluate", 0.0) for line in lines)
         work = read_run(path).work[name]
         return {"seconds": clock.seconds - evaluation} | {key: work.get(key, 0.0) for key in WORK}
 
 
+def public_prompts(name: str) -> list[str]:
+    """Return the override that gives a method's server its public prompts, if it needs them."""
+    path = files("fedamole") / "bundled" / "task" / "public.jsonl"
+    return [f"data.public.path={path}"] if METHODS[name].needs_public_prompts else []
+
+
 def main() -> None:
     """Measure every method."""
     options = arguments(__doc__ or "")
-    names = sorted((QUICK if options.quick else set(METHODS)) - {"fedit"})
+    trained = {name for name in METHODS if not name.endswith("_ft")}
+    names = sorted((QUICK if options.quick else trained) - {"fedit"})
     point, repeats = (QUICK_POINT, 1) if options.quick else (POINT, 3)
     run("fedit", point)  # the first run of a process is slower
     ratios: dict[str, float] = {}
