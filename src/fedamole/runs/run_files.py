@@ -134,7 +134,7 @@ _line_forms = {
     ),
     "server": record(
         {"steps": whole(), "forward_tokens": whole(), "backward_tokens": whole(), "seconds": _amount},
-        {"probed": whole()},
+        {"probed": whole(), "consensus_agreement": number(0, 1)},
     ),
     "round": record({"seconds_update": _amount, "seconds_evaluate": _amount}, {"cohort": listed(name)}),
     "test": record({**_client, "method": name}, {"which": choice("best", "last"), "loss": _number, "score": _number}),
