@@ -24,6 +24,7 @@ from measure import arguments, report
 from safetensors.torch import load
 from typing_extensions import override
 
+from fedamole.data.tokens import TokenRow
 from fedamole.engine.reply_template import dry_client
 from fedamole.federation.method import BaseInfo, ClientInfo, Method, Request, Server, TrainingRequest, TrainingResult
 from fedamole.federation.prompt_states import PromptStates
@@ -72,6 +73,7 @@ class IdleServer(ServerWork):
 
     def __init__(self) -> None:
         """Hold no base."""
+        self.notes = {}
 
     @override
     def train(self, request: TrainingRequest, steps: int, round_: int) -> TrainingResult:
@@ -106,7 +108,9 @@ class Round:
     def run(self) -> None:
         """Let the method run its rounds, whatever it exchanges."""
         clients = tuple(ClientInfo(f"client-{index:02d}", 1000) for index in range(CLIENTS))
-        server = Server(BaseInfo(self.shapes, HIDDEN, vocabulary=VOCABULARY), clients, SEED, work=IdleServer())
+        public = tuple(TokenRow((i,), (), ()) for i in range(8))
+        base = BaseInfo(self.shapes, HIDDEN, vocabulary=VOCABULARY)
+        server = Server(base, clients, SEED, work=IdleServer(), public=public)
         state = self.method.round(server, self.method.init(server), clients, self._exchange)
         self.down, self.up = Traffic(), Traffic()
         self.method.round(replace(server, round=1), state, clients, self._exchange)

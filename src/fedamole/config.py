@@ -154,6 +154,10 @@ def rebased(tables: Table, folder: Path) -> Table:
     model = base.get("model") if isinstance(base, dict) else None
     if isinstance(model, str) and (is_path(model) or (folder / model).is_dir()):
         absolute(base, "model")  # otherwise a Hub id, or the bundled base
+    method = tables.get("method")
+    second = method.get("server_base") if isinstance(method, dict) else None
+    if isinstance(second, str) and second and (is_path(second) or (folder / second).is_dir()):
+        absolute(method, "server_base")
     data = tables.get("data")
     absolute(data, "manifest")
     if isinstance(data, dict):

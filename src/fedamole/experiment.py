@@ -22,6 +22,7 @@ from fedamole.federation.engine import Engine
 from fedamole.federation.loop import Loop, MetricsSink
 from fedamole.federation.method import BaseInfo, ClientInfo, Evaluates, Server
 from fedamole.federation.objective import check_objective
+from fedamole.federation.probe import ProbeCounts
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.robust import Robust
 from fedamole.federation.server_work import ServerWork
@@ -30,6 +31,7 @@ from fedamole.files import new_folder
 from fedamole.model.bank import Bank
 from fedamole.model.base import BUNDLED, Base, is_elsewhere, load_base, named_base, resolve_device
 from fedamole.model.prompt import PromptSpec
+from fedamole.model.second_base import load_second_base
 from fedamole.model.weightless import weightless_base
 from fedamole.planning import Plan, PlanWithoutData, chosen_group, clients_without_data, planned, planned_without_data
 from fedamole.reporting.card import write_cards
@@ -104,6 +106,8 @@ class Prepared:
     clients: dict[str, ClientData]
     public: tuple[TokenRow, ...] = ()
     """The server's public prompts, for methods that need them."""
+    second: Base | None = None
+    """The server's second base, for methods that have one."""
 
 
 def check_public(config: Config) -> None:
@@ -128,8 +132,19 @@ def public_rows(config: Config, base: Base, stored: TableRecord | None) -> Publi
     return public
 
 
-def prepare(config: Config, manifest: Manifest | None = None) -> Prepared:
-    """Load base and data, and check that the method can serve these clients."""
+def second_base(config: Config, base: Base, stored: Identity | None) -> Base | None:
+    """Return the server's second base, or None for a method without one; see `load_second_base`."""
+    model = config.method.second_base()
+    if not model:
+        return None
+    return load_second_base(model, config.base, base, Path.cwd(), config.training.max_length, stored)
+
+
+def prepare(config: Config, manifest: Manifest | None = None, stored: Identity | None = None) -> Prepared:
+    """Load base and data, and check that the method can serve these clients.
+
+    `manifest` and `stored`, the identity of the server's second base, are those of a run that is resumed.
+    """
     torch.set_num_threads(config.run.threads)
     variants_of(config)
     check_public(config)
@@ -143,6 +158,7 @@ def prepare(config: Config, manifest: Manifest | None = None) -> Prepared:
     check_objective(config.training, federation.shards)
     base = load_base(config.base, torch.device(config.run.device), Path.cwd())
     check_length(config, base)
+    second = second_base(config, base, stored)
     max_length = config.training.max_length
     public = public_rows(config, base, federation.manifest.public)
     if public is not None:
@@ -151,7 +167,7 @@ def prepare(config: Config, manifest: Manifest | None = None) -> Prepared:
     clients = {shard.client: client_data(shard, base.tokenizer, max_length) for shard in federation.shards}
     group = config.run.group or chosen_group(config, base, clients)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, group=group))
-    return Prepared(config, base, federation, clients, () if public is None else public.rows)
+    return Prepared(config, base, federation, clients, () if public is None else public.rows, second)
 
 
 def check_length(config: Config, base: Base) -> None:
@@ -177,6 +193,7 @@ def start(config: Config, folder: Path, listener: ProgressListener) -> dict[str,
         prepared.federation.manifest.to_json(),
         config.method_name,
         prepared.base.identity,
+        second=None if prepared.second is None else prepared.second.identity,
     )
     return _run(prepared, run, listener)
 
@@ -200,7 +217,7 @@ def resume(path: Path, listener: ProgressListener, base: str | None = None) -> d
         return folder.read_json("summary.json")
     config = load_run_config(folder)
     refuse_missing_base(config, path)
-    prepared = prepare(config, read_manifest(folder.place(MANIFEST)))
+    prepared = prepare(config, read_manifest(folder.place(MANIFEST)), folder.second_base)
     prepared.base.identity.check(Identity(**folder.about["base"]), f"the run in {path}")
     return _run(prepared, folder, listener)
 
@@ -238,11 +255,12 @@ def reads_outside(
         if os.path.commonpath([top, real]) != top:
             outside.append(f"{kind} {real}")
 
-    model = config.base.model
-    if base and model != BUNDLED and (model.startswith("/") or Path(model).is_dir()):
-        add("base", model)
-    elif base and model != BUNDLED:
-        outside.append(f"base {model} of the Hugging Face hub")
+    second = config.method.second_base() if sources is None else ""
+    for model in (*((config.base.model,) if base else ()), *((second,) if second else ())):
+        if model != BUNDLED and (model.startswith("/") or Path(model).is_dir()):
+            add("base", model)
+        elif model != BUNDLED:
+            outside.append(f"base {model} of the Hugging Face hub")
     public = config.data.public if sources is None and config.method.needs_public_prompts else None
     for source in (*config.data.source, *(() if public is None else (public.source(),))):
         if sources is None or source.name in sources:
@@ -266,14 +284,17 @@ def server_of(
     clients: Sequence[ClientInfo] = (),
     bank: Bank | None = None,
     public: Sequence[TokenRow] = (),
+    second: Base | None = None,
 ) -> Server:
     """Return the `Server` that the server's half of a method works with before round 0.
 
-    A method that trains at the server works on `bank`; `public` are its public prompts.
+    A method that trains at the server works on `bank`; `public` are its public prompts, `second` its second base.
     """
     rounds, seed, work = config.federation.rounds, config.run.seed, None
     if bank is not None and config.method.trains_at_server:
         work = ServerWork(bank, config.training, config.evaluation.batch_tokens, seed)
+        if second is not None:
+            work.second = dataclasses.replace(work, bank=Bank(second), counts=ProbeCounts(), notes={})
     return Server(BaseInfo.of(base), tuple(clients), seed, rounds=rounds, work=work, public=tuple(public))
 
 
@@ -313,7 +334,7 @@ def _run(prepared: Prepared, folder: RunFolder, listener: ProgressListener) -> d
     metrics_sink = TensorBoardSink(folder.path / "tensorboard") if config.run.tensorboard else None
     with folder.locked():
         engine = InProcess(worker, prepared.clients, listener, config.run.group)
-        server = server_of(config, base, engine.clients, worker.bank, prepared.public)
+        server = server_of(config, base, engine.clients, worker.bank, prepared.public, prepared.second)
         summary = loop_of(config, engine, server, folder, listener, metrics_sink).run()
         write_cards(folder)
     return summary

@@ -54,6 +54,7 @@ def test_those_that_refuse_are_known() -> None:
     assert {name for name in REFUSED if not name.endswith("_ft")} == {
         "codream",
         "data_engine",
+        "fed_et",
         "fedaf",
         "feddat",
         "feddm",

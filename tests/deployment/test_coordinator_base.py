@@ -9,6 +9,8 @@ from fedamole.config import load_config
 from fedamole.deployment import server_run
 from fedamole.deployment.flower.simulation import prepare_simulation
 from fedamole.errors import DataError
+from fedamole.runs.identity import Identity
+from fedamole.runs.run_folder import RunFolder
 from tests.conftest import small
 from tests.deployment.test_moved_base import EmptyLink, ProcessEndedError
 
@@ -33,6 +35,28 @@ def test_the_base_is_kept_for_training_at_the_server(
     if keeps:
         assert server.work.settings.learning_rate == 0.01
         assert server.work.bank.base.device.type == "cpu"
+
+
+def test_a_second_base_is_loaded_at_the_coordinator_and_recorded(tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    servers: list[Any] = []
+
+    def stop(config: Any, engine: Any, server: Any, *_: Any) -> None:
+        servers.append(server)
+        raise ProcessEndedError
+
+    monkeypatch.setattr(server_run, "loop_of", stop)
+    monkeypatch.chdir(tiny)
+    overrides = [*small("fed_et"), "run.device=cpu", "method.server_base=base", "base.targets=['q_proj']"]
+    prepare_simulation(load_config(tiny / "config.toml", overrides), tmp_path / "run")
+    for _ in ("start", "resume"):
+        with pytest.raises(ProcessEndedError):
+            server_run.coordinate(EmptyLink(), tmp_path / "run")
+    for server in servers:
+        assert server.on_second_base().work is server.work.second
+        assert server.on_second_base().shapes == server.shapes
+        assert server.work.second.bank is not server.work.bank
+    folder = RunFolder.open(tmp_path / "run")
+    assert folder.second_base == Identity(**folder.about["base"])
 
 
 def test_public_prompts_are_read_again_after_an_interruption_and_must_be_the_same(

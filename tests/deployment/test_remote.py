@@ -82,6 +82,7 @@ def settle(tiny: Path, tmp_path: Path, monkeypatch: Any) -> Any:
         ("fedaf", []),
         ("codream", []),
         ("pfedhr", []),
+        ("fed_et", []),
         ("data_engine", ["data.embedding_share=0.2"]),
         ("feddpa", []),
         ("fedamole", ["evaluation.select=score"]),

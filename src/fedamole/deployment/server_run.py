@@ -18,7 +18,15 @@ from fedamole.data.manifest import TableRecord, table_record
 from fedamole.deployment.shared_config import agreed_hash, shared_tables
 from fedamole.engine.link import Link
 from fedamole.engine.remote import Remote
-from fedamole.experiment import check_length, loop_of, public_rows, refuse_missing_base, server_of, variants_of
+from fedamole.experiment import (
+    check_length,
+    loop_of,
+    public_rows,
+    refuse_missing_base,
+    second_base,
+    server_of,
+    variants_of,
+)
 from fedamole.federation.progress import ProgressListener
 from fedamole.files import write_atomic
 from fedamole.model.bank import Bank
@@ -132,21 +140,26 @@ def coordinate(link: Link, path: Path, on_progress: OnProgress | None = None) ->
     base = load_base(located.base, device, Path.cwd())
     check_length(config, base)
     public = public_rows(located, base, None if existing is None else _stored_public(existing))
+    second = second_base(located, base, None if existing is None else existing.second_base)
     if existing is not None:
         base.identity.check(Identity(**existing.about["base"]), f"the run in {path}")
         folder = existing
     else:
         manifest = json.dumps({"clients": names, **({} if public is None else {"public": asdict(public.record)})})
         folder = RunFolder.create(
-            path, tomli_w.dumps(config.tables()), manifest, config.method_name, base.identity, "server"
+            path,
+            tomli_w.dumps(config.tables()),
+            manifest,
+            config.method_name,
+            base.identity,
+            "server",
+            second=None if second is None else second.identity,
         )
     if folder.finished:
         return folder.read_json("summary.json")
-    server, tables = (
-        server_of(config, base, (), Bank(base) if keeps_base else None, () if public is None else public.rows),
-        shared_tables(config, base.identity),
-    )
-    del base
+    bank, rows = Bank(base) if keeps_base else None, () if public is None else public.rows
+    server, tables = server_of(config, base, (), bank, rows, second), shared_tables(config, base.identity)
+    del base, bank
     with folder.locked():
         listener = ProgressFile(folder, on_progress)
         handler = ProgressLogHandler(listener)

@@ -13,8 +13,12 @@ from fedamole.runs.identity import Identity
 
 SHARED = ("method", "base", "data", "federation", "training", "evaluation")
 """Tables of the config that the server sends, without its own file locations."""
-OWN = {"data": ("source", "manifest", "public"), "run": ("folder", "device", "threads", "group", "tensorboard")}
-"""Keys that every party sets for itself; `public` is the coordinator's alone."""
+OWN = {
+    "method": ("server_base",),
+    "data": ("source", "manifest", "public"),
+    "run": ("folder", "device", "threads", "group", "tensorboard"),
+}
+"""Keys that every party sets for itself; `public` and `server_base` are the coordinator's alone."""
 FORM_ERROR = "the server's settings are not in the expected format: use the same version of fedamole everywhere"
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 

@@ -187,6 +187,13 @@ class Method(ABC, Generic[S, D, K, U]):
         """Return the optimiser steps of the server in a round."""
         return 0
 
+    def second_base(self) -> str:
+        """Return the base that the server loads beside that of the federation, named as in `base.model`; empty: none.
+
+        `Server.on_second_base` works on it. It must have the federation's tokenizer; clients never load it.
+        """
+        return ""
+
     def min_synthetic_rows(self) -> int:
         """Return from how many training rows the synthetic examples of a class are computed, at least."""
         return 1

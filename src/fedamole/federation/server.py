@@ -1,7 +1,7 @@
 """What the server's half of a method knows and may use."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedamole.data.tokens import TokenRow
@@ -96,6 +96,15 @@ class Server:
     def read(self, adapter: Adapter | None, prompts: Sequence[Ids]) -> PromptStates:
         """Return what the base computes at the ends of prompts under an adapter; see `prompt_states`."""
         return self._work().read(adapter, prompts)
+
+    def on_second_base(self) -> "Server":
+        """Return this server with its second base as the base that it trains and reads; itself if it has none."""
+        second = self._work().second
+        return self if second is None else replace(self, base=BaseInfo.of(second.bank.base), work=second)
+
+    def note(self, **values: float) -> None:
+        """Add numbers to the server's line of this round in metrics.jsonl."""
+        self._work().notes.update(values)
 
     def _work(self) -> ServerWork:
         if self.work is None:

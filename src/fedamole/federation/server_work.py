@@ -43,6 +43,10 @@ class ServerWork:
     tokens: int = 0
     """Tokens of forward and backward passes."""
     seconds: float = 0.0
+    second: "ServerWork | None" = None
+    """Work on the server's second base, if it has one; its counts are added to those of this one."""
+    notes: dict[str, float] = field(default_factory=dict)
+    """Numbers for the server's line of this round in metrics.jsonl, by name."""
 
     def train(self, request: TrainingRequest, steps: int, round_: int) -> TrainingResult:
         """Train for `steps` optimiser steps on the extra rows of a request and return the result.
@@ -96,6 +100,9 @@ class ServerWork:
         }
         if self.counts.examples:
             report["probed"] = self.counts.examples
+        if self.second is not None:
+            report |= {key: report.get(key, 0) + value for key, value in self.second.report().items()}
+        report |= self.notes
         self.trainings = self.steps = self.tokens = 0
-        self.seconds, self.counts = 0.0, ProbeCounts()
+        self.seconds, self.counts, self.notes = 0.0, ProbeCounts(), {}
         return report

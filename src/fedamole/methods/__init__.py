@@ -14,6 +14,7 @@ from fedamole.methods.codream import CoDream
 from fedamole.methods.data_engine import DataEngineMethod
 from fedamole.methods.ditto import Ditto
 from fedamole.methods.fdlora import FdLora
+from fedamole.methods.fed_et import FedEt
 from fedamole.methods.fedaf import FedAf
 from fedamole.methods.fedalt import FedAlt
 from fedamole.methods.fedamole import FedAmole
@@ -85,6 +86,7 @@ METHODS = with_variants(
         "regmean": RegMean,
         "model_glue": ModelGlue,
         "pfedhr": PFedHr,
+        "fed_et": FedEt,
         # clusters and experts
         "ifca_lora": IfcaLora,
         "fedlease": FedLease,

@@ -62,15 +62,16 @@ client_form = record(
 )
 """Format of a client in a manifest."""
 
+_identity = record({"weights": _hash, "tokenizer": _hash, "targets": _hash}, closed=True)
 _about = record(
     {
         "format": whole(),
         "fedamole": text(100),
         "id": text(64, re.compile(r"[A-Za-z0-9._-]+")),
         "method": name,
-        "base": record({"weights": _hash, "tokenizer": _hash, "targets": _hash}, closed=True),
+        "base": _identity,
     },
-    {"kind": choice("simulation", "server", "client"), "base_model": text(4096)},
+    {"kind": choice("simulation", "server", "client"), "base_model": text(4096), "server_base": _identity},
 )
 _summary_row = record(
     {
@@ -133,7 +134,7 @@ _line_forms = {
     ),
     "server": record(
         {"steps": whole(), "forward_tokens": whole(), "backward_tokens": whole(), "seconds": _amount},
-        {"probed": whole()},
+        {"probed": whole(), "consensus_agreement": number(0, 1)},
     ),
     "round": record({"seconds_update": _amount, "seconds_evaluate": _amount}, {"cohort": listed(name)}),
     "test": record({**_client, "method": name}, {"which": choice("best", "last"), "loss": _number, "score": _number}),

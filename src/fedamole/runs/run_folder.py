@@ -84,6 +84,7 @@ class RunFolder:
         identity: Identity,
         kind: Kind = "simulation",
         run: str | None = None,
+        second: Identity | None = None,
     ) -> "RunFolder":
         """Create the folder of a new run. If several processes create the same folder, only one succeeds.
 
@@ -95,6 +96,7 @@ class RunFolder:
             identity: Identity of the base.
             kind: Whether it is a simulation, or the server's or a client's part of a deployment.
             run: Id of the run; default: a new one.
+            second: Identity of the server's second base, if it has one.
 
         Raises:
             RunError: The folder is in use.
@@ -108,6 +110,7 @@ class RunFolder:
             "kind": kind,
             "method": method,
             "base": asdict(identity),
+            **({} if second is None else {"server_base": asdict(second)}),
         }
         with new_file(path / CONFIG):
             write_atomic(path / CONFIG, config)
@@ -145,6 +148,12 @@ class RunFolder:
     def about(self) -> Json:
         """Content of run.json, read once."""
         return self.read_json(RUN)
+
+    @property
+    def second_base(self) -> Identity | None:
+        """Identity of the server's second base; None if the run has none."""
+        stored = self.about.get("server_base")
+        return None if stored is None else Identity(**stored)
 
     def place(self, *parts: str) -> Path:
         """Return a path below the folder; RunError if it resolves, through links, to a path outside."""
