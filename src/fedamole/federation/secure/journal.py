@@ -18,7 +18,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         """Open a client's journal, which may not exist yet. Raises SecureAggregationError if it cannot be read."""
         self.path = path
-        lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         if lines and not lines[-1].endswith("\n"):  # the last write was cut off, so nothing was given away after it
             path.write_text("".join(lines := lines[:-1]), encoding="utf-8")
         try:
