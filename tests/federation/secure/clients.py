@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedamole.deployment.security.keys import new_key
 from fedamole.federation.secure.journal import Journal
 from fedamole.federation.secure.participant import Participant
 from fedamole.federation.secure.statements import Announcement, Context
@@ -20,7 +21,8 @@ CONTEXT = Context("run", 4, 0)
 
 @functools.cache
 def key_of(name: str) -> ec.EllipticCurvePrivateKey:
-    return ec.generate_private_key(ec.SECP384R1())
+    """A deployment key, as `fedamole certs --own` makes it."""
+    return new_key()
 
 
 def participants(folder: Path, names: Collection[str] = NAMES, min_group: int = 3) -> dict[str, Participant]:

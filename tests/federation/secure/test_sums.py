@@ -139,8 +139,8 @@ def test_pairs_derive_the_same_secret_and_no_other(tmp_path: Path) -> None:
     others = [
         pair_secret(first, publics[1], ("ann", "cleo"), CONTEXT),
         *(
-            pair_secret(first, publics[1], ("ann", "bob"), CONTEXT._replace(**{name: value}))
-            for name, value in (("run", "r"), ("round", 5), ("exchange", 1))
+            pair_secret(first, publics[1], ("ann", "bob"), context)
+            for context in (CONTEXT._replace(run="r"), CONTEXT._replace(round=5), CONTEXT._replace(exchange=1))
         ),
     ]
     seeds = {secret, *others, seed_of(secret, "x"), seed_of(secret, "y")}

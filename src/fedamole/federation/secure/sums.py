@@ -1,6 +1,6 @@
 """The server's side of one exchange of secure aggregation: announce groups, and open their sums."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,32 +57,26 @@ def open_sums(
     sums = {}
     for key in announcement.opened(survivors, min_group):
         holders = announcement.groups[key].holders
-        present = [name for name in holders if name in survivors]
-        values = [masked[name].get(key) for name in present]
-        sizes = {value.shape for value in values if value is not None}
-        if len(sizes) != 1 or any(value is None for value in values):
+        present = tuple(name for name in holders if name in survivors)
+        lost = [name for name in holders if name not in survivors]
+        values = [masked[name][key] for name in present if key in masked[name]]
+        seeds = [pair for name in present for pair in _seeds_left(revealed.get(name), key, name, lost)]
+        complete = len(values) == len(present) and len(seeds) == len(present) * (1 + len(lost))
+        if not complete or len({value.shape for value in values}) != 1:
             continue
-        total = np.zeros(sizes.pop(), np.uint32)
+        total = np.zeros_like(values[0])
         for value in values:
-            if value is not None:
-                add(total, value, 1)
-        seeds = [
-            seed
-            for name in present
-            for seed in _seeds(revealed.get(name), key, name, [other for other in holders if other not in survivors])
-        ]
-        if any(seed is None or len(seed) != SEED_BYTES for seed, _ in seeds):
-            continue
+            add(total, value, 1)
         for seed, sign in seeds:
-            if seed is not None:
-                add(total, stream(seed, len(total)), -sign)
-        sums[key] = GroupSum(total, tuple(present))
+            add(total, stream(seed, len(total)), -sign)
+        sums[key] = GroupSum(total, present)
     return sums
 
 
-def _seeds(revealed: Revealed | None, key: str, name: str, lost: list[str]) -> list[tuple[bytes | None, int]]:
-    """Return the seeds and signs of the masks that a survivor's value still has in the sum; None for a missing seed."""
+def _seeds_left(revealed: Revealed | None, key: str, name: str, lost: Sequence[str]) -> list[tuple[bytes, int]]:
+    """Return the usable seeds, with signs, of the masks that a survivor's value of a tensor leaves in the sum."""
     if revealed is None:
-        return [(None, 1)]
+        return []
     pairs = revealed.pairs.get(key, {})
-    return [(revealed.own.get(key), 1), *((pairs.get(other), sign_of(name, other)) for other in lost)]
+    seeds = [(revealed.own.get(key, b""), 1), *((pairs.get(other, b""), sign_of(name, other)) for other in lost)]
+    return [(seed, sign) for seed, sign in seeds if len(seed) == SEED_BYTES]
