@@ -26,6 +26,7 @@ MEASURED: dict[str, tuple[str, ...]] = {
     "scoring": ("scoring",),
     "deployment": ("deployment",),
     "serving": ("serving",),
+    "secure": ("secure",),
 }
 """What is measured by name: a script of this folder and its words."""
 

@@ -18,6 +18,7 @@ from fedamole.evaluation.personal import EvaluationSettings
 from fedamole.federation.method import Method
 from fedamole.federation.objective import check_supported
 from fedamole.federation.robust import check_aggregation
+from fedamole.federation.secure.settings import SecureAggregationSettings, check_secure_aggregation
 from fedamole.federation.settings import DeploymentSettings, FederationSettings, TrainingSettings
 from fedamole.methods import METHODS
 from fedamole.model.base import BaseSettings, is_path
@@ -84,12 +85,14 @@ class Config:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     deployment: DeploymentSettings = field(default_factory=DeploymentSettings)
+    secure_aggregation: SecureAggregationSettings = field(default_factory=SecureAggregationSettings)
 
     def __post_init__(self) -> None:
         """Check that there are data, and that the method supports the settings of `[federation]` and the objective."""
         if not self.data.source and not self.deployment.clients:
             raise ConfigError("data.source is empty: add a [[data.source]] with name and path")
         check_aggregation(self.federation.aggregation, self.method_name, self.method)
+        check_secure_aggregation(self.secure_aggregation, self.federation, self.method_name, self.method)
         self.method.check_federation(self.federation)
         check_supported(self.training, self.method_name, self.method)
 
@@ -115,6 +118,7 @@ SECTIONS: dict[str, Any] = {
     "training": TrainingSettings,
     "evaluation": EvaluationSettings,
     "deployment": DeploymentSettings,
+    "secure_aggregation": SecureAggregationSettings,
     "method": None,
 }
 

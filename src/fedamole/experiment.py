@@ -16,7 +16,7 @@ from fedamole.data.manifest import Federation, Manifest, TableRecord, load_feder
 from fedamole.data.public import PublicRows, check_unchanged, load_public
 from fedamole.data.tokens import TokenRow
 from fedamole.engine.in_process import InProcess
-from fedamole.errors import BaseModelError, ConfigError, RunError
+from fedamole.errors import BaseModelError, ConfigError, RunError, require_extra
 from fedamole.federation.client_data import ClientData, client_data
 from fedamole.federation.engine import Engine
 from fedamole.federation.loop import Loop, MetricsSink
@@ -24,7 +24,8 @@ from fedamole.federation.method import BaseInfo, ClientInfo, Evaluates, Server
 from fedamole.federation.objective import check_objective
 from fedamole.federation.probe import ProbeCounts
 from fedamole.federation.progress import ProgressListener
-from fedamole.federation.robust import Robust
+from fedamole.federation.robust import BeforeAggregation, Robust
+from fedamole.federation.secure.settings import refuse_deployment
 from fedamole.federation.server_work import ServerWork
 from fedamole.federation.worker import Worker
 from fedamole.files import new_folder
@@ -33,7 +34,15 @@ from fedamole.model.base import BUNDLED, Base, is_elsewhere, load_base, named_ba
 from fedamole.model.prompt import PromptSpec
 from fedamole.model.second_base import load_second_base
 from fedamole.model.weightless import weightless_base
-from fedamole.planning import Plan, PlanWithoutData, chosen_group, clients_without_data, planned, planned_without_data
+from fedamole.planning import (
+    Plan,
+    PlanWithoutData,
+    check_secure_groups,
+    chosen_group,
+    clients_without_data,
+    planned,
+    planned_without_data,
+)
 from fedamole.reporting.card import write_cards
 from fedamole.reporting.tensorboard import TensorBoardSink
 from fedamole.runs.identity import Identity
@@ -165,6 +174,7 @@ def prepare(config: Config, manifest: Manifest | None = None, stored: Identity |
         manifest = dataclasses.replace(federation.manifest, public=public.record)
         federation = dataclasses.replace(federation, manifest=manifest)
     clients = {shard.client: client_data(shard, base.tokenizer, max_length) for shard in federation.shards}
+    check_secure_groups(config, base, [data.info for data in clients.values()])
     group = config.run.group or chosen_group(config, base, clients)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, group=group))
     return Prepared(config, base, federation, clients, () if public is None else public.rows, second)
@@ -310,8 +320,8 @@ def loop_of(
     config = settled(config, engine.deployed)
     federation, evaluation = config.federation, config.evaluation
     if engine.deployed:
+        refuse_deployment(config.secure_aggregation)
         server = dataclasses.replace(server, max_weight_share=config.deployment.weight_share)
-    assert federation.aggregation != "auto"
     assert evaluation.best_round != "auto"
     return Loop(
         config.method,
@@ -324,8 +334,20 @@ def loop_of(
         listener=listener,
         best_round=evaluation.best_round,
         metrics_sink=metrics_sink,
-        robust=Robust(federation.aggregation, federation.clip_factor, config.method.averaged_fields),
+        robust=_before_aggregation(config, [client.name for client in server.clients]),
     )
+
+
+def _before_aggregation(config: Config, clients: Sequence[str]) -> BeforeAggregation:
+    """Return what replies pass through before the method aggregates them."""
+    averaged = config.method.averaged_fields
+    if config.secure_aggregation.enabled:
+        require_extra("flower", "cryptography")
+        from fedamole.federation.secure.simulation import SimulatedSecureAggregation
+
+        return SimulatedSecureAggregation(config.secure_aggregation, averaged, clients)
+    assert config.federation.aggregation != "auto"
+    return Robust(config.federation.aggregation, config.federation.clip_factor, averaged)
 
 
 def _run(prepared: Prepared, folder: RunFolder, listener: ProgressListener) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from fedamole.errors import ConfigError
 from fedamole.federation.client_data import ClientData
 from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.federation.passes import TOKENS_AT_ONCE
-from fedamole.federation.record import pack, unpack
+from fedamole.federation.record import named_tensors, pack, unpack
+from fedamole.federation.secure.settings import check_groups, refuse_deployment
 from fedamole.model.base import Base
 from fedamole.model.memory import HEADROOM, free_bytes, group_bytes, used_bytes
 from fedamole.model.params import Shapes
@@ -124,7 +125,9 @@ def planned_without_data(
     if config.deployment.clients and not config.data.source and config.data.manifest is None:
         config = replace(config, method=config.method.for_deployment())
         config.method.check(len(clients))
+        refuse_deployment(config.secure_aggregation)
     infos = tuple(sorted((ClientInfo(row["client"], row["train"]) for row in clients), key=lambda info: info.name))
+    check_secure_groups(config, base, infos)
     sizes, traffic = _sizes(config, base, infos)
     group, held = config.run.group or 1, weight_bytes(base, config.base.quantization) / 2**20
     each = _group_bytes(config, base, 1, max(sizes)) / 2**20
@@ -181,11 +184,16 @@ def exposure(
     method = config.method
     if method.communicates == "nothing":
         return ["Nothing of the training is sent: the coordinator gets only the losses and scores of each client."]
+    secure = config.secure_aggregation
+    seen = "each client's own part before it is averaged"
+    if secure.enabled:
+        unmasked = "".join(f", {field} of each client" for field in secure.unmasked)
+        seen = f"sums over at least {secure.min_group} clients in place of single updates{unmasked}"
     sentences = [
         f"Exchanged with the coordinator: {method.communicates}. Kept at the client: {method.stays_local}. "
-        "The coordinator gets each client's own part before it is averaged, and the losses and scores of each client."
+        f"The coordinator gets {seen}, and the losses and scores of each client."
     ]
-    if method.stays_local == "the data":
+    if method.stays_local == "the data" and not secure.enabled:
         sentences.append("So the coordinator can have the personal model of every client.")
     sentences += method.exposes(clients, shapes)
     known = [row for row in rows if "embedding" in row]
@@ -238,6 +246,20 @@ def trained_parameters(config: Config, base: Base, clients: Mapping[str, ClientD
     return {name: sum(sizes.values()) for name, sizes in dry_round.trained_sizes.items()}
 
 
+def check_secure_groups(config: Config, base: Base, clients: Sequence[ClientInfo]) -> None:
+    """Raise ConfigError if secure aggregation is enabled and tensors have too few holders, by a dry run of round 0.
+
+    All clients take part in the dry run. Of several exchanges, a tensor has the holders of the one with the fewest.
+    """
+    if not config.secure_aggregation.enabled:
+        return
+    infos = tuple(sorted(clients, key=lambda info: info.name))
+    dry_round = DryRound(config, base, infos, train=True)
+    dry_round.run()
+    cohort = _cohort(config, len(infos))
+    check_groups(config.secure_aggregation, dry_round.holders, len(infos), cohort, config.method)
+
+
 class LastExchange(Exception):  # noqa: N818  not an error
     """The last exchange of a dry round has ended; what the method does with its replies is not needed."""
 
@@ -255,6 +277,8 @@ class DryRound:
         """Parameters of each client's adapter; of several exchanges the largest."""
         self.trained_sizes: dict[str, dict[str, int]] = {name: {} for name in names}
         """Number of values of each tensor that a client trains."""
+        self.holders: dict[str, list[str]] = {}
+        """Clients that return each averaged tensor, by its key; filled with `train`."""
         self._clients = {info.name: dry_client(self.base, info, config.run.seed, 0) for info in infos}
         self._states: dict[str, Any] = {}
         self._count = 0
@@ -266,14 +290,16 @@ class DryRound:
             self.method.round(self.server, state, self.server.clients, self._exchange)
 
     def _exchange(self, messages: Mapping[str, Any]) -> dict[str, Any]:
-        replies = {name: self._update(name, message) for name, message in messages.items()}
+        holders: dict[str, list[str]] = {}
+        replies = {name: self._update(name, message, holders) for name, message in messages.items()}
+        self.holders |= {key: min(names, self.holders.get(key, names), key=len) for key, names in holders.items()}
         self._count += 1
         if self._count == self.method.exchanges():
             raise LastExchange
         return replies
 
-    def _update(self, name: str, message: Any) -> Any:
-        """Count what a client is sent and trains; return its reply."""
+    def _update(self, name: str, message: Any, holders: dict[str, list[str]]) -> Any:
+        """Count what a client is sent and trains, and add it to the holders of its tensors; return its reply."""
         client = self._clients[name]
         state = self._states[name] if name in self._states else self.method.init_client_state(client)
         self.bytes_down[name] += len(pack(message))
@@ -283,6 +309,9 @@ class DryRound:
             return None
         state, reply, sizes = dry_update(self.method, self.server, client, state, message)
         self.trained_sizes[name] |= sizes
+        for key in named_tensors(reply):
+            if key.partition(":")[0] in self.method.averaged_fields:
+                holders.setdefault(key, []).append(name)
         if self._count + 1 == self.method.exchanges():
             return None  # not needed any more: a plan holds no client's tensors longer than it has to
         self._states[name] = state

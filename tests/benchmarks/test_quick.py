@@ -20,7 +20,7 @@ from fedamole.model.params import Adapter, new_shared
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 LONG = ("deployment", "growth", "serving")
 """Those that start many processes, which takes more than 20 seconds."""
-SCRIPTS = ("assignment", "deployment", "growth", "layer", "methods", "round", "scoring", "serving", "traffic")
+SCRIPTS = ("assignment", "deployment", "growth", "layer", "methods", "round", "scoring", "secure", "serving", "traffic")
 each_script = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in SCRIPTS]
 )

@@ -14,7 +14,7 @@ from fedamole.federation.evaluator import Scores
 from fedamole.federation.method import ClientInfo, Evaluates, Method, Server
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import Packed, PayloadError, pack, unpack
-from fedamole.federation.robust import Robust
+from fedamole.federation.robust import BeforeAggregation, Robust
 from fedamole.federation.settings import FederationSettings
 from fedamole.federation.summary import stopped_early, summarise
 from fedamole.federation.worker import UpdateResult
@@ -42,7 +42,7 @@ class Loop:
         select: Literal["loss", "score"],
         listener: ProgressListener,
         best_round: BestRound = "mean",
-        robust: Robust | None = None,
+        robust: BeforeAggregation | None = None,
         metrics_sink: MetricsSink | None = None,
     ) -> None:
         """Set up a run; `run` starts or resumes it.
@@ -54,7 +54,8 @@ class Loop:
         self.method, self.engine, self.settings, self.folder = method, engine, settings, folder
         self.server, self.select, self.listener, self.metrics_sink = server, select, listener, metrics_sink
         self.variants = dict(variants)
-        self.best_round, self.robust = best_round, robust or Robust("mean", 1.0, ())
+        self.best_round = best_round
+        self.robust: BeforeAggregation = robust or Robust("mean", 1.0, ())
         self.progress: dict[str, VariantProgress] = {}
         self.answered: dict[str, tuple[int, int]] = {}
         """By client: round and exchange of its last update that counted."""

@@ -23,7 +23,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -61,6 +61,18 @@ def check_aggregation(aggregation: str, name: str, method: Method[Any, Any, Any,
             f"federation.aggregation = {aggregation!r} counts all clients alike: set method.weighting to 'uniform', "
             "or use 'clipped' or 'mean'"
         )
+
+
+class BeforeAggregation(Protocol):
+    """What replies pass through before a method aggregates them."""
+
+    history: list[Sizes]
+    """What it needs of earlier rounds; part of a checkpoint."""
+
+    def __call__(
+        self, round_: int, sent: Mapping[str, Any], replies: Mapping[str, Any], exchange: int = 0
+    ) -> tuple[dict[str, Any], Sizes]:
+        """Return the replies to aggregate, and by client what was clipped; `sent` and `replies` are by client."""
 
 
 class Robust:
