@@ -250,7 +250,7 @@ def merge(lora: Path, base: Base, target: Path) -> None:
     """Merge a LoRA into a new copy of the base, in the base's own dtype, and save it with its tokenizer."""
     from peft import PeftModel
 
-    copy = auto_class(base.model.config).from_pretrained(
+    copy = auto_class(base.model.config, base.images is not None).from_pretrained(
         base.name, dtype="auto", use_safetensors=True, trust_remote_code=False
     )
     merged = PeftModel.from_pretrained(copy, str(lora)).merge_and_unload(safe_merge=True)
