@@ -3,9 +3,10 @@
     python scripts/make_image_task.py images
     fedamole run images/images.toml
 
-Four clients have pictures of one to three shapes of one kind and colour. Each asks another question about its pictures:
-their colour, kind, number, or side. The base is the bundled language model behind a vision tower of LLaVA's architecture
-with random weights, which is never trained: its vectors contain the picture, and the adapters learn to read them.
+Four clients have pictures of one to three shapes of one kind and colour. Each asks another question about its
+pictures: their colour, kind, number, or side. The base is the bundled language model behind a vision tower of LLaVA's
+architecture with random weights, which is never trained: its vectors depend on the picture, and the adapters learn to
+read them.
 """
 
 import argparse

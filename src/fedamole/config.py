@@ -99,8 +99,8 @@ class Config:
         named = [name for name, template in self.data.templates.items() if template.image is not None]
         if named and not self.base.images:
             raise ConfigError(
-                f"data.templates.{named[0]}.image: the base is loaded for text alone; set base.images = true and a base "
-                "with an image part"
+                f"data.templates.{named[0]}.image: the base is loaded for text alone; set base.images = true and "
+                "base.model to a base with an image part"
             )
         # Of the methods with a reason, those with a partner alone train on nothing but the clients' own rows.
         if named and self.method.only_answers and self.method.trains_together == 1:

@@ -47,8 +47,8 @@ def image_of(value: Any, column: str, where: str, folder: Path | None) -> RowIma
         value = value.get("bytes") or value.get("path")
     if not value or not isinstance(value, str | bytes):
         raise DataError(
-            f"{where}: column {column!r} contains no image; write the path of one, relative to the data file, or remove "
-            "the row"
+            f"{where}: column {column!r} contains no image; write the path of one, relative to the data file, or "
+            "remove the row"
         )
     if isinstance(value, str):
         if folder is None:

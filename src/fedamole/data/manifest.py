@@ -339,8 +339,9 @@ def _stored_examples(data: SourceData, client: ClientRecord, seed: int) -> Split
         if _digest(examples[split]) != record.sha256:
             raise DataError(
                 f"manifest: client {client.client!r}, split {split!r}: the hash of its examples does not match, though "
-                f"the rows of source {data.source.name!r} are the same: the template, its options, label_noise "
-                "or an image changed, or the manifest was edited; restore them, or remove data.manifest to draw a new partition"
+                f"the rows of source {data.source.name!r} are the same: an image, the template, its options or "
+                "label_noise changed, or the manifest was edited; restore them, or remove data.manifest to draw a new "
+                "partition"
             )
     return examples
 

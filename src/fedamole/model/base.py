@@ -205,8 +205,7 @@ def load_base(settings: BaseSettings, device: torch.device, folder: Path, local_
     ran = modules_run_by_text(model, settings.model)
     shapes = target_shapes(model, settings.targets)
     refuse_unreached(model, settings.model, tuple(shapes), ran)
-    words = _hash_tokenizer(tokenizer) if reader is None else _hash_json([_hash_tokenizer(tokenizer), reader.settings])
-    identity = Identity(weights, words, _hash_json(sorted(shapes.items())))
+    identity = Identity(weights, _hash_tokenizer(tokenizer), _hash_json(sorted(shapes.items())))
     recomputation = Recomputation(language_model(model)) if settings.gradient_checkpointing else None
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
     return Base(

@@ -1,7 +1,6 @@
 """The image part of a base: its processor, and a test that batches of images give what single images give."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -30,7 +29,7 @@ class ImageReader:
 
     def __init__(self, processor: Any, name: str) -> None:
         """Use a processor of transformers; BaseModelError if it has no placeholder for images. `name` is the base's."""
-        self._processor = processor
+        self.processor = processor
         token = getattr(processor, "image_token", None)
         self.token = str(getattr(token, "content", token))
         """Text of the placeholder, a special token."""
@@ -41,8 +40,6 @@ class ImageReader:
                 "token for images; choose a base such as LLaVA, Idefics3 or SmolVLM"
             )
         self.token_id = int(ids[self.token])
-        self.settings: str = json.dumps(processor.to_dict(), sort_keys=True, default=str)
-        """What decides how an image is preprocessed, as JSON; a part of a base's identity."""
         self._pictures = WeakValueDictionary[str, Picture]()
 
     def read(self, content: bytes, where: str) -> Picture:
@@ -61,7 +58,7 @@ class ImageReader:
 
     def inputs(self, text: str, image: Any) -> dict[str, Any]:
         """Return what the processor makes of a text with one placeholder and an image, without added special tokens."""
-        return dict(self._processor(text=[text], images=[image], add_special_tokens=False, return_tensors="pt"))
+        return dict(self.processor(text=[text], images=[image], add_special_tokens=False, return_tensors="pt"))
 
     def expand(self, prompt: tuple[int, ...], picture: Picture) -> ImageIds:
         """Replace the one placeholder of a prompt by the tokens of an image."""
