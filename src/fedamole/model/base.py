@@ -185,8 +185,9 @@ def load_base(settings: BaseSettings, device: torch.device, folder: Path, local_
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
         refuse_encoder_decoder(config, settings.model)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
+        model_class = auto_class(config, settings.images)
         reader = _image_reader(settings.model, name, tokenizer, local_only) if settings.images else None
-        model, report = auto_class(config, settings.images).from_pretrained(name, output_loading_info=True, **options)
+        model, report = model_class.from_pretrained(name, output_loading_info=True, **options)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:

@@ -33,7 +33,7 @@ class ImageReader:
         token = getattr(processor, "image_token", None)
         self.token = str(getattr(token, "content", token))
         """Text of the placeholder, a special token."""
-        ids = processor.tokenizer.get_vocab()
+        ids = getattr(processor, "tokenizer", processor).get_vocab()  # without an image part it is the tokenizer itself
         if token is None or self.token not in ids:
             raise BaseModelError(
                 f"base {name!r}: base.images = true, but its processor ({type(processor).__name__}) has no placeholder "
@@ -92,8 +92,9 @@ def check_images(base: "Base", forward: Callable[[Batch], AbstractContextManager
     assert base.images is not None
     problem = f"base {base.name!r} ({type(base.model).__name__}): base.images = true, but "
     remedy = "choose a base such as LLaVA, Idefics3 or SmolVLM"
-    pairs, expected = trial_pairs(base.images), []
+    expected = list[Tensor]()
     try:
+        pairs = trial_pairs(base.images)
         with torch.no_grad():
             for prompt, answer in pairs:
                 ids = torch.tensor([[*prompt, *answer]], device=base.device)

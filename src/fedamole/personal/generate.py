@@ -112,7 +112,8 @@ def read_prompts(
     if file is not None:
         prompts = read_prompt_file(file, prompt_format)
     elif columns:
-        prompts = render_prompts([dict(word.partition("=")[::2] for word in columns)], prompt_format, "--set")
+        row = dict(word.partition("=")[::2] for word in columns)
+        prompts = render_prompts([row], prompt_format, "--set", Path.cwd())
     elif texts:
         prompts = [prompt_format.prompt(text) for text in texts]
     elif stdin.isatty():
@@ -166,9 +167,8 @@ def render_prompts(
     ]
     available = set(arranged[0])
     template = _template(prompt_format, available)
-    needed = (
-        [] if template is None else [*columns_of(template.prompt, "prompt"), *columns_of(template.image or "", "image")]
-    )
+    texts_of = () if template is None else ((template.prompt, "prompt"), (template.image or "", "image"))
+    needed = [column for text, key in texts_of for column in columns_of(text, key)]
     missing = [column for column in needed if column not in available]
     if template is None or (missing and "prompt" in available):
         if "prompt" not in available:
