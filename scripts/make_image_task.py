@@ -53,10 +53,10 @@ images = true
 targets = ["q_proj", "v_proj", "o_proj"]
 
 [federation]
-rounds = 2
+rounds = 6
 
 [training]
-local_steps = 20
+local_steps = 40
 batch_size = 4
 learning_rate = 5e-3
 max_length = 64

@@ -95,7 +95,7 @@ def test_rows_with_the_same_question_and_other_images_are_no_duplicates(folder: 
 def test_an_image_that_may_not_or_cannot_be_read(folder: Path, picture: Any, message: str) -> None:
     (folder / "linked.png").symlink_to(folder.parent / "outside.png")
     with_picture(folder, picture)
-    with pytest.raises(DataError, match="rows.jsonl, row 3: ") as caught:
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 3: ") as caught:
         load(folder)
     assert message in str(caught.value)
 
@@ -144,7 +144,7 @@ def test_an_image_is_turned_upright_and_to_rgb() -> None:
 def test_images_in_a_parquet_file(tmp_path: Path) -> None:
     import datasets
 
-    table = {"picture": [{"bytes": png(size=(8, 8 + i)), "path": None} for i in range(30)]}
+    table: dict[str, Any] = {"picture": [{"bytes": png(size=(8, 8 + i)), "path": None} for i in range(30)]}
     table |= {"question": ["What?"] * 30, "answer": ["red", "blue"] * 15}
     datasets.Dataset.from_dict(table).cast_column("picture", datasets.Image()).to_parquet(tmp_path / "rows.parquet")
     (shard,) = load_federation(settings("rows.parquet"), tmp_path).shards
@@ -162,7 +162,7 @@ def test_another_image_in_the_same_file_is_noticed(folder: Path) -> None:
     assert load(folder, manifest).manifest == manifest
     row = manifest.clients[0].train.rows[0]
     (folder / "pictures" / f"{row}.png").write_bytes(png("blue", (8, 8 + row)))
-    with pytest.raises(DataError, match="split 'train': .* an image, the template, .* changed"):
+    with pytest.raises(DataError, match=r"split 'train': .* an image, the template, .* changed"):
         load(folder, manifest)
 
 
@@ -195,14 +195,13 @@ def row_of(base: Base, made: Example, max_length: int = 64) -> TokenRow:
 def test_the_placeholder_becomes_as_many_tokens_as_the_processor_makes(base: Base) -> None:
     """32 x 32 pixels in patches of 8 x 8 are 16 tokens; the processor itself gives the same ids."""
     assert base.images is not None
-    own = base.images.processor(
-        text=["<image>What?\n"], images=[Image.new("RGB", (8, 8), "red")], return_tensors="pt"
-    )
+    own = base.images.processor(text=["<image>What?\n"], images=[Image.new("RGB", (8, 8), "red")], return_tensors="pt")
     prompt = row_of(base, example()).prompt
     assert isinstance(prompt, ImageIds)
     assert prompt.count(base.images.token_id) == 16
     assert list(prompt) == own["input_ids"][0].tolist()
     assert torch.equal(prompt.picture.media["pixel_values"], own["pixel_values"])
+    assert tokenise([example()], base.tokenizer, 64).changed == 0
 
 
 def test_the_image_stands_where_the_template_writes_the_placeholder(base: Base) -> None:
@@ -228,7 +227,7 @@ def test_two_placeholders_or_none_for_an_image(base: Base) -> None:
 
 
 def test_a_damaged_image_names_its_row(base: Base) -> None:
-    with pytest.raises(DataError, match="^f, row 1: the image cannot be read"):
+    with pytest.raises(DataError, match=r"^f, row 1: the image cannot be read"):
         row_of(base, example(image=RowImage(png()[:-30], "1" * 64, "f, row 1")))
 
 

@@ -99,7 +99,8 @@ def tokenise(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", 
             answer_special, answer_changed = answer_special or marks[0], answer_changed or marks[1]
         special += answer_special or encoder.holds_special_text(prompts[index])
         if frame is None:
-            changed += answer_changed or not _same_text(decoded[index], example.prompt)
+            text = example.prompt if picture is None else encoder.unmarked(prompts[index])  # with the placeholder
+            changed += answer_changed or not _same_text(decoded[index], text)
         else:
             changed += answer_changed or not _same_words(decoded[index], encoder.unmarked(frame.prompt))
         options = answers.options(example, frame)

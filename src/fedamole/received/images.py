@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from fedamole.errors import ConfigError, DataError
+from fedamole.errors import ConfigError, DataError, how_to_install
 from fedamole.received.files import MIB, read_bytes
 from fedamole.received.names import quoted
 
@@ -52,7 +52,7 @@ def checked_image(content: bytes, where: str) -> Any:
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise ConfigError("images need Pillow: install this package with its extra `vision`") from error
+        raise ConfigError(f"images need Pillow, which is not installed; {how_to_install('vision')}") from error
     if len(content) > MOST_BYTES:
         raise _too_large(where)
     try:
