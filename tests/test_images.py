@@ -20,7 +20,7 @@ from fedamole.deployment.server_processes import prepare_folder
 from fedamole.deployment.shared_config import own_tables, shared_tables
 from fedamole.errors import ConfigError, DataError
 from fedamole.evaluation.likelihood import mean_losses, option_losses
-from fedamole.experiment import prepare, resume
+from fedamole.experiment import prepare, resume, start
 from fedamole.federation.local import LocalTask, fit
 from fedamole.federation.method import TrainingRequest, TrainingResult
 from fedamole.federation.progress import ProgressListener
@@ -83,6 +83,24 @@ def test_a_resumed_run_notices_another_image(image_task: Path, tmp_path: Path) -
         prepare(config, manifest)
 
 
+@pytest.mark.parametrize("method", ["fedit", "fedprompt"])
+def test_preference_pairs_with_images(method: str, image_task: Path, tmp_path: Path) -> None:
+    """The untuned base, which is the reference, reads the same rows without the virtual tokens and with the image."""
+    shutil.copytree(image_task, tmp_path / "task")
+    path = tmp_path / "task" / "side.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    other = {"left": "right", "right": "left"}
+    path.write_text("".join(json.dumps({**row, "other": other[row["answer"]]}) + "\n" for row in rows))
+    config = (tmp_path / "task" / "images.toml").read_text().partition("\n[[data.source]]")[0]
+    config = config.replace('options_from = "answer"', 'rejected = "{other}"')
+    config += '\n[[data.source]]\nname = "side"\npath = "side.jsonl"\ntemplate = "question"\n'
+    (tmp_path / "task" / "pairs.toml").write_text(f'{config}\n[method]\nname = "{method}"\n')
+    pairs = load_config(tmp_path / "task" / "pairs.toml", ["training.objective=preference", *SHORT])
+    summary = start(pairs, tmp_path / "run", ProgressListener())
+    assert summary["rounds"] == 2
+    assert summary["rows"]["base"]["mean"] == 50
+
+
 # --- training reads the image ----------------------------------------------------------------------------------------
 
 
@@ -90,7 +108,7 @@ def shuffled(rows: list[TokenRow]) -> list[TokenRow]:
     """Give each row the image of a row with another answer."""
     others = []
     for row in rows:
-        other = next(one for one in rows[::-1] if one.answer != row.answer)
+        other = next(candidate for candidate in rows[::-1] if candidate.answer != row.answer)
         assert isinstance(other.prompt, ImageIds)
         others.append(replace(row, prompt=ImageIds(row.prompt, other.prompt.picture)))
     return others

@@ -126,7 +126,7 @@ def test_option_losses(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
     by_tree = option_losses(bank, examples, 10_000)
     monkeypatch.setattr(likelihood, "_tree_losses", None)
     monkeypatch.setattr(bank, "packs", False)
-    whole = option_losses(bank, examples, 10_000)
+    by_row = option_losses(bank, examples, 10_000)
     for client, part in enumerate(examples):
         for i, (prompt, _) in enumerate(part):
             by_hand = []
@@ -134,7 +134,7 @@ def test_option_losses(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
                 chosen = own_logits(bank, client, prompt, option).log_softmax(1)
                 by_hand.append(-float(chosen.gather(1, torch.tensor(option)[:, None]).mean()))
             assert by_tree[client][i] == pytest.approx(by_hand, abs=1e-9)
-            assert whole[client][i] == pytest.approx(by_hand, abs=1e-9)
+            assert by_row[client][i] == pytest.approx(by_hand, abs=1e-9)
 
 
 def test_generation(bank: Bank) -> None:
@@ -192,6 +192,8 @@ def test_prompts_with_the_same_ids_and_other_images_differ() -> None:
     assert first != (1, 2)
     assert (1, 2) not in [first]
     assert len({first, same, other, (1, 2)}) == 3
+    assert isinstance(first[1:], ImageIds)
+    assert (first[1:], first[0]) == (ImageIds((2,), first.picture), 1)
 
 
 # --- bases that cannot be used -------------------------------------------------------------------------------------

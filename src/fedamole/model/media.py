@@ -7,6 +7,7 @@ forward pass.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Picture:
 
 
 class ImageIds(tuple[int, ...]):
-    """Token ids of a prompt with one image."""
+    """Token ids of a prompt with one image. A slice keeps the image, so it must contain all its placeholder tokens."""
 
     picture: Picture
 
@@ -37,6 +38,10 @@ class ImageIds(tuple[int, ...]):
         self = super().__new__(cls, ids)
         self.picture = picture
         return self
+
+    def __getitem__(self, index: Any) -> Any:
+        part = super().__getitem__(index)
+        return ImageIds(part, self.picture) if isinstance(index, slice) else part
 
     def __eq__(self, other: object) -> bool:
         same = isinstance(other, ImageIds) and other.picture.digest == self.picture.digest
