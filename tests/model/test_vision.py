@@ -17,7 +17,7 @@ from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, BaseSettings, load_base
 from fedamole.model.batch import TokenPair, collate
-from fedamole.model.media import ImageIds, Picture, media_of, with_prefix
+from fedamole.model.media import ImageIds, Picture, media_of
 from fedamole.model.params import Adapter, new_shared
 from fedamole.model.prompt import PROMPT, PromptSpec
 from tests.model.image_bases import gemma3, idefics3
@@ -168,7 +168,9 @@ def test_virtual_tokens_stand_before_the_image(llava: Base) -> None:
     with torch.no_grad(), bank.forward(collate(bank.prefixed([[(prompt, answer)]]), 1)) as logits:
         virtual = logits.clone()
     bank.load([])
-    with torch.no_grad(), bank.forward(collate([[(with_prefix(words, prompt), answer)]], 1)) as logits:
+    assert isinstance(prompt, ImageIds)
+    spelt = ImageIds((*words, *prompt), prompt.picture)
+    with torch.no_grad(), bank.forward(collate([[(spelt, answer)]], 1)) as logits:
         assert torch.allclose(virtual, logits, atol=1e-9)
 
 
