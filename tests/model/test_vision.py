@@ -20,6 +20,7 @@ from fedamole.model.batch import TokenPair, collate
 from fedamole.model.media import ImageIds, Picture, media_of
 from fedamole.model.params import Adapter, new_shared
 from fedamole.model.prompt import PROMPT, PromptSpec
+from fedamole.received.images import checked_image
 from tests.model.image_bases import gemma3, idefics3
 
 CPU = torch.device("cpu")
@@ -196,6 +197,32 @@ def test_prompts_with_the_same_ids_and_other_images_differ() -> None:
     assert len({first, same, other, (1, 2)}) == 3
     assert isinstance(first[1:], ImageIds)
     assert (first[1:], first[0]) == (ImageIds((2,), first.picture), 1)
+
+
+def test_images_that_left_the_cache_are_preprocessed_again(image_task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of two images of 32 x 32 pixels: 3 x 32 x 32 x 4 bytes each. The third removes the first."""
+    monkeypatch.setattr(vision, "MOST_CACHED", 2 * 12_288)
+    reader = loaded(image_task / "base").images
+    assert reader is not None
+    read, make = list[str](), reader.picture
+
+    def counted(image: Any, digest: str) -> Picture:
+        read.append(digest[:4])
+        return make(image, digest)
+
+    monkeypatch.setattr(reader, "picture", counted)
+    contents = [(image_task / "colour" / f"000{i}.png").read_bytes() for i in range(3)]
+    made = [reader.read(content, "f") for content in contents]
+    prompts = [ImageIds(picture.ids, picture) for picture in made]
+    assert len(read) == 3
+    media_of([prompts[1], prompts[2]], CPU, torch.float32)
+    assert len(read) == 3, "the two that were read last are in the cache"
+    pixels = media_of(prompts, CPU, torch.float32)["pixel_values"]
+    assert read[3] == made[0].digest[:4]
+    monkeypatch.undo()
+    for own, content in zip(pixels, contents, strict=True):
+        expected = reader.picture(checked_image(content, "f"), "").media["pixel_values"][0]
+        assert torch.equal(own, expected)
 
 
 # --- bases that cannot be used -------------------------------------------------------------------------------------

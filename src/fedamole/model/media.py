@@ -23,7 +23,8 @@ class Picture:
     ids: tuple[int, ...]
     """What replaces the placeholder in a prompt: the placeholder tokens, and tokens around them if the base has any."""
     media: Mapping[str, Tensor]
-    """Inputs of the base by name, such as `pixel_values`. The first dimension is that of a batch."""
+    """Inputs of the base by name, such as `pixel_values`. The first dimension is that of a batch. They may be computed
+    again whenever they are read."""
     digest: str
     """SHA-256 of the image file; prompts with the same ids and different images are different prompts."""
 
@@ -67,10 +68,10 @@ def media_of(prompts: Iterable[Sequence[int]], device: torch.device, dtype: torc
     tensors are converted to `dtype`.
     """
     pictures = [prompt.picture for prompt in prompts if isinstance(prompt, ImageIds)]
-    names = dict.fromkeys(name for picture in pictures for name in picture.media)
+    loaded = [dict(picture.media) for picture in pictures]
     media = {}
-    for name in names:
-        parts = [picture.media[name] for picture in pictures]
+    for name in dict.fromkeys(name for tensors in loaded for name in tensors):
+        parts = [tensors[name] for tensors in loaded]
         largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
         joined = torch.cat([_padded(part, largest) for part in parts])
         media[name] = to_device(joined.to(dtype) if joined.is_floating_point() else joined, device)
