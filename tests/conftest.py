@@ -144,6 +144,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def image_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of scripts/make_image_task.py with 40 rows a client; read it, do not write to it."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+    from make_image_task import write_task
+
+    folder = tmp_path_factory.mktemp("images")
+    write_task(folder, rows=40)
+    return folder
+
+
 def heeding_interrupts() -> None:
     """For `preexec_fn`: a test run in the background of a shell hands its children SIGINT ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fedamole.config import RunSettings, load_config, load_run_config, read_tables, to_config
-from fedamole.errors import ConfigError
+from fedamole.errors import BaseModelError, ConfigError
 from fedamole.evaluation.personal import EvaluationSettings
 from fedamole.experiment import prepare
 from fedamole.federation.settings import FederationSettings, TrainingSettings
@@ -323,7 +323,6 @@ def tensorboard_is_written(runs: Runs) -> bool:
 
 
 def model_is_loaded(runs: Runs) -> bool:
-    from fedamole.errors import BaseModelError
 
     with pytest.raises(BaseModelError, match="there is no folder"):
         prepare(runs.load("fedit", "base.model=./nowhere"))
@@ -345,6 +344,12 @@ def dtype_is_used(runs: Runs) -> bool:
 def quantisation_needs_a_gpu(runs: Runs) -> bool:
     with pytest.raises(ConfigError, match=r"base.quantization = '4bit' needs a GPU"):
         prepare(runs.load("fedit", "base.quantization=4bit"))
+    return True
+
+
+def images_need_an_image_part(runs: Runs) -> bool:
+    with pytest.raises(BaseModelError, match="LlamaConfig has no image part"):
+        prepare(runs.load("fedit", "base.images=true"))
     return True
 
 
@@ -468,6 +473,7 @@ EFFECTS: dict[str, Callable[[Runs], bool]] = {
     "base.dtype": dtype_is_used,
     "base.quantization": quantisation_needs_a_gpu,
     "base.gradient_checkpointing": checkpointing_is_on,
+    "base.images": images_need_an_image_part,
     "federation.rounds": rounds_are_counted,
     "federation.patience": patience_ends_the_run,
     "federation.cohort": cohort_is_smaller,

@@ -95,6 +95,22 @@ class Config:
         check_secure_aggregation(self.secure_aggregation, self.federation, self.method_name, self.method)
         self.method.check_federation(self.federation)
         check_supported(self.training, self.method_name, self.method)
+        self._check_images()
+
+    def _check_images(self) -> None:
+        """Raise ConfigError for templates with images without such a base, and methods that cannot train on images."""
+        named = [name for name, template in self.data.templates.items() if template.image is not None]
+        if named and not self.base.images:
+            raise ConfigError(
+                f"data.templates.{named[0]}.image: the base is loaded for text alone; set base.images = true and "
+                "base.model to a base with an image part"
+            )
+        # Of the methods with a reason, those with a partner alone train on nothing but the clients' own rows.
+        if named and self.method.only_answers and self.method.trains_together == 1:
+            raise ConfigError(
+                f"data.templates.{named[0]}.image: the method {self.method_name} reads or makes rows that have no "
+                "images; use another method"
+            )
 
     def on_base(self, model: str) -> "Config":
         """Return a copy with another `base.model`."""

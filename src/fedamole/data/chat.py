@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedamole.data.layouts import Turn
 from fedamole.data.text_encoder import TextEncoder, text_encoder
@@ -52,6 +52,9 @@ class ChatTemplate:
         # Random, so that data cannot contain it.
         self._answer = secrets.token_hex(16)
         question: Turn = ("user", "a")
+        self._parts = False
+        # Some templates of bases with images read lists of parts alone, and leave out other texts.
+        self._parts = self._answer not in self._render([question, ("assistant", self._answer)], False)
         answered, padded = (
             self._render([question, ("assistant", text)], False) for text in (self._answer, f"\n {self._answer} \n")
         )
@@ -64,15 +67,18 @@ class ChatTemplate:
         if "strftime_now" in source and "date_string" not in source:
             log.warning("%s: its chat template writes today's date, so prompts differ from day to day", self._label)
 
-    def frame(self, turns: Sequence[Turn]) -> Frame:
+    def frame(self, turns: Sequence[Turn], image: bool = False) -> Frame:
         """Return the text around the assistant's answer to a conversation; `turns` are (role, marked text).
+
+        With `image` the template writes the base's placeholder for an image before the text of the last turn.
 
         Raises BaseModelError if the template fails, or if its text for the prompt alone is not how its text for prompt
         and answer begins.
         """
         hidden = [(role, self._encoder.hidden(text)) for role, text in turns]
-        prompt = self._render(hidden, True)
-        whole = self._render([*hidden, ("assistant", self._answer)], False)
+        images = len(turns) - 1 if image else None
+        prompt = self._render(hidden, True, images)
+        whole = self._render([*hidden, ("assistant", self._answer)], False, images)
         between, answer, rest = whole[len(prompt) :].partition(self._answer)
         if not whole.startswith(prompt) or not answer or self._answer in rest:
             raise BaseModelError(
@@ -84,14 +90,19 @@ class ChatTemplate:
         prompt += between.removesuffix(space)
         return Frame(*map(self._encoder.revealed, (prompt, space, self._encoder.until_special(rest))))
 
-    def _render(self, turns: Sequence[Turn], prompts_answer: bool) -> str:
+    def _render(self, turns: Sequence[Turn], prompts_answer: bool, image: int | None = None) -> str:
+        """Render turns; `image` is the index of the turn with an image."""
         try:
-            return self._apply(turns, prompts_answer)
+            return self._apply(turns, prompts_answer, image)
         except Exception as error:
             raise self._error(turns, prompts_answer) from error
 
-    def _apply(self, turns: Sequence[Turn], prompts_answer: bool) -> str:
-        messages = [{"role": role, "content": text} for role, text in turns]
+    def _apply(self, turns: Sequence[Turn], prompts_answer: bool, image: int | None = None) -> str:
+        messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in turns]
+        if self._parts or image is not None:
+            for index, message in enumerate(messages):
+                parts = [{"type": "image"}] if index == image else []
+                message["content"] = [*parts, {"type": "text", "text": message["content"]}]
         return str(
             self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=prompts_answer, date_string=DATE

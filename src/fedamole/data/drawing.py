@@ -51,7 +51,7 @@ class SourceData:
     def example(self, name: Literal["train", "test"], index: int) -> Example | None:
         """Return the example of a row, or None if the row has no answer."""
         table = self.table(name)
-        return render(self.template, self.options, table.rows[index], table.row_name(index))
+        return render(self.template, self.options, table.rows[index], table.row_name(index), table.folder)
 
 
 def open_source(settings: DataSettings, source: SourceSettings, base_folder: Path) -> SourceData:
@@ -72,9 +72,8 @@ class Candidates:
     """Row numbers."""
     values: list[str] | None
     """Value of the partition's column `by` for each of `rows`; None if the partition has no such column."""
-    identity: Mapping[int, tuple[str, str]]
-    """(conversation, answer) by row number. Rows with equal entries are duplicates, also if they are pairs with
-    different rejected answers."""
+    identity: Mapping[int, tuple[str, ...]]
+    """`Example.identity` by row number. Rows with equal entries are duplicates."""
     test_rows: tuple[int, ...] | None
     """Row numbers of the official test set; None without one."""
     test_values: list[str] | None
@@ -119,12 +118,12 @@ def _candidates(settings: DataSettings, data: SourceData) -> tuple[Candidates, l
     """Return the rows with an answer, within the limit and not in the official test set, and notes on the others."""
     notes: list[str] = []
     examples = _examples(data, "train", limited_rows(settings, data), notes)
-    identity = {row: (example.conversation, example.answer) for row, example in examples.items()}
+    identity = {row: example.identity for row, example in examples.items()}
     if data.test is None:
         rows = tuple(examples)
         return Candidates(rows, _values(data.source, data.train, rows), identity, None, None), notes
     tests = _examples(data, "test", range(len(data.test.rows)), notes)
-    test_examples = {(example.conversation, example.answer) for example in tests.values()}
+    test_examples = {example.identity for example in tests.values()}
     rows = tuple(row for row in examples if identity[row] not in test_examples)
     if dropped := len(examples) - len(rows):
         name = data.source.name

@@ -32,6 +32,18 @@ class Literals:
 
 
 @dataclass(frozen=True)
+class RowImage:
+    """The image of a row, not decoded."""
+
+    content: bytes = field(repr=False, compare=False)
+    """Content of the image file."""
+    sha256: str
+    """Hash of the content."""
+    where: str = field(compare=False)
+    """Name of file and row for errors."""
+
+
+@dataclass(frozen=True)
 class Example:
     """A prompt with its answer. The prompt is `before + context + after`; `context` is truncated first."""
 
@@ -50,6 +62,8 @@ class Example:
     """Text of the template's `category`; None if it has none. Not compared."""
     rejected: str | None = None
     """The answer that is not preferred, in a preference pair whose preferred answer is `answer`; None: no pair."""
+    image: RowImage | None = None
+    """An image that belongs to the prompt."""
 
     @property
     def prompt(self) -> str:
@@ -60,6 +74,12 @@ class Example:
     def conversation(self) -> str:
         """The prompt after its earlier turns, without a chat template."""
         return "".join(f"{role}: {text}\n" for role, text in self.turns or ()) + self.prompt
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """Conversation, answer, and hash of an image; equal in duplicates, also in pairs with different rejections."""
+        image = () if self.image is None else (self.image.sha256,)
+        return self.conversation, self.answer, *image
 
     @property
     def group(self) -> str:

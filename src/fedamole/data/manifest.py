@@ -290,10 +290,11 @@ def _record(client: ClientRows, source: str, examples: Mapping[str, Sequence[Exa
 def _digest(examples: Sequence[Example]) -> str:
     return digest(
         [
-            # Only pairs have a fourth entry, so that other manifests keep their hashes.
-            [example.conversation, example.answer, list(example.options), *pair]
+            # Only pairs and images have further entries, so that other manifests keep their hashes.
+            [example.conversation, example.answer, list(example.options), *pair, *image]
             for example in examples
             for pair in [() if example.rejected is None else (example.rejected,)]
+            for image in [() if example.image is None else ({"image": example.image.sha256},)]
         ]
     )
 
@@ -338,8 +339,9 @@ def _stored_examples(data: SourceData, client: ClientRecord, seed: int) -> Split
         if _digest(examples[split]) != record.sha256:
             raise DataError(
                 f"manifest: client {client.client!r}, split {split!r}: the hash of its examples does not match, though "
-                f"the data of source {data.source.name!r} are the same: the template, its options or label_noise "
-                "changed, or the manifest was edited; restore them, or remove data.manifest to draw a new partition"
+                f"the rows of source {data.source.name!r} are the same: an image, the template, its options or "
+                "label_noise changed, or the manifest was edited; restore them, or remove data.manifest to draw a new "
+                "partition"
             )
     return examples
 

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class Table:
     rows: tuple[Row, ...]
     sha256: str
     """Hash of the rows as read, before columns were renamed."""
+    folder: Path | None = None
+    """Folder of the file, where paths of images start; None for a Hub split."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -87,7 +89,7 @@ def _read_file(source: SourceSettings, path: Path) -> Table:
         rows, classes = read_parquet(path, where)
     else:
         rows, classes = read_text_rows(path, path.name, where), {}
-    return _table(source, path.name, where, rows, classes)
+    return replace(_table(source, path.name, where, rows, classes), folder=path.parent)
 
 
 def _read_hub(source: SourceSettings, split: str) -> Table:

@@ -5,10 +5,12 @@ import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from fedamole.data.examples import Example, Literals
 from fedamole.data.filling import Filled, Piece, fill, text_of
+from fedamole.data.images import image_of
 from fedamole.data.layouts import Conversation, Turn, listed, missing_column, shortened
 from fedamole.errors import ConfigError, DataError
 
@@ -48,11 +50,15 @@ class TemplateSettings:
     category: str | None = None
     """Text of a row's category, usually one column: `"{topic}"`. The method `data_engine` compares the errors of
     categories. Unset: the answer option; all examples with free text are one category."""
+    image: str | None = None
+    """Column with the image of a row, as `"{picture}"`: a path relative to the data file, or the image itself in a
+    Parquet file or Hub data set. It stands where `prompt` contains the base's placeholder, else before the prompt.
+    Requires `base.images = true`."""
 
     @property
     def prompt_columns(self) -> list[str]:
         """Columns that the prompt reads, in order and with repeats."""
-        return self._columns("prompt", "prompt_without_context")
+        return self._columns("prompt", "prompt_without_context", "image")
 
     @property
     def answer_columns(self) -> list[str]:
@@ -91,6 +97,9 @@ class TemplateSettings:
             _refuse("options_from", self.options_from, "set either options_from or options/labels, not both")
         if self.options and len(set(self.options)) < max(2, len(self.options)):
             _refuse("options", self.options, "set at least two different options")
+        pieces = () if self.image is None else pieces_of(self.image, "image")
+        if self.image is not None and (len(pieces) != 1 or pieces[0][0] or pieces[0][1] is None):
+            _refuse("image", self.image, 'it must be one column, written as "{picture}"')
         if self.system is not None and not self.chat:
             _refuse("system", self.system, "it requires chat = true")
         unknown = sorted({text for text in self.labels.values() if text} - set(self.options)) if self.options else []
@@ -271,11 +280,14 @@ def _by_columns(have: set[str], where: str) -> str:
     )
 
 
-def render(template: TemplateSettings, options: Sequence[str], row: Mapping[str, Any], where: str) -> Example | None:
+def render(
+    template: TemplateSettings, options: Sequence[str], row: Mapping[str, Any], where: str, folder: Path | None = None
+) -> Example | None:
     """Return the example of one row, or None if the row has no answer; `where` names file and row in errors.
 
-    Raises DataError if a column of the prompt other than the context is empty, if the answer is not an option, or if a
-    pair of answers lacks the rejected one or has two equal ones.
+    Paths of images start at `folder`; None: rows must contain the images. Raises DataError if a column of the prompt
+    other than the context is empty, if the answer is not an option, if a pair of answers lacks the rejected one or has
+    two equal ones, or if the image cannot be read.
     """
     answer, answer_literals = fill(pieces_of(template.answer, "answer"), row, where, missing="")
     if not answer.strip():
@@ -301,7 +313,7 @@ def render(template: TemplateSettings, options: Sequence[str], row: Mapping[str,
     own_options = bool(options) and template.options_from is None
     if options:
         answer_literals = ((0, len(answer)),) if own_options else ()
-    example = render_prompt(template, row, where)
+    example = render_prompt(template, row, where, folder)
     other, other_literals = rejected or (None, ())
     literals = replace(example.literals, answer=answer_literals, options=own_options, rejected=other_literals)
     category = None
@@ -311,15 +323,18 @@ def render(template: TemplateSettings, options: Sequence[str], row: Mapping[str,
     return replace(made, category=category, rejected=other)
 
 
-def render_prompt(template: TemplateSettings, row: Mapping[str, Any], where: str) -> Example:
-    """Return the example of one row with an empty answer and without options, which are not read.
-
-    Raises DataError if a column of the prompt other than the context is empty.
-    """
+def render_prompt(
+    template: TemplateSettings, row: Mapping[str, Any], where: str, folder: Path | None = None
+) -> Example:
+    """Return the example of one row with an empty answer and without options, which are not read; see `render`."""
     turns, row = _turns(template, row, where) if template.chat else (None, row)
     before, context, after = _prompt(template, row, where)
     literals = Literals(before.literals, after.literals)
-    return Example(before.text, context, after.text, "", (), literals, turns)
+    image = None
+    if template.image is not None:
+        (column,) = columns_of(template.image, "image")
+        image = image_of(row[column], column, where, folder)
+    return Example(before.text, context, after.text, "", (), literals, turns, image=image)
 
 
 def _rejected(text: str, answer: str, row: Mapping[str, Any], where: str) -> Filled:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from fedamole.data.chat import Frame, chat_template
 from fedamole.data.examples import Example, Span
+from fedamole.data.images import image_reader, picture_of
 from fedamole.data.layouts import shortened
 from fedamole.data.text_encoder import Ids, TextEncoder, text_encoder
 from fedamole.errors import BaseModelError, DataError
@@ -66,9 +67,12 @@ def tokenise(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", 
     leading special tokens. An example is dropped if its answer (or longest option) leaves no room for these and for at
     least one token before the answer. BOS and EOS tokens in a template are not duplicated.
 
+    The tokens of an image replace the base's placeholder in the prompt, and the row carries the preprocessed image. An
+    example is also dropped if the placeholder would be cut.
+
     Raises BaseModelError if the tokenizer has no end-of-sequence token or no character offsets, which truncation needs,
     or if an example needs a chat template that is missing or fails. Raises DataError if two options have the same
-    tokens, if the two answers of a pair have, or if a text is not valid Unicode.
+    tokens, if the two answers of a pair have, if a text is not valid Unicode, or if an image cannot be decoded.
     """
     if tokenizer.eos_token_id is None:
         raise BaseModelError(
@@ -86,6 +90,7 @@ def tokenise(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", 
     decoded = tokenizer.batch_decode(bodies, clean_up_tokenization_spaces=False) if bodies else []
     for index, (example, body) in enumerate(zip(examples, bodies, strict=True)):
         frame = read[index][1]
+        picture = picture_of(example, body, tokenizer)
         lead = encoder.leading_specials if frame is None else ()
         answer, answer_special, answer_changed = answers.read(example.answer, example.literals.answer, frame)
         rejected: Ids = ()
@@ -94,19 +99,27 @@ def tokenise(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", 
             answer_special, answer_changed = answer_special or marks[0], answer_changed or marks[1]
         special += answer_special or encoder.holds_special_text(prompts[index])
         if frame is None:
-            changed += answer_changed or not _same_text(decoded[index], example.prompt)
+            text = example.prompt if picture is None else encoder.unmarked(prompts[index])  # with the placeholder
+            changed += answer_changed or not _same_text(decoded[index], text)
         else:
             changed += answer_changed or not _same_words(decoded[index], encoder.unmarked(frame.prompt))
         options = answers.options(example, frame)
         longest = max(len(ids) for ids in (answer, rejected, *options))
         room = max_length - longest - len(lead)
+        if picture is not None:
+            room -= len(picture.ids) - 1  # they replace the placeholder
         if room < (0 if lead else 1):
             continue
         body = _without_lead(body, lead)
         if len(body) > room:
             body = _shortened(example, body, encoder, tokenizer, room)
             cut += 1
-        rows.append(TokenRow((*lead, *body), answer, options, rejected))
+        prompt = (*lead, *body)
+        if picture is not None:
+            if image_reader(tokenizer).token_id not in body:
+                continue  # only text was left in the room beside the image
+            prompt = image_reader(tokenizer).expand(prompt, picture)
+        rows.append(TokenRow(prompt, answer, options, rejected))
         indices.append(index)
     return Tokenised(tuple(rows), cut, len(examples) - len(rows), tuple(indices), special, changed)
 
@@ -231,9 +244,14 @@ def _marked_prompt(
     """Return the marked prompt with this context, and the chat template's text around the answer, if there is one."""
     text = example.before + context + example.after
     marked = encoder.marked(text, _prompt_literals(example, context))
+    placeholder = ""
+    if example.image is not None:
+        token = image_reader(tokenizer).token
+        placeholder = encoder.marked(token, ((0, len(token)),))
+        placeholder = "" if placeholder in marked else placeholder
     if example.turns is None:
-        return marked, None
-    frame = chat_template(tokenizer).frame([*example.turns, ("user", marked)])
+        return placeholder + marked, None
+    frame = chat_template(tokenizer).frame([*example.turns, ("user", marked)], image=bool(placeholder))
     return frame.prompt, frame
 
 

@@ -36,6 +36,7 @@ from fedamole.deployment.security.client_keys import admitted_keys
 from fedamole.deployment.security.inspection import check_server
 from fedamole.deployment.security.keys import public_pem, read_passphrase
 from fedamole.deployment.server_run import OUTCOME, PROGRESS, SETTINGS, TICKET, OnProgress
+from fedamole.deployment.shared_config import NO_IMAGES
 from fedamole.errors import ConfigError, FedamoleError, RunError
 from fedamole.experiment import check_public, record_base, resolved, variants_of
 from fedamole.federation.secure.settings import refuse_deployment
@@ -118,6 +119,8 @@ def prepare_folder(config: Config, folder: Path, one_owner: bool = False) -> Non
         refuse_label_noise(config.data)
         config = replace(config, method=config.method.for_deployment())
     refuse_deployment(config.secure_aggregation)
+    if config.base.images:
+        raise ConfigError(NO_IMAGES)
     config.method.check(len(config.deployment.clients))
     variants_of(config)
     check_public(config)

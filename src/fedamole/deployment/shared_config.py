@@ -19,6 +19,7 @@ OWN = {
     "run": ("folder", "device", "threads", "group", "tensorboard"),
 }
 """Keys that every party sets for itself; `public` and `server_base` are the coordinator's alone."""
+NO_IMAGES = "base.images = true: images are supported by `fedamole run`, and not yet by deployments and simulate"
 FORM_ERROR = "the server's settings are not in the expected format: use the same version of fedamole everywhere"
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
@@ -82,6 +83,8 @@ def own_tables(settings: Table, source: Table, run: Table, base: str | None) -> 
             f"the server's base is a folder or a file, or one with its name exists "
             f"here{base_name and f' ({base_name})'}: give your copy of the same model with --base"
         )
+    if tables["base"].get("images"):
+        raise ConfigError(f"the server sets {NO_IMAGES}")
     tables["base"]["model"] = named_base(base) if base is not None else base_name
     tables["run"] |= run
     tables["data"]["source"] = [source]

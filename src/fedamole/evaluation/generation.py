@@ -105,6 +105,7 @@ def generate_tokens(
         pad_token_id=base.pad_id,
         eos_token_id=list(stop_ids(base.tokenizer)),
         use_cache=bank.continuation.caches,
+        suppress_tokens=None if base.images is None else [base.images.token_id],
     )
     context = ForwardContext(
         Segments(tuple(counts), base.device), expert_weights=bank.instance_weights(by_client(prompts, counts))
@@ -116,6 +117,7 @@ def generate_tokens(
             generation_config=greedy,
             streamer=streamer,
             logits_processor=None if sampler is None else LogitsProcessorList([sampler]),
+            **base.media(prompts),
         )
     return out[:, ids.shape[1] :]
 

@@ -130,6 +130,7 @@ def _tree_losses(bank: Bank, counts: list[int], prompts: Sequence[Ids], trees: S
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             use_cache=True,
             logits_to_keep=1,
+            **base.media(prompts),
         )
     starts = [0, *accumulate(len(tree.tokens) for tree in trees)]
     log_probabilities = torch.zeros(starts[-1], dtype=torch.float64)  # of each node's token, given its parent

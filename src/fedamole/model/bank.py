@@ -21,12 +21,14 @@ from fedamole.model.batch import Batch, Ids, TokenPair, collate
 from fedamole.model.continuation import Continuation, continuation_of
 from fedamole.model.forward_context import ActiveContext, ForwardContext
 from fedamole.model.layers import BankLinear, MeanEmbeddings, install_layers
+from fedamole.model.media import with_prefix
 from fedamole.model.mixer import InstanceWeights
 from fedamole.model.packing import packed_attention_enabled, supports_packing
 from fedamole.model.params import Adapter
 from fedamole.model.prompt import PROMPT, PromptSpec
 from fedamole.model.prompt_layer import PromptLayer
 from fedamole.model.stacked_adapters import StackedAdapters
+from fedamole.model.vision import check_images
 
 
 class Bank:
@@ -43,6 +45,8 @@ class Bank:
         self.store, self.selected, self.selection = AdapterStore(base, []), dict[str, StackedAdapters](), (0, 0)
         self.at_once = 2**31
         """Largest number of clients in one training pass; halved when memory runs out."""
+        if base.images is not None:
+            check_images(base, self.forward)
         self.packs = supports_packing(base, self.forward)
         """Whether batches are packed; False for bases in which more than attention mixes tokens."""
 
@@ -135,6 +139,7 @@ class Bank:
             options = {"position_ids": batch.positions, "sequences": batch.sequences}
         if context.layer_states is not None:
             options["output_hidden_states"] = True
+        options |= self.base.media(prompt for prompts in batch.prompts for prompt in prompts)
         with packed_attention_enabled(self.base, batch.sequences is not None), self.enter(context):
             output = self.base.model(input_ids=batch.ids, use_cache=False, **options)
             if context.layer_states is not None:
@@ -166,7 +171,7 @@ class Bank:
     # prompts
     def prefix(self, prompt: Ids) -> Ids:
         """Return a prompt with the loaded adapters' virtual tokens, if any, before it."""
-        return (*self.store.spec.prefix, *prompt) if isinstance(self.store.spec, PromptSpec) else prompt
+        return with_prefix(self.store.spec.prefix, prompt) if isinstance(self.store.spec, PromptSpec) else prompt
 
     def prefixed(self, clients: Sequence[Sequence[TokenPair]]) -> list[list[TokenPair]]:
         """Return (prompt, answer) pairs with the loaded adapters' virtual tokens, if any, before each prompt."""

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +21,9 @@ from fedamole.model.causality import (
     refuse_unreached,
 )
 from fedamole.model.gguf import converted, is_gguf
+from fedamole.model.media import media_of
 from fedamole.model.recomputation import Recomputation
+from fedamole.model.vision import ImageReader
 from fedamole.runs.identity import BUNDLED as BUNDLED
 from fedamole.runs.identity import Identity
 
@@ -52,6 +54,9 @@ class BaseSettings:
     """4bit holds the base in 4 bits (needs a GPU and this package's extra `gpu`)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time, the same result."""
+    images: bool = False
+    """Load the base with its image processor, for templates with `image` (needs this package's extra `vision`). The
+    base must have an image part, as LLaVA, Idefics3 and SmolVLM have; adapters change its language model only."""
 
 
 @dataclass
@@ -72,11 +77,17 @@ class Base:
     gradient_checkpointing: bool = False
     recomputation: Recomputation | None = None
     """What recomputes activations where `gradient_checkpointing` asks for it."""
+    images: ImageReader | None = None
+    """Preprocesses images, where `BaseSettings.images` asks for it. The tokenizer has it as `image_reader`."""
 
     def training(self, on: bool) -> None:
         """Enter or leave local training: activations are recomputed only there. The model stays in eval mode."""
         if self.recomputation is not None:
             self.recomputation.active = on
+
+    def media(self, prompts: Iterable[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """Return the inputs for the images of a batch of prompts, by name; empty without images."""
+        return {} if self.images is None else media_of(prompts, self.device, self.model.dtype)
 
     @property
     def width(self) -> int:
@@ -174,7 +185,9 @@ def load_base(settings: BaseSettings, device: torch.device, folder: Path, local_
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
         refuse_encoder_decoder(config, settings.model)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
-        model, report = auto_class(config).from_pretrained(name, output_loading_info=True, **options)
+        model_class = auto_class(config, settings.images)
+        reader = _image_reader(settings.model, name, tokenizer, local_only) if settings.images else None
+        model, report = model_class.from_pretrained(name, output_loading_info=True, **options)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
@@ -197,8 +210,27 @@ def load_base(settings: BaseSettings, device: torch.device, folder: Path, local_
     recomputation = Recomputation(language_model(model)) if settings.gradient_checkpointing else None
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
     return Base(
-        model, tokenizer, shapes, identity, name, device, int(positions), settings.gradient_checkpointing, recomputation
+        model,
+        tokenizer,
+        shapes,
+        identity,
+        name,
+        device,
+        int(positions),
+        settings.gradient_checkpointing,
+        recomputation,
+        reader,
     )
+
+
+def _image_reader(model: str, name: str, tokenizer: Any, local_only: bool) -> ImageReader:
+    """Load the processor of a base, and attach it to the tokenizer, with which it encodes examples."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
+    tokenizer.image_reader = ImageReader(processor, model)
+    reader: ImageReader = tokenizer.image_reader
+    return reader
 
 
 def _quantized(device: torch.device) -> dict[str, Any]:

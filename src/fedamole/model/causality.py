@@ -15,10 +15,20 @@ LENGTH, SHARED = 16, 4
 INSTEAD = "choose a decoder-only model, such as Llama, Qwen, Gemma, Mistral or GPT-2"
 
 
-def auto_class(config: Any) -> Any:
-    """The class of transformers that loads a base of this config with its language-model head."""
+def auto_class(config: Any, images: bool = False) -> Any:
+    """The class of transformers that loads a base of this config with its language-model head.
+
+    With `images` it has the image part too; BaseModelError for a config without one.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    if images:
+        if type(config) not in AutoModelForImageTextToText._model_mapping:
+            raise BaseModelError(
+                f"base.images = true: {type(config).__name__} has no image part; choose a base such as LLaVA, Idefics3 "
+                "or SmolVLM, or remove base.images"
+            )
+        return AutoModelForImageTextToText
     if type(config) in AutoModelForCausalLM._model_mapping:
         return AutoModelForCausalLM
     # Many multimodal models are listed here alone; of these, too, only the language model is adapted.

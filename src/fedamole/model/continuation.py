@@ -14,6 +14,7 @@ from fedamole.errors import BaseModelError
 from fedamole.model.base import Base
 from fedamole.model.batch import Ids, pad_left
 from fedamole.model.causality import near
+from fedamole.model.vision import trial_pairs
 
 STEPS = 3
 """Number of tokens generated in the test."""
@@ -36,7 +37,11 @@ WAYS = (Continuation(True, True), Continuation(False, True), Continuation(False,
 def continuation_of(base: Base) -> Continuation:
     """Find the fastest correct way, on a base without adapters; raise BaseModelError if there is none."""
     rows = base.model.get_input_embeddings().weight.shape[0]
-    prompts = [tuple((rows // 2 + 5 * start + step) % rows for step in range(size)) for start, size in ((0, 6), (9, 3))]
+    prompts: list[Ids] = [
+        tuple((rows // 2 + 5 * start + step) % rows for step in range(size)) for start, size in ((0, 6), (9, 3))
+    ]
+    if base.images is not None:
+        prompts += [prompt for prompt, _ in trial_pairs(base.images)]
     for way in WAYS:
         groups = [prompts] if way.pads else [[prompt] for prompt in prompts]
         try:
@@ -61,12 +66,16 @@ def _correct(base: Base, prompts: Sequence[Ids], caches: bool) -> bool:
         pad_token_id=base.pad_id,
         output_logits=True,
         return_dict_in_generate=True,
+        suppress_tokens=None if base.images is None else [base.images.token_id],
     )
     with torch.no_grad():
-        out: Any = base.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        out: Any = base.model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=settings, **base.media(prompts)
+        )
         generated = torch.stack(out.logits, dim=1).float()
         whole = []
         for prompt, row in zip(prompts, out.sequences, strict=True):
             text = torch.cat([torch.tensor(prompt, device=base.device), row[ids.shape[1] :]])[None]
-            whole.append(base.model(input_ids=text, use_cache=False).logits[0, len(prompt) - 1 : -1].float())
+            logits = base.model(input_ids=text, use_cache=False, **base.media([prompt])).logits
+            whole.append(logits[0, len(prompt) - 1 : -1].float())
     return near(generated, torch.stack(whole), base.model.dtype)

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedamole.model.base import Base
-from fedamole.model.batch import Batch, collate
+from fedamole.model.batch import Batch, TokenPair, collate
 from fedamole.model.causality import near
 from fedamole.model.segments import Segments
+from fedamole.model.vision import trial_pairs
 
 ATTENTION = "fedamole_packed"
 """Name in transformers' registry of attention functions. No mask function has this name, so no mask is built."""
@@ -45,7 +46,9 @@ def supports_packing(base: Base, forward: Callable[[Batch], AbstractContextManag
     if config._attn_implementation != "sdpa" or getattr(config, "attention_chunk_size", None):
         return False  # the test's sequences are too short to show attention in chunks
     register()
-    pairs = [((1, 2, 3, 4), (5, 6)), ((7,), (8, 9, 10))]
+    pairs: list[TokenPair] = [((1, 2, 3, 4), (5, 6)), ((7,), (8, 9, 10))]
+    if base.images is not None:
+        pairs += trial_pairs(base.images)
     results = []
     with torch.no_grad():
         for packed in (False, True):

@@ -58,7 +58,7 @@ def weightless_base(settings: BaseSettings, folder: Path) -> WeightlessBase:
         refuse_encoder_decoder(config, settings.model)
         dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
         with torch.device("meta"):
-            model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
+            model = auto_class(config, settings.images).from_config(config, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BaseModelError(

@@ -250,7 +250,7 @@ def merge(lora: Path, base: Base, target: Path) -> None:
     """Merge a LoRA into a new copy of the base, in the base's own dtype, and save it with its tokenizer."""
     from peft import PeftModel
 
-    copy = auto_class(base.model.config).from_pretrained(
+    copy = auto_class(base.model.config, base.images is not None).from_pretrained(
         base.name, dtype="auto", use_safetensors=True, trust_remote_code=False
     )
     merged = PeftModel.from_pretrained(copy, str(lora)).merge_and_unload(safe_merge=True)
@@ -258,7 +258,7 @@ def merge(lora: Path, base: Base, target: Path) -> None:
         merged.save_pretrained(target)
     except SafetensorError as error:  # for example a full disk; it is not an OSError
         raise RunError(f"{target}: the model cannot be written ({error}); check the free disk space") from error
-    base.tokenizer.save_pretrained(target)
+    (base.tokenizer if base.images is None else base.images.processor).save_pretrained(target)
 
 
 def _written_loss(folder: Path, bank: Bank, texts: Texts) -> float:
@@ -267,5 +267,6 @@ def _written_loss(folder: Path, bank: Bank, texts: Texts) -> float:
         bank.load([load_adapter(folder, bank.base.identity)])
         return _loss(bank, texts)
     dtype: Literal["float32", "bfloat16"] = "float32" if bank.base.model.dtype == torch.float32 else "bfloat16"
-    whole = load_base(BaseSettings(str(folder), tuple(bank.base.shapes), dtype), bank.base.device, Path.cwd())
+    settings = BaseSettings(str(folder), tuple(bank.base.shapes), dtype, images=bank.base.images is not None)
+    whole = load_base(settings, bank.base.device, Path.cwd())
     return _loss(Bank(whole), texts)

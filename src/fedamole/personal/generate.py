@@ -112,7 +112,8 @@ def read_prompts(
     if file is not None:
         prompts = read_prompt_file(file, prompt_format)
     elif columns:
-        prompts = render_prompts([dict(word.partition("=")[::2] for word in columns)], prompt_format, "--set")
+        row = dict(word.partition("=")[::2] for word in columns)
+        prompts = render_prompts([row], prompt_format, "--set", Path.cwd())
     elif texts:
         prompts = [prompt_format.prompt(text) for text in texts]
     elif stdin.isatty():
@@ -145,14 +146,16 @@ def read_prompt_file(path: Path, prompt_format: PromptFormat) -> list[Example]:
     if not path.name.endswith(FORMATS):
         raise DataError(f"{path}: use .txt for one prompt per line, or {', '.join(FORMATS)} for rows")
     table, _ = read_source(SourceSettings("prompts", path=str(path)), Path.cwd())
-    return render_prompts(table.rows, prompt_format, path.name)
+    return render_prompts(table.rows, prompt_format, path.name, table.folder)
 
 
-def render_prompts(rows: Sequence[Row], prompt_format: PromptFormat, where: str) -> list[Example]:
+def render_prompts(
+    rows: Sequence[Row], prompt_format: PromptFormat, where: str, folder: Path | None = None
+) -> list[Example]:
     """Render rows with the client's template; answers in the rows are ignored.
 
-    Rows with a `prompt` column that lack columns of the template are used verbatim. Raises DataError if a column is
-    missing or is not text; `where` names the rows' origin in the message.
+    Rows with a `prompt` column that lack columns of the template are used verbatim. Paths of images start at `folder`.
+    Raises DataError if a column is missing or is not text; `where` names the rows' origin in the message.
     """
     renames, template_name = _renames_and_template(prompt_format, rows[0])
     if renames.get("input") == "" and all(row.get("context") == row.get("input") for row in rows):
@@ -164,7 +167,8 @@ def render_prompts(rows: Sequence[Row], prompt_format: PromptFormat, where: str)
     ]
     available = set(arranged[0])
     template = _template(prompt_format, available)
-    needed = [] if template is None else columns_of(template.prompt, "prompt")
+    texts_of = () if template is None else ((template.prompt, "prompt"), (template.image or "", "image"))
+    needed = [column for text, key in texts_of for column in columns_of(text, key)]
     missing = [column for column in needed if column not in available]
     if template is None or (missing and "prompt" in available):
         if "prompt" not in available:
@@ -181,7 +185,7 @@ def render_prompts(rows: Sequence[Row], prompt_format: PromptFormat, where: str)
         )
     without_answer = replace(template, answer="{" + ANSWER_PLACEHOLDER + "}", options=(), options_from=None, labels={})
     examples = [
-        render(without_answer, (), {**row, ANSWER_PLACEHOLDER: ANSWER_PLACEHOLDER}, _row_name(where, i))
+        render(without_answer, (), {**row, ANSWER_PLACEHOLDER: ANSWER_PLACEHOLDER}, _row_name(where, i), folder)
         for i, row in enumerate(arranged)
     ]
     return [replace(example, answer="") for example in examples if example is not None]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedamole.data.chat import stop_ids
-from fedamole.errors import FedamoleError
+from fedamole.errors import ConfigError, FedamoleError
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids
 from fedamole.model.params import Adapter
@@ -47,8 +47,13 @@ class InferenceEngine:
     def __init__(self, bank: Bank, adapters: Sequence[Adapter], limits: Limits | None = None) -> None:
         """Load the adapters into the bank. Call `start` to begin answering.
 
-        Raises BaseModelError if requests cannot be batched on this base.
+        Raises BaseModelError if requests cannot be batched on this base, ConfigError if it was loaded for images.
         """
+        if bank.base.images is not None:
+            raise ConfigError(
+                "base.images = true: `fedamole serve` answers text requests alone, and these models were trained on "
+                "images; use `fedamole generate --file` with rows that name images"
+            )
         self.bank, self.limits = bank, limits or Limits()
         bank.load(adapters)
         check_batching(bank)
