@@ -193,7 +193,8 @@ def exposure(
         f"Exchanged with the coordinator: {method.communicates}. Kept at the client: {method.stays_local}. "
         f"The coordinator gets {seen}, and the losses and scores of each client."
     ]
-    if method.stays_local == "the data" and not secure.enabled:
+    hidden = secure.enabled and method.evaluates == "pre_aggregation"
+    if method.stays_local == "the data" and not hidden:
         sentences.append("So the coordinator can have the personal model of every client.")
     sentences += method.exposes(clients, shapes)
     known = [row for row in rows if "embedding" in row]

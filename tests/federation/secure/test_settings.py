@@ -95,6 +95,9 @@ def test_a_plan_names_groups_that_are_too_small(runs: Any) -> None:
     assert (
         "gets sums over at least 3 clients in place of single updates, token_embedding of each" in planned.exposure[0]
     )
+    assert "personal model of every client" not in " ".join(planned.exposure), "it is trained after the sum"
+    averaged = plan(runs.load("fedit", "secure_aggregation.enabled=true"))
+    assert "So the coordinator can have the personal model of every client." in averaged.exposure, "it is the mean"
     assert "each client's own part before it is averaged" in plan(runs.load("fedit")).exposure[0]
 
 
