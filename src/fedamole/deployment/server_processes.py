@@ -36,10 +36,9 @@ from fedamole.deployment.security.client_keys import admitted_keys
 from fedamole.deployment.security.inspection import check_server
 from fedamole.deployment.security.keys import public_pem, read_passphrase
 from fedamole.deployment.server_run import OUTCOME, PROGRESS, SETTINGS, TICKET, OnProgress
-from fedamole.deployment.shared_config import NO_IMAGES
+from fedamole.deployment.shared_config import refuse_run_only
 from fedamole.errors import ConfigError, FedamoleError, RunError
 from fedamole.experiment import check_public, record_base, resolved, variants_of
-from fedamole.federation.secure.settings import refuse_deployment
 from fedamole.files import write_atomic
 from fedamole.runs.run_folder import RUN, SERVER, RunFolder
 from fedamole.terminal import printable
@@ -118,9 +117,7 @@ def prepare_folder(config: Config, folder: Path, one_owner: bool = False) -> Non
     if not one_owner:
         refuse_label_noise(config.data)
         config = replace(config, method=config.method.for_deployment())
-    refuse_deployment(config.secure_aggregation)
-    if config.base.images:
-        raise ConfigError(NO_IMAGES)
+    refuse_run_only(config)
     config.method.check(len(config.deployment.clients))
     variants_of(config)
     check_public(config)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedamole.config import Config, Table
 from fedamole.errors import BaseModelError, ConfigError
+from fedamole.federation.secure.settings import refuse_deployment
 from fedamole.model.base import BUNDLED, is_path, named_base
 from fedamole.runs.identity import Identity
 
@@ -89,6 +90,13 @@ def own_tables(settings: Table, source: Table, run: Table, base: str | None) -> 
     tables["run"] |= run
     tables["data"]["source"] = [source]
     return tables
+
+
+def refuse_run_only(config: Config) -> None:
+    """Raise ConfigError for settings that so far work in one process alone."""
+    refuse_deployment(config.secure_aggregation)
+    if config.base.images:
+        raise ConfigError(NO_IMAGES)
 
 
 def _is_public(base_name: str) -> bool:
