@@ -18,7 +18,7 @@ from fedamole.data.manifest import load_federation
 from fedamole.data.settings import DataSettings, SourceSettings
 from fedamole.data.templates import TemplateSettings
 from fedamole.data.tokens import TokenRow, tokenise
-from fedamole.errors import ConfigError, DataError
+from fedamole.errors import BaseModelError, ConfigError, DataError
 from fedamole.model.base import Base, BaseSettings, load_base
 from fedamole.model.media import ImageIds
 from fedamole.received import images
@@ -264,6 +264,27 @@ CHAT = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 """Like the templates of SmolVLM and LLaVA: it reads lists of parts, and leaves out texts that are no list."""
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        ("m['content'] + ' '", BaseModelError, "its chat template cannot write an image; write the base's placeholder"),
+        ("m['content']", DataError, "the prompt has 0 placeholders '<image>' and one image; write the placeholder"),
+    ],
+    ids=("fails", "writes the list"),
+)
+def test_a_chat_template_for_text_alone(image_task: Path, content: str, error: Any, message: str) -> None:
+    """The placeholder in the text of the template works with it."""
+    base = load_base(BaseSettings(str(image_task / "base"), images=True), torch.device("cpu"), Path("/"))
+    base.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ':' }}{{ CONTENT }}{% if m['role'] == 'assistant' %}<|endoftext|>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    ).replace("CONTENT", content)
+    with pytest.raises(error, match=message):
+        row_of(base, example("What?", turns=()))
+    assert base.images is not None
+    assert row_of(base, example("What?", "<image>", turns=())).prompt.count(base.images.token_id) == 16
 
 
 def test_a_chat_template_writes_the_placeholder(image_task: Path) -> None:

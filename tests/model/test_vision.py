@@ -1,5 +1,6 @@
 """A base that reads images: batches of images of several clients against single images."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fedamole.errors import BaseModelError
+from fedamole.errors import BaseModelError, ConfigError
 from fedamole.evaluation import likelihood
 from fedamole.evaluation.generation import generate_ids
 from fedamole.evaluation.likelihood import option_losses
@@ -258,6 +259,25 @@ def test_images_that_affect_each_other(image_task: Path) -> None:
 def test_a_processor_without_a_placeholder() -> None:
     with pytest.raises(BaseModelError, match="has no placeholder token for images"):
         vision.ImageReader(type("Odd", (), {"tokenizer": type("T", (), {"get_vocab": dict})()})(), "odd")
+
+
+def test_a_processor_that_needs_another_package(image_task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the processors of some bases need torchvision."""
+    import transformers
+
+    def missing(*_: Any, **__: Any) -> None:
+        raise ImportError("needs torchvision")
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", missing)
+    with pytest.raises(BaseModelError, match="its image processor cannot be loaded: needs torchvision"):
+        loaded(image_task / "base")
+
+
+def test_without_pillow(image_task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ConfigError, match=r"images need Pillow, which is not installed; .*\[vision\]"):
+        loaded(image_task / "base")
+    assert load_base(BaseSettings(str(image_task / "base")), CPU, Path("/")).images is None
 
 
 def test_a_base_without_a_processor(image_task: Path, tmp_path: Path) -> None:

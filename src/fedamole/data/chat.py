@@ -95,7 +95,7 @@ class ChatTemplate:
         try:
             return self._apply(turns, prompts_answer, image)
         except Exception as error:
-            raise self._error(turns, prompts_answer) from error
+            raise self._error(turns, prompts_answer, image) from error
 
     def _apply(self, turns: Sequence[Turn], prompts_answer: bool, image: int | None = None) -> str:
         messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in turns]
@@ -109,12 +109,17 @@ class ChatTemplate:
             )
         )
 
-    def _error(self, turns: Sequence[Turn], prompts_answer: bool) -> BaseModelError:
+    def _error(self, turns: Sequence[Turn], prompts_answer: bool, image: int | None) -> BaseModelError:
         """Find out without the data why the template failed, because its error may quote them."""
         without_data = [(role, "a") for role, _ in turns]
         try:
-            self._apply(without_data, prompts_answer)
+            self._apply(without_data, prompts_answer, image)
         except Exception as error:
+            if image is not None and self._accepts(without_data, prompts_answer):
+                return BaseModelError(
+                    f"{self._label}: its chat template cannot write an image; write the base's placeholder in the "
+                    "prompt of the template under [data.templates]"
+                )
             if any(role == "system" for role, _ in turns) and self._accepts(
                 [turn for turn in without_data if turn[0] != "system"], prompts_answer
             ):

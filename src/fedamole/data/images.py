@@ -86,6 +86,6 @@ def picture_of(example: Example, body: Ids, tokenizer: "PreTrainedTokenizerBase"
     if (count := body.count(reader.token_id)) != 1:
         raise DataError(
             f"{example.image.where}: the prompt has {count} placeholders {reader.token!r} and one image; write the "
-            "placeholder once, or leave it out of the template"
+            "placeholder once in the prompt of the template"
         )
     return reader.read(example.image.content, example.image.where)

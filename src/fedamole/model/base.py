@@ -24,6 +24,7 @@ from fedamole.model.gguf import converted, is_gguf
 from fedamole.model.media import media_of
 from fedamole.model.recomputation import Recomputation
 from fedamole.model.vision import ImageReader
+from fedamole.received.images import check_pillow
 from fedamole.runs.identity import BUNDLED as BUNDLED
 from fedamole.runs.identity import Identity
 
@@ -227,7 +228,12 @@ def _image_reader(model: str, name: str, tokenizer: Any, local_only: bool) -> Im
     """Load the processor of a base, and attach it to the tokenizer, with which it encodes examples."""
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
+    check_pillow()
+    try:
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
+    except (ImportError, AttributeError, TypeError) as error:  # some processors need further packages
+        reason = " ".join(str(error).split())[:200]
+        raise BaseModelError(f"base.model = {model!r}: its image processor cannot be loaded: {reason}") from error
     tokenizer.image_reader = ImageReader(processor, model)
     reader: ImageReader = tokenizer.image_reader
     return reader

@@ -43,16 +43,23 @@ def read_image_file(folder: Path, name: str, where: str) -> bytes:
     return read_bytes(Path(real), MOST_BYTES, DataError)
 
 
+def check_pillow() -> None:
+    """Raise ConfigError if Pillow is not installed."""
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"images need Pillow, which is not installed; {how_to_install('vision')}") from error
+
+
 def checked_image(content: bytes, where: str) -> Any:
     """Return an image as a Pillow image in RGB, upright if its metadata contain a rotation.
 
     Raises DataError, which begins with `where`, for content that is not an image of FORMATS, is damaged, or has more
     than MOST_PIXELS pixels; ConfigError if Pillow is not installed.
     """
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise ConfigError(f"images need Pillow, which is not installed; {how_to_install('vision')}") from error
+    check_pillow()
+    from PIL import Image, ImageOps
+
     if len(content) > MOST_BYTES:
         raise _too_large(where)
     try:
