@@ -17,6 +17,8 @@ from fedamole.errors import ConfigError
 from fedamole.evaluation.personal import EvaluationSettings
 from fedamole.federation.method import Method
 from fedamole.federation.objective import check_supported
+from fedamole.federation.privacy.budget import check_private
+from fedamole.federation.privacy.settings import PrivacySettings
 from fedamole.federation.robust import check_aggregation
 from fedamole.federation.settings import DeploymentSettings, FederationSettings, TrainingSettings
 from fedamole.methods import METHODS
@@ -84,6 +86,8 @@ class Config:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     deployment: DeploymentSettings = field(default_factory=DeploymentSettings)
+    privacy: PrivacySettings | None = None
+    """None: no differential privacy."""
 
     def __post_init__(self) -> None:
         """Check that there are data, and that the method supports the settings of `[federation]` and the objective."""
@@ -92,6 +96,21 @@ class Config:
         check_aggregation(self.federation.aggregation, self.method_name, self.method)
         self.method.check_federation(self.federation)
         check_supported(self.training, self.method_name, self.method)
+        if self.privacy is not None:
+            self._check_privacy()
+
+    def _check_privacy(self) -> None:
+        check_private(self.method_name, self.method, self.training, self.federation)
+        if self.evaluation.best_round == "mean":
+            raise ConfigError(
+                '[privacy]: evaluation.best_round = "mean" chooses by the validation scores of all clients, which are '
+                'not noised; set it to "client", so that each client chooses its own'
+            )
+        if self.deployment.clients:
+            raise ConfigError(
+                "[privacy] is not available in a deployment yet, only in a simulation: remove [privacy] or "
+                "deployment.clients"
+            )
 
     def on_base(self, model: str) -> "Config":
         """Return a copy with another `base.model`."""
@@ -100,6 +119,7 @@ class Config:
     def tables(self) -> Table:
         """Return the config as TOML tables, including all defaults."""
         tables = {name: plain(getattr(self, name)) for name in SECTIONS if name != "method"}
+        tables = {name: table for name, table in tables.items() if table is not None}
         return {"method": {"name": self.method_name, **plain(self.method)}, **tables}
 
 
@@ -115,6 +135,7 @@ SECTIONS: dict[str, Any] = {
     "training": TrainingSettings,
     "evaluation": EvaluationSettings,
     "deployment": DeploymentSettings,
+    "privacy": PrivacySettings,
     "method": None,
 }
 
@@ -274,6 +295,8 @@ def to_config(tables: Table) -> Config:
     if name not in METHODS:
         raise ConfigError(f"method.name = {name!r}: there is no such method{nearest(str(name), METHODS)}")
     sections = {key: build(kind, tables.get(key, {}), key) for key, kind in SECTIONS.items() if kind}
+    if "privacy" not in tables:
+        sections["privacy"] = None
     return Config(method=build(METHODS[name], method, "method"), method_name=name, **sections)
 
 
