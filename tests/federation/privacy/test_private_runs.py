@@ -12,6 +12,7 @@ from fedamole.errors import ConfigError, RunError
 from fedamole.experiment import prepare, resume, worker_of
 from fedamole.federation.method import BaseInfo, Server
 from fedamole.federation.privacy.accounting import epsilon_of
+from fedamole.federation.privacy.budget import Budget
 from fedamole.federation.privacy.ledger import Ledger
 from fedamole.federation.private_worker import PrivateWorker
 from fedamole.federation.progress import ProgressListener
@@ -176,3 +177,18 @@ def test_a_budget_that_cannot_be_kept_is_refused_with_what_would_fit(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         prepare(runs.load("fedit", *PRIVATE, *overrides))
+
+
+def test_the_plan_shows_noise_against_signal(runs: Any, fedamole: Any) -> None:
+    """4 values, noise 3 times a clip of 2, batch 2: a norm of 3 * 2 * 2 = 12 against 2 * 2 = 4."""
+    config = runs.load("fedit", *PRIVATE, "privacy.clip=2")
+
+    class Fixed(Budget):
+        def noise(self, examples: int) -> float:
+            return 3.0
+
+    text = Fixed(config.privacy, config.training, config.method, 3).describe("mood", 20, 4)
+    assert "Its norm is 12, that of a step's gradients at most 4 (3.0 times as much noise). For less: " in text
+    result = fedamole("plan", runs.config, "method.name=fedit", "privacy.epsilon=8")
+    assert re.search(r"privacy +epsilon 8 at delta 1e-05 for \w+, with \d+ examples: noise of", result.out)
+    assert "privacy" not in fedamole("plan", runs.config, "method.name=fedit").out

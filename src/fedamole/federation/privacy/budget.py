@@ -1,5 +1,6 @@
 """The noise of each client of a run, and the checks before it starts."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -107,6 +108,22 @@ class Budget:
                 f"need noise of {noise:.0f} times the clip in each of {self.steps(examples) * self.rounds} steps, more "
                 f"than {MOST_NOISE:.0f}; {self._what_fits(examples)}"
             )
+
+    def describe(self, client: str, examples: int, parameters: float) -> str:
+        """Return the noise in a step against the largest signal in a sentence, for an adapter of this size."""
+        if not self.trains:
+            return "Nothing that was trained leaves a client, so no noise is added."
+        noise, settings = self.noise(examples), self.settings
+        ratio = noise * math.sqrt(parameters) / self.batch
+        text = (
+            f"epsilon {settings.epsilon:g} at delta {settings.delta:g} for {client}, with {examples} examples: noise "
+            f"of {noise:.2f} times the clip on each value in {self.steps(examples) * self.rounds} steps. Its norm is "
+            f"{noise * math.sqrt(parameters) * settings.clip:.3g}, that of a step's gradients at most "
+            f"{self.batch * settings.clip:.3g} ({ratio:.1f} times as much noise)."
+        )
+        if ratio <= 1:
+            return text
+        return f"{text} For less: a larger training.batch_size, a lower method.rank, ffa_lora, or fewer steps."
 
     def _what_fits(self, examples: int) -> str:
         """Return what to change if the noise is too large."""
