@@ -192,3 +192,13 @@ def test_the_plan_shows_noise_against_signal(runs: Any, fedamole: Any) -> None:
     result = fedamole("plan", runs.config, "method.name=fedit", "privacy.epsilon=8")
     assert re.search(r"privacy +epsilon 8 at delta 1e-05 for \w+, with \d+ examples: noise of", result.out)
     assert "privacy" not in fedamole("plan", runs.config, "method.name=fedit").out
+
+
+def test_a_repeated_answer_brings_its_private_state_back(runs: Any, crash: Any) -> None:
+    """A resumed run removes the states of the round; Ditto's own LoRA after it comes back with the answer."""
+    folder = crash("private/ledger.jsonl", 5, "ditto", *PRIVATE, "run.group=1", "federation.rounds=2")
+    state = folder / "clients/chat/state/round-0001.safetensors"
+    before = state.read_bytes()
+    resume(folder, ProgressListener())
+    assert state.read_bytes() == before
+    assert spent(folder, "chat") == [(0, 2), (1, 2)]
