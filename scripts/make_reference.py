@@ -17,6 +17,7 @@ from fedamole.config import RunSettings
 from fedamole.data.settings import DataSettings, PartitionSettings, PublicSettings, SourceSettings
 from fedamole.data.templates import TemplateSettings
 from fedamole.evaluation.personal import EvaluationSettings
+from fedamole.federation.privacy.settings import PrivacySettings
 from fedamole.federation.secure.settings import SecureAggregationSettings
 from fedamole.federation.settings import DeploymentSettings, FederationSettings, TrainingSettings
 from fedamole.methods import METHODS
@@ -38,6 +39,7 @@ TABLES: dict[str, type] = {
     "[evaluation]": EvaluationSettings,
     "[deployment]": DeploymentSettings,
     "[secure_aggregation]": SecureAggregationSettings,
+    "[privacy]": PrivacySettings,
 }
 """Settings class of each table of a config, in the order of the page; `[method]` follows."""
 ITEM_TYPES = {str: "strings", int: "integers", float: "numbers"}

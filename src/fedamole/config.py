@@ -17,6 +17,8 @@ from fedamole.errors import ConfigError
 from fedamole.evaluation.personal import EvaluationSettings
 from fedamole.federation.method import Method
 from fedamole.federation.objective import check_supported
+from fedamole.federation.privacy.budget import check_private
+from fedamole.federation.privacy.settings import PrivacySettings
 from fedamole.federation.robust import check_aggregation
 from fedamole.federation.secure.settings import SecureAggregationSettings, check_secure_aggregation
 from fedamole.federation.settings import DeploymentSettings, FederationSettings, TrainingSettings
@@ -86,6 +88,8 @@ class Config:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     deployment: DeploymentSettings = field(default_factory=DeploymentSettings)
     secure_aggregation: SecureAggregationSettings = field(default_factory=SecureAggregationSettings)
+    privacy: PrivacySettings | None = None
+    """None: no differential privacy."""
 
     def __post_init__(self) -> None:
         """Check that there are data, and that the method supports the settings of `[federation]` and the objective."""
@@ -96,6 +100,8 @@ class Config:
         self.method.check_federation(self.federation)
         check_supported(self.training, self.method_name, self.method)
         self._check_images()
+        if self.privacy is not None:
+            self._check_privacy()
 
     def _check_images(self) -> None:
         """Raise ConfigError for templates with images without such a base, and methods that cannot train on images."""
@@ -112,6 +118,19 @@ class Config:
                 "images; use another method"
             )
 
+    def _check_privacy(self) -> None:
+        check_private(self.method_name, self.method, self.training, self.federation)
+        if self.evaluation.best_round == "mean":
+            raise ConfigError(
+                '[privacy]: evaluation.best_round = "mean" chooses by the validation scores of all clients, which are '
+                'not noised; set it to "client", so that each client chooses its own'
+            )
+        if self.deployment.clients:
+            raise ConfigError(
+                "[privacy] is not available in a deployment yet, only in a simulation: remove [privacy] or "
+                "deployment.clients"
+            )
+
     def on_base(self, model: str) -> "Config":
         """Return a copy with another `base.model`."""
         return dataclasses.replace(self, base=dataclasses.replace(self.base, model=model))
@@ -119,6 +138,7 @@ class Config:
     def tables(self) -> Table:
         """Return the config as TOML tables, including all defaults."""
         tables = {name: plain(getattr(self, name)) for name in SECTIONS if name != "method"}
+        tables = {name: table for name, table in tables.items() if table is not None}
         return {"method": {"name": self.method_name, **plain(self.method)}, **tables}
 
 
@@ -135,6 +155,7 @@ SECTIONS: dict[str, Any] = {
     "evaluation": EvaluationSettings,
     "deployment": DeploymentSettings,
     "secure_aggregation": SecureAggregationSettings,
+    "privacy": PrivacySettings,
     "method": None,
 }
 
@@ -298,6 +319,8 @@ def to_config(tables: Table) -> Config:
     if name not in METHODS:
         raise ConfigError(f"method.name = {name!r}: there is no such method{nearest(str(name), METHODS)}")
     sections = {key: build(kind, tables.get(key, {}), key) for key, kind in SECTIONS.items() if kind}
+    if "privacy" not in tables:
+        sections["privacy"] = None
     return Config(method=build(METHODS[name], method, "method"), method_name=name, **sections)
 
 

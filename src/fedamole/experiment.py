@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ from fedamole.federation.engine import Engine
 from fedamole.federation.loop import Loop, MetricsSink
 from fedamole.federation.method import BaseInfo, ClientInfo, Evaluates, Server
 from fedamole.federation.objective import check_objective
+from fedamole.federation.privacy.budget import Budget
+from fedamole.federation.private_worker import PrivateWorker
 from fedamole.federation.probe import ProbeCounts
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.robust import BeforeAggregation, Robust
@@ -79,7 +81,8 @@ def settled(config: Config, deployed: bool) -> Config:
     if federation.aggregation == "auto":
         federation = dataclasses.replace(federation, aggregation="clipped" if deployed else "mean")
     if evaluation.best_round == "auto":
-        evaluation = dataclasses.replace(evaluation, best_round="client" if deployed else "mean")
+        local = deployed or config.privacy is not None
+        evaluation = dataclasses.replace(evaluation, best_round="client" if local else "mean")
     return dataclasses.replace(config, federation=federation, evaluation=evaluation)
 
 
@@ -175,6 +178,7 @@ def prepare(config: Config, manifest: Manifest | None = None, stored: Identity |
         federation = dataclasses.replace(federation, manifest=manifest)
     clients = {shard.client: client_data(shard, base.tokenizer, max_length) for shard in federation.shards}
     check_secure_groups(config, base, [data.info for data in clients.values()])
+    check_budget(config, clients)
     group = config.run.group or chosen_group(config, base, clients)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, group=group))
     return Prepared(config, base, federation, clients, () if public is None else public.rows, second)
@@ -284,8 +288,24 @@ def reads_outside(
 
 def worker_of(config: Config, bank: Bank, folder: RunFolder) -> Worker:
     """Return the worker that trains and scores clients on a base; their private states are in `folder`."""
-    variants = variants_of(config)
-    return Worker(bank, config.method, variants, config.training, config.evaluation, folder, config.run.seed)
+    variants, settings = variants_of(config), (config.training, config.evaluation, folder, config.run.seed)
+    if (budget := budget_of(config)) is not None:
+        return PrivateWorker(budget, bank, config.method, variants, *settings)
+    return Worker(bank, config.method, variants, *settings)
+
+
+def budget_of(config: Config) -> Budget | None:
+    """Return the privacy budget of a run; None without `[privacy]`."""
+    if config.privacy is None:
+        return None
+    return Budget(config.privacy, config.training, config.method, config.federation.rounds)
+
+
+def check_budget(config: Config, clients: Mapping[str, ClientData]) -> None:
+    """Raise ConfigError if a client cannot keep to the privacy budget in all rounds."""
+    if (budget := budget_of(config)) is not None:
+        for name, data in clients.items():
+            budget.check(name, len(data.train.rows))
 
 
 def server_of(

@@ -15,6 +15,7 @@ from fedamole.errors import ConfigError
 from fedamole.federation.client_data import ClientData
 from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.federation.passes import TOKENS_AT_ONCE
+from fedamole.federation.privacy.budget import Budget
 from fedamole.federation.record import named_tensors, pack, unpack
 from fedamole.federation.secure.settings import check_groups, refuse_deployment
 from fedamole.model.base import Base
@@ -60,6 +61,8 @@ class Plan:
     """What others can compute from what is sent, in sentences."""
     label_noise: dict[str, float]
     """By source with wrong answers on purpose: their fraction of the training and embedding examples."""
+    noise: str
+    """Noise of `[privacy]` against the signal, in a sentence; empty without it."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,18 @@ def planned(config: Config, base: Base, clients: Mapping[str, ClientData]) -> Pl
         clients_per_round=_cohort(config, len(infos)),
         exposure=tuple(exposure(config, len(infos), rows, base.shapes)),
         label_noise=config.data.noise(),
+        noise=_noise(config, infos, _mean(sizes)),
     )
+
+
+def _noise(config: Config, infos: Sequence[ClientInfo], parameters: float) -> str:
+    """Return the noise of the client with the fewest examples, and what to change if it is large."""
+    if config.privacy is None:
+        return ""
+    few = min(infos, key=lambda info: (info.examples, info.name))
+    budget = Budget(config.privacy, config.training, config.method, config.federation.rounds)
+    budget.check(few.name, few.examples)
+    return budget.describe(few.name, few.examples, parameters)
 
 
 def _steps(config: Config, examples: int) -> int:
@@ -146,6 +160,7 @@ def planned_without_data(
         clients_per_round=_cohort(config, len(infos)),
         exposure=tuple(exposure(config, len(infos), shapes=base.shapes)),
         label_noise=config.data.noise(),
+        noise=_noise(config, infos, _mean(sizes)),
         assumed=assumed,
         base_mib=held,
         mib_per_client=each,

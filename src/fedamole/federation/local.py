@@ -17,6 +17,7 @@ from fedamole.errors import FedamoleError
 from fedamole.federation.distillation import Followed, FollowedModels
 from fedamole.federation.passes import in_passes
 from fedamole.federation.penalties import LossFunction, ParameterLayout, Penalty
+from fedamole.federation.privacy.mechanism import Mechanism
 from fedamole.federation.probe import count_tokens
 from fedamole.federation.randomness import derived_seed, torch_generator
 from fedamole.federation.request import TrainingRequest, TrainingResult
@@ -56,6 +57,8 @@ class LocalTask(Generic[Q]):
     """Learning rate of Adam in this round."""
     done: float = 0.0
     """Fraction of the round's steps that the client has taken before."""
+    mechanism: Mechanism | None = None
+    """How the training is noised (`[privacy]`)."""
 
     def steps(self, settings: TrainingSettings) -> int:
         """Return the optimiser steps of this training, at least 1; of a pair, those of each of the two.
@@ -160,30 +163,14 @@ class TrainingGroup:
 
     def step(self, step: int) -> None:
         """Take one optimiser step for every client that has steps left."""
-        bank, accumulation, weight = self.bank, self.settings.accumulation, self.spec.balance_weight
+        accumulation = self.settings.accumulation
         active = sum(step < steps for steps in self.steps)
         micro_batches = [[next(self.batches[client]) for client in range(active)] for _ in range(accumulation)]
         self.store.gradients.zero_()
 
         def forward_backward(first: int, last: int) -> None:
             for index, rows in enumerate(micro_batches):
-                batch = self._collate(rows[first:last], first, f"{step}/{index}")
-                targets = self.followed.targets(batch, first, last) if self.followed else None
-                balance_losses: list[Tensor] = []
-                bank.select_clients(first, last)
-                weights = None if self.expert_weights is None else self.expert_weights[first + batch.segments.owner]
-                context = ForwardContext(balance_losses=balance_losses if weight else None, expert_weights=weights)
-                with bank.forward(batch, context) as logits:
-                    losses = (
-                        segment_sum(token_losses(logits, batch.labels), batch.answers) / batch.answers.counts
-                        if self.losses_of_pairs is None
-                        else self.losses_of_pairs(logits, batch)
-                    )
-                    balance = weight * torch.stack(balance_losses).sum(0) if balance_losses else 0.0
-                    self.loss_sums[first:last] += losses.detach().double()
-                    if self.followed is not None:
-                        losses = self.followed.losses(losses, logits, targets, batch.answers, first, last)
-                    bank.backward((losses + balance).sum() / accumulation)
+                self._add_gradients(rows[first:last], first, last, f"{step}/{index}", accumulation)
 
         losses_before = self.loss_sums.clone()
 
@@ -192,12 +179,33 @@ class TrainingGroup:
             self.loss_sums[first:last] = losses_before[first:last]
 
         sizes = [count_tokens(rows) for rows in micro_batches[0]]
-        in_passes(bank, sizes, forward_backward, undo, together=self.places)
+        in_passes(self.bank, sizes, forward_backward, undo, together=self.places)
         self._add_penalty_gradients()
         self._update(active)
         for rows_of_clients in micro_batches:
             for client, rows in enumerate(rows_of_clients):
                 self.tokens[client] += count_tokens(rows)
+
+    def _add_gradients(self, rows: list[list[TokenPair]], first: int, last: int, part: str, parts: int) -> None:
+        """Run one pass of the clients `first` to `last` - 1 over their `rows` and add its gradients, over `parts`."""
+        bank, weight = self.bank, self.spec.balance_weight
+        batch = self._collate(rows, first, part)
+        targets = self.followed.targets(batch, first, last) if self.followed else None
+        balance_losses: list[Tensor] = []
+        bank.select_clients(first, last)
+        weights = None if self.expert_weights is None else self.expert_weights[first + batch.segments.owner]
+        context = ForwardContext(balance_losses=balance_losses if weight else None, expert_weights=weights)
+        with bank.forward(batch, context) as logits:
+            losses = (
+                segment_sum(token_losses(logits, batch.labels), batch.answers) / batch.answers.counts
+                if self.losses_of_pairs is None
+                else self.losses_of_pairs(logits, batch)
+            )
+            balance = weight * torch.stack(balance_losses).sum(0) if balance_losses else 0.0
+            self.loss_sums[first:last] += losses.detach().double()
+            if self.followed is not None:
+                losses = self.followed.losses(losses, logits, targets, batch.answers, first, last)
+            bank.backward((losses + balance).sum() / parts)
 
     def _add_penalty_gradients(self) -> None:
         for clients, loss in self.penalties:
@@ -223,9 +231,15 @@ class TrainingGroup:
         """Make one batch of the examples of the clients from `first` on, with their dropout seeds."""
         seeds = None
         if self.spec.dropout:
-            purpose, tasks = f"dropout{self.purpose_suffix}/{part}", self.tasks[first : first + len(rows)]
-            seeds = [derived_seed(self.seed, purpose, task.client, self.round) for task in tasks]
+            seeds = [
+                derived_seed(self.seed, self._dropout_purpose(part, i), self.tasks[i].client, self.round)
+                for i in range(first, first + len(rows))
+            ]
         return collate(rows, self.bank.base.pad_id, self.bank.packs, seeds, self.bank.base.device)
+
+    def _dropout_purpose(self, part: str, client: int) -> str:
+        """Return what the seed of a client's dropout in one pass is derived from."""
+        return f"dropout{self.purpose_suffix}/{part}"
 
     def _new_optimiser(self) -> torch.optim.Adam:
         """Adam with one parameter per client, and a parameter group per learning rate."""

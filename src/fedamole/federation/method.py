@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar, cast, get_args, get_origin
 
 from fedamole.federation.data_engine import DataEngine
+from fedamole.federation.privacy.releases import Release
 from fedamole.federation.probe import Probe
 from fedamole.federation.randomness import numpy_generator
 from fedamole.federation.record import Nothing
@@ -153,6 +154,12 @@ class Method(ABC, Generic[S, D, K, U]):
     only_answers: ClassVar[str] = ""
     """Why a run cannot have `training.objective = "preference"`, in words; empty: it can. A method needs a reason if it
     trains at the server, or if its clients train with extra rows, a teacher or a partner."""
+    releases: ClassVar[Mapping[str, Release]] = {}
+    """Kind of each field of a reply, for `[privacy]`, which a method without it refuses. Not inherited: a subclass may
+    compute a field from other data. "trained" is a field that depends on the client's examples only through trainings
+    that do not `stays_local`; the adapter and the penalty of these depend on no example other than in this way."""
+    released_share: ClassVar[float] = 1.0
+    """Share of a round's steps that do not stay local, for `[privacy]`."""
     budgets_differ: ClassVar[bool] = False
     """Whether the two budgets give different steps; set from `paper_steps`."""
 
@@ -160,6 +167,8 @@ class Method(ABC, Generic[S, D, K, U]):
         """Set the class variables that follow from others."""
         super().__init_subclass__(**kwargs)
         cls.budgets_differ = cls.paper_steps != 1
+        if "releases" not in vars(cls):
+            cls.releases = {}
         types = _record_types(cls, {})
         if types is not None:
             cls.records = Records(*types)
@@ -193,6 +202,18 @@ class Method(ABC, Generic[S, D, K, U]):
         `Server.on_second_base` works on it. It must have the federation's tokenizer; clients never load it.
         """
         return ""
+
+    def released(self) -> Mapping[str, Release]:
+        """Return `releases` with these hyper-parameters.
+
+        Mean embeddings are left empty under `[privacy]` if the method does not read them.
+        """
+        unread: Release = "mean_embedding" if self.reads_embeddings() else "empty"
+        return {field: unread if kind == "mean_embedding" else kind for field, kind in self.releases.items()}
+
+    def reads_embeddings(self) -> bool:
+        """Whether the server reads the mean embeddings of replies."""
+        return self.needs_embeddings
 
     def min_synthetic_rows(self) -> int:
         """Return from how many training rows the synthetic examples of a class are computed, at least."""

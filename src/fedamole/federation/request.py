@@ -57,6 +57,8 @@ class TrainingRequest(WithPartner):
     """Rows that are read beside the client's own training examples, in one random order with them."""
     own_rows: bool = True
     """Whether the client's own training examples are read; False only with extra rows."""
+    stays_local: bool = False
+    """Whether the result, and everything computed from it, never leaves the client; then `[privacy]` adds no noise."""
 
     group_classes: ClassVar[Mapping[Any, Any]] = {}
     """Subclasses of `TrainingGroup` that train such requests, by the class that trains others (None: the default)."""
@@ -109,6 +111,7 @@ class TrainingRequest(WithPartner):
             self.partner is None,
             None if self.teacher is None else self.teacher.kind(),
             None if self.extra is None else self.extra.kind(),
+            self.stays_local,
         )
 
     def fraction_for(self, budget: Budget) -> float:

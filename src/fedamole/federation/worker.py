@@ -61,6 +61,7 @@ class Worker:
         self.states = ClientStates(folder, method, bank.base)
         self.factory = ClientFactory(bank, evaluation.batch_tokens, seed)
         self.objective = objective_of(training)
+        self.fit: Callable[..., Sequence[Outcome]] = self.objective.fit
         score_models = self.objective.score_models
         self.evaluator = Evaluator(bank, method, variants, evaluation, folder, self.states, self.factory, score_models)
 
@@ -117,7 +118,7 @@ class Worker:
         ]
         for indices in indices_by_kind({i: task.fit for i, task in enumerate(tasks)}):
             group = [tasks[i] for i in indices]
-            results = RUN.get(type(group[0].fit), self.objective.fit)(
+            results = RUN.get(type(group[0].fit), self.fit)(
                 self.bank, group, self.training, seed=seed, round_=round_, fit_index=fit_index, on_step=on_step
             )
             if self.method.needs_embeddings:

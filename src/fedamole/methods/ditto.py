@@ -12,14 +12,16 @@ choose it on validation data. With `training.budget = "steps"` each of the two t
 steps, so that a round costs as much as with any other method; with "paper" each takes all of them.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from typing_extensions import override
 
 from fedamole.errors import ConfigError
 from fedamole.federation.method import Client, TrainingRequest, TrainingResult
 from fedamole.federation.penalties import Proximal
+from fedamole.federation.privacy.releases import Release
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.local_only import OwnLora
 from fedamole.methods.shared.averaging import AveragedLora, SharedTensors
@@ -38,6 +40,8 @@ class Ditto(AveragedLora[OwnLora]):
     stays_local = "the data and the client's own LoRA"
     evaluates = "pre_aggregation"
     paper_steps = 2.0
+    releases: ClassVar[Mapping[str, Release]] = {"tensors": "trained"}
+    released_share = 0.5
 
     @override
     def __post_init__(self) -> None:
@@ -66,6 +70,7 @@ class Ditto(AveragedLora[OwnLora]):
             step_fraction=0.5,
             paper_step_fraction=1.0,
             penalty=Proximal(message.tensors, self.proximal),
+            stays_local=True,
         )
         _, reply = self.reply(client, client_state, message, shared)
         return OwnLora(own.adapter.tensors), reply, own

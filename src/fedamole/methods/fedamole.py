@@ -33,7 +33,7 @@ from fedamole.federation.record import Nothing
 from fedamole.methods.shared.architectures import Assignment, add_most_relevant, by_expert_name, next_architectures
 from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.methods.shared.holders import fewest_replies, group_exposure, limit_norms, mixture_of, with_enough_replies
-from fedamole.methods.shared.lora import LoraMethod
+from fedamole.methods.shared.lora import MIXTURE_RELEASES, LoraMethod
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.layers import MeanEmbeddings
 from fedamole.model.params import Adapter, Shapes, expert_ids, new_pool
@@ -98,11 +98,16 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
     evaluates = "pre_aggregation"
     averaged_fields = ("tensors", "expert_embeddings")
     needs_embeddings = True
+    releases = MIXTURE_RELEASES
     accepts_newcomers = True
 
     @override
     def spec(self) -> AdapterSpec:
         return replace(super().spec(), top_k=self.top_k, balance_weight=self.balance_weight)
+
+    @override
+    def reads_embeddings(self) -> bool:
+        return self.assignment not in ("static", "random")
 
     def pool_size(self, clients: int) -> int:
         """Return the number of domain experts E per module."""
@@ -145,9 +150,8 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
     @override
     def init(self, server: Server) -> Pool:
         """Return a random pool with a random assignment, because no embeddings exist yet."""
-        size = self.pool_size(len(server.clients))
-        pool = new_pool(server.shapes, self.rank, size, torch_generator(server.seed, "pool"))
-        return self._assign(server, Pool(pool, {}, {}, {}, {}), round_=0)
+        size, generator = self.pool_size(len(server.clients)), torch_generator(server.seed, "pool")
+        return self._assign(server, Pool(new_pool(server.shapes, self.rank, size, generator), {}, {}, {}, {}), 0)
 
     @override
     def message(self, state: Pool, client: ClientInfo) -> Experts:

@@ -12,12 +12,14 @@ Deviations: the frozen base is not changed; a client keeps the sum of the residu
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from fedamole.federation.method import Client, ClientInfo, Server, TrainingResult, Weighting
+from fedamole.federation.privacy.releases import Release
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.methods.shared.lora import LoraMethod
@@ -60,6 +62,7 @@ class FedExLora(LoraMethod[Averaged, LoraAndResiduals, Merged, TrainedLora]):
     communicates = "one LoRA and the last round's residual (factors of rank (C + 1) r) down, one LoRA up"
     stays_local = "the data"
     evaluates = "post_aggregation"
+    releases: ClassVar[Mapping[str, Release]] = {"tensors": "trained", "merged": "public"}
 
     # server
     @override

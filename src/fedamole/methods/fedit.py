@@ -10,11 +10,14 @@ training before the aggregation: each client's model is the one it has trained i
 Deviations: all clients have the same weight unless `weighting` is "examples" (the paper weights by examples).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from typing_extensions import override
 
 from fedamole.federation.method import Client, TrainingResult
+from fedamole.federation.privacy.releases import Release
 from fedamole.federation.record import Nothing
 from fedamole.methods.shared.averaging import AveragedLora, SharedTensors
 from fedamole.model.params import Adapter
@@ -28,6 +31,7 @@ class FedIT(AveragedLora[Nothing]):
     communicates = "one LoRA down, one LoRA up"
     stays_local = "the data"
     evaluates = "post_aggregation"
+    releases: ClassVar[Mapping[str, Release]] = {"tensors": "trained"}
 
     @override
     def adapter(self, client: Client, client_state: Nothing, message: SharedTensors) -> Adapter:

@@ -9,14 +9,16 @@ Deviations: the distance is that of the factors A and B. In the paper slow clien
 selected with probabilities by their amounts of data; here all take the same steps and selection is uniform.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from typing_extensions import override
 
 from fedamole.errors import ConfigError
 from fedamole.federation.method import Client, TrainingRequest, TrainingResult
 from fedamole.federation.penalties import Proximal
+from fedamole.federation.privacy.releases import Release
 from fedamole.federation.record import Nothing
 from fedamole.methods.fedit import FedIT
 from fedamole.methods.shared.averaging import SharedTensors
@@ -30,6 +32,7 @@ class FedProx(FedIT):
     """Weight mu of the proximal term (the paper tries 0.001 to 1)."""
 
     paper = "Li et al., Federated Optimization in Heterogeneous Networks (FedProx), MLSys 2020, arXiv 1812.06127"
+    releases: ClassVar[Mapping[str, Release]] = {"tensors": "trained"}
 
     @override
     def __post_init__(self) -> None:

@@ -9,12 +9,15 @@ One round:
 Deviations: the paper's noise for differential privacy is left out.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from typing_extensions import override
 
 from fedamole.federation.method import Client, Server, TrainingResult
+from fedamole.federation.privacy.releases import Release
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
 from fedamole.methods.fedit import FedIT
@@ -29,6 +32,7 @@ class FfaLora(FedIT):
     paper = "Sun et al., Improving LoRA in Privacy-preserving FL (FFA-LoRA), ICLR 2024, arXiv 2403.12313"
     communicates = "B of one LoRA down, B up; A is drawn from the run's seed on both sides"
     stays_local = "the data"
+    releases: ClassVar[Mapping[str, Release]] = {"tensors": "trained"}
 
     @override
     def initial(self, server: Server) -> Tensors:

@@ -13,11 +13,13 @@ weight unless `weighting` is "examples" (the paper weights by examples).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from typing_extensions import override
 
 from fedamole.federation.method import Client, ClientInfo, Server, TrainingResult, Weighting
+from fedamole.federation.privacy.releases import Release
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.ranks import RankedMethod
 from fedamole.methods.shared.stacks import Changes, Log, Merged, stacked
@@ -61,6 +63,7 @@ class Flora(RankedMethod[FloraState, Stack, Merged, FreshLora]):
     communicates = "the stacked LoRAs of the last round down, one LoRA up"
     stays_local = "the data"
     evaluates = "post_aggregation"
+    releases: ClassVar[Mapping[str, Release]] = {"tensors": "trained", "merged": "public"}
 
     # server
     @override

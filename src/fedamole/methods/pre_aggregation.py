@@ -15,6 +15,8 @@ def pre_aggregation(method: type[Method[Any, Any, Any, Any]]) -> type[Method[Any
     """Return a method class that trains like `method` and is scored before the aggregation."""
     doc = f"{method.__name__}, each client's model scored before the aggregation."
     variant = types.new_class(
-        f"{method.__name__}FT", (method,), exec_body=lambda body: body.update(evaluates="pre_aggregation", __doc__=doc)
+        f"{method.__name__}FT",
+        (method,),
+        exec_body=lambda body: body.update(evaluates="pre_aggregation", releases=method.releases, __doc__=doc),
     )
     return dataclass(frozen=True)(variant)

@@ -119,6 +119,7 @@ _line_forms = {
             "trained_parameters": whole(),
             "peak_memory_mib": _amount,
             "seconds": _amount,
+            "epsilon": _amount,
             "failed": text(),
         },
     ),

@@ -1,6 +1,6 @@
 """Base classes of methods whose adapters are LoRAs, or mixtures of them."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -8,12 +8,20 @@ from typing_extensions import override
 
 from fedamole.errors import ConfigError
 from fedamole.federation.method import Client, Method, TrainingRequest, TrainingResult
+from fedamole.federation.privacy.releases import Release
 from fedamole.model.amole import AdapterSpec
 
 S = TypeVar("S")
 D = TypeVar("D")
 K = TypeVar("K")
 U = TypeVar("U")
+
+MIXTURE_RELEASES: Mapping[str, Release] = {
+    "tensors": "trained",
+    "token_embedding": "mean_embedding",
+    "expert_embeddings": "mean_embedding",
+}
+"""`Method.releases` of a mixture of experts whose clients return trained tensors and mean embeddings."""
 
 
 @dataclass(frozen=True)

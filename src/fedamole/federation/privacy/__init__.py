@@ -1,0 +1,1 @@
+"""Differential privacy (`[privacy]`): what leaves a client is noised, counted in a ledger, and stopped at a budget."""
