@@ -101,7 +101,8 @@ class Config:
         check_supported(self.training, self.method_name, self.method)
         self._check_images()
         if self.privacy is not None:
-            self._check_privacy()
+            best_round, deployed = self.evaluation.best_round, bool(self.deployment.clients)
+            check_private(self.method_name, self.method, self.training, self.federation, best_round, deployed)
 
     def _check_images(self) -> None:
         """Raise ConfigError for templates with images without such a base, and methods that cannot train on images."""
@@ -116,19 +117,6 @@ class Config:
             raise ConfigError(
                 f"data.templates.{named[0]}.image: the method {self.method_name} reads or makes rows that have no "
                 "images; use another method"
-            )
-
-    def _check_privacy(self) -> None:
-        check_private(self.method_name, self.method, self.training, self.federation)
-        if self.evaluation.best_round == "mean":
-            raise ConfigError(
-                '[privacy]: evaluation.best_round = "mean" chooses by the validation scores of all clients, which are '
-                'not noised; set it to "client", so that each client chooses its own'
-            )
-        if self.deployment.clients:
-            raise ConfigError(
-                "[privacy] is not available in a deployment yet, only in a simulation: remove [privacy] or "
-                "deployment.clients"
             )
 
     def on_base(self, model: str) -> "Config":

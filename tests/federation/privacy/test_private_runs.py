@@ -62,8 +62,8 @@ POINTS = {
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_and_resumed(point: str, runs: Any, crash: Any) -> None:
     """An answer that left is sent again, byte by byte, and charged once; one that had not left is drawn anew."""
-    place, nth, anew = POINTS[point]
-    folder = crash(place, nth, "fedit", *PRIVATE, "run.group=1")
+    path, nth, anew = POINTS[point]
+    folder = crash(path, nth, "fedit", *PRIVATE, "run.group=1")
     charged = (folder / "clients/chat/private/ledger.jsonl").read_text()
     answer = folder / "clients/chat/private/round-0001.safetensors"
     before = answer.read_bytes() if answer.exists() else b""

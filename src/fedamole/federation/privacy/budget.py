@@ -18,7 +18,12 @@ MOST_NOISE = 100.0
 
 
 def check_private(
-    name: str, method: Method[Any, Any, Any, Any], training: TrainingSettings, federation: FederationSettings
+    name: str,
+    method: Method[Any, Any, Any, Any],
+    training: TrainingSettings,
+    federation: FederationSettings,
+    best_round: str,
+    deployed: bool,
 ) -> None:
     """Raise ConfigError if a method, called `name`, or the settings of a run cannot be made private."""
     if reason := refusal(method):
@@ -29,6 +34,16 @@ def check_private(
         raise ConfigError(
             f"[privacy]: federation.patience = {federation.patience} stops a run by validation scores, which are not "
             "noised; remove it"
+        )
+    if best_round == "mean":
+        raise ConfigError(
+            '[privacy]: evaluation.best_round = "mean" chooses by the validation scores of all clients, which are not '
+            'noised; set it to "client", so that each client chooses its own'
+        )
+    if deployed:
+        raise ConfigError(
+            "[privacy] is not available in a deployment yet, only in a simulation: remove [privacy] or "
+            "deployment.clients"
         )
 
 
