@@ -69,6 +69,10 @@ def _no_data_engine() -> DataEngine:
     raise NotImplementedError("this client has no data engine")
 
 
+def _no_key() -> bytes:
+    raise NotImplementedError("this client has no key")
+
+
 @dataclass(frozen=True)
 class Client:
     """What the client's half of a method may use."""
@@ -83,6 +87,10 @@ class Client:
     """Returns the prompt and the classes of the client's synthetic examples."""
     data_engine: Callable[[], DataEngine] = _no_data_engine
     """Returns what finds weak categories of the client's data and has new rows written for them."""
+    new_key: Callable[[], bytes] = _no_key
+    """Returns 32 bytes from which a method derives noise: in a deployment from the operating system's generator, so
+    that no one else knows them; in one process from the run's seed, so that a run can be repeated. A method keeps them
+    in its client state, as the next call in a deployment returns others."""
 
     @property
     def name(self) -> str:
@@ -299,7 +307,8 @@ class Method(ABC, Generic[S, D, K, U]):
     ) -> Generator[Request, Any, tuple[K, U, TrainingResult]]:
         """Run a client's round: yield requests for training, return client state, reply and the last result.
 
-        A `TrainingRequest` is answered by a `TrainingResult`, a `SynthesisRequest` by a `SynthesisResult`.
+        A `TrainingRequest` is answered by a `TrainingResult`, a `SynthesisRequest` by a `SynthesisResult`, an
+        `AutoencoderRequest` by an `AutoencoderResult`.
         """
         trained = yield TrainingRequest(self.adapter(client, client_state, message))
         return (*self.reply(client, client_state, message, trained), trained)
