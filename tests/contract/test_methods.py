@@ -148,6 +148,7 @@ def made(name: str, **parameters: Any) -> Some:
     small |= {"review_every": 1, "coverage": 0.7, "condition_size": 16}
     small |= {"synthetic_rows": 4, "outer_steps": 2, "dreams": 2, "dream_exchanges": 2}
     small |= {"server_steps": 2, "examples_per_class": 2, "real_examples": 4, "new_rows": 4}
+    small["warmup_rounds"] = 1
     small["min_similarity"] = -1.0  # every client is similar to every other
     lists = {key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()}
     return METHODS[name](**{**{key: value for key, value in small.items() if key in fields}, **lists})
@@ -635,6 +636,7 @@ CHANGED: dict[str, Any] = {
     "latent_norm": 0.5,
     "hidden_size": 5,
     "autoencoder_rate": 0.1,
+    "class_weight": 9.0,
     "rare_below": 100,
     "latent_noise": 2.0,
 }

@@ -7,7 +7,6 @@ not count is discarded. When a request reports a new best round, the current mod
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -262,9 +261,7 @@ class ClientHandler:
             data = client_data(shard, bank.base.tokenizer, config.training.max_length)
             self._check_session(config, folder, data)
             labels = count_labels(config, data) if self.settings.policy.share_labels else {}
-            worker = worker_of(config, bank, folder)
-            worker.factory.new_key = lambda _: os.urandom(32)  # the coordinator knows the seed
-            self.session = RunSession(config, worker, data, labels, lock.pop_all())
+            self.session = RunSession(config, worker_of(config, bank, folder), data, labels, lock.pop_all())
         return self.session
 
     def _check_session(self, config: Config, folder: RunFolder, data: ClientData) -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch.nn import functional as F
 
 from fedamole.federation.autoencoder_request import AutoencoderRequest, AutoencoderResult
 from fedamole.federation.local import NAN_EVERY, DivergedError, LocalTask, OnStep
@@ -32,10 +33,11 @@ def train_autoencoders(
     suffix = f"/{fit_index}" if fit_index else ""
     bank.base.training(True)
     try:
-        return [
-            _train(bank, task, settings, torch_generator(seed, f"autoencoder{suffix}", task.client, round_), on_step)
-            for task in tasks
-        ]
+        results = []
+        for task in tasks:
+            generator = torch_generator(seed, f"autoencoder{suffix}", task.client, round_)
+            results.append(_train(bank, task, settings, round_, generator, on_step))
+        return results
     finally:
         bank.base.training(False)
 
@@ -44,6 +46,7 @@ def _train(
     bank: Bank,
     task: LocalTask[AutoencoderRequest],
     settings: TrainingSettings,
+    round_: int,
     generator: torch.Generator,
     on_step: OnStep | None,
 ) -> AutoencoderResult | DivergedError:
@@ -64,7 +67,11 @@ def _train(
         vectors = decode(tensors, mean + (log_variance / 2).exp() * noise, base.width, base.embedding_std)
         prompts = prompts_of(request.prompt, len(real))
         with bank.virtual_vectors(vectors.flatten(0, 1).unsqueeze(0)):
-            loss = autoencoder_loss(features(bank, prompts).hidden, real, mean, log_variance, request.kl_weight)
+            read = features(bank, prompts)
+            loss = autoencoder_loss(read.hidden, real, mean, log_variance, request.kl_weight)
+            if request.class_weight:
+                logits, classes = read.logits[:, list(request.tokens)], request.classes[drawn].to(base.device)
+                loss = loss + request.class_weight * F.cross_entropy(logits, classes)
             for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 parameter.grad = gradient
         optimiser.step()
@@ -75,8 +82,8 @@ def _train(
         last = step + 1 == steps or (step + 1) % NAN_EVERY == 0
         if not math.isfinite(total) or (last and not all(it.isfinite().all() for it in parameters)):
             return DivergedError(
-                f"client {task.client}: its autoencoder is no longer finite after {step + 1} steps; lower its learning "
-                "rate (method.autoencoder_rate)"
+                f"client {task.client}, round {round_}: its autoencoder is no longer finite after {step + 1} steps; "
+                "lower its learning rate (method.autoencoder_rate)"
             )
     trained = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     return AutoencoderResult(trained, steps, total / steps, tokens)

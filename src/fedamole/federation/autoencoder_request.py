@@ -26,12 +26,18 @@ class AutoencoderRequest(WithPartner):
     """All its tensors are frozen."""
     hidden: Tensor
     """(N, d): last hidden states at the ends of real prompts under the same adapter."""
+    classes: Tensor
+    """(N): class of each prompt, an index of `tokens`."""
+    tokens: tuple[int, ...]
+    """First tokens of the classes' answers, which differ."""
     prompt: Ids
     """The template's own text, and -1 to -L in place of the columns."""
     step_fraction: float = 1.0
     """Fraction of the round's steps S. The fractions of a round, with those of trainings, add up to 1."""
     kl_weight: float = 0.05
     """Weight of the divergence of latent vectors from the standard normal distribution."""
+    class_weight: float = 1.0
+    """Weight of the cross-entropy of the class, in nats, given what was decoded."""
     batch_size: int = 16
     """Hidden states of a step, at most."""
     learning_rate: float = 0.003

@@ -22,6 +22,8 @@ class ClientFactory:
         """Writes the texts of new rows (`Client.data_engine`)."""
         self.new_key: Callable[[str], bytes] = partial(seeded_key, seed)
         """Returns the key for the noise of a client, by name (`Client.new_key`)."""
+        self.once: Callable[[Callable[[], bytes]], bytes] = lambda compute: compute()
+        """Computes what may be released once in a run (`Client.once`)."""
 
     def client(self, data: ClientData, round_: int, counts: ProbeCounts) -> Client:
         """Return the `Client` of a round; its probe adds what it reads to `counts`."""
@@ -36,6 +38,7 @@ class ClientFactory:
             partial(self.outline, data),
             partial(self.data_engine, data, counts),
             partial(self.new_key, name),
+            self.once,
         )
 
     def outline(self, data: ClientData) -> ClientOutline:

@@ -73,6 +73,10 @@ def _no_key() -> bytes:
     raise NotImplementedError("this client has no key")
 
 
+def _now(compute: Callable[[], bytes]) -> bytes:
+    return compute()
+
+
 @dataclass(frozen=True)
 class Client:
     """What the client's half of a method may use."""
@@ -88,9 +92,12 @@ class Client:
     data_engine: Callable[[], DataEngine] = _no_data_engine
     """Returns what finds weak categories of the client's data and has new rows written for them."""
     new_key: Callable[[], bytes] = _no_key
-    """Returns 32 bytes from which a method derives noise: in a deployment from the operating system's generator, so
-    that no one else knows them; in one process from the run's seed, so that a run can be repeated. A method keeps them
-    in its client state, as the next call in a deployment returns others."""
+    """Returns 32 bytes from which a method derives noise: in a deployment other ones at each call, from the operating
+    system's generator, so that no one else knows them; in one process from the run's seed, so that a run can be
+    repeated."""
+    once: Callable[[Callable[[], bytes]], bytes] = _now
+    """Calls a function and returns its result, for what may be released once in a run. In a deployment the result is
+    written to the client's folder first, and all later calls return it, also if the coordinator repeats rounds."""
 
     @property
     def name(self) -> str:

@@ -16,19 +16,20 @@ What (epsilon, delta) covers: the mean latent vectors of one client, released on
 in one training example that is replaced by any other, also of another class. Their classes and numbers are covered too.
 What it does not cover: the LoRA and, in the warm-up, the autoencoder, which are trained on the same rows and sent
 without noise, as in every other method. So the run as a whole is not differentially private.
-The noise comes from a key of the client. In a deployment the client draws it from the operating system. In a simulation
-it follows from the run's seed, so that a run can be repeated, and whoever has the seed can subtract the noise.
-Deviations: the decoder makes virtual tokens for a language model in place of images, and the autoencoder is trained
-beside the LoRA instead of with a classifier. Latent vectors are clipped. The noise is that of the analytic Gaussian
-mechanism on sums and numbers by class. A mean has a value for each dimension; the released code collapses them to one
-number. The paper selects usable means with the clients' models; here classes with a small noisy number are left out,
-which costs no privacy. The autoencoder is frozen at the release. Clients with free text, or with more than
-`max_options` answer options, train and send the LoRA alone. All defaults are ours.
+The noise comes from a key of the client. In a deployment the client draws it from the operating system, and writes its
+release to its disk before it leaves, so that a repeated round releases nothing else. In a simulation the key follows
+from the run's seed, so that a run can be repeated, and whoever has the seed can subtract the noise.
+Deviations: the decoder makes virtual tokens for a language model in place of images. What it decodes is read by the
+global LoRA, which must give it the example's class (`class_weight`), in place of a classifier. The autoencoder is frozen
+before the release. Latent vectors are clipped. The noise is that of the analytic Gaussian mechanism, on sums and numbers
+by class. A mean has a value for each dimension; the released code collapses them to one number. The paper selects
+usable means with the clients' models. Here a class is left out if its noisy number is small, or so small that its mean
+would be mostly noise; this costs no privacy. Clients with free text, or with more than `max_options` answer options,
+train and send the LoRA alone. All defaults are ours.
 """
 
-import hashlib
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,13 +40,11 @@ from fedamole.errors import ConfigError
 from fedamole.federation.autoencoder_request import AutoencoderRequest, AutoencoderResult
 from fedamole.federation.method import Client, ClientInfo, Request, Server, TrainingRequest, TrainingResult, Weighting
 from fedamole.federation.randomness import torch_generator
-from fedamole.federation.record import bytes_as_tensor
 from fedamole.methods.feddm import MIN_ROWS_ACROSS_ORGANISATIONS
 from fedamole.methods.shared.averaging import mean_by_key
 from fedamole.methods.shared.checks import check_at_least
-from fedamole.methods.shared.latent_release import Release, release
+from fedamole.methods.shared.latent_release import Decoding, Prompts, Release, release, synthetic_rows
 from fedamole.methods.shared.lora import LoraMethod
-from fedamole.model.batch import Ids
 from fedamole.model.params import Adapter, Shapes, new_shared
 from fedamole.synthesis.dream_exchange import DreamTask
 from fedamole.synthesis.latent_exchange import (
@@ -53,14 +52,9 @@ from fedamole.synthesis.latent_exchange import (
     LatentMessage,
     LatentReply,
     LatentState,
-    decoded_rows,
     expected_latents,
 )
-from fedamole.synthesis.latents import DECODER, AutoencoderSizes, decode, new_autoencoder
-from fedamole.synthesis.rows import ExtraRows
-
-Prompts = Mapping[int, Sequence[Ids]]
-"""Training prompts of a client by class."""
+from fedamole.synthesis.latents import DECODER, AutoencoderSizes, new_autoencoder
 
 
 @dataclass(frozen=True)
@@ -73,13 +67,13 @@ class FedDpms(LoraMethod[LatentState, LatentMessage, LatentKept, LatentReply]):
     """Epsilon of a client's release, for one replaced example. It does not cover the LoRA and the autoencoder."""
     delta: float = 1e-5
     """Delta of a client's release; less than 1 / the number of a client's training examples."""
-    warmup_rounds: int = 1
+    warmup_rounds: int = 5
     """Rounds in which the autoencoder is trained, before any release."""
     own_share: float = 0.5
     """Share of the steps of a warm-up round for the LoRA; the autoencoder has the rest."""
     latent_size: int = 16
     """Size of a latent vector."""
-    latent_norm: float = 2.0
+    latent_norm: float = 3.0
     """Norm to which latent vectors are clipped; the noise is proportional to it."""
     hidden_size: int = 64
     """Units of the hidden layers of encoder and decoder."""
@@ -87,6 +81,8 @@ class FedDpms(LoraMethod[LatentState, LatentMessage, LatentKept, LatentReply]):
     """Virtual tokens of a synthetic example."""
     kl_weight: float = 0.05
     """Weight of the divergence of latent vectors from the standard normal distribution."""
+    class_weight: float = 0.5
+    """Weight of the cross-entropy of the class under the global LoRA, given what was decoded."""
     autoencoder_rate: float = 0.003
     """Adam's learning rate for the autoencoder."""
     real_examples: int = 64
@@ -109,7 +105,7 @@ class FedDpms(LoraMethod[LatentState, LatentMessage, LatentKept, LatentReply]):
         "one LoRA up and down; in the warm-up an autoencoder up and down, then a decoder down, and noisy mean latent "
         "vectors by class up and down"
     )
-    stays_local = "the data, and the key of the noise"
+    stays_local = "the data; in a deployment also the key of the noise"
     evaluates = "post_aggregation"
     accepts_newcomers = True
     sends_synthetic_examples = True
@@ -125,8 +121,8 @@ class FedDpms(LoraMethod[LatentState, LatentMessage, LatentKept, LatentReply]):
         for key, most in (("own_share", 1.0), ("delta", 1.0)):
             if not 0 < getattr(self, key) < most:
                 raise ConfigError(f"method.{key} = {getattr(self, key)}: must be above 0 and below 1")
-        for key in ("epsilon", "latent_norm", "autoencoder_rate", "kl_weight", "latent_noise"):
-            value, may_be_0 = getattr(self, key), key in ("kl_weight", "latent_noise")
+        for key in ("epsilon", "latent_norm", "autoencoder_rate", "kl_weight", "class_weight", "latent_noise"):
+            value, may_be_0 = getattr(self, key), key in ("kl_weight", "class_weight", "latent_noise")
             if not (0 < value < math.inf or (may_be_0 and value == 0)):
                 raise ConfigError(f"method.{key} = {value}: must be {'at least' if may_be_0 else 'above'} 0")
 
@@ -189,7 +185,7 @@ class FedDpms(LoraMethod[LatentState, LatentMessage, LatentKept, LatentReply]):
     # client
     @override
     def init_client_state(self, client: Client) -> LatentKept:
-        return LatentKept(bytes_as_tensor(client.new_key()))
+        return LatentKept({})
 
     @override
     def adapter(self, client: Client, client_state: LatentKept, message: LatentMessage) -> Adapter:
@@ -203,7 +199,9 @@ class FedDpms(LoraMethod[LatentState, LatentMessage, LatentKept, LatentReply]):
         task = DreamTask.of(outline, self.virtual_tokens, self.max_prompt_tokens, self.max_options)
         prompts = outline.class_prompts() if task.tokens else {}
         warmup = client.round < self.warmup_rounds
-        request = TrainingRequest(start, extra=None if warmup else self.synthetic(client, message, task, prompts))
+        request = TrainingRequest(
+            start, extra=None if warmup else synthetic_rows(client, message, task, prompts, self.decoding)
+        )
         autoencoder = message.autoencoder if warmup else {}
         if warmup and prompts:
             request = replace(request, step_fraction=self.own_share)
@@ -216,50 +214,35 @@ class FedDpms(LoraMethod[LatentState, LatentMessage, LatentKept, LatentReply]):
         means = {} if warmup else kept.means
         return (
             kept,
-            LatentReply(trained.adapter.tensors, autoencoder, means, task_hash(task) if prompts else ""),
+            LatentReply(trained.adapter.tensors, autoencoder, means, task.key if prompts else ""),
             trained,
         )
+
+    @property
+    def decoding(self) -> Decoding:
+        """How synthetic examples are made."""
+        return Decoding(self.rare_below, self.examples_per_class, self.latent_noise)
 
     def autoencoder_training(
         self, client: Client, adapter: Adapter, message: LatentMessage, task: DreamTask, prompts: Prompts
     ) -> AutoencoderRequest:
         """Return the request to train the autoencoder on a draw of the client's prompts, read under the adapter."""
-        every = [prompt for _, of_class in sorted(prompts.items()) for prompt in of_class]
+        every = [(prompt, label) for label, of_class in sorted(prompts.items()) for prompt in of_class]
         generator = torch_generator(client.seed, "states", client.name, client.round)
-        drawn = torch.randperm(len(every), generator=generator)[: self.real_examples].tolist()
+        drawn = [every[i] for i in torch.randperm(len(every), generator=generator)[: self.real_examples].tolist()]
         return AutoencoderRequest(
             message.autoencoder,
             adapter,
-            client.probe.prompt_hidden(adapter, [every[i] for i in drawn]),
+            client.probe.prompt_hidden(adapter, [prompt for prompt, _ in drawn]),
+            torch.tensor([label for _, label in drawn]),
+            task.tokens,
             task.prompt,
             1 - self.own_share,
             self.kl_weight,
+            self.class_weight if len(task.tokens) == len(client.outline().class_answers()) else 0.0,
             learning_rate=self.autoencoder_rate,
         )
-
-    def synthetic(self, client: Client, message: LatentMessage, task: DreamTask, prompts: Prompts) -> ExtraRows | None:
-        """Return synthetic examples of the classes that are rare at a client, or None if there are none."""
-        answers = client.outline().class_answers()
-        rare = [
-            label
-            for label in range(len(answers) if prompts else 0)
-            if str(label) in message.means and len(prompts.get(label, ())) < self.rare_below
-        ]
-        count = min(self.examples_per_class, client.info.examples // max(len(rare), 1))
-        if not rare or not count:
-            return None
-        classes, base = [label for label in rare for _ in range(count)], client.base
-        generator = torch_generator(client.seed, "latents", client.name, client.round)
-        means = torch.stack([message.means[str(label)] for label in classes])
-        latents = means + self.latent_noise * torch.randn(means.shape, generator=generator)
-        vectors = decode(message.autoencoder, latents, base.width, base.embedding_std)
-        return decoded_rows(vectors, task.prompt, [answers[label] for label in classes])
 
     @override
     def reply(self, client: Client, client_state: LatentKept, message: LatentMessage, trained: TrainingResult) -> Any:
         return client_state, LatentReply(trained.adapter.tensors, {}, client_state.means)
-
-
-def task_hash(task: DreamTask) -> str:
-    """Return what is equal for clients with the same prompt and answer options: 64 hexadecimal digits."""
-    return hashlib.sha256(repr((list(task.prompt), task.options)).encode()).hexdigest()

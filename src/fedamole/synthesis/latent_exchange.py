@@ -1,18 +1,13 @@
 """What clients and server of FedDPMS exchange: a LoRA, an autoencoder, and mean latent vectors by class."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fedamole.model.batch import Ids
-from fedamole.synthesis.examples import VECTORS, SyntheticExamples, require
-from fedamole.synthesis.rows import ExtraRows
-
-NEW, JOINED, RELEASED = "new", "joined", "released"
-"""Phases of a client: before its first round; before its release; after it."""
+from fedamole.synthesis.examples import require
 
 
 @dataclass(frozen=True)
@@ -55,11 +50,9 @@ class LatentMessage:
 class LatentKept:
     """Client state."""
 
-    key: Mapping[str, Tensor]
-    """The key of the noise, one tensor of bytes."""
-    phase: str = NEW
-    means: Mapping[str, Tensor] = field(default_factory=dict)
-    """The noisy means that it has released, by class."""
+    means: Mapping[str, Tensor]
+    """The noisy means that the client has released, by class."""
+    released: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,8 +83,3 @@ def expected_latents(template: LatentReply, reply: LatentReply, options: int, si
         require(float(mean.double().norm()) <= norm * (1 + 1e-5), "means that are too long")
     largest = torch.full((size,), norm)  # a norm that no mean has
     return replace(template, means=dict.fromkeys(reply.means, largest), task=reply.task)
-
-
-def decoded_rows(vectors: Tensor, prompt: tuple[int, ...], answers: Sequence[Ids]) -> ExtraRows:
-    """Return rows with virtual tokens (N, L, d) in a prompt, and an answer for each."""
-    return SyntheticExamples({VECTORS: vectors}, prompt, (), (0,) * len(answers)).answered(answers).rows()
