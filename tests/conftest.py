@@ -220,6 +220,7 @@ def small(method: str) -> list[str]:
     sizes = {"rank": 2, "alpha": 4, "virtual_tokens": 4, "encoder_hidden_size": 32, "fusion_trials": 10}
     sizes |= {"synthetic_rows": 4, "outer_steps": 2, "condition_size": 16, "dreams": 2, "dream_exchanges": 2}
     sizes |= {"server_steps": 3, "examples_per_class": 2, "real_examples": 4, "new_rows": 1, "max_row_tokens": 8}
+    sizes |= {"warmup_rounds": 1, "rare_below": 100}
     known = {field.name for field in fields(METHODS[method])}
     return [
         f"method.name={method}",

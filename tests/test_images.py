@@ -221,7 +221,9 @@ def test_a_deployment_refuses_images(image_task: Path, tmp_path: Path) -> None:
         own_tables(shared, {"name": "a", "path": "a.jsonl"}, {}, str(image_task / "base"))
 
 
-@pytest.mark.parametrize("method", ["data_engine", "feddm", "fedaf", "fedptr", "codream", "pfedhr", "fed_et"])
+@pytest.mark.parametrize(
+    "method", ["data_engine", "feddm", "fedaf", "fedptr", "codream", "pfedhr", "fed_et", "feddpms"]
+)
 def test_methods_with_other_rows_refuse_images(method: str, image_task: Path) -> None:
     with pytest.raises(ConfigError, match=f"the method {method} reads or makes rows that have no images"):
         load_config(image_task / "images.toml", [f"method.name={method}"])

@@ -21,14 +21,13 @@ from fedamole.engine.in_process import InProcess
 from fedamole.errors import ConfigError
 from fedamole.experiment import Prepared, loop_of, prepare, resume, server_of, worker_of
 from fedamole.federation.local import LocalTask, embed, fit
-from fedamole.federation.method import BaseInfo, Client, Method, Request, Server, TrainingResult
+from fedamole.federation.method import BaseInfo, Client, Method, Request, Server, TrainingRequest, TrainingResult
 from fedamole.federation.probe import ClientProbe, ProbeCounts
 from fedamole.federation.progress import ProgressListener
+from fedamole.federation.randomness import seeded_key
 from fedamole.federation.record import pack, unpack
 from fedamole.federation.server_work import ServerWork
-from fedamole.federation.synthesis import synthesise
-from fedamole.federation.synthesis_request import SynthesisRequest
-from fedamole.federation.worker import UpdateResult
+from fedamole.federation.worker import RUN, UpdateResult
 from fedamole.federation.written_rows import ClientDataEngine
 from fedamole.methods import METHODS
 from fedamole.model.bank import Bank
@@ -87,14 +86,17 @@ class Shop:
         rows, examples = data.train.rows, data.train.examples
         outline = ClientOutline(rows, examples, base.tokenizer, base.width, base.embedding_std)
         engine = ClientDataEngine(self.bank, data, self.seed, NumberedTexts(), probe.counts)
-        return Client(data.info, BaseInfo.of(base), self.seed, round_, probe, lambda: outline, lambda: engine)
+        key = seeded_key(self.seed, name)
+        return Client(
+            data.info, BaseInfo.of(base), self.seed, round_, probe, lambda: outline, lambda: engine, lambda: key
+        )
 
     def fit(self, method: Some, request: Request, name: str, round_: int, turn: int) -> Any:
         """The real training of one client, and its embeddings where the method wants them."""
         data, training = self.prepared.clients[name], self.prepared.config.training
-        if isinstance(request, SynthesisRequest):
-            synthesis = LocalTask(name, request, data.train.pairs(), training.learning_rate)
-            (made,) = synthesise(self.bank, [synthesis], training, seed=self.seed, round_=round_, fit_index=turn)
+        if not isinstance(request, TrainingRequest):
+            other = LocalTask(name, request, data.train.pairs(), training.learning_rate)
+            (made,) = RUN[type(request)](self.bank, [other], training, seed=self.seed, round_=round_, fit_index=turn)
             return made
         task = LocalTask(name, request, data.train.pairs(), training.learning_rate)
         (done,) = fit(self.bank, [task], training, seed=self.seed, round_=round_, fit_index=turn)
@@ -146,6 +148,7 @@ def made(name: str, **parameters: Any) -> Some:
     small |= {"review_every": 1, "coverage": 0.7, "condition_size": 16}
     small |= {"synthetic_rows": 4, "outer_steps": 2, "dreams": 2, "dream_exchanges": 2}
     small |= {"server_steps": 2, "examples_per_class": 2, "real_examples": 4, "new_rows": 4}
+    small["warmup_rounds"] = 1
     small["min_similarity"] = -1.0  # every client is similar to every other
     lists = {key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()}
     return METHODS[name](**{**{key: value for key, value in small.items() if key in fields}, **lists})
@@ -631,14 +634,28 @@ CHANGED: dict[str, Any] = {
     "transfer_steps": 3,
     "free_text_tokens": 2,
     "server_base": "bundled",
+    "delta": 1e-9,
+    "warmup_rounds": 2,
+    "latent_size": 3,
+    "latent_norm": 0.5,
+    "hidden_size": 5,
+    "autoencoder_rate": 0.1,
+    "class_weight": 9.0,
+    "rare_below": 100,
+    "latent_noise": 2.0,
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 
-NEEDED = {("fedmap", key): {"prior": "icnn"} for key in ("net_weight", "norm_weight", "net_learning_rate", "net_steps")}
+NEEDED: dict[tuple[str, str], dict[str, Any]] = {
+    ("fedmap", key): {"prior": "icnn"} for key in ("net_weight", "norm_weight", "net_learning_rate", "net_steps")
+}
 NEEDED["fedptr", "momentum"] = {"projection": "momentum"}
+NEEDED["feddpms", "examples_per_class"] = {"rare_below": 100}
+NEEDED["feddpms", "latent_noise"] = {"rare_below": 100, "examples_per_class": 30}  # so that a batch has one of them
 """Other settings that a hyper-parameter belongs to, without which it has no effect."""
-LONGER = {"fdlora": 3}
-"""Rounds that show every hyper-parameter, where two do not: `sync_every` can be seen in round 2 first."""
+LONGER = {"fdlora": 3, "feddpms": 3}
+"""Rounds that show every hyper-parameter, where two do not: `sync_every`, and synthetic examples of `feddpms`, can be
+seen in round 2 first."""
 
 
 def _is_choice(method: type[Some], field: str, value: Any) -> bool:

@@ -58,6 +58,7 @@ def test_those_that_refuse_are_known() -> None:
         "fedaf",
         "feddat",
         "feddm",
+        "feddpms",
         "fedptr",
         "pfedhr",
     }

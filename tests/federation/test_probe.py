@@ -209,10 +209,24 @@ def test_prompt_logits_are_those_at_the_prompts_ends(bank: Bank) -> None:
     assert probe.prompt_logits(adapter, [], (7, 3)).shape == (0, 2)
 
 
+def test_hidden_states_of_prompts_are_in_their_order_whatever_is_read_at_once(bank: Bank) -> None:
+    adapter, probe = lora(bank, 0), probe_of(bank)
+    prompts = [row.prompt for row in EXAMPLES]
+    result = probe.prompt_hidden(adapter, prompts)
+    bank.load([adapter])
+    for prompt, state in zip(prompts, result, strict=True):
+        torch.testing.assert_close(state, bank.last_hidden([[prompt]])[0], rtol=0, atol=1e-4)
+    assert (probe.counts.examples, probe.counts.tokens) == (3, sum(len(prompt) + 1 for prompt in prompts))
+    probe.batch_tokens = 1
+    torch.testing.assert_close(probe.prompt_hidden(adapter, prompts), result, rtol=0, atol=1e-4)
+    assert probe.prompt_hidden(adapter, []).shape == (0, bank.base.width)
+
+
 def test_the_dry_probe_returns_zeros_of_the_same_shapes(bank: Bank) -> None:
     real, dry, adapter = probe_of(bank), DryProbe(bank.base.shapes, bank.base.width), mixture(bank)
     assert dry.losses([adapter, adapter], 3) == [0.0, 0.0]
     assert dry.prompt_logits(adapter, [(1,)], (7, 3)).tolist() == [[0.0, 0.0]]
+    assert dry.prompt_hidden(adapter, [(1,)]).shape == real.prompt_hidden(adapter, [(1,)]).shape
     assert dry.hidden_states(adapter, 3).shape == real.hidden_states(adapter, 3).shape
     for name, (mean, _) in real.moments(adapter, 3).items():
         assert dry.moments(adapter, 3)[name].mean.shape == mean.shape

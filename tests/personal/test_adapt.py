@@ -266,6 +266,7 @@ def test_which_methods_accept_newcomers() -> None:
         "fedaf",
         "data_engine",
         "fedptr",
+        "feddpms",
         "steerable",
     }
     assert METHODS["fedit_ft"].accepts_newcomers

@@ -2,9 +2,12 @@
 
 import json
 import logging
+import os
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ log = logging.getLogger(__name__)
 
 REQUEST_COUNTS = "work.json"
 """File in the client's folder: numbers of trainings and validations done for this run, whether they counted or not."""
+RELEASED = "released.safetensors"
+"""File in the client's folder: what it has released with noise, which happens once in a run."""
 DISK_COPIES = 4
 """Copies of a message on the client's disk: reply, state, model, and one being written."""
 
@@ -72,6 +77,11 @@ class RunSession:
     labels: dict[str, int]
     lock: ExitStack = field(default_factory=ExitStack)
     """Holds the lock of the run folder."""
+
+    def __post_init__(self) -> None:
+        """Give the methods keys that the coordinator, which knows the seed, cannot compute (`Client.new_key`)."""
+        self.worker.factory.new_key = lambda _: os.urandom(32)
+        self.worker.factory.once = partial(computed_once, self.folder.client(self.name) / RELEASED)
 
     @property
     def folder(self) -> RunFolder:
@@ -190,3 +200,10 @@ def check_disk(settings: ClientSettings, name: str, message: int) -> None:
             f"the client's run folders in {settings.folder} take {used / 2**20:.0f} MiB and the message "
             f"{message / 2**20:.0f} MiB; the policy allows {limit} MiB (max_disk_mib): remove old runs or raise it"
         )
+
+
+def computed_once(path: Path, compute: Callable[[], bytes]) -> bytes:
+    """Return the contents of a file; the first time, compute and write them."""
+    if not path.exists():
+        write_atomic(path, compute())
+    return path.read_bytes()

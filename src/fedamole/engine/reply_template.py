@@ -29,7 +29,8 @@ GROWTH, SMALL = 10.0, 0.1
 def dry_client(base: BaseInfo, info: ClientInfo, seed: int, round_: int) -> Client:
     """Return a `Client` whose probe reads nothing and returns zeros."""
     outline = LargestOutline(base.width, base.vocabulary, base.embedding_std)
-    return Client(info, base, seed, round_, DryProbe(base.shapes, base.width), lambda: outline, DryDataEngine)
+    probe = DryProbe(base.shapes, base.width)
+    return Client(info, base, seed, round_, probe, lambda: outline, DryDataEngine, lambda: bytes(32))
 
 
 def dry_run(method: Method[Any, Any, Any, Any], server: Server, info: ClientInfo, message: Any) -> Any:

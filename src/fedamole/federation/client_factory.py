@@ -1,10 +1,12 @@
 """Builds the `Client` that the client's half of a method works with."""
 
+from collections.abc import Callable
 from functools import partial
 
 from fedamole.federation.client_data import ClientData
 from fedamole.federation.method import BaseInfo, Client
 from fedamole.federation.probe import ClientProbe, ProbeCounts
+from fedamole.federation.randomness import seeded_key
 from fedamole.federation.written_rows import ClientDataEngine, ModelWriter, TextWriter
 from fedamole.model.bank import Bank
 from fedamole.synthesis.outline import ClientOutline
@@ -18,6 +20,10 @@ class ClientFactory:
         self.bank, self.batch_tokens, self.seed, self.base = bank, batch_tokens, seed, BaseInfo.of(bank.base)
         self.writer: TextWriter = ModelWriter(bank, batch_tokens)
         """Writes the texts of new rows (`Client.data_engine`)."""
+        self.new_key: Callable[[str], bytes] = partial(seeded_key, seed)
+        """Returns the key for the noise of a client, by name (`Client.new_key`)."""
+        self.once: Callable[[Callable[[], bytes]], bytes] = lambda compute: compute()
+        """Computes what may be released once in a run (`Client.once`)."""
 
     def client(self, data: ClientData, round_: int, counts: ProbeCounts) -> Client:
         """Return the `Client` of a round; its probe adds what it reads to `counts`."""
@@ -31,6 +37,8 @@ class ClientFactory:
             probe,
             partial(self.outline, data),
             partial(self.data_engine, data, counts),
+            partial(self.new_key, name),
+            self.once,
         )
 
     def outline(self, data: ClientData) -> ClientOutline:

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedamole.federation.autoencoder_request import AutoencoderResult
 from fedamole.federation.client_data import ClientData
 from fedamole.federation.local import DivergedError
 from fedamole.federation.method import Client, Request, TrainingResult
@@ -16,8 +17,8 @@ from fedamole.federation.probe import ProbeCounts
 from fedamole.federation.settings import Budget
 from fedamole.federation.synthesis_request import SynthesisResult
 
-Outcome = TrainingResult | SynthesisResult | DivergedError
-"""Outcome of one local training, or of one optimisation of synthetic examples."""
+Outcome = TrainingResult | SynthesisResult | AutoencoderResult | DivergedError
+"""Outcome of one local training, of one optimisation of synthetic examples, or of one training of an autoencoder."""
 
 
 @dataclass
@@ -43,7 +44,7 @@ class ClientWork:
     tokens: int = 0
     """Tokens, without padding, of the forward and backward passes of this exchange."""
 
-    def advance(self, result: TrainingResult | SynthesisResult | None) -> None:
+    def advance(self, result: TrainingResult | SynthesisResult | AutoencoderResult | None) -> None:
         """Continue until the next request or the end; `result` answers the last request (None at the start)."""
         try:
             self.request = next(self.work) if result is None else self.work.send(result)

@@ -70,6 +70,14 @@ def _no_data_engine() -> DataEngine:
     raise NotImplementedError("this client has no data engine")
 
 
+def _no_key() -> bytes:
+    raise NotImplementedError("this client has no key")
+
+
+def _now(compute: Callable[[], bytes]) -> bytes:
+    return compute()
+
+
 @dataclass(frozen=True)
 class Client:
     """What the client's half of a method may use."""
@@ -84,6 +92,13 @@ class Client:
     """Returns the prompt and the classes of the client's synthetic examples."""
     data_engine: Callable[[], DataEngine] = _no_data_engine
     """Returns what finds weak categories of the client's data and has new rows written for them."""
+    new_key: Callable[[], bytes] = _no_key
+    """Returns 32 bytes from which a method derives noise: in a deployment other ones at each call, from the operating
+    system's generator, so that no one else knows them; in one process from the run's seed, so that a run can be
+    repeated."""
+    once: Callable[[Callable[[], bytes]], bytes] = _now
+    """Calls a function and returns its result, for what may be released once in a run. In a deployment the result is
+    written to the client's folder first, and all later calls return it, also if the coordinator repeats rounds."""
 
     @property
     def name(self) -> str:
@@ -327,7 +342,8 @@ class Method(ABC, Generic[S, D, K, U]):
     ) -> Generator[Request, Any, tuple[K, U, TrainingResult]]:
         """Run a client's round: yield requests for training, return client state, reply and the last result.
 
-        A `TrainingRequest` is answered by a `TrainingResult`, a `SynthesisRequest` by a `SynthesisResult`.
+        A `TrainingRequest` is answered by a `TrainingResult`, a `SynthesisRequest` by a `SynthesisResult`, an
+        `AutoencoderRequest` by an `AutoencoderResult`.
         """
         trained = yield TrainingRequest(self.adapter(client, client_state, message))
         return (*self.reply(client, client_state, message, trained), trained)

@@ -67,6 +67,9 @@ class Probe(Protocol):
         float32 on the CPU.
         """
 
+    def prompt_hidden(self, adapter: Adapter, prompts: Sequence[Ids]) -> Tensor:
+        """Return the last hidden states (n, d) at the ends of n given prompts, in their order, float32 on the CPU."""
+
     def example_states(self, max_examples: int) -> Tensor:
         """Return the hidden states (S, 2, d) of S examples under the untuned base, float32 on the CPU.
         They are those after the chosen and the rejected answer of a preference pair; of other examples those after the
@@ -187,6 +190,17 @@ class ClientProbe(Probe):
         return torch.cat(logits)
 
     @override
+    def prompt_hidden(self, adapter: Adapter, prompts: Sequence[Ids]) -> Tensor:
+        self.bank.load([adapter])
+        (rows,) = self.bank.prefixed([[(prompt, (0,)) for prompt in prompts]])
+        self.counts.add(rows)
+        count = max(self.batch_tokens // (max((len(prompt) for prompt in prompts), default=0) + 1), 1)
+        parts = [torch.zeros(0, self.bank.base.width)]
+        for first in range(0, len(prompts), count):
+            parts.append(self.bank.last_hidden([prompts[first : first + count]]).cpu())
+        return torch.cat(parts)
+
+    @override
     def example_states(self, max_examples: int) -> Tensor:
         drawn = draw_examples(self.rows, max_examples, self.seed, "states", self.client)
         answers = [(row.answer, row.rejected) if row.rejected else row.answer for row in drawn]
@@ -239,6 +253,10 @@ class DryProbe(Probe):
     @override
     def prompt_logits(self, adapter: Adapter, prompts: Sequence[Ids], tokens: Sequence[int]) -> Tensor:
         return torch.zeros(len(prompts), len(tokens))
+
+    @override
+    def prompt_hidden(self, adapter: Adapter, prompts: Sequence[Ids]) -> Tensor:
+        return torch.zeros(len(prompts), self.width)
 
     @override
     def example_states(self, max_examples: int) -> Tensor:

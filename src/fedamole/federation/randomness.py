@@ -28,3 +28,8 @@ def numpy_generator(seed: int, purpose: str, client: str = "", round_: int = -1)
 def exchange_seed(seed: int, exchange: int) -> int:
     """Return the seed of local training in one exchange of a round; that of the first (0) is the run's own seed."""
     return seed if exchange == 0 else derived_seed(seed, f"exchange/{exchange}")
+
+
+def seeded_key(seed: int, client: str) -> bytes:
+    """Return 32 bytes for the noise of a client; whoever knows the seed can compute them."""
+    return hashlib.sha256(f"{seed}\0key\0{client}".encode()).digest()

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from fedamole.federation.autoencoder_request import AutoencoderRequest
 from fedamole.federation.request import TrainingRequest, WithPartner
 from fedamole.federation.settings import Budget
 from fedamole.model.batch import Ids
@@ -86,5 +87,5 @@ class SynthesisResult(WithPartner):
     partner = None
 
 
-Request = TrainingRequest | SynthesisRequest
+Request = TrainingRequest | SynthesisRequest | AutoencoderRequest
 """What `Method.update` may yield."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedamole.evaluation.personal import EvaluationSettings
+from fedamole.federation.autoencoder import train_autoencoders
+from fedamole.federation.autoencoder_request import AutoencoderRequest
 from fedamole.federation.client_data import ClientData
 from fedamole.federation.client_factory import ClientFactory
 from fedamole.federation.client_state import ClientState, ClientStates
@@ -28,7 +30,10 @@ from fedamole.runs.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
-RUN: dict[type[Request], Callable[..., Sequence[Outcome]]] = {SynthesisRequest: synthesise}
+RUN: dict[type[Request], Callable[..., Sequence[Outcome]]] = {
+    SynthesisRequest: synthesise,
+    AutoencoderRequest: train_autoencoders,
+}
 """What carries out requests of a group of clients that are no training; the objective of the run does trainings."""
 
 

@@ -23,6 +23,7 @@ from fedamole.methods.fedawa import FedAwa
 from fedamole.methods.feddat import FedDat
 from fedamole.methods.feddm import FedDm
 from fedamole.methods.feddpa import FedDpa
+from fedamole.methods.feddpms import FedDpms
 from fedamole.methods.fedex_lora import FedExLora
 from fedamole.methods.fedit import FedIT
 from fedamole.methods.fedlease import FedLease
@@ -97,6 +98,7 @@ METHODS = with_variants(
         "fedaf": FedAf,
         "fedptr": FedPtr,
         "codream": CoDream,
+        "feddpms": FedDpms,
         # generated rows
         "data_engine": DataEngineMethod,
         # preferences

@@ -25,6 +25,11 @@ TRAIN, DREAM, LABEL = "train", "dream", "label"
 """Names of tensors; phases of a round."""
 
 
+def task_hash(prompt: Sequence[int], options: str) -> str:
+    """Return a hash of a prompt and of the hash of answer options."""
+    return hashlib.sha256(repr((list(prompt), options)).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class DreamState:
     """Server state."""
@@ -80,7 +85,7 @@ class DreamReply:
     @property
     def task(self) -> str:
         """What clients must have in common to dream together: prompt and answer options."""
-        return hashlib.sha256(repr((list(self.prompt), self.options)).encode()).hexdigest()
+        return task_hash(self.prompt, self.options)
 
     def labels(self) -> SoftLabels:
         """Return the soft labels."""
@@ -165,6 +170,11 @@ class DreamTask:
     """First tokens of the answer options; empty for free text and too many options."""
     options: str
     """`options_hash` of the answer options; empty for free text."""
+
+    @property
+    def key(self) -> str:
+        """What clients with the same prompt and answer options have in common: 64 hexadecimal digits."""
+        return task_hash(self.prompt, self.options)
 
     @staticmethod
     def of(outline: Outline, virtual_tokens: int, max_prompt_tokens: int, max_options: int) -> "DreamTask":
