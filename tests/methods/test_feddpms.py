@@ -210,7 +210,7 @@ def test_the_server_averages_and_keeps_the_means_of_each_task() -> None:
     assert {float(it.mean()) for it in state.autoencoder.values()} == {2.0}
     assert (state.reader, state.means, state.tasks) == ({}, {}, {"a": "t", "b": "t"})
     means = {"a": {"0": torch.tensor([1.0, 0.0])}, "b": {"0": torch.tensor([3.0, 2.0]), "1": torch.ones(2)}, "c": {}}
-    later = {name: replace(reply, autoencoder={}, means=means[name]) for name, reply in replies.items()}
+    later = {name: LatentReply(both(8.0), {}, means[name], reply.task) for name, reply in replies.items()}
     after = METHOD.aggregate(replace(server, round=2), state, later)
     assert float(after.reader[A][0, 0]) == 3.0, "the LoRA that was sent in this round"
     again = METHOD.aggregate(replace(server, round=3), after, {"a": replace(later["a"], tensors=both(9.0))})
