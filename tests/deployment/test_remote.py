@@ -18,6 +18,7 @@ from fedamole.federation.record import pack, unpack
 from fedamole.runs.checkpoint import round_and_exchange
 from fedamole.runs.run_files import BASE, MAJORITY
 from fedamole.runs.run_folder import RunFolder, write_atomic
+from fedamole.synthesis.latent_exchange import LatentKept, LatentState
 from tests.conftest import small
 from tests.deployment.direct import ClientSchedule, DirectDeployment, Killed, direct_deployment, in_one_process
 from tests.deployment.dishonest_client import DishonestClient
@@ -92,6 +93,27 @@ def test_equals_the_run_in_one_process(method: str, options: list[str], settle: 
     there = settle(method, *options, *QUICK)
     there.run()
     assert_same(there, runs(method, *options, *QUICK))
+
+
+def test_noise_of_a_release_is_not_that_of_the_seed(settle: Any, runs: Any) -> None:
+    """Two deployments with one seed: equal before the release, which each client writes to its disk, and not in it."""
+    options = ("method.min_class_examples=2", *QUICK, "federation.rounds=2")
+    after = [release_round(runs("feddpms", *options))]
+    for name in ("first", "second"):
+        there = settle("feddpms", *options, folder=name)
+        there.run()
+        after.append(release_round(there.server_folder))
+        written = unpack(LatentKept, (there.client_folder("entail") / "released.safetensors").read_bytes())
+        assert {label: mean.tolist() for label, mean in written.means.items()} == {
+            label: mean.tolist() for label, mean in after[-1].means["entail"].items()
+        }
+    assert len({pack(replace(state, means={})) for state in after}) == 1
+    assert all(state.means["entail"] for state in after)
+    assert len({pack(replace(state, tensors={}, autoencoder={}, reader={})) for state in after}) == 3
+
+
+def release_round(folder: Path) -> LatentState:
+    return unpack(LatentState, states(folder)["round-0001.safetensors"])
 
 
 def test_equals_it_also_where_replies_are_clipped_and_the_best_round_is_one_for_all(settle: Any, runs: Any) -> None:

@@ -19,13 +19,13 @@ without noise, as in every other method. So the run as a whole is not differenti
 The noise comes from a key of the client. In a deployment the client draws it from the operating system, and writes its
 release to its disk before it leaves, so that a repeated round releases nothing else. In a simulation the key follows
 from the run's seed, so that a run can be repeated, and whoever has the seed can subtract the noise.
-Deviations: the decoder makes virtual tokens for a language model in place of images. What it decodes is read by the
-global LoRA, which must give it the example's class (`class_weight`), in place of a classifier. The autoencoder is frozen
-before the release. Latent vectors are clipped. The noise is that of the analytic Gaussian mechanism, on sums and numbers
-by class. A mean has a value for each dimension; the released code collapses them to one number. The paper selects
-usable means with the clients' models. Here a class is left out if its noisy number is small, or so small that its mean
-would be mostly noise; this costs no privacy. Clients with free text, or with more than `max_options` answer options,
-train and send the LoRA alone. All defaults are ours.
+Deviations: the decoder makes virtual tokens for a language model in place of images. In place of a classifier, the
+global LoRA reads what is decoded and must give it the example's class (`class_weight`). The autoencoder is frozen
+before the release. Latent vectors are clipped. The noise is that of the analytic Gaussian mechanism, on sums and
+numbers by class. A mean has a value for each dimension; the released code collapses them to one number. The paper
+selects usable means with the clients' models. Here a class is left out if its noisy number is small, or so small that
+its mean would be mostly noise; this costs no privacy. Clients with free text, or with more than `max_options` answer
+options, train and send the LoRA alone. All defaults are ours.
 """
 
 import math
