@@ -48,13 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def pack(archive: Path, runs: Sequence[Path], folders: Mapping[str, str]) -> int:
     """Write the finished trials below `runs` into the archive, and return their number."""
+    names = {folder: name for name, folder in folders.items()}
     trials = sorted(path.parent for folder in runs for path in _summaries(folder))
     with tarfile.open(archive, "w:xz") as target:
         for trial in trials:
             for name in FILES:
                 if (trial / name).exists():
                     text = (trial / name).read_text(encoding="utf-8")
-                    _add(target, trial / name, _rename(text, folders) if name == "config.toml" else text)
+                    _add(target, trial / name, _replaced(text, names) if name == "config.toml" else text)
     return len(trials)
 
 
@@ -72,7 +73,7 @@ def unpack(archive: Path, folders: Mapping[str, str]) -> int:
             if content is None or target.name not in FILES or target.is_absolute() or ".." in target.parts:
                 raise FedamoleError(f"{archive}: {entry.name!r} is not a file of a trial; nothing was written")
             text = content.read().decode("utf-8")
-            texts[Path(target)] = _restore(text, folders) if target.name == "config.toml" else text
+            texts[Path(target)] = _replaced(text, folders) if target.name == "config.toml" else text
     for path, text in texts.items():
         if path.exists() and path.read_text(encoding="utf-8") != text:
             raise FedamoleError(f"{path} exists with other content; nothing was written: move the folder away")
@@ -95,15 +96,10 @@ def _named_folders(names: Sequence[str]) -> dict[str, str]:
     return {name: Path(folder).resolve().as_posix() for name, _, folder in pairs}
 
 
-def _rename(text: str, folders: Mapping[str, str]) -> str:
-    for name, folder in folders.items():
-        text = text.replace(f'"{folder}/', f'"{name}/')
-    return text
-
-
-def _restore(text: str, folders: Mapping[str, str]) -> str:
-    for name, folder in folders.items():
-        text = text.replace(f'"{name}/', f'"{folder}/')
+def _replaced(text: str, prefixes: Mapping[str, str]) -> str:
+    """Return a config in which every text in quotes that begins with OLD/ begins with NEW/, for each old and new."""
+    for old, new in prefixes.items():
+        text = text.replace(f'"{old}/', f'"{new}/')
     return text
 
 
