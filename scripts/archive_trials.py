@@ -20,6 +20,8 @@ from fedamole.errors import FedamoleError
 
 FILES = ("config.toml", "manifest.json", "run.json", "summary.json", "metrics.jsonl", "assignment.jsonl")
 """What `fedamole compare --show` reads of a finished trial."""
+MOST_BYTES = 1 << 26
+"""Maximum size of a file of a trial, 64 MiB."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -69,10 +71,15 @@ def unpack(archive: Path, folders: Mapping[str, str]) -> int:
     with tarfile.open(archive, "r:xz") as source:
         for entry in source:
             target = PurePosixPath(entry.name)
-            content = source.extractfile(entry)
+            content = source.extractfile(entry) if entry.isfile() and entry.size <= MOST_BYTES else None
             if content is None or target.name not in FILES or target.is_absolute() or ".." in target.parts:
-                raise FedamoleError(f"{archive}: {entry.name!r} is not a file of a trial; nothing was written")
-            text = content.read().decode("utf-8")
+                raise FedamoleError(
+                    f"{archive}: {entry.name!r} is not a file of a trial of at most 64 MiB; nothing was written"
+                )
+            try:
+                text = content.read().decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise FedamoleError(f"{archive}: {entry.name!r} is not text in UTF-8; nothing was written") from error
             texts[Path(target)] = _replaced(text, folders) if target.name == "config.toml" else text
     for path, text in texts.items():
         if path.exists() and path.read_text(encoding="utf-8") != text:
