@@ -20,6 +20,8 @@ from fedamole.errors import FedamoleError
 
 FILES = ("config.toml", "manifest.json", "run.json", "summary.json", "metrics.jsonl", "assignment.jsonl")
 """What `fedamole compare --show` reads of a finished trial."""
+MOST_BYTES = 1 << 26
+"""Maximum size of a file of a trial, 64 MiB."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,13 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def pack(archive: Path, runs: Sequence[Path], folders: Mapping[str, str]) -> int:
     """Write the finished trials below `runs` into the archive, and return their number."""
+    names = {folder: name for name, folder in folders.items()}
     trials = sorted(path.parent for folder in runs for path in _summaries(folder))
     with tarfile.open(archive, "w:xz") as target:
         for trial in trials:
             for name in FILES:
                 if (trial / name).exists():
                     text = (trial / name).read_text(encoding="utf-8")
-                    _add(target, trial / name, _rename(text, folders) if name == "config.toml" else text)
+                    _add(target, trial / name, _replaced(text, names) if name == "config.toml" else text)
     return len(trials)
 
 
@@ -68,11 +71,16 @@ def unpack(archive: Path, folders: Mapping[str, str]) -> int:
     with tarfile.open(archive, "r:xz") as source:
         for entry in source:
             target = PurePosixPath(entry.name)
-            content = source.extractfile(entry)
+            content = source.extractfile(entry) if entry.isfile() and entry.size <= MOST_BYTES else None
             if content is None or target.name not in FILES or target.is_absolute() or ".." in target.parts:
-                raise FedamoleError(f"{archive}: {entry.name!r} is not a file of a trial; nothing was written")
-            text = content.read().decode("utf-8")
-            texts[Path(target)] = _restore(text, folders) if target.name == "config.toml" else text
+                raise FedamoleError(
+                    f"{archive}: {entry.name!r} is not a file of a trial of at most 64 MiB; nothing was written"
+                )
+            try:
+                text = content.read().decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise FedamoleError(f"{archive}: {entry.name!r} is not text in UTF-8; nothing was written") from error
+            texts[Path(target)] = _replaced(text, folders) if target.name == "config.toml" else text
     for path, text in texts.items():
         if path.exists() and path.read_text(encoding="utf-8") != text:
             raise FedamoleError(f"{path} exists with other content; nothing was written: move the folder away")
@@ -95,15 +103,10 @@ def _named_folders(names: Sequence[str]) -> dict[str, str]:
     return {name: Path(folder).resolve().as_posix() for name, _, folder in pairs}
 
 
-def _rename(text: str, folders: Mapping[str, str]) -> str:
-    for name, folder in folders.items():
-        text = text.replace(f'"{folder}/', f'"{name}/')
-    return text
-
-
-def _restore(text: str, folders: Mapping[str, str]) -> str:
-    for name, folder in folders.items():
-        text = text.replace(f'"{name}/', f'"{folder}/')
+def _replaced(text: str, prefixes: Mapping[str, str]) -> str:
+    """Return a config in which every text in quotes that begins with OLD/ begins with NEW/, for each old and new."""
+    for old, new in prefixes.items():
+        text = text.replace(f'"{old}/', f'"{new}/')
     return text
 
 

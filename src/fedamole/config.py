@@ -17,7 +17,7 @@ from fedamole.errors import ConfigError
 from fedamole.evaluation.personal import EvaluationSettings
 from fedamole.federation.method import Method
 from fedamole.federation.objective import check_supported
-from fedamole.federation.privacy.budget import check_private
+from fedamole.federation.privacy.budget import Budget, check_private
 from fedamole.federation.privacy.settings import PrivacySettings
 from fedamole.federation.robust import check_aggregation
 from fedamole.federation.secure.settings import SecureAggregationSettings, check_secure_aggregation
@@ -118,6 +118,12 @@ class Config:
                 f"data.templates.{named[0]}.image: the method {self.method_name} reads or makes rows that have no "
                 "images; use another method"
             )
+
+    def budget(self) -> Budget | None:
+        """Return the privacy budget of the run's clients; None without `[privacy]`."""
+        if self.privacy is None:
+            return None
+        return Budget(self.privacy, self.training, self.method, self.federation.rounds)
 
     def on_base(self, model: str) -> "Config":
         """Return a copy with another `base.model`."""

@@ -22,7 +22,6 @@ from fedamole.federation.engine import Engine
 from fedamole.federation.loop import Loop, MetricsSink
 from fedamole.federation.method import BaseInfo, ClientInfo, Evaluates, Server
 from fedamole.federation.objective import check_objective
-from fedamole.federation.privacy.budget import Budget
 from fedamole.federation.private_worker import PrivateWorker
 from fedamole.federation.probe import ProbeCounts
 from fedamole.federation.progress import ProgressListener
@@ -289,21 +288,14 @@ def reads_outside(
 def worker_of(config: Config, bank: Bank, folder: RunFolder) -> Worker:
     """Return the worker that trains and scores clients on a base; their private states are in `folder`."""
     variants, settings = variants_of(config), (config.training, config.evaluation, folder, config.run.seed)
-    if (budget := budget_of(config)) is not None:
+    if (budget := config.budget()) is not None:
         return PrivateWorker(budget, bank, config.method, variants, *settings)
     return Worker(bank, config.method, variants, *settings)
 
 
-def budget_of(config: Config) -> Budget | None:
-    """Return the privacy budget of a run; None without `[privacy]`."""
-    if config.privacy is None:
-        return None
-    return Budget(config.privacy, config.training, config.method, config.federation.rounds)
-
-
 def check_budget(config: Config, clients: Mapping[str, ClientData]) -> None:
     """Raise ConfigError if a client cannot keep to the privacy budget in all rounds."""
-    if (budget := budget_of(config)) is not None:
+    if (budget := config.budget()) is not None:
         for name, data in clients.items():
             budget.check(name, len(data.train.rows))
 

@@ -15,7 +15,6 @@ from fedamole.errors import ConfigError
 from fedamole.federation.client_data import ClientData
 from fedamole.federation.method import BaseInfo, ClientInfo, Server
 from fedamole.federation.passes import TOKENS_AT_ONCE
-from fedamole.federation.privacy.budget import Budget
 from fedamole.federation.record import named_tensors, pack, unpack
 from fedamole.federation.secure.settings import check_groups, refuse_deployment
 from fedamole.model.base import Base
@@ -106,10 +105,9 @@ def planned(config: Config, base: Base, clients: Mapping[str, ClientData]) -> Pl
 
 def _noise(config: Config, infos: Sequence[ClientInfo], parameters: float) -> str:
     """Return the noise of the client with the fewest examples, and what to change if it is large."""
-    if config.privacy is None:
+    if (budget := config.budget()) is None:
         return ""
     few = min(infos, key=lambda info: (info.examples, info.name))
-    budget = Budget(config.privacy, config.training, config.method, config.federation.rounds)
     budget.check(few.name, few.examples)
     return budget.describe(few.name, few.examples, parameters)
 

@@ -15,10 +15,8 @@ from tests.conftest import small
 from tests.deployment.test_moved_base import EmptyLink, ProcessEndedError
 
 
-@pytest.mark.parametrize(("method", "keeps"), [("feddm", True), ("fedit", False)])
-def test_the_base_is_kept_for_training_at_the_server(
-    method: str, keeps: bool, tiny: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
+def servers_before_the_loop(monkeypatch: Any) -> list[Any]:
+    """Make coordinators end before their first round; return the list to which each adds its server."""
     servers: list[Any] = []
 
     def stop(config: Any, engine: Any, server: Any, *_: Any) -> None:
@@ -26,6 +24,14 @@ def test_the_base_is_kept_for_training_at_the_server(
         raise ProcessEndedError
 
     monkeypatch.setattr(server_run, "loop_of", stop)
+    return servers
+
+
+@pytest.mark.parametrize(("method", "keeps"), [("feddm", True), ("fedit", False)])
+def test_the_base_is_kept_for_training_at_the_server(
+    method: str, keeps: bool, tiny: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    servers = servers_before_the_loop(monkeypatch)
     monkeypatch.chdir(tiny)
     prepare_simulation(load_config(tiny / "config.toml", [*small(method), "run.device=cpu"]), tmp_path / "run")
     with pytest.raises(ProcessEndedError):
@@ -38,13 +44,7 @@ def test_the_base_is_kept_for_training_at_the_server(
 
 
 def test_a_second_base_is_loaded_at_the_coordinator_and_recorded(tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    servers: list[Any] = []
-
-    def stop(config: Any, engine: Any, server: Any, *_: Any) -> None:
-        servers.append(server)
-        raise ProcessEndedError
-
-    monkeypatch.setattr(server_run, "loop_of", stop)
+    servers = servers_before_the_loop(monkeypatch)
     monkeypatch.chdir(tiny)
     overrides = [*small("fed_et"), "run.device=cpu", "method.server_base=base", "base.targets=['q_proj']"]
     prepare_simulation(load_config(tiny / "config.toml", overrides), tmp_path / "run")
@@ -64,13 +64,7 @@ def test_public_prompts_are_read_again_after_an_interruption_and_must_be_the_sam
 ) -> None:
     public, run = tmp_path / "own.jsonl", tmp_path / "run"
     public.write_text((tiny / "public.jsonl").read_text())
-    servers: list[Any] = []
-
-    def stop(config: Any, engine: Any, server: Any, *_: Any) -> None:
-        servers.append(server)
-        raise ProcessEndedError
-
-    monkeypatch.setattr(server_run, "loop_of", stop)
+    servers = servers_before_the_loop(monkeypatch)
     monkeypatch.chdir(tiny)
     overrides = [*small("pfedhr"), "run.device=cpu", f"data.public.path={public}"]
     prepare_simulation(load_config(tiny / "config.toml", overrides), run)

@@ -17,7 +17,6 @@ from fedamole.errors import BaseModelError, ConfigError
 from fedamole.experiment import prepare, public_rows, reads_outside, resume
 from fedamole.federation.progress import ProgressListener
 from fedamole.methods.fed_et import FedEt
-from fedamole.methods.flexlora import rank_of
 from fedamole.methods.shared.ensemble import (
     PromptClasses,
     class_logits,
@@ -25,6 +24,7 @@ from fedamole.methods.shared.ensemble import (
     ordered_rows,
     prompt_classes,
 )
+from fedamole.methods.shared.ranks import rank_of
 from fedamole.model.params import Adapter, new_shared
 from fedamole.runs.identity import Identity
 from fedamole.runs.run_folder import RunFolder

@@ -59,9 +59,31 @@ def test_an_archive_writes_only_files_of_trials_below_the_current_directory(tmp_
         folder.mkdir(exist_ok=True)
         refused = call(folder, "unpack", "../a.tar.xz")
         assert refused.returncode == 1
-        assert "is not a file of a trial; nothing was written" in refused.stderr
+        assert "is not a file of a trial of at most 64 MiB; nothing was written" in refused.stderr
         assert not list(folder.rglob("*"))
         assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        (tarfile.SYMTYPE, b"", "is not a file of a trial"),
+        (tarfile.DIRTYPE, b"", "is not a file of a trial"),
+        (tarfile.REGTYPE, b"\xff", "is not text in UTF-8; nothing was written"),
+    ],
+)
+def test_links_folders_and_other_bytes_are_refused_in_one_line(
+    tmp_path: Path, kind: bytes, content: bytes, message: str
+) -> None:
+    with tarfile.open(tmp_path / "a.tar.xz", "w:xz") as target:
+        entry = tarfile.TarInfo("runs/a/summary.json")
+        entry.type, entry.linkname, entry.size = kind, "../../secret", len(content)
+        target.addfile(entry, io.BytesIO(content))
+    refused = call(tmp_path, "unpack", "a.tar.xz")
+    assert refused.returncode == 1
+    assert message in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ class Run:
     def __init__(self, folder: str | Path) -> None:
         """Open a run's folder; RunError if it is none."""
         self._folder = RunFolder.open(Path(folder))
+        self._tokenizer: Any = None
 
     def __repr__(self) -> str:
         """Name method and folder."""
@@ -114,14 +115,14 @@ class Run:
         self, client: str, variant: str | None = None, base: str | None = None, device: str = "auto"
     ) -> "PeftModel":
         """Return a client's personal model in eval mode; see `fedamole.load_personal_model`."""
-        return self._load(client, variant, base, device)[0]
+        model, self._tokenizer = load_personal_model(self.path, client, variant=variant, base=base, device=device)
+        return model
 
     def tokenizer(self, client: str) -> "PreTrainedTokenizerBase":
-        """Return the tokenizer of the run's base."""
-        return self._load(client, None, None, "cpu")[1]
-
-    def _load(self, client: str, variant: str | None, base: str | None, device: str) -> tuple[Any, Any]:
-        return load_personal_model(self.path, client, variant=variant, base=base, device=device)
+        """Return the tokenizer of the run's base. Loads the client's model, unless one was loaded before."""
+        if self._tokenizer is None:
+            self.model(client, device="cpu")
+        return self._tokenizer
 
     def report(self) -> Report:
         """Return the HTML report on this run, which a notebook shows."""

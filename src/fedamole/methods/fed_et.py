@@ -32,10 +32,8 @@ from typing_extensions import override
 from fedamole.data.tokens import TokenRow
 from fedamole.errors import ConfigError
 from fedamole.federation.distillation import Distillation
-from fedamole.federation.method import Client, ClientInfo, Server, TrainingRequest, TrainingResult
+from fedamole.federation.method import ClientInfo, Server, TrainingRequest
 from fedamole.federation.randomness import numpy_generator, torch_generator
-from fedamole.federation.record import Nothing
-from fedamole.methods.flexlora import rank_of
 from fedamole.methods.shared.averaging import SharedTensors, mean_by_key
 from fedamole.methods.shared.checks import check_at_least
 from fedamole.methods.shared.ensemble import (
@@ -46,7 +44,7 @@ from fedamole.methods.shared.ensemble import (
     ordered_rows,
     prompt_classes,
 )
-from fedamole.methods.shared.ranks import RankedMethod
+from fedamole.methods.shared.ranks import RankedLoraMethod, rank_of
 from fedamole.model.batch import Ids, TokenPair
 from fedamole.model.params import Adapter, Tensors, new_shared
 from fedamole.synthesis.rows import ExtraRows, SoftLabels
@@ -65,7 +63,7 @@ class EnsembleState:
 
 
 @dataclass(frozen=True)
-class FedEt(RankedMethod[EnsembleState, SharedTensors, Nothing, SharedTensors]):
+class FedEt(RankedLoraMethod[EnsembleState]):
     """One LoRA per rank, and a larger model at the server that learns from all clients' models and teaches them."""
 
     ranks: tuple[int, ...] = ()
@@ -167,17 +165,6 @@ class FedEt(RankedMethod[EnsembleState, SharedTensors, Nothing, SharedTensors]):
         soft = SoftLabels(classes.ids.unsqueeze(1), agreed.dissent.unsqueeze(1))
         term = Distillation(self.diversity_weight / (1 + self.diversity_weight))
         return TrainingRequest(adapter, extra=ExtraRows(rows, soft=soft), own_rows=False, distillation=term)
-
-    # client
-    @override
-    def adapter(self, client: Client, client_state: Nothing, message: SharedTensors) -> Adapter:
-        return Adapter(self.spec_of(rank_of(message.tensors)), message.tensors)
-
-    @override
-    def reply(
-        self, client: Client, client_state: Nothing, message: SharedTensors, trained: TrainingResult
-    ) -> tuple[Nothing, SharedTensors]:
-        return client_state, SharedTensors(trained.adapter.tensors)
 
 
 def labelled(prompts: Sequence[Ids], classes: PromptClasses, labels: Tensor) -> tuple[TokenPair, ...]:

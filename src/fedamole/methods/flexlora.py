@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import override
 
-from fedamole.federation.method import Client, ClientInfo, Server, TrainingResult, Weighting
+from fedamole.federation.method import ClientInfo, Server, Weighting
 from fedamole.federation.randomness import torch_generator
-from fedamole.federation.record import Nothing
 from fedamole.methods.shared.averaging import SharedTensors
-from fedamole.methods.shared.ranks import RankedMethod
+from fedamole.methods.shared.ranks import RankedLoraMethod
 from fedamole.methods.shared.stacks import stacked, truncated
-from fedamole.model.params import Adapter, new_shared, shared_keys
+from fedamole.model.params import new_shared, shared_keys
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class RankedLora:
 
 
 @dataclass(frozen=True)
-class FlexLora(RankedMethod[RankedLora, SharedTensors, Nothing, SharedTensors]):
+class FlexLora(RankedLoraMethod[RankedLora]):
     """One global change of the base, sent to each client at its own rank."""
 
     ranks: tuple[int, ...] = ()
@@ -69,17 +68,6 @@ class FlexLora(RankedMethod[RankedLora, SharedTensors, Nothing, SharedTensors]):
             tensors[keys[0]], tensors[keys[1]] = truncated(a, b, max(state.ranks.values()))
         return RankedLora(tensors, state.ranks)
 
-    # client
-    @override
-    def adapter(self, client: Client, client_state: Nothing, message: SharedTensors) -> Adapter:
-        return Adapter(self.spec_of(rank_of(message.tensors)), message.tensors)
-
-    @override
-    def reply(
-        self, client: Client, client_state: Nothing, message: SharedTensors, trained: TrainingResult
-    ) -> tuple[Nothing, SharedTensors]:
-        return client_state, SharedTensors(trained.adapter.tensors)
-
 
 def cut(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     """Return the first ranks of a LoRA: rows of A, columns of B."""
@@ -87,8 +75,3 @@ def cut(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
         name: (tensor[:rank] if name.endswith("/A") else tensor[:, :rank]).contiguous()
         for name, tensor in tensors.items()
     }
-
-
-def rank_of(tensors: Mapping[str, Tensor]) -> int:
-    """Return the rank of a LoRA."""
-    return next(len(tensor) for name, tensor in tensors.items() if name.endswith("/A"))

@@ -24,14 +24,14 @@ from fedamole.federation.method import Client, ClientInfo, Server, TrainingReque
 from fedamole.federation.penalties import TailNorm
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
-from fedamole.methods.flexlora import RankedLora, cut, rank_of
+from fedamole.methods.flexlora import RankedLora, cut
 from fedamole.methods.shared.averaging import SharedTensors
-from fedamole.methods.shared.ranks import RankedMethod
+from fedamole.methods.shared.ranks import RankedLoraMethod, rank_of
 from fedamole.model.params import Adapter, new_shared, shared_keys
 
 
 @dataclass(frozen=True)
-class HetLora(RankedMethod[RankedLora, SharedTensors, Nothing, SharedTensors]):
+class HetLora(RankedLoraMethod[RankedLora]):
     """One global LoRA at ranks that clients prune themselves."""
 
     ranks: tuple[int, ...] = ()
@@ -88,10 +88,6 @@ class HetLora(RankedMethod[RankedLora, SharedTensors, Nothing, SharedTensors]):
 
     # client
     @override
-    def adapter(self, client: Client, client_state: Nothing, message: SharedTensors) -> Adapter:
-        return Adapter(self.spec_of(rank_of(message.tensors)), message.tensors)
-
-    @override
     def update(
         self, client: Client, client_state: Nothing, message: SharedTensors
     ) -> Generator[TrainingRequest, TrainingResult, tuple[Nothing, SharedTensors, TrainingResult]]:
@@ -104,12 +100,6 @@ class HetLora(RankedMethod[RankedLora, SharedTensors, Nothing, SharedTensors]):
             tensors = cut(tensors, tail)
         pruned = replace(trained, adapter=Adapter(self.spec_of(rank_of(tensors)), tensors))
         return (*self.reply(client, client_state, message, pruned), pruned)
-
-    @override
-    def reply(
-        self, client: Client, client_state: Nothing, message: SharedTensors, trained: TrainingResult
-    ) -> tuple[Nothing, SharedTensors]:
-        return client_state, SharedTensors(trained.adapter.tensors)
 
 
 def tail_norm(tensors: Mapping[str, Tensor], modules: Mapping[str, object], first: int) -> float:

@@ -2,8 +2,8 @@
 
 A step samples each of n examples with probability q (a Poisson sample), sums their clipped gradients, and adds Gaussian
 noise with standard deviation noise * clip. Neighbouring data sets differ in one example, which contributes nothing in
-one of them. With q < 1 epsilon is computed from the privacy loss distribution (PLD) by `dp_accounting`, which rounds it
-up. With q = 1 it is exact: Balle and Wang, "Improving the Gaussian Mechanism for Differential Privacy", ICML 2018,
+one of them. `dp_accounting` computes epsilon: with q < 1 from the privacy loss distribution (PLD), rounded up, and with
+q = 1 exactly: Balle and Wang, "Improving the Gaussian Mechanism for Differential Privacy", ICML 2018,
 https://arxiv.org/abs/1805.06530, theorem 8, for sensitivity 1 and standard deviation 1 / sqrt(sum of steps / noise^2).
 """
 
@@ -12,9 +12,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-
-from scipy.optimize import brentq
-from scipy.special import log_ndtr
 
 PRECISION = 1e-3
 """Interval by which the PLD is discretised, and relative precision of `noise_for`."""
@@ -62,15 +59,9 @@ def _epsilon(releases: tuple[tuple[float, float, int], ...], delta: float) -> fl
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
     """Return epsilon at `delta` of a Gaussian mechanism with sensitivity / standard deviation `mu`."""
+    from dp_accounting import get_epsilon_gaussian
 
-    def excess(epsilon: float) -> float:
-        first, second = log_ndtr(mu / 2 - epsilon / mu), epsilon + log_ndtr(-mu / 2 - epsilon / mu)
-        return math.exp(first) - math.exp(min(second, 0.0)) - delta
-
-    if excess(0.0) <= 0:
-        return 0.0
-    upper = mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / delta)) + 1
-    return float(brentq(excess, 0.0, upper, xtol=1e-12))
+    return float(get_epsilon_gaussian(1 / mu, delta))
 
 
 @lru_cache(maxsize=4096)

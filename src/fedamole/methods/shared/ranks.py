@@ -1,14 +1,18 @@
 """Base class of methods whose clients have LoRAs of different ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
 from typing_extensions import override
 
 from fedamole.errors import ConfigError
-from fedamole.federation.method import ClientInfo, D, K, S, U
+from fedamole.federation.method import Client, ClientInfo, D, K, S, TrainingResult, U
+from fedamole.federation.record import Nothing
+from fedamole.methods.shared.averaging import SharedTensors
 from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.amole import AdapterSpec
+from fedamole.model.params import Adapter
 
 
 @dataclass(frozen=True)
@@ -35,3 +39,23 @@ class RankedMethod(LoraMethod[S, D, K, U]):
     def half_once_twice(self) -> tuple[int, ...]:
         """Return the default ranks: half, once and twice `rank`."""
         return max(1, self.rank // 2), self.rank, 2 * self.rank
+
+
+@dataclass(frozen=True)
+class RankedLoraMethod(RankedMethod[S, SharedTensors, Nothing, SharedTensors]):
+    """A ranked method whose clients train the LoRA that they are sent, at its rank, and send it back."""
+
+    @override
+    def adapter(self, client: Client, client_state: Nothing, message: SharedTensors) -> Adapter:
+        return Adapter(self.spec_of(rank_of(message.tensors)), message.tensors)
+
+    @override
+    def reply(
+        self, client: Client, client_state: Nothing, message: SharedTensors, trained: TrainingResult
+    ) -> tuple[Nothing, SharedTensors]:
+        return client_state, SharedTensors(trained.adapter.tensors)
+
+
+def rank_of(tensors: Mapping[str, Tensor]) -> int:
+    """Return the rank of a LoRA."""
+    return next(len(tensor) for name, tensor in tensors.items() if name.endswith("/A"))
