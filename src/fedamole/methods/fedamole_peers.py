@@ -8,11 +8,10 @@ As in FedAMoLE, the data decide which client holds which expert, and the experts
       averaged over the modules. A client sends nothing for it that it does not send anyway.
     - There is no always-on expert that is averaged over all clients. A part of the rank can be private instead
       (`private_share`): it is trained with the expert, as one LoRA, and never leaves the client.
-    - A client's model is scored after the aggregation.
+    - A client's model is scored after the aggregation. It is the mean, or the client's own expert (see `max_excess`).
 
 One round:
-    1. The server sends each selected client the mean of the experts that have chosen it, with that of its own home. The
-       most similar one and its own have the same weight, and less similar ones less.
+    1. The server sends each client the mean of its own expert and those that chose it; less similar ones count less.
     2. The client trains it together with its private part, and sends it back as the expert of its home.
     3. The server compares the first changes of new clients with those of all others, and the experts choose again.
 """
@@ -35,10 +34,12 @@ from fedamole.methods.shared.lora import LoraMethod
 from fedamole.methods.shared.similarity import similarities
 from fedamole.model.params import Adapter, Shapes, Tensors, new_shared
 
-MEMORY = 0.5
-"""Share of the earlier comparisons that a client keeps when it compares again."""
-MAX_LOSS = 20.0
-"""Larger losses count as this one, in nats, and NaN too: equal guesses have a lower one. So no `excess` is above 40."""
+MEMORY = 0.75
+"""Weight of the earlier comparisons in `excess`: right after an average the loss is often higher, and later lower."""
+CONFIDENCE = 2.0
+"""Standard errors that are subtracted from the difference of two losses before it counts."""
+MAX_EXCESS = 1.0
+"""Largest difference that counts, in nats, so that a client forgets one bad mean after some rounds."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class OwnParts:
     expert: Mapping[str, Tensor]
     """The client's own expert; empty before its first round."""
     excess: float
-    """Running sum of the loss with the mean minus that with the own expert, in nats."""
+    """Moving average of the loss with the mean minus that with the own expert, as far as it is certain, in nats."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
     min_group: int = 2
     """Smallest number of experts in a mean; a client chosen by fewer gets its own alone. 3 in a deployment. In a mean,
     the min_group - 1 heaviest experts of other clients have equal weights."""
-    max_excess: float = 0.0
-    """The client uses its own expert while its `excess` is above this, in nats; from 40 on it always uses the mean."""
+    max_excess: float = 0.075
+    """The client uses its own expert while its `excess` is above this, in nats; with 1 it always uses the mean."""
     probe_examples: int = 64
     """Largest number of examples on which a client compares the two."""
     weighting: Weighting = "uniform"
@@ -206,12 +207,11 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
         """Return the client's `excess` after a comparison of the message with its own expert."""
         own = client_state.expert
         same = all(torch.equal(own[key], value) for key, value in message.tensors.items()) if own else True
-        if same or self.max_excess >= 2 * MAX_LOSS:
+        if same or self.max_excess >= MAX_EXCESS:
             return 0.0
-        with_mean, with_own = client.probe.losses(self._adapters(client_state, message), self.probe_examples)
-        # The loss of a hostile mean may be NaN, which is above no limit, or infinite, which outweighs all later ones.
-        with_mean, with_own = (loss if loss < MAX_LOSS else MAX_LOSS for loss in (with_mean, with_own))
-        return MEMORY * client_state.excess + with_mean - with_own
+        difference, error = client.probe.loss_difference(*self._adapters(client_state, message), self.probe_examples)
+        certain = difference - CONFIDENCE * error if math.isfinite(error) else difference
+        return MEMORY * client_state.excess + (1 - MEMORY) * min(max(certain, -MAX_EXCESS), MAX_EXCESS)
 
     def _adapters(self, client_state: OwnParts, message: PeerExpert) -> list[Adapter]:
         """Return the LoRAs with the message and with the client's own expert, if it has one."""
