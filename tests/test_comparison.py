@@ -273,7 +273,7 @@ def test_the_rate_is_chosen_on_validation_and_its_run_used(write: Write, tmp_pat
     assert recorder.started == [(3, 0), (0, 1)], "the first seed's trial is the grid's run"
     comparison = load_comparison(path)
     [arm] = comparison.arms
-    losses = {rate: best_validation_loss(trial.path, "fedit") for rate, trial in comparison.grid_trials(arm).items()}
+    losses = {rate: best_validation_loss(trial.path, "fedit") for rate, [trial] in comparison.grid_trials(arm).items()}
     assert losses[1e-2] < losses[1e-6]
     assert losses[1e12] == math.inf, "every update diverged, so the untrained base was scored"
     assert comparison.chosen(arm) == {"fedit": (1e-2, False), "fedit_ft": (1e-2, False)}
@@ -281,7 +281,7 @@ def test_the_rate_is_chosen_on_validation_and_its_run_used(write: Write, tmp_pat
     assert scenario.methods["fedit"][0].learning_rate == 1e-2
     assert not scenario.methods["fedit"][0].at_edge
     # Let the other rate be better for fedit_ft alone: then each method has a run of its own, at its own rate.
-    metrics = comparison.grid_trials(arm)[1e-6].path / "metrics.jsonl"
+    metrics = comparison.grid_trials(arm)[1e-6][0].path / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     lines = [line | {"loss": 0.1} if line.get("method") == "fedit_ft" else line for line in lines]
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -183,6 +183,29 @@ def test_rates_at_which_a_run_diverges_are_infinitely_bad(write: Write, monkeypa
     assert comparison.chosen(comparison.arms[0]) == {"fedit": (3.16e-3, False)}
 
 
+def test_a_search_over_several_seeds_takes_the_lowest_mean_loss(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With seed 0 alone 0.1 is the best rate; with seed 1 it is much worse. The chosen rate's runs are used again."""
+
+    def loss(trial: Trial, variant: str) -> float:
+        rate = trial.config.training.learning_rate
+        return 1.0 if rate == 0.1 and trial.seed == 1 else abs(math.log10(rate / 0.1)) / 10
+
+    fake = FakeRuns(loss)
+    monkeypatch.setattr(run, "run_trials", fake)
+    path = write(["fedit"], learning_rates=FIVE, seeds=[0, 1, 2], search_seeds=2, widen=1)
+    run_comparison(load_comparison(path), TrialListener())
+    comparison = load_comparison(path)
+    [arm] = comparison.arms
+    assert comparison.chosen(arm) == {"fedit": (3.16e-2, False)}
+    grid = [f"tiny/grid/fedit-lr{rate!r}{seed}" for rate in FIVE for seed in ("", "-s1")]
+    assert fake.names == [*grid, "tiny/fedit-s2"]
+    first, second, third = comparison.trials(arm)
+    assert [trial.config.training.learning_rate for trial in (first, second, third)] == [3.16e-2] * 3
+    assert (second.path / "run.json").exists()
+    alone = load_comparison(write(["fedit"], learning_rates=FIVE, seeds=[0, 1, 2], widen=0))
+    assert alone.chosen(alone.arms[0]) == {"fedit": (0.1, True)}
+
+
 def test_where_all_rates_diverge_lower_ones_are_tried() -> None:
     tried = widened([0.1, 1.0], 2, lambda rates: [chosen(dict.fromkeys(rates, math.inf)).rate])
     assert tried == pytest.approx([1e-3, 1e-2, 0.1, 1.0])
@@ -307,6 +330,8 @@ def small_setting(method: str) -> str:
     [
         ({"learning_rates": [0.0, 1.0]}, "learning_rates: 0 must be above 0"),
         ({"widen": -1}, "widen = -1: must be at least 0"),
+        ({"search_seeds": 0}, "search_seeds = 0: must be from 1 to the number of seeds, which is 1"),
+        ({"search_seeds": 2}, "search_seeds = 2: must be from 1"),
         ({"reference": "ditto-paper"}, "reference = 'ditto-paper' is not one of methods; did you mean 'ditto'"),
     ],
 )

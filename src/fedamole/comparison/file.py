@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from fedamole.comparison import learning_rates
@@ -37,8 +38,9 @@ class Comparison:
         """The method whose gain over every other method is tested."""
         return self.settings.reference or self.settings.methods[0]
 
-    def grid_trials(self, arm: Arm) -> dict[float, Trial]:
-        """Return the trials of an arm's grid search over learning rates, by rate; empty without `learning_rates`.
+    def grid_trials(self, arm: Arm) -> dict[float, list[Trial]]:
+        """Return the trials of an arm's grid search by learning rate, one per seed of the search; empty without
+        `learning_rates`.
 
         If the best rate of a method of the arm is at an edge of the grid, the next rate beyond the edge is added. This
         is computed from the files of the finished trials each time, so an interrupted comparison continues where it
@@ -46,19 +48,23 @@ class Comparison:
         """
         return self._grid_search(arm)[0]
 
-    def _grid_search(self, arm: Arm) -> tuple[dict[float, Trial], dict[str, dict[float, float]]]:
-        """Return the grid's trials by rate, and the validation losses of finished ones by method and rate."""
-        trials: dict[float, Trial] = {}
+    def _grid_search(self, arm: Arm) -> tuple[dict[float, list[Trial]], dict[str, dict[float, float]]]:
+        """Return the grid's trials by rate, and the mean validation losses of finished rates by method and rate."""
+        first, *others = self.settings.seeds[: self.settings.search_seeds]
+        trials: dict[float, list[Trial]] = {}
         losses: dict[str, dict[float, float]] = {label: {} for label in arm.variants}
 
         def best(rates: Sequence[float]) -> list[float]:
             for rate in rates:
                 if rate not in trials:
-                    trials[rate] = self._trial(arm, f"grid/{arm.name}-lr{rate!r}", arm.variants, rate)
-            for rate, trial in trials.items():
+                    name = f"grid/{arm.name}-lr{rate!r}"
+                    names = {first: name, **{seed: f"{name}-s{seed}" for seed in others}}
+                    trials[rate] = [self._trial(arm, name, arm.variants, rate, seed) for seed, name in names.items()]
+            for rate, of_seeds in trials.items():
                 for label, variant in arm.variants.items():
-                    if rate not in losses[label] and trial.state == "finished":
-                        losses[label][rate] = best_validation_loss(trial.path, variant)
+                    if rate not in losses[label] and all(trial.state == "finished" for trial in of_seeds):
+                        values = [best_validation_loss(trial.path, variant) for trial in of_seeds]
+                        losses[label][rate] = sum(values) / len(values)
             complete = all(len(by_rate) == len(rates) for by_rate in losses.values())
             return [learning_rates.chosen(by_rate).rate for by_rate in losses.values()] if complete else []
 
@@ -84,18 +90,15 @@ class Comparison:
     def chosen(self, arm: Arm) -> dict[str, Choice]:
         """Return the learning rate of each method of an arm; empty while its grid search is unfinished.
 
-        The rate with the lowest validation loss at the best round is chosen. A diverged run has an infinite loss. The
-        test split is not read.
+        The rate with the lowest mean validation loss at the best round is chosen. A diverged run has an infinite loss.
+        The test split is not read.
         """
         trials, losses = self._grid_search(arm)
         if not trials or any(len(by_rate) < len(trials) for by_rate in losses.values()):
             return {}
         return {label: learning_rates.chosen(by_rate) for label, by_rate in losses.items()}
 
-    def _trial(
-        self, arm: Arm, name: str, variants: Mapping[str, str], rate: float | None, seed: int | None = None
-    ) -> Trial:
-        seed = self.settings.seeds[0] if seed is None else seed
+    def _trial(self, arm: Arm, name: str, variants: Mapping[str, str], rate: float | None, seed: int) -> Trial:
         path = self.folder / arm.scenario / name
         own: Table = {"run": {"seed": seed, "name": arm.name, "folder": str(path.resolve())}}
         if rate is not None:
@@ -106,7 +109,7 @@ class Comparison:
     def all_trials(self) -> Iterator[Trial]:
         """Yield every trial that is known so far, the grid search of each arm first."""
         for arm in self.arms:
-            yield from self.grid_trials(arm).values()
+            yield from chain.from_iterable(self.grid_trials(arm).values())
             yield from self.trials(arm)
 
     def results(self) -> list[TrialResult]:

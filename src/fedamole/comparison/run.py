@@ -1,6 +1,7 @@
 """Running a comparison: run its trials, check them against stored ones, count and list them."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from fedamole.comparison.budgets import SET_BY_PLANS, planned, size_of
@@ -29,7 +30,10 @@ def _run_comparison(comparison: Comparison, listener: TrialListener) -> list[Tri
     check_stored(comparison)
     workers, tried = comparison.settings.workers, set[str]()
     while trials := [
-        trial for arm in comparison.arms for trial in comparison.grid_trials(arm).values() if trial.name not in tried
+        trial
+        for arm in comparison.arms
+        for trial in chain.from_iterable(comparison.grid_trials(arm).values())
+        if trial.name not in tried
     ]:
         run_trials(trials, workers, listener)
         tried.update(trial.name for trial in trials)  # the next pass may add rates that widen the grids
@@ -59,13 +63,13 @@ def failures(comparison: Comparison) -> list[Trial]:
 
 
 def _reuse_grid(comparison: Comparison) -> None:
-    """Copy the grid's run at the chosen learning rate to the first seed's trial, which has the same settings."""
-    first = comparison.settings.seeds[0]
+    """Copy the grid's runs at the chosen learning rates to the trials of these seeds, which have the same settings."""
     for arm in comparison.arms:
         grid, chosen = comparison.grid_trials(arm), comparison.chosen(arm)
         for trial in comparison.trials(arm):
-            if trial.seed == first:
-                reuse_run(trial, grid[chosen[next(iter(trial.variants))].rate].path)
+            for tried in grid[chosen[next(iter(trial.variants))].rate]:
+                if tried.seed == trial.seed:
+                    reuse_run(trial, tried.path)
 
 
 def preview(comparison: Comparison) -> list[dict[str, Any]]:
@@ -74,7 +78,7 @@ def preview(comparison: Comparison) -> list[dict[str, Any]]:
     check_stored(comparison)
     records: list[dict[str, Any]] = []
     for arm in comparison.arms:
-        trials = [*comparison.grid_trials(arm).values(), *comparison.trials(arm)]
+        trials = [*chain.from_iterable(comparison.grid_trials(arm).values()), *comparison.trials(arm)]
         records += [_record(trial.name, list(trial.variants), _action(trial), trial.config) for trial in trials]
         if comparison.settings.learning_rates and not comparison.chosen(arm):
             waiting = _record("", list(arm.variants), "wait for its learning rate", to_config(arm.tables))

@@ -37,8 +37,10 @@ class ComparisonSettings:
     overrides: tuple[str, ...] = ()
     """Settings for every trial, as on the command line; settings of a variant take precedence."""
     learning_rates: tuple[float, ...] = ()
-    """Learning rates to choose from, for each scenario and method, on validation with the first seed; default: the
-    rate of the scenario."""
+    """Learning rates to choose from, for each scenario and method, on validation; default: the rate of the scenario."""
+    search_seeds: int = 1
+    """Number of seeds, the first ones, with which each learning rate is tried. The rate with the lowest mean loss is
+    chosen; with several seeds, a rate at which one of them fails is not."""
     widen: int = 4
     """Maximum number of rates added on each side of learning_rates while the best rate is at an edge; 0: none."""
     folder: str = ""
@@ -59,5 +61,9 @@ class ComparisonSettings:
             raise ConfigError(f'bytes_of = {self.bytes_of!r} needs budget = "bytes"; set it or remove bytes_of')
         if wrong := [rate for rate in self.learning_rates if rate <= 0]:
             raise ConfigError(f"learning_rates: {wrong[0]:g} must be above 0")
+        if not 1 <= self.search_seeds <= len(self.seeds):
+            raise ConfigError(
+                f"search_seeds = {self.search_seeds}: must be from 1 to the number of seeds, which is {len(self.seeds)}"
+            )
         if self.widen < 0:
             raise ConfigError(f"widen = {self.widen}: must be at least 0 (rates to add on each side)")
