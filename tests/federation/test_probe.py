@@ -138,7 +138,7 @@ def test_the_difference_of_two_losses_and_its_standard_error(bank: Bank) -> None
     """By hand from one forward pass per example; two examples are equal, and one is longer than a batch."""
     rows = [EXAMPLES[2], EXAMPLES[0], TokenRow((4,) * 20, (6, 2), ()), EXAMPLES[1], EXAMPLES[0]]
     first, second, probe = lora(bank, 0), lora(bank, 1, rank=3), probe_of(bank, rows)
-    result = probe.loss_difference(first, second, 64)
+    result = probe.loss_difference([first, second], 64)
     sizes = torch.tensor([len(row.answer) for row in rows], dtype=torch.float64)
     summed = [
         torch.stack([-log_probability(bank, adapter, row.prompt, row.answer).sum() for row in rows])
@@ -155,8 +155,8 @@ def test_the_difference_of_two_losses_and_its_standard_error(bank: Bank) -> None
 
 def test_one_example_has_no_standard_error_and_no_example_no_difference(bank: Bank) -> None:
     first, second = lora(bank, 0), lora(bank, 1)
-    assert probe_of(bank, EXAMPLES[:1]).loss_difference(first, second, 64).standard_error == math.inf
-    assert probe_of(bank, []).loss_difference(first, second, 64) == (0.0, math.inf)
+    assert probe_of(bank, EXAMPLES[:1]).loss_difference([first, second], 64).standard_error == math.inf
+    assert probe_of(bank, []).loss_difference([first, second], 64) == (0.0, math.inf)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -164,7 +164,7 @@ def test_a_ruined_adapter_has_a_large_but_finite_loss(bank: Bank, value: float) 
     good, bad = lora(bank, 0), lora(bank, 1)
     key = next(key for key in bad.tensors if key.endswith("v_proj/shared/B"))
     bad = replace(bad, tensors={**bad.tensors, key: torch.full_like(bad.tensors[key], value)})
-    mean, error = probe_of(bank).loss_difference(bad, good, 64)
+    mean, error = probe_of(bank).loss_difference([bad, good], 64)
     assert mean == pytest.approx(MAX_LOSS - probe_of(bank).losses([good], 64)[0])
     assert math.isfinite(error)
 

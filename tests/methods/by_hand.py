@@ -23,7 +23,7 @@ class FixedProbe(DryProbe):
         assert len(adapters) == len(self.fixed_losses)
         return list(self.fixed_losses)
 
-    def loss_difference(self, first: Adapter, second: Adapter, max_examples: int) -> LossDifference:
+    def loss_difference(self, adapters: Sequence[Adapter], max_examples: int) -> LossDifference:
         """That of the first two losses; a third one is its standard error, which is else infinite."""
         with_first, with_second, *error = self.fixed_losses
         return LossDifference(with_first - with_second, error[0] if error else math.inf)

@@ -21,7 +21,7 @@ def standard_error(first: Sequence[float], second: Sequence[float], tokens: Sequ
     count, total = len(tokens), sum(tokens)
     if count < 2:
         return math.inf
-    differences = [one - other for one, other in zip(first, second, strict=True)]
+    differences = [loss - other for loss, other in zip(first, second, strict=True)]
     mean = sum(differences) / total
     squares = sum((value - mean * size) ** 2 for value, size in zip(differences, tokens, strict=True))
     return math.sqrt(count / (count - 1) * squares) / total

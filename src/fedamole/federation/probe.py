@@ -54,8 +54,8 @@ class Probe(Protocol):
     def losses(self, adapters: Sequence[Adapter], max_examples: int) -> list[float]:
         """Return the mean loss per answer token, in nats, of each adapter on the same examples."""
 
-    def loss_difference(self, first: Adapter, second: Adapter, max_examples: int) -> LossDifference:
-        """Return the mean loss of the first adapter minus that of the second one, and how certain it is.
+    def loss_difference(self, adapters: Sequence[Adapter], max_examples: int) -> LossDifference:
+        """Return the mean loss of the first of two adapters minus that of the second, and how certain it is.
 
         The examples are those of `losses`. A loss above `MAX_LOSS` per token counts as that, and so does NaN.
         """
@@ -152,12 +152,12 @@ class ClientProbe(Probe):
         return losses
 
     @override
-    def loss_difference(self, first: Adapter, second: Adapter, max_examples: int) -> LossDifference:
+    def loss_difference(self, adapters: Sequence[Adapter], max_examples: int) -> LossDifference:
         rows = self._draw(max_examples, "losses")
         sizes = [len(answer) for _, answer in rows]
         largest = MAX_LOSS * torch.tensor(sizes, dtype=torch.float64)
         losses = []
-        for adapter in (first, second):
+        for adapter in adapters:
             self.bank.load([adapter])
             self.counts.add(self.bank.prefixed([rows])[0])
             (summed,) = example_losses(self.bank, rows, self.batch_tokens)
@@ -267,7 +267,7 @@ class DryProbe(Probe):
         return [0.0] * len(adapters)
 
     @override
-    def loss_difference(self, first: Adapter, second: Adapter, max_examples: int) -> LossDifference:
+    def loss_difference(self, adapters: Sequence[Adapter], max_examples: int) -> LossDifference:
         return LossDifference(0.0, math.inf)
 
     @override

@@ -209,7 +209,7 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
         same = all(torch.equal(own[key], value) for key, value in message.tensors.items()) if own else True
         if same or self.max_excess >= MAX_EXCESS:
             return 0.0
-        difference, error = client.probe.loss_difference(*self._adapters(client_state, message), self.probe_examples)
+        difference, error = client.probe.loss_difference(self._adapters(client_state, message), self.probe_examples)
         certain = difference - CONFIDENCE * error if math.isfinite(error) else difference
         return MEMORY * client_state.excess + (1 - MEMORY) * min(max(certain, -MAX_EXCESS), MAX_EXCESS)
 
