@@ -114,8 +114,8 @@ def test_a_key_that_was_renamed_and_has_other_values(
     fallback: str, max_excess: float, runs: Any, tmp_path: Path
 ) -> None:
     stored, config = (runs("fedamole_peers") / "config.toml").read_text(), tmp_path / "old.toml"
-    assert "max_excess = 0.075" in stored
-    config.write_text(stored.replace("max_excess = 0.075", f"fallback = {fallback}"))
+    assert "max_excess = 0.1" in stored
+    config.write_text(stored.replace("max_excess = 0.1", f"fallback = {fallback}"))
     error = "method.fallback is now called method.max_excess: rename it, 0.0 for true, 40.0 for false"
     with pytest.raises(ConfigError, match=re.escape(error)):
         load_config(config)

@@ -1,8 +1,6 @@
 """Which examples a probe reads, how they are counted, and what it returns."""
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from torch import Tensor
 
 from fedamole.data.tokens import TokenRow
 from fedamole.errors import ConfigError
-from fedamole.federation.probe import MAX_LOSS, ClientProbe, DryProbe, ProbeCounts, count_tokens, draw_examples
+from fedamole.federation.probe import ClientProbe, DryProbe, ProbeCounts, count_tokens, draw_examples
 from fedamole.model import moments
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
@@ -132,41 +130,6 @@ def test_losses_are_means_over_answer_tokens(bank: Bank) -> None:
         assert loss == pytest.approx(-float(tokens.mean()), abs=1e-5)
     assert len(set(losses)) == 3
     assert (probe.counts.examples, probe.counts.tokens) == (9, 3 * TOKENS)
-
-
-def test_the_difference_of_two_losses_and_its_standard_error(bank: Bank) -> None:
-    """By hand from one forward pass per example; two examples are equal, and one is longer than a batch."""
-    rows = [EXAMPLES[2], EXAMPLES[0], TokenRow((4,) * 20, (6, 2), ()), EXAMPLES[1], EXAMPLES[0]]
-    first, second, probe = lora(bank, 0), lora(bank, 1, rank=3), probe_of(bank, rows)
-    result = probe.loss_difference([first, second], 64)
-    sizes = torch.tensor([len(row.answer) for row in rows], dtype=torch.float64)
-    summed = [
-        torch.stack([-log_probability(bank, adapter, row.prompt, row.answer).sum() for row in rows])
-        for adapter in (first, second)
-    ]
-    differences = summed[0] - summed[1]
-    mean = differences.sum() / sizes.sum()
-    error = ((differences - mean * sizes) ** 2).sum().mul(5 / 4).sqrt() / sizes.sum()
-    assert result.mean == pytest.approx(float(mean), abs=1e-5)
-    assert result.standard_error == pytest.approx(float(error), rel=1e-3)
-    assert probe.counts.examples == 10
-    assert probe.counts.tokens == 2 * sum(len(row.prompt) + len(row.answer) for row in rows)
-
-
-def test_one_example_has_no_standard_error_and_no_example_no_difference(bank: Bank) -> None:
-    first, second = lora(bank, 0), lora(bank, 1)
-    assert probe_of(bank, EXAMPLES[:1]).loss_difference([first, second], 64).standard_error == math.inf
-    assert probe_of(bank, []).loss_difference([first, second], 64) == (0.0, math.inf)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_ruined_adapter_has_a_large_but_finite_loss(bank: Bank, value: float) -> None:
-    good, bad = lora(bank, 0), lora(bank, 1)
-    key = next(key for key in bad.tensors if key.endswith("v_proj/shared/B"))
-    bad = replace(bad, tensors={**bad.tensors, key: torch.full_like(bad.tensors[key], value)})
-    mean, error = probe_of(bank).loss_difference([bad, good], 64)
-    assert mean == pytest.approx(MAX_LOSS - probe_of(bank).losses([good], 64)[0])
-    assert math.isfinite(error)
 
 
 def test_hidden_states_are_those_at_the_prompts_ends(bank: Bank) -> None:

@@ -1,6 +1,5 @@
 """A client whose training is told what it comes to, to work a method's numbers out by hand."""
 
-import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedamole.federation.method import BaseInfo, Client, ClientInfo, TrainingRequest, TrainingResult
-from fedamole.federation.probe import DryProbe, LossDifference, Probe
+from fedamole.federation.probe import DryProbe, Probe
 from fedamole.model.params import Adapter, Shapes
 
 
@@ -22,11 +21,6 @@ class FixedProbe(DryProbe):
     def losses(self, adapters: Sequence[Adapter], max_examples: int) -> list[float]:
         assert len(adapters) == len(self.fixed_losses)
         return list(self.fixed_losses)
-
-    def loss_difference(self, adapters: Sequence[Adapter], max_examples: int) -> LossDifference:
-        """That of the first two losses; a third one is its standard error, which is else infinite."""
-        with_first, with_second, *error = self.fixed_losses
-        return LossDifference(with_first - with_second, error[0] if error else math.inf)
 
     def hidden_states(self, adapter: Adapter, max_examples: int) -> Tensor:
         assert self.fixed_hidden is not None

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from fedamole.errors import RunError
-from fedamole.evaluation.paired import standard_error
 from fedamole.personal.choice_folder import write_choice
-from fedamole.personal.paired_losses import PairedErrors
+from fedamole.personal.paired_losses import PairedErrors, standard_error
 from fedamole.personal.saved_models import find_model, outside_reads, saved_models
 from fedamole.reporting.choosing import Candidate, Choice, choose, read_candidates
 

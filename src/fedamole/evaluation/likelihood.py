@@ -35,36 +35,6 @@ def mean_losses(bank: Bank, clients: Sequence[Sequence[TokenPair]], batch_tokens
     return means
 
 
-def example_losses(bank: Bank, rows: Sequence[TokenPair], batch_tokens: int) -> Tensor:
-    """Return the summed loss (C, N) of the answer of each of N examples under each of the C loaded adapters, in nats.
-
-    float64 on the CPU.
-    """
-    if not rows:
-        return torch.zeros(bank.clients, 0, dtype=torch.float64)
-    bank.select_clients(0, bank.clients)
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i][0]) + len(rows[i][1]), rows[i]))  # that of `batches`
-    clients = bank.prefixed([[rows[i] for i in order]] * bank.clients)
-    parts: list[list[Tensor]] = [[] for _ in clients]
-    read = [0] * len(clients)
-    with torch.no_grad():
-        for batch in batches(clients, bank.base.pad_id, bank.packs, batch_tokens, bank.base.device):
-            lengths = []
-            for client, prompts in enumerate(batch.prompts):
-                pairs = clients[client][read[client] : read[client] + len(prompts)]
-                lengths.append([len(prompt) + len(answer) - max(len(prompt), 1) for prompt, answer in pairs])
-                read[client] += len(prompts)
-            with bank.forward(batch) as logits:
-                losses = token_losses(logits, batch.labels).double().cpu()
-            sums = segment_sum(losses, Segments(tuple(length for client in lengths for length in client)))
-            for part, values in zip(parts, sums.split([len(client) for client in lengths]), strict=True):
-                part.append(values)
-    sorted_losses = torch.stack([torch.cat(part) for part in parts])
-    result = torch.empty_like(sorted_losses)
-    result[:, order] = sorted_losses
-    return result
-
-
 def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Group indices by similar length, so that each group, padded, has at most `batch_tokens` tokens.
 

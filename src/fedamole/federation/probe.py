@@ -1,6 +1,5 @@
 """Forward passes without training on examples that a client sets aside: its embedding split."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
@@ -11,8 +10,7 @@ from typing_extensions import override
 
 from fedamole.data.tokens import TokenRow
 from fedamole.errors import ConfigError
-from fedamole.evaluation.likelihood import example_losses, mean_losses, option_losses
-from fedamole.evaluation.paired import standard_error
+from fedamole.evaluation.likelihood import mean_losses, option_losses
 from fedamole.federation.randomness import numpy_generator
 from fedamole.model.bank import Bank
 from fedamole.model.batch import Ids, TokenPair, batches
@@ -24,24 +22,12 @@ from fedamole.model.steering import example_states
 T = TypeVar("T")
 
 
-MAX_LOSS = 20.0
-"""Largest loss per answer token that counts in `Probe.loss_difference`, in nats. Equal guesses have a lower one."""
-
-
 class InputMoments(NamedTuple):
     """Second moments of one module's inputs."""
 
     mean: Tensor
     """Mean of x x^T over the tokens, (d_in, d_in), float32 on the CPU."""
     tokens: int
-
-
-class LossDifference(NamedTuple):
-    """Difference of two adapters' mean losses on the same examples, in nats per answer token."""
-
-    mean: float
-    standard_error: float
-    """Infinite for fewer than two examples."""
 
 
 class Probe(Protocol):
@@ -53,12 +39,6 @@ class Probe(Protocol):
 
     def losses(self, adapters: Sequence[Adapter], max_examples: int) -> list[float]:
         """Return the mean loss per answer token, in nats, of each adapter on the same examples."""
-
-    def loss_difference(self, adapters: Sequence[Adapter], max_examples: int) -> LossDifference:
-        """Return the mean loss of the first of two adapters minus that of the second, and how certain it is.
-
-        The examples are those of `losses`. A loss above `MAX_LOSS` per token counts as that, and so does NaN.
-        """
 
     def hidden_states(self, adapter: Adapter, max_examples: int) -> Tensor:
         """Return the last hidden states (S, d) at the ends of S prompts, float32 on the CPU.
@@ -150,20 +130,6 @@ class ClientProbe(Probe):
             for i, value in zip(indices, values, strict=True):
                 losses[i] = value
         return losses
-
-    @override
-    def loss_difference(self, adapters: Sequence[Adapter], max_examples: int) -> LossDifference:
-        rows = self._draw(max_examples, "losses")
-        sizes = [len(answer) for _, answer in rows]
-        largest = MAX_LOSS * torch.tensor(sizes, dtype=torch.float64)
-        losses = []
-        for adapter in adapters:
-            self.bank.load([adapter])
-            self.counts.add(self.bank.prefixed([rows])[0])
-            (summed,) = example_losses(self.bank, rows, self.batch_tokens)
-            losses.append(torch.where(summed < largest, summed, largest))
-        mean = float((losses[0] - losses[1]).sum()) / max(sum(sizes), 1)
-        return LossDifference(mean, standard_error(losses[0].tolist(), losses[1].tolist(), sizes))
 
     @override
     def hidden_states(self, adapter: Adapter, max_examples: int) -> Tensor:
@@ -265,10 +231,6 @@ class DryProbe(Probe):
     @override
     def losses(self, adapters: Sequence[Adapter], max_examples: int) -> list[float]:
         return [0.0] * len(adapters)
-
-    @override
-    def loss_difference(self, adapters: Sequence[Adapter], max_examples: int) -> LossDifference:
-        return LossDifference(0.0, math.inf)
 
     @override
     def hidden_states(self, adapter: Adapter, max_examples: int) -> Tensor:

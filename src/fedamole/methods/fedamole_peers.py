@@ -36,10 +36,10 @@ from fedamole.model.params import Adapter, Shapes, Tensors, new_shared
 
 MEMORY = 0.75
 """Weight of the earlier comparisons in `excess`: right after an average the loss is often higher, and later lower."""
-CONFIDENCE = 2.0
-"""Standard errors that are subtracted from the difference of two losses before it counts."""
 MAX_EXCESS = 1.0
 """Largest difference that counts, in nats, so that a client forgets one bad mean after some rounds."""
+MAX_LOSS = 20.0
+"""Larger losses count as this one, in nats: equal guesses have a lower one."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class OwnParts:
     expert: Mapping[str, Tensor]
     """The client's own expert; empty before its first round."""
     excess: float
-    """Moving average of the loss with the mean minus that with the own expert, as far as it is certain, in nats."""
+    """Moving average over the rounds of the loss with the mean minus that with the own expert, in nats."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
     min_group: int = 2
     """Smallest number of experts in a mean; a client chosen by fewer gets its own alone. 3 in a deployment. In a mean,
     the min_group - 1 heaviest experts of other clients have equal weights."""
-    max_excess: float = 0.075
+    max_excess: float = 0.1
     """The client uses its own expert while its `excess` is above this, in nats; with 1 it always uses the mean."""
     probe_examples: int = 64
     """Largest number of examples on which a client compares the two."""
@@ -209,9 +209,9 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
         same = all(torch.equal(own[key], value) for key, value in message.tensors.items()) if own else True
         if same or self.max_excess >= MAX_EXCESS:
             return 0.0
-        difference, error = client.probe.loss_difference(self._adapters(client_state, message), self.probe_examples)
-        certain = difference - CONFIDENCE * error if math.isfinite(error) else difference
-        return MEMORY * client_state.excess + (1 - MEMORY) * min(max(certain, -MAX_EXCESS), MAX_EXCESS)
+        with_mean, with_own = client.probe.losses(self._adapters(client_state, message), self.probe_examples)
+        difference = min(MAX_LOSS, with_mean) - min(MAX_LOSS, with_own)  # NaN counts as MAX_LOSS
+        return MEMORY * client_state.excess + (1 - MEMORY) * max(-MAX_EXCESS, min(difference, MAX_EXCESS))
 
     def _adapters(self, client_state: OwnParts, message: PeerExpert) -> list[Adapter]:
         """Return the LoRAs with the message and with the client's own expert, if it has one."""

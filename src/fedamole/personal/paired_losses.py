@@ -3,6 +3,7 @@
 Runs store only mean losses, so the saved models are scored again on the client's validation examples.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 from fedamole.config import Config
 from fedamole.data.tokens import TokenRow
 from fedamole.errors import RunError
-from fedamole.evaluation.paired import standard_error
 from fedamole.evaluation.personal import losses_of
 from fedamole.evaluation.preferences import dpo_losses, margins_of, pair_log_probabilities
 from fedamole.federation.client_data import client_data
@@ -18,6 +18,29 @@ from fedamole.model.bank import Bank
 from fedamole.personal.saved_models import SavedModel, client_shard, find_model, load_base_for, read_adapter
 from fedamole.reporting.choosing import Candidate
 from fedamole.runs.run_folder import RunFolder
+
+
+def standard_error(first: Sequence[float], second: Sequence[float], tokens: Sequence[int]) -> float:
+    """Return the standard error of the difference of two mean losses per answer token on the same examples.
+
+    The difference is a ratio: the sum of the examples' differences over the sum of their tokens. Its standard error is
+    that of the linearised ratio, for examples drawn at random (Cochran, Sampling Techniques, 3rd edition, chapter 6).
+
+    Args:
+        first: Summed loss of each example under one model, in nats.
+        second: The same under the other model.
+        tokens: Answer tokens of each example.
+
+    Returns:
+        The standard error in nats per answer token; infinite for fewer than two examples.
+    """
+    count, total = len(tokens), sum(tokens)
+    if count < 2:
+        return math.inf
+    differences = [one - other for one, other in zip(first, second, strict=True)]
+    mean = sum(differences) / total
+    squares = sum((value - mean * size) ** 2 for value, size in zip(differences, tokens, strict=True))
+    return math.sqrt(count / (count - 1) * squares) / total
 
 
 class PairedErrors:
