@@ -95,7 +95,8 @@ def _type_name(hint: Any) -> str:
     if origin is Literal:
         return ", ".join(f'`"{value}"`' for value in arguments)
     if origin is tuple:
-        return f"list of {ITEM_TYPES.get(arguments[0], 'tables')}"
+        item = str if get_origin(arguments[0]) is Literal else arguments[0]
+        return f"list of {ITEM_TYPES.get(item, 'tables')}"
     if origin is dict:
         return f"table of {ITEM_TYPES.get(arguments[1], 'tables')}"
     return TYPES.get(hint, "table")

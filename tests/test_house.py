@@ -29,6 +29,7 @@ FLOOR = {
     "config": 6,
     "reporting": 6,
     "planning": 7,
+    "tracking": 7,
     "experiment": 8,
     "personal": 9,
     "comparison": 10,
