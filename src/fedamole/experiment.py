@@ -366,7 +366,7 @@ def _before_aggregation(config: Config, clients: Sequence[str]) -> BeforeAggrega
 def _run(prepared: Prepared, folder: RunFolder, listener: ProgressListener) -> dict[str, Any]:
     config, base = prepared.config, prepared.base
     worker = worker_of(config, Bank(base), folder)
-    with folder.locked(), tracked(config, folder, listener) as listener:
+    with folder.locked(), folder.session(), tracked(config, folder, listener) as listener:
         engine = InProcess(worker, prepared.clients, listener, config.run.group)
         server = server_of(config, base, engine.clients, worker.bank, prepared.public, prepared.second)
         summary = loop_of(config, engine, server, folder, listener).run()

@@ -163,7 +163,7 @@ def coordinate(link: Link, path: Path, on_progress: OnProgress | None = None) ->
     bank, rows = Bank(base) if keeps_base else None, () if public is None else public.rows
     server, tables = server_of(config, base, (), bank, rows, second), shared_tables(config, base.identity)
     del base, bank
-    with folder.locked():
+    with folder.locked(), folder.session():
         listener = ProgressFile(folder, on_progress)
         handler = ProgressLogHandler(listener)
         logging.getLogger("fedamole").addHandler(handler)

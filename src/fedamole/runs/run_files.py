@@ -73,7 +73,26 @@ _about = record(
         "method": name,
         "base": _identity,
     },
-    {"kind": choice("simulation", "server", "client"), "base_model": text(4096), "server_base": _identity},
+    {
+        "kind": choice("simulation", "server", "client"),
+        "base_model": text(4096),
+        "server_base": _identity,
+        "started": text(30),
+        "sessions": listed(record({"started": text(30), "seconds": _amount, "command": text(4096)}), 100_000),
+        "commit": text(64),
+        "modified": boolean,
+        "versions": mapping(text(100), text(100)),
+        "hardware": record(
+            {},
+            {
+                "system": text(100),
+                "machine": text(100),
+                "cpus": whole(1),
+                "memory_gib": _amount,
+                "gpus": listed(text(200), 1000),
+            },
+        ),
+    },
 )
 _summary_row = record(
     {
