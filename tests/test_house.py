@@ -28,6 +28,7 @@ FLOOR = {
     "engine": 6,
     "config": 6,
     "reporting": 6,
+    "config_schema": 7,
     "planning": 7,
     "tracking": 7,
     "experiment": 8,

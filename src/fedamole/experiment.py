@@ -200,6 +200,7 @@ def start(config: Config, folder: Path, listener: ProgressListener) -> dict[str,
     """Run a config in a new folder and return the summary."""
     RunFolder(folder).refuse_existing()
     check_trackers(config)
+    listener.stage("loading the data and the base")
     prepared = prepare(resolved(config, folder.resolve()))
     config = prepared.config
     run = RunFolder.create(
@@ -233,6 +234,7 @@ def resume(path: Path, listener: ProgressListener, base: str | None = None) -> d
     config = load_run_config(folder)
     refuse_missing_base(config, path)
     check_trackers(config)
+    listener.stage("loading the data and the base")
     prepared = prepare(config, read_manifest(folder.place(MANIFEST)), folder.second_base)
     prepared.base.identity.check(Identity(**folder.about["base"]), f"the run in {path}")
     return _run(prepared, folder, listener)
