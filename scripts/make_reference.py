@@ -3,10 +3,7 @@
 Names, types and defaults are those of the dataclasses; the descriptions are the docstrings of their fields.
 """
 
-import ast
 import dataclasses
-import inspect
-import textwrap
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 from fedamole.comparison.settings import ComparisonSettings
 from fedamole.config import RunSettings
+from fedamole.config_schema import field_docstrings
 from fedamole.data.settings import DataSettings, PartitionSettings, PublicSettings, SourceSettings
 from fedamole.data.templates import TemplateSettings
 from fedamole.evaluation.personal import EvaluationSettings
@@ -57,28 +55,15 @@ class Key(NamedTuple):
 
 def keys_of(settings: type) -> list[Key]:
     """Return the keys of a settings dataclass; ValueError for a field without a docstring."""
-    hints, meanings = get_type_hints(settings), _field_docstrings(settings)
+    hints, meanings = get_type_hints(settings), field_docstrings(settings)
     keys = []
     for field in dataclasses.fields(settings):
         if field.name not in meanings:
             raise ValueError(f"{settings.__module__}.{settings.__qualname__}.{field.name} has no docstring")
-        keys.append(Key(f"`{field.name}`", _type_name(hints[field.name]), _default(field), meanings[field.name]))
+        keys.append(
+            Key(f"`{field.name}`", _type_name(hints[field.name]), _default(field), _as_cell(meanings[field.name]))
+        )
     return keys
-
-
-def _field_docstrings(settings: type) -> dict[str, str]:
-    """Return the docstring of each field of a class and its base classes, as the cell of a table."""
-    meanings: dict[str, str] = {}
-    for base in reversed(settings.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(definition, ast.ClassDef)
-        for statement, following in zip(definition.body, definition.body[1:], strict=False):
-            match statement, following:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    meanings[name] = _as_cell(text)
-    return meanings
 
 
 def _as_cell(text: str) -> str:
@@ -95,7 +80,8 @@ def _type_name(hint: Any) -> str:
     if origin is Literal:
         return ", ".join(f'`"{value}"`' for value in arguments)
     if origin is tuple:
-        return f"list of {ITEM_TYPES.get(arguments[0], 'tables')}"
+        item = str if get_origin(arguments[0]) is Literal else arguments[0]
+        return f"list of {ITEM_TYPES.get(item, 'tables')}"
     if origin is dict:
         return f"table of {ITEM_TYPES.get(arguments[1], 'tables')}"
     return TYPES.get(hint, "table")

@@ -315,9 +315,9 @@ def groups_are_formed(runs: Runs) -> bool:
     return groups(runs("local_only")) == {2} and groups(runs("local_only", "run.group=3")) == {3, 1}
 
 
-def tensorboard_is_written(runs: Runs) -> bool:
-    overrides = ("federation.rounds=1", "run.tensorboard=true")
-    return bool(files(runs("local_only", *overrides), "tensorboard/*")) and not files(
+def trackers_are_written(runs: Runs) -> bool:
+    overrides = ("federation.rounds=1", 'run.trackers=["tensorboard"]')
+    return bool(files(runs("local_only", *overrides), "tensorboard/events*")) and not files(
         runs("local_only"), "tensorboard/*"
     )
 
@@ -467,7 +467,7 @@ EFFECTS: dict[str, Callable[[Runs], bool]] = {
     "run.device": device_is_used,
     "run.threads": threads_are_set,
     "run.group": groups_are_formed,
-    "run.tensorboard": tensorboard_is_written,
+    "run.trackers": trackers_are_written,
     "base.model": model_is_loaded,
     "base.targets": targets_are_adapted,
     "base.dtype": dtype_is_used,

@@ -127,11 +127,12 @@ def test_runs_with_other_settings_are_refused(demo: Demo, tiny: Path, tmp_path: 
     write_configs(tmp_path, tiny, rounds=2)
     refused = demo("--seeds", 2)
     assert (refused.code, refused.out) == (5, "")
-    assert refused.err.startswith(
+    loading, error = refused.err.splitlines()
+    assert loading == "loading PyTorch"
+    assert error.startswith(
         "error: runs/demo/local_only: the stored run has federation.rounds = 1, but `fedamole demo` now has 2; "
         "nothing is overwritten"
     )
-    assert len(refused.err.splitlines()) == 1
     assert ids() == before
 
 

@@ -25,6 +25,7 @@ FILES = (
     "assignment.jsonl",
     "summary.json",
     "routing.json",
+    "trackers.json",
     "clients.json",
     "checkpoints/round-0000.json",
     "checkpoints/round-0001.json",
@@ -248,6 +249,7 @@ def complete(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     modules = {"model.layers.0.self_attn.q_proj": {"1": 0.25, "2": 0.75}}
     (run / "routing.json").write_text(json.dumps({"split": "validation", "clients": {"mood": modules}}))
     clients = {"mood": {"examples": {"train": 3}, "labels": {"glad": 2, "sad": 1}}}
+    (run / "trackers.json").write_text(json.dumps({"mlflow": {"step": 2, "id": "a1", "finished": True}}))
     (run / "clients.json").write_text(json.dumps(clients))
     return run
 

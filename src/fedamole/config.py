@@ -27,6 +27,7 @@ from fedamole.model.base import BaseSettings, is_path
 from fedamole.received.files import read_toml
 from fedamole.received.forms import MOST_WHOLE
 from fedamole.received.names import LONGEST_NAME, not_on_windows, quoted
+from fedamole.runs.renamed_keys import NEW_VALUES, RENAMED, with_new_names
 from fedamole.runs.run_folder import CONFIG, RunFolder
 
 Table = dict[str, Any]
@@ -49,8 +50,9 @@ class RunSettings:
     fastest."""
     group: int = 0
     """Number of clients that are trained and evaluated in lock-step; 0 = as many as fit into the free memory."""
-    tensorboard: bool = False
-    """Also write losses and scores for TensorBoard. Requires the extra `tensorboard` of this package."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Experiment trackers that receive hyper-parameters, losses, scores and the report: any of `tensorboard`, `wandb`,
+    `mlflow` and `trackio`. Their packages are not part of this one."""
 
     def __post_init__(self) -> None:
         """Check the name and the ranges of numbers."""
@@ -59,6 +61,8 @@ class RunSettings:
             raise ConfigError(f"run.group = {self.group}: must be at least 1, or 0 to fill the free memory")
         if not 0 <= self.threads <= 4096:
             raise ConfigError(f"run.threads = {self.threads}: must be 1 to 4096, or 0 for PyTorch's default")
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ConfigError(f"run.trackers = {list(self.trackers)}: a tracker is named twice; name it once")
 
 
 def check_run_name(name: str, key: str = "run.name") -> None:
@@ -136,10 +140,6 @@ class Config:
         return {"method": {"name": self.method_name, **plain(self.method)}, **tables}
 
 
-RENAMED = {"deployment": {"patience": "max_wait"}, "method": {"fallback": "max_excess"}}
-"""Old names of keys with their new ones, by table; only configs that earlier versions stored may have them."""
-NEW_VALUES = {"fallback": {True: 0.0, False: 40.0}}
-"""New values of renamed keys that have others than before, by old name and old value."""
 SECTIONS: dict[str, Any] = {
     "run": RunSettings,
     "base": BaseSettings,
@@ -262,27 +262,10 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, stored: bool = Fal
     """
     try:
         tables = read_tables(path)
-        return to_config(overridden(_with_new_names(tables) if stored else tables, overrides, Path.cwd()))
+        return to_config(overridden(with_new_names(tables) if stored else tables, overrides, Path.cwd()))
     except ConfigError as error:
         text = str(error)
         raise type(error)(text if str(path) in text else f"{path}: {text}") from error
-
-
-def _with_new_names(tables: Table) -> Table:
-    """Return tables with the new names and values of keys that were renamed."""
-    return {
-        section: dict(_renamed(section, key, value) for key, value in table.items())
-        if section in RENAMED and isinstance(table, dict)
-        else table
-        for section, table in tables.items()
-    }
-
-
-def _renamed(section: str, key: str, value: Any) -> tuple[str, Any]:
-    """Return the present name and value of a key that may have been renamed."""
-    if isinstance(value, bool) and key in RENAMED[section]:
-        value = NEW_VALUES.get(key, {}).get(value, value)
-    return RENAMED[section].get(key, key), value
 
 
 def load_run_config(folder: RunFolder) -> Config:

@@ -19,7 +19,7 @@ from fedamole.engine.in_process import InProcess
 from fedamole.errors import BaseModelError, ConfigError, RunError, require_extra
 from fedamole.federation.client_data import ClientData, client_data
 from fedamole.federation.engine import Engine
-from fedamole.federation.loop import Loop, MetricsSink
+from fedamole.federation.loop import Loop
 from fedamole.federation.method import BaseInfo, ClientInfo, Evaluates, Server
 from fedamole.federation.objective import check_objective
 from fedamole.federation.private_worker import PrivateWorker
@@ -45,9 +45,10 @@ from fedamole.planning import (
     planned_without_data,
 )
 from fedamole.reporting.card import write_cards
-from fedamole.reporting.tensorboard import TensorBoardSink
 from fedamole.runs.identity import Identity
 from fedamole.runs.run_folder import MANIFEST, RunFolder
+from fedamole.tracking.tracked import tracked
+from fedamole.tracking.trackers import check_trackers
 
 
 def variants_of(config: Config) -> dict[str, Evaluates]:
@@ -198,6 +199,8 @@ def check_length(config: Config, base: Base) -> None:
 def start(config: Config, folder: Path, listener: ProgressListener) -> dict[str, Any]:
     """Run a config in a new folder and return the summary."""
     RunFolder(folder).refuse_existing()
+    check_trackers(config)
+    listener.stage("loading the data and the base")
     prepared = prepare(resolved(config, folder.resolve()))
     config = prepared.config
     run = RunFolder.create(
@@ -230,6 +233,8 @@ def resume(path: Path, listener: ProgressListener, base: str | None = None) -> d
         return folder.read_json("summary.json")
     config = load_run_config(folder)
     refuse_missing_base(config, path)
+    check_trackers(config)
+    listener.stage("loading the data and the base")
     prepared = prepare(config, read_manifest(folder.place(MANIFEST)), folder.second_base)
     prepared.base.identity.check(Identity(**folder.about["base"]), f"the run in {path}")
     return _run(prepared, folder, listener)
@@ -326,7 +331,6 @@ def loop_of(
     server: Server,
     folder: RunFolder,
     listener: ProgressListener,
-    metrics_sink: MetricsSink | None = None,
 ) -> Loop:
     """Return the round loop of a config over an engine."""
     config = settled(config, engine.deployed)
@@ -345,7 +349,6 @@ def loop_of(
         select=evaluation.select,
         listener=listener,
         best_round=evaluation.best_round,
-        metrics_sink=metrics_sink,
         robust=_before_aggregation(config, [client.name for client in server.clients]),
     )
 
@@ -365,11 +368,10 @@ def _before_aggregation(config: Config, clients: Sequence[str]) -> BeforeAggrega
 def _run(prepared: Prepared, folder: RunFolder, listener: ProgressListener) -> dict[str, Any]:
     config, base = prepared.config, prepared.base
     worker = worker_of(config, Bank(base), folder)
-    metrics_sink = TensorBoardSink(folder.path / "tensorboard") if config.run.tensorboard else None
-    with folder.locked():
+    with folder.locked(), folder.session(), tracked(config, folder, listener) as listener:
         engine = InProcess(worker, prepared.clients, listener, config.run.group)
         server = server_of(config, base, engine.clients, worker.bank, prepared.public, prepared.second)
-        summary = loop_of(config, engine, server, folder, listener, metrics_sink).run()
+        summary = loop_of(config, engine, server, folder, listener).run()
         write_cards(folder)
     return summary
 

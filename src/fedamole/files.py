@@ -74,6 +74,18 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def follow_umask(folder: Path) -> None:
+    """Give the files of a new folder, and the folder, the modes that the umask asks for.
+
+    Libraries write some files through temporary ones, which only their owner may read.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[None]:
     """Create an empty file, which the block replaces with `write_atomic`; RunError if it exists.

@@ -311,7 +311,7 @@ def changed(settings: dict[str, Any], table: str, **keys: Any) -> dict[str, Any]
         ("data", {"manifest": "/etc/passwd"}),
         ("run", {"folder": "/tmp/x"}),
         ("run", {"device": "cuda"}),
-        ("run", {"tensorboard": True}),
+        ("run", {"trackers": ["tensorboard"]}),
         ("run", {"unknown": 1}),
         ("method", {"name": "os.system"}),
         ("training", {"local_steps": "many"}),

@@ -4,7 +4,7 @@ import html
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal
 
 from typing_extensions import override
 
@@ -16,56 +16,6 @@ from fedamole.federation.progress import PlainProgress, ProgressListener
 from fedamole.terminal import screen
 
 Progress = Literal["auto", "none"]
-
-
-class Callbacks(ProgressListener):
-    """Passes each event of a run to several listeners, in their order."""
-
-    def __init__(self, listeners: Sequence[ProgressListener]) -> None:
-        """Refuse listeners of another type with a ConfigError, before the run starts."""
-        for listener in listeners:
-            if not isinstance(listener, ProgressListener):
-                raise ConfigError(f"callbacks: {type(listener).__name__} is not derived from fedamole.Callback")
-        self.listeners = list(listeners)
-
-    @override
-    def round_started(self, round_: int, rounds: int, cohort: Sequence[str]) -> None:
-        for listener in self.listeners:
-            listener.round_started(round_, rounds, cohort)
-
-    @override
-    def group_started(self, round_: int, names: Sequence[str]) -> None:
-        for listener in self.listeners:
-            listener.group_started(round_, names)
-
-    @override
-    def step(self, done: int, steps: int) -> None:
-        for listener in self.listeners:
-            listener.step(done, steps)
-
-    @override
-    def client_done(self, round_: int, name: str, report: Mapping[str, Any]) -> None:
-        for listener in self.listeners:
-            listener.client_done(round_, name, report)
-
-    @override
-    def stopped(self, text: str) -> None:
-        for listener in self.listeners:
-            listener.stopped(text)
-
-    @override
-    def stage(self, text: str) -> None:
-        for listener in self.listeners:
-            listener.stage(text)
-
-    @override
-    def round_done(self, round_: int, validation: Mapping[str, float]) -> None:
-        for listener in self.listeners:
-            listener.round_done(round_, validation)
-
-    @override
-    def should_stop(self) -> bool:
-        return any([listener.should_stop() for listener in self.listeners])  # a list: each is asked
 
 
 class NotebookProgress(ProgressListener):

@@ -7,7 +7,7 @@ from typing import Any
 
 import tomli_w
 
-from fedamole.api.progress import Callbacks, Progress, shown_progress, shown_trials
+from fedamole.api.progress import Progress, shown_progress, shown_trials
 from fedamole.api.results import ComparisonResult, Run
 from fedamole.api.rows import sources_of
 from fedamole.cli.options import bundled_config
@@ -17,7 +17,7 @@ from fedamole.config import Table, merged, read_tables, rebased, to_config
 from fedamole.errors import ConfigError
 from fedamole.experiment import new_run_folder, start
 from fedamole.experiment import resume as resume_run
-from fedamole.federation.progress import ProgressListener
+from fedamole.federation.progress import Listeners, ProgressListener
 from fedamole.files import write_atomic
 
 Source = str | Path | Mapping[str, Any] | None
@@ -54,7 +54,7 @@ def run(
         tables = merged(tables, {"run": {"folder": str(Path(folder).resolve())}})
     settings = to_config(tables)
     with new_run_folder(settings) as path, shown_progress(progress, settings.run.name) as shown:
-        start(settings, path, Callbacks([shown, *callbacks]))
+        start(settings, path, Listeners([shown, *callbacks]))
     return Run(path)
 
 
@@ -75,7 +75,7 @@ def resume(
     """
     opened = Run(folder)
     with shown_progress(progress, opened.path.name) as shown:
-        resume_run(opened.path, Callbacks([shown, *callbacks]), base)
+        resume_run(opened.path, Listeners([shown, *callbacks]), base)
     return Run(folder)
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from fedamole.cli.completion import complete_runs
 from fedamole.cli.options import AsJson
 from fedamole.cli.personal import Device
 from fedamole.terminal import say_json, screen
@@ -20,7 +21,12 @@ Margin = Annotated[
 
 
 def choose(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs, or folders with runs in them.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="Finished runs, or folders with runs in them.", autocompletion=complete_runs
+        ),
+    ],
     alone: Annotated[str, typer.Option(help="The run or method that stands for training alone.")] = "local_only",
     margin: Margin = 0.0,
     out: Annotated[

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
+from fedamole.cli.table_layout import print_table, shortened
 from fedamole.federation.progress import ProgressListener
 from fedamole.reporting.run_table import CAPTION, SUMMARY_LINES, RunTable, as_text, run_tables
 from fedamole.reporting.runs import read_runs
@@ -18,6 +19,12 @@ from fedamole.terminal import printable, screen
 
 if TYPE_CHECKING:
     from fedamole.comparison.tables import Table as ComparisonTable
+
+
+WIDE = 120
+"""Width from which on names of clients are never shortened in the table of their numbers of examples."""
+SENTENCES = ("value", "answers")
+"""Columns of that table whose text is wrapped."""
 
 
 class ProgressBars(ProgressListener):
@@ -72,18 +79,14 @@ class ProgressBars(ProgressListener):
 def show_tables(console: Console, tables: "Sequence[ComparisonTable]") -> None:
     """Print the tables of a comparison."""
     for content in tables:
-        table = Table(
+        print_table(
+            console,
+            (content.head, *content.body),
             title=content.title,
-            title_style="bold",
-            title_justify="left",
             caption=content.caption,
-            caption_justify="left",
+            text_columns=content.text_columns,
+            names=content.clients,
         )
-        for index, name in enumerate(content.head):
-            table.add_column(name, justify="left" if index < content.text_columns else "right", no_wrap=index == 0)
-        for line in content.body:
-            table.add_row(*line)
-        console.print(table)
 
 
 def show_run_tables(console: Console, tables: Sequence[RunTable], with_clients: bool) -> None:
@@ -91,20 +94,17 @@ def show_run_tables(console: Console, tables: Sequence[RunTable], with_clients: 
     for content in tables:
         for warning in content.warnings:
             console.print(warning, style="bold red", soft_wrap=True)
-        head, *body = as_text(content, with_clients)
+        lines = as_text(content, with_clients)
         seeds = ", ".join(map(str, content.seeds))
-        table = Table(
+        print_table(
+            console,
+            lines,
             title=f"test score at the best validation round (seed {seeds})",
-            title_style="bold",
             caption=CAPTION,
-            caption_justify="left",
+            names=[content.labels.get(client, client) for client in content.clients],
+            bold="mean",
+            section_end=len(lines) - 1 - len(SUMMARY_LINES),
         )
-        for index, name in enumerate(head):
-            table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
-        for number, line in enumerate(body, 1):
-            last_client = number == len(body) - len(SUMMARY_LINES)
-            table.add_row(*line, end_section=last_client, style="bold" if line[0] == "mean" else None)
-        console.print(table)
         if content.verdict:
             console.print(content.verdict, style="bold", soft_wrap=True)
         for note in content.notes:
@@ -117,19 +117,27 @@ def show_runs(paths: Sequence[Path], with_clients: bool = True) -> None:
 
 
 def show_sizes(console: Console, clients: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Print a table of the clients' numbers of examples; `clients` has a record per client with equal keys."""
+    """Print a table of the clients' numbers of examples; `clients` has a record per client with equal keys.
+
+    Names of clients are shortened and sentences wrapped on a narrow terminal, numbers are not.
+    """
     table = Table(title=title, title_style="bold", title_justify="left")
+    names = shortened([client["client"] for client in clients]) if console.width < WIDE else {}
     for key in clients[0]:
-        table.add_column(key, justify="left" if isinstance(clients[0][key], str) else "right")
+        is_text = isinstance(clients[0][key], str)
+        table.add_column(key, justify="left" if is_text else "right", no_wrap=key not in SENTENCES)
     for client in clients:
-        table.add_row(*(str(value) for value in client.values()))
+        cells = {**client, "client": names.get(client["client"], client["client"])}
+        table.add_row(*(str(value) for value in cells.values()))
     console.print(table)
 
 
 def show_methods(console: Console, descriptions: Sequence[Mapping[str, Any]]) -> None:
     """Print a table with a row for each method."""
     keys = ("name", "paper", "communicates", "stays_local", "scored")
-    table = Table("method", *keys[1:], title=f"{len(descriptions)} methods")
+    table = Table(title=f"{len(descriptions)} methods")
+    for key in ("method", *keys[1:]):
+        table.add_column(key, no_wrap=key == "method")
     for description in descriptions:
         table.add_row(*(description[key] for key in keys))
     console.print(table)

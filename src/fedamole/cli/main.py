@@ -8,6 +8,7 @@ from fedamole.cli.choose import choose
 from fedamole.cli.client import audit_log, client
 from fedamole.cli.clients import app as clients
 from fedamole.cli.compare import compare
+from fedamole.cli.config_file import config, init
 from fedamole.cli.deploy import server, simulate
 from fedamole.cli.doctor import doctor
 from fedamole.cli.explain import explain
@@ -18,6 +19,7 @@ from fedamole.cli.options import Commands, run_command_line
 from fedamole.cli.plan import partition, plan
 from fedamole.cli.report import report
 from fedamole.cli.run import demo, methods, resume, run, show
+from fedamole.cli.runs import runs
 from fedamole.cli.serve import serve
 from fedamole.terminal import set_up
 
@@ -32,6 +34,7 @@ app = typer.Typer(
     "[b]First steps:[/b]\n\n"
     "  fedamole demo              compare four methods on bundled data (some minutes, no GPU)\n"
     "  fedamole methods           list the methods\n"
+    "  fedamole init DATA         write a config for your data files\n"
     "  fedamole run CONFIG.toml   train one method on your data\n"
     "  fedamole show runs/*       compare finished runs\n"
     "  fedamole COMMAND --help    explain a command\n\n"
@@ -40,7 +43,7 @@ app = typer.Typer(
 )
 
 PANELS = {
-    "Experiments": (demo, run, resume, show, report, compare, choose, plan, partition, methods),
+    "Experiments": (demo, init, run, resume, runs, show, report, compare, choose, plan, partition, methods, config),
     "Personal models": (personal.generate, personal.chat, explain, export, merge, personal.adapt, serve),
     "Deployment": (server, client, certs, doctor, health, audit_log, simulate),
 }

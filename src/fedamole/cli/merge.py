@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from fedamole.cli.completion import complete_runs
 from fedamole.cli.personal import BaseName, Device, Finished, Variant, note
 from fedamole.personal.merge_settings import RECIPES, MergeSettings
 from fedamole.terminal import say_json, screen
@@ -12,7 +13,10 @@ from fedamole.terminal import say_json, screen
 
 def merge(
     models: Annotated[
-        list[Path], typer.Argument(help="Folder of a finished run, or two or more LoRA folders of one base.")
+        list[Path],
+        typer.Argument(
+            help="Folder of a finished run, or two or more LoRA folders of one base.", autocompletion=complete_runs
+        ),
     ],
     out: Annotated[Path, typer.Option(help="New folder for the merged LoRA; an existing one is an error.")],
     clients: Annotated[

@@ -19,6 +19,7 @@ from typer.core import TyperArgument, TyperGroup, TyperOption
 from typer.models import ArgumentInfo
 
 from fedamole import __version__
+from fedamole.cli.completion import complete_overrides
 from fedamole.errors import FedamoleError, describe_os_error
 from fedamole.terminal import say, screen
 
@@ -33,7 +34,10 @@ INTERRUPTED = 130
 ConfigPath = Annotated[Path | None, typer.Argument(help="A TOML config; default: the bundled demo task with FedAMoLE.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Settings that replace those of the config: federation.rounds=5 method.name=fedit."),
+    typer.Argument(
+        help="Settings that replace those of the config: federation.rounds=5 method.name=fedit.",
+        autocompletion=complete_overrides,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 

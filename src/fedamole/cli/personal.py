@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from fedamole.cli.completion import complete_clients, complete_runs
 from fedamole.terminal import Screen, printable_json, say, say_json, screen
 
 if TYPE_CHECKING:
@@ -16,10 +17,17 @@ if TYPE_CHECKING:
 MODEL = "Model"
 """Panel of the options that select and load a model."""
 
-RunPath = Annotated[Path, typer.Argument(help="Folder of a run, or adapter folder of one personal model.")]
+RunPath = Annotated[
+    Path, typer.Argument(help="Folder of a run, or adapter folder of one personal model.", autocompletion=complete_runs)
+]
 ClientName = Annotated[
     str | None,
-    typer.Option("--client", help="Client whose model to use; optional if there is only one.", rich_help_panel=MODEL),
+    typer.Option(
+        "--client",
+        help="Client whose model to use; optional if there is only one.",
+        rich_help_panel=MODEL,
+        autocompletion=complete_clients,
+    ),
 ]
 BaseName = Annotated[
     str | None,
@@ -196,7 +204,12 @@ def chat(
 
 
 def adapt(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run, of a simulation or a coordinator.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a finished run, of a simulation or a coordinator.", autocompletion=complete_runs
+        ),
+    ],
     data: Annotated[Path, typer.Option(help="The new client's rows: .jsonl, .json, .csv (each also .gz) or .parquet.")],
     name: Annotated[str | None, typer.Option(help="Name of the new client. Default: the name of the file.")] = None,
     test: Annotated[Path | None, typer.Option(help="File of test rows. Default: a part of --data is held out.")] = None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedamole.cli.completion import complete_runs
 from fedamole.terminal import Screen, say, screen
 
 if TYPE_CHECKING:
@@ -17,7 +18,12 @@ POLL_SECONDS, RELOAD_SECONDS = 2.0, 5
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders of one federation, or a folder with them in it.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Run folders of one federation, or a folder with them in it.", autocompletion=complete_runs
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The HTML file to write; an older report is replaced.")] = Path(
         "report.html"
     ),

@@ -6,13 +6,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
+from fedamole.cli.completion import complete_methods, complete_runs
 from fedamole.cli.options import AsJson, ConfigPath, Overrides, read_config, resumable
 from fedamole.cli.personal import BaseName
 from fedamole.terminal import say, say_json, screen
 
 if TYPE_CHECKING:
     from fedamole.federation.progress import ProgressListener
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show on standard error what a command does before its progress can be shown: a spinner, or one line in a log."""
+    console = screen(error=True)
+    if console.is_terminal:
+        with console.status(Text(text)):
+            yield
+    else:
+        console.print(text, soft_wrap=True)
+        yield
 
 
 @contextmanager
@@ -52,10 +66,11 @@ def run(config: ConfigPath = None, overrides: Overrides = None, as_json: AsJson 
       fedamole run my.toml                                the config my.toml
       fedamole run my.toml method.name=fedit run.seed=1   the same with other settings
     """
-    from fedamole.experiment import new_run_folder, start
-    from fedamole.reporting.runs import refuse_untrained
+    with waiting("loading PyTorch and the settings"):
+        from fedamole.experiment import new_run_folder, start
+        from fedamole.reporting.runs import refuse_untrained
 
-    settings = read_config(config, overrides)
+        settings = read_config(config, overrides)
     with new_run_folder(settings) as folder, resumable(folder):
         screen(error=True).print(f"{settings.method_name} -> {folder}")
         with _progress(settings.run.name, as_json) as listener:
@@ -67,7 +82,7 @@ def run(config: ConfigPath = None, overrides: Overrides = None, as_json: AsJson 
 
 
 def resume(
-    folder: Annotated[Path, typer.Argument(help="Folder of the interrupted run.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of the interrupted run.", autocompletion=complete_runs)],
     base: BaseName = None,
     as_json: AsJson = False,
 ) -> None:
@@ -81,11 +96,12 @@ def resume(
       fedamole resume runs/mine
       fedamole resume runs/mine --base /models/qwen
     """
-    from fedamole.config import load_run_config
-    from fedamole.experiment import reads_outside
-    from fedamole.experiment import resume as resume_run
-    from fedamole.reporting.runs import refuse_untrained
-    from fedamole.runs.run_folder import RunFolder
+    with waiting("loading PyTorch and the run"):
+        from fedamole.config import load_run_config
+        from fedamole.experiment import reads_outside
+        from fedamole.experiment import resume as resume_run
+        from fedamole.reporting.runs import refuse_untrained
+        from fedamole.runs.run_folder import RunFolder
 
     run_folder = RunFolder.open(folder)
     if not run_folder.finished and (paths := reads_outside(load_run_config(run_folder), folder, base=base is None)):
@@ -98,7 +114,9 @@ def resume(
 
 
 def show(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, or a folder with runs in it.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders, or a folder with runs in it.", autocompletion=complete_runs)
+    ],
     as_json: AsJson = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
     clients: Annotated[bool, typer.Option(help="Show a row for each client.")] = True,
@@ -123,7 +141,10 @@ def show(
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Explain this method; default: list all methods.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Explain this method; default: list all methods.", autocompletion=complete_methods),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the methods with their paper and what they communicate, or explain one of them.
@@ -171,7 +192,8 @@ def demo(
       fedamole demo --seeds 3         mean and standard deviation over three seeds
       fedamole report runs/demo       an HTML report on the result
     """
-    from fedamole.cli.demo_runs import demo_runs
+    with waiting("loading PyTorch"):
+        from fedamole.cli.demo_runs import demo_runs
     from fedamole.comparison.trials import LOCK, start_or_resume
     from fedamole.files import exclusive
     from fedamole.reporting.runs import refuse_untrained

@@ -84,6 +84,7 @@ def choice_table(candidates: Sequence[Candidate], choices: Sequence[Choice], alo
         ("client", "chosen", f"validation {measure}", f"of {alone}", *against),
         tuple(body),
         text_columns=2,
+        clients=tuple(labels.get(record["client"], record["client"]) for record in records),
     )
 
 

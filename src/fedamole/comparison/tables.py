@@ -45,6 +45,8 @@ class Table:
     body: tuple[tuple[str, ...], ...]
     text_columns: int = 1
     """Number of columns on the left that hold text; the others hold numbers."""
+    clients: tuple[str, ...] = ()
+    """Names of clients in the table; a narrow terminal shortens them."""
 
 
 def build_tables(
@@ -165,6 +167,7 @@ def _clients(scenario: Scenario) -> Table:
         f"model, majority a constant answer. {STAR} The star of a single client is over its seeds.",
         head,
         tuple(body),
+        clients=tuple(scenario.labels.get(client, client) for client in scenario.clients),
     )
 
 

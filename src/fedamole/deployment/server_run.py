@@ -34,6 +34,8 @@ from fedamole.model.base import load_base, resolve_device
 from fedamole.planning import exposure
 from fedamole.runs.identity import Identity
 from fedamole.runs.run_folder import CLIENTS, MANIFEST, RUN, SERVER, RunFolder
+from fedamole.tracking.tracked import tracked
+from fedamole.tracking.trackers import check_trackers
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +129,7 @@ def coordinate(link: Link, path: Path, on_progress: OnProgress | None = None) ->
     called again.
     """
     config = load_config(path / SERVER / SETTINGS, stored=True)
+    check_trackers(config)
     torch.set_num_threads(config.run.threads)
     names = sorted(config.deployment.clients)
     config.method.check(len(names))
@@ -160,7 +163,7 @@ def coordinate(link: Link, path: Path, on_progress: OnProgress | None = None) ->
     bank, rows = Bank(base) if keeps_base else None, () if public is None else public.rows
     server, tables = server_of(config, base, (), bank, rows, second), shared_tables(config, base.identity)
     del base, bank
-    with folder.locked():
+    with folder.locked(), folder.session():
         listener = ProgressFile(folder, on_progress)
         handler = ProgressLogHandler(listener)
         logging.getLogger("fedamole").addHandler(handler)
@@ -168,4 +171,5 @@ def coordinate(link: Link, path: Path, on_progress: OnProgress | None = None) ->
         for sentence in exposure(config, len(names), (), server.shapes):
             listener.say("exposure", text=sentence)
         engine = Remote(link, config.method, variants, server, folder.about["id"], tables, config.deployment, listener)
-        return loop_of(config, engine, server, folder, listener).run()
+        with tracked(config, folder, listener) as followed:
+            return loop_of(config, engine, server, folder, followed).run()

@@ -17,7 +17,7 @@ SHARED = ("method", "base", "data", "federation", "training", "evaluation")
 OWN = {
     "method": ("server_base",),
     "data": ("source", "manifest", "public"),
-    "run": ("folder", "device", "threads", "group", "tensorboard"),
+    "run": ("folder", "device", "threads", "group", "trackers"),
 }
 """Keys that every party sets for itself; `public` and `server_base` are the coordinator's alone."""
 NO_IMAGES = "base.images = true: images are supported by `fedamole run`, and not yet by deployments and simulate"

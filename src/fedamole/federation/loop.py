@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -24,8 +24,6 @@ from fedamole.runs.run_folder import ASSIGNMENT, METRICS, RunFolder
 
 log = logging.getLogger(__name__)
 
-MetricsSink = Callable[[list[dict[str, Any]]], None]
-
 
 class Loop:
     """One run of a method over an engine, written into a run folder."""
@@ -43,16 +41,14 @@ class Loop:
         listener: ProgressListener,
         best_round: BestRound = "mean",
         robust: BeforeAggregation | None = None,
-        metrics_sink: MetricsSink | None = None,
     ) -> None:
         """Set up a run; `run` starts or resumes it.
 
         `variants` are the scored models of the run, such as fedit and fedit_ft. `select` names the validation value
-        that chooses the best round. Replies pass through `robust` before they are aggregated. Every line of
-        metrics.jsonl also goes to `metrics_sink`.
+        that chooses the best round. Replies pass through `robust` before they are aggregated.
         """
         self.method, self.engine, self.settings, self.folder = method, engine, settings, folder
-        self.server, self.select, self.listener, self.metrics_sink = server, select, listener, metrics_sink
+        self.server, self.select, self.listener = server, select, listener
         self.variants = dict(variants)
         self.best_round = best_round
         self.robust: BeforeAggregation = robust or Robust("mean", 1.0, ())
@@ -264,8 +260,6 @@ class Loop:
 
     def _log(self, lines: list[dict[str, Any]]) -> None:
         self.folder.append(METRICS, lines)
-        if self.metrics_sink is not None:
-            self.metrics_sink(lines)
 
 
 class Exchanges:

@@ -5,6 +5,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from typing_extensions import override
+
+from fedamole.errors import ConfigError
 
 
 class ProgressListener:
@@ -40,6 +43,66 @@ class ProgressListener:
     def should_stop(self) -> bool:
         """Return whether the run ends here, as if this was its last round. Asked after each committed round."""
         return False
+
+
+class Listeners(ProgressListener):
+    """Passes each event of a run to several listeners, in their order."""
+
+    def __init__(self, listeners: Sequence[ProgressListener]) -> None:
+        """Refuse listeners of another type with a ConfigError, before the run starts."""
+        for listener in listeners:
+            if not isinstance(listener, ProgressListener):
+                raise ConfigError(f"callbacks: {type(listener).__name__} is not derived from fedamole.Callback")
+        self.listeners = list(listeners)
+
+    @override
+    def round_started(self, round_: int, rounds: int, cohort: Sequence[str]) -> None:
+        for listener in self.listeners:
+            listener.round_started(round_, rounds, cohort)
+
+    @override
+    def joined(self, name: str, about: Mapping[str, Any]) -> None:
+        for listener in self.listeners:
+            listener.joined(name, about)
+
+    @override
+    def present(self, names: Collection[str], waiting_for: int) -> None:
+        for listener in self.listeners:
+            listener.present(names, waiting_for)
+
+    @override
+    def group_started(self, round_: int, names: Sequence[str]) -> None:
+        for listener in self.listeners:
+            listener.group_started(round_, names)
+
+    @override
+    def step(self, done: int, steps: int) -> None:
+        for listener in self.listeners:
+            listener.step(done, steps)
+
+    @override
+    def client_done(self, round_: int, name: str, report: Mapping[str, Any]) -> None:
+        for listener in self.listeners:
+            listener.client_done(round_, name, report)
+
+    @override
+    def stopped(self, text: str) -> None:
+        for listener in self.listeners:
+            listener.stopped(text)
+
+    @override
+    def stage(self, text: str) -> None:
+        for listener in self.listeners:
+            listener.stage(text)
+
+    @override
+    def round_done(self, round_: int, validation: Mapping[str, float]) -> None:
+        for listener in self.listeners:
+            listener.round_done(round_, validation)
+
+    @override
+    def should_stop(self) -> bool:
+        return any([listener.should_stop() for listener in self.listeners])  # a list: each is asked
 
 
 def outcome(report: Mapping[str, Any]) -> str:

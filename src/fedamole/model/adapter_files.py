@@ -57,7 +57,8 @@ _kinds: dict[str, Form] = {
             "num_virtual_tokens": whole(1, MOST_VIRTUAL),
             "token_dim": whole(1, 1_000_000),
             "num_transformer_submodules": whole(1, 1),
-        }
+        },
+        dict.fromkeys(("num_layers", "num_attention_heads"), either(nothing, whole(1, 100_000))),
     ),
     "AMOLE": record(
         {
@@ -83,7 +84,13 @@ identity_form = record(dict.fromkeys(("weights", "tokenizer", "targets"), text(2
 _SHARED = {"peft_type", "base_model_name_or_path", "task_type", "inference_mode", "peft_version"}
 _SETTINGS = {
     "LORA": {"r", "lora_alpha", "lora_dropout", "target_modules"},
-    "PROMPT_TUNING": {"num_virtual_tokens", "token_dim", "num_transformer_submodules"},
+    "PROMPT_TUNING": {
+        "num_virtual_tokens",
+        "token_dim",
+        "num_transformer_submodules",
+        "num_layers",  # PEFT writes these two when it saves a loaded prompt again
+        "num_attention_heads",
+    },
     "AMOLE": {
         "r",
         "alpha",

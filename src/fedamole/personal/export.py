@@ -25,7 +25,7 @@ from fedamole.evaluation.likelihood import mean_losses
 from fedamole.evaluation.personal import EvaluationSettings
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.settings import TrainingSettings
-from fedamole.files import new_folder, write_atomic
+from fedamole.files import follow_umask, new_folder, write_atomic
 from fedamole.model.amole import AdapterSpec
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, BaseSettings, load_base
@@ -34,9 +34,11 @@ from fedamole.model.causality import auto_class
 from fedamole.model.moments import collect_moments, module_runs
 from fedamole.model.params import Adapter, expert_ids, shared_keys
 from fedamole.model.pretrained import load_adapter, save_adapter, without_deltas
+from fedamole.personal.export_card import export_card
 from fedamole.personal.export_settings import MAX_DEFAULT_RANK, ExportSettings
 from fedamole.personal.ridge import best_lora
 from fedamole.personal.saved_models import SavedModel, client_shard, load_base_for, read_adapter
+from fedamole.runs.adapter_folder import CARD
 
 REPORT = "export.json"
 
@@ -123,6 +125,7 @@ def _export(
             bank.load([])
             merge(target, resident, Path(writing) / "merged")
             target = Path(writing) / "merged"
+        save_tokenizer(resident, target)
         notify("scoring the export on validation")
         losses["export"] = _written_loss(target, bank, texts)
         report = {
@@ -135,6 +138,8 @@ def _export(
         if not losses["export"] <= losses["personal"] + settings.tolerance and not settings.force:
             raise LossyError(_lossy_message(report), report)
         write_atomic(target / REPORT, json.dumps(report, indent=1) + "\n")
+        write_atomic(target / CARD, export_card(model, resident.name, report))
+        follow_umask(target)
         target.rename(out)
     return report
 
@@ -247,7 +252,7 @@ def refuse_unmergeable(base: Base, modules: Sequence[str]) -> None:
 
 
 def merge(lora: Path, base: Base, target: Path) -> None:
-    """Merge a LoRA into a new copy of the base, in the base's own dtype, and save it with its tokenizer."""
+    """Merge a LoRA into a new copy of the base, in the base's own dtype, and save it."""
     from peft import PeftModel
 
     copy = auto_class(base.model.config, base.images is not None).from_pretrained(
@@ -258,6 +263,10 @@ def merge(lora: Path, base: Base, target: Path) -> None:
         merged.save_pretrained(target)
     except SafetensorError as error:  # for example a full disk; it is not an OSError
         raise RunError(f"{target}: the model cannot be written ({error}); check the free disk space") from error
+
+
+def save_tokenizer(base: Base, target: Path) -> None:
+    """Write the tokenizer of a base into a folder; of one with images, the processor that contains it."""
     (base.tokenizer if base.images is None else base.images.processor).save_pretrained(target)
 
 

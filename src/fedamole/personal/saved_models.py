@@ -18,13 +18,18 @@ from fedamole.model.bank import Bank
 from fedamole.model.base import BUNDLED, Base, BaseSettings, is_elsewhere, is_path, load_base, resolve_device
 from fedamole.model.continuation import continuation_of
 from fedamole.model.params import Adapter
-from fedamole.model.pretrained import CONFIG, load_adapter, read_identity
+from fedamole.model.pretrained import CONFIG, IDENTITY, load_adapter, read_identity
+from fedamole.personal.hub import local_folder
 from fedamole.received.names import NAME
 from fedamole.runs.checkpoint import rounds_done
+from fedamole.runs.identity import Identity
 from fedamole.runs.run_files import CHOICE
 from fedamole.runs.run_folder import MANIFEST, RUN, RunFolder
 
 log = logging.getLogger(__name__)
+
+BUNDLED_PATH = "fedamole/bundled/base"
+"""End of the path of the bundled base on every machine."""
 
 
 @dataclass(frozen=True)
@@ -178,13 +183,18 @@ def load_base_for(model: SavedModel, device: str = "auto", base: str | None = No
     ConfigError.
     """
     settings = _adapter_base(model.folder) if model.run is None else load_run_config(model.run).base
-    identity = read_identity(model.folder)
+    identity = stored_identity(model)
     missing = base is None and is_elsewhere(settings.model)
+    if missing and identity is None and not settings.model.endswith(BUNDLED_PATH):
+        raise BaseModelError(
+            f"{settings.model}, the base of {model.folder}, is not on this machine: pass a copy with --base"
+        )
     # The path of the bundled base differs between machines; its identity shows whether it is the right one.
     name = BUNDLED if missing else base or settings.model
     try:
         loaded = load_named(replace(settings, model=name), device, named_by_user=base is not None)
-        loaded.identity.check(identity, f"the adapter in {model.folder}")
+        if identity is not None:
+            loaded.identity.check(identity, f"the adapter in {model.folder}")
     except BaseModelError as error:
         if missing:
             raise BaseModelError(
@@ -192,6 +202,26 @@ def load_base_for(model: SavedModel, device: str = "auto", base: str | None = No
             ) from error
         raise
     return loaded
+
+
+def stored_identity(model: SavedModel) -> Identity | None:
+    """Return the identity of the base that a personal model was trained on; None, with a warning, if it is unknown.
+
+    `save_pretrained`, `Trainer.save_model` and the hub keep PEFT's files alone. In a run folder, run.json has the
+    identity, too.
+    """
+    if (model.folder / IDENTITY).exists():
+        return read_identity(model.folder)
+    run = model.run or _enclosing_run(model.folder)
+    if run is not None:
+        return Identity(**run.about["base"])
+    log.warning(
+        "%s has no %s, so only names and sizes of the layers show that the base fits: copy this file from the adapter "
+        "folder that was saved first, or make sure that the base is the right one",
+        model.folder,
+        IDENTITY,
+    )
+    return None
 
 
 def load_named(settings: BaseSettings, device: str, named_by_user: bool) -> Base:
@@ -251,7 +281,7 @@ def _adapter_base(adapter: Path) -> BaseSettings:
 
 def read_adapter(model: SavedModel, base: Base) -> Adapter:
     """Load the adapter of a personal model. Raises BaseModelError if it was not trained on this base."""
-    adapter = load_adapter(model.folder, base.identity)
+    adapter = load_adapter(model.folder, base.identity if (model.folder / IDENTITY).exists() else None)
     check_fits(adapter, base, model.folder)
     return adapter
 
@@ -264,19 +294,23 @@ def load_personal_model(
     base: str | None = None,
     device: str = "auto",
     finished: bool = False,
+    is_trainable: bool = False,
 ) -> tuple[Any, Any]:
     """Load a client's personal model as a PEFT model.
 
     Args:
-        path: A run's folder, or an adapter folder, which may have been copied elsewhere.
+        path: A run's folder; an adapter folder, which may have been copied elsewhere, or saved again by PEFT or
+            transformers; or the id of an adapter on the Hugging Face hub, such as `user/repo`.
         client: The client; may be left out if there is only one model.
         variant: Which of the run's models, if it has several per client (`fedit_ft` besides `fedit`).
         base: Folder, GGUF file or hub id of the base, to use instead of the one that the run names.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         finished: Raise RunError if the run is not finished. By default, that is only a warning.
+        is_trainable: Whether the adapter's parameters require gradients, to train the model further with PEFT or
+            transformers. The base stays frozen.
 
     Returns:
-        The `PeftModel`, in evaluation mode, and its tokenizer.
+        The `PeftModel`, in evaluation mode unless it is trainable, and its tokenizer.
 
     Raises:
         RunError: There is no such run, client or model.
@@ -285,7 +319,7 @@ def load_personal_model(
     """
     from peft import PeftModel
 
-    model = find_model(Path(path), client, variant)
+    model = find_model(local_folder(path), client, variant)
     check_finished(model, finished)
     resident = load_base_for(model, device, base)
     read_adapter(model, resident)  # validates the files; PEFT, which reads them again, checks little
@@ -296,7 +330,8 @@ def load_personal_model(
         pad_token_id=resident.pad_id,
         use_cache=continuation_of(resident).caches,
     )
-    return PeftModel.from_pretrained(resident.model, str(model.folder)).eval(), resident.tokenizer
+    peft_model = PeftModel.from_pretrained(resident.model, str(model.folder), is_trainable=is_trainable)
+    return peft_model.train(is_trainable), resident.tokenizer
 
 
 def open_bank(

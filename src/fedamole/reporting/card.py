@@ -4,6 +4,7 @@ A card contains no data rows, texts, labels or paths, and no names of other clie
 """
 
 import json
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -29,6 +30,10 @@ Json = dict[str, Any]
 
 SHOWN_TABLES = ("method", "federation", "training")
 """Tables of a config that a card shows."""
+
+
+METRIC_TYPES = {"preference": "accuracy", "rouge_l": "rouge", "token_f1": "f1"}
+"""Types of metrics on the hub, for scores whose name there is another."""
 
 
 def write_cards(folder: RunFolder) -> None:
@@ -79,7 +84,7 @@ def card(
     shipped = f"the bundled base of fedamole {about['fedamole']}"
     base_name = public or (shipped if bundled else "without a public name; identified by its hashes")
     parts = (
-        _front_matter(public, about["method"]),
+        _front_matter(public, about["method"], model_index(about, config, summary, name, variant)),
         f"# A personal model of {literal(label or name)}\n\n{_introduction(about, config, summary, name, variant)}",
         "## Base\n\n"
         + table(
@@ -101,7 +106,33 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(public: str | None, method: str) -> str:
+def model_index(about: Json, config: Json, summary: Json, name: str, variant: str) -> list[Json]:
+    """Return the test results of a client's model as the hub's `model-index`; empty without scores."""
+    own = summary["rows"][variant]["clients"].get(name, {})
+    headline = score_name_of(config, own)
+    metrics = [
+        {"type": METRIC_TYPES.get(headline, headline), "name": f"{headline} (0 to 100)", "value": own.get("score")},
+        {"type": "loss", "name": "loss per token of the correct answer, in nats", "value": own.get("loss")},
+    ]
+    if "preference" in own:
+        metrics[1]["name"] = "loss of DPO per pair"
+    metrics = [metric for metric in metrics if isinstance(metric["value"], float) and math.isfinite(metric["value"])]
+    if not metrics or nothing_trained(summary):
+        return []
+    result = {
+        "task": {"type": "text-generation", "name": "Text generation"},
+        "dataset": {"type": "private", "name": "test split of the client's own data"},
+        "metrics": metrics,
+    }
+    return [{"name": f"{about['method']} {name}", "results": [result]}]
+
+
+def score_name_of(config: Json, scores: Json) -> str:
+    """Return the name of the headline score of a client's test scores."""
+    return next((key for key in ("accuracy", "preference") if key in scores), config["evaluation"]["generation_score"])
+
+
+def _front_matter(public: str | None, method: str, index: list[Json]) -> str:
     """Return the YAML metadata for the Hugging Face hub. Values are written as JSON, which is valid YAML."""
     fields: Json = {
         "library_name": "peft",
@@ -110,6 +141,7 @@ def _front_matter(public: str | None, method: str) -> str:
         "license_name": "unspecified",
         "tags": list(dict.fromkeys(("fedamole", "federated-learning", "personalised", method))),
         **({} if public is None else {"base_model": public}),
+        **({"model-index": index} if index else {}),
     }
     return "\n".join(("---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---"))
 
@@ -165,9 +197,7 @@ def _method(method_name: str, config: Json) -> str:
 def _scores(config: Json, summary: Json, name: str, variant: str) -> str:
     rows = summary["rows"]
     own = rows[variant]["clients"].get(name, {})
-    score_name = next(
-        (key for key in ("accuracy", "preference") if key in own), config["evaluation"]["generation_score"]
-    )
+    score_name = score_name_of(config, own)
     loss = "of DPO per pair" if score_name == "preference" else "per token of the correct answer"
     models = ((BASE, "untuned base"), (MAJORITY, "constant answer (the most frequent)"), (variant, "this model"))
     scores = [(title, rows.get(key, {}).get("clients", {}).get(name, {})) for key, title in models]

@@ -29,6 +29,8 @@ CLIENTS = "clients.json"
 """Data that the clients of a deployment report: amounts of data, device, and labels if they share them."""
 CHOICE = "choice.json"
 """Which run's model each client has, in a folder of `fedamole choose --out`."""
+TRACKERS = "trackers.json"
+"""By tracker: the last step that it has, and the id of the run there."""
 ROUTING = "routing.json"
 """Shares of each client's tokens by expert, written by `fedamole explain`."""
 
@@ -71,7 +73,26 @@ _about = record(
         "method": name,
         "base": _identity,
     },
-    {"kind": choice("simulation", "server", "client"), "base_model": text(4096), "server_base": _identity},
+    {
+        "kind": choice("simulation", "server", "client"),
+        "base_model": text(4096),
+        "server_base": _identity,
+        "started": text(30),
+        "sessions": listed(record({"started": text(30), "seconds": _amount, "command": text(4096)}), 100_000),
+        "commit": text(64),
+        "modified": boolean,
+        "versions": mapping(text(100), text(100)),
+        "hardware": record(
+            {},
+            {
+                "system": text(100),
+                "machine": text(100),
+                "cpus": whole(1),
+                "memory_gib": _amount,
+                "gpus": listed(text(200), 1000),
+            },
+        ),
+    },
 )
 _summary_row = record(
     {
@@ -227,6 +248,7 @@ FORMS: dict[str, Form] = {
         }
     ),
     ROUTING: record({"clients": mapping(mapping(mapping(number(0, 1.000001), text(100)), _module))}),
+    TRACKERS: mapping(record({"step": whole(-1, MOST_ROUNDS + 1)}, {"id": text(200), "finished": boolean}), text(100)),
     METRICS: _metrics,
     ASSIGNMENT: _assignment,
     "best.json": mapping(_round),

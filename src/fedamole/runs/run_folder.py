@@ -1,6 +1,7 @@
 """The folder of a run. Its files are written atomically and never overwritten.
 
-run.json            format, version, run id, kind, method, identity of the base, its path if it has moved
+run.json            format, version, run id, kind, method, identity of the base, its path if it has moved; date,
+                    versions, hardware, and command and duration of each session
 config.toml         the resolved config; `fedamole resume` starts from it
 manifest.json       the partition, with hashes
 metrics.jsonl       one line per client, split and round (docs/run-folder.md explains the fields)
@@ -13,6 +14,7 @@ clients/<name>/     state/ (private state between rounds) and adapter/ (its mode
 import itertools
 import json
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ from fedamole.received.forms import check_form
 from fedamole.received.names import checked_name
 from fedamole.runs.adapter_folder import FILES
 from fedamole.runs.identity import Identity
+from fedamole.runs.provenance import command, environment, now
 from fedamole.runs.run_files import (
     ASSIGNMENT,
     CLIENTS,
@@ -111,6 +114,8 @@ class RunFolder:
             "method": method,
             "base": asdict(identity),
             **({} if second is None else {"server_base": asdict(second)}),
+            "started": now(),
+            **environment(),
         }
         with new_file(path / CONFIG):
             write_atomic(path / CONFIG, config)
@@ -189,8 +194,21 @@ class RunFolder:
     def move_base(self, model: str) -> None:
         """Record in run.json where the run's base is now, a folder or a hub id; config.toml stays as it was written."""
         if model != self.about.get("base_model", self.tables()["base"]["model"]):
-            self.about = {**self.about, "base_model": model}
-            write_atomic(self.path / RUN, json.dumps(self.about, indent=2) + "\n")
+            self._record({"base_model": model})
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Record command, begin and duration of the block in run.json, however it ends; `kill -9` leaves no record."""
+        started, clock = now(), time.perf_counter()
+        try:
+            yield
+        finally:
+            session = {"started": started, "seconds": round(time.perf_counter() - clock, 1), "command": command()}
+            self._record({"sessions": [*self.about.get("sessions", []), session]})
+
+    def _record(self, fields: Json) -> None:
+        self.about = {**self.about, **fields}
+        write_atomic(self.path / RUN, json.dumps(self.about, indent=2) + "\n")
 
     @property
     def finished(self) -> bool:
