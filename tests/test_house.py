@@ -31,6 +31,7 @@ FLOOR = {
     "planning": 7,
     "experiment": 8,
     "personal": 9,
+    "auditing": 10,
     "comparison": 10,
     "serving": 10,
     "deployment": 11,

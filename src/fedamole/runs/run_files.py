@@ -31,6 +31,8 @@ CHOICE = "choice.json"
 """Which run's model each client has, in a folder of `fedamole choose --out`."""
 ROUTING = "routing.json"
 """Shares of each client's tokens by expert, written by `fedamole explain`."""
+AUDIT = "audit.json"
+"""Results of `fedamole audit`."""
 
 SPLITS = ("train", "embedding", "validation", "test")
 """The four splits of a client's data."""
@@ -213,6 +215,37 @@ config_form = record(
 table_form = record({"name": text(1000), "rows": whole(), "sha256": text(100)})
 """A file of rows, as a manifest stores it."""
 _labels = mapping(whole(), text(1000))
+_not_applicable = record({"not_applicable": text()}, closed=True)
+_share = number(0, 1)
+_attack = record({"auroc": _share, "error": _amount, "tpr": _share})
+_canaries = record(
+    {
+        "claimed": either(nothing, _amount),
+        "bound": _amount,
+        "delta": _share,
+        "canaries": whole(1),
+        "guesses": whole(),
+        "correct": whole(),
+        "steps": whole(1),
+        "noise": either(nothing, _amount),
+        "noise_repeats": boolean,
+    },
+    closed=True,
+)
+_audited_client = record(
+    {
+        "canaries": either(_not_applicable, _canaries),
+        "membership": either(
+            _not_applicable,
+            record(
+                {"train": whole(1), "test": whole(1), "own": _attack},
+                {"others": record({"models": whole(1), "auroc": _share, "error": _amount, "tpr": _share})},
+                closed=True,
+            ),
+        ),
+    }
+)
+_audit = record({"format": whole(1, 1), "method": name, "clients": mapping(_audited_client)})
 FORMS: dict[str, Form] = {
     RUN: _about,
     MANIFEST: record({"clients": either(listed(name), listed(client_form))}, {"public": table_form}),
@@ -227,6 +260,7 @@ FORMS: dict[str, Form] = {
         }
     ),
     ROUTING: record({"clients": mapping(mapping(mapping(number(0, 1.000001), text(100)), _module))}),
+    AUDIT: _audit,
     METRICS: _metrics,
     ASSIGNMENT: _assignment,
     "best.json": mapping(_round),
