@@ -33,6 +33,7 @@ def test_a_run_without_privacy(fedit: Path, fedamole: Any) -> None:
         assert (values["canaries"]["canaries"], values["canaries"]["steps"]) == (300, 3)
         assert values["membership"]["others"]["models"] == 3
         assert 0 <= values["membership"]["own"]["auroc"] <= 1
+        assert values["inversion"]["vocabulary"] > values["inversion"]["tokens"] > 10
     assert RunFolder(fedit).read_json("audit.json") == content
     assert "Canary bound: nothing is claimed" in result.out.replace("\n", " ")
     assert fedamole("show", fedit).code == 0
@@ -103,17 +104,22 @@ def canaries(claimed: float | None, bound: float, noise: float | None = 1.0, rep
     ],
 )
 def test_verdicts_on_the_bound(values: dict[str, Any], sentence: str) -> None:
-    membership = {"not_applicable": "no model"}
-    lines = verdicts({"clients": {"a": {"canaries": values, "membership": membership}}})
+    none = {"not_applicable": "no model"}
+    lines = verdicts({"clients": {"a": {"canaries": values, "membership": none, "inversion": none}}})
     assert sentence in lines[0]
 
 
-def test_verdicts_on_membership() -> None:
+def test_verdicts_on_attacks() -> None:
     def client(auroc: float) -> dict[str, Any]:
         own = {"auroc": auroc, "error": 0.05, "tpr": 0.1}
-        return {"canaries": {"not_applicable": "x"}, "membership": {"own": own, "others": {**own, "auroc": 0.5}}}
+        inversion = {"recall": auroc - 0.5, "chance": 0.05, "highest": 0.11}
+        membership = {"own": own, "others": {**own, "auroc": 0.5}}
+        return {"canaries": {"not_applicable": "x"}, "membership": membership, "inversion": inversion}
 
-    line = verdicts({"clients": {"a": client(0.62), "b": client(0.6)}})[1]
+    _, line, inversion = verdicts({"clients": {"a": client(0.62), "b": client(0.6)}})
+    assert "reveals tokens of the training data for 1 of 2 clients (mean recall 11%, by chance 5%)" in inversion
+    _, _, inversion = verdicts({"clients": {"b": client(0.6)}})
+    assert "reveals no tokens to this cheap attack (mean recall 10%, by chance 5%)" in inversion
     assert "own model reveals which examples were trained on for 1 of 2 clients (mean AUROC 0.61)" in line
     assert "other clients reveal no training examples (mean AUROC 0.50, as by guessing)" in line
 

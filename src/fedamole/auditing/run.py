@@ -2,19 +2,20 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fedamole import __version__
 from fedamole.auditing.canaries import CanaryResult, Claim, audit_plain, audit_private
+from fedamole.auditing.inversion import invert_update
 from fedamole.auditing.membership import Attack, attack, drawn, ratios, row_losses, summary
 from fedamole.auditing.release import NotApplicableError, first_release, sent_tensors
 from fedamole.config import Config
 from fedamole.data.manifest import Manifest, read_manifest
 from fedamole.errors import ConfigError, RunError
 from fedamole.federation.client_data import ClientData, client_data
-from fedamole.federation.local import DivergedError
+from fedamole.federation.local import DivergedError, LocalTask
 from fedamole.federation.request import TrainingRequest, TrainingResult
 from fedamole.files import write_atomic
 from fedamole.model.bank import Bank
@@ -81,7 +82,7 @@ def audit_run(
     run = RunFolder.open(path)
     clients: Json = {}
     if client is not None and (path / AUDIT).exists():
-        clients = run.read_json(AUDIT)["clients"]
+        clients = _audited_before(run)
     bank, adapters = open_bank(models, device, base)
     context = Audited(run, read_manifest(run.place(MANIFEST)), bank, models, adapters, canaries, on_progress)
     for model in audited:
@@ -96,12 +97,22 @@ def audit_run(
     return results
 
 
+def _audited_before(run: RunFolder) -> Json:
+    """Return the results of clients that were audited before."""
+    try:
+        clients: Json = run.read_json(AUDIT)["clients"]
+    except RunError as error:
+        raise RunError(f"{error}, or remove it: the audits write a new one") from error
+    return clients
+
+
 def _audit_client(context: Audited, model: SavedModel) -> Json:
     config, shard = client_shard(model)
     data = client_data(shard, context.bank.base.tokenizer, config.training.max_length)
     return {
         "canaries": _or_reason(_canaries, context, config, data),
         "membership": _or_reason(_membership, context, config, data),
+        "inversion": _or_reason(_inversion, context, config, data),
     }
 
 
@@ -210,3 +221,13 @@ def _membership(context: Audited, config: Config, data: ClientData) -> Json:
 
     (of_own,) = attacks(own, 0)
     return summary(of_own, attacks(others, 1), len(train), len(test))
+
+
+def _inversion(context: Audited, config: Config, data: ClientData) -> Json:
+    """Return how many of the tokens that a client reads in round 0 can be read from its update."""
+    release = first_release(config, context.bank, data, context.manifest, context.run.kind)
+    rows, budget, training = data.train.pairs(), config.budget(), config.training
+    context.on_progress(f"{data.info.name}: inversion", 0, 1)
+    mechanism = None if budget is None or not budget.trains else budget.mechanism(len(rows))
+    task = LocalTask(data.info.name, release.request, rows, training.rate(0), mechanism=mechanism)
+    return asdict(invert_update(context.bank, release, task, training, config.run.seed))

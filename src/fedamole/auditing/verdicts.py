@@ -16,6 +16,7 @@ def verdicts(results: Json) -> list[str]:
     return [
         *_of_clients("Canary bound", results, "canaries", _canaries),
         *_of_clients("Membership", results, "membership", _membership),
+        *_of_clients("Gradient inversion", results, "inversion", _inversion),
     ]
 
 
@@ -86,3 +87,13 @@ def _separates(attacks: Mapping[str, Json], model_reveals: str) -> str:
         f"{model_reveals} which examples were trained on for {len(sure)} of {len(attacks)} clients (mean AUROC "
         f"{mean:.2f})"
     )
+
+
+def _inversion(done: Mapping[str, Json]) -> str:
+    mean = sum(values["recall"] for values in done.values()) / len(done)
+    chance = sum(values["chance"] for values in done.values()) / len(done)
+    above = [name for name, values in done.items() if values["recall"] > values["highest"]]
+    numbers = f"mean recall {mean:.0%}, by chance {chance:.0%}"
+    if not above:
+        return f"the first update reveals no tokens to this cheap attack ({numbers}); stronger attacks exist."
+    return f"the first update reveals tokens of the training data for {len(above)} of {len(done)} clients ({numbers})."

@@ -38,6 +38,9 @@ def audit(
     Membership: are training examples told from test examples by the loss under a client's own model, and under the
     models of other clients? AUROC 0.5 is guessing; TPR is the share that is recognised with 1 % false alarms.
 
+    Gradient inversion: which tokens did a client read in its first round? The share of them that a cheap attack on the
+    first update finds, beside its share on random updates.
+
     The audits read the clients' data and repeat the training of a first round. They change nothing in the run but
     write RUN/audit.json, which the report shows too. docs/privacy.md explains the numbers.
 
@@ -78,16 +81,25 @@ def show_audits(console: Screen, results: Mapping[str, Any]) -> None:
 
     title = f"audits of a run of {results['method']}"
     table = Table(title=title, title_style="bold", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    head = ("client", "epsilon\nclaimed", "epsilon\nat least", "AUROC\nown", "TPR\nown", "AUROC\nothers")
+    head = (
+        "client",
+        "epsilon\nclaimed",
+        "epsilon\nat least",
+        "AUROC\nown",
+        "TPR\nown",
+        "AUROC\nothers",
+        "tokens\nfound",
+        "by\nchance",
+    )
     for index, name in enumerate(head):
         table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for name, values in results["clients"].items():
         bound, membership = values["canaries"], values["membership"]
         claimed = "none" if bound.get("claimed", 0) is None else _number(bound, "claimed")
         own, others = membership.get("own", {}), membership.get("others", {})
-        table.add_row(
-            name, claimed, _number(bound, "bound"), _number(own, "auroc"), _number(own, "tpr"), _number(others, "auroc")
-        )
+        scores = (_number(own, "auroc"), _number(own, "tpr"), _number(others, "auroc"))
+        tokens = (_number(values["inversion"], key) for key in ("recall", "chance"))
+        table.add_row(name, claimed, _number(bound, "bound"), *scores, *tokens)
     console.print(table)
     for sentence in verdicts(results):
         console.print(sentence)

@@ -243,6 +243,13 @@ _audited_client = record(
                 closed=True,
             ),
         ),
+        "inversion": either(
+            _not_applicable,
+            record(
+                {"recall": _share, "chance": _share, "highest": _share, "tokens": whole(1), "vocabulary": whole(1)},
+                closed=True,
+            ),
+        ),
     }
 )
 _audit = record({"format": whole(1, 1), "method": name, "clients": mapping(_audited_client)})
