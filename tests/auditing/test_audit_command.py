@@ -10,6 +10,7 @@ from tests.test_cli import refused
 
 from fedamole.auditing.verdicts import verdicts
 from fedamole.errors import RunError
+from fedamole.experiment import prepare
 from fedamole.federation.privacy.accounting import epsilon_of
 from fedamole.federation.privacy.ledger import Ledger
 from fedamole.runs.run_folder import RunFolder
@@ -39,21 +40,28 @@ def test_a_run_without_privacy(fedit: Path, fedamole: Any) -> None:
     assert fedamole("show", fedit).code == 0
 
 
-def test_a_private_run_beside_its_claim(runs: Any, tmp_path: Path, fedamole: Any) -> None:
-    run = Path(shutil.copytree(runs("fedit", "privacy.epsilon=8"), tmp_path / "run"))
-    result = fedamole("audit", run, "--client", "mood", "--canaries", "300", "--json")
+def test_a_private_run_beside_its_claim(tiny: Path, runs: Any, fedamole: Any) -> None:
+    """One client, which reads all its examples in each step, so that epsilon has a closed form."""
+    source = f"data.source=[{{name='mood',path='{tiny / 'mood.jsonl'}'}}]"
+    batch = f"training.batch_size={len(prepare(runs.load('fedit', source)).clients['mood'].train.rows)}"
+    run = runs.fresh("fedit", "privacy.epsilon=8", "federation.rounds=2", source, batch)
+    result = fedamole("audit", run, "--canaries", "300", "--json")
     assert result.code == 0, result.err
     values = json.loads(result.out)["clients"]["mood"]["canaries"]
     noised = [entry.noised for entry in Ledger(RunFolder(run), "mood").entries]
     assert values["claimed"] == epsilon_of(noised, 1e-5)
     assert values["bound"] <= values["claimed"]
-    assert (values["steps"], values["noise_repeats"]) == (9, False)
+    assert (values["steps"], values["noise_repeats"]) == (6, False)
     assert values["noise"] == pytest.approx(1.0, abs=0.1)
-    # Another client is added to the file.
-    assert fedamole("audit", run, "--client", "chat", "--canaries", "50").code == 0
-    content = json.loads((run / "audit.json").read_text())
+
+
+def test_another_client_is_added_to_the_file(fedit: Path, fedamole: Any) -> None:
+    for client in ("mood", "chat"):
+        assert fedamole("audit", fedit, "--client", client, "--canaries", "50").code == 0
+        content = json.loads((fedit / "audit.json").read_text())
+        assert client in content["clients"]
     assert list(content["clients"]) == ["chat", "mood"]
-    assert content["clients"]["mood"]["canaries"] == values
+    assert content["attribute"] == {"not_applicable": "it compares clients, and one was audited"}
 
 
 @pytest.mark.parametrize(
@@ -66,6 +74,14 @@ def test_other_methods(method: str, reason: str, runs: Any, tmp_path: Path, feda
     values = json.loads((run / "audit.json").read_text())["clients"]["mood"]
     assert ("not_applicable" in values["canaries"]) is bool(reason)
     assert reason in result.out.replace("\n", " ")
+
+
+def test_embeddings_of_a_run(runs: Any, tmp_path: Path, fedamole: Any) -> None:
+    """The tiny federation has one client with a template and three without: no groups to tell apart."""
+    run = Path(shutil.copytree(runs("fedamole"), tmp_path / "run"))
+    result = fedamole("audit", run, "--canaries", "50")
+    assert result.code == 0, result.err
+    assert "Attribute inference: not applicable: the clients do not form groups" in result.out.replace("\n", " ")
 
 
 def test_runs_that_cannot_be_audited(fedit: Path, tmp_path: Path, runs: Any, fedamole: Any) -> None:
@@ -105,7 +121,7 @@ def canaries(claimed: float | None, bound: float, noise: float | None = 1.0, rep
 )
 def test_verdicts_on_the_bound(values: dict[str, Any], sentence: str) -> None:
     none = {"not_applicable": "no model"}
-    lines = verdicts({"clients": {"a": {"canaries": values, "membership": none, "inversion": none}}})
+    lines = verdicts({"clients": {"a": {"canaries": values, "membership": none, "inversion": none}}, "attribute": none})
     assert sentence in lines[0]
 
 
@@ -116,9 +132,14 @@ def test_verdicts_on_attacks() -> None:
         membership = {"own": own, "others": {**own, "auroc": 0.5}}
         return {"canaries": {"not_applicable": "x"}, "membership": membership, "inversion": inversion}
 
-    _, line, inversion = verdicts({"clients": {"a": client(0.62), "b": client(0.6)}})
+    attribute = {"attribute": "task", "accuracy": 0.75, "p_value": 0.01, "chance": 0.4, "clients": 8, "values": 2}
+    results = {"clients": {"a": client(0.62), "b": client(0.6)}, "attribute": attribute}
+    _, line, inversion, last = verdicts(results)
+    assert last.endswith("reveal a client's task (accuracy 75% for 8 clients, by chance 40%).")
+    *_, last = verdicts({**results, "attribute": {**attribute, "p_value": 0.3}})
+    assert "do not reveal a client's task" in last
     assert "reveals tokens of the training data for 1 of 2 clients (mean recall 11%, by chance 5%)" in inversion
-    _, _, inversion = verdicts({"clients": {"b": client(0.6)}})
+    _, _, inversion, _ = verdicts({"clients": {"b": client(0.6)}, "attribute": attribute})
     assert "reveals no tokens to this cheap attack (mean recall 10%, by chance 5%)" in inversion
     assert "own model reveals which examples were trained on for 1 of 2 clients (mean AUROC 0.61)" in line
     assert "other clients reveal no training examples (mean AUROC 0.50, as by guessing)" in line

@@ -110,7 +110,9 @@ def test_what_is_sent(runs: Any, prepared: Any, bank: Bank) -> None:
         ("fed_et", "simulation", "its server"),
     ],
 )
-def test_methods_and_folders_without_a_first_update(method: str, kind: Any, reason: str, runs: Any, bank: Bank) -> None:
+def test_methods_and_folders_without_a_first_update(
+    method: str, kind: Any, reason: str, runs: Any, prepared: Any, bank: Bank
+) -> None:
     config = runs.load(method)
     with pytest.raises(NotApplicableError, match=reason):
-        first_release(config, bank, Any, Manifest(0, {}, (), ()), kind)
+        first_release(config, bank, prepared.clients["mood"], Manifest(0, {}, (), ()), kind)

@@ -1,12 +1,13 @@
 """Audits the clients of a finished run, and writes the results to its folder (`audit.json`)."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fedamole import __version__
+from fedamole.auditing.attribute import category_of, infer_attribute
 from fedamole.auditing.canaries import CanaryResult, Claim, audit_plain, audit_private
 from fedamole.auditing.inversion import invert_update
 from fedamole.auditing.membership import Attack, attack, drawn, ratios, row_losses, summary
@@ -16,10 +17,13 @@ from fedamole.data.manifest import Manifest, read_manifest
 from fedamole.errors import ConfigError, RunError
 from fedamole.federation.client_data import ClientData, client_data
 from fedamole.federation.local import DivergedError, LocalTask
+from fedamole.federation.method import Method
+from fedamole.federation.record import PayloadError, unpack
 from fedamole.federation.request import TrainingRequest, TrainingResult
 from fedamole.files import write_atomic
 from fedamole.model.bank import Bank
 from fedamole.model.params import Adapter
+from fedamole.personal.adapt import final_state
 from fedamole.personal.saved_models import SavedModel, check_finished, client_shard, find_model, open_bank, saved_models
 from fedamole.runs.run_files import AUDIT
 from fedamole.runs.run_folder import MANIFEST, METRICS, RUN, RunFolder
@@ -80,46 +84,52 @@ def audit_run(
     check_finished(models[0], finished=True)
     audited = models if client is None else (find_model(path, client),)
     run = RunFolder.open(path)
-    clients: Json = {}
+    results: Json = {"clients": {}, "attribute": {"not_applicable": "it compares clients, and one was audited"}}
     if client is not None and (path / AUDIT).exists():
-        clients = _audited_before(run)
+        results = _audited_before(run)
     bank, adapters = open_bank(models, device, base)
     context = Audited(run, read_manifest(run.place(MANIFEST)), bank, models, adapters, canaries, on_progress)
+    clients, attributes = results["clients"], dict[str, dict[str, str | None]]()
     for model in audited:
-        clients[model.client] = _audit_client(context, model)
+        config, shard = client_shard(model)
+        templates = {source.name: source.template for source in config.data.source}
+        source = next(record.source for record in context.manifest.clients if record.client == model.client)
+        attributes[model.client] = {
+            "category": category_of(shard.train),
+            "source": source,
+            "task": str(templates[source]),
+        }
+        data = client_data(shard, bank.base.tokenizer, config.training.max_length)
+        clients[model.client] = {
+            name: _or_reason(audit, context, config, data)
+            for name, audit in (("canaries", _canaries), ("membership", _membership), ("inversion", _inversion))
+        }
+    if client is None:
+        results["attribute"] = _or_reason(_attribute, run, config.method, attributes)
     results = {
         "format": FORMAT,
         "fedamole": __version__,
         "method": run.about["method"],
         "clients": dict(sorted(clients.items())),
+        "attribute": results["attribute"],
     }
     write_atomic(run.place(AUDIT), json.dumps(results, indent=1) + "\n")
     return results
 
 
 def _audited_before(run: RunFolder) -> Json:
-    """Return the results of clients that were audited before."""
+    """Return the results of earlier audits."""
     try:
-        clients: Json = run.read_json(AUDIT)["clients"]
+        results: Json = run.read_json(AUDIT)
     except RunError as error:
         raise RunError(f"{error}, or remove it: the audits write a new one") from error
-    return clients
+    return results
 
 
-def _audit_client(context: Audited, model: SavedModel) -> Json:
-    config, shard = client_shard(model)
-    data = client_data(shard, context.bank.base.tokenizer, config.training.max_length)
-    return {
-        "canaries": _or_reason(_canaries, context, config, data),
-        "membership": _or_reason(_membership, context, config, data),
-        "inversion": _or_reason(_inversion, context, config, data),
-    }
-
-
-def _or_reason(audit: Callable[..., Json], context: Audited, config: Config, data: ClientData) -> Json:
+def _or_reason(audit: Callable[..., Json], *arguments: Any) -> Json:
     """Return the results of an audit, or why it cannot be done."""
     try:
-        return audit(context, config, data)
+        return audit(*arguments)
     except NotApplicableError as reason:
         return {"not_applicable": str(reason)}
     except DivergedError as error:
@@ -231,3 +241,20 @@ def _inversion(context: Audited, config: Config, data: ClientData) -> Json:
     mechanism = None if budget is None or not budget.trains else budget.mechanism(len(rows))
     task = LocalTask(data.info.name, release.request, rows, training.rate(0), mechanism=mechanism)
     return asdict(invert_update(context.bank, release, task, training, config.run.seed))
+
+
+def _attribute(run: RunFolder, method: Method[Any, Any, Any, Any], attributes: Mapping[str, Any]) -> Json:
+    """Return how well the clients' attributes follow from the mean embeddings that the coordinator has of them."""
+    if not method.needs_embeddings or not method.reads_embeddings():
+        raise NotApplicableError("the clients send no mean embeddings that the coordinator reads")
+    if run.kind != "simulation":
+        raise NotApplicableError("the coordinator's state is needed, and a client's folder does not have it")
+    packed, _ = final_state(run)
+    try:
+        state = unpack(method.records.state, packed)
+    except PayloadError as error:
+        raise RunError(f"the server's state in {run.path} does not fit the run's method ({error})") from error
+    embeddings = getattr(state, "client_embeddings", None)
+    if not embeddings:
+        raise NotApplicableError("the coordinator keeps no mean embeddings of the clients")
+    return infer_attribute(embeddings, attributes)

@@ -5,6 +5,8 @@ from typing import Any
 
 SURE = 2.33
 """Standard errors above guessing from which an attack counts as successful (one-sided, 1 %)."""
+MOST_LIKELY = 0.05
+"""Largest p-value of an attribute inference that counts as successful."""
 ENOUGH_NOISE = 0.9
 """Measured noise, as a share of the claimed noise, below which it is reported."""
 
@@ -17,6 +19,7 @@ def verdicts(results: Json) -> list[str]:
         *_of_clients("Canary bound", results, "canaries", _canaries),
         *_of_clients("Membership", results, "membership", _membership),
         *_of_clients("Gradient inversion", results, "inversion", _inversion),
+        f"Attribute inference: {_attribute(results['attribute'])}",
     ]
 
 
@@ -97,3 +100,12 @@ def _inversion(done: Mapping[str, Json]) -> str:
     if not above:
         return f"the first update reveals no tokens to this cheap attack ({numbers}); stronger attacks exist."
     return f"the first update reveals tokens of the training data for {len(above)} of {len(done)} clients ({numbers})."
+
+
+def _attribute(values: Json) -> str:
+    if "not_applicable" in values:
+        return f"not applicable: {values['not_applicable']}."
+    numbers = f"accuracy {values['accuracy']:.0%} for {values['clients']} clients, by chance {values['chance']:.0%}"
+    if values["p_value"] <= MOST_LIKELY:
+        return f"the mean embeddings reveal a client's {values['attribute']} ({numbers})."
+    return f"the mean embeddings do not reveal a client's {values['attribute']} to this attack ({numbers})."

@@ -41,6 +41,9 @@ def audit(
     Gradient inversion: which tokens did a client read in its first round? The share of them that a cheap attack on the
     first update finds, beside its share on random updates.
 
+    Attribute inference: does the coordinator learn which category, source or task a client has from its mean token
+    embeddings? Only for methods that send them, such as fedamole.
+
     The audits read the clients' data and repeat the training of a first round. They change nothing in the run but
     write RUN/audit.json, which the report shows too. docs/privacy.md explains the numbers.
 

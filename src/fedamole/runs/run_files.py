@@ -252,7 +252,25 @@ _audited_client = record(
         ),
     }
 )
-_audit = record({"format": whole(1, 1), "method": name, "clients": mapping(_audited_client)})
+_attribute = record(
+    {
+        "attribute": choice("category", "source", "task"),
+        "accuracy": _share,
+        "chance": _share,
+        "p_value": _share,
+        "clients": whole(1),
+        "values": whole(1),
+    },
+    closed=True,
+)
+_audit = record(
+    {
+        "format": whole(1, 1),
+        "method": name,
+        "clients": mapping(_audited_client),
+        "attribute": either(_not_applicable, _attribute),
+    }
+)
 FORMS: dict[str, Form] = {
     RUN: _about,
     MANIFEST: record({"clients": either(listed(name), listed(client_form))}, {"public": table_form}),
