@@ -30,7 +30,7 @@ def test_the_attribute_is_one_that_several_clients_share() -> None:
 
 
 def test_embeddings_that_depend_on_the_task_reveal_it() -> None:
-    tasks = {f"c{i}": "xy"[i % 2] for i in range(8)}
+    tasks = {f"c{i}": "xy"[i % 2] for i in range(12)}
     generator = torch.Generator().manual_seed(0)
     for strength, known in ((3.0, True), (0.0, False)):
         embeddings = {
@@ -41,7 +41,7 @@ def test_embeddings_that_depend_on_the_task_reveal_it() -> None:
         }
         result = infer_attribute(embeddings, attributes(**tasks))
         assert (result["p_value"] <= 0.05) is known
-        assert (result["clients"], result["values"], result["attribute"]) == (8, 2, "task")
+        assert (result["clients"], result["values"], result["attribute"]) == (12, 2, "task")
         assert 0.2 < result["chance"] < 0.6
 
 

@@ -13,6 +13,8 @@ from fedamole.errors import RunError
 from fedamole.experiment import prepare
 from fedamole.federation.privacy.accounting import epsilon_of
 from fedamole.federation.privacy.ledger import Ledger
+from fedamole.reporting.page.content import content as page_content
+from fedamole.reporting.page.reading import read_folders
 from fedamole.runs.run_folder import RunFolder
 
 CLIENTS = ["chat", "entail", "mood", "plain"]
@@ -37,7 +39,11 @@ def test_a_run_without_privacy(fedit: Path, fedamole: Any) -> None:
         assert values["inversion"]["vocabulary"] > values["inversion"]["tokens"] > 10
     assert RunFolder(fedit).read_json("audit.json") == content
     assert "Canary bound: nothing is claimed" in result.out.replace("\n", " ")
-    assert fedamole("show", fedit).code == 0
+    values = content["clients"]["mood"]
+    line = [values["canaries"]["bound"], values["membership"]["own"]["auroc"], values["membership"]["others"]["auroc"]]
+    line += [values["inversion"]["recall"], values["inversion"]["chance"]]
+    shown = page_content(read_folders([fedit]))["audits"]
+    assert ["fedit", "mood", "-", *(f"{value:.2f}" for value in line)] in shown
 
 
 def test_a_private_run_beside_its_claim(tiny: Path, runs: Any, fedamole: Any) -> None:

@@ -31,6 +31,7 @@ from fedamole.runs.adapter_folder import FILES
 from fedamole.runs.identity import Identity
 from fedamole.runs.run_files import (
     ASSIGNMENT,
+    AUDIT,
     CLIENTS,
     CONFIG,
     FORMS,
@@ -45,6 +46,7 @@ from fedamole.runs.run_files import (
 FORMAT = 1
 __all__ = [
     "ASSIGNMENT",
+    "AUDIT",
     "CLIENTS",
     "CONFIG",
     "FORMAT",
