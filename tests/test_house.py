@@ -33,6 +33,7 @@ FLOOR = {
     "tracking": 7,
     "experiment": 8,
     "personal": 9,
+    "auditing": 10,
     "comparison": 10,
     "serving": 10,
     "deployment": 11,

@@ -26,6 +26,7 @@ FILES = (
     "summary.json",
     "routing.json",
     "trackers.json",
+    "audit.json",
     "clients.json",
     "checkpoints/round-0000.json",
     "checkpoints/round-0001.json",
@@ -248,6 +249,15 @@ def complete(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = Path(shutil.copytree(runs("fedamole", "federation.rounds=2"), tmp_path_factory.mktemp("whole") / "run"))
     modules = {"model.layers.0.self_attn.q_proj": {"1": 0.25, "2": 0.75}}
     (run / "routing.json").write_text(json.dumps({"split": "validation", "clients": {"mood": modules}}))
+    attack = {"auroc": 0.6, "error": 0.1, "tpr": 0.0}
+    canaries = dict.fromkeys(("bound", "delta"), 0.5) | dict.fromkeys(("canaries", "guesses", "correct", "steps"), 9)
+    audited = {
+        "canaries": {**canaries, "claimed": 2.0, "noise": 1.0, "noise_repeats": False},
+        "membership": {"train": 9, "test": 9, "own": attack, "others": {**attack, "models": 3}},
+        "inversion": {"recall": 0.3, "chance": 0.1, "highest": 0.2, "tokens": 9, "vocabulary": 99},
+    }
+    results = {"clients": {"mood": audited}, "attribute": {"not_applicable": "no groups"}}
+    (run / "audit.json").write_text(json.dumps({"format": 1, "method": "fedamole", **results}))
     clients = {"mood": {"examples": {"train": 3}, "labels": {"glad": 2, "sad": 1}}}
     (run / "trackers.json").write_text(json.dumps({"mlflow": {"step": 2, "id": "a1", "finished": True}}))
     (run / "clients.json").write_text(json.dumps(clients))

@@ -3,6 +3,7 @@
 import typer
 
 from fedamole.cli import personal
+from fedamole.cli.audit import audit
 from fedamole.cli.certs import certs
 from fedamole.cli.choose import choose
 from fedamole.cli.client import audit_log, client
@@ -44,7 +45,7 @@ app = typer.Typer(
 
 PANELS = {
     "Experiments": (demo, init, run, resume, runs, show, report, compare, choose, plan, partition, methods, config),
-    "Personal models": (personal.generate, personal.chat, explain, export, merge, personal.adapt, serve),
+    "Personal models": (personal.generate, personal.chat, explain, export, merge, personal.adapt, serve, audit),
     "Deployment": (server, client, certs, doctor, health, audit_log, simulate),
 }
 """The commands by their panel in `fedamole --help`."""

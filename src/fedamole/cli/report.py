@@ -88,7 +88,7 @@ def _follow(runs: "Sequence[RunData]", write: "Callable[[], list[RunData]]", con
 
 def _file_states(runs: "Sequence[RunData]") -> list[tuple[int, int] | None]:
     """Return size and modification time of each file that the page depends on."""
-    from fedamole.runs.run_folder import ASSIGNMENT, METRICS, ROUTING, SUMMARY
+    from fedamole.runs.run_folder import ASSIGNMENT, AUDIT, METRICS, ROUTING, SUMMARY
 
-    paths = [data.run.path / name for data in runs for name in (METRICS, ASSIGNMENT, SUMMARY, ROUTING)]
+    paths = [data.run.path / name for data in runs for name in (METRICS, ASSIGNMENT, SUMMARY, ROUTING, AUDIT)]
     return [(path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else None for path in paths]

@@ -33,6 +33,8 @@ TRACKERS = "trackers.json"
 """By tracker: the last step that it has, and the id of the run there."""
 ROUTING = "routing.json"
 """Shares of each client's tokens by expert, written by `fedamole explain`."""
+AUDIT = "audit.json"
+"""Results of `fedamole audit`."""
 
 SPLITS = ("train", "embedding", "validation", "test")
 """The four splits of a client's data."""
@@ -234,6 +236,62 @@ config_form = record(
 table_form = record({"name": text(1000), "rows": whole(), "sha256": text(100)})
 """A file of rows, as a manifest stores it."""
 _labels = mapping(whole(), text(1000))
+_not_applicable = record({"not_applicable": text()}, closed=True)
+_share = number(0, 1)
+_attack = record({"auroc": _share, "error": _amount, "tpr": _share})
+_canaries = record(
+    {
+        "claimed": either(nothing, _amount),
+        "bound": _amount,
+        "delta": _share,
+        "canaries": whole(1),
+        "guesses": whole(),
+        "correct": whole(),
+        "steps": whole(1),
+        "noise": either(nothing, _amount),
+        "noise_repeats": boolean,
+    },
+    closed=True,
+)
+_audited_client = record(
+    {
+        "canaries": either(_not_applicable, _canaries),
+        "membership": either(
+            _not_applicable,
+            record(
+                {"train": whole(1), "test": whole(1), "own": _attack},
+                {"others": record({"models": whole(1), "auroc": _share, "error": _amount, "tpr": _share})},
+                closed=True,
+            ),
+        ),
+        "inversion": either(
+            _not_applicable,
+            record(
+                {"recall": _share, "chance": _share, "highest": _share, "tokens": whole(1), "vocabulary": whole(1)},
+                closed=True,
+            ),
+        ),
+    }
+)
+_attribute = record(
+    {
+        "attribute": choice("category", "source", "task"),
+        "accuracy": _share,
+        "chance": _share,
+        "p_value": _share,
+        "clients": whole(1),
+        "values": whole(1),
+    },
+    closed=True,
+)
+_audit = record(
+    {
+        "format": whole(1, 1),
+        "method": name,
+        "clients": mapping(_audited_client),
+        "attribute": either(_not_applicable, _attribute),
+    }
+)
 FORMS: dict[str, Form] = {
     RUN: _about,
     MANIFEST: record({"clients": either(listed(name), listed(client_form))}, {"public": table_form}),
@@ -249,6 +307,7 @@ FORMS: dict[str, Form] = {
     ),
     ROUTING: record({"clients": mapping(mapping(mapping(number(0, 1.000001), text(100)), _module))}),
     TRACKERS: mapping(record({"step": whole(-1, MOST_ROUNDS + 1)}, {"id": text(200), "finished": boolean}), text(100)),
+    AUDIT: _audit,
     METRICS: _metrics,
     ASSIGNMENT: _assignment,
     "best.json": mapping(_round),

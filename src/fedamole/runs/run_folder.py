@@ -34,6 +34,7 @@ from fedamole.runs.identity import Identity
 from fedamole.runs.provenance import command, environment, now
 from fedamole.runs.run_files import (
     ASSIGNMENT,
+    AUDIT,
     CLIENTS,
     CONFIG,
     FORMS,
@@ -48,6 +49,7 @@ from fedamole.runs.run_files import (
 FORMAT = 1
 __all__ = [
     "ASSIGNMENT",
+    "AUDIT",
     "CLIENTS",
     "CONFIG",
     "FORMAT",

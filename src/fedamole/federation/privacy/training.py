@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from fedamole.federation.local import DivergedError, TrainingGroup
 from fedamole.federation.passes import in_passes
+from fedamole.federation.privacy.mechanism import Mechanism
 from fedamole.federation.probe import count_tokens
 from fedamole.federation.request import TrainingResult
 from fedamole.model.batch import TokenPair
@@ -57,17 +58,21 @@ class PrivateGroup(TrainingGroup):
         mechanisms = [task.mechanism for task in self.tasks[:active]]
         samples = [m.secret.poisson_sample(m.examples, m.sampling) for m in mechanisms if m is not None]
         self.add_clipped(samples, step)
-        for client, mechanism in enumerate(mechanisms):
-            assert mechanism is not None
-            noise = torch.from_numpy(mechanism.secret.normal(self.sums.shape[1])).to(self.sums.device)
-            noised = self.sums[client] + noise * (mechanism.noise * mechanism.clip)
-            self.store.gradients[client] = (noised / mechanism.batch).to(self.store.gradients.dtype)
+        self.release(mechanisms)
         self.store.gradients[active:].zero_()
         self._add_penalty_gradients()
         self._update(active)
         # Losses must not decide whether a client diverged: that decision leaves the client, and they are not noised.
         self.example_losses += self.loss_sums
         self.loss_sums.zero_()
+
+    def release(self, mechanisms: Sequence[Mechanism | None]) -> None:
+        """Set the first clients' gradients to `sums` with noise, over the expected number of examples."""
+        for client, mechanism in enumerate(mechanisms):
+            assert mechanism is not None
+            noise = torch.from_numpy(mechanism.secret.normal(self.sums.shape[1])).to(self.sums.device)
+            noised = self.sums[client] + noise * (mechanism.noise * mechanism.clip)
+            self.store.gradients[client] = (noised / mechanism.batch).to(self.store.gradients.dtype)
 
     def add_clipped(self, samples: Sequence[Sequence[int]], step: int) -> None:
         """Set `sums` to the sums of the clipped gradients of each client's sampled rows."""

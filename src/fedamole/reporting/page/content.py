@@ -56,6 +56,7 @@ def content(runs: Sequence[RunData]) -> Json:
         "routing": [_routing(data) for data in runs if data.routing],
         "data": _data(runs, clients),
         "labels": _labels(runs),
+        "audits": [line for data in runs for line in _audits(data)],
         "costs": _costs(runs),
         "failed": [
             [data.label, line["round"], line["client"], line["failed"]]
@@ -79,6 +80,21 @@ def content(runs: Sequence[RunData]) -> Json:
         {name: label for data in runs for name, label in data.run.labels.items()},
     )
     return whole
+
+
+def _audits(data: RunData) -> Iterator[list[str]]:
+    """Yield a line for each client with the numbers of its audits."""
+    for client, audits in data.audits.items():
+        bound, membership, inversion = (audits[name] for name in ("canaries", "membership", "inversion"))
+        values = [
+            bound.get("claimed"),
+            bound.get("bound"),
+            membership.get("own", {}).get("auroc"),
+            membership.get("others", {}).get("auroc"),
+            inversion.get("recall"),
+            inversion.get("chance"),
+        ]
+        yield [data.label, client, *("-" if value is None else f"{value:.2f}" for value in values)]
 
 
 def _listed(names: Sequence[str]) -> str:

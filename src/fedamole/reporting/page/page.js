@@ -323,6 +323,7 @@ if (data.experts) experts();
 if (data.routing) routing();
 if (data.data) bars("data", data.data.sources ? ["client", "source"] : ["client"], data.data.lines.map(([name, source, counts]) => [name, data.data.sources ? source : "", counts]), data.data.splits, false);
 if (data.labels) bars("labels", ["client"], data.labels.lines.map(([name, counts]) => [name, "", counts]), data.labels.labels, true);
+if (data.audits?.length) section("audits", table(["run", "client", "epsilon claimed", "epsilon at least", "AUROC own model", "AUROC other models", "tokens found", "tokens by chance"], data.audits, { kind: "words" }));
 if (data.costs) costs();
 if (data.failed) section("failed", table(["run", "round", "client", "reason"], data.failed.map((line) => line.map(String)), { kind: "words" }));
 opening();

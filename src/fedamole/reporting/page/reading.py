@@ -10,7 +10,7 @@ from fedamole.federation.summary import costs
 from fedamole.reporting.runs import Run, finished_run, label_noise, run_folders, run_with_summary
 from fedamole.runs.adapter_folder import MOST_EXPERTS
 from fedamole.runs.run_files import BASE, SPLITS
-from fedamole.runs.run_folder import ASSIGNMENT, CLIENTS, MANIFEST, METRICS, ROUTING, RunFolder
+from fedamole.runs.run_folder import ASSIGNMENT, AUDIT, CLIENTS, MANIFEST, METRICS, ROUTING, RunFolder
 
 Json = dict[str, Any]
 
@@ -35,6 +35,8 @@ class RunData:
     """Number of training examples by client and label, for clients of a deployment that share it."""
     routing: dict[str, dict[str, dict[str, float]]]
     """Share of the tokens by client, module and expert, if `fedamole explain` has computed it."""
+    audits: Json
+    """Results by client of `fedamole audit`, if it was done."""
     costs: Json
     """Traffic, seconds and memory; of an unfinished run, so far."""
     finished: bool
@@ -113,6 +115,7 @@ def read_folder(path: Path) -> RunData:
         sources={client["client"]: _source_name(client["source"], noise) for client in drawn},
         labels={name: dict(about["labels"]) for name, about in reported.items() if about.get("labels")},
         routing=folder.read_json(ROUTING)["clients"] if (path / ROUTING).exists() else {},
+        audits=folder.read_json(AUDIT)["clients"] if (path / AUDIT).exists() else {},
         costs=run.summary if folder.finished else costs(folder),
         finished=folder.finished,
     )

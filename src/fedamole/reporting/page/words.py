@@ -56,6 +56,12 @@ TITLES = {
         "Label distribution",
         "Share of each label in the training data, for the clients that report it.",
     ),
+    "audits": (
+        "Audits",
+        "What attacks on the run reveal about the clients' training data, by fedamole audit. The lower bound of "
+        "epsilon is beside the one that is claimed. AUROC 0.5 is guessing. Tokens: the share of those read in the "
+        "first round that an attack on the first update finds.",
+    ),
     "costs": (
         "Costs",
         "Traffic per client and round; time, memory and work of the whole run.",
