@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-RELEVANCE = "relevance P"
+from fedamole.reporting.method_descriptions import method_descriptions
+
 MOST_TIMES = 4
 """A value this many times as high as without preference, or as low, has the full colour."""
 
@@ -25,8 +26,9 @@ def scale_of(config: Mapping[str, Any], clients: int) -> dict[str, Any]:
         that has the full colour (0: linear up to `high`); `low` and `high`, the values with the full colours; and
         `random`, whether the values of round 0 are random.
     """
-    method = config["method"]["name"].removesuffix("_ft")
-    if method == "fedamole_peers":
+    description = method_descriptions().get(config["method"]["name"], {})
+    kind = description.get("logged_relevance", "probability")
+    if kind == "similarity":
         scale = {
             "name": "cosine similarity",
             "even": 0.0,
@@ -36,8 +38,8 @@ def scale_of(config: Mapping[str, Any], clients: int) -> dict[str, Any]:
             "high": 1.0,
         }
         return {**scale, "random": False}
-    name, meaning, number = RELEVANCE, "no preference", clients
-    if method == "fedmoe":
+    name, meaning, number = "relevance P", "no preference", clients
+    if kind == "token share":
         name, meaning, number = (
             "share of the client's tokens",
             "all experts equal",
@@ -46,7 +48,8 @@ def scale_of(config: Mapping[str, Any], clients: int) -> dict[str, Any]:
     number = max(2, number)
     times = float(min(MOST_TIMES, number))
     ends = {"low": 1 / number / times, "high": times / number}
-    return {"name": name, "even": 1 / number, "meaning": meaning, "times": times, **ends, "random": name == RELEVANCE}
+    random = kind == "probability"
+    return {"name": name, "even": 1 / number, "meaning": meaning, "times": times, **ends, "random": random}
 
 
 def tone(value: float, scale: Mapping[str, Any]) -> float:
