@@ -28,7 +28,7 @@ def page() -> str:
         f"| [`fedamole {name}`](#fedamole-{name.replace(' ', '-')}) | {_first(each)} |"
         for name, each in commands.items()
     ]
-    table = "\n".join(["| command | |", "|---|---|", *rows])
+    table = "\n".join(["| command | what it does |", "|---|---|", *rows])
     sections = "\n".join(_section(name, command) for name, command in commands.items())
     return f"{INTRODUCTION}\n{table}\n\n{sections}"
 
@@ -105,7 +105,7 @@ def _type(parameter: Any) -> str:
     if choices := getattr(kind, "choices", None):
         return ", ".join(f"`{choice}`" for choice in choices)
     name = {"integer range": "integer", "float range": "number", "float": "number", "directory": "path", "file": "path"}
-    text = name.get(kind.name, kind.name)
+    text: str = name.get(kind.name, kind.name)
     low, high = getattr(kind, "min", None), getattr(kind, "max", None)
     bounds = {
         (True, True): f", {low} to {high}",

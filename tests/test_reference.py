@@ -104,6 +104,7 @@ def test_every_command_and_option_is_on_its_page() -> None:
         assert part, name
         for parameter in each.params:
             if parameter.name not in ("help", "version") and not getattr(parameter, "hidden", False):
-                flag = parameter.opts[0] if parameter.param_type_name == "option" else parameter.name.upper()
+                argument = (parameter.metavar or parameter.name).upper()
+                flag = parameter.opts[0] if parameter.param_type_name == "option" else argument
                 assert flag in part, f"{name} {flag}"
     assert "| `--port` | integer, 0 to 65535 | `8000` | Port to listen on; 0 picks a free port. |" in CLI

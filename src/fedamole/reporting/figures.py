@@ -191,7 +191,7 @@ def _map(
     from matplotlib.colors import LinearSegmentedColormap
 
     panel = figure.subplots()
-    ends = HEAT_LIGHT if scale is None else (BELOW_LIGHT, EVEN_LIGHT, HEAT_LIGHT[1])
+    ends = [*HEAT_LIGHT] if scale is None else [BELOW_LIGHT, EVEN_LIGHT, HEAT_LIGHT[1]]
     least, most = (None, None) if scale is None else (-1 if scale["even"] else 0, 1)
     if scale is not None and not scale["even"]:
         ends = ends[1:]

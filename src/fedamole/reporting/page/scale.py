@@ -54,7 +54,7 @@ def scale_of(config: Mapping[str, Any], clients: int) -> dict[str, Any]:
 
 def tone(value: float, scale: Mapping[str, Any]) -> float:
     """Return the colour of a value: 0 for the neutral colour, -1 and 1 for the full colours below and above it."""
-    if not scale["times"]:
-        return max(-1.0, min(1.0, (value - scale["even"]) / (scale["high"] - scale["even"])))
-    ratio = value / scale["even"]
-    return max(-1.0, min(1.0, math.log(ratio) / math.log(scale["times"]))) if ratio > 0 else -1.0
+    even, high, times = float(scale["even"]), float(scale["high"]), float(scale["times"])
+    if not times:
+        return max(-1.0, min(1.0, (value - even) / (high - even)))
+    return max(-1.0, min(1.0, math.log(value / even) / math.log(times))) if value > 0 else -1.0
