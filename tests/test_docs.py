@@ -16,6 +16,7 @@ import yaml
 from playwright.sync_api import sync_playwright
 
 from fedamole.cli.main import app
+from fedamole.config import load_config
 from fedamole.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -208,6 +209,14 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     lines_of_code_are_wrapped(tmp_path / "site" / "deploy" / "index.html")
     for path in (tmp_path / "site").rglob("*.html"):
         assert not re.search(r'(?:src|href)="https?://[^"]*\.(?:css|js|woff2?)"', path.read_text()), path
+
+
+def test_the_config_of_the_readme_is_valid(tmp_path: Path) -> None:
+    [text] = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "my.toml").write_text(text)
+    config = load_config(tmp_path / "my.toml")
+    assert [source.name for source in config.data.source] == ["north", "south"]
+    config.method.check(2)
 
 
 def test_the_citation_names_the_version_and_the_paper() -> None:
