@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
-from playwright.sync_api import sync_playwright
 
 from fedamole.cli.main import app
 from fedamole.config import load_config
@@ -178,7 +177,8 @@ def lines_of_code_are_wrapped(page: Path) -> None:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         return
-    with sync_playwright() as playwright:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the dev extra has it)")
+    with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         for width in (400, 1280):
             opened = browser.new_page(viewport={"width": width, "height": 900})
