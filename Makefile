@@ -1,10 +1,12 @@
-# The two commands of the README. Each sets up .venv on a fresh clone and needs nothing but Python >= 3.11.
+# The commands of the README. Each sets up .venv on a fresh clone and needs nothing but Python >= 3.11.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-faults test-long lint benchmarks clean
+.PHONY: install demo test test-faults test-long lint benchmarks clean
+
+install: $(READY)  ## Set up .venv with the tested versions, without running anything.
 
 demo: $(READY)  ## Compare training alone, one shared LoRA, FedAMoLE and its variant on the bundled task.
 	$(BIN)/fedamole demo

@@ -3,15 +3,19 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 from fedamole.cli.main import app
+from fedamole.config import load_config
 from fedamole.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +103,8 @@ def test_a_wrong_option_or_command_would_be_seen() -> None:
 
 
 def test_every_command_is_in_some_document() -> None:
-    output = set(re.findall(r"fedamole ([a-z-]+)", " ".join(page.read_text() for page in PAGES)))
+    by_hand = [page.read_text() for page in PAGES if page.name != "cli.md"]
+    output = set(re.findall(r"fedamole ([a-z-]+)", " ".join(by_hand)))
     assert not set(COMMAND.commands) - output  # type: ignore[attr-defined]
 
 
@@ -158,13 +163,31 @@ def test_quick_blocks_run_as_they_stand(tmp_path: Path) -> None:
         for kind, body in re.findall(r"(<!-- quick -->\n```bash|```toml)\n(.*?)```", page.read_text(), re.DOTALL):
             if kind == "```toml":
                 name = re.match(r"# (\w+\.toml)\n", body)
-                if name is not None and page.name in ("preferences.md", "start.md"):
+                if name is not None and page.name in ("preferences.md", "start.md", "tutorial.md"):
                     (tmp_path / name[1]).write_text(body)
                 continue
             done = subprocess.run(["bash", "-e"], input=body, cwd=tmp_path, env=env, text=True, capture_output=True)
             assert done.returncode == 0, f"{page.name}: {body}\n{done.stderr[-2000:]}"
             ran += 1
-    assert ran >= 3
+    assert ran >= 10
+
+
+def lines_of_code_are_wrapped(page: Path) -> None:
+    """Assert that no code of a page reaches beyond its box, so that comments are not cut off."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        return
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the dev extra has it)")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        for width in (400, 1280):
+            opened = browser.new_page(viewport={"width": width, "height": 900})
+            opened.goto(page.as_uri())
+            boxes = "[...document.querySelectorAll('pre code')].map(code => code.scrollWidth - code.clientWidth)"
+            excess = opened.evaluate(boxes)
+            assert len(excess) > 5
+            assert max(excess) <= 1
+        browser.close()
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
@@ -179,5 +202,27 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     page = (tmp_path / "site" / "reference" / "index.html").read_text()
     assert "load_personal_model" in page
     assert "reverse_selection" in page
+    tutorial = (tmp_path / "site" / "tutorial" / "index.html").read_text()
+    assert 'rel="prev"' in tutorial
+    assert 'rel="next"' in tutorial
+    assert "fedamole_peers" in (tmp_path / "site" / "changelog" / "index.html").read_text(), "CHANGELOG.md is included"
+    lines_of_code_are_wrapped(tmp_path / "site" / "deploy" / "index.html")
     for path in (tmp_path / "site").rglob("*.html"):
         assert not re.search(r'(?:src|href)="https?://[^"]*\.(?:css|js|woff2?)"', path.read_text()), path
+
+
+def test_the_config_of_the_readme_is_valid(tmp_path: Path) -> None:
+    [text] = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "my.toml").write_text(text)
+    config = load_config(tmp_path / "my.toml")
+    assert [source.name for source in config.data.source] == ["north", "south"]
+    config.method.check(2)
+
+
+def test_the_citation_names_the_version_and_the_paper() -> None:
+    text = (ROOT / "CITATION.cff").read_text()
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    cited = yaml.safe_load(text)
+    assert {"cff-version", "message", "title", "authors"} <= set(cited), "the keys that the format requires"
+    assert cited["version"] == version
+    assert cited["preferred-citation"]["url"] == "https://arxiv.org/abs/2411.19128"

@@ -7,7 +7,9 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import typer
 
+from fedamole.cli.main import app
 from fedamole.config import SECTIONS
 from fedamole.data.settings import DataSettings, PartitionSettings, SourceSettings
 from fedamole.data.templates import TemplateSettings
@@ -15,6 +17,7 @@ from fedamole.methods import METHODS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
+import make_cli_reference
 import make_reference
 
 PAGE = make_reference.PAGE.read_text(encoding="utf-8")
@@ -84,3 +87,24 @@ def test_tables_are_well_formed() -> None:
 def test_names_of_the_python_interface_exist(name: str) -> None:
     module, _, attribute = name.rpartition(".")
     assert name == "fedamole.errors" or hasattr(import_module(module), attribute)
+
+
+CLI = make_cli_reference.PAGE.read_text(encoding="utf-8")
+
+
+def test_page_of_the_command_line_is_up_to_date() -> None:
+    assert make_cli_reference.page() == CLI, "run python scripts/make_cli_reference.py"
+
+
+def test_every_command_and_option_is_on_its_page() -> None:
+    command = typer.main.get_command(app)
+    assert len(command.commands) > 20  # type: ignore[attr-defined]
+    for name, each in command.commands.items():  # type: ignore[attr-defined]
+        part = CLI.partition(f"## fedamole {name}\n")[2].partition("\n## ")[0]
+        assert part, name
+        for parameter in each.params:
+            if parameter.name not in ("help", "version") and not getattr(parameter, "hidden", False):
+                argument = (parameter.metavar or parameter.name).upper()
+                flag = parameter.opts[0] if parameter.param_type_name == "option" else argument
+                assert flag in part, f"{name} {flag}"
+    assert "| `--port` | integer, 0 to 65535 | `8000` | Port to listen on; 0 picks a free port. |" in CLI

@@ -80,7 +80,9 @@ def test_auto_goes_by_the_columns(columns: tuple[str, ...], name: str) -> None:
 
 
 def test_auto_that_finds_nothing_lists_columns_and_templates() -> None:
-    with pytest.raises(DataError, match=r"f: no template fits the columns a, b; set template = one of alpaca"):
+    with pytest.raises(
+        DataError, match=r"f: no template fits the columns a, b; rename them .*Known are instruction, context"
+    ):
         choose("auto", {}, ("a", "b"), "f")
 
 
@@ -193,7 +195,7 @@ def test_errors_show_the_beginning_of_a_long_label_alone() -> None:
 
 
 def test_errors_list_a_few_columns_alone() -> None:
-    with pytest.raises(DataError, match=r"no template fits the columns c0000, .* and 980 more; set") as error:
+    with pytest.raises(DataError, match=r"no template fits the columns c0000, .* and 980 more; rename") as error:
         choose("auto", {}, [f"c{at:04}" + "x" * at for at in range(1000)], "f")
     assert len(str(error.value)) < 1500
     with pytest.raises(DataError, match="and 980 more"):

@@ -121,6 +121,7 @@ def test_learning_curves_and_assignment_equal_the_run_files(runs: Any) -> None:
 
 def test_a_method_without_experts_has_no_section_on_them(runs: Any) -> None:
     result = content_of(runs("fedit"))
+    assert "a run of local_only would show what sharing adds" in result["verdict"]
     assert "experts" not in result
     assert "routing" not in result
     assert "labels" not in result, "a simulation's folder tells amounts, but no labels"
@@ -152,7 +153,9 @@ def test_the_work_of_clients_is_among_the_costs(runs: Any, copy_of: Any) -> None
 
 def test_an_unfinished_run_is_shown_up_to_its_last_round(runs: Any, copy_of: Any) -> None:
     result = content_of(copy_of(runs("fedamole"), unfinished=True), runs("fedit"))
-    assert result["states"] == [f"{runs('fedamole').name} is not finished: 2 of 3 rounds are done."]
+    text = f"{runs('fedamole').name} is not finished: 2 of 3 rounds are done. It has no test scores and is not in the "
+    assert result["states"] == [["Not finished", text + "verdict."]]
+    assert result["unfinished"] == ["fedamole"]
     assert result["test"]["head"] == ["client", "base", "majority", "fedit"]
     assert result["experts"][0]["rounds"] == [0, 1]
     assert len(result["learning"]["lines"]) == 2
@@ -205,6 +208,8 @@ def test_failed_updates_and_values_that_are_not_finite(runs: Any, copy_of: Any) 
         file.write(json.dumps(lost) + "\n" + json.dumps(bad) + "\n")
     result = content_of(folder)
     assert result["failed"] == [["fedit", 1, "mood", "diverged"]]
+    assert [mark for mark, _ in result["states"]] == ["Not finished", "Failed updates"]
+    assert "left out 1 update of a client (mood); see Failed updates" in result["states"][1][1]
     assert result["learning"]["lines"][0]["values"]["loss"]["mood"][1] is None
     page(result)
 
@@ -353,7 +358,7 @@ def test_figures_for_a_paper(runs: Any, tmp_path: Path) -> None:
             assert ElementTree.parse(path).getroot().tag.endswith("svg")
         else:
             assert path.read_bytes().startswith(b"\x89PNG")
-    again = draw_all(tmp_path / "two", {key: result[key] for key in ("titles", "data")})
+    again = draw_all(tmp_path / "two", {key: result[key] for key in ("titles", "short", "data")})
     assert [path.read_bytes() for path in again] == [(tmp_path / "one" / path.name).read_bytes() for path in again]
 
 

@@ -14,6 +14,7 @@ from fedamole.errors import RunError
 from fedamole.reporting.page.content import content
 from fedamole.reporting.page.document import write_page
 from fedamole.reporting.page.reading import read_folders
+from fedamole.reporting.page.scale import scale_of, tone
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed here (apt-get install chromium)")
@@ -241,10 +242,81 @@ def test_unfinished_and_live(visit: Any, runs: Any, tmp_path: Path) -> None:
     (folder / "summary.json").unlink()
     write_page(tmp_path / "r.html", content(read_folders([folder])), reload_seconds=600)
     page = visit(tmp_path / "r.html").page
-    assert "run is not finished: 3 of 3 rounds are done." in page.locator("header").inner_text()
+    assert "Not finished: run is not finished: 3 of 3 rounds are done." in page.locator("header").inner_text()
     assert page.locator("#test").count() == 0
     page.select_option("#experts select", index=2)
     page.evaluate("dispatchEvent(new Event('resize'))")
     assert page.evaluate("JSON.parse(sessionStorage.getItem(`fedamole ${document.title}`)).module") == 2
     page.get_by_role("button", name="Stop reloading").click()
     assert page.get_by_role("button", name="Resume reloading").is_visible()
+
+
+def test_without_javascript_texts_and_tables_are_there(browser: Any, report: Path) -> None:
+    context = browser.new_context(java_script_enabled=False, viewport={"width": 400, "height": 800})
+    page = context.new_page()
+    page.goto(report.as_uri())
+    text = page.locator("main").inner_text()
+    assert "has a mean test score of" in text
+    titles = [
+        "Settings of the runs",
+        "Learning curves",
+        "Test scores",
+        "Gains per client",
+        "Data of the clients",
+        "Costs",
+    ]
+    assert page.locator("main h2").all_inner_texts() == titles
+    assert page.locator("main table").count() == len(titles)
+    assert {"chat", "entail", "mood", "plain"} <= set(page.locator("main tbody th").all_inner_texts())
+    width = page.locator("main").bounding_box()["width"]
+    assert all(box.bounding_box()["width"] <= width for box in page.locator(".wide").all())
+    context.close()
+
+
+def test_long_names_are_short_in_figures_and_full_in_tables(visit: Any, runs: Any, tmp_path: Path) -> None:
+    data = content(read_folders([runs("fedamole"), runs("fedit")]))
+    text, begin = json.dumps(data), "regional-hospital-network-"
+    for name in data["clients"]:
+        text = text.replace(f'"{name}"', f'"{begin}{name}"')
+    renamed = json.loads(text)
+    renamed["short"] = {f"{begin}{name}": f"…{name}" for name in data["clients"]}
+    write_page(tmp_path / "r.html", renamed)
+    for width in (400, 1280):
+        page = visit(tmp_path / "r.html", viewport={"width": width, "height": 800}).page
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        shown = page.locator("#test svg text.name").all_text_contents()
+        assert shown == [f"…{name}" for name in data["clients"]]
+        assert f"{begin}chat" in page.locator("#test tbody th").all_inner_texts()
+        chart = page.locator("#test figure svg").bounding_box()["width"]
+        assert chart >= 0.95 * page.locator("#test").bounding_box()["width"], "the chart uses the width"
+
+
+def test_colours_of_the_assignment_start_at_no_preference(visit: Any, report: Path, runs: Any) -> None:
+    page = visit(report).page
+    mine = held(runs, 2, 0, "chat")
+    scale = scale_of({"method": {"name": "fedamole"}}, clients=4)
+    cells = page.locator("#experts figure").first.locator(".cell")
+    for index, expert in enumerate(sorted(mine)):
+        expected = tone(round(mine[expert], 4), scale)
+        assert ("above" if expected >= 0 else "below") in cells.nth(index).get_attribute("class")
+        strength = float(cells.nth(index).evaluate("(cell) => cell.style.getPropertyValue('--p')"))
+        assert strength == pytest.approx(100 * abs(expected), abs=0.6)
+    assert "0.250 (no preference)" in page.locator("#experts .legend").inner_text()
+    slider = page.get_by_role("slider", name="round")
+    slider.focus()
+    page.keyboard.press("Home")
+    assert cells.first.evaluate("(cell) => cell.style.getPropertyValue('--p')") == "0", "random values have no colour"
+
+
+def test_tables_fit_on_paper(visit: Any, report: Path) -> None:
+    page = visit(report, viewport={"width": 688, "height": 900}).page
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 688
+    for selector in (".wide > table", "figure svg"):
+        for element in page.locator(selector).all():
+            if element.is_visible():
+                box = element.bounding_box()
+                assert box["x"] + box["width"] <= 690, selector
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator(".wide > table").first.evaluate("(table) => table.style.zoom") == ""

@@ -275,8 +275,10 @@ def _by_columns(have: set[str], where: str) -> str:
             f'{{{beside} = ""}}; for a client\'s own file, --template messages or --column {beside}='
         )
     raise DataError(
-        f"{where}: no template fits the columns {listed(have)}; set template = one of "
-        f"{', '.join(BUILT_IN)}, or write your own under [data.templates.<name>]"
+        f"{where}: no template fits the columns {listed(have)}; rename them in this [[data.source]], as in "
+        'columns = {instruction = "NAME", response = "NAME"} (for a client\'s own file, --column instruction=NAME), or '
+        "write a template under [data.templates.<name>]. Known are instruction, context and response; prompt and "
+        "completion; text and label; messages; prompt, chosen and rejected; premise, hypothesis and label"
     )
 
 

@@ -47,6 +47,7 @@ K = TypeVar("K")
 U = TypeVar("U")
 
 Evaluates = Literal["pre_aggregation", "post_aggregation"]
+LoggedRelevance = Literal["probability", "token share", "similarity"]
 
 
 class Records(NamedTuple):
@@ -156,6 +157,9 @@ class Method(ABC, Generic[S, D, K, U]):
     expert_roles: ClassVar[tuple[str, ...]] = ()
     """Roles of the experts of a client's mixture by id, in words, if they are fixed; the last is that of all further
     ones. `OWN_EXPERT` is one that each client has for itself."""
+    logged_relevance: ClassVar[LoggedRelevance] = "probability"
+    """What `relevance` in `assignment_log` is: the probability with which an expert chooses the client, the share of
+    the client's tokens that used the expert, or a cosine similarity."""
     paper_steps: ClassVar[float] = 1.0
     """Steps of a client's round under `training.budget = "paper"`, as a multiple of those under "steps"."""
     trains_at_server: ClassVar[bool] = False

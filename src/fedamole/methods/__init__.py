@@ -155,8 +155,8 @@ def describe(name: str) -> dict[str, Any]:
     """Return the description of a method for `fedamole methods`, with JSON values only.
 
     Its keys: name, paper, communicates (what client and server exchange), stays_local (what stays with the client),
-    scored (evaluation before or after the aggregation), parameters (defaults of the settings) and about (docstring of
-    the method's file).
+    scored (evaluation before or after the aggregation), logged_relevance (meaning of the values in assignment.jsonl),
+    parameters (defaults of the settings) and about (docstring of the method's file).
     """
     method = METHODS[name]
     documented = method.__mro__[1] if name.endswith("_ft") else method
@@ -166,6 +166,7 @@ def describe(name: str) -> dict[str, Any]:
         "communicates": method.communicates,
         "stays_local": method.stays_local,
         "scored": method.evaluates,
+        "logged_relevance": method.logged_relevance,
         "parameters": {field.name: field.default for field in dataclasses.fields(method)},
         "about": (sys.modules[documented.__module__].__doc__ or "").strip(),
     }

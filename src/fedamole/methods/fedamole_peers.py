@@ -102,6 +102,7 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
     communicates = "the shared part of one LoRA both ways"
     stays_local = "the data, and the private part of the LoRA if there is one"
     evaluates = "post_aggregation"
+    logged_relevance = "similarity"
     probes = True
 
     @override
@@ -158,8 +159,7 @@ class FedAmolePeers(LoraMethod[Homes, PeerExpert, OwnParts, PeerExpert]):
     def choose(self, similarity: Tensors, sizes: Mapping[str, float]) -> dict[str, dict[str, float]]:
         """Return the weights of the experts that choose each client, by client and home.
 
-        `similarity` is that of the state, `sizes` are the weights of the homes before similarity counts.
-        """
+        `similarity` is that of the state, `sizes` are the weights of the homes before similarity counts."""
         names = sorted(similarity)
         cosines = [similarity[name].tolist() for name in names]
         chosen: dict[int, list[int]] = {i: [] for i in range(len(names))}

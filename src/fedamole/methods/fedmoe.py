@@ -102,6 +102,7 @@ class FedMoe(LoraMethod[UsedPool, Experts, Nothing, UsedExperts]):
     communicates = "the client's experts both ways, usage of the experts up"
     stays_local = "the data"
     evaluates = "pre_aggregation"
+    logged_relevance = "token share"
     probes = True
 
     @override

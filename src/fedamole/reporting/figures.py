@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fedamole.errors import RunError
-from fedamole.reporting.page.palette import HEAT_LIGHT, LIGHT, PLAIN_LIGHT
+from fedamole.reporting.page.palette import BELOW_LIGHT, EVEN_LIGHT, HEAT_LIGHT, LIGHT, PLAIN_LIGHT
+from fedamole.reporting.page.scale import tone
 from fedamole.reporting.plot_style import STYLE, require_matplotlib, save_figure, style_panel
 
 Json = Mapping[str, Any]
@@ -73,6 +74,10 @@ def _plain(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.") or "unnamed"
 
 
+def _short(content: Json) -> list[str]:
+    return [content["short"][name] for name in content["clients"]]
+
+
 def _figure(content: Json, key: str, width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
@@ -118,7 +123,7 @@ def _learning(content: Json, measure: str) -> Any:
             ]
             colour, dashes = LIGHT[style % len(LIGHT)], DASHES[style % len(DASHES)]
             panel.plot(*zip(*points, strict=True), color=colour, linestyle=dashes, linewidth=1.3, label=label)
-        panel.set_title(name or "mean", fontsize=8, loc="left")
+        panel.set_title(content["short"].get(name, name) or "mean", fontsize=8, loc="left")
         panel.set_ylim(bottom=0)
         panel.xaxis.get_major_locator().set_params(integer=True)
         style_panel(panel, "y")
@@ -151,7 +156,7 @@ def _test(content: Json) -> Any:
             linestyle="none",
             **face,
         )
-    panel.set_yticks(range(len(clients)), clients)
+    panel.set_yticks(range(len(clients)), [content["short"][name] for name in clients])
     panel.invert_yaxis()
     panel.set_xlim(-2, 102)
     panel.set_xlabel("test score, 0 to 100")
@@ -172,20 +177,26 @@ def _gain(content: Json) -> Any:
         panel.barh(range(len(clients)), values, color=[LIGHT[0] if value >= 0 else LIGHT[1] for value in values])
         panel.axvline(0, color="0.4", linewidth=0.8)
         panel.set_title(f"over {column['other']}: {column['mean']:+.1f}", fontsize=8, loc="left")
-        panel.set_yticks(range(len(clients)), clients)
+        panel.set_yticks(range(len(clients)), [content["short"][name] for name in clients])
         style_panel(panel, "x")
     figure.axes[0].invert_yaxis()
     figure.supxlabel(f"points of test score gained by {gains['reference']}", fontsize=9)
     return figure
 
 
-def _map(figure: Any, lines: Sequence[str], columns: Sequence[str], values: Any, label: str) -> None:
-    """Draw a heat map; NaN is left blank."""
+def _map(
+    figure: Any, lines: Sequence[str], columns: Sequence[str], values: Any, label: str, scale: Json | None = None
+) -> None:
+    """Draw a heat map; NaN is left blank. With a scale, the values are tones from -1 to 1."""
     from matplotlib.colors import LinearSegmentedColormap
 
     panel = figure.subplots()
-    colours = LinearSegmentedColormap.from_list("fedamole", HEAT_LIGHT)
-    drawn = panel.imshow(values, cmap=colours, aspect="auto", interpolation="nearest")
+    ends = [*HEAT_LIGHT] if scale is None else [BELOW_LIGHT, EVEN_LIGHT, HEAT_LIGHT[1]]
+    least, most = (None, None) if scale is None else (-1 if scale["even"] else 0, 1)
+    if scale is not None and not scale["even"]:
+        ends = ends[1:]
+    colours = LinearSegmentedColormap.from_list("fedamole", ends)
+    drawn = panel.imshow(values, cmap=colours, aspect="auto", interpolation="nearest", vmin=least, vmax=most)
     every = -(-len(columns) // 40)
     long = max(map(len, columns)) > 3
     panel.set_xticks(range(0, len(columns), every), columns[::every], rotation=90 if long else 0, fontsize=7)
@@ -196,7 +207,13 @@ def _map(figure: Any, lines: Sequence[str], columns: Sequence[str], values: Any,
     panel.grid(which="minor", color="white", linewidth=1)
     panel.tick_params(which="minor", length=0)
     panel.spines[:].set_color("0.85")
-    figure.colorbar(drawn, ax=panel, label=label, pad=0.01).outline.set_visible(False)
+    bar = figure.colorbar(drawn, ax=panel, label=label if scale is None else scale["name"], pad=0.01)
+    bar.outline.set_visible(False)
+    if scale is not None:
+        low = [(-1, f"≤ {scale['low']:.3f}")] if scale["even"] else []
+        high = f"≥ {scale['high']:.3f}" if scale["high"] < 1 else f"{scale['high']:.3f}"
+        ticks = [*low, (0, f"{scale['even']:.3f}\n{scale['meaning']}"), (1, high)]
+        bar.set_ticks([position for position, _ in ticks], labels=[text for _, text in ticks], fontsize=7)
 
 
 def _size(lines: int, columns: int) -> tuple[float, float]:
@@ -210,9 +227,9 @@ def _experts(content: Json, run: Json, module: int) -> Any:
     clients = content["clients"]
     values = np.full((len(clients), run["experts"]), np.nan)
     for client, flat in enumerate(run["held"][-1][module]):
-        values[client, flat[::2]] = np.array(flat[1::2]) / 10_000
+        values[client, flat[::2]] = [tone(value / 10_000, run["scale"]) for value in flat[1::2]]
     figure = _figure(content, "experts", *_size(*values.shape))
-    _map(figure, clients, [str(expert) for expert in range(run["experts"])], values, "relevance P")
+    _map(figure, _short(content), [str(expert) for expert in range(run["experts"])], values, "", run["scale"])
     figure.supxlabel(f"expert in {run['modules'][module]}, round {run['rounds'][-1]}", fontsize=9)
     return figure
 
@@ -223,7 +240,7 @@ def _sizes(content: Json, run: Json) -> Any:
 
     values = np.array([[len(flat) / 2 for flat in by_client] for by_client in run["held"][-1]]).T
     figure = _figure(content, "sizes", *_size(len(content["clients"]), len(run["modules"])))
-    _map(figure, content["clients"], run["modules"], values, "experts")
+    _map(figure, _short(content), run["modules"], values, "experts")
     return figure
 
 
@@ -235,7 +252,7 @@ def _routing(content: Json, run: Json, module: int) -> Any:
     by_client = [shares.get(name, {}) for name in run["clients"]]
     values = np.array([[by_expert.get(expert, np.nan) for expert in run["experts"]] for by_expert in by_client])
     figure = _figure(content, "routing", *_size(*values.shape))
-    _map(figure, run["clients"], run["experts"], values, "share of the tokens")
+    _map(figure, [content["short"][name] for name in run["clients"]], run["experts"], values, "share of the tokens")
     figure.supxlabel(f"expert in {run['modules'][module]}", fontsize=9)
     return figure
 
@@ -250,7 +267,7 @@ def _data(content: Json) -> Any:
         counts = [by_split[index] for *_, by_split in lines]
         panel.barh(range(len(lines)), counts, left=start, color=LIGHT[(0, 3, 2, 4)[index]], label=split, height=0.7)
         start = [before + count for before, count in zip(start, counts, strict=True)]
-    panel.set_yticks(range(len(lines)), [name for name, *_ in lines])
+    panel.set_yticks(range(len(lines)), [content["short"][name] for name, *_ in lines])
     panel.invert_yaxis()
     panel.set_xlabel("examples")
     style_panel(panel, "x")

@@ -10,7 +10,7 @@ from fedamole.federation.summary import stopped_early
 from fedamole.reporting.markdown import literal, literal_table
 from fedamole.reporting.runs import Run, untrained_warning
 from fedamole.reporting.significance import STAR, clear_best, deviation
-from fedamole.reporting.verdict import verdict
+from fedamole.reporting.verdict import verdict, verdict_on_yardsticks
 from fedamole.reporting.work import short_count
 from fedamole.runs.run_files import BASE, MAJORITY
 
@@ -64,6 +64,8 @@ class RunTable:
     """Labels of clients in the table, for those whose label is not their name."""
     verdict: str = ""
     """Whether the best method is better than training alone (see `verdict`); shown below the table."""
+    on_yardsticks: str = ""
+    """How the best method compares with the untuned base, for runs without training alone; shown in the report."""
 
     def as_json(self) -> dict[str, object]:
         """Return the table for `--json`."""
@@ -99,7 +101,9 @@ def _run_table(runs: Sequence[Run]) -> RunTable:
     warnings = tuple(filter(None, (untrained_warning(run.path, run.summary) for run in runs)))
     notes = tuple(f"{run.path} {text}" for run in runs if (text := stopped_early(run.summary)))
     seeds = tuple(sorted({run.seed for run in runs}))
-    return RunTable(clients, columns, seeds, warnings, notes, runs[0].labels, verdict(entries))
+    against_alone = verdict(entries)
+    on_yardsticks = "" if against_alone else verdict_on_yardsticks(entries)
+    return RunTable(clients, columns, seeds, warnings, notes, runs[0].labels, against_alone, on_yardsticks)
 
 
 def _column(label: str, entries: Sequence[tuple[Run, str]], clients: Sequence[str]) -> Column:

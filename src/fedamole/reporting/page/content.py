@@ -7,7 +7,9 @@ from typing import Any
 
 from fedamole import __version__
 from fedamole.federation.summary import stopped_early
+from fedamole.reporting.page.names import note_on_short_names, short_names
 from fedamole.reporting.page.reading import RunData
+from fedamole.reporting.page.scale import scale_of
 from fedamole.reporting.page.words import (
     GLOSSARY,
     KINDS,
@@ -48,6 +50,8 @@ def content(runs: Sequence[RunData]) -> Json:
     clients = sorted(set().union(*(data.clients for data in runs)))
     finished = [data for data in runs if data.finished]
     models = _models(runs)
+    labels = {name: label for data in runs for name, label in data.run.labels.items()}
+    short = short_names([printable(labels.get(name, name)) for name in clients])
     sections = {
         "about": _about(runs, len(clients)),
         "learning": _learning(runs, models, clients),
@@ -74,10 +78,13 @@ def content(runs: Sequence[RunData]) -> Json:
             "titles": TITLES,
             "random": RANDOM,
             "clients": clients,
+            "short": short,
+            "shortened": note_on_short_names(short),
             "models": models,
+            "unfinished": sorted({data.label for data in runs if not data.finished}),
             **{key: value for key, value in sections.items() if value},
         },
-        {name: label for data in runs for name, label in data.run.labels.items()},
+        labels,
     )
     return whole
 
@@ -125,13 +132,20 @@ def _models(runs: Sequence[RunData]) -> list[str]:
     return sorted(labels, key=lambda label: label.startswith("fedamole"))
 
 
-def _states(runs: Sequence[RunData]) -> Iterator[str]:
-    """Yield a sentence for each run that is not finished, and for each in which every update failed."""
+def _states(runs: Sequence[RunData]) -> Iterator[tuple[str, str]]:
+    """Yield a mark and a sentence for each run that is not finished, and for each with updates that failed."""
     for data in runs:
-        if warning := untrained_warning(data.run.path, data.run.summary):
-            yield f"{warning}."
+        name = data.run.path.name
         if not data.finished:
-            yield f"{data.run.path.name} is not finished: {data.done} of {data.rounds} rounds are done."
+            rounds = f"{data.done} of {data.rounds} rounds are done"
+            yield "Not finished", f"{name} is not finished: {rounds}. It has no test scores and is not in the verdict."
+        failed = [line for line in data.lines if "failed" in line]
+        if warning := untrained_warning(data.run.path, data.run.summary):
+            yield "Failed", f"{warning}."
+        elif failed:
+            updates = "1 update of a client" if len(failed) == 1 else f"{len(failed)} updates of clients"
+            of_clients = _listed(sorted({line["client"] for line in failed}))
+            yield "Failed updates", f"{name} left out {updates} ({of_clients}); see Failed updates for the reasons."
 
 
 def _by_label(runs: Sequence[RunData]) -> dict[str, list[RunData]]:
@@ -223,7 +237,7 @@ def _tested(finished: Sequence[RunData], models: Sequence[str]) -> Json:
     ]
     scenario = scenario_of("", trials, {data.run.path: data.run for data in finished})
     return {
-        "verdict": table.verdict,
+        "verdict": table.verdict or table.on_yardsticks,
         "test": {
             "head": head,
             "body": body,
@@ -280,6 +294,7 @@ def _experts(data: RunData, clients: Sequence[str]) -> Json:
         "held": held,
         "experts": 1 + max((expert for line in data.assignment for expert in line["experts"]), default=0),
         "always_random": data.config["method"].get("assignment") == "random",
+        "scale": scale_of(data.config, len(clients)),
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from fedamole.errors import RunError
 from fedamole.files import write_atomic
 from fedamole.reporting.page.palette import as_css
+from fedamole.reporting.page.tables import tables_as_html
 
 MARK = 'content="fedamole report"'
 """Text by which an existing report is recognised."""
@@ -22,7 +23,8 @@ def page(content: Mapping[str, Any], reload_seconds: int = 0) -> str:
     """Return the page as HTML.
 
     The data are embedded as JSON without any `<`, and the script writes them into text nodes only. A content security
-    policy allows just the page's own script and style, by their hashes, and no connection.
+    policy allows just the page's own script and style, by their hashes, and no connection. For browsers without
+    JavaScript, the page also has its texts and tables as HTML.
 
     Args:
         content: The content of the report (see `content.content`).
@@ -40,6 +42,7 @@ def page(content: Mapping[str, Any], reload_seconds: int = 0) -> str:
         "style": style,
         "script": script,
         "data": text,
+        "tables": tables_as_html(content),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _part("page.html"))
 

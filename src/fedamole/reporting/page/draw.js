@@ -23,6 +23,19 @@ const defined = (values) => values.filter((value) => value !== null && value !==
 const shown = (value, digits = 1) => (value === null || value === undefined ? "–" : value.toFixed(digits));
 const signed = (value, digits = 1) => (value > 0 ? "+" : value < 0 ? "−" : "±") + Math.abs(value).toFixed(digits);
 const cut = (text, most) => (text.length > most ? text.slice(0, most - 1) + "…" : text);
+const middle = (text, most) => (text.length > most ? text.slice(0, Math.ceil((most - 1) / 2)) + "…" + text.slice(text.length - Math.floor((most - 1) / 2)) : text);
+
+// Names for the left side of a chart of this width: without their middle if they would take more than a third of it.
+function sideOf(names, width, widest = 200) {
+  const longest = Math.max(...names.map((name) => name.length));
+  let most = Math.max(7, Math.min(longest, Math.floor((Math.min(widest, width / 3) - 14) / 6.9)));
+  while (most < longest && new Set(names.map((name) => middle(name, most))).size < new Set(names).size) most += 1;
+  return { side: 14 + 6.9 * Math.min(most, longest), shown: names.map((name) => middle(name, most)) };
+}
+// Width for a chart in this element; paper has its own.
+const PAPER = 680;
+let printing = false;
+const widthOf = (element, share = 1) => Math.max(280, (printing ? PAPER * share : element?.clientWidth) || 1080);
 
 // Round numbers from 0 to at least `top`, four or five of them.
 function ticks(top) {
@@ -88,9 +101,10 @@ function select(name, options, value, change) {
   return h("label", {}, h("span", { text: name }), box);
 }
 
-// A heat map. `at(line, column)` returns null or {value 0..1, text, fresh}, `describe(line, column)` the text of a cell.
+// A heat map. `at(line, column)` returns null or {value, text, fresh}, `describe(line, column)` the text of a cell. Values
+// are from 0 to 1, or from -1 to 1 around a neutral colour if `around` is set.
 // Cells are selected with the mouse, or with the arrow keys when the map has the focus.
-function heatMap({ label, lines, columns, at, describe, across, slanted = false }) {
+function heatMap({ label, lines, columns, at, describe, across, slanted = false, around = false, share = 1 }) {
   const figure = h("figure"), map = h("div", { class: "heat", tabindex: 0, role: "group" }), status = h("p", { class: "readout soft", role: "status" });
   map.setAttribute("aria-roledescription", "heat map");
   figure.append(h("div", { class: "wide" }, map), status);
@@ -98,14 +112,13 @@ function heatMap({ label, lines, columns, at, describe, across, slanted = false 
   let side, above, width, height, cursor;
 
   function draw() {
-    const longest = Math.max(...lines.map((name) => Math.min(name.length, 26)));
-    side = Math.min(200, 14 + 6.9 * longest);
-    const room = Math.max(320, (figure.parentElement?.clientWidth || 1100) - side - 12);
-    width = Math.max(5, Math.min(slanted ? 44 : 36, room / columns.length));
+    const room = widthOf(figure.parentElement, share) - 8, names = sideOf(lines, room), slantedNames = sideOf(columns, room, 150).shown;
+    const reach = Math.max(...slantedNames.map((name) => name.length)), over = slanted ? 4.9 * reach : 8;
+    side = names.side;
+    width = Math.max(slanted ? 18 : 9, Math.min(64, (room - side - over) / columns.length));
     height = lines.length > 20 ? 15 : 22;
-    const reach = Math.max(...columns.map((name) => Math.min(name.length, 22)));
     above = slanted ? 14 + 5.1 * reach : 36;
-    const wide = side + width * columns.length + (slanted ? 4.9 * reach : 8), tall = above + height * lines.length + 4;
+    const wide = side + width * columns.length + over, tall = above + height * lines.length + 4;
     const every = slanted ? Math.ceil(13 / width) : [1, 2, 5, 10, 20, 50].find((step) => step * width >= 22) || 100;
     const svg = canvas(wide, tall, { role: "img", "aria-label": label });
     svg.append(s("rect", { class: "ground", x: side, y: above, width: width * columns.length, height: height * lines.length }));
@@ -113,18 +126,18 @@ function heatMap({ label, lines, columns, at, describe, across, slanted = false 
     columns.forEach((name, column) => {
       if (column % every) return;
       const x = side + (column + 0.5) * width;
-      svg.append(slanted ? s("text", { x: x - 2, y: above - 7, transform: `rotate(-45 ${x - 2} ${above - 7})`, text: cut(name, 22) })
+      svg.append(slanted ? s("text", { x: x - 2, y: above - 7, transform: `rotate(-45 ${x - 2} ${above - 7})`, text: slantedNames[column] })
         : s("text", { x, y: above - 6, "text-anchor": "middle", text: name }));
     });
-    lines.forEach((name, line) => {
+    lines.forEach((_, line) => {
       const y = above + line * height;
-      svg.append(s("text", { class: "name", x: side - 8, y: y + height / 2 + 4, "text-anchor": "end", text: cut(name, 26) }));
+      svg.append(s("text", { class: "name", x: side - 8, y: y + height / 2 + 4, "text-anchor": "end", text: names.shown[line] }));
       if (line) svg.append(s("rect", { class: "stripe", x: side, y: y - 0.5, width: width * columns.length, height: 1 }));
       columns.forEach((_, column) => {
         const cell = at(line, column), gap = width > 9 ? 1 : 0.4;
         if (!cell) return;
         const box = { x: side + column * width + gap, y: y + 1, width: width - 2 * gap, height: height - 2, rx: width > 9 ? 2 : 0 };
-        svg.append(s("rect", { class: "cell", ...box, "--p": Math.round(100 * Math.max(0, Math.min(1, cell.value))) }));
+        svg.append(s("rect", { class: `cell${around ? (cell.value < 0 ? " below" : " above") : ""}`, ...box, "--p": Math.round(100 * Math.min(1, Math.abs(cell.value))) }));
         if (cell.text && width > 21) svg.append(s("text", { class: cell.value > 0.5 ? "on-strong" : "on-weak", x: box.x + box.width / 2, y: y + height / 2 + 4, "text-anchor": "middle", text: cell.text }));
         if (cell.fresh) svg.append(s("rect", width > 12 ? { class: "new", ...box } : { class: "new small", ...box, y: y + height - 4, height: 3 }));
       });

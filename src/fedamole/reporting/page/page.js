@@ -4,7 +4,9 @@ const data = JSON.parse(document.getElementById("content").textContent);
 const main = document.getElementById("main");
 const redraws = [];
 const styleIndex = (label) => (data.models.includes(label) ? data.models.length - 1 - data.models.indexOf(label) : label === "base" ? -1 : -2);
-const legendOf = (labels, withLines) => legend(labels.map((name) => ({ name, index: styleIndex(name) })), withLines);
+const marked = (label) => (data.unfinished.includes(label) ? `${label} (not finished)` : label);
+const legendOf = (labels, withLines) => legend(labels.map((name) => ({ name: marked(name), index: styleIndex(name) })), withLines);
+const short = (name) => data.short[name] ?? name;
 
 // The selections of the reader survive the reloads of a live page.
 const store = `fedamole ${document.title}`;
@@ -29,8 +31,8 @@ function opening() {
   append(document.getElementById("top"),
     h("h1", { text: data.title }),
     data.verdict ? h("p", { class: "verdict", text: data.verdict }) : null,
-    h("p", { class: "soft", text: `${count} client${count === 1 ? "" : "s"}` + (rounds ? `, ${rounds} round${rounds === 1 ? "" : "s"}` : "") + ". " + summary() }),
-    ...data.states.map((text) => h("p", { class: "state", text })),
+    h("p", { class: "soft", text: `${count} client${count === 1 ? "" : "s"}` + (rounds ? `, ${rounds} round${rounds === 1 ? "" : "s"}` : "") + ". " + [summary(), data.shortened].filter(Boolean).join(" ") }),
+    ...data.states.map(([mark, text]) => h("p", { class: "state" }, h("strong", { text: mark }), `: ${text}`)),
     data.live ? follow() : null,
     h("details", {}, h("summary", { text: "Glossary" }),
       h("dl", {}, ...data.glossary.flatMap(([word, text]) => [h("dt", { text: word }), h("dd", { text })]))),
@@ -62,7 +64,7 @@ function about() {
     ...(same && values.every((value) => value === values[0]) ? [h("td", { colspan: values.length, text: values[0] })]
       : values.map((text) => h("td", { text: text || "–" }))));
   section("about", h("div", { class: "wide" }, h("table", { class: "words" },
-    h("thead", {}, h("tr", {}, h("td", {}), ...head.map((text) => h("th", { scope: "col", text })))), h("tbody", {}, ...lines.map(row)))));
+    h("thead", {}, h("tr", {}, h("td", {}), ...head.map((text) => h("th", { scope: "col", text: marked(text) })))), h("tbody", {}, ...lines.map(row)))));
 }
 
 const MEASURES = { loss: "validation loss, in nats per answer token: lower is better", score: "validation score, 0 to 100: higher is better" };
@@ -80,7 +82,7 @@ function learning() {
     const steps = ticks(most), x = (round) => left + (rounds > 1 ? round / (rounds - 1) : 0.5) * (width - left - right);
     const y = (value) => over + (1 - value / steps.at(-1)) * (height - over - under);
     const title = name || (many ? "mean" : "mean of all clients");
-    const svg = canvas(width, height, { role: "img", "aria-label": `${title}: ${MEASURES[key]}` }, s("text", { class: "title", x: left, y: 13, text: cut(title, many ? 18 : 26) }));
+    const svg = canvas(width, height, { role: "img", "aria-label": `${title}: ${MEASURES[key]}` }, s("text", { class: "title", x: left, y: 13, text: middle(name ? short(name) : title, many ? 18 : 26) }));
     for (const value of steps) svg.append(s("path", { class: "axis", d: `M${left} ${y(value)}H${width - right}` }), s("text", { x: left - 5, y: y(value) + 4, "text-anchor": "end", text: value }));
     const every = [1, 2, 5, 10, 20, 50, 100, 200, 500].find((step) => rounds / step <= 7) || 1000;
     for (let round = 0; round < rounds; round += every) svg.append(s("text", { x: x(round), y: height - 5, "text-anchor": "middle", text: round }));
@@ -125,17 +127,16 @@ function learning() {
 
 function test() {
   const { head, body, clients, seeds, marks } = data.test, labels = Object.keys(marks);
-  const side = Math.min(200, 14 + 6.9 * Math.max(...clients.map((name) => Math.min(name.length, 26))));
   const box = h("div");
   redraws.push(() => {
-    const width = Math.max(420, Math.min(900, box.clientWidth || 900)), step = clients.length > 20 ? 17 : 28, over = 22;
+    const width = widthOf(box), { side, shown: names } = sideOf(clients.map(short), width), step = clients.length > 20 ? 17 : 28, over = 22;
     const size = step < 20 ? 3.2 : 4.2;
     const x = (value) => side + value / 100 * (width - side - 16), tall = over + clients.length * step + 6;
     const svg = canvas(width, tall, { role: "img", "aria-label": data.titles.test[0] });
     for (let value = 0; value <= 100; value += 20) svg.append(s("path", { class: "axis", d: `M${x(value)} ${over}V${tall - 4}` }), s("text", { x: x(value), y: 13, "text-anchor": "middle", text: value }));
     clients.forEach((name, line) => {
       const y = over + (line + 0.5) * step, values = labels.map((label) => marks[label][name]);
-      svg.append(s("text", { class: "name", x: side - 10, y: y + 4, "text-anchor": "end", text: cut(name, 26) }),
+      svg.append(s("text", { class: "name", x: side - 10, y: y + 4, "text-anchor": "end", text: names[line] }),
         s("path", { class: "axis", d: `M${x(Math.min(...values))} ${y}H${x(Math.max(...values))}` }),
         ...apart(labels.map((label) => [x(marks[label][name]), styleIndex(label)]), 2 * size).map(([across, aside, index]) => mark(index, across, y + aside * size, size)));
       const scores = labels.map((label) => [marks[label][name], label]).sort((one, other) => other[0] - one[0]).map(([value, label]) => `${label}: ${value.toFixed(1)}`);
@@ -196,42 +197,43 @@ function assignment(box, run) {
     [run.held[round][module][client][2 * step], run.held[round][module][client][2 * step + 1] / 10000]));
   const held = (round) => run.modules.map((_, module) => clients.map((_, client) => pairs(round, module, client)));
   const before = () => (state.round > 0 ? held(state.round - 1)[state.module] : null);
-  let now, old, shares, range;
+  const { scale } = run, clamp = (value) => Math.max(-1, Math.min(1, value));
+  const random = () => scale.random && (run.always_random || run.rounds[state.round] === 0);
+  const tone = (value) => random() ? 0 : clamp(scale.times ? Math.log(value / scale.even) / Math.log(scale.times) : (value - scale.even) / (scale.high - scale.even));
+  let now, old, shares;
   const here = (client) => now[state.module][client], count = (client, module) => Object.keys(now[module][client]).length;
   const others = (expert, client) => clients.filter((_, other) => other !== client && expert in here(other));
   const fresh = (expert, client) => old !== null && !(expert in old[client]);
   const common = (one, other) => now.reduce((sum, found) => sum + Object.keys(found[one]).filter((expert) => expert in found[other]).length, 0);
   const together = () => clients.map((_, one) => clients.map((_, other) => (one === other ? null : common(one, other))));
-  const ends = () => { const found = clients.flatMap((_, client) => Object.values(here(client))); return found.length ? [Math.min(...found), Math.max(...found)] : [0, 1]; };
   const most = Math.max(1, ...run.held.flat(2).map((found) => found.length / 2));
 
   const maps = [
     heatMap({
-      label: data.titles.experts[0], lines: clients, columns: Array.from({ length: run.experts }, (_, expert) => String(expert)), across: "expert",
-      at: (client, expert) => (expert in here(client) ? { value: (here(client)[expert] - range[0]) / (range[1] - range[0] || 1), fresh: fresh(expert, client) } : null),
+      label: data.titles.experts[0], lines: clients.map(short), around: true, columns: Array.from({ length: run.experts }, (_, expert) => String(expert)), across: "expert",
+      at: (client, expert) => (expert in here(client) ? { value: tone(here(client)[expert]), fresh: fresh(expert, client) } : null),
       describe: (client, expert) => {
         const relevance = here(client)[expert], with_ = others(expert, client).join(", ") || "no other client";
         if (relevance === undefined) return `${clients[client]} does not hold expert ${expert}; holders: ${others(expert, client).join(", ") || "none"}.`;
-        return `${clients[client]} holds expert ${expert}, relevance P = ${relevance.toFixed(4)}; shared with ${with_}${fresh(expert, client) ? "; new in this round" : ""}.`;
+        return `${clients[client]} holds expert ${expert}, ${scale.name} = ${relevance.toFixed(4)}; shared with ${with_}${fresh(expert, client) ? "; new in this round" : ""}.`;
       },
     }),
     heatMap({
-      label: data.titles.sizes[0], lines: clients, columns: run.modules, slanted: true,
+      label: data.titles.sizes[0], lines: clients.map(short), columns: run.modules, slanted: true, share: 0.5,
       at: (client, module) => ({ value: count(client, module) / most, text: count(client, module) }),
       describe: (client, module) => `${clients[client]} holds ${count(client, module)} experts in ${run.modules[module]}.`,
     }),
     heatMap({
-      label: data.titles.shared[0], lines: clients, columns: clients, slanted: true,
+      label: data.titles.shared[0], lines: clients.map(short), columns: clients.map(short), slanted: true, share: 0.5,
       at: (one, other) => (shares[one][other] ? { value: shares[one][other] / Math.max(1, ...shares.flat()), text: shares[one][other] } : null),
       describe: (one, other) => one === other ? `${clients[one]} and itself.` : `${clients[one]} and ${clients[other]} share ${shares[one][other]} experts, over all modules.`,
     }),
   ];
-  const low = h("span"), high = h("span"), even = h("li", { text: `uniform (no preference): ${(1 / clients.length).toFixed(3)}` });
   const slider = h("input", { type: "range", min: 0, max: last, value: state.round, "aria-label": "round", oninput: (event) => go(+event.target.value) });
   const where = h("output"), onPaper = h("p", { class: "print-only" }), note = h("p", { class: "soft", role: "status" });
   const step = (text, label, by) => h("button", { type: "button", text, "aria-label": label, onclick: () => go(state.round + by) });
   const back = step("‹", "previous round", -1), on = step("›", "next round", 1);
-  const numbers = asTable("Assignment", () => table(["client", "experts (relevance P)"], clients.map((name, client) =>
+  const numbers = asTable("Assignment", () => table(["client", `experts (${scale.name})`], clients.map((name, client) =>
     [name, Object.entries(here(client)).map(([expert, relevance]) => `${expert} (${relevance.toFixed(4)})`).join(", ")])));
   const sizes = asTable("Counts", () => table(["client", ...run.modules], clients.map((name, client) => [name, ...run.modules.map((_, module) => String(count(client, module)))])));
   const sharing = asTable("Pairs", () => table(["client", ...clients], clients.map((name, one) => [name, ...shares[one].map((count) => (count === null ? "" : String(count)))])));
@@ -240,21 +242,21 @@ function assignment(box, run) {
     choose("round", state.round === last ? null : state.round);
     choose("module", module);
     [now, old] = [held(state.round), before()];
-    [shares, range] = [together(), ends()];
-    [low.textContent, high.textContent] = range.map((value) => value.toFixed(3));
+    shares = together();
     slider.value = state.round;
     where.textContent = `round ${run.rounds[state.round]} of ${run.rounds[0]} to ${run.rounds[last]}`;
     onPaper.textContent = `${run.label}, ${run.modules[state.module]}, round ${run.rounds[state.round]}`;
-    even.hidden = run.always_random || run.rounds[state.round] === 0;
-    note.textContent = even.hidden ? data.random : "";
+    note.textContent = random() ? data.random : "";
     [back.disabled, on.disabled] = [state.round === 0, state.round === last];
     maps.forEach((map) => map.draw());
     [numbers, sizes, sharing].forEach((one) => one.fill());
   }
-  const keys = h("ul", { class: "legend" }, h("li", {}, "relevance P from", low, h("span", { class: "scale" }), "to", high), even, h("li", {}, h("span", { class: "boxed" }), "new in this round"));
+  const piece = (text) => h("span", { text }), below = scale.even > 0 ? [piece(`≤ ${scale.low.toFixed(3)}`), h("span", { class: "scale from-below" })] : [];
+  const keys = h("ul", { class: "legend" }, h("li", {}, piece(`${scale.name}:`)), h("li", {}, ...below, piece(`${scale.even.toFixed(3)} (${scale.meaning})`), h("span", { class: "scale from-even" }),
+    piece(`${scale.high < 1 ? "≥ " : ""}${scale.high.toFixed(3)}`)), h("li", {}, h("span", { class: "boxed" }), piece("new in this round")));
   box.replaceChildren(h("div", { class: "controls" }, run.modules.length > 1 ? select("module", run.modules, state.module, (value) => go(state.round, value)) : null,
     h("label", {}, h("span", { text: "round" }), back, slider, on), where), onPaper, note, keys, maps[0], numbers,
-  h("div", { id: "sizes" }, ...heading("sizes", "h3"), maps[1], sizes), ...(clients.length > 1 ? [h("div", { id: "shared" }, ...heading("shared", "h3"), maps[2], sharing)] : []));
+  h("div", { class: "pair" }, h("div", { id: "sizes" }, ...heading("sizes", "h3"), maps[1], sizes), ...(clients.length > 1 ? [h("div", { id: "shared" }, ...heading("shared", "h3"), maps[2], sharing)] : [])));
   box.maps = maps;
   go(state.round);
 }
@@ -264,7 +266,7 @@ function routing() {
   const show = (which, module = 0) => {
     const run = runs[which], shares = run.shares[module], of = (line, column) => shares[run.clients[line]]?.[run.experts[column]];
     const map = heatMap({
-      label: data.titles.routing[0], lines: run.clients, columns: run.experts, across: "expert",
+      label: data.titles.routing[0], lines: run.clients.map(short), columns: run.experts, across: "expert",
       at: (line, column) => (of(line, column) === undefined ? null : { value: of(line, column), text: Math.round(100 * of(line, column)) }),
       describe: (line, column) => of(line, column) === undefined ? `${run.clients[line]} does not hold expert ${run.experts[column]}.`
         : `${run.clients[line]} routes ${(100 * of(line, column)).toFixed(1)} % of its tokens to expert ${run.experts[column]}.`,
@@ -284,22 +286,22 @@ function routing() {
 // Stacked bars, one per client; `relative` gives all bars the same length.
 function bars(key, head, lines, pieces, relative) {
   const box = h("div"), totals = lines.map(([, , counts]) => counts.reduce((sum, count) => sum + count, 0));
-  const names = lines.map(([name, source]) => (source ? `${name} (${source})` : name)), longest = Math.max(...names.map((name) => Math.min(name.length, 34)));
+  const names = lines.map(([name, source]) => (source ? `${short(name)} (${source})` : short(name)));
   const kind = (piece) => (pieces.length > 4 ? `var(--m${piece % 8})` : `var(--split${piece})`);
   redraws.push(() => {
-    const side = Math.min(260, 14 + 6.9 * longest), width = Math.max(420, Math.min(900, box.clientWidth || 900)), step = lines.length > 20 ? 17 : 24;
+    const width = widthOf(box), { side, shown: texts } = sideOf(names, width, 260), step = lines.length > 20 ? 17 : 24;
     const most = relative ? 1 : Math.max(...totals), svg = canvas(width, lines.length * step + 4, { role: "img", "aria-label": data.titles[key][0] });
     lines.forEach(([name, , counts], line) => {
       let x = side;
-      const y = line * step + 3, texts = counts.map((count, piece) => `${pieces[piece]}: ${count}`).join("\n");
-      svg.append(s("text", { class: "name", x: side - 10, y: y + step / 2, "text-anchor": "end", text: cut(names[line], 34) }));
+      const y = line * step + 3, about = counts.map((count, piece) => `${pieces[piece]}: ${count}`).join("\n");
+      svg.append(s("text", { class: "name", x: side - 10, y: y + step / 2, "text-anchor": "end", text: texts[line] }));
       counts.forEach((count, piece) => {
         const wide = count / (relative ? totals[line] || 1 : most) * (width - side - 60);
         svg.append(s("rect", { class: "piece", x, y, width: Math.max(0, wide - (count ? 0.8 : 0)), height: step - 6, "--c": kind(piece), fill: kind(piece) }));
         x += wide;
       });
       svg.append(s("text", { x: x + 6, y: y + step / 2, text: totals[line] }), s("rect", { x: 0, y: y - 3, width, height: step, opacity: 0,
-        onmousemove: (event) => showTip(`${name}\n${texts}`, event.clientX, event.clientY), onmouseleave: hideTip }));
+        onmousemove: (event) => showTip(`${name}\n${about}`, event.clientX, event.clientY), onmouseleave: hideTip }));
     });
     box.replaceChildren(svg);
   });
@@ -329,6 +331,22 @@ if (data.failed) section("failed", table(["run", "round", "client", "reason"], d
 opening();
 const redraw = () => redraws.forEach((draw) => draw());
 redraw();
-addEventListener("beforeprint", () => { document.querySelector("header details").open = true; });
+// Paper has another width: figures are drawn for it, and tables that do not fit are made smaller.
+function zoom(table) {
+  table.classList.add("measured"); // with the font and the cells of paper
+  table.style.zoom = Math.min(1, PAPER / table.offsetWidth);
+  table.classList.remove("measured");
+}
+addEventListener("beforeprint", () => {
+  document.querySelector("header details").open = true;
+  printing = true;
+  redraw();
+  document.querySelectorAll(".wide > table").forEach(zoom);
+});
+addEventListener("afterprint", () => {
+  printing = false;
+  redraw();
+  document.querySelectorAll(".wide > table").forEach((table) => { table.style.zoom = ""; });
+});
 let waiting;
 addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(redraw, 150); });

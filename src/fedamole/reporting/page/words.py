@@ -29,8 +29,9 @@ TITLES = {
     ),
     "experts": (
         "Assignment of experts",
-        "A coloured cell means that the client of this row holds the expert of this column. A stronger colour means a "
-        "higher relevance of the expert to the client's data. Clients with cells in the same column share that expert.",
+        "A cell means that the client of this row holds the expert of this column. Its colour shows how well the "
+        "expert fits the client's data: grey is no preference, blue a better fit, orange a worse one. Clients with "
+        "cells in the same column share that expert.",
     ),
     "sizes": (
         "Experts per client and module",
