@@ -171,7 +171,7 @@ def test_a_chat_has_logprobs_in_its_own_format(served: Served) -> None:
     assert content is not None
     assert "".join(entry.token for entry in content).strip().startswith(answer.message.content or "")
     for entry in content:
-        assert [top.token for top in entry.top_logprobs][0] == entry.token
+        assert entry.top_logprobs[0].token == entry.token
         assert entry.logprob == entry.top_logprobs[0].logprob >= entry.top_logprobs[1].logprob
         assert bytes(entry.bytes or []).decode() == ("" if entry.token == "\ufffd" else entry.token)
     without = served.client().chat.completions.create(logprobs=True, **request).choices[0]
