@@ -14,6 +14,7 @@ import torch
 from fedamole.config import Config, load_run_config
 from fedamole.data.manifest import Federation, Manifest, TableRecord, load_federation, read_manifest
 from fedamole.data.public import PublicRows, check_unchanged, load_public
+from fedamole.data.templates import BUILT_IN
 from fedamole.data.tokens import TokenRow
 from fedamole.engine.in_process import InProcess
 from fedamole.errors import BaseModelError, ConfigError, RunError, require_extra
@@ -301,6 +302,13 @@ def worker_of(config: Config, bank: Bank, folder: RunFolder) -> Worker:
 def check_budget(config: Config, clients: Mapping[str, ClientData]) -> None:
     """Raise ConfigError if a client cannot keep to the privacy budget in all rounds."""
     if (budget := config.budget()) is not None:
+        templates = {**BUILT_IN, **config.data.templates}
+        for source in config.data.source:
+            if source.template in templates and templates[source.template].every_turn:
+                raise ConfigError(
+                    f"[privacy]: the source {source.name!r} trains on every assistant turn, but the guarantee is for "
+                    'single examples, not for conversations; use template = "chat", or every_turn = false'
+                )
         for name, data in clients.items():
             budget.check(name, len(data.train.rows))
 

@@ -1,20 +1,27 @@
 """Chat templates: which tokens are the prompt, which are trained on, and what cannot be rendered."""
 
+import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from fedamole.config import load_config
 from fedamole.data.answer_options import options_of
 from fedamole.data.chat import DATE, chat_template, stop_ids
-from fedamole.data.examples import Example
+from fedamole.data.examples import Example, Shard
 from fedamole.data.layouts import arrange
+from fedamole.data.manifest import Federation, Manifest, load_federation
+from fedamole.data.settings import DataSettings, SourceSettings
 from fedamole.data.templates import CHAT_INSTRUCTION, TemplateSettings, choose, render
 from fedamole.data.tokens import prompt_ids, tokenise
 from fedamole.errors import BaseModelError, ConfigError, DataError
+from fedamole.experiment import check_budget
+from fedamole.federation.client_data import client_data
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
@@ -78,6 +85,77 @@ def test_the_last_answer_and_its_end_marker_alone_are_trained_on() -> None:
     turns = [*({"role": role, "content": text} for role, text in example.turns or ()), {"role": "user", "content": "b"}]
     # Just as transformers tokenises it.
     assert tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"] == list(row.prompt)
+
+
+def test_every_assistant_turn_is_trained_on_once_after_the_turns_before_it() -> None:
+    """As the tokens of an example are prompt, which is not trained on, and answer, which is."""
+    tokenizer = make()
+    example = example_of(messages("be brief", "a q", "y", "b", "x y", "c", first="system"), "chat_turns")
+    rows = tokenise(example.with_earlier_answers(), tokenizer, 100).rows
+    start = "<|im_start|> system / be brief <|im_end|> / <|im_start|> user / a q <|im_end|> / <|im_start|> assistant /"
+    assert [(words(tokenizer, row.prompt), words(tokenizer, row.answer)) for row in rows] == [
+        (start, "y <|im_end|>"),
+        (start + " y <|im_end|> / <|im_start|> user / b <|im_end|> / <|im_start|> assistant /", "x y <|im_end|>"),
+    ]
+    # Together they are the conversation: each assistant turn with its end marker is an answer in exactly one row.
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    turns = [
+        {"role": role, "content": text} for role, text in zip(roles, ("be brief", "a q", "y", "b", "x y"), strict=True)
+    ]
+    assert [*rows[1].prompt, *rows[1].answer] == tokenizer.apply_chat_template(turns)["input_ids"][:-1]
+
+
+def test_turns_that_answer_nobody_or_are_empty_have_no_example() -> None:
+    texts = ("a", "b", "c", "d", "e", " ", "x", "y")
+    roles = ("assistant", "user", "assistant", "assistant", "user", "assistant", "user", "assistant")
+    row = {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]}
+    example = example_of(row, "chat_turns")
+    assert [part.answer for part in example.with_earlier_answers()] == ["c", "y"]
+    assert example_of({"prompt": "q", "completion": "x"}, "chat_turns").with_earlier_answers()[0].answer == "x"
+
+
+def test_all_turns_are_in_the_training_split_alone_and_the_manifest_stays(tmp_path: Path) -> None:
+    rows = [messages(f"a {i}", f"b {i}", f"c {i}", f"d {i}", f"e {i}", f"x {i}") for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def drawn(template: str, manifest: Manifest | None = None) -> Federation:
+        source = SourceSettings("rows", path=str(tmp_path / "rows.jsonl"), template=template)
+        return load_federation(DataSettings(source=(source,)), tmp_path, manifest)
+
+    last, every = drawn("chat"), drawn("chat_turns")
+    (shard,), (expanded,) = last.shards, every.shards
+    assert len(expanded.train) == 3 * len(shard.train)
+    assert expanded.train[2::3] == shard.train
+    number = shard.train[0].answer.removeprefix("x ")
+    assert [(part.prompt, part.answer) for part in expanded.train[:3]] == [
+        (f"{question} {number}", f"{answer} {number}") for question, answer in ("ab", "cd", "ex")
+    ]
+    assert (expanded.test, expanded.validation, expanded.embedding) == (shard.test, shard.validation, shard.embedding)
+    assert every.manifest.clients == last.manifest.clients
+    assert drawn("chat_turns", every.manifest).shards == every.shards
+
+
+def test_every_turn_needs_a_chat_of_free_text_and_no_privacy(tmp_path: Path) -> None:
+    for wrong in ({}, {"options": ("a", "b"), "chat": True}, {"rejected": "{r}", "chat": True}):
+        with pytest.raises(ConfigError, match="every_turn = True"):
+            TemplateSettings(prompt="{q}", answer="{a}", every_turn=True, **wrong)  # type: ignore[arg-type]
+    source = '[[data.source]]\nname = "a"\npath = "a.jsonl"\ntemplate = "chat_turns"\n'
+    (tmp_path / "run.toml").write_text(f'{source}[method]\nname = "fedit"\n[privacy]\nepsilon = 8\n')
+    config = load_config(tmp_path / "run.toml")
+    with pytest.raises(ConfigError, match="'a' trains on every assistant turn"):
+        check_budget(config, {})
+
+
+def test_conversations_without_the_chat_template_of_the_base_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    def shard(template: str) -> Shard:
+        example = example_of(messages("q", "x"), template)
+        return Shard("north", *[(example,)] * 4)
+
+    for template, tokenizer in (("chat", make()), ("messages", make(None))):
+        client_data(shard(template), tokenizer, 100)
+        assert "chat_turns" not in caplog.text
+    client_data(shard("messages"), make(), 100)
+    assert "client north: its conversations are written with headings" in caplog.text
 
 
 def test_text_around_the_answer_is_not_trained_on() -> None:

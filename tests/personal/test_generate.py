@@ -13,6 +13,7 @@ import pytest
 from fedamole.cli.personal import renamed
 from fedamole.data.layouts import conversation_prompt
 from fedamole.data.manifest import load_federation
+from fedamole.data.templates import BUILT_IN, TemplateSettings
 from fedamole.data.tokens import prompt_ids, tokenise
 from fedamole.errors import ConfigError, DataError
 from fedamole.evaluation.generation import generate_answers
@@ -200,6 +201,32 @@ def test_layouts() -> None:
         prompts({"premise": "a"}, template="snli")
     with pytest.raises(DataError, match=r"here, row 2: column 'text' is empty"):
         prompts({"text": "a"}, {"text": None})
+
+
+def test_a_message_fills_the_declared_column_of_a_template() -> None:
+    turns = [("system", "Be short."), ("user", "Hi"), ("assistant", "Ho"), ("user", "Name {a} town.")]
+    triage = TemplateSettings(prompt="Letter: {text}\nUrgent?\n", answer="{label}")
+    note = TemplateSettings(prompt="{q}|{note}|\n", answer="{label}", context="note")
+    pair = TemplateSettings(prompt="{a} {b}\n", answer="{label}")
+    own = {"triage": triage, "note": note, "pair": pair}
+
+    def prompt(column: str, **how: Any) -> str:
+        return PromptFormat(templates=own, **how).with_message_column(column).conversation(turns).prompt
+
+    assert prompt("text", template="triage") == "Letter: Name {a} town.\nUrgent?\n"
+    assert prompt("q", template="note") == "Name {a} town.||\n"
+    assert prompt("prompt") == "Name {a} town."
+    alpaca = BUILT_IN["alpaca"].prompt_without_context
+    assert alpaca is not None
+    assert prompt("instruction") == alpaca.replace("{instruction}", "Name {a} town.")
+    renames = {"instruction": "question"}
+    assert prompt("question", columns=renames) == prompt("instruction") == prompt("instruction", columns=renames)
+    with pytest.raises(ConfigError, match=r"template 'triage' reads no column 'prompt'; it reads text"):
+        prompt("prompt", template="triage")
+    with pytest.raises(ConfigError, match=r"cannot fill the column 'a' alone: .*'b' is missing"):
+        prompt("a", template="pair")
+    with pytest.raises(DataError, match="must be the user's, and it is the assistant's"):
+        PromptFormat().with_message_column("prompt").conversation(turns[:-1])
 
 
 def test_an_option_renames_or_drops_a_column() -> None:

@@ -19,20 +19,31 @@ from fedamole.serving.connections import listen
 from fedamole.serving.engine import InferenceEngine
 from fedamole.serving.keys import ApiKeys
 from fedamole.serving.scheduling import Limits
+from fedamole.serving.served_models import ServiceSettings, models_of_engine
 from fedamole.serving.server import HttpServer
-from fedamole.serving.service import ServedModels, Service
+from fedamole.serving.service import Service
 
 
 class Served:
     """A server in a thread for the models of a run. Its engine does not run before `engine.start()`."""
 
-    def __init__(self, run: Path, keys: ApiKeys | None = None, per_minute: int | None = None, **limits: int) -> None:
+    def __init__(
+        self,
+        run: Path,
+        keys: ApiKeys | None = None,
+        per_minute: int | None = None,
+        drain: float = 0,
+        features: dict[str, Any] | None = None,
+        **limits: int,
+    ) -> None:
         models = saved_models(run)
         bank, adapters = open_bank(models)
         self.engine = InferenceEngine(bank, adapters, Limits(**limits))
         names, formats = tuple(model.client for model in models), tuple(map(prompt_format_of, models))
-        served = ServedModels(names, 1, 16, formats, keys, per_minute)
-        self.server = HttpServer(Service(self.engine, served))
+        self.service = Service(
+            models_of_engine(self.engine, names, formats, 16, 1), ServiceSettings(keys, per_minute, **features or {})
+        )
+        self.server = HttpServer(self.service, None, drain)
         self.listening = listen("127.0.0.1", 0)
         self.address = "http://{}:{}".format(*self.listening.getsockname())
         self.thread = threading.Thread(target=self.server.run, args=([self.listening],))
@@ -70,7 +81,7 @@ ENDLESS = {**REQUEST, "max_tokens": 10**6}
 
 
 @contextlib.contextmanager
-def serving(run: Path, *args: Any, **limits: int) -> Iterator[Served]:
+def serving(run: Path, *args: Any, **limits: Any) -> Iterator[Served]:
     """A server whose answers never end by themselves."""
     served = Served(run, *args, **dict[str, Any]({"max_answer_tokens": 10**6, "max_tokens": 10**9, **limits}))
     served.engine.bank.base.max_positions = 10**7  # the base has rotary positions, which have no limit

@@ -9,7 +9,7 @@ import pytest
 
 from fedamole.serving import server, service
 from fedamole.serving.connections import HttpConnection
-from fedamole.serving.protocol import ResponseFormat
+from fedamole.serving.responses import ResponseFormat
 
 from .served import ENDLESS, REQUEST, Served, post, read_to_end, send, serving, until
 
@@ -68,7 +68,9 @@ def test_a_connection_under_way_is_not_cut_for_its_head(run: Path, monkeypatch: 
 def test_a_caller_who_reads_nothing_of_its_answer_is_cut(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HttpConnection, "stall_seconds", 0.2)
     chunk_event = ResponseFormat.chunk_event
-    monkeypatch.setattr(ResponseFormat, "chunk_event", lambda response, text: chunk_event(response, text * 10**6))
+    monkeypatch.setattr(
+        ResponseFormat, "chunk_event", lambda response, index, text, _: chunk_event(response, index, text * 10**6)
+    )
     with serving(run) as served, send(served, {**ENDLESS, "stream": True}):
         until(lambda: served.engine.running == 1)
         until(lambda: served.engine.running == 0)

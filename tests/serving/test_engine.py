@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedamole.errors import BaseModelError, ConfigError
+from fedamole.errors import BaseModelError
 from fedamole.evaluation.generation import generate_answers
 from fedamole.model.bank import Bank
 from fedamole.model.base import Base, BaseSettings, load_base
@@ -17,7 +17,7 @@ from fedamole.model.params import REFERENCES, Adapter, new_shared
 from fedamole.model.prompt import PromptSpec, new_prompt
 from fedamole.serving.decode_batch import DecodeBatch, check_batching
 from fedamole.serving.engine import InferenceEngine, StoppedError
-from fedamole.serving.models import with_same_spec
+from fedamole.serving.models import groups_with_same_spec
 from fedamole.serving.requests import Chunk, GenerationRequest
 from fedamole.serving.sampling import sample_token
 from fedamole.serving.scheduling import BusyError, Limits
@@ -262,11 +262,12 @@ def test_loras_of_several_ranks_are_served_together_and_other_kinds_refused(
     for adapter in created:
         bank.load([adapter])
         alone.append(generate_answers(bank, [PROMPTS], 8, 10_000)[0])
-    bank.load(with_same_spec(created, "ab"))
+    ((_, padded),) = groups_with_same_spec(created)
+    bank.load(padded)
     assert generate_answers(bank, [PROMPTS, PROMPTS], 8, 10_000) == alone
     assert alone[0] != alone[1]
-    with pytest.raises(ConfigError, match="a and b are of different kinds"):
-        with_same_spec([created[0], mixture(bank.base)], "ab")
+    groups = groups_with_same_spec([created[0], mixture(bank.base), created[1]])
+    assert [indices for indices, _ in groups] == [[0, 2], [1]]
 
 
 @pytest.mark.parametrize("architecture", ["mamba", "rwkv", "recurrent_gemma", "qwen3_5_text"])

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from fedamole.cli import serve as commands
 from fedamole.data.filling import text_of
-from fedamole.serving import protocol, quota, server, service
+from fedamole.serving import calls, prompts, protocol, quota, server, service
 from fedamole.serving.connections import HttpConnection
 from fedamole.serving.engine import MAX_FAILED_STEPS, InferenceEngine
 from fedamole.serving.keys import make_keys, read_keys
@@ -25,11 +25,12 @@ from fedamole.serving.protocol import (
     ChatRequest,
     CompletionRequest,
     RefusedError,
-    ResponseFormat,
     parse_body,
 )
 from fedamole.serving.quota import TokenBucket
+from fedamole.serving.responses import ResponseFormat
 from fedamole.serving.scheduling import SLICE, Limits
+from fedamole.serving.served_models import ServedModel
 from fedamole.serving.server import HttpServer
 from fedamole.serving.service import Service
 
@@ -60,9 +61,24 @@ OUT_OF_RANGE: list[tuple[str, str]] = [
     ("seed", "-9223372036854775809"),
     ("seed", "1" + "0" * 40),
     ("seed", "1.5"),
+    ("n", "0"),
+    ("n", "65"),
+    ("n", "true"),
+    ("top_k", "-2"),
+    ("top_k", "1.5"),
+    ("min_p", "1.1"),
+    ("min_p", "NaN"),
+    ("repetition_penalty", "0"),
+    ("repetition_penalty", "11"),
+    ("logprobs", "21"),
+    ("logprobs", "true"),
+    ("prompt", "[-1]"),
+    ("prompt", '["a", 1]'),
+    ("prompt", "[2147483648]"),
+    ("prompt", "[[1], 2]"),
     ("stop", '""'),
     ("stop", '["a", ""]'),
-    ("stop", '["a", "b", "c", "d", "e"]'),
+    ("stop", '["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n", "o", "p", "q"]'),
     ("stop", "[1, 2]"),
     ("stop", json.dumps("x" * (MAX_STOP_CHARS + 1))),
     ("stop", json.dumps(["x" * 900_000])),
@@ -85,7 +101,7 @@ def test_a_value_out_of_range_is_refused_with_the_range(served: Served, field: s
         {"top_p": 1e-320, "temperature": 1},
         {"seed": 2**63 - 1},
         {"seed": -(2**63), "temperature": 1.0},
-        {"max_tokens": 1_000_000, "stop": ["x" * MAX_STOP_CHARS] * 4},
+        {"max_tokens": 1_000_000, "stop": ["x" * MAX_STOP_CHARS] * 16},
         {"frequency_penalty": 0, "presence_penalty": 0.0},
     ],
     ids=lambda more: str(more)[:40],
@@ -142,7 +158,7 @@ def test_a_large_body_does_not_block_the_event_loop(served: Served, monkeypatch:
         threads.append(threading.current_thread())
         return parse_body(kind, content)
 
-    monkeypatch.setattr(service, "parse_body", parse)
+    monkeypatch.setattr(calls, "parse_body", parse)
     assert post(served, REQUEST)[0] == 200
     assert len(threads) == 1
     assert served.thread not in threads
@@ -151,8 +167,8 @@ def test_a_large_body_does_not_block_the_event_loop(served: Served, monkeypatch:
 def test_a_prompt_that_cannot_fit_is_refused_before_it_is_made_into_tokens(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    most = service.MAX_CHARS_PER_POSITION * served.engine.bank.base.max_positions
-    monkeypatch.setattr(service, "prompt_ids", lambda *_: pytest.fail("it was made into tokens"))
+    most = prompts.MAX_CHARS_PER_POSITION * served.engine.bank.base.max_positions
+    monkeypatch.setattr(prompts, "prompt_ids", lambda *_: pytest.fail("it was made into tokens"))
     answer = post(served, {**REQUEST, "prompt": "a" * (most + 1)})[1]["error"]
     assert (answer["code"], f"at most {most}" in answer["message"]) == ("context_length_exceeded", True)
 
@@ -275,17 +291,17 @@ def test_tokens_per_minute_are_counted_for_each_key_and_given_back_where_unused(
 
 
 def test_two_bodies_of_one_caller_are_made_into_tokens_at_once(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    inside, most, right, go = 0, 0, Service._tokenise, threading.Event()
+    inside, most, right, go = 0, 0, prompts.read_prompts, threading.Event()
 
-    def slow(service: Service, body: Any, client: int) -> Any:
+    def slow(body: Any, model: ServedModel) -> Any:
         nonlocal inside, most
         inside += 1
         most = max(most, inside)
         go.wait(0.3)
         inside -= 1
-        return right(service, body, client)
+        return right(body, model)
 
-    monkeypatch.setattr(Service, "_tokenise", slow)
+    monkeypatch.setattr(calls, "read_prompts", slow)
     with ThreadPoolExecutor(6) as pool:
         assert {status for status, _ in pool.map(lambda _: post(served, REQUEST), range(6))} == {200}
     assert most == quota.MAX_TOKENISING_PER_CALLER == 2
@@ -298,7 +314,11 @@ def test_the_page_states_the_limits_of_the_code() -> None:
         f"a whole number from 1 to {protocol.LARGEST_MAX_TOKENS:,}.",
         f"| `stop` | at most {protocol.MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters each |",
         f"| `row` | at most {protocol.MAX_COLUMNS} columns",
-        f"at most {service.MAX_CHARS_PER_POSITION} characters for each position of the base",
+        f"| `n` | a whole number from 1 to {protocol.MAX_ANSWERS}. `n` times the number of prompts is at most "
+        f"{protocol.MAX_ANSWERS}, and",
+        f"| `repetition_penalty` | a number from {protocol.MIN_PENALTY} to {protocol.MAX_PENALTY:g};",
+        f"| `logprobs`, `top_logprobs` | a whole number from 0 to {protocol.MAX_LOGPROBS} |",
+        f"at most {prompts.MAX_CHARS_PER_POSITION} characters for each position of the base",
         f"| request bodies that are being received | {quota.MAX_BODY_BYTES_PER_CALLER >> 20} MiB together | 429 |",
         f"| request bodies that are being tokenised | {quota.MAX_TOKENISING_PER_CALLER} at once | they wait |",
         f"| head of a request | {HttpConnection.head_seconds:.0f} seconds",
@@ -318,14 +338,14 @@ def test_the_page_states_the_limits_of_the_code() -> None:
 def test_an_error_inside_one_request_is_one_line_and_a_500_for_it_alone(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    right = Service._tokenise
+    right = prompts.read_prompts
 
-    def wrong(service: Service, body: Any, client: int) -> Any:
+    def wrong(body: Any, model: ServedModel) -> Any:
         if body.prompt == "a":
             raise ValueError(f"quoting {body.prompt} and a secret")
-        return right(service, body, client)
+        return right(body, model)
 
-    monkeypatch.setattr(Service, "_tokenise", wrong)
+    monkeypatch.setattr(calls, "read_prompts", wrong)
     status, answer = post(served, REQUEST)
     assert (status, answer["error"]["message"]) == (500, "the server failed on this request")
     until(lambda: caplog.records)  # the answer is sent first
@@ -350,16 +370,16 @@ def test_the_commands_limits_reach_the_engine(fedamole: Any, run: Path, monkeypa
     seen: list[tuple[InferenceEngine, Service]] = []
     right = HttpServer.__init__
 
-    def noted(self: HttpServer, service: Service, certs: Path | None = None) -> None:
-        right(self, service, certs)
-        seen.append((self.engine, service))
+    def noted(self: HttpServer, service: Service, *more: Any) -> None:
+        right(self, service, *more)
+        seen.append((self.engines[0], service))
 
     monkeypatch.setattr(HttpServer, "__init__", noted)
-    monkeypatch.setattr(HttpServer, "run", lambda self, doors: (doors[0].close(), self.engine.stop()))
+    monkeypatch.setattr(HttpServer, "run", lambda self, doors: (doors[0].close(), self.engines[0].stop()))
     fedamole("serve", run, "--port", "0", "--each", "3", "--per-minute", "500", "--waiting", "7", "--rows", "5")
     engine, api = seen[0]
     limits = engine.limits
-    assert (limits.max_rows_per_client, limits.max_waiting, limits.max_rows, api.models.per_minute) == (3, 7, 5, 500)
+    assert (limits.max_rows_per_client, limits.max_waiting, limits.max_rows, api.settings.per_minute) == (3, 7, 5, 500)
 
 
 def test_names_from_elsewhere_are_printed_safely(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -370,7 +390,8 @@ def test_names_from_elsewhere_are_printed_safely(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     "more",
     [
-        {"prompt": [1] * 10_000},
+        {"prompt": [1.5] * 10_000},
+        {"prompt": [[1.5] * 10_000]},
         {"stop": [1] * 10_000},
         {"row": {f"{i}": [] for i in range(10_000)}},
         {"messages": [1] * 10_000},

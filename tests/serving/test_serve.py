@@ -25,7 +25,7 @@ from fedamole.personal.saved_models import open_bank, saved_models
 from fedamole.serving.connections import listen
 from fedamole.serving.engine import InferenceEngine
 from fedamole.serving.keys import make_keys, read_keys
-from fedamole.serving.models import with_same_spec
+from fedamole.serving.models import groups_with_same_spec
 from fedamole.serving.requests import Chunk, GenerationRequest
 from fedamole.serving.service import MAX_BODY_BYTES
 
@@ -180,7 +180,9 @@ def test_other_methods_models_are_served_too(method: str, runs: Runner) -> None:
     """LoRAs of several ranks, and experts that a learned mixer weighs."""
     models = saved_models(runs(method, "federation.rounds=1"))
     bank, adapters = open_bank(models)
-    engine = InferenceEngine(bank, with_same_spec(adapters, [model.client for model in models]))
+    ((indices, padded),) = groups_with_same_spec(adapters)
+    assert indices == list(range(len(models)))
+    engine = InferenceEngine(bank, padded)
     texts: list[list[str]] = [[] for _ in models]
 
     def append(text: list[str], chunk: Chunk) -> None:
@@ -221,16 +223,20 @@ def test_a_key_opens_its_own_clients_model_alone(run: Path, tmp_path: Path) -> N
 
 
 REFUSED: list[tuple[dict[str, Any], int, str | None]] = [
-    ({"n": 2}, 400, "n"),
-    ({"logprobs": 0}, 400, "logprobs"),
+    ({"n": 65}, 400, "n"),
+    ({"n": 33, "prompt": ["a", "b"]}, 400, "prompt"),
+    ({"logprobs": 21}, 400, "logprobs"),
+    ({"tool_choice": "required"}, 400, "tool_choice"),
     ({"presence_penalty": 0.5}, 400, "presence_penalty"),
-    ({"echo": True}, 400, "echo"),
+    ({"echo": 2}, 400, "echo"),
     ({"temperature": 3}, 400, "temperature"),
     ({"max_tokens": 0}, 400, "max_tokens"),
-    ({"stop": ["a"] * 5}, 400, "stop"),
+    ({"stop": ["a"] * 17}, 400, "stop"),
     ({"stop": ""}, 400, "stop"),
-    ({"prompt": ["a", "b"]}, 400, "prompt"),
-    ({"prompt": [-1, 5]}, 400, None),
+    ({"prompt": []}, 400, "prompt"),
+    ({"prompt": ["a", ""]}, 400, "prompt"),
+    ({"prompt": [5, 10**6]}, 400, "prompt"),
+    ({"prompt": [-1, 5]}, 400, "prompt"),
     ({"prompt": ""}, 400, "prompt"),
     ({"prompt": "word " * 200}, 400, None),
     ({"no_such_field": 1}, 400, "no_such_field"),

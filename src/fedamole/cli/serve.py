@@ -2,12 +2,14 @@
 
 import contextlib
 import importlib.util
+import logging
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedamole.cli.personal import MODEL, BaseName, Device, Finished, RunPath, Variant, note
+from fedamole.cli.personal import MODEL, BaseName, Device, Finished, Variant, note
 from fedamole.serving.scheduling import Limits
 from fedamole.terminal import say, screen
 
@@ -19,7 +21,12 @@ ACCESS, LIMITS = "Address and access", "Limits"
 
 
 def serve(
-    run: RunPath,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="Folders of runs, or adapter folders of single personal models.", show_default=False
+        ),
+    ],
     host: Annotated[
         str,
         typer.Option(
@@ -46,8 +53,46 @@ def serve(
         Path | None,
         typer.Option(help="Folder created by `fedamole certs`: serve over TLS.", rich_help_panel=ACCESS),
     ] = None,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin of a web page whose scripts may use the models, such as http://localhost:3000; repeatable.",
+            rich_help_panel=ACCESS,
+        ),
+    ] = None,
+    metrics: Annotated[
+        bool,
+        typer.Option(
+            "--metrics",
+            help="Serve /metrics for Prometheus. With --make-keys: also create its key.",
+            rich_help_panel=ACCESS,
+        ),
+    ] = False,
+    log_requests: Annotated[
+        bool,
+        typer.Option("--log-requests", help="Log a line for each request, without its texts.", rich_help_panel=ACCESS),
+    ] = False,
+    docs_page: Annotated[
+        bool,
+        typer.Option(
+            "--docs-page",
+            help="Serve /docs, a page on which a browser can try the API. It loads Swagger UI from the internet.",
+            rich_help_panel=ACCESS,
+        ),
+    ] = False,
     client: Annotated[
-        list[str] | None, typer.Option(help="Serve only this client's model; repeatable.", rich_help_panel=MODEL)
+        list[str] | None,
+        typer.Option(
+            help="Serve only this client's model; repeatable. With several runs: RUN/CLIENT.", rich_help_panel=MODEL
+        ),
+    ] = None,
+    chat_column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="COLUMN or MODEL=COLUMN: the last message of a chat fills this column of the client's template; "
+            "repeatable.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     variant: Variant = None,
     base: BaseName = None,
@@ -87,6 +132,15 @@ def serve(
             rich_help_panel=LIMITS,
         ),
     ] = Limits.max_rows_per_client,
+    drain: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=86400,
+            help="Seconds that open requests have to finish when the server stops; new ones are refused.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = 30.0,
     per_minute: Annotated[
         int | None,
         typer.Option(
@@ -96,11 +150,11 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Serve the personal models of a run over HTTP, with OpenAI's API.
+    """Serve the personal models of runs over HTTP, with OpenAI's API.
 
     RUN is a run's folder, or the adapter folder of one model. One base in memory serves all clients: a request selects
-    the client in its `model` field, and requests of different clients are decoded in one batch, each with its client's
-    adapter. Press Ctrl-C to stop.
+    the client in its `model` field (RUN/CLIENT with several runs), and requests of different clients are decoded in one
+    batch, each with its client's adapter. Press Ctrl-C to stop when open requests are finished, twice to stop at once.
 
       fedamole serve RUN
 
@@ -120,37 +174,44 @@ def serve(
             raise FedamoleError(f"serving needs {package}, which is not installed; {how_to_install('serve')}")
     import torch
 
-    from fedamole.personal.generate import evaluation_settings_of, prompt_format_of
-    from fedamole.personal.saved_models import check_finished, open_bank, outside_reads
+    from fedamole.personal.generate import evaluation_settings_of
+    from fedamole.personal.saved_models import check_finished, outside_reads
     from fedamole.serving.connections import listen
-    from fedamole.serving.engine import InferenceEngine
     from fedamole.serving.keys import read_keys
-    from fedamole.serving.models import with_same_spec
+    from fedamole.serving.models import open_models
+    from fedamole.serving.served_models import METRICS_OWNER, ServiceSettings
     from fedamole.serving.server import HttpServer
-    from fedamole.serving.service import ServedModels, Service
+    from fedamole.serving.service import Service
 
-    models = _select_models(run, client, variant)
-    names = tuple(model.client for model in models)
+    saved = _select_models(runs, client, variant)
+    names = tuple(name for name, _ in saved)
     if make_keys is not None:
-        _print_new_keys(make_keys, names)
+        _print_new_keys(make_keys, (*names, METRICS_OWNER) if metrics else names)
         return
-    check_finished(models[0], finished)
-    _check_access(host, keys, certs)
+    models = {model.run.path if model.run else model.folder: model for _, model in saved}  # one for each run
+    for model in models.values():
+        check_finished(model, finished)
+    origins = _check_access(host, keys, certs, cors or [])
     api_keys = None if keys is None else read_keys(keys)
-    evaluation = evaluation_settings_of(models[0])
     listening = listen(host, port)
     if threads:
         torch.set_num_threads(threads)
     console = screen(error=True)
-    note(console, outside_reads(models[0], False, base))
-    bank, adapters = open_bank(models, device, base)
-    limits = Limits(rows, tokens or evaluation.batch_tokens, longest, waiting, each)
-    engine = InferenceEngine(bank, with_same_spec(adapters, names), limits)
-    created = int(models[0].folder.stat().st_mtime)
-    formats = tuple(map(prompt_format_of, models))
-    served = ServedModels(names, created, evaluation.max_new_tokens, formats, api_keys, per_minute)
-    server = HttpServer(Service(engine, served), certs)
-    engine.start()
+    for model in models.values():
+        note(console, outside_reads(model, False, base))
+    max_tokens = tokens or evaluation_settings_of(saved[0][1]).batch_tokens
+    limits = Limits(rows, max_tokens, longest, waiting, each)
+    served = open_models(saved, limits, device, base, chat_column or [])
+    if log_requests:
+        logging.getLogger("fedamole.serving.metrics").setLevel(logging.INFO)
+    settings = ServiceSettings(api_keys, per_minute, origins, metrics, log_requests, docs_page)
+    service = Service(served, settings)
+    server = HttpServer(service, certs, drain)
+    if len(service.models.engines) > 1:
+        text = f"{len(service.models.engines)} bases are loaded, because the models have different bases or kinds"
+        console.print(text, soft_wrap=True)
+    for engine in service.models.engines:
+        engine.start()
     host_name = f"[{host}]" if ":" in host else host
     address = f"{'http' if certs is None else 'https'}://{host_name}:{listening.getsockname()[1]}/v1"
     count = "1 model" if len(names) == 1 else f"{len(names)} models"
@@ -160,12 +221,29 @@ def serve(
     console.print("stopped")
 
 
-def _select_models(run: Path, clients: list[str] | None, variant: str | None) -> "tuple[SavedModel, ...]":
+def _select_models(runs: list[Path], clients: list[str] | None, variant: str | None) -> "list[tuple[str, SavedModel]]":
+    """Return the selected models with their names: the client, or run/client with several runs."""
+    from fedamole.config import nearest
+    from fedamole.errors import RunError
     from fedamole.personal.saved_models import find_model, saved_models
+    from fedamole.serving.models import run_names
 
-    if not clients:
-        return saved_models(run, variant)
-    return tuple(find_model(run, client, variant) for client in dict.fromkeys(clients))
+    only = list(dict.fromkeys(clients or []))
+    if len(runs) == 1:
+        if not only:
+            return [(model.client, model) for model in saved_models(runs[0], variant)]
+        selected = [find_model(runs[0], client, variant) for client in only]
+        return [(model.client, model) for model in selected]
+    named = {
+        f"{name}/{model.client}": model
+        for name, run in zip(run_names(runs), runs, strict=True)
+        for model in saved_models(run, variant)
+    }
+    for client in only:
+        if client not in named:
+            known = ", ".join(named)
+            raise RunError(f"--client {client}: there is no such model{nearest(client, named)}; the models are {known}")
+    return [(name, model) for name, model in named.items() if not only or name in only]
 
 
 def _print_new_keys(path: Path, clients: tuple[str, ...]) -> None:
@@ -183,11 +261,20 @@ def _print_new_keys(path: Path, clients: tuple[str, ...]) -> None:
     screen(error=True).print(text, soft_wrap=True)
 
 
-def _check_access(host: str, keys: Path | None, certs: Path | None) -> None:
-    """Raise ConfigError for settings without access control, and warn about unencrypted connections."""
+def _check_access(host: str, keys: Path | None, certs: Path | None, origins: list[str]) -> tuple[str, ...]:
+    """Return the origins of web pages without a slash at the end, and warn about unencrypted connections.
+
+    Raises ConfigError for settings without access control.
+    """
     from fedamole.errors import ConfigError
     from fedamole.serving.connections import is_loopback
 
+    for origin in origins:
+        if origin == "*" and keys is None:
+            raise ConfigError("--cors '*' lets any web page use the models: name the origins, or require --keys")
+        if origin != "*" and not re.fullmatch(r"https?://[^/\s*?#]+/?", origin):
+            raise ConfigError(f"--cors {origin}: write an origin, such as http://localhost:3000, or '*'")
+    checked = tuple(origin.rstrip("/") for origin in origins)
     if certs is not None:
         for name in ("server.crt", "server.key"):
             if not (certs / name).exists():
@@ -195,7 +282,7 @@ def _check_access(host: str, keys: Path | None, certs: Path | None) -> None:
                     f"--certs {certs}: {name} is missing; create it with `fedamole certs --folder {certs}`"
                 )
     if is_loopback(host):
-        return
+        return checked
     if keys is None:
         raise ConfigError(
             f"--host {host} is reachable from other machines, so keys are required: create them with --make-keys FILE, "
@@ -204,3 +291,4 @@ def _check_access(host: str, keys: Path | None, certs: Path | None) -> None:
     if certs is None:
         text = "without --certs, keys and texts are sent unencrypted; put a TLS proxy in front of this server"
         screen(error=True).print(f"warning: {text}", style="yellow", soft_wrap=True)
+    return checked

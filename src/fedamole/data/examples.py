@@ -88,6 +88,23 @@ class Example:
             return self.category
         return self.answer if self.options else ""
 
+    def with_earlier_answers(self) -> "list[Example]":
+        """Return an example for each assistant turn of the conversation that answers the user, the last one as it is.
+
+        The prompt of each consists of the turns before it. Empty turns have no example.
+        """
+        turns = self.turns or ()
+        return [
+            *(
+                Example(question, "", "", answer, turns=turns[: index - 1], category=self.category)
+                for index, (role, answer) in enumerate(turns)
+                if role == "assistant" and answer.strip() and index
+                for asker, question in [turns[index - 1]]
+                if asker == "user"
+            ),
+            self,
+        ]
+
     @property
     def task(self) -> Task:
         """`preference` for a pair of answers, `classification` if there are options, else `generation`."""

@@ -57,6 +57,10 @@ class Conversation(str):
 ROLE_HEADINGS = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 
+CONVERSATION_END = f"### {ROLE_HEADINGS['assistant']}:\n"
+"""The end of a conversation that is rendered without a chat template."""
+
+
 def missing_column(column: str, columns: Iterable[str], where: str) -> DataError:
     """Return the error for a missing column. It names the file, its columns and the closest name."""
     present = list(columns)
@@ -72,7 +76,7 @@ def arrange(rows: Sequence[Row], columns: Mapping[str, str], where: str, templat
     """Add the columns that templates use to rows, and drop the ones that `columns` maps to an empty text.
 
     `columns` maps new names to the file's names; the original columns stay. Then `messages` becomes prompt/completion
-    unless one of these columns exists; the templates "messages" and "chat" use `messages` in any case.
+    unless one of these columns exists; the templates "messages", "chat" and "chat_turns" use `messages` in any case.
     Instruction/input/output becomes instruction/context/response unless these exist. Raises DataError if a column to
     rename, drop or use is missing, and for malformed messages.
     """
@@ -94,7 +98,7 @@ def arrange(rows: Sequence[Row], columns: Mapping[str, str], where: str, templat
         }
         for row in rows
     ]
-    first = template in ("messages", "chat") or not {"prompt", "completion"} & have
+    first = template in ("messages", "chat", "chat_turns") or not {"prompt", "completion"} & have
     if "messages" in have and first:
         for number, row in enumerate(arranged, start=1):
             row["prompt"], row["completion"] = from_messages(row["messages"], f"{where}, row {number}")
@@ -136,4 +140,4 @@ def conversation_prompt(turns: Sequence[Turn]) -> str:
     All conversations use this format, except with a template with `chat` (data/chat.py).
     """
     text = "".join(f"### {ROLE_HEADINGS[role]}:\n{content}\n\n" for role, content in turns)
-    return text + f"### {ROLE_HEADINGS['assistant']}:\n"
+    return text + CONVERSATION_END

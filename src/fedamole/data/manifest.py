@@ -207,11 +207,22 @@ def _draw(settings: DataSettings, sources: Mapping[str, SourceData]) -> Federati
             noise, seed = data.source.label_noise, settings.partition_seed
             examples = with_label_noise(examples_of(data, client), noise, seed, client.client)
             records[client.client] = _record(client, name, examples)
-            shards[client.client] = Shard(client.client, **examples)
+            shards[client.client] = Shard(client.client, **_trained_on(data, examples))
     checked_names(shards, "clients of data.source", ConfigError)
     tables = tuple(_source_tables(name, data) for name, data in sources.items())
     manifest = Manifest(settings.partition_seed, drawn_with(settings), tables, tuple(records.values()))
     return Federation(tuple(shards.values()), manifest, tuple(notes))
+
+
+def _trained_on(data: SourceData, examples: Mapping[str, Sequence[Example]]) -> Splits:
+    """Return a client's splits with an example for every assistant turn in `train`, if the template says so.
+
+    The manifest counts conversations, so that it does not depend on this.
+    """
+    splits = {name: tuple(split) for name, split in examples.items()}
+    if data.template.every_turn:
+        splits["train"] = tuple(part for example in splits["train"] for part in example.with_earlier_answers())
+    return splits
 
 
 def _different_options(sources: Iterable[SourceData]) -> list[str]:
@@ -236,7 +247,8 @@ def _reproduce(settings: DataSettings, sources: Mapping[str, SourceData], manife
     shards: list[Shard] = []
     for client in manifest.clients:
         data = sources[client.source]
-        shards.append(Shard(client.client, **_stored_examples(data, client, manifest.partition_seed)))
+        examples = _stored_examples(data, client, manifest.partition_seed)
+        shards.append(Shard(client.client, **_trained_on(data, examples)))
     notes = [
         f"data.{key} = {value!r} in the config has no effect: the manifest was drawn with "
         f"{manifest.settings.get(key)!r}"

@@ -83,7 +83,8 @@ class SourceSettings:
     template: str = "auto"
     """Template that turns rows into examples: `alpaca`, `snli`, `banking77`, `pubmedqa`, `plain`, `messages`,
     `classification`, a name from `[data.templates]`, or `auto`, which selects a built-in template by the columns.
-    `chat` does so too, and renders the example through the chat template of the base's tokenizer."""
+    `chat` does so too, and renders the example through the chat template of the base's tokenizer. `chat_turns` is
+    `chat` for `messages` rows of which every assistant turn is trained on, not the last one alone."""
     columns: dict[str, str] = field(default_factory=dict)
     """Columns to rename, new name = old name: `{instruction = "question"}`. An empty value drops a column:
     `{prompt = ""}`."""

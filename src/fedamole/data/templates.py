@@ -44,6 +44,10 @@ class TemplateSettings:
     chat: bool = False
     """Whether the chat template of the base's tokenizer renders prompt and answer, as messages of the user and the
     assistant. With `messages` rows, `{prompt}` is the user's last message and the earlier turns precede it."""
+    every_turn: bool = False
+    """Whether every assistant turn of a `messages` row that follows a user's turn is trained on, not the last one
+    alone: each becomes a training example, with the turns before it as its prompt. Embedding, validation and test use
+    the last turn. Requires `chat = true`. Not allowed with options, `rejected` and `[privacy]`."""
     system: str | None = None
     """System message before the prompt, unless the row's `messages` have one. Requires `chat = true`. Unset: none,
     though some chat templates write their own."""
@@ -102,6 +106,10 @@ class TemplateSettings:
             _refuse("image", self.image, 'it must be one column, written as "{picture}"')
         if self.system is not None and not self.chat:
             _refuse("system", self.system, "it requires chat = true")
+        if self.every_turn and not self.chat:
+            _refuse("every_turn", True, "it requires chat = true")
+        if self.every_turn and (self.options or self.options_from is not None or self.labels or self.rejected):
+            _refuse("every_turn", True, "it is for free text, without options, labels or rejected")
         unknown = sorted({text for text in self.labels.values() if text} - set(self.options)) if self.options else []
         if unknown:
             _refuse("labels", unknown, f"every label must be mapped to one of the options {list(self.options)}")
@@ -193,6 +201,7 @@ BUILT_IN: dict[str, TemplateSettings] = {
     ),
     # For files with `messages` or prompt and completion; `_chat_by_columns` selects the others.
     "chat": TemplateSettings(prompt="{prompt}", answer="{completion}", chat=True),
+    "chat_turns": TemplateSettings(prompt="{prompt}", answer="{completion}", chat=True, every_turn=True),
 }
 CHAT_INSTRUCTION = TemplateSettings(
     prompt="{instruction}\n\n{context}",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedamole.data.examples import Example, Shard
+from fedamole.data.layouts import CONVERSATION_END
 from fedamole.data.tokens import Tokenised, TokenRow, tokenise, warn_of_text
 from fedamole.errors import DataError
 from fedamole.evaluation.preferences import AnswerPair
@@ -63,6 +64,12 @@ def client_data(shard: Shard, tokenizer: Any, max_length: int) -> ClientData:
                 f"client {shard.client}: no {name} example fits into training.max_length = {max_length}; raise it"
             )
     warn_of_text(f"client {shard.client}", results)
+    if tokenizer.chat_template and any(_is_conversation(example) for example in shard.train):
+        log.warning(
+            "client %s: its conversations are written with headings (### User), though the base has a chat template; "
+            'to use it, set template = "chat" (or "chat_turns") in the [[data.source]], or --template chat',
+            shard.client,
+        )
     cut, dropped = sum(tokens.cut for tokens in results), sum(tokens.dropped for tokens in results)
     if cut or dropped:
         log.warning(
@@ -74,3 +81,8 @@ def client_data(shard: Shard, tokenizer: Any, max_length: int) -> ClientData:
             dropped,
         )
     return ClientData(ClientInfo(shard.client, len(splits["train"].rows)), **splits)
+
+
+def _is_conversation(example: Example) -> bool:
+    """Return whether a row with `messages` was rendered without a chat template."""
+    return example.turns is None and example.prompt.endswith(CONVERSATION_END)

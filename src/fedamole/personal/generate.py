@@ -54,6 +54,9 @@ class PromptFormat:
     """Templates defined in the run's config, by name."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Renamed columns (new name -> old name) and dropped ones (name -> "")."""
+    message_column: str | None = None
+    """Column of the template that the user's last message of a conversation fills; None: conversations are rendered
+    with the base's chat template or in the format of `messages` rows."""
 
     @property
     def chat(self) -> TemplateSettings | None:
@@ -68,13 +71,40 @@ class PromptFormat:
     def conversation(self, turns: Sequence[Turn]) -> Example:
         """Return a prompt for the assistant's next turn, in the chat template or in the format of `messages` rows.
 
-        Raises DataError if a chat does not end with a turn of the user.
+        With `message_column`, the last message fills this column of the client's template, and earlier turns are left
+        out. Raises DataError if a chat does not end with a turn of the user.
         """
+        if self.message_column is not None:
+            return self._row_of_message(user_message(turns[-1], "messages"), self.message_column)
         if self.chat is None:
             return raw_prompt(conversation_prompt(turns))
         *earlier, last = turns
         text = user_message(last, "messages")
         return Example(text, "", "", "", turns=(*system_turns(self.chat, earlier), *earlier))
+
+    def with_message_column(self, column: str) -> "PromptFormat":
+        """Return the format in which the user's last message of a conversation fills a column of the template.
+
+        Raises ConfigError if the template does not read the column, or reads others that cannot be empty.
+        """
+        known = _known_templates(self)
+        read = {name for template in known for name in template.prompt_columns}
+        if column not in read | {old for new, old in self.columns.items() if new in read}:
+            names = ", ".join(sorted(read))
+            raise ConfigError(f"the client's template {self.template!r} reads no column {column!r}; it reads {names}")
+        mapped = replace(self, message_column=column)
+        try:
+            mapped.conversation([("user", "a")])
+        except DataError as error:
+            raise ConfigError(f"a chat message cannot fill the column {column!r} alone: {error}") from error
+        return mapped
+
+    def _row_of_message(self, text: str, column: str) -> Example:
+        """Return the prompt of a row with this text in one column; the column that may be truncated can be empty."""
+        named = self.templates.get(self.template) or BUILT_IN.get(self.template)
+        context = None if named is None else named.context
+        row = {column: text} if context is None else {context: "", column: text}
+        return render_prompts([row], self, "messages")[0]
 
 
 def prompt_format_of(model: SavedModel) -> PromptFormat:
@@ -209,14 +239,22 @@ def _row_name(where: str, index: int) -> str:
 
 def _template(prompt_format: PromptFormat, available: set[str]) -> TemplateSettings | None:
     """The client's template; for `auto` and `chat`, the first one of which all columns are available."""
+    known = _known_templates(prompt_format)
+    if len(known) == 1:
+        return known[0]
+    return next((template for template in known if _prompt_columns(template) <= available), None)
+
+
+def _known_templates(prompt_format: PromptFormat) -> list[TemplateSettings]:
+    """The client's template; for `auto` and `chat`, those that they select from, in order."""
     name = prompt_format.template
     if name not in ("auto", "chat"):
-        return prompt_format.templates[name] if name in prompt_format.templates else BUILT_IN[name]
+        return [prompt_format.templates[name] if name in prompt_format.templates else BUILT_IN[name]]
     known = dict(BUILT_IN)
     if name == "chat":
         known = {other: replace(template, chat=True) for other, template in known.items()}
         known["alpaca"] = CHAT_INSTRUCTION
-    return next((known[one] for one in AUTO_TEMPLATES if _prompt_columns(known[one]) <= available), None)
+    return [known[one] for one in AUTO_TEMPLATES]
 
 
 def _prompt_columns(template: TemplateSettings) -> set[str]:

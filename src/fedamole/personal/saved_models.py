@@ -176,13 +176,18 @@ def find_model(path: Path, client: str | None, variant: str | None = None) -> Sa
     raise RunError(f"{path} has no client {client!r}{nearest(client, models)}; its clients are {', '.join(models)}")
 
 
+def base_settings_of(model: SavedModel) -> BaseSettings:
+    """Return the settings of the base that a personal model was trained on, from its run or its adapter folder."""
+    return _adapter_base(model.folder) if model.run is None else load_run_config(model.run).base
+
+
 def load_base_for(model: SavedModel, device: str = "auto", base: str | None = None) -> Base:
     """Load the base that a personal model was trained on, and verify its identity.
 
     `base` is a folder, GGUF file or hub id to use instead of the one that the run names. Raises BaseModelError and
     ConfigError.
     """
-    settings = _adapter_base(model.folder) if model.run is None else load_run_config(model.run).base
+    settings = base_settings_of(model)
     identity = stored_identity(model)
     missing = base is None and is_elsewhere(settings.model)
     if missing and identity is None and not settings.model.endswith(BUNDLED_PATH):

@@ -5,7 +5,7 @@ their cache is padded to the length of the batch's and appended. When rows leave
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -39,6 +39,8 @@ class BatchRow(Protocol):
 
 
 R = TypeVar("R", bound=BatchRow)
+LOGITS_AT_ONCE = 512
+"""Maximum number of tokens of prompts whose logits are in memory at the same time."""
 
 
 class DecodeBatch(Generic[R]):
@@ -57,10 +59,12 @@ class DecodeBatch(Generic[R]):
         """Tokens of the longest row."""
         return int(self._mask.shape[1])
 
-    def join(self, rows: Sequence[R]) -> Tensor:
+    def join(self, rows: Sequence[R], on_logits: Callable[[int, Tensor], object] | None = None) -> Tensor:
         """Add rows: read their prompts and answers so far. Returns logits (n, V) of each row's next token.
 
-        The logits are in the order of `rows`. If this raises, the batch is unchanged.
+        The logits are in the order of `rows`. If this raises, the batch is unchanged. With `on_logits`, the texts are
+        read in pieces, and it is called with the logits (n, p, V) after each of the p tokens of a piece; its other
+        argument is the position of the first of them, counted from the end of the texts, whose last token is -1.
         """
         order = sorted(range(len(rows)), key=lambda index: rows[index].client)
         joining = [rows[index] for index in order]
@@ -70,16 +74,22 @@ class DecodeBatch(Generic[R]):
         cache = _empty_cache()
         self.bank.select_clients(0, self.bank.clients)
         gates = self.bank.instance_weights(by_client(prompts, _rows_per_client(clients, 0, self.bank.clients)))
-        logits = self._forward(clients, ids, mask, cache, gates)
+        back, width = torch.tensor(order, device=ids.device).argsort(), ids.shape[1]
+        size = width if on_logits is None else max(1, LOGITS_AT_ONCE // len(rows))
+        for start in range(0, width, size):
+            piece, read = ids[:, start : start + size], mask[:, : start + size]
+            logits = self._forward(clients, piece, read, cache, gates, all_logits=on_logits is not None)
+            if on_logits is not None:
+                on_logits(start - width, logits[back])
         self._merge(joining, cache, mask, gates)
-        return logits[torch.tensor(order, device=logits.device).argsort()]
+        return logits[back, -1]
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to each of the B rows; return logits (B, V) of the next tokens."""
         device = self.bank.base.device
         ids = torch.tensor(tokens, device=device).unsqueeze(1)
         self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
-        return self._forward([row.client for row in self.rows], ids, self._mask, self._cache, self._gates)
+        return self._forward([row.client for row in self.rows], ids, self._mask, self._cache, self._gates)[:, -1]
 
     def keep(self, keep_row: Sequence[bool]) -> None:
         """Remove the rows whose entry in `keep_row` is False."""
@@ -99,8 +109,18 @@ class DecodeBatch(Generic[R]):
             layer.values = layer.values.index_select(0, index)[:, :, unused:]
         self._gates = None if self._gates is None else self._gates.index_select(0, index)
 
-    def _forward(self, clients: list[int], ids: Tensor, mask: Tensor, cache: Any, gates: Tensor | None) -> Tensor:
-        """Return logits (B, V) after the last of the new tokens `ids` (B, n); `clients` must be ascending.
+    def _forward(
+        self,
+        clients: list[int],
+        ids: Tensor,
+        mask: Tensor,
+        cache: Any,
+        gates: Tensor | None,
+        all_logits: bool = False,
+    ) -> Tensor:
+        """Return logits (B, 1, V) after the last of the new tokens `ids` (B, n), or (B, n, V) after all of them.
+
+        `clients` must be ascending.
 
         `mask` (B, L) covers the cached and the new tokens. If all rows belong to one client, only this client's adapter
         is used, without splitting the batch.
@@ -117,9 +137,9 @@ class DecodeBatch(Generic[R]):
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=0 if all_logits else 1,
             ).logits
-        return logits[:, -1]
+        return logits
 
     def _merge(self, joining: list[R], cache: Any, mask: Tensor, gates: Tensor | None) -> None:
         """Add rows with their cache, mask and expert weights to the batch."""

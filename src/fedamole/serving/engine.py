@@ -23,9 +23,9 @@ from fedamole.model.batch import Ids
 from fedamole.model.params import Adapter
 from fedamole.serving.decode_batch import DecodeBatch, check_batching
 from fedamole.serving.requests import Chunk, GenerationRequest, RequestState
-from fedamole.serving.sampling import sample_token
 from fedamole.serving.scheduling import FairQueue, Limits
 from fedamole.serving.streaming_text import StreamingText
+from fedamole.serving.token_logprobs import TokenLogprob
 from fedamole.terminal import printable
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,11 @@ class InferenceEngine:
         self._queue = FairQueue[RequestState](self.limits)
         self._changed = threading.Condition()
         self.stopped = False
-        """Whether the engine accepts no requests any more."""
+        """Whether the engine's thread ends after the current step."""
+        self.draining = False
+        """Whether the engine accepts no requests any more, but finishes the open ones."""
+        self._idle = True
+        """Whether the engine's thread waits for requests."""
         self._stops = stop_ids(bank.base.tokenizer)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
@@ -70,15 +74,34 @@ class InferenceEngine:
         """Start the engine's thread."""
         self._thread.start()
 
+    def drain(self, seconds: float) -> bool:
+        """Accept no more requests, and wait at most `seconds` for the open ones; return whether they are finished.
+
+        `stop` may be called meanwhile.
+        """
+        with self._changed:
+            self.draining = True
+            if not self._thread.is_alive():
+                return not self._queue.waiting
+            return self._changed.wait_for(lambda: self.stopped or (self._idle and not self._queue.waiting), seconds)
+
     def stop(self) -> None:
         """Stop after the current step and fail all open requests. Returns when the thread has ended."""
         with self._changed:
             self.stopped = True
-            self._changed.notify()
+            self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
         self._close_failed([*self._batch.rows, *self._queue.waiting])
         self._queue.waiting.clear()
+
+    def requests_by_client(self) -> tuple[Counter[int], Counter[int]]:
+        """Return the number of running and of waiting requests of each client."""
+        with self._changed:
+            running, waiting = list(self._batch.rows), list(self._queue.waiting)
+        counts = (Counter(state.client for state in states if not state.closed) for states in (running, waiting))
+        first, second = counts
+        return first, second
 
     @property
     def running(self) -> int:
@@ -100,26 +123,36 @@ class InferenceEngine:
         return min(requested, self.limits.max_answer_tokens, max(1, left)) if left >= 0 else 0
 
     def submit(self, request: GenerationRequest, on_chunk: Callable[[Chunk], object]) -> RequestState:
-        """Queue a request. Raises BusyError if the model's queue is full and StoppedError after `stop`."""
+        """Queue a request. Raises BusyError if the model's queue is full and StoppedError after `stop` or `drain`."""
+        (state,) = self.submit_all([(request, on_chunk)])
+        return state
+
+    def submit_all(self, requests: Sequence[tuple[GenerationRequest, Callable[[Chunk], object]]]) -> list[RequestState]:
+        """Queue several requests for one model, or none of them: see `submit`."""
+        states = [self._state_of(request, on_chunk) for request, on_chunk in requests]
+        with self._changed:
+            if self.stopped or self.draining:
+                raise StoppedError("the server is stopping; try again later")
+            self._queue.add_all(states)
+            self._changed.notify_all()
+        return states
+
+    def _state_of(self, request: GenerationRequest, on_chunk: Callable[[Chunk], object]) -> RequestState:
         tokenizer = self.bank.base.tokenizer
         generator = None
         if request.temperature > 0:
             generator = torch.Generator()
             generator.seed() if request.seed is None else generator.manual_seed(request.seed)
-        state = RequestState(
+        return RequestState(
             request,
             on_chunk,
             self.bank.prefix(request.prompt),
             self.max_new_tokens(request.prompt, request.max_new_tokens),
-            StreamingText(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), request.stop),
+            StreamingText(
+                lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), request.stop, not request.echo
+            ),
             generator,
         )
-        with self._changed:
-            if self.stopped:
-                raise StoppedError("the server is stopping; try again later")
-            self._queue.add(state)
-            self._changed.notify()
-        return state
 
     def step(self) -> bool:
         """Let waiting requests join and generate one token for each request; return whether any request is left.
@@ -138,9 +171,13 @@ class InferenceEngine:
     def _work(self) -> None:
         while True:
             with self._changed:
+                self._idle = not (self._queue.waiting or self._batch.rows)
+                if self._idle:
+                    self._changed.notify_all()
                 self._changed.wait_for(lambda: self.stopped or self._queue.waiting or self._batch.rows)
                 if self.stopped:
                     return
+                self._idle = False
             try:
                 self.step()
             except Exception as error:  # not caused by a single request: fail all of them
@@ -153,8 +190,16 @@ class InferenceEngine:
         """Read the prompts of several requests in one pass. If that fails, read each alone to find the cause."""
         for state in states:
             state.generated_at_join = len(state.generated)
+        scored = [(index, state) for index, state in enumerate(states) if state.scores_prompt]
+        for _, state in scored:
+            state.logprobs = [TokenLogprob(state.request.prompt[0], None)]
+
+        def score(first: int, logits: Tensor) -> None:
+            for index, state in scored:
+                state.score_prompt(first, logits[index])
+
         try:
-            logits = self._batch.join(states)
+            logits = self._batch.join(states, score if scored else None)
         except Exception as error:
             if len(states) == 1:
                 self._fail(states, error)
@@ -206,9 +251,9 @@ class InferenceEngine:
             try:
                 if not math.isfinite(max_logit):
                     raise FloatingPointError("the logits are not finite")
-                if state.generator is not None:
-                    request = state.request
-                    token = sample_token(logits[index], request.temperature, request.top_p, state.generator)
+                if state.generator is not None or state.request.changes_logits:
+                    token = state.next_token(logits[index])
+                state.record(token, logits[index])
                 self._append(state, token)
             except Exception as error:
                 self._fail([state], error)
@@ -220,6 +265,8 @@ class InferenceEngine:
         if token in self._stops:
             finish = "stop"
         else:
+            if state.request.grammar is not None:
+                state.request.grammar.accept(token)
             state.generated.append(token)
             finish = "length" if len(state.generated) >= state.max_new_tokens else None
         stream, new_text = state.request.stream, ""
@@ -227,10 +274,11 @@ class InferenceEngine:
             new_text, stopped = state.text.update(state.generated, finish is not None)
             finish = "stop" if stopped else finish
         if finish is not None:
-            state.on_chunk(Chunk(new_text if stream else state.text.emitted, finish, len(state.generated)))
+            text = new_text if stream else state.text.emitted
+            state.on_chunk(Chunk(text, finish, len(state.generated), state.take_logprobs()))
             state.closed = True
         elif new_text and stream:
-            state.on_chunk(Chunk(new_text))
+            state.on_chunk(Chunk(new_text, logprobs=state.take_logprobs()))
 
 
 def error_location(error: Exception) -> str:

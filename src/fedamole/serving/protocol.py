@@ -1,11 +1,10 @@
-"""OpenAI's API as data types: request bodies, and the JSON of answers, chunks and errors.
+"""Request bodies of OpenAI's API as data types, with their validation, and errors. responses.py has the answers.
 
 Unsupported fields are refused with an error that names them. Fields that do not affect the answer are ignored.
 """
 
 import json
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
@@ -14,42 +13,65 @@ from typing_extensions import override
 from fedamole.data.json_rows import parse_json_literally
 from fedamole.data.layouts import Row, Turn
 from fedamole.errors import FedamoleError
+from fedamole.model.batch import Ids
+from fedamole.serving.json_grammar import ANY_OBJECT
 
-IGNORED_FIELDS = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"})
+IGNORED_FIELDS = frozenset(
+    {
+        "functions",
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "tools",
+        "user",
+    }
+)
+"""Fields that are accepted and have no effect. A model that was not trained to call tools answers in text."""
 NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "frequency_penalty": (0,),
-    "functions": ([],),
+    "function_call": ("auto", "none"),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
-    "n": (1,),
-    "parallel_tool_calls": (True, False),
     "presence_penalty": (0,),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
-    "tool_choice": ("none",),
-    "tools": ([],),
+    "tool_choice": ("auto", "none"),
     "top_logprobs": (0,),
 }
 """Unsupported fields of OpenAI's API, with the values (besides null) that request nothing and are accepted."""
 MIN_TEMPERATURE = 0.001
 """Lowest temperature above 0."""
-MAX_STOPS, MAX_STOP_CHARS = 4, 256
+MAX_STOPS, MAX_STOP_CHARS = 16, 256
 """Maximum number of stop strings, and of characters of each."""
 MAX_COLUMNS = 256
 """Maximum number of columns of a row."""
+MAX_ANSWERS = 64
+"""Maximum number of answers to one request: `n` for each of its prompts."""
+MAX_LOGPROBS = 20
+"""Maximum number of most probable tokens that are reported for each token."""
+MIN_PENALTY, MAX_PENALTY = 0.1, 10.0
+"""Range of `repetition_penalty`."""
 LARGEST_MAX_TOKENS = 1_000_000
 """Largest value of `max_tokens`. The engine's limit on answers is usually much lower."""
 SEED_BOUND = 2**63
 """Seeds are integers from -SEED_BOUND to SEED_BOUND - 1."""
 RANGES: Mapping[str, str] = {
+    "logprobs": f"a whole number from 0 to {MAX_LOGPROBS}; in a chat true or false, with top_logprobs",
     "max_completion_tokens": f"a whole number from 1 to {LARGEST_MAX_TOKENS}",
     "max_tokens": f"a whole number from 1 to {LARGEST_MAX_TOKENS}",
+    "min_p": "a number from 0 to 1",
+    "n": f"a whole number from 1 to {MAX_ANSWERS}",
+    "prompt": "a text, a list of texts, token ids, or a list of lists of token ids",
+    "repetition_penalty": f"a number from {MIN_PENALTY} to {MAX_PENALTY:g}; 1 has no effect",
     "seed": "a whole number from -2^63 to 2^63 - 1",
     "stop": f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters each",
     "temperature": f"0 for the most probable token, or a number from {MIN_TEMPERATURE} to 2",
+    "top_k": "a whole number from 1; 0 and -1 mean all tokens",
+    "top_logprobs": f"a whole number from 0 to {MAX_LOGPROBS}, with logprobs = true",
     "top_p": "a number above 0 and at most 1",
 }
 """Valid values of these fields, as error messages state them."""
@@ -97,10 +119,34 @@ def _check_columns(value: object) -> object:
     return value
 
 
+def _false_to_none(value: object) -> object:
+    return None if value is False else value
+
+
 TokenCount = Annotated[int, Field(ge=1, le=LARGEST_MAX_TOKENS, strict=True)]
 Temperature = Annotated[float, Field(ge=0, le=2, strict=True, allow_inf_nan=False), AfterValidator(_check_temperature)]
+Fraction = Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=MIN_PENALTY, le=MAX_PENALTY, strict=True, allow_inf_nan=False)]
+TopCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS, strict=True)]
 StringList = Annotated[list[str], Field(fail_fast=True)]
 """Validation stops at the first invalid element: collecting half a million errors would take seconds."""
+TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+
+
+class JsonSchema(BaseModel):
+    """The schema that an answer follows."""
+
+    model_config = ConfigDict(extra="ignore")
+    json_schema: dict[str, Any] = Field(alias="schema")
+
+
+class AnswerFormat(BaseModel):
+    """The format of an answer: free text, any JSON object, or JSON that follows a schema."""
+
+    model_config = ConfigDict(extra="ignore")
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class RequestBody(BaseModel):
@@ -112,6 +158,11 @@ class RequestBody(BaseModel):
     temperature: Temperature | None = None
     top_p: Annotated[float, Field(gt=0, le=1, strict=True, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=-SEED_BOUND, lt=SEED_BOUND, strict=True)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS, strict=True)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31, strict=True)] | None = None
+    min_p: Fraction | None = None
+    repetition_penalty: Penalty | None = None
+    response_format: AnswerFormat | None = None
     stop: str | StringList | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -126,11 +177,36 @@ class RequestBody(BaseModel):
         """Maximum length of the answer; None if the request sets none."""
         return self.max_tokens
 
+    @property
+    def logprob_count(self) -> int | None:
+        """Number of most probable tokens to report for each token; None: no log-probabilities."""
+        return None
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the answer contains the prompt."""
+        return False
+
+    @property
+    def schema_of_answer(self) -> Mapping[str, Any] | None:
+        """The JSON schema that the answer follows; None: free text."""
+        requested = self.response_format
+        if requested is None or requested.type == "text":
+            return None
+        if requested.type == "json_object":
+            return ANY_OBJECT
+        if requested.json_schema is None:
+            text = 'response_format: "json_schema" needs json_schema = {"name": ..., "schema": {...}}'
+            raise RefusedError(400, text, "invalid_value", "response_format")
+        return requested.json_schema.json_schema
+
 
 class CompletionRequest(RequestBody):
     """A prompt to continue verbatim, or `row`: columns for the client's template, an extension of OpenAI's API."""
 
-    prompt: str | StringList = ""
+    prompt: str | StringList | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)] = ""
+    echo: bool | None = None
+    logprobs: Annotated[TopCount | None, BeforeValidator(_false_to_none)] = None
     row: Annotated[dict[str, str | int | float | bool | None], BeforeValidator(_check_columns)] | None = None
     _columns: Row = PrivateAttr(default_factory=dict)
 
@@ -146,15 +222,27 @@ class CompletionRequest(RequestBody):
         except ValueError as error:
             raise RefusedError(400, f"row: {error}", "invalid_value", "row") from None
 
-    def prompt_text(self) -> str:
-        """Return the prompt as text."""
+    def prompts(self) -> list[str | Ids]:
+        """Return the prompts as texts or token ids. Raises RefusedError for a row beside a prompt, and for none."""
         if self.row and self.prompt:
             raise RefusedError(400, "row: send either row or prompt, not both", "invalid_value", "row")
         if isinstance(self.prompt, str):
-            return self.prompt
-        if len(self.prompt) != 1:
-            raise RefusedError(400, "prompt: send one request per prompt", "unsupported_value", "prompt")
-        return self.prompt[0]
+            return [self.prompt]
+        if not self.prompt:
+            raise RefusedError(400, "prompt: the list is empty", "invalid_value", "prompt")
+        if isinstance(self.prompt[0], int):
+            return [tuple(token for token in self.prompt if isinstance(token, int))]
+        return [tuple(prompt) if isinstance(prompt, list) else str(prompt) for prompt in self.prompt]
+
+    @property
+    @override
+    def logprob_count(self) -> int | None:
+        return self.logprobs
+
+    @property
+    @override
+    def echoes(self) -> bool:
+        return bool(self.echo)
 
 
 class TextPart(BaseModel):
@@ -177,6 +265,13 @@ class ChatRequest(RequestBody):
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: TokenCount | None = None
+    logprobs: Annotated[bool, Field(strict=True)] | None = None
+    top_logprobs: TopCount | None = None
+
+    @property
+    @override
+    def logprob_count(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     @override
@@ -210,6 +305,8 @@ def parse_body(kind: type[B], content: bytes) -> B:
         raise RefusedError(400, f"{name[:64]}: unknown field; leave it out", "unknown_parameter", name[:64])
     if isinstance(body, CompletionRequest) and body.row:
         body.read_columns(content)
+    if isinstance(body, ChatRequest) and body.top_logprobs and not body.logprobs:
+        raise RefusedError(400, f"top_logprobs: must be {RANGES['top_logprobs']}", "invalid_value", "top_logprobs")
     stops = body.stop_strings
     if len(stops) > MAX_STOPS or not all(0 < len(text) <= MAX_STOP_CHARS for text in stops):
         raise RefusedError(400, f"stop: must be {RANGES['stop']}", "invalid_value", "stop")
@@ -231,67 +328,3 @@ def _validation_error(error: ValidationError) -> RefusedError:
 def _same_json(value: object, other: object) -> bool:
     """Whether two values are equal as JSON, in which 0 is not false."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)
-
-
-def model_list(names: Sequence[str], created: int) -> Json:
-    """Return the response that lists models."""
-    return {"object": "list", "data": [model_info(name, created) for name in names]}
-
-
-def model_info(name: str, created: int) -> Json:
-    """Return the response that describes one model."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "fedamole"}
-
-
-def usage(prompt: int, answer: int) -> dict[str, int]:
-    """Return token counts; virtual tokens and the end-of-text token are not counted."""
-    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
-
-
-class ResponseFormat:
-    """The JSON of one answer, whole or in chunks. All chunks of an answer have the same id and creation time."""
-
-    def __init__(self, body: RequestBody, unique_id: str) -> None:
-        """Format the answer to a request; `unique_id` must differ between answers."""
-        self.chat = isinstance(body, ChatRequest)
-        self.head = {
-            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{unique_id}",
-            "created": int(time.time()),
-            "model": body.model,
-        }
-        options = body.stream_options
-        self.with_usage = bool(options and options.include_usage)
-
-    def whole(self, text: str, finish: str, counts: dict[str, int]) -> Json:
-        """Return the response with the whole answer."""
-        content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        kind = "chat.completion" if self.chat else "text_completion"
-        return {**self.head, "object": kind, "choices": [self._choice(content, finish)], "usage": counts}
-
-    def first_events(self) -> list[str]:
-        """Return the events before the first chunk."""
-        return [self._event([self._choice({"delta": {"role": "assistant", "content": ""}}, None)])] if self.chat else []
-
-    def chunk_event(self, text: str) -> str:
-        """Return the event of one chunk."""
-        return self._event([self._choice({"delta": {"content": text}} if self.chat else {"text": text}, None)])
-
-    def last_events(self, finish: str, counts: dict[str, int]) -> list[str]:
-        """Return the events after the last chunk."""
-        events = [self._event([self._choice({"delta": {}} if self.chat else {"text": ""}, finish)])]
-        if self.with_usage:
-            events.append(self._event([], counts))
-        return [*events, "data: [DONE]\n\n"]
-
-    def _choice(self, content: Json, finish: str | None) -> Json:
-        return {"index": 0, **content, "logprobs": None, "finish_reason": finish}
-
-    def _event(self, choices: list[Json], counts: dict[str, int] | None = None) -> str:
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        usage_field = {"usage": counts} if self.with_usage else {}
-        return server_sent_event({**self.head, "object": kind, "choices": choices, **usage_field})
-
-
-def server_sent_event(content: Json) -> str:
-    """Format one server-sent event."""
-    return f"data: {json.dumps(content)}\n\n"

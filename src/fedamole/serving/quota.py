@@ -52,16 +52,16 @@ class CallerUsage:
         self.open_requests = 0
         self._body_bytes = 0
 
-    def open_request(self, max_open: int) -> None:
-        """Count one more open request, until `close_request`. Raises RefusedError if `max_open` are open."""
-        if self.open_requests >= max_open:
-            text = f"{max_open} of your requests are open already; try again later"
+    def open_requests_up_to(self, max_open: int, count: int = 1) -> None:
+        """Count more open answers, until `close_requests`. Raises RefusedError if more than `max_open` would be."""
+        if self.open_requests + count > max_open:
+            text = f"{self.open_requests} of your requests are open already; try again later"
             raise RefusedError(429, text, "rate_limit_exceeded")
-        self.open_requests += 1
+        self.open_requests += count
 
-    def close_request(self) -> None:
-        """Count one open request less."""
-        self.open_requests -= 1
+    def close_requests(self, count: int) -> None:
+        """Count fewer open answers."""
+        self.open_requests -= count
 
     def add_body_bytes(self, size: int) -> None:
         """Count bytes of request bodies, a negative `size` when they are released. Raises RefusedError for too many."""

@@ -77,10 +77,19 @@ class FairQueue(Generic[T]):
 
     def add(self, request: T) -> None:
         """Append a request. Raises BusyError if too many requests of its client are waiting."""
-        waiting = sum(other.client == request.client and not other.closed for other in self.waiting)
-        if waiting >= self.limits.max_waiting:
-            raise BusyError(f"{self.limits.max_waiting} requests for this model are waiting already; try again later")
-        self.waiting.append(request)
+        self.add_all([request])
+
+    def add_all(self, requests: Sequence[T]) -> None:
+        """Append all requests of one client, or none: BusyError if too many would be waiting."""
+        client = requests[0].client
+        waiting = sum(other.client == client and not other.closed for other in self.waiting)
+        if waiting + len(requests) > self.limits.max_waiting:
+            limit = self.limits.max_waiting
+            if len(requests) == 1:
+                raise BusyError(f"{limit} requests for this model are waiting already; try again later")
+            text = f"{waiting} answers of this model are waiting, of at most {limit}; {len(requests)} more do not fit"
+            raise BusyError(f"{text}; try again later")
+        self.waiting += requests
 
     def schedule(self, running: Sequence[T]) -> tuple[list[T], list[T]]:
         """Return the requests that join the batch, and the `running` ones that are preempted and wait again.

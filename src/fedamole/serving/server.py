@@ -21,6 +21,10 @@ KEEP_ALIVE = 5
 """Seconds for which a connection stays open between two requests."""
 
 
+POLL = 0.1
+"""Seconds between two checks for a second signal while open requests finish."""
+
+
 class LogErrors:
     """ASGI middleware that logs an exception in one line, without a traceback or the message.
 
@@ -40,10 +44,14 @@ class LogErrors:
 
 
 class HttpServer(uvicorn.Server):
-    """A uvicorn server that stops the engine first when it shuts down, so that open requests end with an error."""
+    """A uvicorn server that finishes open requests when it shuts down, then stops the engines."""
 
-    def __init__(self, service: Service, certs: Path | None = None) -> None:
-        """Serve over TLS with a folder written by `fedamole certs`, or without encryption if `certs` is None."""
+    def __init__(self, service: Service, certs: Path | None = None, drain_seconds: float = 0) -> None:
+        """Serve over TLS with a folder written by `fedamole certs`, or without encryption if `certs` is None.
+
+        When the server shuts down, open requests have `drain_seconds` to finish; new ones are refused. After that, or
+        after a second signal, they end with an error.
+        """
         tls: dict[str, Any] = {}
         if certs is not None:
             tls = {"ssl_certfile": certs / "server.crt", "ssl_keyfile": certs / "server.key"}
@@ -62,9 +70,15 @@ class HttpServer(uvicorn.Server):
                 **tls,
             )
         )
-        self.engine = service.engine
+        self.engines = service.models.engines
+        self.drain_seconds = drain_seconds
 
     @override
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await asyncio.to_thread(self.engine.stop)
+        drained = asyncio.gather(*(asyncio.to_thread(engine.drain, self.drain_seconds) for engine in self.engines))
+        while not drained.done() and not self.force_exit:
+            await asyncio.wait([drained], timeout=POLL)
+        for engine in self.engines:
+            await asyncio.to_thread(engine.stop)
+        await drained
         await super().shutdown(sockets)

@@ -38,14 +38,18 @@ class StopMatcher:
 
 
 class StreamingText:
-    """The text of one answer. The chunks from `update` add up to the whole answer, stripped as in evaluation.
+    """The text of one answer. The chunks from `update` add up to the complete answer, stripped as in evaluation.
 
     The answer ends where the first completed stop string begins. If one character completes several stop strings, the
     longest counts. The result does not depend on how the text is split into tokens.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
-        """Start with no text. `decode` turns token ids into text; stop strings must not be empty."""
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = (), strip: bool = True) -> None:
+        """Start with no text. `decode` turns token ids into text; stop strings must not be empty.
+
+        Without `strip`, white space at both ends of the answer stays.
+        """
+        self._strip = strip
         self._decode = decode
         self._matchers = [StopMatcher(text) for text in stop]
         self._context_start = self._decoded_end = 0
@@ -92,6 +96,9 @@ class StreamingText:
 
     def _emit(self, text: str) -> str:
         """Return a chunk of final text, without whitespace at the start and the end of the answer."""
+        if not self._strip:
+            self._emitted.append(text)
+            return text
         if not self._emitted:
             text = text.lstrip()
         body = text.rstrip()
