@@ -644,6 +644,7 @@ CHANGED: dict[str, Any] = {
     "rare_below": 100,
     "latent_noise": 2.0,
     "refactor_every": 2,
+    "assign_every": 2,
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 
