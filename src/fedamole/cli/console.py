@@ -12,7 +12,7 @@ from rich.text import Text
 from typing_extensions import override
 
 from fedamole.federation.progress import ProgressListener
-from fedamole.reporting.run_table import CAPTION, SUMMARY_LINES, RunTable, as_text, run_tables
+from fedamole.reporting.run_table import SUMMARY_LINES, RunTable, as_text, run_tables
 from fedamole.reporting.runs import read_runs
 from fedamole.terminal import printable, screen
 
@@ -96,7 +96,7 @@ def show_run_tables(console: Console, tables: Sequence[RunTable], with_clients: 
         table = Table(
             title=f"test score at the best validation round (seed {seeds})",
             title_style="bold",
-            caption=CAPTION,
+            caption=content.caption,
             caption_justify="left",
         )
         for index, name in enumerate(head):
