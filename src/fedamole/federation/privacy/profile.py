@@ -24,17 +24,17 @@ def profile_settings(tables: Mapping[str, Mapping[str, Any]], fields: Collection
     """
     if tables.get("privacy", {}).get("profile") != "private":
         return {}
-    training, method = tables.get("training", {}), tables.get("method", {})
+    of_training, of_method = tables.get("training", {}), tables.get("method", {})
     settings: dict[str, dict[str, Any]] = {"training": {}, "method": {}}
-    if not {"batch_size", "accumulation"} & training.keys():
+    if not {"batch_size", "accumulation"} & of_training.keys():
         settings["training"]["batch_size"] = BATCH
-    if "rank" in fields and "rank" not in method:
+    if "rank" in fields and "rank" not in of_method:
         settings["method"]["rank"] = RANK
-        if "alpha" not in method:
+        if "alpha" not in of_method:
             settings["method"]["alpha"] = 2.0 * RANK
     if {"assignment", "min_holders"} <= set(fields):
-        if "assignment" not in method:
+        if "assignment" not in of_method:
             settings["method"]["assignment"] = "static"
-        if not {"min_holders", "expert_choices"} & method.keys():
+        if not {"min_holders", "expert_choices"} & of_method.keys():
             settings["method"]["min_holders"] = HOLDERS
     return {table: values for table, values in settings.items() if values}
