@@ -18,6 +18,7 @@ from fedamole.evaluation.personal import EvaluationSettings
 from fedamole.federation.method import Method
 from fedamole.federation.objective import check_supported
 from fedamole.federation.privacy.budget import Budget, check_private
+from fedamole.federation.privacy.profile import profile_settings
 from fedamole.federation.privacy.settings import PrivacySettings
 from fedamole.federation.robust import check_aggregation
 from fedamole.federation.secure.settings import SecureAggregationSettings, check_secure_aggregation
@@ -27,7 +28,7 @@ from fedamole.model.base import BaseSettings, is_path
 from fedamole.received.files import read_toml
 from fedamole.received.forms import MOST_WHOLE
 from fedamole.received.names import LONGEST_NAME, not_on_windows, quoted
-from fedamole.runs.renamed_keys import NEW_VALUES, RENAMED, with_new_names
+from fedamole.received.renamed_keys import refuse_old_names, with_new_names
 from fedamole.runs.run_folder import CONFIG, RunFolder
 
 Table = dict[str, Any]
@@ -94,6 +95,8 @@ class Config:
     secure_aggregation: SecureAggregationSettings = field(default_factory=SecureAggregationSettings)
     privacy: PrivacySettings | None = None
     """None: no differential privacy."""
+    from_profile: Table = field(default_factory=dict, compare=False)
+    """The settings among these that `privacy.profile` has set, by table; of a stored run empty."""
 
     def __post_init__(self) -> None:
         """Check that there are data, and that the method supports the settings of `[federation]` and the objective."""
@@ -287,18 +290,18 @@ def to_config(tables: Table) -> Config:
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise ConfigError(f"{name} = {table!r}: must be a table; write [{name}]")
-        for old, new in RENAMED.get(name, {}).items():
-            if old in table:
-                values = "".join(f", {value} for {was}" for was, value in NEW_VALUES.get(old, {}).items()).lower()
-                raise ConfigError(f"{name}.{old} is now called {name}.{new}: rename it{values}")
-    method = dict(tables.get("method", {}))
-    name = method.pop("name", "fedamole")
+        refuse_old_names(name, table)
+    name = tables.get("method", {}).get("name", "fedamole")
     if name not in METHODS:
         raise ConfigError(f"method.name = {name!r}: there is no such method{nearest(str(name), METHODS)}")
+    from_profile = profile_settings(tables, [item.name for item in dataclasses.fields(METHODS[name])])
+    tables = merged(from_profile, tables)
+    method = {key: value for key, value in tables.get("method", {}).items() if key != "name"}
     sections = {key: build(kind, tables.get(key, {}), key) for key, kind in SECTIONS.items() if kind}
     if "privacy" not in tables:
         sections["privacy"] = None
-    return Config(method=build(METHODS[name], method, "method"), method_name=name, **sections)
+    method = build(METHODS[name], method, "method")
+    return Config(method=method, method_name=name, from_profile=from_profile, **sections)
 
 
 def refuse_unknown(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -1,6 +1,7 @@
 """Plan of a run before it starts: clients, traffic, steps, memory, and how many clients train at once."""
 
 import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +63,8 @@ class Plan:
     """By source with wrong answers on purpose: their fraction of the training and embedding examples."""
     noise: str
     """Noise of `[privacy]` against the signal, in a sentence; empty without it."""
+    profile: str
+    """Settings that `privacy.profile` has set, in words; empty if none."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,16 @@ def planned(config: Config, base: Base, clients: Mapping[str, ClientData]) -> Pl
         exposure=tuple(exposure(config, len(infos), rows, base.shapes)),
         label_noise=config.data.noise(),
         noise=_noise(config, infos, _mean(sizes)),
+        profile=_profile(config),
+    )
+
+
+def _profile(config: Config) -> str:
+    """Return the settings that `privacy.profile` has set, as a config has them."""
+    return ", ".join(
+        f"{table}.{key} = {json.dumps(value)}"
+        for table, keys in config.from_profile.items()
+        for key, value in keys.items()
     )
 
 
@@ -159,6 +172,7 @@ def planned_without_data(
         exposure=tuple(exposure(config, len(infos), shapes=base.shapes)),
         label_noise=config.data.noise(),
         noise=_noise(config, infos, _mean(sizes)),
+        profile=_profile(config),
         assumed=assumed,
         base_mib=held,
         mib_per_client=each,

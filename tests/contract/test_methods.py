@@ -643,6 +643,8 @@ CHANGED: dict[str, Any] = {
     "class_weight": 9.0,
     "rare_below": 100,
     "latent_noise": 2.0,
+    "refactor_every": 2,
+    "assign_every": 2,
 }
 """Another value for each hyper-parameter of any method; a new one needs an entry here."""
 

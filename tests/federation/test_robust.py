@@ -172,6 +172,7 @@ BY_KEY = {
     "fedit",
     "fedprox",
     "ffa_lora",
+    "fedsvd",
     "fedprompt",
     "fedptuning",
     "fdlora",

@@ -23,6 +23,7 @@ from fedamole.federation.record import pack
 from fedamole.methods.fedamole import Experts, FedAmole, Pool, TrainedExperts
 from fedamole.methods.shared.architectures import Embeddings
 from fedamole.methods.shared.holders import limit_norms
+from fedamole.model.layers import MeanEmbeddings
 
 INFOS = (ClientInfo("a", 10), ClientInfo("b", 30), ClientInfo("c", 20))
 HELD = {"a": [0, 2], "b": [0, 1], "c": [1, 2]}
@@ -231,6 +232,37 @@ def test_static_keeps_round_0() -> None:
     assert number(after_round("static", REPLIES).tensors, "m/expert-01/A") == 4.0
 
 
+@pytest.mark.parametrize(("round_", "renewed"), [(0, False), (1, False), (2, True), (3, False), (5, True)])
+def test_the_assignment_is_renewed_every_third_round(round_: int, renewed: bool) -> None:
+    """In between, clients keep their experts, and the experts are averaged as ever."""
+    method = dataclasses.replace(METHOD, assign_every=3)
+    after, usual = method.aggregate(server(round_), pool(), REPLIES), METHOD.aggregate(server(round_), pool(), REPLIES)
+    assert usual.held != {"m": HELD}
+    assert after.held == (usual.held if renewed else {"m": HELD})
+    assert pack(dataclasses.replace(after, held=usual.held, probabilities=usual.probabilities)) == pack(usual)
+
+
+def test_a_new_client_is_chosen_whatever_the_round() -> None:
+    """A finished run's round is no multiple of `assign_every`; the new client d gets experts all the same."""
+    info, embedding = ClientInfo("d", 10), MeanEmbeddings(torch.tensor([1.0]), {})
+    state, joined = METHOD.aggregate(server(), pool(), REPLIES), dataclasses.replace(server(4), clients=(*INFOS, info))
+    lazy = dataclasses.replace(METHOD, assign_every=50)
+    results = [method.newcomer(joined, state, info, lambda adapter: {"m": embedding}) for method in (METHOD, lazy)]
+    assert pack(results[0].message) == pack(results[1].message)
+    assert results[0].report == results[1].report
+
+
+def test_three_holders_per_expert_and_two_experts_per_client_are_one_setting() -> None:
+    """k_c = 3 and E = 2 C for any number of clients: the traffic of E = 3 C, k_c = 2, in groups of three."""
+    for clients in (3, 10, 25):
+        method = FedAmole(min_holders=3)
+        method.check(clients)
+        assert (method.pool_size(clients), method.bounds(clients).expert_choices) == (2 * clients, 3)
+        explicit = FedAmole(experts=2 * clients, expert_choices=3)
+        explicit.check(clients)
+        assert explicit.bounds(clients) == method.bounds(clients)
+
+
 def test_homogeneous_gives_floor_or_ceil_by_relevance() -> None:
     """8 experts x 2 choices over 3 clients: 5, 5 and 6 each, though reverse selection may give 2 to 8.
 
@@ -398,6 +430,8 @@ def test_organisations_hold_experts_by_three() -> None:
         FedAmole(experts=9).for_deployment().check(3)
     with pytest.raises(ConfigError, match="must be at least 1"):
         FedAmole(min_holders=0).check(3)
+    with pytest.raises(ConfigError, match=r"assign_every = 0: must be at least 1"):
+        FedAmole(assign_every=0).check(3)
     FedAmole(expert_choices=1).check(3)  # in a simulation nobody is protected by more
     state = method.init(server())
     assert all(len(experts) == 6 for experts in state.held["m"].values())

@@ -261,7 +261,19 @@ def test_which_methods_accept_newcomers() -> None:
     """A pool of experts, or one set of tensors for all clients, which keep nothing else."""
     accepting = {name for name, method in METHODS.items() if method.accepts_newcomers and not name.endswith("_ft")}
     assert accepting == {
-        *("fedamole", "fedawa", "fedit", "fedprompt", "fedptuning", "fedprox", "ffa_lora", "flash", "regmean", "feddm"),
+        *(
+            "fedamole",
+            "fedawa",
+            "fedit",
+            "fedprompt",
+            "fedptuning",
+            "fedprox",
+            "ffa_lora",
+            "fedsvd",
+            "flash",
+            "regmean",
+            "feddm",
+        ),
         "model_glue",
         "fedaf",
         "data_engine",

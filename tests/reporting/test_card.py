@@ -17,6 +17,8 @@ from fedamole.experiment import resume
 from fedamole.federation.progress import ProgressListener
 from fedamole.personal.saved_models import find_model, open_bank
 from fedamole.reporting.card import card, write_cards
+from fedamole.reporting.page.content import content
+from fedamole.reporting.page.reading import read_folders
 from fedamole.runs.run_folder import RunFolder
 
 __all__ = ["client"]
@@ -230,3 +232,25 @@ def test_what_comes_from_a_folder_stays_text(runs: Any) -> None:
     assert "<img" not in outside
     assert not re.search(r"(?<!\\)\]\(", outside)
     assert "://" not in outside
+
+
+def test_a_private_run_shows_what_each_client_has_spent_and_what_that_does_not_cover(runs: Any) -> None:
+    """In summary.json, in the card and on the page; Ditto's own LoRA is trained without noise."""
+    run = runs.fresh("fedit", "federation.rounds=2", "privacy.epsilon=8")
+    summary = json.loads((run / "summary.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    last = {line["client"]: line["epsilon"] for line in lines if line["split"] == "train"}
+    assert summary["epsilon"] == last
+    text = text_of(run, "mood")
+    assert f"has epsilon {last['mood']:.2f} at delta 1e-05 for each of its training examples" in text
+    assert "computed from noised values alone" in text
+    assert "They are not noised, and not covered by the epsilon below." in text
+    page = content(read_folders([run]))
+    settings = dict(page["about"]["lines"])
+    assert settings["Differential privacy"][0].startswith("epsilon at most 8 at delta 1e-05 for each training example")
+    assert "not noised" in settings["Differential privacy"][0]
+    assert "not noised" in page["test"]["caption"]
+    assert [line[-1] for line in page["test"]["body"]][:4] == [f"{last[name]:.2f}" for name in sorted(last)]
+    ditto = runs.fresh("ditto", "federation.rounds=1", "privacy.epsilon=8")
+    assert "epsilon does not cover it: do not publish it" in text_of(ditto, "mood")
+    assert "psilon" not in text_of(runs("fedit"), "mood")

@@ -1,6 +1,7 @@
 """The table of `fedamole show`, from summaries with known results."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +182,38 @@ def test_the_work_of_a_run_is_in_its_table(runs: Any) -> None:
     assert table["forward tokens"] == ["", "", "0", "0"]
     as_json: Any = result.as_json()["columns"]
     assert as_json["fedit"]["backward tokens"] == [tokens]
+
+
+def private(method: str, seed: int, epsilon: dict[str, float]) -> Run:
+    made = run(method, seed, a=10.0, b=1.0)
+    config = {**made.config, "privacy": {"epsilon": 8.0, "delta": 1e-5, "clip": 1.0}}
+    return replace(made, config=config, summary={**made.summary, "epsilon": epsilon})
+
+
+def test_epsilon_of_each_client_is_a_column_and_the_caption_marks_what_is_not_noised() -> None:
+    """The largest over the seeds of a method: 8 and 7.5 for a, 2 for b; b has spent nothing in the second run."""
+    runs = [private("fedit", 0, {"a": 7.5, "b": 2.0}), private("fedit", 1, {"a": 8.0})]
+    [result] = run_tables([*runs, run("local_only", a=1.0, b=1.0)])
+    head, *body = as_text(result)
+    table = {line[0]: line[1:] for line in body}
+    assert head == ["client", "base", "majority", "fedit", "local_only", "epsilon"]
+    assert [table[name][-1] for name in ("a", "b", "mean", "worst client", "best round")] == [
+        "8.00",
+        "2.00",
+        "",
+        "8.00",
+        "",
+    ]
+    assert "Losses and scores are not noised and not covered by it" in result.caption
+    assert "at delta 1e-05" in result.caption
+    assert "not noised" in as_markdown(result)
+    assert result.as_json()["columns"]["fedit"]["epsilon"] == {"a": 8.0, "b": 2.0}  # type: ignore[index]
+    assert [line[-1] for line in as_text(result, with_clients=False)[1:3]] == ["", "8.00"]
+
+
+def test_two_private_methods_have_a_column_each_and_runs_without_privacy_none() -> None:
+    [two] = run_tables([private("fedit", 0, {"a": 1.0, "b": 1.0}), private("ditto", 0, {"a": 2.0, "b": 2.0})])
+    assert as_text(two)[0][-2:] == ["epsilon of fedit", "epsilon of ditto"]
+    [none] = run_tables([run("fedit", a=10.0, b=1.0)])
+    assert as_text(none)[0] == ["client", "base", "majority", "fedit"]
+    assert "psilon" not in none.caption + as_markdown(none)

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from count_round_lines import count, entered_in_second_round, statements
 
-LIMITS = {"fedit": (1336, 809), "fedamole": (1627, 1049)}
+LIMITS = {"fedit": (1336, 809), "fedamole": (1628, 1050)}
 """Most statements of the functions that a round enters, with and without model/; lower them when the code shrinks."""
 
 

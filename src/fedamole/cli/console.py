@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from fedamole.cli.table_layout import print_table, shortened
 from fedamole.federation.progress import ProgressListener
-from fedamole.reporting.run_table import CAPTION, SUMMARY_LINES, RunTable, as_text, run_tables
+from fedamole.reporting.run_table import SUMMARY_LINES, RunTable, as_text, run_tables
 from fedamole.reporting.runs import read_runs
 from fedamole.terminal import printable, screen
 
@@ -100,7 +100,7 @@ def show_run_tables(console: Console, tables: Sequence[RunTable], with_clients: 
             console,
             lines,
             title=f"test score at the best validation round (seed {seeds})",
-            caption=CAPTION,
+            caption=content.caption,
             names=[content.labels.get(client, client) for client in content.clients],
             bold="mean",
             section_end=len(lines) - 1 - len(SUMMARY_LINES),

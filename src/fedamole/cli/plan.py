@@ -67,6 +67,8 @@ def _plan_lines(planned: "Plan") -> Iterator[tuple[str, str]]:
         yield "memory", f"about {planned.memory_mib:,.0f} MiB with {planned.group} clients in lock-step (run.group)"
     for source, share in planned.label_noise.items():
         yield "label noise", f"{source}: {share:.0%} of the training and embedding answers are wrong on purpose"
+    if planned.profile:
+        yield "profile", f"privacy.profile has set {planned.profile}"
     if planned.noise:
         yield "privacy", planned.noise
     yield "assignment", "feasible"

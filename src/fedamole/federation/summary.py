@@ -38,6 +38,7 @@ def summarise(
     summary = {"format": FORMAT, "method": folder.about["method"], "rounds": rounds}
     summary |= {} if stopped is None else {"stopped": dict(stopped)}
     summary |= {"rows": rows, **costs(folder)}
+    summary |= {"epsilon": epsilon} if (epsilon := spent_epsilon(folder.lines(METRICS))) else {}
     write_atomic(folder.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -61,6 +62,15 @@ def updates_of(lines: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     """Count the updates in the lines of a metrics.jsonl, and those of them that failed."""
     failed = ["failed" in line for line in lines if line["split"] == "train"]
     return {"updates": len(failed), "left_out": sum(failed)}
+
+
+def spent_epsilon(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return epsilon that each client has spent by the lines of a metrics.jsonl; empty without `[privacy]`."""
+    spent: dict[str, float] = {}
+    for line in lines:
+        if line["split"] == "train" and "epsilon" in line:
+            spent[line["client"]] = max(spent.get(line["client"], 0.0), line["epsilon"])
+    return dict(sorted(spent.items()))
 
 
 def costs(folder: RunFolder) -> dict[str, Any]:

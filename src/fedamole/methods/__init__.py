@@ -35,6 +35,7 @@ from fedamole.methods.fedptr import FedPtr
 from fedamole.methods.fedptuning import FedPTuning
 from fedamole.methods.fedrep import FedRep
 from fedamole.methods.fedsa_lora import FedSaLora
+from fedamole.methods.fedsvd import FedSvd
 from fedamole.methods.ffa_lora import FfaLora
 from fedamole.methods.flash import Flash
 from fedamole.methods.flexlora import FlexLora
@@ -75,6 +76,7 @@ METHODS = with_variants(
         # one part of a LoRA shared, one private
         "fedsa_lora": FedSaLora,
         "ffa_lora": FfaLora,
+        "fedsvd": FedSvd,
         "feddpa": FedDpa,
         "fedalt": FedAlt,
         "feddat": FedDat,

@@ -7,7 +7,7 @@ One round, in every module:
     3. It computes its mean token embedding, and that of each of its experts, over its embedding split.
     4. It returns experts, shared expert, token projection and these embeddings.
     5. The server averages each expert over the clients that hold it, shared expert and projection over all.
-    6. The experts choose clients by relevance (reverse selection): the architectures of the next round.
+    6. The experts choose clients by relevance (reverse selection): the architectures until the next choice.
 The model of a client is the one that it has trained, never the aggregate.
 
 Deviations: an expert without embeddings has a uniform row, a client without them the mean of its row
@@ -32,6 +32,7 @@ from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
 from fedamole.methods.shared.architectures import Assignment, add_most_relevant, by_expert_name, next_architectures
 from fedamole.methods.shared.averaging import mean_by_key
+from fedamole.methods.shared.checks import check_at_least
 from fedamole.methods.shared.holders import fewest_replies, group_exposure, limit_norms, mixture_of, with_enough_replies
 from fedamole.methods.shared.lora import MIXTURE_RELEASES, LoraMethod
 from fedamole.model.amole import AdapterSpec
@@ -77,8 +78,7 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
     expert_choices: int | None = None
     """Clients k_c that each expert chooses; unset: 2, or 1 for a single client, and at least `min_holders`."""
     min_holders: int | None = None
-    """Smallest number of clients that hold an expert, and that return a tensor before it is averaged; unset: 2, in
-    deployment 3."""
+    """Smallest number of holders of an expert, and of replies to average a tensor; unset: 2, in deployment 3."""
     min_experts: int = 2
     """Smallest number of domain experts of a client per module."""
     max_experts: int = 8
@@ -89,6 +89,8 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
     """Weight lambda of the load-balancing loss."""
     assignment: Assignment = "reverse"
     """reverse: the paper's; its ablations: random every round, static (round 0 is kept), homogeneous sizes."""
+    assign_every: int = 1
+    """Renew the assignment after every n-th round; 1 is the paper's. Between renewals, clients keep their experts."""
     weighting: Weighting = "uniform"
     """Weight of a client in the averages: uniform (the paper), or by its training examples."""
 
@@ -125,11 +127,11 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
 
     @override
     def for_deployment(self) -> "FedAmole":
-        """Return the method with `min_holders` = 3 if it is unset."""
         return replace(self, min_holders=3) if self.min_holders is None else self
 
     @override
     def check(self, clients: int) -> None:
+        check_at_least(self, assign_every=1)
         if self.top_k > self.min_experts:
             raise ConfigError(
                 f"method.top_k = {self.top_k} experts asked of each token, but a client may hold only "
@@ -178,10 +180,10 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
             clients[module] = {**clients.get(module, {}), **{name: mean[module] for name, mean in clipped.items()}}
         tensors = mean_by_key(trained, weights, state.tensors)
         after = replace(state, tensors=tensors, expert_embeddings=experts, client_embeddings=clients)
-        return after if self.assignment == "static" else self._assign(server, after, server.round + 1)
+        keep = self.assignment == "static" or (server.round + 1) % self.assign_every
+        return after if keep else self._assign(server, after, server.round + 1)
 
     def _assign(self, server: Server, state: Pool, round_: int) -> Pool:
-        """Return the state with the assignment of every module for a round."""
         clients = len(server.clients)
         held, probabilities = next_architectures(
             server,
@@ -215,13 +217,10 @@ class FedAmole(LoraMethod[Pool, Experts, Nothing, TrainedExperts]):
         means = embed(Adapter(self.spec(), state.tensors))
         bounds = self.bounds(len(server.clients) - 1)
         # With one client more and the same experts, the number that every client can hold may be lower.
-        at_least = min(bounds.min_experts, pool * bounds.expert_choices // len(server.clients))
+        least = min(bounds.min_experts, pool * bounds.expert_choices // len(server.clients))
+        kind: Assignment = "reverse" if self.assignment == "static" else self.assignment
         choosing = replace(
-            self,
-            experts=pool,
-            expert_choices=bounds.expert_choices,
-            min_experts=at_least,
-            assignment="reverse" if self.assignment == "static" else self.assignment,
+            self, experts=pool, expert_choices=bounds.expert_choices, min_experts=least, assignment=kind, assign_every=1
         )
         embeddings = TrainedExperts({}, {module: mean.token for module, mean in means.items()}, {})
         after = choosing.aggregate(server, state, {info.name: embeddings})

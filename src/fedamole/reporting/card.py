@@ -101,7 +101,7 @@ def card(
         f"## Method\n\n{_method(about['method'], config)}",
         f"## Test scores\n\n{_scores(config, summary, name, variant)}",
         f"## Load it\n\n{_load(public, bundled, mixture)}",
-        f"## Privacy\n\n{_privacy(about['method'], adapter, public)}",
+        f"## Privacy\n\n{_privacy(about['method'], adapter, public, _epsilon(config, summary, name))}",
     )
     return "\n\n".join(parts) + "\n"
 
@@ -202,9 +202,10 @@ def _scores(config: Json, summary: Json, name: str, variant: str) -> str:
     models = ((BASE, "untuned base"), (MAJORITY, "constant answer (the most frequent)"), (variant, "this model"))
     scores = [(title, rows.get(key, {}).get("clients", {}).get(name, {})) for key, title in models]
     lines = [(title, _number(values.get("score"), 1), _number(values.get("loss"), 4)) for title, values in scores]
+    unnoised = " They are not noised, and not covered by the epsilon below." if "epsilon" in summary else ""
     return table(("model", literal(score_name), "loss"), lines) + (
         "\n\nOn the client's test split, which is evaluated once, at the end. Scores are 0 to 100, losses in nats "
-        f"{loss}."
+        f"{loss}.{unnoised}"
     )
 
 
@@ -248,8 +249,28 @@ def _load(public: str | None, bundled: bool, mixture: bool) -> str:
     )
 
 
-def _privacy(method: str, adapter: Json, public: str | None) -> str:
+def _epsilon(config: Json, summary: Json, name: str) -> str:
+    """Return what the client has spent of its privacy budget, and what that covers; empty without `[privacy]`."""
+    if (epsilon := summary.get("epsilon", {}).get(name)) is None:
+        return ""
+    method = METHODS[summary["method"]]
+    covered = "trained" in method.releases.values() and method.released_share == 1
+    model = (
+        "This model is computed from noised values alone, but the round was chosen by the client's validation split "
+        "without noise."
+        if covered
+        else "This model was also trained without noise, at the client; epsilon does not cover it: do not publish it."
+    )
+    return (
+        f"Differential privacy: what the client sent in the run has epsilon {epsilon:.2f} at delta "
+        f"{config['privacy']['delta']:g} for each of its training examples. {model} The scores and losses of this card "
+        "are not noised, and not covered: they are figures for the experimenter."
+    )
+
+
+def _privacy(method: str, adapter: Json, public: str | None, epsilon: str) -> str:
     points = [
+        *filter(None, [epsilon]),
         "It was trained on private data and may have memorised some of it. A person with the model may be able to find "
         "out whether a text was in the training data, or to extract parts of a rare text.",
         f"Clients exchanged {METHODS[method].communicates}, so it may also hold parts of the other clients' data. "
@@ -257,7 +278,7 @@ def _privacy(method: str, adapter: Json, public: str | None) -> str:
         "This card shows how many examples the client has, and how difficult they are.",
     ]
     if METHODS[method].communicates == "nothing":
-        del points[1]
+        del points[-2]
     if adapter.get("references"):
         points.append(
             f"`{ADAPTER_CONFIG}` holds the base's hidden states for {len(adapter['references'])} of the client's own "

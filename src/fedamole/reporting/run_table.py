@@ -30,6 +30,12 @@ CAPTION = (
     f"client trains in a round. {STAR}"
 )
 """Caption of the table."""
+PRIVATE = (
+    "Epsilon: what the client has spent of its privacy budget, at delta {delta:g}, for each of its training examples; "
+    "the line of the worst client has the largest. It covers what clients have sent. Losses and scores are not noised "
+    "and not covered by it: they are figures for the experimenter, not for publication as private values."
+)
+"""End of the caption if a run had `[privacy]`."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,10 @@ class Column:
     """Its entry in `rows` of each run's summary, by (index among the runs with the same seed, seed)."""
     untrained: bool = False
     """Whether every update of one of its runs failed; such a column has no star."""
+    epsilon: Mapping[str, float] = field(default_factory=dict)
+    """Largest epsilon that each client has spent in one of its runs; empty without `[privacy]`."""
+    delta: float = 0.0
+    """Delta of `[privacy]`."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,17 @@ class RunTable:
     on_yardsticks: str = ""
     """How the best method compares with the untuned base, for runs without training alone; shown in the report."""
 
+    @property
+    def private(self) -> list[Column]:
+        """The columns whose runs had `[privacy]`."""
+        return [column for column in self.columns if column.epsilon]
+
+    @property
+    def caption(self) -> str:
+        """What the values of the table are."""
+        deltas = sorted({column.delta for column in self.private}, reverse=True)
+        return " ".join([CAPTION, *(PRIVATE.format(delta=delta) for delta in deltas[:1])])
+
     def as_json(self) -> dict[str, object]:
         """Return the table for `--json`."""
         return {
@@ -74,7 +95,14 @@ class RunTable:
             "verdict": self.verdict,
             "warnings": list(self.warnings),
             "notes": list(self.notes),
-            "columns": {column.label: {"clients": column.clients, **column.lines} for column in self.columns},
+            "columns": {
+                column.label: {
+                    "clients": column.clients,
+                    **column.lines,
+                    **({"epsilon": dict(column.epsilon), "delta": column.delta} if column.epsilon else {}),
+                }
+                for column in self.columns
+            },
         }
 
 
@@ -132,7 +160,13 @@ def _column(label: str, entries: Sequence[tuple[Run, str]], clients: Sequence[st
     seeds = [run.seed for run, _ in entries]
     keys = [(seeds[:index].count(seed), seed) for index, seed in enumerate(seeds)]
     untrained = trained and any(run.untrained for run, _ in entries)
-    return Column(label, scores, lines, traffic, dict(zip(keys, rows, strict=True)), untrained)
+    spent: dict[str, float] = {}
+    for run, variant in entries:
+        if variant == run.summary["method"]:  # another variant is the same training, scored at another moment
+            of_run = run.summary.get("epsilon", {})
+            spent |= {client: max(spent.get(client, 0.0), epsilon) for client, epsilon in of_run.items()}
+    delta = max((run.config["privacy"]["delta"] for run, _ in entries if "privacy" in run.config), default=0.0)
+    return Column(label, scores, lines, traffic, dict(zip(keys, rows, strict=True)), untrained, spent, delta)
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
@@ -144,7 +178,10 @@ def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
 
 
 def as_text(table: RunTable, with_clients: bool = True) -> list[list[str]]:
-    """Return the table as text: the head, a line per client, the summary lines. A clearly best value has a star."""
+    """Return the table as text: the head, a line per client, the summary lines. A clearly best value has a star.
+
+    On the right there is a column with epsilon for each method whose runs had `[privacy]`.
+    """
     columns = table.columns
     head = ["client", *(column.label for column in columns)]
     body: list[list[str]] = []
@@ -172,6 +209,15 @@ def as_text(table: RunTable, with_clients: bool = True) -> list[list[str]]:
     for name in WORK_LINES:
         counts = [column.lines.get(name, []) for column in columns]
         body.append([name, *(short_count(statistics.fmean(values)) if values else "" for values in counts)])
+    private = table.private
+    spent = [{table.labels.get(name, name): value for name, value in column.epsilon.items()} for column in private]
+    head += [f"epsilon of {column.label}" if len(private) > 1 else "epsilon" for column in private]
+    clients = len(table.clients) if with_clients else 0
+    for number, line in enumerate(body):
+        for of_client in spent:
+            of_line = max(of_client.values()) if line[0] == "worst client" else None
+            value = of_client.get(line[0]) if number < clients else of_line
+            line.append("" if value is None else f"{value:.2f}")
     return [head, *body]
 
 
@@ -222,5 +268,5 @@ def as_markdown(table: RunTable) -> str:
     """Return the table in Markdown, with its warnings above it, and its verdict and notes below it."""
     head, *body = as_text(table)
     warnings = "".join(f"**{literal(warning)}**\n\n" for warning in table.warnings)
-    below = [*filter(None, [table.verdict]), *table.notes]
+    below = [*filter(None, [table.verdict]), *table.notes, *([table.caption] if table.private else [])]
     return warnings + literal_table(head, body) + "".join(f"\n\n{literal(line)}" for line in below)

@@ -122,6 +122,7 @@ _summary = record(
     {
         "updates": whole(),
         "left_out": whole(),
+        "epsilon": mapping(_amount),
         "stopped": record({"rounds": whole(1, MOST_ROUNDS), "patience": whole(0, MOST_ROUNDS)}),
     },
 )
@@ -228,6 +229,7 @@ config_form = record(
     },
     {
         "deployment": record({}, {"clients": listed(name)}),
+        "privacy": record({"epsilon": _amount, "delta": _amount, "clip": _amount}),
         "data": record({}, {"source": listed(record({"name": name}, {"label_noise": number(0, 1)}))}),
     },
 )

@@ -157,7 +157,7 @@ def test_two_trainings_never_share_noise_or_samples(prepared: Any, bank: Bank) -
     assert "secret" not in repr(first)
 
 
-METHODS = ("fedit", "ffa_lora", "fedprox", "ditto", "flora", "fedex_lora", "local_only", "fedamole")
+METHODS = ("fedit", "ffa_lora", "fedsvd", "fedprox", "ditto", "flora", "fedex_lora", "local_only", "fedamole")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -17,6 +17,10 @@ class PrivacySettings:
     """Probability delta by which the guarantee may fail, above 0 and below 1 / number of training examples."""
     clip: float = 1.0
     """Largest norm of the gradient of one example; a larger gradient is scaled down to it."""
+    profile: Literal["none", "private"] = "none"
+    """private: settings of other tables that keep the noise small, unless the config sets them: training.batch_size =
+    64, method.rank = 4 with alpha = 8, and for fedamole assignment = "static" and min_holders = 3, which gives every
+    expert three holders and each client two experts of the pool. none: the defaults."""
     unit: Literal["example", "client"] = "example"
     """What is protected: one training example of a client. The unit client is not available yet."""
 

@@ -21,7 +21,7 @@ from fedamole.reporting.page.words import (
     short_module_names,
 )
 from fedamole.reporting.results import Scenario, TrialResult, differences, scenario_of
-from fedamole.reporting.run_table import CAPTION, as_text, mean_and_deviation, run_tables
+from fedamole.reporting.run_table import as_text, mean_and_deviation, run_tables
 from fedamole.reporting.runs import untrained_warning
 from fedamole.reporting.significance import gain
 from fedamole.reporting.work import short_count, work_of
@@ -244,7 +244,7 @@ def _tested(finished: Sequence[RunData], models: Sequence[str]) -> Json:
             "clients": table.clients,
             "seeds": table.seeds,
             "marks": marks,
-            "caption": CAPTION,
+            "caption": table.caption,
         },
         "gain": [gains for model in models if (gains := _gains(scenario, model))],
     }

@@ -162,6 +162,13 @@ def settings_in_words(config: Mapping[str, Any], clients: int) -> dict[str, str]
     amount = f"{training['local_epochs']} epochs" if training["local_epochs"] else f"{training['local_steps']} steps"
     if training.get("budget", "steps") == "paper":  # missing in runs of earlier versions
         amount += " (in each training phase, as many as the method's paper takes)"
+    privacy, noised = config.get("privacy"), {}
+    if privacy is not None:
+        noised["Differential privacy"] = (
+            f"epsilon at most {privacy['epsilon']:g} at delta {privacy['delta']:g} for each training example, "
+            f"gradients clipped to norm {privacy['clip']:g}; losses, scores, times and token counts are "
+            "not noised and not part of epsilon"
+        )
     batch_size = training["batch_size"] * training["accumulation"]
     decay = f", multiplied by {training['lr_decay']:g} after each round" if training["lr_decay"] != 1 else ""
     return {
@@ -169,6 +176,7 @@ def settings_in_words(config: Mapping[str, Any], clients: int) -> dict[str, str]
         "Federation": f"{number}{federation['rounds']} rounds{early}, {cohort} train in a round",
         "Local training": f"{amount} per round, effective batch size {batch_size}, "
         f"learning rate {training['learning_rate']:g}{decay}",
+        **noised,
         "Best round": SELECTED[config["evaluation"]["select"]],
     }
 

@@ -1,8 +1,10 @@
-"""Old names of config keys, which the config of a stored run may have."""
+"""Config keys that were renamed: a stored config of an earlier version gets the new names, a new one is refused."""
 
+from collections.abc import Mapping
 from typing import Any
 
-Table = dict[str, Any]
+from fedamole.errors import ConfigError
+
 RENAMED = {
     "run": {"tensorboard": "trackers"},
     "deployment": {"patience": "max_wait"},
@@ -16,7 +18,7 @@ NEW_VALUES: dict[str, dict[bool, Any]] = {
 """New values of renamed keys that have others than before, by old name and old value."""
 
 
-def with_new_names(tables: Table) -> Table:
+def with_new_names(tables: Mapping[str, Any]) -> dict[str, Any]:
     """Return tables with the new names and values of keys that were renamed."""
     return {
         section: dict(_renamed(section, key, value) for key, value in table.items())
@@ -31,3 +33,11 @@ def _renamed(section: str, key: str, value: Any) -> tuple[str, Any]:
     if isinstance(value, bool) and key in RENAMED[section]:
         value = NEW_VALUES.get(key, {}).get(value, value)
     return RENAMED[section].get(key, key), value
+
+
+def refuse_old_names(section: str, table: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a table has a key by its old name; the error names the new one."""
+    for old, new in RENAMED.get(section, {}).items():
+        if old in table:
+            values = "".join(f", {value} for {was}" for was, value in NEW_VALUES.get(old, {}).items()).lower()
+            raise ConfigError(f"{section}.{old} is now called {section}.{new}: rename it{values}")
