@@ -302,13 +302,12 @@ def worker_of(config: Config, bank: Bank, folder: RunFolder) -> Worker:
 def check_budget(config: Config, clients: Mapping[str, ClientData]) -> None:
     """Raise ConfigError if a client cannot keep to the privacy budget in all rounds."""
     if (budget := config.budget()) is not None:
-        templates = {**BUILT_IN, **config.data.templates}
-        for source in config.data.source:
-            if source.template in templates and templates[source.template].every_turn:
-                raise ConfigError(
-                    f"[privacy]: the source {source.name!r} trains on every assistant turn, but the guarantee is for "
-                    'single examples, not for conversations; use template = "chat", or every_turn = false'
-                )
+        every_turn = {name for name, it in {**BUILT_IN, **config.data.templates}.items() if it.every_turn}
+        if conversations := [source.name for source in config.data.source if source.template in every_turn]:
+            raise ConfigError(
+                f"[privacy]: source {conversations[0]!r} trains on every assistant turn, but the guarantee is for single "
+                'examples, not for conversations; use template = "chat"'
+            )
         for name, data in clients.items():
             budget.check(name, len(data.train.rows))
 

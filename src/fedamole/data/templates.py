@@ -106,10 +106,9 @@ class TemplateSettings:
             _refuse("image", self.image, 'it must be one column, written as "{picture}"')
         if self.system is not None and not self.chat:
             _refuse("system", self.system, "it requires chat = true")
-        if self.every_turn and not self.chat:
-            _refuse("every_turn", True, "it requires chat = true")
-        if self.every_turn and (self.options or self.options_from is not None or self.labels or self.rejected):
-            _refuse("every_turn", True, "it is for free text, without options, labels or rejected")
+        choosing = self.options or self.options_from is not None or self.labels or self.rejected
+        if self.every_turn and (choosing or not self.chat):
+            _refuse("every_turn", True, "it requires chat = true, without options, labels and rejected")
         unknown = sorted({text for text in self.labels.values() if text} - set(self.options)) if self.options else []
         if unknown:
             _refuse("labels", unknown, f"every label must be mapped to one of the options {list(self.options)}")
