@@ -305,8 +305,8 @@ def check_budget(config: Config, clients: Mapping[str, ClientData]) -> None:
         every_turn = {name for name, it in {**BUILT_IN, **config.data.templates}.items() if it.every_turn}
         if conversations := [source.name for source in config.data.source if source.template in every_turn]:
             raise ConfigError(
-                f"[privacy]: source {conversations[0]!r} trains on every assistant turn, but the guarantee is for single "
-                'examples, not for conversations; use template = "chat"'
+                f"[privacy]: source {conversations[0]!r} trains on every assistant turn, but the guarantee is for "
+                'single examples, not for conversations; use template = "chat"'
             )
         for name, data in clients.items():
             budget.check(name, len(data.train.rows))

@@ -76,7 +76,7 @@ def test_the_tokens_are_those_of_the_rows_that_were_read(prepared: Any, bank: Ba
     group = Recorded(bank, own, training, 0)
     group.step(0)
     tokens = [{*prompt, *answer} for prompt, answer in own.rows]
-    assert any(group.tokens_read == one | other for one in tokens for other in tokens)
+    assert any(group.tokens_read == first | other for first in tokens for other in tokens)
 
 
 @pytest.mark.parametrize(("method", "steps"), [("ffa_lora", 3), ("fedit", 1)])

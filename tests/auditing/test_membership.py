@@ -66,5 +66,5 @@ def test_a_model_that_has_memorised_its_examples_reveals_them(prepared: Any) -> 
     tuned = [row_losses(bank, rows, 512) for rows in (train, test)]
     bank.load([])
     untuned = [row_losses(bank, rows, 512) for rows in (train, test)]
-    assert attack(*(ratios(one, other) for one, other in zip(tuned, untuned, strict=True))).auroc > 0.8
+    assert attack(*(ratios(after, before) for after, before in zip(tuned, untuned, strict=True))).auroc > 0.8
     assert attack(*untuned).auroc < 0.8
