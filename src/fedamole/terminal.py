@@ -126,6 +126,14 @@ class PrintableFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
+def log_bare_lines(log: logging.Logger) -> None:
+    """Write a logger's records to standard error, one unwrapped line each, for programs that read them."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
+
+
 def set_up() -> Screen:
     """Configure the environment, standard streams and logging; return the console of standard error.
 

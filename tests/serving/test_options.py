@@ -160,15 +160,35 @@ def test_an_answer_follows_a_json_schema(served: Served) -> None:
         {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nonsense"}}},
         {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "string", "pattern": "("}}},
         {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "http://127.0.0.1:9/x"}}},
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "#"}}},
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "integer", "multipleOf": 99999989}}},
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": {"anyOf": [{"multipleOf": 7}, {"enum": [1]}]}}},
+        {
+            "type": "json_schema",
+            "json_schema": {"name": "a", "schema": {"enum": ["x" * 20 + str(i) for i in range(900)]}},
+        },
         {"type": "xml"},
         "json",
     ],
-    ids=str,
+    ids=lambda requested: str(requested)[:90],
 )
 def test_a_schema_that_cannot_be_followed_is_refused(served: Served, requested: Any) -> None:
     status, answer = post(served, {"model": "mood", "prompt": "a", "response_format": requested})
     assert status == 400
     assert answer["error"]["message"].startswith("response_format")
+
+
+def test_a_schema_is_compiled_once_for_all_answers(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars, compiled = served.service._calls._grammars[served.engine], []
+    assert grammars is not None
+    compile_ = grammars.grammar
+    monkeypatch.setattr(grammars, "grammar", lambda schema: compiled.append(schema) or compile_(schema))
+    body = {"model": "mood", "prompt": ["a", "b"], "n": 3, "max_tokens": 8, "temperature": 1, "seed": 0}
+    status, answer = post(served, {**body, "response_format": {"type": "json_object"}})
+    assert status == 200
+    assert len(answer["choices"]) == 6
+    assert all(choice["text"].startswith("{") for choice in answer["choices"])
+    assert len(compiled) == 1
 
 
 def test_without_the_library_json_is_refused_with_the_remedy(

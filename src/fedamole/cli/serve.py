@@ -11,7 +11,7 @@ import typer
 
 from fedamole.cli.personal import MODEL, BaseName, Device, Finished, Variant, note
 from fedamole.serving.scheduling import Limits
-from fedamole.terminal import say, screen
+from fedamole.terminal import log_bare_lines, say, screen
 
 if TYPE_CHECKING:
     from fedamole.personal.saved_models import SavedModel
@@ -203,7 +203,7 @@ def serve(
     limits = Limits(rows, max_tokens, longest, waiting, each)
     served = open_models(saved, limits, device, base, chat_column or [])
     if log_requests:
-        logging.getLogger("fedamole.serving.metrics").setLevel(logging.INFO)
+        log_bare_lines(logging.getLogger("fedamole.serving.metrics"))
     settings = ServiceSettings(api_keys, per_minute, origins, metrics, log_requests, docs_page)
     service = Service(served, settings)
     server = HttpServer(service, certs, drain)

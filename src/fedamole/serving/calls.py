@@ -58,7 +58,10 @@ class CallReader:
         prompts = read_prompts(body, model)
         record.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         answers = range(body.n or 1)
-        generations = [self._generation(body, model, prompt, number) for prompt in prompts for number in answers]
+        grammar = self._grammar(body, model)
+        generations = [
+            self._generation(body, model, prompt, number, grammar) for prompt in prompts for number in answers
+        ]
         response, logprobs = ResponseFormat(body, secrets.token_hex(12)), list[LogprobsFormat]()
         if body.logprob_count is not None:
             tokenizer = model.engine.bank.base.tokenizer
@@ -67,7 +70,9 @@ class CallReader:
                 logprobs.append(LogprobsFormat(tokenizer, response.chat, previous))
         return Call(body, model, prompts, generations, record, response, logprobs)
 
-    def _generation(self, body: RequestBody, model: ServedModel, prompt: Prompt, number: int) -> GenerationRequest:
+    def _generation(
+        self, body: RequestBody, model: ServedModel, prompt: Prompt, number: int, grammar: JsonGrammar | None
+    ) -> GenerationRequest:
         """The generation request of one answer; `number` counts the answers to a prompt."""
         longest = body.max_answer_tokens or model.max_new_tokens
         return GenerationRequest(
@@ -84,11 +89,11 @@ class CallReader:
             stream=bool(body.stream),
             logprobs=body.logprob_count,
             echo=body.echoes,
-            grammar=self._grammar(body, model),
+            grammar=None if grammar is None else grammar.copy(),
         )
 
     def _grammar(self, body: RequestBody, model: ServedModel) -> JsonGrammar | None:
-        """The grammar of one answer; None for free text."""
+        """The grammar of the answers; None for free text."""
         schema, param = body.schema_of_answer, "response_format"
         if schema is None:
             return None

@@ -22,6 +22,10 @@ ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 WHITE_SPACE = " ?"
 """White space between tokens of JSON. Without a limit, a model could write blanks for ever."""
 MAX_REASON_CHARS = 160
+MAX_SCHEMA_CHARS = 16_384
+"""Longest schema as JSON. The time to compile one grows with its length."""
+LIMITS = {"initial_lexer_fuel": 300_000, "step_lexer_fuel": 100_000, "max_lexer_states": 20_000}
+"""Limits of llguidance: milliseconds for the schema and for a token, and about 40 MB of memory for an answer."""
 
 
 class SchemaError(FedamoleError):
@@ -35,11 +39,15 @@ class JsonGrammar:
         """Start at the beginning of the answer."""
         self._matcher = matcher
 
+    def copy(self) -> "JsonGrammar":
+        """Return the same state for another answer."""
+        return JsonGrammar(self._matcher.deep_copy())
+
     def masked(self, logits: Tensor) -> Tensor:
         """Return logits (V) with minus infinity for tokens that cannot follow. Raises FedamoleError if none can."""
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8).bool()
         if self._matcher.is_error() or not allowed.any():
-            raise FedamoleError("the grammar of the answer is in an invalid state")
+            raise SchemaError("the schema exceeds the limits of this server, or allows no answer")
         mask = torch.zeros(len(logits), dtype=torch.bool)  # the logits may be padded beyond the vocabulary
         mask[: len(allowed)] = allowed[: len(logits)]
         return logits.masked_fill(~mask.to(logits.device), -torch.inf)
@@ -58,18 +66,36 @@ class JsonGrammars:
 
     def grammar(self, schema: Mapping[str, Any]) -> JsonGrammar:
         """Return the grammar of one answer. Raises SchemaError if the schema is invalid or not supported."""
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
         try:
             text = json.dumps(schema)
+            if len(text) > MAX_SCHEMA_CHARS:
+                raise SchemaError(
+                    f"the schema has {len(text)} characters of JSON; at most {MAX_SCHEMA_CHARS} are allowed"
+                )
+            refuse_multiples(schema)
             source = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITE_SPACE})
         except (ValueError, RecursionError) as error:
             raise SchemaError("the schema is not a JSON schema") from error
-        matcher = LLMatcher(self._tokenizer, source, log_level=0)
+        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LLParserLimits(**LIMITS, verbose_errors=False))
         if matcher.is_error():
             lines = matcher.get_error().splitlines() or ["the schema is not supported"]
             raise SchemaError(lines[0][:MAX_REASON_CHARS])
-        return JsonGrammar(matcher)
+        grammar = JsonGrammar(matcher)
+        grammar.copy().masked(torch.zeros(1))
+        return grammar
+
+
+def refuse_multiples(value: Any) -> None:
+    """Raise SchemaError for `multipleOf`, for which llguidance needs time and memory in proportion to the number."""
+    if isinstance(value, dict):
+        if isinstance(value.get("multipleOf"), int | float):
+            raise SchemaError("multipleOf is not supported")
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            refuse_multiples(item)
 
 
 def json_grammars(tokenizer: Any) -> JsonGrammars | None:
