@@ -14,7 +14,7 @@ from openai.types.chat import ChatCompletionToolParam
 
 from fedamole.model.base import Base
 from fedamole.serving.calls import CallReader
-from fedamole.serving.json_grammar import json_grammars
+from fedamole.serving.json_grammar import JsonGrammar, json_grammars
 from fedamole.serving.sampling import penalise_repetition, sample_token
 
 from ..data.test_chat import make
@@ -179,10 +179,15 @@ def test_a_schema_that_cannot_be_followed_is_refused(served: Served, requested: 
 
 
 def test_a_schema_is_compiled_once_for_all_answers(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    grammars, compiled = served.service._calls._grammars[served.engine], []
+    grammars, compiled = served.service._calls._grammars[served.engine], list[Any]()
     assert grammars is not None
     compile_ = grammars.grammar
-    monkeypatch.setattr(grammars, "grammar", lambda schema: compiled.append(schema) or compile_(schema))
+
+    def counted(schema: Any) -> JsonGrammar:
+        compiled.append(schema)
+        return compile_(schema)
+
+    monkeypatch.setattr(grammars, "grammar", counted)
     body = {"model": "mood", "prompt": ["a", "b"], "n": 3, "max_tokens": 8, "temperature": 1, "seed": 0}
     status, answer = post(served, {**body, "response_format": {"type": "json_object"}})
     assert status == 200

@@ -24,7 +24,7 @@ WHITE_SPACE = " ?"
 MAX_REASON_CHARS = 160
 MAX_SCHEMA_CHARS = 16_384
 """Longest schema as JSON. The time to compile one grows with its length."""
-LIMITS = {"initial_lexer_fuel": 300_000, "step_lexer_fuel": 100_000, "max_lexer_states": 20_000}
+SCHEMA_FUEL, TOKEN_FUEL, MAX_STATES = 300_000, 100_000, 20_000
 """Limits of llguidance: milliseconds for the schema and for a token, and about 40 MB of memory for an answer."""
 
 
@@ -78,7 +78,13 @@ class JsonGrammars:
             source = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITE_SPACE})
         except (ValueError, RecursionError) as error:
             raise SchemaError("the schema is not a JSON schema") from error
-        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LLParserLimits(**LIMITS, verbose_errors=False))
+        limits = LLParserLimits(
+            initial_lexer_fuel=SCHEMA_FUEL,
+            step_lexer_fuel=TOKEN_FUEL,
+            max_lexer_states=MAX_STATES,
+            verbose_errors=False,
+        )
+        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=limits)
         if matcher.is_error():
             lines = matcher.get_error().splitlines() or ["the schema is not supported"]
             raise SchemaError(lines[0][:MAX_REASON_CHARS])
