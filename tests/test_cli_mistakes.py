@@ -70,7 +70,7 @@ def test_no_number_of_any_setting_is_nan_or_infinite(value: float) -> None:
     assert tried > 100
 
 
-CHECKED_WITH_THE_CLIENTS = {"experts", "expert_choices", "min_holders", "min_experts", "max_experts"}
+CHECKED_WITH_THE_CLIENTS = {"experts", "expert_choices", "min_holders", "min_experts", "max_experts", "assign_every"}
 """Of FedAMoLE, by its `check`, together: test_infeasible_numbers_of_experts."""
 
 

@@ -93,7 +93,8 @@ def test_a_run_in_which_every_update_failed(own: Path, fedamole: Any, tmp_path: 
     assert not [line for line in lines if "\\*" in line[column] or line[column].rstrip().endswith("*")]
     [table] = json.loads(fedamole("show", lost, "--json").out)
     assert message in table["warnings"][0]
-    assert message in content(read_folders([lost]))["states"][0]
+    mark, text = content(read_folders([lost]))["states"][0]
+    assert (mark, message in text) == ("Failed", True)
     for card in lost.glob("clients/*/adapter/README.md"):
         assert "**Not trained: all 4 updates" in card.read_text()
 

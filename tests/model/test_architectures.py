@@ -19,7 +19,7 @@ from fedamole.model.layers import BankLinear
 from fedamole.model.params import Adapter
 from fedamole.model.pretrained import save_adapter
 from fedamole.model.weightless import weightless_base
-from fedamole.personal.export import merge
+from fedamole.personal.export import merge, save_tokenizer
 
 from .architectures import PARTS, write_tiny
 from .test_peft import lora
@@ -99,6 +99,7 @@ def test_adapters_stay_in_the_language_model(architecture: str, tmp_path: Path) 
     save_adapter(adapter, tmp_path / "adapter", base.name, base.identity)
     fresh = load(tmp_path / "base")
     merge(tmp_path / "adapter", fresh, tmp_path / "merged")
+    save_tokenizer(fresh, tmp_path / "merged")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error", UserWarning)  # PEFT warns of tensors that are missing or left over
         peft = PeftModel.from_pretrained(fresh.model, str(tmp_path / "adapter"))
