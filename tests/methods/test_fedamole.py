@@ -242,6 +242,11 @@ def test_the_assignment_is_renewed_every_third_round(round_: int, renewed: bool)
     assert pack(dataclasses.replace(after, held=usual.held, probabilities=usual.probabilities)) == pack(usual)
 
 
+def test_an_assignment_is_not_renewed_every_0_rounds() -> None:
+    with pytest.raises(ConfigError, match=r"method.assign_every = 0: must be at least 1"):
+        dataclasses.replace(METHOD, assign_every=0).check(3)
+
+
 def test_a_new_client_is_chosen_whatever_the_round() -> None:
     """A finished run's round is no multiple of `assign_every`; the new client d gets experts all the same."""
     info, embedding = ClientInfo("d", 10), MeanEmbeddings(torch.tensor([1.0]), {})
