@@ -274,12 +274,14 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, stored: bool = Fal
 def load_run_config(folder: RunFolder) -> Config:
     """Read the config of a run folder, which is not trusted: it may not extend other files or be a link to outside.
 
-    If the base has moved, `base.model` is its new path, which run.json records.
+    If the base has moved, `base.model` is its new path, which run.json records. Raises RunError if config.toml names
+    another method than run.json.
     """
     path = folder.place(CONFIG)
     if "extends" in read_toml(path, ConfigError):
         raise ConfigError(f"{path}: the config of a run folder extends no other file; restore it from a copy")
     config = load_config(path, stored=True)
+    folder.check_method(config.method_name)
     moved_base = folder.about.get("base_model")
     return config if moved_base is None else config.on_base(moved_base)
 

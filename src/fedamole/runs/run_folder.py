@@ -28,7 +28,7 @@ from fedamole.errors import RunError
 from fedamole.files import exclusive, naming, new_file, write_atomic
 from fedamole.received.files import MOST_LINE, as_text, check_tree, inside, parse_json, read_json, read_toml
 from fedamole.received.forms import check_form
-from fedamole.received.names import checked_name
+from fedamole.received.names import checked_name, quoted
 from fedamole.runs.adapter_folder import FILES
 from fedamole.runs.identity import Identity
 from fedamole.runs.provenance import command, environment, now
@@ -181,11 +181,20 @@ class RunFolder:
         return content
 
     def tables(self) -> Json:
-        """Read config.toml as plain tables, without loading the method; RunError if it is damaged."""
+        """Read config.toml as plain tables, without loading the method; RunError if it is damaged or another run's."""
         path = self.place(CONFIG)
         tables = read_toml(path)
         check_form(tables, config_form, path, RunError)
+        self.check_method(tables["method"]["name"])
         return tables
+
+    def check_method(self, name: str) -> None:
+        """Raise RunError if `name`, the method of config.toml, is not the one of run.json."""
+        if name != self.about["method"]:
+            raise RunError(
+                f"{self.path}: {RUN} names the method {self.about['method']}, {CONFIG} {quoted(name)}: one of them "
+                "belongs to another run; restore it from a copy"
+            )
 
     @property
     def kind(self) -> Kind:
