@@ -14,6 +14,7 @@ clients/<name>/     state/ (private state between rounds) and adapter/ (its mode
 import itertools
 import json
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -258,6 +259,21 @@ class RunFolder:
         for child in children:
             child.unlink()
         path.rmdir()
+
+    def empty_new(self, *names: str) -> None:
+        """Remove the files of `create`, the lock, and these files or folders from the folder of a run without rounds.
+
+        Raises:
+            RunError: The folder has values of a round.
+        """
+        if any((self.path / name).exists() for name in (METRICS, "checkpoints", SUMMARY)):
+            raise RunError(f"{self.path} has values of a round, so it is not emptied: move it away")
+        for name in (RUN, CONFIG, MANIFEST, ".lock", *names):
+            path = self.path / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def append(self, name: str, records: Iterable[Json]) -> None:
         """Append lines to metrics.jsonl or assignment.jsonl."""
