@@ -93,7 +93,9 @@ def test_embeddings_of_a_run(runs: Any, tmp_path: Path, fedamole: Any) -> None:
 def test_runs_that_cannot_be_audited(fedit: Path, tmp_path: Path, runs: Any, fedamole: Any) -> None:
     refused(fedamole("audit", tmp_path / "missing"), 5, "neither a run's folder")
     refused(fedamole("audit", fedit / "clients/mood/adapter"), 5, "is not a run's folder")
-    refused(fedamole("audit", fedit, "--client", "nobody"), 5, "no client 'nobody'", "mood")
+    unknown = fedamole("audit", fedit, "--client", "zzz")
+    refused(unknown, 5, "no client 'zzz'; its clients are chat, entail, mood, plain")
+    assert unknown.line.count("mood") == 1
     refused(fedamole("audit", fedit, "--canaries", "100000"), 2, "--canaries 100000", "lower it")
     assert "not in the range" in fedamole("audit", fedit, "--canaries", "1").err
     (fedit / "summary.json").rename(tmp_path / "summary.json")
