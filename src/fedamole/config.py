@@ -97,6 +97,8 @@ class Config:
     """None: no differential privacy."""
     from_profile: Table = field(default_factory=dict, compare=False)
     """The settings among these that `privacy.profile` has set, by table; of a stored run empty."""
+    not_from_profile: tuple[str, ...] = field(default=(), compare=False)
+    """Values of `privacy.profile` that the config replaces by its own, in words."""
 
     def __post_init__(self) -> None:
         """Check that there are data, and that the method supports the settings of `[federation]` and the objective."""
@@ -274,12 +276,14 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, stored: bool = Fal
 def load_run_config(folder: RunFolder) -> Config:
     """Read the config of a run folder, which is not trusted: it may not extend other files or be a link to outside.
 
-    If the base has moved, `base.model` is its new path, which run.json records.
+    If the base has moved, `base.model` is its new path, which run.json records. Raises RunError if config.toml names
+    another method than run.json.
     """
     path = folder.place(CONFIG)
     if "extends" in read_toml(path, ConfigError):
         raise ConfigError(f"{path}: the config of a run folder extends no other file; restore it from a copy")
     config = load_config(path, stored=True)
+    folder.check_method(config.method_name)
     moved_base = folder.about.get("base_model")
     return config if moved_base is None else config.on_base(moved_base)
 
@@ -294,14 +298,15 @@ def to_config(tables: Table) -> Config:
     name = tables.get("method", {}).get("name", "fedamole")
     if name not in METHODS:
         raise ConfigError(f"method.name = {name!r}: there is no such method{nearest(str(name), METHODS)}")
-    from_profile = profile_settings(tables, [item.name for item in dataclasses.fields(METHODS[name])])
+    from_profile, not_from_profile = profile_settings(tables, [item.name for item in dataclasses.fields(METHODS[name])])
     tables = merged(from_profile, tables)
     method = {key: value for key, value in tables.get("method", {}).items() if key != "name"}
     sections = {key: build(kind, tables.get(key, {}), key) for key, kind in SECTIONS.items() if kind}
     if "privacy" not in tables:
         sections["privacy"] = None
     method = build(METHODS[name], method, "method")
-    return Config(method=method, method_name=name, from_profile=from_profile, **sections)
+    sections |= {"from_profile": from_profile, "not_from_profile": not_from_profile}
+    return Config(method=method, method_name=name, **sections)
 
 
 def refuse_unknown(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -23,6 +23,7 @@ from fedamole.federation.engine import Engine
 from fedamole.federation.loop import Loop
 from fedamole.federation.method import BaseInfo, ClientInfo, Evaluates, Server
 from fedamole.federation.objective import check_objective
+from fedamole.federation.privacy.profile import warn_not_applied
 from fedamole.federation.private_worker import PrivateWorker
 from fedamole.federation.probe import ProbeCounts
 from fedamole.federation.progress import ProgressListener
@@ -48,7 +49,7 @@ from fedamole.planning import (
 from fedamole.reporting.card import write_cards
 from fedamole.runs.identity import Identity
 from fedamole.runs.run_folder import MANIFEST, RunFolder
-from fedamole.tracking.tracked import tracked
+from fedamole.tracking.tracked import emptied_without_trackers, tracked
 from fedamole.tracking.trackers import check_trackers
 
 
@@ -201,6 +202,7 @@ def start(config: Config, folder: Path, listener: ProgressListener) -> dict[str,
     """Run a config in a new folder and return the summary."""
     RunFolder(folder).refuse_existing()
     check_trackers(config)
+    warn_not_applied(config.not_from_profile)
     listener.stage("loading the data and the base")
     prepared = prepare(resolved(config, folder.resolve()))
     config = prepared.config
@@ -212,7 +214,8 @@ def start(config: Config, folder: Path, listener: ProgressListener) -> dict[str,
         prepared.base.identity,
         second=None if prepared.second is None else prepared.second.identity,
     )
-    return _run(prepared, run, listener)
+    with emptied_without_trackers(run):
+        return _run(prepared, run, listener)
 
 
 def resume(path: Path, listener: ProgressListener, base: str | None = None) -> dict[str, Any]:
@@ -332,13 +335,7 @@ def server_of(
     return Server(BaseInfo.of(base), tuple(clients), seed, rounds=rounds, work=work, public=tuple(public))
 
 
-def loop_of(
-    config: Config,
-    engine: Engine,
-    server: Server,
-    folder: RunFolder,
-    listener: ProgressListener,
-) -> Loop:
+def loop_of(config: Config, engine: Engine, server: Server, folder: RunFolder, listener: ProgressListener) -> Loop:
     """Return the round loop of a config over an engine."""
     config = settled(config, engine.deployed)
     federation, evaluation = config.federation, config.evaluation

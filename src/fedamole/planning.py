@@ -65,6 +65,8 @@ class Plan:
     """Noise of `[privacy]` against the signal, in a sentence; empty without it."""
     profile: str
     """Settings that `privacy.profile` has set, in words; empty if none."""
+    not_from_profile: str
+    """Values of `privacy.profile` that the config replaces by its own, in words; empty if none."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def planned(config: Config, base: Base, clients: Mapping[str, ClientData]) -> Pl
         label_noise=config.data.noise(),
         noise=_noise(config, infos, _mean(sizes)),
         profile=_profile(config),
+        not_from_profile=", ".join(config.not_from_profile),
     )
 
 
@@ -173,6 +176,7 @@ def planned_without_data(
         label_noise=config.data.noise(),
         noise=_noise(config, infos, _mean(sizes)),
         profile=_profile(config),
+        not_from_profile=", ".join(config.not_from_profile),
         assumed=assumed,
         base_mib=held,
         mib_per_client=each,

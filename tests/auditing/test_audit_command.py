@@ -93,7 +93,9 @@ def test_embeddings_of_a_run(runs: Any, tmp_path: Path, fedamole: Any) -> None:
 def test_runs_that_cannot_be_audited(fedit: Path, tmp_path: Path, runs: Any, fedamole: Any) -> None:
     refused(fedamole("audit", tmp_path / "missing"), 5, "neither a run's folder")
     refused(fedamole("audit", fedit / "clients/mood/adapter"), 5, "is not a run's folder")
-    refused(fedamole("audit", fedit, "--client", "nobody"), 5, "no client 'nobody'", "mood")
+    unknown = fedamole("audit", fedit, "--client", "zzz")
+    refused(unknown, 5, "no client 'zzz'; its clients are chat, entail, mood, plain")
+    assert unknown.line.count("mood") == 1
     refused(fedamole("audit", fedit, "--canaries", "100000"), 2, "--canaries 100000", "lower it")
     assert "not in the range" in fedamole("audit", fedit, "--canaries", "1").err
     (fedit / "summary.json").rename(tmp_path / "summary.json")
@@ -110,8 +112,16 @@ def test_runs_that_cannot_be_audited(fedit: Path, tmp_path: Path, runs: Any, fed
     refused(fedamole("audit", fedit), 5, "no saved model")
 
 
+def test_a_config_of_another_run_is_refused(fedit: Path, runs: Any, fedamole: Any) -> None:
+    shutil.copy(runs("local_only") / "config.toml", fedit)
+    parts = ("run.json names the method fedit, config.toml 'local_only'", "restore it from a copy")
+    for command in (("audit", fedit, "--client", "mood"), ("show", fedit)):
+        refused(fedamole(*command), 5, *parts)
+    assert not (fedit / "audit.json").exists()
+
+
 def canaries(claimed: float | None, bound: float, noise: float | None = 1.0, repeats: bool = False) -> dict[str, Any]:
-    return {"claimed": claimed, "bound": bound, "noise": noise, "noise_repeats": repeats}
+    return {"claimed": claimed, "bound": bound, "canaries": 50, "noise": noise, "noise_repeats": repeats}
 
 
 @pytest.mark.parametrize(
@@ -122,6 +132,7 @@ def canaries(claimed: float | None, bound: float, noise: float | None = 1.0, rep
         (canaries(2.0, 0.5, 1.0, True), "THE NOISE REPEATS for a"),
         (canaries(2.0, 0.5), "no claim is refuted: the largest bound is 0.50 (a, which claims 2.00)."),
         (canaries(None, 4.0, None), "epsilon at least 4.00 for a"),
+        (canaries(None, 0.0, None), "found no lower bound of epsilon above 0 with 50 canaries. That a bound is low"),
         ({"not_applicable": "why"}, "Canary bound: not applicable: why."),
     ],
 )

@@ -67,13 +67,23 @@ def test_init_with_one_file_divides_it(tmp_path: Path) -> None:
         (("a/north.jsonl", "b/north.jsonl"), 3, "two of the files have the same name"),
         (("a/north.jsonl", "--method", "fedti"), 2, "did you mean 'fedit'?"),
         (("a/north.jsonl", "--out", "odd.jsonl"), 5, "exists"),
+        (
+            ("a/north.jsonl", "--out", "x\n[run]\nseed = 7\n#.toml"),
+            2,
+            r"--out: the name 'x\n[run]\nseed = 7\n#.toml' has",
+        ),
+        (
+            ("c/north.test.jsonl",),
+            3,
+            "c/north.test.jsonl has the name of a test set, but there is no training file 'north'",
+        ),
     ],
 )
 def test_mistakes_of_init_write_nothing(
     arguments: tuple[str, ...], code: int, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("a/north.jsonl", "b/north.jsonl", "notes.txt"):
+    for name in ("a/north.jsonl", "b/north.jsonl", "c/north.test.jsonl", "notes.txt"):
         write(tmp_path / name)
     write(tmp_path / "odd.jsonl", [{"a": 1}])
     (tmp_path / "empty").mkdir()
@@ -134,6 +144,25 @@ def test_runs_are_listed(runs: Any, tmp_path: Path) -> None:
     assert "3 runs in" in text
     assert f"{records['done']['score']:.1f}" in text
     assert call_command("runs", tmp_path / "nothing").code == 5
+
+
+def test_runs_are_listed_once_and_damaged_ones_last_with_the_reason(runs: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "all"
+    for name, started in (("Town", "2026-01-02T03:04:00Z"), ("later", "2026-01-03T03:04:05Z"), ("odd", "zzz")):
+        run = Path(shutil.copytree(runs("fedit"), folder / name)) / "run.json"
+        run.write_text(json.dumps(json.loads(run.read_text()) | {"started": started}))
+    shutil.copytree(runs("local_only"), folder / "two\nlines")
+    (folder / "two\nlines" / "run.json").write_text("{}")
+    (folder / "again").symlink_to("Town")
+    (folder / "loop").symlink_to(folder)
+    records = json.loads(call_command("runs", folder, "--json").out)
+    assert [Path(record["run"]).name for record in records] == ["later", "Town", "odd", "two\nlines"]
+    lines = call_command("runs", folder).out.splitlines()
+    (row,) = [line for line in lines if "Town" in line]
+    assert "2026-01-02 03:04 " in row
+    assert [line for line in lines if line.endswith("restore it from a copy") or "is damaged: " in line] == [lines[-1]]
+    assert lines[-1].startswith(rf"{folder}/two\nlines is damaged: ")
+    assert "run.json" in lines[-1]
 
 
 def completed(*words: str, cwd: Path) -> list[str]:

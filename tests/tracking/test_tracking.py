@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from tests.conftest import call_command
 
 import fedamole as fa
 from fedamole.config import to_config
-from fedamole.errors import ConfigError
+from fedamole.errors import ConfigError, RunError
+from fedamole.runs.run_folder import RunFolder
 from fedamole.tracking.series import hyper_parameters, round_series, score_series
+from fedamole.tracking.trackers import check_trackers
 
 ROWS = [{"prompt": f"Is {number} even?\n", "completion": ("yes", "no")[number % 2]} for number in range(30)]
 DATA = {"north": ROWS, "south": ROWS}
@@ -146,6 +149,57 @@ def test_other_trackers_start_offline_or_are_refused_before_training(
         mlflow.set_tracking_uri(None)
     if name == "wandb":
         assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 2
+
+
+def test_a_folder_named_as_a_tracker_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder `wandb/` with old results lies in the working folder, which is in the search path of modules."""
+    (tmp_path / "comet").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_spec("comet") is not None
+    settings = to_config({**config("tensorboard"), "data": {"source": [{"name": "a", "path": "a.jsonl"}]}})
+    check_trackers(settings)
+    named = replace(settings, run=replace(settings.run, trackers=("comet",)))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="comet not installed; pip install comet"):
+        check_trackers(named)
+
+
+@pytest.mark.parametrize("method", ["start", "store_init_configuration"])
+def test_a_tracker_that_does_not_start_leaves_no_run(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate.tracking import TensorBoardTracker
+
+    def fails(self: Any, *arguments: Any) -> None:
+        raise OSError("nobody is logged in")
+
+    (tmp_path / "empty").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorBoardTracker, method, fails)
+        for folder in (tmp_path / "new", tmp_path / "empty"):
+            with pytest.raises(ConfigError, match=r"tensorboard does not start: nobody is logged in; see its settings"):
+                fa.run(config("tensorboard"), data=DATA, folder=folder, progress="none")
+    assert not (tmp_path / "new").exists()
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_a_run_that_is_resumed_keeps_its_folder_if_a_tracker_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate.tracking import TensorBoardTracker
+
+    def fails(self: Any) -> None:
+        raise OSError("nobody is logged in")
+
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        fa.run(config("tensorboard"), data=DATA, folder=folder, callbacks=[Interrupts()], progress="none")
+    before = sorted(folder.rglob("*"))
+    monkeypatch.setattr(TensorBoardTracker, "start", fails)
+    with pytest.raises(ConfigError, match="does not start"):
+        fa.resume(folder, progress="none")
+    assert sorted(folder.rglob("*")) == before
+    with pytest.raises(RunError, match="has values of a round"):
+        RunFolder.open(folder).empty_new()
 
 
 def test_a_tracker_that_fails_does_not_end_the_run(

@@ -48,6 +48,12 @@ def _canaries(done: Mapping[str, Json]) -> str:
     claimed = {name: values for name, values in done.items() if values["claimed"] is not None}
     if not claimed:
         name = max(done, key=lambda name: done[name]["bound"])
+        if done[name]["bound"] == 0:
+            canaries = min(values["canaries"] for values in done.values())
+            return (
+                f"nothing is claimed, and the attack found no lower bound of epsilon above 0 with {canaries} canaries. "
+                "That a bound is low proves nothing."
+            )
         return (
             f"nothing is claimed, and somebody who knows all other examples learns from the first update whether an "
             f"example was used (epsilon at least {done[name]['bound']:.2f} for {name})."

@@ -90,6 +90,7 @@ def init(
     from fedamole.config import load_config
     from fedamole.files import new_file, write_atomic
 
+    _check_name(out)
     sources = _sources(data, out.parent)
     _check(sources, out.parent)
     with new_file(out):
@@ -102,6 +103,17 @@ def init(
     say(out)
     clients = f"{len(sources)} clients" if len(sources) > 1 else f"1 file, divided among {CLIENTS} clients"
     screen(error=True).print(f"{clients}; next: fedamole plan {out}, then fedamole run {out}", soft_wrap=True)
+
+
+def _check_name(out: Path) -> None:
+    """Raise ConfigError for a name that would end the comment of the config in which it stands."""
+    from unicodedata import category
+
+    from fedamole.errors import ConfigError
+    from fedamole.received.names import quoted
+
+    if any(category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in out.name):
+        raise ConfigError(f"--out: the name {quoted(out.name)} has line breaks or control characters; choose another")
 
 
 def _sources(paths: Sequence[Path], folder: Path) -> "list[SourceSettings]":
@@ -123,11 +135,12 @@ def _sources(paths: Sequence[Path], folder: Path) -> "list[SourceSettings]":
     if unknown := [file for file, stem in stems.items() if not stem]:
         raise DataError(f"{unknown[0]}: unknown file format; known are {', '.join(FORMATS)}")
     tests = {stem.removesuffix(TEST): file for file, stem in stems.items() if stem.endswith(TEST)}
-    rows = {
-        stem: file
-        for file, stem in stems.items()
-        if not stem.endswith(TEST) or stem.removesuffix(TEST) not in stems.values()
-    }
+    rows = {stem: file for file, stem in stems.items() if not stem.endswith(TEST)}
+    if alone := [stem for stem in tests if stem not in rows]:
+        raise DataError(
+            f"{tests[alone[0]]} has the name of a test set, but there is no training file {alone[0]!r}: name both, or "
+            "rename it if its rows are training data"
+        )
 
     def shown(path: Path) -> str:
         resolved, top = path.resolve(), folder.resolve()

@@ -69,6 +69,8 @@ def _plan_lines(planned: "Plan") -> Iterator[tuple[str, str]]:
         yield "label noise", f"{source}: {share:.0%} of the training and embedding answers are wrong on purpose"
     if planned.profile:
         yield "profile", f"privacy.profile has set {planned.profile}"
+    if planned.not_from_profile:
+        yield "not applied", f"privacy.profile has not set {planned.not_from_profile}"
     if planned.noise:
         yield "privacy", planned.noise
     yield "assignment", "feasible"

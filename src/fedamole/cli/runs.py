@@ -1,5 +1,7 @@
 """`fedamole runs`. Reads files only, without PyTorch."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,7 +9,7 @@ import typer
 
 from fedamole.cli.completion import complete_runs
 from fedamole.cli.options import AsJson
-from fedamole.terminal import say_json, screen
+from fedamole.terminal import printable, say_json, screen
 
 DEPTH = 3
 """Levels of folders below the named one that are searched for runs."""
@@ -32,21 +34,50 @@ def runs(
     """
     from fedamole.cli.table_layout import print_table
     from fedamole.errors import RunError
+    from fedamole.received.names import cut
     from fedamole.runs.run_folder import RUN
 
     patterns = ("/".join(["*"] * depth + [RUN]) for depth in range(DEPTH + 1))
-    folders = [path.parent for pattern in patterns for path in folder.glob(pattern)]
+    folders = _each_once([path.parent for pattern in patterns for path in folder.glob(pattern)])
     if not folders:
         raise RunError(f"no run in {folder}: `fedamole run` writes to runs/NAME; name the folder that contains yours")
-    records = sorted(map(_record, folders), key=lambda record: str(record["started"]), reverse=True)
+    records = sorted(map(_record, folders), key=lambda record: _time(record["started"]), reverse=True)
     if as_json:
         say_json(records)
         return
-    lines = [[_cell(record[key]) for key in COLUMNS] for record in records]
+    lines = [
+        [_started(record[key]) if key == "started" else _cell(record[key]) for key in COLUMNS] for record in records
+    ]
     names = [line[0] for line in lines]
     print_table(
-        screen(wide=120), [COLUMNS, *lines], title=f"{len(records)} runs in {folder}", text_columns=3, names=names
+        screen(wide=120),
+        [COLUMNS, *lines],
+        title=f"{len(records)} runs in {_cell(folder)}",
+        text_columns=3,
+        names=names,
     )
+    for record in records:
+        if record["state"] == "damaged":
+            screen().print(f"{_cell(record['run'])} is damaged: {cut(_cell(record['error']), 200)}", soft_wrap=True)
+
+
+def _each_once(folders: Sequence[Path]) -> list[Path]:
+    """Return each folder once, though links lead to it; its path without links if it has one."""
+    first: dict[Path, Path] = {}
+    for folder in sorted(folders, key=lambda folder: (os.path.realpath(folder) != os.path.abspath(folder), folder)):
+        first.setdefault(folder.resolve(), folder)
+    return list(first.values())
+
+
+def _time(started: Any) -> float:
+    """Return when a run started, in seconds; 0 if it is missing or damaged."""
+    from datetime import UTC, datetime
+
+    try:
+        time = datetime.fromisoformat(started)
+        return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -79,7 +110,13 @@ def _rounds_done(folder: Path) -> int:
     return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
 
 
+def _started(value: Any) -> str:
+    """Return a time as the table shows it, without seconds if they are 0."""
+    return "" if value is None else _cell(value).replace("T", " ").removesuffix(":00Z").removesuffix("Z")
+
+
 def _cell(value: Any) -> str:
+    """Return a value as one line of text."""
     if isinstance(value, float):
         return f"{value:.1f}"
-    return "" if value is None else str(value).replace("T", " ").removesuffix(":00Z").removesuffix("Z")
+    return "" if value is None else printable(value).replace("\n", "\\n").replace("\t", "\\t")

@@ -3,10 +3,11 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from fedamole.config import Config, load_run_config, nearest
+from fedamole.config import Config, load_run_config
 from fedamole.data.chat import stop_ids
 from fedamole.data.client_labels import client_labels
 from fedamole.data.examples import Shard
@@ -173,7 +174,8 @@ def find_model(path: Path, client: str | None, variant: str | None = None) -> Sa
         if matches:
             names = ", ".join(model.client for model in matches)
             raise RunError(f"{path} has several clients with the value {client!r}: select one of {names}")
-    raise RunError(f"{path} has no client {client!r}{nearest(client, models)}; its clients are {', '.join(models)}")
+    close = "".join(f"; did you mean {name!r}?" for name in get_close_matches(client, models, n=1, cutoff=0.5))
+    raise RunError(f"{path} has no client {client!r}{close}; its clients are {', '.join(models)}")
 
 
 def base_settings_of(model: SavedModel) -> BaseSettings:

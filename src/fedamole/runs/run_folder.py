@@ -14,6 +14,7 @@ clients/<name>/     state/ (private state between rounds) and adapter/ (its mode
 import itertools
 import json
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,7 @@ from fedamole.errors import RunError
 from fedamole.files import exclusive, naming, new_file, write_atomic
 from fedamole.received.files import MOST_LINE, as_text, check_tree, inside, parse_json, read_json, read_toml
 from fedamole.received.forms import check_form
-from fedamole.received.names import checked_name
+from fedamole.received.names import checked_name, quoted
 from fedamole.runs.adapter_folder import FILES
 from fedamole.runs.identity import Identity
 from fedamole.runs.provenance import command, environment, now
@@ -181,11 +182,20 @@ class RunFolder:
         return content
 
     def tables(self) -> Json:
-        """Read config.toml as plain tables, without loading the method; RunError if it is damaged."""
+        """Read config.toml as plain tables, without loading the method; RunError if it is damaged or another run's."""
         path = self.place(CONFIG)
         tables = read_toml(path)
         check_form(tables, config_form, path, RunError)
+        self.check_method(tables["method"]["name"])
         return tables
+
+    def check_method(self, name: str) -> None:
+        """Raise RunError if `name`, the method of config.toml, is not the one of run.json."""
+        if name != self.about["method"]:
+            raise RunError(
+                f"{self.path}: {RUN} names the method {self.about['method']}, {CONFIG} {quoted(name)}: one of them "
+                "belongs to another run; restore it from a copy"
+            )
 
     @property
     def kind(self) -> Kind:
@@ -249,6 +259,21 @@ class RunFolder:
         for child in children:
             child.unlink()
         path.rmdir()
+
+    def empty_new(self, *names: str) -> None:
+        """Remove the files of `create`, the lock, and these files or folders from the folder of a run without rounds.
+
+        Raises:
+            RunError: The folder has values of a round.
+        """
+        if any((self.path / name).exists() for name in (METRICS, "checkpoints", SUMMARY)):
+            raise RunError(f"{self.path} has values of a round, so it is not emptied: move it away")
+        for name in (RUN, CONFIG, MANIFEST, ".lock", *names):
+            path = self.path / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def append(self, name: str, records: Iterable[Json]) -> None:
         """Append lines to metrics.jsonl or assignment.jsonl."""

@@ -19,7 +19,7 @@ from fedamole.reporting.page.reading import read_folder
 from fedamole.runs.run_files import TRACKERS
 from fedamole.runs.run_folder import METRICS, SUMMARY, RunFolder
 from fedamole.tracking.series import hyper_parameters, round_series, score_series
-from fedamole.tracking.trackers import Tracker
+from fedamole.tracking.trackers import Tracker, TrackerError
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def tracked(config: Config, folder: RunFolder, listener: ProgressListener) -> It
     is yielded.
 
     Raises:
-        ConfigError: A tracker does not start.
+        TrackerError: A tracker does not start.
     """
     if not config.run.trackers:
         yield listener
@@ -43,6 +43,19 @@ def tracked(config: Config, folder: RunFolder, listener: ProgressListener) -> It
         session.finish()
     finally:
         session.close()
+
+
+@contextmanager
+def emptied_without_trackers(folder: RunFolder) -> Iterator[None]:
+    """Empty the folder of a new run, which this process has created, if a tracker does not start in the block.
+
+    Trackers start before the first round, so there are no results, and the run's name is free again.
+    """
+    try:
+        yield
+    except TrackerError:
+        folder.empty_new("tensorboard", TRACKERS)
+        raise
 
 
 class Session(ProgressListener):

@@ -5,6 +5,8 @@ to the run folder. docs/tracking.md has the settings.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,22 @@ Stored = dict[str, Any]
 
 def check_trackers(config: Config) -> None:
     """Raise ConfigError if the package of a tracker in `run.trackers` is not installed; imports none of them."""
-    missing = [name for name in config.run.trackers if find_spec(name) is None]
+    missing = [name for name in config.run.trackers if not _installed(name)]
     if missing:
         raise ConfigError(
             f"run.trackers: {', '.join(missing)} not installed; pip install {' '.join(missing)}; or remove it from "
             "run.trackers"
         )
+
+
+def _installed(name: str) -> bool:
+    """Return whether a package is installed; a folder of this name in the working folder, as `wandb/`, is none."""
+    spec = find_spec(name)
+    return spec is not None and spec.origin is not None
+
+
+class TrackerError(ConfigError):
+    """A tracker does not start."""
 
 
 class Tracker:
@@ -38,19 +50,14 @@ class Tracker:
         """Open the tracker called `name`. `stored` is what `trackers.json` has of it: empty before the first start.
 
         Raises:
-            ConfigError: The tracker refuses to start, for example because nobody is logged in.
+            TrackerError: The tracker refuses to start, for example because nobody is logged in.
         """
         self.name, self.step, self.id = name, int(stored.get("step", -1)), stored.get("id")
         self.finished = bool(stored.get("finished", False))
         PartialState()  # accelerate's trackers write to its log, which needs it
-        self._tracker = _created(name, folder, config, self.step, self.id)
-        try:
+        with self._starting():
+            self._tracker = _created(name, folder, config, self.step, self.id)
             self._tracker.start()
-        except Exception as error:  # each package has errors of its own
-            raise ConfigError(
-                f"run.trackers: {name} does not start: {error}; see its settings in docs/tracking.md (offline mode, "
-                "log-in), or remove it from run.trackers"
-            ) from error
         if name == "mlflow":
             self.id = self._tracker.tracker.info.run_id
 
@@ -60,8 +67,9 @@ class Tracker:
         return {key: value for key, value in fields.items() if value is not None}
 
     def set_parameters(self, values: dict[str, bool | int | float | str]) -> None:
-        """Store the hyper-parameters of the run."""
-        self._tracker.store_init_configuration(values)
+        """Store the hyper-parameters of the run. Raises TrackerError."""
+        with self._starting():
+            self._tracker.store_init_configuration(values)
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Add a value to each series at a step."""
@@ -78,6 +86,17 @@ class Tracker:
     def close(self) -> None:
         """Send what has not been sent yet, and end the tracker's session."""
         self._tracker.finish()
+
+    @contextmanager
+    def _starting(self) -> Iterator[None]:
+        """Raise TrackerError for any error in the block."""
+        try:
+            yield
+        except Exception as error:  # each package has errors of its own
+            raise TrackerError(
+                f"run.trackers: {self.name} does not start: {error}; see its settings in docs/tracking.md (offline "
+                "mode, log-in), or remove it from run.trackers"
+            ) from error
 
 
 def _created(name: str, folder: RunFolder, config: Config, step: int, stored_id: str | None) -> GeneralTracker:

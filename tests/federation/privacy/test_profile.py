@@ -54,10 +54,26 @@ def test_without_the_profile_nothing_is_set() -> None:
 )
 def test_what_the_config_sets_wins(tables: dict[str, Any], left_out: set[str]) -> None:
     fields = ["rank", "alpha", "assignment", "min_holders", "expert_choices", "experts"]
-    settings = profile_settings(PROFILE | tables, fields)
+    settings, not_applied = profile_settings(PROFILE | tables, fields)
+    assert [text.split(" = ")[0].split(".")[1] for text in not_applied] == [
+        key for key in ("batch_size", "rank", "alpha", "assignment", "min_holders") if key in left_out
+    ]
     keys = {key for table in settings.values() for key in table}
     assert keys == {"batch_size", "rank", "alpha", "assignment", "min_holders"} - left_out
     assert all(settings.values()), "no empty table"
+
+
+def test_the_words_name_what_the_config_has_instead() -> None:
+    config = to_config(
+        PROFILE | SOURCE | {"training": {"accumulation": 4}, "method": {"rank": 2, "assignment": "static"}}
+    )
+    assert config.not_from_profile == (
+        "training.batch_size = 64 (the config has training.accumulation = 4)",
+        "method.rank = 4 (the config has method.rank = 2)",
+        "method.alpha = 8.0 (the config has method.rank = 2)",
+    )
+    complete = to_config(to_config(PROFILE | SOURCE).tables())
+    assert (complete.from_profile, complete.not_from_profile) == ({}, ())
 
 
 def test_settings_of_the_command_line_win_too(runs: Any) -> None:
@@ -74,13 +90,21 @@ def test_a_mistake_is_an_error_of_the_key_that_was_written() -> None:
         to_config(PROFILE | SOURCE | {"method": {"rnak": 2}})
 
 
-def test_plan_shows_what_it_set_and_the_run_has_it_in_its_config(runs: Any, fedamole: Any) -> None:
+def test_plan_shows_what_it_set_and_the_run_has_it_in_its_config(
+    runs: Any, fedamole: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     """The tiny federation's clients have fewer than 64 examples, so the batch is the config's."""
     options = ("privacy.profile=private", "training.batch_size=2", "method.rank=2", "method.min_holders=2")
     result = fedamole("plan", runs.config, *options)
     assert re.search(r'profile +privacy.profile has set method.assignment = "static"\n', result.out), result.out
+    not_applied = (
+        "not applied  privacy.profile has not set training.batch_size = 64 (the config has training.batch_size = 2), "
+    )
+    assert not_applied in result.out
     assert "profile" not in fedamole("plan", runs.config, "privacy.epsilon=8", "method.assignment=static").out
     folder = runs.fresh("fedamole", "federation.rounds=1", *options)
+    (warning,) = [record.getMessage() for record in caplog.records if "privacy.profile" in record.getMessage()]
+    assert warning.startswith("privacy.profile has not set training.batch_size = 64 (the config has")
     stored = load_config(folder / "config.toml", stored=True)
     assert stored.method.assignment == "static"  # type: ignore[attr-defined]
     assert stored.privacy is not None

@@ -6,8 +6,14 @@ mean embeddings, for which there is no noise, so it stays as it was drawn. With 
 that subtracts its own update from a mean has the sum of two others, not the update of one.
 """
 
-from collections.abc import Collection, Mapping
+import json
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+
+from fedamole.received.names import cut
+
+log = logging.getLogger(__name__)
 
 BATCH = 64
 """Expected number of examples in a step."""
@@ -16,25 +22,43 @@ HOLDERS = 3
 """Clients k_c that hold an expert; FedAMoLE then has 2 experts for each client."""
 
 
-def profile_settings(tables: Mapping[str, Mapping[str, Any]], fields: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Return what the profile of a config sets, by table; nothing without a profile.
+_ASSIGNED = ("assignment", "min_holders")
+_SETTINGS: tuple[tuple[str, str, Any, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("training", "batch_size", BATCH, ("batch_size", "accumulation"), ()),
+    ("method", "rank", RANK, ("rank",), ("rank",)),
+    ("method", "alpha", 2.0 * RANK, ("alpha", "rank"), ("rank",)),
+    ("method", "assignment", "static", ("assignment",), _ASSIGNED),
+    ("method", "min_holders", HOLDERS, ("min_holders", "expert_choices"), _ASSIGNED),
+)
+"""Table, key and value of each setting; keys of the table that decide the same; settings that the method must have."""
 
-    A key is left out if the config has it, or has another one that decides the same. `fields` are the settings of the
-    config's method.
+
+def profile_settings(
+    tables: Mapping[str, Mapping[str, Any]], fields: Collection[str]
+) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
+    """Return what the profile of a config sets, by table, and what it does not set, in words; both empty without it.
+
+    A key is left out if the config has it, or has another one that decides the same; there are no words about it if the
+    config has the profile's value. `fields` are the settings of the config's method.
     """
     if tables.get("privacy", {}).get("profile") != "private":
-        return {}
-    of_training, of_method = tables.get("training", {}), tables.get("method", {})
-    settings: dict[str, dict[str, Any]] = {"training": {}, "method": {}}
-    if not {"batch_size", "accumulation"} & of_training.keys():
-        settings["training"]["batch_size"] = BATCH
-    if "rank" in fields and "rank" not in of_method:
-        settings["method"]["rank"] = RANK
-        if "alpha" not in of_method:
-            settings["method"]["alpha"] = 2.0 * RANK
-    if {"assignment", "min_holders"} <= set(fields):
-        if "assignment" not in of_method:
-            settings["method"]["assignment"] = "static"
-        if not {"min_holders", "expert_choices"} & of_method.keys():
-            settings["method"]["min_holders"] = HOLDERS
-    return {table: values for table, values in settings.items() if values}
+        return {}, ()
+    settings: dict[str, dict[str, Any]] = {}
+    not_applied = []
+    for table, key, value, deciding, needed in _SETTINGS:
+        if not set(needed) <= set(fields):
+            continue
+        stored = tables.get(table, {})
+        present = [name for name in deciding if name in stored]
+        if not present:
+            settings.setdefault(table, {})[key] = value
+        elif present[0] != key or stored[key] != value:
+            shown = cut(json.dumps(stored[present[0]], default=str), 40)
+            not_applied.append(f"{table}.{key} = {json.dumps(value)} (the config has {table}.{present[0]} = {shown})")
+    return settings, tuple(not_applied)
+
+
+def warn_not_applied(not_applied: Sequence[str]) -> None:
+    """Warn of the values of the profile that a config replaces."""
+    if not_applied:
+        log.warning("privacy.profile has not set %s; these values keep the noise small", ", ".join(not_applied))
