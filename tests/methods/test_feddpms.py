@@ -15,7 +15,6 @@ from fedamole.deployment.run_session import computed_once
 from fedamole.deployment.security.policy import PolicySettings, settings_checks
 from fedamole.errors import ConfigError
 from fedamole.federation.autoencoder_request import AutoencoderRequest, AutoencoderResult
-from fedamole.federation.client_data import Split
 from fedamole.federation.method import BaseInfo, Client, ClientInfo, Server, TrainingRequest, TrainingResult
 from fedamole.federation.privacy.gaussian import noise_multiplier, released
 from fedamole.federation.probe import DryProbe, ProbeCounts
@@ -302,15 +301,7 @@ TEACHER, LACKING, MISSING = "hospital_north", "hospital_south", 2
 @pytest.fixture(scope="module")
 def bundled(tmp_path_factory: pytest.TempPathFactory) -> BundledRounds:
     rounds = BundledRounds(tmp_path_factory.mktemp("rounds"), (TEACHER, LACKING))
-    data = rounds.prepared.clients[LACKING]
-
-    def without(split: Split) -> Split:
-        kept = [i for i, row in enumerate(split.rows) if row.options.index(row.answer) != MISSING]
-        return Split(tuple(split.rows[i] for i in kept), tuple(split.examples[i] for i in kept))
-
-    train = without(data.train)
-    info = replace(data.info, examples=len(train.rows))
-    rounds.data[LACKING] = replace(data, info=info, train=train, embedding=without(data.embedding))
+    rounds.remove_class(LACKING, MISSING)
     return rounds
 
 

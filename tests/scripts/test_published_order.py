@@ -1,10 +1,10 @@
 """Kendall's tau against published orders, by hand."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.loaded_script import load_script
 
 from fedamole.methods import METHODS
 
@@ -13,12 +13,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "published_order.py"
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("published_order", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def test_tau_counts_pairs_in_the_same_order(script: Any) -> None:

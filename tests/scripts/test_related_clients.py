@@ -1,6 +1,5 @@
 """The comparison of ways to find related clients: its measures by hand, and one run."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -8,18 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from tests.loaded_script import load_script
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "related_clients.py"
 
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("related_clients", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def test_similarity_is_the_mean_cosine_of_centred_vectors(script: Any) -> None:

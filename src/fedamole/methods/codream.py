@@ -20,7 +20,6 @@ place of one shared step. Distributions are over the first tokens of the answer 
 answer token, of which the `max_options` most likely ids are sent. All LoRAs have one rank. The defaults are ours.
 """
 
-import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,14 +28,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fedamole.errors import ConfigError
 from fedamole.federation.distillation import Distillation
 from fedamole.federation.method import Client, ClientInfo, Exchange, Request, Server, TrainingRequest, TrainingResult
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.synthesis_request import SynthesisRequest, SynthesisResult
 from fedamole.methods.feddm import MIN_ROWS_ACROSS_ORGANISATIONS
 from fedamole.methods.shared.averaging import SharedTensors
-from fedamole.methods.shared.checks import check_at_least
+from fedamole.methods.shared.checks import check_at_least, check_between_0_and_1, check_not_negative, check_positive
 from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.params import Adapter, Shapes, new_shared
 from fedamole.synthesis.dream_exchange import (
@@ -101,12 +99,9 @@ class CoDream(LoraMethod[DreamState, DreamMessage, SharedTensors, DreamReply]):
         super().__post_init__()
         check_at_least(self, dream_exchanges=1, dreams=1, virtual_tokens=1, max_prompt_tokens=1, max_options=1)
         check_at_least(self, min_examples=1, real_examples=1, server_steps=1)
-        if not 0 < self.own_share < 1:
-            raise ConfigError(f"method.own_share = {self.own_share}: must be above 0 and below 1")
-        for key in ("statistics_weight", "disagreement_weight", "temperature", "synthesis_rate"):
-            value, weight = getattr(self, key), key.endswith("weight")
-            if not (0 < value < math.inf or (weight and value == 0)):
-                raise ConfigError(f"method.{key} = {value}: must be {'at least' if weight else 'above'} 0")
+        check_between_0_and_1(self, "own_share")
+        check_not_negative(self, "statistics_weight", "disagreement_weight")
+        check_positive(self, "temperature", "synthesis_rate")
 
     @override
     def for_deployment(self) -> "CoDream":

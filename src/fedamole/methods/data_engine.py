@@ -21,7 +21,6 @@ that cannot be used is not asked for again, so a category may get fewer rows tha
 client's embedding split.
 """
 
-import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -30,12 +29,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fedamole.errors import ConfigError
 from fedamole.federation.data_engine import WriteRequest
 from fedamole.federation.method import Client, Request, TrainingRequest, TrainingResult
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.averaging import AveragedLora, SharedTensors
-from fedamole.methods.shared.checks import check_at_least
+from fedamole.methods.shared.checks import check_at_least, check_not_negative, check_positive
 from fedamole.model.batch import TokenPair
 from fedamole.model.params import Adapter
 from fedamole.synthesis.rows import ExtraRows
@@ -105,10 +103,8 @@ class DataEngineMethod(AveragedLora[GeneratedRows]):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, generate_every=1, new_rows=1, probe_examples=1, max_row_tokens=1)
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"method.temperature = {self.temperature}: must be at least 0")
-        if not 0 < self.max_ratio < math.inf:
-            raise ConfigError(f"method.max_ratio = {self.max_ratio}: must be above 0")
+        check_not_negative(self, "temperature")
+        check_positive(self, "max_ratio")
 
     @override
     def own_row_share(self) -> float:

@@ -21,7 +21,6 @@ re-implementation by others; the authors' own were not found. Clients with free 
 `max_options` options, take part as in FedDM.
 """
 
-import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,7 +37,7 @@ from fedamole.federation.record import Nothing
 from fedamole.federation.synthesis_request import SynthesisRequest
 from fedamole.methods.feddm import FedDm
 from fedamole.methods.shared.averaging import SharedTensors
-from fedamole.methods.shared.checks import check_at_least
+from fedamole.methods.shared.checks import check_at_least, check_not_negative, check_positive
 from fedamole.model.batch import Ids
 from fedamole.model.params import Adapter, Shapes, new_shared
 from fedamole.synthesis.class_reply import (
@@ -92,11 +91,8 @@ class FedAf(FedDm):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("agreement_weight", "label_weight"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise ConfigError(f"method.{key} = {getattr(self, key)}: must be at least 0")
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"method.temperature = {self.temperature}: must be above 0")
+        check_not_negative(self, "agreement_weight", "label_weight")
+        check_positive(self, "temperature")
         if not 0 <= self.global_share <= 1:
             raise ConfigError(f"method.global_share = {self.global_share}: must be at least 0 and at most 1")
         check_at_least(self, label_examples=self.min_synthetic_rows(), max_options=1)

@@ -28,14 +28,13 @@ from typing import Any, Literal
 from torch import Tensor
 from typing_extensions import override
 
-from fedamole.errors import ConfigError
 from fedamole.federation.distillation import Distillation
 from fedamole.federation.method import Client, ClientInfo, Request, Server, TrainingRequest, TrainingResult
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
 from fedamole.federation.synthesis_request import SynthesisRequest, SynthesisResult
 from fedamole.methods.shared.averaging import SharedTensors
-from fedamole.methods.shared.checks import check_at_least
+from fedamole.methods.shared.checks import check_at_least, check_between_0_and_1, check_not_negative, check_positive
 from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.params import Adapter, Shapes, Tensors, new_shared
 from fedamole.synthesis.examples import SyntheticExamples, expected_examples
@@ -91,12 +90,9 @@ class FedDm(LoraMethod[SharedTensors, SharedTensors, Nothing, SyntheticExamples]
         super().__post_init__()
         check_at_least(self, examples_per_class=1, virtual_tokens=1, max_classes=1, max_prompt_tokens=1)
         check_at_least(self, max_answer_tokens=1, real_examples=1, server_steps=1, min_class_examples=1)
-        if not 0 < self.own_share < 1:
-            raise ConfigError(f"method.own_share = {self.own_share}: must be above 0 and below 1")
-        for key, least in (("radius", "above 0"), ("synthesis_rate", "above 0"), ("noise", "at least 0")):
-            value = getattr(self, key)
-            if not (0 < value < math.inf or (key == "noise" and value == 0)):
-                raise ConfigError(f"method.{key} = {value}: must be {least}")
+        check_between_0_and_1(self, "own_share")
+        check_positive(self, "radius", "synthesis_rate")
+        check_not_negative(self, "noise")
 
     @override
     def for_deployment(self) -> "FedDm":

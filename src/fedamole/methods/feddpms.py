@@ -28,7 +28,6 @@ its mean would be mostly noise; this costs no privacy. Clients with free text, o
 options, train and send the LoRA alone. All defaults are ours.
 """
 
-import math
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,13 +35,12 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from fedamole.errors import ConfigError
 from fedamole.federation.autoencoder_request import AutoencoderRequest, AutoencoderResult
 from fedamole.federation.method import Client, ClientInfo, Request, Server, TrainingRequest, TrainingResult, Weighting
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.feddm import MIN_ROWS_ACROSS_ORGANISATIONS
 from fedamole.methods.shared.averaging import mean_by_key
-from fedamole.methods.shared.checks import check_at_least
+from fedamole.methods.shared.checks import check_at_least, check_between_0_and_1, check_not_negative, check_positive
 from fedamole.methods.shared.latent_release import Decoding, Prompts, Release, release, synthetic_rows
 from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.params import Adapter, Shapes, new_shared
@@ -118,13 +116,9 @@ class FedDpms(LoraMethod[LatentState, LatentMessage, LatentKept, LatentReply]):
         check_at_least(self, warmup_rounds=1, latent_size=1, hidden_size=1, virtual_tokens=1, real_examples=1)
         check_at_least(self, rare_below=1, examples_per_class=1, min_class_examples=1)
         check_at_least(self, max_prompt_tokens=1, max_options=1)
-        for key, most in (("own_share", 1.0), ("delta", 1.0)):
-            if not 0 < getattr(self, key) < most:
-                raise ConfigError(f"method.{key} = {getattr(self, key)}: must be above 0 and below 1")
-        for key in ("epsilon", "latent_norm", "autoencoder_rate", "kl_weight", "class_weight", "latent_noise"):
-            value, may_be_0 = getattr(self, key), key in ("kl_weight", "class_weight", "latent_noise")
-            if not (0 < value < math.inf or (may_be_0 and value == 0)):
-                raise ConfigError(f"method.{key} = {value}: must be {'at least' if may_be_0 else 'above'} 0")
+        check_between_0_and_1(self, "own_share", "delta")
+        check_positive(self, "epsilon", "latent_norm", "autoencoder_rate")
+        check_not_negative(self, "kl_weight", "class_weight", "latent_noise")
 
     @override
     def for_deployment(self) -> "FedDpms":

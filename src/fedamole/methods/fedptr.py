@@ -15,7 +15,6 @@ numbers are ours, as the authors' were not found. "momentum" is a cheap stand-in
 each round from those of the round before.
 """
 
-import math
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -24,14 +23,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fedamole.errors import ConfigError
 from fedamole.federation.method import Client, ClientInfo, Server, TrainingRequest, TrainingResult, Weighting
 from fedamole.federation.penalties import Proximal
 from fedamole.federation.randomness import torch_generator
 from fedamole.federation.record import Nothing
 from fedamole.federation.trajectory import TrajectoryRequest
 from fedamole.methods.shared.averaging import SharedTensors, mean_by_key
-from fedamole.methods.shared.checks import check_at_least
+from fedamole.methods.shared.checks import check_at_least, check_not_negative, check_positive
 from fedamole.methods.shared.lora import LoraMethod
 from fedamole.model.params import Adapter, Tensors, new_shared
 from fedamole.synthesis.trajectory import Matching
@@ -88,13 +86,9 @@ class FedPtr(LoraMethod[PtrState, PtrState, Nothing, SharedTensors]):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("proximal", "momentum"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise ConfigError(f"method.{key} = {getattr(self, key)}: must be at least 0")
+        check_not_negative(self, "proximal", "momentum")
         check_at_least(self, synthetic_rows=1, virtual_tokens=1, inner_steps=1, outer_steps=1)
-        for key in ("synthesis_rate", "step_rate"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise ConfigError(f"method.{key} = {getattr(self, key)}: must be above 0")
+        check_positive(self, "synthesis_rate", "step_rate")
 
     @override
     def steps_at_server(self) -> int:

@@ -23,6 +23,7 @@ from fedamole.errors import ConfigError
 from fedamole.federation.method import Client, Server, TrainingRequest, TrainingResult
 from fedamole.federation.randomness import torch_generator
 from fedamole.methods.shared.averaging import AveragedLora, SharedTensors
+from fedamole.methods.shared.checks import check_between_0_and_1
 from fedamole.model.params import Adapter, Tensors, layer_of, layers_of, new_shared
 
 
@@ -49,8 +50,7 @@ class FedRep(AveragedLora[Head]):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.private_share < 1:
-            raise ConfigError(f"method.private_share = {self.private_share}: must be above 0 and below 1")
+        check_between_0_and_1(self, "private_share")
 
     @override
     def initial(self, server: Server) -> Tensors:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedamole.errors import ConfigError
+from fedamole.federation.privacy.accounting import gaussian_epsilon
 
 DRAWS = 4
 """Normal draws whose sum, divided by 2, is one value of the noise. A single draw in floating point leaves gaps between
@@ -40,9 +41,7 @@ def spent_epsilon(multiplier: float, delta: float, releases: int = 1) -> float:
     """
     _check("noise multiplier", multiplier, 0 < multiplier < math.inf, "above 0 and finite")
     _check_releases(delta, releases)
-    from dp_accounting import get_epsilon_gaussian
-
-    return float(get_epsilon_gaussian(multiplier / math.sqrt(releases), delta))
+    return gaussian_epsilon(math.sqrt(releases) / multiplier, delta)
 
 
 def released(values: Tensor, sensitivity: float, multiplier: float, key: bytes) -> Tensor:
