@@ -18,6 +18,7 @@ from rich.table import Table
 from scipy.stats import kendalltau
 
 from fedamole.comparison.file import load_comparison
+from fedamole.errors import ConfigError
 from fedamole.reporting.results import read_scenarios
 
 PUBLISHED: Mapping[str, Mapping[str, float]] = {
@@ -52,7 +53,10 @@ def main() -> None:
     """Print one line per scenario and published table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", type=Path, help="the comparison's TOML file")
-    comparison = load_comparison(parser.parse_args().comparison)
+    try:
+        comparison = load_comparison(parser.parse_args().comparison)
+    except ConfigError as error:
+        parser.error(str(error))
     table = Table("scenario", "published table", "methods", "tau, score", "p", "tau, loss", "p")
     for scenario in read_scenarios(comparison.results()):
         trained = scenario.trained.items()

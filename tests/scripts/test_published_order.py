@@ -24,5 +24,14 @@ def test_tau_counts_pairs_in_the_same_order(script: Any) -> None:
     assert tau == pytest.approx(4 / 6)
 
 
+def test_a_missing_comparison_is_one_error(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["published_order.py", "nowhere.toml"])
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
+    assert "nowhere.toml cannot be read" in capsys.readouterr().err
+
+
 def test_published_methods_are_in_the_registry(script: Any) -> None:
     assert {name for table in script.PUBLISHED.values() for name in table} <= METHODS.keys()

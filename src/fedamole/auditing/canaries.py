@@ -139,7 +139,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class CanaryResult:
-    """What the guesses show."""
+    """Result of guessing which canaries were included."""
 
     bound: Bound
     canaries: int

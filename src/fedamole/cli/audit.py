@@ -31,12 +31,13 @@ def audit(
 ) -> None:
     """Attack a finished run: what do its updates and models reveal, compared with the epsilon that it claims?
 
-    Canary bound: made-up gradients, each included by a coin, go through the training code of the run. From how many
-    coins can be guessed follows a lower bound of epsilon, with a confidence of 95 %. A bound above the claimed epsilon
-    proves that the claim is wrong; a low bound proves nothing.
+    Canary bound: made-up gradients, each included by a fair coin, go through the training code of the run. The number
+    of coins that an attacker guesses correctly gives a lower bound of epsilon, with a confidence of 95 %. A bound above
+    the claimed epsilon proves that the claim is wrong; a low bound proves nothing.
 
-    Membership: are training examples told from test examples by the loss under a client's own model, and under the
-    models of other clients? AUROC 0.5 is guessing; TPR is the share that is recognised with 1 % false alarms.
+    Membership: can an attacker distinguish training examples from test examples by the loss under a client's own model,
+    and under the models of other clients? AUROC 0.5 is guessing; TPR is the share of training examples that are
+    recognised with 1 % false alarms.
 
     Gradient inversion: which tokens did a client read in its first round? The share of them that a cheap attack on the
     first update finds, beside its share on random updates.
